@@ -38,7 +38,7 @@ def main() -> None:
     for name, value in {**sizes, "batch-size": 64, "rounds": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--weights", nargs="*", default=[], choices=("bf16", "int8", "int4"))
+    parser.add_argument("--weights", nargs="*", default=[], choices=("f32", "bf16", "int8", "int4"))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", default="tatoeba-ja-en")
     options = parser.parse_args()

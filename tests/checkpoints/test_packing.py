@@ -12,8 +12,9 @@ import torch
 
 from keifu import checkpoints
 from keifu.errors import UserError
+from keifu.models import bert
 from keifu.native import library
-from keifu.native.model import NativeLM, pack
+from keifu.native.model import NativeLM, native_form, pack
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "native"))
 from native_toys import TOYS, toy, unpacked
@@ -29,7 +30,7 @@ def equal(one: NativeLM, other: NativeLM) -> bool:
     return torch.equal(one(TOKENS), other(TOKENS))
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", sorted(set(TOYS) - {"llama of one head", "yarn"}))
 def test_from_a_directory(kind: str, weights: str, tmp_path: Path) -> None:
     model = toy(kind)
@@ -45,7 +46,7 @@ def test_from_gguf(kind: str, dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     checkpoints.save_gguf(toy(kind), None, path, dtype)
     model = checkpoints.load_model(path)
-    for weights in ("bf16", "int8", "int4"):
+    for weights in ("f32", "bf16", "int8", "int4"):
         loaded = checkpoints.load_model(path, weights=weights)
         assert isinstance(loaded, NativeLM) and equal(loaded, pack(model, weights))
 
@@ -116,10 +117,26 @@ def test_own_weights_are_the_blocks_where_native_code_has_them(
     monkeypatch.setenv(library.VARIABLE, "off")
     assert not isinstance(checkpoints.load_model(path, weights="own"), NativeLM)
     monkeypatch.delenv(library.VARIABLE)
-    write_blocks(path, "Q5_1")
-    assert not isinstance(checkpoints.load_model(path, weights="own"), NativeLM)
-    checkpoints.save_gguf(toy("llama"), None, path, "f16")
-    assert not isinstance(checkpoints.load_model(path, weights="own"), NativeLM)
+
+
+@pytest.mark.parametrize("stored", ["Q5_1", "f32", "f16"])
+def test_own_weights_that_native_code_has_no_blocks_for_are_float32(stored: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    if stored == "Q5_1":
+        write_blocks(path, stored)
+    else:
+        checkpoints.save_gguf(toy("llama"), None, path, stored)
+    own, plain = checkpoints.load_model(path, weights="own"), checkpoints.load_model(path)
+    assert isinstance(own, NativeLM) and own.weights == "f32" and equal(own, pack(plain, "f32"))
+
+
+def test_own_weights_of_bfloat16_and_of_what_writes_no_text_stay(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    checkpoints.save(toy("llama").to(torch.bfloat16), None, tmp_path / "llama")
+    assert not isinstance(own := checkpoints.load_model(tmp_path / "llama", weights="own"), NativeLM)
+    assert native_form(own) is not None  # which is packed beside it
+    checkpoints.save(bert.build(bert.Config(vocab_size=20, dim=8, hidden_dim=8, n_layers=1, n_heads=2)), None, tmp_path)
+    assert isinstance(checkpoints.load_model(tmp_path, weights="own"), bert.Bert)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])

@@ -11,7 +11,7 @@ from keifu.native.model import pack
 pytestmark = pytest.mark.usefixtures("opened")
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "palm"])
 def test_the_same_logits_with_every_instruction_set(kind: str, weights: str) -> None:
     packed = pack(toy(kind), weights)

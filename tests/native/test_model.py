@@ -16,7 +16,7 @@ from keifu.models import llama
 from keifu.native.model import NativeLM, NativeRunner, native_form, pack
 
 pytestmark = pytest.mark.usefixtures("opened")
-WEIGHTS = ("bf16", "int8", "int4")
+WEIGHTS = ("f32", "bf16", "int8", "int4")
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:
@@ -26,14 +26,15 @@ def tokens(length: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kind", TOYS)
 def test_logits_are_those_of_the_same_numbers_in_pytorch(kind: str, weights: str, instructions: str) -> None:
-    """What is left is the rounding of what goes between the layers: to bfloat16, or to int8 in groups."""
+    """What is left is the rounding of what goes between the layers: to float32, to bfloat16, or to int8 in groups."""
     model = toy(kind)
     packed = pack(model, weights)
     rows = torch.tensor([tokens(40), tokens(40, seed=1)])
     with torch.inference_mode():
         expected = unpacked(model, packed)(rows)
     error = (packed(rows) - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert error.max() < 0.05 and error.median() < 0.02
+    exact = weights == "f32"
+    assert error.max() < (1e-5 if exact else 0.05) and error.median() < (1e-6 if exact else 0.02)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -13,7 +13,7 @@ from keifu.native.model import NativeLM, pack
 pytestmark = pytest.mark.usefixtures("opened")
 Asked = tuple[list[int], SamplingParams]
 Written = list[tuple[int, float | None, float | None]]
-WEIGHTS = ("bf16", "int8", "int4")
+WEIGHTS = ("f32", "bf16", "int8", "int4")
 KINDS = (
     SamplingParams(temperature=0),
     SamplingParams(temperature=1.3, min_p=0.02, frequency_penalty=0.4),

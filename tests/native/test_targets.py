@@ -58,7 +58,7 @@ def written(targets: NativeTargets, tokens: Tensor) -> Tensor:
     return torch.stack([targets.first().clone(), *(targets.next(each).clone() for each in tokens.T)], 1)
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_the_same_numbers_in_pytorch(kind: str, weights: str, instructions: str) -> None:
     model, tokens = translator(KINDS[kind]), torch.randint(4, 80, (len(SOURCES), 40))
@@ -68,10 +68,11 @@ def test_logits_are_those_of_the_same_numbers_in_pytorch(kind: str, weights: str
         state = model.start(*pad(SOURCES, SHAPE.pad_id))  # the encoder's weights are not packed
         expected = own.logits(own.hidden(torch.cat([torch.full((len(SOURCES), 1), 1), tokens], 1), state))
     error = (written(begun(packed, SOURCES, len(SOURCES)), tokens) - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert error.max() < 0.05 and error.median() < 0.02
+    exact = weights == "f32"
+    assert error.max() < (1e-5 if exact else 0.05) and error.median() < (1e-6 if exact else 0.02)
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8"])
 def test_a_target_has_the_same_bits_whatever_beams_it_was_in(weights: str, instructions: str) -> None:
     model, chance = translator(), torch.Generator().manual_seed(5)
     packed = pack_translator(model, weights)
@@ -92,7 +93,8 @@ def test_a_target_has_the_same_bits_whatever_beams_it_was_in(weights: str, instr
     packed.library.call("use_threads", 1)
     for text, owner, row in zip(texts, owners, logits, strict=True):
         alone = written(begun(packed, [SOURCES[owner]], 1), torch.tensor([text]))
-        assert torch.equal(alone[0, -1], row)
+        # float32 keeps what differs where PyTorch reads sources together; bfloat16 rounds it away
+        torch.testing.assert_close(alone[0, -1], row, rtol=0, atol=1e-5 if weights == "f32" else 0)
 
 
 def _picked(rows: list[int], count: int, chance: torch.Generator) -> list[int]:

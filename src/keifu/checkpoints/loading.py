@@ -39,10 +39,11 @@ def load(
     name: a run of keifu or another Hugging Face directory, a folder of PEFT's adapters (which are attached to their
     base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name". dtype: as stored where None, but
     on a CPU float32 for float16, whose products are very slow there. device: "cpu", "cuda", "cuda:1" or "mps"; None for
-    the one that `devices.choose` gives. weights: "bf16", "int8", "int4" or "int4_pure" packs a language model for
-    native code on a CPU (`keifu.native`): it gives logits and computes the steps of an engine, but cannot be trained;
-    "own" does so with a GGUF file's own blocks where native code has them, and nothing elsewhere. The tokenizer is
-    None for models that write no text. allow_nonfinite: load weights that hold infinities, too.
+    the one that `devices.choose` gives. weights: "f32", "bf16", "int8", "int4" or "int4_pure" packs a language model
+    for native code on a CPU (`keifu.native`): it gives logits and computes the steps of an engine, but cannot be
+    trained; "own" does so in the format that keeps the file's numbers, a GGUF file's blocks or float32, where native
+    code has it. The tokenizer is None for models that write no text. allow_nonfinite: load weights that hold
+    infinities, too.
 
     On a CPU, weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or
     misshapen, a setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from keifu.checkpoints.hf.weight_names import Link
 from keifu.checkpoints.plan import Plan
+from keifu.layers.transformer.decoder import DecoderLM
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.native.build import Unavailable
 from keifu.native.describe import ModelPart, describe
@@ -32,17 +33,19 @@ DONTNEED = 4  # Linux's MADV_DONTNEED
 
 
 def load_packed(found: Plan, weights: str) -> nn.Module:
-    """The planned model with its weights packed as bf16, int8 or int4; where native code cannot have it, one sentence
-    says why, and the model is filled as without `weights`. "own" weights are packed where all are blocks of a GGUF file
-    that native code has. A translator stays as it is, with its decoder packed beside it."""
-    if weights == OWN and (found.source.blocks is None or switched_off()):
+    """The planned model with its weights packed in a format; where native code cannot have it, one sentence says why,
+    and the model is filled as without `weights`. "own" is the format that keeps the file's numbers: its blocks, or
+    float32. A translator stays as it is, with its decoder packed beside it."""
+    if weights == OWN and (switched_off() or not isinstance(found.model, DecoderLM | EncoderDecoder)):
         return found.fill("cpu")
-    if isinstance(found.model, EncoderDecoder):
-        return pack_or_keep(found.fill("cpu"), weights)
     try:
         described, source = describe(found.model), FileWeights(found)
-        if weights == OWN and not _has_native_blocks(described, source):
-            return found.fill("cpu")
+        if weights == OWN and not (found.source.blocks and _has_native_blocks(described, source)):
+            if found.dtype != torch.float32:
+                return found.fill("cpu")
+            weights = "f32"
+        if isinstance(found.model, EncoderDecoder):
+            return pack_or_keep(found.fill("cpu"), weights)
         return NativeLM(described, source, weights, found.source.config)
     except Unavailable as reason:
         say_why(str(reason))

@@ -24,7 +24,7 @@ class Options(flags.OnDevice):
 
     model: flags.Model
     weights: str | None = None
-    """bf16, int8, int4 or int4_pure weights for the native step; unset: those of the model."""
+    """f32, bf16, int8, int4 or int4_pure weights for the native step; unset: those of the model."""
     streams: int = 1
     """Texts that are written at the same time."""
     prompt: int = 512

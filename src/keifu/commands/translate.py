@@ -76,7 +76,7 @@ def load_translator(name: str, weights: str | None = None) -> tuple[Any, Any]:
     from keifu.checkpoints import load
     from keifu.generation.text.translation import explain_not_translator, is_translator
 
-    model, tokenizer = load(name, weights=weights)
+    model, tokenizer = load(name, weights=weights or "own")
     if is_translator(model) and tokenizer is not None:
         return model, tokenizer
     raise UserError(f"{name} does not translate: {explain_not_translator(model)}")

@@ -49,7 +49,7 @@ class Span:
 class NativeLM(nn.Module):
     """A causal language model whose weights are packed for the CPU. It has no parameters that could be trained.
 
-    weights: bf16, int8 or int4. config: the model's.
+    weights: their format (see `pack`). config: the model's.
     """
 
     def __init__(self, part: ModelPart, source: Weights, weights: str, config: Any):
@@ -66,6 +66,11 @@ class NativeLM(nn.Module):
     def nbytes(self) -> int:
         """The bytes of the packed matrices."""
         return self.packer.arena.size
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The type of keys and values."""
+        return torch.float32 if self.description.embedding.format == native.F32 else torch.bfloat16
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         """Refused: packed weights are not those of any published format."""
@@ -148,7 +153,7 @@ Packed = TypeVar("Packed", bound=NativeLM)
 
 
 def pack(model: nn.Module, weights: str) -> NativeLM:
-    """The model with its weights packed as bf16, int8, int4 or int4_pure; the model itself stays as it is.
+    """The model with its weights packed as f32, bf16, int8, int4 or int4_pure; the model itself stays as it is.
 
     A weight that is not finite, and an unknown word for the format, are `UserError`s. Raises `Unavailable` where the
     native step does not know one of the model's layers, and where this machine has no native step.
@@ -191,6 +196,12 @@ def pack_beside(model: nn.Module, weights: str | None, make: Callable[[nn.Module
     packed = make(model, weights or "bf16")
     _packed[model] = weights, _state(model), packed
     return packed
+
+
+def keep_beside(model: nn.Module, packed: NativeLM) -> None:
+    """From now on this generates in place of a model that is still needed itself, whose numbers it has; packed anew,
+    when those have changed, in float32."""
+    _packed[model] = "f32", _state(model), packed
 
 
 def _state(model: nn.Module) -> list[tuple[int, int]]:

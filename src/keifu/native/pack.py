@@ -39,16 +39,17 @@ class Formats:
 
 
 FORMATS = {
+    "f32": Formats(native.F32, native.F32, exact=False),
     "bf16": Formats(native.BF16, native.BF16, exact=False),
     "int8": Formats(native.INT8_64, native.INT8_64),
     "int4": Formats(native.INT4_64, native.INT8_64),
     "int4_pure": Formats(native.INT4_64, native.INT4_64),
 }
-OWN = "own"  # a GGUF file's own blocks, where all of its matrices have native ones; else as without a format
+OWN = "own"  # what keeps a file's numbers: a GGUF file's blocks, if native code has all of them, or float32
 
 
 def formats(weights: str) -> Formats:
-    """The formats by their name: bf16, int8, int4 or int4_pure; another one is a `UserError` with the nearest."""
+    """The formats by their name: f32, bf16, int8, int4 or int4_pure; another one is a `UserError` with the nearest."""
     if weights not in (*FORMATS, OWN):
         raise unknown("format of weights", weights, [*FORMATS, OWN])
     return FORMATS["int8" if weights == OWN else weights]

@@ -75,7 +75,7 @@ class NativeTargets:
         described = ctypes.byref(model.description)
         self._handle = model.library.call("create", described, self.n_blocks, BLOCK_SIZE, min(rows, MOST_TOKENS))
         for layer, both in enumerate(model.read(source, source_mask)):
-            joined = [each.transpose(1, 2).flatten(2).to(torch.bfloat16).contiguous() for each in both]
+            joined = [each.transpose(1, 2).flatten(2).to(model.cache_dtype).contiguous() for each in both]
             for place, length in enumerate(lengths):
                 keys, values = (each[place].data_ptr() for each in joined)
                 self._call("store_source", layer, keys, values, length, at(self.source_tables[place]))

@@ -3,18 +3,20 @@ is bounded.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from keifu.checkpoints.loading import load, planned
+from keifu.checkpoints.loading import load, load_model, planned
 from keifu.errors import UserError, unknown
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.text.model import Encoder, Model, OwnRunner, TwoTowers, explain_not_causal
 from keifu.generation.text.translation import is_translator
+from keifu.native.model import NativeLM, keep_beside
+from keifu.native.pack import OWN
 from keifu.serving.errors import ApiError
 from keifu.serving.metrics import Metrics
 from keifu.serving.worker import Limits, Worker
@@ -70,6 +72,16 @@ def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
     except UserError:
         return ()
     return ("image",)
+
+
+def _load_both(name: str) -> tuple[nn.Module, Any]:
+    """A model that can be inspected, and its tokenizer; it generates natively where that keeps the file's numbers."""
+    model, tokenizer = load(name, weights=OWN)
+    if not isinstance(model, NativeLM):
+        return model, tokenizer
+    whole = load_model(name)
+    keep_beside(whole, model)
+    return whole, tokenizer
 
 
 class ServedModels:
@@ -132,7 +144,8 @@ class ServedModels:
         self._used[name] = time.monotonic()
         if name not in self.workers:
             self._make_room(self.descriptions[name].size)
-            loading: Callable[[], tuple[nn.Module, Any]] = partial(load, name, weights=self.packed.get(name))
+            packed = self.packed.get(name)
+            loading = partial(load, name, weights=packed) if packed else partial(_load_both, name)
             self.workers[name] = Worker(name, loading, self.limits, self.metrics)
             self.metrics.loaded_bytes.labels(name).set(self.descriptions[name].size)
         return self.workers[name]

@@ -28,9 +28,8 @@ Model = Annotated[
 Device = Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda|cuda:1|mps", help=(
     "Where the model runs. Unset: what KEIFU_DEVICE says, else CUDA or ROCm if there is one, else MPS, else the CPU."
 ))]  # fmt: skip
-Weights = Annotated[str | None, tyro.conf.arg(metavar="bf16|int8|int4|int4_pure", help=(
-    "Compute natively on the CPU, with weights of this many bits (docs/native.md). Unset: as they are stored, which is "
-    "native for bf16 and for the blocks of GGUF files."
+Weights = Annotated[str | None, tyro.conf.arg(metavar="f32|bf16|int8|int4|int4_pure", help=(
+    "Compute natively on the CPU, with weights of this many bits (docs/native.md). Unset: as they are stored."
 ))]  # fmt: skip
 RESULTS = ("out", "output", "strip", "picture")  # options that name what is written; a folder where one is usual
 FOLDERS = ("prepare",)  # actions of verbs that write a folder where others write a file

@@ -10,8 +10,8 @@ from keifu.errors import UserError
 
 
 def load_writer(name: str, weights: str | None = None) -> tuple[Any, Any]:
-    """A model that writes text, its weights packed as `weights` says or, of a GGUF file, as they are, and its
-    tokenizer; for any other kind of model a `UserError`.
+    """A model that writes text, its weights packed as `weights` says or as they are, and its tokenizer; for any other
+    kind of model a `UserError`.
 
     A person at a terminal is told that it is being loaded.
     """

@@ -79,40 +79,50 @@ INLINE void store_token(const Forward &f, int index, int t, int head, float *scr
     const int position = f.batch.positions[t];
     const int place = position % m.cache.block_size;
     uint8_t *base = cached_head(m.cache, own_table(f, t), index, position, head);
-    uint16_t *keys = (uint16_t *)(base + place / TILE * m.cache.key_tile) + place % TILE * 2;
-    uint16_t *values = (uint16_t *)(base + m.cache.values) + place / 2 * 32 + place % 2;
-    for (int i = 0; i < head_dim; i += 2) __builtin_prefetch(keys + i * 16, 1);
-    uint16_t rounded[256 + TILE];
+    uint8_t *key_tile = base + place / TILE * m.cache.key_tile;
+    const float *value = m.value + t * m.kv_width + head * head_dim;
+    for (int i = 0; i < head_dim; i += 4 / m.cache.number()) __builtin_prefetch(key_tile + i * TILE * m.cache.number(), 1);
     make_head(layer, layer.key_norm, t, m.key + t * m.kv_width + head * head_dim, scratch, head_dim);
+    if (m.cache.float32) {
+        float *keys = (float *)key_tile + place % TILE;
+        float *values = (float *)(base + m.cache.values) + place * TILE;
+        for (int i = 0; i < head_dim; i++) keys[i * TILE] = scratch[i];
+        for (int i = 0; i < head_dim; i++) values[i / TILE * (m.cache.value_tile / 4) + i % TILE] = value[i];
+        return;
+    }
+    uint16_t *keys = (uint16_t *)key_tile + place % TILE * 2;
+    uint16_t *values = (uint16_t *)(base + m.cache.values) + place / 2 * 32 + place % 2;
+    uint16_t rounded[256 + TILE];
     for (int i = 0; i < head_dim; i += TILE) store_bfloat16(rounded + i, load(scratch + i));
     if (head_dim % 2) rounded[head_dim] = 0;
     for (int i = 0; i < head_dim; i += 2) memcpy(keys + i * 16, rounded + i, 4);
-    const float *value = m.value + t * m.kv_width + head * head_dim;
     for (int i = 0; i < head_dim; i += TILE) store_bfloat16(rounded + i, load_first(value + i, head_dim - i));
     for (int i = 0; i < head_dim; i++) values[i / TILE * (m.cache.value_tile / 2) + i % TILE * 2] = rounded[i];
 }
 
 // The queries of a task, normalised, rotated and rounded: [token, head of the group, head_dim padded to GROUP]. Those of
 // cross-attention are only rounded.
+template <bool FLOAT32>
 INLINE int make_queries(const Forward &f, const Layer &layer, const AttentionTask &task, bool cross, int head, Scratch &scratch) {
     const KeifuModel &m = *f.model;
     const int head_dim = m.about.head_dim;
     const int group = m.about.n_heads / m.about.n_kv_heads;
     const int width = (int)round_up(head_dim, GROUP);
-    Dense *out = (Dense *)scratch.queries;
+    auto *out = (Number<FLOAT32> *)scratch.queries;
     for (int t = task.first; t < task.first + task.n_tokens; t++)
         for (int h = 0; h < group; h++, out += width) {
             const float *query = m.query + t * m.query_width + (head * group + h) * head_dim;
             if (cross) normalise({}, query, scratch.heads, head_dim);
             else make_head(layer, layer.query_norm, t, query, scratch.heads, head_dim);
             for (int i = 0; i < width; i += TILE)
-                store_dense(out + i, i < head_dim ? first(load(scratch.heads + i), head_dim - i) : v16{});
+                put<FLOAT32>(out + i, i < head_dim ? first(load(scratch.heads + i), head_dim - i) : v16{});
         }
     return task.n_tokens * group;
 }
 
 // weights = exp(score · scale - maximum), rounded, where visible, else 0; gives 1 / their sum. `n`: a multiple of 32.
-INLINE float soften(float *scores, Dense *weights, int n, int seen_from, int seen_to, float scale) {
+template <bool FLOAT32>
+INLINE float soften(float *scores, Number<FLOAT32> *weights, int n, int seen_from, int seen_to, float scale) {
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const int from = seen_from / TILE * TILE;
     v16 most = splat(-3e38f);
@@ -127,15 +137,17 @@ INLINE float soften(float *scores, Dense *weights, int n, int seen_from, int see
     v16 total{};
     for (int i = 0; i < n; i += TILE) {
         v16 w{};
-        if (i >= from && i <= seen_to) w = round_to_bfloat16(exp(load(scores + i) - highest));
+        if (i >= from && i <= seen_to) w = exp(load(scores + i) - highest);
+        if (!FLOAT32) w = round_to_bfloat16(w);
         total += w;
-        store_dense(weights + i, w);
+        put<FLOAT32>(weights + i, w);
     }
     return 1.f / sum(total);
 }
 
 // Attends for one task and one kv head; writes model.attended. `cross`: to the tokens' source, all of it. `fetches`: the
 // next head comes next, and what it reads is fetched meanwhile.
+template <bool FLOAT32>
 INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool cross, int head, bool fetches, Scratch &scratch) {
     const KeifuModel &m = *f.model;
     const Layer &layer = m.layers[index];
@@ -151,7 +163,12 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
     const int start = earliest / GROUP * GROUP;
     const int n = (int)round_up(first_position + 1 + advance * (task.n_tokens - 1) - start, GROUP);
     const int64_t stride = m.max_positions + PAIR;
-    const int rows = make_queries(f, layer, task, cross, head, scratch);
+    constexpr int GROUP_BYTES = GROUP * TILE * (FLOAT32 ? 4 : 2);  // of a tile
+    const auto multiply = [](auto at, int tiles, int groups, const void *x, int64_t x_stride, int n, float *y, int64_t y_stride) {
+        if constexpr (FLOAT32) vector_product<true>(at, tiles, groups, (const float *)x, x_stride, n, y, y_stride);
+        else dense_product(at, tiles, groups, (const Dense *)x, x_stride, n, y, y_stride);
+    };
+    const int rows = make_queries<FLOAT32>(f, layer, task, cross, head, scratch);
     const int64_t ahead = fetches ? c.head : 0;
 
     const int width = (int)round_up(head_dim, GROUP);
@@ -164,32 +181,32 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
             keys[s] = cached_head(c, table, index, position, head) + position % c.block_size / TILE * c.key_tile;
         }
         const auto at = [&](int s, int g) {
-            if (ahead) fetch<PREFETCH.cache>(keys[s] + g * 1024 + ahead, 1024);
-            return keys[s] + g * 1024;
+            if (ahead) fetch<PREFETCH.cache>(keys[s] + g * GROUP_BYTES + ahead, GROUP_BYTES);
+            return keys[s] + g * GROUP_BYTES;
         };
-        dense_product(at, tiles, width / GROUP, (const Dense *)scratch.queries, width, rows, scratch.scores + i, stride);
+        multiply(at, tiles, width / GROUP, scratch.queries, width, rows, scratch.scores + i, stride);
     }
 
-    Dense *weights = (Dense *)scratch.weights;
+    auto *weights = (Number<FLOAT32> *)scratch.weights;
     float inverse[MAX_TASK_ROWS];
     for (int r = 0; r < rows; r++) {
         const int place = first_position + advance * (r / group) - start;
         const int from = place - window + 1 > 0 ? place - window + 1 : 0;
-        inverse[r] = soften(scratch.scores + r * stride, weights + r * stride, n, from, place, layer.attention_scale);
+        inverse[r] = soften<FLOAT32>(scratch.scores + r * stride, weights + r * stride, n, from, place, layer.attention_scale);
     }
 
     const auto at = [&](int s, int g) {
         const int position = start + g * GROUP;
         const uint8_t *tile = cached_head(c, table, index, position, head) + c.values + s * c.value_tile +
-                              position % c.block_size / GROUP * 1024;
-        if (ahead) fetch<PREFETCH.cache>(tile + ahead, 1024);
+                              position % c.block_size / GROUP * GROUP_BYTES;
+        if (ahead) fetch<PREFETCH.cache>(tile + ahead, GROUP_BYTES);
         return tile;
     };
     const int padded = (int)round_up(head_dim, TILE);
     for (int s = 0; s < padded / TILE; s += CHUNK) {
         const int tiles = padded / TILE - s < CHUNK ? padded / TILE - s : CHUNK;
         const auto here = [&](int i, int g) { return at(s + i, g); };
-        dense_product(here, tiles, n / GROUP, weights, stride, rows, scratch.heads + s * TILE, padded);
+        multiply(here, tiles, n / GROUP, weights, stride, rows, scratch.heads + s * TILE, padded);
     }
     for (int r = 0; r < rows; r++) {
         float *out = m.attended + (task.first + r / group) * m.query_width + (head * group + r % group) * head_dim;

@@ -1,12 +1,13 @@
 // How a packed matrix lies in memory. A tile is 16 rows of the matrix; the tiles follow one another. A tile goes through
 // the columns by pairs of groups of 32:
 //
+//   float32:    [32 columns of a group][16 rows] for both groups
 //   bf16:       [16 column pairs of a group][16 rows][2 columns] for both groups
 //   quantised:  a super header (where there is one) before every fourth pair; the pair's header with its scales; then
 //               the codes of both groups, [8 column quads][16 rows][4 columns] in bytes. In 4 bits a byte holds column
 //               quad i of the group in its low half and quad i + 4 in its high half.
 //
-// A vector of 64 bytes is then what 16 rows need of two (or four) columns, and 8 or 16 of them are a tile of AMX.
+// A vector of 64 bytes is then what 16 rows need of one, two or four columns, and 8 or 16 of them are a tile of AMX.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -45,8 +46,15 @@ constexpr Layout LAYOUTS[] = {
     {64, 64, 512, 0, false, true, false},    // KEIFU_INT6_SUPER: 16 d; 2 x 2 x 16 scales in bytes
     {128, 0, 512, 0, false, false, true},    // KEIFU_INT8_64: 4 x 16 scales of the four pairs
     {64, 64, 256, 0, true, false, true},     // KEIFU_INT4_64: 16 d, 16 dmin; 16 scales, 16 x 2 of m - 1, 2 x 16 mins
+    {0, 0, 2048, 0, false, false, false},    // KEIFU_F32
 };
 constexpr int N_FORMATS = sizeof(LAYOUTS) / sizeof(Layout);
+
+// What x is rounded to for a product with weights of a format.
+enum class Input { CODES, BFLOAT16, FLOAT32 };
+static ALWAYS_INLINE constexpr Input input_of(int format) {
+    return format == KEIFU_F32 ? Input::FLOAT32 : format == KEIFU_BF16 ? Input::BFLOAT16 : Input::CODES;
+}
 
 static ALWAYS_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -47,6 +47,7 @@ int32_t keifu_use_threads(int32_t n);       /* 1 to 256; waits for a forward tha
  *
  *   format            value of a weight                      bits a weight   same values as
  *   KEIFU_BF16        bfloat16                               16
+ *   KEIFU_F32         float32, with which x is not rounded   32
  *   KEIFU_INT8        scale · q, q in -128..127              8.5             GGUF Q8_0 (and Q5_0)
  *   KEIFU_INT4        scale · (q - 8), q in 0..15            4.5             GGUF Q4_0
  *   KEIFU_INT4_MIN    scale · q + min                        5               GGUF Q4_1
@@ -61,7 +62,7 @@ int32_t keifu_use_threads(int32_t n);       /* 1 to 256; waits for a forward tha
  */
 enum KeifuFormat {
     KEIFU_BF16 = 0, KEIFU_INT8 = 1, KEIFU_INT4 = 2, KEIFU_INT4_MIN = 3, KEIFU_INT4_SUPER = 4, KEIFU_INT6_SUPER = 5,
-    KEIFU_INT8_64 = 6, KEIFU_INT4_64 = 7
+    KEIFU_INT8_64 = 6, KEIFU_INT4_64 = 7, KEIFU_F32 = 8
 };
 
 enum KeifuSource { KEIFU_FROM_FLOAT32 = 0, KEIFU_FROM_BFLOAT16 = 1, KEIFU_FROM_FLOAT16 = 2 };
@@ -69,7 +70,7 @@ enum KeifuSource { KEIFU_FROM_FLOAT32 = 0, KEIFU_FROM_BFLOAT16 = 1, KEIFU_FROM_F
 /* Bytes of a packed matrix; -1 for an unknown format or a size below 1. */
 int64_t keifu_packed_size(int32_t format, int64_t rows, int64_t columns);
 
-/* Packs numbers to KEIFU_BF16, KEIFU_INT8_64 or KEIFU_INT4_64. `row_stride` counts numbers from one row to the next.
+/* Packs numbers to KEIFU_F32, KEIFU_BF16, KEIFU_INT8_64 or KEIFU_INT4_64. `row_stride` counts numbers from one row to the next.
  * Scales are chosen to make the squared error of each group small. Fails at a NaN or an infinity, naming row and column.
  * Uses the pool's threads. */
 int32_t keifu_pack(int32_t format, int32_t source_type, const void *source, int64_t rows, int64_t columns,
@@ -147,13 +148,14 @@ typedef struct {
     float logit_softcap; /* cap · tanh(logit / cap); 0: none */
 } KeifuModelDescription;
 
-/* Fails where shapes do not fit together (which matrix, which sizes), or where query, key and value (or gate and up)
- * are partly KEIFU_BF16 and partly quantised. */
+/* Fails where shapes do not fit together (which matrix, which sizes), or where of query, key and value (or gate and up)
+ * one is KEIFU_F32, or KEIFU_BF16, and another is not. */
 typedef struct KeifuModel KeifuModel;
 
 /* ---- the cache of keys and values ----
  *
- * `n_blocks` blocks of `block_size` positions (a multiple of 32), in bfloat16, for all layers. Sequence s keeps
+ * `n_blocks` blocks of `block_size` positions (a multiple of 32), for all layers, in float32 where the embedding is
+ * KEIFU_F32, else in bfloat16. Sequence s keeps
  * position p in block table[s][p / block_size]. The caller decides which blocks a sequence has (and which of them it
  * shares); the memory is the model's. `max_tokens` is the most tokens that one forward takes. */
 int64_t keifu_cache_bytes(const KeifuModelDescription *description, int32_t n_blocks, int32_t block_size);
@@ -163,7 +165,7 @@ void keifu_destroy(KeifuModel *model);
 int32_t keifu_copy_block(KeifuModel *model, int32_t from, int32_t to); /* all layers */
 
 /* Writes a source's keys and values for the cross-attention of one layer, [n_positions, kv_heads·head_dim] each in
- * bfloat16, into the blocks of `table`, in order. */
+ * the cache's type, into the blocks of `table`, in order. */
 int32_t keifu_store_source(KeifuModel *model, int32_t layer, const void *keys, const void *values, int32_t n_positions,
                            const int32_t *table);
 

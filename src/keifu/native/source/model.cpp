@@ -54,6 +54,7 @@ class Arena {
 Rows make_rows(Arena &arena, int64_t n, int64_t columns) {
     Rows rows;
     rows.columns = round_up(columns, PAIR);
+    rows.numbers = arena.take<float>(n * rows.columns);
     rows.dense = arena.take<uint16_t>(n * rows.columns);
     rows.codes = arena.take<int8_t>(n * rows.columns);
     rows.groups = arena.take<CodeGroup>(round_up(n, TILE) * rows.n_groups());
@@ -106,8 +107,8 @@ int check_matrix(const KeifuMatrix &w, const char *name, int layer, int64_t rows
 }
 
 int check_same_input(const KeifuMatrix &a, const KeifuMatrix &b, const char *names, int layer) {
-    if ((a.format == KEIFU_BF16) == (b.format == KEIFU_BF16)) return 0;
-    return fail("The %s matrices of layer %d have the same input, so that all of them must be bf16, or none.", names, layer);
+    if (input_of(a.format) == input_of(b.format)) return 0;
+    return fail("The %s matrices of layer %d have one input: all must be float32, or bf16, or none.", names, layer);
 }
 
 int check_layer(const KeifuModelDescription &about, const KeifuLayer &l, int i) {
@@ -150,8 +151,9 @@ Cache plan_cache(const KeifuModelDescription &about, int n_blocks, int block_siz
     Cache c{};
     c.n_blocks = n_blocks;
     c.block_size = block_size;
-    c.key_tile = round_up(about.head_dim, GROUP) * TILE * 2;
-    c.value_tile = (int64_t)block_size * TILE * 2;
+    c.float32 = about.embedding.format == KEIFU_F32;
+    c.key_tile = round_up(about.head_dim, GROUP) * TILE * c.number();
+    c.value_tile = (int64_t)block_size * TILE * c.number();
     c.values = block_size / TILE * c.key_tile;
     c.head = c.values + (about.head_dim + TILE - 1) / TILE * c.value_tile;
     c.block = about.n_kv_heads * c.head;
@@ -346,10 +348,13 @@ int32_t keifu_store_source(KeifuModel *model, int32_t layer, const void *keys, c
         for (int64_t i = 0; i < width; i++) {
             uint8_t *base = c.data + layer * c.layer + table[position / c.block_size] * c.block + i / head_dim * c.head;
             const int at = (int)(i % head_dim);
-            uint16_t *key = (uint16_t *)(base + place / TILE * c.key_tile) + at / GROUP * GROUP * TILE;
-            uint16_t *value = (uint16_t *)(base + c.values + at / TILE * c.value_tile) + place / GROUP * GROUP * TILE;
-            key[bfloat16_place(at % GROUP, place % TILE)] = ((const uint16_t *)keys)[position * width + i];
-            value[bfloat16_place(place % GROUP, at % TILE)] = ((const uint16_t *)values)[position * width + i];
+            const int64_t from = (position * width + i) * c.number();
+            const auto bytes = [&](int column, int row) {  // from the beginning of a tile
+                return c.number() * (c.float32 ? column * TILE + row : bfloat16_place(column, row));
+            };
+            std::memcpy(base + place / TILE * c.key_tile + bytes(at, place % TILE), (const char *)keys + from, c.number());
+            std::memcpy(base + c.values + at / TILE * c.value_tile + bytes(place, at % TILE), (const char *)values + from,
+                        c.number());
         }
     }
     return 0;

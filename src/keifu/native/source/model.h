@@ -20,9 +20,10 @@ struct CodeGroup {
     int32_t unused[2];
 };
 
-// The rows of a product's input as the kernels want them: bfloat16 for bf16 weights, int8 in groups for the others.
+// The rows of a product's input as the kernels want them: see Input.
 struct Rows {
     int64_t columns;   // padded to PAIR; also the distance between rows
+    float *numbers;    // float32
     uint16_t *dense;   // bfloat16
     int8_t *codes;
     CodeGroup *groups;  // [rows / TILE][groups][TILE]
@@ -46,13 +47,16 @@ struct Scratch {
     Rows own;         // rows that the thread makes for itself where there are few
 };
 
-// Where keys and values lie: [layer][block][kv head][keys | values]. Keys of 16 positions are a bf16 tile; values are
-// tiles of 16 numbers of the head whose columns are positions.
+// Where keys and values lie: [layer][block][kv head][keys | values]. Keys of 16 positions are a tile of bf16 or float32;
+// values are tiles of 16 numbers of the head whose columns are positions.
 struct Cache {
     uint8_t *data;
+    bool float32;
     int block_size, n_blocks;
     int64_t key_tile, value_tile;       // bytes of a tile of a block
     int64_t values, head, block, layer;  // offset of the values; bytes of a head, of a block, of a layer
+
+    ALWAYS_INLINE int number() const { return float32 ? 4 : 2; }  // bytes
 };
 
 struct Rotation {  // the rotary tables of the tokens of a batch

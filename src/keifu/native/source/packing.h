@@ -15,14 +15,16 @@ template <int FORMAT> INLINE void unpack_row(const uint8_t *tile, int lane, int6
         const int g = start / GROUP % 2;
         const uint8_t *codes = tile + pair_offset(L, pair) + L.group(g);
         Scales all{};
-        if constexpr (FORMAT != KEIFU_BF16) all = read_scales<FORMAT>(tile, pair, g);
+        if constexpr (input_of(FORMAT) == Input::CODES) all = read_scales<FORMAT>(tile, pair, g);
         if constexpr (FORMAT == KEIFU_INT4_64) all.scale *= to_float(read_multipliers(tile, pair, g));
         const float scales[2] = {all.scale[lane], L.halves ? all.second[lane] : all.scale[lane]};
         const float min = L.wide && g ? all.third[lane] : all.second[lane];
         const int n = columns - start < GROUP ? (int)(columns - start) : GROUP;
         for (int i = 0; i < n; i++) {
             float value;
-            if constexpr (FORMAT == KEIFU_BF16) {
+            if constexpr (FORMAT == KEIFU_F32) {
+                memcpy(&value, codes + (i * TILE + lane) * 4, 4);
+            } else if constexpr (FORMAT == KEIFU_BF16) {
                 const uint32_t bits = (uint32_t)((const uint16_t *)codes)[bfloat16_place(i, lane)] << 16;
                 memcpy(&value, &bits, 4);
             } else if constexpr (L.codes == 256) {
@@ -39,6 +41,7 @@ static void unpack(int format, const uint8_t *data, int64_t columns, int64_t row
     const uint8_t *tile = data + row / TILE * tile_bytes(format, columns);
     const int lane = (int)(row % TILE);
     switch (format) {
+    case KEIFU_F32: return unpack_row<KEIFU_F32>(tile, lane, columns, out);
     case KEIFU_BF16: return unpack_row<KEIFU_BF16>(tile, lane, columns, out);
     case KEIFU_INT8: return unpack_row<KEIFU_INT8>(tile, lane, columns, out);
     case KEIFU_INT4: return unpack_row<KEIFU_INT4>(tile, lane, columns, out);
@@ -201,6 +204,10 @@ INLINE void pack_bfloat16(uint8_t *tile, int64_t pair, const Group *x) {
     }
 }
 
+INLINE void pack_float32(uint8_t *tile, int64_t pair, const Group *x) {
+    for (int i = 0; i < PAIR; i++) store((float *)(tile + pair_offset(LAYOUTS[KEIFU_F32], pair)) + i * TILE, x[0][i]);
+}
+
 // A group of each row, zeros beyond the rows and the columns.
 INLINE void read_group(const Numbers &from, int64_t column, Group &x) {
     float numbers[GROUP][TILE] = {};
@@ -241,7 +248,8 @@ template <int FORMAT> INLINE int64_t pack_tile(const Numbers &from, uint8_t *til
         }
         if constexpr (FORMAT == KEIFU_INT4_64) pack_int4(tile, first, x, pairs);
         for (int pair = 0; pair < pairs && FORMAT != KEIFU_INT4_64; pair++)
-            if constexpr (FORMAT == KEIFU_BF16) pack_bfloat16(tile, first + pair, x + 2 * pair);
+            if constexpr (FORMAT == KEIFU_F32) pack_float32(tile, first + pair, x + 2 * pair);
+            else if constexpr (FORMAT == KEIFU_BF16) pack_bfloat16(tile, first + pair, x + 2 * pair);
             else pack_int8(tile, first + pair, x + 2 * pair);
     }
     return -1;
@@ -251,6 +259,7 @@ template <int FORMAT> INLINE int64_t pack_tile(const Numbers &from, uint8_t *til
 // columns + its first column.
 static int64_t pack(int format, const Numbers &from, uint8_t *tile) {
     switch (format) {
+    case KEIFU_F32: return pack_tile<KEIFU_F32>(from, tile);
     case KEIFU_BF16: return pack_tile<KEIFU_BF16>(from, tile);
     case KEIFU_INT8_64: return pack_tile<KEIFU_INT8_64>(from, tile);
     default: return pack_tile<KEIFU_INT4_64>(from, tile);

@@ -2,10 +2,13 @@
 //
 // The order of the sums is the same for every number of rows. Quantised: the codes of a group are multiplied and added
 // up exactly in int32, then the sum times both scales is added; the same bits on every CPU. bf16: of each pair of
-// columns the odd one is added to the total first, as VDPBF16PS does; AMX's tiles have an order of their own. Keys and
+// columns the odd one is added to the total first, as VDPBF16PS does; AMX's tiles have an order of their own. float32:
+// column by column. Keys and
 // values are multiplied in AMX's order everywhere: even and odd columns of a group of 32 apart from zero, then their
 // sum is added to the total.
 #pragma once
+#include <type_traits>
+
 #include "model.h"
 #include "vector.h"
 
@@ -20,6 +23,12 @@ INLINE void store_dense(Dense *p, v16 x) { store_bfloat16(p, x); }
 typedef float Dense;
 INLINE void store_dense(Dense *p, v16 x) { store(p, round_to_bfloat16(x)); }
 #endif
+
+template <bool FLOAT32> using Number = std::conditional_t<FLOAT32, float, Dense>;
+template <bool FLOAT32> INLINE void put(Number<FLOAT32> *p, v16 x) {
+    if constexpr (FLOAT32) store(p, x);
+    else store_dense(p, x);
+}
 
 constexpr int OUT = CHUNK * TILE;  // floats from one row of a product's output to the next
 
@@ -47,10 +56,12 @@ INLINE void encode_codes(const Rows &rows, int64_t row, int64_t pair, const floa
 }
 
 // Rounds 64 numbers of a row to what the weights of a product are multiplied with.
-INLINE void encode(const Rows &rows, bool quantised, int64_t row, int64_t pair, const float *x) {
-    if (quantised) return encode_codes(rows, row, pair, x);
-    uint16_t *dense = rows.dense + row * rows.columns + pair * PAIR;
-    for (int i = 0; i < PAIR; i += TILE) store_bfloat16(dense + i, load(x + i));
+INLINE void encode(const Rows &rows, Input kind, int64_t row, int64_t pair, const float *x) {
+    const int64_t place = row * rows.columns + pair * PAIR;
+    if (kind == Input::CODES) return encode_codes(rows, row, pair, x);
+    for (int i = 0; i < PAIR; i += TILE)
+        if (kind == Input::FLOAT32) store(rows.numbers + place + i, load(x + i));
+        else store_bfloat16(rows.dense + place + i, load(x + i));
 }
 
 // ---- blocks of a product ----
@@ -160,11 +171,6 @@ template <int FORMAT> INLINE v16 add_sums(v16 total, i16 sums, const Scales &sca
 
 // ---- keys and values ----
 
-#if defined(__AMX_TILE__)
-}  // namespace KEIFU_NAMESPACE
-#include "amx.h"
-namespace KEIFU_NAMESPACE {
-#else
 #if defined(__AVX512F__)
 constexpr int SHARED = 2;  // tiles at once
 constexpr int ROWS = 4;
@@ -173,8 +179,8 @@ constexpr int SHARED = 1;
 constexpr int ROWS = 2;
 #endif
 
-template <int S, int B, class At>
-INLINE void dense_block(At at, int groups, const float *x, int64_t stride, float *out, int64_t out_stride) {
+template <bool FLOAT32, int S, int B, class At>
+INLINE void vector_block(At at, int groups, const float *x, int64_t stride, float *out, int64_t out_stride) {
     v16 total[S][B] = {};
     for (int g = 0; g < groups; g++) {
         v16 even[S][B] = {};
@@ -183,9 +189,9 @@ INLINE void dense_block(At at, int groups, const float *x, int64_t stride, float
         UNROLL for (int s = 0; s < S; s++) tile[s] = at(s, g);
         for (int pair = 0; pair < GROUP / 2; pair++)
             UNROLL for (int s = 0; s < S; s++) {
-                const i16 w = load_ints(tile[s] + pair * 64);
-                const v16 low = as_float(w << 16);
-                const v16 high = as_float(w & (int32_t)0xffff0000);
+                const i16 w = load_ints(tile[s] + pair * (FLOAT32 ? 128 : 64));
+                const v16 low = as_float(FLOAT32 ? w : w << 16);
+                const v16 high = as_float(FLOAT32 ? load_ints(tile[s] + pair * 128 + 64) : w & (int32_t)0xffff0000);
                 UNROLL for (int b = 0; b < B; b++) {
                     const float *two = x + b * stride + g * GROUP + 2 * pair;
                     even[s][b] = fma(splat(two[0]), low, even[s][b]);
@@ -197,13 +203,15 @@ INLINE void dense_block(At at, int groups, const float *x, int64_t stride, float
     UNROLL for (int i = 0; i < S * B; i++) store(out + i % B * out_stride + i / B * TILE, total[i / B][i % B]);
 }
 
-// Products of up to four bf16 tiles with up to MAX_TASK_ROWS rows; at(s, g) is where group g of tile s lies.
-template <class At>
-INLINE void dense_product(At at, int tiles, int groups, const Dense *x, int64_t stride, int rows, float *out,
-                          int64_t out_stride) {
+// Products of up to four tiles, of bf16 or float32, with up to MAX_TASK_ROWS rows; at(s, g) is where group g of tile s
+// lies.
+template <bool FLOAT32, class At>
+INLINE void vector_product(At at, int tiles, int groups, const float *x, int64_t stride, int rows, float *out,
+                           int64_t out_stride) {
     const auto run = [&](auto S, auto B, int s, int b) {
         const auto here = [&](int i, int g) { return at(s + i, g); };
-        dense_block<S.value, B.value>(here, groups, x + b * stride, stride, out + b * out_stride + s * TILE, out_stride);
+        float *y = out + b * out_stride + s * TILE;
+        vector_block<FLOAT32, S.value, B.value>(here, groups, x + b * stride, stride, y, out_stride);
     };
     int b = 0;
     for (; b + ROWS <= rows; b += ROWS) {
@@ -217,9 +225,20 @@ INLINE void dense_product(At at, int tiles, int groups, const Dense *x, int64_t 
         for (; s < tiles; s++) run(Constant<1>(), Constant<1>(), s, b);
     }
 }
+
+#if defined(__AMX_TILE__)
+}  // namespace KEIFU_NAMESPACE
+#include "amx.h"
+namespace KEIFU_NAMESPACE {
+#else
+template <class At>
+INLINE void dense_product(At at, int tiles, int groups, const Dense *x, int64_t stride, int rows, float *out,
+                          int64_t out_stride) {
+    vector_product<false>(at, tiles, groups, x, stride, rows, out, out_stride);
+}
 #endif
 
-// ---- bf16 ----
+// ---- bf16 and float32 ----
 
 // Two columns of 16 rows times two numbers of x.
 INLINE v16 dot_pair(v16 total, i16 w, i16 x) {
@@ -234,18 +253,22 @@ INLINE v16 dot_pair(v16 total, i16 w, i16 x) {
 typedef int32_t Four __attribute__((aligned(1), may_alias));
 INLINE int32_t four_bytes(const void *p) { return *(const Four *)p; }
 
-template <int S, int B>
-INLINE void bfloat16_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, Turn turn, float *out) {
-    const uint16_t *x = rows.dense + row * rows.columns;
+template <int FORMAT, int S, int B>
+INLINE void plain_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, Turn turn, float *out) {
+    constexpr bool FLOAT32 = FORMAT == KEIFU_F32;
+    constexpr int COLUMNS = FLOAT32 ? 1 : 2;  // of a line, which is a vector of each tile
     v16 total[S][B] = {};
-    for (int64_t line = 0; line < rows.columns / 2; line += 4) {
+    for (int64_t line = 0; line < rows.columns / COLUMNS; line += 4) {
         if (B > 1 && (line / 4 & turn.mask) == turn.turn)
             UNROLL for (int s = 0; s < S; s++) fetch(tiles[CHUNK + s] + line * 64, 256);
         UNROLL for (int i = 0; i < 4; i++)
             UNROLL for (int s = 0; s < S; s++) {
                 const i16 w = load_ints(tiles[s] + (line + i) * 64);
-                UNROLL for (int b = 0; b < B; b++)
-                    total[s][b] = dot_pair(total[s][b], w, splat(four_bytes(x + b * rows.columns + 2 * (line + i))));
+                UNROLL for (int b = 0; b < B; b++) {
+                    const int64_t at = (row + b) * rows.columns + COLUMNS * (line + i);
+                    if constexpr (FLOAT32) total[s][b] = fma(splat(rows.numbers[at]), as_float(w), total[s][b]);
+                    else total[s][b] = dot_pair(total[s][b], w, splat(four_bytes(rows.dense + at)));
+                }
             }
     }
     UNROLL for (int i = 0; i < S * B; i++) store(out + i % B * OUT + i / B * TILE, total[i / B][i % B]);
@@ -413,16 +436,17 @@ void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int 
             return tiles[s] + g * 1024;
         };
         return dense_product(at, CHUNK, (int)rows.n_groups(), rows.dense + row * rows.columns, rows.columns, n_rows, out, OUT);
-    } else if (n_rows >= AMX_ROWS) {
+    } else if (FORMAT != KEIFU_F32 && n_rows >= AMX_ROWS) {
         return amx_quantised<FORMAT>(tiles, CHUNK, rows, row, n_rows, scratch, out);
     }
 #endif
-    constexpr Blocking K = FORMAT == KEIFU_BF16 ? BFLOAT16 : QUANTISED;
+    constexpr bool PLAIN = input_of(FORMAT) != Input::CODES;
+    constexpr Blocking K = PLAIN ? BFLOAT16 : QUANTISED;
     const int64_t mask = n_rows < 2 * K.rows ? 0 : n_rows < 4 * K.rows ? 1 : 3;
     cut<K.tiles, K.alone, K.rows>(0, n_rows, [&](auto S, auto B, int s, int b) {
         const Turn turn{mask, b / B.value};
         float *y = out + b * OUT + s * TILE;
-        if constexpr (FORMAT == KEIFU_BF16) bfloat16_block<S.value, B.value>(tiles + s, rows, row + b, turn, y);
+        if constexpr (PLAIN) plain_block<FORMAT, S.value, B.value>(tiles + s, rows, row + b, turn, y);
         else quantised_block<FORMAT, S.value, B.value>(tiles + s, rows, row + b, turn, y);
     });
 }
@@ -432,6 +456,7 @@ void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int 
 static void product(int format, const uint8_t *const *tiles, const Rows &rows, int64_t row, int n_rows, Scratch &scratch,
                     float *out) {
     switch (format) {
+    case KEIFU_F32: return product_of<KEIFU_F32>(tiles, rows, row, n_rows, scratch, out);
     case KEIFU_BF16: return product_of<KEIFU_BF16>(tiles, rows, row, n_rows, scratch, out);
     case KEIFU_INT8: return product_of<KEIFU_INT8>(tiles, rows, row, n_rows, scratch, out);
     case KEIFU_INT4: return product_of<KEIFU_INT4>(tiles, rows, row, n_rows, scratch, out);

@@ -18,8 +18,6 @@ INLINE v16 activate(int which, v16 x) {
     }
 }
 
-INLINE bool quantised(const KeifuMatrix &w) { return w.format != KEIFU_BF16; }
-
 INLINE v16 bias(const KeifuMatrix &w, int64_t column) {
     const int64_t left = w.rows - column;
     return w.bias && left > 0 ? load_first(w.bias + column, left < TILE ? (int)left : TILE) : v16{};
@@ -100,7 +98,9 @@ class Step {
                 const AttentionTask &task = all.tasks[i / heads];
                 for (int t = 0; t < task.n_tokens && f.whole_spans && !cross; t++)
                     store_token(f, index, task.first + t, i % heads, scratch.heads);
-                attend(f, index, task, cross, i % heads, i % each + 1 < each && task.n_tokens == 1, scratch);
+                const bool fetches = i % each + 1 < each && task.n_tokens == 1;
+                if (m.cache.float32) attend<true>(f, index, task, cross, i % heads, fetches, scratch);
+                else attend<false>(f, index, task, cross, i % heads, fetches, scratch);
             }
         });
     }
@@ -108,7 +108,7 @@ class Step {
     void add_attended(const KeifuMatrix &out, const KeifuNorm &norm) {
         const int inner = m.about.n_heads * m.about.head_dim;
         const auto mix = [&](const Rows &rows, int r) {
-            encode_row(rows, quantised(out), r, m.attended + r * m.query_width, inner);
+            encode_row(rows, input_of(out.format), r, m.attended + r * m.query_width, inner);
         };
         from_rows(m.mixed, f.batch.n_tokens, mix, n_chunks(out), [&](const Rows &rows, int chunk) {
             add_products(out, norm, rows, chunk);
@@ -117,7 +117,7 @@ class Step {
     }
 
     void hidden(const Layer &layer, const KeifuNorm &norm) {
-        const auto make = [&](const Rows &rows, int r) { norm_row(rows, quantised(layer.up), r, norm, r); };
+        const auto make = [&](const Rows &rows, int r) { norm_row(rows, input_of(layer.up.format), r, norm, r); };
         from_rows(m.normed, f.batch.n_tokens, make, n_chunks(layer.up), [&](const Rows &rows, int chunk) {
             for (int r = 0; r < f.batch.n_tokens; r += BLOCK_ROWS) activate_rows(layer, rows, chunk, r);
         });
@@ -133,7 +133,7 @@ class Step {
     void logits() {
         const KeifuMatrix &head = m.about.head;
         const auto make = [&](const Rows &rows, int r) {
-            norm_row(rows, quantised(head), r, m.about.norm, f.batch.wanted[r]);
+            norm_row(rows, input_of(head.format), r, m.about.norm, f.batch.wanted[r]);
         };
         from_rows(m.normed, f.batch.n_wanted, make, n_chunks(head), [&](const Rows &rows, int chunk) {
             const float cap = m.about.logit_softcap;
@@ -168,18 +168,18 @@ class Step {
         });
     }
 
-    void encode_row(const Rows &rows, bool codes, int r, const float *x, int n) {
+    void encode_row(const Rows &rows, Input kind, int r, const float *x, int n) {
         int i = 0;
-        for (; i + PAIR <= n; i += PAIR) encode(rows, codes, r, i / PAIR, x + i);
+        for (; i + PAIR <= n; i += PAIR) encode(rows, kind, r, i / PAIR, x + i);
         if (i == n) return;
         float rest[PAIR] = {};
         memcpy(rest, x + i, (n - i) * sizeof(float));
-        encode(rows, codes, r, i / PAIR, rest);
+        encode(rows, kind, r, i / PAIR, rest);
     }
 
-    void norm_row(const Rows &rows, bool codes, int r, const KeifuNorm &norm, int t) {
+    void norm_row(const Rows &rows, Input kind, int r, const KeifuNorm &norm, int t) {
         normalise(norm, m.x + t * m.width, scratch.row, m.about.dim);
-        encode_row(rows, codes, r, scratch.row, m.about.dim);
+        encode_row(rows, kind, r, scratch.row, m.about.dim);
     }
 
     // ---- products ----
@@ -216,8 +216,8 @@ class Step {
     void multiply(const Target *targets, int n, const KeifuNorm &norm) {
         int chunks = 0;
         for (int i = 0; i < n; i++) chunks += n_chunks(*targets[i].matrix);
-        const bool codes = quantised(*targets[0].matrix);
-        const auto make = [&](const Rows &rows, int r) { norm_row(rows, codes, r, norm, r); };
+        const Input kind = input_of(targets[0].matrix->format);
+        const auto make = [&](const Rows &rows, int r) { norm_row(rows, kind, r, norm, r); };
         from_rows(m.normed, f.batch.n_tokens, make, chunks, [&](const Rows &rows, int chunk) {
             const Target *target = targets;
             for (; chunk >= n_chunks(*target->matrix); target++) chunk -= n_chunks(*target->matrix);
@@ -293,7 +293,7 @@ class Step {
                     store(made + r * OUT + (first + s) * TILE, y);
                 }
         }
-        for (int r = 0; r < here; r++) encode(m.hidden, quantised(layer.down), row + r, chunk, made + r * OUT);
+        for (int r = 0; r < here; r++) encode(m.hidden, input_of(layer.down.format), row + r, chunk, made + r * OUT);
     }
 
     const Forward &f;
