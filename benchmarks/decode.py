@@ -36,18 +36,20 @@ def main() -> None:
     theirs = transformers.AutoModelForCausalLM.from_config(SHAPES[options.shape]).eval().to(dtype)
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
-        ours = checkpoints.load_model(Path(directory)).to(dtype)
+        plain, ours = (checkpoints.load_model(Path(directory), weights=weights) for weights in (None, "own"))
     prompt = torch.randint(0, theirs.config.vocab_size, (1, 16))
     wanted = {"do_sample": False, "max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "pad_token_id": 0}
     contenders = {
         "transformers": lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **wanted),
         "keifu": lambda: decode(ours, prompt, options.tokens),
     }
+    if dtype == torch.float32:
+        contenders["keifu, by PyTorch"] = lambda: decode(plain, prompt, options.tokens)
     same = torch.equal(contenders["transformers"]()[0, 16:], contenders["keifu"]()[0])
     seconds = interleaved(contenders, options.rounds)
-    bandwidth, weights = read_bandwidth(prompt.device), sum(p.nbytes for p in ours.parameters())
-    if ours.head is not None:  # then a token reads one row of the embedding
-        weights -= ours.embedding.weight.nbytes
+    bandwidth, weights = read_bandwidth(prompt.device), sum(p.nbytes for p in plain.parameters())
+    if plain.head is not None:  # then a token reads one row of the embedding
+        weights -= plain.embedding.weight.nbytes
     shares = {n: f"{weights * options.tokens / statistics.median(s) / bandwidth:.0%} of it" for n, s in seconds.items()}
     print(f"{machine()}; {options.shape} shape, {options.dtype}, {options.tokens} tokens, {options.rounds} rounds")
     print(f"Memory is read at {bandwidth / 1e9:.1f} GB/s; a token reads {weights / 1e6:.0f} MB. Same tokens: {same}.\n")

@@ -38,13 +38,9 @@ class OwnBatches:
     """
 
     def __init__(
-        self,
-        source: Mapping[str, Tensor] | Examples,
-        batch_size: int,
-        seed: int = 0,
-        held_out: float = 0.1,
+        self, source: Mapping[str, Tensor] | Examples, batch_size: int, seed: int = 0, held_out: float = 0.1,
         fingerprint: str | None = None,
-    ):
+    ):  # fmt: skip
         self.source, self.batch_size, self.seed = source, batch_size, seed
         count = _count(source)
         order = np.random.default_rng([seed, 1]).permutation(count)

@@ -15,6 +15,8 @@ from keifu.errors import UserError, unknown
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.text.model import Encoder, Model, OwnRunner, TwoTowers, explain_not_causal
 from keifu.generation.text.translation import is_translator
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.native.model import NativeLM, keep_beside
 from keifu.native.pack import OWN
 from keifu.serving.errors import ApiError
@@ -34,7 +36,7 @@ USES = {  # what a client may ask of a model: the path that it asks at
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a model before it is loaded. size: bytes of its weights in memory."""
+    """What is known of a model before it is loaded. size: the most bytes that its weights take in memory."""
 
     name: str
     uses: tuple[str, ...]
@@ -48,7 +50,8 @@ def describe(name: str) -> Description:
     """Reads a model's config, tensor names and tokenizer, and none of its weights."""
     plan = planned(name)
     tokenizer = plan.source.tokenizer()
-    width = plan.dtype.itemsize
+    # what writes on a CPU has them twice: as PyTorch's, and packed for native code
+    width = plan.dtype.itemsize * (2 if isinstance(plan.model, DecoderLM | EncoderDecoder) else 1)
     config: Any = plan.source.config
     uses = _uses(plan.model, tokenizer)
     if not uses:
@@ -92,13 +95,9 @@ class ServedModels:
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        limits: Limits,
-        metrics: Metrics,
-        memory: int | None = None,
+        self, names: Sequence[str], limits: Limits, metrics: Metrics, memory: int | None = None,
         weights: str | None = None,
-    ):
+    ):  # fmt: skip
         found = {name: describe(name) for name in names}
         writers = [name for name in names if weights and "completion" in found[name].uses]
         translators = [name for name in names if weights and "translation" in found[name].uses]

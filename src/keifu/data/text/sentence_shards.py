@@ -65,15 +65,9 @@ class SentenceShards:
 
 
 def prepare_sentences(
-    source: str | Path,
-    tokenizer: Tokenizer,
-    split: Splitter,
-    cache_dir: str | Path | None = None,
-    held_out: float = 0.05,
-    seed: int = 0,
-    form: TextFormat = PLAIN,
-    validation: str | Path | None = None,
-) -> SentenceShards:
+    source: str | Path, tokenizer: Tokenizer, split: Splitter, cache_dir: str | Path | None = None,
+    held_out: float = 0.05, seed: int = 0, form: TextFormat = PLAIN, validation: str | Path | None = None,
+) -> SentenceShards:  # fmt: skip
     """The sentences of a source (see `keifu.data.text.documents`), made once and found again while nothing has changed.
 
     `split` cuts a line into sentences; a line's end always ends one. Of every 1 / held_out documents in a row one is

@@ -63,14 +63,9 @@ class Shards:
 
 
 def prepare(
-    source: str | Path,
-    tokenizer: Tokenizer,
-    cache_dir: str | Path | None = None,
-    held_out: float = 0.05,
-    seed: int = 0,
-    form: TextFormat = PLAIN,
-    validation: str | Path | None = None,
-) -> Shards:
+    source: str | Path, tokenizer: Tokenizer, cache_dir: str | Path | None = None, held_out: float = 0.05,
+    seed: int = 0, form: TextFormat = PLAIN, validation: str | Path | None = None,
+) -> Shards:  # fmt: skip
     """The ids of a source (see `keifu.data.text.documents`), made once and found again while nothing has changed.
 
     The fraction `held_out` is kept from training. Of 100 documents or more, every 1 / held_out of them in a row lose
