@@ -225,12 +225,12 @@ def test_figures_are_counted(served: Any, base: str) -> None:
 
 
 def test_the_cache_holds_what_it_was_given_and_answers_stay_the_same(folder: Path) -> None:
-    with running([str(folder / "base")], Limits(slots=3, cache=40_000), Access()) as served:
+    with running([str(folder / "base")], Limits(slots=3, cache=160_000), Access()) as served:
         name = str(folder / "base")
         body = {"model": name, "prompt": ["abc " * 9, "xyz " * 9, "uvw " * 9], "max_tokens": 30, "temperature": 0}
         texts = [choice["text"] for choice in served.post("/v1/completions", body).json()["choices"]]
         runner = served.models.workers[name]._engine.runner
-        assert runner.n_blocks * runner.block_size * runner.token_bytes <= 40_000
+        assert runner.n_blocks * runner.block_size * runner.token_bytes <= 160_000
         for prompt, text in zip(body["prompt"], texts, strict=True):
             alone = served.post("/v1/completions", {**body, "prompt": prompt}).json()["choices"][0]["text"]
             assert alone == text

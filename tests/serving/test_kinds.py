@@ -51,7 +51,7 @@ def kinds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_the_texts_are_the_librarys(kinds: Any, kind: str, file: str) -> None:
     client, place, weights = kinds
     name = str(place / file.format(kind))
-    model, tokenizer = keifu.load(name, weights=weights)
+    model, tokenizer = keifu.load(name, weights=weights or "own")
     ask: dict[str, Any] = {"max_tokens": 24, "seed": 3, "temperature": 0.7}
 
     def asked(prompt: str) -> str:

@@ -15,8 +15,6 @@ from keifu.errors import UserError, unknown
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.text.model import Encoder, Model, OwnRunner, TwoTowers, explain_not_causal
 from keifu.generation.text.translation import is_translator
-from keifu.layers.transformer.decoder import DecoderLM
-from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.native.model import NativeLM, keep_beside
 from keifu.native.pack import OWN
 from keifu.serving.errors import ApiError
@@ -50,13 +48,13 @@ def describe(name: str) -> Description:
     """Reads a model's config, tensor names and tokenizer, and none of its weights."""
     plan = planned(name)
     tokenizer = plan.source.tokenizer()
-    # what writes on a CPU has them twice: as PyTorch's, and packed for native code
-    width = plan.dtype.itemsize * (2 if isinstance(plan.model, DecoderLM | EncoderDecoder) else 1)
     config: Any = plan.source.config
     uses = _uses(plan.model, tokenizer)
     if not uses:
         raise UserError(f"{name} cannot be served: {explain_not_causal(plan.model)}")
-    return Description(name, uses, getattr(config, "context_length", None), plan.parameters * width, tokenizer, config)
+    # what writes on a CPU has them twice: as PyTorch's, and packed for native code
+    size = plan.parameters * plan.dtype.itemsize * (2 if {"completion", "translation"} & {*uses} else 1)
+    return Description(name, uses, getattr(config, "context_length", None), size, tokenizer, config)
 
 
 def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
