@@ -260,6 +260,7 @@ def failing(monkeypatch: pytest.MonkeyPatch):
         (UserError("The file\nis empty."), 1, "The file is empty."),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 1, "There is no file 'a.txt'."),
         (OSError(28, "No space left on device", "b"), 1, "No space left on device: b."),
+        (PermissionError(13, "Permission denied", "/x/.a.png.123.part"), 1, "Permission denied: /x/a.png."),
         (KeyboardInterrupt(), 130, "Stopped."),
         (KeyboardInterrupt("Stopped at step 7; go on with --resume."), 130, "Stopped at step 7; go on with --resume."),
         (ModuleNotFoundError(name="wandb"), 1, "This needs the Python package 'wandb', which is not installed."),

@@ -45,7 +45,8 @@ def _system(error: OSError) -> str:
         gone = "The current folder is not there any more: it was removed or renamed."
         return f"There is no file {str(error.filename)!r}." if error.filename else gone
     reason = error.strerror or str(error) or type(error).__name__
-    place = f": {error.filename}" if error.filename else ""
+    # the file that was to be written, not the temporary one beside it
+    place = re.sub(r"\.([^/]+)\.\d+\.part$", r"\1", f": {error.filename}" if error.filename else "")
     if (file := Path(str(error.filename))) in cache().parents or cache() in file.parents:
         place += "; KEIFU_CACHE names another folder for what keifu keeps"
     return f"{reason}{place}."
