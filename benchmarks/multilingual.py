@@ -7,9 +7,11 @@ Two models of PaLM's block, written left to right, begin with the same seed and 
 weights among each other; each has a tokenizer of its own text, of the same size. PaLM 2's report (Anil et al., 2023,
 section 1) says of its mixture that it serves many languages "without causing a drop in English language understanding
 performance": so both are also measured on the English sources, in bits a byte. Then each model is shown so many pairs
-of a sentence and its English translation, and one sentence more: the right one of eight English sentences is to have
-the highest likelihood (the others are translations of other sentences, nearest in length; a guess is right in 12.5%;
-Wilson's intervals, 95%). No sentence of it was in any training text. With --out a run that was cut off goes on.
+of a sentence and its English translation, and one sentence more: the right one of eight English sentences is to be the
+likeliest (the others are translations of other sentences, nearest in length; a guess is right in 12.5%; Wilson's
+intervals, 95%), also with each sentence's likelihood divided by what it has after "English:" alone, which leaves what
+the question adds (Brown et al., 2020, section 2.4). No sentence of it was in any training text. With --out a run that
+was cut off goes on.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from keifu.training.run import checkpoint
 
 LANGUAGES = ("ja", "de", "fr", "es")
 CHOICES, CONTEXT = 8, 256
+PLAIN, DIVIDED = "likeliest", "likeliest, divided"
 BYTES = 39  # of a sentence at most: a tokenizer of English alone may spell it byte by byte
 Pair = tuple[str, str]
 Share = tuple[float, float, float]
@@ -107,28 +110,28 @@ def items(code: str, options: argparse.Namespace) -> list[tuple[list[Pair], str,
 
 def asked(
     model: nn.Module, tokenizer: Tokenizer, code: str, shots: int, options: argparse.Namespace
-) -> tuple[int, int]:
-    """How many of how many questions are answered rightly."""
+) -> dict[str, Share]:
+    """The share of questions that are answered rightly, with its interval, by each measure."""
     foreign = tatoeba.LANGUAGES[code]
-    rows, right = items(code, options), 0
-    scored = []
+    rows = items(code, options)
+    scored, alone = [], tuple(tokenizer.encode("English:"))
     for examples, source, choices in rows:
         text = "".join(f"{foreign}: {a}\nEnglish: {b}\n" for a, b in examples[:shots])
         prompt = tuple(tokenizer.encode(f"{text}{foreign}: {source}\nEnglish:"))
-        scored += [ScoredPair(prompt, tuple(tokenizer.encode(f" {choice}\n"))) for choice in choices]
-    found = iter(likelihoods(model, scored, options.batch))
-    for _ in rows:
-        sums = [next(found).total for _ in range(CHOICES)]
-        right += sums[0] > max(sums[1:])
-    return right, len(rows)
+        ids = [tuple(tokenizer.encode(f" {choice}\n")) for choice in choices]
+        scored += [ScoredPair(before, each) for before in (prompt, alone) for each in ids]
+    sums = torch.tensor([each.total for each in likelihoods(model, scored, options.batch)]).view(len(rows), 2, CHOICES)
+    values = {PLAIN: sums[:, 0], DIVIDED: sums[:, 0] - sums[:, 1]}
+    right = {name: int((each[:, 0] > each[:, 1:].max(1).values).sum()) for name, each in values.items()}
+    return {name: (count / len(rows), *wilson(count, len(rows))) for name, count in right.items()}
 
 
-def draw(found: dict[str, dict[str, dict[int, Share]]], shots: Sequence[int], path: Path) -> None:
-    """A panel for each language: right answers over the number of examples."""
+def draw(found: dict[str, dict[str, dict[int, dict[str, Share]]]], shots: Sequence[int], path: Path) -> None:
+    """A panel for each language: right answers over the number of examples, each likelihood divided."""
     figure, panels = plt.subplots(1, len(LANGUAGES), figsize=(11, 3.4), sharey=True, layout="constrained")
     for axes, code in zip(panels, LANGUAGES, strict=True):
         for name, languages in found.items():
-            points = [languages[code][count] for count in shots]
+            points = [languages[code][count][DIVIDED] for count in shots]
             errors = [[share - low for share, low, _ in points], [high - share for share, _, high in points]]
             axes.errorbar(range(len(shots)), [p[0] for p in points], yerr=errors, marker="o", capsize=3, label=name)
         axes.axhline(1 / CHOICES, color="grey", linestyle=":", label="a guess")
@@ -149,7 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
-    found: dict[str, dict[str, dict[int, Share]]] = {}
+    found: dict[str, dict[str, dict[int, dict[str, Share]]]] = {}
     both = mixtures()
     names = [source.name for source in both["English alone"].sources]
     heads = [f"{tatoeba.LANGUAGES[code]}, {count} examples" for code in LANGUAGES for count in options.shots]
@@ -159,11 +162,15 @@ def main() -> None:
             ready = prepare(mixture, options.vocab)
             torch.manual_seed(options.seed)
             model, tokenizer = trained(name, ready, options, (options.out or Path(directory)) / name.split()[0])
-            counts = {code: {n: asked(model, tokenizer, code, n, options) for n in options.shots} for code in LANGUAGES}
-            found[name] = {c: {n: (k / of, *wilson(k, of)) for n, (k, of) in own.items()} for c, own in counts.items()}
-            cells = [f"{s:.1%} ({a:.1%} to {b:.1%})" for own in found[name].values() for s, a, b in own.values()]
-            lines.append(f"| {name} | {english(model, ready, names, options):.3f} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
+            found[name] = {
+                code: {n: asked(model, tokenizer, code, n, options) for n in options.shots} for code in LANGUAGES
+            }
+            bits = english(model, ready, names, options)
+            for measure in (PLAIN, DIVIDED):
+                shares = [each[measure] for own in found[name].values() for each in own.values()]
+                cells = [f"{share:.1%} ({low:.1%} to {high:.1%})" for share, low, high in shares]
+                lines.append(f"| {name}, {measure} | {bits:.3f} | {' | '.join(cells)} |")
+                print(lines[-1], flush=True)
     tokens = options.steps * options.batch * CONTEXT
     print(f"\n{machine()}; {tokens / 1e6:.1f} M tokens read by each, seed {options.seed}\n")
     print("\n".join(lines))
