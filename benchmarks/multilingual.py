@@ -99,7 +99,8 @@ def items(code: str, options: argparse.Namespace) -> list[tuple[list[Pair], str,
     pairs = sorted({source: (source, target) for source, target in unlike.values()}.values())
     random.Random(options.seed).shuffle(pairs)
     most = max(options.shots)
-    asked, shown = pairs[: options.items], pairs[options.items :]
+    count = min(options.items, len(pairs) - most)
+    asked, shown = pairs[:count], pairs[count:]
     made = []
     for number, (source, target) in enumerate(asked):
         near = sorted((other for _, other in pairs if other != target), key=lambda each: abs(len(each) - len(target)))
