@@ -137,7 +137,7 @@ def draw(found: dict[str, dict[str, dict[int, dict[str, Share]]]], shots: Sequen
             axes.errorbar(range(len(shots)), [p[0] for p in points], yerr=errors, marker="o", capsize=3, label=name)
         axes.axhline(1 / CHOICES, color="grey", linestyle=":", label="a guess")
         axes.set_xticks(range(len(shots)), list(map(str, shots)))
-        axes.set(title=f"{tatoeba.LANGUAGES[code]} to English", xlabel="examples", ylim=(0, 1))
+        axes.set(title=f"{tatoeba.LANGUAGES[code]} to English", xlabel="examples", ylim=(0, 0.5))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("right answers of eight choices")
     panels[0].legend(fontsize=8)
