@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from keifu import checkpoints
+from keifu.devices import Choice, choosing
 from keifu.errors import UserError
 from keifu.models import bert
 from keifu.native import library
@@ -137,6 +138,16 @@ def test_own_weights_of_bfloat16_and_of_what_writes_no_text_stay(tmp_path: Path,
     checkpoints.save(bert.build(bert.Config(vocab_size=20, dim=8, hidden_dim=8, n_layers=1, n_heads=2)), None, tmp_path)
     assert isinstance(checkpoints.load_model(tmp_path, weights="own"), bert.Bert)
     assert capsys.readouterr() == ("", "")
+
+
+def test_own_weights_that_are_not_finite_stay_where_they_are_allowed(tmp_path: Path) -> None:
+    model = toy("llama")
+    model.get_parameter("embedding.weight").data[7, 3] = torch.inf
+    checkpoints.save(model, None, tmp_path)
+    with pytest.raises(UserError, match="embedding"):
+        checkpoints.load_model(tmp_path, weights="own")
+    with choosing(Choice(allow_nonfinite=True)):
+        assert not isinstance(checkpoints.load_model(tmp_path, weights="own"), NativeLM)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])

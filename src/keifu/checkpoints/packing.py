@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from keifu.checkpoints.hf.weight_names import Link
 from keifu.checkpoints.plan import Plan
+from keifu.devices import chosen
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.native.build import Unavailable
@@ -41,7 +42,7 @@ def load_packed(found: Plan, weights: str) -> nn.Module:
     try:
         described, source = describe(found.model), FileWeights(found)
         if weights == OWN and not (found.source.blocks and _has_native_blocks(described, source)):
-            if found.dtype != torch.float32:
+            if found.dtype != torch.float32 or chosen().allow_nonfinite:
                 return found.fill("cpu")
             weights = "f32"
         if isinstance(found.model, EncoderDecoder):
