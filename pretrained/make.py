@@ -140,7 +140,7 @@ MODELS = {
         data="emoji: 3,550 of Twemoji's pictures, with their names in English and Japanese",
         command="keifu train clip --languages en ja zh --steps 1200 && keifu train latent-diffusion --clip {last} "
         "--autoencoder-widths 16 32 32 --autoencoder-steps 2500 --autoencoder-batch 16 --widths 64 64 64 "
-        "--attention 1 2 --batch-size 32 --steps 9000",
+        "--attention 1 2 --batch-size 32 --evenly --steps 30000",
         evaluation="keifu evaluate emoji --on emoji --clip emoji-clip --metric clip-score --guidance 3 --limit 24 "
         "--json",
         held_out="24 names that it learned and 24 that it did not, by the CLIP of this package, which did not teach it",
