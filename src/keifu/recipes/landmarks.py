@@ -29,7 +29,8 @@ SENTENCES = {
 GAPS = ["The president of the united [MASK].", "Cook for ten [MASK], then add salt."]
 DIGIT, SEED = "7", 1  # of the picture that forms from noise
 PROMPTS = (
-    "red heart", "cat face", "Christmas tree", "woman mechanic", "女性消防士", "手を振る 濃い肌色", "青い丸", "ヒマワリ",
+    "red heart", "cat face", "Christmas tree", "woman mechanic", "女性消防士", "手を振る 濃い肌色", "青い丸",
+    "ヒマワリ",
 )  # fmt: skip
 
 
