@@ -163,12 +163,12 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
     const int start = earliest / GROUP * GROUP;
     const int n = (int)round_up(first_position + 1 + advance * (task.n_tokens - 1) - start, GROUP);
     const int64_t stride = m.max_positions + PAIR;
-    constexpr int GROUP_BYTES = GROUP * TILE * (FLOAT32 ? 4 : 2);  // of a tile
-    const auto multiply = [](auto at, int tiles, int groups, const void *x, int64_t x_stride, int n, float *y, int64_t y_stride) {
-        if constexpr (FLOAT32) vector_product<true>(at, tiles, groups, (const float *)x, x_stride, n, y, y_stride);
-        else dense_product(at, tiles, groups, (const Dense *)x, x_stride, n, y, y_stride);
-    };
     const int rows = make_queries<FLOAT32>(f, layer, task, cross, head, scratch);
+    constexpr int GROUP_BYTES = GROUP * TILE * (FLOAT32 ? 4 : 2);  // of a tile
+    const auto multiply = [rows](auto at, int tiles, int groups, const void *x, int64_t step, float *y, int64_t y_step) {
+        if constexpr (FLOAT32) vector_product<true>(at, tiles, groups, (const float *)x, step, rows, y, y_step);
+        else dense_product(at, tiles, groups, (const Dense *)x, step, rows, y, y_step);
+    };
     const int64_t ahead = fetches ? c.head : 0;
 
     const int width = (int)round_up(head_dim, GROUP);
@@ -184,7 +184,7 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
             if (ahead) fetch<PREFETCH.cache>(keys[s] + g * GROUP_BYTES + ahead, GROUP_BYTES);
             return keys[s] + g * GROUP_BYTES;
         };
-        multiply(at, tiles, width / GROUP, scratch.queries, width, rows, scratch.scores + i, stride);
+        multiply(at, tiles, width / GROUP, scratch.queries, width, scratch.scores + i, stride);
     }
 
     auto *weights = (Number<FLOAT32> *)scratch.weights;
@@ -206,7 +206,7 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
     for (int s = 0; s < padded / TILE; s += CHUNK) {
         const int tiles = padded / TILE - s < CHUNK ? padded / TILE - s : CHUNK;
         const auto here = [&](int i, int g) { return at(s + i, g); };
-        multiply(here, tiles, n / GROUP, weights, stride, rows, scratch.heads + s * TILE, padded);
+        multiply(here, tiles, n / GROUP, weights, stride, scratch.heads + s * TILE, padded);
     }
     for (int r = 0; r < rows; r++) {
         float *out = m.attended + (task.first + r / group) * m.query_width + (head * group + r % group) * head_dim;

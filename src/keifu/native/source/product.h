@@ -1,11 +1,10 @@
 // Products of packed tiles with rows: y[row][16 s + i] = sum over columns of tile s, row i.
 //
 // The order of the sums is the same for every number of rows. Quantised: the codes of a group are multiplied and added
-// up exactly in int32, then the sum times both scales is added; the same bits on every CPU. bf16: of each pair of
-// columns the odd one is added to the total first, as VDPBF16PS does; AMX's tiles have an order of their own. float32:
-// column by column. Keys and
-// values are multiplied in AMX's order everywhere: even and odd columns of a group of 32 apart from zero, then their
-// sum is added to the total.
+// up exactly in int32, then the sum times both scales is added; the same bits on every CPU. float32: column by column.
+// bf16: of each pair of columns the odd one is added to the total first, as VDPBF16PS does; AMX's tiles have an order of
+// their own. Keys and values are multiplied in AMX's order everywhere: even and odd columns of a group of 32 apart from
+// zero, then their sum is added to the total.
 #pragma once
 #include <type_traits>
 
