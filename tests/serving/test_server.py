@@ -124,7 +124,7 @@ def test_what_runs_is_finished_before_the_end_and_nothing_of_it_is_logged(chat: 
 
     reading = threading.Thread(target=read)
     reading.start()
-    until(lambda: len(came) > 3)
+    until(lambda: len(came) > 3, 60)
     process.send_signal(signal.SIGTERM)
     reading.join(60)
     assert came[-1] == "data: [DONE]"
