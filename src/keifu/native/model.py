@@ -198,12 +198,6 @@ def pack_beside(model: nn.Module, weights: str | None, make: Callable[[nn.Module
     return packed
 
 
-def keep_beside(model: nn.Module, packed: NativeLM) -> None:
-    """From now on this generates in place of a model that is still needed itself, whose numbers it has; packed anew,
-    when those have changed, in float32."""
-    _packed[model] = "f32", _state(model), packed
-
-
 def _state(model: nn.Module) -> list[tuple[int, int]]:
     """What changes with a model's weights."""
     return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in model.parameters()]

@@ -15,7 +15,7 @@ from keifu.errors import UserError, unknown
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.text.model import Encoder, Model, OwnRunner, TwoTowers, explain_not_causal
 from keifu.generation.text.translation import is_translator
-from keifu.native.model import NativeLM, keep_beside
+from keifu.native.model import NativeLM, pack_beside
 from keifu.native.pack import OWN
 from keifu.serving.errors import ApiError
 from keifu.serving.metrics import Metrics
@@ -81,13 +81,13 @@ def _load_both(name: str) -> tuple[nn.Module, Any]:
     if not isinstance(model, NativeLM):
         return model, tokenizer
     whole = load_model(name)
-    keep_beside(whole, model)
+    pack_beside(whole, "f32", lambda *_: model)
     return whole, tokenizer
 
 
 class ServedModels:
     """The models by name. memory: bytes that the weights of all loaded models may take; None for no bound. weights:
-    bf16, int8 or int4 packs those that write text, and the decoders of those that translate, for native code.
+    f32, bf16, int8 or int4 packs those that write text, and the decoders of those that translate, for native code.
 
     A model that alone is larger is a `UserError`.
     """
@@ -100,7 +100,8 @@ class ServedModels:
         writers = [name for name in names if weights and "completion" in found[name].uses]
         translators = [name for name in names if weights and "translation" in found[name].uses]
         self.packed = dict.fromkeys(writers + translators, weights)
-        plain = {name: replace(found[name], uses=found[name].uses[:-1]) for name in writers}  # not to be inspected
+        # packed alone: not to be inspected, and there once
+        plain = {n: replace(found[n], uses=found[n].uses[:-1], size=found[n].size // 2) for n in writers}
         self.descriptions = found | plain
         self.limits, self.metrics, self.memory = limits, metrics, memory
         self.began = int(time.time())
