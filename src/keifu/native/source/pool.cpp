@@ -3,6 +3,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -140,16 +141,26 @@ double cgroup_cpus() {  // the quota in CPUs; infinite where there is none
 
 }  // namespace
 
-int Walk::take() { return job.phases[phase].next.fetch_add(1, std::memory_order_relaxed); }
+// The next task of an owner's part [first, end) in this phase; end where there is none.
+int Walk::take(int owner, int first, int end) {
+    std::atomic<int64_t> &next = job.next[owner].task;
+    const int64_t begin = (int64_t)phase << 32;
+    int64_t seen = next.load(std::memory_order_relaxed);
+    for (;;) {
+        const int64_t task = std::max(seen, begin + first);  // where nobody has begun the part, an earlier phase is seen
+        if (task >= begin + end) return end;
+        if (next.compare_exchange_weak(seen, task + 1, std::memory_order_relaxed)) return (int)(task - begin);
+    }
+}
 
 void Walk::finish(int count, int n) {
-    Phase &now = job.phases[phase++];
-    const bool last = count && now.done.fetch_add(count) + count == n;
+    std::atomic<int> &done = job.done[phase++].tasks;
+    const bool last = count && done.fetch_add(count) + count == n;
     if (last && job.sleepers.load()) {
         std::lock_guard<std::mutex> lock(job.mutex);
         job.over.notify_all();
     }
-    const auto over = [&] { return now.done.load() >= n; };
+    const auto over = [&] { return done.load() >= n; };
     if (over() || spin_until(over, SPIN)) return;
     std::unique_lock<std::mutex> lock(job.mutex);
     job.sleepers.fetch_add(1);

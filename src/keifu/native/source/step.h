@@ -31,7 +31,7 @@ struct Target {  // a matrix of a product and where its results go
 
 class Step {
   public:
-    Step(const Forward &f, Walk &walk) : f(f), m(*f.model), walk(walk), scratch(m.scratch[walk.thread]), threads(pool_threads()) {}
+    Step(const Forward &f, Walk &walk) : f(f), m(*f.model), walk(walk), scratch(m.scratch[walk.thread]) {}
 
     void run() {
         walk.deal(f.batch.n_tokens, [&](int t) { embed(t); });
@@ -91,17 +91,14 @@ class Step {
     void attend_all(int index, bool cross) {
         const int heads = m.about.n_kv_heads;
         const AttentionTasks &all = cross ? f.cross : f.own;
-        const int n = all.n * heads;
-        const int each = n / threads > 4 ? n / threads / 4 : 1;  // so many one after the other
-        walk.deal((n + each - 1) / each, [&](int run) {
-            for (int i = run * each; i < n && i < run * each + each; i++) {
-                const AttentionTask &task = all.tasks[i / heads];
-                for (int t = 0; t < task.n_tokens && f.whole_spans && !cross; t++)
-                    store_token(f, index, task.first + t, i % heads, scratch.heads);
-                const bool fetches = i % each + 1 < each && task.n_tokens == 1;
-                if (m.cache.float32) attend<true>(f, index, task, cross, i % heads, fetches, scratch);
-                else attend<false>(f, index, task, cross, i % heads, fetches, scratch);
-            }
+        walk.deal(all.n * heads, [&](int i) {
+            const AttentionTask &task = all.tasks[i / heads];
+            const int head = i % heads;
+            for (int t = 0; t < task.n_tokens && f.whole_spans && !cross; t++)
+                store_token(f, index, task.first + t, head, scratch.heads);
+            const bool fetches = head + 1 < heads && task.n_tokens == 1;
+            if (m.cache.float32) attend<true>(f, index, task, cross, head, fetches, scratch);
+            else attend<false>(f, index, task, cross, head, fetches, scratch);
         });
     }
 
@@ -189,7 +186,7 @@ class Step {
     // Calls take(row, column, its 16 results) for all rows of a chunk of a matrix.
     template <class Take> void over_chunk(const KeifuMatrix &w, const Rows &rows, int n, int chunk, Take take) {
         const uint8_t *tiles[2 * CHUNK];
-        const int count = point(w, chunk, CHUNK, threads, tiles);
+        const int count = point(w, chunk, CHUNK, tiles);
         for (int row = 0; row < n; row += BLOCK_ROWS) {
             const int here = n - row < BLOCK_ROWS ? n - row : BLOCK_ROWS;
             product(w.format, tiles, rows, row, here, scratch, scratch.out);
@@ -199,15 +196,15 @@ class Step {
         }
     }
 
-    // Where the tiles of a chunk of a matrix lie (the last one again where there are fewer), and those of the chunk that
-    // comes so many later; gives their number.
-    int point(const KeifuMatrix &w, int64_t chunk, int width, int later, const uint8_t **tiles) {
+    // Where the tiles of a chunk of a matrix lie (the last one again where there are fewer), and those of the next one,
+    // which this thread will probably be given next; gives their number.
+    int point(const KeifuMatrix &w, int64_t chunk, int width, const uint8_t **tiles) {
         const int64_t bytes = tile_bytes(w.format, w.columns);
         const int64_t left = n_tiles(w.rows) - chunk * width;
         const int count = left < width ? (int)left : width;
         for (int s = 0; s < width; s++) {
             tiles[s] = (const uint8_t *)w.data + (chunk * width + (s < count ? s : count - 1)) * bytes;
-            tiles[CHUNK + s] = tiles[s] + width * later * bytes;
+            tiles[CHUNK + s] = tiles[s] + width * bytes;
         }
         return count;
     }
@@ -275,9 +272,8 @@ class Step {
         for (int first = 0; first < CHUNK; first += width) {
             const uint8_t *tiles[2 * CHUNK];
             const int part = (chunk * CHUNK + first) / width;
-            const int later = first ? 2 * threads - 1 : 1;
-            const int count = part * width < n_tiles(layer.up.rows) ? point(layer.up, part, width, later, tiles) : 0;
-            if (count && gated) point(layer.gate, part, width, later, tiles + width);
+            const int count = part * width < n_tiles(layer.up.rows) ? point(layer.up, part, width, tiles) : 0;
+            if (count && gated) point(layer.gate, part, width, tiles + width);
             if (count && gated && layer.gate.format != layer.up.format) multiply_apart(layer, tiles, rows, row, here);
             else if (count) product(layer.up.format, tiles, rows, row, here, scratch, scratch.out);
             for (int r = 0; r < here; r++)
@@ -300,7 +296,6 @@ class Step {
     const KeifuModel &m;
     Walk &walk;
     Scratch &scratch;
-    const int threads;
 };
 
 static void forward(const Forward &f, Walk &walk) {
