@@ -104,8 +104,9 @@ INLINE void dense_square(At at, int groups, const Dense *x, int64_t stride, int 
 
 // Products of up to four bf16 tiles with rows; at(s, g) is where group g of tile s lies.
 template <class At>
-INLINE void dense_product(At at, int tiles, int groups, const Dense *x, int64_t stride, int rows, float *out,
+INLINE void dense_product(At at, int tiles, int columns, const Dense *x, int64_t stride, int rows, float *out,
                           int64_t out_stride) {
+    const int groups = (columns + GROUP - 1) / GROUP;
     int b = 0;
     while (rows - b > 16 && tiles % 2 == 0) {
         const int more = rows - b < 32 ? rows - b - 16 : 16;

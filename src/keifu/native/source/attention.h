@@ -161,20 +161,21 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
     const int window = layer.window && !cross ? layer.window : m.max_positions;
     const int earliest = first_position - window + 1 > 0 ? first_position - window + 1 : 0;
     const int start = earliest / GROUP * GROUP;
-    const int n = (int)round_up(first_position + 1 + advance * (task.n_tokens - 1) - start, GROUP);
+    const int seen = first_position + 1 + advance * (task.n_tokens - 1) - start;
+    const int n = (int)round_up(seen, GROUP);
     const int64_t stride = m.max_positions + PAIR;
     const int rows = make_queries<FLOAT32>(f, layer, task, cross, head, scratch);
     constexpr int GROUP_BYTES = GROUP * TILE * (FLOAT32 ? 4 : 2);  // of a tile
-    const auto multiply = [rows](auto at, int tiles, int groups, const void *x, int64_t step, float *y, int64_t y_step) {
-        if constexpr (FLOAT32) vector_product<true>(at, tiles, groups, (const float *)x, step, rows, y, y_step);
-        else dense_product(at, tiles, groups, (const Dense *)x, step, rows, y, y_step);
+    const auto multiply = [rows](auto at, int tiles, int columns, const void *x, int64_t step, float *y, int64_t y_step) {
+        if constexpr (FLOAT32) vector_product<true>(at, tiles, columns, (const float *)x, step, rows, y, y_step);
+        else dense_product(at, tiles, columns, (const Dense *)x, step, rows, y, y_step);
     };
     const int64_t ahead = fetches ? c.head : 0;
 
     const int width = (int)round_up(head_dim, GROUP);
     const int step = rows > TILE ? CHUNK : 1;  // tiles at once: one by one they are read in the order of memory
-    for (int i = 0; i < n; i += step * TILE) {
-        const int tiles = n - i < step * TILE ? (n - i) / TILE : step;
+    for (int i = 0; i < seen; i += step * TILE) {
+        const int tiles = seen - i < step * TILE ? (seen - i + TILE - 1) / TILE : step;
         const uint8_t *keys[CHUNK];
         for (int s = 0; s < tiles; s++) {
             const int position = start + i + s * TILE;
@@ -184,7 +185,7 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
             if (ahead) fetch<PREFETCH.cache>(keys[s] + g * GROUP_BYTES + ahead, GROUP_BYTES);
             return keys[s] + g * GROUP_BYTES;
         };
-        multiply(at, tiles, width / GROUP, scratch.queries, width, scratch.scores + i, stride);
+        multiply(at, tiles, head_dim, scratch.queries, width, scratch.scores + i, stride);
     }
 
     auto *weights = (Number<FLOAT32> *)scratch.weights;
@@ -199,14 +200,14 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
         const int position = start + g * GROUP;
         const uint8_t *tile = cached_head(c, table, index, position, head) + c.values + s * c.value_tile +
                               position % c.block_size / GROUP * GROUP_BYTES;
-        if (ahead) fetch<PREFETCH.cache>(tile + ahead, GROUP_BYTES);
+        if (ahead) fetch<PREFETCH.cache>(tile + ahead, seen - g * GROUP < GROUP ? (seen - g * GROUP) * GROUP_BYTES / GROUP : GROUP_BYTES);
         return tile;
     };
     const int padded = (int)round_up(head_dim, TILE);
     for (int s = 0; s < padded / TILE; s += CHUNK) {
         const int tiles = padded / TILE - s < CHUNK ? padded / TILE - s : CHUNK;
         const auto here = [&](int i, int g) { return at(s + i, g); };
-        multiply(here, tiles, n / GROUP, weights, stride, scratch.heads + s * TILE, padded);
+        multiply(here, tiles, seen, weights, stride, scratch.heads + s * TILE, padded);
     }
     for (int r = 0; r < rows; r++) {
         float *out = m.attended + (task.first + r / group) * m.query_width + (head * group + r % group) * head_dim;

@@ -179,14 +179,15 @@ constexpr int ROWS = 2;
 #endif
 
 template <bool FLOAT32, int S, int B, class At>
-INLINE void vector_block(At at, int groups, const float *x, int64_t stride, float *out, int64_t out_stride) {
+INLINE void vector_block(At at, int columns, const float *x, int64_t stride, float *out, int64_t out_stride) {
     v16 total[S][B] = {};
-    for (int g = 0; g < groups; g++) {
+    for (int g = 0; g * GROUP < columns; g++) {
+        const int pairs = columns - g * GROUP < GROUP ? (columns - g * GROUP + 1) / 2 : GROUP / 2;
         v16 even[S][B] = {};
         v16 odd[S][B] = {};
         const uint8_t *tile[S];
         UNROLL for (int s = 0; s < S; s++) tile[s] = at(s, g);
-        for (int pair = 0; pair < GROUP / 2; pair++)
+        for (int pair = 0; pair < pairs; pair++)
             UNROLL for (int s = 0; s < S; s++) {
                 const i16 w = load_ints(tile[s] + pair * (FLOAT32 ? 128 : 64));
                 const v16 low = as_float(FLOAT32 ? w : w << 16);
@@ -203,14 +204,14 @@ INLINE void vector_block(At at, int groups, const float *x, int64_t stride, floa
 }
 
 // Products of up to four tiles, of bf16 or float32, with up to MAX_TASK_ROWS rows; at(s, g) is where group g of tile s
-// lies.
+// lies. After the last column the rows' group has zeros, which are not multiplied.
 template <bool FLOAT32, class At>
-INLINE void vector_product(At at, int tiles, int groups, const float *x, int64_t stride, int rows, float *out,
+INLINE void vector_product(At at, int tiles, int columns, const float *x, int64_t stride, int rows, float *out,
                            int64_t out_stride) {
     const auto run = [&](auto S, auto B, int s, int b) {
         const auto here = [&](int i, int g) { return at(s + i, g); };
         float *y = out + b * out_stride + s * TILE;
-        vector_block<FLOAT32, S.value, B.value>(here, groups, x + b * stride, stride, y, out_stride);
+        vector_block<FLOAT32, S.value, B.value>(here, columns, x + b * stride, stride, y, out_stride);
     };
     int b = 0;
     for (; b + ROWS <= rows; b += ROWS) {
@@ -231,9 +232,9 @@ INLINE void vector_product(At at, int tiles, int groups, const float *x, int64_t
 namespace KEIFU_NAMESPACE {
 #else
 template <class At>
-INLINE void dense_product(At at, int tiles, int groups, const Dense *x, int64_t stride, int rows, float *out,
+INLINE void dense_product(At at, int tiles, int columns, const Dense *x, int64_t stride, int rows, float *out,
                           int64_t out_stride) {
-    vector_product<false>(at, tiles, groups, x, stride, rows, out, out_stride);
+    vector_product<false>(at, tiles, columns, x, stride, rows, out, out_stride);
 }
 #endif
 
@@ -434,7 +435,7 @@ void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int 
             if (n_rows <= 2 * TILE) fetch_ahead(tiles[s], tiles[CHUNK + s], bytes, g * 1024 + 4096, 1024);
             return tiles[s] + g * 1024;
         };
-        return dense_product(at, CHUNK, (int)rows.n_groups(), rows.dense + row * rows.columns, rows.columns, n_rows, out, OUT);
+        return dense_product(at, CHUNK, (int)rows.columns, rows.dense + row * rows.columns, rows.columns, n_rows, out, OUT);
     } else if (FORMAT != KEIFU_F32 && n_rows >= AMX_ROWS) {
         return amx_quantised<FORMAT>(tiles, CHUNK, rows, row, n_rows, scratch, out);
     }
