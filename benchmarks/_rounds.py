@@ -9,6 +9,8 @@ import torch
 
 from keifu.training.hardware.precision import processor_name
 
+PAUSE = 0.3  # seconds
+
 
 def machine() -> str:
     """The line that stands above every table."""
@@ -26,10 +28,14 @@ def interleaved(
     contenders: Mapping[str, Callable[[], object]], rounds: int, warm: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round, after one round that is not counted; warm: each works twice in a round,
-    of which the second time counts, since caches and memory went to others while it waited."""
+    of which the second time counts, since caches and memory went to others while it waited.
+
+    Before each there is a pause: the threads of the one before may wait for more work in a loop, on the same cores.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, work in contenders.items():
+            time.sleep(PAUSE)
             if warm:
                 work()
             start = time.perf_counter()
