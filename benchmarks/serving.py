@@ -1,7 +1,7 @@
 """Load on the service: many clients at a time with prompts and answers of mixed lengths, beside llama.cpp's server.
 
 python benchmarks/serving.py [--model smollm2] [--weights int8] [--clients 64] [--slots 16] [--minutes 10]
-python benchmarks/serving.py --llama-server PATH [--gguf FILE] [--rounds 3] [--seconds 40] [--arrivals 2 4 8]
+python benchmarks/serving.py --llama-server PATH [--gguf FILE] [--rounds 3] [--seconds 40] [--arrivals 2 8] [--sampled]
 
 The first counts errors, compares every greedy answer with what the same request got alone before, and tells tokens a
 second, the time to first token and the memory; meanwhile some clients leave early, some read slowly, and some open a
@@ -11,7 +11,8 @@ under load, and SIGKILL and a start. It ends with status 1 and a sentence for ea
 The second gives keifu and llama-server the same file, slots and clients, in turn, and prints the ratio of each round.
 With --arrivals, requests come by themselves, so many a second on average (a Poisson process, the same for both),
 whether earlier ones are answered or not; it prints tokens a second until all are answered, and the seconds to the first
-token, to each further one, and to the end of an answer.
+token, to each further one, and to the end of an answer. With --sampled answers are not greedy, but sampled as of a base
+model for which nothing is said.
 """
 
 import argparse
@@ -40,6 +41,8 @@ WORDS = ("the", "sea", "is", "wide", "and", "a", "small", "boat", "sails", "to",
 MANNERS = ("leaves", "slow")
 RUDE = 0.1  # the share of clients that leave early or read slowly
 SILENT = 4  # connections over which nothing is said
+SAMPLING: dict[str, float] = {"temperature": 0}
+SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 FLAT = 0.02  # what memory may grow by in the last half
 
 
@@ -75,7 +78,7 @@ def request(number: int, model: str) -> dict[str, Any]:
 def chat(model: str, turns: list[str], max_tokens: int) -> dict[str, Any]:
     """The body of a conversation whose turns begin with the user's."""
     messages = [{"role": ("user", "assistant")[place % 2], "content": each} for place, each in enumerate(turns)]
-    return {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 1, "stream": True}
+    return {"model": model, "messages": messages, "max_tokens": max_tokens, "seed": 1, "stream": True, **SAMPLING}
 
 
 async def pieces(url: str, body: dict[str, Any]) -> AsyncGenerator[str, None]:
@@ -396,7 +399,10 @@ def main() -> None:
     parser.add_argument("--arrivals", type=float, nargs="+", help="requests a second that come by themselves")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=40.0, help="of each server in each round")
+    parser.add_argument("--sampled", action="store_true", help="with --llama-server: answers that are not greedy")
     options = parser.parse_args()
+    if options.sampled:
+        SAMPLING.update(SAMPLED)
     print(machine(), flush=True)
     if options.llama_server:
         options.gguf = options.gguf or fetch("smollm2")
