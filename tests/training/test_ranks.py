@@ -172,7 +172,7 @@ def test_weighted_losses_and_their_gradients_are_those_of_one_rank(
     assert expected is not None
     for gradient, model in zip(found, models, strict=True):
         assert gradient.sums.means() == pytest.approx(expected.sums.means(), rel=1e-6)
-        assert gradient.sums.weight == 16 and float(gradient.norm) == pytest.approx(float(expected.norm), rel=1e-5)
+        assert gradient.sums["weight"] == 16 and float(gradient.norm) == pytest.approx(float(expected.norm), rel=1e-5)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, alone.get_parameter(name).grad, rtol=1e-4, atol=1e-7)
 

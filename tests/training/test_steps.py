@@ -77,7 +77,7 @@ def test_clipping_bounds_the_norm_and_reports_the_one_before(clip: float, norm: 
 def test_dropout_is_drawn_from_the_seed_and_the_step() -> None:
     model, batch = toy(dropout=0.5), Sequences().batch(0)
     losses = [trainer(model, 6).gradient(step, batch) for step in (0, 1, 0)]
-    first, second, again = (gradient.sums.total.item() for gradient in losses if gradient)
+    first, second, again = (gradient.sums["total"].item() for gradient in losses if gradient)
     assert first == again != second
 
 

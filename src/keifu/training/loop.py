@@ -31,6 +31,7 @@ from keifu.training.run.report import REPORT, write_report
 from keifu.training.settings import Settings, as_chosen
 from keifu.training.setup import ADVICE, Setup, set_up
 from keifu.training.signals import Interrupted, StopRequest
+from keifu.training.state import Sums
 from keifu.training.trainer import Gradient
 
 
@@ -153,8 +154,8 @@ class _Loop:
         with self._saving_on_failure():
             batch = self._batch()
             gradient = self._fitting_gradient(batch)
-        while gradient is not None and not failures.is_finite(gradient.norm + gradient.sums.total):
-            if not (failures.is_finite(gradient.sums.total) and self.state.scale.lower()):
+        while gradient is not None and not failures.is_finite(gradient.norm + gradient.sums["total"]):
+            if not (failures.is_finite(gradient.sums["total"]) and self.state.scale.lower()):
                 self._not_finite(batch)
             self.trainer.optimizers.drop_gradients()
             with self._saving_on_failure():
@@ -259,10 +260,9 @@ class _Loop:
     def _log(self) -> None:
         """Writes a line of metrics from the sums since the last one; reading them waits for the device."""
         state = self.state
-        assert state.sums is not None
-        units, means = float(state.sums.weight), state.sums.means()
+        units, means = float(state.sums["weight"]), state.sums.means()
         rate = units / self.pace.lap()
-        state.seconds, state.sums = self.pace.seconds, None
+        state.seconds, state.sums = self.pace.seconds, Sums()
         figures = {
             **means,
             **self.trainer.optimizers.rates(state.step - 1),

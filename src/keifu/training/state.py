@@ -18,45 +18,31 @@ from keifu.training.run import checkpoint
 OTHERS = ("data.", "sums.")  # tensors of a state that are neither the model's nor the optimizers'
 
 
-@dataclass
-class Sums:
-    """Running sums of the loss, the number of elements and the figures; they stay on the device until they are read."""
-
-    total: Tensor
-    weight: Tensor
-    figures: dict[str, Tensor] = field(default_factory=dict)
+class Sums(dict[str, Tensor]):
+    """Running sums by their names in a state: `total`, of the loss, `weight`, the number of elements, and
+    `figures.NAME`. They stay on the device until they are read; empty ones are sums of nothing."""
 
     @classmethod
     def of(cls, outcome: LossOutput) -> "Sums":
         """The sums of one micro-batch, detached."""
-        total = outcome.total.detach()
-        figures = {name: torch.as_tensor(value).detach() for name, value in outcome.figures.items()}
-        return cls(total, torch.as_tensor(outcome.weight, dtype=torch.float32, device=total.device), figures)
+        weight = torch.as_tensor(outcome.weight, dtype=torch.float32, device=outcome.total.device)
+        figures = {f"figures.{name}": torch.as_tensor(value) for name, value in outcome.figures.items()}
+        sums = {"total": outcome.total, "weight": weight, **figures}
+        return cls({name: value.detach() for name, value in sums.items()})
 
     def __add__(self, other: "Sums") -> "Sums":
-        figures = {name: value + other.figures[name] for name, value in self.figures.items()}
-        return Sums(self.total + other.total, self.weight + other.weight, figures)
+        return Sums({name: value + other[name] for name, value in self.items()}) if self else other
 
     def zeros(self) -> "Sums":
-        """Sums of nothing."""
-        return Sums(self.total * 0, self.weight * 0, {name: value * 0 for name, value in self.figures.items()})
+        """Sums of the same names that add nothing."""
+        return Sums({name: value * 0 for name, value in self.items()})
 
     def means(self) -> dict[str, float]:
         """The mean loss and figures per element; waits for the device."""
-        weight = float(self.weight) or 1.0
-        figures = sorted(self.figures.items())  # in the order in which a state gives them back
-        return {"loss": float(self.total) / weight, **{name: float(value) / weight for name, value in figures}}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums by name, which `from_tensors` takes."""
-        return {"total": self.total, "weight": self.weight} | {f"figures.{n}": v for n, v in self.figures.items()}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> "Sums":
-        """The sums of a state."""
-        placed = {name: tensor.to(device) for name, tensor in tensors.items()}
-        total, weight = placed.pop("total"), placed.pop("weight")
-        return cls(total, weight, {name.removeprefix("figures."): value for name, value in placed.items()})
+        weight = float(self["weight"]) or 1.0
+        names = sorted(self.keys() - {"total", "weight"})  # in the order in which a state gives them back
+        means = {name.removeprefix("figures."): float(self[name]) / weight for name in names}
+        return {"loss": float(self["total"]) / weight, **means}
 
 
 @dataclass
@@ -75,7 +61,7 @@ class TrainState:
     on_policy: OnPolicy | None = None
     divergence: Divergence = field(default_factory=Divergence)
     step: int = 0
-    sums: Sums | None = None
+    sums: Sums = field(default_factory=Sums)
     seconds: float = 0.0
     passed: float = 0.0
     lasted: dict[str, float] = field(default_factory=dict)
@@ -87,12 +73,11 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name: of the model, the optimizers, the data and the sums."""
-        sums = self.sums.tensors() if self.sums else {}
         return {
             **checkpoint.model_tensors(self.model),
             **{f"optimisers.{name}": tensor for name, tensor in self.optimizers.state().items()},
             **{f"data.{name}": tensor for name, tensor in (self.on_policy.state() if self.on_policy else {}).items()},
-            **{f"sums.{name}": tensor.clone() for name, tensor in sums.items()},  # a figure may be the total itself
+            **{f"sums.{name}": each.clone() for name, each in self.sums.items()},  # a figure may be the total
         }
 
     def facts(self) -> dict[str, Any]:
@@ -137,8 +122,8 @@ class TrainState:
             self.optimizers.length = with_plan(self.length, found.facts)
         if self.on_policy:
             self.on_policy.load_state(_with_prefix("data.", tensors))
-        sums = _with_prefix("sums.", tensors)
-        self.sums = Sums.from_tensors(sums, next(self.model.parameters()).device) if sums else None
+        device = next(self.model.parameters()).device
+        self.sums = Sums({name: each.to(device) for name, each in _with_prefix("sums.", tensors).items()})
         self.divergence = Divergence(**found.facts["divergence"])
         self.step = found.step
 

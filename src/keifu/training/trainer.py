@@ -95,7 +95,7 @@ class Trainer:
             rows, world = rows_of(batch), self.ranks.world
             said = f"{rows:,} rows for {world} processes" if rows else "no rows"
             raise UserError(f"The batch of step {step} has {said}; look at the data.")
-        sums: Sums | None = None
+        sums = Sums()
         scale = self.state.scale
         try:
             last = len(self._micro_batches(batch)) - 1
@@ -105,12 +105,11 @@ class Trainer:
                     return None
                 current().accumulate(self.module, number == last)
                 (outcome.total * scale.value if scale.moves else outcome.total).backward()
-                sums = Sums.of(outcome) if sums is None else sums + Sums.of(outcome)
+                sums += Sums.of(outcome)
         finally:
             self.dropout.clear()
-        assert sums is not None
-        sums = self._of_all_ranks(sums) if self.ranks.world > 1 else sums
-        return Gradient(sums, self._average(sums.weight))
+        sums = Sums(self.ranks.sum(sums))
+        return Gradient(sums, self._average(sums["weight"]))
 
     def drop_gradients(self) -> None:
         """Frees the gradients of a step that is given up."""
@@ -123,21 +122,21 @@ class Trainer:
         self.optimizers.step(state.step)
         state.scale.count()
         state.step += 1
-        state.sums = gradient.sums if state.sums is None else state.sums + gradient.sums
+        state.sums += gradient.sums
 
     @torch.no_grad()
     def validation(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The mean loss and figures over all elements of the batches, in evaluation mode; empty without batches."""
         self.model.eval()
-        sums: Sums | None = None
+        sums = Sums()
         for batch in batches:
             shared = rows_of(batch) >= self.ranks.world  # a smaller one is whole on all ranks, and the first counts it
             for outcome in self._losses(on_device(batch, self.device)):
-                new = Sums.of(outcome) if shared or not self.ranks.rank else Sums.of(outcome).zeros()
-                sums = new if sums is None else sums + new
+                new = Sums.of(outcome)
+                sums += new if shared or not self.ranks.rank else new.zeros()
         self.model.train()
         self.drop_gradients()  # there are none, but FSDP would keep weights that it gathered for no backward pass
-        return (self._of_all_ranks(sums) if self.ranks.world > 1 else sums).means() if sums else {}
+        return Sums(self.ranks.sum(sums)).means() if sums else {}
 
     def explain(self, step: int, batch: Batch) -> str:
         """A sentence that names the layer with the first number that is not finite; computes the step again."""
@@ -214,9 +213,6 @@ class Trainer:
         if self.row_elements is None:
             return self.micro_batch
         return max(1, self.micro_batch * self.row_elements // max(1, row_elements(batch)))
-
-    def _of_all_ranks(self, sums: Sums) -> Sums:
-        return Sums.from_tensors(self.ranks.sum(sums.tensors()), self.device)
 
     def _average(self, weight: Tensor) -> Tensor:
         """Divides the gradient of the sum by the number of elements and clips it, in one pass; gives the norm before
