@@ -1,7 +1,9 @@
 """GRPO: its objective against NumPy, its rollouts, a reward that rises, resuming to the bit, rewards that fail."""
 
 import json
+import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "def nan(prompt, answer, example): return float('nan')\n"
         "def text(prompt, answer, example): return 'good'\n"
         "def fails(prompt, answer, example): return example['absent']\n"
+        "def huge(prompt, answer, example): return 10**400\n"
     )
     return folder
 
@@ -146,14 +149,14 @@ def test_adapters_are_held_to_the_model_they_are_on(dora: bool, base: Path, task
     data = str(task / "prompts.jsonl"), f"{task / 'rewards.py'}:letters"
     few = {"prompts": 2, "group": 3, "max_tokens": 6}
     rollouts = recipe.prepare(recipe.Recipe(str(base), data[0], reward=data[1], **few, lora=Lora(2, dora=dora))).data
-    assert rollouts.reference is rollouts.model
+    assert rollouts.reference is rollouts.policy
     with torch.no_grad():
-        for adapter in adapters(rollouts.model):
+        for adapter in adapters(rollouts.policy):
             adapter.b.normal_(std=0.5)
     made = rollouts.batch(0)
     assert (made["old"] - made["reference"]).abs().max() > 0.01
     copy = recipe.prepare(recipe.Recipe(str(base), data[0], reward=data[1], **few)).data
-    assert copy.reference is not copy.model
+    assert copy.reference is not copy.policy
     torch.testing.assert_close(made["reference"], copy._log_probabilities(copy.reference, made), rtol=0, atol=1e-6)
     assert torch.equal(rollouts.batch(0)["old"], made["old"])  # the adapters are back
 
@@ -185,7 +188,7 @@ def test_answers_are_of_the_seed_the_step_and_the_weights(base: Path, task: Path
     assert len({tuple(row.tolist()) for row in first["tokens"]}) > 2
     assert first["tokens"].shape != later["tokens"].shape or not torch.equal(first["tokens"], later["tokens"])
     torch.testing.assert_close(first["old"], first["reference"], rtol=0, atol=1e-5)  # nothing is learned yet
-    torch.nn.init.normal_(next(rollouts.model.parameters()))
+    torch.nn.init.normal_(next(rollouts.policy.parameters()))
     changed = rollouts.batch(3)["old"]
     assert changed.shape != first["old"].shape or not torch.equal(changed, first["old"])
     largest = rollouts.largest()
@@ -198,12 +201,22 @@ def test_answers_are_of_the_seed_the_step_and_the_weights(base: Path, task: Path
         ("nan", "The reward is nan for the answer"),
         ("text", "The reward is 'good' for the answer"),
         ("fails", "The reward raised KeyError for the answer"),
+        ("huge", "The reward is 10{400} for the answer"),
         ("absent", "has no function 'absent'"),
     ],
 )
 def test_a_reward_that_fails_is_told(function: str, said: str, base: Path, task: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         go(base, task, tmp_path / "run", "--steps", "2", function=function)
+
+
+@pytest.mark.parametrize("name", ["price.py", "math.py"])  # also where that is another module's name
+def test_the_file_of_a_reward_may_have_dataclasses(name: str, tmp_path: Path) -> None:
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Price:\n"
+    file = tmp_path / name
+    file.write_text(head + "    each: int = 3\ndef three(prompt, answer, example): return Price().each\n")
+    assert score(reward(f"{file}:three"), "a", "b", {}) == 3
+    assert sys.modules["math"] is math
 
 
 def test_a_constant_reward_is_warned_of_once(

@@ -12,7 +12,7 @@ import torch
 from keifu import checkpoints
 from keifu.alignment.grpo import GRPOBatches, grpo
 from keifu.alignment.ppo import ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
-from keifu.alignment.rollouts import RolloutInputs, RolloutPlan
+from keifu.alignment.rollouts import RolloutPlan
 from keifu.data.chat.prompts import prompt
 from keifu.data.text.packed import PackedText
 from keifu.data.text.token_shards import prepare
@@ -54,12 +54,16 @@ class Parts:
             parameter.data = parameter + 0.1 * torch.randn_like(parameter)
         return found.requires_grad_(False)
 
-    def inputs(self, plan: RolloutPlan = PLAN) -> RolloutInputs:
-        """What rollouts are made from."""
-        return RolloutInputs(
+    def rollouts(self, kind: Any, plan: RolloutPlan = PLAN, **more: Any) -> Any:
+        """Rollouts of these parts."""
+        return kind(
             self.policy, self.reference, self.tokenizer, *self.prompts,
-            reward=lambda prompts, answers: [price(p.text) for p in prompts], plan=plan,
+            reward=lambda prompts, answers: [price(p.text) for p in prompts], plan=plan, **more,
         )  # fmt: skip
+
+    def ppo(self, mix: PretrainingMix | None = None) -> PPOBatches:
+        """Rollouts for PPO."""
+        return self.rollouts(PPOBatches, value=self.value, rule=RULE, pretraining=mix)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,7 @@ def expected_of(parts: Parts, row: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def test_what_is_learned_of_answers_is_that_of_numpy(parts: Parts) -> None:
     """Both minibatches of a rollout, of which the advantages are whitened together, after the returns were made."""
-    data = PPOBatches(parts.inputs(), parts.value, RULE)
+    data = parts.ppo()
     rows = []
     for step in range(2):
         batch = {name: tensor.numpy() for name, tensor in data.batch(step).items()}
@@ -128,11 +132,12 @@ def test_what_is_learned_of_answers_is_that_of_numpy(parts: Parts) -> None:
 def test_what_was_just_written_has_a_ratio_of_one(method: str, parts: Parts) -> None:
     """Also where the temperature is not 1: it belongs to sampling and to learning."""
     if method == "ppo":
-        data, model = PPOBatches(parts.inputs(), parts.value, RULE), ActorCritic(parts.policy, parts.value)
+        data, model = parts.ppo(), ActorCritic(parts.policy, parts.value)
         figures = ppo(RULE)(model, data.batch(0)).figures
         assert float(figures["update_kl"]) == pytest.approx(0, abs=1e-8)
     else:
-        data = GRPOBatches(parts.inputs(RolloutPlan(prompts=3, group=2, max_tokens=5, temperature=0.7, seed=3)))
+        plan = RolloutPlan(prompts=3, group=2, max_tokens=5, temperature=0.7, seed=3)
+        data = parts.rollouts(GRPOBatches, plan)
         batch = data.batch(0)
         figures, kept = grpo(0.2, 0.1, 0.7)(parts.policy, batch).figures, batch["mask"]
         away = [(r - o)[m].double() for r, o, m in zip(batch["reference"], batch["old"], kept, strict=True)]
@@ -142,7 +147,7 @@ def test_what_was_just_written_has_a_ratio_of_one(method: str, parts: Parts) -> 
 
 
 def test_answers_of_a_rollout_are_gone_through_in_parts_and_twice(parts: Parts) -> None:
-    data = PPOBatches(parts.inputs(), parts.value, RULE)
+    data = parts.ppo()
     steps = [data.batch(step)["tokens"] for step in range(4)]
     texts = [{tuple(row[row != 0].tolist()) for row in tokens} for tokens in steps]
     assert texts[0] | texts[1] == texts[2] | texts[3] and len(texts[0] | texts[1]) > len(texts[0])
@@ -156,7 +161,7 @@ def test_text_moves_on_and_covers_an_epoch(parts: Parts, tmp_path: Path, monkeyp
     shards = prepare(str(tmp_path / "text.txt"), parts.tokenizer, held_out=0.2)
     text = PackedText(shards, 12, 1, 4)
     mix = PretrainingMix(text, 4)
-    data = PPOBatches(parts.inputs(), parts.value, RULE, mix)
+    data = parts.ppo(mix)
     seen: list[tuple[int, ...]] = []
     for step in range(-(-text.windows_per_epoch // 12)):
         found = mix.batch(step, 3)

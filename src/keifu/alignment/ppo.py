@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from keifu.alignment.monitor import Range
-from keifu.alignment.rollouts import RolloutInputs, Rollouts, Tokens, answer_log_probabilities, response_statistics
+from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics
 from keifu.data.text.packed import PackedText
 from keifu.errors import UserError
 from keifu.generation.text.model import evaluation_mode
@@ -226,6 +226,7 @@ class PretrainingMix:
         return torch.from_numpy(windows.astype(np.int64)).view(rows, self.each, -1)
 
 
+@dataclass(eq=False, kw_only=True)
 class PPOBatches(Rollouts):
     """The data of the training loop; `ppo` says what a batch holds.
 
@@ -234,11 +235,9 @@ class PPOBatches(Rollouts):
     pretraining: text that is learned beside the answers.
     """
 
-    def __init__(self, inputs: RolloutInputs, value: Any, rule: PPOSettings, pretraining: PretrainingMix | None = None):
-        super().__init__(inputs)
-        self.value = value
-        self.rule = rule
-        self.pretraining = pretraining
+    value: Any
+    rule: PPOSettings
+    pretraining: PretrainingMix | None = None
 
     @property
     def fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -19,17 +20,20 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 def last_number(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
     """1 where the last number of the answer is the example's "answer", otherwise 0."""
-    if "answer" not in example:
-        raise UserError("the example has no field answer: give it one, or choose another reward")
-    found = NUMBER.findall(answer.replace(",", ""))
-    return float(bool(found) and found[-1] == str(example["answer"]).replace(",", "").strip())
+    right = _expected(example).replace(",", "").strip()
+    return float(NUMBER.findall(answer.replace(",", ""))[-1:] == [right])
 
 
 def exact(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
     """1 where the answer is the example's "answer", otherwise 0."""
+    return float(answer.strip() == _expected(example))
+
+
+def _expected(example: Mapping[str, Any]) -> str:
+    """The example's "answer"."""
     if "answer" not in example:
         raise UserError("the example has no field answer: give it one, or choose another reward")
-    return float(answer.strip() == str(example["answer"]).strip())
+    return str(example["answer"]).strip()
 
 
 OWN: dict[str, Reward] = {"last-number": last_number, "exact": exact, gym.SCORER: gym.gym_score}
@@ -58,10 +62,10 @@ def text_hash(name: str) -> str:
 
 
 def _module(path: Path) -> Any:
-    spec = spec_from_file_location(path.stem, path)
+    spec = spec_from_file_location(f"reward_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file.")
-    module = module_from_spec(spec)
+    module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -85,7 +89,7 @@ def score(function: Reward, prompt: str, answer: str, example: Mapping[str, Any]
         raise UserError(f"The reward raised {type(error).__name__} {of}: {error}.") from error
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except Exception:
         raise UserError(f"The reward is {value!r} {of}: it must be a number.") from None
     if not math.isfinite(number):
         raise UserError(f"The reward is {number} {of}: it must be a finite number.")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from keifu.alignment.rewards import Scorer
 from keifu.data.batching import Epochs
@@ -102,13 +103,18 @@ class RolloutPlan:
         return self.minibatches * self.epochs
 
 
-@dataclass(frozen=True, eq=False)
-class RolloutInputs:
-    """What rollouts are made from.
+@dataclass(eq=False)
+class Rollouts:
+    """The data of the training loop: minibatches of a rollout, which is generated anew when its updates are made.
 
     policy: the model that is trained and writes the answers. reference: the model that the KL penalty is measured
     against, or the policy itself, whose adapters are then left out; None: no penalty. prompts, held_out: for training
     and for validation. reward: the scorer that is learned from. metrics: further scorers, which are only reported.
+
+    A batch holds "tokens", "mask" (True on the answers), "old" (log-probability of each token when it was sampled) and,
+    where there is a reference, "reference" (its log-probabilities), all [row, position]; "reward", "finished" (1 where
+    the answer ended by itself) and the further metrics [row]; and the targets of the method (see `_targets`).
+    Without prompts, or with prompts too long for the model's context, it raises a `UserError`.
     """
 
     policy: nn.Module
@@ -119,37 +125,22 @@ class RolloutInputs:
     reward: Scorer
     plan: RolloutPlan
     metrics: Mapping[str, Scorer] = field(default_factory=dict)
-
-
-class Rollouts:
-    """The data of the training loop: minibatches of a rollout, which is generated anew when its updates are made.
-
-    A batch holds "tokens", "mask" (True on the answers), "old" (log-probability of each token when it was sampled) and,
-    where there is a reference, "reference" (its log-probabilities), all [row, position]; "reward", "finished" (1 where
-    the answer ended by itself) and the further metrics [row]; and the targets of the method (see `_targets`).
-    Without prompts, or with prompts too long for the model's context, it raises a `UserError`.
-    """
-
     on_policy = True
 
-    def __init__(self, inputs: RolloutInputs):
-        if not inputs.prompts:
+    def __post_init__(self) -> None:
+        if not self.prompts:
             raise UserError("There is no prompt to learn from.")
-        self.model = inputs.policy
-        self.reference = inputs.reference
-        self.tokenizer = inputs.tokenizer
-        self.plan = inputs.plan
-        self.parts = (inputs.prompts, inputs.held_out)
-        self.scorers = {"reward": inputs.reward, **inputs.metrics}
+        self.parts = (self.prompts, self.held_out)
+        self.scorers = {"reward": self.reward, **self.metrics}
         self.ids = tuple([self.tokenizer.render_chat(prompt.messages) for prompt in part] for part in self.parts)
         self.longest = max(len(ids) for part in self.ids for ids in part) + self.plan.max_tokens
-        if self.longest > (context := causal(self.model).config.context_length):
+        if self.longest > (context := causal(self.policy).config.context_length):
             raise UserError(
                 f"The longest prompt and its answer have up to {self.longest} tokens, and this model's context is "
                 f"{context}: shorten the prompts, or lower --max-tokens."
             )
         self.at_a_time = max(1, min(MAX_BATCH_ANSWERS, MAX_BATCH_TOKENS // self.longest))
-        self._epochs = Epochs(len(inputs.prompts), self.plan.prompts, self.plan.seed)
+        self._epochs = Epochs(len(self.prompts), self.plan.prompts, self.plan.seed)
         self._rollout: dict[str, Tensor] = {}
 
     @property
@@ -223,14 +214,14 @@ class Rollouts:
     def _answers(self, part: int, rows: Sequence[int], sampling: Sequence[SamplingParams]) -> dict[str, Tensor]:
         """Answers with their rewards and log-probabilities."""
         ids = [self.ids[part][row] for row in rows]
-        answers = generate_batch(self.model, self.tokenizer, ids, sampling, self.at_a_time)
+        answers = generate_batch(self.policy, self.tokenizer, ids, sampling, self.at_a_time)
         rollout = stack_responses(ids, answers, self.tokenizer.pad_id or 0)
         prompts = [self.parts[part][row] for row in rows]
         texts = [answer.text for answer in answers]
         rollout |= {name: torch.tensor(scorer(prompts, texts)).float() for name, scorer in self.scorers.items()}
         rollout["finished"] = torch.tensor([float(answer.finish_reason == "stop") for answer in answers])
         if part == 1:  # greedy sampling reports a log-probability of 0
-            rollout["old"] = self._log_probabilities(self.model, rollout)
+            rollout["old"] = self._log_probabilities(self.policy, rollout)
         if self.reference is not None:
             with unadapted(self.reference):
                 rollout["reference"] = self._log_probabilities(self.reference, rollout)
@@ -273,13 +264,9 @@ def slice_rollouts(batch: dict[str, Tensor], rows: np.ndarray) -> dict[str, Tens
 def stack_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Completion], pad_id: int) -> dict[str, Any]:
     """Prompts and their answers as padded tensors [row, position]: "tokens", "mask" (True on the answers) and "old"
     (the log-probability of each token when it was sampled)."""
-    lengths = [len(prompt) + len(answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)]
-    shape = len(lengths), max(lengths)
-    tokens = torch.full(shape, pad_id)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    old = torch.zeros(shape)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        tokens[row, : lengths[row]] = torch.tensor([*prompt, *answer.tokens])
-        mask[row, len(prompt) : lengths[row]] = True
-        old[row, len(prompt) : lengths[row]] = torch.tensor(answer.sampled_log_probabilities or [])
-    return {"tokens": tokens, "mask": mask, "old": old}
+    pairs = [*zip(prompts, answers, strict=True)]
+    tokens = [torch.tensor([*prompt, *answer.tokens]) for prompt, answer in pairs]
+    mask = [torch.tensor([False] * len(prompt) + [True] * len(answer.tokens)) for prompt, answer in pairs]
+    old = [torch.tensor([0.0] * len(prompt) + (answer.sampled_log_probabilities or [])) for prompt, answer in pairs]
+    padded = partial(pad_sequence, batch_first=True)
+    return {"tokens": padded(tokens, padding_value=pad_id), "mask": padded(mask), "old": padded(old)}

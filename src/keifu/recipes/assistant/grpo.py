@@ -14,7 +14,6 @@ from pathlib import Path
 
 from keifu.alignment.grpo import NORMAL, GRPOBatches, grpo
 from keifu.alignment.monitor import DivergenceMonitor
-from keifu.alignment.rollouts import RolloutInputs
 from keifu.errors import UserError
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import RolloutOptions, RolloutTask, open_model
@@ -53,8 +52,8 @@ def prepare(recipe: Recipe) -> RolloutTask:
     model, tokenizer = open_model(recipe.model, recipe.template)
     reference = common.reference_model(model, recipe.lora) if recipe.beta else None
     model = common.to_train(model, recipe.lora, recipe.seed)
-    inputs = RolloutInputs(model, reference, tokenizer, *parts, by.scorer, recipe.plan(recipe.group))
-    return RolloutTask(model, tokenizer, GRPOBatches(inputs), by)
+    data = GRPOBatches(model, reference, tokenizer, *parts, by.scorer, recipe.plan(recipe.group))
+    return RolloutTask(model, tokenizer, data, by)
 
 
 def settings(recipe: Recipe) -> Settings:

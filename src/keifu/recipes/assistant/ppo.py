@@ -20,7 +20,6 @@ from torch import nn
 
 from keifu.alignment.monitor import DivergenceMonitor
 from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
-from keifu.alignment.rollouts import RolloutInputs
 from keifu.data.text.packed import PackedText
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -130,8 +129,9 @@ def prepare(recipe: Recipe) -> Task:
     model = ActorCritic(to_train(policy, recipe.lora, recipe.seed), value)
     mix = pretraining_mix(recipe, policy, tokenizer)
     scorers = {name: each.scorer for name, each in common.measured(recipe.measured).items()}
-    inputs = RolloutInputs(model.policy, reference, tokenizer, *parts, by.scorer, recipe.plan(1), scorers)
-    return Task(model, tokenizer, PPOBatches(inputs, value, rule, mix), by, rule)
+    data = PPOBatches(model.policy, reference, tokenizer, *parts, by.scorer, recipe.plan(1), scorers,
+                      value=value, rule=rule, pretraining=mix)  # fmt: skip
+    return Task(model, tokenizer, data, by, rule)
 
 
 def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Tokenizer) -> Any:
