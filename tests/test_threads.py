@@ -220,4 +220,4 @@ def test_the_idle_team_has_more_threads_than_there_are_cores_and_changes_no_bit(
     assert len(list(threads.TASKS.iterdir())) >= before + openmp.omp_get_num_procs() + 1
     assert torch.equal(x @ x, alone)
     team.stop()
-    assert not team.thread.is_alive()
+    assert not team.is_alive()

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-GROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
+from keifu.threads import GROUPS, OWN_GROUP, control_groups
+
+PROC = Path("/proc/meminfo")
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # parameters of glibc's mallopt
 
 
@@ -52,17 +54,15 @@ def _windows() -> int:
     return status.available
 
 
-def container(groups: Path = GROUPS) -> list[int]:
+def container(groups: Path = GROUPS, own: Path = OWN_GROUP) -> list[int]:
     """Bytes left by each control group (version 2, version 1) that has a limit; droppable caches count as free."""
-    old = groups / "memory"
-    places = (
-        (groups / "memory.max", groups / "memory.current", groups / "memory.stat", "inactive_file"),
-        (old / "memory.limit_in_bytes", old / "memory.usage_in_bytes", old / "memory.stat", "total_inactive_file"),
-    )
+    places = [(group, "memory.max", "memory.current", "inactive_file") for group in control_groups(groups, own)]
+    places.append((groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
     return [left for place in places if (left := _left(*place)) is not None]
 
 
-def _left(limit: Path, usage: Path, statistics: Path, droppable: str) -> int | None:
+def _left(group: Path, most: str, used: str, droppable: str) -> int | None:
+    limit, usage, statistics = group / most, group / used, group / "memory.stat"
     if not (limit.exists() and usage.exists()) or limit.read_text().strip() == "max":
         return None
     lines = statistics.read_text().splitlines() if statistics.exists() else []

@@ -110,23 +110,19 @@ class Placement:
         return others < FREE or wanted != len(self.held) or (disturbed and elsewhere)
 
 
-class IdleTeam:
+class IdleTeam(threading.Thread):
     """A team of OpenMP's threads that do nothing: while there is one, no thread of this process spins."""
 
     def __init__(self, openmp: Any):
+        super().__init__(name="keifu-idle-team", daemon=True)
         self.openmp, self.ready, self.end = openmp, threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=self._hold, name="keifu-idle-team", daemon=True)
-
-    def start(self) -> None:
-        """Makes the team."""
-        self.thread.start()
 
     def stop(self) -> None:
-        """Ends it: its threads end with the one that made them."""
+        """Ends the team: its threads end with the one that made them."""
         self.end.set()
-        self.thread.join()
+        self.join()
 
-    def _hold(self) -> None:
+    def run(self) -> None:
         """More threads than cores, each of which asks once for its number."""
         work = ctypes.cast(self.openmp.omp_get_thread_num, ctypes.c_void_p)
         self.openmp.GOMP_parallel(work, None, ctypes.c_uint(self.openmp.omp_get_num_procs() + 1), ctypes.c_uint(0))
@@ -198,11 +194,16 @@ def _limit(share: float) -> None:
         torch.set_num_threads(math.ceil(share))
 
 
-def quota(groups: Path = GROUPS, own: Path = OWN_GROUP) -> float:
-    """The cores that control groups let this process use: the strictest of its own and those above; ∞ without one."""
+def control_groups(groups: Path = GROUPS, own: Path = OWN_GROUP) -> list[Path]:
+    """The folders of this process's control group (version 2) and of those above it, which all limit it."""
     lines = own.read_text().splitlines() if own.exists() else []
     group = next((groups / line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")), groups)
-    limits = [place / "cpu.max" for place in (group, *group.parents) if place.is_relative_to(groups)]
+    return [place for place in (group, *group.parents) if place.is_relative_to(groups)]
+
+
+def quota(groups: Path = GROUPS, own: Path = OWN_GROUP) -> float:
+    """The cores that control groups let this process use: the strictest of its own and those above; ∞ without one."""
+    limits = [place / "cpu.max" for place in control_groups(groups, own)]
     found = [limit.read_text().split() for limit in limits if limit.exists()]  # version 2: "200000 100000", or "max …"
     first = groups / "cpu/cpu.cfs_quota_us"  # version 1, with -1 for no limit
     if first.exists():

@@ -255,6 +255,11 @@ def test_memory_is_read_within_the_limits_of_the_container(tmp_path: Path) -> No
     (old / "memory.limit_in_bytes").write_text("400")
     (old / "memory.usage_in_bytes").write_text("900")
     assert memory.container(tmp_path) == [500, 0]
+    (own := tmp_path / "own").write_text("3:cpu:/\n0::/jobs/7\n")  # a job's group, which is not the first one
+    (job := tmp_path / "jobs/7").mkdir(parents=True)
+    (job / "memory.max").write_text("300\n")
+    (job / "memory.current").write_text("100\n")
+    assert memory.container(tmp_path, own) == [200, 500, 0]
     assert 0 < memory.available_memory(torch.device("cpu")) < 2**50
 
 
