@@ -16,6 +16,7 @@ from training_toys import Sequences, Toy, objective, run, settings, toy, weights
 
 from keifu import memory
 from keifu.errors import UserError
+from keifu.processes import Processes, use
 from keifu.training.hardware import cost, failures
 from keifu.training.loop import train
 from keifu.training.run import checkpoint, metrics
@@ -224,6 +225,15 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
         assert [line["step"] for line in metrics.read(tmp_path)] == [1]
         lines.write(3, {"loss": 1.0})
     assert [(line["step"], line["loss"]) for line in metrics.read(tmp_path)] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_only_the_first_process_writes_lines_in_a_folder_that_was_taken_away(tmp_path: Path) -> None:
+    class Second(Processes):
+        number = 1
+
+    with use(Second()), metrics.Metrics(tmp_path / "run", [], 0) as lines:
+        lines.write(1, {"loss": 3.0})
+    assert not lines.path.exists()
 
 
 def test_divergence_is_said_once_and_only_when_the_loss_is_far_above() -> None:

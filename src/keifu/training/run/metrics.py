@@ -37,11 +37,11 @@ class Metrics:
         self.pending += json.dumps({"step": step, **figures}).encode() + b"\n"
         for sink in self.sinks:
             sink.write(step, figures)
+        if current().first and not self.path.exists():  # the folder was taken away: it is written anew
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("ab", buffering=0)
         whole = self.file.tell()
         try:
-            if not self.path.exists():  # the folder was taken away: it is written anew
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = self.path.open("ab", buffering=0)
             self.pending = self.pending[self.file.write(self.pending) or 0 :]
         except OSError as error:
             if error.errno not in FULL:
