@@ -181,6 +181,16 @@ def test_a_run_goes_on_with_fewer_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_damaged_part_takes_all_processes_to_the_state_before(tmp_path: Path) -> None:
+    two = "--processes", "2", "--mesh.shard", "2"
+    assert finished(tmp_path / "run", *two)[0] == finished(tmp_path / "calm", *two, "--steps", "14")[0] == 0
+    part = max((tmp_path / "run/state/step-00000012").glob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    status, said = finished(tmp_path / "run", *two, "--resume", "--steps", "14", "--mesh.time-limit", "60")
+    assert status == 0 and f"{part.name} is damaged" in said and "Going on from step 10" in said, said
+
+
+@pytest.mark.slow
 def test_a_pod_that_dies_is_left_out(tmp_path: Path) -> None:
     """Two machines of one pod each, as torchrun sees them; of one, torchrun and what it started are killed. The other
     one goes on alone, with the losses of two that nothing disturbed."""

@@ -207,6 +207,7 @@ class _Loop:
         state = self.state
         spiked, loss = state.step, gradient.sums.means()["loss"]
         with self.pace.paused():
+            current().flush()  # the state to go back to may be the one that is being written
             current().wait()
             try:
                 state.rewind(checkpoint.read(self.run.directory, state.spikes.target(spiked)))
@@ -355,6 +356,8 @@ class _Loop:
     def _not_finite(self, batch: Batch) -> NoReturn:
         with self.pace.paused():
             reason = self.trainer.explain(self.state.step, batch)
+        if current().whole:  # it may be another process's rows; the exchanges of a split model would not meet here
+            reason = next((each for each in current().texts(reason) if each != failures.NOT_AGAIN), reason)
         advice = "A lower learning rate, a longer warm-up, a smaller clip or float32 helps."
         raise failures.NotFinite(self._refuse(f"In the next step {reason}. {advice}"))
 
@@ -363,8 +366,8 @@ class _Loop:
         self.trainer.optimizers.drop_gradients()
         if current().whole:  # other processes may not come to save theirs
             self._save_state()
-        how = run_directory.how_to_resume(self.run)
-        return f"Stopped after step {self.state.step:,}, whose state is saved. {text} To go on: {how}"
+        how, kept = run_directory.how_to_resume(self.run), "saved" if self.saved == self.state.step else "not saved"
+        return f"Stopped after step {self.state.step:,}, whose state is {kept}. {text} To go on: {how}"
 
     def _leave(self, outcome: dict[str, Any]) -> None:
         """Writes the model, the results into recipe.json, and the report."""

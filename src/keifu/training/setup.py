@@ -141,10 +141,12 @@ def _check_growth(settings: Settings, data: Data) -> None:
 
 
 def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.State:
+    """The newest state that the first process finds whole: it alone looks for damage in the parts of a split model."""
     found, complaints = checkpoint.latest(run.directory)
     for text in complaints:
         tell(text)
-    return found
+    step = current().same(found.step)
+    return found if found.step == step else checkpoint.read(run.directory, step)
 
 
 def _length(found: checkpoint.State, settings: Settings, directory: Path) -> Length:

@@ -100,6 +100,31 @@ MESSAGES = [
 ]
 
 
+def test_a_number_of_another_process_is_named_by_it(tmp_path: Path) -> None:
+    class Two(Processes):
+        count = 2
+
+        def texts(self, text: str) -> list[str]:
+            return [text, "the rows of the other one" if text == failures.NOT_AGAIN else text]
+
+    calls = iter(range(100))
+
+    def once(model: nn.Module, batch: dict):
+        found = objective(model, batch)
+        return found._replace(total=found.total * float("nan")) if next(calls) == 7 else found
+
+    with use(Two()), pytest.raises(failures.NotFinite, match="In the next step the rows of the other one"):
+        train(toy(), once, Sequences(), settings(), run(tmp_path))
+
+
+def test_the_state_of_a_split_model_is_not_said_to_be_saved(tmp_path: Path) -> None:
+    class Split(Processes):
+        whole = False
+
+    with use(Split()), pytest.raises(failures.NotFinite, match=r"Stopped after step \d+, whose state is not saved"):
+        train(exploding("nan"), objective, Sequences(), settings(micro_batch=4, save_every=0), run(tmp_path))
+
+
 @pytest.mark.parametrize("when", [7, 8])  # in a step, and in the validation after it
 @pytest.mark.parametrize(("error", "said"), MESSAGES)
 def test_out_of_memory_says_how_much_and_what_to_turn(tmp_path: Path, error: Exception, said: str, when: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from training_toys import Sequences, objective, run, settings, toy
 
 from keifu.errors import UserError
+from keifu.processes import Processes, use
 from keifu.training.hardware.failures import Running
 from keifu.training.loop import train
 from keifu.training.optim.loss_spikes import SpikeSettings, SpikeState
@@ -98,6 +99,23 @@ def test_stopped_anywhere_and_resumed_it_is_bitwise_the_same(whole: Path, tmp_pa
     train(toy(7), objective, data, changed(), run(tmp_path, resume=True))
     assert same(tmp_path, whole)
     assert lines(tmp_path) == lines(whole)
+
+
+def test_a_state_that_is_being_written_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, read = [], checkpoint.read
+
+    class Writing(Processes):
+        def flush(self) -> None:
+            order.append("written")
+
+    def reading(directory: Path, step: int) -> checkpoint.State:
+        order.append("read")
+        return read(directory, step)
+
+    monkeypatch.setattr(checkpoint, "read", reading)
+    with use(Writing()):
+        train(toy(), objective, Spoiled(), changed(steps=46), run(tmp_path))
+    assert order[:2] == ["written", "read"]
 
 
 def test_from_a_state_before_the_rewind_the_spike_is_met_and_left_again(whole: Path, tmp_path: Path, capsys) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from training_toys import Sequences, objective, run, settings, toy, train_slowly
 
 from keifu.errors import UserError
+from keifu.processes import Processes, use
 from keifu.training.loop import train
 from keifu.training.run import checkpoint, metrics
 from keifu.training.signals import Interrupted
@@ -103,6 +104,21 @@ class Interrupting(Sequences):
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
         return super().batch(step)
+
+
+def test_every_process_goes_on_from_the_state_of_the_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Which alone has seen that the newest one is damaged."""
+
+    class Second(Processes):
+        number, count = 1, 2
+
+        def same(self, value):
+            return 9 if value == 12 else value
+
+    train(toy(), objective, Sequences(), settings(), run(tmp_path))
+    with use(Second()):
+        train(toy(), objective, Sequences(), settings(steps=14), run(tmp_path, resume=True))
+    assert "Going on from step 9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
