@@ -92,6 +92,15 @@ def test_a_batch_without_rows_is_an_error() -> None:
         trainer(toy(), 2).gradient(3, {"tokens": torch.zeros(0, 6, dtype=torch.long)})
 
 
+def test_a_first_batch_without_rows_is_one_too(tmp_path: Path) -> None:
+    class Empty(Sequences):
+        def batch(self, step: int):
+            return {name: tensor[:0] for name, tensor in super().batch(step).items()}
+
+    with pytest.raises(UserError, match="batch of step 0 has no rows"):
+        train(toy(), objective, Empty(), settings(), run(tmp_path))
+
+
 def test_splitting_keeps_every_row_in_order() -> None:
     parts = [part.batch["tokens"] for part in Ranks().micro_batches(Sequences().batch(0), 4)]
     assert [len(part) for part in parts] == [4, 2]

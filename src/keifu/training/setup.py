@@ -69,7 +69,9 @@ def set_up(
     dtype = _format(settings.precision, resolved, device, tell)
     trainer = Trainer(model, objective, settings, length=length, data=data, dtype=dtype)
     _check_growth(settings, data)
-    batch = on_device(data.batch(found.step if found else 0) if largest is None else largest, device)
+    step = found.step if found else 0
+    batch = on_device(data.batch(step) if largest is None else largest, device)
+    trainer.check_rows(step, batch)
     rows = settings.micro_batch or resolved.get("micro_batch")
     with failures.explain_out_of_memory(ADVICE):
         measured = cost.estimate(trainer, batch, rows, ADVICE)

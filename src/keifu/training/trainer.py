@@ -91,10 +91,7 @@ class Trainer:
         Dropout is a function of the seed, the step and the row. torch's global generator is seeded for each
         micro-batch, for modules that are not keifu's; their random numbers depend on `micro_batch`.
         """
-        if rows_of(batch) < self.ranks.world:
-            rows, world = rows_of(batch), self.ranks.world
-            said = f"{rows:,} rows for {world} processes" if rows else "no rows"
-            raise UserError(f"The batch of step {step} has {said}; look at the data.")
+        self.check_rows(step, batch)
         sums = Sums()
         scale = self.state.scale
         try:
@@ -110,6 +107,13 @@ class Trainer:
             self.dropout.clear()
         sums = Sums(self.ranks.sum(sums))
         return Gradient(sums, self._average(sums["weight"]))
+
+    def check_rows(self, step: int, batch: Batch) -> None:
+        """A `UserError` where a batch has no rows, or fewer than there are ranks."""
+        rows, world = rows_of(batch), self.ranks.world
+        if rows < world:
+            said = f"{rows:,} rows for {world} processes" if rows else "no rows"
+            raise UserError(f"The batch of step {step} has {said}; look at the data.")
 
     def drop_gradients(self) -> None:
         """Frees the gradients of a step that is given up."""
