@@ -264,6 +264,14 @@ def test_two_names_of_one_tensor_are_saved_once(tmp_path: Path) -> None:
     assert torch.equal(other.head.weight, model.embedding.weight)
 
 
+def test_a_number_without_axes_is_no_missing_one() -> None:
+    model = toy()
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    tensors = checkpoint.model_tensors(model)
+    with pytest.raises(UserError, match=r"scale: \(\) saved, none in the model"):
+        checkpoint.load_into_model(toy(), tensors)
+
+
 def test_a_figure_that_is_the_loss_itself_is_saved_beside_it(tmp_path: Path) -> None:
     """A state right behind a line of metrics holds the sums of one step, in which nothing was added yet."""
 

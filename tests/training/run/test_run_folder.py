@@ -257,6 +257,11 @@ def test_amounts_are_readable(value: float, text: str) -> None:
     assert progress.format_bytes(value) == text
 
 
+@pytest.mark.parametrize(("value", "text"), [(999, "999"), (999_499, "999 k"), (999_700, "1 M"), (1_234_567, "1.23 M")])
+def test_counts_are_readable(value: int, text: str) -> None:
+    assert progress.format_count(value) == text
+
+
 def test_a_terminal_gets_a_bar_and_a_pipe_plain_lines(monkeypatch) -> None:
     for terminal in (True, False):
         stream = io.StringIO()

@@ -99,6 +99,6 @@ def number(amount: int, unit: str) -> str:
 def format_count(number: float | int) -> str:
     """A number with three digits: 950, 1.31 M, 7 B."""
     for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= scale:
+        if number >= 0.9995 * scale:  # which three digits round up to it
             return f"{number / scale:.3g} {letter}"
     return f"{number:g}"
