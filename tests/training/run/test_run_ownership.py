@@ -79,6 +79,7 @@ def test_a_folder_that_was_only_held_is_gone(tmp_path: Path) -> None:
 
 def test_a_start_removes_what_a_dead_process_left(tmp_path: Path) -> None:
     left = [".model.safetensors.4711.part", "state/.tmpA1b2C3", "state/step-00000013.safetensors", "samples/.a.1.part"]
+    left += ["state/step-00000014/shard-00001.safetensors", "state/.step-00000015.part/shard-00001.safetensors"]
     before = names(finished(tmp_path))
     for name in left:
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -107,10 +107,11 @@ def latest_facts(directory: Path) -> dict[str, Any]:
 
 
 def remove_halves(directory: Path) -> None:
-    """Removes tensors whose JSON file a dead process has not come to write."""
-    for path in (directory / FOLDER).glob("step-*.safetensors"):
+    """Removes tensors whose JSON file a dead process has not come to write, also the parts of a split model's."""
+    there = directory / FOLDER
+    for path in [*there.glob("step-*"), *there.glob(".step-*.part")]:
         if not path.with_suffix(".json").exists():
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def steps(directory: Path) -> list[int]:
