@@ -165,7 +165,7 @@ def drawn(folder: Path) -> None:
 def run(folder: Path) -> None:
     facts = {"described": {"settings": {"steps": 2}}, "resolved": {}, "divergence": {}, "seconds": 1.0}
     for step in (1, 2):
-        checkpoint.save(folder, step, {"model.a": torch.ones(3)}, facts, keep=2)
+        checkpoint.save(folder, step, {"model.a": torch.ones(3)}, facts, lambda step: None)
     lines(folder / "metrics.jsonl", *({"step": step, "loss": 1 / (step + 1)} for step in range(3)))
     (folder / "recipe.json").write_text(json.dumps({"recipe": {"name": "gpt", "options": {}}, "figures": {"a": 1.0}}))
 

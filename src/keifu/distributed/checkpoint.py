@@ -69,8 +69,8 @@ class States:
         self.written: Future[None] | None = None
 
     def save(
-        self, pod: Pod, directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int,
-        reach: int, due: Callable[[int], bool],
+        self, pod: Pod, directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any],
+        prune: Callable[[int], None],
     ) -> None:  # fmt: skip
         """Copies the tensors, and lets a thread write them; where the state before could not be written, an error."""
         self.flush()
@@ -78,7 +78,7 @@ class States:
             shutil.rmtree(_beside(checkpoint.folder(directory, step)), ignore_errors=True)
         distributed.barrier(self.group)
         copies = {name: each.to("cpu", copy=True) for name, each in chunked(pod, tensors, apart=True).items()}
-        commit = partial(checkpoint.commit, directory, step, keep=keep, reach=reach, due=due)
+        commit = partial(checkpoint.commit, directory, step, prune=prune)
         self.written = self.thread.submit(self._write, checkpoint.folder(directory, step), copies, dict(facts), commit)
 
     def flush(self) -> None:

@@ -102,7 +102,7 @@ class _Loop:
         self.figures, self.validated, self.gradient_norm = lines.latest(), lines.validated, math.nan
         self.saved = state.step if run.resume else -1
         if run.resume and current().first:  # a kill may have come before these were removed
-            checkpoint.remove_old(run.directory, state.step, *self._kept())
+            self._remove_old_states(state.step)
         self.on_policy = isinstance(data, OnPolicy)
         self.record = run_directory.recorded(run.directory)
         self.loader = Loader(data.batch, device, prefetches(device) and not self.on_policy)
@@ -322,13 +322,13 @@ class _Loop:
             facts = {"described": self.described, "resolved": self.trainer.resolved(), **state.facts()}
             save = checkpoint.save if current().whole else current().save
             if current().first or not current().whole:
-                save(self.run.directory, state.step, state.tensors(), facts, *self._kept())
+                save(self.run.directory, state.step, state.tensors(), facts, self._remove_old_states)
             self.saved = state.step
 
-    def _kept(self) -> tuple[int, int, Callable[[int], bool]]:
-        """How many states are kept, how many steps older ones beside them, and the steps that have one."""
-        rules = self.settings.spikes
-        return self.settings.keep, rules.reach if rules.rise else 0, self._has_state
+    def _remove_old_states(self, step: int) -> None:
+        """Removes the states that are not kept beside that of a step."""
+        reach = self.settings.spikes.reach if self.settings.spikes.rise else 0
+        checkpoint.remove_old(self.run.directory, step, self.settings.keep, reach, self._has_state)
 
     def _has_state(self, step: int) -> bool:
         """Whether the state after so many steps is saved, however often the run is stopped."""

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -200,8 +201,9 @@ def test_a_resumed_run_keeps_its_rules_and_an_older_run_had_none(tmp_path: Path)
 
 
 def test_a_state_keeps_those_within_reach(tmp_path: Path) -> None:
+    prune = partial(checkpoint.remove_old, tmp_path, keep=2, reach=6, due=lambda step: True)
     for step in (0, 3, 6, 9, 12, 15, 18):
-        checkpoint.save(tmp_path, step, checkpoint.model_tensors(toy()), {}, keep=2, reach=6)
+        checkpoint.save(tmp_path, step, checkpoint.model_tensors(toy()), {}, prune)
     assert checkpoint.steps(tmp_path) == [9, 12, 15, 18]
-    checkpoint.save(tmp_path, 12, checkpoint.model_tensors(toy()), {}, keep=2, reach=6)
+    checkpoint.save(tmp_path, 12, checkpoint.model_tensors(toy()), {}, prune)
     assert checkpoint.steps(tmp_path) == [9, 12]

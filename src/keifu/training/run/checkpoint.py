@@ -40,37 +40,33 @@ class State:
 
 
 def save(
-    directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int, reach: int = 0,
-    due: Callable[[int], bool] = lambda step: True,
-) -> str:  # fmt: skip
-    """Writes a state into a run directory, removes old ones, and gives the hash of the tensors.
-
-    The last `keep` states are kept, and those at most `reach` steps older than these. Old ones are removed only when
-    the new one is complete on disk, so a full disk or a crash loses nothing. States of later steps are removed too:
-    they are damaged ones that this run could not be resumed from. due: whether a step has a state in any case; those of
-    other steps, where a run was stopped, are removed by the next one, so that the same states are left as without.
-    """
-    tensor_file, facts_file = _files(directory, step)
+    directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], prune: Callable[[int], None]
+) -> None:
+    """Writes a state into a run directory. `prune` removes old ones (see `remove_old`) when this one is complete on
+    disk, so a full disk or a crash loses nothing."""
+    tensor_file, _ = _files(directory, step)
     with replacing(tensor_file) as temporary:
         write_tensors(tensors, temporary)
         digest = sha256(temporary)
-    commit(directory, step, {"sha256": digest, **facts}, keep, reach, due)
-    return digest
+    commit(directory, step, {"sha256": digest, **facts}, prune)
 
 
-def commit(
-    directory: Path, step: int, facts: Mapping[str, Any], keep: int, reach: int = 0,
-    due: Callable[[int], bool] = lambda step: True,
-) -> None:  # fmt: skip
+def commit(directory: Path, step: int, facts: Mapping[str, Any], prune: Callable[[int], None]) -> None:
     """Writes the JSON file of a state whose tensors are on disk, and removes old ones (see `save`)."""
     content = {"step": step, "format": FORMAT, "version": __version__, **facts}
     content["facts_sha256"] = _hash(content)
     write_atomic(_files(directory, step)[1], json.dumps(content, indent=1, ensure_ascii=False))
-    remove_old(directory, step, keep, reach, due)
+    prune(step)
 
 
 def remove_old(directory: Path, step: int, keep: int, reach: int, due: Callable[[int], bool]) -> None:
-    """Removes the states that are not kept beside that of a step, which is complete on disk (see `save`)."""
+    """Removes the states that are not kept beside that of a step, which is complete on disk.
+
+    The last `keep` states are kept, and those at most `reach` steps older than these. States of later steps are removed
+    too: they are damaged ones that this run could not be resumed from. due: whether a step has a state in any case;
+    those of other steps, where a run was stopped, are removed by the next one, so that the same states are left as
+    without.
+    """
     kept = [other for other in steps(directory) if other < step and due(other)]
     oldest = [*kept, step][-keep:][0] - reach if due(step) else 0
     for other in steps(directory):
