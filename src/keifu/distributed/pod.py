@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from keifu.devices import require_compiler
 from keifu.distributed.layout import Layout
 from keifu.distributed.mesh import Mesh
-from keifu.layers.linear import JoinedLinear
 from keifu.layers.lora import Adapter
 from keifu.layers.unet.spatial_transformer import CROSS
+from keifu.training.optim.optimizers import joined_rows
 from keifu.training.ranks import of_all, sum_in_order
 
 
@@ -38,10 +38,10 @@ class Pod:
         self.place = shard.get_local_rank(), tensor.get_local_rank()
         self.places = [*product(range(shard.size()), range(tensor.size()))]
         self.tensor_group, self.size = tensor.get_group(), tensor.size()
-        joined = {id(p): m.parts for m in model.modules() if isinstance(m, JoinedLinear) for p in m.parameters(False)}
+        joined = joined_rows(model)
         self.layouts = {
             name: replace(
-                layouts.get(name) or Layout.whole(p, self.size, joined.get(id(p), ())),
+                layouts.get(name) or Layout.whole(p, self.size, joined.get(p, ())),
                 shards=shard.size() if isinstance(p, DTensor) else 1,
             )
             for name, p in model.named_parameters()

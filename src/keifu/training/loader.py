@@ -5,7 +5,7 @@ For training on a CPU, a batch is made when it is needed: a thread would only ta
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from contextlib import nullcontext
 
 import torch
 
@@ -15,13 +15,6 @@ from keifu.training.protocols import Batch
 def prefetches(device: torch.device) -> bool:
     """Whether batches for this device are made ahead: not for a CPU."""
     return device.type != "cpu"
-
-
-class Loaded(NamedTuple):
-    """A batch on its device, and on CUDA the event that marks the end of the copy."""
-
-    batch: Batch
-    copied: Any = None
 
 
 class Loader:
@@ -36,16 +29,21 @@ class Loader:
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="batches") if ahead else None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.number: int | None = None
-        self.next: Future[Loaded] | None = None
+        self.next: Future[Batch] | None = None
 
     def get(self, number: int, following: int | None = None) -> Batch:
         """The batch of this number; then starts to make the one of number `following`, if there is one."""
         self.wait()
-        loaded = self.next.result() if self.next and self.number == number else self._load(number)
+        batch = self.next.result() if self.next and self.number == number else self._load(number)
+        if self.stream:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)  # for this copy: the next one has not been asked for
+            for tensor in batch.values():
+                tensor.record_stream(current)  # its memory is not reused before the computation has read it
         self.number = self.next = None
         if self.worker and following is not None:
             self.number, self.next = following, self.worker.submit(self._load, following)
-        return self._synchronize(loaded)
+        return batch
 
     def wait(self) -> None:
         """Waits until the thread is idle, so that the data may be used for something else."""
@@ -57,22 +55,10 @@ class Loader:
         if self.worker:
             self.worker.shutdown()
 
-    def _load(self, number: int) -> Loaded:
+    def _load(self, number: int) -> Batch:
         batch = self.make(number)
-        if self.stream is None:
-            return Loaded(on_device(batch, self.device))
-        with torch.cuda.stream(self.stream):
-            moved = on_device(batch, self.device)
-            return Loaded(moved, self.stream.record_event())
-
-    def _synchronize(self, loaded: Loaded) -> Batch:
-        """The batch, for which the computation's stream waits."""
-        if loaded.copied is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(loaded.copied)
-            for tensor in loaded.batch.values():
-                tensor.record_stream(current)  # its memory is not reused before the computation has read it
-        return loaded.batch
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            return on_device(batch, self.device)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

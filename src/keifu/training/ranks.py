@@ -8,8 +8,10 @@ Axes: row = of a batch.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import ceil
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from operator import add
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,25 +28,13 @@ class MicroBatch(NamedTuple):
     batch: Batch
 
 
-@runtime_checkable
-class Pod(Protocol):
-    """Processes that a model is split over."""
-
-    def complete(self, gradients: Mapping[str, Tensor]) -> None:
-        """Sums, in place, what several processes have computed a part of."""
-        ...
-
-    def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """The norm of the whole gradient, of which each process has a part."""
-        ...
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The processes that share each batch: this one is number `rank` of `world`, counted from 0.
 
     group: the processes that share the batch; None: all. pods: the number of processes that hold the same part of the
-    model, `pods_group`. pod: where the model is split over the processes of a pod, how gradients are completed there.
+    model, `pods_group`. pod: where the model is split over the processes of a pod, a `keifu.distributed.pod.Pod`, by
+    which gradients are completed there.
     """
 
     rank: int = 0
@@ -52,7 +42,7 @@ class Ranks:
     group: Any = None
     pods: int = 1
     pods_group: Any = None
-    pod: Pod | None = None
+    pod: Any = None
 
     def bounds(self, rows: int, rank: int) -> tuple[int, int]:
         """The first row of a rank's slice of `rows` rows, and the one behind its last; sizes differ by one at most."""
@@ -85,7 +75,7 @@ class Ranks:
             return tensors
         numbers = torch.stack([tensor.double() for tensor in tensors.values()])
         columns = zip(tensors.items(), torch.stack(of_all(numbers, self.world, self.group), 1), strict=True)
-        return {name: _add(column.to(tensor.dtype).unbind()) for (name, tensor), column in columns}
+        return {name: reduce(add, column.to(tensor.dtype)) for (name, tensor), column in columns}
 
     def sum_gradients(self, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         """Sums the gradients of parameters over all ranks, in place; gives this rank's part of each, and the norm of
@@ -166,18 +156,10 @@ def sum_in_order(tensors: Sequence[Tensor], world: int, group: Any = None) -> No
         padded = F.pad(flat, (0, -len(flat) % world))
         received = torch.empty_like(padded)
         distributed.all_to_all_single(received, padded, group=group)
-        total = _add(received.view(world, -1).unbind())
+        total = reduce(add, received.view(world, -1))
         distributed.all_gather([*padded.view(world, -1).unbind()], total, group=group)
         for tensor, part in zip(bucket, padded[: len(flat)].split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))
-
-
-def _add(parts: Sequence[Tensor]) -> Tensor:
-    """The sum from left to right."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -4,7 +4,7 @@ Memory of a step = parameters + gradients + optimizer state + activations. One p
 other grows with the rows computed at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +21,6 @@ from keifu.training.protocols import Batch, LossOutput
 from keifu.training.ranks import local, rows_of
 from keifu.training.run.progress import format_bytes, format_count, format_seconds, number
 from keifu.training.trainer import Trainer
-
-
-def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """The largest number of bytes that a function allocates, by CUDA's allocator, beyond those allocated before it."""
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    work()
-    return torch.cuda.max_memory_allocated(device) - before
-
 
 SAFETY = 0.8  # the share of the free memory that a run may use
 
@@ -83,7 +74,10 @@ def activations(trainer: Trainer, batch: Batch) -> tuple[int, int]:
     """
     if trainer.device.type == "cuda":
         backward(trainer, batch)  # allocates the gradients, and what libraries allocate once
-        return peak_memory(lambda: backward(trainer, batch), trainer.device), 0
+        before = torch.cuda.memory_allocated(trainer.device)
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+        backward(trainer, batch)
+        return torch.cuda.max_memory_allocated(trainer.device) - before, 0
     known = {local(p).untyped_storage().data_ptr() for p in [*trainer.model.parameters(), *trainer.model.buffers()]}
     kept: dict[int, tuple[int, Tensor]] = {}
 
@@ -170,7 +164,6 @@ def _linear(trainer: Trainer, batch: Batch, rows: int) -> tuple[int, int]:
 
 def _optimizer(trainer: Trainer) -> tuple[int, float]:
     """Bytes of the optimizers' state and seconds of an update, by an update with rate 0, which is undone."""
-
     trainer.optimizers.prime()
     kept = sum(tensor.nbytes for tensor in trainer.optimizers.state().values())
     seconds = peak.time_call(trainer.optimizers.prime, trainer.device)

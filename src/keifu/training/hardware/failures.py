@@ -77,8 +77,9 @@ def _watch_modules(model: nn.Module, found: list[str]) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
         place = f"{name or 'the model'} ({type(module).__name__})"
-        handles.append(module.register_forward_hook(partial(_check_output, found, place)))
-        handles.append(module.register_full_backward_pre_hook(partial(_check_gradient, found, place)))
+        handles.append(module.register_forward_hook(partial(_check, found, f"output of {place}")))
+        reaches = f"gradient that reaches {place}"
+        handles.append(module.register_full_backward_pre_hook(partial(_check, found, reaches)))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Full backward hook is firing")  # modules whose inputs have no gradient
@@ -88,16 +89,9 @@ def _watch_modules(model: nn.Module, found: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _check_output(found: list[str], place: str, module: nn.Module, inputs: tuple, output: object) -> None:
-    _check_tensors(found, f"output of {place}", output)
-
-
-def _check_gradient(found: list[str], place: str, module: nn.Module, gradients: object) -> None:
-    _check_tensors(found, f"gradient that reaches {place}", gradients)
-
-
-def _check_tensors(found: list[str], what: str, value: object) -> None:
-    tensors = value if isinstance(value, tuple | list) else (value,)
+def _check(found: list[str], what: str, *call: object) -> None:
+    """A hook: the last that it is given is the module's output, or the gradients of it."""
+    tensors = call[-1] if isinstance(call[-1], tuple | list) else call[-1:]
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_finite(tensor):
             found.append(f"the {what} is the first that holds {_bad(tensor)}")

@@ -231,15 +231,10 @@ def hashes(directory: Path) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, the main packages and the system, the processor, and the revisions of models from the hub."""
-    programs = {name: version for name in PACKAGES if (version := _version(name))}
+    programs = dict[str, str]()
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):  # not installed, but used from its source
+            programs[name] = metadata.version(name)
     machine = {"system": platform.platform(), "processor": processor_name()}
     hub = {f"hub {name}": revision for name, revision in HUB.items()}
     return {"python": platform.python_version(), **programs, **machine, **hub}
-
-
-def _version(package: str) -> str | None:
-    """The version of a package; None where it is not installed but used from its source."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

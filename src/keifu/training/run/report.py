@@ -132,11 +132,10 @@ SECTIONED = frozenset(  # the fields of recipe.json with a place of their own on
 NARROW = 240  # pixels: a column of pictures is so wide at least, and a smaller picture is enlarged to it
 
 
-def write_report(directory: Path) -> Path:
+def write_report(directory: Path) -> None:
     """Writes report.html from recipe.json, metrics.jsonl, samples/ and the pictures in a run's folder."""
     title, body = _body(directory)
     write_atomic(directory / REPORT, page(title, body))
-    return directory / REPORT
 
 
 def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -> Path:
