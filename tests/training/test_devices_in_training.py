@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from simulated_device import device, simulated  # noqa: E402
 
 from keifu import devices  # noqa: E402
+from keifu.processes import Processes, use  # noqa: E402
 from keifu.training.hardware import failures, flops
 from keifu.training.hardware.precision import (
     LossScale,
@@ -125,6 +126,14 @@ def test_out_of_memory_halves_the_rows_and_the_run_goes_on(tmp_path: Path, capsy
 def test_where_not_even_one_row_fits_the_run_stops_and_says_so(tmp_path: Path) -> None:
     with pytest.raises(failures.OutOfMemory, match="3 MB more were asked for.*micro_batch"):
         train(toy(), scarce(0, 12), Sequences(), settings(), run(tmp_path))
+
+
+def test_a_process_that_shares_the_model_makes_no_other_passes_than_the_others(tmp_path: Path) -> None:
+    class Split(Processes):
+        whole = False
+
+    with use(Split()), pytest.raises(failures.OutOfMemory, match="3 MB more were asked for.*micro_batch"):
+        train(toy(), scarce(2, 12), Sequences(), settings(), run(tmp_path))
 
 
 def test_float16_scales_the_loss_and_resumes_to_the_bit(tmp_path: Path) -> None:

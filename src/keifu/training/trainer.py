@@ -161,9 +161,11 @@ class Trainer:
         return self._call(self.plain, batch)
 
     def halve(self, batch: Batch) -> bool:
-        """Halves the number of rows of such a batch that are computed at a time, from now on; False where it is 1."""
+        """Halves the number of rows of such a batch that are computed at a time, from now on; False where it is 1, and
+        where processes exchange tensors in each pass: one that makes other passes alone would not meet the others."""
         rows = min(self._rows(batch), rows_of(batch))
-        if rows < 2:
+        whole_batch = self.ranks.world > 1 and isinstance(self.objective, WholeBatchObjective)
+        if rows < 2 or whole_batch or not current().whole:
             return False
         self.micro_batch = rows // 2
         self.row_elements = None if self.row_elements is None else row_elements(batch)
