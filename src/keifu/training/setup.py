@@ -190,7 +190,7 @@ def steps_within(
     batch = on_device(largest, device)
     hardware = tensor_float32(device), keep_freed(device)
     with cost.preserve_state(trainer), failures.explain_out_of_memory(ADVICE), hardware[0], hardware[1]:
-        trainer.micro_batch = cost.estimate(trainer, batch, settings.micro_batch, ADVICE).micro_batch
+        trainer.micro_batch = current().same(cost.estimate(trainer, batch, settings.micro_batch, ADVICE).micro_batch)
         trainer.row_elements = row_elements(batch)
         seconds = _seconds_a_step(trainer, data, SHARE * 60 * minutes)
         trainer.optimizers.forget()

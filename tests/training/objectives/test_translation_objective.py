@@ -13,6 +13,7 @@ from training_toys import Sequences, objective, run, settings, toy, weights
 from keifu.errors import UserError
 from keifu.layers import losses
 from keifu.models import transformer
+from keifu.processes import Processes, use
 from keifu.training import setup
 from keifu.training.loop import train
 from keifu.training.objectives.language_modeling import translation
@@ -187,6 +188,26 @@ def test_the_steps_are_those_that_fit(monkeypatch) -> None:
     monkeypatch.setattr(setup.cost.peak, "time_call", lambda work, device: work() and 0.0 or 0.0)
     steps = setup.steps_within(50.0, toy(), objective, Sequences(), settings(), Sequences().batch(0))
     assert steps == pytest.approx(3000, rel=0.02)  # a step takes a second of this clock
+
+
+def test_the_pace_is_tried_with_the_rows_of_the_first_process() -> None:
+    rows: list[int] = []
+
+    class Second(Processes):
+        number, count = 1, 2
+
+        def same(self, value):
+            if value == 6:
+                rows.clear()
+            return 2 if value == 6 else value
+
+    def counted(model, batch):
+        rows.append(len(batch["tokens"]))
+        return objective(model, batch)
+
+    with use(Second()):
+        setup.steps_within(0.001, toy(), counted, Sequences(), settings(), Sequences().batch(0))
+    assert {*rows} == {2}
 
 
 def test_a_run_says_how_many_steps_it_was_begun_with(tmp_path: Path) -> None:
