@@ -49,8 +49,8 @@ def run(options: Options) -> None:
         ]
         tables.show((f"{size.name} writing on {options.devices}", ""), rows)
         return
-    tokens = plan.parse_amount(options.amount) if options.amount else 20 * size.parameters
-    made = plan.plan(model, devices, kind, plan.parse_amount(options.step))
+    tokens = plan.parse_amount(options.amount, "--tokens") if options.amount else 20 * size.parameters
+    made = plan.plan(model, devices, kind, plan.parse_amount(options.step, "--batch"))
     tables.show((f"{size.name} on {options.devices}", ""), _training(made, tokens))
 
 

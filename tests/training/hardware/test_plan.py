@@ -73,7 +73,7 @@ def test_logits_are_made_in_parts() -> None:
 
 @pytest.mark.parametrize(("text", "amount"), [("300B", 3e11), ("1.4T", 1.4e12), ("5000", 5e3), ("2k", 2e3)])
 def test_amounts_have_letters(text: str, amount: float) -> None:
-    assert parse_amount(text) == amount
+    assert parse_amount(text, "--tokens") == amount
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,8 @@ def test_amounts_have_letters(text: str, amount: float) -> None:
         (["llama-65b", "--devices", "2xA100-80G"], "does not fit: it takes at least .* GB on each device"),
         (["llama-7b", "--devices", "2048xA100-80"], "no device 'A100-80'. Did you mean 'A100-80G'"),
         (["llama-7b", "--devices", "lots"], "is a number, x and a kind"),
-        (["llama-7b", "--tokens", "many"], "is a number such as 300B"),
+        (["llama-7b", "--tokens", "many"], "--tokens is a number such as 300B"),
+        (["llama-7b", "--batch", "many"], "--batch is a number such as 300B"),
         (["gpt2", "--devices", "2xthis-CPU"], "no device 'this-CPU'. Did you mean '1xthis-CPU'"),
         (["lama-7b"], "Did you mean .*'llama-7b'"),
         (["stable-diffusion-1"], "is no Transformer of tokens alone"),

@@ -171,11 +171,11 @@ def this_machine() -> DeviceKind:
                       products=0.82, attention=2, elementwise=1000, logits=134, update=62)  # fmt: skip
 
 
-def parse_amount(text: str) -> float:
-    """`1.4T` as a number; anything else is a `UserError`."""
+def parse_amount(text: str, option: str) -> float:
+    """`1.4T` as a number; anything else is a `UserError` that names the option."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBT]?)", text)
     if not match or not float(match[1]):
-        raise UserError(f"--tokens is a number such as 300B or 1.4T, and not {text!r}.")
+        raise UserError(f"{option} is a number such as 300B or 1.4T, and not {text!r}.")
     return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2]]
 
 
