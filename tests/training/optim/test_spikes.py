@@ -168,8 +168,10 @@ def test_without_the_rule_nothing_is_due() -> None:
 
 
 def test_the_deviation_counts_too() -> None:
-    running = Running(mean=1.0, variance=0.25, readings=50)
-    assert not running.far_below(3.9, 0.1) and running.far_below(4.1, 0.1) and not running.far_below(4.1, 3.5)
+    def left_out(loss: float, rise: float) -> bool:
+        return not Running(mean=1.0, variance=0.25, readings=50).take(loss, rise)
+
+    assert not left_out(3.9, 0.1) and left_out(4.1, 0.1) and not left_out(4.1, 3.5)
 
 
 @pytest.mark.parametrize(

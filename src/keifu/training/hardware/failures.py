@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -74,19 +74,15 @@ def first_not_finite(model: nn.Module, work: Callable[[], Tensor]) -> str:
 @contextmanager
 def _watch_modules(model: nn.Module, found: list[str]) -> Iterator[None]:
     """A block in which every module whose output, or the gradient of it, is not finite is added to `found`."""
-    handles = []
-    for name, module in model.named_modules():
-        place = f"{name or 'the model'} ({type(module).__name__})"
-        handles.append(module.register_forward_hook(partial(_check, found, f"output of {place}")))
-        reaches = f"gradient that reaches {place}"
-        handles.append(module.register_full_backward_pre_hook(partial(_check, found, reaches)))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Full backward hook is firing")  # modules whose inputs have no gradient
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # modules whose inputs have no gradient
+        for name, module in model.named_modules():
+            place = f"{name or 'the model'} ({type(module).__name__})"
+            output = partial(_check, found, f"output of {place}")
+            gradient = partial(_check, found, f"gradient that reaches {place}")
+            hooks.callback(module.register_forward_hook(output).remove)
+            hooks.callback(module.register_full_backward_pre_hook(gradient).remove)
+        yield
 
 
 def _check(found: list[str], what: str, *call: object) -> None:
@@ -110,17 +106,17 @@ class Running:
     def __init__(self, mean: float = 0.0, variance: float = 0.0, readings: int = 0):
         self.mean, self.variance, self.readings = mean, variance, readings
 
-    def far_below(self, loss: float, rise: float) -> bool:
-        """Whether a loss is above the mean by six standard deviations, and by `rise` times the mean."""
-        return self.readings >= 5 and loss > self.mean + max(6 * self.variance**0.5, rise * abs(self.mean))
-
-    def take(self, loss: float) -> None:
-        """Updates the mean and the variance."""
+    def take(self, loss: float, rise: float) -> bool:
+        """Updates the mean and the variance by a loss; False for one that is left out, as it is above the mean by six
+        standard deviations, and by `rise` times the mean."""
+        if self.readings >= 5 and loss > self.mean + max(6 * self.variance**0.5, rise * abs(self.mean)):
+            return False
         share = max(0.1, 1 / (self.readings + 1))
         change = loss - self.mean
         self.mean += share * change
         self.variance = (1 - share) * (self.variance + share * change**2)
         self.readings += 1
+        return True
 
     def facts(self) -> dict[str, float]:
         """The constructor's arguments, for a checkpoint."""
@@ -135,10 +131,8 @@ class Divergence(Running):
 
     def watch(self, loss: float) -> str | None:
         """A warning, where there is one."""
-        far = self.far_below(loss, 0.5)
-        warning = far and not self.warned
-        self.warned = far
+        before = self.warned
+        self.warned = not self.take(loss, 0.5)
         text = f"The loss is {loss:.4g}, far above its running mean of {self.mean:.4g}: the run may be diverging; "
-        if not far:
-            self.take(loss)
-        return text + "a lower learning rate, a longer warm-up or a smaller clip helps." if warning else None
+        text += "a lower learning rate, a longer warm-up or a smaller clip helps."
+        return text if self.warned and not before else None

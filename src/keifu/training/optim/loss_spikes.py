@@ -71,10 +71,7 @@ class SpikeState:
 
     def complete(self, loss: float) -> bool:
         """Takes the loss of the next step in; whether a spike is now complete."""
-        far = self.running.far_below(loss, self.rules.rise)
-        self.streak = self.streak + 1 if far else 0
-        if not far:
-            self.running.take(loss)
+        self.streak = 0 if self.running.take(loss, self.rules.rise) else self.streak + 1
         return self.streak == self.rules.steps
 
     def target(self, step: int) -> int:
