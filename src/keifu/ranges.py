@@ -58,10 +58,10 @@ _NAMES = {
         attention_dim autoencoder_batch autoencoder_steps autoencoder_widths average band batch_ramp batch_size
         batch_stages beam best_of candidates channels clip_batch clip_steps code_dim codebook_size context_dim
         context_length cut decay_steps decoder_hidden_dim digits dim each embedding_dim group head_dim heads hidden
-        hidden_dim image_size keep kernel latent_channels layers length limit log_every max_updates maxout_dim
-        micro_batch minibatches most multipliers n_decoder_heads n_decoder_layers n_heads n_kv_heads n_layers
+        hidden_dim image_size keep kernel latent_channels layers length limit log_every max_tokens max_updates
+        maxout_dim micro_batch minibatches most multipliers n_decoder_heads n_decoder_layers n_heads n_kv_heads n_layers
         nearest noise_steps of original_context_length patch_size pods prior_heads prior_layers prior_steps
-        processes prompt prompts queue residual_blocks rewind rollouts sentinels shard sliding_window slots small
+        processes prompt prompts queue residual_blocks rewind rollouts sentinels shard size sliding_window slots small
         steps streams target_vocab_size tensor terms threads time_limit tokens tokens_per_batch type_vocab_size
         upsampler_widths upsampling_steps vae_batch vae_steps vae_widths vocab_size width widths
         """,
@@ -92,8 +92,6 @@ _NAMES = {
 RANGES = {name: kind for kind, names in _NAMES.items() for name in names.split()} | {
     "count": Range(1, 1_000_000, whole=True),
     "depth": Range(1, 1000, whole=True),
-    "max_tokens": COUNT,
-    "size": COUNT,
     "logit_bias": Range(-LIMIT, LARGEST),
     "top_log_probabilities": Range(0, 20, whole=True),
     "temperature": Range(1e-6, LIMIT, or_zero=True, note=" (0: always the likeliest token)"),

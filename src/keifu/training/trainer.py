@@ -5,7 +5,6 @@ It knows neither files nor time (see `loop`). All randomness of a step is a func
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -145,16 +144,15 @@ class Trainer:
     def explain(self, step: int, batch: Batch) -> str:
         """A sentence that names the layer with the first number that is not finite; computes the step again."""
         self.optimizers.drop_gradients()
-        texts = []
+        reason = failures.NOT_AGAIN
         for part in self._micro_batches(batch):
             self._begin(step, part)
-            forward = partial(self.forward, part.batch)
-            texts.append(failures.first_not_finite(self.model, lambda forward=forward: forward().total))
-            if texts[-1] != failures.NOT_AGAIN:
+            reason = failures.first_not_finite(self.model, lambda part=part: self.forward(part.batch).total)
+            if reason != failures.NOT_AGAIN:
                 break
         self.dropout.clear()
         self.optimizers.drop_gradients()
-        return texts[-1]
+        return reason
 
     def forward(self, batch: Batch) -> LossOutput:
         """The objective of rows that are computed at once, not compiled."""

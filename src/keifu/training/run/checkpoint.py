@@ -82,15 +82,13 @@ def _hash(facts: Mapping[str, Any]) -> str:
 
 def latest(directory: Path) -> tuple[State, list[str]]:
     """The newest complete state of a run, and a sentence for each newer one that is damaged; a `UserError` if none."""
-    complaints = []
+    faults = []
     for step in reversed(steps(directory)):
         try:
-            state = read(directory, step)
+            return read(directory, step), [f"{each} Going on from the one before, of step {step}." for each in faults]
         except UserError as error:
-            complaints.append(str(error))
-            continue
-        return state, [f"{text} Going on from the one before, of step {step}." for text in complaints]
-    damaged = f" {' '.join(complaints)}" if complaints else ""
+            faults.append(str(error))
+    damaged = f" {' '.join(faults)}" if faults else ""
     raise UserError(f"There is no state to resume from in {directory / FOLDER}.{damaged} Start without resuming.")
 
 
