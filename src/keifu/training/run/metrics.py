@@ -2,17 +2,24 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from keifu.errors import UserError
 from keifu.files import FULL, plain_file, write_atomic
 from keifu.processes import current
 
 FILE = "metrics.jsonl"
+
+
+class Sink(NamedTuple):
+    """A destination of metrics beside the file: what takes the figures of a step, and what ends it."""
+
+    write: Callable[[int, dict[str, float | int]], Any]
+    close: Callable[[], Any]
 
 
 class Metrics:
@@ -23,7 +30,7 @@ class Metrics:
     space.
     """
 
-    def __init__(self, directory: Path, sinks: "Sequence[TensorBoard | WeightsAndBiases]", step: int, skipped: int = 0):
+    def __init__(self, directory: Path, sinks: Sequence[Sink], step: int, skipped: int = 0):
         self.path, self.sinks = directory / FILE, sinks
         lines, self.damaged = read_lines(directory)
         self.before = [line for line in lines if (line.get("skipped", 0), line["step"]) <= (skipped, step)]
@@ -37,11 +44,11 @@ class Metrics:
         self.pending += json.dumps({"step": step, **figures}).encode() + b"\n"
         for sink in self.sinks:
             sink.write(step, figures)
-        if current().first and not self.path.exists():  # the folder was taken away: it is written anew
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("ab", buffering=0)
         whole = self.file.tell()
         try:
+            if current().first and not self.path.exists():  # the folder was taken away: it is written anew
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file, whole = self.path.open("ab", buffering=0), 0
             self.pending = self.pending[self.file.write(self.pending) or 0 :]
         except OSError as error:
             if error.errno not in FULL:
@@ -99,42 +106,22 @@ def last_metrics(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return kept
 
 
-class TensorBoard:
-    """Events for TensorBoard in the folder `tensorboard` of the run."""
-
-    def __init__(self, directory: Path):
-        _package("tensorboard")
-        self.writer = import_module("torch.utils.tensorboard").SummaryWriter(str(directory / "tensorboard"))
-
-    def write(self, step: int, figures: dict[str, float | int]) -> None:
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WeightsAndBiases:
-    """A run of the project keifu; the package's own environment variables choose the account, or offline use."""
-
-    def __init__(self, directory: Path, described: dict[str, Any]):
-        wandb = _package("wandb")
-        self.run = wandb.init(project="keifu", name=directory.name, dir=str(directory), config=described)
-
-    def write(self, step: int, figures: dict[str, float | int]) -> None:
-        self.run.log(figures, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def sinks(
-    directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]
-) -> list[TensorBoard | WeightsAndBiases]:
+def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]) -> list[Sink]:
     """The destinations of metrics beside the file, by the settings; a missing package is a `UserError`."""
-    first = current().first
-    board = [TensorBoard(directory)] if tensorboard and first else []
-    return [*board, *([WeightsAndBiases(directory, described)] if wandb and first else [])]
+    found = list[Sink]()
+    if tensorboard and current().first:  # events in the folder `tensorboard` of the run
+        _package("tensorboard")
+        writer = import_module("torch.utils.tensorboard").SummaryWriter(str(directory / "tensorboard"))
+
+        def write(step: int, figures: dict[str, float | int]) -> None:
+            for name, value in figures.items():
+                writer.add_scalar(name, value, step)
+
+        found.append(Sink(write, writer.close))
+    if wandb and current().first:  # the package's own environment variables choose the account, or offline use
+        run = _package("wandb").init(project="keifu", name=directory.name, dir=str(directory), config=described)
+        found.append(Sink(lambda step, figures: run.log(figures, step=step), run.finish))
+    return found
 
 
 def _package(name: str) -> Any:
