@@ -191,6 +191,14 @@ def test_a_damaged_part_takes_all_processes_to_the_state_before(tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_a_state_that_the_first_process_could_not_end_is_left_out_by_all(tmp_path: Path) -> None:
+    words = "--processes", "2", "--mesh.shard", "2", "--mesh.time-limit", "60"
+    status, said = finished(tmp_path, *words, "--fault", "no room")
+    assert status == 0 and "The state could not be written: [Errno 28] No space left" in said, said
+    assert "Training goes on." in said and (tmp_path / "state/step-00000012.json").exists()
+
+
+@pytest.mark.slow
 def test_a_pod_that_dies_is_left_out(tmp_path: Path) -> None:
     """Two machines of one pod each, as torchrun sees them; of one, torchrun and what it started are killed. The other
     one goes on alone, with the losses of two that nothing disturbed."""

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -17,13 +18,14 @@ from keifu.processes import current
 from keifu.training import setup
 from keifu.training.loop import train
 from keifu.training.protocols import Batch, Run
+from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of the run; fault: what is wrong with process 1 of a new run, or happens to it at step 7. until: a file
-    that the last step waits for."""
+    """Options of the run; fault: what is wrong with process 1 of a new run, or happens to it at step 7, or to process 0
+    as it ends a state ("no room"). until: a file that the last step waits for."""
 
     kind: str = "gpt2"
     steps: int = 12
@@ -59,6 +61,13 @@ class FaultyData(ToyData):
         return super().batch(step)
 
 
+def commit(directory: Path, step: int, *rest: Any, write: Any = checkpoint.commit, **more: Any) -> None:
+    """What ends a state, for which the disk has no room at step 4."""
+    if step == 4:
+        raise OSError(28, "No space left on device")
+    write(directory, step, *rest, **more)
+
+
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`."""
     torch.manual_seed(0)
@@ -69,6 +78,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         object.__setattr__(data, "fingerprint", "others")
     if data.apart == "other version":
         setup.__version__ = "0.0.1"
+    if data.fault == "no room":
+        checkpoint.commit = commit
     if data.apart == "full disk":  # no file may have more than a byte
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))

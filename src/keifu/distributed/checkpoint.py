@@ -94,11 +94,18 @@ class States:
         part = _beside(folder)
         writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
         dcp.save(copies, storage_writer=writer, process_group=self.group)  # pyright: ignore
+        failed: list[Exception | None] = [None]
         if self.main:
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-            files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-            commit({"files": files, **facts})
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
+                files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+                commit({"files": files, **facts})
+            except (OSError, UserError) as error:
+                failed = [error]
+        distributed.broadcast_object_list(failed, group=self.group)  # so that all leave the next state out, or none
+        if failed[0]:
+            raise failed[0]
 
 
 def load(pod: Pod, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
