@@ -245,22 +245,21 @@ class PPOBatches(Rollouts):
         text = f" {self.pretraining.text.fingerprint} {self.pretraining.each}" if self.pretraining else ""
         return hashlib.sha256(f"{super().fingerprint}{text}".encode()).hexdigest()
 
-    def batch(self, step: int) -> dict[str, Tensor]:
+    def batch(self, step: int) -> Batch:
         """The minibatch of a step, with its pretraining text."""
         batch = _with_share(super().batch(step))
         return batch | ({"pretraining": self.pretraining.batch(step, len(batch["mask"]))} if self.pretraining else {})
 
-    def validation(self) -> Iterator[dict[str, Tensor]]:
+    def validation(self) -> Iterator[Batch]:
         """Greedy answers to the held-out prompts, with held-out text."""
         start = 0
         for batch in super().validation():
             rows = len(batch["mask"])
-            yield _with_share(batch) | (
-                {"pretraining": self.pretraining.held_out(start, rows)} if self.pretraining else {}
-            )
+            text = {"pretraining": self.pretraining.held_out(start, rows)} if self.pretraining else {}
+            yield _with_share(batch) | text
             start += rows
 
-    def _targets(self, rollout: dict[str, Tensor], group: int) -> dict[str, Tensor]:
+    def _targets(self, rollout: Batch, group: int) -> Batch:
         old, reference, mask = rollout["old"], rollout["reference"], rollout["mask"]
         scores = rollout["reward"] - self.rule.missing_eos_penalty * (1 - rollout["finished"])
         targets = token_targets(scores, old, reference, self._predict_values(rollout), mask, self.rule)
@@ -272,12 +271,12 @@ class PPOBatches(Rollouts):
         figures = {name: torch.full_like(kl, value) for name, value in of_rollout.items()}
         return {**targets._asdict(), "kl": kl, **figures}
 
-    def _zero_targets(self, rows: int) -> dict[str, Tensor]:
+    def _zero_targets(self, rows: int) -> Batch:
         tokens = dict.fromkeys(TokenTargets._fields, torch.zeros(rows, self.longest))
         figures = dict.fromkeys(("kl", "reward_spread", "explained_variance", "share"), torch.zeros(rows))
         return tokens | figures | ({"pretraining": self.pretraining.batch(0, rows)} if self.pretraining else {})
 
-    def _predict_values(self, rollout: dict[str, Tensor]) -> Tensor:
+    def _predict_values(self, rollout: Batch) -> Tensor:
         """The value model's prediction before each token of the answers [row, position]; 0 elsewhere."""
 
         def values(part: Batch) -> Tensor:
@@ -286,7 +285,7 @@ class PPOBatches(Rollouts):
         return self._of_answers(self.value, rollout, values)
 
 
-def _with_share(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_share(batch: Batch) -> Batch:
     """The batch with "share", its answers per token: a sum over answers is then a mean over tokens, however the batch
     is split."""
     rows = len(batch["mask"])

@@ -19,7 +19,7 @@ class Display:
     def __init__(self, total: int, unit: str):
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.console.on_broken_pipe = lambda: None  # rich's own ends the process
-        self.total, self.done, self.unit, self.last_line = total, 0, unit, 0.0
+        self.unit, self.last_line = unit, 0.0
         figures = TextColumn("{task.description}")
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), figures)
         self.live = Progress(*columns, console=self.console, refresh_per_second=4, disable=not self.console.is_terminal)
@@ -35,12 +35,10 @@ class Display:
 
     def advance(self, done: int) -> None:
         """Sets the number of steps done."""
-        self.done = done
         self.live.update(self.task, completed=done)
 
     def expect(self, total: int) -> None:
         """Sets the total number of steps."""
-        self.total = total
         self.live.update(self.task, total=total)
 
     def show(self, figures: dict[str, Any]) -> None:
@@ -48,7 +46,8 @@ class Display:
         text = format_figures(figures, self.unit)
         self.live.update(self.task, description=escape(text))
         if self.live.disable and time.monotonic() - self.last_line >= PLAIN_SECONDS:
-            self.note(f"step {self.done:,}/{self.total:,}  {text}")
+            [task] = self.live.tasks
+            self.note(f"step {task.completed:,}/{task.total:,}  {text}")
             self.last_line = time.monotonic()
 
     def note(self, text: str) -> None:
