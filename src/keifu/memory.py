@@ -19,13 +19,14 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # parameters of glibc's m
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes of free memory: of the GPU, or of the machine within the limits of the container."""
+    """Bytes of free memory: of the GPU, or of the machine within the limits of the container, in equal parts for the
+    processes that torchrun has started there."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return max(0, min(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory(), _machine()))
-    return min([_machine(), *container()])
+    return min([_machine(), *container()]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _machine() -> int:

@@ -298,6 +298,14 @@ def test_memory_is_read_within_the_limits_of_the_container(tmp_path: Path) -> No
     assert 0 < memory.available_memory(torch.device("cpu")) < 2**50
 
 
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_machine", lambda: 4000)
+    monkeypatch.setattr(memory, "container", lambda: [])
+    assert memory.available_memory(torch.device("cpu")) == 4000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.available_memory(torch.device("cpu")) == 1000
+
+
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Windows lacks is not there; what it has in its place says that 8 GiB of 16 are available."""
