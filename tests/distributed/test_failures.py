@@ -14,13 +14,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from keifu import cli
-from keifu.distributed import failures
+from keifu.distributed import failures, group
 from keifu.distributed.checkpoint import States
 from keifu.distributed.group import _of_this_start
+from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
 from keifu.processes import Processes
 
@@ -243,6 +245,14 @@ def test_the_first_process_says_what_is_wrong(fault: str, sentence: str, tmp_pat
     status, said = finished(tmp_path, "--processes", "2", "--fault", fault, "--mesh.time-limit", limit, *mesh)
     assert status != 0 and sentence in said, said
     assert "Traceback" not in said
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(group, "choose", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="and there are 2 here: start 2 processes"), group.join(Mesh()):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,8 @@ def join(mesh: Mesh, fewer: bool = False) -> Iterator[Group]:
     place = int(os.environ.get("LOCAL_RANK", 0))
     device = choose()
     if device.type == "cuda":
+        if place >= (gpus := torch.cuda.device_count()):
+            raise UserError(f"Each process takes a GPU of its own, and there are {gpus} here: start {gpus} processes.")
         torch.cuda.set_device(place)
     limit = timedelta(seconds=mesh.time_limit)
     store, number, count = next(rendezvous("env://", timeout=limit))
