@@ -35,8 +35,6 @@ def explained(group: Processes, store: Any, explain: Callable[[Exception], str |
     signs.thread.start()
     try:
         yield
-    except KeyboardInterrupt:
-        raise
     except Exception as error:
         signs.ended.set()
         if group.first and exchange_failed(error):

@@ -99,7 +99,7 @@ class _Loop:
         self.every = {"validation": evaluate_every, "sample": s.sample_every, "state": s.save_every}
         self.budget = Budget(None if s.minutes is None else 60 * s.minutes, self.pace, state.step, self.every)
         self.peak = peak(device, self.trainer.dtype)
-        self.figures, self.validated, self.gradient_norm = lines.latest(), lines.validated, math.nan
+        self.figures, self.validated, self.gradient_norm = lines.latest, lines.validated, math.nan
         self.saved = state.step if run.resume else -1
         if run.resume and current().first:  # a kill may have come before these were removed
             self._remove_old_states(state.step)

@@ -28,14 +28,19 @@ class Metrics:
     On resuming, lines that are later than the loaded state (of `step` steps, with `skipped` batches skipped in rewinds)
     are dropped. Only the first of several processes writes. When the disk is full, lines stay in memory until there is
     space.
+
+    damaged: the numbers of lines that cannot be read. latest: the latest value of every figure before the run was
+    resumed. validated: the step of the last validation before that.
     """
 
     def __init__(self, directory: Path, sinks: Sequence[Sink], step: int, skipped: int = 0):
         self.path, self.sinks = directory / FILE, sinks
         lines, self.damaged = read_lines(directory)
-        self.before = [line for line in lines if (line.get("skipped", 0), line["step"]) <= (skipped, step)]
+        before = [line for line in lines if (line.get("skipped", 0), line["step"]) <= (skipped, step)]
+        self.latest = {name: value for line in before for name, value in line.items() if name != "step"}
+        self.validated = max((line["step"] for line in before if "validation_loss" in line), default=None)
         if current().first:
-            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.before))
+            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in before))
         self.file = (self.path if current().first else Path(os.devnull)).open("ab", buffering=0)
         self.pending = b""
 
@@ -54,15 +59,6 @@ class Metrics:
             if error.errno not in FULL:
                 raise
             self.file.truncate(whole)
-
-    def latest(self) -> dict[str, float | int]:
-        """The latest value of every figure before the run was resumed."""
-        return {name: value for line in self.before for name, value in line.items() if name != "step"}
-
-    @property
-    def validated(self) -> int | None:
-        """The step of the last validation before the run was resumed."""
-        return max((line["step"] for line in self.before if "validation_loss" in line), default=None)
 
     def __enter__(self) -> "Metrics":
         return self
