@@ -17,6 +17,7 @@ from keifu.alignment.ppo import PPOSettings
 from keifu.data.tokenizers.chat_template import PLAIN
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
+from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.models import bert, llama, task_head
 from keifu.recipes.assistant import dpo, grpo, instruct, ppo, reward, sft
@@ -407,6 +408,14 @@ def test_rates_of_adapters(toys: Toys, tmp_path: Path) -> None:
     for name, rate in (("sft", 2e-4), ("dpo", 2e-5), ("reward", 1e-4), ("grpo", 2e-5), ("ppo", 5e-5)):
         base = replace(TABLE[name](toys)[0], lora=Lora(rank=2))
         assert wiring.run(name, base, tmp_path).settings.learning_rate == rate, name
+
+
+def test_a_rate_of_0_counts_as_given(toys: Toys, tmp_path: Path) -> None:
+    for name in ("sft", "grpo", "classifier", "gpt1_finetune"):
+        base = replace(TABLE[name](toys)[0], learning_rate=0.0)
+        assert wiring.run(name, base, tmp_path).settings.learning_rate == 0.0, name
+    with pytest.raises(UserError, match="learning_rate must be above 0"):
+        ppo.Recipe(learning_rate=0.0)
 
 
 def test_paper_figures_stand_once() -> None:

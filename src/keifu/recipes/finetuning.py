@@ -40,14 +40,5 @@ class FinetuneOptions(Logging):
 def finetune_settings(recipe: FinetuneOptions, steps: int, **different: Any) -> Settings:
     """AdamW without weight decay, five validations and ten checkpoints in `steps` steps; `different` are the fields of
     `Settings` in which a recipe differs from that."""
-    usual: dict[str, Any] = {
-        "steps": steps,
-        "micro_batch": recipe.micro_batch,
-        "learning_rate": recipe.learning_rate,
-        "weight_decay": 0.0,
-        "betas": (0.9, 0.999),
-        "evaluate_every": max(1, steps // 5),
-        "save_every": max(1, steps // 10),
-        "seed": recipe.seed,
-    }
-    return Settings(**usual | recipe.logging() | different)
+    every = {"evaluate_every": max(1, steps // 5), "save_every": max(1, steps // 10)}
+    return Settings(**recipe.loop(**{"steps": steps, "weight_decay": 0.0, "betas": (0.9, 0.999), **every, **different}))

@@ -10,6 +10,10 @@ import tyro
 
 from keifu.files import listed
 
+# options that mean in every recipe what `Settings` means by that name
+LOOP = ("steps", "batch_size", "micro_batch", "learning_rate", "weight_decay", "spikes", "ema", "precision", "compile",
+        "keep", "seed", "tensorboard", "wandb")  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
@@ -20,9 +24,9 @@ class Logging:
     wandb: bool = False
     """Log to Weights & Biases too."""
 
-    def logging(self) -> dict[str, Any]:
-        """Both as `Settings` names them."""
-        return {"tensorboard": self.tensorboard, "wandb": self.wandb}
+    def loop(self, **usual: Any) -> dict[str, Any]:
+        """Settings of the training loop: these, and in their place what is set of the options that it has too."""
+        return usual | {name: value for name in LOOP if (value := vars(self).get(name)) is not None}
 
 
 def given(value: float | int | None, usual: float | int) -> float | int:

@@ -103,8 +103,8 @@ def epoch_settings(recipe: Any, data: Any, rates: tuple[float, float], **differe
     """The settings of a recipe that passes over its examples. rates: those of all weights and of adapters where none is
     given; `different` are the fields in which the recipe differs."""
     steps = recipe.total_steps(data.steps_per_epoch)
-    usual = {"batch_size": recipe.batch_size, "warmup": round(recipe.warmup * steps)}
-    return finetune_settings(recipe, steps, learning_rate=recipe.rate(*rates), **usual, **different)
+    warmup = round(recipe.warmup * steps)
+    return finetune_settings(recipe, steps, learning_rate=recipe.rate(*rates), warmup=warmup, **different)
 
 
 def finetune(

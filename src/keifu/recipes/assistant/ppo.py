@@ -101,6 +101,8 @@ class Recipe(RolloutOptions):
     """Decay of the moving average of the weights, which is validated and saved; 0 keeps none."""
 
     def __post_init__(self) -> None:
+        if self.learning_rate == 0:
+            raise UserError("learning_rate must be above 0, for value_rate is a share of it, and it is 0.")
         if self.text.each < 1 or self.text.length < 1:
             raise UserError("Of pretraining text there is at least 1 of 1 token or more; unset --text.data for none.")
 
@@ -181,7 +183,6 @@ def settings(recipe: Recipe) -> Settings:
         rate_shares=(("value.", value_rate / rate),),
         warmup=min(recipe.warmup, steps),
         betas=(0.9, 0.95),
-        ema=recipe.ema,
         evaluate_every=max(1, steps // updates // 5) * updates,
     )
 

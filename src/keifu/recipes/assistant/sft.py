@@ -92,12 +92,12 @@ def split(found: Sequence[Conversation], share: float) -> tuple[list[Conversatio
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Trains the task's model into a run folder: a whole model, or adapters beside the name of their base."""
     often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
-    more = {"weight_decay": recipe.weight_decay, "sample_every": often}
+    chosen = common.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)
     kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
     gone = {"too long, left out": task.training.dropped, "too long, cut": task.training.shortened}
     return common.finetune(
-        recipe, task, causal_language_modeling, common.epoch_settings(recipe, task.data, (2e-5, 2e-4), **more), out,
-        resume, lambda step: answers(task), title=f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
+        recipe, task, causal_language_modeling, chosen, out, resume, lambda step: answers(task),
+        title=f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
         paper="Ouyang et al., InstructGPT (2022), section 3.5", unit="tokens",
         options={"template": task.tokenizer.chat_template}, data=kept | gone,
     )  # fmt: skip

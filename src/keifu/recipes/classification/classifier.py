@@ -119,7 +119,7 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
     """Trains the task's model into a run folder, and draws the confusion matrix of the held-out texts there."""
     return train_classifier(
         recipe, task, classification, evaluate_classifier, out, resume,
-        learning_rate=recipe.learning_rate or (5e-4 if recipe.model == SCRATCH else 5e-5),
+        learning_rate=5e-4 if recipe.model == SCRATCH else 5e-5,
         warmup=lambda steps: steps // 10, title=f"A classifier learns “{Path(recipe.data).stem}”",
         paper="Devlin et al., BERT (2018)", unit="texts", options={}, data={"labels": ", ".join(task.labels)},
     )  # fmt: skip

@@ -38,7 +38,7 @@ class TableOptions(FinetuneOptions):
 
 def train_classifier(
     recipe: TableOptions, task: Any, objective: Objective, confusion: Callable[[Any], Confusion], out: Path,
-    resume: bool, *, learning_rate: float | None, warmup: Callable[[int], int], title: str, paper: str, unit: str,
+    resume: bool, *, learning_rate: float, warmup: Callable[[int], int], title: str, paper: str, unit: str,
     options: Mapping[str, Any], data: Mapping[str, Any],
 ) -> Summary:  # fmt: skip
     """Trains the task's model into a run folder, with the confusion matrix of the held-out examples as its sample, and
@@ -52,9 +52,8 @@ def train_classifier(
     rows = LabelledBatches(task.training, task.held, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
     steps, half = recipe.total_steps(rows.steps_per_epoch), rows.steps_per_epoch // 2
     settings = finetune_settings(
-        recipe, steps, learning_rate=learning_rate, warmup=warmup(steps), batch_size=recipe.batch_size,
-        schedule="linear", final_ratio=0.0, weight_decay=recipe.weight_decay, evaluate_every=max(1, half),
-        save_every=max(50, half),
+        recipe, steps, learning_rate=learning_rate, warmup=warmup(steps), schedule="linear", final_ratio=0.0,
+        evaluate_every=max(1, half), save_every=max(50, half),
     )  # fmt: skip
     counts = {"learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
     run = describe_run(

@@ -168,11 +168,9 @@ def image_settings(recipe: Any, steps: int, budget: Budget, **different: Any) ->
     fields of `Settings` in which a recipe differs from that. A sample takes as long as several steps: at least 50 lie
     between two."""
     often = max(1, steps // 20)
-    usual: dict[str, Any] = {name: vars(recipe)[name] for name in ("batch_size", "learning_rate", "ema", "precision")}
-    usual |= {"steps": steps, "minutes": budget.limit, "warmup": steps // 20, "final_ratio": 0.0}
+    usual = {"steps": steps, "minutes": budget.limit, "warmup": steps // 20, "final_ratio": 0.0}
     usual |= {"weight_decay": 0.01, "betas": (0.9, 0.99), "evaluate_every": often, "sample_every": max(50, 2 * often)}
-    usual |= {"save_every": min(often, 1000), "keep": recipe.keep, "seed": recipe.seed}
-    return Settings(**usual | recipe.logging() | different)
+    return Settings(**recipe.loop(**usual | {"save_every": min(often, 1000)} | different))
 
 
 def describe_pictures(

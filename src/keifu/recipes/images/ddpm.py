@@ -184,11 +184,8 @@ def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Con
 
 def settings(recipe: Recipe, steps: int) -> Settings:
     """The training loop's settings for so many steps."""
-    given: dict[str, Any] = {"budget": recipe.budget, "micro_batch": recipe.micro_batch}
-    if recipe.recipe_of == "keifu":
-        return image_settings(recipe, steps, **given)
     paper = {"schedule": "constant", "warmup": min(5000, steps // 10), "weight_decay": 0.0, "betas": (0.9, 0.999)}
-    return image_settings(recipe, steps, **given, **paper)
+    return image_settings(recipe, steps, recipe.budget, **paper if recipe.recipe_of == "paper" else {})
 
 
 def sampler(model: ddpm.DDPM, seed: int) -> Callable[[int], bytes]:

@@ -190,11 +190,8 @@ def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]
 def settings(recipe: Recipe) -> Settings:
     """The training loop's settings."""
     often = max(1, recipe.steps // 10)
-    return Settings(
-        steps=recipe.steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, schedule="constant",
-        weight_decay=0.01, betas=(0.9, 0.999), precision=recipe.precision, evaluate_every=often,
-        sample_every=max(1, recipe.steps // 4), save_every=often, seed=recipe.seed, **recipe.logging(),
-    )  # fmt: skip
+    every = {"evaluate_every": often, "sample_every": max(1, recipe.steps // 4), "save_every": often}
+    return Settings(**recipe.loop(schedule="constant", weight_decay=0.01, betas=(0.9, 0.999), **every))
 
 
 def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:

@@ -63,7 +63,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     if recipe.recipe_of not in WAYS:
         raise unknown("recipe", recipe.recipe_of, WAYS)
     build, config, settings = WAYS[recipe.recipe_of]
-    steps = recipe.steps or settings.steps
-    settings = replace(settings, steps=steps, seed=recipe.seed, **recipe.logging(), warmup=min(settings.warmup, steps))
+    warmup = min(settings.warmup, recipe.steps or settings.steps)
+    settings = replace(settings, **recipe.loop(warmup=warmup))
     task = prepare_text(Text(recipe.data, "characters", 65_536, **recipe.reading()))
     pretrain("characters", task, build, config, settings, out, resume)

@@ -25,7 +25,7 @@ from keifu.devices import choose
 from keifu.generation.text.generate import generate
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.recipes.common import describe_run
-from keifu.recipes.options import Logging, given
+from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.settings import Settings
@@ -192,26 +192,30 @@ class Options(Logging):
         """So many steps as are this part of the run."""
         return round(part * self.steps)
 
+    def settings(self, **chosen: Any) -> Settings:
+        """These settings, with a tenth of the run or more between two samples or states, half of that between two
+        validations."""
+        tenth = self.share(0.1)
+        every = {"evaluate_every": max(50, self.share(0.05)), "sample_every": max(50, tenth)}
+        return Settings(**self.loop(**every, save_every=max(100, tenth), **chosen))
 
-def default_settings(options: Options) -> dict[str, Any]:
-    """What either way to train has, as `Settings` names it."""
+
+def muon_settings(recipe: Any, steps: int) -> dict[str, Any]:
+    """How keifu trains for so many steps: Muon, and rates that fall to 0 in a line."""
     return {
-        "steps": options.steps,
-        "batch_size": options.batch_size,
-        "micro_batch": options.micro_batch,
-        "compile": options.compile,
-        "seed": options.seed,
-        **options.logging(),
-        "evaluate_every": max(50, options.share(0.05)),
-        "sample_every": max(50, options.share(0.1)),
-        "save_every": max(100, options.share(0.1)),
-    }
+        "warmup": min(100, -(-steps // 10)), "optimizer": "muon", "schedule": "linear", "learning_rate": 2e-3,
+        "matrix_rate": recipe.matrix_rate, "final_ratio": 0.0, "weight_decay": 0.01,
+    }  # fmt: skip
 
 
-def own_settings(options: Options, **more: Any) -> Settings:
-    """How keifu trains: Muon, and rates that fall to 0 in a line."""
-    return Settings(
-        **default_settings(options), warmup=min(100, -(-options.steps // 10)), optimizer="muon", schedule="linear",
-        learning_rate=given(options.learning_rate, 2e-3), matrix_rate=options.matrix_rate, final_ratio=0.0,
-        weight_decay=0.01, **more,
-    )  # fmt: skip
+def settings_of(recipe: Logging, steps: int, batch_size: int, **usual: Any) -> Settings:
+    """The usual settings, and in their place the recipe's options, for so many steps: 20 validations, 10 samples and
+    states, fewer of a short run."""
+    every = {"evaluate_every": max(50, steps // 20), "sample_every": max(50, steps // 10)}
+    every["save_every"] = max(100, steps // 10)
+    return Settings(**recipe.loop(steps=steps, batch_size=batch_size, **every, **usual))
+
+
+def own_settings(options: Options) -> Settings:
+    """How keifu trains GPT-3 and PaLM."""
+    return options.settings(**muon_settings(options, options.steps))

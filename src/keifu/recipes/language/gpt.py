@@ -19,7 +19,7 @@ from keifu.errors import UserError
 from keifu.generation.text.model import causal
 from keifu.layers.lora import merge
 from keifu.models import llama
-from keifu.recipes.language.common import Task, Text, TextOptions, prepare_text, pretrain
+from keifu.recipes.language.common import Task, Text, TextOptions, prepare_text, pretrain, settings_of
 from keifu.recipes.options import Logging, given
 from keifu.training.settings import Settings
 
@@ -101,12 +101,10 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
     batch_size = recipe.batch_size or max(1, tokens_a_step // row)
     steps = recipe.steps or max(100, round(min(20 * size, 4 * training_tokens) / (batch_size * row)))
     share = 1.0 if recipe.start_from is None else 0.1
-    return Settings(
-        steps=steps, batch_size=batch_size, micro_batch=recipe.micro_batch, optimizer="muon",
-        learning_rate=given(recipe.learning_rate, 3e-3 * share), matrix_rate=given(recipe.matrix_rate, 0.02 * share),
-        warmup=min(100, steps // 10), final_ratio=0.0, weight_decay=0.01, evaluate_every=max(50, steps // 20),
-        sample_every=max(50, steps // 10), save_every=max(100, steps // 10), compile=recipe.compile, seed=recipe.seed,
-        **recipe.logging(),
+    return settings_of(
+        recipe, steps, batch_size, optimizer="muon", learning_rate=3e-3 * share,
+        matrix_rate=given(recipe.matrix_rate, 0.02 * share), warmup=min(100, steps // 10), final_ratio=0.0,
+        weight_decay=0.01,
     )  # fmt: skip
 
 

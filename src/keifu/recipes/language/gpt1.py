@@ -14,14 +14,14 @@ Expected: see docs/results.md, "What generative pretraining bought"; keifu train
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from keifu.errors import UserError
 from keifu.models import gpt1
-from keifu.recipes.language.common import Text, prepare_text, pretrain
-from keifu.recipes.options import Logging, given
+from keifu.recipes.language.common import Text, muon_settings, prepare_text, pretrain, settings_of
+from keifu.recipes.options import Logging
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings
 
@@ -63,27 +63,15 @@ class Recipe(Logging):
 
 def settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
     """How `keifu` trains for so many steps."""
-    return Settings(
-        **_every(recipe, steps, batch_size), warmup=min(100, -(-steps // 10)), optimizer="muon", schedule="linear",
-        learning_rate=given(recipe.learning_rate, 2e-3), matrix_rate=recipe.matrix_rate, final_ratio=0.0,
-        weight_decay=0.01,
-    )  # fmt: skip
+    return settings_of(recipe, steps, batch_size, **muon_settings(recipe, steps))
 
 
 def paper_settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
     """Section 4.1; a run shorter than its warm-up has its rising part alone, and clipping is the released code's."""
-    return Settings(
-        **_every(recipe, steps, batch_size), warmup=min(PAPER_WARMUP, steps), schedule="cosine", final_ratio=0.0,
-        learning_rate=given(recipe.learning_rate, 2.5e-4), weight_decay=0.01, betas=(0.9, 0.999), clip=1.0,
+    return settings_of(
+        recipe, steps, batch_size, warmup=min(PAPER_WARMUP, steps), schedule="cosine", final_ratio=0.0,
+        learning_rate=2.5e-4, weight_decay=0.01, betas=(0.9, 0.999), clip=1.0,
     )  # fmt: skip
-
-
-def _every(recipe: Recipe, steps: int, batch_size: int) -> dict[str, Any]:
-    tenth = steps // 10
-    return {
-        "steps": steps, "batch_size": batch_size, "micro_batch": recipe.micro_batch, "seed": recipe.seed,
-        "evaluate_every": max(50, steps // 20), "sample_every": max(50, tenth), "save_every": max(100, tenth),
-    } | recipe.logging()  # fmt: skip
 
 
 WAYS: dict[str, tuple[Callable[[Recipe, int, int], Settings], int, float]] = {  # settings, rows in a step, epochs

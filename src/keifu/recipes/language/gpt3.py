@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keifu.models import gpt3
-from keifu.recipes.language.common import Options, default_settings, own_settings, prepare_text, pretrain
-from keifu.recipes.options import given
+from keifu.recipes.language.common import Options, own_settings, prepare_text, pretrain
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings
 
@@ -37,10 +36,10 @@ def paper_settings(recipe: Recipe) -> Settings:
     """Appendix B, its tokens as shares of those of a run whose batches were all whole."""
     first = max(1, round(FIRST * recipe.batch_size))
     over = max(1, round(RAMP / TOKENS * recipe.steps * recipe.batch_size))
-    return Settings(
-        **default_settings(recipe), batch_ramp=(first, over) if first < recipe.batch_size else None, rate_by="rows",
+    return recipe.settings(
+        batch_ramp=(first, over) if first < recipe.batch_size else None, rate_by="rows",
         warmup=recipe.share(WARMUP / TOKENS), decay_steps=max(1, recipe.share(DECAY / TOKENS)), final_ratio=0.1,
-        learning_rate=given(recipe.learning_rate, 6e-4), weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8, clip=1.0,
+        learning_rate=6e-4, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8, clip=1.0,
     )  # fmt: skip
 
 

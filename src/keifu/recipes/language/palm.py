@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keifu.models import palm
-from keifu.recipes.language.common import Options, default_settings, own_settings, prepare_text, pretrain
-from keifu.recipes.options import given
+from keifu.recipes.language.common import Options, own_settings, prepare_text, pretrain
 from keifu.training.loop import Summary
 from keifu.training.optim.loss_spikes import SpikeSettings
 from keifu.training.settings import Settings
@@ -39,24 +38,18 @@ class Recipe(Options):
     """What is done where the loss spikes."""
 
 
-def settings(recipe: Recipe) -> Settings:
-    """How `keifu` trains."""
-    return own_settings(recipe, spikes=recipe.spikes)
-
-
 def paper_settings(recipe: Recipe) -> Settings:
     """Section 5, its steps as shares of the run."""
     rows = [max(1, recipe.batch_size // 4), max(1, recipe.batch_size // 2)]
     until = [recipe.share(step / STEPS) for step in GROWS]
     growing = until[0] < until[1] and until[0] > 0  # else the run is too short to grow in
-    return Settings(
-        **default_settings(recipe), batch_stages=tuple(zip(rows, until, strict=True)) if growing else (),
-        optimizer="adafactor", learning_rate=given(recipe.learning_rate, 1e-2), schedule="inverse_sqrt",
-        hold=max(1, recipe.share(HELD / STEPS)), weight_decay=1.0, clip=1.0, spikes=recipe.spikes,
+    return recipe.settings(
+        batch_stages=tuple(zip(rows, until, strict=True)) if growing else (), optimizer="adafactor", learning_rate=1e-2,
+        schedule="inverse_sqrt", hold=max(1, recipe.share(HELD / STEPS)), weight_decay=1.0, clip=1.0,
     )  # fmt: skip
 
 
-WAYS = {"keifu": (settings, 0.0), "paper": (paper_settings, 1e-4)}  # and the usual z-loss
+WAYS = {"keifu": (own_settings, 0.0), "paper": (paper_settings, 1e-4)}  # and the usual z-loss
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:

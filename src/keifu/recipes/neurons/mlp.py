@@ -145,16 +145,12 @@ def describe(recipe: Recipe, learned: ToyDataset, out: Path, resume: bool) -> Ru
 
 def settings(recipe: Recipe) -> Settings:
     """The training loop's settings: AdamW with a warm-up and a cosine to zero, in float32."""
-    options = vars(recipe.resolved())
+    full = recipe.resolved()
+    assert full.steps is not None
+    every = {"evaluate_every": max(1, full.steps // 12)}
+    every["sample_every"] = full.steps if recipe.data == "mnist" else every["evaluate_every"]
     return Settings(
-        **{name: options[name] for name in ("steps", "batch_size", "learning_rate", "weight_decay", "seed")},
-        final_ratio=0.0,
-        warmup=options["steps"] // 20,
-        betas=(0.9, 0.99),
-        **recipe.logging(),
-        precision="float32",
-        evaluate_every=max(1, options["steps"] // 12),
-        sample_every=max(1, options["steps"] // (1 if recipe.data == "mnist" else 12)),
+        **full.loop(final_ratio=0.0, warmup=full.steps // 20, betas=(0.9, 0.99), precision="float32", **every)
     )
 
 

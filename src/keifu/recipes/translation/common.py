@@ -175,8 +175,7 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
     model = model.to(choose())
     data = _data(options, task, model.config.context_length, plan.batching)
     objective = partial(translation, label_smoothing=plan.smoothing)
-    chosen: dict[str, Any] = {"micro_batch": options.micro_batch, "seed": options.seed, **options.logging()}
-    chosen |= {"minutes": budget.limit, "keep": max(options.keep, plan.average)}
+    chosen: dict[str, Any] = {"minutes": budget.limit, "keep": max(options.keep, plan.average)}
 
     def save(directory: Path) -> None:
         with averaged_weights(model, directory, plan.average):
@@ -234,15 +233,10 @@ def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
     return found
 
 
-def intervals(steps: int, warmup: int) -> dict[str, Any]:
-    """Steps and warm-up, and how often such a run is looked at and saved, as `Settings` has them."""
-    return {
-        "steps": steps,
-        "warmup": warmup,
-        "evaluate_every": max(1, steps // 20),
-        "sample_every": max(1, steps // 10),
-        "save_every": max(1, steps // 50),
-    }
+def settings_of(options: Options, steps: int, **chosen: Any) -> Settings:
+    """These settings, else the recipe's options, for so many steps, with 20 validations, 10 samples and 50 states."""
+    every = {"evaluate_every": max(1, steps // 20), "sample_every": max(1, steps // 10)}
+    return Settings(**options.loop(steps=steps, **every, save_every=max(1, steps // 50)) | chosen)
 
 
 def _run(name: str, options: Options, task: Task, data: PairData, model: nn.Module, out: Path, resume: bool) -> Run:

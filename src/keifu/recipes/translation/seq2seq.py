@@ -19,7 +19,7 @@ import numpy as np
 
 from keifu.data.translation.batches import Batching, ByRows, ByTokens
 from keifu.models import seq2seq
-from keifu.recipes.translation.common import Options, Plan, intervals, learn
+from keifu.recipes.translation.common import Options, Plan, learn, settings_of
 from keifu.training.settings import Settings
 
 CONTEXTS = {"additive": "attention", "none": "fixed"}
@@ -48,18 +48,17 @@ class Recipe(Options):
 
 def settings(recipe: Recipe, steps: int) -> Settings:
     """How `keifu` trains for so many steps."""
-    return Settings(
-        **intervals(steps, min(200, -(-steps // 5))), learning_rate=recipe.learning_rate, schedule="linear",
-        final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.98),
+    return settings_of(
+        recipe, steps, warmup=min(200, -(-steps // 5)), schedule="linear", final_ratio=0.0, weight_decay=0.01,
+        betas=(0.9, 0.98),
     )  # fmt: skip
 
 
 def paper_settings(recipe: Recipe, steps: int) -> Settings:
     """Appendix B.2."""
-    return Settings(
-        **intervals(steps, 0), optimizer="adadelta", learning_rate=1.0, schedule="constant",
-        weight_decay=0.0, clip=1.0,
-    )  # fmt: skip
+    return settings_of(
+        recipe, steps, optimizer="adadelta", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip=1.0
+    )
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

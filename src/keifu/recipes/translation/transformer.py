@@ -15,7 +15,7 @@ from typing import Literal
 
 from keifu.data.translation.batches import ByTokens
 from keifu.models import transformer
-from keifu.recipes.translation.common import Options, Plan, intervals, learn
+from keifu.recipes.translation.common import Options, Plan, learn, settings_of
 from keifu.training.settings import Settings
 
 PAPER_WARMUP = 4000
@@ -44,17 +44,17 @@ class Recipe(Options):
 
 def settings(recipe: Recipe, steps: int) -> Settings:
     """How `keifu` trains for so many steps."""
-    return Settings(
-        **intervals(steps, min(400, -(-steps // 5))), optimizer="muon", learning_rate=recipe.learning_rate,
-        matrix_rate=recipe.matrix_rate, schedule="linear", final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.98),
+    return settings_of(
+        recipe, steps, warmup=min(400, -(-steps // 5)), optimizer="muon", matrix_rate=recipe.matrix_rate,
+        schedule="linear", final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.98),
     )  # fmt: skip
 
 
 def paper_settings(recipe: Recipe, steps: int) -> Settings:
     """Section 5.3: the rate is d^-0.5 · min(step^-0.5, step · 4000^-1.5), of a shorter run its rising part alone."""
     warmup = min(PAPER_WARMUP, steps)
-    return Settings(
-        **intervals(steps, warmup), learning_rate=recipe.model.dim**-0.5 * warmup * PAPER_WARMUP**-1.5,
+    return settings_of(
+        recipe, steps, warmup=warmup, learning_rate=recipe.model.dim**-0.5 * warmup * PAPER_WARMUP**-1.5,
         schedule="inverse_sqrt", weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-9, clip=0.0,
     )  # fmt: skip
 
