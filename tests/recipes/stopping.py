@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from keifu import checkpoints
-from keifu.recipes.images import common
+from keifu.recipes import common
 from keifu.training.signals import Interrupted
 
 Weights = dict[str, Any]

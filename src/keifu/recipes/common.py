@@ -1,15 +1,19 @@
-"""What recipes of every kind share: the budget of a run, and what a run says of itself."""
+"""What recipes of every kind share: the budget of a run, and its training, with what the run says of itself."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from keifu import checkpoints
 from keifu.data.catalogue import catalogue
 from keifu.data.chat.conversations import MADE_OF
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.training.protocols import Batch, Data, Objective, Run
+from keifu.training.loop import Summary, train
+from keifu.training.protocols import Batch, Data, Objective, Run, Sample, Save
 from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
 from keifu.training.setup import steps_of, steps_within
@@ -61,17 +65,25 @@ def attribution_of(data: str) -> dict[str, str]:
     return told | {key: row[key] for row in found for key in ("licence", "attribution")}
 
 
-def describe_run(
-    directory: Path, resume: bool, *, title: str, data: Mapping[str, Any], options: Mapping[str, Any],
-    model: nn.Module | None = None, unit: str = "tokens", replace: bool = False, bytes_per_unit: float | None = None,
-    watch: Callable[[Mapping[str, float]], Iterable[str]] | None = None, **about: Any,
-) -> Run:  # fmt: skip
-    """The run for the training loop, and what its report says.
+def parameters(model: nn.Module) -> int:
+    """The number of its parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
-    data: facts about what is learned from, its name as "source" among them, beside which its licence comes to stand.
-    options: what decides the result beside the settings, compared on resuming. model: whose parameters are counted.
-    about: further lines of the report. The others are those of `Run`.
+
+def train_run(
+    directory: Path, resume: bool, model: nn.Module, objective: Objective, data: Data, settings: Settings,
+    tokenizer: Tokenizer | None = None, *, title: str, facts: Mapping[str, Any], options: Mapping[str, Any],
+    sample: Sample | None = None, save: Save | None = None, largest: Batch | None = None, unit: str = "tokens",
+    replace: bool = False, bytes_per_unit: float | None = None,
+    watch: Callable[[Mapping[str, float]], Iterable[str]] | None = None, **about: Any,
+) -> Summary:  # fmt: skip
+    """Trains a model into the folder of a run, which then holds it and its tokenizer, or what `save` writes.
+
+    facts: of what is learned from, its name as "source" among them, beside which its licence comes to stand. options:
+    what decides the result beside the settings, compared on resuming. about: further lines of the report. The others
+    are those of `Run` and of the training loop.
     """
-    counted = {} if model is None else {"parameters": sum(p.numel() for p in model.parameters())}
-    told = {"title": title, **counted, **about, "data": [{**data, **attribution_of(data["source"])}]}
-    return Run(directory, resume, replace, options, told, unit, bytes_per_unit, watch)
+    told = {"title": title, **about, "data": [{**facts, **attribution_of(facts["source"])}]}
+    run = Run(directory, resume, replace, options, told, unit, bytes_per_unit, watch)
+    save = save or partial(checkpoints.save, model, tokenizer)
+    return train(model, objective, data, settings, run, sample, save, largest)

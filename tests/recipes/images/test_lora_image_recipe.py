@@ -20,6 +20,7 @@ from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.lora import adapters
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
+from keifu.recipes import common
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import lora_image as recipe
 from keifu.training.signals import Interrupted
@@ -125,16 +126,16 @@ def test_evaluate_measures_a_model_with_its_lora(drawings, model, tmp_path, caps
 
 
 def test_a_resumed_run_has_the_same_bits(drawings, model, tmp_path, monkeypatch) -> None:
-    whole, made = recipe.train, wanted(drawings, model, dora=True)
+    whole, made = common.train, wanted(drawings, model, dora=True)
 
     def stop(model, objective, data, settings, run, *rest, **more):
         whole(model, objective, data, replace(settings, steps=2), run, *rest, **more)
         raise Interrupted("stopped")
 
-    monkeypatch.setattr(recipe, "train", stop)
+    monkeypatch.setattr(common, "train", stop)
     with pytest.raises(Interrupted):
         recipe.run(made, tmp_path / "parts", False)
-    monkeypatch.setattr(recipe, "train", whole)
+    monkeypatch.setattr(common, "train", whole)
     recipe.run(made, tmp_path / "parts", True)
     recipe.run(made, tmp_path / "whole", False)
     ours, theirs = (load_file(tmp_path / name / FILE) for name in ("parts", "whole"))

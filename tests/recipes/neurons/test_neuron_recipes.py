@@ -164,9 +164,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
 
     def go(out, resume, sample):
         learned, model = network()
-        data = mlp.TensorBatches(learned.training, learned.held, 32, 0)
         chosen = replace(mlp.settings(recipe), save_every=5, sample_every=10)
-        mlp.train(model, mlp.objective(recipe.loss), data, chosen, mlp.describe(recipe, learned, out, resume), sample)
+        mlp.learn(recipe, learned, model, chosen, out, resume, sample)
         return torch.cat([weight.flatten() for weight in model.state_dict().values()])
 
     whole = go(tmp_path / "whole", False, None)

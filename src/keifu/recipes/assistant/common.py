@@ -37,10 +37,10 @@ from keifu.generation.text.model import causal
 from keifu.layers.lora import adapters, merge
 from keifu.processes import current
 from keifu.ranges import check
-from keifu.recipes.common import describe_run
+from keifu.recipes.common import train_run
 from keifu.recipes.finetuning import FinetuneOptions, finetune_settings
 from keifu.recipes.options import given
-from keifu.training.loop import Summary, train
+from keifu.training.loop import Summary
 from keifu.training.protocols import Objective, Sample, Save
 from keifu.training.run import metrics
 from keifu.training.settings import Settings
@@ -115,14 +115,16 @@ def finetune(
     """Trains the task's model into a run folder, which then holds the result: a whole model, or its adapters.
 
     options: what decides the result beside the settings and `recipe.origin()`. data: counts of the examples. report:
-    what else the run is described by (see `describe_run`)."""
-    own = {"options": {**recipe.origin(), **options}, "data": {"source": recipe.data, **data}}
-    run = describe_run(out, resume, **own, **report)
+    what else the run is described by (see `train_run`)."""
 
     def save_task(directory: Path) -> None:
         save_result(task.result, task.tokenizer, directory, recipe.model)
 
-    return train(task.model, objective, task.data, settings, run, sample, save or save_task, task.data.largest())
+    return train_run(
+        out, resume, task.model, objective, task.data, settings, facts={"source": recipe.data, **data},
+        options={**recipe.origin(), **options}, sample=sample, save=save or save_task, largest=task.data.largest(),
+        **report,
+    )  # fmt: skip
 
 
 def counted(what: str, parts: Sequence[Any], dropped: int) -> dict[str, int]:

@@ -5,14 +5,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keifu import checkpoints
 from keifu.data.classification.batches import LabelledBatches
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.files import write_atomic
 from keifu.processes import current
-from keifu.recipes.common import describe_run
+from keifu.recipes.common import train_run
 from keifu.recipes.finetuning import FinetuneOptions, finetune_settings
-from keifu.training.loop import Summary, train
+from keifu.training.loop import Summary
 from keifu.training.protocols import Objective
 
 
@@ -56,19 +55,17 @@ def train_classifier(
         evaluate_every=max(1, half), save_every=max(50, half),
     )  # fmt: skip
     counts = {"learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
-    run = describe_run(
-        out, resume, title=title, paper=paper, unit=unit, data={"source": recipe.data, **counts, **data},
-        options={**recipe.origin(), "model": asdict(task.model.config), "cut": recipe.cut, **options},
-    )  # fmt: skip
 
     def sample(step: int) -> str:
         found = confusion(task)
         write_atomic(out / "confusion.png", found.picture())
         return found.page()
 
-    summary = train(
-        task.model, objective, rows, settings, run, sample=sample if len(task.held) else None,
-        save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory), largest=rows.largest(),
+    summary = train_run(
+        out, resume, task.model, objective, rows, settings, task.tokenizer, title=title, paper=paper, unit=unit,
+        facts={"source": recipe.data, **counts, **data}, sample=sample if len(task.held) else None,
+        options={**recipe.origin(), "model": asdict(task.model.config), "cut": recipe.cut, **options},
+        largest=rows.largest(),
     )  # fmt: skip
     if len(task.held) and current().whole:
         print(f"On held-out {unit}: {confusion(task).verdict()}")

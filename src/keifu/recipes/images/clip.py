@@ -11,7 +11,6 @@ Expected: see docs/results.md, "CLIP on emoji and their names".
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +22,7 @@ from keifu import checkpoints
 from keifu.data.batching import pad
 from keifu.data.images.augmentation import Augmentation
 from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit, Tokens, read_images, split
-from keifu.data.tokenizers.bpe import learn
+from keifu.data.tokenizers import bpe
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
@@ -33,9 +32,10 @@ from keifu.evaluation.images import retrieval
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
-from keifu.recipes.common import describe_run
-from keifu.training.loop import Summary, train
+from keifu.recipes.common import parameters, train_run
+from keifu.training.loop import Summary
 from keifu.training.objectives.contrastive import contrastive_loss
+from keifu.training.protocols import Objective
 from keifu.training.settings import Settings
 
 LEARNED = "learned"
@@ -96,13 +96,14 @@ class Task:
     tokenizer: Tokenizer
     parts: ImageSplit
     data: Any  # batches of pictures and captions
+    objective: Objective
 
 
 def prepare(recipe: Recipe) -> Task:
     """Reads the pictures, holds some out, learns the tokenizer from the captions of the others, builds the model."""
     torch.manual_seed(recipe.training.seed)
     loaded, given = checkpoints.load(recipe.start, torch.float32) if recipe.start else (None, None)
-    pixels = retrieval.two_towers(loaded).config.pixels if loaded else _pixels(recipe)
+    pixels = retrieval.two_towers(loaded).config.pixels if loaded else pixels_of(recipe)
     parts = split(read_images(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3))
     tokenizer = given or _tokenizer(recipe, parts.train)
     model: Any = loaded or _new(recipe, tokenizer, pixels).to(choose())
@@ -113,10 +114,10 @@ def prepare(recipe: Recipe) -> Task:
         parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows,
         hard_negatives=recipe.hard_negatives,
     )  # fmt: skip
-    return Task(model, tokenizer, parts, data)
+    return Task(model, tokenizer, parts, data, contrastive_loss(retrieval.preprocessing(model).normalised))
 
 
-def _pixels(recipe: Recipe) -> clip.Pixels:
+def pixels_of(recipe: Recipe) -> clip.Pixels:
     """What pictures become for a new model."""
     if recipe.tower == "resnet":
         size = recipe.resnet.image_size
@@ -135,7 +136,7 @@ def _new(recipe: Recipe, tokenizer: Tokenizer, pixels: clip.Pixels) -> clip.Clip
 def _tokenizer(recipe: Recipe, pictures: ImageDataset) -> Tokenizer:
     captions = [text for language in recipe.languages for text in pictures.texts(language)]
     if recipe.tokenizer == LEARNED:
-        return learn(captions, recipe.vocab_size)
+        return bpe.learn(captions, recipe.vocab_size)
     tokenizer = load_tokenizer(recipe.tokenizer)
     if tokenizer.eos_id is None or tokenizer.eos_id not in tokenizer.encode("a", special=True):
         raise UserError(f"{recipe.tokenizer} puts no end after a text, and CLIP reads a caption there: take clip-bpe.")
@@ -176,16 +177,17 @@ def describe(task: Task, languages: Sequence[str]) -> str:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains, and tells how much of what is held out is found. `how`: to resume it, as a part of a larger run."""
-    task = prepare(recipe)
+    """Trains into `out`, and tells how much of what is held out is found."""
+    return learn(recipe, prepare(recipe), out, resume)
+
+
+def learn(recipe: Recipe, task: Task, out: Path, resume: bool) -> Summary:
+    """Trains the task's model into a run folder."""
     print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
     options = {name: value for name, value in asdict(recipe).items() if name != "training"}
-    run = describe_run(
-        out, resume, title="clip", model=task.model, options=options, unit="pairs", languages=list(recipe.languages),
-        data={"source": recipe.data, "fingerprint": task.parts.train.fingerprint},
-    )  # fmt: skip
-    sample = (lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None
-    return train(
-        task.model, contrastive_loss(retrieval.preprocessing(task.model).normalised), task.data, recipe.training,
-        run, sample, partial(checkpoints.save, task.model, task.tokenizer),
+    return train_run(
+        out, resume, task.model, task.objective, task.data, recipe.training, task.tokenizer, title="clip",
+        parameters=parameters(task.model), options=options, unit="pairs",
+        facts={"source": recipe.data, "fingerprint": task.parts.train.fingerprint}, languages=list(recipe.languages),
+        sample=(lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from keifu import checkpoints
 from keifu.checkpoints.loading import load_model
@@ -20,22 +20,23 @@ from keifu.data.images.augmentation import Augmentation
 from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit, read_images, split
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_bytes, to_signed
+from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.files import write_atomic
 from keifu.generation.images.pipeline import TextToImagePipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.ranges import check
-from keifu.recipes.common import Budget, describe_run, is_resuming
+from keifu.recipes.common import Budget, is_resuming, parameters, train_run
 from keifu.recipes.options import Logging
-from keifu.training.loop import Summary, train
+from keifu.training.loop import Summary
 from keifu.training.objectives.diffusion import NoisedBatches
-from keifu.training.protocols import Data, Objective, Run
+from keifu.training.protocols import Data, Objective
 from keifu.training.run import metrics
 from keifu.training.run.directory import SAMPLES
 from keifu.training.run.report import CURVES
 from keifu.training.settings import Precision, Settings
 
-SHOWN = 12  # pictures of a sample
+SHOWN, BATCH = 12, 64  # pictures of a sample, and those that are encoded at a time
 PROMPTS = (
     "red heart", "cat face", "green book", "full moon face", "blue apple", "red cat face",
     "赤いハート", "ネコの顔", "緑の本", "ヒマワリ", "青いリンゴ", "緑のハート",
@@ -132,20 +133,20 @@ class TextToImageTask:
         sample is drawn and the model saved; different: see `image_settings`.
         """
         resume, training = is_resuming(out, resume), (self.model, self.objective, self.data)
-        of_steps = partial(image_settings, recipe, budget=recipe.budget, **different)
-        settings = recipe.budget.fit(out, resume, *training, of_steps)
+        settings = recipe.budget.fit(out, resume, *training, partial(image_settings, recipe, **different))
         show(out)
-        run = describe_pictures(
-            recipe, out, resume, self.parts.train, ("data", "languages", "truncate", *told),
-            {"model": asdict(self.model.config)}, title=f"{title} learns to draw “{Path(recipe.data).stem}” from text",
-            paper=paper, **parameters_of(parts),
-        )  # fmt: skip
+        counts = {f"parameters of the {name}": parameters(part) for name, part in parts.items() if part is not None}
+        told = ("data", "languages", "truncate", *told)
+        run = described(recipe, self.parts.train, told, {"model": asdict(self.model.config)})
 
         def save(directory: Path) -> None:
             before()
             checkpoints.save(self.model, self.painter.tokenizer, directory)
 
-        return train(*training, settings, run, self.sampler(recipe, request, before), save)
+        return train_run(
+            out, resume, *training, settings, sample=self.sampler(recipe, request, before), save=save, **run,
+            title=f"{title} learns to draw “{Path(recipe.data).stem}” from text", paper=paper, **counts,
+        )  # fmt: skip
 
 
 def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = None) -> ImageSplit:
@@ -163,66 +164,61 @@ def of_both(parts: ImageSplit, make: Callable[[ImageDataset], Made]) -> tuple[Ma
     return make(parts.train), make(parts.validation) if len(parts.validation) else None
 
 
-def image_settings(recipe: Any, steps: int, budget: Budget, **different: Any) -> Settings:
+def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
     """AdamW with a warm-up of a twentieth of the steps and a cosine to 0, and as many validations; `different` are the
     fields of `Settings` in which a recipe differs from that. A sample takes as long as several steps: at least 50 lie
     between two."""
     often = max(1, steps // 20)
-    usual = {"steps": steps, "minutes": budget.limit, "warmup": steps // 20, "final_ratio": 0.0}
+    usual = {"steps": steps, "minutes": recipe.budget.limit, "warmup": steps // 20, "final_ratio": 0.0}
     usual |= {"weight_decay": 0.01, "betas": (0.9, 0.99), "evaluate_every": often, "sample_every": max(50, 2 * often)}
     return Settings(**recipe.loop(**usual | {"save_every": min(often, 1000)} | different))
 
 
-def describe_pictures(
-    recipe: Any, out: Path, resume: bool, pictures: ImageDataset, told: Sequence[str], options: Mapping[str, Any],
-    **about: Any,
-) -> Run:  # fmt: skip
-    """The run of a recipe. told: its options that decide the result beside the settings; options: what else does, the
-    model's Config; about: lines of the report."""
-    source = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}
-    deciding = {**options, **{name: vars(recipe)[name] for name in told}}
-    return describe_run(out, resume, data=source, options=deciding, unit="pictures", **about)
-
-
-def parameters_of(parts: Mapping[str, nn.Module | None]) -> dict[str, int]:
-    """Lines of the report: the parameters of each part of a model."""
-    counted = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
-    return {f"parameters of the {name}": count for name, count in counted.items()}
+def described(recipe: Any, pictures: ImageDataset, told: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `train_run` says of a run that learns from pictures. told: the recipe's options that decide the result
+    beside the settings; options: what else does, such as the model's Config."""
+    facts = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}
+    return {"facts": facts, "options": {**options, **{name: vars(recipe)[name] for name in told}}, "unit": "pictures"}
 
 
 def train_part(
-    recipe: TextToImageOptions, place: Path, resume: bool, model: Any, objective: Objective,
-    data: Callable[[int], Data], parts: ImageSplit, title: str, paper: str, options: Mapping[str, Any],
-    settings: Callable[[int], Mapping[str, Any]], budget: Budget,
+    recipe: Any, place: Path, resume: bool, build: Callable[[], Any], objective: Objective, parts: ImageSplit,
+    budget: Budget, *, title: str, paper: str, options: Mapping[str, Any], batch_size: int,
+    of_steps: Callable[[Data, int], Data] = lambda data, steps: data, **different: Any,
 ) -> Any:  # fmt: skip
-    """A part that learns from pictures alone, trained into a folder of the run, frozen.
+    """A part that learns from pictures alone, of which the recipe may flip every second one, trained into a folder of
+    the run, frozen. A tenth of its steps lies between two validations, samples and checkpoints.
 
-    options: what decides the result beside the model's Config and the settings. data and settings are those of a run
-    of so many steps; a tenth of them lies between two validations, samples and checkpoints.
+    options: what decides the result beside the model's Config and the settings. of_steps: the data of a run of so many
+    steps. different: the fields of `Settings` in which a part differs.
     """
+    torch.manual_seed(recipe.seed)
+    model = build().to(choose())
     model.check_size(*parts.train.shape[1:])
     resume = is_resuming(place, resume)
+    batches: Any = ImageBatches(parts.train, parts.validation, batch_size, recipe.seed, Augmentation(flip=recipe.flip))
+    data = NoisedBatches(batches, recipe.seed)
 
-    def whole(steps: int) -> Settings:
-        often, usual = max(1, steps // 10), {"steps": steps, "warmup": steps // 20, "seed": recipe.seed}
-        every = dict.fromkeys(("evaluate_every", "sample_every", "save_every"), often)
-        return Settings(**usual, **every, precision=recipe.precision, **settings(steps))
+    def settings(steps: int) -> Settings:
+        every = dict.fromkeys(("evaluate_every", "sample_every", "save_every"), max(1, steps // 10))
+        usual = {"steps": steps, "warmup": steps // 20, "batch_size": batch_size, **every}
+        return Settings(**usual, seed=recipe.seed, precision=recipe.precision, **different)
 
-    chosen = budget.fit(place, resume, model, objective, data(1000), whole)
-    source = {"source": parts.train.source, "fingerprint": parts.train.fingerprint}
-    deciding = {"model": vars(model.config), **options}
-    run = describe_run(
-        place, resume, title=title, paper=paper, model=model, data=source, options=deciding, unit="pictures"
-    )
-    sample, save = before_and_after(model, parts), partial(checkpoints.save, model, None)
-    train(model, objective, data(chosen.steps), chosen, run, sample, save)
+    chosen = budget.fit(place, resume, model, objective, of_steps(data, 1000), settings)
+    train_run(
+        place, resume, model, objective, of_steps(data, chosen.steps), chosen, title=title, paper=paper,
+        facts={"source": parts.train.source, "fingerprint": parts.train.fingerprint}, unit="pictures",
+        options={"model": vars(model.config), **options}, sample=before_and_after(model, parts),
+        parameters=parameters(model),
+    )  # fmt: skip
     return load_model(place, torch.float32).requires_grad_(False).eval()
 
 
-def pictures_of(parts: ImageSplit, batch_size: int, seed: int, flip: bool) -> NoisedBatches:
-    """The batches of a part that learns from pictures alone, every second one mirrored where `flip`, with draws."""
-    batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, Augmentation(flip=flip))
-    return NoisedBatches(batches, seed)
+@torch.no_grad()
+def encode_pictures(model: nn.Module, encode: Callable[[Tensor], Tensor], pictures: ImageDataset) -> Tensor:
+    """What a network makes of the bytes of pictures, some at a time: computed once."""
+    device = next(model.parameters()).device
+    return torch.cat([encode(pixels.to(device)).cpu() for pixels in pictures.batches(BATCH)])
 
 
 def before_and_after(model: nn.Module, parts: ImageSplit) -> Callable[[int], bytes]:

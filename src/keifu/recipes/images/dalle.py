@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
-from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit
+from keifu.data.images.dataset import ImageBatches, ImageSplit
 from keifu.data.images.io import to_signed
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
@@ -39,7 +38,6 @@ from keifu.training.objectives import autoencoders as losses
 from keifu.training.objectives.autoencoders import ImageTokenBatches, Ramp, TextImageLoss
 from keifu.training.protocols import Data
 
-BATCH = 64  # pictures encoded at a time
 TEMPERATURES = 1.0, 1 / 16
 
 
@@ -142,34 +140,22 @@ def _data(
 ) -> Data:
     """Batches of captions and entries, computed here, once."""
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    codes = common.of_both(parts, partial(encode_dataset, model.vae))
+    encode = partial(common.encode_pictures, model.vae, lambda pixels: model.vae.encode(to_signed(pixels)))
+    codes = common.of_both(parts, encode)
     return ImageTokenBatches(batches, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
 
 
 def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> discrete_vae.DiscreteVAE:
     """The autoencoder, trained into a folder of the run, frozen; its rate falls to an eightieth, as in appendix A.2."""
-    torch.manual_seed(recipe.seed)
-    model = discrete_vae.build(recipe.vae(parts.train.shape[0])).to(choose())
-    data = common.pictures_of(parts, recipe.vae_batch, recipe.seed, recipe.flip)
-    settings = {
-        "batch_size": recipe.vae_batch, "learning_rate": recipe.vae_rate, "final_ratio": 1 / 80, "weight_decay": 1e-4,
-        "betas": (0.9, 0.999), "ema": 0.999,
-    }  # fmt: skip
     return common.train_part(
-        recipe, out / common.DISCRETE, resume, model, losses.discrete_vae_loss,
-        lambda steps: losses.RampedBatches(data, recipe.ramps(steps)), parts,
-        "A discrete autoencoder learns a codebook for pictures",
-        "Ramesh et al., Zero-Shot Text-to-Image Generation (2021), section 2.1",
-        {"flip": recipe.flip, "kl_weight": recipe.kl_weight, "anneal": recipe.anneal}, lambda steps: settings,
-        Budget(recipe.vae_steps, recipe.vae_minutes),
+        recipe, out / common.DISCRETE, resume, partial(discrete_vae.build, recipe.vae(parts.train.shape[0])),
+        losses.discrete_vae_loss, parts, Budget(recipe.vae_steps, recipe.vae_minutes),
+        title="A discrete autoencoder learns a codebook for pictures",
+        paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021), section 2.1",
+        options={"flip": recipe.flip, "kl_weight": recipe.kl_weight, "anneal": recipe.anneal},
+        of_steps=lambda data, steps: losses.RampedBatches(data, recipe.ramps(steps)), batch_size=recipe.vae_batch,
+        learning_rate=recipe.vae_rate, final_ratio=1 / 80, weight_decay=1e-4, betas=(0.9, 0.999), ema=0.999,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def encode_dataset(model: discrete_vae.DiscreteVAE, pictures: ImageDataset) -> Int[Tensor, "picture rows columns"]:
-    """The likeliest entries of pictures, computed once."""
-    device = next(model.parameters()).device
-    return torch.cat([model.encode(to_signed(pixels.to(device))).cpu() for pixels in pictures.batches(BATCH)])
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 
-from keifu import checkpoints
 from keifu.data.images.augmentation import Augmentation
 from keifu.data.images.dataset import ImageBatches, ImageSplit, read_images, split
 from keifu.data.images.grid import grid
@@ -29,12 +28,12 @@ from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
 from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
 from keifu.ranges import check
-from keifu.recipes.common import Budget
-from keifu.recipes.images.common import describe_pictures, image_settings
+from keifu.recipes.common import Budget, parameters, train_run
+from keifu.recipes.images.common import described, image_settings
 from keifu.recipes.options import Logging
-from keifu.training.loop import Summary, train
+from keifu.training.loop import Summary
 from keifu.training.objectives.diffusion import DequantizedBatches, DiffusionLoss, NoisedBatches
-from keifu.training.protocols import Data, Run
+from keifu.training.protocols import Data
 from keifu.training.settings import Precision, Settings
 
 DIGITS, DIGIT_SIZE, SIZE = ("mnist", "fashion-mnist"), 28, 32  # what comes small, its side, and that of all else
@@ -185,7 +184,7 @@ def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Con
 def settings(recipe: Recipe, steps: int) -> Settings:
     """The training loop's settings for so many steps."""
     paper = {"schedule": "constant", "warmup": min(5000, steps // 10), "weight_decay": 0.0, "betas": (0.9, 0.999)}
-    return image_settings(recipe, steps, recipe.budget, **paper if recipe.recipe_of == "paper" else {})
+    return image_settings(recipe, steps, **paper if recipe.recipe_of == "paper" else {})
 
 
 def sampler(model: ddpm.DDPM, seed: int) -> Callable[[int], bytes]:
@@ -210,21 +209,13 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     print(task.parts.train.sentence(), task.parts.sentence(), flush=True)
     training = task.model, task.objective, task.data
     chosen = recipe.budget.fit(out, resume, *training, partial(settings, recipe))
-    summary = train(
-        *training, chosen, describe(recipe, task, out, resume),
-        sampler(task.model, recipe.seed), partial(checkpoints.save, task.model, None),
+    told = ("data", "recipe_of", "fit", "distinct", "flip", "dequantise", "weighting", "gamma", "label_dropout")
+    summary = train_run(
+        out, resume, *training, chosen, title=f"DDPM learns to draw “{Path(recipe.data).stem}”",
+        parameters=parameters(task.model), sample=sampler(task.model, recipe.seed),
+        paper="Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
+        held_out={"share": recipe.held_out, "distinct": recipe.distinct},
+        **described(recipe, task.parts.train, told, {"model": asdict(task.model.config)}),
     )  # fmt: skip
     print(f"The network is in {out}: keifu draw {out} -o picture.png")
     return summary
-
-
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    told = ("data", "recipe_of", "fit", "distinct", "flip", "dequantise", "weighting", "gamma", "label_dropout")
-    return describe_pictures(
-        recipe, out, resume, task.parts.train, told, {"model": asdict(task.model.config)},
-        title=f"DDPM learns to draw “{Path(recipe.data).stem}”",
-        paper="Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
-        model=task.model,
-        held_out={"share": recipe.held_out, "distinct": recipe.distinct},
-    )  # fmt: skip

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit
 from keifu.data.images.io import to_signed
@@ -39,7 +40,7 @@ from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import EncodedImages, LatentBatches, NoisedBatches, TextDiffusionLoss
 from keifu.training.protocols import Data
 
-BATCH, MEASURED = 64, 500  # pictures encoded at a time, and those whose latents are measured, at most
+MEASURED = 500  # pictures whose latents are measured, at most
 STEPS = 20  # of a sample's pictures, by DPM-Solver++
 LATENTS: dict[str, Any] = {"widths": (64, 128, 192), "attention": (1, 2)}
 PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
@@ -174,20 +175,15 @@ def caption_batches(
 
 def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:
     """The autoencoder, trained into a folder of the run, with the scale that gives its latents a variance of 1."""
-    torch.manual_seed(recipe.seed)
-    model = autoencoder_kl.build(recipe.autoencoder(parts.train.shape[0])).to(choose())
-    data = common.pictures_of(parts, recipe.autoencoder_batch, recipe.seed, recipe.flip)
     loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
     budget = Budget(recipe.autoencoder_steps, recipe.autoencoder_minutes)
-    settings = {
-        "minutes": budget.limit, "batch_size": recipe.autoencoder_batch,
-        "learning_rate": recipe.autoencoder_rate, "final_ratio": 0.0, "weight_decay": 0.0, "betas": (0.9, 0.99),
-    }  # fmt: skip
     found = common.train_part(
-        recipe, out / common.AUTOENCODER, resume, model, loss, lambda steps: data, parts,
-        "An autoencoder learns to make pictures small",
-        "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), section 3.1",
-        {"loss": vars(loss), "flip": recipe.flip}, lambda steps: settings, budget,
+        recipe, out / common.AUTOENCODER, resume,
+        partial(autoencoder_kl.build, recipe.autoencoder(parts.train.shape[0])), loss, parts, budget,
+        title="An autoencoder learns to make pictures small",
+        paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), section 3.1",
+        options={"loss": vars(loss), "flip": recipe.flip}, minutes=budget.limit, batch_size=recipe.autoencoder_batch,
+        learning_rate=recipe.autoencoder_rate, final_ratio=0.0, weight_decay=0.0, betas=(0.9, 0.99),
     )  # fmt: skip
     return set_scale(found, parts.train)
 
@@ -202,14 +198,15 @@ def set_scale(found: Any, pictures: ImageDataset) -> autoencoder_kl.AutoencoderK
     return found
 
 
-@torch.no_grad()
 def encode_dataset(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: ImageDataset) -> EncodedImages:
     """The latents of pictures as diffusion sees them, computed once."""
-    device = next(model.parameters()).device
-    found = (model.encode(to_signed(pixels.to(device))) for pixels in pictures.batches(BATCH))
-    pairs = [(each.mean.contiguous().cpu(), torch.exp(0.5 * each.log_variance).contiguous().cpu()) for each in found]
-    mean, deviation = (scale * torch.cat(part) for part in zip(*pairs, strict=True))
-    return EncodedImages(mean, deviation)
+
+    def mean_and_deviation(pixels: Tensor) -> Tensor:
+        found = model.encode(to_signed(pixels))
+        return torch.stack([found.mean, torch.exp(0.5 * found.log_variance)], 1)
+
+    both = scale * common.encode_pictures(model, mean_and_deviation, pictures)
+    return EncodedImages(*(part.contiguous() for part in both.unbind(1)))
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:

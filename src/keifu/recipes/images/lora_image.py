@@ -31,13 +31,13 @@ from keifu.layers.diffusion.noise_schedule import Weighting
 from keifu.layers.lora import LoraSettings, Target, attach
 from keifu.processes import current
 from keifu.ranges import check
-from keifu.recipes.images.common import describe_pictures
+from keifu.recipes.common import train_run
+from keifu.recipes.images.common import TextToImageTask, described
 from keifu.recipes.images.latent_diffusion import caption_batches
 from keifu.recipes.images.text_encoder import caption_tokens
 from keifu.recipes.options import Logging
-from keifu.training.loop import Summary, train
+from keifu.training.loop import Summary
 from keifu.training.objectives.diffusion import TextDiffusionLoss
-from keifu.training.protocols import Data, Run
 from keifu.training.settings import Precision, Settings
 
 STEPS = 20  # of a sample's pictures, by DPM-Solver++
@@ -104,14 +104,9 @@ class Recipe(Logging):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """Everything made ready: the model with its adapters, the data, the loss, and what the samples show."""
+class Task(TextToImageTask):
+    """Everything made ready: the model has its adapters; prompts: what the samples show."""
 
-    model: nn.Module
-    painter: LatentDiffusionPipeline
-    parts: ImageSplit
-    data: Data
-    objective: TextDiffusionLoss
     prompts: tuple[str, ...]
 
 
@@ -214,24 +209,18 @@ def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains adapters into `out`, which keifu draw --lora and diffusers' load_lora_weights read afterwards."""
     task = prepare(recipe)
-    summary = train(
-        task.model, task.objective, task.data, settings(recipe), describe(recipe, task, out, resume),
-        sampler(task, recipe) if current().whole else None,  # a split model is not sampled from
-        save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
-    )  # fmt: skip
-    print(f'The LoRA is in {out}: keifu draw {recipe.model} "{task.prompts[0]}" --lora {out} -o picture.png')
-    return summary
-
-
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
     told = (
         "model", "data", "languages", "words", "truncate", "rank", "alpha", "targets", "text_rank", "text_targets",
         "dora", "weighting", "caption_dropout",
     )  # fmt: skip
     pictures = task.parts.train
-    return describe_pictures(
-        recipe, out, resume, pictures, told, {"size": pictures.shape[1]},
+    summary = train_run(
+        out, resume, task.model, task.objective, task.data, settings(recipe),
         title=f"{Path(recipe.model).name} learns from “{Path(recipe.data).stem}” by a LoRA",
         paper="Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)",
+        sample=sampler(task, recipe) if current().whole else None,  # a split model is not sampled from
+        save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
+        **described(recipe, pictures, told, {"size": pictures.shape[1]}),
     )  # fmt: skip
+    print(f'The LoRA is in {out}: keifu draw {recipe.model} "{task.prompts[0]}" --lora {out} -o picture.png')
+    return summary

@@ -10,14 +10,13 @@ from keifu import checkpoints
 from keifu.data.images.dataset import ImageDataset, ImageSplit
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.images.retrieval import preprocessing, two_towers
+from keifu.evaluation.images.retrieval import two_towers
 from keifu.generation.images.latent_diffusion import text_tokens
 from keifu.models.clip import clip
 from keifu.models.clip import text as clip_text
 from keifu.recipes.common import Budget, is_resuming
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images.common import CLIP, TextToImageOptions, of_both
-from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.settings import Settings
 
 
@@ -38,19 +37,17 @@ def two_towers_of(recipe: TextToImageOptions, out: Path, resume: bool) -> tuple[
 def _train(recipe: TextToImageOptions, place: Path, resume: bool) -> None:
     made = clip_recipe.Recipe(recipe.data, recipe.languages, truncate=recipe.truncate)
     chosen = replace(made.training, batch_size=recipe.clip_batch, precision=recipe.precision, seed=recipe.seed)
-    made = replace(made, training=chosen)
-    task = clip_recipe.prepare(made)
+    task = clip_recipe.prepare(replace(made, training=chosen))
     limit: Any = task.model.config
     text_tokens(task.tokenizer, recipe.prompts, limit.context_length)  # what is too long is said before the training
-    objective = contrastive_loss(preprocessing(task.model).normalised)
     budget = Budget(recipe.clip_steps, recipe.clip_minutes)
 
     def settings(steps: int) -> Settings:
         every = dict.fromkeys(("evaluate_every", "sample_every"), max(1, steps // 10))
         return replace(chosen, steps=steps, minutes=budget.limit, warmup=steps // 10, **every)
 
-    chosen = budget.fit(place, resume, task.model, objective, task.data, settings)
-    clip_recipe.run(replace(made, training=chosen), place, resume)
+    fitted = budget.fit(place, resume, task.model, task.objective, task.data, settings)
+    clip_recipe.learn(replace(made, training=fitted), task, place, resume)
 
 
 def text_conditioned(model: clip.Clip) -> clip_text.TextTower:

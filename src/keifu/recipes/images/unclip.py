@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit, read_images, split
+from keifu.data.images.dataset import ImageBatches, ImageSplit, read_images, split
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
@@ -31,6 +30,7 @@ from keifu.generation.images.latent_diffusion import text_tokens
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.generation.images.unclip import UnclipPipeline
 from keifu.layers.diffusion.noise_schedule import Noise, Weighting
+from keifu.layers.meta import on_meta
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.diffusion import ddpm
@@ -39,13 +39,11 @@ from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import text_encoder
-from keifu.recipes.images.common import TextToImageOptions, TextToImageTask, of_both, read_captioned
+from keifu.recipes.images.common import TextToImageOptions, TextToImageTask, encode_pictures, of_both, read_captioned
 from keifu.training.loop import Summary
 from keifu.training.objectives import unclip as losses
 from keifu.training.objectives.diffusion import NoisedBatches
 from keifu.training.protocols import Data
-
-CHUNK = 64  # pictures that CLIP sees at a time
 
 
 def model_config(recipe: Any, towers: clip.Config) -> unclip.Config:
@@ -94,14 +92,6 @@ def _upsampler(recipe: Any) -> ddpm.Config:
 
 def _groups(widths: tuple[int, ...]) -> int:
     return math.gcd(32, max(1, widths[0] // 4), *widths)
-
-
-@torch.no_grad()
-def embed_images(towers: clip.Clip, pictures: ImageDataset) -> Float[Tensor, "picture embedding"]:
-    """CLIP's embeddings of pictures, of any length: made once."""
-    ready, device = preprocessing(towers), next(towers.parameters()).device
-    batches = pictures.batches(CHUNK)
-    return torch.cat([towers.encode_image(ready.normalised(pixels.to(device))).cpu() for pixels in batches])
 
 
 STEPS = 25  # of a sample's pictures
@@ -157,7 +147,10 @@ class Recipe(TextToImageOptions):
 def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     """Trains CLIP, or finds it, and builds the model around it. What cannot be is said before anything is trained."""
     if not recipe.clip:
-        _check_sizes(recipe)
+        made = clip_recipe.Recipe()
+        planned = clip.Config(made.text, made.image, clip_recipe.pixels_of(made))
+        with on_meta():
+            _check_sizes(recipe, unclip.build(model_config(recipe, planned)))
     parts = read_captioned(recipe, 3)
     towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
     torch.manual_seed(recipe.seed)
@@ -167,10 +160,11 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
         part.requires_grad_(False)
     if model.config.last_upsampler is not None:
         model.last_upsampler.requires_grad_(False)  # it becomes what the other one is
-        model.upsampler.check_size(6, recipe.crop, recipe.crop)
-    model.check_size(recipe.small, recipe.small)
+    _check_sizes(recipe, model)
     model.to(choose())
-    tables = of_both(_visible_images(recipe, towers, parts), partial(embed_images, towers))
+    ready = preprocessing(towers)
+    embed = partial(encode_pictures, towers, lambda pixels: towers.encode_image(ready.normalised(pixels)))
+    tables = of_both(_visible_images(recipe, towers, parts), embed)
     with torch.no_grad():
         for own, found in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
             own.copy_(found)
@@ -178,12 +172,8 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     return TextToImageTask(model, UnclipPipeline(model, tokenizer), parts, data, objective)
 
 
-def _check_sizes(recipe: Recipe) -> None:
-    """Refuses networks that do not fit the pictures or the CLIP that will be trained."""
-    made = clip_recipe.Recipe()
-    planned = clip.Config(made.text, made.image, clip.Pixels(made.image.image_size, made.image.image_size))
-    with torch.device("meta"):
-        model = unclip.build(model_config(recipe, planned))
+def _check_sizes(recipe: Recipe, model: unclip.Unclip) -> None:
+    """Refuses networks that do not fit the pictures."""
     if model.config.last_upsampler is not None:
         model.upsampler.check_size(6, recipe.crop, recipe.crop)
     model.check_size(recipe.small, recipe.small)

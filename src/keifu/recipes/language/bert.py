@@ -31,9 +31,9 @@ from keifu.evaluation.classification.embeddings import encoder
 from keifu.generation.text.fill import fill
 from keifu.generation.text.translation import sentences
 from keifu.models import bert
-from keifu.recipes.common import describe_run
+from keifu.recipes.common import parameters, train_run
 from keifu.recipes.language.common import Text, tokenizer_of
-from keifu.training.loop import Summary, train
+from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import masked_language_modeling
 from keifu.training.settings import Settings
 
@@ -76,11 +76,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     )
     data = MaskedText(shards, Vocabulary.of(tokenizer), masking, training.batch_size, training.seed)
     options = {"model": asdict(model.config), "text": asdict(text), "masking": asdict(masking)}
-    place = describe_run(out, resume, title="bert", model=model, data=_facts(text, shards), options=options)
-    summary = train(
-        model, masked_language_modeling, data, training, place,
-        sample=lambda step: fill_samples(model, tokenizer, recipe.gaps),
-        save=lambda directory: checkpoints.save(model, tokenizer, directory), largest=data.largest,
+    summary = train_run(
+        out, resume, model, masked_language_modeling, data, training, tokenizer, title="bert",
+        parameters=parameters(model), facts=_facts(text, shards), options=options,
+        sample=lambda step: fill_samples(model, tokenizer, recipe.gaps), largest=data.largest,
     )  # fmt: skip
     perplexity = math.exp(min(summary.figures["validation_word_loss"], 700.0))
     print(f"Held-out words: perplexity {perplexity:.2f}, {summary.figures['validation_word_accuracy']:.1%} right.")

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from keifu import checkpoints
 from keifu.data.catalogue import catalogue
 from keifu.data.text.documents import TextFormat, content_hash, documents, in_catalogue
 from keifu.data.text.packed import PackedText
@@ -24,9 +23,9 @@ from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.devices import choose
 from keifu.generation.text.generate import generate
 from keifu.layers.transformer.decoder import DecoderLM
-from keifu.recipes.common import describe_run
+from keifu.recipes.common import parameters, train_run
 from keifu.recipes.options import Logging
-from keifu.training.loop import Summary, train
+from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.settings import Settings
 
@@ -139,17 +138,16 @@ def pretrain(
     config = model.config
     data = PackedText(task.shards, row or config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
     deciding = {"model": asdict(config), "text": asdict(task.text)} | ({"z_loss": z_loss} if z_loss else {})
-    run = describe_run(
-        out, resume, title=name, model=model, data=_source(task), options=deciding, replace=start_over,
-        bytes_per_unit=task.shards.bytes_per_token, **(about or {}),
-    )  # fmt: skip
+    objective = partial(causal_language_modeling, z_loss=z_loss) if z_loss else causal_language_modeling
 
     def sample(step: int) -> str:
         return prompt + generate(model, task.tokenizer, prompt or "\n", raw=True, max_tokens=100, seed=step)
 
-    save = partial(checkpoints.save, model, task.tokenizer)
-    objective = partial(causal_language_modeling, z_loss=z_loss) if z_loss else causal_language_modeling
-    return train(model, objective, data, settings, run, sample, save, data.largest())
+    return train_run(
+        out, resume, model, objective, data, settings, task.tokenizer, title=name, parameters=parameters(model),
+        facts=_source(task), options=deciding, sample=sample, largest=data.largest(), replace=start_over,
+        bytes_per_unit=task.shards.bytes_per_token, **(about or {}),
+    )  # fmt: skip
 
 
 def _source(task: Task) -> dict[str, Any]:

@@ -9,7 +9,6 @@ Expected: XOR without a mistake; 95 to 97% of 1,000 held-out digits, by the seed
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from keifu import checkpoints
 from keifu.data.classification.batches import LabelledTensors, TensorBatches
 from keifu.data.classification.toy import ToyDataset, toy_dataset
 from keifu.data.images.augmentation import Distortion
@@ -32,11 +30,11 @@ from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
 from keifu.layers.losses import LOSSES
 from keifu.models import mlp
 from keifu.models.mlp import MLP, Config
-from keifu.recipes.common import describe_run
+from keifu.recipes.common import train_run
 from keifu.recipes.options import Logging
 from keifu.threads import on_threads
-from keifu.training.loop import train
-from keifu.training.protocols import Batch, LossOutput, Objective, Run
+from keifu.training.loop import Summary
+from keifu.training.protocols import Batch, LossOutput, Objective, Sample
 from keifu.training.settings import Settings
 
 SMALL: dict[str, Any] = {
@@ -116,29 +114,24 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         sample = boundary(learned, model, chosen.steps, out)
         if not resume:
             sample(0)
-    augment = distort if recipe.augment else None
     with on_threads(1):  # products this small gain little from a second, and on a busy machine wait long for it
-        train(
-            model,
-            objective(recipe.loss),
-            TensorBatches(learned.training, learned.held, chosen.batch_size, chosen.seed, augment),
-            chosen,
-            describe(recipe, learned, out, resume),
-            sample=sample,
-            save=partial(checkpoints.save, model, None),
-        )
+        learn(recipe, learned, model, chosen, out, resume, sample)
     print(f"{verdict(learned, model)} The network is in {out}.")
 
 
-def describe(recipe: Recipe, learned: ToyDataset, out: Path, resume: bool) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    full = recipe.resolved()
+def learn(
+    recipe: Recipe, learned: ToyDataset, model: MLP, chosen: Settings, out: Path, resume: bool, sample: Sample | None
+) -> Summary:
+    """Trains the network into a run folder."""
+    full, augment = recipe.resolved(), distort if recipe.augment else None
     held = 0 if learned.held is learned.training else len(learned.held)
     counts = {"rows": len(learned.training), "held out": held, "classes": ", ".join(learned.classes)}
-    return describe_run(
-        out, resume, title=f"A multi-layer network learns “{Path(recipe.data).stem}”",
+    data = TensorBatches(learned.training, learned.held, chosen.batch_size, chosen.seed, augment)
+    return train_run(
+        out, resume, model, objective(recipe.loss), data, chosen, sample=sample, unit="rows",
+        title=f"A multi-layer network learns “{Path(recipe.data).stem}”",
         paper="Rumelhart, Hinton and Williams, Learning representations by back-propagating errors (1986)",
-        command=recipe.command(), data={"source": recipe.data, **counts}, unit="rows",
+        command=recipe.command(), facts={"source": recipe.data, **counts},
         options={name: vars(full)[name] for name in ("hidden", "activation", "loss", "dropout", "augment")},
     )  # fmt: skip
 

@@ -24,12 +24,11 @@ from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pa
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
-from keifu.recipes.common import Budget, describe_run
+from keifu.recipes.common import Budget, parameters, train_run
 from keifu.recipes.options import Logging
-from keifu.training.loop import Summary, train
+from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import translation
 from keifu.training.optim.weight_averaging import averaged_weights
-from keifu.training.protocols import Run
 from keifu.training.settings import Settings
 
 LEARNED = "bpe", "unigram"  # kinds of tokenizer that have an end token and lose no character
@@ -181,10 +180,16 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
         with averaged_weights(model, directory, plan.average):
             checkpoints.save(model, task.tokenizer, directory)
 
-    training = model, objective, data
-    settings = budget.fit(out, resume, *training, lambda n: replace(plan.settings(n), **chosen), data.largest())
-    run = _run(name, options, task, data, model, out, resume)
-    return train(*training, settings, run, _sampler(task, model), save, data.largest())
+    training, largest = (model, objective, data), data.largest()
+    settings = budget.fit(out, resume, *training, lambda n: replace(plan.settings(n), **chosen), largest)
+    told = {name: value for name, value in asdict(options).items() if name not in FREE}
+    size = sum(len(target.encode()) for _, target in task.parts.validation)
+    tokens = len(data.held_out.target.ids) + len(data.held_out)
+    return train_run(
+        out, resume, *training, settings, title=name, parameters=parameters(model), languages=task.pairs.languages,
+        facts=_source(options, task, data), options={"model": asdict(model.config), "recipe": told}, save=save,
+        sample=_sampler(task, model), largest=largest, bytes_per_unit=size / tokens,
+    )  # fmt: skip
 
 
 def _started(name: str, plan: Plan) -> Any:
@@ -237,18 +242,6 @@ def settings_of(options: Options, steps: int, **chosen: Any) -> Settings:
     """These settings, else the recipe's options, for so many steps, with 20 validations, 10 samples and 50 states."""
     every = {"evaluate_every": max(1, steps // 20), "sample_every": max(1, steps // 10)}
     return Settings(**options.loop(steps=steps, **every, save_every=max(1, steps // 50)) | chosen)
-
-
-def _run(name: str, options: Options, task: Task, data: PairData, model: nn.Module, out: Path, resume: bool) -> Run:
-    own: Any = model.config
-    told = {name: value for name, value in asdict(options).items() if name not in FREE}
-    texts = [target for _, target in task.parts.validation]
-    tokens = len(data.held_out.target.ids) + len(data.held_out)
-    return describe_run(
-        out, resume, title=name, model=model, languages=task.pairs.languages, data=_source(options, task, data),
-        options={"model": asdict(own), "recipe": told},
-        bytes_per_unit=sum(len(text.encode()) for text in texts) / tokens,
-    )  # fmt: skip
 
 
 def _source(options: Options, task: Task, data: PairData) -> dict[str, Any]:
