@@ -96,7 +96,11 @@ class Task:
     tokenizer: Tokenizer
     parts: ImageSplit
     data: Any  # batches of pictures and captions
-    objective: Objective
+
+    @property
+    def objective(self) -> Objective:
+        """The contrastive loss of the pictures as the model sees them."""
+        return contrastive_loss(retrieval.preprocessing(self.model).normalised)
 
 
 def prepare(recipe: Recipe) -> Task:
@@ -114,7 +118,7 @@ def prepare(recipe: Recipe) -> Task:
         parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows,
         hard_negatives=recipe.hard_negatives,
     )  # fmt: skip
-    return Task(model, tokenizer, parts, data, contrastive_loss(retrieval.preprocessing(model).normalised))
+    return Task(model, tokenizer, parts, data)
 
 
 def pixels_of(recipe: Recipe) -> clip.Pixels:

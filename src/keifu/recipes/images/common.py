@@ -137,7 +137,7 @@ class TextToImageTask:
         show(out)
         counts = {f"parameters of the {name}": parameters(part) for name, part in parts.items() if part is not None}
         told = ("data", "languages", "truncate", *told)
-        run = described(recipe, self.parts.train, told, {"model": asdict(self.model.config)})
+        run = describe(recipe, self.parts.train, told, {"model": asdict(self.model.config)})
 
         def save(directory: Path) -> None:
             before()
@@ -174,7 +174,7 @@ def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
     return Settings(**recipe.loop(**usual | {"save_every": min(often, 1000)} | different))
 
 
-def described(recipe: Any, pictures: ImageDataset, told: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def describe(recipe: Any, pictures: ImageDataset, told: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """What `train_run` says of a run that learns from pictures. told: the recipe's options that decide the result
     beside the settings; options: what else does, such as the model's Config."""
     facts = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}

@@ -29,7 +29,7 @@ from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Varia
 from keifu.models.diffusion import ddpm
 from keifu.ranges import check
 from keifu.recipes.common import Budget, parameters, train_run
-from keifu.recipes.images.common import described, image_settings
+from keifu.recipes.images.common import describe, image_settings
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary
 from keifu.training.objectives.diffusion import DequantizedBatches, DiffusionLoss, NoisedBatches
@@ -215,7 +215,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         parameters=parameters(task.model), sample=sampler(task.model, recipe.seed),
         paper="Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
         held_out={"share": recipe.held_out, "distinct": recipe.distinct},
-        **described(recipe, task.parts.train, told, {"model": asdict(task.model.config)}),
+        **describe(recipe, task.parts.train, told, {"model": asdict(task.model.config)}),
     )  # fmt: skip
     print(f"The network is in {out}: keifu draw {out} -o picture.png")
     return summary

@@ -32,7 +32,7 @@ from keifu.layers.lora import LoraSettings, Target, attach
 from keifu.processes import current
 from keifu.ranges import check
 from keifu.recipes.common import train_run
-from keifu.recipes.images.common import TextToImageTask, described
+from keifu.recipes.images.common import TextToImageTask, describe
 from keifu.recipes.images.latent_diffusion import caption_batches
 from keifu.recipes.images.text_encoder import caption_tokens
 from keifu.recipes.options import Logging
@@ -220,7 +220,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         paper="Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)",
         sample=sampler(task, recipe) if current().whole else None,  # a split model is not sampled from
         save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
-        **described(recipe, pictures, told, {"size": pictures.shape[1]}),
+        **describe(recipe, pictures, told, {"size": pictures.shape[1]}),
     )  # fmt: skip
     print(f'The LoRA is in {out}: keifu draw {recipe.model} "{task.prompts[0]}" --lora {out} -o picture.png')
     return summary
