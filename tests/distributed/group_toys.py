@@ -299,9 +299,7 @@ def _begin(model: str, recipe: str) -> Any:
         return to_train(load_model(model), Lora(), 0)
     if recipe == "classifier":
         return classifier.start_model(classifier.Recipe(model=model), ("no", "yes"), ())[0]
-    unused: Any = None
-    plan = translations.Plan(transformer.build, transformer.Config(**WORDS), settings=unused, batching=unused)
-    return translations._started(model, plan)
+    return translations.start_model(model, transformer.build, transformer.Config(**WORDS))
 
 
 def published(model: str, folder: Path, lora: int = 0, recipe: str = "") -> dict[str, Any]:

@@ -295,7 +295,7 @@ def pair_rows(toys: Toys) -> dict[str, Reach]:
 def more_of_translation(toys: Toys) -> list[Group]:
     """Groups of both, each for itself."""
     reverse = {"reverse": Reach(True, lambda r: len(r.data.train.source.ids) > len(r.data.train.target.ids), True)}
-    average = {"average": Reach(6, ("save.plan.average", "settings.keep"))}
+    average = {"average": Reach(6, ("save.average", "settings.keep"))}
     minutes = {"minutes": Reach(0.5, "settings.steps", wiring.MINUTES // 2)}
     kinds = {"tokenizer": Reach("unigram", kind, "Unigram")}
     table = Path(toys.pairs).with_name("fields.csv")
@@ -380,11 +380,11 @@ PAPERS: dict[tuple[str, str | None], dict[str, Any]] = {
     ("transformer", "paper"): {
         "settings.betas": (0.9, 0.98), "settings.epsilon": 1e-9, "settings.schedule": "inverse_sqrt",
         "settings.clip": 0.0, "settings.weight_decay": 0.0, "objective.label_smoothing": 0.1, "settings.keep": 5,
-        "save.plan.average": 5, "settings.optimizer": "adamw",
+        "save.average": 5, "settings.optimizer": "adamw",
     },
     ("transformer", "keifu"): {
         "settings.optimizer": "muon", "settings.betas": (0.9, 0.98), "objective.label_smoothing": 0.1,
-        "settings.weight_decay": 0.01, "save.plan.average": 1, "settings.schedule": "linear",
+        "settings.weight_decay": 0.01, "save.average": 1, "settings.schedule": "linear",
         "settings.final_ratio": 0.0, "settings.learning_rate": 2e-3, "settings.matrix_rate": 0.02,
     },
     ("seq2seq", "paper"): {

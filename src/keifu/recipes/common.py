@@ -1,6 +1,9 @@
-"""What recipes of every kind share: the budget of a run, and its training, with what the run says of itself."""
+"""What recipes of every kind share: the budget of a run, options of those that fine-tune, and the training of a run,
+with what it says of itself.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +15,7 @@ from keifu.data.catalogue import catalogue
 from keifu.data.chat.conversations import MADE_OF
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Batch, Data, Objective, Run, Sample, Save
 from keifu.training.run import checkpoint
@@ -55,6 +59,43 @@ class Budget(NamedTuple):
         print(f"Trying the pace, to fit the training into {self.minutes:g} minutes ...", flush=True)
         trial = settings(1000), data.batch(0) if largest is None else largest
         return settings(steps_within(self.minutes, model, objective, data, *trial))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(Logging):
+    """Options of every fine-tuning recipe, each of which sets its own defaults."""
+
+    model: str = field(default="smollm2", kw_only=False)
+    """The pretrained model: a run, a directory, a .gguf file, a catalogue name or a hub id."""
+    data: str = field(default="preferences.jsonl", kw_only=False)
+    """What is learned from."""
+    held_out: float = 0.1
+    """Share of the prompts that is kept for validation, chosen by a hash of the text."""
+    epochs: float = 1.0
+    """Passes over the training examples."""
+    steps: int | None = None
+    """Updates of the weights; replaces epochs."""
+    micro_batch: int | None = None
+    """Examples computed at a time; unset: as many as fit in memory."""
+    learning_rate: float | None = None
+    """AdamW's highest learning rate."""
+    seed: int = 0
+    """Of all random numbers: new weights, the order of the examples, dropout and sampling."""
+
+    def origin(self) -> dict[str, Any]:
+        """What a resumed run must begin with too."""
+        return {"begins with": self.model}
+
+    def total_steps(self, steps_per_epoch: float | int) -> int:
+        """Steps of the whole run."""
+        return self.steps or max(1, round(self.epochs * steps_per_epoch))
+
+    def settings(self, steps: int, **different: Any) -> Settings:
+        """AdamW without weight decay, five validations and ten checkpoints in `steps` steps; `different` are the fields
+        of `Settings` in which a recipe differs from that."""
+        usual = {"steps": steps, "weight_decay": 0.0, "betas": (0.9, 0.999)}
+        every = {"evaluate_every": max(1, steps // 5), "save_every": max(1, steps // 10)}
+        return Settings(**self.loop(**usual | every | different))
 
 
 def attribution_of(data: str) -> dict[str, str]:

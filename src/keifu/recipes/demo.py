@@ -18,8 +18,7 @@ from keifu.generation.text.chat import Conversation
 from keifu.models import llama
 from keifu.recipes import landmarks
 from keifu.recipes.language import gpt
-from keifu.recipes.language.common import VALIDATION_TOKENS, Task, pretrain
-from keifu.training.settings import Settings
+from keifu.recipes.language.common import VALIDATION_TOKENS, pretrain
 
 QUESTIONS = ("What is the capital of France?", "What is the capital of Japan?")
 
@@ -47,7 +46,13 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(
         f"\n2. A LLaMA-type model of {gpt.parameters(config) / 1e6:.1f} M parameters learns {recipe.data}.", flush=True
     )
-    _train(task, config, settings, baseline, out, resume)
+    about = {"bigram baseline (nats a token)": round(baseline, 3)}
+    summary = pretrain(
+        "demo", task, llama.build, config, settings, out, resume, "The President", about, start_over=not resume
+    )
+    loss, bits = summary.figures["validation_loss"], task.shards.bits_per_byte
+    print(f"   validation loss {loss:.3f} nats a token ({bits(loss):.3f} bits a byte)")
+    print(f"   bigram baseline {baseline:.3f} nats a token ({bits(baseline):.3f} bits a byte)")
     print(f"   Report: {out / 'report.html'}")
     print("\n3. SmolLM2-135M-Instruct, read from its published GGUF file, answers.", flush=True)
     _ask()
@@ -57,17 +62,6 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(f"   keifu serve {out} smollm2    # both at http://127.0.0.1:8000, for people and for programs")
     print("   keifu train gpt --depth 4 --data FILE-OR-FOLDER-OF-YOUR-OWN")
     print("   keifu lineage    # the landmarks in order of years, what each brought, and how to repeat it")
-
-
-def _train(task: Task, config: llama.Config, settings: Settings, baseline: float, out: Path, resume: bool) -> None:
-    bits = task.shards.bits_per_byte
-    about = {"bigram baseline (nats a token)": round(baseline, 3)}
-    summary = pretrain(
-        "demo", task, llama.build, config, settings, out, resume, "The President", about, start_over=not resume
-    )
-    loss = summary.figures["validation_loss"]
-    print(f"   validation loss {loss:.3f} nats a token ({bits(loss):.3f} bits a byte)")
-    print(f"   bigram baseline {baseline:.3f} nats a token ({bits(baseline):.3f} bits a byte)")
 
 
 def _ask() -> None:

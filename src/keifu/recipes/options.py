@@ -1,5 +1,6 @@
 """Options of recipes: those that all have, their names on the command line, and reading and writing them as JSON."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -7,8 +8,6 @@ from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
-
-from keifu.files import listed
 
 # options that mean in every recipe what `Settings` means by that name
 LOOP = ("steps", "batch_size", "micro_batch", "learning_rate", "weight_decay", "spikes", "ema", "precision", "compile",
@@ -39,13 +38,7 @@ ARGUMENT: Any = type(tyro.conf.arg())  # the class of annotations that name an o
 
 def to_json(recipe: Any) -> dict[str, Any]:
     """All options, nested as in the dataclass, with lists for tuples and texts for paths."""
-    return {name: _plain(value) for name, value in asdict(recipe).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return str(value) if isinstance(value, Path) else listed(value)
+    return json.loads(json.dumps(asdict(recipe), default=str))
 
 
 def from_json(usual: Any, json: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Decision boundaries of classifiers with two inputs, in one image or over training; and comparisons of several runs.
 
-Axes: rows, and two columns. Colours are Okabe and Ito's (2008), which colour-blind people can tell apart; classes also
-differ in their markers.
+Axes: rows, and the two columns of a table of points. Colours are Okabe and Ito's (2008), which colour-blind people can
+tell apart; classes also differ in their markers.
 """
 
 import io
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+
+from keifu.data.classification.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,26 +25,17 @@ Shares = Callable[[Float[Tensor, "rows 2"]], Float[Tensor, "rows classes"]]
 Stage = tuple[str, Float[Tensor, "size size classes"]]  # a title, and what `class_shares_on` gave
 
 
-@dataclass(frozen=True, eq=False)
-class Points:
-    """Rows of two numbers with their classes, and the names of the two columns and of the classes."""
-
-    inputs: Float[Tensor, "rows 2"]
-    targets: Int[Tensor, "rows"]
-    columns: tuple[str, ...]
-    classes: tuple[str, ...]
-
-    def limits(self) -> tuple[float, float, float, float]:
-        """Left, right, bottom and top of the picture: the points' own, with a margin."""
-        low, high = self.inputs.amin(0), self.inputs.amax(0)
-        margin = 0.25 * (high - low).clamp_min(1e-9)
-        (left, bottom), (right, top) = (low - margin).tolist(), (high + margin).tolist()
-        return left, right, bottom, top
+def limits(points: Table) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of the picture: the points' own, with a margin."""
+    low, high = points.inputs.amin(0), points.inputs.amax(0)
+    margin = 0.25 * (high - low).clamp_min(1e-9)
+    (left, bottom), (right, top) = (low - margin).tolist(), (high + margin).tolist()
+    return left, right, bottom, top
 
 
-def class_shares_on(points: Points, shares: Shares, size: int = 200) -> Float[Tensor, "size size classes"]:
+def class_shares_on(points: Table, shares: Shares, size: int = 200) -> Float[Tensor, "size size classes"]:
     """What `shares`, each class's share of the decision, gives on a grid over the picture; rows go upwards."""
-    left, right, bottom, top = points.limits()
+    left, right, bottom, top = limits(points)
     dtype = points.inputs.dtype
     x, y = torch.linspace(left, right, size, dtype=dtype), torch.linspace(bottom, top, size, dtype=dtype)
     return shares(torch.cartesian_prod(y, x).flip(1)).reshape(size, size, -1).float()
@@ -57,11 +50,11 @@ def spread(steps: Sequence[int], most: int = 6) -> list[int]:
     return [steps[place] for place in sorted(places)]
 
 
-def paint(axes: "Axes", points: Points, plane: Float[Tensor, "size size classes"], title: str) -> None:
+def paint(axes: "Axes", points: Table, plane: Float[Tensor, "size size classes"], title: str) -> None:
     """Draws the plane in the classes' colours, the boundary between them as a line, and the points on it."""
     from matplotlib.colors import to_rgb
 
-    left, right, bottom, top = extent = points.limits()
+    left, right, bottom, top = extent = limits(points)
     colours = torch.tensor([to_rgb(COLOURS[kind % 8]) for kind in range(plane.shape[-1])])
     picture = (1 - 0.5 * (plane @ (1 - colours))).clamp(0, 1)
     axes.imshow(picture.numpy(), extent=extent, origin="lower", aspect="auto", interpolation="bilinear")
@@ -77,7 +70,7 @@ def paint(axes: "Axes", points: Points, plane: Float[Tensor, "size size classes"
     axes.set_ylim(bottom, top)
 
 
-def scatter(axes: "Axes", points: Points) -> None:
+def scatter(axes: "Axes", points: Table) -> None:
     """Draws the points, each class in its colour and with its marker."""
     size = 70 if len(points.inputs) <= 12 else 12
     for kind, name in enumerate(points.classes):
@@ -87,7 +80,7 @@ def scatter(axes: "Axes", points: Points) -> None:
     axes.tick_params(labelsize=7)
 
 
-def strip(points: Points, stages: Sequence[Stage]) -> bytes:
+def strip(points: Table, stages: Sequence[Stage]) -> bytes:
     """A picture as PNG: one panel a stage of learning, from left to right, six in a row."""
     figure, panels = canvas(len(stages), min(6, len(stages)))
     for axes, (title, plane) in zip(panels, stages, strict=True):
@@ -96,7 +89,7 @@ def strip(points: Points, stages: Sequence[Stage]) -> bytes:
     return png(figure)
 
 
-def crossing(points: Points, mixture: Float[Tensor, "rows"], title: str) -> bytes:
+def crossing(points: Table, mixture: Float[Tensor, "rows"], title: str) -> bytes:
     """The proof that no line parts two classes as PNG: lines between rows of each class, and the point they share.
 
     `mixture` [rows]: weights with sum 1 of the rows that meet there, half of it in each class.
@@ -117,7 +110,7 @@ def crossing(points: Points, mixture: Float[Tensor, "rows"], title: str) -> byte
     return png(figure)
 
 
-def label(figure: "Figure", panels: Sequence["Axes"], points: Points) -> None:
+def label(figure: "Figure", panels: Sequence["Axes"], points: Table) -> None:
     """Names the columns beside the panels, and the classes below them."""
     panels[0].set_ylabel(points.columns[1], fontsize=9)
     for axes in panels:
@@ -220,7 +213,7 @@ def _lines(
     axes.tick_params(labelsize=8)
 
 
-def boundaries(results: Sequence[Result], points: Points) -> bytes:
+def boundaries(results: Sequence[Result], points: Table) -> bytes:
     """The decision boundary of each network as PNG: one row a loss, one column an activation."""
     activations, losses = names(results)
     figure, panels = canvas(len(results), len(activations), 1.5)

@@ -37,8 +37,7 @@ from keifu.generation.text.model import causal
 from keifu.layers.lora import adapters, merge
 from keifu.processes import current
 from keifu.ranges import check
-from keifu.recipes.common import train_run
-from keifu.recipes.finetuning import FinetuneOptions, finetune_settings
+from keifu.recipes.common import FinetuneOptions, train_run
 from keifu.recipes.options import given
 from keifu.training.loop import Summary
 from keifu.training.protocols import Objective, Sample, Save
@@ -104,7 +103,7 @@ def epoch_settings(recipe: Any, data: Any, rates: tuple[float, float], **differe
     given; `different` are the fields in which the recipe differs."""
     steps = recipe.total_steps(data.steps_per_epoch)
     warmup = round(recipe.warmup * steps)
-    return finetune_settings(recipe, steps, learning_rate=recipe.rate(*rates), warmup=warmup, **different)
+    return recipe.settings(steps, learning_rate=recipe.rate(*rates), warmup=warmup, **different)
 
 
 def finetune(
@@ -241,11 +240,22 @@ def ranked_examples(
     length: int,
     told: tuple[str, str],
 ) -> tuple[list[T], list[T], int]:
-    """Training and held-out examples of the preferences, and how many were too long (see `fitting_pairs`)."""
-    sides = prompt_parts(recipe.data, recipe.held_out)
-    training, held = ([example for ranked in side for example in make(ranked)] for side in sides)
-    learned, tested = (fitting_pairs(side, answers, length, recipe.drop_long, told) for side in (training, held))
-    return learned, tested, len(training) + len(held) - len(learned) - len(tested)
+    """Training and held-out examples of the preferences, and how many were left out as one of their answers is too
+    long, which is an error unless they may be. `told` is what the error says before and behind the length."""
+    fitting, dropped = list[list[T]](), 0
+    for side in prompt_parts(recipe.data, recipe.held_out):
+        found = [example for ranked in side for example in make(ranked)]
+        longest = [max(len(each.ids) for each in answers(one)) for one in found]
+        over = [size for size in longest if size > length]
+        if over and not recipe.drop_long:
+            raise UserError(
+                f"{len(over):,} of {len(found):,} {told[0]} longer than {length} tokens, the longest {told[1]}"
+                f"{max(over)}: leave them out with --drop-long, or choose a longer --context-length."
+            )
+        fitting.append([one for one, size in zip(found, longest, strict=True) if size <= length])
+        dropped += len(over)
+    learned, tested = fitting
+    return learned, tested, dropped
 
 
 def sample_answer(tokenizer: Tokenizer, ranked: RankedResponses, place: int) -> TurnMasks:
@@ -254,21 +264,6 @@ def sample_answer(tokenizer: Tokenizer, ranked: RankedResponses, place: int) -> 
     ids, own = tokenizer.render_turns([*ranked.prompt, said])
     begins = max((i + 1 for i, (before, after) in enumerate(pairwise(own)) if after and not before), default=0)
     return TurnMasks(ids, [mine and i >= begins for i, mine in enumerate(own)])
-
-
-def fitting_pairs(
-    found: Sequence[T], answers: Callable[[T], Sequence[TurnMasks]], length: int, drop: bool, told: tuple[str, str]
-) -> list[T]:
-    """Those without an answer that is too long; others are an error unless they may be left out. `told` is what the
-    error says before and behind the length."""
-    longest = [max(len(each.ids) for each in answers(one)) for one in found]
-    over = [size for size in longest if size > length]
-    if over and not drop:
-        raise UserError(
-            f"{len(over):,} of {len(found):,} {told[0]} longer than {length} tokens, the longest {told[1]}{max(over)}: "
-            "leave them out with --drop-long, or choose a longer --context-length."
-        )
-    return [one for one, size in zip(found, longest, strict=True) if size <= length]
 
 
 @dataclass(frozen=True)
@@ -317,7 +312,8 @@ class RolloutOptions(AssistantOptions):
 
     def parts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Prompts to learn from, and held out."""
-        return split_prompts(prompts(self.data, self.sums, self.seed), self.held_out)
+        found = prompts(self.data, self.sums, self.seed)
+        return held_out(found, [each.text for each in found], self.held_out)
 
 
 def prompts(source: str, sums: SumPrompts, seed: int) -> Sequence[Prompt]:
@@ -327,11 +323,6 @@ def prompts(source: str, sums: SumPrompts, seed: int) -> Sequence[Prompt]:
     if source != CHAIN_SUM:
         return list(read_prompts(source))
     return [prompt(record, CHAIN_SUM) for record in chain_sums(sums.count, sums.terms, sums.digits, seed)]
-
-
-def split_prompts(found: Sequence[Prompt], share: float) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to learn from, and held out."""
-    return held_out(found, [each.text for each in found], share)
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,7 +359,7 @@ class RolloutTask(FinetuneTask):
 def rollout_settings(recipe: RolloutOptions, steps: int, **different: Any) -> Settings:
     """The settings of a recipe that learns from sampled responses; every update has a line of metrics. Ratios of
     probabilities lie close to 1, which takes float32."""
-    return finetune_settings(recipe, steps, schedule="constant", precision="float32", log_every=1, **different)
+    return recipe.settings(steps, schedule="constant", precision="float32", log_every=1, **different)
 
 
 def learn_from_rollouts(

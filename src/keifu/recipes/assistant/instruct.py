@@ -21,7 +21,7 @@ from keifu.files import read_json_object, write_atomic
 from keifu.recipes.assistant import ppo as third
 from keifu.recipes.assistant import reward as second
 from keifu.recipes.assistant import sft as first
-from keifu.recipes.assistant.common import make_rewards, prompt_parts, prompts, split_prompts
+from keifu.recipes.assistant.common import make_rewards, prompt_parts
 from keifu.recipes.options import current, to_json
 from keifu.training.run import checkpoint
 from keifu.training.run.directory import RECIPE, command, read_recipe, record, recorded
@@ -82,7 +82,7 @@ def phases(recipe: Recipe, out: Path) -> Iterator[Phase]:
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Makes all three steps, or those that are left, and one report of them."""
     steps = [*phases(recipe, out)]
-    done = describe_phase(out) if resume else {}
+    done = read_json_object(out / PHASES) if resume and (out / PHASES).is_file() else {}
     for phase in steps:
         check(phase, done)
         if not phase.finished:
@@ -116,7 +116,7 @@ def _rankings(recipe: second.Recipe) -> None:
 
 
 def _prompts(recipe: third.Recipe) -> None:
-    split_prompts(prompts(recipe.data, recipe.sums, recipe.seed), recipe.held_out)
+    recipe.parts()
     for name in recipe.measured:
         make_rewards(name)
     _ = next(iter(documents(recipe.text.data)), "") if recipe.text.data else ""
@@ -124,12 +124,6 @@ def _prompts(recipe: third.Recipe) -> None:
 
 # reads what a step learns from: what cannot be read is said before the first step begins
 INPUTS: dict[str, Callable[[Any], None]] = {"sft": _demonstrations, "reward": _rankings, "ppo": _prompts}
-
-
-def describe_phase(out: Path) -> dict[str, dict[str, Any]]:
-    """What each finished step was told, by its name."""
-    path = out / PHASES
-    return read_json_object(path) if path.is_file() else {}
 
 
 def check(phase: Phase, done: dict[str, dict[str, Any]]) -> None:

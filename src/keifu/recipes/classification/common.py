@@ -9,8 +9,7 @@ from keifu.data.classification.batches import LabelledBatches
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.files import write_atomic
 from keifu.processes import current
-from keifu.recipes.common import train_run
-from keifu.recipes.finetuning import FinetuneOptions, finetune_settings
+from keifu.recipes.common import FinetuneOptions, train_run
 from keifu.training.loop import Summary
 from keifu.training.protocols import Objective
 
@@ -50,8 +49,8 @@ def train_classifier(
         print(f"{task.cut} of {len(task.training) + len(task.held)} {unit} were cut to {recipe.cut} tokens.")
     rows = LabelledBatches(task.training, task.held, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
     steps, half = recipe.total_steps(rows.steps_per_epoch), rows.steps_per_epoch // 2
-    settings = finetune_settings(
-        recipe, steps, learning_rate=learning_rate, warmup=warmup(steps), schedule="linear", final_ratio=0.0,
+    settings = recipe.settings(
+        steps, learning_rate=learning_rate, warmup=warmup(steps), schedule="linear", final_ratio=0.0,
         evaluate_every=max(1, half), save_every=max(50, half),
     )  # fmt: skip
     counts = {"learned from": len(task.training), "held out": len(task.held), "cut": task.cut}

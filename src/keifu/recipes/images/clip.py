@@ -159,24 +159,16 @@ def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: ImageDataset, limit: 
     return ids.unflatten(0, (len(recipe.languages), len(pictures)))
 
 
-def retrieval_figures(
-    task: Task, pictures: ImageDataset, languages: Sequence[str]
-) -> dict[str, tuple[retrieval.Recall, retrieval.Recall]]:
-    """How well captions of these pictures are found by them, and they by captions, by language."""
-    points = retrieval.embed_bytes(task.model, pictures.batches(64))
-    texts = {
-        code: retrieval.embed_texts(task.model, task.tokenizer, pictures.texts(code), cut=True) for code in languages
-    }
-    return {code: retrieval.recall_both_ways(points, each) for code, each in texts.items()}
-
-
 def describe(task: Task, languages: Sequence[str]) -> str:
     """Recall on the held-out pictures, a line for each language and direction."""
-    lines = []
-    for code, both in retrieval_figures(task, task.parts.validation, languages).items():
-        for what, each in zip(("captions by picture", "pictures by caption"), both, strict=True):
+    held, lines = task.parts.validation, list[str]()
+    points = retrieval.embed_bytes(task.model, held.batches(64))
+    for code in languages:
+        texts = retrieval.embed_texts(task.model, task.tokenizer, held.texts(code), cut=True)
+        found = retrieval.recall_both_ways(points, texts)
+        for what, each in zip(("captions by picture", "pictures by caption"), found, strict=True):
             shares = "  ".join(f"R@{first} {share:.1%}" for first, share in each.shares.items())
-            lines.append(f"{code} {what}: {shares}  (of {len(task.parts.validation):,})")
+            lines.append(f"{code} {what}: {shares}  (of {len(held):,})")
     return "\n".join(lines)
 
 

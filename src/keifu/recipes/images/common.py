@@ -106,21 +106,6 @@ class TextToImageTask:
     data: Data
     objective: Any
 
-    def sampler(
-        self, recipe: TextToImageOptions, wanted: ImageRequest, before: Callable[[], object] = lambda: None
-    ) -> Callable[[int], bytes]:
-        """Draws the prompts in the way that is wanted, with the same seeds at each call; `before` is called first."""
-        wanted = self.painter.resolved(wanted)
-        seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
-
-        def sample(step: int) -> bytes:
-            before()
-            how = f"sampler {wanted.sampler}, guidance {wanted.guidance:g}, seeds from {seeds[0]}"
-            drawn = self.painter.draw(wanted, seeds, texts=recipe.prompts)
-            return grid(drawn, recipe.prompts, COLUMNS, about={"keifu": f"step {step}, {how}"})
-
-        return sample
-
     def learn(
         self, recipe: TextToImageOptions, out: Path, resume: bool, request: ImageRequest, *, title: str, paper: str,
         told: Sequence[str], parts: Mapping[str, nn.Module | None], before: Callable[[], object] = lambda: None,
@@ -128,24 +113,32 @@ class TextToImageTask:
     ) -> Summary:  # fmt: skip
         """Trains the whole model, its other parts being done, whose curves stand in its report too.
 
-        request: how the samples are drawn; title: the model's name; told: the recipe's options that decide the result
-        beside the data and the settings; parts: the networks, whose parameters are counted; before: called before a
-        sample is drawn and the model saved; different: see `image_settings`.
+        request: how the prompts are drawn, with the same seeds in each sample; title: the model's name; told: the
+        recipe's options that decide the result beside the data and the settings; parts: the networks, whose parameters
+        are counted; before: called before a sample is drawn and the model saved; different: see `image_settings`.
         """
         resume, training = is_resuming(out, resume), (self.model, self.objective, self.data)
         settings = recipe.budget.fit(out, resume, *training, partial(image_settings, recipe, **different))
         show(out)
         counts = {f"parameters of the {name}": parameters(part) for name, part in parts.items() if part is not None}
+        wanted = self.painter.resolved(request)
+        seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
         told = ("data", "languages", "truncate", *told)
-        run = describe(recipe, self.parts.train, told, {"model": asdict(self.model.config)})
+        run: dict[str, Any] = counts | describe(recipe, self.parts.train, told, {"model": asdict(self.model.config)})
+
+        def sample(step: int) -> bytes:
+            before()
+            how = f"sampler {wanted.sampler}, guidance {wanted.guidance:g}, seeds from {seeds[0]}"
+            drawn = self.painter.draw(wanted, seeds, texts=recipe.prompts)
+            return grid(drawn, recipe.prompts, COLUMNS, about={"keifu": f"step {step}, {how}"})
 
         def save(directory: Path) -> None:
             before()
             checkpoints.save(self.model, self.painter.tokenizer, directory)
 
         return train_run(
-            out, resume, *training, settings, sample=self.sampler(recipe, request, before), save=save, **run,
-            title=f"{title} learns to draw “{Path(recipe.data).stem}” from text", paper=paper, **counts,
+            out, resume, *training, settings, sample=sample, save=save, paper=paper,
+            title=f"{title} learns to draw “{Path(recipe.data).stem}” from text", **run,
         )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from torch import nn
 
 from keifu.data.images.dataset import ImageBatches, ImageSplit
 from keifu.data.images.io import to_signed
-from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.images.autoregressive import AutoregressivePipeline, real_tokens
@@ -36,7 +35,6 @@ from keifu.recipes.images.common import TextToImageTask, read_captioned
 from keifu.training.loop import Summary
 from keifu.training.objectives import autoencoders as losses
 from keifu.training.objectives.autoencoders import ImageTokenBatches, Ramp, TextImageLoss
-from keifu.training.protocols import Data
 
 TEMPERATURES = 1.0, 1 / 16
 
@@ -119,7 +117,10 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     model.vae.load_state_dict(coder.state_dict())
     model.vae.requires_grad_(False)
     model.to(choose())
-    data = _data(recipe, parts, tokens, tokenizer, model)
+    batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
+    encode = partial(common.encode_pictures, model.vae, lambda pixels: model.vae.encode(to_signed(pixels)))
+    codes = common.of_both(parts, encode)  # the likeliest entries
+    data = ImageTokenBatches(batches, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
     return TextToImageTask(
         model, AutoregressivePipeline(model, tokenizer), parts, data, TextImageLoss(recipe.text_weight)
     )
@@ -133,16 +134,6 @@ def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: disc
         vocab_size, context_length, recipe.dim, recipe.hidden_dim, recipe.n_layers, recipe.n_heads,
         kernel=recipe.kernel, sparse=recipe.sparse, vae=vae,
     )  # fmt: skip
-
-
-def _data(
-    recipe: Recipe, parts: ImageSplit, tokens: text_encoder.Tokens, tokenizer: Tokenizer, model: dalle.Dalle
-) -> Data:
-    """Batches of captions and entries, computed here, once."""
-    batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    encode = partial(common.encode_pictures, model.vae, lambda pixels: model.vae.encode(to_signed(pixels)))
-    codes = common.of_both(parts, encode)
-    return ImageTokenBatches(batches, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
 
 
 def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> discrete_vae.DiscreteVAE:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
 
 from keifu.data.images.dataset import ImageBatches, ImageSplit, read_images, split
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -43,7 +42,6 @@ from keifu.recipes.images.common import TextToImageOptions, TextToImageTask, enc
 from keifu.training.loop import Summary
 from keifu.training.objectives import unclip as losses
 from keifu.training.objectives.diffusion import NoisedBatches
-from keifu.training.protocols import Data
 
 
 def model_config(recipe: Any, towers: clip.Config) -> unclip.Config:
@@ -168,8 +166,12 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     with torch.no_grad():
         for own, found in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
             own.copy_(found)
-    data, objective = _data(recipe, parts, tokenizer, model, tables), _objective(recipe, model, tokenizer)
-    return TextToImageTask(model, UnclipPipeline(model, tokenizer), parts, data, objective)
+    length = model.config.context_length
+    tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+    batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
+    data = losses.EmbeddingBatches(NoisedBatches(batches, recipe.seed), _end(tokenizer), *tables)
+    painter = UnclipPipeline(model, tokenizer)
+    return TextToImageTask(model, painter, parts, data, _objective(recipe, model, tokenizer))
 
 
 def _check_sizes(recipe: Recipe, model: unclip.Unclip) -> None:
@@ -184,16 +186,6 @@ def _visible_images(recipe: Recipe, towers: clip.Clip, parts: ImageSplit) -> Ima
     seen = split(read_images(recipe.data, towers.config.pixels.crop, 3))
     assert (seen.train.names, seen.validation.names) == (parts.train.names, parts.validation.names)
     return seen
-
-
-def _data(
-    recipe: Recipe, parts: ImageSplit, tokenizer: Tokenizer, model: unclip.Unclip, tables: tuple[Tensor, Tensor | None]
-) -> Data:
-    """Batches with captions and embeddings."""
-    length = model.config.context_length
-    tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
-    batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    return losses.EmbeddingBatches(NoisedBatches(batches, recipe.seed), _end(tokenizer), *tables)
 
 
 def _end(tokenizer: Tokenizer) -> int:

@@ -82,6 +82,12 @@ class Task:
     tokenizer: Tokenizer
     shards: Shards
 
+    def facts(self) -> dict[str, Any]:
+        """What the report says of it."""
+        counts = {f"{part} tokens": self.shards.index[part]["tokens"] for part in ("training", "validation")}
+        facts = {"source": self.text.data, "fingerprint": self.shards.fingerprint, **counts}
+        return facts | {"bytes per token": round(self.shards.bytes_per_token, 3)}
+
 
 def prepare_text(text: Text, out: Path | None = None, **options: Any) -> Task:
     """Fetches, learns the tokenizer (with these options of learning) and tokenises, each once: what was made before is
@@ -145,20 +151,9 @@ def pretrain(
 
     return train_run(
         out, resume, model, objective, data, settings, task.tokenizer, title=name, parameters=parameters(model),
-        facts=_source(task), options=deciding, sample=sample, largest=data.largest(), replace=start_over,
+        facts=task.facts(), options=deciding, sample=sample, largest=data.largest(), replace=start_over,
         bytes_per_unit=task.shards.bytes_per_token, **(about or {}),
     )  # fmt: skip
-
-
-def _source(task: Task) -> dict[str, Any]:
-    index, data = task.shards.index, task.text.data
-    return {
-        "source": data,
-        "fingerprint": task.shards.fingerprint,
-        "training tokens": index["training"]["tokens"],
-        "validation tokens": index["validation"]["tokens"],
-        "bytes per token": round(task.shards.bytes_per_token, 3),
-    }
 
 
 @dataclass(frozen=True)

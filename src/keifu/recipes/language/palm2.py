@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,7 +50,6 @@ from keifu.data.text.span_corruption import (
     special_tokens,
     ul2,
 )
-from keifu.data.text.token_shards import Shards
 from keifu.data.tokenizers.load import learned_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
@@ -58,13 +58,14 @@ from keifu.files import write_atomic
 from keifu.generation.text.fill import continuation, infill
 from keifu.generation.text.sampling_params import sampling_for
 from keifu.models import palm
-from keifu.recipes.common import attribution_of
+from keifu.recipes.common import attribution_of, parameters
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import masked_share_loss, span_corruption
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
 
 CHARACTERS = 12_000_000  # of the mixture that the tokenizer is learned from
+BITS = methodcaller("bits_per_byte", 1.0)  # of a text, for a loss of one nat a token
 OFTEN = 4  # epochs, from which on more of the same text teaches less (Muennighoff et al., 2023)
 SMALL = palm.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, head_dim=64)
 LEARNING = Settings(
@@ -144,19 +145,15 @@ def task_of(recipe: Recipe, tokenizer: Tokenizer) -> tuple[CorruptionTask, dict[
     """What is made of the text, and what is measured of each source: bits a byte, and the loss of what is hidden."""
     context = recipe.model.context_length
     if recipe.objective == "causal":
-        return CausalBatches(context), {"bits_per_byte": Check(CausalBatches(context - 1), _bits)}
+        return CausalBatches(context), {"bits_per_byte": Check(CausalBatches(context - 1), BITS)}
     markers = Markers.of(tokenizer, recipe.sentinels)
     decoder = DecoderRows(markers, context)
     regular = SpanCorruption("[NLU]", 0.15, 3)
     checks = {
-        "bits_per_byte": Check(CausalBatches(context, markers.modes[SEQUENTIAL]), _bits),
+        "bits_per_byte": Check(CausalBatches(context, markers.modes[SEQUENTIAL]), BITS),
         "infilling": Check(InfillingExamples(SpanCorruptionBatches([regular], decoder))),
     }
     return SpanCorruptionBatches(ul2(recipe.shares, recipe.prefix), decoder), checks
-
-
-def _bits(shards: Shards) -> float:
-    return shards.bits_per_byte(1.0)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
@@ -186,7 +183,13 @@ def learn(recipe: Recipe, found: PreparedMixture, out: Path, resume: bool = Fals
         content = {"held_out": found.mixture.held_out, "sources": sources}
         write_atomic(directory / "mixture.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-    run = _run(recipe, found, epochs, model, out, resume)
+    mixture = {source.name: [source.data, source.weight] for source in found.mixture.sources}
+    told = {"objective": recipe.objective, "shares": recipe.shares, "prefix": recipe.prefix}
+    facts = [_facts(*pair, epochs) for pair in zip(found.mixture.sources, found.sources, strict=True)]
+    run = Run(
+        out, resume, options={"model": asdict(config), "recipe": told, "mixture": mixture},
+        about={"title": "palm2", "parameters": parameters(model), "data": facts},
+    )  # fmt: skip
     return train(model, objective, data, training, run, _sampler(recipe, model, saved), save, data.largest())
 
 
@@ -199,21 +202,6 @@ def _print_losses(epochs: dict[str, float]) -> None:
     often = [f"{name} ({count:.1f})" for name, count in epochs.items() if count > OFTEN]
     if often:
         print(f"These sources are small for their weight and come more than {OFTEN} times: {', '.join(often)}.")
-
-
-def _run(
-    recipe: Recipe, found: PreparedMixture, epochs: dict[str, float], model: nn.Module, out: Path, resume: bool
-) -> Run:
-    own: Any = model.config
-    mixture = {source.name: [source.data, source.weight] for source in found.mixture.sources}
-    told = {"objective": recipe.objective, "shares": recipe.shares, "prefix": recipe.prefix}
-    facts = [_facts(*pair, epochs) for pair in zip(found.mixture.sources, found.sources, strict=True)]
-    return Run(
-        directory=out,
-        resume=resume,
-        options={"model": asdict(own), "recipe": told, "mixture": mixture},
-        about={"title": "palm2", "parameters": sum(p.numel() for p in model.parameters()), "data": facts},
-    )
 
 
 def _facts(source: Any, made: WeightedSource, epochs: dict[str, float]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from keifu.data.classification.batches import LabelledTensors, TensorBatches
+from keifu.data.classification.tables import Table
 from keifu.data.classification.toy import ToyDataset, toy_dataset
 from keifu.data.images.augmentation import Distortion
 from keifu.devices import choose
@@ -161,9 +162,9 @@ def check_learnable(recipe: Recipe) -> ToyDataset:
     return toy_dataset(recipe.data, recipe.label)
 
 
-def points(learned: ToyDataset) -> decision_boundary.Points:
+def points(learned: ToyDataset) -> Table:
     """The training rows for a picture; they must have two columns."""
-    return decision_boundary.Points(learned.training.inputs, learned.training.targets, learned.columns, learned.classes)
+    return Table(learned.training.inputs, learned.training.targets, learned.columns, learned.classes)
 
 
 def network(recipe: Recipe, learned: ToyDataset) -> MLP:

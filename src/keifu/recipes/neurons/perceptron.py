@@ -105,7 +105,7 @@ def refuse(recipe: Recipe, table: Table, found: Separation, out: Path) -> NoRetu
     text = refusal(recipe, table, found)
     if found.exact and len(table.columns) == 2:
         title = f"{Path(recipe.data).stem}: no line parts the classes"
-        write_atomic(out / "proof.png", decision_boundary.crossing(points(table), found.mixture, title))
+        write_atomic(out / "proof.png", decision_boundary.crossing(table, found.mixture, title))
         text += f" {out / 'proof.png'} shows it."
     raise UserError(text)
 
@@ -193,14 +193,9 @@ def numbers(row: list[float]) -> str:
     return f"({', '.join(f'{value:.4g}' for value in row)})"
 
 
-def points(table: Table) -> decision_boundary.Points:
-    """The table for a picture."""
-    return decision_boundary.Points(table.inputs, table.targets, table.columns, table.classes)
-
-
 def draw(lesson: Lesson, stages: list[tuple[int, Plane]]) -> bytes:
     """The boundary at stages of learning, as PNG."""
-    shown = points(lesson.table)
+    shown = lesson.table
     panels = []
     for place in decision_boundary.spread(range(len(stages))):
         updates, plane = stages[place]

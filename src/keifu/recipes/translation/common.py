@@ -24,7 +24,7 @@ from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pa
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
-from keifu.recipes.common import Budget, parameters, train_run
+from keifu.recipes.common import Budget, attribution_of, parameters, train_run
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import translation
@@ -145,60 +145,52 @@ def _tokenizer(options: Options, train: list[Pair], out: Path | None) -> Tokeniz
     return learned_tokenizer(f"pairs-{kind}-{options.vocab_size}-{content[:16]}", learn, out)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a recipe builds and trains its model.
-
-    settings: for a number of steps. batching: from the sizes of the rows. average: the model that is left is the mean
-    of the last so many saved states.
-    """
-
-    build: Callable[[Any], nn.Module]
-    config: Any
-    settings: Callable[[int], Settings]
-    batching: Callable[[np.ndarray], Batching]
-    smoothing: float = 0.0
-    average: int = 1
-
-
-def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> Summary:
+def learn(
+    name: str, options: Options, out: Path, resume: bool, build: Callable[[Any], nn.Module], config: Any,
+    settings: Callable[[Any, int], Settings], batching: Callable[[np.ndarray], Batching], smoothing: float,
+    average: int,
+) -> Summary:  # fmt: skip
     """Trains an encoder-decoder on pairs into a run folder. The vocabulary and the ids that begin, end and pad a
-    sentence are the tokenizer's, whatever the config says."""
+    sentence are the tokenizer's, whatever the config says.
+
+    settings: of the options and a number of steps. batching: from the sizes of the rows. average: the model that is
+    left is the mean of the last so many saved states.
+    """
     budget = Budget.of(options.steps, options.minutes, MINUTES)
     task = prepare_pairs(options, out)
     start, end, pad = task.special
     ids = {"start_id": start, "end_id": end, "pad_id": pad}
-    config = replace(plan.config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, plan.config))
+    config = replace(config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, config))
     torch.manual_seed(options.seed)
-    model: Any = plan.build(config) if options.start_from is None else _started(options.start_from, plan)
+    model: Any = build(config) if options.start_from is None else start_model(options.start_from, build, config)
     model = model.to(choose())
-    data = _data(options, task, model.config.context_length, plan.batching)
-    objective = partial(translation, label_smoothing=plan.smoothing)
-    chosen: dict[str, Any] = {"minutes": budget.limit, "keep": max(options.keep, plan.average)}
+    data = _data(options, task, model.config.context_length, batching)
+    objective = partial(translation, label_smoothing=smoothing)
+    chosen: dict[str, Any] = {"minutes": budget.limit, "keep": max(options.keep, average)}
 
     def save(directory: Path) -> None:
-        with averaged_weights(model, directory, plan.average):
+        with averaged_weights(model, directory, average):
             checkpoints.save(model, task.tokenizer, directory)
 
     training, largest = (model, objective, data), data.largest()
-    settings = budget.fit(out, resume, *training, lambda n: replace(plan.settings(n), **chosen), largest)
+    fitted = budget.fit(out, resume, *training, lambda steps: replace(settings(options, steps), **chosen), largest)
     told = {name: value for name, value in asdict(options).items() if name not in FREE}
     size = sum(len(target.encode()) for _, target in task.parts.validation)
     tokens = len(data.held_out.target.ids) + len(data.held_out)
     return train_run(
-        out, resume, *training, settings, title=name, parameters=parameters(model), languages=task.pairs.languages,
+        out, resume, *training, fitted, title=name, parameters=parameters(model), languages=task.pairs.languages,
         facts=_source(options, task, data), options={"model": asdict(model.config), "recipe": told}, save=save,
         sample=_sampler(task, model), largest=largest, bytes_per_unit=size / tokens,
     )  # fmt: skip
 
 
-def _started(name: str, plan: Plan) -> Any:
+def start_model(name: str, build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
     """A model with the sizes and the weights of another, and the dropout of this run."""
     found: Any = checkpoints.load_model(name, torch.float32)
-    if not isinstance(found.config, type(plan.config)):
+    if not isinstance(found.config, type(config)):
         raise UserError(f"--start-from {name} is a {type(found).__name__}, which this recipe does not train.")
-    own = {field.name: vars(plan.config)[field.name] for field in fields(plan.config) if "dropout" in field.name}
-    model = plan.build(replace(found.config, **own))
+    own = {field.name: vars(config)[field.name] for field in fields(config) if "dropout" in field.name}
+    model = build(replace(found.config, **own))
     model.load_state_dict(found.state_dict(), assign=True)  # of a file's tensors, the part that this process will hold
     return model
 
@@ -217,15 +209,8 @@ def _data(options: Options, task: Task, context_length: int, batching: Callable[
     own = task.tokenizer.sides[0]
     source = task.special if own.eos_id is None else _special(own)
     train, validation = (_fitting(task, part, context_length) for part in (task.parts.train, task.parts.validation))
-    return PairData(
-        train,
-        validation,
-        task.special,
-        batching(train.sizes()),
-        options.seed,
-        max(8000, options.tokens_per_batch),
-        source,
-    )
+    most = max(8000, options.tokens_per_batch)
+    return PairData(train, validation, task.special, batching(train.sizes()), options.seed, most, source)
 
 
 def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
@@ -245,18 +230,15 @@ def settings_of(options: Options, steps: int, **chosen: Any) -> Settings:
 
 
 def _source(options: Options, task: Task, data: PairData) -> dict[str, Any]:
-    facts = {
+    return {
         "source": options.data + (", sides swapped" if options.reverse else ""),
         "fingerprint": task.pairs.fingerprint,
         "training pairs": len(data.train),
         "validation pairs": len(data.held_out),
         "test pairs": len(task.parts.test),
         "steps an epoch": data.steps_per_epoch,
+        **attribution_of(pair_names().get(options.data, ("",))[0]),
     }
-    if options.data in pair_names():
-        entry = catalogue.CATALOGUE[pair_names()[options.data][0]]
-        facts |= {"licence": entry.licence, "attribution": entry.attribution}
-    return facts
 
 
 def _sampler(task: Task, model: nn.Module) -> Callable[[int], str]:

@@ -9,17 +9,14 @@ Cost: 45 minutes of training unless --minutes or --steps say otherwise; the firs
 Expected: BLEU and chrF by length of sentence: docs/results.md, "Translation: what attention bought".
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from keifu.data.translation.batches import Batching, ByRows, ByTokens
+from keifu.data.translation.batches import ByRows, ByTokens
 from keifu.models import seq2seq
-from keifu.recipes.translation.common import Options, Plan, learn, settings_of
+from keifu.recipes.translation.common import Options, learn, settings_of
 from keifu.training.settings import Settings
 
 CONTEXTS = {"additive": "attention", "none": "fixed"}
@@ -63,9 +60,8 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu translate, keifu evaluate and keifu.load read afterwards."""
-    by_tokens: Callable[[np.ndarray], Batching] = partial(ByTokens, tokens=recipe.tokens_per_batch)
+    by_tokens = partial(ByTokens, tokens=recipe.tokens_per_batch)
     ways = {"keifu": (settings, by_tokens, recipe.label_smoothing), "paper": (paper_settings, ByRows, 0.0)}
     how, batching, smoothing = ways[recipe.recipe_of]
     config = replace(recipe.model, context=CONTEXTS[recipe.attention])
-    plan = Plan(seq2seq.build, config, partial(how, recipe), batching, smoothing, recipe.average)
-    learn("seq2seq", recipe, plan, out, resume)
+    learn("seq2seq", recipe, out, resume, seq2seq.build, config, how, batching, smoothing, recipe.average)

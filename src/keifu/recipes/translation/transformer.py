@@ -15,7 +15,7 @@ from typing import Literal
 
 from keifu.data.translation.batches import ByTokens
 from keifu.models import transformer
-from keifu.recipes.translation.common import Options, Plan, learn, settings_of
+from keifu.recipes.translation.common import Options, learn, settings_of
 from keifu.training.settings import Settings
 
 PAPER_WARMUP = 4000
@@ -62,8 +62,8 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu translate, keifu evaluate, keifu.load and transformers read afterwards."""
     how, usual = {"keifu": (settings, 1), "paper": (paper_settings, 5)}[recipe.recipe_of]
-    plan = Plan(
-        transformer.build, recipe.model, partial(how, recipe), partial(ByTokens, tokens=recipe.tokens_per_batch),
-        recipe.label_smoothing, usual if recipe.average is None else recipe.average,
+    learn(
+        "transformer", recipe, out, resume, transformer.build, recipe.model, how,
+        partial(ByTokens, tokens=recipe.tokens_per_batch), recipe.label_smoothing,
+        usual if recipe.average is None else recipe.average,
     )  # fmt: skip
-    learn("transformer", recipe, plan, out, resume)
