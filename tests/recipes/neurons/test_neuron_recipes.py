@@ -174,6 +174,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     assert torch.equal(go(tmp_path / "cut", True, None), whole)
 
 
+def test_a_comparison_goes_on_for_longer(tmp_path, capsys):
+    words = ("--activations", "relu", "--losses", "cross_entropy")
+    train("mlp-compare", "--data", "xor", "--steps", 40, *words, "--out", tmp_path)
+    train("mlp-compare", "--resume", tmp_path, "--steps", 60)
+    last = (tmp_path / "relu-cross_entropy/metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == 60
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

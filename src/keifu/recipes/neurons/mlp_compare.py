@@ -28,6 +28,7 @@ from keifu.threads import on_threads
 from keifu.training.loop import train
 from keifu.training.protocols import Run
 from keifu.training.run import metrics
+from keifu.training.run.directory import read_recipe
 from keifu.training.run.report import write_page
 
 
@@ -94,12 +95,15 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
 def learn(pair: mlp.Recipe, subject: ToyDataset, directory: Path, resume: bool = False) -> Result:
     """Trains one network of the comparison."""
-    settings = mlp.settings(pair)
-    settings = replace(settings, sample_every=0, save_every=0, evaluate_every=max(1, settings.steps // 30))
+    steps = mlp.settings(pair).steps
+    then = read_recipe(directory).get("options", {}) if resume else {}
+    begun = replace(pair, steps=then.get("steps", pair.steps))  # a resumed run may have other steps now
+    different = {"steps": steps, "sample_every": 0, "save_every": 0, "evaluate_every": max(1, steps // 30)}
+    settings = replace(mlp.settings(begun), **different)
     model = mlp.network(pair, subject)
     data = TensorBatches(subject.training, subject.held, settings.batch_size, settings.seed)
     about = {"title": f"{pair.activation} and {pair.loss} on {pair.data}"}
-    where = Run(directory, resume, not resume, options=vars(pair.resolved()), about=about, unit="rows")
+    where = Run(directory, resume, not resume, options=vars(begun.resolved()), about=about, unit="rows")
     summary = train(model, mlp.objective(pair.loss), data, settings, where)
     lines = metrics.read(directory)
     plane = class_shares_on(mlp.points(subject), model.predict_proba, 100) if len(subject.columns) == 2 else None
