@@ -70,11 +70,11 @@ def encode(encode_batch: Callable[[list[str]], list[list[int]]], sentences: Sequ
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Both sides of pairs that a model can take; `left_out` counts those that were too long."""
+    """Both sides of pairs; `kept` are their places among all, where those too long for a model were left out."""
 
     source: EncodedSide
     target: EncodedSide
-    left_out: int = 0
+    kept: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.source.lengths)
@@ -88,7 +88,7 @@ class EncodedPairs:
                 f"All {len(self):,} pairs have a side longer than {context_length} tokens, which is all that the model "
                 f"takes; the shortest needs {sizes.min() if len(sizes) else 0}: raise the context length."
             )
-        return EncodedPairs(self.source.keep(rows), self.target.keep(rows), len(self) - len(rows))
+        return EncodedPairs(self.source.keep(rows), self.target.keep(rows), rows.tolist())
 
     def sizes(self) -> np.ndarray:
         """What each row takes in a batch, [row, 2]: the source with its end, the target with its start and end."""

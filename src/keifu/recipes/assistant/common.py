@@ -368,7 +368,10 @@ def learn_from_rollouts(
 ) -> tuple[Summary, DivergenceMonitor]:  # fmt: skip
     """Trains the task's model into a run folder. options: what decides the result beside the settings and the reward;
     normal: the figures that are no warning."""
-    watched, (learned, held) = kl_watch(normal, out, resume), task.data.parts
+    # warnings of a run that is resumed compare with its own first figures
+    first = next((line for line in metrics.read(out) if "reward" in line), {}) if resume else {}
+    watched = DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
+    learned, held = task.data.parts
     made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(recipe.sums)}
     counts = {"prompts to learn from": len(learned), "prompts held out": len(held)}
     about: dict[str, Any] = {"normal ranges": describe(watched.normal)}
@@ -395,12 +398,6 @@ def measured(names: Sequence[str]) -> dict[str, RewardOptions]:
         if len(set(short)) == len(short):
             return {f"measured_{label}": make_rewards(name) for label, name in zip(short, names, strict=True)}
     raise UserError(f"--measured {' '.join(names)}: these are the same names, so their figures would be one.")
-
-
-def kl_watch(normal: Mapping[str, Range], out: Path, resume: bool) -> DivergenceMonitor:
-    """Warnings of a run; one that is resumed compares with its own first figures."""
-    first = next((line for line in metrics.read(out) if "reward" in line), {}) if resume else {}
-    return DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
 
 
 def print_sentence(watched: DivergenceMonitor, figures: Mapping[str, float], out: Path) -> None:

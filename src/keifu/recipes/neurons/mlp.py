@@ -39,21 +39,11 @@ from keifu.training.protocols import Batch, LossOutput, Objective, Sample
 from keifu.training.settings import Settings
 
 SMALL: dict[str, Any] = {
-    "hidden": (16, 16),
-    "steps": 600,
-    "batch_size": 32,
-    "learning_rate": 1e-2,
-    "dropout": 0.0,
-    "weight_decay": 0.01,
-}
+    "hidden": (16, 16), "steps": 600, "batch_size": 32, "learning_rate": 1e-2, "dropout": 0.0, "weight_decay": 0.01,
+}  # fmt: skip
 DIGITS: dict[str, Any] = {
-    "hidden": (512, 256),
-    "steps": 800,
-    "batch_size": 128,
-    "learning_rate": 2e-3,
-    "dropout": 0.3,
-    "weight_decay": 0.1,
-}
+    "hidden": (512, 256), "steps": 800, "batch_size": 128, "learning_rate": 2e-3, "dropout": 0.3, "weight_decay": 0.1,
+}  # fmt: skip
 AUGMENTED = DIGITS | {"steps": 2400, "dropout": 0.1}
 
 

@@ -175,12 +175,12 @@ def learn(
     training, largest = (model, objective, data), data.largest()
     fitted = budget.fit(out, resume, *training, lambda steps: replace(settings(options, steps), **chosen), largest)
     told = {name: value for name, value in asdict(options).items() if name not in FREE}
-    size = sum(len(target.encode()) for _, target in task.parts.validation)
-    tokens = len(data.held_out.target.ids) + len(data.held_out)
+    held = data.held_out
+    size = sum(len(task.parts.validation[place][1].encode()) for place in held.kept)
     return train_run(
         out, resume, *training, fitted, title=name, parameters=parameters(model), languages=task.pairs.languages,
         facts=_source(options, task, data), options={"model": asdict(model.config), "recipe": told}, save=save,
-        sample=_sampler(task, model), largest=largest, bytes_per_unit=size / tokens,
+        sample=_sampler(task, model), largest=largest, bytes_per_unit=size / (len(held.target.ids) + len(held)),
     )  # fmt: skip
 
 
@@ -217,9 +217,9 @@ def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
     ways = task.tokenizer.encode_batch, task.tokenizer.encode_target_batch
     source, target = (encode(way, [pair[side] for pair in rows]) for side, way in enumerate(ways))
     found = EncodedPairs(source, target).fitting(context_length)
-    if found.left_out:
+    if left_out := len(rows) - len(found):
         limit = f"{context_length} tokens, which is all that the model takes"
-        _print_sentence(f"{found.left_out:,} of {len(rows):,} pairs have a side longer than {limit}, and are left out.")
+        _print_sentence(f"{left_out:,} of {len(rows):,} pairs have a side longer than {limit}, and are left out.")
     return found
 
 
