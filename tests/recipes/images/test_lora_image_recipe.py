@@ -152,6 +152,11 @@ def test_pictures_without_captions_are_called_by_the_words(drawings, model, tmp_
     assert len({tuple(row) for row in task.data.batch(0)["tokens"].tolist()}) == 1
 
 
+def test_captions_that_are_cut_can_be_the_prompts_of_the_samples(drawings, model, tmp_path) -> None:
+    recipe.run(wanted(drawings, model, words="word " * 20, truncate=True, steps=1), tmp_path, False)
+    assert len([*(tmp_path / "samples").glob("*.png")]) == 2
+
+
 def test_a_set_that_is_all_for_testing_is_split_for_the_lora(drawings, model, tmp_path) -> None:
     (tmp_path / "test").mkdir()
     for path in drawings.glob("*.png"):

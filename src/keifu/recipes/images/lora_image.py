@@ -191,8 +191,10 @@ def settings(recipe: Recipe) -> Settings:
 
 def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
     """Draws the prompts, the same seeds at each call: above by the model, below by the model with its LoRA."""
-    size = task.parts.train.shape[1:]
-    wanted = ImageRequest("dpm++-2m", STEPS, recipe.seed, size=size, guidance=recipe.guidance, text=task.prompts[0])
+    wanted = ImageRequest(
+        "dpm++-2m", STEPS, recipe.seed, size=task.parts.train.shape[1:], guidance=recipe.guidance, text=task.prompts[0],
+        truncate=recipe.truncate,
+    )  # fmt: skip
     wanted = task.painter.resolved(wanted)
     seeds = [recipe.seed + number for number in range(len(task.prompts))]
     before = open_pipeline(recipe.model).draw(wanted, seeds, texts=task.prompts)
