@@ -114,6 +114,14 @@ def test_in_pixels_with_its_own_clip(drawings, tmp_path) -> None:
     assert "CLIP: loss" in page and "Autoencoder: loss" not in page
 
 
+def test_a_prompt_that_is_too_long_is_cut_where_captions_are(drawings, towers, tmp_path) -> None:
+    wanted = recipe.Recipe(str(drawings), clip=str(towers), space="pixels", **TINY | {"prompts": ("a disc " * 40,)})
+    with pytest.raises(UserError, match="leave out its end .--truncate"):
+        recipe.run(wanted, tmp_path, False)
+    recipe.run(replace(wanted, truncate=True), tmp_path, False)
+    assert [*(tmp_path / "samples").glob("*.png")]
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [

@@ -6,7 +6,7 @@ stopped is resumed, so that the whole run resumes bit for bit. One report shows 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -121,7 +121,7 @@ class TextToImageTask:
         settings = recipe.budget.fit(out, resume, *training, partial(image_settings, recipe, **different))
         show(out)
         counts = {f"parameters of the {name}": parameters(part) for name, part in parts.items() if part is not None}
-        wanted = self.painter.resolved(request)
+        wanted = self.painter.resolved(replace(request, truncate=recipe.truncate))
         seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
         told = ("data", "languages", "truncate", *told)
         run: dict[str, Any] = counts | describe(recipe, self.parts.train, told, {"model": asdict(self.model.config)})

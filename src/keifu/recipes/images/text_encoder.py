@@ -30,7 +30,7 @@ def two_towers_of(recipe: TextToImageOptions, out: Path, resume: bool) -> tuple[
     if tokenizer is None:
         raise UserError(f"{place} has no tokenizer, and captions must be read: give a CLIP that has one.")
     found: Any = model
-    text_tokens(tokenizer, recipe.prompts, found.config.context_length)
+    text_tokens(tokenizer, recipe.prompts, found.config.context_length, recipe.truncate)
     return found, tokenizer
 
 
@@ -39,7 +39,8 @@ def _train(recipe: TextToImageOptions, place: Path, resume: bool) -> None:
     chosen = replace(made.training, batch_size=recipe.clip_batch, precision=recipe.precision, seed=recipe.seed)
     task = clip_recipe.prepare(replace(made, training=chosen))
     limit: Any = task.model.config
-    text_tokens(task.tokenizer, recipe.prompts, limit.context_length)  # what is too long is said before the training
+    # what is too long is said before the training
+    text_tokens(task.tokenizer, recipe.prompts, limit.context_length, recipe.truncate)
     budget = Budget(recipe.clip_steps, recipe.clip_minutes)
 
     def settings(steps: int) -> Settings:
