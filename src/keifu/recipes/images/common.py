@@ -199,10 +199,10 @@ def train_part(
 
     chosen = budget.fit(place, resume, model, objective, of_steps(data, 1000), settings)
     train_run(
-        place, resume, model, objective, of_steps(data, chosen.steps), chosen, title=title, paper=paper,
-        facts={"source": parts.train.source, "fingerprint": parts.train.fingerprint}, unit="pictures",
+        place, resume, model, objective, of_steps(data, chosen.steps), chosen, title=title,
+        parameters=parameters(model), paper=paper, unit="pictures",
+        facts={"source": parts.train.source, "fingerprint": parts.train.fingerprint},
         options={"model": vars(model.config), **options}, sample=before_and_after(model, parts),
-        parameters=parameters(model),
     )  # fmt: skip
     return load_model(place, torch.float32).requires_grad_(False).eval()
 

@@ -108,12 +108,10 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     with on_meta():
         planned = dalle.build(model_config(recipe, recipe.codebook_size, 1, vae))
         planned.vae.check_size(*parts.train.shape[1:])
-    towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
-    length = towers.config.context_length
-    tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+    towers, tokenizer, tokens = text_encoder.two_towers_of(recipe, parts, out, resume)
     coder = discrete_vae_of(recipe, parts, out, resume)
     torch.manual_seed(recipe.seed)
-    model = dalle.build(model_config(recipe, tokenizer.vocab_size, length, vae))
+    model = dalle.build(model_config(recipe, tokenizer.vocab_size, towers.config.context_length, vae))
     model.vae.load_state_dict(coder.state_dict())
     model.vae.requires_grad_(False)
     model.to(choose())

@@ -124,9 +124,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
             recipe, clip_recipe.Recipe().text, recipe.autoencoder(channels) if latents else None, channels
         )
         latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
-    towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
-    length = towers.config.context_length
-    tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+    towers, tokenizer, tokens = text_encoder.two_towers_of(recipe, parts, out, resume)
     autoencoder = autoencoder_of(recipe, parts, out, resume) if latents else None
     config = model_config(recipe, towers.config.text, autoencoder.config if autoencoder else None, channels)
     torch.manual_seed(recipe.seed)

@@ -19,9 +19,13 @@ from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images.common import CLIP, TextToImageOptions, of_both
 from keifu.training.settings import Settings
 
+Tokens = tuple[torch.Tensor, torch.Tensor | None]  # of captions to learn from, and to validate on
 
-def two_towers_of(recipe: TextToImageOptions, out: Path, resume: bool) -> tuple[clip.Clip, Tokenizer]:
-    """The CLIP and its tokenizer, trained into a folder of the run where none is given."""
+
+def two_towers_of(
+    recipe: TextToImageOptions, parts: ImageSplit, out: Path, resume: bool
+) -> tuple[clip.Clip, Tokenizer, Tokens]:
+    """The CLIP, trained into a folder of the run where none is given, its tokenizer, and the captions by that."""
     place = Path(recipe.clip) if recipe.clip else out / CLIP
     if not recipe.clip:
         _train(recipe, place, is_resuming(place, resume))
@@ -31,7 +35,8 @@ def two_towers_of(recipe: TextToImageOptions, out: Path, resume: bool) -> tuple[
         raise UserError(f"{place} has no tokenizer, and captions must be read: give a CLIP that has one.")
     found: Any = model
     text_tokens(tokenizer, recipe.prompts, found.config.context_length, recipe.truncate)
-    return found, tokenizer
+    tokens = caption_tokens(tokenizer, found.config.context_length, parts, recipe.languages, recipe.truncate)
+    return found, tokenizer, tokens
 
 
 def _train(recipe: TextToImageOptions, place: Path, resume: bool) -> None:
@@ -57,9 +62,6 @@ def text_conditioned(model: clip.Clip) -> clip_text.TextTower:
     kept = {name: tensor for name, tensor in model.text.state_dict().items() if not name.startswith("projection")}
     tower.load_state_dict(kept)
     return tower.requires_grad_(False).eval()
-
-
-Tokens = tuple[torch.Tensor, torch.Tensor | None]  # of captions to learn from, and to validate on
 
 
 def caption_tokens(

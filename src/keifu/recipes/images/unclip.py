@@ -150,7 +150,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
         with on_meta():
             _check_sizes(recipe, unclip.build(model_config(recipe, planned)))
     parts = read_captioned(recipe, 3)
-    towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
+    towers, tokenizer, tokens = text_encoder.two_towers_of(recipe, parts, out, resume)
     torch.manual_seed(recipe.seed)
     model = unclip.build(model_config(recipe, towers.config))
     for part, tower in ((model.text, towers.text), (model.image, towers.image)):
@@ -166,8 +166,6 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     with torch.no_grad():
         for own, found in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
             own.copy_(found)
-    length = model.config.context_length
-    tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
     data = losses.EmbeddingBatches(NoisedBatches(batches, recipe.seed), _end(tokenizer), *tables)
     painter = UnclipPipeline(model, tokenizer)

@@ -175,7 +175,8 @@ def learn(recipe: Recipe, found: PreparedMixture, out: Path, resume: bool = Fals
     objective = partial(masked_share_loss, objective=span_corruption, names=data.figures)
     saved = losses_by_mode(found.tokenizer) if recipe.objective == "ul2" else found.tokenizer
     epochs = data.epochs(training.steps)
-    _print_losses(epochs)
+    if often := [f"{name} ({count:.1f})" for name, count in epochs.items() if count > OFTEN]:
+        print(f"These sources are small for their weight and come more than {OFTEN} times: {', '.join(often)}.")
 
     def save(directory: Path) -> None:
         checkpoints.save(model, saved, directory)
@@ -196,12 +197,6 @@ def learn(recipe: Recipe, found: PreparedMixture, out: Path, resume: bool = Fals
 def _keep_best(source: dict[str, Any]) -> dict[str, Any]:
     """A source as a mixture's file has it."""
     return {key: value for key, value in source.items() if value and key != "name"}
-
-
-def _print_losses(epochs: dict[str, float]) -> None:
-    often = [f"{name} ({count:.1f})" for name, count in epochs.items() if count > OFTEN]
-    if often:
-        print(f"These sources are small for their weight and come more than {OFTEN} times: {', '.join(often)}.")
 
 
 def _facts(source: Any, made: WeightedSource, epochs: dict[str, float]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ squared error, the absolute error is the slowest, and sigmoids need more steps t
 
 import io
 import json
-from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,14 +52,12 @@ class Recipe:
     seed: int = 0
     """Of the weights and the order of the rows, the same for all."""
 
-    def pairs(self) -> Iterator[mlp.Recipe]:
+    def pairs(self) -> list[mlp.Recipe]:
         """The recipe of each network, loss by loss."""
-        for loss in self.losses:
-            for activation in self.activations:
-                yield mlp.Recipe(
-                    self.data, self.label, self.hidden, activation, loss,
-                    steps=self.steps, learning_rate=self.learning_rate, seed=self.seed,
-                )  # fmt: skip
+        start = mlp.Recipe(
+            self.data, self.label, self.hidden, steps=self.steps, learning_rate=self.learning_rate, seed=self.seed
+        )
+        return [replace(start, activation=each, loss=loss) for loss in self.losses for each in self.activations]
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -68,7 +65,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
     Each network's own run is in a folder named after its pair; one that was stopped is resumed, network by network.
     """
-    pairs = list(recipe.pairs())
+    pairs = recipe.pairs()
     if not pairs:
         raise UserError("There is nothing to compare: give at least one of --activations and one of --losses.")
     subject = [mlp.check_learnable(pair) for pair in pairs][0]  # every name is checked before anything starts
