@@ -74,12 +74,11 @@ def old_options(kind: type, prefix: str = "") -> dict[str, str]:
 
 def _value(hint: Any, value: Any, usual: Any) -> Any:
     """JSON has no tuples, paths and dataclasses: the field's type says where one stood."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if isinstance(value, dict):
-        if is_dataclass(usual):
-            return from_json(usual, value)
-        inner = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
-        return from_json(inner[0](), value) if inner else value
+        kind = _dataclass(hint)
+        inner = usual if is_dataclass(usual) else kind() if kind else None
+        return from_json(inner, value) if inner else value
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return Path(value) if isinstance(value, str) and Path in kinds and str not in kinds else _tupled(value)
 
 

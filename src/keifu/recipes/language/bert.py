@@ -101,11 +101,10 @@ def _begin(recipe: Recipe, out: Path) -> tuple[Any, Tokenizer]:
     pairs = recipe.masking.sentence_pairs
     torch.manual_seed(recipe.training.seed)
     if recipe.start is None:
-        if recipe.text.tokenizer in KINDS and recipe.text.tokenizer != "wordpiece":
-            kind = recipe.text.tokenizer
+        kind = recipe.text.tokenizer
+        if kind in KINDS and kind != "wordpiece":
             raise UserError(f"BERT needs [CLS], [SEP] and [MASK], which {kind} does not have: learn wordpiece.")
-        lower = recipe.lowercase and recipe.text.tokenizer == "wordpiece"
-        tokenizer = tokenizer_of(recipe.text, out, **({"lowercase": True} if lower else {}))
+        tokenizer = tokenizer_of(recipe.text, out, lowercase=recipe.lowercase and kind == "wordpiece")
         sizes = replace(recipe.model, vocab_size=tokenizer.vocab_size, labels=())
         return bert.build(replace(sizes, words=True, next_sentence=pairs, pooled=pairs)).to(choose()), tokenizer
     loaded, tokenizer = checkpoints.load(recipe.start, torch.float32)

@@ -56,6 +56,5 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains into `out`, which keifu.load and keifu generate read afterwards, and transformers as a Cohere model."""
     how, usual_z = WAYS[recipe.recipe_of]
     z_loss = usual_z if recipe.z_loss is None else recipe.z_loss
-    digits = {"split_digits": True} if recipe.text.tokenizer == "bpe" else {}
-    task = prepare_text(recipe.text, out, **digits)
+    task = prepare_text(recipe.text, out, split_digits=recipe.text.tokenizer == "bpe")
     return pretrain("palm", task, palm.build, recipe.model, how(recipe), out, resume, recipe.prompt, z_loss=z_loss)

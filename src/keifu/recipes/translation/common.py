@@ -87,13 +87,9 @@ class Task:
     parts: Split
     tokenizer: Tokenizer
 
-    @property
-    def special(self) -> SpecialIds:
-        """The ids around a sentence. A tokenizer without an end token is a `UserError`."""
-        return _special(self.tokenizer)
 
-
-def _special(tokenizer: Tokenizer) -> SpecialIds:
+def special_ids(tokenizer: Tokenizer) -> SpecialIds:
+    """The ids around a sentence. A tokenizer without an end token is a `UserError`."""
     start, end, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     if end is None:
         raise UserError("This tokenizer has no end token, so a translation could not end: take another.")
@@ -158,8 +154,7 @@ def learn(
     """
     budget = Budget.of(options.steps, options.minutes, MINUTES)
     task = prepare_pairs(options, out)
-    start, end, pad = task.special
-    ids = {"start_id": start, "end_id": end, "pad_id": pad}
+    ids = {f"{name}_id": token for name, token in special_ids(task.tokenizer)._asdict().items()}
     config = replace(config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, config))
     torch.manual_seed(options.seed)
     model: Any = build(config) if options.start_from is None else start_model(options.start_from, build, config)
@@ -206,11 +201,11 @@ def _two_vocabularies(task: Task, config: Any) -> dict[str, Any]:
 
 def _data(options: Options, task: Task, context_length: int, batching: Callable[[np.ndarray], Batching]) -> PairData:
     """Both parts as ids; what is too long for the model is left out, and said."""
-    own = task.tokenizer.sides[0]
-    source = task.special if own.eos_id is None else _special(own)
+    own, special = task.tokenizer.sides[0], special_ids(task.tokenizer)
+    source = special if own.eos_id is None else special_ids(own)
     train, validation = (_fitting(task, part, context_length) for part in (task.parts.train, task.parts.validation))
     most = max(8000, options.tokens_per_batch)
-    return PairData(train, validation, task.special, batching(train.sizes()), options.seed, most, source)
+    return PairData(train, validation, special, batching(train.sizes()), options.seed, most, source)
 
 
 def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
