@@ -38,7 +38,7 @@ def score_sampled(
         raise UserError(f"The prompt's length is {prompt_length}, which must be from 1 to the text's {len(tokens)}.")
     settings = RowSettings([sampling], tokens.device)
     vocab_size = text_model(model).config.vocab_size
-    history = History.of_texts(settings, [tokens[:prompt_length].tolist()], [0], vocab_size)
+    history = History.of_texts(settings, [tokens[:prompt_length].tolist()], [[]], vocab_size)
     left = tokens[prompt_length:]
     found = [left.new_zeros(0, dtype=torch.float32)]
     predictions = torch.cat(list(likelihood._predictions(model, tokens[None], None)))

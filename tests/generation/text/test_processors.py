@@ -8,6 +8,7 @@ import transformers as hf
 from torch import Tensor
 
 from keifu.generation.text import logits_processors
+from keifu.generation.text.request import Request
 from keifu.generation.text.sampler import History, RowSettings, Sampler
 from keifu.generation.text.sampling_params import SamplingParams
 
@@ -75,9 +76,8 @@ def test_only_allowed_tokens_are_chosen_and_the_likeliest_are_reported_of_all() 
     settings = [SamplingParams(seed=n, log_probabilities=n != 1, top_log_probabilities=n) for n in range(ROWS)]
     allowed = torch.zeros(ROWS, VOCAB, dtype=torch.bool)
     allowed[:, 11] = True
-    sampler = Sampler(VOCAB, CPU)
-    sampler.add(settings, [[0]] * ROWS, [0] * ROWS)
-    rows_found = sampler.choose(logits(), allowed=allowed).figures
+    sampler = Sampler([Request([0], each, None, 9) for each in settings], VOCAB, CPU)
+    rows_found = sampler.choose(logits(), allowed)
     logs = logits().log_softmax(-1)
     assert rows_found[:, 0].tolist() == [11] * ROWS
     torch.testing.assert_close(rows_found[:, 2].float(), logs[:, 11])
@@ -132,7 +132,7 @@ def test_all_settings_together_equal_transformers_in_its_order(t: float, k: int,
     prompt = torch.randint(0, VOCAB, (ROWS, 9), generator=torch.Generator().manual_seed(3))
     written = torch.randint(0, VOCAB, (ROWS, 5), generator=torch.Generator().manual_seed(4))
     settings = RowSettings([sampling] * ROWS, CPU)
-    history = History.of_texts(settings, prompt.tolist(), [0] * ROWS, VOCAB)
+    history = History.of_texts(settings, prompt.tolist(), [[]] * ROWS, VOCAB)
     for tokens in written.unbind(1):
         history.add(tokens)
     theirs = hf.LogitsProcessorList(
@@ -160,7 +160,7 @@ def test_every_row_has_its_own_settings() -> None:
 
     def processed(chosen: list[int]) -> Tensor:
         settings = RowSettings([samplings[row] for row in chosen], CPU)
-        history = History.of_texts(settings, [texts[row] for row in chosen], [0] * len(chosen), VOCAB)
+        history = History.of_texts(settings, [texts[row] for row in chosen], [[]] * len(chosen), VOCAB)
         history.add(logits()[chosen].argmax(-1))
         return settings(logits()[chosen], history)
 
@@ -172,7 +172,7 @@ def test_every_row_has_its_own_settings() -> None:
 
 def test_penalties_see_the_prompt_or_only_what_was_written() -> None:
     settings = RowSettings([SamplingParams(repetition_penalty=2.0, frequency_penalty=1.0)] * 2, CPU)
-    history = History.of_texts(settings, [[7], [7, 3, 3, 8]], [0, 3], 9)
+    history = History.of_texts(settings, [[7], [7]], [[], [3, 3, 8]], 9)
     assert history.seen is not None and history.seen.nonzero().tolist() == [[0, 7], [1, 3], [1, 7], [1, 8]]
     assert history.counts is not None and history.counts[1].tolist() == [0, 0, 0, 2, 0, 0, 0, 0, 1]
 
@@ -185,33 +185,29 @@ def test_rows_that_come_and_go_draw_what_they_draw_alone() -> None:
         SamplingParams(temperature=2.0, repetition_penalty=1.5, seed=3),
         SamplingParams(temperature=2.0, seed=2),
     ]
-    texts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1]]
+    texts = [[1, 2, 3], [4, 9], [5, 6], [7, 8, 9, 1]]
 
-    def alone(row: int, count: int) -> list[int]:
-        sampler = Sampler(VOCAB, CPU)
-        sampler.add([samplings[row]], [texts[row]], [1])
-        return [int(sampler.choose(logits()[row : row + 1]).tokens) for _ in range(count)]
+    def requests() -> list[Request]:
+        found = [Request(text[:-1], each, None, 99) for text, each in zip(texts, samplings, strict=True)]
+        for request, text in zip(found, texts, strict=True):
+            request.take(float(text[-1]), 0.0)
+        return found
 
-    sampler = Sampler(VOCAB, CPU)
-    found: list[list[int]] = [[] for _ in texts]
+    def choose(rows: list[int], some: list[Request], sampler: Sampler | None = None) -> Sampler:
+        sampler = sampler or Sampler([some[row] for row in rows], VOCAB, CPU)
+        for row, figures in zip(rows, sampler.choose(logits()[rows]).tolist(), strict=True):
+            some[row].take(*figures)
+        return sampler
 
-    def choose(rows: list[int], some: list[int] | None = None) -> None:
-        chosen = rows if some is None else [rows[place] for place in some]
-        for row, token in zip(chosen, sampler.choose(logits()[chosen], some).tokens.tolist(), strict=True):
-            found[row].append(token)
-
-    for row in (0, 1):
-        sampler.add([samplings[row]], [texts[row]], [1])
-        choose(list(range(row + 1)))
-    sampler.add(samplings[2:], texts[2:], [1, 1])
-    choose([0, 1, 2, 3])
-    choose([0, 1, 2, 3], [1, 3])
-    sampler.select([3, 1, 2])
-    choose([3, 1, 2])
-    choose([3, 1, 2], [2])
-    sampler.select([2])
-    choose([2])
-    assert found == [alone(row, count) for row, count in enumerate((3, 4, 4, 3))]
+    expected = requests()
+    for row, count in enumerate((3, 4, 4, 3)):
+        sampler = None
+        for _ in range(count):
+            sampler = choose([row], expected, sampler)
+    together = requests()
+    for rows in ([0], [0, 1], [0, 1, 2, 3], [1, 3], [3, 1, 2], [2], [2]):
+        choose(rows, together)
+    assert [each.tokens for each in together] == [each.tokens for each in expected]
 
 
 def test_top_p_keeps_no_token_more_than_the_mass_needs() -> None:

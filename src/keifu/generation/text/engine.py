@@ -4,10 +4,12 @@ A step reads a chunk of new prompts and writes a token of every running text (co
 2022). A request's tokens and log-probabilities depend on its prompt, settings and seed alone, not on who else is there.
 """
 
+from collections import Counter
 from collections.abc import Sequence as Tokens
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from jaxtyping import Int
@@ -21,7 +23,7 @@ from keifu.generation.text.request import Piece, Request, allowed_tokens, check_
 from keifu.generation.text.runner import Runner, Span, TorchRunner, runner_of
 from keifu.generation.text.sampler import Sampler
 from keifu.generation.text.sampling_params import SamplingParams
-from keifu.generation.text.scheduler import Part, Scheduler, Sequence
+from keifu.generation.text.scheduler import Scheduler, Sequence
 from keifu.threads import on_threads
 
 GREEDY = SamplingParams(temperature=0, seed=0)
@@ -54,7 +56,7 @@ class Engine:
         self.guesses = min(guesses, self.scheduler.step_tokens // max_running - 1)
         self._sequences: dict[int, Sequence] = {}
         self._count = 0
-        self._writing: list[Sequence] = []  # the rows of the sampler
+        self._writing: tuple[Sequence, ...] = ()  # the rows of the sampler
         self._sampler: Sampler | None = None
 
     @property
@@ -105,64 +107,43 @@ class Engine:
     def step(self) -> list[Piece]:
         """Computes a step; the tokens that came out of it, none while only prompts were read."""
         with torch.inference_mode(), evaluation_mode(self.model), self._threads():
-            parts = self.scheduler.schedule()
-            if not parts:
-                return []
+            spans = self.scheduler.schedule()
             for sequence in self.scheduler.preempted:
                 self.runner.forget(sequence.number)
-            samples = {part.sequence: part for part in parts if part.samples}
-            going = [sequence for sequence in self._writing if sequence in samples]  # their rows keep their order
-            order = [*going, *(sequence for sequence in samples if sequence not in going)]
-            parts = [*(samples[sequence] for sequence in order), *(part for part in parts if not part.samples)]
-            logits = self.runner.run([_span(part) for part in parts])
-            return self._write(parts, logits, self._sampler_of(going, order, logits))
+            return self._write(spans, self.runner.run(spans)) if spans else []
 
-    def _sampler_of(self, going: list[Sequence], order: list[Sequence], logits: torch.Tensor) -> Sampler:
-        """The sampler with a row for each sequence, in this order, of which some had one before."""
-        sampler = self._sampler = self._sampler or Sampler(logits.shape[1], logits.device)
-        if len(going) < len(self._writing):
-            sampler.select([row for row, sequence in enumerate(self._writing) if sequence in going])
-        if new := order[len(going) :]:
-            requests = [sequence.request for sequence in new]
-            written = [len(request.tokens) for request in requests]
-            sampler.add([request.sampling for request in requests], [each.tokens for each in new], written)
-        self._writing = order
-        return sampler
-
-    def _write(self, parts: list[Part], logits: torch.Tensor, sampler: Sampler) -> list[Piece]:
-        """Samples a token for each part that samples, and further ones as long as its guesses turn out right."""
-        counts = [1 + len(part.sequence.guesses) for part in parts if part.samples]
-        first = [sum(counts[:row]) for row in range(len(counts))]
-        rows, depth = list(range(len(counts))), 0
+    def _write(self, spans: list[Span], logits: Tensor) -> list[Piece]:
+        """Samples a token after each span that wants one, and further ones as long as its guesses turn out right."""
+        ends = accumulate(span.wanted for span in spans)
+        rows = [(end - s.wanted, self._sequences[s.sequence]) for end, s in zip(ends, spans, strict=True) if s.wanted]
         pieces: list[Piece] = []
-        computed = [part.count - 1 if part.samples else part.count for part in parts]
+        depth = 0
         while rows:
-            some = logits if len(rows) == len(logits) else logits[[first[row] + depth for row in rows]]
-            requests = [parts[row].sequence.request for row in rows]
-            allowed = allowed_tokens(requests, logits.shape[1], logits.device)
-            figures = sampler.choose(some, rows if depth else None, allowed).figures.tolist()
-            new = [parts[row].sequence.take(figure) for row, figure in zip(rows, figures, strict=True)]
+            places, writing = zip(*rows, strict=True)
+            some = logits if len(rows) == len(logits) else logits[list(places)]
+            allowed = allowed_tokens([sequence.request for sequence in writing], logits.shape[1], logits.device)
+            figures = self._sampler_of(writing, logits).choose(some, allowed).tolist()
+            new = [sequence.take(figure) for sequence, figure in zip(writing, figures, strict=True)]
             pieces += new
-            for row in rows:
-                computed[row] += 1
-            rows = [row for row, piece in zip(rows, new, strict=True) if _guessed(parts[row].sequence, piece, depth)]
+            rows = [(place + 1, s) for (place, s), piece in zip(rows, new, strict=True) if _guessed(s, piece, depth)]
             depth += 1
-        for part, count in zip(parts, computed, strict=True):
-            self.scheduler.done(part.sequence, count)
-            if part.samples and self.guesses:
-                part.sequence.guess(self.guesses)
+        taken = Counter(piece.index for piece in pieces)
+        for span in spans:
+            sequence = self._sequences[span.sequence]
+            self.scheduler.done(sequence, len(span.tokens) - span.wanted + taken[span.sequence])
+            if span.wanted and self.guesses:
+                sequence.guess(self.guesses)
         for piece in pieces:
             if piece.finish_reason:
                 self.abort(piece.index)
         return pieces
 
-
-def _span(part: Part) -> Span:
-    """What the runner is told of a part."""
-    sequence = part.sequence
-    tokens = sequence.tokens[sequence.computed : sequence.computed + part.count] + sequence.guesses
-    wanted = 1 + len(sequence.guesses) if part.samples else 0
-    return Span(sequence.number, tokens, sequence.computed, sequence.blocks, wanted)
+    def _sampler_of(self, writing: tuple[Sequence, ...], logits: Tensor) -> Sampler:
+        """The sampler with a row for each sequence: the last one as long as they stay the same."""
+        if self._sampler is None or writing != self._writing:
+            requests = [sequence.request for sequence in writing]
+            self._writing, self._sampler = writing, Sampler(requests, logits.shape[1], logits.device)
+        return self._sampler
 
 
 def _guessed(sequence: Sequence, piece: Piece, depth: int) -> bool:

@@ -6,13 +6,13 @@ texts being written, or independent distributions; vocab.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keifu.generation.text import logits_processors
+from keifu.generation.text.request import Request
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.counter_rng import uniform
 from keifu.layers.wide import wide
@@ -28,6 +28,15 @@ def sample(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> In
     return torch.searchsorted(mass, wide(u)[:, None] * mass[:, -1:], right=True)[:, 0].to(logits.device)
 
 
+NEUTRAL = vars(SamplingParams())
+FILTERS = {  # in their order
+    "temperature": logits_processors.temperature,
+    "top_k": logits_processors.top_k,
+    "top_p": logits_processors.top_p,
+    "min_p": logits_processors.min_p,
+}
+
+
 class RowSettings:
     """The settings of several rows as tensors; a call turns logits into those of the distribution to sample from.
 
@@ -35,21 +44,21 @@ class RowSettings:
     """
 
     def __init__(self, samplings: Sequence[SamplingParams], device: torch.device):
-        self.samplings, self.device = list(samplings), device
+        self.samplings, self.device = samplings, device
         greedy = [s.temperature == 0 for s in samplings]
         self.any_greedy, self.all_greedy = any(greedy), all(greedy)
         self.greedy = torch.tensor(greedy, device=device)
-        self.repetition = self._column([s.repetition_penalty for s in samplings], 1.0)
-        self.presence = self._column([s.presence_penalty for s in samplings], 0.0)
-        self.frequency = self._column([s.frequency_penalty for s in samplings], 0.0)
-        self.temperature = self._column([s.temperature or 1.0 for s in samplings], 1.0)
-        self.top_k = self._column([s.top_k for s in samplings], 0)
-        self.top_p = self._column([s.top_p for s in samplings], 1.0)
-        self.min_p = self._column([s.min_p for s in samplings], 0.0)
+        self.repetition = self._column("repetition_penalty")
+        self.presence = self._column("presence_penalty")
+        self.frequency = self._column("frequency_penalty")
+        self.counts = self.presence is not None or self.frequency is not None
+        self.filters = [(step, each) for name, step in FILTERS.items() if (each := self._column(name)) is not None]
         self.bias = self._biases([s.logit_bias for s in samplings])
 
-    def _column(self, values: list[Any], neutral: float | int) -> Tensor | None:
+    def _column(self, name: str) -> Tensor | None:
         """One value a row; None where all are neutral, so that the step is skipped."""
+        neutral = NEUTRAL[name]
+        values = [vars(each)[name] or neutral for each in self.samplings]  # 0 is, also of a temperature: greedy choice
         kind = torch.float32 if isinstance(neutral, float) else torch.int64
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=kind, device=self.device)
 
@@ -75,14 +84,8 @@ class RowSettings:
         best = logits_processors.likeliest(logits) if self.any_greedy else None
         if self.all_greedy and best is not None:
             return best
-        steps = (
-            (logits_processors.temperature, self.temperature),
-            (logits_processors.top_k, self.top_k),
-            (logits_processors.top_p, self.top_p),
-            (logits_processors.min_p, self.min_p),
-        )
-        for step, parameter in steps:
-            logits = logits if parameter is None else step(logits, parameter)
+        for step, values in self.filters:
+            logits = step(logits, values)
         if best is None:
             return logits
         return torch.where(self.greedy[:, None], best, logits)
@@ -97,113 +100,60 @@ class History:
 
     @classmethod
     def of_texts(
-        cls, settings: RowSettings, texts: Sequence[Sequence[int]], written: Sequence[int], vocab: int
+        cls, settings: RowSettings, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], vocab: int
     ) -> "History":
-        """The history after these texts, whose last `written` tokens are the model's own."""
-        seen = counts = None
-        if settings.repetition is not None:
-            seen = torch.zeros(len(texts), vocab, dtype=torch.bool, device=settings.device)
-            for row, text in enumerate(texts):
-                seen[row, torch.tensor(text, device=settings.device)] = True
-        if settings.presence is not None or settings.frequency is not None:
-            counts = torch.zeros(len(texts), vocab, dtype=torch.float32, device=settings.device)
-            for row, (text, n) in enumerate(zip(texts, written, strict=True)):
-                own = torch.tensor(text[len(text) - n :], dtype=torch.long, device=settings.device)
-                counts[row] = own.bincount(minlength=vocab)
-        return cls(seen, counts)
+        """The history after prompts and what was written after each."""
 
-    def add(self, tokens: Int[Tensor, " rows"], rows: Int[Tensor, " rows"] | None = None) -> None:
-        """Counts one new token of each row, or of these rows."""
-        rows = torch.arange(len(tokens), device=tokens.device) if rows is None else rows
+        def count(*texts: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocab"]:
+            places = [row * vocab + token for rows in texts for row, text in enumerate(rows) for token in text]
+            found = torch.zeros(len(written) * vocab, dtype=torch.float32, device=settings.device)
+            index = torch.tensor(places, dtype=torch.long, device=settings.device)
+            return found.index_put_((index,), found.new_ones(()), accumulate=True).view(-1, vocab)
+
+        seen = None if settings.repetition is None else count(prompts, written) > 0
+        return cls(seen, count(written) if settings.counts else None)
+
+    def add(self, tokens: Int[Tensor, " rows"]) -> None:
+        """Counts one new token of each row."""
+        rows = torch.arange(len(tokens), device=tokens.device)
         if self.seen is not None:
             self.seen[rows, tokens] = True
         if self.counts is not None:
             self.counts[rows, tokens] += 1
 
-    def join(self, other: "History", rows: int, more: int) -> "History":
-        """This one of `rows` rows, and behind them the other's; a row without a penalty needs no history."""
-
-        def rows_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            if a is None and b is None:
-                return None
-            like = b if a is None else a
-            assert like is not None
-            a, b = (like.new_zeros(n, like.shape[1]) if x is None else x for x, n in ((a, rows), (b, more)))
-            return torch.cat([a, b])
-
-        return History(rows_of(self.seen, other.seen), rows_of(self.counts, other.counts))
-
-    def at(self, rows: Int[Tensor, " kept"]) -> "History":
-        """That of some rows."""
-        seen, counts = (None if each is None else each[rows] for each in (self.seen, self.counts))
-        return History(seen, counts)
-
-
-@dataclass(frozen=True)
-class SampledTokens:
-    """The chosen tokens, and a table to be read by the host in one copy: token, largest logit and, if any row asks for
-    them, its log-probability under the model and under the distribution sampled from, then the likeliest tokens under
-    the model, as many as any row wants, each with its log-probability."""
-
-    tokens: Int[Tensor, " rows"]
-    figures: Float[Tensor, "rows columns"]
-
 
 class Sampler:
-    """Settings, seeds and history of the texts that are being written; rows come and go while it runs."""
+    """Chooses the tokens of some requests, a row each, as long as the same are written together."""
 
-    def __init__(self, vocab: int, device: torch.device):
-        self.vocab, self.device = vocab, device
-        self.samplings: list[SamplingParams] = []
-        self.history = History(None, None)
-        self.seeds = torch.zeros(0, dtype=torch.long, device=device)
-        self.positions = torch.zeros(0, dtype=torch.long, device=device)  # of the next token, in its own text
-        self._prepare()
-
-    def add(self, samplings: Sequence[SamplingParams], texts: Sequence[Sequence[int]], written: Sequence[int]) -> None:
-        """More rows behind the others: their settings, which must have a seed, and their texts so far, of which the
-        last `written` tokens are the model's own."""
-        new = History.of_texts(RowSettings(samplings, self.device), texts, written, self.vocab)
-        self.history = self.history.join(new, len(self.samplings), len(texts))
-        self.samplings += samplings
-        self.seeds = torch.cat([self.seeds, torch.tensor([s.seed for s in samplings], device=self.device)])
-        self.positions = torch.cat([self.positions, torch.tensor([len(text) for text in texts], device=self.device)])
-        self._prepare()
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keeps only these rows, in this order."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.device)
-        self.samplings = [self.samplings[row] for row in rows]
-        self.seeds, self.positions, self.history = self.seeds[index], self.positions[index], self.history.at(index)
-        self._prepare()
+    def __init__(self, requests: Sequence[Request], vocab: int, device: torch.device):
+        samplings = [each.sampling for each in requests]
+        prompts, written = [each.prompt for each in requests], [each.tokens for each in requests]
+        lengths = [len(prompt) + len(tokens) for prompt, tokens in zip(prompts, written, strict=True)]
+        self.settings = RowSettings(samplings, device)
+        self.history = History.of_texts(self.settings, prompts, written, vocab)
+        self.seeds = torch.tensor([s.seed for s in samplings], device=device)
+        self.positions = torch.tensor(lengths, device=device)  # of the next token, in its own text
+        self.reports = any(s.log_probabilities for s in samplings)
+        self.top = max((s.top_log_probabilities for s in samplings if s.log_probabilities), default=0)
 
     def choose(
-        self,
-        logits: logits_processors.Logits,
-        rows: Sequence[int] | None = None,
-        allowed: Bool[Tensor, "rows vocab"] | None = None,
-    ) -> SampledTokens:
-        """One token for each row, or for each of these rows; the next call is for the tokens after these.
+        self, logits: logits_processors.Logits, allowed: Bool[Tensor, "rows vocab"] | None = None
+    ) -> Float[Tensor, "rows columns"]:
+        """One token for each row; the next call is for the tokens after these. allowed: those that may be chosen.
 
-        allowed: the tokens that may be chosen.
+        Given as a table to be read by the host in one copy: token, largest logit and, if any row asks for them, its
+        log-probability under the model and under the distribution sampled from, then the likeliest tokens under the
+        model, as many as any row wants, each with its log-probability.
         """
-        index, settings, history = None, self.settings, self.history
-        if rows is not None:
-            index = torch.tensor(rows, dtype=torch.long, device=self.device)
-            settings, history = RowSettings([self.samplings[row] for row in rows], self.device), history.at(index)
         open_logits = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
-        if settings.all_greedy:
-            sampled, tokens = None, settings.apply_penalties(open_logits, history).argmax(-1)
+        if self.settings.all_greedy:
+            sampled, tokens = None, self.settings.apply_penalties(open_logits, self.history).argmax(-1)
         else:
-            sampled = settings(open_logits, history)
-            places = (self.seeds, self.positions) if index is None else (self.seeds[index], self.positions[index])
-            tokens = sample(sampled, uniform(*places))
-        self.history.add(tokens, index)
-        if index is None:
-            self.positions = self.positions + 1
-        else:
-            self.positions[index] += 1
-        return SampledTokens(tokens, self._figures(logits, sampled, tokens))
+            sampled = self.settings(open_logits, self.history)
+            tokens = sample(sampled, uniform(self.seeds, self.positions))
+        self.history.add(tokens)
+        self.positions = self.positions + 1
+        return self._figures(logits, sampled, tokens)
 
     def _figures(
         self, logits: logits_processors.Logits, sampled: logits_processors.Logits | None, tokens: Tensor
@@ -217,8 +167,3 @@ class Sampler:
             logs = values - logits.logsumexp(-1, keepdim=True)
             columns += [column for pair in zip(likeliest.T, logs.T, strict=True) for column in pair]
         return torch.stack([wide(column).double() for column in columns], -1)
-
-    def _prepare(self) -> None:
-        self.settings = RowSettings(self.samplings, self.device)
-        self.reports = any(s.log_probabilities for s in self.samplings)
-        self.top = max((s.top_log_probabilities for s in self.samplings if s.log_probabilities), default=0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.request import Piece, Request
+from keifu.native.model import Span
 
 NGRAM = 3  # tokens by which a guess is found
 
@@ -41,6 +42,12 @@ class Sequence:
         """Tokens that are not computed yet: one while it writes, more while its prompt is read."""
         return len(self.tokens) - self.computed
 
+    def span(self, count: int) -> Span:
+        """Its next `count` tokens for the runner, with logits wanted after the last one and after each guess."""
+        tokens = self.tokens[self.computed : self.computed + count] + self.guesses
+        wanted = 1 + len(self.guesses) if count == self.left else 0
+        return Span(self.number, tokens, self.computed, self.blocks, wanted)
+
     def take(self, figures: Iterable[float]) -> Piece:
         """One more token, as the sampler gives it."""
         piece = self.request.take(*figures)
@@ -55,15 +62,6 @@ class Sequence:
         start = self._after.get(tuple(self.tokens[-NGRAM:]), len(self.tokens))
         most = min(most, self.request.limit - len(self.request.tokens) - 1)
         self.guesses = self.tokens[start : start + most]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A sequence's part in a step: its next `count` tokens, then its guesses; `samples`: a token comes of it."""
-
-    sequence: Sequence
-    count: int
-    samples: bool
 
 
 class Scheduler:
@@ -91,22 +89,22 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> list[Part]:
-        """The parts of the next step; `done` follows for each of them when it has been computed."""
+    def schedule(self) -> list[Span]:
+        """The spans of the next step; `done` follows for each of them when it has been computed."""
         self.preempted = []
         budget = self.step_tokens
-        parts: list[Part] = []
+        spans: list[Span] = []
         for sequence in list(self.running):
             count = min(sequence.left, budget)
             if sequence not in self.running or not count:
                 continue  # it was preempted for an earlier one, or waits for the next step
             sequence.guesses = sequence.guesses[: max(0, budget - count)] if sequence.left == 1 else []
             if self._extend(sequence, sequence.computed + count + len(sequence.guesses)):
-                parts.append(Part(sequence, count, count == sequence.left))
+                spans.append(sequence.span(count))
                 budget -= count + len(sequence.guesses)
         if self.waiting and not self.preempted:
-            parts += self._admit(budget)
-        return parts
+            spans += self._admit(budget)
+        return spans
 
     def done(self, sequence: Sequence, count: int) -> None:
         """So many more of a sequence's tokens were computed: its full blocks may be shared from now on."""
@@ -120,7 +118,7 @@ class Scheduler:
         self.blocks.release(sequence.blocks[sequence.passed : passed])
         sequence.passed = passed
 
-    def _admit(self, budget: int) -> Iterator[Part]:
+    def _admit(self, budget: int) -> Iterator[Span]:
         """Takes waiting sequences in while there are tokens and blocks for them."""
         filling = {digest for sequence in self.running for digest in self._unfilled(sequence)}
         for sequence in list(self.waiting):
@@ -146,7 +144,7 @@ class Scheduler:
             filling.update(self._unfilled(sequence))
             count = min(sequence.left, budget)
             budget -= count
-            yield Part(sequence, count, count == sequence.left)
+            yield sequence.span(count)
 
     def _extend(self, sequence: Sequence, length: int) -> bool:
         """Blocks for so many tokens of a running sequence; False if it had to give up its own instead."""
