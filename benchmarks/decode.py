@@ -13,7 +13,8 @@ import transformers
 from _rounds import interleaved, machine, table
 
 from keifu import checkpoints
-from keifu.generation.text.engine import decode
+from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
 from keifu.memory import read_bandwidth
 
 SHAPES = {
@@ -39,13 +40,14 @@ def main() -> None:
         plain, ours = (checkpoints.load_model(Path(directory), weights=weights) for weights in (None, "own"))
     prompt = torch.randint(0, theirs.config.vocab_size, (1, 16))
     wanted = {"do_sample": False, "max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "pad_token_id": 0}
+    greedy = SamplingParams(max_tokens=options.tokens, temperature=0)
     contenders = {
         "transformers": lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **wanted),
-        "keifu": lambda: decode(ours, prompt, options.tokens),
+        "keifu": lambda: generate_batch(ours, None, prompt.tolist(), greedy),
     }
     if dtype == torch.float32:
-        contenders["keifu, by PyTorch"] = lambda: decode(plain, prompt, options.tokens)
-    same = torch.equal(contenders["transformers"]()[0, 16:], contenders["keifu"]()[0])
+        contenders["keifu, by PyTorch"] = lambda: generate_batch(plain, None, prompt.tolist(), greedy)
+    same = contenders["transformers"]()[0, 16:].tolist() == contenders["keifu"]()[0].tokens
     seconds = interleaved(contenders, options.rounds)
     bandwidth, weights = read_bandwidth(prompt.device), sum(p.nbytes for p in plain.parameters())
     if plain.head is not None:  # then a token reads one row of the embedding

@@ -20,7 +20,8 @@ import torch
 from _rounds import machine
 from _training import ours
 
-from keifu.generation.text.engine import decode
+from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import gpt2, llama, transformer
 from keifu.models.diffusion import ddpm
@@ -74,8 +75,8 @@ def decoding() -> Work:
         vocab_size=8192, context_length=64, dim=256, hidden_dim=704, n_layers=6, n_heads=4, n_kv_heads=4
     )
     model: DecoderLM = llama.build(config).eval()
-    prompt = torch.randint(8192, (1, 16))
-    return lambda: decode(model, prompt, 16), 16
+    prompts, greedy = torch.randint(8192, (1, 16)).tolist(), SamplingParams(max_tokens=16, temperature=0)
+    return lambda: generate_batch(model, None, prompts, greedy), 16
 
 
 def unet() -> Work:

@@ -216,7 +216,7 @@ def test_loading_an_own_module_says_how() -> None:
     assert repr(tokenizer).startswith("Tokenizer(BPE, 49,152 tokens, bos '<|im_start|>'")
 
 
-@pytest.mark.parametrize("name", ["Model", "OwnRunner", "Encoder", "TwoTowers", "Translator", "TaskHeadModel"])
+@pytest.mark.parametrize("name", ["Model", "Encoder", "TwoTowers", "Translator", "TaskHeadModel"])
 def test_an_interface_asks_for_what_every_python_sees_of_a_module(name: str) -> None:
     """From Python 3.12 on isinstance sees no parameter and no part of a module, which are no attributes of its own."""
     assert {*vars(interfaces)[name].__annotations__} == {"config"}

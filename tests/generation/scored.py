@@ -41,7 +41,7 @@ def score_sampled(
     history = History.of_texts(settings, [tokens[:prompt_length].tolist()], [[]], vocab_size)
     left = tokens[prompt_length:]
     found = [left.new_zeros(0, dtype=torch.float32)]
-    predictions = torch.cat(list(likelihood._predictions(model, tokens[None], None)))
+    predictions = torch.cat(list(likelihood._predictions(model, tokens[None])))
     for logits in predictions[prompt_length - 1 :].split(likelihood.CHUNK):
         targets, left = left[: len(logits)], left[len(logits) :]
         logits = settings(logits, before_each(history, targets, logits.shape[1]))

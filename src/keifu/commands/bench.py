@@ -127,9 +127,9 @@ def _weight_bytes(model: Any) -> int:
     """The bytes of weights that a step reads: all but an embedding that is no head as well, of which it reads rows."""
     from torch import nn
 
-    from keifu.generation.text.model import OwnRunner
+    from keifu.native.model import NativeLM
 
-    if isinstance(model, OwnRunner):
+    if isinstance(model, NativeLM):
         return model.nbytes
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     rows = sum(each.nbytes for each in embeddings if each is not model.head_weight)

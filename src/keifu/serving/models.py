@@ -13,7 +13,7 @@ from torch import nn
 from keifu.checkpoints.loading import load, load_model, planned
 from keifu.errors import UserError, unknown
 from keifu.generation.images.pipeline import image_pipeline
-from keifu.generation.text.model import Encoder, Model, OwnRunner, TwoTowers, explain_not_causal
+from keifu.generation.text.model import Encoder, TwoTowers, explain_not_causal, is_writer
 from keifu.generation.text.translation import is_translator
 from keifu.native.model import NativeLM, pack_beside
 from keifu.native.pack import OWN
@@ -59,8 +59,8 @@ def describe(name: str) -> Description:
 
 def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
     """What a model of this kind, with this tokenizer, can be asked for."""
-    inside = ("inspection",) if tokenizer is not None and not isinstance(model, OwnRunner) else ()
-    if isinstance(model, Model | OwnRunner) and tokenizer is not None:
+    inside = ("inspection",) if tokenizer is not None and not isinstance(model, NativeLM) else ()
+    if is_writer(model) and tokenizer is not None:
         return (*(("completion",) if tokenizer.chat_template is None else ("chat", "completion")), *inside)
     if isinstance(model, TwoTowers) and tokenizer is not None:
         return "embedding", "match"

@@ -26,8 +26,9 @@ from keifu.generation.text.beam_search import (
     until_decided,
     until_full,
 )
-from keifu.generation.text.engine import decode
+from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.likelihood import score
+from keifu.generation.text.sampling_params import SamplingParams
 
 RULES = {False: until_unlikely, True: until_full, "never": until_decided}
 CPU = torch.device("cpu")
@@ -223,10 +224,10 @@ def test_prompts_alone_and_among_others(model: nn.Module) -> None:
 
 
 def test_one_beam_is_greedy_choice(model: nn.Module) -> None:
-    prompt = torch.randint(0, 261, (1, 6))
-    greedy = decode(model, prompt, 20)[0].tolist()
+    prompts = torch.randint(0, 261, (1, 6)).tolist()
+    greedy = generate_batch(model, None, prompts, SamplingParams(max_tokens=20, temperature=0))[0].tokens
     ends = (greedy[11], 260)
-    [[found]] = continuations(model, prompt.tolist(), Search(ends, beams=1), 20)
+    [[found]] = continuations(model, prompts, Search(ends, beams=1), 20)
     assert found.tokens == greedy[: greedy.index(ends[0])] and found.ended
 
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from beam_rules import pad_left
 from scored import score_sampled
 from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.engine import Engine, decode
+from keifu.generation.text.engine import Engine
 from keifu.generation.text.generate import Completion, generate_batch, stream
 from keifu.generation.text.likelihood import score
 from keifu.generation.text.model import evaluation_mode
@@ -127,12 +126,10 @@ def test_a_fresh_seed_is_reported_and_reproduces(model: nn.Module, tokenizer: To
     same(generate_batch(model, tokenizer, [prompt(5)], replace(unseeded, seed=first.seed))[0], first)
 
 
-def test_padded_texts_score_as_alone(model: nn.Module) -> None:
-    texts = [prompt(n, n) for n in (19, 3, 30)]
-    tokens, padding = pad_left(texts)
-    together = score(model, tokens, padding)
-    for row, text in enumerate(texts):
-        close(together[row, 30 - len(text) :].tolist(), score(model, torch.tensor([text]))[0])
+def test_texts_score_together_as_alone(model: nn.Module) -> None:
+    texts = [prompt(30, n) for n in (19, 3, 30)]
+    for row, text in zip(score(model, torch.tensor(texts)), texts, strict=True):
+        close(row.tolist(), score(model, torch.tensor([text]))[0])
 
 
 def test_score_is_what_the_logits_say(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,12 +159,12 @@ def test_bad_lengths_to_score(model: nn.Module) -> None:
         score_sampled(model, torch.tensor(prompt(8)), 0, PLAIN)
 
 
-def test_decode_without_a_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
+def test_tokens_without_a_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
     prompts = [prompt(6, 1), prompt(6, 2)]
     done = generate_batch(model, tokenizer, prompts, GREEDY)
-    assert decode(model, torch.tensor(prompts), 24).tolist()[0][: len(done[0].tokens)] == done[0].tokens
-    with pytest.raises(UserError, match="6 tokens and 62 more do not fit this model's context of 67"):
-        decode(model, torch.tensor(prompts), 62)
+    found = generate_batch(model, None, prompts, GREEDY)
+    assert found[0].tokens[: len(done[0].tokens)] == done[0].tokens
+    assert [(each.text, len(each.tokens), each.finish_reason) for each in found] == [("", 24, "length")] * 2
 
 
 def test_dropout_is_off_while_writing_and_modes_come_back(model: nn.Module, tokenizer: Tokenizer) -> None:

@@ -17,10 +17,10 @@ def load_writer(name: str, weights: str | None = None) -> tuple[Any, Any]:
     """
     notice(f"Loading {name} ...")
     from keifu.checkpoints import load
-    from keifu.generation.text.model import Model, OwnRunner, explain_not_causal
+    from keifu.generation.text.model import explain_not_causal, is_writer
 
     model, tokenizer = load(name, weights=weights or "own")
-    if tokenizer is None or not isinstance(model, Model | OwnRunner):
+    if tokenizer is None or not is_writer(model):
         raise UserError(f"{name} writes no text: {explain_not_causal(model)}")
     return model, tokenizer
 

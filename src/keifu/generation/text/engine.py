@@ -7,26 +7,22 @@ A step reads a chunk of new prompts and writes a token of every running text (co
 from collections import Counter
 from collections.abc import Sequence as Tokens
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager
-from keifu.generation.text.model import PREFILL_TOKENS, evaluation_mode, text_model
+from keifu.generation.text.model import evaluation_mode
 from keifu.generation.text.request import Piece, Request, allowed_tokens, check_bias, check_tokens, prompt_tokens
 from keifu.generation.text.runner import Runner, Span, TorchRunner, runner_of
 from keifu.generation.text.sampler import Sampler
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.generation.text.scheduler import Scheduler, Sequence
 from keifu.threads import on_threads
-
-GREEDY = SamplingParams(temperature=0, seed=0)
 
 
 class Engine:
@@ -149,24 +145,3 @@ class Engine:
 def _guessed(sequence: Sequence, piece: Piece, depth: int) -> bool:
     """Whether the token was the guess at this depth, so that the logits after it are known."""
     return piece.finish_reason is None and sequence.guesses[depth : depth + 1] == [piece.token]
-
-
-@torch.inference_mode()
-def decode(
-    model: nn.Module, tokens: Int[Tensor, "batch length"], n: int, sampling: SamplingParams = GREEDY
-) -> Int[Tensor, "batch n"]:
-    """The next `n` tokens of texts of equal length; no token ends a text early. Rows share the seed."""
-    context = text_model(model).config.context_length
-    if tokens.shape[1] + n > context:
-        raise UserError(
-            f"{tokens.shape[1]} tokens and {n} more do not fit this model's context of {context}: ask for fewer."
-        )
-    engine = Engine(model, None, max_running=len(tokens), step_tokens=PREFILL_TOKENS)
-    written: list[list[int]] = [[] for _ in tokens]
-    with evaluation_mode(model):
-        for row in tokens.tolist():
-            engine.add(engine.request(row, replace(sampling, max_tokens=n)))
-        while engine.work:
-            for piece in engine.step():
-                written[piece.index].append(piece.token)
-    return torch.tensor(written, device=tokens.device)

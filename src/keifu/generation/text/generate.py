@@ -64,7 +64,7 @@ def _pieces(engine: Engine) -> Iterator[Piece]:
 
 def generate_batch(
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     prompts: Prompts,
     samplings: SamplingParams | Sequence[SamplingParams],
     batch_size: int = 32,
@@ -72,7 +72,8 @@ def generate_batch(
 ) -> list[Completion]:
     """The completion of every prompt, in their order; at most `batch_size` are written at a time.
 
-    What prompts share at their beginning is computed once. `advance` is called with the number of prompts done.
+    What prompts share at their beginning is computed once. tokenizer: None gives tokens without text. `advance` is
+    called with the number of prompts done.
     """
     each = [sampling.seeded() for sampling in _one_each(samplings, len(prompts))]
     tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]

@@ -20,23 +20,21 @@ from keifu.errors import UserError
 from keifu.generation.text.logits_processors import log_probability
 from keifu.generation.text.model import causal, evaluation_mode, text_model
 from keifu.generation.text.request import check_tokens
-from keifu.generation.text.runner import Reader, own_form, runner_of
+from keifu.generation.text.runner import Reader, runner_of
+from keifu.native.model import native_form
 
 CHUNK = 256  # tokens whose logits exist at the same time
 
 
 @torch.inference_mode()
-def score(
-    model: nn.Module, tokens: Int[Tensor, "batch length"], padding: Int[Tensor, " batch"] | None = None
-) -> Float[Tensor, "batch predicted"]:
+def score(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch predicted"]:
     """ln P(token | those before it) of every token but the first, [batch, length - 1] in float32.
 
-    This is what `log_probability` reports while a text is written. `padding` counts the zeros before shorter texts (see
-    `padding`); what stands there has no meaning. A text longer than the context is a `UserError`.
+    This is what `log_probability` reports while a text is written. A text longer than the context is a `UserError`.
     """
     left = tokens[:, 1:].flatten()
     found = [left.new_zeros(0, dtype=torch.float32)]
-    for logits in _predictions(model, tokens, padding):
+    for logits in _predictions(model, tokens):
         found.append(log_probability(logits, left[: len(logits)]))
         left = left[len(logits) :]
     return torch.cat(found).view(tokens[:, 1:].shape)
@@ -53,31 +51,24 @@ class LikeliestTokens(NamedTuple):
 def score_likeliest(model: nn.Module, tokens: Int[Tensor, " length"], count: int) -> LikeliestTokens:
     """As `score` for one text, with the `count` likeliest tokens at each place."""
     values, top = list[float](), list[list[tuple[int, float]]]()
-    for logits in _predictions(model, tokens[None], None):
+    for logits in _predictions(model, tokens[None]):
         values += log_probability(logits, tokens[len(values) + 1 :][: len(logits)]).tolist()
         logs, likeliest = (logits - logits.logsumexp(-1, keepdim=True)).topk(count)
         top += [list(zip(*row, strict=True)) for row in zip(likeliest.tolist(), logs.tolist(), strict=True)]
     return LikeliestTokens(values, top)
 
 
-def _predictions(
-    model: nn.Module, tokens: Int[Tensor, "batch length"], padding: Tensor | None
-) -> Iterator[Float[Tensor, "chunk vocab"]]:
+def _predictions(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Iterator[Float[Tensor, "chunk vocab"]]:
     """The logits that predict the tokens after the first, text after text, some at a time."""
     context, longest = text_model(model).config.context_length, tokens.shape[1]
-    if padding is not None:
-        longest -= int(padding.min())
     if longest > context:
         raise UserError(f"The text has {longest} tokens, but this model's context is {context}: shorten it.")
-    if own_form(model) is not None:
-        reader, vocab_size = reader_of(model), text_model(model).config.vocab_size
-        for text, skip in zip(tokens.tolist(), [0] * len(tokens) if padding is None else padding.tolist(), strict=True):
-            yield torch.zeros(min(skip, len(text) - 1), vocab_size, dtype=torch.float32, device=tokens.device)
-            yield from reader.read([(text[skip:-1], len(text) - 1 - skip)])
+    if native_form(model) is not None:
+        yield from reader_of(model, batch_size=1).read((text[:-1], longest - 1) for text in tokens.tolist())
         return
     writer = causal(model)
     with evaluation_mode(model):
-        hidden = writer.hidden(tokens, None, padding)[:, :-1]
+        hidden = writer.hidden(tokens, None)[:, :-1]
     for states in hidden.flatten(0, 1).split(CHUNK):
         yield writer.logits(states).float()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.attention.kv_cache import KVState
+from keifu.native.model import NativeLM
 
 PREFILL_TOKENS = 4096  # of all rows together in one pass: enough to fill a matrix product, few enough for memory
 
@@ -37,22 +38,6 @@ class Model(Protocol):
     def new_state(self, rows: int, capacity: int) -> KVState: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
-
-
-@runtime_checkable
-class OwnRunner(Protocol):
-    """Interface of a causal model that is computed in its own way, such as natively; it has no hidden states to offer.
-
-    `runner` makes what computes the steps of an engine, the `Runner` of keifu.generation.text.runner. nbytes: of the
-    weights that a step reads.
-    """
-
-    config: Any
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def runner(self, n_blocks: int) -> Any: ...
 
 
 @runtime_checkable
@@ -135,14 +120,14 @@ def causal(model: nn.Module) -> Model:
     return model
 
 
-def text_model(model: nn.Module) -> Model | OwnRunner:
+def text_model(model: nn.Module) -> Model | NativeLM:
     """The same model, checked to be one that an engine can run; any other is a `UserError`."""
-    return model if isinstance(model, OwnRunner) else causal(model)
+    return model if isinstance(model, NativeLM) else causal(model)
 
 
 def is_writer(model: nn.Module) -> bool:
-    """Whether it is a causal language model, in PyTorch or computed in its own way."""
-    return isinstance(model, Model | OwnRunner)
+    """Whether it is a causal language model, in PyTorch or packed for native code."""
+    return isinstance(model, Model | NativeLM)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.generation.text.blocks import BlockManager, digests
-from keifu.generation.text.model import Model, OwnRunner, causal, device_of
+from keifu.generation.text.model import Model, causal, device_of
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.kv_cache import KVState, LayerCache, Pass
 from keifu.layers.dropout import Dropout
@@ -56,16 +56,11 @@ class Runner(Protocol):
 POOL = 0.25  # the share of the free memory that the pool may take; `TorchRunner` holds what runs a second time
 
 
-def own_form(model: nn.Module) -> OwnRunner | None:
-    """What computes a model in its own way: itself, or its native form (bfloat16 weights on a CPU). None: PyTorch."""
-    return model if isinstance(model, OwnRunner) else native_form(model)
-
-
 def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16) -> Runner:
-    """The runner of a model's own form, or else PyTorch's; its blocks may take so many bytes, or a share of the free
-    memory. block_size: of PyTorch's; an own form has its own."""
-    own = own_form(model)
-    make = partial(TorchRunner, causal(model), block_size=block_size) if own is None else own.runner
+    """The runner of a model's native form, or else PyTorch's; its blocks may take so many bytes, or a share of the free
+    memory. block_size: of PyTorch's; the native form has its own."""
+    packed = native_form(model)
+    make = partial(TorchRunner, causal(model), block_size=block_size) if packed is None else packed.runner
     probe: Runner = make(1)
     memory = int(POOL * available_memory(device_of(model))) if memory is None else memory
     return make(max(1, memory // (probe.token_bytes * probe.block_size)))

@@ -22,7 +22,7 @@ from keifu.generation.text.beam_search import (
     beam_search,
     paper_penalty,
 )
-from keifu.generation.text.model import Encoder, Model, OwnRunner, Translator, device_of, evaluation_mode
+from keifu.generation.text.model import Encoder, Translator, device_of, evaluation_mode, is_writer
 from keifu.native.model import native_form
 from keifu.native.targets import NativeTargets, pack_translator
 from keifu.ranges import check
@@ -165,7 +165,7 @@ def explain_not_translator(model: nn.Module) -> str:
         return f"this {name} has no tokenizer, so it cannot read a text."
     if isinstance(model, Encoder):
         return f"a {name} can embed texts (keifu embed) or classify them (keifu classify)."
-    if isinstance(model, Model | OwnRunner):
+    if is_writer(model):
         return f"a {name} can continue a text (keifu generate)."
     return f"a {name} cannot; choose an encoder-decoder, such as keifu train transformer makes."
 
