@@ -89,3 +89,8 @@ def test_whatever_room_there_is_for_what_texts_share(packed: NativeLM, n_blocks:
     for (text, wanted), logits in zip(texts, reader.read(texts), strict=True):
         assert torch.equal(logits, packed(torch.tensor([text]))[0, -wanted:])
     assert reader.blocks.free == n_blocks
+
+
+def test_a_text_that_does_not_fit_the_memory_is_refused(packed: NativeLM) -> None:
+    with pytest.raises(UserError, match="A text of 65 tokens does not fit .* which holds 64 tokens"):
+        list(Reader(packed.runner(2)).read([(tokens(64, 1), 3), (tokens(65, 2), 3)]))

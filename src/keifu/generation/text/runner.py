@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.model import Model, causal, device_of
 from keifu.layers.attention.attention import Attention
@@ -81,21 +82,25 @@ class Reader:
 
     def read(self, texts: Iterable[tuple[Sequence[int], int]]) -> Iterator[Float[Tensor, "wanted vocab"]]:
         """The logits after the last `wanted` tokens of each text, in the order of the texts; those of one longer than
-        `STEP_TOKENS` come in several parts."""
+        `STEP_TOKENS` come in several parts. One that does not fit the memory for keys and values is a `UserError`."""
         size = self.runner.block_size
         for number, (tokens, wanted) in enumerate(texts):
             hashes = digests(tokens, size)
-            usable = hashes[: (len(tokens) - wanted) // size]
+            usable, needed = hashes[: (len(tokens) - wanted) // size], -(-len(tokens) // size)
+            if needed > self.blocks.n_blocks:
+                raise UserError(
+                    f"A text of {len(tokens)} tokens does not fit the memory for keys and values, which holds "
+                    f"{self.blocks.n_blocks * size} tokens: shorten it, or free some memory."
+                )
             shared = self.blocks.shared(usable)
-            lacking = -(-len(tokens) // size) - len(shared)
             filling = {digest for span, own in self._batch for digest in own[span.start // size :]}
             full = sum(len(span.tokens) for span, _ in self._batch) >= STEP_TOKENS or len(self._batch) == self.most
-            if full or filling & set(usable) or lacking + self.blocks.unused(shared) > self.blocks.free:
+            taken = needed - len(shared) + self.blocks.unused(shared)
+            if full or filling & set(usable) or taken > self.blocks.free:
                 yield from self._run()
                 shared = self.blocks.shared(usable)
-                lacking = -(-len(tokens) // size) - len(shared)
             self.blocks.share(shared)
-            blocks = shared + self.blocks.allocate(lacking)
+            blocks = shared + self.blocks.allocate(needed - len(shared))
             for start in range(len(shared) * size, len(tokens), STEP_TOKENS):
                 piece = tokens[start : start + STEP_TOKENS]
                 left = len(tokens) - start - len(piece)
