@@ -14,6 +14,8 @@ import keifu
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
+from keifu.generation.text.likelihood import score_likeliest
+from keifu.generation.text.request import prompt_tokens
 from keifu.models import gemma3, llama, qwen3
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits
@@ -63,3 +65,14 @@ def test_the_texts_are_the_librarys(kinds: Any, kind: str, file: str) -> None:
     messages = [{"role": "user", "content": PROMPTS[1]}]
     answer = client.chat.completions.create(model=name, messages=messages, max_tokens=8, seed=1)
     assert answer.usage.completion_tokens <= 8 and answer.choices[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize("file", ["{}", "{}.gguf"])
+def test_a_prompt_is_scored_as_the_library_scores_it(kinds: Any, file: str) -> None:
+    client, place, weights = kinds
+    name = str(place / file.format("llama"))
+    model, tokenizer = keifu.load(name, weights=weights or "own")
+    ids = torch.tensor(prompt_tokens(tokenizer, PROMPTS[1]))
+    answer = client.completions.create(model=name, prompt=PROMPTS[1], max_tokens=1, echo=True, logprobs=1)
+    found = answer.choices[0].logprobs.token_logprobs[1 : len(ids)]
+    assert found == pytest.approx(score_likeliest(model, ids, 1).values, abs=1e-5)

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from torch import nn
 
 from keifu.generation.text.likelihood import LikeliestTokens, score_likeliest
+from keifu.generation.text.model import device_of
 from keifu.generation.text.request import prompt_tokens
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import REASONS, Answer, likeliest, prepare, token_text
@@ -76,8 +77,7 @@ async def _begin(answer: Answer, body: CompletionRequest) -> list[Choice]:
 
 
 def _score(prompt: list[int], top: int, model: nn.Module, *_: Any) -> LikeliestTokens:
-    device = next(model.parameters()).device
-    return score_likeliest(model, torch.tensor(prompt, device=device), top)
+    return score_likeliest(model, torch.tensor(prompt, device=device_of(model)), top)
 
 
 def _echo(choice: Choice, prompt: list[int], scores: LikeliestTokens | None) -> None:
