@@ -86,28 +86,23 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     return ApiError(400, f"{place or 'The body'} is {shown}: {message[:1].lower()}{message[1:]}.", place or None)
 
 
+def _of_http(request: Request, error: HTTPException) -> ApiError:
+    """What the framework refuses before a route is reached."""
+    message = BODY.get(type(error.__cause__), str(error.detail))  # type: ignore[arg-type]
+    if error.status_code == 404:
+        message = f"There is nothing at {request.url.path}: /openapi.json lists what there is."
+    elif error.status_code == 405:
+        message = f"{request.method} is not for {request.url.path}: /openapi.json says what is."
+    return ApiError(error.status_code, message)
+
+
 def install(app: FastAPI) -> None:
     """Has every error of the app answered in this shape."""
 
-    async def validation(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return of_validation(error.errors()).response()
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            return of_validation(error.errors()).response()
+        return (_of_http(request, error) if isinstance(error, HTTPException) else of_exception(error)).response()
 
-    async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        cause = BODY.get(type(error.__cause__))  # type: ignore[arg-type]
-        if error.status_code == 404:
-            message = f"There is nothing at {request.url.path}: /openapi.json lists what there is."
-        elif error.status_code == 405:
-            message = f"{request.method} is not for {request.url.path}: /openapi.json says what is."
-        else:
-            message = cause or str(error.detail)
-        return ApiError(error.status_code, message).response()
-
-    async def anything(request: Request, error: Exception) -> Response:
-        return of_exception(error).response()
-
-    app.add_exception_handler(RequestValidationError, validation)
-    app.add_exception_handler(HTTPException, http)
-    for kind in (ApiError, UserError, Exception):
-        app.add_exception_handler(kind, anything)
+    for kind in (RequestValidationError, HTTPException, ApiError, UserError, Exception):
+        app.add_exception_handler(kind, answer)

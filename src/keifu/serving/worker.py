@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -49,7 +50,6 @@ class Job:
     loop: asyncio.AbstractEventLoop
     out: asyncio.Queue[Pieces | Exception] = field(default_factory=asyncio.Queue)
     began: float = field(default_factory=time.monotonic)
-    numbers: list[int] = field(default_factory=list)  # the engine's, of those that are not finished
     started: bool = False
 
     def put(self, item: Pieces | Exception) -> None:
@@ -69,7 +69,6 @@ class Worker:
         self.pending = 0  # answers that are being computed or wait, counted in the loop's thread
         self._load, self._commands = load, SimpleQueue[Callable[[], None] | None]()
         self.model: tuple[nn.Module, Any] | None = None  # and its tokenizer, once it is loaded
-        self._engine: Engine | None = None
         self._jobs: dict[int, tuple[Job, int]] = {}
         self._mean_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name=f"keifu {name}", daemon=True)
@@ -172,30 +171,27 @@ class Worker:
             LOG.info("%s was loaded in %.1f s.", self.name, time.monotonic() - began)
         return self.model
 
+    @cached_property
+    def _engine(self) -> Engine:
+        model, tokenizer = self._loaded()
+        return Engine(model, tokenizer, runner_of(model, self.limits.cache), self.limits.slots)
+
     def _add(self, job: Job) -> None:
         try:
-            model, tokenizer = self._loaded()
-            if self._engine is None:
-                self._engine = Engine(model, tokenizer, runner_of(model, self.limits.cache), self.limits.slots)
             for place, request in enumerate(job.requests):
-                number = self._engine.add(request)
-                self._jobs[number] = job, place
-                job.numbers.append(number)
+                self._jobs[self._engine.add(request)] = job, place
         except Exception as error:
             self._abort(job)
             job.put(error)
 
     def _abort(self, job: Job) -> None:
-        for number in job.numbers:
-            self._jobs.pop(number, None)
-            if self._engine is not None:
-                self._engine.abort(number)
-                self._count()
-        job.numbers.clear()
+        for number in [number for number, (each, _) in self._jobs.items() if each is job]:
+            del self._jobs[number]
+            self._engine.abort(number)
+            self._count()
 
     def _step(self) -> None:
         """One step of the engine; where it fails, every request that it was working on is told."""
-        assert self._engine is not None
         try:
             found = self._engine.step()
         except Exception as error:
@@ -206,12 +202,10 @@ class Worker:
             return
         pieces: dict[Job, Pieces] = {}
         for piece in found:
-            number = piece.index
-            job, place = self._jobs[number]
+            job, place = self._jobs[piece.index]
             pieces.setdefault(job, []).append((place, piece))
             if piece.finish_reason is not None:
-                del self._jobs[number]
-                job.numbers.remove(number)
+                del self._jobs[piece.index]
         for job, each in pieces.items():
             if not job.started:
                 self.metrics.first_token.labels(self.name).observe(time.monotonic() - job.began)
@@ -222,7 +216,6 @@ class Worker:
         self._count()
 
     def _count(self) -> None:
-        assert self._engine is not None
         waiting, running = self._engine.counts
         self.metrics.waiting.labels(self.name).set(waiting)
         self.metrics.running.labels(self.name).set(running)

@@ -3,8 +3,7 @@
 A step is a tensor program without a loop over sources or beams. Finished texts are kept in tensors too, and a source
 that is decided leaves the batch. A `BeamModel` gives the logits, such as `EncoderDecoderBeamModel`.
 
-Axes: sources, beams = open texts of a source, rows = sources · beams in that order, vocab, longest; kept =
-finished texts kept of each source, new = texts offered in a step.
+Axes: sources, beams = open texts of a source, rows = sources · beams in that order, vocab, longest.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -31,41 +30,6 @@ class Hypothesis:
     tokens: list[int]
     score: float
     ended: bool
-
-
-class BestTexts:
-    """Room for `kept` texts of each source, best first; an empty place has the score -inf."""
-
-    def __init__(self, sources: int, kept: int, longest: int, device: torch.device):
-        self.scores = torch.full((sources, kept), -torch.inf, dtype=torch.float32, device=device)
-        self._tokens = torch.zeros(sources, kept, longest, dtype=torch.long, device=device)
-        self._lengths = torch.zeros(sources, kept, dtype=torch.long, device=device)
-
-    def add(
-        self,
-        sources: Int[Tensor, " some"],
-        scores: Float[Tensor, "some new"],
-        tokens: Int[Tensor, "some new longest"],
-        length: int,
-    ) -> None:
-        """Offers texts of one length to these sources; each keeps its best. A score of -inf is no text."""
-        merged, picked = torch.cat([self.scores[sources], scores], 1).topk(self.scores.shape[1])
-        texts = torch.cat([self._tokens[sources], tokens], 1)
-        lengths = torch.cat([self._lengths[sources], torch.full_like(scores, length, dtype=torch.long)], 1)
-        self.scores[sources] = merged
-        self._tokens[sources] = texts.take_along_dim(picked[..., None], 1)
-        self._lengths[sources] = lengths.gather(1, picked)
-
-    def texts(self, ends: Collection[int], wanted: int) -> list[list[Hypothesis]]:
-        """The best `wanted` texts of each source, or all if there are fewer."""
-        rows = zip(self.scores.tolist(), self._tokens.tolist(), self._lengths.tolist(), strict=True)
-        found = [[_text(*text, ends) for text in zip(*row, strict=True) if text[0] > -torch.inf] for row in rows]
-        return [each[:wanted] for each in found]
-
-
-def _text(score: float, tokens: list[int], length: int, ends: Collection[int]) -> Hypothesis:
-    ended = tokens[length - 1] in ends
-    return Hypothesis(tokens[: length - 1 if ended else length], score, ended)
 
 
 Logits = Float[Tensor, "rows vocab"]
@@ -182,22 +146,25 @@ def beam_search(decoder: BeamModel, search: Search, limits: Sequence[int]) -> li
     while True:
         rows, tokens = beams.advance(logits)
         if not len(rows):
-            return beams.best.texts(search.ends, search.wanted)
+            return beams.best()
         if len(rows) != len(logits) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
             decoder.select(rows)  # spared where every text continues its own row
         logits = decoder.next(tokens)
 
 
 class _Beams:
-    """The open texts of all sources that go on, and the best ended ones of all."""
+    """The open texts of all sources that go on, and the best ended ones of all, best first: -1 stands behind the last
+    token of a text, and a place with the score -inf is empty."""
 
     def __init__(self, search: Search, limits: Sequence[int], device: torch.device):
         self.search, self.length = search, 0
-        self.sources = torch.arange(len(limits), device=device)  # those that go on, by their place in the batch
+        sources = len(limits)
+        self.sources = torch.arange(sources, device=device)  # those that go on, by their place in the batch
         self.limits = torch.tensor(limits, device=device)
-        self.scores = torch.zeros(len(limits), 1, dtype=torch.float32, device=device)  # ln P, first of the empty text
-        self.tokens = torch.zeros(len(limits), 1, max(limits), dtype=torch.long, device=device)
-        self.best = BestTexts(len(limits), search.kept, max(limits), device)
+        self.scores = torch.zeros(sources, 1, dtype=torch.float32, device=device)  # ln P, first of the empty text
+        self.tokens = torch.full((sources, 1, max(limits)), -1, device=device)
+        self._best = torch.full((sources, search.kept), -torch.inf, dtype=torch.float32, device=device)
+        self._best_tokens = self.tokens.expand(-1, search.kept, -1).clone()
         self._ends = torch.tensor(search.ends, device=device)
         self._never = torch.tensor(search.never, dtype=torch.long, device=device)
 
@@ -210,11 +177,24 @@ class _Beams:
         texts[:, :, self.length - 1] = written
         ended = torch.isin(written, self._ends) | (self.limits <= self.length)[:, None]
         done = scores[:, :beams].masked_fill(~ended[:, :beams], -torch.inf) / self._penalty(self.length)
-        self.best.add(self.sources, done, texts[:, :beams], self.length)
+        self._keep(done, texts[:, :beams])
         self.scores, picked = scores.masked_fill(ended, -torch.inf).topk(beams)
         self.tokens = texts.take_along_dim(picked[..., None], 1)
         rows = origins.gather(1, picked) + width * torch.arange(len(origins), device=origins.device)[:, None]
         return self._leave(rows, written.gather(1, picked))
+
+    def best(self) -> list[list[Hypothesis]]:
+        """The best texts of each source, as many as are wanted, or all if there are fewer."""
+        rows = zip(self._best.tolist(), self._best_tokens.tolist(), strict=True)
+        texts = [[each for each in zip(*row, strict=True) if each[0] > -torch.inf] for row in rows]
+        return [[_hypothesis(*each, self.search.ends) for each in row[: self.search.wanted]] for row in texts]
+
+    def _keep(self, scores: Scores, texts: Int[Tensor, "sources beams longest"]) -> None:
+        """Keeps these ended texts as far as they are among the best; a score of -inf is no text."""
+        merged, picked = torch.cat([self._best[self.sources], scores], 1).topk(self.search.kept)
+        self._best[self.sources] = merged
+        both = torch.cat([self._best_tokens[self.sources], texts], 1)
+        self._best_tokens[self.sources] = both.take_along_dim(picked[..., None], 1)
 
     def _candidates(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Scores, Tensor, Tensor]:
         """The best continuations of each source: ln P, the beam that each continues, and its token.
@@ -244,7 +224,7 @@ class _Beams:
         """Drops the sources that need no further step; rows and tokens of the others."""
         best_open = self.scores[:, 0]
         now, last = self._penalty(self.length), self.search.penalty(self.limits.float())
-        going = self.search.goes_on(self.best.scores[self.sources], best_open, now, last) & (best_open > -torch.inf)
+        going = self.search.goes_on(self._best[self.sources], best_open, now, last) & (best_open > -torch.inf)
         if not bool(going.all()):
             self.sources, self.limits = self.sources[going], self.limits[going]
             self.scores, self.tokens = self.scores[going], self.tokens[going]
@@ -253,6 +233,12 @@ class _Beams:
 
     def _penalty(self, length: int) -> Float[Tensor, " one"]:
         return self.search.penalty(self.scores.new_tensor([float(length)]))
+
+
+def _hypothesis(score: float, padded: list[int], ends: Collection[int]) -> Hypothesis:
+    tokens = [token for token in padded if token >= 0]
+    ended = tokens[-1] in ends
+    return Hypothesis(tokens[:-1] if ended else tokens, score, ended)
 
 
 def log_total_(logits: Float[Tensor, "rows vocab"], largest: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
