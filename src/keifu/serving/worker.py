@@ -110,7 +110,7 @@ class Worker:
             text = f"{self.pending} requests are being answered or wait for {self.name}: try again."
             raise ApiError(429, text, code="queue_full", retry=wait)
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[Pieces, None]:
+    async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all requests as they are written, each with the place of its request. Closing the iterator
         frees what the requests hold, within a step."""
         job = Job(requests, asyncio.get_running_loop())
@@ -123,8 +123,9 @@ class Worker:
                 item = await asyncio.wait_for(job.out.get(), left)
                 if isinstance(item, Exception):
                     raise item
-                going -= sum(piece.finish_reason is not None for _, piece in item)
-                yield item
+                for place, piece in item:
+                    going -= piece.finish_reason is not None
+                    yield place, piece
         finally:
             self.pending -= len(requests)
             if going:

@@ -30,7 +30,7 @@ class BlockManager:
         self._digest_of: dict[int, bytes] = {}
         self._empty: list[int] = []  # used before, and hold nothing that is known
         self._unused: OrderedDict[int, None] = OrderedDict()  # hold what is known; the least recently used first
-        self._fresh = 0  # blocks from here on were never used
+        self._fresh = iter(range(n_blocks))  # were never used
 
     @property
     def free(self) -> int:
@@ -65,9 +65,8 @@ class BlockManager:
     def _take(self) -> int:
         if self._empty:
             return self._empty.pop()
-        if self._fresh < self.n_blocks:
-            self._fresh += 1
-            return self._fresh - 1
+        if (fresh := next(self._fresh, None)) is not None:
+            return fresh
         block, _ = self._unused.popitem(last=False)
         del self._block_of[self._digest_of.pop(block)]
         return block

@@ -6,8 +6,9 @@ has which blocks is decided by the scheduler. Axes: wanted = tokens whose logits
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import partial
+from itertools import accumulate, chain
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -156,7 +157,7 @@ class TorchRunner:
         for span in batch:
             self._seat(span)
         step = _Step(self._groups(batch), self.device)
-        tokens = [token for group in step.groups for span in group.spans for token in span.tokens]
+        tokens = [token for span in step.spans for token in span.tokens]
         hidden = self.model.hidden(torch.tensor([tokens], device=self.device), step)
         for span in batch:
             self._store(span)
@@ -225,11 +226,10 @@ class TorchRunner:
         where they stand side by side and are of one length."""
         found = []
         for size, rows in self._rows.items():
-            single = [span for span in batch if len(span.tokens) == 1 and self._size_of[span.sequence] == size]
+            single = {s.sequence: s for s in batch if len(s.tokens) == 1 and self._size_of[s.sequence] == size}
             if single:
-                rows.put_first([span.sequence for span in single])
-                by_number = {span.sequence: span for span in single}
-                found.append(_Group(rows.state, 0, [by_number[number] for number in rows.owners[: len(single)]]))
+                rows.put_first(single.keys())
+                found.append(_Group(rows.state, 0, [single[number] for number in rows.owners[: len(single)]]))
         for span in batch:
             if (width := len(span.tokens)) > 1:
                 rows = self._rows[self._size_of[span.sequence]]
@@ -267,9 +267,9 @@ class _Rows:
         self.owners.pop()
         self.state.lengths[last] = 0
 
-    def put_first(self, sequences: Sequence[int]) -> None:
+    def put_first(self, chosen: Set[int]) -> None:
         """These sequences take the first rows; as few rows as possible change their places."""
-        chosen, count = set(sequences), len(sequences)
+        count = len(chosen)
         order = list(range(len(self.state.lengths)))
         behind = [row for row in range(count, len(self.owners)) if self.owners[row] in chosen]
         for row in range(count):
@@ -293,15 +293,15 @@ class _Group:
 class _Step:
     """The state of a step, as `DecoderLM` asks for it: the tokens of all groups one after the other in one row."""
 
-    def __init__(self, groups: "Sequence[_Group]", device: torch.device):
+    def __init__(self, groups: Sequence[_Group], device: torch.device):
         self.groups, self.device = groups, device
-        self.longest = max(max(group.now.starts) for group in groups)
+        self.spans = [span for group in groups for span in group.spans]
+        self.longest = max(span.start for span in self.spans)
 
     def positions(self, length: int, padding: Tensor | None = None) -> Int[Tensor, "1 length"]:
         """Where the tokens stand, each in its own sequence."""
-        starts = [start for group in self.groups for start in group.now.starts for _ in range(group.width)]
-        offsets = [offset for group in self.groups for _ in group.spans for offset in range(group.width)]
-        return torch.tensor([[a + b for a, b in zip(starts, offsets, strict=True)]], device=self.device)
+        places = [range(span.start, span.start + len(span.tokens)) for span in self.spans]
+        return torch.tensor([list(chain.from_iterable(places))], device=self.device)
 
     def layer(self, index: int) -> "_StepCache":
         return _StepCache(self.groups, index)
@@ -312,12 +312,8 @@ class _Step:
 
     def wanted(self, batch: Sequence[Span]) -> list[int]:
         """The places of the tokens whose logits are wanted, in the order of the batch."""
-        ends: dict[int, int] = {}
-        end = 0
-        for group in self.groups:
-            for span in group.spans:
-                end += group.width
-                ends[span.sequence] = end
+        places = accumulate(len(span.tokens) for span in self.spans)
+        ends = dict(zip((span.sequence for span in self.spans), places, strict=True))
         return [place for span in batch for place in range(ends[span.sequence] - span.wanted, ends[span.sequence])]
 
 
@@ -336,14 +332,12 @@ class _StepCache:
         dropout: Dropout | None,
         scale: float | None,
     ) -> Float[Tensor, "1 length dim"]:
-        found, start = [], 0
-        for group in self.groups:
-            shape = len(group.spans), group.width
-            end = start + shape[0] * shape[1]
-            new = (x[0, :, start:end].unflatten(1, shape).transpose(0, 1) for x in (q, keys, values))
+        found = []
+        sizes = [len(group.spans) * group.width for group in self.groups]
+        parts = zip(*(x[0].split(sizes, 1) for x in (q, keys, values)), strict=True)
+        for group, new in zip(self.groups, parts, strict=True):
+            rows = (x.unflatten(1, (-1, group.width)).transpose(0, 1) for x in new)
             state = group.state
-            rows = group.rows
-            held = LayerCache(state.keys[self.index][rows], state.values[self.index][rows], group.now)
-            found.append(held.attend(*new, window, dropout, scale).flatten(0, 1))
-            start = end
+            held = LayerCache(state.keys[self.index][group.rows], state.values[self.index][group.rows], group.now)
+            found.append(held.attend(*rows, window=window, dropout=dropout, scale=scale).flatten(0, 1))
         return torch.cat(found)[None] if len(found) > 1 else found[0][None]

@@ -4,7 +4,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +31,6 @@ class Answer:
     seed: int
     prefix: str
     tools: ToolUse | None = None
-    written: int = 0
     id: str = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -50,9 +48,10 @@ class Answer:
     @property
     def usage(self) -> dict[str, Any]:
         """The numbers of tokens up to now; cached: those of the prompts that had been computed before."""
-        total = self.prompt_tokens + self.written
+        written = sum(len(request.tokens) for request in self.requests)
         cached = {"cached_tokens": sum(request.cached for request in self.requests[:: self.choices])}
-        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.written, "total_tokens": total}
+        total = self.prompt_tokens + written
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": written, "total_tokens": total}
         return {**counts, "prompt_tokens_details": cached}
 
     def head(self, kind: str) -> dict[str, Any]:
@@ -65,13 +64,9 @@ class Answer:
         tokenizer = self.description.tokenizer
         return Reply(form := tool_format(tokenizer), form.trigger(tokenizer)) if self.tools else Reply()
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+    def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Each piece with the place of its request, as they are written."""
-        async with aclosing(self.worker.generate(self.requests)) as steps:
-            async for found in steps:
-                self.written += len(found)
-                for each in found:
-                    yield each
+        return self.worker.generate(self.requests)
 
 
 async def prepare(
