@@ -1,6 +1,7 @@
 """`keifu train palm2`: from a mixture to a checkpoint that others load, with figures by source; resumed bit by bit."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,11 +111,9 @@ def test_gaps_are_filled_where_they_stand(mixture: Path, tmp_path: Path) -> None
     model, tokenizer = keifu.load(tmp_path)
     assert {tokenizer.token_id(mode) for mode in MODES} <= tokenizer.special_ids
     found = infill(model, tokenizer, "The ___ sees ___")
-    assert len(found.spans) == 2 and found.text.startswith("The" + found.spans[0] + " sees")
+    assert re.fullmatch(r"The(.*) sees(.*)", found, re.DOTALL) and "___" not in found
     with pytest.raises(UserError, match="There is no gap"):
         infill(model, tokenizer, "The cat")
-    with pytest.raises(UserError, match="Did you mean 'short'"):
-        infill(model, tokenizer, "The ___", gaps="shorter")
     with pytest.raises(UserError, match="There is no token '<extra_id_"):
         infill(model, tokenizer, "The" + " ___" * 101)
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from keifu.data.text.span_corruption import EXTREME, REGULAR, SEQUENTIAL, Markers
+from keifu.data.text.span_corruption import REGULAR, SEQUENTIAL, Markers
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.model import Encoder, evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
@@ -68,46 +68,32 @@ def _mark_blanks(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]
 
 
 GAP = "___"
-MODES = {"short": REGULAR, "long": EXTREME}
 GREEDY = SamplingParams(max_tokens=64, temperature=0, seed=0)
 
 
-@dataclass(frozen=True)
-class Infilling:
-    """A text whose gaps were filled: the whole of it, and what was put into each gap ("" where nothing was)."""
+def infill(model: nn.Module, tokenizer: Tokenizer, text: str) -> str:
+    """The text with each `___` in it replaced by the few words that the model writes there ([NLU], UL2's R-denoiser).
 
-    text: str
-    spans: tuple[str, ...]
-
-
-def infill(
-    model: nn.Module, tokenizer: Tokenizer, text: str, sampling: SamplingParams = GREEDY, gaps: str = "short"
-) -> Infilling:
-    """The text with each `___` in it replaced by what the model writes there.
-
-    gaps: "short" for a few words each ([NLU], UL2's R-denoiser), "long" for more ([NLG], its X-denoiser). A text
-    without a gap, and a tokenizer without modes and sentinels, are `UserError`s; `sampling` is that of `generate`.
+    A text without a gap, and a tokenizer without modes and sentinels, are `UserError`s.
     """
-    if gaps not in MODES:
-        raise unknown("kind of gaps", gaps, MODES)
     parts = text.split(GAP)
     if len(parts) == 1:
         raise UserError(f"There is no gap in {text!r}: write {GAP} where something is wanted.")
     markers = Markers.of(tokenizer, len(parts) - 1)
-    [found] = generate_batch(model, tokenizer, [prompt(tokenizer, markers, parts, MODES[gaps])], sampling)
+    [found] = generate_batch(model, tokenizer, [prompt(tokenizer, markers, parts)], GREEDY)
     ends = [place for place, token in enumerate(found.tokens) if token in tokenizer.stop_ids]
     spans = split_spans(found.tokens[: ends[0] if ends else None], markers.sentinels)
-    words = tuple(tokenizer.decode(span) for span in spans)
-    return Infilling("".join(part + word for part, word in zip(_close_span(parts), (*words, ""), strict=True)), words)
+    words = [*map(tokenizer.decode, spans), ""]
+    return "".join(part + word for part, word in zip(_close_span(parts), words, strict=True))
 
 
-def prompt(tokenizer: Tokenizer, markers: Markers, parts: Sequence[str], mode: str) -> list[int]:
+def prompt(tokenizer: Tokenizer, markers: Markers, parts: Sequence[str]) -> list[int]:
     """The mode, the parts with a sentinel between each two, and the first sentinel again, after which the model writes.
 
     A space before a gap belongs to what fills it, as tokens begin with their space.
     """
     encoded = tokenizer.encode_batch(_close_span(parts))
-    ids = [markers.modes[mode], *encoded[0]]
+    ids = [markers.modes[REGULAR], *encoded[0]]
     for sentinel, part in zip(markers.sentinels.tolist(), encoded[1:], strict=True):
         ids += [sentinel, *part]
     return [*ids, int(markers.sentinels[0])]

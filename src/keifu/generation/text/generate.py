@@ -13,7 +13,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.model import PREFILL_TOKENS, evaluation_mode, text_model
-from keifu.generation.text.request import Piece, prompt_tokens
+from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.sampling_params import SamplingOptions, SamplingParams, sampling_for
 from keifu.threads import follow_load
 
@@ -50,9 +50,20 @@ def stream(
     An invalid request is a `UserError` at once, before the first piece. `finish_reason` marks the last piece of a text.
     """
     engine = Engine(model, tokenizer, max_running=max(1, len(prompts)))
-    for prompt, sampling in zip(prompts, _one_each(samplings, len(prompts)), strict=True):
-        engine.add(engine.request(prompt, sampling))
+    _add(engine, prompts, samplings)
     return _pieces(engine)
+
+
+def _add(engine: Engine, prompts: Prompts, samplings: SamplingParams | Sequence[SamplingParams]) -> list[Request]:
+    """Has the engine write after each prompt."""
+    n = len(prompts)
+    each = [samplings] * n if isinstance(samplings, SamplingParams) else list(samplings)
+    if len(each) != n:
+        raise UserError(f"There are {n} prompts and {len(each)} samplings: give one for all, or one for each.")
+    requests = [engine.request(*pair) for pair in zip(prompts, each, strict=True)]
+    for request in requests:
+        engine.add(request)
+    return requests
 
 
 def _pieces(engine: Engine) -> Iterator[Piece]:
@@ -75,28 +86,25 @@ def generate_batch(
     What prompts share at their beginning is computed once. tokenizer: None gives tokens without text. `advance` is
     called with the number of prompts done.
     """
-    each = [sampling.seeded() for sampling in _one_each(samplings, len(prompts))]
-    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     engine = Engine(model, tokenizer, max_running=batch_size, step_tokens=PREFILL_TOKENS)
-    for prompt, sampling in zip(tokens, each, strict=True):
-        engine.add(engine.request(prompt, sampling))
-    pieces: list[list[Piece]] = [[] for _ in tokens]
+    requests = _add(engine, prompts, samplings)
+    pieces: list[list[Piece]] = [[] for _ in requests]
     done = 0
     for piece in _pieces(engine):
         pieces[piece.index].append(piece)
         if piece.finish_reason and advance:
             advance(done := done + 1)
-    return [completion(p, s.seed or 0, len(t)) for p, s, t in zip(pieces, each, tokens, strict=True)]
+    return [_completion(*each) for each in zip(requests, pieces, strict=True)]
 
 
-def completion(pieces: Sequence[Piece], seed: int, prompt_length: int) -> Completion:
+def _completion(request: Request, pieces: Sequence[Piece]) -> Completion:
     """All pieces of one text, put together."""
     return Completion(
         "".join(piece.text for piece in pieces),
-        [piece.token for piece in pieces],
+        request.tokens,
         pieces[-1].finish_reason or "",
-        seed,
-        prompt_length,
+        request.sampling.seed or 0,
+        len(request.prompt),
         [p.log_probability for p in pieces if p.log_probability is not None] or None,
         [p.sampled_log_probability for p in pieces if p.sampled_log_probability is not None] or None,
     )
@@ -150,11 +158,3 @@ def as_prompt(tokenizer: Tokenizer, text: str, raw: bool = False) -> str | list[
     if raw or tokenizer.chat_template is None or not isinstance(text, str):
         return text
     return tokenizer.render_chat([{"role": "user", "content": text}])
-
-
-def _one_each(samplings: SamplingParams | Sequence[SamplingParams], n: int) -> list[SamplingParams]:
-    """As many settings as prompts."""
-    each = [samplings] * n if isinstance(samplings, SamplingParams) else list(samplings)
-    if len(each) != n:
-        raise UserError(f"There are {n} prompts and {len(each)} samplings: give one for all, or one for each.")
-    return each

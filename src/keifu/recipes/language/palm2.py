@@ -213,7 +213,7 @@ def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Tokenizer) -> Callable
 
     def sample(step: int) -> str:
         chance = sampling_for(tokenizer, {"max_tokens": 40, "seed": step})
-        filled = (f"{text}\n  = {infill(model, tokenizer, text).text}" for text in gaps)
+        filled = (f"{text}\n  = {infill(model, tokenizer, text)}" for text in gaps)
         gone_on = (text + continuation(model, tokenizer, text, chance) for text in recipe.prompts)
         return "\n".join([*filled, *gone_on])
 
