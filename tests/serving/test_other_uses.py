@@ -1,5 +1,6 @@
 """Embeddings, reranking, translations, tokens and pictures over HTTP are the library's; several models share memory."""
 
+import asyncio
 import base64
 import io
 import json
@@ -22,6 +23,8 @@ from keifu.generation.text.translation import translate
 from keifu.serving.app import Access
 from keifu.serving.metrics import Metrics
 from keifu.serving.models import ServedModels
+from keifu.serving.openai.generation import prepare
+from keifu.serving.openai.schemas import CompletionRequest
 from keifu.serving.worker import Limits
 
 TEXTS = ["the cat", "seven dogs ran", "a mat"]
@@ -247,6 +250,23 @@ def test_a_model_whose_load_failed_is_loaded_by_what_asks_next(
         away.rename(weights)
         assert served.post(f"/v1/{path}", {"model": name, **body}).status_code == 200
         assert served.openai.models.retrieve(name).loaded
+
+
+def test_an_answer_whose_model_was_let_go_before_it_began_is_written(folder: Path) -> None:
+    base, chat = (name_of(folder, kind) for kind in ("base", "chat"))
+    sizes = [each.size for each in ServedModels([base, chat], Limits(), Metrics()).descriptions.values()]
+    models = ServedModels([base, chat], Limits(timeout=10.0), Metrics(), max(sizes))
+
+    async def write() -> list[int]:
+        body = CompletionRequest(model=base, prompt=[1, 2], max_tokens=3)
+        answer = await prepare(models, body, "completion", lambda _: body.prompts(), "cmpl")
+        models.worker(chat)
+        assert set(models.workers) == {chat}
+        found = [piece.token async for _, piece in answer.pieces()]
+        await models.close()
+        return found
+
+    assert asyncio.run(write())
 
 
 def test_packed_weights_write_text_and_are_not_looked_into(folder: Path) -> None:

@@ -16,6 +16,7 @@ from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.constraints import constraints, schema_grammar
 from keifu.serving.openai.schemas import Sampling
 from keifu.serving.openai.tools import Reply, ToolUse, tool_format
+from keifu.serving.worker import Worker
 
 REASONS = {"stop": "stop", "length": "length", "context": "length"}
 
@@ -36,9 +37,13 @@ class Answer:
 
     def __post_init__(self) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self.worker = self.models.worker(self.description.name)
         self.worker.check_room(len(self.requests))
         self.models.metrics.prompt.labels(self.description.name).inc(self.prompt_tokens)
+
+    @property
+    def worker(self) -> Worker:
+        """The thread that has the model now: until something is asked of it, another model may take its room."""
+        return self.models.worker(self.description.name)
 
     @property
     def prompt_tokens(self) -> int:
