@@ -72,12 +72,18 @@ def test_one_bias_serves_many_distributions() -> None:
     agree(ours - logits(), torch.zeros(ROWS, VOCAB).index_fill(1, torch.tensor(3), 9.0))
 
 
+class OnlyEleven:
+    def allowed(self) -> Tensor:
+        return torch.arange(VOCAB) == 11
+
+    def accept(self, token: int) -> None:
+        pass
+
+
 def test_only_allowed_tokens_are_chosen_and_the_likeliest_are_reported_of_all() -> None:
     settings = [SamplingParams(seed=n, log_probabilities=n != 1, top_log_probabilities=n) for n in range(ROWS)]
-    allowed = torch.zeros(ROWS, VOCAB, dtype=torch.bool)
-    allowed[:, 11] = True
-    sampler = Sampler([Request([0], each, None, 9) for each in settings], VOCAB, CPU)
-    rows_found = sampler.choose(logits(), allowed)
+    sampler = Sampler([Request([0], each, None, 9, OnlyEleven()) for each in settings], VOCAB, CPU)
+    rows_found = sampler.choose(logits())
     logs = logits().log_softmax(-1)
     assert rows_found[:, 0].tolist() == [11] * ROWS
     torch.testing.assert_close(rows_found[:, 2].float(), logs[:, 11])

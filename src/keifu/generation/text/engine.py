@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence as Tokens
 from contextlib import nullcontext
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.model import evaluation_mode
-from keifu.generation.text.request import Piece, Request, allowed_tokens, check_bias, check_tokens, prompt_tokens
+from keifu.generation.text.request import Piece, Request, check_bias, check_tokens, prompt_tokens
 from keifu.generation.text.runner import Runner, Span, TorchRunner, runner_of
 from keifu.generation.text.sampler import Sampler
 from keifu.generation.text.sampling_params import SamplingParams
@@ -51,8 +51,7 @@ class Engine:
         self.scheduler = Scheduler(blocks, max_running, step_tokens, self.runner.window)
         self.guesses = min(guesses, self.scheduler.step_tokens // max_running - 1)
         self._sequences: dict[int, Sequence] = {}
-        self._count = 0
-        self._writing: tuple[Sequence, ...] = ()  # the rows of the sampler
+        self._numbers = count()
         self._sampler: Sampler | None = None
 
     @property
@@ -87,8 +86,7 @@ class Engine:
                     f"which holds {pool} tokens: shorten it, ask for fewer, or free some memory."
                 )
             request.limit = pool + 1 - length
-        request.index = self._count
-        self._count += 1
+        request.index = next(self._numbers)
         sequence = self._sequences[request.index] = Sequence(request.index, request, list(request.prompt))
         self.scheduler.add(sequence)
         return request.index
@@ -117,8 +115,10 @@ class Engine:
         while rows:
             places, writing = zip(*rows, strict=True)
             some = logits if len(rows) == len(logits) else logits[list(places)]
-            allowed = allowed_tokens([sequence.request for sequence in writing], logits.shape[1], logits.device)
-            figures = self._sampler_of(writing, logits).choose(some, allowed).tolist()
+            requests = [sequence.request for sequence in writing]
+            if self._sampler is None or requests != self._sampler.requests:
+                self._sampler = Sampler(requests, logits.shape[1], logits.device)
+            figures = self._sampler.choose(some).tolist()
             new = [sequence.take(figure) for sequence, figure in zip(writing, figures, strict=True)]
             pieces += new
             rows = [(place + 1, s) for (place, s), piece in zip(rows, new, strict=True) if _guessed(s, piece, depth)]
@@ -133,13 +133,6 @@ class Engine:
             if piece.finish_reason:
                 self.abort(piece.index)
         return pieces
-
-    def _sampler_of(self, writing: tuple[Sequence, ...], logits: Tensor) -> Sampler:
-        """The sampler with a row for each sequence: the last one as long as they stay the same."""
-        if self._sampler is None or writing != self._writing:
-            requests = [sequence.request for sequence in writing]
-            self._writing, self._sampler = writing, Sampler(requests, logits.shape[1], logits.device)
-        return self._sampler
 
 
 def _guessed(sequence: Sequence, piece: Piece, depth: int) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from operator import index
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -143,17 +142,6 @@ class Request:
         pairs = zip(map(int, likeliest[::2]), likeliest[1::2], strict=True)
         top = tuple(pairs)[: self.sampling.top_log_probabilities]
         return Piece(self.index, text, self.tokens[-1], own, sampled, top, reason)
-
-
-def allowed_tokens(
-    requests: Sequence[Request], vocab_size: int, device: torch.device
-) -> Bool[Tensor, "rows vocab"] | None:
-    """The tokens that each request's constraint allows now; None where no request has one."""
-    if all(request.constraint is None for request in requests):
-        return None
-    free = torch.ones(vocab_size, dtype=torch.bool, device="cpu")
-    rows = [free if request.constraint is None else request.constraint.allowed() for request in requests]
-    return torch.stack(rows).to(device)
 
 
 def prompt_tokens(tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> list[int]:

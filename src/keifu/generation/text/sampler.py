@@ -126,7 +126,7 @@ class Sampler:
     """Chooses the tokens of some requests, a row each, as long as the same are written together."""
 
     def __init__(self, requests: Sequence[Request], vocab: int, device: torch.device):
-        samplings = [each.sampling for each in requests]
+        self.requests, samplings = requests, [each.sampling for each in requests]
         prompts, written = [each.prompt for each in requests], [each.tokens for each in requests]
         lengths = [len(prompt) + len(tokens) for prompt, tokens in zip(prompts, written, strict=True)]
         self.settings = RowSettings(samplings, device)
@@ -136,16 +136,14 @@ class Sampler:
         self.reports = any(s.log_probabilities for s in samplings)
         self.top = max((s.top_log_probabilities for s in samplings if s.log_probabilities), default=0)
 
-    def choose(
-        self, logits: logits_processors.Logits, allowed: Bool[Tensor, "rows vocab"] | None = None
-    ) -> Float[Tensor, "rows columns"]:
-        """One token for each row; the next call is for the tokens after these. allowed: those that may be chosen.
+    def choose(self, logits: logits_processors.Logits) -> Float[Tensor, "rows columns"]:
+        """One token for each row, of those that its request allows; the next call is for the tokens after these.
 
         Given as a table to be read by the host in one copy: token, largest logit and, if any row asks for them, its
         log-probability under the model and under the distribution sampled from, then the likeliest tokens under the
         model, as many as any row wants, each with its log-probability.
         """
-        open_logits = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
+        open_logits = self._allowed(logits)
         if self.settings.all_greedy:
             sampled, tokens = None, self.settings.apply_penalties(open_logits, self.history).argmax(-1)
         else:
@@ -154,6 +152,14 @@ class Sampler:
         self.history.add(tokens)
         self.positions = self.positions + 1
         return self._figures(logits, sampled, tokens)
+
+    def _allowed(self, logits: logits_processors.Logits) -> logits_processors.Logits:
+        """-inf for the tokens that a request's constraint excludes."""
+        if all(request.constraint is None for request in self.requests):
+            return logits
+        free = torch.ones(logits.shape[1], dtype=torch.bool, device="cpu")
+        rows = [free if each.constraint is None else each.constraint.allowed() for each in self.requests]
+        return logits.masked_fill(~torch.stack(rows).to(logits.device), -torch.inf)
 
     def _figures(
         self, logits: logits_processors.Logits, sampled: logits_processors.Logits | None, tokens: Tensor

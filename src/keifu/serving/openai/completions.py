@@ -33,6 +33,9 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         return await whole(request, _completion(answer, body))
 
 
+COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
 class Choice:
     """A text as it grows, with its tokens and their probabilities where they were asked for."""
 
@@ -40,14 +43,14 @@ class Choice:
         self.tokenizer = answer.description.tokenizer
         self.place, self.top = place, body.logprobs
         self.text, self.length = "", 0  # what was not yet handed out; characters of the whole
-        self.tokens: list[tuple[int, int, float | None, dict[str, float] | None]] = []
+        self.tokens: list[tuple[str, float | None, dict[str, float] | None, int]] = []  # in these columns
 
     def add(self, text: str, token: int, value: float | None, top: Any) -> None:
         """One more token, and the text that it completes."""
         if self.top is not None:
             own = [(token, value)] if self.top and value is not None else []  # it may be none of the likeliest
             found = dict(likeliest(self.tokenizer, [*top, *own])) if own else None
-            self.tokens.append((self.length, token, value, found))
+            self.tokens.append((token_text(self.tokenizer, token), value, found, self.length))
         self.text += text
         self.length += len(text)
 
@@ -55,12 +58,8 @@ class Choice:
         """What came since the last call, as the API has it. reason: why a `Piece` was the last, if one was."""
         logprobs = None
         if self.top is not None:
-            logprobs = {
-                "tokens": [token_text(self.tokenizer, token) for _, token, _, _ in self.tokens],
-                "token_logprobs": [value for _, _, value, _ in self.tokens],
-                "top_logprobs": [top for *_, top in self.tokens] if self.top else None,
-                "text_offset": [offset for offset, *_ in self.tokens],
-            }
+            logprobs = {name: [row[place] for row in self.tokens] for place, name in enumerate(COLUMNS)}
+            logprobs |= {} if self.top else {"top_logprobs": None}
         text, self.text, self.tokens = self.text, "", []
         return {"index": self.place, "text": text, "logprobs": logprobs, "finish_reason": REASONS.get(reason or "")}
 
