@@ -92,13 +92,25 @@ def keep_freed(device: torch.device) -> Iterator[None]:
     # one by one at their first use: 240,000 in a step of GPT-2 124M, a fifth of its time.
     glibc.mallopt(MMAP_MAX, 0)
     glibc.mallopt(TRIM_THRESHOLD, -1)
+    _keeping.append(device)
     try:
         yield
     finally:
+        _keeping.pop()
         glibc.mallopt(MMAP_MAX, 65_536)
-        glibc.mallopt(MMAP_THRESHOLD, 2**25)  # where both thresholds come to by themselves
-        glibc.mallopt(TRIM_THRESHOLD, 2**26)
+        reuse_freed()
         release(device)
+
+
+_keeping: list[torch.device] = []  # one for each `keep_freed` that the process is in
+
+
+def reuse_freed() -> None:
+    """Lets glibc keep what is freed in pieces of up to 32 MB, 64 MB in all, for what is allocated next: the most that
+    its thresholds come to by themselves. Else each token's logits of a batch begin as new pages."""
+    if not _keeping and (glibc := _glibc()):
+        glibc.mallopt(MMAP_THRESHOLD, 2**25)
+        glibc.mallopt(TRIM_THRESHOLD, 2**26)
 
 
 def _glibc() -> Any:

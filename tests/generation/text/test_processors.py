@@ -9,7 +9,7 @@ from torch import Tensor
 
 from keifu.generation.text import logits_processors
 from keifu.generation.text.request import Request
-from keifu.generation.text.sampler import History, RowSettings, Sampler
+from keifu.generation.text.sampler import History, RowSettings, Sampler, sample
 from keifu.generation.text.sampling_params import SamplingParams
 
 ROWS, VOCAB = 4, 203
@@ -174,6 +174,50 @@ def test_every_row_has_its_own_settings() -> None:
     assert not torch.equal(together, logits())
     for row in range(ROWS):
         assert torch.equal(together[row], processed([row])[0])
+
+
+LIMITS = [(0, 1.0), (0, 0.3), (0, 0.98), (1, 1.0), (7, 0.6), (40, 1.0), (300, 0.9), (255, 1.0), (256, 1.0)]
+
+
+def wide_logits(kind: str) -> Tensor:
+    """A row for each of the limits, of a vocabulary that a shortlist does not hold: peaked, flat, of many equals, or of
+    few tokens that are allowed."""
+    random = torch.Generator().manual_seed(11)
+    x = torch.randn(len(LIMITS), 1301, generator=random)
+    scaled = {"peaked": x * 6, "flat": x / 9, "equals": (x * 2).round(), "few": x * 3}[kind]
+    return scaled.masked_fill(torch.rand(x.shape, generator=random) < 0.97, -torch.inf) if kind == "few" else scaled
+
+
+@pytest.mark.parametrize("kind", ["peaked", "flat", "equals", "few"])
+def test_a_shortlist_holds_what_top_k_and_top_p_leave(kind: str) -> None:
+    x = wide_logits(kind)
+    k, p = torch.tensor([k for k, _ in LIMITS]), rows(*(p for _, p in LIMITS))
+    few, names, whole = logits_processors.shortlist(x, k, p)
+    left = torch.full_like(x, -torch.inf).scatter_(1, names, few)
+    expected = logits_processors.top_p(logits_processors.top_k(x, k), p)
+    assert torch.equal(left[whole], expected[whole])
+    assert torch.equal(names, names.sort(-1).values)
+    assert not whole[0] and not whole[-1]  # of unlimited choice, and where the last of the list is left
+    assert whole.sum() >= {"peaked": 6, "flat": 4, "equals": 2, "few": 3}[kind]
+
+
+@pytest.mark.parametrize("kind", ["peaked", "flat", "equals", "few"])
+def test_rows_of_a_large_vocabulary_draw_what_they_draw_alone(kind: str) -> None:
+    """By the shortlist or the whole distribution, which is what their settings say."""
+    samplings = [SamplingParams(temperature=0.7, top_k=k, top_p=p, min_p=0.01) for k, p in LIMITS]
+    samplings[3] = SamplingParams(temperature=0)
+    x, nothing = wide_logits(kind), History(None, None)
+    u = torch.rand(len(LIMITS), 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    settings = RowSettings(samplings, CPU)
+    whole = settings(x, nothing)
+    alone = [RowSettings([each], CPU) for each in samplings]
+    for draw in u.T:
+        tokens, logs = settings.choose(x, nothing, draw)
+        for row, each in enumerate(alone):
+            token, log = each.choose(x[row : row + 1], nothing, draw[row : row + 1])
+            assert (token.item(), log.item()) == (tokens[row].item(), logs[row].item())
+        torch.testing.assert_close(logs.float(), logits_processors.log_probability(whole, tokens))
+        assert torch.equal(tokens, sample(whole, draw)[0])
 
 
 def test_penalties_see_the_prompt_or_only_what_was_written() -> None:

@@ -22,6 +22,7 @@ from keifu.generation.text.runner import Runner, Span, TorchRunner, runner_of
 from keifu.generation.text.sampler import Sampler
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.generation.text.scheduler import Scheduler, Sequence
+from keifu.memory import reuse_freed
 from keifu.threads import on_threads
 
 
@@ -43,6 +44,7 @@ class Engine:
         step_tokens: int = 512,
         guesses: int = 0,
     ):
+        reuse_freed()
         self.model, self.tokenizer = model, tokenizer
         self.runner = runner_of(model) if runner is None else runner
         # PyTorch's other threads would wait in a loop on the cores where native code computes the next step

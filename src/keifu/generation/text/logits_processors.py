@@ -16,6 +16,8 @@ from torch import Tensor
 
 from keifu.layers.wide import wide
 
+SHORTLIST = 256  # tokens among which `shortlist` looks
+
 Logits = Float[Tensor, "rows vocab"]
 Parameter = Float[Tensor, " #rows"]
 
@@ -65,6 +67,30 @@ def top_p(logits: Logits, p: Parameter) -> Logits:
 def min_p(logits: Logits, fraction: Parameter) -> Logits:
     """-inf for tokens less than `fraction` times as likely as the likeliest (Nguyen et al., 2024)."""
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + fraction[:, None].log(), -torch.inf)
+
+
+def shortlist(
+    logits: Logits, k: Int[Tensor, " #rows"], p: Parameter
+) -> tuple[Float[Tensor, "rows few"], Int[Tensor, "rows few"], Bool[Tensor, " rows"]]:
+    """What `top_k` and then `top_p` leave, looked for among each row's likeliest tokens alone: their logits, -inf for
+    those that are removed; which tokens they are, in the order of the vocabulary; and the rows for which these are all.
+
+    A full sort of each row would take longer than a small model's step. How many tokens are looked at is the same for
+    all rows, so that no row's sums depend on another's k.
+    """
+    values, tokens = logits.topk(min(SHORTLIST, logits.shape[1]))
+    last = torch.where(k > 0, k.clamp(max=values.shape[1]), values.shape[1]).expand(len(values)) - 1
+    kept = values.masked_fill(values < values.gather(1, last[:, None]), -torch.inf)
+    shares = kept.softmax(-1)
+    if not k.all():
+        shares = torch.where((k > 0)[:, None], shares, logits.softmax(-1).gather(1, tokens))
+    mass = wide(shares).cumsum(-1, dtype=torch.float64)
+    last = (mass < wide(p)[:, None]).sum(-1, keepdim=True).clamp(max=values.shape[1] - 1).to(logits.device)
+    kept = kept.masked_fill((kept < kept.gather(1, last)) & (p[:, None] < 1), -torch.inf)
+    names, order = tokens.sort(-1)
+    limited = torch.where(k > 0, k < values.shape[1], p < 1)
+    whole = kept[:, -1].isneginf() & limited  # what lies outside is no likelier than the last one
+    return kept.gather(1, order), names, whole
 
 
 def likeliest(logits: Logits) -> Logits:

@@ -4,7 +4,7 @@ A row's token depends on its logits and on one uniform number, which its seed an
 texts being written, or independent distributions; vocab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +18,19 @@ from keifu.layers.counter_rng import uniform
 from keifu.layers.wide import wide
 
 
-def sample(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """Inverse transform sampling: the first token at which the cumulative probability passes u.
+def sample(
+    logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Inverse transform sampling: the first token at which the cumulative probability passes u, and ln of its own.
 
     One number a row suffices, where the Gumbel trick needs one for each token of the vocabulary. The sum is float64, so
     that rare tokens keep their probability; tokens of probability 0 are never sampled.
     """
-    mass = wide(logits.softmax(-1)).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(mass, wide(u)[:, None] * mass[:, -1:], right=True)[:, 0].to(logits.device)
+    probabilities = logits.softmax(-1)
+    mass = wide(probabilities).cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(mass, wide(u)[:, None] * mass[:, -1:], right=True).to(logits.device)
+    tokens = tokens.clamp(max=logits.shape[1] - 1)  # a row of NaN has none: its logits are told as damaged
+    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
 
 
 NEUTRAL = vars(SamplingParams())
@@ -52,7 +57,7 @@ class RowSettings:
         self.presence = self._column("presence_penalty")
         self.frequency = self._column("frequency_penalty")
         self.counts = self.presence is not None or self.frequency is not None
-        self.filters = [(step, each) for name, step in FILTERS.items() if (each := self._column(name)) is not None]
+        self.filters = {name: each for name in FILTERS if (each := self._column(name)) is not None}
         self.bias = self._biases([s.logit_bias for s in samplings])
 
     def _column(self, name: str) -> Tensor | None:
@@ -81,14 +86,41 @@ class RowSettings:
 
     def __call__(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
         logits = self.apply_penalties(logits, history)
-        best = logits_processors.likeliest(logits) if self.any_greedy else None
-        if self.all_greedy and best is not None:
-            return best
-        for step, values in self.filters:
-            logits = step(logits, values)
-        if best is None:
-            return logits
-        return torch.where(self.greedy[:, None], best, logits)
+        return torch.where(self.greedy[:, None], logits_processors.likeliest(logits), self._filter(logits))
+
+    def choose(
+        self, logits: logits_processors.Logits, history: "History", u: Float[Tensor, " rows"]
+    ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """Each row's token for its number u in [0, 1), and ln of the probability that it is sampled with."""
+        logits = self.apply_penalties(logits, history)
+        if not self.any_greedy:
+            return self._sample(logits, u)
+        likeliest, certain = logits.argmax(-1), torch.zeros_like(u)
+        if self.all_greedy:
+            return likeliest, certain
+        tokens, logs = self._sample(logits, u)
+        return torch.where(self.greedy, likeliest, tokens), torch.where(self.greedy, certain, logs)
+
+    def _sample(self, logits: logits_processors.Logits, u: Tensor) -> tuple[Tensor, Tensor]:
+        """From the shortlist where it holds all that a row's own settings leave; else from the whole distribution."""
+        k, p = self.filters.get("top_k"), self.filters.get("top_p")
+        if (k is None and p is None) or logits.shape[1] <= logits_processors.SHORTLIST:
+            return sample(self._filter(logits), u)
+        k = torch.zeros(1, dtype=torch.int64, device=self.device) if k is None else k
+        p = torch.ones(1, device=self.device) if p is None else p
+        few, names, whole = logits_processors.shortlist(self._filter(logits, ["temperature"]), k, p)
+        places, logs = sample(self._filter(few, ["min_p"]), u)
+        tokens = names.gather(1, places[:, None])[:, 0]
+        if rest := (~whole).nonzero()[:, 0].tolist():
+            others = RowSettings([self.samplings[row] for row in rest], self.device)
+            tokens[rest], logs[rest] = sample(others._filter(logits[rest]), u[rest])
+        return tokens, logs
+
+    def _filter(self, logits: logits_processors.Logits, names: Iterable[str] = FILTERS) -> logits_processors.Logits:
+        for name in names:
+            if name in self.filters:
+                logits = FILTERS[name](logits, self.filters[name])
+        return logits
 
 
 @dataclass
@@ -143,15 +175,16 @@ class Sampler:
         log-probability under the model and under the distribution sampled from, then the likeliest tokens under the
         model, as many as any row wants, each with its log-probability.
         """
-        open_logits = self._allowed(logits)
-        if self.settings.all_greedy:
-            sampled, tokens = None, self.settings.apply_penalties(open_logits, self.history).argmax(-1)
-        else:
-            sampled = self.settings(open_logits, self.history)
-            tokens = sample(sampled, uniform(self.seeds, self.positions))
+        tokens, sampled = self.settings.choose(self._allowed(logits), self.history, uniform(self.seeds, self.positions))
         self.history.add(tokens)
         self.positions = self.positions + 1
-        return self._figures(logits, sampled, tokens)
+        columns = [tokens, logits.amax(-1)]
+        if self.reports:
+            columns += [logits_processors.log_probability(logits, tokens), sampled]
+            values, likeliest = logits.topk(min(self.top, logits.shape[1]))
+            logs = values - logits.logsumexp(-1, keepdim=True)
+            columns += [column for pair in zip(likeliest.T, logs.T, strict=True) for column in pair]
+        return torch.stack([wide(column).double() for column in columns], -1)
 
     def _allowed(self, logits: logits_processors.Logits) -> logits_processors.Logits:
         """-inf for the tokens that a request's constraint excludes."""
@@ -160,16 +193,3 @@ class Sampler:
         free = torch.ones(logits.shape[1], dtype=torch.bool, device="cpu")
         rows = [free if each.constraint is None else each.constraint.allowed() for each in self.requests]
         return logits.masked_fill(~torch.stack(rows).to(logits.device), -torch.inf)
-
-    def _figures(
-        self, logits: logits_processors.Logits, sampled: logits_processors.Logits | None, tokens: Tensor
-    ) -> Float[Tensor, "rows columns"]:
-        columns = [tokens, logits.amax(-1)]
-        if self.reports:
-            columns.append(logits_processors.log_probability(logits, tokens))
-            certain = torch.zeros_like(columns[-1])
-            columns.append(certain if sampled is None else logits_processors.log_probability(sampled, tokens))
-            values, likeliest = logits.topk(min(self.top, logits.shape[1]))
-            logs = values - logits.logsumexp(-1, keepdim=True)
-            columns += [column for pair in zip(likeliest.T, logs.T, strict=True) for column in pair]
-        return torch.stack([wide(column).double() for column in columns], -1)
