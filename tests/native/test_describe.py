@@ -31,7 +31,7 @@ def test_every_parameter_is_described_once(kind: str) -> None:
 def test_a_model_without_memory_is_described_too() -> None:
     with on_meta():
         model = llama.build(llama.Config(**GROUPED))
-    frequencies = [layer.rotary and layer.rotary.frequencies for layer in describe(model).layers]
+    frequencies = [layer.frequencies for layer in describe(model).layers]
     assert all(each is not None and each.device.type == "cpu" for each in frequencies)
 
 

@@ -25,7 +25,7 @@ from keifu.native.build import Unavailable
 from keifu.native.describe import ModelPart, describe
 from keifu.native.library import open_library, say_why, switched_off
 from keifu.native.model import NativeLM, pack, pack_beside
-from keifu.native.pack import OWN, Blocks
+from keifu.native.pack import OWN, Blocks, Weights
 from keifu.native.targets import pack_translator
 
 MAPS = Path("/proc/self/maps")
@@ -72,7 +72,7 @@ def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:
         return model
 
 
-class FileWeights:
+class FileWeights(Weights):
     """The parameters of a planned model, read from its file."""
 
     def __init__(self, found: Plan):

@@ -49,27 +49,15 @@ class NormPart:
 
 
 @dataclass(frozen=True)
-class RotaryPart:
-    """A rotary embedding: radians a position for each pair."""
-
-    frequencies: Tensor
-    interleaved: bool
-    magnitude: float
-
-
-@dataclass(frozen=True)
 class LayerPart:
-    """A block: its matrices and norms by the names of native code, and its numbers."""
+    """A block: its matrices, norms and numbers by the names of native code, and of rotary positions the radians that
+    each pair turns by from one position to the next."""
 
     matrices: Mapping[str, MatrixPart]
     norms: Mapping[str, NormPart]
+    numbers: Mapping[str, int | float]
     heads: tuple[int, int, int]  # of queries, of keys and values, and their dimension
-    parallel: bool
-    norm_after: bool
-    activation: int
-    window: int
-    scale: float
-    rotary: RotaryPart | None
+    frequencies: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -90,15 +78,11 @@ class ModelPart:
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
 ACTIVATION_KINDS: dict[Activation, int] = {F.silu: 0, ACTIVATIONS["gelu_tanh"]: 1, F.gelu: 2, F.relu: 3}
 LIKE = torch.zeros(1, dtype=torch.float32, device="cpu")  # the type and place of numbers that are computed
-TWO_NORMS = {"attention_norm": "attention_norm", "feedforward_norm": "feedforward_norm"}
-BLOCKS: dict[type, dict[str, str]] = {  # the names that native code has for the norms of a block
-    PreNorm: TWO_NORMS,
-    PostNorm: TWO_NORMS,
-    CrossPostNorm: {**TWO_NORMS, "cross_attention_norm": "cross_norm"},
-    SandwichNorm: {
-        name: name for name in ("attention_norm", "post_attention_norm", "feedforward_norm", "post_feedforward_norm")
-    },
-    Parallel: {"norm": "attention_norm"},
+NORMS = {  # native code's names of the norms that a block calls otherwise
+    "norm": "attention_norm",
+    "cross_attention_norm": "cross_norm",
+    "attention.q_norm": "query_norm",
+    "attention.k_norm": "key_norm",
 }
 
 
@@ -111,58 +95,64 @@ def describe(model: nn.Module) -> ModelPart:
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unavailable(f"{name or 'the model'} has hooks, which native code does not call")
     if isinstance(model, EncoderDecoder):
-        return _describe_decoder(_known(model, "the model", EncoderDecoder))
-    decoder = _known(model, "the model", DecoderLM)
-    embedding, positions = _known(decoder.embedding, "embedding", nn.Embedding, ScaledEmbedding), decoder.positions
-    table = _matrix(embedding, "embedding")
+        return _describe_decoder(_known(model, "", EncoderDecoder))
+    decoder = _known(model, "", DecoderLM)
+    table, positions = _matrix(model, "embedding", nn.Embedding, ScaledEmbedding), decoder.positions
     return ModelPart(
         table,
-        embedding.scale if isinstance(embedding, ScaledEmbedding) else 1.0,
+        decoder.embedding.scale if isinstance(decoder.embedding, ScaledEmbedding) else 1.0,
         None if positions is None else "positions.weight",
         decoder.config.context_length if positions is None else positions.num_embeddings,
-        tuple(_layer(block, f"blocks.{number}") for number, block in enumerate(decoder.blocks)),
-        _norm(decoder.norm, "norm", ScaledLayerNorm),
-        table if decoder.head is None else _matrix(_known(decoder.head, "head", *LINEAR), "head"),
+        tuple(_layer(model, f"blocks.{number}") for number in range(len(decoder.blocks))),
+        _norm(model, "norm", ScaledLayerNorm),
+        table if decoder.head is None else _matrix(model, "head"),
         decoder.norm.scale if isinstance(decoder.norm, ScaledLayerNorm) else 1.0,
     )
 
 
 def _describe_decoder(model: EncoderDecoder) -> ModelPart:
-    name = "embedding" if model.target_embedding is None else "target_embedding"
-    table = _matrix(_known(model.get_submodule(name), name, nn.Embedding), name)
-    head = table if model.head is None else _matrix(_known(model.head, "head", *LINEAR), "head")
+    table = _matrix(model, "embedding" if model.target_embedding is None else "target_embedding", nn.Embedding)
     length = model.positions.context_length
     return ModelPart(
         table,
         model.scale,
         model.positions(0, length, LIKE),
         length,
-        tuple(_layer(block, f"decoder.{number}") for number, block in enumerate(model.decoder)),
+        tuple(_layer(model, f"decoder.{number}") for number in range(len(model.decoder))),
         NormPart(NO_NORM, 0.0, None),
-        replace(head, bias="logits_bias"),
+        replace(table if model.head is None else _matrix(model, "head"), bias="logits_bias"),
         1.0,
     )
 
 
 Kind = TypeVar("Kind", bound=nn.Module)
-LINEAR = (Linear, JoinedLinear, nn.Linear)
 
 
-def _known(module: nn.Module, name: str, *kinds: type[Kind]) -> Kind:
-    """A layer of one of these kinds; a subclass is another kind, since it may compute something else."""
+def _known(model: nn.Module, name: str, *kinds: type[Kind]) -> Kind:
+    """The layer of a name, of one of these kinds; a subclass is another kind, since it may compute something else."""
+    module = model.get_submodule(name)
     if type(module) not in kinds:
-        raise Unavailable(f"{name} is a {type(module).__name__}, which native code does not have")
+        raise Unavailable(f"{name or 'the model'} is a {type(module).__name__}, which native code does not have")
     return cast(Kind, module)
 
 
-def _matrix(module: nn.Linear | nn.Embedding, name: str, first: int = 0, rows: int | None = None) -> MatrixPart:
-    count, columns = module.weight.shape
+def _matrix(model: nn.Module, name: str, *kinds: type[nn.Linear | nn.Embedding]) -> MatrixPart:
+    """The whole matrix of a layer: of a linear one where no kinds are given."""
+    module = _known(model, name, *(kinds or (Linear, JoinedLinear, nn.Linear)))
+    rows, columns = module.weight.shape
     bias = module.bias if isinstance(module, nn.Linear) else None
-    return MatrixPart(f"{name}.weight", first, rows or count, columns, None if bias is None else f"{name}.bias")
+    return MatrixPart(f"{name}.weight", 0, rows, columns, None if bias is None else f"{name}.bias")
 
 
-def _norm(module: nn.Module, name: str, *more: type[nn.LayerNorm]) -> NormPart:
-    norm = _known(module, name, RMSNorm, UnitOffsetRMSNorm, nn.LayerNorm, nn.Identity, *more)
+def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
+    """The matrices that are joined in one, by these names."""
+    rows, whole = _known(model, name, JoinedLinear).parts, _matrix(model, name)
+    each = zip(parts, accumulate(rows, initial=0), rows, strict=False)
+    return {part: replace(whole, first=first, rows=own) for part, first, own in each}
+
+
+def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm]) -> NormPart:
+    norm = _known(model, name, RMSNorm, UnitOffsetRMSNorm, nn.LayerNorm, nn.Identity, *more)
     if isinstance(norm, nn.Identity):
         return NormPart(NO_NORM, 0.0, None)
     weight, bias = (f"{name}.{each}" if each in dict(norm.named_parameters()) else None for each in ("weight", "bias"))
@@ -170,59 +160,51 @@ def _norm(module: nn.Module, name: str, *more: type[nn.LayerNorm]) -> NormPart:
     return NormPart(kind, norm.eps, weight, bias, 1.0 if isinstance(norm, UnitOffsetRMSNorm) else 0.0)
 
 
-def _layer(module: nn.Module, name: str) -> LayerPart:
-    block = _known(module, name, PreNorm, PostNorm, CrossPostNorm, SandwichNorm, Parallel)
-    attention = _known(block.attention, f"{name}.attention", Attention)
-    feedforward = _known(block.feedforward, f"{name}.feedforward", FeedForward, GatedFeedForward)
-    norms = {theirs: _norm(block.get_submodule(ours), f"{name}.{ours}") for ours, theirs in BLOCKS[type(block)].items()}
-    if attention.q_norm is not None and attention.k_norm is not None:
-        norms["query_norm"] = _norm(attention.q_norm, f"{name}.attention.q_norm")
-        norms["key_norm"] = _norm(attention.k_norm, f"{name}.attention.k_norm")
+def _layer(model: nn.Module, name: str) -> LayerPart:
+    block = _known(model, name, PreNorm, PostNorm, CrossPostNorm, SandwichNorm, Parallel)
+    attention = _known(model, f"{name}.attention", Attention)
+    feedforward = _known(model, f"{name}.feedforward", FeedForward, GatedFeedForward)
+    norms = [part for part, _ in block.named_modules(remove_duplicate=False) if part.endswith("norm")]
     if feedforward.activation not in ACTIVATION_KINDS:
         raise Unavailable(f"{name}.feedforward has an activation that native code does not have")
-    matrices = _split(attention.qkv, f"{name}.attention.qkv", "query", "key", "value")
-    matrices["out"] = _matrix(_known(attention.out, f"{name}.attention.out", *LINEAR), f"{name}.attention.out")
-    if "cross_norm" in norms:
-        matrices |= _cross(block.get_submodule("cross_attention"), attention, f"{name}.cross_attention")
+    matrices = _split(model, f"{name}.attention.qkv", "query", "key", "value")
+    matrices["out"] = _matrix(model, f"{name}.attention.out")
+    if isinstance(block, CrossPostNorm):
+        matrices |= _cross(model, f"{name}.cross_attention", attention)
+    if isinstance(feedforward, GatedFeedForward):
+        matrices |= _split(model, f"{name}.feedforward.gate_up", "gate", "up")
+    else:
+        matrices["up"] = _matrix(model, f"{name}.feedforward.up")
+    matrices["down"] = _matrix(model, f"{name}.feedforward.down")
+    turning, frequencies = ({}, None) if attention.rotary is None else _rotary(model, f"{name}.attention.rotary")
+    numbers = {
+        "parallel": isinstance(block, Parallel),
+        "norm_after": isinstance(block, PostNorm),
+        "activation": ACTIVATION_KINDS[feedforward.activation],
+        "window": attention.window or 0,
+        "attention_scale": attention.head_dim**-0.5 if attention.scale is None else attention.scale,
+    }
     return LayerPart(
-        matrices | _feedforward(feedforward, f"{name}.feedforward"),
-        norms,
+        matrices,
+        {NORMS.get(part, part): _norm(model, f"{name}.{part}") for part in norms},
+        numbers | turning,
         (attention.n_heads, attention.n_kv_heads, attention.head_dim),
-        isinstance(block, Parallel),
-        isinstance(block, PostNorm),
-        ACTIVATION_KINDS[feedforward.activation],
-        attention.window or 0,
-        attention.head_dim**-0.5 if attention.scale is None else attention.scale,
-        None if attention.rotary is None else _rotary(attention.rotary, f"{name}.attention.rotary"),
+        frequencies,
     )
 
 
-def _cross(module: nn.Module, own: Attention, name: str) -> dict[str, MatrixPart]:
+def _cross(model: nn.Module, name: str, own: Attention) -> dict[str, MatrixPart]:
     """Queries and output of a cross-attention; its keys and values are made where the source is read."""
-    cross = _known(module, name, CrossAttention)
+    cross = _known(model, name, CrossAttention)
     if (cross.n_heads, own.scale, own.window) != (own.n_kv_heads, None, None):
         raise Unavailable(f"{name} has other heads, or another scale, than the self-attention before it")
-    query, out = _known(cross.q, f"{name}.q", *LINEAR), _known(cross.out, f"{name}.out", *LINEAR)
-    return {"cross_query": _matrix(query, f"{name}.q"), "cross_out": _matrix(out, f"{name}.out")}
+    return {"cross_query": _matrix(model, f"{name}.q"), "cross_out": _matrix(model, f"{name}.out")}
 
 
-def _split(module: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
-    """The matrices that are joined in one, by these names."""
-    joined = _known(module, name, JoinedLinear)
-    each = zip(parts, accumulate(joined.parts, initial=0), joined.parts, strict=False)
-    return {part: _matrix(joined, name, first, rows) for part, first, rows in each}
-
-
-def _feedforward(module: FeedForward | GatedFeedForward, name: str) -> dict[str, MatrixPart]:
-    down = {"down": _matrix(_known(module.down, f"{name}.down", *LINEAR), f"{name}.down")}
-    if isinstance(module, GatedFeedForward):
-        return down | _split(module.gate_up, f"{name}.gate_up", "gate", "up")
-    return down | {"up": _matrix(_known(module.up, f"{name}.up", *LINEAR), f"{name}.up")}
-
-
-def _rotary(module: nn.Module, name: str) -> RotaryPart:
-    rotary = _known(module, name, Rotary)
+def _rotary(model: nn.Module, name: str) -> tuple[dict[str, int | float], Tensor]:
+    rotary = _known(model, name, Rotary)
     if rotary.scaling and rotary.scaling.kind == "dynamic":
         raise Unavailable(f"{name} has dynamic scaling, whose angles change with the text's length")
-    frequencies = rotary.frequencies(LIKE)
-    return RotaryPart(frequencies, rotary.interleaved, rotary.scaling.magnitude() if rotary.scaling else 1.0)
+    frequencies, magnitude = rotary.frequencies(LIKE), rotary.scaling.magnitude() if rotary.scaling else 1.0
+    numbers = {"pairs": len(frequencies), "interleaved": rotary.interleaved, "magnitude": magnitude}
+    return {f"rotary_{key}": value for key, value in numbers.items()}, frequencies

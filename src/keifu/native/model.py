@@ -20,7 +20,7 @@ from keifu.native import library as native
 from keifu.native.build import Unavailable
 from keifu.native.describe import LayerPart, ModelPart, describe
 from keifu.native.library import open_library, say_why, switched_off
-from keifu.native.pack import ModuleWeights, Packer, Weights, formats
+from keifu.native.pack import Packer, Weights, formats
 
 BLOCK_SIZE = 32
 MOST_TOKENS = 512  # of one forward pass
@@ -58,8 +58,8 @@ class NativeLM(nn.Module):
         super().__init__()
         self.config, self.weights = config, weights
         self.library = open_library()
-        self.packer = Packer(self.library, source, formats(weights))
-        self._layers = (native.Layer * len(part.layers))(*(_layer(each, part, self.packer) for each in part.layers))
+        self.packer = Packer(self.library, source, formats(weights), {part.embedding.weight, part.head.weight})
+        self._layers = (native.Layer * len(part.layers))(*(_layer(each, self.packer) for each in part.layers))
         self.description = _description(part, self._layers, self.packer)
 
     @property
@@ -158,7 +158,7 @@ def pack(model: nn.Module, weights: str) -> NativeLM:
     A weight that is not finite, and an unknown word for the format, are `UserError`s. Raises `Unavailable` where the
     native step does not know one of the model's layers, and where this machine has no native step.
     """
-    return NativeLM(describe(model), ModuleWeights(model), weights, model.config)
+    return NativeLM(describe(model), Weights(model), weights, model.config)
 
 
 # The form that was asked for, or None where bfloat16 was taken unasked; the weights' state; what was packed.
@@ -203,20 +203,13 @@ def _state(model: nn.Module) -> list[tuple[int, int]]:
     return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in model.parameters()]
 
 
-def _layer(part: LayerPart, whole: ModelPart, packer: Packer) -> native.Layer:
-    names = [name for name, kind, *_ in native.Layer._fields_ if kind is native.Matrix]
-    norms = [name for name, kind, *_ in native.Layer._fields_ if kind is native.Norm]
-    rotary = part.rotary
-    layer = native.Layer(
-        *(packer.matrix(part.matrices.get(name), whole) for name in names),
-        *(packer.norm(part.norms.get(name)) for name in norms),
-        part.parallel, part.norm_after, part.activation, part.window, part.scale,
-    )  # fmt: skip
-    if rotary is not None:
-        layer.rotary_frequencies = packer.keep(rotary.frequencies)
-        layer.rotary_pairs, layer.rotary_interleaved = len(rotary.frequencies), rotary.interleaved
-        layer.rotary_magnitude = rotary.magnitude
-    return layer
+def _layer(part: LayerPart, packer: Packer) -> native.Layer:
+    return native.Layer(
+        **{name: packer.matrix(each) for name, each in part.matrices.items()},
+        **{name: packer.norm(each) for name, each in part.norms.items()},
+        **part.numbers,
+        rotary_frequencies=packer.address(part.frequencies),
+    )
 
 
 def _description(part: ModelPart, layers: Any, packer: Packer) -> native.ModelDescription:
@@ -226,7 +219,7 @@ def _description(part: ModelPart, layers: Any, packer: Packer) -> native.ModelDe
     n_heads, n_kv_heads, head_dim = heads.pop()
     return native.ModelDescription(
         part.embedding.columns, n_heads, n_kv_heads, head_dim, part.embedding.rows, len(part.layers),
-        packer.matrix(part.embedding, part), part.embedding_scale, packer.address(part.positions),
+        packer.matrix(part.embedding), part.embedding_scale, packer.address(part.positions),
         part.context_length, layers,
-        packer.norm(part.norm), packer.matrix(part.head, part), part.logit_scale, 0.0,
+        packer.norm(part.norm), packer.matrix(part.head), part.logit_scale,
     )  # fmt: skip

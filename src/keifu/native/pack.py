@@ -6,9 +6,8 @@ Axes: rows, columns = of a matrix; bytes = of a row of GGUF's blocks.
 import ctypes
 import mmap
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError, unknown
 from keifu.native import library as native
-from keifu.native.describe import MatrixPart, ModelPart, NormPart
+from keifu.native.describe import MatrixPart, NormPart
 from keifu.native.library import Library
 
 CHUNK = 64 << 20  # bytes of memory that are asked for at a time
@@ -63,47 +62,26 @@ class Blocks:
     data: UInt8[Tensor, "rows bytes"]
 
 
-@runtime_checkable
-class Weights(Protocol):
-    """Interface of where a model's parameters come from: a built model, or a file that is read piece by piece."""
-
-    def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
-        """Some rows of a matrix, by the name of the parameter."""
-        ...
-
-    def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
-        """The same rows as a file's blocks, where it has them so."""
-        ...
-
-    def numbers(self, name: str) -> Tensor:
-        """A whole parameter."""
-        ...
-
-    def release(self) -> None:
-        """What was read of matrices is no longer needed."""
-        ...
-
-
-class ModuleWeights:
-    """The parameters and buffers of a built model."""
+class Weights:
+    """Where a model's parameters come from, by their names: a built model; a subclass reads them from a file."""
 
     def __init__(self, model: nn.Module):
         own = (*model.named_parameters(), *model.named_buffers())
         self._parameters: Mapping[str, Tensor] = {name: each.detach() for name, each in own}
 
     def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
-        """Some rows of a matrix."""
+        """Some rows of a matrix, by the name of the parameter."""
         return self._parameters[name][first : first + rows]
 
     def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
-        """None: a built model has plain numbers."""
+        """The same rows as a file's blocks, where it has them so; a built model has plain numbers."""
 
     def numbers(self, name: str) -> Tensor:
         """A whole parameter."""
         return self._parameters[name]
 
     def release(self) -> None:
-        """The model keeps its parameters."""
+        """What was read of matrices is no longer needed; a built model keeps it."""
 
 
 class Arena:
@@ -130,51 +108,41 @@ class Arena:
 
 
 class Packer:
-    """Packs the parts of one model, and keeps all that native code points at."""
+    """Packs the parts of one model, and keeps all that native code points at. `ends`: the embedding and the head."""
 
-    def __init__(self, library: Library, weights: Weights, chosen: Formats):
-        self.library, self.weights, self.chosen = library, weights, chosen
+    def __init__(self, library: Library, weights: Weights, chosen: Formats, ends: Set[str]):
+        self.library, self.weights, self.chosen, self.ends = library, weights, chosen, ends
         self.arena = Arena()
         self._floats: dict[tuple[str, float], Tensor] = {}
         self._kept: dict[bytes, Tensor] = {}
         self.matrices: dict[tuple[str, int], native.Matrix] = {}
 
-    def floats(self, name: str | None, offset: float = 0.0) -> Tensor | None:
-        """A parameter in float32 plus the offset, which stays where it is; None without a name."""
-        if name is None:
+    def address(self, numbers: str | Tensor | None, offset: float = 0.0) -> int | None:
+        """Where a parameter plus the offset, or given numbers, stay in float32; the same ones have the same address."""
+        if isinstance(numbers, Tensor):
+            return self._kept.setdefault(numbers.numpy().tobytes(), numbers.contiguous()).data_ptr()
+        if numbers is None:
             return None
-        if (name, offset) not in self._floats:
-            found = self.weights.numbers(name).to("cpu", torch.float32) + offset  # a copy, whatever it was
+        if (numbers, offset) not in self._floats:
+            found = self.weights.numbers(numbers).to("cpu", torch.float32) + offset  # a copy, whatever it was
             if not bool(found.isfinite().all()):
-                raise UserError(f"{name} holds a number that is not finite: such weights cannot be used.")
-            self._floats[name, offset] = found.contiguous()
-        return self._floats[name, offset]
+                raise UserError(f"{numbers} holds a number that is not finite: such weights cannot be used.")
+            self._floats[numbers, offset] = found.contiguous()
+        return self._floats[numbers, offset].data_ptr()
 
-    def keep(self, numbers: Tensor) -> int:
-        """The address of these float32 numbers, which are kept; the same numbers have the same address."""
-        return self._kept.setdefault(numbers.numpy().tobytes(), numbers.contiguous()).data_ptr()
+    def norm(self, part: NormPart) -> native.Norm:
+        """A norm, whose numbers stay where they are."""
+        weight = self.address(part.weight, part.offset)
+        return native.Norm(part.kind, part.eps, weight, self.address(part.bias))
 
-    def address(self, numbers: str | Tensor | None) -> int | None:
-        """Where a parameter, or given numbers, stay in float32."""
-        return self.keep(numbers) if isinstance(numbers, Tensor) else _address(self.floats(numbers))
-
-    def norm(self, part: NormPart | None) -> native.Norm:
-        """A norm, or none."""
-        if part is None:
-            return native.Norm()
-        weight, bias = self.floats(part.weight, part.offset), self.floats(part.bias)
-        return native.Norm(part.kind, part.eps, _address(weight), _address(bias))
-
-    def matrix(self, part: MatrixPart | None, whole: ModelPart) -> native.Matrix:
+    def matrix(self, part: MatrixPart) -> native.Matrix:
         """A matrix, packed; one that serves twice is packed once."""
-        if part is None:
-            return native.Matrix()
         key = part.weight, part.first
         if key not in self.matrices:
-            at_ends = part.weight in (whole.embedding.weight, whole.head.weight)
-            self.matrices[key] = self._pack(part, self.chosen.embedding if at_ends else self.chosen.layers)
-        found, bias = self.matrices[key], self.floats(part.bias)
-        address = None if bias is None else bias.data_ptr() + 4 * part.first
+            chosen = self.chosen.embedding if part.weight in self.ends else self.chosen.layers
+            self.matrices[key] = self._pack(part, chosen)
+        found, bias = self.matrices[key], self.address(part.bias)
+        address = None if bias is None else bias + 4 * part.first
         return native.Matrix(found.format, found.rows, found.columns, found.data, address)
 
     def _pack(self, part: MatrixPart, wanted: int) -> native.Matrix:
@@ -207,7 +175,3 @@ class Packer:
         assert found is not None
         data = found.data.contiguous()
         self.library.call("repack_gguf", found.kind, data.data_ptr(), len(data), columns, to)
-
-
-def _address(numbers: Tensor | None) -> int | None:
-    return None if numbers is None else numbers.data_ptr()

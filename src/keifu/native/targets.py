@@ -18,7 +18,7 @@ from keifu.native import library as native
 from keifu.native.build import Unavailable
 from keifu.native.describe import describe
 from keifu.native.model import BLOCK_SIZE, MOST_TOKENS, NativeLM, at
-from keifu.native.pack import ModuleWeights
+from keifu.native.pack import Weights
 
 
 class Reader(nn.Module):
@@ -42,7 +42,7 @@ class NativeTranslator(NativeLM):
     """A translator whose decoder is packed; `read` is its encoder."""
 
     def __init__(self, model: EncoderDecoder, weights: str):
-        super().__init__(describe(model), ModuleWeights(model), weights, model.config)
+        super().__init__(describe(model), Weights(model), weights, model.config)
         read = Reader(model)
         self.read = read if {p.dtype for p in read.parameters()} == {torch.float32} else deepcopy(read).float().eval()
 
