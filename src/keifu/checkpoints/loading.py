@@ -152,7 +152,7 @@ def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module,
         model, tokenizer = load(name, dtype, "cpu")
         return merge(model), tokenizer
     found = planned(name)
-    return found.held_in(dtype or found.exact).fill(), _recommended(name, found.source.tokenizer())
+    return replace(found, dtype=dtype or found.exact).fill(), _recommended(name, found.source.tokenizer())
 
 
 def _recommended(name: str | Path, tokenizer: Any) -> Any:

@@ -70,7 +70,9 @@ class Source:
     def stored_name(self, name: str) -> str:
         """The name of a tensor as this file spells it: without the family's prefix, or as older files do."""
         name = name if self.has_prefix else name.removeprefix(self.family.prefix)
-        return self.family.dialect.spelled(name, self.stored)
+        endings = self.family.old_endings.items()
+        older = (name.removesuffix(new) + old for new, old in endings if name.endswith(new))
+        return next((one for one in (name, *older) if one in self.stored), name)
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,6 @@ class Plan:
     dtype: torch.dtype
     skipped: Sequence[str]
     notes: Sequence[str]
-
-    def held_in(self, dtype: torch.dtype) -> "Plan":
-        """The same plan with another dtype."""
-        old = _cast(self.exact, self.dtype)
-        notes = [note for note in self.notes if note not in old]
-        return replace(self, dtype=dtype, notes=[*notes, *_cast(self.exact, dtype)])
 
     @property
     def parameters(self) -> int:
@@ -157,7 +153,7 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     exact = _exact_dtype({name: source.stored[name] for name in used}, source.path)
     slow = exact == torch.float16 and torch.device(device).type == "cpu"
     held = dtype or (torch.float32 if slow else exact)
-    return Plan(source, model, found, exact, held, skipped, [*source.notes, *notes, *_cast(exact, held)])
+    return Plan(source, model, found, exact, held, skipped, [*source.notes, *notes])
 
 
 def read_finite(read: Callable[..., Tensor], path: Path, name: str, *index: Index) -> Tensor:
@@ -182,9 +178,9 @@ def settings(config: Any) -> dict[str, Any]:
 def _resolve_tied_head(source: Source) -> tuple[Source, Sequence[str], list[str]]:
     """Resolves weight tying: the source with `tied` as the file has it, duplicate names, and notes for the report."""
     family = source.family
-    if source.names is None or not family.tied_by_name:
-        return source, (), []
     ours = [f"{family.inside}{part}" for part in ("head", "embedding")]
+    if source.names is None or ours[0] not in source.names:  # a Config with a head that may be tied has `tied`
+        return source, (), []
     head, embedding = (source.stored_name(f"{source.names[part]}.weight") for part in ours)
     if not source.config.tied:
         if head in source.stored or not family.inside:
@@ -226,9 +222,9 @@ def _resolve_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
 
 def _resolve_dialect(source: Source) -> tuple[Source, list[str]]:
     """The source with the Config's switches on for parts that the file has, and the tensors that repeat another."""
-    dialect, stored = source.family.dialect, source.stored
-    has = {field: True for field, name in dialect.in_file.items() if source.stored_name(name) in stored}
-    copies = {copy: source.stored_name(name) for copy, name in dialect.copies.items() if copy in stored}
+    family, stored = source.family, source.stored
+    has = {field: True for field, name in family.in_file.items() if source.stored_name(name) in stored}
+    copies = {copy: source.stored_name(name) for copy, name in family.copies.items() if copy in stored}
     same = [copy for copy, name in copies.items() if name in stored and torch.equal(*map(source.read, (copy, name)))]
     return replace(source, config=replace(source.config, **has)), same
 
@@ -343,8 +339,8 @@ def report(plan: Plan) -> Report:
     source, config = plan.source, settings(plan.source.config)
     ordered = {key: config[key] for key in sorted(config, key=lambda key: key not in FIRST)}
     rows = [_row(link, plan) for link in plan.links]
-    family, path = source.family.model_type, str(source.path)
-    return Report(path, source.format, family, plan.parameters, ordered, rows, plan.skipped, plan.notes)
+    family, path, notes = source.family.model_type, str(source.path), [*plan.notes, *_cast(plan.exact, plan.dtype)]
+    return Report(path, source.format, family, plan.parameters, ordered, rows, plan.skipped, notes)
 
 
 def _row(link: Link, plan: Plan) -> Row:

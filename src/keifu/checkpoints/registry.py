@@ -1,16 +1,14 @@
 """Registry of model families: how each model_type's config.json is read and written, and how its weights are named.
 
 A model's file is imported when one of its model_types is asked for, and no other. A new model needs a line in `MODELS`,
-and one in `_MAKERS`, `_FILES` or `_WITHOUT_TEXT` if its files differ from `_published`'s rules.
+and one in `_FILES` or `_WITHOUT_TEXT` if its files differ from most.
 """
 
-import sys
 from collections import UserDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -20,35 +18,10 @@ from keifu.checkpoints.hf.weight_names import Table
 from keifu.errors import UserError, unknown
 from keifu.layers.meta import on_meta
 
-
-@dataclass(frozen=True)
-class Dialect:
-    """What some files of a family do.
-
-    in_file: switches of the Config that are on where the file has a tensor, whatever its config says.
-    copies: tensors that repeat another one of the file.
-    old_endings: today's ending of a name, and that of old files.
-    without_prefix: architectures whose files are written without the family's prefix.
-    """
-
-    in_file: Mapping[str, str] = field(default_factory=dict)
-    copies: Mapping[str, str] = field(default_factory=dict)
-    old_endings: Mapping[str, str] = field(default_factory=dict)
-    without_prefix: tuple[str, ...] = ()
-
-    def spelled(self, name: str, stored: Collection[str]) -> str:
-        """The name under which a file has this tensor, where it has it."""
-        if name in stored:
-            return name
-        older = (name.removesuffix(new) + old for new, old in self.old_endings.items() if name.endswith(new))
-        return next((one for one in older if one in stored), name)
-
-
 # What any published config may say that changes the numbers and is not implemented; absent or equal to this is fine.
 UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
 
 Aliases = Callable[[Any], Mapping[str, tuple[str, ...]]]
-_PLAIN = Dialect()
 
 
 def _tie(config: Any, tied: bool) -> Any:
@@ -59,11 +32,14 @@ def _tie(config: Any, tied: bool) -> Any:
 class Family:
     """One model_type: how its config is read and written, and how its weights are called.
 
-    `module` is the model's file; `prefix` may be missing from all names of a file; `not_weights` are names that old
-    files hold beside the weights; `unsupported` are settings and the value of each that is implemented. `aliases`
-    gives, for a Config, the other names that a file may have for a matrix which serves in several places. `dialect` is
-    what some files do besides. `inside` is where the model has the decoder that `tied` speaks of, and `tie` the Config
-    with its head tied to the embedding, or not. `files` are the names of the config and of the weights in a directory.
+    `module` is the model's file; `prefix` may be missing from all names of a file, and is from the files of the
+    architectures `without_prefix`; `not_weights` are names that old files hold beside the weights, `copies` tensors
+    that repeat another one of the file, `old_endings` today's ending of a name and that of old files. `in_file`:
+    switches of the Config that are on where the file has a tensor, whatever its config says. `unsupported` are settings
+    and the value of each that is implemented. `aliases` gives, for a Config, the other names that a file may have for a
+    matrix which serves in several places. `inside` is where the model has the decoder that `tied` speaks of, and `tie`
+    the Config with its head tied to the embedding, or not. `files` are the names of the config and of the weights in a
+    directory.
     """
 
     module: Any
@@ -76,53 +52,19 @@ class Family:
     unsupported: Mapping[str, Any] = field(default_factory=dict)
     writes_text: bool = True
     aliases: Aliases | None = None
-    dialect: Dialect = _PLAIN
+    in_file: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    old_endings: Mapping[str, str] = field(default_factory=dict)
+    without_prefix: tuple[str, ...] = ()
     inside: str = ""
     files: tuple[str, str] = ("config.json", "model.safetensors")
     tie: Callable[[Any, bool], Any] = _tie
 
-    @property
-    def tied_by_name(self) -> bool:
-        """Whether the model has a head that may be the embedding: its Config has `tied` then."""
-        return self.names is not None and f"{self.inside}head" in self.names
-
     def table(self, json: Mapping[str, Any]) -> Table:
         """The names of weights as files of this config.json have them."""
-        if self.names is None or not {*json.get("architectures", ())} & {*self.dialect.without_prefix}:
+        if self.names is None or not {*json.get("architectures", ())} & {*self.without_prefix}:
             return self.names
         return {ours: theirs.removeprefix(self.prefix) for ours, theirs in self.names.items()}
-
-
-def _published(module: Any) -> list[Family]:
-    """One family for each model_type of a file whose model others know too, and one for what only keifu can build."""
-    offered, name = vars(module), _name(module)
-    shared = {
-        "module": module,
-        "names": module.WEIGHT_NAMES,
-        "aliases": offered.get("aliases"),
-        "dialect": Dialect(**{each.lower(): offered[each] for each in DIALECTS if each in offered}),
-        **{name.lower(): offered[name] for name in ("PREFIX", "NOT_WEIGHTS", "UNSUPPORTED") if name in offered},
-    }
-    files = offered.get("FILES", _FILES.get(name, Family.files))
-    known = [
-        Family(model_type=kind, read=module.from_published, write=module.to_published, files=files, **shared)
-        for kind in module.MODEL_TYPES
-    ]
-    return [*known, replace(_own(module), **shared)]
-
-
-def _own(module: Any) -> Family:
-    """A family in keifu's own terms: every field of the Config under its own name, every weight under its own."""
-    kind = MODELS[_name(module)][-1]
-
-    def write(config: Any) -> dict[str, Any]:
-        return {"model_type": kind, "architectures": ["keifu"], **asdict(config)}
-
-    return Family(module, kind, partial(from_json, module.Config), write, names=None, writes_text=False)
-
-
-def _name(module: ModuleType) -> str:
-    return module.__name__.removeprefix("keifu.models.")
 
 
 # Networks with a folder of their own in a pipeline of diffusers, and such pipelines: what their published files are.
@@ -130,12 +72,13 @@ _NETWORKS: tuple[str, ...] = (
     "diffusion.autoencoder_kl", "diffusion.conditioned_unet", "unclip.prior", "unclip.decoder", "unclip.conditioning"
 )  # fmt: skip
 _PIPELINES = ("diffusion.latent_diffusion", "unclip.unclip")
-_WITHOUT_TEXT = (*_NETWORKS, "perceptron", "diffusion.ddpm", "clip.image", "dalle.discrete_vae")
+_WITHOUT_TEXT = (*_NETWORKS, "mlp", "perceptron", "diffusion.ddpm", "clip.image", "dalle.discrete_vae")
 _FILES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_NETWORKS, ("config.json", "diffusion_pytorch_model.safetensors")),
     **dict.fromkeys(_PIPELINES, ("model_index.json", "diffusion_pytorch_model.safetensors")),
 }
-DIALECTS = "IN_FILE", "COPIES", "OLD_ENDINGS", "WITHOUT_PREFIX"  # what a model's file may offer: fields of `Dialect`
+# What a model's file may offer of the fields of `Family`.
+OFFERED = "PREFIX", "NOT_WEIGHTS", "UNSUPPORTED", "IN_FILE", "COPIES", "OLD_ENDINGS", "WITHOUT_PREFIX", "aliases"
 
 MODELS = {  # each model's file under keifu.models, and the model_types of its configs, keifu's own last
     "bert": ("bert", "keifu_bert"),
@@ -166,39 +109,44 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
 }
 
 
-def _families(module: Any) -> list[Family]:
-    """The families of a model's file; most are published ones, and what only keifu can build."""
-    name = _name(module)
-    if name in _MAKERS:
-        return _MAKERS[name](module)
-    found = _published(module) if "MODEL_TYPES" in vars(module) else [_own(module)]
-    return [replace(each, writes_text=name not in _WITHOUT_TEXT) for each in found]
-
-
-def _mlp(module: Any) -> list[Family]:
-    return [Family(module, "keifu_mlp", module.from_published, module.to_published, module.WEIGHT_NAMES,
-                   writes_text=False)]  # fmt: skip
-
-
-def _clip(module: Any) -> list[Family]:
-    from keifu.models.hf import open_clip
-
-    published, own = _published(module)
-    of_open_clip = replace(
-        published, model_type="open_clip", names=open_clip.WEIGHT_NAMES, not_weights=open_clip.NOT_WEIGHTS,
-        read=open_clip.from_open_clip, write=open_clip.to_open_clip, files=open_clip.FILES,
-    )  # fmt: skip
-    own = replace(own, names=open_clip.WEIGHT_NAMES, writes_text=True)  # which has names for a ResNet too
-    return [published, of_open_clip, own]
-
-
-_MAKERS: dict[str, Callable[[Any], list[Family]]] = {"mlp": _mlp, "clip.clip": _clip}
-
-
 @cache
 def families_of(name: str) -> dict[str, Family]:
-    """The families of a model's file by their model_types; the file is imported for it."""
-    return {family.model_type: family for family in _families(import_module(f"keifu.models.{name}"))}
+    """The families of a model's file by their model_types; the file is imported for it.
+
+    There is one for each form that others know too, and one for what only keifu can build, in keifu's own terms: every
+    field of the Config under its own name.
+    """
+    module: Any = import_module(f"keifu.models.{name}")
+    offered, own = vars(module), MODELS[name][-1]
+    shared: dict[str, Any] = {
+        "module": module,
+        "names": offered.get("WEIGHT_NAMES"),
+        "writes_text": name not in _WITHOUT_TEXT,
+        **{each.lower(): offered[each] for each in OFFERED if each in offered},
+    }
+    files = offered.get("FILES", _FILES.get(name, Family.files))
+    found = {
+        kind: Family(model_type=kind, read=module.from_published, write=module.to_published, files=files, **shared)
+        for kind in offered.get("MODEL_TYPES", ())
+    }
+    read, write = partial(from_json, module.Config), partial(_own_json, own)
+    found.setdefault(own, Family(model_type=own, read=read, write=write, **shared))
+    return _with_open_clip(**found) if name == "clip.clip" else found
+
+
+def _own_json(kind: str, config: Any) -> dict[str, Any]:
+    return {"model_type": kind, "architectures": ["keifu"], **asdict(config)}
+
+
+def _with_open_clip(clip: Family, keifu_clip: Family) -> dict[str, Family]:
+    """CLIP's families and open_clip's, whose names are for a ResNet too."""
+    from keifu.models.hf import open_clip
+
+    published = replace(
+        clip, model_type="open_clip", names=open_clip.WEIGHT_NAMES, not_weights=open_clip.NOT_WEIGHTS,
+        read=open_clip.from_open_clip, write=open_clip.to_open_clip, files=open_clip.FILES,
+    )  # fmt: skip
+    return {"clip": clip, "open_clip": published, "keifu_clip": replace(keifu_clip, names=open_clip.WEIGHT_NAMES)}
 
 
 class _Families(UserDict[str, Any]):
@@ -256,7 +204,7 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
 
     That is a published model_type where one says all that the Config says, else keifu's own.
     """
-    name = type(config).__module__.removeprefix("keifu.models.")
+    name = _place(config)
     found = families_of(name).values() if name in MODELS else ()
     able = [family for family in found if isinstance(config, family.module.Config)]
     if not able:
@@ -275,11 +223,16 @@ def describe_as(config: Any, kind: str) -> tuple[Family, dict[str, Any]]:
     """The family of that model_type and its config for a built model's; one that cannot say it all is a `UserError`."""
     family = FAMILIES[kind]
     if not isinstance(config, family.module.Config):
-        raise UserError(f"The format {kind} has no {_name(sys.modules[type(config).__module__])}: use hf.")
+        raise UserError(f"The format {kind} has no {_place(config)}: use hf.")
     json = family.write(config)
     if not _same(config, family.read(json)):
         raise UserError(f"The format {kind} has no words for something in this model's config: use hf.")
     return family, json
+
+
+def _place(config: Any) -> str:
+    """Where a Config's model is, as `MODELS` says it."""
+    return type(config).__module__.removeprefix("keifu.models.")
 
 
 def _same(config: Any, back: Any) -> bool:

@@ -47,7 +47,7 @@ def load(found: "Plan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -
     from keifu.checkpoints.plan import check_tokenizer
     from keifu.generation.images.pipeline import image_pipeline
 
-    model: Any = (found.held_in(DTYPES[dtype]) if dtype else found).fill()
+    model: Any = (replace(found, dtype=DTYPES[dtype]) if dtype else found).fill()
     for lora in loras:
         apply_lora(model, lora.place, lora.scale)
 
