@@ -17,12 +17,13 @@ from tokenizer_files import TEXTS, encode
 
 from keifu import checkpoints
 from keifu.checkpoints.gguf.write import save_gguf
-from keifu.checkpoints.lora.peft import adapt, lora_config, save_adapter
+from keifu.checkpoints.lora.peft import adapt, save_adapter
 from keifu.data.text.mixture import read_mixture
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.files import write_tensors
 from keifu.generation.images.png_metadata import read_record
+from keifu.layers.lora import LoraSettings
 from keifu.models import (
     bert,
     gemma3,
@@ -128,7 +129,7 @@ def adapter(**more: Any) -> Callable[[Path], None]:
         saved(llama)(folder / "base")
         model, _ = checkpoints.load(folder / "base")
         save_adapter(
-            adapt(model, ["all-linear"], lora_config(2, 4.0, **more)), folder / "adapter", str(folder / "base")
+            adapt(model, ["all-linear"], LoraSettings(2, 4.0, **more)), folder / "adapter", str(folder / "base")
         )
         path = folder / "adapter/adapter_config.json"
         patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {".*v_proj": 4.0}}

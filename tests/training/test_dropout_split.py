@@ -11,9 +11,10 @@ from training_toys import Sequences, objective, run, settings, toy
 
 from keifu.alignment.dpo import dpo
 from keifu.alignment.reward_model import ranking_loss
-from keifu.checkpoints.lora.peft import adapt, lora_config
+from keifu.checkpoints.lora.peft import adapt
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.dropout import Dropout
+from keifu.layers.lora import LoraSettings
 from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, seq2seq, task_head, transformer
 from keifu.models.diffusion import ddpm
 from keifu.training.loop import train
@@ -113,7 +114,7 @@ def begun(model: nn.Module) -> nn.Module:
 
 def adapted() -> nn.Module:
     model = llama.build(llama.Config(**SMALL | {"dropout": 0.0}, n_kv_heads=1))
-    return begun(adapt(model, ("q_proj", "v_proj", "down_proj"), lora_config(2, 4.0, dropout=0.4)))
+    return begun(adapt(model, ("q_proj", "v_proj", "down_proj"), LoraSettings(2, 4.0, dropout=0.4)))
 
 
 def tuned(form: str, *labels: str) -> Callable[[], nn.Module]:

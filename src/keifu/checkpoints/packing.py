@@ -8,7 +8,6 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +82,26 @@ class FileWeights(Weights):
 
     def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
         """Some rows of a matrix, in the type that the file has."""
-        link, read = self._links[name], self._source.read
-        found = [self._piece(link, part, partial(read, part[0]), read) for part in _parts(link, first, rows)]
+        link = self._links[name]
+        found = [self._piece(link, *each, self._source.read) for each in link.pieces(first, first + rows)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
         """The same rows as blocks of a GGUF file; None where the file has plain numbers."""
-        link, parts = self._links[name], _parts(self._links[name], first, rows)
-        stored = self._source.blocks(parts[0][0]) if self._source.blocks and len(parts) == 1 else None
+        link, pieces = self._links[name], self._links[name].pieces(first, first + rows)
+        stored = self._source.blocks(link.theirs[pieces[0][0]]) if self._source.blocks and len(pieces) == 1 else None
         if stored is None or link.transposed:
             return None
-        return Blocks(stored.kind, self._piece(link, parts[0], lambda: stored.data, self._source.blocks))
+        return Blocks(stored.kind, self._piece(link, *pieces[0], lambda _: stored.data, stored.kind))
 
-    def _piece(self, link: Link, part: tuple[str, int, slice], read: Callable[[], Tensor], kind: Any) -> Tensor:
-        theirs, index, rows = part
-        if self._part[0] != (theirs, kind):
-            stored = read()
-            self._part = (theirs, kind), link.part(index, stored)
+    def _piece(
+        self, link: Link, number: int, rows: slice, read: Callable[[str], Tensor], kind: int | None = None
+    ) -> Tensor:
+        """Rows that one of theirs makes; kind: of its blocks, where it is read as such."""
+        key = link.theirs[number], kind
+        if self._part[0] != key:
+            stored = read(key[0])
+            self._part = key, link.part(number, stored)
             if self._part[1].data_ptr() != stored.data_ptr():
                 self._remember(stored)
         piece = self._part[1][rows]
@@ -125,17 +127,6 @@ class FileWeights(Weights):
 
     def _remember(self, tensor: Tensor) -> None:
         self._read.append((tensor.data_ptr(), tensor.nbytes))
-
-
-def _parts(link: Link, first: int, rows: int) -> list[tuple[str, int, slice]]:
-    """Which of theirs hold these rows of ours: the name, its number, and the rows within it."""
-    found, start = [], 0
-    for index, (theirs, count) in enumerate(zip(link.theirs, link.rows, strict=True)):
-        low, high = max(first, start) - start, min(first + rows, start + count) - start
-        if low < high:
-            found.append((theirs, index, slice(low, high)))
-        start += count
-    return found
 
 
 def _mapped_files() -> list[tuple[int, int]]:

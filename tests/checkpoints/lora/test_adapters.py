@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config, LlamaConfig, Qwen2Config
 
 from keifu import checkpoints
-from keifu.checkpoints.lora.peft import adapt, linears, load_adapter, lora_config, save_adapter
+from keifu.checkpoints.lora.peft import adapt, linears, load_adapter, save_adapter
 from keifu.errors import UserError
 from keifu.layers.lora import LoraSettings, adapters, merge
 from keifu.models import llama
@@ -103,7 +103,7 @@ def test_new_adapters_change_nothing_and_only_they_learn(dora: bool) -> None:
     torch.manual_seed(0)
     model = llama.build(CONFIG)
     whole = copy.deepcopy(model)
-    adapt(model, ["q_proj", "v_proj", "gate_proj"], lora_config(rank=3, alpha=6.0, dora=dora))
+    adapt(model, ["q_proj", "v_proj", "gate_proj"], LoraSettings(rank=3, alpha=6.0, dora=dora))
     close(model(tokens()), whole(tokens()))
     model(tokens()).square().mean().backward()
     learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -133,7 +133,7 @@ def test_names_and_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'q_prj'.*q_proj"):
         adapt(model, ["q_prj"], LoraSettings())
     with pytest.raises(UserError, match="at least 1"):
-        lora_config(rank=0, alpha=1.0)
+        LoraSettings(rank=0, alpha=1.0)
     with pytest.raises(UserError, match="no adapters"):
         save_adapter(model, tmp_path, "x")
     adapt(model, ["all-linear"], LoraSettings(rank=2))

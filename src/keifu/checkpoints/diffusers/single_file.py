@@ -6,7 +6,7 @@ encoder, and the autoencoder's scale.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,22 +38,34 @@ OTHERS = {  # how the tensors of what is not Stable Diffusion 1 begin
 }
 LEFT_OUT = ("model_ema.", "first_stage_model.loss.")  # a copy that training kept, and what it was judged by
 COUNTS = 8, 64  # the U-Net's heads, and the numbers in a head of the text's encoder
-RESIDUAL = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
-UNET_ENDS = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out", "out.2": "conv_out",
-}  # fmt: skip
-CODER_PARTS = (  # of either side; a level's number follows
-    (r"mid\.block_([12])\.", lambda m: f"mid_block.resnets.{int(m[1]) - 1}."),
-    (r"mid\.attn_1\.norm", lambda m: "mid_block.attentions.0.group_norm"),
-    (r"mid\.attn_1\.([qkv])\b", lambda m: f"mid_block.attentions.0.to_{m[1]}"),
-    (r"mid\.attn_1\.proj_out", lambda m: "mid_block.attentions.0.to_out.0"),
-    (r"norm_out", lambda m: "conv_norm_out"),
-    (r"nin_shortcut", lambda m: "conv_shortcut"),
-)
+UNET_NAMES = {  # parts of a name, in full, and what diffusers calls them
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "middle_block.0": "mid_block.resnets.0",
+    "middle_block.1": "mid_block.attentions.0",
+    "middle_block.2": "mid_block.resnets.1",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+CODER_NAMES = {  # patterns in the names of either side of the autoencoder
+    r"mid\.block_1\.": "mid_block.resnets.0.",
+    r"mid\.block_2\.": "mid_block.resnets.1.",
+    r"mid\.attn_1\.norm": "mid_block.attentions.0.group_norm",
+    r"mid\.attn_1\.([qkv])\b": r"mid_block.attentions.0.to_\1",
+    r"mid\.attn_1\.proj_out": "mid_block.attentions.0.to_out.0",
+    r"norm_out": "conv_norm_out",
+    r"nin_shortcut": "conv_shortcut",
+    r"\.down\.(\d+)\.": r".down_blocks.\1.",
+    r"\.(down|up)sample\.": r".\1samplers.0.",
+    r"\.block\.": ".resnets.",
+}
 
 
 def open_single_file(path: Path) -> Source:
@@ -74,7 +86,7 @@ def open_single_file(path: Path) -> Source:
     shapes = {name: each.shape for name, each in kept.items()}
     try:
         config = config_of(shapes, {name: file.get_tensor(name) for name in ("betas", "scale_factor") if name in gone})
-        told = {rename_weights(name, shapes): name for name in kept}
+        told = {rename_weights(name, config): name for name in kept}
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{path} is no Stable Diffusion 1 as keifu knows it: {error} cannot be read.") from error
     stored = {new: _flat(new, kept[old]) for new, old in told.items()}
@@ -90,8 +102,7 @@ def open_single_file(path: Path) -> Source:
     )  # fmt: skip
 
 
-def _check(path: Path, names: Iterable[str]) -> None:
-    names = [*names]
+def _check(path: Path, names: Sequence[str]) -> None:
     for start, what in OTHERS.items():
         if any(name.startswith(start) for name in names):
             raise UserError(f"{path} is {what}; of single files keifu reads Stable Diffusion 1 alone.")
@@ -130,7 +141,8 @@ def _text(shapes: Shapes) -> clip_text.Config:
 
 def _unet(shapes: Shapes) -> conditioned_unet.Config:
     inner = {name.removeprefix(UNET): shape for name, shape in shapes.items() if name.startswith(UNET)}
-    blocks = _blocks(inner)
+    changes = [int(found[1]) for name in inner if (found := re.match(r"input_blocks\.(\d+)\.0\.op\.", name))]
+    blocks = min(changes) - 1  # of each level: what stands before the first change of resolution
     ends = [*range(0, _count(inner, r"input_blocks\.(\d+)\."), blocks + 1)]
     widths = tuple(inner[f"input_blocks.{end + 1}.0.in_layers.2.weight"][0] for end in ends)
     levels = range(len(widths))
@@ -167,66 +179,35 @@ def _count(names: Iterable[str], pattern: str) -> int:
     return 1 + max(int(found[1]) for name in names if (found := re.match(pattern, name)))
 
 
-def _blocks(names: Iterable[str]) -> int:
-    """Residual blocks of each level of the U-Net: what stands before the first change of resolution."""
-    return min(int(found[1]) for name in names if (found := re.match(r"input_blocks\.(\d+)\.0\.op\.", name))) - 1
-
-
-def rename_weights(name: str, shapes: Shapes) -> str:
+def rename_weights(name: str, config: latent_diffusion.Config) -> str:
     """diffusers' name of one tensor, after the part of the pipeline that it belongs to."""
     if name.startswith(TEXT):
         return f"text_encoder.{name.removeprefix(TEXT)}"
     if name.startswith(CODER):
-        return f"vae.{_autoencoder_name(name.removeprefix(CODER), shapes)}"
-    return f"unet.{_unet_name(name.removeprefix(UNET), shapes)}" if name.startswith(UNET) else name
+        assert config.autoencoder is not None
+        return f"vae.{_autoencoder_name(name.removeprefix(CODER), len(config.autoencoder.widths))}"
+    return f"unet.{_unet_name(name.removeprefix(UNET), config.unet)}" if name.startswith(UNET) else name
 
 
-def _unet_name(name: str, shapes: Shapes) -> str:
-    for old, new in UNET_ENDS.items():
-        if name.startswith(f"{old}."):
-            return new + name.removeprefix(old)
-    side, number, place, rest = _unet_blocks(name)
-    if side == "middle_block":
-        return "mid_block." + (f"attentions.0.{rest}" if number == 1 else f"resnets.{number // 2}.{_residual(rest)}")
-    blocks = _blocks(each.removeprefix(UNET) for each in shapes)
-    level, block = divmod(number - (side == "input_blocks"), blocks + 1)
-    stage = f"{'down' if side == 'input_blocks' else 'up'}_blocks.{level}."
-    if rest.startswith("op."):
-        return f"{stage}downsamplers.0.conv{rest.removeprefix('op')}"
-    if place and rest.startswith("conv."):
-        return f"{stage}upsamplers.0.{rest}"
-    return stage + (f"attentions.{block}.{rest}" if place else f"resnets.{block}.{_residual(rest)}")
+def _unet_name(name: str, config: conditioned_unet.Config) -> str:
+    new = f".{name}"
+    for old, part in UNET_NAMES.items():
+        new = new.replace(f".{old}.", f".{part}.")
+    found = re.fullmatch(r"\.(in|out)put_blocks\.(\d+)\.(\d+)\.(op\.|conv\.)?(.+)", new)
+    if not found:
+        if new == f".{name}":
+            raise ValueError(f"the tensor {name}")
+        return new[1:]
+    way, first = ("down", 1) if found[1] == "in" else ("up", 0)
+    level, block = divmod(int(found[2]) - first, config.n_residual_blocks + 1)
+    part = f"{way}samplers.0.conv" if found[4] else f"{'attentions' if int(found[3]) else 'resnets'}.{block}"
+    return f"{way}_blocks.{level}.{part}.{found[5]}"
 
 
-def _unet_blocks(name: str) -> tuple[str, int, int, str]:
-    """The side of the U-Net, the number there, the place in it, and the rest of a name."""
-    found = re.fullmatch(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)", name)
-    if found:
-        return found[1], int(found[2]), int(found[3]), found[4]
-    middle = re.fullmatch(r"(middle_block)\.(\d+)\.(.+)", name)
-    if not middle:
-        raise ValueError(f"the tensor {name}")
-    return middle[1], int(middle[2]), 0, middle[3]
-
-
-def _residual(rest: str) -> str:
-    old = next((old for old in RESIDUAL if rest.startswith(f"{old}.")), None)
-    return rest if old is None else RESIDUAL[old] + rest.removeprefix(old)
-
-
-def _autoencoder_name(name: str, shapes: Shapes) -> str:
-    for pattern, new in CODER_PARTS:
+def _autoencoder_name(name: str, levels: int) -> str:
+    for pattern, new in CODER_NAMES.items():
         name = re.sub(pattern, new, name)
-    last = _count(shapes, rf"{re.escape(CODER)}encoder\.down\.(\d+)\.") - 1
-    for way in ("down", "up"):
-
-        def level(found: re.Match[str], way: str = way) -> str:
-            number = int(found[1]) if way == "down" else last - int(found[1])
-            return f".{way}_blocks.{number}."
-
-        name = re.sub(rf"\.{way}\.(\d+)\.", level, name)
-        name = name.replace(f".{way}sample.", f".{way}samplers.0.")
-    return name.replace(".block.", ".resnets.")
+    return re.sub(r"\.up\.(\d+)\.", lambda found: f".up_blocks.{levels - 1 - int(found[1])}.", name)
 
 
 def _flat(name: str, stored: Stored) -> Stored:

@@ -11,6 +11,7 @@ Axes: rows = a matrix's outputs, columns = its inputs; a bias has rows alone.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -58,16 +59,21 @@ class Link:
     def read(self, read: Callable[[str, Index], Tensor], index: Index) -> Tensor:
         """Rows and columns of ours (all: ()), which `read` reads of theirs."""
         first, *columns = index or (slice(0, sum(self.rows)),)
-        found, start = [], 0
-        for number, (name, rows) in enumerate(zip(self.theirs, self.rows, strict=True)):
-            own = slice(max(first.start - start, 0), min(first.stop - start, rows))
-            start += rows
-            if self._heads()[number] and own.start < own.stop:
+        found = []
+        for number, own in self.pieces(first.start, first.stop):
+            name = self.theirs[number]
+            if self._heads()[number]:
                 found.append(self.part(number, self.subtract_offset(read(name, ())))[(own, *columns)])
-            elif own.start < own.stop:
+            else:
                 place = (own, *(columns or (slice(None),)))[::-1] if self.transposed else (own, *columns)
                 found.append(self._turn(self.subtract_offset(read(name, place))))
         return found[0].contiguous() if len(found) == 1 else torch.cat(found)
+
+    def pieces(self, first: int, stop: int) -> list[tuple[int, slice]]:
+        """Which of theirs hold these rows of ours: the number of each, and the rows within it."""
+        starts = accumulate(self.rows, initial=0)
+        cuts = [slice(max(first - at, 0), min(stop - at, rows)) for at, rows in zip(starts, self.rows, strict=False)]
+        return [(number, own) for number, own in enumerate(cuts) if own.start < own.stop]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Theirs, taken out of ours."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from keifu.checkpoints.lora.peft import Place, attach_tensors, layers, read_tensors, whole_tensors
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
-from keifu.layers.lora import Adapter, LoraSettings, adapters, merge
+from keifu.layers.lora import Adapter, LoraSettings, merge
 from keifu.processes import current
 
 ENDS = {  # of a name, and what it is: the lower matrix, the upper one, what scales their product, DoRA's lengths
@@ -99,18 +99,16 @@ def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
 
     if style not in WRITTEN:
         raise unknown("spelling of a LoRA", style, WRITTEN)
-    made = list(adapters(model))
+    made = whole_tensors(model)
     if not made:
         raise UserError("This model has no adapters to save.")
     if strange := [adapter.target.label for adapter in made if adapter.target.label.partition(".")[0] not in KOHYA]:
         raise UserError(f"A LoRA's file holds adapters of the U-Net and the text's encoder, not of {strange[0]}.")
     if style == "diffusers" and any(adapter.length is not None for adapter in made):
         raise UserError("The older spelling of diffusers has no word for DoRA's lengths: write it as peft or kohya.")
-    whole = whole_tensors(model).items()
-    tensors = {name: tensor for each in whole for name, tensor in _format_weights(*each, style).items()}
-    if not current().first:
-        return
-    write_atomic(Path(path), save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}))
+    if current().first:
+        tensors = {name: t.contiguous() for each in made.items() for name, t in _format_weights(*each, style).items()}
+        write_atomic(Path(path), save(tensors, metadata={"format": "pt"}))
 
 
 def _format_weights(adapter: Adapter, held: Mapping[str, Tensor], style: str) -> dict[str, Tensor]:

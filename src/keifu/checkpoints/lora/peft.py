@@ -55,14 +55,6 @@ def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn
     return found
 
 
-def lora_config(rank: int, alpha: float, dropout: float = 0.0, dora: bool = False, root: bool = False) -> LoraSettings:
-    """Settings of adapters that a user gave; what cannot be is a `UserError`."""
-    try:
-        return LoraSettings(rank, alpha, dropout, dora, root)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def adapt(model: nn.Module, targets: Sequence[str], low: LoraSettings) -> nn.Module:
     """Attaches new adapters, in place, to the linear layers of these names (see `match_targets`), or with all-linear to
     every one."""
@@ -97,16 +89,16 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
     """Writes a model's adapters, and they alone, as PEFT does. `base`: where the model itself is to be had."""
     from safetensors.torch import save
 
-    made = list(adapters(model))
+    made = whole_tensors(model)
     if not made:
         raise UserError("This model has no adapters to save: save it whole.")
-    tensors = {name: tensor for each in whole_tensors(model).items() for name, tensor in _name_layers(*each).items()}
     if not current().first:
         return
+    tensors = {name: tensor for each in made.items() for name, tensor in _name_layers(*each).items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_atomic(directory / CONFIG, json.dumps(_config(model, made, base), indent=2) + "\n")
+    write_atomic(directory / CONFIG, json.dumps(_config(model, [*made], base), indent=2) + "\n")
 
 
 def whole_tensors(model: nn.Module) -> dict[Adapter, dict[str, Tensor]]:

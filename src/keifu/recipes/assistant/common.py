@@ -22,7 +22,7 @@ from keifu.alignment.rewards import OWN, Scorer, reward, score_responses, text_h
 from keifu.alignment.rollouts import RolloutPlan
 from keifu.checkpoints.hf.write import generation_config
 from keifu.checkpoints.hub import locate
-from keifu.checkpoints.lora.peft import adapt, lora_config, save_adapter
+from keifu.checkpoints.lora.peft import adapt, save_adapter
 from keifu.data.chat import prompts as gym
 from keifu.data.chat.packing import TurnMasks
 from keifu.data.chat.preferences import RankedResponses, read_preferences
@@ -34,7 +34,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.files import sha256, write_atomic
 from keifu.generation.text.model import causal
-from keifu.layers.lora import adapters, merge
+from keifu.layers.lora import LoraSettings, adapters, merge
 from keifu.processes import current
 from keifu.ranges import check
 from keifu.recipes.common import FinetuneOptions, train_run
@@ -193,7 +193,7 @@ def to_train(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
     """The model with new adapters, all else frozen; or with all its weights in float32, apart from their file."""
     torch.manual_seed(seed)
     if lora.rank:
-        return adapt(model, lora.targets, lora_config(lora.rank, lora.alpha, lora.dropout, lora.dora))
+        return adapt(model, lora.targets, LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.dora))
     for parameter in model.float().parameters():  # a file's memory map must stay as it is
         parameter.data = parameter.data.clone()
     return model.requires_grad_(True)

@@ -20,7 +20,7 @@ from torch import nn
 
 from keifu import checkpoints
 from keifu.checkpoints.lora.diffusion import FILE, save_lora
-from keifu.checkpoints.lora.peft import layers, lora_config, match_targets
+from keifu.checkpoints.lora.peft import layers, match_targets
 from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
 from keifu.data.images.grid import grid
 from keifu.errors import UserError
@@ -177,7 +177,7 @@ def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]
     for part, (rank, targets) in sides.items():
         known = {label: target for label, target in layers(model).items() if label.partition(".")[0] == part}
         if rank:
-            way = lora_config(rank, float(rank) if recipe.alpha is None else recipe.alpha, dora=recipe.dora)
+            way = LoraSettings(rank, float(rank) if recipe.alpha is None else recipe.alpha, dora=recipe.dora)
             found |= dict.fromkeys(match_targets(known, targets), way)
     return found
 
