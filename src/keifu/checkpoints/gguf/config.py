@@ -288,13 +288,12 @@ def architecture_for(config: Any) -> tuple[str, Architecture]:
     raise UserError(f"llama.cpp runs no such model: {'; '.join(reasons)}. Write it as a directory (hf) instead.")
 
 
-def write_config(config: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """The architecture's name, the metadata without the tokenizer, and the tensors that are settings.
+def write_config(name: str, architecture: Architecture, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metadata without the tokenizer, and the tensors that are settings.
 
     A model with a sliding window that llama.cpp's program ignores is given the window as its context: within it the two
     agree.
     """
-    name, architecture = architecture_for(config)
     values, tensors = vars(config), {}
     found = {key: values[ours] for key, ours in (SIZES | architecture.fields).items() if values[ours] is not None}
     found |= {"vocab_size": config.vocab_size}
@@ -306,7 +305,7 @@ def write_config(config: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
             found["context_length"] = min(config.context_length, config.sliding_window or config.context_length)
         more, tensors = write_scaling(config.rope_scaling, config.rope_theta, size)
         found |= more
-    return name, {f"{name}.{key}": value for key, value in found.items()}, tensors
+    return {f"{name}.{key}": value for key, value in found.items()}, tensors
 
 
 def head_dim(config: Any) -> int:

@@ -1,7 +1,9 @@
 """Writing GGUF files that llama.cpp loads."""
 
 import errno
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from keifu.checkpoints.gguf.config import architecture_for, rotary_head_dim, write_config
-from keifu.checkpoints.hf.weight_names import Link, links
+from keifu.checkpoints.hf.weight_names import links
+from keifu.checkpoints.hf.write import published_tensors
 from keifu.checkpoints.plan import check_tokenizer, permute_rotary
 from keifu.errors import unknown
 from keifu.files import replacing
@@ -29,8 +32,8 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = 
     float32, as llama.cpp wants them. Rows that do not come in blocks of 32 are float32 where q8_0 is asked for.
     """
     config: Any = model.config
-    name, fields, settings = write_config(config)
-    architecture = architecture_for(config)[1]
+    name, architecture = architecture_for(config)
+    settings, extra = write_config(name, architecture, config)
     found = permute_rotary(links(model, architecture.names), rotary_head_dim(architecture, config))
     kind = _kind(dtype, next(model.parameters()).dtype)
     fields = {
@@ -38,12 +41,14 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = 
         "general.name": path.stem,
         "general.file_type": FILE_TYPES[kind],
         "general.quantization_version": 2,
-        **fields,
+        **settings,
         **_vocabulary(tokenizer, config.vocab_size),
     }
+    shapes = {name: shape for link in found for name, shape in zip(link.theirs, link.stored_shapes(), strict=True)}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
     with replacing(path) as temporary:
         try:
-            _write(temporary, name, fields, settings, model.state_dict(), found, kind)
+            _write(temporary, name, fields, shapes, chain(published_tensors(model, found), extra.items()), kind)
         except OSError as error:
             if error.errno is None:  # numpy's words for a disk that took only part of an array
                 raise OSError(errno.ENOSPC, str(error), str(path)) from error
@@ -78,33 +83,25 @@ def _write(
     path: Path,
     architecture: str,
     fields: Mapping[str, Any],
-    settings: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    found: list[Link],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, Tensor]],
     kind: str,
 ) -> None:
     """Header first, then one tensor after the other, so that no second copy of the model is made."""
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(None, architecture)
     for key, value in fields.items():
         _adder(writer, value)(key, value)
-    shapes = {name: shape for link in found for name, shape in zip(link.theirs, link.stored_shapes(), strict=True)}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in settings.items()}
     for name, shape in shapes.items():
-        own = tensor_kind(name, shape, kind)
-        probe = encode_tensor(torch.empty(0, shape[-1]), own)
-        bytes_shape = (*shape[:-1], probe.shape[-1])
-        size = int(np.prod(bytes_shape, dtype=np.int64)) * probe.itemsize
-        writer.add_tensor_info(name, bytes_shape, probe.dtype, size, GGMLQuantizationType[own])
+        stored = GGMLQuantizationType[tensor_kind(name, shape, kind)]
+        block, size = GGML_QUANT_SIZES[stored]
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, stored)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for link in found:
-        for name, tensor in zip(link.theirs, link.split(state[link.ours].detach().cpu()), strict=True):
-            writer.write_tensor_data(encode_tensor(tensor, tensor_kind(name, tuple(tensor.shape), kind)))
-    for tensor in settings.values():
-        writer.write_tensor_data(encode_tensor(tensor, "F32"))
+    for name, tensor in tensors:
+        writer.write_tensor_data(encode_tensor(tensor, tensor_kind(name, tuple(tensor.shape), kind)))
     writer.close()
 
 
