@@ -24,7 +24,8 @@ from keifu.native.pack import Blocks
 from keifu.processes import current
 
 NAMED = 10  # how many tensors of a kind an error names
-PLAIN = ("F64", "F32", "F16", "BF16", "I64")  # types whose numbers stand in the file as they are
+# Types whose numbers stand in a file as they are, beside I64's.
+PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FIRST = ("activation", "norm_eps", "rope_theta", "rope_scaling", "context_length", "sliding_window", "tied")
 
 
@@ -348,7 +349,7 @@ def _row(link: Link, plan: Plan) -> Row:
     kinds = ", ".join(dict.fromkeys(stored[one].kind for one in link.theirs))
     dtype = torch.int64 if kinds == "I64" else plan.dtype
     steps = {
-        "dequantised": any(stored[one].kind not in PLAIN for one in link.theirs),
+        "dequantised": any(stored[one].kind not in (*PLAIN, "I64") for one in link.theirs),
         "joined": len(link.theirs) > 1,
         "transposed": link.transposed,
         f"{link.offset:g} subtracted": bool(link.offset),

@@ -104,7 +104,7 @@ def _network(path: Path, folder: Path, beside: Mapping[str, Any], notes: tuple[s
         raise unknown("model of diffusers", kind, [each for each in FAMILIES if _is_network(each) and each != SIMPLE])
     family, config = read_config({**json, **beside, "model_type": kind}, str(folder / CONFIG))
     notes = notes if "/" in family.files[0] else ()  # of what lies in a folder of a pipeline
-    return source_of(path, "diffusers", family, config, weight_files(folder, WEIGHTS), notes)
+    return source_of(path, "diffusers", family, config, dict.fromkeys(weight_files(folder, WEIGHTS), ""), notes)
 
 
 def _is_network(kind: str) -> bool:
@@ -133,7 +133,7 @@ def _component_prefixes(path: Path, kind: str, files: Mapping[str, Path], notes:
         file: f"{part}." for part in files if part in models
         for file in weight_files(path / part, TRANSFORMERS_WEIGHTS if part in OF_TRANSFORMERS else WEIGHTS)
     }  # fmt: skip
-    source = source_of(path, "diffusers", family, config, [*weights], notes, weights, path / TOKENIZER)
+    source = source_of(path, "diffusers", family, config, weights, notes, path / TOKENIZER)
     return replace(source, names=tower_names(family, source.stored))
 
 

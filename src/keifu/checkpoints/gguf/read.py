@@ -21,7 +21,7 @@ from torch import Tensor
 from keifu.checkpoints.gguf.config import ARCHITECTURES, FREQS, read_config, rotary_head_dim
 from keifu.checkpoints.gguf.numbers import READERS, read_blocks
 from keifu.checkpoints.hf.native_config import check_types
-from keifu.checkpoints.plan import Source, Stored
+from keifu.checkpoints.plan import PLAIN, Source, Stored
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError
 from keifu.files import plain_file, reading
@@ -32,7 +32,6 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 MAGIC = b"GGUF"
 LARGEST_ALIGNMENT = 2**20
-PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Place(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from keifu.checkpoints.hf.task_heads import read_config
-from keifu.checkpoints.plan import Source, Stored
+from keifu.checkpoints.plan import PLAIN, Source, Stored
 from keifu.checkpoints.registry import Family
 from keifu.errors import UserError
 from keifu.files import parse_json, plain_file, read_json_object
@@ -23,8 +23,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # and the model_type that is meant where it is so
 PREPROCESSOR = "preprocessor_config"  # of pictures: its file, and the field in which it comes with the config
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DTYPES |= {"I64": torch.int64}  # counters, such as a batch norm's
+DTYPES = PLAIN | {"I64": torch.int64}  # counters, such as a batch norm's
 
 
 def open_directory(path: Path) -> Source:
@@ -34,33 +33,29 @@ def open_directory(path: Path) -> Source:
         run = ", which a run writes when it ends or is stopped" if (path / "recipe.json").exists() else ""
         raise UserError(f"{path} is no model: it holds no config.json{run or _nearest('config.json', path)}.")
     family, config = read_config(_with_preprocessor(where), str(where))
-    return source_of(path, "Hugging Face", family, config, weight_files(path, family.files[1]))
+    files = dict.fromkeys(weight_files(path, family.files[1]), "")
+    return source_of(path, "Hugging Face", family, config, files)
 
 
 def source_of(
-    path: Path, layout: str, family: Family, config: Any, files: Sequence[Path], notes: tuple[str, ...] = (),
-    prefixes: Mapping[Path, str] | None = None, texts: Path | None = None,
+    path: Path, layout: str, family: Family, config: Any, files: Mapping[Path, str], notes: tuple[str, ...] = (),
+    texts: Path | None = None,
 ) -> Source:  # fmt: skip
     """A model of this config whose weights lie in these safetensors files.
 
-    prefixes: what each file's names are told with, where several parts have files. texts: where the tokenizer is, if
+    files: with what each one's names are told with, where several parts have files. texts: where the tokenizer is, if
     not in `path`.
     """
-    opened = {file: open_weights(file) for file in files}
-    before = prefixes or dict.fromkeys(files, "")
-    owner = {before[file] + name: (file, name) for file in files for name in opened[file].keys()}  # noqa: SIM118 (no dict)
-    stored = {told: stored_of(opened[file].get_slice(name)) for told, (file, name) in owner.items()}
+    opened = [(open_weights(file), prefix) for file, prefix in files.items()]
+    owner = {prefix + name: (file, name) for file, prefix in opened for name in file.keys()}  # noqa: SIM118 (no dict)
+    stored = {told: stored_of(file.get_slice(name)) for told, (file, name) in owner.items()}
 
-    def read(told: str) -> Tensor:
+    def read(told: str, index: Index = ()) -> Tensor:
         file, name = owner[told]
-        return opened[file].get_tensor(name)
-
-    def part(told: str, index: Index) -> Tensor:
-        file, name = owner[told]
-        return opened[file].get_slice(name)[index]
+        return file.get_slice(name)[index] if index else file.get_tensor(name)
 
     tokenizer = partial(_read_tokenizer, texts or path, family)
-    return Source(path, layout, family, config, stored, read, tokenizer, family.names, notes=notes, part=part)
+    return Source(path, layout, family, config, stored, read, tokenizer, family.names, notes=notes, part=read)
 
 
 def _with_preprocessor(where: Path) -> dict[str, Any]:

@@ -71,11 +71,6 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
     return _family(base, kind), json | {"architectures": [stem + kind], TASK: task} | told
 
 
-def is_known(config: Any) -> bool:
-    """Whether a model's config is that of a model of keifu's."""
-    return type(config).__module__.startswith("keifu.")
-
-
 def _published(json: Mapping[str, Any]) -> str:
     """The kind of class that a config.json names, if it is one of those above."""
     named = (json.get("architectures") or [""])[0]

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from keifu.checkpoints.diffusers.pipeline import (
     weight_places,
 )
 from keifu.checkpoints.hf.read import CONFIGS, INDEX, PREPROCESSOR, WEIGHTS
-from keifu.checkpoints.hf.task_heads import describe, is_known
+from keifu.checkpoints.hf.task_heads import describe
 from keifu.checkpoints.hf.weight_names import Link, links
 from keifu.checkpoints.own_module import save_module
 from keifu.checkpoints.plan import check_tokenizer, name_of
@@ -66,7 +67,7 @@ def save(
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, and a model is written as a folder: give another name.")
-    if not is_known(vars(model).get("config")):
+    if not type(vars(model).get("config")).__module__.startswith("keifu."):
         return save_module(model, tokenizer, directory)
     _save_known(model, tokenizer, directory, max_shard_bytes, kind)
 
@@ -78,28 +79,24 @@ def _save_known(
     family, config = describe(own) if kind is None else describe_as(own, kind)
     if tokenizer is not None:
         check_tokenizer(tokenizer, own.vocab_size)
-    found = [_of_whole(link) for link in links(model, family.table(config))]
+    places = weight_places(family, [_of_whole(link) for link in links(model, family.table(config))])
     if not current().first:  # it gives its parts of a split model, and does not write
-        for links_there in weight_places(family, found).values() if not current().whole else ():
-            deque(published_tensors(model, links_there), maxlen=0)
+        for found in places.values() if not current().whole else ():
+            deque(published_tensors(model, found), maxlen=0)
         return
-    stage = directory / f"{STAGE}{os.getpid()}"
-    try:
-        with disk_space(f"{directory} keeps what it held"):
-            directory.mkdir(parents=True, exist_ok=True)
-            for old in directory.glob(f"{STAGE}*"):  # left by a crash
-                shutil.rmtree(old, ignore_errors=True)
-            stage.mkdir()
-            for place, links_there in weight_places(family, found).items():
-                _write_weights(model, links_there, stage / place, max_shard_bytes)
-            dtype = name_of(next(model.parameters()).dtype)
+    with disk_space(f"{directory} keeps what it held"):
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob(f"{STAGE}*"):  # left by a crash
+            shutil.rmtree(old, ignore_errors=True)
+        with TemporaryDirectory(prefix=STAGE, dir=directory, ignore_cleanup_errors=True) as folder:
+            stage, dtype = Path(folder), name_of(next(model.parameters()).dtype)
+            for place, found in places.items():
+                _write_weights(model, found, stage / place, max_shard_bytes)
             if diffusers_files(family):
                 _write_diffusers(config, dtype, tokenizer, stage)
             else:
                 _write_texts(config, dtype, tokenizer, stage, family.files[0])
             _move(stage, directory)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def published_tensors(model: nn.Module, found: Sequence[Link]) -> Iterator[tuple[str, Tensor]]:
