@@ -42,13 +42,12 @@ class EncodedTexts:
 
     def batch(self, places: Sequence[int], pad_id: int) -> dict[str, Tensor]:
         """Some of the rows: {"tokens": [batch, length], "mask": True on real tokens, "targets": [batch]}."""
-        tokens, mask = pad([self.rows[place] for place in places], pad_id)
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        return {"tokens": tokens, "mask": mask, "targets": self.right(places)}
+        tokens, mask = self.stack([self.rows[place] for place in places], pad_id)
+        return {"tokens": tokens, "mask": mask, "targets": torch.tensor([self.targets[place] for place in places])}
 
-    def right(self, places: Sequence[int]) -> Int64[Tensor, " batch"]:
-        """The targets of some rows."""
-        return torch.tensor([self.targets[place] for place in places])
+    def stack(self, rows: Sequence[Any], pad_id: int) -> tuple[Tensor, Tensor]:
+        """Rows as one tensor, and what is real in it."""
+        return stack_rows(rows, pad_id)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -102,16 +101,14 @@ class LabelledBatches:
 Sequences = Sequence[list[Ids]]  # of each example
 
 
-class EncodedSequence(NamedTuple):
-    """The sequences of each example, and how many examples were cut."""
+class Encoded(NamedTuple):
+    """Texts or examples as ids, and how many of them were cut."""
 
-    rows: list[list[Ids]]
+    rows: list[Any]
     cut: int
 
 
-def encode_form(
-    tokenizer: Any, examples: FormExamples, marks: Delimiters, limit: int, cut: bool = False
-) -> EncodedSequence:
+def encode_form(tokenizer: Any, examples: FormExamples, marks: Delimiters, limit: int, cut: bool = False) -> Encoded:
     """The ids of examples, their marks among them, in sequences of at most `limit` tokens.
 
     cut: take tokens from the ends of the longest texts where needed. Without it a longer example is a `UserError` that
@@ -131,7 +128,13 @@ def encode_form(
                 )
             found, shortened = examples.form.sequences(parts, marks, limit), shortened + 1
         rows.append(found)
-    return EncodedSequence(rows, shortened)
+    return Encoded(rows, shortened)
+
+
+def stack_rows(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    """The rows as one tensor, padded on the right, and what is real in it (see `pad`)."""
+    tokens, mask = pad(rows, pad_id)
+    return tokens, torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
 
 
 def stack_sequences(
@@ -141,8 +144,7 @@ def stack_sequences(
     another has empty ones at its end."""
     most = max(map(len, rows))
     flat = [sequence for row in rows for sequence in (*row, *([[]] * (most - len(row))))]
-    tokens, mask = pad(flat, pad_id)
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    tokens, mask = stack_rows(flat, pad_id)
     return tokens.unflatten(0, (-1, most)), mask.unflatten(0, (-1, most))
 
 
@@ -162,10 +164,9 @@ class FormBatches(EncodedTexts):
         """Tokens of each example, padding counted."""
         return [row_size(row) for row in self.rows]
 
-    def batch(self, places: Sequence[int], pad_id: int) -> dict[str, Tensor]:
-        """Some of the examples: {"tokens" and "mask": [batch, sequences, length], "targets": [batch]}."""
-        tokens, mask = stack_sequences([self.rows[place] for place in places], pad_id)
-        return {"tokens": tokens, "mask": mask, "targets": self.right(places)}
+    def stack(self, rows: Sequences, pad_id: int) -> tuple[Tensor, Tensor]:
+        """Examples as one tensor [batch, sequences, length], and what is real in it."""
+        return stack_sequences(rows, pad_id)
 
     @cached_property
     def fingerprint(self) -> str:

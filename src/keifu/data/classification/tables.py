@@ -120,7 +120,8 @@ def split_train_test(keys: Sequence[str], labels: Sequence[str], held_out: int) 
 
 @dataclass(frozen=True)
 class Table:
-    """`inputs` [rows, dim] float64; `targets` [rows]: places in `classes`, the labels in order; `columns`: names."""
+    """`inputs` [rows, dim], float64 as they are read; `targets` [rows]: places in `classes`, the labels in order;
+    `columns`: names."""
 
     inputs: Float[Tensor, "rows dim"]
     targets: Int[Tensor, "rows"]

@@ -5,6 +5,7 @@ Axes: examples, answers = labels, or an example's own answers.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keifu.data.classification.batches import encode_form, row_size, stack_sequences
+from keifu.data.classification.batches import Encoded, encode_form, row_size, stack_sequences
 from keifu.data.classification.input_formats import Example, Form, FormExamples, delimiters_of, form_of
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encode_texts, in_batches
 from keifu.evaluation.classification.metrics import Confusion, classifier, probabilities
 from keifu.generation.text.model import Model, TaskHeadModel
-
-Encoded = tuple[Sequence[Any], int]  # examples as token ids, and how many were truncated
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +67,7 @@ def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> T
     def read(examples: FormExamples, cut: bool) -> Encoded:
         return encode_texts(tokenizer, [row.texts[0] for row in examples.rows], limit, cut)
 
-    def predict_proba(rows: Sequence[Any]) -> Float[Tensor, "examples answers"]:
-        return probabilities(model, rows, tokenizer.pad_id or 0)
-
+    predict_proba = partial(probabilities, model, pad_id=tokenizer.pad_id or 0)
     return TextClassifier(form_of("classification"), reader.config.labels, limit, read, predict_proba)
 
 
@@ -81,9 +78,7 @@ def _decoder(model: Any, tokenizer: Tokenizer) -> TextClassifier:
     def read(examples: FormExamples, cut: bool) -> Encoded:
         return encode_form(tokenizer, examples, marks, config.context_length, cut)
 
-    def predict_proba(rows: Sequence[Any]) -> Float[Tensor, "examples answers"]:
-        return class_probabilities(model, rows, tokenizer.pad_id or 0)
-
+    predict_proba = partial(class_probabilities, model, pad_id=tokenizer.pad_id or 0)
     return TextClassifier(form, config.labels, config.context_length, read, predict_proba)
 
 

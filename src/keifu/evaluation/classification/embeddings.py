@@ -7,7 +7,7 @@ Axes: texts, batch = texts in one pass, length = tokens, dim; queries, among = t
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from keifu.data.batching import Rows, length_buckets, pad
+from keifu.data.classification.batches import Encoded
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.model import Encoder, Mask, Tokens, TwoTowers, evaluation_mode
@@ -32,14 +33,7 @@ def encoder(model: nn.Module) -> Encoder:
     return model
 
 
-class EncodedTexts(NamedTuple):
-    """The ids of each text, and how many texts were cut to the model's length."""
-
-    rows: Rows
-    cut: int
-
-
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int, cut: bool = False) -> EncodedTexts:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int, cut: bool = False) -> Encoded:
     """The ids of texts with the special tokens around them, as many as the model takes.
 
     cut: keep the first `limit` tokens of a longer text, of which the closing one is still the last. Without it a longer
@@ -59,7 +53,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int, cut: bo
         )
     for place in longer:
         rows[place] = _cut(rows[place], limit, tokenizer)
-    return EncodedTexts(rows, len(longer))
+    return Encoded(rows, len(longer))
 
 
 def _cut(row: list[int], limit: int, tokenizer: Tokenizer) -> list[int]:

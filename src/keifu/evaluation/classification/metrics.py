@@ -87,6 +87,12 @@ class Confusion:
         seen = (self.counts.sum(0) + self.counts.sum(1)) > 0
         return float(self.f1[seen].mean())
 
+    @property
+    def figures(self) -> list[dict[str, float]]:
+        """Precision, recall and F1 of each label."""
+        values = zip(self.precision.tolist(), self.recall.tolist(), self.f1.tolist(), strict=True)
+        return [{"precision": precision, "recall": recall, "f1": f1} for precision, recall, f1 in values]
+
     def verdict(self) -> str:
         """Accuracy beside that of the most frequent label, and macro F1, as a sentence."""
         label, share = self.majority
@@ -97,12 +103,8 @@ class Confusion:
 
     def by_label(self) -> tuple[list[str], list[list[str]]]:
         """Precision, recall and F1 of each label as a table: its columns and its rows."""
-        figures = zip(self.precision.tolist(), self.recall.tolist(), self.f1.tolist(), strict=True)
-        texts = self.counts.sum(1).tolist()
-        rows = [
-            [label, *(f"{value:.3f}" for value in values), f"{count:,}"]
-            for label, values, count in zip(self.labels, figures, texts, strict=True)
-        ]
+        each = zip(self.labels, self.figures, self.counts.sum(1).tolist(), strict=True)
+        rows = [[label, *(f"{value:.3f}" for value in own.values()), f"{count:,}"] for label, own, count in each]
         return ["label", "precision", "recall", "F1", "texts"], rows
 
     def page(self) -> str:
@@ -123,11 +125,7 @@ class Confusion:
     def to_json(self) -> dict[str, Any]:
         """All figures, as JSON takes them."""
         majority, share = self.majority
-        figures = zip(self.precision.tolist(), self.recall.tolist(), self.f1.tolist(), strict=True)
-        by_label = {
-            label: {"precision": precision, "recall": recall, "f1": f1}
-            for label, (precision, recall, f1) in zip(self.labels, figures, strict=True)
-        }
+        by_label = dict(zip(self.labels, self.figures, strict=True))
         return {
             "texts": int(self.counts.sum()), "accuracy": self.accuracy, "macro_f1": self.macro_f1,
             "majority": {"label": majority, "share": share}, "labels": by_label, "confusion": self.counts.tolist(),

@@ -1,7 +1,7 @@
 """Decision boundaries of classifiers with two inputs, in one image or over training; and comparisons of several runs.
 
-Axes: rows, and the two columns of a table of points. Colours are Okabe and Ito's (2008), which colour-blind people can
-tell apart; classes also differ in their markers.
+Axes: rows, and the two columns of a table. Colours are Okabe and Ito's (2008), which colour-blind people can tell
+apart; classes also differ in their markers.
 """
 
 import io
