@@ -207,6 +207,12 @@ def test_an_own_module_is_saved_and_filled_again(tmp_path: Path) -> None:
     keifu.save(nn.Linear(2, 3), None, tmp_path)
     with pytest.raises(UserError, match=r"weight is \[3, 2\] where the module has \[3, 3\]"):
         keifu.load_weights(nn.Linear(3, 3), tmp_path)
+    untied = Tied()
+    untied.second = nn.Linear(3, 3)
+    keifu.save(untied, None, tmp_path)
+    with pytest.raises(UserError, match="different numbers for what this module shares: first.weight and second.weig"):
+        keifu.load_weights(again, tmp_path)
+    assert torch.equal(again.first.weight, model.first.weight)
     with pytest.raises(UserError, match="it has no model.safetensors"):
         keifu.load_weights(nn.Linear(3, 3), tmp_path / "nothing")
 

@@ -1,12 +1,13 @@
 """Logits of packed models: those of PyTorch with the same numbers, and the same bits whatever else is computed."""
 
+import gc
 import random
 from typing import Any
 
 import pytest
 import torch
 from native_toys import GROUPED, TOYS, toy, unpacked
-from torch import Tensor
+from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.generation.text.engine import Engine
@@ -181,6 +182,16 @@ def test_tokens_and_places_out_of_range_are_refused() -> None:
 def test_a_tied_head_is_packed_once() -> None:
     names = [name for name, _ in pack(toy("qwen2"), "bf16").packer.matrices]
     assert names.count("embedding.weight") == 1 and "head.weight" not in names
+
+
+def test_what_was_packed_does_not_stay_in_memory() -> None:
+    model = toy("llama")
+    place = model.get_parameter("embedding.weight").data_ptr()
+    packed = pack(model, "int8")
+    del model
+    gc.collect()
+    held = [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
+    assert packed.nbytes and place not in {each.data_ptr() for each in held}
 
 
 def test_bfloat16_weights_are_packed_without_being_asked_and_anew_when_they_change() -> None:

@@ -41,8 +41,8 @@ def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
 def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
     """Fills a module with the weights that `keifu.save` or a run of `keifu.train` left, and returns it for evaluation.
 
-    The module must be built as the saved one was: tensors that are missing, extra or of another shape are a `UserError`
-    that names them, and the module stays as it was.
+    The module must be built as the saved one was: tensors that are missing, extra or of another shape, or that differ
+    where the module shares them, are a `UserError` that names them, and the module stays as it was.
 
     >>> import tempfile, keifu
     >>> folder = tempfile.mkdtemp()
@@ -62,6 +62,10 @@ def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
     shapes = [{name: each[name].shape for name in sorted(each)} for each in (state, stored)]
     if wrong := misfits(shapes[0], shapes[1], {*stored} - {*state}, "the module", "the module has"):
         raise UserError(f"The tensors of {path} are not those of this module: {wrong}.")
+    last = {id(tensor): name for name, tensor in state.items()}  # of the names that share a tensor
+    pairs = [(name, last[id(tensor)]) for name, tensor in state.items() if stored[name] is not stored[last[id(tensor)]]]
+    if apart := [f"{one} and {other}" for one, other in pairs if not torch.equal(stored[one], stored[other])]:
+        raise UserError(f"{path} holds different numbers for what this module shares: {', '.join(apart)}.")
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(stored[name])

@@ -61,6 +61,7 @@ class NativeLM(nn.Module):
         self.packer = Packer(self.library, source, formats(weights), {part.embedding.weight, part.head.weight})
         self._layers = (native.Layer * len(part.layers))(*(_layer(each, self.packer) for each in part.layers))
         self.description = _description(part, self._layers, self.packer)
+        del self.packer.weights  # with it a built model, or the last matrix of a file, would stay in memory
 
     @property
     def nbytes(self) -> int:
