@@ -106,6 +106,18 @@ def test_a_lora_whose_tensors_have_too_few_axes_is_refused(made) -> None:
         attach_lora(model, file)
 
 
+def test_an_alpha_is_one_number_and_no_matrix_is_there_twice(made: Callable[[str], Path]) -> None:
+    folder = made("picture loras")
+    kohya, peft, diffusers = (load_file(folder / f"{each}.safetensors") for each in ("kohya", "peft", "diffusers"))
+    alphas = {name: torch.ones(2) for name in kohya if name.endswith(".alpha")}
+    told = {"has the shape \\(2,\\), and it is one number": kohya | alphas, "in another spelling": peft | diffusers}
+    for sentence, tensors in told.items():
+        save_file(tensors, folder / "changed.safetensors")
+        model, _ = checkpoints.load(folder / "base")
+        with pytest.raises(UserError, match=sentence):
+            attach_lora(model, folder / "changed.safetensors")
+
+
 @pytest.mark.parametrize("text", [r'{"a": "\ud83d"}', r'{"\udc00": 1}', rb'{"a": ["\ud83d\ud83d"]}'])
 def test_half_a_character_is_refused_and_a_whole_one_is_not(text: str | bytes) -> None:
     with pytest.raises(UserError, match="half of a character"):

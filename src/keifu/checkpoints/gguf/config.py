@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keifu.checkpoints.registry import FAMILIES, Family
+from keifu.checkpoints.registry import FAMILIES
 from keifu.errors import UserError, unknown
 from keifu.layers.attention.positions import RopeScaling
 
@@ -136,7 +136,7 @@ class Architecture:
     """`fields` are GGUF's words and ours beyond `SIZES`; `fixed` is what llama.cpp takes for granted.
 
     `optional` are switches of the Config, each with a tensor that is there exactly when it is on. `interleaved`: q and
-    k are stored with neighbouring rotary pairs. `rotary`: it has rotary positions. `windows`: it has sliding windows,
+    k are stored with neighbouring rotary pairs. `windows`: it has sliding windows,
     which llama.cpp's other programs ignore. `derive`: what it takes for granted that depends on the sizes.
     """
 
@@ -146,14 +146,18 @@ class Architecture:
     fixed: Mapping[str, Any]
     optional: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
-    rotary: bool = False
     windows: bool = False
     derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda sizes: {}
 
     @property
-    def family(self) -> Family:
-        """The family of the models that it runs."""
-        return FAMILIES[self.model_type]
+    def config(self) -> Any:
+        """The Config of the models that it runs."""
+        return FAMILIES[self.model_type].module.Config
+
+    @property
+    def rotary(self) -> bool:
+        """Whether it has rotary positions."""
+        return "rope.freq_base" in self.fields
 
 
 _BLOCKS = {
@@ -201,23 +205,18 @@ ARCHITECTURES = {  # in the order in which one is sought for a Config
         {"activation": "gelu_tanh", "bias": True, "dropout": 0.0},
     ),
     "qwen2": Architecture(
-        "qwen2", _BLOCKS | _LLAMA, _ROTARY, _PLAIN | {"qkv_bias": True, "out_bias": False, "feedforward_bias": False},
-        rotary=True,
+        "qwen2", _BLOCKS | _LLAMA, _ROTARY, _PLAIN | {"qkv_bias": True, "out_bias": False, "feedforward_bias": False}
     ),
-    "qwen3": Architecture(
-        "qwen3", _BLOCKS | _LLAMA | _QK_NORM, _ROTARY, _PLAIN | {"attention_bias": False}, rotary=True
-    ),
+    "qwen3": Architecture("qwen3", _BLOCKS | _LLAMA | _QK_NORM, _ROTARY, _PLAIN | {"attention_bias": False}),
     "gemma3": Architecture(
         "gemma3_text", _BLOCKS | _LLAMA | _GEMMA3, _ROTARY,
         {
             "activation": "gelu_tanh", "local_rope_theta": 10_000.0, "local_rope_scaling": None, "global_layers": None,
             "attention_bias": False, "dropout": 0.0,
         },
-        rotary=True, windows=True, derive=_gemma3_scale,
+        windows=True, derive=_gemma3_scale,
     ),
-    "llama": Architecture(
-        "llama", _BLOCKS | _LLAMA, _ROTARY, _PLAIN, _BIASES, interleaved=True, rotary=True
-    ),
+    "llama": Architecture("llama", _BLOCKS | _LLAMA, _ROTARY, _PLAIN, _BIASES, interleaved=True),
 }  # fmt: skip
 
 
@@ -244,7 +243,7 @@ def read_config(
     values |= dict(architecture.fixed) | {switch: tensor in tensors for switch, tensor in architecture.optional.items()}
     values |= {"vocab_size": tensors["token_embd.weight"][0], "tied": "output.weight" not in tensors}
     values |= architecture.derive(values)
-    kind = architecture.family.module.Config
+    kind = architecture.config
     if architecture.rotary:
         values |= _read_rotary(own, values, freqs, where)
         if values["head_dim"] is None and kind.head_dim is not None:  # a Config that always names the size of a head
@@ -276,7 +275,7 @@ def architecture_for(config: Any) -> tuple[str, Architecture]:
     """The architecture of llama.cpp that runs a model of this Config; none is a `UserError` that names the settings."""
     values, reasons = vars(config), []
     for name, architecture in ARCHITECTURES.items():
-        if not isinstance(config, architecture.family.module.Config):
+        if not isinstance(config, architecture.config):
             continue
         needed = {**architecture.fixed, **architecture.derive(values)}
         wrong = [key for key, fine in needed.items() if key != "dropout" and values[key] != fine]

@@ -58,6 +58,8 @@ def attach_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Mo
 def _low(scale: float, label: str, parts: dict[str, Tensor]) -> LoraSettings:
     """The settings of one layer's adapter; its kernels become matrices."""
     alpha = parts.pop("alpha", None)
+    if alpha is not None and alpha.numel() != 1:
+        raise UserError(f"The alpha of {label} has the shape {tuple(alpha.shape)}, and it is one number.")
     rank = len(parts["a"]) if "a" in parts and parts["a"].ndim > 1 else 1
     parts |= {part: t.flatten(1 if part != "length" and t.ndim > 1 else 0) for part, t in parts.items()}
     return LoraSettings(rank, scale * (rank if alpha is None else float(alpha)), dora="length" in parts)

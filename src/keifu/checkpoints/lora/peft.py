@@ -5,6 +5,7 @@ Which layers there are, and their published names, is given by the family's tabl
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -164,14 +165,16 @@ def attach_tensors(
     settings: of a layer's adapter, from its tensors, which it may change. strange: what is wrong with a tensor whose
     layer is not `known`.
     """
-    found, names, wrong = dict[str, dict[str, Tensor]](), dict[str, dict[str, str]](), list[str]()
+    found, names, wrong = defaultdict[str, dict[str, Tensor]](dict), defaultdict[str, dict[str, str]](dict), list[str]()
     for name, tensor in tensors.items():
         label, part, shown = place(name)
-        if label in known and part:
-            found.setdefault(label, {})[part] = tensor
-            names.setdefault(label, {})[part] = shown
-        else:
+        if label not in known or not part:
             wrong.append(f"{name} {strange(name)}")
+        elif part in found[label]:
+            wrong.append(f"{name} is the same as {names[label][part]}, in another spelling")
+        else:
+            found[label][part] = tensor
+            names[label][part] = shown
     lows = {label: settings(label, parts) for label, parts in found.items()}
     for label, parts in found.items():
         wrong += _misfits(model, known[label], lows[label], parts, names[label])

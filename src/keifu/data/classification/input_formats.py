@@ -66,10 +66,10 @@ class Form:
         if limit is None or len(whole) <= limit:
             return whole
         room = limit - (len(whole) - sum(map(len, parts)))
-        return marks.sequence(*(part[:kept] for part, kept in zip(parts, has_shared_labels(parts, room), strict=True)))
+        return marks.sequence(*(part[:kept] for part, kept in zip(parts, kept_lengths(parts, room), strict=True)))
 
 
-def has_shared_labels(parts: Sequence[Ids], room: int) -> list[int]:
+def kept_lengths(parts: Sequence[Ids], room: int) -> list[int]:
     """How many tokens each part keeps of so many in all: as many of the longer ones as of the others, or all.
 
     What is left over when that does not come out even is not used, so that both orders of a pair are cut alike.
