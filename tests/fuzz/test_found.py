@@ -85,6 +85,18 @@ def test_a_file_that_may_not_be_read_is_said(tmp_path: Path) -> None:
         os.seteuid(0)
 
 
+BLOCKS = {"ddpm": "unet", "latents": "vae", "unclip": "decoder", "autoencoder": ""}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_more_blocks_than_there_are_tensors_are_refused_unbuilt(made, kind: str) -> None:
+    file = made(kind) / BLOCKS[kind] / "config.json"
+    field = "layers_per_block" if BLOCKS[kind] else "n_residual_blocks"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: 2 * 10**9}))
+    with pytest.raises(UserError, match="too few for its config's 2000000000 layers"):
+        checkpoints.load(file.parents[bool(BLOCKS[kind])])
+
+
 def test_numbers_of_an_adapter_that_are_not_finite_are_named(made) -> None:
     folder = made("adapter")
     file = folder / "adapter/adapter_model.safetensors"

@@ -26,6 +26,7 @@ from keifu.processes import current
 NAMED = 10  # how many tensors of a kind an error names
 # Types whose numbers stand in a file as they are, beside I64's.
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+COUNTS = ("n_layers", "n_decoder_layers", "n_residual_blocks", "layers")  # of a Config: layers, alone or by level
 FIRST = ("activation", "norm_eps", "rope_theta", "rope_scaling", "context_length", "sliding_window", "tied")
 
 
@@ -138,7 +139,8 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     source, copies = _resolve_dialect(source)
     twice = [*twice, *copies]
     parts = [settings(source.config), *(vars(part) for part in vars(source.config).values() if is_dataclass(part))]
-    layers = max(part.get(key) or 0 for part in parts for key in ("n_layers", "n_decoder_layers"))
+    counts = [part.get(key) or 0 for part in parts for key in COUNTS]
+    layers = max(each for count in counts for each in (count if isinstance(count, tuple) else (count,)))
     if layers > len(source.stored):  # building that many could take forever
         raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {layers} layers.")
     model = build(source.family, source.config, str(source.path))

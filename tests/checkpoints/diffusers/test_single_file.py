@@ -84,6 +84,10 @@ def test_other_files_are_named(made, tmp_path, capsys) -> None:
         "holds no Stable Diffusion": lambda n, t: (f"model.layers.{n}", t) if "." in n else None,
         "1 missing (unet.conv_out.bias)": lambda n, t: None if n.endswith("model.out.2.bias") else (n, t),
         "not part of the model (embedding_manager.x)": lambda n, t: (n, t) if "." in n else ("embedding_manager.x", t),
+        "no Stable Diffusion 1 as keifu knows it": lambda n, t: (
+            n.replace(".input_blocks.2.", f".input_blocks.{10**13}."),
+            t,
+        ),
     }
     for said, change in cases.items():
         with pytest.raises(UserError) as error:

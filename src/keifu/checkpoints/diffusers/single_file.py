@@ -143,7 +143,7 @@ def _unet(shapes: Shapes) -> conditioned_unet.Config:
     inner = {name.removeprefix(UNET): shape for name, shape in shapes.items() if name.startswith(UNET)}
     changes = [int(found[1]) for name in inner if (found := re.match(r"input_blocks\.(\d+)\.0\.op\.", name))]
     blocks = min(changes) - 1  # of each level: what stands before the first change of resolution
-    ends = [*range(0, _count(inner, r"input_blocks\.(\d+)\."), blocks + 1)]
+    ends = range(0, _count(inner, r"input_blocks\.(\d+)\."), blocks + 1)
     widths = tuple(inner[f"input_blocks.{end + 1}.0.in_layers.2.weight"][0] for end in ends)
     levels = range(len(widths))
     up = [len(widths) - 1 - u for u in levels if f"output_blocks.{u * (blocks + 1)}.1.norm.weight" in inner]
