@@ -99,6 +99,14 @@ def test_standardisation_leaves_a_constant_column_alone():
     assert math.isfinite(float(((torch.tensor([1.0, 5.0]) - mean) / scale).sum()))
 
 
+def test_a_label_that_two_columns_have_is_an_error(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("x,kind,kind\n1,2,a\n3,4,b\n")
+    assert read_table(path).classes == ("a", "b")
+    with pytest.raises(UserError, match="has 2 columns called 'kind'; rename all but one"):
+        read_table(path, "kind")
+
+
 def test_a_label_for_a_toy_set_is_an_error():
     with pytest.raises(UserError, match="--label names a column of a CSV file"):
         toy.toy_table("xor", "kind")

@@ -145,6 +145,8 @@ def read_table(path: Path, label: str | None = None) -> Table:
         header = [str(place) for place in range(1, len(header) + 1)]
     if label is not None and label not in header:
         raise unknown(f"column in {path}", label, header)
+    if label is not None and header.count(label) > 1:
+        raise UserError(f"{path} has {header.count(label)} columns called {label!r}; rename all but one.")
     place = len(header) - 1 if label is None else header.index(label)
     if len(header) < 2 or not lines:
         raise UserError(f"{path} needs at least one column of numbers, one of labels, and one row below any header.")
