@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
 import torch
@@ -105,10 +105,7 @@ class NativeRunner:
         described = ctypes.byref(model.description)
         self.token_bytes = model.library.call("cache_bytes", described, 1, block_size) // block_size
         self._handle = model.library.call("create", described, n_blocks, block_size, MOST_TOKENS)
-
-    def __del__(self) -> None:
-        if "_handle" in vars(self):
-            self.model.library.destroy(self._handle)
+        finalize(self, model.library.destroy, self._handle).atexit = False  # a thread may be in it then
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
         """Logits in float32 after each wanted token, span by span."""

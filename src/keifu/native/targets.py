@@ -7,6 +7,7 @@ them go on from it. Axes: sources, positions = tokens of a source, rows = target
 import ctypes
 from collections.abc import Sequence
 from copy import deepcopy
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -74,16 +75,13 @@ class NativeTargets:
         self.n_blocks = self.source_tables.size + rows * self.tables.shape[1]
         described = ctypes.byref(model.description)
         self._handle = model.library.call("create", described, self.n_blocks, BLOCK_SIZE, min(rows, MOST_TOKENS))
+        finalize(self, model.library.destroy, self._handle).atexit = False  # as a runner's
         for layer, both in enumerate(model.read(source, source_mask)):
             joined = [each.transpose(1, 2).flatten(2).to(model.cache_dtype).contiguous() for each in both]
             for place, length in enumerate(lengths):
                 keys, values = (each[place].data_ptr() for each in joined)
                 self._call("store_source", layer, keys, values, length, at(self.source_tables[place]))
         self._logits = torch.empty(rows, model.description.vocab_size, dtype=torch.float32, device="cpu")
-
-    def __del__(self) -> None:
-        if "_handle" in vars(self):
-            self.model.library.destroy(self._handle)
 
     def first(self) -> Float[Tensor, "sources vocab"]:
         """Logits of the first token of each source's target."""
