@@ -33,7 +33,6 @@ from keifu.data.text.span_corruption import (
     SEQUENTIAL,
     CausalBatches,
     CorruptionTask,
-    DecoderRows,
     InfillingExamples,
     Markers,
     Rows,
@@ -52,11 +51,11 @@ HIDDEN = {"a few words": SpanCorruption("[NLU]", 0.15, 3), "half of it": SpanCor
 MODELS = {"causal": "plain", "ul2": "UL2"}
 
 
-class CausalRows(DecoderRows):
+class CausalRows(SpanCorruptionBatches):
     """The texts of a decoder's rows as they were, for a model that reads from left to right: "mask" is True on the
     hidden tokens of `InfillingExamples`, of which it knows only what stands before them."""
 
-    def rows(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool) -> Rows:
+    def join(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool = True) -> Rows:
         """The text again: what is kept of each run, and then what was hidden after it."""
         marks = [np.isin(side, self.markers.sentinels) for side in (inputs, targets)]
         runs = [2 * np.cumsum(marks[0], axis=1), 2 * np.cumsum(marks[1], axis=1) - 1]
@@ -114,12 +113,9 @@ def steps_for(options: argparse.Namespace, found: PreparedMixture) -> int:
 def tasks(objective: str, markers: Markers, context: int) -> dict[str, CorruptionTask]:
     """The same tokens to predict for both models, each in the form that it knows."""
     if objective == "causal":
-        hidden = {name: SpanCorruptionBatches([each], CausalRows(markers, context)) for name, each in HIDDEN.items()}
+        hidden = {name: CausalRows([each], markers, context) for name, each in HIDDEN.items()}
         return {"left to right": CausalBatches(context - 1), **hidden}
-    hidden = {
-        name: InfillingExamples(SpanCorruptionBatches([each], DecoderRows(markers, context)))
-        for name, each in HIDDEN.items()
-    }
+    hidden = {name: InfillingExamples(SpanCorruptionBatches([each], markers, context)) for name, each in HIDDEN.items()}
     return {"left to right": CausalBatches(context, markers.modes[SEQUENTIAL]), **hidden}
 
 
@@ -139,7 +135,7 @@ class OtherInputs:
             tokens[:, 1:end] = np.roll(tokens, 1, axis=0)[:, 1:end]
         else:
             inputs = tokens[:, :end]
-            sentinels = np.isin(inputs, self.examples.denoising.form.markers.sentinels)
+            sentinels = np.isin(inputs, self.examples.denoising.markers.sentinels)
             inputs[sentinels] = inputs[sentinels].reshape(len(inputs), -1)[:, ::-1].ravel()
         return rows | {"tokens": tokens}
 

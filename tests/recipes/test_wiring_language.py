@@ -254,7 +254,7 @@ def of_palm2(toys: Toys) -> tuple[Any, list[Group]]:
         "held_out": Reach(0.3, lambda r: r.data.sources[0].shards.index["settings"]["held_out"]),
         "shares": Reach((0.1, 0.3, 0.6), shares, (0.1, 0.3, 0.6)),
         "prefix": Reach(0.3, prefix_of),
-        "sentinels": Reach(90, lambda r: len(r.data.task.form.markers.sentinels), 90),
+        "sentinels": Reach(90, lambda r: len(r.data.task.markers.sentinels), 90),
         "model": Reach(replace(config, dim=24, head_dim=4), "model.config", but=("vocab_size",)),
         "training": Reach(OTHER, "settings"),
         "gaps": Reach(("cat ___ two.",), "sample.gaps"),

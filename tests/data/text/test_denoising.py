@@ -12,7 +12,6 @@ from keifu.data.batching import source_of_row
 from keifu.data.text.span_corruption import (
     MODES,
     CausalBatches,
-    DecoderRows,
     InfillingExamples,
     Markers,
     SpanCorruption,
@@ -93,15 +92,15 @@ def test_the_mixture_is_the_papers_table() -> None:
     assert [each.mode for each in ul2((0, 0, 1))] == ["[S2S]"]
 
 
-def rows_of(form, count: int = 40, seed: int = 0):
-    task = SpanCorruptionBatches(ul2(), form)
+def rows_of(context: int, count: int = 40, seed: int = 0):
+    task = SpanCorruptionBatches(ul2(), MARKERS, context)
     windows = np.random.default_rng(seed + 1).integers(0, 100, (count, task.width))
     return task, windows, task.rows(windows, np.arange(count), np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("context", [16, 37, 64, 129, 256])
 def test_a_decoders_rows_hold_a_run_of_the_text_each(context: int) -> None:
-    task, windows, rows = rows_of(DecoderRows(MARKERS, context))
+    task, windows, rows = rows_of(context)
     tokens, mask = rows["tokens"], rows["mask"]
     assert tokens.shape == mask.shape == (40, context + 1) and tokens.dtype == np.int64
     seen = {mode: 0 for mode in (101, 102, 103)}
@@ -123,7 +122,7 @@ def test_a_decoders_rows_hold_a_run_of_the_text_each(context: int) -> None:
 
 def test_what_s_hides_is_drawn_evenly() -> None:
     for rate, least in ((0.5, 1), (0.25, 64)):
-        task = SpanCorruptionBatches([SpanCorruption("[S2S]", rate, None)], DecoderRows(MARKERS, 128))
+        task = SpanCorruptionBatches([SpanCorruption("[S2S]", rate, None)], MARKERS, 128)
         rows = task.rows(np.zeros((4000, 128), int), np.arange(4000), np.random.default_rng(0))
         cuts = rows["mask"].argmax(1) - 1
         assert cuts.min() >= least and cuts.max() == 127
@@ -131,12 +130,12 @@ def test_what_s_hides_is_drawn_evenly() -> None:
 
 
 def test_a_row_is_a_function_of_its_randomness_alone() -> None:
-    first, second, other = (rows_of(DecoderRows(MARKERS, 64), seed=seed)[2]["tokens"] for seed in (3, 3, 4))
+    first, second, other = (rows_of(64, seed=seed)[2]["tokens"] for seed in (3, 3, 4))
     assert np.array_equal(first, second) and not np.array_equal(first, other)
 
 
 def test_hidden_tokens_alone_are_asked_for_without_the_marks() -> None:
-    task = SpanCorruptionBatches([SpanCorruption("[NLU]", 0.15, 3)], DecoderRows(MARKERS, 64))
+    task = SpanCorruptionBatches([SpanCorruption("[NLU]", 0.15, 3)], MARKERS, 64)
     windows = np.random.default_rng(0).integers(0, 100, (5, task.width))
     rows = InfillingExamples(task).rows(windows, np.arange(5), np.random.default_rng(1))
     chosen = rows["tokens"][rows["mask"]]
@@ -147,7 +146,7 @@ def test_hidden_tokens_from_the_left_are_the_same_ones(monkeypatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     rows = import_module("mixture").CausalRows
     denoisers = [SpanCorruption("[NLU]", 0.15, 3), SpanCorruption("[NLG]", 0.5, 8)]
-    both, left = (SpanCorruptionBatches(denoisers, form(MARKERS, 64)) for form in (DecoderRows, rows))
+    both, left = (form(denoisers, MARKERS, 64) for form in (SpanCorruptionBatches, rows))
     windows, numbers = np.random.default_rng(0).integers(0, 100, (6, both.width)), np.arange(6)
     hidden = InfillingExamples(both).rows(windows, numbers, np.random.default_rng(1))
     read = left.rows(windows, numbers, np.random.default_rng(1))
@@ -187,9 +186,9 @@ def test_markers_are_the_tokenizers_own_and_text_cannot_spell_them() -> None:
         (lambda: SpanCorruption("[NLU]", 1.5, 3), "this one has rate 1.5"),
         (lambda: SpanCorruption("[S2S]", 0.6, None), "at most 0.5"),
         (lambda: ul2((0.5, 0.5, 0.5)), "whose sum is 1.5"),
-        (lambda: SpanCorruptionBatches(ul2(), DecoderRows(MARKERS, 8)), "needs 16 or more"),
+        (lambda: SpanCorruptionBatches(ul2(), MARKERS, 8), "needs 16 or more"),
         (
-            lambda: SpanCorruptionBatches(ul2(), DecoderRows(MARKERS, 1024)),
+            lambda: SpanCorruptionBatches(ul2(), MARKERS, 1024),
             "hidden spans, and the tokenizer has 100 sentinels",
         ),
     ],
@@ -224,7 +223,7 @@ def test_how_much_is_hidden_is_t5s_rule(rate: float, span: int, length: int, hid
 
 
 def test_s_hides_any_length_alike(likely) -> None:
-    task = SpanCorruptionBatches([SpanCorruption("[S2S]", 0.5, None)], DecoderRows(MARKERS, 16))
+    task = SpanCorruptionBatches([SpanCorruption("[S2S]", 0.5, None)], MARKERS, 16)
     rows = task.rows(np.zeros((8000, 16), int), np.arange(8000), np.random.default_rng(0))
     lengths = np.bincount(rows["mask"].sum(1), minlength=17)
     used = np.flatnonzero(lengths)

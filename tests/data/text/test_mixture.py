@@ -26,7 +26,6 @@ from keifu.data.text.mixture import (
 from keifu.data.text.span_corruption import (
     MODES,
     CausalBatches,
-    DecoderRows,
     InfillingExamples,
     Markers,
     SpanCorruptionBatches,
@@ -98,9 +97,7 @@ def test_shares_from_the_start_are_exact() -> None:
     assert len(source_of_row(shares, np.zeros(0, int))) == 0
 
 
-@pytest.mark.parametrize(
-    "task", [CausalBatches(16), SpanCorruptionBatches(ul2(), DecoderRows(MARKERS, 32))], ids=["causal", "ul2"]
-)
+@pytest.mark.parametrize("task", [CausalBatches(16), SpanCorruptionBatches(ul2(), MARKERS, 32)], ids=["causal", "ul2"])
 def test_a_batch_is_a_function_of_seed_and_step_alone(task) -> None:
     one, other = (MixedText(SOURCES, task, 16, 7, seed=5) for _ in range(2))
     in_order = [one.batch(step) for step in range(30)]
@@ -127,7 +124,7 @@ def test_sources_come_by_their_weights_and_small_ones_in_more_epochs() -> None:
 
 
 def test_validation_measures_every_source_by_every_check() -> None:
-    decoder = SpanCorruptionBatches(ul2(), DecoderRows(MARKERS, 32))
+    decoder = SpanCorruptionBatches(ul2(), MARKERS, 32)
     checks = {
         "bits_per_byte": Check(CausalBatches(32, 3), lambda own: own.bits_per_byte(1.0)),
         "infilling": Check(InfillingExamples(decoder)),

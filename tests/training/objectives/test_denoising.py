@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from keifu.data.text.span_corruption import MODES, DecoderRows, Markers, SpanCorruptionBatches, ul2
+from keifu.data.text.span_corruption import MODES, Markers, SpanCorruptionBatches, ul2
 from keifu.models import palm
 from keifu.training.objectives.language_modeling import (
     causal_language_modeling,
@@ -21,11 +21,10 @@ from keifu.training.trainer import Trainer
 CPU = torch.device("cpu")
 MARKERS = Markers(dict(zip(MODES, (1, 2, 3), strict=True)), np.arange(4, 14), 0, 14)
 SIZES = {"vocab_size": 40, "context_length": 24, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
-DECODER = DecoderRows(MARKERS, 24)
 
 
-def batch(form, rows: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
-    task = SpanCorruptionBatches(ul2(), form)
+def batch(rows: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
+    task = SpanCorruptionBatches(ul2(), MARKERS, 24)
     windows = np.random.default_rng(seed).integers(15, 40, (rows, task.width))
     made = task.rows(windows, np.arange(rows), np.random.default_rng(seed))
     return {name: torch.from_numpy(array) for name, array in made.items()}
@@ -39,7 +38,7 @@ def learner(model, objective, steps: int, micro: int = 8) -> Trainer:
 
 
 def test_the_loss_is_that_of_the_targets_alone() -> None:
-    model, given = palm.build(palm.Config(**SIZES, head_dim=8)), batch(DECODER)
+    model, given = palm.build(palm.Config(**SIZES, head_dim=8)), batch()
     logits, targets, mask = model(given["tokens"][:, :-1]), given["tokens"][:, 1:], given["mask"][:, 1:]
     expected = F.cross_entropy(logits[mask], targets[mask], reduction="sum")
     found = span_corruption(model, given)
@@ -55,7 +54,7 @@ def test_a_split_changes_neither_loss_nor_gradient(micro: int) -> None:
     for rows in (8, micro):
         torch.manual_seed(1)
         model = palm.build(palm.Config(**SIZES, head_dim=8)).train()
-        gradient = learner(model, span_corruption, 1, rows).gradient(0, batch(DECODER))
+        gradient = learner(model, span_corruption, 1, rows).gradient(0, batch())
         found.append((gradient.sums.means()["loss"], [p.grad for p in model.parameters()]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1], strict=True))
@@ -64,7 +63,7 @@ def test_a_split_changes_neither_loss_nor_gradient(micro: int) -> None:
 def test_figures_stand_beside_the_loss_in_evaluation_alone() -> None:
     model = palm.build(palm.Config(**SIZES, head_dim=8)).eval()
     objective = partial(masked_share_loss, objective=span_corruption, names=["a/loss", "b/loss"])
-    parts = [batch(DECODER, seed=seed) for seed in range(3)]
+    parts = [batch(seed=seed) for seed in range(3)]
     own = span_corruption(model, parts[0])
     counts = [int(part["mask"][:, 1:].sum()) for part in parts]
     marked = [
@@ -84,7 +83,7 @@ def test_figures_stand_beside_the_loss_in_evaluation_alone() -> None:
 def test_a_model_learns_a_mixture_of_denoisers_by_heart() -> None:
     torch.manual_seed(0)
     model = palm.build(palm.Config(**SIZES, head_dim=8)).train()
-    trainer, given, losses = learner(model, span_corruption, 150), batch(DECODER), []
+    trainer, given, losses = learner(model, span_corruption, 150), batch(), []
     for step in range(150):
         gradient = trainer.gradient(step, given)
         losses.append(gradient.sums.means()["loss"])

@@ -358,7 +358,7 @@ def batches(task: CorruptionTask, windows: np.ndarray, size: int) -> list[Batch]
 
 def elements(batch: Batch) -> int:
     """How many tokens of a batch are predicted."""
-    mask = batch.get("mask", batch.get("target_mask"))
+    mask = batch.get("mask")
     return batch["tokens"][:, 1:].numel() if mask is None else int(mask[:, 1:].sum())
 
 

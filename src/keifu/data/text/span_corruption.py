@@ -7,8 +7,9 @@ sentinel followed by the span that it replaces.
 Axes: row, place = tokens of a row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from jaxtyping import Int
@@ -20,6 +21,7 @@ from keifu.errors import UserError, unknown
 REGULAR, EXTREME, SEQUENTIAL = "[NLU]", "[NLG]", "[S2S]"  # the paper's [R], [X] and [S], as its code spells them
 MODES = REGULAR, EXTREME, SEQUENTIAL
 SENTINELS = 100  # T5's number
+LEAST = 16  # places of a row
 
 
 @dataclass(frozen=True)
@@ -155,51 +157,69 @@ class CausalBatches:
 
 
 class SpanCorruptionBatches:
-    """A mixture of denoisers over windows, in the form of a decoder's rows.
+    """A mixture of denoisers over windows: mode, inputs, targets and an end in one row of `context_length` + 1 tokens.
+
+    A batch has "tokens" [row, place] and "mask", True on targets, which alone are predicted (see
+    `keifu.training.objectives.language_modeling`). Where a text's end is hidden no end follows: the text went on.
 
     Of a source's rows each denoiser is given its share, exactly (see `keifu.data.batching`). A denoiser whose sentinels
     leave room for fewer tokens than a window has takes a run of it that begins anywhere.
     """
 
-    def __init__(self, denoisers: Sequence[SpanCorruption], form: "DecoderRows"):
-        self.denoisers, self.form = tuple(denoisers), form
+    def __init__(self, denoisers: Sequence[SpanCorruption], markers: Markers, context_length: int):
+        self.denoisers, self.markers, self.places = tuple(denoisers), markers, context_length + 1
         self.shares = np.array([denoiser.share for denoiser in denoisers])
-        if form.places < LEAST:
-            raise UserError(f"The context is {form.places} tokens, and a mixture of denoisers needs {LEAST} or more.")
-        self._lengths = [form.length(denoiser) for denoiser in denoisers]
+        if self.places < LEAST:
+            raise UserError(f"The context is {self.places} tokens, and a mixture of denoisers needs {LEAST} or more.")
+        self._lengths = [self._length(denoiser) for denoiser in denoisers]
         for denoiser, length in zip(self.denoisers, self._lengths, strict=True):
             spans = denoiser.counts(length)[1]
-            if spans > len(form.markers.sentinels):
+            if spans > len(markers.sentinels):
                 raise UserError(
-                    f"A row of {form.places} tokens has {spans} hidden spans, and the tokenizer has "
-                    f"{len(form.markers.sentinels)} sentinels: shorten the context, or learn more sentinels."
+                    f"A row of {self.places} tokens has {spans} hidden spans, and the tokenizer has "
+                    f"{len(markers.sentinels)} sentinels: shorten the context, or learn more sentinels."
                 )
         self.width = max(self._lengths)
-        self.name = f"{type(form).__name__} of {form.places} places: {self.denoisers}"
+        self.name = f"DecoderRows of {self.places} places: {self.denoisers}"  # the same in the runs that are there
 
     def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
         """Rows of one denoiser are computed together."""
         chosen = source_of_row(self.shares, numbers)
-        parts = [(n, np.flatnonzero(chosen == n)) for n in range(len(self.denoisers))]
-        made = [(rows, self._corrupted(n, windows[rows], random)) for n, rows in parts if len(rows)]
-        joined = {}
-        for name, first in made[0][1].items():
-            joined[name] = np.empty((len(windows), *first.shape[1:]), first.dtype)
-            for rows, part in made:
-                joined[name][rows] = part[name]
-        return joined
+        places = [np.flatnonzero(chosen == n) for n in range(len(self.denoisers))]
+        made = [self._corrupted(n, windows[rows], random) for n, rows in enumerate(places) if len(rows)]
+        order = np.argsort(np.concatenate(places))
+        return {name: np.concatenate([part[name] for part in made])[order] for name in made[0]}
+
+    def join(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool = True) -> Rows:
+        """Rows of equally many inputs and equally many targets."""
+        prefix = 1 + inputs.shape[1]
+        tokens = np.full((len(inputs), self.places), self.markers.pad, np.int64)
+        tokens[:, 0], tokens[:, 1:prefix] = mode, inputs
+        stop = prefix + targets.shape[1]
+        tokens[:, prefix:stop] = targets
+        tokens[:, stop : stop + ends] = self.markers.end
+        mask = np.zeros(tokens.shape, bool)
+        mask[:, prefix : stop + ends] = True
+        return {"tokens": tokens, "mask": mask}
+
+    def _length(self, denoiser: SpanCorruption) -> int:
+        """The most tokens of text that a row has room for: a mode and, with spans, two sentinels each and an end."""
+        if denoiser.span is None:
+            return self.places - 1
+        return next(n - 1 for n in count(3) if n + 2 * denoiser.counts(n)[1] + 2 > self.places)
 
     def _corrupted(self, number: int, windows: Windows, random: np.random.Generator) -> Rows:
         denoiser, length = self.denoisers[number], self._lengths[number]
-        mode = self.form.markers.modes[denoiser.mode]
+        mode = self.markers.modes[denoiser.mode]
         offsets = random.integers(self.width - length + 1, size=(len(windows), 1))
         tokens = np.take_along_axis(windows, offsets + np.arange(length), axis=1).astype(np.int64)
-        hidden, spans = denoiser.counts(length)
         if denoiser.span is None:
             least = min(max(1, round((1 - 2 * denoiser.rate) * (length - 1))), length - 1)
-            return self.form.cut(mode, tokens, random.integers(least, length, size=len(tokens)))
-        places = random_spans(len(tokens), length, hidden, spans, random)
-        return self.form.rows(mode, *corrupt(tokens, places, self.form.markers.sentinels), ends=True)
+            cuts = random.integers(least, length, size=(len(tokens), 1))
+            rows = self.join(mode, tokens[:, :0], tokens, ends=False)
+            return rows | {"mask": rows["mask"] & (np.arange(self.places) > cuts)}
+        places = random_spans(len(tokens), length, *denoiser.counts(length), random)
+        return self.join(mode, *corrupt(tokens, places, self.markers.sentinels))
 
 
 class InfillingExamples:
@@ -210,53 +230,10 @@ class InfillingExamples:
         self.denoising, self.width, self.name = denoising, denoising.width, f"hidden tokens: {denoising.name}"
 
     def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
-        rows, markers = self.denoising.rows(windows, numbers, random), self.denoising.form.markers
+        rows, markers = self.denoising.rows(windows, numbers, random), self.denoising.markers
         return rows | {"mask": rows["mask"] & ~np.isin(rows["tokens"], [*markers.sentinels, markers.end])}
 
 
 # Makes training rows from windows of `width` tokens: `rows(windows, numbers, random)` gives the windows as rows, where
 # `numbers` counts each among those of its source. `name` states all settings that the rows depend on.
 CorruptionTask = CausalBatches | SpanCorruptionBatches | InfillingExamples
-LEAST = 16  # places of a row
-
-
-class DecoderRows:
-    """Rows for a decoder: mode, inputs, targets and an end in one sequence of at most `context_length` + 1 tokens.
-
-    A batch has "tokens" [row, place] and "mask", True on targets, which alone are predicted (see
-    `keifu.training.objectives.language_modeling`). Where a text's end is hidden no end follows: the text went on.
-    """
-
-    def __init__(self, markers: Markers, context_length: int):
-        self.markers, self.places = markers, context_length + 1
-
-    def length(self, denoiser: SpanCorruption) -> int:
-        """The most tokens of text that a row has room for."""
-        if denoiser.span is None:
-            return self.places - 1
-        return _longest(self.places, lambda n: n + 2 * denoiser.counts(n)[1] + 2)
-
-    def rows(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool) -> Rows:
-        """Rows of equally many inputs and equally many targets."""
-        count, prefix = len(inputs), 1 + inputs.shape[1]
-        tokens = np.full((count, self.places), self.markers.pad, np.int64)
-        tokens[:, 0], tokens[:, 1:prefix] = mode, inputs
-        stop = prefix + targets.shape[1]
-        tokens[:, prefix:stop] = targets
-        tokens[:, stop : stop + ends] = self.markers.end
-        mask = np.zeros(tokens.shape, bool)
-        mask[:, prefix : stop + ends] = True
-        return {"tokens": tokens, "mask": mask}
-
-    def cut(self, mode: int, tokens: np.ndarray, cuts: np.ndarray) -> Rows:
-        """Rows whose hidden end begins at `cuts`."""
-        rows = self.rows(mode, tokens[:, :0], tokens, ends=False)
-        return rows | {"mask": rows["mask"] & (np.arange(self.places) > cuts[:, None])}
-
-
-def _longest(places: int, needed: Callable[[int], int]) -> int:
-    """The largest number of tokens for which no more than `places` are needed."""
-    length = 2
-    while needed(length + 1) <= places:
-        length += 1
-    return length

@@ -68,8 +68,7 @@ def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, span_corruption.C
     markers = span_corruption.Markers.of(tokenizer, sum(token.startswith("<extra_id_") for token in vocabulary))
     hidden = span_corruption.InfillingExamples(
         span_corruption.SpanCorruptionBatches(
-            [span_corruption.SpanCorruption(span_corruption.MODES[0], 0.15, 3)],
-            span_corruption.DecoderRows(markers, context),
+            [span_corruption.SpanCorruption(span_corruption.MODES[0], 0.15, 3)], markers, context
         )
     )
     return {"loss": span_corruption.CausalBatches(context, begin), "infilling": hidden}

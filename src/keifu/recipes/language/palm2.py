@@ -42,7 +42,6 @@ from keifu.data.text.span_corruption import (
     SEQUENTIAL,
     CausalBatches,
     CorruptionTask,
-    DecoderRows,
     InfillingExamples,
     Markers,
     SpanCorruption,
@@ -147,13 +146,12 @@ def task_of(recipe: Recipe, tokenizer: Tokenizer) -> tuple[CorruptionTask, dict[
     if recipe.objective == "causal":
         return CausalBatches(context), {"bits_per_byte": Check(CausalBatches(context - 1), BITS)}
     markers = Markers.of(tokenizer, recipe.sentinels)
-    decoder = DecoderRows(markers, context)
     regular = SpanCorruption("[NLU]", 0.15, 3)
     checks = {
         "bits_per_byte": Check(CausalBatches(context, markers.modes[SEQUENTIAL]), BITS),
-        "infilling": Check(InfillingExamples(SpanCorruptionBatches([regular], decoder))),
+        "infilling": Check(InfillingExamples(SpanCorruptionBatches([regular], markers, context))),
     }
-    return SpanCorruptionBatches(ul2(recipe.shares, recipe.prefix), decoder), checks
+    return SpanCorruptionBatches(ul2(recipe.shares, recipe.prefix), markers, context), checks
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
