@@ -146,3 +146,19 @@ def test_pieces_are_sentencepieces(tmp_path):
     data = model_of(ENGLISH + JAPANESE, "unigram")
     processor = sentencepiece.SentencePieceProcessor(model_proto=data)
     assert Pieces(data, "model").cut(TEXTS) == [processor.encode(text, out_type=str) for text in TEXTS]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_with_other_parts_it_stays_a_tokenizer_of_two_languages(separate, tmp_path):
+    tokenizer = load_tokenizer(written(tmp_path, "unigram", separate))
+    other = tokenizer.with_max_length(9)
+    assert other.max_length == 9 and other.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert other.encode_target_batch(TEXTS) == tokenizer.encode_target_batch(TEXTS)
+    assert other.target_vocab_size == tokenizer.target_vocab_size
+
+
+def test_a_side_with_ids_of_its_own_names_its_tokens(tmp_path):
+    source, target = load_tokenizer(written(tmp_path, "unigram", separate=True)).sides
+    for side, file in ((source, "vocab.json"), (target, "target_vocab.json")):
+        ids = json.loads((tmp_path / file).read_text())
+        assert [side.backend.id_to_token(number) for number in ids.values()] == list(ids)

@@ -160,7 +160,7 @@ def _no_weight(name: str, weight: Any) -> UserError:
 
 def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer) -> list[Shards]:
     """The ids of each source, made once, with about that share held out; what a tokenizer puts around texts is left."""
-    tokenizer = Tokenizer(nothing_around_text(tokenizer.backend), tokenizer.special)
+    tokenizer = tokenizer.replace(backend=nothing_around_text(tokenizer.backend))
     made = []
     for source in mixture.sources:
         with _named_source(source):

@@ -35,7 +35,7 @@ def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> Read:
     if not isinstance(model, dict) or "vocab" not in model:
         raise UserError(f"{path} has no model with a vocabulary, so it is not a tokenizer.json.")
     vocabulary = model["vocab"]
-    check_ids(vocabulary if isinstance(vocabulary, dict) else {entry[0]: n for n, entry in enumerate(vocabulary)}, path)
+    _check_ids(vocabulary if isinstance(vocabulary, dict) else {each[0]: n for n, each in enumerate(vocabulary)}, path)
     described |= {"truncation": None, "padding": None}  # of texts, which keifu neither cuts nor fills up
     _check_parts(described, path)
     try:
@@ -56,7 +56,16 @@ def _check_parts(described: Any, path: Path) -> None:
         _check_parts({} if isinstance(part, dict) and part.get("type") in MODEL_TYPES else part, path)
 
 
-def check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """A JSON object from tokens to ids; anything else is a `UserError`."""
+    vocabulary = read_json(path)
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        raise UserError(f"{path} holds no vocabulary: it must be a JSON object from tokens to ids.")
+    _check_ids(vocabulary, path)
+    return vocabulary
+
+
+def _check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
     """Refuses a vocabulary in which two tokens have the same id: they would silently become one."""
     owner: dict[int, str] = {}
     for token, number in vocabulary.items():
@@ -68,10 +77,7 @@ def check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
 
 def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
     """GPT-1's and GPT-2's two files: vocab.json (or encoder.json) and beside it merges.txt (or vocab.bpe)."""
-    vocabulary = read_json(path)
-    if not isinstance(vocabulary, dict) or not vocabulary:
-        raise UserError(f"{path} holds no vocabulary: it must be a JSON object from tokens to ids.")
-    check_ids(vocabulary, path)
+    vocabulary = read_vocabulary(path)
     beside = [path.with_name(name) for name in ("merges.txt", "vocab.bpe")]
     merges_path = next((other for other in beside if other.exists()), None)
     if merges_path is None:

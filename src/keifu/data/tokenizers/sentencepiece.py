@@ -249,7 +249,7 @@ class Pieces:
     def __init__(self, data: bytes, name: str):
         from sentencepiece import SentencePieceProcessor
 
-        self.settings = parse(data, name).settings
+        self.data, self.settings = data, parse(data, name).settings
         self._processor = SentencePieceProcessor(model_proto=data)
 
     def cut(self, texts: Sequence[str]) -> list[list[str]]:

@@ -126,7 +126,6 @@ def _renamed(original: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizer
     return tokenizers.Tokenizer.from_str(json.dumps(description))
 
 
-PARTS = ("backend", "special", "stop_ids", "chat_template", "max_length", "generation_config")
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -142,6 +141,8 @@ class Tokenizer:
 
     A vocabulary in which two tokens share an id, or an id has no token, is a `UserError` that names it.
     """
+
+    PARTS = "backend", "special", "stop_ids", "chat_template", "max_length", "generation_config"
 
     def __init__(
         self,
@@ -265,7 +266,7 @@ class Tokenizer:
 
     def replace(self, **parts: Any) -> "Tokenizer":
         """The same tokenizer with some parts changed, each under its name in the constructor."""
-        return Tokenizer(**{**self._parts, **parts})
+        return type(self)(**{**self._parts, **parts})
 
     def with_chat_template(self, template: str | None) -> "Tokenizer":
         """The same tokenizer with this chat template, or with none."""
@@ -281,7 +282,7 @@ class Tokenizer:
         return f"Tokenizer({kind}, {self.vocab_size:,} tokens{roles}{', chat template' if self.chat_template else ''})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, tuple(self._parts.values())
+        return type(self), tuple(self._parts.values())
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, for transformers' AutoTokenizer.
@@ -315,7 +316,7 @@ class Tokenizer:
     @property
     def _parts(self) -> dict[str, Any]:
         """The arguments of the constructor that make this tokenizer again, in order."""
-        return {name: vars(self)[name] for name in PARTS}
+        return {name: vars(self)[name] for name in self.PARTS}
 
     @cached_property
     def _hash(self) -> str:
