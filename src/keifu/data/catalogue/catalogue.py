@@ -7,25 +7,81 @@ cache of downloads and prepared data; files that keifu did not put there stay.
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import sysconfig
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import resources
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from keifu.data.catalogue import download, readers
-from keifu.data.catalogue.entry import CATALOGUE, MODELS, Entry
+from keifu.data.catalogue.download import Archive
 from keifu.data.catalogue.readers import Dialogue
 from keifu.errors import UserError, unknown
 from keifu.files import cache
 
-__all__ = ["CATALOGUE", "MODELS", "Entry", "cache", "conversations", "documents", "fetch", "identity", "pairs", "rows"]
 MADE = {  # folders of what is made of data, by name
     "tokenizers": "learned tokenizers", "tokens": "texts as ids", "sentences": "sentences as ids",
     "pictures": "pictures at one size",
 }  # fmt: skip
 FETCHED = re.compile(r".+-[0-9a-f]{8}")  # see Archive.folder
+AS_TEXT = {"documents": str, "pairs": "\n".join, "conversations": readers.as_document}  # what an entry gives
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the catalogue; `member` is its path inside the archive's folder, "." for all of it.
+
+    `reader` turns that path into what `gives` says: documents, pairs or conversations. A mixture has `parts`, the names
+    of other entries, in place of an archive; `package` is an installed Python package that holds the member; an entry
+    with none of these is on every machine at `place`. For weights, `generation_config` has the recommended settings of
+    text generation, where the file itself has none. Of pictures, `captions` go by the names of their files.
+    """
+
+    kind: str
+    about: str
+    licence: str
+    attribution: str
+    archive: Archive | None = None
+    member: str = "."
+    gives: str = ""
+    reader: Callable[[Path], Iterator[Any]] | None = None
+    parts: tuple[str, ...] = ()
+    place: str = ""
+    package: str = ""
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    captions: Mapping[str, str] = field(default_factory=dict)
+
+
+def _read_table() -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """The models, and the data."""
+    table = tomllib.loads((resources.files("keifu.data.catalogue") / "catalogue.toml").read_text(encoding="utf-8"))
+    archives = table.pop("archives")
+    for name, facts in archives.items():
+        archives[name] = Archive(name, **facts | {"members": tuple(map(tuple, facts.get("members", ())))})
+    models = {name: _entry(archives, kind="weights", **facts) for name, facts in table.pop("models").items()}
+    return models, {name: _entry(archives, **facts) for name, facts in table.items()}
+
+
+def _entry(
+    archives: Mapping[str, Archive], archive: str = "", reader: str = "", options: Mapping[str, str] | None = None,
+    parts: Sequence[str] = (), place: str = "", **facts: Any,
+) -> Entry:  # fmt: skip
+    return Entry(
+        **facts,
+        archive=archives[archive] if archive else None,
+        reader=partial(vars(readers)[reader], **(options or {})) if reader else None,
+        parts=tuple(parts),
+        place=sysconfig.get_paths()[place] if place else "",
+    )
+
+
+MODELS, DATA = _read_table()
+CATALOGUE = MODELS | DATA
 
 
 def entry(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Entry:
@@ -78,20 +134,18 @@ def documents(name: str) -> Iterator[str]:
     if found.parts:
         yield from chain.from_iterable(map(documents, found.parts))
         return
-    as_text = {"documents": str, "pairs": "\n".join, "conversations": readers.as_document}
-    if found.gives not in as_text:
-        raise _other(name, "text")
-    yield from map(as_text[found.gives], _read(name))
+    records = _read(name, "text")
+    yield from map(AS_TEXT[found.gives], records)
 
 
 def pairs(name: str) -> Iterator[tuple[str, str]]:
     """The sentences of a parallel text with their translations, in a fixed order."""
-    return _only("pairs", name)
+    return _read(name, "pairs")
 
 
 def conversations(name: str) -> Iterator[Dialogue]:
     """The conversations of a chat entry, in a fixed order, each a list of messages for a chat template."""
-    return _only("conversations", name)
+    return _read(name, "conversations")
 
 
 def identity(name: str) -> str:
@@ -105,8 +159,7 @@ def identity(name: str) -> str:
 
 def rows() -> list[dict[str, str]]:
     """The catalogue as a table: each entry's description, download size, licence, and whether it is in the cache."""
-    data = {name: each for name, each in CATALOGUE.items() if each.kind != "weights"}
-    return [_row(name, among) for among in (MODELS, data) for name in among]
+    return [_row(name, among) for among in (MODELS, DATA) for name in CATALOGUE if name in among]
 
 
 def _row(name: str, among: Mapping[str, Entry]) -> dict[str, str]:
@@ -119,20 +172,12 @@ def _row(name: str, among: Mapping[str, Entry]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _only(gives: str, name: str) -> Iterator[Any]:
-    if entry(name).gives != gives:
-        raise _other(name, gives)
-    return _read(name)
-
-
-def _read(name: str) -> Iterator[Any]:
+def _read(name: str, gives: str) -> Iterator[Any]:
+    """What the entry's reader gives; an entry that holds something else is a `UserError`."""
     reader = entry(name).reader
-    assert reader
+    if name not in (able := names(gives)) or reader is None:
+        raise UserError(f"The catalogue's {name!r} does not hold {gives}; these do: {', '.join(able)}.")
     return reader(fetch(name))
-
-
-def _other(name: str, wanted: str) -> UserError:
-    return UserError(f"The catalogue's {name!r} does not hold {wanted}; these do: {', '.join(names(wanted))}.")
 
 
 @dataclass(frozen=True)

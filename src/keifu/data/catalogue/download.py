@@ -17,7 +17,6 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
@@ -88,28 +87,24 @@ class Archive:
         return f"{self.package}-{self.version}-{sha256(repr((self.sha256, self.members)).encode()).hexdigest()[:8]}"
 
 
-@contextmanager
-def build_once(folder: Path) -> Iterator[Path]:
-    """Context with an empty folder beside `folder`, in which one process at a time builds its content.
+def made_once(folder: Path, whole: Callable[[], bool], make: Callable[[Path], None]) -> Path:
+    """A folder, which `make` writes under the name that it is given where it is not there and `whole`.
 
-    The empty folder is removed at the end, as is what a killed process left there. A full disk is a `UserError`.
+    One process at a time writes, in an empty folder beside it, which is removed at the end, as is what a killed process
+    left there. A full disk is a `UserError`.
     """
+    if whole():
+        return folder
     with files.locked(folder):
         for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
             shutil.rmtree(left, ignore_errors=True)
         place = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
         with place as temporary, files.disk_space(f"nothing of {folder.name} was kept"):
-            yield Path(temporary)
-
-
-def made_once(folder: Path, whole: Callable[[], bool], make: Callable[[Path], None]) -> Path:
-    """A folder, which `make` writes under the name that it is given where it is not there and `whole`."""
-    if not whole():
-        with build_once(folder) as place:
             if not whole():
-                make(place / "new")
+                new = Path(temporary, "new")
+                make(new)
                 shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
-                (place / "new").rename(folder)
+                new.rename(folder)
     return folder
 
 
