@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -170,10 +170,7 @@ def encode_turns(backend: tokenizers.Tokenizer, text: str, marks: str) -> tuple[
     A token with at least one character inside counts, as in transformers' masks of assistant tokens.
     """
     pieces = re.split(f"[{re.escape(marks)}]", text)
-    ends = [0]
-    for piece in pieces:
-        ends.append(ends[-1] + len(piece))
-    spans = [span for number, span in enumerate(pairwise(ends)) if number % 2]
+    spans = [*pairwise(accumulate(map(len, pieces), initial=0))][1::2]
     encoding = backend.encode("".join(pieces), add_special_tokens=False)
     mask, turn = [], 0
     for start, end in encoding.offsets:

@@ -11,20 +11,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from keifu.data.tokenizers import sentencepiece as sp
 from keifu.data.tokenizers.bpe import CUTS, WHOLE_WORDS, byte_level_backend, cut_of
-from keifu.data.tokenizers.sentencepiece import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    SPACE,
-    UNKNOWN,
-    USER_DEFINED,
-    Piece,
-    Settings,
-    backend_from_pieces,
-    merges_by_score,
-    numbered,
-)
 from keifu.data.tokenizers.streaming import byte_value
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.errors import UserError
@@ -65,7 +53,7 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
         known = " and ".join(map(repr, builders))
         raise UserError(f"The GGUF's tokenizer.ggml.model is {kind!r}; keifu reads {known}.")
     tokens = [str(token) for token in _needed(fields, "tokens")]
-    kinds = list(fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
+    kinds = list(fields.get("tokenizer.ggml.token_type") or [sp.NORMAL] * len(tokens))
     if len(kinds) != len(tokens):
         raise UserError(f"The GGUF has {len(tokens)} tokens but {len(kinds)} entries in tokenizer.ggml.token_type.")
     backend, adds_bos = builders[kind](fields, tokens, kinds)
@@ -100,26 +88,25 @@ def _needed(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> Made:
-    vocabulary = numbered(tokens, "The GGUF")
+    vocabulary = sp.numbered(tokens, "The GGUF")
     cut = fields.get("tokenizer.ggml.pre", "default")
     merges = [(left, right) for left, _, right in (str(m).partition(" ") for m in _needed(fields, "merges"))]
     backend = byte_level_backend(vocabulary, merges, cut)
-    added = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, USER_DEFINED)]
-    for kind, add in ((CONTROL, backend.add_special_tokens), (USER_DEFINED, backend.add_tokens)):
-        add([AddedToken(token, normalized=False, special=kind == CONTROL) for token, own in added if own == kind])
+    added = (pair for pair in zip(tokens, kinds, strict=True) if pair[1] in (sp.CONTROL, sp.USER_DEFINED))
+    backend.add_tokens([AddedToken(token, normalized=False, special=kind == sp.CONTROL) for token, kind in added])
     return backend, CUTS[cut][0] in WHOLE_WORDS
 
 
 def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> Made:
     scores = _needed(fields, "scores")
-    pieces = [Piece(*entry) for entry in zip(tokens, map(float, scores), map(int, kinds), strict=True)]
-    settings = Settings(
+    pieces = [sp.Piece(*entry) for entry in zip(tokens, map(float, scores), map(int, kinds), strict=True)]
+    settings = sp.Settings(
         unknown_id=int(fields.get("tokenizer.ggml.unknown_token_id", 0)),
-        byte_fallback=BYTE in kinds,
+        byte_fallback=sp.BYTE in kinds,
         dummy_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
         single_spaces=bool(fields.get("tokenizer.ggml.remove_extra_whitespaces", False)),
     )
-    return backend_from_pieces(pieces, settings), True
+    return sp.backend_from_pieces(pieces, settings), True
 
 
 def _roles(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
@@ -157,10 +144,10 @@ def to_gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
         special = _byte_level_fields(tokenizer, described)
     else:
         special = _sentencepiece_fields(described, tokens)
-    kinds = special.pop("token_type", [NORMAL] * len(tokens))
+    kinds = special.pop("token_type", [sp.NORMAL] * len(tokens))
     for number, added in tokenizer.backend.get_added_tokens_decoder().items():
-        if kinds[number] == NORMAL:
-            kinds[number] = CONTROL if added.special else USER_DEFINED
+        if kinds[number] == sp.NORMAL:
+            kinds[number] = sp.CONTROL if added.special else sp.USER_DEFINED
     around = tokenizer.encode("", special=True)  # what the tokenizer itself puts before a text and after it
     begins = bool(around) and around[0] == tokenizer.bos_id
     fields = special | {"tokens": tokens, "token_type": kinds, "add_bos_token": begins}
@@ -192,18 +179,18 @@ def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[
     own = described["pre_tokenizer"] or {}
     whole = _own_tokens(own, tokens)
     kinds = [
-        UNKNOWN if token == described["model"]["unk_token"] else BYTE if byte_value(token) is not None
-        else USER_DEFINED if token in whole else NORMAL
+        sp.UNKNOWN if token == described["model"]["unk_token"] else sp.BYTE if byte_value(token) is not None
+        else sp.USER_DEFINED if token in whole else sp.NORMAL
         for token in tokens
     ]  # fmt: skip
     added = {entry["content"] for entry in described["added_tokens"]}
     scores = [made.get(token, 0.0 if token in added else -float(len(merges) + n)) for n, token in enumerate(tokens)]
-    mergeable = [Piece(*entry) for entry in zip(tokens, scores, kinds, strict=True) if entry[0] not in added]
+    mergeable = [sp.Piece(*entry) for entry in zip(tokens, scores, kinds, strict=True) if entry[0] not in added]
     prefix = _space_prefix(described)
     if prefix is None:
         rules = ", ".join(_kinds(described["normalizer"]) + _kinds(described["pre_tokenizer"]))
         raise UserError(f"A GGUF can only say that spaces become U+2581; this tokenizer prepares text with {rules}.")
-    if set(merges_by_score(mergeable)) != set(merges):
+    if set(sp.merges_by_score(mergeable)) != set(merges):
         raise UserError("This BPE's merges do not follow from one score for each token, so a GGUF cannot hold it.")
     return {"model": "llama", "pre": "default", "scores": scores, "token_type": kinds, "add_space_prefix": prefix}
 
@@ -228,8 +215,8 @@ def _space_prefix(described: Mapping[str, Any]) -> bool | None:
     if normalizer is None and cutter is not None and cutter["type"] == "Metaspace" and not cutter.get("split", True):
         return cutter.get("prepend_scheme", "always") != "never"
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prepend = {"type": "Prepend", "prepend": SPACE}
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": sp.SPACE}
+    prepend = {"type": "Prepend", "prepend": sp.SPACE}
     if cutter is not None and cutter["type"] != "Split":
         return None
     return True if steps == [prepend, escape] else False if steps == [escape] else None

@@ -4,14 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from keifu.data.tokenizers.formats import READERS, finish_backend, reader, settings_beside
-from keifu.data.tokenizers.gguf import gguf_tokenizer, read_gguf_fields, to_gguf_fields
+from keifu.data.tokenizers.gguf import gguf_tokenizer, read_gguf_fields
 from keifu.data.tokenizers.seq2seq import SOURCE, TARGET_TOKENIZER, read_marian, read_two_sided
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.errors import UserError
 from keifu.files import KEPT, LEARNED, cache, reading
-
-__all__ = ["KINDS", "Tokenizer", "gguf_tokenizer", "load_tokenizer", "to_gguf_fields", "train_tokenizer"]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -73,17 +73,10 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
-        match key & 7:
-            case 0:
-                value, place = _varint(data, place)
-            case 1 | 5 as width:
-                size = 8 if width == 1 else 4
-                value, place = data[place : place + size], place + size
-            case 2:
-                size, place = _varint(data, place)
-                value, place = data[place : place + size], place + size
-            case other:
-                raise ValueError(f"wire type {other}")
+        if (kind := key & 7) not in (0, 1, 2, 5):  # a whole number, 8 bytes, a length and so many bytes, 4 bytes
+            raise ValueError(f"wire type {kind}")
+        size, place = (8, place) if kind == 1 else (4, place) if kind == 5 else _varint(data, place)
+        value, place = (size, place) if kind == 0 else (data[place : place + size], place + size)
         if place > len(data):
             raise IndexError("the message ends early")
         yield key >> 3, value
@@ -181,14 +174,12 @@ def backend_from_pieces(pieces: Sequence[Piece], settings: Settings) -> tokenize
     texts = numbered((piece.text for piece in pieces), "The vocabulary")
     if settings.unknown_id >= len(pieces):
         raise UserError(f"The unknown piece has the id {settings.unknown_id}, and there are {len(pieces)} pieces.")
-    unknown_piece = pieces[settings.unknown_id].text
     own = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     if settings.model == BPE:
-        fallback, whole = settings.byte_fallback, bool(own)
-        merges = merges_by_score(pieces)
         model = models.BPE(
-            texts, merges, unk_token=unknown_piece, fuse_unk=True, byte_fallback=fallback, ignore_merges=whole
-        )
+            texts, merges_by_score(pieces), unk_token=pieces[settings.unknown_id].text, fuse_unk=True,
+            byte_fallback=settings.byte_fallback, ignore_merges=bool(own),
+        )  # fmt: skip
     else:
         model = models.Unigram([(p.text, p.score) for p in pieces], settings.unknown_id, settings.byte_fallback)
     backend = tokenizers.Tokenizer(model)

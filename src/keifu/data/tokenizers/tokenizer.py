@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def nothing_around_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 def unused_characters(value: Any, count: int = 2) -> str:
     """Private-use characters that no string of `value` contains."""
     seen = set(json.dumps(value, ensure_ascii=False, default=str))
-    free = (chr(code) for code in range(0x100000, 0x10FFFD))
-    return "".join(character for character, _ in zip((c for c in free if c not in seen), range(count), strict=False))
+    free = (character for character in map(chr, range(0x100000, 0x10FFFD)) if character not in seen)
+    return "".join(islice(free, count))
 
 
 def _renamed(original: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizers.Tokenizer:
@@ -379,9 +380,8 @@ def _checked_size(vocabulary: Mapping[str, int]) -> int:
     """The number of tokens, after a check that the ids are 0, 1, 2, ... with one token each."""
     by_id: dict[int, str] = {}
     for token, number in vocabulary.items():
-        if number in by_id:
+        if by_id.setdefault(number, token) != token:
             raise UserError(f"The vocabulary gives the id {number} to two tokens, {by_id[number]!r} and {token!r}.")
-        by_id[number] = token
     if not by_id:
         raise UserError("The tokenizer's vocabulary is empty.")
     hole = next((number for number in range(len(by_id)) if number not in by_id), None)

@@ -8,19 +8,9 @@ from dataclasses import dataclass, field
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from keifu.data.tokenizers import sentencepiece as sp
 from keifu.data.tokenizers.bpe import byte_level_backend
 from keifu.data.tokenizers.formats import BERT_ROLES, wordpiece_backend
-from keifu.data.tokenizers.sentencepiece import (
-    BYTE,
-    CONTROL,
-    SPACE,
-    UNIGRAM,
-    UNKNOWN,
-    Piece,
-    Settings,
-    backend_from_pieces,
-    no_byte_names,
-)
 from keifu.data.tokenizers.streaming import byte_alphabet
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.errors import UserError, unknown
@@ -167,10 +157,10 @@ def _unigram(wanted: _Training) -> Made:
             wanted.at_least("unigram", reserved + len(wanted.characters), "special, bytes and all the characters")
         raise
     learned = json.loads(backend.to_str())["model"]["vocab"][len(specials) :]
-    pieces = [Piece(token, 0.0, UNKNOWN if token == "<unk>" else CONTROL) for token in specials]
-    pieces += [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
-    pieces += [Piece(token, score) for token, score in learned]
-    whole = backend_from_pieces(pieces, Settings(model=UNIGRAM))
+    pieces = [sp.Piece(token, 0.0, sp.UNKNOWN if token == "<unk>" else sp.CONTROL) for token in specials]
+    pieces += [sp.Piece(f"<0x{byte:02X}>", 0.0, sp.BYTE) for byte in range(256)]
+    pieces += [sp.Piece(token, score) for token, score in learned]
+    whole = sp.backend_from_pieces(pieces, sp.Settings(model=sp.UNIGRAM))
     _prepare_unigram(whole)
     roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     put_around_text(whole, roles, bos=True, eos=False)
@@ -179,9 +169,9 @@ def _unigram(wanted: _Training) -> Made:
 
 def _prepare_unigram(backend: tokenizers.Tokenizer) -> None:
     """NFKC, a space before each text, and pieces that never go over the start of a word; no word segmenter."""
-    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend(SPACE)])
-    words = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, no_byte_names()])
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend(sp.SPACE)])
+    words = pre_tokenizers.Metaspace(sp.SPACE, prepend_scheme="never", split=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, sp.no_byte_names()])
 
 
 def _characters(wanted: _Training) -> Made:
