@@ -60,11 +60,11 @@ def test_ranks_make_what_one_makes(of: int, source: Path, tokenizer, tmp_path: P
 def test_a_rank_that_was_killed_goes_on_where_it_was(source: Path, tokenizer, tmp_path: Path, monkeypatch) -> None:
     real, calls = prepared.token_shards.write, []
 
-    def dies(*arguments) -> None:
+    def dies(*arguments) -> list[dict[str, int]]:
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        real(*arguments)
+        return real(*arguments)
 
     monkeypatch.setattr(prepared.token_shards, "write", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -1,8 +1,12 @@
 """Tokenizers learned from text: what each kind can spell, and what it refuses."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tokenizers
 
+from keifu.data.tokenizers.load import learned_tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
@@ -100,3 +104,18 @@ def test_errors_of_the_texts_come_through() -> None:
 
     with pytest.raises(UserError, match="line 7 is not UTF-8"):
         train_tokenizer("bpe", broken(), 300)
+
+
+def test_of_several_processes_one_learns_and_the_others_take_its_tokenizer(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path))
+    monkeypatch.setattr("keifu.data.tokenizers.load.LEARNED", {})
+    learned = []
+
+    def learn():
+        learned.append(train_tokenizer("characters", ["abc"[: 1 + len(learned)]], 9))
+        time.sleep(0.2)
+        return learned[-1]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [*pool.map(lambda _: learned_tokenizer("characters-9", learn), range(2))]
+    assert len(learned) == 1 and {each.fingerprint for each in found} == {learned[0].fingerprint}

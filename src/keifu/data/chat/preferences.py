@@ -156,6 +156,8 @@ class PreferencePairs:
     `references` [pairs, 2], the reference model's log-probabilities for training and held-out pairs, come with them.
     """
 
+    BESIDE = "reference"
+
     def __init__(
         self,
         training: Sequence[Sequence[TurnMasks]],
@@ -190,7 +192,7 @@ class PreferencePairs:
 
     def _make_batch(self, part: int, rows: Sequence[int]) -> dict[str, Tensor]:
         made = stack_rows([self.parts[part][row] for row in rows], self.pad_id)
-        return made | {"reference": self.references[part][list(rows)]}
+        return made | {self.BESIDE: self.references[part][list(rows), : made["tokens"].shape[1]]}
 
 
 class RankedAnswers(PreferencePairs):
@@ -198,6 +200,8 @@ class RankedAnswers(PreferencePairs):
 
     All responses to a prompt are one row (InstructGPT, section 3.5); a missing response has the level NaN.
     """
+
+    BESIDE = "levels"
 
     def __init__(self, training: Sequence[Ranking], held: Sequence[Ranking], batch_size: int, seed: int, pad_id: int):
         most = max((len(each.answers) for each in (*training, *held)), default=2)
@@ -209,10 +213,6 @@ class RankedAnswers(PreferencePairs):
         super().__init__(pairs[0], pairs[1], batch_size, seed, pad_id, (levels[0], levels[1]))
         told = b"".join(part.numpy().tobytes() for part in levels)
         self.fingerprint = hashlib.sha256(self.fingerprint.encode() + told).hexdigest()
-
-    def _make_batch(self, part: int, rows: Sequence[int]) -> dict[str, Tensor]:
-        made = stack_rows([self.parts[part][row] for row in rows], self.pad_id)
-        return made | {"levels": self.references[part][list(rows), : made["tokens"].shape[1]]}
 
 
 def stack_rows(pairs: Sequence[Sequence[TurnMasks]], pad_id: int) -> dict[str, Tensor]:

@@ -63,11 +63,8 @@ def _prepare_file(path: Path, tokenizer: Tokenizer, target: Path, form: TextForm
         return False
     dtype, separator = token_shards.number_format(tokenizer)
     with counting(f"Tokenising {path.name}", size, "bytes") as advance, replacing(target) as temporary:
-        writer = token_shards.Writer(temporary, dtype, separator)
-        for chunk in documents.chunks(documents.read_chunks(path, form), token_shards.CHUNK):
-            token_shards.write(chunk, tokenizer, [writer])
-            advance(min(size, writer.bytes))
-        totals = writer.close()
+        pieces = documents.read_chunks(path, form)
+        [totals] = token_shards.write(pieces, tokenizer, [temporary], lambda _, written: advance(min(size, written)))
     facts = {"file": path.name, "dtype": dtype, "separator": separator, "tokenizer": tokenizer.fingerprint}
     write_atomic(index, json.dumps({**facts, **totals}, indent=1) + "\n")
     return True

@@ -18,7 +18,7 @@ from keifu.data.catalogue.download import prepared
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextFormat, chunks
-from keifu.data.text.token_shards import apart
+from keifu.data.text.token_shards import CHUNK, PARTS, apart
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.files import write_atomic
@@ -26,8 +26,6 @@ from keifu.files import write_atomic
 FORMAT = 1  # goes up when the same source would give other sentences than before
 MANY = 100  # documents; where there are fewer, each counts as several
 PART = 32  # sentences of such a part
-CHUNK = 1 << 22  # characters that are encoded at a time, in parallel
-PARTS = "training", "validation"
 Splitter = Callable[[str], list[str]]
 
 

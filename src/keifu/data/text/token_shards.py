@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -20,12 +20,10 @@ import numpy as np
 from keifu.data.catalogue.download import prepared
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
-from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks, documents
+from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.files import write_atomic
-
-__all__ = ["Shards", "documents", "prepare", "prepare_parts"]
 
 FORMAT = 1  # goes up when the same source would give other ids than before
 MANY = 100  # documents, from which on whole ones are held out
@@ -169,14 +167,10 @@ def _make(
     if separator is None and count > 1:
         print("This tokenizer has no end-of-text token: nothing marks where a document ends.", file=sys.stderr)
     folder.mkdir()
-    writers = [Writer(folder / f"{part}.bin", dtype, separator) for part in PARTS]
+    paths = [folder / f"{part}.bin" for part in PARTS]
     with counting(f"Tokenising {source}", characters, "characters") as advance:
-        written = 0
-        for chunk in chunks(pieces, CHUNK):
-            write(chunk, tokenizer, writers)
-            written += sum(len(piece.text) for piece in chunk)
-            advance(written)
-    totals = {part: writer.close() for part, writer in zip(PARTS, writers, strict=True)}
+        written = write(pieces, tokenizer, paths, lambda read, _: advance(read))
+    totals = dict(zip(PARTS, written, strict=True))
     if not all(part["tokens"] for part in totals.values()):
         tokens = sum(part["tokens"] for part in totals.values())
         raise UserError(
@@ -235,45 +229,46 @@ def _by_tail(pieces: Iterable[TextChunk], cut: int) -> Iterator[TextChunk]:
             yield TextChunk(piece.text[inside:], piece.ends, part=1)
 
 
-def write(chunk: list[TextChunk], tokenizer: Tokenizer, writers: list["Writer"]) -> None:
-    """Encodes pieces, and appends the ids to the files of their parts."""
-    encoded = tokenizer.encode_batch([piece.text for piece in chunk])
-    for piece, ids in zip(chunk, encoded, strict=True):
-        writers[piece.part].add(piece, ids)
-    for writer in writers:
-        writer.flush()
+def write(
+    pieces: Iterable[TextChunk], tokenizer: Tokenizer, paths: Sequence[Path], told: Callable[[int, int], None]
+) -> list[dict[str, int]]:
+    """Encodes pieces, and writes the ids of each part into its file; gives the counts of each file, which is then on
+    the disk. told: how many characters and bytes were encoded so far."""
+    writers, characters = [_Writer(path, *number_format(tokenizer)) for path in paths], 0
+    for chunk in chunks(pieces, CHUNK):
+        encoded = tokenizer.encode_batch([piece.text for piece in chunk])
+        for part, writer in enumerate(writers):
+            writer.add(pair for pair in zip(chunk, encoded, strict=True) if pair[0].part == part)
+        characters += sum(len(piece.text) for piece in chunk)
+        told(characters, sum(writer.counts["bytes"] for writer in writers))
+    return [writer.close() for writer in writers]
 
 
-class Writer:
+class _Writer:
     """Appends the ids of one part to its file, and counts."""
 
     def __init__(self, path: Path, dtype: str, separator: int | None):
         self.file = path.open("wb")
         self.dtype = dtype
         self.separator = [] if separator is None else [separator]
-        self.held: list[list[int]] = []
         self.between = False  # whether a document has ended, so that the next one must be set apart
-        self.tokens = self.bytes = self.documents = 0
+        self.counts = {"tokens": 0, "bytes": 0, "documents": 0}
 
-    def add(self, piece: TextChunk, ids: list[int]) -> None:
-        """Holds the ids of a piece until `flush`."""
-        if self.between:
-            self.held.append(self.separator)
-        self.held.append(ids)
-        self.between = piece.ends
-        self.documents += piece.ends
-        self.bytes += len(piece.text.encode())
-
-    def flush(self) -> None:
-        """Writes what is held."""
-        ids = np.fromiter(chain.from_iterable(self.held), dtype=self.dtype)
-        self.tokens += len(ids)
-        self.file.write(ids.tobytes())
-        self.held.clear()
+    def add(self, encoded: Iterable[tuple[TextChunk, list[int]]]) -> None:
+        """Appends the ids of pieces."""
+        rows = []
+        for piece, ids in encoded:
+            rows += [self.separator, ids] if self.between else [ids]
+            self.between = piece.ends
+            self.counts["documents"] += piece.ends
+            self.counts["bytes"] += len(piece.text.encode())
+        joined = np.fromiter(chain.from_iterable(rows), dtype=self.dtype)
+        self.counts["tokens"] += len(joined)
+        self.file.write(joined.tobytes())
 
     def close(self) -> dict[str, int]:
-        """What was written; the file is then on the disk."""
+        """The counts; the file is then on the disk."""
         with self.file as file:
             file.flush()
             os.fsync(file.fileno())
-        return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents}
+        return self.counts
