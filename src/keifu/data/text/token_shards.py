@@ -241,6 +241,7 @@ def write(
             writer.add(pair for pair in zip(chunk, encoded, strict=True) if pair[0].part == part)
         characters += sum(len(piece.text) for piece in chunk)
         told(characters, sum(writer.counts["bytes"] for writer in writers))
+        del encoded  # before the next chunk is encoded
     return [writer.close() for writer in writers]
 
 
