@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keifu.data.catalogue import catalogue
-from keifu.data.translation.pairs import Pairs, normalize, pair_names, read_pairs, split, split_beside
+from keifu.data.translation.pairs import Pairs, normalize, pair_names, read_pairs, split
 from keifu.errors import UserError
 
 SENTENCES = st.text(st.sampled_from("ab AB.。！あア１1é ﾊﾟ"), min_size=1, max_size=6).filter(str.strip)
@@ -134,15 +134,15 @@ def test_no_part_shares_a_sentence_with_another(pairs: list[tuple[str, str]], se
 @given(PAIRS, st.randoms(use_true_random=False))
 def test_neither_order_nor_direction_changes_the_split(pairs: list[tuple[str, str]], chance: random.Random) -> None:
     try:
-        whole = split(pairs, held_out=4)
+        whole = split(Pairs("p", pairs), held_out=4)
     except UserError:
         return
     shuffled = list(pairs)
     chance.shuffle(shuffled)
-    again = split(shuffled, held_out=4)
+    again = split(Pairs("p", shuffled), held_out=4)
     assert (whole.test, whole.validation) == (again.test, again.validation)
     assert sorted(whole.train) == sorted(again.train)
-    turned = split([(b, a) for a, b in shuffled], held_out=4)
+    turned = split(Pairs("p", [(b, a) for a, b in shuffled]), held_out=4)
     for one, other in ((whole.test, turned.test), (whole.validation, turned.validation)):
         # A pair whose mirror is there too is its own mirror image, so either of the two may be held out.
         assert [sorted(pair) for pair in one] == [sorted(pair) for pair in other]
@@ -154,7 +154,7 @@ def test_neither_order_nor_direction_changes_the_split(pairs: list[tuple[str, st
 def test_a_pair_and_its_mirror_are_split_alike_in_any_order() -> None:
     pairs = [("A", "B"), ("B", "A"), *((f"{n} ichi", f"{n} one") for n in range(30))]
     for seed in range(40):  # some seeds hold the two out
-        one, other = split(pairs, seed), split(pairs[::-1], seed)
+        one, other = (split(Pairs("p", rows), seed) for rows in (pairs, pairs[::-1]))
         assert (one.test, one.validation) == (other.test, other.validation)
 
 
@@ -164,14 +164,15 @@ def test_the_split_has_the_sizes_and_says_so() -> None:
     assert (len(found.validation), len(found.test)) == (50, 50)  # a tenth each, where a thousand would be more
     assert len(found.train) == 402 - found.dropped and found.dropped in (1, 2, 3)
     assert f"{len(found.train)} pairs for training, 50 for validation, 50 for testing" in found.sentence()
-    assert split(rows, seed=1).test != found.test and split(rows, held_out=7).test == found.test[:7]
+    pairs = Pairs("p", rows)
+    assert split(pairs, seed=1).test != found.test and split(pairs, held_out=7).test == found.test[:7]
 
 
 def test_what_cannot_be_parted_is_refused() -> None:
     with pytest.raises(UserError, match="2 distinct pairs cannot be split"):
-        split([("a", "b"), ("c", "d"), ("a", "b")])
+        split(Pairs("p", [("a", "b"), ("c", "d"), ("a", "b")]))
     with pytest.raises(UserError, match="30 distinct pairs cannot be split .* give more pairs"):
-        split([("same", f"other {n}") for n in range(30)])
+        split(Pairs("p", [("same", f"other {n}") for n in range(30)]))
 
 
 RECORDS = [{"source": "いち", "target": "one"}, {"source": "に", "target": "two"}]
@@ -219,10 +220,10 @@ def test_tables_whose_sides_are_not_known(tmp_path: Path, content: str, fields: 
 def test_pairs_of_ones_own_for_validation_and_testing() -> None:
     pairs = Pairs("p", [(f"{n} ichi", f"{n} one") for n in range(100)])
     own = Pairs("v", [("3 Ichi!", "three"), ("never", "seen")])
-    found = split_beside(pairs, own, None)
+    found = split(pairs, validation=own)
     assert found.validation == own.rows and found.test == split(pairs).test and found.dropped == 1
     assert {*found.train} == {*pairs.rows} - {*found.test} - {pairs.rows[3]}
-    both = split_beside(pairs, own, Pairs("t", [("4 ichi", "x")]))
+    both = split(pairs, validation=own, test=Pairs("t", [("4 ichi", "x")]))
     assert both.test == [("4 ichi", "x")] and len(both.train) == 98 and both.dropped == 2
     with pytest.raises(UserError, match="nothing is left to train on"):
-        split_beside(own, own, own)
+        split(own, validation=own, test=own)

@@ -166,26 +166,22 @@ class DatasetReport:
         return asdict(self) | {"lengths": {str(key): n for key, n in self.lengths.items()}, "scripts": rates}
 
     def __str__(self) -> str:
-        return "\n".join([*self._totals(), "", *self._histogram(), "", *self._table(), "", *self._faults()])
+        return "\n".join(self._lines())
 
-    def _totals(self) -> Iterator[str]:
+    def _lines(self) -> Iterator[str]:
+        rate = self.tokens / max(self.bytes, 1)
         yield f"{self.source}: {self.documents:,} documents, {self.characters:,} characters, {self.bytes:,} bytes, " + (
-            f"{self.tokens:,} tokens ({self.tokens / max(self.bytes, 1):.3f} a byte)"
+            f"{self.tokens:,} tokens ({rate:.3f} a byte)"
         )
         yield f"{self.empty:,} documents are empty, and {self.duplicates:,} repeat an earlier one exactly."
-
-    def _histogram(self) -> Iterator[str]:
-        yield "Documents by length in tokens"
+        yield "\nDocuments by length in tokens"
         most = max(self.lengths.values(), default=1)
         for longest, count in self.lengths.items():
             yield f"  up to {longest:>11,} {count:>11,}  {'#' * -(-40 * count // most)}"
-
-    def _table(self) -> Iterator[str]:
-        yield f"{'Script':10} {'bytes':>15} {'tokens':>13} {'tokens/byte':>12}"
+        yield f"\n{'Script':10} {'bytes':>15} {'tokens':>13} {'tokens/byte':>12}"
         for name, each in self.scripts.items():
             yield f"{name:10} {each.bytes:>15,} {each.tokens:>13,} {each.tokens_per_byte:>12.3f}"
-
-    def _faults(self) -> Iterator[str]:
+        yield ""
         yield from self.problems
         if self.n_problems > FAULTS_SHOWN:
             yield f"... and {self.n_problems - FAULTS_SHOWN:,} more faults."

@@ -4,6 +4,7 @@ import codecs
 import io
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,15 +89,9 @@ def _fault(error: UnicodeDecodeError, line: bytes, encoding: str, option: bool) 
 
 def _guess(line: bytes) -> str | None:
     """An encoding that a line may be in: a Japanese one if that gives kana, else Windows' for Western Europe."""
-    for encoding in JAPANESE:
-        if KANA.search(_decoded(line, encoding)):
-            return encoding
-    return "cp1252" if _decoded(line, "cp1252") else None
-
-
-def _decoded(line: bytes, encoding: str) -> str:
-    """The line's text; empty where it cannot be in this encoding."""
-    try:
-        return line.decode(encoding)
-    except UnicodeDecodeError:
-        return ""
+    for encoding in (*JAPANESE, "cp1252"):
+        with suppress(UnicodeDecodeError):
+            text = line.decode(encoding)
+            if encoding == "cp1252" or KANA.search(text):
+                return encoding
+    return None

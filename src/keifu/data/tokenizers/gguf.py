@@ -112,10 +112,9 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence
 def _roles(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
     found = {}
     for role, key in ROLE_KEYS.items():
-        number = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if number is not None and int(number) >= len(tokens):
-            raise UserError(f"The GGUF's {key} token has the id {number}, but there are only {len(tokens)} tokens.")
-        if number is not None:
+        if (number := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            if int(number) >= len(tokens):
+                raise UserError(f"The GGUF's {key} token has the id {number}, but there are only {len(tokens)} tokens.")
             found[role] = tokens[int(number)]
     return found
 

@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -252,45 +252,38 @@ def normalize(sentence: str) -> str:
     return bare or "".join(text.split())
 
 
-def split(pairs: Pairs | Iterable[Pair], seed: int = 0, held_out: int = HELD_OUT) -> Split:
-    """Holds out `held_out` pairs for testing and as many for validation, but at most a tenth of all for each.
+def split(
+    pairs: Pairs, seed: int = 0, held_out: int = HELD_OUT, validation: Pairs | None = None, test: Pairs | None = None
+) -> Split:
+    """Holds out `held_out` pairs for testing and as many for validation, but at most a tenth of all for each; or, where
+    they are given, pairs of one's own for either.
 
     Held-out pairs have no side in common, not even between the two parts. A training pair shares no normalised side,
     in either language, with one held out. Of pairs that are equal when normalised, training keeps every distinct
-    spelling. Fewer than three distinct pairs cannot be split: a `UserError`.
+    spelling. Fewer than three distinct pairs cannot be split: a `UserError`, as it is when none is left to train on.
     """
-    rows = list(dict.fromkeys(pairs.rows if isinstance(pairs, Pairs) else pairs))
-    total = len(pairs.rows) if isinstance(pairs, Pairs) else len(rows)
+    rows = list(dict.fromkeys(pairs.rows))
     sides = [(normalize(a), normalize(b)) for a, b in rows]
-    size = max(1, min(held_out, len(rows) // 10))
-    seen: set[str] = set()
-    # The pair itself comes last: it decides only between a pair and its mirror.
-    order = sorted(range(len(rows)), key=lambda i: (_key(sides[i], seed), sorted(rows[i]), rows[i]))
-    chosen = _disjoint(order, sides, seen)
-    test, validation = ([i for _, i in zip(range(size), chosen, strict=False)] for _ in range(2))
-    train = [pair for pair, both in zip(rows, sides, strict=True) if seen.isdisjoint(both)]
-    if not (train and validation and test):
-        raise UserError(
-            f"{len(rows):,} distinct pairs cannot be split into training, validation and test without a sentence in "
-            "two of them: give more pairs."
-        )
-    parts = [rows[i] for i in validation], [rows[i] for i in test]
-    return Split(train, *parts, dropped=total - len(train) - len(validation) - len(test))
-
-
-def split_beside(pairs: Pairs, validation: Pairs | None, test: Pairs | None, seed: int = 0) -> Split:
-    """The same with pairs of one's own for validation, for testing or for both; a part without any is chosen as in
-    `split`. A training pair shares no normalised side with one held out. If none is left, it is a `UserError`."""
-    chosen = None if validation and test else split(pairs, seed)
-    parts = (chosen.validation, chosen.test) if chosen else ([], [])
-    held = [each.rows if each else part for each, part in zip((validation, test), parts, strict=True)]
-    seen = {normalize(side) for part in held for pair in part for side in pair}
-    rows = dict.fromkeys(pairs.rows)
-    train = [pair for pair in rows if seen.isdisjoint(map(normalize, pair))]
+    drawn: list[list[Pair]] = [[], []]
+    if validation is None or test is None:
+        size = max(1, min(held_out, len(rows) // 10))
+        seen: set[str] = set()
+        # The pair itself comes last: it decides only between a pair and its mirror.
+        order = sorted(range(len(rows)), key=lambda i: (_key(sides[i], seed), sorted(rows[i]), rows[i]))
+        chosen = _disjoint(order, sides, seen)
+        drawn = [[rows[i] for i in islice(chosen, size)] for _ in ("test", "validation")][::-1]
+        if not (all(drawn) and any(map(seen.isdisjoint, sides))):
+            raise UserError(
+                f"{len(rows):,} distinct pairs cannot be split into training, validation and test without a sentence "
+                "in two of them: give more pairs."
+            )
+    held = [part if own is None else own.rows for own, part in zip((validation, test), drawn, strict=True)]
+    hidden = {normalize(side) for part in held for pair in part for side in pair}
+    train = [pair for pair, both in zip(rows, sides, strict=True) if hidden.isdisjoint(both)]
     if not train:
         raise UserError(f"Every pair of {pairs.name} shares a sentence with one held out: nothing is left to train on.")
-    own = sum(len(part) for each, part in zip((validation, test), held, strict=True) if not each)
-    return Split(train, *held, dropped=len(pairs) - len(train) - own)
+    kept = len(train) + sum(len(part) for own, part in zip((validation, test), drawn, strict=True) if own is None)
+    return Split(train, *held, dropped=len(pairs) - kept)
 
 
 def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen: set[str]) -> Iterator[int]:

@@ -20,7 +20,7 @@ from keifu.data.tokenizers.load import learned_tokenizer, load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.data.translation.batches import Batching, EncodedPairs, PairData, SpecialIds, encode
-from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pairs, split, split_beside
+from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pairs, split
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
@@ -103,7 +103,7 @@ def prepare_pairs(options: Options, out: Path | None = None) -> Task:
     validation, test = (
         None if each is None else _read(options, each) for each in (options.validation_data, options.test_data)
     )
-    parts = split_beside(pairs, validation, test) if validation or test else split(pairs)
+    parts = split(pairs, validation=validation, test=test)
     tokenizer = _tokenizer(options, parts.train, out)
     _print_sentence(pairs.left_out)
     _print_sentence(parts.sentence())
