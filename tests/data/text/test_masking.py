@@ -195,6 +195,11 @@ def test_without_pairs_a_row_is_one_run(made: Made) -> None:
     assert ((restored(batch) == SEP).sum(1) == 1).all()
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+
+
 def write(folder: Path, documents: list[str]) -> Path:
     path = folder / "text.jsonl"
     path.write_text("\n".join(json.dumps({"text": each}) for each in documents))
@@ -214,7 +219,7 @@ def halves(line: str) -> list[str]:
 def test_text_becomes_sentences_once(tmp_path: Path, wordpiece: Tokenizer, monkeypatch) -> None:
     documents = [f"the {('cat', 'dog', 'mat')[n % 3]}. a dog\ncats" for n in range(200)]
     source = write(tmp_path, [*documents, "", " \n"])
-    found = prepare_sentences(source, wordpiece, halves, tmp_path / "cache", held_out=0.1)
+    found = prepare_sentences(source, wordpiece, halves, held_out=0.1)
     assert found.index["training"]["documents"] == 180 and found.index["validation"]["documents"] == 20
     texts = []
     for part in (found.training, found.validation):
@@ -224,13 +229,13 @@ def test_text_becomes_sentences_once(tmp_path: Path, wordpiece: Tokenizer, monke
         assert (np.diff(part.documents) == 3).all()
     assert {*texts} == {f"the {noun} a dog cats" for noun in ("cat", "dog", "mat")} and len(texts) == 200
     monkeypatch.setattr(sentence_shards, "_encode", None)  # it is not made again
-    again = prepare_sentences(source, wordpiece, halves, tmp_path / "cache", held_out=0.1)
+    again = prepare_sentences(source, wordpiece, halves, held_out=0.1)
     assert np.array_equal(again.training.tokens, found.training.tokens) and again.fingerprint == found.fingerprint
 
 
 def test_one_long_document_counts_as_several(tmp_path: Path, wordpiece: Tokenizer) -> None:
     (tmp_path / "book.txt").write_text("the cat sat\n" * 330)
-    found = prepare_sentences(tmp_path / "book.txt", wordpiece, halves, tmp_path / "cache", held_out=0.2)
+    found = prepare_sentences(tmp_path / "book.txt", wordpiece, halves, held_out=0.2)
     assert found.index["training"]["documents"] + found.index["validation"]["documents"] == 11
     assert MaskedText(found, Vocabulary.of(wordpiece), MaskingScheme(length=16), 4).batch(0)["tokens"].shape[0] == 4
 
@@ -256,7 +261,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, shards: SentenceShards, wordp
         RowPlanner(numbered([[3, 4]]), 20, 0.1, True)
     (tmp_path / "short.txt").write_text("a cat. a dog")
     with pytest.raises(UserError, match="has 1 documents"):
-        prepare_sentences(tmp_path / "short.txt", wordpiece, halves, tmp_path / "cache")
+        prepare_sentences(tmp_path / "short.txt", wordpiece, halves)
     with pytest.raises(UserError, match="held_out is 0.9"):
         prepare_sentences(tmp_path / "short.txt", wordpiece, halves, held_out=0.9)
 

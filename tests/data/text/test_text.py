@@ -17,6 +17,11 @@ from keifu.errors import UserError
 END = 256
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+
+
 class Bytes(Tokenizer):
     """A tokenizer whose ids are bytes; it counts how often it is used."""
 
@@ -44,7 +49,7 @@ def split(ids: np.ndarray) -> list[str]:
 def test_one_file_is_split_by_characters_as_nanogpt_does(tmp_path: Path) -> None:
     content = "".join(chr(0x3042 + n % 50) + "\n" * (n % 7 == 0) for n in range(1003))
     (tmp_path / "a.txt").write_text(content, "utf-8")
-    shards = prepare(tmp_path / "a.txt", Bytes(), tmp_path / "cache", held_out=0.1)
+    shards = prepare(tmp_path / "a.txt", Bytes(), held_out=0.1)
     cut = int(len(content) * 0.9)
     assert bytes(shards.tokens.astype(np.uint8)).decode() == content[:cut]
     assert bytes(shards.validation.astype(np.uint8)).decode() == content[cut:]
@@ -54,7 +59,7 @@ def test_one_file_is_split_by_characters_as_nanogpt_does(tmp_path: Path) -> None
 
 def test_a_few_documents_keep_their_ends_across_the_cut(tmp_path: Path) -> None:
     source = folder_of(tmp_path, ["aaaa", "", "bbbb", " \n", "cccccccc"])
-    shards = prepare(source, Bytes(), tmp_path / "cache", held_out=0.25)
+    shards = prepare(source, Bytes(), held_out=0.25)
     assert shards.tokens.tolist() == [*b"aaaa", END, *b"bbbb", END, *b"cccc"]
     assert shards.validation.tolist() == [*b"cccc"]
     assert shards.index["training"] == {"tokens": 14, "bytes": 12, "documents": 2}
@@ -64,11 +69,11 @@ def test_a_few_documents_keep_their_ends_across_the_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.03])
 def test_of_many_documents_whole_ones_are_held_out_all_along(tmp_path: Path, share: float) -> None:
     source = folder_of(tmp_path, [f"document {number}" for number in range(1000)])
-    shards = prepare(source, Bytes(), tmp_path / "cache", held_out=share)
+    shards = prepare(source, Bytes(), held_out=share)
     train, held = ([int(each.split()[1]) for each in split(part)] for part in (shards.tokens, shards.validation))
     assert sorted(train + held) == list(range(1000)) and train == sorted(train)
     assert abs(len(held) - 1000 * share) <= 1 and np.diff(held).max() < 2 / share
-    other = prepare(source, Bytes(), tmp_path / "cache", held_out=share, seed=1)
+    other = prepare(source, Bytes(), held_out=share, seed=1)
     assert other.validation.tolist() != shards.validation.tolist()
 
 
@@ -76,30 +81,30 @@ def test_pieces_of_a_long_document_stay_together(tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(text.sources, "LIMIT", 10)
     monkeypatch.setattr(text, "CHUNK", 50)
     source = folder_of(tmp_path, [f"{number:03}\n" * 20 for number in range(120)])
-    shards = prepare(source, Bytes(), tmp_path / "cache", held_out=0.1)
+    shards = prepare(source, Bytes(), held_out=0.1)
     for part in (shards.tokens, shards.validation):
         assert all(each == each[:4] * 20 for each in split(part))
 
 
 def test_found_again_while_nothing_has_changed(tmp_path: Path) -> None:
     source, tokenizer = folder_of(tmp_path, ["one two three", "four"]), Bytes()
-    first = prepare(source, tokenizer, tmp_path / "cache")
+    first = prepare(source, tokenizer)
     calls = tokenizer.calls
-    assert prepare(source, tokenizer, tmp_path / "cache").fingerprint == first.fingerprint and tokenizer.calls == calls
-    others = [prepare(source, tokenizer, tmp_path / "cache", held_out=0.2)]
+    assert prepare(source, tokenizer).fingerprint == first.fingerprint and tokenizer.calls == calls
+    others = [prepare(source, tokenizer, held_out=0.2)]
     tokenizer.fingerprint = "another"
-    others.append(prepare(source, tokenizer, tmp_path / "cache"))
+    others.append(prepare(source, tokenizer))
     folder_of(tmp_path, ["one two three", "five"])
-    others.append(prepare(source, tokenizer, tmp_path / "cache"))
+    others.append(prepare(source, tokenizer))
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
 def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
     source = folder_of(tmp_path, ["one two three", "four"])
-    first = prepare(source, Bytes(), tmp_path / "cache")
+    first = prepare(source, Bytes())
     expected = first.tokens.tolist()
     (first.directory / "training.bin").write_bytes(b"1")
-    assert prepare(source, Bytes(), tmp_path / "cache").tokens.tolist() == expected
+    assert prepare(source, Bytes()).tokens.tolist() == expected
 
 
 def test_nothing_is_left_of_a_run_that_breaks_off(tmp_path: Path, monkeypatch) -> None:
@@ -110,8 +115,8 @@ def test_nothing_is_left_of_a_run_that_breaks_off(tmp_path: Path, monkeypatch) -
 
     monkeypatch.setattr(text, "write", stop)
     with pytest.raises(KeyboardInterrupt):
-        prepare(source, Bytes(), tmp_path / "cache")
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+        prepare(source, Bytes())
+    assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()] == [".lock"]
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
@@ -120,19 +125,19 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(text, "write", full)
     with pytest.raises(UserError, match="The disk is full"):
-        prepare(folder_of(tmp_path, ["one two three"]), Bytes(), tmp_path / "cache")
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+        prepare(folder_of(tmp_path, ["one two three"]), Bytes())
+    assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()] == [".lock"]
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     tokenizer = Bytes(eos_id=70_000)
     tokenizer.vocab_size = 70_001
-    shards = prepare(folder_of(tmp_path, ["a", "b", "cc"]), tokenizer, tmp_path / "cache", held_out=0.5)
+    shards = prepare(folder_of(tmp_path, ["a", "b", "cc"]), tokenizer, held_out=0.5)
     assert shards.tokens.dtype == np.uint32 and shards.tokens.tolist() == [97, 70_000, 98]
 
 
 def test_without_an_end_of_text_token_it_is_said(tmp_path: Path, capfd) -> None:
-    shards = prepare(folder_of(tmp_path, ["aa", "bb", "cccc"]), Bytes(eos_id=None), tmp_path / "cache", held_out=0.5)
+    shards = prepare(folder_of(tmp_path, ["aa", "bb", "cccc"]), Bytes(eos_id=None), held_out=0.5)
     assert shards.tokens.tolist() == [*b"aabb"]
     assert "no end-of-text token" in capfd.readouterr().err
 
@@ -140,8 +145,8 @@ def test_without_an_end_of_text_token_it_is_said(tmp_path: Path, capfd) -> None:
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("にほんご" * 100, "utf-8")
     characters = train_tokenizer("characters", ["にほんご"], 20)
-    by_byte = prepare(tmp_path / "a.txt", Bytes(), tmp_path / "cache")
-    by_character = prepare(tmp_path / "a.txt", characters, tmp_path / "cache")
+    by_byte = prepare(tmp_path / "a.txt", Bytes())
+    by_character = prepare(tmp_path / "a.txt", characters)
     assert by_character.bytes_per_token == 3
     assert by_byte.bits_per_byte(8 * math.log(2)) == pytest.approx(8) == by_character.bits_per_byte(24 * math.log(2))
 
@@ -150,7 +155,7 @@ def test_our_own_tokenizer_fits_and_its_ids_come_back(tmp_path: Path) -> None:
     documents = [f"The number {number} 番。\n" for number in range(200)]
     tokenizer = train_tokenizer("bpe", documents, 400)
     assert isinstance(tokenizer, Tokenizer)
-    shards = prepare(folder_of(tmp_path, documents), tokenizer, tmp_path / "cache")
+    shards = prepare(folder_of(tmp_path, documents), tokenizer)
     held = tokenizer.decode(shards.validation.tolist())
     assert len(held.splitlines()) == 10 and set(held.splitlines(keepends=True)) <= set(documents)
 
@@ -158,28 +163,28 @@ def test_our_own_tokenizer_fits_and_its_ids_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.6, -1.0])
 def test_an_impossible_share_is_refused(tmp_path: Path, share: float) -> None:
     with pytest.raises(UserError, match=f"held_out is {share}"):
-        prepare(folder_of(tmp_path, ["a"]), Bytes(), tmp_path / "cache", held_out=share)
+        prepare(folder_of(tmp_path, ["a"]), Bytes(), held_out=share)
 
 
 def test_a_text_too_short_to_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 1 tokens: too short"):
-        prepare(folder_of(tmp_path, ["a"]), Bytes(), tmp_path / "cache")
+        prepare(folder_of(tmp_path, ["a"]), Bytes())
 
 
 def test_a_validation_text_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 20)
     (tmp_path / "b.txt").write_text("xyz" * 5)
-    found = prepare(tmp_path / "a.txt", Bytes(), tmp_path / "c", validation=tmp_path / "b.txt")
+    found = prepare(tmp_path / "a.txt", Bytes(), validation=tmp_path / "b.txt")
     assert bytes(found.tokens.tolist()).decode() == "abc" * 20
     assert bytes(found.validation.tolist()).decode() == "xyz" * 5
-    alone = prepare(tmp_path / "a.txt", Bytes(), tmp_path / "c")
+    alone = prepare(tmp_path / "a.txt", Bytes())
     assert alone.fingerprint != found.fingerprint
     with pytest.raises(UserError, match="b.txt holds the same as"):
-        prepare(tmp_path / "b.txt", Bytes(), tmp_path / "c", validation=str(tmp_path / "b.txt"))
+        prepare(tmp_path / "b.txt", Bytes(), validation=str(tmp_path / "b.txt"))
 
 
 def test_another_field_is_another_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,body\n" + "one,two\n" * 10)
     for field, word in ((None, "one"), ("body", "two")):
-        found = prepare(tmp_path / "a.csv", Bytes(), tmp_path / "c", form=TextFormat(field))
+        found = prepare(tmp_path / "a.csv", Bytes(), form=TextFormat(field))
         assert word in bytes([i for i in found.tokens.tolist() if i < 256]).decode()

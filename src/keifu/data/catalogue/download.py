@@ -109,8 +109,8 @@ def made_once(folder: Path, whole: Callable[[], bool], make: Callable[[Path], No
 
 
 def prepared(
-    kind: str, source: str | Path, settings: Mapping[str, Any], cache_dir: str | Path | None,
-    whole: Callable[[Path], bool], make: Callable[[Path, dict[str, Any]], None], usual: str = "text",
+    kind: str, source: str | Path, settings: Mapping[str, Any], whole: Callable[[Path], bool],
+    make: Callable[[Path, dict[str, Any]], None], usual: str = "text", cache_dir: str | Path | None = None,
 ) -> Path:  # fmt: skip
     """The folder of a source that was prepared with these settings, under `kind` in the cache unless another is given.
 

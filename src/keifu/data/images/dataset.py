@@ -317,7 +317,7 @@ def read_images(
         raise UserError(f"size is {size}, but a picture has at least 1 pixel.")
     settings = {"format": FORMAT, "content": _content(source), "size": size, "channels": channels, "fit": fit}
     make = partial(_make, source, ImageFormat(size, channels, fit), leave_out)
-    folder = prepared("pictures", source, settings, cache_dir, _whole, make, usual="pictures")
+    folder = prepared("pictures", source, settings, _whole, make, "pictures", cache_dir)
     index = _read_index(folder)
     if index["faults"] and not leave_out:
         raise UserError(_with_advice(index["faults"][0]))

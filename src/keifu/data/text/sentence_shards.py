@@ -26,6 +26,7 @@ from keifu.files import write_atomic
 FORMAT = 1  # goes up when the same source would give other sentences than before
 MANY = 100  # documents; where there are fewer, each counts as several
 PART = 32  # sentences of such a part
+SEED = 0  # of what is held out
 Splitter = Callable[[str], list[str]]
 
 
@@ -63,19 +64,19 @@ class SentenceShards:
 
 
 def prepare_sentences(
-    source: str | Path, tokenizer: Tokenizer, split: Splitter, cache_dir: str | Path | None = None,
-    held_out: float = 0.05, seed: int = 0, form: TextFormat = PLAIN, validation: str | Path | None = None,
+    source: str | Path, tokenizer: Tokenizer, split: Splitter, held_out: float = 0.05, form: TextFormat = PLAIN,
+    validation: str | Path | None = None,
 ) -> SentenceShards:  # fmt: skip
     """The sentences of a source (see `keifu.data.text.documents`), made once and found again while nothing has changed.
 
     `split` cuts a line into sentences; a line's end always ends one. Of every 1 / held_out documents in a row one is
-    held out, chosen by the seed. Where a source has fewer than 100 documents, each counts as several of 32 sentences.
+    held out, always the same. Where a source has fewer than 100 documents, each counts as several of 32 sentences.
     """
     if not 0 < held_out <= 0.5:
         raise UserError(f"held_out is {held_out}, but the fraction kept must be above 0 and at most 0.5.")
     settings = {
         "format": FORMAT, "content": sources.content_hash(source, form), "tokenizer": tokenizer.fingerprint,
-        "split": split.__qualname__, "held_out": held_out, "seed": seed, **form.settings(),
+        "split": split.__qualname__, "held_out": held_out, "seed": SEED, **form.settings(),
     }  # fmt: skip
     if validation is not None:
         settings |= {"validation": apart(source, validation, form), "held_out": 0}
@@ -85,9 +86,7 @@ def prepare_sentences(
         held = None if validation is None else _encode(validation, tokenizer, split, form)
         _write(_two_parts(made, facts) if held is None else (made, held), new, facts)
 
-    return _open(
-        prepared("sentences", source, settings, cache_dir, lambda place: (place / "index.json").is_file(), make)
-    )
+    return _open(prepared("sentences", source, settings, lambda place: (place / "index.json").is_file(), make))
 
 
 def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: TextFormat) -> Sentences:
@@ -125,9 +124,9 @@ def _join(parts: list[np.ndarray], kind: Any) -> np.ndarray:
     return np.concatenate([np.empty(0, kind), *parts])
 
 
-def _held(count: int, share: float, seed: int) -> np.ndarray:
+def _held(count: int, share: float) -> np.ndarray:
     """Which documents are held out: of every 1 / share in a row, one."""
-    random, firsts = np.random.default_rng([seed]), range(math.floor(count * share))
+    random, firsts = np.random.default_rng([SEED]), range(math.floor(count * share))
     blocks = [(math.ceil(block / share), math.ceil((block + 1) / share)) for block in firsts]
     return np.array([random.integers(first, after) for first, after in blocks], np.int64)
 
@@ -135,7 +134,7 @@ def _held(count: int, share: float, seed: int) -> np.ndarray:
 def _two_parts(made: Sentences, facts: dict[str, Any]) -> tuple[Sentences, Sentences]:
     """What is trained on and what is held out of it."""
     count, settings = len(made.documents) - 1, facts["settings"]
-    held = _held(count, settings["held_out"], settings["seed"])
+    held = _held(count, settings["held_out"])
     if count - len(held) < 2 or not len(held):
         raise UserError(
             f"{facts['source']} has {count} documents of {PART} sentences or less: too few to hold out "

@@ -61,16 +61,16 @@ class Shards:
 
 
 def prepare(
-    source: str | Path, tokenizer: Tokenizer, cache_dir: str | Path | None = None, held_out: float = 0.05,
-    seed: int = 0, form: TextFormat = PLAIN, validation: str | Path | None = None,
+    source: str | Path, tokenizer: Tokenizer, held_out: float = 0.05, seed: int = 0, form: TextFormat = PLAIN,
+    validation: str | Path | None = None,
 ) -> Shards:  # fmt: skip
     """The ids of a source (see `keifu.data.text.documents`), made once and found again while nothing has changed.
 
     The fraction `held_out` is kept from training. Of 100 documents or more, every 1 / held_out of them in a row lose
     one, chosen by the seed, so that each part of a mixture is represented. Of fewer, the last characters of the whole
     text are held out, as in nanoGPT. With a source for `validation`, that is held out, and all of `source` is trained
-    on. `cache_dir` is in the user's cache unless it is given. Faults in the text are
-    `UserError`s that name file and line; nothing is kept of a run that was broken off.
+    on. They are in the user's cache. Faults in the text are `UserError`s that name file and line; nothing is kept of a
+    run that was broken off.
     """
     if not 0 < held_out <= 0.5:
         raise UserError(
@@ -85,7 +85,7 @@ def prepare(
     else:
         parted = partial(_side_by_side, source, validation, form)
         settings |= {"validation": apart(source, validation, form), "held_out": 0}
-    return find_made(source, settings, partial(_make, source, parted, tokenizer), cache_dir)
+    return find_made(source, settings, partial(_make, source, parted, tokenizer))
 
 
 def apart(source: str | Path, validation: str | Path, form: TextFormat) -> str:
@@ -116,14 +116,9 @@ def prepare_parts(
 Parted = tuple[Iterator[TextChunk], int, int]  # pieces with their parts, the number of documents and of characters
 
 
-def find_made(
-    source: str | Path,
-    settings: dict[str, Any],
-    make: Callable[[Path, dict[str, Any]], None],
-    cache_dir: str | Path | None = None,
-) -> Shards:
+def find_made(source: str | Path, settings: dict[str, Any], make: Callable[[Path, dict[str, Any]], None]) -> Shards:
     """What was made with these settings; where it is not there, `make` writes it into a new folder."""
-    folder = prepared("tokens", source, settings, cache_dir, _whole, make)
+    folder = prepared("tokens", source, settings, _whole, make)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     tokens, validation = (np.memmap(folder / f"{part}.bin", dtype=index["dtype"], mode="r") for part in PARTS)
     return Shards(folder, tokens, validation, index)
