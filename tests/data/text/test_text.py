@@ -103,7 +103,7 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
     source = folder_of(tmp_path, ["one two three", "four"])
     first = prepare(source, Bytes())
     expected = first.tokens.tolist()
-    (first.directory / "training.bin").write_bytes(b"1")
+    next((tmp_path / "cache").rglob("training.bin")).write_bytes(b"1")
     assert prepare(source, Bytes()).tokens.tolist() == expected
 
 

@@ -116,8 +116,7 @@ def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: Tex
 def _parts(count: int) -> list[int]:
     """A document of so many sentences as several of about the same length."""
     number = math.ceil(count / PART)
-    ends = [count * n // number for n in range(number + 1)]
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return np.diff(count * np.arange(number + 1) // number).tolist()
 
 
 def _join(parts: list[np.ndarray], kind: Any) -> np.ndarray:

@@ -35,7 +35,6 @@ PARTS = "training", "validation"
 class Shards:
     """A source as ids: `tokens` to train on and `validation` held out, both memory-mapped, and the index of facts."""
 
-    directory: Path
     tokens: np.ndarray
     validation: np.ndarray
     index: dict[str, Any]
@@ -44,11 +43,6 @@ class Shards:
     def fingerprint(self) -> str:
         """A hexadecimal hash of the content, the tokenizer and the settings that made the ids."""
         return self.index["fingerprint"]
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids that the tokenizer has."""
-        return self.index["vocab_size"]
 
     @property
     def bytes_per_token(self) -> float:
@@ -121,7 +115,7 @@ def find_made(source: str | Path, settings: dict[str, Any], make: Callable[[Path
     folder = prepared("tokens", source, settings, _whole, make)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     tokens, validation = (np.memmap(folder / f"{part}.bin", dtype=index["dtype"], mode="r") for part in PARTS)
-    return Shards(folder, tokens, validation, index)
+    return Shards(tokens, validation, index)
 
 
 def _whole(folder: Path) -> bool:
