@@ -229,6 +229,7 @@ def test_the_named_mixture_is_one() -> None:
         ({"sources": {"a": {"data": "a.txt", "weight": 0}}}, "must be a number above 0"),
         ({"sources": {"a": {"data": "a.txt", "weight": "much"}}}, "is 'much'"),
         ({"sources": {"a": {"data": "a.txt"}}}, "the source 'a' has no weight"),
+        ({"sources": {"a": {"data": "", "weight": 1}}}, "the source 'a' has no data"),
         ({"sources": {"a": {"data": "a.txt", "wieght": 1}}}, "Did you mean 'weight'"),
         ({"sources": {"a": 3}}, "the source 'a' needs data and weight"),
         ({"sources": {}}, "has no sources"),
@@ -248,6 +249,7 @@ def test_a_faulty_mixture_is_refused(content, sentence: str, tmp_path: Path) -> 
     [
         ("wiki-sumaries", "The source 'a': There is no .* Did you mean 'wiki-summaries'"),
         ("tatoeba-jp", "The source 'a': There is no .*'tatoeba-"),
+        ("a**b.txt", r"The source 'a': There is no file, .*'a\*\*b.txt'"),
         ("empty.txt", "The source 'a': There is no text in .*empty.txt"),
     ],
 )

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from glob import glob
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -138,14 +139,14 @@ def _source(name: str, given: Any, path: Path) -> Source:
         if key not in known:
             raise unknown(f"field of the source {name!r} in {path},", str(key), known)
     for key in ("data", "weight"):
-        if key not in given:
+        if given.get(key) in (None, ""):
             raise UserError(f"{path}: the source {name!r} has no {key}; it needs data and weight.")
     data, weight, languages = str(given["data"]), given["weight"], given.get("languages") or []
     if not isinstance(weight, int | float) or isinstance(weight, bool):
         raise _no_weight(name, weight)
     if not isinstance(languages, list):
         raise UserError(f"{path}: languages of the source {name!r} is {languages!r}: write [German, English].")
-    beside = not Path(data).expanduser().is_absolute() and [*path.parent.glob(data)]
+    beside = not Path(data).expanduser().is_absolute() and glob(data, root_dir=path.parent, recursive=True)
     data = str(path.parent / data) if beside else data
     field, encoding = given.get("field"), given.get("encoding", sources.UTF8)
     return Source(name, data, weight, tuple(map(str, languages)), None if field is None else str(field), str(encoding))
@@ -208,7 +209,8 @@ def _parts(source: Source, held_out: float) -> tuple[Parts | None, str]:
         return _pairs(source, held_out)
     if source.data in pair_names():
         raise UserError(f"{source.data} holds pairs: give its languages, as in languages: [Japanese, English].")
-    known = sources.in_catalogue(source.data) or Path(source.data).expanduser().exists() or [*Path().glob(source.data)]
+    there = Path(source.data).expanduser().exists() or glob(source.data, recursive=True)
+    known = sources.in_catalogue(source.data) or there
     if not known and not Path(source.data).is_absolute():
         raise unknown("file, folder, catalogue entry or other source", source.data, source_names())
     return None, ""
