@@ -78,6 +78,14 @@ def test_shards(tmp_path: Path) -> None:
     assert len(read_images(tmp_path / "s" / "1.tar")) == 1
 
 
+def test_shards_in_the_folders_of_parts(tmp_path: Path) -> None:
+    for part, colour in (("train", "red"), ("test", "blue")):
+        shard(tmp_path / "s" / part / "0.tar", {"0.png": picture(colour), "0.txt": colour})
+    found = read_images(tmp_path / "s")
+    assert dict(zip(found.names, found.parts, strict=True)) == {"train/0.tar/0": "", "test/0.tar/0": "test"}
+    assert split(found).test.texts() == ("blue",)
+
+
 FAULTS = {
     "no picture": ({"b.png": "words"}, r"b.png is not a picture"),
     "cut off": ({"b.png": picture("blue")[:50]}, r"b.png is damaged or cut off"),

@@ -185,7 +185,7 @@ def _read(
 
 __all__ = ["ImageDataset", "ImageSplit", "in_catalogue", "read_images", "split"]
 
-FORMAT = 1  # goes up when the same source would give other bytes than before
+FORMAT = 2  # goes up when the same source would give other bytes than before
 PARTS = "", "validation", "test"  # what a source may say of a picture; training is what is left
 
 

@@ -231,17 +231,16 @@ def in_catalogue(source: str | Path) -> bool:
 def _all(source: str | Path, problem: Problem) -> Iterator[ImageItem]:
     if in_catalogue(source):
         return CATALOGUED[str(source)]()
-    found = files(source)
+    found, root = files(source), Path(source).expanduser()
     shards = [path for path in found if path.suffix.lower() == ".tar"]
     pictures = [path for path in found if path.suffix.lower() in SUFFIXES]
     tables = [path for path in found if path.name in METADATA]
     if shards:
-        return _shards(shards, problem)
+        return _shards(shards, root, problem)
     if not pictures and not tables:
         others = sorted({path.suffix or path.name for path in found})[:8]
         holds = f"holds {', '.join(others)}" if others else "is empty"
         raise UserError(f"There is no picture in {source}: it {holds}; pictures end in {', '.join(SUFFIXES)}.")
-    root = Path(source).expanduser()
     return _from_tables(root, tables, pictures, problem) if tables else _by_folder(root, pictures)
 
 
@@ -280,9 +279,14 @@ def _by_folder(root: Path, pictures: list[Path]) -> Iterator[ImageItem]:
 
 
 def _item(path: Path, root: Path, captions: dict[str, str], label: str | None) -> ImageItem:
+    name, part = _placed(path, root)
+    return ImageItem(name, str(path), lambda size: read_image(path), captions, label, part=part)
+
+
+def _placed(path: Path, root: Path) -> tuple[str, str]:
+    """A file's name in its set, and the part that its folder at the head of the set says."""
     relative = path.relative_to(root) if path.is_relative_to(root) else path
-    part = PARTS.get(relative.parts[0].lower(), "") if len(relative.parts) > 1 else ""
-    return ImageItem(relative.as_posix(), str(path), lambda size: read_image(path), captions, label, part=part)
+    return relative.as_posix(), PARTS.get(relative.parts[0].lower(), "") if len(relative.parts) > 1 else ""
 
 
 def _inside(path: Path, root: Path) -> tuple[str, ...]:
@@ -291,13 +295,14 @@ def _inside(path: Path, root: Path) -> tuple[str, ...]:
     return parts[1:] if len(parts) > 1 and parts[0].lower() in PARTS else parts
 
 
-def _shards(paths: list[Path], problem: Problem) -> Iterator[ImageItem]:
+def _shards(paths: list[Path], root: Path, problem: Problem) -> Iterator[ImageItem]:
     for path in paths:
+        name, part = _placed(path, root if root.is_dir() else path.parent)
         with reading(path), tarfile.open(plain_file(path)) as archive:
             plain = (member for member in archive if member.isfile())
             for key, members in groupby(plain, lambda member: _key(member.name)[0]):
                 contents = {_key(member.name)[1]: _content(archive, member) for member in members}
-                if item := _sample(f"{path.name}/{key}", f"{path}, {key}", contents, problem):
+                if item := _sample(f"{name}/{key}", f"{path}, {key}", contents, part, problem):
                     yield item
 
 
@@ -317,7 +322,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return opened.read()
 
 
-def _sample(name: str, where: str, contents: dict[str, bytes], problem: Problem) -> ImageItem | None:
+def _sample(name: str, where: str, contents: dict[str, bytes], part: str, problem: Problem) -> ImageItem | None:
     """The picture among the files of a sample, with what the others say of it."""
     pictures = [data for kind, data in contents.items() if kind.endswith(SUFFIXES)]
     if len(pictures) != 1:
@@ -332,7 +337,7 @@ def _sample(name: str, where: str, contents: dict[str, bytes], problem: Problem)
     captions = _captions(cells if isinstance(cells, dict) else {})
     captions |= {UNSTATED: words[".txt"]} if ".txt" in words else {}
     label = words.get(".cls") or _text(cells.get("label") if isinstance(cells, dict) else None)
-    return ImageItem(name, where, lambda size: read_image(pictures[0], where), captions, label)
+    return ImageItem(name, where, lambda size: read_image(pictures[0], where), captions, label, part=part)
 
 
 def _captions(cells: dict[str, Any]) -> dict[str, str]:
