@@ -11,7 +11,7 @@ from keifu.cli import parse
 from keifu.data.chat.preferences import read_preferences
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.pairwise import Tally, a_is_left
+from keifu.evaluation.pairwise import Judgement, Judgements, Tally, a_is_left
 from keifu.models import llama
 
 WORDS = ["one", "two", "three", "four", "five"]
@@ -84,6 +84,12 @@ def test_answers_do_not_depend_on_where_it_was_stopped(
     go(folder, tmp_path / "parts", "1", monkeypatch)
     go(folder, tmp_path / "parts", "1111", monkeypatch)
     assert kept(tmp_path / "whole") == kept(tmp_path / "parts")
+
+
+def test_an_answer_may_hold_any_sign(tmp_path: Path) -> None:
+    made = Judgement([{"role": "user", "content": "q"}], ("one\u2028two", "three\x85"), "A")
+    Judgements(tmp_path, {"by": "me"}).add(made)
+    assert Judgements(tmp_path, {"by": "me"}).made == [made]
 
 
 def test_a_reward_chooses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

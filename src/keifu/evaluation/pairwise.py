@@ -112,9 +112,9 @@ class Judgements:
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        whole = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        *whole, _ = self.path.read_bytes().split(b"\n")  # behind the last line break stands what a crash cut off
         try:
-            return [json.loads(line) for line in whole if line.endswith("\n")]
+            return [json.loads(line) for line in whole]
         except json.JSONDecodeError as error:
             raise UserError(f"{self.path} is damaged ({error.msg}): repair it, or choose another folder.") from error
 
