@@ -4,7 +4,7 @@ Axes: heads, length = queries, seen = keys, layer, place = tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Protocol, runtime_checkable
@@ -38,30 +38,27 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     Weights of fused attention are [batch, heads, length, seen]; those of a softmax that is written out have its shape.
     To be used without gradients, in evaluation mode.
     """
-    maps: dict[str, list[Tensor]] = {}
-    inside: list[str] = []
-    hooks = [hook for name, module in model.named_modules() for hook in _attention_modules(module, name, inside)]
-    try:
-        with _AttentionRecorder(maps, inside):
-            yield maps
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _attention_modules(module: nn.Module, name: str, inside: list[str]) -> list[Any]:
-    """Hooks that keep the names of the modules that compute at the moment, the innermost last."""
-    enter = module.register_forward_pre_hook(lambda *_: inside.append(name))
-    leave = module.register_forward_hook(lambda *_: inside.pop() and None, always_call=True)
-    return [enter, leave]
+    recorder = _AttentionRecorder()
+    inside = recorder.inside
+    with ExitStack() as hooks, recorder:
+        for name, module in model.named_modules():
+            enter = module.register_forward_pre_hook(lambda *_, name=name: inside.append(name))
+            leave = module.register_forward_hook(lambda *_: inside.__delitem__(-1), always_call=True)
+            hooks.enter_context(enter)
+            hooks.enter_context(leave)
+        yield recorder.maps
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Intercepts every call of a torch function and keeps the attention weights."""
+    """Intercepts every call of a torch function and keeps the attention weights.
 
-    def __init__(self, maps: dict[str, list[Tensor]], inside: Sequence[str]):
+    inside: the names of the modules that compute at the moment, the innermost last.
+    """
+
+    def __init__(self):
         super().__init__()
-        self.maps, self.inside = maps, inside
+        self.maps: dict[str, list[Tensor]] = {}
+        self.inside: list[str] = []
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -100,14 +97,11 @@ def inspect_text(model: nn.Module, ids: Sequence[int], top: int = 5) -> Inspecti
     states: list[Tensor] = []
     layered: Any = model
     blocks = layered.blocks if isinstance(model, Model) and hasattr(model, "blocks") else ()
-    hooks = [block.register_forward_hook(lambda *args: states.append(args[2])) for block in blocks]
-    try:
-        with evaluation_mode(model), record_attention(model) as maps:
-            model(torch.tensor([list(ids)], device=device_of(model)))
-            lens = [_likeliest(layered.logits(layered.norm(x[0])), top) for x in states]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluation_mode(model), record_attention(model) as maps, ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(lambda *args: states.append(args[2])))
+        model(torch.tensor([list(ids)], device=device_of(model)))
+        lens = [_likeliest(layered.logits(layered.norm(x[0])), top) for x in states]
     return Inspection(list(ids), list(ids), _whole(maps, len(ids), len(ids)), lens)
 
 
