@@ -111,9 +111,14 @@ def test_the_command(painter, towers, folder, tmp_path, monkeypatch, capsys) -> 
         (["--metric", "clip"], "Did you mean 'clip-score'|clip-score"),
         (["--language", "fr"], "'fr'.*Known: en, ja"),
         (["--shots", "3"], "--shots has no meaning here"),
+        (["--on", "one"], "one has 1 picture with a caption, and at least 2 are needed"),
     ],
 )
 def test_what_is_refused(more, told, painter, folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Path("one").mkdir()
+    (tmp_path / "one/metadata.jsonl").write_text((folder / "metadata.jsonl").read_text().partition("\n")[0])
+    Path("one/0.png").write_bytes((folder / "0.png").read_bytes())
     with pytest.raises(UserError, match=told):
         cli.parse(["evaluate", str(painter), "--on", str(folder), *more])()

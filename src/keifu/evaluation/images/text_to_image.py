@@ -76,7 +76,9 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
         raise UserError("A CLIP must look at the pictures: name one with --clip (a run, a folder, a hub id).")
     drawer = text_to_image_pipeline(model, tokenizer)
     parts, wanted = _requested(drawer, request)
-    train, test = parts.train if len(parts.train) else parts.test, parts.test if len(parts.train) else None
+    train, test = (parts.train, parts.test) if len(parts.train) else (parts.test, None)
+    if len(train) < 2:
+        raise UserError(f"{request.on} has {len(train)} picture with a caption, and at least 2 are needed: give more.")
     sets = {"": train, " of held-out captions": test}
     drawn = {name: _generate(drawer, wanted, part, request) for name, part in sets.items() if part and len(part) > 1}
     figures, notes = {}, [_sentence(drawn, wanted, request)]
