@@ -149,6 +149,8 @@ def test_bytes_that_are_no_text_are_named_by_their_line() -> None:
     assert decode_utf8(b"\xef\xbb\xbfa\r\n", "a.txt") == "a"
     with pytest.raises(UserError, match=r"^a\.txt is not UTF-8 text: line 2 has the byte 0xff\.$"):
         decode_utf8(b"a\n\xff", "a.txt")
+    with pytest.raises(UserError, match=r"^a\.txt is not UTF-8 text: line 2 has the byte 0xff\.$"):
+        decode_utf8(b"\xef\xbb\xbfa\n\xff", "a.txt")
 
 
 def test_no_text_in_a_terminal_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:

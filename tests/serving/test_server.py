@@ -82,6 +82,11 @@ def test_keys_come_from_options_a_file_and_the_environment(tmp_path: Path, monke
     monkeypatch.setenv("KEIFU_API_KEY", "fourth,fifth")
     assert keys_of(Options(api_key=("first",), api_key_file=file)) == ("first", "second", "third", "fourth", "fifth")
     monkeypatch.delenv("KEIFU_API_KEY")
+    file.write_text("third\n", encoding="utf-8-sig")
+    assert keys_of(Options(api_key_file=file)) == ("third",)
+    file.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="keys is not UTF-8 text"):
+        keys_of(Options(api_key_file=file))
     file.write_text("\n")
     for empty in (Options(api_key_file=file), Options(api_key=("",))):
         with pytest.raises(UserError, match="holds no key"):

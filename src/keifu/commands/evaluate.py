@@ -1,7 +1,7 @@
 """`keifu evaluate`: finds the evaluation that fits a model and its data, and prints the results."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,6 +74,8 @@ def run(options: Options) -> None:
     elif options.output and found.items:
         written = _objects if options.output.suffix == ".jsonl" else _columns
         write_atomic(options.output, written(found.items))
+    elif options.output:
+        found = replace(found, notes=(*found.notes, f"Nothing was written to {options.output}: this has no items."))
     _print_outcome(found, options.json)
 
 

@@ -11,6 +11,7 @@ import tyro
 
 from keifu.commands.shared import flags
 from keifu.errors import UserError
+from keifu.files import read_text
 
 KEYS = "KEIFU_API_KEY"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -92,7 +93,7 @@ def size_of(text: str, option: str) -> int:
 
 def keys_of(options: Options) -> tuple[str, ...]:
     """The keys from the options, the file and the environment."""
-    lines = options.api_key_file.read_text(encoding="utf-8").splitlines() if options.api_key_file else []
+    lines = read_text(options.api_key_file).splitlines() if options.api_key_file else []
     keys = [*options.api_key, *lines, *os.environ.get(KEYS, "").split(",")]
     found = tuple(key.strip() for key in keys if key.strip())
     if (options.api_key or options.api_key_file) and not found:

@@ -161,6 +161,8 @@ def test_through_the_command_line(network: str, tmp_path: Path, capsys) -> None:
     header, *rows = (tmp_path / "rows.tsv").read_text().splitlines()
     assert header.split("\t") == ["seed", "nearest by pixels", "difference", "nearest by features"] and len(rows) == 6
     assert json.loads(capsys.readouterr().out) == told  # the same seeds, the same pictures
+    cli.main([*words, "--metric", "bits", "--output", str(tmp_path / "bits.tsv")])
+    assert "bits.tsv: this has no items" in json.loads(capsys.readouterr().out)["notes"][-1]
 
 
 def test_what_a_run_held_out_is_not_what_its_drawings_are_compared_with(network: str, tmp_path: Path, capsys) -> None:

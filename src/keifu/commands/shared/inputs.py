@@ -63,8 +63,9 @@ def decode_utf8(data: bytes, place: str, first_line: int = 1) -> str:
     try:
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + first_line
-        raise UserError(f"{place} is not UTF-8 text: line {line} has the byte 0x{data[error.start]:02x}.") from error
+        text = error.object  # the data without a byte order mark
+        line = text.count(b"\n", 0, error.start) + first_line
+        raise UserError(f"{place} is not UTF-8 text: line {line} has the byte 0x{text[error.start]:02x}.") from error
 
 
 def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> list[str]:
