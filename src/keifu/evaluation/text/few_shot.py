@@ -116,23 +116,20 @@ class _Prompting:
         texts = [(p, delimiter + a) for p, each in zip(self.prompts, answers, strict=True) for a in each]
         rest = iter(join_tokens(self.tokenizer, texts))
         found = [[next(rest) for _ in each] for each in answers]
-        self._check(max(len(pair.prompt) + len(pair.answer) - 1 for each in found for pair in each))
-        return found
-
-    def _check(self, longest: int) -> None:
-        context = text_model(self.model).config.context_length
-        if longest > context:
+        longest = max(len(pair.prompt) + len(pair.answer) - 1 for each in found for pair in each)
+        if longest > (context := text_model(self.model).config.context_length):
             fewer = "ask for fewer shots" if self.shots else "shorten the items"
             raise UserError(
                 f"With {self.shots} shots the longest prompt and its answer have {longest:,} tokens, but this model's "
                 f"context is {context:,}: {fewer}."
             )
+        return found
 
     def rows(self, scored: ScoredItem, headline: str) -> list[tuple[Any, ...]]:
         """Prompt, answer and score of each item, one row an item."""
-        columns = scored.given, scored.right[headline], scored.details
-        each = zip(self.prompts, self.drawn.items, *columns, strict=True)
-        return [(self.shots, prompt, item.answer, given, good, more) for prompt, item, given, good, more in each]
+        answers = [item.answer for item in self.drawn.items]
+        columns = self.prompts, answers, scored.given, scored.right[headline], scored.details
+        return [(self.shots, *row) for row in zip(*columns, strict=True)]
 
     def likelihoods(self, pairs: Sequence[ScoredPair]) -> list[Likelihood]:
         """Of each pair, with a progress bar over the prompts."""
@@ -162,12 +159,12 @@ def _by_choice(asking: _Prompting) -> ScoredItem:
 
 
 def _scores(item: TaskItem, likely: Sequence[Likelihood], unconditional: Sequence[float]) -> dict[str, list[float]]:
+    """Each of `SCORES`, of every choice."""
     totals = [each.total for each in likely]
-    tokens = [len(each.log_probabilities) for each in likely]
-    characters = [max(1, len(choice)) for choice in item.choices]
-    each = zip(totals, tokens, characters, unconditional, strict=True)
-    rows = [(total, total / token, total / character, total - free) for total, token, character, free in each]
-    return {name: [row[place] for row in rows] for place, name in enumerate(SCORES)}
+    by_token = [each.total / len(each.log_probabilities) for each in likely]
+    by_character = [total / max(1, len(choice)) for total, choice in zip(totals, item.choices, strict=True)]
+    beside = [total - free for total, free in zip(totals, unconditional, strict=True)]
+    return dict(zip(SCORES, (totals, by_token, by_character, beside), strict=True))
 
 
 def _best(values: Sequence[float]) -> int:

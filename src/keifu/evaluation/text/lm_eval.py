@@ -69,15 +69,12 @@ class KeifuLM(LM):
         """ln P of each whole text, in windows as long as the context that each begin with the last one's last token."""
         texts = [request.args[0] for request in requests]
         front, [begin] = likelihood.first_context(self.tokenizer, texts), likelihood.common_beginning(self.tokenizer)
-        windows: list[likelihood.ScoredPair] = []
-        counts: list[int] = []
+        windows: list[list[likelihood.ScoredPair]] = []  # of each text
         for ids in self.tokenizer.encode_batch(texts, allow_special=True):
             parts = get_rolling_token_windows(likelihood.open_prefixes(front, ids), begin, self.context, 1)
-            own = [likelihood.ScoredPair(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, parts)]
-            windows += own
-            counts.append(len(own))
-        found = iter(self._likelihoods(windows))
-        totals = [sum(next(found).total for _ in range(count)) for count in counts]
+            windows.append([likelihood.ScoredPair(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, parts)])
+        found = iter(self._likelihoods([pair for own in windows for pair in own]))
+        totals = [sum(next(found).total for _ in own) for own in windows]
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals

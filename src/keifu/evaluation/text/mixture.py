@@ -54,8 +54,10 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     figures: dict[str, float | int | str] = {
         "bits per byte, by the weights": round(bits, 4), "tokens": sum(row[5] for row in rows),
     }  # fmt: skip
-    note = f"Windows of {context} tokens, each without what stands before it, of what keifu holds out."
-    return EvalResult(figures, (note, *_infilling_rows(tasks)), {"sources": ResultTable(columns, rows)})
+    notes = [f"Windows of {context} tokens, each without what stands before it, of what keifu holds out."]
+    if "infilling" in tasks:
+        notes.append("infilling: nats a hidden token, 15% of a text in spans of 3 on average, both sides given.")
+    return EvalResult(figures, tuple(notes), {"sources": ResultTable(columns, rows)})
 
 
 def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, span_corruption.CorruptionTask]:
@@ -104,9 +106,3 @@ def _row(name: str, weight: float, shards: Shards, found: dict[str, MixtureLosse
     figures = round(shards.bits_per_byte(left.loss), 4), round(math.exp(min(left.loss, 700)), 2), round(left.loss, 4)
     hidden = [round(each.loss, 4) for key, each in found.items() if key != "loss"]
     return (name, round(weight, 4), *figures, left.tokens, *hidden)
-
-
-def _infilling_rows(tasks: dict[str, span_corruption.CorruptionTask]) -> list[str]:
-    if "infilling" not in tasks:
-        return []
-    return ["infilling: nats a hidden token, 15% of a text in spans of 3 on average, both sides given."]

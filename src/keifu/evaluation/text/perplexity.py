@@ -23,14 +23,9 @@ from keifu.generation.text.likelihood import score
 from keifu.generation.text.model import device_of, is_writer, text_model
 
 ABOUT = "a language model on a text: perplexity and bits per byte"
-takes = is_writer
+takes, names = is_writer, catalogue.names  # language models, on the catalogue's texts
 OPTIONS = {"batch_size", "text_field", "encoding"}
 BATCH_SIZE = 8
-
-
-def names() -> list[str]:
-    """The texts of the catalogue."""
-    return catalogue.names()
 
 
 def accepts(on: str) -> bool:

@@ -15,9 +15,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 from keifu.data.catalogue import catalogue
 from keifu.data.classification.tables import HELD_OUT, LabelledTexts, read, split
@@ -146,45 +147,32 @@ def topics() -> FewShotTask:
     return FewShotTask("topics", items(held), items(learned), unconditional="Topic:")
 
 
-class _Article(NamedTuple):
-    title: str
-    description: str
-    topic: str
-
-    @property
-    def key(self) -> str:
-        return hashlib.sha256(self.title.encode()).hexdigest()
-
-
 def titles() -> FewShotTask:
     """Which of four articles of one topic a short description belongs to; the other three are chosen by a hash."""
     content = json.loads(catalogue.fetch("wiki-summaries").read_text(encoding="utf-8"))
-    articles = [_Article(title, each.get("description") or "", each["topic"]) for title, each in content.items()]
     by_topic: dict[str, list[str]] = defaultdict(list)
-    for article in articles:
-        by_topic[article.topic].append(article.title)
-    clear = [
-        each for each in articles if len(each.description) > 9 and each.title.lower() not in each.description.lower()
-    ]
-    items = [_title_item(each, by_topic[each.topic]) for each in sorted(clear, key=lambda each: each.key)]
-    return FewShotTask("titles", tuple(items[:HELD_OUT]), tuple(items[HELD_OUT:]), unconditional="Title:")
-
-
-def _title_item(article: _Article, others: list[str]) -> TaskItem:
-    draw = Random(int(article.key, 16))
-    wrong = draw.sample([title for title in others if title != article.title], 3)
-    choices = draw.sample([article.title, *wrong], 4)
-    return TaskItem(f"Description: {article.description}\nTitle:", article.title, tuple(choices))
+    for title, article in content.items():
+        by_topic[article["topic"]].append(title)
+    by_key: dict[str, TaskItem] = {}
+    for title, article in content.items():
+        about, key = article.get("description") or "", hashlib.sha256(title.encode()).hexdigest()
+        if len(about) > 9 and title.lower() not in about.lower():
+            draw = Random(int(key, 16))
+            wrong = draw.sample([other for other in by_topic[article["topic"]] if other != title], 3)
+            choices = draw.sample([title, *wrong], 4)
+            by_key[key] = TaskItem(f"Description: {about}\nTitle:", title, tuple(choices))
+    items = tuple(by_key[key] for key in sorted(by_key))
+    return FewShotTask("titles", items[:HELD_OUT], items[HELD_OUT:], unconditional="Title:")
 
 
 def last_word() -> FewShotTask:
     """The last word of a passage of 40 words or more that names it before, as in LAMBADA (Paperno et al., 2016), from
     the presidents' speeches."""
     passages = dict.fromkeys(each for speech in catalogue.documents("sotu") for each in _passages(speech))
-    items = [TaskItem(before, word) for before, word in passages]
-    items.sort(key=lambda item: hashlib.sha256(item.prompt.encode()).digest())
+    found = (TaskItem(before, word) for before, word in passages)
+    items = tuple(sorted(found, key=lambda item: hashlib.sha256(item.prompt.encode()).digest()))
     note = "The passages are of the catalogue's sotu: a model that was trained on it has read them."
-    return FewShotTask("last-word", tuple(items[:HELD_OUT]), tuple(items[HELD_OUT:]), metric="cloze", note=note)
+    return FewShotTask("last-word", items[:HELD_OUT], items[HELD_OUT:], metric="cloze", note=note)
 
 
 def _passages(speech: str) -> Iterator[tuple[str, str]]:
@@ -197,16 +185,16 @@ def _passages(speech: str) -> Iterator[tuple[str, str]]:
                 break
 
 
-OPERATIONS = {
-    "addition": ("plus", int.__add__),
-    "subtraction": ("minus", int.__sub__),
-    "multiplication": ("times", int.__mul__),
+OPERATIONS = {  # a word for each, its sign, and what it does
+    "addition": ("plus", "+", int.__add__),
+    "subtraction": ("minus", "-", int.__sub__),
+    "multiplication": ("times", "*", int.__mul__),
 }
 
 
 def arithmetic(digits: int, operation: str) -> FewShotTask:
     """Questions such as "Q: What is 48 plus 76?", with numbers from 0 on, sampled uniformly (GPT-3, section 3.9.1)."""
-    word, compute = OPERATIONS[operation]
+    word, _, compute = OPERATIONS[operation]
 
     def question(draw: Random) -> TaskItem:
         a, b = draw.randrange(10**digits), draw.randrange(10**digits)
@@ -217,12 +205,12 @@ def arithmetic(digits: int, operation: str) -> FewShotTask:
 
 def composite_arithmetic() -> FewShotTask:
     """Questions such as "Q: What is 6+(4*8)?": three single digits, the last two in brackets (section 3.9.1)."""
+    compute = {sign: function for _, sign, function in OPERATIONS.values()}
 
     def question(draw: Random) -> TaskItem:
-        digits, (first, second) = [draw.randrange(10) for _ in range(3)], draw.choices("+-*", k=2)
-        compute = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-        answer = compute[first](digits[0], compute[second](digits[1], digits[2]))
-        return TaskItem(f"Q: What is {digits[0]}{first}({digits[1]}{second}{digits[2]})?\nA:", str(answer))
+        (a, b, c), (first, second) = [draw.randrange(10) for _ in range(3)], draw.choices("+-*", k=2)
+        answer = compute[first](a, compute[second](b, c))
+        return TaskItem(f"Q: What is {a}{first}({b}{second}{c})?\nA:", str(answer))
 
     return _generated("1-digit-composite", question)
 
@@ -236,9 +224,7 @@ def _generated(name: str, question: Callable[[Random], TaskItem]) -> FewShotTask
     return FewShotTask(name, every[:INSTANCES], every[INSTANCES:], metric="exact", max_tokens=16)
 
 
-ARITHMETIC = [(digits, name) for digits in (2, 3, 4, 5) for name in ("addition", "subtraction")] + [
-    (2, "multiplication")
-]
+ARITHMETIC = *product((2, 3, 4, 5), ("addition", "subtraction")), (2, "multiplication")
 TASKS: dict[str, Callable[[], FewShotTask]] = {
     "topics": topics,
     "titles": titles,
@@ -275,17 +261,16 @@ def read_task(path: Path) -> FewShotTask:
     """The task that a file describes."""
     with reading(path):
         fields = _Description(path)
-        items = [*_items(fields, fields.file("items"))]
-    demonstrations = [*_items(fields, fields.file("demonstrations"))] if "demonstrations" in fields.given else None
+        items = tuple(_items(fields, "items"))
+    examples = tuple(_items(fields, "demonstrations")) if "demonstrations" in fields.given else None
     if not items:
         raise UserError(f"{fields.file('items')} has no items.")
     settings = {name: fields.given[name] for name in (*TEXTS, "max_tokens") if name in fields.given}
     if "until" in fields.given:
         settings["until"] = tuple(fields.texts("until"))
     settings.setdefault("metric", "choice" if "choices" in fields.given else "exact")
-    examples = None if demonstrations is None else tuple(demonstrations)
     try:
-        return FewShotTask(fields.given.get("name", path.stem), tuple(items), examples, **settings)
+        return FewShotTask(fields.given.get("name", path.stem), items, examples, **settings)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -296,7 +281,10 @@ class _Description:
     def __init__(self, path: Path):
         self.path = path
         self.text = read_text(path)
-        self.given = self._parsed()
+        parse = parse_json if path.suffix == ".json" else parse_yaml
+        self.given: dict[str, Any] = parse(self.text, path)
+        if not isinstance(self.given, dict):
+            raise UserError(f"{path} is {_kind(self.given)}, but a task is fields with values (see docs/tasks.md).")
         for name, value in self.given.items():
             if name not in KINDS:
                 raise unknown(f"field of a task (in {self.place(name)})", str(name), KINDS)
@@ -306,13 +294,6 @@ class _Description:
             if name not in self.given:
                 has = ", ".join(map(str, self.given)) or "nothing"
                 raise UserError(f"{path}, line 1: the task has no field {name!r}, which it needs; it has {has}.")
-
-    def _parsed(self) -> dict[str, Any]:
-        parse = parse_json if self.path.suffix == ".json" else parse_yaml
-        found = parse(self.text, self.path)
-        if not isinstance(found, dict):
-            raise UserError(f"{self.path} is {_kind(found)}, but a task is fields with values (see docs/tasks.md).")
-        return found
 
     def place(self, name: str) -> str:
         """The file, and the line in which the field stands."""
@@ -338,18 +319,17 @@ class _Description:
         return path
 
 
-def _items(fields: _Description, path: Path) -> Iterator[TaskItem]:
-    """An item a row of the table."""
-    template, answer, choices = (fields.given.get(name) for name in ("prompt", "answer", "choices"))
-    assert isinstance(template, str) and isinstance(answer, str)
-    for row in read_records(path):
+def _items(fields: _Description, name: str) -> Iterator[TaskItem]:
+    """An item a row of the table that a field names."""
+    template, answer, choices = fields.given["prompt"], fields.given["answer"], fields.given.get("choices")
+    for row in read_records(fields.file(name)):
         prompt = _fill_template(template, row, fields.place("prompt"))
         if choices is None:
             answers = _texts(row, answer, fields.place("answer"))
             yield TaskItem(prompt, answers[0], (), tuple(answers[1:]))
             continue
-        named = isinstance(choices, str)
-        offered = _texts(row, choices, fields.place("choices")) if named else fields.texts("choices")
+        column = isinstance(choices, str)
+        offered = _texts(row, choices, fields.place("choices")) if column else fields.texts("choices")
         yield TaskItem(prompt, _right(row, answer, offered, fields.place("answer")), tuple(offered))
 
 

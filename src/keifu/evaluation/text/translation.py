@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,6 @@ OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "o
 
 def accepts(on: str) -> bool:
     """Whether `on` is one of them, or a file or two."""
-    from pathlib import Path
-
     return on in names() or all(Path(part.strip()).expanduser().is_file() for part in on.split(","))
 
 
@@ -171,7 +170,7 @@ def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
 
 def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], request: EvalRequest) -> list[Translation]:
     """One translation for each source text, which is not split into sentences, since its reference is not."""
-    given = {each.name: vars(request)[each.name] for each in fields(TranslationParams) if each.name in vars(request)}
+    given = {each.name: vars(request).get(each.name) for each in fields(TranslationParams)}
     settings = TranslationParams(**{name: value for name, value in given.items() if value is not None})
     with counting("Translating", len(sources), "sentences") as progress:
         found = translate_texts(model, tokenizer, sources, settings, lambda text: [text], progress)
