@@ -237,7 +237,7 @@ def _write_sheet(pictures: "ImageDataset", output: Path, options: Options) -> No
 
     if not len(pictures):
         raise UserError(f"There is nothing to show: no picture of {pictures.source} is for {options.part}.")
-    chosen = pictures.chosen(sorted({n * len(pictures) // options.count for n in range(options.count)}))
+    chosen = pictures.spread(options.count)
     if options.language or chosen.captions:
         captions = chosen.texts(options.language)
     else:

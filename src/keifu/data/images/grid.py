@@ -62,11 +62,10 @@ def grid(
     pictures: UInt8[Tensor, "picture channels height width"],
     captions: Sequence[str] | None = None,
     columns: int | None = None,
-    scale: int | None = None,
     about: Mapping[str, str] | None = None,
 ) -> bytes:
     """The same as the bytes of a PNG file (see `sheet` and `png`)."""
-    return png(sheet(pictures, captions, columns, scale), about)
+    return png(sheet(pictures, captions, columns), about)
 
 
 def png(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
@@ -78,12 +77,12 @@ def png(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
     return file.getvalue()
 
 
-def wrap(text: str, width: int, lines: int = LINES) -> str:
+def wrap(text: str, width: int) -> str:
     """A caption broken into lines of at most so many pixels, after spaces where there are some; the rest is cut off."""
     font, rest, found = _font(text), " ".join(text.split()), []
-    while rest and len(found) < lines:
+    while rest and len(found) < LINES:
         size = _fitting(font, rest, width)
-        if size < len(rest) and len(found) == lines - 1:
+        if size < len(rest) and len(found) == LINES - 1:
             found.append(rest[: max(size - 1, 0)].rstrip() + "…")
             break
         end = size if size == len(rest) else rest.rfind(" ", 1, size + 1)

@@ -28,7 +28,8 @@ from keifu.files import cache
 
 FILE = "inception-2015.safetensors"
 SIDE, EPSILON = 299, 1e-3
-ROUNDS = {  # each block's branches, each a chain of convolutions; "avg", "max" and "reduce" are poolings
+ROUNDS = {  # the branches of each kind of block, each a chain of convolutions; "avg", "max" and "reduce" are poolings
+    "stem": ("Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 reduce Conv2d_3b_1x1 Conv2d_4a_3x3/1 reduce",),
     "a": ("branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", "avg branch_pool"),
     "b": ("branch3x3/2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3/2", "reduce"),
     "c": ("branch1x1", "branch7x7_1 branch7x7_2 branch7x7_3",
@@ -39,10 +40,9 @@ ROUNDS = {  # each block's branches, each a chain of convolutions; "avg", "max" 
           "avg branch_pool"),
 }  # fmt: skip
 ROUNDS["f"] = (*ROUNDS["e"][:-1], "max branch_pool")
-STEM = "Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 reduce Conv2d_3b_1x1 Conv2d_4a_3x3/1 reduce"
-BLOCKS = {
-    "Mixed_5b": "a", "Mixed_5c": "a", "Mixed_5d": "a", "Mixed_6a": "b", "Mixed_6b": "c", "Mixed_6c": "c",
-    "Mixed_6d": "c", "Mixed_6e": "c", "Mixed_7a": "d", "Mixed_7b": "e", "Mixed_7c": "f",
+BLOCKS = {  # what the names of a block's weights begin with, and its kind
+    "": "stem", "Mixed_5b.": "a", "Mixed_5c.": "a", "Mixed_5d.": "a", "Mixed_6a.": "b", "Mixed_6b.": "c",
+    "Mixed_6c.": "c", "Mixed_6d.": "c", "Mixed_6e.": "c", "Mixed_7a.": "d", "Mixed_7b.": "e", "Mixed_7c.": "f",
 }  # fmt: skip
 POOLS = {
     "avg": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
@@ -58,16 +58,15 @@ class Inception:
     """
 
     def __init__(self, weights: dict[str, Tensor]):
-        chains = [STEM, *(f"{block}.{name}" for block, kind in BLOCKS.items() for name in _convolutions(kind))]
-        names = [step.partition("/")[0] for chain in chains for step in chain.split() if step not in POOLS]
+        steps = [block + step for block, kind in BLOCKS.items() for step in " ".join(ROUNDS[kind]).split()]
+        names = {step.partition("/")[0] for step in steps if step.rpartition(".")[2] not in POOLS}
         self.folded = {name: _fold_batch_norm(weights, name) for name in names}
 
     def __call__(self, x: Float[Tensor, "picture 3 height width"]) -> Float[Tensor, "picture 2048"]:
         """The features of pictures whose numbers go from -1 to 1, brought to 299 x 299 first."""
         x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False)
-        x = self._chain(x, STEM, "")
         for block, kind in BLOCKS.items():
-            x = torch.cat([self._chain(x, branch, f"{block}.") for branch in ROUNDS[kind]], 1)
+            x = torch.cat([self._chain(x, branch, block) for branch in ROUNDS[kind]], 1)
         return x.mean((2, 3))
 
     def _chain(self, x: Tensor, chain: str, prefix: str) -> Tensor:
@@ -80,11 +79,6 @@ class Inception:
             edge = (0, 0) if stride else (kernel.shape[2] // 2, kernel.shape[3] // 2)
             x = F.conv2d(x, kernel, bias, int(stride or 1), edge).relu()
         return x
-
-
-def _convolutions(kind: str) -> set[str]:
-    """The convolutions of a block, pooling left out."""
-    return {step.partition("/")[0] for branch in ROUNDS[kind] for step in branch.split()} - POOLS.keys()
 
 
 def _fold_batch_norm(weights: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:

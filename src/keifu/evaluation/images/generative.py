@@ -234,16 +234,10 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
     if request.judge is not None or request.guidance is not None:
         raise UserError("--judge and --guidance are for the metric classes alone: give --metric classes, or neither.")
     real, parts = _real_images(drawer, request)
-    found = [_generate_beside(model, drawer, real, parts, request)] if request.metric in (None, "distances") else []
-    if request.metric != "distances":
-        found.append(_held_out(drawer, parts.test, request))
-    return EvalResult(
-        {name: value for each in found for name, value in each.figures.items()},
-        tuple(note for each in found for note in each.notes),
-        {name: table for each in found for name, table in each.tables.items()},
-        found[0].items,
-        found[0].picture,
-    )
+    compared = request.metric in (None, "distances")
+    beside = _generate_beside(model, drawer, real, parts, request) if compared else EvalResult({})
+    held = EvalResult({}) if request.metric == "distances" else _held_out(drawer, parts.test, request)
+    return replace(beside, figures=beside.figures | held.figures, notes=beside.notes + held.notes, tables=held.tables)
 
 
 def class_agreement(model: nn.Module, drawer: ImageModel, request: EvalRequest) -> EvalResult:

@@ -21,7 +21,7 @@ from keifu.data.images.preprocessing import Preprocessing
 from keifu.data.images.sources import in_catalogue
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.classification.embeddings import Advance, embed_rows, encode_texts
+from keifu.evaluation.classification.embeddings import embed_rows, encode_texts
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.model import TwoTowers, evaluation_mode
 
@@ -55,29 +55,24 @@ def padding(tokenizer: Tokenizer) -> int:
 
 
 def embed_pictures(
-    model: nn.Module, images: Iterable[Image.Image], batch_size: int = BATCH, advance: Advance | None = None
+    model: nn.Module, images: Iterable[Image.Image], batch_size: int = BATCH
 ) -> Float[Tensor, "pictures embedding"]:
     """A point for each picture, float32; of so many pictures at a time only the points are kept."""
-    ready = preprocessing(model)
-    left = iter(images)
+    ready, left = preprocessing(model), iter(images)
     groups = iter(lambda: list(islice(left, batch_size)), [])
-    made = (torch.stack([ready.cut(image) for image in some]) for some in groups)
-    return embed_bytes(model, made, advance)
+    return embed_bytes(model, (torch.stack([ready.cut(image) for image in some]) for some in groups))
 
 
 def embed_bytes(
-    model: nn.Module, batches: Iterable[UInt8[Tensor, "batch channels rows columns"]], advance: Advance | None = None
+    model: nn.Module, batches: Iterable[UInt8[Tensor, "batch channels rows columns"]]
 ) -> Float[Tensor, "pictures embedding"]:
     """The embeddings of images that have the model's size already, in batches, the model in evaluation mode."""
     towers, ready, like = two_towers(model), preprocessing(model), next(model.parameters())
-    points, done = list[Tensor](), 0
+    points: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
         for pixels in batches:
             seen = towers.encode_image(ready.normalised(pixels.to(like.device)).to(like.dtype))
             points.append(F.normalize(seen.float(), dim=-1))
-            done += len(pixels)
-            if advance:
-                advance(done)
     if not points:
         raise UserError("There is no picture: give at least one.")
     return torch.cat(points)
@@ -222,13 +217,10 @@ def select_pairs(on: str, size: int) -> ImageDataset:
 
 def images(on: str, pictures: ImageDataset, size: int) -> Iterator[Image.Image]:
     """The pictures in their order, as they lie in the source and not yet of the network's size."""
-    wanted = {name: place for place, name in enumerate(pictures.names)}
-    read: dict[int, Any] = {}
-    for item in sources.items(on, lambda problem: None):
-        if item.name in wanted:
-            read[wanted[item.name]] = item.read
-    for place in range(len(pictures)):
-        yield read[place](size).image
+    wanted = {*pictures.names}
+    read = {item.name: item.read for item in sources.items(on, lambda problem: None) if item.name in wanted}
+    for name in pictures.names:
+        yield read[name](size).image
 
 
 def _nearest(pictures: ImageDataset, language: str, points: Tensor, texts: Tensor) -> list[tuple[Any, ...]]:

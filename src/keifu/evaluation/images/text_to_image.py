@@ -4,7 +4,7 @@ Axes: picture, channels, height, width; there are as many texts as images.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,13 +81,14 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
         raise UserError(f"{request.on} has {len(train)} picture with a caption, and at least 2 are needed: give more.")
     sets = {"": train, " of held-out captions": test}
     drawn = {name: _generate(drawer, wanted, part, request) for name, part in sets.items() if part and len(part) > 1}
-    figures, notes = {}, [_sentence(drawn, wanted, request)]
+    figures, note = {}, _sentence(drawn, wanted, request)
     if request.metric != "distances" and request.towers is not None:
-        figures = {name: value for where, each in drawn.items() for name, value in _score(where, each, request).items()}
+        for where, each in drawn.items():
+            figures |= _score(where, each, request)
     if request.metric == "clip-score":
-        return EvalResult(figures, tuple(notes), {}, _items(drawn), _save_grid(drawn))
+        return EvalResult(figures, (note,), {}, _items(drawn), _save_grid(drawn))
     found = drawn_pictures.write_neighbours(drawn[""].pictures, train, test, request, wanted)
-    return EvalResult(figures | found.figures, (*notes, *found.notes), {}, found.items, found.picture)
+    return replace(found, figures=figures | found.figures, notes=(note, *found.notes))
 
 
 def _requested(drawer: TextToImagePipeline, request: EvalRequest) -> tuple[ImageSplit, ImageRequest]:
