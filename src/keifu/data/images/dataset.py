@@ -77,7 +77,11 @@ class _Collector:
             self.remarks[remark].append(item.where)
 
     def notes(self) -> list[str]:
-        found = [_counted(places, remark) for remark, places in self.remarks.items()]
+        found = []
+        for remark, places in self.remarks.items():
+            more = len(places) > 1
+            many = f"{len(places):,} pictures ({places[0]}, ...) are" if more else f"1 picture ({places[0]}) is"
+            found.append(f"{many} {remark}.")
         if self.faults:
             rest = f" And {len(self.faults) - SHOWN:,} more." if len(self.faults) > SHOWN else ""
             found.append(f"Left out: {len(self.faults):,}. {' '.join(self.faults[:SHOWN])}{rest}")
@@ -97,11 +101,6 @@ class _Collector:
 
 def _gone(size: int | None) -> Any:
     raise AssertionError("read already")
-
-
-def _counted(places: list[str], remark: str) -> str:
-    many = f"1 picture ({places[0]}) is" if len(places) == 1 else f"{len(places):,} pictures ({places[0]}, ...) are"
-    return f"{many} {remark}."
 
 
 def groups(alike: list[tuple[str, ...]]) -> list[int]:
@@ -182,8 +181,6 @@ def _read(
         while chunk := list(islice(items, CHUNK)):
             yield from zip(chunk, pool.map(read, chunk), strict=True)
 
-
-__all__ = ["ImageDataset", "ImageSplit", "in_catalogue", "read_images", "split"]
 
 FORMAT = 2  # goes up when the same source would give other bytes than before
 PARTS = "", "validation", "test"  # what a source may say of a picture; training is what is left

@@ -20,8 +20,7 @@ import json
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -45,7 +44,7 @@ CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shir
 def _digits() -> Iterator[ImageItem]:
     """MNIST's sample of 5,000."""
     pictures, labels = mnist()
-    return _arrays("mnist", pictures.numpy(), labels.tolist(), [str(digit) for digit in range(10)])
+    return _arrays("mnist", pictures.numpy(), labels.tolist(), "0123456789")
 
 
 def _clothes() -> Iterator[ImageItem]:
@@ -64,12 +63,11 @@ def _photos() -> Iterator[ImageItem]:
 
 
 def _arrays(
-    source: str, pictures: np.ndarray, labels: Iterable[int], classes: Iterable[str], part: str = ""
+    source: str, pictures: np.ndarray, labels: Sequence[int], classes: Sequence[str], part: str = ""
 ) -> Iterator[ImageItem]:
-    names = list(classes)
-    for place, label in enumerate(labels):
-        name, pixels = f"{source} {place}", pictures[place]
-        yield ImageItem(name, name, partial(_of_array, pixels), label=names[label], part=part)
+    for place, (pixels, label) in enumerate(zip(pictures, labels, strict=True)):
+        name = f"{source} {place}"
+        yield ImageItem(name, name, partial(_of_array, pixels), label=classes[label], part=part)
 
 
 def _of_array(pixels: np.ndarray, size: int | None) -> DecodedImage:
@@ -84,17 +82,10 @@ def read_idx(path: Path) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
-@dataclass(frozen=True)
-class NamedEmoji:
-    """An emoji's names by language code, and its group: "Smileys & Emotion", "Food & Drink", ..."""
-
-    names: dict[str, str]
-    group: str
-
-
 @cache
-def name_emoji() -> dict[str, NamedEmoji]:
-    """Every emoji that has a name and a group, without U+FE0F, in Unicode's order."""
+def name_emoji() -> dict[str, tuple[dict[str, str], str]]:
+    """Every emoji that has a name and a group, without U+FE0F, in Unicode's order: its names by language code, and its
+    group, such as "Smileys & Emotion" or "Food & Drink"."""
     folder = catalogue.fetch("emoji-names")
     files = {"en": folder / "emoji.json"} | {
         p.stem.removeprefix("emoji_"): p for p in sorted(folder.glob("emoji_*.json"))
@@ -103,7 +94,7 @@ def name_emoji() -> dict[str, NamedEmoji]:
     english = {_plain(sign): sign for sign in tables["en"]}
     groups = _emoji_groups(catalogue.fetch("emoji-groups"))
     return {
-        sign: NamedEmoji({code: _words(table[english[sign]]) for code, table in tables.items()}, group)
+        sign: ({code: _words(table[english[sign]]) for code, table in tables.items()}, group)
         for sign, group in groups.items()
         if sign in english
     }
@@ -111,8 +102,7 @@ def name_emoji() -> dict[str, NamedEmoji]:
 
 def _twemoji() -> Iterator[ImageItem]:
     """Twemoji's drawings of 72 x 72 pixels that have a name."""
-    with zipfile.ZipFile(catalogue.fetch("twemoji")) as archive:
-        yield from _join_names(_members(archive, "72x72", ".png"), lambda data, where, size: read_image(data, where))
+    return _join_names("twemoji", "72x72", ".png", lambda data, where, size: read_image(data, where))
 
 
 def _openmoji() -> Iterator[ImageItem]:
@@ -127,8 +117,7 @@ def _openmoji() -> Iterator[ImageItem]:
         side = size or 72
         return read_image(resvg_py.svg_to_bytes(text, width=side, height=side, skip_system_fonts=True), where)
 
-    with zipfile.ZipFile(catalogue.fetch("openmoji-svg")) as archive:
-        yield from _join_names(_members(archive, "svg", ".svg.gz"), drawn, "test")
+    return _join_names("openmoji-svg", "svg", ".svg.gz", drawn, "test")
 
 
 def _plain(sign: str) -> str:
@@ -136,24 +125,27 @@ def _plain(sign: str) -> str:
     return sign.replace("\ufe0f", "")
 
 
-def _join_names(members: dict[str, bytes], draw, part: str = "") -> Iterator[ImageItem]:
-    """The drawings that have a name, in the order of the names."""
-    for sign, known in name_emoji().items():
-        if sign in members:
-            where = f"{sign} ({known.names['en']})"
-            alike = f"signs {TONES.sub('', sign)}", f"name {TONE_NAMES.sub('', known.names['en'])}"
-            yield ImageItem(sign, where, partial(draw, members[sign], where), known.names, known.group, alike, part)
+def _join_names(entry: str, folder: str, suffix: str, draw, part: str = "") -> Iterator[ImageItem]:
+    """The drawings of an archive that have a name, in the order of the names.
+
+    The name of a drawing's file spells its emoji in hexadecimal: 1f44b-1f3fd.png.
+    """
+    drawings = {}
+    with zipfile.ZipFile(catalogue.fetch(entry)) as archive:
+        for name in archive.namelist():
+            path = PurePosixPath(name)
+            if path.parent.name == folder and name.endswith(suffix):
+                drawings[_spelled(path.name.removesuffix(suffix).split("-"))] = archive.read(name)
+    for sign, (names, group) in name_emoji().items():
+        if sign in drawings:
+            where = f"{sign} ({names['en']})"
+            alike = f"signs {TONES.sub('', sign)}", f"name {TONE_NAMES.sub('', names['en'])}"
+            yield ImageItem(sign, where, partial(draw, drawings[sign], where), names, group, alike, part)
 
 
-def _members(archive: zipfile.ZipFile, folder: str, suffix: str) -> dict[str, bytes]:
-    """A drawing's bytes by the emoji that its file name spells in hexadecimal: 1f44b-1f3fd.png."""
-    found = {}
-    for name in archive.namelist():
-        path = PurePosixPath(name)
-        if path.parent.name == folder and name.endswith(suffix):
-            sign = "".join(chr(int(code, 16)) for code in path.name.removesuffix(suffix).split("-"))
-            found[_plain(sign)] = archive.read(name)
-    return found
+def _spelled(codes: Iterable[str]) -> str:
+    """The emoji of these code points in hexadecimal, without U+FE0F."""
+    return _plain("".join(chr(int(code, 16)) for code in codes))
 
 
 def _words(entry: str | dict[str, str]) -> str:
@@ -169,8 +161,7 @@ def _emoji_groups(file: Path) -> dict[str, str]:
         if line.startswith("# group:"):
             group = line.partition(":")[2].strip()
         elif line and not line.startswith("#"):
-            sign = "".join(chr(int(code, 16)) for code in line.partition(";")[0].split())
-            groups.setdefault(_plain(sign), group)
+            groups.setdefault(_spelled(line.partition(";")[0].split()), group)
     return groups
 
 
