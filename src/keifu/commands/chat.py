@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -76,8 +75,6 @@ def check_chats(name: str, tokenizer: Any) -> None:
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from keifu.generation.text.chat import Conversation
     from keifu.generation.text.sampling_params import SamplingParams
 
@@ -139,24 +136,11 @@ class Chat:
     def hear(self, line: str) -> None:
         """Obeys a command, or answers a message, of which this may be the first line alone. Whatever goes wrong is said
         on stderr, and the conversation goes on."""
-        with self._forgiving():
+        try:
             if line.startswith("/"):
                 self._obey(line)
             elif message := self._whole(line).strip():
                 self._answer(message)
-
-    def _whole(self, line: str) -> str:
-        """The message that begins with this line; empty where Ctrl-C takes it back."""
-        try:
-            return read_rest(line)
-        except KeyboardInterrupt:
-            print()
-            return ""
-
-    @contextmanager
-    def _forgiving(self) -> "Iterator[None]":
-        try:
-            yield
         except EOFError:  # within a text of several lines
             print()
             self.over = True
@@ -166,6 +150,14 @@ class Chat:
             print(explain(error), file=sys.stderr)
         except KeyboardInterrupt:
             print("Stopped.", file=sys.stderr)
+
+    def _whole(self, line: str) -> str:
+        """The message that begins with this line; empty where Ctrl-C takes it back."""
+        try:
+            return read_rest(line)
+        except KeyboardInterrupt:
+            print()
+            return ""
 
     def _obey(self, line: str) -> None:
         word, _, argument = line.partition(" ")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -42,18 +42,11 @@ class Options:
 
 def words_of_verbs(verbs: Sequence[str]) -> dict[str, list[Argument]]:
     """What may follow each verb, and `train RECIPE` for each recipe."""
-    found = {verb: arguments_of(_options(verb)) for verb in verbs if verb not in ("train", "demo")}
-    return found | {f"train {name}": arguments_of(_recipe(name)) for name in recipe_names()}
-
-
-def _options(verb: str) -> type:
-    return import_module(f"keifu.commands.{verb}").Options
-
-
-def _recipe(name: str) -> Any:
     from keifu.commands.train import with_folder
 
-    return with_folder(recipe_options(name)[0], name)
+    kinds = {v: import_module(f"keifu.commands.{v}").Options for v in verbs if v not in ("train", "demo")}
+    kinds |= {f"train {name}": with_folder(recipe_options(name)[0], name) for name in recipe_names()}
+    return {key: arguments_of(kind) for key, kind in kinds.items()}
 
 
 def script(shell: str, verbs: dict[str, str]) -> str:

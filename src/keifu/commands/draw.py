@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import tyro
 
 from keifu.commands.shared import drawing, flags
-from keifu.commands.shared.drawing import check_png, draw_images, load, output_paths, png, usual_dtype
-from keifu.commands.shared.drawing import select_loras as chosen_lora
+from keifu.commands.shared.drawing import check_png, draw_images, load, output_paths, png, select_lora, usual_dtype
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
 from keifu.threads import on_threads
@@ -117,17 +116,16 @@ class Options(flags.OnDevice):
 
 def run(options: Options) -> None:
     """Draws, writes the files and names them."""
+    from keifu.generation.images.samplers import SAMPLERS
+
+    check_png(options.out, options.strip)
     if options.again:
-        given = [name for name, value in vars(options).items() if value != vars(Options())[name]]
-        if more := [f"--{name.replace('_', '-')}" for name in given if name not in OF_AGAIN]:
-            raise UserError(f"--again takes every setting from {options.again}: leave out {' and '.join(more)}.")
-        places = {"init": options.init, "mask": options.mask, "towards": options.towards and Path(options.towards)}
-        again(options.again, options.out, options.model, places, options.lora)
+        again(options.again, options)
         return
     if options.model is None:
         raise UserError("There is no model: name one (keifu draw MODEL), or a picture with --again.")
-    check_png(options.out, options.strip)
-    _check_sampler(options.sampler)
+    if options.sampler not in (None, *SAMPLERS):
+        raise unknown("sampler", options.sampler, SAMPLERS)
     drawing.check(options.count, options.best_of, options.clip, options.text)
     record, model = _prepare(options, options.model)
     if options.strip and not model.pixels:
@@ -148,14 +146,6 @@ def run(options: Options) -> None:
         print(options.strip)
 
 
-def _check_sampler(name: str | None) -> None:
-    """An unknown one is said before the model is loaded."""
-    from keifu.generation.images.samplers import SAMPLERS
-
-    if name is not None and name not in SAMPLERS:
-        raise unknown("sampler", name, SAMPLERS)
-
-
 def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]":
     """The record of what will be drawn, everything in it resolved, and the model."""
     from keifu.checkpoints.loading import planned
@@ -163,7 +153,7 @@ def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]"
     from keifu.generation.images.pixel_diffusion import ImageRequest
     from keifu.generation.images.png_metadata import ImageRecord
 
-    loras = tuple(map(chosen_lora, options.lora))
+    loras = tuple(map(select_lora, options.lora))
     found = planned(name)
     dtype = options.dtype or usual_dtype(found)
     model = load(found, dtype, loras)
@@ -213,24 +203,22 @@ def _strip(model: "ImagePipeline", picture: "Tensor", states: "Sequence[SamplerS
     return grid(torch.cat([into.pictures, out.pictures]), [*into.captions, *out.captions], out.columns)
 
 
-def again(
-    path: Path, out: Path | None, named: str | None, places: Mapping[str, Path | None], loras: Sequence[str] = ()
-) -> None:
-    """Draws a picture once more by its own record; that it differs is said, with the likely reason.
-
-    named, places, loras: where the model, the pictures that it read (init, mask, towards) and its LoRAs are, if
-    elsewhere now.
-    """
+def again(path: Path, options: Options) -> None:
+    """Draws a picture once more by its own record; that it differs is said, with the likely reason. The options say
+    where the model, the pictures that it read (init, mask, towards) and its LoRAs are, if elsewhere now."""
     from keifu.generation.images.png_metadata import read_record
 
+    given = [name for name, value in vars(options).items() if value != vars(Options())[name]]
+    if more := [f"--{name.replace('_', '-')}" for name in given if name not in OF_AGAIN]:
+        raise UserError(f"--again takes every setting from {path}: leave out {' and '.join(more)}.")
     record = read_record(path)
-    drawing = _find_model(record.drawing, places, path)
-    record = replace(record, drawing=drawing, loras=output_paths(record.loras, loras))
-    model = _same_model(named or record.model, record, path)
+    places = {"init": options.init, "mask": options.mask, "towards": options.towards and Path(options.towards)}
+    drawing = _input_images(record.drawing, places, path)
+    record = replace(record, drawing=drawing, loras=output_paths(record.loras, options.lora))
+    model = _same_model(options.model or record.model, record, path)
     with on_threads(record.threads):  # how a product is split decides its last digits
         pictures = draw_images(model, record)
-    check_png(out)
-    out = out or path.with_stem(f"{path.stem}-again")
+    out = options.out or path.with_stem(f"{path.stem}-again")
     if record.number is not None:
         pictures = pictures[record.number % record.batch_size :][:1]
     elif record.kept:
@@ -242,7 +230,7 @@ def again(
     print(f"{out} is {path}, bit for bit.", file=sys.stderr)
 
 
-def _find_model(drawing: "ImageRequest", places: Mapping[str, Path | None], path: Path) -> "ImageRequest":
+def _input_images(drawing: "ImageRequest", places: Mapping[str, Path | None], path: Path) -> "ImageRequest":
     """The settings with the pictures that the drawing read where they are now, if they are still the same."""
     from keifu.generation.images.image_to_image import InputImage, read_input_image
 

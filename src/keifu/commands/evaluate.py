@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from keifu.commands.shared import flags, tables
-from keifu.commands.shared.drawing import select_loras as chosen_lora
+from keifu.commands.shared.drawing import select_lora
 from keifu.errors import UserError, unknown
 from keifu.evaluation.registry import EvalOptions, EvalRequest
 from keifu.files import read_json_object
@@ -63,7 +63,7 @@ def run(options: Options) -> None:
     task = select_task(model, options.on)
     given = {field.name: vars(options)[field.name] for field in fields(EvalOptions)}
     check_options(options, task)
-    for lora in map(chosen_lora, options.lora):
+    for lora in map(select_lora, options.lora):
         apply_lora(model, lora.place, lora.scale)
     towers = load(options.clip) if options.clip else None
     judge = load(options.judge)[0] if options.judge else None

@@ -36,7 +36,10 @@ def run(options: Options) -> None:
     """Prints the plan."""
     from keifu.training.hardware import plan
 
-    size = _size(options.model)
+    sizes = {size.name: size for size in published_sizes()}
+    if (name := options.model.lower()) not in sizes:
+        raise unknown("published size", options.model, sizes)
+    size = sizes[name]
     model = architecture(size, options.context_length)
     devices, kind = plan.parse_devices(options.devices)
     if options.inference:
@@ -75,13 +78,6 @@ def _training(made: "Plan", tokens: float | int) -> list[tuple[str, str]]:
         ),
         ("computation", f"{tokens * made.flops / 8.64e19:,.4g} PF-days"),
     ]
-
-
-def _size(name: str) -> Size:
-    found = {size.name: size for size in published_sizes()}
-    if name.lower() not in found:
-        raise unknown("published size", name, found)
-    return found[name.lower()]
 
 
 def architecture(size: Size, context_length: int | None = None) -> "Architecture":

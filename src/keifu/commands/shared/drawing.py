@@ -5,6 +5,7 @@ text, as scored by a CLIP (as in DALL-E).
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,16 +87,17 @@ def png(pictures: "Tensor", record: "ImageRecord") -> bytes:
     return png(sheet(pictures) if record.number is None else to_image(pictures[0]), record.texts())
 
 
-def select_loras(words: str) -> "LoraRecord":
+def select_lora(words: str) -> "LoraRecord":
     """What `PATH` or `PATH:SCALE` says, a file or a folder that holds one; where none is there is a `UserError`."""
     from keifu.checkpoints.lora.diffusion import FILE
     from keifu.generation.images.image_to_image import digest_of
     from keifu.generation.images.png_metadata import LoraRecord
 
-    place, _, told = words.rpartition(":")
-    scale = _number(told)
-    if not place or scale is None or Path(words).exists():
-        place, scale = words, 1.0
+    place, scale = words, 1.0
+    if ":" in words and not Path(words).exists():
+        before, _, told = words.rpartition(":")
+        with suppress(ValueError):
+            place, scale = before or words, float(told)
     if Path(place).is_dir():
         place = str(Path(place) / FILE)
     if not Path(place).is_file():
@@ -103,22 +105,15 @@ def select_loras(words: str) -> "LoraRecord":
     return LoraRecord(str(Path(place).resolve()), digest_of(Path(place)), scale)
 
 
-def _number(words: str) -> float | None:
-    try:
-        return float(words)
-    except ValueError:
-        return None
-
-
 def output_paths(loras: "Sequence[LoraRecord]", places: Sequence[str]) -> "tuple[LoraRecord, ...]":
     """LoRAs where they are now, if they are still the same; `places` are files that may have moved."""
-    here = {each.digest: each.place for each in map(select_loras, places)}
+    here = {each.digest: each.place for each in map(select_lora, places)}
     if strange := here.keys() - {lora.digest for lora in loras}:
         raise UserError(f"The picture was drawn without the LoRA {here[strange.pop()]}: leave it out.")
     found = []
     for lora in loras:
         where = here.get(lora.digest, lora.place)
-        if not Path(where).is_file() or select_loras(where).digest != lora.digest:
+        if not Path(where).is_file() or select_lora(where).digest != lora.digest:
             raise UserError(f"The LoRA {lora.place} is not there, or is another one now: name its place (--lora).")
         found.append(replace(lora, place=where))
     return tuple(found)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,17 +138,11 @@ def embed_inputs(model: Any, tokenizer: Any, inputs: Sequence[str], cut: bool, b
 
     from keifu.evaluation.images.retrieval import embed_pictures, embed_texts
 
-    seen = torch.tensor([is_picture(each) for each in inputs])
-    parts = []
-    if seen.any():
-        parts.append(embed_pictures(model, open_image([each for each in inputs if is_picture(each)])))
-    if not seen.all():
-        texts = [each for each in inputs if not is_picture(each)]
-        parts.append(embed_texts(model, tokenizer, texts, batch_size, cut))
-    order = torch.cat([seen.nonzero(), (~seen).nonzero()]).flatten()
-    found = torch.empty(len(inputs), parts[0].shape[1])
-    found[order] = torch.cat([part.cpu() for part in parts])
-    return found
+    seen = [is_picture(each) for each in inputs]
+    pictures, texts = (list(compress(inputs, (each is kind for each in seen))) for kind in (True, False))
+    pictured = iter(embed_pictures(model, open_image(pictures)) if pictures else ())
+    written = iter(embed_texts(model, tokenizer, texts, batch_size, cut) if texts else ())
+    return torch.stack([next(pictured if each else written) for each in seen]).cpu()
 
 
 def open_image(files: Sequence[str]) -> Any:
