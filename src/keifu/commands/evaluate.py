@@ -1,6 +1,7 @@
 """`keifu evaluate`: finds the evaluation that fits a model and its data, and prints the results."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +12,7 @@ import tyro
 from keifu.commands.shared import flags, tables
 from keifu.commands.shared.drawing import select_lora
 from keifu.errors import UserError, unknown
-from keifu.evaluation.registry import EvalOptions, EvalRequest
+from keifu.evaluation.registry import EvalOptions, EvalRequest, ResultTable
 from keifu.files import read_json_object
 
 # Each is a file in keifu/evaluation (see its task.py).
@@ -72,8 +73,9 @@ def run(options: Options) -> None:
     if options.output and found.picture and options.output.suffix == ".png":
         write_atomic(options.output, found.picture)
     elif options.output and found.items:
-        written = _objects if options.output.suffix == ".jsonl" else _columns
-        write_atomic(options.output, written(found.items))
+        as_objects = options.output.suffix == ".jsonl"
+        lines = (json.dumps(each, ensure_ascii=False) for each in _objects(found.items))
+        write_atomic(options.output, "".join(f"{line}\n" for line in (lines if as_objects else _columns(found.items))))
     elif options.output:
         found = replace(found, notes=(*found.notes, f"Nothing was written to {options.output}: this has no items."))
     _print_outcome(found, options.json)
@@ -126,10 +128,7 @@ def check_options(options: Options, task: Any) -> None:
 def _print_outcome(found: Any, as_json: bool) -> None:
     """The figures and what belongs to them, for people or as JSON."""
     if as_json:
-        details = {
-            name: [dict(zip(each.columns, row, strict=True)) for row in each.rows]
-            for name, each in found.tables.items()
-        }
+        details = {name: list(_objects(each)) for name, each in found.tables.items()}
         print(json.dumps({**found.figures, "notes": found.notes, **details}, ensure_ascii=False))
         return
     tables.show(("figure", "value"), [(name, str(value)) for name, value in found.figures.items()])
@@ -140,19 +139,15 @@ def _print_outcome(found: Any, as_json: bool) -> None:
         print(note)
 
 
-def _columns(items: Any) -> str:
+def _columns(items: ResultTable) -> Iterator[str]:
     """The rows under their names, parted by tabs."""
-    return "".join("\t".join(map(_cell, row)) + "\n" for row in [items.columns, *items.rows])
+    for row in (items.columns, *items.rows):
+        yield "\t".join(" ".join(str(value).split()) for value in row)
 
 
-def _objects(items: Any) -> str:
-    """The rows as JSON objects, in which line breaks are kept."""
-    rows = (dict(zip(items.columns, row, strict=True)) for row in items.rows)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).split())
+def _objects(items: ResultTable) -> Iterator[dict[str, Any]]:
+    """The rows with their names, for JSON, in which line breaks are kept."""
+    return (dict(zip(items.columns, row, strict=True)) for row in items.rows)
 
 
 parse = flags.parser(Options, run, "keifu evaluate")

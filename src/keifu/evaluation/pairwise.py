@@ -84,7 +84,9 @@ class Judgements:
                     "folder with --out."
                 )
             self.made = [_read(line) for line in rest]
-        write_atomic(self.path, _lines([self.about, *map(_written, self.made)]))  # without a line that was cut off
+        write_atomic(
+            self.path, _lines([self.about, *map(Judgement._asdict, self.made)])
+        )  # without a line that was cut off
 
     def holds(self, prompt: Conversation) -> bool:
         """Whether there is a choice for this prompt already."""
@@ -93,7 +95,7 @@ class Judgements:
     def add(self, judgement: Judgement) -> None:
         """Adds a choice and writes it to disk."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_lines([_written(judgement)]))
+            file.write(_lines([judgement._asdict()]))
             file.flush()
             os.fsync(file.fileno())
         self.made.append(judgement)
@@ -121,10 +123,6 @@ class Judgements:
 
 def _lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
-
-
-def _written(judgement: Judgement) -> dict[str, Any]:
-    return judgement._asdict()
 
 
 def _read(line: Mapping[str, Any]) -> Judgement:

@@ -97,7 +97,8 @@ class _Part(ModuleType):
             raise AttributeError(f"{self.__file__} has no {name!r}")
         for statement in found:
             if isinstance(statement, ast.ImportFrom) and (statement.module or "").partition(".")[0] == "keifu":
-                vars(self)[name] = _imported(str(statement.module), _original(statement, name))
+                original = next(a.name for a in statement.names if (a.asname or a.name) == name)
+                vars(self)[name] = _imported(str(statement.module), original)
             else:
                 self._run(statement)
         return vars(self)[name]
@@ -151,10 +152,6 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
             yield from (node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
         case ast.AnnAssign(target=ast.Name(id=name)) | ast.AugAssign(target=ast.Name(id=name)):
             yield name
-
-
-def _original(statement: ast.ImportFrom, name: str) -> str:
-    return next(alias.name for alias in statement.names if (alias.asname or alias.name) == name)
 
 
 def _imported(module: str, name: str) -> Any:

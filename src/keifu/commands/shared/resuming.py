@@ -114,20 +114,16 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
             if may_be_model(out) and not run_directory.read_recipe(out):
                 raise UserError(f"{out} holds a model of no run: name another --out, or write over it by --replace.")
         with run_directory.replaced(out) if replace else nullcontext():
-            _begin(name, module, recipe, out)
-
-
-def _begin(name: str, module: ModuleType, recipe: Any, out: Path) -> None:
-    run_directory.record(out, name, to_json(recipe), place=str(Path.cwd()))
-    try:
-        module.run(recipe, out, False)
-    except KeyboardInterrupt as stop:
-        _stop(out, stop)
-    except BaseException:
-        if run_directory.last_step(out) is None:
-            run_directory.forget(out)
-        raise
-    run_directory.close(out)
+            run_directory.record(out, name, to_json(recipe), place=str(Path.cwd()))
+            try:
+                module.run(recipe, out, False)
+            except KeyboardInterrupt as stop:
+                _stop(out, stop)
+            except BaseException:
+                if run_directory.last_step(out) is None:
+                    run_directory.forget(out)
+                raise
+            run_directory.close(out)
 
 
 def go_on(found: Stored | None, module: ModuleType, wanted: Any, out: Path) -> None:

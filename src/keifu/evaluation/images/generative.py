@@ -422,8 +422,7 @@ def _generated(
             for first in range(0, len(numbers), size):
                 part = numbers[first : first + size]
                 seeds = [(wanted.seed or 0) + number for number in part]
-                pictures |= dict(
-                    zip(part, pixel_diffusion.draw_images(model, replace(wanted, label=label), seeds), strict=True)
-                )
+                drawn = pixel_diffusion.draw_images(model, replace(wanted, label=label), seeds)
+                pictures |= zip(part, drawn, strict=True)
                 advance(len(pictures))
     return torch.stack([pictures[number] for number in range(count)])
