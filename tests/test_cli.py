@@ -1,5 +1,6 @@
 """The command line as a person meets it: help without torch, one sentence for every mistake, plain text in a pipe."""
 
+import json
 import os
 import re
 import subprocess
@@ -180,6 +181,17 @@ def test_an_own_recipe_file_is_a_recipe(
     own.write_text("x = 1")
     assert said(capsys, "train", str(own))[1].startswith(f"{own} is no recipe: it lacks Recipe and run")
     assert said(capsys, "train", "nothing.py")[1].startswith("There is no file 'nothing.py'")
+    wrong = {"torn.py": ("def f(:", "cannot be run: SyntaxError"), "bare.py": ("Recipe = run = 3", "is no dataclass")}
+    for name, (text, told) in wrong.items():
+        Path(name).write_text(text)
+        assert told in said(capsys, "train", name)[1] and told in said(capsys, "train", name, "--help")[1]
+
+
+def test_an_own_recipe_may_have_the_name_of_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("json.py").write_text(OWN_RECIPE)
+    recipe_module("json.py")
+    assert sys.modules["json"] is json
 
 
 OWN_RECIPE = '''"""Mine."""

@@ -7,6 +7,8 @@ the class of its options is therefore built, and from the files that it imports 
 import ast
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -54,22 +56,44 @@ def recipe_module(name: str) -> Any:
     path = path_of(name)
     if not is_own(name):
         return import_module(f"keifu.recipes.{RECIPES[name]}")
-    spec = spec_from_file_location(path.stem, path)
+    spec = spec_from_file_location(f"recipe {path.stem}", path)  # a name that no module has
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for the types of their fields
-    spec.loader.exec_module(module)
+    with _blaming(path):
+        spec.loader.exec_module(module)
     missing = [part for part in ("Recipe", "run") if part not in vars(module)]
     if missing:
         raise UserError(f"{path} is no recipe: it lacks {' and '.join(missing)} (docs/python.md shows one).")
+    _check(module.Recipe, path)
     return module
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """What a user's file raises is a `UserError` that names the file; a package that it lacks is told as elsewhere."""
+    try:
+        yield
+    except (UserError, ImportError):
+        raise
+    except Exception as error:
+        if path.is_relative_to(SOURCE):
+            raise
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
+
+
+def _check(kind: Any, path: Path) -> None:
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        raise UserError(f"{path} is no recipe: its Recipe is no dataclass (docs/python.md shows one).")
 
 
 def recipe_options(name: str) -> tuple[type, str]:
     """The class of a recipe's options as a help text needs it, and the docstring of its file; no torch is imported."""
     path = path_of(name)
-    module = _part(path.stem if is_own(name) else f"keifu.recipes.{RECIPES[name]}", path)
-    return module.Recipe, _docstring(path)
+    with _blaming(path):
+        kind = _part(path.stem if is_own(name) else f"keifu.recipes.{RECIPES[name]}", path).Recipe
+        _check(kind, path)
+        return kind, _docstring(path)
 
 
 def _docstring(path: Path) -> str:

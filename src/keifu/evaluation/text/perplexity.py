@@ -36,7 +36,8 @@ def accepts(on: str) -> bool:
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
     """The loss over windows as long as the context, each scored independently."""
     ids, bytes_per_token = _held_out(request.on, tokenizer) if request.on in names() else _whole(request, tokenizer)
-    context = text_model(model).config.context_length
+    if (context := text_model(model).config.context_length) < 2:
+        raise UserError(f"The model's context is {context} token, which leaves none in a window to predict from it.")
     begin = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), None)
     ids = ids if begin is None else np.concatenate([[begin], ids])
     if len(ids) < 2:
