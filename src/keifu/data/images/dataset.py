@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -61,42 +61,22 @@ def _with_advice(fault: str) -> str:
     return f"{fault} Put it right, or take it out of the set."
 
 
-@dataclass
-class _Collector:
-    """Collects the facts of the images read so far, and which of them are duplicates."""
-
-    items: list[ImageItem] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-    remarks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, item: ImageItem, pixels: np.ndarray, remarks: tuple[str, ...]) -> None:
-        copies = hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
-        # Without its reader, which may hold the whole file.
-        self.items.append(replace(item, read=_gone, alike=(*item.alike, copies)))
-        for remark in remarks:
-            self.remarks[remark].append(item.where)
-
-    def notes(self) -> list[str]:
-        found = []
-        for remark, places in self.remarks.items():
-            more = len(places) > 1
-            many = f"{len(places):,} pictures ({places[0]}, ...) are" if more else f"1 picture ({places[0]}) is"
-            found.append(f"{many} {remark}.")
-        if self.faults:
-            rest = f" And {len(self.faults) - SHOWN:,} more." if len(self.faults) > SHOWN else ""
-            found.append(f"Left out: {len(self.faults):,}. {' '.join(self.faults[:SHOWN])}{rest}")
-        return found
-
-    def index(self) -> dict[str, Any]:
-        items = self.items
-        classes = list(sorted_labels(item.label for item in items if item.label))
-        languages = items[0].captions
-        return {
-            "names": [item.name for item in items], "parts": [item.part for item in items], "classes": classes,
-            "labels": [classes.index(item.label) if item.label else -1 for item in items],
-            "captions": {language: [item.captions[language] for item in items] for language in languages},
-            "groups": groups([item.alike for item in items]), "notes": self.notes(), "faults": self.faults,
-        }  # fmt: skip
+def _index(items: Sequence[ImageItem], remarked: Mapping[str, list[str]], faults: list[str]) -> dict[str, Any]:
+    """What is known of the pictures. remarked: where the pictures are that a remark holds for."""
+    classes, notes = list(sorted_labels(item.label for item in items if item.label)), []
+    for remark, places in remarked.items():
+        more = len(places) > 1
+        many = f"{len(places):,} pictures ({places[0]}, ...) are" if more else f"1 picture ({places[0]}) is"
+        notes.append(f"{many} {remark}.")
+    if faults:
+        rest = f" And {len(faults) - SHOWN:,} more." if len(faults) > SHOWN else ""
+        notes.append(f"Left out: {len(faults):,}. {' '.join(faults[:SHOWN])}{rest}")
+    return {
+        "names": [item.name for item in items], "parts": [item.part for item in items], "classes": classes,
+        "labels": [classes.index(item.label) if item.label else -1 for item in items],
+        "captions": {language: [item.captions[language] for item in items] for language in items[0].captions},
+        "groups": groups([item.alike for item in items]), "notes": notes, "faults": faults,
+    }  # fmt: skip
 
 
 def _gone(size: int | None) -> Any:
@@ -122,12 +102,13 @@ def groups(alike: list[tuple[str, ...]]) -> list[int]:
 
 def _make(source: str | Path, form: ImageFormat, leave_out: bool, folder: Path, facts: Any) -> None:
     """Writes pixels and index into a new folder."""
-    gathered, shape, digest = _Collector(), None, hashlib.sha256()
+    items, faults, shape, digest = list[ImageItem](), list[str](), None, hashlib.sha256()
+    remarked: dict[str, list[str]] = defaultdict(list)
 
     def problem(fault: str) -> None:
         if not leave_out:
             raise UserError(_with_advice(fault))
-        gathered.faults.append(fault)
+        faults.append(fault)
 
     folder.mkdir()
     with (folder / PIXELS).open("wb") as file, counting(f"Reading {source}", None, "pictures") as advance:
@@ -138,29 +119,34 @@ def _make(source: str | Path, form: ImageFormat, leave_out: bool, folder: Path, 
             pixels, remarks = found
             shape = shape or pixels.shape
             if pixels.shape != shape:
-                pixels = _of_shape(pixels, shape, item, gathered)
-            gathered.add(item, pixels, remarks)
-            digest.update(pixels.tobytes())
-            file.write(pixels.tobytes())
-            advance(len(gathered.items))
+                pixels = _of_shape(pixels, shape, item, items[0])
+            content = pixels.tobytes()
+            copies = hashlib.blake2b(content, digest_size=16).hexdigest()
+            # Without its reader, which may hold the whole file.
+            items.append(replace(item, read=_gone, alike=(*item.alike, copies)))
+            for remark in remarks:
+                remarked[remark].append(item.where)
+            digest.update(content)
+            file.write(content)
+            advance(len(items))
         file.flush()
         os.fsync(file.fileno())
-    if not gathered.items:
-        raise UserError(f"{source} holds no picture that can be used. {' '.join(gathered.faults[:SHOWN])}")
-    index = gathered.index()
+    if not items:
+        raise UserError(f"{source} holds no picture that can be used. {' '.join(faults[:SHOWN])}")
+    index = _index(items, remarked, faults)
     digest.update(json.dumps(index, sort_keys=True).encode())
-    index |= {"shape": [len(gathered.items), *(shape or ())], "fingerprint": digest.hexdigest()}
+    index |= {"shape": [len(items), *(shape or ())], "fingerprint": digest.hexdigest()}
     write_atomic(folder / INDEX, json.dumps(index, ensure_ascii=False) + "\n")
 
 
-def _of_shape(pixels: np.ndarray, shape: tuple[int, ...], item: ImageItem, gathered: _Collector) -> np.ndarray:
+def _of_shape(pixels: np.ndarray, shape: tuple[int, ...], item: ImageItem, first: ImageItem) -> np.ndarray:
     """A picture with the channels of the first one; one of another size is an error."""
     if pixels.shape[:2] != shape[:2]:
-        sizes = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, and {gathered.items[0].where} {shape[1]} x {shape[0]}"
+        sizes = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, and {first.where} {shape[1]} x {shape[0]}"
         raise UserError(f"{item.where} has {sizes}: give one size for all (--size), such as {min(shape[:2])}.")
     if shape[2] == 1:
         raise UserError(
-            f"{item.where} has colours, and {gathered.items[0].where} is grey: say which is wanted (--channels 1 or 3)."
+            f"{item.where} has colours, and {first.where} is grey: say which is wanted (--channels 1 or 3)."
         )
     return np.repeat(pixels, 3, axis=2)
 
