@@ -402,13 +402,17 @@ def _sentence(pictures: ImageDataset, place: int) -> str:
 
 def _real_images(model: ImageModel, request: EvalRequest) -> tuple[ImageDataset, ImageSplit]:
     """The training images at the model's size; of a set that is held out whole, all."""
-    height, width = pixel_diffusion.trained_size(model)
-    if height != width:
-        raise UserError(f"This model draws {width} x {height} pictures, and only squares can be compared.")
-    pictures = read_images(request.on, height, 1 if model.config.channels == 1 else 3)
+    pictures = read_squares(request.on, pixel_diffusion.trained_size(model), model.config.channels)
     told = request.held_out
     parts = split(pictures.distinct() if told.get("distinct") else pictures, told.get("share", 0.05))
     return (parts.train if len(parts.train) else parts.test), parts
+
+
+def read_squares(on: str, size: tuple[int, int], channels: int) -> ImageDataset:
+    """The pictures of a set at the height and width that a model draws, grey or in colour as it does."""
+    if size[0] != size[1]:
+        raise UserError(f"This model draws {size[1]} x {size[0]} pictures, and only squares can be compared.")
+    return read_images(on, size[0], 1 if channels == 1 else 3)
 
 
 def _generated(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
+from keifu.data.images.dataset import ImageDataset, ImageSplit, split
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_image
 from keifu.data.progress import counting
@@ -97,10 +97,7 @@ def _requested(drawer: TextToImagePipeline, request: EvalRequest) -> tuple[Image
     sampler = request.sampler or drawer.usual_sampler
     wanted = ImageRequest(sampler, request.steps, request.seed, guidance=guidance, text="a", truncate=True)
     wanted = drawer.resolved(wanted)
-    height, width = wanted.size or (0, 0)
-    if height != width:
-        raise UserError(f"This model draws {width} x {height} pictures, and only squares can be compared.")
-    pictures = read_images(request.on, height, 1 if drawer.colours == 1 else 3)
+    pictures = drawn_pictures.read_squares(request.on, wanted.size or (0, 0), drawer.colours)
     pictures.texts(request.language)  # an unknown language is an error before anything is generated
     return split(pictures), wanted
 
