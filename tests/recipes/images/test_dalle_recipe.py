@@ -64,6 +64,16 @@ def test_it_draws_ranks_and_draws_again(trained, towers, tmp_path, capsys) -> No
     assert "bit for bit" in capsys.readouterr().err
 
 
+def test_what_is_no_clip_is_told_before_it_draws(trained, drawings, capsys) -> None:
+    for words in (
+        ["draw", str(trained), "a disc", "--best-of", "2"],
+        ["evaluate", str(trained), "--on", str(drawings)],
+    ):
+        with pytest.raises(UserError, match="does not see pictures and texts in one space"):
+            cli.parse([*words, "--clip", str(trained)])()
+    assert "Drawing" not in capsys.readouterr().err
+
+
 def _pixels(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
 

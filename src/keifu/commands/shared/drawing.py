@@ -120,7 +120,7 @@ def output_paths(loras: "Sequence[LoraRecord]", places: Sequence[str]) -> "tuple
 
 
 def check(count: int, best_of: int | None, clip: str | None, text: str | None) -> None:
-    """Refuses options that do not fit each other, before anything is loaded."""
+    """Refuses options that do not fit each other, and what is no CLIP, before anything is drawn."""
     if best_of is None:
         if clip:
             raise UserError("--clip ranks pictures for --best-of, which was not given: add it, or leave --clip out.")
@@ -131,6 +131,10 @@ def check(count: int, best_of: int | None, clip: str | None, text: str | None) -
         raise UserError("--best-of ranks pictures by the text that they were drawn from, and there is none.")
     if best_of < count:
         raise UserError(f"The best of {best_of} pictures cannot be {count}: raise --best-of, or lower --count.")
+    from keifu.checkpoints.loading import planned
+    from keifu.evaluation.images.retrieval import two_towers
+
+    two_towers(planned(clip).model)
 
 
 def best_of(pictures: "Tensor", text: str, clip: str, count: int) -> list[int]:

@@ -18,7 +18,7 @@ from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
 from keifu.evaluation.images import generative as drawn_pictures
-from keifu.evaluation.images.retrieval import embed_pictures, embed_texts
+from keifu.evaluation.images.retrieval import embed_pictures, embed_texts, two_towers
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.images.pipeline import TextToImagePipeline, is_text_to_image, text_to_image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
@@ -74,6 +74,8 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
         raise unknown("metric of a text-to-image model", request.metric, METRICS)
     if request.metric == "clip-score" and request.towers is None:
         raise UserError("A CLIP must look at the pictures: name one with --clip (a run, a folder, a hub id).")
+    if request.towers is not None:
+        two_towers(request.towers[0])
     drawer = text_to_image_pipeline(model, tokenizer)
     parts, wanted = _requested(drawer, request)
     train, test = (parts.train, parts.test) if len(parts.train) else (parts.test, None)
