@@ -15,7 +15,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest
-from keifu.evaluation.text import few_shot, tasks
+from keifu.evaluation.text import few_shot, perplexity, tasks
 from keifu.evaluation.text.few_shot import baselines, normalize_answer
 from keifu.evaluation.text.tasks import FewShotTask, TaskItem, is_task, read_task
 from keifu.generation.text.generate import generate
@@ -120,6 +120,14 @@ def test_answers_may_be_numbers_of_choices_and_several_texts(tmp_path: Path) -> 
     (tmp_path / "a.yaml").write_text(common + "answer: all\ndemonstrations: a.csv")
     task = read_task(tmp_path / "a.yaml")
     assert task.items[0] == TaskItem("1", "x", (), ("y",)) and task.demonstrations == task.items
+
+
+def test_a_context_of_one_token_leaves_nothing_to_predict(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    size: dict[str, Any] = {"context_length": 1, "dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 1}
+    model = gpt2.build(gpt2.Config(vocab_size=tokenizer.vocab_size, **size))
+    with pytest.raises(UserError, match="context is 1 token"):
+        perplexity.evaluate(model, tokenizer, EvalRequest(str(tmp_path / "a.txt")))
 
 
 def test_prompts_have_their_examples_in_front() -> None:
