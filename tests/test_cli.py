@@ -53,6 +53,9 @@ def said(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture) -> None:
     cli.main(["--help"])
     assert cli.VERBS.keys() <= set(capsys.readouterr().out.split())
+    for words in ([], ["help"], ["help", "help"], ["help", "--help"]):
+        cli.main(words)
+        assert capsys.readouterr().out == cli.help_text() + "\n"
 
 
 def test_help_imports_nothing_heavy_and_tyro_neither() -> None:

@@ -30,7 +30,7 @@ def help_text() -> str:
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
     """The work that the arguments ask for, not yet begun; an unknown verb or option is a `UserError`."""
-    if [*arguments] in ([], ["-h"], ["--help"], ["help"]):
+    if all(word in ("-h", "--help", "help") for word in arguments):
         return lambda: print(help_text())
     verb, *rest = arguments
     if verb == "help":
