@@ -25,7 +25,7 @@ from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, Text
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, TextDiffusionLoss, draw_noise
 from keifu.training.objectives.language_modeling import causal_language_modeling, masked_language_modeling, translation
-from keifu.training.objectives.unclip import DecoderLoss, PriorLoss, UnclipLoss
+from keifu.training.objectives.unclip import UnclipLoss
 from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer
 
@@ -254,7 +254,7 @@ def test_unclip_learns_what_two_captions_mean_by_heart():
     points, bars = torch.randn(2, 8).clamp(-1, 1), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     bars[0, :, :, 3:5] = bars[1, :, 3:5] = 255
     none = torch.tensor([[30] * 4]), torch.tensor([[True, False, False, False]])
-    aim = UnclipLoss(PriorLoss(seen), DecoderLoss(seen), None, (8, 8), 8, none, text_dropout=0.1)
+    aim = UnclipLoss(DiffusionLoss(seen), DiffusionLoss(seen), None, (8, 8), 8, none, text_dropout=0.1)
     settings = Settings(steps=150, batch_size=16, learning_rate=1e-2, warmup=10, weight_decay=0.0, final_ratio=0.0)
     which = torch.arange(16) % 2
     batch = {"pictures": bars[which], "embeddings": points[which], "tokens": tokens[which], "real": real[which]}

@@ -82,11 +82,7 @@ from keifu.training.objectives.language_modeling import (
     span_corruption,  # noqa: E402
     translation,  # noqa: E402
 )
-from keifu.training.objectives.unclip import (
-    DecoderLoss,
-    PriorLoss,
-    UnclipLoss,  # noqa: E402
-)
+from keifu.training.objectives.unclip import UnclipLoss  # noqa: E402
 from keifu.training.settings import Settings  # noqa: E402
 from keifu.training.trainer import Trainer  # noqa: E402
 
@@ -221,7 +217,7 @@ def unclip_case():
     tokens, real = torch.tensor([[1, 30, 30, 30], [2, 5, 30, 30]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
     batch = {"pictures": pictures(2, 1, 8, 8), "embeddings": torch.randn(2, 8), "tokens": tokens, "real": real}
     none = torch.tensor([[30] * 4]), torch.tensor([[True, False, False, False]])
-    aim = UnclipLoss(PriorLoss(seen), DecoderLoss(seen), None, (8, 8), 8, none, 0.3, 0.3, 0.3)
+    aim = UnclipLoss(DiffusionLoss(seen), DiffusionLoss(seen), None, (8, 8), 8, none, 0.3, 0.3, 0.3)
     return unclip.build(config), aim, batch | {"draws": draw_noise(0, 1, 2)}
 
 

@@ -181,10 +181,10 @@ def of_ddpm(toys: Toys) -> tuple[Any, list[Group]]:
     classes = {"classes": Reach(True, ("model.config.n_classes"), 2)}
     dropout = {"label_dropout": Reach(0.35, "objective.label_dropout")}
     none = {"label_dropout": Reach(0.0, ("model.config.null_class", "objective.label_dropout"), 0.0)}
-    spread = {"dequantise": Reach(True, lambda r: type(r.data).__name__, "DequantizedBatches")}
+    spread = {"dequantise": Reach(True, lambda r: r.data.key, "dequantised")}
     minutes = {"minutes": Reach(0.5, "settings.steps", MINUTES // 2)}
     paper = {"recipe_of": Reach("paper", "settings.schedule", "constant")}
-    seed = {"seed": Reach(5, ("data.seed", "sample.seeds.0"))}
+    seed = {"seed": Reach(5, ("data.key", "sample.seeds.0"))}
     return base, [
         Group(rows), Group(classes), Group(dropout, {"classes": True}), Group(none, {"classes": True}), Group(spread),
         Group(minutes, {"steps": None}), Group(paper), Group(seed),
@@ -204,7 +204,7 @@ def of_dalle(toys: Toys) -> tuple[Any, list[Group]]:
         "codebook_size": Reach(24, "model.config.vae.codebook_size"),
         "vae_widths": Reach((8, 16), "model.config.vae.widths"),
         "code_dim": Reach(12, "model.config.vae.code_dim"),
-        "kl_weight": Reach(0.7, ("dvae:data.ramps.kl_weight.end",)),
+        "kl_weight": Reach(0.7, ("dvae:data.key.kl_weight.end",)),
         "flip": Reach(False, lambda r: _pictures(r.parts["dvae"]).augmentation.flip),
         "dim": Reach(24, "model.config.dim"),
         "hidden_dim": Reach(48, "model.config.hidden_dim"),
@@ -217,10 +217,10 @@ def of_dalle(toys: Toys) -> tuple[Any, list[Group]]:
         "vae_batch": Reach(7, ("dvae:settings.batch_size", lambda r: _pictures(r.parts["dvae"]).batch_size)),
         "vae_rate": Reach(0.0091, "dvae:settings.learning_rate"),
     }  # fmt: skip
-    anneal = {"anneal": Reach(0.2, "dvae:data.ramps.temperature.steps", 6)}
+    anneal = {"anneal": Reach(0.2, "dvae:data.key.temperature.steps", 6)}
     minutes = {"minutes": Reach(0.5, "settings.steps", MINUTES // 2)}
     minutes |= {"vae_minutes": Reach(0.4, "dvae:settings.steps", round(0.4 * MINUTES))}
-    seed = {"seed": Reach(5, ("dvae:settings.seed", "dvae:data.data.seed", "sample.seeds.0"))}
+    seed = {"seed": Reach(5, ("dvae:settings.seed", "dvae:data.data.key", "sample.seeds.0"))}
     seed |= {"precision": Reach("bfloat16", "dvae:settings.precision")}
     return base, [
         Group(rows), Group(anneal), Group(minutes, {"steps": None, "vae_steps": None}), Group(seed),
@@ -266,7 +266,7 @@ def of_latent_diffusion(toys: Toys) -> tuple[Any, list[Group]]:
     pixels = {"autoencoder_minutes": Reach(0.4, "settings.steps", round(0.9 * MINUTES))}
     of_pixels = {"steps": None, "space": "pixels", "minutes": 0.5}
     space = {"space": Reach("pixels", lambda r: r.model.autoencoder is None, True)}
-    own = ("autoencoder:settings.seed", "autoencoder:data.seed", "data.data.seed", "sample.seeds.0")
+    own = ("autoencoder:settings.seed", "autoencoder:data.key", "data.data.key", "sample.seeds.0")
     seed = {"seed": Reach(5, own)}
     seed |= {"precision": Reach("bfloat16", "autoencoder:settings.precision")}
     return base, [
@@ -305,7 +305,7 @@ def of_unclip(toys: Toys) -> tuple[Any, list[Group]]:
         "guidance": Reach(2.25, ("sample.wanted.guidance", "sample.wanted.prior_guidance")),
     }  # fmt: skip
     minutes = {"minutes": Reach(0.5, "settings.steps", MINUTES // 2)}
-    seed = {"seed": Reach(5, ("data.data.seed", "sample.seeds.0"))}
+    seed = {"seed": Reach(5, ("data.data.key", "sample.seeds.0"))}
     groups = clip_groups()
     return base, [Group(rows), Group(minutes, {"steps": None}), Group(seed), *groups, truncated(toys)]
 
@@ -335,7 +335,7 @@ def of_lora_image(toys: Toys) -> tuple[Any, list[Group]]:
         "caption_dropout": Reach(0.35, "objective.label_dropout"),
         "prompts": Reach(("a bar",), "sample.task.prompts"),
         "guidance": Reach(2.25, "sample.wanted.guidance"),
-        "seed": Reach(5, ("settings.seed", "data.data.seed", "sample.seeds.0")),
+        "seed": Reach(5, ("settings.seed", "data.data.key", "sample.seeds.0")),
     }
     long = {"words": "long " * 30, "prompts": ("a bar",)}
     return base, [Group(rows), Group({"truncate": Reach(True, caption_length)}, long, refused=True)]
@@ -417,8 +417,8 @@ PAPERS: dict[str, dict[str, Any]] = {
         "settings.betas": (0.9, 0.96), "settings.weight_decay": 0.045, "settings.clip": 4.0, "settings.ema": 0.999,
         "objective.text_weight": 1 / 8, "dvae:settings.weight_decay": 1e-4, "dvae:settings.ema": 0.999,
         "dvae:settings.betas": (0.9, 0.999), "dvae:settings.final_ratio": 1 / 80,
-        "dvae:data.ramps.temperature.start": 1.0, "dvae:data.ramps.temperature.end": 1 / 16,
-        "dvae:data.ramps.kl_weight.start": 0.0, "dvae:data.ramps.kl_weight.steps": 3, "settings.final_ratio": 0.0,
+        "dvae:data.key.temperature.start": 1.0, "dvae:data.key.temperature.end": 1 / 16,
+        "dvae:data.key.kl_weight.start": 0.0, "dvae:data.key.kl_weight.steps": 3, "settings.final_ratio": 0.0,
     },
     "latent_diffusion": {
         "objective.label_dropout": 0.1, "settings.betas": (0.9, 0.99), "settings.weight_decay": 0.01,

@@ -11,7 +11,7 @@ from keifu.layers.counter_rng import normal, uniform
 from keifu.layers.diffusion.noise_schedule import Noise, loss_weights
 from keifu.models.diffusion import autoencoder_kl
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
-from keifu.training.objectives.diffusion import TIMESTEP, DiffusionLoss, NoisedBatches, draw_noise
+from keifu.training.objectives.diffusion import TIMESTEP, DiffusionLoss, add_draws, draw_noise
 from keifu.training.ranks import Ranks
 
 NOISES = [
@@ -24,7 +24,7 @@ NOISES = [
 @pytest.mark.parametrize("noise", NOISES)
 def test_a_batch_may_be_split_anywhere(noise: Noise) -> None:
     model, loss = Toy(noise, n_classes=3), DiffusionLoss(noise, "min_snr", label_dropout=0.3)
-    batch = NoisedBatches(Batches(labels=True), seed=5).batch(17)
+    batch = add_draws(Batches(labels=True), seed=5).batch(17)
     whole = loss(model, batch)
     for rows in (1, 3, 8):
         parts = [loss(model, part.batch) for part in Ranks().micro_batches(batch, rows)]
@@ -37,7 +37,7 @@ def test_a_batch_may_be_split_anywhere(noise: Noise) -> None:
 @pytest.mark.parametrize("noise", NOISES)
 def test_the_loss_is_what_its_definition_gives(noise: Noise) -> None:
     model, loss = Toy(noise).requires_grad_(False), DiffusionLoss(noise, "p2", bound_weight=0.0)
-    batch = NoisedBatches(Batches(), seed=1).batch(3)
+    batch = add_draws(Batches(), seed=1).batch(3)
     expected = 0.0
     for row, seed in enumerate(batch["draws"]):
         t = int(float(uniform(seed[None], torch.tensor([TIMESTEP]))) * 20)
@@ -51,14 +51,14 @@ def test_the_loss_is_what_its_definition_gives(noise: Noise) -> None:
 
 
 def test_draws_depend_on_the_seed_the_step_and_the_row_alone() -> None:
-    data = NoisedBatches(Batches(), seed=5)
+    data = add_draws(Batches(), seed=5)
     assert torch.equal(data.batch(3)["draws"], data.batch(3)["draws"])
-    others = [data.batch(4), NoisedBatches(Batches(), seed=6).batch(3)]
+    others = [data.batch(4), add_draws(Batches(), seed=6).batch(3)]
     every = torch.cat([data.batch(3)["draws"], *(each["draws"] for each in others)])
     assert len(every.unique()) == len(every)
     held = [batch["draws"] for batch in data.validation()]
     assert len(torch.cat(held).unique()) == 16 and torch.equal(held[0], next(data.validation())["draws"])
-    assert data.fingerprint != NoisedBatches(Batches(), seed=6).fingerprint
+    assert data.fingerprint != add_draws(Batches(), seed=6).fingerprint
     timesteps = uniform(draw_noise(0, 0, 4000), torch.full((4000,), TIMESTEP))
     assert abs(float(timesteps.mean()) - 0.5) < 0.02
 
@@ -79,7 +79,7 @@ def test_labels_are_left_out_at_the_rate_asked_for() -> None:
 def test_the_bound_teaches_the_variance_alone() -> None:
     """With the bound, the gradient of the prediction's own half is that of the plain loss."""
     noise = Noise("cosine", 20, variance="learned_range")
-    model, batch = Toy(noise), NoisedBatches(Batches(), seed=1).batch(0)
+    model, batch = Toy(noise), add_draws(Batches(), seed=1).batch(0)
     gradients = []
     for weight in (0.0, 0.001):
         model.zero_grad()

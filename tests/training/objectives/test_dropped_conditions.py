@@ -14,12 +14,12 @@ from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.training.objectives.diffusion import (
     DiffusionLoss,
     EncodedImages,
-    LatentBatches,
-    NoisedBatches,
     TextDiffusionLoss,
+    add_draws,
     draw_noise,
+    use_latents,
 )
-from keifu.training.objectives.unclip import DecoderLoss, PriorLoss, UnclipLoss, UpsamplerLoss
+from keifu.training.objectives.unclip import UnclipLoss
 
 ROWS, LENGTH, SIDE, CROP = 3000, 3, 12, 8
 NOISE = Noise("cosine", 50, target="velocity")
@@ -73,7 +73,7 @@ class Recording(nn.Module):
 def loss(**shares: float) -> UnclipLoss:
     empty = torch.full((1, LENGTH), 77), torch.ones(1, LENGTH, dtype=torch.bool)
     return UnclipLoss(
-        PriorLoss(NOISE), DecoderLoss(NOISE), UpsamplerLoss(NOISE), (4, 4), CROP, empty,
+        DiffusionLoss(NOISE), DiffusionLoss(NOISE), DiffusionLoss(NOISE), (4, 4), CROP, empty,
         **{"prior_dropout": 0.1, "text_dropout": 0.5, "image_dropout": 0.2} | shares,
     )  # fmt: skip
 
@@ -137,8 +137,7 @@ def test_squares_of_the_upsampler_are_everywhere_and_beside_the_same_place(likel
     objective = loss()
     whole = to_signed(given["pictures"])
     small = torch.nn.functional.interpolate(whole, (4, 4), mode="bicubic", antialias=True).clamp(-1, 1)
-    cut = objective._cut(whole, small, given["draws"])
-    squares, beside = cut["pictures"], cut["small"]
+    squares, beside = objective._cut(whole, small, given["draws"])
     corner = ((squares[:, :2, 0, 0] + 1) * 127.5 / 20).round().long()
     steps = torch.arange(CROP)
     for row in range(5):  # the square at its corner, and no other
@@ -201,7 +200,7 @@ class Fixed:
 def test_draws_change_with_step_and_row_and_stay_for_what_is_held_out() -> None:
     mean, deviation = torch.tensor([0.0, 50.0])[:, None, None, None], torch.tensor([1.0, 2.0])[:, None, None, None]
     training, held = EncodedImages(mean, deviation), EncodedImages(mean + 1000, deviation)
-    data = LatentBatches(NoisedBatches(Fixed(), 3), training, held)
+    data = use_latents(add_draws(Fixed(), 3), training, held)
     first, again, second = data.batch(0), data.batch(0), data.batch(1)
     assert torch.equal(first["pictures"], again["pictures"]) and torch.equal(first["draws"], again["draws"])
     assert len({*first["draws"].tolist(), *second["draws"].tolist()}) == 400

@@ -29,7 +29,7 @@ from keifu.ranges import check
 from keifu.recipes.common import Budget, is_resuming, parameters, train_run
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary
-from keifu.training.objectives.diffusion import NoisedBatches
+from keifu.training.objectives.diffusion import add_draws
 from keifu.training.protocols import Data, Objective
 from keifu.training.run import metrics
 from keifu.training.run.directory import SAMPLES
@@ -190,7 +190,7 @@ def train_part(
     model.check_size(*parts.train.shape[1:])
     resume = is_resuming(place, resume)
     batches: Any = ImageBatches(parts.train, parts.validation, batch_size, recipe.seed, Augmentation(flip=recipe.flip))
-    data = NoisedBatches(batches, recipe.seed)
+    data = add_draws(batches, recipe.seed)
 
     def settings(steps: int) -> Settings:
         every = dict.fromkeys(("evaluate_every", "sample_every", "save_every"), max(1, steps // 10))

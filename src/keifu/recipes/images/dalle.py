@@ -34,7 +34,7 @@ from keifu.recipes.images import common, text_encoder
 from keifu.recipes.images.common import TextToImageTask, read_captioned
 from keifu.training.loop import Summary
 from keifu.training.objectives import autoencoders as losses
-from keifu.training.objectives.autoencoders import ImageTokenBatches, Ramp, TextImageLoss
+from keifu.training.objectives.autoencoders import Ramp, TextImageLoss, use_image_tokens
 
 TEMPERATURES = 1.0, 1 / 16
 
@@ -118,7 +118,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
     encode = partial(common.encode_pictures, model.vae, lambda pixels: model.vae.encode(to_signed(pixels)))
     codes = common.of_both(parts, encode)  # the likeliest entries
-    data = ImageTokenBatches(batches, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
+    data = use_image_tokens(batches, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
     return TextToImageTask(
         model, AutoregressivePipeline(model, tokenizer), parts, data, TextImageLoss(recipe.text_weight)
     )
@@ -142,7 +142,7 @@ def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) 
         title="A discrete autoencoder learns a codebook for pictures",
         paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021), section 2.1",
         options={"flip": recipe.flip, "kl_weight": recipe.kl_weight, "anneal": recipe.anneal},
-        of_steps=lambda data, steps: losses.RampedBatches(data, recipe.ramps(steps)), batch_size=recipe.vae_batch,
+        of_steps=lambda data, steps: losses.add_ramps(data, recipe.ramps(steps)), batch_size=recipe.vae_batch,
         learning_rate=recipe.vae_rate, final_ratio=1 / 80, weight_decay=1e-4, betas=(0.9, 0.999), ema=0.999,
     )  # fmt: skip
 

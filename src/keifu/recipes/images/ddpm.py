@@ -32,7 +32,7 @@ from keifu.recipes.common import Budget, parameters, train_run
 from keifu.recipes.images.common import describe, image_settings
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary
-from keifu.training.objectives.diffusion import DequantizedBatches, DiffusionLoss, NoisedBatches
+from keifu.training.objectives.diffusion import DiffusionLoss, add_draws, dequantise_data
 from keifu.training.protocols import Data
 from keifu.training.settings import Precision, Settings
 
@@ -161,10 +161,10 @@ def prepare(recipe: Recipe) -> Task:
     model.check_size(*pictures.shape)
     flip = Augmentation(flip=bool(recipe.flip))
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size or 1, recipe.seed, flip)
-    data = NoisedBatches(batches, recipe.seed)
+    data = add_draws(batches, recipe.seed)
     dropped = recipe.label_dropout if config.null_class else 0.0
     objective = DiffusionLoss(config.noise, recipe.weighting or "simple", recipe.gamma, dropped)
-    return Task(model, parts, DequantizedBatches(data) if recipe.dequantise else data, objective)
+    return Task(model, parts, dequantise_data(data) if recipe.dequantise else data, objective)
 
 
 def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Config:

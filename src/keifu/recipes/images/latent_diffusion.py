@@ -37,7 +37,7 @@ from keifu.recipes.images import common, text_encoder
 from keifu.recipes.images.common import TextToImageTask, read_captioned
 from keifu.training.loop import Summary
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
-from keifu.training.objectives.diffusion import EncodedImages, LatentBatches, NoisedBatches, TextDiffusionLoss
+from keifu.training.objectives.diffusion import EncodedImages, TextDiffusionLoss, add_draws, use_latents
 from keifu.training.protocols import Data
 
 MEASURED = 500  # pictures whose latents are measured, at most
@@ -165,10 +165,10 @@ def caption_batches(
 ) -> Data:  # fmt: skip
     """Batches with captions (see `caption_tokens`); in latents, of what was encoded here, once."""
     batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, None, *tokens, evenly=evenly)
-    data = NoisedBatches(batches, seed)
+    data = add_draws(batches, seed)
     if model.autoencoder is None:
         return data
-    return LatentBatches(data, *common.of_both(parts, partial(encode_dataset, model.autoencoder, model.config.scale)))
+    return use_latents(data, *common.of_both(parts, partial(encode_dataset, model.autoencoder, model.config.scale)))
 
 
 def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:

@@ -41,7 +41,7 @@ from keifu.recipes.images import text_encoder
 from keifu.recipes.images.common import TextToImageOptions, TextToImageTask, encode_pictures, of_both, read_captioned
 from keifu.training.loop import Summary
 from keifu.training.objectives import unclip as losses
-from keifu.training.objectives.diffusion import NoisedBatches
+from keifu.training.objectives.diffusion import DiffusionLoss, add_draws
 
 
 def model_config(recipe: Any, towers: clip.Config) -> unclip.Config:
@@ -167,7 +167,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
         for own, found in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
             own.copy_(found)
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    data = losses.EmbeddingBatches(NoisedBatches(batches, recipe.seed), _end(tokenizer), *tables)
+    data = losses.add_embeddings(add_draws(batches, recipe.seed), _end(tokenizer), *tables)
     painter = UnclipPipeline(model, tokenizer)
     return TextToImageTask(model, painter, parts, data, _objective(recipe, model, tokenizer))
 
@@ -197,8 +197,8 @@ def _objective(recipe: Recipe, model: unclip.Unclip, tokenizer: Tokenizer) -> lo
     tokens, noise = text_tokens(tokenizer, [""], config.context_length), config.upsampling_noise
     empty = tokens, losses.real_tokens(tokens, _end(tokenizer))
     return losses.UnclipLoss(
-        losses.PriorLoss(config.prior_noise), losses.DecoderLoss(config.decoder_noise, recipe.weighting),
-        None if noise is None else losses.UpsamplerLoss(noise), side, recipe.crop, empty, recipe.prior_dropout,
+        DiffusionLoss(config.prior_noise), DiffusionLoss(config.decoder_noise, recipe.weighting),
+        None if noise is None else DiffusionLoss(noise), side, recipe.crop, empty, recipe.prior_dropout,
         recipe.text_dropout, recipe.image_dropout,
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ class AutoencoderKLLoss:
     released code has a perceptual and an adversarial loss for that), plus `kl_weight` times the KL divergence of its
     latents from the standard normal distribution, in nats for each number of the picture.
 
-    A batch has "pictures", bytes, and "draws", the seed of each row's latents (see `diffusion.NoisedBatches`).
+    A batch has "pictures", bytes, and "draws", the seed of each row's latents (see `diffusion.add_draws`).
     """
 
     kl_weight: float = 1e-3
@@ -78,19 +78,16 @@ class Ramp:
         return self.start + (self.end - self.start) * share
 
 
-class RampedBatches(MappedData):
+def add_ramps(data: Data, ramps: Mapping[str, Ramp]) -> MappedData:
     """Data whose batches also have scheduled values by name, the same for each row [batch]. Held-out batches have the
     last values.
     """
 
-    def __init__(self, data: Data, ramps: Mapping[str, Ramp]):
-        super().__init__(data, dict(ramps))
-        self.ramps = ramps
-
-    def change(self, batch: Batch, step: int, first: int) -> Batch:
-        """The batch with the values of its step."""
-        values = {name: ramp.end if step == HELD_OUT else ramp.at(step) for name, ramp in self.ramps.items()}
+    def change(batch: Batch, step: int, first: int) -> Batch:
+        values = {name: ramp.end if step == HELD_OUT else ramp.at(step) for name, ramp in ramps.items()}
         return batch | {name: torch.full((rows_of(batch),), value) for name, value in values.items()}
+
+    return MappedData(data, change, dict(ramps))
 
 
 def discrete_vae_loss(model: Any, batch: Batch) -> LossOutput:
@@ -100,7 +97,7 @@ def discrete_vae_loss(model: Any, batch: Batch) -> LossOutput:
     Codebook entries are sampled by Gumbel-softmax with "temperature". The loss is the negative logit-Laplace
     log-likelihood for each number of the picture, plus "kl_weight" times the KL divergence of the entries' distribution
     from the uniform one, summed over the grid, for each number too (the paper's β/192). A batch has "pictures", bytes,
-    "draws", the seeds of the noise (see `diffusion.NoisedBatches`), and both scheduled values. Figures: `squared_error`
+    "draws", the seeds of the noise (see `diffusion.add_draws`), and both scheduled values. Figures: `squared_error`
     of the reconstruction from the likeliest entries, of numbers from -1 to 1; `kl`, in nats for each place of the grid;
     and `used`, the exponential of the entropy of the batch's mean distribution: how many entries are in use.
     """
@@ -145,21 +142,18 @@ class TextImageLoss:
 Codes = Int[Tensor, "picture rows columns"]
 
 
-class ImageTokenBatches(MappedData):
+def use_image_tokens(data: Data, training: Codes, held: Tensor | None, real: Callable[[Tensor], Tensor]) -> MappedData:
     """Data with "indices" and "tokens", whose pictures are replaced by their precomputed image tokens, "codes".
 
     real: gives True for the tokens of texts that are not padding. "text_share" is a batch's rows over its real tokens,
     the same for each row.
     """
 
-    def __init__(self, data: Data, training: Codes, held: Tensor | None, real: Callable[[Tensor], Tensor]):
-        super().__init__(data, tables=(training, held))
-        self.real = real
-
-    def change(self, batch: Batch, step: int, first: int) -> Batch:
-        """The batch in image tokens."""
-        tokens, codes = batch["tokens"], self.tables[step == HELD_OUT]
+    def change(batch: Batch, step: int, first: int) -> Batch:
+        tokens, codes = batch["tokens"], held if step == HELD_OUT else training
         assert codes is not None
-        real = self.real(tokens)
-        share = torch.full((len(tokens),), len(tokens) / float(real.sum()))
-        return {"tokens": tokens, "real": real, "codes": codes[batch["indices"]], "text_share": share}
+        counted = real(tokens)
+        share = torch.full((len(tokens),), len(tokens) / float(counted.sum()))
+        return {"tokens": tokens, "real": counted, "codes": codes[batch["indices"]], "text_share": share}
+
+    return MappedData(data, change, tables=(training, held))

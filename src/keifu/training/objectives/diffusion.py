@@ -8,8 +8,9 @@ Axes: batch, channels, height, width; length = tokens of a text.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -35,25 +36,24 @@ from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
 from keifu.training.ranks import rows_of
 
+Network = Callable[[Tensor, Tensor], Tensor]  # from noisy pictures and their timesteps to the output
+
 # Positions in the random stream of a row, far behind those of its noise: for the timestep, and for label dropout.
 TIMESTEP = 2**40
 DROPPED = 2**40 + 1
 
 
-class NoisedBatches(MappedData):
+def add_draws(data: Data, seed: int) -> MappedData:
     """Data whose batches also have "draws" [batch], int64: the random seed of each row, for its timestep, noise and
     label dropout.
 
     Held-out rows have the same seeds each time, so that their losses can be compared.
     """
 
-    def __init__(self, data: Data, seed: int):
-        super().__init__(data, seed)
-        self.seed = seed
+    def change(batch: Batch, step: int, first: int) -> Batch:
+        return {**batch, "draws": draw_noise(seed, step, rows_of(batch), first)}
 
-    def change(self, batch: Batch, step: int, first: int) -> Batch:
-        """The batch with "draws"."""
-        return {**batch, "draws": draw_noise(self.seed, step, rows_of(batch), first)}
+    return MappedData(data, change, seed)
 
 
 def draw_noise(seed: int, step: int, rows: int, first: int = 0) -> Int[Tensor, " rows"]:
@@ -67,7 +67,7 @@ class DiffusionLoss:
     """The loss of a network that predicts the target of its `Noise` from noisy pictures and timesteps: an objective.
 
     A batch has "pictures" [batch, channels, height, width], bytes or numbers from -1 to 1, "draws" (see
-    `NoisedBatches`), and optionally "labels" [batch], -1 for none. The loss of a picture is the mean squared error over
+    `add_draws`), and optionally "labels" [batch], -1 for none. The loss of a picture is the mean squared error over
     its numbers, times the weight of its timestep.
 
     weighting, gamma: see `loss_weights`. label_dropout: the share of labels replaced by the null class, for
@@ -94,13 +94,15 @@ class DiffusionLoss:
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
         """The sum over pictures; figures: `squared_error`, without weights, and with a learned variance `bits`, the
         variational bound."""
-        given = batch["pictures"]
+        return self.of(partial(self.output, model, batch), batch["pictures"], batch["draws"])
+
+    def of(self, network: Network, given: Tensor, draws: Int[Tensor, " batch"]) -> LossOutput:
+        """The same of a network whose condition is settled."""
         picture = to_signed(given) if given.dtype == torch.uint8 else given
-        draws = batch["draws"]
         timestep = (uniform(draws, torch.full_like(draws, TIMESTEP)) * self.noise.steps).long()
         added = normal(draws, picture.shape[1:]).to(picture.dtype)
         x = add_noise(picture, added, self.noise.alpha_bar, timestep)
-        output = self.output(model, x, timestep, batch).to(x.dtype)
+        output = network(x, timestep).to(x.dtype)
         share = None
         if self.noise.variance == "learned_range":
             output, share = output.chunk(2, 1)
@@ -114,7 +116,7 @@ class DiffusionLoss:
             figures["bits"] = bound.sum()
         return LossOutput(total, len(picture), figures)
 
-    def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Batch) -> Tensor:
+    def output(self, model: Any, batch: Batch, x: Tensor, timestep: Int[Tensor, " batch"]) -> Tensor:
         """The model's output for noisy pictures, conditioned on the labels of the batch."""
         return model(x, timestep, self._labels(model, batch))
 
@@ -172,7 +174,7 @@ class TextDiffusionLoss(DiffusionLoss):
 
     empty: Int[Tensor, " length"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
-    def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Batch) -> Tensor:
+    def output(self, model: Any, batch: Batch, x: Tensor, timestep: Int[Tensor, " batch"]) -> Tensor:
         """The model's output for noisy latents, conditioned on the texts of the batch."""
         empty = self.empty.to(batch["tokens"].device)
         tokens = torch.where(self.dropped(batch)[:, None], empty, batch["tokens"])
@@ -193,34 +195,25 @@ class EncodedImages:
         return {**batch, "pictures": self.mean[places] + self.deviation[places] * noise}
 
 
-class LatentBatches(MappedData):
-    """Data with "indices" and "draws" (see `NoisedBatches`), whose pictures are replaced by precomputed latents."""
+def use_latents(data: Data, training: EncodedImages, held: EncodedImages | None) -> MappedData:
+    """Data with "indices" and "draws" (see `add_draws`), whose pictures are replaced by precomputed latents."""
 
-    def __init__(self, data: Data, training: EncodedImages, held: EncodedImages | None):
-        parts = [part for part in (training, held) if part]
-        super().__init__(data, tables=[table for part in parts for table in (part.mean, part.deviation)])
-        self.training, self.held = training, held
-
-    def change(self, batch: Batch, step: int, first: int) -> Batch:
-        """The batch in latents."""
-        part = self.held if step == HELD_OUT else self.training
+    def change(batch: Batch, step: int, first: int) -> Batch:
+        part = held if step == HELD_OUT else training
         assert part is not None
         return part.batch(batch)
+
+    parts = [part for part in (training, held) if part]
+    return MappedData(data, change, tables=[table for part in parts for table in (part.mean, part.deviation)])
 
 
 PLACES = 2**41  # the first position in a row's random stream for dequantisation
 
 
-class DequantizedBatches(MappedData):
+def dequantise_data(data: Data) -> MappedData:
     """Data with uniform dequantisation: pictures are (byte + u) / 128 - 1 with u uniform in [0, 1), sampled by "draws"
     (Theis et al., 2016, section 3.1). The density of such numbers bounds the probability of the bytes."""
-
-    def __init__(self, data: NoisedBatches):
-        super().__init__(data, "dequantised")
-
-    def change(self, batch: Batch, step: int, first: int) -> Batch:
-        """The batch with dequantised pictures."""
-        return dequantize(batch)
+    return MappedData(data, lambda batch, step, first: dequantize(batch), "dequantised")
 
 
 def dequantize(batch: Batch) -> Batch:

@@ -1,7 +1,7 @@
 """Data for the training loop whose batches are changed on their way: with seeds, schedules or precomputed tensors."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -9,6 +9,7 @@ from keifu.training.protocols import Batch, Data
 from keifu.training.ranks import rows_of
 
 HELD_OUT = -1  # the number of the step that held-out batches are of
+Change = Callable[[Batch, int, int], Batch]  # of a batch, its step or `HELD_OUT`, and the number of its first row
 
 
 class MappedData:
@@ -18,8 +19,8 @@ class MappedData:
     from, None where there is none for held-out batches.
     """
 
-    def __init__(self, data: Data, key: object = None, tables: Sequence[Tensor | None] = ()):
-        self.data, self.key, self.tables = data, key, tables
+    def __init__(self, data: Data, change: Change, key: object = None, tables: Sequence[Tensor | None] = ()):
+        self.data, self.change, self.key, self.tables = data, change, key, tables
 
     @property
     def fingerprint(self) -> str:
@@ -40,7 +41,3 @@ class MappedData:
         for batch in self.data.validation():
             yield self.change(batch, HELD_OUT, first)
             first += rows_of(batch)
-
-    def change(self, batch: Batch, step: int, first: int) -> Batch:
-        """The batch of a step, or of `HELD_OUT`, whose first row has the number `first`, as it is to be."""
-        raise NotImplementedError

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from keifu.data.images.io import to_signed
 from keifu.layers.counter_rng import bits, uniform
-from keifu.training.objectives.diffusion import DiffusionLoss
+from keifu.training.objectives.diffusion import DiffusionLoss, Network
 from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
 
@@ -28,39 +28,12 @@ Pixels = Float[Tensor, "batch channels height width"]
 
 
 @dataclass(frozen=True, eq=False)
-class PriorLoss(DiffusionLoss):
-    """The loss of the prior, whose "pictures" are normalised image embeddings."""
-
-    def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Any) -> Tensor:
-        """The prior's output for noisy embeddings, conditioned on captions."""
-        return model.imagine(x, timestep, batch["caption"])
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderLoss(DiffusionLoss):
-    """The loss of the decoder."""
-
-    def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Any) -> Tensor:
-        """The decoder's output for noisy pictures, conditioned on embeddings and captions."""
-        return model(x, timestep, model.tell(batch["image"], batch["caption"]))
-
-
-@dataclass(frozen=True, eq=False)
-class UpsamplerLoss(DiffusionLoss):
-    """The loss of the upsampler."""
-
-    def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Any) -> Tensor:
-        """The upsampler's output for large noisy pictures, conditioned on the small ones."""
-        return model.enlarge(x, timestep, batch["small"])
-
-
-@dataclass(frozen=True, eq=False)
 class UnclipLoss:
     """The sum of the losses of prior, decoder and upsampler, which share no weights: an objective.
 
     A batch has "pictures", bytes [batch, channels, height, width] of the finished size, their "embeddings" [batch,
     embedding], the captions' "tokens" and "real" [batch, length], True where a token is not padding, and "draws" (see
-    `diffusion.NoisedBatches`). The model is a `models.unclip.unclip.Unclip`; its text encoder is frozen.
+    `diffusion.add_draws`). The model is a `models.unclip.unclip.Unclip`; its text encoder is frozen.
 
     small: the decoder's height and width. empty: tokens and "real" of the empty text. For classifier-free guidance, the
     text of the prior is dropped in a share `prior_dropout` of the rows, that of the decoder in `text_dropout`, and the
@@ -68,9 +41,9 @@ class UnclipLoss:
     pixels, conditioned on the small picture with a random blur (Ramesh et al., 2022, section 2.1 and appendix C).
     """
 
-    prior: PriorLoss
-    decoder: DecoderLoss
-    upsampler: UpsamplerLoss | None
+    prior: DiffusionLoss  # of normalised image embeddings
+    decoder: DiffusionLoss
+    upsampler: DiffusionLoss | None
     small: tuple[int, int]
     crop: int
     empty: tuple[Int[Tensor, "1 length"], Bool[Tensor, "1 length"]]
@@ -92,12 +65,16 @@ class UnclipLoss:
             (self._chance(draws, 2) < self.image_dropout)[:, None], model.nothing(len(draws)), embeddings
         )
         small = F.interpolate(whole, self.small, mode="bicubic", antialias=True).clamp(-1, 1)
-        prior = {"pictures": model.normalised(embeddings), "caption": of_prior, "draws": self._seed(draws, 3)}
-        found = {"prior": self.prior(model, prior)}
-        decoder = {"pictures": small, "caption": of_decoder, "image": image, "draws": self._seed(draws, 4)}
-        found["decoder"] = self.decoder(model, decoder)
+        imagine: Network = lambda x, timestep: model.imagine(x, timestep, of_prior)  # noqa: E731
+        draw: Network = lambda x, timestep: model(x, timestep, model.tell(image, of_decoder))  # noqa: E731
+        found = {
+            "prior": self.prior.of(imagine, model.normalised(embeddings), self._seed(draws, 3)),
+            "decoder": self.decoder.of(draw, small, self._seed(draws, 4)),
+        }
         if self.upsampler is not None:
-            found["upsampler"] = self.upsampler(model, self._cut(whole, small, draws))
+            large, beside = self._cut(whole, small, draws)
+            enlarge: Network = lambda x, timestep: model.enlarge(x, timestep, beside)  # noqa: E731
+            found["upsampler"] = self.upsampler.of(enlarge, large, self._seed(draws, 5))
         total = torch.stack([outcome.total for outcome in found.values()]).sum()
         return LossOutput(total, len(whole), {name: outcome.total.detach() for name, outcome in found.items()})
 
@@ -113,7 +90,7 @@ class UnclipLoss:
 
     def _cut(
         self, whole: Pixels, small: Float[Tensor, "batch channels rows columns"], draws: Int[Tensor, " batch"]
-    ) -> dict[str, Any]:
+    ) -> tuple[Tensor, Tensor]:
         """Random crops of the large pictures, and the same of the small ones, blurred and enlarged."""
         beside = F.interpolate(blur_images(small, BLUR * self._chance(draws, 8)), whole.shape[2:], mode="bicubic",
                                antialias=True)  # fmt: skip
@@ -121,8 +98,7 @@ class UnclipLoss:
             ((side - self.crop + 1) * self._chance(draws, number)).long()
             for side, number in zip(whole.shape[2:], (6, 7), strict=True)
         )
-        pictures, beside = (random_crops(each, top, left, self.crop) for each in (whole, beside))
-        return {"pictures": pictures, "small": beside, "draws": self._seed(draws, 5)}
+        return random_crops(whole, top, left, self.crop), random_crops(beside, top, left, self.crop)
 
 
 def _drop_captions(caption: Any, null: Any, dropped: Bool[Tensor, " batch"]) -> Any:
@@ -152,19 +128,16 @@ def random_crops(
     return picked.permute(0, 3, 1, 2)
 
 
-class EmbeddingBatches(MappedData):
+def add_embeddings(data: Data, end: int, training: Tensor, held: Tensor | None) -> MappedData:
     """Data with "indices", whose batches also have the precomputed "embeddings" of these pictures, and "real", True up
     to the first end-of-text token (`end`) in "tokens"."""
 
-    def __init__(self, data: Data, end: int, training: Tensor, held: Tensor | None):
-        super().__init__(data, end, (training, held))
-        self.end = end
-
-    def change(self, batch: Batch, step: int, first: int) -> Batch:
-        """The batch with "embeddings" and "real"."""
-        table = self.tables[step == HELD_OUT]
+    def change(batch: Batch, step: int, first: int) -> Batch:
+        table = held if step == HELD_OUT else training
         assert table is not None
-        return {**batch, "embeddings": table[batch["indices"]], "real": real_tokens(batch["tokens"], self.end)}
+        return {**batch, "embeddings": table[batch["indices"]], "real": real_tokens(batch["tokens"], end)}
+
+    return MappedData(data, change, end, (training, held))
 
 
 def real_tokens(tokens: Int[Tensor, "batch length"], end: int) -> Bool[Tensor, "batch length"]:
