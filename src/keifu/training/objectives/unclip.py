@@ -56,7 +56,7 @@ class UnclipLoss:
         whole, embeddings, draws = to_signed(batch["pictures"]), batch["embeddings"], batch["draws"]
         with torch.no_grad():
             caption = model.encode_text(batch["tokens"], batch["real"])
-            null = model.encode_text(*self._empty(draws))
+            null = model.encode_text(*(each.to(draws.device) for each in self.empty))
         of_prior, of_decoder = (
             _drop_captions(caption, null, self._chance(draws, place) < share)
             for place, share in ((0, self.prior_dropout), (1, self.text_dropout))
@@ -77,10 +77,6 @@ class UnclipLoss:
             found["upsampler"] = self.upsampler.of(enlarge, large, self._seed(draws, 5))
         total = torch.stack([outcome.total for outcome in found.values()]).sum()
         return LossOutput(total, len(whole), {name: outcome.total.detach() for name, outcome in found.items()})
-
-    def _empty(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, real = self.empty
-        return tokens.to(draws.device), real.to(draws.device)
 
     def _seed(self, draws: Int[Tensor, " batch"], place: int) -> Int[Tensor, " batch"]:
         return bits(draws, torch.full_like(draws, PLACES + place))
