@@ -1,7 +1,7 @@
 """Errors that a person can put right; knows nothing of what went wrong elsewhere."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 
@@ -21,3 +21,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     guess = f" Did you mean {near[0]!r}?" if near else ""
     listing = f" Known: {', '.join(names)}." if len(names) <= 30 else f" There are {len(names)} known ones."
     return UserError(f"There is no {kind} {name!r}.{guess}{listing}")
+
+
+def check_known(kind: str, name: str, known: Collection[str]) -> None:
+    """Refuses a name that is not among a few, with the nearest that is, and all of them in their own order."""
+    if name not in known:
+        near = get_close_matches(str(name).lower(), known, n=1, cutoff=0.3)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"There is no {kind} {name!r}.{guess} Known: {', '.join(known)}.")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from keifu.errors import UserError
+from keifu.errors import UserError, check_known
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -83,8 +82,5 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def activation(name: str) -> Activation:
     """The activation function of that name; an unknown name is a ValueError with the nearest known one."""
-    if name not in ACTIVATIONS:
-        near = get_close_matches(name.lower(), ACTIVATIONS, n=1, cutoff=0.3)
-        guess = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"There is no activation {name!r}.{guess} Known: {', '.join(ACTIVATIONS)}.")
+    check_known("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]

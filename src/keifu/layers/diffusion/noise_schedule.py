@@ -9,7 +9,6 @@ Axes: batch, `*shape` = an image's own, steps = T of the schedule; timesteps go 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from keifu.errors import UserError
+from keifu.errors import UserError, check_known
 
 Sample = Float[Tensor, "batch *shape"]
 Timesteps = Int[Tensor, " batch"]
@@ -26,6 +25,8 @@ Schedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 Target = Literal["noise", "picture", "velocity"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
+Weighting = Literal["simple", "min_snr", "p2"]
+_NAMES = {"schedule": Schedule, "target": Target, "variance": Variance, "spacing": Spacing}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Noise:
 
     def __post_init__(self) -> None:
         for kind, known in _NAMES.items():
-            check_prediction_type(kind, vars(self)[kind], known)
+            check_known(kind, vars(self)[kind], get_args(known))
         if self.steps < 1 + self.zero_terminal_snr:
             raise UserError(f"The noise schedule has {self.steps} steps, which is too few.")
         if self.betas and len(self.betas) != self.steps:
@@ -161,26 +162,6 @@ def add_noise(picture: Sample, noise: Sample, alpha_bar: Float[Tensor, " steps"]
     return at(alpha_bar.sqrt(), timestep, picture) * picture + at((1 - alpha_bar).sqrt(), timestep, picture) * noise
 
 
-_NAMES = {
-    "schedule": tuple(SCHEDULES),
-    "target": get_args(Target),
-    "variance": get_args(Variance),
-    "spacing": get_args(Spacing),
-}
-
-
-def check_prediction_type(kind: str, name: str, known: tuple[str, ...]) -> None:
-    """Refuses a name that is not known, with the nearest that is."""
-    if name not in known:
-        near = get_close_matches(str(name).lower(), known, n=1, cutoff=0.3)
-        guess = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"There is no {kind} {name!r}.{guess} Known: {', '.join(known)}.")
-
-
-Weighting = Literal["simple", "min_snr", "p2"]
-WEIGHTINGS = ("simple", "min_snr", "p2")
-
-
 def training_target(noise: Noise, picture: Sample, added: Sample, timestep: Timesteps) -> Sample:
     """What the network should say of a picture with this noise added."""
     if noise.target == "noise":
@@ -205,7 +186,7 @@ def loss_weights(noise: Noise, weighting: Weighting = "simple", gamma: float | N
     simple: 1 (Ho et al., 2020, equation 14). min_snr: what makes the weight of the picture's error min(SNR, γ), γ 5
     (Hang et al., 2023). p2: what makes that of the noise's error 1 / (1 + SNR)^γ, γ 1 (Choi et al., 2022).
     """
-    check_prediction_type("weighting", weighting, WEIGHTINGS)
+    check_known("weighting", weighting, get_args(Weighting))
     left = noise.alpha_bar
     if weighting == "simple":
         return torch.ones_like(left)
