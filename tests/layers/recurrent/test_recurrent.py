@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from keifu.layers.recurrent.attention_decoder import AdditiveAttention, attend
+from keifu.layers.recurrent.attention_decoder import AdditiveAttention
 from keifu.layers.recurrent.gru import GRU, BidirectionalEncoder, EncoderOutput, ForwardEncoder
 
 LENGTHS = torch.tensor([5, 1, 7, 3])
@@ -89,7 +89,7 @@ def test_attention_is_the_papers_forwards_and_backwards():
     )
     leaves = [x, states, state, weight, *attention.parameters(), *gru.recurrent.parameters()]
     memory = attention.memory(EncoderOutput(states, states[:, 0], MASK), weight)
-    ours = attend(x, memory, attention, gru.recurrent, state)
+    ours = attention(x, memory, gru.recurrent, state)
     theirs = plainly(x, memory, states, weight, attention, gru.recurrent, state)
     wanted = [torch.randn_like(tensor) for tensor in theirs]
     assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))

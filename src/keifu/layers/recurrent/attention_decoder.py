@@ -11,7 +11,7 @@ width = a source token's state, attention_dim.
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.layers.linear import JoinedLinear, Linear, linear
@@ -29,10 +29,6 @@ class EncoderStates(NamedTuple):
     products: Float[Tensor, "batch seen gates"]
     states: Float[Tensor, "batch seen width"]
     hidden: Float[Tensor, "batch seen"]
-
-    def select(self, rows: Int[Tensor, " kept"]) -> "EncoderStates":
-        """These rows, in this order."""
-        return EncoderStates(*(tensor[rows] for tensor in self))
 
 
 class _AttentiveRecurrence(torch.autograd.Function):
@@ -88,7 +84,7 @@ class _AttentiveRecurrence(torch.autograd.Function):
 
 
 class AdditiveAttention(nn.Module):
-    """The alignment model a(s, h_j) = v · tanh(W_a s + U_a h_j) (section A.1.2); the steps are taken by `attend`."""
+    """The alignment model a(s, h_j) = v · tanh(W_a s + U_a h_j) (section A.1.2)."""
 
     def __init__(self, dim: int, width: int, attention_dim: int):
         super().__init__()
@@ -98,30 +94,23 @@ class AdditiveAttention(nn.Module):
     def memory(self, reading: EncoderOutput, context_weight: Float[Tensor, "gates width"]) -> EncoderStates:
         """What of a source serves every step. `context_weight` is what the context is multiplied by in a step."""
         keys, products = self.key(reading.states), linear(reading.states, context_weight)
-        return EncoderStates(keys, products, reading.states, _hidden(reading.mask, self.v))
+        hidden = torch.where(reading.mask, 0.0, -torch.inf).to(self.v)
+        return EncoderStates(keys, products, reading.states, hidden)
 
+    def forward(
+        self, x: Float[Tensor, "length batch gates"], memory: EncoderStates, recurrent: JoinedLinear, state: Vector
+    ) -> tuple[Float[Tensor, "steps batch dim"], Float[Tensor, "length batch seen"]]:
+        """The states, from the given one to that after the last step, and each step's weights on the source.
 
-def _hidden(mask: Bool[Tensor, "batch seen"], like: Tensor) -> Float[Tensor, "batch seen"]:
-    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, -torch.inf)
-
-
-def attend(
-    x: Float[Tensor, "length batch gates"],
-    memory: EncoderStates,
-    attention: AdditiveAttention,
-    recurrent: JoinedLinear,
-    state: Vector,
-) -> tuple[Float[Tensor, "steps batch dim"], Float[Tensor, "length batch seen"]]:
-    """The states, from the given one to that after the last step, and each step's weights on the source.
-
-    `x` are the products of what a step is given beside the context, bias included.
-    """
-    kind, v = product_type(attention.v), attention.v
-    weight = torch.cat([attention.query.weight, recurrent.weight])
-    bias = torch.cat([torch.zeros_like(v), recurrent.bias])
-    made = x, memory.keys, memory.products, memory.hidden, weight, bias, v, state
-    states, weights = _AttentiveRecurrence.apply(*(tensor.to(v.dtype) for tensor in made), kind)
-    return states, weights
+        `x` are the products of what a step is given beside the context, bias included.
+        """
+        weight = torch.cat([self.query.weight, recurrent.weight])
+        bias = torch.cat([torch.zeros_like(self.v), recurrent.bias])
+        made = x, memory.keys, memory.products, memory.hidden, weight, bias, self.v, state
+        states, weights = _AttentiveRecurrence.apply(
+            *(tensor.to(self.v.dtype) for tensor in made), product_type(self.v)
+        )
+        return states, weights
 
 
 class DecoderSteps(NamedTuple):
@@ -192,7 +181,7 @@ class AttentiveDecoder(nn.Module):
 
     def forward(self, x: Inputs, memory: EncoderStates, state: Vector) -> DecoderSteps:
         products = linear(x.transpose(0, 1), self.gru.input.weight[:, : self.in_dim], self.gru.input.bias)
-        states, weights = attend(products, memory, self.attention, self.gru.recurrent, state)
+        states, weights = self.attention(products, memory, self.gru.recurrent, state)
         states, weights = states.transpose(0, 1), weights.transpose(0, 1)
         return DecoderSteps(states[:, :-1], states[:, 1:], (weights @ memory.states.to(weights.dtype),), weights)
 

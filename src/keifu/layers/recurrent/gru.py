@@ -143,31 +143,34 @@ class ForwardEncoder(nn.Module):
         self.forwards, self.width = GRU(in_dim, dim), dim
 
     def forward(self, x: Float[Tensor, "batch length in_dim"], mask: Bool[Tensor, "batch length"]) -> EncoderOutput:
-        products = self.forwards.input(x.transpose(0, 1))
-        states = self.forwards(products, products.new_zeros(len(x), self.width)).transpose(0, 1)
-        return EncoderOutput(states, _at(states, _lengths(mask) - 1), mask)
+        lengths = _lengths(mask)
+        ways = self.ways(x, lengths)
+        products = torch.stack([gru.input(way.transpose(0, 1)) for gru, way in ways], 1)
+        start = products.new_zeros(len(ways), len(x), self.forwards.dim)
+        states = recur(products, [gru.recurrent for gru, _ in ways], start)
+        onwards, *back = states.permute(1, 2, 0, 3)
+        ends = [_at(each, lengths - 1) for each in (onwards, *back)]
+        joined = torch.cat([onwards, *(_reverse(each, lengths) for each in back)], -1)
+        return EncoderOutput(joined, torch.cat(ends, -1), mask)
+
+    def ways(self, x: Float[Tensor, "batch length in_dim"], lengths: Int[Tensor, " batch"]) -> list[tuple[GRU, Tensor]]:
+        """What reads in each direction, and the inputs in the order that it reads them in."""
+        return [(self.forwards, x)]
 
 
-class BidirectionalEncoder(nn.Module):
+class BidirectionalEncoder(ForwardEncoder):
     """Reads both ways at once (Schuster and Paliwal, 1997); a token's state is the two directions' states joined.
 
     The backward direction reads each row's own tokens in reverse, so that it too sees its padding last.
     """
 
     def __init__(self, in_dim: int, dim: int):
-        super().__init__()
-        self.forwards, self.backwards, self.width = GRU(in_dim, dim), GRU(in_dim, dim), 2 * dim
+        super().__init__(in_dim, dim)
+        self.backwards, self.width = GRU(in_dim, dim), 2 * dim
 
-    def forward(self, x: Float[Tensor, "batch length in_dim"], mask: Bool[Tensor, "batch length"]) -> EncoderOutput:
-        lengths = _lengths(mask)
-        turned = _reverse(x, lengths)
-        ways = zip((self.forwards, self.backwards), (x, turned), strict=True)
-        products = torch.stack([gru.input(way.transpose(0, 1)) for gru, way in ways], 1)
-        start = products.new_zeros(2, len(x), self.forwards.dim)
-        states = recur(products, [self.forwards.recurrent, self.backwards.recurrent], start)
-        onwards, back = states.permute(1, 2, 0, 3)
-        ends = [_at(onwards, lengths - 1), _at(back, lengths - 1)]
-        return EncoderOutput(torch.cat([onwards, _reverse(back, lengths)], -1), torch.cat(ends, -1), mask)
+    def ways(self, x: Float[Tensor, "batch length in_dim"], lengths: Int[Tensor, " batch"]) -> list[tuple[GRU, Tensor]]:
+        """The backward direction's inputs are reversed."""
+        return [*super().ways(x, lengths), (self.backwards, _reverse(x, lengths))]
 
 
 ENCODERS = {"forward": ForwardEncoder, "bidirectional": BidirectionalEncoder}
