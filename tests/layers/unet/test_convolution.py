@@ -16,7 +16,7 @@ from keifu.layers.unet.conv import (
     Upsample,
 )
 from keifu.layers.unet.prepacked_conv import PackedConv2d, prepack
-from keifu.layers.unet.timestep_embedding import timestep_sinusoids
+from keifu.layers.unet.timestep_embedding import TimestepSinusoids
 from keifu.models.diffusion import ddpm
 
 SMALL = ddpm.Config(size=32, dim=16, multipliers=(1, 2), attention=(1,), norm_groups=4, middle_groups=4, dropout=0.0)
@@ -118,11 +118,11 @@ def test_attention_between_pixels(heads, head_dim, inner):
 
 
 def test_sinusoids_of_a_timestep():
-    got = timestep_sinusoids(torch.tensor([0, 7]), 7, frequency_shift=1.0)
+    got = TimestepSinusoids(7)(torch.tensor([0, 7]))
     frequencies = torch.tensor([1.0, 0.01, 0.0001])
     assert got.shape == (2, 7) and got[0].tolist() == [0, 0, 0, 1, 1, 1, 0]
     torch.testing.assert_close(got[1, :3], (7 * frequencies).sin())
-    flipped = timestep_sinusoids(torch.tensor([7]), 6, 1.0, cosine_first=True)
+    flipped = TimestepSinusoids(6, cosine_first=True)(torch.tensor([7]))
     torch.testing.assert_close(flipped[0, :3], (7 * frequencies).cos())
 
 

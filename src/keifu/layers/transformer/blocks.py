@@ -33,22 +33,27 @@ class PreNorm(_TwoSublayers):
         return x + self.feedforward_dropout(self.feedforward(self.feedforward_norm(x)))
 
 
-class CrossPreNorm(PreNorm):
-    """`PreNorm` with a look at a source between its two sublayers (latent diffusion: Rombach et al., 2022, E.2.1)."""
+class _WithSource(_TwoSublayers):
+    """A look at a source between the two, with a norm of its own."""
 
     def __init__(
         self, attention: nn.Module, cross_attention: nn.Module, feedforward: nn.Module,
-        norms: tuple[nn.Module, nn.Module, nn.Module],
+        norms: tuple[nn.Module, nn.Module, nn.Module], dropout: float = 0.0,
     ):  # fmt: skip
-        super().__init__(attention, feedforward, (norms[0], norms[2]))
+        super().__init__(attention, feedforward, (norms[0], norms[2]), dropout)
         self.cross_attention: nn.Module = cross_attention
         self.cross_attention_norm = norms[1]
+        self.cross_attention_dropout = Dropout(dropout)
+
+
+class CrossPreNorm(_WithSource, PreNorm):
+    """`PreNorm` with a look at a source between its two sublayers (latent diffusion: Rombach et al., 2022, E.2.1)."""
 
     def forward(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any, **context: Any) -> Stream:
         """`memory`: keys and values of the source, made by `cross_attention.project`."""
-        x = x + self.attention(self.attention_norm(x), **context)
-        x = x + self.cross_attention(self.cross_attention_norm(x), memory, memory_mask)
-        return x + self.feedforward(self.feedforward_norm(x))
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), **context))
+        x = x + self.cross_attention_dropout(self.cross_attention(self.cross_attention_norm(x), memory, memory_mask))
+        return x + self.feedforward_dropout(self.feedforward(self.feedforward_norm(x)))
 
 
 class SandwichNorm(nn.Module):
@@ -77,19 +82,11 @@ class PostNorm(_TwoSublayers):
         return self.feedforward_norm(x + self.feedforward_dropout(self.feedforward(x)))
 
 
-class CrossPostNorm(PostNorm):
+class CrossPostNorm(_WithSource, PostNorm):
     """`PostNorm` with a look at a source between its two sublayers: the decoder's block of the Transformer of 2017.
 
     The rows of one source lie side by side and look at it together, as if they were one longer row.
     """
-
-    def __init__(
-        self, attention: nn.Module, cross_attention: nn.Module, feedforward: nn.Module,
-        norms: tuple[nn.Module, nn.Module, nn.Module], dropout: float = 0.0,
-    ):  # fmt: skip
-        super().__init__(attention, feedforward, (norms[0], norms[2]), dropout)
-        self.cross_attention, self.cross_attention_norm = cross_attention, norms[1]
-        self.cross_attention_dropout = Dropout(dropout)
 
     def forward(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any, **context: Any) -> Stream:
         """`memory`: keys and values of the sources, made by `cross_attention.project`."""

@@ -14,24 +14,13 @@ from keifu.errors import UserError
 from keifu.layers.linear import Linear
 
 
-def timestep_sinusoids(
-    timestep: Num[Tensor, " batch"], dim: int, frequency_shift: float = 1.0, cosine_first: bool = False
-) -> Float[Tensor, "batch dim"]:
+class TimestepSinusoids(nn.Module):
     """sin and cos of timestep / 10000^(i / (dim/2 - frequency_shift)), all sines first, in float32.
 
     The defaults are DDPM's code (Ho et al., 2020); improved DDPM and Stable Diffusion have all cosines first and no
     shift. Of an odd `dim` the last number is 0. The frequencies are computed in float32 as published code has them: at
     timestep 1000 their rounding moves the angles by more than models agree to.
     """
-    half = dim // 2
-    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device)
-    angles = timestep[:, None].float() * (exponents / (half - frequency_shift)).exp()
-    both = (angles.cos(), angles.sin()) if cosine_first else (angles.sin(), angles.cos())
-    return F.pad(torch.cat(both, -1), (0, dim % 2))
-
-
-class TimestepSinusoids(nn.Module):
-    """`timestep_sinusoids` as a layer."""
 
     def __init__(self, dim: int, frequency_shift: float = 1.0, cosine_first: bool = False):
         super().__init__()
@@ -40,7 +29,11 @@ class TimestepSinusoids(nn.Module):
         self.dim, self.frequency_shift, self.cosine_first = dim, frequency_shift, cosine_first
 
     def forward(self, timestep: Num[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
-        return timestep_sinusoids(timestep, self.dim, self.frequency_shift, self.cosine_first)
+        half = self.dim // 2
+        exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device)
+        angles = timestep[:, None].float() * (exponents / (half - self.frequency_shift)).exp()
+        both = (angles.cos(), angles.sin()) if self.cosine_first else (angles.sin(), angles.cos())
+        return F.pad(torch.cat(both, -1), (0, self.dim % 2))
 
 
 class TimeEmbedding(nn.Module):

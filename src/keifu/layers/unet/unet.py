@@ -6,8 +6,7 @@ Its parts are passed in, so that conditioning (on a text, for example) is left t
 Axes: batch, channels, height, width. `context` goes to the attentions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,9 +34,10 @@ class Stage(nn.Module):
         self.residuals, self.attentions = nn.ModuleList(residuals), nn.ModuleList(attentions)
         self.resample = resample
 
-    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-        """Each residual block with the attention that follows it."""
-        return zip_longest(self.residuals, self.attentions)
+    def block(self, place: int, x: Pixels, time: Time | None, context: dict[str, Any]) -> Resampled:
+        """What the residual block of that number makes of x, and the attention that follows it, if one does."""
+        x = self.residuals[place](x, time)
+        return self.attentions[place](x, **context) if place < len(self.attentions) else x
 
 
 class Down(Stage):
@@ -45,9 +45,8 @@ class Down(Stage):
 
     def forward(self, x: Pixels, time: Time, **context: Any) -> list[Tensor]:
         states = []
-        for residual, attention in self.pairs():
-            x = residual(x, time)
-            x = x if attention is None else attention(x, **context)
+        for place in range(len(self.residuals)):
+            x = self.block(place, x, time, context)
             states.append(x)
         return states if self.resample is None else [*states, self.resample(x, time)]
 
@@ -57,9 +56,8 @@ class Middle(Stage):
     or any of a network that goes one way."""
 
     def forward(self, x: Pixels, time: Time | None = None, **context: Any) -> Resampled:
-        for residual, attention in self.pairs():
-            x = residual(x, time)
-            x = x if attention is None else attention(x, **context)
+        for place in range(len(self.residuals)):
+            x = self.block(place, x, time, context)
         return x if self.resample is None else self.resample(x)
 
 
@@ -68,9 +66,8 @@ class Up(Stage):
     leads out of it is told the size of the next one."""
 
     def forward(self, x: Pixels, states: list[Tensor], time: Time, **context: Any) -> Resampled:
-        for (residual, attention), state in zip(self.pairs(), reversed(states), strict=False):
-            x = residual(torch.cat([x, state], 1), time)
-            x = x if attention is None else attention(x, **context)
+        for place in range(len(self.residuals)):
+            x = self.block(place, torch.cat([x, states[-1 - place]], 1), time, context)
         if isinstance(self.resample, Upsample):
             return self.resample(x, states[-1 - len(self.residuals)].shape[2:])
         return x if self.resample is None else self.resample(x, time)
