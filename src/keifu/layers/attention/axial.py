@@ -5,9 +5,10 @@ al., 2021, appendix B.1 and figure 11). Axes: batch, heads, length = prefix + pl
 the grid; places in raster order, row by row; window = places that a row of the grid may attend to.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,11 +58,20 @@ class Grid:
         """Which token sees which: the text what comes before, a place the whole text and what `offsets` say."""
         length = self.prefix + self.places
         mask = torch.ones(length, length, dtype=torch.bool).tril()
-        mask[self.prefix :, self.prefix :] &= self._apart(torch.arange(self.places), pattern)
+        places = torch.arange(self.places)
+        mask[self.prefix :, self.prefix :] &= self._near(places[:, None], places, pattern)
         return mask
 
-    def _apart(self, keys: Int[Tensor, " keys"], pattern: Pattern) -> Bool[Tensor, "keys keys"]:
-        return torch.isin(keys[:, None] - keys, torch.tensor(self.offsets(pattern)))
+    def window(self, pattern: Pattern) -> Bool[Tensor, "rows columns window"]:
+        """For each row of the grid which of its places sees which of its window: itself and the rows above that it must
+        look at. Before the first row there is nothing."""
+        above = (self.rows_seen(pattern) - 1) * self.width
+        queries = torch.arange(self.places).view(self.height, self.width, 1)
+        keys = torch.arange(self.height)[:, None, None] * self.width + torch.arange(-above, self.width)
+        return self._near(queries, keys, pattern) & (keys >= 0)
+
+    def _near(self, queries: Int[Tensor, "..."], keys: Int[Tensor, "..."], pattern: Pattern) -> Bool[Tensor, "..."]:
+        return torch.isin(queries - keys, torch.tensor(self.offsets(pattern)))
 
     def seen_from(self, pattern: Pattern, place: int) -> Int[Tensor, " seen"]:
         """The tokens that one place of the grid sees, itself the last."""
@@ -96,14 +106,15 @@ class GridAttention(Attention):
         k, v = cache.append(k, v)
         if x.shape[1] > 1:
             return self.out(attend(q, k, v, "causal"))
-        seen = _visible_from(self.grid, self.pattern, k.shape[2] - 1 - self.grid.prefix, x.device)
+        seen = _kept(Grid.seen_from, x.device, self.grid, self.pattern, k.shape[2] - 1 - self.grid.prefix)
         return self.out(attend(q, k[:, :, seen], v[:, :, seen]))
 
 
 @lru_cache(maxsize=8192)
-def _visible_from(grid: Grid, pattern: Pattern, place: int, device: torch.device) -> Int[Tensor, " seen"]:
+def _kept(make: Callable[..., Tensor], device: torch.device, *given: Any) -> Tensor:
+    """A table of a grid, made once; while generating too, it must serve training."""
     with torch.inference_mode(False):
-        return grid.seen_from(pattern, place).to(device)
+        return make(*given).to(device)
 
 
 def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> Float[Tensor, "batch length dim"]:
@@ -111,7 +122,7 @@ def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> F
     if pattern == "full":
         return attend(q, k, v, "causal")
     if not grid.pays(pattern):
-        return attend(q, k, v, _mask(grid, pattern, q.device)[None, None])
+        return attend(q, k, v, _kept(Grid.visible, q.device, grid, pattern)[None, None])
     before = k[:, :, : grid.prefix], v[:, :, : grid.prefix]
     text = attend(q[:, :, : grid.prefix], *before, "causal")
     q, k, v = (x[:, :, grid.prefix :] for x in (q, k, v))
@@ -119,17 +130,10 @@ def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> F
     return torch.cat([text, found.transpose(1, 2).flatten(2)], 1)
 
 
-@lru_cache(maxsize=64)
-def _mask(grid: Grid, pattern: Pattern, device: torch.device) -> Bool[Tensor, "length length"]:
-    with torch.inference_mode(False):
-        return grid.visible(pattern).to(device)
-
-
 def _columns(q: Places, k: Places, v: Places, before: Text, grid: Grid, pattern: Pattern) -> Places:
     """Rows and columns of the grid change places, so that a column lies together (figure 11, c)."""
-    turned = (x.unflatten(2, (grid.height, grid.width)).transpose(2, 3) for x in (q, k, v))
+    q, k, v = (x.unflatten(2, (grid.height, grid.width)).transpose(2, 3) for x in (q, k, v))
     causal = torch.ones(grid.height, grid.height, dtype=torch.bool, device=q.device).tril()
-    q, k, v = turned
     return _assemble(q, k, v, before, causal).transpose(2, 3).flatten(2, 3)
 
 
@@ -138,18 +142,7 @@ def _rows(q: Places, k: Places, v: Places, before: Text, grid: Grid, pattern: Pa
     above = (grid.rows_seen(pattern) - 1) * grid.width
     q = q.unflatten(2, (grid.height, grid.width))
     k, v = (F.pad(x, (0, 0, above, 0)).unfold(2, above + grid.width, grid.width).mT for x in (k, v))
-    return _assemble(q, k, v, before, _window(grid, pattern, q.device)).flatten(2, 3)
-
-
-@lru_cache(maxsize=64)
-def _window(grid: Grid, pattern: Pattern, device: torch.device) -> Bool[Tensor, "rows columns window"]:
-    """For each row of the grid which of its places sees which of its window; before the first row there is nothing."""
-    with torch.inference_mode(False):
-        above = (grid.rows_seen(pattern) - 1) * grid.width
-        queries = torch.arange(grid.places).view(grid.height, grid.width, 1)
-        keys = torch.arange(grid.height)[:, None, None] * grid.width + torch.arange(-above, grid.width)
-        near = torch.isin(queries - keys, torch.tensor(grid.offsets(pattern)))
-        return (near & (keys >= 0)).to(device)
+    return _assemble(q, k, v, before, _kept(Grid.window, q.device, grid, pattern)).flatten(2, 3)
 
 
 def _assemble(

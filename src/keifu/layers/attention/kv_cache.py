@@ -85,8 +85,11 @@ class KVState:
 
     def add(self, rows: int) -> None:
         """So many more rows, empty, behind the others."""
-        self._resize(len(self.lengths) + rows, self.capacity)
-        self.lengths = [*self.lengths, *[0] * rows]
+        self.lengths, longest = [*self.lengths, *[0] * rows], self.longest
+        for held in (self.keys, self.values):
+            for i, old in enumerate(held):
+                held[i] = old.new_zeros(len(self.lengths), *old.shape[1:])
+                held[i][: len(old), :, :longest] = old[:, :, :longest]
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keeps these rows, in this order; a row may be named several times.
@@ -113,14 +116,6 @@ class KVState:
                 x[into, :, :length] = held.clone() if other is self else held
         for each in into:
             self.lengths[each] = length
-
-    def _resize(self, rows: int, capacity: int) -> None:
-        """New memory that begins with what is held."""
-        longest = self.longest
-        for held in (self.keys, self.values):
-            for i, old in enumerate(held):
-                held[i] = old.new_zeros(rows, old.shape[1], capacity, old.shape[3])
-                held[i][: len(old), :, :longest] = old[:, :, :longest]
 
 
 class Pass:
