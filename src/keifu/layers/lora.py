@@ -84,6 +84,12 @@ class Adapter(nn.Module):
         """B A · scale."""
         return self.b @ self.a * self.low.scale
 
+    def changed(self, weight: Float[Tensor, "out channels *kernel"]) -> Float[Tensor, "out channels *kernel"]:
+        """Its rows of the layer's weight, adapted; computed in float32."""
+        own = weight.flatten(1).float()
+        stretch, changed = self.stretch(own), own + self.change()
+        return (changed if stretch is None else changed * stretch[:, None]).view_as(weight).to(weight.dtype)
+
     def stretch(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"] | None:
         """What DoRA multiplies each row of W + B A · scale with; its norm passes no gradient (section 4.3)."""
         return None if self.length is None else self.length / _lengths((weight + self.change()).detach())
@@ -140,10 +146,7 @@ class AdaptedLinear(nn.Module):
         """The layer alone, its matrix changed as the adapters say."""
         weight = self.base.weight.detach().clone()
         for adapter in self.parts:
-            own = weight[adapter.rows].float()
-            stretch = adapter.stretch(own)
-            own = own + adapter.change()
-            weight[adapter.rows] = (own if stretch is None else own * stretch[:, None]).to(weight.dtype)
+            weight[adapter.rows] = adapter.changed(weight[adapter.rows])
         self.base.weight = nn.Parameter(weight, requires_grad=False)
         return self.base
 
@@ -161,11 +164,7 @@ class ReweightedLinear(nn.Module):
         self.adapter = adapter
 
     def forward(self, weight: Float[Tensor, "out channels *kernel"]) -> Float[Tensor, "out channels *kernel"]:
-        if self.idle:
-            return weight
-        own = weight.flatten(1).float()
-        stretch, changed = self.adapter.stretch(own), own + self.adapter.change()
-        return (changed if stretch is None else changed * stretch[:, None]).view_as(weight).to(weight.dtype)
+        return weight if self.idle else self.adapter.changed(weight)
 
 
 def attach(model: nn.Module, targets: Mapping[Target, LoraSettings]) -> nn.Module:
