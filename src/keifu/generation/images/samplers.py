@@ -224,8 +224,8 @@ def dpm_2m(
         yield SamplerStep(x, picture)
 
 
-def unipc(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random, order: int = 2) -> Iterator[SamplerStep]:
-    """UniPC (Zhao et al., 2023, algorithms 5 to 8) with image prediction and B₂(h) = e^h - 1.
+def unipc(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
+    """UniPC of order 2 (Zhao et al., 2023, algorithms 5 to 8) with image prediction and B₂(h) = e^h - 1.
 
     Each predicted image first corrects the x that it was predicted from, then predicts the next x: the corrector needs
     no evaluation of its own.
@@ -237,8 +237,8 @@ def unipc(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random, orde
         picture = denoise(x, level).picture
         if known:
             x = _unipc_update(previous, known, level, used, picture)
-        known = [*known, (picture, level)][-order:]
-        used = min(order, len(schedule.steps) - number, number + 1)
+        known = [*known[-1:], (picture, level)]
+        used = min(2, len(schedule.steps) - number, number + 1)
         previous = x
         x = _unipc_update(x, known, next_level, used)
         yield SamplerStep(x, picture)
@@ -268,14 +268,8 @@ def _unipc_weights(ratios: Sequence[float], h: float, growth: float) -> list[flo
     if len(ratios) < 2:
         return [0.5] * len(ratios)
     phi = growth / h - 1
-    factorial = 1.0
-    right: list[float] = []
-    for power in range(1, len(ratios) + 1):
-        right.append(phi * factorial / growth)
-        factorial *= power + 1
-        phi = phi / h - 1 / factorial
-    points = torch.tensor(ratios, dtype=torch.float64, device="cpu")
-    powers = torch.stack([points**power for power in range(len(ratios))])
+    right = [phi / growth, 2 * (phi / h - 0.5) / growth]
+    powers = torch.tensor([[1.0, 1.0], [*ratios]], dtype=torch.float64, device="cpu")
     return torch.linalg.solve(powers, torch.tensor(right, dtype=torch.float64, device="cpu")).tolist()
 
 

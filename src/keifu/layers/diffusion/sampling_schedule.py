@@ -75,7 +75,13 @@ def timesteps(
     if kind == "trailing":
         return (total - count * (total / steps)).round() - 1
     if kind == "leading":
-        return _check_inside(count * (total // steps) + noise.steps_offset, noise).flip(0)
+        visited = count * (total // steps) + noise.steps_offset
+        if visited[-1] >= total:
+            raise UserError(
+                f"{steps} steps with the offset {noise.steps_offset} begin at timestep {int(visited[-1])}, and the "
+                f"last is {total - 1}: take fewer steps, or trailing spacing."
+            )
+        return visited.flip(0)
     share = count / (steps - 1) if steps > 1 else count + 1
     if kind == "quadratic":
         return (share * math.sqrt(0.8 * total)).square().floor().flip(0)
@@ -83,20 +89,11 @@ def timesteps(
     return even.round() if rounded else even
 
 
-def _check_inside(found: Tensor, noise: Noise) -> Tensor:
-    if found.max() >= noise.steps:
-        raise UserError(
-            f"{len(found)} steps with the offset {noise.steps_offset} begin at timestep {int(found.max())}, and the "
-            f"last is {noise.steps - 1}: take fewer steps, or trailing spacing."
-        )
-    return found
-
-
 def ddpm_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, last_alpha_one: bool = True) -> Schedule:
     """DDPM's schedule: from each timestep to the next, at last to the clean image or to the noise of timestep 0."""
     visited = [_level_at(noise, int(t)) for t in timesteps(noise, steps, spacing)]
     end = CLEAN if last_alpha_one else _level_at(noise, 0)
-    return Schedule(_steps_between([*visited, end]))
+    return _through([*visited, end])
 
 
 def ddim_schedule(noise: Noise, steps: int, spacing: Spacing | None = None) -> Schedule:
@@ -174,8 +171,8 @@ def _level_at(noise: Noise, timestep: int) -> Level:
 def _schedule_of(visited: Tensor, ratios: Tensor) -> Schedule:
     alphas = (1 + ratios.square()).rsqrt()
     levels = [Level(*row) for row in torch.stack([visited, alphas, ratios * alphas], 1).tolist()]
-    return Schedule(_steps_between([*levels, CLEAN]))
+    return _through([*levels, CLEAN])
 
 
-def _steps_between(levels: list[Level]) -> tuple[Step, ...]:
-    return tuple(Step(*pair) for pair in pairwise(levels))
+def _through(levels: list[Level]) -> Schedule:
+    return Schedule(tuple(Step(*pair) for pair in pairwise(levels)))
