@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from keifu.data.images.grid import grid
 from keifu.evaluation.images.distances import kernel_distance
-from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
+from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.training.optim.weight_averaging import MovingAverage
 from keifu.training.run import checkpoint
 
@@ -49,8 +49,8 @@ def measure(options: argparse.Namespace) -> tuple[list[tuple[int, float, float]]
     found, rows = [], []
     for step, minutes in states(options.run, model):
         drawn = torch.cat([
-            draw_images(
-                model, ImageRequest("dpm++-2m", options.steps, label=label), range(first, min(first + 64, each))
+            PixelPipeline(model).draw(
+                ImageRequest("dpm++-2m", options.steps, label=label), range(first, min(first + 64, each))
             )
             for label in labels
             for each in [-(-options.pictures // len(labels))]

@@ -22,7 +22,7 @@ from torch import Tensor
 from keifu.data.progress import counting
 from keifu.evaluation.images.distances import kernel_distance
 from keifu.evaluation.images.features import Extractor
-from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
+from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.generation.images.samplers import SAMPLERS
 
 ETAS = {"ddim, η = 1": ("ddim", 1.0)}  # rows beside the samplers' own
@@ -42,7 +42,7 @@ def drawn(model, sampler: str, eta: float, steps: int, count: int, batch_size: i
             seeds = range(label, count, max(1, classes))
             for first in range(0, len(seeds), batch_size):
                 wanted = ImageRequest(sampler, steps, eta=eta, label=label if classes else None)
-                parts.append(draw_images(model, wanted, seeds[first : first + batch_size]))
+                parts.append(PixelPipeline(model).draw(wanted, seeds[first : first + batch_size]))
                 advance(sum(map(len, parts)))
     return torch.cat(parts)
 

@@ -20,7 +20,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
 from keifu.generation.images.pixel_diffusion import (
     ImageRequest,
-    draw_images,  # noqa: E402
+    PixelPipeline,  # noqa: E402
 )
 from keifu.generation.text.generate import generate_batch  # noqa: E402
 from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
@@ -92,8 +92,8 @@ def test_texts_and_pictures_are_those_of_the_cpu(tmp_path: Path) -> None:
     found = generate_batch(there, tokenizer, [[5, 6, 7], [8]], wanted)
     assert [text.tokens for text in found] == [text.tokens for text in expected]
     network = DRAWERS["ddpm"]().eval()
-    picture = draw_images(network, ImageRequest(steps=5), [1, 2])
-    assert (draw_images(network.to(GPU), ImageRequest(steps=5), [1, 2]).int() - picture.int()).abs().max() <= 2
+    picture = PixelPipeline(network).draw(ImageRequest(steps=5), [1, 2])
+    assert (PixelPipeline(network.to(GPU)).draw(ImageRequest(steps=5), [1, 2]).int() - picture.int()).abs().max() <= 2
 
 
 @pytest.mark.skipif(not GPU.startswith("cuda"), reason="only CUDA counts the most memory that was taken")

@@ -8,7 +8,7 @@ import torch
 from keifu.data.images.io import to_signed
 from keifu.generation.images.autoregressive import real_tokens, sample_image_tokens
 from keifu.generation.images.latent_diffusion import text_denoiser
-from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise, draw_images
+from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline, SeededNoise
 from keifu.generation.images.samplers import configure_sampler
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.losses import LOSSES
@@ -131,7 +131,7 @@ def test_a_drawing_network_learns_two_pictures_by_heart(name):
     assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.12
     model.eval()
     for label in range(2) if config.n_classes else [None]:
-        drawn = draw_images(model, ImageRequest(steps=20, label=label), range(4))
+        drawn = PixelPipeline(model).draw(ImageRequest(steps=20, label=label), range(4))
         apart = (drawn[:, None].float() / 127.5 - 1 - bars).abs().mean((2, 3, 4))
         assert (apart.min(1).values < 0.2).all()
         assert label is None or (apart.argmin(1) == label).all()

@@ -35,9 +35,8 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
 from keifu.generation.images.pixel_diffusion import (
     ImageRequest,
+    PixelPipeline,  # noqa: E402
     denoising_strip,
-    draw_images,
-    sample_images,  # noqa: E402
 )
 from keifu.generation.images.samplers import SAMPLERS  # noqa: E402
 from keifu.generation.text.engine import Engine
@@ -393,9 +392,9 @@ def test_pictures_drawn_there_are_those_of_the_cpu(sampler: str) -> None:
     torch.manual_seed(0)
     model = ddpm.build(ddpm.Config(**NETWORK, noise=Noise(steps=30))).eval()
     wanted = ImageRequest(steps=None if sampler == "ddpm" else 4, sampler=sampler)
-    expected = draw_images(model, wanted, [1, 2])
+    expected = PixelPipeline(model).draw(wanted, [1, 2])
     with simulated():
-        found = draw_images(model.to(device()), wanted, [1, 2])
+        found = PixelPipeline(model.to(device())).draw(wanted, [1, 2])
     assert found.device == CPU and (found.int() - expected.int()).abs().max() <= 1
 
 
@@ -410,7 +409,7 @@ def results(writer: nn.Module, translator: nn.Module, drawer: nn.Module) -> list
             found += engine.step()
         sources, settings = [[3, 4, 5, 6], [7], [8, 9]], TranslationParams(beam=3, max_tokens=4)
         found += search(deepcopy(translator).to(dtype), sources, settings)
-    strip = denoising_strip(list(sample_images(drawer, ImageRequest("dpm++-2m", 4), [1])))
+    strip = denoising_strip(list(PixelPipeline(drawer).drawing(ImageRequest("dpm++-2m", 4), [1])))
     return [*found, strip.pictures.tolist()]
 
 

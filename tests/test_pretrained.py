@@ -85,12 +85,13 @@ def test_a_network_is_as_right_as_its_card_says(name: str) -> None:
 
 
 def test_it_draws_the_digit_that_is_asked_for() -> None:
-    from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
+    from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 
     model, _ = keifu.load("digits")
     network, _ = keifu.load("network")
+    painter = PixelPipeline(model)
     drawn = [
-        draw_images(model, ImageRequest("dpm++-2m", label=label, seed=3, guidance=2.0).resolved(model), [3])
+        painter.draw(painter.resolved(ImageRequest("dpm++-2m", label=label, seed=3, guidance=2.0)), [3])
         for label in (2, 7)
     ]
     pictures = torch.cat(drawn)

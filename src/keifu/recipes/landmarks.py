@@ -15,7 +15,7 @@ from keifu.evaluation.images.text_to_image import cosines
 from keifu.evaluation.plots.decision_boundary import canvas, png
 from keifu.evaluation.text.inspection import draw_maps, inspect_translation
 from keifu.generation.images.pipeline import text_to_image_pipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest, label_number, sample_images, to_pixels
+from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline, to_pixels
 from keifu.generation.text.fill import Guess, fill
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.recipes.neurons import perceptron
@@ -109,9 +109,9 @@ def _bars(found: dict[str, list[Guess]]) -> bytes:
 
 
 def _draw(name: str) -> dict[str, bytes]:
-    model: Any = checkpoints.load(name)[0]
-    wanted = ImageRequest("dpm++-2m", seed=SEED, label=label_number(model, DIGIT), guidance=2.0).resolved(model)
-    states = list(sample_images(model, wanted, [SEED]))
+    painter = PixelPipeline(checkpoints.load(name)[0])
+    wanted = ImageRequest("dpm++-2m", seed=SEED, label=painter.label(DIGIT), guidance=2.0)
+    states = list(painter.drawing(painter.resolved(wanted), [SEED]))
     places = [round(place * (len(states) - 1) / 7) for place in range(8)]
     pictures = to_pixels(torch.cat([states[place].x for place in places])).flatten(1) / 255
     print(f"   2020, a diffusion model: a {DIGIT} forms from noise, in {len(states)} steps:", flush=True)

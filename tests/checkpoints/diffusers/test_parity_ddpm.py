@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.generation.images.pixel_diffusion import ImageRequest, sample_images
+from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.diffusion import ddpm
 
@@ -204,7 +204,7 @@ def test_a_saved_pipeline_draws_the_same_picture(changed, tmp_path) -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     expected = pipeline(2, generators, num_inference_steps=12, output_type="pt", return_dict=False)[0]
     for _ in range(2):  # the model itself, then the saved one
-        *_, last = sample_images(model, ImageRequest(sampler="ddpm", steps=12), seeds)
+        *_, last = PixelPipeline(model).drawing(ImageRequest(sampler="ddpm", steps=12), seeds)
         torch.testing.assert_close((last.x / 2 + 0.5).clamp(0, 1), expected, rtol=0, atol=1e-5)
         model = checkpoints.load_model(tmp_path)
 

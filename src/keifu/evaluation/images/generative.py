@@ -230,17 +230,17 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
     if request.metric not in (None, *METRICS):
         raise unknown("metric of a diffusion model", request.metric, METRICS)
     if request.metric == "classes":
-        return class_agreement(model, drawer, request)
+        return class_agreement(drawer, request)
     if request.judge is not None or request.guidance is not None:
         raise UserError("--judge and --guidance are for the metric classes alone: give --metric classes, or neither.")
     real, parts = _real_images(drawer, request)
     compared = request.metric in (None, "distances")
-    beside = _generate_beside(model, drawer, real, parts, request) if compared else EvalResult({})
+    beside = _generate_beside(drawer, real, parts, request) if compared else EvalResult({})
     held = EvalResult({}) if request.metric == "distances" else _held_out(drawer, parts.test, request)
     return replace(beside, figures=beside.figures | held.figures, notes=beside.notes + held.notes, tables=held.tables)
 
 
-def class_agreement(model: nn.Module, drawer: ImageModel, request: EvalRequest) -> EvalResult:
+def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
     """How often a classifier of rows of grey values sees the class in an image that it was drawn of."""
     judge, classes = request.judge, drawer.config.classes or ()
     if not isinstance(judge, RowClassifier) or not classes:
@@ -253,8 +253,9 @@ def class_agreement(model: nn.Module, drawer: ImageModel, request: EvalRequest) 
             f"The judge reads {judge.config.dim} numbers of the classes {', '.join(judge.classes)}: no judge of these."
         )
     count, guidance = request.limit or DRAWN, 1.0 if request.guidance is None else request.guidance
-    wanted = ImageRequest(request.sampler or "ddim", request.steps, request.seed, 0, guidance).resolved(drawer)
-    drawn = _generated(model, drawer, wanted, count, request.batch_size or BATCH, range(len(classes)))
+    pipeline = pixel_diffusion.PixelPipeline(drawer)
+    wanted = pipeline.resolved(ImageRequest(request.sampler or "ddim", request.steps, request.seed, 0, guidance))
+    drawn = _generated(pipeline, wanted, count, request.batch_size or BATCH, range(len(classes)))
     found = judge.predict_proba(drawn.flatten(1) / 255).argmax(-1).tolist()
     seen = torch.tensor([classes.index(judge.classes[each]) for each in found])
     confusion = Confusion.of(torch.arange(count) % len(classes), seen, classes)
@@ -266,14 +267,13 @@ def class_agreement(model: nn.Module, drawer: ImageModel, request: EvalRequest) 
     )
 
 
-def _generate_beside(
-    model: nn.Module, drawer: ImageModel, real: ImageDataset, parts: ImageSplit, request: EvalRequest
-) -> EvalResult:
+def _generate_beside(drawer: ImageModel, real: ImageDataset, parts: ImageSplit, request: EvalRequest) -> EvalResult:
     """Generates images and compares them with the real ones."""
     any_class = 0 if drawer.config.n_classes and not drawer.config.null_class else None
-    wanted = ImageRequest(request.sampler or "ddim", request.steps, request.seed, any_class).resolved(drawer)
+    pipeline = pixel_diffusion.PixelPipeline(drawer)
+    wanted = pipeline.resolved(ImageRequest(request.sampler or "ddim", request.steps, request.seed, any_class))
     labels = [None] if any_class is None else range(drawer.config.n_classes)
-    drawn = _generated(model, drawer, wanted, request.limit or DRAWN, request.batch_size or BATCH, labels)
+    drawn = _generated(pipeline, wanted, request.limit or DRAWN, request.batch_size or BATCH, labels)
     return write_neighbours(drawn, real, parts.test if len(parts.train) else None, request, wanted)
 
 
@@ -416,7 +416,7 @@ def read_squares(on: str, size: tuple[int, int], channels: int) -> ImageDataset:
 
 
 def _generated(
-    model: nn.Module, drawer: ImageModel, wanted: ImageRequest, count: int, size: int, labels: Sequence[int | None]
+    pipeline: pixel_diffusion.PixelPipeline, wanted: ImageRequest, count: int, size: int, labels: Sequence[int | None]
 ) -> Bytes:
     """So many images with consecutive seeds, of each class in turn."""
     pictures: dict[int, Tensor] = {}
@@ -426,7 +426,7 @@ def _generated(
             for first in range(0, len(numbers), size):
                 part = numbers[first : first + size]
                 seeds = [(wanted.seed or 0) + number for number in part]
-                drawn = pixel_diffusion.draw_images(model, replace(wanted, label=label), seeds)
+                drawn = pipeline.draw(replace(wanted, label=label), seeds)
                 pictures |= zip(part, drawn, strict=True)
                 advance(len(pictures))
     return torch.stack([pictures[number] for number in range(count)])

@@ -16,11 +16,17 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.denoiser import Network, guided_denoiser
 from keifu.generation.images.image_to_image import KeptRegion, add_initial_noise, run_inpainting
-from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, SeededNoise, Watch, to_pixels, trained_size
-from keifu.generation.images.png_metadata import fingerprint
+from keifu.generation.images.pixel_diffusion import (
+    Bytes,
+    ImageRequest,
+    Pipeline,
+    SeededNoise,
+    Watch,
+    to_pixels,
+    trained_size,
+)
 from keifu.generation.images.samplers import Random, SamplerStep, last_x
 from keifu.generation.images.tiled_vae import LatentCodec, tile_of
-from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack
 
@@ -75,27 +81,18 @@ def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncat
     return torch.tensor([row + [padding] * (length - len(row)) for row in rows], device="cpu")
 
 
-class TextToImagePipeline:
-    """A text-to-image pipeline, with the tokenizer of its texts. colours: 1 for grey, 3 for colour.
+class TextToImagePipeline(Pipeline):
+    """A text-to-image pipeline, with the tokenizer of its texts. colours: 1 for grey, 3 for colour."""
 
-    usual_guidance, usual_sampler: the defaults. pixels: whether its steps are images, not latents.
-    """
-
-    usual_guidance = 1.0
-    usual_sampler = "ddim"
     pixels = False
 
     def __init__(self, model: Any, tokenizer: Tokenizer):
-        self.model, self.tokenizer, self.colours = model, tokenizer, int(model.config.colours)
+        super().__init__(model)
+        self.tokenizer, self.colours = tokenizer, int(model.config.colours)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
-
-    def fingerprint(self) -> str:
-        """A digest of weights, config and tokenizer: equal ones generate the same images."""
-        return fingerprint(self.model, self.tokenizer.fingerprint)
+    def fingerprint(self, beside: str = "") -> str:
+        """Of the tokenizer too."""
+        return super().fingerprint(self.tokenizer.fingerprint + beside)
 
     def label(self, name: str) -> int:
         """There is none: a `UserError`."""
@@ -135,11 +132,6 @@ class LatentDiffusionPipeline(TextToImagePipeline):
 
     usual_guidance = 7.5  # the released Stable Diffusion's
     usual_sampler = "dpm++-2m"  # 20 steps of it for the 50 of others
-
-    @property
-    def noise(self) -> Noise:
-        """The noise schedule of its latents."""
-        return self.model.noise
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
         """The same request with every default filled in, checked against the model."""

@@ -7,10 +7,11 @@ rounding of products that are computed for several images at once. Its noise is 
 the same. Axes: batch, channels, height, width.
 """
 
+import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -125,18 +126,6 @@ class ImageRequest:
         """The sampler with these settings for a model's noise."""
         return configure_sampler(noise, self.sampler, self.steps, self.spacing, self.karras, self.eta)
 
-    def resolved(self, model: ImageModel) -> "ImageRequest":
-        """The same request with every default filled in, checked against the model."""
-        if self.text is not None or self.negative:
-            text = self.text or self.negative
-            raise UserError(f"This model reads no text, so {text!r} means nothing to it: leave it out (see --label).")
-        if self.tile is not None:
-            raise UserError(NO_TILES)
-        size = self.sides() or trained_size(model)
-        check_label(model, self.label, self.guidance)
-        model.check_size(model.config.channels, *size)
-        return self.completed(model.noise, size)
-
     def completed(self, noise: Noise, size: tuple[int, int]) -> "ImageRequest":
         """The same request with this size, and with defaults for steps, seed, spacing and strength."""
         if given := [name for name in OF_EMBEDDINGS if vars(self)[name] not in (None, 1)]:
@@ -217,46 +206,93 @@ def check_label(model: ImageModel, label: int | None, guidance: float) -> None:
         raise UserError("This model was trained with labels alone, and guidance needs what it draws without one.")
 
 
-def label_number(model: ImageModel, name: str) -> int:
-    """A class by its name, or by its number."""
-    if name in model.config.classes:
-        return model.config.classes.index(name)
-    if name.isdigit():
-        return int(name)
-    raise unknown("class of this model", name, model.config.classes or [str(n) for n in range(model.config.n_classes)])
+class Pipeline:
+    """What all image pipelines share.
 
-
-@torch.inference_mode()
-def sample_images(model: ImageModel, wanted: ImageRequest, seeds: Sequence[int]) -> Iterator[SamplerStep]:
-    """x and the predicted images after each step, for an image of each seed, on the model's device.
-
-    The convolutions' weights are prepacked once, which takes about as long as a step.
+    usual_guidance, usual_sampler: the defaults. pixels: whether its steps are images, not latents.
     """
-    chosen = wanted.configure_sampler(model.noise)
-    device = next(model.parameters()).device
-    shape = len(seeds), model.config.channels, *(wanted.size or trained_size(model))
-    label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
-    network = label_denoiser(prepack(model), label, wanted.guidance, wanted.guidance_rescale)
-    random, schedule = SeededNoise(seeds), wanted.schedule(chosen.schedule)
-    noise = random(torch.empty(shape, dtype=torch.float32, device=device))
-    if wanted.init is None:
-        yield from run_inpainting(chosen, network, noise * schedule.initial_sigma, schedule, random)
-        return
-    picture = wanted.init.pixels(shape[2:], shape[1]).to(device).expand_as(noise)
-    anew = wanted.anew()
-    kept = None if anew is None else KeptRegion(picture, noise, anew.to(device))
-    x = noise * schedule.initial_sigma if wanted.from_noise else add_initial_noise(picture, noise, schedule)
-    yield from run_inpainting(chosen, network, x, schedule, random, kept)
+
+    usual_guidance = 1.0
+    usual_sampler = "ddim"
+    pixels = True
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    @property
+    def noise(self) -> Noise:
+        """The noise schedule."""
+        return self.model.noise
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def fingerprint(self, beside: str = "") -> str:
+        """A SHA-256 of every tensor's name, type, shape and bytes, of the config, and of what stands `beside` the
+        model: equal ones generate the same images."""
+        digest = hashlib.sha256((repr(self.model.config) + beside).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        return digest.hexdigest()
 
 
-def draw_images(
-    model: nn.Module, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None
-) -> Bytes:
-    """A finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
+class PixelPipeline(Pipeline):
+    """Generates images with a pixel diffusion model; any other model is a `UserError`."""
 
-    An image that is not finite, as from damaged weights, is a `UserError`.
-    """
-    return to_pixels(last_x(sample_images(require_diffusion_model(model), wanted, seeds), watch))
+    def __init__(self, model: nn.Module):
+        super().__init__(require_diffusion_model(model))
+
+    def label(self, name: str) -> int:
+        """A class by its name, or by its number; an unknown one is a `UserError`."""
+        config = self.model.config
+        if name in config.classes:
+            return config.classes.index(name)
+        if name.isdigit():
+            return int(name)
+        raise unknown("class of this model", name, config.classes or [str(n) for n in range(config.n_classes)])
+
+    def resolved(self, wanted: ImageRequest) -> ImageRequest:
+        """The same request with every default filled in, checked against the model."""
+        if wanted.text is not None or wanted.negative:
+            text = wanted.text or wanted.negative
+            raise UserError(f"This model reads no text, so {text!r} means nothing to it: leave it out (see --label).")
+        if wanted.tile is not None:
+            raise UserError(NO_TILES)
+        size = wanted.sides() or trained_size(self.model)
+        check_label(self.model, wanted.label, wanted.guidance)
+        self.model.check_size(self.model.config.channels, *size)
+        return wanted.completed(self.noise, size)
+
+    @torch.inference_mode()
+    def drawing(self, wanted: ImageRequest, seeds: Sequence[int]) -> Iterator[SamplerStep]:
+        """x and the predicted images after each step, for an image of each seed, on the model's device.
+
+        The convolutions' weights are prepacked once, which takes about as long as a step.
+        """
+        model, device, chosen = self.model, self.device, wanted.configure_sampler(self.noise)
+        shape = len(seeds), model.config.channels, *(wanted.size or trained_size(model))
+        label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
+        network = label_denoiser(prepack(model), label, wanted.guidance, wanted.guidance_rescale)
+        random, schedule = SeededNoise(seeds), wanted.schedule(chosen.schedule)
+        noise = random(torch.empty(shape, dtype=torch.float32, device=device))
+        x, kept = noise * schedule.initial_sigma, None
+        if wanted.init is not None:
+            picture = wanted.init.pixels(shape[2:], shape[1]).to(device).expand_as(noise)
+            anew = wanted.anew()
+            kept = None if anew is None else KeptRegion(picture, noise, anew.to(device))
+            x = x if wanted.from_noise else add_initial_noise(picture, noise, schedule)
+        yield from run_inpainting(chosen, network, x, schedule, random, kept)
+
+    def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
+        """A finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
+
+        An image that is not finite, as from damaged weights, is a `UserError`.
+        """
+        return to_pixels(last_x(self.drawing(wanted, seeds), watch))
 
 
 def to_pixels(x: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:

@@ -1,6 +1,5 @@
 """PNG metadata: model, settings and seed of a generated image, so that it can be generated again bit for bit."""
 
-import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass, field, fields
@@ -9,7 +8,6 @@ from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch import nn
 
 from keifu import __version__
 from keifu.errors import UserError
@@ -108,14 +106,3 @@ def _record(json: dict[str, Any]) -> ImageRecord:
         raise KeyError(", ".join(sorted(missing)))
     told = {"drawing": ImageRequest(**wanted), "kept": tuple(json["kept"])}
     return ImageRecord(**{**json, **told, "loras": tuple(LoraRecord(**each) for each in json["loras"])})
-
-
-def fingerprint(model: nn.Module, beside: str = "") -> str:
-    """A SHA-256 of every tensor's name, type, shape and bytes, of the config, and of what stands `beside` the model:
-    equal for models that draw alike."""
-    digest = hashlib.sha256((repr(model.config) + beside).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
-    return digest.hexdigest()

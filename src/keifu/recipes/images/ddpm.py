@@ -24,7 +24,7 @@ from keifu.data.images.dataset import ImageBatches, ImageSplit, read_images, spl
 from keifu.data.images.grid import grid
 from keifu.devices import choose
 from keifu.errors import UserError
-from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
+from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
 from keifu.ranges import check
@@ -195,7 +195,7 @@ def sampler(model: ddpm.DDPM, seed: int) -> Callable[[int], bytes]:
 
     def sample(step: int) -> bytes:
         wanted = [ImageRequest(label=label) for label in classes] or [ImageRequest()]
-        drawn = torch.cat([draw_images(model, each, seeds) for each in wanted])
+        drawn = torch.cat([PixelPipeline(model).draw(each, seeds) for each in wanted])
         about = {"keifu": f"step {step}, sampler ddim, seeds {seeds[0]} to {seeds[-1]}"}
         return grid(drawn, columns=count if classes else None, about=about)
 
