@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from keifu.data.images.io import to_signed
-from keifu.generation.images.autoregressive import real_tokens, sample_image_tokens
+from keifu.generation.images.autoregressive import sample_image_tokens
 from keifu.generation.images.latent_diffusion import text_denoiser
 from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline, SeededNoise
 from keifu.generation.images.samplers import configure_sampler
+from keifu.layers.attention.masks import real_tokens
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.losses import LOSSES
 from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, mlp, palm, perceptron, qwen3, seq2seq, transformer

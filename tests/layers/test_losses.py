@@ -16,6 +16,10 @@ def reference(logits, targets, label_smoothing, z_loss):
     return total + z_loss * (logits.logsumexp(-1) ** 2)[targets != -100].sum()
 
 
+def linear_cross_entropy(hidden, weight, targets, mask=None, **more):
+    return losses.linear_cross_entropy(hidden, weight, None, targets, mask, **more)[0]
+
+
 @pytest.fixture
 def case():
     torch.manual_seed(3)
@@ -31,7 +35,7 @@ def case():
 def test_linear_cross_entropy_equals_the_loss_of_the_logits(case, label_smoothing, z_loss, at_a_time, monkeypatch):
     hidden, weight, targets = case
     monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", at_a_time)
-    ours = losses.linear_cross_entropy(hidden, weight, targets, label_smoothing=label_smoothing, z_loss=z_loss)
+    ours = linear_cross_entropy(hidden, weight, targets, label_smoothing=label_smoothing, z_loss=z_loss)
     theirs = reference((hidden @ weight.T).flatten(0, 1), targets.flatten(), label_smoothing, z_loss)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
     got = torch.autograd.grad(ours * 0.5, (hidden, weight))
@@ -42,7 +46,7 @@ def test_linear_cross_entropy_equals_the_loss_of_the_logits(case, label_smoothin
 def test_a_mask_is_the_same_as_ignored_targets(case):
     hidden, weight, targets = case
     mask = torch.rand(2, 11) < 0.5
-    masked = losses.linear_cross_entropy(hidden, weight, targets, mask)
+    masked = linear_cross_entropy(hidden, weight, targets, mask)
     ignored = losses.cross_entropy(hidden @ weight.T, targets.masked_fill(~mask, -100))
     by_mask = losses.cross_entropy(hidden @ weight.T, targets, mask)
     torch.testing.assert_close(masked, ignored)
@@ -52,7 +56,7 @@ def test_a_mask_is_the_same_as_ignored_targets(case):
 def test_shares_are_what_each_position_counts(case):
     hidden, weight, targets = case
     shares = torch.rand(2, 11)
-    ours = losses.linear_cross_entropy(hidden, weight, targets, z_loss=0.1, shares=shares)
+    ours = linear_cross_entropy(hidden, weight, targets, z_loss=0.1, shares=shares)
     each = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
     z = 0.1 * (hidden @ weight.T).logsumexp(-1).flatten() ** 2 * (targets != -100).flatten()
     theirs = ((each + z) * shares.flatten()).sum()
@@ -85,7 +89,7 @@ def test_two_processes_with_some_classes_each_have_the_loss_of_all(case, at_a_ti
 
     def found(first, end, *more):
         own = [hidden.clone().requires_grad_(), *(x[first:end].clone().requires_grad_() for x in (weight, bias))]
-        total, plain = losses.smoothed_linear_cross_entropy(*own, targets, None, 0.1, 0.03, shares, *more)
+        total, plain = losses.linear_cross_entropy(*own, targets, None, 0.1, 0.03, shares, *more)
         return total, plain, *torch.autograd.grad(total, own)
 
     with ThreadPoolExecutor(2) as threads:
@@ -108,7 +112,7 @@ def test_cross_entropy_terms(case):
 
 def test_nothing_counts_gives_zero_and_no_nan(case):
     hidden, weight, targets = case
-    loss = losses.linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), label_smoothing=0.1, z_loss=0.1)
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), label_smoothing=0.1, z_loss=0.1)
     gradient = torch.autograd.grad(loss, hidden)[0]
     assert loss.item() == 0 and gradient.abs().max().item() == 0
 
@@ -118,7 +122,7 @@ def test_autocast_keeps_the_probabilities_in_float32():
     hidden, weight = torch.randn(64, 32), torch.randn(1000, 32)
     targets = torch.randint(0, 1000, (64,))
     with torch.autocast("cpu", torch.bfloat16):
-        ours = losses.linear_cross_entropy(hidden, weight, targets)
+        ours = linear_cross_entropy(hidden, weight, targets)
     exact = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     assert ours.dtype == torch.float32
     assert abs(ours - exact) / exact < 2e-3
@@ -132,7 +136,7 @@ def test_the_loss_is_one_operator_for_the_compiler_with_the_same_bits(case, some
     monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", 29 * rows)
 
     def loss(hidden, weight):
-        return losses.linear_cross_entropy(hidden, weight, targets, **some)
+        return linear_cross_entropy(hidden, weight, targets, **some)
 
     operators = []
 
@@ -155,11 +159,11 @@ def test_the_operator_says_the_shapes_and_types_that_it_gives(case):
 
 def test_only_gradients_that_are_wanted_are_made(case):
     hidden, weight, targets = case
-    both = torch.autograd.grad(losses.linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    both = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
     for own in (hidden, weight.detach()), (hidden.detach(), weight):
         products = FlopCounterMode(display=False)
         with products:
-            loss = losses.linear_cross_entropy(*own, targets)
+            loss = linear_cross_entropy(*own, targets)
         (found,) = torch.autograd.grad(loss, [each for each in own if each.requires_grad])
         assert torch.equal(found, both[0] if own[0] is hidden else both[1])
         assert products.get_total_flops() == 2 * (2 * 22 * 7 * 29)  # the logits, and one gradient

@@ -108,7 +108,7 @@ class Head(Tensor):
             match func, args:
                 case F.embedding, (tokens, Head() as head, *_):
                     return head.look_up(tokens)
-                case losses.smoothed_linear_cross_entropy, (hidden, Head() as head, bias, *rest):
+                case losses.linear_cross_entropy, (hidden, Head() as head, bias, *rest):
                     return head.loss(hidden, bias, rest)
             return func(*(each.whole() if isinstance(each, Head) else each for each in args), **(kwargs or {}))
 
@@ -131,7 +131,7 @@ class Head(Tensor):
         classes = losses.Vocabulary(self.own.start, self.classes.shape[0], self.tokens.stack)
         bias = None if bias is None else self.tokens.shared(bias)[self.own.start : self.own.stop]
         own = self.tokens.shared(hidden), self.as_subclass(Tensor), bias
-        return losses.smoothed_linear_cross_entropy(*own, *rest, vocabulary=classes)
+        return losses.linear_cross_entropy(*own, *rest, vocabulary=classes)
 
 
 class SplitRows:

@@ -55,31 +55,21 @@ def cross_entropy(
 
 
 def linear_cross_entropy(
-    hidden: Float[Tensor, "*batch dim"], weight: Float[Tensor, "vocab dim"], targets: Int[Tensor, "*batch"],
-    mask: Bool[Tensor, "*batch"] | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0,
-    shares: Float[Tensor, "*batch"] | None = None,
-) -> Float[Tensor, ""]:  # fmt: skip
-    """`cross_entropy(hidden @ weight.T, ...)` with its gradient made on the way, so that few logits exist at a time.
-
-    Where autocast is on, the products are in its type; probabilities are in float32 either way. `shares` are what each
-    position's loss is multiplied with, 1 where None.
-    """
-    return smoothed_linear_cross_entropy(hidden, weight, None, targets, mask, label_smoothing, z_loss, shares)[0]
-
-
-def smoothed_linear_cross_entropy(
     hidden: Float[Tensor, "*batch dim"], weight: Float[Tensor, "vocab dim"], bias: Float[Tensor, " vocab"] | None,
     targets: Int[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None, label_smoothing: float = 0.0,
     z_loss: float = 0.0, shares: Float[Tensor, "*batch"] | None = None, vocabulary: Vocabulary | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
-    """The loss of `linear_cross_entropy`, of a head that may have a bias, and beside it the sum of -log p(target).
+    """`cross_entropy(hidden @ weight.T + bias, ...)` with its gradient made on the way, so that few logits exist at a
+    time, and beside it the sum of -log p(target).
 
-    The second has no gradient and costs nothing: runs with different smoothing are compared by it. vocabulary: where
-    weight and bias are those of some classes alone; the gradient of `hidden` is then this process's part of a sum.
+    The second has no gradient and costs nothing: runs with different smoothing are compared by it. Where autocast is
+    on, the products are in its type; probabilities are in float32 either way. `shares` are what each position's loss is
+    multiplied with, 1 where None. vocabulary: where weight and bias are those of some classes alone; the gradient of
+    `hidden` is then this process's part of a sum.
     """
     if has_torch_function_unary(weight):  # a tensor that says itself how, as torch's own functions ask
         given = hidden, weight, bias, targets, mask, label_smoothing, z_loss, shares
-        return handle_torch_function(smoothed_linear_cross_entropy, (weight,), *given)
+        return handle_torch_function(linear_cross_entropy, (weight,), *given)
     targets = targets.flatten()
     if mask is not None:
         targets = targets.masked_fill(~mask.flatten(), IGNORED)

@@ -12,9 +12,10 @@ from stopping import stopped_and_whole
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
+from keifu.layers.attention.masks import real_tokens
 from keifu.models.clip import text as clip_text
 from keifu.recipes.images import clip, unclip
-from keifu.training.objectives.unclip import blur_images, embedding_moments, random_crops, real_tokens
+from keifu.training.objectives.unclip import blur_images, embedding_moments, random_crops
 
 pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
 

@@ -66,7 +66,7 @@ def test_what_padding_holds_changes_nothing() -> None:
 def test_a_head_with_a_bias_has_its_gradient() -> None:
     hidden, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((9, 4), (11, 4), (11,)))
     targets = torch.randint(11, (9,))
-    ours, plain = losses.smoothed_linear_cross_entropy(hidden, weight, bias, targets, label_smoothing=0.2)
+    ours, plain = losses.linear_cross_entropy(hidden, weight, bias, targets, label_smoothing=0.2)
     theirs = nn.functional.cross_entropy(hidden @ weight.T + bias, targets, reduction="sum", label_smoothing=0.2)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(plain, nn.functional.cross_entropy(hidden @ weight.T + bias, targets, reduction="sum"))

@@ -17,19 +17,12 @@ from keifu.generation.images.latent_diffusion import TextToImagePipeline
 from keifu.generation.images.pixel_diffusion import BY_TOKEN, Bytes, ImageRequest, Watch, to_pixels
 from keifu.generation.images.samplers import SamplerStep
 from keifu.generation.text.sampler import sample
+from keifu.layers.attention.masks import real_tokens
 from keifu.layers.counter_rng import uniform
 
 Codes = Int[Tensor, "batch rows columns"]
 # what is heeded of an `ImageRequest`, see `resolved`
 HEEDED = ("seed", "count", "text", "truncate", "size", "steps", "guidance", "spacing")
-
-
-def real_tokens(tokens: Int[Tensor, "batch text"], end: int | None) -> Bool[Tensor, "batch text"]:
-    """Where a text is, up to its end and with it; the padding behind is none. Without an end all is text."""
-    if end is None:
-        return torch.ones_like(tokens, dtype=torch.bool)
-    ended = (tokens == end).cumsum(1)
-    return ended - (tokens == end).long() == 0
 
 
 @torch.inference_mode()

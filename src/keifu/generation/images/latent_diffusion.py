@@ -146,6 +146,7 @@ class LatentDiffusionPipeline(TextToImagePipeline):
         self.tokens([wanted.text, wanted.negative], wanted.truncate)
         size = wanted.sides() or trained_size(self.model)
         self.model.check_size(*size)
+        wanted.check_no_embedding()
         factor = self.model.config.factor
         whole = replace(wanted.completed(self.noise, size), tile=tile_of(wanted.tile, size, factor))
         anew = whole.anew()

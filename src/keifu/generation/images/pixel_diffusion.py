@@ -128,9 +128,6 @@ class ImageRequest:
 
     def completed(self, noise: Noise, size: tuple[int, int]) -> "ImageRequest":
         """The same request with this size, and with defaults for steps, seed, spacing and strength."""
-        if given := [name for name in OF_EMBEDDINGS if vars(self)[name] not in (None, 1)]:
-            option = f"--{given[0].replace('_', '-')}"
-            raise UserError(f"{option} is for a model that draws by way of an embedding (unCLIP): leave it out.")
         steps = len(self.configure_sampler(noise).schedule.steps)
         seed = secrets.randbits(32) if self.seed is None else self.seed
         usual = None if self.init is None else 1.0 if self.mask else STRENGTH
@@ -138,6 +135,12 @@ class ImageRequest:
         whole.schedule(whole.configure_sampler(noise).schedule)
         self._check_mask(size)
         return replace(whole, spacing=self.spacing or noise.spacing)
+
+    def check_no_embedding(self) -> None:
+        """Refuses what only unCLIP has."""
+        if given := [name for name in OF_EMBEDDINGS if vars(self)[name] not in (None, 1)]:
+            option = f"--{given[0].replace('_', '-')}"
+            raise UserError(f"{option} is for a model that draws by way of an embedding (unCLIP): leave it out.")
 
     def sides(self) -> tuple[int, int] | None:
         """Height and width that were asked for, or those of the input image."""
@@ -265,6 +268,7 @@ class PixelPipeline(Pipeline):
         size = wanted.sides() or trained_size(self.model)
         check_label(self.model, wanted.label, wanted.guidance)
         self.model.check_size(self.model.config.channels, *size)
+        wanted.check_no_embedding()
         return wanted.completed(self.noise, size)
 
     @torch.inference_mode()
@@ -313,25 +317,20 @@ class Strip(NamedTuple):
     columns: int
 
 
-def noising_strip(
-    picture: UInt8[Tensor, "channels height width"], noise: Noise, count: int = 8, seed: int = 0
-) -> Strip:
+def noising_strip(picture: UInt8[Tensor, "channels height width"], noise: Noise, count: int) -> Strip:
     """A picture at evenly spaced timesteps, from itself to the last, with the same noise growing on it."""
     clean = to_signed(picture)[None].expand(count, -1, -1, -1)
-    added = SeededNoise([seed])(clean[:1]).expand_as(clean)
+    added = SeededNoise([0])(clean[:1]).expand_as(clean)
     timestep = torch.linspace(0, noise.steps - 1, count, dtype=torch.float32, device="cpu").round().long()
     noisy = torch.cat([clean[:1], add_noise(clean, added, noise.alpha_bar, timestep)[1:]])
     return Strip(to_bytes(noisy), ["picture", *(f"t = {t}" for t in timestep[1:].tolist())], count)
 
 
-def denoising_strip(states: Sequence[SamplerStep], place: int = 0, count: int = 8) -> Strip:
-    """One picture's way out of noise, evenly spaced: x above, and below it the picture that the network saw in it."""
-    places = torch.linspace(0, len(states) - 1, min(count, len(states)), dtype=torch.float32, device="cpu")
+def denoising_strip(states: Sequence[SamplerStep]) -> Strip:
+    """The first picture's way out of noise, evenly spaced: x above, and below it the picture that the network saw in
+    it."""
+    places = torch.linspace(0, len(states) - 1, min(8, len(states)), dtype=torch.float32, device="cpu")
     steps = places.round().long().tolist()
-    chosen = [states[step] for step in steps]
-    rows: list[Float[Tensor, "picture channels height width"]] = [
-        torch.stack([state.x[place] for state in chosen]),
-        torch.stack([state.picture[place] for state in chosen]),
-    ]
+    shown = [states[step].x[0] for step in steps] + [states[step].picture[0] for step in steps]
     captions = [f"{name}, step {step + 1}" for name in ("x", "seen") for step in steps]
-    return Strip(to_bytes(torch.cat(rows)).cpu(), captions, len(steps))
+    return Strip(to_bytes(torch.stack(shown)).cpu(), captions, len(steps))

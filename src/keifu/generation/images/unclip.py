@@ -28,7 +28,6 @@ Embedding = Float[Tensor, "batch embedding"]
 
 PRIOR_GUIDANCE, PRIOR_STEPS, UPSAMPLING_STEPS = 4.0, 25, 7  # Karlo's, the published unCLIP
 OF_PIXELS = ("strength", "mask", "tile")  # without meaning where an image is generated from an embedding
-OWN = ("init", "towards", "prior_steps", "prior_guidance", "candidates", "upsampling_steps")
 
 
 def slerp(a: Embedding, b: Embedding, share: Float[Tensor, " batch"]) -> Embedding:
@@ -61,15 +60,12 @@ class UnclipPipeline(TextToImagePipeline):
         self._check(wanted)
         size = wanted.size or trained_size(self.model)
         self.model.check_size(*self._small(size))
-        usual = ImageRequest()
-        done = replace(wanted, **{name: vars(usual)[name] for name in OWN}).completed(self.noise, size)
         prior = PRIOR_GUIDANCE if wanted.prior_guidance is None else wanted.prior_guidance
-        own = {name: vars(wanted)[name] for name in OWN} | {"prior_guidance": prior}
-        done = replace(done, **own)
-        own = {"prior_steps": len(self._prior_sampler(done).schedule.steps)}
+        done = replace(wanted, init=None, prior_guidance=prior).completed(self.noise, size)
+        steps = {"prior_steps": len(self._prior_sampler(done).schedule.steps)}
         if not self.pixels:
-            own["upsampling_steps"] = len(self._upsampling_sampler(done).schedule.steps)
-        return replace(done, **own)
+            steps["upsampling_steps"] = len(self._upsampling_sampler(done).schedule.steps)
+        return replace(done, init=wanted.init, **steps)
 
     def _check(self, wanted: ImageRequest) -> None:
         """Refuses what this model cannot draw."""

@@ -40,6 +40,12 @@ def positions_in(documents: Tokens) -> Tokens:
     return places - torch.where(begins, places, 0).cummax(1).values
 
 
+def real_tokens(tokens: Tokens, end: int | None) -> Bool[Tensor, "batch length"]:
+    """Where a text is, up to its first end and with it; the padding behind is none. Without an end all is text."""
+    ends = tokens == end if end is not None else torch.zeros_like(tokens, dtype=torch.bool)
+    return ends.cumsum(1) - ends.long() == 0
+
+
 Keys = Float[Tensor, "batch kv_heads seen head_dim"]
 Cut = tuple[
     Float[Tensor, "folded heads window head_dim"],

@@ -25,8 +25,9 @@ from keifu.data.images.dataset import ImageBatches, ImageSplit
 from keifu.data.images.io import to_signed
 from keifu.devices import choose
 from keifu.errors import UserError
-from keifu.generation.images.autoregressive import AutoregressivePipeline, real_tokens
+from keifu.generation.images.autoregressive import AutoregressivePipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.layers.attention.masks import real_tokens
 from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.recipes.common import Budget

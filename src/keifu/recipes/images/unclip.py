@@ -28,6 +28,7 @@ from keifu.evaluation.images.retrieval import preprocessing
 from keifu.generation.images.latent_diffusion import text_tokens
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.generation.images.unclip import UnclipPipeline
+from keifu.layers.attention.masks import real_tokens
 from keifu.layers.diffusion.noise_schedule import Noise, Weighting
 from keifu.layers.meta import on_meta
 from keifu.models.clip import clip
@@ -195,7 +196,7 @@ def _end(tokenizer: Tokenizer) -> int:
 def _objective(recipe: Recipe, model: unclip.Unclip, tokenizer: Tokenizer) -> losses.UnclipLoss:
     config, side = model.config, (recipe.small, recipe.small)
     tokens, noise = text_tokens(tokenizer, [""], config.context_length), config.upsampling_noise
-    empty = tokens, losses.real_tokens(tokens, _end(tokenizer))
+    empty = tokens, real_tokens(tokens, _end(tokenizer))
     return losses.UnclipLoss(
         DiffusionLoss(config.prior_noise), DiffusionLoss(config.decoder_noise, recipe.weighting),
         None if noise is None else DiffusionLoss(noise), side, recipe.crop, empty, recipe.prior_dropout,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keifu.layers.losses import IGNORED, cross_entropy, linear_cross_entropy, smoothed_linear_cross_entropy
+from keifu.layers.losses import IGNORED, cross_entropy, linear_cross_entropy
 from keifu.training.protocols import Batch, LossOutput, Objective
 
 
@@ -29,7 +29,7 @@ def causal_language_modeling(model: Any, batch: Batch, z_loss: float = 0.0) -> L
     z_loss = z_loss if model.training else 0.0
     documents = {"documents": batch["documents"][:, :-1]} if "documents" in batch else {}
     hidden = model.hidden(inputs, **documents)
-    total, nats = smoothed_linear_cross_entropy(hidden, model.head_weight, None, targets, z_loss=z_loss)
+    total, nats = linear_cross_entropy(hidden, model.head_weight, None, targets, z_loss=z_loss)
     figures = {"nats": nats} if z_loss else {}
     return LossOutput(total, (targets != IGNORED).sum() if "mask" in batch else targets.numel(), figures)
 
@@ -57,9 +57,7 @@ def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossO
     whole = mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
     hidden = model.hidden(inputs, model.start(batch["source"], None if whole else mask))
     smoothing = label_smoothing if model.training else 0.0
-    total, nats = smoothed_linear_cross_entropy(
-        hidden, model.head_weight, model.head_bias, targets, label_smoothing=smoothing
-    )
+    total, nats = linear_cross_entropy(hidden, model.head_weight, model.head_bias, targets, label_smoothing=smoothing)
     return LossOutput(total, (targets != IGNORED).sum(), {"nats": nats} if model.training else {})
 
 
@@ -76,21 +74,17 @@ def masked_language_modeling(model: Any, batch: Batch) -> LossOutput:
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]
     states, targets = model.word_states(hidden[rows, batch["places"]]), batch["targets"]
     head = model.head_weight, model.head_bias
-    total = batch["word_weight"][0] * smoothed_linear_cross_entropy(states, *head, targets)[0]
+    total = batch["word_weight"][0] * linear_cross_entropy(states, *head, targets)[0]
     figures = {"word_loss": total}
     if not model.training:
         right = (torch.nn.functional.linear(states, *head).argmax(-1) == targets) & (targets != IGNORED)
         figures["word_accuracy"] = batch["word_weight"][0] * right.sum()
     if "random_next" in batch:
-        loss, right = _pairs(model.next_sentence(model.pool(hidden)), batch["random_next"])
-        figures |= {"pair_loss": batch["pair_weight"][0] * loss, "pair_accuracy": batch["pair_weight"][0] * right}
+        pairs, weight = model.next_sentence(model.pool(hidden)), batch["pair_weight"][0]
+        figures["pair_loss"] = weight * cross_entropy(pairs, batch["random_next"])
+        figures["pair_accuracy"] = weight * (pairs.argmax(-1) == batch["random_next"]).sum()
         total = total + figures["pair_loss"]
     return LossOutput(total, batch["mask"].sum(), figures)
-
-
-def _pairs(logits: Tensor, random_next: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss of the pairs, and how many are right."""
-    return cross_entropy(logits, random_next), (logits.argmax(-1) == random_next).sum()
 
 
 LM_WEIGHT = 0.5  # of the paper (section 4.1)
@@ -121,7 +115,7 @@ def _words(head_weight: Tensor, hidden: Tensor, tokens: Tensor, mask: Tensor) ->
     predicted = mask[..., 1:]
     counted = predicted.sum(-1, keepdim=True).clamp(min=1) * mask.any(-1).sum(-1)[:, None, None].clamp(min=1)
     shares = torch.where(predicted, 1.0 / counted, 0.0)
-    return linear_cross_entropy(hidden[:, :, :-1], head_weight, tokens[..., 1:], mask=predicted, shares=shares)
+    return linear_cross_entropy(hidden[:, :, :-1], head_weight, None, tokens[..., 1:], predicted, shares=shares)[0]
 
 
 def span_corruption(model: Any, batch: Batch) -> LossOutput:
@@ -134,13 +128,13 @@ def span_corruption(model: Any, batch: Batch) -> LossOutput:
     """
     hidden, targets = model.hidden(batch["tokens"][:, :-1]), batch["tokens"][:, 1:]
     if "mask" not in batch:
-        return LossOutput(linear_cross_entropy(hidden, model.head_weight, targets), targets.numel())
+        return LossOutput(linear_cross_entropy(hidden, model.head_weight, None, targets)[0], targets.numel())
     wanted = batch["mask"][:, 1:]
     if wanted.device.type == "cpu":  # a GPU would be waited for
         hidden, targets = hidden[wanted], targets[wanted]
     else:
         targets = targets.masked_fill(~wanted, IGNORED)
-    return LossOutput(linear_cross_entropy(hidden, model.head_weight, targets), wanted.sum())
+    return LossOutput(linear_cross_entropy(hidden, model.head_weight, None, targets)[0], wanted.sum())
 
 
 def masked_share_loss(model: nn.Module, batch: Batch, objective: Objective, names: list[str]) -> LossOutput:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keifu.data.images.io import to_signed
+from keifu.layers.attention.masks import real_tokens
 from keifu.layers.counter_rng import bits, uniform
 from keifu.training.objectives.diffusion import DiffusionLoss, Network
 from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
@@ -134,12 +135,6 @@ def add_embeddings(data: Data, end: int, training: Tensor, held: Tensor | None) 
         return {**batch, "embeddings": table[batch["indices"]], "real": real_tokens(batch["tokens"], end)}
 
     return MappedData(data, change, end, (training, held))
-
-
-def real_tokens(tokens: Int[Tensor, "batch length"], end: int) -> Bool[Tensor, "batch length"]:
-    """True up to the first end-of-text token of each text."""
-    first = (tokens == end).int().argmax(1)
-    return torch.arange(tokens.shape[1], device=tokens.device) <= first[:, None]
 
 
 def embedding_moments(embeddings: Float[Tensor, "picture embedding"]) -> tuple[Tensor, Tensor]:

@@ -123,23 +123,21 @@ class Optimizers:
     def load(self, state: dict[str, Tensor]) -> None:
         """Restores what `state` gave."""
         state = self.average.take_up(state) if self.average else state
-        for key, tensor in self._joined(state).items():
-            kind, _, rest = key.partition(".")
-            name, _, field = rest.rpartition(".")
+        for (kind, name, field), tensor in self._joined(state).items():
             parameter = self.parameters[name]
             counter = field == "step" and (parameter.device.type == "cpu" or kind in COUNTED_BY_THE_HOST)
             place = "cpu" if counter else parameter.device
             self.all[kind].state[parameter][field] = tensor.to(place, copy=True)
 
-    def _joined(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state as it is now, of an earlier version too, where each matrix of a parameter had tensors of its own
-        (`muon.qkv.0.momentum_buffer`)."""
-        found: dict[str, list[Tensor]] = {}
+    def _joined(self, state: dict[str, Tensor]) -> dict[tuple[str, str, str], Tensor]:
+        """A state by optimizer, parameter and name; one of an earlier version too, where each matrix of a parameter had
+        tensors of its own (`muon.qkv.0.momentum_buffer`)."""
+        found: dict[tuple[str, str, str], list[Tensor]] = {}
         for key, tensor in state.items():
             kind, _, rest = key.partition(".")
             name, _, field = rest.rpartition(".")
             whole = name if name in self.parameters else name.rpartition(".")[0]
-            found.setdefault(f"{kind}.{whole}.{field}", []).append(tensor)
+            found.setdefault((kind, whole, field), []).append(tensor)
         return {key: torch.cat(parts) if parts[0].dim() else parts[0] for key, parts in found.items()}
 
     def prime(self) -> None:
