@@ -13,6 +13,7 @@ from torch import Tensor
 
 diffusers = pytest.importorskip("diffusers")
 
+from keifu.errors import UserError  # noqa: E402
 from keifu.generation.images.pixel_diffusion import SeededNoise  # noqa: E402
 from keifu.generation.images.samplers import (
     SAMPLERS,
@@ -182,6 +183,33 @@ def test_thresholded_pictures(name: str) -> None:
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 def test_nothing_of_the_picture_left_at_the_last_level(name: str, spacing) -> None:
     compare(name, Noise("scaled_linear", target="velocity", zero_terminal_snr=True, spacing=spacing, clip=None), 8)
+
+
+def test_plms_begins_at_a_level_without_a_picture_as_ddim_does() -> None:
+    noise = Noise("scaled_linear", target="velocity", zero_terminal_snr=True, spacing="trailing", clip=None)
+    first, second, *_ = drawn("plms", noise, 8)
+    assert first.isfinite().all() and second.isfinite().all()
+    torch.testing.assert_close(drawn("plms", noise, 1)[0], drawn("ddim", noise, 1)[0])
+
+
+@pytest.mark.parametrize("name", ["lms", "dpm++-2m", "dpm++-2m-sde", "unipc"])
+def test_samplers_that_look_back_refuse_a_timestep_twice(name: str) -> None:
+    with pytest.raises(UserError, match="With quadratic spacing 80 steps visit some timesteps twice"):
+        configure_sampler(Noise(), name, 80, "quadratic")
+    assert len(drawn(name, Noise(spacing="quadratic"), 20)) == 20
+
+
+def test_a_learned_variance_of_a_step_that_goes_nowhere() -> None:
+    noise = Noise(variance="learned_range", spacing="quadratic")
+    *_, last = drawn("ddpm", noise, 80, partial(network, kernel=BOTH))
+    assert last.isfinite().all()
+
+
+def drawn(name: str, noise: Noise, steps: int, predict=network) -> list[Tensor]:
+    """x after each step."""
+    chosen = configure_sampler(noise, name, steps)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * chosen.schedule.initial_sigma
+    return [x for x, _ in chosen.run(chosen.denoiser(predict), x, chosen.schedule, SeededNoise(range(SHAPE[0])))]
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])

@@ -75,7 +75,7 @@ def _ddpm_standard_deviation(output: DenoiserOutput, variance: str, level: Level
     if variance == "learned_range":
         assert output.variance_fraction is not None
         low = math.log(max(small, 1e-10))
-        high = math.log(large)
+        high = math.log(max(large, 1e-10))  # 0 where a step goes nowhere
         return torch.exp(low + (output.variance_fraction + 1) / 2 * (high - low))
     return small if variance == "fixed_small" else large
 
@@ -189,10 +189,17 @@ def plms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> It
         mixed = sum((w * output for w, output in zip(weights, outputs, strict=True)), torch.zeros_like(outputs[0]))
         output = denoise.read(mixed, x, level)
         if len(outputs) == 1 and len(schedule.steps) > 1:
-            ahead = denoise.output(integrate_to(x, output.noise, level, next_level), next_level)
+            ahead = denoise.output(_plms_step(x, output, level, next_level), next_level)
             output = denoise.read((mixed + ahead) / 2, x, level)
-        x = integrate_to(x, output.noise, level, next_level)
+        x = _plms_step(x, output, level, next_level)
         yield SamplerStep(x, output.picture)
+
+
+def _plms_step(x: Sample, output: DenoiserOutput, level: Level, next_level: Level) -> Tensor:
+    """DDIM's step without fresh noise; by the predicted image alone where x has nothing of one (zero terminal SNR)."""
+    if level.alpha:
+        return integrate_to(x, output.noise, level, next_level)
+    return next_level.alpha * output.picture + next_level.sigma * output.noise
 
 
 def dpm_2m(
@@ -308,6 +315,7 @@ SAMPLERS = {
     ),
     "unipc": Sampler(unipc, dpm_solver_schedule, "good pictures in 8 to 20 steps", 20, threshold=True),
 }
+LOOK_BACK = ("lms", "dpm++-2m", "dpm++-2m-sde", "unipc")  # which divide by how far the levels of steps are apart
 
 
 def sampler(name: str) -> Sampler:
@@ -351,8 +359,10 @@ def configure_sampler(
     more = {"karras": True} if karras else {}
     most = max(1, noise.steps - (chosen.schedule is dpm_solver_schedule))  # that schedule omits the lowest timestep
     count = steps or min(chosen.steps or noise.steps, most)
-    try:
-        schedule = chosen.schedule(noise, count, spacing, **more)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    schedule = chosen.schedule(noise, count, spacing, **more)
+    if name in LOOK_BACK and any(level == next_level for level, next_level in schedule.steps):
+        raise UserError(
+            f"With {spacing or noise.spacing} spacing {count} steps visit some timesteps twice, and the sampler {name} "
+            "needs different ones: take fewer steps, or another spacing."
+        )
     return ConfiguredSampler(run, schedule, chosen, noise)
