@@ -148,6 +148,12 @@ def test_a_picture_that_was_changed_is_said_to_differ(model: str, capsys: pytest
     Path("torn.png").write_bytes(Path("a.png").read_bytes()[:60])
     assert "torn.png" in refused(capsys, "--again", "torn.png")
     Path("text.png").write_text("no picture")
+    told = json.loads(Image.open("a.png").text["keifu"])
+    for name, value in (("count", "3"), ("number", 5), ("batch_size", 0), ("threads", "a")):
+        chunks = PngInfo()
+        chunks.add_text("keifu", json.dumps(told | {name: value}))
+        Image.open("a.png").save("odd.png", pnginfo=chunks)
+        assert f"{value!r} for {name}" in (said := refused(capsys, "--again", "odd.png")) or "cannot be" in said
     assert "text.png is no picture" in refused(capsys, "--again", "text.png")
     assert "There is no picture none.png" in refused(capsys, "--again", "none.png")
     assert "leave out --steps" in refused(capsys, "--again", "a.png", "--steps", "3")

@@ -206,12 +206,14 @@ def _strip(model: "ImagePipeline", picture: "Tensor", states: "Sequence[SamplerS
 def again(path: Path, options: Options) -> None:
     """Draws a picture once more by its own record; that it differs is said, with the likely reason. The options say
     where the model, the pictures that it read (init, mask, towards) and its LoRAs are, if elsewhere now."""
+    from keifu.checkpoints.hf.native_config import check_kinds
     from keifu.generation.images.png_metadata import read_record
 
     given = [name for name, value in vars(options).items() if value != vars(Options())[name]]
     if more := [f"--{name.replace('_', '-')}" for name in given if name not in OF_AGAIN]:
         raise UserError(f"--again takes every setting from {path}: leave out {' and '.join(more)}.")
     record = read_record(path)
+    check_kinds(record, f"The record of {path}")
     places = {"init": options.init, "mask": options.mask, "towards": options.towards and Path(options.towards)}
     drawing = _input_images(record.drawing, places, path)
     record = replace(record, drawing=drawing, loras=output_paths(record.loras, options.lora))

@@ -104,6 +104,13 @@ def test_a_cut_off_picture_is_a_sentence_that_names_it(kind: str, tmp_path: Path
         read_image(path)
 
 
+def test_a_form_of_a_format_that_is_not_implemented_is_a_sentence() -> None:
+    data = bytearray(saved(Image.new("RGB", (4, 4)), "DDS"))
+    data[80] = 0x1A  # flags of its pixels that no program writes
+    with pytest.raises(UserError, match="^a.dds is damaged or cut off: Unknown pixel format"):
+        read_image(bytes(data), "a.dds")
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
 def test_no_picture_is_a_sentence(content: bytes) -> None:
     with pytest.raises(UserError, match="^word.png is (not a picture|damaged)"):

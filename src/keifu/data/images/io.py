@@ -57,7 +57,7 @@ def read_image(file: Path | bytes, where: str = "") -> DecodedImage:
         raise UserError(f"{where} is not a picture, or of a kind that cannot be read.") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{where} has too many pixels to be read safely: make it smaller.") from error
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
+    except (OSError, SyntaxError, EOFError, ValueError, NotImplementedError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where} is damaged or cut off: {str(error).rstrip('.')}.") from error

@@ -57,6 +57,11 @@ class ImageRecord:
 
     def seeds(self) -> list[list[int]]:
         """The seeds of each batch that this picture, or sheet, needs."""
+        if self.batch_size < 1 or not 0 <= (self.number or 0) < self.count:
+            raise UserError(
+                f"Picture {self.number} of {self.count}, drawn {self.batch_size} at a time, cannot be: the record was "
+                "changed."
+            )
         first = self.drawing.seed or 0
         each = [first + number for number in range(self.count)]
         batches = [each[start : start + self.batch_size] for start in range(0, self.count, self.batch_size)]
@@ -82,7 +87,7 @@ def read_record(path: Path) -> ImageRecord:
             told = image.info.get(CHUNK)
     except UnidentifiedImageError:
         raise UserError(f"{path} is no picture.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is damaged: {error}.") from None
     if told is None:
         raise UserError(f"{path} does not say how it was drawn: it was not drawn by keifu, or was saved anew since.")
