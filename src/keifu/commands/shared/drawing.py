@@ -90,7 +90,7 @@ def png(pictures: "Tensor", record: "ImageRecord") -> bytes:
 def select_lora(words: str) -> "LoraRecord":
     """What `PATH` or `PATH:SCALE` says, a file or a folder that holds one; where none is there is a `UserError`."""
     from keifu.checkpoints.lora.diffusion import FILE
-    from keifu.generation.images.image_to_image import digest_of
+    from keifu.files import sha256
     from keifu.generation.images.png_metadata import LoraRecord
 
     place, scale = words, 1.0
@@ -102,7 +102,7 @@ def select_lora(words: str) -> "LoraRecord":
         place = str(Path(place) / FILE)
     if not Path(place).is_file():
         raise UserError(f"There is no LoRA {place}: give a .safetensors file, and after a colon how strongly it acts.")
-    return LoraRecord(str(Path(place).resolve()), digest_of(Path(place)), scale)
+    return LoraRecord(str(Path(place).resolve()), sha256(Path(place)), scale)
 
 
 def output_paths(loras: "Sequence[LoraRecord]", places: Sequence[str]) -> "tuple[LoraRecord, ...]":

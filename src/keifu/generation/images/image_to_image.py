@@ -6,7 +6,6 @@ Input image files are identified by a digest and scaled to the size of the outpu
 network sees of an image; channels, height, width of an image file.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from keifu.data.images.io import fit_image, read_image, to_signed
 from keifu.errors import UserError
+from keifu.files import sha256
 from keifu.generation.images.denoiser import Denoiser, Network, Sample
 from keifu.generation.images.samplers import ConfiguredSampler, Random, SamplerStep
 from keifu.layers.diffusion.noise_schedule import Noise
@@ -126,9 +126,4 @@ def read_input_image(path: str | Path) -> InputImage:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no picture {path}.")
-    return InputImage(str(path.resolve()), digest_of(path))
-
-
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return InputImage(str(path.resolve()), sha256(path))

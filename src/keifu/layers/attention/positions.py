@@ -16,10 +16,8 @@ from keifu.layers.wide import wide
 
 
 class LearnedPositions(nn.Embedding):
-    """One learned vector a place, added to the token's (Gehring et al., 2017; GPT and BERT use it)."""
-
-    def __init__(self, context_length: int, dim: int):
-        super().__init__(context_length, dim)
+    """One learned vector a place, added to the token's (Gehring et al., 2017; GPT and BERT use it): a table of
+    as many places as the context has."""
 
 
 def sinusoids(positions: Int[Tensor, "*batch"], dim: int, interleaved: bool = True) -> Float[Tensor, "*batch dim"]:

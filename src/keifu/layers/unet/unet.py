@@ -90,8 +90,10 @@ class UNet(nn.Module):
         self.first, self.down, self.middle = first, nn.ModuleList(down), middle
         self.up, self.norm, self.last = nn.ModuleList(up), norm, last
         self.factor = 2 ** sum(stage.resample is not None for stage in down)
-        halving = all(isinstance(each, Downsample) and each.around for each in _leading(down))
-        self.flexible = halving and all(isinstance(each, Upsample) for each in _leading(up))
+        leads = [stage.resample for stage in (*down, *up) if stage.resample is not None]
+        self.flexible = all(
+            isinstance(each, Upsample) or (isinstance(each, Downsample) and each.around) for each in leads
+        )
 
     def forward(self, x: Pixels, time: Time, **context: Any) -> Float[Tensor, "batch out_channels height width"]:
         x = self.first(x).contiguous(memory_format=torch.channels_last)
@@ -132,11 +134,6 @@ def stages(
         up.append(Up(blocks, _each(attention[1], level, width, blocks), _next(resample[1], level, width, 0)))
         below = width
     return down, up
-
-
-def _leading(way: Sequence[Stage]) -> list[nn.Module]:
-    """What leads from stage to stage."""
-    return [stage.resample for stage in way if stage.resample is not None]
 
 
 def _each(attention: PerhapsAtLevel, level: int, width: int, blocks: Sequence[nn.Module]) -> list[nn.Module]:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from keifu.data.images.grid import png
 from keifu.data.images.io import read_image, to_bytes, to_image
 from keifu.errors import UserError, unknown
-from keifu.generation.images.image_to_image import InputImage, digest_of
+from keifu.files import sha256
+from keifu.generation.images.image_to_image import InputImage
 from keifu.generation.images.pipeline import ImagePipeline, image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.generation.images.png_metadata import ImageRecord
@@ -196,7 +197,7 @@ def _written(path: Path, name: str, data: bytes) -> InputImage:
         with Image.open(path) as image:
             if "A" in image.getbands() and any(image.getchannel("A").histogram()[:-1]):
                 image.getchannel("A").point(lambda alpha: 255 - alpha).save(path, "PNG")
-    return InputImage(str(path), digest_of(path))
+    return InputImage(str(path), sha256(path))
 
 
 def _request(pipeline: ImagePipeline, body: ImageGenerationRequest, files: Mapping[str, InputImage]) -> ImageRequest:

@@ -159,8 +159,8 @@ def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
     none for biases and gains, which have one axis."""
     decayed = [(name, p) for name, p in named if p.dim() > 1]
     others = [(name, p) for name, p in named if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups = (decayed, weight_decay), (others, 0.0)
+    return [{"params": some, "weight_decay": decay} for some, decay in groups if some]
 
 
 def _adamw(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW:
