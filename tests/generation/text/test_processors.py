@@ -82,7 +82,7 @@ class OnlyEleven:
 
 def test_only_allowed_tokens_are_chosen_and_the_likeliest_are_reported_of_all() -> None:
     settings = [SamplingParams(seed=n, log_probabilities=n != 1, top_log_probabilities=n) for n in range(ROWS)]
-    sampler = Sampler([Request([0], each, None, 9, OnlyEleven()) for each in settings], VOCAB, CPU)
+    sampler = Sampler([Request([0], each, None, VOCAB, 9, OnlyEleven()) for each in settings], VOCAB, CPU)
     rows_found = sampler.choose(logits())
     logs = logits().log_softmax(-1)
     assert rows_found[:, 0].tolist() == [11] * ROWS
@@ -238,7 +238,7 @@ def test_rows_that_come_and_go_draw_what_they_draw_alone() -> None:
     texts = [[1, 2, 3], [4, 9], [5, 6], [7, 8, 9, 1]]
 
     def requests() -> list[Request]:
-        found = [Request(text[:-1], each, None, 99) for text, each in zip(texts, samplings, strict=True)]
+        found = [Request(text[:-1], each, None, VOCAB, 99) for text, each in zip(texts, samplings, strict=True)]
         for request, text in zip(found, texts, strict=True):
             request.take(float(text[-1]), 0.0)
         return found

@@ -17,7 +17,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.model import evaluation_mode
-from keifu.generation.text.request import Piece, Request, check_bias, check_tokens, prompt_tokens
+from keifu.generation.text.request import Piece, Request, prompt_tokens
 from keifu.generation.text.runner import Runner, Span, TorchRunner, runner_of
 from keifu.generation.text.sampler import Sampler
 from keifu.generation.text.sampling_params import SamplingParams
@@ -69,9 +69,7 @@ class Engine:
     def request(self, prompt: str | Tokens[int], sampling: SamplingParams) -> Request:
         """A request for this model, of a text or of token ids; one that is invalid is a `UserError`."""
         tokens = prompt_tokens(self.tokenizer, prompt)
-        check_tokens([tokens], self.runner.vocab_size)
-        check_bias(sampling, self.runner.vocab_size)
-        return Request(tokens, sampling, self.tokenizer, self.runner.context_length)
+        return Request(tokens, sampling, self.tokenizer, self.runner.vocab_size, self.runner.context_length)
 
     def add(self, request: Request) -> int:
         """Takes a request in; its number, from 0 on, which its pieces bear as their index.

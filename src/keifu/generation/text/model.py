@@ -6,7 +6,6 @@ Axes: batch = texts, length = tokens, vocab.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -135,15 +134,8 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-@dataclass
-class _Modes:
-    """The training mode of each module before the first of several users, who may leave in any order."""
-
-    modes: list[tuple[nn.Module, bool]]
-    users: int = 0
-
-
-_evaluated: WeakKeyDictionary[nn.Module, _Modes] = WeakKeyDictionary()
+# The training mode of each module before the first of several users, who may leave in any order, and their number.
+_evaluated: WeakKeyDictionary[nn.Module, tuple[list[tuple[nn.Module, bool]], int]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -152,18 +144,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode. Several users may overlap and leave in any order (two streams read in turn): when
     the last has left, every module is back in the mode that it had before the first."""
     with _lock:
-        held = _evaluated.get(model)
-        if held is None:
-            held = _evaluated[model] = _Modes([(module, module.training) for module in model.modules()])
-        held.users += 1
-    if held.users == 1 or model.training:
+        modes, users = _evaluated.get(model, ([], 0))
+        _evaluated[model] = modes or [(module, module.training) for module in model.modules()], users + 1
+    if not users or model.training:
         model.eval()
     try:
         yield
     finally:
         with _lock:
-            held.users -= 1
-            if not held.users:
-                del _evaluated[model]
-                for module, mode in held.modes:
+            modes, users = _evaluated.pop(model)
+            if users > 1:
+                _evaluated[model] = modes, users - 1
+            else:
+                for module, mode in modes:
                     module.training = mode

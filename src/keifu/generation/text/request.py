@@ -84,7 +84,8 @@ class Constraint(Protocol):
 
 
 class Request:
-    """A prompt and its settings, checked against the context; `take` adds a token and returns its `Piece`.
+    """A prompt and its settings, checked against the model's vocabulary and context; `take` adds a token and returns
+    its `Piece`.
 
     constraint: what holds the text to a form; None for any text. shown: special tokens that are text nevertheless. A
     prompt that is empty or leaves no room in the context is a `UserError`; a prompt is never truncated. Without a
@@ -96,11 +97,15 @@ class Request:
         prompt: Sequence[int],
         sampling: SamplingParams,
         tokenizer: Tokenizer | None,
+        vocab_size: int,
         context_length: int,
         constraint: Constraint | None = None,
         shown: Iterable[int] = (),
     ):
         self.index, self.prompt, self.sampling = 0, list(prompt), sampling.seeded()  # the engine gives it its number
+        check_tokens([prompt], vocab_size)
+        if (largest := max((token for token, _ in sampling.logit_bias), default=-1)) >= vocab_size:
+            raise UserError(f"logit_bias names the token {largest}, but the model knows only 0 to {vocab_size - 1}.")
         room = context_length - len(prompt)
         if not prompt:
             raise UserError("The prompt is empty, and this tokenizer has no token that begins a text: give some text.")
@@ -157,13 +162,6 @@ def prompt_tokens(tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> l
     assert tokenizer is not None, "a text is read by a tokenizer"
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return tokenizer.encode(prompt, special=True) or begin
-
-
-def check_bias(sampling: SamplingParams, vocab_size: int) -> None:
-    """Refuses a bias for a token that the model has not."""
-    largest = max((token for token, _ in sampling.logit_bias), default=-1)
-    if largest >= vocab_size:
-        raise UserError(f"logit_bias names the token {largest}, but the model knows only 0 to {vocab_size - 1}.")
 
 
 def check_tokens(prompts: Iterable[Sequence[int]], vocab_size: int) -> None:

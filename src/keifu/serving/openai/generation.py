@@ -9,7 +9,7 @@ from typing import Any
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.request import Piece, Request, check_bias, check_tokens
+from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingParams, sampling_for
 from keifu.serving.errors import of_exception
 from keifu.serving.models import Description, ServedModels
@@ -101,15 +101,13 @@ def _requests(
     """The requests of all prompts and choices, each with its own seed."""
     tokenizer, config = description.tokenizer, description.config
     ids = prompts(tokenizer)
-    check_tokens(ids, config.vocab_size)
-    check_bias(sampling, config.vocab_size)
     grammar = tools.grammar(tokenizer, schema) if tools else None if schema is None else schema_grammar(schema)
     constraint = (lambda: None) if grammar is None else constraints(grammar, tokenizer, config.vocab_size)
     shown = tool_format(tokenizer).special(tokenizer).values() if tools else ()
     seeds = [((sampling.seed or 0) + choice) % 2**63 for choice in range(body.n or 1)]
     places = [(prompt, replace(sampling, seed=seed)) for prompt in ids for seed in seeds]
-    room = config.context_length
-    return [Request(*pair, tokenizer, room, constraint(), shown) for pair in places]
+    limits = config.vocab_size, config.context_length
+    return [Request(*pair, tokenizer, *limits, constraint(), shown) for pair in places]
 
 
 def finish_reason(piece: Piece, reply: Reply) -> str | None:
