@@ -3,6 +3,7 @@
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from keifu.layers.activations import activation
@@ -41,53 +42,28 @@ class Config:
     dropout: float = 0.0
 
 
-def _llama3(**sizes: Any) -> Config:
-    sizes = {
-        "vocab_size": 128_256,
-        "context_length": 8192,
-        "n_kv_heads": 8,
-        "norm_eps": 1e-5,
-        "rope_theta": 500_000.0,
-    } | sizes
-    return Config(**sizes)
-
-
-def _qwen2(vocab_size: int = 151_936, **sizes: Any) -> Config:
-    return Config(vocab_size=vocab_size, context_length=32_768, rope_theta=1e6, qkv_bias=True, **sizes)
-
-
-def _smollm2(**sizes: Any) -> Config:
-    return Config(vocab_size=49_152, context_length=8192, norm_eps=1e-5, tied=True, **sizes)
-
-
-_LLAMA31 = RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-_LLAMA32 = RopeScaling("llama3", 32.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+_llama2 = partial(Config, context_length=4096, norm_eps=1e-5)
+_llama3 = partial(Config, vocab_size=128_256, context_length=8192, n_kv_heads=8, norm_eps=1e-5, rope_theta=500_000.0)
+_llama31 = partial(_llama3, context_length=131_072, rope_scaling=RopeScaling("llama3", 8.0, 8192))
+_llama32 = partial(_llama31, hidden_dim=8192, rope_scaling=RopeScaling("llama3", 32.0, 8192), tied=True)
+_qwen2 = partial(Config, vocab_size=151_936, context_length=32_768, rope_theta=1e6, qkv_bias=True)
+_smollm2 = partial(Config, vocab_size=49_152, context_length=8192, norm_eps=1e-5, tied=True)
 
 SIZES = {
     "llama-7b": Config(),
     "llama-13b": Config(dim=5120, hidden_dim=13_824, n_layers=40, n_heads=40),
     "llama-33b": Config(dim=6656, hidden_dim=17_920, n_layers=60, n_heads=52),
     "llama-65b": Config(dim=8192, hidden_dim=22_016, n_layers=80, n_heads=64),
-    "llama2-7b": Config(context_length=4096, norm_eps=1e-5),
-    "llama2-13b": Config(context_length=4096, norm_eps=1e-5, dim=5120, hidden_dim=13_824, n_layers=40, n_heads=40),
-    "llama2-70b": Config(
-        context_length=4096, norm_eps=1e-5, dim=8192, hidden_dim=28_672, n_layers=80, n_heads=64, n_kv_heads=8
-    ),
+    "llama2-7b": _llama2(),
+    "llama2-13b": _llama2(dim=5120, hidden_dim=13_824, n_layers=40, n_heads=40),
+    "llama2-70b": _llama2(dim=8192, hidden_dim=28_672, n_layers=80, n_heads=64, n_kv_heads=8),
     "llama3-8b": _llama3(hidden_dim=14_336),
     "llama3-70b": _llama3(dim=8192, hidden_dim=28_672, n_layers=80, n_heads=64),
-    "llama3.1-8b": _llama3(hidden_dim=14_336, context_length=131_072, rope_scaling=_LLAMA31),
-    "llama3.1-70b": _llama3(
-        dim=8192, hidden_dim=28_672, n_layers=80, n_heads=64, context_length=131_072, rope_scaling=_LLAMA31
-    ),
-    "llama3.1-405b": _llama3(
-        dim=16_384, hidden_dim=53_248, n_layers=126, n_heads=128, context_length=131_072, rope_scaling=_LLAMA31
-    ),
-    "llama3.2-1b": _llama3(
-        dim=2048, hidden_dim=8192, n_layers=16, head_dim=64, context_length=131_072, rope_scaling=_LLAMA32, tied=True
-    ),
-    "llama3.2-3b": _llama3(
-        dim=3072, hidden_dim=8192, n_layers=28, n_heads=24, context_length=131_072, rope_scaling=_LLAMA32, tied=True
-    ),
+    "llama3.1-8b": _llama31(hidden_dim=14_336),
+    "llama3.1-70b": _llama31(dim=8192, hidden_dim=28_672, n_layers=80, n_heads=64),
+    "llama3.1-405b": _llama31(dim=16_384, hidden_dim=53_248, n_layers=126, n_heads=128),
+    "llama3.2-1b": _llama32(dim=2048, n_layers=16, head_dim=64),
+    "llama3.2-3b": _llama32(dim=3072, n_layers=28, n_heads=24),
     "tinyllama-1.1b": Config(dim=2048, hidden_dim=5632, n_layers=22, n_kv_heads=4, norm_eps=1e-5),
     "smollm2-135m": _smollm2(dim=576, hidden_dim=1536, n_layers=30, n_heads=9, n_kv_heads=3, rope_theta=100_000.0),
     "smollm2-360m": _smollm2(dim=960, hidden_dim=2560, n_layers=32, n_heads=15, n_kv_heads=5, rope_theta=100_000.0),

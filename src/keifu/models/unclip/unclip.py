@@ -203,24 +203,13 @@ class Unclip(ImageModel):
         self.decoder.network.check_size(self.config.colours, height, width)
 
 
-BUILDERS = {
-    "text": clip_text.build,
-    "conditions": conditioning.build,
-    "decoder": unclip_decoder.build,
-    "prior": unclip_prior.build,
-    "image": clip_image.build,
-    "upsampler": ddpm.build,
-    "last_upsampler": ddpm.build,
-}
-
-
 def build(config: Config) -> Unclip:
     """A model whose parts are initialised as each is alone."""
-    made = {name: vars(config)[name] for name in BUILDERS}
-    return Unclip(config, **{name: part and BUILDERS[name](part) for name, part in made.items()})
+    parts = {name: (module, vars(config)[name]) for name, module in PARTS.values()}
+    return Unclip(config, **{name: part and module.build(part) for name, (module, part) in parts.items()})
 
 
-PARTS = {
+PARTS: dict[str, tuple[str, Any]] = {  # by the folder in a pipeline: the field here, and its model's file
     "text_encoder": ("text", clip_text),
     "text_proj": ("conditions", conditioning),
     "decoder": ("decoder", unclip_decoder),
