@@ -174,16 +174,16 @@ def shift(model: ModelWithHead, by: float) -> None:
 def grow_vocabulary(decoder: DecoderLM, vocab_size: int, fresh: Sequence[int], std: float = 0.02) -> None:
     """Gives a decoder rows for new tokens: at least `vocab_size` in all, those of `fresh` ids initialised from N(0,
     std²)."""
-    rows = _grow_rows(decoder.embedding.weight, vocab_size, fresh, std)
-    decoder.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
-    if decoder.head is not None:
-        head = _grow_rows(decoder.head.weight, vocab_size, fresh, std)
-        decoder.head = Linear(head.shape[1], len(head), bias=False, device="meta")
-        decoder.head.weight = nn.Parameter(head)
-    decoder.config = replace(decoder.config, vocab_size=len(rows))
+    table, head = decoder.embedding, decoder.head
+    table.weight = _grow_rows(table.weight, vocab_size, fresh, std)
+    table.num_embeddings = len(table.weight)
+    if head is not None:
+        head.weight = _grow_rows(head.weight, vocab_size, fresh, std)
+        head.out_features = len(head.weight)
+    decoder.config = replace(decoder.config, vocab_size=len(table.weight))
 
 
-def _grow_rows(rows: Tensor, size: int, fresh: Sequence[int], std: float) -> Tensor:
-    grown = torch.cat([rows, rows.new_zeros(max(0, size - len(rows)), rows.shape[1])]).clone()
+def _grow_rows(rows: Tensor, size: int, fresh: Sequence[int], std: float) -> nn.Parameter:
+    grown = torch.cat([rows, rows.new_zeros(max(0, size - len(rows)), rows.shape[1])])
     grown[list(fresh)] = std * torch.randn(len(fresh), rows.shape[1]).to(rows)
-    return grown
+    return nn.Parameter(grown)

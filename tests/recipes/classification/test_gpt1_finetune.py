@@ -15,7 +15,7 @@ from keifu.data.classification.batches import LabelledBatches, stack_sequences
 from keifu.data.classification.input_formats import examples_of
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.evaluation.classification.classifiers import text_classifier
-from keifu.models import bert, gpt1, gpt2, gpt3, llama, palm, task_head
+from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, palm, task_head
 from keifu.recipes.classification import gpt1_finetune
 from keifu.recipes.classification.gpt1_finetune import Recipe
 from keifu.training.objectives.language_modeling import finetuning_loss
@@ -29,6 +29,7 @@ MODULES = {
     "gpt3": (gpt3, gpt3.Config(**SMALL, band=4)),
     "llama": (llama, llama.Config(**SMALL, n_kv_heads=1)),
     "palm": (palm, palm.Config(**SMALL, head_dim=8)),
+    "gemma3": (gemma3, gemma3.Config(**SMALL, n_kv_heads=1, head_dim=8, sliding_window=4)),
 }
 FLAGS = ("--epochs", "15", "--learning-rate", "1e-2", "--batch-size", "8")
 
@@ -186,6 +187,8 @@ def test_any_decoder_gets_new_rows_and_keeps_its_weights(base: str, bases: dict[
     fresh = made.decoder.embedding.weight[-3:]
     assert made.config.start_id == own.vocab_size and 0.01 < float(fresh.std()) < 0.03
     assert made.decoder.head_weight.shape == (made.config.vocab_size, 16)
+    ids = torch.tensor([own.encode("cat is not dog")])
+    assert torch.equal(made.decoder.hidden(ids), plain.hidden(ids)), "the words that it knew mean what they meant"
 
 
 def test_transformers_reads_a_run_with_pairs(bases: dict[str, Path], tmp_path: Path) -> None:
