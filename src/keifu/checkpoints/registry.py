@@ -17,6 +17,7 @@ from keifu.checkpoints.hf.native_config import check_types, from_json
 from keifu.checkpoints.hf.weight_names import Table
 from keifu.errors import UserError, unknown
 from keifu.layers.meta import on_meta
+from keifu.models.hf.config import write_own
 
 # What any published config may say that changes the numbers and is not implemented; absent or equal to this is fine.
 UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
@@ -184,7 +185,7 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
     check_settings(json, {**UNSUPPORTED, **family.unsupported}, where)
     try:
         config = family.read(_Published(json, where))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         if isinstance(error, UserError) and str(error).startswith(where):
             raise
         raise UserError(f"{where} cannot be read as a {kind!r} model: {error}") from error
@@ -247,5 +248,5 @@ def build(family: Family, config: Any, where: str) -> nn.Module:
     try:
         with on_meta():
             return family.module.build(config)
-    except (ValueError, RuntimeError) as error:  # PyTorch's own, where a size does not fit 64 bits
+    except (ValueError, RuntimeError, ArithmeticError) as error:  # PyTorch's own, where a size does not fit 64 bits
         raise UserError(f"{where} describes a model that cannot be built: {error}") from error

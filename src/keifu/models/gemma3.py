@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import RopeScaling, Rotary
@@ -115,7 +114,6 @@ def _write_activation(name: str) -> str:
     return {"gelu_tanh": "gelu_pytorch_tanh"}.get(name, name)
 
 
-MOST_LAYERS = 10_000  # that a config is believed to have
 FIELDS: hf.Fields = hf.SIZE_FIELDS | {
     "vocab_size": hf.Field("vocab_size", 262_208),
     "context_length": hf.Field("max_position_embeddings", 131_072),
@@ -137,7 +135,7 @@ def from_published(json: dict[str, Any]) -> Config:
     return Config(
         **fields,
         **_read_ropes(json),
-        global_layers=_read_global_layers(json, fields["n_layers"]),
+        global_layers=_read_global_layers(json),
         attention_scale=None if scalar == fields["head_dim"] else scalar**-0.5,
     )
 
@@ -154,11 +152,9 @@ def _read_ropes(json: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_global_layers(json: dict[str, Any], n_layers: int) -> tuple[int, ...] | None:
+def _read_global_layers(json: dict[str, Any]) -> tuple[int, ...] | None:
     """The layers with full attention, by `layer_types` or by the older `sliding_window_pattern`; None: every sixth."""
-    if n_layers > MOST_LAYERS:
-        raise UserError(f"num_hidden_layers is {n_layers:,}, and at most {MOST_LAYERS:,} are read.")
-    every = json.get("sliding_window_pattern", 6)
+    n_layers, every = hf.check_layers(json, "num_hidden_layers"), json.get("sliding_window_pattern", 6)
     found = tuple(range(every - 1, n_layers, every))
     if kinds := json.get("layer_types"):
         found = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")

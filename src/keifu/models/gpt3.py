@@ -126,8 +126,8 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def _read_band(json: dict[str, Any]) -> int | None:
     """The width of the band, from [[["global", "local"], 6]]: kinds of layers, and how often they repeat."""
-    written, n_layers = json["attention_types"], json["num_layers"]
-    layers = [kind for kinds, times in written for kind in kinds * times]
+    written, n_layers = json["attention_types"], hf.check_layers(json, "num_layers")
+    layers = [kind for kinds, times in written for kind in kinds * min(times, n_layers + 1)]  # one too many is enough
     if layers == ["global"] * n_layers:
         return None
     if layers != (["global", "local"] * n_layers)[:n_layers]:

@@ -222,11 +222,17 @@ def test_what_the_paper_calls_its_networks() -> None:
     assert all(value is None or got[name] == value for name, value in expected.items())
 
 
-def test_a_config_that_diffusers_cannot_say_is_kept_in_keifus_own_form(tmp_path) -> None:
+@pytest.mark.parametrize(
+    "unsaid",
+    [
+        {"n_heads": 4, "middle_groups": 8, "noise": Noise(schedule="cosine", variance="learned_range")},
+        {"middle_groups": None},
+    ],
+)
+def test_a_config_that_diffusers_cannot_say_is_kept_in_keifus_own_form(unsaid, tmp_path) -> None:
     config = ddpm.Config(
-        size=8, dim=16, multipliers=(1, 2), n_heads=4, norm_groups=8, middle_groups=8, n_classes=2, null_class=True,
-        classes=("a", "b"), noise=Noise(schedule="cosine", variance="learned_range"),
-    )  # fmt: skip
+        size=8, dim=16, multipliers=(1, 2), norm_groups=8, n_classes=2, null_class=True, classes=("a", "b"), **unsaid
+    )
     model = ddpm.build(config).eval()
     checkpoints.save(model, None, tmp_path)
     again = checkpoints.load_model(tmp_path)

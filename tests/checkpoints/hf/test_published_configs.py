@@ -143,3 +143,30 @@ def test_every_size_is_written_and_read_again(kind) -> None:
 def test_layers_that_no_model_has_take_no_memory(layers: int) -> None:
     with pytest.raises(UserError, match=f"num_hidden_layers is {layers:,}, and at most 10,000"):
         read_config({**PUBLISHED["gemma3-1b"], "num_hidden_layers": layers}, "config.json")
+    with pytest.raises(UserError, match=f"num_layers is {layers:,}, and at most 10,000"):
+        read_config({**PUBLISHED["gpt-neo-1.3b"], "num_layers": layers}, "config.json")
+    with pytest.raises(UserError, match=rf"attention_types \[\[\['global'\], {layers}\]\] is an order"):
+        read_config({**PUBLISHED["gpt-neo-1.3b"], "attention_types": [[["global"], layers]]}, "config.json")
+
+
+UNET = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        PUBLISHED["qwen3-0.6b"] | {"num_attention_heads": 0, "head_dim": None},
+        PUBLISHED["gemma3-1b"] | {"query_pre_attn_scalar": 0},
+        PUBLISHED["llama-7b"] | {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 0}},
+        {"model_type": "UNet2DModel", "block_out_channels": [0], **UNET},
+        {"model_type": "UNet2DModel", "block_out_channels": [], "down_block_types": [], "up_block_types": []},
+    ],
+)
+def test_numbers_that_nothing_can_be_divided_by_are_one_sentence(wrong) -> None:
+    with pytest.raises(UserError, match=f"config.json cannot be read as a '{wrong['model_type']}' model: "):
+        read_config(wrong, "config.json")
+
+
+def test_a_head_that_turns_in_part_is_refused_with_its_part() -> None:
+    with pytest.raises(UserError, match="partial_rotary_factor 0.25 is not supported"):
+        read_config({**PUBLISHED["llama-7b"], "partial_rotary_factor": 0.25}, "config.json")

@@ -271,7 +271,10 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """What `from_published` reads, and diffusers with it."""
+    """What `from_published` and diffusers read. Where `scale_shift` is off, diffusers always has a norm before
+    the middle's attention; the config of a model without one is keifu's own."""
+    if config.middle and config.middle_attention and config.middle_groups is None and not config.scale_shift:
+        return hf.write_own("keifu_ddpm", config)
     up = config.attention if config.up_attention is None else config.up_attention
     own = {"_null_class": config.null_class, "_classes": [*config.classes]}
     return {

@@ -7,7 +7,7 @@ Axes: batch, channels, height, width; length = tokens of a text.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtyping import Float, Int, Num
@@ -21,6 +21,7 @@ from keifu.layers.unet.spatial_transformer import Memories
 from keifu.layers.unet.unet import check_sides
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet
+from keifu.models.hf.config import write_own
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
 
 NOISE = Noise(
@@ -203,7 +204,7 @@ def to_published(config: Config) -> dict[str, Any]:
     """What `from_published` reads: the files of a pipeline's parts. Without an autoencoder no pipeline of diffusers has
     this shape, and the config is keifu's own."""
     if config.autoencoder is None:
-        return {"model_type": "keifu_latent_diffusion", "architectures": ["keifu"], **asdict(config)}
+        return write_own("keifu_latent_diffusion", config)
     return {
         "model_type": "StableDiffusionPipeline",
         "text_encoder": clip_text.to_published(config.text),

@@ -2,6 +2,7 @@
 models of transformers share: activation names, rotary positions, sliding windows."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from keifu.errors import UserError
@@ -67,6 +68,11 @@ def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
     return written
 
 
+def write_own(kind: str, config: Any) -> dict[str, Any]:
+    """keifu's own config.json, for what no published format can say: every field of the Config under its own name."""
+    return {"model_type": kind, "architectures": ["keifu"], **asdict(config)}
+
+
 def activation_field(name: str, default: str) -> Field:
     """The field of an activation, whose names differ."""
     return Field(name, default, activation_name, published_activation)
@@ -99,6 +105,16 @@ SIZE_FIELDS: Fields = {  # of most configs of transformers since BERT
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
 }
+
+MOST_LAYERS = 10_000  # that a config is believed to have
+
+
+def check_layers(json: Mapping[str, Any], name: str) -> int:
+    """The number of layers, before lists of that length are made of it."""
+    if (layers := json[name]) > MOST_LAYERS:
+        raise UserError(f"{name} is {layers:,}, and at most {MOST_LAYERS:,} are read.")
+    return layers
+
 
 # theirs -> ours, where the names differ
 _ACTIVATIONS = {
@@ -141,10 +157,8 @@ def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0) -> dict[
     rope = json.get("rope_parameters") or json.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta", json.get("rope_theta", default_theta)))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", json.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
-        raise UserError(
-            f"partial_rotary_factor {rope.get('partial_rotary_factor')} is not supported: a whole head turns."
-        )
+    if (part := rope.get("partial_rotary_factor", json.get("partial_rotary_factor", 1.0))) not in (None, 1.0):
+        raise UserError(f"partial_rotary_factor {part} is not supported: a whole head turns.")
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     context = json["max_position_embeddings"]
