@@ -20,7 +20,7 @@ from keifu.layers.activations import activation
 from keifu.layers.unet.conv import Downsample, Pixels, ResidualBlock, SpatialAttention, Upsample
 from keifu.layers.unet.unet import Middle, check_sides
 from keifu.models.hf import config as hf
-from keifu.models.hf.unet import ATTENTION, OLD_ATTENTION, RESIDUAL
+from keifu.models.hf.unet import ATTENTION, ENDS, OLD_ATTENTION, nested, stage_names
 
 Latents = Float[Tensor, "batch latent_channels height width"]
 
@@ -157,22 +157,16 @@ def build(config: Config) -> AutoencoderKL:
     return AutoencoderKL(config, encoder, PixelDecoder(ends[0], up, middle(), norm(widths[0]), ends[1]))
 
 
-def _coder_names(ours: str, theirs: str, way: str) -> dict[str, str]:
-    """The names of one side's parts; `way` is down or up."""
-    places = {
-        "levels.*.residuals.*": (f"{way}_blocks.*.resnets.*", RESIDUAL),
-        "levels.*.resample": (f"{way}_blocks.*.{way}samplers.0", {"conv": "conv"}),
-        "middle.residuals.*": ("mid_block.resnets.*", RESIDUAL),
-        "middle.attentions.*": ("mid_block.attentions.*", ATTENTION),
-    }
-    inner = {f"{at}.{part}": f"{there}.{name}" for at, (there, parts) in places.items() for part, name in parts.items()}
-    inner |= {"first": "conv_in", "norm": "conv_norm_out", "last": "conv_out"}
-    return {f"{ours}.{part}": f"{theirs}.{name}" for part, name in inner.items()}
+def _coder_names(way: str) -> dict[str, str]:
+    """The names in the encoder, whose way is down, or in the decoder."""
+    resample = {"levels.*.resample.conv": f"{way}_blocks.*.{way}samplers.0.conv"}
+    levels = stage_names("levels.*", f"{way}_blocks.*", {})
+    return ENDS | levels | resample | stage_names("middle", "mid_block", ATTENTION)
 
 
 WEIGHT_NAMES = {
-    **_coder_names("encoder", "encoder", "down"),
-    **_coder_names("decoder", "decoder", "up"),
+    **nested("encoder", "encoder", _coder_names("down")),
+    **nested("decoder", "decoder", _coder_names("up")),
     "to_moments": "quant_conv",
     "from_latents": "post_quant_conv",
 }

@@ -19,11 +19,10 @@ from keifu.layers.feedforward import GEGLU
 from keifu.layers.initialisation import zero_
 from keifu.layers.transformer.blocks import CrossPreNorm
 from keifu.layers.unet.spatial_transformer import Memories, PixelLinear, SpatialTransformer, memories
-from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
 from keifu.layers.unet.unet import UNet, check_sides
-from keifu.models.diffusion.unet_builder import assemble_unet
+from keifu.models.diffusion.unet_builder import assemble_unet, time_embedding
 from keifu.models.hf import config as hf
-from keifu.models.hf.unet import CONDITIONED_FIELDS, PADDING, levels_of, read_sides, unet_names
+from keifu.models.hf.unet import CONDITIONED_FIELDS, PADDING, Way, read_stages, unet_names, write_stages
 
 Sample = Float[Tensor, "batch channels height width"]
 
@@ -83,10 +82,6 @@ class Config:
     def time_width(self) -> int:
         """The numbers in the embedding of the noise level."""
         return self.time_dim or 4 * self.widths[0]
-
-    def heads(self, level: int) -> int:
-        """The heads of the transformers at a level."""
-        return self.n_heads if isinstance(self.n_heads, int) else self.n_heads[level]
 
 
 _SECOND = partial(Config, n_heads=(5, 10, 20, 20), context_dim=1024, linear=True)
@@ -153,24 +148,16 @@ class ConditionedUNet(nn.Module):
 def build(config: Config) -> ConditionedUNet:
     """A network with PyTorch's default initialisation, but zero for the last layer of each block, of each transformer
     and of the network, as in the released code."""
-    sinusoids = TimestepSinusoids(config.widths[0], config.frequency_shift, config.cosine_first)
-    model = ConditionedUNet(config, TimeEmbedding(sinusoids, config.widths[0], config.time_width), _unet(config))
+    time = time_embedding(config, config.widths[0])
+    middle = _transformer(config, len(config.widths) - 1, config.widths[-1]) if config.middle else None
+    model = ConditionedUNet(config, time, assemble_unet(config, partial(_transformer, config), middle))
     zero_(model, ".conv2", ".last")
     return model
 
 
-def _unet(config: Config) -> UNet:
-    """DDPM's U-Net, whose attentions are transformers."""
-
-    def attention(levels: tuple[int, ...], level: int, width: int) -> SpatialTransformer | None:
-        return _transformer(config, config.heads(level), width) if level in levels else None
-
-    last = len(config.widths) - 1
-    middle = _transformer(config, config.heads(last), config.widths[-1]) if config.middle else None
-    return assemble_unet(config, partial(attention, config.attention), middle, partial(attention, config.up_attention))
-
-
-def _transformer(config: Config, heads: int, width: int) -> SpatialTransformer:
+def _transformer(config: Config, level: int, width: int) -> SpatialTransformer:
+    """What the attentions of DDPM's U-Net are here."""
+    heads = config.n_heads if isinstance(config.n_heads, int) else config.n_heads[level]
     matrix = PixelLinear if config.linear else partial(nn.Conv2d, kernel_size=1)
     blocks = [
         CrossPreNorm(
@@ -200,11 +187,7 @@ _TRANSFORMER = {
     "blocks.*.feedforward.up_gate": "transformer_blocks.*.ff.net.0.proj",
     "blocks.*.feedforward.down": "transformer_blocks.*.ff.net.2",
 }
-WEIGHT_NAMES = {
-    "time.linear1": "time_embedding.linear_1",
-    "time.linear2": "time_embedding.linear_2",
-    **{f"unet.{ours}": theirs for ours, theirs in unet_names(_TRANSFORMER).items()},
-}
+WEIGHT_NAMES = unet_names(_TRANSFORMER)
 MODEL_TYPES = {"UNet2DConditionModel": "UNet2DConditionModel"}
 UNSUPPORTED: dict[str, Any] = {
     "center_input_sample": False, "only_cross_attention": False, "mid_block_scale_factor": 1,
@@ -216,8 +199,11 @@ UNSUPPORTED: dict[str, Any] = {
     "mid_block_only_cross_attention": None, "cross_attention_norm": None, "downsample_type": "conv",
     "reverse_transformer_layers_per_block": None, "act_fn": "silu",
 }  # fmt: skip
-DOWN: dict[str, tuple[bool, bool | None]] = {"DownBlock2D": (False, False), "CrossAttnDownBlock2D": (True, False)}
-UP: dict[str, tuple[bool, bool | None]] = {"UpBlock2D": (False, False), "CrossAttnUpBlock2D": (True, False)}
+_PLAIN, _CROSS = (False, False), (True, False)
+WAYS = (
+    Way({"DownBlock2D": _PLAIN, "CrossAttnDownBlock2D": _CROSS}, (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")),
+    Way({"UpBlock2D": _PLAIN, "CrossAttnUpBlock2D": _CROSS}, ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)),
+)
 FIELDS = CONDITIONED_FIELDS | {
     "n_layers": hf.Field("transformer_layers_per_block", 1),
     "linear": hf.Field("use_linear_projection", False),
@@ -233,24 +219,20 @@ def from_published(json: dict[str, Any]) -> Config:
     `upcast_attention` is not kept: products here are summed in float32 in any case.
     """
     fields, heads = hf.read_fields(json, FIELDS), json.get("num_attention_heads") or json.get("attention_head_dim", 8)
-    down = [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], DOWN
-    up = ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3], UP
-    sides = read_sides(json, fields["widths"], down, up)
+    attention, up_attention, *_ = read_stages(json, fields["widths"], WAYS)
     return Config(
         **fields,
-        attention=levels_of(attends for attends, _ in sides[0]),
-        up_attention=levels_of(attends for attends, _ in sides[1]),
+        attention=attention,
+        up_attention=up_attention,
         n_heads=tuple(heads) if isinstance(heads, list | tuple) else heads,
     )
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that diffusers reads."""
-    levels = range(len(config.widths))
     return {
         "model_type": "UNet2DConditionModel",
         **hf.write_fields(config, FIELDS),
-        "down_block_types": [("DownBlock2D", "CrossAttnDownBlock2D")[level in config.attention] for level in levels],
-        "up_block_types": [("UpBlock2D", "CrossAttnUpBlock2D")[n in config.up_attention] for n in reversed(levels)],
+        **write_stages(config, WAYS),
         "attention_head_dim": [*config.n_heads] if isinstance(config.n_heads, tuple) else config.n_heads,
     }

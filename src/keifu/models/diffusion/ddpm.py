@@ -19,9 +19,9 @@ from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.initialisation import xavier_, zero_
 from keifu.layers.unet.conv import SpatialAttention
-from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
+from keifu.layers.unet.timestep_embedding import TimeEmbedding
 from keifu.layers.unet.unet import UNet, check_sides
-from keifu.models.diffusion.unet_builder import assemble_unet, group_norm
+from keifu.models.diffusion.unet_builder import assemble_unet, group_norm, time_embedding
 from keifu.models.hf import config as hf
 from keifu.models.hf import unet as published
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
@@ -147,7 +147,7 @@ class DDPM(ImageModel):
 
     draws = "pixels"
 
-    def __init__(self, config: Config, time: nn.Module, label: nn.Module | None, unet: UNet):
+    def __init__(self, config: Config, time: TimeEmbedding, label: nn.Module | None, unet: UNet):
         super().__init__()
         self.config, self.time, self.label, self.unet = config, time, label, unet
         self.activation = activation(config.activation)
@@ -193,9 +193,8 @@ class DDPM(ImageModel):
 def build(config: Config) -> DDPM:
     """A network initialised as in the released code: Glorot's, and zero for the last layer of each block and of the
     network."""
-    sinusoids = TimestepSinusoids(config.dim, config.frequency_shift, config.cosine_first)
-    table = nn.Embedding(config.learned_times, config.dim) if config.learned_times else sinusoids
-    model = DDPM(config, TimeEmbedding(table, config.dim, config.time_width), _label(config), _unet(config))
+    learned = nn.Embedding(config.learned_times, config.dim) if config.learned_times else None
+    model = DDPM(config, time_embedding(config, config.dim, learned), _label(config), _unet(config))
     xavier_(model, embedding_std=1.0)
     zero_(model, ".conv2", ".attention.out", "unet.last")
     return model
@@ -203,8 +202,7 @@ def build(config: Config) -> DDPM:
 
 def _label(config: Config) -> nn.Module | None:
     if config.label == "number":
-        sinusoids = TimestepSinusoids(config.dim, config.frequency_shift, config.cosine_first)
-        return TimeEmbedding(sinusoids, config.dim, config.time_width)
+        return time_embedding(config, config.dim)
     if config.label == "vector":
         return nn.Identity()
     return nn.Embedding(config.n_classes + config.null_class, config.time_width) if config.n_classes else None
@@ -212,30 +210,33 @@ def _label(config: Config) -> nn.Module | None:
 
 def _unet(config: Config) -> UNet:
     """The paper's U-Net, with self-attention between pixels."""
-    up_levels = config.attention if config.up_attention is None else config.up_attention
     look = partial(SpatialAttention, n_heads=config.n_heads, head_dim=config.head_dim)
     norm = group_norm(config, config.norm_groups)
-
-    def attention(levels: tuple[int, ...], level: int, width: int) -> SpatialAttention | None:
-        return look(width, norm) if level in levels else None
-
     middle_norm = group_norm(config, config.middle_groups) if config.middle_groups else None
     middle = look(config.widths[-1], middle_norm, scale=config.middle_scale) if config.middle_attention else None
-    return assemble_unet(config, partial(attention, config.attention), middle, partial(attention, up_levels))
+    return assemble_unet(config, lambda level, width: look(width, norm), middle)
 
 
 WEIGHT_NAMES = {
     "time.table": "time_proj",
-    "time.linear1": "time_embedding.linear_1",
-    "time.linear2": "time_embedding.linear_2",
     "label": "class_embedding",
     "label.linear1": "class_embedding.linear_1",
     "label.linear2": "class_embedding.linear_2",
-    **{f"unet.{ours}": theirs for ours, theirs in published.UNET_NAMES.items()},
+    **published.unet_names(published.ATTENTION),
 }
 FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")  # of a pipeline
 OLD_ENDINGS = published.OLD_ATTENTION
 MODEL_TYPES = {"UNet2DModel": "DDPMPipeline"}
+WAYS = (
+    published.Way(
+        {"DownBlock2D": (False, False), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, True)},
+        ("DownBlock2D", *["AttnDownBlock2D"] * 3),
+    ),
+    published.Way(
+        {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)},
+        (*["AttnUpBlock2D"] * 3, "UpBlock2D"),
+    ),
+)
 _TIMES = hf.choice("time_embedding_type", {"positional": False, "learned": True})
 FIELDS = published.SIZE_FIELDS | {
     "channels": hf.Field("in_channels", 3),
@@ -257,9 +258,16 @@ def from_published(json: dict[str, Any]) -> Config:
     Names that begin with "_" are keifu's own: diffusers ignores them.
     """
     fields, null_class = hf.read_fields(json, FIELDS), json.get("_null_class", False)
+    widths = json.get("block_out_channels", (224, 448, 672, 896))
+    attention, up_attention, residual_down, residual_up = published.read_stages(json, widths, WAYS)
     return Config(
         **fields,
-        **published.read_layout(json),
+        dim=widths[0],
+        multipliers=tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths),
+        attention=attention,
+        up_attention=up_attention,
+        residual_down=residual_down,
+        residual_up=residual_up,
         middle_groups=json.get("attn_norm_num_groups") or (None if fields["scale_shift"] else fields["norm_groups"]),
         learned_times=json["num_train_timesteps"] if hf.read_field(json, _TIMES) else None,
         centered=not json.get("center_input_sample", False),
@@ -282,7 +290,11 @@ def to_published(config: Config) -> dict[str, Any]:
         "attention_head_dim": None,  # where the Config has none
         **hf.write_fields(config, FIELDS),
         "out_channels": config.predicted_channels,
-        **published.write_layout(config.widths, (config.attention, config.residual_down), (up, config.residual_up)),
+        "block_out_channels": [*config.widths],
+        **published.write_stages(replace(config, up_attention=up), WAYS),
+        # where levels with attention differ in this, the config cannot say it, and is read as another
+        "downsample_type": published.RESAMPLING.write(bool({*config.attention} & {*config.residual_down})),
+        "upsample_type": published.RESAMPLING.write(bool({*up} & {*config.residual_up})),
         "time_embedding_type": _TIMES.write(bool(config.learned_times)),
         "num_train_timesteps": config.learned_times,
         "attn_norm_num_groups": config.middle_groups,

@@ -11,14 +11,17 @@ from torch import nn
 
 from keifu.layers.activations import activation
 from keifu.layers.unet.conv import AdaptiveResidualBlock, Downsample, ResidualBlock, Upsample
-from keifu.layers.unet.unet import Middle, PerhapsAtLevel, UNet, stages
+from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
+from keifu.layers.unet.unet import AtLevel, Middle, UNet, stages
 
 
-def assemble_unet(
-    config: Any, down_attention: PerhapsAtLevel, middle_attention: nn.Module | None, up_attention: PerhapsAtLevel
-) -> UNet:
-    """The network whose levels have these attentions, or none, on the way down, in the middle and on the way up."""
-    widths = config.widths
+def assemble_unet(config: Any, attention: AtLevel, middle_attention: nn.Module | None) -> UNet:
+    """The network with such attentions at the levels that the Config names, and this one, or none, in the middle."""
+    widths, down_levels = config.widths, config.attention
+    up_levels = down_levels if config.up_attention is None else config.up_attention
+
+    def attend(levels: tuple[int, ...], level: int, width: int) -> nn.Module | None:
+        return attention(level, width) if level in levels else None
 
     def shrink(level: int, width: int) -> nn.Module:
         if level in config.residual_down:
@@ -30,12 +33,18 @@ def assemble_unet(
             return _residual(config, resample=nn.Upsample(scale_factor=2.0))(width, width)
         return Upsample(width)
 
-    attentions = (down_attention, up_attention)
+    attentions = partial(attend, down_levels), partial(attend, up_levels)
     down, up = stages(widths, config.n_residual_blocks, _residual(config), attentions, (shrink, grow))
     first = nn.Conv2d(config.channels, widths[0], 3, padding=1)
     last = nn.Conv2d(widths[0], config.predicted_channels, 3, padding=1)
     norm = group_norm(config, config.norm_groups)(widths[0])
     return UNet(first, down, _middle(config, middle_attention), up, norm, last)
+
+
+def time_embedding(config: Any, dim: int, table: nn.Module | None = None) -> TimeEmbedding:
+    """The embedding of the noise level, or of another number, by a learned table or, without one, by sinusoids."""
+    table = table or TimestepSinusoids(dim, config.frequency_shift, config.cosine_first)
+    return TimeEmbedding(table, dim, config.time_width)
 
 
 def _middle(config: Any, attention: nn.Module | None) -> Middle | None:

@@ -16,12 +16,11 @@ from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.initialisation import zero_
 from keifu.layers.linear import Linear
 from keifu.layers.unet.spatial_transformer import JointAttention, Memories
-from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
 from keifu.models.diffusion.conditioned_unet import UNSUPPORTED as OF_CONDITIONED
 from keifu.models.diffusion.conditioned_unet import ConditionedUNet
-from keifu.models.diffusion.unet_builder import assemble_unet
+from keifu.models.diffusion.unet_builder import assemble_unet, time_embedding
 from keifu.models.hf import config as hf
-from keifu.models.hf.unet import CONDITIONED_FIELDS, SHIFTS, levels_of, read_sides, unet_names
+from keifu.models.hf.unet import CONDITIONED_FIELDS, SHIFTS, Way, read_stages, unet_names, write_stages
 
 Sample = Float[Tensor, "batch channels height width"]
 
@@ -124,16 +123,11 @@ class Decoder(nn.Module):
 def build(config: Config) -> Decoder:
     """A network with PyTorch's default initialisation, but zero for the last layer of each block, of each attention and
     of the network, as in improved DDPM's code."""
-    sinusoids = TimestepSinusoids(config.widths[0], config.frequency_shift, config.cosine_first)
-    time = TimeEmbedding(sinusoids, config.widths[0], config.time_width)
+    time = time_embedding(config, config.widths[0])
     norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-5)
-
-    def attention(levels: tuple[int, ...], level: int, width: int) -> JointAttention | None:
-        return JointAttention(width, config.head_dim, config.context_dim, norm) if level in levels else None
-
-    last = len(config.widths) - 1
-    middle = attention((last,), last, config.widths[-1]) if config.middle else None
-    unet = assemble_unet(config, partial(attention, config.attention), middle, partial(attention, config.up_attention))
+    look = partial(JointAttention, head_dim=config.head_dim, context_dim=config.context_dim, norm=norm)
+    middle = look(config.widths[-1]) if config.middle else None
+    unet = assemble_unet(config, lambda level, width: look(width), middle)
     model = Decoder(config, _label(config), ConditionedUNet(config, time, unet))
     zero_(model, ".conv2", ".out", "unet.last")
     return model
@@ -149,9 +143,7 @@ def _label(config: Config) -> nn.Module:
 _ATTENTION = {"norm": "group_norm", "qkv": "to_[q,k,v]", "kv": "add_[k,v]_proj", "out": "to_out.0"}
 WEIGHT_NAMES = {
     "label": "class_embedding",
-    "network.time.linear1": "time_embedding.linear_1",
-    "network.time.linear2": "time_embedding.linear_2",
-    **{f"network.unet.{ours}": theirs for ours, theirs in unet_names(_ATTENTION).items()},
+    **{f"network.{ours}": theirs for ours, theirs in unet_names(_ATTENTION).items()},
 }
 MODEL_TYPES = {"UNet2DConditionModel/simple": "UNet2DConditionModel"}  # one class of diffusers' for two networks
 UNSUPPORTED: dict[str, Any] = {
@@ -159,14 +151,10 @@ UNSUPPORTED: dict[str, Any] = {
     for name, fine in OF_CONDITIONED.items()
     if name not in ("class_embed_type", "num_class_embeds", "resnet_time_scale_shift")
 }
-_DOWN: dict[str, tuple[bool, bool | None]] = {
-    "ResnetDownsampleBlock2D": (False, True),
-    "SimpleCrossAttnDownBlock2D": (True, True),
-}
-_UP: dict[str, tuple[bool, bool | None]] = {
-    "ResnetUpsampleBlock2D": (False, True),
-    "SimpleCrossAttnUpBlock2D": (True, True),
-}
+WAYS = (  # from each level to the next leads a residual block
+    Way({"ResnetDownsampleBlock2D": (False, None), "SimpleCrossAttnDownBlock2D": (True, None)}),
+    Way({"ResnetUpsampleBlock2D": (False, None), "SimpleCrossAttnUpBlock2D": (True, None)}),
+)
 FIELDS = CONDITIONED_FIELDS | {
     "head_dim": hf.Field("attention_head_dim", 8),
     "label": hf.choice("class_embed_type", {None: "class", "identity": "vector", "simple_projection": "projected"}),
@@ -182,25 +170,18 @@ def from_published(json: dict[str, Any]) -> Config:
     Its `attention_head_dim` means what it says here.
     """
     fields = hf.read_fields(json, FIELDS)
-    sides = read_sides(json, fields["widths"], ([], _DOWN), ([], _UP))
+    attention, up_attention, *_ = read_stages(json, fields["widths"], WAYS)
     label_dim = json.get(_LABEL_DIMS.get(fields["label"], ""))
     if fields["label"] == "class" and label_dim is None:
         raise UserError("its class_embed_type is None, and no num_class_embeds says how many rows a table would have.")
-    return Config(
-        **fields,
-        attention=levels_of(attends for attends, _ in sides[0]),
-        up_attention=levels_of(attends for attends, _ in sides[1]),
-        label_dim=label_dim,
-    )
+    return Config(**fields, attention=attention, up_attention=up_attention, label_dim=label_dim)
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that diffusers reads."""
-    levels, down, up = range(len(config.widths)), tuple(_DOWN), tuple(_UP)
     return {
         "model_type": next(iter(MODEL_TYPES)),
         **hf.write_fields(config, FIELDS),
-        "down_block_types": [down[level in config.attention] for level in levels],
-        "up_block_types": [up[level in config.up_attention] for level in reversed(levels)],
+        **write_stages(config, WAYS),
         **{name: config.label_dim if label == config.label else None for label, name in _LABEL_DIMS.items()},
     }
