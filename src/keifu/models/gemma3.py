@@ -103,7 +103,6 @@ WEIGHT_NAMES = qwen3.WEIGHT_NAMES | {
     "blocks.*.post_feedforward_norm": "model.layers.*.post_feedforward_layernorm",
 }
 PREFIX = "model."
-NOT_WEIGHTS: tuple[str, ...] = ()
 MODEL_TYPES = {"gemma3_text": "Gemma3ForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {
     "final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False,

@@ -84,7 +84,6 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     "blocks.*.attention.k_norm": "model.layers.*.self_attn.k_norm",
 }
 PREFIX = "model."
-NOT_WEIGHTS: tuple[str, ...] = ()
 MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM"}
 
 FIELDS: hf.Fields = llama.FIELDS | {

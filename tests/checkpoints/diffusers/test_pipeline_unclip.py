@@ -110,6 +110,8 @@ def test_configs_whose_parts_do_not_fit() -> None:
         replace(config, upsampler=ddpm.Config(), last_upsampler=ddpm.Config())
     with pytest.raises(ValueError, match="Embeddings have 768 numbers"):
         replace(config, image=SEES)
+    with pytest.raises(ValueError, match="no projection into the space of CLIP's embeddings"):
+        replace(config, text=replace(config.text, projected=False))
 
 
 def test_a_scheduler_of_unclip_that_says_little() -> None:

@@ -106,12 +106,12 @@ class LatentCodec:
         )
 
     def _tiles(self, latents: Latents) -> bool:
-        return self.model.coding is not None and 0 < self.side < max(latents.shape[2:])
+        return self.model.autoencoder is not None and 0 < self.side < max(latents.shape[2:])
 
     def _sure(self, work: Callable[[], Tensor]) -> Tensor:
         """The result; where it is not finite in half precision, the one in float32, in which the autoencoder is left:
         the released Stable Diffusion's has numbers beyond float16's."""
-        found, inner = work(), self.model.coding
+        found, inner = work(), self.model.autoencoder
         if inner is None or bool(found.isfinite().all()):
             return found
         dtype = next(inner.parameters()).dtype

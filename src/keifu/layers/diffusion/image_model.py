@@ -17,7 +17,7 @@ class ImageModel(nn.Module):
         with a learned variance. config: size (height and width, or one number for both; None if unknown), channels,
         n_classes (0 without classes), null_class (whether the label n_classes means no condition), classes (names).
     latents: `model(x, timestep, projected)` is the target of `noise`. `project(encode_text(tokens))` is computed once
-        for all steps; `to_latents(pictures, noise)` and `to_pictures(latents)` compute with `coding`, the autoencoder,
+        for all steps; `to_latents(pictures, noise)` and `to_pictures(latents)` compute with `autoencoder`,
         if there is one. config: size, channels (of latents), factor (pixels of a side for each number of the latents),
         colours, masked (whether a mask and the masked image are further input channels), context_length.
     embeddings: `imagine(x, timestep, caption)` is the prior, `restored` undoes its normalisation, `encode_image` embeds
@@ -30,5 +30,9 @@ class ImageModel(nn.Module):
 
     draws: ClassVar[Literal["pixels", "latents", "embeddings", "tokens"]]
     config: Any
-    noise: Noise
     check_size: Callable[..., None]
+
+    @property
+    def noise(self) -> Noise:
+        """The noise schedule and prediction target of the training (pixels and latents alone)."""
+        return self.config.noise

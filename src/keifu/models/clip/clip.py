@@ -31,17 +31,18 @@ class Config(clip_text.WithText):
     pixels: Pixels = field(default_factory=Pixels)
 
 
+def _with_text(image: clip_image.Config | clip_image.ResNetConfig, dim: int) -> Config:
+    text = clip_text.Config(dim=dim, hidden_dim=4 * dim, n_heads=dim // 64, embedding_dim=image.embedding_dim)
+    return Config(text, image, Pixels(image.image_size, image.image_size))
+
+
 def _vit(dim: int, layers: int, patch: int, text_dim: int, embedding: int, size: int = 224) -> Config:
-    heads, text_heads = dim // 64, text_dim // 64
-    image = clip_image.Config(size, patch, 3, dim, 4 * dim, layers, heads, embedding_dim=embedding)
-    text = clip_text.Config(dim=text_dim, hidden_dim=4 * text_dim, n_heads=text_heads, embedding_dim=embedding)
-    return Config(text, image, Pixels(size, size))
+    image = clip_image.Config(size, patch, 3, dim, 4 * dim, layers, dim // 64, embedding_dim=embedding)
+    return _with_text(image, text_dim)
 
 
 def _resnet(width: int, layers: tuple[int, ...], text_dim: int, embedding: int, size: int) -> Config:
-    image = clip_image.ResNetConfig(size, width, layers, width // 2, embedding)
-    text = clip_text.Config(dim=text_dim, hidden_dim=4 * text_dim, n_heads=text_dim // 64, embedding_dim=embedding)
-    return Config(text, image, Pixels(size, size))
+    return _with_text(clip_image.ResNetConfig(size, width, layers, width // 2, embedding), text_dim)
 
 
 SIZES = {  # the paper's tables 19 and 20

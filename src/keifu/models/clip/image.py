@@ -141,7 +141,7 @@ class VisionTransformer(nn.Module):
         self.first_norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
-        self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else None
+        self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else nn.Identity()
 
     def encode(self, pixels: Pixels) -> Float[Tensor, "batch length dim"]:
         """Hidden states of the class token and of each patch, before the last norm. Pixels are normalised as in
@@ -153,8 +153,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:
         """An embedding for each image, not normalised; without a projection the class token's state after its norm."""
-        pooled = self.norm(self.encode(pixels)[:, 0])
-        return pooled if self.projection is None else self.projection(pooled)
+        return self.projection(self.norm(self.encode(pixels)[:, 0]))
 
 
 class ResNet(nn.Module):
@@ -194,7 +193,7 @@ def build(config: Config) -> VisionTransformer:
     multihead_(model)
     nn.init.normal_(model.embedding.whole, std=std)
     nn.init.normal_(model.embedding.positions.weight, std=std)
-    if model.projection is not None:
+    if isinstance(model.projection, Linear):
         nn.init.normal_(model.projection.weight, std=std)
     return model
 

@@ -77,7 +77,7 @@ class TextTower(nn.Module):
         self.positions = LearnedPositions(config.context_length, config.dim)
         self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
-        self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else None
+        self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else nn.Identity()
 
     def encode(self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None) -> Hidden:
         """Hidden states after the last norm. `mask` is True on real tokens; padding at the end needs none, since
@@ -101,8 +101,7 @@ class TextTower(nn.Module):
         self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch embedding"]:
         """An embedding for each caption, not normalised; without a projection the pooled hidden state."""
-        pooled = self.pool(self.encode(tokens, mask), tokens)
-        return pooled if self.projection is None else self.projection(pooled)
+        return self.projection(self.pool(self.encode(tokens, mask), tokens))
 
 
 def block(config: Any) -> PreNorm:
@@ -127,7 +126,7 @@ def build(config: Config) -> TextTower:
             nn.init.normal_(module.weight, std=deviations[kind])
             if kind in ("qkv", "out"):
                 nn.init.zeros_(module.bias)
-    if model.projection is not None:
+    if isinstance(model.projection, Linear):
         nn.init.normal_(model.projection.weight, std=dim**-0.5)
     return model
 

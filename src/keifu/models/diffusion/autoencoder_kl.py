@@ -20,7 +20,7 @@ from keifu.layers.activations import activation
 from keifu.layers.unet.conv import Downsample, Pixels, ResidualBlock, SpatialAttention, Upsample
 from keifu.layers.unet.unet import Middle, check_sides
 from keifu.models.hf import config as hf
-from keifu.models.hf.unet import ATTENTION, ENDS, OLD_ATTENTION, nested, stage_names
+from keifu.models.hf.unet import ATTENTION, ENDS, OLD_ATTENTION, SIZE, nested, stage_names
 
 Latents = Float[Tensor, "batch latent_channels height width"]
 
@@ -179,6 +179,8 @@ UNSUPPORTED: dict[str, Any] = {
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 FIELDS: hf.Fields = {
+    "size": SIZE._replace(default=32),
+    "channels": hf.Field("in_channels", 3, also=("out_channels",)),
     "latent_channels": hf.Field("latent_channels", 4),
     "widths": hf.Field("block_out_channels", (64,), tuple, list),
     "n_residual_blocks": hf.Field("layers_per_block", 1),
@@ -191,23 +193,19 @@ FIELDS: hf.Fields = {
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of diffusers' config.json of an AutoencoderKL."""
     fields = hf.read_fields(json, FIELDS)
-    levels, size = len(fields["widths"]), json.get("sample_size", 32)
+    levels, channels = len(fields["widths"]), fields["channels"]
     for field, kind in _BLOCKS.items():
         if json.get(field, [kind]) != [kind] * levels:
             raise ValueError(f"its {field} are {json.get(field)}, and what is implemented is {levels} {kind}.")
-    channels = json.get("in_channels", 3)
     if json.get("out_channels", 3) != channels:
         raise ValueError(f"it reads {channels} channels and gives {json.get('out_channels', 3)}.")
-    return Config(**fields, size=tuple(size) if isinstance(size, list) else size, channels=channels)
+    return Config(**fields)
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that diffusers reads."""
     return {
         "model_type": "AutoencoderKL",
-        "sample_size": config.size,
-        "in_channels": config.channels,
-        "out_channels": config.channels,
         **hf.write_fields(config, FIELDS),
         **{field: [kind] * len(config.widths) for field, kind in _BLOCKS.items()},
     }

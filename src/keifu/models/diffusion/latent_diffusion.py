@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtyping import Float, Int, Num
-from torch import Tensor, nn
+from torch import Tensor
 
 from keifu.errors import UserError
 from keifu.layers.attention.masks import PaddingMask
@@ -24,6 +24,7 @@ from keifu.models.diffusion import autoencoder_kl, conditioned_unet
 from keifu.models.hf.config import write_own
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
 
+Parts = Mapping[str, tuple[str, Any]]  # of a pipeline, by their folders there: the field here, and the model's file
 NOISE = Noise(
     schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip=None, steps_offset=1, last_alpha_one=False
 )  # the paper's for latents, as Stable Diffusion's files describe it
@@ -103,7 +104,7 @@ SIZES = {
 
 
 class LatentDiffusion(ImageModel):
-    """The text encoder, the U-Net and the autoencoder, if there is one."""
+    """The text encoder, the U-Net and the autoencoder, which is None in a model that works in pixels."""
 
     draws = "latents"
 
@@ -116,16 +117,6 @@ class LatentDiffusion(ImageModel):
     ):
         super().__init__()
         self.config, self.text, self.unet, self.autoencoder = config, text, unet, autoencoder
-
-    @property
-    def noise(self) -> Noise:
-        """The noise schedule and prediction target of the training."""
-        return self.config.noise
-
-    @property
-    def coding(self) -> nn.Module | None:
-        """The autoencoder; None for a model in pixels."""
-        return self.autoencoder
 
     def encode_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
         """The context of the U-Net: the text's hidden states after the last norm, padding included."""
@@ -164,18 +155,29 @@ class LatentDiffusion(ImageModel):
 
 def build(config: Config) -> LatentDiffusion:
     """A model whose parts are initialised as each is alone."""
-    autoencoder = None if config.autoencoder is None else autoencoder_kl.build(config.autoencoder)
-    return LatentDiffusion(config, clip_text.build(config.text), conditioned_unet.build(config.unet), autoencoder)
+    return LatentDiffusion(config, **build_parts(config, PARTS))
 
 
-PARTS = {
+PARTS: Parts = {
+    "vae": ("autoencoder", autoencoder_kl),
     "text_encoder": ("text", clip_text),
     "unet": ("unet", conditioned_unet),
-    "vae": ("autoencoder", autoencoder_kl),
 }
 
 
-def names_of(parts: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
+def build_parts(config: Any, parts: Parts) -> dict[str, Any]:
+    """Every part of a pipeline, initialised as it is alone; those that the Config leaves out are None."""
+    return {ours: (part := vars(config)[ours]) and module.build(part) for ours, module in parts.values()}
+
+
+def write_parts(config: Any, parts: Parts) -> dict[str, Any]:
+    """The published configs of a pipeline's parts, each in the field of its folder's name; None of those left out."""
+    return {
+        folder: (part := vars(config)[ours]) and module.to_published(part) for folder, (ours, module) in parts.items()
+    }
+
+
+def names_of(parts: Parts) -> dict[str, str]:
     """The weights' names in a pipeline: those of each part, behind the part's field here and its folder there."""
     return {
         f"{ours}.{name}": f"{folder}.{theirs}"
@@ -192,12 +194,8 @@ MODEL_TYPES = {"StableDiffusionPipeline": "StableDiffusionPipeline"}
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of the files of a pipeline's parts, each in the field of its folder's name."""
-    return Config(
-        text=clip_text.from_published(json["text_encoder"]),
-        unet=conditioned_unet.from_published(json["unet"]),
-        autoencoder=autoencoder_kl.from_published(json["vae"]),
-        noise=read_scheduler(json["scheduler"]),
-    )
+    parts = {ours: module.from_published(json[folder]) for folder, (ours, module) in PARTS.items()}
+    return Config(**parts, noise=read_scheduler(json["scheduler"]))
 
 
 def to_published(config: Config) -> dict[str, Any]:
@@ -207,8 +205,6 @@ def to_published(config: Config) -> dict[str, Any]:
         return write_own("keifu_latent_diffusion", config)
     return {
         "model_type": "StableDiffusionPipeline",
-        "text_encoder": clip_text.to_published(config.text),
-        "unet": conditioned_unet.to_published(config.unet),
-        "vae": autoencoder_kl.to_published(config.autoencoder),
+        **write_parts(config, PARTS),
         "scheduler": write_scheduler(config.noise),
     }

@@ -25,8 +25,9 @@ Ways = tuple[Way, Way]  # down and up
 RESAMPLING = choice("", {"conv": False, "resnet": True})
 PADDING = choice("downsample_padding", {1: True, 0: False})
 SHIFTS = choice("resnet_time_scale_shift", {"default": False, "scale_shift": True})
+SIZE = Field("sample_size", None, lambda size: tuple(size) if isinstance(size, list) else size)
 SIZE_FIELDS: Fields = {
-    "size": Field("sample_size", None, lambda size: tuple(size) if isinstance(size, list) else size),
+    "size": SIZE,
     "n_residual_blocks": Field("layers_per_block", 2),
     "norm_groups": Field("norm_num_groups", 32),
     "norm_eps": Field("norm_eps", 1e-5, float),

@@ -81,11 +81,11 @@ class Prior(nn.Module):
         predicted = config.predicted_dim or config.embedding_dim
         self.time = TimeEmbedding(TimestepSinusoids(dim, 0.0, True), dim, config.time_dim or dim, dim)
         self.tokens, self.noisy = Linear(config.embedding_dim, dim), Linear(config.embedding_dim, dim)
-        self.caption_norm = nn.LayerNorm(caption_dim) if config.caption_norm else None
+        self.caption_norm = nn.LayerNorm(caption_dim) if config.caption_norm else nn.Identity()
         self.caption = Linear(caption_dim, dim)
         self.query = nn.Parameter(torch.empty(1, 1, dim)) if config.query else None
         self.positions = nn.Parameter(torch.empty(1, config.context_length + config.n_tokens_beside, dim))
-        self.first_norm = nn.LayerNorm(dim) if config.first_norm else None
+        self.first_norm = nn.LayerNorm(dim) if config.first_norm else nn.Identity()
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.n_layers))
         self.norm, self.out = nn.LayerNorm(dim), Linear(dim, predicted)
         self.register_buffer("mean", torch.zeros(1, predicted))
@@ -107,13 +107,11 @@ class Prior(nn.Module):
         if tokens.shape[1] != self.config.context_length:
             raise UserError(f"The prior reads captions of {self.config.context_length} tokens, not {tokens.shape[1]}.")
         kind, held = x.dtype, self.positions.dtype
-        caption = caption if self.caption_norm is None else self.caption_norm(caption)
         time = self.time(timestep.reshape(-1).expand(len(x)))
-        beside = [self.caption(caption), time.to(held), self.noisy(x.to(held))]
+        beside = [self.caption(self.caption_norm(caption)), time.to(held), self.noisy(x.to(held))]
         parts = [self.tokens(tokens), torch.stack(beside, 1)]
         hidden = torch.cat(parts if self.query is None else [*parts, self.query.expand(len(x), -1, -1)], 1)
-        hidden = hidden + self.positions
-        hidden = hidden if self.first_norm is None else self.first_norm(hidden)
+        hidden = self.first_norm(hidden + self.positions)
         extra = (0, self.config.n_tokens_beside)
         visible = PaddingMask() if mask is None else CausalPaddingMask(F.pad(mask, extra, value=True))
         for block in self.blocks:

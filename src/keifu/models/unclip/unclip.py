@@ -21,7 +21,7 @@ from keifu.layers.unet.spatial_transformer import Memories
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import ddpm
-from keifu.models.diffusion.latent_diffusion import names_of
+from keifu.models.diffusion.latent_diffusion import Parts, build_parts, names_of, write_parts
 from keifu.models.hf.image_processor import Pixels, read_pixels, write_pixels
 from keifu.models.hf.schedulers import read_scheduler, write_unclip_scheduler
 from keifu.models.unclip import conditioning
@@ -65,6 +65,8 @@ class Config(clip_text.WithText):
         priors = [] if self.prior is None else [self.prior.embedding_dim, self.prior.predicted_dim or wanted]
         if {*own, *images, *priors} != {wanted}:
             raise UserError(f"Embeddings have {wanted} numbers, and its parts {(*own, *images, *priors)}.")
+        if not all(encoder.projected for encoder in (self.text, self.image) if encoder is not None):
+            raise UserError("An encoder has no projection into the space of CLIP's embeddings, which unCLIP needs.")
         told = self.conditions.time_dim, self.conditions.context_dim
         if told != (self.decoder.label_dim or self.decoder.time_width, self.decoder.context_dim):
             raise UserError(f"The decoder is told {told} numbers, which are not as many as it reads.")
@@ -153,7 +155,6 @@ class Unclip(ImageModel):
     def encode_text(self, tokens: Int[Tensor, "batch length"], real: Bool[Tensor, "batch length"]) -> Caption:
         """Captions encoded for prior and decoder; padding follows the end of each."""
         hidden = self.text.encode(tokens)
-        assert self.text.projection is not None
         return Caption(self.text.projection(self.text.pool(hidden, tokens)), hidden, real)
 
     def encode_image(self, pixels: Float[Tensor, "batch channels rows columns"]) -> Embedding:
@@ -205,11 +206,10 @@ class Unclip(ImageModel):
 
 def build(config: Config) -> Unclip:
     """A model whose parts are initialised as each is alone."""
-    parts = {name: (module, vars(config)[name]) for name, module in PARTS.values()}
-    return Unclip(config, **{name: part and module.build(part) for name, (module, part) in parts.items()})
+    return Unclip(config, **build_parts(config, PARTS))
 
 
-PARTS: dict[str, tuple[str, Any]] = {  # by the folder in a pipeline: the field here, and its model's file
+PARTS: Parts = {
     "text_encoder": ("text", clip_text),
     "text_proj": ("conditions", conditioning),
     "decoder": ("decoder", unclip_decoder),
@@ -227,10 +227,9 @@ MODEL_TYPES = {"UnCLIPPipeline": "UnCLIPPipeline"}
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of the files of a pipeline's parts, each in the field of its folder's name."""
-    enlarging = json.get("super_res_scheduler")
-    inner = {"super_res_first": {"scheduler": enlarging}, "super_res_last": {"scheduler": enlarging}}
+    enlarging = {"scheduler": json.get("super_res_scheduler")}  # which the upsamplers' configs have in them here
     parts = {
-        ours: module.from_published({**json[folder], **inner.get(folder, {})}) if json.get(folder) else None
+        ours: module.from_published(json[folder] | enlarging) if json.get(folder) else None
         for folder, (ours, module) in PARTS.items()
     }
     seen = parts["image"]
@@ -242,10 +241,8 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """What `from_published` reads: the files of a pipeline's parts; those that are not there are None."""
-    made = {folder: (module, vars(config)[ours]) for folder, (ours, module) in PARTS.items()}
-    files = {folder: part and module.to_published(part) for folder, (module, part) in made.items()}
-    parts = {folder: file and {**file, "scheduler": None} if "super_res" in folder else file
-             for folder, file in files.items()}  # fmt: skip
+    parts = {folder: file and file | ({"scheduler": None} if "scheduler" in file else {})
+             for folder, file in write_parts(config, PARTS).items()}  # fmt: skip
     noises = {
         "prior_scheduler": None if config.prior is None else config.prior_noise,
         "decoder_scheduler": config.decoder_noise,
