@@ -248,9 +248,8 @@ def to_published(config: Config) -> dict[str, Any]:
     named = {has[1:]: name for name, has in ARCHITECTURES.items()}
     labels = {str(n): label for n, label in enumerate(config.labels)}
     json = {
-        "model_type": "bert",
+        **hf.write(config, MODEL_TYPES, FIELDS),
         "architectures": [named.get(heads, "BertForPreTraining")],
-        **hf.write_fields(config, FIELDS),
         "add_pooling_layer": config.pooled,
         "tie_word_embeddings": True,
     }

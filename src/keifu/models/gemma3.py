@@ -167,9 +167,7 @@ def to_published(config: Config) -> dict[str, Any]:
     scale, full = config.attention_scale, global_layers(config)
     kinds = ["full_attention" if layer in full else "sliding_attention" for layer in range(config.n_layers)]
     return everywhere | {
-        "model_type": "gemma3_text",
-        "architectures": ["Gemma3ForCausalLM"],
-        **hf.write_fields(config, FIELDS),
+        **hf.write(config, MODEL_TYPES, FIELDS),
         "query_pre_attn_scalar": config.head_dim if scale is None else _scalar(scale),
         "layer_types": kinds,
         "rope_local_base_freq": config.local_rope_theta,

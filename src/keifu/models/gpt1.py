@@ -106,5 +106,4 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers reads, which has no field for another `hidden_dim` than 4 · dim."""
-    header = {"model_type": "openai-gpt", "architectures": list(MODEL_TYPES.values())}
-    return header | hf.write_fields(config, FIELDS)
+    return hf.write(config, MODEL_TYPES, FIELDS)

@@ -3,6 +3,7 @@ pre-norm blocks with a final norm, an initialisation scaled for the number of re
 fine-tuning.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,25 +49,27 @@ PAPER_PARAMETERS = {"gpt2": 117e6, "gpt2-medium": 345e6, "gpt2-large": 762e6, "g
 
 def build(config: Config) -> DecoderLM:
     """A model with the paper's initialisation; positions have half the deviation, as in the released code."""
-    norm = partial(nn.LayerNorm, config.dim, config.norm_eps, bias=config.bias)
+    attention = partial(Attention, config.dim, config.n_heads, bias=config.bias, dropout=config.dropout)
+    return assemble(config, lambda layer: attention(), config.bias)
+
+
+def assemble(config: Any, attention: Callable[[int], Attention], bias: bool = True) -> DecoderLM:
+    """GPT-2 with this attention in each layer, counted from 0."""
+    norm = partial(nn.LayerNorm, config.dim, config.norm_eps, bias=bias)
     blocks = [
         PreNorm(
-            Attention(config.dim, config.n_heads, bias=config.bias, dropout=config.dropout),
-            FeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=config.bias),
+            attention(layer),
+            FeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=bias),
             (norm(), norm()),
             config.dropout,
         )
-        for _ in range(config.n_layers)
+        for layer in range(config.n_layers)
     ]
-    return initialise(DecoderLM.of(config, blocks, norm(), LearnedPositions(config.context_length, config.dim)))
-
-
-def initialise(model: DecoderLM) -> DecoderLM:
-    """The paper's initialisation."""
-    assert model.positions is not None
+    positions = LearnedPositions(config.context_length, config.dim)
+    model = DecoderLM.of(config, blocks, norm(), positions)
     normal_(model, std=0.02)
-    nn.init.normal_(model.positions.weight, std=0.01)
-    scale_residual_(model, len(model.blocks))
+    nn.init.normal_(positions.weight, std=0.01)
+    scale_residual_(model, config.n_layers)
     return model
 
 
@@ -108,4 +111,4 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers reads."""
-    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **hf.write_fields(config, FIELDS)}
+    return hf.write(config, MODEL_TYPES, FIELDS)

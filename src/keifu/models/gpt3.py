@@ -13,14 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from keifu.errors import UserError
-from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.positions import LearnedPositions
-from keifu.layers.feedforward import FeedForward
-from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import gpt2
 from keifu.models.hf import config as hf
@@ -73,22 +67,11 @@ PAPER_PARAMETERS = {
 
 def build(config: Config) -> DecoderLM:
     """A model with GPT-2's initialisation, as the paper says."""
-    norm = partial(nn.LayerNorm, config.dim, config.norm_eps)
-    blocks = [
-        PreNorm(
-            _attention(config, banded=layer % 2 == 1),
-            FeedForward(config.dim, config.hidden_dim, activation(config.activation)),
-            (norm(), norm()),
-            config.dropout,
-        )
-        for layer in range(config.n_layers)
-    ]
-    positions = LearnedPositions(config.context_length, config.dim)
-    return gpt2.initialise(DecoderLM.of(config, blocks, norm(), positions))
+    return gpt2.assemble(config, partial(_attention, config))
 
 
-def _attention(config: Config, banded: bool) -> Attention:
-    window = config.band if banded else None
+def _attention(config: Config, layer: int) -> Attention:
+    window = config.band if layer % 2 == 1 else None
     sizes, scale = (config.dim, config.n_heads), None if config.scaled_attention else 1.0
     return Attention(*sizes, bias=config.qkv_bias, out_bias=True, window=window, dropout=config.dropout, scale=scale)
 
@@ -148,11 +131,9 @@ def _attention_types(n_layers: int, banded: bool) -> list[list[Any]]:
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json of GPT-2 for a dense model with its attention, else of GPT-Neo, which has another attention."""
     if config.band is None and config.qkv_bias and config.scaled_attention:
-        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **hf.write_fields(config, gpt2.FIELDS)}
+        return hf.write(config, gpt2.MODEL_TYPES, gpt2.FIELDS)
     return {
-        "model_type": "gpt_neo",
-        "architectures": ["GPTNeoForCausalLM"],
-        **hf.write_fields(config, FIELDS),
+        **hf.write(config, MODEL_TYPES, FIELDS),
         "attention_types": _attention_types(config.n_layers, config.band is not None),
         "window_size": config.band or 256,
     }

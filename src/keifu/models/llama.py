@@ -2,6 +2,7 @@
 (sliding window), Qwen2 (biased q, k, v). New against GPT-2: RMSNorm, SwiGLU, rotary positions, no biases.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,8 +88,22 @@ PAPER_PARAMETERS = {
 def build(config: Config) -> DecoderLM:
     """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the LLaMA papers do not print
     theirs."""
-    blocks = [_block(config, layer) for layer in range(config.n_layers)]
-    return initialise(DecoderLM.of(config, blocks, RMSNorm(config.dim, config.norm_eps)))
+    return assemble(config, partial(_attention, config), config.feedforward_bias)
+
+
+def assemble(config: Any, attention: Callable[[int], Attention], feedforward_bias: bool = False) -> DecoderLM:
+    """LLaMA with this attention in each layer, counted from 0."""
+    norm = partial(RMSNorm, config.dim, config.norm_eps)
+    blocks = [
+        PreNorm(
+            attention(layer),
+            GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=feedforward_bias),
+            (norm(), norm()),
+            config.dropout,
+        )
+        for layer in range(config.n_layers)
+    ]
+    return initialise(DecoderLM.of(config, blocks, norm()))
 
 
 def initialise(model: DecoderLM) -> DecoderLM:
@@ -98,8 +113,8 @@ def initialise(model: DecoderLM) -> DecoderLM:
     return model
 
 
-def _block(config: Config, layer: int) -> PreNorm:
-    attention = Attention(
+def _attention(config: Config, layer: int) -> Attention:
+    return Attention(
         config.dim,
         config.n_heads,
         config.n_kv_heads,
@@ -110,11 +125,6 @@ def _block(config: Config, layer: int) -> PreNorm:
         dropout=config.dropout,
         rotary=Rotary(config.head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling),
     )
-    feedforward = GatedFeedForward(
-        config.dim, config.hidden_dim, activation(config.activation), bias=config.feedforward_bias
-    )
-    norms = RMSNorm(config.dim, config.norm_eps), RMSNorm(config.dim, config.norm_eps)
-    return PreNorm(attention, feedforward, norms, config.dropout)
 
 
 WEIGHT_NAMES = {

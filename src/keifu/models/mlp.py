@@ -137,4 +137,4 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that `from_published` reads."""
-    return {"model_type": "keifu_mlp", "architectures": ["MLP"], **hf.write_fields(config, FIELDS)}
+    return hf.write(config, MODEL_TYPES, FIELDS)

@@ -107,10 +107,8 @@ def from_published(json: dict[str, Any]) -> Config:
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers reads."""
     return {
-        "model_type": "cohere",
-        "architectures": ["CohereForCausalLM"],
         "logit_scale": config.dim**-0.5,  # where the Config leaves it to the default
-        **hf.write_fields(config, FIELDS),
+        **hf.write(config, MODEL_TYPES, FIELDS),
         **UNSUPPORTED,
         **hf.write_rope(config.rope_theta, config.rope_scaling),
     }

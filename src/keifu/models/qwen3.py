@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import RopeScaling, Rotary
-from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.normalisation import RMSNorm
-from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
@@ -58,13 +55,11 @@ PAPER_PARAMETERS = {
 
 def build(config: Config) -> DecoderLM:
     """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its own."""
-    blocks = [_block(config, layer) for layer in range(config.n_layers)]
-    return llama.initialise(DecoderLM.of(config, blocks, RMSNorm(config.dim, config.norm_eps)))
+    return llama.assemble(config, partial(_attention, config))
 
 
-def _block(config: Config, layer: int) -> PreNorm:
-    norm = partial(RMSNorm, eps=config.norm_eps)
-    attention = Attention(
+def _attention(config: Config, layer: int) -> Attention:
+    return Attention(
         config.dim,
         config.n_heads,
         config.n_kv_heads,
@@ -73,10 +68,8 @@ def _block(config: Config, layer: int) -> PreNorm:
         window=config.sliding_window if layer >= config.first_window_layer else None,
         dropout=config.dropout,
         rotary=Rotary(config.head_dim, config.rope_theta, config.rope_scaling),
-        qk_norm=norm,
+        qk_norm=partial(RMSNorm, eps=config.norm_eps),
     )
-    feedforward = GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=False)
-    return PreNorm(attention, feedforward, (norm(config.dim), norm(config.dim)), config.dropout)
 
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES | {
@@ -101,9 +94,7 @@ def from_published(json: dict[str, Any]) -> Config:
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers, vLLM and llama.cpp's converter read."""
     return {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        **hf.write_fields(config, FIELDS),
+        **hf.write(config, MODEL_TYPES, FIELDS),
         **hf.write_rope(config.rope_theta, config.rope_scaling),
         **hf.write_window(config.sliding_window, config.first_window_layer),
     }

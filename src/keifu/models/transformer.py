@@ -190,14 +190,12 @@ def from_published(json: dict[str, Any]) -> Config:
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers reads."""
     return {
-        "model_type": "marian",
-        "architectures": ["MarianMTModel"],
         "is_encoder_decoder": True,
         "decoder_vocab_size": config.target_vocab_size or config.vocab_size,
         "decoder_ffn_dim": config.hidden_dim,  # these three where the Config leaves them to the encoder's
         "decoder_layers": config.n_layers,
         "decoder_attention_heads": config.n_heads,
-        **hf.write_fields(config, FIELDS),
+        **hf.write(config, MODEL_TYPES, FIELDS),
         "share_encoder_decoder_embeddings": config.shared,
         "tie_word_embeddings": config.tied,
         "static_position_embeddings": True,

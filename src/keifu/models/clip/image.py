@@ -255,7 +255,6 @@ def square(size: Any, name: str) -> int:
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers reads."""
     return {
-        "model_type": "clip_vision_model",
+        **hf.write(config, MODEL_TYPES, FIELDS),
         "architectures": [f"CLIPVisionModel{'WithProjection' if config.projected else ''}"],
-        **hf.write_fields(config, FIELDS),
     }

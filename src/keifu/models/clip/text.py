@@ -196,9 +196,8 @@ def with_projection(json: dict[str, Any], plain: str) -> bool:
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers reads."""
     return {
-        "model_type": "clip_text_model",
+        **hf.write(config, MODEL_TYPES, FIELDS),
         "architectures": [f"CLIPTextModel{'WithProjection' if config.projected else ''}"],
-        **hf.write_fields(config, FIELDS),
         "eos_token_id": HIGHEST_ID if config.end_id is None else config.end_id,
         **({} if config.vocab_size > START else {"bos_token_id": None}),
     }

@@ -22,7 +22,7 @@ from keifu.layers.unet.spatial_transformer import Memories, PixelLinear, Spatial
 from keifu.layers.unet.unet import UNet, check_sides
 from keifu.models.diffusion.unet_builder import assemble_unet, time_embedding
 from keifu.models.hf import config as hf
-from keifu.models.hf.unet import CONDITIONED_FIELDS, PADDING, Way, read_stages, unet_names, write_stages
+from keifu.models.hf.unet import BLOCK, CONDITIONED_FIELDS, PADDING, Way, nested, read_stages, unet_names, write_stages
 
 Sample = Float[Tensor, "batch channels height width"]
 
@@ -172,22 +172,15 @@ def _transformer(config: Config, level: int, width: int) -> SpatialTransformer:
     return SpatialTransformer(norm, matrix(width, width), blocks, matrix(width, width))
 
 
-_TRANSFORMER = {
-    "norm": "norm",
-    "first": "proj_in",
-    "last": "proj_out",
-    "blocks.*.attention_norm": "transformer_blocks.*.norm1",
-    "blocks.*.attention.qkv": "transformer_blocks.*.attn1.to_[q,k,v]",
-    "blocks.*.attention.out": "transformer_blocks.*.attn1.to_out.0",
-    "blocks.*.cross_attention_norm": "transformer_blocks.*.norm2",
-    "blocks.*.cross_attention.q": "transformer_blocks.*.attn2.to_q",
-    "blocks.*.cross_attention.kv": "transformer_blocks.*.attn2.to_[k,v]",
-    "blocks.*.cross_attention.out": "transformer_blocks.*.attn2.to_out.0",
-    "blocks.*.feedforward_norm": "transformer_blocks.*.norm3",
-    "blocks.*.feedforward.up_gate": "transformer_blocks.*.ff.net.0.proj",
-    "blocks.*.feedforward.down": "transformer_blocks.*.ff.net.2",
+_CROSS_BLOCK = BLOCK | {
+    "cross_attention_norm": "norm2",
+    "cross_attention.q": "attn2.to_q",
+    "cross_attention.kv": "attn2.to_[k,v]",
+    "cross_attention.out": "attn2.to_out.0",
+    "feedforward.up_gate": "ff.net.0.proj",
 }
-WEIGHT_NAMES = unet_names(_TRANSFORMER)
+_TRANSFORMER = {"norm": "norm", "first": "proj_in", "last": "proj_out"}
+WEIGHT_NAMES = unet_names(_TRANSFORMER | nested("blocks.*", "transformer_blocks.*", _CROSS_BLOCK))
 MODEL_TYPES = {"UNet2DConditionModel": "UNet2DConditionModel"}
 UNSUPPORTED: dict[str, Any] = {
     "center_input_sample": False, "only_cross_attention": False, "mid_block_scale_factor": 1,

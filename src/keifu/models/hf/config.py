@@ -68,6 +68,12 @@ def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
     return written
 
 
+def write(config: Any, model_types: Mapping[str, str], fields: Fields) -> dict[str, Any]:
+    """The config.json of a Config, under the first of these model_types with its architecture."""
+    kind, architecture = next(iter(model_types.items()))
+    return {"model_type": kind, "architectures": [architecture], **write_fields(config, fields)}
+
+
 def write_own(kind: str, config: Any) -> dict[str, Any]:
     """keifu's own config.json, for what no published format can say: every field of the Config under its own name."""
     return {"model_type": kind, "architectures": ["keifu"], **asdict(config)}

@@ -45,6 +45,14 @@ CONDITIONED_FIELDS = SIZE_FIELDS | {  # of every UNet2DConditionModel
 
 RESIDUAL = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
 RESIDUAL |= {"time": "time_emb_proj", "shortcut": "conv_shortcut"}
+BLOCK = {  # of diffusers' transformers
+    "attention_norm": "norm1",
+    "attention.qkv": "attn1.to_[q,k,v]",
+    "attention.out": "attn1.to_out.0",
+    "feedforward_norm": "norm3",
+    "feedforward.down": "ff.net.2",
+}
+TIME = {"time.linear1": "time_embedding.linear_1", "time.linear2": "time_embedding.linear_2"}
 ENDS = {"first": "conv_in", "norm": "conv_norm_out", "last": "conv_out"}
 ATTENTION = {"norm": "group_norm", "attention.qkv": "to_[q,k,v]", "attention.out": "to_out.0"}
 
@@ -62,8 +70,7 @@ def stage_names(ours: str, theirs: str, attention: Mapping[str, str]) -> dict[st
 
 def unet_names(attention: Mapping[str, str]) -> dict[str, str]:
     """The names of the weights of a U-Net and its timestep embedding; its attentions have parts of these names."""
-    names = nested("time", "time_embedding", {"linear1": "linear_1", "linear2": "linear_2"})
-    names |= {f"unet.{ours}": theirs for ours, theirs in ENDS.items()}
+    names = TIME | {f"unet.{ours}": theirs for ours, theirs in ENDS.items()}
     for way in ("down", "up"):
         names |= stage_names(f"unet.{way}.*", f"{way}_blocks.*", attention)
         names |= nested(f"unet.{way}.*.resample", f"{way}_blocks.*.{way}samplers.0", RESIDUAL | {"conv": "conv"})

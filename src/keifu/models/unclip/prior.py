@@ -22,6 +22,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
 from keifu.models.hf import config as hf
+from keifu.models.hf.unet import BLOCK, TIME, nested
 
 Embedding = Float[Tensor, "batch embedding"]
 
@@ -145,8 +146,7 @@ def build(config: Config) -> Prior:
 
 
 WEIGHT_NAMES = {
-    "time.linear1": "time_embedding.linear_1",
-    "time.linear2": "time_embedding.linear_2",
+    **TIME,
     "tokens": "encoder_hidden_states_proj",
     "noisy": "proj_in",
     "caption_norm": "embedding_proj_norm",
@@ -154,12 +154,7 @@ WEIGHT_NAMES = {
     "query": "prd_embedding",
     "positions": "positional_embedding",
     "first_norm": "norm_in",
-    "blocks.*.attention_norm": "transformer_blocks.*.norm1",
-    "blocks.*.attention.qkv": "transformer_blocks.*.attn1.to_[q,k,v]",
-    "blocks.*.attention.out": "transformer_blocks.*.attn1.to_out.0",
-    "blocks.*.feedforward_norm": "transformer_blocks.*.norm3",
-    "blocks.*.feedforward.up": "transformer_blocks.*.ff.net.0.proj",
-    "blocks.*.feedforward.down": "transformer_blocks.*.ff.net.2",
+    **nested("blocks.*", "transformer_blocks.*", BLOCK | {"feedforward.up": "ff.net.0.proj"}),
     "norm": "norm_out",
     "out": "proj_to_clip_embeddings",
     "mean": "clip_mean",
