@@ -113,17 +113,14 @@ def _write_activation(name: str) -> str:
     return {"gelu_tanh": "gelu_pytorch_tanh"}.get(name, name)
 
 
-FIELDS: hf.Fields = hf.SIZE_FIELDS | {
+FIELDS: hf.Fields = qwen3.FIELDS | {
     "vocab_size": hf.Field("vocab_size", 262_208),
     "context_length": hf.Field("max_position_embeddings", 131_072),
     "n_kv_heads": "num_key_value_heads",
     "head_dim": hf.Field("head_dim", 256),
-    "norm_eps": hf.Field("rms_norm_eps", 1e-6, float),
     "activation": hf.Field("hidden_activation", "gelu_pytorch_tanh", hf.activation_name, _write_activation),
     "sliding_window": hf.Field("sliding_window", 4096),
-    "attention_bias": hf.Field("attention_bias", False),
     "tied": hf.Field("tie_word_embeddings", True),
-    "dropout": hf.Field("attention_dropout", 0.0, hf.rate),
 }
 
 

@@ -17,6 +17,7 @@ from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import gpt1
 from keifu.models.hf import config as hf
 
 
@@ -73,34 +74,20 @@ def assemble(config: Any, attention: Callable[[int], Attention], bias: bool = Tr
     return model
 
 
-WEIGHT_NAMES = {
+WEIGHT_NAMES = gpt1.WEIGHT_NAMES | {
     "embedding": "transformer.wte",
     "positions": "transformer.wpe",
-    "blocks.*.attention_norm": "transformer.h.*.ln_1",
-    "blocks.*.attention.qkv": "transformer.h.*.attn.c_attn.T",
-    "blocks.*.attention.out": "transformer.h.*.attn.c_proj.T",
-    "blocks.*.feedforward_norm": "transformer.h.*.ln_2",
-    "blocks.*.feedforward.up": "transformer.h.*.mlp.c_fc.T",
-    "blocks.*.feedforward.down": "transformer.h.*.mlp.c_proj.T",
     "norm": "transformer.ln_f",
-    "head": "lm_head",
 }
-PREFIX = "transformer."  # OpenAI's own files have the same names without it
+PREFIX = gpt1.PREFIX
 NOT_WEIGHTS = ("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias")  # old files keep the causal mask
 MODEL_TYPES = {"gpt2": "GPT2LMHeadModel"}
 UNSUPPORTED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
-FIELDS: hf.Fields = {
-    "vocab_size": "vocab_size",
+FIELDS: hf.Fields = gpt1.FIELDS | {
     "context_length": hf.Field("n_positions", also=("n_ctx",)),
-    "dim": "n_embd",
     "hidden_dim": hf.Field("n_inner", lambda json: 4 * json["n_embd"]),
-    "n_layers": "n_layer",
-    "n_heads": "n_head",
-    "norm_eps": hf.Field("layer_norm_epsilon", 1e-5, float),
     "activation": hf.activation_field("activation_function", "gelu_new"),
-    "dropout": hf.Field("resid_pdrop", 0.1, float, also=("embd_pdrop", "attn_pdrop")),
-    "tied": hf.Field("tie_word_embeddings", True),
 }
 
 

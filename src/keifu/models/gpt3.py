@@ -86,17 +86,13 @@ PREFIX = gpt2.PREFIX
 NOT_WEIGHTS = ("transformer.h.*.attn.attention.bias", "transformer.h.*.attn.attention.masked_bias")  # causal masks
 MODEL_TYPES = {"gpt_neo": "GPTNeoForCausalLM"}
 
-FIELDS: hf.Fields = {  # of GPT-Neo
-    "vocab_size": "vocab_size",
+FIELDS: hf.Fields = gpt2.FIELDS | {  # of GPT-Neo
     "context_length": "max_position_embeddings",
     "dim": "hidden_size",
     "hidden_dim": hf.Field("intermediate_size", lambda json: 4 * json["hidden_size"]),
     "n_layers": "num_layers",
     "n_heads": "num_heads",
-    "norm_eps": hf.Field("layer_norm_epsilon", 1e-5, float),
-    "activation": hf.activation_field("activation_function", "gelu_new"),
     "dropout": hf.Field("resid_dropout", 0.0, float, also=("embed_dropout", "attention_dropout")),
-    "tied": hf.Field("tie_word_embeddings", True),
 }
 
 

@@ -62,17 +62,15 @@ class AntialiasedBottleneck(nn.Module):
         self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         self.conv3, self.norm3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.shortcut, self.shortcut_norm = None, None
-        if stride > 1 or channels != 4 * width:
-            self.shortcut, self.shortcut_norm = nn.Conv2d(channels, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        same = stride == 1 and channels == 4 * width
+        self.shortcut = nn.Identity() if same else nn.Conv2d(channels, 4 * width, 1, bias=False)
+        self.shortcut_norm = nn.Identity() if same else nn.BatchNorm2d(4 * width)
 
     def forward(self, x: Pixels) -> Float[Tensor, "batch out_channels out_rows out_columns"]:
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = F.relu(self.norm2(self.conv2(y)), inplace=True)
         y = self.norm3(self.conv3(self.pool(y)))
-        if self.shortcut is not None and self.shortcut_norm is not None:
-            x = self.shortcut_norm(self.shortcut(self.pool(x)))
-        return F.relu(y + x, inplace=True)
+        return F.relu(y + self.shortcut_norm(self.shortcut(self.pool(x))), inplace=True)
 
 
 class AttentionPool(nn.Module):
