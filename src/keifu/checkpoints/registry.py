@@ -248,5 +248,5 @@ def build(family: Family, config: Any, where: str) -> nn.Module:
     try:
         with on_meta():
             return family.module.build(config)
-    except (ValueError, RuntimeError, ArithmeticError) as error:  # PyTorch's own, where a size does not fit 64 bits
+    except (ValueError, RuntimeError, LookupError, ArithmeticError) as error:  # torch's own: a size beyond 64 bits
         raise UserError(f"{where} describes a model that cannot be built: {error}") from error

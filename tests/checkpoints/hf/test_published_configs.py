@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from keifu.checkpoints.registry import FAMILIES, describe, read_config
+from keifu.checkpoints.registry import FAMILIES, build, describe, read_config
 from keifu.errors import UserError
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, palm, qwen3
 
@@ -165,6 +165,13 @@ UNET = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 def test_numbers_that_nothing_can_be_divided_by_are_one_sentence(wrong) -> None:
     with pytest.raises(UserError, match=f"config.json cannot be read as a '{wrong['model_type']}' model: "):
         read_config(wrong, "config.json")
+
+
+def test_a_network_without_levels_is_one_sentence() -> None:
+    none = {"block_out_channels": [], "down_block_types": [], "up_block_types": []}
+    family, config = read_config({"model_type": "UNet2DConditionModel", **none}, "config.json")
+    with pytest.raises(UserError, match="config.json describes a model that cannot be built: "):
+        build(family, config, "config.json")
 
 
 def test_a_head_that_turns_in_part_is_refused_with_its_part() -> None:
