@@ -177,5 +177,5 @@ def to_published(config: Config) -> dict[str, Any]:
 
 def _scalar(scale: float) -> int | float:
     """The number whose 1 / √ is the scale: a whole number in every published config."""
-    scalar = scale**-2
-    return round(scalar) if abs(round(scalar) ** -0.5 - scale) < 1e-12 else scalar
+    scalar, whole = scale**-2, max(1, round(scale**-2))
+    return whole if abs(whole**-0.5 - scale) < 1e-12 else scalar

@@ -149,6 +149,12 @@ def test_layers_that_no_model_has_take_no_memory(layers: int) -> None:
         read_config({**PUBLISHED["gpt-neo-1.3b"], "attention_types": [[["global"], layers]]}, "config.json")
 
 
+@pytest.mark.parametrize("scale", [2.0, 0.3, 168**-0.5])
+def test_any_scale_of_attention_is_kept(scale: float) -> None:
+    family, json = describe(gemma3.Config(attention_scale=scale))
+    assert family.read(json).attention_scale == pytest.approx(scale, rel=1e-12)
+
+
 UNET = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 
 

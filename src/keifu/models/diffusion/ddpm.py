@@ -7,6 +7,7 @@ Axes: batch, channels, height, width. The stages are those of `layers/unet/unet.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import not_
 from typing import Any, Literal
 
 import torch
@@ -243,6 +244,7 @@ FIELDS = published.SIZE_FIELDS | {
     "pad_around": published.PADDING,
     "scale_shift": published.SHIFTS,
     "activation": hf.choice("act_fn", {name: name for name in ("silu", "swish", "mish", "gelu", "relu")}),
+    "centered": hf.Field("center_input_sample", False, not_, not_),
     "label": hf.choice("class_embed_type", {None: "class", "timestep": "number", "identity": "vector"}),
 }
 
@@ -265,7 +267,6 @@ def from_published(json: dict[str, Any]) -> Config:
         residual_up=residual_up,
         middle_groups=json.get("attn_norm_num_groups") or (None if fields["scale_shift"] else fields["norm_groups"]),
         learned_times=json["num_train_timesteps"] if hf.read_field(json, _TIMES) else None,
-        centered=not json.get("center_input_sample", False),
         n_classes=(json.get("num_class_embeds") or 0) - null_class,
         null_class=null_class,
         classes=tuple(json.get("_classes", ())),
@@ -293,7 +294,6 @@ def to_published(config: Config) -> dict[str, Any]:
         "time_embedding_type": _TIMES.write(bool(config.learned_times)),
         "num_train_timesteps": config.learned_times,
         "attn_norm_num_groups": config.middle_groups,
-        "center_input_sample": not config.centered,
         "num_class_embeds": config.n_classes + config.null_class or None,
         **{name: value for name, value in own.items() if value},
         "scheduler": write_scheduler(config.noise),
