@@ -6,7 +6,7 @@ and one in `_FILES` or `_WITHOUT_TEXT` if its files differ from most.
 
 from collections import UserDict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
@@ -130,13 +130,9 @@ def families_of(name: str) -> dict[str, Family]:
         kind: Family(model_type=kind, read=module.from_published, write=module.to_published, files=files, **shared)
         for kind in offered.get("MODEL_TYPES", ())
     }
-    read, write = partial(from_json, module.Config), partial(_own_json, own)
+    read, write = partial(from_json, module.Config), partial(write_own, own)
     found.setdefault(own, Family(model_type=own, read=read, write=write, **shared))
     return _with_open_clip(**found) if name == "clip.clip" else found
-
-
-def _own_json(kind: str, config: Any) -> dict[str, Any]:
-    return {"model_type": kind, "architectures": ["keifu"], **asdict(config)}
 
 
 def _with_open_clip(clip: Family, keifu_clip: Family) -> dict[str, Family]:
