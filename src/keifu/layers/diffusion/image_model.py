@@ -30,9 +30,5 @@ class ImageModel(nn.Module):
 
     draws: ClassVar[Literal["pixels", "latents", "embeddings", "tokens"]]
     config: Any
+    noise: Noise
     check_size: Callable[..., None]
-
-    @property
-    def noise(self) -> Noise:
-        """The noise schedule and prediction target of the training (pixels and latents alone)."""
-        return self.config.noise

@@ -153,6 +153,11 @@ class DDPM(ImageModel):
         self.config, self.time, self.label, self.unet = config, time, label, unet
         self.activation = activation(config.activation)
 
+    @property
+    def noise(self) -> Noise:
+        """What the network was trained to remove."""
+        return self.config.noise
+
     def forward(
         self,
         x: Float[Tensor, "batch channels height width"],

@@ -118,6 +118,11 @@ class LatentDiffusion(ImageModel):
         super().__init__()
         self.config, self.text, self.unet, self.autoencoder = config, text, unet, autoencoder
 
+    @property
+    def noise(self) -> Noise:
+        """The noise schedule and prediction target of the training."""
+        return self.config.noise
+
     def encode_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
         """The context of the U-Net: the text's hidden states after the last norm, padding included."""
         return self.text.encode(tokens)
