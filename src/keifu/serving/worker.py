@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -172,13 +171,11 @@ class Worker:
             LOG.info("%s was loaded in %.1f s.", self.name, time.monotonic() - began)
         return self.model
 
-    @cached_property
-    def _engine(self) -> Engine:
-        model, tokenizer = self._loaded()
-        return Engine(model, tokenizer, runner_of(model, self.limits.cache), self.limits.slots)
-
     def _add(self, job: Job) -> None:
         try:
+            if not hasattr(self, "_engine"):  # a cached property would have all workers' models wait for one's load
+                model, tokenizer = self._loaded()
+                self._engine = Engine(model, tokenizer, runner_of(model, self.limits.cache), self.limits.slots)
             for place, request in enumerate(job.requests):
                 self._jobs[self._engine.add(request)] = job, place
         except Exception as error:

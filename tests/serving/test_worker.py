@@ -1,0 +1,49 @@
+"""The thread of a served model."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+pytest.importorskip("fastapi")
+
+from keifu.checkpoints.loading import load_model
+from keifu.generation.text.request import Request
+from keifu.generation.text.sampling_params import SamplingParams
+from keifu.serving.metrics import Metrics
+from keifu.serving.worker import Limits, Worker
+
+
+def test_a_model_writes_while_another_is_loaded(folder: Path) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def at_once() -> tuple[nn.Module, Any]:
+        return load_model(str(folder / "base")), None
+
+    def slowly() -> tuple[nn.Module, Any]:
+        begun.set()
+        goes_on.wait(30)
+        return at_once()
+
+    async def write(worker: Worker) -> list[int]:
+        request = Request([1, 2], SamplingParams(max_tokens=3), None, 512)
+        return [piece.token async for _, piece in worker.generate([request])]
+
+    async def both() -> tuple[list[int], list[int]]:
+        metrics = Metrics()
+        slow, quick = Worker("slow", slowly, Limits(), metrics), Worker("quick", at_once, Limits(), metrics)
+        waiting = asyncio.create_task(write(slow))
+        try:
+            await asyncio.to_thread(begun.wait, 10)
+            found = await asyncio.wait_for(write(quick), 10)
+        finally:
+            goes_on.set()
+        late = await waiting
+        await asyncio.gather(slow.close(), quick.close())
+        return found, late
+
+    found, late = asyncio.run(both())
+    assert len(found) == len(late) == 3
