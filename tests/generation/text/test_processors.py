@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from keifu.generation.text import logits_processors
+from keifu.generation.text import logits_processors, sampler
 from keifu.generation.text.request import Request
 from keifu.generation.text.sampler import History, RowSettings, Sampler, sample
 from keifu.generation.text.sampling_params import SamplingParams
@@ -202,8 +202,9 @@ def test_a_shortlist_holds_what_top_k_and_top_p_leave(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["peaked", "flat", "equals", "few"])
-def test_rows_of_a_large_vocabulary_draw_what_they_draw_alone(kind: str) -> None:
+def test_rows_of_a_large_vocabulary_draw_what_they_draw_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the shortlist or the whole distribution, which is what their settings say."""
+    monkeypatch.setattr(sampler, "LARGE", 1301)
     samplings = [SamplingParams(temperature=0.7, top_k=k, top_p=p, min_p=0.01) for k, p in LIMITS]
     samplings[3] = SamplingParams(temperature=0)
     x, nothing = wide_logits(kind), History(None, None)
@@ -243,21 +244,42 @@ def test_rows_that_come_and_go_draw_what_they_draw_alone() -> None:
             request.take(float(text[-1]), 0.0)
         return found
 
-    def choose(rows: list[int], some: list[Request], sampler: Sampler | None = None) -> Sampler:
-        sampler = sampler or Sampler([some[row] for row in rows], VOCAB, CPU)
-        for row, figures in zip(rows, sampler.choose(logits()[rows]).tolist(), strict=True):
+    def choose(rows: list[int], some: list[Request], before: Sampler | None = None) -> Sampler:
+        chosen = [some[row] for row in rows]
+        now = before if before and before.requests == chosen else Sampler(chosen, VOCAB, CPU, before)
+        for row, figures in zip(rows, now.choose(logits()[rows]).tolist(), strict=True):
             some[row].take(*figures)
-        return sampler
+        return now
 
     expected = requests()
     for row, count in enumerate((3, 4, 4, 3)):
-        sampler = None
+        last = None
         for _ in range(count):
-            sampler = choose([row], expected, sampler)
-    together = requests()
-    for rows in ([0], [0, 1], [0, 1, 2, 3], [1, 3], [3, 1, 2], [2], [2]):
-        choose(rows, together)
-    assert [each.tokens for each in together] == [each.tokens for each in expected]
+            last = choose([row], expected, last)
+    for keeps in (False, True):  # the one before, so that what it has counted is not counted again
+        together, last = requests(), None
+        for rows in ([0], [0, 1], [0, 1, 2, 3], [1, 3], [3, 1, 2], [2], [2]):
+            last = choose(rows, together, last if keeps else None)
+        assert [each.tokens for each in together] == [each.tokens for each in expected]
+    assert last is not None and last.history.seen is not None
+    assert set(last.history.seen[0].nonzero()[:, 0].tolist()) == {*together[2].prompt, *together[2].tokens}
+
+
+def test_a_step_computes_nothing_that_its_rows_do_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No random numbers for greedy rows, no shortlist of a small vocabulary, and no text counted a second time."""
+    monkeypatch.setattr(sampler, "uniform", lambda *_: pytest.fail("random numbers"))
+    greedy = Request([1, 2], SamplingParams(temperature=0, repetition_penalty=1.3), None, 99)
+    before = Sampler([greedy], VOCAB, CPU)
+    greedy.take(*before.choose(logits()[:1])[0].tolist())
+    monkeypatch.setattr(logits_processors, "shortlist", lambda *_: pytest.fail("a shortlist"))
+    RowSettings([SamplingParams(top_k=5)], CPU).choose(torch.randn(1, 8000), History(None, None), torch.rand(1))
+    counted = []
+    of_texts = History.of_texts
+    monkeypatch.setattr(History, "of_texts", lambda *texts: counted.append(texts[1]) or of_texts(*texts))
+    more = Sampler([Request([5, 6], greedy.sampling, None, 99), greedy], VOCAB, CPU, before)
+    assert [list(prompt) for prompt in counted[0]] == [[5, 6], []]
+    assert more.history.seen is not None
+    assert set(more.history.seen[1].nonzero()[:, 0].tolist()) == {1, 2, *greedy.tokens}
 
 
 def test_top_p_keeps_no_token_more_than_the_mass_needs() -> None:

@@ -117,7 +117,7 @@ class Engine:
             some = logits if len(rows) == len(logits) else logits[list(places)]
             requests = [sequence.request for sequence in writing]
             if self._sampler is None or requests != self._sampler.requests:
-                self._sampler = Sampler(requests, logits.shape[1], logits.device)
+                self._sampler = Sampler(requests, logits.shape[1], logits.device, self._sampler)
             figures = self._sampler.choose(some).tolist()
             new = [sequence.take(figure) for sequence, figure in zip(writing, figures, strict=True)]
             pieces += new

@@ -33,6 +33,7 @@ def sample(
     return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
 
 
+LARGE = 64 * logits_processors.SHORTLIST  # tokens; of a smaller vocabulary a shortlist takes longer than it saves
 NEUTRAL = vars(SamplingParams())
 FILTERS = {  # in their order
     "temperature": logits_processors.temperature,
@@ -104,7 +105,7 @@ class RowSettings:
     def _sample(self, logits: logits_processors.Logits, u: Tensor) -> tuple[Tensor, Tensor]:
         """From the shortlist where it holds all that a row's own settings leave; else from the whole distribution."""
         k, p = self.filters.get("top_k"), self.filters.get("top_p")
-        if (k is None and p is None) or logits.shape[1] <= logits_processors.SHORTLIST:
+        if (k is None and p is None) or logits.shape[1] < LARGE:
             return sample(self._filter(logits), u)
         k = torch.zeros(1, dtype=torch.int64, device=self.device) if k is None else k
         p = torch.ones(1, device=self.device) if p is None else p
@@ -145,6 +146,12 @@ class History:
         seen = None if settings.repetition is None else count(prompts, written) > 0
         return cls(seen, count(written) if settings.counts else None)
 
+    def take(self, rows: Sequence[int], other: "History", places: Sequence[int]) -> None:
+        """These rows become those of another history, which has all that they need."""
+        for own, theirs in ((self.seen, other.seen), (self.counts, other.counts)):
+            if own is not None and theirs is not None:
+                own[rows] = theirs[places]
+
     def add(self, tokens: Int[Tensor, " rows"]) -> None:
         """Counts one new token of each row."""
         rows = torch.arange(len(tokens), device=tokens.device)
@@ -155,16 +162,25 @@ class History:
 
 
 class Sampler:
-    """Chooses the tokens of some requests, a row each, as long as the same are written together."""
+    """Chooses the tokens of some requests, a row each, as long as the same are written together.
 
-    def __init__(self, requests: Sequence[Request], vocab: int, device: torch.device):
+    before: the one that chose every request's last token; the texts of those that it has are not counted again.
+    """
+
+    def __init__(self, requests: Sequence[Request], vocab: int, device: torch.device, before: "Sampler | None" = None):
         self.requests, samplings = requests, [each.sampling for each in requests]
-        prompts, written = [each.prompt for each in requests], [each.tokens for each in requests]
-        lengths = [len(prompt) + len(tokens) for prompt, tokens in zip(prompts, written, strict=True)]
+        lengths = [len(each.prompt) + len(each.tokens) for each in requests]
         self.settings = RowSettings(samplings, device)
+        known = {} if before is None else {each: row for row, each in enumerate(before.requests)}
+        texts = [([], []) if each in known else (each.prompt, each.tokens) for each in requests]
+        prompts, written = zip(*texts, strict=True)
         self.history = History.of_texts(self.settings, prompts, written, vocab)
+        if before is not None:
+            kept = [row for row, each in enumerate(requests) if each in known]
+            self.history.take(kept, before.history, [known[requests[row]] for row in kept])
         self.seeds = torch.tensor([s.seed for s in samplings], device=device)
         self.positions = torch.tensor(lengths, device=device)  # of the next token, in its own text
+        self.certain = torch.zeros(len(requests), dtype=torch.float32, device=device)
         self.reports = any(s.log_probabilities for s in samplings)
         self.top = max((s.top_log_probabilities for s in samplings if s.log_probabilities), default=0)
 
@@ -175,7 +191,8 @@ class Sampler:
         log-probability under the model and under the distribution sampled from, then the likeliest tokens under the
         model, as many as any row wants, each with its log-probability.
         """
-        tokens, sampled = self.settings.choose(self._allowed(logits), self.history, uniform(self.seeds, self.positions))
+        u = self.certain if self.settings.all_greedy else uniform(self.seeds, self.positions)
+        tokens, sampled = self.settings.choose(self._allowed(logits), self.history, u)
         self.history.add(tokens)
         self.positions = self.positions + 1
         columns = [tokens, logits.amax(-1)]
