@@ -219,6 +219,20 @@ def test_the_file_of_a_reward_may_have_dataclasses(name: str, tmp_path: Path) ->
     assert sys.modules["math"] is math
 
 
+def test_the_file_of_a_reward_stands_in_no_import_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """model.py may import reward_model, and a second file of the same name stays apart from the first."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "reward_model.py").write_text("def seven(prompt, answer, example): return 7\n")
+    (tmp_path / "model.py").write_text("from reward_model import seven\n")
+    assert score(reward(f"{tmp_path / 'model.py'}:seven"), "a", "b", {}) == 7
+    found = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "price.py").write_text("def price(prompt, answer, example): return 1\n")
+        found.append(reward(f"{tmp_path / folder / 'price.py'}:price"))
+    assert found[0].__module__ != found[1].__module__
+
+
 def test_a_constant_reward_is_warned_of_once(
     base: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,7 +62,7 @@ def text_hash(name: str) -> str:
 
 
 def _module(path: Path) -> Any:
-    spec = spec_from_file_location(f"reward_{path.stem}", path)
+    spec = spec_from_file_location(f"reward {path.resolve()}", path)  # which no import can mean
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file.")
     module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses look their module up

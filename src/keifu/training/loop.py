@@ -207,9 +207,9 @@ class _Loop:
         state = self.state
         spiked, loss = state.step, gradient.sums.means()["loss"]
         with self.pace.paused():
-            current().flush()  # the state to go back to may be the one that is being written
-            current().wait()
             try:
+                current().flush()  # the state to go back to may be the one that is being written
+                current().wait()
                 state.rewind(checkpoint.read(self.run.directory, state.spikes.target(spiked)))
             except UserError as error:
                 raise UserError(self._refuse(str(error))) from None

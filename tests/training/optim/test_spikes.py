@@ -119,6 +119,16 @@ def test_a_state_that_is_being_written_is_waited_for(tmp_path: Path, monkeypatch
     assert order[:2] == ["written", "read"]
 
 
+def test_a_state_that_could_not_be_written_ends_a_rewind_with_how_to_go_on(tmp_path: Path) -> None:
+    class Failing(Processes):
+        def flush(self) -> None:
+            raise UserError("The state could not be written: the disk is full.")
+
+    sentence = r"Stopped after step \d+, whose state is saved. The state could not be written.* To go on: "
+    with use(Failing()), pytest.raises(UserError, match=sentence):
+        train(toy(), objective, Spoiled(), changed(steps=46), run(tmp_path))
+
+
 def test_from_a_state_before_the_rewind_the_spike_is_met_and_left_again(whole: Path, tmp_path: Path, capsys) -> None:
     """Killed in the spike: the newest state is from before it."""
     data = Spoiled(stop_at=(42,))
