@@ -111,6 +111,49 @@ class Epochs:
         return np.random.default_rng([self.seed, epoch]).permutation(self.n)
 
 
+def sort_pools(rows: np.ndarray, keys: np.ndarray, pool: int) -> np.ndarray:
+    """Rows in this order, but each `pool` of them sorted by their keys; those of equal keys stay in order."""
+    return rows[np.lexsort([keys[rows], np.arange(len(rows)) // pool])]
+
+
+@dataclass(frozen=True, eq=False)
+class Batching:
+    """How an epoch is cut: batch i holds the rows from bounds[i] up to bounds[i + 1], the same bounds every epoch, of a
+    random order in which each `pool` of rows is sorted by `keys`. `name` says all that it depends on."""
+
+    name: str
+    keys: np.ndarray
+    pool: int
+    bounds: list[int]
+
+    def order(self, random: np.random.Generator) -> np.ndarray:
+        """All rows, in an order of the epoch's own."""
+        return sort_pools(random.permutation(len(self.keys)), self.keys, self.pool)
+
+    def batches(self, random: np.random.Generator) -> list[np.ndarray]:
+        """The rows of each batch of an epoch."""
+        return np.split(self.order(random), self.bounds[1:-1])
+
+    def epochs(self, seed: int, last: int = 0) -> Epochs:
+        """Epochs of whole batches, which come in a random order but for the `last` ones of each."""
+        n = len(self.bounds) - 1
+
+        def order(epoch: int) -> list[np.ndarray]:
+            random = np.random.default_rng([seed, epoch])
+            batches = self.batches(random)
+            return [batches[place] for place in (*random.permutation(n - last), *range(n - last, n))]
+
+        return Epochs(n, 1, seed, order)
+
+
+def by_rows(sizes: np.ndarray, rows: int = 80, pool: int = 1600) -> Batching:
+    """Batches of `rows` rows; each `pool` of rows drawn at random is sorted by length and cut into batches.
+
+    Bahdanau et al. (2014, appendix B.2) draw 1,600 pairs, sort them, and make 20 batches of 80.
+    """
+    return Batching(f"{rows} rows of {pool}", sizes.sum(1), pool, [*range(0, len(sizes), rows), len(sizes)])
+
+
 @dataclass(frozen=True)
 class BatchSizeSchedule:
     """Batches have rows[i] rows from step starts[i] on, until starts[i + 1]; steps are counted from 0."""

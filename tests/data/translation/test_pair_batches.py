@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keifu.data.batching import by_rows
 from keifu.data.text.dataset_report import coverage
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.data.translation.batches import ByRows, ByTokens, EncodedPairs, EncodedSide, PairData, SpecialIds, encode
+from keifu.data.translation.batches import EncodedPairs, EncodedSide, PairData, SpecialIds, by_tokens, encode
 from keifu.errors import UserError
 
 SPECIAL = SpecialIds(start=1, end=2, pad=0)
@@ -31,7 +32,7 @@ def pairs(count: int = 300, longest: int = 12, seed: int = 0) -> EncodedPairs:
 
 def data(tokens: int = 200, seed: int = 0, train: EncodedPairs | None = None) -> PairData:
     train = train or pairs()
-    return PairData(train, pairs(20, seed=9), SPECIAL, ByTokens(train.sizes(), tokens), seed, tokens_at_once=60)
+    return PairData(train, pairs(20, seed=9), SPECIAL, by_tokens(train.sizes(), tokens), seed, tokens_at_once=60)
 
 
 def rows(batch: dict) -> list[int]:
@@ -118,7 +119,7 @@ def test_validation_is_always_the_same_and_whole() -> None:
 
 def test_bahdanaus_batches_are_cut_from_sorted_pools() -> None:
     train = pairs(100)
-    made = PairData(train, pairs(5), SPECIAL, ByRows(train.sizes(), rows=8, pool=32), seed=3)
+    made = PairData(train, pairs(5), SPECIAL, by_rows(train.sizes(), rows=8, pool=32), seed=3)
     assert made.steps_per_epoch == 13
     batches = [rows(made.batch(step)) for step in range(13)]
     assert sorted(map(len, batches)) == [4, *[8] * 12] and sorted(sum(batches, [])) == list(range(100))
@@ -145,7 +146,7 @@ def test_a_batch_too_small_for_a_pair_is_refused() -> None:
 def test_the_fingerprint_names_what_the_order_depends_on() -> None:
     prints = [data(), data(tokens=240), data(seed=1), data(train=pairs(seed=1))]
     train = pairs()
-    prints += [PairData(train, train, SPECIAL, ByRows(train.sizes(), 8, pool)) for pool in (32, 64)]
+    prints += [PairData(train, train, SPECIAL, by_rows(train.sizes(), 8, pool)) for pool in (32, 64)]
     assert len({each.fingerprint for each in prints}) == 6 and data().fingerprint == prints[0].fingerprint
 
 

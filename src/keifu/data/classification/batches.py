@@ -16,9 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Generator, Tensor
 
-from keifu.data.batching import Epochs, Rows, length_buckets, pad
+from keifu.data.batching import Epochs, Rows, by_rows, length_buckets, pad
 from keifu.data.classification.input_formats import Delimiters, FormExamples, Ids
-from keifu.data.translation.batches import ByRows
 from keifu.errors import UserError
 
 POOL = 32  # batches whose rows are sorted by length together
@@ -66,11 +65,10 @@ class LabelledBatches:
     """
 
     def __init__(self, training: EncodedTexts, held: EncodedTexts, batch_size: int, seed: int, pad_id: int):
-        self.training, self.held, self.seed, self.pad_id = training, held, seed, pad_id
-        self.batching = ByRows(np.array(training.lengths)[:, None], batch_size, POOL * batch_size)
-        self.batch_size, self.whole = batch_size, len(training) // batch_size
-        self.steps_per_epoch = len(self.batching.bounds) - 1
-        self._epochs = Epochs(self.steps_per_epoch, 1, seed, self._order)
+        self.training, self.held, self.batch_size, self.pad_id = training, held, batch_size, pad_id
+        self.batching = by_rows(np.array(training.lengths)[:, None], batch_size, POOL * batch_size)
+        self._epochs = self.batching.epochs(seed, last=int(len(training) % batch_size > 0))
+        self.steps_per_epoch = self._epochs.n
 
     @property
     def fingerprint(self) -> str:
@@ -83,19 +81,13 @@ class LabelledBatches:
 
     def largest(self) -> dict[str, Tensor]:
         """The batch that needs the most memory, whether or not any step has it: that of the longest rows."""
-        longest = np.argsort(self.batching.lengths)[-self.batch_size :]
+        longest = np.argsort(self.batching.keys)[-self.batch_size :]
         return self.training.batch(longest.tolist(), self.pad_id)
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """The held-out rows, always the same."""
         for places in length_buckets(self.held.lengths, VALIDATION_TOKENS, rows=256):
             yield self.held.batch(places, self.pad_id)
-
-    def _order(self, epoch: int) -> list[np.ndarray]:
-        """The rows of each batch of an epoch; a smaller batch is the last one."""
-        random = np.random.default_rng([self.seed, epoch])
-        batches = np.split(self.batching.order(random), self.batching.bounds[1:-1])
-        return [batches[n] for n in (*random.permutation(self.whole), *range(self.whole, self.steps_per_epoch))]
 
 
 Sequences = Sequence[list[Ids]]  # of each example

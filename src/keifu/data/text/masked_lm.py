@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.data.batching import Epochs, offsets
+from keifu.data.batching import Epochs, offsets, sort_pools
 from keifu.data.text.sentence_shards import Sentences, SentenceShards
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -243,8 +243,7 @@ class MaskedText:
         random = np.random.default_rng([self.seed, epoch])
         bounds, elsewhere = self._planner.rows(random)
         order = np.resize(random.permutation(len(bounds)), self.steps_per_epoch * self.batch_size)
-        pools = np.arange(len(order)) // (self.batch_size * POOL)
-        order = order[np.lexsort((_sizes(bounds)[order], pools))].reshape(-1, self.batch_size)
+        order = sort_pools(order, _sizes(bounds), self.batch_size * POOL).reshape(-1, self.batch_size)
         order = random.permutation(order)
         return list(zip(bounds[order], elsewhere[order], strict=True))
 

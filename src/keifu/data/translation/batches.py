@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.data.batching import Epochs, offsets
+from keifu.data.batching import Batching, offsets
 from keifu.errors import UserError
 
 Batch = dict[str, Tensor]
@@ -107,25 +107,19 @@ class EncodedPairs:
         return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
 
 
-class ByTokens:
+def by_tokens(sizes: np.ndarray, tokens: int) -> Batching:
     """Batches of at most `tokens` source and target tokens, padding counted, of rows of nearly equal length.
 
     Rows are sorted by their target's length, then by their source's (Vaswani et al., 2017, section 5.1, batch by
     approximate length), those of equal lengths in an order of the epoch's own. So the lengths at each place never
     change, nor where the batches are cut: every epoch has the same number of batches, and the largest is known.
     """
-
-    def __init__(self, sizes: np.ndarray, tokens: int):
-        source, target = sizes.T.astype(np.int64)
-        if (most := int(sizes.sum(1).max())) > tokens:
-            raise UserError(f"A batch of {tokens} tokens cannot hold the longest pair, which has {most}: allow more.")
-        self.keys = target * (2 * source.max() + 1) + np.where(target % 2, source, 2 * source.max() - source)
-        self.name = f"{tokens} tokens"
-        self.bounds = _cuts(sizes[np.argsort(self.keys, kind="stable")].tolist(), tokens)
-
-    def order(self, random: np.random.Generator) -> np.ndarray:
-        shuffled = random.permutation(len(self.keys))
-        return shuffled[np.argsort(self.keys[shuffled], kind="stable")]
+    source, target = sizes.T.astype(np.int64)
+    if (most := int(sizes.sum(1).max())) > tokens:
+        raise UserError(f"A batch of {tokens} tokens cannot hold the longest pair, which has {most}: allow more.")
+    keys = target * (2 * source.max() + 1) + np.where(target % 2, source, 2 * source.max() - source)
+    bounds = _cuts(sizes[np.argsort(keys, kind="stable")].tolist(), tokens)
+    return Batching(f"{tokens} tokens", keys, len(sizes), bounds)
 
 
 def _cuts(sizes: list[list[int]], tokens: int) -> list[int]:
@@ -139,35 +133,13 @@ def _cuts(sizes: list[list[int]], tokens: int) -> list[int]:
     return [*bounds, len(sizes)]
 
 
-class ByRows:
-    """Batches of `rows` pairs; each `pool` of pairs drawn at random is sorted by length and cut into batches.
-
-    Bahdanau et al. (2014, appendix B.2) draw 1,600 pairs, sort them, and make 20 batches of 80.
-    """
-
-    def __init__(self, sizes: np.ndarray, rows: int = 80, pool: int = 1600):
-        self.lengths, self.pool, self.name = sizes.sum(1), pool, f"{rows} rows of {pool}"
-        self.bounds = [*range(0, len(sizes), rows), len(sizes)]
-
-    def order(self, random: np.random.Generator) -> np.ndarray:
-        shuffled = random.permutation(len(self.lengths))
-        pools = np.arange(len(shuffled)) // self.pool
-        return shuffled[np.lexsort([self.lengths[shuffled], pools])]
-
-
-# How an epoch is cut: batch i holds order(random)[bounds[i] : bounds[i + 1]], the same bounds every epoch, where order
-# gives all rows in an order of the epoch's own; `name` says all that it depends on.
-Batching = ByTokens | ByRows
-
-
 class PairData:
     """Training data for translation: batches of pairs, in the form that `training.objectives.translation` takes.
 
     A batch is a function of the seed and the step alone. Every pair comes once an epoch; the epoch's batches come in an
     order of its own. What an epoch needs is drawn from the seed and its number, so that going on at a late step costs
-    no more than beginning. special: the ids around both
-    sides, unless those of the source are given too. validation: batches of at
-    most `tokens_at_once` tokens, always the same.
+    no more than beginning. special: the ids around both sides, unless those of the source are given too. validation:
+    batches of at most `tokens_at_once` tokens, always the same.
     """
 
     def __init__(
@@ -177,9 +149,9 @@ class PairData:
         self.source_special = source_special or special
         self.train, self.held_out, self.special, self.batching, self.seed = train, validation, special, batching, seed
         longest = int(validation.sizes().sum(1).max())
-        self._validation = ByTokens(validation.sizes(), max(tokens_at_once, longest))
-        self.steps_per_epoch = len(batching.bounds) - 1
-        self._epochs = Epochs(self.steps_per_epoch, 1, seed, self._order)
+        self._validation = by_tokens(validation.sizes(), max(tokens_at_once, longest))
+        self._epochs = batching.epochs(seed)
+        self.steps_per_epoch = self._epochs.n
 
     @property
     def fingerprint(self) -> str:
@@ -196,23 +168,14 @@ class PairData:
     def largest(self) -> Batch:
         """The batch of the first epoch with the most tokens, padding counted: what needs the most memory."""
         sizes = self.train.sizes()
-        batches = self._cut(self.batching.order(np.random.default_rng([self.seed, 0])))
+        batches = self.batching.batches(np.random.default_rng([self.seed, 0]))
         return self._batch(max(batches, key=lambda rows: len(rows) * sizes[rows].max(0).sum()))
 
     def validation(self) -> Iterator[Batch]:
         """The held-out pairs in batches, always the same."""
-        rows, bounds = np.argsort(self._validation.keys, kind="stable"), self._validation.bounds
-        for start, stop in zip(bounds, bounds[1:], strict=False):
-            yield self.held_out.batch(rows[start:stop], self.special, self.source_special)
+        rows = np.argsort(self._validation.keys, kind="stable")
+        for batch in np.split(rows, self._validation.bounds[1:-1]):
+            yield self.held_out.batch(batch, self.special, self.source_special)
 
     def _batch(self, rows: np.ndarray) -> Batch:
         return self.train.batch(rows, self.special, self.source_special)
-
-    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
-        return np.split(rows, self.batching.bounds[1:-1])
-
-    def _order(self, epoch: int) -> list[np.ndarray]:
-        """The rows of each batch of an epoch."""
-        random = np.random.default_rng([self.seed, epoch])
-        batches = self._cut(self.batching.order(random))
-        return [batches[n] for n in random.permutation(self.steps_per_epoch)]

@@ -13,13 +13,14 @@ from torch import nn
 
 from keifu import checkpoints
 from keifu.checkpoints.hub import locate
+from keifu.data.batching import Batching
 from keifu.data.catalogue import catalogue
 from keifu.data.text.dataset_report import coverage
 from keifu.data.text.documents import in_catalogue
 from keifu.data.tokenizers.load import learned_tokenizer, load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.data.translation.batches import Batching, EncodedPairs, PairData, SpecialIds, encode
+from keifu.data.translation.batches import EncodedPairs, PairData, SpecialIds, encode
 from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pairs, split
 from keifu.devices import choose
 from keifu.errors import UserError

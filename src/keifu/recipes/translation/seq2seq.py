@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from keifu.data.translation.batches import ByRows, ByTokens
+from keifu.data.batching import by_rows
+from keifu.data.translation.batches import by_tokens
 from keifu.models import seq2seq
 from keifu.recipes.translation.common import Options, learn, settings_of
 from keifu.training.settings import Settings
@@ -60,8 +61,8 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu translate, keifu evaluate and keifu.load read afterwards."""
-    by_tokens = partial(ByTokens, tokens=recipe.tokens_per_batch)
-    ways = {"keifu": (settings, by_tokens, recipe.label_smoothing), "paper": (paper_settings, ByRows, 0.0)}
+    own_batching = partial(by_tokens, tokens=recipe.tokens_per_batch)
+    ways = {"keifu": (settings, own_batching, recipe.label_smoothing), "paper": (paper_settings, by_rows, 0.0)}
     how, batching, smoothing = ways[recipe.recipe_of]
     config = replace(recipe.model, context=CONTEXTS[recipe.attention])
     learn("seq2seq", recipe, out, resume, seq2seq.build, config, how, batching, smoothing, recipe.average)

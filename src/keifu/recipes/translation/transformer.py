@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from keifu.data.translation.batches import ByTokens
+from keifu.data.translation.batches import by_tokens
 from keifu.models import transformer
 from keifu.recipes.translation.common import Options, learn, settings_of
 from keifu.training.settings import Settings
@@ -64,6 +64,6 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     how, usual = {"keifu": (settings, 1), "paper": (paper_settings, 5)}[recipe.recipe_of]
     learn(
         "transformer", recipe, out, resume, transformer.build, recipe.model, how,
-        partial(ByTokens, tokens=recipe.tokens_per_batch), recipe.label_smoothing,
+        partial(by_tokens, tokens=recipe.tokens_per_batch), recipe.label_smoothing,
         usual if recipe.average is None else recipe.average,
     )  # fmt: skip
