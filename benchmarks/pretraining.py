@@ -26,8 +26,7 @@ from _rounds import machine
 
 from keifu import checkpoints
 from keifu.data.catalogue import catalogue
-from keifu.data.classification.input_formats import FormExamples, form_of, read_examples
-from keifu.data.classification.tables import key
+from keifu.data.classification.tables import Examples, key, read
 from keifu.data.text.packed import PackedText
 from keifu.data.text.token_shards import prepare_parts
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -35,6 +34,7 @@ from keifu.data.tokenizers.train import train_tokenizer
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.models import gpt1
 from keifu.recipes.classification import gpt1_finetune as telling
+from keifu.recipes.classification.common import evaluate
 from keifu.recipes.language import gpt1 as writing
 from keifu.recipes.language.common import VALIDATION_TOKENS, Task, Text, pretrain
 from keifu.training.objectives.language_modeling import causal_language_modeling
@@ -64,14 +64,14 @@ WAYS = {
 }
 
 
-def texts(names: list[str], held: FormExamples) -> Iterator[str]:
+def texts(names: list[str], held: Examples) -> Iterator[str]:
     """The catalogue's documents but for the held-out summaries, whatever their case and signs."""
     hidden = {key(row.texts[0]) for row in held.rows}
     for name in names:
         yield from (text for text in catalogue.documents(name) if key(text) not in hidden)
 
 
-def prepared(options: argparse.Namespace, held: FormExamples) -> Task:
+def prepared(options: argparse.Namespace, held: Examples) -> Task:
     """The text to pretrain on, its tokenizer, and its ids."""
     parts = {part for name in options.texts for part in (catalogue.entry(name).parts or (name,))}
     names = sorted(parts)
@@ -119,7 +119,7 @@ def with_dropout(folder: Path, out: Path, tokenizer: Tokenizer | None = None) ->
 
 
 def tuned(
-    way: Way, base: str, training: FormExamples, held: FormExamples, seed: int, options: argparse.Namespace
+    way: Way, base: str, training: Examples, held: Examples, seed: int, options: argparse.Namespace
 ) -> Confusion:
     """A run of the recipe; fewer labels are seen more often, for otherwise there would be few steps."""
     epochs = max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
@@ -130,7 +130,7 @@ def tuned(
     task = telling.ready(recipe, training, held)
     with tempfile.TemporaryDirectory() as directory:
         telling.learn(recipe, replace(task, held=replace(task.held, rows=[], targets=[])), Path(directory))
-    return telling.evaluate_examples(task)
+    return evaluate(task)
 
 
 def draw(accuracies: dict[str, dict[int, float]], majority: float, path: Path) -> None:
@@ -167,7 +167,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    training, held = read_examples("wiki-summaries", form_of("classification")).split(options.held_out)
+    training, held = read("wiki-summaries").split(options.held_out)
     print(f"{machine()}; {len(held)} held-out summaries\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         run = options.run or Path(folder) / "pretrained"
@@ -181,7 +181,7 @@ def main() -> None:
         compare(options, bases, training, held)
 
 
-def compare(options: argparse.Namespace, bases: dict[bool, str], training: FormExamples, held: FormExamples) -> None:
+def compare(options: argparse.Namespace, bases: dict[bool, str], training: Examples, held: Examples) -> None:
     """Prints the table, and draws it."""
     print("| | labels | accuracy | macro F1 | seconds |\n|---|---:|---:|---:|---:|", flush=True)
     accuracies: dict[str, dict[int, float]] = {name: {} for name in options.only}

@@ -33,18 +33,18 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 
 from keifu import checkpoints
-from keifu.data.classification.input_formats import Example, FormExamples, form_of
-from keifu.data.classification.tables import HELD_OUT, LabelledTexts, read, split
+from keifu.data.classification.tables import HELD_OUT, Examples, read
 from keifu.evaluation.classification.embeddings import embed, encode_texts
 from keifu.evaluation.classification.metrics import Confusion, probabilities
 from keifu.models import bert
 from keifu.recipes.classification import classifier, gpt1_finetune
 from keifu.recipes.classification.classifier import SCRATCH, Recipe
+from keifu.recipes.classification.common import evaluate
 
 ALL = 9033  # labels that are left to learn from
 STRENGTHS = {"logisticregression__C": [0.3, 1.0, 3.0, 10.0, 30.0]}
 SHAPE = bert.SIZES["all-minilm-l6-v2"]
-Way = Callable[[LabelledTexts, LabelledTexts, argparse.Namespace], Confusion]
+Way = Callable[[Examples, Examples, argparse.Namespace], Confusion]
 
 
 def judged(right: Sequence[str], given: Sequence[str]) -> Confusion:
@@ -61,65 +61,59 @@ def regression(steps: list[Any], inputs: Any, labels: Sequence[str]) -> Any:
     return search.fit(inputs, labels)
 
 
-def bag_of_words(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace) -> Confusion:
+def bag_of_words(training: Examples, held: Examples, options: argparse.Namespace) -> Confusion:
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2, max_features=100_000)
     learned = regression([words], training.texts, training.labels)
     return judged(held.labels, learned.predict(held.texts).tolist())
 
 
-def frozen(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace) -> Confusion:
+def frozen(training: Examples, held: Examples, options: argparse.Namespace) -> Confusion:
     model, tokenizer = checkpoints.load("minilm", torch.bfloat16 if options.bfloat16 else None)
     seen, asked = (embed(model, tokenizer, part.texts, cut=True).numpy() for part in (training, held))
     learned = regression([], seen, training.labels)
     return judged(held.labels, learned.predict(asked).tolist())
 
 
-def passes(training: LabelledTexts, options: argparse.Namespace) -> int:
+def passes(training: Examples, options: argparse.Namespace) -> int:
     """Fewer labels are seen more often, for otherwise there would be few steps."""
     return max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
 
 
 def trained(
-    training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace, times: int = 1, **choice: Any
+    training: Examples, held: Examples, options: argparse.Namespace, times: int = 1, **choice: Any
 ) -> Confusion:
     """A run of the recipe."""
     recipe = Recipe(cut=options.tokens, epochs=times * passes(training, options), seed=options.seed, **choice)
-    task = classifier.ready(recipe, training, replace(held, texts=(), labels=()))
+    task = classifier.ready(recipe, training, held.chosen(()))
     with tempfile.TemporaryDirectory() as directory:
         classifier.learn(recipe, task, (options.out or Path(directory)) / f"{recipe.model}-{len(training)}")
     rows, _ = encode_texts(task.tokenizer, held.texts, options.tokens, cut=True)
     best = probabilities(task.model, rows, task.tokenizer.pad_id or 0).argmax(-1).tolist()
-    return judged(held.labels, [task.labels[number] for number in best])
+    return judged(held.labels, [training.classes[number] for number in best])
 
 
-def from_scratch(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace) -> Confusion:
+def from_scratch(training: Examples, held: Examples, options: argparse.Namespace) -> Confusion:
     return trained(training, held, options, model=SCRATCH, size=replace(SHAPE, context_length=options.tokens))
 
 
-def fine_tuned(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace) -> Confusion:
+def fine_tuned(training: Examples, held: Examples, options: argparse.Namespace) -> Confusion:
     return trained(training, held, options, model="minilm", learning_rate=options.rate)
 
 
-def small(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace) -> Confusion:
+def small(training: Examples, held: Examples, options: argparse.Namespace) -> Confusion:
     return trained(training, held, options, options.times, model="bert-en", learning_rate=options.small_rate)
 
 
-def left_to_right(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace) -> Confusion:
+def left_to_right(training: Examples, held: Examples, options: argparse.Namespace) -> Confusion:
     """A run of GPT-1's fine-tuning, on as many tokens and as often as `small`."""
-    form = form_of("classification")
-
-    def examples(part: LabelledTexts) -> FormExamples:
-        pairs = zip(part.texts, part.labels, strict=True)
-        return FormExamples(part.source, form, tuple(Example("", (text,), label) for text, label in pairs))
-
     recipe = gpt1_finetune.Recipe(
         model=str(options.left), cut=options.tokens, epochs=options.times * passes(training, options),
         seed=options.seed, lm_weight=options.lm_weight, warmup=0.1, learning_rate=options.left_rate,
     )  # fmt: skip
-    task = gpt1_finetune.ready(recipe, examples(training), examples(held))
+    task = gpt1_finetune.ready(recipe, training, held)
     with tempfile.TemporaryDirectory() as directory:
         gpt1_finetune.learn(recipe, replace(task, held=replace(task.held, rows=[], targets=[])), Path(directory))
-    return gpt1_finetune.evaluate_examples(task)
+    return evaluate(task)
 
 
 WAYS: dict[str, tuple[str, Way]] = {
@@ -164,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the runs in this folder")
     options = parser.parse_args()
     options.only = options.only or [name for name in WAYS if name != "left" or options.left]
-    training, held = split(read("wiki-summaries"), options.held_out)
+    training, held = read("wiki-summaries").split(options.held_out)
     if options.choose:
         held = training.chosen(range(len(training) - 1000, len(training)))
     majority, share = judged(held.labels, held.labels).majority

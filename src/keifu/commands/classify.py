@@ -21,7 +21,7 @@ from keifu.files import write_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from keifu.data.classification.input_formats import FormExamples
+    from keifu.data.classification.tables import Examples
     from keifu.evaluation.classification.classifiers import TextClassifier
     from keifu.evaluation.classification.metrics import Confusion
 
@@ -215,9 +215,9 @@ def _load(name: str) -> "TextClassifier":
     return text_classifier(model, tokenizer, name)
 
 
-def _probabilities(judge: "TextClassifier", examples: "FormExamples", cut: bool) -> "Tensor":
+def _probabilities(judge: "TextClassifier", examples: "Examples", cut: bool) -> "Tensor":
     """Of each label or answer; that some examples were cut is said on stderr."""
-    rows, shortened = judge.read(examples, cut)
+    rows, shortened = judge.read(examples, judge.limit, cut)
     if shortened:
         print(f"{shortened} of {len(examples)} texts were cut to the model's {judge.limit} tokens.", file=sys.stderr)
     return judge.predict_proba(rows)

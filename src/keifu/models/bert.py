@@ -5,7 +5,7 @@ every token attend to both sides; it is then fine-tuned on a task.
 Axes: batch, length = tokens, dim, vocab, labels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -157,6 +157,16 @@ def build(config: Config) -> Bert:
     """A model with the released code's initialisation."""
     model = Bert(config)
     truncated_normal_(model, std=0.02)
+    return model
+
+
+def with_heads(base: nn.Module, config: Config, **heads: Any) -> Bert:
+    """A model with the weights of one that has this config, and other heads: those that it lacks begin anew, and so
+    does the one for labels where the labels are others."""
+    model, weights = build(replace(config, **heads)), base.state_dict()
+    if model.config.labels != config.labels:
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("classifier.")}
+    model.load_state_dict(weights, strict=False, assign=True)
     return model
 
 

@@ -163,7 +163,8 @@ def test_no_summary_that_topics_are_tested_on_is_in_the_training_part(
     articles = {f"T{n}": {"title": f"T{n % 35}", "extract": "It is.", "topic": f"{n % 3}"} for n in range(40)}
     file.write_text(json.dumps(articles))
     whole = list(readers.summaries(file))
-    _, held = tables.split(tables.LabelledTexts("it", tuple(whole), tuple(f"{n % 3}" for n in range(40))), 12)
+    rows = tuple(tables.Example("it", (text,), f"{n % 3}") for n, text in enumerate(whole))
+    _, held = tables.Examples("it", rows).split(12)
     learned = set(readers.untested_summaries(file))
     assert len(held.texts) in (11, 12) and not learned & set(held.texts)
     assert len(learned) >= 22 and learned < set(whole)

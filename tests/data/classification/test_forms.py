@@ -9,13 +9,13 @@ from keifu.data.classification.batches import FormBatches, encode_form, stack_se
 from keifu.data.classification.input_formats import (
     FORMS,
     Delimiters,
-    FormExamples,
     add_delimiters,
     delimiters_of,
     examples_of,
     form_of,
     read_examples,
 )
+from keifu.data.classification.tables import Examples
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
@@ -32,7 +32,7 @@ class Letters:
         return [[ord(letter) - 96 for letter in text] for text in texts]
 
 
-def examples(form: str, *texts: tuple[str, ...]) -> FormExamples:
+def examples(form: str, *texts: tuple[str, ...]) -> Examples:
     return examples_of(["\t".join(each) for each in texts], form_of(form))
 
 
@@ -46,7 +46,7 @@ def examples(form: str, *texts: tuple[str, ...]) -> FormExamples:
     ],
 )
 def test_each_form_token_by_token(form: str, texts: tuple[str, ...], sequences: list[list[int]]) -> None:
-    assert encode_form(Letters(), examples(form, texts), MARKS, 7).rows == [sequences]
+    assert encode_form(Letters(), form_of(form), MARKS, examples(form, texts), 7).rows == [sequences]
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,16 @@ def test_each_form_token_by_token(form: str, texts: tuple[str, ...], sequences: 
     ],
 )
 def test_the_longest_texts_are_cut_and_no_mark_is_lost(form, texts, limit, sequences) -> None:
-    rows, cut = encode_form(Letters(), examples(form, texts), MARKS, limit, cut=True)
+    rows, cut = encode_form(Letters(), form_of(form), MARKS, examples(form, texts), limit, cut=True)
     assert rows == [sequences] and cut == 1
     with pytest.raises(UserError, match=f"Text 1 of 1: this example has .* tokens, and {limit} is the most"):
-        encode_form(Letters(), examples(form, texts), MARKS, limit)
+        encode_form(Letters(), form_of(form), MARKS, examples(form, texts), limit)
 
 
 def test_examples_with_fewer_answers_have_empty_sequences_at_their_end() -> None:
-    rows = encode_form(Letters(), examples("choice", ("a", "b", "c"), ("a", "bb", "c", "d")), MARKS, 9).rows
+    rows = encode_form(
+        Letters(), FORMS["choice"], MARKS, examples("choice", ("a", "b", "c"), ("a", "bb", "c", "d")), 9
+    ).rows
     tokens, mask = stack_sequences(rows, 0)
     assert tokens.shape == mask.shape == (2, 3, 6)
     assert tokens[0].tolist() == [[S, 1, D, 2, E, 0], [S, 1, D, 3, E, 0], [0] * 6] and not mask[0, 2].any()

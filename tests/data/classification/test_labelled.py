@@ -10,7 +10,7 @@ import torch
 from keifu.data.batching import length_buckets, pad
 from keifu.data.classification import tables
 from keifu.data.classification.batches import EncodedTexts, LabelledBatches
-from keifu.data.classification.tables import LabelledTexts, read, split
+from keifu.data.classification.tables import Example, Examples, read
 from keifu.errors import UserError
 
 
@@ -50,7 +50,8 @@ def test_the_topics_of_the_summaries(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     article = {"title": "Cat", "extract": "An animal.", "description": "Biology", "topic": "Life"}
     file = written(tmp_path / "summaries.json", json.dumps({"Cat": article}))
     monkeypatch.setattr(tables.catalogue, "fetch", lambda name: file)
-    assert read("wiki-summaries") == LabelledTexts("wiki-summaries", ("Cat\n\nAn animal.",), ("Life",))
+    row = Example("wiki-summaries, 'Cat'", ("Cat\n\nAn animal.",), "Life")
+    assert read("wiki-summaries") == Examples("wiki-summaries", (row,))
 
 
 @pytest.mark.parametrize(
@@ -83,13 +84,11 @@ def test_a_name_that_is_no_file_is_answered_with_the_nearest(tmp_path: Path) -> 
         read(tmp_path / "nowhere.csv")
 
 
-TABLE = LabelledTexts(
-    "t", tuple(f"Text {n // 2}{'!' * (n % 2)}" for n in range(200)), tuple("abc"[n % 3] for n in range(200))
-)
+TABLE = Examples("t", tuple(Example("", (f"Text {n // 2}{'!' * (n % 2)}",), "abc"[n % 3]) for n in range(200)))
 
 
 def test_the_held_out_rows_are_as_many_as_asked_and_share_no_text() -> None:
-    training, held = split(TABLE, 50)
+    training, held = TABLE.split(50)
     assert len(held) == 50 and sorted([*training.texts, *held.texts]) == sorted(TABLE.texts)
     said = [{tables.key(text) for text in part.texts} for part in (training, held)]
     assert len(said[1]) == 25 and not said[0] & said[1]  # "Text 1" and "Text 1!" say the same
@@ -97,16 +96,16 @@ def test_the_held_out_rows_are_as_many_as_asked_and_share_no_text() -> None:
 
 def test_the_text_alone_decides_who_is_held_out() -> None:
     order = random.Random(0).sample(range(200), 200)
-    shuffled = split(TABLE.chosen(order), 50)[1]
-    assert sorted(shuffled.texts) == sorted(split(TABLE, 50)[1].texts)
-    assert split(TABLE, 0)[1].texts == ()
+    shuffled = TABLE.chosen(order).split(50)[1]
+    assert sorted(shuffled.texts) == sorted(TABLE.split(50)[1].texts)
+    assert TABLE.split(0)[1].texts == ()
     with pytest.raises(UserError, match="200 of 200 rows cannot be held out"):
-        split(TABLE, 200)
+        TABLE.split(200)
 
 
 def test_a_label_is_never_held_out_alone() -> None:
-    rare = LabelledTexts("t", tuple(f"text {n}" for n in range(40)), tuple(map(str, range(40))))
-    training, held = split(rare, 20)
+    rare = Examples("t", tuple(Example("", (f"text {n}",), str(n)) for n in range(40)))
+    training, held = rare.split(20)
     assert len(training) == 40 and not len(held)
 
 

@@ -31,10 +31,11 @@ def summaries(file: Path) -> Iterator[str]:
 
 def untested_summaries(file: Path) -> Iterator[str]:
     """The same without those on which topics are tested."""
-    from keifu.data.classification.tables import HELD_OUT, LabelledTexts, split
+    from keifu.data.classification.tables import HELD_OUT, Example, Examples
 
     topics = (article["topic"] for article in _json(file).values())
-    yield from split(LabelledTexts(file.name, tuple(summaries(file)), tuple(topics)), HELD_OUT)[0].texts
+    rows = (Example(file.name, (text,), topic) for text, topic in zip(summaries(file), topics, strict=True))
+    yield from Examples(file.name, tuple(rows)).split(HELD_OUT)[0].texts
 
 
 def recipes(file: Path) -> Iterator[str]:

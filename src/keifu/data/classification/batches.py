@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Generator, Tensor
 
 from keifu.data.batching import Epochs, Rows, by_rows, length_buckets, pad
-from keifu.data.classification.input_formats import Delimiters, FormExamples, Ids
+from keifu.data.classification.input_formats import Delimiters, Form, Ids
+from keifu.data.classification.tables import Examples
 from keifu.errors import UserError
 
 POOL = 32  # batches whose rows are sorted by length together
@@ -100,8 +101,10 @@ class Encoded(NamedTuple):
     cut: int
 
 
-def encode_form(tokenizer: Any, examples: FormExamples, marks: Delimiters, limit: int, cut: bool = False) -> Encoded:
-    """The ids of examples, their marks among them, in sequences of at most `limit` tokens.
+def encode_form(
+    tokenizer: Any, form: Form, marks: Delimiters, examples: Examples, limit: int, cut: bool = False
+) -> Encoded:
+    """The ids of examples of a form, their marks among them, in sequences of at most `limit` tokens.
 
     cut: take tokens from the ends of the longest texts where needed. Without it a longer example is a `UserError` that
     says where it stands and both lengths.
@@ -111,14 +114,14 @@ def encode_form(tokenizer: Any, examples: FormExamples, marks: Delimiters, limit
     rows, shortened = [], 0
     for row in examples.rows:
         parts = [ids[text] for text in row.texts]
-        found = examples.form.sequences(parts, marks)
+        found = form.sequences(parts, marks)
         if (longest := max(map(len, found))) > limit:
             if not cut:
                 raise UserError(
                     f"{row.where}: this example has {longest} tokens, and {limit} is the most: shorten it, or keep the "
                     "beginning of its texts with --cut."
                 )
-            found, shortened = examples.form.sequences(parts, marks, limit), shortened + 1
+            found, shortened = form.sequences(parts, marks, limit), shortened + 1
         rows.append(found)
     return Encoded(rows, shortened)
 

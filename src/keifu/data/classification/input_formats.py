@@ -11,7 +11,7 @@ The texts come from the columns of a .csv, .tsv or .jsonl table, or from a catal
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, processors
 
-from keifu.data.classification.tables import key, sorted_labels, split_train_test, table_rows
+from keifu.data.classification.tables import Example, Examples, table_rows
 from keifu.data.records import Row, cell, content
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
@@ -128,45 +128,7 @@ def delimiters_of(tokenizer: Tokenizer, ids: Sequence[int | None]) -> Delimiters
     return Delimiters(start, delimiter, extract)
 
 
-class Example(NamedTuple):
-    """Where an example stands, for errors, its texts and its label: of a choice, the number of the right answer."""
-
-    where: str
-    texts: tuple[str, ...]
-    label: str
-
-
-@dataclass(frozen=True)
-class FormExamples:
-    """Examples of one form, and where they come from."""
-
-    source: str
-    form: Form
-    rows: tuple[Example, ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Every label once, in order; numbers by their value."""
-        return sorted_labels(row.label for row in self.rows)
-
-    def chosen(self, places: Iterable[int]) -> "FormExamples":
-        """Some of the rows."""
-        return FormExamples(self.source, self.form, tuple(self.rows[place] for place in places))
-
-    def split(self, held_out: int) -> tuple["FormExamples", "FormExamples"]:
-        """Training rows and at most `held_out` test rows, by a hash of the first text: what shares it stays together.
-
-        Premises come with several hypotheses, contexts with several questions.
-        """
-        keys, labels = [key(row.texts[0]) for row in self.rows], [row.label for row in self.rows]
-        training, held = split_train_test(keys, labels, held_out)
-        return self.chosen(training), self.chosen(held)
-
-
-def read_examples(source: str | Path, form: Form, columns: Sequence[str] = (), label: str = "label") -> FormExamples:
+def read_examples(source: str | Path, form: Form, columns: Sequence[str] = (), label: str = "label") -> Examples:
     """The examples of a table (see `keifu.data.classification.tables.read`).
 
     columns: those of the texts, in the form's order; none: the form's own. Of a choice the last one holds a list of
@@ -180,10 +142,10 @@ def read_examples(source: str | Path, form: Form, columns: Sequence[str] = (), l
     rows = table_rows(source)
     _check_columns(rows[0], form, (*names, label), str(source))
     found = (Example(where, _texts(where, cells, form, names), cell(where, cells, label)) for where, cells in rows)
-    return FormExamples(str(source), form, tuple(_numbered(row) if form.answers else row for row in found))
+    return Examples(str(source), tuple(_numbered(row) if form.answers else row for row in found))
 
 
-def examples_of(texts: Sequence[str], form: Form) -> FormExamples:
+def examples_of(texts: Sequence[str], form: Form) -> Examples:
     """Examples without labels from texts, whose parts have a tab between them where the form has several."""
     several, rows = len(form.columns) > 1, []
     for number, text in enumerate(texts, 1):
@@ -194,7 +156,7 @@ def examples_of(texts: Sequence[str], form: Form) -> FormExamples:
             names = " and ".join((form.columns[0], "two answers or more") if form.answers else form.columns)
             raise UserError(f"{where} has {len(parts)} parts, and {form.name} needs {names}, a tab between any two.")
         rows.append(Example(where, parts, ""))
-    return FormExamples("", form, tuple(rows))
+    return Examples("", tuple(rows))
 
 
 def _check_columns(first: Row, form: Form, names: Sequence[str], source: str) -> None:

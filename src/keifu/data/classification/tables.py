@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,26 +22,64 @@ from keifu.data.translation.pairs import normalize
 from keifu.errors import UserError, unknown
 
 
+class Example(NamedTuple):
+    """Where an example stands, for errors, its texts and its label: of a choice, the number of the right answer."""
+
+    where: str
+    texts: tuple[str, ...]
+    label: str
+
+
 @dataclass(frozen=True)
-class LabelledTexts:
-    """`texts` and their `labels`, one for one, and where they come from."""
+class Examples:
+    """Texts with a label each, and where they come from."""
 
     source: str
-    texts: tuple[str, ...]
-    labels: tuple[str, ...]
+    rows: tuple[Example, ...]
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.rows)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The first text of each row."""
+        return tuple(row.texts[0] for row in self.rows)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label of each row."""
+        return tuple(row.label for row in self.rows)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Every label once, in order; numbers by their value."""
         return sorted_labels(self.labels)
 
-    def chosen(self, places: Iterable[int]) -> "LabelledTexts":
+    def chosen(self, places: Iterable[int]) -> "Examples":
         """Some of the rows."""
-        places = list(places)
-        return LabelledTexts(self.source, tuple(self.texts[p] for p in places), tuple(self.labels[p] for p in places))
+        return Examples(self.source, tuple(self.rows[place] for place in places))
+
+    def split(self, held_out: int) -> tuple["Examples", "Examples"]:
+        """Training rows, in the order of their keys, and at most `held_out` test rows: those with the smallest keys.
+
+        A row's key is that of its first text. Rows with the same key stay together, so that none is on both sides
+        (premises come with several hypotheses, contexts with several questions), and a label that would only be held
+        out stays in training.
+        """
+        if not 0 <= held_out < len(self):
+            raise UserError(f"{held_out} of {len(self)} rows cannot be held out: give a number between.")
+        keys = [key(text) for text in self.texts]
+        groups: dict[str, list[int]] = defaultdict(list)
+        for place, each in enumerate(keys):
+            groups[each].append(place)
+        held: list[int] = []
+        training: list[int] = []
+        for _, places in sorted(groups.items()):
+            (held if len(held) + len(places) <= held_out else training).extend(places)
+        known = {self.rows[place].label for place in training}
+        alone = {keys[place] for place in held if self.rows[place].label not in known}
+        training += [place for place in held if keys[place] in alone]
+        return self.chosen(training), self.chosen(place for place in held if keys[place] not in alone)
 
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
@@ -50,15 +89,15 @@ def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def read(source: str | Path, text: str = "text", label: str = "label") -> LabelledTexts:
+def read(source: str | Path, text: str = "text", label: str = "label") -> Examples:
     """The table in a file of records, or a catalogue entry that has labels (see `CATALOGUED`).
 
     text, label: the names of the two columns. A column that is not there, a row with another number of cells, an empty
     text or label: each is a `UserError` that says where.
     """
-    found = [(cell(where, cells, text), cell(where, cells, label)) for where, cells in table_rows(source)]
-    texts, labels = zip(*found, strict=True)
-    return LabelledTexts(str(source), texts, labels)
+    rows = table_rows(source)
+    found = (Example(where, (cell(where, cells, text),), cell(where, cells, label)) for where, cells in rows)
+    return Examples(str(source), tuple(found))
 
 
 def table_rows(source: str | Path) -> list[Row]:
@@ -89,33 +128,6 @@ CATALOGUED: dict[str, Callable[[], Iterator[Row]]] = {"wiki-summaries": _topics}
 def key(text: str) -> str:
     """A hash of a text without its case, spaces and punctuation (see `normalize`), in hexadecimal."""
     return hashlib.sha256(normalize(text).encode()).hexdigest()
-
-
-def split(table: LabelledTexts, held_out: int) -> tuple[LabelledTexts, LabelledTexts]:
-    """Training rows in the order of their keys, and at most `held_out` test rows (see `split_train_test`)."""
-    training, held = split_train_test([key(text) for text in table.texts], table.labels, held_out)
-    return table.chosen(training), table.chosen(held)
-
-
-def split_train_test(keys: Sequence[str], labels: Sequence[str], held_out: int) -> tuple[list[int], list[int]]:
-    """The places of training rows, in the order of their keys, and of at most `held_out` test rows.
-
-    The test rows are those with the smallest keys. Rows with the same key stay together, so that none is on both sides,
-    and a label that would only be held out stays in training.
-    """
-    if not 0 <= held_out < len(keys):
-        raise UserError(f"{held_out} of {len(keys)} rows cannot be held out: give a number between.")
-    groups: dict[str, list[int]] = defaultdict(list)
-    for place, each in enumerate(keys):
-        groups[each].append(place)
-    held: list[int] = []
-    training: list[int] = []
-    for _, places in sorted(groups.items()):
-        (held if len(held) + len(places) <= held_out else training).extend(places)
-    known = {labels[place] for place in training}
-    alone = {keys[place] for place in held if labels[place] not in known}
-    training += [place for place in held if keys[place] in alone]
-    return training, [place for place in held if keys[place] not in alone]
 
 
 @dataclass(frozen=True)

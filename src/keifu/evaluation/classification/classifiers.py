@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.data.classification.batches import Encoded, encode_form, row_size, stack_sequences
-from keifu.data.classification.input_formats import Example, Form, FormExamples, delimiters_of, form_of
+from keifu.data.classification.input_formats import Form, delimiters_of, form_of
+from keifu.data.classification.tables import Example, Examples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encode_texts, in_batches
@@ -27,26 +28,29 @@ class TextClassifier:
     """A classifier or multiple-choice model with its tokenization.
 
     form: what an example must have. labels: the classes; none where examples have answers of their own. limit: the
-    model's context length in tokens. read: examples to ids, truncating too long ones if asked. predict_proba: ids to
-    probabilities; where an example has fewer answers than another, they are 0 at its end.
+    model's context length in tokens. read: examples to ids, at most so many each, truncating longer ones if asked.
+    predict_proba: ids to probabilities; where an example has fewer answers than another, they are 0 at its end.
     """
 
     form: Form
     labels: tuple[str, ...]
     limit: int
-    read: Callable[[FormExamples, bool], Encoded]
+    read: Callable[[Examples, int, bool], Encoded]
     predict_proba: Callable[[Sequence[Any]], Float[Tensor, "examples answers"]]
 
     def choices(self, row: Example) -> tuple[str, ...]:
         """What the columns of an example's probabilities stand for."""
         return row.texts[1:] if self.form.answers else self.labels
 
-    def confusion(self, examples: FormExamples, given: Float[Tensor, "examples answers"]) -> Confusion:
+    def targets(self, examples: Examples) -> list[int]:
+        """The number of each example's label, or of its right answer."""
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        return [int(label) if self.form.answers else numbers[label] for label in examples.labels]
+
+    def confusion(self, examples: Examples, given: Float[Tensor, "examples answers"]) -> Confusion:
         """Right labels against the likeliest ones; the labels of answers are their numbers."""
         labels = tuple(map(str, range(given.shape[1]))) if self.form.answers else self.labels
-        numbers = {label: number for number, label in enumerate(labels)}
-        right = torch.tensor([numbers[row.label] for row in examples.rows])
-        return Confusion.of(right, given.argmax(-1).cpu(), labels)
+        return Confusion.of(torch.tensor(self.targets(examples)), given.argmax(-1).cpu(), labels)
 
 
 def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> TextClassifier:
@@ -62,22 +66,19 @@ def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> T
             f"gpt1-finetune{option} --data TABLE), and classify with that run."
         )
     reader = classifier(model, name)
-    limit = reader.config.context_length
 
-    def read(examples: FormExamples, cut: bool) -> Encoded:
-        return encode_texts(tokenizer, [row.texts[0] for row in examples.rows], limit, cut)
+    def read(examples: Examples, limit: int, cut: bool) -> Encoded:
+        return encode_texts(tokenizer, examples.texts, limit, cut)
 
     predict_proba = partial(probabilities, model, pad_id=tokenizer.pad_id or 0)
-    return TextClassifier(form_of("classification"), reader.config.labels, limit, read, predict_proba)
+    config = reader.config
+    return TextClassifier(form_of("classification"), config.labels, config.context_length, read, predict_proba)
 
 
 def _decoder(model: Any, tokenizer: Tokenizer) -> TextClassifier:
     config, form = model.config, form_of(model.config.form)
     marks = delimiters_of(tokenizer, (config.start_id, config.delimiter_id, config.extract_id))
-
-    def read(examples: FormExamples, cut: bool) -> Encoded:
-        return encode_form(tokenizer, examples, marks, config.context_length, cut)
-
+    read = partial(encode_form, tokenizer, form, marks)
     predict_proba = partial(class_probabilities, model, pad_id=tokenizer.pad_id or 0)
     return TextClassifier(form, config.labels, config.context_length, read, predict_proba)
 

@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 from keifu.data.catalogue import catalogue
-from keifu.data.classification.tables import HELD_OUT, LabelledTexts, read, split
+from keifu.data.classification.tables import HELD_OUT, Examples, read
 from keifu.data.records import SUFFIXES as TABLES
 from keifu.data.records import Row, listed, read_records
 from keifu.errors import UserError, unknown
@@ -136,10 +136,10 @@ EXAMPLES = 200  # others, to draw demonstrations from
 
 def topics() -> FewShotTask:
     """Which of 12 topics a Wikipedia article has, from the first 60 words of its title and summary."""
-    learned, held = split(read("wiki-summaries"), HELD_OUT)
+    learned, held = read("wiki-summaries").split(HELD_OUT)
     labels = learned.classes
 
-    def items(table: LabelledTexts) -> tuple[TaskItem, ...]:
+    def items(table: Examples) -> tuple[TaskItem, ...]:
         shown = (" ".join(text.split()[:WORDS]) for text in table.texts)
         pairs = zip(shown, table.labels, strict=True)
         return tuple(TaskItem(f"Article: {text}\nTopic:", topic, labels) for text, topic in pairs)

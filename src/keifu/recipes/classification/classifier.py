@@ -17,17 +17,16 @@ import torch
 
 from keifu import checkpoints
 from keifu.data.classification.batches import EncodedTexts
-from keifu.data.classification.tables import LabelledTexts, read, split
+from keifu.data.classification.tables import Examples, read
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
-from keifu.evaluation.classification.embeddings import encode_texts, encoder
-from keifu.evaluation.classification.metrics import Confusion, probabilities
+from keifu.evaluation.classification.embeddings import encoder
 from keifu.models import bert
 from keifu.ranges import check
-from keifu.recipes.classification.common import TableOptions, train_classifier
+from keifu.recipes.classification.common import TableOptions, Task, encode, train_classifier
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import classification
 
@@ -53,26 +52,14 @@ class Recipe(TableOptions):
     """AdamW's highest learning rate; unset: 5e-5, and 5e-4 for a new model."""
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Everything made ready: a model with a head for the labels, its tokenizer, and the rows as ids."""
-
-    model: Any
-    tokenizer: Tokenizer
-    labels: tuple[str, ...]
-    training: EncodedTexts
-    held: EncodedTexts
-    cut: int
-
-
 def prepare(recipe: Recipe) -> Task:
     """Reads the table that the recipe names, holds rows out, and readies the model."""
     check({"held_out": recipe.held_out})
     table = read(recipe.data, recipe.text, recipe.label)
-    return ready(recipe, *split(table, round(recipe.held_out * len(table))))
+    return ready(recipe, *table.split(round(recipe.held_out * len(table))))
 
 
-def ready(recipe: Recipe, training: LabelledTexts, held: LabelledTexts) -> Task:
+def ready(recipe: Recipe, training: Examples, held: Examples) -> Task:
     """The task of these rows; all labels must be among those to learn from, two at least."""
     labels = training.classes
     if len(labels) < 2:
@@ -83,14 +70,7 @@ def ready(recipe: Recipe, training: LabelledTexts, held: LabelledTexts) -> Task:
     limit = model.config.context_length
     if recipe.cut is not None and not 3 <= recipe.cut <= limit:
         raise UserError(f"cut keeps from 3 to {limit} tokens, as many as the model takes, and it is {recipe.cut}.")
-    numbers = {label: number for number, label in enumerate(labels)}
-
-    def as_ids(part: LabelledTexts) -> tuple[EncodedTexts, int]:
-        rows, shortened = encode_texts(tokenizer, part.texts, recipe.cut or limit, recipe.cut is not None)
-        return EncodedTexts(rows, [numbers[label] for label in part.labels]), shortened
-
-    (learned, cut), (tested, cut_too) = as_ids(training), as_ids(held)
-    return Task(model, tokenizer, labels, learned, tested, cut + cut_too)
+    return encode(recipe, model, tokenizer, training, held, EncodedTexts)
 
 
 def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...]) -> tuple[Any, Tokenizer]:
@@ -107,28 +87,16 @@ def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...])
     if (recipe.size, recipe.tokenizer) != (SMALL, Recipe.tokenizer):
         raise UserError(f"--size and --tokenizer are for a new model, and {recipe.model} is none: use --model scratch.")
     base, tokenizer = checkpoints.load(recipe.model, torch.float32)
-    model = bert.build(replace(encoder(base).config, **heads))
-    fresh = set() if vars(base.config)["labels"] == labels else {"classifier.weight", "classifier.bias"}
-    names = model.state_dict().keys() - fresh
-    weights = {name: tensor for name, tensor in base.state_dict().items() if name in names}
-    model.load_state_dict(weights, strict=False, assign=True)
-    return model.to(choose()), tokenizer
+    return bert.with_heads(base, encoder(base).config, **heads).to(choose()), tokenizer
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Trains the task's model into a run folder, and draws the confusion matrix of the held-out texts there."""
     return train_classifier(
-        recipe, task, classification, evaluate_classifier, out, resume,
-        learning_rate=5e-4 if recipe.model == SCRATCH else 5e-5,
-        warmup=lambda steps: steps // 10, title=f"A classifier learns “{Path(recipe.data).stem}”",
-        paper="Devlin et al., BERT (2018)", unit="texts", options={}, data={"labels": ", ".join(task.labels)},
+        recipe, task, classification, out, resume, learning_rate=5e-4 if recipe.model == SCRATCH else 5e-5,
+        warmup=lambda steps: steps // 10, who="A classifier", paper="Devlin et al., BERT (2018)", unit="texts",
+        options={}, data={},
     )  # fmt: skip
-
-
-def evaluate_classifier(task: Task) -> Confusion:
-    """How the held-out texts are told apart."""
-    given = probabilities(task.model, task.held.rows, task.tokenizer.pad_id or 0).argmax(-1)
-    return Confusion.of(torch.tensor(task.held.targets), given.cpu(), task.labels)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keifu.data.classification.batches import LabelledBatches
+from keifu.data.classification.batches import EncodedTexts, LabelledBatches
+from keifu.data.classification.tables import Examples
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.files import write_atomic
 from keifu.processes import current
@@ -34,16 +37,47 @@ class TableOptions(FinetuneOptions):
     """AdamW's weight decay, of matrices alone."""
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: a model with a head, its tokenizer, the examples as ids, and those that are held out."""
+
+    model: Any
+    tokenizer: Tokenizer
+    training: EncodedTexts
+    held: EncodedTexts
+    tested: Examples
+    cut: int
+
+
+def encode(
+    recipe: TableOptions, model: Any, tokenizer: Tokenizer, training: Examples, held: Examples, kind: type[EncodedTexts]
+) -> Task:
+    """The task of these examples; all labels must be among the model's own. kind: what holds the model's rows."""
+    judge = text_classifier(model, tokenizer)
+
+    def as_ids(part: Examples) -> tuple[EncodedTexts, int]:
+        rows, cut = judge.read(part, recipe.cut or judge.limit, recipe.cut is not None)
+        return kind(rows, judge.targets(part)), cut
+
+    (learned, cut), (asked, also_cut) = as_ids(training), as_ids(held)
+    return Task(model, tokenizer, learned, asked, held, cut + also_cut)
+
+
+def evaluate(task: Task) -> Confusion:
+    """How the held-out examples are told apart."""
+    judge = text_classifier(task.model, task.tokenizer)
+    return judge.confusion(task.tested, judge.predict_proba(task.held.rows))
+
+
 def train_classifier(
-    recipe: TableOptions, task: Any, objective: Objective, confusion: Callable[[Any], Confusion], out: Path,
-    resume: bool, *, learning_rate: float, warmup: Callable[[int], int], title: str, paper: str, unit: str,
-    options: Mapping[str, Any], data: Mapping[str, Any],
+    recipe: TableOptions, task: Task, objective: Objective, out: Path, resume: bool, *, learning_rate: float,
+    warmup: Callable[[int], int], who: str, paper: str, unit: str, options: Mapping[str, Any], data: Mapping[str, Any],
 ) -> Summary:  # fmt: skip
     """Trains the task's model into a run folder, with the confusion matrix of the held-out examples as its sample, and
     prints the held-out figures, unless the model is split over processes.
 
-    The rate falls linearly to 0, with two validations in an epoch. warmup: its steps in a run of so many. options: what
-    decides the result beside the model's config and the cut.
+    The rate falls linearly to 0, with two validations in an epoch. warmup: its steps in a run of so many. who: what
+    learns, for the title. options: what decides the result beside the model's config and the cut.
     """
     if task.cut:
         print(f"{task.cut} of {len(task.training) + len(task.held)} {unit} were cut to {recipe.cut} tokens.")
@@ -56,16 +90,17 @@ def train_classifier(
     counts = {"learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
 
     def sample(step: int) -> str:
-        found = confusion(task)
+        found = evaluate(task)
         write_atomic(out / "confusion.png", found.picture())
         return found.page()
 
     summary = train_run(
-        out, resume, task.model, objective, rows, settings, task.tokenizer, title=title, paper=paper, unit=unit,
-        facts={"source": recipe.data, **counts, **data}, sample=sample if len(task.held) else None,
+        out, resume, task.model, objective, rows, settings, task.tokenizer, paper=paper, unit=unit,
+        title=f"{who} learns “{Path(recipe.data).stem}”", sample=sample if len(task.held) else None,
+        facts={"source": recipe.data, **counts, **data, "labels": ", ".join(task.model.config.labels)},
         options={**recipe.origin(), "model": asdict(task.model.config), "cut": recipe.cut, **options},
         largest=rows.largest(),
     )  # fmt: skip
     if len(task.held) and current().whole:
-        print(f"On held-out {unit}: {confusion(task).verdict()}")
+        print(f"On held-out {unit}: {evaluate(task).verdict()}")
     return summary

@@ -19,16 +19,15 @@ import torch
 
 from keifu import checkpoints
 from keifu.data.classification import input_formats
-from keifu.data.classification.batches import FormBatches, encode_form
+from keifu.data.classification.batches import FormBatches
+from keifu.data.classification.tables import Examples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
-from keifu.evaluation.classification.classifiers import text_classifier
-from keifu.evaluation.classification.metrics import Confusion
 from keifu.generation.text.model import TaskHeadModel, causal
 from keifu.models import task_head
 from keifu.ranges import check
-from keifu.recipes.classification.common import TableOptions, train_classifier
+from keifu.recipes.classification.common import TableOptions, Task, encode, train_classifier
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import LM_WEIGHT, finetuning_loss
 
@@ -67,19 +66,6 @@ class Recipe(TableOptions):
             raise UserError(f"warmup is a share from 0 up to below 1, and it is {self.warmup}.")
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Everything made ready: a decoder with a head, its tokenizer, the examples and their ids."""
-
-    model: task_head.ModelWithHead
-    tokenizer: Tokenizer
-    form: input_formats.Form
-    training: FormBatches
-    held: FormBatches
-    tested: input_formats.FormExamples
-    cut: int
-
-
 def prepare(recipe: Recipe) -> Task:
     """Reads the tables that the recipe names, holds rows out where there is one, and readies the model."""
     form = input_formats.form_of(recipe.form)
@@ -89,30 +75,21 @@ def prepare(recipe: Recipe) -> Task:
     return ready(recipe, *table.split(round(recipe.held_out * len(table))))
 
 
-def ready(recipe: Recipe, training: input_formats.FormExamples, held: input_formats.FormExamples) -> Task:
+def ready(recipe: Recipe, training: Examples, held: Examples) -> Task:
     """The task of these examples; all labels must be among those to learn from, two at least."""
-    form, labels = training.form, training.classes
+    labels, answers = training.classes, input_formats.form_of(recipe.form).answers
     if len(labels) < 2:
         raise UserError(f"There is nothing to tell apart in {training.source}: every label is {', '.join(labels)!r}.")
-    _check_labels(held, () if form.answers else labels)
+    _check_labels(held, () if answers else labels)
     torch.manual_seed(recipe.seed)
-    model, tokenizer = start_model(recipe, () if form.answers else labels)
+    model, tokenizer = start_model(recipe, () if answers else labels)
     limit = model.config.context_length
     if recipe.cut is not None and not LEAST_CUT <= recipe.cut <= limit:
         raise UserError(f"cut keeps from {LEAST_CUT} to {limit} tokens, which the model takes, and it is {recipe.cut}.")
-    config = model.config
-    marks = input_formats.delimiters_of(tokenizer, (config.start_id, config.delimiter_id, config.extract_id))
-    numbers = {label: number for number, label in enumerate(labels)}
-
-    def laid(part: input_formats.FormExamples) -> tuple[FormBatches, int]:
-        rows, cut = encode_form(tokenizer, part, marks, recipe.cut or limit, recipe.cut is not None)
-        return FormBatches(rows, [int(row.label) if form.answers else numbers[row.label] for row in part.rows]), cut
-
-    (learned, cut), (asked, also_cut) = laid(training), laid(held)
-    return Task(model, tokenizer, form, learned, asked, held, cut + also_cut)
+    return encode(recipe, model, tokenizer, training, held, FormBatches)
 
 
-def _check_labels(held: input_formats.FormExamples, labels: tuple[str, ...]) -> None:
+def _check_labels(held: Examples, labels: tuple[str, ...]) -> None:
     for row in held.rows if labels else ():
         if row.label not in labels:
             known = ", ".join(map(repr, labels[:5])) + (", ..." if len(labels) > 5 else "")
@@ -141,18 +118,11 @@ def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.Mode
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Trains the task's model into a run folder, and draws the confusion matrix of the held-out examples there."""
     return train_classifier(
-        recipe, task, partial(finetuning_loss, lm_weight=recipe.lm_weight), evaluate_examples, out, resume,
-        learning_rate=recipe.learning_rate, warmup=lambda steps: round(recipe.warmup * steps),
-        title=f"A decoder learns “{Path(recipe.data).stem}”", paper="Radford et al., GPT-1 (2018)", unit="examples",
-        options={"lm_weight": recipe.lm_weight},
-        data={"form": recipe.form, "labels": ", ".join(task.model.config.labels)},
+        recipe, task, partial(finetuning_loss, lm_weight=recipe.lm_weight), out, resume,
+        learning_rate=recipe.learning_rate, warmup=lambda steps: round(recipe.warmup * steps), who="A decoder",
+        paper="Radford et al., GPT-1 (2018)", unit="examples", options={"lm_weight": recipe.lm_weight},
+        data={"form": recipe.form},
     )  # fmt: skip
-
-
-def evaluate_examples(task: Task) -> Confusion:
-    """How the held-out examples are told apart."""
-    how = text_classifier(task.model, task.tokenizer)
-    return how.confusion(task.tested, how.predict_proba(task.held.rows))
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

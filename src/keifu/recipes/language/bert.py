@@ -109,10 +109,8 @@ def _begin(recipe: Recipe, out: Path) -> tuple[Any, Tokenizer]:
         return bert.build(replace(sizes, words=True, next_sentence=pairs, pooled=pairs)).to(choose()), tokenizer
     loaded, tokenizer = checkpoints.load(recipe.start, torch.float32)
     found = encoder(loaded).config
-    config = replace(found, words=True, next_sentence=pairs or found.next_sentence, pooled=pairs or found.pooled)
-    model = bert.build(config)
-    model.load_state_dict(loaded.state_dict(), strict=False, assign=True)  # heads that it lacks begin anew
-    return model.to(choose()), tokenizer
+    heads = {"words": True, "next_sentence": pairs or found.next_sentence, "pooled": pairs or found.pooled}
+    return bert.with_heads(loaded, found, **heads).to(choose()), tokenizer
 
 
 def _facts(text: Text, shards: SentenceShards) -> dict[str, Any]:
