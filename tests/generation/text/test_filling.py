@@ -71,6 +71,7 @@ def test_the_command_line_says_so_too(capsys: pytest.CaptureFixture) -> None:
         fetch("minilm")
     except (UserError, OSError) as error:
         pytest.skip(f"MiniLM cannot be had here: {error}")
+    capsys.readouterr()  # how much was fetched
     for command in (["generate", "minilm", "Once"], ["chat", "minilm", "Hello"]):
         with pytest.raises(SystemExit):
             cli.main(command)

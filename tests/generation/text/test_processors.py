@@ -218,7 +218,7 @@ def test_rows_of_a_large_vocabulary_draw_what_they_draw_alone(kind: str, monkeyp
             token, log = each.choose(x[row : row + 1], nothing, draw[row : row + 1])
             assert (token.item(), log.item()) == (tokens[row].item(), logs[row].item())
         torch.testing.assert_close(logs.float(), logits_processors.log_probability(whole, tokens))
-        assert torch.equal(tokens, sample(whole, draw)[0])
+        assert torch.equal(tokens, sample(whole, draw))
 
 
 def test_penalties_see_the_prompt_or_only_what_was_written() -> None:
@@ -268,7 +268,7 @@ def test_rows_that_come_and_go_draw_what_they_draw_alone() -> None:
 def test_a_step_computes_nothing_that_its_rows_do_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
     """No random numbers for greedy rows, no shortlist of a small vocabulary, and no text counted a second time."""
     monkeypatch.setattr(sampler, "uniform", lambda *_: pytest.fail("random numbers"))
-    greedy = Request([1, 2], SamplingParams(temperature=0, repetition_penalty=1.3), None, 99)
+    greedy = Request([1, 2], SamplingParams(temperature=0, repetition_penalty=1.3), None, VOCAB, 99)
     before = Sampler([greedy], VOCAB, CPU)
     greedy.take(*before.choose(logits()[:1])[0].tolist())
     monkeypatch.setattr(logits_processors, "shortlist", lambda *_: pytest.fail("a shortlist"))
@@ -276,7 +276,7 @@ def test_a_step_computes_nothing_that_its_rows_do_not_need(monkeypatch: pytest.M
     counted = []
     of_texts = History.of_texts
     monkeypatch.setattr(History, "of_texts", lambda *texts: counted.append(texts[1]) or of_texts(*texts))
-    more = Sampler([Request([5, 6], greedy.sampling, None, 99), greedy], VOCAB, CPU, before)
+    more = Sampler([Request([5, 6], greedy.sampling, None, VOCAB, 99), greedy], VOCAB, CPU, before)
     assert [list(prompt) for prompt in counted[0]] == [[5, 6], []]
     assert more.history.seen is not None
     assert set(more.history.seen[1].nonzero()[:, 0].tolist()) == {1, 2, *greedy.tokens}

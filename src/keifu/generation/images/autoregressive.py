@@ -39,7 +39,7 @@ def sample_image_tokens(
     own = torch.tensor(list(seeds), device=tokens.device)
     logits, state = model.begin(tokens, real)
     for place in range(height * width):
-        codes[:, place], _ = sample(logits.float(), uniform(own, torch.full_like(own, place)))
+        codes[:, place] = sample(logits.float(), uniform(own, torch.full_like(own, place)))
         watch(codes.unflatten(1, (height, width)))
         if place + 1 < height * width:
             logits = model.go_on(codes[:, place], place, state)

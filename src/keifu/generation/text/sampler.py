@@ -18,14 +18,19 @@ from keifu.layers.counter_rng import uniform
 from keifu.layers.wide import wide
 
 
-def sample(
-    logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]
-) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Inverse transform sampling: the first token at which the cumulative probability passes u, and ln of its own.
+def sample(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """Inverse transform sampling: the first token at which the cumulative probability passes u.
 
     One number a row suffices, where the Gumbel trick needs one for each token of the vocabulary. The sum is float64, so
     that rare tokens keep their probability; tokens of probability 0 are never sampled.
     """
+    return sample_scored(logits, u)[0]
+
+
+def sample_scored(
+    logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """What `sample` gives, and ln of each token's probability."""
     probabilities = logits.softmax(-1)
     mass = wide(probabilities).cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(mass, wide(u)[:, None] * mass[:, -1:], right=True).to(logits.device)
@@ -106,15 +111,15 @@ class RowSettings:
         """From the shortlist where it holds all that a row's own settings leave; else from the whole distribution."""
         k, p = self.filters.get("top_k"), self.filters.get("top_p")
         if (k is None and p is None) or logits.shape[1] < LARGE:
-            return sample(self._filter(logits), u)
+            return sample_scored(self._filter(logits), u)
         k = torch.zeros(1, dtype=torch.int64, device=self.device) if k is None else k
         p = torch.ones(1, device=self.device) if p is None else p
         few, names, whole = logits_processors.shortlist(self._filter(logits, ["temperature"]), k, p)
-        places, logs = sample(self._filter(few, ["min_p"]), u)
+        places, logs = sample_scored(self._filter(few, ["min_p"]), u)
         tokens = names.gather(1, places[:, None])[:, 0]
         if rest := (~whole).nonzero()[:, 0].tolist():
             others = RowSettings([self.samplings[row] for row in rest], self.device)
-            tokens[rest], logs[rest] = sample(others._filter(logits[rest]), u[rest])
+            tokens[rest], logs[rest] = sample_scored(others._filter(logits[rest]), u[rest])
         return tokens, logs
 
     def _filter(self, logits: logits_processors.Logits, names: Iterable[str] = FILTERS) -> logits_processors.Logits:
