@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from keifu.commands.shared.verbs import VERBS
-from keifu.errors import unknown
+from keifu.errors import require_known
 from keifu.threads import follow_load
 
 FAULT = 70  # as sysexits.h has it
@@ -37,8 +37,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
         return parse([*rest, "--help"])
     if verb in ("-V", "--version", "version"):
         return lambda: print(f"keifu {import_module('keifu').__version__}")
-    if verb not in VERBS:
-        raise unknown("verb", verb, VERBS)
+    require_known("verb", verb, VERBS)
     return import_module(f"keifu.commands.{verb}").parse(rest)
 
 

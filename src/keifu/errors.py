@@ -23,6 +23,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"There is no {kind} {name!r}.{guess}{listing}")
 
 
+def require_known(kind: str, name: object, known: Collection[str]) -> None:
+    """A name that is not among the known ones is the error `unknown`."""
+    if name not in known:
+        raise unknown(kind, str(name), known)
+
+
 def check_known(kind: str, name: str, known: Collection[str]) -> None:
     """Refuses a name that is not among a few, with the nearest that is, and all of them in their own order."""
     if name not in known:

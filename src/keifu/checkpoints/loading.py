@@ -18,7 +18,7 @@ from keifu.checkpoints.plan import Plan, Report, Source, check_tokenizer, plan, 
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.devices import Choice, choose, choosing
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known, unknown
 from keifu.files import reading
 from keifu.layers.lora import merge
 from keifu.native.pack import OWN, formats
@@ -128,8 +128,7 @@ def convert(
 
     dtype: f32, f16, bf16 or, for gguf, q8_0; None keeps the type that holds the stored numbers exactly.
     """
-    if to not in ("hf", "gguf", "open_clip"):
-        raise unknown("format", to, ["hf", "gguf", "open_clip"])
+    require_known("format", to, ["hf", "gguf", "open_clip"])
     if dtype is not None and dtype not in (*DTYPES, "q8_0"):
         raise unknown("number format", dtype, [*DTYPES, "q8_0"])
     if to != "gguf" and dtype == "q8_0":

@@ -15,7 +15,7 @@ from torch import nn
 
 from keifu.checkpoints.hf.native_config import check_types, from_json
 from keifu.checkpoints.hf.weight_names import Table
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.layers.meta import on_meta
 from keifu.models.hf.config import write_own
 
@@ -175,8 +175,7 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
     kind = json.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{where} has no model_type, so nothing says which model it is.")
-    if kind not in FAMILIES:
-        raise unknown("model family (model_type)", kind, FAMILIES)
+    require_known("model family (model_type)", kind, FAMILIES)
     family = FAMILIES[kind]
     check_settings(json, {**UNSUPPORTED, **family.unsupported}, where)
     try:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.native import library as native
 from keifu.native.describe import MatrixPart, NormPart
 from keifu.native.library import Library
@@ -49,8 +49,7 @@ OWN = "own"  # what keeps a file's numbers: a GGUF file's blocks, if native code
 
 def formats(weights: str) -> Formats:
     """The formats by their name: f32, bf16, int8, int4 or int4_pure; another one is a `UserError` with the nearest."""
-    if weights not in (*FORMATS, OWN):
-        raise unknown("format of weights", weights, [*FORMATS, OWN])
+    require_known("format of weights", weights, [*FORMATS, OWN])
     return FORMATS["int8" if weights == OWN else weights]
 
 

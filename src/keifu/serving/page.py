@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from keifu import lineage
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known, unknown
 from keifu.serving.errors import ApiError
 
 FOLDER = Path(__file__).parent / "page"
@@ -38,8 +38,7 @@ def in_language(page: bytes, language: str) -> bytes:
     """The page that begins in this language, unless its reader chose another; "": in the browser's."""
     if not language:
         return page
-    if language not in LANGUAGES:
-        raise unknown("language (KEIFU_LANG)", language, LANGUAGES)
+    require_known("language (KEIFU_LANG)", language, LANGUAGES)
     return page.replace(b'<html lang="en"', f'<html lang="{language}" data-language="{language}"'.encode(), 1)
 
 

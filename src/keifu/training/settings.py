@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from keifu.data.batching import BatchSizeSchedule, batch_size_stages, linear_batch_size
 from keifu.devices import chosen
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.files import listed
 from keifu.ranges import check
 from keifu.training.optim.loss_spikes import SpikeSettings
@@ -150,8 +150,7 @@ CHOICES = {
 
 def check_choice(setting: str, value: str) -> None:
     """A `UserError` with the nearest known value, where a setting has a few values and this is none of them."""
-    if value not in CHOICES[setting]:
-        raise unknown(setting, value, CHOICES[setting])
+    require_known(setting, value, CHOICES[setting])
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from keifu.checkpoints.hf.read import source_of, weight_files
 from keifu.checkpoints.hf.weight_names import Link
 from keifu.checkpoints.plan import Source
 from keifu.checkpoints.registry import FAMILIES, Family, read_config
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known, unknown
 from keifu.files import read_json_object
 
 PIPELINE, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model.safetensors"
@@ -73,8 +73,7 @@ def open_diffusers(path: Path) -> Source:
         return _network(path, path, {}, ("There is no scheduler beside this network: DDPM's noise is assumed.",))
     index = read_json_object(path / PIPELINE)
     kind = str(index.get("_class_name"))
-    if kind not in (*KINDS, *_NETWORK):
-        raise unknown("diffusers pipeline", kind, [*KINDS, *_NETWORK])
+    require_known("diffusers pipeline", kind, [*KINDS, *_NETWORK])
     if kind in _NETWORK:
         files = _files(path, kind, ("unet", SCHEDULER))
         return _network(path, path / "unet", {SCHEDULER: read_json_object(files[SCHEDULER])}, ())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from keifu.checkpoints.lora.peft import Place, attach_tensors, layers, read_tensors, whole_tensors
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.files import write_atomic
 from keifu.layers.lora import Adapter, LoraSettings, merge
 from keifu.processes import current
@@ -99,8 +99,7 @@ def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
     """
     from safetensors.torch import save
 
-    if style not in WRITTEN:
-        raise unknown("spelling of a LoRA", style, WRITTEN)
+    require_known("spelling of a LoRA", style, WRITTEN)
     made = whole_tensors(model)
     if not made:
         raise UserError("This model has no adapters to save.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.recipes import RECIPES
 
 HEAVY = ("torch", "numpy", "jaxtyping")
@@ -46,8 +46,7 @@ def path_of(name: str) -> Path:
                 f"There is no file {name!r} with a recipe: give a file with a class Recipe and a function run."
             )
         return Path(name)
-    if name not in recipe_names():
-        raise unknown("recipe", name, recipe_names())
+    require_known("recipe", name, recipe_names())
     return SOURCE / "recipes" / f"{RECIPES[name].replace('.', '/')}.py"
 
 

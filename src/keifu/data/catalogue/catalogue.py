@@ -21,7 +21,7 @@ from typing import Any
 from keifu.data.catalogue import download, readers
 from keifu.data.catalogue.download import Archive
 from keifu.data.catalogue.readers import Dialogue
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known, unknown
 from keifu.files import cache
 
 MADE = {  # folders of what is made of data, by name
@@ -86,8 +86,7 @@ CATALOGUE = MODELS | DATA
 
 def entry(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Entry:
     """The entry of that name; an unknown name is a `UserError` with the nearest one."""
-    if name not in among:
-        raise unknown("catalogue entry", name, among)
+    require_known("catalogue entry", name, among)
     return among[name]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from keifu.data.chat import conversations
 from keifu.data.chat.conversations import Conversation, objects, prompt_of
 from keifu.data.records import listed
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def gym_problems(source: str, count: int, seed: int) -> Iterator[dict[str, Any]]
     """`count` problems: {"prompt", "answer", "entry": the item as the library has it}, the same for the same seed."""
     name, *given = source.removeprefix(PREFIX).split(",")
     known = import_module(f"{reasoning_gym().__name__}.factory").DATASETS
-    if name not in known:
-        raise unknown("generator of reasoning-gym", name, known)
+    require_known("generator of reasoning-gym", name, known)
     try:
         made = reasoning_gym().create_dataset(name, size=count, seed=seed, **dict(map(_setting, given)))
         for item in made:

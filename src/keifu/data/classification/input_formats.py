@@ -22,7 +22,7 @@ from tokenizers import AddedToken, processors
 from keifu.data.classification.tables import Example, Examples, table_rows
 from keifu.data.records import Row, cell, content
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 
 Ids = list[int]
 START, DELIMITER, EXTRACT = TOKENS = "_start_", "_delimiter_", "_classify_"  # as the released code calls them
@@ -93,8 +93,7 @@ FORMS = {
 
 def form_of(name: str) -> Form:
     """The form of that name, or a `UserError` with the nearest one."""
-    if name not in FORMS:
-        raise unknown("form", name, FORMS)
+    require_known("form", name, FORMS)
     return FORMS[name]
 
 

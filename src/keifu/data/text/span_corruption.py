@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from keifu.data.batching import source_of_row
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 
 REGULAR, EXTREME, SEQUENTIAL = "[NLU]", "[NLG]", "[S2S]"  # the paper's [R], [X] and [S], as its code spells them
 MODES = REGULAR, EXTREME, SEQUENTIAL
@@ -38,8 +38,7 @@ class SpanCorruption:
     share: float | int = 1.0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise unknown("mode of a denoiser", self.mode, MODES)
+        require_known("mode of a denoiser", self.mode, MODES)
         highest = 1.0 if self.span else 0.5
         if not (0 < self.rate < 1 and self.rate <= highest) or (self.span is not None and self.span < 1):
             raise UserError(

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from keifu.data.tokenizers.streaming import byte_alphabet
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.files import plain_file
 
 # GPT-2: English contractions, letters, digits or signs with a space before them, white space (Radford et al., 2019).
@@ -58,8 +58,7 @@ def pre_tokenizer(cut: str) -> pre_tokenizers.PreTokenizer:
 
     An unknown name is a `UserError`.
     """
-    if cut not in CUTS:
-        raise unknown("way of cutting text (tokenizer.ggml.pre)", cut, CUTS)
+    require_known("way of cutting text (tokenizer.ggml.pre)", cut, CUTS)
     patterns = CUTS[cut]
     if patterns == [GPT2]:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)

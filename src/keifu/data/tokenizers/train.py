@@ -13,7 +13,7 @@ from keifu.data.tokenizers.bpe import byte_level_backend
 from keifu.data.tokenizers.formats import BERT_ROLES, wordpiece_backend
 from keifu.data.tokenizers.streaming import byte_alphabet
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 
 END_OF_TEXT = "<|endoftext|>"
 Made = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role
@@ -84,8 +84,7 @@ def train_tokenizer(
     differently the next time (the `tokenizers` library goes through its counts in no fixed order). Texts that are all
     empty, and a `vocab_size` too small for the kind and the texts, are `UserError`s.
     """
-    if kind not in KINDS:
-        raise unknown("kind of tokenizer", kind, KINDS)
+    require_known("kind of tokenizer", kind, KINDS)
     for given, owner, what in ((split_digits, "bpe", "split_digits"), (lowercase, "wordpiece", "lowercase")):
         if given and kind != owner:
             raise UserError(f"{what} belongs to the kind {owner}, not to {kind}: leave it out.")

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.generation.images.denoiser import Denoiser, DenoiserOutput, Network, Sample, standard_deviation
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing
 from keifu.layers.diffusion.sampling_schedule import (
@@ -320,8 +320,7 @@ LOOK_BACK = ("lms", "dpm++-2m", "dpm++-2m-sde", "unipc")  # which divide by how 
 
 def sampler(name: str) -> Sampler:
     """The sampler of that name; an unknown one is a `UserError` with the nearest."""
-    if name not in SAMPLERS:
-        raise unknown("sampler", name, SAMPLERS)
+    require_known("sampler", name, SAMPLERS)
     return SAMPLERS[name]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.ranges import check
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def sampling_params_from(options: Mapping[str, Any]) -> SamplingParams:
     """Settings by name; `stop` may be one string, `logit_bias` a dictionary; an unknown name is a `UserError`."""
     known = [field.name for field in fields(SamplingParams)]
     for name in options:
-        if name not in known:
-            raise unknown("sampling option", name, known)
+        require_known("sampling option", name, known)
     stop, bias = options.get("stop", ()), options.get("logit_bias") or ()
     several = {"stop": (stop,) if isinstance(stop, str) else tuple(stop or ())}
     return SamplingParams(**{**options, **several, "logit_bias": tuple(dict(bias).items())})

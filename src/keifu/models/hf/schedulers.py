@@ -6,7 +6,7 @@ of the model.
 
 from typing import Any
 
-from keifu.errors import unknown
+from keifu.errors import require_known
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.hf.config import Field, Fields, choice, read_field, read_fields, write_fields
 
@@ -43,8 +43,7 @@ CLASSES = {
 def read_scheduler(json: dict[str, Any]) -> Noise:
     """The noise that a scheduler_config.json describes; a value that is not implemented is a ValueError."""
     kind = json.get("_class_name", "DDPMScheduler")
-    if kind not in CLASSES:
-        raise unknown("scheduler", kind, CLASSES)
+    require_known("scheduler", kind, CLASSES)
     clips, spacing, last_alpha_one = CLASSES[kind]
     silent = {"beta_schedule": SILENT.get(kind, "linear"), "timestep_spacing": spacing}
     json = silent | {"set_alpha_to_one": last_alpha_one, "clip_sample": clips} | json

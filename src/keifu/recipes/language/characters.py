@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from keifu.errors import unknown
+from keifu.errors import require_known
 from keifu.models import gpt2, llama
 from keifu.recipes.language.common import Text, TextOptions, prepare_text, pretrain
 from keifu.recipes.options import Logging
@@ -60,8 +60,7 @@ class Recipe(TextOptions, Logging):
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`. All of what is held out is evaluated."""
-    if recipe.recipe_of not in WAYS:
-        raise unknown("recipe", recipe.recipe_of, WAYS)
+    require_known("recipe", recipe.recipe_of, WAYS)
     build, config, settings = WAYS[recipe.recipe_of]
     warmup = min(settings.warmup, recipe.steps or settings.steps)
     settings = replace(settings, **recipe.loop(warmup=warmup))

@@ -22,7 +22,7 @@ from keifu.data.classification.tables import Table
 from keifu.data.classification.toy import ToyDataset, toy_dataset
 from keifu.data.images.augmentation import Distortion
 from keifu.devices import choose
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.evaluation.classification import metrics
 from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
@@ -141,8 +141,7 @@ def settings(recipe: Recipe) -> Settings:
 def check_learnable(recipe: Recipe) -> ToyDataset:
     """The data that the recipe names, where all its options make sense."""
     for kind, name, known in (("activation", recipe.activation, ACTIVATIONS), ("loss", recipe.loss, LOSSES)):
-        if name not in known:
-            raise unknown(kind, name, known)
+        require_known(kind, name, known)
     if recipe.activation == "step" and recipe.resolved().hidden:
         raise UserError(STEP_HAS_NO_GRADIENT)
     if recipe.augment and recipe.data != "mnist":
