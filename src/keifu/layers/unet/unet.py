@@ -6,7 +6,7 @@ Its parts are passed in, so that conditioning (on a text, for example) is left t
 Axes: batch, channels, height, width. `context` goes to the attentions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,6 @@ from keifu.errors import UserError
 from keifu.layers.unet.conv import Downsample, Pixels, Resampled, Upsample
 
 Time = Float[Tensor, "batch time_dim"]
-Residual = Callable[[int, int], nn.Module]  # makes a block from so many channels to so many
-AtLevel = Callable[[int, int], nn.Module]  # makes what stands at a level, for so many channels
-PerhapsAtLevel = Callable[[int, int], nn.Module | None]
 
 
 class Stage(nn.Module):
@@ -106,44 +103,6 @@ class UNet(nn.Module):
             # not by del: a checkpoint reads the list that it was given once more
             states = states[: -len(stage.residuals)]  # pyright: ignore[reportArgumentType]
         return self.last(F.silu(self.norm(x)))
-
-
-def stages(
-    widths: Sequence[int],
-    n_residual_blocks: int,
-    residual: Residual,
-    attention: tuple[PerhapsAtLevel, PerhapsAtLevel],
-    resample: tuple[AtLevel, AtLevel],
-) -> tuple[list[Down], list[Up]]:
-    """The way down and the way up through levels of these channels, 0 the finest; the way up comes coarsest first.
-
-    attention, resample: what stands after each residual block of a level, if anything, and what leads out of it to the
-    next; each for the way down and the way up. There is one residual block more a level on the way up, since each reads
-    a state of the way down, and the first convolution's is one of them.
-    """
-    down, up, states, last = [], [], [widths[0]], len(widths) - 1
-    for level, width in enumerate(widths):
-        inputs = [states[-1], *[width] * (n_residual_blocks - 1)]
-        blocks = [residual(channels, width) for channels in inputs]
-        down.append(Down(blocks, _each(attention[0], level, width, blocks), _next(resample[0], level, width, last)))
-        states += [width] * (n_residual_blocks + (level < last))
-    below = widths[-1]
-    for level, width in reversed([*enumerate(widths)]):
-        inputs = [states.pop() + (width if place else below) for place in range(n_residual_blocks + 1)]
-        blocks = [residual(channels, width) for channels in inputs]
-        up.append(Up(blocks, _each(attention[1], level, width, blocks), _next(resample[1], level, width, 0)))
-        below = width
-    return down, up
-
-
-def _each(attention: PerhapsAtLevel, level: int, width: int, blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """An attention for each block of a level, or none at all."""
-    made = [attention(level, width) for _ in blocks]
-    return [one for one in made if one is not None]
-
-
-def _next(resample: AtLevel, level: int, width: int, last: int) -> nn.Module | None:
-    return None if level == last else resample(level, width)
 
 
 def check_sides(height: int, width: int, factor: int) -> None:

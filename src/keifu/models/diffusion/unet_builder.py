@@ -3,7 +3,7 @@
 The Config has the fields of `ddpm.Config` that describe the stages. Levels count resolutions from 0, the finest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,29 +12,45 @@ from torch import nn
 from keifu.layers.activations import activation
 from keifu.layers.unet.conv import AdaptiveResidualBlock, Downsample, ResidualBlock, Upsample
 from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
-from keifu.layers.unet.unet import AtLevel, Middle, UNet, stages
+from keifu.layers.unet.unet import Down, Middle, UNet, Up
 
 
-def assemble_unet(config: Any, attention: AtLevel, middle_attention: nn.Module | None) -> UNet:
-    """The network with such attentions at the levels that the Config names, and this one, or none, in the middle."""
-    widths, down_levels = config.widths, config.attention
-    up_levels = down_levels if config.up_attention is None else config.up_attention
+def assemble_unet(config: Any, attention: Callable[[int, int], nn.Module], middle_attention: nn.Module | None) -> UNet:
+    """The network with such attentions at the levels that the Config names, and this one, or none, in the middle.
 
-    def attend(levels: tuple[int, ...], level: int, width: int) -> nn.Module | None:
-        return attention(level, width) if level in levels else None
+    There is one residual block more a level on the way up, since each reads a state of the way down, and the first
+    convolution's is one of them.
+    """
+    widths, n_blocks, residual = config.widths, config.n_residual_blocks, _residual(config)
+    up_levels = config.attention if config.up_attention is None else config.up_attention
 
-    def shrink(level: int, width: int) -> nn.Module:
+    def attentions(levels: tuple[int, ...], level: int, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+        return [attention(level, widths[level]) for _ in blocks if level in levels]
+
+    def shrink(level: int, width: int) -> nn.Module | None:
+        if level == len(widths) - 1:
+            return None
         if level in config.residual_down:
             return _residual(config, resample=nn.AvgPool2d(2))(width, width)
         return Downsample(width, config.pad_around)
 
-    def grow(level: int, width: int) -> nn.Module:
+    def grow(level: int, width: int) -> nn.Module | None:
+        if level == 0:
+            return None
         if level in config.residual_up:
             return _residual(config, resample=nn.Upsample(scale_factor=2.0))(width, width)
         return Upsample(width)
 
-    attentions = partial(attend, down_levels), partial(attend, up_levels)
-    down, up = stages(widths, config.n_residual_blocks, _residual(config), attentions, (shrink, grow))
+    down, up, states = [], [], [widths[0]]
+    for level, width in enumerate(widths):
+        blocks = [residual(channels, width) for channels in (states[-1], *[width] * (n_blocks - 1))]
+        down.append(Down(blocks, attentions(config.attention, level, blocks), shrink(level, width)))
+        states += [width] * (n_blocks + (down[-1].resample is not None))
+    below = widths[-1]
+    for level, width in reversed([*enumerate(widths)]):
+        blocks = [residual(states.pop() + (width if place else below), width) for place in range(n_blocks + 1)]
+        up.append(Up(blocks, attentions(up_levels, level, blocks), grow(level, width)))
+        below = width
     first = nn.Conv2d(config.channels, widths[0], 3, padding=1)
     last = nn.Conv2d(widths[0], config.predicted_channels, 3, padding=1)
     norm = group_norm(config, config.norm_groups)(widths[0])
