@@ -40,6 +40,7 @@ class Recording(nn.Module):
         super().__init__()
         self.given: dict[str, Any] = {}
         self.config = SimpleNamespace(n_classes=3, null_class=True)
+        self.prior = SimpleNamespace(normalised=lambda embeddings: embeddings / 100)
 
     def encode_text(self, tokens: Tensor, real: Tensor | None = None) -> Any:
         return tokens.float() if real is None else Read(tokens.float(), real)
@@ -49,9 +50,6 @@ class Recording(nn.Module):
 
     def nothing(self, rows: int) -> Tensor:
         return torch.full((rows, 4), -9.0)
-
-    def normalised(self, embeddings: Tensor) -> Tensor:
-        return embeddings / 100
 
     def tell(self, image: Tensor, caption: Read) -> tuple[Tensor, Read]:
         return image, caption

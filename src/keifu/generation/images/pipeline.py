@@ -22,7 +22,7 @@ def is_text_to_image(model: nn.Module) -> bool:
     if not isinstance(model, ImageModel) or model.draws == "pixels":
         return False
     if model.draws == "embeddings":
-        return model.config.imagines
+        return model.config.prior is not None
     return model.draws == "tokens" or not model.config.masked
 
 

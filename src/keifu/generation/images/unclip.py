@@ -72,7 +72,7 @@ class UnclipPipeline(TextToImagePipeline):
         self.check_conditions(wanted)
         if wanted.text is None and wanted.init is None:
             raise UserError("There is neither a text nor a picture: say what to draw, or give a picture (--init).")
-        if wanted.init is None and not self.model.config.imagines:
+        if wanted.init is None and self.model.config.prior is None:
             raise UserError("This model has no prior, so it varies pictures and draws no text: give one (--init).")
         if wanted.init is not None and self.model.config.pixels is None:
             raise UserError("This model has no image_encoder, so it cannot see a picture: give a text alone.")
@@ -140,7 +140,7 @@ class UnclipPipeline(TextToImagePipeline):
         for _ in range(wanted.candidates):
             x = random(empty) * chosen.schedule.initial_sigma
             x = last_x(chosen.run(chosen.denoiser(network), x, chosen.schedule, random))
-            found.append(self.model.restored(x))
+            found.append(self.model.prior.restored(x))
         said = F.normalize(caption.embedding[:count].float(), dim=-1)
         near = torch.stack([(F.normalize(each.float(), dim=-1) * said).sum(-1) for each in found])
         return torch.stack(found)[near.argmax(0), torch.arange(count, device=empty.device)]

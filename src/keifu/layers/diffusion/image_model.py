@@ -20,10 +20,10 @@ class ImageModel(nn.Module):
         for all steps; `to_latents(pictures, noise)` and `to_pictures(latents)` compute with `autoencoder`,
         if there is one. config: size, channels (of latents), factor (pixels of a side for each number of the latents),
         colours, masked (whether a mask and the masked image are further input channels), context_length.
-    embeddings: `imagine(x, timestep, caption)` is the prior, `restored` undoes its normalisation, `encode_image` embeds
-        pictures, `model(x, timestep, tell(image, caption))` is the decoder, `enlarge` super-resolution. config: size,
-        small_size (before super-resolution), pixels (preprocessing; None without an image encoder), prior_noise,
-        decoder_noise, upsampling_noise (None without), colours, embedding_dim, context_length, imagines (with a prior).
+    embeddings: `imagine(x, timestep, caption)` is the prior, `prior.restored` undoes its normalisation, `encode_image`
+        embeds pictures, `model(x, timestep, tell(image, caption))` is the decoder, `enlarge` super-resolution. config:
+        size, small_size (before super-resolution), pixels (preprocessing; None without an image encoder), prior_noise,
+        decoder_noise, upsampling_noise (None without), colours, embedding_dim, context_length, prior (None without).
     tokens: `begin(tokens, real)` is the logits of a picture's first token and the state, `go_on(codes, place, state)`
         those behind a place, `to_pictures(codes)` the pictures. config: grid, size, colours, context_length.
     """

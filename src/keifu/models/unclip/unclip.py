@@ -104,11 +104,6 @@ class Config(clip_text.WithText):
         """Dimension of CLIP's embeddings."""
         return self.conditions.embedding_dim
 
-    @property
-    def imagines(self) -> bool:
-        """Whether it has a prior, and so generates images from text."""
-        return self.prior is not None
-
 
 def _sides(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else size
@@ -166,14 +161,6 @@ class Unclip(ImageModel):
     def imagine(self, x: Embedding, timestep: Num[Tensor, "*batch"], caption: Caption) -> Embedding:
         """The prior's prediction of the normalised image embedding from noisy ones."""
         return self.prior(x, timestep, *caption)
-
-    def normalised(self, embedding: Embedding) -> Embedding:
-        """CLIP's embeddings, normalised for the prior."""
-        return self.prior.normalised(embedding)
-
-    def restored(self, x: Embedding) -> Embedding:
-        """CLIP's embeddings from normalised ones."""
-        return self.prior.restored(x)
 
     def nothing(self, batch: int) -> Embedding:
         """The null image embedding."""

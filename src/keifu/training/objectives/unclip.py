@@ -69,7 +69,7 @@ class UnclipLoss:
         imagine: Network = lambda x, timestep: model.imagine(x, timestep, of_prior)  # noqa: E731
         draw: Network = lambda x, timestep: model(x, timestep, model.tell(image, of_decoder))  # noqa: E731
         found = {
-            "prior": self.prior.of(imagine, model.normalised(embeddings), self._seed(draws, 3)),
+            "prior": self.prior.of(imagine, model.prior.normalised(embeddings), self._seed(draws, 3)),
             "decoder": self.decoder.of(draw, small, self._seed(draws, 4)),
         }
         if self.upsampler is not None:
