@@ -60,14 +60,17 @@ def test_what_is_no_file_is_named(made, file: str, what: str) -> None:
         assert what.startswith("a link") and file == "chat_template.jinja"
 
 
-def test_devices_and_files_that_are_not_there_and_archives_that_are_links(tmp_path: Path) -> None:
+def test_devices_and_files_that_are_not_there_and_archives_that_are_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="/dev/zero is a pipe or a device"):
         plain_file(Path("/dev/zero"))
     with pytest.raises(UserError, match="There is no file .*nothing"):
         plain_file(tmp_path / "nothing")
     (tmp_path / "a.tar").symlink_to("a.tar")
     with pytest.raises(UserError, match=r"a\.tar"):
-        read_images(tmp_path / "a.tar", 6, cache_dir=tmp_path / "cache")
+        read_images(tmp_path / "a.tar", 6)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can be another one")

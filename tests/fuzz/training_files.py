@@ -147,7 +147,7 @@ def captions(folder: Path) -> None:
 
 def read_captions(folder: Path) -> None:
     for source in (folder / "json", folder / "csv", folder / "s.tar"):
-        read_images(source, 6, cache_dir=folder / "cache")
+        read_images(source, 6)
 
 
 def drawn(folder: Path) -> None:

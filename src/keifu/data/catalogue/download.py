@@ -110,16 +110,16 @@ def made_once(folder: Path, whole: Callable[[], bool], make: Callable[[Path], No
 
 def prepared(
     kind: str, source: str | Path, settings: Mapping[str, Any], whole: Callable[[Path], bool],
-    make: Callable[[Path, dict[str, Any]], None], usual: str = "text", cache_dir: str | Path | None = None,
+    make: Callable[[Path, dict[str, Any]], None], usual: str = "text",
 ) -> Path:  # fmt: skip
-    """The folder of a source that was prepared with these settings, under `kind` in the cache unless another is given.
+    """The folder of a source that was prepared with these settings, under `kind` in the cache.
 
     make: writes it, and with it facts: the source, a fingerprint of the settings, and these. usual: what a source
     without a name is called.
     """
     fingerprint = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     name = Path(source).stem.replace("*", "") or usual
-    folder = Path(cache_dir or files.cache() / kind) / f"{name}-{fingerprint[:16]}"
+    folder = files.cache() / kind / f"{name}-{fingerprint[:16]}"
     facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
     return made_once(folder, lambda: whole(folder), lambda new: make(new, facts))
 

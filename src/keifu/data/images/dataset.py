@@ -280,6 +280,10 @@ class ImageSplit:
         sizes = len(self.train), len(self.validation), len(self.test)
         return "{:,} pictures for training, {:,} for validation, {:,} for testing.".format(*sizes)
 
+    def evaluated(self) -> "tuple[ImageDataset, ImageDataset | None]":
+        """What was trained on and what was held out; of a set that is held out whole, all of it and None."""
+        return (self.train, self.test) if len(self.train) else (self.test, None)
+
 
 def read_images(
     source: str | Path,
@@ -287,7 +291,6 @@ def read_images(
     channels: Literal[1, 3] | None = None,
     fit: Fit = "crop",
     leave_out: bool = False,
-    cache_dir: str | Path | None = None,
 ) -> ImageDataset:
     """The pictures of a source (see `keifu.data.images.sources`), made once and found again while nothing has changed.
 
@@ -300,7 +303,7 @@ def read_images(
         raise UserError(f"size is {size}, but a picture has at least 1 pixel.")
     settings = {"format": FORMAT, "content": _content(source), "size": size, "channels": channels, "fit": fit}
     make = partial(_make, source, ImageFormat(size, channels, fit), leave_out)
-    folder = prepared("pictures", source, settings, _whole, make, "pictures", cache_dir)
+    folder = prepared("pictures", source, settings, _whole, make, "pictures")
     index = _read_index(folder)
     if index["faults"] and not leave_out:
         raise UserError(_with_advice(index["faults"][0]))

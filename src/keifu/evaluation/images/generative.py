@@ -233,9 +233,9 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
         return class_agreement(drawer, request)
     if request.judge is not None or request.guidance is not None:
         raise UserError("--judge and --guidance are for the metric classes alone: give --metric classes, or neither.")
-    real, parts = _real_images(drawer, request)
+    parts = _real_images(drawer, request)
     compared = request.metric in (None, "distances")
-    beside = _generate_beside(drawer, real, parts, request) if compared else EvalResult({})
+    beside = _generate_beside(drawer, parts, request) if compared else EvalResult({})
     held = EvalResult({}) if request.metric == "distances" else _held_out(drawer, parts.test, request)
     return replace(beside, figures=beside.figures | held.figures, notes=beside.notes + held.notes, tables=held.tables)
 
@@ -267,14 +267,14 @@ def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
     )
 
 
-def _generate_beside(drawer: ImageModel, real: ImageDataset, parts: ImageSplit, request: EvalRequest) -> EvalResult:
+def _generate_beside(drawer: ImageModel, parts: ImageSplit, request: EvalRequest) -> EvalResult:
     """Generates images and compares them with the real ones."""
     any_class = 0 if drawer.config.n_classes and not drawer.config.null_class else None
     pipeline = pixel_diffusion.PixelPipeline(drawer)
     wanted = pipeline.resolved(ImageRequest(request.sampler or "ddim", request.steps, request.seed, any_class))
     labels = [None] if any_class is None else range(drawer.config.n_classes)
     drawn = _generated(pipeline, wanted, request.limit or DRAWN, request.batch_size or BATCH, labels)
-    return write_neighbours(drawn, real, parts.test if len(parts.train) else None, request, wanted)
+    return write_neighbours(drawn, *parts.evaluated(), request, wanted)
 
 
 def write_neighbours(
@@ -400,12 +400,11 @@ def _sentence(pictures: ImageDataset, place: int) -> str:
     return pictures.classes[pictures.labels[place]] if pictures.labels[place] >= 0 else pictures.names[place]
 
 
-def _real_images(model: ImageModel, request: EvalRequest) -> tuple[ImageDataset, ImageSplit]:
-    """The training images at the model's size; of a set that is held out whole, all."""
+def _real_images(model: ImageModel, request: EvalRequest) -> ImageSplit:
+    """The images at the model's size, split as its training split them."""
     pictures = read_squares(request.on, pixel_diffusion.trained_size(model), model.config.channels)
     told = request.held_out
-    parts = split(pictures.distinct() if told.get("distinct") else pictures, told.get("share", 0.05))
-    return (parts.train if len(parts.train) else parts.test), parts
+    return split(pictures.distinct() if told.get("distinct") else pictures, told.get("share", 0.05))
 
 
 def read_squares(on: str, size: tuple[int, int], channels: int) -> ImageDataset:

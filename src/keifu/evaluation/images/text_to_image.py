@@ -78,7 +78,7 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
         two_towers(request.towers[0])
     drawer = text_to_image_pipeline(model, tokenizer)
     parts, wanted = _requested(drawer, request)
-    train, test = (parts.train, parts.test) if len(parts.train) else (parts.test, None)
+    train, test = parts.evaluated()
     if len(train) < 2:
         raise UserError(f"{request.on} has {len(train)} picture with a caption, and at least 2 are needed: give more.")
     sets = {"": train, " of held-out captions": test}
