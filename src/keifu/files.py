@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -136,12 +137,21 @@ def parse_json(text: str | bytes, name: Any) -> Any:
 
 
 def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
-    """What YAML says, or by `loader` a part of it; what is no YAML, is nested too deeply, or grows by its references to
-    more than any file that keifu reads, is a `UserError`."""
+    """What YAML says, or by `loader` a part of it; what is no YAML, has a key twice, is nested too deeply, or grows by
+    its references to more than any file that keifu reads, is a `UserError`."""
     import yaml
 
+    class UniqueKeys(yaml.SafeLoader):
+        """YAML's own keeps the last of equal keys and says nothing."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            for key, count in Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).items():
+                if count > 1:
+                    raise UserError(f"{name} has the key {key!r} {count} times in one place: give each its own name.")
+            return super().construct_mapping(node, deep)
+
     try:
-        return _within_limits(yaml.load(text, loader or yaml.SafeLoader), name, text)  # nosec B506
+        return _within_limits(yaml.load(text, loader or UniqueKeys), name, text)  # nosec B506
     except RecursionError:
         raise UserError(f"{name} is nested more than {DEEPEST} deep.") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:

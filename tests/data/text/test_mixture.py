@@ -237,6 +237,10 @@ def test_the_named_mixture_is_one() -> None:
         ({"sources": {"a": {"data": "a.txt", "weight": 1}}, "normalize": True}, "Did you mean 'normalise'"),
         ({"sources": {"a": {"data": "a.txt", "weight": 1, "languages": ["German"]}}}, "has 1 languages"),
         ("a: [", "neither YAML nor JSON"),
+        (
+            "sources:\n  a: {data: a.txt, weight: 1}\n  a: {data: b.txt, weight: 1}",
+            "has the key 'a' 2 times in one place",
+        ),
     ],
 )
 def test_a_faulty_mixture_is_refused(content, sentence: str, tmp_path: Path) -> None:
