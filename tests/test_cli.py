@@ -254,6 +254,15 @@ def test_a_wrong_word_is_answered_in_one_sentence(words: str, told: str, capsys:
     assert error.startswith(told)
 
 
+def test_where_nothing_is_known_nothing_is_listed(capsys: pytest.CaptureFixture) -> None:
+    assert said(capsys, "completion", "bash", "--x") == (2, "There is no option '--x'.")
+
+
+def test_an_empty_path_is_told_by_its_option(capsys: pytest.CaptureFixture) -> None:
+    status, error = said(capsys, "serve", "somewhere", "--api-key-file", "")
+    assert status == 2 and error == "--api-key-file is empty: give the name of a file or folder."
+
+
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch):
     """A verb `fail` whose work raises what the test says."""

@@ -20,7 +20,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     near = get_close_matches(name, names, n=1, cutoff=0.5) or get_close_matches(name.lower(), names, n=1, cutoff=0.3)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     listing = f" Known: {', '.join(names)}." if len(names) <= 30 else f" There are {len(names)} known ones."
-    return UserError(f"There is no {kind} {name!r}.{guess}{listing}")
+    return UserError(f"There is no {kind} {name!r}.{guess}{listing if names else ''}")
 
 
 def require_known(kind: str, name: object, known: Collection[str]) -> None:

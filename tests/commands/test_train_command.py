@@ -3,11 +3,13 @@ removes, and what a stop and an error leave."""
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from keifu import cli
+from keifu.commands.shared import resuming
 from keifu.errors import UserError
 from keifu.recipes.language import characters
 from keifu.recipes.neurons import mlp, perceptron
@@ -56,6 +58,18 @@ def test_options_that_may_not_change_are_refused_by_name(out: Path) -> None:
     go("--resume", str(out), "--hidden", "3")  # the same value is no change
     with pytest.raises(UserError, match="holds a run of keifu train mlp, not of gpt"):
         go("gpt", "--out", str(out), "--resume")
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A recipe of one's own in which nothing may change."""
+
+    width: int = 3
+
+
+def test_where_nothing_may_change_nothing_is_listed() -> None:
+    with pytest.raises(UserError, match=r"--width 3 → 4; leave them out, or start a new run in another folder\.$"):
+        resuming._check(resuming.Stored("own", Fixed(), frozenset({"width"})), Fixed(4))
 
 
 def test_a_run_is_made_longer_and_shorter_and_stays_so(out: Path, capsys: pytest.CaptureFixture) -> None:

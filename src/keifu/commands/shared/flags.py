@@ -121,7 +121,7 @@ def _check_paths(options: Any, words: Sequence[str]) -> None:
         if not isinstance(value, Path):
             continue
         if empty and value == Path():
-            raise UserError(f"--{each.name} is empty: give the name of a file or folder.")
+            raise UserError(f"--{each.name.replace('_', '-')} is empty: give the name of a file or folder.")
         if each.name in RESULTS and each.default is not MISSING:  # keifu convert writes either
             folder = each.default is not None or vars(options).get("action") in FOLDERS
             check_output(value, f"--{each.name}", folder)

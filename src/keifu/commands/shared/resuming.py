@@ -184,9 +184,10 @@ def _check(found: Stored, wanted: Any) -> dict[str, tuple[Any, Any]]:
     lengths = {name for name in LENGTHS if name in now and not (name == "epochs" and found.name in OF_A_ROLLOUT)}
     if refused := sorted(changed - free - lengths):
         differing = ", ".join(f"--{name} {_words(then[name])} → {_words(now[name])}" for name in refused)
+        may = ", ".join(f"--{name}" for name in sorted(free | lengths))
         raise UserError(
             f"A resumed run keeps its options, and these differ: {differing}; leave them out, or start a "
-            f"new run in another folder. What may change: {', '.join(f'--{n}' for n in sorted(free | lengths))}."
+            f"new run in another folder.{f' What may change: {may}.' if may else ''}"
         )
     return {name: (then[name], now[name]) for name in changed & lengths}
 
