@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import RopeScaling, Rotary
@@ -177,5 +178,7 @@ def to_published(config: Config) -> dict[str, Any]:
 
 def _scalar(scale: float) -> int | float:
     """The number whose 1 / √ is the scale: a whole number in every published config."""
+    if not scale > 0:
+        raise UserError(f"attention_scale is {scale}, and config.json holds 1 / its square: it must be above 0.")
     scalar, whole = scale**-2, max(1, round(scale**-2))
     return whole if abs(whole**-0.5 - scale) < 1e-12 else scalar

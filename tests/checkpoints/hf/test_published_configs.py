@@ -155,6 +155,12 @@ def test_any_scale_of_attention_is_kept(scale: float) -> None:
     assert family.read(json).attention_scale == pytest.approx(scale, rel=1e-12)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_scale_that_no_published_config_says_is_refused(scale: float) -> None:
+    with pytest.raises(UserError, match=f"attention_scale is {scale}, and config.json holds 1 / its square"):
+        describe(gemma3.Config(attention_scale=scale))
+
+
 UNET = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 
 
