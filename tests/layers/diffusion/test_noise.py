@@ -158,3 +158,8 @@ def test_the_quadratic_sequence_is_the_papers_code() -> None:
 def test_steps_that_there_is_no_room_for(steps: int, offset: int, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         timesteps(Noise(steps_offset=offset), steps)
+
+
+def test_no_timestep_is_before_the_first() -> None:
+    with pytest.raises(ValueError, match="steps_offset is -1, and there is no timestep before 0"):
+        Noise(steps_offset=-1)

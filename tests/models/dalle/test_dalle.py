@@ -165,6 +165,8 @@ def test_a_picture_belongs_to_its_seed(model) -> None:
     together = sample_image_tokens(model, tokens, real, [7, 8, 2**40])
     assert torch.equal(sample_image_tokens(model, tokens[1:2], real[1:2], [8]), together[1:2])
     assert not torch.equal(sample_image_tokens(model, tokens[1:2], real[1:2], [9]), together[1:2])
+    assert torch.equal(sample_image_tokens(model, tokens[1:2], real[1:2], [2**64 + 8]), together[1:2])
+    sample_image_tokens(model, tokens[:2], real[:2], [2**63 - 1, 2**63])  # a count goes on from the largest seed
 
 
 def test_drawn_entries_have_the_probabilities_they_are_said_to_have(model) -> None:

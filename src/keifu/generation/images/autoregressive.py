@@ -36,7 +36,7 @@ def sample_image_tokens(
     """
     height, width = model.config.grid.height, model.config.grid.width
     codes = torch.zeros(len(tokens), height * width, dtype=torch.long, device=tokens.device)
-    own = torch.tensor(list(seeds), device=tokens.device)
+    own = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=tokens.device)  # of 64 bits
     logits, state = model.begin(tokens, real)
     for place in range(height * width):
         codes[:, place] = sample(logits.float(), uniform(own, torch.full_like(own, place)))

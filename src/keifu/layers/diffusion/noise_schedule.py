@@ -75,6 +75,8 @@ class Noise:
             check_known(kind, vars(self)[kind], get_args(known))
         if self.steps < 1 + self.zero_terminal_snr:
             raise UserError(f"The noise schedule has {self.steps} steps, which is too few.")
+        if self.steps_offset < 0:
+            raise UserError(f"steps_offset is {self.steps_offset}, and there is no timestep before 0.")
         if self.betas and len(self.betas) != self.steps:
             raise UserError(f"There are {len(self.betas)} betas for {self.steps} steps: give one for each.")
         outside = [beta for beta in self.betas or (self.beta_start, self.beta_end) if not 0 < beta < 1]
