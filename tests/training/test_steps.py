@@ -122,6 +122,12 @@ def test_causal_is_the_mean_of_the_next_tokens_loss() -> None:
     assert outcome.weight == 5 + 3 + 1
 
 
+def test_a_validation_leaves_out_what_has_no_rows() -> None:
+    judged, whole = trainer(toy(), 4), Sequences().batch(0)
+    empty = {name: rows[:0] for name, rows in whole.items()}
+    assert judged.validation([empty, whole, empty]) == judged.validation([whole]) and judged.validation([empty]) == {}
+
+
 @pytest.mark.parametrize("mask", [False, True])
 def test_z_loss_is_in_the_loss_and_its_gradient_and_never_in_a_validation(mask: bool) -> None:
     config = palm.Config(vocab_size=13, context_length=8, dim=16, hidden_dim=24, n_layers=1, n_heads=2, head_dim=8)

@@ -129,10 +129,10 @@ class Trainer:
 
     @torch.no_grad()
     def validation(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The mean loss and figures over all elements of the batches, in evaluation mode; empty without batches."""
+        """The mean loss and figures over all elements of the batches, in evaluation mode; empty without any."""
         self.model.eval()
         sums = Sums()
-        for batch in batches:
+        for batch in filter(rows_of, batches):
             shared = rows_of(batch) >= self.ranks.world  # a smaller one is whole on all ranks, and the first counts it
             for outcome in self._losses(on_device(batch, self.device)):
                 new = Sums.of(outcome)
