@@ -101,7 +101,7 @@ def test_the_memory_that_is_promised_is_that_which_is_taken() -> None:
     model = llama.build(llama.Config(1000, 256, 256, 512, 4, 4)).to(GPU)
     batch = {"tokens": torch.randint(0, 1000, (16, 257), device=GPU)}
     trainer = Trainer(model, causal_language_modeling, Settings(steps=1, precision="bfloat16"))
-    promised = cost.estimate(trainer, batch, 16, "").total_bytes
+    promised = cost.estimate(trainer, batch, 16).total_bytes
     torch.cuda.reset_peak_memory_stats()
     cost.backward(trainer, batch)
     trainer.optimizers.step(0)

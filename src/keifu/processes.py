@@ -60,10 +60,6 @@ class Processes:
         """The whole of a tensor that belongs to the parameter of that name, from what each process holds of it."""
         return tensor if self.pod is None else self.pod.join(name, tensor)
 
-    def take(self, name: str, whole: Any) -> Any:
-        """What this process holds of such a tensor."""
-        return whole if self.pod is None else self.pod.take(name, whole)
-
     def save(self, *state: Any) -> None:
         """Saves the state of a split model (see `keifu.training.run.checkpoint.save`)."""
 

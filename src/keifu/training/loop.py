@@ -29,7 +29,7 @@ from keifu.training.run import directory as run_directory
 from keifu.training.run.progress import Display, format_seconds, number
 from keifu.training.run.report import REPORT, write_report
 from keifu.training.settings import Settings, as_chosen
-from keifu.training.setup import ADVICE, Setup, set_up
+from keifu.training.setup import Setup, set_up
 from keifu.training.signals import Interrupted, StopRequest
 from keifu.training.state import Sums
 from keifu.training.trainer import Gradient
@@ -175,7 +175,7 @@ class _Loop:
         alone, stopped = current().count == 1, self.stop()
         while not stopped:
             try:
-                with failures.explain_out_of_memory(ADVICE):
+                with failures.explain_out_of_memory():
                     return trainer.gradient(step, batch, self.stop if alone else lambda: False)
             except failures.OutOfMemory as error:
                 reason = str(error).partition(";")[0]
@@ -192,7 +192,7 @@ class _Loop:
     def _saving_on_failure(self) -> Iterator[None]:
         """A block that does not change the weights: where it fails, the state is saved first."""
         try:
-            with failures.explain_out_of_memory(ADVICE):
+            with failures.explain_out_of_memory():
                 yield
         except failures.OutOfMemory as error:
             raise failures.OutOfMemory(self._refuse(str(error))) from error

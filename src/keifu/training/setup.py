@@ -33,8 +33,6 @@ from keifu.training.run import directory as run_directory
 from keifu.training.settings import Settings, as_chosen, check_resumed, compare, describe_settings, flat
 from keifu.training.trainer import DROPOUT, Trainer
 
-ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
-
 
 class Setup(NamedTuple):
     """A run that is ready for its next step; described: what decides its result (see `describe_settings`);
@@ -73,8 +71,8 @@ def set_up(
     batch = on_device(data.batch(step) if largest is None else largest, device)
     trainer.check_rows(step, batch)
     rows = settings.micro_batch or resolved.get("micro_batch")
-    with failures.explain_out_of_memory(ADVICE):
-        measured = cost.estimate(trainer, batch, rows, ADVICE)
+    with failures.explain_out_of_memory():
+        measured = cost.estimate(trainer, batch, rows)
     trainer.micro_batch = rows or current().same(measured.micro_batch)
     trainer.row_elements = resolved.get("row_elements", row_elements(batch))
     if found:
@@ -189,8 +187,8 @@ def steps_within(
     trainer = Trainer(model, objective, replace(settings, compile=False))
     batch = on_device(largest, device)
     hardware = tensor_float32(device), keep_freed(device)
-    with cost.preserve_state(trainer), failures.explain_out_of_memory(ADVICE), hardware[0], hardware[1]:
-        trainer.micro_batch = current().same(cost.estimate(trainer, batch, settings.micro_batch, ADVICE).micro_batch)
+    with cost.preserve_state(trainer), failures.explain_out_of_memory(), hardware[0], hardware[1]:
+        trainer.micro_batch = current().same(cost.estimate(trainer, batch, settings.micro_batch).micro_batch)
         trainer.row_elements = row_elements(batch)
         seconds = _seconds_a_step(trainer, data, SHARE * 60 * minutes)
         trainer.optimizers.forget()

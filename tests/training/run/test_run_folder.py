@@ -177,7 +177,7 @@ def test_the_estimate_changes_nothing(optimizer: str) -> None:
     before, calls = weights(model), model.calls.clone()
     random = torch.get_rng_state()
     tried = trainer(model, objective, optimizer)
-    cost.estimate(tried, Sequences().batch(0), None, "")
+    cost.estimate(tried, Sequences().batch(0), None)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(model).items())
     assert torch.equal(model.calls, calls) and torch.equal(torch.get_rng_state(), random)
     assert tried.optimizers.state() == {} and all(p.grad is None for p in model.parameters())
@@ -187,7 +187,7 @@ def test_the_estimate_is_near_what_a_step_takes() -> None:
     model, _ = language_model()
     tokens = torch.randint(97, (16, 33))
     tried = trainer(model, language_modeling.causal_language_modeling)
-    estimate = cost.estimate(tried, {"tokens": tokens}, None, "")
+    estimate = cost.estimate(tried, {"tokens": tokens}, None)
     assert estimate.micro_batch == 16 and estimate.units_per_step == 16 * 32
     assert estimate.parameter_bytes == 4 * sum(p.numel() for p in model.parameters())
     assert estimate.optimizer_bytes == pytest.approx(2 * estimate.parameter_bytes, rel=0.01)
@@ -198,11 +198,11 @@ def test_the_estimate_is_near_what_a_step_takes() -> None:
 @pytest.mark.parametrize(("free", "rows"), [(1.0, 6), (0.75, 3), (0.45, 2)])
 def test_rows_at_a_time_are_what_fits_in_equal_parts(monkeypatch, free: float, rows: int) -> None:
     batch = Sequences().batch(0)
-    needs = cost.estimate(trainer(toy(), objective), batch, None, "")
+    needs = cost.estimate(trainer(toy(), objective), batch, None)
     fixed = needs.total_bytes - needs.parameter_bytes - needs.row_bytes * 6
     available = int((fixed + 6 * needs.row_bytes * free) / 0.8) + 1
     monkeypatch.setattr("keifu.training.hardware.cost.available_memory", lambda device: available)
-    assert cost.estimate(trainer(toy(), objective), batch, None, "").micro_batch == rows
+    assert cost.estimate(trainer(toy(), objective), batch, None).micro_batch == rows
 
 
 def test_the_cost_is_said_before_the_first_step(tmp_path: Path, capsys) -> None:

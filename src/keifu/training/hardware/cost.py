@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from keifu.errors import UserError
 from keifu.memory import available_memory, release
 from keifu.training.hardware import flops as peak
+from keifu.training.hardware.failures import ADVICE
 from keifu.training.protocols import Batch, LossOutput
 from keifu.training.ranks import local, rows_of
 from keifu.training.run.progress import format_bytes, format_count, format_seconds, number
@@ -104,11 +105,11 @@ def backward(trainer: Trainer, batch: Batch) -> None:
     forward(trainer, batch).total.backward()
 
 
-def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None, advice: str) -> Cost:
+def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
     """Measures a run on rows of its first batch; weights, buffers and the state of random generators are restored.
 
     Without `micro_batch`, as many rows are computed at a time as fit into 80% of the free memory. Where not even one
-    row fits, it raises a `UserError` with the amounts and the advice.
+    row fits, it raises a `UserError` with the amounts and advice.
     """
     rows = rows_of(batch)
     with preserve_state(trainer):
@@ -121,7 +122,7 @@ def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None, advice: st
         fitting = int((SAFETY * available - base) / max(1, per_row))
         if fitting < 1:
             needed = f"one row at a time needs about {format_bytes(base + per_row)} of memory"
-            raise UserError(f"The run does not fit: {needed}, and {format_bytes(available)} are free; {advice}.")
+            raise UserError(f"The run does not fit: {needed}, and {format_bytes(available)} are free; {ADVICE}.")
         chosen = min(micro_batch or _even(rows, fitting), rows)
         seconds, units, flops = _timed(trainer, batch, chosen)
     return Cost(

@@ -14,6 +14,7 @@ from keifu.training.run.progress import format_bytes
 
 ALLOCATION = re.compile(r"out of memory|can't allocate memory|not enough memory|DefaultCPUAllocator")
 ASKED = re.compile(r"(?:allocate:?|allocating) *([\d.]+) *(bytes|[KMGT]i?B)?")
+ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
 NOT_AGAIN = "it did not happen again when the step was repeated"
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -27,14 +28,14 @@ class OutOfMemory(UserError):
 
 
 @contextmanager
-def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turns every kind of out-of-memory error into an `OutOfMemory` with the amount requested and the advice."""
+def explain_out_of_memory() -> Iterator[None]:
+    """Turns every kind of out-of-memory error into an `OutOfMemory` with the amount requested and advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not ALLOCATION.search(str(error)):
             raise
-        raise OutOfMemory(f"There is not enough memory{_requested_bytes(str(error))}; {advice}.") from error
+        raise OutOfMemory(f"There is not enough memory{_requested_bytes(str(error))}; {ADVICE}.") from error
 
 
 def _requested_bytes(message: str) -> str:

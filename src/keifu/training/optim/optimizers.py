@@ -86,6 +86,7 @@ class Optimizers:
     def _update_whole(self, kind: str, optimizer: Optimizer) -> None:
         """Updates the parameters of a split model, each as a whole: its processes join it, and keep their parts."""
         processes = current()
+        pod = processes.pod
         for group in optimizer.param_groups:
             options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
             for name, p in zip(group["param_names"], group["params"], strict=True):
@@ -97,9 +98,9 @@ class Optimizers:
                 alone.param_groups[0].update(options)
                 alone.state[whole] = {key: processes.join(name, part) for key, part in optimizer.state[p].items()}
                 alone.step()
-                local(p).copy_(processes.take(name, whole.detach()))
+                local(p).copy_(pod.take(name, whole.detach()))
                 optimizer.state[p] = {
-                    key: processes.take(name, part) if part.dim() else part for key, part in alone.state[whole].items()
+                    key: pod.take(name, part) if part.dim() else part for key, part in alone.state[whole].items()
                 }
 
     def averaged(self) -> AbstractContextManager[None]:
