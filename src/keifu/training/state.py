@@ -105,7 +105,7 @@ class TrainState:
     @torch.no_grad()
     def rewind(self, found: checkpoint.State) -> None:
         """Goes back to an earlier state of this run, after which other batches follow; its time is not set back."""
-        self.spikes = self.spikes.after(found.step, SpikeState(self.spikes.rules, **found.facts["spikes"]).facts())
+        self.spikes = self.spikes.after(found.step, SpikeState(self.spikes.rules, **found.facts["spikes"]))
         self.optimizers.drop_gradients()
         self.optimizers.forget()
         self._load(found)

@@ -162,12 +162,12 @@ def test_a_spike_is_some_steps_in_a_row_far_above() -> None:
     spikes = SpikeState(RULES)
     assert not any(spikes.complete(3.0 + 0.1 * (i % 3)) for i in range(30))
     assert not spikes.complete(9.0) and not spikes.complete(3.0) and not spikes.complete(9.0)
-    mean = spikes.running.mean
-    assert spikes.complete(9.0) and spikes.running.mean == mean  # what is far is not taken in
+    mean = spikes.mean
+    assert spikes.complete(9.0) and spikes.mean == mean  # what is far is not taken in
     assert spikes.target(33) == 24  # the spike began at 32; 26 is the last that is 6 before, and states come by threes
     assert spikes.target(3) == 0
-    after = spikes.after(24, SpikeState(RULES, mean=1.0, readings=24).facts())
-    assert (after.skipped, after.back, after.streak, after.running.mean) == (20, 24, 0, 1.0)
+    after = spikes.after(24, SpikeState(RULES, mean=1.0, readings=24))
+    assert (after.skipped, after.back, after.streak, after.mean) == (20, 24, 0, 1.0)
     assert after.target(30) == 24  # never before the last one
     assert SpikeState(RULES, **after.facts()).facts() == after.facts()
 

@@ -4,7 +4,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +103,13 @@ def _bad(tensor: Tensor) -> str:
     return f"{' and '.join(kinds)} of {tensor.numel():,} values"
 
 
+@dataclass(kw_only=True)
 class Running:
     """The running mean and variance of a series, an exponential moving average with decay 0.9."""
 
-    def __init__(self, mean: float = 0.0, variance: float = 0.0, readings: int = 0):
-        self.mean, self.variance, self.readings = mean, variance, readings
+    mean: float = 0.0
+    variance: float = 0.0
+    readings: int = 0
 
     def take(self, loss: float, rise: float) -> bool:
         """Updates the mean and the variance by a loss; False for one that is left out, as it is above the mean by six
@@ -119,9 +123,9 @@ class Running:
         self.readings += 1
         return True
 
-    def facts(self) -> dict[str, float]:
+    def facts(self) -> dict[str, Any]:
         """The constructor's arguments, for a checkpoint."""
-        return {"mean": self.mean, "variance": self.variance, "readings": self.readings}
+        return asdict(self)
 
 
 class Divergence(Running):

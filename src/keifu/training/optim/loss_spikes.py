@@ -4,7 +4,7 @@ PaLM's authors restarted from a checkpoint about 100 steps before a spike and sk
 twenty times. Here that is a rule, so that a run with spikes is as repeatable as one without.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from keifu.errors import UserError
@@ -50,20 +50,20 @@ class SpikeSettings:
         return self.rewind + self.every + self.steps
 
 
-class SpikeState:
+@dataclass
+class SpikeState(Running):
     """Detects loss spikes from the loss of every step, and counts skipped batches. The constructor's arguments beside
     the rules are what `facts` gives."""
 
-    def __init__(
-        self, rules: SpikeSettings, skipped: int = 0, streak: int = 0, back: int = 0, times: int = 0, **running: Any
-    ):
-        self.rules, self.skipped, self.streak, self.back, self.times = rules, skipped, streak, back, times
-        self.running = Running(**running)
+    rules: SpikeSettings
+    skipped: int = 0
+    streak: int = 0
+    back: int = 0
+    times: int = 0
 
     def facts(self) -> dict[str, Any]:
         """What the constructor takes, for a state."""
-        counts = {"skipped": self.skipped, "streak": self.streak, "back": self.back, "times": self.times}
-        return counts | self.running.facts()
+        return {name: value for name, value in vars(self).items() if name != "rules"}
 
     def due(self, step: int) -> bool:
         """Whether the state after so many steps is one to go back to."""
@@ -71,7 +71,7 @@ class SpikeState:
 
     def complete(self, loss: float) -> bool:
         """Takes the loss of the next step in; whether a spike is now complete."""
-        self.streak = 0 if self.running.take(loss, self.rules.rise) else self.streak + 1
+        self.streak = 0 if self.take(loss, self.rules.rise) else self.streak + 1
         return self.streak == self.rules.steps
 
     def target(self, step: int) -> int:
@@ -84,10 +84,10 @@ class SpikeState:
         batches = f"{self.rules.skip:,} batches that came next are left out, {self.skipped:,} in all"
         return (
             f"the loss is {loss:.4g}, far above its running mean for {self.rules.steps} steps; going on from step "
-            f"{target:,}, where it was {self.running.mean:.4g}. The {batches}."
+            f"{target:,}, where it was {self.mean:.4g}. The {batches}."
         )
 
-    def after(self, target: int, then: dict[str, Any]) -> "SpikeState":
+    def after(self, target: int, then: "SpikeState") -> "SpikeState":
         """The watch as it was at the state to go back to, with what is to be skipped from there."""
         times = self.times + 1 if self.times and target == self.back else 1
         if times > MOST:
@@ -95,5 +95,4 @@ class SpikeState:
                 f"The loss has spiked again after {MOST} rewinds to step {target:,}: a lower learning rate, a longer "
                 "warm-up or a smaller clip helps; where the loss may rise like that, raise spikes.rise."
             )
-        counts = {"skipped": self.skipped + self.rules.skip, "back": target, "times": times}
-        return SpikeState(self.rules, **then | counts)
+        return replace(then, skipped=self.skipped + self.rules.skip, back=target, times=times)
