@@ -30,7 +30,7 @@ from keifu.data.images.augmentation import Augmentation, uniform
 from keifu.data.images.io import Fit, ImageItem, fit_image
 from keifu.data.images.sources import in_catalogue
 from keifu.data.progress import counting
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.files import plain_file, write_atomic
 
 PIXELS, INDEX = "pixels.bin", "index.json"
@@ -251,8 +251,7 @@ class ImageDataset:
         if not self.captions:
             raise UserError(f"The pictures of {self.source} have no captions; add them as {', '.join(CAPTIONED)}.")
         wanted = next(iter(self.captions)) if language is None else language
-        if wanted not in self.captions:
-            raise unknown(f"language of the captions of {self.source}", wanted, self.captions)
+        require_known(f"language of the captions of {self.source}", wanted, self.captions)
         return self.captions[wanted]
 
     def sentence(self) -> str:

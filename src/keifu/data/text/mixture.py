@@ -45,7 +45,7 @@ from keifu.data.text.token_shards import Shards, prepare, prepare_parts
 from keifu.data.tokenizers.tokenizer import Tokenizer, nothing_around_text
 from keifu.data.translation import tatoeba
 from keifu.data.translation.pairs import pair_names, read_pairs, split
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known, unknown
 from keifu.files import parse_yaml, read_text
 
 SUFFIXES = ".yaml", ".yml", ".json"
@@ -120,8 +120,7 @@ def read_mixture(given: str) -> Mixture:
     if not isinstance(content, dict) or not isinstance(content.get("sources"), dict):
         raise UserError(f"{path} is no mixture: it needs `sources:`, and under it each source's name, data and weight.")
     for key in content:
-        if key not in FIELDS:
-            raise unknown(f"field of the mixture {path},", str(key), FIELDS)
+        require_known(f"field of the mixture {path},", key, FIELDS)
     found = [_source(str(name), each, path) for name, each in content["sources"].items()]
     total = sum(source.weight for source in found) if content.get("normalise") else 1.0
     shares = (replace(source, weight=source.weight / total) for source in found)
@@ -136,8 +135,7 @@ def _source(name: str, given: Any, path: Path) -> Source:
     if not isinstance(given, Mapping):
         raise UserError(f"{path}: the source {name!r} needs data and weight: {{data: wiki-summaries, weight: 1}}.")
     for key in given:
-        if key not in known:
-            raise unknown(f"field of the source {name!r} in {path},", str(key), known)
+        require_known(f"field of the source {name!r} in {path},", key, known)
     for key in ("data", "weight"):
         if given.get(key) in (None, ""):
             raise UserError(f"{path}: the source {name!r} has no {key}; it needs data and weight.")
