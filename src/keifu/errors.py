@@ -27,11 +27,3 @@ def require_known(kind: str, name: object, known: Collection[str]) -> None:
     """A name that is not among the known ones is the error `unknown`."""
     if name not in known:
         raise unknown(kind, str(name), known)
-
-
-def check_known(kind: str, name: str, known: Collection[str]) -> None:
-    """Refuses a name that is not among a few, with the nearest that is, and all of them in their own order."""
-    if name not in known:
-        near = get_close_matches(str(name).lower(), known, n=1, cutoff=0.3)
-        guess = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"There is no {kind} {name!r}.{guess} Known: {', '.join(known)}.")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from keifu.errors import UserError, check_known
+from keifu.errors import UserError, require_known
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -82,5 +82,5 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def activation(name: str) -> Activation:
     """The activation function of that name; an unknown name is a ValueError with the nearest known one."""
-    check_known("activation", name, ACTIVATIONS)
+    require_known("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]

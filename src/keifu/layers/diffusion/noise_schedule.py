@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from keifu.errors import UserError, check_known
+from keifu.errors import UserError, require_known
 
 Sample = Float[Tensor, "batch *shape"]
 Timesteps = Int[Tensor, " batch"]
@@ -72,7 +72,7 @@ class Noise:
 
     def __post_init__(self) -> None:
         for kind, known in _NAMES.items():
-            check_known(kind, vars(self)[kind], get_args(known))
+            require_known(kind, vars(self)[kind], get_args(known))
         if self.steps < 1 + self.zero_terminal_snr:
             raise UserError(f"The noise schedule has {self.steps} steps, which is too few.")
         if self.steps_offset < 0:
@@ -188,7 +188,7 @@ def loss_weights(noise: Noise, weighting: Weighting = "simple", gamma: float | N
     simple: 1 (Ho et al., 2020, equation 14). min_snr: what makes the weight of the picture's error min(SNR, γ), γ 5
     (Hang et al., 2023). p2: what makes that of the noise's error 1 / (1 + SNR)^γ, γ 1 (Choi et al., 2022).
     """
-    check_known("weighting", weighting, get_args(Weighting))
+    require_known("weighting", weighting, get_args(Weighting))
     left = noise.alpha_bar
     if weighting == "simple":
         return torch.ones_like(left)
