@@ -22,37 +22,24 @@ struct __attribute__((packed)) TileConfig {
 
 static thread_local int configured = 0;  // what the thread's tiles are configured for
 
-// Dense: C0, C1 and A4 have `first` rows, C2, C3 and A5 `second`.
-static void configure_dense(int first, int second) {
-    const int wanted = first * 32 + second;
+// C0, C1 and A4 have `first` rows, C2, C3 and A5 `second`; A and B take so many bytes of a row's columns.
+static void configure(int first, int second, int bytes) {
+    const int wanted = (first * 32 + second) * 128 + bytes;
     if (configured == wanted) return;
     TileConfig config;
     for (int c = 0; c < 4; c++) config.set(c, c < 2 ? first : second, 64);
-    config.set(4, first, 64);
-    config.set(5, second, 64);
-    config.set(6, 16, 64);
-    config.set(7, 16, 64);
+    config.set(4, first, bytes);
+    config.set(5, second, bytes);
+    for (int b = 6; b < 8; b++) config.set(b, bytes / 4, 64);
     _tile_loadconfig(&config);
     configured = wanted;
 }
 
-// Quantised: C0, C1, A4 and A5 have `rows` rows; A and B take `columns` columns.
-static void configure_quantised(int rows, int columns) {
-    const int wanted = -(rows * 128 + columns);
-    if (configured == wanted) return;
-    TileConfig config;
-    for (int c = 0; c < 2; c++) config.set(c, rows, 64);
-    for (int a = 4; a < 6; a++) config.set(a, rows, columns);
-    for (int b = 6; b < 8; b++) config.set(b, columns / 4, 64);
-    _tile_loadconfig(&config);
-    configured = wanted;
-}
-
-// Up to 16 rows, up to 4 tiles.
-template <class At>
-INLINE void dense_low(At at, int tiles, int groups, const Dense *x, int64_t stride, int rows, float *out,
-                      int64_t out_stride) {
-    configure_dense(rows, rows);
+// Up to 16 rows and up to 4 tiles; or, where SQUARE, 16 rows and up to 16 more (`second`) and 2 tiles.
+template <bool SQUARE, class At>
+INLINE void dense_tiles(At at, int tiles, int groups, const Dense *x, int64_t stride, int first, int second, float *out,
+                        int64_t out_stride) {
+    configure(first, second, 64);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -61,9 +48,15 @@ INLINE void dense_low(At at, int tiles, int groups, const Dense *x, int64_t stri
         _tile_loadd(4, x + g * GROUP, stride * 2);
         _tile_loadd(6, at(0, g), 64);
         _tile_dpbf16ps(0, 4, 6);
-        if (tiles < 2) continue;
+        if (!SQUARE && tiles < 2) continue;
         _tile_loadd(7, at(1, g), 64);
         _tile_dpbf16ps(1, 4, 7);
+        if (SQUARE) {
+            _tile_loadd(5, x + 16 * stride + g * GROUP, stride * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+            continue;
+        }
         if (tiles < 3) continue;
         _tile_loadd(6, at(2, g), 64);
         _tile_dpbf16ps(2, 4, 6);
@@ -71,35 +64,11 @@ INLINE void dense_low(At at, int tiles, int groups, const Dense *x, int64_t stri
         _tile_loadd(7, at(3, g), 64);
         _tile_dpbf16ps(3, 4, 7);
     }
+    float *below = SQUARE ? out + 16 * out_stride : out + 32;
     _tile_stored(0, out, out_stride * 4);
-    if (tiles > 1) _tile_stored(1, out + 16, out_stride * 4);
-    if (tiles > 2) _tile_stored(2, out + 32, out_stride * 4);
-    if (tiles > 3) _tile_stored(3, out + 48, out_stride * 4);
-}
-
-// 16 rows and up to 16 more, 2 tiles.
-template <class At>
-INLINE void dense_square(At at, int groups, const Dense *x, int64_t stride, int more, float *out, int64_t out_stride) {
-    configure_dense(16, more);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    const Dense *below = x + 16 * stride;
-    for (int g = 0; g < groups; g++) {
-        _tile_loadd(4, x + g * GROUP, stride * 2);
-        _tile_loadd(6, at(0, g), 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, at(1, g), 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, below + g * GROUP, stride * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, out, out_stride * 4);
-    _tile_stored(1, out + 16, out_stride * 4);
-    _tile_stored(2, out + 16 * out_stride, out_stride * 4);
-    _tile_stored(3, out + 16 * out_stride + 16, out_stride * 4);
+    if (SQUARE || tiles > 1) _tile_stored(1, out + 16, out_stride * 4);
+    if (SQUARE || tiles > 2) _tile_stored(2, below, out_stride * 4);
+    if (SQUARE || tiles > 3) _tile_stored(3, below + 16, out_stride * 4);
 }
 
 // Products of up to four bf16 tiles with rows; at(s, g) is where group g of tile s lies.
@@ -112,13 +81,14 @@ INLINE void dense_product(At at, int tiles, int columns, const Dense *x, int64_t
         const int more = rows - b < 32 ? rows - b - 16 : 16;
         for (int s = 0; s < tiles; s += 2) {
             const auto here = [&](int i, int g) { return at(s + i, g); };
-            dense_square(here, groups, x + b * stride, stride, more, out + b * out_stride + s * TILE, out_stride);
+            float *y = out + b * out_stride + s * TILE;
+            dense_tiles<true>(here, 2, groups, x + b * stride, stride, 16, more, y, out_stride);
         }
         b += 16 + more;
     }
     for (; b < rows; b += 16) {
         const int here = rows - b < 16 ? rows - b : 16;
-        dense_low(at, tiles, groups, x + b * stride, stride, here, out + b * out_stride, out_stride);
+        dense_tiles<false>(at, tiles, groups, x + b * stride, stride, here, here, out + b * out_stride, out_stride);
     }
 }
 
@@ -196,7 +166,7 @@ INLINE void quantised_tile(const uint8_t *tile, const uint8_t *spread, Ahead ahe
         if (spread) return spread + column * TILE;
         return tile + pair_offset(L, column / PAIR) + L.group((int)(column / GROUP % 2)) + column % GROUP * TILE;
     };
-    configure_quantised(n, UNIT<FORMAT>);
+    configure(n, n, UNIT<FORMAT>);
     v16 total[R] = {};
     for (int64_t unit = 0; unit < units; unit += UNITS) {
         const int64_t end = unit + UNITS < units ? unit + UNITS : units;
