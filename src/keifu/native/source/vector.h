@@ -94,21 +94,17 @@ INLINE v16 fma(v16 a, v16 b, v16 c) {  // a · b + c, rounded once where the CPU
 #define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
 #define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
 
-INLINE float sum(v16 x) {  // in one order: halves onto halves
-    x += ROTATE_8(x);
-    x += SWAP_4(x);
-    x += SWAP_2(x);
-    x += SWAP_1(x);
+template <class Join> INLINE float fold(v16 x, Join join) {  // in one order: halves onto halves
+    x = join(x, ROTATE_8(x));
+    x = join(x, SWAP_4(x));
+    x = join(x, SWAP_2(x));
+    x = join(x, SWAP_1(x));
     return x[0];
 }
-
-INLINE float maximum(v16 x) {
-    x = max(x, ROTATE_8(x));
-    x = max(x, SWAP_4(x));
-    x = max(x, SWAP_2(x));
-    x = max(x, SWAP_1(x));
-    return x[0];
+INLINE float sum(v16 x) {
+    return fold(x, [](v16 a, v16 b) { return a + b; });
 }
+INLINE float maximum(v16 x) { return fold(x, max); }
 
 INLINE void sum_two(i16 x, i16 y, int32_t *sums) {  // sums[0] of x, sums[1] of y
     i16 both = SHUFFLE(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
@@ -125,20 +121,20 @@ INLINE i16 round_to_int(v16 x) {  // to the nearest, ties to even; |x| < 2^22
     return (i16)(x + magic) - (i16)splat(magic);
 }
 
+// A polynomial by Horner's rule; the coefficient of the highest power comes first.
+template <class... Floats> INLINE v16 polynomial(v16 x, float highest, Floats... others) {
+    v16 p = splat(highest);
+    ((p = fma(p, x, splat(others))), ...);
+    return p;
+}
+
 INLINE v16 exp(v16 x) {  // 2^n · e^r; 0 below -87
     x = x > -87.f ? x : splat(-87.f);
     x = x < 88.f ? x : splat(88.f);
     i16 n = round_to_int(x * 1.44269504f);
     v16 r = fma(to_float(n), splat(-0.693145752f), x);
     r = fma(to_float(n), splat(-1.42860677e-6f), r);
-    v16 p = splat(1.f / 720);
-    p = fma(p, r, splat(1.f / 120));
-    p = fma(p, r, splat(1.f / 24));
-    p = fma(p, r, splat(1.f / 6));
-    p = fma(p, r, splat(.5f));
-    p = fma(p, r, splat(1.f));
-    p = fma(p, r, splat(1.f));
-    v16 y = p * as_float((n + 127) << 23);
+    v16 y = polynomial(r, 1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, .5f, 1.f, 1.f) * as_float((n + 127) << 23);
     return x > -87.f ? y : v16{};
 }
 
@@ -146,11 +142,7 @@ INLINE v16 sigmoid(v16 x) { return 1.f / (1.f + exp(-x)); }
 
 INLINE v16 erf(v16 x) {  // Abramowitz and Stegun, 7.1.26: absolute error below 1.5e-7
     v16 t = 1.f / fma(abs(x), splat(0.3275911f), splat(1.f));
-    v16 p = splat(1.061405429f);
-    p = fma(p, t, splat(-1.453152027f));
-    p = fma(p, t, splat(1.421413741f));
-    p = fma(p, t, splat(-0.284496736f));
-    p = fma(p, t, splat(0.254829592f));
+    v16 p = polynomial(t, 1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f);
     v16 y = 1.f - p * t * exp(-x * x);
     return x < 0.f ? -y : y;
 }
