@@ -2,6 +2,7 @@
 
 import gc
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -53,6 +54,27 @@ def test_same_bits_alone_together_in_pieces_and_on_any_number_of_threads(
     for seed in range(3):
         for number, rows in run_together(packed.runner(40), texts, random.Random(seed)).items():
             assert torch.equal(rows, alone[number]), f"text {number}, seed {seed}"
+
+
+def test_layers_may_have_different_hidden_widths(instructions: str) -> None:
+    model = toy("llama")
+    model.get_submodule("blocks.1").feedforward = (
+        llama.build(llama.Config(**{**GROUPED, "hidden_dim": 200})).blocks[0].feedforward
+    )
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens(40)]))
+    assert torch.allclose(pack(model, "f32")(torch.tensor([tokens(40)])), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_number_of_threads_may_change_between_and_beside_forwards() -> None:
+    packed, text = pack(toy("llama"), "int8"), tokens(5)
+    before = packed.library.call("threads")
+    expected = run_alone(packed, text)
+    with ThreadPoolExecutor(1) as beside:
+        resizing = beside.submit(lambda: [packed.library.call("use_threads", 1 + n % 7) for n in range(300)])
+        while not resizing.done():
+            assert torch.equal(run_alone(packed, text), expected)
+    packed.library.call("use_threads", before)
 
 
 def run_alone(packed: NativeLM, text: list[int]) -> Tensor:

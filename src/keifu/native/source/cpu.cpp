@@ -57,25 +57,12 @@ bool has(int which) {
 bool has(int which) { return which == KEIFU_PORTABLE; }
 #endif
 
-int find_best() {
-    int which = KEIFU_AMX;
-    while (!has(which)) which--;
-    return which;
-}
-
-const Kernels *table(int which) {
-    switch (which) {
-    case KEIFU_AMX: return amx_kernels();
-    case KEIFU_AVX512_BF16: return avx512_bf16_kernels();
-    case KEIFU_AVX512: return avx512_kernels();
-    case KEIFU_AVX_VNNI: return avx_vnni_kernels();
-    case KEIFU_AVX2: return avx2_kernels();
-    default: return portable_kernels();
-    }
-}
-
 int best() {
-    static const int found = find_best();
+    static const int found = [] {
+        int which = KEIFU_AMX;
+        while (!has(which)) which--;
+        return which;
+    }();
     return found;
 }
 
@@ -86,7 +73,11 @@ std::atomic<int> &in_use() {
 
 }  // namespace
 
-const Kernels &kernels() { return *table(in_use()); }
+const Kernels &kernels() {
+    static const Kernels *const tables[] = {&portable_kernels, &avx2_kernels,        &avx_vnni_kernels,
+                                            &avx512_kernels,   &avx512_bf16_kernels, &amx_kernels};
+    return *tables[in_use()];
+}
 
 int32_t fail(const char *format, ...) {
     va_list arguments;
@@ -116,7 +107,7 @@ int32_t keifu_available_threads(void) { return available_threads(); }
 int32_t keifu_threads(void) { return pool_threads(); }
 
 int32_t keifu_use_threads(int32_t n) {
-    if (n < 1 || n > 256) return fail("%d threads were asked for; 1 to 256 can be had.", n);
+    if (n < 1 || n > MAX_THREADS) return fail("%d threads were asked for; 1 to %d can be had.", n, MAX_THREADS);
     resize_pool(n);
     return 0;
 }

@@ -56,6 +56,16 @@ static ALWAYS_INLINE constexpr Input input_of(int format) {
     return format == KEIFU_F32 ? Input::FLOAT32 : format == KEIFU_BF16 ? Input::BFLOAT16 : Input::CODES;
 }
 
+template <int N> struct Constant {
+    static constexpr int value = N;
+};
+
+// use(Constant<format>()), for a format that is known only when the program runs.
+template <int FORMAT = 0, class Use> static ALWAYS_INLINE void with_format(int format, Use use) {
+    if (format == FORMAT) return use(Constant<FORMAT>());
+    if constexpr (FORMAT + 1 < N_FORMATS) with_format<FORMAT + 1>(format, use);
+}
+
 static ALWAYS_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 static ALWAYS_INLINE constexpr int64_t tile_bytes(int format, int64_t columns) {

@@ -34,7 +34,7 @@ int32_t keifu_has_instructions(int32_t which); /* 1 or 0 */
 int32_t keifu_instructions(void);           /* those in use; the best at first */
 int32_t keifu_use_instructions(int32_t which); /* fails where the CPU lacks them; packed weights serve all of them */
 
-int32_t keifu_available_threads(void);      /* CPUs that affinity and the cgroup's quota leave this process */
+int32_t keifu_available_threads(void);      /* CPUs that affinity and the cgroup's quota leave this process, at most 256 */
 int32_t keifu_threads(void);                /* those in use; keifu_available_threads() at first */
 int32_t keifu_use_threads(int32_t n);       /* 1 to 256; waits for a forward that is running */
 

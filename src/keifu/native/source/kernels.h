@@ -11,10 +11,7 @@
 #include "product.h"
 #include "step.h"
 
-const keifu::Kernels *keifu::JOIN(SET, _kernels)() {
-    static const Kernels table = {KEIFU_NAMESPACE::forward, KEIFU_NAMESPACE::pack, KEIFU_NAMESPACE::unpack};
-    return &table;
-}
+const keifu::Kernels keifu::JOIN(SET, _kernels) = {KEIFU_NAMESPACE::forward, KEIFU_NAMESPACE::pack, KEIFU_NAMESPACE::unpack};
 #else
-const keifu::Kernels *keifu::JOIN(SET, _kernels)() { return nullptr; }
+const keifu::Kernels keifu::JOIN(SET, _kernels) = {};
 #endif

@@ -3,8 +3,10 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace keifu {
@@ -63,36 +65,29 @@ Rows make_rows(Arena &arena, int64_t n, int64_t columns) {
 
 struct Owned : KeifuModel {  // the model with what it owns
     Arena arena;
-    std::vector<Layer> own_layers;
-    std::vector<Rotation> own_rotations;
-    std::vector<Scratch> own_scratch;
-    std::vector<std::unique_ptr<Arena>> scratch_arenas;
+    int n_scratch;
 };
 
-Scratch make_scratch(const KeifuModel &m, Arena &arena) {
-    const int64_t widest = m.width > m.query_width ? m.width : m.query_width;
+Scratch make_scratch(Owned &m) {
+    Arena &arena = m.arena;
+    const int64_t widest = std::max(m.width, m.query_width);
     const int64_t scores = MAX_TASK_ROWS * ((int64_t)m.max_positions + PAIR);
     Scratch s;
-    s.out = arena.take<float>(3 * BLOCK_ROWS * CHUNK * TILE);
+    s.out = arena.take<float>(2 * BLOCK_ROWS * CHUNK * TILE);
     s.row = arena.take<float>(widest);
     s.heads = arena.take<float>(MAX_TASK_ROWS * round_up(m.about.head_dim, PAIR));
     s.queries = arena.take<float>(MAX_TASK_ROWS * round_up(m.about.head_dim, PAIR));
     s.scores = arena.take<float>(scores);
     s.weights = arena.take<float>(scores);
-    s.codes = arena.take<uint8_t>(TILE * (widest > m.hidden.columns ? widest : m.hidden.columns));
+    s.codes = arena.take<uint8_t>(TILE * std::max(widest, m.hidden.columns));
     s.sums = arena.take<int32_t>(4 * TILE * TILE);
     s.own = make_rows(arena, 1, widest);
     return s;
 }
 
-bool give_scratch(Owned &m) {  // to each thread of the pool
-    while ((int)m.own_scratch.size() < pool_threads()) {
-        m.scratch_arenas.push_back(std::make_unique<Arena>());
-        m.own_scratch.push_back(make_scratch(m, *m.scratch_arenas.back()));
-        if (!m.scratch_arenas.back()->complete) return false;
-    }
-    m.scratch = m.own_scratch.data();
-    return true;
+bool give_scratch(Owned &m, int threads) {  // to each thread
+    for (; m.n_scratch < threads && m.arena.complete; m.n_scratch++) m.scratch[m.n_scratch] = make_scratch(m);
+    return m.arena.complete;
 }
 
 // ---- checks ----
@@ -163,30 +158,32 @@ Cache plan_cache(const KeifuModelDescription &about, int n_blocks, int block_siz
 
 // ---- a model's parts ----
 
-void make_rotations(Owned &m, int64_t max_tokens) {
-    for (Layer &layer : m.own_layers) {
+void copy_layers(Owned &m, const KeifuLayer *layers) {
+    m.layers = m.arena.take<Layer>(m.about.n_layers);
+    m.rotations = m.arena.take<Rotation>(m.about.n_layers);
+    for (int i = 0; i < m.about.n_layers; i++) {
+        Layer &layer = m.layers[i];
+        static_cast<KeifuLayer &>(layer) = layers[i];
         if (!layer.rotary_frequencies) continue;
-        size_t i = 0;
-        while (i < m.own_rotations.size() && (m.own_rotations[i].frequencies != layer.rotary_frequencies ||
-                                              m.own_rotations[i].magnitude != layer.rotary_magnitude))
-            i++;
-        if (i < m.own_rotations.size()) continue;
-        const int64_t n = max_tokens * layer.rotary_pairs;
-        m.own_rotations.push_back({layer.rotary_frequencies, layer.rotary_pairs, layer.rotary_magnitude,
-                                   m.arena.take<float>(n), m.arena.take<float>(n)});
+        Rotation *rotation = m.rotations;
+        Rotation *const end = rotation + m.n_rotations;
+        while (rotation != end && (rotation->frequencies != layer.rotary_frequencies ||
+                                   rotation->magnitude != layer.rotary_magnitude))
+            rotation++;
+        layer.rotation = rotation;
+        if (rotation != end) continue;
+        const int64_t n = (int64_t)m.max_tokens * layer.rotary_pairs;
+        *rotation = {layer.rotary_frequencies, layer.rotary_pairs, layer.rotary_magnitude, m.arena.take<float>(n),
+                     m.arena.take<float>(n)};
+        m.n_rotations++;
     }
-    for (Layer &layer : m.own_layers)
-        for (const Rotation &rotation : m.own_rotations)
-            if (rotation.frequencies == layer.rotary_frequencies && rotation.magnitude == layer.rotary_magnitude)
-                layer.rotation = &rotation;
-    m.rotations = m.own_rotations.data();
-    m.n_rotations = (int)m.own_rotations.size();
 }
 
-void make_buffers(Owned &m, int64_t n) {
+void make_buffers(Owned &m) {
     const KeifuModelDescription &about = m.about;
+    const int64_t n = m.max_tokens;
     int64_t widest = 1;
-    for (const Layer &layer : m.own_layers) widest = layer.up.rows > widest ? layer.up.rows : widest;
+    for (int i = 0; i < about.n_layers; i++) widest = std::max(widest, m.layers[i].up.rows);
     m.width = round_up(about.dim, PAIR);
     m.query_width = round_up((int64_t)about.n_heads * about.head_dim, PAIR);
     m.kv_width = round_up((int64_t)about.n_kv_heads * about.head_dim, PAIR);
@@ -196,11 +193,20 @@ void make_buffers(Owned &m, int64_t n) {
     m.normed = make_rows(m.arena, n, about.dim);
     m.mixed = make_rows(m.arena, n, m.query_width);
     m.hidden = make_rows(m.arena, n, widest);
+    for (AttentionTasks *all : {&m.own, &m.cross}) all->tasks = m.arena.take<AttentionTask>(n);
+    m.scratch = m.arena.take<Scratch>(MAX_THREADS);
 }
 
 // ---- a batch ----
 
 constexpr int MAX_LAYER_PHASES = 19;  // of step.h: with norms after all sublayers, cross-attention, and a prompt
+
+int check_blocks(const Cache &c, const int32_t *table, int64_t n_positions) {
+    for (int64_t i = 0; i * c.block_size < n_positions; i++)
+        if (table[i] < 0 || table[i] >= c.n_blocks)
+            return fail("Block %d is not one of the cache's %d.", table[i], c.n_blocks);
+    return 0;
+}
 
 int check_sources(const KeifuModel &m, const KeifuBatch &b) {
     bool wanted = false;
@@ -214,9 +220,7 @@ int check_sources(const KeifuModel &m, const KeifuBatch &b) {
         if (length < 1 || length > m.max_positions || (length - 1) / m.cache.block_size >= b.source_width)
             return fail("A source of %d positions is beyond the %d of the model, or its block table of %d.", length,
                         m.max_positions, b.source_width);
-        for (int i = 0; i <= (length - 1) / m.cache.block_size; i++)
-            if (const int block = b.source_tables[(int64_t)s * b.source_width + i]; block < 0 || block >= m.cache.n_blocks)
-                return fail("Block %d is not one of the cache's %d.", block, m.cache.n_blocks);
+        if (check_blocks(m.cache, b.source_tables + (int64_t)s * b.source_width, length)) return -1;
     }
     return 0;
 }
@@ -233,10 +237,7 @@ int check_batch(const KeifuModel &m, const KeifuBatch &b) {
                         m.max_positions, b.table_width);
         if (b.sequences[t] < 0 || b.sequences[t] >= b.n_sequences)
             return fail("Sequence %d is not one of the batch's %d.", b.sequences[t], b.n_sequences);
-        const int32_t *table = b.block_tables + (int64_t)b.sequences[t] * b.table_width;
-        for (int i = 0; i <= b.positions[t] / m.cache.block_size; i++)
-            if (table[i] < 0 || table[i] >= m.cache.n_blocks)
-                return fail("Block %d is not one of the cache's %d.", table[i], m.cache.n_blocks);
+        if (check_blocks(m.cache, b.block_tables + (int64_t)b.sequences[t] * b.table_width, b.positions[t] + 1)) return -1;
     }
     for (int i = 0; i < b.n_wanted; i++)
         if (b.wanted[i] < 0 || b.wanted[i] >= b.n_tokens)
@@ -244,40 +245,15 @@ int check_batch(const KeifuModel &m, const KeifuBatch &b) {
     return check_sources(m, b);
 }
 
-class ForwardJob : public Job {
-  public:
-    ForwardJob(KeifuModel *model, const KeifuBatch &batch) : Job(model->about.n_layers * MAX_LAYER_PHASES + 4), use(kernels()) {
-        const int most = MAX_TASK_ROWS / (model->about.n_heads / model->about.n_kv_heads);
-        const auto sequence = [&](int t) { return batch.sequences[t]; };
-        own = cut(batch.n_tokens, most, sequence);
-        if (batch.n_sources) cross = cut(batch.n_tokens, most, [&](int t) { return batch.sources[sequence(t)]; });
-        bool whole = true;
-        for (const AttentionTask &task : own)
-            whole = whole && (task.first == 0 || sequence(task.first) != sequence(task.first - 1));
-        forward = {model, batch, {own.data(), (int)own.size()}, {cross.data(), (int)cross.size()}, whole};
+// Cuts a batch into runs of at most so many tokens that have the same owner.
+template <class Owner> void cut(AttentionTasks &all, int n, int most, Owner owner) {
+    all.n = 0;
+    for (int t = 0; t < n;) {
+        const int first = t;
+        while (t < n && owner(t) == owner(first) && t - first < most) t++;
+        all.tasks[all.n++] = {first, t - first};
     }
-
-    void run(int thread) override {
-        Walk walk(*this, thread);
-        use.forward(forward, walk);
-    }
-
-  private:
-    // Runs of at most so many tokens that have the same owner.
-    template <class Owner> static std::vector<AttentionTask> cut(int n, int most, Owner owner) {
-        std::vector<AttentionTask> tasks;
-        for (int t = 0; t < n;) {
-            const int first = t;
-            while (t < n && owner(t) == owner(first) && t - first < most) t++;
-            tasks.push_back({first, t - first});
-        }
-        return tasks;
-    }
-
-    const Kernels &use;
-    std::vector<AttentionTask> own, cross;
-    Forward forward;
-};
+}
 
 }  // namespace
 }  // namespace keifu
@@ -297,22 +273,14 @@ KeifuModel *keifu_create(const KeifuModelDescription *about, int32_t n_blocks, i
     }
     auto m = std::make_unique<Owned>();
     m->about = *about;
-    for (int i = 0; i < about->n_layers; i++) {
-        Layer layer;
-        static_cast<KeifuLayer &>(layer) = about->layers[i];
-        layer.rotation = nullptr;
-        m->own_layers.push_back(layer);
-    }
-    m->layers = m->own_layers.data();
-    m->about.layers = nullptr;
     m->max_tokens = max_tokens;
     m->cache = plan_cache(*about, n_blocks, block_size);
-    const int64_t room = (int64_t)n_blocks * block_size;
-    m->max_positions = (int)(room < about->context_length ? room : about->context_length);
-    make_rotations(*m, max_tokens);
-    make_buffers(*m, max_tokens);
+    m->max_positions = (int)std::min<int64_t>((int64_t)n_blocks * block_size, about->context_length);
+    copy_layers(*m, about->layers);
+    m->about.layers = nullptr;
+    make_buffers(*m);
     m->cache.data = m->arena.take<uint8_t>(keifu_cache_bytes(about, n_blocks, block_size));
-    if (m->arena.complete && give_scratch(*m)) return m.release();
+    if (m->arena.complete && give_scratch(*m, pool_threads())) return m.release();
     fail("There is not memory enough for a cache of %lld MB and the buffers of %d tokens.",
          (long long)(keifu_cache_bytes(about, n_blocks, block_size) >> 20), max_tokens);
     return nullptr;
@@ -340,9 +308,7 @@ int32_t keifu_store_source(KeifuModel *model, int32_t layer, const void *keys, c
     const int head_dim = model->about.head_dim;
     const int64_t width = (int64_t)model->about.n_kv_heads * head_dim;
     if (layer < 0 || layer >= model->about.n_layers) return fail("Layer %d is not one of %d.", layer, model->about.n_layers);
-    for (int i = 0; i < n_positions; i += c.block_size)
-        if (const int block = table[i / c.block_size]; block < 0 || block >= c.n_blocks)
-            return fail("Block %d is not one of the cache's %d.", block, c.n_blocks);
+    if (check_blocks(c, table, n_positions)) return -1;
     for (int position = 0; position < n_positions; position++) {
         const int place = position % c.block_size;
         for (int64_t i = 0; i < width; i++) {
@@ -362,7 +328,16 @@ int32_t keifu_store_source(KeifuModel *model, int32_t layer, const void *keys, c
 
 int32_t keifu_forward(KeifuModel *model, const KeifuBatch *batch) {
     if (check_batch(*model, *batch)) return -1;
-    if (!give_scratch(static_cast<Owned &>(*model))) return fail("There is not memory enough for the threads' buffers.");
-    run_on_pool(std::make_shared<ForwardJob>(model, *batch));
-    return 0;
+    const int most = MAX_TASK_ROWS / (model->about.n_heads / model->about.n_kv_heads);
+    const auto sequence = [&](int t) { return batch->sequences[t]; };
+    cut(model->own, batch->n_tokens, most, sequence);
+    cut(model->cross, batch->n_sources ? batch->n_tokens : 0, most, [&](int t) { return batch->sources[sequence(t)]; });
+    bool whole = true;
+    for (int i = 1; i < model->own.n; i++)
+        whole = whole && sequence(model->own.tasks[i].first) != sequence(model->own.tasks[i - 1].first);
+    const Forward forward{model, *batch, model->own, model->cross, whole};
+    const auto ready = [&](int threads) { return give_scratch(static_cast<Owned &>(*model), threads); };
+    const auto work = [forward, use = kernels().forward](Walk &walk) { use(forward, walk); };
+    if (run_on_pool(model->about.n_layers * MAX_LAYER_PHASES + 4, ready, work)) return 0;
+    return fail("There is not memory enough for the threads' buffers.");
 }

@@ -36,7 +36,7 @@ struct Rows {
 
 // What a thread needs for itself.
 struct Scratch {
-    float *out;       // [3, BLOCK_ROWS, CHUNK · TILE]: of two products, and hidden numbers
+    float *out;       // [2, BLOCK_ROWS, CHUNK · TILE]: of two products
     float *row;       // numbers of one row, padded
     float *heads;     // [MAX_TASK_ROWS, head_dim padded to TILE]
     void *queries;    // [MAX_TASK_ROWS, head_dim padded to GROUP] dense
@@ -70,6 +70,15 @@ struct Layer : KeifuLayer {
     const Rotation *rotation;  // or nullptr
 };
 
+struct AttentionTask {  // tokens side by side that look at the same blocks: those of one sequence, or of one source
+    int first, n_tokens;
+};
+
+struct AttentionTasks {
+    AttentionTask *tasks;  // [max_tokens]
+    int n;
+};
+
 }  // namespace keifu
 
 struct KeifuModel {
@@ -80,20 +89,12 @@ struct KeifuModel {
     int64_t width, query_width, kv_width;  // of the buffers' rows, padded to PAIR
     float *x, *added, *query, *key, *value, *attended;
     keifu::Rows normed, mixed, hidden;  // inputs of q, k, v and up; of out; of down
-    keifu::Scratch *scratch;            // one a thread
+    keifu::Scratch *scratch;            // [MAX_THREADS]
+    keifu::AttentionTasks own, cross;   // of the forward that runs
     keifu::Cache cache;
 };
 
 namespace keifu {
-
-struct AttentionTask {  // tokens side by side that look at the same blocks: those of one sequence, or of one source
-    int first, n_tokens;
-};
-
-struct AttentionTasks {
-    const AttentionTask *tasks;
-    int n;
-};
 
 struct Forward {
     KeifuModel *model;
@@ -117,12 +118,7 @@ struct Kernels {
     void (*unpack)(int format, const uint8_t *data, int64_t columns, int64_t row, float *out);
 };
 
-const Kernels *portable_kernels();
-const Kernels *avx2_kernels();
-const Kernels *avx_vnni_kernels();
-const Kernels *avx512_kernels();
-const Kernels *avx512_bf16_kernels();
-const Kernels *amx_kernels();
+extern const Kernels portable_kernels, avx2_kernels, avx_vnni_kernels, avx512_kernels, avx512_bf16_kernels, amx_kernels;
 const Kernels &kernels();  // those in use
 
 int32_t fail(const char *format, ...) __attribute__((format(printf, 1, 2)));  // sets the last error, gives -1

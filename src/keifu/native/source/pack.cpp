@@ -1,4 +1,5 @@
 // Packed matrices: sizes, packing numbers, repacking GGUF's blocks, reading.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
@@ -7,44 +8,24 @@
 namespace keifu {
 namespace {
 
-// Deals the tiles of a matrix to the pool's threads.
-template <class Tile> class OverTiles : public Job {
-  public:
-    OverTiles(int64_t tiles, Tile tile) : Job(1), tiles(tiles), tile(tile) {}
-    void run(int thread) override {
-        Walk walk(*this, thread);
-        walk.deal((int)tiles, tile);
-    }
-
-  private:
-    const int64_t tiles;
-    const Tile tile;
-};
-
-template <class Tile> void over_tiles(int64_t tiles, Tile tile) {
-    run_on_pool(std::make_shared<OverTiles<Tile>>(tiles, tile));
+// Fills the tiles of a matrix, zeros before, on the pool's threads. fill(first row, how many, tile) gives -1, or the
+// place of a number that is not finite; so does this, of any of them.
+template <class Fill> int64_t fill_tiles(int format, int64_t rows, int64_t columns, void *packed, Fill fill) {
+    const int64_t bytes = tile_bytes(format, columns);
+    std::atomic<int64_t> bad{-1};
+    const auto fill_one = [&](int t) {
+        uint8_t *tile = (uint8_t *)packed + t * bytes;
+        std::memset(tile, 0, (size_t)bytes);
+        const int64_t row = (int64_t)t * TILE;
+        const int64_t found = fill(row, (int)std::min<int64_t>(rows - row, TILE), tile);
+        if (found >= 0) bad = found;
+    };
+    const int tiles = (int)n_tiles(rows);
+    run_on_pool(1, [](int) { return true; }, [tiles, &fill_one](Walk &walk) { walk.deal(tiles, fill_one); });
+    return bad;
 }
 
 // ---- GGUF's blocks ----
-
-struct Block {  // of a ggml type
-    int type, format, columns, bytes;
-};
-
-constexpr Block BLOCKS[] = {
-    {2, KEIFU_INT4, 32, 18},         // Q4_0: d, 16 bytes
-    {3, KEIFU_INT4_MIN, 32, 20},     // Q4_1: d, m, 16 bytes
-    {6, KEIFU_INT8, 32, 22},         // Q5_0: d, 32 fifth bits, 16 bytes
-    {8, KEIFU_INT8, 32, 34},         // Q8_0: d, 32 bytes
-    {12, KEIFU_INT4_SUPER, 256, 144},  // Q4_K: d, dmin, 12 bytes of scales and mins, 128 bytes
-    {14, KEIFU_INT6_SUPER, 256, 210},  // Q6_K: 128 low bytes, 64 high bytes, 16 scales, d
-};
-
-const Block *find_block(int type) {
-    for (const Block &block : BLOCKS)
-        if (block.type == type) return &block;
-    return nullptr;
-}
 
 // Where a block's groups go: one row of a tile.
 class Row {
@@ -83,22 +64,18 @@ uint32_t word(const uint8_t *bytes, int index) {
 uint32_t less(uint32_t four, uint32_t n) { return ((four | 0x80808080) - n * 0x01010101) ^ 0x80808080; }  // each byte
 
 // Blocks of 32 columns: a scale, perhaps a min, and codes.
-void repack_small(int type, const uint8_t *block, int64_t group, Row &row) {
-    const int halves = type == 3 ? 2 : 1;
-    for (int h = 0; h < halves; h++) row.put_half(group, (int)(group % 2) * halves + h, block + 2 * h);
-    const uint8_t *codes = block + 2 * halves;
-    uint32_t fifth = 0;
-    if (type == 6) {
-        std::memcpy(&fifth, codes, 4);
-        codes += 4;
-    }
-    for (int quad = 0; quad < 8; quad++) {
-        const uint32_t both = word(codes, type == 8 ? quad : quad % 4);  // of Q5_0: as in 4 bits
-        uint32_t four = both >> (quad / 4 * 4) & 0x0f0f0f0f;
-        for (int i = 0; i < 4 && type == 6; i++) four |= (fifth >> (4 * quad + i) & 1) << (8 * i + 4);
-        if (type == 8) row.put_quad(group, quad, both);
-        else if (type == 6) row.put_quad(group, quad, less(four, 16));
-        else if (quad < 4) row.put_quad(group, quad, both);
+template <int TYPE> void repack_small(const uint8_t *block, int64_t group, Row &row) {
+    constexpr int HALVES = TYPE == 3 ? 2 : 1;
+    for (int h = 0; h < HALVES; h++) row.put_half(group, (int)(group % 2) * HALVES + h, block + 2 * h);
+    const uint8_t *codes = block + 2 * HALVES;
+    for (int quad = 0; quad < (TYPE < 6 ? 4 : 8); quad++) {
+        uint32_t four = word(codes, TYPE == 6 ? 1 + quad % 4 : quad);
+        if (TYPE == 6) {  // the fifth bits, then codes as in 4 bits
+            four = four >> (quad / 4 * 4) & 0x0f0f0f0f;
+            for (int i = 0; i < 4; i++) four |= (word(codes, 0) >> (4 * quad + i) & 1) << (8 * i + 4);
+            four = less(four, 16);
+        }
+        row.put_quad(group, quad, four);
     }
 }
 
@@ -133,13 +110,24 @@ void repack_q6_k(const uint8_t *block, int64_t first, Row &row) {
     }
 }
 
-void repack_row(const Block &kind, const uint8_t *blocks, int64_t columns, Row &row) {
-    for (int64_t b = 0; b < columns / kind.columns; b++) {
-        const uint8_t *block = blocks + b * kind.bytes;
-        if (kind.type == 12) repack_q4_k(block, b * 8, row);
-        else if (kind.type == 14) repack_q6_k(block, b * 8, row);
-        else repack_small(kind.type, block, b, row);
-    }
+struct Block {  // of a ggml type
+    int type, format, columns, bytes;
+    void (*repack)(const uint8_t *block, int64_t first_group, Row &row);
+};
+
+constexpr Block BLOCKS[] = {
+    {2, KEIFU_INT4, 32, 18, repack_small<2>},          // Q4_0: d, 16 bytes
+    {3, KEIFU_INT4_MIN, 32, 20, repack_small<3>},      // Q4_1: d, m, 16 bytes
+    {6, KEIFU_INT8, 32, 22, repack_small<6>},          // Q5_0: d, 32 fifth bits, 16 bytes
+    {8, KEIFU_INT8, 32, 34, repack_small<8>},          // Q8_0: d, 32 bytes
+    {12, KEIFU_INT4_SUPER, 256, 144, repack_q4_k},     // Q4_K: d, dmin, 12 bytes of scales and mins, 128 bytes
+    {14, KEIFU_INT6_SUPER, 256, 210, repack_q6_k},     // Q6_K: 128 low bytes, 64 high bytes, 16 scales, d
+};
+
+const Block *find_block(int type) {
+    for (const Block &block : BLOCKS)
+        if (block.type == type) return &block;
+    return nullptr;
 }
 
 bool known(int32_t format, int64_t rows, int64_t columns) {
@@ -165,17 +153,11 @@ int32_t keifu_pack(int32_t format, int32_t source_type, const void *source, int6
     if (source_type < KEIFU_FROM_FLOAT32 || source_type > KEIFU_FROM_FLOAT16)
         return fail("There is no source type %d; known are 0 to 2.", source_type);
     const Kernels &use = kernels();
-    const int64_t bytes = tile_bytes(format, columns);
     const int64_t number = source_type == KEIFU_FROM_FLOAT32 ? 4 : 2;
-    std::atomic<int64_t> bad{-1};
-    over_tiles(n_tiles(rows), [&](int t) {
-        uint8_t *tile = (uint8_t *)packed + t * bytes;
-        std::memset(tile, 0, (size_t)bytes);
-        const int64_t row = (int64_t)t * TILE;
-        const int here = (int)(rows - row < TILE ? rows - row : TILE);
+    const int64_t bad = fill_tiles(format, rows, columns, packed, [&](int64_t row, int n, uint8_t *tile) {
         const char *from = (const char *)source + row * row_stride * number;
-        const int64_t found = use.pack(format, {source_type, from, row_stride * number, number, here, columns}, tile);
-        if (found >= 0) bad = row * columns + found;
+        const int64_t found = use.pack(format, {source_type, from, row_stride * number, number, n, columns}, tile);
+        return found < 0 ? found : row * columns + found;
     });
     if (bad < 0) return 0;
     return fail("Row %lld has a NaN or an infinity at column %lld or one of the 31 after it.",
@@ -194,16 +176,17 @@ int32_t keifu_repack_gguf(int32_t ggml_type, const void *blocks, int64_t rows, i
     if (columns % kind.columns)
         return fail("Blocks of type %d have %d columns, which do not divide the %lld of this matrix.", ggml_type,
                     kind.columns, (long long)columns);
-    const int64_t bytes = tile_bytes(kind.format, columns);
-    std::atomic<int64_t> bad{-1};
-    over_tiles(n_tiles(rows), [&](int t) {
-        uint8_t *tile = (uint8_t *)packed + t * bytes;
-        std::memset(tile, 0, (size_t)bytes);
-        for (int64_t row = (int64_t)t * TILE; row < rows && row < ((int64_t)t + 1) * TILE; row++) {
-            Row to(LAYOUTS[kind.format], tile, (int)(row % TILE));
-            repack_row(kind, (const uint8_t *)blocks + row * (columns / kind.columns * kind.bytes), columns, to);
-            if (!to.finite) bad = row;
+    const int64_t bytes = columns / kind.columns * kind.bytes;  // of a row
+    const int64_t bad = fill_tiles(kind.format, rows, columns, packed, [&](int64_t first, int n, uint8_t *tile) {
+        int64_t found = -1;
+        for (int lane = 0; lane < n; lane++) {
+            Row to(LAYOUTS[kind.format], tile, lane);
+            const uint8_t *block = (const uint8_t *)blocks + (first + lane) * bytes;
+            for (int64_t column = 0; column < columns; column += kind.columns, block += kind.bytes)
+                kind.repack(block, column / GROUP, to);
+            if (!to.finite) found = first + lane;
         }
+        return found;
     });
     return bad < 0 ? 0 : fail("Row %lld has a NaN or an infinity among its scales.", (long long)bad);
 }

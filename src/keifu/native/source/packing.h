@@ -40,17 +40,7 @@ template <int FORMAT> INLINE void unpack_row(const uint8_t *tile, int lane, int6
 static void unpack(int format, const uint8_t *data, int64_t columns, int64_t row, float *out) {
     const uint8_t *tile = data + row / TILE * tile_bytes(format, columns);
     const int lane = (int)(row % TILE);
-    switch (format) {
-    case KEIFU_F32: return unpack_row<KEIFU_F32>(tile, lane, columns, out);
-    case KEIFU_BF16: return unpack_row<KEIFU_BF16>(tile, lane, columns, out);
-    case KEIFU_INT8: return unpack_row<KEIFU_INT8>(tile, lane, columns, out);
-    case KEIFU_INT4: return unpack_row<KEIFU_INT4>(tile, lane, columns, out);
-    case KEIFU_INT4_MIN: return unpack_row<KEIFU_INT4_MIN>(tile, lane, columns, out);
-    case KEIFU_INT4_SUPER: return unpack_row<KEIFU_INT4_SUPER>(tile, lane, columns, out);
-    case KEIFU_INT6_SUPER: return unpack_row<KEIFU_INT6_SUPER>(tile, lane, columns, out);
-    case KEIFU_INT8_64: return unpack_row<KEIFU_INT8_64>(tile, lane, columns, out);
-    case KEIFU_INT4_64: return unpack_row<KEIFU_INT4_64>(tile, lane, columns, out);
-    }
+    with_format(format, [&](auto F) { unpack_row<F.value>(tile, lane, columns, out); });
 }
 
 // ---- choosing scales, of 16 groups at a time ----
@@ -235,7 +225,9 @@ INLINE int find_bad(const Group &x) {
     return -1;
 }
 
-template <int FORMAT> INLINE int64_t pack_tile(const Numbers &from, uint8_t *tile) {
+// Packs up to 16 rows as a tile, whose bytes were 0; gives -1, or of a group with a NaN or an infinity its row ·
+// columns + its first column.
+static int64_t pack(int format, const Numbers &from, uint8_t *tile) {
     const int64_t all = round_up(from.columns, PAIR) / PAIR;
     for (int64_t first = 0; first < all; first += SUPER_PAIRS) {
         Group x[2 * SUPER_PAIRS];
@@ -246,24 +238,13 @@ template <int FORMAT> INLINE int64_t pack_tile(const Numbers &from, uint8_t *til
             const int bad = find_bad(x[g]);
             if (bad >= 0) return bad * from.columns + column;
         }
-        if constexpr (FORMAT == KEIFU_INT4_64) pack_int4(tile, first, x, pairs);
-        for (int pair = 0; pair < pairs && FORMAT != KEIFU_INT4_64; pair++)
-            if constexpr (FORMAT == KEIFU_F32) pack_float32(tile, first + pair, x + 2 * pair);
-            else if constexpr (FORMAT == KEIFU_BF16) pack_bfloat16(tile, first + pair, x + 2 * pair);
-            else pack_int8(tile, first + pair, x + 2 * pair);
+        if (format == KEIFU_INT4_64) pack_int4(tile, first, x, pairs);
+        for (int pair = 0; pair < pairs; pair++)
+            if (format == KEIFU_F32) pack_float32(tile, first + pair, x + 2 * pair);
+            else if (format == KEIFU_BF16) pack_bfloat16(tile, first + pair, x + 2 * pair);
+            else if (format == KEIFU_INT8_64) pack_int8(tile, first + pair, x + 2 * pair);
     }
     return -1;
-}
-
-// Packs up to 16 rows as a tile, whose bytes were 0; gives -1, or of a group with a NaN or an infinity its row ·
-// columns + its first column.
-static int64_t pack(int format, const Numbers &from, uint8_t *tile) {
-    switch (format) {
-    case KEIFU_F32: return pack_tile<KEIFU_F32>(from, tile);
-    case KEIFU_BF16: return pack_tile<KEIFU_BF16>(from, tile);
-    case KEIFU_INT8_64: return pack_tile<KEIFU_INT8_64>(from, tile);
-    default: return pack_tile<KEIFU_INT4_64>(from, tile);
-    }
 }
 
 }  // namespace KEIFU_NAMESPACE

@@ -4,15 +4,38 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdio>
 #include <cstring>
-#include <string>
+#include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
 namespace keifu {
+
+template <class T> struct alignas(64) Line {  // a counter with a cache line of its own
+    std::atomic<T> count{0};
+};
+
+struct Job {
+    const int threads;
+    const std::function<void(Walk &)> work;
+    const std::unique_ptr<Line<int>[]> done;      // tasks of a phase
+    const std::unique_ptr<Line<int64_t>[]> next;  // task of a thread's part: phase · 2^32 + number
+    std::mutex mutex;
+    std::condition_variable over;
+    std::atomic<int> sleepers{0};
+
+    void run(int thread) {
+        Walk walk(*this, thread);
+        work(walk);
+    }
+};
+
 namespace {
 
 constexpr auto SPIN = std::chrono::microseconds(60);       // longer than nearly every wait inside a step
@@ -37,56 +60,35 @@ template <class Ready> bool spin_until(Ready ready, std::chrono::microseconds mo
     return ready();
 }
 
-class Pool {
-  public:
-    Pool() { start(available_threads()); }
+struct Pool {
+    std::mutex caller;  // one job at a time
+    std::mutex mutex;   // of the job below
+    std::condition_variable wake;
+    std::shared_ptr<Job> job;
+    std::atomic<int> generation{0};
+    std::atomic<int> busy{0};  // workers in a job
+    std::atomic<int> threads{1};
+    std::atomic<bool> stopping{false};
+    std::vector<std::thread> workers;
 
-    int size() const { return static_cast<int>(workers.size()) + 1; }
-
-    void resize(int n) {
-        std::lock_guard<std::mutex> one(caller);
-        if (n == size()) return;
-        stop();
-        start(n);
-    }
-
-    void run(std::shared_ptr<Job> next) {
-        std::lock_guard<std::mutex> one(caller);
+    void begin(std::shared_ptr<Job> next) {
         {
             std::lock_guard<std::mutex> lock(mutex);
-            job = next;
-            generation.fetch_add(1);
-        }
-        if (!workers.empty()) wake.notify_all();
-        next->run(0);
-    }
-
-    void wait() {
-        std::lock_guard<std::mutex> one(caller);
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            job.reset();
-        }
-        while (busy.load()) std::this_thread::yield();
-    }
-
-  private:
-    void start(int n) {
-        stopping = false;
-        for (int thread = 1; thread < n; thread++)
-            workers.emplace_back([this, thread, seen = generation.load()]() { work(thread, seen); });
-    }
-
-    void stop() {
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            stopping = true;
-            job.reset();
+            job = std::move(next);
             generation.fetch_add(1);
         }
         wake.notify_all();
+    }
+
+    void resize(int n) {
+        stopping = true;
+        begin(nullptr);
         for (auto &worker : workers) worker.join();
         workers.clear();
+        stopping = false;
+        for (int thread = 1; thread < n; thread++)
+            workers.emplace_back([this, thread, seen = generation.load()]() { work(thread, seen); });
+        threads = n;
     }
 
     void work(int thread, int seen) {
@@ -107,19 +109,14 @@ class Pool {
             busy.fetch_sub(1);
         }
     }
-
-    std::mutex caller;  // one job at a time
-    std::mutex mutex;   // of the job below
-    std::condition_variable wake;
-    std::shared_ptr<Job> job;
-    std::atomic<int> generation{0};
-    std::atomic<int> busy{0};  // workers in a job
-    bool stopping = false;
-    std::vector<std::thread> workers;
 };
 
 Pool &pool() {
-    static Pool *the_pool = new Pool;  // never destroyed: threads cannot be joined while the process ends
+    static Pool *the_pool = [] {  // never destroyed: threads cannot be joined while the process ends
+        auto *made = new Pool;
+        made->resize(available_threads());
+        return made;
+    }();
     return *the_pool;
 }
 
@@ -141,9 +138,11 @@ double cgroup_cpus() {  // the quota in CPUs; infinite where there is none
 
 }  // namespace
 
+Walk::Walk(Job &job, int thread) : thread(thread), job(job), threads(job.threads) {}
+
 // The next task of an owner's part [first, end) in this phase; end where there is none.
 int Walk::take(int owner, int first, int end) {
-    std::atomic<int64_t> &next = job.next[owner].task;
+    std::atomic<int64_t> &next = job.next[owner].count;
     const int64_t begin = (int64_t)phase << 32;
     int64_t seen = next.load(std::memory_order_relaxed);
     for (;;) {
@@ -154,7 +153,7 @@ int Walk::take(int owner, int first, int end) {
 }
 
 void Walk::finish(int count, int n) {
-    std::atomic<int> &done = job.done[phase++].tasks;
+    std::atomic<int> &done = job.done[phase++].count;
     const bool last = count && done.fetch_add(count) + count == n;
     if (last && job.sleepers.load()) {
         std::lock_guard<std::mutex> lock(job.mutex);
@@ -174,12 +173,36 @@ int available_threads() {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
 #endif
-    return std::max(1, static_cast<int>(std::min<double>(n, std::ceil(cgroup_cpus()))));
+    return static_cast<int>(std::clamp(std::min<double>(n, std::ceil(cgroup_cpus())), 1.0, double{MAX_THREADS}));
 }
 
-int pool_threads() { return pool().size(); }
-void resize_pool(int n_threads) { pool().resize(n_threads); }
-void wait_for_pool() { pool().wait(); }
-void run_on_pool(std::shared_ptr<Job> job) { pool().run(std::move(job)); }
+int pool_threads() { return pool().threads; }
+
+void resize_pool(int n_threads) {
+    std::lock_guard<std::mutex> one(pool().caller);
+    if (n_threads != pool().threads) pool().resize(n_threads);
+}
+
+void wait_for_pool() {
+    Pool &all = pool();
+    std::lock_guard<std::mutex> one(all.caller);
+    {
+        std::lock_guard<std::mutex> lock(all.mutex);
+        all.job.reset();
+    }
+    while (all.busy.load()) std::this_thread::yield();
+}
+
+bool run_on_pool(int n_phases, const std::function<bool(int threads)> &prepare, std::function<void(Walk &)> work) {
+    Pool &all = pool();
+    std::lock_guard<std::mutex> one(all.caller);  // so that the number of threads stays what it is
+    const int threads = all.threads;
+    if (!prepare(threads)) return false;
+    const std::shared_ptr<Job> job(new Job{threads, std::move(work), std::unique_ptr<Line<int>[]>(new Line<int>[n_phases]),
+                                           std::unique_ptr<Line<int64_t>[]>(new Line<int64_t>[threads])});
+    all.begin(job);
+    job->run(0);
+    return true;
+}
 
 }  // namespace keifu

@@ -65,10 +65,6 @@ INLINE void encode(const Rows &rows, Input kind, int64_t row, int64_t pair, cons
 
 // ---- blocks of a product ----
 
-template <int N> struct Constant {
-    static constexpr int value = N;
-};
-
 // A product is cut into blocks whose sums fit the registers: so many tiles at once with so many rows; for a row alone,
 // so many tiles.
 struct Blocking {
@@ -425,8 +421,9 @@ INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64
     UNROLL for (int i = 0; i < S * B; i++) store(out + i % B * OUT + i / B * TILE, total[i / B][i % B]);
 }
 
+// Not inline: with all formats in one function the compiler leaves blocks out of line, with their sums in memory.
 template <int FORMAT>
-void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int n_rows,
+__attribute__((noinline)) void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int n_rows,
                 [[maybe_unused]] Scratch &scratch, float *out) {
 #if defined(__AMX_TILE__)
     if constexpr (FORMAT == KEIFU_BF16) {
@@ -455,17 +452,7 @@ void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int 
 // stand CHUNK more, which this thread will probably be given next: they are fetched meanwhile.
 static void product(int format, const uint8_t *const *tiles, const Rows &rows, int64_t row, int n_rows, Scratch &scratch,
                     float *out) {
-    switch (format) {
-    case KEIFU_F32: return product_of<KEIFU_F32>(tiles, rows, row, n_rows, scratch, out);
-    case KEIFU_BF16: return product_of<KEIFU_BF16>(tiles, rows, row, n_rows, scratch, out);
-    case KEIFU_INT8: return product_of<KEIFU_INT8>(tiles, rows, row, n_rows, scratch, out);
-    case KEIFU_INT4: return product_of<KEIFU_INT4>(tiles, rows, row, n_rows, scratch, out);
-    case KEIFU_INT4_MIN: return product_of<KEIFU_INT4_MIN>(tiles, rows, row, n_rows, scratch, out);
-    case KEIFU_INT4_SUPER: return product_of<KEIFU_INT4_SUPER>(tiles, rows, row, n_rows, scratch, out);
-    case KEIFU_INT6_SUPER: return product_of<KEIFU_INT6_SUPER>(tiles, rows, row, n_rows, scratch, out);
-    case KEIFU_INT8_64: return product_of<KEIFU_INT8_64>(tiles, rows, row, n_rows, scratch, out);
-    case KEIFU_INT4_64: return product_of<KEIFU_INT4_64>(tiles, rows, row, n_rows, scratch, out);
-    }
+    with_format(format, [&](auto F) { product_of<F.value>(tiles, rows, row, n_rows, scratch, out); });
 }
 
 }  // namespace KEIFU_NAMESPACE

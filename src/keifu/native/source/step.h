@@ -122,7 +122,7 @@ class Step {
 
     void add_hidden(const Layer &layer) {
         walk.deal(n_chunks(layer.down), [&](int chunk) {
-            add_products(layer.down, layer.post_feedforward_norm, m.hidden, chunk);
+            add_products(layer.down, layer.post_feedforward_norm, hidden_of(layer), chunk);
         });
         add_normed(layer.post_feedforward_norm);
     }
@@ -165,6 +165,13 @@ class Step {
         });
     }
 
+    // The hidden numbers, in rows of this layer's width.
+    Rows hidden_of(const Layer &layer) {
+        Rows rows = m.hidden;
+        rows.columns = round_up(layer.up.rows, PAIR);
+        return rows;
+    }
+
     void encode_row(const Rows &rows, Input kind, int r, const float *x, int n) {
         int i = 0;
         for (; i + PAIR <= n; i += PAIR) encode(rows, kind, r, i / PAIR, x + i);
@@ -185,27 +192,27 @@ class Step {
 
     // Calls take(row, column, its 16 results) for all rows of a chunk of a matrix.
     template <class Take> void over_chunk(const KeifuMatrix &w, const Rows &rows, int n, int chunk, Take take) {
-        const uint8_t *tiles[2 * CHUNK];
-        const int count = point(w, chunk, CHUNK, tiles);
         for (int row = 0; row < n; row += BLOCK_ROWS) {
             const int here = n - row < BLOCK_ROWS ? n - row : BLOCK_ROWS;
-            product(w.format, tiles, rows, row, here, scratch, scratch.out);
+            const int count = multiply_chunk(w, chunk, rows, row, here, scratch.out);
             for (int r = 0; r < here; r++)
                 for (int s = 0; s < count; s++)
                     take(row + r, ((int64_t)chunk * CHUNK + s) * TILE, scratch.out + r * OUT + s * TILE);
         }
     }
 
-    // Where the tiles of a chunk of a matrix lie (the last one again where there are fewer), and those of the next one,
-    // which this thread will probably be given next; gives their number.
-    int point(const KeifuMatrix &w, int64_t chunk, int width, const uint8_t **tiles) {
+    // The product of a chunk of a matrix (its last tile again where there are fewer); gives the number of its tiles.
+    // Behind them stand those of the next chunk.
+    int multiply_chunk(const KeifuMatrix &w, int64_t chunk, const Rows &rows, int row, int n, float *out) {
         const int64_t bytes = tile_bytes(w.format, w.columns);
-        const int64_t left = n_tiles(w.rows) - chunk * width;
-        const int count = left < width ? (int)left : width;
-        for (int s = 0; s < width; s++) {
-            tiles[s] = (const uint8_t *)w.data + (chunk * width + (s < count ? s : count - 1)) * bytes;
-            tiles[CHUNK + s] = tiles[s] + width * bytes;
+        const int64_t left = n_tiles(w.rows) - chunk * CHUNK;
+        const int count = left < CHUNK ? (int)left : CHUNK;
+        const uint8_t *tiles[2 * CHUNK];
+        for (int s = 0; s < CHUNK; s++) {
+            tiles[s] = (const uint8_t *)w.data + (chunk * CHUNK + (s < count ? s : count - 1)) * bytes;
+            tiles[CHUNK + s] = tiles[s] + CHUNK * bytes;
         }
+        product(w.format, tiles, rows, row, n, scratch, out);
         return count;
     }
 
@@ -251,45 +258,24 @@ class Step {
         });
     }
 
-    // Two tiles of `up` and two of `gate`, whose formats differ.
-    void multiply_apart(const Layer &layer, const uint8_t *const *tiles, const Rows &rows, int row, int n) {
-        float *gate = scratch.out + BLOCK_ROWS * OUT;
-        const uint8_t *twice[2][2 * CHUNK];
-        for (int i = 0; i < 2 * CHUNK; i++)
-            for (int g = 0; g < 2; g++) twice[g][i] = tiles[i / CHUNK * CHUNK + 2 * g + i % 2];
-        product(layer.gate.format, twice[1], rows, row, n, scratch, gate);
-        product(layer.up.format, twice[0], rows, row, n, scratch, scratch.out);
-        for (int i = 0; i < n; i++) memcpy(scratch.out + i * OUT + 2 * TILE, gate + i * OUT, 2 * TILE * sizeof(float));
-    }
-
-    // One chunk of the feed-forward's hidden numbers, for up to BLOCK_ROWS rows from `row` on. Where there is a gate, two
-    // of its tiles go with two of `up` at a time.
+    // One chunk of the feed-forward's hidden numbers, for up to BLOCK_ROWS rows from `row` on.
     void activate_rows(const Layer &layer, const Rows &rows, int chunk, int row) {
         const bool gated = layer.gate.data != nullptr;
-        const int width = gated ? 2 : CHUNK;
         const int here = f.batch.n_tokens - row < BLOCK_ROWS ? f.batch.n_tokens - row : BLOCK_ROWS;
-        float *made = scratch.out + 2 * BLOCK_ROWS * OUT;
-        for (int first = 0; first < CHUNK; first += width) {
-            const uint8_t *tiles[2 * CHUNK];
-            const int part = (chunk * CHUNK + first) / width;
-            const int count = part * width < n_tiles(layer.up.rows) ? point(layer.up, part, width, tiles) : 0;
-            if (count && gated) point(layer.gate, part, width, tiles + width);
-            if (count && gated && layer.gate.format != layer.up.format) multiply_apart(layer, tiles, rows, row, here);
-            else if (count) product(layer.up.format, tiles, rows, row, here, scratch, scratch.out);
-            for (int r = 0; r < here; r++)
-                for (int s = 0; s < width; s++) {
-                    const int64_t column = (int64_t)(chunk * CHUNK + first + s) * TILE;
-                    const float *results = scratch.out + r * OUT + s * TILE;
-                    v16 y{};
-                    if (s < count) {
-                        const v16 up = load(results) + bias(layer.up, column);
-                        if (!gated) y = activate(layer.activation, up);
-                        else y = activate(layer.activation, load(results + width * TILE) + bias(layer.gate, column)) * up;
-                    }
-                    store(made + r * OUT + (first + s) * TILE, y);
-                }
+        float *made = scratch.out;
+        float *gates = scratch.out + BLOCK_ROWS * OUT;
+        if (gated) multiply_chunk(layer.gate, chunk, rows, row, here, gates);
+        const int count = multiply_chunk(layer.up, chunk, rows, row, here, made);
+        for (int r = 0; r < here; r++, made += OUT, gates += OUT) {
+            for (int s = 0; s < CHUNK; s++) {
+                const int64_t column = (int64_t)(chunk * CHUNK + s) * TILE;
+                v16 y = load(made + s * TILE) + bias(layer.up, column);
+                if (gated) y = activate(layer.activation, load(gates + s * TILE) + bias(layer.gate, column)) * y;
+                else y = activate(layer.activation, y);
+                store(made + s * TILE, s < count ? y : v16{});
+            }
+            encode(hidden_of(layer), input_of(layer.down.format), row + r, chunk, made);
         }
-        for (int r = 0; r < here; r++) encode(m.hidden, input_of(layer.down.format), row + r, chunk, made + r * OUT);
     }
 
     const Forward &f;
