@@ -421,7 +421,7 @@ INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64
     UNROLL for (int i = 0; i < S * B; i++) store(out + i % B * OUT + i / B * TILE, total[i / B][i % B]);
 }
 
-// Not inline: with all formats in one function the compiler leaves blocks out of line, with their sums in memory.
+// Not inline: with all formats in one function the compiler leaves blocks out of line, and is slower.
 template <int FORMAT>
 __attribute__((noinline)) void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int n_rows,
                 [[maybe_unused]] Scratch &scratch, float *out) {
