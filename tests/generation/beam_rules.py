@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.generation.text.beam_search import Hypothesis, Lengths, Logits, Scores, Search, beam_search
-from keifu.generation.text.model import Model, Tokens, causal, device_of, evaluation_mode
+from keifu.generation.text.model import PREFILL_TOKENS, Model, Padding, Tokens, causal, device_of, evaluation_mode
 from keifu.layers.attention.kv_cache import KVState
 
 
@@ -23,27 +23,41 @@ def until_unlikely(scores: Scores, best_open: Lengths, now: Lengths, last: Lengt
     return best_open / now > scores[:, -1]
 
 
-def step(model: Model, tokens: Tokens, state: KVState) -> Float[Tensor, "batch vocab"]:
+def step(model: Model, tokens: Tokens, state: KVState, padding: Padding = None) -> Float[Tensor, "batch vocab"]:
     """Logits, in float32, of the token after the last one."""
-    return model.logits(model.hidden(tokens, state)[:, -1]).float()
+    return model.logits(model.hidden(tokens, state, padding)[:, -1]).float()
+
+
+def prefill(model: Model, tokens: Tokens, state: KVState, padding: Padding) -> Float[Tensor, "batch vocab"]:
+    """Reads the prompts into the state, in chunks so that memory stays bounded; the logits after the last token."""
+    width, before = max(1, PREFILL_TOKENS // len(tokens)), padding
+    *earlier, last = tokens.split(width, 1)
+    for chunk in earlier:
+        model.hidden(chunk, state, None if before is None else before.clamp(max=width))
+        before = None if before is None else (before - width).clamp(min=0)
+    return step(model, last, state, before)
+
+
+def pad_left(texts: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Tokens, Padding]:
+    """The texts as one tensor, with zeros before the shorter ones, and how many; None if all are equally long."""
+    longest = max(map(len, texts))
+    tokens = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts], device=device)
+    counts = [longest - len(text) for text in texts]
+    return tokens, torch.tensor(counts, device=device) if any(counts) else None
 
 
 class CausalBeamModel:
-    """Continues prompts, each of which is read alone; `longest` is the most tokens that are written."""
+    """Continues prompts, padded on the left; `longest` is the most tokens that are written."""
 
     def __init__(
         self, model: Model, prompts: Sequence[Sequence[int]], longest: int, device: torch.device | None = None
     ):
-        self.model, self.prompts, self.device = model, prompts, device
-        self.state = model.new_state(len(prompts), max(map(len, prompts)) + longest - 1)
+        self.model = model
+        self.tokens, self.padding = pad_left(prompts, device)
+        self.state = model.new_state(len(prompts), self.tokens.shape[1] + longest - 1)
 
     def first(self) -> Logits:
-        found = []
-        for row, prompt in enumerate(self.prompts):
-            alone = self.model.new_state(1, len(prompt))
-            found.append(step(self.model, torch.tensor([prompt], device=self.device), alone))
-            self.state.begin(alone, 0, len(prompt), [row])
-        return torch.cat(found)
+        return prefill(self.model, self.tokens, self.state, self.padding)
 
     def next(self, tokens: Int[Tensor, " rows"]) -> Logits:
         return step(self.model, tokens[:, None], self.state)

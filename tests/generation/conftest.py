@@ -52,8 +52,8 @@ class Script(nn.Module):
         self.tokens, self.asked = torch.tensor(tokens), asked
         self.config = SimpleNamespace(vocab_size=vocab_size, context_length=context_length)
 
-    def hidden(self, tokens: Tensor, state: Any) -> Tensor:
-        places = state.positions(tokens.shape[1])
+    def hidden(self, tokens: Tensor, state: Any, padding: Tensor | None = None) -> Tensor:
+        places = state.positions(tokens.shape[1], padding)
         new = [tokens.new_zeros(len(tokens), 1, tokens.shape[1], 1).float()] * 3
         state.layer(0).attend(*new, None, None, None)
         state.advance()

@@ -68,7 +68,7 @@ def test_the_lens_ends_with_what_the_model_says():
 
 
 def places(length: int) -> dict[str, object]:
-    return {"mask": CausalMask(0, length, torch.device("cpu")), "positions": Positions(torch.arange(length))}
+    return {"mask": CausalMask(0, length, None, torch.device("cpu")), "positions": Positions(torch.arange(length))}
 
 
 def test_a_window_shorter_than_the_text_leaves_the_layers_that_see_all():

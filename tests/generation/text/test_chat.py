@@ -28,9 +28,9 @@ class Counting(nn.Module):
         super().__init__()
         self.inner, self.config, self.read = inner, inner.config, 0
 
-    def hidden(self, tokens: torch.Tensor, state: Any) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, state: Any, padding: None = None) -> torch.Tensor:
         self.read += tokens.shape[1]
-        return self.inner.hidden(tokens, state)
+        return self.inner.hidden(tokens, state, padding)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.inner.logits(hidden)

@@ -97,7 +97,7 @@ def test_what_is_shared_is_computed_once(tokenizer: Tokenizer, script: Any) -> N
     rng = random.Random(4)
     base, counted, told = some(rng, 300), [], script([98])
     plain = told.hidden
-    told.hidden = lambda tokens, state: counted.append(tokens.numel()) or plain(tokens, state)
+    told.hidden = lambda tokens, state, padding=None: counted.append(tokens.numel()) or plain(tokens, state, padding)
     asked = [base + some(rng, 5) for _ in range(40)]
     likelihoods(told, [ScoredPair(tuple(each), (n,)) for each in asked for n in range(12)])
     assert sum(counted) == 300 + 40 * 5

@@ -44,6 +44,15 @@ def test_the_written_out_way_has_the_same_gradient_in_bfloat16():
         assert float((half - whole).norm() / whole.norm()) < 0.012
 
 
+def test_padding_is_not_seen_and_gives_no_nan():
+    torch.manual_seed(0)
+    layer, x = Attention(12, 3, n_kv_heads=1), torch.randn(2, 5, 12)
+    padded = layer(x, CausalMask(0, 5, torch.tensor([0, 2])))
+    alone = layer(x[1:, 2:], CausalMask(0, 3))
+    torch.testing.assert_close(padded[1:, 2:], alone)
+    assert padded.isfinite().all()
+
+
 def test_cross_attention_sees_real_tokens_only():
     torch.manual_seed(0)
     layer, x, context = CrossAttention(8, 2, context_dim=6), torch.randn(2, 3, 8), torch.randn(2, 5, 6)

@@ -1,4 +1,4 @@
-"""Attention within a window, in blocks, is the masked form: outputs, gradients, caches; never a square."""
+"""Attention within a window, in blocks, is the masked form: outputs, gradients, padding, caches; never a square."""
 
 from itertools import pairwise
 
@@ -12,10 +12,13 @@ from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import Band, CausalMask
 
 
-def masked(start: int, length: int, window: int) -> torch.Tensor:
-    """Which of all keys each query may see, [1, 1, length, start + length], written down at once."""
+def masked(start: int, length: int, window: int, padding: torch.Tensor | None = None) -> torch.Tensor:
+    """Which of all keys each query may see, [batch, 1, length, start + length], written down at once."""
     queries, keys = torch.arange(start, start + length)[:, None], torch.arange(start + length)
-    return ((keys <= queries) & (keys > queries - window))[None, None]
+    allowed = ((keys <= queries) & (keys > queries - window))[None, None]
+    if padding is not None:
+        allowed = allowed & (keys >= padding[:, None, None, None]) | (keys == queries)
+    return allowed
 
 
 def tensors(length: int, start: int = 0, kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -25,12 +28,14 @@ def tensors(length: int, start: int = 0, kv_heads: int = 2, dtype: torch.dtype =
 
 @pytest.mark.parametrize("window", [1, 2, 5, 8])
 @pytest.mark.parametrize(("start", "length"), [(0, 9), (0, 16), (0, 37), (3, 11), (40, 24)])
-def test_blocks_are_the_masked_form_with_gradients(window, start, length):
-    visible = CausalMask(start, length).visible(start + length, window)
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_are_the_masked_form_with_gradients(window, start, length, padded):
+    padding = torch.tensor([0, 2, 7]) if padded else None
+    visible = CausalMask(start, length, padding).visible(start + length, window)
     assert isinstance(visible, Band)
     inputs = tensors(length, start)
     weights, results = torch.randn(3, length, 24, dtype=torch.float64), []
-    for seen in (visible, masked(start, length, window)):
+    for seen in (visible, masked(start, length, window, padding)):
         y = attend(*inputs, seen, scale=0.7)
         results.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
     torch.testing.assert_close(*results)
@@ -49,18 +54,21 @@ def test_blocks_in_bfloat16_have_the_gradient_of_float32():
 
 @pytest.mark.parametrize("window", [1, 4, 7])
 @pytest.mark.parametrize("cuts", [[30], [3, 30], [12, 29, 30], [8, 16, 17, 30], list(range(1, 31))])
+@pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
-def test_pieces_through_a_cache_are_the_whole(window, cuts):
+def test_pieces_through_a_cache_are_the_whole(window, cuts, padded):
     layer, x = Attention(12, 4, 2, window=window), torch.randn(3, 30, 12)
+    padding = torch.tensor([0, 2, 9]) if padded else None
     state, pieces = KVState([(2, 3)], 3, 30, x), []
     for start, end in pairwise([0, *cuts]):
-        state.positions(end - start)
+        state.positions(end - start, None if padding is None else (padding - start).clamp(0, end - start))
         pieces.append(layer(x[:, start:end], cache=state.layer(0)))
         state.advance()
     layer.window = None
     heads = layer.qkv(x).unflatten(-1, (-1, 3)).transpose(1, 2).split([4, 2, 2], 1)
-    whole = layer.out(attend(*heads, masked(0, 30, window)))
-    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    whole = layer.out(attend(*heads, masked(0, 30, window, padding)))
+    real = torch.arange(30) >= (torch.zeros(3, 1) if padding is None else padding[:, None])
+    torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real])
 
 
 class Largest(TorchDispatchMode):
@@ -76,12 +84,13 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])  # with dropout torch writes the scores down
-def test_memory_grows_with_the_length_not_with_its_square(dropout):
+@pytest.mark.parametrize("padded", [False, True])
+def test_memory_grows_with_the_length_not_with_its_square(dropout, padded):
     largest = []
     for length in (128, 256, 512):
         layer, x = Attention(8, 2, window=8, dropout=dropout), torch.randn(2, length, 8)
         with Largest() as seen:
-            layer(x, CausalMask(0, length)).sum().backward()
+            layer(x, CausalMask(0, length, torch.tensor([0, 5]) if padded else None)).sum().backward()
         largest.append(seen.elements)
     assert largest[1] == 2 * largest[0] and largest[2] == 4 * largest[0]
     assert largest[2] < 512 * 512

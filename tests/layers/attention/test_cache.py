@@ -16,9 +16,9 @@ def make(rows: int = ROWS, capacity: int = LENGTH) -> KVState:
     return KVState([(HEADS, DIM), (1, DIM)], rows, capacity, torch.zeros(1))
 
 
-def put(state: KVState, new: Tensor, window: int | None = None) -> Tensor:
+def put(state: KVState, new: Tensor, padding: Tensor | None = None, window: int | None = None) -> Tensor:
     """Appends tokens to both layers; the keys that the first shows."""
-    state.positions(new.shape[2])
+    state.positions(new.shape[2], padding)
     keys, values = state.layer(0).append(new, -new, window)
     assert torch.equal(values, -keys)
     other, _ = state.layer(1).append(2 * new[:, :1], new[:, :1], window)
@@ -53,10 +53,13 @@ def test_selected_rows_go_on_as_if_alone(cuts: list[int], rows: list[int]) -> No
 
 
 def test_rows_of_different_lengths_take_the_tokens_after_their_own() -> None:
-    """One token at a time, or several."""
+    """Padding before the new ones is not kept; one token at a time, or several."""
     state, lengths = make(), [4, 0, 9]
-    fill(state, [9])
-    state.rollback(lengths)
+    put(
+        state,
+        torch.stack([TOKENS[row, :, :9].roll(9 - n, 1) for row, n in enumerate(lengths)]),
+        torch.tensor([5, 9, 0]),
+    )
     holds(state, [TOKENS[row, :, :n] for row, n in enumerate(lengths)])
     for count in (1, 1, 5):
         new = torch.stack([TOKENS[row, :, n : n + count] for row, n in enumerate(state.lengths)])

@@ -20,6 +20,7 @@ from keifu.native.model import NativeLM
 PREFILL_TOKENS = 4096  # of all rows together in one pass: enough to fill a matrix product, few enough for memory
 
 Tokens = Int[Tensor, "batch length"]
+Padding = Int[Tensor, " batch"] | None
 Mask = Bool[Tensor, "batch length"] | None
 
 
@@ -29,7 +30,7 @@ class Model(Protocol):
 
     config: Any
 
-    def hidden(self, tokens: Tokens, state: Any) -> Tensor: ...
+    def hidden(self, tokens: Tokens, state: Any, padding: Padding = None) -> Tensor: ...
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]: ...
 

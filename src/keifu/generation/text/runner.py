@@ -287,7 +287,7 @@ class _Group:
     def __init__(self, state: KVState, row: int, spans: Sequence[Span]):
         self.state, self.spans, self.width = state, spans, len(spans[0].tokens)
         self.rows = slice(row, row + len(spans))
-        self.now = Pass([span.start for span in spans], self.width, state.device)
+        self.now = Pass([span.start for span in spans], self.width, [0] * len(spans), state.device)
 
 
 class _Step:
@@ -298,7 +298,7 @@ class _Step:
         self.spans = [span for group in groups for span in group.spans]
         self.longest = max(span.start for span in self.spans)
 
-    def positions(self, length: int) -> Int[Tensor, "1 length"]:
+    def positions(self, length: int, padding: Tensor | None = None) -> Int[Tensor, "1 length"]:
         """Where the tokens stand, each in its own sequence."""
         places = [range(span.start, span.start + len(span.tokens)) for span in self.spans]
         return torch.tensor([list(chain.from_iterable(places))], device=self.device)

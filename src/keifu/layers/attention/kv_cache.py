@@ -53,12 +53,14 @@ class KVState:
         """What the keys and values of one more token of one row take."""
         return sum(2 * keys.shape[1] * keys.shape[3] * keys.element_size() for keys in self.keys)
 
-    def positions(self, length: int) -> Int[Tensor, "*rows length"]:
+    def positions(self, length: int, padding: Int[Tensor, " rows"] | None = None) -> Int[Tensor, "*rows length"]:
         """Begins a pass of `length` tokens a row: their positions, [length] where all rows have the same.
 
+        padding: how many tokens at the beginning of each row are padding; these are not kept.
         More tokens than there is room for is a `ValueError`.
         """
-        self._pass = Pass(self.lengths, length, self.device)
+        pads = [0] * len(self.lengths) if padding is None else padding.tolist()
+        self._pass = Pass(self.lengths, length, pads, self.device)
         if (end := max(self._pass.ends, default=0)) > self.capacity:
             raise ValueError(f"The cache has room for {self.capacity} tokens and was given {end}; make a larger one.")
         return self._pass.positions
@@ -119,27 +121,28 @@ class KVState:
 class Pass:
     """Where the new tokens of each row stand, and what they may see; one object serves all layers of a pass."""
 
-    def __init__(self, starts: Sequence[int], length: int, device: torch.device):
-        self.starts = starts
-        self.ends = [start + length for start in starts]
-        self.even = len(set(starts)) <= 1
+    def __init__(self, starts: Sequence[int], length: int, pads: Sequence[int], device: torch.device):
+        self.starts, self.pads = starts, pads
+        self.ends = [start + length - pad for start, pad in zip(starts, pads, strict=True)]
+        self.even = len(set(starts)) <= 1 and not any(pads)
         self.first, self.last = min(starts, default=0), max(self.ends, default=0)
         if self.even:
             self.positions = torch.arange(self.first, self.last, device=device)
-            self.mask = CausalMask(self.first, length, device)
+            self.mask = CausalMask(self.first, length, None, device)
             return
-        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+        first, before = (torch.tensor(each, device=device)[:, None] for each in (starts, pads))
+        self.positions = first + (torch.arange(length, device=device) - before).clamp(min=0)
         self.mask = RaggedMask(self.positions, self.last)
 
     def write(self, buffer: Float[Tensor, "rows heads capacity head_dim"], new: New) -> None:
-        """Puts the new tokens of each row behind those that it holds."""
+        """Puts the new tokens of each row, without its padding, behind those that it holds."""
         if self.even:
             buffer[:, :, self.first : self.last] = new
         elif new.shape[2] == 1:
             buffer[torch.arange(len(buffer), device=buffer.device), :, self.positions[:, 0]] = new[:, :, 0]
         else:
-            for row, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
-                buffer[row, :, start:end] = new[row]
+            for row, (start, end, pad) in enumerate(zip(self.starts, self.ends, self.pads, strict=True)):
+                buffer[row, :, start:end] = new[row, :, pad:]
 
 
 class LayerCache:

@@ -57,9 +57,9 @@ Cut = tuple[
 
 @dataclass(frozen=True)
 class Band:
-    """What the queries of each block may see."""
+    """What the queries of each block may see; rows of padding make it differ from text to text."""
 
-    mask: Bool[Tensor, "blocks window both"]
+    mask: Bool[Tensor, "#batch blocks window both"]
 
     def cut(self, q: Float[Tensor, "batch heads length head_dim"], k: Keys, v: Keys) -> Cut:
         """Queries, keys, values and mask with the blocks as rows of the batch.
@@ -67,32 +67,38 @@ class Band:
         Keys begin a window before the queries: what is missing there, and what the last block lacks, is zeros that
         nobody sees; what lies before is left out.
         """
-        blocks, window = self.mask.shape[:2]
+        batch, (blocks, window) = len(q), self.mask.shape[1:3]
         front, rest = window - (k.shape[2] - q.shape[2]), blocks * window - q.shape[2]
         queries = F.pad(q, (0, 0, 0, rest)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
-        mask = self.mask.repeat(len(q), 1, 1).unsqueeze(1)
+        mask = self.mask.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
         keys, values = (self._pairs(F.pad(x, (0, 0, front, rest))) for x in (k, v))
         return queries, keys, values, mask
 
     def _pairs(self, x: Keys) -> Float[Tensor, "folded kv_heads both head_dim"]:
         """Each block's keys after those of the block before."""
-        blocks = x.unflatten(2, (-1, self.mask.shape[1])).transpose(1, 2)
+        blocks = x.unflatten(2, (-1, self.mask.shape[2])).transpose(1, 2)
         return torch.cat([blocks[:, :-1], blocks[:, 1:]], 3).flatten(0, 1)
 
     def join(self, y: Float[Tensor, "folded window dim"], length: int) -> Float[Tensor, "batch length dim"]:
         """The blocks as whole texts again."""
-        return y.unflatten(0, (-1, len(self.mask))).flatten(1, 2)[:, :length]
+        return y.unflatten(0, (-1, self.mask.shape[1])).flatten(1, 2)[:, :length]
 
 
-def band(start: int, length: int, seen: int, window: int, device: torch.device | None = None) -> Band:
-    """Each token sees itself and the `window` - 1 before it.
+def band(
+    start: int, length: int, seen: int, window: int, padding: Int[Tensor, " batch"] | None = None,
+    device: torch.device | None = None,
+) -> Band:  # fmt: skip
+    """Each token sees itself and the `window` - 1 before it, but no left padding.
 
     `start` tokens came in earlier passes, `length` are in this one; the last `seen` of all are there as keys.
     """
     first = torch.arange(-(-length // window), device=device)[:, None, None] * window + start
     queries = first + torch.arange(window, device=device)[:, None]
     keys = first + torch.arange(-window, window, device=device)
-    return Band((keys <= queries) & (keys > queries - window) & (keys >= start + length - seen))
+    mask = ((keys <= queries) & (keys > queries - window) & (keys >= start + length - seen))[None]
+    if padding is not None:  # a padding token sees itself, so that no row of the softmax is empty
+        mask = mask & (keys >= padding[:, None, None, None]) | (keys == queries)
+    return Band(mask)
 
 
 Visible = Bool[Tensor, "#batch 1 #length seen"] | Band | Literal["causal"] | None
@@ -110,13 +116,17 @@ class Mask(Protocol):
 
 
 class CausalMask:
-    """Each token sees itself and those before it; one object serves all layers of a pass.
+    """Each token sees itself and those before it, but no left padding; one object serves all layers of a pass.
 
-    `start` tokens came in earlier passes, `length` are in this one. The mask is made on `device`.
+    `start` tokens came in earlier passes, `length` are in this one; `padding` [batch] counts each row's padding.
+    The mask is made on `device`, or where the padding is.
     """
 
-    def __init__(self, start: int, length: int, device: torch.device | None = None):
-        self.start, self.length, self.device = start, length, device
+    def __init__(
+        self, start: int, length: int, padding: Int[Tensor, " batch"] | None = None, device: torch.device | None = None
+    ):
+        self.start, self.length, self.padding = start, length, padding
+        self.device = device if padding is None else padding.device
         self._made: dict[tuple[int, int | None], Visible] = {}
 
     def visible(self, seen: int, window: int | None) -> Visible:
@@ -126,17 +136,19 @@ class CausalMask:
         return self._made[seen, window]
 
     def _make(self, seen: int, window: int | None) -> Visible:
-        if window is None and (self.length == 1 or self.length == seen):
+        if self.padding is None and window is None and (self.length == 1 or self.length == seen):
             return None if self.length == 1 else "causal"
         if window is not None and self.length > window:
-            return band(self.start, self.length, seen, window, self.device)
+            return band(self.start, self.length, seen, window, self.padding, self.device)
         end = self.start + self.length
         queries = torch.arange(self.start, end, device=self.device)[:, None]
         keys = torch.arange(end - seen, end, device=self.device)[None]
         mask = keys <= queries
         if window is not None:
             mask &= keys > queries - window
-        return mask[None, None]
+        if self.padding is not None:  # a padding token sees itself, so that no row of the softmax is empty
+            mask = mask & (keys >= self.padding[:, None, None]) | (keys == queries)
+        return mask.reshape(-1, 1, self.length, seen)
 
 
 class RaggedMask:

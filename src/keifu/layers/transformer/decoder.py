@@ -44,7 +44,7 @@ class State(Protocol):
     @property
     def longest(self) -> int: ...
 
-    def positions(self, length: int) -> Int[Tensor, "*batch length"]: ...
+    def positions(self, length: int, padding: Int[Tensor, " batch"] | None) -> Int[Tensor, "*batch length"]: ...
 
     def layer(self, index: int) -> Cache: ...
 
@@ -75,22 +75,29 @@ class DecoderLM(nn.Module):
         head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
         return cls(embedding, blocks, norm, positions, head, config.dropout, config)
 
-    def forward(self, tokens: Tokens, state: State | None = None) -> Float[Tensor, "batch length vocab"]:
-        """Logits of the token after each. `state` holds earlier tokens."""
-        return self.logits(self.hidden(tokens, state))
+    def forward(
+        self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch length vocab"]:
+        """Logits of the token after each. `state` holds earlier tokens; `padding` counts each row's left padding."""
+        return self.logits(self.hidden(tokens, state, padding))
 
-    def hidden(self, tokens: Tokens, state: State | None = None, documents: Tokens | None = None) -> Hidden:
-        """The last hidden states, after the last norm.
+    def hidden(
+        self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None,
+        documents: Tokens | None = None,
+    ) -> Hidden:  # fmt: skip
+        """The last hidden states, after the last norm; positions count from each row's first real token.
 
         `documents` numbers the document of each token where a row holds several: none sees or counts another's.
         """
         if state is not None:
-            return self._hidden(tokens, state.positions(tokens.shape[1]), state=state)
+            return self._hidden(tokens, state.positions(tokens.shape[1], padding), state=state)
         length = tokens.shape[1]
         positions = torch.arange(length, device=tokens.device)
         if documents is not None:
             return self._hidden(tokens, positions_in(documents), mask=DocumentMask(documents))
-        return self._hidden(tokens, positions, mask=CausalMask(0, length, tokens.device))
+        if padding is not None:
+            positions = (positions - padding[:, None]).clamp(min=0)
+        return self._hidden(tokens, positions, mask=CausalMask(0, length, padding, tokens.device))
 
     def _hidden(
         self, tokens: Tensor, positions: Tensor, state: State | None = None, mask: Mask | None = None

@@ -118,7 +118,7 @@ class EncoderDecoder(nn.Module):
         if len(target) != state.rows:
             raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")
         x = self.target_dropout(self._embedded(self._of(self.target_embedding), target, state.length))
-        mask, before = CausalMask(0, target.shape[1], target.device), state.targets
+        mask, before = CausalMask(0, target.shape[1], None, target.device), state.targets
         if before is not None:
             before.positions(target.shape[1])
         for i, block in enumerate(self.decoder):
