@@ -320,7 +320,7 @@ def published(model: str, folder: Path, lora: int = 0, recipe: str = "") -> dict
         expected = dpo.with_reference(alone, PAIRS, 2, 0) if recipe == "dpo" else torch.zeros(0)
     torch.testing.assert_close(first, expected)
     names = {name: name.replace(".base.", ".") for name, _ in found.named_parameters() if ".adapters." not in name}
-    same = [torch.equal(local(p), group.take(name, whole[names[name]].to(p.dtype)))
+    same = [torch.equal(local(p), group.pod.take(name, whole[names[name]].to(p.dtype)))
             for name, p in found.named_parameters() if name in names]  # fmt: skip
     total = sum(p.nbytes for p in whole.values())
     each = group.texts(json.dumps([read, memory.grown, all(same) and len(same) == len(whole)]))

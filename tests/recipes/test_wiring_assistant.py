@@ -140,7 +140,7 @@ def ranked_rows(toys: Toys) -> dict[str, Reach]:
         "steps": Reach(41, "settings.steps"),
         "batch_size": Reach(3, ("settings.batch_size", "data.batch_size")),
         "warmup": Reach(0.5, lambda r: round(r.settings.warmup / r.settings.steps, 1)),
-        "seed": Reach(5, ("settings.seed", "data.seed")),
+        "seed": Reach(5, ("settings.seed", "data._epochs.seed")),
     }
 
 
@@ -290,7 +290,7 @@ def table_rows() -> dict[str, Reach]:
         "weight_decay": Reach(0.07, "settings.weight_decay"),
         "held_out": Reach(0.3, counts, DIFFERENT),
         "epochs": Reach(5, lambda r: r.settings.steps // r.data.steps_per_epoch),
-        "seed": Reach(5, ("settings.seed", "data.seed")),
+        "seed": Reach(5, ("settings.seed", "data._epochs.seed")),
     }
 
 

@@ -29,7 +29,7 @@ def test_a_model_writes_while_another_is_loaded(folder: Path) -> None:
         return at_once()
 
     async def write(worker: Worker) -> list[int]:
-        request = Request([1, 2], SamplingParams(max_tokens=3), None, 512)
+        request = Request([1, 2], SamplingParams(max_tokens=3), None, 512, 512)
         return [piece.token async for _, piece in worker.generate([request])]
 
     async def both() -> tuple[list[int], list[int]]:

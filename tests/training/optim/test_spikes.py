@@ -58,6 +58,7 @@ def same(a: Path, b: Path) -> bool:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A run with a spike, never stopped."""
+    torch.set_num_threads(1)  # as each test has it, which this comes before
     directory = tmp_path_factory.mktemp("whole")
     data = Spoiled()
     train(toy(), objective, data, changed(), run(directory))
