@@ -11,7 +11,7 @@ from typing import Any
 
 from keifu.data.chat import prompts as gym
 from keifu.data.chat.prompts import Prompt
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 
 Reward = Callable[[str, str, Mapping[str, Any]], float]  # of the prompt, the answer and the example that it is from
 Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]  # of an answer to each of these prompts
@@ -44,8 +44,7 @@ def reward(name: str) -> Reward:
     missing file or function is a `UserError`."""
     path, colon, function = name.rpartition(":")
     if not colon:
-        if name not in OWN:
-            raise unknown("reward (or file.py:function)", name, OWN)
+        require_known("reward (or file.py:function)", name, OWN)
         return OWN[name]
     if not Path(path).is_file():
         raise UserError(f"There is no file {path}: --reward is file.py:function, or one of {', '.join(OWN)}.")

@@ -24,7 +24,7 @@ from keifu.data.catalogue import catalogue
 from keifu.data.classification.tables import HELD_OUT, Examples, read
 from keifu.data.records import SUFFIXES as TABLES
 from keifu.data.records import Row, listed, read_records
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known, unknown
 from keifu.files import parse_json, parse_yaml, read_text, reading
 
 METRICS = {
@@ -82,8 +82,7 @@ class FewShotTask:
 
     def __post_init__(self) -> None:
         for kind, value, known in (("metric", self.metric, METRICS), ("score", self.score, SCORES)):
-            if value not in known:
-                raise unknown(f"{kind} of a task", value, known)
+            require_known(f"{kind} of a task", value, known)
         if self.metric == "choice" and not all(item.choices for item in self.items):
             raise UserError(f"{self.name} has no choices to choose from: evaluate it with the metric exact or cloze.")
 
