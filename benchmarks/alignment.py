@@ -1,4 +1,4 @@
-"""Fine-tuning and GRPO beside TRL and PEFT: the same weights, conversations and prompts, interleaved rounds.
+"""Fine-tuning and GRPO with TRL and PEFT: the same weights, conversations and prompts, interleaved rounds.
 
 python benchmarks/alignment.py [--model DIR] [--dim 256] [--layers 4] [--steps 20] [--rounds 3] [--batch 8]
     [--only sft lora grpo ppo] [--threads 2]

@@ -1,4 +1,4 @@
-"""What examples in a prompt teach, by size: made-up mappings of letters, by models trained here and by published ones.
+"""In-context learning, by size: made-up mappings of letters, by models trained here and by published ones.
 
 python benchmarks/in_context.py [--layers 1 2 3] [--dim 64] [--steps 2500] [--models smollm2 gpt-en] [--picture PNG]
 

@@ -1,4 +1,4 @@
-"""What LLaMA's three changes bought: LayerNorm, GELU and learned positions of GPT-2, each changed alone, and all three.
+"""LLaMA's three changes: LayerNorm, GELU and learned positions of GPT-2, each changed alone, and all three.
 
 python benchmarks/llama_changes.py [--steps 400] [--seeds 0 1 2] [--only NAME ...] [--picture PNG]
 

@@ -1,4 +1,4 @@
-"""What reading many languages bought: translation by examples after a multilingual mixture and after English alone.
+"""Pretraining on many languages: translation by examples after a multilingual mixture and after English alone.
 
 python benchmarks/multilingual.py [--steps 6000] [--items 200] [--shots 0 1 3] [--out FOLDER] [--picture PNG]
 

@@ -1,4 +1,4 @@
-"""What moving the norms bought: GPT-1's blocks (post-norm) and GPT-2's (pre-norm), from shallow to deep.
+"""Placement of the norms: GPT-1's blocks (post-norm) and GPT-2's (pre-norm), from shallow to deep.
 
 python benchmarks/norm_placement.py [--depths 2 6 12 24] [--steps 300] [--seeds 0 1 2] [--picture PNG]
 

@@ -1,4 +1,4 @@
-"""What generative pretraining bought: the topics of Wikipedia summaries, told by a GPT-1 that wrote before, or did not.
+"""Generative pretraining: the topics of Wikipedia summaries, told by a GPT-1 that wrote before, or did not.
 
 python benchmarks/pretraining.py [--minutes 12] [--labels 100 1000 9033] [--epochs 2] [--tokens 64] [--picture PNG]
 

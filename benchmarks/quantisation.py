@@ -19,7 +19,7 @@ from keifu.data.text.token_shards import prepare
 from keifu.native.model import pack
 from keifu.native.pack import FORMATS
 
-SECTION, COLUMNS = "The native step beside llama.cpp", ("", "bits a weight", "perplexity")
+SECTION, COLUMNS = "The native step and llama.cpp", ("", "bits a weight", "perplexity")
 PEERS = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k"), "int4_pure": ("q4_0_pure",)}
 
 

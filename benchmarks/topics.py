@@ -1,4 +1,4 @@
-"""What bidirectional pretraining bought: the topics of Wikipedia summaries, told by four ways from few labels or many.
+"""Bidirectional pretraining: the topics of Wikipedia summaries, told by four ways from few labels or many.
 
 python benchmarks/topics.py [--only NAME ...] [--labels 100 1000 9033] [--epochs 2] [--tokens 64] [--seeds 0]
     [--left RUN] [--choose] [--picture PNG]

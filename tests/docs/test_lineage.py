@@ -19,7 +19,7 @@ ROWS = json.loads((DOCS / "lineage/lineage.json").read_text(encoding="utf-8"))
 LANDMARKS = lineage.landmarks()
 NAMES = [each.name for each in LANDMARKS]
 HEADINGS = [
-    "What was new", "In code", "Run it", "What it bought here", "Often told wrong", "Where this departs from the paper",
+    "What was new", "In code", "Run it", "Results in keifu", "Common misconceptions", "Differences from the paper",
 ]  # fmt: skip
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # in English: those in Japanese have the same code, which test_translations.py holds
@@ -63,7 +63,7 @@ def test_a_page_has_all_its_parts(name: str) -> None:
     page = (DOCS / f"lineage/{name}.md").read_text(encoding="utf-8")
     assert re.findall(r"(?m)^## (.*)$", page) == HEADINGS
     assert "](../pictures/" in page
-    assert len(page.partition("## Where this departs from the paper")[2]) > 200
+    assert len(page.partition("## Differences from the paper")[2]) > 200
     assert next(row for row in ROWS if row["name"] == name)["command"].split(" --")[0] in page
 
 
@@ -120,7 +120,7 @@ def test_the_figures_are_those_of_the_results(each: lineage.Landmark) -> None:
 
 
 def test_another_figure_would_be_seen() -> None:
-    assert not figures("BLEU 19.55") <= figures(section("Translation: what attention bought"))
+    assert not figures("BLEU 19.55") <= figures(section("Translation with attention"))
     assert section("No such section") == ""
 
 

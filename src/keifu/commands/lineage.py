@@ -1,4 +1,4 @@
-"""`keifu lineage`: the landmarks in order of years, what was new and what it bought here; as one offline page too."""
+"""`keifu lineage`: the landmarks in order of years, what was new and the result here; as one offline page too."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from keifu.files import write_atomic
 
 @dataclass(frozen=True)
 class Options:
-    """The landmarks in order of years: where each came from, what was new, what it bought here, how to repeat it."""
+    """The landmarks in order of years: where each came from, what was new, the result here, how to repeat it."""
 
     name: Annotated[
         tyro.conf.Positional[str | None],
@@ -32,14 +32,14 @@ def run(options: Options) -> None:
         print(f"The lineage is in {options.output}: open it in a browser.")
     elif options.name is None:
         rows = [(str(e.year), e.name, ", ".join(e.parents) or "-", e.new, e.bought) for e in found.values()]
-        tables.show(("year", "landmark", "came from", "what was new", "what it bought here"), rows)
+        tables.show(("year", "landmark", "came from", "what was new", "result here"), rows)
     elif options.name not in found:
         raise unknown("landmark", options.name, found)
     else:
         one = found[options.name]
         facts = (
             ("landmark", f"{one.title} ({one.authors}, {one.year})"), ("came from", ", ".join(one.parents) or "-"),
-            ("what was new", one.new), ("bought here", one.bought), ("published", one.published),
+            ("what was new", one.new), ("result here", one.bought), ("published", one.published),
             ("repeat it", one.command), ("results", f"{one.section} (docs/results.md)"),
         )  # fmt: skip
         tables.show(("", ""), facts)

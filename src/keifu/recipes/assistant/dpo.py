@@ -5,7 +5,7 @@ rate of 1e-6 and a warm-up of 150 steps there. The log-probabilities of the refe
 the first step, so no second model stays in memory. `--loss ipo`, `robust` and `normalised` are common variants.
 Command: keifu train dpo --model runs/sft --data preferences.jsonl
 Cost: printed before it starts, measured on the machine.
-Expected: see docs/results.md, "What InstructGPT's pipeline bought".
+Expected: see docs/results.md, "InstructGPT's pipeline".
 """
 
 from collections.abc import Sequence

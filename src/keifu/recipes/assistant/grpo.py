@@ -6,7 +6,7 @@ are compared with each other. The built-in task has sums in the form of reasonin
 Command: keifu train grpo --model runs/sft
 Cost: printed before it starts, measured on the machine, without the writing of the answers.
 Expected: the reward in metrics.jsonl rises, and so does validation_reward, that of the likeliest answers to held-out
-prompts; docs/results.md, "What GRPO bought on sums".
+prompts; docs/results.md, "GRPO on sums".
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ all of its options: sft, reward and ppo, in a folder each; the second and the th
 One report shows all three. A run that was stopped goes on where it was, within a step too.
 Command: keifu train instruct --model smollm2 --sft.data chats.jsonl --reward.data preferences.jsonl
 Cost: that of each step is printed before it starts.
-Expected: see docs/results.md, "What InstructGPT's pipeline bought".
+Expected: see docs/results.md, "InstructGPT's pipeline".
 """
 
 import json

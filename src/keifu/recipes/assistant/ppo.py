@@ -8,7 +8,7 @@ the text. What pretraining text is, and how long, is yours to say.
 Command: keifu train ppo --model runs/sft --reward runs/reward --data prompts.jsonl
 Cost: printed before it starts, measured on the machine, without the writing of the answers.
 Expected: the reward in metrics.jsonl rises, and kl stays inside its range:
-docs/results.md, "What InstructGPT's pipeline bought".
+docs/results.md, "InstructGPT's pipeline".
 """
 
 import copy

@@ -5,7 +5,7 @@ prompts in a step, one epoch, a rate of 9e-6 there. All pairs of a prompt are on
 demonstrations' mean score is made zero; without a file of them, the best answers of the rankings are that.
 Command: keifu train reward --model runs/sft --data preferences.jsonl
 Cost: printed before it starts, measured on the machine.
-Expected: see docs/results.md, "What InstructGPT's pipeline bought".
+Expected: see docs/results.md, "InstructGPT's pipeline".
 """
 
 import copy

@@ -6,7 +6,7 @@ warm-up of a tenth of the steps and a rate that falls linearly to 0.
 Command: keifu train classifier --data reviews.csv --text text --label label
 Cost: printed before it starts, for rows as long as the longest; minilm on 9,000 summaries of 100 tokens, 10 minutes on
 2 cores with bfloat16.
-Expected: see docs/results.md, "What bidirectional pretraining bought" (--data wiki-summaries).
+Expected: see docs/results.md, "Bidirectional pretraining" (--data wiki-summaries).
 """
 
 from dataclasses import dataclass, field, replace

@@ -6,7 +6,7 @@ half of the language model's. Batch 32, 3 epochs, rate 6.25e-5 with a warm-up of
 dropout 0.1 on what is classified; weight decay 0.01 and clipping at 1 as in the released code.
 Command: keifu train gpt1-finetune --model runs/gpt1 --data wiki-summaries --cut 128
 Cost: printed before it starts, for rows as long as the longest. --lm-weight 0 saves the loss of the words.
-Expected: see docs/results.md, "What generative pretraining bought" (--data wiki-summaries).
+Expected: see docs/results.md, "Generative pretraining" (--data wiki-summaries).
 """
 
 from copy import deepcopy

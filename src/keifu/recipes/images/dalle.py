@@ -10,7 +10,7 @@ dropout.
 Command: keifu train dalle --data emoji
 Cost: 85 minutes of training by default, of which each part's are an option, and a few for samples; a part's steps are
 fixed before it starts. What a stopped run lacks, --resume goes on with.
-Expected: see docs/results.md, "Emoji from text: what latents, embeddings and tokens bought".
+Expected: see docs/results.md, "Emoji from text".
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ same network without the autoencoder, whose time it gets: what latents buy.
 Command: keifu train latent-diffusion --data emoji
 Cost: 85 minutes of training by default, of which each part's are an option, and a few for samples. A part's steps are
 fixed before it starts.
-Expected: see docs/results.md, "Emoji from text: what latents, embeddings and tokens bought".
+Expected: see docs/results.md, "Emoji from text".
 """
 
 import math

@@ -7,7 +7,7 @@ is trained first (or --clip RUN) and then frozen; the last step's upsampler is t
 Command: keifu train unclip --data emoji
 Cost: 85 minutes of training by default, 18 of them for CLIP, and a few for samples; the steps are fixed before it
 starts.
-Expected: see docs/results.md, "Emoji from text: what latents, embeddings and tokens bought".
+Expected: see docs/results.md, "Emoji from text".
 
 Axes: picture, channels, height, width; embedding = numbers of CLIP's vectors.
 """

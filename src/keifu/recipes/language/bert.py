@@ -8,7 +8,7 @@ Cost: printed before it starts; the default, a model of 5 M parameters, about ha
 sizes: --model.dim 768 --model.hidden-dim 3072 --model.n-layers 12 --model.n-heads 12 --model.context-length 512
 --batch-size 256 --steps 1000000 --learning-rate 1e-4 --warmup 10000 --tokenizer minilm (the paper's vocabulary).
 Expected: the masked words, guessed ever better; no figure was made for this recipe. What a published encoder of this
-kind is worth: docs/results.md, "What bidirectional pretraining bought".
+kind is worth: docs/results.md, "Bidirectional pretraining".
 """
 
 import math

@@ -8,7 +8,7 @@ fall. The published size: --model.context-length 512 --model.dim 768 --model.hid
 --tokenizer names them; a learned one is byte-level BPE, which has an end-of-text token and loses no character.
 Command: keifu train gpt1 --data english
 Cost: printed before it starts; the default model has 5 M parameters.
-Expected: see docs/results.md, "What generative pretraining bought"; keifu train gpt1-finetune goes on.
+Expected: see docs/results.md, "Generative pretraining"; keifu train gpt1-finetune goes on.
 """
 
 from collections.abc import Callable

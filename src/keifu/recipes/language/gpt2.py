@@ -5,7 +5,7 @@ the rate, decay and schedule here are those that GPT-3 (Brown et al., 2020, tabl
 Command: keifu train gpt2 --data english --model.n-layers 4 --model.dim 256 --model.n-heads 4 --model.hidden-dim 1024
 Cost: the default is the published size, for a cluster; the sizes in the command above, about 3 hours on 2 cores.
 Expected: at the published size on WebText, about 3.1 nats a token, by the paper; no run of that size was made
-here. A small one: docs/results.md, "What LLaMA's three changes bought".
+here. A small one: docs/results.md, "LLaMA's three changes".
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ at 1.0, a cosine to a tenth, 2,000 steps of warm-up, 4 M tokens a step.
 Command: keifu train llama --model.dim 256 --model.hidden-dim 704 --model.n-layers 4 --model.n-heads 4
 Cost: the default is the published size, for a cluster. For a laptop use `keifu train gpt`, which chooses for you.
 Expected: the paper's figure 1: 7B passes 1.8 nats a token after about 0.5 T tokens of its mixture; no run of that size
-was made here. A small one: docs/results.md, "What LLaMA's three changes bought".
+was made here. A small one: docs/results.md, "LLaMA's three changes".
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ The paper's 8B: --steps 255000 --batch-size 2048 --model.context-length 2048 --m
 whether Adafactor clips each update; here both are as in T5X, which trained it.
 Command: keifu train palm --recipe-of paper --data english
 Cost: printed before it starts; the default model has 6 M parameters and sees 16 M tokens, fewer where the batch grows.
-Expected: see docs/results.md, "What PaLM's layer and optimizer bought: learning" and "PaLM's way out of a spike".
+Expected: see docs/results.md, "PaLM's layer and optimizer: learning" and "Recovery from loss spikes".
 """
 
 from dataclasses import dataclass

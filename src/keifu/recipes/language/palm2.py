@@ -10,7 +10,7 @@ No figure of this run is one of PaLM 2.
 Command: keifu train palm2 --mixture multilingual
 Cost: printed before it starts, for a model of 6 M parameters and 25 M tokens; the texts are fetched and tokenised
 before it, once.
-Expected: see docs/results.md, "What a mixture of objectives bought: nothing yet".
+Expected: see docs/results.md, "Mixture of objectives".
 """
 
 import hashlib

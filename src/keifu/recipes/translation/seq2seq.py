@@ -6,7 +6,7 @@ paper` trains as its appendix B.2 says: Adadelta with ρ 0.95 and ε 1e-6, gradi
 from 1,600 that were sorted by length. The default is for a budget of minutes on a processor, with AdamW.
 Command: keifu train seq2seq --data tatoeba-ja-en --attention additive
 Cost: 45 minutes of training unless --minutes or --steps say otherwise; the first run learns its tokenizer before it.
-Expected: BLEU and chrF by length of sentence: docs/results.md, "Translation: what attention bought".
+Expected: BLEU and chrF by length of sentence: docs/results.md, "Translation with attention".
 """
 
 from dataclasses import dataclass, replace

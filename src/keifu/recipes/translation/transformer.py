@@ -5,7 +5,7 @@ that rises for 4,000 steps and falls with their root, label smoothing 0.1, the m
 default is for a budget of minutes on a processor: Muon, and a rate that falls to zero within the budget.
 Command: keifu train transformer --data tatoeba-ja-en
 Cost: 45 minutes of training unless --minutes or --steps say otherwise; the first run learns its tokenizer before it.
-Expected: BLEU and chrF on held-out pairs: docs/results.md, "Translation: what the Transformer bought".
+Expected: BLEU and chrF on held-out pairs: docs/results.md, "Translation with the Transformer".
 """
 
 from dataclasses import dataclass
