@@ -1,7 +1,7 @@
-"""The processes that train one model together: which one this is, and what they agree on; one alone without any other.
+"""The processes that train one model together: the rank of this one, and the values they share.
 
-The first process alone writes into the run's directory and prints. `keifu.distributed` starts and joins processes, and
-says how a model is split over them.
+Rank 0 alone writes into the run's directory and prints. `keifu.distributed` starts and connects processes, and splits a
+model over them.
 """
 
 from collections.abc import Iterator
@@ -10,68 +10,70 @@ from typing import Any
 
 
 class Processes:
-    """This process alone. What several do otherwise, `keifu.distributed.group.Group` says.
+    """A process that trains alone. `keifu.distributed.group.Group` is the class for several.
 
-    number: of this process, from 0. whole: whether each process holds the whole model. pod: what it holds of one that
-    is split, a `keifu.distributed.pod.Pod`.
+    rank: the number of this process, from 0. is_replicated: whether each process has the whole model. pod: the shards
+    of this process (`keifu.distributed.pod.Pod`) if the model is split.
     """
 
-    number = 0
-    count = 1
-    whole = True
+    rank = 0
+    world_size = 1
+    is_replicated = True
     pod: Any = None
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes and prints."""
-        return self.number == 0
+    def is_main(self) -> bool:
+        """Return whether this process writes and prints."""
+        return self.rank == 0
 
     @property
     def ranks(self) -> Any:
-        """Which rows of a batch this process computes, a `keifu.training.ranks.Ranks`; None: all."""
+        """Return how a batch is split over the processes, a `keifu.training.ranks.Ranks`; None: it is not split."""
         return None
 
-    def wait(self) -> None:
-        """Waits until every process has come here."""
+    def barrier(self) -> None:
+        """Wait until every process has reached this line."""
 
-    def same(self, value: Any) -> Any:
-        """The first process's value, which JSON can hold, on every process."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the value of rank 0 on every process. It must be JSON-serialisable."""
         return value
 
-    def texts(self, text: str) -> list[str]:
-        """The texts of all processes, in their order, on the first one; on others their own."""
+    def gather(self, text: str) -> list[str]:
+        """Return the strings of all processes, in rank order, on rank 0; on other ranks only their own."""
         return [text]
 
-    def begin(self, step: int) -> None:
-        """Tells the others that this process begins a step."""
+    def begin_step(self, step: int) -> None:
+        """Report to the other processes that this one begins a step."""
 
     def split(self, module: Any) -> Any:
-        """A module, split over the processes from outside."""
+        """Split a module over the processes from outside."""
         return module
 
-    def accumulate(self, module: Any, last: bool) -> None:
-        """Says before a backward pass of a split module whether it is the last one of a step: gradients of the others
-        stay with their process."""
+    def set_last_backward(self, module: Any, last: bool) -> None:
+        """Set whether the next backward pass of a split module is the last of its step.
 
-    def drop(self, module: Any) -> None:
-        """Frees such gradients of a step that is given up."""
+        Gradients of earlier passes stay on their process.
+        """
 
-    def join(self, name: str, tensor: Any) -> Any:
-        """The whole of a tensor that belongs to the parameter of that name, from what each process holds of it."""
-        return tensor if self.pod is None else self.pod.join(name, tensor)
+    def discard_gradients(self, module: Any) -> None:
+        """Free the gradients of a step that is given up."""
+
+    def full_tensor(self, name: str, tensor: Any) -> Any:
+        """Gather a tensor that belongs to the parameter `name` from the shards of all processes."""
+        return tensor if self.pod is None else self.pod.full_tensor(name, tensor)
 
     def save(self, *state: Any) -> None:
-        """Saves the state of a split model (see `keifu.training.run.checkpoint.save`)."""
+        """Save the state of a split model (see `keifu.training.run.checkpoint.save`)."""
 
     def flush(self) -> None:
-        """Waits until what `save` saves is on disk."""
+        """Wait until the state that `save` writes is on disk."""
 
     def load(self, path: Any, tensors: Any) -> dict[str, Any]:
-        """Fills the tensors of a split model from a state; gives the state's other tensors."""
+        """Fill the tensors of a split model from a state, and return the state's other tensors."""
         return {}
 
     def layout(self, name: str) -> Any:
-        """Which part of a parameter each process holds, a `keifu.distributed.layout.Layout`; None: all of it."""
+        """Return the `keifu.distributed.layout.Layout` of a parameter; None: each process has all of it."""
         return None if self.pod is None else self.pod.layouts.get(name)
 
 
@@ -79,15 +81,16 @@ _processes = Processes()
 
 
 def current() -> Processes:
-    """The processes that this one belongs to."""
+    """Return the processes that this one belongs to."""
     return _processes
 
 
 @contextmanager
 def use(processes: Processes) -> Iterator[None]:
-    """Makes this process one of several in this block."""
+    """Make this process one of several in this block."""
     global _processes
-    before, _processes = _processes, processes
+    before = _processes
+    _processes = processes
     try:
         yield
     finally:

@@ -210,7 +210,7 @@ def exchanges(kind: str, folder: Path, rows: int = 8, micro_batch: int = 8) -> d
         found[name] |= {key: count for key, count in exchanged.counts.items() if count}
         trainer.drop_gradients()
         if name == "counted" and micro_batch < rows:
-            current().accumulate(trainer.module, False)
+            current().set_last_backward(trainer.module, False)
             next(trainer._losses(make(1, rows), 0)).total.backward()
             trainer.drop_gradients()
     return found
@@ -323,7 +323,7 @@ def published(model: str, folder: Path, lora: int = 0, recipe: str = "") -> dict
     same = [torch.equal(local(p), group.pod.take(name, whole[names[name]].to(p.dtype)))
             for name, p in found.named_parameters() if name in names]  # fmt: skip
     total = sum(p.nbytes for p in whole.values())
-    each = group.texts(json.dumps([read, memory.grown, all(same) and len(same) == len(whole)]))
+    each = group.gather(json.dumps([read, memory.grown, all(same) and len(same) == len(whole)]))
     reads, grown, right = zip(*map(json.loads, each), strict=True)
     return {"read": max(reads) / total, "grown": max(grown) / total, "right": all(right)}
 
@@ -347,9 +347,9 @@ def work(folder: Path, cases: list[dict[str, Any]]) -> None:
         for case in cases:
             name, mesh = case.pop("name"), Mesh(**case.pop("mesh", {}))
             store = PrefixStore(name, first.store)
-            with use(Group(mesh, store, first.number, first.count, torch.device("cpu"))):
+            with use(Group(mesh, store, first.rank, first.world_size, torch.device("cpu"))):
                 found[name] = globals()[case.pop("work", "learn")](folder=folder / name, **case)
-        if first.first:
+        if first.is_main:
             (folder / "found.json").write_text(json.dumps(found))
 
 

@@ -122,7 +122,7 @@ def test_the_first_process_says_its_own_error_as_it_is(
 ) -> None:
     monkeypatch.setattr(failures, "GRACE", 0.1)
     store, two = distributed.TCPStore("localhost", 0, 1, is_master=True), Processes()
-    two.count = 2
+    two.world_size = 2
     with pytest.raises(UserError, match=sentence), failures.explained(two, store, str):
         raise error
     assert store.check([failures.SHOWN])

@@ -46,7 +46,7 @@ class FaultyData(ToyData):
     @property
     def apart(self) -> str:
         """The fault of this process."""
-        return self.fault if current().number == 1 else ""
+        return self.fault if current().rank == 1 else ""
 
     def batch(self, step: int) -> Batch:
         time.sleep(self.seconds)

@@ -130,7 +130,7 @@ def test_where_not_even_one_row_fits_the_run_stops_and_says_so(tmp_path: Path) -
 
 def test_a_process_that_shares_the_model_makes_no_other_passes_than_the_others(tmp_path: Path) -> None:
     class Split(Processes):
-        whole = False
+        is_replicated = False
 
     with use(Split()), pytest.raises(failures.OutOfMemory, match="3 MB more were asked for.*micro_batch"):
         train(toy(), scarce(2, 12), Sequences(), settings(), run(tmp_path))

@@ -198,7 +198,7 @@ class Rollouts:
         """Answers to these prompts of a part (0: training, 1: held out), with everything that a batch holds. Each of
         several processes writes some of them."""
         ranks = current().ranks or Ranks()
-        ranks = Ranks() if len(rows) < ranks.world else ranks
+        ranks = Ranks() if len(rows) < ranks.world_size else ranks
         own = slice(*ranks.bounds(len(rows), ranks.rank))
         answers = self._answers(part, rows[own], sampling[own])
         rollout = ranks.gather_batch(answers, {"tokens": self.tokenizer.pad_id or 0})

@@ -108,7 +108,7 @@ class Plan:
         if place.type == "mps" and self.dtype == torch.float64:  # Apple's GPU has no float64
             place = torch.device("cpu")
         with reading(self.source.path), ThreadPoolExecutor(torch.get_num_threads()) as workers:
-            read = self._tensor if current().whole else self._lazy
+            read = self._tensor if current().is_replicated else self._lazy
             state = dict(workers.map(partial(read, device=place), self.links))
         self.model.load_state_dict(state, assign=True)
         return self.model.eval()

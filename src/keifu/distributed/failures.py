@@ -31,21 +31,21 @@ def explained(group: Processes, store: Any, explain: Callable[[Exception], str |
 
     explain: an exception as a sentence; None where it is no error of the user's.
     """
-    signs = Signs(group.number, group.count, store.clone())
+    signs = Signs(group.rank, group.world_size, store.clone())
     signs.thread.start()
     try:
         yield
     except Exception as error:
         signs.ended.set()
-        if group.first and exchange_failed(error):
+        if group.is_main and exchange_failed(error):
             raise UserError(signs.reason()) from error
-        if group.first:
+        if group.is_main:
             raise
         signs.leave(error, explain)
         raise SystemExit(1) from error
     finally:
         signs.ended.set()
-        if group.first:
+        if group.is_main:
             signs.store.set(SHOWN, "")
 
 

@@ -34,49 +34,52 @@ KEPT = 100  # values that stay in the store
 
 
 class Group(Processes):
-    """One of `count` processes, with its mesh; fewer: whether there may be fewer pods than it says."""
+    """One of `world_size` processes, with its mesh; fewer: whether there may be fewer pods than the mesh says."""
 
-    def __init__(self, mesh: Mesh, store: Any, number: int, count: int, device: torch.device, fewer: bool = False):
-        self.mesh, self.store, self.number, self.count = mesh, store, number, count
-        self.shape = pods, shard, tensor = mesh.fit(count, fewer)
+    def __init__(self, mesh: Mesh, store: Any, rank: int, world_size: int, device: torch.device, fewer: bool = False):
+        self.mesh = mesh
+        self.store = store
+        self.rank = rank
+        self.world_size = world_size
+        self.shape = pods, shard, tensor = mesh.fit(world_size, fewer)
         if mesh.offload and device.type == "cpu":
             raise UserError("--mesh.offload moves weights of GPUs to the host's memory, where they are: leave it out.")
-        self.whole = shard == tensor == 1
+        self.is_replicated = shard == tensor == 1
         self.devices = init_device_mesh(device.type, (pods, shard, tensor), mesh_dim_names=self.shape._fields)
         self.data_group = None if tensor == 1 else self.devices["pods", "shard"]._flatten("data").get_group()
         self.pod_group = None if pods == 1 else self.devices["shard", "tensor"]._flatten("pod").get_group()
-        self.states = checkpoint.States(self.first)
+        self.states = checkpoint.States(self.is_main)
         self.values = 0
         self.modules: dict[int, Any] = {}
 
     @property
     def ranks(self) -> Ranks:
         pods, shard, tensor = self.shape
-        pods_group = None if self.whole else self.devices.get_group("pods")
-        return Ranks(self.number // tensor, pods * shard, self.data_group, pods, pods_group, self.pod)
+        pods_group = None if self.is_replicated else self.devices.get_group("pods")
+        return Ranks(self.rank // tensor, pods * shard, self.data_group, pods, pods_group, self.pod)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         distributed.all_reduce(torch.zeros(1))
 
-    def same(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         self.values += 1
-        if self.first:
+        if self.is_main:
             self.store.set(f"value/{self.values}", json.dumps(value))
             self.store.delete_key(f"value/{self.values - KEPT}")
             return value
         return json.loads(self.store.get(f"value/{self.values}"))
 
-    def texts(self, text: str) -> list[str]:
+    def gather(self, text: str) -> list[str]:
         self.values += 1
-        self.store.set(f"text/{self.values}/{self.number}", text)
-        numbers = range(self.count) if self.first else ()
+        self.store.set(f"text/{self.values}/{self.rank}", text)
+        numbers = range(self.world_size) if self.is_main else ()
         return [self.store.get(f"text/{self.values}/{number}").decode() for number in numbers] or [text]
 
-    def begin(self, step: int) -> None:
-        self.store.set(f"step/{self.number}", str(step))
+    def begin_step(self, step: int) -> None:
+        self.store.set(f"step/{self.rank}", str(step))
 
     def split(self, module: Any) -> nn.Module:
-        if self.whole and not self.mesh.activation_checkpointing and not self.mesh.compile_blocks:
+        if self.is_replicated and not self.mesh.activation_checkpointing and not self.mesh.compile_blocks:
             return module
         if id(module.model) not in self.modules:
             layouts, partial = {}, set()
@@ -84,16 +87,16 @@ class Group(Processes):
                 layouts, partial = tensor_parallel(module.model, self.devices["tensor"])
             self.modules[id(module.model)] = parallelize(module, self.mesh, self.devices)
             settle(module)
-            if not self.whole:
+            if not self.is_replicated:
                 self.pod = Pod(module.model, self.devices, self.pod_group, layouts, partial)
         return self.modules[id(module.model)]
 
-    def accumulate(self, module: Any, last: bool) -> None:
+    def set_last_backward(self, module: Any, last: bool) -> None:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last or self.mesh.sync_each)
             module.set_is_last_backward(last)
 
-    def drop(self, module: Any) -> None:
+    def discard_gradients(self, module: Any) -> None:
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.unshard()  # the parameters that hold them
@@ -144,18 +147,18 @@ def join(mesh: Mesh, fewer: bool = False) -> Iterator[Group]:
             raise UserError(f"Each process takes a GPU of its own, and there are {gpus} here: start {gpus} processes.")
         torch.cuda.set_device(place)
     limit = timedelta(seconds=mesh.time_limit)
-    store, number, count = next(rendezvous("env://", timeout=limit))
+    store, rank, world_size = next(rendezvous("env://", timeout=limit))
     store.set_timeout(limit)
-    store = _of_this_start(store, number, count, mesh.time_limit)
+    store = _of_this_start(store, rank, world_size, mesh.time_limit)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
-        group = Group(mesh, store, number, count, device, fewer)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        group = Group(mesh, store, rank, world_size, device, fewer)
     except RuntimeError as error:
         if not exchange_failed(error):
             raise
         raise UserError("Another process ended before all had joined: start again, or with --resume.") from error
     with use(group):
         yield group
-        group.wait()
+        group.barrier()
     distributed.destroy_process_group()  # after an error the others may not answer

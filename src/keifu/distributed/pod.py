@@ -47,8 +47,8 @@ class Pod:
             for name, p in model.named_parameters()
         }
 
-    def join(self, name: str, tensor: Tensor) -> Tensor:
-        """The whole of a tensor that belongs to a parameter; of others, and of numbers without axes, the tensor."""
+    def full_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Gather a tensor that belongs to a parameter. Other tensors, and scalars, are returned as they are."""
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         known = name in self.layouts and tensor.dim()
         return self.layouts[name].join(local, self.places, self.group) if known else local

@@ -41,7 +41,7 @@ def whole_batch_outputs(
     the same random numbers each time. `scale`: the factor by which the caller multiplies each total before its backward
     pass. Where gradients are disabled, there is one output.
     """
-    if len(sizes) == ranks.world == 1:
+    if len(sizes) == ranks.world_size == 1:
         yield from (call(objective, part) for part in passes())
         return
     own = _cache_outputs(objective, model, call, passes)
@@ -52,7 +52,7 @@ def whole_batch_outputs(
     if not keeps:
         yield _share_of(whole, counted)
         return
-    part_of_scale = scale / ranks.world  # each rank gives an equal part of the gradient of the loss's own parameters
+    part_of_scale = scale / ranks.world_size  # of the loss's own parameters, an equal part a rank
     (whole.total * part_of_scale).backward()
     first = sum(ranks.counts(own[0])[: ranks.rank])
     mine = (output.grad[first : first + len(own[0])].split(list(sizes)) for output in outputs)  # pyright: ignore

@@ -68,13 +68,13 @@ def train(
         keep_freed(device),
     ):
         run_directory.claim_directory(run)
-        current().wait()
+        current().barrier()
         setup = set_up(model, objective, data, settings, run, display.note, largest)
         state = setup.trainer.state
         display.expect(state.length.steps)
         sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, setup.described)
         with metrics.Metrics(run.directory, sinks, state.step, state.spikes.skipped) as lines:
-            loop = _Loop(setup, data, run, sample, save, display, lines, lambda: current().same(stop.wanted))
+            loop = _Loop(setup, data, run, sample, save, display, lines, lambda: current().broadcast(stop.wanted))
             try:
                 loop.make_steps()
                 return loop.finish()
@@ -101,7 +101,7 @@ class _Loop:
         self.peak = peak(device, self.trainer.dtype)
         self.figures, self.validated, self.gradient_norm = lines.latest, lines.validated, math.nan
         self.saved = state.step if run.resume else -1
-        if run.resume and current().first:  # a kill may have come before these were removed
+        if run.resume and current().is_main:  # a kill may have come before these were removed
             self._remove_old_states(state.step)
         self.on_policy = isinstance(data, OnPolicy)
         self.record = run_directory.recorded(run.directory)
@@ -171,8 +171,8 @@ class _Loop:
     def _fitting_gradient(self, batch: Batch) -> Gradient | None:
         """The gradient; where it does not fit into memory, with half as many rows at a time, down to one."""
         trainer, step = self.trainer, self.state.step
-        current().begin(step)
-        alone, stopped = current().count == 1, self.stop()
+        current().begin_step(step)
+        alone, stopped = current().world_size == 1, self.stop()
         while not stopped:
             try:
                 with failures.explain_out_of_memory():
@@ -197,7 +197,7 @@ class _Loop:
         except failures.OutOfMemory as error:
             raise failures.OutOfMemory(self._refuse(str(error))) from error
         except Exception as error:
-            if current().count == 1 and self.stop():  # Ctrl-C also ends a compiler that the step was waiting for
+            if current().world_size == 1 and self.stop():  # Ctrl-C also ends a compiler that the step was waiting for
                 self._stopped()
             error.add_note(self._refuse("See above."))
             raise
@@ -209,7 +209,7 @@ class _Loop:
         with self.pace.paused():
             try:
                 current().flush()  # the state to go back to may be the one that is being written
-                current().wait()
+                current().barrier()
                 state.rewind(checkpoint.read(self.run.directory, state.spikes.target(spiked)))
             except UserError as error:
                 raise UserError(self._refuse(str(error))) from None
@@ -227,7 +227,7 @@ class _Loop:
         if step == steps:
             return  # the rest is made by `finish`
         if self.settings.minutes is not None:
-            self._fit(current().same(self.budget.steps(step, steps)))
+            self._fit(current().broadcast(self.budget.steps(step, steps)))
         due = [name for name, every in self.every.items() if every and step % every == 0]
         if self.settings.spikes.rise and self.state.spikes.due(step) and "state" not in due:
             due.append("state")
@@ -303,7 +303,7 @@ class _Loop:
         self.lines.write(self.state.step, figures)
 
     def _sample(self) -> None:
-        if self.sample is None or not current().whole or not current().first:
+        if self.sample is None or not current().is_replicated or not current().is_main:
             return  # a split model is not sampled from
         self.loader.wait()
         self.trainer.model.eval()
@@ -320,8 +320,8 @@ class _Loop:
         if self.saved != state.step:
             state.passed, state.lasted = self.pace.passed, dict(self.pace.lasted)
             facts = {"described": self.described, "resolved": self.trainer.resolved(), **state.facts()}
-            save = checkpoint.save if current().whole else current().save
-            if current().first or not current().whole:
+            save = checkpoint.save if current().is_replicated else current().save
+            if current().is_main or not current().is_replicated:
                 save(self.run.directory, state.step, state.tensors(), facts, self._remove_old_states)
             self.saved = state.step
 
@@ -356,31 +356,31 @@ class _Loop:
     def _not_finite(self, batch: Batch) -> NoReturn:
         with self.pace.paused():
             reason = self.trainer.explain(self.state.step, batch)
-        if current().whole:  # it may be another process's rows; the exchanges of a split model would not meet here
-            reason = next((each for each in current().texts(reason) if each != failures.NOT_AGAIN), reason)
+        if current().is_replicated:  # another process may know more; exchanges of a split model would hang
+            reason = next((each for each in current().gather(reason) if each != failures.NOT_AGAIN), reason)
         advice = "A lower learning rate, a longer warm-up, a smaller clip or float32 helps."
         raise failures.NotFinite(self._refuse(f"In the next step {reason}. {advice}"))
 
     def _refuse(self, text: str) -> str:
         """Saves the state of the last complete step; gives the text of the error with how to resume."""
         self.trainer.optimizers.drop_gradients()
-        if current().whole:  # other processes may not come to save theirs
+        if current().is_replicated:  # other processes may not come to save theirs
             self._save_state()
         how, kept = run_directory.how_to_resume(self.run), "saved" if self.saved == self.state.step else "not saved"
         return f"Stopped after step {self.state.step:,}, whose state is {kept}. {text} To go on: {how}"
 
     def _leave(self, outcome: dict[str, Any]) -> None:
         """Writes the model, the results into recipe.json, and the report."""
-        if self.save and (current().first or not current().whole):
+        if self.save and (current().is_main or not current().is_replicated):
             self.trainer.model.eval()
             with self.trainer.optimizers.averaged():
                 self.save(self.run.directory)
         current().flush()
-        if current().first:
+        if current().is_main:
             figures = {"steps": self.state.step, "figures": self.figures}
             self._write_recipe({**outcome, **figures, "hashes": run_directory.hashes(self.run.directory)})
             write_report(self.run.directory)
-        current().wait()
+        current().barrier()
 
     def _write_recipe(self, outcome: dict[str, Any]) -> None:
         length = self.state.length

@@ -30,7 +30,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share each batch: this one is number `rank` of `world`, counted from 0.
+    """The processes that share each batch: this one is number `rank` of `world_size`, counted from 0.
 
     group: the processes that share the batch; None: all. pods: the number of processes that hold the same part of the
     model, `pods_group`. pod: where the model is split over the processes of a pod, a `keifu.distributed.pod.Pod`, by
@@ -38,7 +38,7 @@ class Ranks:
     """
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     group: Any = None
     pods: int = 1
     pods_group: Any = None
@@ -46,7 +46,7 @@ class Ranks:
 
     def bounds(self, rows: int, rank: int) -> tuple[int, int]:
         """The first row of a rank's slice of `rows` rows, and the one behind its last; sizes differ by one at most."""
-        return rows * rank // self.world, rows * (rank + 1) // self.world
+        return rows * rank // self.world_size, rows * (rank + 1) // self.world_size
 
     def micro_batches(self, batch: Batch, rows: int) -> list[MicroBatch]:
         """This rank's slice of a batch in parts of at most `rows` rows, as many parts on every rank.
@@ -55,11 +55,11 @@ class Ranks:
         whole on every rank.
         """
         total = rows_of(batch)
-        if 0 < total < self.world:
+        if 0 < total < self.world_size:
             return [MicroBatch(0, batch)]
         first, end = self.bounds(total, self.rank)
-        largest = ceil(total / self.world)
-        count = min(ceil(largest / rows), total // self.world)
+        largest = ceil(total / self.world_size)
+        count = min(ceil(largest / rows), total // self.world_size)
         starts = [*range(first, end, rows)]
         if len(starts) != count:
             starts = [first + (end - first) * part // count for part in range(count)]
@@ -71,10 +71,10 @@ class Ranks:
 
     def sum(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sums over all ranks of numbers without axes, each in its own type, in the order of the ranks."""
-        if self.world == 1:
+        if self.world_size == 1:
             return tensors
         numbers = torch.stack([tensor.double() for tensor in tensors.values()])
-        columns = zip(tensors.items(), torch.stack(of_all(numbers, self.world, self.group), 1), strict=True)
+        columns = zip(tensors.items(), torch.stack(of_all(numbers, self.world_size, self.group), 1), strict=True)
         return {name: reduce(add, column.to(tensor.dtype)) for (name, tensor), column in columns}
 
     def sum_gradients(self, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -87,7 +87,7 @@ class Ranks:
         from torch.distributed.tensor import DTensor  # takes a second to import
 
         used = torch.tensor([p.grad is not None for p in parameters.values()], dtype=torch.int32)
-        if self.world > 1:
+        if self.world_size > 1:
             used = used.to(next(iter(parameters.values())).device)
             distributed.all_reduce(used, distributed.ReduceOp.MAX, group=self.group)
         chosen = {n: p for (n, p), wanted in zip(parameters.items(), used.tolist(), strict=True) if wanted}
@@ -97,7 +97,7 @@ class Ranks:
         whole = {name: p.grad for name, p in chosen.items() if p.grad is not None and name not in sharded}
         if self.pod:
             self.pod.complete(whole | sharded)
-        sum_in_order([*whole.values()], self.world, self.group)
+        sum_in_order([*whole.values()], self.world_size, self.group)
         sum_in_order([*sharded.values()], self.pods, self.pods_group)
         gradients = whole | sharded
         norm = self.pod.norm(gradients) if self.pod else get_total_norm([*gradients.values()])
@@ -105,24 +105,24 @@ class Ranks:
 
     def counts(self, rows: Tensor) -> list[int]:
         """The number of rows of such a tensor on every rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [len(rows)]
-        return [*map(int, of_all(torch.full((1,), len(rows), device=rows.device), self.world, self.group))]
+        return [*map(int, of_all(torch.full((1,), len(rows), device=rows.device), self.world_size, self.group))]
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, one rank's after the other's."""
-        if self.world == 1:
+        if self.world_size == 1:
             return rows
         counts = self.counts(rows)
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
-        parts = zip(of_all(padded, self.world, self.group), counts, strict=True)
+        parts = zip(of_all(padded, self.world_size, self.group), counts, strict=True)
         return torch.cat([part[:count] for part, count in parts])
 
     def gather_batch(self, batch: Batch, padding: Mapping[str, int]) -> Batch:
         """The rows of all ranks of a batch whose tensors have one axis, or a second one of positions, which differ in
         number and are padded on the right, with 0 where nothing is said."""
-        if self.world == 1:
+        if self.world_size == 1:
             return batch
         found = {}
         for name, tensor in batch.items():

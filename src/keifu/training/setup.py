@@ -59,7 +59,7 @@ def set_up(
     settings = replace(settings, steps=length.begun)
     described = describe_settings(settings, run.options, data.fingerprint)
     check_alike(described)
-    if isinstance(data, OnPolicy) and not current().whole:
+    if isinstance(data, OnPolicy) and not current().is_replicated:
         raise UserError("Rollouts need the whole model on each process: leave out --mesh.shard and --mesh.tensor.")
     if found:
         _tell_changes(found, length, settings, described, tell)
@@ -73,7 +73,7 @@ def set_up(
     rows = settings.micro_batch or resolved.get("micro_batch")
     with failures.explain_out_of_memory():
         measured = cost.estimate(trainer, batch, rows)
-    trainer.micro_batch = rows or current().same(measured.micro_batch)
+    trainer.micro_batch = rows or current().broadcast(measured.micro_batch)
     trainer.row_elements = resolved.get("row_elements", row_elements(batch))
     if found:
         trainer.state.load(found)
@@ -87,7 +87,7 @@ def check_alike(described: dict[str, Any]) -> None:
     """A `UserError` where another process has other data, settings or versions than the first one."""
     versions = {"keifu": __version__, "torch": torch.__version__}
     here = flat({"version": versions, **described}) | {"data": described["data"]}
-    first, *others = map(json.loads, current().texts(json.dumps(here, default=str)))
+    first, *others = map(json.loads, current().gather(json.dumps(here, default=str)))
     for number, other in enumerate(others, 1):
         if changed := compare(first, other):
             raise UserError(
@@ -145,7 +145,7 @@ def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.State:
     found, complaints = checkpoint.latest(run.directory)
     for text in complaints:
         tell(text)
-    step = current().same(found.step)
+    step = current().broadcast(found.step)
     return found if found.step == step else checkpoint.read(run.directory, step)
 
 
@@ -188,7 +188,7 @@ def steps_within(
     batch = on_device(largest, device)
     hardware = tensor_float32(device), keep_freed(device)
     with cost.preserve_state(trainer), failures.explain_out_of_memory(), hardware[0], hardware[1]:
-        trainer.micro_batch = current().same(cost.estimate(trainer, batch, settings.micro_batch).micro_batch)
+        trainer.micro_batch = current().broadcast(cost.estimate(trainer, batch, settings.micro_batch).micro_batch)
         trainer.row_elements = row_elements(batch)
         seconds = _seconds_a_step(trainer, data, SHARE * 60 * minutes)
         trainer.optimizers.forget()
@@ -204,8 +204,8 @@ def _seconds_a_step(trainer: Trainer, data: Data, budget: float) -> float:
         trainer.optimizers.update(dict.fromkeys(trainer.optimizers.all, 0.0))
         synchronize(trainer.device)
         spent = time.perf_counter() - start if step else 0.0
-        if step >= LEAST_STEPS and current().same(spent > budget):
-            return current().same(spent / step)
+        if step >= LEAST_STEPS and current().broadcast(spent > budget):
+            return current().broadcast(spent / step)
     raise AssertionError("count() does not end")
 
 

@@ -112,7 +112,7 @@ class TrainState:
 
     def _load(self, found: checkpoint.State) -> None:
         tensors = found.tensors
-        if current().whole:
+        if current().is_replicated:
             checkpoint.load_into_model(self.model, tensors)
             self.optimizers.load(_with_prefix("optimisers.", tensors))
         else:

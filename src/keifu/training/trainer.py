@@ -74,7 +74,7 @@ class Trainer:
         self.plain = objective  # not compiled, for the search for a number that is not finite
         self.module = current().split(ObjectiveModule(model))
         self.ranks = ranks or current().ranks or Ranks()
-        self.split = self.ranks.world > 1 or not current().whole
+        self.split = self.ranks.world_size > 1 or not current().is_replicated
         self.micro_batch = settings.micro_batch or settings.batch_size
         self.row_elements: int | None = None
         self.dropout = DropoutKeys(model, settings.seed, self.device)
@@ -99,7 +99,7 @@ class Trainer:
                 if stop():
                     self.drop_gradients()
                     return None
-                current().accumulate(self.module, number == last)
+                current().set_last_backward(self.module, number == last)
                 (outcome.total * scale.value if scale.moves else outcome.total).backward()
                 sums += Sums.of(outcome)
         finally:
@@ -109,7 +109,7 @@ class Trainer:
 
     def check_rows(self, step: int, batch: Batch) -> None:
         """A `UserError` where a batch has no rows, or fewer than there are ranks."""
-        rows, world = rows_of(batch), self.ranks.world
+        rows, world = rows_of(batch), self.ranks.world_size
         if rows < world:
             said = f"{rows:,} rows for {world} processes" if rows else "no rows"
             raise UserError(f"The batch of step {step} has {said}; look at the data.")
@@ -117,7 +117,7 @@ class Trainer:
     def drop_gradients(self) -> None:
         """Frees the gradients of a step that is given up."""
         self.optimizers.drop_gradients()
-        current().drop(self.module)
+        current().discard_gradients(self.module)
 
     def update(self, gradient: Gradient) -> None:
         """Updates the weights by their gradients: one step more is done."""
@@ -133,7 +133,8 @@ class Trainer:
         self.model.eval()
         sums = Sums()
         for batch in filter(rows_of, batches):
-            shared = rows_of(batch) >= self.ranks.world  # a smaller one is whole on all ranks, and the first counts it
+            # a smaller batch is whole on all ranks, and rank 0 counts it
+            shared = rows_of(batch) >= self.ranks.world_size
             for outcome in self._losses(on_device(batch, self.device)):
                 new = Sums.of(outcome)
                 sums += new if shared or not self.ranks.rank else new.zeros()
@@ -162,8 +163,8 @@ class Trainer:
         """Halves the number of rows of such a batch that are computed at a time, from now on; False where it is 1, and
         where processes exchange tensors in each pass: one that makes other passes alone would not meet the others."""
         rows = min(self._rows(batch), rows_of(batch))
-        whole_batch = self.ranks.world > 1 and isinstance(self.objective, WholeBatchObjective)
-        if rows < 2 or whole_batch or not current().whole:
+        whole_batch = self.ranks.world_size > 1 and isinstance(self.objective, WholeBatchObjective)
+        if rows < 2 or whole_batch or not current().is_replicated:
             return False
         self.micro_batch = rows // 2
         self.row_elements = None if self.row_elements is None else row_elements(batch)
@@ -192,7 +193,7 @@ class Trainer:
 
         if isinstance(self.objective, WholeBatchObjective):
             sizes, scale = [rows_of(part.batch) for part in parts], self.state.scale.value
-            ranks = self.ranks if rows_of(batch) >= self.ranks.world else Ranks()
+            ranks = self.ranks if rows_of(batch) >= self.ranks.world_size else Ranks()
             yield from whole_batch_outputs(self.objective, self.model, self._call, passes, sizes, scale, ranks)
         else:
             for part in passes():

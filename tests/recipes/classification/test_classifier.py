@@ -111,7 +111,7 @@ def test_a_model_that_is_split_is_not_asked_in_the_end(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     class Split(Processes):
-        whole = False
+        is_replicated = False
 
         def split(self, module: nn.Module) -> nn.Module:
             settle(module)

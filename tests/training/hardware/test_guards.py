@@ -102,9 +102,9 @@ MESSAGES = [
 
 def test_a_number_of_another_process_is_named_by_it(tmp_path: Path) -> None:
     class Two(Processes):
-        count = 2
+        world_size = 2
 
-        def texts(self, text: str) -> list[str]:
+        def gather(self, text: str) -> list[str]:
             return [text, "the rows of the other one" if text == failures.NOT_AGAIN else text]
 
     calls = iter(range(100))
@@ -119,7 +119,7 @@ def test_a_number_of_another_process_is_named_by_it(tmp_path: Path) -> None:
 
 def test_the_state_of_a_split_model_is_not_said_to_be_saved(tmp_path: Path) -> None:
     class Split(Processes):
-        whole = False
+        is_replicated = False
 
     with use(Split()), pytest.raises(failures.NotFinite, match=r"Stopped after step \d+, whose state is not saved"):
         train(exploding("nan"), objective, Sequences(), settings(micro_batch=4, save_every=0), run(tmp_path))
@@ -254,7 +254,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
 
 def test_only_the_first_process_writes_lines_in_a_folder_that_was_taken_away(tmp_path: Path) -> None:
     class Second(Processes):
-        number = 1
+        rank = 1
 
     with use(Second()), metrics.Metrics(tmp_path / "run", [], 0) as lines:
         lines.write(1, {"loss": 3.0})

@@ -194,9 +194,9 @@ def test_the_pace_is_tried_with_the_rows_of_the_first_process() -> None:
     rows: list[int] = []
 
     class Second(Processes):
-        number, count = 1, 2
+        rank, world_size = 1, 2
 
-        def same(self, value):
+        def broadcast(self, value):
             if value == 6:
                 rows.clear()
             return 2 if value == 6 else value

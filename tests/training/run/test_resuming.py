@@ -110,9 +110,9 @@ def test_every_process_goes_on_from_the_state_of_the_first(tmp_path: Path, capsy
     """Which alone has seen that the newest one is damaged."""
 
     class Second(Processes):
-        number, count = 1, 2
+        rank, world_size = 1, 2
 
-        def same(self, value):
+        def broadcast(self, value):
             return 9 if value == 12 else value
 
     train(toy(), objective, Sequences(), settings(), run(tmp_path))

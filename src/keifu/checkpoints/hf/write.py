@@ -80,8 +80,8 @@ def _save_known(
     if tokenizer is not None:
         check_tokenizer(tokenizer, own.vocab_size)
     places = weight_places(family, [_of_whole(link) for link in links(model, family.table(config))])
-    if not current().first:  # it gives its parts of a split model, and does not write
-        for found in places.values() if not current().whole else ():
+    if not current().is_main:  # it gives its parts of a split model, and does not write
+        for found in places.values() if not current().is_replicated else ():
             deque(published_tensors(model, found), maxlen=0)
         return
     with disk_space(f"{directory} keeps what it held"):
@@ -103,7 +103,7 @@ def published_tensors(model: nn.Module, found: Sequence[Link]) -> Iterator[tuple
     """Every tensor of the file by its published name, on the CPU, in the model's order."""
     state = model.state_dict()
     for link in found:
-        whole = current().join(link.ours, state[link.ours].detach())
+        whole = current().full_tensor(link.ours, state[link.ours].detach())
         yield from zip(link.theirs, link.split(whole.cpu()), strict=True)
 
 

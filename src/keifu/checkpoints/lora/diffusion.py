@@ -107,7 +107,7 @@ def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
         raise UserError(f"A LoRA's file holds adapters of the U-Net and the text's encoder, not of {strange[0]}.")
     if style == "diffusers" and any(adapter.length is not None for adapter in made):
         raise UserError("The older spelling of diffusers has no word for DoRA's lengths: write it as peft or kohya.")
-    if current().first:
+    if current().is_main:
         tensors = {name: t.contiguous() for each in made.items() for name, t in _format_weights(*each, style).items()}
         write_atomic(Path(path), save(tensors, metadata={"format": "pt"}))
 

@@ -93,7 +93,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
     made = whole_tensors(model)
     if not made:
         raise UserError("This model has no adapters to save: save it whole.")
-    if not current().first:
+    if not current().is_main:
         return
     tensors = {name: tensor for each in made.items() for name, tensor in _name_layers(*each).items()}
     directory = Path(directory)
@@ -104,7 +104,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
 
 def whole_tensors(model: nn.Module) -> dict[Adapter, dict[str, Tensor]]:
     """The tensors of every adapter, on the CPU; of a split model, its processes join them."""
-    join = current().join
+    join = current().full_tensor
     return {part: {end: join(f"{name}.{end}", p.detach()).cpu().contiguous() for end, p in part.named_parameters()}
             for name, part in model.named_modules() if isinstance(part, Adapter)}  # fmt: skip
 

@@ -222,7 +222,7 @@ def save_result(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: s
         checkpoints.save(model, tokenizer, directory)
         return
     save_adapter(model, directory, str(Path(base).resolve()) if Path(base).exists() else base)
-    if current().first:
+    if current().is_main:
         tokenizer.save(directory)
         write_atomic(directory / GENERATION_CONFIG, json.dumps(generation_config(tokenizer), indent=2) + "\n")
 

@@ -94,7 +94,7 @@ def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad
             batch = on_device(stack_rows([found[place] for place in places], pad_id), next(model.parameters()).device)
             values[places] = module(reference, batch).cpu()
             progress(min(at + batch_size, len(order)))
-    current().drop(module)  # FSDP holds the whole of some weights after a forward pass
+    current().discard_gradients(module)  # FSDP holds the whole of some weights after a forward pass
     return values
 
 

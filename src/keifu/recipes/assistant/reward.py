@@ -78,7 +78,7 @@ def prepare(recipe: Recipe) -> Task:
 
 def require_whole() -> None:
     """A `UserError` where the model is split over processes: it is saved with a bias that its own scores give."""
-    if not current().whole:
+    if not current().is_replicated:
         raise UserError("A reward model is trained whole on each process: leave out --mesh.shard and --mesh.tensor.")
 
 

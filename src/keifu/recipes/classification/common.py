@@ -101,6 +101,6 @@ def train_classifier(
         options={**recipe.origin(), "model": asdict(task.model.config), "cut": recipe.cut, **options},
         largest=rows.largest(),
     )  # fmt: skip
-    if len(task.held) and current().whole:
+    if len(task.held) and current().is_replicated:
         print(f"On held-out {unit}: {evaluate(task).verdict()}")
     return summary

@@ -220,7 +220,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         out, resume, task.model, task.objective, task.data, settings(recipe),
         title=f"{Path(recipe.model).name} learns from “{Path(recipe.data).stem}” by a LoRA",
         paper="Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)",
-        sample=sampler(task, recipe) if current().whole else None,  # a split model is not sampled from
+        sample=sampler(task, recipe) if current().is_replicated else None,  # a split model is not sampled from
         save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
         **describe(recipe, pictures, told, {"size": pictures.shape[1]}),
     )  # fmt: skip

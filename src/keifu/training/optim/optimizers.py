@@ -74,7 +74,7 @@ class Optimizers:
         for (kind, optimizer), rate in zip(self.all.items(), rates.values(), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("share", 1.0)
-            if kind in OF_WHOLE_MATRICES and not current().whole:
+            if kind in OF_WHOLE_MATRICES and not current().is_replicated:
                 self._update_whole(kind, optimizer)
             else:
                 optimizer.step()
@@ -92,11 +92,12 @@ class Optimizers:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is None:
                     continue
-                whole = nn.Parameter(processes.join(name, p.detach()).clone())
-                whole.grad = processes.join(name, p.grad)
+                whole = nn.Parameter(processes.full_tensor(name, p.detach()).clone())
+                whole.grad = processes.full_tensor(name, p.grad)
                 alone = KINDS[kind]([(name, whole)], self.settings, {whole: processes.layout(name).parts})
                 alone.param_groups[0].update(options)
-                alone.state[whole] = {key: processes.join(name, part) for key, part in optimizer.state[p].items()}
+                state = optimizer.state[p].items()
+                alone.state[whole] = {key: processes.full_tensor(name, part) for key, part in state}
                 alone.step()
                 local(p).copy_(pod.take(name, whole.detach()))
                 optimizer.state[p] = {

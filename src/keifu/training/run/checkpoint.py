@@ -166,7 +166,7 @@ def read(directory: Path, step: int) -> State:
     if sha256(plain_file(tensor_file)) != facts["sha256"]:
         raise UserError(f"{tensor_file} is damaged: its hash is not the one stored.")
     try:
-        tensors = load_file(tensor_file) if current().whole else {}
+        tensors = load_file(tensor_file) if current().is_replicated else {}
         return State(step, facts, tensors, tensor_file)
     except SafetensorError as error:
         raise UserError(f"{tensor_file} is damaged: {error}.") from None
@@ -194,9 +194,9 @@ def _read_parts(place: Path, step: int, facts: dict[str, Any]) -> State:
     for name, digest in facts["files"].items():
         if not (place / name).exists():
             raise UserError(f"{place / name} is missing.")
-        if current().first and sha256(place / name) != digest:
+        if current().is_main and sha256(place / name) != digest:
             raise UserError(f"{place / name} is damaged: its hash is not the one stored.")
-    if not current().whole:
+    if not current().is_replicated:
         return State(step, facts, {}, place)
     tensors = read_sharded(place, {})
     parts = sorted((name for name in tensors if "#" in name), key=lambda name: int(name.rpartition("#")[2]))

@@ -35,7 +35,7 @@ def owned(directory: Path) -> Iterator[None]:
 
     Of several processes that share a run (torchrun), the first holds it for all.
     """
-    if not current().first:
+    if not current().is_main:
         yield
         return
     with hold(directory) as first:
@@ -51,7 +51,7 @@ def owned(directory: Path) -> Iterator[None]:
 
 def claim_directory(run: Run) -> None:
     """Makes sure that a new run overwrites no other one (a `UserError`); `run.replace` removes the other one."""
-    if run.resume or not current().first:
+    if run.resume or not current().is_main:
         return
     if (steps := checkpoint.steps(run.directory)) and not run.replace:
         raise UserError(
@@ -70,7 +70,7 @@ def claim_directory(run: Run) -> None:
 
 def keep_tokenizers(run: Run) -> None:
     """Writes the tokenizers that a new run has learned into its folder, from which it goes on with them."""
-    if not run.resume and current().first:
+    if not run.resume and current().is_main:
         for name, tokenizer in LEARNED.items():
             tokenizer.save(run.directory / KEPT / name)
     LEARNED.clear()
@@ -88,7 +88,7 @@ def write_recipe(run: Run, facts: Mapping[str, Any], steps: int) -> None:
 
 def write(directory: Path, content: Mapping[str, Any]) -> None:
     """Writes recipe.json, where this is the first process."""
-    if current().first:
+    if current().is_main:
         write_atomic(directory / RECIPE, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
@@ -162,7 +162,7 @@ def check_free(directory: Path) -> None:
 def replaced(directory: Path) -> Iterator[None]:
     """A block in which a new run replaces the one in the directory; the old one is restored if the new one fails before
     it has saved a state."""
-    if not current().first:
+    if not current().is_main:
         yield
         return
     _move(directory, directory / MOVING)
@@ -202,7 +202,7 @@ def _files(directory: Path) -> list[Path]:
 
 def forget(directory: Path) -> None:
     """Removes the record of a run that failed before its first step, and the directory if it is then empty."""
-    if not current().first:
+    if not current().is_main:
         return
     if read_recipe(directory).keys() == {RECORD}:
         (directory / RECIPE).unlink()

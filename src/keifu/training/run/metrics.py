@@ -39,9 +39,9 @@ class Metrics:
         before = [line for line in lines if (line.get("skipped", 0), line["step"]) <= (skipped, step)]
         self.latest = {name: value for line in before for name, value in line.items() if name != "step"}
         self.validated = max((line["step"] for line in before if "validation_loss" in line), default=None)
-        if current().first:
+        if current().is_main:
             write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in before))
-        self.file = (self.path if current().first else Path(os.devnull)).open("ab", buffering=0)
+        self.file = (self.path if current().is_main else Path(os.devnull)).open("ab", buffering=0)
         self.pending = b""
 
     def write(self, step: int, figures: dict[str, float | int]) -> None:
@@ -51,7 +51,7 @@ class Metrics:
             sink.write(step, figures)
         whole = self.file.tell()
         try:
-            if current().first and not self.path.exists():  # the folder was taken away: it is written anew
+            if current().is_main and not self.path.exists():  # the folder was taken away: it is written anew
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.file, whole = self.path.open("ab", buffering=0), 0
             self.pending = self.pending[self.file.write(self.pending) or 0 :]
@@ -105,7 +105,7 @@ def last_metrics(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]) -> list[Sink]:
     """The destinations of metrics beside the file, by the settings; a missing package is a `UserError`."""
     found = list[Sink]()
-    if tensorboard and current().first:  # events in the folder `tensorboard` of the run
+    if tensorboard and current().is_main:  # events in the folder `tensorboard` of the run
         _package("tensorboard")
         writer = import_module("torch.utils.tensorboard").SummaryWriter(str(directory / "tensorboard"))
 
@@ -114,7 +114,7 @@ def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, 
                 writer.add_scalar(name, value, step)
 
         found.append(Sink(write, writer.close))
-    if wandb and current().first:  # the package's own environment variables choose the account, or offline use
+    if wandb and current().is_main:  # the package's own environment variables choose the account, or offline use
         run = _package("wandb").init(project="keifu", name=directory.name, dir=str(directory), config=described)
         found.append(Sink(lambda step, figures: run.log(figures, step=step), run.finish))
     return found
