@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from keifu.layers.attention.attention import Attention
+from keifu.layers.initialisation import scale_residual_
+from keifu.layers.transformer.blocks import PreNorm, residual_weights
 from keifu.models import bert, gpt1, gpt2, gpt3, llama, palm, transformer
 from keifu.models.unclip import prior as unclip_prior
 
@@ -74,3 +77,28 @@ def test_the_transformers_parts_of_a_joined_matrix_are_glorots_each() -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight.requires_grad:
             check_deviation(module.weight.detach(), 96**-0.5)
+
+
+class Experts(nn.Module):
+    """A feed-forward network with two matrices that write to the residual stream, under names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    @property
+    def residual_weights(self) -> list[torch.Tensor]:
+        return [self.one.weight, self.two.weight]
+
+
+def test_a_block_lists_the_matrices_that_are_scaled() -> None:
+    """By no name of theirs; a layer that lists none is an error, not a layer that is left out."""
+    norms = (nn.LayerNorm(8), nn.LayerNorm(8))
+    blocks = [PreNorm(Attention(8, 2), Experts(), norms) for _ in range(2)]
+    before = [weight.clone() for weight in residual_weights(blocks)]
+    scale_residual_(residual_weights(blocks), 2)
+    assert len(before) == 6
+    for weight, old in zip(residual_weights(blocks), before, strict=True):
+        assert torch.equal(weight, old / 2)
+    with pytest.raises(AttributeError, match="residual_weights"):
+        residual_weights([PreNorm(Attention(8, 2), nn.Linear(8, 8), norms)])

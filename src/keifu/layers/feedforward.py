@@ -25,6 +25,11 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         return self.down(self.dropout(self.activation(self.up(x))))
 
+    @property
+    def residual_weights(self) -> list[Tensor]:
+        """Return the matrices whose outputs are added to the residual stream."""
+        return [self.down.weight]
+
 
 class GatedFeedForward(nn.Module):
     """down(activation(gate(x)) · up(x)) (Shazeer, 2020: GLU variants); gate and up are one product."""
@@ -38,6 +43,11 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(self.activation(gate) * up)
+
+    @property
+    def residual_weights(self) -> list[Tensor]:
+        """Return the matrices whose outputs are added to the residual stream."""
+        return [self.down.weight]
 
 
 SwiGLU = partial(GatedFeedForward, activation=F.silu)
@@ -55,3 +65,8 @@ class GEGLU(nn.Module):
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         up, gate = self.up_gate(x).chunk(2, -1)
         return self.down(self.dropout(up * F.gelu(gate)))
+
+    @property
+    def residual_weights(self) -> list[Tensor]:
+        """Return the matrices whose outputs are added to the residual stream."""
+        return [self.down.weight]

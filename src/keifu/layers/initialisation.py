@@ -1,6 +1,8 @@
 """Weight initialisation by kind of layer."""
 
-from torch import nn
+from collections.abc import Iterable
+
+from torch import Tensor, nn
 
 from keifu.layers.linear import JoinedLinear
 
@@ -14,11 +16,13 @@ def normal_(model: nn.Module, std: float = 0.02) -> None:
             nn.init.zeros_(module.bias)
 
 
-def scale_residual_(model: nn.Module, n_layers: int) -> None:
-    """Divides what writes to the residual stream by √(2 · n_layers), its number of writers (GPT-2, section 2.3)."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.endswith((".attention.out", ".feedforward.down")):
-            module.weight.data.div_((2 * n_layers) ** 0.5)
+def scale_residual_(weights: Iterable[Tensor], n_layers: int) -> None:
+    """Divide the weights of the residual projections by √(2 · n_layers) (GPT-2, section 2.3).
+
+    weights: as `keifu.layers.transformer.blocks.residual_weights` returns them.
+    """
+    for weight in weights:
+        weight.data.div_((2 * n_layers) ** 0.5)
 
 
 def xavier_(model: nn.Module, embedding_std: float) -> None:

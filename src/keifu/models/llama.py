@@ -13,7 +13,7 @@ from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.normalisation import RMSNorm
-from keifu.layers.transformer.blocks import PreNorm
+from keifu.layers.transformer.blocks import PreNorm, residual_weights
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models.hf import config as hf
 
@@ -109,7 +109,7 @@ def assemble(config: Any, attention: Callable[[int], Attention], feedforward_bia
 def initialise(model: DecoderLM) -> DecoderLM:
     """The same initialisation for later models, whose papers do not print theirs either."""
     normal_(model, std=0.02)
-    scale_residual_(model, len(model.blocks))
+    scale_residual_(residual_weights(model.blocks), len(model.blocks))
     return model
 
 

@@ -128,6 +128,11 @@ class Attention(nn.Module):
         visible = None if mask is None else mask.visible(k.shape[2], self.window)
         return self.out(attend(q, k, v, visible, self.dropout, self.scale))
 
+    @property
+    def residual_weights(self) -> list[Tensor]:
+        """Return the matrices whose outputs are added to the residual stream."""
+        return [self.out.weight]
+
 
 class CrossAttention(nn.Module):
     """Queries from one sequence, keys and values from another (Vaswani et al., 2017, section 3.2.3)."""

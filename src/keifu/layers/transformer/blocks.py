@@ -3,6 +3,7 @@
 Axes: batch, length, dim. Whatever else is given to a block goes to its attention.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from jaxtyping import Float
@@ -109,3 +110,12 @@ class Parallel(nn.Module):
         normed = self.norm(x)
         x = x + self.attention_dropout(self.attention(normed, **context))
         return x + self.feedforward_dropout(self.feedforward(normed))
+
+
+def residual_weights(blocks: Iterable[Any]) -> list[Tensor]:
+    """Return the matrices of these blocks whose outputs are added to the residual stream.
+
+    The attention and the feed-forward network of each block list their own matrices as `residual_weights`.
+    """
+    sublayers = [part for block in blocks for part in (block.attention, block.feedforward)]
+    return [weight for part in sublayers for weight in part.residual_weights]
