@@ -22,7 +22,7 @@ OF_TRAINING = {"--out", "--resume", "--replace", "--help", "--device", "--proces
 BELOW = ("data", "layers", "models", "training")
 OTHERS = {"--version", "--quiet", "--verbose"}  # of keifu itself
 ELSEWHERE = {  # options of pip, of llama.cpp and of torchrun; variables of a style sheet
-    "data/catalogue/download.py", "checkpoints/gguf/read.py", "distributed/failures.py", "lineage.py",
+    "data/catalogue/pip_download.py", "checkpoints/gguf/read.py", "distributed/failures.py", "lineage.py",
 }  # fmt: skip
 OF_VERBS = {"training/hardware/plan.py", "data/text/prepared.py"}  # below them, and for one of them
 WRITTEN_OF = {"commands/shared/flags.py", "commands/train.py"}  # they speak of options as such

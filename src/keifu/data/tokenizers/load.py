@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from keifu.data.catalogue.download import made_once
+from keifu.data.prepared_folders import build_once
 from keifu.data.tokenizers.formats import READERS, finish_backend, reader, settings_beside
 from keifu.data.tokenizers.gguf import gguf_tokenizer, read_gguf_fields
 from keifu.data.tokenizers.seq2seq import SOURCE, TARGET_TOKENIZER, read_marian, read_two_sided
@@ -36,7 +36,7 @@ def learned_tokenizer(name: str, learn: Callable[[], Tokenizer], out: Path | Non
     def found() -> Path | None:
         return next((each for each in places if (each / "tokenizer_config.json").exists()), None)  # its last file
 
-    made_once(places[-1], lambda: found() is not None, lambda new: learn().save(new))  # by one process of several
+    build_once(places[-1], lambda: found() is not None, lambda new: learn().save(new))  # by one process of several
     LEARNED[name] = load_tokenizer(found() or places[-1])
     return LEARNED[name]
 

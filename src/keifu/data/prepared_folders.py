@@ -1,0 +1,77 @@
+"""Folders of the cache: each is built once, by one process, synced to disk, and built again if it is damaged."""
+
+import glob
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from keifu import files
+from keifu.errors import UserError
+
+MANIFEST = "files.json"  # sizes of all files of a prepared folder, and hashes of those that are soon read
+SOON_READ = 1 << 26  # bytes; larger files are known by their size alone
+
+
+def build_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path], None]) -> Path:
+    """Return a folder; if it is not whole, `make` writes it under the temporary name that it receives.
+
+    One process at a time writes, in an empty folder next to it. That folder is removed at the end, and so is one that
+    a killed process left. All files are synced before the folder gets its name. A full disk is a `UserError`.
+    """
+    if is_whole():
+        return folder
+    with files.locked(folder):
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
+        with temporary as path, files.disk_space(f"nothing of {folder.name} was kept"):
+            if not is_whole():
+                new = Path(path, "new")
+                make(new)
+                for written in sorted(new.rglob("*"), reverse=True):
+                    files.sync(written)
+                files.sync(new)
+                shutil.rmtree(folder, ignore_errors=True)  # exists only if it was damaged
+                new.rename(folder)
+                files.sync(folder.parent)
+    return folder
+
+
+def prepared_folder(
+    kind: str, source: str | Path, settings: Mapping[str, Any], make: Callable[[Path, dict[str, Any]], None],
+    usual: str = "text",
+) -> Path:  # fmt: skip
+    """Return the folder, under `kind` in the cache, of a source that was prepared with these settings.
+
+    make: writes the folder. It also receives facts to write: the source, a fingerprint of the settings, and these.
+    usual: name of a source that has none. A folder whose files are cut, changed or missing is made anew.
+    """
+    fingerprint = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    name = Path(source).stem.replace("*", "") or usual
+    folder = files.cache() / kind / f"{name}-{fingerprint[:16]}"
+
+    def make_with_manifest(new: Path) -> None:
+        make(new, {"source": str(source), "fingerprint": fingerprint, "settings": settings})
+        manifest = {path.name: _facts(path) for path in sorted(new.iterdir())}
+        (new / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+    return build_once(folder, lambda: is_undamaged(folder), make_with_manifest)
+
+
+def is_undamaged(folder: Path) -> bool:
+    """Return whether a prepared folder has all files that were written there, as they were written."""
+    try:
+        manifest = files.read_json_object(folder / MANIFEST)
+        return bool(manifest) and all(_facts(folder / name) == facts for name, facts in manifest.items())
+    except (OSError, UserError):
+        return False
+
+
+def _facts(path: Path) -> list[Any]:
+    """Return a file's size, and its SHA-256 unless reading the file takes long."""
+    size = path.stat().st_size
+    return [size, files.sha256(path) if size <= SOON_READ else ""]
