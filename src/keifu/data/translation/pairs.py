@@ -6,8 +6,8 @@ sentence, a tab and its translation; or two files "train.ja,train.en" whose line
 
 A pair is held out by a hash of its normalised text, so that the choice depends neither on the order of the pairs nor on
 the direction, and no held-out sentence is left in training. Only equal text is kept apart. Sentences that differ in a
-word or a name ("Tom likes tea", "Mary likes tea"), and paraphrases that share neither side with a held-out pair, are
-not recognised and may stand on both sides.
+word or a name ("Tom likes tea", "Mary likes tea") may be on both sides: `near_copies.clean_and_near` separates the
+held-out pairs that have such a near copy in training. Paraphrases that share neither side are not recognised.
 """
 
 import hashlib
@@ -230,7 +230,7 @@ class Split:
         )
 
 
-class _Kept(dict[int, int | None]):
+class KeptCharacters(dict[int, int | None]):
     """For str.translate: a character's code, None for spaces, punctuation and control characters."""
 
     def __missing__(self, code: int) -> int | None:
@@ -239,7 +239,7 @@ class _Kept(dict[int, int | None]):
         return self[code]
 
 
-_KEPT = _Kept()
+KEPT_CHARACTERS = KeptCharacters()
 
 
 def normalize(sentence: str) -> str:
@@ -248,7 +248,7 @@ def normalize(sentence: str) -> str:
     A sentence of punctuation alone keeps it.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", sentence).lower())
-    bare = unicodedata.normalize("NFKC", text.translate(_KEPT))
+    bare = unicodedata.normalize("NFKC", text.translate(KEPT_CHARACTERS))
     return bare or "".join(text.split())
 
 
