@@ -1,7 +1,7 @@
 """The processes of a pod, which a model is split over: their parts of every parameter, and what they add up.
 
-FSDP2, activation checkpointing and compilation act on the blocks, which are the modules in the model's lists. Each is
-gathered when it is computed; what is in none of them, while the whole model is.
+FSDP2, activation checkpointing and compilation act on the blocks that the model lists. Each block is gathered when it
+is computed; the other parameters are gathered as long as the whole model is computed.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from keifu.devices import require_compiler
+from keifu.distributed.blocks import blocks_of
 from keifu.distributed.layout import Layout
 from keifu.distributed.mesh import Mesh
-from keifu.layers.lora import Adapter
+from keifu.errors import UserError
 from keifu.layers.unet.spatial_transformer import CROSS
 from keifu.training.optim.optimizers import joined_rows
 from keifu.training.ranks import of_all, sum_in_order
@@ -87,9 +88,14 @@ class Pod:
 
 
 def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
-    """The module, split over the axis `shard` of a device mesh as `mesh` says. Gradients are summed over that axis."""
-    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part
-              if not isinstance(block, Adapter)]  # fmt: skip
+    """Split a module over the axis `shard` of a device mesh as `mesh` says.
+
+    The units are the blocks that the model lists. Gradients are summed over that axis.
+    """
+    blocks = blocks_of(module)
+    if not blocks and (mesh.compile_blocks or mesh.activation_checkpointing):
+        name = "--mesh.compile-blocks" if mesh.compile_blocks else "--mesh.activation-checkpointing"
+        raise UserError(f"{name} acts on blocks, and this model lists none: leave it out, or give the model `blocks`.")
     for block in blocks:
         if mesh.compile_blocks:
             require_compiler(next(module.parameters()).device)
@@ -103,10 +109,9 @@ def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
     scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP shards none of them
     offload = CPUOffloadPolicy() if mesh.offload else OffloadPolicy()
     apart = [part.kv for part in module.modules() if isinstance(part, CROSS)]
-    chosen = {id(part) for part in (*blocks, *apart) if any(p.dim() for p in part.parameters())}
-    for part in reversed([*module.modules()]):  # the innermost first
-        if id(part) in chosen or part is module:
-            made = fully_shard(part, mesh=devices["shard"], ignored_params=scalars, offload_policy=offload)
-            made.set_gradient_divide_factor(1.0)
-            made.set_force_sum_reduction_for_comms(True)
+    units = [part for part in (*apart, *blocks) if any(p.dim() for p in part.parameters())]
+    for part in (*units, module):  # the inner ones first
+        made = fully_shard(part, mesh=devices["shard"], ignored_params=scalars, offload_policy=offload)
+        made.set_gradient_divide_factor(1.0)
+        made.set_force_sum_reduction_for_comms(True)
     return module

@@ -5,7 +5,7 @@ Each process has some heads of every attention and some units of every feed-forw
 and dropout act on each token separately, it has some of the tokens. Axes: batch, length = tokens, dim.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -16,16 +16,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from keifu.distributed.blocks import HasBlocks
 from keifu.distributed.layout import Layout
 from keifu.errors import UserError
 from keifu.layers import losses
 from keifu.layers.attention.attention import Attention, CrossAttention
+from keifu.layers.attention.axial import GridAttention
 from keifu.layers.dropout import Dropout, dropout_mask
 from keifu.layers.feedforward import GEGLU, FeedForward, GatedFeedForward
 from keifu.layers.linear import Linear, linear
 from keifu.layers.lora import Adapter, adapters
-
-KINDS = Attention, FeedForward, GatedFeedForward, GEGLU  # that are split
+from keifu.layers.normalisation import RMSNorm, ScaledLayerNorm, UnitOffsetRMSNorm
+from keifu.layers.transformer.blocks import CrossPostNorm, CrossPreNorm, Parallel, PostNorm, PreNorm, SandwichNorm
+from keifu.layers.transformer.encoder_decoder import EncoderDecoder
+from keifu.layers.unet.conv import SpatialAttention
 
 
 class Tokens:
@@ -171,40 +175,99 @@ def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
 
 
 def tensor_parallel(model: nn.Module, axis: DeviceMesh) -> tuple[dict[str, Layout], set[str]]:
-    """Splits the blocks of a model. Gives the layout of each parameter that is split, and the names of those whose
-    gradients have to be summed over the axis: of the other parameters in the blocks."""
+    """Split the blocks of a model over an axis of the mesh.
+
+    Returns the layout of each parameter that is split, and the names of the other parameters of the blocks, whose
+    gradients have to be summed over the axis. Raises a `UserError` for a layer that is not in the tables below.
+    """
     if any(adapter.low.dora for adapter in adapters(model)):
         raise UserError("DoRA cannot be split over --mesh.tensor: use --mesh.shard, or leave --lora.dora out.")
+    names = {module: name for name, module in model.named_modules()}
+    stacks = stacks_of(model, names)
+    if not stacks:
+        raise UserError("This model has no Transformer block to split: leave --mesh.tensor out, or use --mesh.shard.")
     layouts: dict[str, Layout] = {}
     summed: set[str] = set()
-    for name, blocks in [*model.named_modules()]:
-        inner = [*blocks] if isinstance(blocks, nn.ModuleList) else []
-        if not inner or not all(any(isinstance(part, KINDS) for part in block.children()) for block in inner):
-            continue
+    for blocks in stacks:
         tokens = Tokens(axis)
-        inner[0].register_forward_pre_hook(tokens.enter)
-        inner[-1].register_forward_hook(lambda _, inputs, output, tokens=tokens: tokens.whole(output, adds=False))
-        for place, block in enumerate(inner):
-            found = dict(_split_block(block, tokens))
-            layouts |= {f"{name}.{place}.{key}": layout for key, layout in found.items()}
-            summed |= {f"{name}.{place}.{key}" for key, _ in block.named_parameters() if key not in found}
-    layouts |= _split_head(model, Tokens(axis)) if layouts else {}
-    if not layouts:
-        raise UserError("This model has no Transformer block to split: leave --mesh.tensor out, or use --mesh.shard.")
-    return layouts, summed
+        for block in blocks:
+            split = {key: layout for key, layout in _split_block(block, tokens) if layout.is_split}
+            layouts |= {f"{names[block]}.{key}": layout for key, layout in split.items()}
+            summed |= {f"{names[block]}.{key}" for key, _ in block.named_parameters() if key not in split}
+        blocks[0].register_forward_pre_hook(tokens.enter)
+        blocks[-1].register_forward_hook(lambda _, inputs, output, tokens=tokens: tokens.whole(output, adds=False))
+    return layouts | _split_head(model, Tokens(axis)), summed
+
+
+def stacks_of(model: nn.Module, names: Mapping[nn.Module, str]) -> list[list[nn.Module]]:
+    """Return the lists of Transformer blocks of a model, each of which has its tokens split.
+
+    Raises a `UserError` for a layer that is not in the tables below. What is outside of the blocks stays whole.
+    """
+    if not isinstance(model, HasBlocks):
+        return [stack for child in model.children() for stack in stacks_of(child, names)]
+    both = (model.encoder, model.decoder) if isinstance(model, EncoderDecoder) else (model.blocks,)
+    stacks = [[*blocks] for blocks in both]
+    if not any(type(block) in BLOCKS for stack in stacks for block in stack):
+        for block in model.blocks:
+            if type(block) not in WHOLE and not isinstance(block, HasBlocks):
+                _check_whole(block, names)
+        return [stack for block in model.blocks for stack in stacks_of(block, names)]
+    for block in (block for stack in stacks for block in stack):
+        if type(block) not in BLOCKS:
+            raise _unknown(block, names)
+        for layer in block.children():
+            if type(layer) not in LAYERS:
+                raise _unknown(layer, names)
+            if isinstance(layer, CrossAttention) and layer.dropout.p:
+                raise UserError("Dropout inside of a cross-attention cannot be split: leave --mesh.tensor out.")
+            if isinstance(layer, Attention):
+                _check_head_norms(layer, names)
+    return stacks
+
+
+def _check_whole(block: nn.Module, names: Mapping[nn.Module, str]) -> None:
+    """Refuse a block of an unknown class with a layer inside that would be split in a known one."""
+    if any(LAYERS.get(type(layer)) not in (None, _split_dropout) for layer in block.modules()):
+        raise _unknown(block, names)
+
+
+def _check_head_norms(attention: Attention, names: Mapping[nn.Module, str]) -> None:
+    """Refuse a norm of queries or keys that is computed over all heads, since each process has some of them."""
+    for norm in (attention.q_norm, attention.k_norm):
+        if norm is None:
+            continue
+        if type(norm) not in LAYERS:
+            raise _unknown(norm, names)
+        if any(len(weight) != attention.head_dim for weight in norm.parameters()):
+            raise _unknown(norm, names, " over all heads")
+
+
+def _unknown(layer: nn.Module, names: Mapping[nn.Module, str], more: str = "") -> UserError:
+    article = "an" if type(layer).__name__[0] in "AEIOU" else "a"
+    return UserError(
+        f"{names[layer]} is {article} {type(layer).__name__}{more}, which tensor parallelism cannot split: leave "
+        "--mesh.tensor out, or use --mesh.shard."
+    )
 
 
 def _split_block(block: nn.Module, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
-    for name, part in [*block.named_modules()]:
-        if isinstance(part, KINDS):
-            found = _split_attention(part, tokens) if isinstance(part, Attention) else _split_feedforward(part, tokens)
-            yield from ((f"{name}.{key}", layout) for key, layout in found)
-        elif isinstance(part, CrossAttention):
-            if part.dropout.p:
-                raise UserError("Dropout inside of a cross-attention cannot be split: leave --mesh.tensor out.")
-            part.kv.register_forward_pre_hook(lambda _, inputs: tokens.shared(inputs[0]))
-        elif type(part) is Dropout and name.count(".") == 0:
-            setattr(block, name, SplitDropout(part.p, tokens))
+    for name, layer in block.named_children():
+        if rule := LAYERS[type(layer)]:
+            yield from ((f"{name}.{key}", layout) for key, layout in rule(layer, tokens))
+
+
+def _split_dropout(layer: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
+    """Let dropout drop the same elements of this process's tokens as of the whole sequence."""
+    layer.__class__ = SplitDropout
+    vars(layer).update(tokens=tokens, axis=None)
+    yield from ()
+
+
+def _split_cross_attention(layer: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
+    """Sum the gradient of the source, which each process reads for its own tokens."""
+    layer.kv.register_forward_pre_hook(lambda _, inputs: tokens.shared(inputs[0]))
+    yield from ()
 
 
 def _split_attention(part: Attention, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
@@ -245,8 +308,8 @@ def _split_pair(
         if isinstance(layer, Linear):
             for key, parameter in [*layer.named_parameters()]:
                 yield f"{name}.{key}", _take(layer, key, Layout(tuple(parameter.shape), rows), tokens)
-        elif isinstance(layer, Adapter) and (layout := _split_adapter(layer, rows, tokens)).is_split:
-            yield f"{name}.b", layout
+        elif isinstance(layer, Adapter):
+            yield f"{name}.b", _split_adapter(layer, rows, tokens)
     for name, layer in inner.named_modules(prefix=last):
         if isinstance(layer, Linear):
             layer.__class__, vars(layer)["tokens"] = RowParallel, tokens
@@ -286,3 +349,22 @@ def _shares(total: int, size: int, units: int | None = None, start: int = 0) -> 
     parts = min(size, units or size)
     places = [index * parts // size for index in range(size)]
     return [range(start + total * place // parts, start + total * (place + 1) // parts) for place in places]
+
+
+Rule = Callable[[Any, Tokens], Iterator[tuple[str, Layout]]]
+
+BLOCKS = {PreNorm, PostNorm, SandwichNorm, Parallel, CrossPreNorm, CrossPostNorm}
+LAYERS: dict[type, Rule | None] = {  # of a block; None: it acts on each token separately
+    Attention: _split_attention,
+    GridAttention: _split_attention,
+    CrossAttention: _split_cross_attention,
+    FeedForward: _split_feedforward,
+    GatedFeedForward: _split_feedforward,
+    GEGLU: _split_feedforward,
+    Dropout: _split_dropout,
+    nn.LayerNorm: None,
+    RMSNorm: None,
+    UnitOffsetRMSNorm: None,
+    ScaledLayerNorm: None,
+}
+WHOLE = {SpatialAttention}  # blocks that each process computes whole, though there are such layers inside

@@ -76,6 +76,11 @@ class MLP(nn.Module):
             x = dropout(self.activation(layer(x)))
         return self.output(self.layers[-1](x))
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Return the layers."""
+        return self.layers
+
     @torch.inference_mode()
     def predict(self, x: Float[Tensor, "batch dim"]) -> Int[Tensor, "batch"]:
         """The class with the largest output, where x is; the network may be elsewhere."""

@@ -96,6 +96,11 @@ class EncoderDecoder(nn.Module):
         self.config = config
         self.register_buffer("logits_bias", torch.zeros(1, embeddings[-1].num_embeddings))
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks of both stacks."""
+        return [*self.encoder, *self.decoder]
+
     def forward(
         self, source: Source, target: Int[Tensor, "batch length"], source_mask: SourceMask | None = None
     ) -> Float[Tensor, "batch length vocab"]:

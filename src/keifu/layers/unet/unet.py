@@ -31,6 +31,11 @@ class Stage(nn.Module):
         self.residuals, self.attentions = nn.ModuleList(residuals), nn.ModuleList(attentions)
         self.resample = resample
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Return the residual blocks and the attentions."""
+        return [*self.residuals, *self.attentions]
+
     def block(self, place: int, x: Pixels, time: Time | None, context: dict[str, Any]) -> Resampled:
         """What the residual block of that number makes of x, and the attention that follows it, if one does."""
         x = self.residuals[place](x, time)

@@ -107,6 +107,11 @@ class CodeEncoder(nn.Module):
         self.levels = _levels(widths, config.n_residual_blocks, (3, 3, 3, 1))
         self.last = nn.Conv2d(widths[-1], config.codebook_size, 1)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Return the residual blocks of all levels."""
+        return [block for level in self.levels for block in level.children()]
+
     def forward(self, x: Pixels) -> Logits:
         x = self.first(x).contiguous(memory_format=torch.channels_last)
         for number, level in enumerate(self.levels):
@@ -124,6 +129,11 @@ class CodeDecoder(nn.Module):
         self.first = nn.Conv2d(config.codebook_size, config.code_dim, 1)
         self.levels = _levels(widths, config.n_residual_blocks, (1, 3, 3, 3))
         self.last = nn.Conv2d(widths[-1], 2 * config.channels, 1)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Return the residual blocks of all levels."""
+        return [block for level in self.levels for block in level.children()]
 
     def forward(self, shares: Logits) -> Float[Tensor, "batch twice height width"]:
         return self.pictured(self.first(shares))
