@@ -13,7 +13,21 @@ from keifu.generation.images.samplers import configure_sampler
 from keifu.layers.attention.masks import real_tokens
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.losses import LOSSES
-from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, mlp, palm, perceptron, qwen3, seq2seq, transformer
+from keifu.models import (
+    bert,
+    gemma3,
+    gpt1,
+    gpt2,
+    gpt3,
+    llama,
+    mlp,
+    olmo2,
+    palm,
+    perceptron,
+    qwen3,
+    seq2seq,
+    transformer,
+)
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
@@ -42,6 +56,7 @@ LANGUAGE_MODELS = {
     "qwen2": (llama, llama.Config(**SMALL, qkv_bias=True)),
     "qwen3": (qwen3, qwen3.Config(**SMALL, n_kv_heads=2, head_dim=16)),
     "gemma3": (gemma3, gemma3.Config(**SMALL, n_kv_heads=1, head_dim=16, sliding_window=5, global_layers=(1,))),
+    "olmo2": (olmo2, olmo2.Config(**SMALL, n_kv_heads=2)),
 }
 
 

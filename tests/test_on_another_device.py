@@ -53,7 +53,7 @@ from keifu.layers.counter_rng import (
     uniform,  # noqa: E402
 )
 from keifu.layers.diffusion.noise_schedule import Noise  # noqa: E402
-from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, mlp, palm, qwen3, seq2seq, task_head, transformer
+from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, mlp, olmo2, palm, qwen3, seq2seq, task_head, transformer
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
@@ -97,6 +97,7 @@ WRITERS = {
     "palm": lambda: palm.build(palm.Config(**SMALL, head_dim=6)),
     "llama": lambda: llama.build(llama.Config(**SMALL, n_kv_heads=2)),
     "qwen3": lambda: qwen3.build(qwen3.Config(**SMALL, n_kv_heads=2, head_dim=8)),
+    "olmo2": lambda: olmo2.build(olmo2.Config(**SMALL, n_kv_heads=2)),
     "gemma3": lambda: gemma3.build(
         gemma3.Config(**SMALL, n_kv_heads=1, head_dim=8, sliding_window=5, global_layers=(1,))
     ),

@@ -90,6 +90,7 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
     "llama": ("llama", "mistral", "qwen2", "keifu_llama"),
     "qwen3": ("qwen3", "keifu_qwen3"),
     "gemma3": ("gemma3_text", "keifu_gemma3"),
+    "olmo2": ("olmo2", "keifu_olmo2"),
     "transformer": ("marian", "keifu_transformer"),
     "mlp": ("keifu_mlp",),
     "perceptron": ("keifu_perceptron",),

@@ -32,6 +32,20 @@ class UnitOffsetRMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
 
 
+class FullPrecisionRMSNorm(RMSNorm):
+    """RMSNorm that multiplies by the weight in float32 and rounds once, at the end (OLMo 2, 2024; gpt-oss, 2025)."""
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class AllHeadsRMSNorm(FullPrecisionRMSNorm):
+    """RMSNorm of queries or keys over all heads together, `dim` = heads · head_dim (OLMo 2, 2024, section 3.3)."""
+
+    def forward(self, x: Float[Tensor, "*batch heads head_dim"]) -> Float[Tensor, "*batch heads head_dim"]:
+        return super().forward(x.flatten(-2)).unflatten(-1, x.shape[-2:])
+
+
 class ScaledLayerNorm(nn.LayerNorm):
     """LayerNorm without bias, times a number. As the last norm it scales the logits, since the head is linear: PaLM
     divides them by √dim, because its head is the embedding, whose numbers are near 1 (Chowdhery et al., 2022)."""

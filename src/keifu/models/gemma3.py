@@ -91,7 +91,7 @@ def _block(config: Config, layer: int) -> SandwichNorm:
         dropout=config.dropout,
         scale=config.attention_scale,
         rotary=Rotary(config.head_dim, theta, config.rope_scaling if everything else config.local_rope_scaling),
-        qk_norm=norm,
+        qk_norm=(norm(config.head_dim), norm(config.head_dim)),
     )
     feedforward = GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=False)
     norms = norm(config.dim), norm(config.dim), norm(config.dim), norm(config.dim)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import RopeScaling, Rotary
@@ -86,24 +88,34 @@ PAPER_PARAMETERS = {
 
 
 def build(config: Config) -> DecoderLM:
-    """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the LLaMA papers do not print
-    theirs."""
-    return assemble(config, partial(_attention, config), config.feedforward_bias)
+    """Build a model initialised as GPT-2, N(0, 0.02²) with scaled residual projections.
+
+    The LLaMA papers do not print their initialisation.
+    """
+    return assemble(config, partial(_attention, config), partial(gated, config, bias=config.feedforward_bias))
 
 
-def assemble(config: Any, attention: Callable[[int], Attention], feedforward_bias: bool = False) -> DecoderLM:
-    """LLaMA with this attention in each layer, counted from 0."""
-    norm = partial(RMSNorm, config.dim, config.norm_eps)
+def assemble(
+    config: Any, attention: Callable[[int], Attention], feedforward: Callable[[int], nn.Module] | None = None,
+    block: Callable[..., nn.Module] = PreNorm, norm: Callable[[int, float], nn.Module] = RMSNorm,
+) -> DecoderLM:  # fmt: skip
+    """Build LLaMA with the layers that are passed in.
+
+    attention, feedforward: the sublayers of the block with this number, from 0 on; by default SwiGLU. block: joins the
+    two with their norms. norm: of a width and an ε.
+    """
+    norm = partial(norm, config.dim, config.norm_eps)
+    feedforward = feedforward or partial(gated, config)
     blocks = [
-        PreNorm(
-            attention(layer),
-            GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=feedforward_bias),
-            (norm(), norm()),
-            config.dropout,
-        )
+        block(attention(layer), feedforward(layer), (norm(), norm()), config.dropout)
         for layer in range(config.n_layers)
     ]
     return initialise(DecoderLM.of(config, blocks, norm()))
+
+
+def gated(config: Any, layer: int, bias: bool = False) -> GatedFeedForward:
+    """Build the gated feed-forward of a Config, the same in every layer."""
+    return GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation), bias)
 
 
 def initialise(model: DecoderLM) -> DecoderLM:

@@ -59,6 +59,7 @@ def build(config: Config) -> DecoderLM:
 
 
 def _attention(config: Config, layer: int) -> Attention:
+    norm = partial(RMSNorm, config.head_dim, config.norm_eps)
     return Attention(
         config.dim,
         config.n_heads,
@@ -68,7 +69,7 @@ def _attention(config: Config, layer: int) -> Attention:
         window=config.sliding_window if layer >= config.first_window_layer else None,
         dropout=config.dropout,
         rotary=Rotary(config.head_dim, config.rope_theta, config.rope_scaling),
-        qk_norm=partial(RMSNorm, eps=config.norm_eps),
+        qk_norm=(norm(), norm()),
     )
 
 

@@ -1,7 +1,7 @@
 """The table of all published sizes: counted parameters and the paper's number. Reading it does not import torch.
 
 Counting builds the models, which takes seconds: so the counts are stored, and a test compares them with the models.
-`python -m keifu.models.sizes` counts again and writes them.
+`python -m keifu.models.sizes` counts all models of this folder again, new ones too, and writes the table.
 """
 
 import json
@@ -52,5 +52,14 @@ def write(models: Iterable[str]) -> None:
     TABLE.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
 
 
+def model_files() -> list[str]:
+    """Return the names of all model files: those of the table in its order, then new ones."""
+    folder = Path(__file__).parent
+    paths = [path for path in sorted(folder.rglob("[!_]*.py")) if "\nSIZES" in path.read_text(encoding="utf-8")]
+    found = [".".join(path.relative_to(folder).with_suffix("").parts) for path in paths]
+    known = dict.fromkeys(size.model for size in published_sizes())
+    return [*(name for name in known if name in found), *(name for name in found if name not in known)]
+
+
 if __name__ == "__main__":
-    write(dict.fromkeys(size.model for size in published_sizes()))
+    write(model_files())

@@ -19,8 +19,14 @@ from keifu.layers.attention.positions import Rotary
 from keifu.layers.feedforward import FeedForward, GatedFeedForward
 from keifu.layers.linear import JoinedLinear, Linear
 from keifu.layers.lora import AdaptedLinear
-from keifu.layers.normalisation import RMSNorm, ScaledLayerNorm, UnitOffsetRMSNorm
-from keifu.layers.transformer.blocks import CrossPostNorm, Parallel, PostNorm, PreNorm, SandwichNorm
+from keifu.layers.normalisation import (
+    AllHeadsRMSNorm,
+    FullPrecisionRMSNorm,
+    RMSNorm,
+    ScaledLayerNorm,
+    UnitOffsetRMSNorm,
+)
+from keifu.layers.transformer.blocks import CrossPostNorm, Parallel, PostNorm, PreNorm, ReorderedNorm, SandwichNorm
 from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.native.build import Unavailable
@@ -84,6 +90,9 @@ NORMS = {  # native code's names of the norms that a block calls otherwise
     "attention.q_norm": "query_norm",
     "attention.k_norm": "key_norm",
 }
+ALL_HEADS = {"attention.q_norm": "all_queries_norm", "attention.k_norm": "all_keys_norm"}  # of an AllHeadsRMSNorm
+REORDERED = {part: f"post_{part}" for part in ("attention_norm", "feedforward_norm")}  # the norms of a ReorderedNorm
+RMS_NORMS = RMSNorm, FullPrecisionRMSNorm, UnitOffsetRMSNorm
 
 
 def describe(model: nn.Module) -> ModelPart:
@@ -151,8 +160,8 @@ def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
     return {part: replace(whole, first=first, rows=own) for part, first, own in each}
 
 
-def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm]) -> NormPart:
-    norm = _known(model, name, RMSNorm, UnitOffsetRMSNorm, nn.LayerNorm, nn.Identity, *more)
+def _norm(model: nn.Module, name: str, *more: type[nn.Module]) -> NormPart:
+    norm = _known(model, name, *RMS_NORMS, nn.LayerNorm, nn.Identity, *more)
     if isinstance(norm, nn.Identity):
         return NormPart(NO_NORM, 0.0, None)
     weight, bias = (f"{name}.{each}" if each in dict(norm.named_parameters()) else None for each in ("weight", "bias"))
@@ -161,7 +170,7 @@ def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm]) -> NormPart:
 
 
 def _layer(model: nn.Module, name: str) -> LayerPart:
-    block = _known(model, name, PreNorm, PostNorm, CrossPostNorm, SandwichNorm, Parallel)
+    block = _known(model, name, PreNorm, PostNorm, CrossPostNorm, SandwichNorm, ReorderedNorm, Parallel)
     attention = _known(model, f"{name}.attention", Attention)
     feedforward = _known(model, f"{name}.feedforward", FeedForward, GatedFeedForward)
     norms = [part for part, _ in block.named_modules(remove_duplicate=False) if part.endswith("norm")]
@@ -186,11 +195,20 @@ def _layer(model: nn.Module, name: str) -> LayerPart:
     }
     return LayerPart(
         matrices,
-        {NORMS.get(part, part): _norm(model, f"{name}.{part}") for part in norms},
+        dict(_layer_norm(model, name, part) for part in norms),
         numbers | turning,
         (attention.n_heads, attention.n_kv_heads, attention.head_dim),
         frequencies,
     )
+
+
+def _layer_norm(model: nn.Module, name: str, part: str) -> tuple[str, NormPart]:
+    """Return native code's name of a norm of a block, and the norm."""
+    norm = model.get_submodule(f"{name}.{part}")
+    if part in ALL_HEADS and isinstance(norm, AllHeadsRMSNorm):
+        return ALL_HEADS[part], _norm(model, f"{name}.{part}", AllHeadsRMSNorm)
+    names = NORMS | (REORDERED if isinstance(model.get_submodule(name), ReorderedNorm) else {})
+    return names.get(part, part), _norm(model, f"{name}.{part}")
 
 
 def _cross(model: nn.Module, name: str, own: Attention) -> dict[str, MatrixPart]:

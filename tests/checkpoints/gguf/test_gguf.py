@@ -13,7 +13,7 @@ from keifu.checkpoints.gguf.config import FREQS, divisors, read_scaling
 from keifu.checkpoints.gguf.read import open_file
 from keifu.errors import UserError
 from keifu.layers.attention.positions import RopeScaling
-from keifu.models import gemma3, gpt2, llama, mlp, qwen3
+from keifu.models import gemma3, gpt2, llama, mlp, olmo2, qwen3
 
 SMALL = {"vocab_size": 320, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "context_length": 64}
 
@@ -33,6 +33,7 @@ CONFIGS = {
     "qwen2": llama.Config(**SMALL, n_kv_heads=2, qkv_bias=True, tied=True),
     "qwen3": qwen3.Config(**SMALL, n_kv_heads=2, head_dim=10),
     "gemma3": gemma3.Config(**SMALL, n_kv_heads=2, head_dim=10, sliding_window=5),
+    "olmo2": olmo2.Config(**SMALL, n_kv_heads=2, norm_eps=1e-5),
     "window-of-all": llama.Config(**SMALL, n_kv_heads=2, sliding_window=64),
     "linear": scaled("linear", original_context_length=64),
     "yarn": scaled("yarn"),
@@ -42,7 +43,7 @@ CONFIGS = {
 
 
 def random(config) -> torch.nn.Module:
-    [module] = [each for each in (gemma3, gpt2, llama, qwen3) if isinstance(config, each.Config)]
+    [module] = [each for each in (gemma3, gpt2, llama, olmo2, qwen3) if isinstance(config, each.Config)]
     model = module.build(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

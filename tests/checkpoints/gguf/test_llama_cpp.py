@@ -6,7 +6,7 @@ import torch
 from keifu import checkpoints
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.layers.attention.positions import RopeScaling
-from keifu.models import gemma3, gpt2, llama, qwen3
+from keifu.models import gemma3, gpt2, llama, olmo2, qwen3
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -26,6 +26,7 @@ CONFIGS = {
     "qwen2": llama.Config(**SMALL, n_kv_heads=2, qkv_bias=True, tied=True),
     "qwen3": qwen3.Config(**SMALL, n_kv_heads=2, head_dim=32),
     "qwen3-tied": qwen3.Config(**SMALL, n_kv_heads=1, head_dim=16, tied=True, rope_theta=1e4),
+    "olmo2": olmo2.Config(**SMALL, n_kv_heads=2),
     "gemma3": gemma3.Config(**SMALL | {"n_layers": 7}, n_kv_heads=2, head_dim=32, sliding_window=8),
     "gemma3-scaled-untied": gemma3.Config(
         **SMALL | {"n_layers": 6},
@@ -39,7 +40,7 @@ CONFIGS = {
 
 
 def random(config) -> torch.nn.Module:
-    [module] = [each for each in (gemma3, gpt2, llama, qwen3) if isinstance(config, each.Config)]
+    [module] = [each for each in (gemma3, gpt2, llama, olmo2, qwen3) if isinstance(config, each.Config)]
     model = module.build(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -90,6 +90,11 @@ CASES = {
         **SIZES, head_dim=16, sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"],
         tie_word_embeddings=False, rope_scaling={"rope_type": "linear", "factor": 8.0}, hidden_activation="silu",
     ),
+    "olmo2": lambda: transformers.Olmo2Config(**SIZES),
+    "olmo2-multi-head-biased-tied": lambda: transformers.Olmo2Config(
+        **SIZES | {"num_key_value_heads": 4}, attention_bias=True, tie_word_embeddings=True, rms_norm_eps=0.1,
+        rope_parameters={"rope_type": "linear", "rope_theta": 20_000.0, "factor": 2.5}, hidden_act="gelu",
+    ),
     "linear": lambda: rope("linear", factor=2.5),
     "dynamic": lambda: rope("dynamic", factor=3.0),
     "yarn": lambda: rope("yarn", factor=4.0, original_max_position_embeddings=16),

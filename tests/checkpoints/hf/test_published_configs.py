@@ -5,7 +5,7 @@ import transformers
 
 from keifu.checkpoints.registry import FAMILIES, build, describe, read_config
 from keifu.errors import UserError
-from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, palm, qwen3
+from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
 LLAMA3_ROPE = {
@@ -92,6 +92,12 @@ PUBLISHED = {
         "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
         "use_sliding_window": False, "vocab_size": 151936,
     },
+    "olmo2-7b": {
+        **COMMON, "model_type": "olmo2", "attention_bias": False, "attention_dropout": 0.0, "hidden_size": 4096,
+        "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 500000, "tie_word_embeddings": False, "vocab_size": 100352,
+    },
     "gemma3-1b": {
         "model_type": "gemma3_text", "attention_bias": False, "attention_dropout": 0.0,
         "attn_logit_softcapping": None, "cache_implementation": "hybrid", "final_logit_softcapping": None,
@@ -108,7 +114,8 @@ PUBLISHED = {
 def test_config_is_the_size_of_that_name(name) -> None:
     family, config = read_config(PUBLISHED[name], "config.json")
     assert family.model_type == PUBLISHED[name]["model_type"]
-    expected = (gpt1.SIZES | gpt2.SIZES | gpt3.SIZES | palm.SIZES | llama.SIZES | qwen3.SIZES | gemma3.SIZES)[name]
+    modules = gpt1, gpt2, gpt3, palm, llama, qwen3, gemma3, olmo2
+    [expected] = [module.SIZES[name] for module in modules if name in module.SIZES]
     assert describe(config) == describe(expected)
 
 

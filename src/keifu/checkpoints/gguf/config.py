@@ -187,6 +187,10 @@ _BIASES = {
     "feedforward_bias": "blk.0.ffn_down.bias",
 }
 _QK_NORM = {f"blocks.*.attention.{part}_norm": f"blk.*.attn_{part}_norm" for part in "qk"}
+_OLMO2 = _QK_NORM | {
+    "blocks.*.attention_norm": "blk.*.post_attention_norm",
+    "blocks.*.feedforward_norm": "blk.*.post_ffw_norm",
+}
 _GEMMA3 = {ours: f"{theirs}+1" for ours, theirs in (_BLOCKS | _QK_NORM).items() if ours.endswith("norm")} | {
     "blocks.*.post_attention_norm": "blk.*.post_attention_norm+1",
     "blocks.*.post_feedforward_norm": "blk.*.post_ffw_norm+1",
@@ -208,6 +212,10 @@ ARCHITECTURES = {  # in the order in which one is sought for a Config
         "qwen2", _BLOCKS | _LLAMA, _ROTARY, _PLAIN | {"qkv_bias": True, "out_bias": False, "feedforward_bias": False}
     ),
     "qwen3": Architecture("qwen3", _BLOCKS | _LLAMA | _QK_NORM, _ROTARY, _PLAIN | {"attention_bias": False}),
+    "olmo2": Architecture(
+        "olmo2", _BLOCKS | _LLAMA | _OLMO2, {key: ours for key, ours in _ROTARY.items() if ours != "sliding_window"},
+        {"activation": "silu", "attention_bias": False, "dropout": 0.0},
+    ),
     "gemma3": Architecture(
         "gemma3_text", _BLOCKS | _LLAMA | _GEMMA3, _ROTARY,
         {
@@ -246,9 +254,18 @@ def read_config(
     kind = architecture.config
     if architecture.rotary:
         values |= _read_rotary(own, values, freqs, where)
-        if values["head_dim"] is None and kind.head_dim is not None:  # a Config that always names the size of a head
-            values["head_dim"] = values["dim"] // values["n_heads"]
-    return name, kind(**values)
+        values |= _head_size(values, vars(kind), where)
+    return name, kind(**{key: value for key, value in values.items() if key in kind.__dataclass_fields__})
+
+
+def _head_size(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the `head_dim` of a Config, of which some always name it and some have none: theirs is dim / n_heads."""
+    usual = values["dim"] // values["n_heads"]
+    if "head_dim" not in defaults and values["head_dim"] is not None:
+        raise UserError(f"{where} has heads of {values['head_dim']}; keifu implements {usual} (dim / n_heads).")
+    if values["head_dim"] is None and defaults.get("head_dim") is not None:
+        return {"head_dim": usual}
+    return {}
 
 
 def _same_everywhere(key: str, value: Any, where: str) -> Any:
@@ -301,7 +318,7 @@ def write_config(name: str, architecture: Architecture, config: Any) -> tuple[di
         found |= {"attention.head_count_kv": config.n_kv_heads or config.n_heads, "rope.dimension_count": size}
         found |= {"attention.key_length": size, "attention.value_length": size}
         if not architecture.windows:
-            found["context_length"] = min(config.context_length, config.sliding_window or config.context_length)
+            found["context_length"] = min(config.context_length, values.get("sliding_window") or config.context_length)
         more, tensors = write_scaling(config.rope_scaling, config.rope_theta, size)
         found |= more
     return {f"{name}.{key}": value for key, value in found.items()}, tensors
@@ -309,7 +326,7 @@ def write_config(name: str, architecture: Architecture, config: Any) -> tuple[di
 
 def head_dim(config: Any) -> int:
     """The size of a rotary head."""
-    return config.head_dim or config.dim // config.n_heads
+    return vars(config).get("head_dim") or config.dim // config.n_heads
 
 
 def rotary_head_dim(architecture: Architecture, config: Any) -> int | None:

@@ -3,7 +3,6 @@
 Axes: batch, length = queries, seen = keys, heads, head_dim, dim = heads · head_dim where they are joined.
 """
 
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -87,14 +86,14 @@ class Attention(nn.Module):
 
     `window` limits each query to the last `window` tokens, itself included (Mistral, Jiang et al., 2023); the cost then
     grows with the window. `scale` is what the products are multiplied with, 1 / √head_dim where it is None. `rotary`
-    turns queries and keys by their positions. `qk_norm(head_dim)` makes the norms of each head's queries and keys,
-    applied before the rotation (Henry et al., 2020; Qwen3, Gemma 3).
+    turns queries and keys by their positions. `qk_norm` are the norms of queries and of keys [..., heads, head_dim],
+    applied before the rotation (Henry et al., 2020): of each head (Qwen3, Gemma 3) or of all heads together (OLMo 2).
     """
 
     def __init__(
         self, dim: int, n_heads: int, n_kv_heads: int | None = None, head_dim: int | None = None, bias: bool = True,
         out_bias: bool | None = None, window: int | None = None, dropout: float = 0.0, scale: float | None = None,
-        rotary: Rotary | None = None, qk_norm: Callable[[int], nn.Module] | None = None,
+        rotary: Rotary | None = None, qk_norm: tuple[nn.Module, nn.Module] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
@@ -108,8 +107,7 @@ class Attention(nn.Module):
         self.qkv = JoinedLinear(dim, (inner, kv, kv), bias)
         self.out = Linear(inner, dim, bias if out_bias is None else out_bias)
         self.rotary = rotary
-        self.q_norm = qk_norm(self.head_dim) if qk_norm else None
-        self.k_norm = qk_norm(self.head_dim) if qk_norm else None
+        self.q_norm, self.k_norm = qk_norm or (None, None)
 
     def forward(
         self, x: Hidden, mask: Mask | None = None, positions: Positions | None = None, cache: Cache | None = None

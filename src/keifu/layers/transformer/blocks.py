@@ -34,6 +34,14 @@ class PreNorm(_TwoSublayers):
         return x + self.feedforward_dropout(self.feedforward(self.feedforward_norm(x)))
 
 
+class ReorderedNorm(_TwoSublayers):
+    """x + norm(attention(x)), then x + norm(feedforward(x)) (Swin Transformer V2, Liu et al., 2021; OLMo 2, 2024)."""
+
+    def forward(self, x: Stream, **context: Any) -> Stream:
+        x = x + self.attention_dropout(self.attention_norm(self.attention(x, **context)))
+        return x + self.feedforward_dropout(self.feedforward_norm(self.feedforward(x)))
+
+
 class _WithSource(_TwoSublayers):
     """A look at a source between the two, with a norm of its own."""
 

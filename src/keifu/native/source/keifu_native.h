@@ -111,7 +111,7 @@ enum KeifuNormKind { KEIFU_NO_NORM = 0, KEIFU_RMS_NORM = 1, KEIFU_LAYER_NORM = 2
 typedef struct {
     int32_t kind;        /* KeifuNormKind; KEIFU_NO_NORM: the input as it is */
     float eps;
-    const float *weight; /* what is multiplied with (1 + w for Gemma); [dim], or [head_dim] for q and k; NULL: ones */
+    const float *weight; /* what is multiplied with (1 + w for Gemma); [dim], or [head_dim] for each head of q and k; NULL: ones */
     const float *bias;   /* of LayerNorm, or NULL */
 } KeifuNorm;
 
@@ -123,6 +123,7 @@ typedef struct {
     KeifuMatrix cross_query, cross_out; /* as query and out, of a decoder that looks at a source; both NULL: it does not */
     KeifuNorm attention_norm, post_attention_norm, feedforward_norm, post_feedforward_norm;
     KeifuNorm query_norm, key_norm;     /* of each head, before the rotation */
+    KeifuNorm all_queries_norm, all_keys_norm; /* of all heads together, before those; weights: [heads·head_dim] */
     KeifuNorm cross_norm;
     int32_t parallel, norm_after;       /* 0 or 1 */
     int32_t activation;                 /* KeifuActivation */

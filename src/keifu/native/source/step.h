@@ -72,11 +72,20 @@ class Step {
                                   {&layer.key, m.key, m.kv_width},
                                   {&layer.value, m.value, m.kv_width}};
         multiply(targets, 3, before(layer, layer.attention_norm));
+        norm_all_heads(layer.all_queries_norm, m.query, m.query_width, m.about.n_heads);
+        norm_all_heads(layer.all_keys_norm, m.key, m.kv_width, m.about.n_kv_heads);
         const int heads = m.about.n_kv_heads;
         if (!f.whole_spans)
             walk.deal(f.batch.n_tokens * heads,
                       [&](int i) { store_token(f, index, i / heads, i % heads, scratch.heads); });
         attend_all(index, false);
+    }
+
+    // Normalises the queries or keys of each token over all heads together.
+    void norm_all_heads(const KeifuNorm &norm, float *rows, int64_t width, int heads) {
+        if (!norm.kind) return;
+        walk.deal(f.batch.n_tokens,
+                  [&](int t) { normalise(norm, rows + t * width, rows + t * width, heads * m.about.head_dim); });
     }
 
     void cross_attention(int index) {

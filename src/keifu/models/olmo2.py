@@ -1,0 +1,101 @@
+"""OLMo 2 (Ai2, 2024): LLaMA's layers, made stable for training.
+
+New against LLaMA: the norms come after the sublayers instead of before them (reordered norm), and queries and keys are
+normalised over all heads together (QK-norm). Both ideas are older: Liu et al. (2021) and Dehghani et al. (2023).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import RopeScaling, Rotary
+from keifu.layers.normalisation import AllHeadsRMSNorm, FullPrecisionRMSNorm
+from keifu.layers.transformer.blocks import ReorderedNorm
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import llama
+from keifu.models.hf import config as hf
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and settings of a model; the defaults are OLMo 2 7B."""
+
+    vocab_size: int = 100_352
+    context_length: int = 4096
+    dim: int = 4096
+    hidden_dim: int = 11_008
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # as many as n_heads
+    norm_eps: float = 1e-6
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    activation: str = "silu"
+    attention_bias: bool = False
+    tied: bool = False
+    dropout: float = 0.0
+
+
+SIZES = {
+    "olmo2-1b": Config(dim=2048, hidden_dim=8192, n_layers=16, n_heads=16),
+    "olmo2-7b": Config(),
+    "olmo2-13b": Config(dim=5120, hidden_dim=13_824, n_layers=40, n_heads=40),
+    "olmo2-32b": Config(dim=5120, hidden_dim=27_648, n_layers=64, n_heads=40, n_kv_heads=8),
+}
+PAPER_PARAMETERS = {"olmo2-1b": 1.48e9, "olmo2-7b": 7.30e9, "olmo2-13b": 13.7e9, "olmo2-32b": 32.2e9}
+
+
+def build(config: Config) -> DecoderLM:
+    """Build a model; it is initialised as LLaMA is here.
+
+    The paper draws every weight from N(0, 0.02²) and does not scale the residual projections (section 3.3).
+    """
+    return llama.assemble(config, partial(_attention, config), block=ReorderedNorm, norm=FullPrecisionRMSNorm)
+
+
+def _attention(config: Config, layer: int) -> Attention:
+    head_dim = config.dim // config.n_heads
+    n_kv_heads = config.n_kv_heads or config.n_heads
+    return Attention(
+        config.dim,
+        config.n_heads,
+        n_kv_heads,
+        bias=config.attention_bias,
+        dropout=config.dropout,
+        rotary=Rotary(head_dim, config.rope_theta, config.rope_scaling),
+        qk_norm=(
+            AllHeadsRMSNorm(config.n_heads * head_dim, config.norm_eps),
+            AllHeadsRMSNorm(n_kv_heads * head_dim, config.norm_eps),
+        ),
+    )
+
+
+WEIGHT_NAMES = llama.WEIGHT_NAMES | {
+    "blocks.*.attention.q_norm": "model.layers.*.self_attn.q_norm",
+    "blocks.*.attention.k_norm": "model.layers.*.self_attn.k_norm",
+    "blocks.*.attention_norm": "model.layers.*.post_attention_layernorm",
+    "blocks.*.feedforward_norm": "model.layers.*.post_feedforward_layernorm",
+}
+PREFIX = "model."
+MODEL_TYPES = {"olmo2": "Olmo2ForCausalLM"}
+
+FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "head_dim"} | {
+    "n_kv_heads": hf.Field("num_key_value_heads", None),
+    "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
+    "attention_bias": hf.Field("attention_bias", False),
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of a Hugging Face config.json of model_type olmo2."""
+    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+    return {
+        "num_key_value_heads": config.n_heads,  # where the Config leaves it to the default
+        **hf.write(config, MODEL_TYPES, FIELDS),
+        **hf.write_rope(config.rope_theta, config.rope_scaling),
+    }
