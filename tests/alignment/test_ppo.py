@@ -16,9 +16,8 @@ from keifu.commands.train import parse
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import gpt2, llama, task_head
-from keifu.recipes.assistant import common, instruct
+from keifu.recipes.assistant import common
 from keifu.recipes.assistant import ppo as recipe
-from keifu.recipes.options import old_options
 from keifu.training.run import metrics
 
 CONFIG: dict[str, Any] = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
@@ -237,28 +236,6 @@ def test_resumed_to_the_bit_in_the_midst_of_a_rollout(
     keys = metrics.read(whole)[-1].keys()
     assert ("validation_text_loss" in keys) == (choice == "text")
     assert ("validation_measured_letters" in keys) == (choice == "adapters")
-
-
-def test_options_by_their_old_names(base: Path, task: Path, tmp_path: Path) -> None:
-    """On the command line, in the recipe.json of a run that an earlier version began, and within instruct."""
-    old = ["--beta", "0.3", "--trace=0.9", "--cut_off", "0.5"]
-    out = go(base, task, tmp_path / "run", "--rollouts", "1", *old)
-    content = json.loads((out / "recipe.json").read_text())
-    options, facts = content["recipe"]["options"], content["options"]
-    assert (options["kl_coef"], options["gae_lambda"], options["missing_eos_penalty"]) == (0.3, 0.9, 0.5)
-    assert (facts["beta"], facts["trace"], facts["cut_off"]) == (0.3, 0.9, 0.5)
-    for name, new in recipe.Recipe.RENAMED.items():
-        options[name] = options.pop(new)
-    (out / "recipe.json").write_text(json.dumps(content))
-    weights = (out / "model.safetensors").read_bytes()
-    last = max((out / "state").glob("*.json")).stem
-    for file in [out / "model.safetensors", *(out / "state").glob(f"{last}.*")]:
-        file.unlink()
-    with pytest.raises(UserError, match=r"--kl-coef 0.3 → 0.4"):
-        parse(["ppo", "--out", str(out), "--resume", "--beta", "0.4"])()
-    parse(["--resume", str(out)])()
-    assert weights == (out / "model.safetensors").read_bytes()
-    assert old_options(instruct.Recipe)["ppo.cut-off"] == "ppo.missing-eos-penalty"
 
 
 def test_the_value_model_begins_as_the_reward_model_or_the_policy(base: Path, task: Path, judge: Path) -> None:

@@ -42,22 +42,28 @@ OWN: dict[str, Reward] = {"last-number": last_number, "exact": exact, gym.SCORER
 def reward(name: str) -> Reward:
     """The built-in reward of that name, or the one of `file.py:function`, whose code is then run; an unknown name, a
     missing file or function is a `UserError`."""
-    path, colon, function = name.rpartition(":")
-    if not colon:
+    path, function = code_file(name), name.rpartition(":")[2]
+    if path is None:
         require_known("reward (or file.py:function)", name, OWN)
         return OWN[name]
-    if not Path(path).is_file():
+    if not path.is_file():
         raise UserError(f"There is no file {path}: --reward is file.py:function, or one of {', '.join(OWN)}.")
-    found: Reward | None = getattr(_module(Path(path)), function, None)
+    found: Reward | None = getattr(_module(path), function, None)
     if not callable(found):
         raise UserError(f"{path} has no function {function!r}, to be called with a prompt, an answer and an example.")
     return found
 
 
+def code_file(name: str) -> Path | None:
+    """Return the Python file whose code a reward's name executes; None if the name executes none."""
+    path, colon, _ = name.rpartition(":")
+    return Path(path) if colon and path.endswith(".py") else None
+
+
 def text_hash(name: str) -> str:
     """A hash of the file of a reward, so that a resumed run notices a change; empty for built-in rewards."""
-    path, colon, _ = name.rpartition(":")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if colon else ""
+    path = code_file(name)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 
 def _module(path: Path) -> Any:

@@ -16,8 +16,6 @@ from keifu.devices import Choice
 from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
 
-OLD = re.compile(r"^--training\.")  # options of the loop had this before their names in some recipes
-
 COMPUTING = {  # how any recipe may be told to compute, where it has no such option of its own
     "precision": Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None,
@@ -75,11 +73,11 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     if flags.asks_for_help(arguments):
         kind, about = recipe_options(name)
         flags.parse(with_folder(kind, name), arguments, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", about))
-    from keifu.commands.shared import resuming
+    from keifu.commands.shared import resuming, trust
     from keifu.training.run.directory import last_step
 
     module = recipe_module(name)
-    words = _renamed(module.Recipe, arguments)
+    words = list(arguments)
     kind, name = with_folder(module.Recipe, name), str(Path(name).resolve()) if name.endswith(".py") else name
     found, out = None, Path(_value_of("--out", words) or Path("runs") / Path(name).stem)
     if launch.is_restart() and last_step(out) is not None:
@@ -90,6 +88,8 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     options = flags.parse(kind, words, program, usual=usual)
     if options.resume and options.replace:
         raise UserError("--resume goes on with a run and --replace starts over: give one of them.")
+    if found:
+        trust.check_resumed(out, found.record, options.recipe, words)
     processes = options.processes or options.mesh.asks
     if (processes > 1 or options.mesh != Mesh()) and not launch.is_started():
         options.mesh.fit(processes)
@@ -100,15 +100,6 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     else:
         work = partial(resuming.begin, name, module, options.recipe, options.out, options.replace or replaces)
     return flags.placed(choice, partial(launch.together, options.mesh, work, explain) if launch.is_started() else work)
-
-
-def _renamed(kind: type, arguments: Sequence[str]) -> list[str]:
-    """The words with the names that options have now in place of those that they had in earlier versions."""
-    from keifu.recipes.options import old_options
-
-    names = {f"--{old}": f"--{new}" for old, new in old_options(kind).items()}
-    split = [OLD.sub("--", word).partition("=") for word in arguments]
-    return [names.get(name.replace("_", "-"), name) + sign + value for name, sign, value in split]
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:

@@ -42,34 +42,10 @@ def to_json(recipe: Any) -> dict[str, Any]:
 
 
 def from_json(usual: Any, json: Mapping[str, Any]) -> Any:
-    """The recipe `usual` with the options that `to_json` wrote, by their names of then or of now; an option that the
-    file does not name keeps its usual value."""
+    """Return the recipe `usual` with the options that `to_json` wrote; other options keep their values."""
     hints = get_type_hints(type(usual))
-    json = current(type(usual), json)
     known = {field.name for field in fields(usual)} & json.keys()
     return replace(usual, **{name: _value(hints[name], json[name], vars(usual)[name]) for name in known})
-
-
-def current(kind: type, json: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their names of now; a dataclass whose fields had other names says so in its `RENAMED`."""
-    renamed: Mapping[str, str] = getattr(kind, "RENAMED", {})
-    inner = {name: _dataclass(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
-    found = {renamed.get(name, name): value for name, value in json.items()}
-    return {
-        name: current(nested, value) if isinstance(value, Mapping) and (nested := inner.get(name)) else value
-        for name, value in found.items()
-    }
-
-
-def old_options(kind: type, prefix: str = "") -> dict[str, str]:
-    """Options that have another name now, such as ppo.beta, and that name, without the dashes before."""
-    found: dict[str, str] = {}
-    for old, new in getattr(kind, "RENAMED", {}).items():
-        found[_option(old, None, prefix)] = _option(new, None, prefix)
-    for field, hint in get_type_hints(kind, include_extras=True).items():
-        if inner := _dataclass(hint):
-            found |= old_options(inner, _option(field, hint, prefix))
-    return found
 
 
 def _value(hint: Any, value: Any, usual: Any) -> Any:

@@ -3,24 +3,29 @@
 The name of the recipe and all its options are in recipe.json, so a run is resumed from its folder alone. Options given
 beside --resume are compared with those by name: those that do not change the training may differ, others are refused.
 Data may have another place: whether they are the same, their fingerprint says when they are read.
+Code that the folder names must be on the command line (see `trust`).
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import chdir, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 from keifu.checkpoints.hf.native_config import check_kinds
 from keifu.checkpoints.hub import may_be_model
+from keifu.commands.shared import trust
 from keifu.errors import UserError
-from keifu.recipes.options import by_option, current, from_json, paths, put, to_json
+from keifu.files import sha256
+from keifu.recipes.options import by_option, from_json, paths, put, to_json
 from keifu.training.run import checkpoint
 from keifu.training.run import directory as run_directory
-from keifu.training.settings import ADJUSTABLE, flat
+from keifu.training.run.signature import is_signed
+from keifu.training.settings import ADJUSTABLE
 from keifu.training.signals import Interrupted
 
+_TOO_OLD = "{path} does not name its recipe: it was written by a version before 0.2.0, which this one does not resume."
 LENGTHS = ("steps", "minutes", "epochs", "rollouts")  # options that say how long a run is
 SHOWN = ("prompt", "prompts", "gaps", "guidance")  # options of samples alone
 FREE = {name.replace("_", "-") for name in ADJUSTABLE} | {*SHOWN, "average", "data"}
@@ -29,22 +34,27 @@ OF_A_ROLLOUT = ("ppo", "grpo")  # recipes whose epochs are passes over a rollout
 
 @dataclass(frozen=True)
 class Stored:
-    """A run that stands in a folder: the name of its recipe, and the recipe as it was begun.
-
-    known: the options that the folder names, which are all but in a folder of an earlier version. steps: of the whole
-    run, where they were changed since. place: the directory that it was begun in.
-    """
+    """Run in a folder: the name of its recipe, the recipe as it was begun, and the folder's record of both."""
 
     name: str
     then: Any
-    known: frozenset[str]
-    steps: int | None = None
-    place: str | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the whole run, if they were changed since it began."""
+        return self.record.get("steps")
+
+    @property
+    def place(self) -> Path | None:
+        """Directory that the run was begun in; None if it is gone, or if this user did not begin the run."""
+        place = self.record.get("place")
+        return Path(place) if place and is_signed(self.record) and Path(place).is_dir() else None
 
     def usual(self, words: Sequence[str]) -> Any:
         """The recipe with what an option has that these words do not give: of --steps and --minutes one alone."""
         values, fresh = to_json(self.then), type(self.then)()
-        given = {word.removeprefix("--").partition("=")[0].replace("_", "-") for word in words}
+        given = trust.given_options(words)
         where, unset = paths(type(self.then), values), by_option(type(self.then), to_json(fresh))
         gone = {"minutes"} if "steps" in given or self.steps else {"steps"} if "minutes" in given else set[str]()
         if self.steps and "steps" in where:
@@ -58,52 +68,35 @@ class Stored:
 def stored(name: str, module: ModuleType, out: Path) -> Stored | None:
     """The run in a folder, if there is one; that of another recipe is a `UserError`."""
     content, usual = run_directory.read_recipe(out), module.Recipe()
+    if not content:
+        return None
     if (record := content.get(run_directory.RECORD)) is None:
-        return _of_an_earlier_version(name, usual, content) if content else None
-    if record["name"] != name:
+        raise UserError(_TOO_OLD.format(path=out / run_directory.RECIPE))
+    if record["name"] != name and not _was_moved(name, record):
         raise UserError(
             f"{out} holds a run of keifu train {record['name']}, not of {name}: go on with it by "
             f"{run_directory.command(out)}, or choose another folder with --out."
         )
-    options = by_option(type(usual), current(type(usual), record["options"]))
     check_kinds(then := from_json(usual, record["options"]), str(out / run_directory.RECIPE))
-    return Stored(name, then, frozenset(options), record.get("steps"), record.get("place"))
+    return Stored(name, then, record)
+
+
+def _was_moved(name: str, record: Mapping[str, Any]) -> bool:
+    """Return whether a recipe file is the one that the run began with, under another path."""
+    if not (name.endswith(".py") and record["name"].endswith(".py")):
+        return False
+    return sha256(Path(name)) == trust.hashes(record).get("")
 
 
 def name_of(out: Path) -> str:
     """The name of the recipe whose run stands in a folder."""
     if not (content := run_directory.read_recipe(out)):
         raise UserError(f"There is no run in {out} to go on with: it has no {run_directory.RECIPE}.")
-    if run_directory.RECORD in content:
-        return content[run_directory.RECORD]["name"]
-    raise UserError(
-        f"{out / run_directory.RECIPE} was written by an earlier version and does not name its recipe: add it, as in "
-        f"keifu train RECIPE --out {out} --resume, with the options of that run."
-    )
-
-
-def _of_an_earlier_version(name: str, usual: Any, content: Mapping[str, Any]) -> Stored:
-    """What can be read of a run whose folder does not name its options: settings and facts of the same name."""
-    values, known = to_json(usual), set[str]()
-    facts, settings = current(type(usual), flat(content.get("options", {}))), content.get("settings", {})
-    for option, path in paths(type(usual), values).items():
-        found = _found(path, facts, settings)
-        kind = type(by_option(type(usual), values)[option])
-        if found and (kind is type(None) or type(found[0]) is kind):
-            put(values, path, found[0])
-            known.add(option)
-    return Stored(name, from_json(usual, values), frozenset(known))
-
-
-def _found(path: tuple[str, ...], facts: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Any]:
-    """The value of an option among a run's facts and settings, as a list of one; empty where it is not there."""
-    own = ".".join(path[1:] if path[0] == "training" else path)
-    if ".".join(path) in facts:
-        return [facts[".".join(path)]]
-    if own in settings:
-        return [settings[own]]
-    suffixes = [value for key, value in facts.items() if key.split(".")[-1] == path[-1] and len(path) == 1]
-    return suffixes[:1] if len(suffixes) == 1 else [facts[f"text.{own}"]] if f"text.{own}" in facts else []
+    if run_directory.RECORD not in content:
+        raise UserError(_TOO_OLD.format(path=out / run_directory.RECIPE))
+    record = content[run_directory.RECORD]
+    trust.refuse_recipe_file(out, record["name"], record)
+    return record["name"]
 
 
 def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) -> None:
@@ -114,7 +107,9 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
             if may_be_model(out) and not run_directory.read_recipe(out):
                 raise UserError(f"{out} holds a model of no run: name another --out, or write over it by --replace.")
         with run_directory.replaced(out) if replace else nullcontext():
-            run_directory.record(out, name, to_json(recipe), place=str(Path.cwd()))
+            code = {"code": trust.code_hashes(name, recipe), "named": trust.named(recipe)}
+            run_directory.record(out, name, to_json(recipe), place=str(Path.cwd()), **code)
+            trust.show_code(name, recipe, {})
             try:
                 module.run(recipe, out, False)
             except KeyboardInterrupt as stop:
@@ -138,21 +133,17 @@ def go_on(found: Stored | None, module: ModuleType, wanted: Any, out: Path) -> N
 
 def _go_on(found: Stored, module: ModuleType, wanted: Any, out: Path) -> None:
     lengths, wanted = _check(found, wanted), _moved(found, wanted)
-    if missing := sorted(by_option(type(wanted), to_json(wanted)).keys() - found.known):
-        print(
-            f"{out / run_directory.RECIPE} was written by an earlier version and does not say these options, which are "
-            f"taken as given or as usual: {', '.join(f'--{each}' for each in missing)}.",
-            flush=True,
-        )
     recipe, steps = _lengthened(found, wanted, lengths, out)
     step, before = run_directory.last_step(out), run_directory.read_recipe(out)
-    place = found.place if found.place and Path(found.place).is_dir() else str(Path.cwd())
-    own = {"place": place} | ({} if steps is None else {"steps": steps})
-    run_directory.record(out, found.name, to_json(recipe), **own)
+    place = str(found.place or Path.cwd())
+    own: dict[str, Any] = {"place": place} | ({} if steps is None else {"steps": steps})
     if step is None:
         print(f"No state of the run in {out} was saved: it starts from its first step.", flush=True)
     out = out if Path(place) == Path.cwd() else out.absolute()
     with chdir(place):  # names of files in the options are seen from where the run was begun
+        own |= {"code": trust.code_hashes(found.name, recipe), "named": trust.named(recipe)}
+        run_directory.record(out, found.name, to_json(recipe), **own)
+        trust.show_code(found.name, recipe, found.record)
         try:
             module.run(recipe, out, step is not None)
         except KeyboardInterrupt as stop:
@@ -179,7 +170,7 @@ def _check(found: Stored, wanted: Any) -> dict[str, tuple[Any, Any]]:
     """The options of a run's length that differ, with both values; any other that may not change is a `UserError`."""
     kind = type(wanted)
     then, now = (by_option(kind, to_json(each)) for each in (found.usual(()), wanted))
-    changed = {name for name in found.known if name in now and then[name] != now[name]}
+    changed = {name for name in then.keys() & now.keys() if then[name] != now[name]}
     free = {name for name in now if _may_change(found.name, name)}
     lengths = {name for name in LENGTHS if name in now and not (name == "epochs" and found.name in OF_A_ROLLOUT)}
     if refused := sorted(changed - free - lengths):

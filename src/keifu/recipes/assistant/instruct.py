@@ -22,7 +22,7 @@ from keifu.recipes.assistant import ppo as third
 from keifu.recipes.assistant import reward as second
 from keifu.recipes.assistant import sft as first
 from keifu.recipes.assistant.common import make_rewards, prompt_parts
-from keifu.recipes.options import current, to_json
+from keifu.recipes.options import to_json
 from keifu.training.run import checkpoint
 from keifu.training.run.directory import RECIPE, command, read_recipe, record, recorded
 from keifu.training.run.report import write_joined
@@ -130,8 +130,7 @@ def check(phase: Phase, done: dict[str, dict[str, Any]]) -> None:
     """Refuses other options for a step that is done: what came after it rests on them."""
     if phase.name not in done:
         return
-    then = current(type(phase.recipe), done[phase.name])
-    if changed := compare(then, flat(asdict(phase.recipe))):
+    if changed := compare(done[phase.name], flat(asdict(phase.recipe))):
         names = ", ".join(f"--{phase.name}.{each}" for each in changed)
         raise UserError(
             f"The step {phase.name} is done, and these options of it differ: {names}; put them back, or choose another "

@@ -14,7 +14,7 @@ docs/results.md, "InstructGPT's pipeline".
 import copy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -48,11 +48,13 @@ class Text(TextOptions):
     """Tokens of one."""
 
 
+# names of options in the facts of a saved state, which a resumed run compares
+STORED = {"kl_coef": "beta", "gae_lambda": "trace", "missing_eos_penalty": "cut_off"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(RolloutOptions):
     """Options of the run."""
-
-    RENAMED: ClassVar[dict[str, str]] = {"beta": "kl_coef", "trace": "gae_lambda", "cut_off": "missing_eos_penalty"}
 
     model: str = field(default="runs/sft", kw_only=False)
     """The policy as it begins, and the reference model: a model that was fine-tuned to answer (keifu train sft)."""
@@ -189,8 +191,7 @@ def settings(recipe: Recipe) -> Settings:
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
     """Trains the task's model into a run folder, which then holds the policy."""
-    then = {now: old for old, now in Recipe.RENAMED.items()}  # as runs of earlier versions have them
-    options: dict[str, Any] = {then.get(name, name): value for name, value in asdict(task.rule).items()}
+    options: dict[str, Any] = {STORED.get(name, name): value for name, value in asdict(task.rule).items()}
     options |= {"value": recipe.value, "measured": list(recipe.measured), "text": asdict(recipe.text)}
     paper = "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
     return common.learn_from_rollouts(

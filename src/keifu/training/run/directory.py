@@ -20,6 +20,7 @@ from keifu.processes import current
 from keifu.training.hardware.precision import processor_name
 from keifu.training.protocols import Run
 from keifu.training.run import checkpoint, metrics
+from keifu.training.run.signature import sign
 
 RECIPE = "recipe.json"
 RECORD = "recipe"  # in recipe.json: name and options of the recipe, and the steps where they were changed later
@@ -99,7 +100,8 @@ def read_recipe(directory: Path) -> dict[str, Any]:
         content = read_json_object(path) if path.is_file() else {}
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}). Start the run again with --replace.") from None
-    kinds, record = {"name": str, "options": dict, "steps": int | None, "place": str | None}, content.get(RECORD)
+    kinds = {"name": str, "options": dict, "steps": int | None, "place": str | None, "named": dict | None}
+    record = content.get(RECORD)
     fine = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
     if RECORD in content and not fine:
         raise UserError(f"{path} is damaged (its {RECORD} lacks a name, or options). Start again with --replace.")
@@ -113,7 +115,9 @@ def recorded(directory: Path) -> dict[str, Any]:
 
 def record(directory: Path, name: str, options: Mapping[str, Any], **more: Any) -> None:
     """Writes what `recorded` reads; the rest of recipe.json stays."""
-    write(directory, read_recipe(directory) | {RECORD: {"name": name, "options": options, **more}})
+    content = {"name": name, "options": options, **more}
+    content |= {"signature": sign(content)}
+    write(directory, read_recipe(directory) | {RECORD: content})
 
 
 def restore(directory: Path, record: Mapping[str, Any]) -> None:
@@ -132,8 +136,12 @@ def how_to_resume(run: Run) -> str:
 
 
 def command(directory: Path) -> str:
-    """The command that resumes the run in a directory."""
-    return f"keifu train --resume {shlex.quote(str(directory))}"
+    """Return the command that resumes the run in a directory, with the code that it must name."""
+    record = recorded(directory)
+    words = [shlex.quote(record["name"])] if record.get("name", "").endswith(".py") else []
+    words += ["--resume", shlex.quote(str(directory))]
+    words += [f"--{option} {value}" for option, value in (record.get("named") or {}).items()]
+    return f"keifu train {' '.join(words)}"
 
 
 def last_step(directory: Path) -> int | None:

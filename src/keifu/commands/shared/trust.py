@@ -1,0 +1,125 @@
+"""Trust in a run's folder: its recipe.json may name code and files, which count only if the user names them too.
+
+Code (a recipe file, a reward function) must be on the command line each time. Paths must be on the command line too,
+unless this user began the run (see `keifu.training.run.signature`).
+"""
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from keifu.alignment.rewards import code_file
+from keifu.errors import UserError
+from keifu.files import sha256
+from keifu.recipes.options import by_option, to_json
+from keifu.training.run.signature import is_signed
+
+SHOWN = 12  # digits of a hash
+
+
+def given_options(words: Sequence[str]) -> set[str]:
+    """Return the names of the options among the words of a command line."""
+    return {word.removeprefix("--").partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+
+
+def code_hashes(name: str, recipe: Any) -> dict[str, str]:
+    """Return the SHA-256 of each file whose code a run executes, by its option; "" is the recipe's own file."""
+    files = {"": Path(name)} if name.endswith(".py") else {}
+    files |= {option: file for option, value in _values(recipe).items() if (file := _code(value))}
+    return {option: sha256(file) for option, file in files.items() if file.is_file()}
+
+
+def named(recipe: Any) -> dict[str, str]:
+    """Return the options that execute code, with their values: a resumed run needs them on its command line."""
+    return {option: " ".join(map(shlex.quote, _strings(value))) for option, value in _values(recipe).items()
+            if _code(value)}  # fmt: skip
+
+
+def refuse_recipe_file(out: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Refuse to resume a run by a recipe file that only the folder names."""
+    if name.endswith(".py"):
+        raise UserError(
+            f"The run in {out} was made by the recipe file {name}, and a folder never starts code by itself. If you "
+            f"trust that file{_was(record, '')}, name it: keifu train {shlex.quote(name)} --resume "
+            f"{shlex.quote(str(out))}."
+        )
+
+
+def check_resumed(out: Path, record: Mapping[str, Any], recipe: Any, words: Sequence[str]) -> None:
+    """Refuse options that only the folder gives: code of any run, and paths of a run that this user did not begin."""
+    given = given_options(words)
+    values = _values(recipe)
+    usual = _values(type(recipe)())
+    is_mine = is_signed(record)
+    resume = f"keifu train --resume {shlex.quote(str(out))}"
+    for option in sorted(values.keys() - given):
+        value = values[option]
+        if code := _code(value):
+            raise UserError(
+                f"The run in {out} executes the code of {code} (--{option}), and a folder never starts code by itself. "
+                f"If you trust that file{_was(record, option)}, name it: {resume} --{option} {_quoted(value)}."
+            )
+        if not is_mine and value != usual.get(option) and (path := _path(value)):
+            raise UserError(
+                f"The run in {out} was not begun by you on this machine, and its options name {path}. If it shall read "
+                f"that, name it: {resume} --{option} {_quoted(value)}."
+            )
+
+
+def show_code(name: str, recipe: Any, record: Mapping[str, Any]) -> None:
+    """Print the files whose code is executed, with their hashes, and whether they have changed since the run began."""
+    before = hashes(record)
+    values = _values(recipe)
+    for option, now in code_hashes(name, recipe).items():
+        file = _code(values[option]) if option else Path(name)
+        then = before.get(option, now)
+        changed = "" if then == now else f"; it was {then[:SHOWN]} when the run began: other code is used from now on"
+        print(f"The code of {file} is executed (SHA-256 {now[:SHOWN]}{changed}).", file=sys.stderr, flush=True)
+
+
+def _was(record: Mapping[str, Any], option: str) -> str:
+    then = hashes(record).get(option)
+    return f" (its SHA-256 was {then[:SHOWN]})" if then else ""
+
+
+def hashes(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hashes that a record keeps; a folder may hold anything there."""
+    kept = record.get("code")
+    pairs = kept.items() if isinstance(kept, dict) else ()
+    return {name: value for name, value in pairs if isinstance(value, str)}
+
+
+def _values(recipe: Any) -> dict[str, Any]:
+    return by_option(type(recipe), to_json(recipe))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the strings in a value of JSON, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+
+
+def _code(value: Any) -> Path | None:
+    return next((file for text in _strings(value) if (file := code_file(text))), None)
+
+
+def _path(value: Any) -> str | None:
+    """Return the first existing path in a value, which may list several with commas."""
+    parts = (part for text in _strings(value) for part in (text, *text.split(",")))
+    return next((part for part in parts if part and "\0" not in part and _exists(part)), None)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # too long for a path
+        return False
+
+
+def _quoted(value: Any) -> str:
+    return " ".join(map(shlex.quote, _strings(value)))

@@ -1,0 +1,55 @@
+"""Signature of a run's record: shows that this user began the run, so that the paths in it are the user's own words.
+
+The key is a file in keifu's cache. A run from another machine has no valid signature: its paths must be named again.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from keifu.files import cache
+
+KEY = "signing-key"  # in the cache
+BYTES = 32
+SIGNED = ("name", "options", "place")  # entries of the record
+
+
+def sign(record: Mapping[str, Any]) -> str | None:
+    """Return the signature of a run's record; None if the key cannot be kept."""
+    with suppress(OSError):
+        return _signature(record, _key())
+    return None
+
+
+def is_signed(record: Mapping[str, Any]) -> bool:
+    """Return whether the record has a signature by this user's key."""
+    given = record.get("signature")
+    if not isinstance(given, str):
+        return False
+    try:
+        return hmac.compare_digest(given.encode(), _signature(record, _key()).encode())
+    except OSError:
+        return False
+
+
+def _signature(record: Mapping[str, Any], key: bytes) -> str:
+    content = json.dumps([record.get(name) for name in SIGNED], sort_keys=True, default=str)
+    return hmac.new(key, content.encode(), hashlib.sha256).hexdigest()
+
+
+def _key() -> bytes:
+    """Read the key, or make it at first use; only this user can read the file."""
+    path = cache() / KEY
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(os.urandom(BYTES))
+    key = path.read_bytes()
+    if len(key) != BYTES:
+        raise OSError(f"{path} is not a key")
+    return key

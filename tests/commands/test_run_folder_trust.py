@@ -1,0 +1,185 @@
+"""A run's folder executes no code and chooses no path: both count only if the command line names them."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keifu import cli
+from keifu.alignment import rewards
+from keifu.errors import UserError
+from keifu.files import sha256
+from keifu.recipes.assistant import grpo
+from keifu.recipes.neurons import mlp
+from keifu.recipes.options import to_json
+from keifu.training.run import checkpoint, signature
+from keifu.training.run import directory as run_directory
+
+MARK = "from pathlib import Path\nPath({marker!r}).write_text('executed')\n"
+RECIPE = '''"""Mine."""
+from dataclasses import dataclass
+
+@dataclass
+class Recipe:
+    """Options."""
+    size: int = 2
+    """Size."""
+
+def run(recipe, out, resume):
+    print("size", recipe.size, resume)
+'''
+SCORE = "def f(prompt, answer, example):\n    return 1.0\n"
+
+
+def go(*words: str) -> None:
+    cli.parse(["train", *words])()
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    """A file that any execution of `evil.py` makes; that file is in the folder of the run."""
+    (tmp_path / "evil").mkdir()
+    marker = tmp_path / "marker"
+    (tmp_path / "evil" / "notes.py").write_text(MARK.format(marker=str(marker)) + RECIPE + SCORE)
+    return marker
+
+
+def folder(name: str, options: dict[str, Any], **more: Any) -> Path:
+    """A run's folder from somebody else."""
+    record = {"name": name, "options": options, **more}
+    Path("evil").mkdir(exist_ok=True)
+    Path("evil/recipe.json").write_text(json.dumps({"recipe": record}))
+    return Path("evil")
+
+
+@pytest.mark.parametrize(
+    "words", ["--resume evil", "--resume=evil", "--out evil", "--out evil --resume", "--steps 3 --resume evil"]
+)
+@pytest.mark.parametrize("name", ["evil/notes.py", "{absolute}"])
+def test_a_folder_names_a_recipe_file_and_it_is_not_executed(marker: Path, words: str, name: str) -> None:
+    name = name.format(absolute=Path("evil/notes.py").resolve())
+    folder(name, {})
+    with pytest.raises(UserError, match="a folder never starts code by itself"):
+        go(*words.split())
+    for recipe in ("mlp", "grpo"):
+        with pytest.raises(UserError, match="holds a run of keifu train"):
+            go(recipe, "--resume", "evil")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("option", ["reward", "measured", "value"])
+@pytest.mark.parametrize("place", [".", "evil"])
+def test_a_folder_names_a_reward_file_and_it_is_not_executed(marker: Path, option: str, place: str) -> None:
+    file = "notes.py:f" if place == "evil" else "evil/notes.py:f"
+    recipe, value = ("grpo", file) if option == "reward" else ("ppo", [file] if option == "measured" else file)
+    folder(recipe, {option: value}, place=str(Path(place).resolve()))
+    for words in (["--resume", "evil"], [recipe, "--resume", "evil"]):
+        with pytest.raises(UserError, match=rf"executes the code of \S*notes.py \(--{option}\)"):
+            go(*words)
+    assert not marker.exists()
+
+
+def test_a_reward_within_a_step_of_another_recipe_is_not_executed(marker: Path) -> None:
+    folder("instruct", {"ppo": {"measured": ["evil/notes.py:f"]}})
+    with pytest.raises(UserError, match=r"--ppo.measured\)"):
+        go("--resume", "evil")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("file", ["evil/notes.txt", "evil/notes.pyc", "evil/notes.so"])
+def test_a_reward_is_a_python_file(marker: Path, file: str) -> None:
+    Path("evil/notes.py").rename(file)
+    with pytest.raises(UserError, match="There is no"):
+        go("grpo", "--reward", f"{file}:f", "--model", "nosuch")
+    with pytest.raises(UserError, match=r"There is no reward \(or file.py:function\)"):
+        rewards.reward(f"{file}:f")
+    assert not marker.exists()
+
+
+def test_an_own_recipe_goes_on_when_its_file_is_named(capsys: pytest.CaptureFixture) -> None:
+    Path("notes.py").write_text(RECIPE)
+    go("notes.py", "--size", "3", "--out", "run")
+    began = capsys.readouterr()
+    assert "size 3 False" in began.out and "The code of " in began.err and "(SHA-256 " in began.err
+    with pytest.raises(UserError, match=r"name it: keifu train \S+notes.py --resume run") as refused:
+        go("--resume", "run")
+    assert sha256(Path("notes.py"))[:12] in str(refused.value)
+    go("notes.py", "--resume", "run")
+    assert "size 3 False" in capsys.readouterr().out
+    Path("notes.py").rename("moved.py")
+    go("moved.py", "--resume", "run")
+    assert "when the run began" not in capsys.readouterr().err
+    Path("moved.py").write_text(RECIPE + "# changed\n")
+    go("moved.py", "--resume", "run")
+    assert "when the run began: other code is used from now on" in capsys.readouterr().err
+
+
+def test_another_file_than_the_run_began_with_is_refused() -> None:
+    Path("notes.py").write_text(RECIPE)
+    go("notes.py", "--out", "run")
+    Path("other.py").write_text(RECIPE + "# other\n")
+    with pytest.raises(UserError, match="holds a run of keifu train"):
+        go("other.py", "--resume", "run")
+
+
+def test_the_command_that_goes_on_names_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    Path("my score.py").write_text(SCORE)
+    monkeypatch.setattr(grpo, "run", stop)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        go("grpo", "--reward", "my score.py:f", "--out", "run")
+    command = str(stopped.value).splitlines()[-1]
+    assert shlex.split(command) == ["keifu", "train", "--resume", "run", "--reward", "my score.py:f"]
+    with pytest.raises(UserError, match="executes the code of my score.py"):
+        go("--resume", "run")
+    with pytest.raises(KeyboardInterrupt):
+        go(*shlex.split(command)[2:])
+
+
+def strangers_table(tmp_path: Path) -> Path:
+    """A run of somebody else that reads a file outside of its folder."""
+    (tmp_path / "mine.csv").write_text("x,y,kind\n" + "".join(f"{n},{-n},{n % 2}\n" for n in range(20)))
+    options = to_json(mlp.Recipe()) | {"steps": 4, "hidden": [3]}
+    return folder("mlp", options | {"data": "mine.csv"}, place=str(tmp_path))
+
+
+def test_a_strangers_folder_reads_no_file_that_the_user_does_not_name(tmp_path: Path, monkeypatch) -> None:
+    out = strangers_table(tmp_path)
+    with pytest.raises(UserError, match=r"was not begun by you .* name mine.csv.*--resume evil --data mine.csv"):
+        go("--resume", str(out))
+    go("--resume", str(out), "--data", "mine.csv")
+    assert checkpoint.steps(out) == [4]
+    go("--resume", str(out), "--steps", "6")  # it is this user's run from now on
+    assert checkpoint.steps(out)[-1] == 6
+
+
+def test_a_strangers_folder_does_not_choose_where_names_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = strangers_table(tmp_path).resolve()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"mine\.csv"):
+        go("--resume", str(out))
+    assert not checkpoint.steps(out)
+
+
+def test_a_signature_holds_for_its_own_record_and_key_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_directory.record(tmp_path, "mlp", {"data": "a.csv"}, place=str(tmp_path))
+    record = run_directory.recorded(tmp_path)
+    assert signature.is_signed(record)
+    for change in ({"options": {"data": "b.csv"}}, {"place": "/"}, {"name": "gpt"}, {"signature": "0" * 64},
+                   {"signature": None}, {"signature": 3}, {"signature": "é"}):  # fmt: skip
+        assert not signature.is_signed(record | change)
+    assert signature.is_signed(record | {"steps": 9})
+    assert (tmp_path / "cache" / signature.KEY).stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "other"))
+    assert not signature.is_signed(record)
