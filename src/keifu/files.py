@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -234,8 +235,13 @@ def check_output(path: Path, option: str, folder: bool) -> None:
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir() and there != path:
         raise UserError(f"{option} {path} cannot be written: {there} is a file.")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{option} {path} cannot be written: {there} is read-only for you.")
+    place = there if there.is_dir() else there.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):  # asks the file system too: permissions do not say all
+            pass
+    except OSError as error:
+        reason = f"no file can be made in {place} ({error.strerror})"
+        raise UserError(f"{option} {path} cannot be written: {reason}.") from None
 
 
 def neighbours(path: Path, pattern: str = "*") -> list[str]:
@@ -291,6 +297,21 @@ def hold(directory: Path) -> Iterator[bool]:
             (place / LOCK).unlink()
             place.rmdir()  # where nothing was written
         file.close()
+
+
+@contextmanager
+def writing_alone(directory: Path) -> Iterator[None]:
+    """Wait until no other process writes a checkpoint into the directory; leaves no file there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(ImportError, OSError):  # Windows, and some network file systems, have no flock
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _locked_file(path: Path) -> Any:

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +166,47 @@ def test_convert_and_inspect_tell_what_they_do(model: str, capsys: pytest.Captur
     told = json.loads(out(capsys, "inspect", str(file), "--json"))
     assert told["settings"]["dim"] == 16 and told["rows"][0]["ours"] == "embedding.weight"
     assert "embedding.weight" in out(capsys, "inspect", model)
+
+
+def test_convert_infers_the_format_and_writes_over_nothing_unasked(capsys, tmp_path: Path) -> None:
+    tokenizer, model = train_tokenizer("bpe", ["one two three four"] * 9, 270), str(tmp_path / "model")
+    config = llama.Config(tokenizer.vocab_size, 24, 16, 32, n_layers=1, n_heads=2)
+    checkpoints.save(llama.build(config), tokenizer, model)
+    for name, file in (("a.gguf", "a.gguf"), ("folder", "folder/config.json")):
+        words = ("convert", model, str(tmp_path / name))
+        out(capsys, *words)
+        before = (tmp_path / file).read_bytes()
+        assert before[:4] == (b"GGUF" if name == "a.gguf" else b'{\n  ')
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert capsys.readouterr().err.endswith("write over it with --replace.\n")
+        (tmp_path / file).write_bytes(b"GGUF" if name == "a.gguf" else b"{}")
+        out(capsys, *words, "--replace")
+        assert (tmp_path / file).read_bytes() == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    out(capsys, "convert", model, str(tmp_path / "notes"))
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+
+
+def test_four_processes_convert_to_one_folder(model: str, tmp_path: Path) -> None:
+    code = "import sys\nfrom keifu import checkpoints as c\nmodel = c.load(sys.argv[1])\nprint(flush=True)\ninput()\n"
+    code += "for _ in range(9): c.save(*model, sys.argv[2])"
+    words = [sys.executable, "-c", code, model, str(tmp_path / "out")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = [subprocess.Popen(words, text=True, **pipes) for _ in range(4)]  # pyright: ignore[reportArgumentType]
+    for process in running:
+        process.stdout.readline()
+    for process in running:  # all have loaded: they write at the same time
+        process.stdin.write("\n")
+        process.stdin.flush()
+    errors = [process.communicate(timeout=120)[1] for process in running]
+    assert not any(process.returncode for process in running), errors
+    assert not [*(tmp_path / "out").glob(".*")]
+    same = {file.name for file in Path(model).iterdir()} ^ {file.name for file in (tmp_path / "out").iterdir()}
+    assert not same and (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        Path(model) / "model.safetensors"
+    ).read_bytes()
 
 
 def test_models_shows_every_published_size(capsys: pytest.CaptureFixture) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from keifu.commands.shared import flags
+from keifu.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -16,18 +17,25 @@ class Options:
 
     model: flags.Model
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="The folder or .gguf file to write.")]
-    to: Literal["hf", "gguf", "open_clip"]
-    """The format."""
+    to: Literal["hf", "gguf", "open_clip"] | None = None
+    """Format. Unset: gguf if OUT ends in .gguf, else hf."""
     dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
     """Number format of the matrices, by default one that holds the stored numbers; q8_0 is for gguf alone."""
+    replace: bool = False
+    """Whether to write over the model that OUT holds."""
 
 
 def run(options: Options) -> None:
     """Loads, converts, writes, and says where."""
     from keifu.checkpoints import convert
+    from keifu.checkpoints.hub import may_be_model
 
-    convert(options.model, options.out, options.to, options.dtype)
-    print(f"Wrote {options.out}.")
+    out = options.out
+    usual = "gguf" if out.suffix == ".gguf" else "hf"
+    if not options.replace and out.exists() and (out.is_file() or may_be_model(out)):
+        raise UserError(f"{out} is there already: give another name, or write over it with --replace.")
+    convert(options.model, out, options.to or usual, options.dtype)
+    print(f"Wrote {out}.")
 
 
 parse = flags.parser(Options, run, "keifu convert")

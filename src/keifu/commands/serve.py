@@ -15,6 +15,7 @@ from keifu.files import read_text
 
 KEYS = "KEIFU_API_KEY"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+LARGEST_SIZE = 2**60  # bytes
 USUAL = "smollm2"  # where no model is named
 
 
@@ -83,11 +84,11 @@ def run(options: Options) -> None:
 
 
 def size_of(text: str, option: str) -> int:
-    """Bytes from words such as "4G" or "500M"."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])?(?:i?B)?", text.strip(), re.IGNORECASE)
-    size = int(float(found[1]) * UNITS.get((found[2] or "").upper(), 1)) if found else 0
-    if not size:
-        raise UserError(f"{option} is {text!r}, which must be a size such as 500M or 4G.")
+    """Return the bytes that words such as "4G" or "500M" say."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT])?(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * UNITS.get((match[2] or "").upper(), 1)) if match else 0
+    if not 0 < size < LARGEST_SIZE:
+        raise UserError(f"{option} is {text[:60]!r}, which must be a size such as 500M or 4G.")
     return size
 
 

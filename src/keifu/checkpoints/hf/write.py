@@ -34,7 +34,7 @@ from keifu.checkpoints.plan import check_tokenizer, name_of
 from keifu.checkpoints.registry import describe_as
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.errors import UserError
-from keifu.files import disk_space, write_tensors
+from keifu.files import disk_space, write_tensors, writing_alone
 from keifu.processes import current
 
 STAGE = ".saving-"
@@ -84,8 +84,7 @@ def _save_known(
         for found in places.values() if not current().is_replicated else ():
             deque(published_tensors(model, found), maxlen=0)
         return
-    with disk_space(f"{directory} keeps what it held"):
-        directory.mkdir(parents=True, exist_ok=True)
+    with disk_space(f"{directory} keeps what it held"), writing_alone(directory):
         for old in directory.glob(f"{STAGE}*"):  # left by a crash
             shutil.rmtree(old, ignore_errors=True)
         with TemporaryDirectory(prefix=STAGE, dir=directory, ignore_cleanup_errors=True) as folder:

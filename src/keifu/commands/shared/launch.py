@@ -64,7 +64,8 @@ def start(processes: int, restarts: int, words: Sequence[str]) -> None:
     )  # fmt: skip
     logging.disable(logging.ERROR)  # what its processes say of themselves is enough
     try:
-        elastic_launch(config, sys.executable)("-m", "keifu", *words, *volume)
+        # -P: no module of the current folder is imported
+        elastic_launch(config, sys.executable)("-P", "-m", "keifu", *words, *volume)
     except SignalException as stop:
         raise SystemExit(128 + int(stop.sigval)) from stop
     except ChildFailedError as error:

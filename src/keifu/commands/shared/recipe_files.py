@@ -75,7 +75,7 @@ def _blaming(path: Path) -> Iterator[None]:
         yield
     except (UserError, ImportError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if path.is_relative_to(SOURCE):
             raise
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error

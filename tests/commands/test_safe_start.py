@@ -1,0 +1,43 @@
+"""Modules of the current folder are never imported: not by `python -m keifu`, nor by the processes that it starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MARK = "with open({marker!r}, 'a') as file:\n    file.write(__name__ + ' ')\nraise SystemExit(9)\n"
+MODULES = ("random", "torch", "pip", "json", "numpy", "tyro", "site", "logging", "safetensors")
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A folder with files named as modules, which write a marker when they are imported."""
+    marker = str(tmp_path / "marker.txt")
+    for name in MODULES:
+        (tmp_path / f"{name}.py").write_text(MARK.format(marker=marker))
+    return tmp_path
+
+
+def run(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the folder, without a path that tests may have added."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    environment |= {"OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_python_m_keifu_imports_nothing_of_the_current_folder(hostile: Path) -> None:
+    done = run(hostile, sys.executable, "-m", "keifu", "train", "mlp", "--steps", "2", "--data", "xor", "--out", "run")
+    assert not (hostile / "marker.txt").exists(), (hostile / "marker.txt").read_text()
+    assert done.returncode == 0, done.stderr
+
+
+def test_processes_import_nothing_of_the_current_folder(hostile: Path) -> None:
+    (hostile / "keifu").mkdir()
+    (hostile / "keifu" / "__init__.py").write_text((hostile / "random.py").read_text())
+    keifu = Path(sys.executable).parent / "keifu"
+    words = ("train", "mlp", "--steps", "2", "--data", "xor", "--processes", "2", "--out", "run")
+    done = run(hostile, sys.executable, "-P", str(keifu), *words)
+    assert not (hostile / "marker.txt").exists(), (hostile / "marker.txt").read_text()
+    assert done.returncode == 0, done.stderr
