@@ -189,7 +189,7 @@ def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> 
     if match := re.match(
         r"[Ii]nvalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", " ".join(lines).strip()
     ):
-        return unknown(f"{match[2]} called", match[1], re.findall(r"'([^']*)'", match[3]))
+        return unknown(f"{match[2]} called", match[1], set(re.findall(r"'([^']*)'", match[3])) - {"None"})
     return UserError(_sentence(lines, program))
 
 
