@@ -104,7 +104,7 @@ def test_a_picture_is_varied_as_diffusers_varies_it(seeing, picture) -> None:
 def test_a_way_from_one_to_another(seeing, picture) -> None:
     ours = UnclipPipeline(*checkpoints.load(seeing[1]))
     settings = {"guidance": 2.0, "prior_steps": 3, "count": 3}
-    wanted = ours.resolved(ImageRequest("ddim", 2, 5, text="a red heart", towards="a blue cat", **settings))
+    wanted = ours.resolved(ImageRequest("ddim", 6, 5, text="a red heart", towards="a blue cat", **settings))
     seeds = [5, 6, 7]
     ends = [ours.sample_embeddings([text], wanted, SeededNoise([5])) for text in ("a red heart", "a blue cat")]
     found = ours.embeddings(wanted, seeds, ["a red heart"] * 3, SeededNoise([5] * 3))

@@ -25,7 +25,8 @@ Network: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # from x and the timest
 class DenoiserOutput(NamedTuple):
     """The prediction for x = alpha · picture + sigma · noise.
 
-    picture: clipped where the denoiser clips. noise: by the network's own output, before any clipping.
+    picture: clipped or thresholded if the denoiser does so. noise: computed from that picture, so that x is always
+    alpha · picture + sigma · noise.
     variance_fraction: predicted interpolation between log β̃ (-1) and log β (1), if the network predicts it.
     """
 
@@ -73,7 +74,10 @@ class Denoiser:
             picture, noise = output, (x - alpha * output) / sigma
         else:
             picture, noise = alpha * x - sigma * output, alpha * output + sigma * x
-        return DenoiserOutput(self._bounded(picture), noise, fraction)
+        if self.threshold is not None or self.clip is not None:
+            picture = self._bounded(picture)
+            noise = (x - alpha * picture) / sigma
+        return DenoiserOutput(picture, noise, fraction)
 
     def _bounded(self, picture: Tensor) -> Tensor:
         if self.threshold is not None:

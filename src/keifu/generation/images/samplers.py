@@ -4,7 +4,9 @@ Single-step samplers are DDPM, DDIM, Euler, Euler ancestral and Heun; multistep 
 are LMS, PLMS, DPM-Solver++ and UniPC. A sampler is a generator: it takes a denoiser, x at the first noise level, the
 schedule and a source of noise, and yields x and the predicted image after each step. x is what the network sees,
 x = alpha · image + sigma · noise; where papers write x / alpha (Karras et al., 2022), the formulas here are multiplied
-out. Clipping and thresholding are those of diffusers' scheduler of the same name.
+out. Clipping and thresholding are those of diffusers' scheduler of the same name. The noise is always computed from
+the clipped picture, which diffusers' DDIM does only with `use_clipped_model_output=True`: the noise of the raw output
+would subtract again what guidance added to the picture.
 """
 
 import math
@@ -81,10 +83,7 @@ def _ddpm_standard_deviation(output: DenoiserOutput, variance: str, level: Level
 
 
 def ddim(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random, eta: float = 0.0) -> Iterator[SamplerStep]:
-    """DDIM (Song et al., 2021, equation 12); `eta` scales the fresh noise: 0 none, 1 that of DDPM (equation 16).
-
-    The predicted noise is the network's own, also where the predicted image was clipped.
-    """
+    """DDIM (Song et al., 2021, equation 12); `eta` scales the fresh noise: 0 none, 1 that of DDPM (equation 16)."""
     for level, next_level in schedule.steps:
         output = denoise(x, level)
         noise_std = eta * standard_deviation(level, next_level)
