@@ -8,7 +8,7 @@ from native_toys import toy
 
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.sampling_params import SamplingParams
-from keifu.native.model import NativeLM, pack
+from keifu.native.model import BLOCK_SIZE, NativeLM, pack
 
 pytestmark = pytest.mark.usefixtures("opened")
 Asked = tuple[list[int], SamplingParams]
@@ -51,9 +51,26 @@ def write(engine: Engine, asked: list[Asked], arrivals: random.Random | None) ->
     return found
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_block_is_known_by_all_tokens_before_it(weights: str) -> None:
+    """Prompts a+b and c+d, then a+d: the block d behind c holds other keys and values than d behind a."""
+    packed = pack(toy("qwen2", 0.3), weights)
+    a, b, c, d = ([(first + step) % 101 for step in range(BLOCK_SIZE)] for first in (0, 20, 50, 77))
+    sampling = SamplingParams(max_tokens=6, seed=1, log_probabilities=True)
+    asked = [([*first, *second, 5], sampling) for first, second in ((a, b), (c, d), (a, d))]
+    engine = Engine(packed, None, packed.runner(20))
+    found: list[Written] = []
+    for prompt, params in asked:
+        engine.add(engine.request(prompt, params))
+        found.append([])
+        while engine.work:
+            found[-1] += [(each.token, each.log_probability, each.sampled_log_probability) for each in engine.step()]
+    assert found == [write(Engine(packed, None, packed.runner(4)), [each], None)[0] for each in asked]
+
+
 def check(kind: str, weights: str, count: int) -> None:
     """Arriving at random, up to 32 at a time, in steps of few tokens, in a pool so small that texts are preempted."""
-    packed, asked = pack(toy(kind), weights), requests(count)
+    packed, asked = pack(toy(kind, 0.3), weights), requests(count)
     engine = Engine(packed, None, packed.runner(9), max_running=32, step_tokens=50)
     preempted, plain = [], engine.scheduler._preempt
     engine.scheduler._preempt = lambda s: preempted.append(s.number) or plain(s)  # type: ignore[method-assign]

@@ -80,6 +80,24 @@ def test_each_step_and_the_pictures_are_diffusers(painter, reference, sampler: s
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++-2m"])
+def test_rescaled_guidance_is_that_of_diffusers_and_of_each_picture_alone(painter, reference, sampler: str) -> None:
+    steps, expected = reference(
+        sampler, TEXTS, guidance_scale=7.5, guidance_rescale=0.7, num_inference_steps=5, height=32, width=32
+    )
+    wanted = ImageRequest(sampler, 5, size=(32, 32), guidance=7.5, guidance_rescale=0.7, text=TEXTS[0])
+    resolved = painter.resolved(wanted)
+    states = [*painter.drawing(resolved, SEEDS, TEXTS)]
+    for state, latents in zip(states, steps, strict=True):
+        assert (state.x - latents).abs().max() <= 1e-5 * latents.abs().max()
+    drawn = (painter.decoded(states[-1].x, wanted) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
+    for number in range(2):
+        *_, alone = painter.drawing(resolved, SEEDS[number : number + 1], TEXTS[number : number + 1])
+        together = states[-1].x[number]
+        assert (alone.x[0] - together).abs().max() <= 1e-5 * together.abs().max()
+
+
 def test_the_text_and_what_is_led_away_from_decide_the_picture(painter) -> None:
     wanted = painter.resolved(ImageRequest("ddim", 3, text="a red heart", guidance=5.0))
     others = [{"text": "a blue cat"}, {"negative": "a blue cat"}, {"guidance": 1.0}, {"guidance_rescale": 0.7}]

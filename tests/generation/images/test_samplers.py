@@ -96,8 +96,9 @@ def theirs(name: str, noise: Noise, steps: int, karras: bool, eta: float, start:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for each in generators:
         torch.randn(start.shape[1:], generator=each)  # the noise that the picture begins with
-    more = {"ddim": {"eta": eta, "generator": generators, "use_clipped_model_output": True}}.get(name, {"generator": generators})
-    more = {} if name in ("heun", "lms", "plms", "unipc") else more
+    more = {} if name in ("heun", "lms", "plms", "unipc") else {"generator": generators}
+    if name == "ddim":
+        more |= {"eta": eta, "use_clipped_model_output": True}
     if start.dtype == torch.float64:
         scheduler.sigmas = scheduler.sigmas.double()
     x, found = start * scheduler.init_noise_sigma, []

@@ -16,7 +16,7 @@ from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.model import causal
 from keifu.generation.text.request import Piece
-from keifu.generation.text.runner import Span, TorchRunner
+from keifu.generation.text.runner import Reader, Span, TorchRunner
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.models import llama
 
@@ -134,6 +134,30 @@ def test_shared_beginnings_are_computed_once(model: nn.Module, tokenizer: Tokeni
     while engine.work:
         engine.step()
     assert again == 9 and runner.tokens == read + 3 + 2  # what has ended is still known
+
+
+BLOCKS = [[7, 8, 9, 10], [20, 21, 22, 23], [30, 31, 32, 33], [40, 41, 42, 43]]
+
+
+def test_a_block_is_known_by_all_tokens_before_it(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Prompts a+b and c+d, then a+d: the block d behind c holds other keys and values than d behind a."""
+    a, b, c, d = BLOCKS
+    asked = [([*first, *second, 5], replace(PLAIN, max_tokens=6)) for first, second in ((a, b), (c, d), (a, d))]
+    engine = Engine(model, tokenizer, small(model, 100))
+    found: list[list[Piece]] = []
+    for number, (prompt, sampling) in enumerate(asked):
+        engine.add(engine.request(prompt, sampling))
+        found.append([piece for piece in steps(engine) if piece.index == number])
+    same(found, alone(model, tokenizer, asked))
+
+
+@torch.inference_mode()
+def test_a_reader_knows_a_block_by_all_tokens_before_it(model: nn.Module) -> None:
+    a, b, c, d = BLOCKS
+    texts = [[*first, *second, 5, 6] for first, second in ((a, b), (c, d), (a, d))]
+    reader = Reader(small(model, 100), 1)
+    for text, logits in zip(texts, reader.read((text, 2) for text in texts), strict=True):
+        torch.testing.assert_close(logits, model(torch.tensor([text]))[0, -2:], atol=1e-4, rtol=1e-4)
 
 
 def test_the_least_recently_used_blocks_go_first() -> None:
