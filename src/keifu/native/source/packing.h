@@ -122,12 +122,17 @@ INLINE uint16_t half_bits(float x) {  // float16, rounded to the nearest; what i
     return (uint16_t)(sign | (uint32_t)__builtin_rintf(size * 16777216.f));
 }
 
-// Writes a float16 for each row, and gives what it stands for.
-INLINE v16 put_halves(uint8_t *to, v16 x) {
-    for (int lane = 0; lane < TILE; lane++) {
-        const uint16_t bits = half_bits(x[lane]);
-        memcpy(to + 2 * lane, &bits, 2);
+// Write a float16 for each row and return the numbers that it stands for: the nearest, or with UP none below x (x >= 0).
+template <bool UP = false> INLINE v16 put_halves(uint8_t *to, v16 x) {
+    uint16_t bits[TILE];
+    for (int lane = 0; lane < TILE; lane++) bits[lane] = half_bits(x[lane]);
+    if constexpr (UP) {
+        memcpy(to, bits, sizeof bits);
+        const v16 nearest_half = load_half(to);
+        for (int lane = 0; lane < TILE; lane++)
+            if (nearest_half[lane] < x[lane] && bits[lane] < 0x7bff) bits[lane]++;
     }
+    memcpy(to, bits, sizeof bits);
     return load_half(to);
 }
 
@@ -150,6 +155,56 @@ template <int FORMAT> INLINE void put_codes(uint8_t *codes, const Group &x, v16 
     }
 }
 
+struct Fit {
+    v16 min, error;  // the code of the minimum, and the squared error with it
+};
+
+// Fit the minimum, a multiple of -dmin, to a group whose scale is given; `min` is a first guess.
+INLINE Fit fit_min(const Group &x, v16 scale, v16 min, v16 dmin) {
+    const v16 inverse = inverse_of(scale);
+    v16 rest{};
+    for (int i = 0; i < GROUP; i++) rest += x[i] - scale * code_of(x[i], inverse, min, 0, 15);
+    const v16 code = clamp(nearest(-rest / (float)GROUP * inverse_of(dmin)), 0, 255);
+    const v16 coded = -(dmin * code);
+    v16 error{};
+    for (int i = 0; i < GROUP; i++) {
+        const v16 difference = x[i] - scale * code_of(x[i], inverse, coded, 0, 15) - coded;
+        error += difference * difference;
+    }
+    return {code, error};
+}
+
+struct PairCodes {
+    v16 scale;           // of the pair, a multiple of d
+    v16 multipliers[2];  // of the scale, 1 to 16, for each group
+    v16 mins[2];
+};
+
+// Choose the codes of a pair of groups. The larger scale is 16 to 9 times the pair's: of these the one with the least
+// squared error, since the other group's scale must be a whole multiple too.
+INLINE PairCodes choose_codes(const Group *x, const Affine *wanted, v16 d, v16 dmin) {
+    const v16 larger = max(wanted[0].scale, wanted[1].scale);
+    PairCodes best{};
+    v16 least = splat(3e38f);
+    for (int times = 16; times > 8; times--) {
+        const v16 scale = clamp(nearest(larger / (float)times * inverse_of(d)), 0, 255);
+        v16 multipliers[2];
+        Fit fits[2];
+        for (int g = 0; g < 2; g++) {
+            multipliers[g] = clamp(nearest(wanted[g].scale * inverse_of(d * scale)), 1, 16);
+            fits[g] = fit_min(x[g], d * scale * multipliers[g], wanted[g].min, dmin);
+        }
+        const v16 error = fits[0].error + fits[1].error;
+        best.scale = error < least ? scale : best.scale;
+        for (int g = 0; g < 2; g++) {
+            best.multipliers[g] = error < least ? multipliers[g] : best.multipliers[g];
+            best.mins[g] = error < least ? fits[g].min : best.mins[g];
+        }
+        least = error < least ? error : least;
+    }
+    return best;
+}
+
 // Up to 8 groups, which are a super block: scales and mins are multiples of d and dmin.
 INLINE void pack_int4(uint8_t *tile, int64_t first_pair, const Group *x, int pairs) {
     constexpr Layout L = LAYOUTS[KEIFU_INT4_64];
@@ -162,19 +217,19 @@ INLINE void pack_int4(uint8_t *tile, int64_t first_pair, const Group *x, int pai
         most_min = max(-best[g].min, most_min);
     }
     uint8_t *super = tile + super_offset(L, first_pair);
-    const v16 d = put_halves(super, most_scale / (16 * 255.f));
-    const v16 dmin = put_halves(super + 32, most_min / 255.f);
+    // Rounded up: of small weights d is a float16 of few bits, and the largest code must not exceed 255.
+    const v16 d = put_halves<true>(super, most_scale / (16 * 255.f));
+    const v16 dmin = put_halves<true>(super + 32, most_min / 255.f);
     for (int pair = 0; pair < pairs; pair++) {
-        const Affine *two = best + 2 * pair;
+        const Group *groups = x + 2 * pair;
+        const PairCodes codes = choose_codes(groups, best + 2 * pair, d, dmin);
         uint8_t *header = tile + pair_offset(L, first_pair + pair);
-        const v16 scale = clamp(nearest(max(two[0].scale, two[1].scale) / 16.f * inverse_of(d)), 0, 255);
-        put_bytes(header, scale);
+        put_bytes(header, codes.scale);
         for (int g = 0; g < 2; g++) {
-            const v16 m = clamp(nearest(two[g].scale * inverse_of(d * scale)), 1, 16);
-            const v16 min = clamp(nearest(-two[g].min * inverse_of(dmin)), 0, 255);
+            const v16 m = codes.multipliers[g];
             for (int lane = 0; lane < TILE; lane++) header[TILE + lane] |= ((uint8_t)m[lane] - 1) << 4 * g;
-            put_bytes(header + 32 + g * TILE, min);
-            put_codes<KEIFU_INT4_64>(header + L.group(g), x[2 * pair + g], d * scale * m, -(dmin * min));
+            put_bytes(header + 32 + g * TILE, codes.mins[g]);
+            put_codes<KEIFU_INT4_64>(header + L.group(g), groups[g], d * codes.scale * m, -(dmin * codes.mins[g]));
         }
     }
 }
