@@ -144,7 +144,7 @@ def of_clip(toys: Toys) -> tuple[Any, list[Group]]:
     tower = {"tower": Reach("resnet", lambda r: type(r.model.config.image).__name__, "ResNetConfig")}
     seen = {"resnet": Reach(replace(resnet, embedding_dim=16), "model.config.image")}
     short = {"text": replace(base.text, context_length=5), "languages": ("en",)}
-    start = {"start": Reach(toys.wide_clip, "model.config.text.dim", 32)}
+    start = {"start_from": Reach(toys.wide_clip, "model.config.text.dim", 32)}
     known = {"tokenizer": Reach(toys.clip, "model.config.text.vocab_size", DIFFERENT)}
     ways = {"tower": "resnet", "resnet": replace(base.resnet, image_size=72, width=8, embedding_dim=16)}
     truncate = {"truncate": Reach(True, caption_length, 5)}
@@ -185,8 +185,12 @@ def of_ddpm(toys: Toys) -> tuple[Any, list[Group]]:
     minutes = {"minutes": Reach(0.5, "settings.steps", MINUTES // 2)}
     paper = {"recipe_of": Reach("paper", "settings.schedule", "constant")}
     seed = {"seed": Reach(5, ("data.key", "sample.seeds.0"))}
+    wide = Path(toys.out).with_name("wide-ddpm")
+    wiring.run("ddpm", replace(base, dim=16), wide, True)
+    start = {"start_from": Reach(str(wide), "model.config.dim", 16)}
     return base, [
-        Group(rows), Group(classes), Group(dropout, {"classes": True}), Group(none, {"classes": True}), Group(spread),
+        Group(start), Group(rows), Group(classes), Group(dropout, {"classes": True}), Group(none, {"classes": True}),
+        Group(spread),
         Group(minutes, {"steps": None}), Group(paper), Group(seed),
     ]  # fmt: skip
 
@@ -269,8 +273,10 @@ def of_latent_diffusion(toys: Toys) -> tuple[Any, list[Group]]:
     own = ("autoencoder:settings.seed", "autoencoder:data.key", "data.data.key", "sample.seeds.0")
     seed = {"seed": Reach(5, own)}
     seed |= {"precision": Reach("bfloat16", "autoencoder:settings.precision")}
+    start = {"start_from": Reach(toys.other_latent, "model.config.text.dim", 32)}
     return base, [
-        Group(rows), Group(minutes, {"steps": None, "autoencoder_steps": None}), Group(pixels, of_pixels), Group(space),
+        Group(start), Group(rows), Group(minutes, {"steps": None, "autoencoder_steps": None}),
+        Group(pixels, of_pixels), Group(space),
         Group(seed), truncated(toys), *clip_groups(),
     ]  # fmt: skip
 

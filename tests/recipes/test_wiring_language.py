@@ -235,7 +235,7 @@ def of_bert(toys: Toys) -> tuple[Any, list[Group]]:
         "gaps": Reach(("one [MASK] two.",), lambda r: r.sample(0).splitlines()[0], "one [MASK] two."),
     }  # fmt: skip
     begun = {"text.tokenizer": Reach(toys.bert, f"{tokenizer}.vocab_size", DIFFERENT)}
-    start = {"start": Reach(toys.bert, "model.config.context_length", 16)}
+    start = {"start_from": Reach(toys.bert, "model.config.context_length", 16)}
     room = {"masking.length": 12}
     pairs = {"masking.sentence_pairs": Reach(False, ("model.config.next_sentence", "model.config.pooled"))}
     batch = {"training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.batch_size", "data.seed"), DIFFERENT)}

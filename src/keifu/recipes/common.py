@@ -93,7 +93,7 @@ class FinetuneOptions(Logging):
     def settings(self, steps: int, **different: Any) -> Settings:
         """AdamW without weight decay, five validations and ten checkpoints in `steps` steps; `different` are the fields
         of `Settings` in which a recipe differs from that."""
-        usual = {"steps": steps, "weight_decay": 0.0, "betas": (0.9, 0.999)}
+        usual = {"steps": steps, "weight_decay": 0.0, "betas": (0.9, 0.999), "keep_best": True}
         every = {"evaluate_every": max(1, steps // 5), "save_every": max(1, steps // 10)}
         return Settings(**self.loop(**usual | every | different))
 

@@ -24,7 +24,7 @@ from keifu.training.hardware.precision import tensor_float32
 from keifu.training.loader import Loader, prefetches
 from keifu.training.pace import Budget, Pace, TimeLeft
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
-from keifu.training.run import checkpoint, metrics
+from keifu.training.run import best, checkpoint, metrics
 from keifu.training.run import directory as run_directory
 from keifu.training.run.progress import Display, format_seconds, number
 from keifu.training.run.report import REPORT, write_report
@@ -103,6 +103,7 @@ class _Loop:
         self.saved = state.step if run.resume else -1
         if run.resume and current().is_main:  # a kill may have come before these were removed
             self._remove_old_states(state.step)
+        self.best = best.read(run.directory) if self._keeps_best() else None
         self.on_policy = isinstance(data, OnPolicy)
         self.record = run_directory.recorded(run.directory)
         self.loader = Loader(data.batch, device, prefetches(device) and not self.on_policy)
@@ -284,14 +285,37 @@ class _Loop:
         self.loader.wait()
         with self._saving_on_failure(), self.trainer.optimizers.averaged():
             means = self.trainer.validation(self.data.validation())
-        figures = {f"validation_{name}": value for name, value in means.items()}
-        if means and self.run.bytes_per_unit:
-            figures["bits_per_byte"] = means["loss"] / math.log(2) / self.run.bytes_per_unit
+            figures = {f"validation_{name}": value for name, value in means.items()}
+            if means and self.run.bytes_per_unit:
+                figures["bits_per_byte"] = means["loss"] / math.log(2) / self.run.bytes_per_unit
+            if means and self._keeps_best() and (self.best is None or means["loss"] < self.best.loss):
+                self.best = best.Best(self.state.step, figures)
+                if current().is_main:
+                    best.keep(self.run.directory, self.trainer.model, self.state.step, figures)
         if figures:
             self._record(figures)
             words = (f"{n.replace('_', ' ')} {value:.4g}" for n, value in figures.items() if "/" not in n)
             self.display.note(f"step {self.state.step:,}  {'  '.join(words)}")
         self.validated = self.state.step
+
+    def _keeps_best(self) -> bool:
+        """Return whether the weights with the lowest validation loss are kept; a split model keeps its last ones."""
+        return self.settings.keep_best and current().is_replicated
+
+    def _restore_best(self) -> None:
+        """Load the weights with the lowest validation loss, with their figures, if the last ones are worse."""
+        if self.best is None:
+            return
+        validated = (line[best.LOSS] for line in metrics.read(self.run.directory) if best.LOSS in line)
+        first, last = next(validated, None), self.figures.get(best.LOSS, math.nan)
+        worse = self.best.loss < last
+        if worse and current().is_main:
+            best.restore(self.run.directory, self.trainer.model)
+        self.figures |= self.best.figures if worse else {}
+        before = "" if first is None else f"{first:.4g} before and "
+        note = f"Validation loss: {before}{last:.4g} after the training."
+        kept = f" The model kept is that of step {self.best.step:,}, with {self.best.loss:.4g}."
+        self.display.note(note + kept * worse)
 
     def _record(self, figures: dict[str, float | int]) -> None:
         skipped = self.state.spikes.skipped
@@ -371,9 +395,11 @@ class _Loop:
 
     def _leave(self, outcome: dict[str, Any]) -> None:
         """Writes the model, the results into recipe.json, and the report."""
-        if self.save and (current().is_main or not current().is_replicated):
-            self.trainer.model.eval()
-            with self.trainer.optimizers.averaged():
+        with self.trainer.optimizers.averaged():
+            if outcome["finished"]:
+                self._restore_best()
+            if self.save and (current().is_main or not current().is_replicated):
+                self.trainer.model.eval()
                 self.save(self.run.directory)
         current().flush()
         if current().is_main:

@@ -20,7 +20,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 # What may change when a run is resumed: its length, intervals, and how a batch is split; never what a step computes.
 ADJUSTABLE = frozenset(
     ["steps", "minutes", "micro_batch", "compile", "log_every", "evaluate_every", "evaluate_share", "sample_every"]
-    + ["save_every", "keep", "tensorboard", "wandb"]
+    + ["save_every", "keep", "keep_best", "tensorboard", "wandb"]
 )
 
 
@@ -102,6 +102,8 @@ class Settings:
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Checkpoints that are kept; with 2 or more, a run can go on from the one before if the last is damaged."""
+    keep_best: bool = False
+    """Whether the finished model has the weights of the lowest validation loss instead of the last ones."""
     tensorboard: bool = False
     """Write TensorBoard events too."""
     wandb: bool = False

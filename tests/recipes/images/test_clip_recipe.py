@@ -58,7 +58,7 @@ def test_a_resnet_learns_by_parts_of_its_batch(drawings, tmp_path) -> None:
 def test_it_begins_with_a_clip_that_is_there(drawings, tmp_path) -> None:
     settings = replace(small(drawings).training, steps=2, warmup=0)
     recipe.run(small(drawings, training=settings), tmp_path, False)
-    again = recipe.prepare(small(drawings, start=str(tmp_path), vocab_size=5000))
+    again = recipe.prepare(small(drawings, start_from=str(tmp_path), vocab_size=5000))
     assert again.model.config == checkpoints.load_model(tmp_path).config
     assert all(map(torch.equal, again.model.parameters(), checkpoints.load_model(tmp_path).parameters()))
 

@@ -1,5 +1,6 @@
 """The recipe for DDPM: pictures from folders to a pipeline that diffusers reads, and what it refuses."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from keifu import checkpoints
 from keifu.errors import UserError
 from keifu.recipes.images import ddpm
 from keifu.training.objectives.diffusion import dequantize, draw_noise
+from keifu.training.run import metrics
 
 TINY = {"size": 8, "dim": 8, "multipliers": (1, 2), "attention": (1,), "batch_size": 4, "precision": "float32"}
 
@@ -47,6 +49,30 @@ def test_from_pictures_to_a_pipeline(more, folders, tmp_path, monkeypatch):
     again = ddpm.run(recipe, out, resume=True)  # nothing is left to do, and everything is found again
     assert again.steps == 3
     assert torch.equal(checkpoints.load(out)[0].unet.first.weight, model.unet.first.weight)
+
+
+def test_a_run_starts_from_a_trained_model_at_a_tenth_of_the_rate(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+    recipe = ddpm.Recipe(str(folders), noise_steps=50, steps=6, classes=True, **TINY)
+    ddpm.run(recipe, tmp_path / "first", resume=False)
+    first, _ = checkpoints.load(tmp_path / "first")
+    later = replace(recipe, start_from=str(tmp_path / "first"), dim=64, size=None, steps=3)
+    assert later.resolved().learning_rate == pytest.approx(1e-4) and ddpm.settings(later.resolved(), 3).keep_best
+    task = ddpm.prepare(later.resolved())
+    assert task.model.config == first.config  # its sizes, whatever the options say
+    assert torch.equal(task.model.unet.first.weight, first.unet.first.weight)
+    summary = ddpm.run(later, tmp_path / "later", resume=False)
+    losses = [line["validation_loss"] for line in metrics.read(tmp_path / "later") if "validation_loss" in line]
+    assert summary.figures["validation_loss"] == min(losses) <= losses[0]
+    with pytest.raises(UserError, match="knows the classes blue, red, and the pictures of .* have blue: take"):
+        ddpm.prepare(replace(later, data=str(blue(tmp_path, folders))).resolved())
+
+
+def blue(out, folders):
+    """A folder with one of the two classes alone."""
+    shutil.copytree(folders / "blue", out / "one" / "blue")
+    return out / "one"
 
 
 def test_whose_settings():

@@ -41,6 +41,19 @@ def trained(drawings, towers, tmp_path_factory) -> Path:
     return out
 
 
+def test_a_run_starts_from_a_trained_model_and_trains_its_u_net_alone(trained, drawings, tmp_path) -> None:
+    before, _ = checkpoints.load(trained)
+    started = recipe.Recipe(str(drawings), **TINY | {"start_from": str(trained), "size": 99, "widths": (8,)})
+    assert started.resolved().learning_rate == pytest.approx(1e-4)
+    recipe.run(started, tmp_path, False)
+    after, _ = checkpoints.load(tmp_path)
+    assert after.config == before.config and not (tmp_path / "autoencoder").exists()
+    now = after.state_dict()
+    changed = {name.partition(".")[0] for name, a in before.state_dict().items() if not a.equal(now[name])}
+    assert changed <= {"unet"}
+    assert json.loads((tmp_path / "recipe.json").read_text())["settings"]["keep_best"]
+
+
 def test_the_run_is_a_pipeline_of_diffusers_and_draws(trained) -> None:
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(trained)

@@ -86,7 +86,7 @@ def test_without_pairs_and_on_from_there_with_them(text: Path, tmp_path: Path) -
     train(text, tmp_path / "words", "--masking.no-sentence-pairs", "--masking.whole-words", steps=2)
     first, _ = keifu.load(tmp_path / "words")
     assert not first.config.next_sentence and not first.config.pooled and first.config.words
-    train(text, tmp_path / "pairs", "--start", str(tmp_path / "words"), steps=1, learning_rate=0.0)
+    train(text, tmp_path / "pairs", "--start-from", str(tmp_path / "words"), steps=1, learning_rate=0.0)
     second, _ = keifu.load(tmp_path / "pairs")
     assert second.config.next_sentence and second.config.dim == 32
     kept = second.state_dict()
@@ -99,7 +99,7 @@ def test_without_pairs_and_on_from_there_with_them(text: Path, tmp_path: Path) -
         (["--masking.length", "64"], "Rows of 64 tokens do not fit: the model has 32 positions"),
         (["--tokenizer", "bpe"], "which bpe does not have: learn wordpiece"),
         (["--masking.lenght", "32"], "Did you mean '--masking.length'?"),
-        (["--start", "minilmm"], "minilm"),
+        (["--start-from", "minilmm"], "minilm"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(words, sentence, text: Path, tmp_path: Path, capsys) -> None:

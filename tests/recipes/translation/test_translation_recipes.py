@@ -117,6 +117,27 @@ def test_a_run_starts_from_the_weights_and_the_tokenizer_of_another(name: str, t
         go(other, table, "wrong", "--steps", "1", "--start-from", str(first))
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_a_run_that_starts_from_a_translator_takes_a_tenth_of_the_rates_and_leaves_no_worse_model(
+    name: str, table: Path, capsys
+) -> None:
+    first = go(name, table, "first", "--steps", "12")
+    later = go(name, table, "later", "--steps", "4", "--start-from", str(first))
+    settings = [json.loads((out / "recipe.json").read_text())["settings"] for out in (first, later)]
+    shares = [settings[1][rate] / settings[0][rate] for rate in ("learning_rate", "matrix_rate")]
+    assert shares == pytest.approx([0.1, 0.1] if name == "transformer" else [0.1, 1.0])
+    assert (settings[0]["keep_best"], settings[1]["keep_best"]) == (False, True)
+    losses = [line["validation_loss"] for line in metrics.read(later) if "validation_loss" in line]
+    figures = json.loads((later / "recipe.json").read_text())["figures"]
+    assert figures["validation_loss"] == min(losses) and f"Validation loss: {losses[0]:.4g} before" in (
+        capsys.readouterr().err
+    )
+    paper = go(name, table, "paper", "--steps", "1", "--start-from", str(first), "--recipe-of", "paper")
+    rates = {"transformer": 0.1 * 256**-0.5 * 4000**-1.5, "seq2seq": 0.1}
+    rate = json.loads((paper / "recipe.json").read_text())["settings"]["learning_rate"]
+    assert rate == pytest.approx(rates[name] * (8**0.5 if name == "transformer" else 1))  # of the toy's dim 32
+
+
 def test_the_papers_transformer_leaves_the_mean_of_its_last_states(table: Path) -> None:
     out = go("transformer", table, "paper", "--recipe-of", "paper", "--steps", "4", "--average", "2", "--reverse")
     files = [load_file(out / f"state/step-{step:08d}.safetensors") for step in checkpoint.steps(out)]

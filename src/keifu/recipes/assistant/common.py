@@ -359,7 +359,7 @@ class RolloutTask(FinetuneTask):
 def rollout_settings(recipe: RolloutOptions, steps: int, **different: Any) -> Settings:
     """The settings of a recipe that learns from sampled responses; every update has a line of metrics. Ratios of
     probabilities lie close to 1, which takes float32."""
-    return recipe.settings(steps, schedule="constant", precision="float32", log_every=1, **different)
+    return recipe.settings(steps, schedule="constant", precision="float32", log_every=1, keep_best=False, **different)
 
 
 def learn_from_rollouts(

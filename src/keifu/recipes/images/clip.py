@@ -33,6 +33,7 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.recipes.common import parameters, train_run
+from keifu.recipes.starting import adapted
 from keifu.training.loop import Summary
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.protocols import Objective
@@ -62,8 +63,9 @@ class Recipe:
     """Near copies, such as an emoji in all skin tones, come in one batch, which then asks what tells them apart."""
     truncate: bool = False
     """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
-    start: str | None = None
-    """Begin with this CLIP (a run, a folder, a hub id) and its tokenizer, in place of a new one; its sizes count."""
+    start_from: str | None = None
+    """CLIP whose weights, tokenizer and sizes the run starts from: a run, a folder, a hub id or a catalogue name. The
+    default learning rate is then a tenth of 1e-3."""
     tower: Literal["vit", "resnet"] = "vit"
     """The architecture of the image tower."""
     image: clip_image.Config = clip_image.Config(
@@ -96,6 +98,7 @@ class Task:
     tokenizer: Tokenizer
     parts: ImageSplit
     data: Any  # batches of pictures and captions
+    settings: Settings
 
     @property
     def objective(self) -> Objective:
@@ -106,19 +109,19 @@ class Task:
 def prepare(recipe: Recipe) -> Task:
     """Reads the pictures, holds some out, learns the tokenizer from the captions of the others, builds the model."""
     torch.manual_seed(recipe.training.seed)
-    loaded, given = checkpoints.load(recipe.start, torch.float32) if recipe.start else (None, None)
+    loaded, given = checkpoints.load(recipe.start_from, torch.float32) if recipe.start_from else (None, None)
     pixels = retrieval.two_towers(loaded).config.pixels if loaded else pixels_of(recipe)
     parts = split(read_images(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3))
     tokenizer = given or _tokenizer(recipe, parts.train)
     model: Any = loaded or _new(recipe, tokenizer, pixels).to(choose())
     limit = model.config.context_length
     rows = [tokens(recipe, tokenizer, part, limit) for part in (parts.train, parts.validation)]
-    settings = recipe.training
+    settings = adapted(recipe.training, LEARNING, recipe.start_from)
     data = ImageBatches(
         parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows,
         hard_negatives=recipe.hard_negatives,
     )  # fmt: skip
-    return Task(model, tokenizer, parts, data)
+    return Task(model, tokenizer, parts, data, settings)
 
 
 def pixels_of(recipe: Recipe) -> clip.Pixels:
@@ -174,7 +177,8 @@ def describe(task: Task, languages: Sequence[str]) -> str:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains into `out`, and tells how much of what is held out is found."""
-    return learn(recipe, prepare(recipe), out, resume)
+    task = prepare(recipe)
+    return learn(replace(recipe, training=task.settings), task, out, resume)
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool) -> Summary:

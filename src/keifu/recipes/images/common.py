@@ -72,8 +72,8 @@ class TextToImageOptions(Logging):
     """Updates of its weights, in place of the minutes."""
     batch_size: int = 32
     """Pictures in a step of it."""
-    learning_rate: float = 1e-3
-    """AdamW's highest rate for it."""
+    learning_rate: float | None = 1e-3
+    """Highest learning rate of AdamW for it."""
     ema: float = 0.999
     """Decay of the moving average of its weights, which is evaluated, sampled from and saved."""
     prompts: tuple[str, ...] = PROMPTS

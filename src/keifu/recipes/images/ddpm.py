@@ -11,7 +11,8 @@ Expected: see docs/results.md, "Drawing digits" and "Drawing emoji".
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from keifu.checkpoints.loading import load_model
 from keifu.data.images.augmentation import Augmentation
 from keifu.data.images.dataset import ImageBatches, ImageSplit, read_images, split
 from keifu.data.images.grid import grid
@@ -31,6 +33,7 @@ from keifu.ranges import check
 from keifu.recipes.common import Budget, parameters, train_run
 from keifu.recipes.images.common import describe, image_settings
 from keifu.recipes.options import Logging
+from keifu.recipes.starting import keeps_best, scaled
 from keifu.training.loop import Summary
 from keifu.training.objectives.diffusion import DiffusionLoss, add_draws, dequantise_data
 from keifu.training.protocols import Data
@@ -58,6 +61,9 @@ class Recipe(Logging):
     """A catalogue name (emoji, mnist, fashion-mnist), a folder of pictures, a folder a class, or .tar shards."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
     """Whose settings the others are; see above."""
+    start_from: str | None = None
+    """Diffusion model whose weights, sizes, classes and noise the run starts from: a run, a folder or a catalogue name
+    such as digits. The default learning rate is then a tenth."""
     size: int | None = None
     """The side of the squares in pixels; unset: 28 for mnist and fashion-mnist, 32 for all else, 32 for the paper's."""
     channels: Literal[1, 3] | None = None
@@ -134,6 +140,7 @@ class Recipe(Logging):
         fitting = {"size": DIGIT_SIZE if small else SIZE, "flip": self.data not in DIGITS}
         fitting |= KEIFU if self.recipe_of == "keifu" else PAPER
         coarsest = len(self.multipliers or fitting["multipliers"]) - 1
+        fitting["learning_rate"] = scaled(fitting["learning_rate"], self.start_from)
         fitting["attention"] = tuple(sorted({min(level, coarsest) for level in fitting["attention"]}))
         fitting = {n: v for n, v in fitting.items() if not (n in ("steps", "minutes") and (self.steps or self.minutes))}
         return replace(self, **{name: value for name, value in fitting.items() if vars(self)[name] is None})
@@ -151,13 +158,19 @@ class Task:
 
 def prepare(recipe: Recipe) -> Task:
     """Reads the pictures, holds some out, and builds the network; unset options must have been resolved."""
-    pictures = read_images(recipe.data, recipe.size, recipe.channels, recipe.fit)
+    started = start_model(recipe.start_from) if recipe.start_from else None
+    size, channels = (started.config.size, started.config.channels) if started else (recipe.size, recipe.channels)
+    pictures = read_images(recipe.data, size, channels, recipe.fit)
     if recipe.classes and not pictures.classes:
         raise UserError(f"--classes needs labels, and the pictures of {recipe.data} have none: sort them into folders.")
     parts = split(pictures.distinct() if recipe.distinct else pictures, recipe.held_out)
-    config = network(recipe, pictures.shape[0], pictures.classes if recipe.classes else ())
     torch.manual_seed(recipe.seed)
-    model = ddpm.build(config).to(choose())
+    if started is None:
+        started = ddpm.build(network(recipe, pictures.shape[0], pictures.classes if recipe.classes else ()))
+    elif started.config.classes:
+        check_classes(started.config.classes, pictures.classes, recipe)
+    config = started.config
+    model = started.to(choose())
     model.check_size(*pictures.shape)
     flip = Augmentation(flip=bool(recipe.flip))
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size or 1, recipe.seed, flip)
@@ -165,6 +178,23 @@ def prepare(recipe: Recipe) -> Task:
     dropped = recipe.label_dropout if config.null_class else 0.0
     objective = DiffusionLoss(config.noise, recipe.weighting or "simple", recipe.gamma, dropped)
     return Task(model, parts, dequantise_data(data) if recipe.dequantise else data, objective)
+
+
+def start_model(name: str) -> ddpm.DDPM:
+    """Load the diffusion model that a run starts from; a model of another kind is a `UserError`."""
+    loaded: Any = load_model(name, torch.float32)
+    if not isinstance(loaded, ddpm.DDPM):
+        raise UserError(f"--start-from {name} is a {type(loaded).__name__}, which this recipe does not train.")
+    return deepcopy(loaded).requires_grad_(True)  # the copy is not part of the file's memory map
+
+
+def check_classes(known: Sequence[str], given: Sequence[str], recipe: Recipe) -> None:
+    """Raise a `UserError` unless the pictures have the classes of the model that the run starts from, in its order."""
+    if tuple(given) != tuple(known):
+        raise UserError(
+            f"{recipe.start_from} knows the classes {', '.join(known)}, and the pictures of {recipe.data} have "
+            f"{', '.join(given) or 'none'}: take pictures with the same classes."
+        )
 
 
 def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Config:
@@ -184,7 +214,8 @@ def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Con
 def settings(recipe: Recipe, steps: int) -> Settings:
     """The training loop's settings for so many steps."""
     paper = {"schedule": "constant", "warmup": min(5000, steps // 10), "weight_decay": 0.0, "betas": (0.9, 0.999)}
-    return image_settings(recipe, steps, **paper if recipe.recipe_of == "paper" else {})
+    different = paper if recipe.recipe_of == "paper" else {}
+    return image_settings(recipe, steps, **different, **keeps_best(recipe.start_from))
 
 
 def sampler(model: ddpm.DDPM, seed: int) -> Callable[[int], bytes]:

@@ -13,6 +13,7 @@ Expected: see docs/results.md, "Emoji from text".
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from keifu import checkpoints
 from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit
 from keifu.data.images.io import to_signed
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
@@ -35,6 +38,7 @@ from keifu.recipes.common import Budget
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import common, text_encoder
 from keifu.recipes.images.common import TextToImageTask, read_captioned
+from keifu.recipes.starting import keeps_best, scaled
 from keifu.training.loop import Summary
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import EncodedImages, TextDiffusionLoss, add_draws, use_latents
@@ -50,6 +54,9 @@ PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 class Recipe(common.TextToImageOptions):
     """Options of the run. Unset ones are those of --space."""
 
+    start_from: str | None = None
+    """Latent diffusion model whose weights, sizes and tokenizer the run starts from: a run, a folder or a catalogue
+    name such as emoji. Only its U-Net is trained, at a default learning rate of a tenth."""
     evenly: bool = False
     """Show each group of near copies, such as an emoji in all skin tones, as often as any other picture."""
     autoencoder_widths: tuple[int, ...] = (16, 32, 64)
@@ -92,6 +99,8 @@ class Recipe(common.TextToImageOptions):
     """Time limit of the U-Net's training; with --space pixels, the autoencoder's minutes are added."""
     batch_size: int = 16
     """Pictures in a step of the U-Net."""
+    learning_rate: float | None = None
+    """Highest learning rate of AdamW for the U-Net. Default: 1e-3, and a tenth of it with --start-from."""
     guidance: float = 3.0
     """Scale of the classifier-free guidance of the samples."""
 
@@ -111,12 +120,15 @@ class Recipe(common.TextToImageOptions):
     def resolved(self) -> "Recipe":
         """With the unset options filled in."""
         usual = LATENTS if self.space == "latents" else PIXELS
+        usual = usual | {"learning_rate": scaled(1e-3, self.start_from)}
         return replace(self, **{name: value for name, value in usual.items() if vars(self)[name] is None})
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     """Trains CLIP and the autoencoder, or finds them again, and builds the model; the recipe must be resolved. What
     cannot be is said before anything is trained."""
+    if recipe.start_from is not None:
+        return start_task(recipe, recipe.start_from)
     parts = read_captioned(recipe)
     latents, channels = recipe.space == "latents", parts.train.shape[0]
     with on_meta():
@@ -130,6 +142,33 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     torch.manual_seed(recipe.seed)
     text, unet = text_encoder.text_conditioned(towers), conditioned_unet.build(config.unet)
     model: Any = latent_diffusion.LatentDiffusion(config, text, unet, autoencoder).to(choose())
+    return task_of(recipe, model, tokenizer, parts, tokens)
+
+
+def start_task(recipe: Recipe, name: str) -> TextToImageTask:
+    """Load the model that a run starts from, and read the pictures in its size and the captions by its tokenizer."""
+    loaded, tokenizer = checkpoints.load(name, torch.float32)
+    if not isinstance(loaded, latent_diffusion.LatentDiffusion) or loaded.config.masked or tokenizer is None:
+        raise UserError(f"--start-from {name} is a {type(loaded).__name__}, which this recipe does not train.")
+    model: Any = deepcopy(loaded)  # the copy is not part of the file's memory map
+    for frozen in (model.text, model.autoencoder):
+        if frozen is not None:
+            frozen.requires_grad_(False).eval()
+    model.unet.requires_grad_(True)
+    sides = model.config.size
+    if sides is None or sides[0] != sides[1]:
+        raise UserError(f"{name} names no square size that it was trained with: start from another model.")
+    parts = read_captioned(replace(recipe, size=sides[0]), 3 if model.config.colours == 3 else 1)
+    length = model.config.context_length
+    tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+    return task_of(recipe, model.to(choose()), tokenizer, parts, tokens)
+
+
+def task_of(
+    recipe: Recipe, model: Any, tokenizer: Tokenizer, parts: ImageSplit, tokens: text_encoder.Tokens
+) -> TextToImageTask:
+    """Return the task of training a model on these pictures and their captions, given as ids."""
+    config = model.config
     painter = LatentDiffusionPipeline(model, tokenizer)
     empty = painter.tokens([""])[0]
     objective = TextDiffusionLoss(config.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
@@ -217,7 +256,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         ImageRequest("dpm++-2m", STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0]),
         title="Latent diffusion",
         paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
-        told=("space", "weighting", "caption_dropout", "evenly"),
+        told=("space", "weighting", "caption_dropout", "evenly"), **keeps_best(recipe.start_from),
         parts={"autoencoder": model.autoencoder, "text encoder": model.text, "U-Net": model.unet},
     )  # fmt: skip
     print(

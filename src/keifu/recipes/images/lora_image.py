@@ -85,7 +85,7 @@ class Recipe(Logging):
     batch_size: int = 4
     """Pictures in a step."""
     learning_rate: float = 1e-4
-    """AdamW's constant learning rate."""
+    """Learning rate of AdamW, constant after a short warm-up."""
     prompts: tuple[str, ...] = ()
     """What the samples show; unset: captions of held-out pictures."""
     guidance: float = LatentDiffusionPipeline.usual_guidance
@@ -186,7 +186,9 @@ def settings(recipe: Recipe) -> Settings:
     """The training loop's settings."""
     often = max(1, recipe.steps // 10)
     every = {"evaluate_every": often, "sample_every": max(1, recipe.steps // 4), "save_every": often}
-    return Settings(**recipe.loop(schedule="constant", weight_decay=0.01, betas=(0.9, 0.999), **every))
+    warmup = min(50, recipe.steps // 10)
+    usual = {"schedule": "constant", "weight_decay": 0.01, "betas": (0.9, 0.999), "warmup": warmup}
+    return Settings(**recipe.loop(**usual, **every))
 
 
 def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:

@@ -2,7 +2,7 @@
 
 Paper: "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", appendix A.2: 15% of the
 pieces predicted, half of the pairs false, batch 256, a million steps (nine tenths of them with rows of 128 tokens, the
-rest, begun with --start, with rows of 512), Adam 1e-4, warm-up 10,000, a linear fall, decay 0.01, dropout 0.1.
+rest, begun with --start-from, with rows of 512), Adam 1e-4, warm-up 10,000, a linear fall, decay 0.01, dropout 0.1.
 Command: keifu train bert --data wiki-summaries
 Cost: printed before it starts; the default, a model of 5 M parameters, about half an hour on 2 cores. The published
 sizes: --model.dim 768 --model.hidden-dim 3072 --model.n-layers 12 --model.n-heads 12 --model.context-length 512
@@ -33,6 +33,7 @@ from keifu.generation.text.translation import sentences
 from keifu.models import bert
 from keifu.recipes.common import parameters, train_run
 from keifu.recipes.language.common import Text, tokenizer_of
+from keifu.recipes.starting import adapted
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import masked_language_modeling
 from keifu.training.settings import Settings
@@ -56,8 +57,9 @@ class Recipe:
     """What a row is, and what of it is hidden."""
     model: bert.Config = SMALL
     """The vocabulary is the tokenizer's, and the heads follow from the rows, whatever is given here."""
-    start: str | None = None
-    """A BERT to go on from, with its tokenizer and sizes: a run, a directory, a hub id or a catalogue name."""
+    start_from: str | None = None
+    """BERT whose weights, tokenizer and sizes the run starts from: a run, a directory, a hub id or a catalogue name.
+    The default learning rate is then a tenth of 5e-4."""
     training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
     """How to learn it."""
     gaps: tuple[str, ...] = ("The capital of France is [MASK].", "She was born in [MASK] and is an American [MASK].")
@@ -67,7 +69,8 @@ class Recipe:
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains into `out`, which keifu.load, keifu embed, keifu train classifier and transformers read afterwards."""
     model, tokenizer = _begin(recipe, out)
-    text, masking, training = recipe.text, recipe.masking, recipe.training
+    text, masking = recipe.text, recipe.masking
+    training = adapted(recipe.training, LEARNING, recipe.start_from)
     if masking.length > model.config.context_length:
         room = f"the model has {model.config.context_length} positions"
         raise UserError(f"Rows of {masking.length} tokens do not fit: {room}; change masking.length or the model.")
@@ -100,14 +103,14 @@ def _begin(recipe: Recipe, out: Path) -> tuple[Any, Tokenizer]:
     """The model to train and its tokenizer: new, or loaded, with the heads that the rows need."""
     pairs = recipe.masking.sentence_pairs
     torch.manual_seed(recipe.training.seed)
-    if recipe.start is None:
+    if recipe.start_from is None:
         kind = recipe.text.tokenizer
         if kind in KINDS and kind != "wordpiece":
             raise UserError(f"BERT needs [CLS], [SEP] and [MASK], which {kind} does not have: learn wordpiece.")
         tokenizer = tokenizer_of(recipe.text, out, lowercase=recipe.lowercase and kind == "wordpiece")
         sizes = replace(recipe.model, vocab_size=tokenizer.vocab_size, labels=())
         return bert.build(replace(sizes, words=True, next_sentence=pairs, pooled=pairs)).to(choose()), tokenizer
-    loaded, tokenizer = checkpoints.load(recipe.start, torch.float32)
+    loaded, tokenizer = checkpoints.load(recipe.start_from, torch.float32)
     found = encoder(loaded).config
     heads = {"words": True, "next_sentence": pairs or found.next_sentence, "pooled": pairs or found.pooled}
     return bert.with_heads(loaded, found, **heads).to(choose()), tokenizer

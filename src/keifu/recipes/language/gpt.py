@@ -21,6 +21,7 @@ from keifu.layers.lora import merge
 from keifu.models import llama
 from keifu.recipes.language.common import Task, Text, TextOptions, prepare_text, pretrain, settings_of
 from keifu.recipes.options import Logging, given
+from keifu.recipes.starting import keeps_best, scaled
 from keifu.training.settings import Settings
 
 HEAD_DIM = 64
@@ -100,11 +101,10 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
     tokens_a_step = 4096 * 2 ** min(8, max(0, (recipe.depth - 2) // 2))
     batch_size = recipe.batch_size or max(1, tokens_a_step // row)
     steps = recipe.steps or max(100, round(min(20 * size, 4 * training_tokens) / (batch_size * row)))
-    share = 1.0 if recipe.start_from is None else 0.1
     return settings_of(
-        recipe, steps, batch_size, optimizer="muon", learning_rate=3e-3 * share,
-        matrix_rate=given(recipe.matrix_rate, 0.02 * share), warmup=min(100, steps // 10), final_ratio=0.0,
-        weight_decay=0.01,
+        recipe, steps, batch_size, optimizer="muon", learning_rate=scaled(3e-3, recipe.start_from),
+        matrix_rate=given(recipe.matrix_rate, scaled(0.02, recipe.start_from)), warmup=min(100, steps // 10),
+        final_ratio=0.0, weight_decay=0.01, **keeps_best(recipe.start_from),
     )  # fmt: skip
 
 

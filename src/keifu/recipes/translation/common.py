@@ -27,6 +27,7 @@ from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.recipes.common import Budget, attribution_of, parameters, train_run
 from keifu.recipes.options import Logging
+from keifu.recipes.starting import keeps_best
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import translation
 from keifu.training.optim.weight_averaging import averaged_weights
@@ -163,6 +164,8 @@ def learn(
     data = _data(options, task, model.config.context_length, batching)
     objective = partial(translation, label_smoothing=smoothing)
     chosen: dict[str, Any] = {"minutes": budget.limit, "keep": max(options.keep, average)}
+    if average > 1:  # the model is a mean of states, not one of them
+        chosen["keep_best"] = False
 
     def save(directory: Path) -> None:
         with averaged_weights(model, directory, average):
@@ -222,7 +225,8 @@ def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
 def settings_of(options: Options, steps: int, **chosen: Any) -> Settings:
     """These settings, else the recipe's options, for so many steps, with 20 validations, 10 samples and 50 states."""
     every = {"evaluate_every": max(1, steps // 20), "sample_every": max(1, steps // 10)}
-    return Settings(**options.loop(steps=steps, **every, save_every=max(1, steps // 50)) | chosen)
+    best = keeps_best(options.start_from)
+    return Settings(**options.loop(steps=steps, **every, save_every=max(1, steps // 50)) | best | chosen)
 
 
 def _source(options: Options, task: Task, data: PairData) -> dict[str, Any]:

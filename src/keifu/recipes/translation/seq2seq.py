@@ -17,6 +17,8 @@ from typing import Literal
 from keifu.data.batching import by_rows
 from keifu.data.translation.batches import by_tokens
 from keifu.models import seq2seq
+from keifu.recipes.options import given
+from keifu.recipes.starting import scaled
 from keifu.recipes.translation.common import Options, learn, settings_of
 from keifu.training.settings import Settings
 
@@ -36,8 +38,9 @@ class Recipe(Options):
     )
     """The vocabulary is the tokenizer's, whatever is given here. The paper's sizes: dim 1000, embedding-dim 620,
     attention-dim 1000, maxout-dim 500, dropout 0."""
-    learning_rate: float = 2e-3
-    """AdamW's highest rate; the paper's Adadelta has 1."""
+    learning_rate: float | None = None
+    """Highest learning rate of AdamW; the paper's Adadelta has 1. Default: 2e-3, and a tenth of it with --start-from.
+    """
     label_smoothing: float = 0.1
     """Share of the probability that is spread over all tokens; the paper has none."""
     average: int = 1
@@ -47,7 +50,9 @@ class Recipe(Options):
 def settings(recipe: Recipe, steps: int) -> Settings:
     """How `keifu` trains for so many steps."""
     return settings_of(
-        recipe, steps, warmup=min(200, -(-steps // 5)), schedule="linear", final_ratio=0.0, weight_decay=0.01,
+        recipe, steps, warmup=min(200, -(-steps // 5)),
+        learning_rate=given(recipe.learning_rate, scaled(2e-3, recipe.start_from)), schedule="linear",
+        final_ratio=0.0, weight_decay=0.01,
         betas=(0.9, 0.98),
     )  # fmt: skip
 
@@ -55,8 +60,9 @@ def settings(recipe: Recipe, steps: int) -> Settings:
 def paper_settings(recipe: Recipe, steps: int) -> Settings:
     """Appendix B.2."""
     return settings_of(
-        recipe, steps, optimizer="adadelta", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip=1.0
-    )
+        recipe, steps, optimizer="adadelta", learning_rate=scaled(1.0, recipe.start_from), schedule="constant",
+        weight_decay=0.0, clip=1.0,
+    )  # fmt: skip
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

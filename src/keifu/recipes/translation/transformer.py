@@ -15,6 +15,8 @@ from typing import Literal
 
 from keifu.data.translation.batches import by_tokens
 from keifu.models import transformer
+from keifu.recipes.options import given
+from keifu.recipes.starting import scaled
 from keifu.recipes.translation.common import Options, learn, settings_of
 from keifu.training.settings import Settings
 
@@ -32,10 +34,11 @@ class Recipe(Options):
     )
     """The vocabulary is the tokenizer's, whatever is given here. The paper's base model: dim 512, hidden-dim 2048,
     n-layers 6, n-heads 8, dropout 0.1, which also pays off here once the pairs are seen more than a few times."""
-    learning_rate: float = 2e-3
-    """AdamW's highest rate, for embeddings and gains; the paper's follows from dim."""
-    matrix_rate: float = 0.02
-    """Muon's highest rate, for hidden matrices."""
+    learning_rate: float | None = None
+    """Highest learning rate of AdamW, for embeddings and gains; the paper's follows from dim. Default: 2e-3, and a
+    tenth of it with --start-from."""
+    matrix_rate: float | None = None
+    """Highest learning rate of Muon, for hidden matrices. Default: 0.02, and a tenth of it with --start-from."""
     label_smoothing: float = 0.1
     """Share of the probability that is spread over all tokens."""
     average: int | None = None
@@ -45,7 +48,9 @@ class Recipe(Options):
 def settings(recipe: Recipe, steps: int) -> Settings:
     """How `keifu` trains for so many steps."""
     return settings_of(
-        recipe, steps, warmup=min(400, -(-steps // 5)), optimizer="muon", matrix_rate=recipe.matrix_rate,
+        recipe, steps, warmup=min(400, -(-steps // 5)), optimizer="muon",
+        learning_rate=given(recipe.learning_rate, scaled(2e-3, recipe.start_from)),
+        matrix_rate=given(recipe.matrix_rate, scaled(0.02, recipe.start_from)),
         schedule="linear", final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.98),
     )  # fmt: skip
 
@@ -54,7 +59,8 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
     """Section 5.3: the rate is d^-0.5 · min(step^-0.5, step · 4000^-1.5), of a shorter run its rising part alone."""
     warmup = min(PAPER_WARMUP, steps)
     return settings_of(
-        recipe, steps, warmup=warmup, learning_rate=recipe.model.dim**-0.5 * warmup * PAPER_WARMUP**-1.5,
+        recipe, steps, warmup=warmup,
+        learning_rate=scaled(recipe.model.dim**-0.5 * warmup * PAPER_WARMUP**-1.5, recipe.start_from),
         schedule="inverse_sqrt", weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-9, clip=0.0,
     )  # fmt: skip
 

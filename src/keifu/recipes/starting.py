@@ -1,0 +1,49 @@
+"""A run that starts from a trained model: lower learning rates, a warm-up that fits, and the best weights kept.
+
+Rates for new weights destroy what a trained model knows. A tenth of them adapts it (the recipes' own measurements on
+translators and language models). Validation runs before the first step and after the last one, and the loop keeps the
+weights with the lowest loss.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from keifu.training.settings import Settings
+
+SHARE = 0.1  # of the rates for new weights
+
+
+def scaled(rate: float, start_from: str | None) -> float:
+    """Return the default learning rate of a run: `rate` for new weights, a tenth of it for trained ones."""
+    return rate if start_from is None else SHARE * rate
+
+
+def keeps_best(start_from: str | None) -> dict[str, Any]:
+    """Return the settings that keep the best weights of a run that starts from a trained model."""
+    return {} if start_from is None else {"keep_best": True}
+
+
+def adapted(settings: Settings, defaults: Settings, start_from: str | None) -> Settings:
+    """Return the settings of a run that starts from a trained model, for a recipe whose settings are options.
+
+    Rates and a warm-up that equal the recipe's defaults change: a tenth of the rate, and at most a tenth of the steps.
+    The rates are printed. Other values stay as they were given.
+    """
+    if start_from is None:
+        return settings
+    changed: dict[str, Any] = {"keep_best": True}
+    rates = ("learning_rate", "matrix_rate") if settings.optimizer == "muon" else ("learning_rate",)
+    for name in rates:
+        if vars(settings)[name] == vars(defaults)[name]:
+            changed[name] = SHARE * vars(defaults)[name]
+    if settings.warmup == defaults.warmup:
+        changed["warmup"] = min(settings.warmup, -(-settings.steps // 10))
+    print(_sentence(start_from, changed), flush=True)
+    return replace(settings, **changed)
+
+
+def _sentence(start_from: str, changed: Mapping[str, Any]) -> str:
+    rate = changed.get("learning_rate")
+    share = "" if rate is None else f" at a learning rate of {rate:g}, a tenth of that for new weights"
+    return f"Training goes on from {start_from}{share}."
