@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from keifu.checkpoints.loading import load_model
-from keifu.data.images.dataset import read_images, split
+from keifu.data.images.dataset import read_images
+from keifu.data.images.splits import split
 from keifu.evaluation.images.distances import kernel_distance
 from keifu.evaluation.images.features import Extractor, extractor
 from keifu.generation.images.pixel_diffusion import require_diffusion_model

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from keifu import checkpoints
 from keifu.data.catalogue import catalogue
-from keifu.data.images.dataset import ImageDataset, read_images, split
+from keifu.data.images.dataset import ImageDataset, read_images
+from keifu.data.images.splits import split
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.images.retrieval import (
     Recall,

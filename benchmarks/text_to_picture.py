@@ -33,9 +33,10 @@ from drawing import states
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data.images.dataset import read_images, split
+from keifu.data.images.dataset import read_images
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_image
+from keifu.data.images.splits import split
 from keifu.evaluation.images.distances import kernel_distance, manifold
 from keifu.evaluation.images.features import extractor
 from keifu.evaluation.images.retrieval import embed_pictures

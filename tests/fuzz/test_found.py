@@ -17,8 +17,8 @@ from targets import TARGETS
 from keifu import checkpoints
 from keifu.checkpoints.lora.diffusion import attach_lora
 from keifu.data.chat import conversations
+from keifu.data.images.catalogued import read_idx
 from keifu.data.images.dataset import read_images
-from keifu.data.images.sources import read_idx
 from keifu.devices import Choice, choosing
 from keifu.errors import UserError
 from keifu.files import parse_json, plain_file

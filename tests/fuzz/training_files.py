@@ -21,8 +21,9 @@ from keifu.data.chat.prompts import read_prompts
 from keifu.data.classification.input_formats import FORMS, read_examples
 from keifu.data.classification.tables import read as read_labels
 from keifu.data.classification.tables import read_table
+from keifu.data.images.catalogued import read_idx
 from keifu.data.images.dataset import read_images
-from keifu.data.images.sources import items, read_idx
+from keifu.data.images.sources import items
 from keifu.data.records import read_records
 from keifu.data.text.documents import documents
 from keifu.data.translation.pairs import read_pairs

@@ -81,7 +81,7 @@ def run(options: Options) -> None:
 
 def classify_images(options: Options) -> bool:
     """Whether pictures are to be classified: labels are given, or what is to be classified are pictures."""
-    from keifu.data.images.sources import in_catalogue
+    from keifu.data.images.catalogued import in_catalogue
 
     on = options.on is not None and (in_catalogue(options.on) or Path(options.on).is_dir())
     return options.labels is not None or on or any(map(is_picture, options.texts))

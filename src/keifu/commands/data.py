@@ -215,7 +215,8 @@ def _prepare(source: str, options: Options) -> None:
 
 def _show(source: str, options: Options) -> None:
     """Says what there is and writes the sheet."""
-    from keifu.data.images.dataset import read_images, split
+    from keifu.data.images.dataset import read_images
+    from keifu.data.images.splits import split
 
     if holds_conversations(source):
         show(source, options.tokenizer or "smollm2", options.count, options.json)

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from keifu.data.catalogue.catalogue import CATALOGUE
-from keifu.data.images import sources
-from keifu.data.images.dataset import read_images, split
-from keifu.data.images.sources import CATALOGUED
+from keifu.data.images import emoji
+from keifu.data.images.catalogued import CATALOGUED
+from keifu.data.images.dataset import read_images
+from keifu.data.images.splits import split
 from keifu.errors import UserError
 
 SIGNS = {  # file name: English name, Japanese name, group
@@ -33,7 +34,7 @@ def sign(name: str) -> str:
 @pytest.fixture(autouse=True)
 def _archives(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path))
-    sources.name_emoji.cache_clear()
+    emoji.name_emoji.cache_clear()
     # Of names some have U+FE0F; drawings do not.
     full = {name: sign(name) + ("\ufe0f" if name == "2764" else "") for name in SIGNS}
     names = place("emoji-names")
@@ -54,7 +55,7 @@ def _archives(monkeypatch, tmp_path: Path) -> None:
             archive.writestr(f"x/openmoji/svg/{name}.svg.gz", gzip.compress(SVG.encode()))
             archive.writestr(f"x/openmoji/svg/{name}.svg.zst", b"")
     yield
-    sources.name_emoji.cache_clear()
+    emoji.name_emoji.cache_clear()
 
 
 def place(name: str) -> Path:
@@ -91,6 +92,61 @@ def test_drawings_are_joined_with_their_names_and_groups() -> None:
 def test_skin_tones_and_equal_flags_stay_on_one_side_of_a_split() -> None:
     assert read_images("emoji").groups.tolist() == [0, 0, 2, 3, 3]
     assert read_images("emoji").distinct().texts() == ("waving hand", "red heart", "Norway")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["woman golfing", "man golfing", "person golfing medium-dark skin tone"],
+        ["women holding hands", "woman and man holding hands light skin tone dark skin tone", "people holding hands"],
+        ["man red hair", "woman light skin tone red hair"],
+        ["prince", "princess dark skin tone", "person with crown"],
+        ["mermaid", "merman", "merperson"],
+        ["Mrs. Claus", "Santa Claus", "Mx Claus"],
+        ["kiss", "kiss woman man", "kiss person person light skin tone dark skin tone"],
+        ["family", "family man woman girl boy", "family adult child"],
+        ["left arrow", "up-down arrow", "right arrow curving left"],
+        ["backhand index pointing left", "backhand index pointing down"],
+        ["woman walking", "person walking facing right"],
+        ["left-facing fist", "right-facing fist"],
+        ["three o’clock", "eleven-thirty"],
+        ["fast up button", "fast-forward button", "fast reverse button"],
+    ],
+)
+def test_genders_and_directions_are_one_family(names: list[str]) -> None:
+    assert len({emoji.family(name) for name in names}) == 1
+
+
+def test_other_emoji_are_families_of_their_own() -> None:
+    names = [
+        "luggage",
+        "left luggage",
+        "cat",
+        "cat face",
+        "red heart",
+        "green heart",
+        "mechanic",
+        "farmer",
+        "person",
+        "kiss",
+        "kiss mark",
+        "snowman",
+        "speech balloon",
+        "left speech bubble",
+        "raised fist",
+        "thumbs up",
+        "OK hand",
+        "rightwards hand",
+        "index pointing up",
+        "backhand index pointing up",
+        "man’s shoe",
+        "woman’s sandal",
+    ]
+    assert len({emoji.family(name) for name in names}) == len(names)
+
+
+def test_a_set_of_emoji_knows_its_families() -> None:
+    assert read_images("emoji").families.tolist() == [0, 0, 2, 3, 3]
 
 
 def test_the_other_style_is_drawn_at_the_size_asked_for_and_held_out() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from keifu.data.catalogue.catalogue import CATALOGUE
-from keifu.data.images.io import mnist, stratified_sample
+from keifu.data.images.catalogued import mnist, stratified_sample
 from keifu.errors import UserError
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keifu.data.images.augmentation import Augmentation, uniform
-from keifu.data.images.dataset import ImageBatches, ImageDataset
+from keifu.data.images.batches import ImageBatches
+from keifu.data.images.dataset import ImageDataset
 from keifu.data.images.io import to_bytes, to_signed
 from keifu.errors import UserError
 from keifu.training.protocols import Data
@@ -24,7 +25,17 @@ def toys(count: int, classes: bool = True) -> ImageDataset:
     labels = np.arange(count) % 2 if classes else np.full(count, -1)
     named = ("even", "odd") if classes else ()
     return ImageDataset(
-        "toys", pixels, np.arange(count), names, {}, labels, named, np.arange(count), ("",) * count, "f"
+        "toys",
+        pixels,
+        np.arange(count),
+        names,
+        {},
+        labels,
+        named,
+        np.arange(count),
+        np.arange(count),
+        ("",) * count,
+        "f",
     )
 
 

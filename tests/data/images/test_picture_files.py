@@ -1,6 +1,7 @@
 """Pictures of every mode and condition become upright RGB or grey of 8 bits on white, or a sentence."""
 
 import io
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,42 @@ def test_a_cut_off_picture_is_a_sentence_that_names_it(kind: str, tmp_path: Path
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="half.png is (damaged or cut off|not a picture)"):
         read_image(path)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_an_animation_that_is_cut_anywhere_is_read_or_a_sentence(kind: str) -> None:
+    frames = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (24, 24, 3), np.uint8)) for n in range(3)]
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    refused = 0
+    for length in range(0, len(data), max(1, len(data) // 150)):
+        try:
+            read_image(data[:length], "cut")
+        except UserError as error:
+            refused += str(error).startswith("cut ")
+    assert refused > 20
+
+
+def jpeg_header(width: int, height: int) -> bytes:
+    """A small JPEG file whose header says that it is large."""
+    data = bytearray(saved(Image.new("RGB", (8, 8)), "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = height.to_bytes(2) + width.to_bytes(2)
+    return bytes(data)
+
+
+def test_too_many_pixels_are_refused_by_the_header_before_memory_is_taken() -> None:
+    bomb = jpeg_header(13_000, 13_000)
+    assert len(bomb) < 1000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(
+        UserError, match="^bomb has 13,000 x 13,000 pixels and would take 676 MB of memory; at most 300"
+    ):
+        read_image(bomb, "bomb")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+    deep = saved(Image.fromarray(np.zeros((100, 100), np.uint16)))
+    with pytest.raises(UserError, match="would take 0 MB of memory; at most 0 MB"):
+        read_image(deep, largest=79_999)
+    assert read_image(deep, largest=80_000).image.size == (100, 100)
 
 
 def test_a_form_of_a_format_that_is_not_implemented_is_a_sentence() -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from keifu.data.images.dataset import ImageDataset, groups, read_images, split
+from keifu.data.images.dataset import ImageDataset, groups, read_images
+from keifu.data.images.splits import split
 from keifu.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -126,6 +127,28 @@ def test_a_missing_caption_or_label_is_named(tmp_path: Path) -> None:
         read_images(tmp_path / "u.tar")
 
 
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("table", ["metadata.jsonl", "inner/metadata.csv"])
+def test_a_file_name_cannot_leave_the_folder(tmp_path: Path, absolute: bool, table: str) -> None:
+    secret = folder(tmp_path, {"set2/secret.png": picture("red")}) / "set2" / "secret.png"
+    name = str(secret) if absolute else f"{'../' * (1 + table.count('/'))}set2/secret.png"
+    text = json.dumps({"file_name": name, "text": "x"}) if table.endswith("jsonl") else f"file_name,text\n{name},x\n"
+    root = folder(tmp_path / "set", {table: text, "inner/a.png": picture("blue")})
+    with pytest.raises(UserError, match=r"line [12]: file_name .*secret.png' leaves the folder .*set; name a picture"):
+        read_images(root)
+
+
+@pytest.mark.parametrize("damage", [b"[]", b"{}", b"", b'{"shape": [1, 2, 3, 4]}'])
+@pytest.mark.parametrize("name", ["index.json", "files.json", "pixels.bin"])
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, name: str, damage: bytes) -> None:
+    root = folder(tmp_path / "set", {"a.png": picture("blue"), "b.png": picture("red")})
+    first = read_images(root)
+    (file,) = (tmp_path / "cache" / "pictures").glob(f"set-*/{name}")
+    file.write_bytes(damage)
+    again = read_images(root)
+    assert again.fingerprint == first.fingerprint and colour_of(again, 1) == (255, 0, 0)
+
+
 def test_what_a_source_must_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'emojis'. Did you mean 'emoji'"):
         read_images("emojis")
@@ -164,13 +187,17 @@ def test_a_second_reading_comes_from_the_disk_until_a_file_changes(tmp_path: Pat
     assert len(read_images(source)) == 2
 
 
-def toys(names: list[str], alike: list[int] | None = None, labels: list[int] | None = None, parts=()) -> ImageDataset:
+def toys(
+    names: list[str], alike: list[int] | None = None, labels: list[int] | None = None, parts=(),
+    families: list[int] | None = None,
+) -> ImageDataset:  # fmt: skip
     count = len(names)
     pixels = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
     labels = labels or [0] * count
     return ImageDataset(
         "toys", pixels, np.arange(count), tuple(names), {"en": tuple(names)}, np.array(labels),
-        tuple(map(str, sorted(set(labels)))), np.array(alike or range(count)), tuple(parts) or ("",) * count, "f",
+        tuple(map(str, sorted(set(labels)))), np.array(alike or range(count)),
+        np.array(families or alike or range(count)), tuple(parts) or ("",) * count, "f",
     )  # fmt: skip
 
 
@@ -198,6 +225,22 @@ def test_what_the_source_held_out_stays_so() -> None:
     assert "2 pictures for training, 1 for validation, 2 for testing" in parted.sentence()
     with pytest.raises(UserError, match="share is 0.5"):
         split(parted.train, share=0.5)
+
+
+def test_relatives_are_held_out_together_and_what_was_held_out_stays() -> None:
+    groups, families = [n // 2 for n in range(600)], [n // 6 for n in range(600)]
+    whole = toys([f"{n}" for n in range(600)], groups, families=families)
+    old, new = split(whole, whole_families=False), split(whole)
+    sides = [set(part.families.tolist()) for part in (new.train, new.validation, new.test)]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2]) and all(sides)
+    assert len(new.train) + len(new.validation) + len(new.test) == 600
+    assert set(old.test.names) < set(new.test.names) and set(new.train.names) < set(old.train.names)
+    assert set(new.test.families) == set(old.test.families)
+    assert new.clean_test().names == new.test.names and not len(new.near_test())
+    learned = set(old.train.families)
+    near = [name for name, family in zip(old.test.names, old.test.families, strict=True) if family in learned]
+    assert list(old.near_test().names) == near and len(near) > 10
+    assert {*old.clean_test().names} == {*old.test.names} - {*near}
 
 
 def test_choosing() -> None:

@@ -41,7 +41,7 @@ def toys(count: int, classes: tuple[str, ...] = (), side: int = SIDE) -> ImageDa
     labels = np.arange(count) % len(classes) if classes else np.full(count, -1)
     names = tuple(str(place) for place in range(count))
     return ImageDataset(
-        "toys", pixels, np.arange(count), names, {}, labels, classes, np.arange(count), ("",) * count, "f"
+        "toys", pixels, np.arange(count), names, {}, labels, classes, *[np.arange(count)] * 2, ("",) * count, "f"
     )
 
 

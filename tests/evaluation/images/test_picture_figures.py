@@ -40,8 +40,8 @@ def _own_cache(monkeypatch, tmp_path: Path) -> None:
 def toys(count: int, seed: int) -> ImageDataset:
     pixels = np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
     names = tuple(f"{seed}-{place}" for place in range(count))
-    none = np.full(count, -1)
-    return ImageDataset("toys", pixels, np.arange(count), names, {}, none, (), np.arange(count), ("",) * count, "f")
+    rows, none = np.arange(count), np.full(count, -1)
+    return ImageDataset("toys", pixels, rows, names, {}, none, (), rows, rows, ("",) * count, "f")
 
 
 def test_copies_are_found_out() -> None:

@@ -10,7 +10,8 @@ from stopping import stopped_and_whole
 
 from keifu import checkpoints
 from keifu.checkpoints.loading import load_model
-from keifu.data.images.dataset import read_images, split
+from keifu.data.images.dataset import read_images
+from keifu.data.images.splits import split
 from keifu.errors import UserError
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from keifu.data.classification.batches import LabelledTensors
 from keifu.data.classification.tables import Table, read_table, standardisation
-from keifu.data.images.io import mnist, stratified_sample
+from keifu.data.images.catalogued import mnist, stratified_sample
 from keifu.errors import UserError, unknown
 
 LOGIC = {"and": (0, 0, 0, 1), "or": (0, 1, 1, 1), "xor": (0, 1, 1, 0)}  # the outputs for 00, 01, 10, 11

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
+from keifu.data.images.catalogued import CATALOGUED
+from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_bytes, to_signed
-from keifu.data.images.sources import CATALOGUED
+from keifu.data.images.splits import ImageSplit, split
 from keifu.data.progress import counting
 from keifu.errors import UserError, unknown
 from keifu.evaluation.classification.metrics import Confusion

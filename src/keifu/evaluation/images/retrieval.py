@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from keifu.data.images import sources
-from keifu.data.images.dataset import ImageDataset, read_images, split
+from keifu.data.images.catalogued import in_catalogue
+from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.preprocessing import Preprocessing
-from keifu.data.images.sources import in_catalogue
+from keifu.data.images.splits import split
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import embed_rows, encode_texts

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from keifu.data.images.dataset import ImageDataset, ImageSplit, split
+from keifu.data.images.dataset import ImageDataset
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_image
+from keifu.data.images.splits import ImageSplit, split
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown

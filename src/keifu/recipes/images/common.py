@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from keifu import checkpoints
 from keifu.checkpoints.loading import load_model
 from keifu.data.images.augmentation import Augmentation
-from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit, read_images, split
+from keifu.data.images.batches import ImageBatches
+from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_bytes, to_signed
+from keifu.data.images.splits import ImageSplit, split
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.files import write_atomic

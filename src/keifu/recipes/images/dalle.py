@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from keifu.data.images.dataset import ImageBatches, ImageSplit
+from keifu.data.images.batches import ImageBatches
 from keifu.data.images.io import to_signed
+from keifu.data.images.splits import ImageSplit
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.images.autoregressive import AutoregressivePipeline

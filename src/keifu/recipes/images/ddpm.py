@@ -22,8 +22,10 @@ import torch
 
 from keifu.checkpoints.loading import load_model
 from keifu.data.images.augmentation import Augmentation
-from keifu.data.images.dataset import ImageBatches, ImageSplit, read_images, split
+from keifu.data.images.batches import ImageBatches
+from keifu.data.images.dataset import read_images
 from keifu.data.images.grid import grid
+from keifu.data.images.splits import ImageSplit, split
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline

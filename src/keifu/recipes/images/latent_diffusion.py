@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit
+from keifu.data.images.batches import ImageBatches
+from keifu.data.images.dataset import ImageDataset
 from keifu.data.images.io import to_signed
+from keifu.data.images.splits import ImageSplit
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError

@@ -21,8 +21,9 @@ from torch import nn
 from keifu import checkpoints
 from keifu.checkpoints.lora.diffusion import FILE, save_lora
 from keifu.checkpoints.lora.peft import layers, match_targets
-from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
+from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.grid import grid
+from keifu.data.images.splits import ImageSplit, split
 from keifu.errors import UserError
 from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
 from keifu.generation.images.pipeline import image_pipeline

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from keifu import checkpoints
-from keifu.data.images.dataset import ImageDataset, ImageSplit
+from keifu.data.images.dataset import ImageDataset
+from keifu.data.images.splits import ImageSplit
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.images.retrieval import two_towers

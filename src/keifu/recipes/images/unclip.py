@@ -20,7 +20,9 @@ from typing import Any, Literal, cast
 
 import torch
 
-from keifu.data.images.dataset import ImageBatches, ImageSplit, read_images, split
+from keifu.data.images.batches import ImageBatches
+from keifu.data.images.dataset import read_images
+from keifu.data.images.splits import ImageSplit, split
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError

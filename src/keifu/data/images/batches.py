@@ -1,0 +1,111 @@
+"""Batches of pictures for training, alone or with classes or captions.
+
+Axes: row (of a batch), channels, height, width; length (of a caption in tokens), language.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from keifu.data.batching import Epochs
+from keifu.data.images.augmentation import Augmentation, uniform
+from keifu.data.images.dataset import ImageDataset
+from keifu.errors import UserError
+
+Tokens = Int64[Tensor, "language picture length"]
+HeldTokens = Int64[Tensor, "language held_picture held_length"]
+
+
+class ImageBatches:
+    """Training data of pictures alone, with classes, or with captions.
+
+    A batch has "pictures" uint8 [row, channels, height, width] (see `to_signed` for -1 to 1), "indices" [row], their
+    positions in the set, and "labels" [row] if the set has classes. If captions were given as tokens, it also has
+    "tokens" [row, length] in one of the languages, sampled at each step, and "languages" [row], which says which one.
+
+    An epoch takes every picture once, in an order of its own; `evenly`, one of each group, so that an emoji in many
+    skin tones is seen no more often than another; with `hard_negatives` those of a group follow one another, for a loss
+    that compares the pictures of a batch. Which one of a group, what a picture looks like by the augmentation, and the
+    language of its caption, only the seed, the step and its index decide. Held-out pictures come as they are, and their
+    languages take turns.
+
+    training_tokens, held_tokens: [language, picture, length], for the pictures of the two sets.
+    """
+
+    def __init__(
+        self, training: ImageDataset, held: ImageDataset, batch_size: int, seed: int = 0,
+        augmentation: Augmentation | None = None, training_tokens: Tokens | None = None,
+        held_tokens: HeldTokens | None = None, *, evenly: bool = False, hard_negatives: bool = False,
+    ):  # fmt: skip
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, but it must be at least 1.")
+        if not len(training):
+            raise UserError(f"No picture of {training.source} is for training: all of them are held out.")
+        self.training = training
+        self.held = held
+        self.batch_size = batch_size
+        self.seed = seed
+        self.evenly = evenly
+        self.hard_negatives = hard_negatives
+        self.augmentation = augmentation or Augmentation()
+        self.training_tokens, self.held_tokens = training_tokens, held_tokens
+        groups = training.groups if evenly else np.arange(len(training))
+        self._members = np.argsort(groups, kind="stable")
+        _, self._first, self._sizes = np.unique(groups[self._members], return_index=True, return_counts=True)
+        order = partial(_group_order, training.groups, seed) if hard_negatives else None
+        self._epochs = Epochs(len(self._first), batch_size, seed, order)
+        self.steps_per_epoch = self._epochs.steps
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of both sets and of all that the batches depend on."""
+        facts = [self.training.fingerprint, self.held.fingerprint, self.batch_size, self.seed, self.augmentation]
+        facts += ["evenly"] * self.evenly + ["hard negatives"] * self.hard_negatives
+        digest = hashlib.sha256(repr(facts).encode())
+        for tokens in (self.training_tokens, self.held_tokens):
+            digest.update(b"|" if tokens is None else tokens.numpy().tobytes())
+        return digest.hexdigest()
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
+        groups = self._epochs.batch(step)
+        turns = uniform(self.seed + 2, step, groups, 1)[:, 0] * self._sizes[groups]
+        indices = self._members[self._first[groups] + turns.astype(np.int64)]
+        batch = _make_batch(self.training, indices)
+        batch["pictures"] = self.augmentation(batch["pictures"], self.seed, step, indices)
+        if self.training_tokens is not None:
+            drawn = uniform(self.seed + 1, step, indices, 1)[:, 0]
+            languages = (drawn * len(self.training_tokens)).astype(np.int64)
+            batch |= _caption_tokens(self.training_tokens, indices, languages)
+        return batch
+
+    def validation(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the held-out pictures in batches, always the same; the last may be smaller."""
+        for first in range(0, len(self.held), self.batch_size):
+            indices = np.arange(first, min(first + self.batch_size, len(self.held)))
+            batch = _make_batch(self.held, indices)
+            if self.held_tokens is not None:
+                batch |= _caption_tokens(self.held_tokens, indices, indices % len(self.held_tokens))
+            yield batch
+
+
+def _group_order(groups: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of an epoch in which the pictures of each group follow one another."""
+    random = np.random.default_rng([seed, epoch])
+    ranks = random.permutation(1 + groups.max())[groups]
+    return np.lexsort((random.random(len(groups)), ranks))
+
+
+def _make_batch(pictures: ImageDataset, indices: np.ndarray) -> dict[str, Tensor]:
+    batch = {"pictures": pictures.take(indices), "indices": torch.from_numpy(indices)}
+    return batch | ({"labels": torch.from_numpy(pictures.labels[indices])} if pictures.classes else {})
+
+
+def _caption_tokens(tokens: Tokens, indices: np.ndarray, languages: np.ndarray) -> dict[str, Tensor]:
+    which = torch.from_numpy(languages)
+    return {"tokens": tokens[which, torch.from_numpy(indices)], "languages": which}

