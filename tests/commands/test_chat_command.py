@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,7 @@ class Echo:
     def __init__(self) -> None:
         self.messages: list[dict[str, str]] = []
         self.seeds: list[int] = []
+        self.temperatures: list[float] = []
         self.system: str | None = None
         self.finish_reason = "stop"
 
@@ -130,8 +132,15 @@ class Echo:
     def restore(self, messages: list[dict[str, str]]) -> None:
         self.messages = messages
 
-    def reply(self, text: str, **sampling: Any) -> Iterator[str]:
-        self.seeds.append(sampling["seed"])
+    def take_back(self) -> str:
+        if not self.messages:
+            raise UserError("There is no message to answer again: ask something first.")
+        text, self.messages = self.messages[-2]["content"], self.messages[:-2]
+        return text
+
+    def answer(self, text: str, settings: SamplingParams) -> Iterator[str]:
+        self.seeds.append(settings.seed or 0)
+        self.temperatures.append(settings.temperature)
         if text == "fail":
             raise UserError("It does not fit.")
         if text == "interrupt":
@@ -211,8 +220,63 @@ def test_an_unknown_command_is_answered_with_the_nearest_and_not_sent(
 def test_help_lists_every_command(typing: Any, capsys: pytest.CaptureFixture) -> None:
     typing("/help", "/?")
     told = capsys.readouterr().out
-    for name in ("/help", "/system TEXT", "/save FILE", "/load FILE", "/reset", "/bye"):
+    for name in (
+        "/help",
+        "/system TEXT",
+        "/save FILE",
+        "/load FILE",
+        "/retry",
+        "/temperature NUMBER",
+        "/reset",
+        "/bye",
+    ):
         assert told.count(f"\n{name}") == 2
+
+
+def test_an_answer_is_asked_for_again_with_another_seed(typing: Any, capsys: pytest.CaptureFixture) -> None:
+    echo = typing("/retry", "a", "/retry", "/retry", "b")
+    assert [message["content"] for message in echo.messages] == ["a", "yes", "b", "yes"]
+    assert len(set(echo.seeds)) == 4
+    assert "There is no message to answer again" in capsys.readouterr().err
+
+
+def test_the_temperature_can_be_changed(typing: Any, capsys: pytest.CaptureFixture) -> None:
+    echo = typing(
+        "a", "/temperature 0.5", "b", "/temperature hot", "/temperature -1", "/temperature nan", "/temperature", "c"
+    )
+    assert echo.temperatures[1:] == [0.5, 0.5] and echo.temperatures[0] != 0.5
+    said = capsys.readouterr()
+    assert said.out.count("The temperature is 0.5.") == 2
+    assert "/temperature needs a number, such as /temperature 0.8, and not 'hot'" in said.err
+    assert said.err.count("temperature must be") == 2
+
+
+def test_one_question_and_a_conversation_get_the_same_answer(
+    model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*FEW, "--temperature", "1", "--seed", "4", "--system", "Be brief.")
+    once = out(capsys, model, "Who?", *words)
+    told = json.loads(out(capsys, model, "Who?", *words, "--json"))
+    lines = iter(["Who?", "/retry"])
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(builtins, "input", lambda *_: next(lines, "/bye"))
+    talked = out(capsys, model, *words)
+    assert once == told["text"] + "\n" and once in talked
+    assert talked.count("\n") > once.count("\n") + 2
+
+
+def test_a_retry_in_which_nothing_is_written_keeps_the_conversation(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keifu.generation.text.chat import Conversation
+
+    talk = Conversation(*checkpoints.load(model))
+    chat = Chat(talk, SamplingParams(max_tokens=3, temperature=1.0, seed=1))
+    chat.hear("Who?")
+    before = talk.messages
+    monkeypatch.setattr(talk.engine, "step", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+    chat.hear("/retry")
+    assert talk.messages == before and len(before) == 2
 
 
 def test_what_the_model_is_told_can_be_changed(typing: Any, capsys: pytest.CaptureFixture) -> None:

@@ -13,7 +13,7 @@ from keifu.commands.shared import flags
 from keifu.commands.shared.errors import explain
 from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice
 from keifu.commands.shared.terminal import edit_lines, no_text, read_rest
-from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_text
+from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion
 from keifu.errors import UserError, unknown
 from keifu.generation.text.sampling_params import ANSWER_TOKENS
 
@@ -51,18 +51,28 @@ def run(options: Options) -> None:
     model, tokenizer = load_writer(options.model, options.weights)
     check_chats(options.model, tokenizer)
     sampling, line = choose_sampling(tokenizer, options.sampling, ANSWER_TOKENS)
-    if not question:
-        from keifu.generation.text.chat import Conversation
+    from keifu.generation.text.chat import Conversation
 
+    conversation = Conversation(model, tokenizer, options.system)
+    if not question:
         print(f"{options.model}: {line}.")
-        Chat(Conversation(model, tokenizer, options.system), sampling).talk()
+        Chat(conversation, sampling).talk()
         return
     notice(f"{options.model}: {line}.")
-    messages = [{"role": "user", "content": question}]
-    if options.system is not None:
-        messages.insert(0, {"role": "system", "content": options.system})
-    reason = print_text(model, tokenizer, tokenizer.render_chat(messages), sampling, options.json, streamed=True)
-    tell_cut(reason)
+    if options.json:
+        print_completion(conversation.complete(question, sampling), sampling)
+    else:
+        print_answer(conversation, question, sampling)
+    tell_cut(conversation.finish_reason)
+
+
+def print_answer(conversation: "Conversation", message: str, sampling: "SamplingParams") -> None:
+    """Print the answer to a message as it is written."""
+    try:
+        for piece in conversation.answer(message, sampling):
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
 
 
 def check_chats(name: str, tokenizer: Any) -> None:
@@ -111,6 +121,8 @@ class Chat:
             "/system": Command("TEXT", "change what the model is told; without a text, show it", self._system),
             "/save": Command("FILE", "write the conversation; a .jsonl file is data for keifu train sft", self._save),
             "/load": Command("FILE", "go on with a conversation that was saved", self._load),
+            "/retry": Command("", "answer the last message once more, with another seed", self._retry),
+            "/temperature": Command("NUMBER", "set the temperature; without a number, show it", self._temperature),
             "/reset": Command("", "forget what was said, but not what the model is told", self._reset),
             "/bye": Command("", "leave, as /exit and Ctrl-D do", self._leave),
         }
@@ -170,17 +182,13 @@ class Chat:
         command.act(argument.strip())
 
     def _answer(self, message: str) -> None:
-        try:
-            for piece in self.conversation.reply(message, **vars(self.sampling)):
-                print(piece, end="", flush=True)
-        finally:
-            print(flush=True)
+        print_answer(self.conversation, message, self.sampling)
         self.sampling = replace(self.sampling, seed=(self.sampling.seed or 0) + 1)
         tell_cut(self.conversation.finish_reason)
 
     def _help(self, _: str) -> None:
         for name, command in self.commands.items():
-            print(f"{f'{name} {command.argument}':14}{command.about}")
+            print(f"{f'{name} {command.argument}':20}{command.about}")
         print(*NOTES, sep="\n")
 
     def _system(self, text: str) -> None:
@@ -217,6 +225,22 @@ class Chat:
         self.files.add(path)
         print(f"Read {name}: {len(messages)} messages. The last answer was:\n{messages[-1]['content']}")
 
+    def _retry(self, _: str) -> None:
+        if not self.sampling.temperature:
+            print("(At temperature 0 the answer is the same again: /temperature 0.8 changes that.)", file=sys.stderr)
+        before = self.conversation.messages
+        message = self.conversation.take_back()
+        try:
+            self._answer(message)
+        finally:
+            if len(self.conversation.messages) < len(before):  # nothing was written
+                self.conversation.messages = before
+
+    def _temperature(self, text: str) -> None:
+        if text:
+            self.sampling = replace(self.sampling, temperature=_number(text))
+        print(f"The temperature is {self.sampling.temperature:g}.")
+
     def _reset(self, _: str) -> None:
         self.conversation.reset()
         self.files.clear()
@@ -224,6 +248,13 @@ class Chat:
 
     def _leave(self, _: str) -> None:
         self.over = True
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"/temperature needs a number, such as /temperature 0.8, and not {text!r}.") from None
 
 
 def tell_cut(reason: str | None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
+    from keifu.generation.text.generate import Completion
     from keifu.generation.text.sampling_params import SamplingParams
 
 OWN = tyro.conf.arg(help_behavior_hint="(unset: the model's own)")
@@ -61,6 +62,12 @@ def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> "t
     return sampling, f"{in_words(sampling)} ({' '.join([own.source, *(['except'] if changed else []), *changed])})"
 
 
+def print_completion(done: "Completion", sampling: "SamplingParams") -> None:
+    """Print a finished text with all that is known of it, as JSON."""
+    settings = {key: value for key, value in asdict(sampling).items() if key not in REPORTED}
+    print(json.dumps({**vars(done), "sampling": settings}, ensure_ascii=False))
+
+
 def print_text(
     model: Any, tokenizer: Any, prompt: str | Sequence[int], sampling: "SamplingParams", as_json: bool, streamed: bool
 ) -> str | None:
@@ -70,8 +77,7 @@ def print_text(
 
     if as_json:
         [done] = generate_batch(model, tokenizer, [prompt], replace(sampling, log_probabilities=True))
-        settings = {key: value for key, value in asdict(sampling).items() if key not in REPORTED}
-        print(json.dumps({**vars(done), "sampling": settings}, ensure_ascii=False))
+        print_completion(done, sampling)
         return done.finish_reason
     text, reason = [], None
     for piece in stream(model, tokenizer, [prompt], sampling):

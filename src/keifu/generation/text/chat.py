@@ -1,6 +1,7 @@
 """A conversation: its history, formatted by the chat template, and the model's replies."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Unpack
 
 from torch import nn
@@ -8,8 +9,10 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.engine import Engine
+from keifu.generation.text.generate import Completion, completion
 from keifu.generation.text.model import text_model
-from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingOptions, sampling_for
+from keifu.generation.text.request import Piece, Request
+from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingOptions, SamplingParams, sampling_for
 
 
 class Conversation:
@@ -54,26 +57,49 @@ class Conversation:
         interrupted stays as far as it came; if nothing came, the message is forgotten too. A conversation that no
         longer fits the context is a `UserError`, raised at once; nothing is dropped from it.
         """
+        return self.answer(text, sampling_for(self.tokenizer, sampling, ANSWER_TOKENS))
+
+    def answer(self, text: str, settings: SamplingParams) -> Iterator[str]:
+        """Answer a message as `reply` does, with settings that are complete."""
+        request, messages = self._request(text, settings)
+        pieces = self._pieces(self.engine.add(request), messages)
+        return (piece.text for piece in pieces if piece.text)
+
+    def complete(self, text: str, settings: SamplingParams) -> Completion:
+        """Answer a message and return the whole answer with its tokens, log-probabilities and seed."""
+        request, messages = self._request(text, replace(settings, log_probabilities=True))
+        return completion(request, [*self._pieces(self.engine.add(request), messages)])
+
+    def take_back(self) -> str:
+        """Remove the last message and its answer from the history, and return the message."""
+        places = [place for place, message in enumerate(self.messages) if message["role"] == "user"]
+        if not places:
+            raise UserError("There is no message to answer again: ask something first.")
+        text = self.messages[places[-1]]["content"]
+        self.messages = self.messages[: places[-1]]
+        return text
+
+    def _request(self, text: str, settings: SamplingParams) -> tuple[Request, list[dict[str, str]]]:
+        """Return the engine's request for the answer, and the history with the message."""
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self.tokenizer.render_chat(messages)
         context = self.config.context_length
         if len(prompt) >= context:
+            said = any(message["role"] == "assistant" for message in self.messages)
             raise UserError(
                 f"The conversation has {len(prompt)} tokens with this message, but this model's context is {context} "
-                "and must hold the answer too: write a shorter message, or start afresh with /reset."
+                f"and must hold the answer too: write a shorter message{', or start afresh with /reset' * said}."
             )
-        settings = sampling_for(self.tokenizer, sampling, ANSWER_TOKENS)
-        return self._answer(self.engine.add(self.engine.request(prompt, settings)), messages)
+        return self.engine.request(prompt, settings), messages
 
-    def _answer(self, number: int, messages: list[dict[str, str]]) -> Iterator[str]:
-        """Generates the answer; however it ends, the history and the engine agree afterwards."""
+    def _pieces(self, number: int, messages: list[dict[str, str]]) -> Iterator[Piece]:
+        """Generate the answer; however it ends, the history and the engine agree afterwards."""
         self.finish_reason, answer = None, ""
         try:
             while self.engine.work:
                 for piece in self.engine.step():
                     answer, self.finish_reason = answer + piece.text, piece.finish_reason
-                    if piece.text:
-                        yield piece.text
+                    yield piece
         finally:
             self.engine.abort(number)
             if answer or self.finish_reason:

@@ -94,11 +94,11 @@ def generate_batch(
         pieces[piece.index].append(piece)
         if piece.finish_reason and advance:
             advance(done := done + 1)
-    return [_completion(*each) for each in zip(requests, pieces, strict=True)]
+    return [completion(*each) for each in zip(requests, pieces, strict=True)]
 
 
-def _completion(request: Request, pieces: Sequence[Piece]) -> Completion:
-    """All pieces of one text, put together."""
+def completion(request: Request, pieces: Sequence[Piece]) -> Completion:
+    """Return all pieces of one text, put together."""
     return Completion(
         "".join(piece.text for piece in pieces),
         request.tokens,
