@@ -1,6 +1,7 @@
 """Errors that a person can put right; knows nothing of what went wrong elsewhere."""
 
 import re
+import shlex
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
@@ -12,6 +13,11 @@ class UserError(ValueError):
 def printable(text: str) -> str:
     """A text without characters that tell a terminal something: names in files may hold any."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
+
+
+def shell(*words: object) -> str:
+    """Return words as they are typed in a shell, in quotation marks where needed."""
+    return shlex.join(map(str, words))
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -14,7 +14,7 @@ from keifu.commands.shared.errors import explain
 from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice
 from keifu.commands.shared.terminal import edit_lines, no_text, read_rest
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, shell, unknown
 from keifu.generation.text.sampling_params import ANSWER_TOKENS
 
 EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
@@ -79,8 +79,9 @@ def check_chats(name: str, tokenizer: Any) -> None:
     """Refuses a base model, in the words of the command line."""
     if tokenizer.chat_template is None:
         raise UserError(
-            f'{name} is a base model, without a chat template: let it continue a text (keifu generate {name} "..."), '
-            f"or teach it to answer (keifu train sft --model {name} --data CHATS.jsonl)."
+            f"{name} is a base model, without a chat template: let it continue a text "
+            f'(keifu generate {shell(name)} "..."), '
+            f"or teach it to answer (keifu train sft --model {shell(name)} --data CHATS.jsonl)."
         )
 
 

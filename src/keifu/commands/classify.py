@@ -15,7 +15,7 @@ import tyro
 from keifu import checkpoints
 from keifu.commands.shared import flags, tables
 from keifu.commands.shared.inputs import decode_utf8, is_picture, open_image, texts_from
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.files import write_atomic
 
 if TYPE_CHECKING:
@@ -211,7 +211,9 @@ def _load(name: str) -> "TextClassifier":
 
     model, tokenizer = checkpoints.load(name)
     if isinstance(model, TwoTowers):
-        raise UserError(f'{name} tells pictures apart: keifu classify {name} picture.png --labels "a dog,a cat".')
+        raise UserError(
+            f'{name} tells pictures apart: keifu classify {shell(name)} picture.png --labels "a dog,a cat".'
+        )
     return text_classifier(model, tokenizer, name)
 
 

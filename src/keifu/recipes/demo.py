@@ -12,6 +12,7 @@ from pathlib import Path
 
 from keifu import checkpoints
 from keifu.data.catalogue import catalogue
+from keifu.errors import shell
 from keifu.evaluation.text.perplexity import bigram_loss
 from keifu.files import write_atomic
 from keifu.generation.text.chat import Conversation
@@ -57,9 +58,9 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print("\n3. SmolLM2-135M-Instruct, read from its published GGUF file, answers.", flush=True)
     _ask()
     print(f"\nDone in {time.monotonic() - began:.0f} s. Next:")
-    print(f'   keifu generate {out} "The President of the United States"')
+    print(f'   keifu generate {shell(out)} "The President of the United States"')
     print('   keifu chat smollm2 "What is the capital of Italy?"')
-    print(f"   keifu serve {out} smollm2    # both at http://127.0.0.1:8000, for people and for programs")
+    print(f"   keifu serve {shell(out)} smollm2    # both at http://127.0.0.1:8000, for people and for programs")
     print("   keifu train gpt --depth 4 --data FILE-OR-FOLDER-OF-YOUR-OWN")
     print("   keifu lineage    # the landmarks in order of years, what each brought, and how to repeat it")
 

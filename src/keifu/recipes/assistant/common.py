@@ -31,7 +31,7 @@ from keifu.data.text.synthetic_math import chain_sums
 from keifu.data.tokenizers.chat_template import CHATML, PLAIN
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.files import sha256, write_atomic
 from keifu.generation.text.model import causal
 from keifu.layers.lora import LoraSettings, adapters, merge
@@ -405,4 +405,4 @@ def print_sentence(watched: DivergenceMonitor, figures: Mapping[str, float], out
     print(f"The last figures, each beside its normal range:\n{watched.table(figures)}")
     if (mean := figures.get("validation_reward")) is not None:
         print(f"The likeliest answers to held-out prompts have a mean reward of {mean:.3g}.")
-    print(f"The model is in {out}: keifu chat {out}.")
+    print(f"The model is in {out}: keifu chat {shell(out)}")

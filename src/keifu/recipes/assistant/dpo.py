@@ -20,7 +20,7 @@ from keifu.alignment.dpo import Loss, dpo, reference
 from keifu.data.chat.preferences import Pair, PreferencePairs, RankedResponses, stack_rows
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.layers.lora import unadapted
 from keifu.processes import current
 from keifu.recipes.assistant import common
@@ -119,4 +119,4 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     summary = learn(recipe, task, out, resume)
     if (right := summary.figures.get("validation_accuracy")) is not None:
         print(f"Of held-out pairs the better answer has the higher reward in {right:.1%}.")
-    print(f"The model is in {out}: keifu chat {out}.")
+    print(f"The model is in {out}: keifu chat {shell(out)}")

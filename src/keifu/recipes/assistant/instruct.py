@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from keifu.data.chat import conversations
 from keifu.data.text.documents import documents
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.files import read_json_object, write_atomic
 from keifu.recipes.assistant import ppo as third
 from keifu.recipes.assistant import reward as second
@@ -102,7 +102,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         done[phase.name] = flat(asdict(phase.recipe))
         write_atomic(out / PHASES, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
     report = write_joined(out, f"{recipe.model} becomes an assistant", summary(steps), [each.folder for each in steps])
-    print(f"The assistant is in {steps[-1].folder}: keifu chat {steps[-1].folder}. See {report}.")
+    print(f"The assistant is in {steps[-1].folder}: keifu chat {shell(steps[-1].folder)} (see {report})")
 
 
 def _demonstrations(recipe: first.Recipe) -> None:

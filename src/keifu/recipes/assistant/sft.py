@@ -16,7 +16,7 @@ from pathlib import Path
 from keifu.data.chat import conversations
 from keifu.data.chat.conversations import Conversation
 from keifu.data.chat.packing import FittedConversations, PackedConversations, TooLong, TurnMasks, fit_conversations
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.generation.text.chat import Conversation as Talk
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import AssistantOptions, FinetuneTask, held_out, open_model
@@ -121,4 +121,4 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         if said := part.sentence(task.data.context_length):
             print(said)
     learn(recipe, task, out, resume)
-    print(f"The model is in {out}: keifu chat {out}.")
+    print(f"The model is in {out}: keifu chat {shell(out)}")

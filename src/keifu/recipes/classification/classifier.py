@@ -22,7 +22,7 @@ from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.devices import choose
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.evaluation.classification.embeddings import encoder
 from keifu.models import bert
 from keifu.ranges import check
@@ -102,4 +102,4 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu classify and transformers read afterwards, and prints the held-out figures."""
     learn(recipe, prepare(recipe), out, resume)
-    print(f'The model is in {out}: keifu classify {out} "A text".')
+    print(f'The model is in {out}: keifu classify {shell(out)} "A text".')

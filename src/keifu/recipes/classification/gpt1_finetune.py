@@ -23,7 +23,7 @@ from keifu.data.classification.batches import FormBatches
 from keifu.data.classification.tables import Examples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.generation.text.model import TaskHeadModel, causal
 from keifu.models import task_head
 from keifu.ranges import check
@@ -128,4 +128,4 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu classify reads afterwards, and prints the held-out figures."""
     learn(recipe, prepare(recipe), out, resume)
-    print(f"The model is in {out}: keifu classify {out} reads such examples.")
+    print(f"The model is in {out}: keifu classify {shell(out)} reads such examples.")

@@ -25,7 +25,7 @@ from keifu.data.images.batches import ImageBatches
 from keifu.data.images.io import to_signed
 from keifu.data.images.splits import ImageSplit
 from keifu.devices import choose
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.generation.images.autoregressive import AutoregressivePipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.attention.masks import real_tokens
@@ -159,5 +159,6 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         parts={"autoencoder": task.model.vae, "decoder": decoder}, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0,
     )  # fmt: skip
     ranked = recipe.clip or out / common.CLIP
-    print(f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --best-of 16 --clip {ranked} -o picture.png')
+    command = f"keifu draw {shell(out, recipe.prompts[0])} --best-of 16 --clip {shell(ranked)} -o picture.png"
+    print(f"The model is in {out}: {command}")
     return summary

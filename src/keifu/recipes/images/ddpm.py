@@ -27,7 +27,7 @@ from keifu.data.images.dataset import read_images
 from keifu.data.images.grid import grid
 from keifu.data.images.splits import ImageSplit, split
 from keifu.devices import choose
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
@@ -250,5 +250,5 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         held_out={"share": recipe.held_out, "distinct": recipe.distinct},
         **describe(recipe, task.parts.train, told, {"model": asdict(task.model.config)}),
     )  # fmt: skip
-    print(f"The network is in {out}: keifu draw {out} -o picture.png")
+    print(f"The network is in {out}: keifu draw {shell(out)} -o picture.png")
     return summary

@@ -29,7 +29,7 @@ from keifu.data.images.io import to_signed
 from keifu.data.images.splits import ImageSplit
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Weighting
@@ -261,7 +261,6 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         told=("space", "weighting", "caption_dropout", "evenly"), **keeps_best(recipe.start_from),
         parts={"autoencoder": model.autoencoder, "text encoder": model.text, "U-Net": model.unet},
     )  # fmt: skip
-    print(
-        f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --guidance {recipe.guidance:g} -o picture.png'
-    )
+    command = f"keifu draw {shell(out, recipe.prompts[0])} --guidance {recipe.guidance:g} -o picture.png"
+    print(f"The model is in {out}: {command}")
     return summary

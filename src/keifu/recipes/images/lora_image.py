@@ -24,7 +24,7 @@ from keifu.checkpoints.lora.peft import layers, match_targets
 from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.grid import grid
 from keifu.data.images.splits import ImageSplit, split
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
@@ -227,5 +227,5 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
         **describe(recipe, pictures, told, {"size": pictures.shape[1]}),
     )  # fmt: skip
-    print(f'The LoRA is in {out}: keifu draw {recipe.model} "{task.prompts[0]}" --lora {out} -o picture.png')
+    print(f'The LoRA is in {out}: keifu draw {shell(recipe.model, task.prompts[0])} --lora {shell(out)} -o picture.png')
     return summary

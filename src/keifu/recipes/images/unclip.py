@@ -25,7 +25,7 @@ from keifu.data.images.dataset import read_images
 from keifu.data.images.splits import ImageSplit, split
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.evaluation.images.retrieval import preprocessing
 from keifu.generation.images.latent_diffusion import text_tokens
 from keifu.generation.images.pixel_diffusion import ImageRequest
@@ -227,5 +227,5 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         parts={name: part for name, part in task.model.named_children() if name != "last_upsampler"},
         before=partial(complete_config, task.model),
     )  # fmt: skip
-    print(f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --guidance {recipe.guidance:g}')
+    print(f'The model is in {out}: keifu draw {shell(out, recipe.prompts[0])} --guidance {recipe.guidance:g}')
     return summary

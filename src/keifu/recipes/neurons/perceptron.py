@@ -21,7 +21,7 @@ from torch import Tensor
 from keifu import checkpoints
 from keifu.data.classification import toy
 from keifu.data.classification.tables import Table, standardisation
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
 from keifu.models import perceptron
@@ -118,7 +118,7 @@ def prepare(recipe: Recipe) -> Lesson:
     if len(table.classes) != 2:
         raise UserError(
             f"One neuron parts two classes, and {recipe.data} has {len(table.classes)} ({', '.join(table.classes[:5])}"
-            f"{', ...' if len(table.classes) > 5 else ''}): use keifu train mlp --data {recipe.data}."
+            f"{', ...' if len(table.classes) > 5 else ''}): use keifu train mlp --data {shell(recipe.data)}"
         )
     if recipe.data in toy.TOYS:
         zeros = table.inputs.new_zeros(len(table.columns))
@@ -165,7 +165,7 @@ def formula(plane: Plane, columns: tuple[str, ...]) -> str:
 
 def refusal(recipe: Recipe, table: Table, found: Separation) -> str:
     """That the data cannot be parted, why that is certain, and what to use instead."""
-    advice = f"Use keifu train mlp --data {recipe.data}: a hidden layer can part them."
+    advice = f"Use keifu train mlp --data {shell(recipe.data)}: a hidden layer can part them."
     if not found.exact:
         return (
             f"{recipe.data} is not linearly separable as far as float64 can tell: no plane leaves a margin above "
