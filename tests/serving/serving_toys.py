@@ -20,7 +20,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.serving.app import Access, application
 from keifu.serving.metrics import Metrics
-from keifu.serving.models import ServedModels
+from keifu.serving.models import ServedModels, public_names
 from keifu.serving.server import Address, server_of
 from keifu.serving.worker import Limits
 
@@ -69,7 +69,7 @@ def running(
     names: Sequence[str], limits: Limits, access: Access, memory: int | None = None, weights: str | None = None
 ) -> Iterator[Served]:
     """A server in a thread."""
-    models = ServedModels(names, limits, Metrics(), memory, weights)
+    models = ServedModels(public_names(names, {}), limits, Metrics(), memory, weights)
     listening = Address(port=0).open()
     listening.listen()
     server = server_of(application(models, access))

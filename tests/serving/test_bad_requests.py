@@ -42,8 +42,8 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"stop": ["a"] * 17}, "list should have at most 16 items", "stop"),
     ({"stop": ["a", ""]}, "strings of at least one character", "stop"),
     ({"seed": -1}, "and it is -1", "seed"),
-    ({"store": True}, "store is not supported by this server: leave it out.", "store"),
-    ({"service_tier": "flex"}, "service_tier is not supported", "service_tier"),
+    ({"audio": {"voice": "x"}}, "audio is not supported by this server: leave it out.", "audio"),
+    ({"functions": [{"name": "f"}]}, "functions is not supported", "functions"),
     ({"stream": True, "stream_options": {"include_usag": 1}}, "mean 'include_usage'?", "stream_options.include_usag"),
     ({"stream_options": {}}, "stream_options is for streams: give stream as true too", "stream_options"),
     ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options is for streams", "stream_options"),
@@ -219,7 +219,7 @@ def test_an_answer_that_takes_too_long_is_given_up(folder: Path) -> None:
 def test_figures_are_counted(served: Any, base: str) -> None:
     served.post("/v1/completions", {"model": base, "prompt": "abc", "max_tokens": 3})
     text = httpx.get(f"{served.url}/metrics").text
-    assert f'keifu_generated_tokens_total{{model="{base}"}}' in text
+    assert 'keifu_generated_tokens_total{model="base"}' in text
     assert 'keifu_requests_total{path="/v1/completions",status="200"}' in text
     assert httpx.get(f"{served.url}/ready").json()["status"] == "ready"
 
@@ -229,7 +229,7 @@ def test_the_cache_holds_what_it_was_given_and_answers_stay_the_same(folder: Pat
         name = str(folder / "base")
         body = {"model": name, "prompt": ["abc " * 9, "xyz " * 9, "uvw " * 9], "max_tokens": 30, "temperature": 0}
         texts = [choice["text"] for choice in served.post("/v1/completions", body).json()["choices"]]
-        runner = served.models.workers[name]._engine.runner
+        runner = served.models.workers["base"]._engine.runner
         assert runner.n_blocks * runner.block_size * runner.token_bytes <= 160_000
         for prompt, text in zip(body["prompt"], texts, strict=True):
             alone = served.post("/v1/completions", {**body, "prompt": prompt}).json()["choices"][0]["text"]

@@ -86,7 +86,7 @@ def test_a_conversation(served: Any, chat: str, browser: Any, width: int, scheme
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.goto(served.url)
     page.wait_for_selector("#model option", state="attached")
-    page.select_option("#model", chat)
+    page.select_option("#model", "chat")
     page.click("#show-settings")
     page.fill("#max_tokens", "12")
     page.fill("#temperature", "1")
@@ -124,7 +124,7 @@ def test_a_long_answer_can_be_stopped(served: Any, chat: str, browser: Any) -> N
     page = browser.new_page(locale="en-GB")
     page.goto(served.url)
     page.wait_for_selector("#model option", state="attached")
-    page.select_option("#model", chat)
+    page.select_option("#model", "chat")
     page.click("#show-settings")
     page.fill("#temperature", "1")
     page.click("#settings form > button")
@@ -133,7 +133,7 @@ def test_a_long_answer_can_be_stopped(served: Any, chat: str, browser: Any) -> N
     page.wait_for_selector("article.assistant")
     page.keyboard.press("Escape")
     page.wait_for_selector("#send:visible")
-    until(lambda: not served.models.workers[chat].pending)
+    until(lambda: not served.models.workers["chat"].pending)
     page.close()
 
 

@@ -2,6 +2,8 @@
 
 import os
 import re
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,9 @@ from keifu.files import read_text
 KEYS = "KEIFU_API_KEY"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 LARGEST_SIZE = 2**60  # bytes
-USUAL = "smollm2"  # where no model is named
+USUAL = "smollm2"  # if no model is named
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
+OPEN = "WARNING: anyone who can reach {host} may use this server: it asks for no key. Give one with --api-key."
 
 
 @dataclass(frozen=True)
@@ -31,40 +35,46 @@ class Options(flags.Packed):
         tyro.conf.Positional[tuple[str, ...]],
         tyro.conf.arg(metavar="[MODEL ...]", help="Runs, Hugging Face directories or hub ids, .gguf files, names."),
     ] = ()
+    name: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Id of a model and the path or name it is loaded from: ALIAS=PATH. Clients see the alias alone."""
     host: str = "127.0.0.1"
-    """The address to listen at; 0.0.0.0 lets other machines ask too."""
+    """Address to listen at. 0.0.0.0 lets other machines ask too: give a key then."""
+    allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Further host name that this server answers to, such as chat.example.org behind a proxy."""
     port: int = 8000
-    """The port to listen at; 0 takes one that is free."""
+    """Port to listen at; 0 takes one that is free."""
     socket: Path | None = None
-    """Listen at a Unix socket of this path, in place of a port."""
+    """Path of a Unix socket to listen at, instead of a port."""
     memory: str | None = None
-    """How much the weights of all models may take, such as 4G: the one not used longest goes."""
+    """Memory for the weights of all models, such as 4G: the model not used longest is unloaded."""
     cache: str | None = None
-    """How much the keys and values of each model's texts may take, such as 1G. Unset: a quarter of the free memory."""
+    """Memory for the keys and values of each model, such as 1G. Unset: a quarter of the free memory."""
     slots: int = 16
-    """Texts that a model writes at the same time."""
+    """Number of texts that a model writes at the same time."""
     queue: int = 128
-    """Texts that may wait for a model; what comes then is answered with status 429."""
+    """Number of texts that may wait for a model; further ones get status 429."""
     timeout: float = 600.0
     """Seconds after which an answer is given up."""
     max_body: str = "16M"
-    """The largest request that is read."""
+    """Size of the largest request that is read."""
     api_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A key that opens /v1; none (here, in --api-key-file or in KEIFU_API_KEY): everyone may ask."""
+    """Key that opens /v1; without one (here, in --api-key-file or in KEIFU_API_KEY) everyone may ask."""
     api_key_file: Path | None = None
-    """The file that has a key on each line."""
+    """File with a key on each line."""
     cors: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """An origin whose pages may ask this server, such as https://example.org."""
+    """Origin whose pages may ask this server, such as https://example.org."""
+    strict: bool = False
+    """Whether to refuse fields of OpenAI's that nothing heeds. Otherwise they are ignored and named in a header."""
     access_log: bool = field(default=True)
-    """Write a line of JSON for each request, without what was asked or answered, on stderr."""
+    """Whether to write a line of JSON for each request on stderr, without prompts and answers."""
 
 
 def run(options: Options) -> None:
-    """Serves until it is told to stop."""
+    """Serve until a signal ends the server."""
     from keifu.native.pack import formats
     from keifu.serving.app import Access, application
     from keifu.serving.metrics import Metrics
-    from keifu.serving.models import ServedModels
+    from keifu.serving.models import ServedModels, public_names
     from keifu.serving.server import Address, serve
     from keifu.serving.worker import Limits
 
@@ -76,11 +86,30 @@ def run(options: Options) -> None:
     cache = None if options.cache is None else size_of(options.cache, "--cache")
     limits = Limits(options.slots, options.queue, options.timeout, cache)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
-    models = ServedModels(options.models or found_models(), limits, Metrics(), memory, options.weights)
+    named = aliases(options.name)
+    sources = public_names(options.models or (() if named else found_models()), named)
+    models = ServedModels(sources, limits, Metrics(), memory, options.weights)
     for each in models.descriptions.values():
         print(f"{each.name}: {', '.join(each.uses)}")
-    hosts = ("localhost", "127.0.0.1", "[::1]") if address.local and address.path is None else ("*",)
-    serve(application(models, Access(keys, options.cors, hosts, body)), address, options.access_log)
+    open_to_all = address.path is not None or not (address.local or options.allowed_host)
+    hosts = ("*",) if open_to_all else (*LOCAL, options.host, *options.allowed_host)
+    if not address.local and not keys:
+        print(OPEN.format(host=options.host), file=sys.stderr, flush=True)
+    limited = Access(keys, options.cors, hosts, body, options.strict)
+    serve(application(models, limited), address, options.access_log)
+
+
+def aliases(names: Sequence[str]) -> dict[str, str]:
+    """Return the path or name of each model by the id that was chosen for it."""
+    found: dict[str, str] = {}
+    for each in names:
+        alias, _, source = each.partition("=")
+        if not source or not re.fullmatch(r"[\w.:@-]+(/[\w.:@-]+)*", alias):
+            raise UserError(f"--name is {each!r}, which must be ALIAS=PATH, such as bard=runs/my-gpt.")
+        if alias in found:
+            raise UserError(f"--name gives the alias {alias!r} twice: choose another for {source}.")
+        found[alias] = source
+    return found
 
 
 def size_of(text: str, option: str) -> int:
@@ -93,7 +122,7 @@ def size_of(text: str, option: str) -> int:
 
 
 def keys_of(options: Options) -> tuple[str, ...]:
-    """The keys from the options, the file and the environment."""
+    """Return the keys of the options, the file and the environment."""
     lines = read_text(options.api_key_file).splitlines() if options.api_key_file else []
     keys = [*options.api_key, *lines, *os.environ.get(KEYS, "").split(",")]
     found = tuple(key.strip() for key in keys if key.strip())
@@ -103,7 +132,7 @@ def keys_of(options: Options) -> tuple[str, ...]:
 
 
 def found_models() -> tuple[str, ...]:
-    """What there is and can be served: the runs in runs/, then of the catalogue smollm2 and what else is there."""
+    """Return the models that can be served: the runs in runs/, then of the catalogue smollm2 and fetched ones."""
     from keifu.data.catalogue.catalogue import MODELS, is_cached
 
     runs = sorted(map(str, Path("runs").glob("*/")))

@@ -7,11 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from keifu import __version__
-from keifu.serving import errors, inspection, middleware, page, translations
+from keifu.serving import access, errors, inspection, middleware, page, translations
 from keifu.serving.models import ServedModels
 from keifu.serving.openai import chat, completions, embeddings, images, responses
 from keifu.serving.streaming import json_response
@@ -21,17 +20,22 @@ RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": errors.ERROR, "5XX": errors
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask what. keys: any of them opens /v1; none: everyone. origins: pages of other servers that may ask.
-    hosts: the names that this server goes by, for those that bind to this machine alone. body: bytes of a request."""
+    """Limits on who may ask, and what.
+
+    keys: any of them opens /v1; none: everyone may ask. origins: pages of other servers that may ask. hosts: names that
+    this server answers to; "*" is any. body: the most bytes of a request. strict: whether fields of OpenAI's that
+    nothing heeds are refused.
+    """
 
     keys: Sequence[str] = ()
     origins: Sequence[str] = ()
     hosts: Sequence[str] = ("*",)
     body: int = 2**24
+    strict: bool = False
 
 
-def application(models: ServedModels, access: Access = Access()) -> FastAPI:  # noqa: B008 (it is frozen)
-    """The service over these models."""
+def application(models: ServedModels, limits: Access = Access()) -> FastAPI:  # noqa: B008 (it is frozen)
+    """Return the service over these models."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -46,19 +50,20 @@ def application(models: ServedModels, access: Access = Access()) -> FastAPI:  # 
         part.routes(app, models)
     app.include_router(page.routes())
     _state_routes(app, models)
-    app.add_middleware(middleware.BodyLimit, limit=access.body)
-    app.add_middleware(middleware.ApiKeys, keys=access.keys)
-    if access.origins:
+    app.add_middleware(middleware.BodyLimit, limit=limits.body)
+    app.add_middleware(access.ApiKeys, keys=limits.keys)
+    app.add_middleware(access.Origins, origins=limits.origins, hosts=limits.hosts)
+    if limits.origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
+            CORSMiddleware, allow_origins=limits.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
         )
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=access.hosts)
-    app.add_middleware(middleware.AccessLog, metrics=models.metrics)
+    app.add_middleware(access.Hosts, names=limits.hosts)
+    app.add_middleware(middleware.Requests, metrics=models.metrics, strict=limits.strict)
     return app
 
 
 def _state_routes(app: FastAPI, models: ServedModels) -> None:
-    """What is served, and how the service is."""
+    """Add the paths that say which models are served, and how the service is."""
 
     def entry(name: str) -> dict[str, Any]:
         each = models.descriptions[name]

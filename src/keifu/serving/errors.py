@@ -1,4 +1,4 @@
-"""Errors of the service in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, each one sentence."""
+"""Errors of the service in OpenAI's shape: {"error": {"message", "type", "param", "code", "request_id"}}."""
 
 import json
 import logging
@@ -12,44 +12,56 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from keifu.errors import UserError
+from keifu.serving.facts import current
 
 LOG = logging.getLogger("keifu.serving")
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*|\w*(?:Item|NamedTool)"  # in a place: types, no fields
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*|\w*(?:Item|NamedTool)"  # in a path: types, no fields
 FORM = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required": ["message"]}}}
 ERROR = {"description": "An error, in a sentence", "content": {"application/json": {"schema": FORM}}}
-BODY = {  # what may be wrong with a body before its fields are looked at
+BODY = {  # errors of a body before its fields are read
     UnicodeDecodeError: "The body is not UTF-8 text: send JSON in UTF-8.",
     RecursionError: "The body's JSON is nested too deeply: send a flatter one.",
 }
 
 
 class ApiError(Exception):
-    """What the client is told. param: the field that is wrong. code: a short name for programs. retry: seconds
-    after which the same request may succeed."""
+    """Error that is sent to the client.
+
+    param: the field that is wrong. code: a short name for programs. retry: seconds after which the same request may
+    succeed. close: whether the connection is closed. reason: the message for the log, without values of the client.
+    """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, retry: int | None = None
-    ):
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry: int | None = None,
+        close: bool = False, reason: str | None = None,
+    ):  # fmt: skip
         super().__init__(message)
-        self.status, self.param, self.code, self.retry = status, param, code, retry
+        self.status, self.param, self.code, self.retry, self.close = status, param, code, retry, close
+        self.reason = reason or message
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """Return the JSON of the answer, and note the reason for the access log."""
+        facts = current()
+        facts.reason = self.reason
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        about = {"param": self.param, "code": self.code, "request_id": facts.id}
+        return {"error": {"message": str(self), "type": kind, **about}}
 
     def response(self) -> Response:
-        """The whole answer. Text that is no Unicode (half a surrogate pair) is escaped, so that it can be sent."""
+        """Return the whole answer. Half a surrogate pair is escaped, so that it can be sent."""
         headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
+        headers |= {"Connection": "close"} if self.close else {}
         content = json.dumps(self.body(), ensure_ascii=True)
         return Response(content, self.status, headers, "application/json")
 
 
 def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
-    """The error that a client is told for any exception; what is no fault of the client goes to the log.
+    """Return the error that a client gets for any exception; an error of keifu's own goes to the log.
 
-    fields: of the request; a `UserError` that begins with the name of one is about that field.
+    Args:
+        error: the exception.
+        fields: fields of the request; a `UserError` that begins with the name of one is about that field.
     """
     if isinstance(error, ApiError):
         return error
@@ -60,34 +72,39 @@ def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
         return ApiError(504, "The answer took longer than this server allows: ask for fewer tokens.", code="timeout")
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
         return ApiError(503, "There is not enough memory for this request: make it smaller.", code="out_of_memory")
-    LOG.error("A request failed by a fault of keifu's.", exc_info=error)
-    return ApiError(500, f"This is a fault of the server, not yours ({type(error).__name__}); its log says more.")
+    LOG.error("Request %s failed by a bug of keifu's.", current().id, exc_info=error)
+    return ApiError(500, f"This is a bug of the server, not yours ({type(error).__name__}); its log says more.")
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """Of the errors that pydantic found the one that is of the kind that was meant, among those that a field may have,
-    as a sentence with the field's name and the value seen: a list's wrong length, else what lies deepest."""
+    """Return one error for all that pydantic reports, with the field's name and the value.
+
+    A field that may have several types has one error for each. The deepest is about the type that was meant; a list's
+    wrong length counts more.
+    """
     first = max(errors, key=lambda e: (e["type"].startswith("too_"), len(e["loc"]), e["type"] == "literal_error"))
-    place = ".".join(str(part) for part in first["loc"] if not re.fullmatch(UNION, str(part)))
+    path = ".".join(str(part) for part in first["loc"] if not re.fullmatch(UNION, str(part)))
     kind, message = first["type"], str(first["msg"]).removeprefix("Value error, ").rstrip(".")
     if kind == "json_invalid":
-        where = f" at character {first['loc'][-1]}" if len(first["loc"]) > 1 else ""
+        position = f" at character {first['loc'][-1]}" if len(first["loc"]) > 1 else ""
         reason = first.get("ctx", {}).get("error", message)
-        return ApiError(400, f"The body is not JSON{where}: {reason}.", code="invalid_json")
+        return ApiError(400, f"The body is not JSON{position}: {reason}.", code="invalid_json")
     if kind == "missing":
-        return ApiError(400, f"The field {place or 'body'} is missing.", place or None, "missing_field")
+        return ApiError(400, f"The field {path or 'body'} is missing.", path or None, "missing_field")
     if kind in ("unknown_field", "refused_field"):
         name = first["ctx"]["name"]
-        return ApiError(400, str(first["msg"]), f"{place}.{name}" if place else name, kind)
+        return ApiError(400, str(first["msg"]), f"{path}.{name}" if path else name, kind)
     if isinstance(first.get("input"), bytes):  # it was not read as JSON
         return ApiError(400, "The body is not declared as JSON: send the header Content-Type: application/json.")
     seen = json.dumps(first.get("input"), default=str)
     shown = seen if len(seen) <= 60 else f"{seen[:60]}…"
-    return ApiError(400, f"{place or 'The body'} is {shown}: {message[:1].lower()}{message[1:]}.", place or None)
+    sentence = f"{message[:1].lower()}{message[1:]}."
+    subject = path or "The body"
+    return ApiError(400, f"{subject} is {shown}: {sentence}", path or None, reason=f"{subject}: {sentence}")
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:
-    """What the framework refuses before a route is reached."""
+    """Return the error for a request that the framework refuses before a route is reached."""
     message = BODY.get(type(error.__cause__), str(error.detail))  # type: ignore[arg-type]
     if error.status_code == 404:
         message = f"There is nothing at {request.url.path}: /openapi.json lists what there is."
@@ -97,7 +114,7 @@ def _of_http(request: Request, error: HTTPException) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Has every error of the app answered in this shape."""
+    """Answer every error of the app in this shape."""
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):

@@ -1,4 +1,4 @@
-"""POST /v1/inspect and /v1/match: what happens inside a model while it reads, and pictures against words."""
+"""POST /v1/inspect and /v1/match: attention and predictions inside a model, and pictures compared with words."""
 
 import base64
 from functools import partial
@@ -22,14 +22,17 @@ from keifu.serving.openai.generation import likeliest, token_text
 from keifu.serving.openai.schemas import Body
 from keifu.serving.streaming import whole
 
-MOST_TOKENS = 128  # whose attention is looked at: it grows with their square
+MOST_TOKENS = 128  # of a text: attention grows with their square
 
 
 class InspectRequest(Body):
-    """POST /v1/inspect. input: a text; with the tokenizer's mask token in it, for models that fill in words. top: how
-    many tokens of the lens, or for a mask."""
+    """POST /v1/inspect.
 
-    model: str
+    input: a text; with the tokenizer's mask token in it, for models that fill in words. top: how many tokens of the
+    lens, or for a mask.
+    """
+
+    model: str = ""
     input: Annotated[str, Field(min_length=1)]
     top: Annotated[int, Field(ge=1, le=20)] = 5
 
@@ -37,22 +40,22 @@ class InspectRequest(Body):
 class MatchRequest(Body):
     """POST /v1/match. images: files in base64. texts: what they may show."""
 
-    model: str
+    model: str = ""
     images: Annotated[list[str], Field(min_length=1, max_length=64)]
     texts: Annotated[list[str], Field(min_length=1, max_length=256)]
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """The routes, for these models."""
+    """Add the routes, for these models."""
 
     @app.post("/v1/inspect", summary="What happens inside a model while it reads", tags=["insight"])
     async def inspect(body: InspectRequest, request: Request) -> Response:
-        work = partial(_inspect, body=body, about=models.find(body.model, "inspection"))
-        return await whole(request, models.worker(body.model).call(work))
+        about = models.find(body.model, "inspection")
+        return await whole(request, models.inspector(about.name).call(partial(_inspect, body=body, about=about)))
 
     @app.post("/v1/match", summary="Pictures against words", tags=["vectors"])
     async def match(body: MatchRequest, request: Request) -> Response:
-        models.find(body.model, "match")
+        body.model = models.find(body.model, "match").name
         return await whole(request, models.worker(body.model).call(partial(_match, body=body)))
 
 
@@ -71,26 +74,26 @@ def _inspect(model: nn.Module, tokenizer: Any, _: Any, body: InspectRequest, abo
     room = min(MOST_TOKENS, about.context_length or MOST_TOKENS)
     if len(ids) > room:
         raise UserError(f"input has {len(ids)} tokens, and {room} can be looked at: shorten it.")
-    found = inspect_translation(model, ids) if "translation" in about.uses else inspect_text(model, ids, body.top)
-    maps = found.attention.items()
+    seen = inspect_translation(model, ids) if "translation" in about.uses else inspect_text(model, ids, body.top)
+    maps = seen.attention.items()
     return {
         "object": "inspection",
-        "model": body.model,
-        "rows": [token_text(target, each) for each in found.rows],
-        "columns": [token_text(source, each) for each in found.columns],
+        "model": about.name,
+        "rows": [token_text(target, each) for each in seen.rows],
+        "columns": [token_text(source, each) for each in seen.columns],
         "attention": [{"layer": name, "heads": len(each), "bytes": _bytes(each)} for name, each in maps],
-        "lens": [[list(likeliest(tokenizer, place)) for place in layer] for layer in found.lens],
+        "lens": [[list(likeliest(tokenizer, position)) for position in layer] for layer in seen.lens],
         "masks": masks,
     }
 
 
 def _bytes(weights: Tensor) -> str:
-    """Weights as bytes, 255 for 1, in base64: each head's rows one after another."""
+    """Return weights as bytes, 255 for 1, in base64: each head's rows one after another."""
     return base64.b64encode((255 * weights).round().byte().numpy().tobytes()).decode("ascii")
 
 
 def _match(model: nn.Module, tokenizer: Any, _: Any, body: MatchRequest) -> dict[str, Any]:
-    """The cosine of each picture and each text, and each text's share among all."""
+    """Return the cosine of each picture and each text, and each text's share among all."""
     try:
         files = [base64.b64decode(each, validate=True) for each in body.images]
     except ValueError as error:

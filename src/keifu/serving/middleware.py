@@ -1,116 +1,142 @@
-"""What every request goes through: its key, the size of its body, and a line about it in the access log.
+"""Limits on the body of every request, and a line about it in the access log.
 
 These are plain ASGI middleware, so that a stream passes through them as it comes.
 """
 
-import hashlib
-import hmac
+import asyncio
 import json
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from keifu.serving.errors import ApiError
+from keifu.serving.errors import ApiError, of_exception
+from keifu.serving.facts import Facts, begin, current
 from keifu.serving.metrics import Metrics
 
 ACCESS = logging.getLogger("keifu.serving.access")
-GUARDED = ("/v1/", "/metrics")
+BODY_SECONDS, BODY_RATE = 20.0, 1000  # a body may take so many seconds, and one more for each so many bytes
+MOST_LOGGED = 200  # characters of a path or of a reason
 
 
-class ApiKeys:
-    """Refuses what has none of the keys, in a time that does not tell how much of a key was right."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str]):
-        self.app = app
-        self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application."""
-        if scope["type"] != "http" or not scope["path"].startswith(GUARDED) or not self.digests or self._knows(scope):
-            await self.app(scope, receive, send)
-            return
-        text = "This server needs a key: send the header Authorization: Bearer KEY."
-        await ApiError(401, text, code="invalid_api_key").response()(scope, receive, send)
-
-    def _knows(self, scope: Scope) -> bool:
-        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
-        found = [hmac.compare_digest(digest, known) for known in self.digests]
-        return any(found) and kind.lower() == "bearer"
-
-
-class TooLarge(Exception):
-    """The body is larger than the limit."""
+class Refused(Exception):
+    """End of an application whose request is refused while its body is read."""
 
 
 class BodyLimit:
-    """Refuses bodies of more than `limit` bytes, by their header or as soon as so many have come."""
+    """Refusal of bodies of more than `limit` bytes, by their header or as they come, and of bodies that come slowly."""
 
     def __init__(self, app: ASGIApp, limit: int):
         self.app, self.limit = app, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application."""
+        """Answer as an ASGI application."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("content-length", "0")
-        told = ApiError(413, f"The body has more than the {self.limit:,} bytes that this server reads: send less.")
-        if int(length) > self.limit:  # uvicorn has refused what is no number
-            await told.response()(scope, receive, send)
-            return
-        came, began = 0, False
-
-        async def limited() -> Message:
-            nonlocal came
-            message = await receive()
-            came += len(message.get("body", b""))
-            if came > self.limit:
-                raise TooLarge
-            return message
-
-        async def watched(message: Message) -> None:
-            nonlocal began
-            if began or came <= self.limit:  # otherwise it is what the application makes of TooLarge
-                began = True
-                await send(message)
-
-        with suppress(TooLarge):
-            await self.app(scope, limited, watched)
-        if not began:
-            await told.response()(scope, receive, send)
+        length = int(Headers(scope=scope).get("content-length", "0"))  # uvicorn has refused what is no number
+        reader = BodyReader(receive, send, self.limit)
+        if length <= self.limit:
+            with suppress(Refused):
+                await self.app(scope, reader.receive, reader.send)
+        else:
+            reader.error = reader.too_large()
+        if reader.error is not None and not reader.began:
+            await reader.error.response()(scope, receive, send)
 
 
-class AccessLog:
-    """Counts every answer and writes a line of JSON about it, which holds nothing of what was asked or answered."""
+class BodyReader:
+    """The two channels of one request, as the application sees them. error: the refusal, once there is one."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app, self.metrics = app, metrics
+    def __init__(self, receive: Receive, send: Send, limit: int):
+        self._receive, self._send, self.limit = receive, send, limit
+        self.facts, self.start = current(), time.monotonic()
+        self.error: ApiError | None = None
+        self.began, self.complete = False, False
+
+    def too_large(self) -> ApiError:
+        """Return the refusal of a large body."""
+        return ApiError(413, f"The body has more than the {self.limit:,} bytes that this server reads: send less.")
+
+    async def receive(self) -> Message:
+        """Return the next part of the body, in time."""
+        if self.complete:
+            return await self._receive()
+        try:
+            left = self.start + BODY_SECONDS + self.facts.size / BODY_RATE - time.monotonic()
+            message = await asyncio.wait_for(self._receive(), max(left, 0))
+        except TimeoutError:
+            self.error = ApiError(408, "The body of the request did not come in time: send it faster.", close=True)
+            raise Refused from None
+        self.facts.size += len(message.get("body", b""))
+        self.complete = not message.get("more_body", False)
+        if self.facts.size > self.limit:
+            self.error = self.too_large()
+            raise Refused
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer, unless it is the application's answer to `Refused`."""
+        if self.began or self.error is None:
+            self.began = True
+            await self._send(message)
+
+
+class Requests:
+    """An id for every request, the figures of its answer, and a line of JSON in the access log.
+
+    The line holds nothing of what was asked or answered. strict: see `Facts`.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, strict: bool):
+        self.app, self.metrics, self.strict = app, metrics, strict
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application."""
+        """Answer as an ASGI application."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status, size = time.monotonic(), 500, 0
+        start, status, size, begun = time.monotonic(), 500, 0, False
+        facts = begin(Headers(scope=scope).get("x-request-id", ""), self.strict)
 
         async def watched(message: Message) -> None:
-            nonlocal status, size
-            status = message.get("status", status)
+            nonlocal status, size, begun
+            status, begun = message.get("status", status), True
             size += len(message.get("body", b""))
+            if message["type"] == "http.response.start":
+                _add_headers(message, facts)
             await send(message)
 
         try:
             await self.app(scope, receive, watched)
+        except Exception as error:
+            told = of_exception(error).response()
+            if not begun:
+                await told(scope, receive, watched)
         finally:
-            path = getattr(scope.get("route"), "path", "(none)")
-            seconds = time.monotonic() - began
+            path = scope["route"].path if "route" in scope else "(none)"
+            seconds = time.monotonic() - start
             self.metrics.answers.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path, str(status)).observe(seconds)
-            client = (scope.get("client") or ("",))[0]
-            line = {"time": round(time.time(), 3), "client": client, "method": scope["method"], "path": path}
-            ACCESS.info(json.dumps({**line, "status": status, "ms": round(1000 * seconds, 1), "bytes": size}))
+            figures = {"status": status, "ms": round(1000 * seconds, 1), "bytes": size}
+            ACCESS.info(json.dumps(_line(scope, facts) | figures))
+
+
+def _add_headers(message: Message, facts: Facts) -> None:
+    headers = MutableHeaders(scope=message)
+    headers["X-Request-Id"] = facts.id
+    if facts.ignored:
+        headers["X-Keifu-Ignored"] = ", ".join(dict.fromkeys(facts.ignored))
+
+
+def _line(scope: Scope, facts: Facts) -> dict[str, Any]:
+    """Return the part of a line that says who asked for what. A path that is none of the service's is cut."""
+    path = scope["route"].path if "route" in scope else scope["path"][:MOST_LOGGED]
+    client = (scope.get("client") or ("",))[0]
+    line = {"time": round(time.time(), 3), "id": facts.id, "client": client, "method": scope["method"], "path": path}
+    counts = {"prompt_tokens": facts.prompt_tokens, "completion_tokens": facts.completion_tokens}
+    about = {"model": facts.model, **counts, "reason": facts.reason[:MOST_LOGGED]}
+    return line | {name: value for name, value in about.items() if value}

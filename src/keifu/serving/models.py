@@ -1,11 +1,13 @@
-"""The models of a service: what each can do, loaded when first asked for, the one not used longest let go where memory
-is bounded.
+"""The models of a service: what each can do, loaded when first asked for.
+
+If memory is bounded, the model that was not used longest is unloaded first.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,10 +20,11 @@ from keifu.generation.text.translation import is_translator
 from keifu.native.model import NativeLM, pack_beside
 from keifu.native.pack import OWN
 from keifu.serving.errors import ApiError
+from keifu.serving.facts import current
 from keifu.serving.metrics import Metrics
 from keifu.serving.worker import Limits, Worker
 
-USES = {  # what a client may ask of a model: the path that it asks at
+USES = {  # the uses of a model, and the path that serves each
     "chat": "/v1/chat/completions",
     "completion": "/v1/completions",
     "embedding": "/v1/embeddings",
@@ -34,9 +37,13 @@ USES = {  # what a client may ask of a model: the path that it asks at
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a model before it is loaded. size: the most bytes that its weights take in memory."""
+    """Facts about a model that are known before it is loaded.
+
+    name: its id for clients. source: the path or name that it is loaded from. size: the most bytes of its weights.
+    """
 
     name: str
+    source: str
     uses: tuple[str, ...]
     context_length: int | None
     size: int
@@ -44,21 +51,21 @@ class Description:
     config: Any
 
 
-def describe(name: str) -> Description:
-    """Reads a model's config, tensor names and tokenizer, and none of its weights."""
-    plan = planned(name)
+def describe(source: str, name: str | None = None) -> Description:
+    """Read a model's config, tensor names and tokenizer, and none of its weights."""
+    plan = planned(source)
     tokenizer = plan.source.tokenizer()
     config: Any = plan.source.config
     uses = _uses(plan.model, tokenizer)
     if not uses:
-        raise UserError(f"{name} cannot be served: {explain_not_causal(plan.model)}")
-    # what writes on a CPU has them twice: as PyTorch's, and packed for native code
+        raise UserError(f"{source} cannot be served: {explain_not_causal(plan.model)}")
+    # a model that writes on a CPU is in memory twice: for PyTorch, and packed for native code
     size = plan.parameters * plan.dtype.itemsize * (2 if {"completion", "translation"} & {*uses} else 1)
-    return Description(name, uses, getattr(config, "context_length", None), size, tokenizer, config)
+    return Description(name or source, source, uses, getattr(config, "context_length", None), size, tokenizer, config)
 
 
 def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
-    """What a model of this kind, with this tokenizer, can be asked for."""
+    """Return the uses of a model of this kind with this tokenizer."""
     inside = ("inspection",) if tokenizer is not None and not isinstance(model, NativeLM) else ()
     if is_writer(model) and tokenizer is not None:
         return (*(("completion",) if tokenizer.chat_template is None else ("chat", "completion")), *inside)
@@ -75,34 +82,68 @@ def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
     return ("image",)
 
 
-def _load_both(name: str) -> tuple[nn.Module, Any]:
-    """A model that can be inspected, and its tokenizer; it generates natively where that keeps the file's numbers."""
-    model, tokenizer = load(name, weights=OWN)
+def public_names(sources: Sequence[str], named: Mapping[str, str]) -> dict[str, str]:
+    """Return the ids of models for clients, each with the path or name that the model is loaded from.
+
+    An id is the source as it was given; only the last part of an absolute path or of one that leaves the folder, so
+    that no client sees the server's paths. Two models with one id are a `UserError`.
+
+    Args:
+        sources: models without a chosen id.
+        named: models with one, by id.
+    """
+    found = dict(named)
+    for source in sources:
+        path = Path(source)
+        name = path.resolve().name if path.is_absolute() or ".." in path.parts else source
+        if found.setdefault(name, source) != source:
+            raise UserError(f"{found[name]} and {source} would both be called {name!r}: choose with --name ALIAS=PATH.")
+    return found
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Return further names that models answer to: the last part of an id, such as "bard" of "runs/bard", if unique."""
+    parts = [(name.rstrip("/").rpartition("/")[2].removesuffix(".gguf"), name) for name in names]
+    short = [part for part, _ in parts]
+    return {part: name for part, name in parts if short.count(part) == 1 and part not in names}
+
+
+def _whole(name: str) -> str:
+    """Return the key of the worker that has the PyTorch weights of a model that is packed alone."""
+    return f"{name} (inspection)"
+
+
+def _load_both(source: str) -> tuple[nn.Module, Any]:
+    """Load a model that can be inspected, and its tokenizer; it generates natively if that keeps the file's numbers."""
+    model, tokenizer = load(source, weights=OWN)
     if not isinstance(model, NativeLM):
         return model, tokenizer
-    whole = load_model(name)
+    whole = load_model(source)
     pack_beside(whole, "f32", lambda *_: model)
     return whole, tokenizer
 
 
 class ServedModels:
-    """The models by name. memory: bytes that the weights of all loaded models may take; None for no bound. weights:
-    f32, bf16, int8 or int4 packs those that write text, and the decoders of those that translate, for native code.
+    """Models by id, loaded and unloaded as they are asked for.
 
-    A model that alone is larger is a `UserError`.
+    sources: the path or name of each, by id. memory: bytes that the weights of all loaded models may take; None for no
+    bound; a model that alone is larger is a `UserError`. weights: f32, bf16, int8 or int4 packs models that write text,
+    and the decoders of those that translate, for native code.
     """
 
     def __init__(
-        self, names: Sequence[str], limits: Limits, metrics: Metrics, memory: int | None = None,
+        self, sources: Mapping[str, str], limits: Limits, metrics: Metrics, memory: int | None = None,
         weights: str | None = None,
     ):  # fmt: skip
-        found = {name: describe(name) for name in names}
-        writers = [name for name in names if weights and "completion" in found[name].uses]
-        translators = [name for name in names if weights and "translation" in found[name].uses]
+        found = {name: describe(source, name) for name, source in sources.items()}
+        writers = [name for name in found if weights and "completion" in found[name].uses]
+        translators = [name for name in found if weights and "translation" in found[name].uses]
         self.packed = dict.fromkeys(writers + translators, weights)
-        # packed alone: not to be inspected, and there once
-        plain = {n: replace(found[n], uses=found[n].uses[:-1], size=found[n].size // 2) for n in writers}
-        self.descriptions = found | plain
+        alone = {name: replace(found[name], size=found[name].size // 2) for name in writers}  # in memory once
+        self.descriptions = found | alone
+        self._sizes = {each.name: each.size for each in self.descriptions.values()}
+        self._sizes |= {_whole(name): each.size for name, each in alone.items()}
+        self._other_names = short_names(list(found)) | {source: name for name, source in sources.items()}
         self.limits, self.metrics, self.memory = limits, metrics, memory
         self.began = int(time.time())
         self.workers: dict[str, Worker] = {}
@@ -114,54 +155,82 @@ class ServedModels:
                     "raise it, or choose a smaller model."
                 )
 
-    def named(self, name: str) -> Description:
-        """The model of that name; one that does not exist is an `ApiError` with the nearest."""
+    def named(self, name: str, use: str | None = None) -> Description:
+        """Return the model of that id or short name.
+
+        An empty name is the only model, or the only one for this use. An unknown name is an `ApiError` with the
+        nearest.
+        """
+        if not name:
+            able = [each for each in self.descriptions.values() if use is None or use in each.uses]
+            if len(able) != 1:
+                text = f"The field model is missing: it must be one of {', '.join(self.descriptions)}."
+                raise ApiError(400, text, "model", "missing_field")
+            name = able[0].name
+        name = self._other_names.get(name, name)
         if name not in self.descriptions:
             raise ApiError(404, str(unknown("model", name, self.descriptions)), "model", "model_not_found")
+        current().model = name
         return self.descriptions[name]
 
     def reader(self, name: str) -> Description:
-        """The model of that name, if it reads text; otherwise an `ApiError`."""
+        """Return the model of that name, if it reads text; otherwise raise an `ApiError`."""
         found = self.named(name)
         if found.tokenizer is None:
             raise ApiError(400, f"The model {name!r} reads no text, so it has no tokens.", "model", "wrong_model")
         return found
 
     def find(self, name: str, use: str) -> Description:
-        """The model of that name, if it can be used so; otherwise an `ApiError`."""
-        found = self.named(name)
+        """Return the model of that name, if it has this use; otherwise raise an `ApiError`."""
+        found = self.named(name, use)
         if use not in found.uses:
             able = [each.name for each in self.descriptions.values() if use in each.uses]
             here = f"for this, ask {' or '.join(able)}" if able else "none of this server's models is for this"
             ways = " and ".join(USES[each] for each in found.uses)
-            raise ApiError(400, f"The model {name!r} is for {ways}; {here}.", "model", "wrong_model")
+            raise ApiError(400, f"The model {found.name!r} is for {ways}; {here}.", "model", "wrong_model")
         return found
 
     def worker(self, name: str) -> Worker:
-        """The thread that has the model, begun where there is none; others make room for it."""
-        self._used[name] = time.monotonic()
-        if name not in self.workers:
-            self._make_room(self.descriptions[name].size)
-            packed = self.packed.get(name)
-            loading = partial(load, name, weights=packed) if packed else partial(_load_both, name)
-            self.workers[name] = Worker(name, loading, self.limits, self.metrics)
-            self.metrics.loaded_bytes.labels(name).set(self.descriptions[name].size)
-        return self.workers[name]
+        """Return the thread that has the model of this id; start it and make room for the model if necessary."""
+        source, packed = self.descriptions[name].source, self.packed.get(name)
+        return self._worker(name, partial(load, source, weights=packed) if packed else partial(_load_both, source))
+
+    def inspector(self, name: str) -> Worker:
+        """Return the thread that has the model's PyTorch weights: a second one if the model is packed alone."""
+        if _whole(name) not in self._sizes:
+            return self.worker(name)
+        return self._worker(_whole(name), partial(load, self.descriptions[name].source))
+
+    def _worker(self, key: str, loading: Callable[[], tuple[nn.Module, Any]]) -> Worker:
+        self._used[key] = time.monotonic()
+        if key not in self.workers:
+            self._make_room(self._sizes[key])
+            self.workers[key] = Worker(key, loading, self.limits, self.metrics)
+            self.metrics.loaded_bytes.labels(key).set(self._sizes[key])
+        return self.workers[key]
+
+    def unload(self, name: str) -> bool:
+        """Unload a model that nothing asks; return whether it was loaded and is not at work."""
+        if name not in self.workers or self.workers[name].pending:
+            return False
+        self.workers.pop(name).end()
+        self.metrics.loaded_bytes.labels(name).set(0)
+        return True
 
     def _make_room(self, wanted: int) -> None:
-        """Lets go of models that nothing asks, those not used longest first, until the wanted bytes are free."""
-        held = sum(self.descriptions[name].size for name in self.workers)
+        """Unload models that nothing asks, those not used longest first, until the wanted bytes are free."""
+        if self.memory is None:
+            return
+        taken = sum(self._sizes[name] for name in self.workers)
         for name in sorted(self.workers, key=self._used.__getitem__):
-            if self.memory is None or held + wanted <= self.memory:
+            if taken + wanted <= self.memory:
                 return
-            if not self.workers[name].pending:
-                self.workers.pop(name).end()
-                self.metrics.loaded_bytes.labels(name).set(0)
-                held -= self.descriptions[name].size
-        if self.memory is not None and held + wanted > self.memory:
+            if self.unload(name):
+                taken -= self._sizes[name]
+        if taken + wanted > self.memory:
             raise ApiError(503, "All memory is taken by models that are at work: try again.", None, "no_memory", 5)
 
     async def close(self) -> None:
-        """Ends all threads, after what they were asked before."""
+        """End all threads, after they have done what they were asked before."""
         for worker in self.workers.values():
             await worker.close()

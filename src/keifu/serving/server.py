@@ -1,5 +1,6 @@
-"""The running server: its socket, its logs, and uvicorn, which finishes what runs when it is told to stop."""
+"""The running server: its socket, its logs, and uvicorn, which finishes running answers before it stops."""
 
+import asyncio
 import errno
 import logging
 import os
@@ -8,19 +9,24 @@ import socket
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from keifu.errors import UserError
 
 BACKLOG = 2048
+HEAD_SECONDS = 20.0  # for the head of a request, from its first byte or from the connection
+FEWEST, MOST = 64, 4096  # connections
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server listens: a host and a port (0: any that is free), or the path of a Unix socket."""
+    """Address of the server: a host and a port (0: any that is free), or the path of a Unix socket."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -28,11 +34,15 @@ class Address:
 
     @property
     def local(self) -> bool:
-        """Whether this machine alone can reach it."""
-        return self.path is not None or self.host in ("127.0.0.1", "localhost", "::1")
+        """Whether only this machine can reach it."""
+        with suppress(ValueError):
+            return self.path is not None or self.host == "localhost" or ip_address(self.host).is_loopback
+        return False
 
     def open(self) -> socket.socket:
-        """The socket, bound; where something else has the address, a `UserError` that says what."""
+        """Return the bound socket; raise a `UserError` that names the process that has the address already."""
+        if not self.host.strip() and self.path is None:
+            raise UserError("--host is empty: give 127.0.0.1 for this machine alone, or 0.0.0.0 for every network.")
         return self._open_unix(self.path) if self.path is not None else self._open_port()
 
     def _open_port(self) -> socket.socket:
@@ -68,7 +78,7 @@ class Address:
 
 
 def _user_of(port: int) -> str:
-    """The process that listens at a port, as the middle of a sentence, where the system tells it."""
+    """Return the process that listens at a port, as part of a sentence; "" if the system does not say it."""
     with suppress(OSError, ValueError):
         tables = [path.read_text().splitlines()[1:] for path in Path("/proc/net").glob("tcp*")]
         rows = [line.split() for lines in tables for line in lines]
@@ -81,13 +91,60 @@ def _user_of(port: int) -> str:
     return ""
 
 
+def most_connections() -> int:
+    """Return how many connections may be open: half of the files that this process may open."""
+    if sys.platform == "win32":
+        return MOST
+    import resource
+
+    return max(FEWEST, min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+
+
+class Connection(H11Protocol):
+    """A connection that is closed if a request's head does not come in time, or if too many others are open."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        if len(self.connections) > most_connections():
+            transport.close()
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Read a part of a request."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        super().connection_lost(exc)
+        self._forget()
+
+    def _watch(self) -> None:
+        """Set the time limit if no request is being answered; otherwise remove it."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._forget()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None
+
+
 def server_of(app: FastAPI) -> uvicorn.Server:
-    """The server, not yet begun."""
-    return uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="on"))
+    """Return the server, not yet started."""
+    options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "on"}
+    return uvicorn.Server(uvicorn.Config(app, http=Connection, **options))
 
 
 def serve(app: FastAPI, address: Address, access_log: bool = True) -> None:
-    """Serves until SIGTERM or Ctrl-C; what runs then is finished, and what comes is refused."""
+    """Serve until SIGTERM or Ctrl-C; then finish running answers and refuse new requests."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("keifu.serving").setLevel(logging.INFO)
     logging.getLogger("keifu.serving.access").setLevel(logging.INFO if access_log else logging.WARNING)

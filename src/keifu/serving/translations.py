@@ -1,4 +1,4 @@
-"""POST /v1/translations and /v1/tokenize: what an encoder-decoder makes of texts, and texts as tokens."""
+"""POST /v1/translations and /v1/tokenize: translations by an encoder-decoder, and texts as tokens."""
 
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from keifu.generation.text.request import prompt_tokens
 from keifu.generation.text.translation import TranslationParams, join_sentences, translate_texts
+from keifu.serving.facts import current
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import token_bytes, token_text
 from keifu.serving.openai.schemas import Body, Message, Texts
@@ -16,7 +17,7 @@ from keifu.serving.streaming import json_response, whole
 
 
 class TranslationRequest(Texts):
-    """POST /v1/translations. beam, alpha, max_tokens: as `keifu translate` has them."""
+    """POST /v1/translations. beam, alpha, max_tokens: the options of `keifu translate`."""
 
     beam: Annotated[int, Field(ge=1, le=64)] = 4
     alpha: float = 0.6
@@ -24,9 +25,9 @@ class TranslationRequest(Texts):
 
 
 class TokenizeRequest(Body):
-    """POST /v1/tokenize: the tokens of a text, or of messages as the model's chat template lays them out."""
+    """POST /v1/tokenize: the tokens of a text, or of messages in the model's chat template."""
 
-    model: str
+    model: str = ""
     input: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
 
@@ -38,31 +39,33 @@ class TokenizeRequest(Body):
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """The routes, for these models."""
+    """Add the routes, for these models."""
 
-    async def translated(body: TranslationRequest) -> dict[str, Any]:
-        models.find(body.model, "translation")
+    async def answer(body: TranslationRequest) -> dict[str, Any]:
+        name = models.find(body.model, "translation").name
         settings = TranslationParams(body.beam, body.alpha, body.max_tokens)
-        found = await models.worker(body.model).call(
+        translated = await models.worker(name).call(
             lambda model, tokenizer, go_on: translate_texts(model, tokenizer, body.texts, settings, progress=go_on)
         )
-        rows = enumerate((join_sentences(part.text for part in parts), parts) for parts in found)
-        data = [{"object": "translation", "index": n, "text": t, "sentences": [*map(asdict, e)]} for n, (t, e) in rows]
-        every = [part for parts in found for part in parts]
+        pairs = enumerate((join_sentences(part.text for part in parts), parts) for parts in translated)
+        data = [{"object": "translation", "index": n, "text": t, "sentences": [*map(asdict, e)]} for n, (t, e) in pairs]
+        every = [part for parts in translated for part in parts]
         read, written = sum(part.source_tokens for part in every), sum(part.tokens for part in every)
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        return {"object": "list", "data": data, "model": body.model, "usage": usage}
+        current().prompt_tokens, current().completion_tokens = read, written
+        return {"object": "list", "data": data, "model": name, "usage": usage}
 
     @app.post("/v1/translations", summary="Translate texts, sentence by sentence", tags=["text"])
     async def translations(body: TranslationRequest, request: Request) -> Response:
-        return await whole(request, translated(body))
+        return await whole(request, answer(body))
 
     @app.post("/v1/tokenize", summary="A text as tokens", tags=["text"])
     def tokenize(body: TokenizeRequest) -> Response:
-        tokenizer = models.reader(body.model).tokenizer
+        about = models.reader(body.model)
+        tokenizer = about.tokenizer
         if body.messages is None:
             ids = prompt_tokens(tokenizer, body.input or "")
         else:
             ids = tokenizer.render_chat([message.plain() for message in body.messages])
         entries = [{"text": token_text(tokenizer, each), "bytes": [*token_bytes(tokenizer, each)]} for each in ids]
-        return json_response({"object": "tokens", "model": body.model, "ids": ids, "tokens": entries})
+        return json_response({"object": "tokens", "model": about.name, "ids": ids, "tokens": entries})

@@ -152,8 +152,8 @@ def test_several_prompts_are_answered_in_order(served: Any, base: str) -> None:
 
 def test_the_models_are_listed_with_what_they_are_for(served: Any, chat: str, base: str) -> None:
     listed = {model.id: model.uses for model in served.openai.models.list()}
-    assert listed[chat] == ["chat", "completion", "inspection"] and listed[base] == ["completion", "inspection"]
-    assert served.openai.models.retrieve(base).id == base
+    assert listed["chat"] == ["chat", "completion", "inspection"] and listed["base"] == ["completion", "inspection"]
+    assert served.openai.models.retrieve(base).id == "base"
 
 
 def test_roles_and_parts_go_through_the_template(served: Any, chat: str) -> None:
@@ -175,14 +175,14 @@ def test_the_second_turn_of_a_chat_finds_the_first_in_the_cache(served: Any, cha
     assert first.usage.prompt_tokens - 16 <= cached < second.usage.prompt_tokens
     assert second.choices[0].message.content == expected(chat, asked, max_tokens=20, temperature=0).text
     text = httpx.get(f"{served.url}/metrics").text
-    (counted,) = re.findall(rf'keifu_cached_tokens_total{{model="{re.escape(chat)}"}} (\S+)', text)
-    (used,) = re.findall(rf'keifu_cache_used_ratio{{model="{re.escape(chat)}"}} (\S+)', text)
+    (counted,) = re.findall(r'keifu_cached_tokens_total{model="chat"} (\S+)', text)
+    (used,) = re.findall(r'keifu_cache_used_ratio{model="chat"} (\S+)', text)
     assert float(counted) >= cached and 0 <= float(used) <= 1
 
 
 def test_what_is_wrong_is_raised_by_name(served: Any, chat: str, base: str) -> None:
     with pytest.raises(openai.NotFoundError, match=r"no model .*Did you mean"):
-        served.openai.chat.completions.create(model=chat[:-1], messages=HELLO)
+        served.openai.chat.completions.create(model="chta", messages=HELLO)
     with pytest.raises(openai.BadRequestError, match="is for /v1/completions") as error:
         served.openai.chat.completions.create(model=base, messages=HELLO)
     assert error.value.param == "model"

@@ -77,10 +77,12 @@ def test_what_is_not_there_is_refused(served: Any, chat: str, field: dict[str, A
 
 def test_of_more_than_there_is_room_for_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses, "KEPT_RESPONSES", 3)
-    monkeypatch.setattr(responses, "KEPT_CHARACTERS", 100)
+    monkeypatch.setattr(responses, "KEPT_BYTES", 300)
     stored = responses.Stored()
     for name in "abcd":
         stored.add({"id": name}, [{"role": "user", "content": "x" * 10}])
-    assert [*stored.entries] == ["b", "c", "d"] and stored.characters == 30
-    stored.add({"id": "e"}, [{"role": "user", "content": "x" * 95}])
-    assert [*stored.entries] == ["e"] and stored.characters == 95
+    assert [*stored.entries] == ["b", "c", "d"] and stored.bytes == sum(map(len, stored.entries.values()))
+    stored.add({"id": "e", "metadata": {"a": "y" * 245}}, [])  # every field counts
+    assert [*stored.entries] == ["e"]
+    stored.add({"id": "f", "metadata": {"a": "y" * 300}}, [])
+    assert not stored.entries and stored.bytes == 0

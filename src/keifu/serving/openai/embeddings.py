@@ -1,4 +1,4 @@
-"""POST /v1/embeddings and /v1/rerank: texts as vectors of length 1, and documents by how near they are to a query."""
+"""POST /v1/embeddings and /v1/rerank: embeddings of length 1, and documents by how near they are to a query."""
 
 import base64
 from collections.abc import Sequence
@@ -10,29 +10,45 @@ from pydantic import Field
 from starlette.responses import Response
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import embed_rows, encode_texts
 from keifu.evaluation.images import retrieval
 from keifu.generation.text.model import TwoTowers
-from keifu.serving.models import ServedModels
-from keifu.serving.openai.schemas import Body, Refused, Texts
+from keifu.serving.facts import current
+from keifu.serving.models import Description, ServedModels
+from keifu.serving.openai.schemas import Body, Neutral
 from keifu.serving.streaming import whole
 from keifu.serving.worker import GoOn
 
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
-class EmbeddingRequest(Texts):
-    """POST /v1/embeddings. input: a text or several; a CLIP takes texts too. cut: keep the beginning of a text that is
-    longer than the model takes."""
+
+class EmbeddingRequest(Body):
+    """POST /v1/embeddings.
+
+    input: a text or several, or ids of the model's own tokens; a CLIP takes texts too. cut: whether to keep the
+    beginning of a text that is longer than the model takes.
+    """
+
+    model: str = ""
+    input: str | Annotated[list[str] | Ids | list[Ids], Field(min_length=1, max_length=2048)]
 
     encoding_format: Literal["float", "base64"] | None = None
     cut: bool = False
     user: str | None = None
-    refused: ClassVar[Refused] = {"dimensions": ()}
+    ignored: ClassVar[Neutral] = {"dimensions": ()}
+
+    @property
+    def inputs(self) -> list[str] | list[list[int]]:
+        """Texts or ids, one or several."""
+        given: Any = [self.input] if isinstance(self.input, str) else self.input
+        return [given] if isinstance(given[0], int) else given
 
 
 class RerankRequest(Body):
-    """POST /v1/rerank: documents by how near they are to a query. top_n: only so many, the nearest."""
+    """POST /v1/rerank. top_n: the number of documents in the answer, the nearest first."""
 
-    model: str
+    model: str = ""
     query: str
     documents: Annotated[list[str], Field(min_length=1, max_length=2048)]
     top_n: Annotated[int, Field(ge=1)] | None = None
@@ -41,30 +57,32 @@ class RerankRequest(Body):
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """The routes, for these models."""
+    """Add the routes, for these models."""
 
-    async def embedded(name: str, texts: list[str], cut: bool) -> tuple[Tensor, int]:
-        found = models.find(name, "embedding")
-        work = partial(_embed, texts=texts, cut=cut, limit=found.config.context_length)
-        return await models.worker(name).call(work)
+    async def compute(about: Description, inputs: Sequence[str] | Sequence[list[int]], cut: bool) -> tuple[Tensor, int]:
+        embeddings, tokens = await models.worker(about.name).call(partial(_embed, about=about, inputs=inputs, cut=cut))
+        current().prompt_tokens = tokens
+        return embeddings, tokens
 
     async def embed(body: EmbeddingRequest) -> dict[str, Any]:
-        vectors, tokens = await embedded(body.model, body.texts, body.cut)
-        rows = _base64(vectors) if body.encoding_format == "base64" else vectors.tolist()
-        data = [{"object": "embedding", "index": place, "embedding": row} for place, row in enumerate(rows)]
+        about = models.find(body.model, "embedding")
+        embeddings, tokens = await compute(about, body.inputs, body.cut)
+        encoded = _base64(embeddings) if body.encoding_format == "base64" else embeddings.tolist()
+        data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(encoded)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": body.model, "usage": usage}
+        return {"object": "list", "data": data, "model": about.name, "usage": usage}
 
     async def rank(body: RerankRequest) -> dict[str, Any]:
-        vectors, tokens = await embedded(body.model, [body.query, *body.documents], body.cut)
-        scores = vectors[1:] @ vectors[0]
+        about = models.find(body.model, "embedding")
+        embeddings, tokens = await compute(about, [body.query, *body.documents], body.cut)
+        scores = embeddings[1:] @ embeddings[0]
         best = scores.topk(min(body.top_n or len(scores), len(scores)))
         results = [
-            {"index": place, "relevance_score": score}
-            | ({"document": {"text": body.documents[place]}} if body.return_documents else {})
-            for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            {"index": index, "relevance_score": score}
+            | ({"document": {"text": body.documents[index]}} if body.return_documents else {})
+            for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        return {"object": "list", "model": body.model, "results": results, "usage": {"total_tokens": tokens}}
+        return {"object": "list", "model": about.name, "results": results, "usage": {"total_tokens": tokens}}
 
     @app.post("/v1/embeddings", summary="Texts as vectors", tags=["vectors"])
     async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
@@ -76,14 +94,34 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
 
 def _embed(
-    model: nn.Module, tokenizer: Any, go_on: GoOn, texts: Sequence[str], cut: bool, limit: int
+    model: nn.Module, tokenizer: Any, go_on: GoOn, about: Description, inputs: Sequence[Any], cut: bool
 ) -> tuple[Tensor, int]:
-    """The vectors on the CPU, and how many tokens were read. go_on: see `Worker.call`."""
-    rows = encode_texts(tokenizer, texts, limit, cut).rows
+    """Return the embeddings on the CPU, and how many tokens were read. go_on: see `Worker.call`."""
+    limit = about.config.context_length
+    if isinstance(inputs[0], str):
+        try:
+            rows = encode_texts(tokenizer, inputs, limit, cut).rows
+        except UserError as error:  # it names the option of the command line
+            raise UserError(str(error).replace("with --cut", "with the field cut")) from error
+    else:
+        rows = _checked_ids(inputs, about.config.vocab_size, limit, cut)
     padding = retrieval.padding(tokenizer) if isinstance(model, TwoTowers) else tokenizer.pad_id or 0
     return embed_rows(model, rows, padding, advance=go_on).cpu(), sum(map(len, rows))
 
 
-def _base64(vectors: Tensor) -> list[str]:
-    """Each vector as little-endian float32, which OpenAI's client asks for."""
-    return [base64.b64encode(row.tobytes()).decode("ascii") for row in vectors.numpy().astype("<f4")]
+def _checked_ids(inputs: Sequence[list[int]], vocab_size: int, limit: int, cut: bool) -> list[list[int]]:
+    """Return the ids, cut to the limit if that is permitted; ids that the model does not know are a `UserError`."""
+    for number, ids in enumerate(inputs, 1):
+        if max(ids) >= vocab_size:
+            raise UserError(
+                f"input {number} has the token {max(ids)}, and this model has tokens from 0 to {vocab_size - 1}: send "
+                "text, or ids of the model's own tokenizer (in LangChain, check_embedding_ctx_length=False)."
+            )
+        if len(ids) > limit and not cut:
+            raise UserError(f"input {number} has {len(ids)} tokens; this model takes {limit}: shorten it, or set cut.")
+    return [ids[:limit] for ids in inputs]
+
+
+def _base64(embeddings: Tensor) -> list[str]:
+    """Return each embedding as little-endian float32, which OpenAI's client asks for."""
+    return [base64.b64encode(row.tobytes()).decode("ascii") for row in embeddings.numpy().astype("<f4")]

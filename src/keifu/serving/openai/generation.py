@@ -1,17 +1,21 @@
-"""From a request's fields to what the engine takes, and from its pieces to tokens with probabilities and usage."""
+"""Requests for the engine from the fields of a body, and tokens, probabilities and usage from its pieces."""
 
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingParams, sampling_for
-from keifu.serving.errors import of_exception
+from keifu.serving.errors import ApiError, of_exception
+from keifu.serving.facts import Facts, current
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.constraints import constraints, schema_grammar
 from keifu.serving.openai.schemas import Sampling
@@ -19,11 +23,15 @@ from keifu.serving.openai.tools import Reply, ToolUse, tool_format
 from keifu.serving.worker import Worker
 
 REASONS = {"stop": "stop", "length": "length", "context": "length"}
+PREPARE_SECONDS = 30.0  # for prompts and grammars, before an answer is begun
+LARGE = 2**16  # bytes of a body whose preparation does not run among the small ones
+SMALL_POOL = ThreadPoolExecutor(4, "keifu-prepare")
+LARGE_POOL = ThreadPoolExecutor(2, "keifu-prepare-large")
 
 
 @dataclass
 class Answer:
-    """What is asked of a model and written: `requests` are the choices of the first prompt, then those of the next."""
+    """Answer of a model as it is written: `requests` are the choices of the first prompt, then those of the next."""
 
     models: ServedModels
     description: Description
@@ -33,64 +41,93 @@ class Answer:
     prefix: str
     tools: ToolUse | None = None
     id: str = field(init=False)
+    facts: Facts = field(default_factory=current)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.worker.check_room(len(self.requests))
+        self.facts.prompt_tokens = self.prompt_tokens
         self.models.metrics.prompt.labels(self.description.name).inc(self.prompt_tokens)
 
     @property
     def worker(self) -> Worker:
-        """The thread that has the model now: until something is asked of it, another model may take its room."""
+        """Thread that has the model now: until something is asked of it, another model may take its room."""
         return self.models.worker(self.description.name)
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompts, each counted once."""
+        """Number of tokens of the prompts; choices of one prompt count once."""
         return sum(len(request.prompt) for request in self.requests[:: self.choices])
 
     @property
+    def completion_tokens(self) -> int:
+        """Number of tokens written up to now, in all choices."""
+        return sum(len(request.tokens) for request in self.requests)
+
+    @property
     def usage(self) -> dict[str, Any]:
-        """The numbers of tokens up to now; cached: those of the prompts that had been computed before."""
-        written = sum(len(request.tokens) for request in self.requests)
+        """Numbers of tokens up to now; cached: those of the prompts that had been computed before."""
+        written = self.completion_tokens
         cached = {"cached_tokens": sum(request.cached for request in self.requests[:: self.choices])}
         total = self.prompt_tokens + written
         counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": written, "total_tokens": total}
         return {**counts, "prompt_tokens_details": cached}
 
     def head(self, kind: str) -> dict[str, Any]:
-        """What every object of this answer begins with."""
+        """Return the first fields of every object of this answer."""
         name = self.description.name
         return {"id": self.id, "object": kind, "created": self.created, "model": name, "seed": self.seed}
 
     def reply(self) -> Reply:
-        """What splits a choice into text and calls."""
+        """Return the splitter of a choice into text and calls."""
         tokenizer = self.description.tokenizer
         return Reply(form := tool_format(tokenizer), form.trigger(tokenizer)) if self.tools else Reply()
 
-    def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Each piece with the place of its request, as they are written."""
-        return self.worker.generate(self.requests)
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Yield each piece with the index of its request, as they are written."""
+        try:
+            async with aclosing(self.worker.generate(self.requests)) as pieces:
+                async for item in pieces:
+                    yield item
+        finally:
+            self.facts.completion_tokens = self.completion_tokens
 
 
 async def prepare(
     models: ServedModels,
     body: Sampling,
     use: str,
-    prompts: Any,
+    prompts: Callable[[Description], list[list[int]]],
     prefix: str,
     schema: dict[str, Any] | None = None,
     tools: ToolUse | None = None,
 ) -> Answer:
-    """The answer to a body, checked and not begun. prompts: makes the ids of each from the tokenizer, in a thread
-    beside, so that a long one stops nobody. schema: what each text must follow, if anything. tools: those that it
-    may call."""
+    """Return the answer to a body, checked and not begun.
+
+    Prompts are read in threads of their own, in limited time. Large bodies and those with a schema have other threads
+    than small ones, so that they do not delay them.
+
+    Args:
+        models: the models of the service.
+        body: the request.
+        use: the use of a model that it needs.
+        prompts: makes the ids of each prompt, with the model's tokenizer.
+        prefix: the first part of the answer's id.
+        schema: the JSON schema that each text must follow, if any.
+        tools: the functions that the answer may call, if any.
+    """
     description = models.find(body.model, use)
+    pool = LARGE_POOL if schema or tools or current().size > LARGE else SMALL_POOL
     try:
         sampling = sampling_for(description.tokenizer, body.options(), ANSWER_TOKENS).seeded()
-        requests = await asyncio.to_thread(_requests, description, body, sampling, prompts, schema, tools)
+        work = partial(_requests, description, body, sampling, prompts, schema, tools)
+        async with asyncio.timeout(PREPARE_SECONDS):
+            requests = await asyncio.get_running_loop().run_in_executor(pool, work)
         return Answer(models, description, requests, body.n or 1, sampling.seed or 0, prefix, tools)
+    except TimeoutError:
+        text = "The prompt and the schema were not read in {:.0f} s: make them shorter, or try again later."
+        raise ApiError(503, text.format(PREPARE_SECONDS), code="preparation_timeout", retry=30) from None
     except UserError as error:
         raise of_exception(error, tuple(type(body).model_fields)) from error
 
@@ -98,34 +135,41 @@ async def prepare(
 def _requests(
     description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, schema: Any, tools: ToolUse | None
 ) -> list[Request]:
-    """The requests of all prompts and choices, each with its own seed."""
+    """Return the requests of all prompts and choices, each with its own seed."""
     tokenizer, config = description.tokenizer, description.config
-    ids = prompts(tokenizer)
+    ids = prompts(description)
     grammar = tools.grammar(tokenizer, schema) if tools else None if schema is None else schema_grammar(schema)
     constraint = (lambda: None) if grammar is None else constraints(grammar, tokenizer, config.vocab_size)
     shown = tool_format(tokenizer).special(tokenizer).values() if tools else ()
     seeds = [((sampling.seed or 0) + choice) % 2**63 for choice in range(body.n or 1)]
-    places = [(prompt, replace(sampling, seed=seed)) for prompt in ids for seed in seeds]
+    each = [(prompt, replace(sampling, seed=seed)) for prompt in ids for seed in seeds]
     limits = config.vocab_size, config.context_length
-    return [Request(*pair, tokenizer, *limits, constraint(), shown) for pair in places]
+    return [Request(*pair, tokenizer, *limits, constraint(), shown) for pair in each]
+
+
+def check_count(messages: int, about: Description) -> None:
+    """Refuse a conversation with more messages than the context has tokens, before it is rendered."""
+    if about.context_length is not None and messages > about.context_length:
+        text = f"messages has {messages:,} entries, and the context of this model has {about.context_length:,} tokens"
+        raise ApiError(400, f"{text}: send fewer.", "messages", "context_length_exceeded")
 
 
 def finish_reason(piece: Piece, reply: Reply) -> str | None:
-    """Why the answer ended with this piece, as the API has it; None while it goes on."""
+    """Return the API's reason why the answer ended with this piece; None while it goes on."""
     reason = REASONS[piece.finish_reason] if piece.finish_reason else None
     return "tool_calls" if reason == "stop" and reply.calls and not reply.unfinished else reason
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """The bytes of a token; none for an id beyond the tokenizer's, which a padded embedding has."""
+    """Return the bytes of a token; none for an id beyond the tokenizer's, which a padded embedding has."""
     return tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text; bytes that are no whole character become U+FFFD."""
+    """Return a token as text; bytes that are no whole character become U+FFFD."""
     return token_bytes(tokenizer, token).decode("utf-8", "replace")
 
 
 def likeliest(tokenizer: Tokenizer, pairs: Sequence[tuple[int, float]]) -> Iterator[tuple[str, float]]:
-    """The texts of tokens with their log-probabilities."""
+    """Return the texts of tokens with their log-probabilities."""
     return ((token_text(tokenizer, token), value) for token, value in pairs)

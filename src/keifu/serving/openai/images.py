@@ -1,5 +1,6 @@
-"""POST /v1/images/generations and /v1/images/edits: pictures from a text, a label or a picture, as PNG that says how it
-was drawn, at once or as a stream that shows the noise go.
+"""POST /v1/images/generations and /v1/images/edits: pictures from a text, a label or a picture.
+
+Each is a PNG file that records how it was drawn. A stream shows the states on the way from noise.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ from keifu.generation.images.png_metadata import ImageRecord
 from keifu.generation.images.samplers import SAMPLERS, SamplerStep
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
-from keifu.serving.openai.schemas import Body, Refused
+from keifu.serving.openai.schemas import Body, Neutral
 from keifu.serving.streaming import STREAM, EventStream, whole
 from keifu.serving.worker import GoOn
 
@@ -43,14 +44,18 @@ Show = Callable[[int, int, Tensor], None]  # which picture, how many were shown 
 
 
 class ImageGenerationRequest(Body):
-    """POST /v1/images/generations. prompt: for models that read. size: WIDTHxHEIGHT, or auto for the model's own.
-    partial_images: how many states a stream shows before the picture. The other fields are those of `keifu draw`."""
+    """POST /v1/images/generations.
 
-    model: str
+    prompt: for models that read. size: WIDTHxHEIGHT, or auto for the model's own. response_format: url gives a data
+    URL, which holds the picture itself. partial_images: how many states a stream shows before the picture. The other
+    fields are those of `keifu draw`.
+    """
+
+    model: str = ""
     prompt: str | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     size: str | None = None
-    response_format: Literal["b64_json"] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=100)] | None = None
     seed: int | None = None
@@ -60,9 +65,10 @@ class ImageGenerationRequest(Body):
     negative: str = ""
     label: str | None = None
     user: str | None = None
-    refused: ClassVar[Refused] = {
-        "background": ("auto",), "input_fidelity": (), "moderation": ("auto",), "output_compression": (),
-        "output_format": ("png",), "quality": ("auto", "standard"), "style": (),
+    refused: ClassVar[Neutral] = {"background": ("auto", "opaque"), "output_format": ("png",)}
+    ignored: ClassVar[Neutral] = {
+        "input_fidelity": (), "moderation": ("auto",), "output_compression": (), "quality": ("auto", "standard"),
+        "style": (),
     }  # fmt: skip
 
     @field_validator("size")
@@ -74,22 +80,24 @@ class ImageGenerationRequest(Body):
 
 
 class ImageEditRequest(ImageGenerationRequest):
-    """POST /v1/images/edits, beside the picture. strength: the share of the steps that are run on it."""
+    """POST /v1/images/edits, without its files. strength: the share of the steps that are run on the picture."""
 
     strength: float | None = None
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """The routes, for these models."""
+    """Add the routes, for these models."""
     fingerprints: dict[str, str] = {}
 
     async def drawn(body: ImageGenerationRequest, files: Files, show: Show = lambda *_: None) -> dict[str, Any]:
         work = partial(_draw_all, body=body, files=files, fingerprints=fingerprints, show=show)
         data = await models.worker(body.model).call(work)
+        if body.response_format == "url":
+            data = [{"url": f"data:image/png;base64,{each['b64_json']}", "seed": each["seed"]} for each in data]
         return {"created": int(time.time()), "data": data}
 
     async def answer(body: ImageGenerationRequest, request: Request, files: Files, kind: str) -> Response:
-        models.find(body.model, "image")
+        body.model = models.find(body.model, "image").name
         if body.sampler is not None and body.sampler not in SAMPLERS:
             raise ApiError(400, str(unknown("sampler", body.sampler, SAMPLERS)), "sampler")
         if body.stream:
@@ -108,7 +116,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
 
 async def _read_form(request: Request) -> tuple[ImageEditRequest, Request, Files]:
-    """The fields and the files of a form."""
+    """Return the fields and the files of a form."""
     async with request.form(max_files=2) as form:
         given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
         sent = [(n, (v.filename or n, await v.read())) for n, v in given if isinstance(v, UploadFile)]
@@ -123,15 +131,15 @@ async def _read_form(request: Request) -> tuple[ImageEditRequest, Request, Files
 
 
 def _form() -> dict[str, Any]:
-    """The fields of /v1/images/edits, as OpenAPI has them."""
+    """Return the fields of /v1/images/edits, as OpenAPI has them."""
     schema = ImageEditRequest.model_json_schema()
     schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in ("image", "mask")}
-    schema["required"] = ["model", "image"]
+    schema["required"] = ["image"]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 async def _events(work: Callable[[Show], Any], kind: str) -> AsyncGenerator[dict[str, Any], None]:
-    """The states of a picture as they come, then the pictures."""
+    """Yield the states of a picture as they come, then the pictures."""
     loop, out = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
     def show(number: int, place: int, picture: Tensor) -> None:
@@ -159,8 +167,10 @@ def _draw_all(
     fingerprints: dict[str, str],
     show: Show,
 ) -> list[dict[str, Any]]:
-    """All pictures of a request. fingerprints: of the models that have drawn; one is computed where there is none.
-    go_on: see `Worker.call`."""
+    """Draw all pictures of a request.
+
+    fingerprints: hashes of the models that have drawn; a missing one is computed. go_on: see `Worker.call`.
+    """
     pipeline = image_pipeline(model, lambda: tokenizer)
     with TemporaryDirectory() as folder:
         given = {name: _written(Path(folder) / name, *file) for name, file in files.items()}
@@ -172,17 +182,19 @@ def _draw_all(
             raise UserError(str(error).replace(f"{folder}/", "")) from error
         if body.model not in fingerprints:
             fingerprints[body.model] = pipeline.fingerprint()
-        place = str(Path(body.model).resolve()) if Path(body.model).exists() else body.model
         count, device = body.n or 1, next(model.parameters()).device.type
-        record = ImageRecord(place, fingerprints[body.model], wanted, count, 1, 0, device=device)
+        record = ImageRecord(body.model, fingerprints[body.model], wanted, count, 1, 0, device=device)
         names = {ROLES[name]: file[0] for name, file in files.items()}
         shown = body.partial_images or 0 if body.stream else 0
         return [_draw(pipeline, replace(record, number=n), names, shown, go_on, show) for n in range(count)]
 
 
 def _check_sides(trained: Any, sides: tuple[int, int] | None) -> None:
-    """Refuses a picture of more than 16 times the pixels that the model was trained with: memory grows with them, and
-    time with their square. trained: a side, or height and width; None, where the model does not say, counts as 256."""
+    """Refuse a picture of more than 16 times the pixels that the model was trained with.
+
+    Memory grows with them, and time with their square. trained: a side, or height and width; None, if the model does
+    not say it, counts as 256.
+    """
     height, width = trained if isinstance(trained, tuple) else (trained or 256,) * 2
     if sides is not None and math.prod(sides) > 16 * height * width:
         seen, most = f"{sides[1]}x{sides[0]}", f"{4 * width}x{4 * height}"
@@ -190,7 +202,7 @@ def _check_sides(trained: Any, sides: tuple[int, int] | None) -> None:
 
 
 def _written(path: Path, name: str, data: bytes) -> InputImage:
-    """A file of the request, checked; where a mask is transparent, it is drawn anew, as OpenAI has it."""
+    """Check and write a file of the request; the transparent part of a mask is drawn anew, as OpenAI has it."""
     read_image(data, name)
     path.write_bytes(data)
     if path.name == "mask":
@@ -201,7 +213,7 @@ def _written(path: Path, name: str, data: bytes) -> InputImage:
 
 
 def _request(pipeline: ImagePipeline, body: ImageGenerationRequest, files: Mapping[str, InputImage]) -> ImageRequest:
-    """The settings in the library's terms, not yet resolved."""
+    """Return the settings in the library's terms, not yet resolved."""
     width, _, height = (body.size or "auto").partition("x")
     return ImageRequest(
         sampler=body.sampler or pipeline.usual_sampler,
@@ -221,9 +233,9 @@ def _request(pipeline: ImagePipeline, body: ImageGenerationRequest, files: Mappi
 def _draw(
     pipeline: ImagePipeline, record: ImageRecord, names: Mapping[str, str], count: int, go_on: GoOn, show: Show
 ) -> dict[str, Any]:
-    """One picture, alone, so that `keifu draw --again` draws its file bit for bit. go_on: see `Worker.call`.
+    """Draw one picture alone, so that `keifu draw --again` draws its file bit for bit. go_on: see `Worker.call`.
 
-    names: those of the files that it is drawn on. count: how many states are shown.
+    names: the files that it is drawn on. count: how many states are shown.
     """
     number, steps, done, shown = record.number or 0, max(1, record.drawing.taken), 0, 0
     count = min(count, steps)
@@ -245,5 +257,5 @@ def _draw(
 
 
 def _encoded(picture: Tensor, texts: Mapping[str, str]) -> str:
-    """A PNG file with these texts, in base64."""
+    """Return a PNG file with these texts, in base64."""
     return base64.b64encode(png(to_image(picture), texts)).decode("ascii")

@@ -1,5 +1,6 @@
 """/v1/responses: OpenAI's newer form of a conversation, whose earlier turns the server keeps in memory."""
 
+import json
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -9,59 +10,59 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from keifu.serving.errors import ApiError
-from keifu.serving.models import ServedModels
-from keifu.serving.openai.generation import Answer, finish_reason, prepare
+from keifu.serving.models import Description, ServedModels
+from keifu.serving.openai.generation import Answer, check_count, finish_reason, prepare
 from keifu.serving.openai.schemas import ResponseRequest
 from keifu.serving.openai.tools import Delta, render
 from keifu.serving.streaming import STREAM, EventStream, json_response, whole
 
 Messages = list[dict[str, Any]]
-KEPT_RESPONSES, KEPT_CHARACTERS = 1000, 2**26
+KEPT_RESPONSES, KEPT_BYTES = 1000, 2**26
 
 
 class Stored:
-    """Responses and the conversations that they end, by id; the oldest are forgotten where there is no more room."""
+    """Responses and the conversations that they end, by id, as JSON; the oldest are forgotten if there is no room."""
 
     def __init__(self) -> None:
-        self.entries: OrderedDict[str, tuple[dict[str, Any], Messages]] = OrderedDict()
-        self.characters = 0
+        self.entries: OrderedDict[str, bytes] = OrderedDict()
+        self.bytes = 0
 
     def add(self, response: dict[str, Any], messages: Messages) -> None:
-        """Keeps one."""
-        self.entries[response["id"]] = response, messages
-        self.characters += _size(messages)
-        while len(self.entries) > KEPT_RESPONSES or (self.characters > KEPT_CHARACTERS and len(self.entries) > 1):
+        """Keep one."""
+        entry = json.dumps([response, messages]).encode()  # as objects they would take more memory than their bytes say
+        self.entries[response["id"]] = entry
+        self.bytes += len(entry)
+        while len(self.entries) > KEPT_RESPONSES or self.bytes > KEPT_BYTES:
             self.remove(next(iter(self.entries)))
 
     def find(self, name: str) -> tuple[dict[str, Any], Messages]:
-        """One by its id; an unknown one is an `ApiError`."""
+        """Return one by its id; raise an `ApiError` for an unknown id."""
         if name not in self.entries:
             text = f"There is no response {name!r}: it was not stored, or has been forgotten."
             raise ApiError(404, text, "previous_response_id", "response_not_found")
-        return self.entries[name]
+        response, messages = json.loads(self.entries[name])
+        return response, messages
 
     def remove(self, name: str) -> None:
-        """Forgets one."""
-        self.find(name)
-        self.characters -= _size(self.entries.pop(name)[1])
-
-
-def _size(messages: Messages) -> int:
-    return sum(len(message["content"]) + len(str(message.get("tool_calls", ""))) for message in messages)
+        """Forget one."""
+        if name not in self.entries:
+            self.find(name)
+        self.bytes -= len(self.entries.pop(name))
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """The routes, for these models."""
+    """Add the routes, for these models."""
     stored = Stored()
 
     @app.post("/v1/responses", summary="Answer a conversation that is kept", tags=["text"], responses=STREAM)
     async def create(body: ResponseRequest, request: Request) -> Response:
         earlier = stored.find(body.previous_response_id)[1] if body.previous_response_id else []
         messages = [*earlier, *body.messages]
-        told: Messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
+        first: Messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
 
-        def prompts(tokenizer: Any) -> list[list[int]]:
-            return [render(tokenizer, [*told, *messages], tools.functions if tools else ())]
+        def prompts(about: Description) -> list[list[int]]:
+            check_count(len(messages), about)
+            return [render(about.tokenizer, [*first, *messages], tools.functions if tools else ())]
 
         tools = body.tool_use()
         answer = await prepare(models, body, "chat", prompts, "resp", body.schema, tools)
@@ -81,7 +82,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
 
 class Turn:
-    """One answer as it is written. messages: the conversation before it; stored: where it is kept, if at all."""
+    """Answer as it is written. messages: the conversation before it; stored: the store that keeps it, if any."""
 
     def __init__(self, answer: Answer, body: ResponseRequest, messages: Messages, stored: Stored | None):
         self.answer, self.body, self.messages, self.stored = answer, body, messages, stored
@@ -89,7 +90,7 @@ class Turn:
         self.output: list[dict[str, Any]] = []  # the items, of which the last may be unfinished
 
     async def response(self) -> dict[str, Any]:
-        """The whole response."""
+        """Return the whole response."""
         async with aclosing(self._events()) as events:
             async for event in events:
                 if "response" in event:
@@ -97,7 +98,7 @@ class Turn:
         return found
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The response as events, numbered."""
+        """Yield the response as events, numbered."""
         number = 0
         async with aclosing(self._events()) as events:
             async for event in events:
@@ -123,7 +124,7 @@ class Turn:
         yield {"type": f"response.{found['status']}", "response": found}
 
     def _go_on(self, part: Delta) -> Iterator[dict[str, Any]]:
-        """The events of one more part: a new item where it begins one."""
+        """Yield the events of one more part: a new item if it begins one."""
         if not self.output or part.name:
             yield from self._end("completed")
             place = len(self.output)
@@ -142,7 +143,7 @@ class Turn:
             yield {"type": "response.function_call_arguments.delta", **self._place(), "delta": part.arguments}
 
     def _end(self, status: str) -> Iterator[dict[str, Any]]:
-        """The events of the end of the last item, if there is one."""
+        """Yield the events of the end of the last item, if there is one."""
         if not self.output:
             return
         item, place = self.output[-1], self._place()
@@ -165,7 +166,7 @@ class Turn:
         return {"type": "function_call", "id": f"fc_{self.answer.id}_{place}", "status": "in_progress", **told}
 
     def _finish(self, status: str) -> dict[str, Any]:
-        """The finished response, stored where it is to be."""
+        """Return the finished response, and store it if it is to be kept."""
         found = self._object(status)
         if self.stored is not None:
             calls = {"tool_calls": self.reply.calls} if self.reply.calls and not self.reply.unfinished else {}

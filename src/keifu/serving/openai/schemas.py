@@ -1,8 +1,12 @@
-"""The bodies of requests. Every field is honoured or refused by name: an unknown one with the nearest known name, one
-of OpenAI's that this server does not have unless it asks for what happens anyway.
+"""Bodies of requests.
+
+Every field is heeded, ignored or refused by name. An unknown name is refused with the nearest known one. A field of
+OpenAI's that asks for another answer is refused. A field that only hints is ignored and named in a header of the
+answer; the option --strict refuses it, unless its value changes nothing.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,11 +15,17 @@ from pydantic_core import PydanticCustomError
 
 from keifu.errors import unknown
 from keifu.generation.text.sampling_params import SamplingOptions
+from keifu.serving.facts import current
 from keifu.serving.openai.tools import ToolUse
 
 MAX_CHOICES = 128
-OF_STREAMS = ("stream_options", "partial_images")  # fields that nothing but a stream heeds
-Refused = dict[str, tuple[Any, ...]]
+OF_STREAMS = ("stream_options", "partial_images")  # fields that only a stream heeds
+Neutral = dict[str, tuple[Any, ...]]  # fields, with the values that change nothing
+HINTS: Neutral = {  # fields of OpenAI's for its own service
+    "metadata": ({},), "prompt_cache_key": (), "prompt_cache_retention": (), "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+}  # fmt: skip
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _about(kind: Literal["unknown_field", "refused_field"], name: str, sentence: str) -> PydanticCustomError:
@@ -23,51 +33,61 @@ def _about(kind: Literal["unknown_field", "refused_field"], name: str, sentence:
 
 
 class Body(BaseModel):
-    """A JSON object of known fields. refused: fields of OpenAI's that this server does not have, each with the values
-    (beside null) that change nothing and are let pass."""
+    """JSON object of known fields.
+
+    refused: fields of OpenAI's that ask for what this server does not have. ignored: fields that only hint. Both with
+    the values, besides null, that change nothing.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    refused: ClassVar[Refused] = {}
+    refused: ClassVar[Neutral] = {}
+    ignored: ClassVar[Neutral] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _known(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        facts = current()
+        absent = cls.refused | cls.ignored
         for name, value in data.items():
-            if name in cls.refused and value is not None and value not in cls.refused[name]:
+            if SURROGATE.search(name):
+                raise _about("unknown_field", "?", "A field's name has half a surrogate pair: send whole characters.")
+            changes = name in absent and value is not None and value not in absent[name]
+            if changes and (name in cls.refused or facts.strict):
                 raise _about("refused_field", name, f"{name} is not supported by this server: leave it out.")
+            facts.ignored += [name] * changes
             if name in OF_STREAMS and value not in (None, 0, "0") and data.get("stream") in (None, False, "false"):
                 raise _about("refused_field", name, f"{name} is for streams: give stream as true too, or leave it out.")
             known = [field.alias or own for own, field in cls.model_fields.items()]
-            if name not in cls.refused and name not in known:
+            if name not in absent and name not in known:
                 raise _about("unknown_field", name, str(unknown("field", name, known)))
-        return {name: value for name, value in data.items() if name not in cls.refused}
+        return {name: value for name, value in data.items() if name not in absent}
 
 
 class Texts(Body):
-    """One text for a model, or several."""
+    """Body with one text for a model, or several."""
 
-    model: str
+    model: str = ""
     input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
 
     @property
     def texts(self) -> list[str]:
-        """The texts, one or several."""
+        """Texts, one or several."""
         return [self.input] if isinstance(self.input, str) else self.input
 
 
 class StreamOptions(Body):
-    """include_usage: a last event with the numbers of tokens."""
+    """Options of a stream. include_usage: a last event with the numbers of tokens."""
 
     include_usage: bool = False
-    refused: ClassVar[Refused] = {"include_obfuscation": (False,)}
+    refused: ClassVar[Neutral] = {"include_obfuscation": (False,)}
 
 
 class Sampling(Body):
-    """What chat and plain completions have in common. A setting that is not given has the model's own value."""
+    """Fields of all bodies that generate text. A setting that is not given has the model's own value."""
 
-    model: str
+    model: str = ""
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -93,7 +113,7 @@ class Sampling(Body):
         return bias
 
     def options(self) -> SamplingOptions:
-        """The fields of `SamplingParams` that were given."""
+        """Return the fields of `SamplingParams` that were given."""
         names = SamplingOptions.__annotations__.keys() & type(self).model_fields.keys() - {"logit_bias"}
         found: Any = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.logit_bias:
@@ -107,11 +127,11 @@ class Sampling(Body):
 
 
 class TextPart(Body):
-    """A part of a message."""
+    """Part of a message."""
 
     type: Literal["text"]
     text: str
-    refused: ClassVar[Refused] = {"image_url": (), "input_audio": (), "file": ()}
+    refused: ClassVar[Neutral] = {"image_url": (), "input_audio": (), "file": ()}
 
 
 def _json_object(text: str) -> str:
@@ -125,14 +145,14 @@ def _json_object(text: str) -> str:
 
 
 class FunctionCall(Body):
-    """A call of a function as the model wrote it; `arguments` is JSON."""
+    """Call of a function as the model wrote it; `arguments` is JSON."""
 
     name: str
     arguments: Annotated[str, AfterValidator(_json_object)]
 
 
 class ToolCall(Body):
-    """One call of a tool."""
+    """Call of a tool."""
 
     id: str
     type: Literal["function"] = "function"
@@ -141,14 +161,14 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    """A message of a conversation; "developer" is another name for "system"."""
+    """Message of a conversation; "developer" is another name for "system"."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    refused: ClassVar[Refused] = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
+    refused: ClassVar[Neutral] = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
 
     @model_validator(mode="after")
     def _has_content(self) -> "Message":
@@ -159,7 +179,7 @@ class Message(Body):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """The message as chat templates take it: parts are joined by line breaks."""
+        """Return the message as chat templates take it: parts are joined by line breaks."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
         found = {"role": "system" if self.role == "developer" else self.role, "content": content, "name": self.name}
         calls = [call.model_dump(exclude={"index"}) for call in self.tool_calls or ()] or None
@@ -168,7 +188,7 @@ class Message(Body):
 
 
 class Function(Body):
-    """What may be called. parameters: the JSON schema of its arguments, which calls follow, `strict` or not."""
+    """Function that may be called. parameters: the JSON schema that its arguments follow, `strict` or not."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
@@ -184,39 +204,46 @@ class Function(Body):
 
 
 class Tool(Body):
-    """A tool of /v1/chat/completions."""
+    """Tool of /v1/chat/completions."""
 
     type: Literal["function"]
     function: Function
 
 
 class FunctionName(Body):
-    """The name of a function."""
+    """Name of a function."""
 
     name: str
 
 
 class NamedTool(Body):
-    """The tool that must be called."""
+    """Tool that must be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
 class FlatTool(Function):
-    """A tool of /v1/responses."""
+    """Tool of /v1/responses."""
 
     type: Literal["function"]
 
 
 class FlatNamedTool(FunctionName):
-    """The tool that must be called, in /v1/responses."""
+    """Tool that must be called, in /v1/responses."""
 
     type: Literal["function"]
 
 
 def tool_use(functions: Sequence[Function], choice: Any, name: str | None, parallel: bool | None) -> ToolUse | None:
-    """What may be called; None for nothing. name: of the function that must be called."""
+    """Return the functions that may be called, or None for none.
+
+    Args:
+        functions: all functions of the request.
+        choice: the field tool_choice.
+        name: the name of the function that must be called, if any.
+        parallel: the field parallel_tool_calls.
+    """
     known = [each.name for each in functions]
     if len(set(known)) < len(known):
         raise ValueError("tools has two functions of one name")
@@ -233,7 +260,7 @@ def tool_use(functions: Sequence[Function], choice: Any, name: str | None, paral
 
 
 class JsonSchema(Body):
-    """A schema by name; what is written always follows it, `strict` or not."""
+    """Schema by name; the answer always follows it, `strict` or not."""
 
     name: str
     description: str | None = None
@@ -242,7 +269,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """The form of an answer: any text, any JSON object, or JSON that follows a schema."""
+    """Form of an answer: any text, any JSON object, or JSON that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -255,7 +282,7 @@ class ResponseFormat(Body):
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """What an answer must follow; None for any text."""
+        """Schema that the answer must follow; None for any text."""
         if self.json_schema is not None:
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None
@@ -272,13 +299,12 @@ class ChatRequest(Sampling):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    refused: ClassVar[Refused] = {
-        "audio": (), "function_call": ("auto", "none"), "functions": ([],), "metadata": ({},),
-        "modalities": (["text"],),
-        "prediction": (), "prompt_cache_key": (), "reasoning_effort": ("none",),
-        "safety_identifier": (), "service_tier": ("auto", "default"),
-        "store": (False,), "verbosity": ("medium",),
+    refused: ClassVar[Neutral] = {
+        "audio": (), "function_call": ("auto", "none"), "functions": ([],), "modalities": (["text"],),
         "web_search_options": (),
+    }  # fmt: skip
+    ignored: ClassVar[Neutral] = HINTS | {
+        "prediction": (), "reasoning_effort": ("none",), "store": (False,), "verbosity": ("medium",),
     }  # fmt: skip
 
     @model_validator(mode="after")
@@ -291,88 +317,92 @@ class ChatRequest(Sampling):
         return self
 
     def tool_use(self) -> ToolUse | None:
-        """What may be called; None for nothing."""
+        """Return the functions that may be called, or None."""
         name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         functions = [each.function for each in self.tools or ()]
         return tool_use(functions, self.tool_choice, name, self.parallel_tool_calls)
 
     def options(self) -> SamplingOptions:
-        """As of `Sampling`."""
+        """Return the options of `Sampling` with this body's own."""
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         top = {"log_probabilities": bool(self.logprobs), "top_log_probabilities": self.top_logprobs or 0}
         return {**super().options(), **({} if limit is None else {"max_tokens": limit}), **top}  # type: ignore[return-value]
 
 
 class ItemPart(Body):
-    """A part of an item's text, the user's or, of an earlier answer, the model's."""
+    """Part of an item's text: the user's or, in an earlier answer, the model's."""
 
     type: Literal["input_text", "output_text"]
     text: str
-    refused: ClassVar[Refused] = {"annotations": ([],), "logprobs": ([],), "image_url": (), "file_id": (), "detail": ()}
+    refused: ClassVar[Neutral] = {"annotations": ([],), "logprobs": ([],), "image_url": (), "file_id": (), "detail": ()}
 
 
 class Item(Body):
-    """A message among the input of a response."""
+    """Message in the input of a response."""
 
     type: Literal["message"] = "message"
     id: str | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ItemPart]
-    refused: ClassVar[Refused] = {"status": ("completed", "incomplete"), "phase": ()}
+    refused: ClassVar[Neutral] = {"status": ("completed", "incomplete"), "phase": ()}
 
     def plain(self) -> dict[str, Any]:
-        """The message as chat templates take it."""
+        """Return the message as chat templates take it."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class CallItem(Body):
-    """A call among the input of a response: what the model wrote earlier."""
+    """Call in the input of a response, which the model wrote earlier."""
 
     type: Literal["function_call"]
     id: str | None = None
     call_id: str
     name: str
     arguments: Annotated[str, AfterValidator(_json_object)]
-    refused: ClassVar[Refused] = {"status": ("completed", "incomplete")}
+    refused: ClassVar[Neutral] = {"status": ("completed", "incomplete")}
 
     def plain(self) -> dict[str, Any]:
-        """The call as a message."""
+        """Return the call as a message."""
         call = {"id": self.call_id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
         return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 class ResultItem(Body):
-    """The result of a call."""
+    """Result of a call."""
 
     type: Literal["function_call_output"]
     id: str | None = None
     call_id: str
     output: str
-    refused: ClassVar[Refused] = {"status": ("completed", "incomplete")}
+    refused: ClassVar[Neutral] = {"status": ("completed", "incomplete")}
 
     def plain(self) -> dict[str, Any]:
-        """The result as a message."""
+        """Return the result as a message."""
         return {"role": "tool", "content": self.output, "tool_call_id": self.call_id}
 
 
 class TextFormat(JsonSchema):
-    """As `ResponseFormat`, with the schema in the same object."""
+    """`ResponseFormat` with the schema in the same object."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str = ""
 
     @property
     def followed(self) -> dict[str, Any] | None:
-        """What an answer must follow; None for any text."""
+        """Schema that the answer must follow; None for any text."""
         return None if self.type == "text" else self.schema_ if self.type == "json_schema" else {"type": "object"}
 
 
 class TextOptions(Body):
-    """The form of a response's text."""
+    """Form of a response's text."""
 
     format: TextFormat | None = None
-    refused: ClassVar[Refused] = {"verbosity": ("medium",)}
+    ignored: ClassVar[Neutral] = {"verbosity": ("medium",)}
+
+
+Key = Annotated[str, Field(max_length=64)]  # OpenAI's limits
+Value = Annotated[str, Field(max_length=512)]
 
 
 class ResponseRequest(Sampling):
@@ -381,28 +411,29 @@ class ResponseRequest(Sampling):
     input: str | Annotated[list[Item | CallItem | ResultItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
     previous_response_id: str | None = None
     store: bool | None = None
     text: TextOptions | None = None
     tools: Annotated[list[FlatTool], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none", "required"] | FlatNamedTool | None = None
     parallel_tool_calls: bool | None = None
-    refused: ClassVar[Refused] = {
-        "background": (False,), "conversation": (), "include": ([],), "max_tokens": (), "max_tool_calls": (), "n": (1,),
-        "prompt": (), "prompt_cache_key": (), "reasoning": (),
-        "safety_identifier": (), "service_tier": ("auto", "default"), "stream_options": (),
-        "top_logprobs": (0,), "truncation": ("disabled",),
+    refused: ClassVar[Neutral] = {
+        "background": (False,), "conversation": (), "max_tokens": (), "n": (1,), "prompt": (), "stream_options": (),
+        "top_logprobs": (0,),
+    }  # fmt: skip
+    ignored: ClassVar[Neutral] = {name: values for name, values in HINTS.items() if name != "metadata"} | {
+        "include": ([],), "max_tool_calls": (), "reasoning": (), "truncation": ("disabled",),
     }  # fmt: skip
 
     def options(self) -> SamplingOptions:
-        """As of `Sampling`."""
+        """Return the options of `Sampling` with this body's own."""
         found = super().options()
         return found if self.max_output_tokens is None else {**found, "max_tokens": self.max_output_tokens}
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The input as messages; calls belong to the message of the assistant before them."""
+        """Input as messages; calls belong to the message of the assistant before them."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
         found: list[dict[str, Any]] = []
@@ -419,18 +450,18 @@ class ResponseRequest(Sampling):
         return self
 
     def tool_use(self) -> ToolUse | None:
-        """What may be called; None for nothing."""
+        """Return the functions that may be called, or None."""
         name = self.tool_choice.name if isinstance(self.tool_choice, FlatNamedTool) else None
         return tool_use(self.tools or (), self.tool_choice, name, self.parallel_tool_calls)
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """What the text must follow; None for any."""
+        """Schema that the text must follow; None for any text."""
         return self.text.format.followed if self.text and self.text.format else None
 
     @property
     def form(self) -> dict[str, Any]:
-        """The form of the text, as the response repeats it."""
+        """Form of the text, as the response repeats it."""
         given = self.text and self.text.format
         if given and given.type == "json_schema":
             return given.model_dump(by_alias=True)
@@ -443,15 +474,16 @@ class CompletionRequest(Sampling):
     prompt: str | list[int] | Annotated[list[str] | list[list[int]], Field(min_length=1, max_length=MAX_CHOICES)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
-    refused: ClassVar[Refused] = {"best_of": (1,), "suffix": ("",)}
+    refused: ClassVar[Neutral] = {"best_of": (1,), "suffix": ("",)}
+    ignored: ClassVar[Neutral] = HINTS
 
     def options(self) -> SamplingOptions:
-        """As of `Sampling`; OpenAI's limit is 16 tokens where none is given."""
+        """Return the options of `Sampling`; OpenAI's limit is 16 tokens if none is given."""
         top = {"log_probabilities": self.logprobs is not None, "top_log_probabilities": self.logprobs or 0}
         return {"max_tokens": 16, **super().options(), **top}  # type: ignore[return-value]
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one or several."""
+        """Return the prompts, one or several."""
         given: Any = self.prompt
         several = isinstance(given, list) and given and not isinstance(given[0], int)
         return list(given) if several else [given]

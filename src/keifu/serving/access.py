@@ -1,0 +1,105 @@
+"""Who may ask: the names that the server answers to, the origins of web pages, and API keys.
+
+These are plain ASGI middleware, so that a stream passes through them as it comes.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from keifu.serving.errors import ApiError
+
+GUARDED = ("/v1/", "/api/", "/metrics")
+READING = ("GET", "HEAD", "OPTIONS")
+
+
+class Gate:
+    """Middleware that lets a request pass unless `refusal` gives an error for it."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    def refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        """Return the error that answers the request, or None to let it pass."""
+        raise NotImplementedError
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as an ASGI application."""
+        error = self.refusal(scope, Headers(scope=scope)) if scope["type"] == "http" else None
+        await (self.app if error is None else error.response())(scope, receive, send)
+
+
+class Hosts(Gate):
+    """Gate for requests that name another host than `names`; "*" is any name, "*.x" any name that ends in ".x"."""
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]):
+        super().__init__(app)
+        self.names = [name.lower() for name in names]
+
+    def refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        """Return an error that names the option, for a name that this server does not answer to."""
+        name = host_name(headers.get("host", ""))
+        if any(known in ("*", name) or (known[:2] == "*." and name.endswith(known[1:])) for known in self.names):
+            return None
+        shown = name[:100] or "(none)"
+        text = f"This server does not answer to the host name {shown!r}: start it with --allowed-host NAME."
+        return ApiError(400, text, code="unknown_host")
+
+
+class Origins(Gate):
+    """Gate for web pages of other servers, which could otherwise send forms without a preflight request.
+
+    origins: pages that may ask, as --cors names them. hosts: names of this server behind a proxy.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str], hosts: Sequence[str]):
+        super().__init__(app)
+        self.origins, self.hosts = origins, [host.lower() for host in hosts]
+
+    def refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        """Return an error that names the option, for a request that changes something and comes from another origin."""
+        origin = headers.get("origin")
+        if origin is None or scope["method"] in READING or {"*", origin} & {*self.origins}:
+            return None
+        if headers.get("sec-fetch-site") == "same-origin" or self._is_own(origin, headers.get("host", "")):
+            return None
+        shown = origin[:100]
+        text = f"Pages of {shown!r} may not ask this server: start it with --cors ORIGIN to permit them."
+        return ApiError(403, text, code="unknown_origin")
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        netloc = urlsplit(origin).netloc.lower() if origin.startswith(("http://", "https://")) else ""
+        return bool(netloc) and (netloc == host.lower() or host_name(netloc) in self.hosts)
+
+
+class ApiKeys(Gate):
+    """Gate for requests without one of the keys; its time does not tell how much of a key was right."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+        super().__init__(app)
+        self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        """Return an error that names the header, for a guarded path without a key."""
+        if not scope["path"].startswith(GUARDED) or not self.digests or self._knows(headers):
+            return None
+        text = "This server needs a key: send the header Authorization: Bearer KEY."
+        return ApiError(401, text, code="invalid_api_key")
+
+    def _knows(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")  # as Anthropic's clients send it
+        digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
+        known = [hmac.compare_digest(digest, own) for own in self.digests]
+        return any(known)
+
+
+def host_name(netloc: str) -> str:
+    """Return the name without the port, in lower case: "[::1]:8000" gives "[::1]"."""
+    name = netloc[: netloc.find("]") + 1] if netloc.startswith("[") else netloc.partition(":")[0]
+    return name.lower()
