@@ -7,17 +7,28 @@ from pathlib import Path
 
 from keifu.training.hardware.precision import processor_name
 
-KEYS = ("section", "command", "machine", "columns")
+KEYS = ("section", "command", "machine", "values", "columns")
+SUMMARY = "summary only: the values of single seeds, rounds and items were not kept"
 
 
-def write_table(path: Path, section: str, command: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def write_table(
+    path: Path,
+    section: str,
+    command: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    values: dict | str = SUMMARY,
+) -> None:
     """Puts a table into a data file, in place of the first one of that section and command's benchmark, or at its end.
 
-    Cells are as the page has them; the machine is this one.
+    Cells are as the page has them; the machine is this one. values: the raw values by seed, round or item.
     """
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     machine = f"{os.cpu_count()} cores of {processor_name()}"
-    new = {"section": section, "command": command, "machine": machine, "columns": list(columns), "rows": list(rows)}
+    new = {
+        "section": section, "command": command, "machine": machine, "values": values,
+        "columns": list(columns), "rows": list(rows),
+    }  # fmt: skip
     made_so = [(each["section"], each["command"].split()[:2]) for each in tables]
     same = [number for number, made in enumerate(made_so) if made == (section, command.split()[:2])]
     if same:

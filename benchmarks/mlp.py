@@ -92,7 +92,9 @@ def main() -> None:
               f"median {statistics.median(seconds):.1f} s")  # fmt: skip
     print(f"time keifu / scikit-learn: {ratio(runs['keifu'], runs['scikit-learn'])}")
     if options.json:
-        write_table(options.json, SECTION, f"python benchmarks/mlp.py --json {options.json}", COLUMNS, rows(runs))
+        values = {"seeds": [*range(options.seeds)], **{name: [[*pair] for pair in run] for name, run in runs.items()}}
+        command = f"python benchmarks/mlp.py --json {options.json}"
+        write_table(options.json, SECTION, command, COLUMNS, rows(runs), values)
 
 
 if __name__ == "__main__":

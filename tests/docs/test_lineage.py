@@ -109,7 +109,8 @@ def section(title: str) -> str:
 
 def figures(text: str) -> set[str]:
     """The numbers of a text that have a point or two digits and more."""
-    return {number for number in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text) if len(number) > 1}
+    found = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)
+    return {number.replace(",", "") for number in found if len(number) > 1}
 
 
 @pytest.mark.parametrize("each", LANDMARKS, ids=lambda each: each.name)

@@ -1,0 +1,91 @@
+"""Each figure of README, of the index and of the lineage has one source: a value in docs/results/data."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "docs/results/data"
+FIGURES = json.loads((DATA / "figures.json").read_text(encoding="utf-8"))
+LANDMARKS = json.loads((ROOT / "docs/lineage/lineage.json").read_text(encoding="utf-8"))
+FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+NAMES = re.compile(  # numbers that are parts of names, years, versions, or what the reader types
+    r"`[^`]*`|\]\([^)]*\)|SmolLM2-135M|Python 3\.11|CC BY(?:-SA)? \d\.0|Apache-2\.0|(?<=\| )\d{4}(?= \|)|GPT-2 124M"
+    r"|v1-5|Stable Diffusion 1|llama\.cpp|float32|bfloat16|(?:8|4) bits"
+)
+PAGES = ["README.md", "README.ja.md", "docs/index.md", "docs/index.ja.md"]
+
+
+def numbers(text: str) -> list[str]:
+    """The numbers of two digits or more, or with a point, outside of code, links and names."""
+    found = NUMBER.findall(NAMES.sub(" ", FENCE.sub("", text)))
+    return [number for number in found if len(number) > 1]
+
+
+def cell(source: list[str]) -> str:
+    """The cell of a data file's table that a source names: file, section, the row's start, the column's start."""
+    file, section, row, column = source
+    for table in json.loads((DATA / file).read_text(encoding="utf-8")):
+        places = [i for i, name in enumerate(table["columns"]) if name == column]
+        places = [i for i in places if i] or places  # the first column has the rows' names
+        rows = [each for each in table["rows"] if each[0].startswith(row)]
+        if table["section"] == section and places and rows:
+            return rows[0][places[0]]
+    raise AssertionError(f"{source} names no cell")
+
+
+def is_of(value: str, source: list[str] | str) -> bool:
+    """Whether a value stands in the cell, is the mean of the cell's values, or is in the text of a results page."""
+    if isinstance(source, str):
+        return value in NUMBER.findall((ROOT / source).read_text(encoding="utf-8"))
+    found = NUMBER.findall(cell(source[-4:]))
+    if source[0] == "mean":
+        return f"{mean(map(float, found)):.1f}" == value
+    return value in found
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda each: f"{each['value']}-{each['what']}")
+def test_a_figure_is_that_of_its_source_and_of_every_page_that_gives_it(figure: dict) -> None:
+    assert is_of(figure["value"], figure["source"])
+    without = [page for page in figure["pages"] if figure["value"] not in (ROOT / page).read_text(encoding="utf-8")]
+    assert without == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_number_of_a_page_has_its_source(page: str) -> None:
+    known = {figure["value"] for figure in FIGURES if page in figure["pages"]}
+    assert [number for number in numbers((ROOT / page).read_text(encoding="utf-8")) if number not in known] == []
+
+
+@pytest.mark.parametrize("row", LANDMARKS, ids=lambda row: row["name"])
+def test_readme_and_the_index_give_the_texts_of_the_lineage(row: dict) -> None:
+    for ending, suffix in (("", ""), (".ja", "_ja")):
+        readme = (ROOT / f"README{ending}.md").read_text(encoding="utf-8")
+        index = (ROOT / f"docs/lineage/index{ending}.md").read_text(encoding="utf-8")
+        (line,) = [each for each in readme.splitlines() if f"](docs/lineage/{row['name']}{ending}.md) |" in each]
+        assert line.split(" | ")[-1] == f"{row['bought' + suffix]} |"
+        assert f"| {row['new' + suffix]} |" in index
+
+
+def test_raw_values_give_the_cells() -> None:
+    (table,) = json.loads((DATA / "neurons.json").read_text(encoding="utf-8"))
+    for name, right, *_ in table["rows"]:
+        values = table["values"][f"{name}, right of 1,000"]
+        assert right == ", ".join(f"{value / 1000:.1%}" for value in values)
+
+
+def test_every_table_has_its_raw_values_or_says_that_there_are_none() -> None:
+    for file in DATA.glob("*.json"):
+        if file.name != "figures.json":
+            tables = json.loads(file.read_text(encoding="utf-8"))
+            assert all(isinstance(each["values"], dict) or "summary only" in each["values"] for each in tables)
+
+
+def test_a_changed_value_would_be_seen() -> None:
+    figure = next(each for each in FIGURES if each["value"] == "19.54")
+    assert not is_of("19.55", figure["source"])
+    assert numbers("BLEU 19.55 of `x 12` [y](z34.md) from SmolLM2-135M, 7 times") == ["19.55"]
