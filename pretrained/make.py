@@ -37,7 +37,7 @@ Made by `python pretrained/make.py {name}`, with keifu {keifu}.
 | | |
 |---|---|
 | training | `{command}` |
-| what it took | {took} |
+| training took | {took} |
 | parameters | {parameters:,}, stored in {dtype} |
 | data | {data} |
 | licence | {terms} |
@@ -78,7 +78,15 @@ class Model:
     dtype: str = "bf16"
 
 
-def translator(source: str, target: str, minutes: int, neurons: int, *longer: str, pruned_first: bool = False) -> Model:
+NEAR_COPIES = (
+    " Of the 1,000 test pairs 255 have a near copy in training, one word or one character apart; without them BLEU is "
+    "24.5 with alpha 1 (52.3 on the 255)."
+)
+
+
+def translator(
+    source: str, target: str, minutes: int, neurons: int, *longer: str, pruned_first: bool = False, caveat: str = ""
+) -> Model:
     """longer: the options of further trainings, each of which goes on from the one before. neurons: those that are left
     in each feed-forward network of its encoder, which does not miss the others; they go after all trainings, or after
     the first."""
@@ -101,7 +109,7 @@ def translator(source: str, target: str, minutes: int, neurons: int, *longer: st
         figures=("BLEU", "chrF", "pairs", "BLEU signature", "chrF signature"),
         details="by length",
         limits="It knows everyday sentences of about ten words. Names that it has not met, numbers in words, long "
-        "sentences, and more than one sentence at a time go wrong; it may write fluently what is not there.",
+        f"sentences, and more than one sentence at a time go wrong; it may write fluently what is not there.{caveat}",
     )
 
 
@@ -114,6 +122,7 @@ MODELS = {
         "--steps 4000 --seed 1",
         "--learning-rate 0.001 --matrix-rate 0.01 --steps 3200 --seed 2",
         pruned_first=True,
+        caveat=NEAR_COPIES,
     ),
     "en-ja": translator("English", "Japanese", 58, 544, "--steps 4000 --seed 1"),
     "digits": Model(
@@ -129,7 +138,11 @@ MODELS = {
         "98% of real digits",
         figures=("asked class seen", "pictures"),
         details="by class",
-        limits="Digits of 28 x 28 pixels, white on black, in the hand of 4,500 examples, and nothing else.",
+        limits="Digits of 28 x 28 pixels, white on black, in the hand of 4,500 examples, and nothing else. The "
+        "figure is for "
+        "`--sampler dpm++-2m`. The judge is right on 98.2% of real digits and learned the same ones, so "
+        "99.4% says that the "
+        "digit is the one asked for, not that it looks real.",
     ),
     "emoji": Model(
         about="a latent diffusion model that draws emoji from English and Japanese names",
@@ -151,7 +164,10 @@ MODELS = {
             "CLIP score of held-out captions",
         ),
         limits="Pictures of 64 x 64 pixels in Twemoji's style. What it was shown it draws best; of a new name it meets "
-        "the colours and the kind at most.",
+        "the colours and the kind at most. Of the 24 held-out names of the test 12 have a sibling in "
+        "training, the same "
+        "emoji in another gender or direction, and are all found; of the other 12, 7 are. The judge finds 16 of the 24 "
+        "real pictures: it learned the same captions from the same pictures.",
     ),
     "emoji-clip": Model(
         about="a CLIP that compares emoji with English, Japanese and Chinese names",
@@ -173,7 +189,10 @@ MODELS = {
             "pictures",
         ),
         limits="It knows Twemoji's drawings of 72 x 72 pixels and their names, no photographs and no sentences; in "
-        "another style of emoji it finds few.",
+        "another style of emoji it finds few. The 189 pictures are 94 emoji, most of them people in several "
+        "skin tones, and "
+        "88 have a sibling in training. With each emoji once 23.4% of the English and 20.5% of the Japanese names are "
+        "found; counting colours and words finds 19.7 and 23.1%.",
     ),
     "gpt-en": Model(
         about="a small language model of LLaMA's type that continues English",
@@ -207,7 +226,9 @@ MODELS = {
         held_out="the twentieth of the documents that it did not learn from",
         figures=("masked words right", "perplexity of masked words", "masked words", "sentence pairs right"),
         limits="It was shown encyclopedia summaries, cooking recipes and speeches, in lower case, 128 tokens a row. It "
-        "fills in what is usual there: grammar, frequent words and phrases; facts it guesses.",
+        "fills in what is usual there: grammar, frequent words and phrases; facts it guesses. Of the 17,140 "
+        "tokens 13,777 are hidden by [MASK]: 49.7% of those are "
+        "right, 32.5% of the words outside the 100 commonest; looking up the two neighbours gives 34.1%.",
     ),
     "network": Model(
         about="a multi-layer network that reads handwritten digits",
@@ -312,7 +333,8 @@ def took(record: dict) -> str:
     """Steps, time and machine, as the run's record has them."""
     if "settings" not in record:
         return "a moment"
-    return f"{record.get('steps', record['settings']['steps']):,} steps; {record['versions']['processor']}"
+    steps = record.get("steps", record["settings"]["steps"])
+    return f"{steps:,} steps in the last of its trainings; {record['versions']['processor']}"
 
 
 def trained(name: str, model: Model) -> Path:

@@ -77,7 +77,7 @@ def test_pages_are_linked_forwards_and_backwards(ending: str) -> None:
     links = {}
     for name in NAMES:
         head = (DOCS / f"lineage/{name}{ending}").read_text(encoding="utf-8").partition("\n## ")[0]
-        links[name] = set(re.findall(r"\]\((\w+)\.md\)", head))
+        links[name] = set(re.findall(r"\]\((\w+)(?:\.ja)?\.md\)", head))
     for before, after in pairwise(NAMES):
         assert after in links[before]
         assert before in links[after]
@@ -90,7 +90,7 @@ def test_pages_are_linked_forwards_and_backwards(ending: str) -> None:
 def test_the_index_has_all_in_order(ending: str) -> None:
     page = (DOCS / f"lineage/index{ending}").read_text(encoding="utf-8")
     title = "title_ja" if ending == ".ja.md" else "title"
-    assert re.findall(r"(?m)^\| (\d+) \| \[(.*?)\]\((\w+)\.md\)", page) == [
+    assert re.findall(r"(?m)^\| (\d+) \| \[(.*?)\]\((\w+)(?:\.ja)?\.md\)", page) == [
         (str(row["year"]), row[title], row["name"]) for row in ROWS
     ]
     assert ending == ".ja.md" or all(f"| {each.new} |" in page for each in LANDMARKS)

@@ -57,6 +57,16 @@ def test_both_languages_say_the_same(english: Path, japanese: Path, aspect) -> N
     assert aspect(japanese.read_text(encoding="utf-8")) == aspect(english.read_text(encoding="utf-8"))
 
 
+LINK = re.compile(r"\]\(([^)#\s:]+)\.md(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("page", [japanese for _, japanese in PAIRS], ids=lambda path: path.name)
+def test_a_japanese_page_links_to_japanese_pages(page: Path) -> None:
+    names = set(LINK.findall(page.read_text(encoding="utf-8"))) - {"README"}  # README.ja.md links to the English one
+    english = [name for name in names if not name.endswith(".ja") and (page.parent / f"{name}.ja.md").exists()]
+    assert english == []
+
+
 PAGE = "# A\n\n```\nkeifu chat smollm2   # talk\n```\n\n## B\n\n![x](../pictures/x.png) [y](y.md) is 1,024 and 0.5 s.\n"
 
 
