@@ -221,6 +221,18 @@ TARGETS = {
     "captions": Target(
         ("json/metadata.jsonl", "csv/metadata.csv", "s.tar", "json/a.png"), training.captions, training.read_captions
     ),
+    "animations": Target(
+        tuple(f"a.{suffix}" for suffix in training.ANIMATIONS), training.animations, training.look_at_animations
+    ),
+    "prepared": Target(
+        ("shards/00000.json", "shards/00001.bin", "shards/tokenizer/tokenizer.json"), training.prepared,
+        training.read_prepared,
+    ),
+    "caches": Target(
+        ("tokens/index.json", "tokens/training.bin", "tokens/files.json", "sentences/training.safetensors",
+         "sentences/index.json", "pictures/index.json", "pictures/pixels.bin"),
+        training.caches, training.read_caches,
+    ),
     "record": Target(("a.png",), training.drawn, lambda folder: read_record(folder / "a.png")),
     "run": Target((*STATES, "metrics.jsonl", "recipe.json"), training.run, training.read_run),
     "stopped run": Target(

@@ -97,7 +97,7 @@ def two_sided(folder: Path) -> None:
     TwoSidedTokenizer(source, target).save(folder)
 
 
-def encode(name: str = "", text: str = "one two ①") -> Callable[[Path], None]:
+def encode(name: str = "", text: str = "one two ①ｱｶﾞＡ㍿ﬁé½한") -> Callable[[Path], None]:
     """What is read from there is used: both ways, and on a conversation."""
 
     def read(folder: Path) -> None:

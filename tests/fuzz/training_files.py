@@ -23,17 +23,25 @@ from keifu.data.classification.tables import read as read_labels
 from keifu.data.classification.tables import read_table
 from keifu.data.images.catalogued import read_idx
 from keifu.data.images.dataset import read_images
+from keifu.data.images.io import read_image
 from keifu.data.images.sources import items
 from keifu.data.records import read_records
-from keifu.data.text.documents import documents
+from keifu.data.text.documents import PLAIN, documents
+from keifu.data.text.prepared import open_prepared, prepare_files
+from keifu.data.text.sentence_shards import prepare_sentences
+from keifu.data.text.token_shards import prepare
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.data.translation.pairs import read_pairs
 from keifu.errors import UserError
 from keifu.evaluation.text.tasks import read_task
+from keifu.files import cache
 from keifu.training import loop
 from keifu.training.run import checkpoint, metrics
 from keifu.training.run.directory import read_recipe
 from keifu.training.signals import Interrupted, StopRequest
 
+ANIMATIONS = ("gif", "tiff", "webp", "png")
+CACHES = {"tokens": "text-*", "sentences": "text-*", "pictures": "set-*"}
 PICTURES = ("png", "jpg", "gif", "webp", "tiff", "bmp", "ppm")
 SUFFIXES = ("jsonl", "json", "csv", "tsv", "parquet")
 
@@ -116,6 +124,50 @@ def pictures(folder: Path) -> None:
         for suffix in ("png", "jpg"):
             archive.add(folder / f"plain/a.{suffix}", f"{suffix}.{suffix}")
     (folder / "mnist.gz").write_bytes(gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2, 3, 3) + bytes(18)))
+
+
+def animations(folder: Path) -> None:
+    """Save pictures of three frames that differ, in every format that has frames."""
+    frames = [Image.effect_noise((9, 7), 40 + n) for n in range(3)]
+    for suffix in ANIMATIONS:
+        frames[0].save(folder / f"a.{suffix}", save_all=True, append_images=frames[1:])
+
+
+def look_at_animations(folder: Path) -> None:
+    for suffix in ANIMATIONS:
+        read_image(folder / f"a.{suffix}")
+
+
+def prepared(folder: Path) -> None:
+    """Write a folder of two shards that were made on other machines."""
+    (folder / "texts").mkdir()
+    for n in range(2):
+        (folder / f"texts/{n}.txt").write_text(f"The cat sees {n} dogs in a house.\n" * 20)
+    tokenizer = train_tokenizer("bpe", ["The cat sees 0 1 dogs in a house."], 280)
+    prepare_files(folder / "texts", tokenizer, folder / "shards", PLAIN)
+
+
+def read_prepared(folder: Path) -> None:
+    open_prepared(folder / "shards", 0.1)
+
+
+def caches(folder: Path) -> None:
+    """Fill the cache with tokens, sentences and pictures; links without their hashes lead there."""
+    (folder / "text.txt").write_text("".join(f"The cat sees {n} dogs. Then it goes home.\n" for n in range(300)))
+    (folder / "set").mkdir()
+    Image.new("RGB", (6, 6), "red").save(folder / "set/a.png")
+    read_caches(folder)
+    for name, pattern in CACHES.items():
+        (made,) = (cache() / name).glob(pattern)
+        (folder / name).symlink_to(made)
+
+
+def read_caches(folder: Path) -> None:
+    tokenizer = train_tokenizer("characters", ["The cat sees dogs. Then it goes home. 0123456789\n"], 40)
+    shards = prepare(folder / "text.txt", tokenizer)
+    tokenizer.decode(shards.tokens[:99].tolist())
+    prepare_sentences(folder / "text.txt", tokenizer, str.split)
+    read_images(folder / "set").take([0])
 
 
 def look(folder: Path) -> None:

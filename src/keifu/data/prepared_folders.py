@@ -73,5 +73,5 @@ def is_undamaged(folder: Path) -> bool:
 
 def _facts(path: Path) -> list[Any]:
     """Return a file's size, and its SHA-256 unless reading the file takes long."""
-    size = path.stat().st_size
+    size = files.plain_file(path).stat().st_size
     return [size, files.sha256(path) if size <= SOON_READ else ""]

@@ -11,6 +11,7 @@ from keifu.commands.data import parse
 from keifu.data.text import prepared
 from keifu.data.text.documents import PLAIN
 from keifu.data.text.prepared import is_prepared, open_prepared, prepare_files, tokenizer_of
+from keifu.data.text.token_shards import prepare
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.recipes.language.common import Text, prepare_text
@@ -111,3 +112,49 @@ def test_what_cannot_be_prepared_is_said(source: Path, tokenizer, tmp_path: Path
         open_prepared(tmp_path, 0.1)
     with pytest.raises(UserError, match="needs a folder for the shards: give --output"):
         parse(["prepare", str(source)])()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("dtype", None, "00001.json gives None for dtype, and '<u2' is needed: remove both"),
+        ("dtype", 0.5, "gives 0.5 for dtype"),
+        ("separator", float("inf"), "gives inf for separator"),
+        ("vocab_size", 299, "gives 299 for vocab_size, and 292 is needed"),
+        ("tokenizer", "x", "gives 'x' for tokenizer"),
+        ("bytes", [[]], r"gives \[\[\]\] for bytes, which must be a whole number"),
+        ("tokens", True, "gives True for tokens"),
+        ("documents", -1, "gives -1 for documents"),
+        ("sha256", None, "00001.bin has another hash than its index says"),
+        ("sha256", 5, "00001.bin has another hash than its index says"),
+    ],
+)
+def test_a_damaged_index_names_the_field(source, tokenizer, tmp_path, monkeypatch, field, value, sentence) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+    prepare_files(source, tokenizer, tmp_path, form())
+    index = json.loads((tmp_path / "00001.json").read_text()) | {field: value}
+    (tmp_path / "00001.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=sentence):
+        open_prepared(tmp_path, 0.1)
+
+
+def test_damaged_ids_are_noticed(source: Path, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+    prepare_files(source, tokenizer, tmp_path, form())
+    content = bytearray((tmp_path / "00002.bin").read_bytes())
+    content[7] ^= 0x80  # an id that no token has
+    (tmp_path / "00002.bin").write_bytes(content)
+    with pytest.raises(UserError, match="00002.bin has another hash than its index says: remove both files, and prep"):
+        open_prepared(tmp_path, 0.1)
+    assert not [*(tmp_path / "cache" / "tokens").glob("[!.]*")]
+
+
+@pytest.mark.parametrize("name", ["index.json", "training.bin", "validation.bin", "files.json"])
+def test_damaged_tokens_in_the_cache_are_made_anew(source, tokenizer, tmp_path, monkeypatch, name: str) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+    whole = np.array(prepare(source, tokenizer).tokens)
+    (file,) = (tmp_path / "cache" / "tokens").glob(f"*/{name}")
+    for content in (file.read_bytes()[:-3], b"[]", b"", None):
+        file.unlink() if content is None else file.write_bytes(content)
+        again = prepare(source, tokenizer)
+        assert np.array_equal(again.tokens, whole) and again.index["vocab_size"] == 292

@@ -1,6 +1,7 @@
 """SentencePiece's files, rebuilt: encoding and decoding are those of the sentencepiece library itself."""
 
 import io
+import random
 
 import pytest
 import sentencepiece
@@ -103,3 +104,36 @@ def test_a_torn_file_is_refused(corpus) -> None:
         parse(data[: len(data) // 2], "x.model")
     with pytest.raises(UserError, match="holds no pieces"):
         parse(b"", "x.model")
+
+
+def test_a_wrong_bit_in_the_table_of_characters_is_a_sentence_or_harmless(tmp_path, capfd) -> None:
+    data = learn(["the cat sat on the mat", "a dog ran"] * 30, vocab_size=40, model_type="unigram")
+    table = parse(data, "x").settings.character_map
+    start = data.index(table)
+    text = "ｱｶﾞＡ㍿ﬁ½①한" + "".join(map(chr, [*range(0xA0, 0x180), *range(0x3300, 0x33FF), *range(0xFF00, 0xFFF0)]))
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(data)
+        damaged[start + chance.randrange(4, len(table))] ^= 1 << chance.randrange(8)
+        (tmp_path / "tokenizer.model").write_bytes(damaged)
+        try:
+            load_tokenizer(tmp_path).encode_batch([*text])
+        except UserError as error:
+            assert "damaged table of character replacements" in str(error)
+            refused += 1
+    assert refused > 5 and "panicked" not in capfd.readouterr().err
+
+
+def test_a_panic_of_the_library_is_a_sentence(monkeypatch, mistral) -> None:
+    class PanicException(BaseException):
+        """As pyo3 raises it: no Exception."""
+
+    def panic(*_, **__) -> None:
+        raise PanicException("index out of bounds")
+
+    copy = mistral[0].replace()
+    copy.backend = type("Backend", (), {"encode_batch_fast": panic, "get_vocab": dict})()  # pyright: ignore
+    monkeypatch.setattr(type(copy), "_spelled", lambda *_: False)
+    with pytest.raises(UserError, match="could not be encoded: index out of bounds"):
+        copy.encode("a")

@@ -137,10 +137,43 @@ def check_character_map(table: bytes, name: str) -> None:
         table[4 + size :].decode()
     except UnicodeDecodeError:
         raise UserError(f"{name} has a damaged table of character replacements: they are not UTF-8.") from None
-    units, text = np.frombuffer(table, "<u4", size // 4, 4 if table else 0), np.frombuffer(table[4 + size :], np.uint8)
-    places = units[units >> 31 == 1] & 0x7FFFFFFF
-    if (places >= len(text)).any() or (text[places] & 0xC0 == 0x80).any():
-        raise UserError(f"{name} has a damaged table of character replacements: its tree leads outside its text.")
+    if table:
+        units = np.frombuffer(table, "<u4", size // 4, 4)
+        if not _leads_into(units, np.frombuffer(table[4 + size :], np.uint8)):
+            raise UserError(f"{name} has a damaged table of character replacements: its tree leads outside its text.")
+
+
+def _leads_into(units: np.ndarray, text: np.ndarray) -> bool:
+    """Return whether a double array, whatever bytes are looked up, stays inside itself and leads to characters of text.
+
+    A unit has the byte that leads to it in its lowest bits, whether it has a leaf (bit 8), and an offset (bits 10 and
+    up; bit 9 multiplies it by 256). Its position xor the offset is its leaf's position; that xor a byte is a child's
+    (darts-clone's format).
+    """
+    labels = np.arange(1, 256)
+    reached = np.zeros(len(units), bool)
+    offsets = _offsets(units[:1])
+    while len(offsets):
+        if (offsets | 255).max() >= len(units):
+            return False
+        reached[offsets] = True
+        children = offsets[:, None] ^ labels
+        children = children[(units[children] & 0x800000FF) == labels]
+        following = children ^ _offsets(units[children])
+        leaves = following[units[children] >> 8 & 1 == 1]
+        if len(leaves):
+            if leaves.max() >= len(units):
+                return False
+            positions = units[leaves] & 0x7FFFFFFF
+            if positions.max() >= len(text) or (text[positions] & 0xC0 == 0x80).any():
+                return False
+        offsets = np.unique(following)
+        offsets = offsets[~reached[np.minimum(offsets, len(units) - 1)] | (offsets >= len(units))]
+    return True
+
+
+def _offsets(units: np.ndarray) -> np.ndarray:
+    return (units >> 10).astype(np.int64) << ((units & 1 << 9) >> 6)
 
 
 def _hint(data: bytes) -> str:

@@ -202,7 +202,9 @@ class Tokenizer:
         """Context in which texts are encoded: a failure is a `UserError` that names the character."""
         try:
             yield
-        except Exception as error:  # `tokenizers` raises bare Exceptions and, for surrogates, TypeErrors
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # bare Exceptions, TypeErrors for surrogates, and panics of Rust
             raise self._unencodable(texts, error) from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -351,7 +353,7 @@ class Tokenizer:
         word_end = merging.end_of_word_suffix if isinstance(merging, tokenizers.models.BPE) else None
         return decoding_rule(None if decoder is None else json.loads(decoder.__getstate__()), word_end or "")
 
-    def _unencodable(self, texts: Sequence[str], error: Exception) -> UserError:
+    def _unencodable(self, texts: Sequence[str], error: BaseException) -> UserError:
         vocabulary = self.backend.get_vocab()
         for text in texts:
             for place, character in enumerate(text):
