@@ -21,6 +21,7 @@ NAMES = [each.name for each in LANDMARKS]
 HEADINGS = [
     "What was new", "In code", "Run it", "Results in keifu", "Common misconceptions", "Differences from the paper",
 ]  # fmt: skip
+ADOPTED = "What it adopted"  # after what was new, where a page has it: parts that are others', with their sources
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # in English: those in Japanese have the same code, which test_translations.py holds
 PAGES = [path for folder in ("lineage", "parts") for path in sorted((DOCS / folder).glob("*.md"))]
@@ -61,7 +62,9 @@ def test_every_landmark_has_its_page_with_code() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_has_all_its_parts(name: str) -> None:
     page = (DOCS / f"lineage/{name}.md").read_text(encoding="utf-8")
-    assert re.findall(r"(?m)^## (.*)$", page) == HEADINGS
+    found = [title for title in re.findall(r"(?m)^## (.*)$", page) if title != ADOPTED]
+    assert found == HEADINGS
+    assert ADOPTED not in page or page.index(f"## {ADOPTED}") < page.index("## In code")
     assert "](../pictures/" in page
     assert len(page.partition("## Differences from the paper")[2]) > 200
     assert next(row for row in ROWS if row["name"] == name)["command"].split(" --")[0] in page
