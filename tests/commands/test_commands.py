@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from keifu import checkpoints, cli
+from keifu.commands import bench
 from keifu.commands.shared.inputs import decode_utf8, join_texts, text_from
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
+from keifu.generation.text.engine import Engine
 from keifu.models import llama, perceptron
 from keifu.native import library
 from keifu.native.build import Unavailable
@@ -237,6 +239,26 @@ def test_bench_prints_its_figures_as_json(capsys: pytest.CaptureFixture, model: 
         library.use_threads(threads)
     assert (figures["threads"], figures["streams"], pool) == (1, 3, 1)
     assert all(figures[name] > 0 for name in ("prefill", "decode", "bandwidth", "peak", "share", "memory"))
+
+
+def test_bench_counts_the_tokens_of_all_streams(
+    model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on by half a second with each step of the engine."""
+    steps = []
+    step = Engine.step
+
+    def counted(engine: Engine) -> list:
+        steps.append(0.5)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: sum(steps)))
+    for streams in (1, 3):
+        words = f"--prompt 9 --tokens 4 --streams {streams} --threads {torch.get_num_threads()} --json"
+        figures = json.loads(out(capsys, "bench", model, *words.split()))
+        assert figures["prefill"] == streams * 9 / 0.5  # all prompts are read in one step
+        assert figures["decode"] == streams / 0.5  # a step writes a token of each stream
 
 
 def test_evaluate_takes_packed_weights(capsys: pytest.CaptureFixture, model: str, tmp_path: Path) -> None:

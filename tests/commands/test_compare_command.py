@@ -77,6 +77,17 @@ def test_choices_are_kept_and_gone_on_with(
     assert told["even"] == told["skipped"] == 1 and told["a"] + told["b"] == 3
 
 
+@pytest.mark.parametrize("key", ["1", "2"])
+def test_a_key_means_the_side_whichever_model_stands_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    go(folder, tmp_path / "out", key * len(WORDS), monkeypatch)
+    made = kept(tmp_path / "out")
+    lefts = ["A" if a_is_left(0, each["prompt"]) else "B" for each in made]
+    assert {*lefts} == {"A", "B"} and len(made) == len(WORDS)
+    assert [each["choice"] for each in made] == (lefts if key == "1" else ["AB"[side == "A"] for side in lefts])
+
+
 def test_answers_do_not_depend_on_where_it_was_stopped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

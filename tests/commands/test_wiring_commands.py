@@ -1,0 +1,425 @@
+"""Every option of every command has a row in a table: another value of it reaches the function that uses it.
+
+A new option needs a row here. A broken path means that something was renamed: rename it in the row.
+"""
+
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import command_wiring
+import pytest
+import torch
+from command_wiring import STDOUT, Row, Table, reached
+from PIL import Image
+
+import keifu.serving.app  # noqa: F401 (its types are looked at before any is replaced)
+from keifu.commands.shared.flags import OnDevice
+from keifu.commands.shared.help_text import arguments_of
+from keifu.commands.shared.inputs import load_encoder
+from keifu.commands.shared.verbs import VERBS
+from keifu.evaluation.registry import EvalOptions
+
+WITHOUT = ("train", "demo")  # their options are those of recipes, which have tables of their own
+SAMPLING = {"max-tokens": 7, "temperature": 0.5, "top-k": 7, "top-p": 0.5, "min-p": 0.25, "repetition-penalty": 1.5,
+            "presence-penalty": 0.5, "frequency-penalty": 0.25, "seed": 7}  # fmt: skip
+CONFIG = SimpleNamespace(context_length=64)
+WRITER = (SimpleNamespace(config=CONFIG), SimpleNamespace(generation_config={}, chat_template=None))
+CHATTER = (WRITER[0], SimpleNamespace(generation_config={}, chat_template="x"))
+
+
+def sampling(target: str, path: str) -> dict[str, Row]:
+    """The rows of the sampling options; path: of the settings."""
+    rows = {name: Row(f"--{name} {value}", target, f"{path}.{name.replace('-', '_')}", value)
+            for name, value in SAMPLING.items()}  # fmt: skip
+    return rows | {"stop": Row("--stop a --stop b", target, f"{path}.stop", ("a", "b"))}
+
+
+def on_device() -> dict[str, Row]:
+    """The rows of the options of all commands that run a model."""
+    target = "keifu.commands.shared.flags:choosing"
+    rows = {"device": Row("--device cpu", target, "choice.device", "cpu")}
+    return rows | {"allow-nonfinite": Row("--allow-nonfinite", target, "choice.allow_nonfinite")}
+
+
+GENERATE = "keifu.commands.generate:print_text"
+LOAD = "keifu.commands.generate:load_writer"
+generate = Table("generate M Hi", {
+    "MODEL": Row("", LOAD, "name", "other", base="generate other Hi"),
+    "PROMPT": Row("", GENERATE, "prompt", "Ho", base="generate M Ho"),
+    "file": Row("--file text.txt", GENERATE, "prompt", "Hi\n\none"),
+    "raw": Row("--raw", "keifu.generation.text.generate:as_prompt", "raw"),
+    "json": Row("--json", GENERATE, "as_json"),
+    "stream": Row("--stream", GENERATE, "streamed"),
+    "weights": Row("--weights int8", LOAD, "weights", "int8"),
+    **sampling(GENERATE, "sampling"),
+}, {LOAD: WRITER, "keifu.generation.text.generate:as_prompt": lambda _, text, raw=False: text})  # fmt: skip
+
+ANSWER, LOADED = "keifu.commands.chat:print_answer", "keifu.commands.chat:load_writer"
+TALK = "keifu.generation.text.chat:Conversation"
+chat = Table("chat M Hi", {
+    "MODEL": Row("", LOADED, "name", "other", base="chat other Hi"),
+    "QUESTION": Row("", ANSWER, "message", "Ho", base="chat M Ho"),
+    "file": Row("--file text.txt", ANSWER, "message", "Hi\n\none"),
+    "system": Row("--system Briefly", TALK, "system", "Briefly"),
+    "json": Row("--json", "keifu.commands.chat:print_completion"),
+    "weights": Row("--weights int8", LOADED, "weights", "int8"),
+    **sampling(ANSWER, "sampling"),
+}, {LOADED: CHATTER, TALK: SimpleNamespace(complete=lambda *_: None)})  # fmt: skip
+
+ENCODER, EMBEDDED = "keifu.commands.embed:load_encoder", "keifu.evaluation.classification.embeddings:embed_rows"
+IDS, NEAREST = "keifu.commands.embed:ids", "keifu.evaluation.classification.embeddings:nearest"
+embed = Table("embed M one two", {
+    "MODEL": Row("", ENCODER, "name", "other", base="embed other one"),
+    "TEXT ...": Row("three", IDS, "texts", ["one", "two", "three"]),
+    "file": Row("--file text.txt", IDS, "texts", ["one"], base="embed M"),
+    "out": Row("--out v.npy", "keifu.commands.embed:write_atomic", "path", Path("v.npy")),
+    "nearest": Row("--nearest 1", NEAREST, "count", 1),
+    "among": Row("--among text.txt", IDS, "texts", ["one"], base="embed M one two --nearest 1",
+                 returns={NEAREST: (torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64))}),
+    "truncate": Row("--cut", IDS, "cut"),
+    "dtype": Row("--dtype bf16", "keifu.checkpoints:load", "1", torch.bfloat16, returns={ENCODER: load_encoder}),
+    "batch-size": Row("--batch-size 7", EMBEDDED, "batch_size", 7),
+}, {ENCODER: (WRITER[0], SimpleNamespace(pad_id=0)), EMBEDDED: torch.zeros(2, 3), IDS: [[1], [2]]})  # fmt: skip
+
+JUDGED = "keifu.commands.classify:_probabilities"
+EXAMPLES = "keifu.data.classification.input_formats:read_examples"
+LABELS, PAIRS = "keifu.evaluation.images.retrieval:label_points", "keifu.evaluation.images.retrieval:select_pairs"
+TWO = ((), ())
+CONFUSION = SimpleNamespace(picture=lambda: b"", to_json=dict, verdict=str, by_label=lambda: TWO, matrix=lambda: TWO)
+FORM = SimpleNamespace(answers=False, columns=("text",))
+JUDGE = SimpleNamespace(form=FORM, labels=("a", "b"), choices=lambda row: ("a", "b"), confusion=lambda *_: CONFUSION)
+TOWERS = "keifu.evaluation.images.retrieval"
+PICTURES = {f"{TOWERS}:{name}": None for name in ("two_towers", "embed_pictures", "images")} | {
+    "keifu.checkpoints:load": (None, None), PAIRS: SimpleNamespace(classes=["a", "b"]),
+    "keifu.evaluation.images.retrieval:preprocessing": SimpleNamespace(crop=8),
+}  # fmt: skip
+classify = Table("classify M one", {
+    "MODEL": Row("", "keifu.commands.classify:_load", "name", "other", base="classify other one"),
+    "TEXT ...": Row("two", "keifu.commands.classify:texts_from", "arguments", ("one", "two")),
+    "file": Row("--file text.txt", "keifu.commands.classify:texts_from", "file", Path("text.txt"), base="classify M"),
+    "on": Row("--on table.csv", EXAMPLES, "source", "table.csv", base="classify M"),
+    "text": Row("--text body", EXAMPLES, "columns", ("body",), base="classify M --on table.csv"),
+    "columns": Row("--columns a b", EXAMPLES, "columns", ("a", "b"), base="classify M --on table.csv"),
+    "label": Row("--label kind", EXAMPLES, "label", "kind", base="classify M --on table.csv"),
+    "labels": Row("--labels x,y", LABELS, "labels", ["x", "y"], base="classify M --on emoji", returns=PICTURES),
+    "template": Row("--template {}s --template a{}", LABELS, "templates", ("{}s", "a{}"), base="classify M --on emoji",
+                    returns=PICTURES),
+    "picture": Row("--picture a.png", "keifu.commands.classify:write_atomic", "path", Path("a.png"),
+                   base="classify M --on table.csv"),
+    "cut": Row("--cut", JUDGED, "cut"),
+    "json": Row("--json", STDOUT, lambda text: text.startswith("{}"), base="classify M --on table.csv"),
+}, {"keifu.commands.classify:_load": JUDGE, JUDGED: torch.ones(1, 2), EXAMPLES: SimpleNamespace(classes=["a"], rows=[]),
+    "keifu.data.classification.input_formats:examples_of": SimpleNamespace(rows=[])})  # fmt: skip
+
+TRANSLATED, TRANSLATOR = "keifu.generation.text.translation:translate_texts", "keifu.commands.translate:load_translator"
+translate = Table("translate M Hi", {
+    "MODEL": Row("", TRANSLATOR, "name", "other", base="translate other Hi"),
+    "TEXT": Row("", TRANSLATED, "texts", ["Ho"], base="translate M Ho"),
+    "file": Row("--file text.txt", TRANSLATED, "texts", ["one"], base="translate M"),
+    "beam": Row("--beam 7", TRANSLATED, "settings.beam", 7),
+    "alpha": Row("--alpha 0.25", TRANSLATED, "settings.alpha", 0.25),
+    "max-tokens": Row("--max-tokens 7", TRANSLATED, "settings.max_tokens", 7),
+    "batch-size": Row("--batch-size 7", TRANSLATED, "settings.batch_size", 7),
+    "json": Row("--json", STDOUT, lambda text: text.startswith('{"source": "Hi"')),
+    "weights": Row("--weights int8", TRANSLATOR, "weights", "int8"),
+}, {TRANSLATOR: (None, None), TRANSLATED: [[]]})  # fmt: skip
+
+JUDGEMENTS = "keifu.evaluation.pairwise:Judgements"
+MODELS = "keifu.recipes.assistant.common:open_model"
+WRITTEN = "keifu.generation.text.generate:generate_batch"
+compare = Table("compare A B --prompts prompts.jsonl", {
+    "A": Row("", JUDGEMENTS, "about.A", "other", base="compare other B --prompts one.jsonl"),
+    "B": Row("", MODELS, "name", "other", base="compare A other --prompts prompts.jsonl"),
+    "prompts": Row("", WRITTEN, lambda a: len(a.prompts), 1, base="compare A B --prompts one.jsonl"),
+    "out": Row("--out there", JUDGEMENTS, "0", Path("there")),
+    "by": Row("--by reward", "keifu.commands.compare:by_reward", "name", "reward"),
+    "limit": Row("--limit 1", WRITTEN, lambda a: len(a.prompts), 1),
+    "json": Row("--json", STDOUT, lambda text: text.startswith("{")),
+    **sampling(WRITTEN, "samplings.0"),
+    "seed": Row("--seed 7", "keifu.commands.compare:by_hand", "seed", 7),
+}, {MODELS: (None, SimpleNamespace(render_chat=lambda _: [1])),
+    WRITTEN: lambda *a: [SimpleNamespace(text="same")] * len(a[2])})  # fmt: skip
+
+REQUEST = "keifu.commands.evaluate:EvalRequest"
+TASK = SimpleNamespace(
+    OPTIONS={name for name in vars(EvalOptions)["__dataclass_fields__"]} | {"clip", "judge", "lora", "output"},
+    ABOUT="x", evaluate=lambda *_: SimpleNamespace(figures={"f": 1}, tables={}, notes=(), picture=b"x", items=None),
+)  # fmt: skip
+EVALUATED = {
+    "limit": 7, "shots": 7, "by-shots": (0, 7), "seed": 7, "metric": "m", "guidance": 0.5, "sampler": "s", "steps": 7,
+    "reverse": True, "by-length": True, "language": "ja", "beam": 7, "alpha": 0.25, "batch-size": 7, "text-field": "b",
+    "source-field": "b", "target-field": "b", "encoding": "cp932",
+}  # fmt: skip
+
+
+def evaluated() -> dict[str, Row]:
+    """The rows of the options of all evaluations."""
+    rows = {}
+    for name, value in EVALUATED.items():
+        typed = " ".join(map(str, value)) if isinstance(value, tuple) else "" if value is True else str(value)
+        rows[name] = Row(f"--{name} {typed}", REQUEST, f"{name.replace('-', '_')}", value)
+    return rows
+
+
+evaluate = Table("evaluate M --on x", {
+    "MODEL": Row("", "keifu.checkpoints:load", "0", "other", base="evaluate other --on x"),
+    "on": Row("", REQUEST, "on", "y", base="evaluate M --on y"),
+    "clip": Row("--clip C", REQUEST, "towers", ("model", "C")),
+    "judge": Row("--judge J", REQUEST, "judge", "model"),
+    "lora": Row("--lora L", "keifu.checkpoints.lora.diffusion:apply_lora", "1", "L"),
+    "output": Row("--output a.png", "keifu.files:write_atomic", "path", Path("a.png")),
+    "json": Row("--json", STDOUT, lambda text: text.startswith("{")),
+    "weights": Row("--weights int8", "keifu.checkpoints:load", "weights", "int8"),
+    **evaluated(),
+}, {"keifu.commands.evaluate:check_known": None, "keifu.commands.evaluate:select_task": TASK,
+    "keifu.checkpoints:load": lambda name, **_: ("model", name), "keifu.checkpoints.hub:locate": Path(),
+    "keifu.commands.evaluate:select_lora": SimpleNamespace(place="L", scale=1.0)})  # fmt: skip
+
+ENGINE = "keifu.generation.text.engine:Engine"
+bench = Table("bench M", {
+    "MODEL": Row("", "keifu.checkpoints:load_model", "0", "other", base="bench other"),
+    "weights": Row("--weights int8", "keifu.checkpoints:load_model", "weights", "int8"),
+    "streams": Row("--streams 7", ENGINE, "max_running", 7),
+    "prompt": Row("--prompt 7", "keifu.commands.bench:_check_room", "longest", 7 + 128 + 1),
+    "tokens": Row("--tokens 7", "keifu.commands.bench:_check_room", "longest", 512 + 7 + 1),
+    "threads": Row("--threads 1", "keifu.native.library:use_threads", "0", 1),
+    "json": Row("--json", STDOUT, lambda text: text.startswith("{")),
+}, {"keifu.checkpoints:load_model": SimpleNamespace(config=SimpleNamespace(context_length=999)), ENGINE: None,
+    "keifu.generation.text.model:text_model": lambda model: model, "keifu.generation.text.model:device_of": "cpu",
+    "keifu.commands.bench:_check_room": None, "keifu.commands.bench:_speeds": {"decode": 1},
+    "keifu.commands.bench:_memory": {}, "keifu.commands.bench:_told": "told"})  # fmt: skip
+
+CONVERTED = "keifu.checkpoints:convert"
+convert = Table("convert M out", {
+    "MODEL": Row("", CONVERTED, "0", "other", base="convert other out"),
+    "OUT": Row("", CONVERTED, "1", Path("other"), base="convert M other"),
+    "to": Row("--to gguf", CONVERTED, "2", "gguf"),
+    "dtype": Row("--dtype f16", CONVERTED, "3", "f16"),
+    "replace": Row("--replace", CONVERTED, "1", Path("text.txt"), base="convert M text.txt"),
+})  # fmt: skip
+
+inspect = Table("inspect M", {
+    "MODEL": Row("", "keifu.checkpoints:inspect", "0", "other", base="inspect other"),
+    "json": Row("--json", STDOUT, lambda text: text.startswith("{")),
+}, {"keifu.checkpoints:inspect": SimpleNamespace(as_dict=dict)})  # fmt: skip
+
+READ, SHARDS = "keifu.data.images.dataset:read_images", "keifu.data.text.prepared:prepare_files"
+TOKENIZER, SHEET = "keifu.data.tokenizers.load:load_tokenizer", "keifu.data.images.grid:grid"
+PREPARE = "data prepare text.txt -o made"
+CLEARED = "keifu.data.catalogue.catalogue:remove"
+
+
+class Drawings:
+    """A set of pictures that says which part of it was taken."""
+
+    def __init__(self, part: str):
+        self.part, self.captions, self.classes, self.labels, self.source = part, ["a"], (), (), "x"
+        self.notes = self.faults = ()
+
+    def __len__(self) -> int:
+        return 9
+
+    def sentence(self) -> str:
+        return ""
+
+    def spread(self, count: int) -> "Drawings":
+        return Drawings(f"{self.part} {count}")
+
+    def texts(self, language: str | None) -> list[str]:
+        return [str(language)]
+
+    def take(self, _: object) -> str:
+        return self.part
+
+
+PARTS = SimpleNamespace(train=Drawings("train"), validation=Drawings("validation"), test=Drawings("test"), sentence=str)
+data = Table("data show pictures -o sheet.png", {
+    "ACTION": Row("", TOKENIZER, base="data check text.txt"),
+    "NAME": Row("", READ, "source", "other", base="data show other -o sheet.png"),
+    "tokenizer": Row("--tokenizer t", TOKENIZER, "path", "t", base="data check text.txt"),
+    "text-field": Row("--text-field body", SHARDS, "form.field", "body", base=PREPARE),
+    "encoding": Row("--encoding cp932", SHARDS, "form.encoding", "cp932", base=PREPARE),
+    "yes": Row("--yes", CLEARED, base="data clear", returns={
+        "keifu.data.catalogue.catalogue:of_name": [SimpleNamespace(size=1, names=("x",))], "builtins:input": "n"}),
+    "json": Row("--json", STDOUT, lambda text: text.startswith("{"), base="data check text.txt", returns={
+        TOKENIZER: None, "keifu.data.text.dataset_report:check_dataset": SimpleNamespace(to_json=dict, documents=1)}),
+    "output": Row("-o other.png", "keifu.files:write_atomic", "path", Path("other.png"), base="data show pictures"),
+    "rank": Row("--rank 1", SHARDS, "rank", 1, base=f"{PREPARE} --of 2"),
+    "of": Row("--of 7", SHARDS, "of", 7, base=PREPARE),
+    "count": Row("--count 7", SHEET, "0", "all 7"),
+    "part": Row("--part test", SHEET, "0", "test 64"),
+    "language": Row("--language ja", SHEET, "1", ["ja"]),
+    "size": Row("--size 7", READ, "size", 7),
+    "channels": Row("--channels 1", READ, "channels", 1),
+    "fit": Row("--fit pad", READ, "fit", "pad"),
+    "leave-out": Row("--leave-out", READ, "leave_out"),
+}, {READ: Drawings("all"), "keifu.data.images.splits:split": PARTS, TOKENIZER: None, SHEET: b""})  # fmt: skip
+
+APP, LIMITS = "keifu.serving.app:application", "keifu.serving.worker:Limits"
+SERVED = "keifu.serving.models:ServedModels"
+serve = Table("serve M", {
+    "MODEL ...": Row("other", SERVED, "0", ("M", "other")),
+    "host": Row("--host ::1", "keifu.serving.server:Address", "host", "::1"),
+    "port": Row("--port 7", "keifu.serving.server:Address", "port", 7),
+    "socket": Row("--socket s", "keifu.serving.server:Address", "path", Path("s")),
+    "memory": Row("--memory 7K", SERVED, "3", 7168),
+    "cache": Row("--cache 7K", LIMITS, "cache", 7168),
+    "slots": Row("--slots 7", LIMITS, "slots", 7),
+    "queue": Row("--queue 7", LIMITS, "queue", 7),
+    "timeout": Row("--timeout 7", LIMITS, "timeout", 7.0),
+    "max-body": Row("--max-body 7K", APP, "access.body", 7168),
+    "api-key": Row("--api-key k", APP, "access.keys", ("k",)),
+    "api-key-file": Row("--api-key-file text.txt", APP, "access.keys", ("one",)),
+    "cors": Row("--cors http://a", APP, "access.origins", ("http://a",)),
+    "access-log": Row("--no-access-log", "keifu.serving.server:serve", "access_log", False, returns={APP: None}),
+    "weights": Row("--weights int8", SERVED, "4", "int8"),
+}, {SERVED: SimpleNamespace(descriptions={})})  # fmt: skip
+
+DRAWING, RECORD = "command_wiring:passed", "keifu.generation.images.png_metadata:ImageRecord"
+OPENED, BEST = "keifu.commands.draw:load", "keifu.commands.shared.drawing:best_of"
+DRAWN = {"negative": "n", "truncate": True, "guidance-rescale": 0.5, "tile": 7, "towards": "t",
+         "prior-steps": 7, "prior-guidance": 0.5, "candidates": 7, "upsampling-steps": 7, "eta": 0.5,
+         "spacing": "trailing", "karras": True, "sampler": "euler", "steps": 7, "seed": 7, "guidance": 0.5}  # fmt: skip
+
+
+class Painter:
+    """A model that draws."""
+
+    usual_sampler, usual_guidance, pixels = "ddim", 1.0, True
+
+    def label(self, name: str) -> int:
+        return 10 * int(name)
+
+    def resolved(self, request: object) -> object:
+        return command_wiring.passed(request)
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+@dataclass
+class Recorded:
+    """What is written into a picture."""
+
+    count: int = 1
+    drawing: Any = field(default_factory=lambda: SimpleNamespace(seed=1))
+    number: int | None = None
+    kept: tuple[int, ...] = ()
+
+
+
+
+def drawn() -> dict[str, Row]:
+    """The rows of the options that are settings of a drawing."""
+    words = {name: f"--{name}" if value is True else f"--{name} {value}" for name, value in DRAWN.items()}
+    return {name: Row(words[name], DRAWING, f"value.{name.replace('-', '_')}", value) for name, value in DRAWN.items()}
+
+
+draw = Table("draw M text", {
+    "MODEL": Row("", "keifu.checkpoints.loading:planned", "name", "other", base="draw other text"),
+    "TEXT": Row("", DRAWING, "value.text", "other", base="draw M other"),
+    "out": Row("-o other.png", "keifu.commands.draw:write_atomic", "path", Path("other.png"),
+               returns={RECORD: Recorded()}),
+    "label": Row("--label 3", DRAWING, "value.label", 30),
+    "size": Row("--size 8x16", DRAWING, "value.size", (16, 8)),
+    "init": Row("--init a.png", DRAWING, lambda a: Path(a.value.init.place).name, "a.png"),
+    "mask": Row("--mask a.png", DRAWING, lambda a: Path(a.value.mask.place).name, "a.png",
+                base="draw M text --init a.png"),
+    "strength": Row("--strength 0.5", DRAWING, "value.strength", 0.5, base="draw M text --init a.png"),
+    "lora": Row("--lora L --lora K", OPENED, "loras", ("LoRA L", "LoRA K")),
+    "dtype": Row("--dtype bf16", OPENED, "dtype", "bf16"),
+    "count": Row("--count 7", RECORD, "count", 7),
+    "batch-size": Row("--batch-size 2", RECORD, "batch_size", 2, base="draw M text --count 5"),
+    "best-of": Row("--best-of 7", RECORD, "count", 7, base="draw M text --clip C"),
+    "clip": Row("--clip C", BEST, "clip", "C", base="draw M text --best-of 7", returns={RECORD: Recorded()}),
+    "strip": Row("--strip s.png", "keifu.commands.draw:draw_images", "states", [], returns={RECORD: Recorded()}),
+    "again": Row("--again text.txt", "keifu.generation.images.png_metadata:read_record", "path", Path("text.txt"),
+                 base="draw"),
+    **drawn(),
+}, {"keifu.checkpoints.loading:planned": "plan", OPENED: lambda *_: Painter(), "keifu.commands.draw:usual_dtype": None,
+    "keifu.commands.draw:select_lora": "LoRA {}".format, "keifu.commands.shared.drawing:check": None,
+    "keifu.commands.draw:draw_images": torch.zeros(7, 3, 2, 2), "keifu.commands.draw:png": b""})  # fmt: skip
+
+PLANNED = "keifu.training.hardware.plan:plan"
+plan = Table("plan gpt2", {
+    "MODEL": Row("", "keifu.commands.plan:architecture", lambda a: a.size.name, "gpt2-xl", base="plan gpt2-xl"),
+    "devices": Row("--devices 7xA100-80G", PLANNED, "1", 7),
+    "tokens": Row("--tokens 7B", "keifu.commands.plan:_training", "tokens", 7e9, returns={PLANNED: None}),
+    "batch": Row("--batch 7M", PLANNED, "3", 7e6),
+    "context-length": Row("--context-length 7", "keifu.commands.plan:architecture", "context_length", 7),
+    "inference": Row("--inference", "keifu.training.hardware.plan:inference"),
+})  # fmt: skip
+
+lineage = Table("lineage", {
+    "NAME": Row("gpt2", STDOUT, lambda text: "GPT-2" in text and "perceptron" not in text),
+    "output": Row("-o page.html", "keifu.commands.lineage:write_atomic", "path", Path("page.html")),
+})  # fmt: skip
+models = Table("models", {"NAME": Row("gpt2", STDOUT, lambda text: "gpt2-xl" in text and "llama" not in text)})
+completion = Table("completion bash", {
+    "bash|zsh|fish": Row("", "keifu.commands.completion:script", "shell", "fish", base="completion fish")
+})  # fmt: skip
+
+
+def tables() -> dict[str, Table]:
+    """All tables, by their commands."""
+    return {name: table for name, table in globals().items() if isinstance(table, Table)}
+
+
+@pytest.fixture(autouse=True)
+def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("one\n")
+    Image.new("RGB", (8, 8), "white").save("a.png")
+    Path("prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    Path("one.jsonl").write_text('{"prompt": "a"}\n')
+
+
+def names(command: str) -> set[str]:
+    """The options of a command as they are typed, without the dashes; of positional arguments, what stands for them."""
+    kind = import_module(f"keifu.commands.{command}").Options
+    found = set[str]()
+    for argument in arguments_of(kind):
+        long = [name.removeprefix("--").replace("[no-]", "") for name in argument.names if name.startswith("--")]
+        found.add(long[0] if long else argument.spelled.strip("[]"))
+    return found - {"help"}
+
+
+@pytest.mark.parametrize("command", sorted(tables()))
+def test_every_option_of_a_command_has_a_row(command: str) -> None:
+    kind = import_module(f"keifu.commands.{command}").Options
+    rows = {*tables()[command].rows, *(on_device() if issubclass(kind, OnDevice) else ())}
+    assert names(command) == rows, f"give each option of keifu {command} a row in {Path(__file__).name}"
+
+
+def test_every_command_has_a_table() -> None:
+    assert tables().keys() == VERBS.keys() - {*WITHOUT}
+
+
+@pytest.mark.parametrize("option", on_device())
+@pytest.mark.parametrize("command", sorted(tables()))
+def test_an_option_of_all_models_reaches_what_uses_it(command: str, option: str, capsys) -> None:
+    if issubclass(import_module(f"keifu.commands.{command}").Options, OnDevice):
+        row, base = on_device()[option], tables()[command].base.split()
+        assert reached([*base, *row.words.split()], row, {}, capsys) == row.expected
+        assert reached(base, row, {}, capsys) != row.expected
+
+
+CASES = [(command, option) for command, table in tables().items() for option in table.rows]
+
+
+@pytest.mark.parametrize(("command", "option"), CASES, ids=["-".join(case) for case in CASES])
+def test_an_option_reaches_what_uses_it(command: str, option: str, capsys: pytest.CaptureFixture) -> None:
+    table, row = tables()[command], tables()[command].rows[option]
+    base = (row.base or table.base).split()
+    found = reached([*base, *row.words.split()], row, table.returns, capsys)
+    assert found == row.expected, f"keifu {' '.join(base)} {row.words}"
+    before = None
+    shutil.rmtree("runs", ignore_errors=True)
+    with suppress(Exception):
+        before = reached((row.base or table.base if row.words else table.base).split(), row, table.returns, capsys)
+    assert before != row.expected, "the value is also reached without the option"
