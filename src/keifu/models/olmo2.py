@@ -51,10 +51,11 @@ def build(config: Config) -> DecoderLM:
 
     The paper draws every weight from N(0, 0.02²) and does not scale the residual projections (section 3.3).
     """
-    return llama.assemble(config, partial(_attention, config), block=ReorderedNorm, norm=FullPrecisionRMSNorm)
+    return llama.assemble(config, partial(attention, config), block=ReorderedNorm, norm=FullPrecisionRMSNorm)
 
 
-def _attention(config: Config, layer: int) -> Attention:
+def attention(config: Any, layer: int) -> Attention:
+    """Build the attention of a layer, whose queries and keys are normalised over all heads together."""
     head_dim = config.dim // config.n_heads
     n_kv_heads = config.n_kv_heads or config.n_heads
     return Attention(

@@ -58,7 +58,8 @@ def build(config: Config) -> DecoderLM:
     return llama.assemble(config, partial(_attention, config))
 
 
-def _attention(config: Config, layer: int) -> Attention:
+def attention(config: Any, window: int | None, layer: int) -> Attention:
+    """Build the attention of a layer with this window, whose queries and keys are normalised in each head."""
     norm = partial(RMSNorm, config.head_dim, config.norm_eps)
     return Attention(
         config.dim,
@@ -66,11 +67,15 @@ def _attention(config: Config, layer: int) -> Attention:
         config.n_kv_heads,
         config.head_dim,
         bias=config.attention_bias,
-        window=config.sliding_window if layer >= config.first_window_layer else None,
+        window=window,
         dropout=config.dropout,
         rotary=Rotary(config.head_dim, config.rope_theta, config.rope_scaling),
         qk_norm=(norm(), norm()),
     )
+
+
+def _attention(config: Config, layer: int) -> Attention:
+    return attention(config, config.sliding_window if layer >= config.first_window_layer else None, layer)
 
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES | {

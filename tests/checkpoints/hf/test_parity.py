@@ -95,6 +95,25 @@ CASES = {
         **SIZES | {"num_key_value_heads": 4}, attention_bias=True, tie_word_embeddings=True, rms_norm_eps=0.1,
         rope_parameters={"rope_type": "linear", "rope_theta": 20_000.0, "factor": 2.5}, hidden_act="gelu",
     ),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES | {"intermediate_size": 44}, num_local_experts=5),
+    "mixtral-one-expert-window-tied": lambda: transformers.MixtralConfig(
+        **SIZES | {"intermediate_size": 44}, num_local_experts=3, num_experts_per_tok=1, sliding_window=7, head_dim=10,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=10, num_experts=7, num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True
+    ),
+    "qwen3-moe-dense-layers": lambda: transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[1],
+        attention_bias=True, use_sliding_window=True, sliding_window=5,
+    ),
+    "olmoe": lambda: transformers.OlmoeConfig(
+        **SIZES | {"intermediate_size": 20}, num_experts=6, num_experts_per_tok=3
+    ),
+    "olmoe-normalised-biased": lambda: transformers.OlmoeConfig(
+        **SIZES | {"intermediate_size": 20}, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True,
+        attention_bias=True,
+    ),
     "linear": lambda: rope("linear", factor=2.5),
     "dynamic": lambda: rope("dynamic", factor=3.0),
     "yarn": lambda: rope("yarn", factor=4.0, original_max_position_embeddings=16),

@@ -1,0 +1,148 @@
+"""Mixture of experts: a router sends each token to a few of many feed-forward networks (Shazeer et al., 2017).
+
+Axes: tokens = batch · length, dim, experts, k = experts of one token.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.linear import Linear
+
+Tokens = Float[Tensor, "tokens dim"]
+
+
+class Routing(NamedTuple):
+    """Choice of a router: the experts of each token, their weights, and the scores of all experts, which sum to 1."""
+
+    weights: Float[Tensor, "tokens k"]
+    experts: Int[Tensor, "tokens k"]
+    scores: Float[Tensor, "tokens experts"]
+
+
+class SoftmaxRouter(nn.Module):
+    """Router that takes the k highest of a softmax (Shazeer et al., 2017; Mixtral, Qwen3-MoE, OLMoE, gpt-oss).
+
+    normalised: the weights of a token are divided by their sum.
+    """
+
+    def __init__(self, dim: int, n_experts: int, k: int, normalised: bool = True, bias: bool = False):
+        super().__init__()
+        _check_counts(n_experts, k)
+        self.n_experts, self.k, self.normalised = n_experts, k, normalised
+        self.gate = Linear(dim, n_experts, bias)
+
+    def forward(self, x: Tokens) -> Routing:
+        """Choose the experts of each token. The softmax is computed in float32."""
+        scores = self.gate(x).float().softmax(-1)
+        weights, experts = scores.topk(self.k, -1)
+        if self.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return Routing(weights, experts, scores)
+
+
+class GroupedSigmoidRouter(nn.Module):
+    """Router of DeepSeek-V3 (2024, section 2.1.2): sigmoid scores, a correction for the choice alone, and groups.
+
+    Experts are chosen within the `k_groups` groups whose two best corrected scores have the highest sum. The correction
+    changes which experts are chosen; the weights are the uncorrected scores, times `scale`.
+    """
+
+    def __init__(
+        self, dim: int, n_experts: int, k: int, n_groups: int = 1, k_groups: int = 1, normalised: bool = True,
+        scale: float = 1.0,
+    ):  # fmt: skip
+        super().__init__()
+        _check_counts(n_experts, k)
+        if n_experts % n_groups or not 1 <= k_groups <= n_groups:
+            raise UserError(f"{n_experts} experts cannot be in {n_groups} groups of which {k_groups} are chosen.")
+        self.n_experts, self.k, self.normalised, self.scale = n_experts, k, normalised, scale
+        self.n_groups, self.k_groups = n_groups, k_groups
+        self.gate = Linear(dim, n_experts, bias=False)
+        self.register_buffer("correction", torch.zeros(n_experts))
+        self.correction: Tensor
+
+    def forward(self, x: Tokens) -> Routing:
+        """Choose the experts of each token. The scores are computed in float32."""
+        scores = nn.functional.linear(x.float(), self.gate.weight.float()).sigmoid()
+        corrected = (scores + self.correction).unflatten(-1, (self.n_groups, -1))
+        best = corrected.topk(min(2, corrected.shape[-1]), -1).values.sum(-1)
+        chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(self.k_groups, -1).indices, True)
+        experts = corrected.masked_fill(~chosen[..., None], -torch.inf).flatten(-2).topk(self.k, -1).indices
+        weights = scores.gather(-1, experts)
+        if self.normalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(weights * self.scale, experts, scores / scores.sum(-1, keepdim=True))
+
+    @torch.no_grad()
+    def balance_(self, load: Int[Tensor, " experts"], rate: float = 1e-3) -> None:
+        """Raise the correction of experts below the mean load and lower that of the others (Wang et al., 2024)."""
+        load = load.to(self.correction)
+        self.correction += rate * (load.mean() - load).sign()
+
+
+def _check_counts(n_experts: int, k: int) -> None:
+    if not 1 <= k <= n_experts:
+        raise UserError(f"{k} experts of a token cannot be chosen from {n_experts}: choose 1 to {n_experts}.")
+
+
+class MixtureOfExperts(nn.Module):
+    """Feed-forward network made of a router, its experts, and experts that every token uses (`shared`).
+
+    In training, `routing` is the routing of the last forward pass, for `balancing_loss`, and `load` counts the tokens
+    of each expert since `load` was last set to None.
+    """
+
+    def __init__(self, router: nn.Module, experts: Sequence[nn.Module], shared: nn.Module | None = None):
+        super().__init__()
+        self.router, self.experts, self.shared = router, nn.ModuleList(experts), shared
+        self.routing: Routing | None = None
+        self.load: Tensor | None = None
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        tokens = x.reshape(-1, x.shape[-1])
+        routing: Routing = self.router(tokens)
+        counts = routing.experts.flatten().bincount(minlength=len(self.experts))
+        if self.training:
+            self.routing = routing
+            self.load = counts if self.load is None else self.load + counts
+        outputs = self._outputs(tokens, routing.experts, counts)
+        y = (outputs * routing.weights[..., None].to(x.dtype)).sum(1).view(x.shape)
+        return y if self.shared is None else y + self.shared(x)
+
+    def _outputs(
+        self, tokens: Tokens, experts: Int[Tensor, "tokens k"], counts: Int[Tensor, " experts"]
+    ) -> Float[Tensor, "tokens k dim"]:
+        """Return the output of each chosen expert. Tokens are sorted by expert, so that each expert runs once.
+
+        In training, experts without tokens run too: sharded training needs a gradient of every weight on every rank.
+        """
+        order = experts.flatten().argsort(stable=True)
+        parts = tokens[order // experts.shape[1]].split(counts.tolist())
+        used = [
+            expert(part)
+            for expert, part in zip(self.experts, parts, strict=True)
+            if len(part) or torch.is_grad_enabled()
+        ]
+        joined = torch.cat(used) if used else tokens[:0]
+        return torch.empty_like(joined).index_copy(0, order, joined).unflatten(0, experts.shape)
+
+    @property
+    def residual_weights(self) -> list[Tensor]:
+        """Return the matrices whose outputs are added to the residual stream."""
+        networks: list[Any] = [*self.experts, *([] if self.shared is None else [self.shared])]
+        return [weight for network in networks for weight in network.residual_weights]
+
+
+def balancing_loss(scores: Float[Tensor, "tokens experts"], experts: Int[Tensor, "tokens k"]) -> Float[Tensor, ""]:
+    """Return the balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6).
+
+    It is n_experts · Σ share of tokens · mean score over the experts: k when the load is even, and more when it is not.
+    """
+    n_experts = scores.shape[-1]
+    shares = experts.flatten().bincount(minlength=n_experts) / len(scores)
+    return n_experts * (shares.to(scores) * scores.mean(0)).sum()

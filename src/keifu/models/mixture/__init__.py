@@ -1,0 +1,1 @@
+"""Mixtures of experts: language models whose tokens use a part of the weights."""

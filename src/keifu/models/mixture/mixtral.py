@@ -1,0 +1,102 @@
+"""Mixtral (Jiang et al., 2024): Mistral's layers with eight feed-forward networks, of which each token uses two.
+
+New here: the first open model that matched dense models with five times as many active parameters. The mixture itself
+is older (Shazeer et al., 2017; Switch Transformers, Fedus et al., 2021).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import RopeScaling, Rotary
+from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import llama
+from keifu.models.hf import config as hf
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and settings of a model; the defaults are Mixtral 8x7B. `hidden_dim` is that of one expert."""
+
+    vocab_size: int = 32_000
+    context_length: int = 32_768
+    dim: int = 4096
+    hidden_dim: int = 14_336
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 8
+    head_dim: int | None = None  # dim / n_heads
+    n_experts: int = 8
+    n_experts_per_token: int = 2
+    balancing: float = 0.02  # coefficient of the balancing loss
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    activation: str = "silu"
+    sliding_window: int | None = None  # a token attends to this many, itself included
+    tied: bool = False
+    dropout: float = 0.0
+
+
+SIZES = {
+    "mixtral-8x7b": Config(),
+    "mixtral-8x22b": Config(
+        vocab_size=32_768, context_length=65_536, dim=6144, hidden_dim=16_384, n_layers=56, n_heads=48, balancing=0.001
+    ),
+}
+PAPER_PARAMETERS = {"mixtral-8x7b": 46.7e9, "mixtral-8x22b": 141e9}
+
+
+def build(config: Config) -> DecoderLM:
+    """Build a model; it is initialised as LLaMA is here, since the paper does not print its initialisation."""
+    return llama.assemble(config, partial(_attention, config), partial(_feedforward, config))
+
+
+def _attention(config: Config, layer: int) -> Attention:
+    return Attention(
+        config.dim,
+        config.n_heads,
+        config.n_kv_heads,
+        config.head_dim,
+        bias=False,
+        window=config.sliding_window,
+        dropout=config.dropout,
+        rotary=Rotary(config.head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling),
+    )
+
+
+def _feedforward(config: Config, layer: int) -> MixtureOfExperts:
+    router = SoftmaxRouter(config.dim, config.n_experts, config.n_experts_per_token)
+    return MixtureOfExperts(router, [llama.gated(config, layer) for _ in range(config.n_experts)])
+
+
+DENSE_NAMES = {ours: theirs for ours, theirs in llama.WEIGHT_NAMES.items() if ".feedforward." not in ours}
+WEIGHT_NAMES = DENSE_NAMES | {
+    "blocks.*.feedforward.router.gate": "model.layers.*.block_sparse_moe.gate",
+    "blocks.*.feedforward.experts.*.gate_up": "model.layers.*.block_sparse_moe.experts.*.[w1,w3]",
+    "blocks.*.feedforward.experts.*.down": "model.layers.*.block_sparse_moe.experts.*.w2",
+}
+PREFIX = "model."
+MODEL_TYPES = {"mixtral": "MixtralForCausalLM"}
+UNSUPPORTED = {"router_jitter_noise": 0.0}
+
+FIELDS: hf.Fields = llama.FIELDS | {
+    "n_kv_heads": hf.Field("num_key_value_heads", 8),
+    "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
+    "n_experts": hf.Field("num_local_experts", 8),
+    "n_experts_per_token": hf.Field("num_experts_per_tok", 2),
+    "balancing": hf.Field("router_aux_loss_coef", 0.001, float),
+    "sliding_window": hf.Field("sliding_window", None),
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of a Hugging Face config.json of model_type mixtral."""
+    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json, default_theta=1e6))
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+    return hf.write(config, MODEL_TYPES, FIELDS) | hf.write_rope(config.rope_theta, config.rope_scaling)

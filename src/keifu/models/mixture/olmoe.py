@@ -1,0 +1,83 @@
+"""OLMoE (Muennighoff et al., 2024): 64 small feed-forward networks, of which each token uses eight; all of the data,
+code and records of its training are public.
+
+Queries and keys are normalised over all heads together. The weights of a token's experts are not normalised.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from keifu.layers.attention.positions import RopeScaling
+from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import llama, olmo2
+from keifu.models.hf import config as hf
+from keifu.models.mixture import mixtral, qwen3_moe
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and settings of a model; the defaults are OLMoE-1B-7B. `hidden_dim` is that of one expert."""
+
+    vocab_size: int = 50_304
+    context_length: int = 4096
+    dim: int = 2048
+    hidden_dim: int = 1024
+    n_layers: int = 16
+    n_heads: int = 16
+    n_kv_heads: int | None = None  # as many as n_heads
+    n_experts: int = 64
+    n_experts_per_token: int = 8
+    normalised: bool = False  # the weights of a token's experts sum to 1
+    balancing: float = 0.01  # coefficient of the balancing loss
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    activation: str = "silu"
+    attention_bias: bool = False
+    tied: bool = False
+    dropout: float = 0.0
+
+
+SIZES = {"olmoe-1b-7b": Config()}
+PAPER_PARAMETERS = {"olmoe-1b-7b": 6.92e9}
+
+
+def build(config: Config) -> DecoderLM:
+    """Build a model; it is initialised as LLaMA is here."""
+    return llama.assemble(config, partial(olmo2.attention, config), partial(_feedforward, config))
+
+
+def _feedforward(config: Config, layer: int) -> MixtureOfExperts:
+    router = SoftmaxRouter(config.dim, config.n_experts, config.n_experts_per_token, config.normalised)
+    return MixtureOfExperts(router, [llama.gated(config, layer) for _ in range(config.n_experts)])
+
+
+WEIGHT_NAMES = mixtral.DENSE_NAMES | qwen3_moe.EXPERT_NAMES | {
+    f"blocks.*.attention.{part}_norm": f"model.layers.*.self_attn.{part}_norm" for part in "qk"
+}  # fmt: skip
+PREFIX = "model."
+MODEL_TYPES = {"olmoe": "OlmoeForCausalLM"}
+UNSUPPORTED = {"clip_qkv": None}
+
+FIELDS: hf.Fields = olmo2.FIELDS | {
+    "n_experts": hf.Field("num_experts", 64),
+    "n_experts_per_token": hf.Field("num_experts_per_tok", 8),
+    "normalised": hf.Field("norm_topk_prob", False),
+    "balancing": hf.Field("router_aux_loss_coef", 0.01, float),
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of a Hugging Face config.json of model_type olmoe."""
+    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+    return {
+        "num_key_value_heads": config.n_heads,  # where the Config leaves it to the default
+        **hf.write(config, MODEL_TYPES, FIELDS),
+        **hf.write_rope(config.rope_theta, config.rope_scaling),
+    }
