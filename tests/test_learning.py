@@ -33,6 +33,7 @@ from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
+from keifu.models.mixture import mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
@@ -56,6 +57,14 @@ LANGUAGE_MODELS = {
     "qwen2": (llama, llama.Config(**SMALL, qkv_bias=True)),
     "qwen3": (qwen3, qwen3.Config(**SMALL, n_kv_heads=2, head_dim=16)),
     "gemma3": (gemma3, gemma3.Config(**SMALL, n_kv_heads=1, head_dim=16, sliding_window=5, global_layers=(1,))),
+    "mixtral": (mixtral, mixtral.Config(**SMALL, n_kv_heads=2, n_experts=3)),
+    "qwen3-moe": (
+        qwen3_moe,
+        qwen3_moe.Config(
+            **SMALL, n_kv_heads=2, head_dim=16, expert_dim=24, n_experts=6, n_experts_per_token=3, dense_layers=(1,)
+        ),
+    ),
+    "olmoe": (olmoe, olmoe.Config(**SMALL | {"hidden_dim": 24}, n_experts=6, n_experts_per_token=3)),
     "olmo2": (olmo2, olmo2.Config(**SMALL, n_kv_heads=2)),
 }
 

@@ -59,6 +59,7 @@ from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
+from keifu.models.mixture import mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
@@ -97,6 +98,13 @@ WRITERS = {
     "palm": lambda: palm.build(palm.Config(**SMALL, head_dim=6)),
     "llama": lambda: llama.build(llama.Config(**SMALL, n_kv_heads=2)),
     "qwen3": lambda: qwen3.build(qwen3.Config(**SMALL, n_kv_heads=2, head_dim=8)),
+    "mixtral": lambda: mixtral.build(mixtral.Config(**SMALL, n_kv_heads=2, n_experts=3)),
+    "qwen3-moe": lambda: qwen3_moe.build(
+        qwen3_moe.Config(
+            **SMALL, n_kv_heads=2, head_dim=8, expert_dim=12, n_experts=4, n_experts_per_token=2, dense_layers=(1,)
+        )
+    ),
+    "olmoe": lambda: olmoe.build(olmoe.Config(**SMALL, n_experts=4, n_experts_per_token=2)),
     "olmo2": lambda: olmo2.build(olmo2.Config(**SMALL, n_kv_heads=2)),
     "gemma3": lambda: gemma3.build(
         gemma3.Config(**SMALL, n_kv_heads=1, head_dim=8, sliding_window=5, global_layers=(1,))

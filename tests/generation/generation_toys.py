@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
+from keifu.models.mixture import mixtral
 
 SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 3}
 LLAMA = {**SIZE, "n_heads": 4, "head_dim": 6}
@@ -19,6 +20,7 @@ TOYS: dict[str, Callable[[], nn.Module]] = {
     "norms after sublayers and of all heads": lambda: olmo2.build(
         olmo2.Config(**SIZE | {"dim": 24}, n_heads=4, n_kv_heads=2)
     ),
+    "mixture of experts": lambda: mixtral.build(mixtral.Config(**LLAMA, n_kv_heads=2, n_experts=5)),
     "windows and global layers": lambda: gemma3.build(
         gemma3.Config(**LLAMA, n_kv_heads=2, sliding_window=5, global_layers=(1,))
     ),

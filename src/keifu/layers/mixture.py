@@ -3,7 +3,8 @@
 Axes: tokens = batch · length, dim, experts, k = experts of one token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,20 @@ class Routing(NamedTuple):
     weights: Float[Tensor, "tokens k"]
     experts: Int[Tensor, "tokens k"]
     scores: Float[Tensor, "tokens experts"]
+
+    @property
+    def load(self) -> Int[Tensor, " experts"]:
+        """Return the number of tokens of each expert."""
+        return self.experts.flatten().bincount(minlength=self.scores.shape[-1])
+
+    @property
+    def balancing_loss(self) -> Float[Tensor, ""]:
+        """Return the balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6).
+
+        It is n_experts · Σ share of tokens · mean score: k when the load is even, and more when it is not.
+        """
+        shares = self.load.to(self.scores) / len(self.scores)
+        return self.scores.shape[-1] * (shares * self.scores.mean(0)).sum()
 
 
 class SoftmaxRouter(nn.Module):
@@ -91,26 +106,21 @@ def _check_counts(n_experts: int, k: int) -> None:
 
 
 class MixtureOfExperts(nn.Module):
-    """Feed-forward network made of a router, its experts, and experts that every token uses (`shared`).
+    """Feed-forward network made of a router, its experts, and experts that every token uses (`shared`)."""
 
-    In training, `routing` is the routing of the last forward pass, for `balancing_loss`, and `load` counts the tokens
-    of each expert since `load` was last set to None.
-    """
-
-    def __init__(self, router: nn.Module, experts: Sequence[nn.Module], shared: nn.Module | None = None):
+    def __init__(
+        self,
+        router: SoftmaxRouter | GroupedSigmoidRouter,
+        experts: Sequence[nn.Module],
+        shared: nn.Module | None = None,
+    ):
         super().__init__()
         self.router, self.experts, self.shared = router, nn.ModuleList(experts), shared
-        self.routing: Routing | None = None
-        self.load: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         tokens = x.reshape(-1, x.shape[-1])
         routing: Routing = self.router(tokens)
-        counts = routing.experts.flatten().bincount(minlength=len(self.experts))
-        if self.training:
-            self.routing = routing
-            self.load = counts if self.load is None else self.load + counts
-        outputs = self._outputs(tokens, routing.experts, counts)
+        outputs = self._outputs(tokens, routing.experts, routing.load)
         y = (outputs * routing.weights[..., None].to(x.dtype)).sum(1).view(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
@@ -138,11 +148,23 @@ class MixtureOfExperts(nn.Module):
         return [weight for network in networks for weight in network.residual_weights]
 
 
-def balancing_loss(scores: Float[Tensor, "tokens experts"], experts: Int[Tensor, "tokens k"]) -> Float[Tensor, ""]:
-    """Return the balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6).
+def idle_parameters(model: nn.Module) -> int:
+    """Return how many parameters of a model one token does not use: those of the experts that are not chosen."""
+    idle = 0
+    for mixture in (module for module in model.modules() if isinstance(module, MixtureOfExperts)):
+        expert = sum(weight.numel() for weight in mixture.experts[0].parameters())
+        idle += (mixture.router.n_experts - mixture.router.k) * expert
+    return idle
 
-    It is n_experts · Σ share of tokens · mean score over the experts: k when the load is even, and more when it is not.
-    """
-    n_experts = scores.shape[-1]
-    shares = experts.flatten().bincount(minlength=n_experts) / len(scores)
-    return n_experts * (shares.to(scores) * scores.mean(0)).sum()
+
+@contextmanager
+def recorded_routing(model: nn.Module) -> Iterator[list[Routing]]:
+    """Collect the routing of every mixture in the forward passes inside the block, in the order of the layers."""
+    found: list[Routing] = []
+    routers = [module.router for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    handles = [router.register_forward_hook(lambda *call: found.append(call[-1])) for router in routers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -14,13 +14,16 @@ TABLE = Path(__file__).with_name("sizes.json")
 
 
 class Size(NamedTuple):
-    """A published size: the file of its model, its parameters (a shared tensor once), and the paper's number where it
-    gives one."""
+    """Published size: the file of its model, its parameters (a shared tensor once), and the paper's number, if any.
+
+    active: parameters that one token uses, if a mixture of experts leaves others idle; else None.
+    """
 
     name: str
     model: str
     parameters: int
     paper: float | None
+    active: int | None = None
 
 
 def published_sizes() -> list[Size]:
@@ -32,23 +35,30 @@ def count_sizes(models: Iterable[str]) -> list[Size]:
     """The table counted on models on the meta device."""
     found = {name: import_module(f"keifu.models.{name}") for name in models}
     return [
-        Size(size, name, count(module, config), vars(module).get("PAPER_PARAMETERS", {}).get(size))
+        Size(size, name, *_counts(module, config, vars(module).get("PAPER_PARAMETERS", {}).get(size)))
         for name, module in found.items()
         for size, config in module.SIZES.items()
     ]
 
 
 def count(module: Any, config: Any) -> int:
-    """The number of parameters of a size, from a model on the meta device."""
+    """Return the number of parameters of a size, from a model on the meta device."""
+    return _counts(module, config, None)[0]
+
+
+def _counts(module: Any, config: Any, paper: float | None) -> tuple[int, float | None, int | None]:
     from keifu.layers.meta import on_meta
+    from keifu.layers.mixture import idle_parameters
 
     with on_meta():
-        return sum(parameter.numel() for parameter in module.build(config).parameters())
+        model = module.build(config)
+    total, idle = sum(parameter.numel() for parameter in model.parameters()), idle_parameters(model)
+    return total, paper, total - idle if idle else None
 
 
 def write(models: Iterable[str]) -> None:
     """Counts again and writes the table, one line a size."""
-    rows = ",\n".join(json.dumps(row) for row in count_sizes(models))
+    rows = ",\n".join(json.dumps(row[:4] if row.active is None else row) for row in count_sizes(models))
     TABLE.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
 
 

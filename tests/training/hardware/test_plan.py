@@ -37,6 +37,14 @@ def test_a_plan_fits_its_devices(name: str, kind: str) -> None:
     assert 0 < made.utilisation < 1 and made.step > 0
 
 
+def test_a_mixture_computes_with_its_active_parameters_and_is_not_split() -> None:
+    """Mixtral 8x7B uses 12.9 B of 46.7 B parameters for a token (Jiang et al., 2024, section 2.1)."""
+    mixture = architecture(SIZES["mixtral-8x7b"])
+    assert mixture.active == pytest.approx(12.9e9, rel=0.002) and mixture.parameters == pytest.approx(46.7e9, rel=0.001)
+    assert mixture.flops - mixture.attention == 6 * mixture.active
+    assert planned("mixtral-8x7b", "64xH100-80G").layout.tensor == 1
+
+
 def test_more_devices_take_fewer_days_and_no_fewer_hours() -> None:
     few, many = planned("llama-7b", "64xA100-80G"), planned("llama-7b", "512xA100-80G")
     assert many.hours(1e12) / 512 < few.hours(1e12) / 64

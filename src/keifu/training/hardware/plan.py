@@ -83,6 +83,8 @@ class Architecture:
     heads: int
     vocab: int
     context: int
+    active: int | None = None  # parameters that one token uses; None: all
+    splits: bool = True  # over --mesh.tensor
 
     @property
     def attention(self) -> int:
@@ -92,7 +94,7 @@ class Architecture:
     @property
     def flops(self) -> int:
         """FLOPs a token, forward and backward, with attention."""
-        return 6 * self.parameters + self.attention
+        return 6 * (self.active or self.parameters) + self.attention
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int
 def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Iterator[Layout]:
     """Every layout of powers of two, or of what divides the devices, with at least a row for each group."""
     for tensor, checkpointing in product((1, 2, 4, 8, 16), (False, True)):
-        if tensor > kind.machine or devices % tensor or model.heads % tensor:
+        if tensor > kind.machine or devices % tensor or model.heads % tensor or (tensor > 1 and not model.splits):
             continue
         groups = devices // tensor
         rows = max(1, round(batch / model.context / groups))
@@ -259,7 +261,7 @@ def inference(model: Architecture, devices: int, kind: DeviceKind, context: int)
             f"{devices} x {kind.memory / 1e9:.0f} GB; take more devices."
         )
     read = (2 * model.parameters + batch * cache / 2) / (devices * kind.bandwidth * 0.8)  # caches are half full
-    products = 2 * model.parameters * batch / (devices * kind.flops * kind.products)
+    products = 2 * (model.active or model.parameters) * batch / (devices * kind.flops * kind.products)
     exchange = 2 * 2 * model.layers * batch * model.dim * 2 / (kind.link * LINKS) if devices > 1 else 0.0
     step = max(read, products) + exchange
     alone = 2 * model.parameters / (devices * kind.bandwidth * 0.8) + (4 * model.layers * 10e-6 if devices > 1 else 0)
