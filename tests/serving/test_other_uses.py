@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,66 @@ def test_packed_weights_write_text_and_the_whole_ones_are_looked_into(folder: Pa
         assert found["model"] == "base" and len(found["attention"]) == 2
         assert set(models.workers) == {"base", "base (inspection)"}
         assert [model.id for model in served.openai.models.list()] == ["base", "encoder"]
+
+
+def cut(form: str, share: float) -> bytes:
+    """An animation or a file of two pages that ends early."""
+    file = io.BytesIO()
+    frames = [Image.effect_noise((40, 40), 90), Image.effect_noise((40, 40), 90)]
+    frames[0].save(file, form, save_all=True, append_images=frames[1:])
+    return file.getvalue()[: int(len(file.getvalue()) * share)]
+
+
+def bomb() -> bytes:
+    """A JPEG of some hundred bytes whose header says 13,000 x 13,000 pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    content = bytearray(file.getvalue())
+    start = content.index(b"\xff\xc0") + 5
+    content[start : start + 4] = (13_000).to_bytes(2, "big") * 2
+    return bytes(content)
+
+
+CUT = [(form, share) for form in ("GIF", "TIFF") for share in (0.3, 0.6, 0.97)]
+
+
+@pytest.mark.parametrize("content", [bomb(), *(cut(*each) for each in CUT)], ids=["bomb", *map(str, CUT)])
+def test_damaged_and_huge_pictures_are_no_error_of_the_server(served: Any, content: bytes) -> None:
+    statuses = (400,) if content == bomb() else (200, 400)  # of a file that is cut, the first picture may be whole
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name in ("image", "mask"):
+        files = {"image": ("x.png", picture("L", 0)), name: ("y.bin", content)}
+        found = httpx.post(f"{served.url}/v1/images/edits", data={"model": "ddpm"}, files=files, timeout=30)
+        assert found.status_code in statuses, found.text
+    body = {"model": "clip", "images": [base64.b64encode(content).decode()], "texts": ["a cat"]}
+    found = served.post("/v1/match", body)
+    assert found.status_code in statuses, found.text
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+def test_a_picture_as_a_url_holds_the_same_picture(served: Any) -> None:
+    ask = {"model": "ddpm", "seed": 5, "steps": 2, "label": "dog"}
+    plain = served.post("/v1/images/generations", ask).json()["data"][0]
+    found = served.post("/v1/images/generations", {**ask, "response_format": "url"}).json()["data"][0]
+    assert found["url"] == f"data:image/png;base64,{plain['b64_json']}" and "b64_json" not in found
+
+
+def test_embeddings_of_ids_are_those_of_their_text(served: Any, folder: Path) -> None:
+    _, tokenizer = keifu.load(name_of(folder, "encoder"))
+    ids = tokenizer.encode_batch(TEXTS, special=True)
+    ask = served.openai.embeddings.create
+    expected = [each.embedding for each in ask(model="encoder", input=TEXTS).data]
+    found = ask(model="encoder", input=ids)
+    for each, own in zip(found.data, expected, strict=True):
+        assert each.embedding == pytest.approx(own, abs=1e-6)
+    assert found.usage.prompt_tokens == sum(map(len, ids))
+    assert ask(model="encoder", input=ids[0]).data[0].embedding == pytest.approx(expected[0], abs=1e-6)
+    with pytest.raises(openai.BadRequestError, match="input 1 has the token 9999, .*check_embedding_ctx_length=False"):
+        ask(model="encoder", input=[9999])
+    with pytest.raises(openai.BadRequestError, match="input 2 has 17 tokens; this model takes 16"):
+        ask(model="encoder", input=[ids[0], ids[0][:1] * 17])
+    with pytest.raises(openai.BadRequestError, match="keep its beginning with the field cut"):
+        ask(model="encoder", input="cat " * 30)
+    for wrong in ([], [[]], [-1], ["a", 1]):
+        with pytest.raises(openai.BadRequestError):
+            ask(model="encoder", input=wrong)

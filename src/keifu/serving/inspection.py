@@ -19,6 +19,7 @@ from keifu.generation.text.request import prompt_tokens
 from keifu.generation.text.translation import source_ids, translator
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import likeliest, token_text
+from keifu.serving.openai.images import PICTURE_BYTES
 from keifu.serving.openai.schemas import Body
 from keifu.serving.streaming import whole
 
@@ -98,7 +99,8 @@ def _match(model: nn.Module, tokenizer: Any, _: Any, body: MatchRequest) -> dict
         files = [base64.b64decode(each, validate=True) for each in body.images]
     except ValueError as error:
         raise UserError(f"images must be files in base64, and one is not: {error}.") from error
-    pictures = embed_pictures(model, [read_image(file, f"Picture {n}").image for n, file in enumerate(files, 1)])
+    opened = (read_image(file, f"Picture {number}", PICTURE_BYTES).image for number, file in enumerate(files, 1))
+    pictures = torch.cat([embed_pictures(model, [picture]) for picture in opened])  # one at a time, for memory's sake
     with torch.no_grad():
         texts = embed_texts(model, tokenizer, body.texts)
         shares = label_shares(model, pictures, texts)

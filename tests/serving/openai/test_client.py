@@ -191,3 +191,29 @@ def test_what_is_wrong_is_raised_by_name(served: Any, chat: str, base: str) -> N
     assert error.value.param == "top_p"
     with pytest.raises(openai.BadRequestError, match="has 6.. tokens, but this model's context is 512"):
         served.openai.completions.create(model=base, prompt="a" * 600)
+
+
+def test_cached_tokens_of_several_choices_are_no_more_than_the_prompt(served: Any, chat: str) -> None:
+    ask: dict[str, Any] = {"model": chat, "messages": HELLO * 9, "max_tokens": 2, "n": 2}
+    for _ in range(2):
+        usage = served.openai.chat.completions.create(**ask).usage
+    assert 0 < usage.prompt_tokens_details.cached_tokens <= usage.prompt_tokens
+
+
+def test_the_sampled_token_is_among_the_likeliest(served: Any, chat: str) -> None:
+    ask: dict[str, Any] = {"model": chat, "messages": HELLO, "max_tokens": 30, "temperature": 50, "seed": 1}
+    content = served.openai.chat.completions.create(**ask, logprobs=True, top_logprobs=1).choices[0].logprobs.content
+    assert any(len(token.top_logprobs) == 2 for token in content)
+    for token in content:
+        assert (token.token, token.logprob) in [(each.token, each.logprob) for each in token.top_logprobs]
+
+
+def test_offsets_of_tokens_are_the_sums_of_the_lengths_before_them(served: Any, base: str) -> None:
+    ask: dict[str, Any] = {"model": base, "prompt": "abc def", "max_tokens": 12, "temperature": 0, "logprobs": 0}
+    found = served.openai.completions.create(**ask, echo=True).choices[0]
+    assert found.text.startswith("abc def")
+    own = found.logprobs
+    assert own.text_offset[:7] == [*range(7)]  # a token is a byte
+    for token, start in zip(own.tokens, own.text_offset, strict=True):
+        if "\ufffd" not in token and token.isprintable():
+            assert found.text[start : start + len(token)] == token

@@ -5,6 +5,7 @@ from typing import Any
 import openai
 import pytest
 
+import keifu
 from keifu.serving.openai import responses
 
 ASK: dict[str, Any] = {"temperature": 0, "max_output_tokens": 8}
@@ -86,3 +87,26 @@ def test_of_more_than_there_is_room_for_the_oldest_are_forgotten(monkeypatch: py
     assert [*stored.entries] == ["e"]
     stored.add({"id": "f", "metadata": {"a": "y" * 300}}, [])
     assert not stored.entries and stored.bytes == 0
+
+
+def test_instructions_belong_to_one_response(served: Any, chat: str) -> None:
+    create = served.openai.responses.create
+    ask: dict[str, Any] = {"model": chat, "max_output_tokens": 4, "temperature": 0}
+    first = create(input="Hello", instructions="Be brief.", **ask)
+    second = create(input="And?", instructions="Be long.", previous_response_id=first.id, **ask)
+    turns = [
+        {"role": "system", "content": "Be long."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": "And?"},
+    ]
+    tokens = len(keifu.load(chat)[1].render_chat(turns))
+    assert second.usage.input_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    "metadata", [{str(n): "x" for n in range(17)}, {"k" * 65: "x"}, {"k": "x" * 513}, {"k": 1}, ["k"]]
+)
+def test_metadata_is_limited(served: Any, chat: str, metadata: Any) -> None:
+    found = served.post("/v1/responses", {"model": chat, "input": "x", "metadata": metadata})
+    assert found.status_code == 400 and "metadata" in found.json()["error"]["param"]

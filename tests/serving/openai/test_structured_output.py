@@ -3,11 +3,14 @@
 import json
 from typing import Any, Literal
 
+import httpx
 import openai
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from pydantic import BaseModel
 
 import keifu
+from keifu.serving.openai.constraints import schema_grammar
 
 MESSAGES = [{"role": "user", "content": "Invent a person."}]
 
@@ -93,3 +96,78 @@ def test_a_schema_that_cannot_be_followed_is_refused(served: Any, chat: str, sch
 def test_a_form_without_its_schema_is_refused(served: Any, chat: str) -> None:
     with pytest.raises(openai.BadRequestError, match="json_schema belongs to the type json_schema"):
         served.openai.chat.completions.create(model=chat, messages=MESSAGES, response_format={"type": "json_schema"})
+
+
+def accepts(schema: Any, text: str) -> bool:
+    """Whether an answer that follows the schema may be this text."""
+    matcher = LLMatcher(LLTokenizer("byte"), schema_grammar(schema).source)
+    return matcher.try_consume_tokens([*text.encode()]) == len(text.encode()) and matcher.is_accepting()
+
+
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+PART = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+OTHER = {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (WEATHER, '{"city": "x", "days": 1}', '{"city": "x", "unit": "C"}'),
+        ({**WEATHER, "additionalProperties": True}, '{"city": "x", "unit": "C"}', '{"city": 1}'),
+        ({**WEATHER, "required": ["else"]}, '{"else": 3}', "[]"),  # open, for otherwise nothing would satisfy it
+        ({"$ref": "#/$defs/w", "$defs": {"w": WEATHER}}, '{"days": 1}', '{"unit": 1}'),
+        ({"anyOf": [WEATHER, {"type": "null"}]}, "null", '{"unit": 1}'),
+        ({"allOf": [PART, OTHER]}, '{"a": 1, "b": 2}', '{"a": 1}'),
+        ({"allOf": [{"$ref": "#/$defs/p"}, OTHER], "$defs": {"p": PART}}, '{"a": 1, "b": 2}', '{"b": 1}'),
+        ({"properties": {"o": {"type": "object"}}}, '{"o": {"any": "thing"}}', '{"p": 1}'),
+        ({"type": "integer"}, "-" + "9" * 16, "1" * 17),
+        ({"type": "integer", "minimum": 0}, "9" * 16, "1" * 17),
+        ({"type": "integer", "minimum": 10**17}, "1" * 18, "1"),
+        ({"type": "number"}, "0.3333333333", "0." + "3" * 11),
+        ({"type": "number", "maximum": 1, "exclusiveMinimum": 0}, "0.5", "0." + "3" * 11),
+        ({"type": ["string", "null"]}, '"' + "é" * 2000 + '"', '"' + "é" * 2001 + '"'),
+        ({"type": "string", "maxLength": 3000}, '"' + "x" * 3000 + '"', '"' + "x" * 3001 + '"'),
+        ({"type": "string", "minLength": 2500}, '"' + "x" * 2500 + '"', '"' + "x" * 2501 + '"'),
+        ({"enum": [10**18]}, str(10**18), "1"),
+    ],
+)
+def test_answers_are_narrower_than_the_schema_where_they_would_not_end(schema: Any, good: str, bad: str) -> None:
+    assert accepts(schema, good)
+    assert not accepts(schema, bad)
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"enum": [10**20]}, "the number 1e+20, of more than 64 bits"),
+        ({"type": "integer", "maximum": 2**64}, "of more than 64 bits"),
+        ({"type": "integer", "minimum": -(10**400)}, "the number beyond 1e300, of more than 64 bits"),
+        ({"enum": ["x" * 300_000]}, "bytes, of at most 262,144"),
+    ],
+)
+@pytest.mark.parametrize("form_of", ["response_format", "tools"])
+def test_impossible_values_in_a_schema_are_refused(
+    served: Any, chat: str, schema: Any, words: str, form_of: str
+) -> None:
+    body: dict[str, Any] = {"model": chat, "messages": MESSAGES, "max_tokens": 5}
+    if form_of == "tools":
+        parameters = {"type": "object", "properties": {"x": schema}}
+        body["tools"] = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    else:
+        body["response_format"] = form(schema)
+    found = served.post("/v1/chat/completions", body)
+    error = found.json()["error"]
+    assert found.status_code == 400 and words in error["message"], error
+    assert error["param"] == form_of and error["code"] == "invalid_schema"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}}', '{"\\ud800": 1}'],
+)
+@pytest.mark.parametrize("schema", ['{"enum": ["\\ud800"]}', '{"properties": {"\\udfff": {}}}', '{"const": 1e400}'])
+def test_half_characters_anywhere_are_refused(served: Any, chat: str, text: str, schema: str) -> None:
+    body = json.dumps({"model": chat, "messages": MESSAGES})[:-1] + ", " + text.replace("SCHEMA", schema)[1:]
+    headers = {"content-type": "application/json"}
+    found = httpx.post(f"{served.url}/v1/chat/completions", content=body.encode(), headers=headers)
+    assert found.status_code == 400 and found.json()["error"]["type"] == "invalid_request_error", found.text

@@ -1,4 +1,4 @@
-"""Which tokens an answer may have: those that a grammar, as of a JSON schema, allows at each place (llguidance)."""
+"""Tokens that an answer may have: a grammar, such as a JSON schema, allows them at each position (llguidance)."""
 
 import json
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.serving.errors import ApiError
+from keifu.serving.openai.json_schema import checked
 
 # Without these a small model could write white space without end.
 LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -19,45 +20,48 @@ BITS = torch.arange(8, dtype=torch.uint8)
 
 
 class GrammarConstraint:
-    """The `Constraint` of one text. vocab_size: of the model, whose last ids the tokenizer may not have."""
+    """`Constraint` of one text. vocab_size: of the model, whose last ids the tokenizer may not have."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int):
         self.matcher, self.vocab_size = matcher, vocab_size
 
     def allowed(self) -> Bool[Tensor, " vocab"]:
-        """Which tokens may come next; those that end the text where the grammar is at an end."""
+        """Return which tokens may come next; at the end of the grammar, the tokens that end the text."""
         packed = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
-        found = ((packed[:, None] >> BITS) & 1).bool().flatten()[: self.vocab_size]
-        return torch.nn.functional.pad(found, (0, self.vocab_size - len(found)))
+        mask = ((packed[:, None] >> BITS) & 1).bool().flatten()[: self.vocab_size]
+        return torch.nn.functional.pad(mask, (0, self.vocab_size - len(mask)))
 
     def accept(self, token: int) -> None:
-        """The token was chosen."""
+        """Go on after this token."""
         self.matcher.consume_token(token)
 
 
 @lru_cache(maxsize=16)
 def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
-    """The tokenizer as llguidance has it, which takes a second to make."""
+    """Return the tokenizer as llguidance has it, which takes a second to make."""
     return LLTokenizer(
         json.dumps(tokenizer.description()), n_vocab=tokenizer.vocab_size, eos_token=[*tokenizer.stop_ids]
     )
 
 
 class Grammar(NamedTuple):
-    """What a text may be, as llguidance has it, and the field of the request that says so."""
+    """Grammar of a text, as llguidance has it, and the field of the request that asked for it."""
 
     source: str
     field: str
 
 
 def schema_grammar(schema: Any) -> Grammar:
-    """The JSON that follows a schema."""
-    return Grammar(LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT), "response_format")
+    """Return the grammar of the JSON that follows a schema; see `json_schema.checked` for what is refused."""
+    own = checked(schema, "response_format")
+    return Grammar(LLMatcher.grammar_from_json_schema(own, overrides=LAYOUT), "response_format")
 
 
 def constraints(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int) -> Callable[[], GrammarConstraint]:
-    """Makes the constraint of each text that is to follow the grammar. A schema that nothing satisfies, or that says
-    what cannot be held to, is an `ApiError` with the reason."""
+    """Return a function that makes the constraint of each text.
+
+    A schema that nothing satisfies, or that has keywords that cannot be followed, is an `ApiError` with the reason.
+    """
     if not tokenizer.stop_ids:
         text = "This model has no token that ends a text, so none can be held to a schema: choose another model."
         raise ApiError(400, text, grammar.field, "no_end_token")

@@ -38,6 +38,7 @@ from keifu.serving.openai.schemas import Body, Neutral
 from keifu.serving.streaming import STREAM, EventStream, whole
 from keifu.serving.worker import GoOn
 
+PICTURE_BYTES = 2**26  # of a decoded picture: 22 megapixels in colour
 ROLES = {"image": "init", "mask": "mask"}  # the files of a form, in the library's terms
 Files = Mapping[str, tuple[str, bytes]]  # the name and the bytes of "image" and "mask"
 Show = Callable[[int, int, Tensor], None]  # which picture, how many were shown of it before, and what it is like now
@@ -203,7 +204,7 @@ def _check_sides(trained: Any, sides: tuple[int, int] | None) -> None:
 
 def _written(path: Path, name: str, data: bytes) -> InputImage:
     """Check and write a file of the request; the transparent part of a mask is drawn anew, as OpenAI has it."""
-    read_image(data, name)
+    read_image(data, name, PICTURE_BYTES)
     path.write_bytes(data)
     if path.name == "mask":
         with Image.open(path) as image:

@@ -6,7 +6,6 @@ answer; the option --strict refuses it, unless its value changes nothing.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from keifu.errors import unknown
 from keifu.generation.text.sampling_params import SamplingOptions
 from keifu.serving.facts import current
+from keifu.serving.openai.json_schema import ANY_OBJECT, SURROGATE
 from keifu.serving.openai.tools import ToolUse
 
 MAX_CHOICES = 128
@@ -25,7 +25,6 @@ HINTS: Neutral = {  # fields of OpenAI's for its own service
     "metadata": ({},), "prompt_cache_key": (), "prompt_cache_retention": (), "safety_identifier": (),
     "service_tier": ("auto", "default"),
 }  # fmt: skip
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _about(kind: Literal["unknown_field", "refused_field"], name: str, sentence: str) -> PydanticCustomError:
@@ -285,7 +284,7 @@ class ResponseFormat(Body):
         """Schema that the answer must follow; None for any text."""
         if self.json_schema is not None:
             return self.json_schema.schema_
-        return {"type": "object"} if self.type == "json_object" else None
+        return ANY_OBJECT if self.type == "json_object" else None
 
 
 class ChatRequest(Sampling):
@@ -391,7 +390,7 @@ class TextFormat(JsonSchema):
     @property
     def followed(self) -> dict[str, Any] | None:
         """Schema that the answer must follow; None for any text."""
-        return None if self.type == "text" else self.schema_ if self.type == "json_schema" else {"type": "object"}
+        return None if self.type == "text" else self.schema_ if self.type == "json_schema" else ANY_OBJECT
 
 
 class TextOptions(Body):

@@ -18,6 +18,7 @@ from llguidance import LLMatcher
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.serving.openai.constraints import LAYOUT, Grammar
+from keifu.serving.openai.json_schema import COMBINED, checked
 
 Messages = Sequence[Mapping[str, Any]]
 PROBES = ("first_probe", "second_probe")
@@ -163,15 +164,16 @@ class ToolUse:
         start = self._start(form, tokenizer, literal, schema)
         rules = [f"call: {' | '.join(calls)}", f"calls: call {more} {literal(form.closing)}"]
         for place, each in enumerate(able):
-            own = {"type": "object", "properties": {}, **(each.get("parameters") or {"additionalProperties": False})}
-            rules.append(f"a{place}: %json {json.dumps(own | {'x-guidance': LAYOUT})}")
+            given = each.get("parameters") or {}
+            own = given if {"$ref", *COMBINED} & given.keys() else {"type": "object", "properties": {}, **given}
+            rules.append(f"a{place}: %json {json.dumps(checked(own, 'tools') | {'x-guidance': LAYOUT})}")
         return Grammar(LLMatcher.grammar_from_lark("\n".join([*start, *rules])), "tools")
 
     def _start(self, form: ToolFormat, tokenizer: Tokenizer, literal: Any, schema: Any) -> list[str]:
         if self.choice != "auto":
             return [f"start: {literal(form.opening)} calls"]
         if schema is not None:
-            text = f"text: %json {json.dumps(schema | {'x-guidance': LAYOUT})}"
+            text = f"text: %json {json.dumps(checked(schema, 'response_format') | {'x-guidance': LAYOUT})}"
             return [f"start: text | {literal(form.opening)} calls", text]
         trigger = form.trigger(tokenizer)
         rest = literal(form.opening[len(trigger) :])
