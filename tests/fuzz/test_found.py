@@ -171,7 +171,7 @@ def test_a_record_of_a_run_that_says_nothing_is_refused(tmp_path: Path, record: 
 @pytest.mark.parametrize("content", [b"", b"\0\0\x08", bytes(3) + b"\x02" + bytes(40)])
 def test_arrays_that_are_cut_off_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(content) if content else b"no gzip")
-    with pytest.raises(UserError, match=r"a\.gz is damaged"):
+    with pytest.raises(UserError, match=r"a\.gz is (damaged|no file of bytes)"):
         read_idx(tmp_path / "a.gz")
 
 

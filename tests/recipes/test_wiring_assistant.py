@@ -63,6 +63,9 @@ def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
         (folder / f"table{name}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     renamed = (folder / "table.csv").read_text().replace("text,label", "words,kind")
     (folder / "renamed.csv").write_text(renamed)
+    (folder / "cp932.csv").write_text(
+        renamed.replace("words", "text").replace("kind", "label") + "猫,ネコ\n" * 9, "cp932"
+    )
     (folder / "entail.csv").write_text(
         "\n".join(["premise,hypothesis,label", *(f"{a} {b},{b},{'yes' if a < 'o' else 'no'}" for a, b in pairs)]) + "\n"
     )
@@ -281,6 +284,11 @@ def value_sum(record: Any) -> float:
 STEPS = Group({"steps": Reach(9, "settings.steps")})
 
 
+def encoded(toys: Toys) -> Group:
+    """A table as Excel in Japan writes it."""
+    return Group({"encoding": Reach("cp932", counts)}, {"data": toys["cp932.csv"]}, refused=True)
+
+
 def table_rows() -> dict[str, Reach]:
     """Of both recipes that read a table."""
     return {
@@ -309,7 +317,7 @@ def of_classifier(toys: Toys) -> tuple[Any, list[Group]]:
         "tokenizer": Reach(toys["bert-wide"], "model.config.vocab_size", DIFFERENT),
     }
     named = Group(columns, {"data": toys["renamed.csv"]}, refused=True)
-    return base, [Group(rows), named, Group(sizes, new), STEPS]
+    return base, [Group(rows), named, encoded(toys), Group(sizes, new), STEPS]
 
 
 def of_gpt1_finetune(toys: Toys) -> tuple[Any, list[Group]]:
@@ -327,7 +335,7 @@ def of_gpt1_finetune(toys: Toys) -> tuple[Any, list[Group]]:
     form = {"form": Reach("entailment", "model.config.form")}
     entail = {"columns": ("premise", "hypothesis"), "data": toys["entail.csv"]}
     return base, [
-        Group(rows), Group(columns, {"data": toys["renamed.csv"]}, refused=True), Group(test), STEPS,
+        Group(rows), Group(columns, {"data": toys["renamed.csv"]}, refused=True), Group(test), encoded(toys), STEPS,
         Group(form, entail, refused=True),
     ]  # fmt: skip
 

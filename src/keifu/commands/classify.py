@@ -53,6 +53,8 @@ class Options(flags.OnDevice):
     context answers."""
     label: str = "label"
     """The table's column of labels."""
+    encoding: str = "utf-8"
+    """Encoding of a table without a byte order mark, such as cp932 (Excel in Japan), euc_jp or cp1252."""
     labels: str | None = None
     """For pictures: what they may show, between commas, or a .txt file with one on each line; with --on, in the order
     of the classes, whose names are taken otherwise."""
@@ -189,7 +191,7 @@ def _compare_texts(options: Options) -> "Confusion":
 
     judge = _load(options.model)
     columns = options.columns or ((options.text,) if len(judge.form.columns) == 1 else ())
-    examples = read_examples(options.on or "", judge.form, columns, options.label)
+    examples = read_examples(options.on or "", judge.form, columns, options.label, options.encoding)
     unseen = [] if judge.form.answers else [label for label in examples.classes if label not in judge.labels]
     if unseen:
         raise UserError(

@@ -80,3 +80,38 @@ def test_reasoning_gym_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(gym, "import_module", absent)
     with pytest.raises(UserError, match=r"No module named 'bfi'\): pip install 'keifu\[gym\]'"):
         list(gym.gym_problems("gym:chain_sum", 1, 0))
+
+
+def hh(*turns: str) -> str:
+    return "".join(f"\n\n{('Human', 'Assistant')[n % 2]}: {turn}" for n, turn in enumerate(turns))
+
+
+def test_the_plain_texts_of_hh_rlhf_are_read(tmp_path: Path) -> None:
+    shared = "Hi", "Hello.\n\nHow can I help?", "Name a bird"
+    records = [
+        {"chosen": hh(*shared, "A swan: white."), "rejected": hh(*shared, "No.")},
+        {"chosen": hh("a", "b").replace("Human: a", "Human: a\n\nHuman: more"), "rejected": hh("a\n\nmore", "c")},
+    ]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    first, second = read_preferences(tmp_path / "hh.jsonl")
+    assert [(message["role"], message["content"]) for message in first.prompt] == list(
+        zip(("user", "assistant", "user"), shared, strict=True)
+    )
+    assert first.answers == ("A swan: white.", "No.") and first.pairs() == [(0, 1)]
+    assert second.prompt == [{"role": "user", "content": "a\n\nmore"}] and second.answers == ("b", "c")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "sentence"),
+    [
+        ("What?", hh("a", "b"), "line 1, chosen: a conversation is a list of messages, or a text of turns that begin"),
+        (hh("a", "b"), hh("c", "d"), "line 1: chosen and rejected differ before their last message"),
+        (hh("a", "b"), hh("a"), "line 1, rejected: the conversation ends with user"),
+        (hh("a", "b"), hh("a", " "), "line 1, rejected, message 2: the assistant's answer is empty"),
+        (hh("a", "b"), hh("a", "b"), "line 1: two answers are equal"),
+    ],
+)
+def test_a_faulty_text_of_two_conversations_is_named(tmp_path: Path, chosen, rejected, sentence: str) -> None:
+    (tmp_path / "hh.jsonl").write_text(json.dumps({"chosen": chosen, "rejected": rejected}))
+    with pytest.raises(UserError, match=sentence):
+        list(read_preferences(tmp_path / "hh.jsonl"))

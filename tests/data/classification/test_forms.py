@@ -15,7 +15,7 @@ from keifu.data.classification.input_formats import (
     form_of,
     read_examples,
 )
-from keifu.data.classification.tables import Examples
+from keifu.data.classification.tables import Examples, read
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
@@ -185,3 +185,15 @@ def test_an_unknown_form_names_the_nearest() -> None:
 
 def test_the_marked_tokenizer_is_a_tokenizer() -> None:
     assert isinstance(add_delimiters(train_tokenizer("characters", ["abc"], 9))[0], Tokenizer)
+
+
+def test_a_table_in_another_encoding_names_it_and_is_read_with_it(tmp_path: Path) -> None:
+    table = tmp_path / "感想.csv"
+    table.write_text("本文,評価\n面白い,良い\nつまらない,悪い\n", encoding="cp932")
+    with pytest.raises(UserError, match=r"感想.csv, line 1: .* is not UTF-8: it may be cp932; convert it, as with `ic"):
+        read(table, "本文", "評価")
+    found = read(table, "本文", "評価", "cp932")
+    assert (found.texts, found.classes) == (("面白い", "つまらない"), ("悪い", "良い"))
+    assert read_examples(table, form_of("classification"), ("本文",), "評価", "cp932") == found
+    with pytest.raises(UserError, match="may be cp932; name it with --encoding cp932, or convert it"):
+        read(table, "本文", "評価", "utf-8")

@@ -178,6 +178,8 @@ def test_a_byte_order_mark_decides_whatever_encoding_is_named(tmp_path: Path, en
     [
         ("ok\nこれは\n", "cp932", "line 2: 0x82 at byte 1 of the line is not UTF-8: it may be cp932; name it"),
         ("ok\nこれは\n", "euc_jp", "line 2: 0xA4 .* it may be euc_jp; name it with --encoding euc_jp, or convert it"),
+        ("感想,評価\n", "cp932", "line 1: 0x8A at byte 1 of the line is not UTF-8: it may be cp932; name it with"),
+        ("感想,評価\n", "euc_jp", "it may be euc_jp; name it with"),
         ("café\n", "cp1252", "line 1: 0xE9 at byte 4 .* may be cp1252; .* `iconv -f CP1252 -t UTF-8`"),
     ],
 )

@@ -121,6 +121,17 @@ def test_fields_are_those_that_llama_cpp_wants(smollm2, smollm2_fields) -> None:
     assert scores["▁t"] > scores["▁the"] > scores["▁version"], "what is merged first scores highest"
 
 
+def test_text_begins_with_a_space_unless_the_file_says_otherwise(texts) -> None:
+    """Older files of SentencePiece models do not have the key."""
+    ours = load_tokenizer("sentencepiece-32k")
+    fields = to_gguf_fields(ours)
+    assert fields.pop("tokenizer.ggml.add_space_prefix") is True
+    again = gguf_tokenizer(fields)
+    assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
+    bare = gguf_tokenizer(fields | {"tokenizer.ggml.add_space_prefix": False})
+    assert bare.encode("the") == [ours.token_id("the")] != again.encode("the") == [ours.token_id("▁the")]
+
+
 @pytest.mark.parametrize("cut", sorted(CUTS))
 def test_every_cut_splits_text_and_loses_nothing(cut, texts) -> None:
     alphabet = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

@@ -9,6 +9,7 @@ Synthetic conversations put a fixed question around a text of the catalogue: the
 Tatoeba's (`keifu data list` has licences and credits). Arithmetic problems are generated and solved here.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -129,6 +130,28 @@ def prompt_of(given: Any, place: str) -> Conversation:
     """A prompt, a text or a list of messages, as messages after which an answer is expected."""
     messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
     return validate_messages([*messages, {"role": "assistant", "content": "?"}], place)[:-1]
+
+
+def parse_transcript(text: str, place: str) -> Conversation:
+    """Parse a conversation in one text, as hh-rlhf has it: "\\n\\nHuman: ...\\n\\nAssistant: ...".
+
+    Turns of one speaker that follow one another become one turn. A text that does not begin with a speaker is a
+    `UserError`.
+    """
+    before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    if before.strip() or not parts:
+        raise UserError(
+            f"{place}: a conversation is a list of messages, or a text of turns that begin with 'Human:' and "
+            f"'Assistant:', and this is {text[:40]!r}."
+        )
+    messages: Conversation = []
+    for speaker, words in zip(parts[::2], parts[1::2], strict=True):
+        role = SPEAKERS.get(speaker.lower(), "assistant")
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n\n{words.strip()}"
+        else:
+            messages.append({"role": role, "content": words.strip()})
+    return messages
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Any:

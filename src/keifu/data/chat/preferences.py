@@ -29,7 +29,14 @@ from torch import Tensor
 
 from keifu.data.batching import Epochs
 from keifu.data.catalogue import catalogue, readers
-from keifu.data.chat.conversations import Conversation, form_of, objects, prompt_of, validate_messages
+from keifu.data.chat.conversations import (
+    Conversation,
+    form_of,
+    objects,
+    parse_transcript,
+    prompt_of,
+    validate_messages,
+)
 from keifu.data.chat.packing import TurnMasks, hash_turns
 from keifu.errors import UserError, unknown
 from keifu.files import neighbours
@@ -91,7 +98,14 @@ def _pair(record: Mapping[str, Any], place: str) -> RankedResponses:
 
 
 def _two_conversations(record: Mapping[str, Any], place: str) -> RankedResponses:
-    better, worse = (validate_messages(record[name], f"{place}, {name}") for name in ("chosen", "rejected"))
+    """Read two conversations that differ in their last message; each is a list of messages, or a text (hh-rlhf)."""
+
+    def messages(name: str) -> Conversation:
+        given = record[name]
+        where = f"{place}, {name}"
+        return validate_messages(parse_transcript(given, where) if isinstance(given, str) else given, where)
+
+    better, worse = messages("chosen"), messages("rejected")
     if better[:-1] != worse[:-1]:
         raise UserError(f"{place}: chosen and rejected differ before their last message: they must share the prompt.")
     return RankedResponses(better[:-1], (better[-1]["content"], worse[-1]["content"]), (1.0, 0.0))

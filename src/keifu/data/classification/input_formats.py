@@ -127,8 +127,10 @@ def delimiters_of(tokenizer: Tokenizer, ids: Sequence[int | None]) -> Delimiters
     return Delimiters(start, delimiter, extract)
 
 
-def read_examples(source: str | Path, form: Form, columns: Sequence[str] = (), label: str = "label") -> Examples:
-    """The examples of a table (see `keifu.data.classification.tables.read`).
+def read_examples(
+    source: str | Path, form: Form, columns: Sequence[str] = (), label: str = "label", encoding: str | None = None
+) -> Examples:
+    """Read the examples of a table (see `keifu.data.classification.tables.read`).
 
     columns: those of the texts, in the form's order; none: the form's own. Of a choice the last one holds a list of
     answers, or the second and all that follow hold an answer each; its label is the number of the right answer, counted
@@ -138,7 +140,7 @@ def read_examples(source: str | Path, form: Form, columns: Sequence[str] = (), l
     if not len(form.columns) <= len(names) <= (most or len(names)):
         wanted = f"at least {len(form.columns)}" if form.answers else str(most)
         raise UserError(f"The form {form.name} has {wanted} columns of text ({', '.join(form.columns)}), not {names}.")
-    rows = table_rows(source)
+    rows = table_rows(source, encoding)
     _check_columns(rows[0], form, (*names, label), str(source))
     found = (Example(where, _texts(where, cells, form, names), cell(where, cells, label)) for where, cells in rows)
     return Examples(str(source), tuple(_numbered(row) if form.answers else row for row in found))

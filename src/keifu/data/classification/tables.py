@@ -89,26 +89,26 @@ def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def read(source: str | Path, text: str = "text", label: str = "label") -> Examples:
+def read(source: str | Path, text: str = "text", label: str = "label", encoding: str | None = None) -> Examples:
     """The table in a file of records, or a catalogue entry that has labels (see `CATALOGUED`).
 
-    text, label: the names of the two columns. A column that is not there, a row with another number of cells, an empty
-    text or label: each is a `UserError` that says where.
+    text, label: the names of the two columns. encoding: see `text_files.lines`. A missing column, a row with another
+    number of cells, an empty text or label is a `UserError` that names the line.
     """
-    rows = table_rows(source)
-    found = (Example(where, (cell(where, cells, text),), cell(where, cells, label)) for where, cells in rows)
-    return Examples(str(source), tuple(found))
+    rows = table_rows(source, encoding)
+    examples = (Example(where, (cell(where, cells, text),), cell(where, cells, label)) for where, cells in rows)
+    return Examples(str(source), tuple(examples))
 
 
-def table_rows(source: str | Path) -> list[Row]:
-    """The rows of such a table, with all their cells; none is a `UserError`."""
+def table_rows(source: str | Path, encoding: str | None = None) -> list[Row]:
+    """Return the rows of such a table, with all their cells; no rows are a `UserError`."""
     path = Path(source)
     if str(source) in CATALOGUED and not path.exists():
         rows = list(CATALOGUED[str(source)]())
     elif not path.exists() and not path.suffix:
         raise unknown(f"table of texts and labels ({', '.join(SUFFIXES)})", str(source), CATALOGUED)
     else:
-        rows = list(read_records(path))
+        rows = list(read_records(path, encoding=encoding))
     if not rows:
         raise UserError(f"{source} has no rows: it needs texts with a label each.")
     return rows

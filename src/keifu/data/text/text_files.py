@@ -21,24 +21,25 @@ COMMON = ("utf-8", "utf-16", "cp932", "shift_jis", "euc_jp", "iso2022_jp", "gb18
           "cp1251", "cp1252", "koi8_r", "latin_1")  # fmt: skip
 JAPANESE = ("cp932", "euc_jp", "iso2022_jp")
 KANA = re.compile("[\u3041-\u30fe]")  # hiragana and full-width katakana
+FULL_WIDTH = re.compile("[\0-\x7f\u3000-\u30fe\u4e00-\u9fff\uff01-\uff5e]*")  # ASCII and what Japanese text has
 SNIFFED = 8192  # bytes from the start of a file, and of the line with a fault
 
 
 def refuse(problem: str) -> None:
-    """The default for a fault in the data: a `UserError` with the sentence that names its place."""
+    """Raise a `UserError` with the sentence about a fault in the data."""
     raise UserError(problem)
 
 
 def lines(path: Path, problem: Problem = refuse, encoding: str | None = None) -> Iterator[str]:
-    """Lines with "\\n" at their ends, whatever the file has; a byte order mark decides the encoding and is dropped.
+    """Yield lines with "\\n" at their ends, whatever the file has; a byte order mark decides the encoding.
 
-    encoding: None for UTF-8 where the user has no option to name another. `problem` is called with a sentence for each
-    line that is not in the encoding, and for a binary file. If it returns, faulty bytes become U+FFFD, and a binary
-    file has no lines. An unknown encoding is a `UserError` with the nearest known one.
+    encoding: None for UTF-8 if the user has no option to name another. problem: receives a sentence for each line that
+    is not in the encoding, and for a binary file. If it returns, faulty bytes become U+FFFD, and a binary file has no
+    lines. An unknown encoding is a `UserError` with the nearest known one.
     """
     with plain_file(path).open("rb") as file:
         start = file.read(SNIFFED)
-        mark, name = next((each for each in MARKS if start.startswith(each[0])), (b"", encoding or UTF8))
+        mark, name = next((pair for pair in MARKS if start.startswith(pair[0])), (b"", encoding or UTF8))
         if _bits(name) > 8:
             file.seek(0)
             yield from _wide(file, path, name, problem)
@@ -57,17 +58,17 @@ def lines(path: Path, problem: Problem = refuse, encoding: str | None = None) ->
 
 
 def _bits(encoding: str) -> int:
-    """Bits of the encoding's unit: 8 where a line's end is the byte 10, and no other byte of a character is."""
+    """Return the bits of the encoding's unit: 8 if the byte 10 is a line's end and nothing else."""
     try:
         "".encode(encoding)
-        found = re.match(r"utf-(16|32)", codecs.lookup(encoding).name)
+        wide = re.match(r"utf-(16|32)", codecs.lookup(encoding).name)
     except LookupError:
         raise unknown("encoding", encoding, COMMON) from None
-    return int(found[1]) if found else 8
+    return int(wide[1]) if wide else 8
 
 
 def _wide(file: BinaryIO, path: Path, encoding: str, problem: Problem) -> Iterator[str]:
-    """The lines of a file of UTF-16 or UTF-32, which is read whole."""
+    """Yield the lines of a file of UTF-16 or UTF-32, which is read whole."""
     data = file.read()
     try:
         text = data.decode(encoding)
@@ -78,7 +79,7 @@ def _wide(file: BinaryIO, path: Path, encoding: str, problem: Problem) -> Iterat
 
 
 def _fault(error: UnicodeDecodeError, line: bytes, encoding: str, option: bool) -> str:
-    """What is wrong in a line, and what to try."""
+    """Describe the fault in a line, and name what to try."""
     wrong = " ".join(f"0x{byte:02X}" for byte in line[error.start : max(error.end, error.start + 1)])
     guess = _guess(line[: SNIFFED + error.end])
     ways = [f"name it with --encoding {guess}"] if option and guess else []
@@ -88,10 +89,10 @@ def _fault(error: UnicodeDecodeError, line: bytes, encoding: str, option: bool) 
 
 
 def _guess(line: bytes) -> str | None:
-    """An encoding that a line may be in: a Japanese one if that gives kana, else Windows' for Western Europe."""
+    """Guess the encoding of a line: a Japanese one if that gives Japanese text, else Windows' for Western Europe."""
     for encoding in (*JAPANESE, "cp1252"):
         with suppress(UnicodeDecodeError):
             text = line.decode(encoding)
-            if encoding == "cp1252" or KANA.search(text):
+            if encoding == "cp1252" or KANA.search(text) or FULL_WIDTH.fullmatch(text):
                 return encoding
     return None

@@ -55,7 +55,7 @@ class Recipe(TableOptions):
 def prepare(recipe: Recipe) -> Task:
     """Reads the table that the recipe names, holds rows out, and readies the model."""
     check({"held_out": recipe.held_out})
-    table = read(recipe.data, recipe.text, recipe.label)
+    table = read(recipe.data, recipe.text, recipe.label, recipe.encoding)
     return ready(recipe, *table.split(round(recipe.held_out * len(table))))
 
 

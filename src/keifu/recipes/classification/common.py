@@ -25,6 +25,8 @@ class TableOptions(FinetuneOptions):
     """A .csv, .tsv or .jsonl table of labelled examples, or wiki-summaries with its 12 topics."""
     label: str = "label"
     """The table's column of labels."""
+    encoding: str = "utf-8"
+    """Encoding of a table without a byte order mark, such as cp932 (Excel in Japan), euc_jp or cp1252."""
     held_out: float = 0.1
     """Share of the rows that is kept for testing, chosen by a hash of the (first) text."""
     epochs: int = 3

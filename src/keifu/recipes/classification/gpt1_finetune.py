@@ -69,9 +69,10 @@ class Recipe(TableOptions):
 def prepare(recipe: Recipe) -> Task:
     """Reads the tables that the recipe names, holds rows out where there is one, and readies the model."""
     form = input_formats.form_of(recipe.form)
-    table = input_formats.read_examples(recipe.data, form, recipe.columns, recipe.label)
+    columns = recipe.columns, recipe.label, recipe.encoding
+    table = input_formats.read_examples(recipe.data, form, *columns)
     if recipe.test is not None:
-        return ready(recipe, table, input_formats.read_examples(recipe.test, form, recipe.columns, recipe.label))
+        return ready(recipe, table, input_formats.read_examples(recipe.test, form, *columns))
     return ready(recipe, *table.split(round(recipe.held_out * len(table))))
 
 
