@@ -31,6 +31,7 @@ class Choice:
     device: str | None = None
     precision: str | None = None
     compile: bool | None = None
+    deterministic: bool | None = None
     allow_nonfinite: bool | None = None
 
 

@@ -45,8 +45,8 @@ class Processes:
     def begin_step(self, step: int) -> None:
         """Report to the other processes that this one begins a step."""
 
-    def split(self, module: Any) -> Any:
-        """Split a module over the processes from outside."""
+    def split(self, module: Any, dtype: Any = None) -> Any:
+        """Split a module over the processes from outside. dtype: of its weights during a pass; None: as they are."""
         return module
 
     def set_last_backward(self, module: Any, last: bool) -> None:

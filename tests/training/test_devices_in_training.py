@@ -1,8 +1,11 @@
 """What a run does with its device: batches made beside the computation, number formats, memory that runs out."""
 
 import json
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +17,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from simulated_device import device, simulated  # noqa: E402
 
 from keifu import devices  # noqa: E402
+from keifu.models import gpt2  # noqa: E402
 from keifu.processes import Processes, use  # noqa: E402
-from keifu.training.hardware import failures, flops
-from keifu.training.hardware.precision import (
+from keifu.recipes.assistant.common import Lora, to_train  # noqa: E402
+from keifu.training.hardware import cost, failures, flops  # noqa: E402
+from keifu.training.hardware.precision import (  # noqa: E402
     LossScale,
-    resolve_dtype,  # noqa: E402
+    deterministic,
+    resolve_dtype,
+    tensor_float32,
 )
 from keifu.training.loader import Loader  # noqa: E402
 from keifu.training.loop import train  # noqa: E402
+from keifu.training.objectives.language_modeling import causal_language_modeling  # noqa: E402
 from keifu.training.run import checkpoint  # noqa: E402
+from keifu.training.settings import Settings  # noqa: E402
+from keifu.training.trainer import Trainer  # noqa: E402
 
 
 class Counted(Sequences):
@@ -163,10 +173,105 @@ def test_the_scale_moves_for_float16_alone() -> None:
         scale = LossScale(dtype)
         assert scale.value == 1 and not scale.lower()
     scale = LossScale(torch.float16)
+    scale.begin(1000.0)
+    assert scale.factor == LossScale.FIRST / 1024
     for _ in range(LossScale.INTERVAL):
         scale.count()
     assert scale.value == 2 * LossScale.FIRST
     assert scale.lower() and scale.value == LossScale.FIRST
+
+
+def words(dtype: torch.dtype, **changed: Any) -> Trainer:
+    """Return a trainer of a small language model, whose loss is a sum over thousands of tokens."""
+    torch.manual_seed(0)
+    model = gpt2.build(gpt2.Config(vocab_size=61, context_length=128, dim=32, hidden_dim=64, n_layers=2, n_heads=4))
+    chosen = Settings(**{"batch_size": 32, "micro_batch": 16, **changed})
+    return Trainer(model.train(), causal_language_modeling, chosen, dtype=dtype)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_a_gradient_in_float16_is_that_of_float32(clip: float) -> None:
+    """Also when it is clipped: the loss scale is taken out before the norm is measured."""
+    batch = {"tokens": torch.randint(61, (32, 129), generator=torch.Generator().manual_seed(1))}
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        trainer = words(dtype, clip=clip)
+        gradient = trainer.gradient(0, batch)
+        assert gradient
+        total = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
+        found[dtype] = float(gradient.norm), float(total)
+    assert found[torch.float16] == pytest.approx(found[torch.float32], rel=0.01)
+    assert found[torch.float16][1] == pytest.approx(clip or found[torch.float16][0], rel=0.01)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_the_first_loss_scale_repeats_no_step(rows: int) -> None:
+    """Whatever number of tokens the loss is summed over: the scale is that of the mean."""
+    trainer = words(torch.float16, batch_size=rows, micro_batch=rows)
+    tokens = torch.randint(61, (rows, 129), generator=torch.Generator().manual_seed(1))
+    gradient = trainer.gradient(0, {"tokens": tokens})
+    assert gradient and bool(gradient.norm.isfinite())
+    assert trainer.state.scale.value == LossScale.FIRST
+    assert trainer.state.scale.factor == LossScale.FIRST / (128 * rows)
+
+
+FLAGS: dict[str, Any] = {
+    "matmul": lambda: torch.backends.cuda.matmul.allow_tf32, "cudnn": lambda: torch.backends.cudnn.allow_tf32,
+    "precision": torch.get_float32_matmul_precision, "algorithms": torch.are_deterministic_algorithms_enabled,
+    "kernels": lambda: torch.backends.cudnn.deterministic, "search": lambda: torch.backends.cudnn.benchmark,
+}  # fmt: skip
+
+
+def flags() -> dict[str, Any]:
+    """Read all flags, as inductor and other libraries do; a mixed state of the two TF32 interfaces is an error."""
+    return {name: read() for name, read in FLAGS.items()}
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("auto", True), ("bfloat16", True), ("float32", False)])
+def test_tf32_is_set_by_one_interface_and_restored(precision: str, allowed: bool) -> None:
+    """float32 is what the recipes of PPO, GRPO and DPO ask for, whose ratios need all its bits."""
+    before = flags()
+    with tensor_float32(torch.device("cuda"), precision):
+        inside = flags()
+    assert inside["matmul"] == inside["cudnn"] == allowed
+    assert inside["precision"] == ("high" if allowed else "highest")
+    assert flags() == before
+    with tensor_float32(torch.device("cpu"), "auto"):
+        assert flags() == before
+
+
+def test_deterministic_kernels_are_asked_for_and_the_flags_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = flags()
+    with deterministic(torch.device("cuda"), True):
+        assert flags() == before | {"algorithms": True, "kernels": True, "search": False}
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert flags() == before
+    for kind, wanted in (("cuda", False), ("cpu", True)):
+        with deterministic(torch.device(kind), wanted):
+            assert flags() == before
+
+
+def test_the_command_line_asks_for_deterministic_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("keifu.training.loop.deterministic", lambda *given: seen.append(given) or nullcontext())
+    with devices.choosing(devices.Choice(deterministic=True)):
+        train(toy(), objective, Sequences(), settings(steps=1, warmup=0), run(tmp_path))
+    assert seen == [(torch.device("cpu"), True)]
+
+
+def test_the_memory_of_a_frozen_base_is_not_taken_for_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA: with this much memory the rows that are chosen fit, though the base is larger than all that is free."""
+    model = to_train(gpt2.build(gpt2.Config(211, 64, 128, 512, 2, 4)), Lora(2), 0)
+    trainer = Trainer(model, causal_language_modeling, Settings(batch_size=16, precision="float32"))
+    batch = {"tokens": torch.randint(211, (16, 65), generator=torch.Generator().manual_seed(1))}
+    free = cost.estimate(trainer, batch, None)
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    assert frozen > 1.5 * 2**20
+    for rows in (2, 5):
+        room = int((rows + 0.5) * free.row_bytes + free.fixed_bytes + free.parameter_bytes + free.optimizer_bytes)
+        monkeypatch.setattr(cost, "available_memory", lambda device, room=room: int(room / cost.SAFETY))
+        assert cost.estimate(trainer, batch, None).micro_batch <= rows
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32"])

@@ -23,8 +23,12 @@ COMPUTING = {  # how any recipe may be told to compute, where it has no such opt
                       "the recipe has. Weights stay in float32."),
     ],
     "compile": Annotated[bool, tyro.conf.arg(help="Compile the objective and the model with torch.compile.")],
+    "deterministic": Annotated[
+        bool,
+        tyro.conf.arg(help="Whether a GPU uses only kernels that give the same bits each time, which may be slower."),
+    ],
 }  # fmt: skip
-UNSET: dict[str, Any] = {"precision": None, "compile": False}
+UNSET: dict[str, Any] = {"precision": None, "compile": False, "deterministic": False}
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:

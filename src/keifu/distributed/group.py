@@ -78,14 +78,14 @@ class Group(Processes):
     def begin_step(self, step: int) -> None:
         self.store.set(f"step/{self.rank}", str(step))
 
-    def split(self, module: Any) -> nn.Module:
+    def split(self, module: Any, dtype: torch.dtype | None = None) -> nn.Module:
         if self.is_replicated and not self.mesh.activation_checkpointing and not self.mesh.compile_blocks:
             return module
         if id(module.model) not in self.modules:
             layouts, partial = {}, set()
             if self.shape.tensor > 1:
                 layouts, partial = tensor_parallel(module.model, self.devices["tensor"])
-            self.modules[id(module.model)] = parallelize(module, self.mesh, self.devices)
+            self.modules[id(module.model)] = parallelize(module, self.mesh, self.devices, dtype)
             settle(module)
             if not self.is_replicated:
                 self.pod = Pod(module.model, self.devices, self.pod_group, layouts, partial)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -87,10 +87,11 @@ class Pod:
         return total.sqrt().float()
 
 
-def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
+def parallelize(module: nn.Module, mesh: Mesh, devices: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """Split a module over the axis `shard` of a device mesh as `mesh` says.
 
-    The units are the blocks that the model lists. Gradients are summed over that axis.
+    The units are the blocks that the model lists. Gradients are summed over that axis, in float32. With a `dtype` of
+    16 bits the weights are gathered in it, so that autocast keeps no copies of them.
     """
     blocks = blocks_of(module)
     if not blocks and (mesh.compile_blocks or mesh.activation_checkpointing):
@@ -110,8 +111,13 @@ def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
     offload = CPUOffloadPolicy() if mesh.offload else OffloadPolicy()
     apart = [part.kv for part in module.modules() if isinstance(part, CROSS)]
     units = [part for part in (*apart, *blocks) if any(p.dim() for p in part.parameters())]
+    half = None if dtype in (None, torch.float32) else dtype
+    total = torch.float32 if half else None
     for part in (*units, module):  # the inner ones first
-        made = fully_shard(part, mesh=devices["shard"], ignored_params=scalars, offload_policy=offload)
+        policy = MixedPrecisionPolicy(half, total, cast_forward_inputs=part is not module)  # a batch stays as it is
+        made = fully_shard(
+            part, mesh=devices["shard"], ignored_params=scalars, offload_policy=offload, mp_policy=policy
+        )
         made.set_gradient_divide_factor(1.0)
         made.set_force_sum_reduction_for_comms(True)
     return module

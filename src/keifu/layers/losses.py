@@ -156,12 +156,15 @@ def _to_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of these rows and that of -log p alone; each logit becomes the loss's gradient by it.
 
-    `counts` is how much each row counts: yes and no, or a number. A few rows at a time, whose probabilities the
-    processor's cache holds, but for all that exchange what they have with other processes.
+    `counts` is how much each row counts: yes and no, or a number. A CPU computes a few rows at a time, whose
+    probabilities its cache holds. Other devices compute all at once, without a wait, and so do processes that exchange
+    their parts.
     """
-    every = not torch.compiler.is_compiling() and counts.dtype == torch.bool and bool(counts.all())
+    on_cpu = logits.device.type == "cpu"
+    every = on_cpu and not torch.compiler.is_compiling() and counts.dtype == torch.bool and bool(counts.all())
+    in_cache = on_cpu and classes is None
     found = []
-    for part in _slices(len(logits), max(1, _LOGITS_IN_CACHE // logits.shape[1])) if classes is None else [slice(None)]:
+    for part in _slices(len(logits), max(1, _LOGITS_IN_CACHE // logits.shape[1])) if in_cache else [slice(None)]:
         rows = logits[part]
         loss, nats, gradient = _loss_and_gradient(rows, targets[part], label_smoothing, z_loss, classes)
         rows.copy_(gradient if every else gradient.mul_(counts[part, None]))
@@ -257,7 +260,7 @@ class _TokenLogProbabilities(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.temperature, ctx.kind = temperature, kind
         found = [hidden.new_zeros(0, dtype=torch.float32)], [hidden.new_zeros(0, dtype=torch.float32)]
-        for part in _slices(len(hidden), max(_ROWS, _LOGITS_IN_CACHE // len(weight))):
+        for part in _slices(len(hidden), _rows_at_a_time(weight)):
             logs = _log_softmax(hidden[part], weight, temperature, kind)
             found[0].append(logs.gather(-1, tokens[part, None]).squeeze(-1))
             found[1].append(-(logs.exp() * logs).sum(-1))
@@ -270,7 +273,7 @@ class _TokenLogProbabilities(torch.autograd.Function):
         hidden, weight, tokens = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for part in _slices(len(hidden), max(_ROWS, _LOGITS_IN_CACHE // len(weight))):
+        for part in _slices(len(hidden), _rows_at_a_time(weight)):
             d_logits = _log_softmax(hidden[part], weight, ctx.temperature, ctx.kind).exp_().neg_()
             d_logits.scatter_add_(-1, tokens[part, None], torch.ones_like(d_logits[:, :1]))
             d_logits = d_logits.mul_(upstream[0][part, None] / ctx.temperature).to(ctx.kind)
@@ -278,6 +281,13 @@ class _TokenLogProbabilities(torch.autograd.Function):
             if d_weight is not None:
                 d_weight += product(d_logits.T, hidden[part].to(ctx.kind))
         return d_hidden, d_weight, None, None, None
+
+
+def _rows_at_a_time(weight: Tensor) -> int:
+    """Return the number of positions whose logits a processor's cache holds, or a GPU's memory."""
+    if weight.device.type == "cpu":
+        return max(_ROWS, _LOGITS_IN_CACHE // len(weight))
+    return max(1, _LOGITS_AT_A_TIME // len(weight))
 
 
 def _slices(length: int, size: int) -> list[slice]:

@@ -20,7 +20,7 @@ from keifu.processes import current
 from keifu.threads import follow_load
 from keifu.training.hardware import failures
 from keifu.training.hardware.flops import peak
-from keifu.training.hardware.precision import tensor_float32
+from keifu.training.hardware.precision import deterministic, tensor_float32
 from keifu.training.loader import Loader, prefetches
 from keifu.training.pace import Budget, Pace, TimeLeft
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
@@ -64,7 +64,8 @@ def train(
         run_directory.owned(run.directory),
         Display(settings.steps, run.unit) as display,
         StopRequest(display.note) as stop,
-        tensor_float32(device),
+        tensor_float32(device, settings.precision),
+        deterministic(device, settings.deterministic),
         keep_freed(device),
     ):
         run_directory.claim_directory(run)

@@ -84,9 +84,11 @@ class Settings:
     """Recovery from loss spikes."""
     precision: Precision = "auto"
     """Number format of matrix products; auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on
-    a CPU. Weights stay in float32."""
+    a CPU. Weights stay in float32. float32 excludes NVIDIA's TF32, which the others allow for the products left."""
     compile: bool = False
     """Compile the objective and the model with torch.compile."""
+    deterministic: bool = False
+    """Whether a GPU uses only kernels that give the same bits each time, which may be slower. A CPU always does."""
     seed: int = 0
     """Seed of dropout; recipes use it for the initial weights and the order of the data too."""
     log_every: int = 10
@@ -140,7 +142,7 @@ class Settings:
 
 def as_chosen(settings: Settings) -> Settings:
     """The settings with the precision and the compilation of the command line, where it names them."""
-    options = {"precision": chosen().precision, "compile": chosen().compile}
+    options = {name: vars(chosen())[name] for name in ("precision", "compile", "deterministic")}
     return replace(settings, **{name: value for name, value in options.items() if value is not None})
 
 

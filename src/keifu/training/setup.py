@@ -186,7 +186,7 @@ def steps_within(
     settings, device = as_chosen(settings), next(model.parameters()).device
     trainer = Trainer(model, objective, replace(settings, compile=False))
     batch = on_device(largest, device)
-    hardware = tensor_float32(device), keep_freed(device)
+    hardware = tensor_float32(device, settings.precision), keep_freed(device)
     with cost.preserve_state(trainer), failures.explain_out_of_memory(), hardware[0], hardware[1]:
         trainer.micro_batch = current().broadcast(cost.estimate(trainer, batch, settings.micro_batch).micro_batch)
         trainer.row_elements = row_elements(batch)

@@ -25,7 +25,10 @@ class Sums(dict[str, Tensor]):
     @classmethod
     def of(cls, outcome: LossOutput) -> "Sums":
         """The sums of one micro-batch, detached."""
-        weight = torch.as_tensor(outcome.weight, dtype=torch.float32, device=outcome.total.device)
+        if isinstance(outcome.weight, Tensor):
+            weight = outcome.weight.to(outcome.total.device, torch.float32)
+        else:
+            weight = outcome.total.new_full((), outcome.weight, dtype=torch.float32)  # no copy from the host
         figures = {f"figures.{name}": torch.as_tensor(value) for name, value in outcome.figures.items()}
         sums = {"total": outcome.total, "weight": weight, **figures}
         return cls({name: value.detach() for name, value in sums.items()})

@@ -72,7 +72,7 @@ class Trainer:
         self.dtype = dtype or resolve_dtype(settings.precision, self.device)
         self.objective = compile_objective(objective, self.device) if settings.compile else objective
         self.plain = objective  # not compiled, for the search for a number that is not finite
-        self.module = current().split(ObjectiveModule(model))
+        self.module = current().split(ObjectiveModule(model), self.dtype)
         self.ranks = ranks or current().ranks or Ranks()
         self.split = self.ranks.world_size > 1 or not current().is_replicated
         self.micro_batch = settings.micro_batch or settings.batch_size
@@ -100,7 +100,9 @@ class Trainer:
                     self.drop_gradients()
                     return None
                 current().set_last_backward(self.module, number == last)
-                (outcome.total * scale.value if scale.moves else outcome.total).backward()
+                if not scale.begun:
+                    scale.begin(current().broadcast(float(outcome.weight)))
+                (outcome.total * scale.factor if scale.moves else outcome.total).backward()
                 sums += Sums.of(outcome)
         finally:
             self.dropout.clear()
@@ -192,7 +194,10 @@ class Trainer:
                 yield part.batch
 
         if isinstance(self.objective, WholeBatchObjective):
-            sizes, scale = [rows_of(part.batch) for part in parts], self.state.scale.value
+            sizes = [rows_of(part.batch) for part in parts]
+            if not self.state.scale.begun:
+                self.state.scale.begin(current().broadcast(float(sizes[0])))
+            scale = self.state.scale.factor
             ranks = self.ranks if rows_of(batch) >= self.ranks.world_size else Ranks()
             yield from whole_batch_outputs(self.objective, self.model, self._call, passes, sizes, scale, ranks)
         else:
@@ -222,7 +227,7 @@ class Trainer:
     def _average(self, weight: Tensor) -> Tensor:
         """Divides the gradient of the sum by the number of elements and clips it, in one pass; gives the norm before
         clipping."""
-        weight = torch.where(weight > 0, weight, 1.0) * self.state.scale.value
+        weight = torch.where(weight > 0, weight, 1.0) * self.state.scale.factor
         if self.split:
             gradients, total = self.ranks.sum_gradients(self.optimizers.parameters)
         else:

@@ -97,6 +97,9 @@ MESSAGES = [
     ),
     (MemoryError("Unable to allocate 3.5 MiB for an array"), "3.67 MB more were asked for"),
     (MemoryError(), "not enough memory; lower micro_batch"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "lower micro_batch"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "lower micro_batch"),
+    (RuntimeError("GET was unable to find an engine to execute this computation"), "lower micro_batch"),
 ]
 
 

@@ -118,7 +118,7 @@ def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
         optimizer_bytes, update_seconds = _optimizer(trainer)
         release(trainer.device)
         available = available_memory(trainer.device)
-        base = 2 * parameter_bytes + optimizer_bytes + fixed - sum(p.nbytes for p in trainer.model.parameters())
+        base = parameter_bytes + optimizer_bytes + fixed  # gradients; the weights themselves are not in what is free
         fitting = int((SAFETY * available - base) / max(1, per_row))
         if fitting < 1:
             needed = f"one row at a time needs about {format_bytes(base + per_row)} of memory"

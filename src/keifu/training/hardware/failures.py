@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from keifu.errors import UserError
 from keifu.training.run.progress import format_bytes
 
-ALLOCATION = re.compile(r"out of memory|can't allocate memory|not enough memory|DefaultCPUAllocator")
+ALLOCATION = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|DefaultCPUAllocator|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|"
+    "(?i:unable to find an engine)"  # cuDNN, when no engine's workspace fits
+)
 ASKED = re.compile(r"(?:allocate:?|allocating) *([\d.]+) *(bytes|[KMGT]i?B)?")
 ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
 NOT_AGAIN = "it did not happen again when the step was repeated"

@@ -1,12 +1,13 @@
 """Mixed precision: the number format of matrix products, autocast, TF32, and loss scaling for float16."""
 
 import functools
+import os
 import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil, log2
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -51,41 +52,84 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @contextmanager
-def tensor_float32(device: torch.device) -> Iterator[None]:
-    """A block in which an NVIDIA GPU computes float32 products as TF32 (10 bits of mantissa) on tensor cores."""
+def tensor_float32(device: torch.device, precision: str) -> Iterator[None]:
+    """Let an NVIDIA GPU multiply float32 matrices as TF32 (10 bits of mantissa), unless `precision` is float32.
+
+    One API sets the flags, so that inductor and other libraries can read them. (Setting `fp32_precision` of a backend
+    makes the older flags raise an error when they are read.)
+    """
     if device.type != "cuda":
         yield
         return
-    cudnn: Any = torch.backends.cudnn
-    backends: list[Any] = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "tf32"
+    before = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    allowed = precision != "float32"
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Let a GPU use only kernels that give the same bits each time, if `wanted`. A CPU always does.
+
+    An operation without such a kernel raises torch's error, which names it.
+    """
+    if device.type != "cuda" or not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic = True
+    cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.deterministic = before[1]
+        cudnn.benchmark = before[2]
 
 
 class LossScale:
     """Dynamic loss scaling: the factor of the loss before the backward pass, so that small gradients do not underflow
     in float16 (Micikevicius et al., 2018, section 3.2); 1 for every other format.
 
-    Like torch.amp.GradScaler, it starts at 65,536, is halved where a gradient is not finite, and doubled after 2,000
-    steps without. Unlike there, a step whose gradient was not finite is computed again with the lower scale, not
-    skipped.
+    Like torch.amp.GradScaler, it starts at 65,536, is halved when a gradient is not finite, and doubled after 2,000
+    finite steps. Unlike there, a step whose gradient was not finite is computed again with the lower scale, not
+    skipped. `value` is the scale of the mean loss. Objectives return sums, so `factor` divides it by the number of
+    elements of the first micro-batch, rounded up to a power of two.
     """
 
     FIRST, INTERVAL = 65_536.0, 2_000
 
     def __init__(self, dtype: torch.dtype):
         self.moves = dtype == torch.float16
-        self.load()
+        self.load(elements=0.0)
 
-    def load(self, value: float | None = None, steps: int = 0) -> None:
-        """Restores what `facts` gave, or begins anew."""
+    @property
+    def factor(self) -> float:
+        """Return the factor of a sum over elements."""
+        return self.value / self.elements
+
+    @property
+    def begun(self) -> bool:
+        """Return whether the number of elements is known, or not needed."""
+        return not self.moves or self.elements > 0
+
+    def begin(self, elements: float) -> None:
+        """Take the number of elements of a micro-batch from the first one."""
+        self.elements = 2.0 ** ceil(log2(max(1.0, elements)))
+
+    def load(self, value: float | None = None, steps: int = 0, elements: float = 1.0) -> None:
+        """Restore the result of `facts`. The states of keifu 0.2.0 have no elements: their scale is that of the sum."""
         self.value = (value or self.FIRST) if self.moves else 1.0
+        self.elements = elements if self.moves else 1.0
         self.steps = steps
 
     def lower(self) -> bool:
@@ -104,5 +148,5 @@ class LossScale:
             self.steps = 0
 
     def facts(self) -> dict[str, float]:
-        """The scale and the steps since it was changed, for a checkpoint."""
-        return {"value": self.value, "steps": self.steps}
+        """Return the scale, the steps since it was changed and the elements, for a checkpoint."""
+        return {"value": self.value, "steps": self.steps, "elements": self.elements}
