@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from language_models import every_model  # noqa: F401 (a case names it)
 from torch import nn
 from torch.distributed import PrefixStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -285,6 +286,22 @@ def peak(folder: Path) -> dict[str, Any]:
     return {"grown": memory.grown, "loss": gradient.sums.means()["loss"], "norm": float(gradient.norm)}
 
 
+def saved(folder: Path) -> dict[str, int]:
+    """Return the bytes that autograd keeps of whole weights after a forward pass in bfloat16, and those of a shard."""
+    model = llama.build(llama.Config(64, 32, 128, 512, 4, 4)).train()
+    shapes = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    total = sum(p.numel() for p in model.parameters())
+    settings = Settings(batch_size=2, micro_batch=2, precision="bfloat16")
+    trainer = Trainer(model, causal_language_modeling, settings)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss = trainer.forward({"tokens": torch.randint(64, (2, 9))}).total
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if tuple(x.shape) in shapes}
+    loss.backward()
+    return {"kept": sum(storages.values()), "shard": 2 * total // 2}
+
+
 ANSWERS = [TurnMasks([*range(1, length)], [False, *[True] * (length - 2)]) for length in (5, 9, 7, 6, 12, 8)]
 PAIRS = [Pair(*ANSWERS[place : place + 2]) for place in range(5)]
 
@@ -292,7 +309,7 @@ PAIRS = [Pair(*ANSWERS[place : place + 2]) for place in range(5)]
 def _begin(model: str, recipe: str) -> Any:
     """A model that a recipe goes on from."""
     if recipe == "bert":
-        return bert_recipe._begin(bert_recipe.Recipe(start=model), None)[0]
+        return bert_recipe._begin(bert_recipe.Recipe(start_from=model), None)[0]
     if recipe == "gpt":
         return gpt_recipe.start_model(model)[0]
     if recipe == "dpo":

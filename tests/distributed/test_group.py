@@ -6,6 +6,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import group_toys
+import language_models
 import pytest
 import torch
 from group_toys import learn
@@ -51,6 +52,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found
     wanted += cases([{"tensor": 2}], ADAPTED, steps=8, stop=5)
     wanted += [{"name": f"peak{again}", "work": "peak", "mesh": {"shard": 2, "activation_checkpointing": again}}
                for again in (False, True)]  # fmt: skip
+    wanted += [{"name": f"every-{axis}", "work": "every_model", "mesh": {axis: 2}} for axis in ("shard", "tensor")]
+    wanted.append({"name": "saved", "work": "saved", "mesh": {"shard": 2}})
     wanted += counted([{}, {"shard": 2}, {"shard": 2, "sync_each": True}])
     return folder, group_toys.start(folder, wanted, 2)
 
@@ -126,6 +129,31 @@ def test_activations_that_are_computed_again_need_no_memory(two: Any) -> None:
     kept, again = two[1]["peakFalse"], two[1]["peakTrue"]
     assert again["loss"] == kept["loss"] and again["norm"] == pytest.approx(kept["norm"], rel=1e-6)
     assert again["grown"] < kept["grown"] / 2
+
+
+@pytest.mark.parametrize("axis", ["shard", "tensor"])
+@pytest.mark.parametrize("name", language_models.LANGUAGE_MODELS)
+def test_a_language_model_on_two_processes_learns_the_weights_of_one(name: str, axis: str, two: Any) -> None:
+    """Weights, not losses: a gradient that is summed over half of the processes hardly changes a loss."""
+    found, alone = load_file(two[0] / f"every-{axis}" / f"{name}.safetensors"), language_models.trained(name)
+    begun = dict(language_models.build(name).named_parameters())
+    assert found.keys() == alone.keys()
+    for key, weight in alone.items():
+        moved = float((weight - begun[key]).abs().max())
+        assert moved > 1e-3, key
+        assert float((found[key] - weight).abs().max()) < 5e-3 * moved, key
+
+
+def test_autograd_keeps_no_whole_weights_of_a_sharded_model(two: Any) -> None:
+    """In bfloat16: FSDP gathers bfloat16 weights, so that autocast makes no copies, which would be kept."""
+    assert two[1]["saved"]["kept"] <= two[1]["saved"]["shard"] / 4
+
+
+def test_sharded_pods_sum_their_gradients(tmp_path: Path) -> None:
+    """Four processes in two pods; a gradient of one pod would give other norms and weights."""
+    case = {"name": "pods", "kind": "gpt2", "mesh": {"pods": 2, "shard": 2}, "steps": 3, "rows": 8, "warmup": 0}
+    found, alone = group_toys.start(tmp_path, [case], 4)["pods"], learn("gpt2", tmp_path / "a", 3, rows=8, warmup=0)
+    close(found, alone)
 
 
 @pytest.mark.slow

@@ -45,9 +45,7 @@ class Wrapped(nn.Module):
 
 
 def block(feedforward: nn.Module | None = None, wide_norm: bool = False) -> PreNorm:
-    attention = Attention(16, 4, qk_norm=RMSNorm)
-    if wide_norm:
-        attention.k_norm = RMSNorm(16)
+    attention = Attention(16, 4, qk_norm=(RMSNorm(4), RMSNorm(16 if wide_norm else 4)))
     return PreNorm(attention, feedforward or GatedFeedForward(16, 24, F.silu), (RMSNorm(16), RMSNorm(16)))
 
 

@@ -26,8 +26,22 @@ from keifu.layers.dropout import Dropout, dropout_mask
 from keifu.layers.feedforward import GEGLU, FeedForward, GatedFeedForward
 from keifu.layers.linear import Linear, linear
 from keifu.layers.lora import Adapter, adapters
-from keifu.layers.normalisation import RMSNorm, ScaledLayerNorm, UnitOffsetRMSNorm
-from keifu.layers.transformer.blocks import CrossPostNorm, CrossPreNorm, Parallel, PostNorm, PreNorm, SandwichNorm
+from keifu.layers.normalisation import (
+    AllHeadsRMSNorm,
+    FullPrecisionRMSNorm,
+    RMSNorm,
+    ScaledLayerNorm,
+    UnitOffsetRMSNorm,
+)
+from keifu.layers.transformer.blocks import (
+    CrossPostNorm,
+    CrossPreNorm,
+    Parallel,
+    PostNorm,
+    PreNorm,
+    ReorderedNorm,
+    SandwichNorm,
+)
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.layers.unet.conv import SpatialAttention
 
@@ -92,6 +106,19 @@ class SplitDropout(Dropout):
         shape[axis] = tokens.length if self.axis is None else size * tokens.size
         mask = dropout_mask(keys, prod(shape), dropped).view(shape)
         return tokens.part(mask, adds=False) if self.axis is None else mask.narrow(axis, tokens.index * size, size)
+
+
+class SplitHeadsNorm(AllHeadsRMSNorm):
+    """Norm over the heads of all processes, of which the input has this process's."""
+
+    tokens: Tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.float().flatten(-2)
+        squares = self.tokens.move(flat.square().sum(-1, keepdim=True), Partial(), Replicate())
+        count = len(self.weight) * self.tokens.size
+        scale = (self.tokens.shared(squares) / count + self.eps).rsqrt()  # copies are in the sum and in the count
+        return (flat * scale * self.weight.float()).to(x.dtype).unflatten(-1, x.shape[-2:])
 
 
 class Head(Tensor):
@@ -233,9 +260,9 @@ def _check_whole(block: nn.Module, names: Mapping[nn.Module, str]) -> None:
 
 
 def _check_head_norms(attention: Attention, names: Mapping[nn.Module, str]) -> None:
-    """Refuse a norm of queries or keys that is computed over all heads, since each process has some of them."""
+    """Refuse an unknown norm of queries or keys that is computed over all heads: each process has some of them."""
     for norm in (attention.q_norm, attention.k_norm):
-        if norm is None:
+        if norm is None or type(norm) is AllHeadsRMSNorm:
             continue
         if type(norm) not in LAYERS:
             raise _unknown(norm, names)
@@ -280,8 +307,17 @@ def _split_attention(part: Attention, tokens: Tokens) -> Iterator[tuple[str, Lay
     inner, kv = heads * part.head_dim, kv_heads * part.head_dim
     parts = [_shares(inner, size), *(_shares(kv, size, kv_heads, start) for start in (inner, inner + kv))]
     yield from _split_pair(part, "qkv", "out", parts, tokens)
+    for name, norm, shares in (("q_norm", part.q_norm, parts[0]), ("k_norm", part.k_norm, _shares(kv, size, kv_heads))):
+        if isinstance(norm, AllHeadsRMSNorm):
+            yield f"{name}.weight", _split_norm(norm, shares, tokens)
     part.n_heads, part.n_kv_heads = heads // size, max(1, kv_heads // size)
     part.dropout = SplitDropout(part.dropout.p, tokens, 1)
+
+
+def _split_norm(norm: Any, rows: list[range], tokens: Tokens) -> Layout:
+    norm.__class__ = SplitHeadsNorm
+    vars(norm).update(tokens=tokens)
+    return _take(norm, "weight", Layout(tuple(norm.weight.shape), [[each] for each in rows]), tokens)
 
 
 def _split_feedforward(part: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
@@ -353,7 +389,7 @@ def _shares(total: int, size: int, units: int | None = None, start: int = 0) -> 
 
 Rule = Callable[[Any, Tokens], Iterator[tuple[str, Layout]]]
 
-BLOCKS = {PreNorm, PostNorm, SandwichNorm, Parallel, CrossPreNorm, CrossPostNorm}
+BLOCKS = {PreNorm, PostNorm, ReorderedNorm, SandwichNorm, Parallel, CrossPreNorm, CrossPostNorm}
 LAYERS: dict[type, Rule | None] = {  # of a block; None: it acts on each token separately
     Attention: _split_attention,
     GridAttention: _split_attention,
@@ -364,6 +400,7 @@ LAYERS: dict[type, Rule | None] = {  # of a block; None: it acts on each token s
     Dropout: _split_dropout,
     nn.LayerNorm: None,
     RMSNorm: None,
+    FullPrecisionRMSNorm: None,
     UnitOffsetRMSNorm: None,
     ScaledLayerNorm: None,
 }

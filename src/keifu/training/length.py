@@ -15,6 +15,8 @@ from keifu.errors import UserError
 from keifu.training.optim.lr_schedules import ratio
 from keifu.training.settings import Settings
 
+USEFUL = 0.02  # the least mean learning rate of an extension, as a share of the highest rate
+
 
 @dataclass(frozen=True)
 class Change:
@@ -81,6 +83,20 @@ class Length:
         """The same for a run that has had `steps` steps from its start, with the warm-up of this one."""
         end = s.counted(steps) if s.decay_steps is None else s.decay_steps * steps / self.begun
         return ratio(s.schedule, s.counted(step + 1) - 1 + ahead, end, s.warmup, s.final_ratio, s.hold)
+
+    def mean_share(self, settings: Settings, step: int) -> float:
+        """Return the mean learning rate of the updates from `step` on, as a share of the highest one."""
+        shares = [self.rate_share(settings, each) for each in range(step, self.steps)]
+        return sum(shares) / max(1, len(shares))
+
+    def useful_steps(self, settings: Settings, at: int) -> int:
+        """Return the least number of steps to which the run can be extended at step `at` and still learn."""
+        steps = at
+        while steps < 100 * max(1, at):
+            steps += max(1, (steps - at) // 8)
+            if self.changed(at, steps, settings.warmup).mean_share(settings, at) >= USEFUL:
+                break
+        return steps
 
     def sentence(self, settings: Settings) -> str:
         """A sentence that describes the last change and its effect on the learning rate."""

@@ -19,10 +19,10 @@ from keifu.memory import keep_freed, release
 from keifu.processes import current
 from keifu.threads import follow_load
 from keifu.training.hardware import failures
-from keifu.training.hardware.flops import peak
+from keifu.training.hardware.flops import measure_peak, peak
 from keifu.training.hardware.precision import deterministic, tensor_float32
 from keifu.training.loader import Loader, prefetches
-from keifu.training.pace import Budget, Pace, TimeLeft
+from keifu.training.pace import Budget, Pace, TimeLeft, busy
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
 from keifu.training.run import best, checkpoint, metrics
 from keifu.training.run import directory as run_directory
@@ -100,6 +100,8 @@ class _Loop:
         self.every = {"validation": evaluate_every, "sample": s.sample_every, "state": s.save_every}
         self.budget = Budget(None if s.minutes is None else 60 * s.minutes, self.pace, state.step, self.every)
         self.peak = peak(device, self.trainer.dtype)
+        self.peak_trials = 3  # how often it may be measured again
+        self.short = False  # whether the display has shown that few steps fit into the minutes
         self.figures, self.validated, self.gradient_norm = lines.latest, lines.validated, math.nan
         self.saved = state.step if run.resume else -1
         if run.resume and current().is_main:  # a kill may have come before these were removed
@@ -144,7 +146,14 @@ class _Loop:
         self._save_state()
         self._leave({"finished": True})
         report = self.run.directory / REPORT
-        self.display.note(f"Done: {number(state.step, 'step')} in {format_seconds(state.seconds)}. See {report}.")
+        planned = state.length.scheduled
+        if self.settings.minutes is not None and state.step < planned / 10:
+            self.display.note(
+                f"Out of time: {state.step:,} of {planned:,} steps were made{busy()}. The model has learned next to "
+                f"nothing; give more --minutes. See {report}."
+            )
+        else:
+            self.display.note(f"Done: {number(state.step, 'step')} in {format_seconds(state.seconds)}. See {report}.")
         return Summary(self.run.directory, state.step, state.seconds, self.figures)
 
     def _gradient(self) -> Gradient | None:
@@ -255,6 +264,11 @@ class _Loop:
     def _fit(self, steps: int) -> None:
         """Changes the number of steps to what fits into the time; recorded in the metrics and in checkpoints."""
         if steps != self.state.length.steps:
+            planned = self.state.length.scheduled
+            if steps < planned / 2 and not self.short:
+                self.short = True
+                minutes = f"{self.settings.minutes:g}"
+                self.display.note(f"Only {steps:,} of {planned:,} steps fit into {minutes} minutes{busy()}.")
             self.trainer.optimizers.length = self.state.length.fitted(self.state.step, steps)
             self._record({"planned_steps": steps})
             self.display.expect(steps)
@@ -265,13 +279,14 @@ class _Loop:
         state = self.state
         units, means = float(state.sums["weight"]), state.sums.means()
         rate = units / self.pace.lap()
+        share = self._share_of_peak(rate)
         state.seconds, state.sums = self.pace.seconds, Sums()
         figures = {
             **means,
             **self.trainer.optimizers.rates(state.step - 1),
             "gradient_norm": float(self.gradient_norm),
             f"{self.run.unit}_per_second": rate,
-            "flops_utilisation": rate * self.cost.flops_per_unit / self.peak,
+            **({} if share is None else {"flops_utilisation": share}),
             "seconds": state.seconds,
         }
         self._record(figures)
@@ -280,6 +295,18 @@ class _Loop:
             self.display.note(f"Step {state.step:,}: {warning}")
         for warning in self.run.watch(means) if self.run.watch else ():
             self.display.note(f"Step {state.step:,}: {warning}")
+
+    def _share_of_peak(self, rate: float) -> float | None:
+        """Return the share of the device's peak that is used. A peak that is exceeded is measured again.
+
+        None if it is exceeded after that too: other work was slowing the machine down.
+        """
+        used = rate * self.cost.flops_per_unit
+        if used > self.peak and self.peak_trials:
+            self.peak_trials -= 1
+            with self.pace.paused():
+                self.peak = max(self.peak, measure_peak(self.trainer.device, self.trainer.dtype))
+        return used / self.peak if used <= self.peak else None
 
     def _evaluate(self) -> None:
         """The validation figures, and bits per byte where the run gives the bytes per element."""

@@ -1,12 +1,21 @@
 """Timing of a run: time per step, time left, and how many steps fit into a given time."""
 
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 CHECK = 0.02  # the share of a time budget between two checks of the pace
 TOLERANCE = 0.02  # the relative change of the number of steps below which the plan stays
+
+
+def busy() -> str:
+    """Return a phrase about the load of the machine if there is more work than processors; else an empty string."""
+    count = os.cpu_count() or 1
+    load = os.getloadavg()[0] if sys.platform != "win32" else 0.0
+    return f" (the machine is busy: a load of {load:.1f} on {count} processors)" if load > 1.5 * count else ""
 
 
 class Pace:

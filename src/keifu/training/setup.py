@@ -24,7 +24,7 @@ from keifu.processes import current
 from keifu.training.hardware import cost, failures
 from keifu.training.hardware.flops import synchronize
 from keifu.training.hardware.precision import resolve_dtype, tensor_float32
-from keifu.training.length import Length, length_of
+from keifu.training.length import USEFUL, Length, length_of
 from keifu.training.loader import on_device
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run
 from keifu.training.ranks import row_elements, rows_of
@@ -155,7 +155,16 @@ def _length(found: checkpoint.State, settings: Settings, directory: Path) -> Len
     length = length_of(found.facts)
     asked = run_directory.recorded(directory).get("steps") or length.scheduled
     steps = asked if settings.steps == length.begun else settings.steps
-    return length if steps == length.scheduled else length.changed(found.step, steps, settings.warmup)
+    if steps == length.scheduled:
+        return length
+    changed = length.changed(found.step, steps, settings.warmup)
+    if steps > length.scheduled and changed.mean_share(settings, found.step) < USEFUL:
+        useful = length.useful_steps(settings, found.step)
+        raise UserError(
+            f"An extension from {length.scheduled:,} to {steps:,} steps would learn next to nothing: the schedule ends "
+            f"at a rate of 0. Give --steps {useful:,} or more."
+        )
+    return changed
 
 
 def _tell_changes(

@@ -100,7 +100,7 @@ class Trainer:
                     self.drop_gradients()
                     return None
                 current().set_last_backward(self.module, number == last)
-                if not scale.begun:
+                if not scale.is_set:
                     scale.begin(current().broadcast(float(outcome.weight)))
                 (outcome.total * scale.factor if scale.moves else outcome.total).backward()
                 sums += Sums.of(outcome)
@@ -195,7 +195,7 @@ class Trainer:
 
         if isinstance(self.objective, WholeBatchObjective):
             sizes = [rows_of(part.batch) for part in parts]
-            if not self.state.scale.begun:
+            if not self.state.scale.is_set:
                 self.state.scale.begin(current().broadcast(float(sizes[0])))
             scale = self.state.scale.factor
             ranks = self.ranks if rows_of(batch) >= self.ranks.world_size else Ranks()

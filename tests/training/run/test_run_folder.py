@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +18,10 @@ from keifu.errors import UserError
 from keifu.files import sha256
 from keifu.models import gpt2
 from keifu.training.hardware import cost, flops, precision
+from keifu.training.length import Length
 from keifu.training.loop import train
 from keifu.training.objectives import language_modeling
-from keifu.training.run import metrics, progress
+from keifu.training.run import checkpoint, metrics, progress
 from keifu.training.run.report import Curve, chart
 from keifu.training.trainer import Trainer
 
@@ -216,14 +218,31 @@ def test_the_cost_is_said_before_the_first_step(tmp_path: Path, capsys) -> None:
     assert others[-1].startswith("Done: 12 steps in")
 
 
-def test_the_peak_is_the_fastest_of_several_products_and_measured_once(monkeypatch) -> None:
+def test_the_peak_is_the_fastest_of_several_products(monkeypatch) -> None:
     times = iter([3.0, 2.0, 4.0])
     asked = iter([0.0, 0.05, 0.1, 9.0])
     monkeypatch.setattr(flops, "time_call", lambda work, device: next(times))
-    monkeypatch.setattr(flops.time, "perf_counter", lambda: next(asked))
-    measured = flops.matmul_peak.__wrapped__
-    assert measured(CPU, torch.float32) == 2 * 1024**3 / 2.0
+    monkeypatch.setattr(flops, "perf_counter", lambda: next(asked))  # of this module alone: other threads run on
+    assert flops.measure_peak(CPU, torch.float32) == 2 * 1024**3 / 2.0
     assert next(times, None) is None
+
+
+def test_the_peak_is_measured_once(monkeypatch) -> None:
+    measured = iter([5.0])
+    monkeypatch.setattr(flops, "measure_peak", lambda *given: next(measured))
+    flops.matmul_peak.cache_clear()
+    assert [flops.matmul_peak(CPU, torch.float32) for _ in range(2)] == [5.0, 5.0]
+    flops.matmul_peak.cache_clear()
+
+
+@pytest.mark.parametrize(("again", "shown"), [(1e30, True), (1.0, False)])
+def test_no_run_uses_more_than_the_peak(tmp_path: Path, monkeypatch, again: float, shown: bool) -> None:
+    """A peak that was measured beside other work is measured again; if it is still too low, no share is shown."""
+    monkeypatch.setattr("keifu.training.loop.peak", lambda *given: 1.0)
+    monkeypatch.setattr("keifu.training.loop.measure_peak", lambda *given: again)
+    train(toy(), objective, Sequences(), settings(), run(tmp_path))
+    shares = [line["flops_utilisation"] for line in metrics.read(tmp_path) if "flops_utilisation" in line]
+    assert bool(shares) == shown and all(0 < share <= 1 for share in shares)
 
 
 def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch) -> None:
@@ -276,3 +295,47 @@ def test_a_terminal_gets_a_bar_and_a_pipe_plain_lines(monkeypatch) -> None:
         assert "loss 2.5  1,234 tokens/s  41% of peak  83 s left" in text and "a [note] that stays" in text
         assert ("\x1b[" in text) == terminal
         assert ("step 10/20  loss" in text) == (not terminal)
+
+
+@pytest.mark.parametrize("curves", ['"x"', '[{"title": "a", "y_label": "b", "curves": [{"name": "c", "points": [1]}]}]',
+                                    '[{"title": "a", "y_label": true, "curves": [{"name": "c", "points": [[1, 2]]}]}]',
+                                    "[1]", "{"])  # fmt: skip
+def test_odd_files_in_the_folder_do_not_end_a_finished_run(tmp_path: Path, curves: str) -> None:
+    """A sample that is not UTF-8, and charts that are none: the report is written without them."""
+    train(toy(), objective, Sequences(), settings(), run(tmp_path))
+    (tmp_path / "samples").mkdir(exist_ok=True)
+    (tmp_path / "samples" / "step-00000000.txt").write_bytes(b"\xff<b>")
+    (tmp_path / "curves.json").write_text(curves)
+    train(toy(), objective, Sequences(), settings(), run(tmp_path, resume=True))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "curves.json is not a list of charts, and is left out" in page and "\ufffd&lt;b&gt;" in page
+
+
+def test_an_extension_that_would_learn_nothing_is_refused_with_a_useful_number(tmp_path: Path) -> None:
+    short = settings(steps=40, schedule="cosine", final_ratio=0.0, warmup=2)
+    train(toy(), objective, Sequences(), short, run(tmp_path))
+    with pytest.raises(UserError, match=r"from 40 to 44 steps would learn next to nothing.*Give --steps \d+ or more"):
+        train(toy(), objective, Sequences(), replace(short, steps=44), run(tmp_path, resume=True))
+    useful = Length(40).useful_steps(short, 40)
+    assert 44 < useful < 60
+    for steps, enough in ((useful - 3, False), (useful, True)):
+        share = Length(40).changed(40, steps, 2).mean_share(short, 40)
+        assert (share >= 0.02) == enough
+    train(toy(), objective, Sequences(), replace(short, steps=useful), run(tmp_path, resume=True))
+    assert checkpoint.steps(tmp_path)[-1] == useful
+
+
+BUSY = " (the machine is busy: a load of 16.0 on 2 processors)"
+
+
+@pytest.mark.parametrize(("load", "said"), [(16.0, BUSY), (1.0, "")])
+def test_a_plan_that_is_cut_is_said_with_the_reason(tmp_path, monkeypatch, capsys, load: float, said: str) -> None:
+    """`--minutes` on a machine that other work slows down: the run ends in time, and says that it learned nothing."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("keifu.training.pace.Budget.steps", lambda budget, step, planned: 2)
+    train(toy(), objective, Sequences(), settings(steps=40, minutes=1.0), run(tmp_path))
+    shown = capsys.readouterr().err
+    assert f"Only 2 of 40 steps fit into 1 minutes{said}." in shown
+    assert f"Out of time: 2 of 40 steps were made{said}. The model has learned next to nothing" in shown
+    assert "Done: " not in shown

@@ -5,8 +5,8 @@ A multiplication and an addition count as two operations.
 
 import functools
 import re
-import time
 from collections.abc import Callable
+from time import perf_counter
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -61,11 +61,16 @@ def named_peak(name: str, dtype: torch.dtype) -> float | None:
 
 @functools.cache
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
-    """FLOPs per second of a large square matrix product, the best of all repetitions in some seconds."""
+    """Return the result of the first `measure_peak` of this process."""
+    return measure_peak(device, dtype, seconds)
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
+    """Measure the FLOPs per second of a large square matrix multiplication, the best of all repetitions."""
     size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
+    best, end = float("inf"), perf_counter() + seconds
+    while best == float("inf") or perf_counter() < end:
         best = min(best, time_call(lambda: product(a, b), device))
     return 2 * size**3 / best
 
@@ -73,10 +78,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECON
 def time_call(work: Callable[[], object], device: torch.device) -> float:
     """The seconds that a function takes, until the device has finished its work."""
     synchronize(device)
-    start = time.perf_counter()
+    start = perf_counter()
     work()
     synchronize(device)
-    return time.perf_counter() - start
+    return perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

@@ -118,7 +118,7 @@ class LossScale:
         return self.value / self.elements
 
     @property
-    def begun(self) -> bool:
+    def is_set(self) -> bool:
         """Return whether the number of elements is known, or not needed."""
         return not self.moves or self.elements > 0
 

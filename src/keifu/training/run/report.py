@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from keifu.errors import UserError
 from keifu.files import read_json, read_json_object, write_atomic
 from keifu.training.run import metrics
 from keifu.training.run.directory import RECIPE, SAMPLES
@@ -247,8 +248,15 @@ def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
 def _own(directory: Path) -> str:
     """The charts that the run has written itself, in curves.json."""
     path = directory / CURVES
-    found = read_json(path) if path.exists() else []
-    return "".join(chart(**{**each, "curves": [Curve(**curve) for curve in each["curves"]]}) for each in found)
+    if not path.exists():
+        return ""
+    try:
+        charts = read_json(path)
+        if not all(isinstance(each[name], str) for each in charts for name in ("title", "y_label")):
+            raise TypeError("a title or a y_label is no string")
+        return "".join(chart(**{**each, "curves": [Curve(**curve) for curve in each["curves"]]}) for each in charts)
+    except (UserError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        return f'<p class="soft">{CURVES} is not a list of charts, and is left out: {escape(str(error))}.</p>'
 
 
 def _is_plain(name: str) -> bool:
@@ -275,7 +283,7 @@ def _samples(directory: Path) -> Iterable[str]:
 
 
 def _text(path: Path, is_open: bool) -> str:
-    text = escape(path.read_text(encoding="utf-8"))
+    text = escape(path.read_text(encoding="utf-8", errors="replace"))
     return f"<details{' open' if is_open else ''}><summary>{_when(path)}</summary><pre>{text}</pre></details>"
 
 
