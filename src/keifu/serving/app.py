@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from keifu import __version__
-from keifu.serving import access, errors, inspection, middleware, page, translations
+from keifu.serving import access, classification, errors, inspection, middleware, page, translations
 from keifu.serving.models import ServedModels
 from keifu.serving.openai import chat, completions, embeddings, images, responses
 from keifu.serving.streaming import json_response
@@ -46,7 +46,7 @@ def application(models: ServedModels, limits: Access = Access()) -> FastAPI:  # 
         title="keifu", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=RESPONSES
     )
     errors.install(app)
-    for part in (chat, completions, responses, embeddings, translations, images, inspection):
+    for part in (chat, completions, responses, embeddings, translations, classification, images, inspection):
         part.routes(app, models)
     app.include_router(page.routes())
     _state_routes(app, models)

@@ -5,6 +5,7 @@ If memory is bounded, the model that was not used longest is unloaded first.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from keifu.checkpoints.loading import load, load_model, planned
 from keifu.errors import UserError, unknown
+from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.text.model import Encoder, TwoTowers, explain_not_causal, is_writer
 from keifu.generation.text.translation import is_translator
@@ -28,6 +30,7 @@ USES = {  # the uses of a model, and the path that serves each
     "chat": "/v1/chat/completions",
     "completion": "/v1/completions",
     "embedding": "/v1/embeddings",
+    "classification": "/v1/classify",
     "translation": "/v1/translations",
     "image": "/v1/images/generations",
     "inspection": "/v1/inspect",
@@ -71,8 +74,11 @@ def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
         return (*(("completion",) if tokenizer.chat_template is None else ("chat", "completion")), *inside)
     if isinstance(model, TwoTowers) and tokenizer is not None:
         return "embedding", "match"
+    labels = ("classification",) if tokenizer is not None and _is_classifier(model, tokenizer) else ()
     if isinstance(model, Encoder) and tokenizer is not None:
-        return "embedding", *inside
+        return "embedding", *labels, *inside
+    if labels:
+        return labels
     if is_translator(model) and tokenizer is not None:
         return "translation", *inside
     try:
@@ -80,6 +86,13 @@ def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
     except UserError:
         return ()
     return ("image",)
+
+
+def _is_classifier(model: nn.Module, tokenizer: Any) -> bool:
+    with suppress(UserError):
+        text_classifier(model, tokenizer)
+        return True
+    return False
 
 
 def public_names(sources: Sequence[str], named: Mapping[str, str]) -> dict[str, str]:

@@ -35,7 +35,7 @@ HEADERS = {
 
 
 def in_language(page: bytes, language: str) -> bytes:
-    """The page that begins in this language, unless its reader chose another; "": in the browser's."""
+    """Return the page that begins in this language, unless its reader chose another; "": in the browser's."""
     if not language:
         return page
     require_known("language (KEIFU_LANG)", language, LANGUAGES)
@@ -43,7 +43,7 @@ def in_language(page: bytes, language: str) -> bytes:
 
 
 def routes() -> APIRouter:
-    """The page and its files, read once."""
+    """Return the routes of the page and its files, which are read once."""
     router = APIRouter(include_in_schema=False)
     files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in TYPES}
     files["index.html"] = in_language(files["index.html"], os.environ.get("KEIFU_LANG", ""))

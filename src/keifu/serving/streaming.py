@@ -23,7 +23,7 @@ async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """What the work gives; None, and the work is cancelled, where the client leaves before."""
+    """Return the result of the work; cancel the work and return None if the client leaves before."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -35,20 +35,22 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
 
 
 async def whole(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
-    """The JSON that the work gives."""
+    """Return the JSON of the work's result."""
     content = await while_connected(request.receive, work)
     return Response(status_code=LEFT) if content is None else json_response(content)
 
 
 def json_response(content: Any) -> Response:
-    """JSON as bytes; half a surrogate pair in a text is sent as the replacement character."""
+    """Return JSON as bytes; half a surrogate pair in a text is sent as the replacement character."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return Response(text.encode("utf-8", "replace"), media_type="application/json")
 
 
 class EventStream(Response):
-    """Server-sent events, each a JSON object; an error on the way is the last of them. `timeout` seconds after its
-    begin, a reader that is not done is left."""
+    """Server-sent events, each a JSON object; an error on the way is the last of them.
+
+    A reader that is not done `timeout` seconds after the start is left.
+    """
 
     media_type = "text/event-stream"
 
@@ -58,7 +60,7 @@ class EventStream(Response):
         self.events, self.timeout, self.named = events, timeout, named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application."""
+        """Answer as an ASGI application."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         with suppress(TimeoutError):
             async with aclosing(self.events), asyncio.timeout(self.timeout + 5):

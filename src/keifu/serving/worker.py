@@ -1,6 +1,6 @@
 """The thread that owns a model: requests come in by a queue, pieces of text go out to asyncio.
 
-Whatever a model computes is computed in its thread, between two steps of its engine, so nothing needs a lock.
+A model computes in its thread alone, between two steps of its engine, so nothing needs a lock.
 """
 
 import asyncio
@@ -31,9 +31,11 @@ GoOn = Callable[..., None]  # raises where nobody waits any more; any arguments,
 
 @dataclass(frozen=True)
 class Limits:
-    """slots: requests of a model that are written at the same time. queue: those that may wait beside them. timeout:
-    seconds after which an answer is given up. cache: bytes of a model's keys and values; None for a quarter of the free
-    memory."""
+    """Limits of a model's thread.
+
+    slots: requests that are written at the same time. queue: requests that may wait. timeout: seconds after which an
+    answer is given up. cache: bytes of a model's keys and values; None for a quarter of the free memory.
+    """
 
     slots: int = 16
     queue: int = 128
@@ -43,7 +45,7 @@ class Limits:
 
 @dataclass(eq=False)
 class Job:
-    """Requests that belong to one answer, and where their pieces go."""
+    """Requests of one answer, and the queue of their pieces."""
 
     requests: Sequence[Request]
     loop: asyncio.AbstractEventLoop
@@ -52,15 +54,15 @@ class Job:
     started: bool = False
 
     def put(self, item: Pieces | Exception) -> None:
-        """Hands pieces to the loop that reads them; one that has been closed reads no more."""
+        """Hand pieces to the loop that reads them; a closed loop reads no more."""
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.out.put_nowait, item)
 
 
 class Worker:
-    """Loads a model in a thread of its own and computes there until it is closed.
+    """Thread that loads a model and computes with it until it is closed.
 
-    load: gives the model and its tokenizer. What it raises is raised by what was asked; what is asked next tries again.
+    load: gives the model and its tokenizer. The request that caused the load gets its error; the next one tries again.
     """
 
     def __init__(self, name: str, load: Callable[[], tuple[nn.Module, Any]], limits: Limits, metrics: Metrics):
@@ -74,8 +76,11 @@ class Worker:
         self._thread.start()
 
     async def call(self, work: Callable[[nn.Module, Any, GoOn], Result]) -> Result:
-        """What `work` makes of the model and its tokenizer, in the model's thread. What it is given third it calls
-        between its batches or steps: that ends the work, by an `ApiError`, where nobody waits for it any more."""
+        """Return the result of `work` on the model and its tokenizer, in the model's thread.
+
+        `work` calls its third argument between its batches or steps: that ends the work, by an `ApiError`, if nobody
+        waits for it any more.
+        """
         self.check_room(1)
         future, left = Future[Result](), threading.Event()
 
@@ -100,7 +105,7 @@ class Worker:
             self.pending -= 1
 
     def check_room(self, count: int) -> None:
-        """Refuses so many more requests where the queue has no room for them."""
+        """Refuse so many more requests if the queue has no room for them."""
         room = self.limits.slots + self.limits.queue
         if count > room:
             raise ApiError(400, f"{count} texts were asked for at a time; this server writes at most {room}.", "n")
@@ -110,8 +115,10 @@ class Worker:
             raise ApiError(429, text, code="queue_full", retry=wait)
 
     async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
-        """The pieces of all requests as they are written, each with the place of its request. Closing the iterator
-        frees what the requests hold, within a step."""
+        """Yield the pieces of all requests as they are written, each with the index of its request.
+
+        Closing the iterator frees the memory of the requests within a step.
+        """
         job = Job(requests, asyncio.get_running_loop())
         self.pending += len(requests)
         going = len(requests)
@@ -133,11 +140,11 @@ class Worker:
             self._mean_seconds += (seconds - self._mean_seconds) / 8
 
     def end(self) -> None:
-        """Has the thread end, and the model's memory freed, once what was asked before is done."""
+        """End the thread, and free the model's memory, after the work that was asked before."""
         self._commands.put(None)
 
     async def close(self) -> None:
-        """As `end`, and waits for it."""
+        """End the thread, and wait for it."""
         self.end()
         await asyncio.to_thread(self._thread.join)
 
@@ -151,7 +158,7 @@ class Worker:
                 self._step()
 
     def _obey(self) -> bool:
-        """Does what was asked since the last step, or waits for something where nothing runs; False at the end."""
+        """Do the work that was asked since the last step, or wait if nothing runs; return False at the end."""
         try:
             command = self._commands.get(block=not self._jobs)
             while command is not None:
@@ -189,7 +196,7 @@ class Worker:
             self._count()
 
     def _step(self) -> None:
-        """One step of the engine; where it fails, every request that it was working on is told."""
+        """Do one step of the engine; if it fails, every request in it gets the error."""
         try:
             found = self._engine.step()
         except Exception as error:

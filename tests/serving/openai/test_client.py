@@ -217,3 +217,21 @@ def test_offsets_of_tokens_are_the_sums_of_the_lengths_before_them(served: Any, 
     for token, start in zip(own.tokens, own.text_offset, strict=True):
         if "\ufffd" not in token and token.isprintable():
             assert found.text[start : start + len(token)] == token
+
+
+def test_the_answer_continues_a_last_message_of_the_assistant(served: Any, chat: str) -> None:
+    model, tokenizer = keifu.load(chat)
+    turns = [*HELLO, {"role": "assistant", "content": "The colours are"}]
+    prompt = tokenizer.render_chat(HELLO) + tokenizer.encode("The colours are")
+    settings = sampling_for(tokenizer, {"max_tokens": 12, "temperature": 0})
+    alone = generate_batch(model, tokenizer, [prompt], settings)[0]
+    ask: dict[str, Any] = {"model": chat, "max_tokens": 12, "temperature": 0}
+    found = served.openai.chat.completions.create(messages=turns, **ask)
+    assert found.choices[0].message.content == alone.text and found.usage.prompt_tokens == len(prompt)
+    assert found.choices[0].message.content != expected(chat, HELLO, max_tokens=12, temperature=0).text
+    kept = {"model": chat, "input": turns, "max_output_tokens": 12, "temperature": 0}
+    first = served.openai.responses.create(**kept)
+    assert first.output_text == alone.text
+    told = [*HELLO, {"role": "assistant", "content": "The colours are" + alone.text}, {"role": "user", "content": "x"}]
+    second = served.openai.responses.create(model=chat, input="x", previous_response_id=first.id, max_output_tokens=1)
+    assert second.usage.input_tokens == len(tokenizer.render_chat(told))

@@ -171,7 +171,11 @@ class Turn:
         if self.stored is not None:
             calls = {"tool_calls": self.reply.calls} if self.reply.calls and not self.reply.unfinished else {}
             answer = {"role": "assistant", "content": self.reply.text, **calls}
-            self.stored.add(found, [*self.messages, answer])
+            earlier, last = self.messages, self.messages[-1]
+            if not calls and len(earlier) > 1 and last["role"] == "assistant" and "tool_calls" not in last:
+                answer["content"] = last["content"] + answer["content"]  # the answer continues it
+                earlier = earlier[:-1]
+            self.stored.add(found, [*earlier, answer])
         return found
 
     def _object(self, status: str) -> dict[str, Any]:

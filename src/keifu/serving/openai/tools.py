@@ -1,4 +1,4 @@
-"""Tools: how a model's chat template writes calls of functions, the grammar that holds an answer to it, and its parser.
+"""Tools: the form in which a chat template writes calls of functions, a grammar for answers, and a parser.
 
 The format is read off the template, which renders a call of a function that does not exist. A model whose template
 knows no tools is told of them in the system message, and calls them as Hermes and Qwen do.
@@ -46,13 +46,13 @@ class ToolFormat:
     native: bool = True
 
     def trigger(self, tokenizer: Tokenizer) -> str:
-        """The beginning of the opening by which calls are told from text: a token of its own, or all before JSON."""
+        """Return the start of the opening, which tells calls from text: one token, or everything before the JSON."""
         added = [each.content for each in tokenizer.backend.get_added_tokens_decoder().values()]
         tokens = [token for token in added if self.opening.startswith(token)]
         return max(tokens, key=len, default="") or re.split(r"[{\[]", self.opening)[0].rstrip() or self.opening
 
     def special(self, tokenizer: Tokenizer) -> dict[str, int]:
-        """The special tokens in it with their ids."""
+        """Return the special tokens in it with their ids."""
         whole = "\n".join((self.opening, self.middle, self.between or "", self.closing))
         return {each: token for token in tokenizer.special_ids if (each := _token(tokenizer, token)) in whole}
 
@@ -68,7 +68,7 @@ def _token(tokenizer: Tokenizer, number: int) -> str:
 
 @lru_cache(maxsize=16)
 def tool_format(tokenizer: Tokenizer) -> ToolFormat:
-    """How the tokenizer's template writes calls; Hermes' way where it does not, or not as JSON."""
+    """Return the form in which the tokenizer's template writes calls; Hermes' form if it writes none, or no JSON."""
     for count in (2, 1):
         with suppress(UserError):
             if found := _probe(tokenizer, PROBES[:count]):
@@ -77,7 +77,7 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat:
 
 
 def _probe(tokenizer: Tokenizer, names: Sequence[str]) -> ToolFormat | None:
-    """The format, from what the template makes of a turn that calls these functions."""
+    """Return the format, read off the template's rendering of a turn that calls these functions."""
     asked = [{"role": "user", "content": "x"}]
     calls = [_call(name, json.dumps({"probe": name}), "000000000") for name in names]  # Mistral wants nine signs
     results = [{"role": "tool", "name": c["function"]["name"], "tool_call_id": c["id"], "content": "y"} for c in calls]
@@ -103,7 +103,7 @@ def _call(name: str, arguments: str, number: str) -> dict[str, Any]:
 
 
 def with_objects(messages: Messages) -> list[dict[str, Any]]:
-    """The messages with the arguments of calls as objects, which templates expect."""
+    """Return the messages with the arguments of calls as objects, which templates expect."""
 
     def with_object(call: Any) -> dict[str, Any]:
         return call | {"function": call["function"] | {"arguments": json.loads(call["function"]["arguments"])}}
@@ -113,7 +113,12 @@ def with_objects(messages: Messages) -> list[dict[str, Any]]:
 
 
 def render(tokenizer: Tokenizer, messages: Messages, functions: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The ids of a conversation in which these functions may be called, and others have been."""
+    """Return the ids of a conversation in which these functions may be called, and others have been.
+
+    The answer continues a last message of the assistant.
+    """
+    if len(messages) > 1 and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
+        return render(tokenizer, messages[:-1], functions) + tokenizer.encode(messages[-1]["content"])
     if not functions and not any(each.get("tool_calls") or each["role"] == "tool" for each in messages):
         return tokenizer.render_chat(messages)
     if tool_format(tokenizer).native:
@@ -123,8 +128,10 @@ def render(tokenizer: Tokenizer, messages: Messages, functions: Sequence[Mapping
 
 
 def _in_words(messages: Messages, functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation for a template that knows no tools: what there is in the system message, calls as words of the
-    assistant, results as words of the user."""
+    """Return the conversation for a template that knows no tools.
+
+    The functions are in the system message, calls are words of the assistant, and results are words of the user.
+    """
     told = TOLD.format(functions="\n".join(json.dumps(each, ensure_ascii=False) for each in functions))
     found: list[dict[str, Any]] = [{"role": "system", "content": told}] if functions else []
     for each in messages:
@@ -150,7 +157,7 @@ class ToolUse:
     parallel: bool = True
 
     def grammar(self, tokenizer: Tokenizer, schema: dict[str, Any] | None) -> Grammar:
-        """What an answer may be: calls, or with "auto" also text, which may follow a schema."""
+        """Return the grammar of an answer: calls, or with "auto" also text, which may follow a schema."""
         form = tool_format(tokenizer)
         special = form.special(tokenizer)
 
@@ -193,7 +200,7 @@ class Delta(NamedTuple):
 
 @dataclass
 class Reply:
-    """An answer as it grows, split into text and calls. form: None where nothing may be called."""
+    """Answer as it grows, split into text and calls. form: None if nothing may be called."""
 
     form: ToolFormat | None = None
     trigger: str = ""
@@ -210,7 +217,7 @@ class Reply:
         return self._state == "arguments"
 
     def push(self, text: str, last: bool = False) -> list[Delta]:
-        """What more text makes sure."""
+        """Add more text; return the parts that are certain now."""
         if self.form is None:
             self.text += text
             return [Delta(text)] if text else []
@@ -253,7 +260,7 @@ class Reply:
         return self._cut(len(self._held) - kept, "text") if len(self._held) > kept else None
 
     def _arguments(self) -> Delta | None:
-        """The arguments as far as they have come; they end with the brace that closes the first."""
+        """Return the arguments as far as they have come; they end with the brace that closes the first."""
         if not self._held:
             return None
         length, state = len(self._held), "arguments"
@@ -273,6 +280,6 @@ class Reply:
         return Delta(call=len(self.calls) - 1, arguments=part) if part else None
 
     def _cut(self, length: int, state: str) -> Delta:
-        """Takes so much text, which goes out as it is where the state stays text."""
+        """Take so many characters; they are sent as they are if the state stays text."""
         text, self._held, self._state = self._held[:length], self._held[length:], state
         return Delta(text)

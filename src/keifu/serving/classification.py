@@ -1,0 +1,72 @@
+"""POST /v1/classify: the label of each text, by a trained classifier. The fields are those of vLLM's path."""
+
+import time
+import uuid
+from functools import partial
+from typing import Annotated, Any, ClassVar
+
+from fastapi import FastAPI, Request
+from pydantic import Field
+from starlette.responses import Response
+from torch import Tensor, nn
+
+from keifu.data.classification.input_formats import examples_of
+from keifu.errors import UserError
+from keifu.evaluation.classification.classifiers import text_classifier
+from keifu.serving.facts import current
+from keifu.serving.models import ServedModels
+from keifu.serving.openai.schemas import Neutral, Texts
+from keifu.serving.streaming import whole
+from keifu.serving.worker import GoOn
+
+Found = tuple[list[tuple[str, ...]], Tensor, int]  # the labels of each text, their probabilities, and tokens read
+
+
+class ClassifyRequest(Texts):
+    """POST /v1/classify.
+
+    input: a text or several; a tab separates the parts of one, if the model reads several parts together. cut: whether
+    to keep the beginning of a text that is longer than the model takes.
+    """
+
+    cut: bool = False
+    user: Annotated[str | None, Field(description="Ignored.")] = None
+    ignored: ClassVar[Neutral] = {"priority": (0,)}
+
+
+def routes(app: FastAPI, models: ServedModels) -> None:
+    """Add the route, for these models."""
+
+    async def answer(body: ClassifyRequest) -> dict[str, Any]:
+        name = models.find(body.model, "classification").name
+        labels, shares, tokens = await models.worker(name).call(partial(_classify, body=body))
+        current().prompt_tokens = tokens
+        data = [
+            {"index": index, "label": own[max(range(len(own)), key=probs.__getitem__)], "probs": probs[: len(own)]}
+            | {"num_classes": len(own), "labels": own}
+            for index, (own, probs) in enumerate(zip(labels, shares.tolist(), strict=True))
+        ]
+        head = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": name}
+        return {**head, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+    @app.post("/v1/classify", summary="The label of each text", tags=["vectors"])
+    async def classify(body: ClassifyRequest, request: Request) -> Response:
+        return await whole(request, answer(body))
+
+
+def _classify(model: nn.Module, tokenizer: Any, go_on: GoOn, body: ClassifyRequest) -> Found:
+    """Return the labels, their probabilities, and how many tokens were read."""
+    go_on()
+    classifier = text_classifier(model, tokenizer)
+    examples = examples_of(body.texts, classifier.form)
+    try:
+        encoded = classifier.read(examples, classifier.limit, body.cut)
+    except UserError as error:  # it names the option of the command line
+        raise UserError(str(error).replace("with --cut", "with the field cut")) from error
+    shares = classifier.predict_proba(encoded.rows).cpu()
+    return [classifier.choices(row) for row in examples.rows], shares, _tokens(encoded.rows)
+
+
+def _tokens(part: Any) -> int:
+    """Return the number of ids in rows of ids, or in examples of several rows."""
+    return sum(map(_tokens, part)) if isinstance(part, list | tuple) else 1
