@@ -10,6 +10,7 @@ from PIL import Image
 
 from keifu import checkpoints
 from keifu.errors import UserError
+from keifu.generation.images.pixel_diffusion import PixelPipeline
 from keifu.recipes.images import ddpm
 from keifu.training.objectives.diffusion import dequantize, draw_noise
 from keifu.training.run import metrics
@@ -32,7 +33,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("more", [{}, {"classes": True, "dequantise": True, "variance": "learned_range"}])
-def test_from_pictures_to_a_pipeline(more, folders, tmp_path, monkeypatch):
+def test_from_pictures_to_a_pipeline(more, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     out = tmp_path / "run"
@@ -44,6 +45,10 @@ def test_from_pictures_to_a_pipeline(more, folders, tmp_path, monkeypatch):
     model, _ = checkpoints.load(out)
     assert model.config.classes == (("blue", "red") if more else ()) and model.config.size == 8
     assert model.noise.schedule == "cosine" and model.noise.target == "velocity"
+    assert ("add --classes to draw them by name" in capsys.readouterr().out) is not bool(more)
+    if not more:
+        with pytest.raises(UserError, match="learned no classes, so it has no 'red': train it with --classes"):
+            PixelPipeline(model).label("red")
     diffusers = pytest.importorskip("diffusers")
     assert diffusers.DDPMPipeline.from_pretrained(out).scheduler.config.prediction_type == "v_prediction"
     again = ddpm.run(recipe, out, resume=True)  # nothing is left to do, and everything is found again

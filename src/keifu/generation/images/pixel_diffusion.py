@@ -256,6 +256,8 @@ class PixelPipeline(Pipeline):
             return config.classes.index(name)
         if name.isdigit():
             return int(name)
+        if not config.n_classes:
+            raise UserError(f"The model learned no classes, so it has no {name!r}: train it with --classes.")
         raise unknown("class of this model", name, config.classes or [str(n) for n in range(config.n_classes)])
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:

@@ -240,6 +240,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     recipe = recipe.resolved()
     task = prepare(recipe)
     print(task.parts.train.sentence(), task.parts.sentence(), flush=True)
+    if task.parts.train.classes and not task.model.config.n_classes:
+        print("The classes are not learned: add --classes to draw them by name.", flush=True)
     training = task.model, task.objective, task.data
     chosen = recipe.budget.fit(out, resume, *training, partial(settings, recipe))
     told = ("data", "recipe_of", "fit", "distinct", "flip", "dequantise", "weighting", "gamma", "label_dropout")
