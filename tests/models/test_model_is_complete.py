@@ -1,6 +1,6 @@
-"""Every model of the registry is complete: sizes, tests, formats, speed and a page. Each failure names a file and a row.
+"""Every model of the registry is complete: sizes, tests, formats, speed and a page. Failures name a file and a row.
 
-A model that lacks something on purpose is in `REFUSED`: the test checks the refusal.
+A model that lacks something on purpose is in `REFUSED`: its refusal is checked.
 """
 
 import importlib.util
