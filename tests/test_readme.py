@@ -111,6 +111,28 @@ def test_each_file_that_a_command_names_is_there_or_was_made_by_an_earlier_one(p
     assert not_yet_there(page.read_text(encoding="utf-8")) == []
 
 
+def trained_twice(page: str) -> list[str]:
+    """The folders that more than one training of a page's code would write into, which the second one refuses."""
+    lines = [line.strip() for block in FENCE.findall(page) for line in block.replace("\\\n", " ").splitlines()]
+    words = [words_of(line) for line in lines if RUN.match(line)]
+    trains = [each for each in words if each[0] == "train" and len(each) > 1 and not each[1].startswith("-")]
+    started = [each for each in trains if not {"--help", "--replace"} & {*each} and each[1] not in PLACEHOLDERS]
+    folders = [made for each in started for made in made_files(shlex.join(["keifu", *each]))]
+    return sorted({folder for folder in folders if folders.count(folder) > 1})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_page_trains_only_once_into_a_folder(page: Path) -> None:
+    assert trained_twice(page.read_text(encoding="utf-8")) == []
+
+
+def test_two_trainings_into_one_folder_would_be_seen() -> None:
+    first = "keifu train gpt --depth 2\n"
+    assert trained_twice(f"```\n{first}keifu train gpt --depth 3\n```\n") == ["runs/gpt"]
+    rest = "keifu train gpt --depth 3 --out runs/b\nkeifu train --resume runs/gpt\n"
+    assert trained_twice(f"```\n{first}{rest}```\n") == []
+
+
 @pytest.mark.parametrize(
     ("lines", "missing"),
     [

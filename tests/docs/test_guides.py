@@ -1,16 +1,23 @@
-"""Guides, and the pages on extending, run as they are written, with smaller numbers in their commands."""
+"""README, guides and the pages on extending run as they are written: in order, in one folder, as the reader has them.
+
+The environment is that of `make demo`: what only the development tools install cannot be imported. One rule makes long
+commands short: `SMALLER` lowers the numbers of what trains, draws or writes for long, and changes nothing else. A block
+of ```text below a command that is not made smaller and does not train is its output, and must be printed.
+"""
 
 import re
 import shlex
 import sys
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from keifu.cli import main
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)  # `text` is shown, and not run
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SMALLER = [  # what keeps a command as it is and makes it short
     (r"--steps \d+", "--steps 2"),
     (r"--depth \d+", "--depth 1"),
@@ -29,21 +36,22 @@ SMALLER = [  # what keeps a command as it is and makes it short
     (r"^keifu train sft --model smollm2.*", r"\g<0> --batch-size 1 --context-length 64"),
 ]
 QUICK = [f"guides/{name}.md" for name in ("own_chat", "translator", "drawing", "search")]
-QUICK += ["extending/model.md", "extending/pieces.md"]
+QUICK += ["../README.md", "extending/model.md", "extending/pieces.md"]
+WAITS = ("keifu serve",)  # commands that wait for requests; tests/serving runs them
 SLOW = [
     f"guides/{name}.md" for name in ("finetuning", "attention", "evaluating")
 ]  # a published language model of 135 M parameters answers
 
 
 def parts(page: str) -> list[tuple[str, str]]:
-    """What a page asks to be run, in order: commands, one a line, and blocks of Python."""
+    """What a page asks to be run, in order: commands, one a line, and blocks of Python; and the output shown below."""
     found = []
     for language, text in BLOCK.findall(page):
-        if language == "python":
+        if language in ("python", "text"):
             found.append((language, text))
         elif not language:
             lines = text.replace("\\\n", " ").splitlines()
-            found += [("command", line) for line in lines if line.startswith("keifu ")]
+            found += [("command", line) for line in lines if line.startswith("keifu ") and not line.startswith(WAITS)]
     return found
 
 
@@ -55,16 +63,37 @@ def smaller(command: str) -> str:
     return command
 
 
-def run(page: Path) -> int:
+def is_exact(command: str) -> bool:
+    """Whether a command prints here what the page shows: it has its own numbers, and trains nothing."""
+    words = shlex.join(shlex.split(command, comments=True))
+    return smaller(command) == words and not command.startswith("keifu train")
+
+
+def run(page: Path, capsys: pytest.CaptureFixture) -> int:
     """Runs a page in the current folder; how many parts it had."""
     names: dict = {"__name__": "guide"}
     found = parts(page.read_text(encoding="utf-8"))
+    before, printed = "", ""
     for kind, text in found:
         if kind == "python":
             exec(compile(text, str(page), "exec"), names)
-        else:
+        elif kind == "command":
+            capsys.readouterr()
             main(shlex.split(smaller(text))[1:])
-    return len(found)
+            printed = capsys.readouterr().out
+        elif before and is_exact(before):
+            missing = [line for line in text.splitlines() if line.strip() not in printed]
+            assert missing == [], f"{before} printed {printed}"
+        before = text if kind == "command" else ""
+    return len([kind for kind, _ in found if kind != "text"])
+
+
+def not_in_the_demonstration() -> list[str]:
+    """Packages that `make demo` does not install: those of the development tools and of the other extras."""
+    return [
+        "transformers", "diffusers", "peft", "sklearn", "openai", "trl", "open_clip", "lm_eval", "llama_cpp", "pyarrow",
+        "resvg_py", "reasoning_gym", "tensorboard", "wandb", "MeCab", "ipadic", "mkdocs", "playwright", "torchvision",
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -74,31 +103,33 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    for package in not_in_the_demonstration():
+        monkeypatch.setitem(sys.modules, package, None)
     return tmp_path
 
 
 @pytest.mark.parametrize("page", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_guide_runs_as_it_is_written(page: str, checkout: Path) -> None:
-    assert run(ROOT / "docs" / page) >= 2
+def test_guide_runs_as_it_is_written(page: str, checkout: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(ROOT / "docs" / page, capsys) >= 2
 
 
 def test_every_guide_with_commands_is_run() -> None:
     folders = [ROOT / "docs" / name for name in ("guides", "extending")]
     pages = [path for folder in folders for path in folder.glob("*.md") if not path.name.endswith(".ja.md")]
-    run_here = {path for path in pages if parts(path.read_text(encoding="utf-8"))}
-    assert {path.relative_to(ROOT / "docs").as_posix() for path in run_here} == {*QUICK, *SLOW}
+    run_here = {path for path in pages if {kind for kind, _ in parts(path.read_text("utf-8"))} - {"text"}}
+    assert {path.relative_to(ROOT / "docs").as_posix() for path in run_here} == {*QUICK, *SLOW} - {"../README.md"}
 
 
 def test_a_guide_that_does_not_run_would_be_seen(checkout: Path, capsys: pytest.CaptureFixture) -> None:
     page = checkout / "page.md"
     page.write_text("```\nkeifu data check nowhere/\n```\n")
     with pytest.raises(SystemExit):
-        run(page)
+        run(page, capsys)
     page.write_text("```python\nassert 1 == 2\n```\n")
     with pytest.raises(AssertionError):
-        run(page)
+        run(page, capsys)
     page.write_text("```text\nkeifu data check nowhere/\n```\n")
-    assert run(page) == 0
+    assert run(page, capsys) == 0
 
 
 def test_only_numbers_become_smaller() -> None:
@@ -106,3 +137,20 @@ def test_only_numbers_become_smaller() -> None:
         smaller("keifu train gpt --depth 4 --data a/ --steps 200  # long")
         == "keifu train gpt --depth 1 --data a/ --steps 2"
     )
+
+
+def test_the_environment_is_that_of_the_demonstration(checkout: Path) -> None:
+    asked = [Requirement(text) for text in requires("keifu") or []]
+    plain = {each.name for each in asked if not each.marker or each.marker.evaluate({"extra": "serve"})}
+    distributions = packages_distributions()
+    for package in not_in_the_demonstration():
+        assert not plain & {*distributions.get(package, [])}
+        with pytest.raises(ImportError):
+            __import__(package)
+
+
+def test_other_output_than_the_page_shows_would_be_seen(checkout: Path, capsys: pytest.CaptureFixture) -> None:
+    page = checkout / "page.md"
+    page.write_text("```\nkeifu data check examples/data/lines.txt\n```\n\n```text\n7 documents\n```\n")
+    with pytest.raises(AssertionError, match="printed"):
+        run(page, capsys)
