@@ -123,7 +123,8 @@ def test_config_that_is_no_json(folder) -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "lama"}, ["'lama'", "Did you mean 'llama'?"]),
+        ({"model_type": "lama"}, ["the model_type 'lama', which keifu does not implement", "llama, marian"]),
+        ({"architectures": 0.5}, ["0.5 as architectures: it must be a list"]),
         ({"model_type": "absent"}, ["no model_type"]),
         ({"hidden_size": "absent"}, ["config.json", "no field 'hidden_size'", "'llama'"]),
         ({"num_hidden_layers": "absent"}, ["no field 'num_hidden_layers'"]),
@@ -148,6 +149,14 @@ def test_config_that_is_no_json(folder) -> None:
 def test_configs_that_cannot_be(folder, changes, parts) -> None:
     edit(folder, **changes)
     refuses(folder, *parts)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "gemma4", "qwen3_5"])
+def test_another_architecture_is_never_guessed(folder, kind) -> None:
+    edit(folder, model_type=kind)
+    with pytest.raises(UserError, match=kind) as error:
+        checkpoints.load_model(folder)
+    assert "Did you mean" not in str(error.value)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from keifu.checkpoints.hf.native_config import check_types, from_json
 from keifu.checkpoints.hf.weight_names import Table
-from keifu.errors import UserError, require_known
+from keifu.errors import UserError
 from keifu.layers.meta import on_meta
 from keifu.models.hf.config import write_own
 
@@ -179,7 +179,9 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
     kind = json.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{where} has no model_type, so nothing says which model it is.")
-    require_known("model family (model_type)", kind, FAMILIES)
+    if kind not in FAMILIES:  # no guess: the nearest name is that of another architecture
+        published = ", ".join(sorted(name for name in FAMILIES if not name.startswith("keifu_")))
+        raise UserError(f"{where} has the model_type {kind!r}, which keifu does not implement. It has: {published}.")
     family = FAMILIES[kind]
     check_settings(json, {**UNSUPPORTED, **family.unsupported}, where)
     try:

@@ -88,6 +88,27 @@ def test_each_format_is_what_its_name_says(dtype, tmp_path) -> None:
         assert (again.state_dict()[key] - tensor).abs().max() <= error * tensor.abs().max(), key
 
 
+def test_queries_and_keys_have_neighbouring_pairs_biases_too(tmp_path) -> None:
+    """llama.cpp rotates numbers 2i and 2i + 1 of a LLaMA's heads; here i and i + half. Computed with NumPy alone."""
+    config = llama.Config(**SMALL, n_kv_heads=2, qkv_bias=True, out_bias=True, feedforward_bias=True)
+    model, size = random(config), SMALL["dim"] // SMALL["n_heads"]
+    checkpoints.save_gguf(model, None, tmp_path / "model.gguf")
+    file = {tensor.name: np.asarray(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    joined = model.blocks[0].attention.qkv
+    rows = (SMALL["dim"], 2 * size, 2 * size)
+    for ending, whole in (("weight", joined.weight), ("bias", joined.bias)):
+        parts = dict(zip("qkv", whole.detach().split(rows), strict=True))
+        assert np.array_equal(file[f"blk.0.attn_v.{ending}"], parts["v"].numpy())
+        for letter in "qk":
+            ours, theirs = parts[letter].numpy(), file[f"blk.0.attn_{letter}.{ending}"]
+            assert not np.array_equal(ours, theirs)
+            for head in range(len(ours) // size):
+                for pair in range(size // 2):
+                    first, second = ours[head * size + pair], ours[head * size + pair + size // 2]
+                    assert np.array_equal(theirs[head * size + 2 * pair], first)
+                    assert np.array_equal(theirs[head * size + 2 * pair + 1], second)
+
+
 def test_rows_that_are_no_blocks_stay_exact(tmp_path) -> None:
     model = random(gpt2.Config(**SMALL | {"dim": 20, "hidden_dim": 64}, dropout=0.0))
     checkpoints.save_gguf(model, None, tmp_path / "model.gguf", "q8_0")

@@ -154,6 +154,8 @@ def test_names_and_bad_input(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "IA3"),
         ({"bias": "all"}, "sets bias to 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_alpha": None}, "adapter_config.json has None as lora_alpha: it must be a number"),
+        ({"r": "x"}, "adapter_config.json has 'x' as r: it must be a number"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base's own weights"),
     ],
 )

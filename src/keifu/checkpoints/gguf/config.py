@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keifu.checkpoints.registry import FAMILIES
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError
 from keifu.layers.attention.positions import RopeScaling
 
 FREQS = "rope_freqs.weight"
@@ -237,7 +237,8 @@ def read_config(
     """
     name = fields.get("general.architecture")
     if name not in ARCHITECTURES:
-        raise unknown("GGUF architecture that keifu reads called", str(name), ARCHITECTURES)
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(f"{where} has the architecture {name!r}, which keifu does not read. It reads: {known}.")
     architecture = ARCHITECTURES[name]
     own = {key.removeprefix(f"{name}."): _same_everywhere(key, value, where) for key, value in fields.items()}
     refused = [f"{name}.{key}" for key in REFUSED if own.get(key)]

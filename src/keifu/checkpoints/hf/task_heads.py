@@ -42,7 +42,7 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
         inner = _object(json, "decoder", where)
         base, decoder = read_plain(inner, f"{where}, decoder,")
         return _family(base, None), _config(json, decoder, {}, where)
-    kind = _published(json)
+    kind = _published(json, where)
     base, config = read_plain(json, where)
     if not kind:
         return base, config
@@ -71,9 +71,12 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
     return _family(base, kind), json | {"architectures": [stem + kind], TASK: task} | told
 
 
-def _published(json: Mapping[str, Any]) -> str:
-    """The kind of class that a config.json names, if it is one of those above."""
-    named = (json.get("architectures") or [""])[0]
+def _published(json: Mapping[str, Any], where: str) -> str:
+    """Return the kind of class that a config.json names, if it is one of those above."""
+    names = json.get("architectures") or [""]
+    if not isinstance(names, list):
+        raise UserError(f"{where} has {names!r} as architectures: it must be a list of class names.")
+    named = names[0]
     return next((kind for kind, stems in CLASSES.items() if named in {stem + kind for stem in stems}), "")
 
 

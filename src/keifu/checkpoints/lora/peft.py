@@ -231,13 +231,21 @@ def _low(config: Mapping[str, Any], label: str, parts: Mapping[str, Tensor]) -> 
         fits = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", label))
         return next(fits, default)
 
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     return LoraSettings(
-        rank=chosen(config.get("rank_pattern"), config.get("r", 8)),
-        alpha=float(chosen(config.get("alpha_pattern"), config.get("lora_alpha", 8))),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        rank=_number("r", chosen(config.get("rank_pattern"), rank), int),
+        alpha=float(_number("lora_alpha", chosen(config.get("alpha_pattern"), alpha), (int, float))),
+        dropout=float(_number("lora_dropout", config.get("lora_dropout", 0.0), (int, float))),
         dora="length" in parts,
         root=bool(config.get("use_rslora")),
     )
+
+
+def _number(name: str, value: Any, types: type | tuple[type, ...]) -> Any:
+    """Return a number of an adapter's config; anything else is a `UserError` that names the field."""
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise UserError(f"{CONFIG} has {value!r} as {name}: it must be a number.")
+    return value
 
 
 def _misfits(
