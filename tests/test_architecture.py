@@ -27,7 +27,8 @@ PARTS = {  # each part, and those it may import; a part may also import what tho
     "serving": {"generation", "checkpoints", "evaluation"},
     "commands": {"recipes", "serving", "distributed"},
     "cli": {"commands"},
-    "keifu": {"cli"},
+    "interface": {"commands"},
+    "keifu": {"cli", "interface"},
     "__main__": {"cli"},
     "floor": set(),
 }

@@ -16,15 +16,70 @@ from torch import nn
 
 import keifu
 from keifu.data.own_batches import OwnBatches
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.generation.text import model as interfaces
+from keifu.models import llama
 from keifu.training.signals import Interrupted
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
-EXAMPLES = ["keifu", "keifu.recipes.own", "keifu.checkpoints.own_module", "keifu.checkpoints.loading",
+EXAMPLES = ["keifu", "keifu.interface",
+            "keifu.recipes.own", "keifu.checkpoints.own_module", "keifu.checkpoints.loading",
             "keifu.checkpoints.hf.write", "keifu.generation.text.generate", "keifu.data.own_batches"]  # fmt: skip
 X = torch.linspace(-1, 1, 60).unsqueeze(-1)
 DATA = {"x": X, "y": X**2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model of a few weights."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer("bpe", ["one two three four"] * 9, 270)
+    path = tmp_path_factory.mktemp("tiny")
+    keifu.save(llama.build(llama.Config(tokenizer.vocab_size, 24, 16, 32, n_layers=1, n_heads=2)), tokenizer, path)
+    return path
+
+
+def test_the_first_guesses_of_other_libraries_get_advice(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = keifu.load(folder)
+    with pytest.raises(UserError, match=r"tokenizer\.encode\(text\)"):
+        tokenizer("one", return_tensors="pt")
+    with pytest.raises(UserError, match=r"keifu\.generate\(model, tokenizer, prompt"):
+        model.generate(input_ids=torch.tensor([[1]]), max_new_tokens=3)
+    with pytest.raises(UserError, match=r"or a model's name and a prompt"):
+        keifu.generate(model, "one")
+    model.blocks[0].feedforward = nn.ModuleDict({"inner": model.blocks[0].feedforward})
+    with pytest.raises(UserError, match=r"a layer was wrapped, added or renamed\. Put the original layer back"):
+        keifu.save(model, tokenizer, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_model_generates_by_its_name(folder: Path) -> None:
+    model, tokenizer = keifu.load(folder)
+    options = {"max_tokens": 5, "temperature": 1.0, "seed": 3}
+    wanted = keifu.generate(model, tokenizer, "one two", **options)
+    assert keifu.generate(str(folder), "one two", **options) == wanted
+    assert keifu.generate(folder, "one two", **options) == wanted
+    assert keifu.generate(folder, ["one two"], **options) == [wanted]
+
+
+def test_a_recipe_trains_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert keifu.train("mlp", data="xor", steps=4, hidden=(3,)) == Path("runs/mlp")
+    record = json.loads(Path("runs/mlp/recipe.json").read_text())["recipe"]
+    assert record["name"] == "mlp" and record["options"]["hidden"] == [3]
+    with pytest.raises(UserError, match="already holds a run"):
+        keifu.train("mlp", data="xor", steps=4)
+    assert keifu.train("mlp", out="runs/mlp", resume=True, steps=6) == Path("runs/mlp")
+    assert json.loads(Path("runs/mlp/recipe.json").read_text())["recipe"]["steps"] == 6
+    with pytest.raises(UserError, match=r"There is no option of the recipe mlp 'step'. Did you mean 'steps'"):
+        keifu.train("mlp", step=4)
+    with pytest.raises(UserError, match="There is no recipe 'mpl'"):
+        keifu.train("mpl")
+    with pytest.raises(UserError, match="must be"):
+        keifu.train("mlp", data="xor", steps=-1, out="other")
+    with pytest.raises(UserError, match="given by name"):
+        keifu.train("mlp", "xor")
 
 
 def loss(model: nn.Module, batch: dict) -> torch.Tensor:

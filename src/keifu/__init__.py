@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keifu.checkpoints import load, load_weights, save
-    from keifu.generation.text.generate import generate
-    from keifu.recipes.own import train
+    from keifu.interface import generate, train
     from keifu.training.protocols import LossOutput
     from keifu.training.settings import Settings
 
@@ -23,15 +22,15 @@ _HOMES = {
     "load": "keifu.checkpoints",
     "load_weights": "keifu.checkpoints",
     "save": "keifu.checkpoints",
-    "generate": "keifu.generation.text.generate",
-    "train": "keifu.recipes.own",
+    "generate": "keifu.interface",
+    "train": "keifu.interface",
     "LossOutput": "keifu.training.protocols",
     "Settings": "keifu.training.settings",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public function at first use (PEP 562)."""
+    """Import a public function at first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'keifu' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from keifu import checkpoints, cli
+from keifu.commands import classify
 from keifu.data.tokenizers.train import train_tokenizer
+from keifu.evaluation.classification.metrics import Confusion
 from keifu.models import bert, llama
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "dogs", "ran", "far", "away"]
@@ -166,7 +168,22 @@ def test_a_table_with_labels_gives_figures_and_a_picture(
     assert told["accuracy"] == pytest.approx(8 / 9) and sum(map(sum, told["confusion"])) == 9
     assert (tmp_path / "c.png").read_bytes().startswith(PNG)
     plain = out(capsys, *words)
-    assert plain.startswith("Accuracy 88.9% of 9 texts") and "right \\ given\tcats\tdogs\tmats\n" in plain
+    assert "right \\ given\tcats\tdogs\tmats\n" in plain
+    assert plain.splitlines()[-1].startswith("Accuracy 88.9% of 9 texts")  # where a terminal shows it last
+
+
+def test_of_many_labels_only_the_worst_are_printed(capsys: pytest.CaptureFixture) -> None:
+    labels = [f"label {number}" for number in range(77)]
+    right = torch.arange(77).repeat_interleave(10)
+    given = right.clone()
+    given[30:35] = 5  # half of label 3
+    given[700:702] = 3
+    classify._show_confusion(Confusion.of(right, given, labels), False, classify.Options("m", on="t"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 20 and lines[-1].startswith("Accuracy 99.1% of 770 texts")
+    assert lines[1].startswith("label 3\t") and sum(line.startswith("label") for line in lines) == 1 + 10 + 2
+    assert "The 10 lowest F1 of 77 labels; --json prints all" in "\n".join(lines)
+    assert "label 3\tlabel 5\t5" in lines and "label 70\tlabel 3\t2" in lines
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ PLAIN = ("{}",)
 Choices = tuple[Sequence[str], Sequence[float], str, str]  # labels, probabilities, and of what: in JSON, in a table
 EXAMPLE = 'keifu classify runs/classifier "A text"'
 NAMED = 5  # labels that an error names
+MANY = 12  # labels, above which only the worst are printed
+SHOWN = 10  # of them
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,23 @@ def _show_confusion(confusion: "Confusion", pictures: bool, options: Options) ->
     if options.json:
         print(json.dumps(confusion.to_json(), ensure_ascii=False))
         return
+    columns, rows = confusion.by_label()
+    if len(rows) <= MANY:
+        tables.show(columns, rows)
+        print()
+        tables.show(*confusion.matrix())
+    else:
+        _show_worst(confusion, columns, rows)
     verdict = confusion.verdict()
-    print(verdict.replace("texts", "pictures") if pictures else verdict)
-    tables.show(*confusion.by_label())
-    tables.show(*confusion.matrix())
+    print(f"\n{verdict.replace('texts', 'pictures') if pictures else verdict}")
+
+
+def _show_worst(confusion: "Confusion", columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print the labels of the lowest F1 and the most frequent errors: a matrix of many labels is not readable."""
+    worst = sorted(rows, key=lambda row: float(row[3]))[:SHOWN]
+    tables.show(columns, worst)
+    print(f"The {SHOWN} lowest F1 of {len(rows)} labels; --json prints all, --picture draws the whole matrix.\n")
+    tables.show(["right", "given", "count"], confusion.errors(SHOWN))
 
 
 def _of_pictures(options: Options) -> Iterable[Choices]:

@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.lazy import Index
 from keifu.layers.linear import JoinedLinear
 
@@ -130,7 +131,10 @@ def _their_pattern(ours: str, table: Mapping[str, str]) -> str:
         mark = table[module].removeprefix(pattern)
         pattern += f".{leaf}"
     else:
-        raise ValueError(f"The table of weight names has no entry for {ours}.")
+        raise UserError(
+            f"The published format has no entry for {ours}: a layer was wrapped, added or renamed. Put the original "
+            "layer back before keifu.save, or save a module of your own around the model, which keeps its own names."
+        )
     for number in numbers:
         pattern = pattern.replace("*", number, 1)
     return pattern + mark

@@ -1,15 +1,21 @@
 """A dataclass's fields as a verb's options; errors in them as one sentence."""
 
-import io
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
+from tyro._errors import (  # private names of tyro: pyproject.toml pins its version
+    BadValue,
+    InstantiationFailure,
+    InvalidChoice,
+    MissingArgs,
+    ParseErrorEvent,
+    on_parse_error,
+)
 
 from keifu.commands.shared.help_text import Argument, arguments_of, help_text
 from keifu.devices import Choice, choose, choosing
@@ -100,12 +106,9 @@ def parse(
     if asks_for_help(arguments):
         print(help_text(kind, program, description))
         raise SystemExit(0)
-    default, found = tyro.MISSING_NONPROP if usual is None else usual, None
-    with _wide() as printed:
-        found = tyro.cli(kind, default=default, prog=program, args=list(arguments), return_unknown_args=True)
-    if found is None:
-        raise _complaint(kind, arguments, program, printed.getvalue())
-    options, extra = found
+    default = tyro.MISSING_NONPROP if usual is None else usual
+    with on_parse_error(partial(_refuse, kind, arguments, program)):
+        options, extra = tyro.cli(kind, default=default, prog=program, args=list(arguments), return_unknown_args=True)
     if extra:
         raise _unrecognised(kind, extra, program)
     check_ranges(kind, to_json(options))
@@ -142,22 +145,6 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
     return "-h" in options or "--help" in options
 
 
-@contextmanager
-def _wide() -> Iterator[io.StringIO]:
-    """Collects what is printed, on lines that no width breaks, up to an exit that says something is wrong."""
-    columns, printed = os.environ.get("COLUMNS"), io.StringIO()
-    os.environ["COLUMNS"] = "10000"
-    try:
-        with redirect_stdout(printed), redirect_stderr(printed):
-            yield printed
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    finally:
-        del os.environ["COLUMNS"]
-        os.environ |= {"COLUMNS": columns} if columns else {}
-
-
 def flags(kind: type) -> list[str]:
     """Every `--flag` that the dataclass gives."""
     return sorted(names_of(arguments_of(kind)))
@@ -178,43 +165,34 @@ def _unrecognised(kind: type, words: Sequence[str], program: str) -> UserError:
     )
 
 
-def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> UserError:
-    """What tyro has printed in a box, as a sentence; an option that does not exist comes first."""
+def _refuse(kind: type, arguments: Sequence[str], program: str, event: ParseErrorEvent) -> NoReturn:
+    """Raise what tyro found wrong as a `UserError`; an option that does not exist comes first."""
     known = {flag.replace("_", "-") for flag in flags(kind)}
     given = [word.partition("=")[0] for word in arguments if re.match(r"--[a-zA-Z]", word)]
-    strange = [word for word in given if word.replace("_", "-") not in known]
-    if strange:
-        return _unrecognised(kind, strange, program)
-    lines = _content(box)
-    if match := re.match(
-        r"[Ii]nvalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", " ".join(lines).strip()
-    ):
-        return unknown(f"{match[2]} called", match[1], set(re.findall(r"'([^']*)'", match[3])) - {"None"})
-    return UserError(_sentence(lines, program))
+    if strange := [word for word in given if word.replace("_", "-") not in known]:
+        raise _unrecognised(kind, strange, program)
+    match event:
+        case MissingArgs(missing_arguments=missing):
+            needed = " and ".join(_name(found.arg) for found in missing)
+            raise UserError(f"{program} needs {needed}: see {program} --help.")
+        case InvalidChoice(argument=argument, value=value, choices=choices):
+            raise unknown(f"{_name(argument)} called", value, {*choices} - {"None"})
+        case BadValue(argument=argument):
+            raise UserError(f"{_name(argument)} needs a value: see {program} --help.")
+        case InstantiationFailure(message=message, argument=argument):
+            raise UserError(_sentence(message, argument and _name(argument)))
+    raise UserError(f"These words are not understood: see {program} --help.")
 
 
-def _content(box: str) -> list[str]:
-    """The lines between the first two rules of a box, which has a frame where the terminal can show one."""
-    parts: list[list[str]] = [[]]
-    for line in box.splitlines():
-        if line.startswith("╭") or re.fullmatch(r"\W*(-{5,}|─{5,})\W*", line):
-            parts.append([])
-        else:
-            parts[-1].append(line.strip("│ \t\n") and line.strip("│").rstrip())
-    return [line for line in parts[1] if line]
+def _name(argument: Any) -> str:
+    """Return an option as it is typed, or what stands for a positional argument."""
+    return str(argument.lowered.metavar) if argument.is_positional() else argument.lowered.name_or_flags[-1]
 
 
-def _sentence(lines: Sequence[str], program: str) -> str:
-    text = re.sub(r"\s+", " ", " ".join(lines)).strip().rstrip(".")
-    if text.startswith("Missing from"):
-        margin = min(len(line) - len(line.lstrip()) for line in lines[1:])
-        needed = [line.split()[0] for line in lines[1:] if line[margin] != " "]
-        return f"{program} needs {' and '.join(needed)}: see {program} --help."
-    if match := re.fullmatch(r"Error parsing (\S+): (.*)", text):
-        place, problem = match.groups()
-        problem = _readable(problem)
-        return f"{place}: {problem}." if place.startswith("-") or place.isupper() else f"{problem}."
-    return f"{text[:1].upper()}{text[1:]}."
+def _sentence(message: str, name: str | None) -> str:
+    """Return what a value's type says against it, with the option's name where the value stands alone."""
+    problem = _readable(re.sub(r"\s+", " ", message).strip().rstrip("."))
+    return f"{name}: {problem}." if name else f"{problem[:1].upper()}{problem[1:]}."
 
 
 def _readable(problem: str) -> str:

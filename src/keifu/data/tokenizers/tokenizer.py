@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tokenizers
 from tokenizers import processors
@@ -142,6 +142,13 @@ class Tokenizer:
 
     A vocabulary in which two tokens share an id, or an id has no token, is a `UserError` that names it.
     """
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse a call, which other libraries' tokenizers take, with the name of the method."""
+        raise UserError(
+            "A tokenizer of keifu is not called: tokenizer.encode(text) returns the ids of a text, and "
+            "torch.tensor([ids]) makes a batch of them."
+        )
 
     PARTS = "backend", "special", "stop_ids", "chat_template", "max_length", "generation_config"
 

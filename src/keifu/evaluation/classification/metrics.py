@@ -122,6 +122,18 @@ class Confusion:
         rows = [[label, *map(str, row)] for label, row in zip(self.labels, self.counts.tolist(), strict=True)]
         return ["right \\ given", *self.labels], rows
 
+    def errors(self, most: int) -> list[list[str]]:
+        """Return the most frequent pairs of a right label and another one that was given, with their counts."""
+        counts = self.counts.clone()
+        counts.fill_diagonal_(0)
+        order = counts.flatten().sort(descending=True, stable=True).indices[:most].tolist()
+        pairs = [divmod(place, len(self.labels)) for place in order]
+        return [
+            [self.labels[right], self.labels[given], f"{int(counts[right, given]):,}"]
+            for right, given in pairs
+            if counts[right, given]
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """All figures, as JSON takes them."""
         majority, share = self.majority

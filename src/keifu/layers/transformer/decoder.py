@@ -4,7 +4,7 @@ Axes: batch, length = tokens, dim, vocab.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -64,6 +64,10 @@ class DecoderLM(nn.Module):
         self.positions, self.head = positions, head
         self.dropout = Dropout(dropout)
         self.config = config
+
+    def generate(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse a call that models of other libraries take, with keifu's own."""
+        raise UserError("A model of keifu has no generate: call keifu.generate(model, tokenizer, prompt).")
 
     @classmethod
     def of(

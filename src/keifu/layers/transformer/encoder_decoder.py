@@ -5,12 +5,13 @@ Axes: batch, length = tokens of the target, source_length, dim, vocab; a batch m
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask, PaddingMask
 from keifu.layers.attention.positions import SinusoidalPositions
@@ -95,6 +96,10 @@ class EncoderDecoder(nn.Module):
         self.source_dropout, self.target_dropout = Dropout(dropout), Dropout(dropout)
         self.config = config
         self.register_buffer("logits_bias", torch.zeros(1, embeddings[-1].num_embeddings))
+
+    def generate(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse a call that models of other libraries take, with keifu's own."""
+        raise UserError("A model of keifu has no generate: call keifu.generation.text.translation.translate_texts.")
 
     @property
     def blocks(self) -> list[nn.Module]:
