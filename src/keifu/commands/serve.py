@@ -55,6 +55,8 @@ class Options(flags.Packed):
     """Number of texts that may wait for a model; further ones get status 429."""
     timeout: float = 600.0
     """Seconds after which an answer is given up."""
+    keep_alive: float | None = None
+    """Seconds after which a model that nothing asks is unloaded. Unset: never."""
     max_body: str = "16M"
     """Size of the largest request that is read."""
     api_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -84,7 +86,7 @@ def run(options: Options) -> None:
     address = Address(options.host, options.port, options.socket)
     memory = None if options.memory is None else size_of(options.memory, "--memory")
     cache = None if options.cache is None else size_of(options.cache, "--cache")
-    limits = Limits(options.slots, options.queue, options.timeout, cache)
+    limits = Limits(options.slots, options.queue, options.timeout, cache, options.keep_alive)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
     named = aliases(options.name)
     sources = public_names(options.models or (() if named else found_models()), named)

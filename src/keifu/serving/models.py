@@ -3,6 +3,7 @@
 If memory is bounded, the model that was not used longest is unloaded first.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -229,6 +230,16 @@ class ServedModels:
         self.workers.pop(name).end()
         self.metrics.loaded_bytes.labels(name).set(0)
         return True
+
+    async def unload_idle(self) -> None:
+        """Unload models, until cancelled, that nothing has asked for `limits.keep_alive` seconds."""
+        while (seconds := self.limits.keep_alive) is not None:
+            await asyncio.sleep(min(seconds / 4, 10))
+            for key in list(self.workers):
+                if self.workers[key].pending:
+                    self._used[key] = time.monotonic()
+                elif time.monotonic() - self._used[key] > seconds:
+                    self.unload(key)
 
     def _make_room(self, wanted: int) -> None:
         """Unload models that nothing asks, those not used longest first, until the wanted bytes are free."""

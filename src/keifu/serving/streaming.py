@@ -73,9 +73,23 @@ class EventStream(Response):
         except Exception as error:
             body = of_exception(error).body()
             await send({"type": "http.response.body", "body": self._framed(body), "more_body": True})
-        last = b"" if self.named else b"data: [DONE]\n\n"
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        await send({"type": "http.response.body", "body": self._last(), "more_body": False})
+
+    def _last(self) -> bytes:
+        return b"" if self.named else b"data: [DONE]\n\n"
 
     def _framed(self, event: dict[str, Any]) -> bytes:
         name = f"event: {event.get('type', 'error')}\n" if self.named else ""
         return f"{name}data: {json.dumps(event, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+
+
+class LineStream(EventStream):
+    """JSON objects, one a line, as ollama streams them."""
+
+    media_type = "application/x-ndjson"
+
+    def _last(self) -> bytes:
+        return b""
+
+    def _framed(self, event: dict[str, Any]) -> bytes:
+        return f"{json.dumps(event, ensure_ascii=False)}\n".encode("utf-8", "replace")

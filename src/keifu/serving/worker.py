@@ -34,13 +34,15 @@ class Limits:
     """Limits of a model's thread.
 
     slots: requests that are written at the same time. queue: requests that may wait. timeout: seconds after which an
-    answer is given up. cache: bytes of a model's keys and values; None for a quarter of the free memory.
+    answer is given up. cache: bytes of a model's keys and values; None for a quarter of the free memory. keep_alive:
+    seconds after which a model that nothing asks is unloaded; None for never.
     """
 
     slots: int = 16
     queue: int = 128
     timeout: float = 600.0
     cache: int | None = None
+    keep_alive: float | None = None
 
 
 @dataclass(eq=False)

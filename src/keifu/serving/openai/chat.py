@@ -5,6 +5,8 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.responses import Response
 
 from keifu.generation.text.request import Piece
@@ -20,17 +22,32 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
     @app.post("/v1/chat/completions", summary="Answer a conversation", tags=["text"], responses=STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        def prompts(about: Description) -> list[list[int]]:
-            check_count(len(body.messages), about)
-            messages = [message.plain() for message in body.messages]
-            return [render(about.tokenizer, messages, tools.functions if tools else ())]
-
-        tools = body.tool_use()
-        schema = body.response_format.schema if body.response_format else None
-        answer = await prepare(models, body, "chat", prompts, "chatcmpl", schema, tools)
+        answer = await begin(models, body, "chatcmpl")
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
         return await whole(request, _completion(answer, body))
+
+
+async def begin(models: ServedModels, body: ChatRequest, prefix: str) -> Answer:
+    """Return the answer to a conversation, checked and not begun. prefix: the first part of its id."""
+    tools = body.tool_use()
+    schema = body.response_format.schema if body.response_format else None
+
+    def prompts(about: Description) -> list[list[int]]:
+        check_count(len(body.messages), about)
+        messages = [message.plain() for message in body.messages]
+        return [render(about.tokenizer, messages, tools.functions if tools else ())]
+
+    return await prepare(models, body, "chat", prompts, prefix, schema, tools)
+
+
+async def begin_from(models: ServedModels, fields: dict[str, Any], prefix: str) -> Answer:
+    """Return the answer to a conversation in OpenAI's fields, which another interface was translated to."""
+    try:
+        body = ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+    return await begin(models, body, prefix)
 
 
 async def _completion(answer: Answer, body: ChatRequest) -> dict[str, Any]:

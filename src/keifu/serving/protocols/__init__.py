@@ -1,0 +1,1 @@
+"""Interfaces of other services, each translated to a conversation of OpenAI's."""

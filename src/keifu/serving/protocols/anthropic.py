@@ -1,0 +1,178 @@
+"""POST /v1/messages: Anthropic's form of a conversation."""
+
+import json
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, suppress
+from typing import Annotated, Any, ClassVar
+
+from fastapi import FastAPI, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from keifu.serving.models import ServedModels
+from keifu.serving.openai.chat import begin_from
+from keifu.serving.openai.generation import Answer, finish_reason
+from keifu.serving.openai.schemas import Body, Neutral
+from keifu.serving.openai.tools import Delta
+from keifu.serving.streaming import STREAM, EventStream, whole
+
+REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+Blocks = str | list[dict[str, Any]]
+
+
+class Turn(Body):
+    """Message of the user or of the assistant; a block is text, tool_use or tool_result."""
+
+    role: str
+    content: Blocks
+
+
+class MessagesRequest(Body):
+    """POST /v1/messages."""
+
+    model: str = ""
+    max_tokens: Annotated[int, Field(ge=1)]
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    system: Blocks | None = None
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    ignored: ClassVar[Neutral] = {
+        "metadata": ({},), "service_tier": ("auto",), "thinking": ({"type": "disabled"},), "context_management": (),
+        "output_config": (),
+    }  # fmt: skip
+
+
+def routes(app: FastAPI, models: ServedModels) -> None:
+    """Add the route, for these models."""
+
+    @app.post("/v1/messages", summary="Answer a conversation (Anthropic)", tags=["other clients"], responses=STREAM)
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        answer = await begin_from(models, _fields(body), "msg")
+        if body.stream:
+            return EventStream(_events(answer), models.limits.timeout, named=True)
+        return await whole(request, _message(answer))
+
+
+def _fields(body: MessagesRequest) -> dict[str, Any]:
+    """Return the request in OpenAI's fields."""
+    turns = [{"role": "system", "content": _text(body.system)}] if body.system else []
+    turns += [turn for each in body.messages for turn in _turns(each)]
+    kept = {name: getattr(body, name) for name in ("model", "max_tokens", "temperature", "top_k", "top_p")}
+    tools = [
+        {"name": each.get("name"), "description": each.get("description"), "parameters": each.get("input_schema")}
+        for each in body.tools or ()
+    ]
+    given = body.tool_choice or {}
+    choice: Any = CHOICES.get(given.get("type", ""), given.get("type"))
+    if choice == "tool":
+        choice = {"type": "function", "function": {"name": given.get("name")}}
+    return kept | {
+        "messages": turns,
+        "stop": body.stop_sequences or None,
+        "tools": [{"type": "function", "function": each} for each in tools] or None,
+        "tool_choice": choice if tools else None,
+        "parallel_tool_calls": False if given.get("disable_parallel_tool_use") else None,
+    }
+
+
+def _text(blocks: Any) -> str:
+    """Return text, or the text of blocks; OpenAI's check refuses blocks of another kind."""
+    if not isinstance(blocks, list):
+        return blocks
+    return "\n".join(str(block.get("text", "")) for block in blocks if isinstance(block, dict))
+
+
+def _turns(turn: Turn) -> Iterator[dict[str, Any]]:
+    """Yield the message in OpenAI's form: results of tools are messages of their own."""
+    if isinstance(turn.content, str):
+        yield {"role": turn.role, "content": turn.content}
+        return
+    calls, rest = [], []
+    for block in turn.content:
+        if block.get("type") == "tool_result":
+            content = _text(block.get("content")) or ""
+            yield {"role": "tool", "content": content, "tool_call_id": block.get("tool_use_id")}
+        elif block.get("type") == "tool_use":
+            function = {"name": block.get("name"), "arguments": json.dumps(block.get("input"))}
+            calls.append({"id": block.get("id"), "type": "function", "function": function})
+        else:
+            rest.append({name: value for name, value in block.items() if name != "cache_control"})
+    if rest or calls:
+        yield {"role": turn.role, "content": rest or ""} | ({"tool_calls": calls} if calls else {})
+
+
+async def _message(answer: Answer) -> dict[str, Any]:
+    """Return the whole message."""
+    found: dict[str, Any] = {}
+    async with aclosing(_events(answer)) as events:
+        async for event in events:
+            if event["type"] == "message_start":
+                found = event["message"]
+            elif event["type"] == "content_block_start":
+                found["content"].append(event["content_block"] | {"held": ""})
+            elif event["type"] == "content_block_delta":
+                found["content"][-1]["held"] += event["delta"].get("text", event["delta"].get("partial_json", ""))
+            elif event["type"] == "message_delta":
+                found |= event["delta"] | {"usage": event["usage"]}
+    for block in found["content"]:
+        held = block.pop("held")
+        block |= {"text": held} if block["type"] == "text" else {"input": _object(held)}
+    return found
+
+
+def _object(arguments: str) -> dict[str, Any]:
+    """Return the arguments of a call; an empty object for those that the token limit has cut."""
+    with suppress(ValueError):
+        return json.loads(arguments)
+    return {}
+
+
+async def _events(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the answer as Anthropic's events."""
+    reply, reason, open_block = answer.reply(), "length", -1
+    head = {"id": answer.id, "type": "message", "role": "assistant", "model": answer.description.name, "content": []}
+    start = {**head, "stop_reason": None, "stop_sequence": None, "usage": _usage(answer)}
+    yield {"type": "message_start", "message": start}
+    kind: Any = None
+    async with aclosing(answer.pieces()) as pieces:
+        async for _, piece in pieces:
+            for part in reply.push(piece.text, piece.finish_reason is not None):
+                if part.call != kind or open_block < 0:
+                    if open_block >= 0:
+                        yield {"type": "content_block_stop", "index": open_block}
+                    open_block, kind = open_block + 1, part.call
+                    block = _block(part, reply.calls)
+                    yield {"type": "content_block_start", "index": open_block, "content_block": block}
+                if part.content or part.arguments:
+                    yield {"type": "content_block_delta", "index": open_block, "delta": _delta(part)}
+            reason = finish_reason(piece, reply) or reason
+    if open_block >= 0:
+        yield {"type": "content_block_stop", "index": open_block}
+    ended = {"stop_reason": REASONS[reason], "stop_sequence": None}
+    yield {"type": "message_delta", "delta": ended, "usage": _usage(answer)}
+    yield {"type": "message_stop"}
+
+
+def _block(part: Delta, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    if part.call < 0:
+        return {"type": "text", "text": ""}
+    return {"type": "tool_use", "id": calls[part.call]["id"], "name": part.name, "input": {}}
+
+
+def _delta(part: Delta) -> dict[str, Any]:
+    if part.call < 0:
+        return {"type": "text_delta", "text": part.content}
+    return {"type": "input_json_delta", "partial_json": part.arguments}
+
+
+def _usage(answer: Answer) -> dict[str, Any]:
+    usage = answer.usage
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    read = {"input_tokens": usage["prompt_tokens"] - cached, "cache_read_input_tokens": cached}
+    return {**read, "output_tokens": usage["completion_tokens"]}

@@ -1,0 +1,138 @@
+"""/api/chat, /api/tags and /api/version: the paths that ollama's clients ask."""
+
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi import FastAPI, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from keifu import __version__
+from keifu.serving.models import ServedModels
+from keifu.serving.openai.chat import begin_from
+from keifu.serving.openai.generation import Answer, finish_reason
+from keifu.serving.openai.schemas import Body, Neutral
+from keifu.serving.streaming import STREAM, LineStream, json_response, whole
+
+OPTIONS = {  # ollama's names, and OpenAI's
+    "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "seed": "seed", "stop": "stop",
+    "num_predict": "max_tokens", "repeat_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+}  # fmt: skip
+
+
+class Turn(Body):
+    """Message of a conversation."""
+
+    role: str
+    content: str = ""
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_name: str | None = None
+    ignored: ClassVar[Neutral] = {"thinking": ("",)}
+    refused: ClassVar[Neutral] = {"images": ([],)}
+
+
+class OllamaChat(Body):
+    """POST /api/chat. Options that ollama has for its own engine are ignored."""
+
+    model: str = ""
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    stream: bool = True
+    format: Literal["", "json"] | dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    ignored: ClassVar[Neutral] = {"keep_alive": (), "think": (False,)}
+
+
+def routes(app: FastAPI, models: ServedModels) -> None:
+    """Add the routes, for these models."""
+
+    @app.post("/api/chat", summary="Answer a conversation (ollama)", tags=["other clients"], responses=STREAM)
+    async def chat(body: OllamaChat, request: Request) -> Response:
+        answer = await begin_from(models, _fields(body), "ollama")
+        return LineStream(_lines(answer), models.limits.timeout) if body.stream else await whole(request, _all(answer))
+
+    @app.get("/api/tags", summary="The models that chat (ollama)", tags=["other clients"])
+    async def tags() -> Response:
+        chatting = [each for each in models.descriptions.values() if "chat" in each.uses]
+        began = datetime.fromtimestamp(models.began, UTC).isoformat()
+        entries = [{"name": each.name, "model": each.name, "size": each.size} for each in chatting]
+        more = {"modified_at": began, "digest": "", "details": {"family": "keifu", "format": "safetensors"}}
+        return json_response({"models": [entry | more for entry in entries]})
+
+    @app.get("/api/version", summary="The version of keifu (ollama)", tags=["other clients"])
+    async def version() -> Response:
+        return json_response({"version": __version__})
+
+
+def _fields(body: OllamaChat) -> dict[str, Any]:
+    """Return the request in OpenAI's fields."""
+    options = body.options or {}
+    kept = {own: options[name] for name, own in OPTIONS.items() if options.get(name) is not None}
+    if isinstance(kept.get("max_tokens"), int) and kept["max_tokens"] < 0:  # to the end
+        del kept["max_tokens"]
+    form: Any = None
+    if body.format == "json":
+        form = {"type": "json_object"}
+    elif isinstance(body.format, dict):
+        form = {"type": "json_schema", "json_schema": {"name": "format", "schema": body.format}}
+    turns, number = [], 0
+    for turn in body.messages:
+        calls = []
+        for call in turn.tool_calls or ():
+            function = call.get("function") or {}
+            arguments = json.dumps(function.get("arguments"))
+            own = {"name": function.get("name"), "arguments": arguments}
+            calls.append({"id": f"call{len(turns)}x{len(calls)}", "type": "function", "function": own})
+        more: dict[str, Any] = {"tool_calls": calls} if calls else {}
+        if turn.role == "tool":
+            more = {"tool_call_id": f"call{number}x0", "name": turn.tool_name}
+        number = len(turns) if calls else number
+        turns.append({"role": turn.role, "content": turn.content, **more})
+    # ollama's clients add ":latest" to a name without a tag
+    model = body.model.removesuffix(":latest")
+    return {"model": model, "messages": turns, "tools": body.tools or None, "response_format": form, **kept}
+
+
+async def _lines(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the parts of an answer, then its figures. A call is whole when it comes."""
+    begin, first, reply, reason = time.monotonic_ns(), 0, answer.reply(), "length"
+
+    def line(message: dict[str, Any], **more: Any) -> dict[str, Any]:
+        now = datetime.now(UTC).isoformat()
+        whole_message = {"role": "assistant", "content": "", **message}
+        return {"model": answer.description.name, "created_at": now, "message": whole_message, "done": False, **more}
+
+    async with aclosing(answer.pieces()) as pieces:
+        async for _, piece in pieces:
+            first = first or time.monotonic_ns()
+            for part in reply.push(piece.text, piece.finish_reason is not None):
+                if part.content:
+                    yield line({"content": part.content})
+            reason = finish_reason(piece, reply) or reason
+    functions = [call["function"] for call in reply.calls[: len(reply.calls) - reply.unfinished]]
+    calls = [{"function": {**each, "arguments": json.loads(each["arguments"] or "{}")}} for each in functions]
+    if calls:
+        yield line({"tool_calls": calls})
+    end, usage = time.monotonic_ns(), answer.usage
+    yield line(
+        {}, done=True, done_reason="length" if reason == "length" else "stop", total_duration=end - begin,
+        load_duration=0, prompt_eval_count=usage["prompt_tokens"], prompt_eval_duration=first - begin,
+        eval_count=usage["completion_tokens"], eval_duration=end - first,
+    )  # fmt: skip
+
+
+async def _all(answer: Answer) -> dict[str, Any]:
+    """Return the whole answer."""
+    message: dict[str, Any] = {"role": "assistant", "content": ""}
+    found: dict[str, Any] = {}
+    async with aclosing(_lines(answer)) as lines:
+        async for each in lines:
+            message["content"] += each["message"]["content"]
+            message |= {"tool_calls": calls} if (calls := each["message"].get("tool_calls")) else {}
+            found = each
+    return {**found, "message": message}

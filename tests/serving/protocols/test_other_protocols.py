@@ -1,0 +1,132 @@
+"""Anthropic's and ollama's paths: the answers are those of OpenAI's path, whole and streamed."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving_toys import running, until
+
+import keifu
+from keifu.serving.app import Access
+from keifu.serving.worker import Limits
+
+HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, 世界"}]
+ASK: dict[str, Any] = {"temperature": 0.8, "seed": 3, "max_tokens": 24}
+TOOL = {"type": "object", "properties": {"city": {"enum": ["Tokyo", "京都"]}}, "required": ["city"]}
+CALL: dict[str, Any] = {"role": "user", "content": "How warm is it in Tokyo?"}
+
+
+def openai_answer(served: Any, **fields: Any) -> Any:
+    return served.openai.chat.completions.create(**{"model": "chat", "messages": HELLO, **ASK, **fields})
+
+
+def test_an_anthropic_message_is_the_same_answer(served: Any) -> None:
+    ask: dict[str, Any] = {"model": "chat", "max_tokens": 24, "temperature": 0}
+    expected = openai_answer(served, temperature=0)
+    turns = {"system": [{"type": "text", "text": "Be brief."}], "messages": HELLO[1:]}
+    found = served.post("/v1/messages", {**ask, **turns}).json()
+    text = expected.choices[0].message.content
+    assert found["content"] == [{"type": "text", "text": text}]
+    assert found["type"] == "message" and found["role"] == "assistant" and found["model"] == "chat"
+    assert found["stop_reason"] == {"length": "max_tokens", "stop": "end_turn"}[expected.choices[0].finish_reason]
+    usage = found["usage"]
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == expected.usage.prompt_tokens
+    assert usage["output_tokens"] == expected.usage.completion_tokens
+    came = served.post("/v1/messages", {**ask, **turns, "stream": True}).text
+    events = [json.loads(line[6:]) for line in came.splitlines() if line.startswith("data: ")]
+    assert [event["type"] for event in events[:2]] == ["message_start", "content_block_start"]
+    assert [event["type"] for event in events[-3:]] == ["content_block_stop", "message_delta", "message_stop"]
+    assert "".join(e["delta"]["text"] for e in events if e["type"] == "content_block_delta") == text
+    assert came.startswith("event: message_start\n")
+
+
+def test_anthropic_calls_and_their_results(served: Any) -> None:
+    tools = [{"name": "weather", "description": "How warm it is", "input_schema": TOOL}]
+    ask: dict[str, Any] = {"model": "chat", "max_tokens": 200, "temperature": 0, "tools": tools}
+    for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "weather"}):
+        found = served.post("/v1/messages", {**ask, "messages": [CALL], "tool_choice": choice}).json()
+        assert found["stop_reason"] == "tool_use", found
+        call = found["content"][-1]
+        assert call["type"] == "tool_use" and call["name"] == "weather" and call["input"]["city"] in ("Tokyo", "京都")
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": [{"type": "text", "text": "20"}]}
+    turns = [CALL, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    cut = served.post("/v1/messages", {**ask, "max_tokens": 60, "messages": [CALL], "tool_choice": {"type": "any"}})
+    assert cut.json()["stop_reason"] == "max_tokens" and cut.json()["content"][-1]["input"] == {}
+    turns[0] = {"role": "user", "content": "?"}
+    again = served.post("/v1/messages", {**ask, "max_tokens": 4, "messages": turns, "tools": None})
+    assert again.status_code == 200, again.text
+    assert again.json()["usage"]["output_tokens"] <= 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "The field max_tokens is missing"),
+        ({"max_tokens": 4, "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "type"),
+        ({"max_tokens": 4, "messages": [{"role": "wizard", "content": "x"}]}, "wizard"),
+        ({"max_tokens": 4, "tools": [{"nme": "x"}]}, "name"),
+        ({"max_tokens": 4, "tools": [{"name": "x"}], "tool_choice": {"type": "some"}}, "tool_choice"),
+        ({"max_tokens": 4, "messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages"),
+    ],
+)
+def test_wrong_anthropic_requests_are_sentences(served: Any, fields: dict[str, Any], words: str) -> None:
+    found = served.post("/v1/messages", {"model": "chat", "messages": [CALL], **fields})
+    assert found.status_code == 400 and words in found.json()["error"]["message"], found.text
+
+
+def test_an_ollama_chat_is_the_same_answer(served: Any) -> None:
+    expected = openai_answer(served)
+    options = {"temperature": 0.8, "seed": 3, "num_predict": 24, "num_ctx": 4096}
+    ask = {"model": "chat:latest", "messages": HELLO, "options": options}
+    came = served.post("/api/chat", ask)
+    assert came.headers["content-type"] == "application/x-ndjson"
+    lines = [json.loads(line) for line in came.text.splitlines()]
+    text = expected.choices[0].message.content
+    assert "".join(line["message"]["content"] for line in lines) == text
+    assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert lines[-1]["done_reason"] == expected.choices[0].finish_reason
+    assert lines[-1]["prompt_eval_count"] == expected.usage.prompt_tokens
+    assert lines[-1]["eval_count"] == expected.usage.completion_tokens
+    found = served.post("/api/chat", {**ask, "stream": False}).json()
+    assert found["message"] == {"role": "assistant", "content": text} and found["done"]
+
+
+def test_ollama_formats_calls_and_lists(served: Any) -> None:
+    bias = {"num_predict": 400, "temperature": 0}
+    ask = {"model": "chat", "messages": [CALL], "stream": False, "options": bias, "format": TOOL}
+    assert json.loads(served.post("/api/chat", ask).json()["message"]["content"])["city"] in ("Tokyo", "京都")
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": TOOL}}]
+    asked = {**ask, "format": None, "tools": tools}
+    found = served.post("/api/chat", asked)
+    assert found.status_code == 200 and found.json()["done"]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Tokyo"}}}]}
+    turns = [CALL, call, {"role": "tool", "content": "20", "tool_name": "weather"}]
+    assert served.post("/api/chat", {**asked, "messages": turns}).status_code == 200
+    tags = httpx.get(f"{served.url}/api/tags").json()["models"]
+    assert [each["name"] for each in tags] == ["chat"] and tags[0]["size"] > 0
+    assert httpx.get(f"{served.url}/api/version").json()["version"] == keifu.__version__
+    wrong = served.post("/api/chat", {"model": "chat", "messages": [{"role": "user", "content": "x", "images": ["y"]}]})
+    assert wrong.status_code == 400 and "images is not supported" in wrong.text
+
+
+def test_models_are_loaded_and_unloaded_by_request_and_when_idle(folder: Path) -> None:
+    names = [str(folder / kind) for kind in ("base", "chat")]
+    with running(names, Limits(keep_alive=1.0), Access()) as served:
+
+        def loaded() -> dict[str, bool]:
+            return {model.id: model.loaded for model in served.openai.models.list()}
+
+        assert served.post("/v1/models/load", {"model": "base"}).json()["loaded"]
+        assert loaded() == {"base": True, "chat": False}
+        assert not served.post("/v1/models/unload", {"model": "base"}).json()["loaded"]
+        assert loaded() == {"base": False, "chat": False}
+        assert served.post("/v1/models/unload", {"model": "nothing"}).status_code == 404
+        served.post("/v1/models/load", {"model": "chat"})
+        begin = time.monotonic()
+        until(lambda: not any(loaded().values()))
+        assert time.monotonic() - begin > 0.9
+        again = served.post("/v1/completions", {"model": "base", "prompt": "abc", "max_tokens": 1})
+        assert again.status_code == 200
