@@ -25,7 +25,7 @@ import transformers as hf
 from _rounds import interleaved, machine, table
 
 from keifu import checkpoints
-from keifu.data.batching import pad
+from keifu.data.padding import pad
 from keifu.data.translation.pairs import read_pairs, split
 from keifu.generation.text.translation import TranslationParams, search
 

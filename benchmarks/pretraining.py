@@ -26,7 +26,9 @@ from _rounds import machine
 
 from keifu import checkpoints
 from keifu.data.catalogue import catalogue
-from keifu.data.classification.tables import Examples, key, read
+from keifu.data.classification.examples import Examples
+from keifu.data.classification.tables import read
+from keifu.data.text.normalization import key
 from keifu.data.text.packed import PackedText
 from keifu.data.text.token_shards import prepare_parts
 from keifu.data.tokenizers.tokenizer import Tokenizer

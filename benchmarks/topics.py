@@ -33,7 +33,9 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 
 from keifu import checkpoints
-from keifu.data.classification.tables import HELD_OUT, Examples, read
+from keifu.data.catalogue.readers import HELD_OUT_ARTICLES
+from keifu.data.classification.examples import Examples
+from keifu.data.classification.tables import read
 from keifu.evaluation.classification.embeddings import embed, encode_texts
 from keifu.evaluation.classification.metrics import Confusion, probabilities
 from keifu.models import bert
@@ -142,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=WAYS, nargs="+", help="unset: all, left-to-right where there is --left")
     parser.add_argument("--labels", type=int, nargs="+", default=[100, 1000, ALL])
-    parser.add_argument("--held-out", type=int, default=HELD_OUT)
+    parser.add_argument("--held-out", type=int, default=HELD_OUT_ARTICLES)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64, help="of a summary that the two BERTs see")
     parser.add_argument("--rate", type=float, default=5e-5, help="the highest rate of fine-tuning")

@@ -16,6 +16,7 @@ SMALL_ON_PURPOSE = {
     "keifu.checkpoints.gguf.numbers": "bit arithmetic, apart from the reading of files",
     "keifu.commands.shared.verbs": "the command line's start must import nothing else",
     "keifu.data.catalogue.pip_without_builds": "run as a program",
+    "keifu.data.interleaving": "a method with a name, which knows no batches",
     "keifu.distributed.blocks": "the protocol of models that list their blocks",
     "keifu.evaluation.intervals": "statistics, which know no model",
     "keifu.generation.text.logits_processors": "the field's word for them",

@@ -103,7 +103,8 @@ def test_it_draws_the_digit_that_is_asked_for() -> None:
 @pytest.mark.parametrize("name", SENTENCES)
 def test_it_was_trained_on_a_part_that_shares_nothing_with_the_test_pairs(name: str) -> None:
     """The pairs are those that were split then, and the split, a function of them alone, keeps the parts apart."""
-    from keifu.data.translation.pairs import normalize, read_pairs, split
+    from keifu.data.text.normalization import normalize
+    from keifu.data.translation.pairs import read_pairs, split
 
     pairs = read_pairs(f"tatoeba-{name}")
     assert pairs.fingerprint == card(name)["data_sha256"]

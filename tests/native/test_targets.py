@@ -11,7 +11,7 @@ from native_toys import unpacked
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data.batching import pad
+from keifu.data.padding import pad
 from keifu.errors import UserError
 from keifu.generation.text import translation
 from keifu.generation.text.translation import TranslationParams, search

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from keifu.alignment.rewards import Scorer
-from keifu.data.batching import Epochs
 from keifu.data.chat.prompts import Prompt, fingerprint
+from keifu.data.epochs import Epochs
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.generate import Completion, generate_batch

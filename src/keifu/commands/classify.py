@@ -21,7 +21,7 @@ from keifu.files import write_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from keifu.data.classification.tables import Examples
+    from keifu.data.classification.examples import Examples
     from keifu.evaluation.classification.classifiers import TextClassifier
     from keifu.evaluation.classification.metrics import Confusion
 

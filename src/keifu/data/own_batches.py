@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.data.batching import Epochs
+from keifu.data.epochs import Epochs
 from keifu.errors import UserError
 
 

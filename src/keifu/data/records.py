@@ -14,7 +14,7 @@ from typing import Any
 
 from keifu.data.text.text_files import Problem, lines, refuse
 from keifu.errors import UserError, unknown
-from keifu.files import parse_json, plain_file, reading
+from keifu.files import parse_json, plain_file
 
 Row = tuple[str, dict[str, Any]]  # its place, and its values by field
 LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
@@ -148,17 +148,18 @@ def _parquet(path: Path, only: str | None) -> Iterator[Row]:
     with file:
         columns = [only] if only in file.schema_arrow.names else None
         number, batches = 0, iter(file.iter_batches(columns=columns))
-        while rows := _next_rows(path, batches):
+        while rows := _next_rows(path, batches, number):
             yield from ((f"{path}, row {number + place}", record) for place, record in enumerate(rows, 1))
             number += len(rows)
 
 
-def _next_rows(path: Path, batches: Iterator[Any]) -> list[dict[str, Any]]:
+def _next_rows(path: Path, batches: Iterator[Any], number: int) -> list[dict[str, Any]]:
+    """Return the next rows; `number` rows were read before."""
     try:
-        with reading(path):
-            return next((rows for batch in batches if (rows := batch.to_pylist())), [])
-    except OSError as error:  # pyarrow's own for what is damaged
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        return next((rows for batch in batches if (rows := batch.to_pylist())), [])
+    except (ArithmeticError, OSError, ValueError, TypeError, NotImplementedError) as error:  # pyarrow's own among them
+        reason = " ".join(str(error).split()).rstrip(".")[:200]
+        raise UserError(f"{path} is damaged: its rows from {number + 1:,} on cannot be read ({reason}).") from error
 
 
 Reader = Callable[[Path, Problem, str | None], Iterator[tuple[str, Any]]]

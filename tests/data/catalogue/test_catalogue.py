@@ -7,7 +7,7 @@ import pytest
 
 from keifu.data.catalogue import catalogue, readers
 from keifu.data.catalogue.catalogue import CATALOGUE
-from keifu.data.classification import tables
+from keifu.data.classification import examples
 from keifu.errors import UserError
 
 NAMES = {
@@ -158,13 +158,13 @@ def test_every_entry_arrives_and_reads(name: str) -> None:
 def test_no_summary_that_topics_are_tested_on_is_in_the_training_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "HELD_OUT", 12)
+    monkeypatch.setattr(readers, "HELD_OUT_ARTICLES", 12)
     file = tmp_path / "summaries.json"
     articles = {f"T{n}": {"title": f"T{n % 35}", "extract": "It is.", "topic": f"{n % 3}"} for n in range(40)}
     file.write_text(json.dumps(articles))
     whole = list(readers.summaries(file))
-    rows = tuple(tables.Example("it", (text,), f"{n % 3}") for n, text in enumerate(whole))
-    _, held = tables.Examples("it", rows).split(12)
+    rows = tuple(examples.Example("it", (text,), f"{n % 3}") for n, text in enumerate(whole))
+    _, held = examples.Examples("it", rows).split(12)
     learned = set(readers.untested_summaries(file))
     assert len(held.texts) in (11, 12) and not learned & set(held.texts)
     assert len(learned) >= 22 and learned < set(whole)

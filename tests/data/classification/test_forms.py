@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from keifu.data.classification.batches import FormBatches, encode_form, stack_sequences
+from keifu.data.classification.examples import Examples
 from keifu.data.classification.input_formats import (
     FORMS,
     Delimiters,
@@ -15,7 +16,7 @@ from keifu.data.classification.input_formats import (
     form_of,
     read_examples,
 )
-from keifu.data.classification.tables import Examples, read
+from keifu.data.classification.tables import read
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer

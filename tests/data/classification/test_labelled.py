@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from keifu.data.batching import length_buckets, pad
 from keifu.data.classification import tables
 from keifu.data.classification.batches import EncodedTexts, LabelledBatches
-from keifu.data.classification.tables import Example, Examples, read
+from keifu.data.classification.examples import Example, Examples
+from keifu.data.classification.tables import read
+from keifu.data.padding import length_buckets, pad
+from keifu.data.text.normalization import key
 from keifu.errors import UserError
 
 
@@ -90,7 +92,7 @@ TABLE = Examples("t", tuple(Example("", (f"Text {n // 2}{'!' * (n % 2)}",), "abc
 def test_the_held_out_rows_are_as_many_as_asked_and_share_no_text() -> None:
     training, held = TABLE.split(50)
     assert len(held) == 50 and sorted([*training.texts, *held.texts]) == sorted(TABLE.texts)
-    said = [{tables.key(text) for text in part.texts} for part in (training, held)]
+    said = [{key(text) for text in part.texts} for part in (training, held)]
     assert len(said[1]) == 25 and not said[0] & said[1]  # "Text 1" and "Text 1!" say the same
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keifu.data.batching import source_of_row
+from keifu.data.interleaving import source_of_row
 from keifu.data.text.span_corruption import (
     MODES,
     CausalBatches,

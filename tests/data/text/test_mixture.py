@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keifu.data.batching import interleave, source_of_row
+from keifu.data.interleaving import interleave, source_of_row
 from keifu.data.text import mixture, synthetic_math
 from keifu.data.text.mixture import (
     Check,
@@ -23,6 +23,7 @@ from keifu.data.text.mixture import (
     read_mixture,
     source_names,
 )
+from keifu.data.text.normalization import normalize
 from keifu.data.text.span_corruption import (
     MODES,
     CausalBatches,
@@ -34,7 +35,6 @@ from keifu.data.text.span_corruption import (
 from keifu.data.text.token_shards import Shards
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.data.translation import tatoeba
-from keifu.data.translation.pairs import normalize
 from keifu.errors import UserError
 
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=12)

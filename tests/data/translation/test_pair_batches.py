@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keifu.data.batching import by_rows
+from keifu.data.epochs import by_rows
 from keifu.data.text.dataset_report import coverage
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.data.translation.batches import EncodedPairs, EncodedSide, PairData, SpecialIds, by_tokens, encode

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keifu.data.catalogue import catalogue
-from keifu.data.translation.pairs import Pairs, normalize, pair_names, read_pairs, split
+from keifu.data.text.normalization import normalize
+from keifu.data.translation.pairs import Pairs, pair_names, read_pairs, split
 from keifu.errors import UserError
 
 SENTENCES = st.text(st.sampled_from("ab AB.。！あア１1é ﾊﾟ"), min_size=1, max_size=6).filter(str.strip)

@@ -11,9 +11,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from keifu.data.classification.examples import Example, Examples
 from keifu.files import parse_yaml, read_text
 
 Dialogue = list[dict[str, str]]
+HELD_OUT_ARTICLES = 1000  # Wikipedia summaries on which topics are tested
 TATOEBA = ("id", "ja", "en", "nl", "de", "fr", "es", "sv")  # the columns of the sentence file
 
 
@@ -31,11 +33,9 @@ def summaries(file: Path) -> Iterator[str]:
 
 def untested_summaries(file: Path) -> Iterator[str]:
     """The same without those on which topics are tested."""
-    from keifu.data.classification.tables import HELD_OUT, Example, Examples
-
     topics = (article["topic"] for article in _json(file).values())
     rows = (Example(file.name, (text,), topic) for text, topic in zip(summaries(file), topics, strict=True))
-    yield from Examples(file.name, tuple(rows)).split(HELD_OUT)[0].texts
+    yield from Examples(file.name, tuple(rows)).split(HELD_OUT_ARTICLES)[0].texts
 
 
 def recipes(file: Path) -> Iterator[str]:

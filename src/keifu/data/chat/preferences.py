@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keifu.data.batching import Epochs
 from keifu.data.catalogue import catalogue, readers
 from keifu.data.chat.conversations import (
     Conversation,
@@ -38,6 +37,7 @@ from keifu.data.chat.conversations import (
     validate_messages,
 )
 from keifu.data.chat.packing import TurnMasks, hash_turns
+from keifu.data.epochs import Epochs
 from keifu.errors import UserError, unknown
 from keifu.files import neighbours
 

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Generator, Tensor
 
-from keifu.data.batching import Epochs, Rows, by_rows, length_buckets, pad
+from keifu.data.classification.examples import Examples
 from keifu.data.classification.input_formats import Delimiters, Form, Ids
-from keifu.data.classification.tables import Examples
+from keifu.data.epochs import Epochs, by_rows
+from keifu.data.padding import Rows, length_buckets, pad
 from keifu.errors import UserError
 
 POOL = 32  # batches whose rows are sorted by length together

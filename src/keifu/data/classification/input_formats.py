@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, processors
 
-from keifu.data.classification.tables import Example, Examples, table_rows
+from keifu.data.classification.examples import Example, Examples
+from keifu.data.classification.tables import table_rows
 from keifu.data.records import Row, cell, content
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from keifu.data.batching import Epochs
+from keifu.data.epochs import Epochs
 from keifu.data.images.augmentation import Augmentation, uniform
 from keifu.data.images.dataset import ImageDataset
 from keifu.errors import UserError

@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from keifu.data.catalogue import catalogue
-from keifu.data.classification.tables import sorted_labels
+from keifu.data.classification.examples import sorted_labels
 from keifu.data.images import sources
 from keifu.data.images.catalogued import in_catalogue
 from keifu.data.images.io import Fit, ImageItem, fit_image

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.data.batching import Epochs, offsets, sort_pools
+from keifu.data.epochs import Epochs, sort_pools
+from keifu.data.padding import offsets
 from keifu.data.text.sentence_shards import Sentences, SentenceShards
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError

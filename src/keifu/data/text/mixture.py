@@ -36,7 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.data.batching import BatchSizeSchedule, batch_size_stages, interleave, source_of_row
+from keifu.data.batch_sizes import BatchSizeSchedule, batch_size_stages
+from keifu.data.interleaving import interleave, source_of_row
 from keifu.data.text import documents as sources
 from keifu.data.text import synthetic_math
 from keifu.data.text.packed import PackedText

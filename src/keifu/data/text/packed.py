@@ -13,7 +13,8 @@ from jaxtyping import Int64
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from keifu.data.batching import BatchSizeSchedule, Epochs, batch_size_stages
+from keifu.data.batch_sizes import BatchSizeSchedule, batch_size_stages
+from keifu.data.epochs import Epochs
 from keifu.data.text.token_shards import Shards
 from keifu.errors import UserError
 

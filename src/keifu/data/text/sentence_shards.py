@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from keifu.data.batching import offsets
+from keifu.data.padding import offsets
 from keifu.data.prepared_folders import prepared_folder
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources

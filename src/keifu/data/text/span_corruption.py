@@ -14,7 +14,7 @@ from itertools import count
 import numpy as np
 from jaxtyping import Int
 
-from keifu.data.batching import source_of_row
+from keifu.data.interleaving import source_of_row
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
 
@@ -161,8 +161,8 @@ class SpanCorruptionBatches:
     A batch has "tokens" [row, place] and "mask", True on targets, which alone are predicted (see
     `keifu.training.objectives.language_modeling`). Where a text's end is hidden no end follows: the text went on.
 
-    Of a source's rows each denoiser is given its share, exactly (see `keifu.data.batching`). A denoiser whose sentinels
-    leave room for fewer tokens than a window has takes a run of it that begins anywhere.
+    Each denoiser gets exactly its share of a source's rows (see `keifu.data.interleaving`). If the sentinels of a
+    denoiser leave room for fewer tokens than a window has, it takes a run of the window that begins anywhere.
     """
 
     def __init__(self, denoisers: Sequence[SpanCorruption], markers: Markers, context_length: int):

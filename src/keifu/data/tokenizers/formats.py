@@ -69,10 +69,11 @@ def _check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
     """Refuses a vocabulary in which two tokens have the same id: they would silently become one."""
     owner: dict[int, str] = {}
     for token, number in vocabulary.items():
-        if not isinstance(number, int) or owner.setdefault(number, token) != token:
-            other = f", as to {owner[number]!r}" if isinstance(number, int) else ""
+        valid = type(number) is int and 0 <= number <= LARGEST
+        if not valid or owner.setdefault(number, token) != token:
+            other = f", as to {owner[number]!r}" if valid else ""
             given = f"the id {number!r:.40} to the token {token!r}{other}"
-            raise UserError(f"{path} gives {given}: ids are whole and unique.")
+            raise UserError(f"{path} gives {given}: ids are whole numbers from 0 on, and unique.")
 
 
 def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:

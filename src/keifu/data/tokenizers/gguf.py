@@ -61,6 +61,8 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     begins, ends = (fields.get(f"tokenizer.ggml.add_{role}_token") for role in ("bos", "eos"))
     put_around_text(backend, special, bool(adds_bos if begins is None else begins), bool(ends))
     template = fields.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise UserError(f"The GGUF's tokenizer.chat_template is {template!r:.40}, and it must be a text.")
     ends = _ends_of_turn(fields, tokens, template)
     return Tokenizer(backend, special, ends, template, generation_config=_generation_config(fields))
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.data.batching import Batching, offsets
+from keifu.data.epochs import Batching
+from keifu.data.padding import offsets
 from keifu.errors import UserError
 
 Batch = dict[str, Tensor]

@@ -16,7 +16,8 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from keifu.data.translation.pairs import KEPT_CHARACTERS, Pair
+from keifu.data.text.normalization import KEPT_CHARACTERS
+from keifu.data.translation.pairs import Pair
 
 WITHOUT_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 

@@ -12,7 +12,6 @@ held-out pairs that have such a near copy in training. Paraphrases that share ne
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
@@ -21,6 +20,7 @@ from typing import Any
 
 from keifu.data.catalogue import catalogue
 from keifu.data.records import SUFFIXES, content, listed, read_cells, read_records
+from keifu.data.text.normalization import normalize
 from keifu.data.text.text_files import lines
 from keifu.errors import UserError, unknown
 from keifu.files import neighbours
@@ -228,28 +228,6 @@ class Split:
             f"{len(self.train):,} pairs for training, {len(self.validation):,} for validation, {len(self.test):,} for "
             f"testing; {self.dropped:,} left out that repeat another pair or share a sentence with one held out."
         )
-
-
-class KeptCharacters(dict[int, int | None]):
-    """For str.translate: a character's code, None for spaces, punctuation and control characters."""
-
-    def __missing__(self, code: int) -> int | None:
-        stripped = unicodedata.category(chr(code))[0] in "PZC"
-        self[code] = None if stripped else code
-        return self[code]
-
-
-KEPT_CHARACTERS = KeptCharacters()
-
-
-def normalize(sentence: str) -> str:
-    """A sentence without what does not make it another one: NFKC, lower case, no spaces and no punctuation.
-
-    A sentence of punctuation alone keeps it.
-    """
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", sentence).lower())
-    bare = unicodedata.normalize("NFKC", text.translate(KEPT_CHARACTERS))
-    return bare or "".join(text.split())
 
 
 def split(

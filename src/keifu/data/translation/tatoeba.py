@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 from keifu.data.catalogue import catalogue, readers
-from keifu.data.translation.pairs import Pair, normalize
+from keifu.data.text.normalization import normalize
+from keifu.data.translation.pairs import Pair
 
 ENTRY = "tatoeba-en"  # any entry of the archive: all have its file
 LANGUAGES = {

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from keifu.data.batching import Rows, length_buckets, pad
 from keifu.data.classification.batches import Encoded
+from keifu.data.padding import Rows, length_buckets, pad
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.model import Encoder, Mask, Tokens, TwoTowers, evaluation_mode

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from keifu.data.batching import Rows
+from keifu.data.padding import Rows
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encoder, in_batches
 from keifu.evaluation.plots.decision_boundary import aligned, canvas, png

@@ -21,7 +21,9 @@ from random import Random
 from typing import Any
 
 from keifu.data.catalogue import catalogue
-from keifu.data.classification.tables import HELD_OUT, Examples, read
+from keifu.data.catalogue.readers import HELD_OUT_ARTICLES
+from keifu.data.classification.examples import Examples
+from keifu.data.classification.tables import read
 from keifu.data.records import SUFFIXES as TABLES
 from keifu.data.records import Row, listed, read_records
 from keifu.errors import UserError, require_known, unknown
@@ -135,7 +137,7 @@ EXAMPLES = 200  # others, to draw demonstrations from
 
 def topics() -> FewShotTask:
     """Which of 12 topics a Wikipedia article has, from the first 60 words of its title and summary."""
-    learned, held = read("wiki-summaries").split(HELD_OUT)
+    learned, held = read("wiki-summaries").split(HELD_OUT_ARTICLES)
     labels = learned.classes
 
     def items(table: Examples) -> tuple[TaskItem, ...]:
@@ -161,7 +163,7 @@ def titles() -> FewShotTask:
             choices = draw.sample([title, *wrong], 4)
             by_key[key] = TaskItem(f"Description: {about}\nTitle:", title, tuple(choices))
     items = tuple(by_key[key] for key in sorted(by_key))
-    return FewShotTask("titles", items[:HELD_OUT], items[HELD_OUT:], unconditional="Title:")
+    return FewShotTask("titles", items[:HELD_OUT_ARTICLES], items[HELD_OUT_ARTICLES:], unconditional="Title:")
 
 
 def last_word() -> FewShotTask:
@@ -171,7 +173,7 @@ def last_word() -> FewShotTask:
     found = (TaskItem(before, word) for before, word in passages)
     items = tuple(sorted(found, key=lambda item: hashlib.sha256(item.prompt.encode()).digest()))
     note = "The passages are of the catalogue's sotu: a model that was trained on it has read them."
-    return FewShotTask("last-word", items[:HELD_OUT], items[HELD_OUT:], metric="cloze", note=note)
+    return FewShotTask("last-word", items[:HELD_OUT_ARTICLES], items[HELD_OUT_ARTICLES:], metric="cloze", note=note)
 
 
 def _passages(speech: str) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from keifu.data.batching import pad
+from keifu.data.padding import pad
 from keifu.errors import UserError
 from keifu.generation.text.model import Translator
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from keifu.data.batching import length_buckets, pad
+from keifu.data.padding import length_buckets, pad
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.beam_search import (

@@ -17,7 +17,8 @@ import torch
 
 from keifu import checkpoints
 from keifu.data.classification.batches import EncodedTexts
-from keifu.data.classification.tables import Examples, read
+from keifu.data.classification.examples import Examples
+from keifu.data.classification.tables import read
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer

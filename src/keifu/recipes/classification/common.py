@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from keifu.data.classification.batches import EncodedTexts, LabelledBatches
-from keifu.data.classification.tables import Examples
+from keifu.data.classification.examples import Examples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.evaluation.classification.metrics import Confusion

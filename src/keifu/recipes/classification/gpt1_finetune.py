@@ -20,7 +20,7 @@ import torch
 from keifu import checkpoints
 from keifu.data.classification import input_formats
 from keifu.data.classification.batches import FormBatches
-from keifu.data.classification.tables import Examples
+from keifu.data.classification.examples import Examples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, shell

@@ -19,11 +19,11 @@ import tyro
 from torch import nn
 
 from keifu import checkpoints
-from keifu.data.batching import pad
 from keifu.data.images.augmentation import Augmentation
 from keifu.data.images.batches import ImageBatches, Tokens
 from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.splits import ImageSplit, split
+from keifu.data.padding import pad
 from keifu.data.tokenizers import bpe
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer

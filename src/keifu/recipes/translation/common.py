@@ -13,8 +13,8 @@ from torch import nn
 
 from keifu import checkpoints
 from keifu.checkpoints.hub import locate
-from keifu.data.batching import Batching
 from keifu.data.catalogue import catalogue
+from keifu.data.epochs import Batching
 from keifu.data.text.dataset_report import coverage
 from keifu.data.text.documents import in_catalogue
 from keifu.data.tokenizers.load import learned_tokenizer, load_tokenizer

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from keifu.data.batching import by_rows
+from keifu.data.epochs import by_rows
 from keifu.data.translation.batches import by_tokens
 from keifu.models import seq2seq
 from keifu.recipes.options import given

@@ -1,0 +1,76 @@
+"""Texts with a label each, and their split into training and test examples."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from keifu.data.text.normalization import key
+from keifu.errors import UserError
+
+
+class Example(NamedTuple):
+    """Where an example stands, for errors, its texts and its label: of a choice, the number of the right answer."""
+
+    where: str
+    texts: tuple[str, ...]
+    label: str
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts with a label each, and where they come from."""
+
+    source: str
+    rows: tuple[Example, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The first text of each row."""
+        return tuple(row.texts[0] for row in self.rows)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label of each row."""
+        return tuple(row.label for row in self.rows)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Every label once, in order; numbers by their value."""
+        return sorted_labels(self.labels)
+
+    def chosen(self, places: Iterable[int]) -> "Examples":
+        """Some of the rows."""
+        return Examples(self.source, tuple(self.rows[place] for place in places))
+
+    def split(self, held_out: int) -> tuple["Examples", "Examples"]:
+        """Training rows, in the order of their keys, and at most `held_out` test rows: those with the smallest keys.
+
+        A row's key is that of its first text. Rows with the same key stay together, so that none is on both sides
+        (premises come with several hypotheses, contexts with several questions), and a label that would only be held
+        out stays in training.
+        """
+        if not 0 <= held_out < len(self):
+            raise UserError(f"{held_out} of {len(self)} rows cannot be held out: give a number between.")
+        keys = [key(text) for text in self.texts]
+        groups: dict[str, list[int]] = defaultdict(list)
+        for place, each in enumerate(keys):
+            groups[each].append(place)
+        held: list[int] = []
+        training: list[int] = []
+        for _, places in sorted(groups.items()):
+            (held if len(held) + len(places) <= held_out else training).extend(places)
+        known = {self.rows[place].label for place in training}
+        alone = {keys[place] for place in held if self.rows[place].label not in known}
+        training += [place for place in held if keys[place] in alone]
+        return self.chosen(training), self.chosen(place for place in held if keys[place] not in alone)
+
+
+def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Every label once, in order; numbers by their value."""
+    return tuple(
+        sorted(set(labels), key=lambda text: (not text.isdecimal(), int(text) if text.isdecimal() else 0, text))
+    )

@@ -1,0 +1,99 @@
+"""Epochs: an endless stream of items in a new order each epoch, with access by step, and batches cut by length."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from keifu.errors import UserError
+
+
+def check_step(step: int) -> None:
+    """A negative step is a `UserError`."""
+    if step < 0:
+        raise UserError(f"The step is {step}, but steps are counted from 0.")
+
+
+class Epochs:
+    """An endless stream of epochs over `n` items, each epoch in an order of its own, with random access by step.
+
+    The batch of step s holds the items from s · batch_size on, so it may reach from one epoch into the next. An epoch's
+    order is a random permutation of 0 to n - 1 that depends only on the seed and the epoch's number, or the n items
+    that `order(epoch)` gives. So a resumed run continues at a late step at once, with the batches that it would have
+    had. The orders of two epochs are kept.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, order: Callable[[int], Any] | None = None):
+        self.n = n
+        self.batch_size = batch_size
+        self.seed = seed
+        self._order = lru_cache(maxsize=2)(order or self._permutation)
+
+    @property
+    def steps(self) -> float:
+        """Batches after which every item was seen once."""
+        return self.n / self.batch_size
+
+    def batch(self, step: int) -> np.ndarray:
+        """The items of a step's batch; the first step is 0."""
+        check_step(step)
+        return self.items(step * self.batch_size + np.arange(self.batch_size))
+
+    def items(self, positions: np.ndarray) -> np.ndarray:
+        """The items at these ascending positions of the stream, the first of which is 0."""
+        epochs, places = np.divmod(positions, self.n)
+        return np.concatenate([self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def item(self, step: int) -> Any:
+        """The item of a step, where `order` gives whole batches."""
+        check_step(step)
+        epoch, place = divmod(step, self.n)
+        return self._order(epoch)[place]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.n)
+
+
+def sort_pools(rows: np.ndarray, keys: np.ndarray, pool: int) -> np.ndarray:
+    """Rows in this order, but each `pool` of them sorted by their keys; those of equal keys stay in order."""
+    return rows[np.lexsort([keys[rows], np.arange(len(rows)) // pool])]
+
+
+@dataclass(frozen=True, eq=False)
+class Batching:
+    """How an epoch is cut: batch i holds the rows from bounds[i] up to bounds[i + 1], the same bounds every epoch, of a
+    random order in which each `pool` of rows is sorted by `keys`. `name` says all that it depends on."""
+
+    name: str
+    keys: np.ndarray
+    pool: int
+    bounds: list[int]
+
+    def order(self, random: np.random.Generator) -> np.ndarray:
+        """All rows, in an order of the epoch's own."""
+        return sort_pools(random.permutation(len(self.keys)), self.keys, self.pool)
+
+    def batches(self, random: np.random.Generator) -> list[np.ndarray]:
+        """The rows of each batch of an epoch."""
+        return np.split(self.order(random), self.bounds[1:-1])
+
+    def epochs(self, seed: int, last: int = 0) -> Epochs:
+        """Epochs of whole batches, which come in a random order but for the `last` ones of each."""
+        n = len(self.bounds) - 1
+
+        def order(epoch: int) -> list[np.ndarray]:
+            random = np.random.default_rng([seed, epoch])
+            batches = self.batches(random)
+            return [batches[place] for place in (*random.permutation(n - last), *range(n - last, n))]
+
+        return Epochs(n, 1, seed, order)
+
+
+def by_rows(sizes: np.ndarray, rows: int = 80, pool: int = 1600) -> Batching:
+    """Batches of `rows` rows; each `pool` of rows drawn at random is sorted by length and cut into batches.
+
+    Bahdanau et al. (2014, appendix B.2) draw 1,600 pairs, sort them, and make 20 batches of 80.
+    """
+    return Batching(f"{rows} rows of {pool}", sizes.sum(1), pool, [*range(0, len(sizes), rows), len(sizes)])

@@ -1,0 +1,41 @@
+"""Weighted interleaving of sources.
+
+This is Webster's (Sainte-Laguë's) method for seats in a parliament: a source with the share w is due at the times
+0.5 / w, 1.5 / w, 2.5 / w and so on, and each row comes from the source that is due next. After any number of rows N
+each source has given w · N of them, to within half a row and w · n / 2, where n is the number of sources.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class InterleaveState(NamedTuple):
+    """For consecutive rows: the source of each, and how many rows that source gave before it."""
+
+    whose: np.ndarray
+    numbers: np.ndarray
+
+
+def interleave(shares: np.ndarray, start: int, stop: int) -> InterleaveState:
+    """The sources of rows `start` to `stop` - 1, counted from 0; shares are above 0 and their sum is 1.
+
+    It costs the same for late rows as for early ones.
+    """
+    count = len(shares)
+    first = np.maximum(np.floor(shares * (start - count)).astype(np.int64) - 1, 0)  # those before are surely over
+    last = np.ceil(shares * (stop + count)).astype(np.int64) + 1
+    lengths = last - first
+    whose = np.repeat(np.arange(count), lengths)
+    numbers = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths - first, lengths)
+    order = np.lexsort((whose, (numbers + 0.5) / shares[whose]))
+    wanted = order[start - int(first.sum()) : stop - int(first.sum())]
+    return InterleaveState(whose[wanted], numbers[wanted])
+
+
+def source_of_row(shares: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The source of each of these rows, which may be in any order."""
+    if not len(numbers):
+        return np.zeros(0, np.int64)
+    start = int(numbers.min())
+    return interleave(shares, start, int(numbers.max()) + 1).whose[numbers - start]

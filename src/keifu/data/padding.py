@@ -1,0 +1,55 @@
+"""Sequences of different lengths as one tensor, and passes of sequences of nearly equal length.
+
+Axes: batch = sequences, length = tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+Rows = Sequence[Sequence[int]]
+
+
+def pad(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Tensor, "batch length"] | None]:
+    """The rows as one tensor, padded on the right, and a mask that is True on real tokens.
+
+    The mask is None where all are equally long: attention without one is faster.
+    """
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
+    ids = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64, device="cpu")
+    longest = int(lengths.max())
+    if longest == int(lengths.min()):
+        return ids.view(len(rows), longest), None
+    mask = torch.arange(longest, device="cpu") < lengths[:, None]
+    tokens = torch.full(mask.shape, pad_id, device="cpu")
+    tokens[mask] = ids
+    return tokens, mask
+
+
+def length_buckets(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[list[int]]:
+    """The places of rows that go through a model together, the longest first: neighbours in length.
+
+    A pass has at most `rows` rows and, with its padding, `tokens` tokens; a longer row is alone. Where it has a quarter
+    of them, it also ends before a shorter row, which would be padded. The longest come first, so that a pass that does
+    not fit in memory fails at once.
+    """
+    together: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if together:
+            longest, shortest, count = lengths[together[0]], lengths[together[-1]], len(together)
+            full = count == rows or longest * (count + 1) > tokens
+            if full or (lengths[place] < shortest and longest * count >= tokens // 4):
+                yield together
+                together = []
+        together.append(place)
+    if together:
+        yield together
+
+
+def offsets(lengths: np.ndarray) -> np.ndarray:
+    """Where each of several sequences that follow one another begins, and where the last one ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
