@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.processes import current
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.settings import Settings
@@ -49,10 +50,15 @@ def trained(name: str) -> dict[str, Tensor]:
 
 
 def every_model(folder: Path) -> dict[str, Any]:
-    """Write the weights of each model that trained on the current mesh."""
+    """Write the weights of each model that trained on the current mesh. Returns the refusals of the others."""
     folder.mkdir(exist_ok=True)
+    refused = {}
     for name in LANGUAGE_MODELS:
-        weights = trained(name)
+        try:
+            weights = trained(name)
+        except UserError as error:
+            refused[name] = str(error)
+            continue
         if current().is_main:
             save_file(weights, folder / f"{name}.safetensors")
-    return {}
+    return refused
