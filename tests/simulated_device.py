@@ -1,8 +1,9 @@
 """A second device without one: tensors on "sim" hold their numbers in the CPU's memory, and an operation whose tensors
 lie on two devices is refused, as a GPU would. So code runs whole, values included, and what it computes is comparable.
 
-`simulated()` is a block in which the device exists and is the one that is chosen. `Crossings` counts what a GPU would
-be waited for: numbers read by the host. Scalars (tensors without an axis) may lie anywhere.
+`simulated()` is a block in which the device exists and is chosen. `READ` counts what the host reads from the device, and
+`SENT` copies from the host: a GPU would be waited for in both. `LAUNCHED` counts kernels. Scalars (tensors without an
+axis) may lie anywhere.
 """
 
 import functools
@@ -91,6 +92,12 @@ def compute(func, args, kwargs):
         READ[str(func)] += 1
     if func is aten.copy_.default and isinstance(args[1], Held) and not isinstance(args[0], Held):
         READ[str(func)] += 1
+    if func in COPIES and not held and there:
+        SENT[str(func)] += 1
+    if func is aten.copy_.default and isinstance(args[0], Held) and not isinstance(args[1], Held) and args[1].dim():
+        SENT[str(func)] += 1
+    if there or (held and func not in COPIES):
+        _count_kernel(func, tensors)
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     inside = tree_map(lambda x: x.held if isinstance(x, Held) else x, (args, kwargs))
@@ -103,6 +110,15 @@ def compute(func, args, kwargs):
     if not held or func is aten._to_copy.default:
         return wrapped
     return _written(func, args, kwargs) if _writes(func) else wrapped
+
+
+def _count_kernel(func, tensors: list[Tensor]) -> None:
+    """Count an operation that a GPU would launch a kernel for: no view, no new memory, nothing on no elements."""
+    name = func._schema.name.removeprefix("aten::")
+    views = any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
+    if views or name in FREE or func in READS or (tensors and not any(x.numel() for x in tensors)):
+        return
+    LAUNCHED[name] += 1
 
 
 def _writes(func) -> bool:
@@ -119,6 +135,9 @@ def _written(func, args, kwargs) -> Tensor:
 
 
 READ: Counter = Counter()
+SENT: Counter = Counter()  # copies from the host's pageable memory, for which the host waits
+LAUNCHED: Counter = Counter()
+FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias"}
 WIDE = [torch.float64]  # types that the device has beside the others; a test takes them away
 
 
@@ -205,6 +224,8 @@ def _empty(make, *args, **kwargs) -> Held:
 
 
 def _copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor:
+    if isinstance(to, Held) and not isinstance(source, Held):
+        SENT["_copy_from"] += 1
     source, place = (x.held if isinstance(x, Held) else x for x in (source, to))
     place.copy_(source)
     return to
@@ -214,7 +235,8 @@ def _copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor
 def simulated() -> Iterator[Counter]:
     """A block in which the device exists and is chosen; gives the count of what the host reads from it."""
     where, before = device(), torch.get_num_threads()
-    READ.clear()
+    for counter in (READ, SENT, LAUNCHED):
+        counter.clear()
     names = mock.patch.object(devices, "available", lambda: ["sim:0", "cpu"])
     one_thread = torch.autograd.set_multithreading_enabled(False)  # the engine has no thread for this device
     no_grad = mock.patch.multiple(torch.inference_mode, __enter__=_enter, __exit__=_leave)
