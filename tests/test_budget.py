@@ -20,6 +20,7 @@ SMALL_ON_PURPOSE = {
     "keifu.distributed.blocks": "the protocol of models that list their blocks",
     "keifu.evaluation.intervals": "statistics, which know no model",
     "keifu.generation.text.logits_processors": "the field's word for them",
+    "keifu.layers.pooling": "an idea of its own, between models and evaluation",
     "keifu.models.sizes": "run as a program, too",
     "keifu.training.objectives.contrastive": "an objective each",
     "keifu.training.optim.lr_schedules": "the field's word for them",

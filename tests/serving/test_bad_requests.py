@@ -185,7 +185,7 @@ def test_a_client_that_leaves_before_its_answer_makes_room(small: Any) -> None:
     ("kind", "path", "part", "texts"),
     [
         ("translator", "translations", "keifu.generation.text.translation.beam_search", ["abc"] * 300),
-        ("encoder", "embeddings", "keifu.evaluation.classification.embeddings.mean", ["the cat"] * 1200),
+        ("encoder", "embeddings", "keifu.evaluation.classification.embeddings.mean_pool", ["the cat"] * 1200),
     ],
 )
 def test_what_a_client_has_left_ends_after_a_batch(

@@ -21,6 +21,7 @@ from keifu.layers.dropout import Dropout
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import truncated_normal_
 from keifu.layers.linear import Linear, linear
+from keifu.layers.pooling import SentenceHead
 from keifu.layers.transformer.blocks import PostNorm
 from keifu.models.hf import config as hf
 
@@ -30,7 +31,7 @@ Hidden = Float[Tensor, "batch length dim"]
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are BERT-base as it is pretrained. The last four fields are the heads on top of the encoder."""
+    """The defaults are BERT-base as it is pretrained. The last five fields are the heads on top of the encoder."""
 
     vocab_size: int = 30_522
     context_length: int = 512
@@ -46,6 +47,7 @@ class Config:
     words: bool = True  # the head of masked language modelling
     next_sentence: bool = True
     labels: tuple[str, ...] = ()  # of the classification head; empty: no such head
+    sentence_head: bool = False  # the classification head reads the sentence embedding instead of the pooled state
 
 
 # Printed are 110 M and 340 M, which leave out the heads of pretraining.
@@ -75,7 +77,8 @@ class Bert(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        if (config.next_sentence or config.labels) and not config.pooled:
+        pooled_labels = bool(config.labels) and not config.sentence_head
+        if (config.next_sentence or pooled_labels) and not config.pooled:
             raise UserError("A head for the next sentence or for labels reads the pooled state: set pooled to True.")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
@@ -87,7 +90,8 @@ class Bert(nn.Module):
         self.pooler = Linear(config.dim, config.dim) if config.pooled else None
         self.word_head = WordHead(config) if config.words else None
         self.next_head = Linear(config.dim, 2) if config.next_sentence else None
-        self.classifier = Linear(config.dim, len(config.labels)) if config.labels else None
+        self.classifier = Linear(config.dim, len(config.labels)) if pooled_labels else None
+        self.sentence_head = SentenceHead(config.dim, len(config.labels)) if config.sentence_head else None
 
     def encode(
         self, tokens: Tokens, segments: Tokens | None = None, mask: Bool[Tensor, "batch length"] | None = None
@@ -136,6 +140,8 @@ class Bert(nn.Module):
         self, tokens: Tokens, segments: Tokens | None = None, mask: Bool[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch labels"]:
         """Logits of the config's labels for each row."""
+        if self.sentence_head is not None:
+            return self.sentence_head(self.encode(tokens, segments, mask), mask)
         head = _there(self.classifier, "labels to choose from; fine-tune it first")
         return head(self.classifier_dropout(self.pool(self.encode(tokens, segments, mask))))
 
@@ -188,6 +194,7 @@ WEIGHT_NAMES = {
     "word_head.bias": "cls.predictions.bias",
     "next_head": "cls.seq_relationship",
     "classifier": "classifier",
+    "sentence_head.project": "sentence_head",
 }
 PREFIX = "bert."
 WITHOUT_PREFIX = ("BertModel",)  # the architecture whose files have no prefix
@@ -240,7 +247,8 @@ def from_published(json: dict[str, Any]) -> Config:
         pooled=json.get("add_pooling_layer", pooled),
         words=words,
         next_sentence=next_sentence,
-        labels=_labels(json) if labelled else (),
+        labels=_labels(json) if labelled or json.get("sentence_head") else (),
+        sentence_head=bool(json.get("sentence_head")),
     )
 
 
@@ -254,7 +262,7 @@ def _labels(json: dict[str, Any]) -> tuple[str, ...]:
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers reads."""
-    heads = (config.words, config.next_sentence, bool(config.labels))
+    heads = (config.words, config.next_sentence, bool(config.labels) and not config.sentence_head)
     named = {has[1:]: name for name, has in ARCHITECTURES.items()}
     labels = {str(n): label for n, label in enumerate(config.labels)}
     json = {
@@ -263,5 +271,6 @@ def to_published(config: Config) -> dict[str, Any]:
         "add_pooling_layer": config.pooled,
         "tie_word_embeddings": True,
     }
+    json |= {"sentence_head": True} if config.sentence_head else {}  # transformers reads the encoder alone
     names = {"id2label": labels, "label2id": {label: n for n, label in enumerate(config.labels)}}
     return json | (names if labels else {})

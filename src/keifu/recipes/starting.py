@@ -6,12 +6,30 @@ weights with the lowest loss.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from keifu import checkpoints
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
 from keifu.training.settings import Settings
 
 SHARE = 0.1  # of the rates for new weights
+
+
+def load_start(name: str, config: type) -> tuple[Any, Tokenizer | None]:
+    """Load the model that a run starts from, as a copy in float32, and its tokenizer.
+
+    A model whose config is of another class is a `UserError`.
+    """
+    loaded, tokenizer = checkpoints.load(name, torch.float32)
+    model: Any = loaded
+    if not isinstance(model.config, config):
+        raise UserError(f"--start-from {name} is a {type(model).__name__}, which this recipe does not train.")
+    return deepcopy(model).requires_grad_(True), tokenizer  # the copy is not part of the file's memory map
 
 
 def scaled(rate: float, start_from: str | None) -> float:

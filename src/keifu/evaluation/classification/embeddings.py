@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.data.classification.batches import Encoded
@@ -19,6 +19,7 @@ from keifu.data.padding import Rows, length_buckets, pad
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.model import Encoder, Mask, Tokens, TwoTowers, evaluation_mode
+from keifu.layers.pooling import mean_pool
 
 PASS_TOKENS = 4096  # in one pass: enough to fill a matrix product, few enough for a cache
 Work = Callable[[Any, Any], Float[Tensor, "batch dim"]]  # of tokens and mask
@@ -116,19 +117,9 @@ def embed_rows(
     def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch dim"]:
         if isinstance(reader, TwoTowers):
             return F.normalize(reader.encode_text(tokens).float(), dim=-1)
-        return F.normalize(mean(reader.encode(tokens, None, mask), mask), dim=-1)
+        return F.normalize(mean_pool(reader.encode(tokens, None, mask), mask), dim=-1)
 
     return in_batches(model, work, rows, pad_id, batch_size, advance)
-
-
-def mean(
-    hidden: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"] | None
-) -> Float[Tensor, "batch dim"]:
-    """The mean over the real tokens (not padding), in float32."""
-    if mask is None:
-        return hidden.mean(1, dtype=torch.float32)
-    total = hidden.masked_fill(~mask[..., None], 0.0).sum(1, dtype=torch.float32)
-    return total / mask.sum(1, keepdim=True)
 
 
 def nearest(

@@ -8,6 +8,7 @@ from typing import Any
 from keifu.data.classification.batches import EncodedTexts, LabelledBatches
 from keifu.data.classification.examples import Examples
 from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
 from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.files import write_atomic
@@ -15,6 +16,8 @@ from keifu.processes import current
 from keifu.recipes.common import FinetuneOptions, train_run
 from keifu.training.loop import Summary
 from keifu.training.protocols import Objective
+
+LEAST_CUT = 3  # tokens of a text: one, and the special ones around it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,12 @@ class Task:
     held: EncodedTexts
     tested: Examples
     cut: int
+
+
+def check_cut(cut: int | None, least: int, limit: int) -> None:
+    """Raise a `UserError` if `cut` keeps fewer tokens than a text needs, or more than the model takes."""
+    if cut is not None and not least <= cut <= limit:
+        raise UserError(f"cut keeps from {least} to {limit} tokens, as many as the model takes, and it is {cut}.")
 
 
 def encode(

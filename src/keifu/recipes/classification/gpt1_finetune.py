@@ -27,7 +27,7 @@ from keifu.errors import UserError, shell
 from keifu.generation.text.model import TaskHeadModel, causal
 from keifu.models import task_head
 from keifu.ranges import check
-from keifu.recipes.classification.common import TableOptions, Task, encode, train_classifier
+from keifu.recipes.classification.common import TableOptions, Task, check_cut, encode, train_classifier
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import LM_WEIGHT, finetuning_loss
 
@@ -84,9 +84,7 @@ def ready(recipe: Recipe, training: Examples, held: Examples) -> Task:
     _check_labels(held, () if answers else labels)
     torch.manual_seed(recipe.seed)
     model, tokenizer = start_model(recipe, () if answers else labels)
-    limit = model.config.context_length
-    if recipe.cut is not None and not LEAST_CUT <= recipe.cut <= limit:
-        raise UserError(f"cut keeps from {LEAST_CUT} to {limit} tokens, which the model takes, and it is {recipe.cut}.")
+    check_cut(recipe.cut, LEAST_CUT, model.config.context_length)
     return encode(recipe, model, tokenizer, training, held, FormBatches)
 
 

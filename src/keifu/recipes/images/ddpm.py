@@ -12,7 +12,6 @@ Expected: see docs/results.md, "Drawing digits" and "Drawing emoji".
 
 import math
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 
-from keifu.checkpoints.loading import load_model
 from keifu.data.images.augmentation import Augmentation
 from keifu.data.images.batches import ImageBatches
 from keifu.data.images.dataset import read_images
@@ -35,7 +33,7 @@ from keifu.ranges import check
 from keifu.recipes.common import Budget, parameters, train_run
 from keifu.recipes.images.common import describe, image_settings
 from keifu.recipes.options import Logging
-from keifu.recipes.starting import keeps_best, scaled
+from keifu.recipes.starting import keeps_best, load_start, scaled
 from keifu.training.loop import Summary
 from keifu.training.objectives.diffusion import DiffusionLoss, add_draws, dequantise_data
 from keifu.training.protocols import Data
@@ -160,7 +158,7 @@ class Task:
 
 def prepare(recipe: Recipe) -> Task:
     """Reads the pictures, holds some out, and builds the network; unset options must have been resolved."""
-    started = start_model(recipe.start_from) if recipe.start_from else None
+    started = load_start(recipe.start_from, ddpm.Config)[0] if recipe.start_from else None
     size, channels = (started.config.size, started.config.channels) if started else (recipe.size, recipe.channels)
     pictures = read_images(recipe.data, size, channels, recipe.fit)
     if recipe.classes and not pictures.classes:
@@ -180,14 +178,6 @@ def prepare(recipe: Recipe) -> Task:
     dropped = recipe.label_dropout if config.null_class else 0.0
     objective = DiffusionLoss(config.noise, recipe.weighting or "simple", recipe.gamma, dropped)
     return Task(model, parts, dequantise_data(data) if recipe.dequantise else data, objective)
-
-
-def start_model(name: str) -> ddpm.DDPM:
-    """Load the diffusion model that a run starts from; a model of another kind is a `UserError`."""
-    loaded: Any = load_model(name, torch.float32)
-    if not isinstance(loaded, ddpm.DDPM):
-        raise UserError(f"--start-from {name} is a {type(loaded).__name__}, which this recipe does not train.")
-    return deepcopy(loaded).requires_grad_(True)  # the copy is not part of the file's memory map
 
 
 def check_classes(known: Sequence[str], given: Sequence[str], recipe: Recipe) -> None:

@@ -13,7 +13,6 @@ Expected: see docs/results.md, "Emoji from text".
 """
 
 import math
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from keifu import checkpoints
 from keifu.data.images.batches import ImageBatches
 from keifu.data.images.dataset import ImageDataset
 from keifu.data.images.io import to_signed
@@ -40,7 +38,7 @@ from keifu.recipes.common import Budget
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import common, text_encoder
 from keifu.recipes.images.common import TextToImageTask, read_captioned
-from keifu.recipes.starting import keeps_best, scaled
+from keifu.recipes.starting import keeps_best, load_start, scaled
 from keifu.training.loop import Summary
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import EncodedImages, TextDiffusionLoss, add_draws, use_latents
@@ -149,14 +147,12 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
 
 def start_task(recipe: Recipe, name: str) -> TextToImageTask:
     """Load the model that a run starts from, and read the pictures in its size and the captions by its tokenizer."""
-    loaded, tokenizer = checkpoints.load(name, torch.float32)
-    if not isinstance(loaded, latent_diffusion.LatentDiffusion) or loaded.config.masked or tokenizer is None:
-        raise UserError(f"--start-from {name} is a {type(loaded).__name__}, which this recipe does not train.")
-    model: Any = deepcopy(loaded)  # the copy is not part of the file's memory map
+    model, tokenizer = load_start(name, latent_diffusion.Config)
+    if model.config.masked or tokenizer is None:
+        raise UserError(f"--start-from {name} does not draw from a text alone: start from another model.")
     for frozen in (model.text, model.autoencoder):
         if frozen is not None:
             frozen.requires_grad_(False).eval()
-    model.unet.requires_grad_(True)
     sides = model.config.size
     if sides is None or sides[0] != sides[1]:
         raise UserError(f"{name} names no square size that it was trained with: start from another model.")

@@ -27,7 +27,7 @@ from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.recipes.common import Budget, attribution_of, parameters, train_run
 from keifu.recipes.options import Logging
-from keifu.recipes.starting import keeps_best
+from keifu.recipes.starting import keeps_best, load_start
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import translation
 from keifu.training.optim.weight_averaging import averaged_weights
@@ -185,9 +185,7 @@ def learn(
 
 def start_model(name: str, build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
     """A model with the sizes and the weights of another, and the dropout of this run."""
-    found: Any = checkpoints.load_model(name, torch.float32)
-    if not isinstance(found.config, type(config)):
-        raise UserError(f"--start-from {name} is a {type(found).__name__}, which this recipe does not train.")
+    found, _ = load_start(name, type(config))
     own = {field.name: vars(config)[field.name] for field in fields(config) if "dropout" in field.name}
     model = build(replace(found.config, **own))
     model.load_state_dict(found.state_dict(), assign=True)  # of a file's tensors, the part that this process will hold

@@ -1,0 +1,36 @@
+"""Pooling of hidden states into one embedding for each sequence, and a classification head on it.
+
+Axes: batch, length = tokens, dim, labels.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from keifu.layers.linear import Linear
+
+
+def mean_pool(
+    hidden: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"] | None
+) -> Float[Tensor, "batch dim"]:
+    """Return the mean over the real tokens (not padding), in float32. `mask` is True on real tokens."""
+    if mask is None:
+        return hidden.mean(1, dtype=torch.float32)
+    total = hidden.masked_fill(~mask[..., None], 0.0).sum(1, dtype=torch.float32)
+    return total / mask.sum(1, keepdim=True)
+
+
+class SentenceHead(nn.Module):
+    """Logistic regression on sentence embeddings: the mean hidden state, scaled to length 1 (Reimers and Gurevych,
+    2019), and one matrix with a bias."""
+
+    def __init__(self, dim: int, labels: int):
+        super().__init__()
+        self.project = Linear(dim, labels)
+
+    def forward(
+        self, hidden: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"] | None = None
+    ) -> Float[Tensor, "batch labels"]:
+        embedding = F.normalize(mean_pool(hidden, mask), dim=-1)
+        return self.project(embedding.to(self.project.weight.dtype))

@@ -1,0 +1,78 @@
+"""Classification from few labels: a frozen encoder's embeddings, and logistic regression on them.
+
+With some hundred labels this is better than fine-tuning, and it takes seconds (docs/results/sentences.md). The saved
+model is the encoder with the regression as its head: `keifu classify` and `keifu embed` read it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keifu import checkpoints
+from keifu.data.classification.tables import Examples
+from keifu.evaluation.classification.classifiers import text_classifier
+from keifu.evaluation.classification.embeddings import embed_rows, encode_texts, encoder
+from keifu.evaluation.classification.metrics import Confusion
+from keifu.models import bert
+from keifu.recipes.classification.common import LEAST_CUT, TableOptions, check_cut
+from keifu.recipes.classification.logistic_regression import Regression, fit_best
+from keifu.training.run.report import write_page
+
+
+def learn(recipe: TableOptions, training: Examples, held: Examples, out: Path) -> Confusion | None:
+    """Fit the regression, save the model into `out` with a report, and print the figures; return those of held-out
+    rows."""
+    model, tokenizer = checkpoints.load(recipe.model, torch.float32)
+    config = encoder(model).config
+    check_cut(recipe.cut, LEAST_CUT, config.context_length)
+    limit = recipe.cut or config.context_length
+    rows, shortened = encode_texts(tokenizer, training.texts, limit, recipe.cut is not None)
+    print(f"Computing the embeddings of {len(training):,} texts ...", flush=True)
+    inputs = embed_rows(model, rows, tokenizer.pad_id or 0).cpu()
+    labels = training.classes
+    numbers = {label: number for number, label in enumerate(labels)}
+    targets = torch.tensor([numbers[label] for label in training.labels])
+    found = fit_best(inputs, targets, len(labels))
+    classifier = with_regression(model, config, labels, found)
+    checkpoints.save(classifier, tokenizer, out)
+    tested = confusion(classifier, tokenizer, held, recipe) if len(held) else None
+    text = sentence(len(training), found, tested)
+    facts = {
+        "encoder": recipe.model, "data": recipe.data, "rows": len(training), "held out": len(held), "cut": shortened,
+        "strength C": found.strength, "cross-validated accuracy": found.accuracy,
+    }  # fmt: skip
+    pictures = {} if tested is None else {"confusion": tested.picture()}
+    title = f"Logistic regression on frozen embeddings learns “{Path(recipe.data).stem}”"
+    write_page(out, title, text, facts, pictures, "" if tested is None else tested.page())
+    print(text)
+    return tested
+
+
+def with_regression(model: Any, config: bert.Config, labels: tuple[str, ...], found: Regression) -> bert.Bert:
+    """Return the encoder with the regression as its classification head."""
+    without = replace(config, labels=(), sentence_head=False)
+    heads: dict[str, Any] = {"labels": labels, "sentence_head": True, "words": False, "next_sentence": False}
+    classifier = bert.with_heads(model, without, pooled=False, **heads)
+    assert classifier.sentence_head is not None
+    with torch.no_grad():
+        classifier.sentence_head.project.weight.copy_(found.weight)
+        classifier.sentence_head.project.bias.copy_(found.bias)
+    return classifier
+
+
+def confusion(model: bert.Bert, tokenizer: Any, held: Examples, recipe: TableOptions) -> Confusion:
+    """Return the confusion matrix of held-out rows, as `keifu classify --on` computes it."""
+    judge = text_classifier(model, tokenizer)
+    rows, _ = judge.read(held, recipe.cut or judge.limit, recipe.cut is not None)
+    return judge.confusion(held, judge.predict_proba(rows))
+
+
+def sentence(rows: int, found: Regression, tested: Confusion | None) -> str:
+    """Return the figures in words: accuracy in cross-validation, and on held-out rows if there are any."""
+    first = (
+        f"Cross-validation on the {rows:,} training rows: accuracy {found.accuracy:.1%} (strength C = "
+        f"{found.strength:g}, chosen there)."
+    )
+    return first if tested is None else f"{first}\nOn held-out texts: {tested.verdict()}"
