@@ -17,6 +17,7 @@ VERBS = {  # each is a file of that name in keifu/commands
     "data": "list, fetch and check training data",
     "models": "every published size, parameters counted beside the paper's figure",
     "lineage": "the landmarks in order of years: what was new, and what it bought here",
+    "eject": "print the single-file edition of a landmark, to copy and change",
     "plan": "what training a published model would take on given devices, on paper",
     "demo": "train a small model, then talk with a published one",
     "completion": "what makes a shell complete keifu's words with Tab",

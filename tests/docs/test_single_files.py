@@ -1,0 +1,230 @@
+"""The single-file editions: short, alone with torch, and with the library's numbers."""
+
+import ast
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from keifu.alignment import ppo
+from keifu.models import bert, gpt2, llama, mlp, seq2seq, transformer
+from keifu.models.clip import clip, image, text
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm
+
+FOLDER = Path(__file__).parents[2] / "examples/single"
+FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
+MOST_LINES = dict.fromkeys(FILES, 200) | {"latent_diffusion": 255, "ddpm": 230}  # two networks; a whole U-Net
+SHORT = {  # arguments of `main` with which a file does everything in a few seconds
+    "gpt2": {"steps": 1}, "llama": {"steps": 1}, "transformer": {"steps": 1}, "bert": {"steps": 1},
+    "attention": {"steps": 1}, "clip": {"steps": 1}, "ddpm": {"steps": 1},
+}  # fmt: skip
+
+
+@cache
+def single(name: str) -> ModuleType:
+    """Import a file of the folder under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"single_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def shuffled(model: nn.Module) -> nn.Module:
+    """Give a model weights that are large enough to show a difference."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+def copied(ours: nn.Module, library: nn.Module, without: tuple[str, ...] = ()) -> nn.Module:
+    """Copy the library's weights by their names, all of them."""
+    ours.load_state_dict({name: tensor for name, tensor in library.state_dict().items() if name not in without})
+    return ours.eval()
+
+
+def tokens(high: int, *shape: int, low: int = 0) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_short_and_imports_torch_alone(name: str):
+    source = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MOST_LINES[name]
+    assert max(map(len, source.splitlines())) <= 120
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        others = {part.split(".")[0] for part in names} - set(sys.stdlib_module_names) - {"torch"}
+        assert not others, f"{name}.py imports {others}"
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_main_runs_from_training_to_its_result(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    single(name).main(**SHORT[name])
+    assert capsys.readouterr().out.strip()
+
+
+def test_gpt2_has_the_librarys_logits_and_loads_published_weights(tmp_path: Path):
+    file = single("gpt2")
+    sizes = {"vocab_size": 37, "context_length": 19, "dim": 24, "n_layers": 3, "n_heads": 3, "dropout": 0.0}
+    library = shuffled(gpt2.build(gpt2.Config(hidden_dim=96, **sizes)))
+    given = tokens(37, 3, 17)
+    assert torch.equal(copied(file.GPT2(file.Config(**sizes)), library)(given), library(given))
+
+    config = GPT2Config(vocab_size=37, n_embd=24, n_layer=2, n_head=3, n_positions=19, bos_token_id=0, eos_token_id=0)
+    published = shuffled(GPT2LMHeadModel(config))
+    published.save_pretrained(tmp_path)
+    torch.testing.assert_close(file.load(tmp_path)(given), published(given).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama_has_the_librarys_logits_loads_published_weights_and_caches(tied: bool, tmp_path: Path):
+    file = single("llama")
+    sizes = {"vocab_size": 37, "dim": 24, "hidden_dim": 40, "n_layers": 3, "n_heads": 3, "n_kv_heads": 1, "tied": tied}
+    library = shuffled(llama.build(llama.Config(**sizes, rope_theta=500.0)))
+    ours = copied(file.Llama(file.Config(**sizes, rope_theta=500.0)), library)
+    given = tokens(37, 3, 17)
+    whole = ours(given)
+    assert torch.equal(whole, library(given))
+
+    caches = [[] for _ in ours.blocks]
+    parts = [ours(given[:, start:stop], caches) for start, stop in ((0, 5), (5, 6), (6, 17))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)  # another kernel, another order of sums
+
+    config = LlamaConfig(
+        vocab_size=37, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    published = shuffled(LlamaForCausalLM(config))
+    published.save_pretrained(tmp_path)
+    torch.testing.assert_close(file.load(tmp_path)(given), published(given).logits, atol=1e-5, rtol=0)
+
+
+def test_transformer_has_the_librarys_logits():
+    file = single("transformer")
+    sizes = {"vocab_size": 37, "dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads": 3, "dropout": 0.0}
+    library = shuffled(transformer.build(transformer.Config(**sizes)))
+    source, target = tokens(37, 3, 9, low=4), tokens(37, 3, 7, low=4)
+    source[1, 6:] = 3
+    ours = copied(file.Transformer(file.Config(**sizes)), library, without=("logits_bias",))
+    assert torch.equal(ours(source, target), library(source, target, source != 3))
+
+
+def test_attention_has_the_librarys_logits_to_the_last_digit():
+    file = single("attention")
+    sizes = {"vocab_size": 37, "dim": 10, "embedding_dim": 7, "attention_dim": 6, "maxout_dim": 5}
+    library = shuffled(seq2seq.build(seq2seq.Config(**sizes)))
+    source, target = tokens(37, 3, 9, low=4), tokens(37, 3, 7, low=4)
+    source[1, 6:] = 2
+    ours = copied(file.Seq2Seq(file.Config(**sizes)), library)(source, target)
+    # The library computes the products of all steps at once, so its sums have another order.
+    torch.testing.assert_close(ours, library(source, target, source != 2), atol=2e-6, rtol=0)
+
+
+def test_bert_has_the_librarys_states_and_logits():
+    file = single("bert")
+    sizes = {"vocab_size": 37, "context_length": 12, "dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads": 3}
+    library = shuffled(bert.build(bert.Config(**sizes, dropout=0.0)))
+    ours = copied(file.Bert(file.Config(**sizes, dropout=0.0)), library)
+    given, segments = tokens(37, 3, 9, low=1), tokens(2, 3, 9)
+    given[1, 6:] = 0
+    states, expected = ours.encode(given, segments, given != 0), library.encode(given, segments, given != 0)
+    assert torch.equal(states, expected)
+    assert torch.equal(ours.words(states), library.words(expected))
+    assert torch.equal(ours.next_sentence(states), library.next_sentence(library.pool(expected)))
+
+
+def test_clip_has_the_librarys_logits():
+    file = single("clip")
+    config = clip.Config(
+        text.Config(11, 6, 8, 16, n_layers=2, n_heads=2, embedding_dim=4),
+        image.Config(8, 4, 3, 12, 16, n_layers=2, n_heads=3, embedding_dim=4),
+    )
+    library = shuffled(clip.build(config))
+    towers = {"text": file.Tower(8, 16, 2, 2), "image": file.Tower(12, 16, 2, 3)}
+    ours = copied(file.Clip(file.Config(11, 6, image_size=8, patch_size=4, embedding_dim=4, **towers)), library)
+    captions, pictures = tokens(10, 3, 6), torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    captions[:, 3] = 10
+    assert torch.equal(ours(pictures, captions), library(pictures, captions))
+
+
+def test_ddpm_has_the_librarys_prediction():
+    file = single("ddpm")
+    config = ddpm.Config(
+        size=8, channels=1, dim=8, multipliers=(1, 2), n_residual_blocks=1, norm_groups=4, middle_groups=4,
+        n_classes=3, null_class=True, dropout=0.0,
+    )  # fmt: skip
+    library = shuffled(ddpm.build(config))
+    ours = copied(file.DDPM(file.Config(dim=8, norm_groups=4, n_classes=3)), library)
+    given = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    timestep, label = torch.tensor([0, 500, 999]), torch.tensor([0, 3, 2])
+    # The library keeps channels last in memory, so its convolutions add in another order.
+    torch.testing.assert_close(ours(given, timestep, label), library(given, timestep, label), atol=2e-6, rtol=0)
+
+
+def test_latent_diffusion_has_the_librarys_latents_pictures_and_prediction():
+    file = single("latent_diffusion")
+    sizes = {"size": 8, "channels": 3, "latent_channels": 2, "widths": (8, 16), "n_residual_blocks": 1}
+    library = shuffled(autoencoder_kl.build(autoencoder_kl.Config(**sizes, norm_groups=4)))
+    ours = copied(file.Autoencoder(3, 2, (8, 16), 1, 4), library)
+    pictures = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    mean, log_variance = ours.encode(pictures)
+    expected = library.encode(pictures)
+    torch.testing.assert_close((mean, log_variance), (expected.mean, expected.log_variance), atol=2e-6, rtol=0)
+    torch.testing.assert_close(ours.decode(mean), library.decode(mean), atol=2e-6, rtol=0)
+
+    config = conditioned_unet.Config(
+        size=4, channels=2, predicted_channels=2, widths=(16,), n_residual_blocks=1, attention=(0,), up_attention=(0,),
+        n_heads=2, context_dim=6, norm_groups=4,
+    )  # fmt: skip
+    unet = shuffled(conditioned_unet.build(config))
+    noisy, words = torch.randn(3, 2, 4, 4), torch.randn(3, 5, 6)
+    timestep = torch.tensor([0, 400, 999])
+    ours = copied(file.Denoiser(2, 16, 2, 6, 4), unet)
+    torch.testing.assert_close(ours(noisy, timestep, words), unet(noisy, timestep, words), atol=2e-6, rtol=0)
+
+
+def test_a_network_has_the_librarys_outputs_and_its_own_backpropagation_the_gradients_of_autograd():
+    file = single("neurons")
+    library = shuffled(mlp.build(mlp.Config(dim=6, hidden_dims=(5, 4), n_outputs=3)))
+    ours = copied(file.MLP(6, (5, 4), 3), library, without=("mean", "scale"))
+    x = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(ours(x), library(x))
+
+    targets = tokens(3, 7)
+    nn.functional.cross_entropy(ours(x), targets).backward()
+    for gradient, parameter in zip(file.backpropagate(ours, x, targets), ours.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=0)
+
+
+def test_a_perceptron_makes_the_librarys_eleven_corrections_for_and():
+    file = single("neurons")
+    inputs = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.float64)
+    assert file.Perceptron(2).learn(inputs, torch.tensor([0, 0, 0, 1.0])) == (11, True)
+    assert not file.Perceptron(2).learn(inputs, torch.tensor([0, 1.0, 1, 0]))[1]
+
+
+def test_the_policy_has_the_librarys_logits():
+    file = single("instructgpt")
+    config = gpt2.Config(12, file.PROMPT + file.DIGITS, 24, 96, n_layers=2, n_heads=3, dropout=0.0)
+    library = shuffled(gpt2.build(config))
+    given = tokens(12, 3, 12)
+    assert torch.equal(copied(file.GPT(dim=24, n_layers=2, n_heads=3), library)(given), library(given))
+
+
+def test_advantages_are_the_librarys():
+    rewards, values = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
+    ours, returns = single("instructgpt").advantages(rewards, values)
+    expected = ppo.advantages(rewards, values, torch.ones(3, 5, dtype=torch.bool), gae_lambda=0.95)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(returns, expected + values, atol=1e-6, rtol=0)
