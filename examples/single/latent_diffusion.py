@@ -223,7 +223,7 @@ def main():
         mean, log_variance = autoencoder.encode(pictures)
         latents = mean + (log_variance / 2).exp() * torch.randn_like(mean)
         kl = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
-        return (autoencoder.decode(latents) - pictures).abs().mean() + 1e-3 * kl
+        return (autoencoder.decode(latents) - pictures).square().mean() + 1e-4 * kl
 
     def noise_error():
         pictures, words = batch_of(32)

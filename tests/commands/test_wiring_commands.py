@@ -359,6 +359,7 @@ lineage = Table("lineage", {
     "NAME": Row("gpt2", STDOUT, lambda text: "GPT-2" in text and "perceptron" not in text),
     "output": Row("-o page.html", "keifu.commands.lineage:write_atomic", "path", Path("page.html")),
 })  # fmt: skip
+eject = Table("eject", {"NAME": Row("gpt2", STDOUT, lambda text: text.startswith('"""GPT-2') and "def main" in text)})
 models = Table("models", {"NAME": Row("gpt2", STDOUT, lambda text: "gpt2-xl" in text and "llama" not in text)})
 completion = Table("completion bash", {
     "bash|zsh|fish": Row("", "keifu.commands.completion:script", "shell", "fish", base="completion fish")
