@@ -34,17 +34,17 @@ class BatchSizeSchedule:
         return np.cumsum([0, *((end - start) * rows for (start, end), rows in stages)]).tolist()
 
     def at(self, step: int) -> int:
-        """The rows of a step."""
+        """Return the number of rows of a step."""
         return self.rows[bisect_right(self.starts, step) - 1]
 
     def before(self, step: int) -> int:
-        """The rows of all steps before this one."""
+        """Return the number of rows of all steps before this one."""
         check_step(step)
         stage = bisect_right(self.starts, step) - 1
         return self._before[stage] + (step - self.starts[stage]) * self.rows[stage]
 
     def numbers(self, step: int) -> np.ndarray:
-        """The positions of a step's rows in the stream of all rows."""
+        """Return the positions of a step's rows in the stream of all rows."""
         return self.before(step) + np.arange(self.at(step))
 
     @property

@@ -11,7 +11,7 @@ from keifu.errors import UserError
 
 
 def check_step(step: int) -> None:
-    """A negative step is a `UserError`."""
+    """Raise a `UserError` if the step is negative."""
     if step < 0:
         raise UserError(f"The step is {step}, but steps are counted from 0.")
 
@@ -37,17 +37,17 @@ class Epochs:
         return self.n / self.batch_size
 
     def batch(self, step: int) -> np.ndarray:
-        """The items of a step's batch; the first step is 0."""
+        """Return the items of a step's batch; the first step is 0."""
         check_step(step)
         return self.items(step * self.batch_size + np.arange(self.batch_size))
 
     def items(self, positions: np.ndarray) -> np.ndarray:
-        """The items at these ascending positions of the stream, the first of which is 0."""
+        """Return the items at these ascending positions of the stream; the first position is 0."""
         epochs, places = np.divmod(positions, self.n)
         return np.concatenate([self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
 
     def item(self, step: int) -> Any:
-        """The item of a step, where `order` gives whole batches."""
+        """Return the item of a step, for an `order` that gives whole batches."""
         check_step(step)
         epoch, place = divmod(step, self.n)
         return self._order(epoch)[place]
@@ -76,7 +76,7 @@ class Batching:
         return sort_pools(random.permutation(len(self.keys)), self.keys, self.pool)
 
     def batches(self, random: np.random.Generator) -> list[np.ndarray]:
-        """The rows of each batch of an epoch."""
+        """Return the rows of each batch of an epoch."""
         return np.split(self.order(random), self.bounds[1:-1])
 
     def epochs(self, seed: int, last: int = 0) -> Epochs:

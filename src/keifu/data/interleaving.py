@@ -18,7 +18,7 @@ class InterleaveState(NamedTuple):
 
 
 def interleave(shares: np.ndarray, start: int, stop: int) -> InterleaveState:
-    """The sources of rows `start` to `stop` - 1, counted from 0; shares are above 0 and their sum is 1.
+    """Return the sources of rows `start` to `stop` - 1, counted from 0; shares are above 0 and their sum is 1.
 
     It costs the same for late rows as for early ones.
     """
@@ -34,7 +34,7 @@ def interleave(shares: np.ndarray, start: int, stop: int) -> InterleaveState:
 
 
 def source_of_row(shares: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """The source of each of these rows, which may be in any order."""
+    """Return the source of each of these rows, which may be in any order."""
     if not len(numbers):
         return np.zeros(0, np.int64)
     start = int(numbers.min())

@@ -55,11 +55,11 @@ class OwnBatches:
         self._epochs = Epochs(len(self.training), batch_size, seed, self._order)
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The whole batch of a step; what is left at the end of an epoch begins the next one's first batch."""
+        """Return the whole batch of a step; the remainder of an epoch begins the first batch of the next one."""
         return self._take(self._epochs.batch(step))
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
-        """The examples that are held out, in batches."""
+        """Yield the held-out examples in batches."""
         for start in range(0, len(self.held_out), self.batch_size):
             yield self._take(self.held_out[start : start + self.batch_size])
 

@@ -15,7 +15,7 @@ Rows = Sequence[Sequence[int]]
 
 
 def pad(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Tensor, "batch length"] | None]:
-    """The rows as one tensor, padded on the right, and a mask that is True on real tokens.
+    """Stack rows as one tensor, padded on the right, with a mask that is True on real tokens.
 
     The mask is None where all are equally long: attention without one is faster.
     """
@@ -31,7 +31,7 @@ def pad(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Te
 
 
 def length_buckets(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[list[int]]:
-    """The places of rows that go through a model together, the longest first: neighbours in length.
+    """Yield the indices of rows that go through a model together: neighbours in length, the longest first.
 
     A pass has at most `rows` rows and, with its padding, `tokens` tokens; a longer row is alone. Where it has a quarter
     of them, it also ends before a shorter row, which would be padded. The longest come first, so that a pass that does

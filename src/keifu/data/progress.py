@@ -10,7 +10,7 @@ Advance = Callable[[int], None]
 
 @contextmanager
 def counting(label: str, total: int | None, unit: str = "B") -> Iterator[Advance]:
-    """Shows the progress of a piece of work; yields the function that reports it.
+    """Show the progress of a piece of work; yield the function that reports it.
 
     The function takes the amount reached so far, not the difference. A terminal gets a bar; a pipe or a file gets one
     line at each tenth of the total (without a total: every ten seconds) and one at the end.

@@ -23,7 +23,7 @@ LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
 def read_records(
     path: Path, problem: Problem = refuse, encoding: str | None = None, only: str | None = None
 ) -> Iterator[Row]:
-    """The records of a .csv, .tsv, .jsonl, .json (a list of objects) or .parquet file, in their order.
+    """Yield the records of a .csv, .tsv, .jsonl, .json (a list of objects) or .parquet file, in their order.
 
     problem, encoding: see `text_files.lines`. Bad JSON, a row with another number of cells than the header, and what is
     no object are faults too; if `problem` returns, the record is left out. only: of a .parquet file, the one column to
@@ -44,8 +44,8 @@ def read_records(
 def read_cells(
     path: Path, problem: Problem = refuse, encoding: str | None = None, delimiter: str | None = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """The cells of each row of a table that is not blank, with the place where it begins; names of columns are a row
-    like any other.
+    """Yield the cells of each row of a table that is not blank, with the line where it begins. The names of columns are
+    a row like any other.
 
     delimiter: unset, the comma, semicolon or tab that the first line has most of, and cells may be quoted and span
     lines; given, quotation marks mean nothing.
@@ -68,14 +68,15 @@ def read_cells(
 
 
 def content(place: str, record: Mapping[str, Any], field: str) -> Any:
-    """What a field of a record holds; an unknown one is a `UserError` with the nearest name."""
+    """Return the value of a record's field; an unknown field is a `UserError` with the nearest name."""
     if field not in record:
         raise unknown(f"column (in {place})", field, record)
     return record[field]
 
 
 def cell(place: str, record: Mapping[str, Any], field: str) -> str:
-    """The text in a field of a record; one that is not there, empty or not text is a `UserError` with the place."""
+    """Return the text in a record's field; a missing field, an empty one or another type is a `UserError` with the
+    line."""
     value = content(place, record, field)
     if isinstance(value, dict | list):
         raise UserError(f"{place}: the column {field!r} holds a {type(value).__name__} where text is needed.")
@@ -86,7 +87,7 @@ def cell(place: str, record: Mapping[str, Any], field: str) -> str:
 
 
 def listed(record: Mapping[str, Any]) -> str:
-    """The names of a record's fields, for errors."""
+    """List the names of a record's fields, for errors."""
     return ", ".join(map(repr, [*record][:10])) or "none"
 
 
@@ -130,7 +131,7 @@ def _json(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple[
 
 
 def _no_json(place: str, error: UserError) -> str:
-    """The sentence for what is no JSON: its column where the parser says it."""
+    """Return the sentence about invalid JSON, with the column if the parser gives it."""
     cause = error.__cause__
     known = isinstance(cause, json.JSONDecodeError)
     return f"{place}: this is no JSON ({cause.msg}, column {cause.colno})." if known else str(error)

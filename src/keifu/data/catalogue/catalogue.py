@@ -58,7 +58,7 @@ class Entry:
 
 
 def _read_table() -> tuple[dict[str, Entry], dict[str, Entry]]:
-    """The models, and the data."""
+    """Read the catalogue's table; return the models and the data."""
     table = tomllib.loads((resources.files("keifu.data.catalogue") / "catalogue.toml").read_text(encoding="utf-8"))
     pinned = table.pop("archives")
     for name, facts in pinned.items():
@@ -85,7 +85,7 @@ CATALOGUE = MODELS | DATA
 
 
 def entry(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Entry:
-    """The entry of that name; an unknown name is a `UserError` with the nearest one."""
+    """Return the entry of that name; an unknown name is a `UserError` with the nearest one."""
     require_known("catalogue entry", name, among)
     return among[name]
 
@@ -96,7 +96,8 @@ def names(gives: str = "text") -> list[str]:
 
 
 def fetch(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Path:
-    """The file or folder of an entry, downloaded into the cache if it is not there; for a mixture, the cache itself."""
+    """Return the file or folder of an entry, after downloading it into the cache if it is not there. A mixture returns
+    the cache."""
     found = entry(name, among)
     if found.parts:
         for part in found.parts:
@@ -125,7 +126,7 @@ def _folder(package: str) -> Path:
 
 
 def documents(name: str) -> Iterator[str]:
-    """The documents of a text entry, in a fixed order.
+    """Yield the documents of a text entry, in a fixed order.
 
     A pair is a document of two lines; of a conversation each turn begins a line, after its speaker's name, A or B.
     """
@@ -138,17 +139,18 @@ def documents(name: str) -> Iterator[str]:
 
 
 def pairs(name: str) -> Iterator[tuple[str, str]]:
-    """The sentences of a parallel text with their translations, in a fixed order."""
+    """Return the sentences of a parallel text with their translations, in a fixed order."""
     return _read(name, "pairs")
 
 
 def conversations(name: str) -> Iterator[Dialogue]:
-    """The conversations of a chat entry, in a fixed order, each a list of messages for a chat template."""
+    """Return the conversations of a chat entry, in a fixed order, as lists of messages for a chat template."""
     return _read(name, "conversations")
 
 
 def identity(name: str) -> str:
-    """What determines an entry's content: the hashes of its archives, or the version of the running Python."""
+    """Return a text that determines an entry's content: the hashes of its archives, or the version of the running
+    Python."""
     import platform
 
     found = entry(name)
@@ -157,7 +159,8 @@ def identity(name: str) -> str:
 
 
 def rows() -> list[dict[str, str]]:
-    """The catalogue as a table: each entry's description, download size, licence, and whether it is in the cache."""
+    """Return the catalogue as a table: description, download size, licence of each entry, and whether it is in the
+    cache."""
     return [_row(name, among) for among in (MODELS, DATA) for name in CATALOGUE if name in among]
 
 
@@ -172,7 +175,7 @@ def _row(name: str, among: Mapping[str, Entry]) -> dict[str, str]:
 
 
 def _read(name: str, gives: str) -> Iterator[Any]:
-    """What the entry's reader gives; an entry that holds something else is a `UserError`."""
+    """Return the output of the entry's reader; an entry of another type is a `UserError`."""
     reader = entry(name).reader
     if name not in (able := names(gives)) or reader is None:
         raise UserError(f"The catalogue's {name!r} does not hold {gives}; these do: {', '.join(able)}.")
@@ -208,7 +211,8 @@ def cached() -> list[Cached]:
 
 
 def of_name(name: str | None) -> list[Cached]:
-    """The folders that a name means: a catalogue entry with its parts, a folder of the cache; for None, all of them."""
+    """Return the folders that a name means: a catalogue entry with its parts, or a folder of the cache. None means
+    all."""
     found = cached()
     if name is None:
         return found
@@ -222,6 +226,6 @@ def of_name(name: str | None) -> list[Cached]:
 
 
 def remove(entries: list[Cached]) -> None:
-    """Removes these folders."""
+    """Remove these folders."""
     for each in entries:
         shutil.rmtree(each.folder)

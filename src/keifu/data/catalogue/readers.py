@@ -32,7 +32,7 @@ def summaries(file: Path) -> Iterator[str]:
 
 
 def untested_summaries(file: Path) -> Iterator[str]:
-    """The same without those on which topics are tested."""
+    """Yield the summaries without those on which topics are tested."""
     topics = (article["topic"] for article in _json(file).values())
     rows = (Example(file.name, (text,), topic) for text, topic in zip(summaries(file), topics, strict=True))
     yield from Examples(file.name, tuple(rows)).split(HELD_OUT_ARTICLES)[0].texts
@@ -48,12 +48,13 @@ def recipes(file: Path) -> Iterator[str]:
 
 
 def sentences(file: Path, language: str) -> Iterator[str]:
-    """The distinct Tatoeba sentences of one language, in the order of their first appearance."""
+    """Yield the distinct Tatoeba sentences of one language, in the order of their first appearance."""
     yield from dict.fromkeys(row[language] for row in tatoeba(file) if row[language] != "-")
 
 
 def translations(file: Path, first: str, second: str) -> Iterator[tuple[str, str]]:
-    """The Tatoeba sentences that exist in both languages; a sentence with several translations comes several times."""
+    """Yield the Tatoeba sentences that exist in both languages; a sentence with several translations comes several
+    times."""
     for row in tatoeba(file):
         if row[first] != "-" and row[second] != "-":
             yield row[first], row[second]
@@ -70,14 +71,15 @@ def read_chats(file: Path, turns: int = 4) -> Iterator[Dialogue]:
 
 
 def conversation_of(chat: Mapping[str, Any]) -> Dialogue:
-    """The messages of one conversation's record."""
+    """Return the messages of one conversation's record."""
     messages = [message for turn in chat["messages"] for message in turn if message["text"].strip()]
     turns = [[m["text"].strip() for m in group] for _, group in groupby(messages, key=lambda m: m["sender"])]
     return _taking_turns("\n".join(lines) for lines in turns)
 
 
 def read_dialogues(folder: Path) -> Iterator[Dialogue]:
-    """The distinct conversations of ChatterBot's YAML files (some stand there 100 times), without those of one turn."""
+    """Yield the distinct conversations of ChatterBot's YAML files, without those of one turn. Some occur there 100
+    times."""
     import yaml
 
     seen = set()
@@ -92,7 +94,7 @@ def read_dialogues(folder: Path) -> Iterator[Dialogue]:
 
 
 def python_files(folder: Path) -> Iterator[str]:
-    """The modules under a folder, without tests and installed packages, decoded as each declares."""
+    """Yield the modules under a folder, without tests and installed packages, decoded as each file declares."""
     for file in sorted(folder.rglob("*.py")):
         inside = file.relative_to(folder).parts
         if not {"test", "tests", "idle_test", "site-packages", "dist-packages"} & set(inside):
@@ -103,7 +105,7 @@ def python_files(folder: Path) -> Iterator[str]:
 
 
 def as_document(conversation: Dialogue) -> str:
-    """A conversation as plain text: each turn begins a line, after its speaker's name, A or B."""
+    """Write a conversation as plain text: each turn begins a line, after its speaker's name, A or B."""
     names = {"user": "A", "assistant": "B"}
     return "\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in conversation)
 

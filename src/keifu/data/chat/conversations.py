@@ -24,12 +24,12 @@ from keifu.files import neighbours
 
 
 def question_and_answer(question: str, answer: str) -> Dialogue:
-    """A conversation of one question and its answer."""
+    """Return a conversation of one question and its answer."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def titled(entry: str, question: str) -> Iterator[Dialogue]:
-    """A question about each title of an entry's documents, with the text below it."""
+    """Yield a question about each title of an entry's documents, answered by the text below the title."""
     for document in catalogue.documents(entry):
         title, _, text = document.partition("\n\n")
         if text.strip():
@@ -46,7 +46,7 @@ def translations() -> Iterator[Dialogue]:
 
 
 def arithmetic() -> Iterator[Dialogue]:
-    """Sums and differences of two to four numbers of one or two digits, with their results."""
+    """Yield sums and differences of two to four numbers of one or two digits, with their results."""
     for record in chain_sums(10_000, (2, 4), 2, seed=1):
         yield question_and_answer(record["prompt"], record["answer"])
 
@@ -85,7 +85,7 @@ FOLLOWS = {  # the roles that each role may follow; None is the start
 
 
 def read(source: str) -> Iterator[Conversation]:
-    """The conversations of a file, of a catalogue entry that holds some, or of one made of an entry (`names`).
+    """Yield the conversations of a file, of a catalogue entry, or of a set that is made from an entry (see `names`).
 
     A fault is a `UserError` that names the line and what is wrong: no form fits, roles out of order, an empty answer, a
     conversation that does not end with the assistant.
@@ -103,7 +103,7 @@ def read(source: str) -> Iterator[Conversation]:
 
 
 def names() -> list[str]:
-    """The catalogue's conversations, and the instructions that are made of its texts."""
+    """List the catalogue's conversations, and the instructions that are made from its texts."""
     return [*INSTRUCTIONS, *catalogue.names("conversations")]
 
 
@@ -127,7 +127,7 @@ def form_of(record: Mapping[str, Any], forms: Mapping[tuple[str, ...], Form], pl
 
 
 def prompt_of(given: Any, place: str) -> Conversation:
-    """A prompt, a text or a list of messages, as messages after which an answer is expected."""
+    """Convert a prompt, a string or a list of messages, to messages after which an answer is expected."""
     messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
     return validate_messages([*messages, {"role": "assistant", "content": "?"}], place)[:-1]
 
@@ -186,7 +186,7 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
 
 
 def validate_messages(messages: Any, place: str) -> Conversation:
-    """The messages, checked to be a conversation that ends with the assistant; otherwise a `UserError`."""
+    """Return the messages if they are a conversation that ends with the assistant; otherwise raise a `UserError`."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{place}: a conversation is a list of messages, and this is {str(messages)[:40]!r}.")
     before = None

@@ -42,7 +42,7 @@ class FittedConversations(NamedTuple):
     shortened: int
 
     def sentence(self, context_length: int) -> str:
-        """A sentence on the conversations that were too long; empty where there were none."""
+        """Return a sentence about the conversations that were too long; "" if there were none."""
         counts = [(self.dropped, "left out"), (self.shortened, f"cut to their first {context_length} tokens")]
         parts = [f"{count:,} were {what}" for count, what in counts if count]
         total = len(self.kept) + self.dropped
@@ -117,16 +117,16 @@ class PackedConversations:
         return pack(lengths, self.context_length) if packed else [[place] for place in range(len(part))]
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The batch of a step, counted from 0."""
+        """Return the batch of a step, counted from 0."""
         return self._make_batch(self.training, [self.rows[row] for row in self._epochs.batch(step)])
 
     def largest(self) -> dict[str, Tensor]:
-        """The batch that needs the most memory, whether or not any step has it."""
+        """Return the batch that needs the most memory, whether or not any step has it."""
         size = {id(row): sum(len(self.training[place].ids) for place in row) for row in self.rows}
         return self._make_batch(self.training, sorted(self.rows, key=lambda row: -size[id(row)])[: self.batch_size])
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
-        """The held-out conversations, always the same."""
+        """Yield the held-out conversations, always the same."""
         for first in range(0, len(self.held_rows), self.batch_size):
             yield self._make_batch(self.held, self.held_rows[first : first + self.batch_size])
 

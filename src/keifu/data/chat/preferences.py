@@ -76,14 +76,14 @@ class RankedResponses:
     levels: tuple[float, ...]
 
     def pairs(self) -> list[tuple[int, int]]:
-        """The places of every pair of a better and a worse response."""
+        """Return the indices of every pair of a better and a worse response."""
         places = combinations(range(len(self.answers)), 2)
         return [(first, second) for first, second in places if self.levels[first] > self.levels[second]]
 
 
 def read_preferences(source: str | Path) -> Iterator[RankedResponses]:
-    """The preferences of a file, or of those that keifu has by name. A fault is a `UserError` that names the line and
-    what is wrong: no form fits, two conversations that do not begin alike, equal answers, scores that do not match."""
+    """Yield the preferences of a file, or of a set that keifu has by name. A `UserError` names the line and the reason:
+    no form fits, two conversations that do not begin alike, equal answers, scores that do not match."""
     path, made = Path(source), PREFERENCES.get(str(source))
     if made is None and not path.is_file():
         raise unknown("file or set of preferences", str(source), [*PREFERENCES, *neighbours(path, "*.json*")])
@@ -134,7 +134,7 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], RankedResponses]
 
 
 def _answer(given: Any, place: str) -> str:
-    """The text of an answer, which may be given as a list of one message."""
+    """Return the text of an answer, which may be given as a list of one message."""
     alone = isinstance(given, list) and len(given) == 1 and isinstance(given[0], dict)
     text = given[0].get("content") if alone else given
     if not isinstance(text, str) or not text.strip():
@@ -191,16 +191,16 @@ class PreferencePairs:
         self.fingerprint = hash_turns(f"{seed} {pad_id}", turns)
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The batch of a step, counted from 0."""
+        """Return the batch of a step, counted from 0."""
         return self._make_batch(0, self._epochs.batch(step).tolist())
 
     def largest(self) -> dict[str, Tensor]:
-        """The batch that needs the most memory, whether or not any step has it: that of the longest pairs."""
+        """Return the batch that needs the most memory, whether or not any step has it: that of the longest pairs."""
         lengths = [max(len(each.ids) for each in pair) for pair in self.parts[0]]
         return self._make_batch(0, np.argsort(lengths)[-self.batch_size :].tolist())
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
-        """The held-out pairs, always the same."""
+        """Yield the held-out pairs, always the same."""
         rows = range(len(self.parts[1]))
         yield from (self._make_batch(1, rows[at : at + self.batch_size]) for at in rows[:: self.batch_size])
 

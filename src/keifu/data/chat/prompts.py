@@ -32,8 +32,9 @@ class Prompt:
 
 
 def read_prompts(source: str | Path) -> Iterator[Prompt]:
-    """The prompts of a .jsonl or .json file, whose objects have a "prompt", a text or messages, and other fields; or
-    of conversations that keifu has by name, all but the last message, and that one as "answer"."""
+    """Yield the prompts of a .jsonl or .json file, whose objects have a "prompt" (a string or messages) and other
+    fields. Conversations that keifu has by name give all but the last message as prompt, and the last one as "answer".
+    """
     path = Path(source)
     if source in conversations.names():
         for number, talk in enumerate(conversations.read(str(source)), 1):
@@ -53,7 +54,7 @@ def prompt(record: Mapping[str, Any], place: str) -> Prompt:
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """A hash of all records, in their order."""
+    """Return a hash of all records, in their order."""
     digest = hashlib.sha256()
     for each in prompts:
         digest.update(json.dumps(each.record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
@@ -65,7 +66,7 @@ SCORER = "reasoning-gym"
 
 
 def reasoning_gym() -> Any:
-    """The package; a `UserError` where it is not installed."""
+    """Return the package; a `UserError` if it is not installed."""
     try:
         return import_module("reasoning_gym")
     except ImportError as error:
@@ -86,7 +87,7 @@ def gym_problems(source: str, count: int, seed: int) -> Iterator[dict[str, Any]]
 
 
 def gym_score(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """The score of the library's own scorer, from 0 to 1, for an example of `gym_problems`."""
+    """Return the score of the library's own scorer, from 0 to 1, for an example of `gym_problems`."""
     if "entry" not in example:
         raise UserError(f"the example is none of reasoning-gym's: choose --data {PREFIX}NAME, or another reward")
     entry = example["entry"]

@@ -42,7 +42,7 @@ class EncodedTexts:
         return [len(row) for row in self.rows]
 
     def batch(self, places: Sequence[int], pad_id: int) -> dict[str, Tensor]:
-        """Some of the rows: {"tokens": [batch, length], "mask": True on real tokens, "targets": [batch]}."""
+        """Return a batch of some rows: {"tokens": [batch, length], "mask": True on real tokens, "targets": [batch]}."""
         tokens, mask = self.stack([self.rows[place] for place in places], pad_id)
         return {"tokens": tokens, "mask": mask, "targets": torch.tensor([self.targets[place] for place in places])}
 
@@ -78,16 +78,16 @@ class LabelledBatches:
         return f"{self.training.fingerprint}|{self.held.fingerprint}"
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The batch of a step, counted from 0."""
+        """Return the batch of a step, counted from 0."""
         return self.training.batch(self._epochs.item(step).tolist(), self.pad_id)
 
     def largest(self) -> dict[str, Tensor]:
-        """The batch that needs the most memory, whether or not any step has it: that of the longest rows."""
+        """Return the batch that needs the most memory, whether or not any step has it: that of the longest rows."""
         longest = np.argsort(self.batching.keys)[-self.batch_size :]
         return self.training.batch(longest.tolist(), self.pad_id)
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
-        """The held-out rows, always the same."""
+        """Yield the held-out rows, always the same."""
         for places in length_buckets(self.held.lengths, VALIDATION_TOKENS, rows=256):
             yield self.held.batch(places, self.pad_id)
 
@@ -105,7 +105,7 @@ class Encoded(NamedTuple):
 def encode_form(
     tokenizer: Any, form: Form, marks: Delimiters, examples: Examples, limit: int, cut: bool = False
 ) -> Encoded:
-    """The ids of examples of a form, their marks among them, in sequences of at most `limit` tokens.
+    """Encode the examples of a form, with their marks, in sequences of at most `limit` tokens.
 
     cut: take tokens from the ends of the longest texts where needed. Without it a longer example is a `UserError` that
     says where it stands and both lengths.
@@ -128,7 +128,7 @@ def encode_form(
 
 
 def stack_rows(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
-    """The rows as one tensor, padded on the right, and what is real in it (see `pad`)."""
+    """Stack the rows as one tensor, padded on the right, with a mask of real tokens (see `pad`)."""
     tokens, mask = pad(rows, pad_id)
     return tokens, torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
 
@@ -136,8 +136,8 @@ def stack_rows(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], 
 def stack_sequences(
     rows: Sequences, pad_id: int
 ) -> tuple[Int64[Tensor, "batch sequences length"], Bool[Tensor, "batch sequences length"]]:
-    """The examples as one tensor, padded on the right, and what is real in it; an example with fewer sequences than
-    another has empty ones at its end."""
+    """Stack the examples as one tensor, padded on the right, with a mask of real tokens. An example with fewer
+    sequences than another gets empty ones at its end."""
     most = max(map(len, rows))
     flat = [sequence for row in rows for sequence in (*row, *([[]] * (most - len(row))))]
     tokens, mask = stack_rows(flat, pad_id)
@@ -218,7 +218,7 @@ class TensorBatches:
         return digest.hexdigest()
 
     def batch(self, step: int) -> Batch:
-        """The rows of that step, counted from 0."""
+        """Return the rows of that step, counted from 0."""
         chosen = torch.from_numpy(self._epochs.batch(step))
         inputs = self.training.inputs[chosen]
         if self.augment:
@@ -226,13 +226,13 @@ class TensorBatches:
         return {"inputs": inputs, "targets": self.training.targets[chosen]}
 
     def validation(self) -> Iterable[Batch]:
-        """The held-out rows, always the same."""
+        """Yield the held-out rows, always the same."""
         return [self.held.batch()]
 
     def _order(self, epoch: int) -> np.ndarray:
         return torch.randperm(len(self.training), generator=self._generator("order", epoch)).numpy()
 
     def _generator(self, use: str, number: int) -> Generator:
-        """A generator for one use and one epoch or step."""
+        """Return a generator for one use and one epoch or step."""
         digest = hashlib.sha256(f"{self.seed} {use} {number}".encode()).digest()
         return Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -43,7 +43,7 @@ class Examples:
         return sorted_labels(self.labels)
 
     def chosen(self, places: Iterable[int]) -> "Examples":
-        """Some of the rows."""
+        """Return some of the rows."""
         return Examples(self.source, tuple(self.rows[place] for place in places))
 
     def split(self, held_out: int) -> tuple["Examples", "Examples"]:

@@ -56,7 +56,7 @@ class Form:
     answers: bool = False
 
     def sequences(self, texts: Sequence[Ids], marks: Delimiters, limit: int | None = None) -> list[Ids]:
-        """The sequences of an example whose texts have these ids.
+        """Return the sequences of an example whose texts have these ids.
 
         limit: where one would have more tokens, its longest texts lose as many as needed from their ends.
         """
@@ -93,13 +93,13 @@ FORMS = {
 
 
 def form_of(name: str) -> Form:
-    """The form of that name, or a `UserError` with the nearest one."""
+    """Return the form of that name; an unknown name is a `UserError` with the nearest one."""
     require_known("form", name, FORMS)
     return FORMS[name]
 
 
 def add_delimiters(tokenizer: Tokenizer) -> tuple[Tokenizer, list[int]]:
-    """The tokenizer with start, delimiter and extract tokens, and their ids; those that it has already stay.
+    """Add start, delimiter and extract tokens to a tokenizer and return their ids; tokens that exist stay as they are.
 
     It puts them around a text and between two by itself, and pads with the start token where it had no other: so a
     sequence's last token that is no padding is always extract, which is where transformers reads its classes too.
@@ -116,7 +116,7 @@ def add_delimiters(tokenizer: Tokenizer) -> tuple[Tokenizer, list[int]]:
 
 
 def delimiters_of(tokenizer: Tokenizer, ids: Sequence[int | None]) -> Delimiters:
-    """The marks of a model whose start, delimiter and extract tokens have these ids.
+    """Return the marks of a model whose start, delimiter and extract tokens have these ids.
 
     Where there are none, its texts stand as the tokenizer itself makes them, with whatever it puts around them.
     """
@@ -181,7 +181,7 @@ def _texts(where: str, cells: dict[str, Any], form: Form, names: Sequence[str]) 
 
 
 def _answers(where: str, value: Any, name: str) -> list[str]:
-    """The list in a cell: JSON's own, or one written as JSON in a CSV."""
+    """Return the list in a cell: a JSON list, or one that is written as JSON in a CSV file."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -196,7 +196,7 @@ def _answers(where: str, value: Any, name: str) -> list[str]:
 
 
 def _numbered(row: Example) -> Example:
-    """The same with the number of the right answer, counted from 0, for its label."""
+    """Return the example with the number of the right answer, counted from 0, as its label."""
     count, label = len(row.texts) - 1, row.label
     letter = ord(label) - ord("A") if len(label) == 1 and label.isupper() and label.isascii() else None
     number = int(label) if label.isdecimal() else letter

@@ -20,7 +20,7 @@ from keifu.errors import UserError, unknown
 
 
 def read(source: str | Path, text: str = "text", label: str = "label", encoding: str | None = None) -> Examples:
-    """The table in a file of records, or a catalogue entry that has labels (see `CATALOGUED`).
+    """Read the table in a file of records, or in a catalogue entry that has labels (see `CATALOGUED`).
 
     text, label: the names of the two columns. encoding: see `text_files.lines`. A missing column, a row with another
     number of cells, an empty text or label is a `UserError` that names the line.
@@ -66,7 +66,7 @@ class Table:
 
 
 def read_table(path: Path, label: str | None = None) -> Table:
-    """Reads a CSV file (commas, semicolons or tabs) whose cells are numbers, but for the label's column.
+    """Read a CSV file (commas, semicolons or tabs) whose cells are numbers, except in the label's column.
 
     The first line is a header where none of its cells is a number. `label` names the label's column: the last one
     when None. Without a header the columns are called 1, 2, .... A bad cell is an error with its line and column.
@@ -101,7 +101,7 @@ def standardisation(inputs: Float[Tensor, "rows dim"]) -> tuple[Float[Tensor, "d
 
 
 def _number(cell: str) -> float | None:
-    """The number that a cell holds; None where it holds none, or one that is not finite."""
+    """Return the number in a cell; None if it has none, or one that is not finite."""
     try:
         value = float(cell)
     except ValueError:

@@ -21,7 +21,7 @@ LOGIC = {"and": (0, 0, 0, 1), "or": (0, 1, 1, 1), "xor": (0, 1, 1, 0)}  # the ou
 
 
 def logic(name: str) -> tuple[Float[Tensor, "4 2"], Int[Tensor, "4"]]:
-    """The four rows of a table in LOGIC."""
+    """Return the four rows of a table in LOGIC."""
     return torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]]), torch.tensor(LOGIC[name])
 
 
@@ -51,7 +51,7 @@ TOYS = (*LOGIC, "moons", "spirals")
 
 
 def toy_table(name: str, label: str | None = None, rows: int = 400, known: Sequence[str] = TOYS) -> Table:
-    """The toy set of that name (moons and spirals: so many rows), or else the CSV file there (see `read_table`).
+    """Return the toy set of that name (moons and spirals with `rows` rows), or else the CSV file (see `read_table`).
 
     known: the names that the error for an unknown one tells.
     """
@@ -86,7 +86,7 @@ class ToyDataset:
 
 
 def toy_dataset(name: str, label: str | None = None) -> ToyDataset:
-    """The data set of that name, or the CSV file there with its column of labels (see `read_table`)."""
+    """Return the data set of that name, or the CSV file with its column of labels (see `read_table`)."""
     if name != "mnist":
         return _table(name, label)
     if label is not None:
@@ -95,7 +95,7 @@ def toy_dataset(name: str, label: str | None = None) -> ToyDataset:
 
 
 def _digits() -> ToyDataset:
-    """The catalogue's 5,000 MNIST digits, of which 1,000 are held out, 100 of each; pixels from 0 to 1."""
+    """Return the catalogue's 5,000 MNIST digits with pixels from 0 to 1; 1,000 are held out, 100 of each."""
     pictures, labels = mnist()
     inputs = pictures.flatten(1).float() / 255
     training, held = (LabelledTensors(inputs[part], labels[part]) for part in stratified_sample(labels, 1000))
@@ -104,7 +104,7 @@ def _digits() -> ToyDataset:
 
 
 def _table(name: str, label: str | None) -> ToyDataset:
-    """A toy set or a CSV file, of which every fifth row is held out where there are enough."""
+    """Return a toy set or a CSV file; every fifth row is held out if there are enough."""
     table = toy_table(name, label, known=NAMES)
     if len(table.classes) == 1:
         raise UserError(f"There is nothing to classify in {name}: all its rows have the label {table.classes[0]!r}.")

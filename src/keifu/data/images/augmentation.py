@@ -49,7 +49,7 @@ class Augmentation:
             raise UserError("augmentation's crop is 1.0, which would leave nothing: it must be below 1.")
 
     def __call__(self, pictures: Bytes, seed: int, step: int, indices: np.ndarray) -> Bytes:
-        """The augmented images; each one's transformation depends only on the seed, the step and its own index."""
+        """Augment images; the transformation of an image depends only on the seed, the step and its own index."""
         if self == Augmentation():
             return pictures
         chance = torch.from_numpy(uniform(seed, step, indices, 10).T.copy()).float()

@@ -76,7 +76,8 @@ def _already_read(size: int | None) -> Any:
 
 
 def groups(alike: list[tuple[str, ...]]) -> list[int]:
-    """Number the groups of pictures that share a key, directly or through others, by their first picture."""
+    """Assign to each picture the number of its group, which is its first picture. Pictures that share a key, directly
+    or through others, are one group."""
     owner: dict[str, int] = {}
     parent = list(range(len(alike)))
 

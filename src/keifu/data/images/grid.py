@@ -30,7 +30,7 @@ def sheet(
     scale: int | None = None,
     margin: int = 4,
 ) -> Image.Image:
-    """The pictures in rows, on white; as many columns as rows unless a number of `columns` is given.
+    """Arrange pictures in rows on white; by default with as many columns as rows.
 
     captions: one for each, cut to two lines with an ellipsis; "" for none. scale: how often a pixel is repeated in both
     directions; unset, 1, or what makes room for captions. margin: pixels between two pictures.
@@ -64,12 +64,12 @@ def grid(
     columns: int | None = None,
     about: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The same as the bytes of a PNG file (see `sheet` and `png`)."""
+    """Return a sheet as the bytes of a PNG file (see `sheet` and `png`)."""
     return png(sheet(pictures, captions, columns), about)
 
 
 def png(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
-    """A picture as the bytes of a PNG file, with texts by their names in it; `Image.open(...).text` gives them back."""
+    """Encode a picture as PNG, with named texts in it; `Image.open(...).text` returns them."""
     facts, file = PngInfo(), io.BytesIO()
     for name, text in (about or {}).items():
         facts.add_itxt(name, text)
@@ -78,7 +78,7 @@ def png(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
 
 
 def wrap(text: str, width: int) -> str:
-    """A caption broken into lines of at most so many pixels, after spaces where there are some; the rest is cut off."""
+    """Break a caption into lines of at most `width` pixels, after spaces if there are some; the rest is cut off."""
     font, rest, found = _font(text), " ".join(text.split()), []
     while rest and len(found) < LINES:
         size = _fitting(font, rest, width)

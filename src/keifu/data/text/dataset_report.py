@@ -39,7 +39,7 @@ class TokenizerCoverage:
         return 1 - self.missing / max(1, self.characters)
 
     def sentence(self, name: str) -> str:
-        """The coverage of a text as a sentence."""
+        """Describe the coverage of a text in a sentence."""
         if not self.missing:
             return f"Every character of {name} stands in the tokenizer's vocabulary."
         rest = "are spelled in bytes, so nothing is unknown"
@@ -50,7 +50,7 @@ class TokenizerCoverage:
 
 
 def coverage(tokenizer: Tokenizer, texts: Iterable[str]) -> TokenizerCoverage:
-    """Counts the characters of texts by what the tokenizer makes of them."""
+    """Count the characters of texts, and those that the tokenizer does not know."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
@@ -93,13 +93,13 @@ _FIRST, _LAST, _SCRIPT = (np.array(column) for column in zip(*_ORDERED, strict=T
 
 
 def script_numbers(code_points: np.ndarray) -> np.ndarray:
-    """The number in `SCRIPTS` of each code point's script."""
+    """Return the number in `SCRIPTS` of each code point's script."""
     place = np.searchsorted(_FIRST, code_points, side="right") - 1
     return np.where(code_points <= _LAST[place], _SCRIPT[place], SCRIPTS.index("other"))
 
 
 def bytes_to_scripts(text: np.ndarray) -> np.ndarray:
-    """The script number of the character that each byte of a UTF-8 text belongs to.
+    """Return the script number of the character to which each byte of a UTF-8 text belongs.
 
     A byte that belongs to no whole character counts as what its first byte's character would at least be.
     """
@@ -155,13 +155,13 @@ class DatasetReport:
     scripts: dict[str, Script] = field(default_factory=dict)
 
     def problem(self, sentence: str) -> None:
-        """Notes a fault; the first `FAULTS_SHOWN` with their places."""
+        """Note a fault; the first `FAULTS_SHOWN` with their lines."""
         self.n_problems += 1
         if self.n_problems <= FAULTS_SHOWN:
             self.problems.append(sentence)
 
     def to_json(self) -> dict[str, Any]:
-        """The whole report as a JSON object."""
+        """Return the whole report as a JSON object."""
         rates = {name: asdict(each) | {"tokens_per_byte": each.tokens_per_byte} for name, each in self.scripts.items()}
         return asdict(self) | {"lengths": {str(key): n for key, n in self.lengths.items()}, "scripts": rates}
 
@@ -190,7 +190,7 @@ class DatasetReport:
 
 
 def check_dataset(source: str | Path, tokenizer: Tokenizer, form: TextFormat = PLAIN) -> DatasetReport:
-    """Reads all of a source (see `keifu.data.text.documents`) and encodes it; a fault is noted and reading goes on."""
+    """Read all of a source (see `keifu.data.text.documents`) and encode it; a fault is noted and reading goes on."""
     report = DatasetReport(str(source))
     documents, spelling = _Documents(report), _Spelling(tokenizer)
     for pieces in chunks(sources.read_chunks(source, form, report.problem), CHUNK):
@@ -213,7 +213,7 @@ class _Documents:
         self.hash, self.tokens, self.blank = blake2b(digest_size=16), 0, True  # of the document that goes by
 
     def add(self, piece: TextChunk, tokens: int) -> None:
-        """Counts a piece, and its document where that ends."""
+        """Count a piece, and its document if that ends with it."""
         data = piece.text.encode()
         self.report.characters += len(piece.text)
         self.report.bytes += len(data)
@@ -240,7 +240,7 @@ class _Spelling:
         self.bytes, self.tokens = np.zeros(len(SCRIPTS), dtype=np.int64), np.zeros(len(SCRIPTS), dtype=np.int64)
 
     def add(self, ids: np.ndarray) -> None:
-        """Counts these tokens; the bytes of neighbours may make a character together."""
+        """Count these tokens; the bytes of neighbours may make a character together."""
         ids = ids[self.widths[ids] > 0]
         if len(ids):
             text = np.frombuffer(b"".join(map(self.spelled.__getitem__, ids)), dtype=np.uint8)
@@ -250,7 +250,7 @@ class _Spelling:
             self.bytes += np.bincount(script, weights=self.widths[ids], minlength=len(SCRIPTS)).astype(np.int64)
 
     def scripts(self) -> dict[str, Script]:
-        """What was counted, the scripts with most bytes first."""
+        """Return the counts by script, the scripts with most bytes first."""
         found = {
             name: Script(int(self.bytes[n]), int(self.tokens[n])) for n, name in enumerate(SCRIPTS) if self.tokens[n]
         }

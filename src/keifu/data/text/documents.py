@@ -47,7 +47,7 @@ class TextFormat:
     encoding: str = UTF8
 
     def settings(self) -> dict[str, str]:
-        """What differs from the usual, for what is made from a text."""
+        """Return the settings that differ from the usual, for the fingerprint of a prepared text."""
         named = {} if self.field in (None, "text") else {"field": self.field}
         return named if self.encoding == UTF8 else named | {"encoding": self.encoding}
 
@@ -81,7 +81,7 @@ def documents(source: str | Path, form: TextFormat = PLAIN) -> Iterator[str]:
 
 
 def chunks(pieces: Iterable[TextChunk], characters: int) -> Iterator[list[TextChunk]]:
-    """Lists of pieces that have about so many characters together."""
+    """Group pieces into lists of about `characters` characters."""
     held: list[TextChunk] = []
     size = 0
     for piece in pieces:
@@ -100,7 +100,7 @@ def in_catalogue(source: str | Path) -> bool:
 
 
 def content_hash(source: str | Path, form: TextFormat = PLAIN) -> str:
-    """A hexadecimal SHA-256 of what a source holds; where its files lie and what they are called does not count."""
+    """Return a hexadecimal SHA-256 of a source's content; names and folders of its files do not count."""
     if in_catalogue(source):
         return hashlib.sha256(catalogue.identity(str(source)).encode()).hexdigest()
     listing = [f"{path.suffix}:{files.sha256(path)}" for path in paths(source, form)]
@@ -108,7 +108,7 @@ def content_hash(source: str | Path, form: TextFormat = PLAIN) -> str:
 
 
 def paths(source: str | Path, form: TextFormat = PLAIN) -> list[Path]:
-    """The files of a source that is not in the catalogue, in order; none is a `UserError`."""
+    """List the files of a source that is not in the catalogue, in order; none is a `UserError`."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
@@ -141,7 +141,7 @@ def _all(source: str | Path, form: TextFormat, problem: Problem) -> Iterator[Tex
 
 
 def _field(record: Mapping[str, Any], field: str, place: str, problem: Problem) -> Iterator[TextChunk]:
-    """The text of one record."""
+    """Return the text of one record."""
     if field not in record:
         wrong = str(unknown("field", field, record)).removeprefix("T")
         problem(f"{place}: t{wrong} Name the one that holds the text (--text-field; in a mixture, `field`).")

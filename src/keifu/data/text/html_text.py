@@ -50,7 +50,7 @@ class _Page(HTMLParser):
 
 
 def html_text(lines: Iterable[str]) -> str:
-    """The text of a page given as lines: entities as characters, at most one empty line in a row."""
+    """Return the text of a page given as lines: entities as characters, at most one empty line in a row."""
     page = _Page()
     for line in lines:
         page.feed(line)

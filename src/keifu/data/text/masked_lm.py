@@ -48,7 +48,8 @@ class RowPlanner:
         return _truncate(bounds, self.room, random), np.array([elsewhere for _, elsewhere in found], np.int64)
 
     def _pairs(self, document: int, chance: Random) -> list[tuple[Bounds, bool]]:
-        """The document from its first sentence to its last. What a false partner displaced comes in the next row."""
+        """Yield the document from its first sentence to its last. A sentence that a false partner displaced comes in
+        the next row."""
         starts, rows = self.starts, []
         first, last = self.documents[document], self.documents[document + 1]
         place = first
@@ -162,7 +163,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
-        """The tokenizer's own; one that lacks [CLS], [SEP], [PAD] or [MASK] is a `UserError`."""
+        """Return the tokenizer's vocabulary; one without [CLS], [SEP], [PAD] or [MASK] is a `UserError`."""
         roles = ("cls_token", "sep_token", "pad_token", "mask_token")
         if missing := [role for role in roles if role not in tokenizer.special]:
             raise UserError(f"The tokenizer has no {', '.join(missing)}: BERT needs one such as wordpiece or minilm's.")
@@ -203,7 +204,7 @@ class MaskedText:
         return f"{self.shards.fingerprint}-{options}-batch{self.batch_size}-seed{self.seed}"
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The batch of a step, counted from 0: the same in every process, whatever came before."""
+        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
         bounds, elsewhere = self._epochs.item(step)
         random = np.random.default_rng([self.seed, step, 1])
         return _loss_weights([self._make_batch(self.shards.training, bounds, elsewhere, random)])[0]
@@ -235,8 +236,8 @@ class MaskedText:
         return RowPlanner(sentences, masking.length - 2 - masking.sentence_pairs, masking.short, masking.sentence_pairs)
 
     def _order(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The rows of each batch of an epoch: bounds and `random_next`. An epoch has as many rows as the first one: a
-        few are left out, or come twice.
+        """Return the rows of each batch of an epoch: bounds and `random_next`. An epoch has as many rows as the first
+        one: a few are left out, or come twice.
 
         Rows are in a random order, of which `POOL` batches at a time are sorted by length, and their batches come in a
         random order: that leaves little padding and little order.
@@ -297,7 +298,7 @@ def single_tokens(words: np.ndarray, wanted: np.ndarray, random: np.random.Gener
 
 
 def whole_words(words: np.ndarray, starts: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The same, but all tokens of a word or none: words in a random order, but no word that would make it too many."""
+    """Choose all tokens of a word or none: words in a random order, but no word that would make it too many."""
     numbers = np.where(words, np.cumsum(starts, axis=1), 0)
     chosen = np.zeros_like(words)
     for row, number in enumerate(numbers):
@@ -312,13 +313,13 @@ def whole_words(words: np.ndarray, starts: np.ndarray, wanted: np.ndarray, rando
 
 
 def _replacement(tokens: np.ndarray, vocabulary: Vocabulary, random: np.random.Generator) -> np.ndarray:
-    """What stands in the place of hidden tokens: [MASK] for 80%, any ordinary token for 10%, themselves for 10%."""
+    """Replace hidden tokens: by [MASK] for 80%, by any ordinary token for 10%; 10% stay."""
     draw, others = random.random(len(tokens)), random.choice(vocabulary.ordinary, len(tokens))
     return np.where(draw < 0.8, vocabulary.mask, np.where(draw < 0.9, others, tokens))
 
 
 def _loss_weights(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The batches with how many of their tokens, all together, there are for each target and for each row."""
+    """Yield the batches with the number of their tokens, all together, for each target and for each row."""
     tokens = sum(int(batch["mask"].sum()) for batch in batches)
     targets = sum(int((batch["targets"] != NOT_COUNTED).sum()) for batch in batches)
     rows = sum(len(batch["tokens"]) for batch in batches)

@@ -113,7 +113,7 @@ def is_mixture(given: str) -> bool:
 
 
 def read_mixture(given: str) -> Mixture:
-    """The mixture of that name or in that file; what is wrong in it is a `UserError` that names the source."""
+    """Read the mixture of that name or in that file; an error in it is a `UserError` that names the source."""
     path = MIXTURES.get(given, Path(given).expanduser())
     if not path.is_file():
         raise unknown("mixture, and no file,", given, MIXTURES)
@@ -159,7 +159,7 @@ def _no_weight(name: str, weight: Any) -> UserError:
 
 
 def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer) -> list[Shards]:
-    """The ids of each source, made once, with about that share held out; what a tokenizer puts around texts is left."""
+    """Return the ids of each source, prepared once, with about that share held out, without tokens around texts."""
     tokenizer = tokenizer.replace(backend=nothing_around_text(tokenizer.backend))
     made = []
     for source in mixture.sources:
@@ -174,7 +174,7 @@ def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer) -> list[Shards]:
 
 
 def texts(mixture: Mixture, characters: int) -> Iterator[str]:
-    """The first documents of each source, of about so many characters in all, by the weights: for a tokenizer."""
+    """Yield the first documents of each source, about `characters` in all by the weights, for training a tokenizer."""
     for source in mixture.sources:
         left = round(characters * source.weight)
         with _named_source(source):
@@ -187,7 +187,7 @@ def texts(mixture: Mixture, characters: int) -> Iterator[str]:
 
 
 def content_hash(mixture: Mixture) -> str:
-    """Changes whenever a source's text or weight does."""
+    """Return a text that changes whenever a source's text or weight does."""
     parts = []
     for source in mixture.sources:
         with _named_source(source):
@@ -198,7 +198,7 @@ def content_hash(mixture: Mixture) -> str:
 
 
 def _parts(source: Source, held_out: float) -> tuple[Parts | None, str]:
-    """What gives the two parts of a source, and a hash of them; no function where it is a plain text."""
+    """Return a function that gives the two parts of a source, and a hash of them; None for a plain text."""
     if source.data in tatoeba.names():
         return lambda: tatoeba.parts(source.data, held_out), tatoeba.identity(source.data, held_out)
     if source.data == ARITHMETIC:
@@ -297,13 +297,13 @@ class MixedText:
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0: the same in every process, whatever came before."""
+        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
         taken = interleave(self.weights, self.growth.before(step), self.growth.before(step + 1))
         windows = self._windows(taken.whose, lambda packed, rows: packed.windows(taken.numbers[rows]))
         return _tensors(self.task.rows(windows, taken.numbers, np.random.default_rng([self.seed, step])))
 
     def largest(self) -> Batch:
-        """A batch of the most rows."""
+        """Return a batch of the most rows."""
         return self.batch(self.growth.largest)
 
     def epochs(self, steps: int) -> dict[str, float]:
@@ -336,7 +336,7 @@ class MixedText:
         return [_mark(batch, 0, 1.0) for batch in batches(self.task, windows, max(self.growth.rows))]
 
     def _windows(self, whose: np.ndarray, take: Callable[[PackedText, np.ndarray], np.ndarray]) -> np.ndarray:
-        """A window for each row, which `take` gives of the row's source."""
+        """Return a window for each row, taken by `take` from the row's source."""
         windows = np.empty((len(whose), self.task.width), np.int64)
         for place, packed in enumerate(self._packed):
             if len(rows := np.flatnonzero(whose == place)):
@@ -350,7 +350,7 @@ def held_out(shards: Shards, context_length: int, rows: int) -> np.ndarray:
 
 
 def batches(task: CorruptionTask, windows: np.ndarray, size: int) -> list[Batch]:
-    """The windows as rows, always the same, `size` of them at a time."""
+    """Yield the windows as rows, always the same, `size` at a time."""
     random, numbers = np.random.default_rng(VALIDATION), np.arange(len(windows))
     whole = _tensors(task.rows(windows.astype(np.int64), numbers, random))
     starts = range(0, len(windows), size)

@@ -62,19 +62,20 @@ class PackedText:
         return f"{self.shards.fingerprint}-context{self.context_length}-batch{self.growth}-seed{self.seed}"
 
     def batch(self, step: int) -> dict[str, Int64[Tensor, "row position"]]:
-        """The batch of a step, counted from 0: the same in every process, whatever came before."""
+        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
         return _tensors(self.windows(self.growth.numbers(step)))
 
     def largest(self) -> dict[str, Int64[Tensor, "row position"]]:
-        """The batch that needs the most memory."""
+        """Return the batch that needs the most memory."""
         return self.batch(self.growth.largest)
 
     def windows(self, numbers: np.ndarray) -> np.ndarray:
-        """The windows with these numbers, [row, position], counted over all epochs; the numbers ascend."""
+        """Return the windows with these ascending numbers, [row, position], counted over all epochs."""
         return self._windows[self._epochs.items(numbers)]
 
     def validation(self) -> Iterator[dict[str, Int64[Tensor, "row position"]]]:
-        """The held-out windows in batches, always the same; no token is predicted twice; the last may be smaller."""
+        """Yield the held-out windows in batches, always the same. No token is predicted twice; the last batch may be
+        smaller."""
         for first in range(0, len(self.held_out), self.batch_size):
             yield _tensors(self.held_out[first : first + self.batch_size])
 
@@ -86,7 +87,7 @@ class PackedText:
 
 
 def _check_lengths(shards: Shards, context_length: int) -> None:
-    """A part that is shorter than a window is a `UserError` with what would help."""
+    """Raise a `UserError` that says what helps if a part is shorter than a window."""
     training, held, needed = len(shards.tokens), len(shards.validation), context_length + 1
     if min(training, held) >= needed:
         return

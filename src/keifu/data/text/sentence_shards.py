@@ -40,7 +40,7 @@ class Sentences:
     documents: np.ndarray
 
     def take(self, chosen: np.ndarray) -> "Sentences":
-        """These documents alone."""
+        """Return these documents alone."""
         first, last = self.documents[chosen], self.documents[chosen + 1]
         sizes = np.diff(self.starts)
         spans = zip(self.starts[first], self.starts[last], strict=True)
@@ -67,7 +67,8 @@ def prepare_sentences(
     source: str | Path, tokenizer: Tokenizer, split: Splitter, held_out: float = 0.05, form: TextFormat = PLAIN,
     validation: str | Path | None = None,
 ) -> SentenceShards:  # fmt: skip
-    """The sentences of a source (see `keifu.data.text.documents`), made once and found again while nothing has changed.
+    """Tokenize the sentences of a source (see `keifu.data.text.documents`); they are kept in the cache while it is
+    unchanged.
 
     `split` cuts a line into sentences; a line's end always ends one. Of every 1 / held_out documents in a row one is
     held out, always the same. Where a source has fewer than 100 documents, each counts as several of 32 sentences.
@@ -114,7 +115,7 @@ def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: Tex
 
 
 def _parts(count: int) -> list[int]:
-    """A document of so many sentences as several of about the same length."""
+    """Cut a document of `count` sentences into several of about the same length."""
     number = math.ceil(count / PART)
     return np.diff(count * np.arange(number + 1) // number).tolist()
 
@@ -131,7 +132,7 @@ def _held(count: int, share: float) -> np.ndarray:
 
 
 def _two_parts(made: Sentences, facts: dict[str, Any]) -> tuple[Sentences, Sentences]:
-    """What is trained on and what is held out of it."""
+    """Return the training part and the held-out part."""
     count, settings = len(made.documents) - 1, facts["settings"]
     held = _held(count, settings["held_out"])
     if count - len(held) < 2 or not len(held):
@@ -143,7 +144,7 @@ def _two_parts(made: Sentences, facts: dict[str, Any]) -> tuple[Sentences, Sente
 
 
 def _write(parts: tuple[Sentences, Sentences], folder: Path, facts: dict[str, Any]) -> None:
-    """The two parts and the index, in a new folder."""
+    """Write the two parts and the index into a new folder."""
     from safetensors.numpy import save_file
 
     for part, taken in zip(PARTS, parts, strict=True):

@@ -54,7 +54,8 @@ class SpanCorruption:
 
 
 def ul2(shares: Sequence[float | int] = (0.25, 0.25, 0.5), prefix: float | int = 0.5) -> tuple[SpanCorruption, ...]:
-    """The seven denoisers of UL2's table 1, so that R, X and S have these shares of the rows, evenly within each.
+    """Return the seven denoisers of UL2's table 1, so that R, X and S have these shares of the rows, evenly within
+    each.
 
     The default is U-PaLM's: 25% R, 25% X and 50% S (Tay et al., 2022b, "Transcending Scaling Laws with 0.1% Extra
     Compute", section 2.3). `prefix` is the mean share of a text that S hides: UL2's table says 0.25, the code in its
@@ -72,7 +73,7 @@ def ul2(shares: Sequence[float | int] = (0.25, 0.25, 0.5), prefix: float | int =
 
 
 def special_tokens(sentinels: int = SENTINELS) -> list[str]:
-    """The tokens that a tokenizer must have: the modes, and a sentinel for each span that a row may have."""
+    """List the tokens that a tokenizer must have: the modes, and a sentinel for each span that a row may have."""
     return [*MODES, *(f"<extra_id_{n}>" for n in range(sentinels))]
 
 
@@ -87,7 +88,7 @@ class Markers:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, sentinels: int = SENTINELS) -> "Markers":
-        """The tokenizer's own; one that lacks an end token, a mode or the sentinels is a `UserError`."""
+        """Return the tokenizer's tokens; one without an end token, a mode or the sentinels is a `UserError`."""
         if tokenizer.eos_id is None:
             raise UserError("This tokenizer has no end-of-text token, so nothing can mark where a masked span ends.")
         ids = [tokenizer.token_id(token) for token in special_tokens(sentinels)]
@@ -118,7 +119,7 @@ def _segments(rows: int, items: int, segments: int, random: np.random.Generator)
 
 
 def corrupt(tokens: np.ndarray, hidden: np.ndarray, sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets of rows with equally many hidden tokens and spans, each span after something kept.
+    """Return inputs and targets of rows with equally many hidden tokens and spans; a kept token precedes each span.
 
     Inputs: the tokens with the sentinel of each span in its place. Targets: each sentinel and what it stands for.
     """
@@ -202,7 +203,8 @@ class SpanCorruptionBatches:
         return {"tokens": tokens, "mask": mask}
 
     def _length(self, denoiser: SpanCorruption) -> int:
-        """The most tokens of text that a row has room for: a mode and, with spans, two sentinels each and an end."""
+        """Return the most tokens of text that fit into a row with a mode and, for spans, two sentinels each and an
+        end."""
         if denoiser.span is None:
             return self.places - 1
         return next(n - 1 for n in count(3) if n + 2 * denoiser.counts(n)[1] + 2 > self.places)

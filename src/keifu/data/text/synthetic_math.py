@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 
 def problem(number: int, seed: int = 0) -> Problem:
-    """The problem with that number: the same for the same seed, whatever came before."""
+    """Return the problem with that number: the same for the same seed, whatever came before."""
     chance = random.Random(f"{seed}:{number}")
     return chance.choice((_sum, _difference, _product, _chain, _shopping, _giving))(chance)
 
@@ -54,7 +54,7 @@ def documents(count: int, held_out: float, seed: int = 0) -> tuple[list[str], li
 
 
 def _step(left: int, sign: str, right: int) -> tuple[str, int]:
-    """An equation, and what is on its right."""
+    """Return an equation and its right-hand side."""
     result = OPERATIONS[sign](left, right)
     return f"{left} {sign} {right} = {result}", result
 
@@ -76,7 +76,7 @@ def _sum(chance: random.Random) -> Problem:
 
 
 def _difference(chance: random.Random) -> Problem:
-    """The tens first, then the ones."""
+    """Write the tens first, then the ones."""
     a, b = chance.randrange(200), chance.randrange(100)
     tens, ones = b // 10 * 10, b % 10
     first = _step(a, "-", tens)

@@ -50,7 +50,7 @@ class Shards:
         return self.index["validation"]["bytes"] / self.index["validation"]["tokens"]
 
     def bits_per_byte(self, loss: float) -> float:
-        """A loss on the held-out text, in nats a token, as bits a byte: comparable between tokenizers."""
+        """Convert a loss on the held-out text, in nats a token, to bits a byte: comparable between tokenizers."""
         return loss / math.log(2) / self.bytes_per_token
 
 
@@ -58,7 +58,7 @@ def prepare(
     source: str | Path, tokenizer: Tokenizer, held_out: float = 0.05, seed: int = 0, form: TextFormat = PLAIN,
     validation: str | Path | None = None,
 ) -> Shards:  # fmt: skip
-    """The ids of a source (see `keifu.data.text.documents`), made once and found again while nothing has changed.
+    """Tokenize a source (see `keifu.data.text.documents`); the ids are kept in the cache while it is unchanged.
 
     The fraction `held_out` is kept from training. Of 100 documents or more, every 1 / held_out of them in a row lose
     one, chosen by the seed, so that each part of a mixture is represented. Of fewer, the last characters of the whole
@@ -83,7 +83,7 @@ def prepare(
 
 
 def apart(source: str | Path, validation: str | Path, form: TextFormat) -> str:
-    """The content hash of a source that is held out from another; the same content as that is a `UserError`."""
+    """Return the content hash of a source that is held out; the same content as the training text is a `UserError`."""
     content = sources.content_hash(validation, form)
     if content == sources.content_hash(source, form):
         raise UserError(f"{validation} holds the same as {source}, which is trained on: give another for validation.")
@@ -93,7 +93,7 @@ def apart(source: str | Path, validation: str | Path, form: TextFormat) -> str:
 def prepare_parts(
     name: str, content: str, parts: Callable[[], tuple[Iterable[str], Iterable[str]]], tokenizer: Tokenizer
 ) -> Shards:
-    """The same for documents of which it is known which are for training and which are held out.
+    """Tokenize documents whose training part and held-out part are known.
 
     name: what errors and the folder call them. content: changes whenever the documents do. parts: gives both; it is
     called only where the ids must be made.
@@ -111,7 +111,7 @@ Parted = tuple[Iterator[TextChunk], int, int]  # pieces with their parts, the nu
 
 
 def find_made(source: str | Path, settings: dict[str, Any], make: Callable[[Path, dict[str, Any]], None]) -> Shards:
-    """What was made with these settings; where it is not there, `make` writes it into a new folder."""
+    """Return the shards that were made with these settings; if there are none, `make` writes them into a new folder."""
     folder = prepared_folder("tokens", source, settings, make)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     tokens, validation = (np.memmap(folder / f"{part}.bin", dtype=index["dtype"], mode="r") for part in PARTS)
@@ -119,7 +119,7 @@ def find_made(source: str | Path, settings: dict[str, Any], make: Callable[[Path
 
 
 def _side_by_side(source: str | Path, validation: str | Path, form: TextFormat) -> Parted:
-    """The documents of one source for training, and of another for validation."""
+    """Return the documents of one source for training, and of another for validation."""
     sizes = [_measure(sources.read_chunks(each, form)) for each in (source, validation)]
     count, characters = (sum(each) for each in zip(*sizes, strict=True))
     held = (replace(piece, part=1) for piece in _describe(sources.read_chunks(validation, form)))
@@ -127,7 +127,7 @@ def _side_by_side(source: str | Path, validation: str | Path, form: TextFormat) 
 
 
 def _split_documents(source: str | Path, settings: dict[str, Any], form: TextFormat) -> Parted:
-    """The documents of a source, each with the part that it falls to."""
+    """Return the documents of a source, each with its part of the split."""
     count, characters = _measure(sources.read_chunks(source, form))
     pieces = _describe(sources.read_chunks(source, form))
     share, seed = settings["held_out"], settings["seed"]
@@ -138,7 +138,7 @@ def _split_documents(source: str | Path, settings: dict[str, Any], form: TextFor
 def _make(
     source: str | Path, parted: Callable[[], Parted], tokenizer: Tokenizer, folder: Path, facts: dict[str, Any]
 ) -> None:
-    """Writes the ids of both parts and the index into a new folder."""
+    """Write the ids of both parts and the index into a new folder."""
     pieces, count, characters = parted()
     dtype, separator = number_format(tokenizer)
     if separator is None and count > 1:
@@ -159,7 +159,7 @@ def _make(
 
 
 def number_format(tokenizer: Tokenizer) -> tuple[str, int | None]:
-    """The type of the ids in a file, and the id between documents, if there is one."""
+    """Return the type of the ids in a file, and the id between documents, if there is one."""
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     return dtype, tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
 
@@ -209,8 +209,8 @@ def _by_tail(pieces: Iterable[TextChunk], cut: int) -> Iterator[TextChunk]:
 def write(
     pieces: Iterable[TextChunk], tokenizer: Tokenizer, paths: Sequence[Path], told: Callable[[int, int], None]
 ) -> list[dict[str, int]]:
-    """Encodes pieces, and writes the ids of each part into its file; gives the counts of each file, which is then on
-    the disk. told: how many characters and bytes were encoded so far."""
+    """Encode pieces, and write the ids of each part into its file. Return the counts of each file. told: receives the
+    characters and bytes that were encoded so far."""
     writers, characters = [_Writer(path, *number_format(tokenizer)) for path in paths], 0
     for chunk in chunks(pieces, CHUNK):
         encoded = tokenizer.encode_batch([piece.text for piece in chunk])
@@ -233,7 +233,7 @@ class _Writer:
         self.counts = {"tokens": 0, "bytes": 0, "documents": 0}
 
     def add(self, encoded: Iterable[tuple[TextChunk, list[int]]]) -> None:
-        """Appends the ids of pieces."""
+        """Append the ids of pieces."""
         rows = []
         for piece, ids in encoded:
             rows += [self.separator, ids] if self.between else [ids]
@@ -245,7 +245,7 @@ class _Writer:
         self.file.write(joined.tobytes())
 
     def close(self) -> dict[str, int]:
-        """The counts; the file is then on the disk."""
+        """Close the file; return the counts."""
         with self.file as file:
             file.flush()
             os.fsync(file.fileno())

@@ -54,7 +54,7 @@ WHOLE_WORDS = (LLAMA3, GPT4O, TEKKEN)
 
 
 def pre_tokenizer(cut: str) -> pre_tokenizers.PreTokenizer:
-    """The pre-tokenizer of this name: it splits text into words and writes their bytes in the byte alphabet.
+    """Return the pre-tokenizer of this name; it splits text into words and writes their bytes in the byte alphabet.
 
     An unknown name is a `UserError`.
     """
@@ -70,7 +70,7 @@ def pre_tokenizer(cut: str) -> pre_tokenizers.PreTokenizer:
 
 
 def cut_of(backend: tokenizers.Tokenizer) -> str | None:
-    """The name of this tokenizer's pre-tokenizer, as GGUF files have it; None if it is none of the known ones."""
+    """Return the name of this tokenizer's pre-tokenizer, as GGUF files have it; None if it is unknown."""
     if backend.pre_tokenizer is None:
         return None
     mine = _shape(backend.pre_tokenizer)
@@ -78,7 +78,7 @@ def cut_of(backend: tokenizers.Tokenizer) -> str | None:
 
 
 def _shape(cutter: pre_tokenizers.PreTokenizer) -> str:
-    """A pre-tokenizer's description without what does not change tokens: offsets, and a sequence of a single step."""
+    """Describe a pre-tokenizer without what does not change tokens: offsets, and a sequence of a single step."""
     described = json.loads(cutter.__getstate__())
     steps = described.get("pretokenizers", [described])
     return json.dumps([{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps], sort_keys=True)
@@ -87,7 +87,7 @@ def _shape(cutter: pre_tokenizers.PreTokenizer) -> str:
 def byte_level_backend(
     vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]], cut: str = "gpt-2"
 ) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer from its vocabulary (spelled in the byte alphabet) and its merges, in order."""
+    """Build a byte-level BPE tokenizer from its vocabulary (spelled in the byte alphabet) and its merges, in order."""
     whole_words = CUTS.get(cut, [""])[0] in WHOLE_WORDS
     backend = tokenizers.Tokenizer(models.BPE(dict(vocabulary), list(merges), ignore_merges=whole_words))
     backend.pre_tokenizer = pre_tokenizer(cut)
@@ -121,7 +121,7 @@ def clip_backend(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]
 
 
 def clip_merges(path: Path, config: Mapping[str, Any]) -> Made:
-    """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz: the first line is a comment, each further line is a merge."""
+    """Read OpenAI's bpe_simple_vocab_16e6.txt.gz: the first line is a comment, each further line is a merge."""
     try:
         with gzip.open(plain_file(path)) as file:
             lines = file.read(LARGEST).decode().split("\n")[1 : MERGES + 1]
@@ -134,14 +134,14 @@ def clip_merges(path: Path, config: Mapping[str, Any]) -> Made:
 
 
 def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """The token ids that follow from the merges: bytes, bytes that end a word, each merge's result, two end tokens."""
+    """Return the token ids that follow from the merges: bytes, bytes that end a word, merged tokens, two end tokens."""
     letters = list(byte_alphabet())
     tokens = [*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END]
     return {token: number for number, token in enumerate(tokens)}
 
 
 def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer with CLIP's rules and at most `vocab_size` tokens, whose merges are learned from these texts.
+    """Train a tokenizer with CLIP's rules and at most `vocab_size` tokens on these texts.
 
     514 tokens are always there: 256 bytes, 256 bytes that end a word, and the two end tokens. Chinese and Japanese
     characters are counted one by one, so that no token holds two of them (as BERT's multilingual vocabulary has it):

@@ -54,7 +54,7 @@ def _tojson(
 
 @lru_cache(maxsize=32)
 def compile_template(template: str) -> Template:
-    """The compiled template, cached. A template that is not valid Jinja is a `UserError` with the line."""
+    """Compile a template, cached. A template that is not valid Jinja is a `UserError` with the line."""
     extensions = ["jinja2.ext.loopcontrols", _GenerationTag]
     environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
@@ -78,7 +78,7 @@ def render(
     add_generation_prompt: bool,
     variables: Mapping[str, Any],
 ) -> str:
-    """Renders messages to text.
+    """Render messages to text.
 
     template: Jinja source; None is a `UserError` that says what to do.
     messages: mappings with at least a "role"; entries that are None are left out, as templates expect.
@@ -121,7 +121,8 @@ def _plain(message: Any, place: int) -> dict[str, Any]:
 
 
 def _template_line(trace: TracebackType | None) -> int:
-    """The line of the template where an error happened: Jinja's stack frames have the template's own line numbers."""
+    """Return the line of the template where an error happened: Jinja's stack frames have the template's line
+    numbers."""
     line = 0
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<template>":
@@ -137,7 +138,7 @@ def render_marked(
     marks: str,
     special: Iterable[str],
 ) -> str:
-    """Renders a whole conversation with `marks`, two characters, around each answer of the assistant.
+    """Render a whole conversation with `marks`, two characters, around each answer of the assistant.
 
     Where the template has `{% generation %}`, that block is the answer. Otherwise it is the text that the answer's
     message adds to the prompt, without white space after the special token that ends the turn; a template that renders
@@ -165,7 +166,7 @@ def render_marked(
 
 
 def encode_turns(backend: tokenizers.Tokenizer, text: str, marks: str) -> tuple[list[int], list[bool]]:
-    """The token ids of a text without its marks, and for each id whether it lies between an opening and a closing mark.
+    """Return the token ids of a text without its marks, and for each id whether it is between two marks.
 
     A token with at least one character inside counts, as in transformers' masks of assistant tokens.
     """

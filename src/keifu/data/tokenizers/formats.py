@@ -57,7 +57,7 @@ def _check_parts(described: Any, path: Path) -> None:
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """A JSON object from tokens to ids; anything else is a `UserError`."""
+    """Read a JSON object from tokens to ids; anything else is a `UserError`."""
     vocabulary = read_json(path)
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise UserError(f"{path} holds no vocabulary: it must be a JSON object from tokens to ids.")
@@ -99,8 +99,8 @@ def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
 
 
 def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> Read:
-    """A vocabulary whose word-final pieces have a mark: CLIP's rules if it has CLIP's two end tokens, else GPT-1's,
-    which split text into words as BERT does, in lower case, and merge inside each word.
+    """Build a tokenizer from a vocabulary whose word-final pieces have a mark. It has CLIP's rules if it has CLIP's two
+    end tokens, else GPT-1's, which split text into words as BERT does, in lower case, and merge inside each word.
 
     (Radford et al., 2018; Sennrich et al., 2016, for the mark.)
     """
@@ -173,7 +173,7 @@ READERS: dict[str, Callable[[Path, Mapping[str, Any]], Read]] = {  # in the orde
 
 
 def reader(path: Path) -> Callable[[Path, Mapping[str, Any]], Read]:
-    """The reader of a single file, chosen by its name, or else by its extension."""
+    """Return the reader of a single file, chosen by its name, or else by its extension."""
     endings = {".model": _sentencepiece, ".txt": _wordpiece_vocabulary, ".json": _tokenizer_json}
     known = READERS.get(path.name) or endings.get(path.suffix)
     if known is None and ".model" in path.suffixes:  # tokenizer.model.v1
@@ -185,7 +185,7 @@ def reader(path: Path) -> Callable[[Path, Mapping[str, Any]], Read]:
 
 
 def settings_beside(directory: Path) -> dict[str, Any]:
-    """The content of tokenizer_config.json; roles that it leaves out come from special_tokens_map.json."""
+    """Read tokenizer_config.json; missing roles come from special_tokens_map.json."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).exists():
@@ -195,7 +195,8 @@ def settings_beside(directory: Path) -> dict[str, Any]:
 
 
 def finish_backend(read: Read, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer, completed by the files beside it: roles, chat template, ids that end an answer, maximum length."""
+    """Complete a tokenizer by the other files of its folder: roles, chat template, ids that end an answer, maximum
+    length."""
     backend, roles = read
     named, limit = roles_beside(config)
     special = roles | named
@@ -209,7 +210,7 @@ def finish_backend(read: Read, directory: Path, config: Mapping[str, Any]) -> To
 
 
 def roles_beside(config: Mapping[str, Any]) -> tuple[dict[str, str], int | None]:
-    """The token of each role in tokenizer_config.json, and the maximum length of a text, if it gives one."""
+    """Return the token of each role in tokenizer_config.json, and the maximum length of a text, if it gives one."""
     length = config.get("model_max_length")
     limit = int(length) if isinstance(length, int | float) and length < 1e9 else None  # 1e30 stands for "none said"
     return {role: _content(config[role], role) for role in ROLES if role in config}, limit
@@ -223,14 +224,14 @@ def _content(token: Any, role: str) -> str:
 
 
 def generation_config(directory: Path) -> dict[str, Any]:
-    """The content of generation_config.json; empty if there is no such file."""
+    """Read generation_config.json; empty if there is no such file."""
     path = directory / GENERATION_CONFIG
     found = read_json_object(path) if path.exists() else {}
     return {key: value for key, value in found.items() if value is not None and not key.startswith("_")}
 
 
 def stop_ids(generation: Mapping[str, Any]) -> set[int]:
-    """The ids that end an answer, from a generation_config's eos_token_id; empty when there is none."""
+    """Return the ids that end an answer, from a generation_config's eos_token_id; empty if there are none."""
     found = generation.get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if not all(type(number) is int and 0 <= number <= LARGEST for number in ids):
@@ -239,7 +240,7 @@ def stop_ids(generation: Mapping[str, Any]) -> set[int]:
 
 
 def chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: chat_template.jinja, or else the (default) one in tokenizer_config.json."""
+    """Return the chat template: chat_template.jinja, or else the (default) one in tokenizer_config.json."""
     if (directory / "chat_template.jinja").exists():
         return read_text(directory / "chat_template.jinja")
     written = config.get("chat_template")

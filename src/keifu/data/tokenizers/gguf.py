@@ -31,7 +31,7 @@ ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # for f
 
 
 def read_gguf_fields(path: Path) -> dict[str, Any]:
-    """The tokenizer's fields of a GGUF file."""
+    """Read the tokenizer's fields of a GGUF file."""
     from gguf import GGUFReader
 
     try:
@@ -42,7 +42,7 @@ def read_gguf_fields(path: Path) -> dict[str, Any]:
 
 
 def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that these fields of a GGUF file describe.
+    """Build the tokenizer that these fields of a GGUF file describe.
 
     fields: at least "tokenizer.ggml.model" and "tokenizer.ggml.tokens"; arrays are sequences of plain values.
     A kind of vocabulary or a pre-tokenizer that keifu does not know is a `UserError` that lists the known ones.
@@ -77,7 +77,7 @@ def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sampling_fields(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The general.sampling.* of a generation_config: what `_generation_config` reads."""
+    """Return the general.sampling.* of a generation_config, which `_generation_config` reads."""
     known = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
     known |= {"temperature": 0.0} if generation.get("do_sample") is False else {}
     return {f"general.sampling.{SAMPLING_KEYS[key][0]}": SAMPLING_KEYS[key][1](value) for key, value in known.items()}
@@ -122,14 +122,16 @@ def _roles(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
 
 
 def _ends_of_turn(fields: Mapping[str, Any], tokens: list[str], template: str | None) -> set[int]:
-    """The tokens that end an answer: those that the file names, else those with usual names in its chat template."""
+    """Return the tokens that end an answer: those that the file names, else those with usual names in its chat
+    template."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom")]
     named = {int(fields[key]) for key in keys if fields.get(key) is not None}
     return named or {tokens.index(end) for end in ENDS_OF_TURN if end in (template or "") and end in tokens}
 
 
 def to_gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The GGUF fields for this tokenizer: strings, whole numbers, booleans and lists; scores are a list of floats.
+    """Return the GGUF fields of this tokenizer: strings, whole numbers, booleans and lists; scores are a list of
+    floats.
 
     `token_type` is to be written as int32, ids as uint32, scores as float32. Byte-level BPE and SentencePiece's BPE
     can be written. Any other, or one whose rules have no name in GGUF, is a `UserError` that says why.
@@ -197,13 +199,13 @@ def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[
 
 
 def _kinds(steps: Mapping[str, Any] | None) -> list[str]:
-    """The types of a normalizer's or pre-tokenizer's steps."""
+    """List the types of a normalizer's or pre-tokenizer's steps."""
     parts = [] if steps is None else steps.get("normalizers", steps.get("pretokenizers", [steps]))
     return [step["type"] for step in parts]
 
 
 def _own_tokens(pre_tokenizer: Mapping[str, Any], tokens: Sequence[str]) -> set[str]:
-    """The user-defined pieces, which the pre-tokenizer never splits."""
+    """Return the user-defined pieces, which the pre-tokenizer never splits."""
     if pre_tokenizer.get("type") != "Split":
         return set()
     pattern = re.compile(pre_tokenizer["pattern"]["Regex"])

@@ -13,7 +13,7 @@ from keifu.files import KEPT, LEARNED, cache, reading
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a directory, in a single file with whatever stands beside it, or of a name in the catalogue.
+    """Load the tokenizer of a directory, of a single file with the other files of its folder, or of a catalogue name.
 
     A directory may hold tokenizer.json, a SentencePiece tokenizer.model, GPT-1's, GPT-2's or CLIP's vocab.json with
     merges.txt (or encoder.json with vocab.bpe), BERT's vocab.txt or OpenAI's file of CLIP's merges; the first of these
@@ -26,7 +26,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def learned_tokenizer(name: str, learn: Callable[[], Tokenizer], out: Path | None = None) -> Tokenizer:
-    """The tokenizer of this name that the run in the folder `out` keeps, else that in the cache; learned if missing.
+    """Return the tokenizer of this name from the run folder `out`, else from the cache; learn it if it is missing.
 
     name: changes with all that it is learned from. Learning it again could number its tokens differently, and a resumed
     run would not go on with the same bits: the run that is begun next keeps it.

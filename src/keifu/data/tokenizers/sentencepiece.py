@@ -69,7 +69,7 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of one message: number and value (whole numbers as such, everything else as bytes)."""
+    """Yield the fields of one message: number and value (whole numbers as such, everything else as bytes)."""
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
@@ -89,14 +89,14 @@ def _piece(message: bytes) -> Piece:
 
 
 def _roles(trainer: dict[int, int | bytes]) -> dict[str, int]:
-    """The ids of the special tokens; -1, written as a 64-bit number, says that there is none."""
+    """Return the ids of the special tokens; -1, written as a 64-bit number, means that there is none."""
     defaults = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2), "pad_token": (43, -1)}
     ids = {role: int(trainer.get(number, default)) for role, (number, default) in defaults.items()}
     return {role: place for role, place in ids.items() if 0 <= place < 1 << 31}
 
 
 def parse(data: bytes, name: str) -> Model:
-    """Reads a `.model` file's bytes. A file that is something else, or torn, is a `UserError` with its name."""
+    """Parse a `.model` file's bytes. Another type of file, or a torn one, is a `UserError` with its name."""
     try:
         top = list(_fields(data))
         pieces = [_piece(value) for number, value in top if number == 1 and isinstance(value, bytes)]
@@ -182,7 +182,7 @@ def _hint(data: bytes) -> str:
 
 
 def merges_by_score(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """The merges that SentencePiece's BPE makes: of the adjacent pieces that join to one, the highest score first."""
+    """Return the merges that SentencePiece's BPE makes, the pieces with the highest scores first."""
     mergeable = {piece.text: (-piece.score, place) for place, piece in enumerate(pieces) if piece.kind == NORMAL}
     ranked = [
         (mergeable[text], text[:cut], text[cut:])
@@ -194,7 +194,7 @@ def merges_by_score(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
 
 
 def numbered(tokens: Iterable[str], where: str) -> dict[str, int]:
-    """The id of each token, which is its place; one that stands there twice is a `UserError`."""
+    """Return the id of each token, which is its index; a token that occurs twice is a `UserError`."""
     ids: dict[str, int] = {}
     for place, token in enumerate(tokens):
         if ids.setdefault(token, place) != place:
@@ -203,7 +203,7 @@ def numbered(tokens: Iterable[str], where: str) -> dict[str, int]:
 
 
 def backend_from_pieces(pieces: Sequence[Piece], settings: Settings) -> tokenizers.Tokenizer:
-    """A `tokenizers` object that encodes and decodes as SentencePiece does with these pieces."""
+    """Build a `tokenizers` object that encodes and decodes as SentencePiece does with these pieces."""
     texts = numbered((piece.text for piece in pieces), "The vocabulary")
     if settings.unknown_id >= len(pieces):
         raise UserError(f"The unknown piece has the id {settings.unknown_id}, and there are {len(pieces)} pieces.")
@@ -277,5 +277,5 @@ class Pieces:
         self._processor = SentencePieceProcessor(model_proto=data)
 
     def cut(self, texts: Sequence[str]) -> list[list[str]]:
-        """The pieces of each text; what no piece spells stands as it is, a run of it as one."""
+        """Split each text into pieces; a run of characters that no piece spells stays one piece."""
         return self._processor.encode(list(texts), out_type=str)

@@ -45,15 +45,15 @@ class TwoSidedTokenizer(Tokenizer, Generic[Side]):
         self.source, self.target, self.vocab_size = source, target, source.vocab_size
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
-        """The ids of each text that the model is to read."""
+        """Encode each source text."""
         return self.source.encode_batch(texts, special, allow_special)
 
     def encode_target_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """The ids of each text that the model is to write."""
+        """Encode each target text."""
         return self.target.encode_batch(texts, special)
 
     def replace(self, **parts: Any) -> "TwoSidedTokenizer":
-        """The same tokenizer with some parts of the second one changed."""
+        """Return the same tokenizer with some parts of the second one changed."""
         target: Any = self.target.replace(**parts)
         return type(self)(self.source, target)
 
@@ -66,7 +66,7 @@ class TwoSidedTokenizer(Tokenizer, Generic[Side]):
         return self.target.vocab_size
 
     def save(self, directory: str | Path) -> None:
-        """Writes both sides."""
+        """Write both sides."""
         directory = Path(directory)
         self.source.save(directory)
         write_atomic(directory / TARGET_TOKENIZER, self.target.backend.to_str(pretty=True))
@@ -80,7 +80,7 @@ class TwoSidedTokenizer(Tokenizer, Generic[Side]):
 
 
 def read_two_sided(directory: Path) -> TwoSidedTokenizer:
-    """The tokenizer of a directory that has a target_tokenizer.json."""
+    """Load the tokenizer of a directory that has a target_tokenizer.json."""
     config = formats.settings_beside(directory)
     sides = (directory / SOURCE_TOKENIZER, config), (directory / TARGET_TOKENIZER, config.get("target", {}))
     read = ((formats.reader(path)(path, roles), directory, roles) for path, roles in sides)
@@ -101,7 +101,7 @@ class MarianSide(Tokenizer):
         self.pieces, self.vocabulary = pieces, self.backend.get_vocab()
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
-        """The ids of each text."""
+        """Encode each text."""
         end = [self.special["eos_token"]] if special else []
         pattern = re.compile("(" + "|".join(map(re.escape, self.special.values())) + ")")
         parts = [pattern.split(text) if allow_special else [text] for text in texts]
@@ -120,7 +120,7 @@ class MarianSide(Tokenizer):
         return hashlib.sha256(self.pieces.data + super()._hash.encode()).hexdigest()
 
     def _cut(self, texts: Sequence[str]) -> list[list[str]]:
-        """The pieces of each text; a language's code at its start is one."""
+        """Split each text into pieces; a language's code at its start is one piece."""
         codes = [LANGUAGE.match(text) for text in texts]
         for code in (found[0] for found in codes if found and self.language_codes):  # where there are none, it is text
             if " " not in code and code not in self.vocabulary:
@@ -139,11 +139,11 @@ class MarianTokenizer(TwoSidedTokenizer[MarianSide]):
         return None if self.source.backend is self.target.backend else self.target.vocab_size
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of these ids of the target language, without spaces at its ends."""
+        """Return the text of these ids of the target language, without spaces at its ends."""
         return super().decode(ids, skip_special).strip()
 
     def save(self, directory: str | Path) -> None:
-        """Writes the SentencePiece models, the vocabulary and tokenizer_config.json, for AutoTokenizer."""
+        """Write the SentencePiece models, the vocabulary and tokenizer_config.json, for AutoTokenizer."""
         directory, separate = Path(directory), self.target_vocab_size is not None
         config: dict[str, Any] = {"tokenizer_class": "MarianTokenizer", **self.special}
         config |= {"separate_vocabs": separate, "clean_up_tokenization_spaces": False}
@@ -166,7 +166,7 @@ class MarianTokenizer(TwoSidedTokenizer[MarianSide]):
 
 
 def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:
-    """The tokenizer of a directory that has a source.spm; a file that is missing is a `UserError`."""
+    """Load the tokenizer of a directory that has a source.spm; a missing file is a `UserError`."""
     separate = bool(config.get("separate_vocabs"))
     needed = [SOURCE, TARGET, VOCABULARY, *([TARGET_VOCABULARY] if separate else [])]
     missing = [name for name in needed if not (directory / name).exists()]
@@ -183,7 +183,7 @@ def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:
 
 
 def _backend(path: Path, special: Mapping[str, str], pieces: Pieces) -> tokenizers.Tokenizer:
-    """A backend that only maps the pieces of a vocabulary to ids and joins them: it never splits text."""
+    """Build a backend that only maps the pieces of a vocabulary to ids and joins them: it never splits text."""
     vocabulary = formats.read_vocabulary(path)
     for role, token in special.items():
         if token not in vocabulary:

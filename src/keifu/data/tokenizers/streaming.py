@@ -21,7 +21,7 @@ CLEAN_UP += [(" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'r
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """The 256 characters that stand for bytes in a byte-level vocabulary (GPT-2, 2019), each with its byte.
+    """Return the 256 characters that stand for bytes in a byte-level vocabulary (GPT-2, 2019), each with its byte.
 
     Printable Latin-1 characters stand for themselves, the others for the next free ones from U+0100 on.
     """
@@ -31,7 +31,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def byte_value(token: str) -> int | None:
-    """The byte that a byte-fallback token such as `<0xE3>` stands for; None for any other token."""
+    """Return the byte of a byte-fallback token such as `<0xE3>`; None for any other token."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         try:
             return int(token[3:5], 16)
@@ -107,7 +107,7 @@ def _sequence(steps: list[dict[str, Any]]) -> DecodingRule:
 
 
 def decoding_rule(decoder: dict[str, Any] | None, word_end: str = "") -> DecodingRule:
-    """Reads the `decoder` entry of a tokenizer.json. An entry of a kind that is not known is a `UserError`.
+    """Read the `decoder` entry of a tokenizer.json. An unknown type of entry is a `UserError`.
 
     word_end: the mark of a word's last piece, where a byte-level vocabulary has one (CLIP).
     """
@@ -149,11 +149,11 @@ class StreamDecoder:
         self._held = b""  # a space that is text only if a token follows
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes, often none."""
+        """Return the characters that this token completes, often none."""
         return self._utf8.decode(self._bytes(token_id))
 
     def flush(self) -> str:
-        """The rest of the text at the end: U+FFFD for an incomplete character."""
+        """Return the rest of the text at the end: U+FFFD for an incomplete character."""
         return self._utf8.decode(b"", True)
 
     def whole(self, token_ids: Iterable[int]) -> str:

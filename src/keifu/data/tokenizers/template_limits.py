@@ -47,7 +47,7 @@ def _size(value: Any) -> int:
 
 
 def _check_text(value: Any) -> Any:
-    """The value, if it is not too large with all that is inside: the same list may stand there many times."""
+    """Return the value if it is not too large with everything in it; the same list may occur in it many times."""
     left, waiting = LARGEST, [value]
     while waiting and left > 0:
         part = waiting.pop()
@@ -71,7 +71,8 @@ def _check_call(name: str, values: tuple[Any, ...]) -> None:
 
 
 def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that looks at its arguments first; since it takes the context, it is never called while compiling."""
+    """Wrap a filter so that it checks its arguments first. It takes the context, so it is never called while
+    compiling."""
     kind = _PassArg.from_obj(function)
 
     @pass_context
@@ -106,12 +107,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
     def limit(self) -> None:
-        """Puts limits on every filter that is there now, and on what is written."""
+        """Limit every filter that exists now, and the text that is written."""
         self.finalize = _check_text
         self.filters = {name: _limited_filter(name, function) for name, function in self.filters.items()}
 
     def join(self, parts: tuple[Any, ...]) -> str:
-        """The parts as one text."""
+        """Join the parts to one text."""
         return "".join(map(str, _check_text(parts)))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -140,7 +141,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """A block in which templates render: each line of theirs looks at the time that was computed and at its texts."""
+    """Limit a block in which templates render: each line of theirs checks the computed time and its texts."""
     end, before = time.thread_time() + SECONDS, sys.gettrace()
 
     def line(frame: FrameType, event: str, argument: Any) -> Any:

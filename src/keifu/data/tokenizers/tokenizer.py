@@ -42,7 +42,7 @@ class ControlTokenGuard:
         self.backend = _renamed(original, self.names) if self.names else original
 
     def mark(self, value: Any, marks: str) -> Any:
-        """Puts `marks` (two characters) around every special token's text in the strings of messages or variables."""
+        """Put `marks` (two characters) around every special token's text in the strings of messages or variables."""
         if isinstance(value, str):
             return self._special.sub(lambda found: marks[0] + found[0] + marks[1], value)
         if isinstance(value, dict):
@@ -52,7 +52,7 @@ class ControlTokenGuard:
         return value
 
     def name(self, rendered: str, marks: str) -> str:
-        """Gives the special tokens of a rendered text their secret names, and takes the marks away.
+        """Give the special tokens of a rendered text their secret names, and remove the marks.
 
         Text between marks came from a message and stays plain text. A mark that a template has separated from its token
         still keeps the text on its two sides from joining into a special token.
@@ -73,7 +73,7 @@ class ControlTokenGuard:
 
 
 def names_in_text(original: tokenizers.Tokenizer) -> re.Pattern[str] | None:
-    """Finds the special tokens that a text spells; None where only the twin can tell.
+    """Return a pattern for the special tokens that a text spells; None if only the twin can tell.
 
     If the tokenizer does not normalise text and the names are plain ASCII (the same in every byte alphabet), text in
     which nothing is found cannot contain a special token. Searching is much faster than building the twin.
@@ -86,7 +86,7 @@ def names_in_text(original: tokenizers.Tokenizer) -> re.Pattern[str] | None:
 
 
 def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:
-    """Makes the tokenizer add its BOS before a text or its EOS after it, if it has such tokens."""
+    """Make the tokenizer add its BOS before a text or its EOS after it, if it has such tokens."""
     tokens = [special[role] if role in special and on else "" for role, on in (("bos_token", bos), ("eos_token", eos))]
     single = " ".join(f"{token}:0" if token else "" for token in (tokens[0], "$A", tokens[1])).strip()
     given = [(token, backend.token_to_id(token)) for token in dict.fromkeys(tokens) if token]
@@ -94,7 +94,7 @@ def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], b
 
 
 def nothing_around_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy of the tokenizer that adds no token around a text; the ids of the text itself are the same."""
+    """Copy the tokenizer without the tokens that it adds around a text; the ids of the text itself are the same."""
     description = json.loads(backend.to_str())
     return tokenizers.Tokenizer.from_str(json.dumps(description | {"post_processor": None}))
 
@@ -107,7 +107,7 @@ def unused_characters(value: Any, count: int = 2) -> str:
 
 
 def _renamed(original: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizers.Tokenizer:
-    """A copy of the tokenizer with the same ids, in which these tokens have other names, in the model's vocabulary too.
+    """Copy the tokenizer with the same ids but other names for these tokens, in the model's vocabulary too.
 
     The vocabulary must lose the old names as well: a Unigram model would find `<s>` in any text, and BPE merges may
     produce it.
@@ -175,7 +175,7 @@ class Tokenizer:
         self.stop_ids = frozenset([*ends, *stop_ids])
 
     def encode(self, text: str, special: bool = False, allow_special: bool = False) -> list[int]:
-        """The ids of a text.
+        """Encode a text.
 
         special: add the tokens that the tokenizer itself puts around a text (a BOS, [CLS] and [SEP]).
         allow_special: let text such as "<|im_end|>" stand for the special token; without it, it is plain text.
@@ -184,14 +184,14 @@ class Tokenizer:
         return self.encode_batch([text], special, allow_special)[0]
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
-        """The ids of each text, in parallel over the texts; the arguments are those of `encode`."""
+        """Encode each text, in parallel over the texts; the arguments are those of `encode`."""
         backend = self.backend if allow_special or not self._spelled(texts) else self._shield.backend
         with self._explaining(texts):
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
         return [encoding.ids for encoding in encodings]
 
     def encode_target_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """The ids of each target text of a translation model: of the second vocabulary if there are two."""
+        """Encode each target text of a translation model, with the second vocabulary if there are two."""
         return self.encode_batch(texts, special)
 
     @property
@@ -215,24 +215,24 @@ class Tokenizer:
             raise self._unencodable(texts, error) from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of these ids; bytes that make no character, and ids that no token has, become U+FFFD."""
+        """Return the text of these ids; bytes that make no character, and ids that no token has, become U+FFFD."""
         return self.stream(skip_special).whole(ids)
 
     def stream(self, skip_special: bool = True, shown: Iterable[int] = ()) -> StreamDecoder:
-        """A decoder for ids that come one at a time; it never gives half a character. shown: special tokens that it
-        does not skip."""
+        """Return a decoder for ids that come one at a time; it never gives half a character. shown: special tokens that
+        it does not skip."""
         skipped = self.special_ids.difference(shown) if skip_special else frozenset()
         return StreamDecoder(self._decoding, self.backend.id_to_token, skipped)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for in the middle of a text; they need not be whole characters."""
+        """Return the bytes that one token stands for in the middle of a text; they need not be whole characters."""
         token = self.backend.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             raise UserError(f"There is no token with the id {token_id}: the ids go from 0 to {self.vocab_size - 1}.")
         return self._decoding.piece(token, False)
 
     def token_id(self, token: str) -> int:
-        """The id of a token of the vocabulary; an unknown one is a `UserError` with the nearest."""
+        """Return the id of a token of the vocabulary; an unknown one is a `UserError` with the nearest."""
         found = self.backend.token_to_id(token)
         if found is None:
             raise unknown("token", token, self.backend.get_vocab())
@@ -241,7 +241,7 @@ class Tokenizer:
     def chat_text(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The conversation as the chat template writes it; `variables` (`tools`, ...) are handed to the template."""
+        """Write the conversation with the chat template; `variables` (`tools`, ...) are passed to the template."""
         from keifu.data.tokenizers.chat_template import render
 
         return render(self.chat_template, messages, add_generation_prompt, {**self.special, **variables})
@@ -249,7 +249,7 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """The ids of a conversation: a list of {"role": ..., "content": ...}, laid out by the chat template.
+        """Encode a conversation: a list of {"role": ..., "content": ...}, laid out by the chat template.
 
         Only the template writes control tokens: the same text inside a message stays text. The template writes the BOS
         if there is one, so none is added. What the template refuses is a `UserError` that names its line.
@@ -262,7 +262,7 @@ class Tokenizer:
         return self.encode(self._shield.name(text, marks))
 
     def render_turns(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[list[int], list[bool]]:
-        """The ids of a whole conversation, and for each whether the assistant wrote it: the loss mask of training.
+        """Encode a whole conversation, with the loss mask of training: True on tokens that the assistant wrote.
 
         The token that ends the assistant's turn is included, line breaks of the template after it are not.
         """
@@ -275,15 +275,15 @@ class Tokenizer:
         return encode_turns(self._shield.backend, self._shield.name(text, marks[:2]), marks[2:])
 
     def replace(self, **parts: Any) -> "Tokenizer":
-        """The same tokenizer with some parts changed, each under its name in the constructor."""
+        """Return the same tokenizer with some parts changed, each under its name in the constructor."""
         return type(self)(**{**self._parts, **parts})
 
     def with_chat_template(self, template: str | None) -> "Tokenizer":
-        """The same tokenizer with this chat template, or with none."""
+        """Return the same tokenizer with this chat template, or with none."""
         return self.replace(chat_template=template)
 
     def with_max_length(self, length: int) -> "Tokenizer":
-        """The same tokenizer for a model with this maximum number of tokens."""
+        """Return the same tokenizer for a model with this maximum number of tokens."""
         return self.replace(max_length=length)
 
     def __repr__(self) -> str:
@@ -295,7 +295,7 @@ class Tokenizer:
         return type(self), tuple(self._parts.values())
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, for transformers' AutoTokenizer.
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, for transformers' AutoTokenizer.
 
         `stop_ids` and `generation_config` belong in generation_config.json, which is written with the model.
         """
@@ -339,7 +339,7 @@ class Tokenizer:
         return frozenset(n for n, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def description(self) -> dict[str, Any]:
-        """The whole of tokenizer.json: model, vocabulary, rules and added tokens."""
+        """Return the whole of tokenizer.json: model, vocabulary, rules and added tokens."""
         return json.loads(self.backend.to_str())
 
     def _spelled(self, value: Any) -> bool:
@@ -386,7 +386,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _checked_size(vocabulary: Mapping[str, int]) -> int:
-    """The number of tokens, after a check that the ids are 0, 1, 2, ... with one token each."""
+    """Return the number of tokens, after a check that the ids are 0, 1, 2, ... with one token each."""
     by_id: dict[int, str] = {}
     for token, number in vocabulary.items():
         if by_id.setdefault(number, token) != token:

@@ -131,7 +131,7 @@ def _wordpiece(wanted: _Training) -> Made:
 
 
 def _alphabet(backend: tokenizers.Tokenizer, wanted: _Training, limit: int) -> tuple[list[str], list[str]]:
-    """The most frequent characters, and those of them that continue words, as tokens (`##a`), each in a fixed order.
+    """Return the most frequent characters, and those that continue words, as tokens (`##a`), each in a fixed order.
 
     The library numbers the latter as it meets them, in no fixed order, and merges pairs of equal counts by number.
     """

@@ -42,13 +42,14 @@ class EncodedSide:
         return np.diff(self.starts)
 
     def keep(self, rows: np.ndarray) -> "EncodedSide":
-        """Some of the sentences, in the given order."""
+        """Return some of the sentences, in the given order."""
         lengths, starts = self.lengths[rows], self.starts[rows]
         places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
         return EncodedSide(self.ids[places], offsets(lengths))
 
     def padded(self, rows: np.ndarray, special: SpecialIds, begins: bool) -> tuple[Tensor, Tensor]:
-        """The sentences of some rows with their end, and with the start where `begins`: ids, mask [row, position]."""
+        """Stack the sentences of some rows with their end, and with the start if `begins`: ids, mask [row,
+        position]."""
         lengths = self.lengths[rows] + 1 + begins
         columns = np.arange(lengths.max())
         mask = columns < lengths[:, None]
@@ -60,7 +61,7 @@ class EncodedSide:
 
 
 def encode(encode_batch: Callable[[list[str]], list[list[int]]], sentences: Sequence[str]) -> EncodedSide:
-    """The ids of all sentences, without start and end, in a few bytes each; `encode_batch` gives those of some."""
+    """Encode all sentences, without start and end, in a few bytes each; `encode_batch` encodes some."""
     parts, lengths = [np.zeros(0, np.int32)], []
     for first in range(0, len(sentences), CHUNK):
         encoded = encode_batch([*sentences[first : first + CHUNK]])
@@ -92,7 +93,8 @@ class EncodedPairs:
         return EncodedPairs(self.source.keep(rows), self.target.keep(rows), rows.tolist())
 
     def sizes(self) -> np.ndarray:
-        """What each row takes in a batch, [row, 2]: the source with its end, the target with its start and end."""
+        """Return the size of each row in a batch, [row, 2]: the source with its end, the target with its start and
+        end."""
         return np.stack([self.source.lengths + 1, self.target.lengths + 2], axis=1)
 
     def batch(self, rows: np.ndarray, special: SpecialIds, source_special: SpecialIds) -> Batch:
@@ -163,17 +165,17 @@ class PairData:
         return f"{'-'.join(part[:16] for part in parts)}, {self.batching.name}, seed {self.seed}"
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0: the same in every process, whatever came before."""
+        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
         return self._batch(self._epochs.item(step))
 
     def largest(self) -> Batch:
-        """The batch of the first epoch with the most tokens, padding counted: what needs the most memory."""
+        """Return the batch of the first epoch with the most tokens, padding included: it needs the most memory."""
         sizes = self.train.sizes()
         batches = self.batching.batches(np.random.default_rng([self.seed, 0]))
         return self._batch(max(batches, key=lambda rows: len(rows) * sizes[rows].max(0).sum()))
 
     def validation(self) -> Iterator[Batch]:
-        """The held-out pairs in batches, always the same."""
+        """Yield the held-out pairs in batches, always the same."""
         rows = np.argsort(self._validation.keys, kind="stable")
         for batch in np.split(rows, self._validation.bounds[1:-1]):
             yield self.held_out.batch(batch, self.special, self.source_special)

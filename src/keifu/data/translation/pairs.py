@@ -51,7 +51,7 @@ class Pairs:
         return len(self.rows)
 
     def reversed(self) -> "Pairs":
-        """The same in the other direction."""
+        """Return the same pairs in the other direction."""
         return replace(self, rows=[(b, a) for a, b in self.rows], languages=self.languages[::-1])
 
     @property
@@ -122,7 +122,7 @@ def _check_there(path: Path, name: str) -> None:
 
 
 def _of_records(source: str, path: Path, fields: Fields, encoding: str | None) -> Pairs | None:
-    """The pairs of a file of records; None for a file of two columns without names."""
+    """Read the pairs of a file of records; None for a file of two columns without names."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES or (suffix == ".tsv" and not any(fields) and not _has_header(path, encoding)):
         return None
@@ -163,7 +163,7 @@ def _sides(place: str, record: Mapping[str, Any], fields: Fields, suffix: str) -
 
 
 def _find(given: Iterable[str], names: Pair) -> tuple[str, str] | None:
-    """The fields of these names, whatever their case."""
+    """Find the fields of these names, whatever their case."""
     by_name = {name.strip().lower(): name for name in given}
     return (by_name[names[0]], by_name[names[1]]) if {*names} <= by_name.keys() else None
 
@@ -176,7 +176,7 @@ def _text(place: str, record: Mapping[str, Any], name: str) -> str:
 
 
 def _columns(path: Path, encoding: str | None) -> Iterator[Pair]:
-    """The two columns of a file of lines with a tab each."""
+    """Yield the two columns of a file of lines with a tab each."""
     for number, line in enumerate(lines(path, encoding=encoding), 1):
         cells = [cell.strip() for cell in line.rstrip("\n").split("\t")]
         if len(cells) != 2:
@@ -196,7 +196,7 @@ def _excerpt(text: str) -> str:
 
 
 def _zip_files(first: Path, second: Path, encoding: str | None) -> Iterator[Pair]:
-    """The lines of two files, which must be as many."""
+    """Yield the lines of two files, which must have the same number of lines."""
     rows = zip_longest(lines(first, encoding=encoding), lines(second, encoding=encoding))
     for number, (one, other) in enumerate(rows, 1):
         if one is None or other is None:
@@ -223,7 +223,7 @@ class Split:
     dropped: int
 
     def sentence(self) -> str:
-        """The sizes, for people."""
+        """Describe the sizes in a sentence."""
         return (
             f"{len(self.train):,} pairs for training, {len(self.validation):,} for validation, {len(self.test):,} for "
             f"testing; {self.dropped:,} left out that repeat another pair or share a sentence with one held out."
@@ -233,8 +233,8 @@ class Split:
 def split(
     pairs: Pairs, seed: int = 0, held_out: int = HELD_OUT, validation: Pairs | None = None, test: Pairs | None = None
 ) -> Split:
-    """Holds out `held_out` pairs for testing and as many for validation, but at most a tenth of all for each; or, where
-    they are given, pairs of one's own for either.
+    """Hold out `held_out` pairs for testing and as many for validation, but at most a tenth of all for each. Pairs that
+    are given for either part replace them.
 
     Held-out pairs have no side in common, not even between the two parts. A training pair shares no normalised side,
     in either language, with one held out. Of pairs that are equal when normalised, training keeps every distinct
@@ -265,7 +265,7 @@ def split(
 
 
 def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen: set[str]) -> Iterator[int]:
-    """The pairs, in this order, that share no side with one given before; `seen` takes up the sides."""
+    """Yield the pairs, in this order, that share no side with an earlier one; their sides are added to `seen`."""
     for i in order:
         if seen.isdisjoint(sides[i]):
             seen.update(sides[i])
@@ -273,5 +273,5 @@ def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen: set[str]
 
 
 def _key(both: tuple[str, str], seed: int) -> bytes:
-    """A number for a pair that looks random and is the same in both directions."""
+    """Return a key for a pair that looks random and is the same in both directions."""
     return hashlib.blake2b("\n".join([str(seed), *sorted(both)]).encode(), digest_size=16).digest()

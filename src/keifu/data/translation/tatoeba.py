@@ -29,14 +29,14 @@ Parts = tuple[list[str], list[str]]  # training documents and held-out documents
 
 
 def names() -> dict[str, tuple[str, ...]]:
-    """The sources that are read here, each with the codes of its language or languages, in either order."""
+    """Return the sources that are read here, each with the codes of its language or languages, in either order."""
     one = {f"tatoeba-{code}": (code,) for code in LANGUAGES}
     two = {f"tatoeba-{a}-{b}": (a, b) for a in LANGUAGES for b in LANGUAGES if a != b}
     return one | two
 
 
 def parts(name: str, held_out: float) -> Parts:
-    """The documents of a source of `names`: eight sentences, one a line, or eight pairs (see `translations`)."""
+    """Return the documents of a source of `names`: eight sentences, one a line, or eight pairs (see `translations`)."""
     codes = names()[name]
     learned, kept = rows(held_out)
     make = sentences if len(codes) == 1 else translation_prompt
@@ -50,7 +50,7 @@ def rows(held_out: float) -> tuple[list[Row], list[Row]]:
 
 
 def split_sentences(every: Sequence[Row], held_out: float) -> tuple[list[Row], list[Row]]:
-    """The same of any rows."""
+    """Split any rows into training and held-out rows."""
     keys = [{(code, normalize(text)) for code, text in sentences_of(row).items()} for row in every]
     chosen = [_hash(row["ja"]) < held_out for row in every]
     taken = {key for own, kept in zip(keys, chosen, strict=True) if kept for key in own}
@@ -59,18 +59,18 @@ def split_sentences(every: Sequence[Row], held_out: float) -> tuple[list[Row], l
 
 
 def sentences_of(row: Row) -> Row:
-    """The sentences of a row by their language."""
+    """Return the sentences of a row by their language."""
     return {code: row[code].strip() for code in LANGUAGES if row.get(code, "-").strip() not in ("", "-")}
 
 
 def sentences(found: Sequence[Row], codes: Sequence[str]) -> list[str]:
-    """The distinct sentences of a language, in an order that a hash gives, as documents of eight lines."""
+    """Return the distinct sentences of a language, in an order given by a hash, as documents of eight lines."""
     distinct = {row[codes[0]]: None for row in map(sentences_of, found) if codes[0] in row}
     return ["\n".join(lines) for lines in _eights(sorted(distinct, key=_hash))]
 
 
 def translation_prompt(found: Sequence[Row], codes: Sequence[str]) -> list[str]:
-    """The distinct pairs of two languages as documents (see `translations`)."""
+    """Return the distinct pairs of two languages as documents (see `translations`)."""
     pairs = {(row[codes[0]], row[codes[1]]) for row in map(sentences_of, found) if {*codes} <= row.keys()}
     return translations(sorted(pairs, key=lambda pair: _hash("\n".join(pair))), codes)
 
@@ -90,7 +90,7 @@ def translations(pairs: Sequence[Pair], languages: Sequence[str]) -> list[str]:
 
 
 def identity(name: str, held_out: float) -> str:
-    """Changes whenever the documents do."""
+    """Return a text that changes whenever the documents do."""
     return f"{catalogue.identity(ENTRY)} {name} {held_out} {LINES} {len(FORMATS)} 1"
 
 
@@ -99,5 +99,5 @@ def _eights(items: Sequence) -> Iterator[Sequence]:
 
 
 def _hash(text: str) -> float:
-    """A number from 0 to 1 that looks random and is always the same."""
+    """Return a number from 0 to 1 that looks random and is always the same."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
