@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import keifu
 from keifu import checkpoints
 from keifu.commands.train import parse
+from keifu.data.chat import conversations
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.chat import Conversation
@@ -58,6 +59,14 @@ def taught(base: Path, talks: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The run of a whole model that learned the answers."""
     torch.set_num_threads(1)
     return go(base, talks, tmp_path_factory.mktemp("runs") / "taught", "--steps", "120", "--learning-rate", "0.01")
+
+
+def test_samples_ask_what_was_held_out_and_nothing_that_is_learned(base: Path, talks: Path) -> None:
+    for held_out in (0.2, 0.4):
+        recipe = sft.Recipe(model=str(base), data=str(talks), held_out=held_out)
+        learned, held = sft.split(list(conversations.read(str(talks))), held_out)
+        shown = sft.prepare(recipe).shown
+        assert shown and all(talk in held and talk not in learned for talk in shown)
 
 
 def answered(folder: Path) -> dict[str, tuple[str, str | None]]:

@@ -61,6 +61,14 @@ def test_its_rates_are_a_tenth_unless_they_are_given() -> None:
     assert [each.matrix_rate for each in found] == pytest.approx([0.02, 0.002, 0.0])
 
 
+def test_a_short_text_is_read_at_most_four_times() -> None:
+    recipe = gpt.Recipe(batch_size=10)
+    # 20 tokens a parameter are 2,000,000; 4 passes over 300,000 tokens are 1,200,000, in steps of 10 · 100 tokens
+    assert gpt.settings(recipe, 100_000, 100, 300_000).steps == 1200
+    assert gpt.settings(recipe, 100_000, 100, 600_000).steps == 2000  # here the parameters decide
+    assert gpt.settings(recipe, 100_000, 100, 10_000).steps == 100  # the least
+
+
 def test_every_kind_of_language_model_goes_on_in_rows_that_it_takes(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

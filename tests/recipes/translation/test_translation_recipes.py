@@ -1,6 +1,7 @@
 """Both recipes for translation, from the command line to a model that is loaded: by steps, by time, resumed."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -175,14 +176,17 @@ def test_pairs_too_long_are_left_out_and_said(table: Path, capsys) -> None:
     assert "have a side longer than 24 tokens, which is all that the model takes, and are left out" in said
 
 
-def test_bits_per_byte_are_those_of_the_pairs_that_fit(table: Path) -> None:
-    found = []
-    for name, long in (("short", ""), ("long", f"{'cat ' * 60},{'dog ' * 60}\n")):
-        held = table.parent / f"{name}.csv"
-        held.write_text(f"source,target\nred cat,cat red\nbig dog,dog big\n{long}")
-        out = go("transformer", table, name, "--validation-data", str(held), "--steps", "1")
-        found.append(json.loads((out / "recipe.json").read_text())["figures"]["bits_per_byte"])
-    assert found[1] == pytest.approx(found[0])
+def test_bits_per_byte_count_the_end_tokens_and_the_pairs_that_fit(table: Path) -> None:
+    held = table.parent / "held.csv"
+    held.write_text(f"source,target\nred cat,cat red\nbig dog,dog big\n{'cat ' * 60},{'dog ' * 60}\n")
+    out = go("transformer", table, "held", "--validation-data", str(held), "--steps", "1")
+    figures = json.loads((out / "recipe.json").read_text())["figures"]
+    _, tokenizer = checkpoints.load(out)
+    assert tokenizer is not None
+    fitting = ["cat red", "dog big"]
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in fitting)  # and the end of each
+    nats = figures["validation_loss"] * tokens
+    assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(map(len, fitting)))
 
 
 def test_a_tokenizer_that_cannot_end_a_text_or_does_not_exist_is_refused(table: Path, tmp_path: Path) -> None:

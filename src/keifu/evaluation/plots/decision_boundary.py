@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keifu.data.classification.tables import Table
+from keifu.evaluation.plots.fonts import use_far_east
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,6 +136,7 @@ def png(figure: "Figure") -> bytes:
     """A figure as the bytes of a PNG file of 256 colours, a third of the size of one with all of them."""
     from PIL import Image
 
+    use_far_east(figure)
     drawn, reduced = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
     colours = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)

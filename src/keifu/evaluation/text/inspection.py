@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from keifu.data.catalogue.catalogue import fetch
 from keifu.errors import UserError
+from keifu.evaluation.plots.fonts import far_east_families
 from keifu.generation.text.model import Model, device_of, evaluation_mode
 from keifu.generation.text.translation import TranslationParams, search, translator
 
@@ -157,7 +157,7 @@ def draw_maps(
     across = min(width, len(heads))
     down = -(-len(heads) // across)
     size = (across * (1.1 + 0.24 * len(columns)), down * (1.1 + 0.24 * len(rows)))
-    with rc_context({"font.family": _fonts(), "font.size": 7}):
+    with rc_context({"font.family": far_east_families(), "font.size": 7}):
         figure = Figure(figsize=size, dpi=110, layout="constrained")
         grid = figure.subplots(down, across, squeeze=False)
         for axes in grid.flat[len(heads) :]:
@@ -171,12 +171,3 @@ def draw_maps(
         file = BytesIO()
         figure.savefig(file, format="png")
     return file.getvalue()
-
-
-def _fonts() -> list[str]:
-    """A letter is drawn by the first of these fonts that has it; the second one has Japanese."""
-    from matplotlib import font_manager
-
-    path = fetch("japanese-font")
-    font_manager.fontManager.addfont(path)
-    return ["DejaVu Sans", font_manager.FontProperties(fname=path).get_name()]

@@ -1,0 +1,81 @@
+"""Figures of evaluations against numbers that were worked out by hand or with NumPy."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from keifu.data.images.dataset import read_images
+from keifu.data.images.splits import split
+from keifu.evaluation.classification.metrics import Confusion
+from keifu.evaluation.images.distances import manifold
+from keifu.evaluation.images.retrieval import select_pairs
+from keifu.evaluation.intervals import bootstrap
+from keifu.evaluation.plots import fonts
+from keifu.evaluation.text import few_shot
+from keifu.evaluation.text.tasks import TaskItem
+from keifu.generation.text.likelihood import Likelihood
+
+
+def test_the_bootstrap_interval_has_95_percent() -> None:
+    values = np.random.default_rng(5).normal(size=40)
+    generator = np.random.default_rng(0)
+    means = sorted(float(values[generator.integers(0, 40, 40)].mean()) for _ in range(1000))
+    low, high = bootstrap(values.tolist())
+    # place 0.025 · 999 = 24.975 among the sorted means, and the same from the other end
+    assert low == pytest.approx(means[24] + 0.975 * (means[25] - means[24]))
+    assert high == pytest.approx(means[974] + 0.025 * (means[975] - means[974]))
+
+
+def test_precision_and_recall_count_balls_to_the_third_neighbour() -> None:
+    real = torch.tensor([0.0, 1.0, 3.0, 6.0, 10.0])[:, None]
+    drawn = torch.tensor([4.5, 13.5, 16.5, 18.0, 20.0, 40.0])[:, None]
+    # third neighbours of the real ones: 6, 5, 3, 5, 9; so the balls are -6..6, -4..6, 0..6, 1..11, 1..19, and inside
+    # are 4.5, 13.5, 16.5 and 18; the ball of the drawn 4.5 is -9..18, and has all five
+    assert tuple(manifold(real, drawn)) == pytest.approx((4 / 6, 1.0))
+    assert tuple(manifold(drawn, real)) == pytest.approx((1.0, 4 / 6))
+    assert tuple(manifold(real, drawn, 2)) == pytest.approx((3 / 6, 1.0))  # 3..17 around 10
+    assert tuple(manifold(real, drawn, 1)) == pytest.approx((2 / 6, 1.0))  # 6..14
+
+
+def test_scores_divide_by_tokens_and_by_characters() -> None:
+    item = TaskItem("Q", "b", ("abcdef", "b"))
+    likely = [Likelihood((-1.0, -1.0, -1.0), False), Likelihood((-0.9,), False)]
+    found = few_shot._scores(item, likely, [-5.0, -1.0])
+    assert list(found) == list(few_shot.SCORES)
+    total, by_token, by_character, beside = found.values()
+    assert total == [-3.0, -0.9] and by_token == pytest.approx([-1.0, -0.9])
+    assert by_character == pytest.approx([-0.5, -0.9]) and beside == pytest.approx([2.0, 0.1])
+    assert few_shot._best(by_token) == 1 and few_shot._best(by_character) == 0
+
+
+def test_a_clip_is_evaluated_on_the_part_for_testing() -> None:
+    parts = split(read_images("emoji", 16, 3))
+    assert select_pairs("emoji", 16).names == parts.test.names
+    assert not {*parts.test.names} & {*parts.validation.names, *parts.train.names}
+
+
+def drawn_axes(monkeypatch: pytest.MonkeyPatch, confusion: Confusion) -> Any:
+    """The axes of the confusion matrix's picture."""
+    seen: list[Any] = []
+    monkeypatch.setattr("keifu.evaluation.classification.metrics.png", lambda figure: seen.append(figure) or b"")
+    confusion.picture()
+    return seen[0].axes[0]
+
+
+def test_rows_of_the_confusion_matrix_are_the_right_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    confusion = Confusion.of(torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 0, 1]), ["cat", "dog"])
+    axes = drawn_axes(monkeypatch, confusion)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("given", "right")
+    shares = axes.images[0].get_array()
+    assert shares.tolist() == [[pytest.approx(1 / 3), pytest.approx(2 / 3)], [0, 1]]  # two of three cats
+
+
+def test_japanese_labels_have_a_font() -> None:
+    confusion = Confusion.of(torch.tensor([0, 1]), torch.tensor([0, 1]), ["良い", "悪い"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a sign that no font has
+        assert confusion.picture().startswith(b"\x89PNG")
+    assert fonts.has_far_east("悪い") and not fonts.has_far_east("bad é")
