@@ -1,7 +1,7 @@
 """A second device without one: tensors on "sim" hold their numbers in the CPU's memory, and an operation whose tensors
 lie on two devices is refused, as a GPU would. So code runs whole, values included, and what it computes is comparable.
 
-`simulated()` is a block in which the device exists and is chosen. `READ` counts what the host reads from the device, and
+`simulated()` is a block in which the device exists and is chosen. `READ` counts what the host reads from the device,
 `SENT` copies from the host: a GPU would be waited for in both. `LAUNCHED` counts kernels. Scalars (tensors without an
 axis) may lie anywhere.
 """

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -87,6 +88,29 @@ def test_a_process_that_is_late_is_named(signs: list[failures.Signs]) -> None:
         signs[number].store.set(f"step/{number}", str(step))
     time.sleep(0.2)
     assert "Process 1 of 3 (counted from 0) did not answer within the time limit, at step 8" in signs[0].reason()
+
+
+def test_a_dead_process_is_reported_while_the_main_thread_waits(
+    signs: list[failures.Signs], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As NCCL lets it wait, until its watchdog aborts. A process that has done its work is not dead."""
+    exits = []
+    monkeypatch.setattr("os._exit", lambda status: exits.append(status) or signs[0].ended.set())
+    signs[1].ended.set()
+    signs[1].thread.join()
+    monkeypatch.setattr(failures, "DEAD", 0.3)
+    time.sleep(0.8)
+    assert not exits
+    silent = threading.Event()
+    monkeypatch.setattr(signs[2].ended, "wait", lambda seconds: silent.wait(20) or True)  # it gives no sign any more
+    signs[0].thread.join(10)
+    silent.set()
+    assert exits == [1]
+    said = capfd.readouterr().err
+    assert said == (
+        "Process 2 of 3 (counted from 0) has died, at step 0: start again with --resume, or let torchrun do so "
+        "(--max-restarts).\n"
+    )
 
 
 def test_the_sentence_that_a_process_left_is_the_reason(signs: list[failures.Signs]) -> None:

@@ -1,8 +1,8 @@
 """Launches and waits of training on a GPU, counted on the simulated device: a table of budgets.
 
 A change that is fast in a CPU's cache is often slow on a GPU: smaller and more operations, or a number that the host
-reads. Each row has the kernels of a layer and of all else in a micro-batch, and the waits. The simulated device computes
-attention as a formula of several kernels, so that a GPU launches fewer.
+reads. Each row has the kernels of a layer and of all else in a micro-batch, and the waits. The simulated device has a
+formula of several kernels for attention, so that a GPU launches fewer.
 """
 
 import sys

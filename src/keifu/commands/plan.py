@@ -92,7 +92,8 @@ def architecture(size: Size, context_length: int | None = None) -> "Architecture
     heads, kv_heads = config["n_heads"], config.get("n_kv_heads") or config["n_heads"]
     context = context_length or min(config["context_length"], 8192)
     sizes = config["n_layers"], config["dim"], head_dim * heads, head_dim * kv_heads, heads, config["vocab_size"]
-    return Architecture(size.parameters, *sizes, context, size.active, splits=size.active is None)
+    splits = size.active is None, kv_heads, config.get("hidden_dim")
+    return Architecture(size.parameters, *sizes, context, size.active, *splits)
 
 
 parse = flags.parser(Options, run, "keifu plan")

@@ -22,6 +22,8 @@ from keifu.processes import Processes
 
 BEAT = 0.5  # seconds between signs of life
 GRACE = 5.0  # seconds that another process has to say why it failed
+ENDED = "ended"  # the last sign of life of a process that has done its work
+DEAD = 60.0  # seconds without a sign of life after which a process counts as dead
 FAILED, SHOWN = "failed", "shown"
 
 
@@ -88,13 +90,22 @@ class Signs:
         steps = [int(self._text(f"step/{n}") or -1) for n in range(self.count)]
         late = gone or [n for n in others if steps[n] < max(steps)] or [*others]
         what = "has died or stands still" if gone else "did not answer within the time limit"
-        return (
-            f"Process {', '.join(map(str, late))} of {self.count} (counted from 0) {what}, at step {max(steps) + 1:,}: "
-            "start again with --resume, or let torchrun do so (--max-restarts)."
-        )
+        return self._gone(late, what)
+
+    def dead(self, since: dict[int, tuple[str, float]], now: float) -> list[int]:
+        """Return the other processes without a sign of life for `DEAD` seconds.
+
+        since: the last sign of each process and when it came, which this updates.
+        """
+        for rank, sign in enumerate(self._counts()):
+            if since.get(rank, ("", 0.0))[0] != sign:
+                since[rank] = sign, now
+        silent = [rank for rank, (sign, seen) in since.items() if sign != ENDED and now - seen > DEAD]
+        return [rank for rank in silent if rank != self.number]
 
     def _beat(self) -> None:
         beats = 0
+        since: dict[int, tuple[str, float]] = {}
         with suppress(distributed.DistError):  # the store goes with the process that holds it
             while not self.ended.wait(BEAT):
                 beats += 1
@@ -103,6 +114,19 @@ class Signs:
                     print(self._sentence(), file=sys.stderr, flush=True)
                     self.store.set(SHOWN, "")
                     os._exit(1)  # the main thread waits for a process that will not come
+                if self.number == 0 and (gone := self.dead(since, time.monotonic())):
+                    # NCCL raises no exception for it: its watchdog would abort this process without a sentence
+                    print(self._gone(gone, "has died"), file=sys.stderr, flush=True)
+                    self.store.set(SHOWN, "")
+                    os._exit(1)
+            self.store.set(f"alive/{self.number}", ENDED)
+
+    def _gone(self, ranks: list[int], what: str) -> str:
+        step = max(int(self._text(f"step/{rank}") or -1) for rank in range(self.count))
+        return (
+            f"Process {', '.join(map(str, ranks))} of {self.count} (counted from 0) {what}, at step {step + 1:,}: "
+            "start again with --resume, or let torchrun do so (--max-restarts)."
+        )
 
     def _counts(self) -> list[str]:
         return [self._text(f"alive/{number}") for number in range(self.count)]

@@ -37,6 +37,18 @@ def test_a_plan_fits_its_devices(name: str, kind: str) -> None:
     assert 0 < made.utilisation < 1 and made.step > 0
 
 
+def test_no_plan_has_a_mesh_that_the_trainer_refuses() -> None:
+    """Heads, heads of keys and the units of a feed-forward network are split."""
+    model = architecture(SIZES["llama3.1-70b"])
+    assert [model.can_split(tensor) for tensor in (1, 2, 8, 16, 3)] == [True, True, True, True, False]
+    assert not replace(model, kv_heads=12).can_split(8)
+    assert not replace(model, hidden=28_670).can_split(4)
+    for name in ("qwen2.5-7b", "gemma3-1b", "llama-65b"):
+        if name in SIZES:
+            made = planned(name, "64xH100-80G")
+            assert architecture(SIZES[name]).can_split(made.layout.tensor)
+
+
 def test_a_mixture_computes_with_its_active_parameters_and_is_not_split() -> None:
     """Mixtral 8x7B uses 12.9 B of 46.7 B parameters for a token (Jiang et al., 2024, section 2.1)."""
     mixture = architecture(SIZES["mixtral-8x7b"])

@@ -85,11 +85,19 @@ class Architecture:
     context: int
     active: int | None = None  # parameters that one token uses; None: all
     splits: bool = True  # over --mesh.tensor
+    kv_heads: int | None = None  # as heads
+    hidden: int | None = None  # units of a feed-forward network
 
     @property
     def attention(self) -> int:
         """FLOPs of attention a token, forward and backward (PaLM's appendix B)."""
         return 12 * self.layers * self.width * self.context
+
+    def can_split(self, tensor: int) -> bool:
+        """Return whether `keifu train` can split the model over so many processes along --mesh.tensor."""
+        kv_heads = self.kv_heads or self.heads
+        heads = self.heads % tensor == 0 and (kv_heads % tensor == 0 or tensor % kv_heads == 0)
+        return tensor == 1 or (self.splits and heads and (self.hidden or 0) % tensor == 0)
 
     @property
     def flops(self) -> int:
@@ -199,7 +207,7 @@ def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int
 def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Iterator[Layout]:
     """Every layout of powers of two, or of what divides the devices, with at least a row for each group."""
     for tensor, checkpointing in product((1, 2, 4, 8, 16), (False, True)):
-        if tensor > kind.machine or devices % tensor or model.heads % tensor or (tensor > 1 and not model.splits):
+        if tensor > kind.machine or devices % tensor or not model.can_split(tensor):
             continue
         groups = devices // tensor
         rows = max(1, round(batch / model.context / groups))
