@@ -10,11 +10,40 @@ from torch import nn
 
 pytest.importorskip("fastapi")
 
+from serving_toys import running, until
+
 from keifu.checkpoints.loading import load_model
 from keifu.generation.text.request import Request
+from keifu.generation.text.runner import TorchRunner
 from keifu.generation.text.sampling_params import SamplingParams
+from keifu.native import library
+from keifu.serving import worker
+from keifu.serving.app import Access
 from keifu.serving.metrics import Metrics
 from keifu.serving.worker import Limits, Worker
+
+
+def test_pytorch_answers_while_the_native_step_is_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, build = threading.Event(), library.build
+
+    def slow_build() -> Path:
+        compiled.wait(30)
+        return build()
+
+    monkeypatch.setattr(library, "build", slow_build)
+    monkeypatch.setattr(worker, "NATIVE_SECONDS", 0.1)
+    library._loaded.cache_clear()
+    ask = {"prompt": "abc", "max_tokens": 8, "temperature": 0}
+    with running([str(folder / "base")], Limits(), Access()) as served:
+        try:
+            first = served.post("/v1/completions", ask).json()["choices"][0]["text"]
+            assert isinstance(served.models.workers["base"]._engine.runner, TorchRunner)
+        finally:
+            compiled.set()
+        until(library.is_open)
+        second = served.post("/v1/completions", ask).json()["choices"][0]["text"]
+        assert not isinstance(served.models.workers["base"]._engine.runner, TorchRunner)
+    assert first == second
 
 
 def test_a_model_writes_while_another_is_loaded(folder: Path) -> None:

@@ -154,6 +154,11 @@ def open_library() -> Library:
     return library
 
 
+def is_open() -> bool:
+    """Return whether `open_library` answers at once: the library is loaded, or is known to be missing."""
+    return switched_off() or _loaded.cache_info().currsize > 0
+
+
 def use_threads(count: int) -> None:
     """So many threads for native code; nothing where there is none."""
     library = None if switched_off() else _loaded()

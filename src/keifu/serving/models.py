@@ -25,7 +25,7 @@ from keifu.native.pack import OWN
 from keifu.serving.errors import ApiError
 from keifu.serving.facts import current
 from keifu.serving.metrics import Metrics
-from keifu.serving.worker import Limits, Worker
+from keifu.serving.worker import Limits, Loaded, Worker
 
 USES = {  # the uses of a model, and the path that serves each
     "chat": "/v1/chat/completions",
@@ -207,7 +207,9 @@ class ServedModels:
     def worker(self, name: str) -> Worker:
         """Return the thread that has the model of this id; start it and make room for the model if necessary."""
         source, packed = self.descriptions[name].source, self.packed.get(name)
-        return self._worker(name, partial(load, source, weights=packed) if packed else partial(_load_both, source))
+        loading = partial(load, source, weights=packed) if packed else partial(_load_both, source)
+        writes = {"completion", "translation"} & {*self.descriptions[name].uses}
+        return self._worker(name, loading, partial(load, source) if writes else None)
 
     def inspector(self, name: str) -> Worker:
         """Return the thread that has the model's PyTorch weights: a second one if the model is packed alone."""
@@ -215,11 +217,11 @@ class ServedModels:
             return self.worker(name)
         return self._worker(_whole(name), partial(load, self.descriptions[name].source))
 
-    def _worker(self, key: str, loading: Callable[[], tuple[nn.Module, Any]]) -> Worker:
+    def _worker(self, key: str, loading: Callable[[], Loaded], interim: Callable[[], Loaded] | None = None) -> Worker:
         self._used[key] = time.monotonic()
         if key not in self.workers:
             self._make_room(self._sizes[key])
-            self.workers[key] = Worker(key, loading, self.limits, self.metrics)
+            self.workers[key] = Worker(key, loading, self.limits, self.metrics, interim)
             self.metrics.loaded_bytes.labels(key).set(self._sizes[key])
         return self.workers[key]
 

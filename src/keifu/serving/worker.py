@@ -20,12 +20,16 @@ from keifu.errors import UserError
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.runner import runner_of
+from keifu.native.build import Unavailable
+from keifu.native.library import is_open, open_library
 from keifu.serving.errors import ApiError, of_exception
 from keifu.serving.metrics import Metrics
 
 LOG = logging.getLogger("keifu.serving")
 Result = TypeVar("Result")
 Pieces = list[tuple[int, Piece]]
+Loaded = tuple[nn.Module, Any]  # a model and its tokenizer
+NATIVE_SECONDS = 3.0  # to wait for the native step; PyTorch answers while it is compiled for longer
 GoOn = Callable[..., None]  # raises where nobody waits any more; any arguments, so that it can stand for a progress
 
 
@@ -61,17 +65,37 @@ class Job:
             self.loop.call_soon_threadsafe(self.out.put_nowait, item)
 
 
+def _native_is_ready() -> bool:
+    """Return whether the native step is there or known to be missing; begin to compile it in a thread if not."""
+
+    def open_once() -> None:
+        with suppress(Unavailable, UserError):  # they are raised again by what uses it
+            open_library()
+
+    if not is_open():
+        opening = threading.Thread(target=open_once, name="keifu native", daemon=True)
+        opening.start()
+        opening.join(NATIVE_SECONDS)
+    return is_open()
+
+
 class Worker:
     """Thread that loads a model and computes with it until it is closed.
 
     load: gives the model and its tokenizer. The request that caused the load gets its error; the next one tries again.
+    interim: gives the same for PyTorch alone, which answers while the native step is compiled.
     """
 
-    def __init__(self, name: str, load: Callable[[], tuple[nn.Module, Any]], limits: Limits, metrics: Metrics):
+    def __init__(
+        self, name: str, load: Callable[[], Loaded], limits: Limits, metrics: Metrics,
+        interim: Callable[[], Loaded] | None = None,
+    ):  # fmt: skip
         self.name, self.limits, self.metrics = name, limits, metrics
+        self._interim, self._is_interim = interim, False
+        self._engine: Engine | None = None
         self.pending = 0  # answers that are being computed or wait, counted in the loop's thread
         self._load, self._commands = load, SimpleQueue[Callable[[], None] | None]()
-        self.model: tuple[nn.Module, Any] | None = None  # and its tokenizer, once it is loaded
+        self.model: Loaded | None = None  # and its tokenizer, once it is loaded
         self._jobs: dict[int, tuple[Job, int]] = {}
         self._mean_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name=f"keifu {name}", daemon=True)
@@ -173,34 +197,47 @@ class Worker:
             return True
         return False
 
-    def _loaded(self) -> tuple[nn.Module, Any]:
+    def _loaded(self) -> Loaded:
+        if self._is_interim and not self._jobs and is_open():
+            self.model, self._engine, self._is_interim = None, None, False
         if self.model is None:
             began = time.monotonic()
-            self.model = self._load()
-            LOG.info("%s was loaded in %.1f s.", self.name, time.monotonic() - began)
+            self._is_interim = self._interim is not None and not _native_is_ready()
+            self.model = (self._interim if self._interim and self._is_interim else self._load)()
+            how = ", by PyTorch until the native step is compiled" if self._is_interim else ""
+            LOG.info("%s was loaded in %.1f s%s.", self.name, time.monotonic() - began, how)
         return self.model
+
+    def _started(self) -> Engine:
+        """Return the engine of the model, which is loaded if necessary."""
+        model, tokenizer = self._loaded()
+        if self._engine is None:  # a cached property would have all workers' models wait for one's load
+            runner = runner_of(model, self.limits.cache, native=not self._is_interim)
+            self._engine = Engine(model, tokenizer, runner, self.limits.slots)
+        return self._engine
 
     def _add(self, job: Job) -> None:
         try:
-            if not hasattr(self, "_engine"):  # a cached property would have all workers' models wait for one's load
-                model, tokenizer = self._loaded()
-                self._engine = Engine(model, tokenizer, runner_of(model, self.limits.cache), self.limits.slots)
-            for place, request in enumerate(job.requests):
-                self._jobs[self._engine.add(request)] = job, place
+            engine = self._started()
+            for index, request in enumerate(job.requests):
+                self._jobs[engine.add(request)] = job, index
         except Exception as error:
             self._abort(job)
             job.put(error)
 
     def _abort(self, job: Job) -> None:
+        engine = self._engine  # not a new one, which `_started` might make
         for number in [number for number, (each, _) in self._jobs.items() if each is job]:
             del self._jobs[number]
-            self._engine.abort(number)
-            self._count()
+            if engine is not None:
+                engine.abort(number)
+                self._count(engine)
 
     def _step(self) -> None:
         """Do one step of the engine; if it fails, every request in it gets the error."""
+        engine = self._started()
         try:
-            found = self._engine.step()
+            written = engine.step()
         except Exception as error:
             told = error if not isinstance(error, UserError) else ApiError(500, str(error))
             for job in {job for job, _ in self._jobs.values()}:
@@ -208,9 +245,9 @@ class Worker:
                 job.put(told)
             return
         pieces: dict[Job, Pieces] = {}
-        for piece in found:
-            job, place = self._jobs[piece.index]
-            pieces.setdefault(job, []).append((place, piece))
+        for piece in written:
+            job, index = self._jobs[piece.index]
+            pieces.setdefault(job, []).append((index, piece))
             if piece.finish_reason is not None:
                 del self._jobs[piece.index]
         for job, each in pieces.items():
@@ -219,12 +256,12 @@ class Worker:
                 job.started = True
                 self.metrics.cached.labels(self.name).inc(sum(request.cached for request in job.requests))
             job.put(each)
-        self.metrics.generated.labels(self.name).inc(len(found))
-        self._count()
+        self.metrics.generated.labels(self.name).inc(len(written))
+        self._count(engine)
 
-    def _count(self) -> None:
-        waiting, running = self._engine.counts
+    def _count(self, engine: Engine) -> None:
+        waiting, running = engine.counts
         self.metrics.waiting.labels(self.name).set(waiting)
         self.metrics.running.labels(self.name).set(running)
-        blocks = self._engine.scheduler.blocks
+        blocks = engine.scheduler.blocks
         self.metrics.cache_used.labels(self.name).set(1 - blocks.free / blocks.n_blocks)

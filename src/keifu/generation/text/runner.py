@@ -58,10 +58,13 @@ class Runner(Protocol):
 POOL = 0.25  # the share of the free memory that the pool may take; `TorchRunner` holds what runs a second time
 
 
-def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16) -> Runner:
-    """The runner of a model's native form, or else PyTorch's; its blocks may take so many bytes, or a share of the free
-    memory. block_size: of PyTorch's; the native form has its own."""
-    packed = native_form(model)
+def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16, native: bool = True) -> Runner:
+    """Return the runner of a model's native form if there is one, otherwise PyTorch's.
+
+    memory: bytes for its blocks; None for a share of the free memory. block_size: of PyTorch's; the native form has its
+    own. native: whether to use the native form.
+    """
+    packed = native_form(model) if native else None
     make = partial(TorchRunner, causal(model), block_size=block_size) if packed is None else packed.runner
     probe: Runner = make(1)
     memory = int(POOL * available_memory(device_of(model))) if memory is None else memory
