@@ -8,7 +8,7 @@ from typing import Any, Unpack, cast, overload
 from torch import Tensor, nn
 
 from keifu.checkpoints import load
-from keifu.data.own_batches import Examples
+from keifu.data.own_batches import IndexedExamples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
 from keifu.generation.text import generate as text
@@ -70,7 +70,7 @@ def train(model: str, *, out: str | Path | None = None, resume: bool = False, **
 def train(
     model: nn.Module,
     objective: own.Loss,
-    data: Data | Mapping[str, Tensor] | Examples,
+    data: Data | Mapping[str, Tensor] | IndexedExamples,
     *arguments: Any,
     **more: Any,
 ) -> Summary: ...

@@ -14,7 +14,7 @@ from keifu.errors import UserError
 
 @dataclass(frozen=True)
 class BatchSizeSchedule:
-    """Batches have rows[i] rows from step starts[i] on, until starts[i + 1]; steps are counted from 0."""
+    """Schedule of batch sizes: rows[i] rows from step starts[i] on, until starts[i + 1]; steps are counted from 0."""
 
     starts: tuple[int, ...]
     rows: tuple[int, ...]
@@ -49,7 +49,7 @@ class BatchSizeSchedule:
 
     @property
     def largest(self) -> int:
-        """The first step whose batch has the most rows."""
+        """First step whose batch has the most rows."""
         return self.starts[self.rows.index(max(self.rows))]
 
     def __str__(self) -> str:

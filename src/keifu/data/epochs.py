@@ -63,8 +63,11 @@ def sort_pools(rows: np.ndarray, keys: np.ndarray, pool: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Batching:
-    """How an epoch is cut: batch i holds the rows from bounds[i] up to bounds[i + 1], the same bounds every epoch, of a
-    random order in which each `pool` of rows is sorted by `keys`. `name` says all that it depends on."""
+    """Cut of an epoch into batches: batch i has the rows from bounds[i] up to bounds[i + 1] of a random order.
+
+    In that order each `pool` of rows is sorted by `keys`. The bounds are the same in every epoch. `name` changes with
+    everything that the batches depend on.
+    """
 
     name: str
     keys: np.ndarray

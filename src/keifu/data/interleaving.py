@@ -11,7 +11,7 @@ import numpy as np
 
 
 class InterleaveState(NamedTuple):
-    """For consecutive rows: the source of each, and how many rows that source gave before it."""
+    """Source of each of some consecutive rows, and the number of rows that the source gave before it."""
 
     whose: np.ndarray
     numbers: np.ndarray

@@ -14,8 +14,8 @@ from keifu.errors import UserError
 
 
 @runtime_checkable
-class Examples(Protocol):
-    """What has a length and gives an example by its number, as PyTorch's data sets do."""
+class IndexedExamples(Protocol):
+    """Sequence of examples with a length and access by number, as PyTorch's data sets have."""
 
     def __len__(self) -> int: ...
 
@@ -38,7 +38,7 @@ class OwnBatches:
     """
 
     def __init__(
-        self, source: Mapping[str, Tensor] | Examples, batch_size: int, seed: int = 0, held_out: float = 0.1,
+        self, source: Mapping[str, Tensor] | IndexedExamples, batch_size: int, seed: int = 0, held_out: float = 0.1,
         fingerprint: str | None = None,
     ):  # fmt: skip
         self.source, self.batch_size, self.seed = source, batch_size, seed
@@ -77,7 +77,7 @@ class OwnBatches:
         return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
 
-def _count(source: Mapping[str, Tensor] | Examples) -> int:
+def _count(source: Mapping[str, Tensor] | IndexedExamples) -> int:
     if not isinstance(source, Mapping):
         return len(source)
     lengths = {name: len(tensor) for name, tensor in source.items()}
@@ -86,7 +86,7 @@ def _count(source: Mapping[str, Tensor] | Examples) -> int:
     return next(iter(lengths.values()))
 
 
-def _fingerprint(source: Mapping[str, Tensor] | Examples, count: int, held_out: float) -> str:
+def _fingerprint(source: Mapping[str, Tensor] | IndexedExamples, count: int, held_out: float) -> str:
     """SHA-256 of the tensors; of a data set, its length and examples spread evenly over it."""
     digest = hashlib.sha256(json.dumps([count, held_out]).encode())
     if isinstance(source, Mapping):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from keifu import checkpoints
-from keifu.data.own_batches import Examples, OwnBatches
+from keifu.data.own_batches import IndexedExamples, OwnBatches
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.training.loop import Summary
@@ -22,7 +22,7 @@ Loss = Callable[[nn.Module, Batch], Tensor | LossOutput]
 def train(
     model: nn.Module,
     objective: Loss,
-    data: Data | Mapping[str, Tensor] | Examples,
+    data: Data | Mapping[str, Tensor] | IndexedExamples,
     settings: Settings = Settings(),  # noqa: B008 (it is frozen)
     out: str | Path = "runs/own",
     *,

@@ -13,8 +13,8 @@ from keifu.data.text import sentence_shards
 from keifu.data.text.masked_lm import (
     MaskedText,
     MaskingScheme,
+    MaskingVocabulary,
     RowPlanner,
-    Vocabulary,
     _replacement,
     _truncate,
     single_tokens,
@@ -27,7 +27,7 @@ from keifu.errors import UserError
 
 CLS, SEP, PAD, MASK, UNK = range(5)
 ORDINARY = np.arange(5, 400)
-VOCABULARY = Vocabulary(CLS, SEP, PAD, MASK, ORDINARY, np.arange(400) % 3 == 0)
+VOCABULARY = MaskingVocabulary(CLS, SEP, PAD, MASK, ORDINARY, np.arange(400) % 3 == 0)
 Made = Callable[..., MaskedText]
 
 
@@ -237,11 +237,12 @@ def test_one_long_document_counts_as_several(tmp_path: Path, wordpiece: Tokenize
     (tmp_path / "book.txt").write_text("the cat sat\n" * 330)
     found = prepare_sentences(tmp_path / "book.txt", wordpiece, halves, held_out=0.2)
     assert found.index["training"]["documents"] + found.index["validation"]["documents"] == 11
-    assert MaskedText(found, Vocabulary.of(wordpiece), MaskingScheme(length=16), 4).batch(0)["tokens"].shape[0] == 4
+    data = MaskedText(found, MaskingVocabulary.of(wordpiece), MaskingScheme(length=16), 4)
+    assert data.batch(0)["tokens"].shape[0] == 4
 
 
 def test_the_tokenizers_own_vocabulary(wordpiece: Tokenizer) -> None:
-    found = Vocabulary.of(wordpiece)
+    found = MaskingVocabulary.of(wordpiece)
     special = [wordpiece.token_id(token) for token in ("[CLS]", "[SEP]", "[PAD]", "[MASK]")]
     assert [found.cls, found.sep, found.pad, found.mask] == special
     assert not {*found.ordinary.tolist()} & {*special, wordpiece.token_id("[UNK]")}
@@ -253,7 +254,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, shards: SentenceShards, wordp
     with pytest.raises(UserError, match="share between 0 and 1"):
         MaskingScheme(share=1.5)
     with pytest.raises(UserError, match="has no cls_token, sep_token, pad_token, mask_token"):
-        Vocabulary.of(train_tokenizer("characters", ["abc"], 10))
+        MaskingVocabulary.of(train_tokenizer("characters", ["abc"], 10))
     bare = replace(VOCABULARY, goes_on=np.zeros(400, bool))
     with pytest.raises(UserError, match="whole_words needs a tokenizer that marks"):
         MaskedText(shards, bare, MaskingScheme(whole_words=True), 4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from keifu import checkpoints, cli
-from keifu.data.text.masked_lm import MaskedText, MaskingScheme, Vocabulary
+from keifu.data.text.masked_lm import MaskedText, MaskingScheme, MaskingVocabulary
 from keifu.data.text.sentence_shards import prepare_sentences
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.generation.text.translation import sentences
@@ -43,7 +43,7 @@ def test_the_figures_are_those_of_the_held_out_documents(
     found = json.loads(capsys.readouterr().out)
 
     data = MaskedText(
-        prepare_sentences(text, tokenizer, sentences), Vocabulary.of(tokenizer),
+        prepare_sentences(text, tokenizer, sentences), MaskingVocabulary.of(tokenizer),
         MaskingScheme(length=17, sentence_pairs=pairs), 3, validation_rows=7,
     )  # fmt: skip
     right, logs, told = [], [], []

@@ -10,7 +10,7 @@ from keifu.errors import UserError
 
 
 class Example(NamedTuple):
-    """Where an example stands, for errors, its texts and its label: of a choice, the number of the right answer."""
+    """Example with its position for errors, its texts and its label: for a choice, the number of the right answer."""
 
     where: str
     texts: tuple[str, ...]

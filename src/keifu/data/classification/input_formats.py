@@ -44,7 +44,7 @@ class Delimiters(NamedTuple):
 
 @dataclass(frozen=True)
 class Form:
-    """How an example is read and laid out.
+    """Layout of an example: its columns, and the sequences made of them.
 
     columns: the default names of its texts' columns. orders: from the number of its texts, which of
     them each sequence holds. answers: whether its label is the number of one of its texts.

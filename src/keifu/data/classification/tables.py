@@ -56,8 +56,10 @@ CATALOGUED: dict[str, Callable[[], Iterator[Row]]] = {"wiki-summaries": _topics}
 
 @dataclass(frozen=True)
 class Table:
-    """`inputs` [rows, dim], float64 as they are read; `targets` [rows]: places in `classes`, the labels in order;
-    `columns`: names."""
+    """Numbers with labels.
+
+    inputs: float64, as they are read. targets: positions in `classes`, the labels in order. columns: their names.
+    """
 
     inputs: Float[Tensor, "rows dim"]
     targets: Int[Tensor, "rows"]

@@ -285,12 +285,14 @@ def read_images(
     if index["faults"] and not leave_out:
         raise UserError(_with_advice(index["faults"][0]))
     pixels = np.memmap(folder / PIXELS, np.uint8, "r", shape=tuple(index["shape"]))
-    columns = {column: tuple(index[column]) for column in ("names", "classes", "parts", "notes", "faults")}
+    columns: dict[str, Any] = {
+        column: tuple(index[column]) for column in ("names", "classes", "parts", "notes", "faults")
+    }
     captions = {language: tuple(texts) for language, texts in index["captions"].items()}
-    numbers = {column: np.array(index[column], np.int64) for column in ("labels", "groups", "families")}
+    columns |= {column: np.array(index[column], np.int64) for column in ("labels", "groups", "families")}
     return ImageDataset(
         source=str(source), pixels=pixels, rows=np.arange(len(pixels)), captions=captions,
-        stored_fingerprint=index["fingerprint"], **numbers, **columns,
+        stored_fingerprint=index["fingerprint"], **columns,
     )  # fmt: skip
 
 

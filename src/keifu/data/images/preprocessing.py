@@ -25,8 +25,10 @@ FILTERS = {each.name.lower(): each for each in Image.Resampling}
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The shorter side becomes `size` pixels by the filter `resample` (with `squash`, both sides do); of that the
-    middle, `crop` x `crop`, is kept, black where there is nothing; `mean` and `std` have a number for each channel, of
+    """Resizing, cropping and normalisation of pictures.
+
+    The shorter side becomes `size` pixels by the filter `resample` (with `squash`, both sides do); the middle of
+    it, `crop` x `crop`, is kept, with black outside the picture; `mean` and `std` have a number for each channel, of
     which there are 3 (red, green, blue) or 1 (grey).
     """
 

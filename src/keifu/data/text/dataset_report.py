@@ -23,7 +23,7 @@ CHARACTERS_SHOWN = 8  # characters named in a sentence
 
 @dataclass(frozen=True)
 class TokenizerCoverage:
-    """Of the characters of a text, spaces aside: how many there are, how many stand in no token, and which of those.
+    """Counts of the characters of a text without spaces: all of them, and those that no token has, with examples.
 
     lost: how many of them become the unknown token, or cannot be encoded; the others are spelled in bytes.
     """
@@ -35,7 +35,7 @@ class TokenizerCoverage:
 
     @property
     def share(self) -> float:
-        """Of the characters, those that stand in tokens of the vocabulary."""
+        """Share of the characters that tokens of the vocabulary have."""
         return 1 - self.missing / max(1, self.characters)
 
     def sentence(self, name: str) -> str:
@@ -123,7 +123,7 @@ CHUNK = 1 << 20  # characters that are encoded at a time
 
 @dataclass
 class Script:
-    """How much of a text is in one script: `bytes` of tokens that write it, and how many `tokens` those are."""
+    """Amount of a text that is in one script: `bytes` of tokens that write it, and how many `tokens` those are."""
 
     bytes: int = 0
     tokens: int = 0
@@ -136,7 +136,7 @@ class Script:
 
 @dataclass
 class DatasetReport:
-    """The report. `lengths` counts documents by tokens: the key is the largest length that falls under it.
+    """Report on a data set. `lengths` counts documents by tokens: the key is the largest length that falls under it.
 
     A token that writes several scripts counts for the first of them in the order of `SCRIPTS`; spaces and marks that
     stand in a token with letters count for the letters' script, and those alone are "common".
@@ -204,7 +204,7 @@ def check_dataset(source: str | Path, tokenizer: Tokenizer, form: TextFormat = P
 
 
 class _Documents:
-    """Counts documents while their pieces go by."""
+    """Counter of documents, which receives their pieces one by one."""
 
     def __init__(self, report: DatasetReport):
         self.report = report
@@ -232,7 +232,7 @@ class _Documents:
 
 
 class _Spelling:
-    """Counts tokens and their bytes by script."""
+    """Counter of tokens and their bytes by script."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.spelled = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]

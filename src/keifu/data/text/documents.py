@@ -40,8 +40,8 @@ class TextChunk:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How text lies in files: the field of a record that holds it ("text" where None), and the encoding of files
-    without a byte order mark."""
+    """Format of text in files: the field of a record that has it (None: "text"), and the encoding of files without a
+    byte order mark."""
 
     field: str | None = None
     encoding: str = UTF8

@@ -15,7 +15,7 @@ APART = {"p", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "table", "ul", "ol", "b
 
 
 class _Page(HTMLParser):
-    """Collects the text; "\\n" ends a line."""
+    """Parser that collects the text; "\\n" ends a line."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)

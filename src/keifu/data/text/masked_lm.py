@@ -24,7 +24,7 @@ Bounds = tuple[int, int, int, int]
 
 
 class RowPlanner:
-    """Plans rows from all documents, anew for each epoch (Devlin et al., 2018, appendix A.2).
+    """Planner of rows from all documents, anew for each epoch (Devlin et al., 2018, appendix A.2).
 
     room: tokens of a row without the special ones. short: how often a row is meant to be shorter, of any length, so
     that a model which is fine-tuned on short texts has seen some. pairs: two segments, the second of which in half of
@@ -123,7 +123,7 @@ VALIDATION = 20_181_011  # the seed of what is held out, so that runs of differe
 
 @dataclass(frozen=True)
 class MaskingScheme:
-    """The length of a row, and what of it is masked (Devlin et al., 2018, section 3.1)."""
+    """Length of a row, and the part of it that is masked (Devlin et al., 2018, section 3.1)."""
 
     length: int = 128
     """Tokens of a row, [CLS] and [SEP] included."""
@@ -146,7 +146,7 @@ class MaskingScheme:
 
 
 @dataclass(frozen=True, eq=False)
-class Vocabulary:
+class MaskingVocabulary:
     """The ids of the special tokens, those that may stand for a masked one, and which tokens continue a word."""
 
     cls: int
@@ -158,11 +158,11 @@ class Vocabulary:
 
     @cached_property
     def is_ordinary(self) -> np.ndarray:
-        """For each id whether it is in `ordinary`."""
+        """Mask of the ids in `ordinary`."""
         return np.isin(np.arange(len(self.goes_on)), self.ordinary)
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
+    def of(cls, tokenizer: Tokenizer) -> "MaskingVocabulary":
         """Return the tokenizer's vocabulary; one without [CLS], [SEP], [PAD] or [MASK] is a `UserError`."""
         roles = ("cls_token", "sep_token", "pad_token", "mask_token")
         if missing := [role for role in roles if role not in tokenizer.special]:
@@ -186,8 +186,8 @@ class MaskedText:
     """
 
     def __init__(
-        self, shards: SentenceShards, vocabulary: Vocabulary, masking: MaskingScheme, batch_size: int, seed: int = 0,
-        validation_rows: int = 1024,
+        self, shards: SentenceShards, vocabulary: MaskingVocabulary, masking: MaskingScheme, batch_size: int,
+        seed: int = 0, validation_rows: int = 1024,
     ):  # fmt: skip
         if masking.whole_words and not vocabulary.goes_on.any():
             raise UserError("whole_words needs a tokenizer that marks what goes on with a word, as wordpiece does.")
@@ -312,7 +312,7 @@ def whole_words(words: np.ndarray, starts: np.ndarray, wanted: np.ndarray, rando
     return chosen
 
 
-def _replacement(tokens: np.ndarray, vocabulary: Vocabulary, random: np.random.Generator) -> np.ndarray:
+def _replacement(tokens: np.ndarray, vocabulary: MaskingVocabulary, random: np.random.Generator) -> np.ndarray:
     """Replace hidden tokens: by [MASK] for 80%, by any ordinary token for 10%; 10% stay."""
     draw, others = random.random(len(tokens)), random.choice(vocabulary.ordinary, len(tokens))
     return np.where(draw < 0.8, vocabulary.mask, np.where(draw < 0.9, others, tokens))

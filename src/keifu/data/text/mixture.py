@@ -58,7 +58,7 @@ Parts = Callable[[], tuple[Iterable[str], Iterable[str]]]
 
 
 @dataclass(frozen=True)
-class Source:
+class MixtureSource:
     """A text of a mixture; see the head of this file."""
 
     name: str
@@ -88,7 +88,7 @@ class Mixture:
     """Sources whose weights sum to 1; `name` is what it was asked for by; a share of each source is held out."""
 
     name: str
-    sources: tuple[Source, ...]
+    sources: tuple[MixtureSource, ...]
     held_out: float = HELD_OUT
 
     def __post_init__(self) -> None:
@@ -131,8 +131,8 @@ def read_mixture(given: str) -> Mixture:
     return Mixture(given if given in MIXTURES else str(path), tuple(shares), held_out)
 
 
-def _source(name: str, given: Any, path: Path) -> Source:
-    known = [field.name for field in fields(Source)][1:]
+def _source(name: str, given: Any, path: Path) -> MixtureSource:
+    known = [field.name for field in fields(MixtureSource)][1:]
     if not isinstance(given, Mapping):
         raise UserError(f"{path}: the source {name!r} needs data and weight: {{data: wiki-summaries, weight: 1}}.")
     for key in given:
@@ -148,7 +148,9 @@ def _source(name: str, given: Any, path: Path) -> Source:
     beside = not Path(data).expanduser().is_absolute() and glob(data, root_dir=path.parent, recursive=True)
     data = str(path.parent / data) if beside else data
     field, encoding = given.get("field"), given.get("encoding", sources.UTF8)
-    return Source(name, data, weight, tuple(map(str, languages)), None if field is None else str(field), str(encoding))
+    return MixtureSource(
+        name, data, weight, tuple(map(str, languages)), None if field is None else str(field), str(encoding)
+    )
 
 
 def _no_weight(name: str, weight: Any) -> UserError:
@@ -197,7 +199,7 @@ def content_hash(mixture: Mixture) -> str:
     return "\n".join(parts)
 
 
-def _parts(source: Source, held_out: float) -> tuple[Parts | None, str]:
+def _parts(source: MixtureSource, held_out: float) -> tuple[Parts | None, str]:
     """Return a function that gives the two parts of a source, and a hash of them; None for a plain text."""
     if source.data in tatoeba.names():
         return lambda: tatoeba.parts(source.data, held_out), tatoeba.identity(source.data, held_out)
@@ -215,7 +217,7 @@ def _parts(source: Source, held_out: float) -> tuple[Parts | None, str]:
     return None, ""
 
 
-def _pairs(source: Source, held_out: float) -> tuple[Parts, str]:
+def _pairs(source: MixtureSource, held_out: float) -> tuple[Parts, str]:
     pairs = read_pairs(source.data)
 
     def parts() -> tuple[Iterable[str], Iterable[str]]:
@@ -232,7 +234,7 @@ def source_names() -> list[str]:
 
 
 @contextmanager
-def _named_source(source: Source) -> Iterator[None]:
+def _named_source(source: MixtureSource) -> Iterator[None]:
     """Errors say which source they are about."""
     try:
         yield
@@ -291,7 +293,7 @@ class MixedText:
 
     @property
     def fingerprint(self) -> str:
-        """Of all texts, their weights, and what else the batches depend on."""
+        """Hash of all texts, their weights, and whatever else the batches depend on."""
         facts = [f"{s.name} {s.weight} {s.shards.fingerprint}" for s in self.sources]
         facts += [self.task.name, f"{self.growth} {self.seed}"]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()

@@ -26,9 +26,9 @@ LEAST = 16  # places of a row
 
 @dataclass(frozen=True)
 class SpanCorruption:
-    """One way to hide tokens: `rate` is the mean share of a text that is hidden, `share` that of the rows it is given.
+    """Denoiser that hides tokens.
 
-    span: the mean length of the hidden spans. None hides the end of the text alone (a prefix language model): where it
+    rate: the mean share of a text that is hidden. share: the share of the rows that this denoiser gets. span: the mean length of the hidden spans. None hides the end of the text alone (a prefix language model): where it
     begins is drawn evenly, so that between nothing and 2 · rate of the text is hidden.
     """
 
@@ -139,7 +139,7 @@ Windows = Int[np.ndarray, "row place"]
 
 
 class CausalBatches:
-    """Every token from those before it: {"tokens": [row, context_length + 1]}.
+    """Batches to predict every token from those before it: {"tokens": [row, context_length + 1]}.
 
     `mode`: the id of a token that is put before each window, where the model was trained with one; the first token
     behind it is then not predicted ("mask"), as without a mode it cannot be.

@@ -223,7 +223,7 @@ def write(
 
 
 class _Writer:
-    """Appends the ids of one part to its file, and counts."""
+    """Writer that appends the ids of one part to its file, and counts."""
 
     def __init__(self, path: Path, dtype: str, separator: int | None):
         self.file = path.open("wb")

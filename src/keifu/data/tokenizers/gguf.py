@@ -101,8 +101,8 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[in
 
 def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> Made:
     scores = _needed(fields, "scores")
-    pieces = [sp.Piece(*entry) for entry in zip(tokens, map(float, scores), map(int, kinds), strict=True)]
-    settings = sp.Settings(
+    pieces = [sp.SentencePiece(*entry) for entry in zip(tokens, map(float, scores), map(int, kinds), strict=True)]
+    settings = sp.SentencePieceSettings(
         unknown_id=int(fields.get("tokenizer.ggml.unknown_token_id", 0)),
         byte_fallback=sp.BYTE in kinds,
         dummy_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
@@ -188,7 +188,7 @@ def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[
     ]  # fmt: skip
     added = {entry["content"] for entry in described["added_tokens"]}
     scores = [made.get(token, 0.0 if token in added else -float(len(merges) + n)) for n, token in enumerate(tokens)]
-    mergeable = [sp.Piece(*entry) for entry in zip(tokens, scores, kinds, strict=True) if entry[0] not in added]
+    mergeable = [sp.SentencePiece(*entry) for entry in zip(tokens, scores, kinds, strict=True) if entry[0] not in added]
     prefix = _space_prefix(described)
     if prefix is None:
         rules = ", ".join(_kinds(described["normalizer"]) + _kinds(described["pre_tokenizer"]))

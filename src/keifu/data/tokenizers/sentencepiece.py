@@ -28,8 +28,8 @@ UNIGRAM, BPE = 1, 2  # kinds of model
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One entry of the vocabulary; its id is its place."""
+class SentencePiece:
+    """Entry of the vocabulary; its id is its index."""
 
     text: str
     score: float
@@ -37,8 +37,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How text becomes pieces. The defaults are those of SentencePiece's BPE as LLaMA uses it."""
+class SentencePieceSettings:
+    """Settings that decide how text becomes pieces. The defaults are those of SentencePiece's BPE as LLaMA uses it."""
 
     model: int = BPE
     unknown_id: int = 0
@@ -50,11 +50,11 @@ class Settings:
 
 
 @dataclass
-class Model:
-    """A file's content: the pieces, how to use them, and the special tokens' roles as in tokenizer_config.json."""
+class SentencePieceModel:
+    """Content of a file: the pieces, their settings, and the special tokens' roles as in tokenizer_config.json."""
 
-    pieces: list[Piece]
-    settings: Settings
+    pieces: list[SentencePiece]
+    settings: SentencePieceSettings
     special: dict[str, str] = field(default_factory=dict)
 
 
@@ -82,10 +82,10 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         yield key >> 3, value
 
 
-def _piece(message: bytes) -> Piece:
+def _piece(message: bytes) -> SentencePiece:
     given = dict(_fields(message))
     (score,) = struct.unpack("<f", bytes(given.get(2, bytes(4))))
-    return Piece(bytes(given[1]).decode(), score, int(given.get(3, NORMAL)))
+    return SentencePiece(bytes(given[1]).decode(), score, int(given.get(3, NORMAL)))
 
 
 def _roles(trainer: dict[int, int | bytes]) -> dict[str, int]:
@@ -95,7 +95,7 @@ def _roles(trainer: dict[int, int | bytes]) -> dict[str, int]:
     return {role: place for role, place in ids.items() if 0 <= place < 1 << 31}
 
 
-def parse(data: bytes, name: str) -> Model:
+def parse(data: bytes, name: str) -> SentencePieceModel:
     """Parse a `.model` file's bytes. Another type of file, or a torn one, is a `UserError` with its name."""
     try:
         top = list(_fields(data))
@@ -112,7 +112,7 @@ def parse(data: bytes, name: str) -> Model:
         raise UserError(f"{name} is {what}; keifu reads SentencePiece's BPE and Unigram models.")
     roles = _roles(trainer)
     check_character_map(bytes(normalizer.get(2, b"")), name)
-    settings = Settings(
+    settings = SentencePieceSettings(
         model=kind,
         unknown_id=roles.get("unk_token", 0),
         byte_fallback=bool(trainer.get(35, False)),
@@ -121,7 +121,9 @@ def parse(data: bytes, name: str) -> Model:
         escape_spaces=bool(normalizer.get(5, True)),
         character_map=bytes(normalizer.get(2, b"")),
     )
-    return Model(pieces, settings, {role: pieces[place].text for role, place in roles.items() if place < len(pieces)})
+    return SentencePieceModel(
+        pieces, settings, {role: pieces[place].text for role, place in roles.items() if place < len(pieces)}
+    )
 
 
 def check_character_map(table: bytes, name: str) -> None:
@@ -181,7 +183,7 @@ def _hint(data: bytes) -> str:
     return " It looks like tiktoken's list of tokens: give the tokenizer.json instead." if tiktoken else ""
 
 
-def merges_by_score(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+def merges_by_score(pieces: Sequence[SentencePiece]) -> list[tuple[str, str]]:
     """Return the merges that SentencePiece's BPE makes, the pieces with the highest scores first."""
     mergeable = {piece.text: (-piece.score, place) for place, piece in enumerate(pieces) if piece.kind == NORMAL}
     ranked = [
@@ -202,7 +204,7 @@ def numbered(tokens: Iterable[str], where: str) -> dict[str, int]:
     return ids
 
 
-def backend_from_pieces(pieces: Sequence[Piece], settings: Settings) -> tokenizers.Tokenizer:
+def backend_from_pieces(pieces: Sequence[SentencePiece], settings: SentencePieceSettings) -> tokenizers.Tokenizer:
     """Build a `tokenizers` object that encodes and decodes as SentencePiece does with these pieces."""
     texts = numbered((piece.text for piece in pieces), "The vocabulary")
     if settings.unknown_id >= len(pieces):
@@ -240,7 +242,7 @@ def no_byte_names() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Split(tokenizers.Regex(r"<(?=0x[0-9A-F]{2}>)"), "merged_with_previous")
 
 
-def _normalizers(settings: Settings) -> list[normalizers.Normalizer]:
+def _normalizers(settings: SentencePieceSettings) -> list[normalizers.Normalizer]:
     """SentencePiece's own order: the table, spaces at the ends and runs of them, the first space, its escape."""
     steps: list[normalizers.Normalizer] = []
     if settings.character_map:

@@ -32,8 +32,9 @@ Side = TypeVar("Side", bound=Tokenizer)
 
 
 class TwoSidedTokenizer(Tokenizer, Generic[Side]):
-    """Encodes with one tokenizer and decodes with another; the BOS, EOS and padding ids are those of the second.
+    """Tokenizer that encodes with one vocabulary and decodes with another.
 
+    The BOS, EOS and padding ids are those of the second one.
     `vocab_size` counts the first one's tokens. Text of the second kind, for training, is encoded by
     `encode_target_batch`.
     """

@@ -51,7 +51,7 @@ codecs.register_error("keifu.each-byte", _each_byte)
 
 @dataclass(frozen=True)
 class DecodingRule:
-    """How tokens become bytes. `piece(token, first)` gives one token's bytes; `first`: is it the first token."""
+    """Rule that turns tokens into bytes. `piece(token, first)` gives the bytes of a token, or of the first one."""
 
     piece: Callable[[str, bool], bytes]
     strip: int = 0  # how many spaces the whole text loses at its start (the space that encoding put there)

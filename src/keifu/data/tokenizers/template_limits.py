@@ -90,7 +90,7 @@ def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 class _Generator(CodeGenerator):
-    """Joins texts (`~`) by a function with limits."""
+    """Code generator that joins texts (`~`) by a function with limits."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:  # noqa: N802 (jinja2's name)
         self.write("environment.join((")

@@ -156,10 +156,10 @@ def _unigram(wanted: _Training) -> Made:
             wanted.at_least("unigram", reserved + len(wanted.characters), "special, bytes and all the characters")
         raise
     learned = json.loads(backend.to_str())["model"]["vocab"][len(specials) :]
-    pieces = [sp.Piece(token, 0.0, sp.UNKNOWN if token == "<unk>" else sp.CONTROL) for token in specials]
-    pieces += [sp.Piece(f"<0x{byte:02X}>", 0.0, sp.BYTE) for byte in range(256)]
-    pieces += [sp.Piece(token, score) for token, score in learned]
-    whole = sp.backend_from_pieces(pieces, sp.Settings(model=sp.UNIGRAM))
+    pieces = [sp.SentencePiece(token, 0.0, sp.UNKNOWN if token == "<unk>" else sp.CONTROL) for token in specials]
+    pieces += [sp.SentencePiece(f"<0x{byte:02X}>", 0.0, sp.BYTE) for byte in range(256)]
+    pieces += [sp.SentencePiece(token, score) for token, score in learned]
+    whole = sp.backend_from_pieces(pieces, sp.SentencePieceSettings(model=sp.UNIGRAM))
     _prepare_unigram(whole)
     roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     put_around_text(whole, roles, bos=True, eos=False)

@@ -72,7 +72,7 @@ def encode(encode_batch: Callable[[list[str]], list[list[int]]], sentences: Sequ
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Both sides of pairs; `kept` are their places among all, where those too long for a model were left out."""
+    """Both sides of pairs; `kept` are the indices of those that were not too long for a model."""
 
     source: EncodedSide
     target: EncodedSide
@@ -158,7 +158,7 @@ class PairData:
 
     @property
     def fingerprint(self) -> str:
-        """Of all ids, and of what else the batches depend on."""
+        """Hash of all ids and of whatever else the batches depend on."""
         around = (self.special,) if self.source_special == self.special else (self.special, self.source_special)
         bounds = hashlib.sha256(repr((self.batching.bounds, *around)).encode()).hexdigest()
         parts = self.train.fingerprint, self.held_out.fingerprint, bounds

@@ -12,7 +12,7 @@ from torch import nn
 
 from keifu.data.progress import counting
 from keifu.data.text.documents import TextFormat
-from keifu.data.text.masked_lm import MaskedText, MaskingScheme, Vocabulary
+from keifu.data.text.masked_lm import MaskedText, MaskingScheme, MaskingVocabulary
 from keifu.data.text.sentence_shards import prepare_sentences
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.evaluation.registry import EvalRequest, EvalResult
@@ -39,7 +39,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     shards = prepare_sentences(request.on, tokenizer, sentences, form=TextFormat(request.text_field, request.encoding))
     masking = MaskingScheme(min(128, config.context_length), sentence_pairs=config.next_sentence)
     size, most = request.batch_size or 32, request.limit or ROWS
-    batches = [*MaskedText(shards, Vocabulary.of(tokenizer), masking, size, validation_rows=most).validation()]
+    batches = [*MaskedText(shards, MaskingVocabulary.of(tokenizer), masking, size, validation_rows=most).validation()]
     sums: dict[str, float] = defaultdict(float)
     with evaluation_mode(model), counting("Evaluating", len(batches), "batches") as progress:
         for done, batch in enumerate(batches, 1):

@@ -21,7 +21,7 @@ import tyro
 from torch import nn
 
 from keifu import checkpoints
-from keifu.data.text.masked_lm import MaskedText, MaskingScheme, Vocabulary
+from keifu.data.text.masked_lm import MaskedText, MaskingScheme, MaskingVocabulary
 from keifu.data.text.sentence_shards import SentenceShards, prepare_sentences
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS
@@ -77,7 +77,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     shards = prepare_sentences(
         text.data, tokenizer, sentences, held_out=text.held_out, form=text.form, validation=text.validation_data
     )
-    data = MaskedText(shards, Vocabulary.of(tokenizer), masking, training.batch_size, training.seed)
+    data = MaskedText(shards, MaskingVocabulary.of(tokenizer), masking, training.batch_size, training.seed)
     options = {"model": asdict(model.config), "text": asdict(text), "masking": asdict(masking)}
     summary = train_run(
         out, resume, model, masked_language_modeling, data, training, tokenizer, title="bert",
