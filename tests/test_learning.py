@@ -37,6 +37,7 @@ from keifu.models.mixture import mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
+from keifu.models.variants import phi3, smollm3
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, discrete_vae_loss
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, TextDiffusionLoss, draw_noise
@@ -57,6 +58,8 @@ LANGUAGE_MODELS = {
     "qwen2": (llama, llama.Config(**SMALL, qkv_bias=True)),
     "qwen3": (qwen3, qwen3.Config(**SMALL, n_kv_heads=2, head_dim=16)),
     "gemma3": (gemma3, gemma3.Config(**SMALL, n_kv_heads=1, head_dim=16, sliding_window=5, global_layers=(1,))),
+    "smollm3": (smollm3, smollm3.Config(**SMALL, n_kv_heads=2, position_free=(1,))),
+    "phi3": (phi3, phi3.Config(**SMALL, n_kv_heads=2, sliding_window=5)),
     "mixtral": (mixtral, mixtral.Config(**SMALL, n_kv_heads=2, n_experts=3)),
     "qwen3-moe": (
         qwen3_moe,

@@ -63,6 +63,7 @@ from keifu.models.mixture import mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
+from keifu.models.variants import phi3, smollm3
 from keifu.recipes.neurons import mlp as mlp_recipe  # noqa: E402
 from keifu.training.objectives.autoencoders import (
     AutoencoderKLLoss,  # noqa: E402
@@ -98,6 +99,8 @@ WRITERS = {
     "palm": lambda: palm.build(palm.Config(**SMALL, head_dim=6)),
     "llama": lambda: llama.build(llama.Config(**SMALL, n_kv_heads=2)),
     "qwen3": lambda: qwen3.build(qwen3.Config(**SMALL, n_kv_heads=2, head_dim=8)),
+    "smollm3": lambda: smollm3.build(smollm3.Config(**SMALL, n_kv_heads=2, position_free=(1,))),
+    "phi3": lambda: phi3.build(phi3.Config(**SMALL, n_kv_heads=2, sliding_window=5)),
     "mixtral": lambda: mixtral.build(mixtral.Config(**SMALL, n_kv_heads=2, n_experts=3)),
     "qwen3-moe": lambda: qwen3_moe.build(
         qwen3_moe.Config(

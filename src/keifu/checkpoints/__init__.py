@@ -19,7 +19,7 @@ _HOMES = {"load_weights": "own_module", "save_gguf": "gguf.write", "Report": "pl
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public function at first use (PEP 562)."""
+    """Import a public function at first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'loading')}"), name)

@@ -16,7 +16,8 @@ WANTED = (
 
 
 def locate(name: str | Path) -> Path:
-    """The file or folder of a model: a path that exists, a catalogue name, or a hub id "owner/name" (downloaded once).
+    """Return the file or folder of a model: a path that exists, a catalogue name, or a hub id "owner/name" (downloaded
+    once).
 
     A name that is none of these is a `UserError` with the nearest known one.
     """
@@ -47,9 +48,9 @@ def may_be_model(path: Path) -> bool:
 
 @cache
 def download(name: str) -> Path:
-    """The folder of a model on the hub, downloaded unless it is in the hub's own cache; "owner/name@revision" pins a
-    commit, tag or branch. The hub is asked once by a process, and the commit is kept in `files.HUB`, for a run to
-    record."""
+    """Return the folder of a model on the hub, downloaded unless it is in the hub's own cache; "owner/name@revision"
+    pins a commit, tag or branch. The hub is asked once by a process, and the commit is kept in `files.HUB`, for a run
+    to record."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -34,7 +34,7 @@ def load(
     weights: str | None = None,
     allow_nonfinite: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """A model with its weights, ready for evaluation, and its tokenizer.
+    """Load a model with its weights, ready for evaluation, and its tokenizer.
 
     name: a run of keifu or another Hugging Face directory, a folder of PEFT's adapters (which are attached to their
     base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name". dtype: as stored where None, but
@@ -97,7 +97,7 @@ def load_model(
     device: torch.device | str | None = None,
     weights: str | None = None,
 ) -> nn.Module:
-    """The model alone (see `load`), for weights without a tokenizer beside them."""
+    """Return the model alone (see `load`), for weights without a tokenizer beside them."""
     device, path = _device_for(weights, device), locate(name)
     with reading(path):
         if is_adapter(path):
@@ -110,20 +110,20 @@ def _fill(found: Plan, device: torch.device, weights: str | None) -> nn.Module:
 
 
 def _adapted_model(base: nn.Module, path: Path, weights: str | None) -> nn.Module:
-    """The base with the adapters beside its layers; packed, they are merged."""
+    """Return the base with the adapters beside its layers; packed, they are merged."""
     model = load_adapter(merge(base), path)
     return model if weights in (None, OWN) else pack_or_keep(merge(model), weights)
 
 
 def inspect(name: str | Path, dtype: torch.dtype | None = None) -> Report:
-    """What `load` would do: every tensor, what makes it, and the settings in use; no weight is read for it."""
+    """Report what `load` would do: every tensor, what makes it, and the settings in use; no weight is read for it."""
     return report(planned(name, dtype))
 
 
 def convert(
     name: str | Path, out: str | Path, to: Literal["hf", "gguf", "open_clip"], dtype: str | None = None
 ) -> None:
-    """Writes a model in another format: "hf", a Hugging Face directory, "gguf", one file for llama.cpp, or for a CLIP
+    """Write a model in another format: "hf", a Hugging Face directory, "gguf", one file for llama.cpp, or for a CLIP
     "open_clip", the directory that open_clip loads.
 
     dtype: f32, f16, bf16 or, for gguf, q8_0; None keeps the type that holds the stored numbers exactly.
@@ -145,8 +145,8 @@ def convert(
 
 
 def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
-    """The model as it is to be written, in the type that holds every stored number where none is given; adapters are
-    worked into it."""
+    """Return the model as it is to be written, in the type that holds every stored number where none is given; adapters
+    are worked into it."""
     if is_adapter(locate(name)):
         model, tokenizer = load(name, dtype, "cpu")
         return merge(model), tokenizer
@@ -155,7 +155,8 @@ def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module,
 
 
 def _recommended(name: str | Path, tokenizer: Any) -> Any:
-    """The tokenizer with the catalogue's settings of text generation for this model, where its own files have none."""
+    """Return the tokenizer with the catalogue's settings of text generation for this model, where its own files have
+    none."""
     if tokenizer is None or Path(name).expanduser().exists():
         return tokenizer
     from keifu.data.catalogue.catalogue import MODELS
@@ -167,7 +168,8 @@ def _recommended(name: str | Path, tokenizer: Any) -> Any:
 
 
 def _adapted(path: Path, base: Any) -> Any:
-    """The tokenizer beside adapters; how to generate text is as for their base, where no file beside them says it."""
+    """Return the tokenizer beside adapters; how to generate text is as for their base, where no file beside them says
+    it."""
     own = load_tokenizer(path)
     if base is None or (path / GENERATION_CONFIG).exists():
         return own
@@ -175,7 +177,8 @@ def _adapted(path: Path, base: Any) -> Any:
 
 
 def planned(name: str | Path, dtype: torch.dtype | None = None) -> Plan:
-    """What `load` would fill: a model on the meta device, with its file opened, for whoever looks at it first."""
+    """Return the plan that `load` would fill: a model on the meta device, with its file opened, for whoever looks at it
+    first."""
     path = locate(name)
     with reading(path):
         if is_adapter(path):
@@ -185,7 +188,7 @@ def planned(name: str | Path, dtype: torch.dtype | None = None) -> Plan:
 
 
 def open_source(path: Path) -> Source:
-    """A model's file or folder, opened; what is neither is a `UserError`."""
+    """Open a model's file or folder; what is neither is a `UserError`."""
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not any((path / name).exists() for name in CONFIGS):

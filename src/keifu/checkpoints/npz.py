@@ -52,7 +52,7 @@ PAD, UNKNOWN, END, START = "<pad>", "<unk>", "</s>", "<s>"
 
 
 def open_npz(path: Path) -> Source:
-    """The model in an archive. What is no archive, or holds other arrays than g2p-en's, is a `UserError`."""
+    """Return the model in an archive. What is no archive, or holds other arrays than g2p-en's, is a `UserError`."""
     arrays, config = _read(path), seq2seq.SIZES["g2p-en"]
     missing = [name for name in NAMES.values() if name not in arrays]
     if missing:
@@ -111,7 +111,7 @@ def letters_to_phonemes() -> TwoSidedTokenizer:
 
 
 def _words(vocabulary: Sequence[str], more: dict[str, str]) -> Tokenizer:
-    """A tokenizer whose tokens are whole words, numbered in this order, with an end token after a text."""
+    """Return a tokenizer whose tokens are whole words, numbered in this order, with an end token after a text."""
     special = {"pad_token": PAD, "unk_token": UNKNOWN, "eos_token": END, **more}
     backend = tokenizers.Tokenizer(models.WordLevel({word: n for n, word in enumerate(vocabulary)}, UNKNOWN))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])

@@ -21,7 +21,7 @@ MODEL_TYPE = "own"
 
 
 def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
-    """Writes the module's weights, each shared one once, and what `model.config` says, a dataclass or a dict, if it has
+    """Write the module's weights, each shared one once, and what `model.config` says, a dataclass or a dict, if it has
     one; and the tokenizer's files."""
     from safetensors.torch import save_model
 
@@ -39,7 +39,7 @@ def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Fills a module with the weights that `keifu.save` or a run of `keifu.train` left, and returns it for evaluation.
+    """Fill a module with the weights that `keifu.save` or a run of `keifu.train` left, and returns it for evaluation.
 
     The module must be built as the saved one was: tensors that are missing, extra or of another shape, or that differ
     where the module shares them, are a `UserError` that names them, and the module stays as it was.

@@ -33,8 +33,8 @@ DONTNEED = 4  # Linux's MADV_DONTNEED
 
 
 def load_packed(found: Plan, weights: str) -> nn.Module:
-    """The planned model with its weights packed in a format; where native code cannot have it, one sentence says why,
-    and the model is filled as without `weights`. "own" is the format that keeps the file's numbers: its blocks, or
+    """Return the planned model with its weights packed in a format; where native code cannot have it, one sentence says
+    why, and the model is filled as without `weights`. "own" is the format that keeps the file's numbers: its blocks, or
     float32. A translator stays as it is, with its decoder packed beside it."""
     if weights == OWN and (switched_off() or not isinstance(found.model, DecoderLM | EncoderDecoder)):
         return found.fill("cpu")
@@ -60,7 +60,7 @@ def _has_native_blocks(model: ModelPart, source: "FileWeights") -> bool:
 
 
 def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:
-    """The same of a model that is built already."""
+    """Pack a model that is built already."""
     try:
         if isinstance(model, EncoderDecoder):
             pack_beside(model, weights, pack_translator)
@@ -81,13 +81,13 @@ class FileWeights(Weights):
         self._read: list[tuple[int, int]] = []  # addresses and sizes of what was read and is still in memory
 
     def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
-        """Some rows of a matrix, in the type that the file has."""
+        """Read some rows of a matrix, in the type that the file has."""
         link = self._links[name]
         found = [self._piece(link, *each, self._source.read) for each in link.pieces(first, first + rows)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
-        """The same rows as blocks of a GGUF file; None where the file has plain numbers."""
+        """Return the same rows as blocks of a GGUF file; None where the file has plain numbers."""
         link, pieces = self._links[name], self._links[name].pieces(first, first + rows)
         stored = self._source.blocks(link.theirs[pieces[0][0]]) if self._source.blocks and len(pieces) == 1 else None
         if stored is None or link.transposed:
@@ -109,12 +109,12 @@ class FileWeights(Weights):
         return piece
 
     def numbers(self, name: str) -> Tensor:
-        """A whole parameter."""
+        """Read a whole parameter."""
         link = self._links[name]
         return link.join([link.subtract_offset(self._source.read(theirs)) for theirs in link.theirs])
 
     def release(self) -> None:
-        """Gives memory back that holds nothing but what can be read from the file again."""
+        """Free memory that holds nothing but what can be read from the file again."""
         if sys.platform != "linux" or sum(size for _, size in self._read) < ENOUGH:
             return
         mapped = _mapped_files()

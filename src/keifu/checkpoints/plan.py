@@ -70,7 +70,7 @@ class Source:
         return any(name.startswith(self.family.prefix) for name in self.stored)
 
     def stored_name(self, name: str) -> str:
-        """The name of a tensor as this file spells it: without the family's prefix, or as older files do."""
+        """Return the name of a tensor as this file spells it: without the family's prefix, or as older files do."""
         name = name if self.has_prefix else name.removeprefix(self.family.prefix)
         endings = self.family.old_endings.items()
         older = (name.removesuffix(new) + old for new, old in endings if name.endswith(new))
@@ -99,7 +99,7 @@ class Plan:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def fill(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The model with its weights on a device, for evaluation; each tensor goes straight there.
+        """Return the model with its weights on a device, for evaluation; each tensor goes straight there.
 
         On a CPU, weights that need no change stay in the file's own memory map. Of a model that will be split over
         processes, weights are read when they are used, so that each process reads its part alone.
@@ -125,7 +125,7 @@ class Plan:
 
 
 def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Plan:
-    """Matches the file's tensors with the model's. What is missing, extra or misshapen is one `UserError` naming all.
+    """Match the file's tensors with the model's. What is missing, extra or misshapen is one `UserError` naming all.
 
     `dtype` None: the type that holds every stored number exactly, but on a CPU float32 for float16, whose products are
     very slow there.
@@ -160,7 +160,7 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
 
 
 def read_finite(read: Callable[..., Tensor], path: Path, name: str, *index: Index) -> Tensor:
-    """A tensor of the file whose numbers are finite; others are a `UserError`. Their sum says it in one pass."""
+    """Return a tensor of the file whose numbers are finite; others are a `UserError`. Their sum says it in one pass."""
     tensor = read(name, *index)
     suspect = tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite()
     if suspect and (wrong := int(tensor.numel() - tensor.isfinite().sum())):
@@ -172,14 +172,14 @@ def read_finite(read: Callable[..., Tensor], path: Path, name: str, *index: Inde
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """The fields of a Config; those of a decoder's Config inside it take the place of that field."""
+    """Return the fields of a Config; those of a decoder's Config inside it take the place of that field."""
     fields = dict(vars(config))
     inner = fields.pop("decoder", None)
     return fields | (vars(inner) if inner else {})
 
 
 def _resolve_tied_head(source: Source) -> tuple[Source, Sequence[str], list[str]]:
-    """Resolves weight tying: the source with `tied` as the file has it, duplicate names, and notes for the report."""
+    """Resolve weight tying: the source with `tied` as the file has it, duplicate names, and notes for the report."""
     family = source.family
     ours = [f"{family.inside}{part}" for part in ("head", "embedding")]
     if source.names is None or ours[0] not in source.names:  # a Config with a head that may be tied has `tied`
@@ -202,7 +202,7 @@ def _resolve_tied_head(source: Source) -> tuple[Source, Sequence[str], list[str]
 
 
 def _resolve_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
-    """Finds each shared matrix by whichever of its names the file has it under.
+    """Find each shared matrix under any of its names in the file.
 
     Returns also duplicate names, and notes for the report. A head that differs from what it is tied to is untied.
     """
@@ -224,7 +224,8 @@ def _resolve_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
 
 
 def _resolve_dialect(source: Source) -> tuple[Source, list[str]]:
-    """The source with the Config's switches on for parts that the file has, and the tensors that repeat another."""
+    """Return the source with the Config's switches on for parts that the file has, and the tensors that repeat another.
+    """
     family, stored = source.family, source.stored
     has = {field: True for field, name in family.in_file.items() if source.stored_name(name) in stored}
     copies = {copy: source.stored_name(name) for copy, name in family.copies.items() if copy in stored}
@@ -233,7 +234,7 @@ def _resolve_dialect(source: Source) -> tuple[Source, list[str]]:
 
 
 def permute_rotary(found: Iterable[Link], head_dim: int | None) -> list[Link]:
-    """Marks the queries and keys of attention as stored with interleaved rotary pairs, if `head_dim` is given."""
+    """Mark the queries and keys of attention as stored with interleaved rotary pairs, if `head_dim` is given."""
     if head_dim is None:
         return list(found)
     joined = (".attention.qkv.weight", ".attention.qkv.bias")
@@ -251,7 +252,7 @@ def _check(source: Source, found: Sequence[Link], extra: set[str]) -> None:
 def misfits(
     expected: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]], extra: set[str], whole: str, asks: str
 ) -> str:
-    """What is wrong with the tensors of a file by their shapes, in words; empty where nothing is.
+    """Describe shape mismatches of the tensors of a file; empty if there are none.
 
     extra: those that belong to nothing of the `whole`. asks: whose words the expected shapes are.
     """
@@ -271,7 +272,7 @@ def _list_names(names: Sequence[str]) -> str:
 
 
 def _exact_dtype(stored: Mapping[str, Stored], path: Path) -> torch.dtype:
-    """The narrowest dtype that holds all these tensors exactly."""
+    """Return the narrowest dtype that holds all these tensors exactly."""
     unread = [f"{name} as {tensor.kind}" for name, tensor in stored.items() if tensor.dtype is None]
     if unread:
         raise UserError(f"{path} stores {_list_names(unread)}, which keifu does not read; convert it to BF16 or F32.")
@@ -280,7 +281,7 @@ def _exact_dtype(stored: Mapping[str, Stored], path: Path) -> torch.dtype:
 
 
 def _cast(exact: torch.dtype, held: torch.dtype) -> list[str]:
-    """A note if the model's dtype differs from its file's."""
+    """Return a note if the model's dtype differs from its file's."""
     if exact == held:
         return []
     why = ": products in float16 are very slow on a CPU" if (exact, held) == (torch.float16, torch.float32) else ""
@@ -293,7 +294,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """A tokenizer with more ids than the model has embeddings is a `UserError`."""
+    """Refuse a tokenizer with more ids than the model has embeddings (`UserError`)."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens and the model embeds {vocab_size:,}: they do not "
@@ -327,7 +328,7 @@ class Report:
     notes: Sequence[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Return the same as plain values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -338,7 +339,7 @@ class Report:
 
 
 def report(plan: Plan) -> Report:
-    """The report of a plan."""
+    """Return the report of a plan."""
     source, config = plan.source, settings(plan.source.config)
     ordered = {key: config[key] for key in sorted(config, key=lambda key: key not in FIRST)}
     rows = [_row(link, plan) for link in plan.links]

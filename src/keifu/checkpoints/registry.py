@@ -62,7 +62,7 @@ class Family:
     tie: Callable[[Any, bool], Any] = _tie
 
     def table(self, json: Mapping[str, Any]) -> Table:
-        """The names of weights as files of this config.json have them."""
+        """Return the names of weights as files of this config.json have them."""
         if self.names is None or not {*json.get("architectures", ())} & {*self.without_prefix}:
             return self.names
         return {ours: theirs.removeprefix(self.prefix) for ours, theirs in self.names.items()}
@@ -91,6 +91,8 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
     "qwen3": ("qwen3", "keifu_qwen3"),
     "gemma3": ("gemma3_text", "keifu_gemma3"),
     "olmo2": ("olmo2", "keifu_olmo2"),
+    "variants.smollm3": ("smollm3", "keifu_smollm3"),
+    "variants.phi3": ("phi3", "keifu_phi3"),
     "mixture.mixtral": ("mixtral", "keifu_mixtral"),
     "mixture.qwen3_moe": ("qwen3_moe", "keifu_qwen3_moe"),
     "mixture.olmoe": ("olmoe", "keifu_olmoe"),
@@ -116,7 +118,7 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
 
 @cache
 def families_of(name: str) -> dict[str, Family]:
-    """The families of a model's file by their model_types; the file is imported for it.
+    """Return the families of a model's file by their model_types; the file is imported for it.
 
     There is one for each form that others know too, and one for what only keifu can build, in keifu's own terms: every
     field of the Config under its own name.
@@ -172,7 +174,7 @@ class _Published(dict[str, Any]):
 
 
 def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
-    """The family and the Config that a config.json describes; `where` names the file in errors.
+    """Return the family and the Config that a config.json describes; `where` names the file in errors.
 
     An unknown model_type, a setting that is not implemented, a field that is missing or has a wrong value: `UserError`.
     """
@@ -202,7 +204,7 @@ def check_settings(json: Mapping[str, Any], implemented: Mapping[str, Any], wher
 
 
 def describe(config: Any) -> tuple[Family, dict[str, Any]]:
-    """The family of a built model's Config and its config.json.
+    """Return the family of a built model's Config and its config.json.
 
     That is a published model_type where one says all that the Config says, else keifu's own.
     """
@@ -222,7 +224,8 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
 
 
 def describe_as(config: Any, kind: str) -> tuple[Family, dict[str, Any]]:
-    """The family of that model_type and its config for a built model's; one that cannot say it all is a `UserError`."""
+    """Return the family of that model_type and its config for a built model's; one that cannot say it all is a
+    `UserError`."""
     family = FAMILIES[kind]
     if not isinstance(config, family.module.Config):
         raise UserError(f"The format {kind} has no {_place(config)}: use hf.")
@@ -245,7 +248,7 @@ def _same(config: Any, back: Any) -> bool:
 
 
 def build(family: Family, config: Any, where: str) -> nn.Module:
-    """The model on the meta device, without memory; sizes that do not fit each other are a `UserError`."""
+    """Return the model on the meta device, without memory; sizes that do not fit each other are a `UserError`."""
     try:
         with on_meta():
             return family.module.build(config)

@@ -81,6 +81,6 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation(name: str) -> Activation:
-    """The activation function of that name; an unknown name is a ValueError with the nearest known one."""
+    """Return the activation function of that name; an unknown name is a ValueError with the nearest known one."""
     require_known("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]

@@ -29,7 +29,7 @@ def bits(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*#shape"]) -> Int
 
 
 def uniform(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """A number in [0, 1) for each seed and position, float64 where the device has it."""
+    """Draw a number in [0, 1) for each seed and position, float64 where the device has it."""
     return narrow(_shift(bits(wide(seeds), wide(positions)), 64 - BITS).double() * 2.0**-BITS, seeds.device)
 
 
@@ -49,7 +49,7 @@ def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]
 
 
 def normal(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "rows ..."]:
-    """Standard normal numbers of this shape for each seed, float32: the positions from 0 on, two numbers each.
+    """Draw standard normal numbers of this shape for each seed, float32: the positions from 0 on, two numbers each.
 
     Box and Muller (1958) on two halves of 32 bits; so nothing lies beyond 6.7 standard deviations.
     """

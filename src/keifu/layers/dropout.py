@@ -47,12 +47,13 @@ class Dropout(nn.Dropout):
         return input * (~mask).view(torch.uint8) * (LEVELS / (LEVELS - dropped))  # a CPU fills masks ten times slower
 
     def mask(self, input: Tensor, keys: Int[Tensor, " rows"], dropped: int) -> Bool[Tensor, "*shape"]:
-        """What of the input is dropped, with the probability `dropped` / 2^16."""
+        """Return the mask of dropped elements, with the probability `dropped` / 2^16."""
         return dropout_mask(keys, input.numel(), dropped).view(input.shape)
 
 
 def dropout_mask(keys: Int[Tensor, " rows"], total: int, dropped: int) -> Bool[Tensor, "rows elements"]:
-    """True with the probability `dropped` / 2^16 for each of `total` elements, as many for each row."""
+    """Draw booleans that are true with the probability `dropped` / 2^16 for each of `total` elements, as many for each
+    row."""
     if total % len(keys):
         raise ValueError(
             f"Dropout was given {total} elements for {len(keys)} rows of the batch: the first axis of a layer's input "
@@ -86,7 +87,7 @@ class DropoutKeys:
             self.table = bits(of_rows.expand(len(self.layers), -1), self.layers[:, None])
 
     def clear(self) -> None:
-        """The step is over."""
+        """End the step."""
         self.table = None
 
 

@@ -59,7 +59,8 @@ def fan_in_(model: nn.Module) -> None:
 
 
 def truncated_normal_(model: nn.Module, std: float = 0.02) -> None:
-    """`normal_`, but no number beyond two deviations (the code released with BERT, Devlin et al., 2018)."""
+    """Initialise as `normal_`, but with no number beyond two deviations (the code released with BERT, Devlin et al.,
+    2018)."""
     normal_(model, std)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):

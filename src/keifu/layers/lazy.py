@@ -23,7 +23,7 @@ class Reader:
         self.tensor: Tensor | None = None
 
     def whole(self, like: Tensor, own: bool) -> Tensor:
-        """The whole tensor, of the type and on the device of another one, which is kept from now on."""
+        """Return the whole tensor, of the type and on the device of another one, which is kept from now on."""
         tensor = self.read(()) if self.tensor is None else self.tensor
         tensor = tensor.to(like.device, like.dtype)
         self.tensor, self.own = tensor.clone() if own and not self.own else tensor, own or self.own
@@ -59,7 +59,7 @@ class LazyTensor(Tensor):
         return self.reader.whole(self.blank, own)[self.index]
 
     def part(self, axis: int, start: int, stop: int) -> "LazyTensor":
-        """Some of its rows (axis 0) or columns (1)."""
+        """Select some of its rows (axis 0) or columns (1)."""
         index = [*self.index, *(slice(0, size) for size in self.shape[len(self.index) : 2])]
         first = index[axis].start
         index[axis] = slice(first + start, first + stop)
@@ -83,7 +83,8 @@ class LazyTensor(Tensor):
         return func(*read, **tree_map_only(LazyTensor, lambda x: x.value(True), kwargs))
 
     def _lazily(self, func: Any, rest: tuple, kwargs: dict[str, Any]) -> Any:
-        """What needs no numbers: a slice, the parts of a split, a copy that nobody has changed; None: all else."""
+        """Compute what needs no numbers: a slice, the parts of a split, a copy that nobody has changed; None: all else.
+        """
         axis, *_ = (*(rest[1:] if func == aten.split.Tensor else rest), 0)
         if func in (aten.detach.default, aten.alias.default):
             return LazyTensor.of(self.reader, self.blank, self.index)
@@ -100,7 +101,7 @@ class LazyTensor(Tensor):
 
 
 def settle(module: nn.Module) -> None:
-    """Reads the parameters of a module that are not read yet, each of which is whole here."""
+    """Read the parameters of a module that are not read yet; each is whole here."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():

@@ -42,7 +42,7 @@ def linear(
 
 
 def product(a: Float[Tensor, "*batch inner"], b: Float[Tensor, "inner columns"]) -> Float[Tensor, "*batch columns"]:
-    """a @ b, by the same choice as `linear`."""
+    """Multiply a @ b, by the same choice as `linear`."""
     return _OneDnn.apply(a, b.mT, None) if USES_ONEDNN and _fits_onednn(a, b) else a @ b
 
 

@@ -77,7 +77,7 @@ class Adapter(nn.Module):
         return slice(self.target.start, self.target.start + self.target.rows)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch rank"]:
-        """A x, with dropout on x."""
+        """Multiply A x, with dropout on x."""
         return F.linear(self.dropout(x.to(self.a.dtype)), self.a)
 
     def change(self) -> Float[Tensor, "out in"]:
@@ -91,7 +91,7 @@ class Adapter(nn.Module):
         return (changed if stretch is None else changed * stretch[:, None]).view_as(weight).to(weight.dtype)
 
     def stretch(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"] | None:
-        """What DoRA multiplies each row of W + B A · scale with; its norm passes no gradient (section 4.3)."""
+        """Return the factor of DoRA for each row of W + B A · scale; its norm passes no gradient (section 4.3)."""
         return None if self.length is None else self.length / _lengths((weight + self.change()).detach())
 
 
@@ -132,7 +132,7 @@ class AdaptedLinear(nn.Module):
         return [adapter for adapter in self.adapters if isinstance(adapter, Adapter)]
 
     def _piece(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
-        """An adapter's rows of the output, adapted."""
+        """Return an adapter's rows of the output, adapted."""
         low, own = adapter.low, y[..., adapter.rows]
         change = F.linear(adapter(x), adapter.b * low.scale)
         stretch = adapter.stretch(self.base.weight[adapter.rows].float())
@@ -143,7 +143,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The layer alone, its matrix changed as the adapters say."""
+        """Return the layer alone, its matrix changed as the adapters say."""
         weight = self.base.weight.detach().clone()
         for adapter in self.parts:
             weight[adapter.rows] = adapter.changed(weight[adapter.rows])
@@ -168,7 +168,7 @@ class ReweightedLinear(nn.Module):
 
 
 def attach(model: nn.Module, targets: Mapping[Target, LoraSettings]) -> nn.Module:
-    """Puts adapters beside these layers, in place, and freezes everything else; gives the model back.
+    """Attach adapters to these layers, in place, and freezes everything else; gives the model back.
 
     A model that has adapters already is a `ValueError`: merge them first.
     """

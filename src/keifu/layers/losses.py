@@ -91,7 +91,8 @@ def _gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor, label_smoothing: float,
     z_loss: float, kind: torch.dtype, wanted: Sequence[bool], vocabulary: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, the sum of -log p, and the loss's gradients by hidden, weight and bias, each empty where not wanted.
+    """Return the loss, the sum of -log p, and the loss's gradients by hidden, weight and bias, each empty where not
+    wanted.
 
     They are made while the logits of some rows are at hand, so that these are never all kept. The type is that of the
     products, but the weight's own where a gradient is the sum of several.
@@ -125,7 +126,7 @@ _operator = torch.library.custom_op(  # torch.compile calls it as it is: its own
 
 @_operator.register_fake
 def _shapes(hidden: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `_gradients` gives, without its numbers."""
+    """Return the shapes and types of `_gradients`, without numbers."""
     *_, kind, wanted = given
     several = wanted[1] and len(hidden) > max(1, _LOGITS_AT_A_TIME // len(weight))
     total = hidden.new_empty((), dtype=torch.float32)
@@ -154,7 +155,7 @@ class _WithGradients(torch.autograd.Function):
 def _to_gradient(
     logits: Tensor, targets: Tensor, counts: Tensor, label_smoothing: float, z_loss: float, classes: Vocabulary | None
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss of these rows and that of -log p alone; each logit becomes the loss's gradient by it.
+    """Return the summed loss of these rows and that of -log p alone; each logit becomes the loss's gradient by it.
 
     `counts` is how much each row counts: yes and no, or a number. A CPU computes a few rows at a time, whose
     probabilities its cache holds. Other devices compute all at once, without a wait, and so do processes that exchange
@@ -176,7 +177,7 @@ def _to_gradient(
 def _loss_and_gradient(
     logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, classes: Vocabulary | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each row, -log p alone, and the loss's gradient by the logits, all in float32."""
+    """Return the loss of each row, -log p alone, and the loss's gradient by the logits, all in float32."""
     right = targets.clamp(min=0)[:, None]
     gradient = torch.softmax(logits, -1, dtype=torch.float32)
     log_z = logits.amax(-1, keepdim=True).float() - gradient.amax(-1, keepdim=True).log()  # the highest one is never 0

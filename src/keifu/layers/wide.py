@@ -12,8 +12,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def narrow(x: Tensor, device: torch.device) -> Tensor:
-    """A float64 tensor on the device that `wide` took it from; as float32 where that has no float64, and then what
-    lies below 1 stays below 1."""
+    """Return a float64 tensor on the device that `wide` took it from; as float32 where that has no float64, and then
+    what lies below 1 stays below 1."""
     if device.type not in WITHOUT:
         return x
     below = torch.where(x < 1, x.float().clamp(max=1 - 2.0**-24), x.float())

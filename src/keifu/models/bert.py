@@ -119,7 +119,8 @@ class Bert(nn.Module):
         return linear(self.word_states(hidden), self.head_weight, self.head_bias)
 
     def word_states(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """The head's hidden states before `head_weight` and `head_bias`, for losses that compute logits in chunks."""
+        """Return the head's hidden states before `head_weight` and `head_bias`, for losses that compute logits in
+        chunks."""
         return _there(self.word_head, "head for masked words")(hidden)
 
     @property
@@ -160,15 +161,15 @@ def _block(config: Config) -> PostNorm:
 
 
 def build(config: Config) -> Bert:
-    """A model with the released code's initialisation."""
+    """Build a model with the released code's initialisation."""
     model = Bert(config)
     truncated_normal_(model, std=0.02)
     return model
 
 
 def with_heads(base: nn.Module, config: Config, **heads: Any) -> Bert:
-    """A model with the weights of one that has this config, and other heads: those that it lacks begin anew, and so
-    does the one for labels where the labels are others."""
+    """Build a model with the weights of one that has this config, and other heads: those that it lacks begin anew, and
+    so does the one for labels where the labels are others."""
     model, weights = build(replace(config, **heads)), base.state_dict()
     if model.config.labels != config.labels:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("classifier.")}
@@ -235,7 +236,7 @@ FIELDS: hf.Fields = hf.SIZE_FIELDS | {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a Hugging Face config.json of model_type bert."""
+    """Read the Config of a Hugging Face config.json of model_type bert."""
     architecture = (json.get("architectures") or ["BertModel"])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"the architecture {architecture!r} is not among {', '.join(ARCHITECTURES)}.")
@@ -261,7 +262,7 @@ def _labels(json: dict[str, Any]) -> tuple[str, ...]:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers reads."""
+    """Return the config.json that transformers reads."""
     heads = (config.words, config.next_sentence, bool(config.labels) and not config.sentence_head)
     named = {has[1:]: name for name, has in ARCHITECTURES.items()}
     labels = {str(n): label for n, label in enumerate(config.labels)}

@@ -65,7 +65,8 @@ PAPER_PARAMETERS = {  # table 1, embedding and the rest, without the vision enco
 
 
 def build(config: Config) -> DecoderLM:
-    """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its own."""
+    """Build a model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its
+    own."""
     blocks = [_block(config, layer) for layer in range(config.n_layers)]
     norm = UnitOffsetRMSNorm(config.dim, config.norm_eps)
     embedding = ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5)
@@ -73,7 +74,7 @@ def build(config: Config) -> DecoderLM:
 
 
 def global_layers(config: Config) -> tuple[int, ...]:
-    """The layers with full attention."""
+    """Return the layers with full attention."""
     return tuple(range(5, config.n_layers, 6)) if config.global_layers is None else config.global_layers
 
 
@@ -126,7 +127,7 @@ FIELDS: hf.Fields = qwen3.FIELDS | {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a Hugging Face config.json of model_type gemma3_text."""
+    """Read the Config of a Hugging Face config.json of model_type gemma3_text."""
     fields = hf.read_fields(json, FIELDS)
     scalar = json.get("query_pre_attn_scalar", 256)
     return Config(
@@ -138,7 +139,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def _read_ropes(json: dict[str, Any]) -> dict[str, Any]:
-    """Base and scaling of the global and of the local layers. transformers 5 has both in `rope_parameters`."""
+    """Read base and scaling of the global and of the local layers. transformers 5 has both in `rope_parameters`."""
     context = {"max_position_embeddings": json.get("max_position_embeddings", 131_072)}
     both = json.get("rope_parameters") or {}
     old = {"rope_theta": json.get("rope_theta", 1e6), **(json.get("rope_scaling") or {})}
@@ -150,7 +151,8 @@ def _read_ropes(json: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_global_layers(json: dict[str, Any]) -> tuple[int, ...] | None:
-    """The layers with full attention, by `layer_types` or by the older `sliding_window_pattern`; None: every sixth."""
+    """Return the layers with full attention, by `layer_types` or by the older `sliding_window_pattern`; None: every
+    sixth."""
     n_layers, every = hf.check_layers(json, "num_hidden_layers"), json.get("sliding_window_pattern", 6)
     found = tuple(range(every - 1, n_layers, every))
     if kinds := json.get("layer_types"):
@@ -159,7 +161,7 @@ def _read_global_layers(json: dict[str, Any]) -> tuple[int, ...] | None:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers, vLLM and llama.cpp's converter read."""
+    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
     everywhere = hf.write_rope(config.rope_theta, config.rope_scaling)
     local = hf.write_rope(config.local_rope_theta, config.local_rope_scaling)
     scale, full = config.attention_scale, global_layers(config)
@@ -177,7 +179,7 @@ def to_published(config: Config) -> dict[str, Any]:
 
 
 def _scalar(scale: float) -> int | float:
-    """The number whose 1 / √ is the scale: a whole number in every published config."""
+    """Return the number whose 1 / √ is the scale: a whole number in every published config."""
     if not scale > 0:
         raise UserError(f"attention_scale is {scale}, and config.json holds 1 / its square: it must be above 0.")
     scalar, whole = scale**-2, max(1, round(scale**-2))

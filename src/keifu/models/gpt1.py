@@ -41,8 +41,8 @@ PAPER_PARAMETERS = {"gpt1": 117e6}  # not in its own paper; GPT-2's table 2 coun
 
 
 def build(config: Config) -> DecoderLM:
-    """A model whose weights, positions too, are initialised from N(0, 0.02²). There is no final norm: the last block
-    ends in one."""
+    """Build a model whose weights, positions too, are initialised from N(0, 0.02²). There is no final norm: the last
+    block ends in one."""
     norm = partial(nn.LayerNorm, config.dim, config.norm_eps)
     blocks = [
         PostNorm(
@@ -100,10 +100,10 @@ FIELDS: hf.Fields = {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a Hugging Face config.json of model_type openai-gpt."""
+    """Read the Config of a Hugging Face config.json of model_type openai-gpt."""
     return Config(**hf.read_fields(json, FIELDS), hidden_dim=4 * json["n_embd"])
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers reads, which has no field for another `hidden_dim` than 4 · dim."""
+    """Return the config.json that transformers reads, which has no field for another `hidden_dim` than 4 · dim."""
     return hf.write(config, MODEL_TYPES, FIELDS)

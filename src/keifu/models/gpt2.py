@@ -49,7 +49,7 @@ PAPER_PARAMETERS = {"gpt2": 117e6, "gpt2-medium": 345e6, "gpt2-large": 762e6, "g
 
 
 def build(config: Config) -> DecoderLM:
-    """A model with the paper's initialisation; positions have half the deviation, as in the released code."""
+    """Build a model with the paper's initialisation; positions have half the deviation, as in the released code."""
     attention = partial(Attention, config.dim, config.n_heads, bias=config.bias, dropout=config.dropout)
     return assemble(config, lambda layer: attention(), config.bias)
 
@@ -92,10 +92,10 @@ FIELDS: hf.Fields = gpt1.FIELDS | {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a Hugging Face config.json of model_type gpt2."""
+    """Read the Config of a Hugging Face config.json of model_type gpt2."""
     return Config(**hf.read_fields(json, FIELDS))
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers reads."""
+    """Return the config.json that transformers reads."""
     return hf.write(config, MODEL_TYPES, FIELDS)

@@ -66,7 +66,7 @@ PAPER_PARAMETERS = {
 
 
 def build(config: Config) -> DecoderLM:
-    """A model with GPT-2's initialisation, as the paper says."""
+    """Build a model with GPT-2's initialisation, as the paper says."""
     return gpt2.assemble(config, partial(_attention, config))
 
 
@@ -97,14 +97,14 @@ FIELDS: hf.Fields = gpt2.FIELDS | {  # of GPT-Neo
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a config.json of model_type gpt_neo, or of gpt2, which describes a dense model."""
+    """Read the Config of a config.json of model_type gpt_neo, or of gpt2, which describes a dense model."""
     if json["model_type"] == "gpt2":
         return Config(**hf.read_fields(json, gpt2.FIELDS), band=None)
     return Config(**hf.read_fields(json, FIELDS), band=_read_band(json), qkv_bias=False, scaled_attention=False)
 
 
 def _read_band(json: dict[str, Any]) -> int | None:
-    """The width of the band, from [[["global", "local"], 6]]: kinds of layers, and how often they repeat."""
+    """Return the width of the band, from [[["global", "local"], 6]]: kinds of layers, and how often they repeat."""
     written, n_layers = json["attention_types"], hf.check_layers(json, "num_layers")
     layers = [kind for kinds, times in written for kind in kinds * min(times, n_layers + 1)]  # one too many is enough
     if layers == ["global"] * n_layers:
@@ -118,14 +118,15 @@ def _read_band(json: dict[str, Any]) -> int | None:
 
 
 def _attention_types(n_layers: int, banded: bool) -> list[list[Any]]:
-    """What `_read_band` reads."""
+    """Return the value that `_read_band` reads."""
     pairs = n_layers // 2 if banded else 0
     written = [[["global", "local"], pairs], [["global"], n_layers - 2 * pairs]]
     return [entry for entry in written if entry[1]]
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json of GPT-2 for a dense model with its attention, else of GPT-Neo, which has another attention."""
+    """Return the config.json of GPT-2 for a dense model with its attention, else of GPT-Neo, which has another
+    attention."""
     if config.band is None and config.qkv_bias and config.scaled_attention:
         return hf.write(config, gpt2.MODEL_TYPES, gpt2.FIELDS)
     return {

@@ -119,7 +119,7 @@ def gated(config: Any, layer: int, bias: bool = False) -> GatedFeedForward:
 
 
 def initialise(model: DecoderLM) -> DecoderLM:
-    """The same initialisation for later models, whose papers do not print theirs either."""
+    """Initialise a later model, whose paper does not print its initialisation, as LLaMA."""
     normal_(model, std=0.02)
     scale_residual_(residual_weights(model.blocks), len(model.blocks))
     return model
@@ -165,7 +165,7 @@ FIELDS: hf.Fields = hf.SIZE_FIELDS | {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a Hugging Face config.json of model_type llama, mistral or qwen2."""
+    """Read the Config of a Hugging Face config.json of model_type llama, mistral or qwen2."""
     n_kv_heads = hf.Field("num_key_value_heads", 8 if json["model_type"] == "mistral" else None)
     biased = json.get("attention_bias", False)
     return Config(
@@ -179,7 +179,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers, vLLM and llama.cpp's converter read."""
+    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
     kind = "llama"
     more: dict[str, Any] = {"attention_bias": config.out_bias, "mlp_bias": config.feedforward_bias}
     if config.sliding_window:

@@ -83,7 +83,7 @@ class MLP(nn.Module):
 
     @torch.inference_mode()
     def predict(self, x: Float[Tensor, "batch dim"]) -> Int[Tensor, "batch"]:
-        """The class with the largest output, where x is; the network may be elsewhere."""
+        """Return the class with the largest output, where x is; the network may be elsewhere."""
         return self(x.to(self.mean.device)).argmax(-1).to(x.device)
 
     @property
@@ -101,7 +101,8 @@ class MLP(nn.Module):
 
 
 def build(config: Config) -> MLP:
-    """A network whose weights differ ("to break symmetry") and neither swell nor shrink what passes through them."""
+    """Build a network whose weights differ ("to break symmetry") and neither swell nor shrink what passes through them.
+    """
     model = MLP(config)
     gain = 1.0  # the inputs are taken to have variance 1
     for layer in model.layers:
@@ -136,10 +137,10 @@ FIELDS: hf.Fields = {name: name for name in ("dim", "n_outputs", "activation", "
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a config.json of model_type keifu_mlp."""
+    """Read the Config of a config.json of model_type keifu_mlp."""
     return Config(**hf.read_fields(json, FIELDS))
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that `from_published` reads."""
+    """Return the config.json that `from_published` reads."""
     return hf.write(config, MODEL_TYPES, FIELDS)

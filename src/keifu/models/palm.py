@@ -56,7 +56,7 @@ PAPER_PARAMETERS = {"palm-8b": 8.63e9, "palm-62b": 62.50e9, "palm-540b": 540.35e
 
 
 def build(config: Config) -> DecoderLM:
-    """A model with the paper's initialisation (section 5): kernels N(0, 1 / inputs), embeddings N(0, 1)."""
+    """Build a model with the paper's initialisation (section 5): kernels N(0, 1 / inputs), embeddings N(0, 1)."""
     scale = config.dim**-0.5 if config.logit_scale is None else config.logit_scale
     blocks = [_block(config) for _ in range(config.n_layers)]
     model = DecoderLM.of(config, blocks, ScaledLayerNorm(config.dim, config.norm_eps, scale))
@@ -100,12 +100,12 @@ FIELDS: hf.Fields = hf.SIZE_FIELDS | {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a Hugging Face config.json of model_type cohere."""
+    """Read the Config of a Hugging Face config.json of model_type cohere."""
     return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json, default_theta=500_000.0))
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers reads."""
+    """Return the config.json that transformers reads."""
     return {
         "logit_scale": config.dim**-0.5,  # where the Config leaves it to the default
         **hf.write(config, MODEL_TYPES, FIELDS),

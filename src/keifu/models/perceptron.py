@@ -61,21 +61,21 @@ class Perceptron(nn.Module):
         return torch.stack([1 - fires, fires], -1)
 
     def correct(self, x: Float[Tensor, "dim"], target: float, rate: float = 1.0) -> None:
-        """The perceptron rule on one row; it changes nothing where the output is right already."""
+        """Apply the perceptron rule to one row; it changes nothing where the output is right already."""
         error = rate * (target - self(x))
         self.weight += error * x
         self.bias += error
 
 
 def build(config: Config) -> Perceptron:
-    """A neuron with all weights zero, as Novikoff's bound asks."""
+    """Build a neuron with all weights zero, as Novikoff's bound asks."""
     return Perceptron(config)
 
 
 def learn(
     neuron: Perceptron, x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"], rate: float = 1.0
 ) -> Iterator[int]:
-    """Shows the rows in turn, round and round, and corrects each mistake; yields the row of each correction.
+    """Show the rows in turn, again and again, and corrects each mistake; yields the row of each correction.
 
     It ends when every row is right: never, where the classes cannot be parted by a plane.
     """
@@ -170,7 +170,8 @@ def nearest_mixture(points: Float[Tensor, "rows dim1"]) -> Float[Tensor, "rows"]
 def absorb(
     points: Float[Tensor, "rows dim1"], support: Int[Tensor, "few"], weights: Float[Tensor, "few"]
 ) -> tuple[Int[Tensor, "fewer"], Float[Tensor, "fewer"]]:
-    """The mixture of the support nearest to zero, and its support: Wolfe's inner loop; it drops points as it goes."""
+    """Return the mixture of the support nearest to zero, and its support: Wolfe's inner loop; it drops points as it
+    goes."""
     while True:
         target = affine_weights(points[support])
         falling = target <= 0

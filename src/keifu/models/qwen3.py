@@ -54,7 +54,8 @@ PAPER_PARAMETERS = {
 
 
 def build(config: Config) -> DecoderLM:
-    """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its own."""
+    """Build a model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its
+    own."""
     return llama.assemble(config, partial(_attention, config))
 
 
@@ -93,12 +94,12 @@ FIELDS: hf.Fields = llama.FIELDS | {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a Hugging Face config.json of model_type qwen3."""
+    """Read the Config of a Hugging Face config.json of model_type qwen3."""
     return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json), **hf.read_window(json))
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers, vLLM and llama.cpp's converter read."""
+    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
     return {
         **hf.write(config, MODEL_TYPES, FIELDS),
         **hf.write_rope(config.rope_theta, config.rope_scaling),

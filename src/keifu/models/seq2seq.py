@@ -144,7 +144,7 @@ class Seq2Seq(nn.Module):
         return self.logits(self.hidden(target, self.start(source, source_mask)))
 
     def start(self, source: Source, source_mask: SourceMask | None = None, capacity: int | None = None) -> DecoderState:
-        """Reads the sources. With `capacity` the state takes up to that many tokens of each target, a few at a time;
+        """Read the sources. With `capacity` the state takes up to that many tokens of each target, a few at a time;
         without it a whole target is given at once and nothing of it is kept. An empty source is a ValueError.
         """
         mask = torch.ones_like(source, dtype=torch.bool) if source_mask is None else source_mask
@@ -170,7 +170,7 @@ class Seq2Seq(nn.Module):
         return weights
 
     def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
-        """The head alone."""
+        """Apply the head alone."""
         return linear(hidden, self.head.weight, self.head.bias)
 
     @property
@@ -192,7 +192,7 @@ class Seq2Seq(nn.Module):
 
 
 def build(config: Config) -> Seq2Seq:
-    """A model with the paper's initialisation (appendix B.1): recurrent matrices orthogonal, W_a and U_a from
+    """Build a model with the paper's initialisation (appendix B.1): recurrent matrices orthogonal, W_a and U_a from
     N(0, 0.001²), v_a and all biases 0, the rest from N(0, 0.01²)."""
     model = Seq2Seq(config)
     normal_(model, std=0.01)

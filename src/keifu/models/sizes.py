@@ -27,12 +27,12 @@ class Size(NamedTuple):
 
 
 def published_sizes() -> list[Size]:
-    """The stored table, in the order of the models' files."""
+    """Return the stored table, in the order of the models' files."""
     return [Size(*row) for row in json.loads(TABLE.read_text(encoding="utf-8"))]
 
 
 def count_sizes(models: Iterable[str]) -> list[Size]:
-    """The table counted on models on the meta device."""
+    """Return the table counted on models on the meta device."""
     found = {name: import_module(f"keifu.models.{name}") for name in models}
     return [
         Size(size, name, *_counts(module, config, vars(module).get("PAPER_PARAMETERS", {}).get(size)))
@@ -57,7 +57,7 @@ def _counts(module: Any, config: Any, paper: float | None) -> tuple[int, float |
 
 
 def write(models: Iterable[str]) -> None:
-    """Counts again and writes the table, one line a size."""
+    """Count again and write the table, one line a size."""
     rows = ",\n".join(json.dumps(row[:4] if row.active is None else row) for row in count_sizes(models))
     TABLE.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
 

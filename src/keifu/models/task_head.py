@@ -118,7 +118,7 @@ class ModelWithHead(nn.Module):
         return self.decoder.hidden(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
     def judge(self, hidden: Float[Tensor, "batch sequences length dim"], mask: Mask) -> Float[Tensor, "batch answers"]:
-        """The head's logits from each sequence's last real token."""
+        """Return the head's logits from each sequence's last real token."""
         last = (mask.sum(-1) - 1).clamp(min=0)[..., None, None]
         extracted = hidden.gather(2, last.expand(-1, -1, -1, hidden.shape[-1])).squeeze(2)
         return self.task_head(self.dropout(extracted), mask.any(-1)) + self.config.bias
@@ -143,7 +143,7 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {  # for each form, from the
 
 
 def add_head(decoder: DecoderLM, config: Config) -> ModelWithHead:
-    """A decoder with a new head, initialised from N(0, 0.02²)."""
+    """Build a decoder with a new head, initialised from N(0, 0.02²)."""
     if config.form not in HEADS:
         raise UserError(f"There is no form {config.form!r}. Known: {', '.join(HEADS)}.")
     head = HEADS[config.form](decoder.embedding.embedding_dim, len(config.labels))
@@ -152,13 +152,13 @@ def add_head(decoder: DecoderLM, config: Config) -> ModelWithHead:
 
 
 def builder(build: Callable[[Any], DecoderLM]) -> Callable[[Config], ModelWithHead]:
-    """The function that builds a decoder with a head, from the one that builds the decoder."""
+    """Return the function that builds a decoder with a head, from the one that builds the decoder."""
     return lambda config: add_head(build(config.decoder), config)
 
 
 @torch.no_grad()
 def shift(model: ModelWithHead, by: float) -> None:
-    """Adds a number to every score that a model with a head for scores gives, in place.
+    """Add a number to every score that a model with a head for scores gives, in place.
 
     Where the decoder's last norm has a bias, that is changed, along the head's one row: so the sum is there for
     whoever knows the published classes alone, whose head has no bias. Elsewhere it is the Config's.
@@ -172,8 +172,8 @@ def shift(model: ModelWithHead, by: float) -> None:
 
 @torch.no_grad()
 def grow_vocabulary(decoder: DecoderLM, vocab_size: int, fresh: Sequence[int], std: float = 0.02) -> None:
-    """Gives a decoder rows for new tokens: at least `vocab_size` in all, those of `fresh` ids initialised from N(0,
-    std²)."""
+    """Give a decoder embeddings for new tokens: at least `vocab_size` in all, those of `fresh` ids initialised from
+    N(0, std²)."""
     table, head = decoder.embedding, decoder.head
     table.weight = _grow_rows(table.weight, vocab_size, fresh, std)
     table.num_embeddings = len(table.weight)

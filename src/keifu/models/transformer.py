@@ -175,7 +175,7 @@ FIELDS: hf.Fields = {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a Hugging Face config.json of model_type marian."""
+    """Read the Config of a Hugging Face config.json of model_type marian."""
     tied = json.get("tie_word_embeddings", True)
     shared = json.get("share_encoder_decoder_embeddings", True) and tied  # untied, transformers shares nothing
     target = json.get("decoder_vocab_size") or json["vocab_size"]
@@ -188,7 +188,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers reads."""
+    """Return the config.json that transformers reads."""
     return {
         "is_encoder_decoder": True,
         "decoder_vocab_size": config.target_vocab_size or config.vocab_size,

@@ -95,6 +95,18 @@ CASES = {
         **SIZES | {"num_key_value_heads": 4}, attention_bias=True, tie_word_embeddings=True, rms_norm_eps=0.1,
         rope_parameters={"rope_type": "linear", "rope_theta": 20_000.0, "factor": 2.5}, hidden_act="gelu",
     ),
+    "smollm3": lambda: transformers.SmolLM3Config(**SIZES, pad_token_id=None),
+    "smollm3-biased-untied": lambda: transformers.SmolLM3Config(
+        **SIZES, no_rope_layers=[0, 1, 1], attention_bias=True, mlp_bias=True, tie_word_embeddings=False,
+        pad_token_id=None,
+    ),
+    "phi3": lambda: transformers.Phi3Config(
+        **SIZES, sliding_window=7, original_max_position_embeddings=64, pad_token_id=None
+    ),
+    "phi3-full-attention-tied": lambda: transformers.Phi3Config(
+        **SIZES | {"num_key_value_heads": 4}, tie_word_embeddings=True, original_max_position_embeddings=64,
+        pad_token_id=None,
+    ),
     "mixtral": lambda: transformers.MixtralConfig(**SIZES | {"intermediate_size": 44}, num_local_experts=5),
     "mixtral-one-expert-window-tied": lambda: transformers.MixtralConfig(
         **SIZES | {"intermediate_size": 44}, num_local_experts=3, num_experts_per_tok=1, sliding_window=7, head_dim=10,

@@ -7,6 +7,7 @@ from keifu.checkpoints.registry import FAMILIES, build, describe, read_config
 from keifu.errors import UserError
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
 from keifu.models.mixture import mixtral, olmoe, qwen3_moe
+from keifu.models.variants import phi3, smollm3
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
 LLAMA3_ROPE = {
@@ -116,6 +117,20 @@ PUBLISHED = {
         "num_key_value_heads": 16, "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_scaling": None,
         "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "vocab_size": 50304,
     },
+    "smollm3-3b": {
+        **COMMON, "model_type": "smollm3", "attention_bias": False, "attention_dropout": 0.0, "hidden_size": 2048,
+        "intermediate_size": 11008, "max_position_embeddings": 65536, "mlp_bias": False, "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16, "num_hidden_layers": 36,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0,
+        "sliding_window": None, "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 128256,
+    },
+    "phi3-mini": {
+        **COMMON, "model_type": "phi3", "attention_dropout": 0.0, "embd_pdrop": 0.0, "hidden_size": 3072,
+        "intermediate_size": 8192, "max_position_embeddings": 4096, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "original_max_position_embeddings": 4096,
+        "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+        "sliding_window": 2047, "tie_word_embeddings": False, "vocab_size": 32064,
+    },
     "olmo2-7b": {
         **COMMON, "model_type": "olmo2", "attention_bias": False, "attention_dropout": 0.0, "hidden_size": 4096,
         "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32,
@@ -138,7 +153,7 @@ PUBLISHED = {
 def test_config_is_the_size_of_that_name(name) -> None:
     family, config = read_config(PUBLISHED[name], "config.json")
     assert family.model_type == PUBLISHED[name]["model_type"]
-    modules = gpt1, gpt2, gpt3, palm, llama, qwen3, gemma3, olmo2, mixtral, qwen3_moe, olmoe
+    modules = gpt1, gpt2, gpt3, palm, llama, qwen3, gemma3, olmo2, mixtral, qwen3_moe, olmoe, smollm3, phi3
     [expected] = [module.SIZES[name] for module in modules if name in module.SIZES]
     assert describe(config) == describe(expected)
 

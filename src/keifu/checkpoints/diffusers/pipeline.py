@@ -65,7 +65,8 @@ def is_diffusers(path: Path) -> bool:
 
 
 def open_diffusers(path: Path) -> Source:
-    """The model in a folder: a pipeline of a network and its scheduler, one of several models, or a network alone.
+    """Return the model in a folder: a pipeline of a network and its scheduler, one of several models, or a network
+    alone.
 
     A pipeline that lacks a part, and a pipeline or model that keifu has none of, is a `UserError` that names it.
     """
@@ -87,7 +88,7 @@ def open_diffusers(path: Path) -> Source:
 
 
 def _files(path: Path, kind: str, parts: Sequence[str]) -> dict[str, Path]:
-    """The file of each part that says what it is; a missing one is a `UserError` that names it."""
+    """Return the file of each part that says what it is; a missing one is a `UserError` that names it."""
     files = {part: path / part / FILES.get(part, CONFIG) for part in parts}
     missing = [f"{part} ({file.relative_to(path)})" for part, file in files.items() if not file.exists()]
     if missing:
@@ -96,7 +97,7 @@ def _files(path: Path, kind: str, parts: Sequence[str]) -> dict[str, Path]:
 
 
 def _network(path: Path, folder: Path, beside: Mapping[str, Any], notes: tuple[str, ...]) -> Source:
-    """A network in its folder; `beside` is what its config takes from the files of other parts."""
+    """Open a network in its folder; `beside` is what its config takes from the files of other parts."""
     json = read_json_object(folder / CONFIG)
     kind = _kind(json)
     if kind not in FAMILIES or not _is_network(kind):
@@ -111,7 +112,7 @@ def _is_network(kind: str) -> bool:
 
 
 def _kind(json: Mapping[str, Any]) -> str:
-    """The kind of a model: its class, of which one is two networks, told apart by their blocks."""
+    """Return the kind of a model: its class, of which one is two networks, told apart by their blocks."""
     kind = str(json.get("_class_name", json.get("model_type")))
     blocks = [str(json.get("mid_block_type")), *(json.get("down_block_types") or ())]
     simple = kind == "UNet2DConditionModel" and any("Simple" in name for name in blocks)
@@ -119,7 +120,7 @@ def _kind(json: Mapping[str, Any]) -> str:
 
 
 def _component_prefixes(path: Path, kind: str, files: Mapping[str, Path], notes: tuple[str, ...]) -> Source:
-    """A pipeline of several models: their tensors, each under the name of its part."""
+    """Return a pipeline of several models: their tensors, each under the name of its part."""
     whole, models = dict[str, Any]({"model_type": kind}), PIPELINES[kind].models
     for part, file in files.items():
         whole[part] = read_json_object(file)
@@ -137,7 +138,7 @@ def _component_prefixes(path: Path, kind: str, files: Mapping[str, Path], notes:
 
 
 def tower_names(family: Family, stored: Mapping[str, Any]) -> dict[str, str]:
-    """The family's names, and those of CLIP's towers without their prefix where the file has them so."""
+    """Return the family's names, and those of CLIP's towers without their prefix where the file has them so."""
     table = dict(family.names or {})
     for part, prefix in (("text_encoder.", "text_model."), ("image_encoder.", "vision_model.")):
         if not any(name.startswith(part + prefix) for name in stored):
@@ -151,7 +152,7 @@ def diffusers_files(family: Family) -> bool:
 
 
 def weight_places(family: Family, found: Sequence[Link]) -> dict[str, list[Link]]:
-    """The file of each group of tensors, and the tensors by their names there."""
+    """Return the file of each group of tensors, and the tensors by their names there."""
     if family.model_type not in PIPELINES:
         return {family.files[1]: [*found]}
     places: dict[str, list[Link]] = {}
@@ -178,7 +179,7 @@ def json_files(config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any
 
 
 def _of_pipeline(kind: str, config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
-    """The files of a pipeline of several models; a part that is None stands in the index alone."""
+    """Return the files of a pipeline of several models; a part that is None stands in the index alone."""
     files, index = dict[str, Any](), dict[str, Any]({"_class_name": kind})
     for part in PIPELINES[kind].models:
         if file := config[part]:
@@ -201,7 +202,7 @@ def _with_version(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The config.json of one model, diffusers' or transformers'."""
+    """Return the config.json of one model, diffusers' or transformers'."""
     if "architectures" in config:
         return {**config, "dtype": dtype, "torch_dtype": dtype}
     rest = {name: value for name, value in config.items() if name not in ("model_type", SCHEDULER)}

@@ -69,7 +69,7 @@ CODER_NAMES = {  # patterns in the names of either side of the autoencoder
 
 
 def open_single_file(path: Path) -> Source:
-    """The model in a file of Stable Diffusion 1, its weights memory-mapped and not yet read.
+    """Return the model in a file of Stable Diffusion 1, its weights memory-mapped and not yet read.
 
     A file of another kind, or one that lacks a part, is a `UserError` that says which.
     """
@@ -114,7 +114,8 @@ def _check(path: Path, names: Sequence[str]) -> None:
 
 
 def config_of(shapes: Shapes, beside: Mapping[str, Tensor]) -> latent_diffusion.Config:
-    """The Config that the tensors' shapes tell. `beside`: the file's betas and scale_factor, where it has them."""
+    """Return the Config that the tensors' shapes tell. `beside`: the file's betas and scale_factor, where it has them.
+    """
     noise = latent_diffusion.NOISE
     if "betas" in beside and not torch.allclose(beside["betas"].float(), noise.beta, rtol=1e-4, atol=0):
         noise = replace(noise, betas=tuple(beside["betas"].tolist()), steps=len(beside["betas"]))
@@ -211,13 +212,13 @@ def _autoencoder_name(name: str, levels: int) -> str:
 
 
 def _flat(name: str, stored: Stored) -> Stored:
-    """The matrices of the autoencoder's attention, which are 1×1 convolutions here, as matrices."""
+    """Reshape the matrices of the autoencoder's attention, which are 1×1 convolutions here, as matrices."""
     is_attention = name.startswith("vae.") and ".attentions." in name
     return stored._replace(shape=stored.shape[:2]) if is_attention and len(stored.shape) == 4 else stored
 
 
 def _read_tokenizer(path: Path, config: latent_diffusion.Config) -> Any:
-    """The tokenizer that lies beside the file, which holds none; else CLIP's own from the catalogue, which every
+    """Return the tokenizer that lies beside the file, which holds none; else CLIP's own from the catalogue, which every
     Stable Diffusion 1 reads with."""
     from keifu.data.catalogue.catalogue import fetch
     from keifu.data.tokenizers.formats import READERS

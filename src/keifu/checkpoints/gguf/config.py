@@ -31,7 +31,7 @@ Divisors = Float[Tensor, " pairs"]
 def read_scaling(
     own: Mapping[str, Any], theta: float, context: int, freqs: Divisors | None, where: str
 ) -> RopeScaling | None:
-    """The scaling that these metadata (without the architecture's name) and divisors mean."""
+    """Return the scaling that these metadata (without the architecture's name) and divisors mean."""
     factor = float(own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0)) or 1.0)
     kind = own.get("rope.scaling.type", "linear")  # llama.cpp's own default, which a factor of 1 makes nothing of
     if kind not in ("none", "linear", "yarn"):
@@ -55,7 +55,7 @@ YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp has these built in for
 
 
 def write_scaling(scaling: RopeScaling | None, theta: float, head_dim: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metadata (without the architecture's name) and the tensors; what GGUF cannot say is a `UserError`."""
+    """Return the metadata (without the architecture's name) and the tensors; what GGUF cannot say is a `UserError`."""
     if scaling is None:
         return {}, {}
     if scaling.kind == "llama3":
@@ -73,7 +73,7 @@ def write_scaling(scaling: RopeScaling | None, theta: float, head_dim: int) -> t
 
 
 def divisors(scaling: RopeScaling, theta: float, head_dim: int) -> Divisors:
-    """What each pair's frequency is divided by."""
+    """Return the divisor of each pair's frequency."""
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     return (frequencies / scaling.apply(frequencies, theta)).float()
 
@@ -88,7 +88,7 @@ def _llama3(freqs: Divisors, theta: float, context: int, where: str) -> RopeScal
 
 
 def _candidates(freqs: Divisors, theta: float, context: int) -> Iterator[RopeScaling]:
-    """The published settings first, then those that the divisors themselves determine.
+    """Yield the published settings first, then those that the divisors themselves determine.
 
     The share of a frequency f that is kept is a line, (length · f / 2π - low) / (high - low), cut at 0 and 1. A line
     fixes the three settings but for a common factor: low is taken as 1, as published, if that makes the others round.
@@ -231,7 +231,7 @@ ARCHITECTURES = {  # in the order in which one is sought for a Config
 def read_config(
     fields: Mapping[str, Any], tensors: Mapping[str, Any], freqs: Tensor | None, where: str
 ) -> tuple[str, Any]:
-    """The architecture's name and the Config of a file's metadata.
+    """Return the architecture's name and the Config of a file's metadata.
 
     tensors: names of all tensors, and the shape of each. freqs: the tensor rope_freqs.weight, where there is one.
     """
@@ -270,7 +270,7 @@ def _head_size(values: Mapping[str, Any], defaults: Mapping[str, Any], where: st
 
 
 def _same_everywhere(key: str, value: Any, where: str) -> Any:
-    """The one value of a setting, which may be given layer by layer, without the noise of float32."""
+    """Return the one value of a setting, which may be given layer by layer, without the noise of float32."""
     if isinstance(value, list) and value and key.partition(".")[0] in ARCHITECTURES:
         if len(set(value)) > 1:
             raise UserError(f"{where} has another {key} in each layer ({value[:4]}), which keifu does not implement.")
@@ -290,7 +290,8 @@ def _read_rotary(own: Mapping[str, Any], values: Mapping[str, Any], freqs: Tenso
 
 
 def architecture_for(config: Any) -> tuple[str, Architecture]:
-    """The architecture of llama.cpp that runs a model of this Config; none is a `UserError` that names the settings."""
+    """Return the architecture of llama.cpp that runs a model of this Config; none is a `UserError` that names the
+    settings."""
     values, reasons = vars(config), []
     for name, architecture in ARCHITECTURES.items():
         if not isinstance(config, architecture.config):
@@ -306,7 +307,7 @@ def architecture_for(config: Any) -> tuple[str, Architecture]:
 
 
 def write_config(name: str, architecture: Architecture, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metadata without the tokenizer, and the tensors that are settings.
+    """Return the metadata without the tokenizer, and the tensors that are settings.
 
     A model with a sliding window that llama.cpp's program ignores is given the window as its context: within it the two
     agree.
@@ -326,10 +327,10 @@ def write_config(name: str, architecture: Architecture, config: Any) -> tuple[di
 
 
 def head_dim(config: Any) -> int:
-    """The size of a rotary head."""
+    """Return the size of a rotary head."""
     return vars(config).get("head_dim") or config.dim // config.n_heads
 
 
 def rotary_head_dim(architecture: Architecture, config: Any) -> int | None:
-    """The size of the heads whose rows GGUF stores in another order than we; None if it does not."""
+    """Return the size of the heads whose rows GGUF stores in another order than we; None if it does not."""
     return head_dim(config) if architecture.interleaved else None

@@ -16,17 +16,17 @@ PIECE = 8192  # blocks that are read at once, so that what is computed stays in 
 
 
 def _q8_0(stored: Stored, out: Numbers) -> None:
-    """A scale in float16, then 32 whole numbers."""
+    """Return a scale in float16, then 32 whole numbers."""
     out.copy_(stored[:, 2:].view(torch.int8)).mul_(_half(stored[:, :2]))
 
 
 def _q4_0(stored: Stored, out: Numbers) -> None:
-    """A scale in float16, then 32 numbers of four bits, of which 8 is zero."""
+    """Return a scale in float16, then 32 numbers of four bits, of which 8 is zero."""
     _nibbles(stored[:, 2:], out).sub_(8).mul_(_half(stored[:, :2]))
 
 
 def _q4_1(stored: Stored, out: Numbers) -> None:
-    """A scale and the least number in float16, then 32 numbers of four bits."""
+    """Return a scale and the least number in float16, then 32 numbers of four bits."""
     _nibbles(stored[:, 4:], out).mul_(_half(stored[:, :2])).add_(_half(stored[:, 2:4]))
 
 
@@ -35,7 +35,7 @@ def _half(stored: Stored) -> Float[Tensor, "blocks 1"]:
 
 
 def _nibbles(stored: Stored, out: Numbers) -> Numbers:
-    """The lower four bits of all bytes, then the upper ones."""
+    """Return the lower four bits of all bytes, then the upper ones."""
     out[:, :16] = stored & 15
     out[:, 16:] = stored >> 4
     return out
@@ -54,7 +54,7 @@ def _by_package(kind: str) -> Callable[[Stored, Numbers], None]:
 
 
 def read_blocks(stored: Stored, kind: str, size: int) -> Numbers:
-    """The numbers of blocks of this type, `size` of them in each, as float32."""
+    """Return the numbers of blocks of this type, `size` of them in each, as float32."""
     read = READERS.get(kind) or _by_package(kind)
     numbers = torch.empty(len(stored), size, dtype=torch.float32, device="cpu")
     for start in range(0, len(stored), PIECE):

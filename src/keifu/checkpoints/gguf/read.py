@@ -58,7 +58,8 @@ class GGUFFile:
         return {name: Stored(place.shape, place.kind, held[place.kind]) for name, place in self.places.items()}
 
     def read(self, name: str) -> Tensor:
-        """A tensor's numbers: as they are, without a copy, where the type is one of PyTorch's; else as float32."""
+        """Return a tensor's numbers: as they are, without a copy, where the type is one of PyTorch's; else as float32.
+        """
         place = self.places[name]
         raw = self.bytes[place.start : place.start + place.size]
         if place.kind in PLAIN:
@@ -67,7 +68,7 @@ class GGUFFile:
         return read_blocks(torch.from_numpy(raw).view(-1, size), place.kind, block).view(place.shape)
 
     def blocks(self, name: str) -> Blocks | None:
-        """A quantised tensor as it is stored, a row after the other; None for a plain one."""
+        """Return a quantised tensor as it is stored, a row after the other; None for a plain one."""
         from gguf import GGMLQuantizationType
 
         place = self.places[name]
@@ -84,7 +85,7 @@ def _block(kind: str) -> tuple[int, int]:
 
 
 def _read_array(kind: str) -> torch.dtype | None:
-    """The type in which this type of GGUF's is read; None where the gguf package cannot read it."""
+    """Return the type in which this type of GGUF's is read; None where the gguf package cannot read it."""
     if kind in PLAIN:
         return PLAIN[kind]
     if kind in READERS:
@@ -147,7 +148,7 @@ class _Cursor:
         return SCALARS[kind]
 
     def counted(self, count: int) -> int:
-        """A number of things that take eight bytes each at least: one that the file cannot hold is an error at once."""
+        """Read a count of items of at least eight bytes; a count that the file cannot hold is an error."""
         if self.at + 8 * count > len(self.data):
             self.advance(8 * count)
         return count
@@ -166,12 +167,12 @@ def is_gguf(path: Path) -> bool:
 
 
 def truncated_error(path: Path, needed: int, size: int) -> UserError:
-    """The error for a file that ends too soon."""
+    """Return the error for a file that ends too soon."""
     return UserError(f"{path} is truncated or corrupt: it has {size:,} bytes and would need at least {needed:,}.")
 
 
 def open_file(path: Path) -> GGUFFile:
-    """A GGUF file's header. What is no GGUF, of an unknown version, or torn, is a `UserError`."""
+    """Return a GGUF file's header. What is no GGUF, of an unknown version, or torn, is a `UserError`."""
     size = plain_file(path).stat().st_size
     if not is_gguf(path):
         raise UserError(f"{path} is no GGUF file: it does not begin with the letters GGUF.")
@@ -232,7 +233,7 @@ def _place(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int)
 
 
 def open_gguf(path: Path) -> Source:
-    """The model in a GGUF file, its weights memory-mapped and not yet read."""
+    """Return the model in a GGUF file, its weights memory-mapped and not yet read."""
     file = open_file(path)
     parts = file.fields.get("split.count", 1)
     if type(parts) is not int or parts > 1:

@@ -26,7 +26,7 @@ ALWAYS_EXACT = "position_embd"
 
 
 def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = None) -> None:
-    """Writes a model and its tokenizer as one GGUF file.
+    """Write a model and its tokenizer as one GGUF file.
 
     dtype: f32, f16, bf16 or q8_0 for the matrices, the model's own where None is given; vectors and positions stay
     float32, as llama.cpp wants them. Rows that do not come in blocks of 32 are float32 where q8_0 is asked for.
@@ -64,7 +64,7 @@ def _kind(dtype: str | None, own: torch.dtype) -> str:
 
 
 def _vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
-    """The tokenizer's fields, filled up with unused tokens to the size of the embedding, as llama.cpp asks."""
+    """Return the tokenizer's fields, filled up with unused tokens to the size of the embedding, as llama.cpp asks."""
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
     from keifu.data.tokenizers.gguf import to_gguf_fields
@@ -106,14 +106,14 @@ def _write(
 
 
 def tensor_kind(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """The number format of one tensor in a file whose matrices are of this kind."""
+    """Return the number format of one tensor in a file whose matrices are of this kind."""
     if len(shape) == 1 or name.startswith(ALWAYS_EXACT):
         return "F32"
     return "F32" if kind == "Q8_0" and shape[-1] % BLOCK else kind
 
 
 def encode_tensor(tensor: Tensor, kind: str) -> np.ndarray:
-    """The numbers as the file holds them: float32, float16, or bytes."""
+    """Return the numbers as the file holds them: float32, float16, or bytes."""
     if kind in ("F32", "F16"):
         return tensor.to({"F32": torch.float32, "F16": torch.float16}[kind]).numpy()
     if kind == "BF16":

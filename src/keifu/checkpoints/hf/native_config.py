@@ -15,7 +15,7 @@ ZERO_ALLOWED = ("first_window_layer", "start_id", "end_id", "pad_id", "steps_off
 
 
 def from_json(kind: type, json: dict[str, Any]) -> Any:
-    """The Config of class `kind`. Every field must be there; what else the file says is not the model's."""
+    """Read the Config of class `kind`. Every field must be there; what else the file says is not the model's."""
     hints = get_type_hints(kind)
     return kind(**{field.name: _value(hints[field.name], json[field.name]) for field in fields(kind)})
 

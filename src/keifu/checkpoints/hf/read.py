@@ -27,7 +27,7 @@ DTYPES = PLAIN | {"I64": torch.int64}  # counters, such as a batch norm's
 
 
 def open_directory(path: Path) -> Source:
-    """The model in a directory, its weights memory-mapped and not yet read."""
+    """Return the model in a directory, its weights memory-mapped and not yet read."""
     where = next((path / name for name in CONFIGS if (path / name).exists()), None)
     if where is None:
         run = ", which a run writes when it ends or is stopped" if (path / "recipe.json").exists() else ""
@@ -41,7 +41,7 @@ def source_of(
     path: Path, layout: str, family: Family, config: Any, files: Mapping[Path, str], notes: tuple[str, ...] = (),
     texts: Path | None = None,
 ) -> Source:  # fmt: skip
-    """A model of this config whose weights lie in these safetensors files.
+    """Open a model of this config whose weights lie in these safetensors files.
 
     files: with what each one's names are told with, where several parts have files. texts: where the tokenizer is, if
     not in `path`.
@@ -59,7 +59,7 @@ def source_of(
 
 
 def _with_preprocessor(where: Path) -> dict[str, Any]:
-    """A config, with what stands beside it about pictures."""
+    """Return a config, with what stands beside it about pictures."""
     kind, json = CONFIGS[where.name], read_json_object(where)
     json |= {"model_type": kind} if kind else {}
     beside, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name("processor_config.json")
@@ -69,7 +69,8 @@ def _with_preprocessor(where: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
-    """The safetensors files of a directory; a missing one, or weights of another kind alone, is a `UserError`."""
+    """Return the safetensors files of a directory; a missing one, or weights of another kind alone, is a `UserError`.
+    """
     if (path / weights).exists():
         return [path / weights]
     listing = path / f"{weights}.index.json"
@@ -91,7 +92,7 @@ def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
 
 
 def pickled_only(path: Path, names: Sequence[str]) -> UserError:
-    """The error for weights that only unpickling would read: that runs whatever program is inside."""
+    """Return the error for weights that only unpickling would read: that runs whatever program is inside."""
     where = path / "config.json"
     json = read_json_object(where) if where.exists() else {}
     named, library = json.get("architectures"), "diffusers" if "_class_name" in json else "transformers"
@@ -109,7 +110,8 @@ def _nearest(name: str, path: Path) -> str:
 
 
 def open_weights(path: Path) -> Any:
-    """A safetensors file, memory-mapped; a torn one is a `UserError` with its bytes and those that it promises."""
+    """Return a safetensors file, memory-mapped; a torn one is a `UserError` with its bytes and those that it promises.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -135,7 +137,7 @@ def _sizes(path: Path) -> str:
 
 
 def stored_of(piece: Any) -> Stored:
-    """What is known of a tensor of such a file without reading it."""
+    """Describe a tensor of such a file without reading it."""
     kind = piece.get_dtype()
     return Stored(tuple(piece.get_shape()), kind, DTYPES.get(kind))
 

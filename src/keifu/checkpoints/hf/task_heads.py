@@ -81,7 +81,7 @@ def _published(json: Mapping[str, Any], where: str) -> str:
 
 
 def _family(base: Family, kind: str | None) -> Family:
-    """The decoder's family, with a head of that kind; of no kind: keifu's own form, in keifu's own names."""
+    """Return the decoder's family, with a head of that kind; of no kind: keifu's own form, in keifu's own names."""
     module = SimpleNamespace(build=task_head.builder(base.module.build), Config=task_head.Config, SIZES={})
     changes: dict[str, Any] = {"module": module, "inside": INSIDE, "tie": _tie, "writes_text": True}
     if kind is None or base.names is None:
@@ -95,7 +95,7 @@ def _tie(config: task_head.Config, tied: bool) -> task_head.Config:
 
 
 def _config(json: Mapping[str, Any], decoder: Any, told: Mapping[str, Any], where: str) -> task_head.Config:
-    """The Config of what the file's class says, and beyond it of the field `TASK`, where there is one."""
+    """Read the Config of what the file's class says, and beyond it of the field `TASK`, where there is one."""
     task = _object(json, TASK, where) if TASK in json or not told else {}
     given = {name: value for name, value in {**told, **task}.items() if name in FIELDS}
     try:

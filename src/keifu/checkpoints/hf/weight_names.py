@@ -40,7 +40,7 @@ class Link:
     offset: float = 0.0
 
     def stored_shapes(self) -> list[tuple[int, ...]]:
-        """The shape of each of theirs as it stands in the file."""
+        """Return the shape of each of theirs as it stands in the file."""
         shapes = [(rows, *self.shape[1:]) if self.shape else () for rows in self.rows]
         return [shape[::-1] for shape in shapes] if self.transposed else shapes
 
@@ -54,7 +54,7 @@ class Link:
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
     def part(self, index: int, tensor: Tensor) -> Tensor:
-        """The rows of ours that the tensor makes, which is one of theirs, by its number."""
+        """Return the rows of ours that the tensor makes, which is one of theirs, by its number."""
         return halves(self._turn(tensor), self._heads()[index])
 
     def read(self, read: Callable[[str, Index], Tensor], index: Index) -> Tensor:
@@ -96,12 +96,13 @@ def halves(rows: Tensor, head_dim: int) -> Tensor:
 
 
 def pairs(rows: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `halves`."""
+    """Return the inverse of `halves`."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2) if head_dim else rows
 
 
 def links(model: nn.Module, table: Table) -> list[Link]:
-    """A link for every tensor of the model, in the model's order. One that the table does not name is an error."""
+    """Return a link for every tensor of the model, in the model's order. One that the table does not name is an error.
+    """
     modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
     return [_link(name, tuple(tensor.shape), modules, table) for name, tensor in state.items()]
 

@@ -50,7 +50,7 @@ TOKENIZER_FILES = (
 def save(
     model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_bytes: int | float = 5e9, kind: str | None = None
 ) -> None:
-    """Writes a model and its tokenizer as a Hugging Face directory.
+    """Write a model and its tokenizer as a Hugging Face directory.
 
     It holds config.json, generation_config.json, the tokenizer's files, and model.safetensors or, where the weights
     have more than `max_shard_bytes`, shards of at most that size with an index. A tensor that two parts of the model
@@ -107,7 +107,8 @@ def published_tensors(model: nn.Module, found: Sequence[Link]) -> Iterator[tuple
 
 
 def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
-    """The tensors in order, in as few groups of at most `limit` bytes as that order allows; one too large is alone."""
+    """Return the tensors in order, in as few groups of at most `limit` bytes as that order allows; one too large is
+    alone."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -120,7 +121,7 @@ def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
 
 
 def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: int | float) -> None:
-    """Writes the weights as this file, or as shards of its name with their index."""
+    """Write the weights as this file, or as shards of its name with their index."""
     state = model.state_dict()
     each = {name: math.prod(link.shape) * state[link.ours].element_size() * rows // sum(link.rows)
             for link in found for name, rows in zip(link.theirs, link.rows, strict=True)}  # fmt: skip
@@ -138,7 +139,7 @@ def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: i
 
 
 def _of_whole(link: Link) -> Link:
-    """The same of a split model, whose tensor is a part of that link's."""
+    """Write the weights of a split model, whose tensor is a part of that link's."""
     if not (layout := current().layout(link.ours)):
         return link
     rows = layout.parts if len(link.rows) > 1 else (sum(layout.parts),)
@@ -159,8 +160,8 @@ def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path
 
 
 def generation_config(tokenizer: Any) -> dict[str, Any]:
-    """What generation_config.json says of a tokenizer's model: recommended settings, and the ids that begin, end and
-    pad a text."""
+    """Return the content of generation_config.json for a tokenizer's model: recommended settings, and the ids that
+    begin, end and pad a text."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     ends = sorted(tokenizer.stop_ids)
     ids |= {"eos_token_id": ends} if len(ends) > 1 else {}
@@ -168,7 +169,8 @@ def generation_config(tokenizer: Any) -> dict[str, Any]:
 
 
 def _write_diffusers(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path) -> None:
-    """The JSON files of a network or a pipeline, and the tokenizer, which says how long a text is padded to be."""
+    """Return the JSON files of a network or a pipeline, and the tokenizer, which says how long a text is padded to be.
+    """
     for name, content in json_files(config, dtype).items():
         _write_json(stage / name, content)
     if tokenizer is not None:
@@ -183,8 +185,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _move(stage: Path, directory: Path) -> None:
-    """Syncs every new file, then renames them in: weights first, what says which model it is last; then what is stale
-    goes."""
+    """Sync every new file, then rename them: weights first, what says which model it is last; then what is stale goes.
+    """
     named = {file.relative_to(stage): file for file in stage.rglob("*") if file.is_file()}
     last = (*CONFIGS, PIPELINE)
     new = sorted(named, key=lambda name: (name.name in last, ".safetensors" not in name.name, name.name))

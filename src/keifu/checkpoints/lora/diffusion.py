@@ -46,7 +46,7 @@ def apply_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Mod
 
 
 def attach_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Module:
-    """Puts a file's adapters beside the layers of a model, in place, the rest frozen."""
+    """Attach a file's adapters to the layers of a model, in place, the rest frozen."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is no .safetensors file, and keifu reads LoRAs from no other.")
@@ -56,7 +56,7 @@ def attach_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Mo
 
 
 def _low(scale: float, label: str, parts: dict[str, Tensor]) -> LoraSettings:
-    """The settings of one layer's adapter; its kernels become matrices."""
+    """Return the settings of one layer's adapter; its kernels become matrices."""
     alpha = parts.pop("alpha", None)
     if alpha is not None and alpha.numel() != 1:
         raise UserError(f"The alpha of {label} has the shape {tuple(alpha.shape)}, and it is one number.")
@@ -93,7 +93,7 @@ def _unknown_weight(name: str) -> str:
 
 
 def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
-    """Writes a model's adapters as one file that diffusers (peft, diffusers) or kohya's tools load.
+    """Write a model's adapters as one file that diffusers (peft, diffusers) or kohya's tools load.
 
     The first two have no word for alpha: where it is not the rank, the upper matrix is written scaled.
     """
@@ -113,7 +113,7 @@ def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
 
 
 def _format_weights(adapter: Adapter, held: Mapping[str, Tensor], style: str) -> dict[str, Tensor]:
-    """The tensors of one adapter by their names, convolutions' as kernels."""
+    """Return the tensors of one adapter by their names, convolutions' as kernels."""
     label, (down, up) = adapter.target.label, WRITTEN[style]
     if style == "diffusers" and label.startswith("text_encoder."):
         down, up = OF_TEXT

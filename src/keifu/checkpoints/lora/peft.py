@@ -77,7 +77,8 @@ def match_targets(known: Mapping[str, Target], names: Sequence[str], *more: str)
 
 
 def _last(label: str) -> str:
-    """The end of a layer's name that says its role: its last part that is no number, with the number behind it."""
+    """Return the end of a layer's name that says its role: its last part that is no number, with the number behind it.
+    """
     parts = label.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
@@ -87,7 +88,7 @@ def _ends(label: str, wanted: str) -> bool:
 
 
 def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
-    """Writes a model's adapters, and they alone, as PEFT does. `base`: where the model itself is to be had."""
+    """Write a model's adapters, and they alone, as PEFT does. `base`: where the model itself is to be had."""
     from safetensors.torch import save
 
     made = whole_tensors(model)
@@ -103,7 +104,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
 
 
 def whole_tensors(model: nn.Module) -> dict[Adapter, dict[str, Tensor]]:
-    """The tensors of every adapter, on the CPU; of a split model, its processes join them."""
+    """Return the tensors of every adapter, on the CPU; of a split model, its processes join them."""
     join = current().full_tensor
     return {part: {end: join(f"{name}.{end}", p.detach()).cpu().contiguous() for end, p in part.named_parameters()}
             for name, part in model.named_modules() if isinstance(part, Adapter)}  # fmt: skip
@@ -191,7 +192,7 @@ def attach_tensors(
 
 
 def _check_pair(path: Path) -> dict[str, Any]:
-    """The config, once it is sure that nothing in it changes the numbers unseen."""
+    """Return the config, once it is sure that nothing in it changes the numbers unseen."""
     config = read_json_object(path / CONFIG)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path / CONFIG} is of the kind {config.get('peft_type')!r}, and keifu reads LORA alone.")
@@ -223,7 +224,7 @@ def _place(name: str) -> Place:
 
 
 def _low(config: Mapping[str, Any], label: str, parts: Mapping[str, Tensor]) -> LoraSettings:
-    """The settings of one layer's adapter; a pattern is an end of a name, or a regular expression for one."""
+    """Return the settings of one layer's adapter; a pattern is an end of a name, or a regular expression for one."""
 
     def chosen(patterns: Mapping[str, Any] | None, default: Any) -> Any:
         for pattern in patterns or {}:

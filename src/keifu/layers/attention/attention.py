@@ -54,8 +54,8 @@ def _short(q: Tensor, k: Tensor) -> bool:
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: Dropout | None, scale: float | None
 ) -> Hidden:
-    """The same as `attend`, written out, each head with its own keys. Scores are masked and scaled by their product
-    itself, so that between two products there is the softmax alone."""
+    """Compute `attend` written out, each head with its own keys. Scores are masked and scaled by their product itself,
+    so that between two products there is the softmax alone."""
     batch, heads, length, head_dim = q.shape
     hidden = torch.zeros((), dtype=q.dtype, device=q.device)  # what is added to the scores: -inf where nothing is seen
     if visible == "causal":

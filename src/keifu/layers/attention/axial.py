@@ -74,7 +74,7 @@ class Grid:
         return torch.isin(queries - keys, torch.tensor(self.offsets(pattern)))
 
     def seen_from(self, pattern: Pattern, place: int) -> Int[Tensor, " seen"]:
-        """The tokens that one place of the grid sees, itself the last."""
+        """Return the tokens that one position of the grid sees, itself the last."""
         earlier = [self.prefix + place - offset for offset in reversed(self.offsets(pattern)) if offset <= place]
         return torch.cat([torch.arange(self.prefix), torch.tensor(earlier)])
 
@@ -112,13 +112,13 @@ class GridAttention(Attention):
 
 @lru_cache(maxsize=8192)
 def _kept(make: Callable[..., Tensor], device: torch.device, *given: Any) -> Tensor:
-    """A table of a grid, made once; while generating too, it must serve training."""
+    """Return a table of a grid, made once; while generating too, it must serve training."""
     with torch.inference_mode(False):
         return make(*given).to(device)
 
 
 def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> Float[Tensor, "batch length dim"]:
-    """What each token brings back, the heads joined, for a text and a whole grid."""
+    """Attend over a text and a whole grid; return the result of each token with the heads joined."""
     if pattern == "full":
         return attend(q, k, v, "causal")
     if not grid.pays(pattern):
@@ -152,7 +152,7 @@ def _assemble(
     before: Text,
     mask: Bool[Tensor, "... length window"],
 ) -> Float[Tensor, "batch heads groups length head_dim"]:
-    """Groups of places look at the whole text and, as the mask says, at a window of their own, in one softmax.
+    """Let groups of positions attend to the whole text and, as the mask says, at a window of their own, in one softmax.
 
     The text's keys stay as they are: they are not repeated for each group.
     """

@@ -66,12 +66,12 @@ class KVState:
         return self._pass.positions
 
     def layer(self, index: int) -> "LayerCache":
-        """The part of one layer in the pass that was begun."""
+        """Return the part of one layer in the pass that was begun."""
         assert self._pass is not None, "`positions` begins a pass"
         return LayerCache(self.keys[index], self.values[index], self._pass)
 
     def advance(self) -> None:
-        """Ends the pass: its tokens are held."""
+        """End the pass; its tokens stay in the cache."""
         assert self._pass is not None, "`positions` begins a pass"
         self.lengths, self._pass = self._pass.ends, None
 
@@ -92,7 +92,7 @@ class KVState:
                 held[i][: len(old), :, :longest] = old[:, :, :longest]
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keeps these rows, in this order; a row may be named several times.
+        """Keep these rows, in this order; a row may be named several times.
 
         As many rows or fewer stay in the memory that they have, and those that keep their place are not touched.
         """
@@ -109,7 +109,7 @@ class KVState:
         self.keys, self.values = ([x[:count] for x in held] for held in (self.keys, self.values))
 
     def begin(self, other: "KVState", row: int, length: int, into: Sequence[int]) -> None:
-        """These rows begin with the first `length` tokens of a row of a state of the same layers."""
+        """Copy the first `length` tokens of a row of another state, of the same layers, into these rows."""
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for x, y in zip(mine, theirs, strict=True):
                 held = y[row, :, :length]
@@ -135,7 +135,7 @@ class Pass:
         self.mask = RaggedMask(self.positions, self.last)
 
     def write(self, buffer: Float[Tensor, "rows heads capacity head_dim"], new: New) -> None:
-        """Puts the new tokens of each row, without its padding, behind those that it holds."""
+        """Append the new tokens of each row, without its padding."""
         if self.even:
             buffer[:, :, self.first : self.last] = new
         elif new.shape[2] == 1:
@@ -168,6 +168,6 @@ class LayerCache:
         dropout: Dropout | None,
         scale: float | None,
     ) -> Float[Tensor, "rows length dim"]:
-        """What the new tokens bring back from those before them and themselves; see `attend`."""
+        """Attend from the new tokens to those before them and themselves; see `attend`."""
         keys, values = self.append(keys, values, window)
         return attend(q, keys, values, self._pass.mask.visible(keys.shape[2], window), dropout, scale)

@@ -62,7 +62,7 @@ class Band:
     mask: Bool[Tensor, "#batch blocks window both"]
 
     def cut(self, q: Float[Tensor, "batch heads length head_dim"], k: Keys, v: Keys) -> Cut:
-        """Queries, keys, values and mask with the blocks as rows of the batch.
+        """Cut queries, keys, values and mask into blocks, which become sequences of the batch.
 
         Keys begin a window before the queries: what is missing there, and what the last block lacks, is zeros that
         nobody sees; what lies before is left out.
@@ -80,7 +80,7 @@ class Band:
         return torch.cat([blocks[:, :-1], blocks[:, 1:]], 3).flatten(0, 1)
 
     def join(self, y: Float[Tensor, "folded window dim"], length: int) -> Float[Tensor, "batch length dim"]:
-        """The blocks as whole texts again."""
+        """Return the blocks as whole texts again."""
         return y.unflatten(0, (-1, self.mask.shape[1])).flatten(1, 2)[:, :length]
 
 

@@ -82,7 +82,7 @@ class RopeScaling:
             raise UserError(f"There is no rotary scaling {self.kind!r}. Known: dynamic, linear, llama3, yarn.")
 
     def magnitude(self) -> float:
-        """The factor on cos and sin (yarn, section 3.4); 1 for the others."""
+        """Return the factor on cos and sin (yarn, section 3.4); 1 for the others."""
         if self.kind != "yarn":
             return 1.0
         if self.attention_factor is not None:
@@ -95,7 +95,7 @@ class RopeScaling:
         return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0
 
     def apply(self, frequencies: Float[Tensor, " pairs"], theta: float) -> Float[Tensor, " pairs"]:
-        """The stretched frequencies (dynamic: see `Rotary`, since they depend on the length of the sequence)."""
+        """Stretch the frequencies (dynamic: see `Rotary`, since they depend on the length of the sequence)."""
         if self.kind == "linear":
             return frequencies / self.factor
         if self.kind == "llama3":
@@ -131,7 +131,7 @@ class Rotation:
     interleaved: bool
 
     def apply(self, x: Float[Tensor, "batch length heads head_dim"]) -> Float[Tensor, "batch length heads head_dim"]:
-        """Turns every pair of numbers by its angle; pairs are (0, 1), (2, 3), ... or (0, half), (1, half + 1), ..."""
+        """Turn every pair of numbers by its angle; pairs are (0, 1), (2, 3), ... or (0, half), (1, half + 1), ..."""
         cos, sin = self.cos.unsqueeze(-2).to(x.dtype), self.sin.unsqueeze(-2).to(x.dtype)
         if self.interleaved:
             a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -192,7 +192,7 @@ class Positions:
         self._rotations: dict[Any, Rotation] = {}
 
     def rotation(self, rotary: Rotary) -> Rotation:
-        """The rotation of these positions; layers whose rotaries have the same settings share it."""
+        """Return the rotation of these positions; layers whose rotaries have the same settings share it."""
         if rotary.settings not in self._rotations:
             self._rotations[rotary.settings] = rotary(self.ids)
         return self._rotations[rotary.settings]

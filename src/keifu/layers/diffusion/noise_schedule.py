@@ -153,7 +153,8 @@ def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " st
 
 
 def at(table: Float[Tensor, " steps"], timestep: Timesteps, x: Tensor) -> Tensor:
-    """The table's numbers at each row's timestep, shaped to be multiplied with x [batch, *shape]; at least float32."""
+    """Return the table's numbers at each row's timestep, shaped to be multiplied with x [batch, *shape]; at least
+    float32."""
     kind = torch.promote_types(x.dtype, torch.float32)
     picked = table.to(x.device, kind)[timestep]
     return picked.reshape(-1, *[1] * (x.ndim - 1))
@@ -165,7 +166,7 @@ def add_noise(picture: Sample, noise: Sample, alpha_bar: Float[Tensor, " steps"]
 
 
 def training_target(noise: Noise, picture: Sample, added: Sample, timestep: Timesteps) -> Sample:
-    """What the network should say of a picture with this noise added."""
+    """Return the target of the network for a picture with this noise added."""
     if noise.target == "noise":
         return added
     if noise.target == "picture":
@@ -175,7 +176,7 @@ def training_target(noise: Noise, picture: Sample, added: Sample, timestep: Time
 
 
 def predicted_x0(noise: Noise, output: Sample, x: Sample, timestep: Timesteps) -> Sample:
-    """The picture that a network's prediction means, in x with the noise of these timesteps; never clipped."""
+    """Return the picture that a network's prediction means, in x with the noise of these timesteps; never clipped."""
     if noise.target == "picture":
         return output
     root, rest = (at(table.sqrt(), timestep, x) for table in (noise.alpha_bar, 1 - noise.alpha_bar))
@@ -228,7 +229,7 @@ class Posterior(NamedTuple):
 
 
 def posterior(noise: Noise) -> Posterior:
-    """The exact step back, given the picture, at every timestep of a schedule."""
+    """Return the exact step back, given the picture, at every timestep of a schedule."""
     left = noise.alpha_bar
     before = torch.cat([torch.ones_like(left[:1]), left[:-1]])
     beta = 1 - left / before

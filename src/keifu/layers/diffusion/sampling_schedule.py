@@ -61,7 +61,7 @@ CLEAN = Level(-1.0, 1.0, 0.0)
 def timesteps(
     noise: Noise, steps: int, spacing: Spacing | None = None, rounded: bool = True
 ) -> Float[Tensor, " steps"]:
-    """`steps` of the noise's timesteps, the noisiest first, in float64 (Lin et al., 2023, table 2).
+    """Choose `steps` of the noise's timesteps, the noisiest first, in float64 (Lin et al., 2023, table 2).
 
     leading: 0, T // steps, ..., raised by `steps_offset`; trailing: T - 1 downwards by T / steps; linspace: both ends
     and whatever lies evenly between, whole where `rounded`; quadratic: (√(0.8 T) · i / (steps - 1))², whole (Song et
@@ -150,7 +150,7 @@ def karras_sigmas(highest: Tensor, lowest: Tensor, steps: int) -> Float[Tensor, 
 
 
 def timesteps_of(chosen: Float[Tensor, " n"], ratios: Float[Tensor, " steps"]) -> Float[Tensor, " n"]:
-    """The timesteps that have these σ, interpolated linearly in ln σ between whole timesteps."""
+    """Return the timesteps that have these σ, interpolated linearly in ln σ between whole timesteps."""
     logs, wanted = ratios.log(), chosen.clamp(min=1e-10).log()
     low = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, len(logs) - 2)
     return low + ((wanted - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)

@@ -92,7 +92,8 @@ class AdditiveAttention(nn.Module):
         self.v = nn.Parameter(torch.zeros(attention_dim))
 
     def memory(self, reading: EncoderOutput, context_weight: Float[Tensor, "gates width"]) -> EncoderStates:
-        """What of a source serves every step. `context_weight` is what the context is multiplied by in a step."""
+        """Prepare the part of a source that serves every step. `context_weight` is what the context is multiplied by in
+        a step."""
         keys, products = self.key(reading.states), linear(reading.states, context_weight)
         hidden = torch.where(reading.mask, 0.0, -torch.inf).to(self.v)
         return EncoderStates(keys, products, reading.states, hidden)
@@ -100,7 +101,7 @@ class AdditiveAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "length batch gates"], memory: EncoderStates, recurrent: JoinedLinear, state: Vector
     ) -> tuple[Float[Tensor, "steps batch dim"], Float[Tensor, "length batch seen"]]:
-        """The states, from the given one to that after the last step, and each step's weights on the source.
+        """Return the states, from the given one to that after the last step, and each step's weights on the source.
 
         `x` are the products of what a step is given beside the context, bias included.
         """
@@ -152,7 +153,7 @@ class DecoderState:
         self.hidden, self.length = hidden, self.length + length
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keeps these rows, in this order, in place; a row may be named several times.
+        """Keep these rows, in this order, in place; a row may be named several times.
 
         The source is left as it lies where every row goes on with the same one, as beams mostly do.
         """
@@ -175,7 +176,7 @@ class AttentiveDecoder(nn.Module):
         self.attention = AdditiveAttention(dim, width, attention_dim)
 
     def start(self, reading: EncoderOutput) -> tuple[EncoderStates, Vector]:
-        """The source as the steps look at it, and the state before the first."""
+        """Return the source as the steps look at it, and the state before the first."""
         memory = self.attention.memory(reading, self.gru.input.weight[:, self.in_dim :])
         return memory, self.first(reading.ends[:, -self.dim :]).tanh()
 
@@ -198,7 +199,7 @@ class FixedContextDecoder(nn.Module):
         self.first, self.gru = Linear(dim, dim), GRU(in_dim + width, dim)
 
     def start(self, reading: EncoderOutput) -> tuple[Context, Vector]:
-        """The source as the steps have it, and the state before the first."""
+        """Return the source as the steps have it, and the state before the first."""
         product = linear(reading.ends, self.gru.input.weight[:, self.in_dim :], self.gru.input.bias)
         return Context(reading.ends, product), self.first(reading.ends[:, -self.dim :]).tanh()
 
@@ -224,7 +225,7 @@ class PlainDecoder(nn.Module):
 
 
 def _around(gru: GRU, products: Float[Tensor, "length batch gates"], state: Vector) -> tuple[Hidden, Hidden]:
-    """The states before each step and after each."""
+    """Return the states before each step and after each."""
     after = gru(products, state)
     before = torch.cat([state.to(after.dtype)[None], after[:-1]])
     return before.transpose(0, 1), after.transpose(0, 1)

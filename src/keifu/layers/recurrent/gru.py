@@ -41,7 +41,7 @@ class RecurrentTape(NamedTuple):
         return tape
 
     def advance(self, step: int, x: Float[Tensor, "... gates"], product: Float[Tensor, "... gates"]) -> None:
-        """Writes the state after `step`, of the input's product and the product of the state before."""
+        """Write the state after `step`, from the input's product and the product of the state before."""
         dim = self.new.shape[-1]
         gates = torch.add(x[..., : 2 * dim], product[..., : 2 * dim], out=self.gates[step]).sigmoid_()
         reset, update = gates.chunk(2, -1)
@@ -59,7 +59,7 @@ class RecurrentTape(NamedTuple):
 
 
 def product_type(like: Tensor) -> torch.dtype:
-    """The type of matrix products: autocast's where that is on, else that of the weights."""
+    """Return the type of matrix products: autocast's where that is on, else that of the weights."""
     kind = like.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
 
@@ -101,7 +101,7 @@ def recur(
     layers: Sequence[nn.Linear],
     state: Float[Tensor, "directions batch dim"],
 ) -> Float[Tensor, "length directions batch dim"]:
-    """The states after each step, several directions side by side.
+    """Return the states after each step, several directions side by side.
 
     `x` are the products of the inputs, bias included, `layers` the recurrent product of each direction.
     """
@@ -123,7 +123,7 @@ class GRU(nn.Module):
     def forward(
         self, products: Float[Tensor, "length batch gates"], state: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "length batch dim"]:
-        """The states after each step; `products` are what `input` gives, made for all steps at once."""
+        """Return the states after each step; `products` are what `input` gives, made for all steps at once."""
         return recur(products[:, None], [self.recurrent], state[None])[:, 0]
 
 
@@ -154,7 +154,7 @@ class ForwardEncoder(nn.Module):
         return EncoderOutput(joined, torch.cat(ends, -1), mask)
 
     def ways(self, x: Float[Tensor, "batch length in_dim"], lengths: Int[Tensor, " batch"]) -> list[tuple[GRU, Tensor]]:
-        """What reads in each direction, and the inputs in the order that it reads them in."""
+        """Return the layer of each direction, and its inputs in the order of reading."""
         return [(self.forwards, x)]
 
 
@@ -169,7 +169,7 @@ class BidirectionalEncoder(ForwardEncoder):
         self.backwards, self.width = GRU(in_dim, dim), 2 * dim
 
     def ways(self, x: Float[Tensor, "batch length in_dim"], lengths: Int[Tensor, " batch"]) -> list[tuple[GRU, Tensor]]:
-        """The backward direction's inputs are reversed."""
+        """Reverse the inputs of the backward direction."""
         return [*super().ways(x, lengths), (self.backwards, _reverse(x, lengths))]
 
 

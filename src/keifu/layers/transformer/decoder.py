@@ -74,7 +74,8 @@ class DecoderLM(nn.Module):
         cls, config: Any, blocks: Sequence[nn.Module], norm: nn.Module, positions: LearnedPositions | None = None,
         embedding: nn.Embedding | None = None,
     ) -> "DecoderLM":  # fmt: skip
-        """The model of a Config, which says the vocabulary, the width, the dropout and whether the head is tied."""
+        """Return the model of a Config, which says the vocabulary, the width, the dropout and whether the head is tied.
+        """
         embedding = embedding or nn.Embedding(config.vocab_size, config.dim)
         head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
         return cls(embedding, blocks, norm, positions, head, config.dropout, config)
@@ -89,7 +90,7 @@ class DecoderLM(nn.Module):
         self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None,
         documents: Tokens | None = None,
     ) -> Hidden:  # fmt: skip
-        """The last hidden states, after the last norm; positions count from each row's first real token.
+        """Return the last hidden states, after the last norm; positions count from each row's first real token.
 
         `documents` numbers the document of each token where a row holds several: none sees or counts another's.
         """
@@ -118,7 +119,7 @@ class DecoderLM(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
-        """The head alone, so that a prompt's last position can be had without the others."""
+        """Apply the head alone, so that a prompt's last position can be had without the others."""
         return self.head(hidden) if self.head is not None else linear(hidden, self.embedding.weight)
 
     @property
@@ -127,7 +128,7 @@ class DecoderLM(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def new_state(self, rows: int, capacity: int) -> KVState:
-        """An empty key-value cache for `capacity` tokens in each of `rows` rows."""
+        """Return an empty key-value cache for `capacity` tokens in each of `rows` rows."""
         return KVState(self.cache_layers, rows, capacity, self.embedding.weight)
 
     @property

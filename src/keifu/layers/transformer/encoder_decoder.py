@@ -49,7 +49,7 @@ class State:
         return 0 if self.targets is None else self.targets.longest
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keeps these rows, in this order, in place; a row may be named several times."""
+        """Keep these rows, in this order, in place; a row may be named several times."""
         if self.targets is not None:
             self.targets.select(rows)
         owners = self._owners[rows]
@@ -113,7 +113,7 @@ class EncoderDecoder(nn.Module):
         return self.logits(self.hidden(target, self.start(source, source_mask)))
 
     def start(self, source: Source, source_mask: SourceMask | None = None, capacity: int | None = None) -> State:
-        """Reads the sources. With `capacity` the state has room for that many tokens of each target, which then come a
+        """Read the sources. With `capacity` the state has room for that many tokens of each target, which then come a
         few at a time; without it a whole target is given at once and nothing of it is kept.
         """
         x = self.source_dropout(self._embedded(self.source_table, source, 0))
@@ -139,7 +139,7 @@ class EncoderDecoder(nn.Module):
         return x
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
-        """The head alone."""
+        """Apply the head alone."""
         return linear(hidden, self.head_weight, self.head_bias)
 
     @property
@@ -158,7 +158,7 @@ class EncoderDecoder(nn.Module):
         return self.logits_bias[0]
 
     def _of(self, own: nn.Embedding | None) -> nn.Embedding:
-        """A side's own embedding, or the shared one."""
+        """Return a side's own embedding, or the shared one."""
         embedding = self.embedding if own is None else own
         assert embedding is not None
         return embedding

@@ -64,7 +64,7 @@ class ResidualBlock(nn.Module):
         return x if self.scale == 1 else x / self.scale
 
     def conditioned(self, hidden: Pixels, time: Tensor | None) -> Pixels:
-        """The second norm, of what the noise level is added to."""
+        """Return the second norm, of what the noise level is added to."""
         return self.norm2(hidden if time is None else hidden + time)
 
     def _time(self, time: Tensor | None) -> Float[Tensor, "batch time_channels 1 1"] | None:
@@ -152,7 +152,8 @@ def grow_kernel(x: Pixels, size: Sequence[int] | None = None) -> Resampled:
 
 
 def fold_upsampling(kernel: Float[Tensor, "out channels 3 3"]) -> Float[Tensor, "four_out channels 2 2"]:
-    """The four 2×2 kernels, one above the other: for the upper left successor, upper right, lower left, lower right."""
+    """Return the four 2×2 kernels, one above the other: for the upper left successor, upper right, lower left, lower
+    right."""
     halves = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=kernel.dtype, device=kernel.device)
     which = torch.einsum("prk,qsl->klpqrs", halves, halves).reshape(9, 16)
     four = (kernel.flatten(2) @ which).unflatten(2, (2, 2, 2, 2))
@@ -160,7 +161,8 @@ def fold_upsampling(kernel: Float[Tensor, "out channels 3 3"]) -> Float[Tensor, 
 
 
 def interleave(four: Float[Tensor, "batch four_out padded_height padded_width"]) -> Resampled:
-    """The doubled picture from the four kernels' results, which have a row and a column more than the picture had."""
+    """Return the doubled picture from the four kernels' results, which have a row and a column more than the picture
+    had."""
     four = four.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = len(four), four.shape[1] // 4, four.shape[2] - 1, four.shape[3] - 1
     row, column = 4 * channels * (width + 1), 4 * channels

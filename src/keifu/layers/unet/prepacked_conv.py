@@ -44,7 +44,7 @@ class PackedDoublingConv2d(PackedConv2d):
 
 
 def _prepack(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> partial[Tensor]:
-    """The convolution of a picture with this kernel and all else as `conv` has it."""
+    """Return the convolution of a picture with this kernel and all else as `conv` has it."""
     where = (_pair(conv.padding), _pair(conv.stride), _pair(conv.dilation), conv.groups)
     kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *where)
     bias = None if bias is None else bias.detach()
@@ -61,7 +61,7 @@ def _pair(value: int | tuple[int, ...] | str) -> list[int]:
 
 
 def prepack(model: T) -> T:
-    """A copy of a model for inference whose convolutions are packed; everything else it shares with the model.
+    """Return a copy of a model for inference whose convolutions are packed; everything else it shares with the model.
 
     Those of single pixels stay as they are: oneDNN takes up to twenty times as long for them in bfloat16 when packed.
 

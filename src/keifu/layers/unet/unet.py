@@ -37,7 +37,7 @@ class Stage(nn.Module):
         return [*self.residuals, *self.attentions]
 
     def block(self, place: int, x: Pixels, time: Time | None, context: dict[str, Any]) -> Resampled:
-        """What the residual block of that number makes of x, and the attention that follows it, if one does."""
+        """Apply the residual block of that number, and the attention that follows it, if there is one."""
         x = self.residuals[place](x, time)
         return self.attentions[place](x, **context) if place < len(self.attentions) else x
 

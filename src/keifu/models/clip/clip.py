@@ -75,13 +75,14 @@ class Clip(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, pixels: Float[Tensor, "images channels rows columns"]) -> Float[Tensor, "images embedding"]:
-        """An embedding for each image, not normalised; the images are preprocessed by the config's `pixels`."""
+        """Return an embedding for each image, not normalised; the images are preprocessed by the config's `pixels`."""
         return self.image(pixels)
 
     def encode_text(
         self, tokens: Tokens, mask: Bool[Tensor, "texts length"] | None = None
     ) -> Float[Tensor, "texts embedding"]:
-        """An embedding for each caption, not normalised; `mask` is True on real tokens (see `TextTower.encode`)."""
+        """Return an embedding for each caption, not normalised; `mask` is True on real tokens (see `TextTower.encode`).
+        """
         return self.text(tokens, mask)
 
     def forward(
@@ -101,7 +102,7 @@ class Clip(nn.Module):
 
 
 def build(config: Config) -> Clip:
-    """A model with the released code's initialisation; the logits' scale begins at 1 / 0.07."""
+    """Build a model with the released code's initialisation; the logits' scale begins at 1 / 0.07."""
     return Clip(config, clip_text.build(config.text), clip_image.BUILDERS[type(config.image)](config.image))
 
 
@@ -115,7 +116,8 @@ MODEL_TYPES = {"clip": "CLIPModel"}
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a Hugging Face config.json of model_type clip, with preprocessor_config.json where that is there.
+    """Read the Config of a Hugging Face config.json of model_type clip, with preprocessor_config.json where that is
+    there.
 
     Where old files have text_config_dict or vision_config_dict, those count, as in transformers.
     """
@@ -130,7 +132,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers reads, and in it the content of preprocessor_config.json.
+    """Return the config.json that transformers reads, and in it the content of preprocessor_config.json.
 
     It has no fields for a ResNet, which is left out: what is read back then differs, and open_clip's config is written.
     """

@@ -150,7 +150,8 @@ class VisionTransformer(nn.Module):
         return x
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:
-        """An embedding for each image, not normalised; without a projection the class token's state after its norm."""
+        """Return an embedding for each image, not normalised; without a projection the class token's state after its
+        norm."""
         return self.projection(self.norm(self.encode(pixels)[:, 0]))
 
 
@@ -174,7 +175,7 @@ class ResNet(nn.Module):
         self.pool = AttentionPool((config.image_size // 32) ** 2, 32 * width, config.n_heads, config.embedding_dim)
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:
-        """An embedding for each image, not normalised. Pixels are normalised as in training."""
+        """Return an embedding for each image, not normalised. Pixels are normalised as in training."""
         check_size(pixels, self.config.image_size)
         x = F.relu(self.norm1(self.conv1(pixels)), inplace=True)
         x = F.relu(self.norm2(self.conv2(x)), inplace=True)
@@ -185,8 +186,8 @@ class ResNet(nn.Module):
 
 
 def build(config: Config) -> VisionTransformer:
-    """A vision transformer initialised as in the released code: PyTorch's default, but embeddings and projection scaled
-    by the width."""
+    """Build a vision transformer initialised as in the released code: PyTorch's default, but embeddings and projection
+    scaled by the width."""
     model, std = VisionTransformer(config), config.dim**-0.5
     multihead_(model)
     nn.init.normal_(model.embedding.whole, std=std)
@@ -197,7 +198,7 @@ def build(config: Config) -> VisionTransformer:
 
 
 def build_resnet(config: ResNetConfig) -> ResNet:
-    """A ResNet initialised as in the released code: pooling scaled by its width, and the last norm of every block
+    """Build a ResNet initialised as in the released code: pooling scaled by its width, and the last norm of every block
     zero."""
     model, std = ResNet(config), (32 * config.width) ** -0.5
     nn.init.normal_(model.pool.positions.weight, std=std)
@@ -238,12 +239,12 @@ FIELDS: hf.Fields = ENCODER_FIELDS | {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a config.json of model_type clip_vision_model, or of the vision_config in a CLIP's."""
+    """Read the Config of a config.json of model_type clip_vision_model, or of the vision_config in a CLIP's."""
     return Config(**hf.read_fields(json, FIELDS), projected=with_projection(json, "CLIPVisionModel"))
 
 
 def square(size: Any, name: str) -> int:
-    """A size that may be written as two equal ones."""
+    """Read a size that may be written as two equal ones."""
     sides = set(size) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1 or not isinstance(next(iter(sides)), int):
         raise UserError(f"{name} is {size!r}, and CLIP is implemented for squares only.")
@@ -251,7 +252,7 @@ def square(size: Any, name: str) -> int:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers reads."""
+    """Return the config.json that transformers reads."""
     return {
         **hf.write(config, MODEL_TYPES, FIELDS),
         "architectures": [f"CLIPVisionModel{'WithProjection' if config.projected else ''}"],

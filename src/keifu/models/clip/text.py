@@ -93,19 +93,20 @@ class TextTower(nn.Module):
         return self.norm(x)
 
     def pool(self, hidden: Hidden, tokens: Tokens) -> Float[Tensor, "batch dim"]:
-        """The hidden state at the end of each caption; at the first token where `end_id` is missing, as published."""
+        """Return the hidden state at the end of each caption; at the first token where `end_id` is missing, as
+        published."""
         ends = tokens if self.config.end_id is None else (tokens == self.config.end_id).int()
         return hidden[torch.arange(len(tokens), device=tokens.device), ends.argmax(-1)]
 
     def forward(
         self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch embedding"]:
-        """An embedding for each caption, not normalised; without a projection the pooled hidden state."""
+        """Return an embedding for each caption, not normalised; without a projection the pooled hidden state."""
         return self.projection(self.pool(self.encode(tokens, mask), tokens))
 
 
 def block(config: Any) -> PreNorm:
-    """A block of the text or the image encoder."""
+    """Build a block of the text or the image encoder."""
     attention = Attention(config.dim, config.n_heads, dropout=config.attention_dropout)
     feedforward = FeedForward(config.dim, config.hidden_dim, activation(config.activation))
     norms = (nn.LayerNorm(config.dim, config.norm_eps), nn.LayerNorm(config.dim, config.norm_eps))
@@ -113,7 +114,7 @@ def block(config: Any) -> PreNorm:
 
 
 def build(config: Config) -> TextTower:
-    """A text encoder initialised as in the released code: blocks by their width and number, biases by PyTorch's
+    """Build a text encoder initialised as in the released code: blocks by their width and number, biases by PyTorch's
     default."""
     model, dim = TextTower(config), config.dim
     nn.init.normal_(model.embedding.weight, std=0.02)
@@ -132,7 +133,7 @@ def build(config: Config) -> TextTower:
 
 
 def layer_names(where: str) -> dict[str, str]:
-    """The names that transformers has for the weights of a block of the text or the image encoder."""
+    """Return the names that transformers has for the weights of a block of the text or the image encoder."""
     parts = {
         "attention_norm": "layer_norm1",
         "attention.qkv": "self_attn.[q_proj,k_proj,v_proj]",
@@ -176,7 +177,7 @@ FIELDS: hf.Fields = ENCODER_FIELDS | {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a config.json of model_type clip_text_model, or of the text_config in a CLIP's."""
+    """Read the Config of a config.json of model_type clip_text_model, or of the text_config in a CLIP's."""
     end = json.get("eos_token_id", 49_407)
     if not isinstance(end, int):
         raise UserError(f"eos_token_id is {end!r}; a caption must end with one token.")
@@ -194,7 +195,7 @@ def with_projection(json: dict[str, Any], plain: str) -> bool:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers reads."""
+    """Return the config.json that transformers reads."""
     return {
         **hf.write(config, MODEL_TYPES, FIELDS),
         "architectures": [f"CLIPTextModel{'WithProjection' if config.projected else ''}"],

@@ -67,8 +67,8 @@ class Config:
         return self.vae.channels
 
     def pattern(self, layer: int) -> Pattern:
-        """The sparse attention of image tokens in a layer, counted from 1: column attention in the second and every
-        fourth after it, row attention in the others, convolutional attention in the last (appendix B.1)."""
+        """Return the sparse attention of image tokens in a layer, counted from 1: column attention in the second and
+        every fourth after it, row attention in the others, convolutional attention in the last (appendix B.1)."""
         if not self.sparse:
             return "full"
         if layer == self.n_layers:
@@ -155,7 +155,7 @@ class Dalle(ImageModel):
         return self.picture_head(self.norm(x[:, -1]))
 
     def to_pictures(self, codes: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch channels height width"]:
-        """The images of image tokens, from -1 to 1."""
+        """Return the images of image tokens, from -1 to 1."""
         return self.vae.decode(codes)
 
 
@@ -167,7 +167,7 @@ def _block(config: Config, layer: int) -> PreNorm:
 
 
 def build(config: Config) -> Dalle:
-    """A model with GPT-2's initialisation, since the paper prints none."""
+    """Build a model with GPT-2's initialisation, since the paper prints none."""
     model = Dalle(config, discrete_vae.build(config.vae))
     for part in model.children():
         if part is not model.vae:

@@ -67,7 +67,7 @@ class Laplace(NamedTuple):
     log_scale: Pixels
 
     def log_likelihood(self, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The log-density at values strictly between 0 and 1 (appendix A.3)."""
+        """Return the log-density at values strictly between 0 and 1 (appendix A.3)."""
         logit = torch.logit(values)
         spread = (logit - self.location).abs() * torch.exp(-self.log_scale)
         return -spread - self.log_scale - math.log(2) - torch.log(values * (1 - values))
@@ -139,7 +139,7 @@ class CodeDecoder(nn.Module):
         return self.pictured(self.first(shares))
 
     def of_codes(self, codes: Codes) -> Float[Tensor, "batch twice height width"]:
-        """The same of one entry a place, by looking up its vector."""
+        """Compute the same for one entry at each position, by looking up its embedding."""
         vectors = F.embedding(codes, self.first.weight[:, :, 0, 0].T).permute(0, 3, 1, 2)
         bias = self.first.bias
         return self.pictured(vectors if bias is None else vectors + bias[:, None, None])
@@ -183,22 +183,22 @@ class DiscreteVAE(nn.Module):
         return self.encoder(self.values(pictures).to(weight.dtype)).to(pictures.dtype)
 
     def encode(self, pictures: Pixels) -> Codes:
-        """The most likely code of each place."""
+        """Return the most likely code of each place."""
         return self.logits(pictures).argmax(1)
 
     def relaxed(self, shares: Logits) -> Laplace:
-        """The decoder's output for relaxed codes: weights of the codebook at each place, which sum to one."""
+        """Return the decoder's output for relaxed codes: weights of the codebook at each place, which sum to one."""
         said = self.decoder(shares.to(self.decoder.first.weight.dtype)).to(shares.dtype)
         return Laplace(*said.chunk(2, 1))
 
     def decode(self, codes: Codes) -> Pixels:
-        """The images of codes, from -1 to 1, float32: medians of the decoder's distributions."""
+        """Return the images of codes, from -1 to 1, float32: medians of the decoder's distributions."""
         location = self.decoder.of_codes(codes).float().chunk(2, 1)[0]
         edge = self.config.edge
         return (location.sigmoid() - edge).div(1 - 2 * edge).clamp(0, 1) * 2 - 1
 
     def forward(self, pictures: Pixels) -> Pixels:
-        """The reconstruction of images from their most likely codes."""
+        """Return the reconstruction of images from their most likely codes."""
         return self.decode(self.encode(pictures))
 
     def check_size(self, height: int, width: int) -> None:
@@ -207,7 +207,7 @@ class DiscreteVAE(nn.Module):
 
 
 def build(config: Config) -> DiscreteVAE:
-    """A model with the released code's initialisation: standard deviations of 1/√(inputs), biases zero."""
+    """Build a model with the released code's initialisation: standard deviations of 1/√(inputs), biases zero."""
     if wrong := [width for width in config.widths if width % 4]:
         raise UserError(f"A level has {wrong[0]} channels, and blocks take a quarter of them: choose multiples of 4.")
     model = DiscreteVAE(config, CodeEncoder(config), CodeDecoder(config))

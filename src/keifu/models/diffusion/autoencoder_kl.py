@@ -66,11 +66,11 @@ class Gaussian(NamedTuple):
     log_variance: Latents
 
     def sample(self, noise: Latents) -> Latents:
-        """A sample of latents from standard normal noise (reparametrisation)."""
+        """Return a sample of latents from standard normal noise (reparametrisation)."""
         return self.mean + torch.exp(0.5 * self.log_variance) * noise
 
     def kl(self) -> Float[Tensor, " batch"]:
-        """The KL divergence from the standard normal distribution, in nats an image."""
+        """Return the KL divergence from the standard normal distribution, in nats an image."""
         return 0.5 * (self.mean.square() + self.log_variance.exp() - 1 - self.log_variance).sum((1, 2, 3))
 
 
@@ -108,7 +108,7 @@ class AutoencoderKL(nn.Module):
         self.from_latents = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, pictures: Pixels) -> Gaussian:
-        """The distribution of an image's latents, in the image's dtype; pixels lie between -1 and 1.
+        """Return the distribution of an image's latents, in the image's dtype; pixels lie between -1 and 1.
 
         Sides that the encoder cannot halve so often are a `UserError` with the nearest that it can.
         """
@@ -118,11 +118,11 @@ class AutoencoderKL(nn.Module):
         return Gaussian(mean, log_variance.clamp(-30, 20))
 
     def decode(self, latents: Latents) -> Float[Tensor, "batch channels large_height large_width"]:
-        """The images, about between -1 and 1, in the latents' dtype."""
+        """Return the images, about between -1 and 1, in the latents' dtype."""
         return self.decoder(self.from_latents(latents.to(self.from_latents.weight.dtype))).to(latents.dtype)
 
     def forward(self, pictures: Pixels) -> Pixels:
-        """The reconstruction of images from the mean of their latents."""
+        """Return the reconstruction of images from the mean of their latents."""
         return self.decode(self.encode(pictures).mean)
 
     def check_size(self, height: int, width: int) -> None:
@@ -131,7 +131,7 @@ class AutoencoderKL(nn.Module):
 
 
 def build(config: Config) -> AutoencoderKL:
-    """A model with PyTorch's default initialisation, as in the released code."""
+    """Build a model with PyTorch's default initialisation, as in the released code."""
     norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-6)
     residual = partial(ResidualBlock, norm=norm, activation=activation(config.activation))
     widths, last, count = config.widths, len(config.widths) - 1, config.n_residual_blocks
@@ -158,7 +158,7 @@ def build(config: Config) -> AutoencoderKL:
 
 
 def _coder_names(way: str) -> dict[str, str]:
-    """The names in the encoder, whose way is down, or in the decoder."""
+    """Return the names in the encoder, whose way is down, or in the decoder."""
     resample = {"levels.*.resample.conv": f"{way}_blocks.*.{way}samplers.0.conv"}
     levels = stage_names("levels.*", f"{way}_blocks.*", {})
     return ENDS | levels | resample | stage_names("middle", "mid_block", ATTENTION)
@@ -191,7 +191,7 @@ FIELDS: hf.Fields = {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of diffusers' config.json of an AutoencoderKL."""
+    """Read the Config of diffusers' config.json of an AutoencoderKL."""
     fields = hf.read_fields(json, FIELDS)
     levels, channels = len(fields["widths"]), fields["channels"]
     for field, kind in _BLOCKS.items():
@@ -203,7 +203,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that diffusers reads."""
+    """Return the config.json that diffusers reads."""
     return {
         "model_type": "AutoencoderKL",
         **hf.write_fields(config, FIELDS),

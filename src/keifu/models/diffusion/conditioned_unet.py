@@ -120,8 +120,8 @@ class ConditionedUNet(nn.Module):
         mask: PaddingMask,
         beside: Float[Tensor, "batch time_dim"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The prediction for noisy samples, one timestep for all or one each, in the type that they came in; `beside`
-        is added to the embedding of the timestep."""
+        """Return the prediction for noisy samples, one timestep for all or one each, in the type that they came in;
+        `beside` is added to the embedding of the timestep."""
         self.check_size(*x.shape[1:])
         time = self.time(timestep.reshape(-1).expand(len(x)))
         time = time if beside is None else time + beside
@@ -146,8 +146,8 @@ class ConditionedUNet(nn.Module):
 
 
 def build(config: Config) -> ConditionedUNet:
-    """A network with PyTorch's default initialisation, but zero for the last layer of each block, of each transformer
-    and of the network, as in the released code."""
+    """Build a network with PyTorch's default initialisation, but zero for the last layer of each block, of each
+    transformer and of the network, as in the released code."""
     time = time_embedding(config, config.widths[0])
     middle = _transformer(config, len(config.widths) - 1, config.widths[-1]) if config.middle else None
     model = ConditionedUNet(config, time, assemble_unet(config, partial(_transformer, config), middle))
@@ -156,7 +156,7 @@ def build(config: Config) -> ConditionedUNet:
 
 
 def _transformer(config: Config, level: int, width: int) -> SpatialTransformer:
-    """What the attentions of DDPM's U-Net are here."""
+    """Describe the attentions of DDPM's U-Net in these terms."""
     heads = config.n_heads if isinstance(config.n_heads, int) else config.n_heads[level]
     matrix = PixelLinear if config.linear else partial(nn.Conv2d, kernel_size=1)
     blocks = [
@@ -206,7 +206,7 @@ FIELDS = CONDITIONED_FIELDS | {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of diffusers' config.json of a UNet2DConditionModel.
+    """Read the Config of diffusers' config.json of a UNet2DConditionModel.
 
     Its `attention_head_dim` is the number of heads, by a mistake that its makers keep for the sake of old files.
     `upcast_attention` is not kept: products here are summed in float32 in any case.
@@ -222,7 +222,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that diffusers reads."""
+    """Return the config.json that diffusers reads."""
     return {
         "model_type": "UNet2DConditionModel",
         **hf.write_fields(config, FIELDS),

@@ -164,8 +164,8 @@ class DDPM(ImageModel):
         timestep: Num[Tensor, "*batch"],
         label: Num[Tensor, "batch *vector"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The prediction for noisy images [batch, channels, height, width], in their dtype; one timestep for all or one
-        each.
+        """Return the prediction for noisy images [batch, channels, height, width], in their dtype; one timestep for all
+        or one each.
 
         label: a class [batch], or a number [batch] or vector [batch, time_dim] where the Config says so; None is the
         null class where there is one. Another size or number of channels than the network takes is a `UserError`.
@@ -192,8 +192,8 @@ class DDPM(ImageModel):
 
 
 def build(config: Config) -> DDPM:
-    """A network initialised as in the released code: Glorot's, and zero for the last layer of each block and of the
-    network."""
+    """Build a network initialised as in the released code: Glorot's, and zero for the last layer of each block and of
+    the network."""
     learned = nn.Embedding(config.learned_times, config.dim) if config.learned_times else None
     model = DDPM(config, time_embedding(config, config.dim, learned), _label(config), _unet(config))
     xavier_(model, embedding_std=1.0)
@@ -210,7 +210,7 @@ def _label(config: Config) -> nn.Module | None:
 
 
 def _unet(config: Config) -> UNet:
-    """The paper's U-Net, with self-attention between pixels."""
+    """Return the paper's U-Net, with self-attention between pixels."""
     look = partial(SpatialAttention, n_heads=config.n_heads, head_dim=config.head_dim)
     norm = group_norm(config, config.norm_groups)
     middle_norm = group_norm(config, config.middle_groups) if config.middle_groups else None
@@ -255,7 +255,7 @@ FIELDS = published.SIZE_FIELDS | {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of diffusers' config.json of a UNet2DModel, with the scheduler's file as its "scheduler".
+    """Read the Config of diffusers' config.json of a UNet2DModel, with the scheduler's file as its "scheduler".
 
     Names that begin with "_" are keifu's own: diffusers ignores them.
     """
@@ -280,8 +280,8 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """What `from_published` and diffusers read. Where `scale_shift` is off, diffusers always has a norm before
-    the middle's attention; the config of a model without one is keifu's own."""
+    """Return the files that `from_published` and diffusers read. Where `scale_shift` is off, diffusers always has a
+    norm before the middle's attention; the config of a model without one is keifu's own."""
     if config.middle and config.middle_attention and config.middle_groups is None and not config.scale_shift:
         return hf.write_own("keifu_ddpm", config)
     up = config.attention if config.up_attention is None else config.up_attention

@@ -124,17 +124,17 @@ class LatentDiffusion(ImageModel):
         return self.config.noise
 
     def encode_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
-        """The context of the U-Net: the text's hidden states after the last norm, padding included."""
+        """Return the context of the U-Net: the text's hidden states after the last norm, padding included."""
         return self.text.encode(tokens)
 
     def project(self, context: Float[Tensor, "batch length dim"]) -> Memories:
-        """The context's keys and values in every transformer of the U-Net: computed once an image."""
+        """Return the context's keys and values in every transformer of the U-Net: computed once an image."""
         return self.unet.project(context)
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"], timestep: Num[Tensor, "*batch"], projected: Memories
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The prediction for noisy latents, one timestep for all or one each."""
+        """Return the prediction for noisy latents, one timestep for all or one each."""
         return self.unet.predict(x, timestep, projected, PaddingMask())
 
     def to_latents(
@@ -150,7 +150,7 @@ class LatentDiffusion(ImageModel):
     def to_pictures(
         self, latents: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch colours rows columns"]:
-        """The images of scaled latents, about from -1 to 1."""
+        """Return the images of scaled latents, about from -1 to 1."""
         return latents if self.autoencoder is None else self.autoencoder.decode(latents / self.config.scale)
 
     def check_size(self, height: int, width: int) -> None:
@@ -159,7 +159,7 @@ class LatentDiffusion(ImageModel):
 
 
 def build(config: Config) -> LatentDiffusion:
-    """A model whose parts are initialised as each is alone."""
+    """Build a model whose parts are initialised as each is alone."""
     return LatentDiffusion(config, **build_parts(config, PARTS))
 
 
@@ -176,14 +176,16 @@ def build_parts(config: Any, parts: Parts) -> dict[str, Any]:
 
 
 def write_parts(config: Any, parts: Parts) -> dict[str, Any]:
-    """The published configs of a pipeline's parts, each in the field of its folder's name; None of those left out."""
+    """Return the published configs of a pipeline's parts, each in the field of its folder's name; None of those left
+    out."""
     return {
         folder: (part := vars(config)[ours]) and module.to_published(part) for folder, (ours, module) in parts.items()
     }
 
 
 def names_of(parts: Parts) -> dict[str, str]:
-    """The weights' names in a pipeline: those of each part, behind the part's field here and its folder there."""
+    """Return the weights' names in a pipeline: those of each part, behind the part's field here and its folder there.
+    """
     return {
         f"{ours}.{name}": f"{folder}.{theirs}"
         for folder, (ours, module) in parts.items()
@@ -198,14 +200,14 @@ MODEL_TYPES = {"StableDiffusionPipeline": "StableDiffusionPipeline"}
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of the files of a pipeline's parts, each in the field of its folder's name."""
+    """Read the Config of the files of a pipeline's parts, each in the field of its folder's name."""
     parts = {ours: module.from_published(json[folder]) for folder, (ours, module) in PARTS.items()}
     return Config(**parts, noise=read_scheduler(json["scheduler"]))
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """What `from_published` reads: the files of a pipeline's parts. Without an autoencoder no pipeline of diffusers has
-    this shape, and the config is keifu's own."""
+    """Return what `from_published` reads: the files of a pipeline's parts. Without an autoencoder no pipeline of
+    diffusers has this shape, and the config is keifu's own."""
     if config.autoencoder is None:
         return write_own("keifu_latent_diffusion", config)
     return {

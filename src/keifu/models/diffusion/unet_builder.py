@@ -16,7 +16,8 @@ from keifu.layers.unet.unet import Down, Middle, UNet, Up
 
 
 def assemble_unet(config: Any, attention: Callable[[int, int], nn.Module], middle_attention: nn.Module | None) -> UNet:
-    """The network with such attentions at the levels that the Config names, and this one, or none, in the middle.
+    """Return the network with such attentions at the levels that the Config names, and this one, or none, in the
+    middle.
 
     There is one residual block more a level on the way up, since each reads a state of the way down, and the first
     convolution's is one of them.
@@ -58,7 +59,8 @@ def assemble_unet(config: Any, attention: Callable[[int, int], nn.Module], middl
 
 
 def time_embedding(config: Any, dim: int, table: nn.Module | None = None) -> TimeEmbedding:
-    """The embedding of the noise level, or of another number, by a learned table or, without one, by sinusoids."""
+    """Return the embedding of the noise level, or of another number, by a learned table or, without one, by sinusoids.
+    """
     table = table or TimestepSinusoids(dim, config.frequency_shift, config.cosine_first)
     return TimeEmbedding(table, dim, config.time_width)
 
@@ -71,7 +73,7 @@ def _middle(config: Any, attention: nn.Module | None) -> Middle | None:
 
 
 def group_norm(config: Any, groups: int) -> Callable[[int], nn.Module]:
-    """A group norm for `channels` channels, which the number of groups must divide."""
+    """Build a group norm for `channels` channels, which the number of groups must divide."""
     return partial(nn.GroupNorm, groups, eps=config.norm_eps)
 
 

@@ -35,8 +35,8 @@ Fields = dict[str, str | Field]  # by the name of the Config's field; a bare nam
 
 
 def read_fields(json: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
-    """The values of a Config's fields. A required one that is absent is a `KeyError` (the loader's names the file), one
-    whose value cannot be converted a `UserError`."""
+    """Return the values of a Config's fields. A required one that is absent is a `KeyError` (the loader's names the
+    file), one whose value cannot be converted a `UserError`."""
     return {ours: read_field(json, field) for ours, field in _rows(fields)}
 
 
@@ -46,7 +46,7 @@ def _rows(fields: Fields) -> Iterator[tuple[str, Field]]:
 
 
 def read_field(json: Mapping[str, Any], field: Field) -> Any:
-    """The Config's value of one field."""
+    """Return the Config's value of one field."""
     name, default = field.name, field.default
     value = json[name] if default is _REQUIRED else json.get(name, None if callable(default) else default)
     if value is None and callable(default):
@@ -60,7 +60,7 @@ def read_field(json: Mapping[str, Any], field: Field) -> Any:
 
 
 def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
-    """The published fields of a Config; None, which leaves a value to the model, is not written."""
+    """Return the published fields of a Config; None, which leaves a value to the model, is not written."""
     written = {}
     for ours, field in _rows(fields):
         if (value := vars(config)[ours]) is not None:
@@ -69,7 +69,7 @@ def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
 
 
 def write(config: Any, model_types: Mapping[str, str], fields: Fields) -> dict[str, Any]:
-    """The config.json of a Config, under the first of these model_types with its architecture."""
+    """Return the config.json of a Config, under the first of these model_types with its architecture."""
     kind, architecture = next(iter(model_types.items()))
     return {"model_type": kind, "architectures": [architecture], **write_fields(config, fields)}
 
@@ -80,12 +80,13 @@ def write_own(kind: str, config: Any) -> dict[str, Any]:
 
 
 def activation_field(name: str, default: str) -> Field:
-    """The field of an activation, whose names differ."""
+    """Return the field of an activation, whose names differ."""
     return Field(name, default, activation_name, published_activation)
 
 
 def choice(name: str, known: Mapping[Any, Any]) -> Field:
-    """A field of which some published values are implemented, the first by default: each with the Config's value."""
+    """Return a field of which some published values are implemented, the first by default: each with the Config's
+    value."""
 
     def read(value: Any) -> Any:
         if value not in known:
@@ -99,7 +100,7 @@ def choice(name: str, known: Mapping[Any, Any]) -> Field:
 
 
 def rate(value: float | None) -> float:
-    """A dropout rate; null is 0."""
+    """Return a dropout rate; null is 0."""
     return float(value or 0.0)
 
 
@@ -116,7 +117,7 @@ MOST_LAYERS = 10_000  # that a config is believed to have
 
 
 def check_layers(json: Mapping[str, Any], name: str) -> int:
-    """The number of layers, before lists of that length are made of it."""
+    """Return the number of layers, before lists of that length are made of it."""
     if (layers := json[name]) > MOST_LAYERS:
         raise UserError(f"{name} is {layers:,}, and at most {MOST_LAYERS:,} are read.")
     return layers
@@ -153,7 +154,7 @@ def activation_name(published: str) -> str:
 
 
 def published_activation(name: str) -> str:
-    """The name that transformers has for one of our activations."""
+    """Return the name that transformers has for one of our activations."""
     return {"gelu_tanh": "gelu_new", "identity": "linear"}.get(name, name)
 
 
@@ -220,5 +221,5 @@ def read_window(json: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_window(window: int | None, first_layer: int) -> dict[str, Any]:
-    """The fields of a sliding window as Qwen2 and Qwen3 write them."""
+    """Return the fields of a sliding window as Qwen2 and Qwen3 write them."""
     return {"sliding_window": window, "max_window_layers": first_layer, "use_sliding_window": window is not None}

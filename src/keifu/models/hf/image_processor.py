@@ -26,7 +26,8 @@ class Pixels:
 
 
 def read_pixels(json: dict[str, Any] | None, image_size: int) -> Pixels:
-    """The content of a preprocessor_config.json; without one, the published defaults for images of `image_size`."""
+    """Return the content of a preprocessor_config.json; without one, the published defaults for images of `image_size`.
+    """
     json = json or {}
     for name, fine in FIXED.items():
         if json.get(name, fine) not in (None, fine):
@@ -49,7 +50,7 @@ def _side(size: Any) -> int:
 
 
 def write_pixels(pixels: Pixels) -> dict[str, Any]:
-    """The preprocessor_config.json that transformers reads."""
+    """Return the preprocessor_config.json that transformers reads."""
     square = {"height": pixels.size, "width": pixels.size}
     return {
         "image_processor_type": "CLIPImageProcessor",

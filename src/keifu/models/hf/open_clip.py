@@ -63,7 +63,7 @@ _TEXT = _BOTH | {
 
 
 def from_open_clip(json: dict[str, Any]) -> clip.Config:
-    """The Config of an open_clip_config.json."""
+    """Read the Config of an open_clip_config.json."""
     whole, vision, text = json["model_cfg"], json["model_cfg"]["vision_cfg"], json["model_cfg"]["text_cfg"]
     for part, fixed in ((whole, _WHOLE), (vision, _VISION), (text, _TEXT)):
         for name, fine in fixed.items():
@@ -124,7 +124,7 @@ def _pixels(json: dict[str, Any], image_size: int) -> Pixels:
 
 
 def to_open_clip(config: clip.Config) -> dict[str, Any]:
-    """The open_clip_config.json."""
+    """Return the open_clip_config.json."""
     text, image, pixels = config.text, config.image, config.pixels
     quick = {text.activation, vars(image).get("activation", text.activation)} == {"quick_gelu"}
     words = {"context_length": text.context_length, "vocab_size": text.vocab_size, "heads": text.n_heads}
@@ -148,7 +148,7 @@ def to_open_clip(config: clip.Config) -> dict[str, Any]:
 
 
 def _widths(config: clip_text.Config | clip_image.Config) -> dict[str, Any]:
-    """The published fields of an encoder but for its heads; defaults are left out."""
+    """Return the published fields of an encoder but for its heads; defaults are left out."""
     norm = {} if config.norm_eps == 1e-5 else {"norm_kwargs": {"eps": config.norm_eps}}
     act = {"act_kwargs": {"approximate": "tanh"}} if config.activation == "gelu_tanh" else {}
     exact = config.hidden_dim / config.dim

@@ -41,7 +41,7 @@ CLASSES = {
 
 
 def read_scheduler(json: dict[str, Any]) -> Noise:
-    """The noise that a scheduler_config.json describes; a value that is not implemented is a ValueError."""
+    """Return the noise that a scheduler_config.json describes; a value that is not implemented is a ValueError."""
     kind = json.get("_class_name", "DDPMScheduler")
     require_known("scheduler", kind, CLASSES)
     clips, spacing, last_alpha_one = CLASSES[kind]
@@ -57,8 +57,8 @@ def read_scheduler(json: dict[str, Any]) -> Noise:
 
 
 def write_scheduler(noise: Noise) -> dict[str, Any]:
-    """The scheduler_config.json of diffusers' DDPMScheduler, or of its DDIMScheduler, which alone of the two can end at
-    the noise of timestep 0."""
+    """Return the scheduler_config.json of diffusers' DDPMScheduler, or of its DDIMScheduler, which alone of the two can
+    end at the noise of timestep 0."""
     ours = {"DDPMScheduler": {"variance_type": noise.variance}, "DDIMScheduler": {"set_alpha_to_one": False}}
     kind = "DDPMScheduler" if noise.last_alpha_one else "DDIMScheduler"
     return ours[kind] | {
@@ -72,8 +72,8 @@ def write_scheduler(noise: Noise) -> dict[str, Any]:
 
 
 def write_unclip_scheduler(noise: Noise) -> dict[str, Any]:
-    """The scheduler_config.json of diffusers' UnCLIPScheduler, which has the cosine schedule, two targets and evenly
-    spaced timesteps alone: what it has no fields for is left out, and differs when it is read back."""
+    """Return the scheduler_config.json of diffusers' UnCLIPScheduler, which has the cosine schedule, two targets and
+    evenly spaced timesteps alone: what it has no fields for is left out, and differs when it is read back."""
     return {
         "_class_name": UNCLIP,
         "num_train_timesteps": noise.steps,

@@ -58,18 +58,20 @@ ATTENTION = {"norm": "group_norm", "attention.qkv": "to_[q,k,v]", "attention.out
 
 
 def nested(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
-    """The names of the weights of a part, from those in it, which stands at `ours` here and at `theirs` there."""
+    """Return the names of the weights of a part, from those in it, which stands at `ours` here and at `theirs` there.
+    """
     return {f"{ours}.{name}": f"{theirs}.{published}" for name, published in names.items()}
 
 
 def stage_names(ours: str, theirs: str, attention: Mapping[str, str]) -> dict[str, str]:
-    """The names of a stage's weights but for the way out of it; its attentions have parts of these names."""
+    """Return the names of a stage's weights but for the way out of it; its attentions have parts of these names."""
     residuals = nested(f"{ours}.residuals.*", f"{theirs}.resnets.*", RESIDUAL)
     return residuals | nested(f"{ours}.attentions.*", f"{theirs}.attentions.*", attention)
 
 
 def unet_names(attention: Mapping[str, str]) -> dict[str, str]:
-    """The names of the weights of a U-Net and its timestep embedding; its attentions have parts of these names."""
+    """Return the names of the weights of a U-Net and its timestep embedding; its attentions have parts of these names.
+    """
     names = TIME | {f"unet.{ours}": theirs for ours, theirs in ENDS.items()}
     for way in ("down", "up"):
         names |= stage_names(f"unet.{way}.*", f"{way}_blocks.*", attention)
@@ -85,7 +87,7 @@ OLD_ATTENTION = {  # diffusers before 0.15 called the parts of attention so
 
 
 def read_stages(json: dict[str, Any], widths: Sequence[int], ways: Ways) -> list[tuple[int, ...]]:
-    """The levels that have attention on the way down and up, then those that a residual block leads out of."""
+    """Return the levels that have attention on the way down and up, then those that a residual block leads out of."""
     down, up = _read_way(json, "down", ways[0]), _read_way(json, "up", ways[1])[::-1]
     if not len(widths) == len(down) == len(up):
         numbers = f"{len(widths)} widths, {len(down)} stages down and {len(up)} up"
@@ -108,7 +110,7 @@ def _read_way(json: dict[str, Any], name: str, way: Way) -> list[tuple[bool, boo
 
 
 def write_stages(config: Any, ways: Ways) -> dict[str, list[str]]:
-    """The published names of a Config's stages."""
+    """Return the published names of a Config's stages."""
     levels = range(len(config.widths))
     down = [_name(way=ways[0], attends=n in config.attention, residual=n in config.residual_down) for n in levels]
     up = [_name(way=ways[1], attends=n in config.up_attention, residual=n in config.residual_up) for n in levels]

@@ -44,8 +44,8 @@ class Conditions(nn.Module):
     def forward(
         self, image: Embedding, caption: Embedding, tokens: Float[Tensor, "batch length embedding"]
     ) -> tuple[Float[Tensor, "batch time_dim"], Float[Tensor, "batch seen context_dim"]]:
-        """The addition to the timestep embedding, and the context of attention, `n_tokens` tokens longer than the
-        caption.
+        """Return the addition to the timestep embedding, and the context of attention, `n_tokens` tokens longer than
+        the caption.
 
         image, caption: CLIP's embeddings. tokens: its hidden states of the caption.
         """
@@ -78,10 +78,10 @@ FIELDS: hf.Fields = {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of diffusers' config.json of a UnCLIPTextProjModel."""
+    """Read the Config of diffusers' config.json of a UnCLIPTextProjModel."""
     return Config(**hf.read_fields(json, FIELDS))
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that diffusers reads."""
+    """Return the config.json that diffusers reads."""
     return {"model_type": "UnCLIPTextProjModel", **hf.write_fields(config, FIELDS)}

@@ -105,7 +105,7 @@ class Decoder(nn.Module):
     def predict(
         self, x: Sample, timestep: Num[Tensor, "*batch"], label: Tensor, projected: Memories, mask: PaddingMask
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The prediction for noisy samples, one timestep for all or one each, in the type that they came in."""
+        """Return the prediction for noisy samples, one timestep for all or one each, in the type that they came in."""
         return self.network.predict(x, timestep, projected, mask, self.label(label))
 
     def forward(
@@ -121,8 +121,8 @@ class Decoder(nn.Module):
 
 
 def build(config: Config) -> Decoder:
-    """A network with PyTorch's default initialisation, but zero for the last layer of each block, of each attention and
-    of the network, as in improved DDPM's code."""
+    """Build a network with PyTorch's default initialisation, but zero for the last layer of each block, of each
+    attention and of the network, as in improved DDPM's code."""
     time = time_embedding(config, config.widths[0])
     norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-5)
     look = partial(JointAttention, head_dim=config.head_dim, context_dim=config.context_dim, norm=norm)
@@ -165,7 +165,7 @@ _LABEL_DIMS = {"projected": "projection_class_embeddings_input_dim", "class": "n
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of diffusers' config.json of a UNet2DConditionModel whose blocks are the simple ones.
+    """Read the Config of diffusers' config.json of a UNet2DConditionModel whose blocks are the simple ones.
 
     Its `attention_head_dim` means what it says here.
     """
@@ -178,7 +178,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that diffusers reads."""
+    """Return the config.json that diffusers reads."""
     return {
         "model_type": next(iter(MODEL_TYPES)),
         **hf.write_fields(config, FIELDS),

@@ -100,7 +100,7 @@ class Prior(nn.Module):
         tokens: Float[Tensor, "batch length embedding"],
         mask: Bool[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch predicted"]:
-        """The prediction of the normalised embedding from noisy ones, one timestep for all or one each.
+        """Return the prediction of the normalised embedding from noisy ones, one timestep for all or one each.
 
         caption, tokens: CLIP's embedding of each caption, and its hidden states. `mask` is True on real tokens, and
         each token then sees those before it; None: all see all, as diffusers has it.
@@ -136,7 +136,7 @@ def _block(config: Config) -> PreNorm:
 
 
 def build(config: Config) -> Prior:
-    """A prior with GPT-2's initialisation."""
+    """Build a prior with GPT-2's initialisation."""
     model = Prior(config)
     normal_(model)
     scale_residual_(residual_weights(model.blocks), config.n_layers)
@@ -179,7 +179,7 @@ FIELDS: hf.Fields = {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of diffusers' config.json of a PriorTransformer that reads a caption's tokens."""
+    """Read the Config of diffusers' config.json of a PriorTransformer that reads a caption's tokens."""
     if json.get("encoder_hid_proj_type", "linear") != "linear":
         raise ValueError("its encoder_hid_proj_type is not 'linear', so it reads no caption.")
     config = Config(**hf.read_fields(json, FIELDS))
@@ -189,7 +189,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that diffusers reads."""
+    """Return the config.json that diffusers reads."""
     return {
         "model_type": "PriorTransformer",
         "additional_embeddings": config.n_tokens_beside,

@@ -159,15 +159,16 @@ class Unclip(ImageModel):
         return self.image(pixels)
 
     def imagine(self, x: Embedding, timestep: Num[Tensor, "*batch"], caption: Caption) -> Embedding:
-        """The prior's prediction of the normalised image embedding from noisy ones."""
+        """Return the prior's prediction of the normalised image embedding from noisy ones."""
         return self.prior(x, timestep, *caption)
 
     def nothing(self, batch: int) -> Embedding:
-        """The null image embedding."""
+        """Return the null image embedding."""
         return self.conditions.none.expand(batch, -1)
 
     def tell(self, image: Embedding, caption: Caption) -> UnclipConditioning:
-        """The decoder's conditioning from embeddings and captions: computed once an image, used at every step."""
+        """Return the decoder's conditioning from embeddings and captions: computed once an image, used at every step.
+        """
         image = image.to(self.conditions.none.dtype)
         beside, context = self.conditions(image, caption.embedding, caption.tokens)
         real = F.pad(caption.real, (self.conditions.config.n_tokens, 0), value=True)
@@ -176,14 +177,14 @@ class Unclip(ImageModel):
     def forward(
         self, x: Sample, timestep: Num[Tensor, "*batch"], told: UnclipConditioning
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The decoder's prediction for noisy images, one timestep for all or one each."""
+        """Return the decoder's prediction for noisy images, one timestep for all or one each."""
         return self.decoder.predict(x, timestep, *told)
 
     def enlarge(
         self, x: Sample, timestep: Num[Tensor, "*batch"], small: Sample, last: bool = False
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The upsampler's prediction for noisy images, given the small ones resized to theirs; `last` is for the step
-        that ends at the clean image."""
+        """Return the upsampler's prediction for noisy images, given the small ones resized to theirs; `last` is for the
+        step that ends at the clean image."""
         return (self.last_upsampler if last else self.upsampler)(torch.cat([x, small], 1), timestep)
 
     def check_size(self, height: int, width: int) -> None:
@@ -192,7 +193,7 @@ class Unclip(ImageModel):
 
 
 def build(config: Config) -> Unclip:
-    """A model whose parts are initialised as each is alone."""
+    """Build a model whose parts are initialised as each is alone."""
     return Unclip(config, **build_parts(config, PARTS))
 
 
@@ -213,7 +214,7 @@ MODEL_TYPES = {"UnCLIPPipeline": "UnCLIPPipeline"}
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of the files of a pipeline's parts, each in the field of its folder's name."""
+    """Read the Config of the files of a pipeline's parts, each in the field of its folder's name."""
     enlarging = {"scheduler": json.get("super_res_scheduler")}  # which the upsamplers' configs have in them here
     parts = {
         ours: module.from_published(json[folder] | enlarging) if json.get(folder) else None
@@ -227,7 +228,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """What `from_published` reads: the files of a pipeline's parts; those that are not there are None."""
+    """Return what `from_published` reads: the files of a pipeline's parts; those that are not there are None."""
     parts = {folder: file and file | ({"scheduler": None} if "scheduler" in file else {})
              for folder, file in write_parts(config, PARTS).items()}  # fmt: skip
     noises = {

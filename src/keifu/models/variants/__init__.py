@@ -1,0 +1,1 @@
+"""Later models that are LLaMA with one or two differences."""

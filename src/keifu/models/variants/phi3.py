@@ -1,0 +1,91 @@
+"""Phi-3 and Phi-4 (Abdin et al., 2024): LLaMA's layers, trained on filtered and synthetic text.
+
+The files have q, k and v as one matrix, and gate and up as one, as keifu has them.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import RopeScaling, Rotary
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import llama
+from keifu.models.hf import config as hf
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and settings of a model; the defaults are Phi-3 mini with 4,096 tokens."""
+
+    vocab_size: int = 32_064
+    context_length: int = 4096
+    dim: int = 3072
+    hidden_dim: int = 8192
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 32
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    activation: str = "silu"
+    sliding_window: int | None = 2047  # a token attends to this many, itself included
+    tied: bool = False
+    dropout: float = 0.0
+
+
+_medium = partial(Config, dim=5120, hidden_dim=17_920, n_layers=40, n_heads=40, n_kv_heads=10)
+
+SIZES = {
+    "phi3-mini": Config(),
+    "phi3-medium": _medium(),
+    "phi4": _medium(vocab_size=100_352, context_length=16_384, rope_theta=250_000.0, sliding_window=None),
+}
+PAPER_PARAMETERS = {"phi3-mini": 3.8e9, "phi3-medium": 14e9, "phi4": 14.7e9}
+
+
+def build(config: Config) -> DecoderLM:
+    """Build a model; it is initialised as LLaMA is here."""
+    return llama.assemble(config, partial(_attention, config))
+
+
+def _attention(config: Config, layer: int) -> Attention:
+    return Attention(
+        config.dim,
+        config.n_heads,
+        config.n_kv_heads,
+        bias=False,
+        window=config.sliding_window,
+        dropout=config.dropout,
+        rotary=Rotary(config.dim // config.n_heads, config.rope_theta, config.rope_scaling),
+    )
+
+
+WEIGHT_NAMES = llama.WEIGHT_NAMES | {
+    "blocks.*.attention.qkv": "model.layers.*.self_attn.qkv_proj",
+    "blocks.*.feedforward.gate_up": "model.layers.*.mlp.gate_up_proj",
+}
+PREFIX = "model."
+MODEL_TYPES = {"phi3": "Phi3ForCausalLM"}
+UNSUPPORTED = {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
+FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "head_dim"} | {
+    "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
+    "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
+    "sliding_window": hf.Field("sliding_window", None),
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of a Hugging Face config.json of model_type phi3."""
+    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+    return {
+        "sliding_window": None,
+        **hf.write(config, MODEL_TYPES, FIELDS),
+        **hf.write_rope(config.rope_theta, config.rope_scaling),
+        "original_max_position_embeddings": config.context_length,
+    }

@@ -1,0 +1,98 @@
+"""SmolLM3 (Hugging Face, 2025): LLaMA's layers, of which every fourth has no positions.
+
+Layers without positions (NoPE) keep attention usable beyond the trained length (Yang et al., 2025: RoPE to NoPE).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import RopeScaling, Rotary
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import llama
+from keifu.models.hf import config as hf
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and settings of a model; the defaults are SmolLM3 3B."""
+
+    vocab_size: int = 128_256
+    context_length: int = 65_536
+    dim: int = 2048
+    hidden_dim: int = 11_008
+    n_layers: int = 36
+    n_heads: int = 16
+    n_kv_heads: int = 4
+    norm_eps: float = 1e-6
+    rope_theta: float = 5e6
+    rope_scaling: RopeScaling | None = None
+    position_free: tuple[int, ...] | None = None  # layers without positions; None: every fourth, from layer 3 on
+    activation: str = "silu"
+    attention_bias: bool = False
+    feedforward_bias: bool = False
+    tied: bool = True
+    dropout: float = 0.0
+
+
+SIZES = {"smollm3-3b": Config()}
+PAPER_PARAMETERS = {"smollm3-3b": 3.08e9}
+
+
+def build(config: Config) -> DecoderLM:
+    """Build a model; it is initialised as LLaMA is here."""
+    return llama.assemble(
+        config, partial(_attention, config), partial(llama.gated, config, bias=config.feedforward_bias)
+    )
+
+
+def position_free(config: Config) -> tuple[int, ...]:
+    """Return the layers without positions."""
+    return tuple(range(3, config.n_layers, 4)) if config.position_free is None else config.position_free
+
+
+def _attention(config: Config, layer: int) -> Attention:
+    rotary = Rotary(config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
+    return Attention(
+        config.dim,
+        config.n_heads,
+        config.n_kv_heads,
+        bias=config.attention_bias,
+        dropout=config.dropout,
+        rotary=None if layer in position_free(config) else rotary,
+    )
+
+
+WEIGHT_NAMES = llama.WEIGHT_NAMES
+PREFIX = "model."
+MODEL_TYPES = {"smollm3": "SmolLM3ForCausalLM"}
+UNSUPPORTED = {"use_sliding_window": False}
+
+FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "head_dim"} | {
+    "n_kv_heads": hf.Field("num_key_value_heads", 4),
+    "attention_bias": hf.Field("attention_bias", False),
+    "feedforward_bias": hf.Field("mlp_bias", False),
+    "tied": hf.Field("tie_word_embeddings", True),
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of a Hugging Face config.json of model_type smollm3."""
+    n_layers, interval = hf.check_layers(json, "num_hidden_layers"), json.get("no_rope_layer_interval", 4)
+    free = tuple(range(interval - 1, n_layers, interval))
+    if (uses := json.get("no_rope_layers")) is not None:  # 1: the layer has positions
+        free = tuple(layer for layer, has_positions in enumerate(uses[:n_layers]) if not has_positions)
+    usual = free == tuple(range(3, n_layers, 4))
+    rope = hf.read_rope(json, default_theta=2e6)
+    return Config(**hf.read_fields(json, FIELDS), **rope, position_free=None if usual else free)
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+    free = position_free(config)
+    return {
+        **hf.write(config, MODEL_TYPES, FIELDS),
+        **hf.write_rope(config.rope_theta, config.rope_scaling),
+        "no_rope_layers": [int(layer not in free) for layer in range(config.n_layers)],
+    }
