@@ -34,7 +34,7 @@ VARIANTS = ["variants.smollm3", "variants.phi3"]
 REFUSED = {  # what keifu refuses, with the models and the words of the refusal
     "gguf": dict.fromkeys(["gpt1", "gpt3", "palm", *VARIANTS, *MIXTURES], "writes no GGUF"),
     "native": dict.fromkeys(MIXTURES, "MixtureOfExperts, which native code does not have"),
-    "tensor": dict.fromkeys(["olmo2", *MIXTURES], "which tensor parallelism cannot split"),
+    "tensor": dict.fromkeys(MIXTURES, "which tensor parallelism cannot split"),
     "plan": {},
 }
 WITHOUT = {  # rows that a model cannot have, with the reason
