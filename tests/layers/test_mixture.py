@@ -12,7 +12,7 @@ from keifu.layers.feedforward import SwiGLU
 from keifu.layers.mixture import GroupedSigmoidRouter, MixtureOfExperts, Routing, SoftmaxRouter, recorded_routing
 
 
-def mixture(router: nn.Module, n_experts: int, shared: bool = False) -> MixtureOfExperts:
+def mixture(router: SoftmaxRouter | GroupedSigmoidRouter, n_experts: int, shared: bool = False) -> MixtureOfExperts:
     return MixtureOfExperts(router, [SwiGLU(6, 10) for _ in range(n_experts)], SwiGLU(6, 8) if shared else None)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from keifu.layers.counter_rng import bits, bits16
 
-LEVELS = 2**16  # a rate is rounded to so many; 16 random bits for each element
+LEVELS = 2**16  # a rate is rounded to this fraction; 16 random bits for each element
 
 
 class Dropout(nn.Dropout):

@@ -16,7 +16,7 @@ Index = tuple[slice, ...]  # rows and columns; () for all
 
 
 class Reader:
-    """What reads a tensor from its file; once it was used as a whole, the tensor. own: whether it may be changed."""
+    """Reader of a tensor from its file; once it was used as a whole, the tensor. own: whether it may be changed."""
 
     def __init__(self, read: Callable[[Index], Tensor]):
         self.read, self.own = read, False
@@ -39,7 +39,7 @@ class LazyTensor(Tensor):
 
     @staticmethod
     def of(reader: Reader, like: Tensor, index: Index = ()) -> "LazyTensor":
-        """Those rows and columns of a reader's tensor; like: has their shape, type and device."""
+        """Rows and columns of a reader's tensor; like: has their shape, type and device."""
         make: Any = Tensor._make_wrapper_subclass  # pyright: ignore
         found = make(LazyTensor, like.shape, dtype=like.dtype, device=like.device)
         found.reader, found.index = reader, index
@@ -83,7 +83,7 @@ class LazyTensor(Tensor):
         return func(*read, **tree_map_only(LazyTensor, lambda x: x.value(True), kwargs))
 
     def _lazily(self, func: Any, rest: tuple, kwargs: dict[str, Any]) -> Any:
-        """Compute what needs no numbers: a slice, the parts of a split, a copy that nobody has changed; None: all else.
+        """Compute what needs no numbers: a slice, the parts of a split, a copy that nobody has changed; None: anything else.
         """
         axis, *_ = (*(rest[1:] if func == aten.split.Tensor else rest), 0)
         if func in (aten.detach.default, aten.alias.default):

@@ -41,7 +41,7 @@ class LoraSettings:
 
     @property
     def scale(self) -> float:
-        """What the product B A is multiplied with."""
+        """Return the factor of the product B A."""
         return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
 
 
@@ -73,7 +73,7 @@ class Adapter(nn.Module):
 
     @property
     def rows(self) -> slice:
-        """Which rows of the layer's matrix it acts on."""
+        """Return the rows of the layer's matrix that it acts on."""
         return slice(self.target.start, self.target.start + self.target.rows)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch rank"]:
@@ -100,7 +100,7 @@ def _lengths(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer with adapters beside it, in the layer's place; dropout acts on the adapters' inputs alone."""
+    """Linear layer with adapters, which replaces the layer; dropout acts on the adapters' inputs alone."""
 
     idle = False  # see `unadapted`
 
@@ -211,7 +211,7 @@ def unadapted(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Works every adapter into the matrix beside it, in place; gives the model back, which has none afterwards."""
+    """Merge every adapter into its matrix, in place, and return the model, which then has no adapters."""
     for name, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear):
             model.set_submodule(name, module.merged())

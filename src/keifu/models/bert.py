@@ -201,7 +201,7 @@ PREFIX = "bert."
 WITHOUT_PREFIX = ("BertModel",)  # the architecture whose files have no prefix
 NOT_WEIGHTS = ("bert.embeddings.position_ids",)
 OLD_ENDINGS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}  # TensorFlow's names
-COPIES = {  # old files hold these beside the tensors that they repeat
+COPIES = {  # old files hold these next to the tensors that they repeat
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }

@@ -10,10 +10,7 @@ from functools import partial
 from typing import Any
 
 from keifu.errors import UserError
-from keifu.layers.activations import activation
-from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import RopeScaling, Rotary
-from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.normalisation import UnitOffsetRMSNorm
 from keifu.layers.transformer.blocks import SandwichNorm
 from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
@@ -82,19 +79,12 @@ def _block(config: Config, layer: int) -> SandwichNorm:
     everything = layer in global_layers(config)
     theta = config.rope_theta if everything else config.local_rope_theta
     norm = partial(UnitOffsetRMSNorm, eps=config.norm_eps)
-    attention = Attention(
-        config.dim,
-        config.n_heads,
-        config.n_kv_heads,
-        config.head_dim,
-        bias=config.attention_bias,
-        window=None if everything else config.sliding_window,
-        dropout=config.dropout,
-        scale=config.attention_scale,
+    attention = llama.attention(
+        config, config.attention_bias, window=None if everything else config.sliding_window,
         rotary=Rotary(config.head_dim, theta, config.rope_scaling if everything else config.local_rope_scaling),
-        qk_norm=(norm(config.head_dim), norm(config.head_dim)),
-    )
-    feedforward = GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=False)
+        scale=config.attention_scale, qk_norm=(norm(config.head_dim), norm(config.head_dim)),
+    )  # fmt: skip
+    feedforward = llama.gated(config, layer)
     norms = norm(config.dim), norm(config.dim), norm(config.dim), norm(config.dim)
     return SandwichNorm(attention, feedforward, norms, config.dropout)
 

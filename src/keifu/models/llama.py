@@ -104,13 +104,13 @@ def assemble(
     attention, feedforward: the sublayers of the block with this number, from 0 on; by default SwiGLU. block: joins the
     two with their norms. norm: of a width and an ε.
     """
-    norm = partial(norm, config.dim, config.norm_eps)
+    made = partial(norm, config.dim, config.norm_eps)
     feedforward = feedforward or partial(gated, config)
     blocks = [
-        block(attention(layer), feedforward(layer), (norm(), norm()), config.dropout)
+        block(attention(layer), feedforward(layer), (made(), made()), config.dropout)
         for layer in range(config.n_layers)
     ]
-    return initialise(DecoderLM.of(config, blocks, norm()))
+    return initialise(DecoderLM.of(config, blocks, made()))
 
 
 def gated(config: Any, layer: int, bias: bool = False) -> GatedFeedForward:
@@ -125,18 +125,17 @@ def initialise(model: DecoderLM) -> DecoderLM:
     return model
 
 
+def attention(config: Any, bias: bool = False, **settings: Any) -> Attention:
+    """Build rotary attention of a Config's sizes; other settings are those of `Attention`."""
+    head_dim = vars(config).get("head_dim") or config.dim // config.n_heads
+    settings = {"rotary": Rotary(head_dim, config.rope_theta, config.rope_scaling)} | settings
+    sizes = config.dim, config.n_heads, config.n_kv_heads, head_dim
+    return Attention(*sizes, bias, dropout=config.dropout, **settings)
+
+
 def _attention(config: Config, layer: int) -> Attention:
-    return Attention(
-        config.dim,
-        config.n_heads,
-        config.n_kv_heads,
-        config.head_dim,
-        bias=config.qkv_bias,
-        out_bias=config.out_bias,
-        window=config.sliding_window if layer >= config.first_window_layer else None,
-        dropout=config.dropout,
-        rotary=Rotary(config.head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling),
-    )
+    window = config.sliding_window if layer >= config.first_window_layer else None
+    return attention(config, config.qkv_bias, out_bias=config.out_bias, window=window)
 
 
 WEIGHT_NAMES = {

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.positions import RopeScaling, Rotary
+from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.normalisation import AllHeadsRMSNorm, FullPrecisionRMSNorm
 from keifu.layers.transformer.blocks import ReorderedNorm
 from keifu.layers.transformer.decoder import DecoderLM
@@ -56,20 +56,9 @@ def build(config: Config) -> DecoderLM:
 
 def attention(config: Any, layer: int) -> Attention:
     """Build the attention of a layer, whose queries and keys are normalised over all heads together."""
-    head_dim = config.dim // config.n_heads
-    n_kv_heads = config.n_kv_heads or config.n_heads
-    return Attention(
-        config.dim,
-        config.n_heads,
-        n_kv_heads,
-        bias=config.attention_bias,
-        dropout=config.dropout,
-        rotary=Rotary(head_dim, config.rope_theta, config.rope_scaling),
-        qk_norm=(
-            AllHeadsRMSNorm(config.n_heads * head_dim, config.norm_eps),
-            AllHeadsRMSNorm(n_kv_heads * head_dim, config.norm_eps),
-        ),
-    )
+    kv_dim = (config.n_kv_heads or config.n_heads) * (config.dim // config.n_heads)
+    norms = AllHeadsRMSNorm(config.dim, config.norm_eps), AllHeadsRMSNorm(kv_dim, config.norm_eps)
+    return llama.attention(config, config.attention_bias, qk_norm=norms)
 
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES | {

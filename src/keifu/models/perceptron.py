@@ -44,7 +44,7 @@ class Perceptron(nn.Module):
 
     @property
     def threshold(self) -> float:
-        """What Σ w x must reach for an output of 1: -b."""
+        """Return the threshold that Σ w x must reach for an output of 1: -b."""
         return -float(self.bias)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:

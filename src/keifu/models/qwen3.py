@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.positions import RopeScaling, Rotary
+from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
@@ -62,17 +62,7 @@ def build(config: Config) -> DecoderLM:
 def attention(config: Any, window: int | None, layer: int) -> Attention:
     """Build the attention of a layer with this window, whose queries and keys are normalised in each head."""
     norm = partial(RMSNorm, config.head_dim, config.norm_eps)
-    return Attention(
-        config.dim,
-        config.n_heads,
-        config.n_kv_heads,
-        config.head_dim,
-        bias=config.attention_bias,
-        window=window,
-        dropout=config.dropout,
-        rotary=Rotary(config.head_dim, config.rope_theta, config.rope_scaling),
-        qk_norm=(norm(), norm()),
-    )
+    return llama.attention(config, config.attention_bias, window=window, qk_norm=(norm(), norm()))
 
 
 def _attention(config: Config, layer: int) -> Attention:

@@ -180,7 +180,7 @@ class Seq2Seq(nn.Module):
 
     @property
     def head_bias(self) -> Float[Tensor, " vocab"] | None:
-        """What is added to the logits."""
+        """Return the bias of the logits."""
         return self.head.bias
 
     def _steps(self, embedded: Float[Tensor, "batch length m"], state: DecoderState) -> DecoderSteps:

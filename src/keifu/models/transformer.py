@@ -129,7 +129,7 @@ WEIGHT_NAMES = {
     "head": "lm_head",
     "logits_bias": "final_logits_bias",
 }
-NOT_WEIGHTS = (  # the sinusoids, and a shared embedding beside two that replace it
+NOT_WEIGHTS = (  # the sinusoids, and a shared embedding next to two that replace it
     "model.encoder.embed_positions.weight",
     "model.decoder.embed_positions.weight",
     "model.shared.weight",

@@ -160,7 +160,7 @@ def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
     return {part: replace(whole, first=first, rows=own) for part, first, own in each}
 
 
-def _norm(model: nn.Module, name: str, *more: type[nn.Module]) -> NormPart:
+def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm] | type[RMSNorm]) -> NormPart:
     norm = _known(model, name, *RMS_NORMS, nn.LayerNorm, nn.Identity, *more)
     if isinstance(norm, nn.Identity):
         return NormPart(NO_NORM, 0.0, None)

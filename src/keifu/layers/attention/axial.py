@@ -35,7 +35,7 @@ class Grid:
 
     @property
     def places(self) -> int:
-        """Of the grid."""
+        """Return the number of positions of the grid."""
         return self.height * self.width
 
     def offsets(self, pattern: Pattern) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ class Grid:
         return tuple(offset for offset in found[pattern] if offset < self.places)
 
     def visible(self, pattern: Pattern) -> Bool[Tensor, "length length"]:
-        """Which token sees which: the text what comes before, a place the whole text and what `offsets` say."""
+        """Mask of an axial attention: text sees what comes before, a position the whole text and its `offsets`."""
         length = self.prefix + self.places
         mask = torch.ones(length, length, dtype=torch.bool).tril()
         places = torch.arange(self.places)

@@ -45,12 +45,12 @@ class KVState:
 
     @property
     def device(self) -> torch.device:
-        """Where the keys and values are."""
+        """Return the device of the keys and values."""
         return self.keys[0].device
 
     @property
     def token_bytes(self) -> int:
-        """What the keys and values of one more token of one row take."""
+        """Return the bytes of the keys and values of one token of one row."""
         return sum(2 * keys.shape[1] * keys.shape[3] * keys.element_size() for keys in self.keys)
 
     def positions(self, length: int, padding: Int[Tensor, " rows"] | None = None) -> Int[Tensor, "*rows length"]:
@@ -76,7 +76,7 @@ class KVState:
         self.lengths, self._pass = self._pass.ends, None
 
     def rollback(self, lengths: int | Sequence[int]) -> None:
-        """Forgets all tokens but the first so many, of all rows or of each."""
+        """Forget all tokens but the first ones, as many for all rows or for each."""
         wanted = [lengths] * len(self.lengths) if isinstance(lengths, int) else list(lengths)
         for length, held in zip(wanted, self.lengths, strict=True):
             if not 0 <= length <= held:
@@ -84,7 +84,7 @@ class KVState:
         self.lengths = wanted
 
     def add(self, rows: int) -> None:
-        """So many more rows, empty, behind the others."""
+        """Append this number of empty rows."""
         self.lengths, longest = [*self.lengths, *[0] * rows], self.longest
         for held in (self.keys, self.values):
             for i, old in enumerate(held):
@@ -119,7 +119,7 @@ class KVState:
 
 
 class Pass:
-    """Where the new tokens of each row stand, and what they may see; one object serves all layers of a pass."""
+    """Positions of the new tokens of each row, and what they may see; one object serves all layers of a pass."""
 
     def __init__(self, starts: Sequence[int], length: int, pads: Sequence[int], device: torch.device):
         self.starts, self.pads = starts, pads

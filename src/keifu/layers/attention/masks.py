@@ -41,7 +41,7 @@ def positions_in(documents: Tokens) -> Tokens:
 
 
 def real_tokens(tokens: Tokens, end: int | None) -> Bool[Tensor, "batch length"]:
-    """Where a text is, up to its first end and with it; the padding behind is none. Without an end all is text."""
+    """Return the mask of real tokens: True up to and including the first end token, or everywhere without one."""
     ends = tokens == end if end is not None else torch.zeros_like(tokens, dtype=torch.bool)
     return ends.cumsum(1) - ends.long() == 0
 
@@ -57,7 +57,7 @@ Cut = tuple[
 
 @dataclass(frozen=True)
 class Band:
-    """What the queries of each block may see; rows of padding make it differ from text to text."""
+    """Return what the queries of each block may see; rows of padding make it differ from text to text."""
 
     mask: Bool[Tensor, "#batch blocks window both"]
 

@@ -44,7 +44,7 @@ class SinusoidalPositions(nn.Module):
         self._table: Tensor | None = None
 
     def forward(self, start: int, length: int, like: Tensor) -> Float[Tensor, "length dim"]:
-        """Those of `length` places from `start` on, of the type and on the device of `like`."""
+        """Return the sinusoids of `length` positions from `start` on, of the type and on the device of `like`."""
         end = start + length
         if end > self.context_length:
             raise UserError(f"{end} tokens do not fit the {self.context_length} that this model takes; shorten them.")
@@ -157,7 +157,7 @@ class Rotary(nn.Module):
 
     @property
     def settings(self) -> tuple[int, float, RopeScaling | None, bool]:
-        """What decides the rotation of a position."""
+        """Return the settings that decide the rotation of a position."""
         return self.head_dim, self.theta, self.scaling, self.interleaved
 
     def forward(self, positions: Int[Tensor, "*batch length"]) -> Rotation:
@@ -182,7 +182,7 @@ class Rotary(nn.Module):
 
 
 class Positions:
-    """Where the tokens of a pass stand; one object serves all its layers, and each rotary's angles are made once.
+    """Positions of the tokens of a pass; one object serves all its layers, and each rotary's angles are made once.
 
     ids: [batch, length], or [length] where all rows have the same.
     """

@@ -161,7 +161,7 @@ def at(table: Float[Tensor, " steps"], timestep: Timesteps, x: Tensor) -> Tensor
 
 
 def add_noise(picture: Sample, noise: Sample, alpha_bar: Float[Tensor, " steps"], timestep: Timesteps) -> Sample:
-    """x_t: the picture after so many steps of noise at once (Ho et al., 2020, equation 4)."""
+    """Return x_t, the picture after t steps of noise at once (Ho et al., 2020, equation 4)."""
     return at(alpha_bar.sqrt(), timestep, picture) * picture + at((1 - alpha_bar).sqrt(), timestep, picture) * noise
 
 

@@ -20,7 +20,7 @@ from keifu.errors import UserError
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing
 
 RHO = 7.0  # how strongly Karras levels are concentrated at low noise (Karras et al., 2022, table 1)
-LEAST_ALPHA_BAR = 2.0**-24  # in place of 0 where a sampler divides by it: the smallest number of half precision
+LEAST_ALPHA_BAR = 2.0**-24  # instead of 0 where a sampler divides by it: the smallest number of half precision
 
 
 class Level(NamedTuple):

@@ -115,7 +115,7 @@ class AdditiveAttention(nn.Module):
 
 
 class DecoderSteps(NamedTuple):
-    """What some steps came to: the state before each and after each, and what of the source each had.
+    """Result of some steps: the state before each and after each, and what of the source each had.
 
     `context` is empty or one tensor [batch, length, width]; `weights` are the shares of the source's tokens in it.
     """
@@ -134,7 +134,7 @@ class Context(NamedTuple):
 
 
 class DecoderState:
-    """What a decoder goes by: the source, the state after the tokens so far, and how many they are.
+    """State of a decoder: the source, the state after the tokens so far, and how many they are.
 
     `capacity`, if given, is the most tokens that it takes; without it nothing is kept of what it reads.
     """

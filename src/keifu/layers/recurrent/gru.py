@@ -21,7 +21,7 @@ from keifu.layers.linear import JoinedLinear
 
 
 class RecurrentTape(NamedTuple):
-    """What is kept of every step of a recurrence: `states` begins with the one before the first step.
+    """Record of every step of a recurrence: `states` begins with the one before the first step.
 
     `gates` are reset and update, `new` the proposed state, `before_reset` its recurrent part before the reset gate.
     """

@@ -24,7 +24,7 @@ Hidden = Float[Tensor, "batch length dim"]
 
 
 class State:
-    """What the decoder goes by: keys and values of the sources, a pair for each block, and those of the target so far.
+    """State of the decoder: keys and values of the sources, a pair for each block, and those of the target so far.
 
     The rows of one source share its keys and values: nothing of a source is computed or held twice, as long as every
     source has equally many rows and they lie side by side.
@@ -154,7 +154,7 @@ class EncoderDecoder(nn.Module):
 
     @property
     def head_bias(self) -> Float[Tensor, " vocab"]:
-        """What is added to the logits: fixed numbers, not learned; zeros unless a checkpoint says otherwise."""
+        """Return the bias of the logits: fixed numbers, not learned; zeros unless a checkpoint says otherwise."""
         return self.logits_bias[0]
 
     def _of(self, own: nn.Embedding | None) -> nn.Embedding:

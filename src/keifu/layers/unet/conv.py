@@ -20,7 +20,7 @@ from keifu.layers.linear import Linear
 
 Pixels = Float[Tensor, "batch channels height width"]
 Resampled = Float[Tensor, "batch out_channels new_height new_width"]
-Norm = Callable[[int], nn.Module]  # makes the norm for so many channels
+Norm = Callable[[int], nn.Module]  # makes the norm for a number of channels
 EVERYWHERE = PaddingMask()  # every pixel sees every other one
 
 

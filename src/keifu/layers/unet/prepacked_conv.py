@@ -20,7 +20,7 @@ Resampled = Float[Tensor, "batch out new_height new_width"]
 
 
 class PackedConv2d(nn.Module):
-    """What an `nn.Conv2d` computes, without gradients; it keeps the packed kernel alone."""
+    """Packed `nn.Conv2d`, without gradients; it keeps the packed kernel alone."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -32,7 +32,7 @@ class PackedConv2d(nn.Module):
 
 
 class PackedDoublingConv2d(PackedConv2d):
-    """What a `DoublingConv2d` computes, its four kernels made beforehand."""
+    """Packed `DoublingConv2d`, with its four kernels made beforehand."""
 
     def __init__(self, conv: DoublingConv2d):
         super().__init__(conv)
@@ -44,7 +44,7 @@ class PackedDoublingConv2d(PackedConv2d):
 
 
 def _prepack(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> partial[Tensor]:
-    """Return the convolution of a picture with this kernel and all else as `conv` has it."""
+    """Return the convolution of a picture with this kernel and the other settings of `conv`."""
     where = (_pair(conv.padding), _pair(conv.stride), _pair(conv.dilation), conv.groups)
     kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *where)
     bias = None if bias is None else bias.detach()

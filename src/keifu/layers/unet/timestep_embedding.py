@@ -37,7 +37,7 @@ class TimestepSinusoids(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """linear2(swish(linear1(table(number)))): the number is a timestep, or another one that is told in the same way.
+    """linear2(swish(linear1(table(number)))): the number is a timestep, or another one that is given in the same way.
 
     `table` turns it into `dim` numbers: sinusoids, or an `nn.Embedding` where they are learned. `out_dim` is `time_dim`
     where it is None.

@@ -101,9 +101,9 @@ class Config:
         if self.classes and len(self.classes) != self.n_classes:
             raise UserError(f"There are {self.n_classes} classes and {len(self.classes)} names for them.")
         if self.label == "number" and self.learned_times:
-            raise UserError("A number beside the picture is told by sinusoids, and this model has learned times.")
+            raise UserError("A number besides the picture is given by sinusoids, and this model has learned times.")
         if self.null_class and not self.n_classes:
-            raise UserError("A null class stands beside others: give n_classes too.")
+            raise UserError("A null class needs other classes: give n_classes too.")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -155,7 +155,7 @@ class DDPM(ImageModel):
 
     @property
     def noise(self) -> Noise:
-        """What the network was trained to remove."""
+        """Return the noise that the network was trained to remove."""
         return self.config.noise
 
     def forward(

@@ -62,7 +62,7 @@ class Config(clip_text.WithText):
 
     @property
     def channels(self) -> int:
-        """Of the latents."""
+        """Return the number of channels of the latents."""
         return self.unet.predicted_channels if self.autoencoder is None else self.autoencoder.latent_channels
 
     @property

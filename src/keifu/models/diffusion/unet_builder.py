@@ -16,8 +16,7 @@ from keifu.layers.unet.unet import Down, Middle, UNet, Up
 
 
 def assemble_unet(config: Any, attention: Callable[[int, int], nn.Module], middle_attention: nn.Module | None) -> UNet:
-    """Return the network with such attentions at the levels that the Config names, and this one, or none, in the
-    middle.
+    """Build the network with such attentions at the levels of the Config, and this one, or none, in the middle.
 
     There is one residual block more a level on the way up, since each reads a state of the way down, and the first
     convolution's is one of them.

@@ -17,7 +17,7 @@ def _unchanged(value: Any) -> Any:
 
 
 class Field(NamedTuple):
-    """One field of a published config, as a model's table of fields has it beside the name of the Config's field.
+    """One field of a published config, as a model's table of fields has it next to the name of the Config's field.
 
     name: the published name. default: the published value of a config that leaves the field out, or a function that
     gives it for the config (null counts as left out then); without a default the field is required. read, write:
@@ -134,7 +134,7 @@ _ACTIVATIONS = {
 }
 
 _YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
-# ours -> theirs, for the fields of a scaling beside its kind and factor
+# ours -> theirs, for the fields of a scaling other than its kind and factor
 _FIELDS = {
     "original_context_length": "original_max_position_embeddings",
     **{name: name for name in ("low_freq_factor", "high_freq_factor", *_YARN)},

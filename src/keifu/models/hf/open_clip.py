@@ -128,7 +128,7 @@ def to_open_clip(config: clip.Config) -> dict[str, Any]:
     text, image, pixels = config.text, config.image, config.pixels
     quick = {text.activation, vars(image).get("activation", text.activation)} == {"quick_gelu"}
     words = {"context_length": text.context_length, "vocab_size": text.vocab_size, "heads": text.n_heads}
-    words |= {} if text.vocab_size == OPENAI else {"hf_tokenizer_name": "the tokenizer beside this file"}
+    words |= {} if text.vocab_size == OPENAI else {"hf_tokenizer_name": "the tokenizer next to this file"}
     end = {} if text.end_id is None else {"pool_type": "eos", "eos_id": text.end_id}
     return {
         "model_type": "open_clip",

@@ -98,7 +98,7 @@ def read_stages(json: dict[str, Any], widths: Sequence[int], ways: Ways) -> list
 
 
 def _read_way(json: dict[str, Any], name: str, way: Way) -> list[tuple[bool, bool]]:
-    """Of each stage, whether it has attention, and whether a residual block leads out of it."""
+    """Return for each stage whether it has attention, and whether a residual block leads out of it."""
     residual_type = read_field(json, RESAMPLING._replace(name=f"{name}sample_type"))
     stages = []
     for stage in json.get(f"{name}_block_types", way.silent):

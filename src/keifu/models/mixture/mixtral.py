@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.positions import RopeScaling, Rotary
+from keifu.layers.attention.positions import RopeScaling
+from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
@@ -55,21 +57,18 @@ def build(config: Config) -> DecoderLM:
 
 
 def _attention(config: Config, layer: int) -> Attention:
-    return Attention(
-        config.dim,
-        config.n_heads,
-        config.n_kv_heads,
-        config.head_dim,
-        bias=False,
-        window=config.sliding_window,
-        dropout=config.dropout,
-        rotary=Rotary(config.head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling),
-    )
+    return llama.attention(config, window=config.sliding_window)
 
 
 def _feedforward(config: Config, layer: int) -> MixtureOfExperts:
-    router = SoftmaxRouter(config.dim, config.n_experts, config.n_experts_per_token)
-    return MixtureOfExperts(router, [llama.gated(config, layer) for _ in range(config.n_experts)])
+    return mixture(config, config.hidden_dim)
+
+
+def mixture(config: Any, expert_dim: int, normalised: bool = True) -> MixtureOfExperts:
+    """Build a mixture of gated networks with a softmax router."""
+    router = SoftmaxRouter(config.dim, config.n_experts, config.n_experts_per_token, normalised)
+    expert = partial(GatedFeedForward, config.dim, expert_dim, activation(config.activation))
+    return MixtureOfExperts(router, [expert() for _ in range(config.n_experts)])
 
 
 DENSE_NAMES = {ours: theirs for ours, theirs in llama.WEIGHT_NAMES.items() if ".feedforward." not in ours}

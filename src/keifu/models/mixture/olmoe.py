@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from keifu.layers.attention.positions import RopeScaling
-from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
+from keifu.layers.mixture import MixtureOfExperts
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama, olmo2
 from keifu.models.hf import config as hf
@@ -50,8 +50,7 @@ def build(config: Config) -> DecoderLM:
 
 
 def _feedforward(config: Config, layer: int) -> MixtureOfExperts:
-    router = SoftmaxRouter(config.dim, config.n_experts, config.n_experts_per_token, config.normalised)
-    return MixtureOfExperts(router, [llama.gated(config, layer) for _ in range(config.n_experts)])
+    return mixtral.mixture(config, config.hidden_dim, config.normalised)
 
 
 WEIGHT_NAMES = mixtral.DENSE_NAMES | qwen3_moe.EXPERT_NAMES | {

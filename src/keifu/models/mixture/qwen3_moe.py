@@ -3,17 +3,17 @@
 Many small experts instead of a few large ones are DeepSeekMoE's idea (Dai et al., 2024). There is no shared expert.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from keifu.layers.attention.positions import RopeScaling
-from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama, qwen3
 from keifu.models.hf import config as hf
+from keifu.models.mixture import mixtral
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,7 @@ def feedforward(config: Any, layer: int) -> nn.Module:
     """Build the mixture of a layer, or the gated network of a dense one."""
     if layer in config.dense_layers:
         return llama.gated(config, layer)
-    router = SoftmaxRouter(config.dim, config.n_experts, config.n_experts_per_token, config.normalised)
-    expert = replace(config, hidden_dim=config.expert_dim)
-    return MixtureOfExperts(router, [llama.gated(expert, layer) for _ in range(config.n_experts)])
+    return mixtral.mixture(config, config.expert_dim, config.normalised)
 
 
 EXPERT_NAMES = {

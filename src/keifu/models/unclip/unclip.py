@@ -81,7 +81,7 @@ class Config(clip_text.WithText):
 
     @property
     def colours(self) -> int:
-        """Of a picture."""
+        """Return the number of channels of a picture."""
         return self.decoder.channels
 
     @property

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.positions import RopeScaling, Rotary
+from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
@@ -50,15 +50,7 @@ def build(config: Config) -> DecoderLM:
 
 
 def _attention(config: Config, layer: int) -> Attention:
-    return Attention(
-        config.dim,
-        config.n_heads,
-        config.n_kv_heads,
-        bias=False,
-        window=config.sliding_window,
-        dropout=config.dropout,
-        rotary=Rotary(config.dim // config.n_heads, config.rope_theta, config.rope_scaling),
-    )
+    return llama.attention(config, window=config.sliding_window)
 
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES | {

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.positions import RopeScaling, Rotary
+from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
@@ -53,15 +53,8 @@ def position_free(config: Config) -> tuple[int, ...]:
 
 
 def _attention(config: Config, layer: int) -> Attention:
-    rotary = Rotary(config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
-    return Attention(
-        config.dim,
-        config.n_heads,
-        config.n_kv_heads,
-        bias=config.attention_bias,
-        dropout=config.dropout,
-        rotary=None if layer in position_free(config) else rotary,
-    )
+    without = {"rotary": None} if layer in position_free(config) else {}
+    return llama.attention(config, config.attention_bias, **without)
 
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES

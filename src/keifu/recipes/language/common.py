@@ -27,6 +27,8 @@ from keifu.recipes.common import parameters, train_run
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.objectives.layer_losses import with_balancing
+from keifu.training.protocols import Objective
 from keifu.training.settings import Settings
 
 VALIDATION_TOKENS = 100_000
@@ -144,7 +146,9 @@ def pretrain(
     config = model.config
     data = PackedText(task.shards, row or config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
     deciding = {"model": asdict(config), "text": asdict(task.text)} | ({"z_loss": z_loss} if z_loss else {})
-    objective = partial(causal_language_modeling, z_loss=z_loss) if z_loss else causal_language_modeling
+    objective: Objective = partial(causal_language_modeling, z_loss=z_loss) if z_loss else causal_language_modeling
+    if balancing := vars(config).get("balancing"):  # of a mixture of experts
+        objective = with_balancing(objective, balancing)
 
     def sample(step: int) -> str:
         return prompt + generate(model, task.tokenizer, prompt or "\n", raw=True, max_tokens=100, seed=step)

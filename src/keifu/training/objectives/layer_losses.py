@@ -37,7 +37,8 @@ class WithLayerLoss:
             raise UserError(f"No layer of this model has a loss {self.name}: train it without one.")
         added = torch.stack([self.loss(each) for each in records]).mean() * outcome.weight
         figures = {**outcome.figures, self.name: added.detach()}
-        return LossOutput(outcome.total + self.weight * added, outcome.weight, figures)
+        total = outcome.total + self.weight * added if model.training else outcome.total  # validation: language alone
+        return LossOutput(total, outcome.weight, figures)
 
 
 def with_balancing(objective: Objective, weight: float) -> WithLayerLoss:
