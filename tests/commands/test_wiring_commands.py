@@ -263,7 +263,11 @@ data = Table("data show pictures -o sheet.png", {
 APP, LIMITS = "keifu.serving.app:application", "keifu.serving.worker:Limits"
 SERVED = "keifu.serving.models:ServedModels"
 serve = Table("serve M", {
-    "MODEL ...": Row("other", SERVED, "0", ("M", "other")),
+    "MODEL ...": Row("other", SERVED, "0", {"M": "M", "other": "other"}),
+    "name": Row("--name alias=x", SERVED, "0", {"alias": "x", "M": "M"}),
+    "allowed-host": Row("--allowed-host h", APP, lambda given: "h" in given.limits.hosts),
+    "strict": Row("--strict", APP, "limits.strict"),
+    "keep-alive": Row("--keep-alive 7", LIMITS, "keep_alive", 7.0),
     "host": Row("--host ::1", "keifu.serving.server:Address", "host", "::1"),
     "port": Row("--port 7", "keifu.serving.server:Address", "port", 7),
     "socket": Row("--socket s", "keifu.serving.server:Address", "path", Path("s")),
@@ -272,10 +276,10 @@ serve = Table("serve M", {
     "slots": Row("--slots 7", LIMITS, "slots", 7),
     "queue": Row("--queue 7", LIMITS, "queue", 7),
     "timeout": Row("--timeout 7", LIMITS, "timeout", 7.0),
-    "max-body": Row("--max-body 7K", APP, "access.body", 7168),
-    "api-key": Row("--api-key k", APP, "access.keys", ("k",)),
-    "api-key-file": Row("--api-key-file text.txt", APP, "access.keys", ("one",)),
-    "cors": Row("--cors http://a", APP, "access.origins", ("http://a",)),
+    "max-body": Row("--max-body 7K", APP, "limits.body", 7168),
+    "api-key": Row("--api-key k", APP, "limits.keys", ("k",)),
+    "api-key-file": Row("--api-key-file text.txt", APP, "limits.keys", ("one",)),
+    "cors": Row("--cors http://a", APP, "limits.origins", ("http://a",)),
     "access-log": Row("--no-access-log", "keifu.serving.server:serve", "access_log", False, returns={APP: None}),
     "weights": Row("--weights int8", SERVED, "4", "int8"),
 }, {SERVED: SimpleNamespace(descriptions={})})  # fmt: skip
