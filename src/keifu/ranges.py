@@ -66,7 +66,7 @@ _NAMES = {
         upsampler_widths upsampling_steps vae_batch vae_steps vae_widths vocab_size width widths
         """,
     FROM_ZERO: """
-        attention by_shots end_id evaluate_every first_window_layer hold pad_id rank restarts sample_every
+        attention by_shots end_id evaluate_every first_window_layer guesses hold pad_id rank restarts sample_every
         save_every shift shots skip start_id text_rank tile
         """,
     SEED: "seed",

@@ -68,6 +68,18 @@ def test_a_block_is_known_by_all_tokens_before_it(weights: str) -> None:
     assert found == [write(Engine(packed, None, packed.runner(4)), [each], None)[0] for each in asked]
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_guesses_change_no_bit(weights: str) -> None:
+    """A prompt that repeats itself is guessed; the tokens and their probabilities are those without guesses."""
+    packed = pack(toy("qwen2", 0.3), weights)
+    sampling = SamplingParams(temperature=0, max_tokens=30, seed=1, log_probabilities=True)
+    asked = [([3, 1, 4, 1, 5, 9] * 3 + [number], replace(sampling, temperature=number / 3)) for number in range(3)]
+    engine = Engine(packed, None, packed.runner(20), guesses=5)
+    assert write(engine, asked, None) == alone(packed, asked)
+    assert engine.guessed > 0
+    assert write(Engine(packed, None, packed.runner(20), guesses=None), asked, None) == alone(packed, asked)
+
+
 def check(kind: str, weights: str, count: int) -> None:
     """Arriving at random, up to 32 at a time, in steps of few tokens, in a pool so small that texts are preempted."""
     packed, asked = pack(toy(kind, 0.3), weights), requests(count)

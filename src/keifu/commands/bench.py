@@ -31,6 +31,7 @@ class Options(flags.OnDevice):
     """Tokens of a prompt."""
     tokens: int = 128
     """Tokens that are written after each prompt."""
+    guesses: flags.Guesses = 0
     threads: int | None = None
     """Threads of the CPU; unset: as many as there are cores."""
     json: bool = False
@@ -57,7 +58,8 @@ def run(options: Options) -> None:
             f"{options.prompt} tokens of a prompt and {options.tokens + 1} more do not fit this model's context of "
             f"{context}: ask for fewer."
         )
-    engine = Engine(model, None, max_running=options.streams, step_tokens=max(512, 33 * options.streams))
+    step_tokens = max(512, 33 * options.streams)
+    engine = Engine(model, None, max_running=options.streams, step_tokens=step_tokens, guesses=options.guesses)
     _check_room(engine, options.streams, longest)
     figures = asdict(options) | {"device": str(device_of(model)), "threads": torch.get_num_threads()}
     figures |= _speeds(engine, options)
@@ -95,7 +97,8 @@ def _speeds(engine: "Engine", options: Options) -> dict[str, Any]:
     count = 0
     while engine.work:
         count += len(engine.step())
-    return {"prefill": prefill, "decode": count / (time.perf_counter() - start)}
+    decode = count / (time.perf_counter() - start)
+    return {"prefill": prefill, "decode": decode, "guessed": engine.guessed, "accepted": engine.accepted}
 
 
 def _add(engine: "Engine", prompts: list[list[int]], tokens: int) -> None:
@@ -146,7 +149,16 @@ def _told(figures: dict[str, Any]) -> str:
         f"decode     {figures['decode']:,.1f} tokens/s, {figures['tokens']} after each prompt\n"
         f"bandwidth  {figures['bandwidth']:.1f} GB/s, {figures['share']:.0%} of {figures['peak']:.1f} GB/s\n"
         f"memory     {figures['memory'] / 1e6:,.0f} MB of weights, keys and values"
+        f"{_acceptance(figures)}"
     )
+
+
+def _acceptance(figures: dict[str, Any]) -> str:
+    """Return the line about guesses, or nothing without any."""
+    if not figures["guessed"]:
+        return ""
+    share = figures["accepted"] / figures["guessed"]
+    return f"\nguesses    {figures['accepted']:,} of {figures['guessed']:,} tokens came ({share:.0%})"
 
 
 parse = flags.parser(Options, run, "keifu bench")

@@ -40,6 +40,7 @@ class Options(flags.Packed):
     """The file that has the question, or what the question is about."""
     json: bool = False
     """Print the answer, tokens, log-probabilities, seed, sampling and the reason for the end as JSON."""
+    guesses: flags.Guesses = None
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags()
 
 
@@ -53,7 +54,7 @@ def run(options: Options) -> None:
     sampling, line = choose_sampling(tokenizer, options.sampling, ANSWER_TOKENS)
     from keifu.generation.text.chat import Conversation
 
-    conversation = Conversation(model, tokenizer, options.system)
+    conversation = Conversation(model, tokenizer, options.system, options.guesses)
     if not question:
         print(f"{options.model}: {line}.")
         Chat(conversation, sampling).talk()

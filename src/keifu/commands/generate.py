@@ -37,6 +37,7 @@ class Options(flags.Packed):
     """Print text, tokens, log-probabilities, seed, sampling and the reason for the end as JSON."""
     stream: bool = False
     """Print the text as it is written, in a pipe too."""
+    guesses: flags.Guesses = None
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags()
 
 
@@ -49,7 +50,8 @@ def run(options: Options) -> None:
     sampling, line = choose_sampling(tokenizer, options.sampling, max_tokens=256)
     prompt = as_prompt(tokenizer, text, options.raw)
     notice(line if isinstance(prompt, str) else f"{line}; through the chat template, --raw leaves it out")
-    reason = print_text(model, tokenizer, prompt, sampling, options.json, options.stream or sys.stdout.isatty())
+    streamed = options.stream or sys.stdout.isatty()
+    reason = print_text(model, tokenizer, prompt, sampling, options.json, streamed, options.guesses)
     if reason == "context":
         print(f"The text fills the model's context of {model.config.context_length} tokens.", file=sys.stderr)
 

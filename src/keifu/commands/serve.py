@@ -51,6 +51,7 @@ class Options(flags.Packed):
     """Memory for the keys and values of each model, such as 1G. Unset: a quarter of the free memory."""
     slots: int = 16
     """Number of texts that a model writes at the same time."""
+    guesses: flags.Guesses = None
     queue: int = 128
     """Number of texts that may wait for a model; further ones get status 429."""
     timeout: float = 600.0
@@ -86,7 +87,7 @@ def run(options: Options) -> None:
     address = Address(options.host, options.port, options.socket)
     memory = None if options.memory is None else size_of(options.memory, "--memory")
     cache = None if options.cache is None else size_of(options.cache, "--cache")
-    limits = Limits(options.slots, options.queue, options.timeout, cache, options.keep_alive)
+    limits = Limits(options.slots, options.queue, options.timeout, cache, options.keep_alive, options.guesses)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
     named = aliases(options.name)
     sources = public_names(options.models or (() if named else found_models()), named)

@@ -37,6 +37,8 @@ class Span:
         be shared with other sequences; those from there on are this sequence's alone.
     wanted: for how many of the last tokens logits are wanted: 0 for a prompt that goes on, 1 to sample the next token,
         more to verify guesses or to score a text.
+    sources: blocks that are copied into the first of `blocks` before anything else; they hold tokens before `start`.
+        Only for a runner that is `contiguous`.
     """
 
     sequence: int
@@ -44,6 +46,7 @@ class Span:
     start: int
     blocks: Sequence[int]
     wanted: int = 1
+    sources: Sequence[int] = ()
 
 
 class NativeLM(nn.Module):
@@ -98,7 +101,7 @@ class NativeRunner:
     """Computes the steps of an engine (the `Runner` of keifu.generation.text.runner) for one packed model."""
 
     def __init__(self, model: NativeLM, n_blocks: int, block_size: int = BLOCK_SIZE):
-        self.model, self.n_blocks, self.block_size = model, n_blocks, block_size
+        self.model, self.n_blocks, self.block_size, self.contiguous = model, n_blocks, block_size, False
         self.vocab_size: int = model.description.vocab_size
         self.context_length: int = model.description.context_length
         self.window = widest([each.window for each in model._layers])

@@ -18,6 +18,8 @@ class Metrics:
         self.waiting = Gauge("keifu_waiting", "Texts that wait to be written", **of_model)
         self.prompt = Counter("keifu_prompt_tokens", "Tokens of prompts", **of_model)
         self.generated = Counter("keifu_generated_tokens", "Tokens written; their rate is tokens a second", **of_model)
+        self.guessed = Counter("keifu_guessed_tokens", "Tokens guessed to come next", **of_model)
+        self.accepted = Counter("keifu_accepted_tokens", "Guessed tokens that came", **of_model)
         self.cached = Counter("keifu_cached_tokens", "Tokens of prompts found in the cache of earlier ones", **of_model)
         self.cache_used = Gauge("keifu_cache_used_ratio", "Share of the cache that is in use", **of_model)
         self.first_token = Histogram("keifu_first_token_seconds", "Time to first token", **of_model, buckets=SECONDS)

@@ -39,7 +39,8 @@ class Limits:
 
     slots: requests that are written at the same time. queue: requests that may wait. timeout: seconds after which an
     answer is given up. cache: bytes of a model's keys and values; None for a quarter of the free memory. keep_alive:
-    seconds after which a model that nothing asks is unloaded; None for never.
+    seconds after which a model that nothing asks is unloaded; None for never. guesses: tokens that are guessed; None
+    for as many as are worth it.
     """
 
     slots: int = 16
@@ -47,6 +48,7 @@ class Limits:
     timeout: float = 600.0
     cache: int | None = None
     keep_alive: float | None = None
+    guesses: int | None = None
 
 
 @dataclass(eq=False)
@@ -97,6 +99,7 @@ class Worker:
         self._load, self._commands = load, SimpleQueue[Callable[[], None] | None]()
         self.model: Loaded | None = None  # and its tokenizer, once it is loaded
         self._jobs: dict[int, tuple[Job, int]] = {}
+        self._guesses = 0, 0  # made, and right, as far as the metrics know
         self._mean_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name=f"keifu {name}", daemon=True)
         self._thread.start()
@@ -213,7 +216,8 @@ class Worker:
         model, tokenizer = self._loaded()
         if self._engine is None:  # a cached property would have all workers' models wait for one's load
             runner = runner_of(model, self.limits.cache, native=not self._is_interim)
-            self._engine = Engine(model, tokenizer, runner, self.limits.slots)
+            self._engine = Engine(model, tokenizer, runner, self.limits.slots, guesses=self.limits.guesses)
+            self._guesses = 0, 0
         return self._engine
 
     def _add(self, job: Job) -> None:
@@ -257,6 +261,11 @@ class Worker:
                 self.metrics.cached.labels(self.name).inc(sum(request.cached for request in job.requests))
             job.put(each)
         self.metrics.generated.labels(self.name).inc(len(written))
+        counts = engine.guessed, engine.accepted
+        metrics = self.metrics.guessed, self.metrics.accepted
+        for metric, now, before in zip(metrics, counts, self._guesses, strict=True):
+            metric.labels(self.name).inc(now - before)
+        self._guesses = counts
         self._count(engine)
 
     def _count(self, engine: Engine) -> None:

@@ -10,7 +10,8 @@ from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.chat import Conversation
-from keifu.layers.attention.kv_cache import KVState, LayerCache
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.kv_cache import KVState
 from keifu.models import llama
 
 
@@ -178,16 +179,16 @@ def test_an_interruption_inside_the_model(chatter: Tokenizer, monkeypatch: pytes
     model = toy()
     talk = Conversation(model, chatter)
     before = "".join(talk.reply("Hello", max_tokens=10, seed=1))
-    plain = LayerCache.append
+    plain = Attention.forward
     calls = iter(range(10**6))
 
-    def interrupted(cache: Any, *given: Any) -> Any:
+    def interrupted(layer: Any, *given: Any, **options: Any) -> Any:
         if next(calls) == 1:
             raise KeyboardInterrupt
-        return plain(cache, *given)
+        return plain(layer, *given, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("keifu.layers.attention.kv_cache.LayerCache.append", interrupted)
+        patch.setattr(Attention, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(talk.reply("Go on", max_tokens=10, seed=1))
     assert [message["content"] for message in talk.messages] == ["Hello", before]

@@ -13,7 +13,7 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager, digests
-from keifu.generation.text.engine import Engine
+from keifu.generation.text.engine import FEW, RETRY, Engine, Guessing
 from keifu.generation.text.model import causal
 from keifu.generation.text.request import Piece
 from keifu.generation.text.runner import Reader, Span, TorchRunner
@@ -117,7 +117,7 @@ def test_no_text_depends_on_the_others(model: nn.Module, tokenizer: Tokenizer, c
     engine.scheduler._preempt = lambda s: preempted.append(s.number) or plain(s)  # type: ignore[method-assign]
     same(run(engine, asked, random.Random(2)), expected)
     assert len(preempted) >= count // 20 and runner.widest > 6
-    assert engine.scheduler.blocks.free == pool and not runner._rows
+    assert engine.scheduler.blocks.free == pool
     same(run(Engine(model, tokenizer, small(model, 500, 16), guesses=5), asked), expected)
 
 
@@ -179,6 +179,49 @@ def test_the_least_recently_used_blocks_go_first() -> None:
     assert blocks.allocate(3).count(mine[1]) == 1 and blocks.shared(names) == mine[:1]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_are_never_lost_nor_given_twice(seed: int) -> None:
+    """Sequences that begin, grow, end and are forgotten at random, with and without room to grow."""
+    rng = random.Random(seed)
+    blocks = BlockManager(60, 2)
+    running: list[list[int]] = []
+    for _ in range(3000):
+        tokens = [rng.randrange(2) for _ in range(2 * rng.randrange(1, 9))]
+        hashes, room = digests(tokens, 2), rng.choice((0, 8, 16))
+        begun = blocks.begin(hashes[:-1], len(hashes), room)
+        if begun is not None:
+            written = begun.blocks if begun.sources else begun.blocks[begun.known :]
+            assert not set(written) & {block for table in running for block in table}
+            assert len(begun.blocks) == len(set(begun.blocks)) == len(hashes)
+            blocks.release(begun.sources)
+            running.append(begun.blocks)
+            for block, digest in zip(begun.blocks, hashes, strict=True):
+                blocks.remember(block, digest)
+        for table in [table for table in running if rng.random() < 0.3]:
+            if blocks.free and rng.random() < 0.5:
+                table += blocks.allocate(1, table[-1], room)
+            else:
+                running.remove(table)
+                blocks.release(table)
+        assert blocks.free == 60 - len({block for table in running for block in table})
+
+
+def test_a_sequence_with_room_gets_consecutive_blocks() -> None:
+    blocks = BlockManager(64, 2)
+    names = digests(range(8), 2)
+    first = blocks.begin(names, 6, 8)
+    assert first is not None and first.blocks == [0, 1, 2, 3, 4, 5]
+    for block, name in zip(first.blocks, names, strict=False):
+        blocks.remember(block, name)
+    second = blocks.begin(names, 6, 8)  # the first one runs: its blocks are copied
+    assert second is not None and second == ([8, 9, 10, 11, 12, 13], first.blocks[:4], 4)
+    assert blocks.allocate(2, 5, 8) == [6, 7] and blocks.allocate(1, 13, 8) == [14]
+    blocks.release(second.sources)
+    blocks.release(range(8))
+    again = blocks.begin(names, 6, 8)  # nobody uses them: they are taken where they are
+    assert again == ([0, 1, 2, 3, 4, 5], [], 4)
+
+
 def test_requests_are_served_as_they_came_and_long_prompts_stall_nobody(model: nn.Module, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, small(model, 200), max_running=2, step_tokens=8)
     engine.add(engine.request([7] * 3, replace(PLAIN, max_tokens=12)))
@@ -232,6 +275,29 @@ def test_guesses_that_are_right_save_steps(script: Any, tokenizer: Tokenizer) ->
         expected = run(Engine(plain.model, tokenizer, plain), [([7], sampling)])  # type: ignore[arg-type]
         same(run(Engine(guessed.model, tokenizer, guessed, guesses=6), [([7], sampling)]), expected)  # type: ignore[arg-type]
         assert guessed.steps < plain.steps / 2 or plain.steps < 9
+
+
+def test_guesses_are_counted_by_request(script: Any, tokenizer: Tokenizer) -> None:
+    engine = Engine(script([98, 99, 100, 101] * 20), tokenizer, guesses=4)
+    request = engine.request([7], replace(PLAIN, max_tokens=50))
+    engine.add(request)
+    assert len([*steps(engine)]) == 50
+    assert request.guessed >= request.accepted > 30
+    assert (engine.guessed, engine.accepted) == (request.guessed, request.accepted)
+
+
+def test_guesses_stop_while_they_are_slower_and_are_tried_again() -> None:
+    guessing = Guessing(4, measured=True)
+    assert guessing.allowed(1) == 4 and guessing.allowed(FEW) == 4 and guessing.allowed(FEW + 1) == 0
+    guessing.record(1, False, 0.010, 1)
+    guessing.record(1, True, 0.015, 2)  # two tokens of which one was a guess
+    assert guessing.allowed(1) == 4
+    for _ in range(9):
+        guessing.record(1, True, 0.015, 1)
+    tried = [guessing.allowed(1) for _ in range(2 * RETRY)]
+    assert tried.count(4) == 2 and tried[0] == 0
+    assert guessing.allowed(2) == 4  # nothing is known of two sequences
+    assert Guessing(7, measured=False).allowed(100) == 7
 
 
 def test_what_does_not_fit_the_pool_is_refused(model: nn.Module, tokenizer: Tokenizer) -> None:

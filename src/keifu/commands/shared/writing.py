@@ -69,18 +69,24 @@ def print_completion(done: "Completion", sampling: "SamplingParams") -> None:
 
 
 def print_text(
-    model: Any, tokenizer: Any, prompt: str | Sequence[int], sampling: "SamplingParams", as_json: bool, streamed: bool
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    sampling: "SamplingParams",
+    as_json: bool,
+    streamed: bool,
+    guesses: int | None = None,
 ) -> str | None:
     """Prints what the model writes after a prompt, piece by piece where `streamed`, or with all that is known as JSON;
     the reason for its end, as in `Piece`."""
     from keifu.generation.text.generate import generate_batch, stream
 
     if as_json:
-        [done] = generate_batch(model, tokenizer, [prompt], replace(sampling, log_probabilities=True))
+        [done] = generate_batch(model, tokenizer, [prompt], replace(sampling, log_probabilities=True), guesses=guesses)
         print_completion(done, sampling)
         return done.finish_reason
     text, reason = [], None
-    for piece in stream(model, tokenizer, [prompt], sampling):
+    for piece in stream(model, tokenizer, [prompt], sampling, guesses):
         reason = piece.finish_reason
         if streamed:
             print(piece.text, end="", flush=True)

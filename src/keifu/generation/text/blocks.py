@@ -1,36 +1,80 @@
-"""The block manager: which blocks of the key-value memory belong to which sequence, and which hold what can be shared.
+"""The block manager: which blocks of the key-value memory belong to which sequence, and which can be shared.
 
-A full block is known by a hash of all tokens before it and in it, so that sequences that begin alike share their
+A full block is identified by a hash of all tokens before it and in it, so that sequences that begin alike share their
 blocks (PagedAttention, Kwon et al., 2023; automatic prefix caching of vLLM). A block that no sequence uses stays known
 until its memory is needed: the least recently used is freed first, and of one sequence the last block before the first.
+
+Some runners read keys and values fastest if the blocks of a sequence are consecutive. For them a sequence gets room to
+grow behind its last block, and copies what it would share with a sequence that still runs.
 """
 
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import NamedTuple
 
 
 def digests(tokens: Sequence[int], block_size: int, known: Sequence[bytes] = ()) -> list[bytes]:
-    """The hash of every full block: of its tokens and all before it. `known`: those of the first blocks."""
-    found = list(known)
-    for start in range(len(found) * block_size, len(tokens) - block_size + 1, block_size):
+    """Return the hash of every full block: of its tokens and all before it. `known`: those of the first blocks."""
+    hashes = list(known)
+    for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
         block = array("q", tokens[start : start + block_size]).tobytes()
-        found.append(blake2b((found[-1] if found else b"") + block, digest_size=16).digest())
-    return found
+        hashes.append(blake2b((hashes[-1] if hashes else b"") + block, digest_size=16).digest())
+    return hashes
+
+
+class Start(NamedTuple):
+    """Blocks of a sequence that begins.
+
+    blocks: its block table. sources: blocks whose contents are copied into the first of them before the first step;
+    the sequence uses them until then. known: how many of its first blocks are computed already.
+    """
+
+    blocks: list[int]
+    sources: list[int]
+    known: int
+
+
+class Gaps:
+    """Runs of empty blocks; neighbouring runs are joined."""
+
+    def __init__(self, n_blocks: int):
+        self.stops = {0: n_blocks} if n_blocks else {}  # by their start
+        self._starts = {n_blocks: 0} if n_blocks else {}  # by their stop
+        self.total = n_blocks
+
+    def add(self, block: int) -> int:
+        """Add an empty block and return the start of its run."""
+        start = self._starts.pop(block, block)
+        stop = self.stops.pop(block + 1, block + 1)
+        self.stops[start] = stop
+        self._starts[stop] = start
+        self.total += 1
+        return start
+
+    def take(self, start: int, first: int, count: int) -> None:
+        """Take `count` blocks from `first` on out of the run that begins at `start`."""
+        stop = self.stops.pop(start)
+        del self._starts[stop]
+        for begin, end in ((start, first), (first + count, stop)):
+            if begin < end:
+                self.stops[begin] = end
+                self._starts[end] = begin
+        self.total -= count
 
 
 class BlockManager:
-    """Counts the users of `n_blocks` blocks of `block_size` tokens."""
+    """Users and contents of `n_blocks` blocks of `block_size` tokens."""
 
     def __init__(self, n_blocks: int, block_size: int):
         self.n_blocks, self.block_size = n_blocks, block_size
         self._users: dict[int, int] = {}  # of the blocks in use
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
-        self._empty: list[int] = []  # used before, and hold nothing that is known
         self._unused: OrderedDict[int, None] = OrderedDict()  # hold what is known; the least recently used first
-        self._fresh = iter(range(n_blocks))  # were never used
+        self._gaps = Gaps(n_blocks)
+        self._reach: dict[int, int] = {}  # by the last block of a sequence: where the room that it may grow into ends
 
     @property
     def free(self) -> int:
@@ -38,52 +82,136 @@ class BlockManager:
         return self.n_blocks - len(self._users)
 
     def shared(self, hashes: Sequence[bytes]) -> list[int]:
-        """The blocks that hold the longest beginning that is known."""
-        found = []
-        for each in hashes:
-            if (block := self._block_of.get(each)) is None:
+        """Return the blocks that hold the longest beginning that is known."""
+        known = []
+        for digest in hashes:
+            if (block := self._block_of.get(digest)) is None:
                 break
-            found.append(block)
-        return found
+            known.append(block)
+        return known
 
     def unused(self, blocks: Sequence[int]) -> int:
-        """How many of these blocks no sequence uses: sharing them takes them out of the free ones."""
+        """Count the blocks that no sequence uses: sharing them takes them out of the free ones."""
         return sum(block not in self._users for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One more sequence uses these blocks."""
+        """Add a user to these blocks."""
         for block in blocks:
             self._users[block] = self._users.get(block, 0) + 1
             self._unused.pop(block, None)
 
-    def allocate(self, count: int) -> list[int]:
-        """So many blocks for one sequence alone; there must be as many free ones."""
-        found = [self._take() for _ in range(count)]
-        self._users |= dict.fromkeys(found, 1)
-        return found
+    def begin(self, hashes: Sequence[bytes], total: int, room: int = 0) -> Start | None:
+        """Take `total` blocks for a sequence, of which the first may hold `hashes` already; None if too few are free.
 
-    def _take(self) -> int:
-        if self._empty:
-            return self._empty.pop()
-        if (fresh := next(self._fresh, None)) is not None:
-            return fresh
-        block, _ = self._unused.popitem(last=False)
+        room: how many blocks the sequence may need later; above 0 they are to be consecutive. Known blocks are copied
+        if the block behind them is taken, and shared where they are if there is no memory for a copy.
+        """
+        known = self.shared(hashes)
+        kept = self.unused(known)
+        copied = bool(room and known) and not self.can_follow(known) and total + kept <= self.free
+        needed = total if copied else total - len(known)
+        if needed + kept > self.free:
+            return None
+        self.share(known)
+        if copied:
+            return Start(self.allocate(total, room=room), known, len(known))
+        after = known[-1] if known and room else None
+        return Start(known + self.allocate(needed, after, room), [], len(known))
+
+    def can_follow(self, blocks: Sequence[int]) -> bool:
+        """Whether these blocks are consecutive and the block behind them is free."""
+        first, behind = blocks[0], blocks[0] + len(blocks)
+        return blocks == list(range(first, behind)) and (behind in self._gaps.stops or behind in self._unused)
+
+    def has_run(self, count: int) -> bool:
+        """Whether so many consecutive blocks are empty, behind what other sequences may grow into."""
+        return any(stop - first >= count for _, first, stop in self._runs())
+
+    def allocate(self, count: int, after: int | None = None, room: int = 0) -> list[int]:
+        """Take `count` blocks for one sequence alone; there must be as many free ones.
+
+        after: the sequence's last block, which they follow if they can. room: how many blocks the sequence will
+        probably have; 0 where their places do not matter.
+        """
+        blocks: list[int] = []
+        last = after
+        reach = 0 if after is None else self._reach.pop(after, after + room)
+        while len(blocks) < count:
+            wanted = count - len(blocks)
+            if last is not None and self._empty(last + 1):
+                start = first = last + 1
+            else:
+                start, first = self._place(wanted, room)
+                reach = first + room
+            taken = min(wanted, self._gaps.stops[start] - first)
+            self._gaps.take(start, first, taken)
+            blocks += range(first, first + taken)
+            last = first + taken - 1
+        if last is not None and reach > last + 1:
+            self._reach[last] = reach
+        self._users |= dict.fromkeys(blocks, 1)
+        return blocks
+
+    def _empty(self, block: int) -> bool:
+        """Whether a run of empty blocks begins here; a block that is only known is emptied."""
+        if block in self._unused:
+            del self._unused[block]
+            self._forget(block)
+        return block in self._gaps.stops
+
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """List start, first block that nobody's room contains, and stop of each run of empty blocks."""
+        runs = sorted(self._gaps.stops.items())
+        return [(start, max(start, self._reach.get(start - 1, start)), stop) for start, stop in runs]
+
+    def _place(self, wanted: int, room: int) -> tuple[int, int]:
+        """Choose a run of empty blocks and the first one to take; known blocks are emptied where it helps."""
+        if not room:
+            if not self._gaps.total:
+                self._forget(self._unused.popitem(last=False)[0])
+            start = next(iter(self._gaps.stops))
+            return start, start
+        runs = self._runs()
+        for start, first, stop in runs:
+            if stop - first >= max(wanted, room):
+                return start, first
+        if runs:
+            start, first, stop = max(runs, key=lambda run: run[2] - run[1])
+            if stop - first >= wanted:
+                return start, first
+        for _ in range(max(wanted - self._gaps.total, 4 * wanted)):
+            if not self._unused:
+                break
+            block, _ = self._unused.popitem(last=False)
+            start = self._forget(block)
+            first = max(start, self._reach.get(start - 1, start))
+            if self._gaps.stops[start] - first >= wanted:
+                return start, first
+        start, stop = max(self._gaps.stops.items(), key=lambda run: run[1] - run[0])
+        first = start + (stop - start) // 2 if stop - start >= 2 * wanted else start
+        if start - 1 in self._reach:
+            self._reach[start - 1] = first
+        return start, first
+
+    def _forget(self, block: int) -> int:
+        """Empty a block that is known and return the start of its run."""
         del self._block_of[self._digest_of.pop(block)]
-        return block
+        return self._gaps.add(block)
 
     def remember(self, block: int, digest: bytes) -> None:
-        """The block is full, and holds what this hash stands for; the first of equal blocks is remembered."""
+        """Note that a block is full and has this hash; the first of equal blocks is remembered."""
         if digest not in self._block_of and block not in self._digest_of:
             self._block_of[digest], self._digest_of[block] = block, digest
 
     def release(self, blocks: Sequence[int]) -> None:
-        """A sequence uses these blocks no longer."""
+        """Remove a user from these blocks."""
         for block in reversed(blocks):
             self._users[block] -= 1
             if self._users[block]:
                 continue
             del self._users[block]
+            self._reach.pop(block, None)
             if block in self._digest_of:
                 self._unused[block] = None
             else:
-                self._empty.append(block)
+                self._gaps.add(block)

@@ -19,23 +19,26 @@ class Conversation:
     """A talk with a model. `messages` is the history: {"role": "system" | "user" | "assistant", "content": text}, ...
 
     system: what the model is told before the talk; None leaves it to the template, which may have a text of its own.
+    guesses: as for `Engine`.
     finish_reason: why the last answer ended, as in `Piece`; None while it goes on or if it was interrupted.
 
     The keys and values of earlier turns are kept: where the new layout begins with the same tokens, only the rest is
     read again.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, system: str | None = None):
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer, system: str | None = None, guesses: int | None = None
+    ):
         self.model = model
         self.config = text_model(model).config
-        self.tokenizer, self.system = tokenizer, system
+        self.tokenizer, self.system, self.guesses = tokenizer, system, guesses
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything but the system prompt."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.finish_reason: str | None = None
-        self.engine = Engine(self.model, self.tokenizer)
+        self.engine = Engine(self.model, self.tokenizer, guesses=self.guesses)
 
     def instruct(self, system: str | None) -> None:
         """Changes the system prompt, or takes it away; what was said stays."""

@@ -4,6 +4,7 @@ A step reads a chunk of new prompts and writes a token of every running text (co
 2022). A request's tokens and log-probabilities depend on its prompt, settings and seed alone, not on who else is there.
 """
 
+import time
 from collections import Counter
 from collections.abc import Sequence as Tokens
 from contextlib import nullcontext
@@ -25,6 +26,37 @@ from keifu.generation.text.scheduler import Scheduler, Sequence
 from keifu.memory import reuse_freed
 from keifu.threads import on_threads
 
+MOST_GUESSES = 4  # tokens that are guessed where their number is not given
+FEW = 4  # sequences up to which guesses may be worth their computation
+RETRY = 64  # steps after which guesses that did not pay are tried again
+
+
+class Guessing:
+    """Number of tokens to guess in the next step: none while steps with guesses write fewer tokens a second.
+
+    most: of tokens that are guessed. measured: whether the speed decides; otherwise guesses are always made.
+    """
+
+    def __init__(self, most: int, measured: bool):
+        self.most, self.measured = most, measured
+        self._seconds: dict[tuple[int, bool], float] = {}  # a token, by sequences and whether there were guesses
+        self._waited = 0
+
+    def allowed(self, running: int) -> int:
+        """Return how many tokens may be guessed for each of so many sequences."""
+        if not self.measured:
+            return self.most
+        if running > FEW:
+            return 0
+        plain, guessed = (self._seconds.get((running, guesses), 0.0) for guesses in (False, True))
+        self._waited = self._waited + 1 if plain and guessed > plain else 0
+        return 0 if self._waited % RETRY else self.most
+
+    def record(self, running: int, guessed: bool, seconds: float, tokens: int) -> None:
+        """Note the time of a step that wrote so many tokens."""
+        key, spent = (running, guessed), seconds / tokens
+        self._seconds[key] = spent if key not in self._seconds else 0.8 * self._seconds[key] + 0.2 * spent
+
 
 class Engine:
     """Writes the texts of many requests at a time: `add` them at any time, and call `step` while there is `work`.
@@ -33,6 +65,7 @@ class Engine:
     most texts that are written at a time. step_tokens: the most tokens of a step; more of them read prompts faster, and
     let a text that is being written wait longer. guesses: the most tokens that are guessed to come next, from what
     followed the same three tokens earlier in the text; the text is the same without (prompt lookup, Saxena, 2023).
+    None: for few sequences and as long as it is faster, and only by native code, whose bits do not depend on it.
     """
 
     def __init__(
@@ -42,7 +75,7 @@ class Engine:
         runner: Runner | None = None,
         max_running: int = 32,
         step_tokens: int = 512,
-        guesses: int = 0,
+        guesses: int | None = 0,
     ):
         reuse_freed()
         self.model, self.tokenizer = model, tokenizer
@@ -50,8 +83,11 @@ class Engine:
         # PyTorch's other threads would wait in a loop on the cores where native code computes the next step
         self._threads = nullcontext if isinstance(self.runner, TorchRunner) else partial(on_threads, 1)
         blocks = BlockManager(self.runner.n_blocks, self.runner.block_size)
-        self.scheduler = Scheduler(blocks, max_running, step_tokens, self.runner.window)
-        self.guesses = min(guesses, self.scheduler.step_tokens // max_running - 1)
+        runner = self.runner
+        self.scheduler = Scheduler(blocks, max_running, step_tokens, runner.window, runner.contiguous)
+        most = (0 if isinstance(runner, TorchRunner) else MOST_GUESSES) if guesses is None else guesses
+        self.guessing = Guessing(min(most, self.scheduler.step_tokens // max_running - 1), guesses is None)
+        self.guessed = self.accepted = 0  # tokens, in all
         self._sequences: dict[int, Sequence] = {}
         self._numbers = count()
         self._sampler: Sampler | None = None
@@ -104,7 +140,14 @@ class Engine:
             spans = self.scheduler.schedule()
             for sequence in self.scheduler.preempted:
                 self.runner.forget(sequence.number)
-            return self._write(spans, self.runner.run(spans)) if spans else []
+            if not spans:
+                return []
+            began = time.perf_counter()
+            pieces = self._write(spans, self.runner.run(spans))
+            if all(span.wanted == len(span.tokens) for span in spans):  # no prompt was read
+                guessed = any(span.wanted > 1 for span in spans)
+                self.guessing.record(len(spans), guessed, time.perf_counter() - began, len(pieces))
+            return pieces
 
     def _write(self, spans: list[Span], logits: Tensor) -> list[Piece]:
         """Samples a token after each span that wants one, and further ones as long as its guesses turn out right."""
@@ -124,15 +167,25 @@ class Engine:
             rows = [(place + 1, s) for (place, s), piece in zip(rows, new, strict=True) if _guessed(s, piece, depth)]
             depth += 1
         taken = Counter(piece.index for piece in pieces)
+        most = self.guessing.allowed(len(self.scheduler.running))
         for span in spans:
             sequence = self._sequences[span.sequence]
             self.scheduler.done(sequence, len(span.tokens) - span.wanted + taken[span.sequence])
-            if span.wanted and self.guesses:
-                sequence.guess(self.guesses)
+            if span.wanted > 1:
+                self._count(sequence.request, span.wanted - 1, taken[span.sequence] - 1)
+            if span.wanted and self.guessing.most:
+                sequence.guess(most)
         for piece in pieces:
             if piece.finish_reason:
                 self.abort(piece.index)
         return pieces
+
+    def _count(self, request: Request, guessed: int, accepted: int) -> None:
+        """Count guesses, and those that were right."""
+        self.guessed += guessed
+        self.accepted += accepted
+        request.guessed += guessed
+        request.accepted += accepted
 
 
 def _guessed(sequence: Sequence, piece: Piece, depth: int) -> bool:

@@ -30,6 +30,7 @@ class Completion:
     finish_reason: "stop", "length" or "context", as in `Piece`.
     seed: with it the same text comes again.
     prompt_tokens: the length of the prompt.
+    guessed_tokens, accepted_tokens: tokens that were guessed to come next, and those of them that came.
     """
 
     text: str
@@ -39,17 +40,23 @@ class Completion:
     prompt_tokens: int
     log_probabilities: list[float] | None = None
     sampled_log_probabilities: list[float] | None = None
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 def stream(
-    model: nn.Module, tokenizer: Tokenizer, prompts: Prompts, samplings: SamplingParams | Sequence[SamplingParams]
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    samplings: SamplingParams | Sequence[SamplingParams],
+    guesses: int | None = None,
 ) -> Iterator[Piece]:
     """The pieces of all texts as they are written, a token of each text in turn.
 
-    prompts: texts, or lists of token ids. samplings: one for all, or one for each.
+    prompts: texts, or lists of token ids. samplings: one for all, or one for each. guesses: as for `Engine`.
     An invalid request is a `UserError` at once, before the first piece. `finish_reason` marks the last piece of a text.
     """
-    engine = Engine(model, tokenizer, max_running=max(1, len(prompts)))
+    engine = Engine(model, tokenizer, max_running=max(1, len(prompts)), guesses=guesses)
     _add(engine, prompts, samplings)
     return _pieces(engine)
 
@@ -80,13 +87,14 @@ def generate_batch(
     samplings: SamplingParams | Sequence[SamplingParams],
     batch_size: int = 32,
     advance: Callable[[int], object] | None = None,
+    guesses: int | None = None,
 ) -> list[Completion]:
     """The completion of every prompt, in their order; at most `batch_size` are written at a time.
 
     What prompts share at their beginning is computed once. tokenizer: None gives tokens without text. `advance` is
-    called with the number of prompts done.
+    called with the number of prompts done. guesses: as for `Engine`.
     """
-    engine = Engine(model, tokenizer, max_running=batch_size, step_tokens=PREFILL_TOKENS)
+    engine = Engine(model, tokenizer, max_running=batch_size, step_tokens=PREFILL_TOKENS, guesses=guesses)
     requests = _add(engine, prompts, samplings)
     pieces: list[list[Piece]] = [[] for _ in requests]
     done = 0
@@ -107,6 +115,8 @@ def completion(request: Request, pieces: Sequence[Piece]) -> Completion:
         len(request.prompt),
         [p.log_probability for p in pieces if p.log_probability is not None] or None,
         [p.sampled_log_probability for p in pieces if p.sampled_log_probability is not None] or None,
+        request.guessed,
+        request.accepted,
     )
 
 

@@ -118,6 +118,7 @@ class Request:
         self.limit, self._full = (room, "context") if wanted is None or wanted > room else (wanted, "length")
         self.tokens: list[int] = []
         self.cached = 0  # tokens of the prompt whose keys and values were there already
+        self.guessed = self.accepted = 0  # tokens that were guessed to come next, and those of them that came
         self.constraint = constraint
         self._stop_ids = frozenset[int]() if tokenizer is None else tokenizer.stop_ids
         self._decoder = None if tokenizer is None else tokenizer.stream(shown=shown)

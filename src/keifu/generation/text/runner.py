@@ -5,10 +5,11 @@ has its own in block `blocks[p // block_size]` of the sequence's block table, at
 has which blocks is decided by the scheduler. Axes: wanted = tokens whose logits are asked for, vocab.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+import math
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.model import Model, causal, device_of
-from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.kv_cache import KVState, LayerCache, Pass
+from keifu.layers.attention.attention import Attention, attend
+from keifu.layers.attention.kv_cache import KVState
+from keifu.layers.attention.masks import CausalMask, RaggedMask
 from keifu.layers.dropout import Dropout
 from keifu.memory import available_memory
 from keifu.native.model import Span, native_form, widest
@@ -31,7 +33,8 @@ class Runner(Protocol):
 
     block_size, n_blocks: tokens of a block, and blocks of the pool. vocab_size, context_length: of the model.
     token_bytes: what the keys and values of a token take. window: the most tokens that a token sees in any layer, with
-    itself: blocks before them may be another sequence's by then. None: all tokens.
+    itself: blocks before them may be another sequence's by then. None: all tokens. contiguous: whether it reads the
+    blocks of a sequence fastest if they are consecutive.
     """
 
     block_size: int
@@ -40,6 +43,7 @@ class Runner(Protocol):
     context_length: int
     token_bytes: int
     window: int | None
+    contiguous: bool
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
         """Logits in float32 after each wanted token: span by span, within a span in the order of its tokens.
@@ -55,7 +59,7 @@ class Runner(Protocol):
         ...
 
 
-POOL = 0.25  # the share of the free memory that the pool may take; `TorchRunner` holds what runs a second time
+POOL = 0.25  # the share of the free memory that the pool may take
 
 
 def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16, native: bool = True) -> Runner:
@@ -96,19 +100,21 @@ class Reader:
                     f"A text of {len(tokens)} tokens does not fit the memory for keys and values, which holds "
                     f"{self.blocks.n_blocks * size} tokens: shorten it, or free some memory."
                 )
-            shared = self.blocks.shared(usable)
             filling = {digest for span, own in self._batch for digest in own[span.start // size :]}
-            full = sum(len(span.tokens) for span, _ in self._batch) >= STEP_TOKENS or len(self._batch) == self.most
-            taken = needed - len(shared) + self.blocks.unused(shared)
-            if full or filling & set(usable) or taken > self.blocks.free:
+            full = sum(len(span.tokens) for span, *_ in self._batch) >= STEP_TOKENS or len(self._batch) == self.most
+            if full or filling & set(usable):
                 yield from self._run()
-                shared = self.blocks.shared(usable)
-            self.blocks.share(shared)
-            blocks = shared + self.blocks.allocate(needed - len(shared))
-            for start in range(len(shared) * size, len(tokens), STEP_TOKENS):
+            room = needed if self.runner.contiguous else 0
+            if (begun := self.blocks.begin(usable, needed, room)) is None:
+                yield from self._run()
+                begun = self.blocks.begin(usable, needed, room)
+            assert begun is not None, "a text that fits the pool fits it alone"
+            blocks, sources = begun.blocks, begun.sources
+            for start in range(begun.known * size, len(tokens), STEP_TOKENS):
                 piece = tokens[start : start + STEP_TOKENS]
                 left = len(tokens) - start - len(piece)
-                span = Span(number, piece, start, blocks, min(len(piece), max(0, wanted - left)))
+                span = Span(number, piece, start, blocks, min(len(piece), max(0, wanted - left)), sources)
+                sources = []
                 self._batch.append((span, hashes[: (start + len(piece)) // size]))
                 if left:
                     yield from self._run(going=number)
@@ -121,210 +127,250 @@ class Reader:
         logits = self.runner.run(spans).split([span.wanted for span in spans]) if spans else ()
         found = dict(zip((span.sequence for span in spans), logits, strict=True))
         yield from (found[span.sequence] for span, _ in batch if span.wanted)
-        for span, hashes in reversed(batch):  # a row that is given up last is moved by no other
+        for span, hashes in batch:
+            self.blocks.release(span.sources)
             for block, digest in zip(span.blocks, hashes, strict=False):
                 self.blocks.remember(block, digest)
             if span.sequence != going:
                 self.blocks.release(span.blocks)
-                self.runner.forget(span.sequence)
 
 
-SMALLEST = 64  # tokens of the smallest row
-SHORT = 32  # tokens of spans that attend together though they begin at different places: longer ones mask too much
+SHORT = 32  # tokens of spans that attend together though they begin at different positions: longer ones mask too much
+SMALLEST = 256  # spans attend together if the powers of two above their ends are equal, from this one on
 
 
 class TorchRunner:
     """Runs any causal model in PyTorch, on any device. All tokens of a step go through the linear layers together.
 
-    Attention reads each sequence's keys and values from a row of its own, where they lie one after the other: gathered
-    from blocks at every step they took 3 to 10 times as long to read, measured on a CPU. A row has the next power of
-    two of tokens; the rows of one size are attended to together. Full blocks are copied to the pool, from which a
-    sequence that shares them begins its row.
+    The keys and values of a layer are one tensor [heads, tokens of all blocks, head_dim]. New ones are written by one
+    index for all sequences. On a CPU attention reads the blocks where they are: those of a sequence are consecutive
+    (`contiguous`), and sequences at equal distances from each other are one strided view. Elsewhere, and where blocks
+    could not be consecutive, they are gathered, which took 3 to 10 times as long on a CPU.
     """
 
     def __init__(self, model: Model, n_blocks: int, block_size: int = 16):
         self.model, self.n_blocks, self.block_size = model, n_blocks, block_size
         self.vocab_size: int = model.config.vocab_size
         self.context_length: int = model.config.context_length
-        self._pool = model.new_state(0, block_size)  # a row a block; it grows with what is used
-        self.token_bytes = self._pool.token_bytes
         self.window = widest([layer.window for layer in model.modules() if isinstance(layer, Attention)])
+        self._pool = _Pool(model.new_state(0, 1), n_blocks * block_size)
+        self.token_bytes = self._pool.token_bytes
         self.device = self._pool.device
-        self._rows: dict[int, _Rows] = {}  # by their size
-        self._size_of: dict[int, int] = {}  # each sequence's row
+        self.contiguous = self.device.type == "cpu"
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
-        for size, count in Counter(map(self._new_size, batch)).items():
-            if size:
-                self._room(size, count)
+        size = self.block_size
+        self._pool.reserve(size * (1 + max(max(span.blocks) for span in batch)))
         for span in batch:
-            self._seat(span)
-        step = _Step(self._groups(batch), self.device)
-        tokens = [token for span in step.spans for token in span.tokens]
-        hidden = self.model.hidden(torch.tensor([tokens], device=self.device), step)
-        for span in batch:
-            self._store(span)
-        wanted = step.wanted(batch)
-        return self.model.logits(hidden[0, torch.tensor(wanted, dtype=torch.long, device=self.device)]).float()
+            if span.sources:
+                self._pool.copy(span.sources, span.blocks[: len(span.sources)], size)
+        groups = self._groups(batch)
+        spans = [span for group in groups for span in group]
+        step = _Step(self._pool, size, groups, _on_device(_numbers(spans, size), self.device))
+        hidden = self.model.hidden(step.tokens, step)
+        wanted = _wanted(spans, batch)
+        return self.model.logits(hidden[0, _on_device([wanted], self.device)[0]]).float()
 
     def forget(self, sequence: int) -> None:
-        if (size := self._size_of.pop(sequence, None)) is not None:
-            self._rows[size].leave(sequence)
-            if not self._rows[size].owners:
-                del self._rows[size]
+        """Nothing is kept of a sequence but its blocks."""
 
-    def _new_size(self, span: Span) -> int:
-        """The tokens of the row that the span's sequence moves to; 0 where it stays in its own."""
-        end = span.start + len(span.tokens)
-        return max(SMALLEST, 1 << (end - 1).bit_length()) if self._size_of.get(span.sequence, 0) < end else 0
-
-    def _room(self, size: int, count: int) -> "_Rows":
-        """The rows of a size, with room for so many more sequences."""
-        rows = self._rows.setdefault(size, _Rows(self.model.new_state(0, size)))
-        rows.reserve(count)
-        return rows
-
-    def _seat(self, span: Span) -> None:
-        """A row for the span's sequence with room for its new tokens, which holds those before them."""
-        number = span.sequence
-        held = self._size_of.get(number, 0)
-        if size := self._new_size(span):
-            rows = self._room(size, 1)
-            row = rows.enter(number)
-            if held:
-                old = self._rows[held]
-                rows.state.begin(old.state, old.owners.index(number), span.start, [row])
-                self.forget(number)
-            elif span.start:
-                self._load(rows.state, row, span)
-            self._size_of[number] = size
-        rows = self._rows[self._size_of[number]]
-        rows.state.lengths[rows.owners.index(number)] = span.start
-
-    def _load(self, state: KVState, row: int, span: Span) -> None:
-        """Fills the beginning of a row from the pool."""
-        blocks = torch.tensor(span.blocks[: -(-span.start // self.block_size)], device=self.device)
-        for mine, pool in ((state.keys, self._pool.keys), (state.values, self._pool.values)):
-            for x, held in zip(mine, pool, strict=True):
-                x[row, :, : span.start] = held[blocks].transpose(0, 1).flatten(1, 2)[:, : span.start]
-
-    def _store(self, span: Span) -> None:
-        """Copies the blocks that the span has filled from its row to the pool."""
-        first, last = span.start // self.block_size, (span.start + len(span.tokens)) // self.block_size
-        if first == last:
-            return
-        made, needed = len(self._pool.lengths), max(span.blocks[first:last]) + 1
-        if needed > made:
-            self._pool.add(max(needed, min(2 * made, self.n_blocks)) - made)
-            self._pool.lengths = [self.block_size] * len(self._pool.lengths)
-        rows = self._rows[self._size_of[span.sequence]]
-        row, blocks = rows.owners.index(span.sequence), torch.tensor(span.blocks[first:last], device=self.device)
-        filled = slice(first * self.block_size, last * self.block_size)
-        for mine, pool in ((rows.state.keys, self._pool.keys), (rows.state.values, self._pool.values)):
-            for x, held in zip(mine, pool, strict=True):
-                held[blocks] = x[row, :, filled].unflatten(1, (-1, self.block_size)).transpose(0, 1)
-
-    def _groups(self, batch: Sequence[Span]) -> "list[_Group]":
-        """The spans in groups that attend together: those of one token by the size of their rows, the others
-        where they stand side by side and are of one length."""
-        found = []
-        for size, rows in self._rows.items():
-            single = {s.sequence: s for s in batch if len(s.tokens) == 1 and self._size_of[s.sequence] == size}
-            if single:
-                rows.put_first(single.keys())
-                found.append(_Group(rows.state, 0, [single[number] for number in rows.owners[: len(single)]]))
+    def _groups(self, batch: Sequence[Span]) -> list[list[Span]]:
+        """The spans in groups that attend together: of equal numbers of tokens and about equal ends, in views of the
+        pool at equal distances. Without such views, those of one token."""
+        size, groups = self.block_size, list[list[Span]]()
+        alike: dict[tuple[int, ...], list[Span]] = {}
         for span in batch:
-            if (width := len(span.tokens)) > 1:
-                rows = self._rows[self._size_of[span.sequence]]
-                row, last = rows.owners.index(span.sequence), found[-1] if found else None
-                if last and width <= SHORT and (last.state, last.rows.stop, last.width) == (rows.state, row, width):
-                    found[-1] = _Group(rows.state, last.rows.start, [*last.spans, span])
-                else:
-                    found.append(_Group(rows.state, row, [span]))
-        return found
+            width, end = len(span.tokens), span.start + len(span.tokens)
+            first = _first_of_run(span.blocks[: -(-end // size)]) if self.contiguous else None
+            if first is None:  # it is gathered
+                key = (0, width) if width == 1 else (0, width, span.sequence)
+            elif width > SHORT:
+                key = (1, width, span.sequence)
+            else:
+                key = (1, width, max(SMALLEST, 1 << (end - 1).bit_length()))
+            alike.setdefault(key, []).append(span)
+        for (run, *_), spans in alike.items():
+            if not run:
+                groups.append(spans)
+                continue
+            longest = max(span.start + len(span.tokens) for span in spans)
+            room = self._pool.capacity - longest  # a view of a shorter sequence goes on into what is behind it
+            groups += _equally_spaced(sorted(spans, key=lambda span: span.blocks[0]), room // size)
+        return groups
 
 
-class _Rows:
-    """Rows of one size; `owners` are the sequences in the first of them."""
-
-    def __init__(self, state: KVState):
-        self.state = state
-        self.owners: list[int] = []
-
-    def reserve(self, count: int) -> None:
-        """Room for so many more sequences; there are twice as many rows as before at least, where any are lacking."""
-        if (lacking := len(self.owners) + count - len(self.state.lengths)) > 0:
-            self.state.add(max(lacking, len(self.owners)))
-
-    def enter(self, sequence: int) -> int:
-        """The place of a row for one more sequence, for which there is room."""
-        self.owners.append(sequence)
-        return len(self.owners) - 1
-
-    def leave(self, sequence: int) -> None:
-        """The last row takes the place of the one that is given back."""
-        row, last = self.owners.index(sequence), len(self.owners) - 1
-        if row != last:
-            self.state.begin(self.state, last, self.state.lengths[last], [row])
-            self.owners[row] = self.owners[last]
-        self.owners.pop()
-        self.state.lengths[last] = 0
-
-    def put_first(self, chosen: Set[int]) -> None:
-        """These sequences take the first rows; as few rows as possible change their places."""
-        count = len(chosen)
-        order = list(range(len(self.state.lengths)))
-        behind = [row for row in range(count, len(self.owners)) if self.owners[row] in chosen]
-        for row in range(count):
-            if self.owners[row] not in chosen:
-                other = behind.pop()
-                order[row], order[other] = other, row
-                self.owners[row], self.owners[other] = self.owners[other], self.owners[row]
-        if order != sorted(order):
-            self.state.select(torch.tensor(order, device=self.state.device))
+def _first_of_run(blocks: Sequence[int]) -> int | None:
+    """The first of these blocks if they are consecutive."""
+    first = blocks[0]
+    return first if blocks == list(range(first, first + len(blocks))) else None
 
 
-class _Group:
-    """Spans of the same number of tokens in neighbouring rows of a state, from `row` on."""
+def _equally_spaced(spans: Sequence[Span], last: int) -> list[list[Span]]:
+    """Spans in the order of their first blocks, cut into groups at equal distances; those behind `last` are alone."""
+    groups: list[list[Span]] = []
+    step = 0
+    for span in spans:
+        first = span.blocks[0]
+        distance = first - groups[-1][-1].blocks[0] if groups else 0
+        if groups and distance and first <= last and (len(groups[-1]) == 1 or distance == step):
+            groups[-1].append(span)
+            step = distance
+        else:
+            groups.append([span])
+    return groups
 
-    def __init__(self, state: KVState, row: int, spans: Sequence[Span]):
-        self.state, self.spans, self.width = state, spans, len(spans[0].tokens)
-        self.rows = slice(row, row + len(spans))
-        self.now = Pass([span.start for span in spans], self.width, [0] * len(spans), state.device)
+
+def _numbers(spans: Sequence[Span], size: int) -> list[list[int]]:
+    """The tokens of a step, their positions, and their places in the pool."""
+    tokens, positions, slots = list[int](), list[int](), list[int]()
+    for span in spans:
+        places = range(span.start, span.start + len(span.tokens))
+        tokens += span.tokens
+        positions += places
+        slots += [span.blocks[place // size] * size + place % size for place in places]
+    return [tokens, positions, slots]
+
+
+def _wanted(spans: Sequence[Span], batch: Sequence[Span]) -> list[int]:
+    """The tokens whose logits are wanted, by their places in the step, in the order of the batch."""
+    places = accumulate(len(span.tokens) for span in spans)
+    ends = dict(zip((span.sequence for span in spans), places, strict=True))
+    return [place for span in batch for place in range(ends[span.sequence] - span.wanted, ends[span.sequence])]
+
+
+def _on_device(numbers: list[list[int]], device: torch.device) -> Int[Tensor, "rows length"]:
+    """Numbers in one copy that CUDA need not wait for."""
+    made = torch.tensor(numbers, dtype=torch.long, device="cpu")
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
+class _Pool:
+    """Keys and values of all layers, [heads, tokens, head_dim] each.
+
+    On a CPU memory is reserved for all tokens, and the system gives it when it is first written. Elsewhere it grows
+    with what is used, layer by layer.
+    """
+
+    def __init__(self, empty: KVState, tokens: int):
+        self.device, self.token_bytes, self._tokens = empty.device, empty.token_bytes, tokens
+        lazy = self.device.type == "cpu"
+        make = _lazy_zeros if lazy else Tensor.new_zeros
+        shapes = [(keys.shape[1], tokens if lazy else 0, keys.shape[3]) for keys in empty.keys]
+        self.keys = [make(keys, shape) for keys, shape in zip(empty.keys, shapes, strict=True)]
+        self.values = [make(keys, shape) for keys, shape in zip(empty.keys, shapes, strict=True)]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is memory for."""
+        return self.keys[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(x.nbytes for x in (*self.keys, *self.values))
+
+    def reserve(self, tokens: int) -> None:
+        """Memory for so many tokens, twice as much as before at least."""
+        if tokens <= self.capacity:
+            return
+        grown = min(self._tokens, max(tokens, 2 * self.capacity))
+        for tensors in (self.keys, self.values):
+            for index, old in enumerate(tensors):
+                tensors[index] = old.new_zeros(old.shape[0], grown, old.shape[2])
+                tensors[index][:, : old.shape[1]] = old
+
+    def copy(self, sources: Sequence[int], blocks: Sequence[int], size: int) -> None:
+        """Copy whole blocks."""
+        pair = torch.tensor([sources, blocks], device="cpu")[:, :, None] * size + torch.arange(size, device="cpu")
+        start, into = pair.flatten(1).to(self.device)
+        for x in (*self.keys, *self.values):
+            x.index_copy_(1, into, x.index_select(1, start))
+
+
+def _lazy_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros in memory of their own, which the system gives page by page when they are written."""
+    size = math.prod(shape) * like.element_size()
+    return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size].view(like.dtype).view(shape)
 
 
 class _Step:
-    """The state of a step, as `DecoderLM` asks for it: the tokens of all groups one after the other in one row."""
+    """The state of a step, as `DecoderLM` asks for it: the tokens of all groups one after the other in one row.
 
-    def __init__(self, groups: Sequence[_Group], device: torch.device):
-        self.groups, self.device = groups, device
-        self.spans = [span for group in groups for span in group.spans]
-        self.longest = max(span.start for span in self.spans)
+    numbers: tokens, positions and places in the pool.
+    """
+
+    def __init__(self, pool: _Pool, size: int, groups: Sequence[list[Span]], numbers: Int[Tensor, "3 length"]):
+        self.pool = pool
+        self.tokens, self._positions, self.slots = numbers[0][None], numbers[1][None], numbers[2]
+        self.longest = max(span.start for group in groups for span in group)
+        self.groups: list[_Group] = []
+        first = 0
+        for spans in groups:
+            count = len(spans) * len(spans[0].tokens)
+            positions = numbers[1, first : first + count].view(len(spans), -1)
+            self.groups.append(_Group(spans, size, positions))
+            first += count
 
     def positions(self, length: int, padding: Tensor | None = None) -> Int[Tensor, "1 length"]:
-        """Where the tokens stand, each in its own sequence."""
-        places = [range(span.start, span.start + len(span.tokens)) for span in self.spans]
-        return torch.tensor([list(chain.from_iterable(places))], device=self.device)
+        """Return the position of each token in its own sequence."""
+        return self._positions
 
     def layer(self, index: int) -> "_StepCache":
-        return _StepCache(self.groups, index)
+        return _StepCache(self, self.pool.keys[index], self.pool.values[index])
 
     def advance(self) -> None:
-        for group in self.groups:
-            group.state.lengths[group.rows] = group.now.ends
+        """The tokens were written when they attended."""
 
-    def wanted(self, batch: Sequence[Span]) -> list[int]:
-        """The places of the tokens whose logits are wanted, in the order of the batch."""
-        places = accumulate(len(span.tokens) for span in self.spans)
-        ends = dict(zip((span.sequence for span in self.spans), places, strict=True))
-        return [place for span in batch for place in range(ends[span.sequence] - span.wanted, ends[span.sequence])]
+
+class _Group:
+    """Spans of one number of tokens that attend together, and how their keys and values are read from the pool."""
+
+    def __init__(self, spans: Sequence[Span], size: int, positions: Int[Tensor, "spans length"]):
+        starts = [span.start for span in spans]
+        self.width, self.count, self._size = len(spans[0].tokens), len(spans), size
+        self.first, self.last = min(starts), max(starts) + self.width
+        self.mask: CausalMask | RaggedMask = RaggedMask(positions, self.last)
+        if self.first == max(starts):
+            self.mask = CausalMask(self.first, self.width, None, positions.device)
+        ends = [-(-(start + self.width) // size) for start in starts]
+        tables = [list(span.blocks[:end]) for span, end in zip(spans, ends, strict=True)]
+        firsts = [table[0] for table in tables]
+        steps = {second - first for first, second in pairwise(firsts)}
+        runs = positions.device.type == "cpu" and all(_first_of_run(table) is not None for table in tables)
+        self._view = (firsts[0], steps.pop() if steps else 0) if runs and len(steps) < 2 else None
+        self._tables = None if self._view else _on_device(_padded(tables), positions.device)
+        self._gathered: dict[int, Tensor] = {}
+
+    def read(self, x: Float[Tensor, "heads tokens head_dim"], first: int) -> Float[Tensor, "spans heads seen head_dim"]:
+        """The keys or values of a layer, of the tokens from position `first` on."""
+        heads, _, dim = x.shape
+        if self._view:
+            block, step = (number * self._size for number in self._view)
+            shape, strides = (self.count, heads, self.last - first, dim), (step * dim, *x.stride())
+            return x.as_strided(shape, strides, (block + first) * dim)
+        return x.index_select(1, self._slots(first)).unflatten(1, (self.count, -1)).transpose(0, 1)
+
+    def _slots(self, first: int) -> Int[Tensor, " seen"]:
+        """The places of the tokens from position `first` on, span by span."""
+        if first not in self._gathered:
+            assert self._tables is not None
+            places = torch.arange(first, self.last, device=self._tables.device)
+            slots = self._tables[:, places // self._size] * self._size + places % self._size
+            self._gathered[first] = slots.flatten()
+        return self._gathered[first]
+
+
+def _padded(tables: Sequence[list[int]]) -> list[list[int]]:
+    """Tables of equal length: what is missing is the first block of each, which the mask hides there."""
+    longest = max(map(len, tables))
+    return [table + table[:1] * (longest - len(table)) for table in tables]
 
 
 class _StepCache:
-    """The keys and values of one layer in a step: each group attends to its own rows."""
+    """The keys and values of one layer in a step: one write for all tokens, then each group attends to its own."""
 
-    def __init__(self, groups: Sequence[_Group], index: int):
-        self.groups, self.index = groups, index
+    def __init__(self, step: _Step, keys: Tensor, values: Tensor):
+        self.step, self.keys, self.values = step, keys, values
 
     def attend(
         self,
@@ -335,12 +381,19 @@ class _StepCache:
         dropout: Dropout | None,
         scale: float | None,
     ) -> Float[Tensor, "1 length dim"]:
-        found = []
-        sizes = [len(group.spans) * group.width for group in self.groups]
-        parts = zip(*(x[0].split(sizes, 1) for x in (q, keys, values)), strict=True)
-        for group, new in zip(self.groups, parts, strict=True):
-            rows = (x.unflatten(1, (-1, group.width)).transpose(0, 1) for x in new)
-            state = group.state
-            held = LayerCache(state.keys[self.index][group.rows], state.values[self.index][group.rows], group.now)
-            found.append(held.attend(*rows, window=window, dropout=dropout, scale=scale).flatten(0, 1))
-        return torch.cat(found)[None] if len(found) > 1 else found[0][None]
+        """Write the new keys and values, and return the output of attention for each token."""
+        self.keys.index_copy_(1, self.step.slots, keys[0].to(self.keys.dtype))
+        self.values.index_copy_(1, self.step.slots, values[0].to(self.values.dtype))
+        outputs = []
+        for group, queries in zip(self.step.groups, self._split(q), strict=True):
+            first = 0 if window is None else max(0, group.first - window + 1)
+            seen = group.last - first
+            visible = group.mask.visible(seen, window)
+            read = group.read(self.keys, first), group.read(self.values, first)
+            outputs.append(attend(queries, *read, visible, dropout, scale).flatten(0, 1))
+        return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
+
+    def _split(self, q: Float[Tensor, "1 heads length head_dim"]) -> list[Float[Tensor, "spans heads width head_dim"]]:
+        groups = self.step.groups
+        parts = q[0].split([group.count * group.width for group in groups], 1)
+        return [x.unflatten(1, (-1, group.width)).transpose(0, 1) for group, x in zip(groups, parts, strict=True)]

@@ -16,6 +16,7 @@ from keifu.generation.text.request import Piece, Request
 from keifu.native.model import Span
 
 NGRAM = 3  # tokens by which a guess is found
+LEAST_ROOM = 512  # tokens for which a sequence gets room, where its blocks are to be consecutive
 
 
 @dataclass(eq=False)
@@ -24,6 +25,7 @@ class Sequence:
 
     guesses: tokens that may come next; they are computed with the last one, and kept as far as they are right.
     passed: how many of its first blocks lie before the window, and are its own no longer.
+    sources: blocks that its next span copies into its first blocks.
     """
 
     number: int
@@ -32,6 +34,7 @@ class Sequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     passed: int = 0
+    sources: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     guesses: list[int] = field(default_factory=list)
     _after: dict[tuple[int, ...], int] = field(default_factory=dict)  # where three tokens stood last, and how many of
@@ -46,7 +49,7 @@ class Sequence:
         """Its next `count` tokens for the runner, with logits wanted after the last one and after each guess."""
         tokens = self.tokens[self.computed : self.computed + count] + self.guesses
         wanted = 1 + len(self.guesses) if count == self.left else 0
-        return Span(self.number, tokens, self.computed, self.blocks, wanted)
+        return Span(self.number, tokens, self.computed, self.blocks, wanted, self.sources)
 
     def take(self, figures: Iterable[float]) -> Piece:
         """One more token, as the sampler gives it."""
@@ -67,11 +70,20 @@ class Sequence:
 class Scheduler:
     """Waiting and running sequences. `step_tokens`: the most tokens of a step, and `max_running`: of sequences.
 
-    window: the last tokens that a token sees in any layer, itself included; None: all of them.
+    window: the last tokens that a token sees in any layer, itself included; None: all of them. contiguous: whether the
+    runner reads consecutive blocks fastest.
     """
 
-    def __init__(self, blocks: BlockManager, max_running: int, step_tokens: int, window: int | None = None):
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_running: int,
+        step_tokens: int,
+        window: int | None = None,
+        contiguous: bool = False,
+    ):
         self.window = window or 1 << 62
+        self.contiguous = contiguous
         self.blocks, self.max_running, self.step_tokens = blocks, max_running, max(step_tokens, max_running)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by the order in which they were admitted
@@ -108,6 +120,8 @@ class Scheduler:
 
     def done(self, sequence: Sequence, count: int) -> None:
         """So many more of a sequence's tokens were computed: its full blocks may be shared from now on."""
+        self.blocks.release(sequence.sources)
+        sequence.sources = []
         size = self.blocks.block_size
         before, sequence.computed = sequence.computed // size, sequence.computed + count
         if sequence.computed // size > before:
@@ -129,15 +143,14 @@ class Scheduler:
             shared = self.blocks.shared(wanted)
             if any(digest in filling for digest in wanted[len(shared) :][:1]):
                 continue  # a sequence that runs computes what this one needs: it waits for that
-            start = len(shared) * self.blocks.block_size  # with windows, blocks are free again while the prompt is read
-            reach = min(len(sequence.tokens), start + self.step_tokens + self.window)
-            needed = self._blocks_for(reach) - len(shared)
-            if needed + self.blocks.unused(shared) > self.blocks.free:
+            known = len(shared) * self.blocks.block_size  # with windows, blocks are free again while the prompt is read
+            reach = min(len(sequence.tokens), known + self.step_tokens + self.window)
+            start = self.blocks.begin(wanted, self._blocks_for(reach), self._room(sequence))
+            if start is None:
                 return
             self.waiting.remove(sequence)
-            self.blocks.share(shared)
-            sequence.blocks = shared + self.blocks.allocate(needed)
-            sequence.computed = start
+            sequence.blocks, sequence.sources = start.blocks, start.sources
+            sequence.computed = start.known * self.blocks.block_size
             if not sequence.request.tokens:
                 sequence.request.cached = sequence.computed
             self.running.append(sequence)
@@ -154,8 +167,28 @@ class Scheduler:
             self._preempt(last)
             if last is sequence:
                 return False
-        sequence.blocks += self.blocks.allocate(max(0, lacking))
+        if lacking > 0:
+            self._grow(sequence, lacking)
         return True
+
+    def _grow(self, sequence: Sequence, lacking: int) -> None:
+        """Add blocks to a sequence, and move it if they are to be consecutive and cannot be otherwise."""
+        total, room = len(sequence.blocks) + lacking, self._room(sequence)
+        moves = room and not sequence.passed and not sequence.sources and not self.blocks.can_follow(sequence.blocks)
+        if moves and self.blocks.has_run(total) and total <= self.blocks.free:
+            sequence.sources = sequence.blocks
+            sequence.blocks = self.blocks.allocate(total, room=room)
+        else:
+            sequence.blocks = sequence.blocks + self.blocks.allocate(lacking, sequence.blocks[-1], room)
+
+    def _room(self, sequence: Sequence) -> int:
+        """Blocks that a sequence will probably have, a power of two and often the same: then sequences are at equal
+        distances, and the runner attends to them together. 0 where their places do not matter."""
+        if not self.contiguous:
+            return 0
+        left = sequence.request.limit - len(sequence.request.tokens)
+        tokens = max(LEAST_ROOM, len(sequence.tokens) + min(left, LEAST_ROOM // 2))
+        return 1 << (self._blocks_for(tokens) - 1).bit_length()
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -165,7 +198,9 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.blocks[sequence.passed :])
-        sequence.blocks, sequence.passed, sequence.computed, sequence.guesses = [], 0, 0, []
+        self.blocks.release(sequence.sources)
+        sequence.blocks, sequence.sources, sequence.guesses = [], [], []
+        sequence.passed = sequence.computed = 0
 
     def _hash(self, sequence: Sequence) -> None:
         sequence.hashes = digests(sequence.tokens, self.blocks.block_size, sequence.hashes)

@@ -67,12 +67,18 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Numbers of tokens up to now; cached: those of the prompts that had been computed before."""
+        """Numbers of tokens up to now; cached: those of the prompts that had been computed before.
+
+        accepted and rejected: tokens that were guessed to come next, by whether they came.
+        """
         written = self.completion_tokens
         cached = {"cached_tokens": sum(request.cached for request in self.requests[:: self.choices])}
         total = self.prompt_tokens + written
         counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": written, "total_tokens": total}
-        return {**counts, "prompt_tokens_details": cached}
+        accepted = sum(request.accepted for request in self.requests)
+        rejected = sum(request.guessed for request in self.requests) - accepted
+        guesses = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
+        return {**counts, "prompt_tokens_details": cached, "completion_tokens_details": guesses}
 
     def head(self, kind: str) -> dict[str, Any]:
         """Return the first fields of every object of this answer."""
