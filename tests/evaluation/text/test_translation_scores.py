@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sacrebleu
 import torch
@@ -116,6 +117,40 @@ def test_of_a_catalogue_name_the_held_out_pairs_count(monkeypatch: pytest.Monkey
     backward, _ = translation.test_pairs(EvalRequest("tatoeba-ja-en", reverse=True))
     assert forward.rows == split(pairs).test and backward.rows == [(b, a) for a, b in forward.rows]
     assert backward.languages == ("en", "ja")
+
+
+def test_pairs_with_a_near_copy_in_training_are_scored_apart(
+    model: torch.nn.Module, characters: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = "これはペンです私東京に住んでいま彼女毎日本を読む猫が好き"
+    distinct = [((known[n % 20] + known[n % 7 + 3]) * (n % 3 + 3), f"{'pen cat ' * n}Tokyo.") for n in range(40)]
+    pairs = Pairs("tatoeba-ja-en", distinct, ("ja", "en"))
+    held = split(pairs).test
+    near = [(held[0][0] + "私", "She reads a pen every day in Tokyo.")]
+    monkeypatch.setattr(translation, "read_pairs", lambda name, reverse, *how: pairs.reversed() if reverse else pairs)
+    for reverse in (False, True):
+        found = translation.training_pairs("tatoeba-ja-en", ("en", "ja") if reverse else ("ja", "en"))
+        assert found == [pair[::-1] if reverse else pair for pair in split(pairs).train]
+    monkeypatch.setattr(translation, "training_pairs", lambda on, languages: near)
+    result = translation.evaluate(model, characters, EvalRequest("tatoeba-ja-en", beam=1))
+    table = result.tables["near copies in the training part"]
+    assert [row[:2] for row in table.rows] == [("without", len(held) - 1), ("with", 1)]
+
+
+def test_intervals_are_those_of_a_bootstrap_over_sentences() -> None:
+    found = ["This is the pen.", "I live in Tokyo now.", "She read a book every day.", "I like cats."] * 5
+    references, scorer = ENGLISH * 5, Scorer("en")
+    metrics = sacrebleu.corpus_bleu, sacrebleu.corpus_chrf
+    for text, one in zip(scorer.intervals(found, references), metrics, strict=True):
+        low, high = map(float, text.split(" to "))
+        generator = np.random.default_rng(1)
+        again = []
+        for _ in range(300):
+            chosen = generator.integers(0, 20, 20)
+            again.append(one([found[n] for n in chosen], [[references[n] for n in chosen]]).score)
+        wanted = np.percentile(again, [2.5, 97.5])
+        width = wanted[1] - wanted[0]
+        assert abs(low - wanted[0]) < 0.25 * width and abs(high - wanted[1]) < 0.25 * width
 
 
 def test_the_direction_is_the_models_where_its_run_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,14 @@ from torch import nn
 from keifu.data.progress import counting
 from keifu.data.text.dataset_report import SCRIPTS, script_numbers
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.data.translation.pairs import Pairs, pair_names, read_pairs, split
+from keifu.data.translation.near_copies import near_training
+from keifu.data.translation.pairs import Pair, Pairs, pair_names, read_pairs, split
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.translation import Translation, TranslationParams, is_translator, translate_texts
 
 WITHOUT_SPACES = {"ja", "zh"}
+RESAMPLES = 1000  # of the bootstrap
 HOW = "pip install 'keifu[evaluation]'"
 
 
@@ -45,6 +47,7 @@ class Scorer:
     """
 
     def __init__(self, language: str):
+        _metrics()  # a missing package is said before anything is translated
         self.language = language
         self.tokenizer, self.note = _tokenizer(language)
 
@@ -54,6 +57,20 @@ class Scorer:
         bleu, chrf = metrics.BLEU(tokenize=self.tokenizer), metrics.CHRF()
         both = [metric.corpus_score(list(translations), [list(references)]).score for metric in (bleu, chrf)]
         return Scores(both[0], both[1], str(bleu.get_signature()), str(chrf.get_signature()))
+
+    def intervals(self, translations: Sequence[str], references: Sequence[str]) -> tuple[str, str]:
+        """Return the 95% percentile intervals of BLEU and chrF by the bootstrap over sentences (Koehn, 2004)."""
+        metrics = _metrics()
+        found = []
+        for metric in (metrics.BLEU(tokenize=self.tokenizer), metrics.CHRF()):
+            # counts of each sentence, whose sums give a score; sacrebleu's own bootstrap fails for few sentences
+            counts = np.array(metric._extract_corpus_statistics(list(translations), [list(references)]))
+            generator = np.random.default_rng(0)
+            chosen = (counts[generator.integers(0, len(counts), len(counts))] for _ in range(RESAMPLES))
+            scores = [metric._compute_score_from_stats(part.sum(0).tolist()).score for part in chosen]
+            low, high = np.percentile(scores, [2.5, 97.5])
+            found.append(f"{low:.2f} to {high:.2f}")
+        return found[0], found[1]
 
     def by_length(
         self, sources: Sequence[str], translations: Sequence[str], references: Sequence[str], spaced: bool
@@ -131,9 +148,12 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     seconds = time.perf_counter() - start
     texts = [each.text for each in found]
     scores = scorer(texts, references)
+    intervals = scorer.intervals(texts, references)
     figures = {
         "BLEU": round(scores.bleu, 2),
+        "BLEU, 95% interval": intervals[0],
         "chrF": round(scores.chrf, 2),
+        "chrF, 95% interval": intervals[1],
         "pairs": len(pairs),
         "sentences/s": round(len(pairs) / seconds, 1),
         "BLEU signature": scores.bleu_signature,
@@ -147,8 +167,32 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         tables["by length"] = ResultTable(
             ("source words" if spaced else "source characters", "pairs", "BLEU", "chrF"), rows
         )
+    if request.on in pair_names():
+        near = near_training(pairs.rows, training_pairs(request.on, pairs.languages))
+        tables["near copies in the training part"] = by_nearness(scorer, texts, references, near)
     items = ResultTable(("source", "reference", "translation"), list(zip(sources, references, texts, strict=True)))
     return EvalResult(figures, (*notes, *remarks(found), *filter(None, [scorer.note])), tables, items)
+
+
+def training_pairs(on: str, languages: tuple[str, str]) -> list[Pair]:
+    """Return the training part of a catalogue name, in the direction of these languages."""
+    pairs = read_pairs(on, False)
+    return split(pairs if pairs.languages == languages else pairs.reversed()).train
+
+
+def by_nearness(
+    scorer: Scorer, translations: Sequence[str], references: Sequence[str], near: Sequence[bool]
+) -> ResultTable:
+    """Return the scores of pairs with a near copy in the training part (one word or character), and of the rest."""
+    rows = []
+    for name, wanted in (("without", False), ("with", True)):
+        members = [index for index, is_near in enumerate(near) if is_near == wanted]
+        if not members:
+            continue
+        part = [translations[index] for index in members], [references[index] for index in members]
+        scores, intervals = scorer(*part), scorer.intervals(*part)
+        rows.append((name, len(members), round(scores.bleu, 2), intervals[0], round(scores.chrf, 2), intervals[1]))
+    return ResultTable(("near copy", "pairs", "BLEU", "BLEU, 95%", "chrF", "chrF, 95%"), rows)
 
 
 def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
