@@ -20,7 +20,7 @@ Each = Float[Tensor, "batch 2"]
 
 
 def sequence_log_probabilities(model: Any, batch: Batch) -> Each:
-    """The log-probability of each answer: the sum over the tokens of batch["tokens"] [batch, 2, length] that
+    """Return the log-probability of each answer: the sum over the tokens of batch["tokens"] [batch, 2, length] that
     batch["mask"] marks.
 
     The model offers `hidden(tokens)` and `head_weight`.
@@ -34,7 +34,7 @@ def sequence_log_probabilities(model: Any, batch: Batch) -> Each:
 def losses(
     ratios: Each, lengths: Each, loss: Loss, beta: float, label_smoothing: float = 0.0
 ) -> Float[Tensor, " batch"]:
-    """The loss of each pair, from ln p(answer) - ln p_reference(answer) and the answers' lengths in tokens.
+    """Return the loss of each pair, from ln p(answer) - ln p_reference(answer) and the answers' lengths in tokens.
 
     Δ is the difference of the two ratios, the better answer's minus the worse one's. dpo: -ln σ(β Δ) (equation 7);
     `label_smoothing` is the assumed share of pairs with swapped labels (conservative DPO, Mitchell, 2023). robust: the
@@ -52,8 +52,8 @@ def losses(
 
 
 def dpo(loss: Loss, beta: float, label_smoothing: float = 0.0) -> Objective:
-    """The objective for the training loop; its batches also hold "reference" [batch, 2], the log-probabilities under
-    the reference model.
+    """Return the objective for the training loop; its batches also hold "reference" [batch, 2], the log-probabilities
+    under the reference model.
 
     Figures: `accuracy`, how often the better answer has the higher reward β ln(p / p_reference), and both rewards.
     """
@@ -71,6 +71,6 @@ def _loss(loss: Loss, beta: float, label_smoothing: float, model: Any, batch: Ba
 
 @torch.no_grad()
 def reference(model: Any, batch: Batch) -> Each:
-    """The log-probabilities for "reference" of a batch (see `dpo`), under a model as it is now."""
+    """Return the log-probabilities for "reference" of a batch (see `dpo`), under a model as it is now."""
     with evaluation_mode(model):
         return sequence_log_probabilities(model, batch)

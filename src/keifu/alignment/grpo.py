@@ -48,7 +48,7 @@ def terms(logs: Tokens, old: Tokens, reference: Tokens, advantage: Tokens, clip:
 
 
 def grpo(clip: float, beta: float, temperature: float = 1.0) -> Objective:
-    """The objective for the training loop: the mean over answers of the mean over an answer's tokens.
+    """Return the objective for the training loop: the mean over answers of the mean over an answer's tokens.
 
     Its batches hold "tokens", "mask" (True on the answers), "old" and "reference" (log-probabilities under the sampling
     policy and the reference; without the latter kl is 0) [batch, length], and for each answer "advantage" and figures

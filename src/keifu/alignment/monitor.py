@@ -17,7 +17,7 @@ class Range(NamedTuple):
     relative: bool = False
 
     def bounds(self, first: float) -> tuple[float, float]:
-        """The least and the largest value of a figure with this first value."""
+        """Return the least and the largest value of a figure with this first value."""
         return (self.least * first, self.largest * first) if self.relative else (self.least, self.largest)
 
 
@@ -33,7 +33,7 @@ class DivergenceMonitor:
     outside: set[str] = field(default_factory=set)
 
     def __call__(self, figures: Mapping[str, float]) -> Iterator[str]:
-        """The warnings for the figures of a step."""
+        """Return the warnings for the figures of a step."""
         for name, value in figures.items():
             if name not in self.normal:
                 continue
@@ -45,7 +45,7 @@ class DivergenceMonitor:
             self.outside = self.outside - {name} if inside else self.outside | {name}
 
     def table(self, figures: Mapping[str, float]) -> str:
-        """A line for each figure that has a normal range: its value and the range."""
+        """Return a line for each figure that has a normal range: its value and the range."""
         lines = []
         for name, normal in self.normal.items():
             if name in figures:
@@ -58,6 +58,6 @@ class DivergenceMonitor:
 
 
 def describe(normal: Mapping[str, Range]) -> str:
-    """The ranges, for a report."""
+    """Return the ranges, for a report."""
     spans = {name: (r.least, r.largest, " times the first" if r.relative else "") for name, r in normal.items()}
     return "; ".join(f"{n.replace('_', ' ')} {low:.3g} to {high:.3g}{more}" for n, (low, high, more) in spans.items())

@@ -70,7 +70,7 @@ class ActorCritic(nn.Module):
 def kl_penalized_rewards(
     scores: Float[Tensor, " batch"], old: Places, reference: Places, mask: Mask, kl_coef: float
 ) -> Float[Tensor, "batch length"]:
-    """The reward of each token: -β ln(p / p_reference), plus the score of the answer at its last token."""
+    """Return the reward of each token: -β ln(p / p_reference), plus the score of the answer at its last token."""
     rewards = torch.where(mask, kl_coef * (reference - old), 0.0)
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1, keepdim=True)
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
@@ -120,8 +120,8 @@ class TokenTargets(NamedTuple):
 def token_targets(
     scores: Float[Tensor, " batch"], old: Places, reference: Places, values: Places, mask: Mask, rule: PPOSettings
 ) -> TokenTargets:
-    """The targets of a rollout from the scores of its answers: rewards with the KL penalty, GAE, and returns; the
-    advantages are whitened over the whole rollout, after the returns are computed."""
+    """Return the targets of a rollout from the scores of its answers: rewards with the KL penalty, GAE, and returns;
+    the advantages are whitened over the whole rollout, after the returns are computed."""
     rewards = kl_penalized_rewards(scores, old, reference, mask, rule.kl_coef)
     found = advantages(rewards, values, mask, rule.discount, rule.gae_lambda)
     return TokenTargets(values, whiten(found, mask), found + values)
@@ -140,8 +140,9 @@ class PPOTerms(NamedTuple):
 def terms(
     logs: Tokens, old: Tokens, advantage: Tokens, values: Tokens, old_values: Tokens, returns: Tokens, rule: PPOSettings
 ) -> PPOTerms:
-    """The clipped surrogate loss max(-A ratio, -A clip(ratio)), ratio = p / p_old (Schulman et al., 2017, equation 7),
-    and the clipped value loss: half the larger of (V - R)² and (clip(V) - R)², V clipped around its old value."""
+    """Return the clipped surrogate loss max(-A ratio, -A clip(ratio)), ratio = p / p_old (Schulman et al., 2017,
+    equation 7), and the clipped value loss: half the larger of (V - R)² and (clip(V) - R)², V clipped around its old
+    value."""
     ratio = (logs - old).exp()
     clipped_ratio = ratio.clamp(1 - rule.clip, 1 + rule.clip)
     clipped_values = old_values + (values - old_values).clamp(-rule.value_clip, rule.value_clip)
@@ -152,7 +153,8 @@ def terms(
 
 
 def ppo(rule: PPOSettings) -> Objective:
-    """The objective of an `ActorCritic` for the training loop: the mean over all tokens of a minibatch's answers.
+    """Return the objective of an `ActorCritic` for the training loop: the mean over all tokens of a minibatch's
+    answers.
 
     Its batches hold "tokens", "mask" (True on the answers), "old", "values", "advantage" and "returns", all of the
     rollout [batch, length]; for each answer "share" (the answers per token of the minibatch) and figures to report
@@ -213,12 +215,13 @@ class PretrainingMix:
     each: int
 
     def batch(self, step: int, rows: int) -> Tensor:
-        """The windows of an update [row, k, text length]."""
+        """Return the windows of an update [row, k, text length]."""
         count = rows * self.each
         return self._reshape(self.text.windows(step * count + np.arange(count)), rows)
 
     def held_out(self, start: int, rows: int) -> Tensor:
-        """The held-out windows of the answers from number `start` on; after the last window, the first one again."""
+        """Return the held-out windows of the answers from number `start` on; after the last window, the first one
+        again."""
         windows = self.text.held_out
         return self._reshape(windows[(start * self.each + np.arange(rows * self.each)) % len(windows)], rows)
 
@@ -246,7 +249,7 @@ class PPOBatches(Rollouts):
         return hashlib.sha256(f"{super().fingerprint}{text}".encode()).hexdigest()
 
     def batch(self, step: int) -> Batch:
-        """The minibatch of a step, with its pretraining text."""
+        """Return the minibatch of a step, with its pretraining text."""
         batch = _with_share(super().batch(step))
         return batch | ({"pretraining": self.pretraining.batch(step, len(batch["mask"]))} if self.pretraining else {})
 
@@ -277,7 +280,7 @@ class PPOBatches(Rollouts):
         return tokens | figures | ({"pretraining": self.pretraining.batch(0, rows)} if self.pretraining else {})
 
     def _predict_values(self, rollout: Batch) -> Tensor:
-        """The value model's prediction before each token of the answers [row, position]; 0 elsewhere."""
+        """Return the value model's prediction before each token of the answers [row, position]; 0 elsewhere."""
 
         def values(part: Batch) -> Tensor:
             return self.value.scores_along(part["tokens"][:, None, :-1])[:, 0][part["mask"][:, 1:]]
@@ -286,7 +289,7 @@ class PPOBatches(Rollouts):
 
 
 def _with_share(batch: Batch) -> Batch:
-    """The batch with "share", its answers per token: a sum over answers is then a mean over tokens, however the batch
-    is split."""
+    """Return the batch with "share", its answers per token: a sum over answers is then a mean over tokens, however the
+    batch is split."""
     rows = len(batch["mask"])
     return batch | {"share": torch.full((rows,), rows / float(batch["mask"].sum()))}

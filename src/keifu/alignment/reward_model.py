@@ -40,7 +40,7 @@ def pairs(levels: Scores) -> tuple[Float[Tensor, "batch K K"], Float[Tensor, "ba
 
 
 def ranking_loss(model: Any, batch: Batch) -> LossOutput:
-    """The objective: batch["tokens"] and batch["mask"] [batch, K, length], batch["levels"] [batch, K].
+    """Return the objective: batch["tokens"] and batch["mask"] [batch, K, length], batch["levels"] [batch, K].
 
     The model offers `classify(tokens, mask)`, one score per answer. Figures: `accuracy`, the share of a prompt's pairs
     in which the better answer has the higher score, and `margin`, the mean difference of their scores.
@@ -80,7 +80,7 @@ class Calibration(NamedTuple):
 
 
 def calibration(margins: Float[Tensor, " pairs"], bins: int = 10) -> Calibration:
-    """The calibration from the differences of scores, in bins of equal width from 1/2 to 1."""
+    """Return the calibration from the differences of scores, in bins of equal width from 1/2 to 1."""
     sure, right = torch.sigmoid(margins.double().abs()), (margins > 0).double()
     place = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     count = torch.bincount(place, minlength=bins)
@@ -92,7 +92,7 @@ def calibration(margins: Float[Tensor, " pairs"], bins: int = 10) -> Calibration
 
 @torch.no_grad()
 def scores_of(model: Any, texts: Sequence[Sequence[int]], pad_id: int, batch_size: int = 32) -> Float[Tensor, " texts"]:
-    """The score of each text, given as token ids; texts of similar length share a batch."""
+    """Return the score of each text, given as token ids; texts of similar length share a batch."""
     order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
     found, device = torch.zeros(len(texts)), next(model.parameters()).device
     with evaluation_mode(model):
@@ -114,7 +114,7 @@ class ModelReward:
     tokenizer: Tokenizer
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """The scores; one that is not finite, or a text longer than the context, is a `UserError`."""
+        """Return the scores; one that is not finite, or a text longer than the context, is a `UserError`."""
         talks = [[*p.messages, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True)]
         texts = [self.tokenizer.render_chat(talk, add_generation_prompt=False) for talk in talks]
         if (longest := max(map(len, texts), default=0)) > (room := self.model.config.context_length):

@@ -30,7 +30,7 @@ def exact(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
 
 
 def _expected(example: Mapping[str, Any]) -> str:
-    """The example's "answer"."""
+    """Return the example's "answer"."""
     if "answer" not in example:
         raise UserError("the example has no field answer: give it one, or choose another reward")
     return str(example["answer"]).strip()
@@ -40,8 +40,8 @@ OWN: dict[str, Reward] = {"last-number": last_number, "exact": exact, gym.SCORER
 
 
 def reward(name: str) -> Reward:
-    """The built-in reward of that name, or the one of `file.py:function`, whose code is then run; an unknown name, a
-    missing file or function is a `UserError`."""
+    """Return the built-in reward of that name, or the one of `file.py:function`, whose code is then run; an unknown
+    name, a missing file or function is a `UserError`."""
     path, function = code_file(name), name.rpartition(":")[2]
     if path is None:
         require_known("reward (or file.py:function)", name, OWN)
@@ -61,7 +61,7 @@ def code_file(name: str) -> Path | None:
 
 
 def text_hash(name: str) -> str:
-    """A hash of the file of a reward, so that a resumed run notices a change; empty for built-in rewards."""
+    """Return a hash of the file of a reward, so that a resumed run notices a change; empty for built-in rewards."""
     path = code_file(name)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
@@ -79,14 +79,15 @@ def _module(path: Path) -> Any:
 
 
 def score_responses(function: Reward) -> Scorer:
-    """The scorer that calls a reward function on each answer."""
+    """Return the scorer that calls a reward function on each answer."""
     return lambda prompts, answers: [
         score(function, prompt.text, answer, prompt.record) for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
 def score(function: Reward, prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """The reward of an answer. A function that raises, or gives no finite number, is a `UserError` with the answer."""
+    """Return the reward of an answer. A function that raises, or return no finite number, is a `UserError` with the
+    answer."""
     of = f"for the answer {answer[:80]!r} to {prompt[:80]!r}"
     try:
         value = function(prompt, answer, example)

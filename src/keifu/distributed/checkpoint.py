@@ -41,7 +41,7 @@ class Chunks(Tensor):
         return made
 
     def size(self) -> torch.Size:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """That of the whole, which a state's tensors are compared with."""
+        """Return the size of the whole, which a state's tensors are compared with."""
         return self.whole
 
     def to(self, *target: Any, **how: Any) -> "Chunks":  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,7 +72,7 @@ class States:
         self, pod: Pod, directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any],
         prune: Callable[[int], None],
     ) -> None:  # fmt: skip
-        """Copies the tensors, and lets a thread write them; where the state before could not be written, an error."""
+        """Copy the tensors, and let a thread write them; where the state before could not be written, an error."""
         self.flush()
         if self.main:
             shutil.rmtree(_beside(checkpoint.folder(directory, step)), ignore_errors=True)
@@ -82,7 +82,7 @@ class States:
         self.written = self.thread.submit(self._write, checkpoint.folder(directory, step), copies, dict(facts), commit)
 
     def flush(self) -> None:
-        """Waits until the last state is on disk; a `UserError` where it is not."""
+        """Wait until the last state is on disk; a `UserError` where it is not."""
         error, self.written = self.written and self.written.exception(), None
         if isinstance(error, dcp.api.CheckpointException):
             number, (reason, _) = next(iter(error.failures.items()))
@@ -109,7 +109,7 @@ class States:
 
 
 def load(pod: Pod, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fills tensors with this process's parts of a state, a folder or a file; gives the state's other ones, whole."""
+    """Fill tensors with this process's parts of a state, a folder or a file; return the state's other ones, whole."""
     with tempfile.TemporaryDirectory() as place:
         if path.is_file():  # a state of one process
             Path(place, path.name).symlink_to(path.resolve())
@@ -139,7 +139,7 @@ def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, T
 
 
 def _inner(name: str) -> str:
-    """The name of the parameter in `model.NAME`, `optimisers.average.NAME` and `optimisers.KIND.NAME`."""
+    """Return the name of the parameter in `model.NAME`, `optimisers.average.NAME` and `optimisers.KIND.NAME`."""
     first, _, rest = name.partition(".")
     return rest if first == "model" else rest.partition(".")[2]
 

@@ -29,7 +29,7 @@ FAILED, SHOWN = "failed", "shown"
 
 @contextmanager
 def explained(group: Processes, store: Any, explain: Callable[[Exception], str | None]) -> Iterator[None]:
-    """A block that all processes run: where one fails, the first one says which and why, and all end.
+    """Run a block that all processes run: where one fails, the first one says which and why, and all end.
 
     explain: an exception as a sentence; None where it is no error of the user's.
     """

@@ -117,7 +117,7 @@ class Group(Processes):
 
 
 def _of_this_start(store: Any, number: int, count: int, seconds: float) -> Any:
-    """The store without what processes have left there that died: torchrun keeps it when it starts others.
+    """Return the store without what processes have left there that died: torchrun keeps it when it starts others.
 
     Each process leaves a number that it draws. The first one tells those of all others its own number, which begins the
     names of all that they exchange; numbers of the dead are told too, and nobody listens.
@@ -139,7 +139,7 @@ def _of_this_start(store: Any, number: int, count: int, seconds: float) -> Any:
 
 @contextmanager
 def join(mesh: Mesh, fewer: bool = False) -> Iterator[Group]:
-    """Makes this process one of those that torchrun has started, in this block; fewer: of which pods may have died."""
+    """Make this process one of those that torchrun has started, in this block; fewer: of which pods may have died."""
     place = int(os.environ.get("LOCAL_RANK", 0))
     device = choose()
     if device.type == "cuda":

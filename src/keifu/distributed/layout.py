@@ -56,7 +56,7 @@ class Layout:
         return self.columns is not None or len({*map(str, self.rows)}) > 1
 
     def pieces(self, shard: int, tensor: int) -> list[Piece]:
-        """What the process with these places in the mesh holds."""
+        """Return the slices that rank (shard, tensor) of the mesh has."""
         total = sum(map(len, self.rows[tensor]))
         size = ceil(total / self.shards)  # as FSDP splits
         shard %= self.shards  # of what is not shared, each process has all
@@ -70,14 +70,15 @@ class Layout:
         return found
 
     def take(self, whole: Tensor, shard: int, tensor: int) -> Tensor:
-        """What a process holds of a whole tensor."""
+        """Return the part of a whole tensor that a process has."""
         if not self.shape:
             return whole
         parts = [self._part(whole, piece, tensor) for piece in self.pieces(shard, tensor)]
         return torch.cat(parts) if parts else whole[:0]
 
     def join(self, local: Tensor, places: Sequence[tuple[int, int]], group: Any) -> Tensor:
-        """The whole tensor on every process of a pod, whose places in the mesh are given, from what each holds."""
+        """Return the whole tensor on every process of a pod, whose places in the mesh are given, from what each holds.
+        """
         if self.shards == 1 and not self.is_split:
             return local
         sizes = [[sum(p.stop - p.start for p in self.pieces(*place)), *self._width(place[1])] for place in places]

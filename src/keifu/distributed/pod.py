@@ -55,11 +55,11 @@ class Pod:
         return self.layouts[name].join(local, self.places, self.group) if known else local
 
     def take(self, name: str, whole: Tensor) -> Tensor:
-        """This process's part of such a tensor."""
+        """Return this process's part of such a tensor."""
         return self.layouts[name].take(whole, *self.place)
 
     def complete(self, gradients: Mapping[str, Tensor]) -> None:
-        """Sums over the axis `tensor` what its processes have computed parts of: gradients of what is in the blocks and
+        """Sum over the axis `tensor` what its processes have computed parts of: gradients of what is in the blocks and
         not split, and of heads of keys and values that several processes have."""
         sum_in_order([gradient for name, gradient in gradients.items() if name in self.partial],
                      self.size, self.tensor_group)  # fmt: skip
@@ -74,7 +74,7 @@ class Pod:
                     gradient[piece.start : piece.stop] = sum(parts[1:], start=parts[0])
 
     def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """The norm of the whole gradient."""
+        """Return the norm of the whole gradient."""
         parts, copies = list[Tensor](), list[int]()  # of how many processes of the pod have the same
         for name, gradient in gradients.items():
             everywhere = [piece for place in self.places for piece in self.layouts[name].pieces(*place)]

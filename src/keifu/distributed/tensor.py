@@ -54,8 +54,8 @@ class Tokens:
         self.axis, self.index, self.size, self.length = axis, axis.get_local_rank(), axis.size(), 0
 
     def part(self, x: Tensor, adds: bool) -> Tensor:
-        """This process's tokens of what all have, or where it `adds`, of the sum of what each has; with padding where
-        the length is no multiple of the processes."""
+        """Return this process's tokens of what all have, or where it `adds`, of the sum of what each has; with padding
+        where the length is no multiple of the processes."""
         padded = F.pad(x, (0, 0, 0, -x.shape[1] % self.size))
         return self.move(padded, Partial() if adds else Replicate(), Shard(1))
 
@@ -64,21 +64,21 @@ class Tokens:
         return self.move(x, Shard(1), Replicate(), Partial() if adds else Replicate())[:, : self.length]
 
     def shared(self, x: Tensor) -> Tensor:
-        """What every process has whole and uses for its own tokens: the gradient is the sum over all."""
+        """Mark a replicated tensor whose gradient is summed over the processes."""
         return self.move(x, Replicate(), Replicate(), Partial())
 
     def stack(self, x: Tensor) -> Tensor:
-        """The same tensor of every process, one behind the other along a new first axis."""
+        """Return the same tensor of every process, one behind the other along a new first axis."""
         return self.move(x[None], Shard(0), Replicate())
 
     def move(self, x: Tensor, before: Placement, after: Placement, gradient: Placement | None = None) -> Tensor:
-        """What lies on the processes as `before` says, as `after` says; its gradient comes as `gradient` says, or as
-        `after` where nothing is said."""
+        """Redistribute x from the placement `before` to `after`. `gradient` is the placement of its gradient; None:
+        `after`."""
         whole = DTensor.from_local(x, self.axis, [before], run_check=False).redistribute(placements=[after])
         return whole.to_local(grad_placements=[gradient or after])
 
     def enter(self, module: nn.Module, inputs: tuple) -> tuple:
-        """A hook before the first block: from here on, each process has its own tokens."""
+        """Give each process its own tokens, as a hook before the first block."""
         self.length = inputs[0].shape[1]
         return (self.part(inputs[0], adds=False), *inputs[1:])
 
@@ -144,21 +144,21 @@ class Head(Tensor):
             return func(*(each.whole() if isinstance(each, Head) else each for each in args), **(kwargs or {}))
 
     def whole(self) -> Tensor:
-        """The matrix of all processes, of whose gradient each computes all."""
+        """Return the matrix of all processes, of whose gradient each computes all."""
         sizes = [len(rows[0]) for rows in self.classes.rows]
         padded = F.pad(self.as_subclass(Tensor), (0, 0, 0, max(sizes) - len(self.own)))
         parts = self.tokens.move(padded, Shard(0), Replicate()).split(max(sizes))
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def look_up(self, tokens: Tensor) -> Tensor:
-        """The rows of tokens, from whichever process has them."""
+        """Return the rows of tokens, from whichever process has them."""
         places = tokens - self.own.start
         there = (places >= 0) & (places < len(self.own))
         rows = F.embedding(places.where(there, 0), self.as_subclass(Tensor))
         return self.tokens.move(rows * there[..., None], Partial(), Replicate())
 
     def loss(self, hidden: Tensor, bias: Tensor | None, rest: list[Any]) -> Any:
-        """The loss over all classes."""
+        """Return the loss over all classes."""
         classes = losses.Vocabulary(self.own.start, self.classes.shape[0], self.tokens.stack)
         bias = None if bias is None else self.tokens.shared(bias)[self.own.start : self.own.stop]
         own = self.tokens.shared(hidden), self.as_subclass(Tensor), bias
@@ -184,7 +184,7 @@ class SplitRows:
 
 
 def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
-    """Splits the matrix of a language model's head by its classes, and the embedding where that is the same one; none
+    """Split the matrix of a language model's head by its classes, and the embedding where that is the same one; none
     where it is no language model."""
     models: list[Any] = [part for part in model.modules() if "head_weight" in dir(type(part))]
     matrices = {id(part.head_weight) for part in models}
@@ -334,7 +334,7 @@ def _split_feedforward(part: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]
 def _split_pair(
     part: Any, first: str, last: str, parts: list[list[range]], tokens: Tokens
 ) -> Iterator[tuple[str, Layout]]:
-    """Splits a layer by the rows of its outputs, of each of its `parts` so many for each process, and the one that
+    """Split a layer by the rows of its outputs, of each of its `parts` so many for each process, and the one that
     follows by its inputs. Of their adapters B and A are split likewise; of the gradient of the others, and of B of keys
     that all have, each process computes a part."""
     outer, inner = getattr(part, first), getattr(part, last)
@@ -380,7 +380,7 @@ def _take(layer: nn.Module, name: str, layout: Layout, tokens: Tokens) -> Layout
 
 
 def _shares(total: int, size: int, units: int | None = None, start: int = 0) -> list[range]:
-    """A range of rows, of `total` from `start` on, for each process; where there are fewer units (heads) than
+    """Return a range of rows, of `total` from `start` on, for each process; where there are fewer units (heads) than
     processes, several have the same."""
     parts = min(size, units or size)
     places = [index * parts // size for index in range(size)]

@@ -27,7 +27,7 @@ class WholeBatchObjective:
     loss: Callable[[Any, Rows], LossOutput]
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """The loss of a batch that fits into memory."""
+        """Return the loss of a batch that fits into memory."""
         return self.loss(model, self.rows(model, batch))
 
 
@@ -35,7 +35,7 @@ def whole_batch_outputs(
     objective: WholeBatchObjective, model: nn.Module, call: Callable[..., Any], passes: Callable[[], Iterator[Batch]],
     sizes: Sequence[int], scale: float = 1.0, ranks: Ranks = Ranks(),  # noqa: B008 (it is frozen)
 ) -> Iterator[LossOutput]:  # fmt: skip
-    """Outputs whose sums and gradients, over all ranks, add up to those of the whole batch.
+    """Return outputs whose sums and gradients, over all ranks, add up to those of the whole batch.
 
     `call`: computes a function of the model. `passes`: goes through this rank's micro-batches, of `sizes` rows, with
     the same random numbers each time. `scale`: the factor by which the caller multiplies each total before its backward
@@ -65,7 +65,7 @@ def whole_batch_outputs(
 
 
 def _share_of(whole: LossOutput, share: float) -> LossOutput:
-    """A share of the sums, detached."""
+    """Return a share of the sums, detached."""
     figures = {name: value * share for name, value in whole.figures.items()}
     return LossOutput(share * whole.total.detach(), whole.weight * share, figures)
 
@@ -73,7 +73,7 @@ def _share_of(whole: LossOutput, share: float) -> LossOutput:
 def _cache_outputs(
     objective: WholeBatchObjective, model: nn.Module, call: Callable[..., Any], passes: Callable[[], Iterator[Batch]]
 ) -> Rows:
-    """The outputs of this rank's rows without activations; buffers (running statistics) are restored."""
+    """Return the outputs of this rank's rows without activations; buffers (running statistics) are restored."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.no_grad():
         found = [call(objective.rows, part) for part in passes()]

@@ -55,17 +55,18 @@ class Length:
         return self.scheduled if self.fitting is None else self.fitting
 
     def changed(self, at: int, steps: int, warmup: int) -> "Length":
-        """The length after a change to `steps` at step `at`; fewer steps than are already done is a `UserError`."""
+        """Return the length after a change to `steps` at step `at`; fewer steps than are already done is a `UserError`.
+        """
         if steps < at:
             raise UserError(f"{at:,} steps are done, so the run cannot be made as short as {steps:,}: choose more.")
         return Length(self.begun, (*self.changes, Change(at, steps, max(1, min(warmup, (steps - at) // 2)))))
 
     def fitted(self, step: int, steps: int) -> "Length":
-        """The length where only `steps` steps fit into the time, as measured at step `step`."""
+        """Return the length where only `steps` steps fit into the time, as measured at step `step`."""
         return replace(self, fitting=steps, since=step, position=step + self._ahead(step))
 
     def rate_share(self, settings: Settings, step: int) -> float:
-        """The learning rate of update number `step` (from 0) as a share of the highest one."""
+        """Return the learning rate of update number `step` (from 0) as a share of the highest one."""
         past = [change for change in self.changes if change.at <= step]
         lengths = [self.begun, *(change.steps for change in past)]
         share = self._curve(settings, lengths[-1], step, self._ahead(step))
@@ -75,12 +76,12 @@ class Length:
         return max(0.0, share) if past else share
 
     def _ahead(self, step: int) -> float:
-        """The position of a step in the schedule minus its number: 0 where all steps fit."""
+        """Return the position of a step in the schedule minus its number: 0 where all steps fit."""
         stride = (self.scheduled - self.position) / max(1, self.steps - self.since)
         return self.position + (step - self.since) * stride - step if self.fitting is not None else 0.0
 
     def _curve(self, s: Settings, steps: int, step: int, ahead: float = 0.0) -> float:
-        """The same for a run that has had `steps` steps from its start, with the warm-up of this one."""
+        """Return the same for a run that has had `steps` steps from its start, with the warm-up of this one."""
         end = s.counted(steps) if s.decay_steps is None else s.decay_steps * steps / self.begun
         return ratio(s.schedule, s.counted(step + 1) - 1 + ahead, end, s.warmup, s.final_ratio, s.hold)
 
@@ -99,7 +100,7 @@ class Length:
         return steps
 
     def sentence(self, settings: Settings) -> str:
-        """A sentence that describes the last change and its effect on the learning rate."""
+        """Return a sentence that describes the last change and its effect on the learning rate."""
         last = self.changes[-1]
         before = Length(self.begun, self.changes[:-1])
         then = settings.learning_rate * self.rate_share(settings, last.at)
@@ -112,19 +113,20 @@ class Length:
         )
 
     def facts(self) -> dict[str, Any]:
-        """The changes, and where a number of steps fits into the time the plan, as JSON, for a checkpoint."""
+        """Return the changes, and where a number of steps fits into the time the plan, as JSON, for a checkpoint."""
         plan = {"steps": self.steps, "scheduled": self.scheduled, "since": self.since, "position": self.position}
         return {"length": [asdict(change) for change in self.changes], "plan": plan}
 
 
 def length_of(state: Mapping[str, Any]) -> Length:
-    """The length of a saved run without its plan, from the facts of its state (no changes in earlier versions)."""
+    """Return the length of a saved run without its plan, from the facts of its state (no changes in earlier versions).
+    """
     changes = (Change(**change) for change in state.get("length", ()))
     return Length(state["described"]["settings"]["steps"], tuple(changes))
 
 
 def with_plan(length: Length, state: Mapping[str, Any]) -> Length:
-    """The length with the plan of a state, if that was made for the same number of steps."""
+    """Return the length with the plan of a state, if that was made for the same number of steps."""
     plan = state.get("plan", {})
     if plan.get("scheduled") != length.scheduled:
         return length

@@ -32,7 +32,7 @@ class Loader:
         self.next: Future[Batch] | None = None
 
     def get(self, number: int, following: int | None = None) -> Batch:
-        """The batch of this number; then starts to make the one of number `following`, if there is one."""
+        """Return the batch of this number; then starts to make the one of number `following`, if there is one."""
         self.wait()
         batch = self.next.result() if self.next and self.number == number else self._load(number)
         if self.stream:
@@ -46,12 +46,12 @@ class Loader:
         return batch
 
     def wait(self) -> None:
-        """Waits until the thread is idle, so that the data may be used for something else."""
+        """Wait until the thread is idle, so that the data may be used for something else."""
         if self.next:
             self.next.exception()
 
     def close(self) -> None:
-        """Ends the thread after its current batch."""
+        """End the thread after its current batch."""
         if self.worker:
             self.worker.shutdown()
 
@@ -62,7 +62,7 @@ class Loader:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch copied to a device; to CUDA without waiting for the copy."""
+    """Return a batch copied to a device; to CUDA without waiting for the copy."""
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in batch.items()}
     return {

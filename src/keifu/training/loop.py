@@ -49,7 +49,7 @@ def train(
     model: nn.Module, objective: Objective, data: Data, settings: Settings, run: Run, sample: Sample | None = None,
     save: Save | None = None, largest: Batch | None = None,
 ) -> Summary:  # fmt: skip
-    """Trains a model, on the device where its parameters are, and writes a run directory.
+    """Trains a model, on the device where its parameters are, and write a run directory.
 
     `sample`: called with the number of steps done, gives a text or a PNG picture. `save`: writes the model into the
     directory. `largest`: the batch to measure memory on; unset: the first one. Data that are `OnPolicy` need it, since
@@ -117,7 +117,7 @@ class _Loop:
         run_directory.keep_tokenizers(run)
 
     def make_steps(self) -> None:
-        """Makes all remaining steps."""
+        """Make all remaining steps."""
         self.trainer.model.train()
         if self.state.spikes.due(self.state.step):
             self._save_state()
@@ -138,7 +138,7 @@ class _Loop:
                 self._between()
 
     def finish(self) -> Summary:
-        """Makes the last validation, sample and checkpoint, and writes the model and the report."""
+        """Make the last validation, sample and checkpoint, and write the model and the report."""
         state = self.state
         if self.validated != state.step:
             self._evaluate()
@@ -157,7 +157,7 @@ class _Loop:
         return Summary(self.run.directory, state.step, state.seconds, self.figures)
 
     def _gradient(self) -> Gradient | None:
-        """The gradient of the next step, checked to be finite; None where a stop was requested.
+        """Return the gradient of the next step, checked to be finite; None where a stop was requested.
 
         The check is the only point in a step where the host waits for the device. An overflow in float16 is computed
         again with a lower loss scale.
@@ -174,13 +174,13 @@ class _Loop:
         return gradient
 
     def _batch(self) -> Batch:
-        """The batch of the next step; the one after it is prefetched, unless it depends on the weights."""
+        """Return the batch of the next step; the one after it is prefetched, unless it depends on the weights."""
         index = self.state.step + self.state.spikes.skipped
         more = self.state.step + 1 < self.state.length.steps and not self.on_policy
         return self.loader.get(index, index + 1 if more else None)
 
     def _fitting_gradient(self, batch: Batch) -> Gradient | None:
-        """The gradient; where it does not fit into memory, with half as many rows at a time, down to one."""
+        """Return the gradient; where it does not fit into memory, with half as many rows at a time, down to one."""
         trainer, step = self.trainer, self.state.step
         current().begin_step(step)
         alone, stopped = current().world_size == 1, self.stop()
@@ -201,7 +201,7 @@ class _Loop:
 
     @contextmanager
     def _saving_on_failure(self) -> Iterator[None]:
-        """A block that does not change the weights: where it fails, the state is saved first."""
+        """Run a block that does not change the weights: where it fails, the state is saved first."""
         try:
             with failures.explain_out_of_memory():
                 yield
@@ -247,14 +247,14 @@ class _Loop:
                 self._make(due)
 
     def _make(self, due: list[str]) -> None:
-        """Makes what is due, and measures how long it takes."""
+        """Make what is due, and measure how long it takes."""
         work = {"validation": self._evaluate, "sample": self._sample, "state": self._save_state_or_tell}
         for name in due:
             with self.pace.timed(name):
                 work[name]()
 
     def _estimate(self) -> None:
-        """Shows what the rest of the run is estimated to take, with the validations and samples in it."""
+        """Show what the rest of the run is estimated to take, with the validations and samples in it."""
         done, whole = self.state.step, self.settings.whole_steps
         steps = max(done, self.state.length.steps)
         extra = self.budget.left(done, steps)
@@ -262,7 +262,7 @@ class _Loop:
         self.display.note(note)
 
     def _fit(self, steps: int) -> None:
-        """Changes the number of steps to what fits into the time; recorded in the metrics and in checkpoints."""
+        """Change the number of steps to what fits into the time; recorded in the metrics and in checkpoints."""
         if steps != self.state.length.steps:
             planned = self.state.length.scheduled
             if steps < planned / 2 and not self.short:
@@ -275,7 +275,7 @@ class _Loop:
             self.left.total = self.settings.whole_steps(steps)
 
     def _log(self) -> None:
-        """Writes a line of metrics from the sums since the last one; reading them waits for the device."""
+        """Write a line of metrics from the sums since the last one; reading them waits for the device."""
         state = self.state
         units, means = float(state.sums["weight"]), state.sums.means()
         rate = units / self.pace.lap()
@@ -309,7 +309,7 @@ class _Loop:
         return used / self.peak if used <= self.peak else None
 
     def _evaluate(self) -> None:
-        """The validation figures, and bits per byte where the run gives the bytes per element."""
+        """Return the validation figures, and bits per byte where the run gives the bytes per element."""
         self.loader.wait()
         with self._saving_on_failure(), self.trainer.optimizers.averaged():
             means = self.trainer.validation(self.data.validation())
@@ -378,7 +378,7 @@ class _Loop:
             self.saved = state.step
 
     def _remove_old_states(self, step: int) -> None:
-        """Removes the states that are not kept beside that of a step."""
+        """Remove the states that are not kept beside that of a step."""
         reach = self.settings.spikes.reach if self.settings.spikes.rise else 0
         checkpoint.remove_old(self.run.directory, step, self.settings.keep, reach, self._has_state)
 
@@ -393,7 +393,7 @@ class _Loop:
 
     @contextmanager
     def _tolerating(self, what: str) -> Iterator[None]:
-        """A block in which a failed write does not stop the run: it is shown, and tried again when next due."""
+        """Run a block in which a failed write does not stop the run: it is shown, and tried again when next due."""
         try:
             yield
         except (OSError, UserError) as error:
@@ -414,7 +414,7 @@ class _Loop:
         raise failures.NotFinite(self._refuse(f"In the next step {reason}. {advice}"))
 
     def _refuse(self, text: str) -> str:
-        """Saves the state of the last complete step; gives the text of the error with how to resume."""
+        """Save the state of the last complete step; return the text of the error with how to resume."""
         self.trainer.optimizers.drop_gradients()
         if current().is_replicated:  # other processes may not come to save theirs
             self._save_state()
@@ -422,7 +422,7 @@ class _Loop:
         return f"Stopped after step {self.state.step:,}, whose state is {kept}. {text} To go on: {how}"
 
     def _leave(self, outcome: dict[str, Any]) -> None:
-        """Writes the model, the results into recipe.json, and the report."""
+        """Write the model, the results into recipe.json, and the report."""
         with self.trainer.optimizers.averaged():
             if outcome["finished"]:
                 self._restore_best()

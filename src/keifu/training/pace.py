@@ -57,7 +57,7 @@ class Pace:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A block whose time does not count as training."""
+        """Run a block whose time does not count as training."""
         self._read()
         yield
         self.since = time.perf_counter()
@@ -93,8 +93,8 @@ class Budget:
         self.step_seconds: float | None = None
 
     def steps(self, step: int, planned: int) -> int:
-        """The number of steps of the whole run at the current pace, at least one more; the planned number where it
-        still fits, or where the last check was a moment ago."""
+        """Return the number of steps of the whole run at the current pace, at least one more; the planned number where
+        it still fits, or where the last check was a moment ago."""
         if self.seconds is None or self.pace.passed - self.looked < CHECK * self.seconds:
             return planned
         lasted = self.pace.lasted

@@ -37,7 +37,7 @@ class Data(Protocol):
         ...
 
     def batch(self, step: int) -> Batch:
-        """The whole batch of a step (from 0); the loop splits it by rows."""
+        """Return the whole batch of a step (from 0); the loop splits it by rows."""
         ...
 
     def validation(self) -> Iterable[Batch]:
@@ -54,7 +54,8 @@ class OnPolicy(Protocol):
     on_policy: Literal[True]
 
     def state(self) -> Batch:
-        """What later batches are made from and later weights could not make again; empty where there is nothing."""
+        """Return the state that later batches need and later weights could not make again, such as the current rollout.
+        """
         ...
 
     def load_state(self, state: Batch) -> None:

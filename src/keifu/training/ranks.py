@@ -45,11 +45,12 @@ class Ranks:
     pod: Any = None
 
     def bounds(self, rows: int, rank: int) -> tuple[int, int]:
-        """The first row of a rank's slice of `rows` rows, and the one behind its last; sizes differ by one at most."""
+        """Return the first row of a rank's slice of `rows` rows, and the one behind its last; sizes differ by one at
+        most."""
         return rows * rank // self.world_size, rows * (rank + 1) // self.world_size
 
     def micro_batches(self, batch: Batch, rows: int) -> list[MicroBatch]:
-        """This rank's slice of a batch in parts of at most `rows` rows, as many parts on every rank.
+        """Return this rank's slice of a batch in parts of at most `rows` rows, as many parts on every rank.
 
         Where the slices differ by a row, a part may have one row more. A batch with fewer rows than there are ranks is
         whole on every rank.
@@ -70,7 +71,7 @@ class Ranks:
         ]
 
     def sum(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sums over all ranks of numbers without axes, each in its own type, in the order of the ranks."""
+        """Return the sums over all ranks of numbers without axes, each in its own type, in the order of the ranks."""
         if self.world_size == 1:
             return tensors
         numbers = torch.stack([tensor.double() for tensor in tensors.values()])
@@ -78,7 +79,7 @@ class Ranks:
         return {name: reduce(add, column.to(tensor.dtype)) for (name, tensor), column in columns}
 
     def sum_gradients(self, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Sums the gradients of parameters over all ranks, in place; gives this rank's part of each, and the norm of
+        """Sum the gradients of parameters over all ranks, in place; return this rank's part of each, and the norm of
         all.
 
         A parameter that no rank has a gradient of has none afterwards; where only some ranks have one, the others add
@@ -104,13 +105,13 @@ class Ranks:
         return [*gradients.values()], norm
 
     def counts(self, rows: Tensor) -> list[int]:
-        """The number of rows of such a tensor on every rank."""
+        """Return the number of rows of such a tensor on every rank."""
         if self.world_size == 1:
             return [len(rows)]
         return [*map(int, of_all(torch.full((1,), len(rows), device=rows.device), self.world_size, self.group))]
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, one rank's after the other's."""
+        """Return the rows of all ranks, one rank's after the other's."""
         if self.world_size == 1:
             return rows
         counts = self.counts(rows)
@@ -120,8 +121,8 @@ class Ranks:
         return torch.cat([part[:count] for part, count in parts])
 
     def gather_batch(self, batch: Batch, padding: Mapping[str, int]) -> Batch:
-        """The rows of all ranks of a batch whose tensors have one axis, or a second one of positions, which differ in
-        number and are padded on the right, with 0 where nothing is said."""
+        """Return the rows of all ranks of a batch whose tensors have one axis, or a second one of positions, which
+        differ in number and are padded on the right, with 0 where nothing is said."""
         if self.world_size == 1:
             return batch
         found = {}
@@ -134,7 +135,7 @@ class Ranks:
 
 
 def of_all(tensor: Tensor, world: int, group: Any = None) -> list[Tensor]:
-    """The same tensor of every rank of a group, in their order; all have one shape."""
+    """Return the same tensor of every rank of a group, in their order; all have one shape."""
     found = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world)]
     distributed.all_gather(found, tensor.contiguous(), group=group)
     return found
@@ -144,7 +145,7 @@ BUCKET = 2**24  # elements that are exchanged at a time
 
 
 def sum_in_order(tensors: Sequence[Tensor], world: int, group: Any = None) -> None:
-    """Sums tensors over the ranks of a group, in place: ((rank 0 + rank 1) + rank 2) + ..., the same on every rank.
+    """Sum tensors over the ranks of a group, in place: ((rank 0 + rank 1) + rank 2) + ..., the same on every rank.
 
     So one process that adds up as many micro-batches has these bits too. Each rank adds up its part of all elements,
     and sends as many bytes as in an all-reduce: 2 (world - 1) / world of the tensors.
@@ -177,7 +178,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def local(tensor: Any) -> Tensor:
-    """What this process holds of a tensor: a part, where FSDP has sharded it."""
+    """Return this process's shard of a tensor, or all of it if FSDP has not sharded it."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return tensor.detach()
     from torch.distributed.tensor import DTensor
@@ -186,10 +187,10 @@ def local(tensor: Any) -> Tensor:
 
 
 def rows_of(batch: Batch) -> int:
-    """The number of rows of a batch."""
+    """Return the number of rows of a batch."""
     return len(next(iter(batch.values())))
 
 
 def row_elements(batch: Batch) -> int:
-    """The number of elements in a row of a batch, over all its tensors."""
+    """Return the number of elements in a row of a batch, over all its tensors."""
     return sum(tensor.numel() for tensor in batch.values()) // max(1, rows_of(batch))

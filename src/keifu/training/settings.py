@@ -132,16 +132,16 @@ class Settings:
         return batch_size_stages(self.batch_stages, self.batch_size)
 
     def whole_steps(self, step: int) -> float:
-        """The number of steps before this one, where a smaller batch counts as its share of batch_size."""
+        """Return the number of steps before this one, where a smaller batch counts as its share of batch_size."""
         return self.growth.before(step) / self.batch_size
 
     def counted(self, step: int) -> float | int:
-        """The number of steps before this one, as the learning rate schedule counts them (see `rate_by`)."""
+        """Return the number of steps before this one, as the learning rate schedule counts them (see `rate_by`)."""
         return self.whole_steps(step) if self.rate_by == "rows" else step
 
 
 def as_chosen(settings: Settings) -> Settings:
-    """The settings with the precision and the compilation of the command line, where it names them."""
+    """Return the settings with the precision and the compilation of the command line, where it names them."""
     options = {name: vars(chosen())[name] for name in ("precision", "compile", "deterministic")}
     return replace(settings, **{name: value for name, value in options.items() if value is not None})
 
@@ -153,7 +153,7 @@ CHOICES = {
 
 
 def check_choice(setting: str, value: str) -> None:
-    """A `UserError` with the nearest known value, where a setting has a few values and this is none of them."""
+    """Return a `UserError` with the nearest known value, where a setting has a few values and this is none of them."""
     require_known(setting, value, CHOICES[setting])
 
 
@@ -166,14 +166,14 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two flat mappings, as `name 1 → 2`."""
+    """Return the differences between two flat mappings, as `name 1 → 2`."""
     missing = "(unset)"
     pairs = {name: (then.get(name, missing), now.get(name, missing)) for name in {**then, **now}}
     return [f"{name} {a} → {b}" for name, (a, b) in pairs.items() if a != b]
 
 
 def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a resumed run changes and may change; a `UserError` names everything that it may not change.
+    """Return the changes of a resumed run that are allowed; a `UserError` names all others.
 
     Both are what `describe_settings` gives: `then` when the state was saved.
     """
@@ -197,5 +197,5 @@ def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def describe_settings(settings: Settings, options: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
-    """What decides a run's result, as JSON can hold it."""
+    """Return the settings, options and data that decide a run's result, as JSON can hold them."""
     return {"settings": flat(asdict(settings)), "options": flat(options), "data": fingerprint}

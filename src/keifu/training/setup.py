@@ -48,7 +48,7 @@ def set_up(
     model: nn.Module, objective: Objective, data: Data, settings: Settings, run: Run, tell: Callable[[str], None],
     largest: Batch | None = None,
 ) -> Setup:  # fmt: skip
-    """Builds the trainer, measures the cost on the largest batch, and loads the state of a resumed run. `tell` shows a
+    """Build the trainer, measure the cost on the largest batch, and load the state of a resumed run. `tell` shows a
     message.
 
     A missing or damaged state, changed data or settings, or a model that does not fit into memory is a `UserError`.
@@ -84,7 +84,7 @@ def set_up(
 
 
 def check_alike(described: dict[str, Any]) -> None:
-    """A `UserError` where another process has other data, settings or versions than the first one."""
+    """Raise a `UserError` if another process has other data, settings or versions than the first one."""
     versions = {"keifu": __version__, "torch": torch.__version__}
     here = flat({"version": versions, **described}) | {"data": described["data"]}
     first, *others = map(json.loads, current().gather(json.dumps(here, default=str)))
@@ -97,7 +97,7 @@ def check_alike(described: dict[str, Any]) -> None:
 
 
 def _evaluate_every(settings: Settings, data: Data, batch: Batch, tell: Callable[[str], None]) -> int:
-    """Steps between validations, so many that these take no more than their share of the computation.
+    """Return steps between validations, so many that these take no more than their share of the computation.
 
     An element of a validation counts as a third of one in a step: the backward pass takes twice the forward pass
     (Kaplan et al., 2020, section 2.1). Rollouts, which are generated for each validation, are not counted.
@@ -114,14 +114,15 @@ def _evaluate_every(settings: Settings, data: Data, batch: Batch, tell: Callable
 
 
 def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell: Callable[[str], None]) -> torch.dtype:
-    """The number format of matrix products, which is shown with the device."""
+    """Return the number format of matrix products, which is shown with the device."""
     dtype = resolve_dtype(resolved.get("precision", precision) if precision == "auto" else precision, device)
     tell(f"On {device_name(device)}, matrix products in {str(dtype).removeprefix('torch.')}.")
     return dtype
 
 
 def _as_resolved(found: checkpoint.State, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
-    """The automatic settings of the resumed run; none on a device of another kind, where they are decided anew."""
+    """Return the automatic settings of the resumed run; none on a device of another kind, where they are decided anew.
+    """
     resolved, now = found.facts["resolved"], device_name(device)
     before = resolved.get("device", now)
     if same_kind(before, now):
@@ -131,7 +132,7 @@ def _as_resolved(found: checkpoint.State, device: torch.device, tell: Callable[[
 
 
 def _check_growth(settings: Settings, data: Data) -> None:
-    """A `UserError` where the settings have batch-size warm-up and the data do not."""
+    """Raise a `UserError` if the settings have batch-size warm-up and the data do not."""
     growth = settings.growth
     if len(growth.rows) > 1 and (rows := rows_of(data.batch(0))) != growth.at(0):
         raise UserError(
@@ -141,7 +142,8 @@ def _check_growth(settings: Settings, data: Data) -> None:
 
 
 def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.State:
-    """The newest state that the first process finds whole: it alone looks for damage in the parts of a split model."""
+    """Return the newest state that the first process finds whole: it alone looks for damage in the parts of a split
+    model."""
     found, complaints = checkpoint.latest(run.directory)
     for text in complaints:
         tell(text)
@@ -150,8 +152,8 @@ def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.State:
 
 
 def _length(found: checkpoint.State, settings: Settings, directory: Path) -> Length:
-    """The length of a resumed run. It changes where the settings have other steps than the run started with, or where
-    its recipe.json asks for others."""
+    """Return the length of a resumed run. It changes where the settings have other steps than the run started with, or
+    where its recipe.json asks for others."""
     length = length_of(found.facts)
     asked = run_directory.recorded(directory).get("steps") or length.scheduled
     steps = asked if settings.steps == length.begun else settings.steps
@@ -170,7 +172,7 @@ def _length(found: checkpoint.State, settings: Settings, directory: Path) -> Len
 def _tell_changes(
     found: checkpoint.State, length: Length, settings: Settings, now: dict[str, Any], tell: Callable[[str], None]
 ) -> None:
-    """Checks that the run may be resumed with these settings, and shows what has changed."""
+    """Check that the run may be resumed with these settings, and show what has changed."""
     before = length_of(found.facts).scheduled
     changes = compare({"steps": before}, {"steps": length.scheduled})
     changes += check_resumed(found.facts["described"], now)
@@ -186,7 +188,8 @@ LEAST_STEPS = 8  # trial steps, at least
 def steps_within(
     minutes: float, model: nn.Module, objective: Objective, data: Data, settings: Settings, largest: Batch
 ) -> int:
-    """The number of steps that fit into so many minutes of training, from trial steps on the first batches of the run.
+    """Return the number of steps that fit into so many minutes of training, from trial steps on the first batches of
+    the run.
 
     Validation, samples and checkpoints are not included. The trial takes 2% of the time and does not change the model.
     """
@@ -205,7 +208,8 @@ def steps_within(
 
 
 def _seconds_a_step(trainer: Trainer, data: Data, budget: float) -> float:
-    """The mean seconds of as many steps as fit into the budget, after one to warm up; their learning rates are 0."""
+    """Return the mean seconds of as many steps as fit into the budget, after one to warm up; their learning rates are
+    0."""
     for step in count():
         if step == 1:
             start = time.perf_counter()
@@ -219,7 +223,7 @@ def _seconds_a_step(trainer: Trainer, data: Data, budget: float) -> float:
 
 
 def steps_of(directory: Path) -> int:
-    """The number of steps that the run in this directory started with."""
+    """Return the number of steps that the run in this directory started with."""
     try:
         return run_directory.read_recipe(directory)["settings"]["steps"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -24,7 +24,7 @@ class Sums(dict[str, Tensor]):
 
     @classmethod
     def of(cls, outcome: LossOutput) -> "Sums":
-        """The sums of one micro-batch, detached."""
+        """Return the sums of one micro-batch, detached."""
         if isinstance(outcome.weight, Tensor):
             weight = outcome.weight.to(outcome.total.device, torch.float32)
         else:
@@ -37,11 +37,11 @@ class Sums(dict[str, Tensor]):
         return Sums({name: value + other[name] for name, value in self.items()}) if self else other
 
     def zeros(self) -> "Sums":
-        """Sums of the same names that add nothing."""
+        """Sum of the same names that add nothing."""
         return Sums({name: value * 0 for name, value in self.items()})
 
     def means(self) -> dict[str, float]:
-        """The mean loss and figures per element; waits for the device."""
+        """Return the mean loss and figures per element; wait for the device."""
         weight = float(self["weight"]) or 1.0
         names = sorted(self.keys() - {"total", "weight"})  # in the order in which a state gives them back
         means = {name.removeprefix("figures."): float(self[name]) / weight for name in names}

@@ -48,7 +48,7 @@ class ObjectiveModule(nn.Module):
         self.model = model
 
     def forward(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """What the function gives for the model and the inputs."""
+        """Return the result of the function for the model and the inputs."""
         return function(self.model, *inputs)
 
 
@@ -84,7 +84,7 @@ class Trainer:
         self.state = TrainState(model, self.optimizers, scale, SpikeState(settings.spikes), on_policy)
 
     def gradient(self, step: int, batch: Batch, stop: Callable[[], bool] = lambda: False) -> Gradient | None:
-        """Computes the clipped gradient of a batch into the parameters' `grad`; None where `stop()` is true between two
+        """Compute the clipped gradient of a batch into the parameters' `grad`; None where `stop()` is true between two
         micro-batches. A batch without rows, or with fewer rows than there are ranks, is a `UserError`.
 
         Dropout is a function of the seed, the step and the row. torch's global generator is seeded for each
@@ -110,7 +110,7 @@ class Trainer:
         return Gradient(sums, self._average(sums["weight"]))
 
     def check_rows(self, step: int, batch: Batch) -> None:
-        """A `UserError` where a batch has no rows, or fewer than there are ranks."""
+        """Raise a `UserError` if a batch has no rows, or fewer than there are ranks."""
         rows, world = rows_of(batch), self.ranks.world_size
         if rows < world:
             said = f"{rows:,} rows for {world} processes" if rows else "no rows"
@@ -122,7 +122,7 @@ class Trainer:
         current().discard_gradients(self.module)
 
     def update(self, gradient: Gradient) -> None:
-        """Updates the weights by their gradients: one step more is done."""
+        """Update the weights by their gradients: one step more is done."""
         state = self.state
         self.optimizers.step(state.step)
         state.scale.count()
@@ -131,7 +131,7 @@ class Trainer:
 
     @torch.no_grad()
     def validation(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The mean loss and figures over all elements of the batches, in evaluation mode; empty without any."""
+        """Return the mean loss and figures over all elements of the batches, in evaluation mode; empty without any."""
         self.model.eval()
         sums = Sums()
         for batch in filter(rows_of, batches):
@@ -145,7 +145,7 @@ class Trainer:
         return Sums(self.ranks.sum(sums)).means() if sums else {}
 
     def explain(self, step: int, batch: Batch) -> str:
-        """A sentence that names the layer with the first number that is not finite; computes the step again."""
+        """Return a sentence that names the layer with the first number that is not finite; compute the step again."""
         self.optimizers.drop_gradients()
         reason = failures.NOT_AGAIN
         for part in self._micro_batches(batch):
@@ -158,7 +158,7 @@ class Trainer:
         return reason
 
     def forward(self, batch: Batch) -> LossOutput:
-        """The objective of rows that are computed at once, not compiled."""
+        """Return the objective of rows that are computed at once, not compiled."""
         return self._call(self.plain, batch)
 
     def halve(self, batch: Batch) -> bool:
@@ -173,14 +173,15 @@ class Trainer:
         return True
 
     def resolved(self) -> dict[str, Any]:
-        """The automatic settings as they were decided (micro-batch, precision, device); a resumed run keeps them."""
+        """Return the automatic settings as they were decided (micro-batch, precision, device); a resumed run keeps
+        them."""
         found = {"micro_batch": self.micro_batch, "row_elements": self.row_elements}
         found |= {"precision": str(self.dtype).removeprefix("torch."), "device": device_name(self.device)}
         return found | ({"dropout": DROPOUT} if self.dropout.drops else {})
 
     def _losses(self, batch: Batch, step: int | None = None) -> Iterator[LossOutput]:
-        """The outputs of this rank's micro-batches, one after the other, which add up to the whole batch over all
-        ranks; `step` is None in evaluation.
+        """Return the outputs of this rank's micro-batches, one after the other, which add up to the whole batch over
+        all ranks; `step` is None in evaluation.
 
         The dropout keys stay until the next micro-batch, for layers that the backward pass computes again (activation
         checkpointing).
@@ -205,12 +206,12 @@ class Trainer:
                 yield self._call(self.objective, part)
 
     def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """A function of the model, in its number format."""
+        """Return a function of the model, in its number format."""
         with autocast(self.device, self.dtype):
             return self.module(function, *inputs)
 
     def _begin(self, step: int, part: MicroBatch) -> None:
-        """Sets all random state for a pass over a micro-batch."""
+        """Set all random state for a pass over a micro-batch."""
         seed = (self.settings.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part.first) % 2**63
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)  # torch's takes 1 ms more
         self.dropout.set(step, part.first, rows_of(part.batch))
@@ -219,13 +220,13 @@ class Trainer:
         return self.ranks.micro_batches(batch, self._rows(batch))
 
     def _rows(self, batch: Batch) -> int:
-        """The number of rows of such a batch that are computed at a time."""
+        """Return the number of rows of such a batch that are computed at a time."""
         if self.row_elements is None:
             return self.micro_batch
         return max(1, self.micro_batch * self.row_elements // max(1, row_elements(batch)))
 
     def _average(self, weight: Tensor) -> Tensor:
-        """Divides the gradient of the sum by the number of elements and clips it, in one pass; gives the norm before
+        """Divides the gradient of the sum by the number of elements and clips it, in one pass; return the norm before
         clipping."""
         weight = torch.where(weight > 0, weight, 1.0) * self.state.scale.factor
         if self.split:
@@ -241,7 +242,7 @@ class Trainer:
 
 
 def compile_objective(objective: Objective, device: torch.device) -> Objective:
-    """The objective and the model's forward pass in it through torch.compile."""
+    """Return the objective and the model's forward pass in it through torch.compile."""
     require_compiler(device)
     if isinstance(objective, WholeBatchObjective):
         return replace(objective, rows=torch.compile(objective.rows))

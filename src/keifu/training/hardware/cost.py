@@ -52,7 +52,7 @@ class Cost:
         return self.fixed_bytes + self.row_bytes * self.micro_batch
 
     def sentence(self, steps: int, unit: str, whole_steps: float, extra: float, on_policy: bool = False) -> str:
-        """The sentence before a run starts; steps with smaller batches count as fractions of whole steps.
+        """Return the sentence before a run starts; steps with smaller batches count as fractions of whole steps.
 
         `extra`: seconds of validations and samples. `on_policy`: batches are rollouts, whose time is not measured.
         """
@@ -95,13 +95,13 @@ def activations(trainer: Trainer, batch: Batch) -> tuple[int, int]:
 
 
 def forward(trainer: Trainer, batch: Batch) -> LossOutput:
-    """The loss of a batch, with dropout as in a step."""
+    """Return the loss of a batch, with dropout as in a step."""
     trainer.dropout.set(0, 0, rows_of(batch))
     return trainer.forward(batch)
 
 
 def backward(trainer: Trainer, batch: Batch) -> None:
-    """A forward and a backward pass."""
+    """Return a forward and a backward pass."""
     forward(trainer, batch).total.backward()
 
 
@@ -140,19 +140,19 @@ def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
 
 
 def first_rows(batch: Batch, rows: int) -> Batch:
-    """The first rows of a batch."""
+    """Return the first rows of a batch."""
     return {name: tensor[:rows] for name, tensor in batch.items()}
 
 
 def _even(rows: int, fitting: int) -> int:
-    """The micro-batch size that splits a batch into as few equal parts as fit."""
+    """Return the micro-batch size that splits a batch into as few equal parts as fit."""
     parts = -(-rows // min(rows, fitting))
     return -(-rows // parts)
 
 
 def _linear(trainer: Trainer, batch: Batch, rows: int) -> tuple[int, int]:
-    """The activations' fixed bytes and bytes per row, from passes over one and two rows, or two and three where there
-    is batch normalization, which one row may have no variance for.
+    """Return the activations' fixed bytes and bytes per row, from passes over one and two rows, or two and three where
+    there is batch normalization, which one row may have no variance for.
 
     Twice the largest tensor is added for the temporary memory of a backward pass: a gradient and its input.
     """
@@ -183,7 +183,7 @@ def _timed(trainer: Trainer, batch: Batch, rows: int) -> tuple[float, float, int
 
 @contextmanager
 def preserve_state(trainer: Trainer) -> Iterator[None]:
-    """A block after which buffers, gradients and the state of random generators are restored."""
+    """Run a block after which buffers, gradients and the state of random generators are restored."""
     buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
     kind = trainer.device.type
     devices: list[Any] = [] if kind == "cpu" else [trainer.device]

@@ -34,7 +34,7 @@ class OutOfMemory(UserError):
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Turns every kind of out-of-memory error into an `OutOfMemory` with the amount requested and advice."""
+    """Turn every kind of out-of-memory error into an `OutOfMemory` with the amount requested and advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -51,12 +51,12 @@ def _requested_bytes(message: str) -> str:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every number is finite; waits for the device."""
+    """Whether every number is finite; wait for the device."""
     return bool(tensor.isfinite().all())
 
 
 def first_not_finite(model: nn.Module, work: Callable[[], Tensor]) -> str:
-    """A phrase that names the first tensor of a step that is not finite.
+    """Return a phrase that names the first tensor of a step that is not finite.
 
     `work` runs the forward pass and gives the loss. Checked are, in this order, the weights, the modules' outputs as
     they are computed, the loss, and the gradients as they are computed.
@@ -79,7 +79,7 @@ def first_not_finite(model: nn.Module, work: Callable[[], Tensor]) -> str:
 
 @contextmanager
 def _watch_modules(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """A block in which every module whose output, or the gradient of it, is not finite is added to `found`."""
+    """Run a block in which every module whose output, or the gradient of it, is not finite is added to `found`."""
     with ExitStack() as hooks, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Full backward hook is firing")  # modules whose inputs have no gradient
         for name, module in model.named_modules():
@@ -92,7 +92,7 @@ def _watch_modules(model: nn.Module, found: list[str]) -> Iterator[None]:
 
 
 def _check(found: list[str], what: str, *call: object) -> None:
-    """A hook: the last that it is given is the module's output, or the gradients of it."""
+    """Check the module's output, or the gradients of it, which is the last argument of a hook."""
     tensors = call[-1] if isinstance(call[-1], tuple | list) else call[-1:]
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_finite(tensor):
@@ -115,7 +115,7 @@ class Running:
     readings: int = 0
 
     def take(self, loss: float, rise: float) -> bool:
-        """Updates the mean and the variance by a loss; False for one that is left out, as it is above the mean by six
+        """Update the mean and the variance by a loss; False for one that is left out, as it is above the mean by six
         standard deviations, and by `rise` times the mean."""
         if self.readings >= 5 and loss > self.mean + max(6 * self.variance**0.5, rise * abs(self.mean)):
             return False
@@ -127,7 +127,7 @@ class Running:
         return True
 
     def facts(self) -> dict[str, Any]:
-        """The constructor's arguments, for a checkpoint."""
+        """Return the constructor's arguments, for a checkpoint."""
         return asdict(self)
 
 
@@ -138,7 +138,7 @@ class Divergence(Running):
     warned = False
 
     def watch(self, loss: float) -> str | None:
-        """A warning, where there is one."""
+        """Return a warning, where there is one."""
         before = self.warned
         self.warned = not self.take(loss, 0.5)
         text = f"The loss is {loss:.4g}, far above its running mean of {self.mean:.4g}: the run may be diverging; "

@@ -48,13 +48,14 @@ FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The peak FLOPs per second of matrix products on a device: published for common GPUs, otherwise measured."""
+    """Return the peak FLOPs per second of matrix products on a device: published for common GPUs, otherwise measured.
+    """
     published = named_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
     return published or matmul_peak(device, dtype)
 
 
 def named_peak(name: str, dtype: torch.dtype) -> float | None:
-    """The published peak of a GPU by its name; None for an unknown GPU, or a format that it does not support."""
+    """Return the published peak of a GPU by its name; None for an unknown GPU, or a format that it does not support."""
     row = next((figures for pattern, figures in TFLOPS.items() if re.search(pattern, name)), None)
     return row[FORMATS.index(dtype)] * 1e12 or None if row else None
 
@@ -76,7 +77,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECO
 
 
 def time_call(work: Callable[[], object], device: torch.device) -> float:
-    """The seconds that a function takes, until the device has finished its work."""
+    """Return the seconds that a function takes, until the device has finished its work."""
     synchronize(device)
     start = perf_counter()
     work()
@@ -85,7 +86,7 @@ def time_call(work: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has finished its queued work; does nothing on a CPU."""
+    """Wait until a GPU has finished its queued work; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -164,7 +164,8 @@ def parse_devices(text: str) -> tuple[int, DeviceKind]:
 
 @cache
 def this_machine() -> DeviceKind:
-    """This computer's processor as a device: FLOP/s of products as `keifu train` makes them, and bytes/s, measured.
+    """Return this computer's processor as a device: FLOP/s of products as `keifu train` makes them, and bytes/s,
+    measured.
 
     The other figures were chosen so that three models fit on an AMD EPYC (Zen 5) and on an Intel Xeon with AMX. They
     are larger than a GPU's, since PyTorch's elementwise operations are not joined there, and work in 32 bits.
@@ -192,7 +193,7 @@ def parse_amount(text: str, option: str) -> float:
 
 
 def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Plan:
-    """The fastest layout that fits into memory, for steps of about so many tokens; none is a `UserError`."""
+    """Return the fastest layout that fits into memory, for steps of about so many tokens; none is a `UserError`."""
     found = [_planned(model, layout, devices, kind, batch) for layout in _layouts(model, devices, kind, batch)]
     fitting = [each for each in found if sum(each.memory.values()) <= USED * kind.memory]
     if not fitting:
@@ -218,7 +219,8 @@ def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float |
 
 
 def _planned(model: Architecture, layout: Layout, devices: int, kind: DeviceKind, batch: float | int) -> Plan:
-    """What a layout takes, by part; each kind of exchange at the bandwidth of the links that it goes over."""
+    """Return the memory and time of a layout, by part; each exchange is at the bandwidth of the links that it goes
+    over."""
     rows = max(1, round(batch / model.context / (devices // layout.tensor)))  # of a group in a step
     tokens = rows * model.context / layout.tensor  # on a device
     again = 4 / 3 if layout.checkpointing else 1.0
@@ -259,7 +261,8 @@ def _memory(model: Architecture, layout: Layout) -> dict[str, float]:
 
 
 def inference(model: Architecture, devices: int, kind: DeviceKind, context: int) -> dict[str, Any]:
-    """Decoding in 16 bits on devices that share each product: sequences that fit, bytes of cache for each, tokens/s."""
+    """Return decoding in 16 bits on devices that share each product: sequences that fit, bytes of cache for each,
+    tokens/s."""
     cache = 2 * 2 * model.layers * model.kv_width * context
     free = USED * devices * kind.memory - 2 * model.parameters
     batch = int(free // cache)

@@ -16,7 +16,7 @@ NATIVE = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")  # the flags of x86 and 
 
 @functools.cache
 def processor(field: str) -> str:
-    """A field of Linux's /proc/cpuinfo; empty on other systems."""
+    """Return a field of Linux's /proc/cpuinfo; empty on other systems."""
     source = Path("/proc/cpuinfo")
     text = source.read_text() if source.exists() else ""
     found = re.search(rf"^(?:{field})\s*:(.*)$", text, re.MULTILINE)
@@ -24,7 +24,7 @@ def processor(field: str) -> str:
 
 
 def processor_name() -> str:
-    """The model name of the processor."""
+    """Return the model name of the processor."""
     return processor("model name") or platform.processor() or platform.machine()
 
 
@@ -38,8 +38,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The number format of a precision setting on this device: `auto` is bfloat16 where the device has it, otherwise
-    float16 on a GPU and float32 on a CPU."""
+    """Return the number format of a precision setting on this device: `auto` is bfloat16 where the device has it,
+    otherwise float16 on a GPU and float32 on a CPU."""
     if precision == "auto":
         half = torch.float32 if device.type == "cpu" else torch.float16
         return torch.bfloat16 if has_bfloat16(device) else half
@@ -47,7 +47,7 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The autocast context of a forward pass; it does nothing for float32."""
+    """Return the autocast context of a forward pass; it does nothing for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -141,7 +141,7 @@ class LossScale:
         return True
 
     def count(self) -> None:
-        """Counts a step that was made, and doubles the scale when it is time."""
+        """Count a step that was made, and double the scale when it is time."""
         self.steps += self.moves
         if self.steps == self.INTERVAL:
             self.value *= 2

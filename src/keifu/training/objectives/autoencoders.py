@@ -40,8 +40,8 @@ class AutoencoderKLLoss:
     edges: float = 1.0
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """The sum over pictures; figures: `absolute_error`, `edge_error`, `squared_error`, of numbers from -1 to 1, and
-        `kl`, in nats for each number of the latents."""
+        """Return the sum over pictures; figures: `absolute_error`, `edge_error`, `squared_error`, of numbers from -1 to
+        1, and `kl`, in nats for each number of the latents."""
         picture = to_signed(batch["pictures"])
         found = model.encode(picture)
         again = model.decode(found.sample(normal(batch["draws"], found.mean.shape[1:])))
@@ -54,9 +54,9 @@ class AutoencoderKLLoss:
 
 
 def edge_difference(x: Values, y: Values) -> Float[Tensor, " batch"]:
-    """The gradient difference loss: the mean of ||Δx| - |Δy||, Δ being the difference of neighbouring pixels, down and
-    across (Mathieu, Couprie and LeCun, 2016, "Deep multi-scale video prediction beyond mean square error", section
-    3.2)."""
+    """Return the gradient difference loss: the mean of ||Δx| - |Δy||, Δ being the difference of neighbouring pixels,
+    down and across (Mathieu, Couprie and LeCun, 2016, "Deep multi-scale video prediction beyond mean square error",
+    section 3.2)."""
     parts = [(torch.diff(x, dim=way).abs() - torch.diff(y, dim=way).abs()).abs().flatten(1).mean(1) for way in (2, 3)]
     return parts[0] + parts[1]
 
@@ -73,15 +73,14 @@ class Ramp:
     steps: int
 
     def at(self, step: int) -> float:
-        """The value at a step (from 0)."""
+        """Return the value at a step (from 0)."""
         share = 0.5 - 0.5 * math.cos(math.pi * min(1.0, step / max(1, self.steps)))
         return self.start + (self.end - self.start) * share
 
 
 def add_ramps(data: Data, ramps: Mapping[str, Ramp]) -> MappedData:
-    """Data whose batches also have scheduled values by name, the same for each row [batch]. Held-out batches have the
-    last values.
-    """
+    """Return data whose batches also have scheduled values by name, the same for each row [batch]. Held-out batches
+    have the last values."""
 
     def change(batch: Batch, step: int, first: int) -> Batch:
         values = {name: ramp.end if step == HELD_OUT else ramp.at(step) for name, ramp in ramps.items()}
@@ -91,7 +90,7 @@ def add_ramps(data: Data, ramps: Mapping[str, Ramp]) -> MappedData:
 
 
 def discrete_vae_loss(model: Any, batch: Batch) -> LossOutput:
-    """The evidence lower bound of DALL-E's discrete VAE (Ramesh et al., 2021, section 2.1 and appendix A): an
+    """Return the evidence lower bound of DALL-E's discrete VAE (Ramesh et al., 2021, section 2.1 and appendix A): an
     objective.
 
     Codebook entries are sampled by Gumbel-softmax with "temperature". The loss is the negative logit-Laplace
@@ -130,7 +129,7 @@ class TextImageLoss:
     text_weight: float = 1 / 8
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """The sum over rows."""
+        """Return the sum over rows."""
         tokens, real, codes = batch["tokens"], batch["real"], batch["codes"].flatten(1)
         logits = model(tokens, real, batch["codes"])
         words = cross_entropy(logits.text, tokens, real) * batch["text_share"][0]
@@ -143,7 +142,7 @@ Codes = Int[Tensor, "picture rows columns"]
 
 
 def use_image_tokens(data: Data, training: Codes, held: Tensor | None, real: Callable[[Tensor], Tensor]) -> MappedData:
-    """Data with "indices" and "tokens", whose pictures are replaced by their precomputed image tokens, "codes".
+    """Return data with "indices" and "tokens", whose pictures are replaced by their precomputed image tokens, "codes".
 
     real: gives True for the tokens of texts that are not padding. "text_share" is a batch's rows over its real tokens,
     the same for each row.

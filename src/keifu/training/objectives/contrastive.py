@@ -19,8 +19,8 @@ LARGEST = math.log(100)  # the limit of logit_scale: similarities are multiplied
 
 
 def contrastive_loss(prepare: Callable[[Tensor], Tensor]) -> WholeBatchObjective:
-    """The symmetric loss of CLIP (Radford et al., 2021, figure 3): the mean of two cross-entropies, of each picture's
-    caption among all captions and of each caption's picture among all pictures.
+    """Return the symmetric loss of CLIP (Radford et al., 2021, figure 3): the mean of two cross-entropies, of each
+    picture's caption among all captions and of each caption's picture among all pictures.
 
     A batch has "pictures", bytes that `prepare` turns into the model's input, and "tokens" [batch, length]. Figures are
     the accuracies of finding the caption of a picture and the picture of a caption. The model offers `encode_image`,

@@ -44,8 +44,8 @@ DROPPED = 2**40 + 1
 
 
 def add_draws(data: Data, seed: int) -> MappedData:
-    """Data whose batches also have "draws" [batch], int64: the random seed of each row, for its timestep, noise and
-    label dropout.
+    """Return data whose batches also have "draws" [batch], int64: the random seed of each row, for its timestep, noise
+    and label dropout.
 
     Held-out rows have the same seeds each time, so that their losses can be compared.
     """
@@ -57,7 +57,7 @@ def add_draws(data: Data, seed: int) -> MappedData:
 
 
 def draw_noise(seed: int, step: int, rows: int, first: int = 0) -> Int[Tensor, " rows"]:
-    """A random seed for each row of a step, whose first row has number `first`."""
+    """Return a random seed for each row of a step, whose first row has number `first`."""
     of_step = bits(torch.tensor([seed]), torch.tensor([step]))
     return bits(of_step.expand(rows), torch.arange(first, first + rows))
 
@@ -92,12 +92,12 @@ class DiffusionLoss:
         return posterior(self.noise)
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """The sum over pictures; figures: `squared_error`, without weights, and with a learned variance `bits`, the
-        variational bound."""
+        """Return the sum over pictures; figures: `squared_error`, without weights, and with a learned variance `bits`,
+        the variational bound."""
         return self.of(partial(self.output, model, batch), batch["pictures"], batch["draws"])
 
     def of(self, network: Network, given: Tensor, draws: Int[Tensor, " batch"]) -> LossOutput:
-        """The same of a network whose condition is settled."""
+        """Return the same of a network whose condition is settled."""
         picture = to_signed(given) if given.dtype == torch.uint8 else given
         timestep = (uniform(draws, torch.full_like(draws, TIMESTEP)) * self.noise.steps).long()
         added = normal(draws, picture.shape[1:]).to(picture.dtype)
@@ -117,16 +117,16 @@ class DiffusionLoss:
         return LossOutput(total, len(picture), figures)
 
     def output(self, model: Any, batch: Batch, x: Tensor, timestep: Int[Tensor, " batch"]) -> Tensor:
-        """The model's output for noisy pictures, conditioned on the labels of the batch."""
+        """Return the model's output for noisy pictures, conditioned on the labels of the batch."""
         return model(x, timestep, self._labels(model, batch))
 
     def dropped(self, batch: Batch) -> Bool[Tensor, " batch"]:
-        """The rows whose condition is dropped."""
+        """Return the rows whose condition is dropped."""
         draws = batch["draws"]
         return uniform(draws, torch.full_like(draws, DROPPED)) < self.label_dropout
 
     def _labels(self, model: Any, batch: Batch) -> Tensor | None:
-        """The labels, with the null class where a label is missing or dropped."""
+        """Return the labels, with the null class where a label is missing or dropped."""
         none = model.config.n_classes
         if not none or "labels" not in batch:
             return None
@@ -175,7 +175,7 @@ class TextDiffusionLoss(DiffusionLoss):
     empty: Int[Tensor, " length"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def output(self, model: Any, batch: Batch, x: Tensor, timestep: Int[Tensor, " batch"]) -> Tensor:
-        """The model's output for noisy latents, conditioned on the texts of the batch."""
+        """Return the model's output for noisy latents, conditioned on the texts of the batch."""
         empty = self.empty.to(batch["tokens"].device)
         tokens = torch.where(self.dropped(batch)[:, None], empty, batch["tokens"])
         return model(x, timestep, model.project(model.encode_text(tokens)))
@@ -189,14 +189,14 @@ class EncodedImages:
     deviation: Float[Tensor, "picture channels height width"]
 
     def batch(self, batch: Batch) -> Batch:
-        """The batch with "pictures" replaced by the latents of its "indices", sampled by its "draws"."""
+        """Return the batch with "pictures" replaced by the latents of its "indices", sampled by its "draws"."""
         places, draws = batch["indices"], batch["draws"]
         noise = normal(bits(draws, torch.full_like(draws, LATENT)), self.mean.shape[1:])
         return {**batch, "pictures": self.mean[places] + self.deviation[places] * noise}
 
 
 def use_latents(data: Data, training: EncodedImages, held: EncodedImages | None) -> MappedData:
-    """Data with "indices" and "draws" (see `add_draws`), whose pictures are replaced by precomputed latents."""
+    """Return data with "indices" and "draws" (see `add_draws`), whose pictures are replaced by precomputed latents."""
 
     def change(batch: Batch, step: int, first: int) -> Batch:
         part = held if step == HELD_OUT else training
@@ -211,13 +211,13 @@ PLACES = 2**41  # the first position in a row's random stream for dequantisation
 
 
 def dequantise_data(data: Data) -> MappedData:
-    """Data with uniform dequantisation: pictures are (byte + u) / 128 - 1 with u uniform in [0, 1), sampled by "draws"
-    (Theis et al., 2016, section 3.1). The density of such numbers bounds the probability of the bytes."""
+    """Return data with uniform dequantisation: pictures are (byte + u) / 128 - 1 with u uniform in [0, 1), sampled by
+    "draws" (Theis et al., 2016, section 3.1). The density of such numbers bounds the probability of the bytes."""
     return MappedData(data, lambda batch, step, first: dequantize(batch), "dequantised")
 
 
 def dequantize(batch: Batch) -> Batch:
-    """A batch with dequantised "pictures", numbers from -1 to below 1, sampled by its "draws"."""
+    """Return a batch with dequantised "pictures", numbers from -1 to below 1, sampled by its "draws"."""
     pictures, draws = batch["pictures"], batch["draws"]
     numbers = pictures[0].numel()
     places = torch.arange(PLACES, PLACES + numbers, device=draws.device).repeat(len(draws))

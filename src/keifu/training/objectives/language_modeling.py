@@ -111,7 +111,7 @@ def finetuning_loss(model: Any, batch: Batch, lm_weight: float = LM_WEIGHT) -> L
 
 
 def _words(head_weight: Tensor, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """The sum over examples of their mean language-modeling loss."""
+    """Return the sum over examples of their mean language-modeling loss."""
     predicted = mask[..., 1:]
     counted = predicted.sum(-1, keepdim=True).clamp(min=1) * mask.any(-1).sum(-1)[:, None, None].clamp(min=1)
     shares = torch.where(predicted, 1.0 / counted, 0.0)
@@ -138,7 +138,7 @@ def span_corruption(model: Any, batch: Batch) -> LossOutput:
 
 
 def masked_share_loss(model: nn.Module, batch: Batch, objective: Objective, names: list[str]) -> LossOutput:
-    """The objective, with separate validation figures `names` in evaluation mode.
+    """Return the objective, with separate validation figures `names` in evaluation mode.
 
     batch["figure"] [batch] is the number, from 1, of the figure that a batch is for, 0 for none; such a batch counts
     for nothing else. It adds its loss times batch["factor"] [batch] to the figure (see

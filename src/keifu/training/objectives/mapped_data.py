@@ -32,11 +32,11 @@ class MappedData:
         return digest.hexdigest() if self.tables else text
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step."""
+        """Return the batch of a step."""
         return self.change(self.data.batch(step), step, 0)
 
     def validation(self) -> Iterator[Batch]:
-        """The held-out batches, the same each time."""
+        """Return the held-out batches, the same each time."""
         first = 0
         for batch in self.data.validation():
             yield self.change(batch, HELD_OUT, first)

@@ -53,7 +53,7 @@ class UnclipLoss:
     image_dropout: float = 0.1
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """The sum over pictures; figures: `prior`, `decoder` and `upsampler`, the loss of each."""
+        """Return the sum over pictures; figures: `prior`, `decoder` and `upsampler`, the loss of each."""
         whole, embeddings, draws = to_signed(batch["pictures"]), batch["embeddings"], batch["draws"]
         with torch.no_grad():
             caption = model.encode_text(batch["tokens"], batch["real"])
@@ -99,7 +99,7 @@ class UnclipLoss:
 
 
 def _drop_captions(caption: Any, null: Any, dropped: Bool[Tensor, " batch"]) -> Any:
-    """Encoded captions, those of some rows replaced by the null caption."""
+    """Return encoded captions, those of some rows replaced by the null caption."""
     rows = [torch.where(dropped.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(caption, null, strict=True)]
     return type(caption)(*rows)
 
@@ -118,7 +118,7 @@ def blur_images(x: Pixels, deviation: Float[Tensor, " batch"]) -> Pixels:
 def random_crops(
     x: Pixels, top: Int[Tensor, " batch"], left: Int[Tensor, " batch"], side: int
 ) -> Float[Tensor, "batch channels side side"]:
-    """A square of `side` pixels from each picture."""
+    """Return a square of `side` pixels from each picture."""
     steps = torch.arange(side, device=x.device)
     rows, columns = (top[:, None] + steps)[:, :, None], (left[:, None] + steps)[:, None, :]
     picked = x.permute(0, 2, 3, 1)[torch.arange(len(x), device=x.device)[:, None, None], rows, columns]
@@ -126,8 +126,8 @@ def random_crops(
 
 
 def add_embeddings(data: Data, end: int, training: Tensor, held: Tensor | None) -> MappedData:
-    """Data with "indices", whose batches also have the precomputed "embeddings" of these pictures, and "real", True up
-    to the first end-of-text token (`end`) in "tokens"."""
+    """Return data with "indices", whose batches also have the precomputed "embeddings" of these pictures, and "real",
+    True up to the first end-of-text token (`end`) in "tokens"."""
 
     def change(batch: Batch, step: int, first: int) -> Batch:
         table = held if step == HELD_OUT else training

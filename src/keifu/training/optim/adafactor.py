@@ -41,7 +41,7 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Updates every tensor that has a gradient."""
+        """Update every tensor that has a gradient."""
         for group in self.param_groups:
             if parameters := [p for p in group["params"] if p.grad is not None]:
                 self._update(parameters, group)
@@ -61,7 +61,7 @@ class Adafactor(torch.optim.Optimizer):
         torch._foreach_sub_(weights, means)  # pyright: ignore
 
     def _of(self, p: Tensor) -> tuple[int, ...]:
-        """The rows of each matrix of a parameter."""
+        """Return the rows of each matrix of a parameter."""
         return self.rows.get(p) or tuple(p.shape[:1]) or (1,)
 
     def _split(self, parameters: list[Tensor], tensors: list[Any]) -> list[Tensor]:

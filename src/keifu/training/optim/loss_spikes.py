@@ -62,7 +62,7 @@ class SpikeState(Running):
     times: int = 0
 
     def facts(self) -> dict[str, Any]:
-        """What the constructor takes, for a state."""
+        """Return the constructor's arguments, for a state."""
         return {name: value for name, value in vars(self).items() if name != "rules"}
 
     def due(self, step: int) -> bool:
@@ -70,17 +70,18 @@ class SpikeState(Running):
         return bool(self.rules.rise) and step % self.rules.every == 0
 
     def complete(self, loss: float) -> bool:
-        """Takes the loss of the next step in; whether a spike is now complete."""
+        """Take the loss of the next step in; whether a spike is now complete."""
         self.streak = 0 if self.take(loss, self.rules.rise) else self.streak + 1
         return self.streak == self.rules.steps
 
     def target(self, step: int) -> int:
-        """The step to go back to when a spike is complete before update number `step`; never before the last one."""
+        """Return the step to go back to when a spike is complete before update number `step`; never before the last
+        one."""
         first = step + 1 - self.rules.steps
         return max(self.back, (first - self.rules.rewind) // self.rules.every * self.rules.every, 0)
 
     def sentence(self, target: int, loss: float) -> str:
-        """What is said of a rewind to that step."""
+        """Return the sentence about a rewind to that step."""
         batches = f"{self.rules.skip:,} batches that came next are left out, {self.skipped:,} in all"
         return (
             f"the loss is {loss:.4g}, far above its running mean for {self.rules.steps} steps; going on from step "
@@ -88,7 +89,7 @@ class SpikeState(Running):
         )
 
     def after(self, target: int, then: "SpikeState") -> "SpikeState":
-        """The watch as it was at the state to go back to, with what is to be skipped from there."""
+        """Return the watch as it was at the state to go back to, with what is to be skipped from there."""
         times = self.times + 1 if self.times and target == self.back else 1
         if times > MOST:
             raise UserError(

@@ -4,12 +4,12 @@ import math
 
 
 def constant(progress: float, final_ratio: float) -> float:
-    """Always the highest rate."""
+    """Return the highest rate, always."""
     return 1.0
 
 
 def linear(progress: float, final_ratio: float) -> float:
-    """A straight line from 1 to `final_ratio`."""
+    """Return a straight line from 1 to `final_ratio`."""
     return 1.0 - (1.0 - final_ratio) * progress
 
 
@@ -24,7 +24,7 @@ DECAYS = {"constant": constant, "linear": linear, "cosine": cosine}
 def ratio(
     schedule: str, step: float | int, steps: float | int, warmup: int, final_ratio: float, hold: int = 0
 ) -> float:
-    """The share of the highest rate at which update number `step` (from 0) is made.
+    """Return the share of the highest rate at which update number `step` (from 0) is made.
 
     It rises linearly over the first `warmup` updates, the last of which has the highest rate, and stays there for
     `hold` more. inverse_sqrt then falls as √((warmup + hold) / (step + 1)), whatever `steps` and `final_ratio` are:

@@ -30,12 +30,12 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def joined_rows(model: nn.Module) -> dict[Tensor, Rows]:
-    """The numbers of rows of the matrices in every parameter of a `JoinedLinear`."""
+    """Return the numbers of rows of the matrices in every parameter of a `JoinedLinear`."""
     return {p: m.parts for m in model.modules() if isinstance(m, JoinedLinear) for p in m.parameters(False)}
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
-    """The names of the weights of linear layers inside numbered layers (`blocks.3...`).
+    """Return the names of the weights of linear layers inside numbered layers (`blocks.3...`).
 
     Embeddings, heads, biases and gains, which Muon does not update, are not among them.
     """
@@ -60,17 +60,17 @@ class Optimizers:
         self.average = MovingAverage(self.parameters, settings.ema) if settings.ema else None
 
     def rates(self, step: int) -> dict[str, float]:
-        """The learning rates of update number `step` (from 0), by their names in the settings."""
+        """Return the learning rates of update number `step` (from 0), by their names in the settings."""
         share = self.length.rate_share(self.settings, step)
         names = ("matrix_rate" if kind == "muon" else "learning_rate" for kind in self.all)
         return {name: share * vars(self.settings)[name] for name in names}
 
     def step(self, step: int) -> None:
-        """Makes update number `step` from the gradients, and frees them."""
+        """Make update number `step` from the gradients, and free them."""
         self.update(self.rates(step))
 
     def update(self, rates: dict[str, float]) -> None:
-        """An update with these rates; with the rate 0 no weight changes."""
+        """Return an update with these rates; with the rate 0 no weight changes."""
         for (kind, optimizer), rate in zip(self.all.items(), rates.values(), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("share", 1.0)
@@ -84,7 +84,7 @@ class Optimizers:
 
     @torch.no_grad()
     def _update_whole(self, kind: str, optimizer: Optimizer) -> None:
-        """Updates the parameters of a split model, each as a whole: its processes join it, and keep their parts."""
+        """Update the parameters of a split model, each as a whole: its processes join it, and keep their parts."""
         processes = current()
         pod = processes.pod
         for group in optimizer.param_groups:
@@ -105,7 +105,7 @@ class Optimizers:
                 }
 
     def averaged(self) -> AbstractContextManager[None]:
-        """A block in which the model has the moving average of its weights, where one is kept."""
+        """Run a block in which the model has the moving average of its weights, where one is kept."""
         return self.average.applied() if self.average else nullcontext()
 
     def drop_gradients(self) -> None:
@@ -132,8 +132,8 @@ class Optimizers:
             self.all[kind].state[parameter][field] = tensor.to(place, copy=True)
 
     def _joined(self, state: dict[str, Tensor]) -> dict[tuple[str, str, str], Tensor]:
-        """A state by optimizer, parameter and name; one of an earlier version too, where each matrix of a parameter had
-        tensors of its own (`muon.qkv.0.momentum_buffer`)."""
+        """Return a state by optimizer, parameter and name; one of an earlier version too, where each matrix of a
+        parameter had tensors of its own (`muon.qkv.0.momentum_buffer`)."""
         found: dict[tuple[str, str, str], list[Tensor]] = {}
         for key, tensor in state.items():
             kind, _, rest = key.partition(".")
@@ -143,13 +143,13 @@ class Optimizers:
         return {key: torch.cat(parts) if parts[0].dim() else parts[0] for key, parts in found.items()}
 
     def prime(self) -> None:
-        """Makes all state, to be filled: an update by nothing."""
+        """Make all state, to be filled: an update by nothing."""
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         self.update(dict.fromkeys(self.all, 0.0))
 
     def forget(self) -> None:
-        """Resets all state, as before the first step."""
+        """Return resets all state, as before the first step."""
         for optimizer in self.all.values():
             optimizer.state.clear()
         if self.average:
@@ -166,7 +166,8 @@ def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _adamw(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW:
-    """Groups by the share of the rate that weights get: of several beginnings of a name, the first one counts."""
+    """Return groups by the share of the rate that weights get: of several beginnings of a name, the first one counts.
+    """
     for start in (start for start, _ in s.rate_shares if not any(name.startswith(start) for name, _ in named)):
         raise unknown("weight whose name begins with", start, {name.partition(".")[0] for name, _ in named})
     shares = {name: next((share for start, share in s.rate_shares if name.startswith(start)), 1.0) for name, _ in named}

@@ -14,8 +14,8 @@ from keifu.training.run import checkpoint as state
 
 
 def average_checkpoints(directory: Path, last: int) -> dict[str, Tensor]:
-    """The mean over the last saved states of a run, at most `last`, of every tensor of the model, by its name there
-    (Vaswani et al., 2017, section 6.1).
+    """Return the mean over the last saved states of a run, at most `last`, of every tensor of the model, by its name
+    there (Vaswani et al., 2017, section 6.1).
 
     Sums are in float64. Tensors that are not floating-point are those of the newest state.
     """
@@ -32,7 +32,7 @@ def average_checkpoints(directory: Path, last: int) -> dict[str, Tensor]:
 @contextmanager
 @torch.no_grad()
 def averaged_weights(model: nn.Module, directory: Path, last: int) -> Iterator[None]:
-    """Gives the model the mean of its run's last states in this block, and its own weights back after it.
+    """Return the model the mean of its run's last states in this block, and its own weights back after it.
 
     Without a saved state, or with `last` below 2, the weights are its own in the block too.
     """
@@ -66,13 +66,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Starts from the parameters as they are."""
+        """Start from the parameters as they are."""
         self.updates = 0
         self.means = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Updates the averages; called after each update of the parameters."""
+        """Update the averages; called after each update of the parameters."""
         self.updates += 1
         share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         means, now = [*self.means.values()], [*self.parameters.values()]
@@ -80,7 +80,7 @@ class MovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Gives the parameters their averages in this block, and their own values back after it."""
+        """Return the parameters their averages in this block, and their own values back after it."""
         own = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
         self._put(self.means)
         try:
@@ -89,7 +89,7 @@ class MovingAverage:
             self._put(own)
 
     def state(self) -> dict[str, Tensor]:
-        """What `take_up` takes."""
+        """Return the argument of `take_up`."""
         kept = {**self.means, "": torch.tensor(self.updates)}
         return {f"{self.PREFIX}{name}": tensor for name, tensor in kept.items()}
 

@@ -42,7 +42,7 @@ class State:
 def save(
     directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], prune: Callable[[int], None]
 ) -> None:
-    """Writes a state into a run directory. `prune` removes old ones (see `remove_old`) when this one is complete on
+    """Write a state into a run directory. `prune` removes old ones (see `remove_old`) when this one is complete on
     disk, so a full disk or a crash loses nothing."""
     tensor_file, _ = _files(directory, step)
     with replacing(tensor_file) as temporary:
@@ -52,7 +52,7 @@ def save(
 
 
 def commit(directory: Path, step: int, facts: Mapping[str, Any], prune: Callable[[int], None]) -> None:
-    """Writes the JSON file of a state whose tensors are on disk, and removes old ones (see `save`)."""
+    """Write the JSON file of a state whose tensors are on disk, and remove old ones (see `save`)."""
     content = {"step": step, "format": FORMAT, "version": __version__, **facts}
     content["facts_sha256"] = _hash(content)
     write_atomic(_files(directory, step)[1], json.dumps(content, indent=1, ensure_ascii=False))
@@ -60,7 +60,7 @@ def commit(directory: Path, step: int, facts: Mapping[str, Any], prune: Callable
 
 
 def remove_old(directory: Path, step: int, keep: int, reach: int, due: Callable[[int], bool]) -> None:
-    """Removes the states that are not kept beside that of a step, which is complete on disk.
+    """Remove the states that are not kept beside that of a step, which is complete on disk.
 
     The last `keep` states are kept, and those at most `reach` steps older than these. States of later steps are removed
     too: they are damaged ones that this run could not be resumed from. due: whether a step has a state in any case;
@@ -81,7 +81,8 @@ def _hash(facts: Mapping[str, Any]) -> str:
 
 
 def latest(directory: Path) -> tuple[State, list[str]]:
-    """The newest complete state of a run, and a sentence for each newer one that is damaged; a `UserError` if none."""
+    """Return the newest complete state of a run, and a sentence for each newer one that is damaged; a `UserError` if
+    none."""
     faults = []
     for step in reversed(steps(directory)):
         try:
@@ -93,7 +94,7 @@ def latest(directory: Path) -> tuple[State, list[str]]:
 
 
 def latest_facts(directory: Path) -> dict[str, Any]:
-    """The content of the newest JSON file that can be read, without tensors; empty where there is none."""
+    """Return the content of the newest JSON file that can be read, without tensors; empty where there is none."""
     for step in reversed(steps(directory)):
         with suppress(UserError):
             return _facts(_files(directory, step)[1], step)
@@ -101,7 +102,7 @@ def latest_facts(directory: Path) -> dict[str, Any]:
 
 
 def remove_halves(directory: Path) -> None:
-    """Removes tensors whose JSON file a dead process has not come to write, also the parts of a split model's."""
+    """Remove tensors whose JSON file a dead process has not come to write, also the parts of a split model's."""
     there = directory / FOLDER
     for path in [*there.glob("step-*"), *there.glob(".step-*.part")]:
         if not path.with_suffix(".json").exists():
@@ -109,14 +110,14 @@ def remove_halves(directory: Path) -> None:
 
 
 def steps(directory: Path) -> list[int]:
-    """The steps of all complete states, in order."""
+    """Return the steps of all complete states, in order."""
     there = (path for path in (directory / FOLDER).glob("step-*.json") if path.is_file())
     found = (path.stem.removeprefix("step-") for path in there)
     return sorted(int(step) for step in found if step.isdigit())
 
 
 def remove(directory: Path, step: int) -> None:
-    """Removes a state, the JSON file first, so that the rest is not taken for a complete state after a crash."""
+    """Remove a state, the JSON file first, so that the rest is not taken for a complete state after a crash."""
     for path in reversed(_files(directory, step)):
         path.unlink(missing_ok=True)
     shutil.rmtree(folder(directory, step), ignore_errors=True)
@@ -132,7 +133,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies a state's tensors into the model; every missing, extra or misshapen one is named in a `UserError`."""
+    """Copy a state's tensors into the model; every missing, extra or misshapen one is named in a `UserError`."""
     ours, theirs = model_tensors(model), {name: t for name, t in tensors.items() if name.startswith("model.")}
     saved, built = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (theirs, ours))
     pairs = {name.removeprefix("model."): (saved.get(name), built.get(name)) for name in {**ours, **theirs}}
@@ -155,8 +156,8 @@ def _files(directory: Path, step: int) -> tuple[Path, Path]:
 
 
 def read(directory: Path, step: int) -> State:
-    """The state of a step; a damaged or incomplete one is a `UserError` that names the file. Where the model is split,
-    each process reads its parts when it loads the state."""
+    """Return the state of a step; a damaged or incomplete one is a `UserError` that names the file. Where the model is
+    split, each process reads its parts when it loads the state."""
     tensor_file, facts_file = _files(directory, step)
     facts = _facts(facts_file, step)
     if "files" in facts:
@@ -173,7 +174,7 @@ def read(directory: Path, step: int) -> State:
 
 
 def _facts(path: Path, step: int) -> dict[str, Any]:
-    """The content of a state's JSON file; a damaged one, or one of a later version, is a `UserError`."""
+    """Return the content of a state's JSON file; a damaged one, or one of a later version, is a `UserError`."""
     try:
         facts = read_json_object(path)
     except UserError as error:
@@ -190,7 +191,7 @@ def _facts(path: Path, step: int) -> dict[str, Any]:
 
 
 def _read_parts(place: Path, step: int, facts: dict[str, Any]) -> State:
-    """A state that several processes have written, for one that holds the whole model."""
+    """Return a state that several processes have written, for one that holds the whole model."""
     for name, digest in facts["files"].items():
         if not (place / name).exists():
             raise UserError(f"{place / name} is missing.")
@@ -207,7 +208,7 @@ def _read_parts(place: Path, step: int, facts: dict[str, Any]) -> State:
 
 
 def read_sharded(place: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fills tensors, or this process's chunks of them, from a folder of a state's safetensors files; gives the state's
+    """Fill tensors, or this process's chunks of them, from a folder of a state's safetensors files; return the state's
     other tensors, whole. Those that it has not are a `UserError`."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader

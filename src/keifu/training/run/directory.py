@@ -32,7 +32,7 @@ PACKAGES = ("keifu", "torch", "numpy", "tokenizers", "safetensors")
 
 @contextmanager
 def owned(directory: Path) -> Iterator[None]:
-    """Holds a run directory for this process alone (see `files.hold`), and puts right what a dead one left there.
+    """Hold a run directory for this process alone (see `files.hold`), and put right what a dead one left there.
 
     Of several processes that share a run (torchrun), the first holds it for all.
     """
@@ -51,7 +51,7 @@ def owned(directory: Path) -> Iterator[None]:
 
 
 def claim_directory(run: Run) -> None:
-    """Makes sure that a new run overwrites no other one (a `UserError`); `run.replace` removes the other one."""
+    """Make sure that a new run overwrites no other one (a `UserError`); `run.replace` removes the other one."""
     if run.resume or not current().is_main:
         return
     if (steps := checkpoint.steps(run.directory)) and not run.replace:
@@ -70,7 +70,7 @@ def claim_directory(run: Run) -> None:
 
 
 def keep_tokenizers(run: Run) -> None:
-    """Writes the tokenizers that a new run has learned into its folder, from which it goes on with them."""
+    """Write the tokenizers that a new run has learned into its folder, from which it goes on with them."""
     if not run.resume and current().is_main:
         for name, tokenizer in LEARNED.items():
             tokenizer.save(run.directory / KEPT / name)
@@ -78,7 +78,7 @@ def keep_tokenizers(run: Run) -> None:
 
 
 def write_recipe(run: Run, facts: Mapping[str, Any], steps: int) -> None:
-    """Writes recipe.json: the description of the run, its settings and results, the versions in use, and the recipe's
+    """Write recipe.json: the description of the run, its settings and results, the versions in use, and the recipe's
     name and options that are already there; steps: of the whole run."""
     record = recorded(run.directory)
     if "steps" in record:
@@ -88,13 +88,13 @@ def write_recipe(run: Run, facts: Mapping[str, Any], steps: int) -> None:
 
 
 def write(directory: Path, content: Mapping[str, Any]) -> None:
-    """Writes recipe.json, where this is the first process."""
+    """Write recipe.json, where this is the first process."""
     if current().is_main:
         write_atomic(directory / RECIPE, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def read_recipe(directory: Path) -> dict[str, Any]:
-    """The content of recipe.json, empty where there is none; invalid JSON is a `UserError`."""
+    """Return the content of recipe.json, empty where there is none; invalid JSON is a `UserError`."""
     path = directory / RECIPE
     try:
         content = read_json_object(path) if path.is_file() else {}
@@ -109,19 +109,19 @@ def read_recipe(directory: Path) -> dict[str, Any]:
 
 
 def recorded(directory: Path) -> dict[str, Any]:
-    """The name of the recipe that a run follows, its options, and its steps where they were changed since."""
+    """Return the name of the recipe that a run follows, its options, and its steps where they were changed since."""
     return read_recipe(directory).get(RECORD, {})
 
 
 def record(directory: Path, name: str, options: Mapping[str, Any], **more: Any) -> None:
-    """Writes what `recorded` reads; the rest of recipe.json stays."""
+    """Write what `recorded` reads; the rest of recipe.json stays."""
     content = {"name": name, "options": options, **more}
     content |= {"signature": sign(content)}
     write(directory, read_recipe(directory) | {RECORD: content})
 
 
 def restore(directory: Path, record: Mapping[str, Any]) -> None:
-    """Makes a run directory again that was taken away, with the record that it had, if any."""
+    """Make a run directory again that was taken away, with the record that it had, if any."""
     directory.mkdir(parents=True, exist_ok=True)
     if record:
         write(directory, {RECORD: record})
@@ -145,18 +145,18 @@ def command(directory: Path) -> str:
 
 
 def last_step(directory: Path) -> int | None:
-    """The step of the newest saved state of a run or its parts; None where none was saved."""
+    """Return the step of the newest saved state of a run or its parts; None where none was saved."""
     return max((step for place in _places(directory) for step in checkpoint.steps(place)), default=None)
 
 
 def _places(directory: Path) -> list[Path]:
-    """The directories of a run and of its parts."""
+    """Return the directories of a run and of its parts."""
     parts = (path.parent for path in sorted(directory.glob(f"*/{RECIPE}")))
     return [directory, *(part for part in parts if part.name not in (BEFORE, MOVING))]
 
 
 def check_free(directory: Path) -> None:
-    """A `UserError` where a run in this directory has saved a state or finished."""
+    """Raise a `UserError` if a run in this directory has saved a state or finished."""
     step, finished = last_step(directory), read_recipe(directory).get("finished")
     if step is not None or finished:
         where = "a finished run" if step is None else f"a run, saved at step {step:,}"
@@ -168,8 +168,8 @@ def check_free(directory: Path) -> None:
 
 @contextmanager
 def replaced(directory: Path) -> Iterator[None]:
-    """A block in which a new run replaces the one in the directory; the old one is restored if the new one fails before
-    it has saved a state."""
+    """Run a block in which a new run replaces the one in the directory; the old one is restored if the new one fails
+    before it has saved a state."""
     if not current().is_main:
         yield
         return
@@ -203,13 +203,13 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """The files and directories that a run and its parts have written for resuming and for the report."""
+    """Return the files and directories that a run and its parts have written for resuming and for the report."""
     names = (RECIPE, metrics.FILE, checkpoint.FOLDER, SAMPLES)
     return [place / name for place in _places(directory) for name in names if (place / name).exists()]
 
 
 def forget(directory: Path) -> None:
-    """Removes the record of a run that failed before its first step, and the directory if it is then empty."""
+    """Remove the record of a run that failed before its first step, and the directory if it is then empty."""
     if not current().is_main:
         return
     if read_recipe(directory).keys() == {RECORD}:
@@ -219,14 +219,14 @@ def forget(directory: Path) -> None:
 
 
 def close(directory: Path) -> None:
-    """Marks a run as finished that did not use the training loop."""
+    """Mark a run as finished that did not use the training loop."""
     content = read_recipe(directory)
     if content.keys() == {RECORD}:
         write(directory, content | {"finished": True})
 
 
 def write_sample(directory: Path, step: int, sample: str | bytes) -> None:
-    """Writes a text or a PNG picture under samples/, named by its step."""
+    """Write a text or a PNG picture under samples/, named by its step."""
     suffix = "txt" if isinstance(sample, str) else "png"
     write_atomic(directory / SAMPLES / f"step-{step:08d}.{suffix}", sample)
 

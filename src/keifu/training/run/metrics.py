@@ -45,7 +45,7 @@ class Metrics:
         self.pending = b""
 
     def write(self, step: int, figures: dict[str, float | int]) -> None:
-        """Writes a line for a step."""
+        """Write a line for a step."""
         self.pending += json.dumps({"step": step, **figures}).encode() + b"\n"
         for sink in self.sinks:
             sink.write(step, figures)
@@ -75,7 +75,7 @@ def read(directory: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(directory: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The lines of metrics.jsonl, and the numbers of damaged ones, counted from 1."""
+    """Return the lines of metrics.jsonl, and the numbers of damaged ones, counted from 1."""
     path = directory / FILE
     texts = plain_file(path).read_bytes().splitlines(keepends=True) if path.exists() else []
     found = [_line(text) for text in texts if text.endswith(b"\n")]
@@ -83,7 +83,7 @@ def read_lines(directory: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _line(text: bytes) -> dict[str, Any] | None:
-    """A line's figures; None where it is no JSON, has no step, or a figure that is no number."""
+    """Return a line's figures; None where it is no JSON, has no step, or a figure that is no number."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -93,7 +93,7 @@ def _line(text: bytes) -> dict[str, Any] | None:
 
 
 def last_metrics(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The lines without those of steps that were undone by a rewind."""
+    """Return the lines without those of steps that were undone by a rewind."""
     kept: list[Mapping[str, Any]] = []
     for line in lines:
         if "rewound_from" in line:
@@ -103,7 +103,7 @@ def last_metrics(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]) -> list[Sink]:
-    """The destinations of metrics beside the file, by the settings; a missing package is a `UserError`."""
+    """Return the destinations of metrics beside the file, by the settings; a missing package is a `UserError`."""
     found = list[Sink]()
     if tensorboard and current().is_main:  # events in the folder `tensorboard` of the run
         _package("tensorboard")

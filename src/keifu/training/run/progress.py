@@ -34,15 +34,15 @@ class Display:
             self.live.stop()
 
     def advance(self, done: int) -> None:
-        """Sets the number of steps done."""
+        """Set the number of steps done."""
         self.live.update(self.task, completed=done)
 
     def expect(self, total: int) -> None:
-        """Sets the total number of steps."""
+        """Set the total number of steps."""
         self.live.update(self.task, total=total)
 
     def show(self, figures: dict[str, Any]) -> None:
-        """Shows the latest figures; without a terminal at most one line in ten seconds."""
+        """Show the latest figures; without a terminal at most one line in ten seconds."""
         text = format_figures(figures, self.unit)
         self.live.update(self.task, description=escape(text))
         if self.live.disable and time.monotonic() - self.last_line >= PLAIN_SECONDS:
@@ -51,13 +51,13 @@ class Display:
             self.last_line = time.monotonic()
 
     def note(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Print a line that stays."""
         with suppress(OSError):  # a terminal or a pipe that was closed is no reason to lose a run
             self.console.print(text, markup=False)
 
 
 def format_figures(figures: dict[str, Any], unit: str) -> str:
-    """The main figures of a step as a short text."""
+    """Return the main figures of a step as a short text."""
     words = {
         "loss": lambda x: f"loss {x:.4g}",
         f"{unit}_per_second": lambda x: f"{x:,.0f} {unit}/s",
@@ -68,7 +68,7 @@ def format_figures(figures: dict[str, Any], unit: str) -> str:
 
 
 def format_seconds(seconds: float | int) -> str:
-    """A duration as text: 42 s, 3:07 min, 2:30 h, 3 d 4 h."""
+    """Return a duration as text: 42 s, 3:07 min, 2:30 h, 3 d 4 h."""
     whole = round(seconds)
     if whole < 100:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
@@ -81,7 +81,7 @@ def format_seconds(seconds: float | int) -> str:
 
 
 def format_bytes(n_bytes: float | int) -> str:
-    """An amount of memory with three digits: 512 MB, 1.25 GB (powers of 1000)."""
+    """Return an amount of memory with three digits: 512 MB, 1.25 GB (powers of 1000)."""
     value, unit = float(n_bytes), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 1000:
@@ -91,12 +91,12 @@ def format_bytes(n_bytes: float | int) -> str:
 
 
 def number(amount: int, unit: str) -> str:
-    """A whole number and its unit: 1 step, 2,000 steps."""
+    """Return a whole number and its unit: 1 step, 2,000 steps."""
     return f"{amount:,} {unit}{'' if amount == 1 else 's'}"
 
 
 def format_count(number: float | int) -> str:
-    """A number with three digits: 950, 1.31 M, 7 B."""
+    """Return a number with three digits: 950, 1.31 M, 7 B."""
     for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * scale:  # which three digits round up to it
             return f"{number / scale:.3g} {letter}"

@@ -33,7 +33,7 @@ class Curve:
 
 
 def chart(title: str, y_label: str, curves: Iterable[Curve], x_label: str = "step", from_zero: bool = False) -> str:
-    """An SVG figure of curves that share their axes. Without a finite point there is none."""
+    """Return an SVG figure of curves that share their axes. Without a finite point there is none."""
     shown = [Curve(c.name, _averaged(_finite(c.points)), c.marked) for c in curves]
     shown = [curve for curve in shown if curve.points]
     if not shown:
@@ -76,7 +76,7 @@ class _Frame:
         return [*lines, *left, *below, *labels]
 
     def curve(self, number: int, curve: Curve) -> str:
-        """A line, and a dot with its numbers for each marked point."""
+        """Return a line, and a dot with its numbers for each marked point."""
         places = [(self.x(x), self.y(y)) for x, y in curve.points]
         line = f'<polyline class="line c{number}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
         marks = zip(places, curve.points, strict=True) if curve.marked or len(places) == 1 else ()
@@ -134,13 +134,13 @@ NARROW = 240  # pixels: a column of pictures is so wide at least, and a smaller 
 
 
 def write_report(directory: Path) -> None:
-    """Writes report.html from recipe.json, metrics.jsonl, samples/ and the pictures in a run's folder."""
+    """Write report.html from recipe.json, metrics.jsonl, samples/ and the pictures in a run's folder."""
     title, body = _body(directory)
     write_atomic(directory / REPORT, page(title, body))
 
 
 def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -> Path:
-    """Writes one report.html of several runs, one after the other, under a title and a text of its own."""
+    """Write one report.html of several runs, one after the other, under a title and a text of its own."""
     bodies = [_body(run)[1] for run in runs]
     head = f'<h1>{escape(title)}</h1><pre class="soft">{escape(text)}</pre>'
     write_atomic(directory / REPORT, page(title, "\n".join([head, *bodies])))
@@ -150,7 +150,7 @@ def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -
 def write_page(
     directory: Path, title: str, text: str, facts: Mapping[str, Any], pictures: Mapping[str, bytes], table: str = ""
 ) -> None:
-    """Writes report.html of what did not use the training loop, and each picture as PNG beside it under its name."""
+    """Write report.html of what did not use the training loop, and each picture as PNG beside it under its name."""
     for name, picture in pictures.items():
         write_atomic(directory / f"{name}.png", picture)
     short = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in facts.items()}
@@ -165,7 +165,7 @@ def write_page(
 
 
 def _body(directory: Path) -> tuple[str, str]:
-    """A run's title and what its page shows."""
+    """Return a run's title and what its page shows."""
     recipe = read_json_object(directory / RECIPE)
     lines = metrics.read(directory)
     body = [
@@ -184,7 +184,7 @@ def _body(directory: Path) -> tuple[str, str]:
 
 
 def page(title: str, body: str) -> str:
-    """A whole page of that title and content, with its style in it."""
+    """Return a whole page of that title and content, with its style in it."""
     style = (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
@@ -246,7 +246,7 @@ def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
 
 
 def _own(directory: Path) -> str:
-    """The charts that the run has written itself, in curves.json."""
+    """Return the charts that the run has written itself, in curves.json."""
     path = directory / CURVES
     if not path.exists():
         return ""
@@ -265,7 +265,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _by_source(figures: Mapping[str, float | int]) -> str:
-    """A table of the figures called `validation_part/figure`, a row for each part."""
+    """Return a table of the figures called `validation_part/figure`, a row for each part."""
     texts = {name.removeprefix("validation_"): f"{value:.4g}" for name, value in figures.items() if "/" in name}
     parts, columns = (list(dict.fromkeys(name.split("/")[place] for name in texts)) for place in (0, 1))
     rows = [[part, *(texts.get(f"{part}/{each}", "") for each in columns)] for part in parts]
@@ -309,7 +309,7 @@ def _data(recipe: Mapping[str, Any]) -> str:
 
 
 def _table(columns: Iterable[str], rows: Sequence[Iterable[str]]) -> str:
-    """A table of texts; empty where it would have no row."""
+    """Return a table of texts; empty where it would have no row."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>" if rows else ""
@@ -339,7 +339,7 @@ def _pairs(values: Mapping[str, Any], code: bool = False) -> str:
 
 
 def _words(value: Any) -> str:
-    """A setting as text."""
+    """Return a setting as text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{str(name).replace('_', ' ')} {_words(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
