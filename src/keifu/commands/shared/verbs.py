@@ -5,6 +5,7 @@ VERBS = {  # each is a file of that name in keifu/commands
     "generate": "continue a text with a model",
     "chat": "talk with a model in the terminal",
     "embed": "texts and pictures as vectors, and which are nearest to each other",
+    "search": "the passages of a folder's documents that are nearest to a question",
     "classify": "a label for each text, or for each picture by a CLIP",
     "draw": "pictures by a model that removes noise, and a picture once more, bit for bit",
     "translate": "translate a text, line for line, with an encoder-decoder",

@@ -1,0 +1,116 @@
+"""`keifu search`: the passages of a folder's documents that are nearest to a question, with file and line."""
+
+import json
+import re
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from keifu.commands.shared import flags
+from keifu.commands.shared.inputs import at_terminal, ids, load_encoder, notice, read_pipe
+from keifu.commands.shared.terminal import ask
+from keifu.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from keifu.data.text.passages import Passage
+
+EXAMPLE = 'keifu search notes/ "How are logs rotated?"'
+ENGLISH = ("minilm",)  # encoders that read English alone
+OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uff9d]")
+
+
+@dataclass(frozen=True)
+class Options(flags.OnDevice):
+    """Search documents by meaning: the passages of a folder's Markdown, text and HTML files that are nearest to a
+    question, with file, line and cosine similarity.
+
+    The embeddings are kept in the cache, so that only new and changed passages are embedded again. MiniLM, the encoder
+    that comes with keifu, reads English.
+    """
+
+    folder: Annotated[
+        Path,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="FOLDER", help="Folder of .md, .txt, .rst and .html files, or one file."),
+    ]
+    question: Annotated[
+        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[QUESTION]", help="Question, or some words.")
+    ] = None
+    count: int = 5
+    """Number of passages to print."""
+    model: str = "minilm"
+    """Encoder of passages and question: a run, a folder, a hub id or a catalogue name."""
+    batch_size: int = 256
+    """Number of passages that go through the model together, at most."""
+    json: bool = False
+    """Whether to print a JSON object for each passage."""
+
+
+def run(options: Options) -> None:
+    """Index what is new, and print the nearest passages."""
+    question = options.question or (ask("Question: ", EXAMPLE) if at_terminal() else read_pipe())
+    if not question.strip():
+        raise UserError(f"There is no question: write it after the folder ({EXAMPLE}), or pipe it in.")
+    passages = _passages(options.folder)
+    _warn(options.model, question, passages)
+    from keifu.data.progress import counting
+    from keifu.evaluation.classification.embeddings import embed_rows
+    from keifu.evaluation.classification.search import build_index, count_new, index_path
+
+    notice(f"Loading {options.model} ...")
+    model, tokenizer = load_encoder(options.model)
+    path = index_path(options.folder, _identity(options.model))
+    new = count_new(passages, path)
+    with counting("Embedding", new, "passages") if new else nullcontext() as advance:
+        index = build_index(passages, (model, tokenizer), path, options.batch_size, advance)
+    asked = embed_rows(model, ids(model, tokenizer, [question], True), tokenizer.pad_id or 0).cpu()
+    _show(index.nearest(asked, options.count), options.json)
+
+
+def _passages(folder: Path) -> "list[Passage]":
+    """Read the passages of all documents; one that cannot be read is named and left out."""
+    from keifu.data.text.passages import document_files, read_passages
+
+    found = []
+    for path in document_files(folder):
+        try:
+            found += read_passages(path, str(path))
+        except UserError as error:
+            print(f"Left out: {error}", file=sys.stderr)
+    if not found:
+        raise UserError(f"{folder} holds no text to search.")
+    return found
+
+
+def _warn(model: str, question: str, passages: "list[Passage]") -> None:
+    """Say that an English encoder does not read the question's language, or that of the documents."""
+    foreign = sum(bool(OTHER_SCRIPT.search(passage.text)) for passage in passages)
+    if model in ENGLISH and (OTHER_SCRIPT.search(question) or 2 * foreign > len(passages)):
+        print(f"{model} reads English: results in other languages mean little. --model names another encoder.",
+              file=sys.stderr)  # fmt: skip
+
+
+def _identity(name: str) -> str:
+    """Return a name that changes when the model's files do."""
+    from keifu.checkpoints.hub import locate
+
+    place = locate(name)
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    return f"{place} " + " ".join(f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
+
+
+def _show(found: "list[tuple[float, Passage]]", as_json: bool) -> None:
+    for value, passage in found:
+        if as_json:
+            content: dict[str, Any] = {"similarity": round(value, 6), **asdict(passage)}
+            print(json.dumps(content, ensure_ascii=False))
+        else:
+            print(f"{value:.3f}  {passage.file}:{passage.line}  {printable(passage.heading)}".rstrip())
+            print(f"       {printable(passage.text)}\n")
+
+
+parse = flags.parser(Options, run, "keifu search")

@@ -1,0 +1,131 @@
+"""Passages of documents for search: Markdown, text and HTML files cut at paragraphs and headings, with their lines."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+from keifu.errors import UserError
+from keifu.files import hidden, read_text
+
+TEXTS = (".md", ".markdown", ".txt", ".rst")
+PAGES = (".html", ".htm")
+LONGEST = 700  # characters of a passage; an encoder of sentences reads little more
+HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*$")
+BLOCKS = ("p", "div", "li", "td", "th", "pre", "blockquote", "br", "tr", "dt", "dd", "section", "article")
+HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
+UNREAD = ("script", "style", "head", "template", "noscript")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Part of a document: its file, the number of its first line, its heading and its text."""
+
+    file: str
+    line: int
+    heading: str
+    text: str
+
+    @property
+    def whole(self) -> str:
+        """Text with the heading before it, as it is embedded."""
+        return f"{self.heading}: {self.text}" if self.heading else self.text
+
+
+Line = tuple[int, str]  # its number, from 1, and its text
+
+
+def document_files(folder: Path) -> list[Path]:
+    """List the documents in a folder and below, or the one file; hidden ones are left out."""
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: name one with {', '.join((*TEXTS, *PAGES))} files.")
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (*TEXTS, *PAGES) and path.is_file()]
+    documents = [path for path in found if not hidden(path.relative_to(folder))]
+    if not documents:
+        raise UserError(f"The folder {folder} holds no document: {', '.join((*TEXTS, *PAGES))} files are searched.")
+    return documents
+
+
+def read_passages(path: Path, name: str) -> list[Passage]:
+    """Read the passages of a document; name: of the file in each of them. A file that is not UTF-8 is a `UserError`."""
+    text = read_text(path)
+    blocks = _html_blocks(text) if path.suffix.lower() in PAGES else _text_blocks(text)
+    return [Passage(name, line, heading, piece) for heading, lines in blocks for line, piece in _pieces(lines)]
+
+
+def _text_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:
+    """Yield the paragraphs of Markdown or plain text with the heading that they are under."""
+    heading, lines, fenced = "", list[Line](), False
+    for number, line in enumerate([*text.splitlines(), ""], 1):
+        fenced ^= line.lstrip().startswith("```")
+        match = None if fenced else HEADING.fullmatch(line)
+        if match or not line.strip():
+            if lines:
+                yield heading, lines
+            heading, lines = match[1] if match else heading, []
+        elif not line.lstrip().startswith("```"):
+            lines.append((number, line.strip()))
+    if lines:
+        yield heading, lines
+
+
+class _Page(HTMLParser):
+    """Blocks of an HTML page: `found` has the heading and the lines of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, list[Line]]] = []
+        self.heading = ""
+        self.lines: list[Line] = []
+        self.unread = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Begin a block."""
+        self.unread += tag in UNREAD
+        if tag in (*BLOCKS, *HEADINGS):
+            self.close_block()
+
+    def handle_endtag(self, tag: str) -> None:
+        """End a block; a heading belongs to the blocks after it."""
+        self.unread = max(0, self.unread - (tag in UNREAD))
+        if tag in HEADINGS:
+            self.heading, self.lines = " ".join(text for _, text in self.lines), []
+        elif tag in BLOCKS:
+            self.close_block()
+
+    def handle_data(self, data: str) -> None:
+        """Keep the words of a block with their line."""
+        if not self.unread and (words := " ".join(data.split())):
+            blank = len(data) - len(data.lstrip())
+            self.lines.append((self.getpos()[0] + data.count("\n", 0, blank), words))
+
+    def close_block(self) -> None:
+        """Keep the block that ends here."""
+        if self.lines:
+            self.found.append((self.heading, self.lines))
+        self.lines = []
+
+
+def _html_blocks(text: str) -> list[tuple[str, list[Line]]]:
+    page = _Page()
+    page.feed(text)
+    page.close()
+    page.close_block()
+    return page.found
+
+
+def _pieces(lines: list[Line]) -> Iterator[Line]:
+    """Yield a block as passages of at most `LONGEST` characters, each with its first line."""
+    first, kept = lines[0][0], ""
+    for number, text in lines:
+        for part in (text[at : at + LONGEST] for at in range(0, len(text), LONGEST)):
+            if kept and len(kept) + len(part) + 1 > LONGEST:
+                yield first, kept
+                first, kept = number, ""
+            first = first if kept else number
+            kept = f"{kept} {part}".strip()
+    if kept:
+        yield first, kept

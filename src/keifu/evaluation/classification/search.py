@@ -1,0 +1,81 @@
+"""Search by meaning: an index of passages' embeddings in the cache, and the passages nearest to a question."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from keifu.data.text.passages import Passage
+from keifu.evaluation.classification.embeddings import embed_rows, encode_texts, nearest
+from keifu.files import cache, write_atomic
+
+Advance = Callable[[int], object]
+FOLDER = "search"  # in the cache
+
+
+@dataclass(frozen=True, eq=False)
+class SearchIndex:
+    """Embeddings of passages, one row each."""
+
+    passages: Sequence[Passage]
+    embeddings: Float[Tensor, "passages dim"]
+
+    def nearest(self, question: Float[Tensor, "1 dim"], count: int) -> list[tuple[float, Passage]]:
+        """Return the passages nearest to an embedded question with their cosine similarities, the nearest first."""
+        similarity, places = nearest(question, self.embeddings, min(count, len(self.passages)))
+        pairs = zip(similarity[0].tolist(), places[0].tolist(), strict=True)
+        return [(value, self.passages[place]) for value, place in pairs]
+
+
+def index_path(source: Path, model: str) -> Path:
+    """Return the file of the index of a folder by a model; model: a name that changes with its weights."""
+    key = hashlib.sha256(f"{source.resolve()}\n{model}".encode()).hexdigest()[:32]
+    return cache() / FOLDER / f"{key}.safetensors"
+
+
+def build_index(
+    passages: Sequence[Passage], encoder: tuple[Any, Any], path: Path, batch_size: int, advance: Advance | None = None
+) -> SearchIndex:
+    """Return the index of these passages; passages that the file at `path` has are not embedded again.
+
+    encoder: the model and its tokenizer. The beginning of a passage that is longer than the model reads counts. advance
+    is called with the number of new passages that are done.
+    """
+    kept = _read(path)
+    digests = [hashlib.sha256(passage.whole.encode()).hexdigest() for passage in passages]
+    new = {digest: passage for digest, passage in zip(digests, passages, strict=True) if digest not in kept}
+    if new:
+        model, tokenizer = encoder
+        rows = encode_texts(tokenizer, [each.whole for each in new.values()], model.config.context_length, True).rows
+        made = embed_rows(model, rows, tokenizer.pad_id or 0, batch_size, advance).cpu()
+        kept |= dict(zip(new, made, strict=True))
+    embeddings = torch.stack([kept[digest] for digest in digests])
+    if new or len(kept) > len({*digests}):
+        write_atomic(path, save({"embeddings": embeddings.contiguous()}, {"passages": json.dumps(digests)}))
+    return SearchIndex(passages, embeddings)
+
+
+def count_new(passages: Sequence[Passage], path: Path) -> int:
+    """Return the number of passages that the index does not have yet."""
+    kept = _read(path)
+    return len({passage.whole for passage in passages if hashlib.sha256(passage.whole.encode()).hexdigest() not in kept})
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Read the embeddings of an index by the digests of their passages; a damaged index is made anew."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            digests = json.loads((file.metadata() or {})["passages"])
+            return dict(zip(digests, file.get_tensor("embeddings"), strict=True))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return {}
