@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from keifu.commands.plan import architecture
+from keifu.commands.reference.plan import architecture
 from keifu.layers.meta import on_meta
 from keifu.models import gpt2, llama
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet

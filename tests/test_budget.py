@@ -62,8 +62,7 @@ def too_much_code(files: list[File], most: int = MOST_LINES) -> list[str]:
 def crowded_folders(files: list[File]) -> list[str]:
     """Folders with too many files; of verbs, which are looked up by their names, there may be a few more."""
     counts = Counter(file.module.rpartition(".")[0] for file in files if not file.package)
-    most = {"keifu.commands": MOST_FILES + 5}
-    return [f"{folder}: {n} files" for folder, n in counts.items() if n > most.get(folder, MOST_FILES)]
+    return [f"{folder}: {n} files" for folder, n in counts.items() if n > MOST_FILES]
 
 
 def lonely_small_files(files: list[File]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from keifu import __version__, cli
-from keifu.commands import completion
+from keifu.commands.reference import completion
 from keifu.commands.shared import flags, tables
 from keifu.commands.shared.errors import explain
 from keifu.commands.shared.help_text import help_text

@@ -9,6 +9,7 @@ import torch
 
 from keifu import cli, devices
 from keifu.commands.shared import flags
+from keifu.commands.shared.verbs import module_of
 from keifu.commands.train import _has
 from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError
@@ -61,7 +62,7 @@ def test_without_a_gpu_the_cpu_is_all_there_is(monkeypatch) -> None:
 
 @pytest.mark.parametrize("verb", RUN_MODELS)
 def test_every_verb_that_runs_a_model_can_be_told_where(verb: str) -> None:
-    kind = import_module(f"keifu.commands.{verb}").Options
+    kind = import_module(module_of(verb)).Options
     assert issubclass(kind, flags.OnDevice)
 
 

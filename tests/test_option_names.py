@@ -12,6 +12,7 @@ import pytest
 
 from keifu.cli import VERBS
 from keifu.commands.shared.recipe_files import path_of, recipe_module, recipes
+from keifu.commands.shared.verbs import module_of
 from keifu.distributed.mesh import Mesh
 from keifu.recipes.options import _dataclass, _option
 
@@ -52,7 +53,7 @@ def of_verbs() -> frozenset[str]:
     """The options of every verb but train."""
     found = set(OF_TRAINING)
     for verb in VERBS.keys() - {"train", "demo"}:
-        own = vars(import_module(f"keifu.commands.{verb}")).values()
+        own = vars(import_module(module_of(verb))).values()
         kinds = [each for each in own if isinstance(each, type) and is_dataclass(each)]
         found = found.union(*(names(kind) for kind in kinds if kind.__module__.startswith("keifu.commands")))
     return frozenset(found)

@@ -13,7 +13,7 @@ import pytest
 from keifu import cli
 from keifu.commands.shared import flags
 from keifu.commands.shared.recipe_files import recipe_module, recipes
-from keifu.commands.shared.verbs import VERBS
+from keifu.commands.shared.verbs import VERBS, module_of
 from keifu.errors import UserError
 from keifu.ranges import RANGES, Range, check
 from keifu.recipes.options import given, paths, put
@@ -24,7 +24,7 @@ def kinds() -> Iterator[tuple[str, type]]:
     for name in recipes():
         yield name, recipe_module(name).Recipe
     for verb in VERBS:
-        module = import_module(f"keifu.commands.{verb}")
+        module = import_module(module_of(verb))
         yield from ((verb, kind) for kind in vars(module).values() if is_own(kind, module))
 
 

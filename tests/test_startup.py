@@ -11,7 +11,7 @@ import torch
 
 from keifu.checkpoints import save
 from keifu.checkpoints.registry import FAMILIES, MODELS, families_of
-from keifu.commands.models import chosen
+from keifu.commands.reference.models import chosen
 from keifu.errors import UserError
 from keifu.layers.meta import on_meta
 from keifu.models import llama

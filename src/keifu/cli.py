@@ -9,7 +9,7 @@ from contextlib import redirect_stderr, suppress
 from importlib import import_module
 from typing import NoReturn
 
-from keifu.commands.shared.verbs import VERBS
+from keifu.commands.shared.verbs import VERBS, module_of
 from keifu.errors import require_known
 from keifu.threads import follow_load
 
@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
     if verb in ("-V", "--version", "version"):
         return lambda: print(f"keifu {import_module('keifu').__version__}")
     require_known("verb", verb, VERBS)
-    return import_module(f"keifu.commands.{verb}").parse(rest)
+    return import_module(module_of(verb)).parse(rest)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

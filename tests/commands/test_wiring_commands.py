@@ -21,7 +21,8 @@ import keifu.serving.app  # noqa: F401 (its types are looked at before any is re
 from keifu.commands.shared.flags import OnDevice
 from keifu.commands.shared.help_text import arguments_of
 from keifu.commands.shared.inputs import load_encoder
-from keifu.commands.shared.verbs import VERBS
+from keifu.commands.shared.verbs import VERBS, module_of
+from keifu.data.text.passages import Passage
 from keifu.evaluation.registry import EvalOptions
 
 WITHOUT = ("train", "demo")  # their options are those of recipes, which have tables of their own
@@ -88,6 +89,29 @@ embed = Table("embed M one two", {
     "batch-size": Row("--batch-size 7", EMBEDDED, "batch_size", 7),
 }, {ENCODER: (WRITER[0], SimpleNamespace(pad_id=0)), EMBEDDED: torch.zeros(2, 3), IDS: [[1], [2]]})  # fmt: skip
 
+SEARCH = "keifu.evaluation.classification.search"
+ENCODED = (WRITER[0], SimpleNamespace(pad_id=0))
+
+
+class Found:
+    """An index that has one passage."""
+
+    def nearest(self, _: object, count: int) -> list[tuple[float, Passage]]:
+        command_wiring.passed(count)
+        return [(0.5, Passage("f", 1, "h", "t"))]
+
+
+search = Table("search text.txt Hi", {
+    "FOLDER": Row("", f"{SEARCH}:index_path", "source", Path("."), base="search . Hi"),
+    "QUESTION": Row("", "keifu.commands.search:ids", "texts", ["Ho"], base="search text.txt Ho"),
+    "count": Row("--count 7", "command_wiring:passed", "value", 7),
+    "model": Row("--model other", "keifu.commands.search:load_encoder", "name", "other"),
+    "batch-size": Row("--batch-size 7", f"{SEARCH}:build_index", "batch_size", 7),
+    "json": Row("--json", STDOUT, lambda text: text.startswith('{"similarity": 0.5, "file": "f"')),
+}, {"keifu.commands.search:load_encoder": ENCODED, "keifu.commands.search:_identity": "m",
+    f"{SEARCH}:index_path": Path("i"), f"{SEARCH}:count_new": 0, f"{SEARCH}:build_index": Found(), "keifu.commands.search:ids": [[1]],
+    EMBEDDED: torch.zeros(1, 3)})  # fmt: skip
+
 JUDGED = "keifu.commands.classify:_probabilities"
 EXAMPLES = "keifu.data.classification.input_formats:read_examples"
 LABELS, PAIRS = "keifu.evaluation.images.retrieval:label_points", "keifu.evaluation.images.retrieval:select_pairs"
@@ -108,6 +132,7 @@ classify = Table("classify M one", {
     "text": Row("--text body", EXAMPLES, "columns", ("body",), base="classify M --on table.csv"),
     "columns": Row("--columns a b", EXAMPLES, "columns", ("a", "b"), base="classify M --on table.csv"),
     "label": Row("--label kind", EXAMPLES, "label", "kind", base="classify M --on table.csv"),
+    "encoding": Row("--encoding cp932", EXAMPLES, "encoding", "cp932", base="classify M --on table.csv"),
     "labels": Row("--labels x,y", LABELS, "labels", ["x", "y"], base="classify M --on emoji", returns=PICTURES),
     "template": Row("--template {}s --template a{}", LABELS, "templates", ("{}s", "a{}"), base="classify M --on emoji",
                     returns=PICTURES),
@@ -355,22 +380,23 @@ draw = Table("draw M text", {
 
 PLANNED = "keifu.training.hardware.plan:plan"
 plan = Table("plan gpt2", {
-    "MODEL": Row("", "keifu.commands.plan:architecture", lambda a: a.size.name, "gpt2-xl", base="plan gpt2-xl"),
+    "MODEL": Row("", "keifu.commands.reference.plan:architecture", lambda a: a.size.name, "gpt2-xl",
+                 base="plan gpt2-xl"),
     "devices": Row("--devices 7xA100-80G", PLANNED, "1", 7),
-    "tokens": Row("--tokens 7B", "keifu.commands.plan:_training", "tokens", 7e9, returns={PLANNED: None}),
+    "tokens": Row("--tokens 7B", "keifu.commands.reference.plan:_training", "tokens", 7e9, returns={PLANNED: None}),
     "batch": Row("--batch 7M", PLANNED, "3", 7e6),
-    "context-length": Row("--context-length 7", "keifu.commands.plan:architecture", "context_length", 7),
+    "context-length": Row("--context-length 7", "keifu.commands.reference.plan:architecture", "context_length", 7),
     "inference": Row("--inference", "keifu.training.hardware.plan:inference"),
 })  # fmt: skip
 
 lineage = Table("lineage", {
     "NAME": Row("gpt2", STDOUT, lambda text: "GPT-2" in text and "perceptron" not in text),
-    "output": Row("-o page.html", "keifu.commands.lineage:write_atomic", "path", Path("page.html")),
+    "output": Row("-o page.html", "keifu.commands.reference.lineage:write_atomic", "path", Path("page.html")),
 })  # fmt: skip
 eject = Table("eject", {"NAME": Row("gpt2", STDOUT, lambda text: text.startswith('"""GPT-2') and "def main" in text)})
 models = Table("models", {"NAME": Row("gpt2", STDOUT, lambda text: "gpt2-xl" in text and "llama" not in text)})
 completion = Table("completion bash", {
-    "bash|zsh|fish": Row("", "keifu.commands.completion:script", "shell", "fish", base="completion fish")
+    "bash|zsh|fish": Row("", "keifu.commands.reference.completion:script", "shell", "fish", base="completion fish")
 })  # fmt: skip
 
 
@@ -390,7 +416,7 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def names(command: str) -> set[str]:
     """The options of a command as they are typed, without the dashes; of positional arguments, what stands for them."""
-    kind = import_module(f"keifu.commands.{command}").Options
+    kind = import_module(module_of(command)).Options
     found = set[str]()
     for argument in arguments_of(kind):
         long = [name.removeprefix("--").replace("[no-]", "") for name in argument.names if name.startswith("--")]
@@ -400,7 +426,7 @@ def names(command: str) -> set[str]:
 
 @pytest.mark.parametrize("command", sorted(tables()))
 def test_every_option_of_a_command_has_a_row(command: str) -> None:
-    kind = import_module(f"keifu.commands.{command}").Options
+    kind = import_module(module_of(command)).Options
     rows = {*tables()[command].rows, *(on_device() if issubclass(kind, OnDevice) else ())}
     assert names(command) == rows, f"give each option of keifu {command} a row in {Path(__file__).name}"
 
@@ -412,7 +438,7 @@ def test_every_command_has_a_table() -> None:
 @pytest.mark.parametrize("option", on_device())
 @pytest.mark.parametrize("command", sorted(tables()))
 def test_an_option_of_all_models_reaches_what_uses_it(command: str, option: str, capsys) -> None:
-    if issubclass(import_module(f"keifu.commands.{command}").Options, OnDevice):
+    if issubclass(import_module(module_of(command)).Options, OnDevice):
         row, base = on_device()[option], tables()[command].base.split()
         assert reached([*base, *row.words.split()], row, {}, capsys) == row.expected
         assert reached(base, row, {}, capsys) != row.expected

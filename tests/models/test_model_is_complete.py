@@ -17,7 +17,7 @@ from torch import nn
 from keifu.checkpoints.gguf.config import architecture_for
 from keifu.checkpoints.lora.peft import adapt
 from keifu.checkpoints.registry import MODELS, families_of
-from keifu.commands.plan import architecture
+from keifu.commands.reference.plan import architecture
 from keifu.distributed.tensor import stacks_of
 from keifu.errors import UserError
 from keifu.layers.lora import LoraSettings, adapters, merge

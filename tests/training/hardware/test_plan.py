@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from keifu.commands.plan import architecture, parse
+from keifu.commands.reference.plan import architecture, parse
 from keifu.errors import UserError
 from keifu.models.sizes import published_sizes
 from keifu.training.hardware import plan

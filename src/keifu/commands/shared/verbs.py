@@ -1,6 +1,6 @@
 """The verbs of the command line, and what each does in a few words."""
 
-VERBS = {  # each is a file of that name in keifu/commands
+VERBS = {  # each is a file of that name in keifu/commands, or in its folder reference
     "train": "train a model by a recipe; without a recipe, list them",
     "generate": "continue a text with a model",
     "chat": "talk with a model in the terminal",
@@ -23,3 +23,9 @@ VERBS = {  # each is a file of that name in keifu/commands
     "demo": "train a small model, then talk with a published one",
     "completion": "what makes a shell complete keifu's words with Tab",
 }
+REFERENCE = ("inspect", "models", "lineage", "plan", "completion")
+
+
+def module_of(verb: str) -> str:
+    """Return the name of a command's module."""
+    return f"keifu.commands.{'reference.' * (verb in REFERENCE)}{verb}"

@@ -50,7 +50,7 @@ def build_index(
     is called with the number of new passages that are done.
     """
     kept = _read(path)
-    digests = [hashlib.sha256(passage.whole.encode()).hexdigest() for passage in passages]
+    digests = [_digest(passage) for passage in passages]
     new = {digest: passage for digest, passage in zip(digests, passages, strict=True) if digest not in kept}
     if new:
         model, tokenizer = encoder
@@ -66,7 +66,11 @@ def build_index(
 def count_new(passages: Sequence[Passage], path: Path) -> int:
     """Return the number of passages that the index does not have yet."""
     kept = _read(path)
-    return len({passage.whole for passage in passages if hashlib.sha256(passage.whole.encode()).hexdigest() not in kept})
+    return len({_digest(passage) for passage in passages} - kept.keys())
+
+
+def _digest(passage: Passage) -> str:
+    return hashlib.sha256(passage.whole.encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Tensor]:

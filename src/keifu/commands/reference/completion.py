@@ -10,7 +10,7 @@ import tyro
 from keifu.commands.shared import flags
 from keifu.commands.shared.help_text import Argument, arguments_of
 from keifu.commands.shared.recipe_files import recipe_names, recipe_options
-from keifu.commands.shared.verbs import VERBS
+from keifu.commands.shared.verbs import VERBS, module_of
 
 BASH = """\
 _keifu() {{
@@ -44,7 +44,7 @@ def words_of_verbs(verbs: Sequence[str]) -> dict[str, list[Argument]]:
     """What may follow each verb, and `train RECIPE` for each recipe."""
     from keifu.commands.train import with_folder
 
-    kinds = {v: import_module(f"keifu.commands.{v}").Options for v in verbs if v not in ("train", "demo")}
+    kinds = {v: import_module(module_of(v)).Options for v in verbs if v not in ("train", "demo")}
     kinds |= {f"train {name}": with_folder(recipe_options(name)[0], name) for name in recipe_names()}
     return {key: arguments_of(kind) for key, kind in kinds.items()}
 

@@ -1,0 +1,1 @@
+"""Commands that tell about models and about the command line; they train and run nothing."""

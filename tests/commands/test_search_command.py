@@ -1,0 +1,144 @@
+"""`keifu search`: passages of Markdown, text and HTML with their lines, an index that grows, and its damage."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from keifu import checkpoints, cli
+from keifu.data.text.passages import LONGEST, read_passages
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.evaluation.classification import embeddings
+from keifu.models import bert
+
+MARKDOWN = """# Notes
+
+First the cat
+sat on a mat.
+
+```
+# no heading
+seven dogs
+```
+
+## Dogs ##
+Seven dogs ran.
+"""
+HTML = """<html><head><title>x</title><script>let a = 1</script></head><body>
+<h1>Far
+away</h1>
+<p>The cat <b>ran</b> &amp; sat.</p>
+<ul><li>one</li><li>two</li></ul></body></html>
+"""
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "seven", "dogs", "ran", "far", "away", "notes", "first"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An encoder of a few thousand weights."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer("wordpiece", [" ".join(WORDS)] * 2, 200)
+    small = bert.Config(
+        context_length=64, dim=24, hidden_dim=40, n_layers=1, n_heads=3, words=False, next_sentence=False
+    )
+    folder = tmp_path_factory.mktemp("encoder")
+    checkpoints.save(bert.build(replace(small, vocab_size=tokenizer.vocab_size)), tokenizer, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of documents, and an empty cache."""
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "notes"
+    (folder / ".hidden").mkdir(parents=True)
+    (folder / "a.md").write_text(MARKDOWN)
+    (folder / "b.html").write_text(HTML)
+    (folder / ".hidden" / "c.md").write_text("hidden")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def search(capsys: pytest.CaptureFixture, model: str, *words: str) -> list[dict]:
+    cli.main(["search", "notes", *words, "--model", model, "--json"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_passages_have_their_lines_and_headings(notes: Path) -> None:
+    found = [(each.line, each.heading, each.text) for each in read_passages(notes / "a.md", "a.md")]
+    assert found == [
+        (3, "Notes", "First the cat sat on a mat."), (7, "Notes", "# no heading seven dogs"),
+        (12, "Dogs", "Seven dogs ran."),
+    ]  # fmt: skip
+    found = [(each.line, each.heading, each.text) for each in read_passages(notes / "b.html", "b.html")]
+    assert found == [(4, "Far away", "The cat ran & sat."), (5, "Far away", "one"), (5, "Far away", "two")]
+
+
+def test_a_long_paragraph_is_several_passages(notes: Path) -> None:
+    lines = [f"line {number} " + "x" * 90 for number in range(1, 30)] + ["y" * (2 * LONGEST + 5)]
+    (notes / "long.txt").write_text("\n".join(lines))
+    found = read_passages(notes / "long.txt", "long.txt")
+    assert all(len(each.text) <= LONGEST for each in found) and [each.line for each in found][-3:] == [30, 30, 30]
+    assert " ".join(each.text for each in found[:-3]) == " ".join(lines[:-1])
+    assert all(lines[each.line - 1].startswith(each.text[:7]) for each in found)
+
+
+def test_the_same_words_are_found_with_file_and_line(notes: Path, model: str, capsys: pytest.CaptureFixture) -> None:
+    first, *rest = search(capsys, model, "Dogs: Seven dogs ran.", "--count", "6")
+    assert (first["file"], first["line"]) == ("notes/a.md", 12) and first["similarity"] == pytest.approx(1, abs=1e-4)
+    assert len(rest) == 5 and {each["file"] for each in rest} == {"notes/a.md", "notes/b.html"}
+    values = [each["similarity"] for each in rest]
+    assert values == sorted(values, reverse=True)
+    cli.main(["search", "notes", "seven", "--model", model, "--count", "1"])
+    assert "notes/" in capsys.readouterr().out
+
+
+def test_only_new_passages_are_embedded_again(
+    notes: Path, model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keifu.evaluation.classification import search as searched
+
+    counts = []
+
+    def counted(model, rows, *rest):
+        counts.append(len(rows))
+        return embeddings.embed_rows(model, rows, *rest)
+
+    monkeypatch.setattr(searched, "embed_rows", counted)
+    whole = search(capsys, model, "the cat")
+    assert search(capsys, model, "the cat") == whole and counts == [6]
+    (notes / "a.md").write_text(MARKDOWN.replace("Seven dogs ran.", "Seven cats sat."))
+    search(capsys, model, "the cat")
+    assert counts == [6, 1]
+    [index] = (notes.parent / "cache" / "search").glob("*.safetensors")
+    for damage in (b"", index.read_bytes()[:-9], b"x" * 99):
+        index.write_bytes(damage)
+        assert len(search(capsys, model, "the cat")) == 5
+    assert counts == [6, 1, 6, 6, 6]
+
+
+def test_what_cannot_be_searched_is_said(notes: Path, model: str, capsys: pytest.CaptureFixture) -> None:
+    (notes / "bad.txt").write_bytes(b"\xff\xfe\xff")
+    search(capsys, model, "the cat", "--count", "1")
+    cli.main(["search", "notes", "cat", "--model", model, "--count", "1"])
+    assert "Left out: " in capsys.readouterr().err
+    (notes.parent / "empty").mkdir()
+    for words, told in ((["empty", "x"], "holds no document"), (["nowhere", "x"], "There is no folder nowhere")):
+        with pytest.raises(SystemExit):
+            cli.main(["search", *words, "--model", model])
+        assert told in capsys.readouterr().err
+
+
+def test_minilm_says_that_it_reads_english(capsys: pytest.CaptureFixture) -> None:
+    from keifu.commands.search import _warn
+    from keifu.data.text.passages import Passage
+
+    english, japanese = [Passage("a", 1, "", "the cat")], [Passage("a", 1, "", "猫が好きです")]
+    for question, passages, warned in (("cat", english, False), ("猫", english, True), ("cat", japanese, True)):
+        _warn("minilm", question, passages)
+        assert ("minilm reads English" in capsys.readouterr().err) == warned
+    _warn("other", "猫", japanese)
+    assert not capsys.readouterr().err
