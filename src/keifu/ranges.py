@@ -78,7 +78,7 @@ _NAMES = {
         """,
     POSITIVE: """
         attention_factor autoencoder_minutes beta_fast beta_slow clip_minutes epochs factor gamma high_freq_factor
-        logit_scale low_freq_factor minutes mscale mscale_all_dim rate rope_theta timeout vae_minutes
+        keep_alive logit_scale low_freq_factor minutes mscale mscale_all_dim rate rope_theta timeout vae_minutes
         """,
     SHARE: """
         anneal discount eta final_ratio gae_lambda guidance_rescale prefix share shares short

@@ -109,7 +109,8 @@ search = Table("search text.txt Hi", {
     "batch-size": Row("--batch-size 7", f"{SEARCH}:build_index", "batch_size", 7),
     "json": Row("--json", STDOUT, lambda text: text.startswith('{"similarity": 0.5, "file": "f"')),
 }, {"keifu.commands.search:load_encoder": ENCODED, "keifu.commands.search:_identity": "m",
-    f"{SEARCH}:index_path": Path("i"), f"{SEARCH}:count_new": 0, f"{SEARCH}:build_index": Found(), "keifu.commands.search:ids": [[1]],
+    f"{SEARCH}:index_path": Path("i"), f"{SEARCH}:count_new": 0, f"{SEARCH}:build_index": Found(),
+    "keifu.commands.search:ids": [[1]],
     EMBEDDED: torch.zeros(1, 3)})  # fmt: skip
 
 JUDGED = "keifu.commands.classify:_probabilities"

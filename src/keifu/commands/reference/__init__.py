@@ -1,1 +1,1 @@
-"""Commands that tell about models and about the command line; they train and run nothing."""
+"""Small commands about published models, the command line and the demonstration."""

@@ -23,7 +23,7 @@ VERBS = {  # each is a file of that name in keifu/commands, or in its folder ref
     "demo": "train a small model, then talk with a published one",
     "completion": "what makes a shell complete keifu's words with Tab",
 }
-REFERENCE = ("inspect", "models", "lineage", "plan", "completion")
+REFERENCE = ("inspect", "models", "lineage", "plan", "completion", "demo")
 
 
 def module_of(verb: str) -> str:
