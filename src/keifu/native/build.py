@@ -30,7 +30,7 @@ class Unavailable(Exception):
 
 
 def build() -> Path:
-    """The library, compiled now where the cache has none that is whole.
+    """Return the library, compiled now if the cache has no complete one.
 
     One process compiles, others that ask at the same time wait for it. Raises `Unavailable` without a compiler, where
     it fails, and where the cache cannot be written.
@@ -51,7 +51,7 @@ def build() -> Path:
 
 
 def _compiler() -> list[str]:
-    """The command of the machine's C++ compiler: CXX, or the first of the usual names."""
+    """Return the command of the machine's C++ compiler: CXX, or the first of the usual names."""
     named = shlex.split(os.environ.get("CXX", ""))
     found = [name for name in (named[:1] or COMPILERS) if shutil.which(name)]
     if not found:
@@ -78,7 +78,7 @@ def _compile(command: list[str], library: Path) -> None:
 
 
 def _own_flags(source: Path) -> list[str]:
-    """The flags of the instruction set that a file is for."""
+    """Return the compiler flags of the instruction set that a file is for."""
     first = source.read_text("utf-8").split("\n", 1)[0]
     asked = first.startswith(OWN_FLAGS) and platform.machine() in ("x86_64", "AMD64")
     return first.removeprefix(OWN_FLAGS).split() if asked else []

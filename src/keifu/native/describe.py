@@ -96,8 +96,10 @@ RMS_NORMS = RMSNorm, FullPrecisionRMSNorm, UnitOffsetRMSNorm
 
 
 def describe(model: nn.Module) -> ModelPart:
-    """The model as data, of an encoder-decoder the decoder; it may be on the meta device. What the native step does not
-    know is `Unavailable`."""
+    """Describe the model as data, or the decoder of an encoder-decoder; it may be on the meta device.
+
+    A layer that the native step does not know raises `Unavailable`.
+    """
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             raise Unavailable(f"{name} has adapters (LoRA) beside it, which must be merged first")
@@ -138,7 +140,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def _known(model: nn.Module, name: str, *kinds: type[Kind]) -> Kind:
-    """The layer of a name, of one of these kinds; a subclass is another kind, since it may compute something else."""
+    """Return the layer of a name if it has one of these classes; subclasses are refused: they may differ."""
     module = model.get_submodule(name)
     if type(module) not in kinds:
         raise Unavailable(f"{name or 'the model'} is a {type(module).__name__}, which native code does not have")
@@ -146,7 +148,7 @@ def _known(model: nn.Module, name: str, *kinds: type[Kind]) -> Kind:
 
 
 def _matrix(model: nn.Module, name: str, *kinds: type[nn.Linear | nn.Embedding]) -> MatrixPart:
-    """The whole matrix of a layer: of a linear one where no kinds are given."""
+    """Return the whole matrix of a layer; of a linear one if no classes are given."""
     module = _known(model, name, *(kinds or (Linear, JoinedLinear, nn.Linear)))
     rows, columns = module.weight.shape
     bias = module.bias if isinstance(module, nn.Linear) else None
@@ -154,7 +156,7 @@ def _matrix(model: nn.Module, name: str, *kinds: type[nn.Linear | nn.Embedding])
 
 
 def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
-    """The matrices that are joined in one, by these names."""
+    """Return the matrices that are joined in one, by these names."""
     rows, whole = _known(model, name, JoinedLinear).parts, _matrix(model, name)
     each = zip(parts, accumulate(rows, initial=0), rows, strict=False)
     return {part: replace(whole, first=first, rows=own) for part, first, own in each}
@@ -212,7 +214,7 @@ def _layer_norm(model: nn.Module, name: str, part: str) -> tuple[str, NormPart]:
 
 
 def _cross(model: nn.Module, name: str, own: Attention) -> dict[str, MatrixPart]:
-    """Queries and output of a cross-attention; its keys and values are made where the source is read."""
+    """Describe queries and output of a cross-attention; its keys and values are made when the source is read."""
     cross = _known(model, name, CrossAttention)
     if (cross.n_heads, own.scale, own.window) != (own.n_kv_heads, None, None):
         raise Unavailable(f"{name} has other heads, or another scale, than the self-attention before it")

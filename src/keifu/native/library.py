@@ -116,14 +116,14 @@ class Library:
             self._functions[name] = function
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """The function's result; a failure is a `UserError` in its own words."""
+        """Call a function and return its result; a failure is a `UserError` with the library's message."""
         result = self._functions[name](*arguments)
         if result == -1 or result is None:
             raise UserError(self._functions["last_error"]().decode())
         return result
 
     def gguf_format(self, ggml_type: int) -> int | None:
-        """The format that blocks of this type are repacked to without loss, where there is one."""
+        """Return the format that blocks of this type are repacked to without loss; None if there is none."""
         found = self._functions["gguf_format"](ggml_type)
         return None if found < 0 else found
 
@@ -133,7 +133,7 @@ class Library:
 
 
 def open_library() -> Library:
-    """The library, built where it must be, with KEIFU_NATIVE's instructions in use, or the best of this CPU.
+    """Return the library, built if necessary, that uses KEIFU_NATIVE's instructions or the best of this CPU.
 
     Raises `Unavailable` where KEIFU_NATIVE is off or asks for what the CPU lacks, and where there is no library. A word
     that is none of its words is a `UserError`.
@@ -173,7 +173,7 @@ def switched_off() -> bool:
 
 @once
 def _loaded() -> Library | Unavailable:
-    """The library or the reason why there is none: it is looked for once."""
+    """Return the library or the reason why there is none; later calls return the same."""
     if sys.byteorder != "little":
         return Unavailable("it is written for CPUs that put the lower byte first")
     try:

@@ -83,7 +83,7 @@ class NativeLM(nn.Module):
     __reduce_ex__ = state_dict  # what pickle and deepcopy call
 
     def runner(self, n_blocks: int, block_size: int = BLOCK_SIZE) -> "NativeRunner":
-        """What computes the steps of an engine, with caches of so many blocks of so many tokens each."""
+        """Return the runner of an engine, with caches of so many blocks of so many tokens each."""
         return NativeRunner(self, n_blocks, block_size)
 
     @torch.inference_mode()
@@ -141,12 +141,12 @@ class NativeRunner:
 
 
 def widest(windows: Sequence[int | None]) -> int | None:
-    """The widest of the layers' windows; None where a layer has none and sees all tokens."""
+    """Return the widest of the layers' windows; None if a layer has no window and sees all tokens."""
     return max(filter(None, windows)) if windows and all(windows) else None
 
 
 def at(numbers: np.ndarray) -> int:
-    """The address of numbers that lie side by side."""
+    """Return the address of contiguous numbers."""
     return numbers.ctypes.data
 
 
@@ -154,7 +154,7 @@ Packed = TypeVar("Packed", bound=NativeLM)
 
 
 def pack(model: nn.Module, weights: str) -> NativeLM:
-    """The model with its weights packed as f32, bf16, int8, int4 or int4_pure; the model itself stays as it is.
+    """Pack the weights of a model as f32, bf16, int8, int4 or int4_pure; the model itself stays as it is.
 
     A weight that is not finite, and an unknown word for the format, are `UserError`s. Raises `Unavailable` where the
     native step does not know one of the model's layers, and where this machine has no native step.
@@ -167,12 +167,11 @@ _packed: WeakKeyDictionary[nn.Module, tuple[str | None, list[tuple[int, int]], N
 
 
 def native_form(model: nn.Module, make: Callable[[nn.Module, str], Packed] = pack) -> Packed | None:
-    """What generates in place of a model: itself if its weights are packed; the same weights packed if all of them are
-    bfloat16 in the CPU's memory, or if `pack_beside` packed them, anew when they have changed; None where PyTorch is to
-    generate.
+    """Return the packed model that generates instead of a model, or None if PyTorch generates.
 
-    A model of bfloat16 weights that native code does not have, or a machine without it, is told in one sentence. make:
-    what packs it.
+    That is the model itself if its weights are packed. It is the same weights packed if all of them are bfloat16 in the
+    CPU's memory, or if `pack_beside` packed them; they are packed again when they have changed. If native code does not
+    know a model of bfloat16 weights, or is missing on this machine, one sentence says so. make: packs the model.
     """
     if isinstance(model, NativeLM):
         return cast(Packed, model)
@@ -192,15 +191,17 @@ def native_form(model: nn.Module, make: Callable[[nn.Module, str], Packed] = pac
 
 
 def pack_beside(model: nn.Module, weights: str | None, make: Callable[[nn.Module, str], Packed]) -> Packed:
-    """The packed form that generates from now on in place of a model that is still needed itself (see `pack`); with
-    None for as long as that has bfloat16 weights."""
+    """Pack a model (see `pack`) and let the packed form generate from now on; the model itself is still needed.
+
+    With None for the weights this holds as long as the model has bfloat16 weights.
+    """
     packed = make(model, weights or "bf16")
     _packed[model] = weights, _state(model), packed
     return packed
 
 
 def _state(model: nn.Module) -> list[tuple[int, int]]:
-    """What changes with a model's weights."""
+    """Return numbers that change with a model's weights."""
     return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in model.parameters()]
 
 

@@ -48,7 +48,7 @@ OWN = "own"  # what keeps a file's numbers: a GGUF file's blocks, if native code
 
 
 def formats(weights: str) -> Formats:
-    """The formats by their name: f32, bf16, int8, int4 or int4_pure; another one is a `UserError` with the nearest."""
+    """Return the formats of f32, bf16, int8, int4 or int4_pure; another name is a `UserError` with the nearest."""
     require_known("format of weights", weights, [*FORMATS, OWN])
     return FORMATS["int8" if weights == OWN else weights]
 
@@ -69,18 +69,18 @@ class Weights:
         self._parameters: Mapping[str, Tensor] = {name: each.detach() for name, each in own}
 
     def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
-        """Some rows of a matrix, by the name of the parameter."""
+        """Return some rows of a matrix, by the name of the parameter."""
         return self._parameters[name][first : first + rows]
 
     def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
-        """The same rows as a file's blocks, where it has them so; a built model has plain numbers."""
+        """Return the same rows as blocks of a file, if it has blocks; a built model has plain numbers."""
 
     def numbers(self, name: str) -> Tensor:
-        """A whole parameter."""
+        """Return a whole parameter."""
         return self._parameters[name]
 
     def release(self) -> None:
-        """What was read of matrices is no longer needed; a built model keeps it."""
+        """Allow the source to free the matrices that were read; a built model keeps them."""
 
 
 class Arena:
@@ -92,7 +92,7 @@ class Arena:
         self.size = 0  # bytes that are used
 
     def take(self, size: int) -> int:
-        """The address of so many bytes, 64-byte aligned."""
+        """Return the address of `size` new bytes, 64-byte aligned."""
         size = (size + 63) // 64 * 64
         if self._next + size > self._end:
             mapped = mmap.mmap(-1, max(size, CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -130,12 +130,12 @@ class Packer:
         return self._floats[numbers, offset].data_ptr()
 
     def norm(self, part: NormPart) -> native.Norm:
-        """A norm, whose numbers stay where they are."""
+        """Describe a norm, whose numbers stay where they are."""
         weight = self.address(part.weight, part.offset)
         return native.Norm(part.kind, part.eps, weight, self.address(part.bias))
 
     def matrix(self, part: MatrixPart) -> native.Matrix:
-        """A matrix, packed; one that serves twice is packed once."""
+        """Pack a matrix; one that is used twice is packed once."""
         key = part.weight, part.first
         if key not in self.matrices:
             chosen = self.chosen.embedding if part.weight in self.ends else self.chosen.layers

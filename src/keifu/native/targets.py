@@ -113,7 +113,7 @@ class NativeTargets:
         self.tables = tables
 
     def _free(self, held: np.ndarray) -> np.ndarray:
-        """The blocks that no source and none of these rows hold."""
+        """Return the blocks that no source and none of these rows hold."""
         free = np.ones(self.n_blocks, bool)
         free[: self.source_tables.size] = False
         free[held] = False
