@@ -28,7 +28,7 @@ from _rounds import machine
 
 from keifu import checkpoints
 from keifu.data.catalogue import catalogue
-from keifu.data.text.mixture import HELD_OUT, MixedText, Mixture, Source, WeightedSource, read_mixture
+from keifu.data.text.mixture import HELD_OUT, MixedText, Mixture, MixtureSource, WeightedSource, read_mixture
 from keifu.data.text.span_corruption import (
     SEQUENTIAL,
     CausalBatches,
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the runs in this folder, and go on with those there")
     options = parser.parse_args()
     given = options.mixture
-    alone = Mixture(given, (Source(given, given, 1.0),), HELD_OUT)
+    alone = Mixture(given, (MixtureSource(given, given, 1.0),), HELD_OUT)
     found = prepare(alone if given in catalogue.names() else read_mixture(given), options.vocab)
     steps, models = steps_for(options, found), {}
     positions = options.batch * options.context

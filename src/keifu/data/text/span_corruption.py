@@ -28,8 +28,9 @@ LEAST = 16  # places of a row
 class SpanCorruption:
     """Denoiser that hides tokens.
 
-    rate: the mean share of a text that is hidden. share: the share of the rows that this denoiser gets. span: the mean length of the hidden spans. None hides the end of the text alone (a prefix language model): where it
-    begins is drawn evenly, so that between nothing and 2 · rate of the text is hidden.
+    rate: the mean share of a text that is hidden. share: the share of the rows that this denoiser gets. span: the mean
+    length of the hidden spans; None hides the end of the text alone (a prefix language model). There the beginning is
+    drawn evenly, so that between nothing and 2 · rate of the text is hidden.
     """
 
     mode: str
