@@ -19,6 +19,7 @@ SMALL_ON_PURPOSE = {
     "keifu.data.interleaving": "a method with a name, which knows no batches",
     "keifu.distributed.blocks": "the protocol of models that list their blocks",
     "keifu.evaluation.intervals": "statistics, which know no model",
+    "keifu.evaluation.plots.fonts": "fonts, which know no chart",
     "keifu.generation.text.logits_processors": "the field's word for them",
     "keifu.layers.pooling": "an idea of its own, between models and evaluation",
     "keifu.models.sizes": "run as a program, too",

@@ -19,6 +19,7 @@ from keifu.files import read_json_object
 TASKS = (
     "text.translation", "images.retrieval", "images.generative", "images.text_to_image", "text.few_shot",
     "text.mixture", "text.perplexity", "text.masked_words", "classification.neurons",
+    "classification.labelled_texts",
 )  # fmt: skip
 
 

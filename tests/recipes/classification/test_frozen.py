@@ -108,6 +108,21 @@ def test_a_run_classifies_and_embeds_and_its_head_reads_the_frozen_embedding(tra
     torch.testing.assert_close(model.classify(ids), logits[1:], atol=1e-5, rtol=0)
 
 
+def test_keifu_evaluate_takes_the_run_and_says_how_sure_the_figure_is(trained: Path, tmp_path: Path, capsys) -> None:
+    rows = [("cat and dog number 7", "animal"), ("lamp and spoon number 7", "thing"), ("cow and horse", "thing")]
+    with (tmp_path / "new.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    capsys.readouterr()
+    main(["evaluate", str(trained), "--on", str(tmp_path / "new.csv"), "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["accuracy"] == 0.6667 and figures["texts"] == 3 and figures["always 'thing'"] == 0.6667
+    assert figures["accuracy, 95% interval"] == "0.2077 to 0.9385"  # Wilson's of 2 of 3
+    (tmp_path / "new.csv").write_text("text,label\ncat,plant\n")
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(trained), "--on", str(tmp_path / "new.csv")])
+    assert "the model has no label 'plant'; it knows 'animal', 'thing'" in capsys.readouterr().err
+
+
 def test_transformers_reads_the_encoder_of_the_run(trained: Path) -> None:
     transformers = pytest.importorskip("transformers")
     ours: Any
