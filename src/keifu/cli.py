@@ -29,7 +29,7 @@ def help_text() -> str:
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
-    """The work that the arguments ask for, not yet begun; an unknown verb or option is a `UserError`."""
+    """Return the work that the arguments ask for, not yet begun; an unknown verb or option is a `UserError`."""
     if all(word in ("-h", "--help", "help") for word in arguments):
         return lambda: print(help_text())
     verb, *rest = arguments
@@ -92,7 +92,7 @@ def _versions() -> str:
 
 
 def _work(arguments: Sequence[str], quiet: bool, traceback: bool) -> None:
-    """Parses, then runs; each of the two has its own exit status."""
+    """Parse, then run; each of the two has its own exit status."""
     status = 2
     try:
         run = parse(arguments)

@@ -45,7 +45,7 @@ def chosen() -> Choice:
 
 @contextmanager
 def choosing(choice: Choice) -> Iterator[None]:
-    """Makes a choice for what runs in this block; what it leaves open stays as it was. A device that this machine has
+    """Make a choice for what runs in this block; what it leaves open stays as it was. A device that this machine has
     not is a `UserError`."""
     global _choice
     if choice.device is not None:
@@ -59,7 +59,7 @@ def choosing(choice: Choice) -> Iterator[None]:
 
 
 def available() -> list[str]:
-    """The names of the devices of this machine, the one that is chosen where nothing is said first."""
+    """Return the names of the devices of this machine, the one that is chosen where nothing is said first."""
     import torch
 
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -85,7 +85,7 @@ def choose(name: "str | torch.device | None" = None) -> "torch.device":
 
 
 def device_name(device: "torch.device") -> str:
-    """The device as a person knows it."""
+    """Return the device as a person knows it."""
     import torch
 
     if device.type == "cuda":
@@ -102,6 +102,6 @@ def same_kind(one: str, other: str) -> bool:
 
 
 def require_compiler(device: "torch.device") -> None:
-    """A `UserError` where torch.compile would find no C++ compiler for a CPU."""
+    """Raise a `UserError` where torch.compile would find no C++ compiler for a CPU."""
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         raise UserError("Compiling needs a C++ compiler, and none was found; install g++ or clang++, or leave it out.")

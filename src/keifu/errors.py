@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """A text without characters that tell a terminal something: names in files may hold any."""
+    """Return a text without characters that tell a terminal something: names in files may hold any."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
 
 
@@ -30,6 +30,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def require_known(kind: str, name: object, known: Collection[str]) -> None:
-    """A name that is not among the known ones is the error `unknown`."""
+    """Refuse a name that is not among the known ones, with the error `unknown`."""
     if name not in known:
         raise unknown(kind, str(name), known)

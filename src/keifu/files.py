@@ -44,7 +44,7 @@ def disk_space(what: str) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; after the block it is synced to disk and renamed over `path`.
+    """Give a temporary path beside `path`; after the block it is synced to disk and renamed over `path`.
 
     On any error the temporary file is removed and `path` keeps its old content. A full disk is a `UserError`.
     """
@@ -66,7 +66,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's names, are on the disk."""
+    """Wait until a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,7 +75,7 @@ def sync(path: Path) -> None:
 
 
 def write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Writes tensors as safetensors with the usual mode; the system's errors are `OSError`s, as for other files."""
+    """Write tensors as safetensors with the usual mode; the system's errors are `OSError`s, as for other files."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -91,7 +91,7 @@ def write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a whole file at once (see `replacing`)."""
+    """Write a whole file at once (see `replacing`)."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -103,7 +103,7 @@ def sha256(path: Path) -> str:
 
 
 def plain_file(path: Path, what: str = "file") -> Path:
-    """The path of a file that is there and can be read to an end. A folder, a pipe, a device, a link that leads
+    """Return the path of a file that is there and can be read to an end. A folder, a pipe, a device, a link that leads
     nowhere, and a file that this user may not read are `UserError`s too."""
     if not path.exists() and not path.is_symlink():
         raise UserError(f"There is no {what} {path}.")
@@ -116,7 +116,7 @@ def plain_file(path: Path, what: str = "file") -> Path:
 
 
 def read_text(path: Path) -> str:
-    """A file's text; one that is not UTF-8, or larger than any text that keifu reads whole, is a `UserError`."""
+    """Return a file's text; one that is not UTF-8, or larger than any text that keifu reads whole, is a `UserError`."""
     if (size := plain_file(path).stat().st_size) > LARGEST_TEXT:
         raise UserError(f"{path} has {size:,} bytes, and at most {LARGEST_TEXT:,} are read of a file of this kind.")
     try:
@@ -199,7 +199,7 @@ def check_pattern(pattern: str, name: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content (see `parse_json`)."""
+    """Return a JSON file's content (see `parse_json`)."""
     return parse_json(read_text(path), path)
 
 
@@ -220,7 +220,7 @@ def reading(path: Any) -> Iterator[None]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; anything else is a `UserError`."""
+    """Return a JSON object from a file; anything else is a `UserError`."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__} where a JSON object is needed.")
@@ -245,7 +245,7 @@ def check_output(path: Path, option: str, folder: bool) -> None:
 
 
 def neighbours(path: Path, pattern: str = "*") -> list[str]:
-    """The files beside a place where one was looked for, to tell the nearest name."""
+    """Return the files beside a place where one was looked for, to tell the nearest name."""
     return [str(each) for each in path.parent.glob(pattern)]
 
 
@@ -255,13 +255,13 @@ def hidden(path: Path) -> bool:
 
 
 def cache() -> Path:
-    """The folder for everything that is fetched or derived: `KEIFU_CACHE`, or ~/.cache/keifu."""
+    """Return the folder for everything that is fetched or derived: `KEIFU_CACHE`, or ~/.cache/keifu."""
     return Path(os.environ.get("KEIFU_CACHE") or "~/.cache/keifu").expanduser()
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds what is made at `path` for one process at a time; another one that waits says so."""
+    """Hold what is made at `path` for one process at a time; another one that waits says so."""
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +279,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def hold(directory: Path) -> Iterator[bool]:
-    """Holds a directory for this process alone; gives whether it did not before. Where another process has it, a
+    """Hold a directory for this process alone; give whether it did not before. Where another process has it, a
     `UserError` says which one. A dead process holds nothing, since the lock (flock) is the system's.
     """
     place = directory.resolve()
@@ -315,7 +315,7 @@ def writing_alone(directory: Path) -> Iterator[None]:
 
 
 def _locked_file(path: Path) -> Any:
-    """The lock file, open and locked, with the name of this process in it."""
+    """Return the lock file, open and locked, with the name of this process in it."""
     while True:
         file = path.open("a+")
         try:
@@ -343,7 +343,7 @@ def _lock(file: Any) -> None:
 
 
 def remove_left(directory: Path) -> None:
-    """Removes the temporary files that a dead process left in a directory and below; nobody else may write there."""
+    """Remove the temporary files that a dead process left in a directory and below; nobody else may write there."""
     for path in [*directory.rglob(".*")]:
         if LEFT.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)

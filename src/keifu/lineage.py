@@ -38,7 +38,7 @@ class Landmark:
 
 
 def docs() -> Path:
-    """The folder of the pages and their pictures; a `UserError` where there is none."""
+    """Return the folder of the pages and their pictures; a `UserError` where there is none."""
     found = next((folder for folder in DOCS if (folder / "lineage/lineage.json").is_file()), None)
     if found is None:
         raise UserError("The pages of the lineage are not installed: install keifu from a wheel, or run a checkout.")
@@ -55,7 +55,7 @@ def landmarks() -> list[Landmark]:
 
 
 def page() -> str:
-    """The offline page: a drawing of who came from whom, then a part for each landmark with its picture."""
+    """Return the offline page: a drawing of who came from whom, then a part for each landmark with its picture."""
     found = landmarks()
     body = "<h1>keifu <span lang='ja'>系譜</span>: the lineage</h1>\n" + drawing(found) + "\n".join(map(_part, found))
     return (
@@ -77,12 +77,12 @@ svg marker path { fill: currentColor; stroke: none; } section img { max-width: 1
 
 
 def style() -> str:
-    """The style sheet of the page: that of reports, and of the drawing."""
+    """Return the style sheet of the page: that of reports, and of the drawing."""
     return (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8") + STYLE
 
 
 def drawing(found: list[Landmark]) -> str:
-    """An SVG: a box for each landmark, a line down for each, and arrows from those it came from."""
+    """Return an SVG: a box for each landmark, a line down for each, and arrows from those it came from."""
     corner = {each.name: (8 + each.lane * ACROSS, 8 + row * DOWN) for row, each in enumerate(found)}
     boxes = "".join(_box(each, *corner[each.name]) for each in found)
     arrows = "".join(_arrow(corner[parent], corner[each.name]) for each in found for parent in each.parents)

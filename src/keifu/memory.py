@@ -72,7 +72,7 @@ def _left(group: Path, most: str, used: str, droppable: str) -> int | None:
 
 
 def release(device: torch.device) -> None:
-    """Gives memory that an allocator keeps back, as after a step that did not fit."""
+    """Free memory that an allocator keeps back, as after a step that did not fit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -114,7 +114,7 @@ def reuse_freed() -> None:
 
 
 def _glibc() -> Any:
-    """The C library where it is GNU's; None elsewhere."""
+    """Return the C library where it is GNU's; None elsewhere."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     return library if hasattr(library, "gnu_get_libc_version") else None
 

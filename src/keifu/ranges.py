@@ -117,7 +117,7 @@ def check(values: Mapping[str, Any], label: Callable[[str], str] = str) -> None:
 
 
 def _numbers(value: Any) -> Iterator[Any]:
-    """The value itself; of a tuple or list everything in it but texts, which stand beside numbers there."""
+    """Return the value itself; of a tuple or list everything in it but texts, which stand beside numbers there."""
     if not isinstance(value, (tuple, list)):
         yield value
         return

@@ -52,7 +52,7 @@ def follow_load() -> None:
 
 @contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """A block in which PyTorch computes on so many threads."""
+    """Compute on so many threads in a block."""
     import torch
 
     own = torch.get_num_threads()
@@ -118,7 +118,7 @@ class IdleTeam(threading.Thread):
         self.openmp, self.ready, self.end = openmp, threading.Event(), threading.Event()
 
     def stop(self) -> None:
-        """Ends the team: its threads end with the one that made them."""
+        """End the team: its threads end with the one that made them."""
         self.end.set()
         self.join()
 
@@ -131,7 +131,7 @@ class IdleTeam(threading.Thread):
 
 
 def _watch() -> None:
-    """Reads the load of the cores, about four times a second, until the process ends."""
+    """Read the load of the cores, about four times a second, until the process ends."""
     placement, team = Placement(frozenset(os.sched_getaffinity(0))), None
     before = _clocks()
     while True:
@@ -168,7 +168,7 @@ def used(statistics: Path = STATISTICS) -> dict[int, float]:
 
 
 def move(last: frozenset[int], cores: frozenset[int], tasks: Path = TASKS) -> None:
-    """Moves all threads of this process from some cores to others; those that run elsewhere, as their maker wanted,
+    """Move all threads of this process from some cores to others; those that run elsewhere, as their maker wanted,
     stay there."""
     for task in tasks.iterdir():
         with suppress(OSError):  # a thread that has just ended
@@ -177,7 +177,7 @@ def move(last: frozenset[int], cores: frozenset[int], tasks: Path = TASKS) -> No
 
 
 def _openmp() -> Any:
-    """The OpenMP that PyTorch computes with, where it is GNU's; None also before PyTorch is imported."""
+    """Return the OpenMP that PyTorch computes with, where it is GNU's; None also before PyTorch is imported."""
     torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "get_num_threads"):
         return None
@@ -195,7 +195,7 @@ def _limit(share: float) -> None:
 
 
 def control_groups(groups: Path = GROUPS, own: Path = OWN_GROUP) -> list[Path]:
-    """The folders of this process's control group (version 2) and of those above it, which all limit it."""
+    """Return the folders of this process's control group (version 2) and of those above it, which all limit it."""
     lines = own.read_text().splitlines() if own.exists() else []
     group = next((groups / line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")), groups)
     return [place for place in (group, *group.parents) if place.is_relative_to(groups)]

@@ -39,7 +39,7 @@ class Options(flags.OnDevice):
 
 
 def run(options: Options) -> None:
-    """Prints the figures."""
+    """Print the figures."""
     import torch
 
     notice(f"Loading {options.model} ...")
@@ -140,7 +140,7 @@ def _weight_bytes(model: Any) -> int:
 
 
 def _told(figures: dict[str, Any]) -> str:
-    """The figures as lines for people."""
+    """Return the figures as lines for people."""
     streams = "1 stream" if figures["streams"] == 1 else f"{figures['streams']} streams together"
     return (
         f"{figures['model']}, {figures['weights'] or 'its own'} weights, {figures['device']}, {figures['threads']} "

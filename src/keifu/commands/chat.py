@@ -166,7 +166,7 @@ class Chat:
             print("Stopped.", file=sys.stderr)
 
     def _whole(self, line: str) -> str:
-        """The message that begins with this line; empty where Ctrl-C takes it back."""
+        """Return the message that begins with this line; empty where Ctrl-C takes it back."""
         try:
             return read_rest(line)
         except KeyboardInterrupt:

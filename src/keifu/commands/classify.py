@@ -71,7 +71,7 @@ class Options(flags.OnDevice):
 
 
 def run(options: Options) -> None:
-    """Prints a line for each text or picture, or the figures of a table or of a set of pictures."""
+    """Print a line for each text or picture, or the figures of a table or of a set of pictures."""
     if options.on is None and options.picture:
         raise UserError("--picture draws a table's confusion matrix: name the table with --on.")
     if options.on is not None and (options.texts or options.file):
@@ -92,7 +92,7 @@ def classify_images(options: Options) -> bool:
 
 
 def _show_choices(found: Iterable[Choices], pictures: bool, as_json: bool) -> None:
-    """A line for each, with its label and the next likely ones, or all probabilities as JSON."""
+    """Print a line for each, with its label and the next likely ones, or all probabilities as JSON."""
     rows, column = [], "picture" if pictures else "text"
     for labels, shares, name, shown in found:
         order = sorted(range(len(labels)), key=lambda place: -shares[place])
@@ -131,7 +131,7 @@ def _show_worst(confusion: "Confusion", columns: Sequence[str], rows: Sequence[S
 
 
 def _of_pictures(options: Options) -> Iterable[Choices]:
-    """The probabilities of a network's own labels, or of those given to a CLIP."""
+    """Return the probabilities of a network's own labels, or of those given to a CLIP."""
     from keifu.evaluation.classification.neurons import RowClassifier, row_of
     from keifu.evaluation.images.retrieval import embed_pictures, label_points, label_shares, two_towers
 
@@ -178,7 +178,7 @@ def _compare_pictures(options: Options) -> "Confusion":
 
 
 def _labels(given: str | None) -> list[str]:
-    """The labels between commas, or one a line of a .txt file."""
+    """Return the labels between commas, or one a line of a .txt file."""
     if given is None:
         raise UserError('A CLIP has no labels of its own: give some, such as --labels "a dog,a cat".')
     file = Path(given)

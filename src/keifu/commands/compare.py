@@ -82,7 +82,7 @@ def generate_answers(options: Options, prompts: "Sequence[Prompt]") -> "Iterator
 
 
 def answers_table(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", options: Options, side: str) -> list[str]:
-    """A model's answers; what is drawn is of the seed and the prompt, whatever other prompts there are."""
+    """Return a model's answers; what is drawn is of the seed and the prompt, whatever other prompts there are."""
     from keifu.evaluation.pairwise import seed_of
     from keifu.generation.text.generate import generate_batch
 
@@ -93,7 +93,7 @@ def answers_table(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", optio
 
 
 def by_reward(name: str) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":
-    """The choice of what gives the higher reward."""
+    """Return the choice of what gives the higher reward."""
     from keifu.recipes.assistant.common import make_rewards
 
     scorer = make_rewards(name).scorer
@@ -106,7 +106,7 @@ def by_reward(name: str) -> "Callable[[Prompt, tuple[str, str]], Choice | None]"
 
 
 def by_hand(seed: int, total: int) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":
-    """The choice of whoever sits there, who is not told which answer is whose; None where they stop."""
+    """Return the choice of whoever sits there, who is not told which answer is whose; None where they stop."""
     from keifu.evaluation.pairwise import a_is_left
 
     seen = iter(range(1, total + 1))

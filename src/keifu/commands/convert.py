@@ -26,7 +26,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Loads, converts, writes, and says where."""
+    """Load, convert and write a model, and say where it is."""
     from keifu.checkpoints import convert
     from keifu.checkpoints.hub import may_be_model
 

@@ -24,7 +24,7 @@ def holds_conversations(source: str) -> bool:
 
 
 def show(source: str, model: str, count: int, as_json: bool) -> None:
-    """Prints the first conversations by the chat template of a model, and how much of all of them is learned.
+    """Print the first conversations by the chat template of a model, and how much of all of them is learned.
 
     What is learned is in colour; where the output is no terminal it stands between ⟦ and ⟧.
     """
@@ -122,7 +122,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Does what is asked."""
+    """Do what is asked."""
     if options.action == "list":
         _list()
     elif options.action == "cache":

@@ -147,7 +147,7 @@ def run(options: Options) -> None:
 
 
 def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]":
-    """The record of what will be drawn, everything in it resolved, and the model."""
+    """Return the record of what will be drawn, everything in it resolved, and the model."""
     from keifu.checkpoints.loading import planned
     from keifu.generation.images.image_to_image import read_input_image
     from keifu.generation.images.pixel_diffusion import ImageRequest
@@ -233,7 +233,7 @@ def again(path: Path, options: Options) -> None:
 
 
 def _input_images(drawing: "ImageRequest", places: Mapping[str, Path | None], path: Path) -> "ImageRequest":
-    """The settings with the pictures that the drawing read where they are now, if they are still the same."""
+    """Return the settings with the pictures that the drawing read where they are now, if they are still the same."""
     from keifu.generation.images.image_to_image import InputImage, read_input_image
 
     for name, place in places.items():
@@ -255,7 +255,7 @@ def _input_images(drawing: "ImageRequest", places: Mapping[str, Path | None], pa
 
 
 def _same_model(name: str, record: "ImageRecord", path: Path) -> "ImagePipeline":
-    """The model that drew a picture; another one, by the fingerprint of its weights, is a `UserError`."""
+    """Return the model that drew a picture; another one, by the fingerprint of its weights, is a `UserError`."""
     from keifu.checkpoints.loading import planned
 
     try:

@@ -54,7 +54,7 @@ class Options(flags.Packed, EvalOptions):
 
 
 def run(options: Options) -> None:
-    """Evaluates, and prints the figures, remarks and tables."""
+    """Evaluate, and print the figures, remarks and tables."""
     from keifu.checkpoints import load
     from keifu.checkpoints.hub import locate
     from keifu.checkpoints.lora.diffusion import apply_lora
@@ -102,7 +102,7 @@ def check_known(on: str) -> None:
 
 
 def select_task(model: Any, on: str) -> Any:
-    """The task for such a model on such data; a model or data that no task is for is a `UserError`."""
+    """Return the task for such a model on such data; a model or data that no task is for is a `UserError`."""
     every = tasks()
     able = [task for task in every if task.takes(model)]
     kind = type(model).__name__
@@ -127,7 +127,7 @@ def check_options(options: Options, task: Any) -> None:
 
 
 def _print_outcome(found: Any, as_json: bool) -> None:
-    """The figures and what belongs to them, for people or as JSON."""
+    """Return the figures and what belongs to them, for people or as JSON."""
     if as_json:
         details = {name: list(_objects(each)) for name, each in found.tables.items()}
         print(json.dumps({**found.figures, "notes": found.notes, **details}, ensure_ascii=False))
@@ -141,13 +141,13 @@ def _print_outcome(found: Any, as_json: bool) -> None:
 
 
 def _columns(items: ResultTable) -> Iterator[str]:
-    """The rows under their names, parted by tabs."""
+    """Return the rows under their names, parted by tabs."""
     for row in (items.columns, *items.rows):
         yield "\t".join(" ".join(str(value).split()) for value in row)
 
 
 def _objects(items: ResultTable) -> Iterator[dict[str, Any]]:
-    """The rows with their names, for JSON, in which line breaks are kept."""
+    """Return the rows with their names, for JSON, in which line breaks are kept."""
     return (dict(zip(items.columns, row, strict=True)) for row in items.rows)
 
 

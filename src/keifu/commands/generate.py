@@ -42,7 +42,7 @@ class Options(flags.Packed):
 
 
 def run(options: Options) -> None:
-    """Prints what the model writes, without the prompt."""
+    """Print what the model writes, without the prompt."""
     text = join_texts(options.prompt, options.file) or (ask("Prompt: ", EXAMPLE) if at_terminal() else "")
     model, tokenizer = load_writer(options.model, options.weights)
     from keifu.generation.text.generate import as_prompt

@@ -69,7 +69,7 @@ def _folder_of_resume(arguments: Sequence[str]) -> list[str]:
 
 
 def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bool = False) -> Callable[[], None]:
-    """A recipe's run from its `Recipe` fields, `--out`, `--resume`, `--replace` and how to compute.
+    """Return a recipe's run from its `Recipe` fields, `--out`, `--resume`, `--replace` and how to compute.
 
     With `--resume`, options that are not given are those of the run that stands in the folder. `replaces`: an earlier
     run is always started over.
@@ -114,7 +114,7 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
 
 
 def with_folder(kind: type, name: str) -> Any:
-    """A recipe's options and those of every run."""
+    """Return a recipe's options and those of every run."""
     folder = field(default=Path("runs") / Path(name).stem)
     own = [
         ("recipe", Annotated[kind, tyro.conf.arg(name="")]),

@@ -41,7 +41,7 @@ class Options(flags.Packed):
 
 
 def run(options: Options) -> None:
-    """Prints a line for each line."""
+    """Print a line for each line."""
     lines = lines_from(options.text, options.file)
     model, tokenizer = load_translator(options.model, options.weights)
     from keifu.data.progress import counting
@@ -59,7 +59,7 @@ def run(options: Options) -> None:
 
 
 def lines_from(text: str | None, file: Path | None) -> list[str]:
-    """The lines of the argument, the file or standard input; bytes that are no UTF-8 are named by their line."""
+    """Return the lines of the argument, the file or standard input; bytes that are no UTF-8 are named by their line."""
     if text is not None and file is not None:
         raise UserError(f"There are two texts, the argument and {file}: give one of them.")
     if text is not None:

@@ -50,7 +50,7 @@ def words_of_verbs(verbs: Sequence[str]) -> dict[str, list[Argument]]:
 
 
 def script(shell: str, verbs: dict[str, str]) -> str:
-    """The script for a shell."""
+    """Return the script for a shell."""
     given = words_of_verbs([*verbs])
     if shell == "fish":
         return "\n".join(_fish(given, verbs))
@@ -80,7 +80,7 @@ def _quoted(text: str) -> str:
 
 
 def run(options: Options) -> None:
-    """Prints the script."""
+    """Print the script."""
     print(script(options.shell, VERBS))
 
 

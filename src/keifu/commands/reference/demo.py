@@ -6,5 +6,5 @@ from keifu.commands.train import parse_recipe
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
-    """The demonstration, with its options; it takes the place of an earlier one."""
+    """Return the demonstration, with its options; it takes the place of an earlier one."""
     return parse_recipe("demo", arguments, "keifu demo", replaces=True)

@@ -17,7 +17,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Prints the report."""
+    """Print the report."""
     from keifu.checkpoints import inspect
 
     report = inspect(options.model)

@@ -25,7 +25,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Prints the table, or what is said of one landmark, and writes the page where it is asked for."""
+    """Print the table, or what is said of one landmark, and write the page where it is asked for."""
     found = {each.name: each for each in lineage.landmarks()}
     if options.output is not None:
         write_atomic(options.output, lineage.page())

@@ -21,13 +21,13 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Prints the table."""
+    """Print the table."""
     rows = [(size.name, f"{size.parameters:,}", *_beside(size)) for size in chosen(options.name)]
     tables.show(("model", "parameters", "paper", "difference"), rows)
 
 
 def chosen(name: str | None) -> list[Size]:
-    """The sizes that a name means; a name that means none is a `UserError` with the nearest ones."""
+    """Return the sizes that a name means; a name that means none is a `UserError` with the nearest ones."""
     sizes = published_sizes()
     wanted = (name or "").lower()
     found = [size for size in sizes if wanted in size.name.lower() or wanted == size.model]

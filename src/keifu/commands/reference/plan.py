@@ -33,7 +33,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Prints the plan."""
+    """Print the plan."""
     from keifu.training.hardware import plan
 
     sizes = {size.name: size for size in published_sizes()}
@@ -81,7 +81,7 @@ def _training(made: "Plan", tokens: float | int) -> list[tuple[str, str]]:
 
 
 def architecture(size: Size, context_length: int | None = None) -> "Architecture":
-    """The sizes that a plan needs of a published size; a model that is no decoder of tokens is a `UserError`."""
+    """Return the sizes that a plan needs of a published size; a model that is no decoder of tokens is a `UserError`."""
     from keifu.training.hardware.plan import Architecture
 
     config = vars(import_module(f"keifu.models.{size.model}").SIZES[size.name])

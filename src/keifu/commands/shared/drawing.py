@@ -42,7 +42,7 @@ def usual_dtype(found: "Plan") -> str | None:
 
 
 def load(found: "Plan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -> "ImagePipeline":
-    """The model that was opened with these LoRAs worked into it, and with its tokenizer where it reads."""
+    """Return the model that was opened with these LoRAs worked into it, and with its tokenizer where it reads."""
     from keifu.checkpoints.loading import DTYPES
     from keifu.checkpoints.lora.diffusion import apply_lora
     from keifu.checkpoints.plan import check_tokenizer
@@ -80,7 +80,7 @@ def draw_images(model: "ImagePipeline", record: "ImageRecord", states: "list[Sam
 
 
 def png(pictures: "Tensor", record: "ImageRecord") -> bytes:
-    """A picture, or the sheet of all where the record is of none of them, with the record."""
+    """Return a picture, or the sheet of all where the record is of none of them, with the record."""
     from keifu.data.images.grid import png, sheet
     from keifu.data.images.io import to_image
 

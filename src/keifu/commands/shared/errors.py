@@ -40,7 +40,7 @@ def fault(error: Exception) -> str:
 
 
 def _system(error: OSError) -> str:
-    """The operating system's complaint with the file it is about."""
+    """Return the operating system's complaint with the file it is about."""
     if isinstance(error, FileNotFoundError):
         gone = "The current folder is not there any more: it was removed or renamed."
         return f"There is no file {str(error.filename)!r}." if error.filename else gone

@@ -75,7 +75,7 @@ class Continuation(SamplingParams):
 
 
 def parser(kind: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:
-    """A verb's `parse`: from its words to the work they ask for, not yet begun."""
+    """Return a verb's `parse`: from its words to the work they ask for, not yet begun."""
 
     def parsed(arguments: Sequence[str]) -> Callable[[], None]:
         options = parse(kind, arguments, program)
@@ -87,7 +87,7 @@ def parser(kind: type[Options], run: Callable[[Options], None], program: str) ->
 
 
 def placed(choice: Choice, work: Callable[[], None]) -> Callable[[], None]:
-    """The work, to be computed by that choice; a device that this machine has not is a `UserError` at once."""
+    """Return the work, to be computed by that choice; a device that this machine has not is a `UserError` at once."""
     if choice.device is not None:
         choose(choice.device)
 
@@ -105,7 +105,7 @@ def parse(
     description: str | None = None,
     usual: Options | None = None,
 ) -> Options:
-    """The options of dataclass `kind` from words; wrong words are a `UserError`, and `--help` prints and exits.
+    """Return the options of dataclass `kind` from words; wrong words are a `UserError`, and `--help` prints and exits.
 
     `usual` has the values of options that are not given, in place of those of `kind`.
     """

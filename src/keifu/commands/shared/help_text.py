@@ -78,7 +78,7 @@ def _sentence(text: str) -> str:
 
 
 def _value(metavar: str, choices: Sequence[str]) -> tuple[str, str]:
-    """The value in the left column, and the choices where they are too long for it."""
+    """Return the value in the left column, and the choices where they are too long for it."""
     if choices:
         shown = "|".join(choices)
         shown = f"[{shown}]" if metavar.startswith("[") else shown
@@ -90,7 +90,7 @@ def _value(metavar: str, choices: Sequence[str]) -> tuple[str, str]:
 
 
 def help_text(kind: type, program: str, description: str | None = None, width: int | None = None) -> str:
-    """The whole text, in lines of at most `width` columns; None: as wide as the terminal, up to `WIDEST`."""
+    """Return the whole text, in lines of at most `width` columns; None: as wide as the terminal, up to `WIDEST`."""
     width = width or min(WIDEST, shutil.get_terminal_size().columns)
     arguments = arguments_of(kind)
     places = [argument.value for argument in arguments if not argument.names]

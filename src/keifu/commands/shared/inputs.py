@@ -27,7 +27,7 @@ def load_writer(name: str, weights: str | None = None) -> tuple[Any, Any]:
 
 
 def notice(line: str) -> None:
-    """A line on stderr for a person at a terminal; where stderr is a file or a pipe, nothing."""
+    """Print a line on stderr for a person at a terminal; where stderr is a file or a pipe, nothing."""
     if sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
 
@@ -70,7 +70,7 @@ def decode_utf8(data: bytes, place: str, first_line: int = 1) -> str:
 
 
 def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> list[str]:
-    """The arguments, each a text, or else the lines of the file or of standard input.
+    """Return the arguments, each a text, or else the lines of the file or of standard input.
 
     An empty text is a `UserError` with its line, for then whoever reads the results would count wrong.
     """
@@ -88,7 +88,7 @@ def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> lis
 
 
 def load_encoder(name: str, dtype: str | None = None) -> tuple[Any, Any]:
-    """A model that reads in both directions, or a CLIP, and its tokenizer; for any other kind a `UserError`."""
+    """Return a model that reads in both directions, or a CLIP, and its tokenizer; for any other kind a `UserError`."""
     from keifu.checkpoints import load
     from keifu.checkpoints.loading import DTYPES
     from keifu.generation.text.model import Encoder, TwoTowers
@@ -101,7 +101,7 @@ def load_encoder(name: str, dtype: str | None = None) -> tuple[Any, Any]:
 
 
 def ids(model: Any, tokenizer: Any, texts: Sequence[str], cut: bool) -> Any:
-    """The ids of texts; that some were cut is said on stderr."""
+    """Return the ids of texts; say on stderr how many were cut."""
     from keifu.evaluation.classification.embeddings import encode_texts
 
     limit = model.config.context_length
@@ -123,7 +123,7 @@ def is_picture(text: str) -> bool:
 
 
 def pictures_among(path: Path) -> list[str] | None:
-    """The pictures in a folder and in those below it, in order; None for what is no folder."""
+    """Return the pictures in a folder and in those below it, in order; None for what is no folder."""
     if not path.is_dir():
         return None
     found = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and is_picture(str(file))]
@@ -133,7 +133,7 @@ def pictures_among(path: Path) -> list[str] | None:
 
 
 def embed_inputs(model: Any, tokenizer: Any, inputs: Sequence[str], cut: bool, batch_size: int) -> "Tensor":
-    """A point for each input, in order, whether it is a text or the name of a picture's file."""
+    """Return a point for each input, in order, whether it is a text or the name of a picture's file."""
     import torch
 
     from keifu.evaluation.images.retrieval import embed_pictures, embed_texts
@@ -146,7 +146,7 @@ def embed_inputs(model: Any, tokenizer: Any, inputs: Sequence[str], cut: bool, b
 
 
 def open_image(files: Sequence[str]) -> Any:
-    """The pictures in these files, one by one as they are asked for."""
+    """Return the pictures in these files, one by one as they are asked for."""
     from keifu.data.images.io import read_image
 
     return (read_image(Path(file)).image for file in files)

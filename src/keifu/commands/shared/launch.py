@@ -37,7 +37,7 @@ def silence() -> None:
 
 
 def together(mesh: Mesh, work: Callable[[], None], explain: Callable[[Exception], str | None]) -> None:
-    """Does the work as one of the processes that torchrun has started."""
+    """Do the work as one of the processes that torchrun has started."""
     from keifu.distributed.failures import explained
     from keifu.distributed.group import join
 
@@ -46,7 +46,7 @@ def together(mesh: Mesh, work: Callable[[], None], explain: Callable[[Exception]
 
 
 def start(processes: int, restarts: int, words: Sequence[str]) -> None:
-    """Runs `keifu` with these words on so many processes of this machine, again at most `restarts` times where one
+    """Run `keifu` with these words on so many processes of this machine, again at most `restarts` times where one
     dies; exits as they do."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -24,7 +24,7 @@ SOURCE = Path(__file__).parent.parent.parent
 
 
 def recipe_names() -> list[str]:
-    """The names of keifu's own recipes."""
+    """Return the names of keifu's own recipes."""
     return sorted(RECIPES)
 
 
@@ -39,7 +39,7 @@ def is_own(name: str) -> bool:
 
 
 def path_of(name: str) -> Path:
-    """A recipe's file; a name that is none is a `UserError` with the nearest one."""
+    """Return a recipe's file; a name that is none is a `UserError` with the nearest one."""
     if is_own(name):
         if not Path(name).is_file():
             raise UserError(
@@ -51,7 +51,7 @@ def path_of(name: str) -> Path:
 
 
 def recipe_module(name: str) -> Any:
-    """A recipe's file, run: its `Recipe` are the options, `run(recipe, out, resume)` trains."""
+    """Run a recipe's file and return its module: its `Recipe` are the options, `run(recipe, out, resume)` trains."""
     path = path_of(name)
     if not is_own(name):
         return import_module(f"keifu.recipes.{RECIPES[name]}")
@@ -127,7 +127,7 @@ class _Part(ModuleType):
         return vars(self)[name]
 
     def _light(self, part: ast.stmt) -> ast.stmt:
-        """A field that holds a tensor or a module, which no option can be, without its type."""
+        """Return a field that holds a tensor or a module, which no option can be, without its type."""
         if isinstance(part, ast.AnnAssign) and any(self._is_heavy(name) for name in _read(part.annotation)):
             part.annotation = ast.copy_location(ast.Constant("object"), part.annotation)
         return part
@@ -159,13 +159,13 @@ class _Part(ModuleType):
 
 
 def _read(node: ast.AST) -> set[str]:
-    """The names that a statement or expression reads."""
+    """Return the names that a statement or expression reads."""
     names = [inner for inner in ast.walk(node) if isinstance(inner, ast.Name)]
     return {name.id for name in names if isinstance(name.ctx, ast.Load)}
 
 
 def _bound(statement: ast.stmt) -> Iterator[str]:
-    """The names that a statement at the head of a file makes."""
+    """Return the names that a statement at the head of a file makes."""
     match statement:
         case ast.Import(names=names) | ast.ImportFrom(names=names):
             yield from (alias.asname or alias.name.partition(".")[0] for alias in names)

@@ -66,7 +66,7 @@ class Stored:
 
 
 def stored(name: str, module: ModuleType, out: Path) -> Stored | None:
-    """The run in a folder, if there is one; that of another recipe is a `UserError`."""
+    """Return the run in a folder, if there is one; that of another recipe is a `UserError`."""
     content, usual = run_directory.read_recipe(out), module.Recipe()
     if not content:
         return None
@@ -89,7 +89,7 @@ def _was_moved(name: str, record: Mapping[str, Any]) -> bool:
 
 
 def name_of(out: Path) -> str:
-    """The name of the recipe whose run stands in a folder."""
+    """Return the name of the recipe whose run stands in a folder."""
     if not (content := run_directory.read_recipe(out)):
         raise UserError(f"There is no run in {out} to go on with: it has no {run_directory.RECIPE}.")
     if run_directory.RECORD not in content:
@@ -100,7 +100,7 @@ def name_of(out: Path) -> str:
 
 
 def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) -> None:
-    """A new run; the folder is checked before anything is read or fetched."""
+    """Begin a new run; the folder is checked before anything is read or fetched."""
     with run_directory.owned(out):
         if not replace:
             run_directory.check_free(out)
@@ -156,7 +156,7 @@ def _go_on(found: Stored, module: ModuleType, wanted: Any, out: Path) -> None:
 
 
 def _moved(found: Stored, wanted: Any) -> Any:
-    """The recipe, in which files of data that have another place now are named from the root."""
+    """Return the recipe, in which files of data that have another place now are named from the root."""
     kind, values = type(wanted), to_json(wanted)
     then, now = by_option(kind, to_json(found.then)), by_option(kind, values)
     for option, path in paths(kind, values).items():
@@ -184,7 +184,7 @@ def _check(found: Stored, wanted: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _words(value: Any) -> str:
-    """A value as it stands on a command line."""
+    """Return a value as it stands on a command line."""
     if value is None:
         return "(unset)"
     return " ".join(map(_words, value)) if isinstance(value, list) else str(value)
@@ -220,7 +220,7 @@ def _lengthened(
 
 
 def _steps(lengths: Mapping[str, tuple[Any, Any]], facts: Mapping[str, Any]) -> int | None:
-    """The steps of the whole run by the options that changed; minutes count at the pace so far."""
+    """Return the steps of the whole run by the options that changed; minutes count at the pace so far."""
     for name, (then, now) in lengths.items():
         if now is None or (name == "minutes" and lengths.get("steps", (None, None))[1] is not None):
             continue

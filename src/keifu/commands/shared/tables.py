@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """Prints rows of text under their columns' names; cells that look like numbers stand to the right."""
+    """Print rows of text under their columns' names; cells that look like numbers stand to the right."""
     rows = [list(row) for row in rows]
     if not sys.stdout.isatty():
         print("\n".join("\t".join(cells) for cells in [columns, *rows]))

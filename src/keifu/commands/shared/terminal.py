@@ -10,13 +10,13 @@ MORE = "... "  # the prompt of a text's further lines
 
 
 def edit_lines() -> None:
-    """Gives input() editing and a history, where Python has readline: on Windows the console has its own."""
+    """Give input() editing and a history, where Python has readline: on Windows the console has its own."""
     with suppress(ImportError):
         import readline  # noqa: F401 (its import is what does it)
 
 
 def ask(prompt: str, example: str) -> str:
-    """A text that is asked for; none is a `UserError` that says how else to give one."""
+    """Ask for a text; none is a `UserError` that says how else to give one."""
     edit_lines()
     with suppress(EOFError):
         if text := read_rest(input(prompt)).strip():
@@ -30,7 +30,7 @@ def no_text(example: str) -> NoReturn:
 
 
 def read_rest(line: str) -> str:
-    """The whole of a text that begins with this line, whose further lines are read.
+    """Return the whole of a text that begins with this line, whose further lines are read.
 
     One that begins with three quotation marks goes on to the line that ends with them; a backslash at the end of a line
     continues any other.

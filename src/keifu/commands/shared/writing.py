@@ -43,13 +43,13 @@ class SamplingFlags:
     """The same seed gives the same text."""
 
     def given(self) -> dict[str, Any]:
-        """The options that were set, as fields of `SamplingParams`."""
+        """Return the options that were set, as fields of `SamplingParams`."""
         found = {name: value for name, value in vars(self).items() if value not in (None, ())}
         return {**found, "max_tokens": self.max_tokens or None} if self.max_tokens is not None else found
 
 
 def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> "tuple[SamplingParams, str]":
-    """The settings in force, with a seed, and a line about them; an option that cannot act is told on stderr."""
+    """Return the settings in force, with a seed, and a line about them; an option that cannot act is told on stderr."""
     from keifu.generation.text.sampling_params import defaults, in_words
 
     given = flags.given()
@@ -77,7 +77,7 @@ def print_text(
     streamed: bool,
     guesses: int | None = None,
 ) -> str | None:
-    """Prints what the model writes after a prompt, piece by piece where `streamed`, or with all that is known as JSON;
+    """Print what the model writes after a prompt, piece by piece where `streamed`, or with all that is known as JSON;
     the reason for its end, as in `Piece`."""
     from keifu.generation.text.generate import generate_batch, stream
 
