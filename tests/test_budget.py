@@ -23,6 +23,7 @@ SMALL_ON_PURPOSE = {
     "keifu.generation.text.logits_processors": "the field's word for them",
     "keifu.layers.pooling": "an idea of its own, between models and evaluation",
     "keifu.models.sizes": "run as a program, too",
+    "keifu.training.objectives.layer_losses": "an objective each",
     "keifu.training.objectives.contrastive": "an objective each",
     "keifu.training.objectives.layer_losses": "an objective each",
     "keifu.training.optim.lr_schedules": "the field's word for them",

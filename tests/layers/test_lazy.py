@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from keifu.layers.lazy import Index, LazyTensor, Reader, settle
+from keifu.layers.lazy import Index, LazyTensor, TensorReader, settle
 
 WHOLE = torch.arange(24.0).view(6, 4)
 ROWS = (slice(2, 4), slice(0, 4))
@@ -35,7 +35,7 @@ def lazy(read: list[Index]) -> LazyTensor:
         read.append(index)
         return WHOLE[index]
 
-    return LazyTensor.of(Reader(partial(note, file=torch)), torch.empty(()).expand(6, 4))  # no copy of a file
+    return LazyTensor.of(TensorReader(partial(note, file=torch)), torch.empty(()).expand(6, 4))  # no copy of a file
 
 
 @pytest.mark.parametrize("work", WORK)

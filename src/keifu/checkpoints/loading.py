@@ -14,7 +14,7 @@ from keifu.checkpoints.hf.read import CONFIGS, INDEX, PICKLED, WEIGHTS, open_dir
 from keifu.checkpoints.hub import locate
 from keifu.checkpoints.lora.peft import base_of, is_adapter, load_adapter
 from keifu.checkpoints.packing import load_packed, pack_or_keep
-from keifu.checkpoints.plan import Plan, Report, Source, check_tokenizer, plan, report
+from keifu.checkpoints.plan import LoadPlan, Report, Source, check_tokenizer, plan, report
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.devices import Choice, choose, choosing
@@ -105,7 +105,7 @@ def load_model(
         return _fill(plan(open_source(path), dtype, device), device, weights)
 
 
-def _fill(found: Plan, device: torch.device, weights: str | None) -> nn.Module:
+def _fill(found: LoadPlan, device: torch.device, weights: str | None) -> nn.Module:
     return found.fill(device) if weights is None or device.type != "cpu" else load_packed(found, weights)
 
 
@@ -176,7 +176,7 @@ def _adapted(path: Path, base: Any) -> Any:
     return own.replace(generation_config=base.generation_config, stop_ids=own.stop_ids | base.stop_ids)
 
 
-def planned(name: str | Path, dtype: torch.dtype | None = None) -> Plan:
+def planned(name: str | Path, dtype: torch.dtype | None = None) -> LoadPlan:
     """Return the plan that `load` would fill: a model on the meta device, with its file opened, for whoever looks at it
     first."""
     path = locate(name)

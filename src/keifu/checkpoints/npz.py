@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from keifu.checkpoints.plan import Source, Stored
+from keifu.checkpoints.plan import Source, StoredTensor
 from keifu.checkpoints.registry import describe
 from keifu.data.tokenizers.seq2seq import TwoSidedTokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
@@ -61,7 +61,8 @@ def open_npz(path: Path) -> Source:
             "give weights as safetensors, with a config.json that describes them."
         )
     family, _ = describe(config)
-    stored = {name: Stored(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.dtype) for name, t in arrays.items()}
+    kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in arrays.items()}
+    stored = {name: StoredTensor(tuple(t.shape), kinds[name], t.dtype) for name, t in arrays.items()}
     return Source(path, "NumPy", family, config, stored, lambda name: _exchanged(name, arrays[name]),
                   letters_to_phonemes, NAMES, notes=(NOTE,))  # fmt: skip
 

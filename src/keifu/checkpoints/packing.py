@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.checkpoints.hf.weight_names import Link
-from keifu.checkpoints.plan import Plan
+from keifu.checkpoints.plan import LoadPlan
 from keifu.devices import chosen
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
@@ -32,7 +32,7 @@ ENOUGH = 16 << 20  # bytes that were read before they are given back
 DONTNEED = 4  # Linux's MADV_DONTNEED
 
 
-def load_packed(found: Plan, weights: str) -> nn.Module:
+def load_packed(found: LoadPlan, weights: str) -> nn.Module:
     """Return the planned model with its weights packed in a format; where native code cannot have it, one sentence says
     why, and the model is filled as without `weights`. "own" is the format that keeps the file's numbers: its blocks, or
     float32. A translator stays as it is, with its decoder packed beside it."""
@@ -74,7 +74,7 @@ def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:
 class FileWeights(Weights):
     """The parameters of a planned model, read from its file."""
 
-    def __init__(self, found: Plan):
+    def __init__(self, found: LoadPlan):
         self._source = found.source
         self._links = {link.ours: link for link in found.links}
         self._part: tuple[Any, Tensor] = None, torch.empty(0)  # what one of theirs made, while its rows are asked for

@@ -1,6 +1,6 @@
 """The load plan: which tensors of a file make which parameters of a model, for every format; and the load report.
 
-A plan is made from names, shapes and types alone, so that a load report reads no weights; `Plan.fill` then reads them.
+A plan is made from names, shapes and types alone, so a load report reads no weights; `LoadPlan.fill` reads them.
 Axes: those of the stored tensors.
 """
 
@@ -19,7 +19,7 @@ from keifu.checkpoints.registry import Family, build
 from keifu.devices import chosen
 from keifu.errors import UserError
 from keifu.files import reading
-from keifu.layers.lazy import Index, LazyTensor, Reader
+from keifu.layers.lazy import Index, LazyTensor, TensorReader
 from keifu.native.pack import Blocks
 from keifu.processes import current
 
@@ -30,7 +30,7 @@ COUNTS = ("n_layers", "n_decoder_layers", "n_residual_blocks", "layers")  # of a
 FIRST = ("activation", "norm_eps", "rope_theta", "rope_scaling", "context_length", "sliding_window", "tied")
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in a file: its shape, the file's name for its type, and its dtype when read; None if unreadable."""
 
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Source:
     format: str
     family: Family
     config: Any
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredTensor]
     read: Callable[[str], Tensor]
     tokenizer: Callable[[], Any]
     names: Table
@@ -78,7 +78,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """What will be loaded: the model on the meta device, its links, its dtype in memory, and notes for the report.
 
     `exact` is the narrowest type that holds every stored number, `dtype` the one that will be used. `skipped` are
@@ -121,10 +121,10 @@ class Plan:
         if not link.shape or not torch.is_floating_point(self.model.state_dict()[link.ours]):
             return self._tensor(link, device)
         like = torch.empty((), dtype=self.dtype, device=device).expand(link.shape)
-        return link.ours, LazyTensor.of(Reader(partial(link.read, self.source.read_part)), like)
+        return link.ours, LazyTensor.of(TensorReader(partial(link.read, self.source.read_part)), like)
 
 
-def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Plan:
+def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoadPlan:
     """Match the file's tensors with the model's. What is missing, extra or misshapen is one `UserError` naming all.
 
     `dtype` None: the type that holds every stored number exactly, but on a CPU float32 for float16, whose products are
@@ -156,7 +156,7 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     exact = _exact_dtype({name: source.stored[name] for name in used}, source.path)
     slow = exact == torch.float16 and torch.device(device).type == "cpu"
     held = dtype or (torch.float32 if slow else exact)
-    return Plan(source, model, found, exact, held, skipped, [*source.notes, *notes])
+    return LoadPlan(source, model, found, exact, held, skipped, [*source.notes, *notes])
 
 
 def read_finite(read: Callable[..., Tensor], path: Path, name: str, *index: Index) -> Tensor:
@@ -271,7 +271,7 @@ def _list_names(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _exact_dtype(stored: Mapping[str, Stored], path: Path) -> torch.dtype:
+def _exact_dtype(stored: Mapping[str, StoredTensor], path: Path) -> torch.dtype:
     """Return the narrowest dtype that holds all these tensors exactly."""
     unread = [f"{name} as {tensor.kind}" for name, tensor in stored.items() if tensor.dtype is None]
     if unread:
@@ -338,7 +338,7 @@ class Report:
         return "\n".join([*head, *settings, "", *_aligned(self.rows), "", *self.notes, *skipped])
 
 
-def report(plan: Plan) -> Report:
+def report(plan: LoadPlan) -> Report:
     """Return the report of a plan."""
     source, config = plan.source, settings(plan.source.config)
     ordered = {key: config[key] for key in sorted(config, key=lambda key: key not in FIRST)}
@@ -347,7 +347,7 @@ def report(plan: Plan) -> Report:
     return Report(path, source.format, family, plan.parameters, ordered, rows, plan.skipped, notes)
 
 
-def _row(link: Link, plan: Plan) -> Row:
+def _row(link: Link, plan: LoadPlan) -> Row:
     stored = plan.source.stored
     kinds = ", ".join(dict.fromkeys(stored[one].kind for one in link.theirs))
     dtype = torch.int64 if kinds == "I64" else plan.dtype

@@ -20,7 +20,7 @@ STEP_HAS_NO_GRADIENT = (
 )
 
 
-class Step(torch.autograd.Function):
+class HardStep(torch.autograd.Function):
     """1 where x ≥ 0, else 0; a backward pass through it is an error, not a silent zero."""
 
     @staticmethod
@@ -37,7 +37,7 @@ def step(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
     Raises ValueError, saying why, when a gradient is asked for.
     """
-    return Step.apply(x)
+    return HardStep.apply(x)
 
 
 def identity(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -15,7 +15,7 @@ aten: Any = torch.ops.aten
 Index = tuple[slice, ...]  # rows and columns; () for all
 
 
-class Reader:
+class TensorReader:
     """Reader of a tensor from its file; once it was used as a whole, the tensor. own: whether it may be changed."""
 
     def __init__(self, read: Callable[[Index], Tensor]):
@@ -33,12 +33,12 @@ class Reader:
 class LazyTensor(Tensor):
     """A tensor, or rows and columns of one, that has a shape, a type and a device, and numbers once they are needed."""
 
-    reader: Reader
+    reader: TensorReader
     index: Index
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
-    def of(reader: Reader, like: Tensor, index: Index = ()) -> "LazyTensor":
+    def of(reader: TensorReader, like: Tensor, index: Index = ()) -> "LazyTensor":
         """Rows and columns of a reader's tensor; like: has their shape, type and device."""
         make: Any = Tensor._make_wrapper_subclass  # pyright: ignore
         found = make(LazyTensor, like.shape, dtype=like.dtype, device=like.device)
@@ -90,7 +90,7 @@ class LazyTensor(Tensor):
             return LazyTensor.of(self.reader, self.blank, self.index)
         if func in (aten.clone.default, aten._to_copy.default) and not self.index and not self.reader.own:
             like = self.blank.to(kwargs.get("device") or self.device, kwargs.get("dtype") or self.dtype)
-            return LazyTensor.of(Reader(self.reader.read), like)
+            return LazyTensor.of(TensorReader(self.reader.read), like)
         if func == aten.slice.Tensor and axis in (0, 1) and rest[3:] in ((), (1,)):
             start, stop, _ = slice(*(*rest[1:3], None)[:2]).indices(self.shape[axis])
             return self.part(axis, start, max(start, stop))

@@ -40,7 +40,7 @@ class Config:
     n_layers: int = 12
     n_heads: int = 12
     norm_eps: float = 1e-12
-    activation: str = "gelu"
+    activation: str = "gelu"  # exact, as in Hugging Face's copy; the original code has gelu_tanh
     dropout: float = 0.1
     type_vocab_size: int = 2  # segments: sentence A and sentence B
     pooled: bool = True

@@ -127,10 +127,10 @@ def initialise(model: DecoderLM) -> DecoderLM:
 
 def attention(config: Any, bias: bool = False, **settings: Any) -> Attention:
     """Build rotary attention of a Config's sizes; other settings are those of `Attention`."""
-    head_dim = vars(config).get("head_dim") or config.dim // config.n_heads
-    settings = {"rotary": Rotary(head_dim, config.rope_theta, config.rope_scaling)} | settings
+    head_dim = vars(config).get("head_dim")
+    rotary = Rotary(head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
     sizes = config.dim, config.n_heads, config.n_kv_heads, head_dim
-    return Attention(*sizes, bias, dropout=config.dropout, **settings)
+    return Attention(*sizes, bias, dropout=config.dropout, **{"rotary": rotary} | settings)
 
 
 def _attention(config: Config, layer: int) -> Attention:

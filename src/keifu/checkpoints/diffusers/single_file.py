@@ -17,7 +17,7 @@ from torch import Tensor
 
 from keifu.checkpoints.diffusers.pipeline import LATENT, TOKENIZER, tower_names
 from keifu.checkpoints.hf.read import open_weights, stored_of
-from keifu.checkpoints.plan import Source, Stored
+from keifu.checkpoints.plan import Source, StoredTensor
 from keifu.checkpoints.registry import FAMILIES
 from keifu.errors import UserError
 from keifu.models.clip import text as clip_text
@@ -211,7 +211,7 @@ def _autoencoder_name(name: str, levels: int) -> str:
     return re.sub(r"\.up\.(\d+)\.", lambda found: f".up_blocks.{levels - 1 - int(found[1])}.", name)
 
 
-def _flat(name: str, stored: Stored) -> Stored:
+def _flat(name: str, stored: StoredTensor) -> StoredTensor:
     """Reshape the matrices of the autoencoder's attention, which are 1×1 convolutions here, as matrices."""
     is_attention = name.startswith("vae.") and ".attentions." in name
     return stored._replace(shape=stored.shape[:2]) if is_attention and len(stored.shape) == 4 else stored

@@ -132,7 +132,7 @@ REFUSED = ("expert_count", "attention.clamp_kqv", "attention.scale", "logit_scal
 
 
 @dataclass(frozen=True)
-class Architecture:
+class GgufArchitecture:
     """`fields` are GGUF's words and ours beyond `SIZES`; `fixed` is what llama.cpp takes for granted.
 
     `optional` are switches of the Config, each with a tensor that is there exactly when it is on. `interleaved`: q and
@@ -204,19 +204,19 @@ def _gemma3_scale(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 _PLAIN = {"activation": "silu", "first_window_layer": 0, "dropout": 0.0}
 ARCHITECTURES = {  # in the order in which one is sought for a Config
-    "gpt2": Architecture(
+    "gpt2": GgufArchitecture(
         "gpt2", _BLOCKS | _GPT2, {"attention.layer_norm_epsilon": "norm_eps"},
         {"activation": "gelu_tanh", "bias": True, "dropout": 0.0},
     ),
-    "qwen2": Architecture(
+    "qwen2": GgufArchitecture(
         "qwen2", _BLOCKS | _LLAMA, _ROTARY, _PLAIN | {"qkv_bias": True, "out_bias": False, "feedforward_bias": False}
     ),
-    "qwen3": Architecture("qwen3", _BLOCKS | _LLAMA | _QK_NORM, _ROTARY, _PLAIN | {"attention_bias": False}),
-    "olmo2": Architecture(
+    "qwen3": GgufArchitecture("qwen3", _BLOCKS | _LLAMA | _QK_NORM, _ROTARY, _PLAIN | {"attention_bias": False}),
+    "olmo2": GgufArchitecture(
         "olmo2", _BLOCKS | _LLAMA | _OLMO2, {key: ours for key, ours in _ROTARY.items() if ours != "sliding_window"},
         {"activation": "silu", "attention_bias": False, "dropout": 0.0},
     ),
-    "gemma3": Architecture(
+    "gemma3": GgufArchitecture(
         "gemma3_text", _BLOCKS | _LLAMA | _GEMMA3, _ROTARY,
         {
             "activation": "gelu_tanh", "local_rope_theta": 10_000.0, "local_rope_scaling": None, "global_layers": None,
@@ -224,7 +224,7 @@ ARCHITECTURES = {  # in the order in which one is sought for a Config
         },
         windows=True, derive=_gemma3_scale,
     ),
-    "llama": Architecture("llama", _BLOCKS | _LLAMA, _ROTARY, _PLAIN, _BIASES, interleaved=True),
+    "llama": GgufArchitecture("llama", _BLOCKS | _LLAMA, _ROTARY, _PLAIN, _BIASES, interleaved=True),
 }  # fmt: skip
 
 
@@ -289,7 +289,7 @@ def _read_rotary(own: Mapping[str, Any], values: Mapping[str, Any], freqs: Tenso
     return {"head_dim": None if size == usual else size, "rope_theta": theta, "rope_scaling": scaling}
 
 
-def architecture_for(config: Any) -> tuple[str, Architecture]:
+def architecture_for(config: Any) -> tuple[str, GgufArchitecture]:
     """Return the architecture of llama.cpp that runs a model of this Config; none is a `UserError` that names the
     settings."""
     values, reasons = vars(config), []
@@ -306,7 +306,7 @@ def architecture_for(config: Any) -> tuple[str, Architecture]:
     raise UserError(f"llama.cpp runs no such model: {'; '.join(reasons)}. Write it as a directory (hf) instead.")
 
 
-def write_config(name: str, architecture: Architecture, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_config(name: str, architecture: GgufArchitecture, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the metadata without the tokenizer, and the tensors that are settings.
 
     A model with a sliding window that llama.cpp's program ignores is given the window as its context: within it the two
@@ -331,6 +331,6 @@ def head_dim(config: Any) -> int:
     return vars(config).get("head_dim") or config.dim // config.n_heads
 
 
-def rotary_head_dim(architecture: Architecture, config: Any) -> int | None:
+def rotary_head_dim(architecture: GgufArchitecture, config: Any) -> int | None:
     """Return the size of the heads whose rows GGUF stores in another order than we; None if it does not."""
     return head_dim(config) if architecture.interleaved else None

@@ -21,7 +21,7 @@ from torch import Tensor
 from keifu.checkpoints.gguf.config import ARCHITECTURES, FREQS, read_config, rotary_head_dim
 from keifu.checkpoints.gguf.numbers import READERS, read_blocks
 from keifu.checkpoints.hf.native_config import check_types
-from keifu.checkpoints.plan import PLAIN, Source, Stored
+from keifu.checkpoints.plan import PLAIN, Source, StoredTensor
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError
 from keifu.files import plain_file, reading
@@ -52,10 +52,10 @@ class GGUFFile:
     fields: Mapping[str, Any]
     places: Mapping[str, Place]
 
-    def stored(self) -> dict[str, Stored]:
+    def stored(self) -> dict[str, StoredTensor]:
         """Every tensor's shape and type; quantised ones are read as float32, those of no known meaning not at all."""
         held = {kind: _read_array(kind) for kind in {place.kind for place in self.places.values()}}
-        return {name: Stored(place.shape, place.kind, held[place.kind]) for name, place in self.places.items()}
+        return {name: StoredTensor(place.shape, place.kind, held[place.kind]) for name, place in self.places.items()}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor's numbers: as they are, without a copy, where the type is one of PyTorch's; else as float32.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from keifu.checkpoints.hf.task_heads import read_config
-from keifu.checkpoints.plan import PLAIN, Source, Stored
+from keifu.checkpoints.plan import PLAIN, Source, StoredTensor
 from keifu.checkpoints.registry import Family
 from keifu.errors import UserError
 from keifu.files import parse_json, plain_file, read_json_object
@@ -136,10 +136,10 @@ def _sizes(path: Path) -> str:
     return f"it has {size:,} bytes, and its header promises {end:,}." if end != size else ""
 
 
-def stored_of(piece: Any) -> Stored:
+def stored_of(piece: Any) -> StoredTensor:
     """Describe a tensor of such a file without reading it."""
     kind = piece.get_dtype()
-    return Stored(tuple(piece.get_shape()), kind, DTYPES.get(kind))
+    return StoredTensor(tuple(piece.get_shape()), kind, DTYPES.get(kind))
 
 
 def _read_tokenizer(path: Path, family: Family) -> Any:

@@ -15,7 +15,7 @@ from keifu.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from keifu.checkpoints.plan import Plan
+    from keifu.checkpoints.plan import LoadPlan
     from keifu.generation.images.pipeline import ImagePipeline
     from keifu.generation.images.png_metadata import ImageRecord, LoraRecord
     from keifu.generation.images.samplers import SamplerStep
@@ -31,7 +31,7 @@ def check_png(*paths: Path | None) -> None:
             raise UserError(f"{path} would be a PNG file, which keeps how it was drawn: name it {path.stem}.png.")
 
 
-def usual_dtype(found: "Plan") -> str | None:
+def usual_dtype(found: "LoadPlan") -> str | None:
     """The type to compute in where none was asked for: bfloat16 for a large model where the processor multiplies it
     itself, else as the model is stored."""
     from keifu.devices import choose
@@ -41,8 +41,13 @@ def usual_dtype(found: "Plan") -> str | None:
     return "bf16" if large else None
 
 
+<<<<<<< HEAD
 def load(found: "Plan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -> "ImagePipeline":
     """Return the model that was opened with these LoRAs worked into it, and with its tokenizer where it reads."""
+=======
+def load(found: "LoadPlan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -> "ImagePipeline":
+    """The model that was opened with these LoRAs worked into it, and with its tokenizer where it reads."""
+>>>>>>> 238e2f64 (Give names of the loading plan one meaning; keep the check of head sizes)
     from keifu.checkpoints.loading import DTYPES
     from keifu.checkpoints.lora.diffusion import apply_lora
     from keifu.checkpoints.plan import check_tokenizer
