@@ -40,14 +40,23 @@ def generate(
     raw: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> str | list[str]:
-    """Return what a model writes after a prompt (see `keifu.generation.text.generate.generate`).
+    """Return the text that a model writes after a prompt; also by the model's name.
 
-    model: a loaded model with its tokenizer and the prompt, or the name of a model with the prompt alone. A name is
-    loaded at each call: load the model once for several prompts.
+    Args:
+        model: A loaded model, or the name of one. A name is loaded at each call: load the model once for several
+            prompts.
+        tokenizer: The model's tokenizer; with a name, the prompt.
+        prompt: The text to answer or to continue, or a list of texts.
+        raw: Whether the prompt is continued as plain text, without the chat template.
+        **sampling: Settings such as max_tokens, temperature and seed (`keifu.generation.text.generate.generate`).
 
-    >>> import keifu
-    >>> keifu.generate("smollm2", "Once upon a time, in a small", max_tokens=3, raw=True)
-    ' town, there'
+    Returns:
+        The text, or a list of texts for a list of prompts.
+
+    Examples:
+        >>> import keifu
+        >>> keifu.generate("smollm2", "Once upon a time, in a small", max_tokens=3, raw=True)
+        ' town, there'
     """
     if isinstance(model, str | Path):
         return _generate_by_name(model, tokenizer if prompt is None else prompt, raw, sampling)
@@ -75,16 +84,23 @@ def train(
     **more: Any,
 ) -> Summary: ...
 def train(model: nn.Module | str, *arguments: Any, **more: Any) -> Summary | Path:
-    """Train a model of your own (see `keifu.recipes.own.train`), or run a recipe by its name.
+    """Train a model of your own (`keifu.recipes.own.train`), or run a recipe by its name.
 
-    A recipe takes its options by name, as `keifu train RECIPE --help` lists them, with underscores; `out`, `resume` and
-    `replace` are those of the command. The folder of the run is returned, which `keifu.load` reads.
+    Args:
+        model: A module, or the name of a recipe.
+        *arguments: For a module: the objective, the data, the settings and the folder.
+        **more: For a recipe: its options by name, as `keifu train RECIPE --help` lists them, with underscores, and
+            `out`, `resume` and `replace`.
 
-    >>> import contextlib, os, tempfile, keifu
-    >>> with contextlib.redirect_stdout(open(os.devnull, "w")):
-    ...     folder = keifu.train("mlp", data="xor", steps=9, out=tempfile.mkdtemp())
-    >>> type(keifu.load(folder)[0]).__name__
-    'MLP'
+    Returns:
+        For a recipe the folder of the run, which `keifu.load` reads; for a module a `Summary`.
+
+    Examples:
+        >>> import contextlib, os, tempfile, keifu
+        >>> with contextlib.redirect_stdout(open(os.devnull, "w")):
+        ...     folder = keifu.train("mlp", data="xor", steps=9, out=tempfile.mkdtemp())
+        >>> type(keifu.load(folder)[0]).__name__
+        'MLP'
     """
     if not isinstance(model, str):
         return own.train(model, *arguments, **more)

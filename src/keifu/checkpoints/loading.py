@@ -36,22 +36,30 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """Load a model with its weights, ready for evaluation, and its tokenizer.
 
-    name: a run of keifu or another Hugging Face directory, a folder of PEFT's adapters (which are attached to their
-    base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name". dtype: as stored where None, but
-    on a CPU float32 for float16, whose products are very slow there. device: "cpu", "cuda", "cuda:1" or "mps"; None for
-    the one that `devices.choose` gives. weights: "f32", "bf16", "int8", "int4" or "int4_pure" packs a language model
-    for native code on a CPU (`keifu.native`): it gives logits and computes the steps of an engine, but cannot be
-    trained; "own" does so in the format that keeps the file's numbers, a GGUF file's blocks or float32, where native
-    code has it. The tokenizer is None for models that write no text. allow_nonfinite: load weights that hold
-    infinities, too.
+    On a CPU, weights that need no change stay memory-mapped.
 
-    On a CPU, weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or
-    misshapen, a setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.
+    Args:
+        name: A run of keifu or another Hugging Face directory, a folder of PEFT's adapters (which are attached to their
+            base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name".
+        dtype: Type of the weights. None keeps the stored type, but a CPU computes float16 weights in float32.
+        device: "cpu", "cuda", "cuda:1" or "mps". None chooses a GPU if there is one (`devices.choose`).
+        weights: "f32", "bf16", "int8", "int4" or "int4_pure" packs a language model for native code on a CPU
+            (`keifu.native`): it gives logits and computes the steps of an engine, but cannot be trained. "own" does so
+            in the format that keeps the file's numbers, if native code has it.
+        allow_nonfinite: Whether weights with infinities are loaded.
 
-    >>> import keifu
-    >>> model, tokenizer = keifu.load("smollm2")
-    >>> type(model).__name__, tokenizer.encode("Hello")
-    ('DecoderLM', [19556])
+    Returns:
+        The model, and its tokenizer; the tokenizer is None for a model that writes no text.
+
+    Raises:
+        UserError: A file is damaged, a tensor is missing, extra or misshapen, a setting is not implemented, or a
+            tokenizer does not fit. The message names it.
+
+    Examples:
+        >>> import keifu
+        >>> model, tokenizer = keifu.load("smollm2")
+        >>> type(model).__name__, tokenizer.encode("Hello")
+        ('DecoderLM', [19556])
     """
     follow_load()
     device, path = _device_for(weights, device), locate(name)

@@ -21,7 +21,7 @@ MODEL_TYPE = "own"
 
 
 def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
-    """Write the module's weights, each shared one once, and what `model.config` says, a dataclass or a dict, if it has
+    """Writes the module's weights, each shared one once, and what `model.config` says, a dataclass or a dict, if it has
     one; and the tokenizer's files."""
     from safetensors.torch import save_model
 
@@ -39,16 +39,24 @@ def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Fill a module with the weights that `keifu.save` or a run of `keifu.train` left, and returns it for evaluation.
+    """Fill a module with the weights of `keifu.save` or of a run of `keifu.train`.
 
-    The module must be built as the saved one was: tensors that are missing, extra or of another shape, or that differ
-    where the module shares them, are a `UserError` that names them, and the module stays as it was.
+    Args:
+        model: The module, built as the saved one was.
+        directory: The folder with the weights.
 
-    >>> import tempfile, keifu
-    >>> folder = tempfile.mkdtemp()
-    >>> keifu.save(nn.Linear(3, 2), None, folder)
-    >>> keifu.load_weights(nn.Linear(3, 2), folder)
-    Linear(in_features=3, out_features=2, bias=True)
+    Returns:
+        The same module, ready for evaluation.
+
+    Raises:
+        UserError: Tensors are missing, extra or of another shape. The module stays unchanged.
+
+    Examples:
+        >>> import tempfile, keifu
+        >>> folder = tempfile.mkdtemp()
+        >>> keifu.save(nn.Linear(3, 2), None, folder)
+        >>> keifu.load_weights(nn.Linear(3, 2), folder)
+        Linear(in_features=3, out_features=2, bias=True)
     """
     path = Path(directory) / WEIGHTS if Path(directory).is_dir() else Path(directory)
     if not path.is_file():

@@ -34,19 +34,19 @@ def train(
     resume: bool = False,
     replace: bool = False,
 ) -> Summary:
-    """Trains a model of your own, on the device where its parameters are, and leaves a run's folder (docs/python.md).
+    """Train a model of your own, on the device of its parameters, and write a run's folder (docs/python.md).
 
-    objective: from the model and a batch, the mean loss over the rows, or a `LossOutput` of sums. data: tensors by
-    name, a data set (a tenth of either is held out), or batches. sample: from the steps done, a text or a PNG picture.
-    options: what else decides the result, compared on resuming. unit: what the objective counts. resume goes on to the
-    same bits; replace starts over where the folder holds a run, which is a `UserError` otherwise.
+    Args:
+        objective: Function of the model and a batch: the mean loss over the rows, or a `LossOutput` of sums.
+        data: Tensors by name, a data set (a tenth of either is held out), or an object with batches.
+        options: Other values that decide the result; they are compared on resuming.
 
-    >>> import tempfile, torch, keifu
-    >>> data = {"x": torch.eye(3).repeat(70, 1), "y": torch.arange(3.0).repeat(70)}
-    >>> def loss(model, batch): return torch.nn.functional.mse_loss(model(batch["x"]).squeeze(-1), batch["y"])
-    >>> settings = keifu.Settings(steps=200, batch_size=32, learning_rate=0.1, weight_decay=0.0)
-    >>> keifu.train(torch.nn.Linear(3, 1), loss, data, settings, tempfile.mkdtemp()).figures["validation_loss"] < 0.01
-    True
+    Examples:
+        >>> import tempfile, torch, keifu
+        >>> data = {"x": torch.eye(3).repeat(70, 1), "y": torch.arange(3.0).repeat(70)}
+        >>> def loss(model, batch): return torch.nn.functional.mse_loss(model(batch["x"]).squeeze(-1), batch["y"])
+        >>> keifu.train(torch.nn.Linear(3, 1), loss, data, keifu.Settings(steps=200), tempfile.mkdtemp()).steps
+        200
     """
     run = Run(
         directory=Path(out),

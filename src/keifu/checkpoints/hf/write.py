@@ -52,17 +52,22 @@ def save(
 ) -> None:
     """Write a model and its tokenizer as a Hugging Face directory.
 
-    It holds config.json, generation_config.json, the tokenizer's files, and model.safetensors or, where the weights
-    have more than `max_shard_bytes`, shards of at most that size with an index. A tensor that two parts of the model
-    share is written once. tokenizer: None for a model that writes no text. Other files in the directory stay. A Config
-    that no published model_type can say is written under keifu's own, which keifu alone loads. A network that draws is
-    written as diffusers' pipeline, in the folder `unet` beside its scheduler. kind: the model_type to write it as,
-    where it has several ("open_clip"). A module that is not keifu's is written with its own names, and `load_weights`
-    fills one like it.
+    The directory has config.json, generation_config.json, the tokenizer's files, and model.safetensors or shards with
+    an index. A tensor that two parts of the model share is written once. Other files in the directory stay. A Config
+    without a published model_type is written under keifu's own, which only keifu loads. A network that draws is
+    written as diffusers' pipeline. A module that is not keifu's is written with its own names; `load_weights` reads it.
 
-    >>> import tempfile, keifu
-    >>> model, tokenizer = keifu.load("smollm2")
-    >>> keifu.save(model, tokenizer, tempfile.mkdtemp())
+    Args:
+        model: The model to write.
+        tokenizer: Its tokenizer; None for a model that writes no text.
+        directory: The folder to write into.
+        max_shard_bytes: The most bytes of a file of weights.
+        kind: The model_type to write, if the model has several ("open_clip").
+
+    Examples:
+        >>> import tempfile, keifu
+        >>> model, tokenizer = keifu.load("smollm2")
+        >>> keifu.save(model, tokenizer, tempfile.mkdtemp())
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():

@@ -136,22 +136,30 @@ def generate(
     raw: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> str | list[str]:
-    """What the model writes after the prompt (without the prompt), or after each of several.
+    """Return the text that the model writes after the prompt (without the prompt), or after each of several.
 
-    A model with a chat template answers the prompt as a message; `raw` continues it as plain text instead.
+    A model with a chat template answers the prompt as a message. With one seed for several prompts each gets the text
+    that it would get alone, so equal prompts get equal texts.
 
-    sampling: any of max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-    frequency_penalty, stop, seed, as described in `SamplingParams`. One that is not given has the model's recommended
-    value, from its generation_config.json, or where there is none: temperature=0 (greedy) for chat models;
-    temperature=0.8, top_k=40, top_p=0.95, min_p=0.05 for base models; and max_tokens=256.
+    Args:
+        prompt: The text to answer or to continue, or a list of texts.
+        raw: Whether the prompt is continued as plain text, without the chat template.
+        **sampling: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+            frequency_penalty, stop and seed, as in `SamplingParams`. A missing one has the value of the model's
+            generation_config.json. Without that file it is temperature=0 (greedy) for chat models, temperature=0.8,
+            top_k=40, top_p=0.95 and min_p=0.05 for base models, and max_tokens=256.
 
-    A prompt longer than the context, and a setting that is unknown or out of its range, are `UserError`s. With one seed
-    for several prompts each gets what it would get alone, so equal prompts get equal texts.
+    Returns:
+        The text, or a list of texts for a list of prompts.
 
-    >>> import keifu
-    >>> model, tokenizer = keifu.load("smollm2")
-    >>> keifu.generate(model, tokenizer, "Once upon a time, in a small", max_tokens=3, raw=True)
-    ' town, there'
+    Raises:
+        UserError: The prompt is longer than the context, or a setting is unknown or out of its range.
+
+    Examples:
+        >>> import keifu
+        >>> model, tokenizer = keifu.load("smollm2")
+        >>> keifu.generate(model, tokenizer, "Once upon a time, in a small", max_tokens=3, raw=True)
+        ' town, there'
     """
     follow_load()
     text_model(model)

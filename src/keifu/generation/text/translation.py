@@ -180,7 +180,18 @@ def translator(model: nn.Module) -> Translator:
 def translate(
     model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], beam: int = 4, alpha: float = 0.6
 ) -> list[str]:
-    """The translation of each text, sentence by sentence."""
+    """Return the translation of each text, sentence by sentence.
+
+    Args:
+        model: A translator.
+        tokenizer: Its tokenizer.
+        texts: The texts to translate.
+        beam: Number of translations that the search keeps open.
+        alpha: Strength of the length penalty; higher favours longer translations.
+
+    Returns:
+        A translation for each text, in their order.
+    """
     found = translate_texts(model, tokenizer, texts, TranslationParams(beam, alpha))
     return [join_sentences(each.text for each in parts) for parts in found]
 
