@@ -21,7 +21,7 @@ MODEL_TYPE = "own"
 
 
 def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
-    """Writes the module's weights, each shared one once, and what `model.config` says, a dataclass or a dict, if it has
+    """Write the module's weights, each shared one once, and what `model.config` says, a dataclass or a dict, if it has
     one; and the tokenizer's files."""
     from safetensors.torch import save_model
 
