@@ -41,13 +41,8 @@ def usual_dtype(found: "LoadPlan") -> str | None:
     return "bf16" if large else None
 
 
-<<<<<<< HEAD
-def load(found: "Plan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -> "ImagePipeline":
-    """Return the model that was opened with these LoRAs worked into it, and with its tokenizer where it reads."""
-=======
 def load(found: "LoadPlan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -> "ImagePipeline":
-    """The model that was opened with these LoRAs worked into it, and with its tokenizer where it reads."""
->>>>>>> 238e2f64 (Give names of the loading plan one meaning; keep the check of head sizes)
+    """Return the model that was opened with these LoRAs worked into it, and with its tokenizer where it reads."""
     from keifu.checkpoints.loading import DTYPES
     from keifu.checkpoints.lora.diffusion import apply_lora
     from keifu.checkpoints.plan import check_tokenizer
