@@ -25,7 +25,6 @@ SMALL_ON_PURPOSE = {
     "keifu.models.sizes": "run as a program, too",
     "keifu.training.objectives.layer_losses": "an objective each",
     "keifu.training.objectives.contrastive": "an objective each",
-    "keifu.training.objectives.layer_losses": "an objective each",
     "keifu.training.optim.lr_schedules": "the field's word for them",
 }
 GIVEN_UP = {  # names of earlier versions, and what the field calls the same
