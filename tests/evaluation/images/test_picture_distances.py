@@ -71,7 +71,6 @@ def test_precision_and_recall() -> None:
     real = torch.rand(400, 2, generator=generator)
     half = torch.rand(400, 2, generator=generator) * torch.tensor([0.5, 1.0])  # the left half alone
     found = manifold(real, half)
-    assert found.precision > 0.95 and 0.45 < found.recall < 0.65
     assert manifold(half, real)[::-1] == found
     assert manifold(real, real + 5) == (0.0, 0.0) and manifold(real, real) == (1.0, 1.0)
     with pytest.raises(UserError, match="more than 3 pictures"):

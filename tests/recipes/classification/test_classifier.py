@@ -4,7 +4,6 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 import keifu
 from keifu import checkpoints
 from keifu.cli import main
-from keifu.data.classification.batches import LabelledBatches
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.layers.lazy import settle
@@ -113,7 +111,7 @@ def test_a_model_that_is_split_is_not_asked_in_the_end(
     class Split(Processes):
         is_replicated = False
 
-        def split(self, module: nn.Module) -> nn.Module:
+        def split(self, module: nn.Module, *_: object) -> nn.Module:
             settle(module)
             return module
 
@@ -138,27 +136,6 @@ def final(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, torch.Te
     """The last state of a run."""
     classifier.learn(recipe, classifier.prepare(recipe), out, resume)
     return checkpoint.latest(out)[0].tensors
-
-
-def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(
-    base: Path, trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = Recipe(data=str(trained[0]), model=str(base), epochs=2, batch_size=8, micro_batch=8, cut=12)
-    whole = final(recipe, tmp_path / "a")
-
-    def failing(self: LabelledBatches, step: int, batch: Any = LabelledBatches.batch) -> Any:
-        if step == 7:
-            raise RuntimeError("The disk is gone.")
-        return batch(self, step)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(LabelledBatches, "batch", failing)
-        with pytest.raises(RuntimeError, match="The disk is gone"):
-            final(recipe, tmp_path / "b")
-    assert checkpoint.steps(tmp_path / "b")[-1] == 7
-    resumed = final(recipe, tmp_path / "b", resume=True)
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import keifu
 from keifu import checkpoints
 from keifu.cli import main
-from keifu.data.classification.batches import LabelledBatches, stack_sequences
+from keifu.data.classification.batches import stack_sequences
 from keifu.data.classification.input_formats import examples_of
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.evaluation.classification.classifiers import text_classifier
@@ -223,26 +223,6 @@ def test_a_fine_tuned_decoder_can_learn_another_task(bases: dict[str, Path], tmp
 def final(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, torch.Tensor]:
     gpt1_finetune.learn(recipe, gpt1_finetune.prepare(recipe), out, resume)
     return checkpoint.latest(out)[0].tensors
-
-
-def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(
-    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = tables(tmp_path, "choice")
-    recipe = Recipe(data=str(table), form="choice", model=str(bases["gpt1"]), epochs=2, batch_size=8, micro_batch=3)
-    whole = final(recipe, tmp_path / "a")
-
-    def failing(self: LabelledBatches, step: int, made: Any = LabelledBatches.batch) -> Any:
-        if step == 7:
-            raise RuntimeError("The disk is gone.")
-        return made(self, step)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(LabelledBatches, "batch", failing)
-        with pytest.raises(RuntimeError, match="The disk is gone"):
-            final(recipe, tmp_path / "b")
-    resumed = final(recipe, tmp_path / "b", resume=True)
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_finished_run_is_found_again(trained, drawings, towers) -> None:
     wanted = recipe.Recipe(str(drawings), clip=str(towers), **TINY)
     assert recipe.run(wanted, trained, True).steps == 3
     assert (trained / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
-    with pytest.raises(UserError, match=r"differ: options?.*|differ"):
+    with pytest.raises(UserError, match="these differ: "):
         recipe.run(replace(wanted, kl_weight=0.5), trained, True)
     with pytest.raises(UserError, match="already holds a run.*the same call of keifu.train"):
         recipe.run(wanted, trained, False)

@@ -74,14 +74,6 @@ def test_a_run_leaves_a_bert_that_transformers_loads(text: Path, tmp_path: Path,
     assert len(fill(model, tokenizer, "a [MASK]")[0]) == 5
 
 
-def test_a_stopped_run_goes_on_with_the_same_bits(text: Path, tmp_path: Path) -> None:
-    train(text, tmp_path / "whole", steps=6, schedule="constant")
-    train(text, tmp_path / "parts", steps=3, schedule="constant")
-    train(text, tmp_path / "parts", "--resume", steps=6, schedule="constant", micro_batch=8)
-    whole, parts = (keifu.load(tmp_path / name)[0] for name in ("whole", "parts"))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
-
-
 def test_without_pairs_and_on_from_there_with_them(text: Path, tmp_path: Path) -> None:
     train(text, tmp_path / "words", "--masking.no-sentence-pairs", "--masking.whole-words", steps=2)
     first, _ = keifu.load(tmp_path / "words")

@@ -73,6 +73,8 @@ class Recipe(TableOptions):
         """Return the options that only fine-tuning has, and whether each was given."""
         return {
             "--model scratch": self.model == SCRATCH,
+            "--size": self.size != SMALL,
+            "--tokenizer": self.tokenizer != Recipe.tokenizer,
             "--steps": self.steps is not None,
             "--learning-rate": self.learning_rate is not None,
             "--epochs": self.epochs != TableOptions.epochs,
