@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from keifu.errors import UserError
 
-BACKLOG = 2048
+BACKLOG = 128  # asyncio accepts so many at once, before any of them can be closed
 HEAD_SECONDS = 20.0  # for the head of a request, from its first byte or from the connection
 FEWEST, MOST = 64, 4096  # connections
 
@@ -101,17 +102,21 @@ def most_connections() -> int:
 
 
 class Connection(H11Protocol):
-    """A connection that is closed if a request's head does not come in time, or if too many others are open."""
+    """Connection that is closed if a request's head does not come in time, or first if too many are open."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self._deadline: asyncio.TimerHandle | None = None
+        self._since = math.inf  # when it began to wait for a request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
         super().connection_made(transport)
         if len(self.connections) > most_connections():
-            transport.close()
+            idle = [each for each in self.connections if isinstance(each, Connection) and each._since < math.inf]
+            oldest = min(idle, key=lambda each: each._since, default=self)
+            oldest._forget()
+            oldest.transport.close()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -129,18 +134,19 @@ class Connection(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._forget()
         elif self._deadline is None:
+            self._since = self.loop.time()
             self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def _forget(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline = None
+        self._deadline, self._since = None, math.inf
 
 
 def server_of(app: FastAPI) -> uvicorn.Server:
     """Return the server, not yet started."""
     options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "on"}
-    return uvicorn.Server(uvicorn.Config(app, http=Connection, **options))
+    return uvicorn.Server(uvicorn.Config(app, http=Connection, backlog=BACKLOG, **options))
 
 
 def serve(app: FastAPI, address: Address, access_log: bool = True) -> None:

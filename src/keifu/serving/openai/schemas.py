@@ -18,7 +18,7 @@ from keifu.serving.facts import current
 from keifu.serving.openai.json_schema import ANY_OBJECT, SURROGATE
 from keifu.serving.openai.tools import ToolUse
 
-MAX_CHOICES = 128
+MAX_CHOICES, MAX_MESSAGES = 128, 10_000
 OF_STREAMS = ("stream_options", "partial_images")  # fields that only a stream heeds
 Neutral = dict[str, tuple[Any, ...]]  # fields, with the values that change nothing
 HINTS: Neutral = {  # fields of OpenAI's for its own service
@@ -290,7 +290,7 @@ class ResponseFormat(Body):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
