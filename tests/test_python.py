@@ -70,8 +70,8 @@ def test_a_recipe_trains_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert record["name"] == "mlp" and record["options"]["hidden"] == [3]
     with pytest.raises(UserError, match="already holds a run"):
         keifu.train("mlp", data="xor", steps=4)
-    assert keifu.train("mlp", out="runs/mlp", resume=True, steps=6) == Path("runs/mlp")
-    assert json.loads(Path("runs/mlp/recipe.json").read_text())["recipe"]["steps"] == 6
+    assert keifu.train("mlp", out="runs/mlp", resume=True, steps=12) == Path("runs/mlp")
+    assert json.loads(Path("runs/mlp/recipe.json").read_text())["recipe"]["steps"] == 12
     with pytest.raises(UserError, match=r"There is no option of the recipe mlp 'step'. Did you mean 'steps'"):
         keifu.train("mlp", step=4)
     with pytest.raises(UserError, match="There is no recipe 'mpl'"):

@@ -159,8 +159,8 @@ def test_a_strangers_folder_reads_no_file_that_the_user_does_not_name(tmp_path: 
         go("--resume", str(out))
     go("--resume", str(out), "--data", "mine.csv")
     assert checkpoint.steps(out) == [4]
-    go("--resume", str(out), "--steps", "6")  # it is this user's run from now on
-    assert checkpoint.steps(out)[-1] == 6
+    go("--resume", str(out), "--steps", "12")  # it is this user's run from now on
+    assert checkpoint.steps(out)[-1] == 12
 
 
 def test_a_strangers_folder_does_not_choose_where_names_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
