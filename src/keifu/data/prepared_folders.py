@@ -1,4 +1,7 @@
-"""Folders of the cache: each is built once, by one process, synced to disk, and built again if it is damaged."""
+"""Folders of the cache: each is built once, by one process, synced to disk, and built again if it is damaged.
+
+A prepared folder has its facts in index.json, and the sizes and hashes of its files in files.json.
+"""
 
 import glob
 import json
@@ -12,6 +15,7 @@ from typing import Any
 from keifu import files
 from keifu.errors import UserError
 
+INDEX = "index.json"  # facts about what a prepared folder holds
 MANIFEST = "files.json"  # sizes of all files of a prepared folder, and hashes of those that are soon read
 SOON_READ = 1 << 26  # bytes; larger files are known by their size alone
 
@@ -42,24 +46,27 @@ def build_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path]
 
 
 def prepared_folder(
-    kind: str, source: str | Path, settings: Mapping[str, Any], make: Callable[[Path, dict[str, Any]], None],
+    kind: str, source: str | Path, settings: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]],
     usual: str = "text",
-) -> Path:  # fmt: skip
-    """Return the folder, under `kind` in the cache, of a source that was prepared with these settings.
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    """Return the folder, under `kind` in the cache, of a source that was prepared with these settings; and its index.
 
-    make: writes the folder. It also receives facts to write: the source, a fingerprint of the settings, and these.
-    usual: name of a source that has none. A folder whose files are cut, changed or missing is made anew.
+    make: writes files into a new folder, and returns facts. The index has these, the source, the settings and their
+    fingerprint. usual: name of a source that has none. A folder whose files are cut, changed or missing is made anew.
     """
     fingerprint = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     name = Path(source).stem.replace("*", "") or usual
     folder = files.cache() / kind / f"{name}-{fingerprint[:16]}"
 
-    def make_with_manifest(new: Path) -> None:
-        make(new, {"source": str(source), "fingerprint": fingerprint, "settings": settings})
+    def make_with_index(new: Path) -> None:
+        new.mkdir()
+        index = {"source": str(source), "fingerprint": fingerprint, "settings": settings, **make(new)}
+        (new / INDEX).write_text(json.dumps(index) + "\n", encoding="utf-8")
         manifest = {path.name: _facts(path) for path in sorted(new.iterdir())}
         (new / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
-    return build_once(folder, lambda: is_undamaged(folder), make_with_manifest)
+    build_once(folder, lambda: is_undamaged(folder), make_with_index)
+    return folder, json.loads((folder / INDEX).read_text(encoding="utf-8"))
 
 
 def is_undamaged(folder: Path) -> bool:

@@ -31,7 +31,7 @@ from keifu.data.progress import counting
 from keifu.errors import UserError, require_known
 from keifu.files import plain_file
 
-PIXELS, INDEX = "pixels.bin", "index.json"
+PIXELS = "pixels.bin"
 CHUNK = 256  # pictures that are read at a time, in parallel
 SHOWN = 3  # faults that a note names
 
@@ -42,10 +42,6 @@ class ImageFormat(NamedTuple):
     size: int | None
     channels: int | None
     fit: Fit
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / INDEX).read_text(encoding="utf-8"))
 
 
 def _with_advice(fault: str) -> str:
@@ -93,8 +89,8 @@ def groups(alike: list[tuple[str, ...]]) -> list[int]:
     return [root(index) for index in range(len(alike))]
 
 
-def _make(source: str | Path, form: ImageFormat, leave_out: bool, folder: Path, facts: Any) -> None:
-    """Write pixels and index into a new folder."""
+def _make(source: str | Path, form: ImageFormat, leave_out: bool, folder: Path) -> dict[str, Any]:
+    """Write the pixels into a new folder; return the facts about the pictures."""
     items = list[ImageItem]()
     faults = list[str]()
     shape = None
@@ -106,7 +102,6 @@ def _make(source: str | Path, form: ImageFormat, leave_out: bool, folder: Path, 
             raise UserError(_with_advice(fault))
         faults.append(fault)
 
-    folder.mkdir()
     with (folder / PIXELS).open("wb") as file, counting(f"Reading {source}", None, "pictures") as advance:
         for item, decoded in _read(sources.items(source, problem), form):
             if isinstance(decoded, str):
@@ -130,8 +125,7 @@ def _make(source: str | Path, form: ImageFormat, leave_out: bool, folder: Path, 
     index = _index(items, remarked, faults)
     digest.update(json.dumps(index, sort_keys=True).encode())
     families = groups([(*item.alike, *item.relatives) for item in items])
-    index |= {"shape": [len(items), *(shape or ())], "fingerprint": digest.hexdigest(), "families": families}
-    (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False) + "\n", encoding="utf-8")
+    return index | {"shape": [len(items), *(shape or ())], "fingerprint": digest.hexdigest(), "families": families}
 
 
 def _of_shape(pixels: np.ndarray, shape: tuple[int, ...], item: ImageItem, first: ImageItem) -> np.ndarray:
@@ -280,8 +274,7 @@ def read_images(
         raise UserError(f"size is {size}, but a picture has at least 1 pixel.")
     settings = {"format": FORMAT, "content": _content(source), "size": size, "channels": channels, "fit": fit}
     make = partial(_make, source, ImageFormat(size, channels, fit), leave_out)
-    folder = prepared_folder("pictures", source, settings, make, "pictures")
-    index = _read_index(folder)
+    folder, index = prepared_folder("pictures", source, settings, make, "pictures")
     if index["faults"] and not leave_out:
         raise UserError(_with_advice(index["faults"][0]))
     pixels = np.memmap(folder / PIXELS, np.uint8, "r", shape=tuple(index["shape"]))

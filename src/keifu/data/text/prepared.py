@@ -8,6 +8,7 @@ checked against their hashes and joined once into the user's cache.
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from keifu.files import read_json_object, replacing, sha256, write_atomic
 
 TOKENIZER = "tokenizer"
 COUNTS = "tokens", "bytes", "documents"
+IndexedShards = Sequence[tuple[Path, dict[str, Any]]]  # a file of ids, and its index
 BLOCK = 1 << 24  # bytes that are read at a time
 
 
@@ -77,10 +79,7 @@ def _prepare_file(path: Path, tokenizer: Tokenizer, target: Path, form: TextForm
 
 def _format(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the facts that all shards of one tokenizer have in common."""
-    dtype, separator = token_shards.number_format(tokenizer)
-    return {
-        "dtype": dtype, "separator": separator, "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
-    }  # fmt: skip
+    return token_shards.format_of_ids(tokenizer) | {"tokenizer": tokenizer.fingerprint}
 
 
 def open_prepared(folder: str | Path, held_out: float) -> token_shards.Shards:
@@ -90,11 +89,11 @@ def open_prepared(folder: str | Path, held_out: float) -> token_shards.Shards:
     """
     folder = Path(folder)
     shared = _format(tokenizer_of(folder))
-    indices = [(path.with_suffix(".bin"), _read_index(path, shared)) for path in sorted(folder.glob("[0-9]*.json"))]
-    names = json.dumps([index for _, index in indices], sort_keys=True)
+    shards = [(path.with_suffix(".bin"), _read_index(path, shared)) for path in sorted(folder.glob("[0-9]*.json"))]
+    names = json.dumps([index for _, index in shards], sort_keys=True)
     content = hashlib.sha256(names.encode()).hexdigest()
     settings = {"format": token_shards.FORMAT, "prepared": content, "held_out": held_out}
-    return token_shards.find_made(folder, settings, partial(_join, indices, shared, held_out))
+    return token_shards.open_shards(folder, settings, partial(_join, shards, shared, held_out))
 
 
 def _read_index(path: Path, shared: dict[str, Any]) -> dict[str, Any]:
@@ -113,35 +112,35 @@ def _read_index(path: Path, shared: dict[str, Any]) -> dict[str, Any]:
     return index
 
 
-def _join(
-    indices: list[tuple[Path, dict[str, Any]]], shared: dict[str, Any], held_out: float, target: Path,
-    facts: dict[str, Any],
-) -> None:  # fmt: skip
-    """Check the ids of all shards and copy them into the files of both parts."""
-    separator = shared["separator"]
-    between = b"" if separator is None else np.array([separator], shared["dtype"]).tobytes()
+def _join(shards: IndexedShards, shared: dict[str, Any], held_out: float, folder: Path) -> dict[str, Any]:
+    """Copy the ids of all shards into the files of both parts; return the facts about them."""
     width = np.dtype(shared["dtype"]).itemsize
-    text = sum(index["bytes"] for _, index in indices)
-    total = sum(path.stat().st_size for path, _ in indices) + len(between) * (len(indices) - 1)
-    left = round(total // width * (1 - held_out)) * width
-    target.mkdir()
-    with (target / "training.bin").open("wb") as training, (target / "validation.bin").open("wb") as validation:
-        for number, (path, index) in enumerate(indices):
-            digest = hashlib.sha256()
-            with path.open("rb") as shard:
-                while block := shard.read(BLOCK):
-                    digest.update(block)
-                    training.write(block[:left])
-                    validation.write(block[left:])
-                    left = max(0, left - len(block))
-            if digest.hexdigest() != index.get("sha256"):
-                raise UserError(f"{path} has another hash than its index says: remove both files, and prepare again.")
-            after = between if number + 1 < len(indices) else b""
-            (training if left else validation).write(after)
-            left = max(0, left - len(after))
-    parts = {}
-    for part in token_shards.PARTS:
-        tokens = (target / f"{part}.bin").stat().st_size // width
-        parts[part] = {"tokens": tokens, "bytes": round(text * tokens * width / max(total, 1)), "documents": 0}
-    index = {**facts, "dtype": shared["dtype"], "vocab_size": shared["vocab_size"], "separator": separator, **parts}
-    (target / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    separator = b"" if shared["separator"] is None else np.array([shared["separator"]], shared["dtype"]).tobytes()
+    total = sum(path.stat().st_size for path, _ in shards) + len(separator) * (len(shards) - 1)
+    left = round(total // width * (1 - held_out)) * width  # bytes that are still for training
+    paths = [folder / f"{part}.bin" for part in token_shards.PARTS]
+    with paths[0].open("wb") as training, paths[1].open("wb") as validation:
+        for block in _checked_blocks(shards, separator):
+            training.write(block[:left])
+            validation.write(block[left:])
+            left = max(0, left - len(block))
+    text = sum(index["bytes"] for _, index in shards)
+    sizes = {path.stem: path.stat().st_size for path in paths}
+    return shared | {
+        part: {"tokens": size // width, "bytes": round(text * size / max(total, 1)), "documents": 0}
+        for part, size in sizes.items()
+    }
+
+
+def _checked_blocks(shards: IndexedShards, separator: bytes) -> Iterator[bytes]:
+    """Yield the ids of all shards with the separator between two; a shard with another hash is a `UserError`."""
+    for number, (path, index) in enumerate(shards):
+        if number:
+            yield separator
+        digest = hashlib.sha256()
+        with path.open("rb") as shard:
+            while block := shard.read(BLOCK):
+                digest.update(block)
+                yield block
+        if digest.hexdigest() != index.get("sha256"):
+            raise UserError(f"{path} has another hash than its index says: remove both files, and prepare again.")

@@ -3,7 +3,6 @@
 Axes: token (all documents one after another), sentence, document.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from keifu.data.prepared_folders import prepared_folder
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextFormat, chunks
-from keifu.data.text.token_shards import CHUNK, PARTS, apart
+from keifu.data.text.token_shards import CHUNK, PARTS, split_settings
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.files import write_atomic
 
 FORMAT = 1  # goes up when the same source would give other sentences than before
 MANY = 100  # documents; where there are fewer, each counts as several
@@ -73,21 +71,16 @@ def prepare_sentences(
     `split` cuts a line into sentences; a line's end always ends one. Of every 1 / held_out documents in a row one is
     held out, always the same. Where a source has fewer than 100 documents, each counts as several of 32 sentences.
     """
-    if not 0 < held_out <= 0.5:
-        raise UserError(f"held_out is {held_out}, but the fraction kept must be above 0 and at most 0.5.")
-    settings = {
-        "format": FORMAT, "content": sources.content_hash(source, form), "tokenizer": tokenizer.fingerprint,
-        "split": split.__qualname__, "held_out": held_out, "seed": SEED, **form.settings(),
-    }  # fmt: skip
-    if validation is not None:
-        settings |= {"validation": apart(source, validation, form), "held_out": 0}
+    more = {"format": FORMAT, "seed": SEED, "split": split.__qualname__}
+    settings = split_settings(source, tokenizer, held_out, form, validation, **more)
 
-    def make(new: Path, facts: dict[str, Any]) -> None:
+    def make(folder: Path) -> dict[str, Any]:
         made = _encode(source, tokenizer, split, form)
-        held = None if validation is None else _encode(validation, tokenizer, split, form)
-        _write(_two_parts(made, facts) if held is None else (made, held), new, facts)
+        if validation is None:
+            return _write(source, _two_parts(source, made, held_out), folder)
+        return _write(source, (made, _encode(validation, tokenizer, split, form)), folder)
 
-    return _open(prepared_folder("sentences", source, settings, make))
+    return _open(*prepared_folder("sentences", source, settings, make))
 
 
 def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: TextFormat) -> Sentences:
@@ -131,38 +124,33 @@ def _held(count: int, share: float) -> np.ndarray:
     return np.array([random.integers(first, after) for first, after in blocks], np.int64)
 
 
-def _two_parts(made: Sentences, facts: dict[str, Any]) -> tuple[Sentences, Sentences]:
+def _two_parts(source: str | Path, made: Sentences, share: float) -> tuple[Sentences, Sentences]:
     """Return the training part and the held-out part."""
-    count, settings = len(made.documents) - 1, facts["settings"]
-    held = _held(count, settings["held_out"])
+    count = len(made.documents) - 1
+    held = _held(count, share)
     if count - len(held) < 2 or not len(held):
-        raise UserError(
-            f"{facts['source']} has {count} documents of {PART} sentences or less: too few to hold out "
-            f"{settings['held_out']:.0%} of them; give more text, or hold out a larger share."
-        )
+        few = f"{source} has {count} documents of {PART} sentences or less: too few to hold out {share:.0%} of them"
+        raise UserError(f"{few}; give more text, or hold out a larger share.")
     return made.take(np.setdiff1d(np.arange(count), held)), made.take(held)
 
 
-def _write(parts: tuple[Sentences, Sentences], folder: Path, facts: dict[str, Any]) -> None:
-    """Write the two parts and the index into a new folder."""
+def _write(source: str | Path, parts: tuple[Sentences, Sentences], folder: Path) -> dict[str, Any]:
+    """Write the two parts into a new folder; return their counts."""
     from safetensors.numpy import save_file
 
+    facts = {}
     for part, taken in zip(PARTS, parts, strict=True):
         if not (documents := len(taken.documents) - 1):
-            raise UserError(f"The {part} text of {facts['source']} has no sentence: give more text.")
+            raise UserError(f"The {part} text of {source} has no sentence: give more text.")
         facts[part] = {"tokens": len(taken.tokens), "sentences": len(taken.starts) - 1, "documents": documents}
-    folder.mkdir()
-    for part, taken in zip(PARTS, parts, strict=True):
-        save_file(
-            {name: np.ascontiguousarray(array) for name, array in vars(taken).items()}, folder / f"{part}.safetensors"
-        )
-    write_atomic(folder / "index.json", json.dumps(facts, indent=2) + "\n")
+        arrays = {name: np.ascontiguousarray(array) for name, array in vars(taken).items()}
+        save_file(arrays, folder / f"{part}.safetensors")
+    return facts
 
 
-def _open(folder: Path) -> SentenceShards:
+def _open(folder: Path, index: dict[str, Any]) -> SentenceShards:
     from safetensors.torch import load_file
 
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     loaded = [load_file(folder / f"{part}.safetensors") for part in PARTS]
     training, held = (Sentences(**{name: tensor.numpy() for name, tensor in each.items()}) for each in loaded)
     return SentenceShards(training, held, index)

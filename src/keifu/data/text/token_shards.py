@@ -4,9 +4,7 @@ The ids of all documents follow one another, with the tokenizer's end-of-text id
 little-endian integers of 16 bits, or 32 where the vocabulary is larger, beside an index in JSON.
 """
 
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +21,6 @@ from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.files import write_atomic
 
 FORMAT = 1  # goes up when the same source would give other ids than before
 MANY = 100  # documents, from which on whole ones are held out
@@ -66,28 +63,34 @@ def prepare(
     on. They are in the user's cache. Faults in the text are `UserError`s that name file and line; nothing is kept of a
     run that was broken off.
     """
-    if not 0 < held_out <= 0.5:
-        raise UserError(
-            f"held_out is {held_out}, but the fraction kept for validation must be above 0 and at most 0.5."
-        )
-    settings = {
-        "format": FORMAT, "content": sources.content_hash(source, form), "tokenizer": tokenizer.fingerprint,
-        "held_out": held_out, "seed": seed, "field": "text", **form.settings(),
-    }  # fmt: skip
+    more = {"format": FORMAT, "seed": seed, "field": "text"}
+    settings = split_settings(source, tokenizer, held_out, form, validation, **more)
     if validation is None:
-        parted = partial(_split_documents, source, settings, form)
+        parted = partial(_split_documents, source, held_out, seed, form)
     else:
         parted = partial(_side_by_side, source, validation, form)
-        settings |= {"validation": apart(source, validation, form), "held_out": 0}
-    return find_made(source, settings, partial(_make, source, parted, tokenizer))
+    return open_shards(source, settings, partial(_make, source, parted, tokenizer))
 
 
-def apart(source: str | Path, validation: str | Path, form: TextFormat) -> str:
-    """Return the content hash of a source that is held out; the same content as the training text is a `UserError`."""
-    content = sources.content_hash(validation, form)
-    if content == sources.content_hash(source, form):
+def split_settings(
+    source: str | Path, tokenizer: Tokenizer, held_out: float, form: TextFormat, validation: str | Path | None,
+    **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the settings that the ids of a source and their split depend on, for the name of the folder in the cache.
+
+    A share to hold out that is not above 0 and at most 0.5, and a source for validation with the same content as the
+    training text, are `UserError`s.
+    """
+    if not 0 < held_out <= 0.5:
+        raise UserError(f"held_out is {held_out}, but the fraction for validation must be above 0 and at most 0.5.")
+    content = sources.content_hash(source, form)
+    shared = {"content": content, "tokenizer": tokenizer.fingerprint, "held_out": held_out, **more, **form.settings()}
+    if validation is None:
+        return shared
+    held_content = sources.content_hash(validation, form)
+    if content == held_content:
         raise UserError(f"{validation} holds the same as {source}, which is trained on: give another for validation.")
-    return content
+    return shared | {"validation": held_content, "held_out": 0}
 
 
 def prepare_parts(
@@ -104,16 +107,15 @@ def prepare_parts(
         return iter(whole), len(whole), sum(len(piece.text) for piece in whole)
 
     settings = {"format": FORMAT, "content": content, "tokenizer": tokenizer.fingerprint, "parts": "given"}
-    return find_made(name, settings, partial(_make, name, parted, tokenizer))
+    return open_shards(name, settings, partial(_make, name, parted, tokenizer))
 
 
 Parted = tuple[Iterator[TextChunk], int, int]  # pieces with their parts, the number of documents and of characters
 
 
-def find_made(source: str | Path, settings: dict[str, Any], make: Callable[[Path, dict[str, Any]], None]) -> Shards:
+def open_shards(source: str | Path, settings: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Shards:
     """Return the shards that were made with these settings; if there are none, `make` writes them into a new folder."""
-    folder = prepared_folder("tokens", source, settings, make)
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    folder, index = prepared_folder("tokens", source, settings, make)
     tokens, validation = (np.memmap(folder / f"{part}.bin", dtype=index["dtype"], mode="r") for part in PARTS)
     return Shards(tokens, validation, index)
 
@@ -126,24 +128,20 @@ def _side_by_side(source: str | Path, validation: str | Path, form: TextFormat) 
     return chain(_describe(sources.read_chunks(source, form)), held), count, characters
 
 
-def _split_documents(source: str | Path, settings: dict[str, Any], form: TextFormat) -> Parted:
+def _split_documents(source: str | Path, share: float, seed: int, form: TextFormat) -> Parted:
     """Return the documents of a source, each with its part of the split."""
     count, characters = _measure(sources.read_chunks(source, form))
     pieces = _describe(sources.read_chunks(source, form))
-    share, seed = settings["held_out"], settings["seed"]
     parted = _by_document(pieces, share, seed) if count >= MANY else _by_tail(pieces, int(characters * (1 - share)))
     return parted, count, characters
 
 
-def _make(
-    source: str | Path, parted: Callable[[], Parted], tokenizer: Tokenizer, folder: Path, facts: dict[str, Any]
-) -> None:
-    """Write the ids of both parts and the index into a new folder."""
+def _make(source: str | Path, parted: Callable[[], Parted], tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """Write the ids of both parts into a new folder; return the facts about them."""
     pieces, count, characters = parted()
-    dtype, separator = number_format(tokenizer)
-    if separator is None and count > 1:
+    id_format = format_of_ids(tokenizer)
+    if id_format["separator"] is None and count > 1:
         print("This tokenizer has no end-of-text token: nothing marks where a document ends.", file=sys.stderr)
-    folder.mkdir()
     paths = [folder / f"{part}.bin" for part in PARTS]
     with counting(f"Tokenising {source}", characters, "characters") as advance:
         written = write(pieces, tokenizer, paths, lambda read, _: advance(read))
@@ -154,14 +152,14 @@ def _make(
             f"{source} has {tokens} tokens: too short to hold some out for validation. Give more text (a model learns "
             "little from fewer than about 10,000 tokens), or name another text with --validation-data."
         )
-    index = {**facts, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "separator": separator, **totals}
-    write_atomic(folder / "index.json", json.dumps(index, indent=2) + "\n")
+    return id_format | totals
 
 
-def number_format(tokenizer: Tokenizer) -> tuple[str, int | None]:
-    """Return the type of the ids in a file, and the id between documents, if there is one."""
+def format_of_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the type of the ids in a file, the id between documents (or None), and how many ids there are."""
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    return dtype, tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
+    separator = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
+    return {"dtype": dtype, "separator": separator, "vocab_size": tokenizer.vocab_size}
 
 
 def _measure(pieces: Iterable[TextChunk]) -> tuple[int, int]:
@@ -207,19 +205,25 @@ def _by_tail(pieces: Iterable[TextChunk], cut: int) -> Iterator[TextChunk]:
 
 
 def write(
-    pieces: Iterable[TextChunk], tokenizer: Tokenizer, paths: Sequence[Path], told: Callable[[int, int], None]
+    pieces: Iterable[TextChunk], tokenizer: Tokenizer, paths: Sequence[Path], report: Callable[[int, int], None]
 ) -> list[dict[str, int]]:
-    """Encode pieces, and write the ids of each part into its file. Return the counts of each file. told: receives the
-    characters and bytes that were encoded so far."""
-    writers, characters = [_Writer(path, *number_format(tokenizer)) for path in paths], 0
+    """Encode pieces, and write the ids of each part into its file. Return the counts of each file.
+
+    report: receives the characters and bytes that were encoded so far.
+    """
+    id_format = format_of_ids(tokenizer)
+    writers = [_Writer(path, id_format["dtype"], id_format["separator"]) for path in paths]
+    characters = 0
     for chunk in chunks(pieces, CHUNK):
         encoded = tokenizer.encode_batch([piece.text for piece in chunk])
         for part, writer in enumerate(writers):
             writer.add(pair for pair in zip(chunk, encoded, strict=True) if pair[0].part == part)
         characters += sum(len(piece.text) for piece in chunk)
-        told(characters, sum(writer.counts["bytes"] for writer in writers))
+        report(characters, sum(writer.counts["bytes"] for writer in writers))
         del encoded  # before the next chunk is encoded
-    return [writer.close() for writer in writers]
+    for writer in writers:
+        writer.file.close()
+    return [writer.counts for writer in writers]
 
 
 class _Writer:
@@ -243,10 +247,3 @@ class _Writer:
         joined = np.fromiter(chain.from_iterable(rows), dtype=self.dtype)
         self.counts["tokens"] += len(joined)
         self.file.write(joined.tobytes())
-
-    def close(self) -> dict[str, int]:
-        """Close the file; return the counts."""
-        with self.file as file:
-            file.flush()
-            os.fsync(file.fileno())
-        return self.counts
