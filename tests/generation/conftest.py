@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
+from keifu.layers.attention.attention import Scoring
 from keifu.layers.attention.kv_cache import KVState
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -55,7 +56,7 @@ class Script(nn.Module):
     def hidden(self, tokens: Tensor, state: Any, padding: Tensor | None = None) -> Tensor:
         places = state.positions(tokens.shape[1], padding)
         new = [tokens.new_zeros(len(tokens), 1, tokens.shape[1], 1).float()] * 3
-        state.layer(0).attend(*new, None, None, None)
+        state.layer(0).attend(*new, None, Scoring())
         state.advance()
         return (places - self.asked + 1).expand(tokens.shape)[..., None].float()
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
-from keifu.models.mixture import mixtral
+from keifu.models.mixture import deepseek_v3, mixtral
 
 SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 3}
 LLAMA = {**SIZE, "n_heads": 4, "head_dim": 6}
@@ -21,6 +21,12 @@ TOYS: dict[str, Callable[[], nn.Module]] = {
         olmo2.Config(**SIZE | {"dim": 24}, n_heads=4, n_kv_heads=2)
     ),
     "mixture of experts": lambda: mixtral.build(mixtral.Config(**LLAMA, n_kv_heads=2, n_experts=5)),
+    "latent attention and shared experts": lambda: deepseek_v3.build(
+        deepseek_v3.Config(
+            **SIZE, expert_dim=12, n_dense_layers=1, n_heads=4, head_dim=6, rope_dim=4, value_dim=5, q_rank=8,
+            kv_rank=7, n_experts=6, n_experts_per_token=2, n_groups=3, n_groups_per_token=2, rope_scaling=None,
+        )
+    ),
     "windows and global layers": lambda: gemma3.build(
         gemma3.Config(**LLAMA, n_kv_heads=2, sliding_window=5, global_layers=(1,))
     ),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from keifu.layers.attention.attention import Attention, attend
+from keifu.layers.attention.attention import Attention, Scoring, attend
 from keifu.layers.attention.masks import CausalMask
 from keifu.layers.counter_rng import bits, bits16
 from keifu.layers.dropout import LEVELS, Dropout, DropoutKeys, dropout_mask
@@ -109,9 +109,9 @@ def test_attention_drops_weights_as_the_formula_says() -> None:
     causal = torch.ones(5, 5, dtype=torch.bool).tril()
     weights = (q @ k.mT / 8**0.5).masked_fill(~causal, -torch.inf).softmax(-1)
     expected = (layer(weights) @ v).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(attend(q, k, v, "causal", layer), expected)
+    torch.testing.assert_close(attend(q, k, v, "causal", Scoring(layer)), expected)
     whole = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(attend(q, k, v, "causal", layer.eval()), whole)
+    torch.testing.assert_close(attend(q, k, v, "causal", Scoring(layer.eval())), whole)
 
 
 def test_a_layer_computed_again_in_the_backward_pass_has_the_same_mask() -> None:

@@ -60,6 +60,13 @@ class SoftmaxRouter(nn.Module):
         return Routing(weights, experts, scores)
 
 
+class FloatLinear(Linear):
+    """Linear layer without a bias that computes in float32, whatever the type of its input and weight."""
+
+    def forward(self, input: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:  # noqa: A002
+        return nn.functional.linear(input.float(), self.weight.float())
+
+
 class GroupedSigmoidRouter(nn.Module):
     """Router of DeepSeek-V3 (2024, section 2.1.2): sigmoid scores, a correction for the choice alone, and groups.
 
@@ -77,13 +84,13 @@ class GroupedSigmoidRouter(nn.Module):
             raise UserError(f"{n_experts} experts cannot be in {n_groups} groups of which {k_groups} are chosen.")
         self.n_experts, self.k, self.normalised, self.scale = n_experts, k, normalised, scale
         self.n_groups, self.k_groups = n_groups, k_groups
-        self.gate = Linear(dim, n_experts, bias=False)
+        self.gate = FloatLinear(dim, n_experts, bias=False)
         self.register_buffer("correction", torch.zeros(n_experts))
         self.correction: Tensor
 
     def forward(self, x: Tokens) -> Routing:
         """Choose the experts of each token. The scores are computed in float32."""
-        scores = nn.functional.linear(x.float(), self.gate.weight.float()).sigmoid()
+        scores = self.gate(x).sigmoid()
         corrected = (scores + self.correction).unflatten(-1, (self.n_groups, -1))
         best = corrected.topk(min(2, corrected.shape[-1]), -1).values.sum(-1)
         chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(self.k_groups, -1).indices, True)

@@ -219,7 +219,7 @@ def rewrite(path, changes=None, tensors=None) -> None:
 @pytest.mark.parametrize(
     ("changes", "tensors", "text"),
     [
-        ({"general.architecture": "lama"}, {}, "Did you mean 'llama'"),
+        ({"general.architecture": "lama"}, {}, "'lama', which keifu does not read"),
         ({"llama.block_count": None}, {}, "lacks llama.block_count"),
         ({"llama.expert_count": 8}, {}, "llama.expert_count"),
         ({"llama.rope.dimension_count": 4}, {}, "rope.dimension_count 4 beside heads of 8"),

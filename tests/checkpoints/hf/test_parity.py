@@ -31,6 +31,16 @@ def cohere(**changes):
     return transformers.CohereConfig(**SIZES | {"logit_scale": 0.3} | changes)
 
 
+def deepseek(**changes):
+    """Six experts in two groups; every size of the attention differs from the others."""
+    sizes = {
+        "num_key_value_heads": 4, "kv_lora_rank": 10, "q_lora_rank": 14, "qk_rope_head_dim": 6, "qk_nope_head_dim": 5,
+        "v_head_dim": 7, "n_group": 2, "topk_group": 1, "n_routed_experts": 6, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
+    }  # fmt: skip
+    return transformers.DeepseekV3Config(**SIZES | sizes | changes)
+
+
 def rope(kind: str, **settings):
     """LLaMA with 32 places and a rotary scaling; the test's 61 tokens go beyond."""
     parameters = {"rope_type": kind, "rope_theta": 10_000.0, **settings}
@@ -126,6 +136,15 @@ CASES = {
         **SIZES | {"intermediate_size": 20}, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True,
         attention_bias=True,
     ),
+    "deepseek-v3": lambda: deepseek(),
+    "deepseek-v3-one-matrix-yarn": lambda: deepseek(
+        q_lora_rank=None, first_k_dense_replace=0, n_group=1, topk_group=1, n_shared_experts=2, norm_topk_prob=False,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "mscale": 1.0, "mscale_all_dim": 0.8,
+        },
+    ),
+    "deepseek-v3-halves-biased": lambda: deepseek(rope_interleave=False, attention_bias=True, rms_norm_eps=0.1),
     "linear": lambda: rope("linear", factor=2.5),
     "dynamic": lambda: rope("dynamic", factor=3.0),
     "dynamic-with-an-original-length": lambda: rope("dynamic", factor=3.0, original_max_position_embeddings=16),

@@ -6,7 +6,7 @@ import transformers
 from keifu.checkpoints.registry import FAMILIES, build, describe, read_config
 from keifu.errors import UserError
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
-from keifu.models.mixture import mixtral, olmoe, qwen3_moe
+from keifu.models.mixture import deepseek_v3, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import phi3, smollm3
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
@@ -117,6 +117,20 @@ PUBLISHED = {
         "num_key_value_heads": 16, "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_scaling": None,
         "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "vocab_size": 50304,
     },
+    "deepseek-v3": {
+        **COMMON, "model_type": "deepseek_v3", "attention_bias": False, "attention_dropout": 0.0, "ep_size": 1,
+        "first_k_dense_replace": 3, "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
+        "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000,
+        "rope_scaling": {
+            "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096, "type": "yarn",
+        },
+        "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 4,
+        "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
+    },
     "smollm3-3b": {
         **COMMON, "model_type": "smollm3", "attention_bias": False, "attention_dropout": 0.0, "hidden_size": 2048,
         "intermediate_size": 11008, "max_position_embeddings": 65536, "mlp_bias": False, "no_rope_layer_interval": 4,
@@ -153,7 +167,7 @@ PUBLISHED = {
 def test_config_is_the_size_of_that_name(name) -> None:
     family, config = read_config(PUBLISHED[name], "config.json")
     assert family.model_type == PUBLISHED[name]["model_type"]
-    modules = gpt1, gpt2, gpt3, palm, llama, qwen3, gemma3, olmo2, mixtral, qwen3_moe, olmoe, smollm3, phi3
+    modules = gpt1, gpt2, gpt3, palm, llama, qwen3, gemma3, olmo2, mixtral, qwen3_moe, olmoe, smollm3, phi3, deepseek_v3
     [expected] = [module.SIZES[name] for module in modules if name in module.SIZES]
     assert describe(config) == describe(expected)
 
@@ -169,8 +183,12 @@ def test_what_we_write_means_the_same_to_transformers(name) -> None:
     indifferent |= {"is_llama_config", "rope_interleaved", "n_inner", "max_window_layers", "sliding_window"} - (
         {"sliding_window"} if kind in ("mistral", "gemma3_text") else set()
     )
+    indifferent |= {"ep_size", "moe_layer_freq"}
     indifferent |= {"cache_implementation", "sliding_window_pattern"}  # which `layer_types` says too
     keys = (theirs.keys() & PUBLISHED[name].keys()) - indifferent | {"rope_parameters", "layer_types"} & theirs.keys()
+    for rope in (ours.get("rope_parameters") or {}, theirs.get("rope_parameters") or {}):
+        for older in ("type", "truncate"):  # an older spelling of rope_type, and a default
+            rope.pop(older, None)
     assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
 
 

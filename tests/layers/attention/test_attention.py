@@ -4,17 +4,21 @@ import pytest
 import torch
 
 from keifu.layers.attention import attention
-from keifu.layers.attention.attention import Attention, CrossAttention, attend
+from keifu.layers.attention.attention import Attention, CrossAttention, Scoring, attend
 from keifu.layers.attention.masks import CausalMask, PaddingMask
 
 
-def formula(q, k, v, allowed):
-    """softmax(q kᵀ / √d) v for each head, in a loop."""
+def formula(q, k, v, allowed, scale=None, cap=None, sinks=None):
+    """softmax(q kᵀ / √d) v for each head, in a loop; a cap on the scores, and sinks in the denominator."""
     heads = []
     for h in range(q.shape[1]):
         kv = h * k.shape[1] // q.shape[1]
-        scores = q[:, h] @ k[:, kv].mT / q.shape[-1] ** 0.5
-        heads.append(scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v[:, kv])
+        scores = q[:, h] @ k[:, kv].mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = scores if cap is None else cap * (scores / cap).tanh()
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[h].expand(*scores.shape[:-1], 1)], -1)
+        heads.append(scores.softmax(-1)[..., : k.shape[2]] @ v[:, kv])
     return torch.cat(heads, -1)
 
 
@@ -31,6 +35,31 @@ def test_attend_is_the_formula(kv_heads, length, seen, window, written_out, monk
     allowed = (keys <= places) & (keys > places - (window or seen))
     visible = CausalMask(seen - length, length).visible(seen, window)
     torch.testing.assert_close(attend(q, k, v, visible), formula(q, k, v, allowed))
+
+
+@pytest.mark.parametrize(
+    ("cap", "sinks"), [(None, None), (0.5, None), (None, [-2.0, 0.0, 1.0, 3.0, 9.0, 30.0]), (None, [-50.0] * 6)]
+)
+@pytest.mark.parametrize("scale", [None, 1.7])
+@pytest.mark.parametrize("kv_heads,length,seen,window", [(1, 7, 7, None), (2, 1, 9, None), (2, 3, 9, 5), (6, 9, 9, 2)])
+def test_caps_and_sinks_are_the_formula(cap, scale, kv_heads, length, seen, window, sinks):
+    torch.manual_seed(1)
+    q = torch.randn(2, 6, length, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, kv_heads, seen, 4, dtype=torch.float64) for _ in range(2))
+    sinks = None if sinks is None else torch.tensor(sinks, dtype=torch.float64, requires_grad=True)
+    places, keys = torch.arange(seen - length, seen)[:, None], torch.arange(seen)
+    allowed = (keys <= places) & (keys > places - (window or seen))
+    visible = CausalMask(seen - length, length).visible(seen, window)
+    expected = formula(q, k, v, allowed, scale, cap, sinks)
+    found = attend(q, k, v, visible, Scoring(None, scale, cap, sinks))
+    torch.testing.assert_close(found, expected)
+    learned = [q] if sinks is None else [q, sinks]
+    for ours, theirs in zip(
+        torch.autograd.grad(found.sin().sum(), learned),
+        torch.autograd.grad(expected.sin().sum(), learned),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_the_written_out_way_has_the_same_gradient_in_bfloat16():

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keifu.layers.attention import attention
-from keifu.layers.attention.attention import Attention, attend
+from keifu.layers.attention.attention import Attention, Scoring, attend
 from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import Band, CausalMask
 
@@ -36,7 +36,7 @@ def test_blocks_are_the_masked_form_with_gradients(window, start, length, padded
     inputs = tensors(length, start)
     weights, results = torch.randn(3, length, 24, dtype=torch.float64), []
     for seen in (visible, masked(start, length, window, padding)):
-        y = attend(*inputs, seen, scale=0.7)
+        y = attend(*inputs, seen, Scoring(scale=0.7))
         results.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
     torch.testing.assert_close(*results)
 

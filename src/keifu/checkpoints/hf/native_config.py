@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from keifu.errors import UserError
 from keifu.ranges import LARGEST
 
-ZERO_ALLOWED = ("first_window_layer", "start_id", "end_id", "pad_id", "steps_offset", "n_classes")
+ZERO_ALLOWED = ("first_window_layer", "n_dense_layers", "start_id", "end_id", "pad_id", "steps_offset", "n_classes")
 
 
 def from_json(kind: type, json: dict[str, Any]) -> Any:

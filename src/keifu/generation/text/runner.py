@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.model import Model, causal, device_of
-from keifu.layers.attention.attention import Attention, attend
+from keifu.layers.attention.attention import Attention, Scoring, attend
 from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask, RaggedMask
-from keifu.layers.dropout import Dropout
 from keifu.memory import available_memory
 from keifu.native.model import Span, native_form, widest
 
@@ -378,8 +377,7 @@ class _StepCache:
         keys: Float[Tensor, "1 kv_heads length head_dim"],
         values: Float[Tensor, "1 kv_heads length head_dim"],
         window: int | None,
-        dropout: Dropout | None,
-        scale: float | None,
+        scoring: Scoring,
     ) -> Float[Tensor, "1 length dim"]:
         """Write the new keys and values, and return the output of attention for each token."""
         self.keys.index_copy_(1, self.step.slots, keys[0].to(self.keys.dtype))
@@ -390,7 +388,7 @@ class _StepCache:
             seen = group.last - first
             visible = group.mask.visible(seen, window)
             read = group.read(self.keys, first), group.read(self.values, first)
-            outputs.append(attend(queries, *read, visible, dropout, scale).flatten(0, 1))
+            outputs.append(attend(queries, *read, visible, scoring).flatten(0, 1))
         return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
 
     def _split(self, q: Float[Tensor, "1 heads length head_dim"]) -> list[Float[Tensor, "spans heads width head_dim"]]:

@@ -3,11 +3,11 @@
 Axes: batch, length = queries, seen = keys, heads, head_dim, dim = heads · head_dim where they are joined.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from keifu.errors import UserError
@@ -19,29 +19,61 @@ from keifu.layers.linear import JoinedLinear, Linear
 Hidden = Float[Tensor, "batch length dim"]
 
 
+class Scoring(NamedTuple):
+    """Settings that turn scores q kᵀ into the weights of values.
+
+    dropout: acts on the softmax. scale: factor of the scores; None is 1 / √head_dim. soft_cap: scores are
+    soft_cap · tanh(score / soft_cap) (Gemma 2, 2024). sinks: scores of each head that take weight and give no value
+    (Xiao et al., 2023; gpt-oss, 2025); not with a soft cap.
+    """
+
+    dropout: Dropout | None = None
+    scale: float | None = None
+    soft_cap: float | None = None
+    sinks: Float[Tensor, " heads"] | None = None
+
+
 def attend(
     q: Float[Tensor, "batch heads length head_dim"], k: Float[Tensor, "batch kv_heads seen head_dim"],
-    v: Float[Tensor, "batch kv_heads seen head_dim"], visible: Visible = None, dropout: Dropout | None = None,
-    scale: float | None = None,
+    v: Float[Tensor, "batch kv_heads seen value_dim"], visible: Visible = None, scoring: Scoring | None = None,
 ) -> Hidden:  # fmt: skip
-    """softmax(q kᵀ · scale) v, the heads joined; each head of keys serves heads / kv_heads neighbouring queries.
+    """Compute softmax(q kᵀ · scale) v with the heads joined. Each head of keys serves heads / kv_heads queries.
 
-    The scale is 1 / √head_dim where none is given. `dropout` acts on the softmax; torch's fused attention has none
-    whose mask could be told, so it costs memory that grows with length · seen.
+    Dropout and a soft cap are not in torch's fused attention, so they cost memory that grows with length · seen.
     """
     batch, heads, length, _ = q.shape
+    scoring = scoring or Scoring()
     if isinstance(visible, Band):
-        return visible.join(attend(*visible.cut(q, k, v), dropout, scale), length)
+        return visible.join(attend(*visible.cut(q, k, v), scoring), length)
+    if scoring.sinks is not None:
+        q, k, v, visible, scoring = _with_sink(q, k, v, visible, scoring, scoring.sinks)
     group = heads // k.shape[1]
     mask = visible if isinstance(visible, Tensor) else None
-    dropout = dropout if dropout is not None and dropout.active else None
-    if dropout is not None or (q.requires_grad and _short(q, k)):
-        return _explicit(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), visible, dropout, scale)
+    dropout, scale, soft_cap, _ = scoring
+    if (dropout is not None and dropout.active) or soft_cap or (q.requires_grad and _short(q, k)):
+        return _explicit(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), visible, scoring)
     if group > 1 and length == 1:  # one new token: the group's queries become the rows of one small product
         q = q.reshape(batch, k.shape[1], group, -1)
         group = 1
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=visible == "causal", scale=scale, enable_gqa=group > 1)
     return y.reshape(batch, heads, length, -1).transpose(1, 2).flatten(2)
+
+
+def _with_sink(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring, sinks: Float[Tensor, " heads"]
+) -> tuple[Tensor, Tensor, Tensor, Bool[Tensor, "#batch 1 #length more"] | None, Scoring]:
+    """Put the sinks into queries and keys: a first key that every query sees, with the value 0.
+
+    Its score is the head's sink: queries get one more number, which only this key multiplies.
+    """
+    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    scores = (sinks / scale).to(q.dtype)[:, None, None].expand(len(q), -1, q.shape[2], 1)
+    keys = F.pad(k, (0, 1, 1, 0))
+    keys[:, :, 0, -1] = 1
+    mask = F.pad(visible, (1, 0), value=True) if isinstance(visible, Tensor) else None
+    if visible == "causal":
+        mask = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(1)[None, None]
+    return torch.cat([q, scores], -1), keys, F.pad(v, (0, 0, 1, 0)), mask, scoring._replace(scale=scale, sinks=None)
 
 
 def _short(q: Tensor, k: Tensor) -> bool:
@@ -51,21 +83,21 @@ def _short(q: Tensor, k: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and max(q.shape[2], k.shape[2]) <= 256
 
 
-def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: Dropout | None, scale: float | None
-) -> Hidden:
-    """Compute `attend` written out, each head with its own keys. Scores are masked and scaled by their product itself,
-    so that between two products there is the softmax alone."""
+def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring) -> Hidden:
+    """Compute `attend` step by step, with keys for each head. One operation multiplies, scales and masks the scores."""
     batch, heads, length, head_dim = q.shape
     hidden = torch.zeros((), dtype=q.dtype, device=q.device)  # what is added to the scores: -inf where nothing is seen
     if visible == "causal":
         hidden = torch.full((length, k.shape[2]), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     elif isinstance(visible, Tensor):
         hidden = hidden.where(visible, -torch.inf).expand(batch, heads, -1, -1).flatten(0, 1)
-    alpha = head_dim**-0.5 if scale is None else scale
-    scores = torch.baddbmm(hidden, q.flatten(0, 1), k.mT.flatten(0, 1), alpha=alpha)
+    alpha = head_dim**-0.5 if scoring.scale is None else scoring.scale
+    if cap := scoring.soft_cap:
+        scores = cap * (q.flatten(0, 1) @ k.mT.flatten(0, 1) * (alpha / cap)).tanh() + hidden
+    else:
+        scores = torch.baddbmm(hidden, q.flatten(0, 1), k.mT.flatten(0, 1), alpha=alpha)
     weights = scores.softmax(-1).unflatten(0, (batch, heads))
-    weights = weights if dropout is None else dropout(weights)
+    weights = weights if scoring.dropout is None else scoring.dropout(weights)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
@@ -75,8 +107,7 @@ class Cache(Protocol):
 
     def attend(
         self, q: Float[Tensor, "batch heads length head_dim"], keys: Float[Tensor, "batch kv_heads length head_dim"],
-        values: Float[Tensor, "batch kv_heads length head_dim"], window: int | None, dropout: Dropout | None,
-        scale: float | None,
+        values: Float[Tensor, "batch kv_heads length head_dim"], window: int | None, scoring: Scoring,
     ) -> Hidden: ...  # fmt: skip
 
 
@@ -122,14 +153,45 @@ class Attention(nn.Module):
             qk = positions.rotation(self.rotary).apply(qk)
         q, k, v = qk[:, :, : self.n_heads].transpose(1, 2), qk[:, :, self.n_heads :].transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            return self.out(cache.attend(q, k, v, self.window, self.dropout, self.scale))
+            return self.out(cache.attend(q, k, v, self.window, self.scoring))
         visible = None if mask is None else mask.visible(k.shape[2], self.window)
-        return self.out(attend(q, k, v, visible, self.dropout, self.scale))
+        return self.out(attend(q, k, v, visible, self.scoring))
+
+    @property
+    def scoring(self) -> Scoring:
+        """Return how scores become weights."""
+        return Scoring(self.dropout, self.scale)
 
     @property
     def residual_weights(self) -> list[Tensor]:
         """Return the matrices whose outputs are added to the residual stream."""
         return [self.out.weight]
+
+
+class SinkAttention(Attention):
+    """Attention with a learned sink for each head: a token need not attend to anything (gpt-oss, 2025)."""
+
+    def __init__(self, *sizes: Any, **settings: Any):
+        super().__init__(*sizes, **settings)
+        self.sinks = nn.Parameter(torch.zeros(self.n_heads))
+
+    @property
+    def scoring(self) -> Scoring:
+        """Return how scores become weights, with the sinks."""
+        return Scoring(self.dropout, self.scale, sinks=self.sinks)
+
+
+class CappedAttention(Attention):
+    """Attention whose scores stay between -soft_cap and soft_cap (Gemma 2, 2024)."""
+
+    def __init__(self, *sizes: Any, soft_cap: float, **settings: Any):
+        super().__init__(*sizes, **settings)
+        self.soft_cap = soft_cap
+
+    @property
+    def scoring(self) -> Scoring:
+        """Return how scores become weights, with the soft cap."""
+        return Scoring(self.dropout, self.scale, self.soft_cap)
 
 
 class CrossAttention(nn.Module):
@@ -154,4 +216,4 @@ class CrossAttention(nn.Module):
     def forward(self, x: Hidden, keys_values: tuple[Tensor, Tensor], mask: Mask) -> Hidden:
         k, v = keys_values
         q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        return self.out(attend(q, k, v, mask.visible(k.shape[2], None), self.dropout))
+        return self.out(attend(q, k, v, mask.visible(k.shape[2], None), Scoring(self.dropout)))

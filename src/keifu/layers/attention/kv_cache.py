@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from keifu.layers.attention.attention import attend
+from keifu.layers.attention.attention import Scoring, attend
 from keifu.layers.attention.masks import CausalMask, RaggedMask
-from keifu.layers.dropout import Dropout
 
 New = Float[Tensor, "rows heads length head_dim"]
 Seen = Float[Tensor, "rows heads seen head_dim"]
@@ -165,9 +164,8 @@ class LayerCache:
         keys: New,
         values: New,
         window: int | None,
-        dropout: Dropout | None,
-        scale: float | None,
+        scoring: Scoring,
     ) -> Float[Tensor, "rows length dim"]:
         """Attend from the new tokens to those before them and themselves; see `attend`."""
         keys, values = self.append(keys, values, window)
-        return attend(q, keys, values, self._pass.mask.visible(keys.shape[2], window), dropout, scale)
+        return attend(q, keys, values, self._pass.mask.visible(keys.shape[2], window), scoring)

@@ -91,6 +91,10 @@ class RopeScaling:
             return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
         return self._mscale(1.0)
 
+    def all_dim_magnitude(self) -> float:
+        """Return the factor on queries and on keys, positions or not, that `mscale_all_dim` asks for (DeepSeek-V2)."""
+        return self._mscale(self.mscale_all_dim) if self.mscale_all_dim else 1.0
+
     def _mscale(self, scale: float) -> float:
         return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0
 

@@ -1,0 +1,157 @@
+"""DeepSeek-V3 (DeepSeek-AI, 2024): 256 small experts with a shared one, and attention through a latent of 512 numbers.
+
+The router is balanced without a loss: a correction of each expert's score rises while it has too few tokens. The cache
+of a token has 576 numbers in each layer, where keys and values of 128 heads would be 32,768 (DeepSeek-V2, 2024).
+Multi-token prediction, a further layer of the published training, is not implemented.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from keifu.layers.activations import activation
+from keifu.layers.attention.latent import LatentAttention, LowRankLinear
+from keifu.layers.attention.positions import RopeScaling, Rotary
+from keifu.layers.feedforward import GatedFeedForward
+from keifu.layers.linear import Linear
+from keifu.layers.mixture import GroupedSigmoidRouter, MixtureOfExperts
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import llama
+from keifu.models.hf import config as hf
+from keifu.models.mixture import qwen3_moe
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and settings of a model; the defaults are DeepSeek-V3.
+
+    `expert_dim` is the inner dimension of one expert, `hidden_dim` that of the first `n_dense_layers` layers. A head
+    has `head_dim` numbers without positions and `rope_dim` with them.
+    """
+
+    vocab_size: int = 129_280
+    context_length: int = 163_840
+    dim: int = 7168
+    hidden_dim: int = 18_432
+    expert_dim: int = 2048
+    n_layers: int = 61
+    n_dense_layers: int = 3
+    n_heads: int = 128
+    head_dim: int = 128
+    rope_dim: int = 64
+    value_dim: int = 128
+    q_rank: int | None = 1536  # None: queries are made by one matrix
+    kv_rank: int = 512
+    n_experts: int = 256
+    n_experts_per_token: int = 8
+    n_shared_experts: int = 1
+    n_groups: int = 8
+    n_groups_per_token: int = 4
+    normalised: bool = True  # the weights of a token's experts sum to expert_scale
+    expert_scale: float = 2.5
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = RopeScaling("yarn", 40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
+    rope_interleaved: bool = True
+    activation: str = "silu"
+    attention_bias: bool = False
+    tied: bool = False
+    dropout: float = 0.0
+
+
+SIZES = {
+    "deepseek-v3": Config(),
+    "moonlight-16b-a3b": Config(
+        vocab_size=163_840, context_length=8192, dim=2048, hidden_dim=11_264, expert_dim=1408, n_layers=27,
+        n_dense_layers=1, n_heads=16, q_rank=None, n_experts=64, n_experts_per_token=6, n_shared_experts=2, n_groups=1,
+        n_groups_per_token=1, expert_scale=2.446, norm_eps=1e-5, rope_theta=50_000.0, rope_scaling=None,
+    ),
+}  # fmt: skip
+PAPER_PARAMETERS = {"deepseek-v3": 671e9, "moonlight-16b-a3b": 16e9}
+
+
+def build(config: Config) -> DecoderLM:
+    """Build a model; it is initialised as LLaMA is here."""
+    return llama.assemble(config, partial(_attention, config), partial(_feedforward, config))
+
+
+def _attention(config: Config, layer: int) -> LatentAttention:
+    queries = config.n_heads * (config.head_dim + config.rope_dim)
+    if config.q_rank is None:
+        q = Linear(config.dim, queries, bias=False)
+    else:
+        q = LowRankLinear(config.dim, config.q_rank, queries, config.attention_bias)
+    scale = (config.head_dim + config.rope_dim) ** -0.5
+    if config.rope_scaling:
+        scale *= config.rope_scaling.all_dim_magnitude() ** 2
+    return LatentAttention(
+        config.dim, config.n_heads, q, config.kv_rank, config.head_dim, config.value_dim,
+        Rotary(config.rope_dim, config.rope_theta, config.rope_scaling, config.rope_interleaved),
+        config.attention_bias, config.dropout, scale,
+    )  # fmt: skip
+
+
+def _feedforward(config: Config, layer: int) -> nn.Module:
+    if layer < config.n_dense_layers:
+        return llama.gated(config, layer)
+    router = GroupedSigmoidRouter(
+        config.dim, config.n_experts, config.n_experts_per_token, config.n_groups, config.n_groups_per_token,
+        config.normalised, config.expert_scale,
+    )  # fmt: skip
+    network = partial(GatedFeedForward, config.dim, activation=activation(config.activation))
+    experts = [network(config.expert_dim) for _ in range(config.n_experts)]
+    return MixtureOfExperts(router, experts, network(config.expert_dim * config.n_shared_experts))
+
+
+_ATTENTION = {
+    "q": "q_proj", "q.down": "q_a_proj", "q.norm": "q_a_layernorm", "q.up": "q_b_proj", "latent": "kv_a_proj_with_mqa",
+    "latent_norm": "kv_a_layernorm", "kv": "kv_b_proj",
+}  # fmt: skip
+WEIGHT_NAMES = llama.WEIGHT_NAMES | qwen3_moe.EXPERT_NAMES | {
+    **{f"blocks.*.attention.{ours}": f"model.layers.*.self_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
+    "blocks.*.feedforward.router.correction": "model.layers.*.mlp.gate.e_score_correction_bias",
+    "blocks.*.feedforward.shared.gate_up": "model.layers.*.mlp.shared_experts.[gate,up]_proj",
+    "blocks.*.feedforward.shared.down": "model.layers.*.mlp.shared_experts.down_proj",
+}  # fmt: skip
+PREFIX = "model."
+MODEL_TYPES = {"deepseek_v3": "DeepseekV3ForCausalLM"}
+_ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # what vLLM needs, and what is implemented
+UNSUPPORTED: dict[str, Any] = {**_ROUTING, "moe_layer_freq": 1}
+
+FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "n_kv_heads"} | {
+    "expert_dim": hf.Field("moe_intermediate_size", 2048),
+    "n_dense_layers": hf.Field("first_k_dense_replace", 3),
+    "head_dim": hf.Field("qk_nope_head_dim", 128),
+    "rope_dim": hf.Field("qk_rope_head_dim", 64),
+    "value_dim": hf.Field("v_head_dim", 128),
+    "q_rank": hf.Field("q_lora_rank", None),
+    "kv_rank": hf.Field("kv_lora_rank", 512),
+    "n_experts": hf.Field("n_routed_experts", 256),
+    "n_experts_per_token": hf.Field("num_experts_per_tok", 8),
+    "n_shared_experts": hf.Field("n_shared_experts", 1),
+    "n_groups": hf.Field("n_group", 8),
+    "n_groups_per_token": hf.Field("topk_group", 4),
+    "normalised": hf.Field("norm_topk_prob", True),
+    "expert_scale": hf.Field("routed_scaling_factor", 2.5, float),
+    "rope_interleaved": hf.Field("rope_interleave", True),
+    "attention_bias": hf.Field("attention_bias", False),
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of a Hugging Face config.json of model_type deepseek_v3."""
+    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+    return {
+        "q_lora_rank": None,
+        **_ROUTING,
+        **hf.write(config, MODEL_TYPES, FIELDS),
+        **hf.write_rope(config.rope_theta, config.rope_scaling),
+        "num_key_value_heads": config.n_heads,
+        "num_nextn_predict_layers": 0,
+    }
