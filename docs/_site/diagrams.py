@@ -1,8 +1,14 @@
-"""Draws the diagrams of the pages on how keifu works inside: `python docs/_site/diagrams.py` writes them to docs/pictures."""
+"""Draws the diagrams of the pages: `python docs/_site/diagrams.py` writes them to docs/pictures.
+
+The diagrams of the lineage, in landmarks/, go to docs/pictures/diagrams: NAME.svg in English and NAME.ja.svg in Japanese.
+"""
 # ruff: noqa: E501
 
 from html import escape
 from pathlib import Path
+
+from landmarks import language, neurons, overview, pictures, training
+from landmarks.drawing import LANGUAGES, Drawing
 
 PICTURES = Path(__file__).parent.parent / "pictures"
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 190, 58, 40, 44, 12
@@ -97,6 +103,30 @@ def diagram(boxes: list[Box], arrows: list[Arrow]) -> str:
 
 DIAGRAMS = {"inside-loop.svg": LOOP, "inside-engine.svg": ENGINE, "inside-checkpoints.svg": CHECKPOINTS}
 
+LINEAGE = (
+    neurons.perceptron, neurons.mlp, neurons.seq2seq,
+    language.transformer, language.bert, language.gpt1, language.gpt2, language.gpt3, language.llama, language.palm, language.palm2, language.mixture, language.lora,
+    pictures.ddpm, pictures.unet, pictures.dalle, pictures.clip, pictures.latent_diffusion, pictures.unclip, pictures.vae, pictures.vit,
+    training.instructgpt, training.dpo, training.pathways, training.chinchilla, overview.lineage,
+)  # fmt: skip
+
+
+def lineage_drawings() -> dict[str, Drawing]:
+    """Return the diagrams of the lineage by the name of their file, in both languages."""
+    drawn = {}
+    for draw in LINEAGE:
+        for language_name in LANGUAGES:
+            name = draw.__name__ + ("" if language_name == "en" else f".{language_name}")
+            drawn[f"{name}.svg"] = Drawing(language_name)
+            draw(drawn[f"{name}.svg"])
+    return drawn
+
+
 if __name__ == "__main__":
     for name, parts in DIAGRAMS.items():
         (PICTURES / name).write_text(diagram(*parts), encoding="utf-8")
+    (PICTURES / "diagrams").mkdir(exist_ok=True)
+    for name, drawing in lineage_drawings().items():
+        (PICTURES / "diagrams" / name).write_text(drawing.svg(), encoding="utf-8")
+        for text in drawing.tight:
+            print(f"{name}: no room for {text!r}")

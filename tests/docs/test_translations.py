@@ -27,7 +27,7 @@ def blocks(page: str) -> list[list[str]]:
 
 def pictures(page: str) -> list[str]:
     """The pictures, in order."""
-    return [Path(name).name for name in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", page)]
+    return [Path(name).name.replace(".ja.svg", ".svg") for name in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", page)]
 
 
 def links(page: str) -> list[str]:

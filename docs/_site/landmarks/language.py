@@ -1,0 +1,183 @@
+"""Diagrams of language models: Transformer, BERT, the GPTs, LLaMA, PaLM and its heirs, mixture of experts, LoRA."""
+
+from landmarks.drawing import MIDDLE, Begin, Drawing, End, Fork, Join, Label, Part, column
+
+SELF = ("self-attention", "自己注意")
+CAUSAL = ("each token sees those before", "各トークンは前だけを見る")
+FEED = ("feed-forward", "フィードフォワード")
+TOKENS = ("tokens", "トークン")
+NORM = Part("LayerNorm", "", "norm")
+RMS = Part("RMSNorm", "", "norm")
+LEARNED = Part(("embedding + position", "埋め込み + 位置"), ("a learned vector for each", "どちらも学習するベクトル"))
+HEAD = Part(("next token", "次のトークン"), ("the head is the embedding", "出力層は埋め込みと共有"), "goal")
+
+
+def transformer(drawing: Drawing) -> None:
+    feed = Part((FEED[0], "全結合層"))
+    short = (("embed + position", "埋め込み + 位置"), ("sinusoids", "正弦波"))
+    left = [
+        Part(("source", "原文"), "", "data"), Part(*short), Begin("× 6"), Fork(), Part(SELF, ("sees all", "全体を見る"), "attention"),
+        Join(), NORM, Fork(), feed, Join(), NORM, End(),
+    ]  # fmt: skip
+    right = [
+        Part(("target so far", "ここまでの訳文"), "", "data"), Part(*short), Begin("× 6"), Fork(), Part(SELF, ("sees those before", "前だけを見る"), "attention"),
+        Join(), NORM, Fork(), Part(("cross-attention", "交差注意"), ("sees the source", "原文を見る"), "attention"), Join(), NORM,
+        Fork(), feed, Join(), NORM, End(), Part(("next token", "次のトークン"), "", "goal"),
+    ]  # fmt: skip
+    encoder = column(drawing, 97, 12, left, 124, -1)
+    decoder = column(drawing, 263, 12, right, 124, 1)
+    memory, cross = encoder[-1].bottom, decoder[5]
+    bend = max(memory[1] + 26, cross.y)
+    drawing.line(memory, (memory[0], bend), (MIDDLE, bend), (MIDDLE, cross.y), cross.left)
+    drawing.note(97, bend + 16, ("keys and values", "キーと値"))
+
+
+def bert(drawing: Drawing) -> None:
+    parts = [
+        Part("[CLS] my [MASK] [SEP] he barks", "", "data"),
+        Part(("token + position + segment", "トークン + 位置 + 文の区別"), ("three embeddings, added", "3つの埋め込みの和")),
+        Begin("× 12"), Fork(), Part(SELF, ("every token sees both sides", "各トークンは両側を見る"), "attention"), Join(), NORM,
+        Fork(), Part(FEED, "GELU"), Join(), NORM, End(),
+    ]  # fmt: skip
+    last = column(drawing, MIDDLE - 10, 12, parts, 256)[-1]
+    y = last.bottom[1] + 42
+    word = drawing.box(92, y, ("word at [MASK]", "[MASK] の単語"), ("“dog”", "“dog”"), "goal", 150)
+    pair = drawing.box(268, y, ("at [CLS]", "[CLS] の位置"), ("does B follow A?", "B は A の続きか"), "goal", 150)
+    for head in (word, pair):
+        drawing.line(last.bottom, (last.x, y - 16), (head.x, y - 16), head.top)
+
+
+def gpt1(drawing: Drawing) -> None:
+    parts = [
+        Part(TOKENS, "", "data"), LEARNED, Begin("× 12"), Fork(), Part(SELF, CAUSAL, "attention"), Join(), NORM,
+        Fork(), Part(FEED, "GELU"), Join(), NORM, End(), HEAD,
+    ]  # fmt: skip
+    drawn = column(drawing, 150, 12, parts, 220)
+    drawing.note(288, drawn[4].y + 4, ("norm after", "和の後に"), "start")
+    drawing.note(288, drawn[4].y + 18, ("the sum", "正規化"), "start")
+
+
+def pre_norm(norm: Part, attention: Label, feed: Part) -> list[object]:
+    """Return the parts of a block with the norm before each sublayer."""
+    return [Fork(), norm, Part(SELF, attention, "attention"), Join(), Fork(), norm, feed, Join()]
+
+
+def gpt2(drawing: Drawing) -> None:
+    block = pre_norm(NORM, CAUSAL, Part(FEED, "GELU"))
+    parts = [Part(TOKENS, "", "data"), LEARNED, Begin("× 12 … 48"), *block, End(), NORM, HEAD]
+    drawn = column(drawing, 150, 12, parts, 220)
+    drawing.note(288, drawn[2].y + 4, ("norm before", "サブレイヤの"), "start")
+    drawing.note(288, drawn[2].y + 18, ("sublayers", "前に正規化"), "start")
+
+
+def gpt3(drawing: Drawing) -> None:
+    block = pre_norm(NORM, ("dense or banded, by turns", "全体と帯状を交互に"), Part(FEED, "GELU"))
+    parts = [
+        Part(("examples, then the question", "例、続いて質問"), "", "data"),
+        LEARNED,
+        Begin("× 96"),
+        *block,
+        End(),
+        NORM,
+    ]
+    last = column(drawing, 170, 12, parts, 220)[-1]
+    y = last.bottom[1] + 34
+    dense = ["#" * (row + 1) + "." * (5 - row) for row in range(6)]
+    banded = ["".join("#" if 0 <= row - column < 3 else "." for column in range(6)) for row in range(6)]
+    for x, cells, label in ((50, dense, ("dense", "全体")), (220, banded, ("banded", "帯状"))):
+        drawing.grid(x, y, cells, 15)
+        drawing.note(x + 45, y + 106, label)
+    drawing.note(
+        MIDDLE,
+        y + 126,
+        ("a row is a token; coloured are the tokens that it sees", "行はトークン。色はそのトークンが見る範囲"),
+    )
+
+
+def llama(drawing: Drawing) -> None:
+    feed = Part(("SwiGLU", "SwiGLU"), ("SiLU(gate) × up, then down", "SiLU(gate) × up を down へ"))
+    block = pre_norm(RMS, ("rotary positions on q and k", "q と k を位置に応じて回転"), feed)
+    parts = [
+        Part(TOKENS, "", "data"), Part(("embedding", "埋め込み"), ("no position is added", "位置は足さない")), Begin("× 32 … 80"), *block, End(), RMS,
+        Part(("next token", "次のトークン"), ("a head of its own; no biases", "専用の出力層。バイアスなし"), "goal"),
+    ]  # fmt: skip
+    column(drawing, 165, 12, parts, 220)
+
+
+def palm(drawing: Drawing) -> None:
+    top = column(drawing, MIDDLE, 12, [Part(TOKENS, "", "data"), Part(("embedding", "埋め込み"))], 150)[-1]
+    drawing.frame(14, 104, 346, 320, "× 118")
+    norm = drawing.box(MIDDLE, 132, "LayerNorm", ("once, without a bias", "1回だけ、バイアスなし"), "norm", 150)
+    attention = drawing.box(98, 208, SELF, ("one head of k and v", "キーと値は1ヘッド"), "attention", 148)
+    feed = drawing.box(262, 208, FEED, "SwiGLU", width=148)
+    total = drawing.plus(MIDDLE, 286)
+    drawing.line(top.bottom, norm.top)
+    for side in (attention, feed):
+        drawing.line(norm.bottom, (MIDDLE, 190), (side.x, 190), side.top)
+        drawing.line(side.bottom, (side.x, 286), total.left if side.x < MIDDLE else total.right)
+    drawing.line((MIDDLE, 118), (340, 118), (340, 270), (MIDDLE, 270), total.top)
+    last = column(
+        drawing, MIDDLE, 336, [Part("LayerNorm", "", "norm"), Part(("next token", "次のトークン"), "", "goal")], 150
+    )
+    drawing.line(total.bottom, last[0].top)
+
+
+def palm2(drawing: Drawing) -> None:
+    text = drawing.box(MIDDLE, 12, ("a piece of text", "文章の一部"), tone="data", width=170)
+    modes = (
+        (65, "R [NLU]", ("short spans", "短い区間を隠す"), "aa##aa#aa"),
+        (180, "X [NLG]", ("long spans", "長い区間を隠す"), "a######a#"),
+        (295, "S [S2S]", ("the end", "末尾を隠す"), "aaaa#####"),
+    )
+    decoder = drawing.box(MIDDLE, 190, ("decoder with PaLM's blocks", "PaLM のブロックのデコーダ"), width=230)
+    for x, name, hidden, cells in modes:
+        mode = drawing.box(x, 78, name, hidden, width=112)
+        drawing.grid(x - 49.5, 132, [cells], 11)
+        drawing.line(text.bottom, (MIDDLE, 60), (x, 60), mode.top)
+        drawing.line((x, 145), (x, 166), (MIDDLE, 166), decoder.top)
+    goal = drawing.box(MIDDLE, 240, ("the hidden tokens", "隠したトークン"), tone="goal", width=170)
+    drawing.line(decoder.bottom, goal.top)
+    drawing.note(
+        MIDDLE, 288, ("keifu's reading: PaLM 2's mixture is not public", "keifu の解釈。PaLM 2 の混合は非公開")
+    )
+
+
+def mixture(drawing: Drawing) -> None:
+    token = drawing.box(MIDDLE, 12, ("a token's hidden state", "トークンの隠れ状態"), tone="data", width=170)
+    router = drawing.box(
+        MIDDLE,
+        62,
+        ("router", "ルータ"),
+        ("a score for each expert; the best 2", "各専門家を採点し、上位2つを選ぶ"),
+        "attention",
+        230,
+    )
+    drawing.line(token.bottom, router.top)
+    total = drawing.plus(MIDDLE, 226)
+    for number, (x, share) in enumerate(((52, ""), (137, "0.7"), (223, ""), (308, "0.3")), 1):
+        expert = drawing.box(
+            x, 148, (f"expert {number}", f"専門家 {number}"), tone="layer" if share else "empty", width=78
+        )
+        drawing.line(router.bottom, (MIDDLE, 126), (x, 126), expert.top, dashed=not share)
+        if share:
+            drawing.line(expert.bottom, (x, 226), total.left if x < MIDDLE else total.right)
+            drawing.note(x, 243, f"× {share}")
+    out = drawing.box(MIDDLE, 256, ("weighted sum", "重み付き和"), tone="data", width=150)
+    drawing.line(total.bottom, out.top)
+    drawing.note(MIDDLE, 304, ("white: weights that this token does not use", "白：このトークンでは使わない重み"))
+
+
+def lora(drawing: Drawing) -> None:
+    source = drawing.box(MIDDLE, 12, ("input x", "入力 x"), tone="data", width=120)
+    frozen = drawing.box(98, 84, "W", ("frozen, d × d", "固定、d × d"), "frozen", 140)
+    down = drawing.box(262, 66, "A", ("learned, r × d", "学習、r × d"), "attention", 120)
+    up = drawing.box(262, 128, "B", ("learned, d × r; from 0", "学習、d × r。0 から"), "attention", 150)
+    total = drawing.plus(MIDDLE, 208)
+    for first in (frozen, down):
+        drawing.line(source.bottom, (MIDDLE, 52), (first.x, 52), first.top)
+    drawing.line(down.bottom, up.top)
+    drawing.line(frozen.bottom, (98, 208), total.left)
+    drawing.line(up.bottom, (262, 208), total.right)
+    drawing.note(262, 226, "× α / r")
+    out = drawing.box(MIDDLE, 240, "W x + (α / r) B A x", tone="data", width=180)
+    drawing.line(total.bottom, out.top)

@@ -1,0 +1,40 @@
+"""Picture of the whole lineage: the landmarks of lineage.json in order of years, with arrows from parent to child."""
+
+import json
+from pathlib import Path
+
+from landmarks.drawing import Drawing
+
+ROWS = Path(__file__).parents[2] / "lineage/lineage.json"
+LEFT, ACROSS, DOWN, BOX = 74, 79, 40, 78
+SHORT = {
+    "perceptron": ("Perceptron", "パーセプトロン"), "mlp": ("MLP", "MLP"), "seq2seq": ("Attention", "注意機構"), "latent_diffusion": ("Latent diff.", "潜在拡散"),
+    "transformer": ("Transformer", "Transformer"), "unclip": ("unCLIP", "unCLIP"), "instructgpt": ("InstructGPT", "InstructGPT"), "mixture": ("Experts", "MoE"),
+}  # fmt: skip
+
+
+def lineage(drawing: Drawing) -> None:
+    rows = json.loads(ROWS.read_text(encoding="utf-8"))
+    areas, year = {}, None
+    for index, row in enumerate(rows):
+        y = 12 + index * DOWN
+        if row["year"] != year:
+            year = row["year"]
+            drawing.note(3, y + 19, str(year), "start")
+        label = SHORT.get(row["name"], (row["title"], row["title_ja"]))
+        areas[row["name"]] = drawing.box(LEFT + row["lane"] * ACROSS, y, "", tone=TONES[row["lane"]], width=BOX)
+        drawing.write(areas[row["name"]].x, y + 19, label, "remark", BOX)
+        for parent in row["from"]:
+            start = areas[parent]
+            end = areas[row["name"]]
+            shift = 0 if start.x == end.x else (8 if start.x > end.x else -8)
+            bend = end.top[1] - 6
+            drawing.line(
+                (start.x - shift, start.bottom[1]),
+                (start.x - shift, bend),
+                (end.x + shift, bend),
+                (end.x + shift, end.top[1]),
+            )
+
+
+TONES = ("norm", "layer", "attention", "goal")
