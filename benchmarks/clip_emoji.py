@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from _rounds import machine
 from matplotlib import font_manager
-from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
 from keifu import checkpoints
@@ -29,6 +28,7 @@ from keifu.data.catalogue import catalogue
 from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.splits import split
 from keifu.evaluation.classification.metrics import Confusion
+from keifu.evaluation.images.counting import counted_points
 from keifu.evaluation.images.retrieval import (
     Recall,
     embed_bytes,
@@ -40,8 +40,7 @@ from keifu.evaluation.images.retrieval import (
 )
 from keifu.recipes.images import clip as recipe
 
-LANGUAGES = {"en": "word", "ja": "char"}
-NEIGHBOURS = 5
+LANGUAGES = ("en", "ja")
 GROUPS = {
     "Smileys & Emotion": ["face", "smiling face", "heart", "cat face"],
     "People & Body": ["person", "man", "woman", "hand", "people"],
@@ -59,30 +58,10 @@ def vectors(model: torch.nn.Module, pictures: ImageDataset) -> Tensor:
     return embed_bytes(model, (pictures.take(slice(n, n + 64)) for n in range(0, len(pictures), 64)))
 
 
-def colours(pictures: ImageDataset) -> Tensor:
-    """Histograms of 4 x 4 x 4 colours [picture, 64], square roots of shares, so that their products are similarities
-    (Bhattacharyya's)."""
-    pixels = pictures.take(slice(0, len(pictures))).long() // 64
-    numbers = (pixels * torch.tensor([16, 4, 1])[:, None, None]).sum(1).flatten(1)
-    counts = torch.zeros(len(pictures), 64).scatter_add_(1, numbers, torch.ones(numbers.shape))
-    return (counts / numbers.shape[1]).sqrt()
-
-
-def nearest_mean(queries: Tensor, known: Tensor, values: Tensor) -> Tensor:
-    """For each query the mean value of its nearest neighbours, of length 1."""
-    places = (queries @ known.T).topk(NEIGHBOURS).indices
-    return torch.nn.functional.normalize(values[places].mean(1), dim=-1)
-
-
 def counted(train: ImageDataset, searched: ImageDataset, language: str) -> tuple[Recall, Recall]:
     """The baseline of colours and words."""
-    spans = (1, 1) if LANGUAGES[language] == "word" else (1, 3)
-    words = TfidfVectorizer(analyzer=LANGUAGES[language], ngram_range=spans).fit(train.texts(language))
-    bags = [words.transform(part.texts(language)).toarray() for part in (train, searched)]
-    known, own = (torch.from_numpy(bag).float() for bag in bags)
-    seen, pixels = colours(train), colours(searched)
-    captions = recall_both_ways(nearest_mean(pixels, seen, known), own)[0]
-    return captions, recall_both_ways(pixels, nearest_mean(own, known, seen))[1]
+    by_words, by_colours = counted_points(train, searched, language)
+    return recall_both_ways(*by_words)[0], recall_both_ways(*by_colours)[1]
 
 
 def line(name: str, language: str, both: tuple[Recall, Recall], count: int) -> str:

@@ -21,3 +21,13 @@ def test_intervals() -> None:
     assert wilson(10, 10)[1] == pytest.approx(1) and wilson(0, 0) == (0.0, 1.0)
     low, high = bootstrap([1.0, 2.0, 3.0] * 30)
     assert 1.8 < low < 2 < high < 2.2 and bootstrap([1.0, 2.0, 3.0] * 30) == (low, high)
+
+
+def test_a_cluster_is_resampled_whole() -> None:
+    """Eight copies of each of 6 values say no more than the 6 values."""
+    values, copies = [0.0, 1.0, 0.0, 1.0, 1.0, 0.0], [n for n in range(6) for _ in range(8)]
+    repeated = [value for value in values for _ in range(8)]
+    assert bootstrap(repeated, clusters=copies) == pytest.approx(bootstrap(values))
+    low, high = bootstrap(repeated)
+    wide_low, wide_high = bootstrap(repeated, clusters=copies)
+    assert wide_high - wide_low > 2 * (high - low)

@@ -47,8 +47,8 @@ class Options(flags.Packed, EvalOptions):
     lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH[:SCALE]")] = ()
     """A LoRA for a model that draws from text, as keifu draw takes it; several times for several."""
     output: Path | None = None
-    """Write each pair or item, and what the model made of it, to this file: .jsonl, or else columns parted by tabs. Of
-    drawn pictures a .png shows some, each beside the nearest of the set by pixels and by features."""
+    """File for each pair or item and what the model made of it: .jsonl, .json with the figures, or else columns parted
+    by tabs. A .png shows some drawn pictures, each with the nearest of the set by pixels and by features."""
     json: bool = False
     """Print all as JSON."""
 
@@ -73,6 +73,8 @@ def run(options: Options) -> None:
     found = task.evaluate(model, tokenizer, asked)
     if options.output and found.picture and options.output.suffix == ".png":
         write_atomic(options.output, found.picture)
+    elif options.output and options.output.suffix == ".json" and found.items:
+        write_atomic(options.output, _as_file(options, found))
     elif options.output and found.items:
         as_objects = options.output.suffix == ".jsonl"
         lines = (json.dumps(each, ensure_ascii=False) for each in _objects(found.items))
@@ -86,8 +88,10 @@ def training_facts(run: Path) -> dict[str, Any]:
     """What a run says of itself that its evaluation heeds: a translator's languages, what was held out of pictures."""
     recipe = run / "recipe.json"
     told = read_json_object(recipe) if recipe.is_file() else {}
-    read = {"languages": tuple, "held_out": dict}
-    return {name: kind(told[name]) for name, kind in read.items() if told.get(name)}
+    facts: dict[str, Any] = {"languages": tuple(told["languages"])} if told.get("languages") else {}
+    if told:  # keifu 0.2 split related pictures, and did not say so
+        facts["held_out"] = {"whole_families": False, **(told.get("held_out") or {})}
+    return facts
 
 
 def tasks() -> list[Any]:
@@ -144,6 +148,17 @@ def _columns(items: ResultTable) -> Iterator[str]:
     """Return the rows under their names, parted by tabs."""
     for row in (items.columns, *items.rows):
         yield "\t".join(" ".join(str(value).split()) for value in row)
+
+
+def _as_file(options: Options, found: Any) -> str:
+    """Return the figures, the tables and all items as JSON, one item a line."""
+    given = {field.name: vars(options)[field.name] for field in fields(options)}
+    usual = {field.name: field.default for field in fields(options)}
+    changed = {name: value for name, value in given.items() if value != usual[name] and name not in ("json", "output")}
+    tables = {name: list(_objects(each)) for name, each in found.tables.items()}
+    about = {"options": changed, "figures": found.figures, "tables": tables, "columns": found.items.columns}
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in found.items.rows)
+    return json.dumps(about, ensure_ascii=False, indent=1, default=str)[:-2] + f',\n "rows": [\n{rows}\n]}}\n'
 
 
 def _objects(items: ResultTable) -> Iterator[dict[str, Any]]:

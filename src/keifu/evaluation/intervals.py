@@ -9,9 +9,9 @@ Z = 1.959963984540054  # 95% of a normal distribution lies within so many standa
 
 
 def wilson(successes: int, total: int) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a proportion: within 0 and 1, and sound for few items and near the ends.
+    """Return Wilson's score interval (1927) of a proportion: within 0 and 1, and sound for few items.
 
-    It is (0, 1) where `total` is 0.
+    It is (0, 1) if `total` is 0.
     """
     if not total:
         return 0.0, 1.0
@@ -22,10 +22,17 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap(values: Sequence[float], resamples: int = 1000) -> tuple[float, float]:
-    """The percentile interval (Efron, 1979) of a mean, from as many resamples with replacement; always the same."""
+def bootstrap(
+    values: Sequence[float] | np.ndarray, resamples: int = 1000, clusters: Sequence[int] | np.ndarray | None = None
+) -> tuple[float, float]:
+    """Return the percentile interval (Efron, 1979) of a mean, by resampling with replacement; always the same.
+
+    clusters: the number of each value's cluster; values of one cluster, such as relatives, are resampled together.
+    """
     items = np.asarray(values, dtype=np.float64)
+    numbers = np.arange(len(items)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    sums, sizes = np.bincount(numbers, items), np.bincount(numbers)
     generator = np.random.default_rng(0)
-    means = [items[generator.integers(0, len(items), len(items))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    chosen = (generator.integers(0, len(sums), len(sums)) for _ in range(resamples))
+    low, high = np.percentile([sums[some].sum() / sizes[some].sum() for some in chosen], [2.5, 97.5])
     return float(low), float(high)

@@ -1,6 +1,7 @@
 """Recall by hand-made points, zero-shot labels, and the verbs for pictures on a CLIP of a few thousand weights."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,21 +9,29 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from keifu import checkpoints
+from keifu.checkpoints.hub import locate
 from keifu.cli import parse
+from keifu.commands.evaluate import training_facts
+from keifu.data.images.dataset import read_images
+from keifu.data.images.splits import split
 from keifu.data.tokenizers.bpe import learn
 from keifu.errors import UserError
+from keifu.evaluation.images.counting import WordCounter, color_histograms, nearest_mean
 from keifu.evaluation.images.retrieval import (
     embed_pictures,
     embed_texts,
     equal,
+    figures_of,
     label_points,
     label_shares,
     preprocessing,
     ranks,
     recall,
     recall_both_ways,
+    split_pairs,
 )
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
@@ -177,3 +186,64 @@ def test_pictures_with_the_same_caption_are_all_right_for_it() -> None:
     alike = equal(["a", "b", "a"])
     assert [found.shares[1] for found in recall_both_ways(points, texts, alike, alike)] == [1.0, 1.0]
     assert recall_both_ways(points, texts)[1].shares[1] < 1
+
+
+def test_words_weigh_as_in_scikit_learn() -> None:
+    texts = ["red heart", "red cat face with a tear", "ネコの顔", "顔"]
+    for language, analyzer, spans in (("en", "word", (1, 1)), ("ja", "char", (1, 3))):
+        theirs = TfidfVectorizer(analyzer=analyzer, ngram_range=spans).fit(texts[:3])
+        ours = WordCounter(texts[:3], language)
+        columns = [ours.index[word] for word in theirs.get_feature_names_out()]
+        assert len(columns) == len(ours.index)
+        expected = torch.from_numpy(theirs.transform(texts).toarray()).float()
+        assert torch.allclose(ours(texts)[:, columns], expected, atol=1e-6)
+
+
+def test_counting_by_hand() -> None:
+    """Colours are counted in 4 x 4 x 4 boxes; a query has the mean of what its nearest neighbours have."""
+    values, known = torch.eye(7), torch.eye(7).roll(1, 0)
+    assert torch.allclose(nearest_mean(known[2:3] * 2 + known[:1], known, values)[0, [2, 0]], torch.full((2,), 5**-0.5))
+
+
+def test_histograms_have_the_roots_of_the_shares(pictures) -> None:
+    whole = read_images(pictures, 12, 3)
+    pixels = whole.take(slice(0, 1))[0].flatten(1).T // 64
+    counts = Counter(int(r) * 16 + int(g) * 4 + int(b) for r, g, b in pixels)
+    found = color_histograms(whole)[0]
+    assert {place: round(float(found[place]) ** 2 * 144) for place in found.nonzero().flatten().tolist()} == counts
+
+
+def test_intervals_and_the_difference_to_counting_follow_from_the_ranks() -> None:
+    columns = {
+        "captions": [1, 1, 2, 1],
+        "pictures": [3, 1, 1, 1],
+        "captions, counted": [1, 2, 2, 2],
+        "pictures, counted": [1] * 4,
+    }
+    found = figures_of("en", columns, [0, 1, 2, 3])
+    assert found["en captions R@1"] == 0.75 and found["en captions R@1 by counting"] == 0.25
+    assert found["en captions R@1 above counting, 95% interval"] == "0.0000 to 1.0000"
+    assert figures_of("en", columns, [0, 0, 0, 0])["en captions R@1, 95% interval"] == "0.7500 to 0.7500"
+
+
+def test_published_weights_are_tested_on_pictures_without_relatives_in_training() -> None:
+    pictures = read_images("emoji", 16, 3)
+    old = split(pictures, whole_families=False)
+    parts = split_pairs("emoji", 16, training_facts(locate("emoji-clip"))["held_out"])
+    assert parts.train.names == old.train.names and {*parts.test.names} == {*old.clean_test().names}
+    assert not {*parts.test.families.tolist()} & {*parts.train.families.tolist()}
+    assert len(parts.test) == 83 and len(parts.test.distinct()) == 73
+
+
+RAW = Path(__file__).parents[3] / "docs/results/data"
+
+
+def test_published_figures_follow_from_the_ranks_that_were_written() -> None:
+    told = json.loads((RAW / "emoji-clip.json").read_text(encoding="utf-8"))
+    rows = [dict(zip(told["columns"], row, strict=True)) for row in told["rows"]]
+    again: dict[str, object] = {"pictures": 73, "families": 73}
+    for language in ("en", "ja", "zh"):
+        some = [row for row in rows if row["language"] == language]
+        columns = {name: [row[name] for row in some] for name in told["columns"][6:]}
+        again |= figures_of(language, columns, [row["family"] for row in some])
+    assert again == told["figures"]

@@ -1,12 +1,16 @@
 """Splits of image data sets into training, validation and test pictures, without leakage."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from keifu.data.images.dataset import PARTS, ImageDataset
 from keifu.errors import UserError
+
+WHOLE_FAMILIES = {"whole_families": True}  # in the recipe.json of a run: see `split_of_run`
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,3 +70,15 @@ def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0, whole_fami
         np.maximum.at(of_family, family, part)
         part = of_family[family]
     return ImageSplit(*(pictures.chosen(np.flatnonzero(part[group] == number)) for number in range(3)))
+
+
+def split_of_run(pictures: ImageDataset, held_out: Mapping[str, Any]) -> ImageSplit:
+    """Return the split that a run was trained on, without the test pictures that have a relative in training.
+
+    held_out: the entry of the run's recipe.json: the share, whether only distinct pictures were taken, and whether
+    whole families were held out. What it does not name has the default of `split`.
+    """
+    chosen = pictures.distinct() if held_out.get("distinct") else pictures
+    whole = held_out.get("whole_families", True)
+    parts = split(chosen, held_out.get("share", 0.05), whole_families=whole)
+    return replace(parts, test=parts.clean_test())

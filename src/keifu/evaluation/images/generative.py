@@ -19,7 +19,7 @@ from keifu.data.images.catalogued import CATALOGUED
 from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_bytes, to_signed
-from keifu.data.images.splits import ImageSplit, split
+from keifu.data.images.splits import ImageSplit, split_of_run
 from keifu.data.progress import counting
 from keifu.errors import UserError, unknown
 from keifu.evaluation.classification.metrics import Confusion
@@ -402,10 +402,9 @@ def _sentence(pictures: ImageDataset, place: int) -> str:
 
 
 def _real_images(model: ImageModel, request: EvalRequest) -> ImageSplit:
-    """The images at the model's size, split as its training split them."""
+    """Return the images at the model's size, split as its training split them."""
     pictures = read_squares(request.on, pixel_diffusion.trained_size(model), model.config.channels)
-    told = request.held_out
-    return split(pictures.distinct() if told.get("distinct") else pictures, told.get("share", 0.05))
+    return split_of_run(pictures, request.held_out)
 
 
 def read_squares(on: str, size: tuple[int, int], channels: int) -> ImageDataset:

@@ -3,12 +3,13 @@
 Of several captions of an image, any is correct (Karpathy and Fei-Fei, 2015). Axes: pictures, texts, labels, embedding.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
@@ -19,10 +20,12 @@ from keifu.data.images import sources
 from keifu.data.images.catalogued import in_catalogue
 from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.preprocessing import Preprocessing
-from keifu.data.images.splits import split
+from keifu.data.images.splits import ImageSplit, split_of_run
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import embed_rows, encode_texts
+from keifu.evaluation.images.counting import counted_points
+from keifu.evaluation.intervals import bootstrap
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.model import TwoTowers, evaluation_mode
 
@@ -176,28 +179,74 @@ def accepts(on: str) -> bool:
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """R@1, R@5 and R@10 in both directions, for each language of the captions that the model has learned, where its run
-    says which, and else for each that there is."""
-    pictures = select_pairs(request.on, preprocessing(model).crop)
+    """Return recall in both directions for each language that the model has learned, or else for each that there is.
+
+    Of near copies, such as an emoji in all skin tones, the first one counts. Intervals resample families.
+    """
+    size = preprocessing(model).crop
+    parts = split_pairs(request.on, size, request.held_out)
+    pictures = parts.test.distinct()
     if not pictures.captions:
         raise UserError(f"The pictures of {request.on} have no captions to be found; add metadata.jsonl with text.")
     if request.language:
         pictures.texts(request.language)  # an unknown one is an error
     if request.limit:
         pictures = pictures.chosen(range(min(request.limit, len(pictures))))
-    points = embed_pictures(model, images(request.on, pictures, preprocessing(model).crop))
-    figures: dict[str, float | int | str] = {"pictures": len(pictures)}
-    rows = []
+    points = embed_pictures(model, images(request.on, pictures, size))
+    families = pictures.families.tolist()
+    figures: dict[str, float | int | str] = {"pictures": len(pictures), "families": len({*families})}
+    rows = list[tuple[Any, ...]]()
     learned = [code for code in request.languages if code in pictures.captions]
     for language in [request.language] if request.language else learned or pictures.captions:
         texts = embed_texts(model, tokenizer, pictures.captions[language])
         alike = equal(pictures.captions[language]).to(points.device)
-        captions, found = recall_both_ways(points, texts, alike, alike)
-        figures |= captions.figures(f"{language} captions") | found.figures(f"{language} pictures")
-        rows += _nearest(pictures, language, points, texts)
-    table = ResultTable(("picture", "language", "caption", "nearest caption", "similarity"), rows)
-    note = "captions: found by pictures; pictures: found by captions. Chance for R@1 is one in all of them."
-    return EvalResult(figures, (pictures.sentence(), note), items=table)
+        columns = both_ranks((points, texts), (points, texts), alike)
+        if len(parts.train):
+            columns |= {f"{name}, counted": ranks for name, ranks in _counted(parts.train, pictures, language).items()}
+        figures |= figures_of(language, columns, families)
+        rows += _nearest(pictures, language, points, texts, columns)
+    heads = ("picture", "family", "language", "caption", "nearest caption", "similarity", *columns)
+    notes = (
+        pictures.sentence(),
+        "captions: found by pictures; pictures: found by captions. Chance for R@1 is one in all of them. Near copies "
+        "count once; intervals are 95%, by resampling families.",
+    )
+    return EvalResult(figures, notes, items=ResultTable(heads, rows))
+
+
+def both_ranks(
+    for_captions: tuple[Tensor, Tensor], for_pictures: tuple[Tensor, Tensor], alike: Int[Tensor, " pictures"]
+) -> dict[str, list[int]]:
+    """Return the rank of each picture's caption, and of each caption's picture. Both pairs are pictures and texts."""
+    return {
+        "captions": ranks(*for_captions, alike, alike).tolist(),
+        "pictures": ranks(*for_pictures[::-1], alike, alike).tolist(),
+    }
+
+
+def _counted(train: ImageDataset, pictures: ImageDataset, language: str) -> dict[str, list[int]]:
+    return both_ranks(*counted_points(train, pictures, language), equal(pictures.captions[language]))
+
+
+def figures_of(
+    language: str, columns: Mapping[str, Sequence[int]], families: Sequence[int]
+) -> dict[str, float | int | str]:
+    """Return the figures of ranks by direction ("captions", "pictures"), and of those that counting has."""
+    figures: dict[str, float | int | str] = {}
+    for what in ("captions", "pictures"):
+        name = f"{language} {what} R@1"
+        figures |= recall(torch.tensor(columns[what])).figures(f"{language} {what}")
+        right = np.array(columns[what]) == 1
+        figures[f"{name}, 95% interval"] = _interval(right, families)
+        if counted := columns.get(f"{what}, counted"):
+            baseline = np.array(counted) == 1
+            figures[f"{name} by counting"] = round(float(baseline.mean()), 4)
+            figures[f"{name} above counting, 95% interval"] = _interval(right * 1.0 - baseline, families)
+    return figures
+
+
+def _interval(values: Any, families: Sequence[int]) -> str:
+    return "{:.4f} to {:.4f}".format(*bootstrap(values, clusters=families))
 
 
 def equal(captions: Sequence[str]) -> Int[Tensor, " captions"]:
@@ -206,14 +255,22 @@ def equal(captions: Sequence[str]) -> Int[Tensor, " captions"]:
     return torch.tensor([first.setdefault(caption, place) for place, caption in enumerate(captions)])
 
 
-def select_pairs(on: str, size: int) -> ImageDataset:
-    """The pictures that an evaluation is of: those kept from training of a catalogue name, the part called test of a
-    folder that has one, else all."""
+def split_pairs(on: str, size: int, held_out: Mapping[str, Any]) -> ImageSplit:
+    """Return the pictures of an evaluation as `test`: those held out of a catalogue name, the part called test of a
+    folder that has one, else all; the others are `train`. held_out: see `split_of_run`."""
     pictures = read_images(on, size, 3)
     if in_catalogue(on):
-        return split(pictures).test
-    test = [place for place, part in enumerate(pictures.parts) if part == "test"]
-    return pictures.chosen(test) if test else pictures
+        return split_of_run(pictures, held_out)
+    test = np.array([part == "test" for part in pictures.parts])
+    test |= not test.any()
+    return ImageSplit(
+        pictures.chosen(np.flatnonzero(~test)), pictures.chosen(()), pictures.chosen(np.flatnonzero(test))
+    )
+
+
+def select_pairs(on: str, size: int) -> ImageDataset:
+    """Return the pictures that an evaluation is of, near copies included (see `split_pairs`)."""
+    return split_pairs(on, size, {}).test
 
 
 def images(on: str, pictures: ImageDataset, size: int) -> Iterator[Image.Image]:
@@ -224,10 +281,13 @@ def images(on: str, pictures: ImageDataset, size: int) -> Iterator[Image.Image]:
         yield read[name](size).image
 
 
-def _nearest(pictures: ImageDataset, language: str, points: Tensor, texts: Tensor) -> list[tuple[Any, ...]]:
-    similarity, place = (points @ texts.T).max(1)
+def _nearest(
+    pictures: ImageDataset, language: str, points: Tensor, texts: Tensor, columns: Mapping[str, Sequence[int]]
+) -> list[tuple[Any, ...]]:
+    similarity, nearest = (points @ texts.T).max(1)
     captions: Sequence[str] = pictures.captions[language]
-    return [
-        (name, language, own, captions[found], f"{value:.3f}")
-        for name, own, found, value in zip(pictures.names, captions, place.tolist(), similarity.tolist(), strict=True)
-    ]
+    found = [captions[index] for index in nearest.tolist()]
+    shown = [f"{value:.3f}" for value in similarity.tolist()]
+    same = [language] * len(pictures)
+    cells = pictures.names, pictures.families.tolist(), same, captions, found, shown, *columns.values()
+    return list(zip(*cells, strict=True))

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from keifu.data.images.dataset import ImageDataset
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_image
-from keifu.data.images.splits import ImageSplit, split
+from keifu.data.images.splits import ImageSplit, split_of_run
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
 from keifu.evaluation.images import generative as drawn_pictures
 from keifu.evaluation.images.retrieval import embed_pictures, embed_texts, two_towers
+from keifu.evaluation.intervals import wilson
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.images.pipeline import TextToImagePipeline, is_text_to_image, text_to_image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
@@ -55,6 +56,7 @@ takes, names, accepts = is_text_to_image, drawn_pictures.names, drawn_pictures.a
 OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric", "language", "guidance", "clip", "lora"}
 METRICS = "clip-score", "distances"
 DRAWN, BATCH = 200, 16
+ITEMS = "captions", "caption", "score", "own caption first", "score of the real picture", "its own caption first"
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,18 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
     train, test = parts.evaluated()
     if len(train) < 2:
         raise UserError(f"{request.on} has {len(train)} picture with a caption, and at least 2 are needed: give more.")
-    sets = {"": train, " of held-out captions": test}
+    sets = {"": train.distinct(), " of held-out captions": test.distinct() if test else None}
     drawn = {name: _generate(drawer, wanted, part, request) for name, part in sets.items() if part and len(part) > 1}
-    figures, note = {}, _sentence(drawn, wanted, request)
+    note = _sentence(drawn, wanted, request)
+    figures: dict[str, float | int | str] = {}
+    rows = list[tuple[Any, ...]]()
     if request.metric != "distances" and request.towers is not None:
         for where, each in drawn.items():
-            figures |= _score(where, each, request)
+            scores, lines = _score(where, each, request)
+            figures |= scores
+            rows += lines
     if request.metric == "clip-score":
-        return EvalResult(figures, (note,), {}, _items(drawn), _save_grid(drawn))
+        return EvalResult(figures, (note,), {}, ResultTable(ITEMS, rows), _save_grid(drawn))
     found = drawn_pictures.write_neighbours(drawn[""].pictures, train, test, request, wanted)
     return replace(found, figures=figures | found.figures, notes=(note, *found.notes))
 
@@ -102,7 +108,7 @@ def _requested(drawer: TextToImagePipeline, request: EvalRequest) -> tuple[Image
     wanted = drawer.resolved(wanted)
     pictures = drawn_pictures.read_squares(request.on, wanted.size or (0, 0), drawer.colours)
     pictures.texts(request.language)  # an unknown language is an error before anything is generated
-    return split(pictures), wanted
+    return split_of_run(pictures, request.held_out), wanted
 
 
 def _generate(
@@ -120,18 +126,25 @@ def _generate(
     return GeneratedImages(chosen, captions, torch.cat(made))
 
 
-def _score(where: str, drawn: GeneratedImages, request: EvalRequest) -> dict[str, float | int | str]:
-    """CLIP scores, with their own captions and with all others, of the generated and of the real images."""
+def _score(
+    where: str, drawn: GeneratedImages, request: EvalRequest
+) -> tuple[dict[str, float | int | str], list[tuple[Any, ...]]]:
+    """Return CLIP scores, with their own captions and with all others, of generated and real images; and the items."""
     towers, tokenizer = request.towers
-    figures = {}
+    figures, columns = dict[str, float | int | str](), list[list[Any]]()
     for whose, pictures in (("", drawn.pictures), (" of real pictures", drawn.real.take(slice(None)))):
-        found = cosines(towers, tokenizer, pictures, drawn.captions)
-        own, others = clip_scores(found)
-        first = (found.argmax(1) == torch.arange(len(found), device=found.device)).float().mean()
+        similarity = cosines(towers, tokenizer, pictures, drawn.captions)
+        own, others = clip_scores(similarity)
+        first = similarity.argmax(1).cpu() == torch.arange(len(similarity))
+        low, high = wilson(int(first.sum()), len(first))
         figures[f"CLIP score{whose}{where}"] = round(float(own.mean()), 3)
         figures[f"CLIP score{whose}{where}, captions shuffled"] = round(float(others.mean()), 3)
-        figures[f"own caption first of {len(found)}{whose}{where}"] = round(float(first), 4)
-    return figures
+        name = f"own caption first of {len(first)}{whose}{where}"
+        figures[name] = round(float(first.float().mean()), 4)
+        figures[f"{name}, 95% interval"] = f"{low:.4f} to {high:.4f}"
+        columns += [[f"{score:.3f}" for score in own.tolist()], first.int().tolist()]
+    part = [where.removeprefix(" of ") or "in training"] * len(drawn.captions)
+    return figures, list(zip(part, drawn.captions, *columns, strict=True))
 
 
 def _sentence(drawn: dict[str, GeneratedImages], wanted: ImageRequest, request: EvalRequest) -> str:
@@ -140,11 +153,6 @@ def _sentence(drawn: dict[str, GeneratedImages], wanted: ImageRequest, request: 
         f"Drawn: {counts}, in the language {request.language or 'that comes first'}, with a guidance of "
         f"{wanted.guidance:g}. The CLIP score is 100 · max(cosine, 0), and depends on the CLIP that looks."
     )
-
-
-def _items(drawn: dict[str, GeneratedImages]) -> ResultTable:
-    rows = [(name.strip() or "in training", text) for name, each in drawn.items() for text in each.captions]
-    return ResultTable(("captions", "caption"), rows)
 
 
 def _save_grid(drawn: dict[str, GeneratedImages]) -> bytes:

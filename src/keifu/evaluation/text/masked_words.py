@@ -1,13 +1,21 @@
-"""Evaluation of a masked language model: the share of masked words that it finds, and of sentence pairs it tells apart.
+"""Evaluation of a masked language model: the share of hidden words that it finds, and of sentence pairs it tells apart.
 
-Masked as in its pretraining (Devlin et al., 2018, appendix A.2), on the documents that keifu holds out of a text.
+Masked as in its pretraining (Devlin et al., 2018, appendix A.2), on the documents that keifu holds out of a text. Only
+the tokens that [MASK] hides count: 20% of the targets stay visible or become other words. The baseline looks up the
+token that is most frequent between the same two neighbours in the training part.
+
+Axes: batch, length, hidden = the hidden tokens of all rows.
 """
 
 import math
-from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from keifu.data.progress import counting
@@ -15,46 +23,154 @@ from keifu.data.text.documents import TextFormat
 from keifu.data.text.masked_lm import MaskedText, MaskingScheme, MaskingVocabulary
 from keifu.data.text.sentence_shards import prepare_sentences
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.evaluation.registry import EvalRequest, EvalResult
+from keifu.evaluation.intervals import bootstrap
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.evaluation.text.perplexity import accepts, names
 from keifu.generation.text.model import Encoder, device_of, evaluation_mode
 from keifu.generation.text.translation import sentences
-from keifu.training.objectives.language_modeling import masked_language_modeling
 
 __all__ = ["ABOUT", "OPTIONS", "accepts", "evaluate", "names", "takes"]
 ABOUT = "a masked language model on a text: words and sentence pairs that it tells"
-OPTIONS = {"batch_size", "text_field", "encoding"}
+OPTIONS = {"batch_size", "text_field", "encoding", "output"}
 ROWS = 1024
+COMMON = 100  # words that count as common
+CLASSES = ("punctuation", "pieces of words", f"the {COMMON} commonest words", "other words")
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether it fills in masked words."""
+    """Return whether the model fills in masked words."""
     return isinstance(model, Encoder) and model.config.words
+
+
+class NeighbourLookup:
+    """Table of the most frequent token between two neighbours; else after the left, before the right, or of all."""
+
+    def __init__(self, tokens: np.ndarray, vocab_size: int):
+        self.vocab_size = vocab_size
+        ids = tokens.astype(np.int64)
+        left, middle, right = ids[:-2], ids[1:-1], ids[2:]
+        self.tables = [self._most_frequent(keys, middle) for keys in (left * vocab_size + right, left, right)]
+        self.commonest = int(np.bincount(ids).argmax())
+
+    def _most_frequent(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pairs, counts = np.unique(keys * self.vocab_size + values, return_counts=True)
+        order = np.lexsort((counts, pairs // self.vocab_size))
+        keys, values = np.divmod(pairs[order], self.vocab_size)
+        last = np.append(keys[1:] != keys[:-1], True)
+        return keys[last], values[last]
+
+    def __call__(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Return the token looked up between each pair of neighbours."""
+        answers = np.full(len(left), self.commonest)
+        wanted_keys = left * self.vocab_size + right, left, right
+        for (keys, values), wanted in reversed([*zip(self.tables, wanted_keys, strict=True)]):
+            index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            answers = np.where(keys[index] == wanted, values[index], answers)
+        return answers
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenTokens:
+    """Hidden tokens of all rows: row number, target, the model's answer and its loss in nats, and both neighbours."""
+
+    rows: np.ndarray
+    targets: np.ndarray
+    answers: np.ndarray
+    losses: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+
+    @cached_property
+    def correct(self) -> np.ndarray:
+        """Mask of the tokens that the model finds."""
+        return self.answers == self.targets
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """The figures on rows spread over the held-out documents, with masks that are always the same."""
-    config, device = cast(Any, model).config, device_of(model)
+    """Return the figures of rows spread over the held-out documents, with masks that are always the same."""
+    config = cast(Any, model).config
     shards = prepare_sentences(request.on, tokenizer, sentences, form=TextFormat(request.text_field, request.encoding))
     masking = MaskingScheme(min(128, config.context_length), sentence_pairs=config.next_sentence)
+    vocabulary = MaskingVocabulary.of(tokenizer)
     size, most = request.batch_size or 32, request.limit or ROWS
-    batches = [*MaskedText(shards, MaskingVocabulary.of(tokenizer), masking, size, validation_rows=most).validation()]
-    sums: dict[str, float] = defaultdict(float)
-    with evaluation_mode(model), counting("Evaluating", len(batches), "batches") as progress:
-        for done, batch in enumerate(batches, 1):
-            output = masked_language_modeling(model, {name: each.to(device) for name, each in batch.items()})
-            for name, value in {"tokens": output.weight, **output.figures}.items():
-                sums[name] += float(value)
-            progress(done)
-    found = {name: value / sums["tokens"] for name, value in sums.items()}
-    figures = {
-        "masked words right": round(found["word_accuracy"], 4),
-        "perplexity of masked words": round(math.exp(min(found["word_loss"], 700)), 3),
-        "masked words": sum(int((batch["targets"] >= 0).sum()) for batch in batches),
+    batches = [*MaskedText(shards, vocabulary, masking, size, validation_rows=most).validation()]
+    hidden, told = _fill_in(model, batches, vocabulary.mask)
+    training = shards.training.tokens
+    looked_up = NeighbourLookup(training, tokenizer.vocab_size)(hidden.left, hidden.right) == hidden.targets
+    classes = token_classes(tokenizer, vocabulary, training)[hidden.targets]
+    figures: dict[str, float | int | str] = {
+        "masked words right": round(float(hidden.correct.mean()), 4),
+        "masked words right, 95% interval": _interval(hidden.correct, hidden.rows),
+        "masked words looked up": round(float(looked_up.mean()), 4),
+        "perplexity of masked words": round(math.exp(min(float(hidden.losses.mean()), 700)), 3),
+        "masked words": len(hidden.targets),
     }
     if masking.sentence_pairs:
-        figures["sentence pairs right"] = round(found["pair_accuracy"], 4)
+        figures["sentence pairs right"] = round(float(np.mean(told)), 4)
     rows = sum(len(batch["tokens"]) for batch in batches)
-    note = f"{rows:,} rows of at most {masking.length} tokens, of the documents of {request.on} that keifu holds out."
-    return EvalResult(figures, (note,))
+    note = (
+        f"{rows:,} rows of at most {masking.length} tokens, of the documents of {request.on} that keifu holds out. "
+        "Only tokens that [MASK] hides count. Looked up: the most frequent token between the two neighbours."
+    )
+    tables = {"by class": by_class(hidden, looked_up, classes)}
+    return EvalResult(figures, (note,), tables, _counts(hidden, looked_up, classes))
+
+
+def by_class(hidden: HiddenTokens, looked_up: np.ndarray, classes: np.ndarray) -> ResultTable:
+    """Return the share of hidden tokens that the model finds, and that the lookup finds, for each class of tokens."""
+    lines = []
+    for number, name in enumerate(CLASSES):
+        some = classes == number
+        if some.any():
+            right = hidden.correct[some]
+            shares = [round(float(values.mean()), 4) for values in (right, looked_up[some])]
+            lines.append((name, len(right), shares[0], _interval(right, hidden.rows[some]), shares[1]))
+    return ResultTable(("tokens", "count", "right", "95% interval", "looked up"), lines)
+
+
+def _counts(hidden: HiddenTokens, looked_up: np.ndarray, classes: np.ndarray) -> ResultTable:
+    """Return how many tokens of each row and class are hidden, found and looked up, for a file."""
+    groups, group = np.unique(hidden.rows * len(CLASSES) + classes, return_inverse=True)
+    columns = (np.bincount(group, weights).astype(int).tolist() for weights in (None, hidden.correct, looked_up))
+    names = [CLASSES[number] for number in groups % len(CLASSES)]
+    lines = list(zip((groups // len(CLASSES)).tolist(), names, *columns, strict=True))
+    return ResultTable(("row", "tokens", "count", "right", "looked up"), lines)
+
+
+def token_classes(tokenizer: Tokenizer, vocabulary: MaskingVocabulary, training: np.ndarray) -> np.ndarray:
+    """Return the number of each token's class in `CLASSES`; the commonest words are those of the training part."""
+    texts = [tokenizer.backend.id_to_token(number) or "" for number in range(tokenizer.vocab_size)]
+    is_word = np.array([any(map(str.isalnum, text)) for text in texts])
+    words = is_word & ~vocabulary.goes_on & vocabulary.is_ordinary
+    counts = np.where(words, np.bincount(training, minlength=len(texts)), 0)
+    classes = np.where(vocabulary.goes_on, 1, np.where(is_word, 3, 0))
+    commonest = np.argsort(-counts, kind="stable")[:COMMON]
+    classes[commonest[counts[commonest] > 0]] = 2
+    return classes
+
+
+def _fill_in(model: Any, batches: Sequence[dict[str, torch.Tensor]], mask_id: int) -> tuple[HiddenTokens, list[bool]]:
+    """Return the hidden tokens with the model's answers, and whether it tells each pair of sentences."""
+    parts, told, first = list[tuple[np.ndarray, ...]](), list[bool](), 0
+    with evaluation_mode(model), counting("Evaluating", len(batches), "batches") as progress:
+        for done, cpu in enumerate(batches, 1):
+            batch = {name: values.to(device_of(model)) for name, values in cpu.items()}
+            states = model.encode(batch["tokens"], batch.get("segments"), batch["mask"])
+            rows = torch.arange(len(states), device=states.device)[:, None].expand_as(batch["places"])
+            chosen = (batch["targets"] >= 0) & (batch["tokens"][rows, batch["places"]] == mask_id)
+            rows, columns, targets = rows[chosen], batch["places"][chosen], batch["targets"][chosen]
+            logits = model.words(states[rows, columns]).float()
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            around = batch["tokens"][rows, columns - 1], batch["tokens"][rows, columns + 1]
+            part = rows + first, targets, logits.argmax(-1), losses, *around
+            parts.append(tuple(values.cpu().numpy() for values in part))
+            if "random_next" in batch:
+                told += (model.next_sentence(model.pool(states)).argmax(-1) == batch["random_next"]).tolist()
+            first += len(states)
+            progress(done)
+    return HiddenTokens(*map(np.concatenate, zip(*parts, strict=True))), told
+
+
+def _interval(values: np.ndarray, rows: np.ndarray) -> str:
+    return "{:.4f} to {:.4f}".format(*bootstrap(values, clusters=rows))

@@ -22,7 +22,7 @@ from keifu import checkpoints
 from keifu.data.images.augmentation import Augmentation
 from keifu.data.images.batches import ImageBatches, Tokens
 from keifu.data.images.dataset import ImageDataset, read_images
-from keifu.data.images.splits import ImageSplit, split
+from keifu.data.images.splits import WHOLE_FAMILIES, ImageSplit, split
 from keifu.data.padding import pad
 from keifu.data.tokenizers import bpe
 from keifu.data.tokenizers.load import load_tokenizer
@@ -187,9 +187,9 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool) -> Summary:
     """Trains the task's model into a run folder."""
     print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
     options = {name: value for name, value in asdict(recipe).items() if name != "training"}
+    sample = (lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None
     return train_run(
         out, resume, task.model, task.objective, task.data, recipe.training, task.tokenizer, title="clip",
-        parameters=parameters(task.model), options=options, unit="pairs",
+        parameters=parameters(task.model), options=options, unit="pairs", held_out=WHOLE_FAMILIES, sample=sample,
         facts={"source": recipe.data, "fingerprint": task.parts.train.fingerprint}, languages=list(recipe.languages),
-        sample=(lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None,
     )  # fmt: skip

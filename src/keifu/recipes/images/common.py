@@ -21,7 +21,7 @@ from keifu.data.images.batches import ImageBatches
 from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_bytes, to_signed
-from keifu.data.images.splits import ImageSplit, split
+from keifu.data.images.splits import WHOLE_FAMILIES, ImageSplit, split
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.files import write_atomic
@@ -169,11 +169,15 @@ def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
     return Settings(**recipe.loop(**usual | {"save_every": min(often, 1000)} | different))
 
 
-def describe(recipe: Any, pictures: ImageDataset, told: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `train_run` says of a run that learns from pictures. told: the recipe's options that decide the result
-    beside the settings; options: what else does, such as the model's Config."""
+def describe(
+    recipe: Any, pictures: ImageDataset, told: Sequence[str], options: Mapping[str, Any], **held_out: Any
+) -> dict[str, Any]:
+    """Return the facts that `train_run` records of a run that learns from pictures. told: the recipe's options that
+    decide the result beside the settings; options: what else does, such as the model's Config; held_out: how the
+    pictures were split, if not as usual."""
     facts = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}
-    return {"facts": facts, "options": {**options, **{name: vars(recipe)[name] for name in told}}, "unit": "pictures"}
+    chosen = {**options, **{name: vars(recipe)[name] for name in told}}
+    return {"facts": facts, "options": chosen, "unit": "pictures", "held_out": WHOLE_FAMILIES | held_out}
 
 
 def train_part(

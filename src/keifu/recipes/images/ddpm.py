@@ -239,8 +239,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         out, resume, *training, chosen, title=f"DDPM learns to draw “{Path(recipe.data).stem}”",
         parameters=parameters(task.model), sample=sampler(task.model, recipe.seed),
         paper="Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
-        held_out={"share": recipe.held_out, "distinct": recipe.distinct},
-        **describe(recipe, task.parts.train, told, {"model": asdict(task.model.config)}),
+        **describe(
+            recipe, task.parts.train, told, {"model": asdict(task.model.config)}, share=recipe.held_out,
+            distinct=recipe.distinct,
+        ),
     )  # fmt: skip
     print(f"The network is in {out}: keifu draw {shell(out)} -o picture.png")
     return summary
