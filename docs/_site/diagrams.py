@@ -62,7 +62,7 @@ def centre(box: Box) -> tuple[float, float]:
 
 
 def drawn_box(box: Box) -> str:
-    """A rectangle with a name and a remark."""
+    """Return a rectangle with a name and a remark."""
     x, y = centre(box)
     return (
         f'<rect x="{x - WIDTH / 2}" y="{y - HEIGHT / 2}" width="{WIDTH}" height="{HEIGHT}" rx="6"/>'
@@ -71,7 +71,7 @@ def drawn_box(box: Box) -> str:
 
 
 def drawn_arrow(start: Box, end: Box, label: str) -> str:
-    """A straight arrow from edge to edge, with what goes along it."""
+    """Return a straight arrow from edge to edge with its label."""
     (x0, y0), (x1, y1) = centre(start), centre(end)
     across = abs(x1 - x0) / WIDTH > abs(y1 - y0) / HEIGHT or y0 == y1
     if across and y0 == y1:
@@ -89,7 +89,7 @@ def drawn_arrow(start: Box, end: Box, label: str) -> str:
 
 
 def diagram(boxes: list[Box], arrows: list[Arrow]) -> str:
-    """The whole picture as SVG."""
+    """Return the whole picture as SVG."""
     named = {box[2]: box for box in boxes}
     width = 2 * MARGIN + (max(box[0] for box in boxes) + 1) * (WIDTH + GAP_X) - GAP_X
     height = 2 * MARGIN + (max(box[1] for box in boxes) + 1) * (HEIGHT + GAP_Y) - GAP_Y

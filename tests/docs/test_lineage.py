@@ -21,7 +21,8 @@ ROWS = json.loads((DOCS / "lineage/lineage.json").read_text(encoding="utf-8"))
 LANDMARKS = lineage.landmarks()
 NAMES = [each.name for each in LANDMARKS]
 HEADINGS = [
-    "What was new", "In code", "Run it", "Results in keifu", "Common misconceptions", "Differences from the paper",
+    "Prerequisites", "The problem", "What was new", "In code", "Run it", "Results in keifu", "Exercises",
+    "Common misconceptions", "Differences from the paper", "Sources",
 ]  # fmt: skip
 ADOPTED = "What it adopted"  # after what was new, where a page has it: parts that are others', with their sources
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -34,9 +35,14 @@ WITH_CODE = [path for path in PAGES if PYTHON.search(path.read_text(encoding="ut
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)  # and its output
 
 
+def code_in(page: str) -> str:
+    """Return the code of a page or a part of it, all of its blocks in order."""
+    return "\n".join(PYTHON.findall(page))
+
+
 def code(path: Path) -> str:
-    """The code of a page, all of its blocks in order."""
-    return "\n".join(PYTHON.findall(path.read_text(encoding="utf-8")))
+    """Return the code of a page."""
+    return code_in(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: f"{path.parent.name}-{path.name}")
@@ -52,6 +58,7 @@ def test_the_code_of_a_page_runs_and_agrees_with_the_library(path: Path, seed: i
     assert "from keifu" in text
     assert "assert" in text
     assert max(map(len, text.splitlines())) <= 120
+    assert re.findall(r"(?m)^ *[^\s#].* # .*$", text) == []  # comments are above their line
 
 
 def test_a_page_whose_code_says_something_else_would_be_seen() -> None:
@@ -72,9 +79,14 @@ def test_every_landmark_has_its_page_with_code() -> None:
 def test_a_page_has_all_its_parts(name: str) -> None:
     page = (DOCS / f"lineage/{name}.md").read_text(encoding="utf-8")
     found = [title for title in re.findall(r"(?m)^## (.*)$", page) if title != ADOPTED]
-    assert [title for title in found if title in HEADINGS] == HEADINGS
+    assert found == HEADINGS
     assert ADOPTED not in page or page.index(f"## {ADOPTED}") < page.index("## In code")
     assert "](../pictures/" in page
+    assert page.count("$$") >= 2
+    exercises = page.partition("## Exercises")[2].partition("\n## ")[0]
+    solutions = re.findall(r"(?s)<details.*?</details>", exercises)
+    assert len(solutions) >= 2
+    assert all(re.search("assert|torch.testing", code_in(text)) for text in solutions)
     assert len(page.partition("## Differences from the paper")[2]) > 200
     assert next(row for row in ROWS if row["name"] == name)["command"].split(" --")[0] in page
 

@@ -2,6 +2,7 @@
 
 A drawing is 360 units wide, so that a phone of 390 pixels shows its letters in their size. Data flows downwards.
 """
+# ruff: noqa: E501
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """Diagrams of language models: Transformer, BERT, the GPTs, LLaMA, PaLM and its heirs, mixture of experts, LoRA."""
+# ruff: noqa: E501
 
 from landmarks.drawing import MIDDLE, Begin, Drawing, End, Fork, Join, Label, Part, column
 

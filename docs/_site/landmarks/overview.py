@@ -1,4 +1,5 @@
 """Picture of the whole lineage: the landmarks of lineage.json in order of years, with arrows from parent to child."""
+# ruff: noqa: E501
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Diagrams of models of pictures: diffusion, U-Net, CLIP, latent diffusion, DALL-E, unCLIP, autoencoder, ViT."""
+# ruff: noqa: E501
 
 from landmarks.drawing import MIDDLE, Begin, Drawing, End, Fork, Join, Part, column
 
