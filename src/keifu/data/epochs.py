@@ -1,11 +1,13 @@
-"""Epochs: an endless stream of items in a new order each epoch, with access by step, and batches cut by length."""
+"""Epochs: an endless stream of items in a new order each epoch, with access by step; batches of them, or by length."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from keifu.errors import UserError
 
@@ -43,17 +45,44 @@ class Epochs:
 
     def items(self, positions: np.ndarray) -> np.ndarray:
         """Return the items at these ascending positions of the stream; the first position is 0."""
-        epochs, places = np.divmod(positions, self.n)
-        return np.concatenate([self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        epochs, inside = np.divmod(positions, self.n)
+        return np.concatenate([self._order(int(epoch))[inside[epochs == epoch]] for epoch in np.unique(epochs)])
 
     def item(self, step: int) -> Any:
         """Return the item of a step, for an `order` that gives whole batches."""
         check_step(step)
-        epoch, place = divmod(step, self.n)
-        return self._order(epoch)[place]
+        epoch, position = divmod(step, self.n)
+        return self._order(epoch)[position]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.n)
+
+
+class EpochBatches(ABC):
+    """Training data in batches of equally many examples, drawn in epochs (see `Epochs`).
+
+    The held-out examples come in their own order, and the last batch of them may be smaller.
+    """
+
+    def __init__(
+        self, n_training: int, n_held: int, batch_size: int, seed: int, order: Callable[[int], Any] | None = None
+    ):
+        self.batch_size, self.seed, self._n_held = batch_size, seed, n_held
+        self._epochs = Epochs(n_training, batch_size, seed, order)
+        self.steps_per_epoch = self._epochs.steps
+
+    @abstractmethod
+    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+        """Return the batch of some items of the training part, or of the held-out part."""
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
+        return self.make_batch(False, self._epochs.batch(step))
+
+    def validation(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the held-out examples in batches, always the same."""
+        for first in range(0, self._n_held, self.batch_size):
+            yield self.make_batch(True, np.arange(first, min(first + self.batch_size, self._n_held)))
 
 
 def sort_pools(rows: np.ndarray, keys: np.ndarray, pool: int) -> np.ndarray:
@@ -89,7 +118,7 @@ class Batching:
         def order(epoch: int) -> list[np.ndarray]:
             random = np.random.default_rng([seed, epoch])
             batches = self.batches(random)
-            return [batches[place] for place in (*random.permutation(n - last), *range(n - last, n))]
+            return [batches[index] for index in (*random.permutation(n - last), *range(n - last, n))]
 
         return Epochs(n, 1, seed, order)
 

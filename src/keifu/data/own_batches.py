@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.data.epochs import Epochs
+from keifu.data.epochs import EpochBatches
 from keifu.errors import UserError
 
 
@@ -22,7 +22,7 @@ class IndexedExamples(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
-class OwnBatches:
+class OwnBatches(EpochBatches):
     """Batches for the training loop, drawn without replacement; every epoch has another order.
 
     source: tensors by name whose first axis is examples, {"x": x, "y": y}, or a data set whose examples are dicts of
@@ -41,39 +41,30 @@ class OwnBatches:
         self, source: Mapping[str, Tensor] | IndexedExamples, batch_size: int, seed: int = 0, held_out: float = 0.1,
         fingerprint: str | None = None,
     ):  # fmt: skip
-        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.source = source
         count = _count(source)
         order = np.random.default_rng([seed, 1]).permutation(count)
         n_held_out = round(held_out * count)
         self.held_out, self.training = np.sort(order[:n_held_out]), np.sort(order[n_held_out:])
         if not 1 <= batch_size <= len(self.training):
-            raise UserError(
-                f"A batch of {batch_size} cannot be drawn from {len(self.training)} examples for training "
-                f"({n_held_out} are held out): choose a smaller batch_size."
-            )
+            few = f"{len(self.training)} examples for training ({n_held_out} are held out)"
+            raise UserError(f"A batch of {batch_size} cannot be drawn from {few}: choose a smaller batch_size.")
         self.fingerprint = fingerprint or _fingerprint(source, count, held_out)
-        self._epochs = Epochs(len(self.training), batch_size, seed, self._order)
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """Return the whole batch of a step; the remainder of an epoch begins the first batch of the next one."""
-        return self._take(self._epochs.batch(step))
-
-    def validation(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the held-out examples in batches."""
-        for start in range(0, len(self.held_out), self.batch_size):
-            yield self._take(self.held_out[start : start + self.batch_size])
+        super().__init__(len(self.training), n_held_out, batch_size, seed, self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, 0, epoch]).permutation(self.training)
 
-    def _take(self, numbers: np.ndarray) -> dict[str, Tensor]:
+    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+        """Return the examples with these numbers, or the held-out ones at these positions."""
+        numbers = self.held_out[items] if held else items
         if isinstance(self.source, Mapping):
             chosen = torch.from_numpy(numbers)
             return {name: tensor[chosen] for name, tensor in self.source.items()}
         rows = [self.source[int(number)] for number in numbers]
         if not isinstance(rows[0], Mapping):
-            kind = type(rows[0]).__name__
-            raise UserError(f"An example of the data is a {kind}; it must be a dict of tensors or numbers by name.")
+            given = type(rows[0]).__name__
+            raise UserError(f"An example of the data is a {given}; it must be a dict of tensors or numbers by name.")
         return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
 

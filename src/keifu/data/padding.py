@@ -1,6 +1,6 @@
 """Sequences of different lengths as one tensor, and passes of sequences of nearly equal length.
 
-Axes: batch = sequences, length = tokens.
+Axes: batch = examples, sequences = of one example, length = tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,6 +30,23 @@ def pad(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Te
     return tokens, mask
 
 
+def stack_rows(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    """Stack the rows as one tensor, padded on the right, with a mask of real tokens (see `pad`)."""
+    tokens, mask = pad(rows, pad_id)
+    return tokens, torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+
+
+def stack_sequences(
+    rows: Sequence[Rows], pad_id: int
+) -> tuple[Int64[Tensor, "batch sequences length"], Bool[Tensor, "batch sequences length"]]:
+    """Stack the examples as one tensor, padded on the right, with a mask of real tokens. An example with fewer
+    sequences than another gets empty ones at its end."""
+    most = max(map(len, rows))
+    flat = [sequence for row in rows for sequence in (*row, *([[]] * (most - len(row))))]
+    tokens, mask = stack_rows(flat, pad_id)
+    return tokens.unflatten(0, (-1, most)), mask.unflatten(0, (-1, most))
+
+
 def length_buckets(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[list[int]]:
     """Yield the indices of rows that go through a model together: neighbours in length, the longest first.
 
@@ -38,18 +55,18 @@ def length_buckets(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[l
     not fit in memory fails at once.
     """
     together: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if together:
             longest, shortest, count = lengths[together[0]], lengths[together[-1]], len(together)
             full = count == rows or longest * (count + 1) > tokens
-            if full or (lengths[place] < shortest and longest * count >= tokens // 4):
+            if full or (lengths[index] < shortest and longest * count >= tokens // 4):
                 yield together
                 together = []
-        together.append(place)
+        together.append(index)
     if together:
         yield together
 
 
 def offsets(lengths: np.ndarray) -> np.ndarray:
-    """Where each of several sequences that follow one another begins, and where the last one ends."""
+    """Return the start of each of several sequences that follow one another, and the end of the last one."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

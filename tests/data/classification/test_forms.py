@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from keifu.data.classification.batches import FormBatches, encode_form, stack_sequences
+from keifu.data.classification.batches import FormBatches, encode_form
 from keifu.data.classification.examples import Examples
 from keifu.data.classification.input_formats import (
     FORMS,
@@ -17,6 +17,7 @@ from keifu.data.classification.input_formats import (
     read_examples,
 )
 from keifu.data.classification.tables import read
+from keifu.data.padding import stack_sequences
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer

@@ -37,7 +37,8 @@ from keifu.data.chat.conversations import (
     validate_messages,
 )
 from keifu.data.chat.packing import TurnMasks, hash_turns
-from keifu.data.epochs import Epochs
+from keifu.data.epochs import EpochBatches
+from keifu.data.padding import stack_sequences
 from keifu.errors import UserError, unknown
 from keifu.files import neighbours
 
@@ -55,8 +56,8 @@ def chitchat_preferences() -> Iterator[dict[str, Any]]:
         spoken = readers.conversation_of(talk)
         if question and len(spoken) > 1 and any(mark != UNTOUCHED for mark in marks):
             rated[question].append((mean(marks), readers.as_document(spoken)))
-    for question, found in sorted(rated.items()):
-        order = sorted(found, key=lambda each: (each[0], hashlib.sha256(each[1].encode()).digest()))
+    for question, talks in sorted(rated.items()):
+        order = sorted(talks, key=lambda talk: (talk[0], hashlib.sha256(talk[1].encode()).digest()))
         for worse, better in zip(order, reversed(order), strict=True):
             if better[0] - worse[0] < APART:
                 break
@@ -115,7 +116,7 @@ def _list(record: Mapping[str, Any], place: str) -> RankedResponses:
     given = record["answers"]
     if not isinstance(given, list) or len(given) < 2:
         raise UserError(f"{place}: answers is a list of at least two, and this is {str(given)[:40]!r}.")
-    answers = [_answer(each, f"{place}, answer {number}") for number, each in enumerate(given, 1)]
+    answers = [_answer(answer, f"{place}, answer {number}") for number, answer in enumerate(given, 1)]
     scores = record.get("scores", [-number for number in range(len(answers))])
     if not isinstance(scores, list) or len(scores) != len(answers):
         raise UserError(f"{place}: there are {len(answers)} answers, so as many scores are needed.")
@@ -142,12 +143,12 @@ def _answer(given: Any, place: str) -> str:
     return text
 
 
-def _validate(found: RankedResponses, place: str) -> RankedResponses:
-    if len({*found.answers}) < len(found.answers):
+def _validate(ranked: RankedResponses, place: str) -> RankedResponses:
+    if len({*ranked.answers}) < len(ranked.answers):
         raise UserError(f"{place}: two answers are equal, so there is nothing to prefer; leave one out.")
-    if not found.pairs():
+    if not ranked.pairs():
         raise UserError(f"{place}: no answer is better than another; leave the prompt out.")
-    return found
+    return ranked
 
 
 class Pair(NamedTuple):
@@ -164,7 +165,7 @@ class Ranking(NamedTuple):
     levels: list[float]
 
 
-class PreferencePairs:
+class PreferencePairs(EpochBatches):
     """The training loop's data: {"tokens", "mask": True on the answers [row, 2, position], "reference" [row, 2]}.
 
     `references` [pairs, 2], the reference model's log-probabilities for training and held-out pairs, come with them.
@@ -183,30 +184,20 @@ class PreferencePairs:
     ):
         if not training:
             raise UserError("There is no preference to train on.")
-        self.parts, self.references = (list(training), list(held)), references
-        self.batch_size, self.pad_id, self.seed = min(batch_size, len(training)), pad_id, seed
-        self._epochs = Epochs(len(training), self.batch_size, seed)
-        self.steps_per_epoch = self._epochs.steps
-        turns = (each for part in self.parts for pair in part for each in pair)
+        super().__init__(len(training), len(held), min(batch_size, len(training)), seed)
+        self.parts, self.references, self.pad_id = (list(training), list(held)), references, pad_id
+        turns = (answer for part in self.parts for pair in part for answer in pair)
         self.fingerprint = hash_turns(f"{seed} {pad_id}", turns)
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """Return the batch of a step, counted from 0."""
-        return self._make_batch(0, self._epochs.batch(step).tolist())
 
     def largest(self) -> dict[str, Tensor]:
         """Return the batch that needs the most memory, whether or not any step has it: that of the longest pairs."""
-        lengths = [max(len(each.ids) for each in pair) for pair in self.parts[0]]
-        return self._make_batch(0, np.argsort(lengths)[-self.batch_size :].tolist())
+        lengths = [max(len(answer.ids) for answer in pair) for pair in self.parts[0]]
+        return self.make_batch(False, np.argsort(lengths)[-self.batch_size :])
 
-    def validation(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the held-out pairs, always the same."""
-        rows = range(len(self.parts[1]))
-        yield from (self._make_batch(1, rows[at : at + self.batch_size]) for at in rows[:: self.batch_size])
-
-    def _make_batch(self, part: int, rows: Sequence[int]) -> dict[str, Tensor]:
-        made = stack_rows([self.parts[part][row] for row in rows], self.pad_id)
-        return made | {self.BESIDE: self.references[part][list(rows), : made["tokens"].shape[1]]}
+    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+        """Return some of the pairs, with the numbers that belong to them."""
+        made = stack_rows([self.parts[held][item] for item in items], self.pad_id)
+        return made | {self.BESIDE: self.references[held][items, : made["tokens"].shape[1]]}
 
 
 class RankedAnswers(PreferencePairs):
@@ -218,22 +209,19 @@ class RankedAnswers(PreferencePairs):
     BESIDE = "levels"
 
     def __init__(self, training: Sequence[Ranking], held: Sequence[Ranking], batch_size: int, seed: int, pad_id: int):
-        most = max((len(each.answers) for each in (*training, *held)), default=2)
+        most = max((len(ranking.answers) for ranking in (*training, *held)), default=2)
         levels = [
-            torch.tensor([[*each.levels, *[torch.nan] * (most - len(each.levels))] for each in part]).view(-1, most)
+            torch.tensor([[*made.levels, *[torch.nan] * (most - len(made.levels))] for made in part]).view(-1, most)
             for part in (training, held)
         ]
-        pairs = [[each.answers for each in part] for part in (training, held)]
-        super().__init__(pairs[0], pairs[1], batch_size, seed, pad_id, (levels[0], levels[1]))
-        told = b"".join(part.numpy().tobytes() for part in levels)
-        self.fingerprint = hashlib.sha256(self.fingerprint.encode() + told).hexdigest()
+        answers = [[ranking.answers for ranking in part] for part in (training, held)]
+        super().__init__(*answers, batch_size, seed, pad_id, (levels[0], levels[1]))
+        content = b"".join(part.numpy().tobytes() for part in levels)
+        self.fingerprint = hashlib.sha256(self.fingerprint.encode() + content).hexdigest()
 
 
 def stack_rows(pairs: Sequence[Sequence[TurnMasks]], pad_id: int) -> dict[str, Tensor]:
     """Pairs or rankings as tensors, padded on the right."""
-    length, most = max(len(each.ids) for pair in pairs for each in pair), max(map(len, pairs))
-    tokens, mask = np.full((len(pairs), most, length), pad_id, np.int64), np.zeros((len(pairs), most, length), bool)
-    for row, pair in enumerate(pairs):
-        for side, (ids, learned) in enumerate(pair):
-            tokens[row, side, : len(ids)], mask[row, side, : len(ids)] = ids, learned
-    return {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
+    tokens, _ = stack_sequences([[answer.ids for answer in pair] for pair in pairs], pad_id)
+    mask, _ = stack_sequences([[answer.learned for answer in pair] for pair in pairs], 0)
+    return {"tokens": tokens, "mask": mask.bool()}

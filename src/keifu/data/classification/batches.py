@@ -5,7 +5,7 @@ of tensors: rows, dim.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from keifu.data.classification.examples import Examples
 from keifu.data.classification.input_formats import Delimiters, Form, Ids
-from keifu.data.epochs import Epochs, by_rows
-from keifu.data.padding import Rows, length_buckets, pad
+from keifu.data.epochs import EpochBatches, by_rows
+from keifu.data.padding import Rows, length_buckets, stack_rows, stack_sequences
 from keifu.errors import UserError
 
 POOL = 32  # batches whose rows are sorted by length together
@@ -41,10 +41,10 @@ class EncodedTexts:
         """Tokens of each text."""
         return [len(row) for row in self.rows]
 
-    def batch(self, places: Sequence[int], pad_id: int) -> dict[str, Tensor]:
+    def batch(self, indices: Sequence[int], pad_id: int) -> dict[str, Tensor]:
         """Return a batch of some rows: {"tokens": [batch, length], "mask": True on real tokens, "targets": [batch]}."""
-        tokens, mask = self.stack([self.rows[place] for place in places], pad_id)
-        return {"tokens": tokens, "mask": mask, "targets": torch.tensor([self.targets[place] for place in places])}
+        tokens, mask = self.stack([self.rows[index] for index in indices], pad_id)
+        return {"tokens": tokens, "mask": mask, "targets": torch.tensor([self.targets[index] for index in indices])}
 
     def stack(self, rows: Sequence[Any], pad_id: int) -> tuple[Tensor, Tensor]:
         """Rows as one tensor, and what is real in it."""
@@ -88,8 +88,8 @@ class LabelledBatches:
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """Yield the held-out rows, always the same."""
-        for places in length_buckets(self.held.lengths, VALIDATION_TOKENS, rows=256):
-            yield self.held.batch(places, self.pad_id)
+        for indices in length_buckets(self.held.lengths, VALIDATION_TOKENS, rows=256):
+            yield self.held.batch(indices, self.pad_id)
 
 
 Sequences = Sequence[list[Ids]]  # of each example
@@ -115,33 +115,14 @@ def encode_form(
     rows, shortened = [], 0
     for row in examples.rows:
         parts = [ids[text] for text in row.texts]
-        found = form.sequences(parts, marks)
-        if (longest := max(map(len, found))) > limit:
+        sequences = form.sequences(parts, marks)
+        if (longest := max(map(len, sequences))) > limit:
             if not cut:
-                raise UserError(
-                    f"{row.where}: this example has {longest} tokens, and {limit} is the most: shorten it, or keep the "
-                    "beginning of its texts with --cut."
-                )
-            found, shortened = form.sequences(parts, marks, limit), shortened + 1
-        rows.append(found)
+                ways = "shorten it, or keep the beginning of its texts with --cut"
+                raise UserError(f"{row.where}: this example has {longest} tokens, and {limit} is the most: {ways}.")
+            sequences, shortened = form.sequences(parts, marks, limit), shortened + 1
+        rows.append(sequences)
     return Encoded(rows, shortened)
-
-
-def stack_rows(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
-    """Stack the rows as one tensor, padded on the right, with a mask of real tokens (see `pad`)."""
-    tokens, mask = pad(rows, pad_id)
-    return tokens, torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-
-
-def stack_sequences(
-    rows: Sequences, pad_id: int
-) -> tuple[Int64[Tensor, "batch sequences length"], Bool[Tensor, "batch sequences length"]]:
-    """Stack the examples as one tensor, padded on the right, with a mask of real tokens. An example with fewer
-    sequences than another gets empty ones at its end."""
-    most = max(map(len, rows))
-    flat = [sequence for row in rows for sequence in (*row, *([[]] * (most - len(row))))]
-    tokens, mask = stack_rows(flat, pad_id)
-    return tokens.unflatten(0, (-1, most)), mask.unflatten(0, (-1, most))
 
 
 def row_size(row: list[Ids]) -> int:
@@ -184,12 +165,8 @@ class LabelledTensors:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def batch(self) -> Batch:
-        """All rows as one batch."""
-        return {"inputs": self.inputs, "targets": self.targets}
 
-
-class TensorBatches:
+class TensorBatches(EpochBatches):
     """The training loop's data: every epoch shows every training row once, in an order of its own.
 
     A batch may reach from one epoch into the next. `augment(inputs, generator)` changes a batch's inputs by random
@@ -204,9 +181,8 @@ class TensorBatches:
         seed: int,
         augment: Augment | None = None,
     ):
-        self.training, self.held = training, held
-        self.batch_size, self.seed, self.augment = min(batch_size, len(training)), seed, augment
-        self._epochs = Epochs(len(training), self.batch_size, seed, self._order)
+        super().__init__(len(training), len(held), min(batch_size, len(training)), seed, self._order)
+        self.training, self.held, self.augment = training, held, augment
 
     @property
     def fingerprint(self) -> str:
@@ -217,17 +193,21 @@ class TensorBatches:
                 digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def batch(self, step: int) -> Batch:
-        """Return the rows of that step, counted from 0."""
-        chosen = torch.from_numpy(self._epochs.batch(step))
-        inputs = self.training.inputs[chosen]
-        if self.augment:
-            inputs = self.augment(inputs, self._generator("augment", step))
-        return {"inputs": inputs, "targets": self.training.targets[chosen]}
+    def make_batch(self, held: bool, items: np.ndarray) -> Batch:
+        """Return some of the rows as they are."""
+        rows, chosen = self.held if held else self.training, torch.from_numpy(items)
+        return {"inputs": rows.inputs[chosen], "targets": rows.targets[chosen]}
 
-    def validation(self) -> Iterable[Batch]:
-        """Yield the held-out rows, always the same."""
-        return [self.held.batch()]
+    def batch(self, step: int) -> Batch:
+        """Return the rows of that step, counted from 0, changed by `augment`."""
+        batch = super().batch(step)
+        if self.augment:
+            batch["inputs"] = self.augment(batch["inputs"], self._generator("augment", step))
+        return batch
+
+    def validation(self) -> Iterator[Batch]:
+        """Yield all held-out rows as one batch."""
+        yield self.make_batch(True, np.arange(len(self.held)))
 
     def _order(self, epoch: int) -> np.ndarray:
         return torch.randperm(len(self.training), generator=self._generator("order", epoch)).numpy()

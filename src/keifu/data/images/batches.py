@@ -4,7 +4,6 @@ Axes: row (of a batch), channels, height, width; length (of a caption in tokens)
 """
 
 import hashlib
-from collections.abc import Iterator
 from functools import cached_property, partial
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from keifu.data.epochs import Epochs
+from keifu.data.epochs import EpochBatches
 from keifu.data.images.augmentation import Augmentation, uniform
 from keifu.data.images.dataset import ImageDataset
 from keifu.errors import UserError
@@ -21,7 +20,7 @@ Tokens = Int64[Tensor, "language picture length"]
 HeldTokens = Int64[Tensor, "language held_picture held_length"]
 
 
-class ImageBatches:
+class ImageBatches(EpochBatches):
     """Training data of pictures alone, with classes, or with captions.
 
     A batch has "pictures" uint8 [row, channels, height, width] (see `to_signed` for -1 to 1), "indices" [row], their
@@ -48,8 +47,6 @@ class ImageBatches:
             raise UserError(f"No picture of {training.source} is for training: all of them are held out.")
         self.training = training
         self.held = held
-        self.batch_size = batch_size
-        self.seed = seed
         self.evenly = evenly
         self.hard_negatives = hard_negatives
         self.augmentation = augmentation or Augmentation()
@@ -58,8 +55,7 @@ class ImageBatches:
         self._members = np.argsort(groups, kind="stable")
         _, self._first, self._sizes = np.unique(groups[self._members], return_index=True, return_counts=True)
         order = partial(_group_order, training.groups, seed) if hard_negatives else None
-        self._epochs = Epochs(len(self._first), batch_size, seed, order)
-        self.steps_per_epoch = self._epochs.steps
+        super().__init__(len(self._first), len(held), batch_size, seed, order)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -76,7 +72,7 @@ class ImageBatches:
         groups = self._epochs.batch(step)
         turns = uniform(self.seed + 2, step, groups, 1)[:, 0] * self._sizes[groups]
         indices = self._members[self._first[groups] + turns.astype(np.int64)]
-        batch = _make_batch(self.training, indices)
+        batch = self.make_batch(False, indices)
         batch["pictures"] = self.augmentation(batch["pictures"], self.seed, step, indices)
         if self.training_tokens is not None:
             drawn = uniform(self.seed + 1, step, indices, 1)[:, 0]
@@ -84,14 +80,15 @@ class ImageBatches:
             batch |= _caption_tokens(self.training_tokens, indices, languages)
         return batch
 
-    def validation(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the held-out pictures in batches, always the same; the last may be smaller."""
-        for first in range(0, len(self.held), self.batch_size):
-            indices = np.arange(first, min(first + self.batch_size, len(self.held)))
-            batch = _make_batch(self.held, indices)
-            if self.held_tokens is not None:
-                batch |= _caption_tokens(self.held_tokens, indices, indices % len(self.held_tokens))
-            yield batch
+    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+        """Return some pictures as they are; held-out ones with their captions."""
+        pictures = self.held if held else self.training
+        batch = {"pictures": pictures.take(items), "indices": torch.from_numpy(items)}
+        if pictures.classes:
+            batch["labels"] = torch.from_numpy(pictures.labels[items])
+        if held and self.held_tokens is not None:
+            batch |= _caption_tokens(self.held_tokens, items, items % len(self.held_tokens))
+        return batch
 
 
 def _group_order(groups: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -99,11 +96,6 @@ def _group_order(groups: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     random = np.random.default_rng([seed, epoch])
     ranks = random.permutation(1 + groups.max())[groups]
     return np.lexsort((random.random(len(groups)), ranks))
-
-
-def _make_batch(pictures: ImageDataset, indices: np.ndarray) -> dict[str, Tensor]:
-    batch = {"pictures": pictures.take(indices), "indices": torch.from_numpy(indices)}
-    return batch | ({"labels": torch.from_numpy(pictures.labels[indices])} if pictures.classes else {})
 
 
 def _caption_tokens(tokens: Tokens, indices: np.ndarray, languages: np.ndarray) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keifu.data.classification.batches import Encoded, encode_form, row_size, stack_sequences
+from keifu.data.classification.batches import Encoded, encode_form, row_size
 from keifu.data.classification.examples import Example, Examples
 from keifu.data.classification.input_formats import Form, delimiters_of, form_of
+from keifu.data.padding import stack_sequences
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encode_texts, in_batches
