@@ -33,7 +33,7 @@ from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
-from keifu.models.mixture import deepseek_v3, mixtral, olmoe, qwen3_moe
+from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
@@ -74,6 +74,9 @@ LANGUAGE_MODELS = {
             **SMALL, expert_dim=24, n_dense_layers=1, head_dim=8, rope_dim=6, value_dim=10, q_rank=20, kv_rank=12,
             n_experts=6, n_experts_per_token=3, n_groups=3, n_groups_per_token=2, rope_scaling=None,
         ),
+    ),
+    "gpt-oss": (
+        gpt_oss, gpt_oss.Config(**SMALL, n_kv_heads=2, head_dim=8, n_experts=4, n_experts_per_token=2, sliding_window=5)
     ),
     "olmo2": (olmo2, olmo2.Config(**SMALL, n_kv_heads=2)),
 }

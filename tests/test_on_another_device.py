@@ -59,7 +59,7 @@ from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
-from keifu.models.mixture import deepseek_v3, mixtral, olmoe, qwen3_moe
+from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
@@ -113,6 +113,9 @@ WRITERS = {
             **SMALL, expert_dim=12, n_dense_layers=1, head_dim=6, rope_dim=4, value_dim=5, q_rank=8, kv_rank=7,
             n_experts=4, n_experts_per_token=2, n_groups=2, n_groups_per_token=1, rope_scaling=None,
         )
+    ),
+    "gpt-oss": lambda: gpt_oss.build(
+        gpt_oss.Config(**SMALL, n_kv_heads=2, head_dim=8, n_experts=4, n_experts_per_token=2, sliding_window=5)
     ),
     "olmo2": lambda: olmo2.build(olmo2.Config(**SMALL, n_kv_heads=2)),
     "gemma3": lambda: gemma3.build(

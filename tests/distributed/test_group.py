@@ -131,7 +131,7 @@ def test_activations_that_are_computed_again_need_no_memory(two: Any) -> None:
     assert again["grown"] < kept["grown"] / 2
 
 
-MIXTURES = ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3")
+MIXTURES = ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "gpt-oss")
 REFUSED = {(name, "tensor"): "is a MixtureOfExperts, which tensor parallelism cannot split" for name in MIXTURES}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
-from keifu.models.mixture import deepseek_v3, mixtral
+from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral
 
 SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 3}
 LLAMA = {**SIZE, "n_heads": 4, "head_dim": 6}
@@ -26,6 +26,9 @@ TOYS: dict[str, Callable[[], nn.Module]] = {
             **SIZE, expert_dim=12, n_dense_layers=1, n_heads=4, head_dim=6, rope_dim=4, value_dim=5, q_rank=8,
             kv_rank=7, n_experts=6, n_experts_per_token=2, n_groups=3, n_groups_per_token=2, rope_scaling=None,
         )
+    ),
+    "sinks and windows": lambda: gpt_oss.build(
+        gpt_oss.Config(**LLAMA, n_kv_heads=2, n_experts=4, n_experts_per_token=2, sliding_window=5)
     ),
     "windows and global layers": lambda: gemma3.build(
         gemma3.Config(**LLAMA, n_kv_heads=2, sliding_window=5, global_layers=(1,))

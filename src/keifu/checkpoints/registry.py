@@ -97,6 +97,7 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
     "mixture.qwen3_moe": ("qwen3_moe", "keifu_qwen3_moe"),
     "mixture.olmoe": ("olmoe", "keifu_olmoe"),
     "mixture.deepseek_v3": ("deepseek_v3", "keifu_deepseek_v3"),
+    "mixture.gpt_oss": ("gpt_oss", "keifu_gpt_oss"),
     "transformer": ("marian", "keifu_transformer"),
     "mlp": ("keifu_mlp",),
     "perceptron": ("keifu_perceptron",),

@@ -50,6 +50,19 @@ class GatedFeedForward(nn.Module):
         return [self.down.weight]
 
 
+class ClampedFeedForward(GatedFeedForward):
+    """down((up + 1) · gate · sigmoid(slope · gate)), with gate and up limited (gpt-oss, 2025)."""
+
+    def __init__(self, dim: int, hidden_dim: int, slope: float, limit: float):
+        super().__init__(dim, hidden_dim, F.silu, bias=True)
+        self.slope, self.limit = slope, limit
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        gate = gate.clamp(max=self.limit)
+        return self.down((up.clamp(-self.limit, self.limit) + 1) * gate * (self.slope * gate).sigmoid())
+
+
 SwiGLU = partial(GatedFeedForward, activation=F.silu)
 
 

@@ -70,13 +70,8 @@ def build(config: Config) -> DecoderLM:
     return llama.initialise(DecoderLM.of(config, blocks, norm, embedding=embedding))
 
 
-def global_layers(config: Config) -> tuple[int, ...]:
-    """Return the layers with full attention."""
-    return tuple(range(5, config.n_layers, 6)) if config.global_layers is None else config.global_layers
-
-
 def _block(config: Config, layer: int) -> SandwichNorm:
-    everything = layer in global_layers(config)
+    everything = layer in llama.global_layers(config, 6)
     theta = config.rope_theta if everything else config.local_rope_theta
     norm = partial(UnitOffsetRMSNorm, eps=config.norm_eps)
     attention = llama.attention(
@@ -123,7 +118,7 @@ def from_published(json: dict[str, Any]) -> Config:
     return Config(
         **fields,
         **_read_ropes(json),
-        global_layers=_read_global_layers(json),
+        global_layers=hf.read_global_layers(json, 6),
         attention_scale=None if scalar == fields["head_dim"] else scalar**-0.5,
     )
 
@@ -140,26 +135,15 @@ def _read_ropes(json: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_global_layers(json: dict[str, Any]) -> tuple[int, ...] | None:
-    """Return the layers with full attention, by `layer_types` or by the older `sliding_window_pattern`; None: every
-    sixth."""
-    n_layers, every = hf.check_layers(json, "num_hidden_layers"), json.get("sliding_window_pattern", 6)
-    found = tuple(range(every - 1, n_layers, every))
-    if kinds := json.get("layer_types"):
-        found = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
-    return None if found == tuple(range(5, n_layers, 6)) else found
-
-
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
     everywhere = hf.write_rope(config.rope_theta, config.rope_scaling)
     local = hf.write_rope(config.local_rope_theta, config.local_rope_scaling)
-    scale, full = config.attention_scale, global_layers(config)
-    kinds = ["full_attention" if layer in full else "sliding_attention" for layer in range(config.n_layers)]
+    scale = config.attention_scale
     return everywhere | {
         **hf.write(config, MODEL_TYPES, FIELDS),
         "query_pre_attn_scalar": config.head_dim if scale is None else _scalar(scale),
-        "layer_types": kinds,
+        "layer_types": hf.layer_types(config.n_layers, llama.global_layers(config, 6)),
         "rope_local_base_freq": config.local_rope_theta,
         "rope_parameters": {
             "full_attention": everywhere["rope_parameters"],

@@ -96,7 +96,7 @@ def build(config: Config) -> DecoderLM:
 
 
 def assemble(
-    config: Any, attention: Callable[[int], Attention], feedforward: Callable[[int], nn.Module] | None = None,
+    config: Any, attention: Callable[[int], nn.Module], feedforward: Callable[[int], nn.Module] | None = None,
     block: Callable[..., nn.Module] = PreNorm, norm: Callable[[int, float], nn.Module] = RMSNorm,
 ) -> DecoderLM:  # fmt: skip
     """Build LLaMA with the layers that are passed in.
@@ -125,12 +125,20 @@ def initialise(model: DecoderLM) -> DecoderLM:
     return model
 
 
-def attention(config: Any, bias: bool = False, **settings: Any) -> Attention:
-    """Build rotary attention of a Config's sizes; other settings are those of `Attention`."""
+def global_layers(config: Any, every: int) -> tuple[int, ...]:
+    """Return the layers with full attention of a Config that lists them; by default the last of `every` layers."""
+    listed: tuple[int, ...] | None = config.global_layers
+    return tuple(range(every - 1, config.n_layers, every)) if listed is None else listed
+
+
+def attention(
+    config: Any, bias: bool = False, layer: Callable[..., Attention] = Attention, **settings: Any
+) -> Attention:
+    """Build rotary attention of a Config's sizes; other settings are those of the class `layer`."""
     head_dim = vars(config).get("head_dim")
     rotary = Rotary(head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
     sizes = config.dim, config.n_heads, config.n_kv_heads, head_dim
-    return Attention(*sizes, bias, dropout=config.dropout, **{"rotary": rotary} | settings)
+    return layer(*sizes, bias, dropout=config.dropout, **{"rotary": rotary} | settings)
 
 
 def _attention(config: Config, layer: int) -> Attention:

@@ -145,6 +145,15 @@ CASES = {
         },
     ),
     "deepseek-v3-halves-biased": lambda: deepseek(rope_interleave=False, attention_bias=True, rms_norm_eps=0.1),
+    "gpt-oss": lambda: transformers.GptOssConfig(
+        **SIZES | {"intermediate_size": 20}, head_dim=10, num_local_experts=5, num_experts_per_tok=2, sliding_window=7
+    ),
+    "gpt-oss-one-window-tied": lambda: transformers.GptOssConfig(
+        **SIZES | {"intermediate_size": 28}, head_dim=16, num_local_experts=3, num_experts_per_tok=1, sliding_window=4,
+        layer_types=["full_attention", "full_attention", "sliding_attention"], tie_word_embeddings=True,
+        attention_bias=False, swiglu_limit=0.3, swiglu_alpha=1.1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    ),
     "linear": lambda: rope("linear", factor=2.5),
     "dynamic": lambda: rope("dynamic", factor=3.0),
     "dynamic-with-an-original-length": lambda: rope("dynamic", factor=3.0, original_max_position_embeddings=16),

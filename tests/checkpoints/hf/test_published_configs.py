@@ -6,7 +6,7 @@ import transformers
 from keifu.checkpoints.registry import FAMILIES, build, describe, read_config
 from keifu.errors import UserError
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
-from keifu.models.mixture import deepseek_v3, mixtral, olmoe, qwen3_moe
+from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import phi3, smollm3
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
@@ -131,6 +131,19 @@ PUBLISHED = {
         "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 4,
         "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
     },
+    "gpt-oss-20b": {
+        **COMMON, "model_type": "gpt_oss", "attention_bias": True, "attention_dropout": 0.0, "experts_per_token": 4,
+        "head_dim": 64, "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+        "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8,
+        "num_local_experts": 32, "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 150000,
+        "quantization_config": gpt_oss.MXFP4, "router_aux_loss_coef": 0.9, "sliding_window": 128,
+        "rope_scaling": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+            "rope_type": "yarn", "truncate": False,
+        },
+        "swiglu_limit": 7.0, "tie_word_embeddings": False, "vocab_size": 201088,
+    },
     "smollm3-3b": {
         **COMMON, "model_type": "smollm3", "attention_bias": False, "attention_dropout": 0.0, "hidden_size": 2048,
         "intermediate_size": 11008, "max_position_embeddings": 65536, "mlp_bias": False, "no_rope_layer_interval": 4,
@@ -167,7 +180,8 @@ PUBLISHED = {
 def test_config_is_the_size_of_that_name(name) -> None:
     family, config = read_config(PUBLISHED[name], "config.json")
     assert family.model_type == PUBLISHED[name]["model_type"]
-    modules = gpt1, gpt2, gpt3, palm, llama, qwen3, gemma3, olmo2, mixtral, qwen3_moe, olmoe, smollm3, phi3, deepseek_v3
+    modules = gpt1, gpt2, gpt3, palm, llama, qwen3, gemma3, olmo2, smollm3, phi3
+    modules += mixtral, qwen3_moe, olmoe, deepseek_v3, gpt_oss
     [expected] = [module.SIZES[name] for module in modules if name in module.SIZES]
     assert describe(config) == describe(expected)
 
@@ -183,7 +197,7 @@ def test_what_we_write_means_the_same_to_transformers(name) -> None:
     indifferent |= {"is_llama_config", "rope_interleaved", "n_inner", "max_window_layers", "sliding_window"} - (
         {"sliding_window"} if kind in ("mistral", "gemma3_text") else set()
     )
-    indifferent |= {"ep_size", "moe_layer_freq"}
+    indifferent |= {"ep_size", "moe_layer_freq", "initial_context_length", "quantization_config"}
     indifferent |= {"cache_implementation", "sliding_window_pattern"}  # which `layer_types` says too
     keys = (theirs.keys() & PUBLISHED[name].keys()) - indifferent | {"rope_parameters", "layer_types"} & theirs.keys()
     for rope in (ours.get("rope_parameters") or {}, theirs.get("rope_parameters") or {}):

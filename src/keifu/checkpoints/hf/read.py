@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keifu.checkpoints.hf.stacked_experts import unstack
 from keifu.checkpoints.hf.task_heads import read_config
 from keifu.checkpoints.plan import PLAIN, Source, StoredTensor
 from keifu.checkpoints.registry import Family
@@ -50,11 +51,12 @@ def source_of(
     owner = {prefix + name: (file, name) for file, prefix in opened for name in file.keys()}  # noqa: SIM118 (no dict)
     stored = {told: stored_of(file.get_slice(name)) for told, (file, name) in owner.items()}
 
-    def read(told: str, index: Index = ()) -> Tensor:
+    def read_stored(told: str, index: Index = ()) -> Tensor:
         file, name = owner[told]
         return file.get_slice(name)[index] if index else file.get_tensor(name)
 
     tokenizer = partial(_read_tokenizer, texts or path, family)
+    stored, read = unstack(stored, read_stored)
     return Source(path, layout, family, config, stored, read, tokenizer, family.names, notes=notes, part=read)
 
 

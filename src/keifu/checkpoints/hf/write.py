@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from keifu.checkpoints.diffusers.pipeline import (
     weight_places,
 )
 from keifu.checkpoints.hf.read import CONFIGS, INDEX, PREPROCESSOR, WEIGHTS
+from keifu.checkpoints.hf.stacked_experts import stack, stack_of
 from keifu.checkpoints.hf.task_heads import describe
 from keifu.checkpoints.hf.weight_names import Link, links
 from keifu.checkpoints.own_module import save_module
@@ -128,18 +129,21 @@ def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
 def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: int | float) -> None:
     """Write the weights as this file, or as shards of its name with their index."""
     state = model.state_dict()
-    each = {name: math.prod(link.shape) * state[link.ours].element_size() * rows // sum(link.rows)
-            for link in found for name, rows in zip(link.theirs, link.rows, strict=True)}  # fmt: skip
-    groups = shards(each, limit)
+    sizes = Counter[str]()
+    for link in found:
+        for name, rows in zip(link.theirs, link.rows, strict=True):
+            size = math.prod(link.shape) * state[link.ours].element_size() * rows // sum(link.rows)
+            sizes[stack_of(name)] += size
+    groups = shards(sizes, limit)
     names = [f"{file.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else [file.name]
-    tensors = published_tensors(model, found)
+    tensors = stack(published_tensors(model, found))
     file.parent.mkdir(exist_ok=True)
     for name, group in zip(names, groups, strict=True):
         write_tensors({key: tensor for key, tensor in (next(tensors) for _ in group)}, file.with_name(name))
     if len(groups) > 1:
         owner = {key: name for name, group in zip(names, groups, strict=True) for key in group}
-        index = {"metadata": {"total_size": sum(each.values())}, "weight_map": owner}
+        index = {"metadata": {"total_size": sizes.total()}, "weight_map": owner}
         _write_json(file.with_name(f"{file.name}.index.json"), index)
 
 

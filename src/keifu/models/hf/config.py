@@ -1,7 +1,7 @@
 """The fields of a published config.json, read and written by a table for each model; with them the settings that many
 models of transformers share: activation names, rotary positions, sliding windows."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -223,3 +223,20 @@ def read_window(json: Mapping[str, Any]) -> dict[str, Any]:
 def write_window(window: int | None, first_layer: int) -> dict[str, Any]:
     """Return the fields of a sliding window as Qwen2 and Qwen3 write them."""
     return {"sliding_window": window, "max_window_layers": first_layer, "use_sliding_window": window is not None}
+
+
+def read_global_layers(json: Mapping[str, Any], every: int) -> tuple[int, ...] | None:
+    """Return the layers with full attention, by `layer_types` or the older `sliding_window_pattern`.
+
+    None is the default of a model: the last of `every` layers.
+    """
+    n_layers, pattern = check_layers(json, "num_hidden_layers"), json.get("sliding_window_pattern", every)
+    layers = tuple(range(pattern - 1, n_layers, pattern))
+    if types := json.get("layer_types"):
+        layers = tuple(layer for layer, name in enumerate(types) if name == "full_attention")
+    return None if layers == tuple(range(every - 1, n_layers, every)) else layers
+
+
+def layer_types(n_layers: int, full: Collection[int]) -> list[str]:
+    """Return the published `layer_types`; `full` are the layers with full attention."""
+    return ["full_attention" if layer in full else "sliding_attention" for layer in range(n_layers)]

@@ -1,0 +1,97 @@
+"""Experts that a file has in one tensor, as gpt-oss has them, and their unpacking from MXFP4.
+
+The table of names gives an expert's matrices as slices: `experts.3.gate_slice.weight` is made of every second column of
+`experts.gate_up_proj[3]`. Axes: experts, in, out; blocks of 32 numbers of four bits in 16 bytes.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from keifu.checkpoints.plan import StoredTensor
+from keifu.layers.lazy import Index
+
+SLICE = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_slice\.(weight|bias)")
+STACK = re.compile(r"(.*\.experts)\.(gate_up|down)_proj(_bias|_blocks|)")
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+ROWS = {"gate": slice(0, None, 2), "up": slice(1, None, 2), "down": slice(None)}  # of the stacked matrix of one expert
+
+Read = Callable[[str, Index], Tensor]
+
+
+def stack_of(name: str) -> str:
+    """Return the name of the tensor that a slice is in; other names stay."""
+    if not (found := SLICE.fullmatch(name)):
+        return name
+    return f"{found[1]}.{'down' if found[3] == 'down' else 'gate_up'}_proj{'_bias' if found[4] == 'bias' else ''}"
+
+
+def unstack(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, StoredTensor], Read]:
+    """Return the tensors of a file with slices instead of stacked experts, and what reads them."""
+    slices: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        if not (found := STACK.fullmatch(name)):
+            packed = name.endswith("_proj_scales") and f"{name.removesuffix('scales')}blocks" in stored
+            slices |= {} if packed else {name: tensor}
+            continue
+        experts, *sizes = tensor.shape
+        kind, dtype, leaf = tensor.kind, tensor.dtype, "bias" if found[3] == "_bias" else "weight"
+        if found[3] == "_blocks":
+            kind, dtype, sizes = "MXFP4", torch.bfloat16, [2 * sizes[1] * sizes[2], sizes[0]]
+        *inputs, outputs = sizes
+        parts = ("down",) if found[2] == "down" else ("gate", "up")
+        shape = (outputs // len(parts), *inputs)
+        for number in range(experts):
+            for part in parts:
+                slices[f"{found[1]}.{number}.{part}_slice.{leaf}"] = StoredTensor(shape, kind, dtype)
+
+    def read_slice(name: str, index: Index = ()) -> Tensor:
+        if not (found := SLICE.fullmatch(name)):
+            return read(name, index)
+        whole, number = stack_of(name), slice(int(found[2]), int(found[2]) + 1)
+        if f"{whole}_blocks" in stored:
+            matrix = unpack_mxfp4(read(f"{whole}_blocks", (number,))[0], read(f"{whole}_scales", (number,))[0])
+        else:
+            matrix = read(whole, (number,))[0]
+            matrix = matrix.mT if found[4] == "weight" else matrix
+        rows = matrix[ROWS[found[3]]]
+        return (rows[index] if index else rows).contiguous()
+
+    return slices, read_slice
+
+
+def unpack_mxfp4(
+    blocks: UInt8[Tensor, "out blocks bytes"], scales: UInt8[Tensor, "out blocks"]
+) -> Float[Tensor, "out in"]:
+    """Return the numbers in bfloat16, which holds each exactly: a number of four bits times 2^(scale - 127)."""
+    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2).int()
+    return torch.ldexp(torch.tensor(FP4)[codes], scales[..., None].int() - 127).bfloat16().flatten(-2)
+
+
+def stack(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file, with the slices of the experts of a layer in one."""
+    waiting: dict[str, list[Tensor]] = {}
+    layer: Any = None
+    for name, tensor in tensors:
+        found = SLICE.fullmatch(name)
+        if waiting and (found is None or found[1] != layer):
+            yield from _stacked(waiting)
+            waiting = {}
+        if found is None:
+            yield name, tensor
+        else:
+            layer = found[1]
+            waiting.setdefault(stack_of(name), []).append(tensor)
+    yield from _stacked(waiting)
+
+
+def _stacked(slices: Mapping[str, list[Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, parts in slices.items():
+        whole = torch.stack(parts)
+        if ".gate_up_proj" in name:  # gate and up of one expert after the other
+            whole = whole.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        yield name, (whole if name.endswith("_bias") else whole.mT).contiguous()
