@@ -20,7 +20,7 @@ STACK = re.compile(r"(.*\.experts)\.(gate_up|down)_proj(_bias|_blocks|)")
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 ROWS = {"gate": slice(0, None, 2), "up": slice(1, None, 2), "down": slice(None)}  # of the stacked matrix of one expert
 
-Read = Callable[[str, Index], Tensor]
+Read = Callable[..., Tensor]
 
 
 def stack_of(name: str) -> str:
