@@ -34,14 +34,14 @@ class Tally(NamedTuple):
     skipped: int
 
     def figures(self) -> dict[str, float | int]:
-        """The counts, and of those that were decided the share that B won, with its 95% interval (Wilson, 1927)."""
+        """Return the counts, and the share of decided pairs that B won with its 95% interval (Wilson, 1927)."""
         decided = self.a + self.b
         low, high = wilson(self.b, decided)
         rate = self.b / decided if decided else math.nan
         return {**self._asdict(), "win_rate_of_b": rate, "from": low, "to": high}
 
     def sentence(self, a: str, b: str) -> str:
-        """The same as a sentence."""
+        """Describe the same in a sentence."""
         even = f", {self.even} even" if self.even else ""
         counts = f"A ({a}) was better {self.a} times, B ({b}) {self.b} times{even}."
         if not self.a + self.b:
@@ -54,7 +54,7 @@ class Tally(NamedTuple):
 
 
 def seed_of(seed: int, prompt: Conversation, what: str) -> int:
-    """A seed for one prompt that does not depend on the other prompts."""
+    """Return a seed for one prompt that does not depend on the other prompts."""
     said = json.dumps([seed, prompt, what], ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(said.encode()).digest()[:4])
 
@@ -93,7 +93,7 @@ class Judgements:
         return any(each.prompt == prompt for each in self.made)
 
     def add(self, judgement: Judgement) -> None:
-        """Adds a choice and writes it to disk."""
+        """Add a choice and write it to disk."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_lines([judgement._asdict()]))
             file.flush()
@@ -103,7 +103,7 @@ class Judgements:
         write_atomic(self.path.parent / PREFERENCES, _lines(map(self._preference, decided)))
 
     def tally(self) -> Tally:
-        """The counts of all choices."""
+        """Count all choices."""
         choices = [each.choice for each in self.made]
         return Tally(*(choices.count(each) for each in ("A", "B", "even", "skipped")))
 

@@ -36,7 +36,7 @@ class Budget(NamedTuple):
 
     @classmethod
     def of(cls, steps: int | None, minutes: float | None, usual: float) -> "Budget":
-        """That of the options --steps and --minutes, with the usual minutes where neither is given."""
+        """Make the budget of the options --steps and --minutes, with the usual minutes if neither is given."""
         if steps and minutes:
             raise UserError(f"--steps {steps} and --minutes {minutes:g} are two budgets: give one of them.")
         return cls(steps, usual if minutes is None else minutes)
@@ -50,8 +50,8 @@ class Budget(NamedTuple):
         self, directory: Path, resume: bool, model: nn.Module, objective: Objective, data: Data,
         settings: Callable[[int], Settings], largest: Batch | None = None,
     ) -> Settings:  # fmt: skip
-        """The settings for the steps asked for, for those that the resumed run began with, or for as many as fit the
-        minutes by the pace at first. largest: the batch that takes most memory, where batches differ."""
+        """Return the settings for the given steps, for those of a resumed run, or for as many as fit the minutes by the
+        measured pace. largest: the batch that takes most memory, if batches differ."""
         if self.steps:
             return settings(self.steps)
         if resume:
@@ -83,11 +83,11 @@ class FinetuneOptions(Logging):
     """Of all random numbers: new weights, the order of the examples, dropout and sampling."""
 
     def origin(self) -> dict[str, Any]:
-        """What a resumed run must begin with too."""
+        """Return the values with which a resumed run must begin too."""
         return {"begins with": self.model}
 
     def total_steps(self, steps_per_epoch: float | int) -> int:
-        """Steps of the whole run."""
+        """Return the steps of the whole run."""
         return self.steps or max(1, round(self.epochs * steps_per_epoch))
 
     def settings(self, steps: int, **different: Any) -> Settings:
@@ -107,7 +107,7 @@ def attribution_of(data: str) -> dict[str, str]:
 
 
 def parameters(model: nn.Module) -> int:
-    """The number of its parameters."""
+    """Count the parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

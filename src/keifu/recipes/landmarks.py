@@ -48,7 +48,7 @@ def show() -> dict[str, bytes]:
 
 
 def _learn(name: str) -> dict[str, bytes]:
-    """A neuron learns AND from nothing, and the one of the package computes it."""
+    """Train a neuron on AND from nothing, and compute AND by the one of the package."""
     recipe = perceptron.Recipe()
     lesson = perceptron.prepare(recipe)
     stages = list(perceptron.learn(lesson, recipe))
@@ -70,7 +70,7 @@ def _read_digits(name: str) -> dict[str, bytes]:
 
 
 def _seen(name: str, digits: Float[Tensor, "digit pixels"]) -> list[str]:
-    """What the network of that name sees, and how sure it is."""
+    """Return the digits that the network of that name sees, and how sure it is."""
     network: Any = checkpoints.load(name)[0]
     shares, found = network.predict_proba(digits).max(-1)
     return [f"{digit} ({share:.0%})" for digit, share in zip(found.tolist(), shares.tolist(), strict=True)]
@@ -99,7 +99,7 @@ def _fill(name: str) -> dict[str, bytes]:
 
 
 def _bars(found: dict[str, list[Guess]]) -> bytes:
-    """The likeliest words for each gap as PNG."""
+    """Draw the likeliest words for each gap as PNG."""
     figure, panels = canvas(len(found), len(found), 3.2)
     for axes, (text, guesses) in zip(panels, found.items(), strict=True):
         axes.barh([guess.word for guess in reversed(guesses)], [guess.probability for guess in reversed(guesses)])
@@ -148,7 +148,7 @@ def _pixels(digits: Float[Tensor, "digit pixels"]) -> Tensor:
 
 
 def _drawn(digits: Float[Tensor, "digit pixels"]) -> str:
-    """The digits side by side in characters, two rows of pixels to a line of text."""
+    """Draw the digits side by side in characters, two rows of pixels to a line of text."""
     halves = digits.view(len(digits), WIDE, 2, WIDE, 2).amax(-1).transpose(0, 1)  # row, digit, its half, column
     return "\n".join(" ".join(map(_characters, line)) for line in halves.gt(0.4).tolist())
 

@@ -24,12 +24,12 @@ class Logging:
     """Log to Weights & Biases too."""
 
     def loop(self, **usual: Any) -> dict[str, Any]:
-        """Settings of the training loop: these, and in their place what is set of the options that it has too."""
+        """Return settings of the training loop: these, replaced by the options that are set and that it has too."""
         return usual | {name: value for name in LOOP if (value := vars(self).get(name)) is not None}
 
 
 def given(value: float | int | None, usual: float | int) -> float | int:
-    """The value where one is given, 0 too; else the usual one."""
+    """Return the value if it is given, 0 too; else the usual one."""
     return usual if value is None else value
 
 
@@ -63,7 +63,7 @@ def _tupled(value: Any) -> Any:
 
 
 def by_option(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `to_json` by the names of their options, such as model.n-layers, without the dashes before."""
+    """Return the values of `to_json` by the names of their options, such as model.n-layers, without the dashes."""
     return {name: value for name, _, value in _walk(kind, values, "", ())}
 
 
@@ -85,7 +85,7 @@ def _walk(
 
 
 def _option(field: str, hint: Any, prefix: str) -> str:
-    """A field's name on the command line; tyro leaves out what is annotated with an empty name."""
+    """Return a field's name on the command line; tyro omits a field that is annotated with an empty name."""
     own = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
     given = [each.name for each in own if isinstance(each, ARGUMENT)]
     word = given[0] if given and given[0] is not None else field.replace("_", "-")
@@ -99,7 +99,7 @@ def _dataclass(hint: Any) -> type | None:
 
 
 def put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Sets an option in what `to_json` gave."""
+    """Set an option in the result of `to_json`."""
     for field in path[:-1]:
         values = values[field]
     values[path[-1]] = value

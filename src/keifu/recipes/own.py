@@ -62,7 +62,7 @@ def train(
 
 
 def _summed(objective: Loss) -> Objective:
-    """The objective as the loop needs it: a mean over rows as their sum and number."""
+    """Convert the objective to the loop's form: a mean over rows becomes their sum and number."""
 
     def summed(model: nn.Module, batch: Batch) -> LossOutput:
         loss = objective(model, batch)

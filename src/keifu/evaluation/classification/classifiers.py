@@ -40,11 +40,11 @@ class TextClassifier:
     predict_proba: Callable[[Sequence[Any]], Float[Tensor, "examples answers"]]
 
     def choices(self, row: Example) -> tuple[str, ...]:
-        """What the columns of an example's probabilities stand for."""
+        """Return the names of the columns of an example's probabilities."""
         return row.texts[1:] if self.form.answers else self.labels
 
     def targets(self, examples: Examples) -> list[int]:
-        """The number of each example's label, or of its right answer."""
+        """Return the number of each example's label, or of its right answer."""
         numbers = {label: number for number, label in enumerate(self.labels)}
         return [int(label) if self.form.answers else numbers[label] for label in examples.labels]
 
@@ -55,7 +55,7 @@ class TextClassifier:
 
 
 def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> TextClassifier:
-    """A model as a classifier; any other is a `UserError` that says how to train one. `name` is for errors."""
+    """Return a model as a classifier; any other is a `UserError` that says how to train one. `name` is for errors."""
     if isinstance(model, TaskHeadModel) and model.config.form == "score":
         raise UserError(f"{name or 'This model'} gives a score and knows no labels: it says how good an answer is.")
     if isinstance(model, TaskHeadModel):
@@ -87,7 +87,7 @@ def _decoder(model: Any, tokenizer: Tokenizer) -> TextClassifier:
 def class_probabilities(
     model: Any, rows: Sequence[Any], pad_id: int, batch_size: int = 256
 ) -> Float[Tensor, "examples answers"]:
-    """The probability of each label or answer for examples, each a list of sequences of ids."""
+    """Return the probability of each label or answer for examples, each a list of sequences of ids."""
     most = len(model.config.labels) or max((len(row) for row in rows), default=0)
 
     def work(tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch answers"]:

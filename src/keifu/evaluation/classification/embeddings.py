@@ -28,14 +28,14 @@ Advance = Callable[[int], object]
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """The model, checked to be an encoder; any other is a `UserError`."""
+    """Return the model, checked to be an encoder; any other is a `UserError`."""
     if not isinstance(model, Encoder):
         raise UserError(f"A {type(model).__name__} gives no vectors for texts: choose an encoder, such as minilm.")
     return model
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int, cut: bool = False) -> Encoded:
-    """The ids of texts with the special tokens around them, as many as the model takes.
+    """Encode texts with the special tokens around them, as many tokens as the model takes.
 
     cut: keep the first `limit` tokens of a longer text, of which the closing one is still the last. Without it a longer
     text is a `UserError` with both lengths; so is an empty one.
@@ -72,7 +72,7 @@ def in_batches(
     pack: Pack = pad,
     size: Callable[[Any], int] = len,
 ) -> Float[Tensor, "texts dim"]:
-    """What `work` gives for each row, in the order of the rows, the model in evaluation mode.
+    """Return the results of `work` for all rows, in the order of the rows, with the model in evaluation mode.
 
     batch_size: the most rows in a pass. `advance` is called with the number of rows that are done. `pack` makes tokens
     and mask of some rows; `size` gives the number of tokens of a row.
@@ -97,7 +97,7 @@ SEARCHED = 2**24  # similarities that exist at a time
 def embed(
     model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = BATCH, cut: bool = False
 ) -> Float[Tensor, "texts dim"]:
-    """The embedding of each text, float32, computed in the type of the model's weights.
+    """Return the embedding of each text, float32, computed in the type of the model's weights.
 
     Texts of similar length go through the model together; neither that nor their order changes an embedding beyond
     rounding. batch_size: the most in a pass. A model that is no encoder, an empty text, and a text longer than the
@@ -110,8 +110,8 @@ def embed(
 def embed_rows(
     model: nn.Module, rows: Rows, pad_id: int, batch_size: int = BATCH, advance: Advance | None = None
 ) -> Float[Tensor, "texts dim"]:
-    """The embeddings of texts given as ids with special tokens, of an encoder or a CLIP; `advance` is called with the
-    number done."""
+    """Return the embeddings of texts given as ids with special tokens, of an encoder or a CLIP. `advance` is called
+    with the number that are done."""
     reader = model if isinstance(model, TwoTowers) else encoder(model)
 
     def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch dim"]:
@@ -125,7 +125,7 @@ def embed_rows(
 def nearest(
     queries: Float[Tensor, "queries dim"], among: Float[Tensor, "among dim"], count: int, themselves: bool = False
 ) -> tuple[Float[Tensor, "queries count"], Int[Tensor, "queries count"]]:
-    """The cosine similarity and the place of the `count` nearest points to each query, the nearest first.
+    """Return the cosine similarities and the indices of the `count` points nearest to each query, the nearest first.
 
     All points lie on the unit sphere. themselves: queries and `among` are the same points, and none is its own
     neighbour. Fewer points than `count` are a `UserError`.

@@ -21,7 +21,8 @@ from keifu.generation.text.model import Encoder, Mask, Tokens
 
 
 def classifier(model: nn.Module, name: str = "") -> Encoder:
-    """The model, checked to have a classification head; any other is a `UserError` that says how to train one."""
+    """Return the model, checked to have a classification head; any other is a `UserError` that says how to train
+    one."""
     reader = encoder(model)
     if not reader.config.labels:
         who, option = (name, f" --model {name}") if name else (f"This {type(model).__name__}", "")
@@ -33,7 +34,7 @@ def classifier(model: nn.Module, name: str = "") -> Encoder:
 
 
 def probabilities(model: nn.Module, rows: Rows, pad_id: int, batch_size: int = 256) -> Float[Tensor, "texts labels"]:
-    """The probability of each label for each text, whose ids are `rows`."""
+    """Return the probability of each label for each text, whose ids are `rows`."""
     reader = classifier(model)
 
     def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch labels"]:
@@ -108,7 +109,7 @@ class Confusion:
         return ["label", "precision", "recall", "F1", "texts"], rows
 
     def page(self) -> str:
-        """The verdict, and precision, recall and F1 of each label in columns of equal width."""
+        """Return the verdict, and precision, recall and F1 of each label in columns of equal width."""
         columns, rows = self.by_label()
         return f"{self.verdict()}\n\n{aligned([columns, *rows])}"
 
@@ -118,7 +119,7 @@ class Confusion:
         return ResultTable(tuple(name.replace("texts", what) for name in columns), [tuple(row) for row in rows])
 
     def matrix(self) -> tuple[list[str], list[list[str]]]:
-        """The counts as a table: its columns and its rows."""
+        """Return the counts as a table: its columns and its rows."""
         rows = [[label, *map(str, row)] for label, row in zip(self.labels, self.counts.tolist(), strict=True)]
         return ["right \\ given", *self.labels], rows
 
@@ -144,7 +145,7 @@ class Confusion:
         }  # fmt: skip
 
     def picture(self) -> bytes:
-        """The matrix as PNG: colour is the share of the row, the numbers are counts."""
+        """Draw the matrix as PNG: colour is the share of the row, the numbers are counts."""
         counts, size = self.counts, len(self.labels)
         shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
         figure, (axes,) = canvas(1, 1, max(3.6, 0.5 * size + 1.6))
@@ -171,7 +172,7 @@ def picture(
     predicted: Int[Tensor, " rows"],
     classes: Sequence[str],
 ) -> bytes:
-    """The first misclassified images, dark on white, each with its true and its predicted class, as PNG."""
+    """Draw the first misclassified images, dark on white, each with its true and its predicted class, as PNG."""
     wrong = (predicted != targets).nonzero().flatten()
     truth, taken = targets.tolist(), predicted.tolist()
     high, wide = (size + GAP for size in pictures.shape[1:])

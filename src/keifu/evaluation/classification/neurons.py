@@ -39,7 +39,7 @@ def takes(model: nn.Module) -> bool:
 
 
 def names() -> list[str]:
-    """The digits and the toy sets."""
+    """Return the names of the digits and of the toy sets."""
     return list(NAMES)
 
 
@@ -49,7 +49,7 @@ def accepts(on: str) -> bool:
 
 
 def evaluate(model: nn.Module, tokenizer: None, request: EvalRequest) -> EvalResult:
-    """The share of the held-out rows that get their class; of a set too small to hold any out, of all its rows."""
+    """Return the accuracy on the held-out rows; if a set is too small to hold any out, on all its rows."""
     assert isinstance(model, RowClassifier)
     data = toy_dataset(request.on)
     inputs, targets = data.held.inputs[: request.limit], data.held.targets[: request.limit]
@@ -65,7 +65,7 @@ def evaluate(model: nn.Module, tokenizer: None, request: EvalRequest) -> EvalRes
 
 
 def row_of(model: RowClassifier, picture: Image.Image) -> Float[Tensor, "1 dim"]:
-    """A picture as a row of the network's input: a grey square, 0 the paper and 1 the ink, as MNIST has them.
+    """Convert a picture to a row of the network's input: a grey square, 0 for paper and 1 for ink, as in MNIST.
 
     A picture whose edge is bright is dark ink on bright paper, and is inverted. A network that reads no square number
     of inputs reads no pictures: a `UserError`.

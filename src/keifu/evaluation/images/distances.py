@@ -63,14 +63,14 @@ def frechet(real: FeatureMoments, drawn: FeatureMoments) -> float:
 
 
 def _root(symmetric: Tensor) -> Tensor:
-    """The square root of a symmetric matrix without negative eigenvalues; rounding may have made some."""
+    """Return the square root of a symmetric matrix without negative eigenvalues, apart from rounding."""
     values, vectors = torch.linalg.eigh(symmetric)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def discrepancy(real: Real, drawn: Drawn) -> float:
-    """The squared maximum mean discrepancy by the kernel (x·y / dim + 1)³, unbiased: it may be below 0 (Bińkowski et
-    al., "Demystifying MMD GANs", 2018)."""
+    """Return the squared maximum mean discrepancy by the kernel (x·y / dim + 1)³. It is unbiased, so it may be below 0
+    (Bińkowski et al., "Demystifying MMD GANs", 2018)."""
     real, drawn = real.double(), drawn.double()
 
     def kernel(one: Tensor, other: Tensor) -> Tensor:
@@ -84,7 +84,8 @@ def discrepancy(real: Real, drawn: Drawn) -> float:
 
 
 def kernel_distance(real: Real, drawn: Drawn, subsets: int = SUBSETS, size: int = SUBSET, seed: int = 0) -> Kernel:
-    """The KID: the mean discrepancy of random subsets, each without a picture twice. Fewer pictures, smaller subsets:
+    """Return the KID: the mean discrepancy of random subsets, each without a picture twice. Fewer pictures, smaller
+    subsets:
     at most half of the smaller set, for equal subsets would say nothing of its chance."""
     size = min(size, min(len(real), len(drawn)) // 2)
     if size < 2:
@@ -107,7 +108,7 @@ def manifold(real: Real, drawn: Drawn, neighbours: int = 3) -> Manifold:
 
 
 def _coverage(around: Real, rows: Drawn, neighbours: int) -> float:
-    """The share of rows in one of the balls."""
+    """Return the share of rows in one of the balls."""
     radii = torch.cat([part.kthvalue(neighbours + 1, 1).values for part in _distances(around, around)])
     inside = [(part <= radii).any(1) for part in _distances(rows, around)]
     return float(torch.cat(inside).float().mean())
@@ -123,7 +124,8 @@ def _distances(rows: Drawn, others: Real) -> Iterator[Float[Tensor, "part real"]
 def nearest(
     rows: Num[Tensor, "rows dim"], among: Num[Tensor, "among dim"]
 ) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:
-    """The Euclidean distance and the place of the nearest of `among` to each row, the first of several; bytes too."""
+    """Return the Euclidean distance and the index of the nearest of `among` to each row, the first of several; bytes
+    too."""
     if not len(among):
         raise UserError("There is no picture to search for a nearest one.")
     best, places = torch.full((len(rows),), torch.inf), torch.zeros(len(rows), dtype=torch.int64)
@@ -143,15 +145,15 @@ Others = UInt8[Tensor, "others channels high wide"]  # must be as the first ones
 
 
 def psnr(pictures: Bytes, others: Others) -> Float[Tensor, " picture"]:
-    """The peak signal-to-noise ratio of each pair in decibels; infinite where they are the same."""
+    """Return the peak signal-to-noise ratio of each pair in decibels; infinite if they are equal."""
     _check(pictures, others)
     error = (pictures.double() - others.double()).square().mean((1, 2, 3))
     return (10 * (255**2 / error).log10()).float()
 
 
 def ssim(pictures: Bytes, others: Others) -> Float[Tensor, " picture"]:
-    """The structural similarity of each pair, 1 where they are the same, the mean over channels and over all places
-    where the window fits in (Wang et al., 2004: a Gaussian of 11 x 11 pixels, σ 1.5)."""
+    """Return the structural similarity of each pair, 1 if they are equal: the mean over channels and over all positions
+    of the window (Wang et al., 2004: a Gaussian of 11 x 11 pixels, σ 1.5)."""
     _check(pictures, others)
     if min(pictures.shape[2:]) < WINDOW:
         raise UserError(f"SSIM needs pictures of at least {WINDOW} x {WINDOW} pixels, not {tuple(pictures.shape[2:])}.")
@@ -164,7 +166,7 @@ def ssim(pictures: Bytes, others: Others) -> Float[Tensor, " picture"]:
 
 
 def _blur(values: Float[Tensor, "kind picture channels height width"]) -> Tensor:
-    """The Gaussian's means at every place where it fits in."""
+    """Return the Gaussian's means at every position of the window."""
     offsets = torch.arange(WINDOW, dtype=values.dtype) - WINDOW // 2
     weights = (-0.5 * (offsets / SIGMA) ** 2).exp()
     weights = weights / weights.sum()

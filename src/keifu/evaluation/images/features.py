@@ -63,7 +63,7 @@ class Inception:
         self.folded = {name: _fold_batch_norm(weights, name) for name in names}
 
     def __call__(self, x: Float[Tensor, "picture 3 height width"]) -> Float[Tensor, "picture 2048"]:
-        """The features of pictures whose numbers go from -1 to 1, brought to 299 x 299 first."""
+        """Return the features of pictures with values from -1 to 1, resized to 299 x 299 first."""
         x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False)
         for block, kind in BLOCKS.items():
             x = torch.cat([self._chain(x, branch, block) for branch in ROUNDS[kind]], 1)
@@ -88,12 +88,12 @@ def _fold_batch_norm(weights: dict[str, Tensor], name: str) -> tuple[Tensor, Ten
 
 
 def place() -> Path:
-    """The path at which the weights are expected."""
+    """Return the path at which the weights are expected."""
     return cache() / FILE
 
 
 def inception() -> Inception | None:
-    """The network, or None where its weights are not there; a file that does not hold them is a `UserError`."""
+    """Load the network, or return None if its weights are missing; a file without them is a `UserError`."""
     if not place().is_file():
         return None
     try:
@@ -122,7 +122,7 @@ class Extractor:
     def __call__(
         self, pictures: UInt8[Tensor, "picture channels height width"], batch_size: int = 64
     ) -> Float[Tensor, "picture dim"]:
-        """The features of each picture, float32; grey ones are given as colour."""
+        """Return the features of each picture, float32; grey pictures are converted to colour."""
         found = []
         with counting("Looking at pictures", len(pictures), "pictures") as advance:
             for first in range(0, len(pictures), batch_size):
@@ -150,7 +150,7 @@ class RandomFeatures(nn.Module):
         self.dim = sum(WIDTHS[1:])
 
     def forward(self, x: Float[Tensor, "picture 3 height width"]) -> Float[Tensor, "picture dim"]:
-        """The features of pictures whose numbers go from -1 to 1."""
+        """Return the features of pictures with values from -1 to 1."""
         means = []
         for kernel, bias in zip(self.kernels, self.biases, strict=True):
             x = F.conv2d(F.pad(x, (1, 1, 1, 1), "replicate"), kernel, bias).relu()

@@ -64,7 +64,7 @@ def bound(
     seeds: Int[Tensor, " batch"],
     advance: Callable[[], None] = lambda: None,
 ) -> Bound:
-    """The bound of some pictures, grey values from -1 to 1, by all T steps with one draw of noise each.
+    """Return the bound of some pictures, values from -1 to 1, by all T steps with one draw of noise each.
 
     The noise is a function of a picture's seed and the timestep. `advance` is called after each step.
     """
@@ -83,7 +83,7 @@ def bound(
 
 
 def prior_bits(noise: Noise, pictures: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
-    """The divergence of x_T, given the picture, from pure noise, in bits per dimension."""
+    """Return the divergence of x_T, given the picture, from pure noise, in bits per dimension."""
     last = torch.full((len(pictures),), noise.steps - 1, device=pictures.device)
     mean = at(noise.alpha_bar.sqrt(), last, pictures) * pictures
     zero = torch.zeros_like(mean)
@@ -136,7 +136,7 @@ def _reconstruct(
 
 
 def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) -> dict[str, float | int | str]:
-    """The variational bound in bits per number of a picture, its three parts, and the standard error of its mean.
+    """Return the variational bound in bits per number of a picture, its three parts, and the mean's standard error.
 
     prior: the end of the noising. steps (the paper's rate, with the prior): the way back to timestep 0. decoder (its
     distortion): what the grey values then still need.
@@ -178,7 +178,7 @@ def condition_labels(model: ImageModel, pictures: ImageDataset) -> Tensor | None
 
 
 def _batches(model: ImageModel, pictures: ImageDataset, size: int) -> Iterator[tuple[int, Bytes, Tensor | None]]:
-    """The first one's place, the pictures and their labels, on the model's device."""
+    """Return the index of the first one, the pictures and their labels, on the model's device."""
     labels, device = condition_labels(model, pictures), next(model.parameters()).device
     for first in range(0, len(pictures), size):
         part = slice(first, first + size)
@@ -222,7 +222,7 @@ def accepts(on: str) -> bool:
 
 
 def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalResult:
-    """The figures of `metric`, or of each one.
+    """Return the figures of `metric`, or of each one.
 
     distances: generated images against keifu's training images, by features, and by pixels to find copies.
     reconstruction and bits: of held-out images. classes: how a classifier sees images drawn of each class.
@@ -269,7 +269,7 @@ def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
 
 
 def _generate_beside(drawer: ImageModel, parts: ImageSplit, request: EvalRequest) -> EvalResult:
-    """Generates images and compares them with the real ones."""
+    """Generate images and compare them with the real ones."""
     any_class = 0 if drawer.config.n_classes and not drawer.config.null_class else None
     pipeline = pixel_diffusion.PixelPipeline(drawer)
     wanted = pipeline.resolved(ImageRequest(request.sampler or "ddim", request.steps, request.seed, any_class))
@@ -281,7 +281,7 @@ def _generate_beside(drawer: ImageModel, parts: ImageSplit, request: EvalRequest
 def write_neighbours(
     drawn: Bytes, real: ImageDataset, held: ImageDataset | None, request: EvalRequest, wanted: ImageRequest
 ) -> EvalResult:
-    """Compares generated images with real ones: distances, remarks, the nearest real one of each, and a picture."""
+    """Compare generated images with real ones: distances, remarks, the nearest real one of each, and a picture."""
     seen = extractor()
     near, figures = compare_images(seen, drawn, real, held)
     notes = [
@@ -338,7 +338,7 @@ def _held_out(drawer: ImageModel, held: ImageDataset, request: EvalRequest) -> E
 def compare_images(
     seen: Extractor, drawn: Bytes, real: ImageDataset, held: ImageDataset | None
 ) -> tuple[Neighbours, dict[str, float | int | str]]:
-    """The figures of generated images against real ones; and of held-out images against the same, if any."""
+    """Return the figures of generated images against real ones; and of held-out images against the same, if any."""
     known = real.spread(COMPARED)
     features, known_features = seen(drawn), seen(known.take(slice(None)))
     figures = _figures(seen, known_features, features, "")
@@ -372,7 +372,7 @@ def _figures(seen: Extractor, real: Tensor, drawn: Tensor, whose: str) -> dict[s
 def nearest_neighbours(
     drawn: Bytes, features: Tensor, known: ImageDataset, known_features: Tensor, real: ImageDataset
 ) -> Neighbours:
-    """The nearest of all real pictures by pixels, and of the `known` ones, which have features, by those."""
+    """Find the nearest of all real pictures by pixels, and by features the nearest of the `known` ones."""
     pixels = drawn.flatten(1)
     distances, places = nearest(pixels, real.take(slice(None)).flatten(1))
     by_features = nearest(features, known_features)[1]
@@ -382,7 +382,7 @@ def nearest_neighbours(
 
 
 def side_by_side(drawn: Bytes, real: ImageDataset, near: Neighbours, seed: int) -> bytes:
-    """A PNG: some generated images, each with the nearest real one by pixels and the nearest by features."""
+    """Draw a PNG: some generated images, each with the nearest real one by pixels and the nearest by features."""
     count = min(SHOWN, len(drawn))
     one, other = near.by_pixels[:count].tolist(), near.by_features[:count].tolist()
     triples = torch.stack([drawn[:count], real.take(one), real.take(other)], 1)
@@ -395,7 +395,7 @@ def side_by_side(drawn: Bytes, real: ImageDataset, near: Neighbours, seed: int) 
 
 
 def _sentence(pictures: ImageDataset, place: int) -> str:
-    """What is known of a picture: its caption, its class or its name."""
+    """Return the caption of a picture, or else its class, or else its name."""
     if pictures.captions:
         return pictures.texts()[place]
     return pictures.classes[pictures.labels[place]] if pictures.labels[place] >= 0 else pictures.names[place]
@@ -408,7 +408,7 @@ def _real_images(model: ImageModel, request: EvalRequest) -> ImageSplit:
 
 
 def read_squares(on: str, size: tuple[int, int], channels: int) -> ImageDataset:
-    """The pictures of a set at the height and width that a model draws, grey or in colour as it does."""
+    """Read a set in the height and width that a model draws, grey or in colour as the model does."""
     if size[0] != size[1]:
         raise UserError(f"This model draws {size[1]} x {size[0]} pictures, and only squares can be compared.")
     return read_images(on, size[0], 1 if channels == 1 else 3)

@@ -33,35 +33,35 @@ BATCH = 64  # pictures in a pass
 
 
 def two_towers(model: nn.Module) -> TwoTowers:
-    """The model, checked to have both towers; any other is a `UserError`."""
+    """Return the model, checked to have both towers; any other is a `UserError`."""
     if not isinstance(model, TwoTowers):
         raise UserError(f"A {type(model).__name__} does not see pictures and texts in one space: choose a CLIP.")
     return model
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:
-    """What a picture becomes before the model sees it."""
+    """Return the preprocessing of pictures for the model."""
     return Preprocessing(**vars(two_towers(model).config.pixels))
 
 
 def embed_texts(
     model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 256, cut: bool = False
 ) -> Float[Tensor, "texts embedding"]:
-    """A point for each text, float32. An empty text, and one longer than the model takes, are `UserError`s, the latter
-    with both lengths; `cut` keeps the beginning of such a text."""
+    """Return a point for each text, float32. An empty text, and one longer than the model takes, are `UserError`s, the
+    latter with both lengths; `cut` keeps the beginning of such a text."""
     rows = encode_texts(tokenizer, texts, two_towers(model).config.context_length, cut).rows
     return embed_rows(model, rows, padding(tokenizer), batch_size)
 
 
 def padding(tokenizer: Tokenizer) -> int:
-    """What fills a text up after its end: no token sees what comes after it, so any id that is no higher does."""
+    """Return the id that pads a text after its end: no token attends to it, so any id up to the end's will do."""
     return next(each for each in (tokenizer.pad_id, tokenizer.eos_id, 0) if each is not None)
 
 
 def embed_pictures(
     model: nn.Module, images: Iterable[Image.Image], batch_size: int = BATCH
 ) -> Float[Tensor, "pictures embedding"]:
-    """A point for each picture, float32; of so many pictures at a time only the points are kept."""
+    """Return a point for each picture, float32; pictures are read in batches, and only their points are kept."""
     ready, left = preprocessing(model), iter(images)
     groups = iter(lambda: list(islice(left, batch_size)), [])
     return embed_bytes(model, (torch.stack([ready.cut(image) for image in some]) for some in groups))
@@ -70,7 +70,7 @@ def embed_pictures(
 def embed_bytes(
     model: nn.Module, batches: Iterable[UInt8[Tensor, "batch channels rows columns"]]
 ) -> Float[Tensor, "pictures embedding"]:
-    """The embeddings of images that have the model's size already, in batches, the model in evaluation mode."""
+    """Return the embeddings of images in the model's size, in batches, with the model in evaluation mode."""
     towers, ready, like = two_towers(model), preprocessing(model), next(model.parameters())
     points: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
@@ -85,7 +85,7 @@ def embed_bytes(
 def label_points(
     model: nn.Module, tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str]
 ) -> Float[Tensor, "labels embedding"]:
-    """A point for each label: the mean of those of the templates with the label in the place of {} (CLIP, section
+    """Return a point for each label: the mean over the templates with the label in the place of {} (CLIP, section
     3.1.4). A template without {} is a `UserError`."""
     for template in templates:
         if "{}" not in template:
@@ -98,7 +98,7 @@ def label_points(
 def label_shares(
     model: nn.Module, pictures: Float[Tensor, "pictures embedding"], labels: Float[Tensor, "labels embedding"]
 ) -> Float[Tensor, "pictures labels"]:
-    """The probability of each label for each picture: the softmax of the similarities, multiplied as in training."""
+    """Return the probability of each label for each picture: the softmax of the similarities, scaled as in training."""
     scale = two_towers(model).logit_scale.detach().float().exp()
     return (scale * pictures @ labels.T).softmax(-1)
 
@@ -118,7 +118,7 @@ class Recall:
     median: float
 
     def figures(self, name: str) -> dict[str, float]:
-        """The same as figures whose names begin with `name`."""
+        """Return the same as figures whose names begin with `name`."""
         return {f"{name} R@{first}": round(share, 4) for first, share in self.shares.items()} | {
             f"{name} median rank": self.median
         }
@@ -130,7 +130,7 @@ def ranks(
     right: Int[Tensor, " queries"],
     answers: Int[Tensor, " among"],
 ) -> Int[Tensor, " queries"]:
-    """The place, from 1, at which each query finds the first of those among which `answers` equals its `right`.
+    """Return the rank, from 1, at which each query finds the first point whose entry in `answers` equals its `right`.
 
     Ties count as nearer than the answer, so that a model with constant embeddings gains nothing.
     """
@@ -144,7 +144,7 @@ def ranks(
 
 
 def recall(places: Int[Tensor, " queries"]) -> Recall:
-    """The figures of such places."""
+    """Return the figures of such ranks."""
     shares = {first: float((places <= first).float().mean()) for first in FIRST}
     return Recall(shares, float(places.float().quantile(0.5)))
 
@@ -169,7 +169,7 @@ def takes(model: nn.Module) -> bool:
 
 
 def names() -> list[str]:
-    """The catalogue's captioned pictures."""
+    """Return the names of the catalogue's captioned pictures."""
     return list(NAMES)
 
 
@@ -274,7 +274,7 @@ def select_pairs(on: str, size: int) -> ImageDataset:
 
 
 def images(on: str, pictures: ImageDataset, size: int) -> Iterator[Image.Image]:
-    """The pictures in their order, as they lie in the source and not yet of the network's size."""
+    """Yield the pictures in their order, as the source has them and not yet in the network's size."""
     wanted = {*pictures.names}
     read = {item.name: item.read for item in sources.items(on, lambda problem: None) if item.name in wanted}
     for name in pictures.names:

@@ -31,7 +31,7 @@ Bytes = UInt8[Tensor, "picture channels height width"]
 def cosines(
     towers: nn.Module, tokenizer: Tokenizer, pictures: Bytes, texts: Sequence[str]
 ) -> Float[Tensor, "picture texts"]:
-    """The cosine of each picture's point and each text's in CLIP's space."""
+    """Return the cosine of each picture's point and each text's in CLIP's space."""
     if len(pictures) != len(texts):
         raise UserError(f"{len(pictures)} pictures need as many texts, and {len(texts)} were given.")
     seen = embed_pictures(towers, map(to_image, pictures))
@@ -47,7 +47,8 @@ def clip_scores(found: Float[Tensor, "picture texts"]) -> tuple[Float[Tensor, " 
 
 
 def best(found: Float[Tensor, "picture texts"], count: int) -> list[int]:
-    """The pictures that fit the first text best, the best one first (DALL-E's reranking; Ramesh et al., 2021)."""
+    """Choose the pictures that fit the first text best, the best one first (DALL-E's reranking; Ramesh et al.,
+    2021)."""
     return found[:, 0].argsort(descending=True, stable=True)[:count].tolist()
 
 
@@ -69,7 +70,7 @@ class GeneratedImages:
 
 
 def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResult:
-    """The figures of `metric`, or of both: of pictures of captions that were trained on, and of held-out ones.
+    """Return the figures of `metric`, or of both: of pictures of captions in training, and of held-out captions.
 
     clip-score needs a CLIP; without one it is left out, or a `UserError` where it was requested by name.
     """
@@ -114,7 +115,7 @@ def _requested(drawer: TextToImagePipeline, request: EvalRequest) -> tuple[Image
 def _generate(
     drawer: TextToImagePipeline, wanted: ImageRequest, part: ImageDataset, request: EvalRequest
 ) -> GeneratedImages:
-    """An image for each of some captions, spread over the set, with consecutive seeds."""
+    """Generate an image for each of some captions, spread over the set, with consecutive seeds."""
     chosen = part.spread(min(request.limit or DRAWN, len(part)))
     captions, size, made = chosen.texts(request.language), request.batch_size or BATCH, list[Tensor]()
     with counting("Drawing", len(captions), "pictures") as advance:
@@ -156,7 +157,7 @@ def _sentence(drawn: dict[str, GeneratedImages], wanted: ImageRequest, request: 
 
 
 def _save_grid(drawn: dict[str, GeneratedImages]) -> bytes:
-    """A PNG: some generated images, each beside the real one that has its caption."""
+    """Draw a PNG: some generated images, each next to the real one that has its caption."""
     count = drawn_pictures.SHOWN // len(drawn)
     pairs = [
         torch.stack([each.pictures[:count], each.real.take(slice(0, count))], 1).flatten(0, 1)

@@ -35,7 +35,7 @@ def limits(points: Table) -> tuple[float, float, float, float]:
 
 
 def class_shares_on(points: Table, shares: Shares, size: int = 200) -> Float[Tensor, "size size classes"]:
-    """What `shares`, each class's share of the decision, gives on a grid over the picture; rows go upwards."""
+    """Evaluate `shares`, each class's share of the decision, on a grid over the picture; rows go upwards."""
     left, right, bottom, top = limits(points)
     dtype = points.inputs.dtype
     x, y = torch.linspace(left, right, size, dtype=dtype), torch.linspace(bottom, top, size, dtype=dtype)
@@ -82,7 +82,7 @@ def scatter(axes: "Axes", points: Table) -> None:
 
 
 def strip(points: Table, stages: Sequence[Stage]) -> bytes:
-    """A picture as PNG: one panel a stage of learning, from left to right, six in a row."""
+    """Draw one panel for each stage of learning, from left to right, six in a row, as PNG."""
     figure, panels = canvas(len(stages), min(6, len(stages)))
     for axes, (title, plane) in zip(panels, stages, strict=True):
         paint(axes, points, plane, title)
@@ -91,7 +91,8 @@ def strip(points: Table, stages: Sequence[Stage]) -> bytes:
 
 
 def crossing(points: Table, mixture: Float[Tensor, "rows"], title: str) -> bytes:
-    """The proof that no line parts two classes as PNG: lines between rows of each class, and the point they share.
+    """Draw the proof that no line separates two classes as PNG: lines between rows of each class, and their shared
+    point.
 
     `mixture` [rows]: weights with sum 1 of the rows that meet there, half of it in each class.
     """
@@ -121,7 +122,7 @@ def label(figure: "Figure", panels: Sequence["Axes"], points: Table) -> None:
 
 
 def canvas(panels: int, across: int, size: float = 2.1) -> tuple["Figure", list["Axes"]]:
-    """A figure with that many square panels, and no more, in rows."""
+    """Make a figure with that many square panels, and no more, in rows."""
     from matplotlib.figure import Figure
 
     down = -(-panels // across)
@@ -133,7 +134,7 @@ def canvas(panels: int, across: int, size: float = 2.1) -> tuple["Figure", list[
 
 
 def png(figure: "Figure") -> bytes:
-    """A figure as the bytes of a PNG file of 256 colours, a third of the size of one with all of them."""
+    """Return a figure as a PNG file of 256 colours, a third of the size of one with all of them."""
     from PIL import Image
 
     use_far_east(figure)
@@ -172,7 +173,7 @@ class Result:
 
 
 def names(results: Sequence[Result]) -> tuple[list[str], list[str]]:
-    """The activations and the losses, in the order in which they come."""
+    """Return the activations and the losses, in the order in which they come."""
     return list(dict.fromkeys(r.activation for r in results)), list(dict.fromkeys(r.loss for r in results))
 
 
@@ -216,7 +217,7 @@ def _lines(
 
 
 def boundaries(results: Sequence[Result], points: Table) -> bytes:
-    """The decision boundary of each network as PNG: one row a loss, one column an activation."""
+    """Draw the decision boundary of each network as PNG: one row for each loss, one column for each activation."""
     activations, losses = names(results)
     figure, panels = canvas(len(results), len(activations), 1.5)
     for axes, result in zip(panels, results, strict=True):

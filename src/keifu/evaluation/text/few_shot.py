@@ -53,7 +53,7 @@ class ScoredItem:
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """Evaluates the items with each number of shots; the last number's figures are the headline."""
+    """Evaluate the items with each number of shots; the last number's figures are the headline."""
     task = TASKS[request.on]() if request.on in TASKS else read_task(Path(request.on))
     task = task if request.metric is None else replace(task, metric=request.metric)
     numbers = request.by_shots or (request.shots or 0,)
@@ -93,7 +93,7 @@ def baselines(items: Sequence[TaskItem]) -> dict[str, float | str]:
 
 
 def normalize_answer(text: str) -> str:
-    """A generated answer, normalised for exact match: NFKC, lower case, single spaces, no commas in numbers, no
+    """Normalise a generated answer for exact match: NFKC, lower case, single spaces, no commas in numbers, no
     punctuation at its end and no quotation marks around it."""
     text = NUMBER.sub("", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
     return text.lstrip(f"{QUOTES} ").rstrip(f"{QUOTES} .,;:!?")
@@ -111,7 +111,8 @@ class _Prompting:
     batch_size: int | None
 
     def pairs(self, answers: Sequence[Sequence[str]]) -> list[list[ScoredPair]]:
-        """The tokens of each prompt with each of its answers; what does not fit is a `UserError` with both lengths."""
+        """Return the tokens of each prompt with each of its answers; what does not fit is a `UserError` with both
+        lengths."""
         delimiter = self.drawn.task.delimiter
         texts = [(p, delimiter + a) for p, each in zip(self.prompts, answers, strict=True) for a in each]
         rest = iter(join_tokens(self.tokenizer, texts))
@@ -138,7 +139,7 @@ class _Prompting:
 
 
 def _by_choice(asking: _Prompting) -> ScoredItem:
-    """The most likely choice, by each of `SCORES`; the first one of a tie."""
+    """Choose the most likely choice, by each of `SCORES`; the first one of a tie."""
     task, items = asking.drawn.task, asking.drawn.items
     pairs = asking.pairs([item.choices for item in items])
     alone = list(dict.fromkeys(choice for item in items for choice in item.choices))
@@ -200,6 +201,6 @@ SCORERS: dict[str, Callable[[_Prompting], ScoredItem]] = {"choice": _by_choice, 
 
 
 def _share(right: Sequence[bool]) -> tuple[float, float, float]:
-    """The share of right answers and its 95% interval."""
+    """Return the share of right answers and its 95% interval."""
     low, high = wilson(sum(right), len(right))
     return round(sum(right) / len(right), 4), round(low, 4), round(high, 4)

@@ -33,7 +33,7 @@ class Aligner(Protocol):
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Records the weights of every attention layer, by module name and pass, while the context is open.
+    """Record the weights of every attention layer, by module name and pass, while the context is open.
 
     Weights of fused attention are [batch, heads, length, seen]; those of a softmax that is written out have its shape.
     To be used without gradients, in evaluation mode.
@@ -73,7 +73,7 @@ class _AttentionRecorder(TorchFunctionMode):
 
 
 def _weights(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The same attention with the identity for values brings back its weights, whatever mask, scale and groups are."""
+    """Recover the weights of the same attention from the identity as values, whatever mask, scale and groups are."""
     eye = torch.eye(k.shape[-2], dtype=v.dtype, device=v.device).expand(*k.shape[:-1], k.shape[-2])
     return F.scaled_dot_product_attention(q, k, eye, *args, **kwargs)
 
@@ -92,8 +92,8 @@ class Inspection:
 
 @torch.inference_mode()
 def inspect_text(model: nn.Module, ids: Sequence[int], top: int = 5) -> Inspection:
-    """A text that a causal model or an encoder reads. The lens puts each layer's states through the last norm and the
-    head (nostalgebraist, 2020)."""
+    """Inspect a text that a causal model or an encoder reads. The lens applies the last norm and the head to each
+    layer's states (nostalgebraist, 2020)."""
     states: list[Tensor] = []
     layered: Any = model
     blocks = layered.blocks if isinstance(model, Model) and hasattr(model, "blocks") else ()
@@ -112,15 +112,15 @@ def _likeliest(logits: Tensor, top: int) -> list[Likely]:
 
 
 def _whole(maps: dict[str, list[Tensor]], rows: int, columns: int) -> dict[str, Tensor]:
-    """The maps over all rows and columns; a layer that computes its window in pieces has none."""
+    """Return the maps over all rows and columns; a layer that computes its window in pieces has none."""
     found = {name: passes[0] for name, passes in maps.items()}
     return {name: each[0].cpu() for name, each in found.items() if each.ndim == 4 and each.shape[2:] == (rows, columns)}
 
 
 @torch.inference_mode()
 def inspect_translation(model: nn.Module, source: Sequence[int]) -> Inspection:
-    """What an encoder-decoder makes of a sentence's ids, and where it looked in them for each token that it wrote. A
-    model that looks nowhere (one without attention) is a `UserError`."""
+    """Translate a sentence's ids, and record the attention to them for each written token. A model without attention is
+    a `UserError`."""
     config = translator(model).config
     target = list(search(translator(model), [source], TranslationParams())[0].tokens)
     device = device_of(model)
@@ -140,7 +140,8 @@ def inspect_translation(model: nn.Module, source: Sequence[int]) -> Inspection:
 def draw_maps(
     maps: Mapping[str, Tensor], rows: Sequence[str], columns: Sequence[str], title: str = "", width: int = 4
 ) -> bytes:
-    """A PNG with a square for each head: `maps` gives [heads, rows, columns] weights for each name, or [rows, columns].
+    """Draw a PNG with a square for each head: `maps` has [heads, rows, columns] weights for each name, or [rows,
+    columns].
 
     rows are the query tokens, columns the key tokens; width: squares side by side.
     """

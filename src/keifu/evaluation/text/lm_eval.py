@@ -80,7 +80,7 @@ class KeifuLM(LM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context, up to one of the stop strings."""
+        """Generate the continuation of each context, up to one of the stop strings."""
         asked = [request.args for request in requests]
         settings = [_sampling(given, seed) for seed, (_, given) in enumerate(asked)]
         texts = [text for text, _ in asked]
@@ -96,11 +96,11 @@ class KeifuLM(LM):
         return [each.text for each in done]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the tokenizer's template writes it."""
+        """Render the conversation with the tokenizer's template."""
         return self.tokenizer.chat_text(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template itself, where it is asked for."""
+        """Return the template itself, if it is requested."""
         return self.tokenizer.chat_template if chat_template else None
 
     @property
@@ -109,7 +109,7 @@ class KeifuLM(LM):
         return self.tokenizer.fingerprint
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
+        """Return the facts that the harness writes with its results."""
         weights = [*self.model.parameters()]
         return {"model": self.name, "model_num_parameters": sum(each.numel() for each in weights)}
 
@@ -118,7 +118,7 @@ class KeifuLM(LM):
             return likelihood.likelihoods(self.model, pairs, self.batch_size, progress)
 
     def _cut(self, pair: likelihood.ScoredPair) -> likelihood.ScoredPair:
-        """The pair without what is too much for the context, taken off its beginning."""
+        """Cut the beginning of a pair that exceeds the context."""
         extra = len(pair.prompt) + len(pair.answer) - 1 - self.context
         if extra <= 0:
             return pair
@@ -128,7 +128,7 @@ class KeifuLM(LM):
         return likelihood.ScoredPair(pair.prompt[extra:], pair.answer)
 
     def _room(self, prompt: list[int], sampling: SamplingParams) -> list[int]:
-        """The end of a prompt, cut so that the continuation fits into the context."""
+        """Return the end of a prompt, cut so that the continuation fits into the context."""
         room = self.context - (sampling.max_tokens or 0)
         if room < 1:
             raise UserError(
@@ -140,7 +140,7 @@ class KeifuLM(LM):
 
 
 def _sampling(given: dict[str, Any], seed: int) -> SamplingParams:
-    """A task's settings as keifu's; greedy, unless it samples. Others, as of beams, are refused where they matter."""
+    """Convert a task's settings; greedy, unless the task samples. Settings such as beams are refused if they matter."""
     until = given.get("until") or ()
     stop = (until,) if isinstance(until, str) else tuple(each for each in until if each)
     if given.get("num_beams", 1) != 1:

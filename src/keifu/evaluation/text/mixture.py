@@ -38,7 +38,7 @@ def takes(model: nn.Module) -> bool:
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """The losses on the held-out text of each source."""
+    """Return the losses on the held-out text of each source."""
     mixture = read_mixture(request.on)
     context = min(causal(model).config.context_length, LONGEST)
     tasks = tasks_for(tokenizer, context)
@@ -85,7 +85,7 @@ def losses(
     rows: int,
     batch_size: int,
 ) -> dict[str, MixtureLosses]:
-    """The loss of each task on at most so many held-out windows of `context` tokens."""
+    """Return the loss of each task on at most that many held-out windows of `context` tokens."""
     windows = held_out(shards, context, rows)
     device, found = device_of(model), {}
     for name, task in tasks.items():

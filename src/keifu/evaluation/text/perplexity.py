@@ -34,7 +34,7 @@ def accepts(on: str) -> bool:
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """The loss over windows as long as the context, each scored independently."""
+    """Return the loss over windows as long as the context, each scored independently."""
     ids, bytes_per_token = _held_out(request.on, tokenizer) if request.on in names() else _whole(request, tokenizer)
     if (context := text_model(model).config.context_length) < 2:
         raise UserError(f"The model's context is {context} token, which leaves none in a window to predict from it.")
@@ -74,7 +74,7 @@ def _whole(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, floa
 
 
 def _batches(windows: list[np.ndarray], size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """A batch of equally long windows, and how many are done with it; a shorter last window is alone."""
+    """Yield batches of equally long windows, and how many are done after each; a shorter last window is alone."""
     whole = [window for window in windows if len(window) == len(windows[0])]
     for first in range(0, len(whole), size):
         yield min(first + size, len(whole)), torch.from_numpy(np.stack(whole[first : first + size]))

@@ -89,7 +89,7 @@ class FewShotTask:
             raise UserError(f"{self.name} has no choices to choose from: evaluate it with the metric exact or cloze.")
 
     def sample(self, most: int, seed: int = 0, limit: int | None = None) -> "SampledItem":
-        """Samples up to `most` examples, in a random order, and the items to evaluate, at most `limit`.
+        """Sample up to `most` examples, in a random order, and the items to evaluate, at most `limit`.
 
         Where the items have no demonstrations of their own, examples come from those beyond the limit, if there are
         enough, else from all. No item is its own example. Fewer than the shots are a `UserError`.
@@ -118,7 +118,7 @@ class SampledItem:
     items: Sequence[TaskItem]
 
     def prompts(self, shots: int) -> list[str]:
-        """The whole prompt of each item, with the first `shots` examples before it."""
+        """Return the whole prompt of each item, with the first `shots` examples before it."""
         task = self.task
         shown = [f"{each.prompt}{task.delimiter}{each.answer}" for each in self.examples[:shots]]
         front = "".join(part + task.separator for part in [task.instruction, *shown] if part)
@@ -126,7 +126,7 @@ class SampledItem:
 
 
 def _key(seed: int, item: TaskItem) -> bytes:
-    """A hash of an item, for a pseudorandom order that does not depend on the order of the items."""
+    """Hash an item, for a pseudorandom order that does not depend on the order of the items."""
     return hashlib.blake2b(json.dumps([seed, item.prompt, item.answer]).encode(), digest_size=16).digest()
 
 
@@ -167,8 +167,8 @@ def titles() -> FewShotTask:
 
 
 def last_word() -> FewShotTask:
-    """The last word of a passage of 40 words or more that names it before, as in LAMBADA (Paperno et al., 2016), from
-    the presidents' speeches."""
+    """Make items of the last word of a passage of 40 words or more that names it before, as in LAMBADA (Paperno et al.,
+    2016), from the presidents' speeches."""
     passages = dict.fromkeys(each for speech in catalogue.documents("sotu") for each in _passages(speech))
     found = (TaskItem(before, word) for before, word in passages)
     items = tuple(sorted(found, key=lambda item: hashlib.sha256(item.prompt.encode()).digest()))
@@ -259,7 +259,7 @@ def _field(name: str, text: str) -> re.Match[str] | None:
 
 
 def read_task(path: Path) -> FewShotTask:
-    """The task that a file describes."""
+    """Read the task that a file describes."""
     with reading(path):
         fields = _Description(path)
         items = tuple(_items(fields, "items"))
@@ -297,12 +297,12 @@ class _Description:
                 raise UserError(f"{path}, line 1: the task has no field {name!r}, which it needs; it has {has}.")
 
     def place(self, name: str) -> str:
-        """The file, and the line in which the field stands."""
+        """Return the file, and the line in which the field is."""
         found = _field(str(name), self.text)
         return f"{self.path}, line {self.text.count(chr(10), 0, found.start()) + 1 if found else 1}"
 
     def texts(self, name: str) -> list[str]:
-        """A field that is one text or several."""
+        """Read a field that is one text or several."""
         value = self.given[name]
         values = [value] if isinstance(value, str) else value
         if not values or not all(isinstance(each, str) and each for each in values):
@@ -310,7 +310,7 @@ class _Description:
         return values
 
     def file(self, name: str) -> Path:
-        """The table that a field names, found from the folder of the description."""
+        """Find the table that a field names, from the folder of the description."""
         path = self.path.parent / self.given[name]
         if not path.is_file():
             near = [str(each.relative_to(self.path.parent)) for each in self.path.parent.glob("*")]
@@ -321,7 +321,7 @@ class _Description:
 
 
 def _items(fields: _Description, name: str) -> Iterator[TaskItem]:
-    """An item a row of the table that a field names."""
+    """Make an item from each row of the table that a field names."""
     template, answer, choices = fields.given["prompt"], fields.given["answer"], fields.given.get("choices")
     for row in read_records(fields.file(name)):
         prompt = _fill_template(template, row, fields.place("prompt"))
@@ -335,7 +335,7 @@ def _items(fields: _Description, name: str) -> Iterator[TaskItem]:
 
 
 def _fill_template(template: str, row: Row, used: str) -> str:
-    """The template with the row's fields in its slots; {{ and }} are braces."""
+    """Fill the template with the row's fields; {{ and }} are braces."""
 
     def slot(found: re.Match[str]) -> str:
         if found[1] is None:
@@ -356,7 +356,7 @@ def _value(row: Row, name: str, used: str) -> Any:
 
 
 def _texts(row: Row, name: str, used: str) -> list[str]:
-    """A field with one text, or a list of them (in a table without lists, written as JSON)."""
+    """Read a field with one text, or a list of them (in a table without lists, written as JSON)."""
     value = _value(row, name, used)
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _quietly(json.loads, value)
@@ -367,7 +367,7 @@ def _texts(row: Row, name: str, used: str) -> list[str]:
 
 
 def _right(row: Row, name: str, choices: list[str], used: str) -> str:
-    """The right choice, from its text or from its number, which counts from 0."""
+    """Return the right choice, from its text or from its number, which counts from 0."""
     value = _value(row, name, used)
     if str(value) in choices:
         return str(value)
@@ -379,7 +379,7 @@ def _right(row: Row, name: str, choices: list[str], used: str) -> str:
 
 
 def _quietly(function: Callable[[str], Any], text: str) -> Any:
-    """What the function makes of the text; the text itself where it cannot."""
+    """Return the function's result for the text, or the text itself if the function fails."""
     try:
         return function(text)
     except ValueError:

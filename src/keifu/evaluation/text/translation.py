@@ -52,7 +52,7 @@ class Scorer:
         self.tokenizer, self.note = _tokenizer(language)
 
     def __call__(self, translations: Sequence[str], references: Sequence[str]) -> Scores:
-        """The scores of all translations together, each beside its one reference."""
+        """Score all translations together, each against its one reference."""
         metrics = _metrics()
         bleu, chrf = metrics.BLEU(tokenize=self.tokenizer), metrics.CHRF()
         both = [metric.corpus_score(list(translations), [list(references)]).score for metric in (bleu, chrf)]
@@ -75,7 +75,7 @@ class Scorer:
     def by_length(
         self, sources: Sequence[str], translations: Sequence[str], references: Sequence[str], spaced: bool
     ) -> list[tuple[str, int, Scores]]:
-        """The scores of sentences of similar length: its range, how many there are, their scores.
+        """Score sentences of similar length: the range, their number, their scores.
 
         Lengths are words of the source in steps of 5 where it is `spaced`, else characters in steps of 10; the last
         step is open above (Bahdanau et al., 2014, figure 2).
@@ -139,7 +139,7 @@ def accepts(on: str) -> bool:
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """Translates the sources, each whole as it stands, and scores all translations together."""
+    """Translate the sources, each as a whole, and score all translations together."""
     pairs, notes = test_pairs(request)
     sources, references = map(list, zip(*pairs.rows, strict=True))
     scorer = Scorer(request.language or pairs.languages[1] or language_of(references))
@@ -222,7 +222,7 @@ def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], reque
 
 
 def remarks(found: list[Translation]) -> list[str]:
-    """Notes on what the figures alone would hide."""
+    """Return notes on what the figures alone would hide."""
     cut, unknown = sum(not each.complete for each in found), sum(each.unknown for each in found)
     notes = []
     if cut:

@@ -76,11 +76,11 @@ class AssistantOptions(FinetuneOptions):
     """Low-rank adapters."""
 
     def origin(self) -> dict[str, Any]:
-        """What a resumed run must begin with too."""
+        """Return the values with which a resumed run must begin too."""
         return super().origin() | {"lora": asdict(self.lora)}
 
     def rate(self, full: float, adapters: float) -> float:
-        """The learning rate that was given, or else one for all weights or one for adapters."""
+        """Return the given learning rate, or else one for all weights or one for adapters."""
         return given(self.learning_rate, adapters if self.lora.rank else full)
 
 
@@ -99,8 +99,8 @@ class FinetuneTask:
 
 
 def epoch_settings(recipe: Any, data: Any, rates: tuple[float, float], **different: Any) -> Settings:
-    """The settings of a recipe that passes over its examples. rates: those of all weights and of adapters where none is
-    given; `different` are the fields in which the recipe differs."""
+    """Return the settings of a recipe that passes over its examples. rates: the defaults for all weights and for
+    adapters; `different` are the fields in which the recipe differs."""
     steps = recipe.total_steps(data.steps_per_epoch)
     warmup = round(recipe.warmup * steps)
     return recipe.settings(steps, learning_rate=recipe.rate(*rates), warmup=warmup, **different)
@@ -147,7 +147,7 @@ class RankedOptions(AssistantOptions):
 
 
 def open_model(name: str, template: Template) -> tuple[Any, Tokenizer]:
-    """A causal model and its tokenizer, with the chat template that was chosen; adapters are worked into it."""
+    """Load a causal model and its tokenizer with the chosen chat template; adapters are merged."""
     model, tokenizer = checkpoints.load(name)
     causal(merge(model))
     if tokenizer is None:
@@ -156,7 +156,7 @@ def open_model(name: str, template: Template) -> tuple[Any, Tokenizer]:
 
 
 def with_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
-    """The tokenizer with that template; one whose tokens it lacks is a `UserError`."""
+    """Return the tokenizer with that template; a template whose tokens it lacks is a `UserError`."""
     if template == "own" and tokenizer.chat_template:
         return tokenizer
     if template == "chatml":
@@ -167,7 +167,7 @@ def with_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
 
 
 def padding(tokenizer: Tokenizer, texts: Sequence[Sequence[int]]) -> Tokenizer:
-    """The tokenizer with a padding token in which none of these texts ends, so that the end of one can be told.
+    """Return the tokenizer with a padding token in which none of these texts ends, so that their ends are visible.
 
     Where it has none, another of its special tokens is taken; where no other is, it stays without.
     """
@@ -190,7 +190,7 @@ def row_length(model: Any, wanted: int | None) -> int:
 
 
 def to_train(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
-    """The model with new adapters, all else frozen; or with all its weights in float32, apart from their file."""
+    """Add new adapters and freeze the rest; or unfreeze all weights, copied in float32 from the file's map."""
     torch.manual_seed(seed)
     if lora.rank:
         return adapt(model, lora.targets, LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.dora))
@@ -200,8 +200,8 @@ def to_train(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
 
 
 def reference_model(model: nn.Module, lora: Lora) -> nn.Module:
-    """What a model that will be trained begins as: a frozen copy, or with adapters the model itself, which they leave
-    as it is (see `unadapted`)."""
+    """Return the model before training: a frozen copy, or with adapters the model itself, which they do not change (see
+    `unadapted`)."""
     return model if lora.rank else copy.deepcopy(model).float().requires_grad_(False)
 
 
@@ -217,7 +217,7 @@ def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> tuple[li
 
 
 def save_result(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: str) -> None:
-    """Writes what was trained: a whole model, or adapters beside the name of their base; the tokenizer either way."""
+    """Write the result: a whole model, or adapters with the name of their base; the tokenizer either way."""
     if next(adapters(model), None) is None:
         checkpoints.save(model, tokenizer, directory)
         return
@@ -259,7 +259,7 @@ def ranked_examples(
 
 
 def sample_answer(tokenizer: Tokenizer, ranked: RankedResponses, place: int) -> TurnMasks:
-    """A prompt with one of its answers; only that is learned, not what the assistant said before."""
+    """Render a prompt with one of its answers; only that is learned, not the assistant's earlier turns."""
     said = {"role": "assistant", "content": ranked.answers[place]}
     ids, own = tokenizer.render_turns([*ranked.prompt, said])
     begins = max((i + 1 for i, (before, after) in enumerate(pairwise(own)) if after and not before), default=0)
@@ -305,7 +305,7 @@ class RolloutOptions(AssistantOptions):
     """Updates in which the learning rate rises from 0."""
 
     def plan(self, group: int) -> RolloutPlan:
-        """The plan of a rollout with `group` responses to each prompt."""
+        """Return the plan of a rollout with `group` responses to each prompt."""
         return RolloutPlan(
             self.prompts, group, self.max_tokens, self.temperature, self.seed, self.minibatches, self.epochs
         )
@@ -357,8 +357,8 @@ class RolloutTask(FinetuneTask):
 
 
 def rollout_settings(recipe: RolloutOptions, steps: int, **different: Any) -> Settings:
-    """The settings of a recipe that learns from sampled responses; every update has a line of metrics. Ratios of
-    probabilities lie close to 1, which takes float32."""
+    """Return the settings of a recipe that learns from sampled responses; every update has a line of metrics. Ratios of
+    probabilities are close to 1, so they are computed in float32."""
     return recipe.settings(steps, schedule="constant", precision="float32", log_every=1, keep_best=False, **different)
 
 
@@ -401,7 +401,7 @@ def measured(names: Sequence[str]) -> dict[str, RewardOptions]:
 
 
 def print_sentence(watched: DivergenceMonitor, figures: Mapping[str, float], out: Path) -> None:
-    """Prints the last figures beside their normal ranges, how held-out prompts are answered, and where the model is."""
+    """Print the last figures with their normal ranges, the answers to held-out prompts, and the model's folder."""
     print(f"The last figures, each beside its normal range:\n{watched.table(figures)}")
     if (mean := figures.get("validation_reward")) is not None:
         print(f"The likeliest answers to held-out prompts have a mean reward of {mean:.3g}.")

@@ -65,7 +65,7 @@ class Task(FinetuneTask):
 
 
 def prepare(recipe: Recipe) -> Task:
-    """Loads the model, reads the preferences, and computes the log-probabilities of the reference model."""
+    """Load the model, read the preferences, and compute the log-probabilities of the reference model."""
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = common.row_length(model, recipe.context_length)
     told = "pairs are", "has "
@@ -83,8 +83,8 @@ def pairs(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Pair]:
 
 
 def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad_id: int) -> Tensor:
-    """The log-probabilities of both answers of each pair, [pairs, 2], under a model whose training begins; similar
-    lengths are computed together. Where processes share the model, each reads and holds its part."""
+    """Return the log-probabilities of both answers of each pair, [pairs, 2], under the untrained model; similar lengths
+    are computed together. If processes share the model, each computes its part."""
     module = current().split(ObjectiveModule(model))
     order = sorted(range(len(found)), key=lambda place: max(len(each.ids) for each in found[place]))
     values = torch.zeros(len(found), 2)

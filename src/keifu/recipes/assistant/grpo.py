@@ -46,7 +46,7 @@ class Recipe(RolloutOptions):
 
 
 def prepare(recipe: Recipe) -> RolloutTask:
-    """Loads the model and the reward, reads or makes the prompts, and keeps what the model began with."""
+    """Load the model and the reward, read or make the prompts, and keep the reference model."""
     by = common.make_rewards(recipe.reward)
     parts = recipe.parts()
     model, tokenizer = open_model(recipe.model, recipe.template)
@@ -57,7 +57,7 @@ def prepare(recipe: Recipe) -> RolloutTask:
 
 
 def settings(recipe: Recipe) -> Settings:
-    """The training loop's settings."""
+    """Return the training loop's settings."""
     rows, rate = recipe.prompts * recipe.group // recipe.minibatches, recipe.rate(1e-6, 2e-5)
     return common.rollout_settings(recipe, recipe.steps, batch_size=rows, learning_rate=rate, warmup=recipe.warmup)
 

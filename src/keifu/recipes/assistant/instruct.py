@@ -72,7 +72,7 @@ class Phase(NamedTuple):
 
 
 def phases(recipe: Recipe, out: Path) -> Iterator[Phase]:
-    """The three steps in their folders, each beginning with what stands in those before."""
+    """Return the three steps in their folders; each begins with the results of those before."""
     tuned, judge = out / "sft", out / "reward"
     yield Phase("sft", replace(recipe.sft, model=recipe.model), first.run, tuned)
     yield Phase("reward", replace(recipe.reward, model=str(tuned)), second.run, judge)
@@ -80,7 +80,7 @@ def phases(recipe: Recipe, out: Path) -> Iterator[Phase]:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Makes all three steps, or those that are left, and one report of them."""
+    """Run all three steps, or those that are left, and write one report of them."""
     steps = [*phases(recipe, out)]
     done = read_json_object(out / PHASES) if resume and (out / PHASES).is_file() else {}
     for phase in steps:
@@ -139,7 +139,7 @@ def check(phase: Phase, done: dict[str, dict[str, Any]]) -> None:
 
 
 def summary(steps: list[Phase]) -> str:
-    """A line for each step, of its last figures."""
+    """Return a line for each step with its last figures."""
     shown = {"sft": ("validation_loss",), "reward": ("validation_accuracy", "validation_loss")}
     shown["ppo"] = ("reward", "kl", "validation_reward", "validation_kl", "validation_length", "validation_text_loss")
     lines = []

@@ -122,7 +122,7 @@ class Task(RolloutTask):
 
 
 def prepare(recipe: Recipe) -> Task:
-    """Loads policy and reward, reads the prompts and the text, and keeps what the policy began with."""
+    """Load policy and reward, read the prompts and the text, and keep the reference model."""
     own = {each.name: vars(recipe)[each.name] for each in fields(PPOSettings) if each.name in vars(recipe)}
     rule = PPOSettings(**own, text_weight=recipe.text.weight)
     by = common.make_rewards(recipe.reward)
@@ -139,7 +139,7 @@ def prepare(recipe: Recipe) -> Task:
 
 
 def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Tokenizer) -> Any:
-    """The value model, ready to be trained, apart from whatever it begins as."""
+    """Return the value model, ready for training, as a copy of the model that it starts from."""
     chosen = common.make_rewards(recipe.value) if recipe.value not in (None, POLICY) else by
     if recipe.value == POLICY or chosen.model is None:
         if recipe.value not in (None, POLICY):
@@ -162,7 +162,7 @@ def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Token
 
 
 def pretraining_mix(recipe: Recipe, policy: Any, tokenizer: Tokenizer) -> PretrainingMix | None:
-    """The pretraining text as windows of the policy's tokens; None where there is none."""
+    """Return the pretraining text as windows of the policy's tokens; None if there is none."""
     text = recipe.text
     if text.data is None or not text.weight:
         return None
@@ -172,7 +172,7 @@ def pretraining_mix(recipe: Recipe, policy: Any, tokenizer: Tokenizer) -> Pretra
 
 
 def settings(recipe: Recipe) -> Settings:
-    """The training loop's settings."""
+    """Return the training loop's settings."""
     updates = recipe.minibatches * recipe.epochs
     steps = recipe.steps or recipe.rollouts * updates
     rate = recipe.rate(5e-6, 5e-5)

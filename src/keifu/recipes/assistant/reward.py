@@ -62,7 +62,7 @@ class Task(FinetuneTask):
 
 
 def prepare(recipe: Recipe) -> Task:
-    """Loads the model, gives it a head, and reads the rankings."""
+    """Load the model, add a head, and read the rankings."""
     require_whole()
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = common.row_length(model, recipe.context_length)
@@ -77,13 +77,13 @@ def prepare(recipe: Recipe) -> Task:
 
 
 def require_whole() -> None:
-    """A `UserError` where the model is split over processes: it is saved with a bias that its own scores give."""
+    """Refuse a model that is split over processes: its saved bias comes from its own scores."""
     if not current().is_replicated:
         raise UserError("A reward model is trained whole on each process: leave out --mesh.shard and --mesh.tensor.")
 
 
 def with_score_head(decoder: Any, lora: Lora, seed: int) -> task_head.ModelWithHead:
-    """The decoder, or adapters on it, and a new head for a score, ready to be trained."""
+    """Return the decoder, or adapters on it, and a new head for a score, ready for training."""
     config = task_head.Config(decoder.config, "score", ("reward",), classifier_dropout=0.0)
     common.to_train(decoder, lora, seed)
     model = task_head.add_head(decoder, config).to(choose())
@@ -93,7 +93,7 @@ def with_score_head(decoder: Any, lora: Lora, seed: int) -> task_head.ModelWithH
 
 
 def ranking_of(tokenizer: Tokenizer, ranked: RankedResponses) -> Ranking:
-    """The answers with their prompt, whole: the score is read behind the last token."""
+    """Return the answers with their prompt, whole: the score is read after the last token."""
     turns = [sample_answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
     return Ranking([each._replace(learned=[True] * len(each.ids)) for each in turns], list(ranked.levels))
 
@@ -120,7 +120,7 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
 
 
 def leave(task: Task, directory: Path) -> None:
-    """Writes the model, whole and with the bias that makes the demonstrations zero, and how far it can be believed."""
+    """Write the model, whole and with the bias that makes the demonstrations zero, and its accuracy."""
     model: Any = merge(copy.deepcopy(task.model))  # what is trained stays as it is
     task_head.shift(model, -float(scores_of(model, task.demonstrations, task.tokenizer.pad_id or 0).mean()))
     checkpoints.save(model, task.tokenizer, directory)

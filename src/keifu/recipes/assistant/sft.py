@@ -64,7 +64,7 @@ class Task(FinetuneTask):
 
 
 def prepare(recipe: Recipe) -> Task:
-    """Loads the model, reads the conversations and renders them."""
+    """Load the model, read the conversations and render them."""
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = common.row_length(model, recipe.context_length)
     training, held = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
@@ -104,7 +104,7 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
 
 
 def answers(task: Task) -> str:
-    """What the model says to the first questions that were held out."""
+    """Return the model's answers to the first held-out questions."""
     told = []
     for conversation in task.shown:
         asked = next(message["content"] for message in conversation if message["role"] == "user")

@@ -122,7 +122,7 @@ def labels_of(training: Examples) -> tuple[str, ...]:
 
 
 def ready(recipe: Recipe, training: Examples, held: Examples) -> Task:
-    """The task of these rows; all labels must be among those to learn from, two at least."""
+    """Make the task of these rows; all labels must be among those to learn from, two at least."""
     labels = labels_of(training)
     torch.manual_seed(recipe.seed)
     model, tokenizer = start_model(recipe, labels, training.texts)
@@ -131,7 +131,7 @@ def ready(recipe: Recipe, training: Examples, held: Examples) -> Task:
 
 
 def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...]) -> tuple[Any, Tokenizer]:
-    """A model with a head for these labels: new, or with the weights of the one that the recipe begins with."""
+    """Return a model with a head for these labels: new, or with the weights of the model to start from."""
     heads: dict[str, Any] = {"pooled": True, "words": False, "next_sentence": False, "labels": labels}
     heads["sentence_head"] = False
     if recipe.model == SCRATCH:

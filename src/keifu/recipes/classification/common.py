@@ -63,7 +63,7 @@ def check_cut(cut: int | None, least: int, limit: int) -> None:
 def encode(
     recipe: TableOptions, model: Any, tokenizer: Tokenizer, training: Examples, held: Examples, kind: type[EncodedTexts]
 ) -> Task:
-    """The task of these examples; all labels must be among the model's own. kind: what holds the model's rows."""
+    """Make the task of these examples; all labels must be among the model's own. kind: the class of its batches."""
     judge = text_classifier(model, tokenizer)
 
     def as_ids(part: Examples) -> tuple[EncodedTexts, int]:

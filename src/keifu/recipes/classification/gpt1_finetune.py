@@ -67,7 +67,7 @@ class Recipe(TableOptions):
 
 
 def prepare(recipe: Recipe) -> Task:
-    """Reads the tables that the recipe names, holds rows out where there is one, and readies the model."""
+    """Read the tables that the recipe names, hold rows out if there is one, and prepare the model."""
     form = input_formats.form_of(recipe.form)
     columns = recipe.columns, recipe.label, recipe.encoding
     table = input_formats.read_examples(recipe.data, form, *columns)
@@ -77,7 +77,7 @@ def prepare(recipe: Recipe) -> Task:
 
 
 def ready(recipe: Recipe, training: Examples, held: Examples) -> Task:
-    """The task of these examples; all labels must be among those to learn from, two at least."""
+    """Make the task of these examples; all labels must be among those to learn from, two at least."""
     labels, answers = training.classes, input_formats.form_of(recipe.form).answers
     if len(labels) < 2:
         raise UserError(f"There is nothing to tell apart in {training.source}: every label is {', '.join(labels)!r}.")
@@ -99,7 +99,7 @@ def _check_labels(held: Examples, labels: tuple[str, ...]) -> None:
 
 
 def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.ModelWithHead, Tokenizer]:
-    """The decoder that the recipe names, with rows for the special tokens and a new head; and its tokenizer.
+    """Load the decoder that the recipe names, with rows for the special tokens and a new head; and its tokenizer.
 
     Of a decoder that was fine-tuned before, the head is left behind.
     """

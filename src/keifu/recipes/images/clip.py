@@ -109,7 +109,7 @@ class Task:
 
 
 def prepare(recipe: Recipe) -> Task:
-    """Reads the pictures, holds some out, learns the tokenizer from the captions of the others, builds the model."""
+    """Read the pictures, hold some out, learn the tokenizer from the captions of the others, and build the model."""
     torch.manual_seed(recipe.training.seed)
     loaded, given = checkpoints.load(recipe.start_from, torch.float32) if recipe.start_from else (None, None)
     pixels = retrieval.two_towers(loaded).config.pixels if loaded else pixels_of(recipe)
@@ -127,7 +127,7 @@ def prepare(recipe: Recipe) -> Task:
 
 
 def pixels_of(recipe: Recipe) -> clip.Pixels:
-    """What pictures become for a new model."""
+    """Return the format of pictures for a new model."""
     if recipe.tower == "resnet":
         size = recipe.resnet.image_size
         if size < 64:  # the last batch norms would see one number a picture
@@ -153,7 +153,7 @@ def _tokenizer(recipe: Recipe, pictures: ImageDataset) -> Tokenizer:
 
 
 def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: ImageDataset, limit: int) -> Tokens | None:
-    """The captions of some pictures as ids, padded to one length: [language, picture, length]; None without any."""
+    """Encode the captions, padded to one length: [language, picture, length]; None without any pictures."""
     if not len(pictures):
         return None
     texts = [text for language in recipe.languages for text in pictures.texts(language)]

@@ -145,7 +145,7 @@ class TextToImageTask:
 
 
 def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = None) -> ImageSplit:
-    """The pictures of the recipe in its size, held-out ones apart; says what they are."""
+    """Read the pictures in the recipe's size, split them, and print their number."""
     parts = split(read_images(recipe.data, recipe.size, channels))
     print(parts.train.sentence(), parts.sentence(), flush=True)
     return parts
@@ -155,7 +155,7 @@ Made = TypeVar("Made")
 
 
 def of_both(parts: ImageSplit, make: Callable[[ImageDataset], Made]) -> tuple[Made, Made | None]:
-    """What is made of the pictures to learn from, and of those for validation, if there are any."""
+    """Apply `make` to the pictures to learn from, and to those for validation, if there are any."""
     return make(parts.train), make(parts.validation) if len(parts.validation) else None
 
 
@@ -185,8 +185,8 @@ def train_part(
     budget: Budget, *, title: str, paper: str, options: Mapping[str, Any], batch_size: int,
     of_steps: Callable[[Data, int], Data] = lambda data, steps: data, **different: Any,
 ) -> Any:  # fmt: skip
-    """A part that learns from pictures alone, of which the recipe may flip every second one, trained into a folder of
-    the run, frozen. A tenth of its steps lies between two validations, samples and checkpoints.
+    """Train a part that learns from pictures alone into a folder of the run, and freeze it. The recipe may flip every
+    second picture. A tenth of its steps is between two validations, samples and checkpoints.
 
     options: what decides the result beside the model's Config and the settings. of_steps: the data of a run of so many
     steps. different: the fields of `Settings` in which a part differs.
@@ -215,14 +215,14 @@ def train_part(
 
 @torch.no_grad()
 def encode_pictures(model: nn.Module, encode: Callable[[Tensor], Tensor], pictures: ImageDataset) -> Tensor:
-    """What a network makes of the bytes of pictures, some at a time: computed once."""
+    """Encode pictures by a network in batches: computed once."""
     device = next(model.parameters()).device
     return torch.cat([encode(pixels.to(device)).cpu() for pixels in pictures.batches(BATCH)])
 
 
 def before_and_after(model: nn.Module, parts: ImageSplit) -> Callable[[int], bytes]:
-    """Samples of a model that makes pictures of pictures: some that were held out, where there are some, above what
-    comes back of them."""
+    """Make samples of a model that reconstructs pictures: held-out ones, if there are any, above their
+    reconstructions."""
     part = parts.validation if len(parts.validation) else parts.train
     some = part.take(slice(0, SHOWN))
 
@@ -235,7 +235,7 @@ def before_and_after(model: nn.Module, parts: ImageSplit) -> Callable[[int], byt
 
 
 def show(out: Path) -> None:
-    """Puts the curves of parts that are done and their last pictures beside the report of the run that follows."""
+    """Add the curves and the last pictures of finished parts to the report of the run that follows."""
     charts = []
     for name, directory in ((name, out / folder) for folder, name in PARTS.items() if (out / folder).exists()):
         lines = metrics.last_metrics(metrics.read(directory))

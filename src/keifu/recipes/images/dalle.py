@@ -88,14 +88,14 @@ class Recipe(common.TextToImageOptions):
             raise UserError(f"text_weight is a share from 0 to 1, and it is {self.text_weight}.")
 
     def vae(self, channels: int) -> discrete_vae.Config:
-        """The autoencoder's Config for pictures of so many channels."""
+        """Return the autoencoder's Config for pictures of that many channels."""
         return discrete_vae.Config(
             size=self.size, channels=channels, codebook_size=self.codebook_size, widths=self.vae_widths,
             n_residual_blocks=1, code_dim=self.code_dim,
         )  # fmt: skip
 
     def ramps(self, steps: int) -> dict[str, Ramp]:
-        """What changes from step to step: β rises in a tenth of them."""
+        """Return the schedule of the loss: β rises in a tenth of the steps."""
         return {
             losses.TEMPERATURE: Ramp(*TEMPERATURES, round(self.anneal * steps)),
             losses.KL_WEIGHT: Ramp(0.0, self.kl_weight, steps // 10),
@@ -127,7 +127,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
 
 
 def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: discrete_vae.Config) -> dalle.Config:
-    """The whole model's Config."""
+    """Return the whole model's Config."""
     if recipe.dim % recipe.n_heads:
         raise UserError(f"dim {recipe.dim} does not part into {recipe.n_heads} heads: change one of the two.")
     return dalle.Config(
@@ -137,7 +137,7 @@ def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: disc
 
 
 def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> discrete_vae.DiscreteVAE:
-    """The autoencoder, trained into a folder of the run, frozen; its rate falls to an eightieth, as in appendix A.2."""
+    """Train the autoencoder into a folder of the run, and freeze it; its rate falls to an eightieth (appendix A.2)."""
     return common.train_part(
         recipe, out / common.DISCRETE, resume, partial(discrete_vae.build, recipe.vae(parts.train.shape[0])),
         losses.discrete_vae_loss, parts, Budget(recipe.vae_steps, recipe.vae_minutes),

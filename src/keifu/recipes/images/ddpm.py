@@ -157,7 +157,7 @@ class Task:
 
 
 def prepare(recipe: Recipe) -> Task:
-    """Reads the pictures, holds some out, and builds the network; unset options must have been resolved."""
+    """Read the pictures, hold some out, and build the network; unset options must have been resolved."""
     started = load_start(recipe.start_from, ddpm.Config)[0] if recipe.start_from else None
     size, channels = (started.config.size, started.config.channels) if started else (recipe.size, recipe.channels)
     pictures = read_images(recipe.data, size, channels, recipe.fit)
@@ -190,7 +190,7 @@ def check_classes(known: Sequence[str], given: Sequence[str], recipe: Recipe) ->
 
 
 def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Config:
-    """The network's Config; as many groups of its norms as divide every level, each of 4 channels at least."""
+    """Return the network's Config; its norms have the most groups that divide every level, of at least 4 channels."""
     full = vars(recipe)
     widths = [full["dim"] * multiplier for multiplier in full["multipliers"]]
     groups = math.gcd(32, max(1, full["dim"] // 4), *widths)
@@ -204,7 +204,7 @@ def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Con
 
 
 def settings(recipe: Recipe, steps: int) -> Settings:
-    """The training loop's settings for so many steps."""
+    """Return the training loop's settings for that many steps."""
     paper = {"schedule": "constant", "warmup": min(5000, steps // 10), "weight_decay": 0.0, "betas": (0.9, 0.999)}
     different = paper if recipe.recipe_of == "paper" else {}
     return image_settings(recipe, steps, **different, **keeps_best(recipe.start_from))

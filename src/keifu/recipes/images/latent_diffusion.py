@@ -110,7 +110,7 @@ class Recipe(common.TextToImageOptions):
         return Budget(self.steps, self.minutes + (self.autoencoder_minutes if self.space == "pixels" else 0.0))
 
     def autoencoder(self, channels: int) -> autoencoder_kl.Config:
-        """The autoencoder's Config for pictures of so many channels."""
+        """Return the autoencoder's Config for pictures of that many channels."""
         widths = self.autoencoder_widths
         return autoencoder_kl.Config(
             size=self.size, channels=channels, latent_channels=self.latent_channels, widths=widths,
@@ -177,7 +177,8 @@ def task_of(
 def model_config(
     recipe: Recipe, text: clip_text.Config, autoencoder: autoencoder_kl.Config | None, channels: int
 ) -> latent_diffusion.Config:
-    """The whole model's Config; as many groups of the U-Net's norms as divide every level, of 4 channels at least."""
+    """Return the whole model's Config; the U-Net's norms have the most groups that divide every level, of 4 channels at
+    least."""
     full: dict[str, Any] = vars(recipe)
     widths, attention = full["widths"], full["attention"]
     if wrong := [level for level in attention if not 0 <= level < len(widths)]:
@@ -209,7 +210,7 @@ def caption_batches(
 
 
 def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:
-    """The autoencoder, trained into a folder of the run, with the scale that gives its latents a variance of 1."""
+    """Train the autoencoder into a folder of the run, with the scale that gives its latents a variance of 1."""
     loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
     budget = Budget(recipe.autoencoder_steps, recipe.autoencoder_minutes)
     found = common.train_part(
@@ -224,8 +225,8 @@ def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -
 
 
 def set_scale(found: Any, pictures: ImageDataset) -> autoencoder_kl.AutoencoderKL:
-    """A trained autoencoder, whose `scale` is one over the standard deviation of the latents of these pictures,
-    or of some spread over them (Rombach et al., 2022, appendix G)."""
+    """Return the autoencoder with its `scale`: one over the standard deviation of the latents of these pictures, or of
+    some spread over them (Rombach et al., 2022, appendix G)."""
     one = replace(found.config, scale=1.0)
     seen = encode_dataset(found, one.scale, pictures.chosen(range(0, len(pictures), 1 + len(pictures) // MEASURED)))
     variance = seen.mean.var() + seen.deviation.square().mean()
@@ -234,7 +235,7 @@ def set_scale(found: Any, pictures: ImageDataset) -> autoencoder_kl.AutoencoderK
 
 
 def encode_dataset(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: ImageDataset) -> EncodedImages:
-    """The latents of pictures as diffusion sees them, computed once."""
+    """Encode pictures as the latents of the diffusion, computed once."""
 
     def mean_and_deviation(pixels: Tensor) -> Tensor:
         found = model.encode(to_signed(pixels))

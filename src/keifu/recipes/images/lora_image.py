@@ -112,7 +112,7 @@ class Task(TextToImageTask):
 
 
 def prepare(recipe: Recipe) -> Task:
-    """Loads the model, encodes the pictures and their captions, and attaches the adapters."""
+    """Load the model, encode the pictures and their captions, and attach the adapters."""
     painter = open_pipeline(recipe.model)
     model: Any = painter.model
     parts = with_words(recipe, read(recipe, painter))
@@ -131,7 +131,7 @@ def prepare(recipe: Recipe) -> Task:
 
 
 def open_pipeline(name: str) -> LatentDiffusionPipeline:
-    """The model as one that draws from a text by removing noise; any other is a `UserError`."""
+    """Return the model as a text-to-image diffusion model; any other is a `UserError`."""
     model, tokenizer = checkpoints.load(name, torch.float32)
     found = image_pipeline(model.eval(), lambda: tokenizer)
     if not isinstance(found, LatentDiffusionPipeline) or found.model.config.masked:
@@ -140,7 +140,7 @@ def open_pipeline(name: str) -> LatentDiffusionPipeline:
 
 
 def read(recipe: Recipe, painter: LatentDiffusionPipeline) -> ImageSplit:
-    """The pictures in the model's size, those to learn from limited."""
+    """Read the pictures in the model's size; those to learn from are limited."""
     model = painter.model
     sides = (recipe.size, recipe.size) if recipe.size else model.config.size
     if sides is None or sides[0] != sides[1]:
@@ -157,7 +157,7 @@ def read(recipe: Recipe, painter: LatentDiffusionPipeline) -> ImageSplit:
 
 
 def with_words(recipe: Recipe, parts: ImageSplit) -> ImageSplit:
-    """The parts with the captions that are learned and no others, the words before each."""
+    """Return the parts with the captions that are learned and no others, with the words before each."""
 
     def change(part: ImageDataset) -> ImageDataset:
         if not part.captions:
@@ -172,7 +172,7 @@ def with_words(recipe: Recipe, parts: ImageSplit) -> ImageSplit:
 
 
 def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]:
-    """The layers that get an adapter, and which."""
+    """Return the layers that get an adapter, and their names."""
     found = dict[Target, LoraSettings]()
     sides = {"unet": (recipe.rank, recipe.targets), "text_encoder": (recipe.text_rank, recipe.text_targets)}
     for part, (rank, targets) in sides.items():
@@ -184,7 +184,7 @@ def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]
 
 
 def settings(recipe: Recipe) -> Settings:
-    """The training loop's settings."""
+    """Return the training loop's settings."""
     often = max(1, recipe.steps // 10)
     every = {"evaluate_every": often, "sample_every": max(1, recipe.steps // 4), "save_every": often}
     warmup = min(50, recipe.steps // 10)

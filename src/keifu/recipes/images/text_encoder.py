@@ -26,7 +26,7 @@ Tokens = tuple[torch.Tensor, torch.Tensor | None]  # of captions to learn from, 
 def two_towers_of(
     recipe: TextToImageOptions, parts: ImageSplit, out: Path, resume: bool
 ) -> tuple[clip.Clip, Tokenizer, Tokens]:
-    """The CLIP, trained into a folder of the run where none is given, its tokenizer, and the captions by that."""
+    """Load the CLIP, or train it into a folder of the run; return it with its tokenizer and the encoded captions."""
     place = Path(recipe.clip) if recipe.clip else out / CLIP
     if not recipe.clip:
         _train(recipe, place, is_resuming(place, resume))
@@ -58,7 +58,7 @@ def _train(recipe: TextToImageOptions, place: Path, resume: bool) -> None:
 
 
 def text_conditioned(model: clip.Clip) -> clip_text.TextTower:
-    """The text tower without its projection, frozen: every token's hidden state is what a U-Net looks at."""
+    """Return the text tower without its projection, frozen: a U-Net attends to every token's hidden state."""
     tower = clip_text.TextTower(replace(model.config.text, projected=False))
     kept = {name: tensor for name, tensor in model.text.state_dict().items() if not name.startswith("projection")}
     tower.load_state_dict(kept)
@@ -68,8 +68,8 @@ def text_conditioned(model: clip.Clip) -> clip_text.TextTower:
 def caption_tokens(
     tokenizer: Tokenizer, length: int, parts: ImageSplit, languages: tuple[str, ...], truncate: bool
 ) -> Tokens:
-    """The captions for training and for validation as ids, padded as they are when a model draws: [language, picture,
-    length]; None where there is no picture."""
+    """Encode the captions for training and for validation, padded as for drawing: [language, picture, length]; None
+    without pictures."""
 
     def tokens(part: ImageDataset) -> torch.Tensor:
         return torch.stack([text_tokens(tokenizer, part.texts(each), length, truncate) for each in languages])

@@ -48,7 +48,8 @@ from keifu.training.objectives.diffusion import DiffusionLoss, add_draws
 
 
 def model_config(recipe: Any, towers: clip.Config) -> unclip.Config:
-    """The whole model's Config around a CLIP's; as many groups of norms as divide every level, of 4 channels each."""
+    """Return the whole model's Config around a CLIP's; its norms have the most groups that divide every level, of 4
+    channels."""
     text, image, widths = towers.text, cast(clip_image.Config, towers.image), recipe.widths
     if "patch_size" not in vars(image) or text.dim != text.embedding_dim:
         raise UserError(
@@ -183,7 +184,7 @@ def _check_sizes(recipe: Recipe, model: unclip.Unclip) -> None:
 
 
 def _visible_images(recipe: Recipe, towers: clip.Clip, parts: ImageSplit) -> ImageSplit:
-    """The same pictures in the size that CLIP sees."""
+    """Read the same pictures in the size that CLIP sees."""
     seen = split(read_images(recipe.data, towers.config.pixels.crop, 3))
     assert (seen.train.names, seen.validation.names) == (parts.train.names, parts.validation.names)
     return seen
@@ -207,7 +208,7 @@ def _objective(recipe: Recipe, model: unclip.Unclip, tokenizer: Tokenizer) -> lo
 
 
 def complete_config(model: unclip.Unclip) -> unclip.Unclip:
-    """The model with the upsampler that it has learned for the last step too."""
+    """Return the model with the trained upsampler for the last step too."""
     if model.config.last_upsampler is not None:
         model.last_upsampler.load_state_dict(model.upsampler.state_dict())
     return model

@@ -100,7 +100,7 @@ def fill_samples(model: nn.Module, tokenizer: Tokenizer, gaps: tuple[str, ...]) 
 
 
 def _begin(recipe: Recipe, out: Path) -> tuple[Any, Tokenizer]:
-    """The model to train and its tokenizer: new, or loaded, with the heads that the rows need."""
+    """Return the model to train and its tokenizer: new, or loaded, with the heads that the rows need."""
     pairs = recipe.masking.sentence_pairs
     torch.manual_seed(recipe.training.seed)
     if recipe.start_from is None:

@@ -53,11 +53,11 @@ class TextOptions:
         return TextFormat(self.text_field, self.encoding)
 
     def reading(self) -> dict[str, Any]:
-        """These options alone, by name."""
+        """Return these options alone, by name."""
         return {each.name: getattr(self, each.name) for each in fields(TextOptions)}
 
     def shards(self, data: str, tokenizer: Tokenizer) -> Shards:
-        """The ids of both parts of a text, or of a folder of shards (keifu data prepare)."""
+        """Return the ids of both parts of a text, or of a folder of shards (keifu data prepare)."""
         if is_prepared(data):
             return open_prepared(data, self.held_out)
         return prepare(data, tokenizer, held_out=self.held_out, form=self.form, validation=self.validation_data)
@@ -85,21 +85,21 @@ class Task:
     shards: Shards
 
     def facts(self) -> dict[str, Any]:
-        """What the report says of it."""
+        """Return the facts for the report."""
         counts = {f"{part} tokens": self.shards.index[part]["tokens"] for part in ("training", "validation")}
         facts = {"source": self.text.data, "fingerprint": self.shards.fingerprint, **counts}
         return facts | {"bytes per token": round(self.shards.bytes_per_token, 3)}
 
 
 def prepare_text(text: Text, out: Path | None = None, **options: Any) -> Task:
-    """Fetches, learns the tokenizer (with these options of learning) and tokenises, each once: what was made before is
-    found again. `out`: the folder of the run, which keeps the tokenizer that it learned."""
+    """Fetch the text, learn the tokenizer (with these options of learning) and tokenise, each once. `out`: the folder
+    of the run, which keeps the learned tokenizer."""
     tokenizer = tokenizer_of(text, out, **options)
     return Task(text, tokenizer, text.shards(text.data, tokenizer))
 
 
 def tokenizer_of(text: Text, out: Path | None = None, **options: Any) -> Tokenizer:
-    """The tokenizer that a text names, or the one that it asks to be learned, with these options of learning.
+    """Return the tokenizer that a text names, or learn one, with these options of learning.
 
     One that belongs to another model keeps its vocabulary alone: a model that begins to learn is no chat model.
     """
@@ -190,8 +190,8 @@ class Options(Logging):
         return round(part * self.steps)
 
     def settings(self, **chosen: Any) -> Settings:
-        """These settings, with a tenth of the run or more between two samples or states, half of that between two
-        validations."""
+        """Return these settings, with at least a tenth of the run between two samples or states, and half of that
+        between two validations."""
         tenth = self.share(0.1)
         every = {"evaluate_every": max(50, self.share(0.05)), "sample_every": max(50, tenth)}
         return Settings(**self.loop(**every, save_every=max(100, tenth), **chosen))
@@ -206,8 +206,8 @@ def muon_settings(recipe: Any, steps: int) -> dict[str, Any]:
 
 
 def settings_of(recipe: Logging, steps: int, batch_size: int, **usual: Any) -> Settings:
-    """The usual settings, and in their place the recipe's options, for so many steps: 20 validations, 10 samples and
-    states, fewer of a short run."""
+    """Return the usual settings, changed by the recipe's options, for that many steps: 20 validations, 10 samples and
+    states, fewer in a short run."""
     every = {"evaluate_every": max(50, steps // 20), "sample_every": max(50, steps // 10)}
     every["save_every"] = max(100, steps // 10)
     return Settings(**recipe.loop(steps=steps, batch_size=batch_size, **every, **usual))

@@ -71,7 +71,7 @@ class Recipe(TextOptions, Logging):
 
 
 def model_config(depth: int, vocab_size: int, context_length: int | None = None) -> llama.Config:
-    """The model at one setting of the dial."""
+    """Return the model's config at one setting of the dial."""
     dim = HEAD_DIM * depth
     return llama.Config(
         vocab_size=vocab_size,
@@ -109,7 +109,7 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
 
 
 def prepare(recipe: Recipe, out: Path | None = None) -> tuple[Task, llama.Config, Settings]:
-    """The text, the model's config and the settings that the dial gives."""
+    """Return the text, the model's config and the settings that the dial gives."""
     vocab_size = recipe.vocab_size or min(32_768, 2048 * recipe.depth)
     task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()), out)
     config = model_config(recipe.depth, task.tokenizer.vocab_size, recipe.context_length)
@@ -125,13 +125,14 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def start_model(name: str) -> tuple[Any, Any]:
-    """A language model to train on, in float32, with adapters worked into it; and its tokenizer."""
+    """Load a language model to train on, in float32, with adapters merged; and its tokenizer."""
     loaded, tokenizer = checkpoints.load(name, torch.float32)
     return causal(merge(loaded).requires_grad_(True)), tokenizer
 
 
 def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
-    """The same for a model that is there: its weights, sizes and tokenizer, and rows as long as the dial or it has."""
+    """Return the same for a given model: its weights, sizes and tokenizer, and rows as long as the dial or the model
+    has."""
     model, tokenizer = start_model(name)
     most = model.config.context_length
     row = recipe.context_length or min(most, usual_context(recipe.depth))

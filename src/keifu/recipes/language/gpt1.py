@@ -81,7 +81,7 @@ WAYS: dict[str, tuple[Callable[[Recipe, int, int], Settings], int, float]] = {  
 
 
 def choose_settings(recipe: Recipe, training_tokens: int) -> Settings:
-    """The settings for a text of so many tokens."""
+    """Return the settings for a text of that many tokens."""
     how, rows, epochs = WAYS[recipe.recipe_of]
     batch_size = recipe.batch_size or rows
     wanted = (recipe.epochs or epochs) * training_tokens / (batch_size * recipe.model.context_length)

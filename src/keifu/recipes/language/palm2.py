@@ -111,7 +111,7 @@ class PreparedMixture:
 
 
 def prepare(mixture: Mixture, vocab_size: int, sentinels: int = SENTINELS, out: Path | None = None) -> PreparedMixture:
-    """Fetches, learns the tokenizer and tokenises, each once: what was made before is found again."""
+    """Fetch the texts, learn the tokenizer and tokenise, each once."""
     tokenizer = tokenizer_of(mixture, vocab_size, sentinels, out)
     pairs = zip(mixture.sources, prepare_mixture(mixture, tokenizer), strict=True)
     total = sum(source.weight for source in mixture.sources)
@@ -133,7 +133,7 @@ def tokenizer_of(mixture: Mixture, vocab_size: int, sentinels: int, out: Path | 
 
 
 def losses_by_mode(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer, which puts [S2S] before a text by itself: whoever loads the model goes on with texts so."""
+    """Return the same tokenizer, which puts [S2S] before a text by itself: the loaded model continues such texts."""
     backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
     special = tokenizer.special | {"bos_token": SEQUENTIAL}
     put_around_text(backend, special, bos=True, eos=False)
@@ -141,7 +141,7 @@ def losses_by_mode(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def task_of(recipe: Recipe, tokenizer: Tokenizer) -> tuple[CorruptionTask, dict[str, Check]]:
-    """What is made of the text, and what is measured of each source: bits a byte, and the loss of what is hidden."""
+    """Generate a continuation, and measure each source: bits a byte, and the loss of hidden parts."""
     context = recipe.model.context_length
     if recipe.objective == "causal":
         return CausalBatches(context), {"bits_per_byte": Check(CausalBatches(context - 1), BITS)}
@@ -163,7 +163,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
 
 
 def learn(recipe: Recipe, found: PreparedMixture, out: Path, resume: bool = False) -> Summary:
-    """The same from a mixture that is ready."""
+    """Return the same from a mixture that is ready."""
     config = replace(recipe.model, vocab_size=found.tokenizer.vocab_size)
     torch.manual_seed(recipe.training.seed)
     model = palm.build(config).to(choose())
@@ -193,7 +193,7 @@ def learn(recipe: Recipe, found: PreparedMixture, out: Path, resume: bool = Fals
 
 
 def _keep_best(source: dict[str, Any]) -> dict[str, Any]:
-    """A source as a mixture's file has it."""
+    """Describe a source as in a mixture's file."""
     return {key: value for key, value in source.items() if value and key != "name"}
 
 

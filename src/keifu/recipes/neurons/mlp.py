@@ -82,7 +82,7 @@ class Recipe(Logging):
         return replace(self, **{name: value for name, value in fitting.items() if vars(self)[name] is None})
 
     def command(self) -> str:
-        """What a person types for this run."""
+        """Return the command for this run."""
         words = ["keifu", "train", "mlp"]
         for option in fields(self):
             value = vars(self)[option.name]
@@ -128,7 +128,7 @@ def learn(
 
 
 def settings(recipe: Recipe) -> Settings:
-    """The training loop's settings: AdamW with a warm-up and a cosine to zero, in float32."""
+    """Return the training loop's settings: AdamW with a warm-up and a cosine to zero, in float32."""
     full = recipe.resolved()
     assert full.steps is not None
     every = {"evaluate_every": max(1, full.steps // 12)}
@@ -139,7 +139,7 @@ def settings(recipe: Recipe) -> Settings:
 
 
 def check_learnable(recipe: Recipe) -> ToyDataset:
-    """The data that the recipe names, where all its options make sense."""
+    """Return the data that the recipe names, after a check of all its options."""
     for kind, name, known in (("activation", recipe.activation, ACTIVATIONS), ("loss", recipe.loss, LOSSES)):
         require_known(kind, name, known)
     if recipe.activation == "step" and recipe.resolved().hidden:
@@ -152,12 +152,12 @@ def check_learnable(recipe: Recipe) -> ToyDataset:
 
 
 def points(learned: ToyDataset) -> Table:
-    """The training rows for a picture; they must have two columns."""
+    """Return the training rows for a picture; they must have two columns."""
     return Table(learned.training.inputs, learned.training.targets, learned.columns, learned.classes)
 
 
 def network(recipe: Recipe, learned: ToyDataset) -> MLP:
-    """The network before training. Squared and absolute error compare sigmoids, as in the paper; the others logits."""
+    """Build the network. Squared and absolute error compare sigmoids, as in the paper; the others compare logits."""
     full = recipe.resolved()
     assert full.hidden is not None and full.dropout is not None
     torch.manual_seed(recipe.seed)
@@ -178,7 +178,7 @@ def network(recipe: Recipe, learned: ToyDataset) -> MLP:
 
 
 def objective(loss: str) -> Objective:
-    """The loss of that name between the outputs and the classes as 0 and 1, with the number of rows that are right."""
+    """Return the loss of that name between outputs and one-hot classes, with the number of rows that are right."""
 
     def outcome(model: nn.Module, batch: Batch) -> LossOutput:
         outputs, targets = model(batch["inputs"]), batch["targets"]
@@ -217,13 +217,13 @@ def wrong_digits(learned: ToyDataset, model: MLP) -> Callable[[int], bytes]:
 
 
 def accuracy(model: MLP, split: LabelledTensors) -> float:
-    """The share of rows whose class the network finds."""
+    """Return the share of rows whose class the network finds."""
     with evaluation_mode(model):
         return float((model.predict(split.inputs) == split.targets).float().mean())
 
 
 def verdict(learned: ToyDataset, model: MLP) -> str:
-    """What the network reached, as a sentence."""
+    """Describe the network's result in a sentence."""
     seen, rows = accuracy(model, learned.training), f"{len(learned.training):,}"
     if learned.held is learned.training:
         return f"Right: {seen:.1%} of the {rows} rows."

@@ -53,7 +53,7 @@ class Recipe:
     """Of the weights and the order of the rows, the same for all."""
 
     def pairs(self) -> list[mlp.Recipe]:
-        """The recipe of each network, loss by loss."""
+        """Return the recipe of each network, loss by loss."""
         start = mlp.Recipe(
             self.data, self.label, self.hidden, steps=self.steps, learning_rate=self.learning_rate, seed=self.seed
         )

@@ -62,7 +62,7 @@ class Lesson:
         return (self.table.inputs - self.mean) / self.scale
 
     def unscaled(self, plane: Plane) -> Plane:
-        """The plane among the table's own numbers."""
+        """Convert the plane to the table's own numbers."""
         weights = plane[:-1] / self.scale
         return torch.cat([weights, (plane[-1] - weights @ self.mean)[None]])
 
@@ -101,7 +101,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def refuse(recipe: Recipe, table: Table, found: Separation, out: Path) -> NoReturn:
-    """Raises the error that says why no plane parts the classes, and draws the reason where there are two columns."""
+    """Raise the error that says why no plane separates the classes; draw the reason if there are two columns."""
     text = refusal(recipe, table, found)
     if found.exact and len(table.columns) == 2:
         title = f"{Path(recipe.data).stem}: no line parts the classes"
@@ -111,7 +111,7 @@ def refuse(recipe: Recipe, table: Table, found: Separation, out: Path) -> NoRetu
 
 
 def prepare(recipe: Recipe) -> Lesson:
-    """The table that the recipe names, which must have two classes."""
+    """Read the table that the recipe names, which must have two classes."""
     if not recipe.rate > 0:
         raise UserError(f"The learning rate must be above 0, and it is {recipe.rate}.")
     table = toy.toy_table(recipe.data, recipe.label)
@@ -127,7 +127,8 @@ def prepare(recipe: Recipe) -> Lesson:
 
 
 def learn(lesson: Lesson, recipe: Recipe) -> Iterator[tuple[int, Plane]]:
-    """The number of corrections and the plane, among the table's own numbers: first, after each one, or only at last.
+    """Yield the number of corrections and the plane, in the table's own numbers: first, after each one, or only at
+    last.
 
     Of more than two columns no picture is drawn, so only the last plane is given.
     """
@@ -149,7 +150,7 @@ def plane_of(neuron: Perceptron) -> Plane:
 
 
 def build_neuron(plane: Plane) -> Perceptron:
-    """The neuron with that plane."""
+    """Return the neuron with that plane."""
     neuron = perceptron.build(Config(len(plane) - 1))
     neuron.weight.copy_(plane[:-1])
     neuron.bias.copy_(plane[-1])
@@ -157,14 +158,14 @@ def build_neuron(plane: Plane) -> Perceptron:
 
 
 def formula(plane: Plane, columns: tuple[str, ...]) -> str:
-    """The neuron as a person writes it: its weighted sum and the threshold -b."""
+    """Write the neuron as a formula: its weighted sum and the threshold -b."""
     *weights, bias = plane.tolist()
     terms = " + ".join(f"{weight:.4g}·{name}" for weight, name in zip(weights, columns, strict=True))
     return f"{terms if len(weights) <= 6 else 'Σ w x'} ≥ {-bias + 0.0:.4g}".replace("+ -", "- ")
 
 
 def refusal(recipe: Recipe, table: Table, found: Separation) -> str:
-    """That the data cannot be parted, why that is certain, and what to use instead."""
+    """Say that the data cannot be separated, why that is certain, and what to use instead."""
     advice = f"Use keifu train mlp --data {shell(recipe.data)}: a hidden layer can part them."
     if not found.exact:
         return (
@@ -181,7 +182,7 @@ def refusal(recipe: Recipe, table: Table, found: Separation) -> str:
 
 
 def describe(table: Table, mixture: Float[Tensor, "rows"], kind: int) -> str:
-    """The rows of a class that meet in the shared point."""
+    """Return the rows of a class that meet in the shared point."""
     rows = table.inputs[(table.targets == kind) & (mixture > 0)].tolist()
     if len(rows) > 4 or len(table.columns) > 6:
         return f"{len(rows)} rows of class {table.classes[kind]}"
@@ -189,12 +190,12 @@ def describe(table: Table, mixture: Float[Tensor, "rows"], kind: int) -> str:
 
 
 def numbers(row: list[float]) -> str:
-    """A row as a person writes it."""
+    """Write a row as a person does."""
     return f"({', '.join(f'{value:.4g}' for value in row)})"
 
 
 def draw(lesson: Lesson, stages: list[tuple[int, Plane]]) -> bytes:
-    """The boundary at stages of learning, as PNG."""
+    """Draw the boundary at stages of learning, as PNG."""
     shown = lesson.table
     panels = []
     for place in decision_boundary.spread(range(len(stages))):

@@ -91,7 +91,7 @@ class Task:
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """The ids around a sentence. A tokenizer without an end token is a `UserError`."""
+    """Return the ids around a sentence. A tokenizer without an end token is a `UserError`."""
     start, end, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     if end is None:
         raise UserError("This tokenizer has no end token, so a translation could not end: take another.")
@@ -99,7 +99,7 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
 
 
 def prepare_pairs(options: Options, out: Path | None = None) -> Task:
-    """Reads and splits the pairs, and learns the tokenizer from the training part, once; says what was found.
+    """Read and split the pairs, and learn the tokenizer from the training part, once; print their number.
     `out`: the folder of the run, which keeps the tokenizer that it learned."""
     pairs = _read(options, options.data)
     validation, test = (
@@ -184,7 +184,7 @@ def learn(
 
 
 def start_model(name: str, build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
-    """A model with the sizes and the weights of another, and the dropout of this run."""
+    """Return a model with the sizes and the weights of another, and the dropout of this run."""
     found, _ = load_start(name, type(config))
     own = {field.name: vars(config)[field.name] for field in fields(config) if "dropout" in field.name}
     model = build(replace(found.config, **own))
@@ -193,7 +193,7 @@ def start_model(name: str, build: Callable[[Any], nn.Module], config: Any) -> nn
 
 
 def _two_vocabularies(task: Task, config: Any) -> dict[str, Any]:
-    """What a config says of a target that has a vocabulary of its own: its size, and no embedding for both."""
+    """Return the fields of a config for a target with its own vocabulary: its size, and no shared embedding."""
     size = task.tokenizer.target_vocab_size
     if size is None:
         return {}
@@ -221,7 +221,8 @@ def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
 
 
 def settings_of(options: Options, steps: int, **chosen: Any) -> Settings:
-    """These settings, else the recipe's options, for so many steps, with 20 validations, 10 samples and 50 states."""
+    """Return these settings, else the recipe's options, for that many steps, with 20 validations, 10 samples and 50
+    states."""
     every = {"evaluate_every": max(1, steps // 20), "sample_every": max(1, steps // 10)}
     best = keeps_best(options.start_from)
     return Settings(**options.loop(steps=steps, **every, save_every=max(1, steps // 50)) | best | chosen)
@@ -240,7 +241,7 @@ def _source(options: Options, task: Task, data: PairData) -> dict[str, Any]:
 
 
 def _sampler(task: Task, model: nn.Module) -> Callable[[int], str]:
-    """Translates the first held-out sentences that the model takes, word for word the likeliest."""
+    """Translate the first held-out sentences that the model takes, by greedy decoding."""
     room: Any = model.config
     shown = [pair for pair in task.parts.validation if len(task.tokenizer.encode(pair[0])) < room.context_length]
 
