@@ -3,7 +3,7 @@
 Axes: tokens = batch · length, dim, experts, k = experts of one token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -123,11 +123,16 @@ class MixtureOfExperts(nn.Module):
     ):
         super().__init__()
         self.router, self.experts, self.shared = router, nn.ModuleList(experts), shared
+        self.counted: Tensor | None = None  # tokens of each expert in this step of training
+        self.load: Tensor | None = None  # and in the last one, of all processes
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         tokens = x.reshape(-1, x.shape[-1])
         routing: Routing = self.router(tokens)
-        outputs = self._outputs(tokens, routing.experts, routing.load)
+        load = routing.load
+        if self.training:
+            self.counted = load if self.counted is None else self.counted + load
+        outputs = self._outputs(tokens, routing.experts, load)
         y = (outputs * routing.weights[..., None].to(x.dtype)).sum(1).view(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
@@ -155,10 +160,50 @@ class MixtureOfExperts(nn.Module):
         return [weight for network in networks for weight in network.residual_weights]
 
 
+def mixtures(model: nn.Module) -> dict[str, MixtureOfExperts]:
+    """Return the mixtures of a model by their names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
+
+
+def end_step(model: nn.Module, total: Callable[[Tensor], Tensor]) -> None:
+    """End a step of training: keep the load of each mixture, and balance the routers that have a correction.
+
+    total: sums a tensor over the processes that share a batch.
+    """
+    for mixture in mixtures(model).values():
+        if mixture.counted is None:
+            continue
+        mixture.load, mixture.counted = total(mixture.counted), None
+        if isinstance(mixture.router, GroupedSigmoidRouter):
+            mixture.router.balance_(mixture.load)
+
+
+COLLAPSED = 0.9  # share of the tokens that one expert has, above which a router is reported
+
+
+def collapsed_routers(model: nn.Module) -> list[str]:
+    """Return a warning for each router that sent almost all tokens of the last step to the same expert.
+
+    Routers that choose more than a third of the experts are not checked.
+    """
+    warnings = []
+    for name, mixture in mixtures(model).items():
+        k, n_experts = mixture.router.k, mixture.router.n_experts
+        if mixture.load is None or n_experts < 3 * k:
+            continue
+        share, idle = float(mixture.load.max() * k / mixture.load.sum()), int((mixture.load == 0).sum())
+        if share > COLLAPSED:
+            warnings.append(
+                f"The router of {name} has collapsed: expert {int(mixture.load.argmax())} gets {share:.0%} of the "
+                f"tokens, and {idle} of {n_experts} experts get none. Raise the weight of its balancing loss."
+            )
+    return warnings
+
+
 def idle_parameters(model: nn.Module) -> int:
     """Return how many parameters of a model one token does not use: those of the experts that are not chosen."""
     idle = 0
-    for mixture in (module for module in model.modules() if isinstance(module, MixtureOfExperts)):
+    for mixture in mixtures(model).values():
         expert = sum(weight.numel() for weight in mixture.experts[0].parameters())
         idle += (mixture.router.n_experts - mixture.router.k) * expert
     return idle
@@ -168,7 +213,7 @@ def idle_parameters(model: nn.Module) -> int:
 def recorded_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Collect the routing of every mixture in the forward passes inside the block, in the order of the layers."""
     found: list[Routing] = []
-    routers = [module.router for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    routers = [mixture.router for mixture in mixtures(model).values()]
     handles = [router.register_forward_hook(lambda *call: found.append(call[-1])) for router in routers]
     try:
         yield found

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor, distributed
 from torch.nn.utils import get_total_norm
 
@@ -69,6 +70,10 @@ class Ranks:
             MicroBatch(start, {name: tensor[start:stop] for name, tensor in batch.items()})
             for start, stop in zip(starts, ends, strict=True)
         ]
+
+    def sum_counts(self, counts: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return the sum of whole numbers over all ranks."""
+        return counts if self.world_size == 1 else torch.stack(of_all(counts, self.world_size, self.group)).sum(0)
 
     def sum(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums over all ranks of numbers without axes, each in its own type, in the order of the ranks."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from keifu.devices import device_name, require_compiler
 from keifu.errors import UserError
 from keifu.layers.dropout import DropoutKeys
+from keifu.layers.mixture import end_step
 from keifu.processes import current
 from keifu.training.grad_cache import WholeBatchObjective, whole_batch_outputs
 from keifu.training.hardware import failures
@@ -125,6 +126,7 @@ class Trainer:
         """Update the weights by their gradients: one step more is done."""
         state = self.state
         self.optimizers.step(state.step)
+        end_step(self.model, self.ranks.sum_counts)
         state.scale.count()
         state.step += 1
         state.sums += gradient.sums

@@ -22,6 +22,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.devices import choose
 from keifu.generation.text.generate import generate
+from keifu.layers.mixture import collapsed_routers
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.recipes.common import parameters, train_run
 from keifu.recipes.options import Logging
@@ -156,7 +157,7 @@ def pretrain(
     return train_run(
         out, resume, model, objective, data, settings, task.tokenizer, title=name, parameters=parameters(model),
         facts=task.facts(), options=deciding, sample=sample, largest=data.largest(), replace=start_over,
-        bytes_per_unit=task.shards.bytes_per_token, **(about or {}),
+        bytes_per_unit=task.shards.bytes_per_token, watch=lambda figures: collapsed_routers(model), **(about or {}),
     )  # fmt: skip
 
 
