@@ -1,8 +1,10 @@
 """Logits of packed models: those of PyTorch with the same numbers, and the same bits whatever else is computed."""
 
 import gc
+import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -225,6 +227,16 @@ def test_bfloat16_weights_are_packed_without_being_asked_and_anew_when_they_chan
     again, rows = native_form(model), torch.tensor([tokens(5)])
     assert again is not None and not torch.equal(again(rows), first(rows))
     assert torch.equal(again(rows), pack(model, "bf16")(rows))
+
+
+def test_a_model_holds_its_packed_form_and_its_copies_do_not() -> None:
+    model: Any = toy("llama").to(torch.bfloat16)
+    packed = native_form(model)
+    assert packed is not None and model.native.packed is packed
+    copied, read = deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert copied.native is None and read.native is None and list(copied.state_dict()) == list(model.state_dict())
+    assert native_form(copied) is not None and native_form(copied) is not packed
+    assert native_form(toy("llama").to(torch.bfloat16)) is not packed
 
 
 def test_a_model_that_leaves_bfloat16_leaves_native_code() -> None:

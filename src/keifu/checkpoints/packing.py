@@ -23,7 +23,7 @@ from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.native.build import Unavailable
 from keifu.native.describe import ModelPart, describe
 from keifu.native.library import open_library, say_why, switched_off
-from keifu.native.model import NativeLM, pack, pack_beside
+from keifu.native.model import NativeLM, attach_native, pack
 from keifu.native.pack import OWN, Blocks, Weights
 from keifu.native.targets import pack_translator
 
@@ -63,7 +63,7 @@ def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:
     """Pack a model that is built already."""
     try:
         if isinstance(model, EncoderDecoder):
-            pack_beside(model, weights, pack_translator)
+            attach_native(model, weights, pack_translator)
             return model
         return pack(model, weights)
     except Unavailable as reason:

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
-from weakref import WeakKeyDictionary, finalize
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -162,41 +162,55 @@ def pack(model: nn.Module, weights: str) -> NativeLM:
     return NativeLM(describe(model), Weights(model), weights, model.config)
 
 
-# The form that was asked for, or None where bfloat16 was taken unasked; the weights' state; what was packed.
-_packed: WeakKeyDictionary[nn.Module, tuple[str | None, list[tuple[int, int]], NativeLM]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class NativeForm:
+    """Packed form of a model, which generates instead of it. The model holds it, as its attribute `native`.
+
+    weights: the format that was asked for; None for bfloat16 weights, which are packed unasked. state: of the weights
+    when they were packed.
+    """
+
+    weights: str | None
+    state: list[tuple[int, int]]
+    packed: NativeLM
+
+    def __reduce__(self) -> Any:
+        """Leave the form out of copies of the model and of pickles: the weights there are others."""
+        return type(None), ()
 
 
 def native_form(model: nn.Module, make: Callable[[nn.Module, str], Packed] = pack) -> Packed | None:
     """Return the packed model that generates instead of a model, or None if PyTorch generates.
 
     That is the model itself if its weights are packed. It is the same weights packed if all of them are bfloat16 in the
-    CPU's memory, or if `pack_beside` packed them; they are packed again when they have changed. If native code does not
-    know a model of bfloat16 weights, or is missing on this machine, one sentence says so. make: packs the model.
+    CPU's memory, or if `attach_native` packed them; they are packed again when they have changed. If native code does
+    not know a model of bfloat16 weights, or is missing on this machine, one sentence says so. make: packs the model.
     """
     if isinstance(model, NativeLM):
         return cast(Packed, model)
     weights = list(model.parameters())
-    chosen, state, packed = _packed.get(model, (None, None, None))
+    form: NativeForm | None = vars(model).get("native")
+    chosen = form and form.weights
     if not weights or (chosen is None and any(each.dtype != torch.bfloat16 for each in weights)):
         return None
     if switched_off() or any(each.device.type != "cpu" for each in weights):
         return None
-    if state != _state(model):
-        try:
-            return pack_beside(model, chosen, make)
-        except Unavailable as reason:
-            say_why(str(reason))
-            return None
-    return cast(Packed, packed)
+    if form and form.state == _state(model):
+        return cast(Packed, form.packed)
+    try:
+        return attach_native(model, chosen, make)
+    except Unavailable as reason:
+        say_why(str(reason))
+        return None
 
 
-def pack_beside(model: nn.Module, weights: str | None, make: Callable[[nn.Module, str], Packed]) -> Packed:
+def attach_native(model: nn.Module, weights: str | None, make: Callable[[nn.Module, str], Packed]) -> Packed:
     """Pack a model (see `pack`) and let the packed form generate from now on; the model itself is still needed.
 
     With None for the weights this holds as long as the model has bfloat16 weights.
     """
     packed = make(model, weights or "bf16")
-    _packed[model] = weights, _state(model), packed
+    vars(model)["native"] = NativeForm(weights, _state(model), packed)
     return packed
 
 

@@ -20,7 +20,7 @@ from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.text.model import Encoder, TwoTowers, explain_not_causal, is_writer
 from keifu.generation.text.translation import is_translator
-from keifu.native.model import NativeLM, pack_beside
+from keifu.native.model import NativeLM, attach_native
 from keifu.native.pack import OWN
 from keifu.serving.errors import ApiError
 from keifu.serving.facts import current
@@ -133,7 +133,7 @@ def _load_both(source: str) -> tuple[nn.Module, Any]:
     if not isinstance(model, NativeLM):
         return model, tokenizer
     whole = load_model(source)
-    pack_beside(whole, "f32", lambda *_: model)
+    attach_native(whole, "f32", lambda *_: model)
     return whole, tokenizer
 
 

@@ -79,6 +79,7 @@ class Engine:
     ):
         reuse_freed()
         self.model, self.tokenizer = model, tokenizer
+        self._modules = list(model.modules())
         self.runner = runner_of(model) if runner is None else runner
         # PyTorch's other threads would wait in a loop on the cores where native code computes the next step
         self._threads = nullcontext if isinstance(self.runner, TorchRunner) else partial(on_threads, 1)
@@ -136,7 +137,7 @@ class Engine:
 
     def step(self) -> list[Piece]:
         """Computes a step; the tokens that came out of it, none while only prompts were read."""
-        with torch.inference_mode(), evaluation_mode(self.model), self._threads():
+        with torch.inference_mode(), evaluation_mode(self.model, self._modules), self._threads():
             spans = self.scheduler.schedule()
             for sequence in self.scheduler.preempted:
                 self.runner.forget(sequence.number)

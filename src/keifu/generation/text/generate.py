@@ -12,7 +12,7 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.engine import Engine
-from keifu.generation.text.model import PREFILL_TOKENS, evaluation_mode, text_model
+from keifu.generation.text.model import PREFILL_TOKENS, text_model
 from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.sampling_params import SamplingOptions, SamplingParams, sampling_for
 from keifu.threads import follow_load
@@ -75,9 +75,8 @@ def _add(engine: Engine, prompts: Prompts, samplings: SamplingParams | Sequence[
 
 def _pieces(engine: Engine) -> Iterator[Piece]:
     """Everything that the engine's requests write, to their ends."""
-    with evaluation_mode(engine.model):
-        while engine.work:
-            yield from engine.step()
+    while engine.work:
+        yield from engine.step()
 
 
 def generate_batch(

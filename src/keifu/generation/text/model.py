@@ -3,11 +3,9 @@
 Axes: batch = texts, length = tokens, vocab.
 """
 
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -134,27 +132,21 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-# The training mode of each module before the first of several users, who may leave in any order, and their number.
-_evaluated: WeakKeyDictionary[nn.Module, tuple[list[tuple[nn.Module, bool]], int]] = WeakKeyDictionary()
-_lock = threading.Lock()
-
-
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode. Several users may overlap and leave in any order (two streams read in turn): when
-    the last has left, every module is back in the mode that it had before the first."""
-    with _lock:
-        modes, users = _evaluated.get(model, ([], 0))
-        _evaluated[model] = modes or [(module, module.training) for module in model.modules()], users + 1
-    if not users or model.training:
-        model.eval()
+def evaluation_mode(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    """Put the model in evaluation mode for a block; after it every module has the mode that it had before.
+
+    Blocks may be inside each other but must not overlap: a generator leaves its block before it yields.
+
+    Args:
+        model: The model.
+        modules: All modules of the model, if the caller has a list of them.
+    """
+    training = [module for module in modules or model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        with _lock:
-            modes, users = _evaluated.pop(model)
-            if users > 1:
-                _evaluated[model] = modes, users - 1
-            else:
-                for module, mode in modes:
-                    module.training = mode
+        for module in training:
+            module.training = True
