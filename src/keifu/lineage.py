@@ -11,11 +11,24 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from keifu.errors import UserError
+from keifu.errors import UserError, require_known
 from keifu.files import read_json
 
 DOCS = Path(__file__).parent / "docs", Path(__file__).parents[2] / "docs"  # of a wheel, of a checkout
-WIDTH, HEIGHT, ACROSS, DOWN = 212, 30, 226, 46  # of a box in the drawing, and from one box to the next
+LANGUAGES = ("en", "ja")
+WIDTH, HEIGHT, ACROSS, DOWN = 216, 30, 258, 62  # of a box in the drawing, and from one box to the next
+MARGIN = 24  # around the drawing
+EXIT = 60  # from the middle of a box to the line that leaves it sideways
+WORDS = {
+    "en": {
+        "title": "the lineage", "drawing": "Who came from whom", "here": "here", "published": "published",
+        "results": "results", "repeat": "repeat it",
+    },
+    "ja": {
+        "title": "生成モデルの流れ", "drawing": "どのモデルがどのモデルから生まれたか", "here": "keifu での結果",
+        "published": "論文の結果", "results": "結果の節", "repeat": "再現するコマンド",
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,21 +58,25 @@ def docs() -> Path:
     return found
 
 
-def landmarks() -> list[Landmark]:
-    """All of them, the oldest first."""
+def landmarks(language: str = "en") -> list[Landmark]:
+    """Return all landmarks in a language, the oldest first."""
+    require_known("language", language, LANGUAGES)
     rows: list[dict[str, Any]] = read_json(docs() / "lineage/lineage.json")
+    ending = f"_{language}"
+    rows = [row | {key.removesuffix(ending): row[key] for key in row if key.endswith(ending)} for row in rows]
     return [
         Landmark(parents=tuple(row["from"]), **{key: row[key] for key in Landmark.__dataclass_fields__ if key in row})
         for row in rows
     ]
 
 
-def page() -> str:
+def page(language: str = "en") -> str:
     """Return the offline page: a drawing of who came from whom, then a part for each landmark with its picture."""
-    found = landmarks()
-    body = "<h1>keifu <span lang='ja'>系譜</span>: the lineage</h1>\n" + drawing(found) + "\n".join(map(_part, found))
+    found, words = landmarks(language), WORDS[language]
+    parts = "\n".join(_part(each, words) for each in found)
+    body = f"<h1>keifu <span lang='ja'>系譜</span>: {words['title']}</h1>\n{drawing(found, words['drawing'])}{parts}"
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>The lineage</title>\n'
+        f'<!doctype html>\n<html lang="{language}"><head><meta charset="utf-8"><title>keifu: {words["title"]}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{style()}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
@@ -70,6 +87,7 @@ HEAD = (
     '<path d="M0 0 8 4 0 8z"/></marker>'
 )
 STYLE = """
+.drawing { overflow-x: auto; } .drawing svg { min-width: 720px; }
 svg { max-width: 100%; height: auto; } svg rect { fill: var(--page); stroke: currentColor; }
 svg text { fill: currentColor; font-size: 13px; } svg path { fill: none; stroke: currentColor; opacity: .55; }
 svg marker path { fill: currentColor; stroke: none; } section img { max-width: 100%; background: white; }
@@ -81,16 +99,21 @@ def style() -> str:
     return (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8") + STYLE
 
 
-def drawing(found: list[Landmark]) -> str:
+def drawing(found: list[Landmark], label: str) -> str:
     """Return an SVG: a box for each landmark, a line down for each, and arrows from those it came from."""
-    corner = {each.name: (8 + each.lane * ACROSS, 8 + row * DOWN) for row, each in enumerate(found)}
-    boxes = "".join(_box(each, *corner[each.name]) for each in found)
-    arrows = "".join(_arrow(corner[parent], corner[each.name]) for each in found for parent in each.parents)
-    width, height = 8 + ACROSS * (1 + max(each.lane for each in found)), DOWN * len(found)
+    boxes = "".join(_box(each, *corner(row, each.lane)) for row, each in enumerate(found))
+    arrows = "".join(f'<path d="M{_path(points)}" marker-end="url(#head)"/>' for points in routes(found))
+    width = 2 * MARGIN + ACROSS * max(each.lane for each in found) + WIDTH
+    height = 2 * MARGIN + DOWN * (len(found) - 1) + HEIGHT
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="Who came from whom">'
-        f"<defs>{HEAD}</defs>{arrows}{boxes}</svg>\n"
+        f'<div class="drawing"><svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{label}">'
+        f"<defs>{HEAD}</defs>{arrows}{boxes}</svg></div>\n"
     )
+
+
+def corner(row: int, lane: int) -> tuple[int, int]:
+    """Return the left upper corner of a box."""
+    return MARGIN + lane * ACROSS, MARGIN + row * DOWN
 
 
 def _box(each: Landmark, x: int, y: int) -> str:
@@ -99,22 +122,47 @@ def _box(each: Landmark, x: int, y: int) -> str:
     return f'<a href="#{each.name}">{frame}<text x="{x + 9}" y="{y + 20}">{text}</text></a>'
 
 
-def _arrow(start: tuple[int, int], end: tuple[int, int]) -> str:
-    """From the foot of one box to the head of another, bent to the side where both stand in one column far apart."""
-    x1, y1, x2, y2 = start[0] + WIDTH // 2, start[1] + HEIGHT, end[0] + WIDTH // 2, end[1]
-    if x1 == x2 and y2 - y1 > DOWN:
-        x1, x2 = x1 + WIDTH // 2 - 14, x2 + WIDTH // 2 - 14
-        bend = f"C{x1 + 40} {y1 + 20} {x2 + 40} {y2 - 20}"
-    else:
-        bend = f"C{x1} {(y1 + y2) // 2} {x2} {(y1 + y2) // 2}"
-    return f'<path d="M{x1} {y1}{bend} {x2} {y2}" marker-end="url(#head)"/>'
+def _path(points: list[tuple[int, int]]) -> str:
+    return "L".join(f"{x} {y}" for x, y in points)
 
 
-def _part(each: Landmark) -> str:
+def routes(found: list[Landmark]) -> list[list[tuple[int, int]]]:
+    """Return the corners of each arrow, from a parent's foot to a child's head: through no box, and along no other.
+
+    A row has one box, so that an arrow may go sideways between two rows. It goes down in the column of the child or of
+    the parent if no box is in its way there, else between two columns.
+    """
+    rows = {each.name: row for row, each in enumerate(found)}
+    between = dict.fromkeys(range(-1, 1 + max(each.lane for each in found)), 0)  # lines so far right of each column
+    arrows = []
+    for row, child in enumerate(found):
+        for number, name in enumerate(sorted(child.parents, key=lambda name: found[rows[name]].lane)):
+            parent = found[rows[name]]
+            left, top = corner(row, child.lane)
+            x2 = left + WIDTH // 2 + 24 * number - 12 * (len(child.parents) - 1)
+            x1, y1 = corner(rows[name], parent.lane)
+            passed = {each.lane for each in found[rows[name] + 1 : row]}
+            aside = (child.lane > parent.lane) - (child.lane < parent.lane)
+            x1 += WIDTH // 2 + EXIT * (aside or 1)
+            if child.lane not in passed:
+                down = x2
+                x1 = x1 if aside else x2
+            elif aside and parent.lane not in passed:
+                down = x1
+            else:
+                gap = child.lane - 1 if aside > 0 else child.lane
+                between[gap] += 1
+                down = corner(0, gap)[0] + WIDTH + 9 * between[gap]
+            foot, head = y1 + HEIGHT + 7, top - 10 - 5 * number
+            arrows.append([(x1, y1 + HEIGHT), (x1, foot), (down, foot), (down, head), (x2, head), (x2, top - 1)])
+    return arrows
+
+
+def _part(each: Landmark, words: dict[str, str]) -> str:
     picture = base64.b64encode((docs() / "pictures" / each.picture).read_bytes()).decode()
     rows = {"here": each.bought, "published": each.published, "results": each.section}
-    cells = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
-    cells += f"<tr><th>repeat it</th><td><code>{escape(each.command)}</code></td></tr>"
+    cells = "".join(f"<tr><th>{words[name]}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
+    cells += f"<tr><th>{words['repeat']}</th><td><code>{escape(each.command)}</code></td></tr>"
     return (
         f'<section id="{each.name}"><h2>{each.year} · {escape(each.title)} ({escape(each.authors)})</h2>\n'
         f'<p>{escape(each.new)}</p>\n<p><img alt="{escape(each.section)}" src="data:image/png;base64,{picture}"></p>\n'

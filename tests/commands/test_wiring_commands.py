@@ -296,6 +296,7 @@ serve = Table("serve M", {
     "name": Row("--name alias=x", SERVED, "0", {"alias": "x", "M": "M"}),
     "allowed-host": Row("--allowed-host h", APP, lambda given: "h" in given.limits.hosts),
     "strict": Row("--strict", APP, "limits.strict"),
+    "runs": Row("--runs training", APP, "limits.runs", Path("training")),
     "keep-alive": Row("--keep-alive 7", LIMITS, "keep_alive", 7.0),
     "host": Row("--host ::1", "keifu.serving.server:Address", "host", "::1"),
     "port": Row("--port 7", "keifu.serving.server:Address", "port", 7),

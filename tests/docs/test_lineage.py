@@ -5,7 +5,7 @@ import contextlib
 import io
 import json
 import re
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -154,11 +154,57 @@ def test_the_command_is_one(each: lineage.Landmark) -> None:
     parse(each.command.split()[1:])
 
 
-def test_the_page_needs_no_other_file_and_shows_all() -> None:
-    page = lineage.page()
+@pytest.mark.parametrize("language", lineage.LANGUAGES)
+def test_the_page_needs_no_other_file_and_shows_all(language: str) -> None:
+    page = lineage.page(language)
+    assert f'<html lang="{language}">' in page
     assert page.count("data:image/png;base64,") == page.count("<img") == page.count("<section") == len(LANDMARKS)
     assert page.count("marker-end") == sum(len(each.parents) for each in LANDMARKS)
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+
+
+def test_the_page_in_japanese_says_all_in_japanese() -> None:
+    kana = re.compile("[ぁ-ヿ一-鿿]")
+    for english, japanese in zip(LANDMARKS, lineage.landmarks("ja"), strict=True):
+        assert kana.search(japanese.new) and kana.search(japanese.bought) and kana.search(japanese.section)
+        assert english.published != japanese.published or not kana.search(english.published)
+        assert figures(english.published) <= figures(japanese.published) | {"one"}
+    with pytest.raises(UserError, match="Did you mean 'ja'"):
+        lineage.page("jp")
+
+
+Segment = tuple[tuple[int, int], tuple[int, int]]
+
+
+def segments(arrows: list[list[tuple[int, int]]]) -> list[tuple[int, Segment]]:
+    """The straight parts of all arrows that have a length, each with the number of its arrow."""
+    parts = [(number, part) for number, arrow in enumerate(arrows) for part in pairwise(arrow)]
+    return [(number, (min(part), max(part))) for number, part in parts if part[0] != part[1]]
+
+
+def test_no_arrow_runs_behind_a_box_or_along_one_from_elsewhere_and_all_are_inside() -> None:
+    arrows = lineage.routes(LANDMARKS)
+    edges = [(parent, each.name) for each in LANDMARKS for parent in sorted(
+        each.parents, key=lambda name: LANDMARKS[NAMES.index(name)].lane
+    )]  # fmt: skip
+    corners = {each.name: lineage.corner(row, each.lane) for row, each in enumerate(LANDMARKS)}
+    across, down = (int(size) for size in re.findall(r'viewBox="0 0 (\d+) (\d+)"', lineage.page())[0])
+    assert all(x + lineage.WIDTH < across and y + lineage.HEIGHT < down for x, y in corners.values())
+    for (parent, child), arrow in zip(edges, arrows, strict=True):
+        (x1, y1), (x2, y2) = corners[parent], corners[child]
+        assert arrow[0][1] == y1 + lineage.HEIGHT and x1 < arrow[0][0] < x1 + lineage.WIDTH
+        assert arrow[-1][1] == y2 - 1 and x2 < arrow[-1][0] < x2 + lineage.WIDTH
+        assert all(0 < x < across and 0 < y < down for x, y in arrow)
+    found = segments(arrows)
+    for number, ((left, top), (right, bottom)) in found:
+        assert left == right or top == bottom
+        for x, y in corners.values():
+            apart = right <= x or left >= x + lineage.WIDTH or bottom <= y or top >= y + lineage.HEIGHT
+            assert apart, f"{edges[number]} runs behind a box"
+    for (a, ((l1, t1), (r1, b1))), (b, ((l2, t2), (r2, b2))) in combinations(found, 2):
+        level = t1 == b1 == t2 == b2 and min(r1, r2) > max(l1, l2)
+        upright = l1 == r1 == l2 == r2 and min(b1, b2) > max(t1, t2)
+        assert not (level or upright) or edges[a][0] == edges[b][0], f"{edges[a]} and {edges[b]} share a line"
 
 
 def test_the_verb_prints_the_table_and_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

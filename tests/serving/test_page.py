@@ -29,29 +29,39 @@ def test_its_files_come_with_a_policy_that_lets_it_ask_this_server_alone(served:
     assert httpx.get(f"{served.url}/page/..%2Fpage.py").status_code == 404
 
 
-def test_the_lineage_is_a_page_whose_style_the_policy_allows(served: Any) -> None:
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_the_lineage_is_a_page_whose_style_the_policy_allows(served: Any, language: str) -> None:
     assert 'href="/lineage"' in httpx.get(served.url).text
-    found = httpx.get(f"{served.url}/lineage")
+    found = httpx.get(f"{served.url}/lineage", params={"language": language})
     assert found.status_code == 200
-    assert found.text == lineage.page()
+    links = re.search(r"</h1>(<p>.*?</p>)", found.text)
+    assert links and found.text.replace(links[1], "", 1) == lineage.page(language)
+    other = {"en": "ja", "ja": "en"}[language]
+    assert f"/lineage?language={other}" in links[1]
     style = re.findall(r"<style>(.*?)</style>", found.text, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style[0].encode()).digest()).decode()
     assert f"style-src 'sha256-{digest}'" in found.headers["content-security-policy"]
     assert len(style) == 1
 
 
+def test_the_lineage_is_english_unless_asked_and_knows_its_languages(served: Any) -> None:
+    assert '<html lang="en">' in httpx.get(f"{served.url}/lineage").text
+    assert "Did you mean 'ja'" in httpx.get(f"{served.url}/lineage?language=jp").json()["error"]["message"]
+
+
 def test_no_file_of_it_names_another_server_or_turns_text_into_markup(served: Any) -> None:
-    names = [path.name for path in FOLDER.iterdir()]
+    names = [path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.*")]
     text = "".join(httpx.get(f"{served.url}/page/{name}").text for name in names) + httpx.get(served.url).text
     assert not re.search(r"https?://|innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
 
 
 def test_each_word_is_there_in_both_languages(served: Any) -> None:
-    text = httpx.get(f"{served.url}/page/words.js").text
-    english, japanese = (set(re.findall(r"(\w+): \"", part)) for part in text.split("ja: {"))
+    texts = [httpx.get(f"{served.url}/page/words/{name}.js").text.partition("\n};")[0] for name in ("en", "ja")]
+    english, japanese = (set(re.findall(r'(\w+): ["\[]', text)) for text in texts)
     used = re.findall(r'data-(?:text|label|placeholder)="(\w+)"', httpx.get(served.url).text)
-    said = [name for path in FOLDER.glob("*.js") for name in re.findall(r'\bsay\("(\w+)"', path.read_text("utf-8"))]
-    assert english == japanese and {*used, *said} <= english
+    code = "".join(path.read_text("utf-8") for path in FOLDER.rglob("*.js"))
+    said = [name for call in re.findall(r"\bsay\(([^{)]*)", code) for name in re.findall(r'"(\w+)"', call)]
+    assert english == japanese and {*used, *said} <= english and len(said) > 60
 
 
 def test_its_language_is_known() -> None:
@@ -74,7 +84,7 @@ def test_it_begins_in_the_language_that_is_asked_for(served: Any, browser: Any, 
 
 
 def test_it_is_small() -> None:
-    assert sum(len(path.read_text("utf-8").splitlines()) for path in FOLDER.iterdir()) < 1500
+    assert sum(len(path.read_text("utf-8").splitlines()) for path in FOLDER.rglob("*.*")) < 2200
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])

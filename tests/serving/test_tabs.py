@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,40 @@ def send(page: Any, tab: str) -> str:
     return page.inner_text(f"#{tab} .told")
 
 
+def labels(page: Any, tab: str) -> list[list[str]]:
+    """The labels of a matrix, of its rows and of its columns, and that it has cells and a scale."""
+    svg = f"#{tab} .map"
+    assert page.locator(f"{svg} .cell").count() and "100 %" in page.inner_text(f"#{tab} .scale")
+    assert page.locator(f"{svg} .axis").count() == 2
+    texts = page.locator(f"{svg} text:not(.axis)").evaluate_all(
+        "all => all.map(each => [each.getAttribute('x'), each.textContent])"
+    )
+    return [[text for x, text in texts if (x is None) == is_column] for is_column in (False, True)]
+
+
+def apart(page: Any, tab: str) -> None:
+    """No bar of a tab runs under its number, and all are inside the page."""
+    rows = page.locator(f"#{tab} .share:has(meter)").evaluate_all(
+        """rows => rows.map((row) => [...row.children].map((part) => {
+          const { left, right } = part.getBoundingClientRect();
+          return [left, right];
+        }))"""
+    )
+    width = page.evaluate("innerWidth")
+    for parts in rows:
+        assert parts[1][1] - parts[1][0] > 20, "there is no bar"
+        assert all(before[1] <= after[0] for before, after in pairwise(parts)) and parts[-1][1] <= width
+
+
 def look(page: Any, folder: Path) -> None:
     page.select_option("#look [name=model]", "base")
     page.fill("#look [name=input]", "The <b>cat</b>")
     send(page, "look")
     assert page.locator("#look .chip").count() == 14 and page.locator("#look b").count() == 0
-    assert page.locator("#look tr").count() == 2 and page.locator("#look tr:first-child td").count() == 5
+    assert page.locator("#look thead th").count() == 6 and page.locator("#look tbody tr").count() == 2
+    assert page.locator("#look tbody tr:first-child td").count() == 5
+    shown = page.locator("#look .chip").all_inner_texts()
+    assert labels(page, "look") == [shown, shown]
     page.locator("#look .chip").nth(3).press("Enter")
     assert page.locator("#look .chip").nth(3).get_attribute("aria-pressed") == "true"
     shades = page.locator("#look .chip").evaluate_all("chips => chips.map(chip => chip.style.background)")
@@ -46,6 +75,8 @@ def look(page: Any, folder: Path) -> None:
     page.fill("#look [name=input]", "the [MASK] sat on a [MASK]")
     send(page, "look")
     assert page.locator("#look meter").count() == 10
+    apart(page, "look")
+    assert "[SEP]" not in page.inner_text("#look .looked")  # it begins with a word
 
 
 def translate(page: Any, folder: Path) -> None:
@@ -54,6 +85,8 @@ def translate(page: Any, folder: Path) -> None:
     _, tokenizer = keifu.load(str(folder / "translator"))
     assert tokenizer is not None and page.locator("#translate .answer").count() == 1
     assert page.locator("#translate .chips").count() == 2
+    written, source = (each.locator(".chip").all_inner_texts() for each in page.locator("#translate .chips").all())
+    assert labels(page, "translate") == [written, source]
 
 
 def draw(page: Any, _: Path) -> None:
@@ -88,14 +121,28 @@ def match(page: Any, _: Path) -> None:
     page.fill("#match [name=texts]", "the cat\nseven dogs")
     send(page, "match")
     assert page.locator("#match meter").count() == 4 and page.locator("#match img").count() == 2
+    apart(page, "match")
+    page.click("#examples")
+    until(lambda: page.locator("#match img").count() == 3)
+    send(page, "match")
+    shares = page.locator("#match .share .number:nth-child(3)").all_inner_texts()
+    assert page.locator("#match .fit").count() == 3 and sum("%" in each for each in shares) == 6
 
 
 def neuron(page: Any, _: Path) -> None:
+    assert page.locator("#units").is_hidden()
+    page.click("#train")  # two groups that a line parts
+    until(lambda: re.search(r"Done after|で完了", page.inner_text("#neuron .told")) is not None)
     page.click("#xor")
+    page.click("#train")
+    until(lambda: re.search(r"here is the proof|その証明", page.inner_text("#neuron .told")) is not None)
+    box = "e => [e.getBoundingClientRect().top, e.getBoundingClientRect().bottom]"
+    assert page.locator("#neuron .told").evaluate(box)[1] <= page.locator("#plane").evaluate(box)[0]
     page.select_option("#kind", "1")
+    assert page.locator("#units").is_visible()
     page.fill("#units", "12")
     page.click("#train")
-    until(lambda: re.search(r" 0 of|中0点", page.inner_text("#neuron .told")) is not None, 60)
+    until(lambda: re.search(r" 0 of|中 0 点", page.inner_text("#neuron .told")) is not None, 60)
     page.click("#train")
     page.click("#clear-points")
     page.focus("#plane")
@@ -134,7 +181,7 @@ def test_a_tab(served: Any, folder: Path, browser: Any, tab: str, width: int, sc
 
 
 def test_only_what_the_models_can_do_is_shown(folder: Path, browser: Any) -> None:
-    with running([str(folder / "clip")], Limits(), Access()) as served:
+    with running([str(folder / "clip")], Limits(), Access(runs=folder / "no-runs")) as served:
         page = browser.new_page()
         page.goto(served.url)
         page.wait_for_selector("#tab-match:visible")

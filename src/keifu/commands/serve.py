@@ -68,6 +68,8 @@ class Options(flags.Packed):
     """Origin whose pages may ask this server, such as https://example.org."""
     strict: bool = False
     """Whether to refuse fields of OpenAI's that nothing heeds. Otherwise they are ignored and named in a header."""
+    runs: Path = Path("runs")
+    """Folder of training runs whose figures the page shows while they grow."""
     access_log: bool = field(default=True)
     """Whether to write a line of JSON for each request on stderr, without prompts and answers."""
 
@@ -98,7 +100,7 @@ def run(options: Options) -> None:
     hosts = ("*",) if open_to_all else (*LOCAL, options.host, *options.allowed_host)
     if not address.local and not keys:
         print(OPEN.format(host=options.host), file=sys.stderr, flush=True)
-    limited = Access(keys, options.cors, hosts, body, options.strict)
+    limited = Access(keys, options.cors, hosts, body, options.strict, options.runs)
     serve(application(models, limited), address, options.access_log)
 
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,7 +26,7 @@ class Access:
 
     keys: any of them opens /v1; none: everyone may ask. origins: pages of other servers that may ask. hosts: names that
     this server answers to; "*" is any. body: the most bytes of a request. strict: whether fields of OpenAI's that
-    nothing heeds are refused.
+    nothing heeds are refused. runs: the folder of runs whose figures the page shows.
     """
 
     keys: Sequence[str] = ()
@@ -33,6 +34,7 @@ class Access:
     hosts: Sequence[str] = ("*",)
     body: int = 2**24
     strict: bool = False
+    runs: Path = Path("runs")
 
 
 def application(models: ServedModels, limits: Access = Access()) -> FastAPI:  # noqa: B008 (it is frozen)
@@ -52,6 +54,7 @@ def application(models: ServedModels, limits: Access = Access()) -> FastAPI:  # 
     for part in (*OPENAI, classification, translations, inspection, anthropic, ollama, state):
         part.routes(app, models)
     state.health_routes(app, models)
+    state.run_routes(app, limits.runs)
     app.include_router(page.routes())
     app.add_middleware(middleware.BodyLimit, limit=limits.body)
     app.add_middleware(access.ApiKeys, keys=limits.keys)

@@ -25,7 +25,10 @@ POLICY = {
     "form-action": "'none'",
     "frame-ancestors": "'none'",
 }
-LANGUAGES = ("en", "ja")
+LINKS = {  # of the lineage: to its page in the other language, and to the page
+    "en": '<p><a href="/lineage?language=ja" lang="ja">日本語</a> · <a href="/">The page of this server</a></p>',
+    "ja": '<p><a href="/lineage?language=en" lang="en">English</a> · <a href="/">このサーバーのページ</a></p>',
+}
 HEADERS = {
     "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()),
     "X-Content-Type-Options": "nosniff",
@@ -38,15 +41,17 @@ def in_language(page: bytes, language: str) -> bytes:
     """Return the page that begins in this language, unless its reader chose another; "": in the browser's."""
     if not language:
         return page
-    require_known("language (KEIFU_LANG)", language, LANGUAGES)
+    require_known("language (KEIFU_LANG)", language, lineage.LANGUAGES)
     return page.replace(b'<html lang="en"', f'<html lang="{language}" data-language="{language}"'.encode(), 1)
 
 
 def routes() -> APIRouter:
     """Return the routes of the page and its files, which are read once."""
     router = APIRouter(include_in_schema=False)
-    files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in TYPES}
-    files["index.html"] = in_language(files["index.html"], os.environ.get("KEIFU_LANG", ""))
+    paths = [path for path in FOLDER.rglob("*") if path.suffix in TYPES]
+    files = {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in paths}
+    own = os.environ.get("KEIFU_LANG", "")
+    files["index.html"] = in_language(files["index.html"], own)
 
     def answer(name: str, request: Request) -> Response:
         tag = f'"{hashlib.sha256(files[name]).hexdigest()[:16]}"'
@@ -59,17 +64,18 @@ def routes() -> APIRouter:
     router.add_api_route("/docs", partial(answer, "docs.html"))
 
     @router.get("/lineage")
-    async def landmarks() -> Response:
+    async def landmarks(language: str = own or "en") -> Response:
         try:
-            page, digest = lineage.page(), hashlib.sha256(lineage.style().encode()).digest()
+            page = lineage.page(language).replace("</h1>", f"</h1>{LINKS[language]}", 1)
         except UserError as error:
             raise ApiError(404, str(error)) from None
+        digest = hashlib.sha256(lineage.style().encode()).digest()
         source = f"style-src 'sha256-{base64.b64encode(digest).decode()}'"
-        own = HEADERS["Content-Security-Policy"].replace("style-src 'self'", source)
-        headers = {**HEADERS, "Content-Security-Policy": own}
+        policy = HEADERS["Content-Security-Policy"].replace("style-src 'self'", source)
+        headers = {**HEADERS, "Content-Security-Policy": policy}
         return Response(page, headers=headers, media_type="text/html; charset=utf-8")
 
-    @router.get("/page/{name}")
+    @router.get("/page/{name:path}")
     async def part(name: str, request: Request) -> Response:
         if name not in files:
             raise ApiError(404, str(unknown("file of the page called", name, files)))

@@ -1,14 +1,24 @@
-"""The state of the service: its models, their loading, its health and its figures."""
+"""The state of the service: its models, their loading, its health and its figures; and runs that are in training."""
 
-from typing import Any
+import time
+from contextlib import suppress
+from os import SEEK_END
+from pathlib import Path
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from starlette.responses import PlainTextResponse, Response
 
+from keifu.errors import UserError, unknown
+from keifu.generation.text.sampling_params import ANSWER_TOKENS, sampling_for
 from keifu.serving.errors import ApiError
-from keifu.serving.models import ServedModels
+from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.schemas import Body
 from keifu.serving.streaming import json_response, whole
+
+SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")  # defaults that clients see
+METRICS = "metrics.jsonl"  # of a run, as training writes it
+MOST_BYTES = 2**20  # of the metrics in one answer
 
 
 class ModelRequest(Body):
@@ -25,6 +35,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         loaded = name in models.workers and models.workers[name].model is not None
         about = {"uses": each.uses, "context_length": each.context_length, "loaded": loaded}
         about |= {"reads_text": each.tokenizer is not None, "labels": vars(each.config).get("classes") or None}
+        about |= {"fills_masks": bool(vars(each.config).get("words")), "defaults": _defaults(each)}
         return {"id": name, "object": "model", "created": models.began, "owned_by": "keifu", **about}
 
     @app.get("/v1/models", summary="The models of this server", tags=["state"])
@@ -51,6 +62,45 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         if name in models.workers and not models.unload(name):
             raise ApiError(409, f"The model {name!r} is at work: try again later.", "model", "model_busy", 5)
         return json_response(entry(name))
+
+
+def _defaults(about: Description) -> dict[str, Any] | None:
+    """Return the settings that a writing model has of itself, with those that `Sampling` does not show left out."""
+    if "completion" not in about.uses:
+        return None
+    with suppress(UserError):  # its generation_config.json is damaged, which an answer says
+        found = vars(sampling_for(about.tokenizer, {}, ANSWER_TOKENS if "chat" in about.uses else 256))
+        return {name: found[name] for name in SHOWN}
+    return None
+
+
+def run_routes(app: FastAPI, folder: Path) -> None:
+    """Add the routes that let the page follow the runs in this folder; only their metrics are read."""
+
+    def runs() -> dict[str, Path]:
+        """Return the metrics of each run in the folder, the latest first; links that leave the folder are none."""
+        files = (path.resolve() for path in folder.glob(f"*/{METRICS}"))
+        inside = [path for path in files if path.is_file() and path == folder.resolve() / path.parent.name / METRICS]
+        return {path.parent.name: path for path in sorted(inside, key=lambda path: -path.stat().st_mtime)}
+
+    @app.get("/v1/runs", summary="The training runs that can be followed", tags=["state"])
+    def list_runs() -> Response:
+        data = [{"id": name, "object": "run", "modified": path.stat().st_mtime} for name, path in runs().items()]
+        return json_response({"object": "list", "data": data})
+
+    @app.get("/v1/runs/{name}", summary="Figures of a run, from a byte of its metrics.jsonl on", tags=["state"])
+    def one_run(name: str, start: Annotated[int, Query(ge=0)] = 0) -> Response:
+        if name not in (found := runs()):
+            raise ApiError(404, str(unknown("run", name, found)), "name", "run_not_found")
+        with found[name].open("rb") as file:
+            size = file.seek(0, SEEK_END)
+            start = file.seek(start if start <= size else 0)  # it is shorter than before: the run began again
+            text = file.read(MOST_BYTES)
+        lines, end, _ = text.rpartition(b"\n")
+        seconds = max(0.0, time.time() - found[name].stat().st_mtime)
+        about: dict[str, Any] = {"next": start + len(lines) + len(end), "seconds": round(seconds, 1)}
+        about |= {"lines": lines.decode(errors="replace").splitlines()}
+        return json_response({"object": "run", "id": name, **about})
 
 
 def health_routes(app: FastAPI, models: ServedModels) -> None:

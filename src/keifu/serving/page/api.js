@@ -1,5 +1,7 @@
 // The page's requests to its own server.
 
+import { translated } from "./words/words.js";
+
 function headers(body) {
   const key = sessionStorage.getItem("keifu.key");
   const type = body instanceof FormData ? {} : { "Content-Type": "application/json" };
@@ -10,14 +12,14 @@ async function checked(response) {
   if (response.ok) return response;
   let message = `${response.status} ${response.statusText}`;
   try {
-    message = (await response.json()).error.message;
+    message = translated((await response.json()).error.message);
   } catch { /* what answered is not keifu */ }
-  throw new Error(message);
+  throw Object.assign(new Error(message), { needsKey: response.status === 401 });
 }
 
-export async function models() {
-  return (await (await checked(await fetch("/v1/models", { headers: headers({}) }))).json()).data;
-}
+export const read = async (path) => checked(await fetch(path, { headers: headers({}) }));
+
+export const models = async () => (await (await read("/v1/models")).json()).data;
 
 function post(path, body, signal) {
   const data = body instanceof FormData ? body : JSON.stringify(body);
@@ -42,7 +44,7 @@ export async function* events(path, body, signal) {
       const data = part.replace(/^(event: .*\n)?data: /, "");
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
+      if (event.error) throw new Error(translated(event.error.message));
       yield event;
     }
   }

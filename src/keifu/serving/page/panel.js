@@ -1,6 +1,6 @@
 // What the tabs beside the chat share: a form whose answer is shown below it, or an error; files that are dropped.
 
-import { say } from "./words.js";
+import { say } from "./words/words.js";
 
 export function panel(id) {
   const found = document.getElementById(id);

@@ -1,6 +1,6 @@
 // What a model said, as elements. Its text only ever becomes text nodes: no markup in it is obeyed.
 
-import { say } from "./words.js";
+import { say } from "./words/words.js";
 
 export function element(name, attributes = {}, ...children) {
   const found = document.createElement(name);
@@ -8,6 +8,14 @@ export function element(name, attributes = {}, ...children) {
     if (key === "onclick") found.addEventListener("click", value);
     else if (value !== undefined && value !== false) found.setAttribute(key, value === true ? "" : value);
   }
+  found.append(...children);
+  return found;
+}
+
+// A shape of an SVG picture.
+export function shape(name, attributes = {}, ...children) {
+  const found = document.createElementNS("http:" + "//www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) found.setAttribute(key, value);
   found.append(...children);
   return found;
 }
@@ -51,6 +59,7 @@ function groups(tokens) {
 }
 
 export const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
+export const share = (value) => percent(Math.log(value));
 export const visible = (token) => token.replace(/\n/g, "⏎").replace(/^ | $/g, "␣");
 
 function showAlternatives(span, group) {

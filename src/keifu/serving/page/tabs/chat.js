@@ -1,9 +1,9 @@
 // The chat: what is shown, what is asked, and what the buttons do.
 
-import { events, models } from "./api.js";
-import { element, formatted, tokenised } from "./render.js";
-import { addBranch, asMarkdown, asMessages, chats, newChat, node, parentOf, path, save, titleOf } from "./store.js";
-import { say, showWords, switchLanguage } from "./words.js";
+import { events, models } from "../api.js";
+import { element, formatted, tokenised } from "../render.js";
+import { addBranch, asMarkdown, asMessages, chats, newChat, node, parentOf, path, save, titleOf } from "../store.js";
+import { say, showWords, switchLanguage } from "../words/words.js";
 
 const at = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
@@ -27,7 +27,7 @@ function keep() {
 function readSettings() {
   const kept = JSON.parse(localStorage.getItem("keifu.settings") ?? "{}");
   for (const name of KEPT) if (kept[name] !== undefined) at(name).value = kept[name];
-  at("probabilities").checked = kept.probabilities ?? false;
+  at("probabilities").checked = kept.probabilities ?? true;
   at("key").value = sessionStorage.getItem("keifu.key") ?? "";
 }
 
@@ -53,14 +53,25 @@ async function* answer(nodes, signal) {
   const common = { model, ...sampling(), stream_options: { include_usage: true } };
   const asked = isChat(model)
     ? ["/v1/chat/completions", { ...common, messages: asMessages(nodes, at("system").value), ...probabilities() }]
-    : ["/v1/completions", { max_tokens: 256, ...common, prompt: nodes.map((each) => each.content).join("") }];
+    : ["/v1/completions", { max_tokens: 256, ...common, prompt: nodes.map((each) => each.content).join(""), ...(shown() ? { logprobs: 5 } : {}) }];
   for await (const { seed, usage, choices: [choice] } of events(...asked, signal)) {
     const text = choice?.delta?.content ?? choice?.text ?? "";
-    yield { text, tokens: choice?.logprobs?.content ?? [], reason: choice?.finish_reason, seed, usage };
+    const tokens = choice?.logprobs?.content ?? continued(choice?.logprobs);
+    yield { text, tokens, reason: choice?.finish_reason, seed, usage };
   }
 }
 
-const probabilities = () => (at("probabilities").checked ? { logprobs: true, top_logprobs: 5 } : {});
+const shown = () => at("probabilities").checked;
+const probabilities = () => (shown() ? { logprobs: true, top_logprobs: 5 } : {});
+
+// The tokens of a continued text in the form of those of a chat. A token with part of a character has no bytes here.
+function continued(logprobs) {
+  const bytes = (token) => [...new TextEncoder().encode(token)];
+  return (logprobs?.tokens ?? []).map((token, n) => ({
+    token, bytes: bytes(token), logprob: logprobs.token_logprobs[n],
+    top_logprobs: Object.entries(logprobs.top_logprobs[n]).map(([other, logprob]) => ({ token: other, logprob })),
+  }));
+}
 
 async function ask(parent) {
   running?.abort();
@@ -169,8 +180,23 @@ function article(each) {
   return box;
 }
 
+// What an empty chat says: examples to try, and the meaning of the lines under the tokens of an answer.
+function invitation() {
+  const chats = isChat(at("model").value);
+  const example = (text) => element("button", { class: "example", type: "button", onclick: () => send(text) }, text);
+  const line = (kind) => element("li", {}, element("span", { class: `token ${kind}` }, say(kind)));
+  const legend = [element("p", {}, say("lines")), element("ul", { class: "lines" }, ...["likely", "fair", "unlikely"].map(line)), element("p", {}, say("others"))];
+  const more = element("a", { "data-landmark": "gpt2", href: "/lineage" }, say("lineage"));
+  const box = element("div", { class: "empty" },
+    element("h2", {}, say(chats ? "emptyChat" : "emptyBase")),
+    element("div", { class: "row" }, ...say(chats ? "chatExamples" : "baseExamples").map(example)),
+    element("p", {}, say("chatSee"), " ", more), ...(shown() ? legend : []));
+  return served.length ? [box] : [];
+}
+
 function showLog() {
-  at("log").replaceChildren(...path(chat).map(article));
+  const nodes = path(chat);
+  at("log").replaceChildren(...(nodes.length ? nodes.map(article) : invitation()));
   at("log").scrollTop = at("log").scrollHeight;
 }
 
@@ -193,7 +219,15 @@ function showAll() {
   showButtons();
   showChats();
   showLog();
+  showDefaults();
+  showWords();
   at("language").textContent = say("other");
+}
+
+// The model's own settings, in grey where a field is empty.
+function showDefaults() {
+  const own = served.find((model) => model.id === at("model").value)?.defaults ?? {};
+  for (const name of NUMBERS) at(name).placeholder = name === "seed" ? say("random") : String(own[name] ?? "");
 }
 
 function open(each) {
@@ -223,9 +257,13 @@ async function listModels() {
     const kept = JSON.parse(localStorage.getItem("keifu.settings") ?? "{}").model;
     at("model").replaceChildren(...served.map((model) => element("option", { value: model.id }, model.id)));
     if (served.some((model) => model.id === kept)) at("model").value = kept;
+    at("key-form").hidden = true;
     tell(served.length ? "" : say("noModel"), !served.length);
+    showAll();
   } catch (error) {
-    tell(error instanceof TypeError ? say("lost") : error.message, true);
+    at("key-form").hidden = !error.needsKey;
+    if (error.needsKey) tell("");
+    else tell(error instanceof TypeError ? say("lost") : error.message, true);
   }
 }
 
@@ -265,15 +303,24 @@ at("settings").addEventListener("close", () => {
   keepSettings();
   listModels();
 });
-at("model").addEventListener("change", keepSettings);
+at("model").addEventListener("change", () => {
+  keepSettings();
+  showAll();
+});
+at("probabilities").addEventListener("change", showLog);
+at("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  at("key").value = at("asked-key").value;
+  keepSettings();
+  listModels();
+});
 at("language").addEventListener("click", () => {
   switchLanguage();
-  showWords();
   showAll();
+  document.dispatchEvent(new Event("language"));
 });
 
 readSettings();
 keepSettings();
-showWords();
 showAll();
 listModels();

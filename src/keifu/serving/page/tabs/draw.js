@@ -1,9 +1,9 @@
 // Draw: pictures step by step, on a picture with a mask painted by hand, or again from a PNG that was drawn here.
 
-import { events } from "./api.js";
-import { onFiles, onPlaces, onSend, panel } from "./panel.js";
-import { element } from "./render.js";
-import { say } from "./words.js";
+import { events } from "../api.js";
+import { onFiles, onPlaces, onSend, panel } from "../panel.js";
+import { element } from "../render.js";
+import { say } from "../words/words.js";
 
 const draw = panel("draw");
 const field = draw.form.elements;

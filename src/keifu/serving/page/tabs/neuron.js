@@ -1,7 +1,10 @@
 // Neuron: a perceptron (Rosenblatt, 1958) and a small network, trained in this page on points that one sets.
 
-import { onPlaces, panel } from "./panel.js";
-import { say } from "./words.js";
+import { onPlaces, panel } from "../panel.js";
+import { say } from "../words/words.js";
+import { inseparable } from "./separation.js";
+
+const PATIENCE = 40; // steps of a perceptron that cannot succeed, before its proof is shown
 
 const at = (id) => document.getElementById(id);
 const plane = at("plane");
@@ -11,6 +14,7 @@ let model = null;
 let running = false;
 let steps = 0;
 let cursor = null;
+let proof = null; // that no line parts the points
 
 // One unit: on a mistake it moves towards the point.
 function perceptron() {
@@ -75,26 +79,63 @@ function show() {
     pen.strokeStyle = "#888";
     pen.strokeRect(cursor[0] - 8, cursor[1] - 8, 16, 16);
   }
-  const wrong = model ? points.filter((point) => model.say(point) * point.sign <= 0).length : points.length;
-  told(points.length ? say("progress", { n: steps, wrong, all: points.length }) : "");
+  if (proof) showProof(pen, ({ x, y }) => [((x + 1) * size) / 2, ((y + 1) * size) / 2]);
+  report();
+}
+
+// The two segments that cross, or the point in the triangle.
+function showProof(pen, placeOf) {
+  const outline = (corners) => {
+    pen.beginPath();
+    for (const corner of corners) pen.lineTo(...placeOf(corner));
+    pen.stroke();
+  };
+  pen.strokeStyle = getComputedStyle(plane).color;
+  pen.lineWidth = 2;
+  for (const corners of proof.segments ?? [[...proof.triangle, proof.triangle[0]]]) outline(corners);
+  const [left, top] = placeOf(proof.point);
+  pen.lineWidth = 4;
+  for (const way of [1, -1]) {
+    pen.beginPath();
+    pen.moveTo(left - 9, top - 9 * way);
+    pen.lineTo(left + 9, top + 9 * way);
+    pen.stroke();
+  }
+  pen.lineWidth = 1;
+}
+
+const isPerceptron = () => at("kind").value === "0";
+const countWrong = () => points.filter((point) => model.say(point) * point.sign <= 0).length;
+
+function report() {
+  const values = { n: steps, wrong: countWrong(), all: points.length };
+  if (!points.length) told("");
+  else if (proof) told(say(proof.segments ? "proofCrossing" : "proofInside", values));
+  else if (!steps) told(say("pressTrain", values));
+  else told(say(isPerceptron() && !values.wrong ? "parted" : "progress", values));
 }
 
 function step() {
   if (!running) return;
   model.learn(Number(at("rate").value) || 0.1);
   steps += 1;
+  if (isPerceptron() && steps >= PATIENCE) proof = inseparable(points);
+  if (proof || (isPerceptron() && !countWrong())) run(false);
   show();
   requestAnimationFrame(step);
 }
 
 function begin() {
-  model = at("kind").value === "0" ? perceptron() : network(Math.min(32, Math.max(1, Number(at("units").value) || 6)));
+  at("units").closest("label").hidden = isPerceptron();
+  model = isPerceptron() ? perceptron() : network(Math.min(32, Math.max(1, Number(at("units").value) || 6)));
   steps = 0;
+  proof = null;
   show();
 }
 
 function run(wanted) {
   running = wanted && points.length > 0;
+  if (running) proof = null;
   at("train").dataset.text = running ? "pause" : "train";
   at("train").textContent = say(at("train").dataset.text);
   if (running) step();
@@ -112,6 +153,7 @@ const group = (x, y, sign) => Array.from({ length: 12 }, () => (
 
 onPlaces(plane, (x, y, began) => {
   if (!began) return;
+  proof = null;
   points.push({ x: (2 * x) / plane.width - 1, y: (2 * y) / plane.height - 1, sign: Number(at("class").value) });
   show();
 }, (x, y) => {
@@ -119,11 +161,13 @@ onPlaces(plane, (x, y, began) => {
   show();
 });
 at("train").addEventListener("click", () => run(!running));
-at("line").addEventListener("click", () => set([...group(-0.4, -0.3, 1), ...group(0.4, 0.4, -1)]));
+const twoGroups = () => [...group(-0.4, -0.3, 1), ...group(0.4, 0.4, -1)];
+at("line").addEventListener("click", () => set(twoGroups()));
 at("xor").addEventListener("click", () => set([
   ...group(-0.5, -0.5, 1), ...group(0.5, 0.5, 1), ...group(-0.5, 0.5, -1), ...group(0.5, -0.5, -1),
 ]));
 at("clear-points").addEventListener("click", () => set([]));
-for (const id of ["kind", "units"]) at(id).addEventListener("change", begin);
+for (const id of ["kind", "units"]) at(id).addEventListener("change", () => set(points));
 at("neuron").addEventListener("keydown", (event) => { if (event.key === "Escape") run(false); });
-begin();
+document.addEventListener("language", report);
+set(twoGroups());

@@ -5,6 +5,7 @@ import "./look.js";
 import "./draw.js";
 import "./match.js";
 import "./neuron.js";
+import "./runs.js";
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
 const NEEDED = { look: "inspection", translate: "translation", draw: "image", match: "match" };
@@ -17,6 +18,7 @@ function choose(tab, focused = false) {
     each.tabIndex = chosen ? 0 : -1;
     document.getElementById(each.getAttribute("aria-controls")).hidden = !chosen;
   }
+  document.dispatchEvent(new CustomEvent("tab", { detail: tab.getAttribute("aria-controls") }));
   history.replaceState(null, "", `#${tab.getAttribute("aria-controls")}`);
   if (focused) tab.focus();
 }
@@ -35,6 +37,7 @@ choose(tabs[0]);
 document.addEventListener("models", ({ detail }) => {
   for (const tab of tabs) {
     const use = NEEDED[tab.getAttribute("aria-controls")];
+    if (tab.id === "tab-runs") continue; // shown where there are runs
     tab.hidden = use !== undefined && !detail.some((model) => model.uses.includes(use));
   }
   for (const list of document.querySelectorAll("[data-use]")) {
