@@ -1,12 +1,13 @@
-"""The ranges of numbers that can be set, by name: options of the command line and of recipes, and settings from Python.
+"""Ranges of numbers, as annotations of fields: options of the command line and of recipes, and settings from Python.
 
-A name means the same kind of number wherever it stands. What depends on other settings is checked beside them.
+`Count` is the type of a whole number from 1 on. Limits that depend on other settings are checked with those settings.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 from keifu.errors import UserError
 
@@ -16,8 +17,8 @@ LIMIT = 10**6  # of numbers that scale logits, guidance or penalties: float32 ha
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `least` to `most`, without `least` itself where `above`, without `most` where `below`, only whole
-    ones where `whole`, and 0 too where `or_zero`."""
+    """Numbers from `least` to `most`: without `least` if `above`, without `most` if `below`, only whole numbers if
+    `whole`, and with 0 if `or_zero`."""
 
     least: float | int
     most: float | int
@@ -28,7 +29,7 @@ class Range:
     note: str = ""
 
     def holds(self, value: Any) -> bool:
-        """Whether a value is such a number."""
+        """Return whether a value is such a number."""
         kind: Any = Integral if self.whole else Real
         if isinstance(value, bool) or not isinstance(value, kind):
             return False
@@ -53,71 +54,55 @@ SHARE = Range(0, 1)
 POSITIVE_SHARE = Range(0, 1, above=True)
 BELOW_ONE = Range(0, 1, below=True)
 
-_NAMES = {
-    COUNT: """
-        attention_dim autoencoder_batch autoencoder_steps autoencoder_widths average band batch_ramp batch_size
-        batch_stages beam best_of candidates channels clip_batch clip_steps code_dim codebook_size context_dim
-        context_length cut decay_steps decoder_hidden_dim digits dim each embedding_dim group head_dim heads hidden
-        hidden_dim image_size keep kernel latent_channels layers length limit log_every max_tokens max_updates
-        maxout_dim micro_batch minibatches most multipliers n_decoder_heads n_decoder_layers n_heads n_kv_heads n_layers
-        nearest noise_steps of original_context_length patch_size pods prior_heads prior_layers prior_steps
-        processes prompt prompts queue residual_blocks rewind rollouts sentinels shard size sliding_window slots small
-        steps streams target_vocab_size tensor terms threads time_limit tokens tokens_per_batch type_vocab_size
-        upsampler_widths upsampling_steps vae_batch vae_steps vae_widths vocab_size width widths
-        """,
-    FROM_ZERO: """
-        attention by_shots end_id evaluate_every first_window_layer guesses hold pad_id rank restarts sample_every
-        save_every shift shots skip start_id text_rank tile
-        """,
-    SEED: "seed",
-    FINITE: "alpha guidance prior_guidance",
-    AT_LEAST_ZERO: """
-        autoencoder_rate beta brightness clip contrast crop edges epsilon kl_coef kl_weight learning_rate lm_weight
-        matrix_rate missing_eos_penalty norm_eps rate_shares rise rotation saturation text_weight vae_rate value_clip
-        value_rate warmup weight weight_decay z_loss
-        """,
-    POSITIVE: """
-        attention_factor autoencoder_minutes beta_fast beta_slow clip_minutes epochs factor gamma high_freq_factor
-        keep_alive logit_scale low_freq_factor minutes mscale mscale_all_dim rate rope_theta timeout vae_minutes
-        """,
-    SHARE: """
-        anneal discount eta final_ratio gae_lambda guidance_rescale prefix share shares short
-        """,
-    POSITIVE_SHARE: "evaluate_share strength",
-    BELOW_ONE: """
-        activation_dropout attention_dropout betas caption_dropout classifier_dropout dropout ema held_out image_dropout
-        label_dropout label_smoothing momentum prior_dropout text_dropout
-        """,
-}
-RANGES = {name: kind for kind, names in _NAMES.items() for name in names.split()} | {
-    "count": Range(1, 1_000_000, whole=True),
-    "depth": Range(1, 1000, whole=True),
-    "logit_bias": Range(-LIMIT, LARGEST),
-    "top_log_probabilities": Range(0, 20, whole=True),
-    "temperature": Range(1e-6, LIMIT, or_zero=True, note=" (0: always the likeliest token)"),
-    "top_k": Range(0, LARGEST, whole=True, note=" (0: all tokens)"),
-    "top_p": Range(0, 1, above=True, note=" (1: all tokens)"),
-    "min_p": Range(0, 1, note=" (0: all tokens)"),
-    "repetition_penalty": Range(1e-6, LIMIT, note=" (1 changes nothing)"),
-    "port": Range(0, 65_535, whole=True),
-    "presence_penalty": Range(-LIMIT, LIMIT, note=" (0 changes nothing)"),
-    "frequency_penalty": Range(-LIMIT, LIMIT, note=" (0 changes nothing)"),
-}
+Count = Annotated[int, COUNT]
+Natural = Annotated[int, FROM_ZERO]
+Seed = Annotated[int, SEED]
+Finite = Annotated[float, FINITE]
+NotNegative = Annotated[float, AT_LEAST_ZERO]
+Positive = Annotated[float, POSITIVE]
+Share = Annotated[float, SHARE]
+PositiveShare = Annotated[float, POSITIVE_SHARE]
+BelowOne = Annotated[float, BELOW_ONE]
+SmallCount = Annotated[int, Range(1, 1_000_000, whole=True)]
+Depth = Annotated[int, Range(1, 1000, whole=True)]
+Port = Annotated[int, Range(0, 65_535, whole=True)]
+Likeliest = Annotated[int, Range(0, 20, whole=True)]
+Bias = Annotated[float, Range(-LIMIT, LARGEST)]
+Temperature = Annotated[float, Range(1e-6, LIMIT, or_zero=True, note=" (0: always the likeliest token)")]
+TopK = Annotated[int, Range(0, LARGEST, whole=True, note=" (0: all tokens)")]
+TopP = Annotated[float, Range(0, 1, above=True, note=" (1: all tokens)")]
+MinP = Annotated[float, Range(0, 1, note=" (0: all tokens)")]
+RepetitionPenalty = Annotated[float, Range(1e-6, LIMIT, note=" (1 changes nothing)")]
+Penalty = Annotated[float, Range(-LIMIT, LIMIT, note=" (0 changes nothing)")]
 
 
-def check(values: Mapping[str, Any], label: Callable[[str], str] = str) -> None:
-    """A `UserError` for the first value outside the range of its name, which `label` writes as the user knows it.
+def range_of(hint: Any) -> Range | None:
+    """Return the range in a type such as `Count | None` or `tuple[Count, ...]`; None if it has none."""
+    if isinstance(hint, Range):
+        return hint
+    return next((found for inner in get_args(hint) if (found := range_of(inner))), None)
 
-    Names without a range, and values of None, are not looked at; of a tuple, each number in it is.
-    """
-    for name, value in values.items():
-        allowed = RANGES.get(name)
-        if allowed and value is not None and not all(allowed.holds(each) for each in _numbers(value)):
-            raise UserError(f"{label(name)} must be {allowed}, and it is {value!r}.")
+
+@cache
+def _ranges(kind: type) -> dict[str, Range]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: found for name, hint in hints.items() if (found := range_of(hint))}
+
+
+def check(settings: Any, label: Callable[[str], str] = str) -> None:
+    """Check the fields of a dataclass against the ranges in their types; label: the name of a field in the error."""
+    for name, allowed in _ranges(type(settings)).items():
+        check_value(label(name), vars(settings)[name], allowed)
+
+
+def check_value(name: str, value: Any, allowed: Range) -> None:
+    """Raise a `UserError` for a value outside a range. None is allowed; of a tuple, each number is checked."""
+    if value is not None and not all(map(allowed.holds, _numbers(value))):
+        raise UserError(f"{name} must be {allowed}, and it is {value!r}.")
 
 
 def _numbers(value: Any) -> Iterator[Any]:
-    """Return the value itself; of a tuple or list everything in it but texts, which stand beside numbers there."""
+    """Yield the value itself; of a tuple or list, everything in it except strings."""
     if not isinstance(value, (tuple, list)):
         yield value
         return

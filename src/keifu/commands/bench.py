@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from keifu.commands.shared import flags
 from keifu.commands.shared.inputs import notice
 from keifu.errors import UserError
+from keifu.ranges import Count
 
 if TYPE_CHECKING:
     from keifu.generation.text.engine import Engine
@@ -25,14 +26,14 @@ class Options(flags.OnDevice):
     model: flags.Model
     weights: str | None = None
     """f32, bf16, int8, int4 or int4_pure weights for the native step; unset: those of the model."""
-    streams: int = 1
+    streams: Count = 1
     """Texts that are written at the same time."""
-    prompt: int = 512
+    prompt: Count = 512
     """Tokens of a prompt."""
-    tokens: int = 128
+    tokens: Count = 128
     """Tokens that are written after each prompt."""
     guesses: flags.Guesses = 0
-    threads: int | None = None
+    threads: Count | None = None
     """Threads of the CPU; unset: as many as there are cores."""
     json: bool = False
     """Print the figures as JSON: prefill and decode in tokens a second, bandwidth and peak in GB/s, memory in bytes."""

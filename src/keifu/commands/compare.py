@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from keifu.commands.shared import flags
+from keifu.ranges import Count
 
 if TYPE_CHECKING:
     from keifu.data.chat.prompts import Prompt
@@ -38,7 +39,7 @@ class Options(flags.OnDevice):
     """Folder of the choices."""
     by: str | None = None
     """A reward in place of you: a run of keifu train reward, or file.py:function."""
-    limit: int | None = None
+    limit: Count | None = None
     """At most so many prompts, the first."""
     json: bool = False
     """Print the figures as JSON."""

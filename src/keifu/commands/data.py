@@ -12,6 +12,7 @@ import tyro
 from keifu.commands.shared import flags, tables
 from keifu.commands.shared.inputs import at_terminal
 from keifu.errors import UserError
+from keifu.ranges import Count, Natural, SmallCount
 
 LEARNED, ENDS = "bold green", "⟦⟧"  # on a terminal, and where there is no colour
 
@@ -101,17 +102,17 @@ class Options:
     """Print the report of check, or conversations as ids, as JSON."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The PNG file that show writes; unset, it writes none. The folder that prepare writes, which is then --data."""
-    rank: int = 0
+    rank: Natural = 0
     """Which part of the files prepare takes, counted from 0."""
-    of: int = 1
+    of: Count = 1
     """The number of parts."""
-    count: int = 64
+    count: SmallCount = 64
     """Pictures on the sheet, spread evenly over the set; or conversations, the first."""
     part: Literal["all", "train", "validation", "test"] = "all"
     """Show only what is learned from, or what keifu holds out from it."""
     language: str | None = None
     """The language of the captions on the sheet, such as ja; unset, the first that there is."""
-    size: int | None = None
+    size: Count | None = None
     """The side in pixels that the pictures are brought to; unset, they must all have one size."""
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for colour; unset, as the first picture."""

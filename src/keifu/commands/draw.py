@@ -12,6 +12,7 @@ from keifu.commands.shared import drawing, flags
 from keifu.commands.shared.drawing import check_png, draw_images, load, output_paths, png, select_lora, usual_dtype
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
+from keifu.ranges import Count, Finite, Natural, PositiveShare, Seed, Share, SmallCount
 from keifu.threads import on_threads
 
 if TYPE_CHECKING:
@@ -49,58 +50,58 @@ class Options(flags.OnDevice):
     picture-SEED.png."""
     sampler: str | None = None
     """How the noise is removed; unset: ddim, for a text dpm++-2m (unCLIP: ddim)."""
-    steps: int | None = None
+    steps: Count | None = None
     """Steps from noise to picture; unset, as many as are usual with the sampler."""
-    seed: int | None = None
+    seed: Seed | None = None
     """The same seed gives the same picture; of several, each has a seed one higher. Unset: a fresh one."""
-    count: int = 1
+    count: SmallCount = 1
     """Pictures."""
     label: str | None = None
     """The class to draw, by name or number."""
-    guidance: float | None = None
+    guidance: Finite | None = None
     """How far towards the text or the label: 1 is what the model says, more is nearer to it and less varied. Unset:
     7.5 for a text (unCLIP: 8), 1 for a label."""
     negative: str = ""
     """What guidance leads away from, for models that read; unset, from what the model draws without a text."""
     truncate: bool = False
     """Leave out the end of a text that is longer than the model reads."""
-    guidance_rescale: float = 0.0
+    guidance_rescale: Share = 0.0
     """How much of the contrast that guidance adds is taken back, up to 1."""
     size: str | None = None
     """Pixels of a side, or WIDTHxHEIGHT; unset, those that the model was trained with."""
     init: Annotated[Path | None, tyro.conf.arg(metavar="PICTURE")] = None
     """A picture to begin with, in place of noise alone; its size is the drawing's unless --size says another. A model
     that draws by way of an embedding (unCLIP) varies it: what it shows is kept, its pixels are not."""
-    strength: float | None = None
+    strength: PositiveShare | None = None
     """How much of --init is drawn anew: the share of the steps, up to 1. Unset: 0.8, with a mask 1."""
     mask: Annotated[Path | None, tyro.conf.arg(metavar="PICTURE")] = None
     """White where --init is drawn anew; all else keeps its pixels."""
     lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH[:SCALE]")] = ()
     """A LoRA for the network or its text's encoder, a .safetensors file or a run of keifu train lora-image, and how
     strongly it acts (1); several times for several."""
-    tile: int | None = None
+    tile: Natural | None = None
     """Make the picture of its latents in tiles with sides of so many pixels, which bounds memory; 0 for none. Unset:
     512 for pictures of more than 1024 x 1024 pixels."""
     towards: Annotated[str | None, tyro.conf.arg(metavar="PICTURE|TEXT")] = None
     """Of a model that draws by way of an embedding (unCLIP): --count pictures on the way from --init to this picture,
     or from the text to this one."""
-    prior_steps: int | None = None
+    prior_steps: Count | None = None
     """Steps in which such a model imagines the embedding. Unset: 25."""
-    prior_guidance: float | None = None
+    prior_guidance: Finite | None = None
     """How far towards the text it imagines. Unset: 4."""
-    candidates: int = 1
+    candidates: Count = 1
     """Embeddings that it imagines, of which the one nearest to the text is drawn."""
-    upsampling_steps: int | None = None
+    upsampling_steps: Count | None = None
     """Steps in which it enlarges its pictures. Unset: 7."""
-    eta: float = 0.0
+    eta: Share = 0.0
     """ddim's share of fresh noise: 0 for none, 1 for ddpm's."""
     spacing: Literal["leading", "trailing", "linspace", "quadratic"] | None = None
     """Which of the training's timesteps are visited; unset, as the model says."""
     karras: bool = False
     """Noise levels that crowd where there is little noise."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Pictures that are drawn together, at most."""
-    best_of: int | None = None
+    best_of: Count | None = None
     """Draw so many and keep the --count of them that a CLIP finds nearest to the text, the best one first."""
     clip: str | None = None
     """That CLIP: a run, a folder or a hub id."""

@@ -14,6 +14,7 @@ from keifu.commands.shared import flags, tables
 from keifu.commands.shared.inputs import embed_inputs, ids, load_encoder, pictures_among, texts_from
 from keifu.errors import UserError
 from keifu.files import write_atomic
+from keifu.ranges import Count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ class Options(flags.OnDevice):
     """The file that has a text on each line."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="PATH")] = None
     """The .npy file (float32, a row a text) or .json file for the vectors."""
-    nearest: int | None = None
+    nearest: Count | None = None
     """Print so many of the most similar texts for each text, with their cosine similarity."""
     among: Path | None = None
     """The file whose lines are searched for the nearest, or a folder of pictures; without it, the texts themselves."""
@@ -46,7 +47,7 @@ class Options(flags.OnDevice):
     """Keep the beginning of a text that is longer than the model takes."""
     dtype: Literal["f32", "bf16"] | None = None
     """Compute in this type; bf16 is faster where the processor has it, and exact to about 0.003."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Texts that go through the model together, at most."""
 
 

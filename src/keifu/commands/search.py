@@ -14,6 +14,7 @@ from keifu.commands.shared import flags
 from keifu.commands.shared.inputs import at_terminal, ids, load_encoder, notice, read_pipe
 from keifu.commands.shared.terminal import ask
 from keifu.errors import UserError, printable
+from keifu.ranges import Count, SmallCount
 
 if TYPE_CHECKING:
     from keifu.data.text.passages import Passage
@@ -40,11 +41,11 @@ class Options(flags.OnDevice):
     question: Annotated[
         tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[QUESTION]", help="Question, or some words.")
     ] = None
-    count: int = 5
+    count: SmallCount = 5
     """Number of passages to print."""
     model: str = "minilm"
     """Encoder of passages and question: a run, a folder, a hub id or a catalogue name."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Number of passages that go through the model together, at most."""
     json: bool = False
     """Whether to print a JSON object for each passage."""

@@ -14,6 +14,7 @@ import tyro
 from keifu.commands.shared import flags
 from keifu.errors import UserError
 from keifu.files import read_text
+from keifu.ranges import Count, Port, Positive
 
 KEYS = "KEIFU_API_KEY"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -41,7 +42,7 @@ class Options(flags.Packed):
     """Address to listen at. 0.0.0.0 lets other machines ask too: give a key then."""
     allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Further host name that this server answers to, such as chat.example.org behind a proxy."""
-    port: int = 8000
+    port: Port = 8000
     """Port to listen at; 0 takes one that is free."""
     socket: Path | None = None
     """Path of a Unix socket to listen at, instead of a port."""
@@ -49,14 +50,14 @@ class Options(flags.Packed):
     """Memory for the weights of all models, such as 4G: the model not used longest is unloaded."""
     cache: str | None = None
     """Memory for the keys and values of each model, such as 1G. Unset: a quarter of the free memory."""
-    slots: int = 16
+    slots: Count = 16
     """Number of texts that a model writes at the same time."""
     guesses: flags.Guesses = None
-    queue: int = 128
+    queue: Count = 128
     """Number of texts that may wait for a model; further ones get status 429."""
-    timeout: float = 600.0
+    timeout: Positive = 600.0
     """Seconds after which an answer is given up."""
-    keep_alive: float | None = None
+    keep_alive: Positive | None = None
     """Seconds after which a model that nothing asks is unloaded. Unset: never."""
     max_body: str = "16M"
     """Size of the largest request that is read."""

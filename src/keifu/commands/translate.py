@@ -14,6 +14,7 @@ from keifu.commands.shared import flags
 from keifu.commands.shared.inputs import at_terminal, decode_utf8
 from keifu.commands.shared.terminal import no_text
 from keifu.errors import UserError
+from keifu.ranges import Count, Finite
 
 EXAMPLE = 'keifu translate MODEL "This is a pen."'
 
@@ -28,13 +29,13 @@ class Options(flags.Packed):
     ] = None
     file: Path | None = None
     """The file that has the text."""
-    beam: int = 4
+    beam: Count = 4
     """Translations held open at a time; 1 takes the likeliest token at each step."""
-    alpha: float = 0.6
+    alpha: Finite = 0.6
     """Exponent of the length penalty ((5 + length) / 6)^alpha: more gives longer translations."""
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     """Most tokens of a sentence's translation; unset: those of the sentence and 50 more."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Most sentences at a time: it changes the speed and no translation."""
     json: bool = False
     """Print a JSON object for each line: its sentences with their translations, scores and numbers of tokens."""

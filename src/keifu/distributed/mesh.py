@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from keifu.errors import UserError
+from keifu.ranges import Count
 
 
 class Shape(NamedTuple):
@@ -22,12 +23,12 @@ class Mesh:
     """How several processes share the training of a model. Where nothing is given, each holds the whole model and
     computes a part of each batch."""
 
-    pods: int | None = None
+    pods: Count | None = None
     """Copies of the model: pods exchange gradients once a step. Unset: as many as the processes allow."""
-    shard: int | None = None
+    shard: Count | None = None
     """Processes that share the weights, gradients and optimizer states of a copy (FSDP). Unset: 1, or where pods are
     given, all of a pod."""
-    tensor: int = 1
+    tensor: Count = 1
     """Processes that share each matrix product of a Transformer (tensor, sequence and loss parallelism)."""
     activation_checkpointing: bool = False
     """Compute the activations of each block again in the backward pass: less memory, a third more computation."""
@@ -38,7 +39,7 @@ class Mesh:
     there are more exchanges."""
     compile_blocks: bool = False
     """Compile each block with torch.compile."""
-    time_limit: int = 600
+    time_limit: Count = 600
     """Seconds that a process waits for another one before the run is given up."""
 
     @property

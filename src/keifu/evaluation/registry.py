@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keifu.errors import UserError
+from keifu.ranges import Count, Finite, Natural, Seed
 
 
 @dataclass(frozen=True)
@@ -21,35 +22,35 @@ class EvalOptions:
 
     on: str
     """The data."""
-    limit: int | None = None
+    limit: Count | None = None
     """At most so many pairs, windows of text or items of a task; pictures that are drawn (unset: 1000), found again in
     noise (256) or counted in bits (64)."""
-    shots: int | None = None
+    shots: Natural | None = None
     """Examples with their answers in the prompt of each item; unset: 0."""
-    by_shots: tuple[int, ...] = ()
+    by_shots: tuple[Natural, ...] = ()
     """Several numbers of examples, such as 0 1 4 16, each for the same items."""
-    seed: int = 0
+    seed: Seed = 0
     """What decides which examples are drawn; of pictures, the first one's seed."""
     metric: str | None = None
     """choice (the likeliest of a task's choices), exact (a written answer) or cloze; unset: the task's own. Of a model
     that draws: distances, reconstruction or bits, unset: all three; or classes (see --judge). Of one that draws from
     text: clip-score or distances; unset: both."""
-    guidance: float | None = None
+    guidance: Finite | None = None
     """How far towards the text, or with --metric classes the class, they are drawn; unset: 7.5, and 1 for a class."""
     sampler: str | None = None
     """How pictures are drawn; unset: ddim, for a text dpm++-2m."""
-    steps: int | None = None
+    steps: Count | None = None
     """Steps of the sampler; unset: as many as are usual with it."""
     reverse: bool = False
     """Swap the sides of the pairs: the second is the source."""
     language: str | None = None
     """The code of the language that is translated into, such as ja, where the data does not tell it; or of the captions
     that are drawn."""
-    beam: int | None = None
+    beam: Count | None = None
     """Translations held open at a time; unset: 4."""
-    alpha: float | None = None
+    alpha: Finite | None = None
     """Exponent of the length penalty; unset: 0.6."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """How much is computed at a time: it changes no figure but the speed."""
     text_field: str | None = None
     """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""

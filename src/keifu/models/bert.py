@@ -24,6 +24,7 @@ from keifu.layers.linear import Linear, linear
 from keifu.layers.pooling import SentenceHead
 from keifu.layers.transformer.blocks import PostNorm
 from keifu.models.hf import config as hf
+from keifu.ranges import BelowOne, Count, NotNegative
 
 Tokens = Int[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
@@ -33,16 +34,16 @@ Hidden = Float[Tensor, "batch length dim"]
 class Config:
     """The defaults are BERT-base as it is pretrained. The last five fields are the heads on top of the encoder."""
 
-    vocab_size: int = 30_522
-    context_length: int = 512
-    dim: int = 768
-    hidden_dim: int = 3072
-    n_layers: int = 12
-    n_heads: int = 12
-    norm_eps: float = 1e-12
+    vocab_size: Count = 30_522
+    context_length: Count = 512
+    dim: Count = 768
+    hidden_dim: Count = 3072
+    n_layers: Count = 12
+    n_heads: Count = 12
+    norm_eps: NotNegative = 1e-12
     activation: str = "gelu"  # exact, as in Hugging Face's copy; the original code has gelu_tanh
-    dropout: float = 0.1
-    type_vocab_size: int = 2  # segments: sentence A and sentence B
+    dropout: BelowOne = 0.1
+    type_vocab_size: Count = 2  # segments: sentence A and sentence B
     pooled: bool = True
     words: bool = True  # the head of masked language modelling
     next_sentence: bool = True

@@ -18,21 +18,22 @@ from keifu.layers.initialisation import normal_
 from keifu.layers.transformer.blocks import PostNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models.hf import config as hf
+from keifu.ranges import BelowOne, Count, NotNegative
 
 
 @dataclass(frozen=True)
 class Config:
     """The defaults are the published model (section 4.1); its vocabulary is that of the released files."""
 
-    vocab_size: int = 40_478
-    context_length: int = 512
-    dim: int = 768
-    hidden_dim: int = 3072
-    n_layers: int = 12
-    n_heads: int = 12
-    norm_eps: float = 1e-5
+    vocab_size: Count = 40_478
+    context_length: Count = 512
+    dim: Count = 768
+    hidden_dim: Count = 3072
+    n_layers: Count = 12
+    n_heads: Count = 12
+    norm_eps: NotNegative = 1e-5
     activation: str = "gelu_tanh"  # of the released code; the paper says GELU
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     tied: bool = True
 
 

@@ -19,21 +19,22 @@ from keifu.layers.transformer.blocks import PreNorm, residual_weights
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import gpt1
 from keifu.models.hf import config as hf
+from keifu.ranges import BelowOne, Count, NotNegative
 
 
 @dataclass(frozen=True)
 class Config:
     """The defaults are the smallest published size. `dropout` 0.1 is the released configuration's."""
 
-    vocab_size: int = 50_257
-    context_length: int = 1024
-    dim: int = 768
-    hidden_dim: int = 3072
-    n_layers: int = 12
-    n_heads: int = 12
-    norm_eps: float = 1e-5
+    vocab_size: Count = 50_257
+    context_length: Count = 1024
+    dim: Count = 768
+    hidden_dim: Count = 3072
+    n_layers: Count = 12
+    n_heads: Count = 12
+    norm_eps: NotNegative = 1e-5
     activation: str = "gelu_tanh"
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     bias: bool = True  # without biases is nanoGPT's variant; no published weights have it
     tied: bool = True
 

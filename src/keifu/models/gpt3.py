@@ -18,22 +18,23 @@ from keifu.layers.attention.attention import Attention
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import gpt2
 from keifu.models.hf import config as hf
+from keifu.ranges import BelowOne, Count, NotNegative
 
 
 @dataclass(frozen=True)
 class Config:
     """The defaults are GPT-3 Small. `band` None makes every layer dense, which is GPT-2."""
 
-    vocab_size: int = 50_257
-    context_length: int = 2048
-    dim: int = 768
-    hidden_dim: int = 3072
-    n_layers: int = 12
-    n_heads: int = 12
-    norm_eps: float = 1e-5
+    vocab_size: Count = 50_257
+    context_length: Count = 2048
+    dim: Count = 768
+    hidden_dim: Count = 3072
+    n_layers: Count = 12
+    n_heads: Count = 12
+    norm_eps: NotNegative = 1e-5
     activation: str = "gelu_tanh"
-    dropout: float = 0.0
-    band: int | None = 256  # width of the attention in layers 1, 3, 5, ..., the token itself included
+    dropout: BelowOne = 0.0
+    band: Count | None = 256  # width of the attention in layers 1, 3, 5, ..., the token itself included
     qkv_bias: bool = True
     scaled_attention: bool = True  # by 1 / √(dim / n_heads); GPT-Neo does not scale
     tied: bool = True

@@ -18,31 +18,32 @@ from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm, residual_weights
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models.hf import config as hf
+from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive
 
 
 @dataclass(frozen=True)
 class Config:
     """The defaults are LLaMA-7B. `hidden_dim` is printed in no paper: 256 · ceil(8/3 · dim / 256) in LLaMA 1."""
 
-    vocab_size: int = 32_000
-    context_length: int = 2048
-    dim: int = 4096
-    hidden_dim: int = 11_008
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int | None = None  # as many as n_heads
-    head_dim: int | None = None  # dim / n_heads
-    norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
+    vocab_size: Count = 32_000
+    context_length: Count = 2048
+    dim: Count = 4096
+    hidden_dim: Count = 11_008
+    n_layers: Count = 32
+    n_heads: Count = 32
+    n_kv_heads: Count | None = None  # as many as n_heads
+    head_dim: Count | None = None  # dim / n_heads
+    norm_eps: NotNegative = 1e-6
+    rope_theta: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
     activation: str = "silu"
-    sliding_window: int | None = None  # Mistral: a token attends to this many, itself included
-    first_window_layer: int = 0  # Qwen2: layers below it have full attention
+    sliding_window: Count | None = None  # Mistral: a token attends to this many, itself included
+    first_window_layer: Natural = 0  # Qwen2: layers below it have full attention
     qkv_bias: bool = False
     out_bias: bool = False
     feedforward_bias: bool = False
     tied: bool = False
-    dropout: float = 0.0
+    dropout: BelowOne = 0.0
 
 
 _llama2 = partial(Config, context_length=4096, norm_eps=1e-5)

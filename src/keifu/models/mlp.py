@@ -21,7 +21,7 @@ from keifu.errors import UserError
 from keifu.layers.activations import Activation, activation
 from keifu.layers.dropout import Dropout
 from keifu.models.hf import config as hf
-from keifu.ranges import check
+from keifu.ranges import BELOW_ONE, check_value
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Config:
         widths = (self.dim, *self.hidden_dims, self.n_outputs)
         if min(widths) < 1:
             raise UserError(f"Every layer of a network needs at least one unit, and the widths are {widths}.")
-        check({"dropout": self.dropout})
+        check_value("dropout", self.dropout, BELOW_ONE)
         if self.classes and len(self.classes) != self.n_outputs:
             raise UserError(f"There are {self.n_outputs} outputs and {len(self.classes)} names for them.")
 

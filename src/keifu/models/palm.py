@@ -20,26 +20,27 @@ from keifu.layers.normalisation import ScaledLayerNorm
 from keifu.layers.transformer.blocks import Parallel
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models.hf import config as hf
+from keifu.ranges import BelowOne, Count, NotNegative, Positive
 
 
 @dataclass(frozen=True)
 class Config:
     """The defaults are PaLM 8B (table 1). The attention is n_heads · head_dim wide, which need not be `dim`."""
 
-    vocab_size: int = 256_000
-    context_length: int = 2048
-    dim: int = 4096
-    hidden_dim: int = 16_384
-    n_layers: int = 32
-    n_heads: int = 16
-    n_kv_heads: int = 1
-    head_dim: int | None = 256  # None: dim / n_heads
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
+    vocab_size: Count = 256_000
+    context_length: Count = 2048
+    dim: Count = 4096
+    hidden_dim: Count = 16_384
+    n_layers: Count = 32
+    n_heads: Count = 16
+    n_kv_heads: Count = 1
+    head_dim: Count | None = 256  # None: dim / n_heads
+    norm_eps: NotNegative = 1e-5
+    rope_theta: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
     activation: str = "silu"
-    logit_scale: float | None = None  # 1 / √dim
-    dropout: float = 0.0
+    logit_scale: Positive | None = None  # 1 / √dim
+    dropout: BelowOne = 0.0
     tied: bool = True
 
 

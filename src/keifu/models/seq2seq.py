@@ -34,6 +34,7 @@ from keifu.layers.recurrent.attention_decoder import (
     PlainDecoder,
 )
 from keifu.layers.recurrent.gru import ENCODERS
+from keifu.ranges import BelowOne, Count, Natural
 
 Tokens = Int[Tensor, "batch length"]
 Source = Int[Tensor, "batch source_length"]
@@ -50,21 +51,21 @@ class Config:
     begin a target, end either side and pad a row; `context_length` is that of the training.
     """
 
-    vocab_size: int = 30_000
-    context_length: int = 50
-    dim: int = 1000
-    embedding_dim: int = 620
-    attention_dim: int = 1000
-    maxout_dim: int = 500
+    vocab_size: Count = 30_000
+    context_length: Count = 50
+    dim: Count = 1000
+    embedding_dim: Count = 620
+    attention_dim: Count = 1000
+    maxout_dim: Count = 500
     encoder: str = "bidirectional"
     context: str = "attention"
     output: str = "maxout"
     head_bias: bool = False
-    dropout: float = 0.0
-    target_vocab_size: int | None = None  # as vocab_size
-    start_id: int = 0
-    end_id: int = 1
-    pad_id: int = 2
+    dropout: BelowOne = 0.0
+    target_vocab_size: Count | None = None  # as vocab_size
+    start_id: Natural = 0
+    end_id: Natural = 1
+    pad_id: Natural = 2
 
     def __post_init__(self) -> None:
         for field, known in (("encoder", ENCODERS), ("context", CONTEXTS), ("output", OUTPUTS)):

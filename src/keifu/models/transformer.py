@@ -23,6 +23,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import CrossPostNorm, PostNorm
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.models.hf import config as hf
+from keifu.ranges import BelowOne, Count, Natural, NotNegative
 
 
 @dataclass(frozen=True)
@@ -33,28 +34,28 @@ class Config:
     matrix embeds both languages; `tied`: the target's is also the head; `scaled`: embeddings are multiplied by √dim.
     """
 
-    vocab_size: int = 37_000
-    target_vocab_size: int | None = None  # of the target, where it is not that of the source
-    context_length: int = 512  # of either side; the paper sets no limit, Marian's models have this one
-    dim: int = 512
-    hidden_dim: int = 2048
-    decoder_hidden_dim: int | None = None
-    n_layers: int = 6
-    n_decoder_layers: int | None = None
-    n_heads: int = 8
-    n_decoder_heads: int | None = None
-    norm_eps: float = 1e-5
+    vocab_size: Count = 37_000
+    target_vocab_size: Count | None = None  # of the target, where it is not that of the source
+    context_length: Count = 512  # of either side; the paper sets no limit, Marian's models have this one
+    dim: Count = 512
+    hidden_dim: Count = 2048
+    decoder_hidden_dim: Count | None = None
+    n_layers: Count = 6
+    n_decoder_layers: Count | None = None
+    n_heads: Count = 8
+    n_decoder_heads: Count | None = None
+    norm_eps: NotNegative = 1e-5
     activation: str = "relu"
-    dropout: float = 0.1
-    attention_dropout: float = 0.0  # tensor2tensor and Marian can have these two; the paper does not
-    activation_dropout: float = 0.0
+    dropout: BelowOne = 0.1
+    attention_dropout: BelowOne = 0.0  # tensor2tensor and Marian can have these two; the paper does not
+    activation_dropout: BelowOne = 0.0
     shared: bool = True
     tied: bool = True
     scaled: bool = True
     interleaved: bool = False  # True: sines and cosines alternate, as the paper writes; then only keifu loads it
-    start_id: int = 1
-    end_id: int = 2
-    pad_id: int = 3
+    start_id: Natural = 1
+    end_id: Natural = 2
+    pad_id: Natural = 3
 
 
 SIZES = {

@@ -15,6 +15,7 @@ from keifu.data.catalogue import catalogue
 from keifu.data.chat.conversations import MADE_OF
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.ranges import BelowOne, Count, Positive, Seed
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Batch, Data, Objective, Run, Sample, Save
@@ -69,17 +70,17 @@ class FinetuneOptions(Logging):
     """The pretrained model: a run, a directory, a .gguf file, a catalogue name or a hub id."""
     data: str = field(default="preferences.jsonl", kw_only=False)
     """What is learned from."""
-    held_out: float = 0.1
+    held_out: BelowOne = 0.1
     """Share of the prompts that is kept for validation, chosen by a hash of the text."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the training examples."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates of the weights; replaces epochs."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Examples computed at a time; unset: as many as fit in memory."""
     learning_rate: float | None = None
     """AdamW's highest learning rate."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all random numbers: new weights, the order of the examples, dropout and sampling."""
 
     def origin(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from keifu.evaluation.text.perplexity import bigram_loss
 from keifu.files import write_atomic
 from keifu.generation.text.chat import Conversation
 from keifu.models import llama
+from keifu.ranges import Count
 from keifu.recipes import landmarks
 from keifu.recipes.language import gpt
 from keifu.recipes.language.common import VALIDATION_TOKENS, pretrain
@@ -30,7 +31,7 @@ class Recipe:
 
     data: str = "english"
     """The text to learn from."""
-    steps: int = 360
+    steps: Count = 360
     """Updates of the weights."""
 
 

@@ -62,26 +62,26 @@ def _tupled(value: Any) -> Any:
     return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
-def by_option(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of `to_json` by the names of their options, such as model.n-layers, without the dashes."""
-    return {name: value for name, _, value in _walk(kind, values, "", ())}
+def by_option(kind: type, values: Mapping[str, Any], hints: bool = False) -> dict[str, Any]:
+    """Return the values of `to_json` by option, such as model.n-layers; with the types of the options if `hints`."""
+    return {name: (value, hint) if hints else value for name, _, value, hint in _walk(kind, values, "", ())}
 
 
 def paths(kind: type, values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Where each option stands in what `to_json` gives."""
-    return {name: path for name, path, _ in _walk(kind, values, "", ())}
+    """Return the path of each option in what `to_json` gives."""
+    return {name: path for name, path, *_ in _walk(kind, values, "", ())}
 
 
 def _walk(
     kind: type, values: Mapping[str, Any], prefix: str, above: tuple[str, ...]
-) -> Iterator[tuple[str, tuple[str, ...], Any]]:
+) -> Iterator[tuple[str, tuple[str, ...], Any, Any]]:
     hints = get_type_hints(kind, include_extras=True)
     for field, value in values.items():
         name, inner, path = _option(field, hints.get(field), prefix), _dataclass(hints.get(field)), (*above, field)
         if isinstance(value, Mapping) and inner:
             yield from _walk(inner, value, name, path)
         else:
-            yield name, path, value
+            yield name, path, value, hints.get(field)
 
 
 def _option(field: str, hint: Any, prefix: str) -> str:

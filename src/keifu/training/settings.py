@@ -9,7 +9,7 @@ from keifu.data.batch_sizes import BatchSizeSchedule, batch_size_stages, linear_
 from keifu.devices import chosen
 from keifu.errors import UserError, require_known
 from keifu.files import listed
-from keifu.ranges import check
+from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, check
 from keifu.training.optim.loss_spikes import SpikeSettings
 
 Optimizer = Literal["adamw", "muon", "adadelta", "adafactor"]
@@ -28,56 +28,56 @@ ADJUSTABLE = frozenset(
 class Settings:
     """How any model is trained."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Updates of the weights."""
-    minutes: float | None = None
+    minutes: Positive | None = None
     """The time limit of the run, including validation, samples and saving: `steps` is then a first estimate, which is
     adjusted to the speed of the machine, and the learning rate schedule with it."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Rows per step."""
-    batch_stages: tuple[tuple[int, int], ...] = ()
+    batch_stages: tuple[tuple[Count, Count], ...] = ()
     """Batch-size warm-up in stages, as pairs: rows per step, and the step up to which that holds (PaLM: 512 50000 1024
     115000)."""
-    batch_ramp: tuple[int, int] | None = None
+    batch_ramp: tuple[Count, Count] | None = None
     """Linear batch-size warm-up (GPT-3): the rows of the first step, and the number of rows after which the batch has
     its full size."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Rows computed at a time; fewer need less memory and do not change the loss, nor dropout. Unset: as many as fit in
     memory. Where rows differ in length, more of the shorter ones are computed together."""
     optimizer: Optimizer = "adamw"
     """muon: Muon for hidden matrices, AdamW for everything else. adadelta: Zeiler's (2012), ρ 0.95, ε 1e-6.
     adafactor: PaLM's (2022), without factoring, updates scaled by the size of each matrix."""
-    learning_rate: float = 3e-4
+    learning_rate: NotNegative = 3e-4
     """The highest learning rate, of AdamW, Adadelta (1 in its paper), or Adafactor (relative to each matrix's size)."""
-    matrix_rate: float = 0.02
+    matrix_rate: NotNegative = 0.02
     """The highest learning rate of Muon."""
     schedule: Schedule = "cosine"
     """How the learning rate decays after the warm-up."""
-    warmup: int = 0
+    warmup: Natural = 0
     """Steps in which the learning rate rises linearly from 0."""
-    hold: int = 0
+    hold: Natural = 0
     """Steps after the warm-up at the highest rate (PaLM: 10,000, then inverse_sqrt)."""
-    final_ratio: float = 0.1
+    final_ratio: Share = 0.1
     """The last learning rate as a share of the highest one (linear and cosine)."""
-    decay_steps: int | None = None
+    decay_steps: Count | None = None
     """Steps after which the decay ends, linear or cosine, and the rate stays constant; unset: all steps."""
-    rate_shares: tuple[tuple[str, float], ...] = ()
+    rate_shares: tuple[tuple[str, NotNegative], ...] = ()
     """AdamW's rate for some weights, as pairs: the beginning of their names, and the share of the learning rate."""
     rate_by: RateBy = "steps"
     """What the schedule counts. rows: a step with a smaller batch counts as its share of batch_size, so that the rate
     follows the number of tokens seen during batch-size warm-up."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """Weight decay of matrices and embeddings, times the learning rate, or for adafactor its square (1 in PaLM); never
     of biases and gains."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """AdamW's β₁ and β₂, the decays of the mean and of the mean square of the gradient; β₁ is Adafactor's too."""
-    epsilon: float = 1e-8
+    epsilon: NotNegative = 1e-8
     """AdamW's ε, added to the root of the mean square."""
-    momentum: float = 0.95
+    momentum: BelowOne = 0.95
     """Muon's momentum."""
-    clip: float = 1.0
+    clip: NotNegative = 1.0
     """Gradient clipping: the largest norm of the whole gradient; 0 does not clip."""
-    ema: float = 0.0
+    ema: BelowOne = 0.0
     """Decay of an exponential moving average of the weights (DDPM: 0.9999), lower in the first steps, which is used for
     validation, samples and the saved model; 0 keeps none."""
     spikes: SpikeSettings = SpikeSettings()
@@ -89,20 +89,20 @@ class Settings:
     """Compile the objective and the model with torch.compile."""
     deterministic: bool = False
     """Whether a GPU uses only kernels that give the same bits each time, which may be slower. A CPU always does."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of dropout; recipes use it for the initial weights and the order of the data too."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
-    evaluate_every: int = 250
+    evaluate_every: Natural = 250
     """Steps between validations; 0: only at the start and at the end."""
-    evaluate_share: float = 0.1
+    evaluate_share: PositiveShare = 0.1
     """The share of all computation that validations may take: where they would take more, they come more seldom than
     `evaluate_every`; 1: as often as that, whatever they take."""
-    sample_every: int = 0
+    sample_every: Natural = 0
     """Steps between samples; 0: only at the start and at the end."""
-    save_every: int = 500
+    save_every: Natural = 500
     """Steps between checkpoints; 0: only at the end."""
-    keep: int = 2
+    keep: Count = 2
     """Checkpoints that are kept; with 2 or more, a run can go on from the one before if the last is damaged."""
     keep_best: bool = False
     """Whether the finished model has the weights of the lowest validation loss instead of the last ones."""
@@ -115,7 +115,7 @@ class Settings:
         for name in CHOICES:
             check_choice(name, vars(self)[name])
         object.__setattr__(self, "betas", tuple(self.betas))
-        check(vars(self))
+        check(self)
         if self.rate_shares and self.optimizer != "adamw":
             raise UserError(f"rate_shares are of adamw's rate, and the optimizer is {self.optimizer}: leave them out.")
         if self.warmup > self.steps:

@@ -9,6 +9,7 @@ import tyro
 from keifu.commands.shared import flags, tables
 from keifu.errors import UserError, unknown
 from keifu.models.sizes import Size, published_sizes
+from keifu.ranges import Count
 
 if TYPE_CHECKING:
     from keifu.training.hardware.plan import Architecture, Plan
@@ -26,7 +27,7 @@ class Options:
     """Tokens to train on; unset: 20 a parameter (Hoffmann et al., 2022)."""
     step: Annotated[str, tyro.conf.arg(name="batch", metavar="4M")] = "4M"
     """Tokens in a step."""
-    context_length: int | None = None
+    context_length: Count | None = None
     """Tokens in a row; unset: the model's, at most 8,192."""
     inference: bool = False
     """Plan how the devices write with the model, in place of its training."""

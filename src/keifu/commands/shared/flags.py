@@ -22,7 +22,7 @@ from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError, unknown
 from keifu.files import check_output
 from keifu.generation.text.sampling_params import SamplingParams
-from keifu.ranges import check
+from keifu.ranges import Bias, Likeliest, Natural, check_value, range_of
 from keifu.recipes.options import by_option, to_json
 
 Options = TypeVar("Options")
@@ -51,7 +51,7 @@ class OnDevice:
     """Load weights that hold infinities or what is not a number."""
 
 
-Guesses = Annotated[int | None, tyro.conf.arg(metavar="N", help=(
+Guesses = Annotated[Natural | None, tyro.conf.arg(metavar="N", help=(
     "Tokens to guess from what followed the same words before; they are checked together, and the text is the same. 0: "
     "none. Unset: 4 in native code, for up to 4 texts, while that is faster."
 ))]  # fmt: skip
@@ -70,8 +70,8 @@ class Continuation(SamplingParams):
 
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     log_probabilities: tyro.conf.Suppress[bool] = False
-    top_log_probabilities: tyro.conf.Suppress[int] = 0
-    logit_bias: tyro.conf.Suppress[tuple[tuple[int, float], ...]] = ()
+    top_log_probabilities: tyro.conf.Suppress[Likeliest] = 0
+    logit_bias: tyro.conf.Suppress[tuple[tuple[int, Bias], ...]] = ()
 
 
 def parser(kind: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:
@@ -137,12 +137,12 @@ def _check_paths(options: Any, words: Sequence[str]) -> None:
 
 
 def check_ranges(kind: type, values: Mapping[str, Any]) -> None:
-    """A `UserError` for the first number outside its range, by the name of its option; values: as of `to_json`."""
-    for option, value in by_option(kind, values).items():
-        name = option.rpartition(".")[2].replace("-", "_")
+    """Raise a `UserError` for the first number outside its range, by the name of its option; values: of `to_json`."""
+    for option, (value, hint) in by_option(kind, values, hints=True).items():
+        allowed = range_of(hint)
         number = isinstance(value, (int, float, list)) and not isinstance(value, bool)
-        if number and (name, value) != ("max_tokens", 0):  # 0 is the whole context, for the verbs that have that
-            check({name: value}, lambda _, option=option: f"--{option}")
+        if allowed and number and (option.rpartition(".")[2], value) != ("max-tokens", 0):  # 0: the whole context
+            check_value(f"--{option}", value, allowed)
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:

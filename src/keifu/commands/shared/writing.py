@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from keifu.ranges import Count, MinP, Penalty, RepetitionPenalty, Seed, Temperature, TopK, TopP
+
 if TYPE_CHECKING:
     from keifu.generation.text.generate import Completion
     from keifu.generation.text.sampling_params import SamplingParams
@@ -21,25 +23,25 @@ REPORTED = ("seed", "log_probabilities", "top_log_probabilities", "logit_bias") 
 class SamplingFlags:
     """How tokens are chosen; an option that is not given has the model's own value (`generation.defaults`)."""
 
-    max_tokens: Annotated[int | None, OWN] = None
+    max_tokens: Annotated[Count | None, OWN] = None
     """The most tokens to write; 0: until the model stops or its context is full."""
-    temperature: Annotated[float | None, OWN] = None
+    temperature: Annotated[Temperature | None, OWN] = None
     """Divides the logits; 0 always takes the likeliest token (greedy)."""
-    top_k: Annotated[int | None, OWN] = None
+    top_k: Annotated[TopK | None, OWN] = None
     """Only the k likeliest tokens; 0: all."""
-    top_p: Annotated[float | None, OWN] = None
+    top_p: Annotated[TopP | None, OWN] = None
     """Only the smallest set of likeliest tokens whose probability reaches p; 1: all."""
-    min_p: Annotated[float | None, OWN] = None
+    min_p: Annotated[MinP | None, OWN] = None
     """Only tokens at least this fraction as likely as the likeliest; 0: all."""
-    repetition_penalty: Annotated[float | None, OWN] = None
+    repetition_penalty: Annotated[RepetitionPenalty | None, OWN] = None
     """Divides positive and multiplies negative logits of tokens in the prompt or the output; 1: none."""
-    presence_penalty: Annotated[float | None, OWN] = None
+    presence_penalty: Annotated[Penalty | None, OWN] = None
     """Taken off the logit of each token in the output, once; 0: none."""
-    frequency_penalty: Annotated[float | None, OWN] = None
+    frequency_penalty: Annotated[Penalty | None, OWN] = None
     """Taken off the logit of each token in the output, for each time it stands there; 0: none."""
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], OWN] = ()
     """A string at which the text ends, before it; may be given several times."""
-    seed: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(unset: a new one each time)")] = None
+    seed: Annotated[Seed | None, tyro.conf.arg(help_behavior_hint="(unset: a new one each time)")] = None
     """The same seed gives the same text."""
 
     def given(self) -> dict[str, Any]:

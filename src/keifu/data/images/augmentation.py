@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Generator, Tensor
 
 from keifu.errors import UserError
+from keifu.ranges import Natural, NotNegative
 
 STEP = np.uint64(0x9E3779B97F4A7C15)
 GREY = 0.299, 0.587, 0.114  # the shares of red, green and blue in what eyes see as light (ITU-R BT.601)
@@ -26,17 +27,17 @@ class Augmentation:
 
     flip: bool = False
     """Mirror every second one from left to right; not for letters and digits."""
-    shift: int = 0
+    shift: Natural = 0
     """Move by at most so many whole pixels in each direction; the edge is repeated."""
-    crop: float = 0.0
+    crop: NotNegative = 0.0
     """Cut away at most this share of each side, and enlarge what is left."""
-    rotation: float = 0.0
+    rotation: NotNegative = 0.0
     """Turn by at most so many degrees to either side."""
-    brightness: float = 0.0
+    brightness: NotNegative = 0.0
     """Add or take away at most this share of white."""
-    contrast: float = 0.0
+    contrast: NotNegative = 0.0
     """Stretch or shrink differences from the picture's mean by at most this share."""
-    saturation: float = 0.0
+    saturation: NotNegative = 0.0
     """The same for differences from grey; pictures that are grey stay as they are."""
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from keifu.data.padding import offsets
 from keifu.data.text.sentence_shards import Sentences, SentenceShards
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.ranges import Count, Share
 
 Bounds = tuple[int, int, int, int]
 
@@ -125,17 +126,17 @@ VALIDATION = 20_181_011  # the seed of what is held out, so that runs of differe
 class MaskingScheme:
     """Length of a row, and the part of it that is masked (Devlin et al., 2018, section 3.1)."""
 
-    length: int = 128
+    length: Count = 128
     """Tokens of a row, [CLS] and [SEP] included."""
-    share: float = 0.15
+    share: Share = 0.15
     """Share of a row's tokens that are to be predicted: 80% of them become [MASK], 10% another token, 10% stay."""
-    most: int = 20
+    most: Count = 20
     """The most that are predicted in a row; the released scripts have 20 for rows of 128."""
     whole_words: bool = False
     """Hide all pieces of a word or none."""
     sentence_pairs: bool = True
     """Rows are pairs of sentences of which half follow each other; without, rows are runs of sentences (RoBERTa)."""
-    short: float = 0.1
+    short: Share = 0.1
     """Share of rows that are cut short."""
 
     def __post_init__(self) -> None:

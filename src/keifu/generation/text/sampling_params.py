@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from keifu.errors import UserError, require_known
-from keifu.ranges import check
+from keifu.ranges import Bias, Count, Likeliest, MinP, Penalty, RepetitionPenalty, Seed, Temperature, TopK, TopP, check
 
 if TYPE_CHECKING:
     from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -43,22 +43,22 @@ class SamplingParams:
     A value out of its range is a `UserError`. `processors.py` has the order in which the settings act.
     """
 
-    max_tokens: int | None = 256
-    temperature: float | int = 1.0
-    top_k: int = 0
-    top_p: float | int = 1.0
-    min_p: float | int = 0.0
-    repetition_penalty: float | int = 1.0
-    presence_penalty: float | int = 0.0
-    frequency_penalty: float | int = 0.0
+    max_tokens: Count | None = 256
+    temperature: Temperature | int = 1.0
+    top_k: TopK = 0
+    top_p: TopP | int = 1.0
+    min_p: MinP | int = 0.0
+    repetition_penalty: RepetitionPenalty | int = 1.0
+    presence_penalty: Penalty | int = 0.0
+    frequency_penalty: Penalty | int = 0.0
     stop: tuple[str, ...] = ()
-    seed: int | None = None
+    seed: Seed | None = None
     log_probabilities: bool = False
-    top_log_probabilities: int = 0
-    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_log_probabilities: Likeliest = 0
+    logit_bias: tuple[tuple[int, Bias], ...] = ()
 
     def __post_init__(self) -> None:
-        check(vars(self))
+        check(self)
         if not all(isinstance(each, str) and each for each in self.stop):
             raise UserError(f"stop is {self.stop!r}, which must be strings of at least one character.")
         if not all(isinstance(token, int) and token >= 0 and math.isfinite(bias) for token, bias in self.logit_bias):

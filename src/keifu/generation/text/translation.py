@@ -25,7 +25,7 @@ from keifu.generation.text.beam_search import (
 from keifu.generation.text.model import Encoder, Translator, device_of, evaluation_mode, is_writer
 from keifu.native.model import native_form
 from keifu.native.targets import NativeTargets, pack_translator
-from keifu.ranges import check
+from keifu.ranges import Count, Finite, check
 
 OPENING, CLOSING = "「『（〈《【［｛“(", "」』）〉》】］｝”)"
 FULL_WIDTH = "。！？｡"  # a sentence ends here whatever follows
@@ -121,17 +121,17 @@ Progress = Callable[[int], None]
 class TranslationParams:
     """How sentences are translated."""
 
-    beam: int = 4
+    beam: Count = 4
     """Beams; 1 takes the likeliest token at each step."""
-    alpha: float = 0.6
+    alpha: Finite = 0.6
     """Exponent of the length penalty ((5 + length) / 6)^alpha: more gives longer translations."""
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     """Most tokens of a sentence's translation; unset: those of the sentence and 50 more."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Most sentences at a time: it changes the speed and no translation."""
 
     def __post_init__(self) -> None:
-        check(vars(self))
+        check(self)
         if not -10 <= self.alpha <= 10:
             raise UserError(f"alpha is {self.alpha}, which must be from -10 to 10; the paper has 0.6.")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.wide import wide
+from keifu.ranges import Count, Positive
 
 
 class LearnedPositions(nn.Embedding):
@@ -66,15 +67,15 @@ class RopeScaling:
     """
 
     kind: str
-    factor: float
-    original_context_length: int
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0  # yarn: rotations over the original length above which a frequency is kept
-    beta_slow: float = 1.0  # and below which it is divided by the factor
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    factor: Positive
+    original_context_length: Count
+    low_freq_factor: Positive = 1.0  # llama3
+    high_freq_factor: Positive = 4.0
+    beta_fast: Positive = 32.0  # yarn: rotations over the original length above which a frequency is kept
+    beta_slow: Positive = 1.0  # and below which it is divided by the factor
+    attention_factor: Positive | None = None
+    mscale: Positive | None = None
+    mscale_all_dim: Positive | None = None
     truncate: bool = True
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from keifu.layers.initialisation import multihead_
 from keifu.layers.linear import JoinedLinear, Linear
 from keifu.models.clip.text import ENCODER_FIELDS, block, layer_names, with_projection
 from keifu.models.hf import config as hf
+from keifu.ranges import BelowOne, Count, NotNegative
 
 Pixels = Float[Tensor, "batch channels rows columns"]
 
@@ -100,17 +101,17 @@ class Config:
     """The defaults are the vision transformer of ViT-B/32. `projected` False leaves out the last matrix, into the
     shared space."""
 
-    image_size: int = 224
-    patch_size: int = 32
-    channels: int = 3
-    dim: int = 768
-    hidden_dim: int = 3072
-    n_layers: int = 12
-    n_heads: int = 12
-    norm_eps: float = 1e-5
+    image_size: Count = 224
+    patch_size: Count = 32
+    channels: Count = 3
+    dim: Count = 768
+    hidden_dim: Count = 3072
+    n_layers: Count = 12
+    n_heads: Count = 12
+    norm_eps: NotNegative = 1e-5
     activation: str = "quick_gelu"
-    attention_dropout: float = 0.0
-    embedding_dim: int = 512
+    attention_dropout: BelowOne = 0.0
+    embedding_dim: Count = 512
     projected: bool = True
 
 
@@ -119,11 +120,11 @@ class ResNetConfig:
     """The defaults are RN50. `width` is that of the first stage, which its blocks widen four times; `layers` are the
     blocks of the four stages, `n_heads` those of the pooling, whose dim is 32 times the width."""
 
-    image_size: int = 224
-    width: int = 64
-    layers: tuple[int, ...] = (3, 4, 6, 3)
-    n_heads: int = 32
-    embedding_dim: int = 1024
+    image_size: Count = 224
+    width: Count = 64
+    layers: tuple[Count, ...] = (3, 4, 6, 3)
+    n_heads: Count = 32
+    embedding_dim: Count = 1024
 
 
 SIZES: dict[str, Config] = {}  # they come with their text encoders, in clip.py

@@ -21,6 +21,7 @@ from keifu.layers.feedforward import FeedForward
 from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.models.hf import config as hf
+from keifu.ranges import BelowOne, Count, Natural, NotNegative
 
 Tokens = Int[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
@@ -31,17 +32,17 @@ class Config:
     """The defaults are the text encoder of ViT-B/32. A caption ends at the first `end_id`; None: at its highest id,
     which in OpenAI's vocabulary is the end. `projected` False leaves out the last matrix, into the shared space."""
 
-    vocab_size: int = 49_408
-    context_length: int = 77
-    dim: int = 512
-    hidden_dim: int = 2048
-    n_layers: int = 12
-    n_heads: int = 8
-    norm_eps: float = 1e-5
+    vocab_size: Count = 49_408
+    context_length: Count = 77
+    dim: Count = 512
+    hidden_dim: Count = 2048
+    n_layers: Count = 12
+    n_heads: Count = 8
+    norm_eps: NotNegative = 1e-5
     activation: str = "quick_gelu"
-    attention_dropout: float = 0.0
-    end_id: int | None = None
-    embedding_dim: int = 512
+    attention_dropout: BelowOne = 0.0
+    end_id: Natural | None = None
+    embedding_dim: Count = 512
     projected: bool = True
 
 

@@ -36,7 +36,7 @@ from keifu.files import sha256, write_atomic
 from keifu.generation.text.model import causal
 from keifu.layers.lora import LoraSettings, adapters, merge
 from keifu.processes import current
-from keifu.ranges import check
+from keifu.ranges import BELOW_ONE, BelowOne, Count, Finite, Natural, NotNegative, SmallCount, Temperature, check_value
 from keifu.recipes.common import FinetuneOptions, train_run
 from keifu.recipes.options import given
 from keifu.training.loop import Summary
@@ -54,13 +54,13 @@ T = TypeVar("T")
 class Lora:
     """Low-rank adapters in place of the whole model."""
 
-    rank: int = 0
+    rank: Natural = 0
     """Of each adapter; 0 trains the whole model."""
-    alpha: float = 16.0
+    alpha: Finite = 16.0
     """The adapter's product is multiplied with alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
     """Ends of the names of layers as the model's files call them, such as q_proj v_proj; all-linear: every one."""
-    dropout: float = 0.0
+    dropout: BelowOne = 0.0
     """Of the adapters' inputs."""
     dora: bool = False
     """Learn the length of each row apart from its direction (Liu et al., 2024)."""
@@ -136,13 +136,13 @@ def counted(what: str, parts: Sequence[Any], dropped: int) -> dict[str, int]:
 class RankedOptions(AssistantOptions):
     """Options of the recipes that learn from ranked responses."""
 
-    context_length: int | None = None
+    context_length: Count | None = None
     """Tokens of a prompt with its response; unset: 1024, or all that the model takes where that is less."""
     drop_long: bool = False
     """Leave out what is longer; without it that is an error."""
     batch_size: int = 8
     """Examples in a step."""
-    warmup: float = 0.03
+    warmup: NotNegative = 0.03
     """Share of the steps in which the learning rate rises from 0."""
 
 
@@ -207,7 +207,7 @@ def reference_model(model: nn.Module, lora: Lora) -> nn.Module:
 
 def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> tuple[list[T], list[T]]:
     """To learn from, and held out, by a hash of each item's text: those with the same text stay on one side."""
-    check({"held_out": share})
+    check_value("held_out", share, BELOW_ONE)
     keys = [hashlib.sha256(text.strip().lower().encode()).digest() for text in texts]
     held = {*sorted({*keys})[: round(share * len({*keys}))]}
     sides: tuple[list[T], list[T]] = [], []
@@ -270,11 +270,11 @@ def sample_answer(tokenizer: Tokenizer, ranked: RankedResponses, place: int) -> 
 class SumPrompts:
     """The built-in task."""
 
-    count: int = 2000
+    count: SmallCount = 2000
     """Problems, also of reasoning-gym."""
-    terms: tuple[int, int] = (2, 3)
+    terms: tuple[Count, Count] = (2, 3)
     """The fewest and the most numbers of a problem."""
-    digits: int = 1
+    digits: Count = 1
     """Of a number, at most."""
 
 
@@ -288,20 +288,20 @@ class RolloutOptions(AssistantOptions):
     """
     sums: SumPrompts = field(default_factory=SumPrompts)
     """Of chain-sum."""
-    prompts: int = 8
+    prompts: Count = 8
     """Prompts of a rollout."""
-    max_tokens: int = 64
+    max_tokens: Count = 64
     """Of a response, at most."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature of the responses."""
-    minibatches: int = 1
+    minibatches: Count = 1
     """Parts of a rollout, each of which makes an update."""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the responses of a rollout."""
-    clip: float = 0.2
+    clip: NotNegative = 0.2
     """Range of the ratio of a token's probability to that of the rollout, 1 - clip to 1 + clip; outside it, a token has
     no gradient."""
-    warmup: int = 0
+    warmup: Natural = 0
     """Updates in which the learning rate rises from 0."""
 
     def plan(self, group: int) -> RolloutPlan:

@@ -23,6 +23,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, shell
 from keifu.layers.lora import unadapted
 from keifu.processes import current
+from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import FinetuneTask, RankedOptions, open_model, sample_answer
 from keifu.training.loader import on_device
@@ -39,15 +40,15 @@ class Recipe(RankedOptions):
     chitchat-preferences, talks that their speakers rated 3 of 10 apart or more."""
     loss: Loss = "dpo"
     """dpo, robust (for noisy labels), ipo, or normalised by the lengths of the responses."""
-    beta: float = 0.1
+    beta: NotNegative = 0.1
     """Strength β of the KL constraint: a larger one keeps the policy closer to the reference model."""
-    label_smoothing: float = 0.0
+    label_smoothing: BelowOne = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Pairs in a step."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """AdamW's highest learning rate; unset: 1e-6, and 2e-5 for adapters."""
-    warmup: float = 0.1
+    warmup: NotNegative = 0.1
     """Share of the steps in which the learning rate rises from 0."""
 
     def __post_init__(self) -> None:

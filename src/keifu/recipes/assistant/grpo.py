@@ -15,6 +15,7 @@ from pathlib import Path
 from keifu.alignment.grpo import NORMAL, GRPOBatches, grpo
 from keifu.alignment.monitor import DivergenceMonitor
 from keifu.errors import UserError
+from keifu.ranges import Count, NotNegative
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import RolloutOptions, RolloutTask, open_model
 from keifu.training.loop import Summary
@@ -29,13 +30,13 @@ class Recipe(RolloutOptions):
     """file.py:function, called with a prompt, an answer and the example (a dict); or last-number or exact, which
     compare with the example's field answer; or reasoning-gym, its own scorers; or a reward model, a run of keifu train
     reward."""
-    group: int = 8
+    group: Count = 8
     """Responses to each prompt, which are compared with each other."""
-    beta: float = 0.04
+    beta: NotNegative = 0.04
     """Weight β of the KL penalty, which keeps the policy near the reference model; 0 keeps no reference model."""
-    steps: int = 200
+    steps: Count = 200
     """Updates of the weights; a rollout serves minibatches times epochs of them."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """AdamW's highest learning rate; unset: 1e-6, and 2e-5 for adapters."""
 
     def __post_init__(self) -> None:

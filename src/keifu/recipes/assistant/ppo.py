@@ -23,6 +23,7 @@ from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, Pr
 from keifu.data.text.packed import PackedText
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.ranges import BelowOne, Count, Natural, NotNegative, Share, Temperature
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import Lora, RewardOptions, RolloutOptions, RolloutTask, open_model, to_train
 from keifu.recipes.assistant.reward import with_score_head
@@ -40,11 +41,11 @@ class Text(TextOptions):
 
     data: str | None = None
     """A catalogue name (keifu data list), a file or a folder; unset: none."""
-    weight: float = PPOSettings.text_weight
+    weight: NotNegative = PPOSettings.text_weight
     """γ, of the loss on it, in nats a token."""
-    each: int = 8
+    each: Count = 8
     """Texts for each answer of an update."""
-    length: int = 128
+    length: Count = 128
     """Tokens of one."""
 
 
@@ -68,38 +69,38 @@ class Recipe(RolloutOptions):
     """Further rewards that are computed and reported under their names, but not learned from."""
     text: Text = field(default_factory=Text)
     """Pretraining text."""
-    prompts: int = 64
+    prompts: Count = 64
     """Prompts of a rollout, with one response to each."""
-    minibatches: int = 8
+    minibatches: Count = 8
     """Parts of a rollout, each of which makes an update."""
-    temperature: float = PPOSettings.temperature
+    temperature: Temperature = PPOSettings.temperature
     """Sampling temperature of the responses."""
-    kl_coef: float = PPOSettings.kl_coef
+    kl_coef: NotNegative = PPOSettings.kl_coef
     """Weight β of the KL penalty on each token, which keeps the policy near the reference model."""
-    clip: float = PPOSettings.clip
+    clip: NotNegative = PPOSettings.clip
     """Range of the ratio of a token's probability to that of the rollout, 1 - clip to 1 + clip; outside it, a token has
     no gradient."""
-    value_clip: float = PPOSettings.value_clip
+    value_clip: NotNegative = PPOSettings.value_clip
     """How far a value may move from that of the rollout; further away, it has no gradient."""
-    discount: float = PPOSettings.discount
+    discount: Share = PPOSettings.discount
     """γ: what a reward counts one token earlier."""
-    gae_lambda: float = PPOSettings.gae_lambda
+    gae_lambda: Share = PPOSettings.gae_lambda
     """λ of generalised advantage estimation: 0 relies on the value model alone, 1 on the rewards alone."""
-    missing_eos_penalty: float = PPOSettings.missing_eos_penalty
+    missing_eos_penalty: NotNegative = PPOSettings.missing_eos_penalty
     """Subtracted from the reward of a response that reaches max_tokens without an end-of-text token."""
     lora: Lora = field(default_factory=Lora)
     """Low-rank adapters, of the policy and of the value model."""
-    rollouts: int = 100
+    rollouts: Count = 100
     """Rounds of sampling; each serves minibatches times epochs updates."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates of the weights; replaces rollouts."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """AdamW's highest learning rate for the policy; unset: 5e-6, and 5e-5 for adapters."""
-    value_rate: float | None = None
+    value_rate: NotNegative | None = None
     """The same for the value model; unset: 9e-6, and 9e-5 for adapters."""
-    warmup: int = 10
+    warmup: Natural = 10
     """Updates in which the learning rates rise from 0."""
-    ema: float = 0.992
+    ema: BelowOne = 0.992
     """Decay of the moving average of the weights, which is validated and saved; 0 keeps none."""
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from keifu.files import write_atomic
 from keifu.layers.lora import merge
 from keifu.models import task_head
 from keifu.processes import current
+from keifu.ranges import Count, NotNegative, Positive
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import FinetuneTask, Lora, RankedOptions, open_model, sample_answer
 from keifu.training.loop import Summary
@@ -45,11 +46,11 @@ class Recipe(RankedOptions):
     """Conversations whose mean score is made zero, as keifu train sft reads them; unset: the best answers."""
     lora: Lora = field(default_factory=Lora)
     """Low-rank adapters, merged into the model in the end."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the training examples; more than one overfits (section C.2)."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Prompts in a step."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """AdamW's highest learning rate; unset: 9e-6, and 1e-4 for adapters."""
 
 

@@ -18,6 +18,7 @@ from keifu.data.chat.conversations import Conversation
 from keifu.data.chat.packing import FittedConversations, PackedConversations, TooLong, TurnMasks, fit_conversations
 from keifu.errors import UserError, shell
 from keifu.generation.text.chat import Conversation as Talk
+from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import AssistantOptions, FinetuneTask, held_out, open_model
 from keifu.training.loop import Summary
@@ -34,23 +35,23 @@ class Recipe(AssistantOptions):
     """A .jsonl or .json file of conversations (OpenAI messages, ShareGPT, Alpaca, prompt and response), or a name:
     chitchat, chatterbot, summary-instructions, recipe-instructions, translation-instructions, arithmetic-instructions.
     """
-    limit: int | None = None
+    limit: Count | None = None
     """At most so many conversations, spread over all."""
-    context_length: int | None = None
+    context_length: Count | None = None
     """Tokens of a row; unset: 1024, or all that the model takes where that is less."""
     too_long: TooLong = "error"
     """What happens to a conversation longer than a row: an error, drop it, or truncate it at its end."""
     packed: bool = True
     """Pack several conversations into a row; none attends to another."""
-    held_out: float = 0.05
+    held_out: BelowOne = 0.05
     """Share of the conversations that is kept for validation, chosen by a hash of the text."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows in a step."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """AdamW's highest learning rate; unset: 2e-5, and 2e-4 for adapters."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW's weight decay, of matrices alone."""
-    warmup: float = 0.03
+    warmup: NotNegative = 0.03
     """Share of the steps in which the learning rate rises from 0."""
 
 

@@ -29,7 +29,7 @@ from keifu.devices import choose
 from keifu.errors import UserError, shell
 from keifu.evaluation.classification.embeddings import encoder
 from keifu.models import bert
-from keifu.ranges import check
+from keifu.ranges import BELOW_ONE, Count, NotNegative, check_value
 from keifu.recipes.classification import frozen
 from keifu.recipes.classification.common import LEAST_CUT, TableOptions, Task, check_cut, encode, train_classifier
 from keifu.training.loop import Summary
@@ -57,9 +57,9 @@ class Recipe(TableOptions):
     """Config of the new model, with --model scratch; its vocabulary and heads follow from the tokenizer and labels."""
     tokenizer: str = "minilm"
     """Tokenizer of the new model: a catalogue name, a file or a directory; or wordpiece to train it on the texts."""
-    cut: int | None = None
+    cut: Count | None = None
     """Keep the first so many tokens of longer texts; unset, a text longer than the model takes is an error."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """AdamW's highest learning rate; unset: 5e-5, and 5e-4 for a new model."""
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ def freezes(recipe: Recipe, rows: int) -> bool:
 
 def tables(recipe: Recipe) -> tuple[Examples, Examples]:
     """Read the table that the recipe names; return training rows and held-out rows."""
-    check({"held_out": recipe.held_out})
+    check_value("held_out", recipe.held_out, BELOW_ONE)
     table = read(recipe.data, recipe.text, recipe.label, recipe.encoding)
     return table.split(round(recipe.held_out * len(table)))
 

@@ -13,6 +13,7 @@ from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.files import write_atomic
 from keifu.processes import current
+from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.common import FinetuneOptions, train_run
 from keifu.training.loop import Summary
 from keifu.training.protocols import Objective
@@ -30,15 +31,15 @@ class TableOptions(FinetuneOptions):
     """The table's column of labels."""
     encoding: str = "utf-8"
     """Encoding of a table without a byte order mark, such as cp932 (Excel in Japan), euc_jp or cp1252."""
-    held_out: float = 0.1
+    held_out: BelowOne = 0.1
     """Share of the rows that is kept for testing, chosen by a hash of the (first) text."""
-    epochs: int = 3
+    epochs: Count = 3
     """Passes over the training examples."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Examples in a step."""
-    cut: int | None = None
+    cut: Count | None = None
     """Keep so many tokens of longer examples; unset, one longer than the model takes is an error."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """AdamW's weight decay, of matrices alone."""
 
 

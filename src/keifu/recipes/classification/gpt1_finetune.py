@@ -26,7 +26,7 @@ from keifu.devices import choose
 from keifu.errors import UserError, shell
 from keifu.generation.text.model import TaskHeadModel, causal
 from keifu.models import task_head
-from keifu.ranges import check
+from keifu.ranges import BelowOne, Count, NotNegative, check
 from keifu.recipes.classification.common import TableOptions, Task, check_cut, encode, train_classifier
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import LM_WEIGHT, finetuning_loss
@@ -49,19 +49,19 @@ class Recipe(TableOptions):
     """The table's column of labels; of a choice, the number of the right answer from 0, or its letter from A."""
     test: str | None = None
     """A second table to test on; then no rows of the first are held out."""
-    lm_weight: float = LM_WEIGHT
+    lm_weight: NotNegative = LM_WEIGHT
     """Weight of the language modelling loss beside the classification loss; 0: none."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Examples in a step."""
-    learning_rate: float = 6.25e-5
+    learning_rate: NotNegative = 6.25e-5
     """AdamW's highest learning rate; models smaller than GPT-1 take a higher one."""
-    warmup: float = 0.002
+    warmup: NotNegative = 0.002
     """Share of the steps in which the learning rate rises from 0."""
-    classifier_dropout: float = 0.1
+    classifier_dropout: BelowOne = 0.1
     """Dropout of the state that is classified."""
 
     def __post_init__(self) -> None:
-        check(vars(self))
+        check(self)
         if self.warmup >= 1:
             raise UserError(f"warmup is a share from 0 up to below 1, and it is {self.warmup}.")
 

@@ -34,6 +34,7 @@ from keifu.evaluation.images import retrieval
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
+from keifu.ranges import Count
 from keifu.recipes.common import parameters, train_run
 from keifu.recipes.starting import adapted
 from keifu.training.loop import Summary
@@ -59,7 +60,7 @@ class Recipe:
     """Codes of the captions' languages; each step samples one for a picture. und: captions of one, unnamed language."""
     tokenizer: str = LEARNED
     """learned: CLIP's rules, merges learned from the captions; or a catalogue name (clip-bpe), a file, a folder."""
-    vocab_size: int = 2500
+    vocab_size: Count = 2500
     """Tokens of a learned tokenizer, at most."""
     hard_negatives: bool = False
     """Near copies, such as an emoji in all skin tones, come in one batch, which then asks what tells them apart."""

@@ -27,7 +27,7 @@ from keifu.errors import UserError
 from keifu.files import write_atomic
 from keifu.generation.images.pipeline import TextToImagePipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
-from keifu.ranges import check
+from keifu.ranges import BelowOne, Count, NotNegative, Positive, Seed, check
 from keifu.recipes.common import Budget, is_resuming, parameters, train_run
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary
@@ -58,37 +58,37 @@ class TextToImageOptions(Logging):
     """Codes of the captions' languages; each step samples one for a picture. und: captions of one, unnamed language."""
     truncate: bool = False
     """Keep the beginning of a caption that is longer than CLIP takes; without it that is an error."""
-    size: int = 64
+    size: Count = 64
     """The side of the finished pictures in pixels."""
     clip: str | None = None
     """A CLIP (a run, a folder, a hub id); unset: one is trained first on the same pictures and captions."""
-    clip_minutes: float = 18.0
+    clip_minutes: Positive = 18.0
     """Time limit of CLIP's training: the number of steps follows from the speed of the machine."""
-    clip_steps: int | None = None
+    clip_steps: Count | None = None
     """Updates of CLIP's weights, in place of its minutes."""
-    clip_batch: int = 256
+    clip_batch: Count = 256
     """Pairs in a step of CLIP."""
-    minutes: float = 45.0
+    minutes: Positive = 45.0
     """Time limit of the training of the model itself."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates of its weights, in place of the minutes."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Pictures in a step of it."""
-    learning_rate: float | None = 1e-3
+    learning_rate: NotNegative | None = 1e-3
     """Highest learning rate of AdamW for it."""
-    ema: float = 0.999
+    ema: BelowOne = 0.999
     """Decay of the moving average of its weights, which is evaluated, sampled from and saved."""
     prompts: tuple[str, ...] = PROMPTS
     """What the samples show."""
     precision: Precision = "auto"
     """Of matrix products; auto: bfloat16 where the hardware has it."""
-    keep: int = 2
+    keep: Count = 2
     """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights, the order of the pictures, their noise and the samples."""
 
     def __post_init__(self) -> None:
-        check({**vars(self), "clip": None})  # a folder here, and a number elsewhere
+        check(self)
         if not self.prompts:
             raise UserError("There is no prompt for the samples: give at least one.")
 

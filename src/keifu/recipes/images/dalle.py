@@ -31,6 +31,7 @@ from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.attention.masks import real_tokens
 from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
+from keifu.ranges import Count, NotNegative, Positive, Share
 from keifu.recipes.common import Budget
 from keifu.recipes.images import common, text_encoder
 from keifu.recipes.images.common import TextToImageTask, read_captioned
@@ -45,41 +46,41 @@ TEMPERATURES = 1.0, 1 / 16
 class Recipe(common.TextToImageOptions):
     """Options of the run."""
 
-    codebook_size: int = 512
+    codebook_size: Count = 512
     """Entries of the codebook."""
-    vae_widths: tuple[int, ...] = (64, 128, 256)
+    vae_widths: tuple[Count, ...] = (64, 128, 256)
     """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
-    code_dim: int = 64
+    code_dim: Count = 64
     """Dimension of a codebook entry."""
-    kl_weight: float = 0.3
+    kl_weight: NotNegative = 0.3
     """β of the autoencoder's bound at its highest (the paper: 6.6)."""
-    anneal: float = 0.5
+    anneal: Share = 0.5
     """Share of the autoencoder's steps in which the Gumbel-softmax temperature falls from 1 to 1/16 (the paper: a
     twentieth of 3 million)."""
     flip: bool = True
     """Mirror every second picture for the autoencoder; the decoder sees none mirrored, as captions say left and right.
     """
-    vae_minutes: float = 22.0
+    vae_minutes: Positive = 22.0
     """Time limit of the autoencoder's training."""
-    vae_steps: int | None = None
+    vae_steps: Count | None = None
     """Updates of the autoencoder's weights, in place of its minutes."""
-    vae_batch: int = 16
+    vae_batch: Count = 16
     """Pictures in a step of the autoencoder."""
-    vae_rate: float = 4e-3
+    vae_rate: NotNegative = 4e-3
     """AdamW's highest rate for the autoencoder."""
-    dim: int = 256
+    dim: Count = 256
     """Width of the decoder."""
-    hidden_dim: int = 1024
+    hidden_dim: Count = 1024
     """Width of its feed-forward layers."""
-    n_layers: int = 6
+    n_layers: Count = 6
     """Its blocks."""
-    n_heads: int = 4
+    n_heads: Count = 4
     """Heads of each attention."""
-    kernel: int = 11
+    kernel: Count = 11
     """The side of the local window of the last block's attention."""
     sparse: bool = True
     """Sparse attention by row, column or window; --no-sparse: full causal attention."""
-    text_weight: float = TextImageLoss.text_weight
+    text_weight: NotNegative = TextImageLoss.text_weight
     """Weight of the text's loss; the image's has the rest."""
 
     def __post_init__(self) -> None:

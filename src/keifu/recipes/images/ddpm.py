@@ -29,7 +29,7 @@ from keifu.errors import UserError, shell
 from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
-from keifu.ranges import check
+from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, Seed, check
 from keifu.recipes.common import Budget, parameters, train_run
 from keifu.recipes.images.common import describe, image_settings
 from keifu.recipes.options import Logging
@@ -64,7 +64,7 @@ class Recipe(Logging):
     start_from: str | None = None
     """Diffusion model whose weights, sizes, classes and noise the run starts from: a run, a folder or a catalogue name
     such as digits. The default learning rate is then a tenth."""
-    size: int | None = None
+    size: Count | None = None
     """The side of the squares in pixels; unset: 28 for mnist and fashion-mnist, 32 for all else, 32 for the paper's."""
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for colour; unset: as the pictures are."""
@@ -78,23 +78,23 @@ class Recipe(Logging):
     """Spread each grey value evenly over its 256th."""
     classes: bool = False
     """Condition the model on the class of a picture."""
-    label_dropout: float = 0.1
+    label_dropout: BelowOne = 0.1
     """With --classes: the share of pictures whose class is left out in training, which guidance needs."""
-    dim: int | None = None
+    dim: Count | None = None
     """Channels of the finest level; the other levels have multiples."""
-    multipliers: tuple[int, ...] | None = None
+    multipliers: tuple[Count, ...] | None = None
     """Of dim, from the finest level to the coarsest; each level halves the side."""
-    residual_blocks: int | None = None
+    residual_blocks: Count | None = None
     """A level, on the way down."""
-    attention: tuple[int, ...] | None = None
+    attention: tuple[Natural, ...] | None = None
     """Levels with self-attention, 0 the finest; of fewer levels than usual, the coarsest."""
-    dropout: float | None = None
+    dropout: BelowOne | None = None
     """Dropout probability."""
     scale_shift: bool | None = None
     """Whether the noise level scales and shifts, as in improved DDPM, or is added."""
     schedule: Schedule | None = None
     """How noise grows."""
-    noise_steps: int = 1000
+    noise_steps: Count = 1000
     """Noise levels, the paper's T."""
     target: Target | None = None
     """What the network predicts."""
@@ -102,31 +102,31 @@ class Recipe(Logging):
     """Of the random steps back; learned_range learns it (improved DDPM)."""
     weighting: Weighting | None = None
     """How much each noise level counts in the loss."""
-    gamma: float | None = None
+    gamma: Positive | None = None
     """Of min_snr (5) and p2 (1)."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates of the weights."""
-    minutes: float | None = None
+    minutes: Positive | None = None
     """Train for so long instead: the steps are fixed by the pace before the start."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Pictures in a step."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Pictures computed at a time; unset: as many as fit in memory."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """AdamW's highest rate."""
-    ema: float | None = None
+    ema: BelowOne | None = None
     """Decay of the moving average of the weights, which is evaluated, sampled from and saved."""
     precision: Precision = "auto"
     """Of matrix products; auto: bfloat16 where the hardware has it."""
-    keep: int = 2
+    keep: Count = 2
     """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
-    held_out: float = 0.05
+    held_out: BelowOne = 0.05
     """Share of the pictures for validation, and as many for testing."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights, the order of the pictures, their noise and the samples."""
 
     def __post_init__(self) -> None:
-        check(vars(self))
+        check(self)
         _ = self.budget  # raises its error at once
 
     @property

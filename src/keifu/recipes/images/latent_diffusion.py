@@ -34,6 +34,7 @@ from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Weigh
 from keifu.layers.meta import on_meta
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
+from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Positive
 from keifu.recipes.common import Budget
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import common, text_encoder
@@ -59,33 +60,33 @@ class Recipe(common.TextToImageOptions):
     name such as emoji. Only its U-Net is trained, at a default learning rate of a tenth."""
     evenly: bool = False
     """Show each group of near copies, such as an emoji in all skin tones, as often as any other picture."""
-    autoencoder_widths: tuple[int, ...] = (16, 32, 64)
+    autoencoder_widths: tuple[Count, ...] = (16, 32, 64)
     """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
-    latent_channels: int = 4
+    latent_channels: Count = 4
     """Channels of the latents."""
-    kl_weight: float = 1e-3
+    kl_weight: NotNegative = 1e-3
     """Weight of the KL divergence of the latents from the normal distribution in the autoencoder's loss."""
-    edges: float = 1.0
+    edges: NotNegative = 1.0
     """Weight of the gradient difference (edges) in the autoencoder's loss."""
     flip: bool = True
     """Mirror every second picture for the autoencoder; the U-Net sees none mirrored, as captions say left and right."""
-    autoencoder_minutes: float = 22.0
+    autoencoder_minutes: Positive = 22.0
     """Time limit of the autoencoder's training."""
-    autoencoder_steps: int | None = None
+    autoencoder_steps: Count | None = None
     """Updates of the autoencoder's weights, in place of its minutes."""
-    autoencoder_batch: int = 16
+    autoencoder_batch: Count = 16
     """Pictures in a step of the autoencoder."""
-    autoencoder_rate: float = 1e-3
+    autoencoder_rate: NotNegative = 1e-3
     """AdamW's highest rate for the autoencoder."""
     space: Literal["latents", "pixels"] = "latents"
     """Diffusion in the latents of an autoencoder, which is trained first, or in pixels."""
-    widths: tuple[int, ...] | None = None
+    widths: tuple[Count, ...] | None = None
     """Channels of the U-Net's levels."""
-    attention: tuple[int, ...] | None = None
+    attention: tuple[Natural, ...] | None = None
     """Levels of the U-Net with cross-attention to the text, 0 the finest."""
-    heads: int = 4
+    heads: Count = 4
     """Heads of each attention."""
-    residual_blocks: int = 1
+    residual_blocks: Count = 1
     """Residual blocks of a level, on the way down."""
     schedule: Schedule = "cosine"
     """The noise schedule."""
@@ -93,15 +94,15 @@ class Recipe(common.TextToImageOptions):
     """What the network predicts."""
     weighting: Weighting = "min_snr"
     """How much each noise level counts in the loss."""
-    caption_dropout: float = 0.1
+    caption_dropout: BelowOne = 0.1
     """Share of the captions that are dropped, for classifier-free guidance."""
-    minutes: float = 45.0
+    minutes: Positive = 45.0
     """Time limit of the U-Net's training; with --space pixels, the autoencoder's minutes are added."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Pictures in a step of the U-Net."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """Highest learning rate of AdamW for the U-Net. Default: 1e-3, and a tenth of it with --start-from."""
-    guidance: float = 3.0
+    guidance: Finite = 3.0
     """Scale of the classifier-free guidance of the samples."""
 
     @property

@@ -31,7 +31,7 @@ from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.diffusion.noise_schedule import Weighting
 from keifu.layers.lora import LoraSettings, Target, attach
 from keifu.processes import current
-from keifu.ranges import check
+from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Seed, check
 from keifu.recipes.common import train_run
 from keifu.recipes.images.common import TextToImageTask, describe
 from keifu.recipes.images.latent_diffusion import caption_batches
@@ -53,7 +53,7 @@ class Recipe(Logging):
     """The model to adapt: a run of keifu train latent-diffusion, a pipeline's directory, a single file or a hub id."""
     data: str = "openmoji"
     """A catalogue name (openmoji), a folder with metadata.jsonl (file_name, text), a folder of pictures, or .tar."""
-    limit: int | None = None
+    limit: Count | None = None
     """Train on at most so many pictures, at even distances in the data."""
     languages: tuple[str, ...] = ()
     """Codes of the captions' languages; unset: the first that there is."""
@@ -61,15 +61,15 @@ class Recipe(Logging):
     """Trigger words, put before every caption; the whole caption of pictures without one."""
     truncate: bool = False
     """Keep the beginning of a caption that is longer than the model takes; without it that is an error."""
-    size: int | None = None
+    size: Count | None = None
     """The side of the squares in pixels; unset: what the model was trained with."""
-    rank: int = 8
+    rank: Natural = 8
     """Of the adapters of the U-Net."""
-    alpha: float | None = None
+    alpha: Finite | None = None
     """The adapters' product is multiplied with alpha / rank; unset: as much as the rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the U-Net's layers as diffusers calls them, such as proj_in, ff.net.2 or conv1."""
-    text_rank: int = 0
+    text_rank: Natural = 0
     """Of the adapters of the text encoder; 0: it has none."""
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     """Ends of the names of the text encoder's layers."""
@@ -79,25 +79,25 @@ class Recipe(Logging):
     """The spelling of the file: today's of diffusers, its older one, or that of kohya's tools."""
     weighting: Weighting = "simple"
     """How much each noise level counts in the loss."""
-    caption_dropout: float = 0.0
+    caption_dropout: BelowOne = 0.0
     """Share of the captions that are dropped, for classifier-free guidance."""
-    steps: int = 500
+    steps: Count = 500
     """Updates of the adapters."""
-    batch_size: int = 4
+    batch_size: Count = 4
     """Pictures in a step."""
-    learning_rate: float = 1e-4
+    learning_rate: NotNegative = 1e-4
     """Learning rate of AdamW, constant after a short warm-up."""
     prompts: tuple[str, ...] = ()
     """What the samples show; unset: captions of held-out pictures."""
-    guidance: float = LatentDiffusionPipeline.usual_guidance
+    guidance: Finite = LatentDiffusionPipeline.usual_guidance
     """Scale of the classifier-free guidance of the samples."""
     precision: Precision = "auto"
     """Of matrix products; auto: bfloat16 where the hardware has it."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the adapters, the order of the pictures, their noise and the samples."""
 
     def __post_init__(self) -> None:
-        check(vars(self))
+        check(self)
         if self.rank < 1:
             raise UserError(f"rank is {self.rank}, and the least is 1.")
         if self.dora and self.style == "diffusers":

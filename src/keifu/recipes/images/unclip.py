@@ -39,6 +39,7 @@ from keifu.models.diffusion import ddpm
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
+from keifu.ranges import BelowOne, Count, Finite, Natural, Positive
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import text_encoder
 from keifu.recipes.images.common import TextToImageOptions, TextToImageTask, encode_pictures, of_both, read_captioned
@@ -103,41 +104,41 @@ STEPS = 25  # of a sample's pictures
 class Recipe(TextToImageOptions):
     """Options of the run."""
 
-    small: int = 32
+    small: Count = 32
     """The side of the decoder's pictures; with that of --size there is no upsampler."""
-    crop: int = 32
+    crop: Natural = 32
     """The side of the random crops that the upsampler is trained on."""
-    prior_layers: int = 4
+    prior_layers: Count = 4
     """Blocks of the prior."""
-    prior_heads: int = 4
+    prior_heads: Count = 4
     """Heads of each."""
-    head_dim: int = 48
+    head_dim: Count = 48
     """Dimension of each head of the prior; the prior's width is that times its heads."""
-    widths: tuple[int, ...] = (32, 64, 128)
+    widths: tuple[Count, ...] = (32, 64, 128)
     """Channels of the decoder's levels, the finest first; each but the last halves the sides."""
-    attention: tuple[int, ...] = (1, 2)
+    attention: tuple[Natural, ...] = (1, 2)
     """Levels of the decoder with attention to embedding, text and themselves, 0 the finest."""
-    residual_blocks: int = 1
+    residual_blocks: Count = 1
     """Residual blocks of a level of the decoder, on the way down."""
-    context_dim: int = 128
+    context_dim: Count = 128
     """Dimension of the tokens that the decoder attends to."""
-    upsampler_widths: tuple[int, ...] = (32, 64)
+    upsampler_widths: tuple[Count, ...] = (32, 64)
     """Channels of the upsampler's levels."""
     target: Literal["noise", "picture"] = "noise"
     """What decoder and upsampler predict; the prior predicts the embedding."""
     weighting: Weighting = "simple"
     """How much each noise level counts in the decoder's loss."""
-    noise_steps: int = 1000
+    noise_steps: Count = 1000
     """Noise levels, the paper's T."""
-    prior_dropout: float = losses.UnclipLoss.prior_dropout
+    prior_dropout: BelowOne = losses.UnclipLoss.prior_dropout
     """Share of the texts that are dropped for the prior, for classifier-free guidance."""
-    text_dropout: float = losses.UnclipLoss.text_dropout
+    text_dropout: BelowOne = losses.UnclipLoss.text_dropout
     """Share of the texts that are dropped for the decoder."""
-    image_dropout: float = losses.UnclipLoss.image_dropout
+    image_dropout: BelowOne = losses.UnclipLoss.image_dropout
     """Share of the embeddings that are dropped for the decoder."""
-    minutes: float = 67.0
+    minutes: Positive = 67.0
     """Time limit of the training after CLIP's."""
-    guidance: float = 3.0
+    guidance: Finite = 3.0
     """Scale of the classifier-free guidance of the samples, of decoder and prior."""
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from keifu.errors import require_known
 from keifu.models import gpt2, llama
+from keifu.ranges import BelowOne, Count, Seed
 from keifu.recipes.language.common import Text, TextOptions, prepare_text, pretrain
 from keifu.recipes.options import Logging
 from keifu.training.settings import Settings
@@ -50,11 +51,11 @@ class Recipe(TextOptions, Logging):
     """A text file; nanoGPT's example uses tiny Shakespeare, 1.1 million characters."""
     recipe_of: Literal["keifu", "nanogpt"] = "keifu"
     """Whose model and settings."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates of the weights; unset: 400 for keifu, 2,000 for nanogpt."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights and the order of the data."""
-    held_out: float = field(default=0.1, kw_only=True)
+    held_out: BelowOne = field(default=0.1, kw_only=True)
     """Share of the text that is kept for validation: its last part, as in nanoGPT."""
 
 

@@ -24,6 +24,7 @@ from keifu.devices import choose
 from keifu.generation.text.generate import generate
 from keifu.layers.mixture import collapsed_routers
 from keifu.layers.transformer.decoder import DecoderLM
+from keifu.ranges import BelowOne, Count, NotNegative, Seed
 from keifu.recipes.common import parameters, train_run
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary
@@ -39,7 +40,7 @@ VALIDATION_TOKENS = 100_000
 class TextOptions:
     """How a text is read, and what of it is held out."""
 
-    held_out: float = 0.05
+    held_out: BelowOne = 0.05
     """Share of the text that is kept for validation."""
     validation_data: str | None = None
     """Another text, like --data, to validate on; all of the first is then trained on."""
@@ -73,7 +74,7 @@ class Text(TextOptions):
     .csv, .tsv, .parquet); or a folder of them."""
     tokenizer: str = "bpe"
     """bpe, unigram, wordpiece or characters to learn one from the data; or a catalogue name, a file or a directory."""
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     """Tokens of a learned tokenizer."""
 
 
@@ -169,19 +170,19 @@ class Options(Logging):
     """What to learn from."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
     """Whose training settings: keifu's or the paper's; the model is the same."""
-    steps: int = 2000
+    steps: Count = 2000
     """Updates of the weights; the paper's numbers of steps shrink with them."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Rows in a step, once the batch has grown."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Rows computed at a time, which changes no loss; unset: as many as fit in memory."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """The highest rate; unset: 2e-3, of AdamW beside Muon, or the paper's."""
-    matrix_rate: float = 0.02
+    matrix_rate: NotNegative = 0.02
     """The highest rate of Muon, for hidden matrices; the papers have none."""
     compile: bool = False
     """Compile with torch.compile: slower to start, then faster."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights, the order of the data and the samples."""
     prompt: str = "The"
     """How the samples begin."""

@@ -19,6 +19,7 @@ from keifu.errors import UserError
 from keifu.generation.text.model import causal
 from keifu.layers.lora import merge
 from keifu.models import llama
+from keifu.ranges import Count, Depth, NotNegative, Seed
 from keifu.recipes.language.common import Task, Text, TextOptions, prepare_text, pretrain, settings_of
 from keifu.recipes.options import Logging, given
 from keifu.recipes.starting import keeps_best, scaled
@@ -31,31 +32,31 @@ HEAD_DIM = 64
 class Recipe(TextOptions, Logging):
     """Options of the run. What is not given follows from the depth."""
 
-    depth: int = 4
+    depth: Depth = 4
     """Blocks; the width is 64 times as many, and all else follows."""
     data: str = "english"
     """A catalogue name (keifu data list); a file: .txt, .md, .html (read without its tags), or records (.jsonl, .json,
     .csv, .tsv, .parquet); or a folder of them."""
     tokenizer: str = "bpe"
     """bpe, unigram, wordpiece or characters to learn one from the data; or a catalogue name, a file or a directory."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Tokens of a learned tokenizer."""
     start_from: str | None = None
     """A language model to go on from, with its tokenizer and sizes, to train it longer or on a text of one's own: a
     run, a folder, a .gguf file, a catalogue name (gpt-en, smollm2) or a hub id. The depth then sets the batch alone."""
-    context_length: int | None = None
+    context_length: Count | None = None
     """Tokens that the model sees; of a model that is gone on from, those of a row."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates of the weights."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Rows of context_length tokens in a step."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Rows computed at a time; unset: as many as fit in memory."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """AdamW's highest rate, for embeddings and gains; unset: 3e-3, or with --start-from a tenth of it."""
-    matrix_rate: float | None = None
+    matrix_rate: NotNegative | None = None
     """Muon's highest rate, for hidden matrices; unset: 0.02, or with --start-from a tenth of it."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights, the order of the data and the samples."""
     compile: bool = False
     """Compile with torch.compile: slower to start, faster after."""

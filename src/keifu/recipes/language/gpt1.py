@@ -20,6 +20,7 @@ import tyro
 
 from keifu.errors import UserError
 from keifu.models import gpt1
+from keifu.ranges import Count, NotNegative, Positive, Seed
 from keifu.recipes.language.common import Text, muon_settings, prepare_text, pretrain, settings_of
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary
@@ -39,19 +40,19 @@ class Recipe(Logging):
     """Whose training settings: keifu's or the paper's; the model is the same."""
     model: gpt1.Config = SMALL
     """The vocabulary is the tokenizer's, whatever is given here. The paper has dropout 0.1, for 100 passes."""
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Passes over the text; unset: 2, the paper's 100."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates of the weights, in place of the epochs."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Rows in a step; unset: 16, the paper's 64."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Rows computed at a time; unset: as many as fit in memory."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """AdamW's highest rate; unset: 2e-3, for embeddings and gains alone, and the paper's 2.5e-4."""
-    matrix_rate: float = 0.02
+    matrix_rate: NotNegative = 0.02
     """Muon's highest rate, for hidden matrices; the paper has no Muon."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights, the order of the data, dropout and the samples."""
     prompt: str = "The"
     """What the samples begin with."""

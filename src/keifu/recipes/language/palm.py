@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keifu.models import palm
+from keifu.ranges import NotNegative
 from keifu.recipes.language.common import Options, own_settings, prepare_text, pretrain
 from keifu.training.loop import Summary
 from keifu.training.optim.loss_spikes import SpikeSettings
@@ -32,7 +33,7 @@ class Recipe(Options):
 
     model: palm.Config = palm.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, head_dim=64)
     """The vocabulary is the tokenizer's, whatever is given here."""
-    z_loss: float | None = None
+    z_loss: NotNegative | None = None
     """Times log²Z, added to the loss of a token; unset: 0, the paper's 1e-4."""
     spikes: SpikeSettings = SpikeSettings(rise=0.25)
     """What is done where the loss spikes."""

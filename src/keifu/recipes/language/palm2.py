@@ -57,6 +57,7 @@ from keifu.files import write_atomic
 from keifu.generation.text.fill import continuation, infill
 from keifu.generation.text.sampling_params import sampling_for
 from keifu.models import palm
+from keifu.ranges import BelowOne, Count, Share
 from keifu.recipes.common import attribution_of, parameters
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import masked_share_loss, span_corruption
@@ -79,17 +80,17 @@ class Recipe:
 
     mixture: str = "multilingual"
     """What it learns from: multilingual, or a YAML or JSON file of sources with weights (docs/lineage/palm2.md)."""
-    held_out: float | None = None
+    held_out: BelowOne | None = None
     """Share of each source that is kept for validation; unset: the mixture's own, or 0.02."""
     objective: Literal["ul2", "causal"] = "ul2"
     """A mixture of denoisers, or each token from those before it."""
-    shares: tuple[float, float, float] = (0.25, 0.25, 0.5)
+    shares: tuple[Share, Share, Share] = (0.25, 0.25, 0.5)
     """Of the rows: R (a few short spans hidden), X (long spans, or half of the text), S (the end of the text)."""
-    prefix: float = 0.5
+    prefix: Share = 0.5
     """The mean share of a text that S hides; UL2's table says 0.25, its code 0.5."""
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     """Tokens of the tokenizer, which is learned from the mixture: bytes, every digit by itself, modes and sentinels."""
-    sentinels: int = SENTINELS
+    sentinels: Count = SENTINELS
     """Marks for hidden spans; a longer context can need more."""
     model: palm.Config = SMALL
     """The vocabulary is the tokenizer's, whatever is given here."""

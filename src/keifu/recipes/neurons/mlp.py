@@ -31,6 +31,7 @@ from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
 from keifu.layers.losses import LOSSES
 from keifu.models import mlp
 from keifu.models.mlp import MLP, Config
+from keifu.ranges import BelowOne, Count, NotNegative, Seed
 from keifu.recipes.common import train_run
 from keifu.recipes.options import Logging
 from keifu.threads import on_threads
@@ -55,7 +56,7 @@ class Recipe(Logging):
     """mnist, and, or, xor, moons, spirals, or a CSV file: columns of numbers, and one of labels."""
     label: str | None = None
     """The CSV file's column of labels; the last one where it is not given."""
-    hidden: tuple[int, ...] | None = None
+    hidden: tuple[Count, ...] | None = None
     """The width of each hidden layer."""
     activation: str = "relu"
     """Of the hidden layers: sigmoid, tanh, relu, gelu and others."""
@@ -63,17 +64,17 @@ class Recipe(Logging):
     """cross_entropy, binary_cross_entropy, mean_squared_error or mean_absolute_error."""
     augment: bool = False
     """Augment the pictures of mnist at every step: shifts, rotations, scales and elastic distortions."""
-    dropout: float | None = None
+    dropout: BelowOne | None = None
     """Dropout probability of the hidden layers."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates of the weights."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Rows in a step."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """The highest rate of AdamW."""
-    weight_decay: float | None = None
+    weight_decay: NotNegative | None = None
     """AdamW's weight decay."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights, the order of the rows, dropout and augmentation."""
 
     def resolved(self) -> "Recipe":

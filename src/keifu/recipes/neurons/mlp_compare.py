@@ -21,6 +21,7 @@ from keifu.errors import UserError
 from keifu.evaluation.plots import decision_boundary
 from keifu.evaluation.plots.decision_boundary import Result, class_shares_on
 from keifu.files import write_atomic
+from keifu.ranges import Count, NotNegative, Seed
 from keifu.recipes.common import is_resuming
 from keifu.recipes.neurons import mlp
 from keifu.threads import on_threads
@@ -43,13 +44,13 @@ class Recipe:
     """Activations of the hidden layers."""
     losses: tuple[str, ...] = ("cross_entropy", "binary_cross_entropy", "mean_squared_error", "mean_absolute_error")
     """Losses."""
-    hidden: tuple[int, ...] | None = None
+    hidden: tuple[Count, ...] | None = None
     """The width of each hidden layer."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates of the weights of each network."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """The highest rate of AdamW, the same for all."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights and the order of the rows, the same for all."""
 
     def pairs(self) -> list[mlp.Recipe]:

@@ -26,6 +26,7 @@ from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
 from keifu.models import perceptron
 from keifu.models.perceptron import Config, Perceptron, Separation
+from keifu.ranges import Count, Positive
 from keifu.training.run.report import write_page
 
 Plane = Float[Tensor, "dim1"]  # weights, then bias
@@ -39,9 +40,9 @@ class Recipe:
     """and, or, xor, moons, spirals, or a CSV file: columns of numbers, and one of labels with two values."""
     label: str | None = None
     """The CSV file's column of labels; the last one where it is not given."""
-    rate: float = 1.0
+    rate: Positive = 1.0
     """The learning rate η; from zero weights it sizes the weights, and changes no decision."""
-    max_updates: int = 100_000
+    max_updates: Count = 100_000
     """Stop with an error after so many corrections."""
 
 

@@ -25,6 +25,7 @@ from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pa
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
+from keifu.ranges import Count, Positive, Seed
 from keifu.recipes.common import Budget, attribution_of, parameters, train_run
 from keifu.recipes.options import Logging
 from keifu.recipes.starting import keeps_best, load_start
@@ -62,22 +63,22 @@ class Options(Logging):
     """Swap the sides of the pairs: the second is the source."""
     tokenizer: str = "bpe"
     """bpe or unigram to learn one for both languages from the training pairs; or a catalogue name, file or folder."""
-    vocab_size: int = 8000
+    vocab_size: Count = 8000
     """Tokens of a learned tokenizer, both languages together."""
     start_from: str | None = None
     """A translator of the same kind (a run, a folder, a catalogue name such as ja-en) whose weights and tokenizer the
     run starts from: to adapt it to pairs of one's own, or to train it longer. Its sizes are the model's."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates of the weights."""
-    minutes: float | None = None
+    minutes: Positive | None = None
     """Train for so long instead: the steps are fixed by the pace before the start. Unset, with no steps: 45."""
-    tokens_per_batch: int = 4000
+    tokens_per_batch: Count = 4000
     """Source and target tokens in a step, padding counted."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Rows of the largest batch computed at a time; unset: as many as fit in memory."""
-    keep: int = 2
+    keep: Count = 2
     """Saved states that are kept, 2% of the run apart."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights, the order of the data and dropout."""
 
 

@@ -8,7 +8,6 @@ Command: keifu train seq2seq --data tatoeba-ja-en --attention additive
 Cost: 45 minutes of training unless --minutes or --steps say otherwise; the first run learns its tokenizer before it.
 Expected: BLEU and chrF by length of sentence: docs/results.md, "Translation with attention".
 """
-
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Literal
 from keifu.data.epochs import by_rows
 from keifu.data.translation.batches import by_tokens
 from keifu.models import seq2seq
+from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.options import given
 from keifu.recipes.starting import scaled
 from keifu.recipes.translation.common import Options, learn, settings_of
@@ -38,12 +38,12 @@ class Recipe(Options):
     )
     """The vocabulary is the tokenizer's, whatever is given here. The paper's sizes: dim 1000, embedding-dim 620,
     attention-dim 1000, maxout-dim 500, dropout 0."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """Highest learning rate of AdamW; the paper's Adadelta has 1. Default: 2e-3, and a tenth of it with --start-from.
     """
-    label_smoothing: float = 0.1
+    label_smoothing: BelowOne = 0.1
     """Share of the probability that is spread over all tokens; the paper has none."""
-    average: int = 1
+    average: Count = 1
     """The model left is the mean of the last so many saved states, 2% of the run apart."""
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 from keifu.data.translation.batches import by_tokens
 from keifu.models import transformer
+from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.options import given
 from keifu.recipes.starting import scaled
 from keifu.recipes.translation.common import Options, learn, settings_of
@@ -34,14 +35,14 @@ class Recipe(Options):
     )
     """The vocabulary is the tokenizer's, whatever is given here. The paper's base model: dim 512, hidden-dim 2048,
     n-layers 6, n-heads 8, dropout 0.1, which also pays off here once the pairs are seen more than a few times."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """Highest learning rate of AdamW, for embeddings and gains; the paper's follows from dim. Default: 2e-3, and a
     tenth of it with --start-from."""
-    matrix_rate: float | None = None
+    matrix_rate: NotNegative | None = None
     """Highest learning rate of Muon, for hidden matrices. Default: 0.02, and a tenth of it with --start-from."""
-    label_smoothing: float = 0.1
+    label_smoothing: BelowOne = 0.1
     """Share of the probability that is spread over all tokens."""
-    average: int | None = None
+    average: Count | None = None
     """The model left is the mean of the last so many saved states, 2% of the run apart; unset: 1, the paper's 5."""
 
 

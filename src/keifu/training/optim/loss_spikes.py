@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from keifu.errors import UserError
-from keifu.ranges import check
+from keifu.ranges import Count, Natural, NotNegative, check
 from keifu.training.hardware.failures import Running
 
 MOST = 3  # rewinds in a row to the same state, before the run stops
@@ -22,17 +22,17 @@ class SpikeSettings:
     six deviations. The batch of a step is then number step + all that were skipped, also for a batch that grows.
     """
 
-    rise: float = 0.0
+    rise: NotNegative = 0.0
     """The share of its running mean by which the loss rises in a spike; 0: spikes are not looked for."""
-    steps: int = 3
+    steps: Count = 3
     """Steps in a row with such a loss that make a spike."""
-    rewind: int = 100
+    rewind: Count = 100
     """Steps before the spike that are undone, and up to half as many more: a state is saved at every half of them."""
-    skip: int = 300
+    skip: Natural = 300
     """Batches that are left out then, those of the spike among them."""
 
     def __post_init__(self) -> None:
-        check(vars(self), "spikes.{}".format)
+        check(self, "spikes.{}".format)
         if self.rise and self.skip < self.reach:
             raise UserError(
                 f"spikes.skip must be at least {self.reach} with a rewind of {self.rewind} steps, so that no batch of "
