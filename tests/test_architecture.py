@@ -13,7 +13,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 PARTS = {  # each part, and those it may import; a part may also import what those may
-    "layers": {"torch and errors only"},
+    "layers": {"torch, errors and ranges only"},
     "models": {"layers"},
     "data": {"floor"},
     "training": {"layers", "data"},
@@ -85,12 +85,12 @@ def may_import(part: str) -> set[str]:
 
 
 def wrong_directions(files: list[File]) -> list[str]:
-    """Imports of a part that does not lie below, lazy ones included, and anything but torch and errors in layers."""
+    """Imports of a part that does not lie below, lazy ones included, and anything but torch, errors and ranges in layers."""
     wrong = []
     for file in files:
         allowed = may_import(file.part) | ({"floor"} if file.part != "layers" else set())
         for name in imports(ast.walk(file.tree)):
-            if name.startswith("keifu.errors"):
+            if name.startswith(("keifu.errors", "keifu.ranges")):
                 continue
             if name == "keifu" or (name.startswith("keifu.") and part_of(name) not in allowed):
                 wrong.append(f"{file.module} imports {name}")
