@@ -85,7 +85,7 @@ def may_import(part: str) -> set[str]:
 
 
 def wrong_directions(files: list[File]) -> list[str]:
-    """Imports of a part that does not lie below, lazy ones included, and anything but torch, errors and ranges in layers."""
+    """Imports of a part that is not below, lazy ones included, and anything but torch, errors and ranges in layers."""
     wrong = []
     for file in files:
         allowed = may_import(file.part) | ({"floor"} if file.part != "layers" else set())
