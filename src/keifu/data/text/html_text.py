@@ -1,8 +1,9 @@
 """The text of an HTML page: tags removed, a line for each block, scripts and styles left out."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from html.parser import HTMLParser
+from typing import NamedTuple
 
 BLOCKS = {
     "address", "article", "aside", "blockquote", "body", "br", "caption", "dd", "details", "dialog", "div", "dl", "dt",
@@ -14,46 +15,61 @@ LEFT_OUT = {"script", "style", "template"}
 APART = {"p", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "table", "ul", "ol", "blockquote", "title"}  # blank line after
 
 
-class _Page(HTMLParser):
-    """Parser that collects the text; "\\n" ends a line."""
+class Part(NamedTuple):
+    """Text of a page with the number of its first line, or a line's end with the tag that makes it: "p" or "/p"."""
 
-    def __init__(self) -> None:
+    text: str
+    line: int
+    tag: str = ""
+
+
+class _Page(HTMLParser):
+    """Parser that collects the parts."""
+
+    def __init__(self, left_out: Collection[str]) -> None:
         super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
+        self.left_out = left_out
+        self.parts: list[Part] = []
         self.hidden = 0
         self.verbatim = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.hidden += tag in LEFT_OUT
+        self.hidden += tag in self.left_out
         self.verbatim += tag == "pre"
-        self._break(tag)
+        self._break(tag, tag)
 
     def handle_endtag(self, tag: str) -> None:
-        self.hidden = max(0, self.hidden - (tag in LEFT_OUT))
+        self.hidden = max(0, self.hidden - (tag in self.left_out))
         self.verbatim = max(0, self.verbatim - (tag == "pre"))
-        self._break(tag)
+        self._break(tag, f"/{tag}")
         if tag in APART:
-            self.parts.append("\n")
+            self._break(tag, "")
 
     def handle_data(self, data: str) -> None:
         if self.hidden:
             return
+        line = self.getpos()[0] + data.count("\n", 0, len(data) - len(data.lstrip()))
         if not self.verbatim:
             data = re.sub(r"[ \t\r\n\f]+", " ", data)
-            data = data.lstrip(" ") if not self.parts or self.parts[-1][-1:].isspace() else data
+            data = data.lstrip(" ") if not self.parts or self.parts[-1].text[-1:].isspace() else data
         if data:
-            self.parts.append(data)
+            self.parts.append(Part(data, line))
 
-    def _break(self, tag: str) -> None:
+    def _break(self, tag: str, shown: str) -> None:
         if tag in BLOCKS:
-            self.parts.append("\n")
+            self.parts.append(Part("\n", self.getpos()[0], shown))
+
+
+def html_parts(lines: Iterable[str], left_out: Collection[str] = LEFT_OUT) -> list[Part]:
+    """Return the texts and line ends of a page given as lines, without what is inside the tags that are left out."""
+    page = _Page(left_out)
+    for line in lines:
+        page.feed(line)
+    page.close()
+    return page.parts
 
 
 def html_text(lines: Iterable[str]) -> str:
     """Return the text of a page given as lines: entities as characters, at most one empty line in a row."""
-    page = _Page()
-    for line in lines:
-        page.feed(line)
-    page.close()
-    text = re.sub(r"[ \t]+\n", "\n", "".join(page.parts))
+    text = re.sub(r"[ \t]+\n", "\n", "".join(part.text for part in html_parts(lines)))
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 
+from keifu.data.text.html_text import LEFT_OUT, Part, html_parts
 from keifu.errors import UserError
 from keifu.files import hidden, read_text
 
@@ -13,9 +13,8 @@ TEXTS = (".md", ".markdown", ".txt", ".rst")
 PAGES = (".html", ".htm")
 LONGEST = 700  # characters of a passage; an encoder of sentences reads little more
 HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*$")
-BLOCKS = ("p", "div", "li", "td", "th", "pre", "blockquote", "br", "tr", "dt", "dd", "section", "article")
-HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
-UNREAD = ("script", "style", "head", "template", "noscript")
+HEADING_ENDS = ("/h1", "/h2", "/h3", "/h4", "/h5", "/h6")
+UNREAD = {*LEFT_OUT, "head", "noscript"}
 
 
 @dataclass(frozen=True)
@@ -72,49 +71,17 @@ def _text_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:
         yield heading, lines
 
 
-class _Page(HTMLParser):
-    """Blocks of an HTML page: `found` has the heading and the lines of each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, list[Line]]] = []
-        self.heading = ""
-        self.lines: list[Line] = []
-        self.unread = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Begin a block."""
-        self.unread += tag in UNREAD
-        if tag in (*BLOCKS, *HEADINGS):
-            self.close_block()
-
-    def handle_endtag(self, tag: str) -> None:
-        """End a block; a heading belongs to the blocks after it."""
-        self.unread = max(0, self.unread - (tag in UNREAD))
-        if tag in HEADINGS:
-            self.heading, self.lines = " ".join(text for _, text in self.lines), []
-        elif tag in BLOCKS:
-            self.close_block()
-
-    def handle_data(self, data: str) -> None:
-        """Keep the words of a block with their line."""
-        if not self.unread and (words := " ".join(data.split())):
-            blank = len(data) - len(data.lstrip())
-            self.lines.append((self.getpos()[0] + data.count("\n", 0, blank), words))
-
-    def close_block(self) -> None:
-        """Keep the block that ends here."""
-        if self.lines:
-            self.found.append((self.heading, self.lines))
-        self.lines = []
-
-
-def _html_blocks(text: str) -> list[tuple[str, list[Line]]]:
-    page = _Page()
-    page.feed(text)
-    page.close()
-    page.close_block()
-    return page.found
+def _html_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:
+    """Yield the blocks of a page with the heading that they are under."""
+    heading, lines = "", list[Line]()
+    for part in [*html_parts([text], UNREAD), Part("\n", 0)]:
+        if part.tag in HEADING_ENDS:
+            heading, lines = " ".join(words for _, words in lines), []
+        elif words := " ".join(part.text.split()):
+            lines.append((part.line, words))
+        elif part.text == "\n" and lines:
+            yield heading, lines
+            lines = []
 
 
 def _pieces(lines: list[Line]) -> Iterator[Line]:
