@@ -23,7 +23,7 @@ keifu help VERB [RECIPE] tells the options of one. For all verbs:
 
 
 def help_text() -> str:
-    """What `keifu --help` prints."""
+    """Return the text of `keifu --help`."""
     width = max(map(len, VERBS))
     return "\n".join([USAGE, "", *(f"  {verb:{width}}  {line}" for verb, line in VERBS.items()), "", MORE])
 
@@ -62,20 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Standard streams that were closed lead nowhere: else the next file that is opened would take their place."""
+    """Open closed standard streams on nothing: else the next file that is opened would take their number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if vars(sys)[name] is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the whole process)
 
 
 def _give_up_output() -> None:
-    """What is still to be printed goes nowhere, so that Python does not try it once more at its end."""
+    """Discard what is still to be printed, so that Python does not try it once more at its end."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def without_volume(arguments: Sequence[str]) -> tuple[list[str], bool, bool]:
-    """The words without those for quiet and verbose, which every verb takes anywhere; and whether each was there."""
+    """Return the words without those for quiet and verbose, which every command takes anywhere, and whether each was
+    there."""
     words = list(arguments)
     end = words.index("--") if "--" in words else len(words)
     quiet, verbose = ({*words[:end]} & {*names} for names in (("-q", "--quiet"), ("-v", "--verbose")))

@@ -39,7 +39,7 @@ _choice = Choice()
 
 
 def chosen() -> Choice:
-    """What the command line of this process says."""
+    """Return the choice of this process's command line."""
     return _choice
 
 
@@ -67,7 +67,8 @@ def available() -> list[str]:
 
 
 def choose(name: "str | torch.device | None" = None) -> "torch.device":
-    """The device of that name; without one, of the command line's, the environment's, or else the machine's best.
+    """Return the device of that name; without one, of the command line's, the environment's, or else the machine's
+    best.
 
     A name that is none, or a device that this machine has not, is a `UserError` that names those that exist.
     """

@@ -21,7 +21,8 @@ def shell(*words: object) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist: it gives the nearest known one, and all of them when they are few."""
+    """Return the error for a name that does not exist: it gives the nearest known one, and all of them when they are
+    few."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.5) or get_close_matches(name.lower(), names, n=1, cutoff=0.3)
     guess = f" Did you mean {near[0]!r}?" if near else ""

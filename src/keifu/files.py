@@ -33,7 +33,7 @@ _HELD: set[Path] = set()  # directories that this process holds
 
 @contextmanager
 def disk_space(what: str) -> Iterator[None]:
-    """A block that writes: a full disk, or a full quota, is a `UserError` that says what has become of its work."""
+    """Turn a full disk or quota in a block that writes into a `UserError` that says what became of the work."""
     try:
         yield
     except OSError as error:
@@ -127,7 +127,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str | bytes, name: Any) -> Any:
-    """What JSON says; `name` is the file's in errors. What is no JSON, or nested too deeply, is a `UserError`."""
+    """Parse JSON; `name` is the file's in errors. Text that is not JSON, or is nested too deeply, is a `UserError`."""
     try:
         found = json.loads(text)
     except RecursionError:
@@ -138,8 +138,8 @@ def parse_json(text: str | bytes, name: Any) -> Any:
 
 
 def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
-    """What YAML says, or by `loader` a part of it; what is no YAML, has a key twice, is nested too deeply, or grows by
-    its references to more than any file that keifu reads, is a `UserError`."""
+    """Parse YAML, or by `loader` a part of it; a `UserError` for text that is not YAML, has a key twice, is nested too
+    deeply, or grows by its references to more than any file that keifu reads, is a `UserError`."""
     import yaml
 
     class UniqueKeys(yaml.SafeLoader):
@@ -163,7 +163,7 @@ def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
 
 
 def _within_limits(content: Any, name: Any, text: str | bytes) -> Any:
-    """The content, if it is neither too deep nor too large for those who walk through it, and its texts are whole."""
+    """Return the content if it is neither too deep nor too large to walk through, and its strings are valid Unicode."""
     level, depth, count = [content], 0, 0
     while level := [value for value in level if isinstance(value, dict | list)]:
         depth, count = depth + 1, count + sum(map(len, level))
@@ -205,8 +205,9 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def reading(path: Any) -> Iterator[None]:
-    """A block that reads a file of someone else: whatever a reader, or a library inside it, raises because the file is
-    damaged becomes one `UserError` that names the file. The cause stays with it, for --verbose."""
+    """Turn errors of a block that reads a file of someone else into a `UserError`: whatever a reader, or a library
+    inside it, raises because the file is damaged becomes one `UserError` that names the file. The cause stays with it,
+    for --verbose."""
     try:
         yield
     except (UserError, ImportError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):

@@ -83,7 +83,7 @@ def release(device: torch.device) -> None:
 
 @contextmanager
 def keep_freed(device: torch.device) -> Iterator[None]:
-    """A block in which glibc keeps what is freed of a CPU's memory for what is allocated next; `release` returns it."""
+    """Keep memory that is freed in this block for later allocations (glibc, CPU); `release` returns it."""
     glibc = _glibc() if device.type == "cpu" else None
     if not glibc:
         yield

@@ -202,7 +202,8 @@ def control_groups(groups: Path = GROUPS, own: Path = OWN_GROUP) -> list[Path]:
 
 
 def quota(groups: Path = GROUPS, own: Path = OWN_GROUP) -> float:
-    """The cores that control groups let this process use: the strictest of its own and those above; ∞ without one."""
+    """Return the cores that control groups let this process use: the strictest of its own and those above; ∞ without
+    one."""
     limits = [place / "cpu.max" for place in control_groups(groups, own)]
     found = [limit.read_text().split() for limit in limits if limit.exists()]  # version 2: "200000 100000", or "max …"
     first = groups / "cpu/cpu.cfs_quota_us"  # version 1, with -1 for no limit

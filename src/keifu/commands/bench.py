@@ -128,7 +128,8 @@ def _memory(engine: "Engine", model: Any, options: Options, decode: float) -> di
 
 
 def _weight_bytes(model: Any) -> int:
-    """The bytes of weights that a step reads: all but an embedding that is no head as well, of which it reads rows."""
+    """Return the bytes of weights that a step reads: all but an embedding that is no head as well, of which it reads
+    rows."""
     from torch import nn
 
     from keifu.native.model import NativeLM

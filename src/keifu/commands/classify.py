@@ -222,7 +222,7 @@ def _some(labels: Sequence[str]) -> str:
 
 
 def _load(name: str) -> "TextClassifier":
-    """What chooses; for any other kind of model a `UserError`."""
+    """Load a text classifier; any other model is a `UserError`."""
     from keifu.evaluation.classification.classifiers import text_classifier
     from keifu.generation.text.model import TwoTowers
 

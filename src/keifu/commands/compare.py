@@ -130,7 +130,7 @@ def by_hand(seed: int, total: int) -> "Callable[[Prompt, tuple[str, str]], Choic
 
 
 def show(title: str, messages: Sequence[dict[str, str]], pair: tuple[str, str]) -> None:
-    """A conversation and two answers: beside each other in a terminal that has room, else one after the other."""
+    """Show a conversation and two answers: side by side in a terminal that has room, else one after the other."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

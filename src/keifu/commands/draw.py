@@ -285,7 +285,7 @@ def _difference(before: Path, after: Path) -> str:
 
 
 def _apply_changes(record: "ImageRecord") -> str:
-    """What is not as it was when a picture was drawn."""
+    """Say which versions changed since a picture was drawn."""
     from keifu.generation.images.png_metadata import versions
 
     now = versions()

@@ -69,7 +69,7 @@ def run(options: Options) -> None:
 
 
 def _check(options: Options) -> None:
-    """What is wrong with the options, told before any work is done."""
+    """Refuse options that do not fit each other, before any work is done."""
     if options.out and options.out.suffix not in FORMATS:
         raise UserError(f"The vectors go into a .npy or a .json file, and {options.out} is neither.")
     if options.among and options.nearest is None:
@@ -104,7 +104,7 @@ def _write(path: Path, texts: Sequence[str], vectors: "Tensor") -> None:
 
 
 def _numbers(vectors: "Tensor") -> list[list[float]]:
-    """Rounded to 8 decimals, which is what float32 holds of numbers of this size."""
+    """Round to 8 decimals, the precision of float32 for numbers of this size."""
     import numpy as np
 
     return np.round(vectors.cpu().double().numpy(), 8).tolist()

@@ -85,7 +85,7 @@ def run(options: Options) -> None:
 
 
 def training_facts(run: Path) -> dict[str, Any]:
-    """What a run says of itself that its evaluation heeds: a translator's languages, what was held out of pictures."""
+    """Return facts of a run that its evaluation needs: a translator's languages, the pictures that were held out."""
     recipe = run / "recipe.json"
     told = read_json_object(recipe) if recipe.is_file() else {}
     facts: dict[str, Any] = {"languages": tuple(told["languages"])} if told.get("languages") else {}

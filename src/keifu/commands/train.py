@@ -107,7 +107,7 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:
-    """What a word is followed by, or joined with by =."""
+    """Return the word after an option, or after its =."""
     pieces = [piece for word in words for piece in word.split("=", 1)]
     place = max((number for number, piece in enumerate(pieces) if piece == option), default=len(pieces))
     return pieces[place + 1] if place + 1 < len(pieces) else None

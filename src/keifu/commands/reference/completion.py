@@ -41,7 +41,7 @@ class Options:
 
 
 def words_of_verbs(verbs: Sequence[str]) -> dict[str, list[Argument]]:
-    """What may follow each verb, and `train RECIPE` for each recipe."""
+    """Return the words that may follow each command, and `train RECIPE` for each recipe."""
     from keifu.commands.train import with_folder
 
     kinds = {v: import_module(module_of(v)).Options for v in verbs if v not in ("train", "demo")}

@@ -32,7 +32,7 @@ def check_png(*paths: Path | None) -> None:
 
 
 def usual_dtype(found: "LoadPlan") -> str | None:
-    """The type to compute in where none was asked for: bfloat16 for a large model where the processor multiplies it
+    """Choose the type to compute in if none was asked for: bfloat16 for a large model where the processor multiplies it
     itself, else as the model is stored."""
     from keifu.devices import choose
     from keifu.training.hardware.precision import has_bfloat16
@@ -61,7 +61,7 @@ def load(found: "LoadPlan", dtype: str | None, loras: "Sequence[LoraRecord]" = (
 
 
 def draw_images(model: "ImagePipeline", record: "ImageRecord", states: "list[SamplerStep] | None" = None) -> "Tensor":
-    """The pictures of all the record's batches, behind a progress bar; the first batch's states go where asked."""
+    """Draw the pictures of all the record's batches, behind a progress bar; the first batch's states go where asked."""
     import torch
 
     from keifu.data.progress import counting
@@ -88,7 +88,7 @@ def png(pictures: "Tensor", record: "ImageRecord") -> bytes:
 
 
 def select_lora(words: str) -> "LoraRecord":
-    """What `PATH` or `PATH:SCALE` says, a file or a folder that holds one; where none is there is a `UserError`."""
+    """Read `PATH` or `PATH:SCALE`, a LoRA file or a folder that has one; a missing file is a `UserError`."""
     from keifu.checkpoints.lora.diffusion import FILE
     from keifu.files import sha256
     from keifu.generation.images.png_metadata import LoraRecord

@@ -26,7 +26,7 @@ def explain(error: Exception) -> str | None:
 
 
 def fault(error: Exception) -> str:
-    """What is said of an error that keifu should not have let happen: its traceback is in a file, to be reported."""
+    """Describe an error that is a bug of keifu: its traceback is in a file, to be reported."""
     with tempfile.NamedTemporaryFile("w", prefix="keifu-", suffix=".txt", delete=False, encoding="utf-8") as file:
         traceback.print_exception(error, file=file)
     what = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()

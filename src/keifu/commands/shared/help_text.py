@@ -34,7 +34,7 @@ class Argument:
 
 
 def arguments_of(kind: type) -> list[Argument]:
-    """What the dataclass `kind` gives, positional arguments first, in the order of their groups."""
+    """Return the arguments of the dataclass `kind`, positional arguments first, in the order of their groups."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # tyro 1 keeps it, and there is no other way to ask
         parser: Any = tyro.extras.get_parser(kind, prog="keifu", console_outputs=False)

@@ -11,8 +11,8 @@ from keifu.errors import UserError
 
 
 def load_writer(name: str, weights: str | None = None) -> tuple[Any, Any]:
-    """A model that writes text, its weights packed as `weights` says or as they are, and its tokenizer; for any other
-    kind of model a `UserError`.
+    """Load a model that writes text, its weights packed as `weights` says or as they are, and its tokenizer; for any
+    other kind of model a `UserError`.
 
     A person at a terminal is told that it is being loaded.
     """
@@ -38,7 +38,8 @@ def at_terminal() -> bool:
 
 
 def text_from(file: Path | None, example: str) -> str:
-    """The text of the file, or of standard input where there is none; at a terminal a `UserError` with an example."""
+    """Read the text of the file, or of standard input where there is none; at a terminal a `UserError` with an
+    example."""
     if file is None and at_terminal():
         no_text(example)
     return _of_file(file) if file else read_pipe()

@@ -29,7 +29,7 @@ def is_restart() -> bool:
 
 
 def silence() -> None:
-    """What this process prints goes nowhere from now on, unless it is the first one, or KEIFU_DEBUG=1."""
+    """Discard the output of this process from now on, unless its rank is 0 or KEIFU_DEBUG=1."""
     if os.environ.get("RANK", "0") != "0" and os.environ.get("KEIFU_DEBUG") != "1":
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):

@@ -70,7 +70,8 @@ def recipe_module(name: str) -> Any:
 
 @contextmanager
 def _blaming(path: Path) -> Iterator[None]:
-    """What a user's file raises is a `UserError` that names the file; a package that it lacks is told as elsewhere."""
+    """Turn errors of a user's file into a `UserError` that names the file; missing packages are reported as
+    elsewhere."""
     try:
         yield
     except (UserError, ImportError):
@@ -87,7 +88,8 @@ def _check(kind: Any, path: Path) -> None:
 
 
 def recipe_options(name: str) -> tuple[type, str]:
-    """The class of a recipe's options as a help text needs it, and the docstring of its file; no torch is imported."""
+    """Return the class of a recipe's options as a help text needs it, and the docstring of its file; no torch is
+    imported."""
     path = path_of(name)
     with _blaming(path):
         kind = _part(path.stem if is_own(name) else f"keifu.recipes.{RECIPES[name]}", path).Recipe
@@ -178,7 +180,8 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
 
 
 def _imported(module: str, name: str) -> Any:
-    """What `from module import name` of keifu's own gives: a part of a file, or a file of which parts may be asked."""
+    """Return the result of `from module import name` for keifu's modules: a part of a file, or a file with such
+    parts."""
     inner = f"{module}.{name}".removeprefix("keifu.")
     path = SOURCE / f"{inner.replace('.', '/')}.py"
     if path.is_file():

@@ -52,7 +52,8 @@ class Stored:
         return Path(place) if place and is_signed(self.record) and Path(place).is_dir() else None
 
     def usual(self, words: Sequence[str]) -> Any:
-        """The recipe with what an option has that these words do not give: of --steps and --minutes one alone."""
+        """Return the recipe with the stored values of the options that are not given: of --steps and --minutes only
+        one."""
         values, fresh = to_json(self.then), type(self.then)()
         given = trust.given_options(words)
         where, unset = paths(type(self.then), values), by_option(type(self.then), to_json(fresh))
@@ -167,7 +168,8 @@ def _moved(found: Stored, wanted: Any) -> Any:
 
 
 def _check(found: Stored, wanted: Any) -> dict[str, tuple[Any, Any]]:
-    """The options of a run's length that differ, with both values; any other that may not change is a `UserError`."""
+    """Return the options of a run's length that differ, with both values; any other that may not change is a
+    `UserError`."""
     kind = type(wanted)
     then, now = (by_option(kind, to_json(each)) for each in (found.usual(()), wanted))
     changed = {name for name in then.keys() & now.keys() if then[name] != now[name]}
@@ -202,8 +204,8 @@ def _last(option: str) -> str:
 def _lengthened(
     found: Stored, wanted: Any, lengths: Mapping[str, tuple[Any, Any]], out: Path
 ) -> tuple[Any, int | None]:
-    """The recipe with the length that it was begun with, and the steps that the whole run shall have now, where those
-    are others. Before the last part of a run has begun, its length is simply another."""
+    """Return the recipe with the length that it was begun with, and the steps that the whole run shall have now, where
+    those are others. Before the last part of a run has begun, its length is simply another."""
     if not (facts := checkpoint.latest_facts(out)):
         return wanted, found.steps if not lengths else None
     kind, values = type(wanted), to_json(wanted)
@@ -236,7 +238,7 @@ def _steps(lengths: Mapping[str, tuple[Any, Any]], facts: Mapping[str, Any]) -> 
 
 
 def _stop(out: Path, stop: KeyboardInterrupt) -> NoReturn:
-    """What is said after Ctrl-C: the line that goes on."""
+    """Report the command that continues the run, after Ctrl-C."""
     if isinstance(stop, Interrupted):
         raise stop
     step = run_directory.last_step(out)

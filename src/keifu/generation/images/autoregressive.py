@@ -30,7 +30,8 @@ def sample_image_tokens(
     model: Any, tokens: Int[Tensor, "batch text"], real: Bool[Tensor, "batch text"], seeds: Sequence[int],
     watch: Callable[[Codes], object] = lambda codes: None,
 ) -> Codes:  # fmt: skip
-    """A grid of entries for each text, each drawn from what the model says of it; a picture's seed decides its draws.
+    """Sample a grid of entries for each text, each drawn from what the model says of it; a picture's seed decides its
+    draws.
 
     `watch` is given the grid after each entry, the missing ones 0.
     """
@@ -50,7 +51,7 @@ class AutoregressivePipeline(TextToImagePipeline):
     """The pipeline of a model of image tokens: it has no sampler, and no guidance."""
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """The same with everything said that was left open; what belongs to the removal of noise is a `UserError`."""
+        """Return the request with all defaults; a setting that belongs to diffusion is a `UserError`."""
         if wanted.text is None:
             raise UserError("This model draws from a text, and there is none: say what to draw.")
         usual = ImageRequest()

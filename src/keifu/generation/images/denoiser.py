@@ -53,17 +53,17 @@ class Denoiser:
         self.threshold = noise.threshold if threshold else None
 
     def __call__(self, x: Sample, level: Level) -> DenoiserOutput:
-        """The image and the noise predicted from x."""
+        """Return the image and the noise predicted from x."""
         return self.read(self.output(x, level), x, level)
 
     def output(self, x: Sample, level: Level) -> Tensor:
-        """The network's raw output; whole timesteps are passed as int64, others as float32."""
+        """Compute the network's raw output; whole timesteps are passed as int64, others as float32."""
         kind = torch.int64 if level.timestep.is_integer() else torch.float32
         timestep = torch.full((len(x),), level.timestep, dtype=kind, device=x.device)
         return self.network(x, timestep).to(x.dtype)
 
     def read(self, output: Tensor, x: Sample, level: Level) -> DenoiserOutput:
-        """The image and the noise that a raw output means, by the prediction target."""
+        """Convert a raw output to the image and the noise, by the prediction target."""
         fraction = None
         if self.noise.variance == "learned_range":
             output, fraction = output.chunk(2, 1)
@@ -109,7 +109,7 @@ def guide(conditional: Sample, unconditional: Sample, guidance: float, rescale: 
 
 
 def guided_denoiser(both: Network, noise: Noise, guidance: float, rescale: float = 0.0) -> Network:
-    """A network with classifier-free guidance.
+    """Return a network with classifier-free guidance.
 
     `both` is given every row of x twice: its first half is with the condition, the other without. A predicted variance
     is that with the condition.
@@ -128,7 +128,7 @@ def guided_denoiser(both: Network, noise: Noise, guidance: float, rescale: float
 def label_denoiser(
     model: ImageModel, label: Int[Tensor, " batch"] | None, guidance: float = 1.0, rescale: float = 0.0
 ) -> Network:
-    """The network of a model for these labels; with guidance, both predictions are made in one batch."""
+    """Return the network of a model for these labels; with guidance, both predictions are made in one batch."""
     if label is None or guidance == 1:
         return lambda x, timestep: model(x, timestep, label)
     labels = torch.cat([label, torch.full_like(label, model.config.n_classes)])
@@ -136,5 +136,5 @@ def label_denoiser(
 
 
 def standard_deviation(level: Level, next_level: Level) -> float:
-    """The standard deviation of x at the next level given x and the image: √β̃ (Ho et al., 2020, equation 7)."""
+    """Return the standard deviation of x at the next level given x and the image: √β̃ (Ho et al., 2020, equation 7)."""
     return next_level.sigma / level.sigma * math.sqrt(max(0.0, 1 - (level.alpha / next_level.alpha) ** 2))

@@ -49,12 +49,13 @@ class Inpainting(Denoiser):
         self.kept, self.start = kept, start
 
     def output(self, x: Sample, level: Level) -> Tensor:
-        """The network's output for x with the kept region put back."""
+        """Compute the network's output for x with the kept region put back."""
         return super().output(x if level == self.start else self.kept.put_back(x, level), level)
 
 
 def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
-    """The last steps of a schedule: the share `strength` of them, rounded down; no step at all is a `UserError`."""
+    """Return the last steps of a schedule: the share `strength` of them, rounded down; no step at all is a
+    `UserError`."""
     steps = len(schedule.steps)
     taken = int(steps * strength)
     if not taken:
@@ -66,7 +67,7 @@ def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
 
 
 def add_initial_noise(picture: Sample, noise: Tensor, schedule: Schedule) -> Sample:
-    """The image with noise, at the level where a schedule begins."""
+    """Return the image with noise, at the level where a schedule begins."""
     level = schedule.steps[0].level
     return level.alpha * picture + level.sigma * noise
 
@@ -79,7 +80,7 @@ def run_inpainting(
     random: Random,
     kept: KeptRegion | None = None,
 ) -> Iterator[SamplerStep]:
-    """The state after each step of this schedule from x, with the kept region put back."""
+    """Yield the state after each step of this schedule from x, with the kept region put back."""
     if kept is None:
         yield from chosen.run(chosen.denoiser(network), x, schedule, random)
         return
@@ -100,7 +101,7 @@ class InputImage:
     digest: str
 
     def image(self) -> Image.Image:
-        """The image, upright and without transparency; a file that has changed is a `UserError`."""
+        """Return the image, upright and without transparency; a file that has changed is a `UserError`."""
         if read_input_image(self.place).digest != self.digest:
             raise UserError(f"{self.place} is not the file that it was: its digest was {self.digest[:12]}.")
         return read_image(Path(self.place)).image
@@ -122,7 +123,7 @@ class InputImage:
 
 
 def read_input_image(path: str | Path) -> InputImage:
-    """The image file at this path; a missing one is a `UserError`."""
+    """Return the image file at this path; a missing one is a `UserError`."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no picture {path}.")

@@ -42,7 +42,8 @@ def text_denoiser(
     rescale: float = 0.0,
     beside: Float[Tensor, "batch more height width"] | None = None,
 ) -> Network:
-    """The denoising network of a model conditioned on a text for each row; texts are encoded and projected once, here.
+    """Return the denoising network of a model conditioned on a text for each row; texts are encoded and projected once,
+    here.
 
     With guidance, `without` are the negative prompts, and both predictions are made in one batch. `beside`: further
     input channels of each row, after those of x.
@@ -59,13 +60,13 @@ def text_denoiser(
 
 
 def _project(model: Any, tokens: Tokens) -> Any:
-    """The projection of each row's text; equal texts are encoded once."""
+    """Compute the projection of each row's text; equal texts are encoded once."""
     texts, places = tokens.unique(dim=0, return_inverse=True)
     return model.project(model.encode_text(texts)[places])
 
 
 def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncate: bool = False) -> Tokens:
-    """The ids of texts with the special tokens around them, padded to this length.
+    """Return the ids of texts with the special tokens around them, padded to this length.
 
     A longer text is a `UserError` with both lengths, or is truncated with `truncate`.
     """
@@ -99,7 +100,7 @@ class TextToImagePipeline(Pipeline):
         raise UserError(f"This model draws from a text and knows no classes: say {name!r} in the text.")
 
     def tokens(self, texts: Sequence[str], truncate: bool = False) -> Tokens:
-        """The ids of texts, padded to the model's length: see `text_tokens`."""
+        """Return the ids of texts, padded to the model's length: see `text_tokens`."""
         return text_tokens(self.tokenizer, texts, self.model.config.context_length, truncate)
 
     def check_conditions(self, wanted: ImageRequest) -> None:
@@ -113,14 +114,14 @@ class TextToImagePipeline(Pipeline):
             )
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """The same request with every default filled in; what the model cannot generate is a `UserError`."""
+        """Return the same request with every default filled in; what the model cannot generate is a `UserError`."""
         raise NotImplementedError
 
     def draw(
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """A finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
+        """Draw a finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
 
         wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None.
         """
@@ -134,7 +135,7 @@ class LatentDiffusionPipeline(TextToImagePipeline):
     usual_sampler = "dpm++-2m"  # 20 steps of it for the 50 of others
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """The same request with every default filled in, checked against the model."""
+        """Return the same request with every default filled in, checked against the model."""
         if wanted.text is None:
             raise UserError("This model draws from a text, and there is none: say what to draw.")
         self.check_conditions(wanted)
@@ -178,7 +179,7 @@ class LatentDiffusionPipeline(TextToImagePipeline):
     def _initial_latents(
         self, wanted: ImageRequest, schedule: Schedule, count: int, random: Random
     ) -> tuple[Latents, KeptRegion | None, Tensor | None]:
-        """The initial latents, the region that is kept, and the extra input channels of an inpainting network.
+        """Return the initial latents, the region that is kept, and the extra input channels of an inpainting network.
 
         Those are the mask, and the latents of the image with grey in the mask's place."""
         config, device = self.model.config, self.device
@@ -207,7 +208,7 @@ class LatentDiffusionPipeline(TextToImagePipeline):
         return x, None, torch.cat([anew.to(x.dtype).expand(count, 1, -1, -1), left], 1)
 
     def decoded(self, latents: Latents, wanted: ImageRequest) -> Float[Tensor, "batch colours rows columns"]:
-        """The images of latents, approximately from -1 to 1."""
+        """Decode latents to images, approximately from -1 to 1."""
         return self._coder(wanted).pictures(latents)
 
     def _coder(self, wanted: ImageRequest) -> LatentCodec:
@@ -222,7 +223,8 @@ class LatentDiffusionPipeline(TextToImagePipeline):
         return self._whole(to_pixels(self.decoded(x, wanted)), wanted)
 
     def _whole(self, drawn: Bytes, wanted: ImageRequest) -> Bytes:
-        """The sampled image, with the input image's own pixels where a mask keeps them: latents are not exact."""
+        """Return the sampled image, with the input image's own pixels where a mask keeps them: latents are not
+        exact."""
         anew = wanted.anew()
         if wanted.init is None or wanted.size is None or anew is None:
             return drawn
@@ -230,5 +232,5 @@ class LatentDiffusionPipeline(TextToImagePipeline):
 
 
 def downscale_mask(mask: Bool[Tensor, "1 height width"], factor: int) -> Bool[Tensor, "1 rows columns"]:
-    """A mask of pixels at the resolution of latents: each takes its upper left pixel's, as in diffusers."""
+    """Return a mask of pixels at the resolution of latents: each takes its upper left pixel's, as in diffusers."""
     return mask[:, ::factor, ::factor]

@@ -27,7 +27,7 @@ def is_text_to_image(model: nn.Module) -> bool:
 
 
 def text_to_image_pipeline(model: nn.Module, tokenizer: Tokenizer | None) -> TextToImagePipeline:
-    """The text-to-image pipeline of a model; any other model is a `UserError`."""
+    """Return the text-to-image pipeline of a model; any other model is a `UserError`."""
     found = image_pipeline(model, lambda: tokenizer)
     if not isinstance(found, TextToImagePipeline):
         raise UserError(f"A {type(model).__name__} draws from no text: choose a model that reads.")
@@ -35,7 +35,8 @@ def text_to_image_pipeline(model: nn.Module, tokenizer: Tokenizer | None) -> Tex
 
 
 def image_pipeline(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) -> ImagePipeline:
-    """The pipeline of an image model, with its tokenizer if it is conditioned on text; any other is a `UserError`."""
+    """Return the pipeline of an image model, with its tokenizer if it is conditioned on text; any other is a
+    `UserError`."""
     if not isinstance(model, ImageModel) or model.draws == "pixels":
         return PixelPipeline(model)
     found = tokenizer()

@@ -123,11 +123,11 @@ class ImageRequest:
             raise UserError(f"guidance_rescale is a share between 0 and 1, not {self.guidance_rescale}.")
 
     def configure_sampler(self, noise: Noise) -> ConfiguredSampler:
-        """The sampler with these settings for a model's noise."""
+        """Return the sampler with these settings for a model's noise."""
         return configure_sampler(noise, self.sampler, self.steps, self.spacing, self.karras, self.eta)
 
     def completed(self, noise: Noise, size: tuple[int, int]) -> "ImageRequest":
-        """The same request with this size, and with defaults for steps, seed, spacing and strength."""
+        """Return the same request with this size, and with defaults for steps, seed, spacing and strength."""
         steps = len(self.configure_sampler(noise).schedule.steps)
         seed = secrets.randbits(32) if self.seed is None else self.seed
         usual = None if self.init is None else 1.0 if self.mask else STRENGTH
@@ -147,7 +147,7 @@ class ImageRequest:
         return self.size or (self.init.size() if self.init else None)
 
     def schedule(self, whole: Schedule) -> Schedule:
-        """The part of a sampler's schedule that is run, by the strength."""
+        """Return the part of a sampler's schedule that is run, by the strength."""
         return whole if self.strength is None else truncate_schedule(whole, self.strength)
 
     @property
@@ -180,7 +180,7 @@ class ImageRequest:
 
 
 def require_diffusion_model(model: nn.Module) -> ImageModel:
-    """The model as one that removes noise; any other is a `UserError`."""
+    """Return the model if it removes noise; any other is a `UserError`."""
     if not isinstance(model, ImageModel) or model.draws != "pixels":
         raise UserError(f"A {type(model).__name__} draws no pictures: choose a model that was trained to remove noise.")
     return model
@@ -233,8 +233,8 @@ class Pipeline:
         return next(self.model.parameters()).device
 
     def fingerprint(self, beside: str = "") -> str:
-        """A SHA-256 of every tensor's name, type, shape and bytes, of the config, and of what stands `beside` the
-        model: equal ones generate the same images."""
+        """Return the SHA-256 of every tensor's name, type, shape and bytes, of the config, and of what stands `beside`
+        the model: equal ones generate the same images."""
         digest = hashlib.sha256((repr(self.model.config) + beside).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
@@ -250,7 +250,7 @@ class PixelPipeline(Pipeline):
         super().__init__(require_diffusion_model(model))
 
     def label(self, name: str) -> int:
-        """A class by its name, or by its number; an unknown one is a `UserError`."""
+        """Return a class by its name, or by its number; an unknown one is a `UserError`."""
         config = self.model.config
         if name in config.classes:
             return config.classes.index(name)
@@ -261,7 +261,7 @@ class PixelPipeline(Pipeline):
         raise unknown("class of this model", name, config.classes or [str(n) for n in range(config.n_classes)])
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """The same request with every default filled in, checked against the model."""
+        """Return the same request with every default filled in, checked against the model."""
         if wanted.text is not None or wanted.negative:
             text = wanted.text or wanted.negative
             raise UserError(f"This model reads no text, so {text!r} means nothing to it: leave it out (see --label).")
@@ -294,7 +294,7 @@ class PixelPipeline(Pipeline):
         yield from run_inpainting(chosen, network, x, schedule, random, kept)
 
     def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
-        """A finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
+        """Draw a finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
 
         An image that is not finite, as from damaged weights, is a `UserError`.
         """
@@ -320,7 +320,7 @@ class Strip(NamedTuple):
 
 
 def noising_strip(picture: UInt8[Tensor, "channels height width"], noise: Noise, count: int) -> Strip:
-    """A picture at evenly spaced timesteps, from itself to the last, with the same noise growing on it."""
+    """Return a picture at evenly spaced timesteps, from itself to the last, with the same noise growing on it."""
     clean = to_signed(picture)[None].expand(count, -1, -1, -1)
     added = SeededNoise([0])(clean[:1]).expand_as(clean)
     timestep = torch.linspace(0, noise.steps - 1, count, dtype=torch.float32, device="cpu").round().long()
@@ -329,8 +329,8 @@ def noising_strip(picture: UInt8[Tensor, "channels height width"], noise: Noise,
 
 
 def denoising_strip(states: Sequence[SamplerStep]) -> Strip:
-    """The first picture's way out of noise, evenly spaced: x above, and below it the picture that the network saw in
-    it."""
+    """Return the first picture's way out of noise, evenly spaced: x above, and below it the picture that the network
+    saw in it."""
     places = torch.linspace(0, len(states) - 1, min(8, len(states)), dtype=torch.float32, device="cpu")
     steps = places.round().long().tolist()
     shown = [states[step].x[0] for step in steps] + [states[step].picture[0] for step in steps]

@@ -19,7 +19,7 @@ CHUNK = "keifu"
 
 
 def versions() -> dict[str, str]:
-    """The programs that a picture's bits depend on."""
+    """Return the programs that a picture's bits depend on."""
     return {"keifu": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -56,7 +56,7 @@ class ImageRecord:
     loras: tuple[LoraRecord, ...] = ()
 
     def seeds(self) -> list[list[int]]:
-        """The seeds of each batch that this picture, or sheet, needs."""
+        """Return the seeds of each batch that this picture, or sheet, needs."""
         if self.batch_size < 1 or not 0 <= (self.number or 0) < self.count:
             raise UserError(
                 f"Picture {self.number} of {self.count}, drawn {self.batch_size} at a time, cannot be: the record was "
@@ -68,7 +68,7 @@ class ImageRecord:
         return batches if self.number is None else [batches[self.number // self.batch_size]]
 
     def texts(self) -> dict[str, str]:
-        """The text chunks of its PNG file: all as JSON, and a sentence for people."""
+        """Return the text chunks of its PNG file: all as JSON, and a sentence for people."""
         wanted = self.drawing
         seed = (wanted.seed or 0) + (self.number or 0)
         text = "" if wanted.text is None else f" from {wanted.text!r}"
@@ -79,7 +79,7 @@ class ImageRecord:
 
 
 def read_record(path: Path) -> ImageRecord:
-    """The record in a PNG file; a file that has none, or one that is damaged, is a `UserError`."""
+    """Return the record in a PNG file; a file that has none, or one that is damaged, is a `UserError`."""
     plain_file(path, "picture")
     try:
         with Image.open(path) as image:

@@ -70,8 +70,8 @@ def ddpm(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> It
 
 
 def _ddpm_standard_deviation(output: DenoiserOutput, variance: str, level: Level, next_level: Level) -> Tensor | float:
-    """The standard deviation of a DDPM step: √β̃, √β, or the network's interpolation between their logarithms (Nichol
-    and Dhariwal, 2021, equation 15)."""
+    """Return the standard deviation of a DDPM step: √β̃, √β, or the network's interpolation between their logarithms
+    (Nichol and Dhariwal, 2021, equation 15)."""
     small = standard_deviation(level, next_level)
     large = math.sqrt(1 - (level.alpha / next_level.alpha) ** 2)
     if variance == "learned_range":
@@ -164,7 +164,8 @@ def lms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Ite
 
 
 def lms_weights(known: Sequence[float], start: float, end: float) -> list[float]:
-    """The integral from start to end of each Lagrange polynomial on the known points (two Gauss nodes are exact)."""
+    """Return the integral from start to end of each Lagrange polynomial on the known points (two Gauss nodes are
+    exact)."""
     middle = (start + end) / 2
     half = (end - start) / 2
     nodes = [middle - half / math.sqrt(3), middle + half / math.sqrt(3)]
@@ -270,7 +271,7 @@ def _unipc_update(
 
 
 def _unipc_weights(ratios: Sequence[float], h: float, growth: float) -> list[float]:
-    """The weight of each difference, by equation 9; 1/2 for a single one, which is of the same order."""
+    """Return the weight of each difference, by equation 9; 1/2 for a single one, which is of the same order."""
     if len(ratios) < 2:
         return [0.5] * len(ratios)
     phi = growth / h - 1
@@ -318,7 +319,7 @@ LOOK_BACK = ("lms", "dpm++-2m", "dpm++-2m-sde", "unipc")  # which divide by how 
 
 
 def sampler(name: str) -> Sampler:
-    """The sampler of that name; an unknown one is a `UserError` with the nearest."""
+    """Return the sampler of that name; an unknown one is a `UserError` with the nearest."""
     require_known("sampler", name, SAMPLERS)
     return SAMPLERS[name]
 
@@ -333,7 +334,7 @@ class ConfiguredSampler:
     noise: Noise
 
     def denoiser(self, network: Network, kind: Callable[..., Denoiser] = Denoiser) -> Denoiser:
-        """A denoiser of this class with the sampler's bounds on predicted images."""
+        """Return a denoiser of this class with the sampler's bounds on predicted images."""
         return kind(network, self.noise, self.sampler.clip, self.sampler.threshold)
 
 
@@ -345,7 +346,7 @@ def configure_sampler(
     karras: bool = False,
     eta: float = 0.0,
 ) -> ConfiguredSampler:
-    """A sampler with its settings; a setting that it does not take is a `UserError`."""
+    """Return a sampler with its settings; a setting that it does not take is a `UserError`."""
     chosen = sampler(name)
     if karras and not chosen.karras:
         raise UserError(f"The sampler {name} visits the timesteps of the training; Karras levels are for others.")

@@ -25,7 +25,7 @@ Pixels = Float[Tensor, "batch channels height width"]
 def decode_tiled(
     work: Callable[[Pixels, Place], Tensor], x: Pixels, side: int, overlap: int, cell: int = 1, made: int = 1
 ) -> Float[Tensor, "made_batch made_channels made_height made_width"]:
-    """What `work` makes of each piece and its place, blended where pieces overlap.
+    """Compute `work` for each piece and its position, blended where pieces overlap.
 
     side, overlap: of pieces, at least, in cells: `cell` numbers of x, of which `made` numbers come out.
     """
@@ -55,7 +55,7 @@ def tile_starts(length: int, side: int, overlap: int) -> list[int]:
 
 
 def grow_tile(cells: slice, size: int) -> slice:
-    """A range of cells as one of their numbers."""
+    """Return a range of cells as one of their numbers."""
     return slice(cells.start * size, cells.stop * size)
 
 
@@ -81,7 +81,8 @@ class LatentCodec:
 
     @torch.inference_mode()
     def pictures(self, latents: Latents) -> Pictures:
-        """The pictures of latents, about from -1 to 1; one after the other, since a large one takes much memory."""
+        """Return the pictures of latents, about from -1 to 1; one after the other, since a large one takes much
+        memory."""
         return torch.cat([self._sure(lambda x=each: self._picture(x)) for each in latents.split(1)])
 
     @torch.inference_mode()
@@ -109,8 +110,8 @@ class LatentCodec:
         return self.model.autoencoder is not None and 0 < self.side < max(latents.shape[2:])
 
     def _sure(self, work: Callable[[], Tensor]) -> Tensor:
-        """The result; where it is not finite in half precision, the one in float32, in which the autoencoder is left:
-        the released Stable Diffusion's has numbers beyond float16's."""
+        """Return the result; where it is not finite in half precision, the one in float32, in which the autoencoder is
+        left: the released Stable Diffusion's has numbers beyond float16's."""
         found, inner = work(), self.model.autoencoder
         if inner is None or bool(found.isfinite().all()):
             return found
@@ -124,8 +125,8 @@ class LatentCodec:
 
 
 def tile_of(wanted: int | None, size: tuple[int, int], factor: int) -> int:
-    """The side of tiles for pictures of this height and width: the one that is wanted, or, if none is, `TILE` for
-    pictures of more than `WHOLE` pixels, and 0 for others; a side that cannot be is a `UserError`."""
+    """Return the side of tiles for pictures of this height and width: the one that is wanted, or, if none is, `TILE`
+    for pictures of more than `WHOLE` pixels, and 0 for others; a side that cannot be is a `UserError`."""
     if factor == 1:
         if wanted:
             raise UserError(NO_TILES)

@@ -56,7 +56,7 @@ class UnclipPipeline(TextToImagePipeline):
         return self.model.config.decoder_noise
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """The same request with every default filled in, checked against the model."""
+        """Return the same request with every default filled in, checked against the model."""
         self._check(wanted)
         size = wanted.size or trained_size(self.model)
         self.model.check_size(*self._small(size))
@@ -106,12 +106,12 @@ class UnclipPipeline(TextToImagePipeline):
         return self._configure_sampler(noise, wanted, wanted.upsampling_steps or UPSAMPLING_STEPS)
 
     def _configure_sampler(self, noise: Noise, wanted: ImageRequest, steps: int) -> ConfiguredSampler:
-        """The request's sampler for the prior or for super-resolution."""
+        """Return the request's sampler for the prior or for super-resolution."""
         steps = min(steps, noise.steps)
         return configure_sampler(noise, wanted.sampler, steps, wanted.spacing, wanted.karras, wanted.eta)
 
     def _caption(self, texts: Sequence[str], truncate: bool) -> Any:
-        """The encoded texts."""
+        """Encode the texts."""
         length = self.model.config.context_length
         tokens = self.tokens(texts, truncate)
         lengths = torch.tensor([len(row) for row in self.tokenizer.encode_batch(texts, special=True)], device="cpu")
@@ -120,12 +120,12 @@ class UnclipPipeline(TextToImagePipeline):
             return self.model.encode_text(tokens.to(self.device), real.to(self.device))
 
     def _both(self, texts: Sequence[str], wanted: ImageRequest) -> Any:
-        """The encoded texts, and after them as many negative prompts."""
+        """Encode the texts, and after them as many negative prompts."""
         return self._caption([*texts, *[wanted.negative] * len(texts)], wanted.truncate)
 
     @torch.no_grad()
     def sample_embeddings(self, texts: Sequence[str], wanted: ImageRequest, random: Random) -> Embedding:
-        """An image embedding for each text, by the prior: the best of `wanted.candidates`.
+        """Sample an image embedding for each text, by the prior: the best of `wanted.candidates`.
 
         That is the one nearest to the text's embedding (Ramesh et al., 2022, section 2.2)."""
         guided, count = wanted.prior_guidance != 1, len(texts)
@@ -147,13 +147,13 @@ class UnclipPipeline(TextToImagePipeline):
 
     @torch.no_grad()
     def encode_image(self, picture: InputImage, count: int) -> Embedding:
-        """The embedding of an image, repeated `count` times."""
+        """Embed an image; the embedding is repeated `count` times."""
         like = next(self.model.parameters())
         pixels = Preprocessing(**vars(self.model.config.pixels))([picture.image()])
         return self.model.encode_image(pixels.to(like)).expand(count, -1)
 
     def embeddings(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str], random: Random) -> Embedding:
-        """The embedding that each image is generated from."""
+        """Return the embedding that each image is generated from."""
         start = (
             self.encode_image(wanted.init, len(seeds)) if wanted.init else self.sample_embeddings(texts, wanted, random)
         )
@@ -194,7 +194,7 @@ class UnclipPipeline(TextToImagePipeline):
         return SeededNoise(seeds if wanted.towards is None else [wanted.seed or 0] * len(seeds))
 
     def _decoder(self, image: Embedding, texts: Sequence[str], wanted: ImageRequest) -> Network:
-        """The decoder conditioned on these embeddings; with guidance, both predictions are made in one batch."""
+        """Return the decoder conditioned on these embeddings; with guidance, both predictions are made in one batch."""
         if wanted.guidance == 1:
             alone = self.model.tell(image, self._caption(texts, wanted.truncate))
             return lambda x, timestep: self.model(x, timestep, alone)

@@ -137,7 +137,7 @@ class Search:
 
 @torch.inference_mode()
 def beam_search(decoder: BeamModel, search: Search, limits: Sequence[int]) -> list[list[Hypothesis]]:
-    """The best texts of each source, best first; one that reaches its source's limit of tokens ends there.
+    """Find the best texts of each source, best first; one that reaches its source's limit of tokens ends there.
 
     Logits that are no numbers are a `UserError`.
     """
@@ -184,20 +184,20 @@ class _Beams:
         return self._leave(rows, written.gather(1, picked))
 
     def best(self) -> list[list[Hypothesis]]:
-        """The best texts of each source, as many as are wanted, or all if there are fewer."""
+        """Return the best texts of each source, as many as are wanted, or all if there are fewer."""
         rows = zip(self._best.tolist(), self._best_tokens.tolist(), strict=True)
         texts = [[each for each in zip(*row, strict=True) if each[0] > -torch.inf] for row in rows]
         return [[_hypothesis(*each, self.search.ends) for each in row[: self.search.wanted]] for row in texts]
 
     def _keep(self, scores: Scores, texts: Int[Tensor, "sources beams longest"]) -> None:
-        """Keeps these ended texts as far as they are among the best; a score of -inf is no text."""
+        """Keep these ended texts as far as they are among the best; a score of -inf is no text."""
         merged, picked = torch.cat([self._best[self.sources], scores], 1).topk(self.search.kept)
         self._best[self.sources] = merged
         both = torch.cat([self._best_tokens[self.sources], texts], 1)
         self._best_tokens[self.sources] = both.take_along_dim(picked[..., None], 1)
 
     def _candidates(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Scores, Tensor, Tensor]:
-        """The best continuations of each source: ln P, the beam that each continues, and its token.
+        """Return the best continuations of each source: ln P, the beam that each continues, and its token.
 
         There are twice as many as beams (more with several end tokens), so that enough go on when the best all end.
         """
@@ -221,7 +221,7 @@ class _Beams:
         return scores, places // each, tokens.gather(1, places)
 
     def _leave(self, rows: Int[Tensor, "sources beams"], tokens: Int[Tensor, "sources beams"]) -> tuple[Tensor, Tensor]:
-        """Drops the sources that need no further step; rows and tokens of the others."""
+        """Drop the sources that need no further step; return rows and tokens of the others."""
         best_open = self.scores[:, 0]
         now, last = self._penalty(self.length), self.search.penalty(self.limits.float())
         going = self.search.goes_on(self._best[self.sources], best_open, now, last) & (best_open > -torch.inf)

@@ -41,7 +41,7 @@ class Conversation:
         self.engine = Engine(self.model, self.tokenizer, guesses=self.guesses)
 
     def instruct(self, system: str | None) -> None:
-        """Changes the system prompt, or takes it away; what was said stays."""
+        """Change the system prompt, or remove it; the messages stay."""
         said = [message for message in self.messages if message["role"] != "system"]
         self.system = system
         self.messages = said if system is None else [{"role": "system", "content": system}, *said]

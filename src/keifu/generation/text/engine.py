@@ -104,12 +104,12 @@ class Engine:
         return len(self.scheduler.waiting), len(self.scheduler.running)
 
     def request(self, prompt: str | Tokens[int], sampling: SamplingParams) -> Request:
-        """A request for this model, of a text or of token ids; one that is invalid is a `UserError`."""
+        """Make a request for this model, of a text or of token ids; one that is invalid is a `UserError`."""
         tokens = prompt_tokens(self.tokenizer, prompt)
         return Request(tokens, sampling, self.tokenizer, self.runner.vocab_size, self.runner.context_length)
 
     def add(self, request: Request) -> int:
-        """Takes a request in; its number, from 0 on, which its pieces bear as their index.
+        """Add a request and return its number, from 0 on, which its pieces have as their index.
 
         One that does not fit the memory for keys and values is a `UserError`; where it names no number of tokens, that
         memory ends its text as the context would.
@@ -130,13 +130,13 @@ class Engine:
 
     @torch.inference_mode()
     def abort(self, number: int) -> None:
-        """Gives a request up; one that has ended already is no fault."""
+        """Abort a request; one that has ended already is no error."""
         if (sequence := self._sequences.pop(number, None)) is not None:
             self.scheduler.remove(sequence)
             self.runner.forget(number)
 
     def step(self) -> list[Piece]:
-        """Computes a step; the tokens that came out of it, none while only prompts were read."""
+        """Compute a step and return the tokens that it wrote; none while only prompts were read."""
         with torch.inference_mode(), evaluation_mode(self.model, self._modules), self._threads():
             spans = self.scheduler.schedule()
             for sequence in self.scheduler.preempted:
@@ -151,7 +151,7 @@ class Engine:
             return pieces
 
     def _write(self, spans: list[Span], logits: Tensor) -> list[Piece]:
-        """Samples a token after each span that wants one, and further ones as long as its guesses turn out right."""
+        """Sample a token after each span that wants one, and further tokens as long as the guesses are right."""
         ends = accumulate(span.wanted for span in spans)
         rows = [(end - s.wanted, self._sequences[s.sequence]) for end, s in zip(ends, spans, strict=True) if s.wanted]
         pieces: list[Piece] = []

@@ -51,7 +51,8 @@ def fill(model: nn.Module, tokenizer: Tokenizer, text: str, count: int = 5) -> l
 
 
 def _mark_blanks(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """The ids of the text with [CLS] and [SEP] around it, and the places of the marks; only the marks are special."""
+    """Return the ids of the text with [CLS] and [SEP] around it, and the places of the marks; only the marks are
+    special."""
     roles = ("mask_token", "cls_token", "sep_token")
     if missing := [role for role in roles if role not in tokenizer.special]:
         raise UserError(f"The tokenizer has no {', '.join(missing)}, so nothing can be filled in.")
@@ -72,7 +73,8 @@ GREEDY = SamplingParams(max_tokens=64, temperature=0, seed=0)
 
 
 def infill(model: nn.Module, tokenizer: Tokenizer, text: str) -> str:
-    """The text with each `___` in it replaced by the few words that the model writes there ([NLU], UL2's R-denoiser).
+    """Return the text with each `___` in it replaced by the few words that the model writes there ([NLU], UL2's
+    R-denoiser).
 
     A text without a gap, and a tokenizer without modes and sentinels, are `UserError`s.
     """
@@ -88,7 +90,8 @@ def infill(model: nn.Module, tokenizer: Tokenizer, text: str) -> str:
 
 
 def prompt(tokenizer: Tokenizer, markers: Markers, parts: Sequence[str]) -> list[int]:
-    """The mode, the parts with a sentinel between each two, and the first sentinel again, after which the model writes.
+    """Return the mode, the parts with a sentinel between each two, and the first sentinel again, after which the model
+    writes.
 
     A space before a gap belongs to what fills it, as tokens begin with their space.
     """
@@ -100,7 +103,7 @@ def prompt(tokenizer: Tokenizer, markers: Markers, parts: Sequence[str]) -> list
 
 
 def split_spans(written: Sequence[int], sentinels: np.ndarray) -> list[list[int]]:
-    """What was written for each sentinel, the first being given; a sentinel out of turn is passed over."""
+    """Split the output into the spans of the sentinels, the first being given; a sentinel out of turn is skipped."""
     spans: list[list[int]] = [[] for _ in sentinels]
     places = {int(sentinel): place for place, sentinel in enumerate(sentinels)}
     current = 0
@@ -113,7 +116,7 @@ def split_spans(written: Sequence[int], sentinels: np.ndarray) -> list[list[int]
 
 
 def continuation(model: nn.Module, tokenizer: Tokenizer, text: str, sampling: SamplingParams) -> str:
-    """What follows a text, asked for by [S2S] where the tokenizer has it."""
+    """Continue a text, by [S2S] if the tokenizer has it."""
     vocabulary = tokenizer.backend.get_vocab()
     mode = [vocabulary[SEQUENTIAL]] if SEQUENTIAL in vocabulary else []
     return generate_batch(model, tokenizer, [[*mode, *tokenizer.encode(text)]], sampling)[0].text

@@ -51,7 +51,7 @@ def stream(
     samplings: SamplingParams | Sequence[SamplingParams],
     guesses: int | None = None,
 ) -> Iterator[Piece]:
-    """The pieces of all texts as they are written, a token of each text in turn.
+    """Yield the pieces of all texts as they are written, a token of each text in turn.
 
     prompts: texts, or lists of token ids. samplings: one for all, or one for each. guesses: as for `Engine`.
     An invalid request is a `UserError` at once, before the first piece. `finish_reason` marks the last piece of a text.
@@ -88,7 +88,7 @@ def generate_batch(
     advance: Callable[[int], object] | None = None,
     guesses: int | None = None,
 ) -> list[Completion]:
-    """The completion of every prompt, in their order; at most `batch_size` are written at a time.
+    """Generate the completion of every prompt, in their order; at most `batch_size` are written at a time.
 
     What prompts share at their beginning is computed once. tokenizer: None gives tokens without text. `advance` is
     called with the number of prompts done. guesses: as for `Engine`.
@@ -170,8 +170,8 @@ def generate(
 
 
 def as_prompt(tokenizer: Tokenizer, text: str, raw: bool = False) -> str | list[int]:
-    """The prompt made from a text: a message in the chat template where the tokenizer has one; otherwise, or if `raw`,
-    the text itself."""
+    """Return the prompt made from a text: a message in the chat template where the tokenizer has one; otherwise, or if
+    `raw`, the text itself."""
     if raw or tokenizer.chat_template is None or not isinstance(text, str):
         return text
     return tokenizer.render_chat([{"role": "user", "content": text}])

@@ -59,7 +59,7 @@ def score_likeliest(model: nn.Module, tokens: Int[Tensor, " length"], count: int
 
 
 def _predictions(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Iterator[Float[Tensor, "chunk vocab"]]:
-    """The logits that predict the tokens after the first, text after text, some at a time."""
+    """Yield the logits that predict the tokens after the first, text after text, some at a time."""
     context, longest = text_model(model).config.context_length, tokens.shape[1]
     if longest > context:
         raise UserError(f"The text has {longest} tokens, but this model's context is {context}: shorten it.")
@@ -77,7 +77,7 @@ BLOCK = 4  # tokens of a block of PyTorch's: what texts share is computed once b
 
 
 def reader_of(model: nn.Module, batch_size: int | None = None) -> Reader:
-    """What reads texts for a model, at most `batch_size` together."""
+    """Return the reader of texts for a model; it reads at most `batch_size` together."""
     return Reader(runner_of(model, block_size=BLOCK), batch_size)
 
 
@@ -108,7 +108,8 @@ class Likelihood:
 
 
 def first_context(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
-    """What the tokenizer puts before a text: a BOS, or nothing; found with the first text that is not empty."""
+    """Return the tokens that the tokenizer puts before a text: a BOS or nothing, tested with the first non-empty
+    text."""
     text = next(filter(None, texts), "")
     plain, whole = (tokenizer.encode(text, special=special) for special in (False, True))
     return whole[: next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)]
@@ -117,7 +118,7 @@ def first_context(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
 def join_tokens(
     tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], allow_special: bool = False
 ) -> list[ScoredPair]:
-    """The tokens of prompts and of answers as they stand behind them, split where each prompt ends.
+    """Return the tokens of prompts and of answers as they stand behind them, split where each prompt ends.
 
     Spaces at a prompt's end belong to the answer, and both are encoded together: what comes after as many tokens as the
     prompt alone has is the answer (lm-evaluation-harness does the same), for an answer may begin with another token
@@ -143,12 +144,13 @@ def join_tokens(
 
 
 def open_prefixes(front: list[int], ids: list[int]) -> list[int]:
-    """A text's tokens with what the tokenizer puts before it, unless the text spells that itself."""
+    """Return a text's tokens with what the tokenizer puts before it, unless the text spells that itself."""
     return ids if front and ids[: len(front)] == front else front + ids
 
 
 def common_beginning(tokenizer: Tokenizer) -> list[int]:
-    """The token that stands before a text where nothing else does: BOS, or else the one that ends a text before."""
+    """Return the token that stands before a text where nothing else does: BOS, or else the one that ends a text
+    before."""
     begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     if begin is None:
         raise UserError("A prompt is empty, and this tokenizer has no token that begins a text: give the prompt text.")
@@ -167,7 +169,7 @@ AHEAD = 16  # prompts that are read, each with one answer, before their other an
 
 
 def _texts(pairs: Sequence[ScoredPair]) -> list[_Text]:
-    """What is to be read, in an order in which what texts share is there when the second of them is read."""
+    """Order texts so that prefixes are computed before the second text that shares them."""
     answers: dict[Tokens, dict[Tokens, list[Tokens]]] = defaultdict(dict)
     for prompt, answer in dict.fromkeys(pairs):
         answers[prompt].setdefault(answer[:-1], []).append(answer)
@@ -182,7 +184,7 @@ def _texts(pairs: Sequence[ScoredPair]) -> list[_Text]:
 def likelihoods(
     model: nn.Module, pairs: Sequence[ScoredPair], batch_size: int | None = None, advance: Advance | None = None
 ) -> list[Likelihood]:
-    """The likelihood of each answer after its prompt, in the order given; batching changes it by rounding only.
+    """Compute the likelihood of each answer after its prompt, in the order given; batching changes it by rounding only.
 
     Equal pairs are computed once. batch_size: the most texts in a pass. `advance` is called with the number of
     prompts done.
@@ -205,7 +207,7 @@ def likelihoods(
 
 
 def _judge(text: _Text, read: Iterator[Float[Tensor, "part vocab"]]) -> dict[ScoredPair, Likelihood]:
-    """The likelihood of each answer of a text, whose logits come in one part or more."""
+    """Compute the likelihood of each answer of a text, whose logits come in one part or more."""
     values: dict[Tokens, list[float]] = {answer: [] for answer in text.answers}
     likeliest = list[int]()
     while len(likeliest) <= len(text.body):

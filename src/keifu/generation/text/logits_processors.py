@@ -29,17 +29,17 @@ def repetition_penalty(logits: Logits, seen: Bool[Tensor, "rows vocab"], penalty
 
 
 def presence_penalty(logits: Logits, counts: Float[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
-    """Takes the penalty off the logit of every token that the output holds."""
+    """Subtract the penalty from the logit of every token that the output contains."""
     return logits - penalty[:, None] * (counts > 0)
 
 
 def frequency_penalty(logits: Logits, counts: Float[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
-    """Takes the penalty off the logit of every token as many times as the output holds it."""
+    """Subtract the penalty from a token's logit as many times as the output contains the token."""
     return logits - penalty[:, None] * counts
 
 
 def logit_bias(logits: Logits, tokens: Int[Tensor, "#rows biased"], bias: Float[Tensor, "#rows biased"]) -> Logits:
-    """Adds to each row's logits of its `tokens`; a row that has fewer is filled up with a bias of 0."""
+    """Add to each row's logits of its `tokens`; a row that has fewer is filled up with a bias of 0."""
     return logits.scatter_add(1, tokens.expand(len(logits), -1), bias.expand(len(logits), -1))
 
 
@@ -72,8 +72,8 @@ def min_p(logits: Logits, fraction: Parameter) -> Logits:
 def shortlist(
     logits: Logits, k: Int[Tensor, " #rows"], p: Parameter
 ) -> tuple[Float[Tensor, "rows few"], Int[Tensor, "rows few"], Bool[Tensor, " rows"]]:
-    """What `top_k` and then `top_p` leave, looked for among each row's likeliest tokens alone: their logits, -inf for
-    those that are removed; which tokens they are, in the order of the vocabulary; and the rows for which these are all.
+    """Apply `top_k` and then `top_p` to each row's likeliest tokens alone and return their logits, -inf for those that
+    are removed; which tokens they are, in the order of the vocabulary; and the rows for which these are all.
 
     A full sort of each row would take longer than a small model's step. How many tokens are looked at is the same for
     all rows, so that no row's sums depend on another's k.

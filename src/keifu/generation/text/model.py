@@ -111,14 +111,14 @@ def explain_not_causal(model: nn.Module) -> str:
 
 
 def causal(model: nn.Module) -> Model:
-    """The same model, checked to be a causal language model; any other is a `UserError`."""
+    """Return the same model, checked to be a causal language model; any other is a `UserError`."""
     if not isinstance(model, Model):
         raise UserError(f"This model writes no text: {explain_not_causal(model)}")
     return model
 
 
 def text_model(model: nn.Module) -> Model | NativeLM:
-    """The same model, checked to be one that an engine can run; any other is a `UserError`."""
+    """Return the same model, checked to be one that an engine can run; any other is a `UserError`."""
     return model if isinstance(model, NativeLM) else causal(model)
 
 

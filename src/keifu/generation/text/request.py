@@ -28,7 +28,7 @@ class StopText:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """The text that can no longer belong to a stop string."""
+        """Return the text that can no longer belong to a stop string."""
         text = self._held + text
         places = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
         self.found = bool(places)
@@ -37,7 +37,7 @@ class StopText:
         return text[:end]
 
     def flush(self) -> str:
-        """The text held back, which is no stop string since no more text comes."""
+        """Return the text held back, which is no stop string since no more text comes."""
         held, self._held = self._held, ""
         return held
 
@@ -75,11 +75,11 @@ class Constraint(Protocol):
     """Interface of what decides at each place of one text which tokens may come next."""
 
     def allowed(self) -> Bool[Tensor, " vocab"]:
-        """The tokens that may be chosen now, on the CPU; at least one, such as the one that ends the text."""
+        """Return the tokens that may be chosen now, on the CPU; at least one, such as the one that ends the text."""
         ...
 
     def accept(self, token: int) -> None:
-        """The token was chosen."""
+        """Note that the token was chosen."""
         ...
 
 
@@ -125,7 +125,7 @@ class Request:
         self._text = StopText(sampling.stop)
 
     def take(self, token: float, largest: float, *log_probabilities: float) -> Piece:
-        """Adds a token and returns its piece. The numbers are a row of `SampledTokens.figures`.
+        """Add a token and returns its piece. The numbers are a row of `SampledTokens.figures`.
 
         A character whose last bytes have not come by the end of the text is left out.
         """
@@ -151,7 +151,8 @@ class Request:
 
 
 def prompt_tokens(tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> list[int]:
-    """The ids of a prompt, with the BOS if the tokenizer adds one; an empty prompt is the BOS alone, if it has one.
+    """Return the ids of a prompt, with the BOS if the tokenizer adds one; an empty prompt is the BOS alone, if it has
+    one.
 
     Text cannot spell control tokens; give ids to use them.
     """

@@ -54,7 +54,7 @@ class Runner(Protocol):
         ...
 
     def forget(self, sequence: int) -> None:
-        """The sequence has ended or was preempted: what the runner keeps of it beside the blocks may go."""
+        """Free what the runner keeps of a sequence besides the blocks: it has ended or was preempted."""
         ...
 
 
@@ -88,8 +88,9 @@ class Reader:
         self._batch: list[tuple[Span, list[bytes]]] = []  # with the hashes of the blocks that a text fills
 
     def read(self, texts: Iterable[tuple[Sequence[int], int]]) -> Iterator[Float[Tensor, "wanted vocab"]]:
-        """The logits after the last `wanted` tokens of each text, in the order of the texts; those of one longer than
-        `STEP_TOKENS` come in several parts. One that does not fit the memory for keys and values is a `UserError`."""
+        """Return the logits after the last `wanted` tokens of each text, in the order of the texts; those of one longer
+        than `STEP_TOKENS` come in several parts. One that does not fit the memory for keys and values is a
+        `UserError`."""
         size = self.runner.block_size
         for number, (tokens, wanted) in enumerate(texts):
             hashes = digests(tokens, size)
@@ -120,7 +121,7 @@ class Reader:
         yield from self._run()
 
     def _run(self, going: int | None = None) -> Iterator[Float[Tensor, "wanted vocab"]]:
-        """Reads the texts that were gathered; `going`: the one that goes on."""
+        """Read the texts that were gathered; `going`: the one that continues."""
         batch, self._batch = self._batch, []
         spans = sorted((span for span, _ in batch), key=lambda span: len(span.tokens))  # equal lengths attend together
         logits = self.runner.run(spans).split([span.wanted for span in spans]) if spans else ()
@@ -174,8 +175,8 @@ class TorchRunner:
         """Nothing is kept of a sequence but its blocks."""
 
     def _groups(self, batch: Sequence[Span]) -> list[list[Span]]:
-        """The spans in groups that attend together: of equal numbers of tokens and about equal ends, in views of the
-        pool at equal distances. Without such views, those of one token."""
+        """Return the spans in groups that attend together: of equal numbers of tokens and about equal ends, in views of
+        the pool at equal distances. Without such views, those of one token."""
         size, groups = self.block_size, list[list[Span]]()
         alike: dict[tuple[int, ...], list[Span]] = {}
         for span in batch:
@@ -199,7 +200,7 @@ class TorchRunner:
 
 
 def _first_of_run(blocks: Sequence[int]) -> int | None:
-    """The first of these blocks if they are consecutive."""
+    """Return the first of these blocks if they are consecutive."""
     first = blocks[0]
     return first if blocks == list(range(first, first + len(blocks))) else None
 
@@ -220,7 +221,7 @@ def _equally_spaced(spans: Sequence[Span], last: int) -> list[list[Span]]:
 
 
 def _numbers(spans: Sequence[Span], size: int) -> list[list[int]]:
-    """The tokens of a step, their positions, and their places in the pool."""
+    """Return the tokens of a step, their positions, and their places in the pool."""
     tokens, positions, slots = list[int](), list[int](), list[int]()
     for span in spans:
         places = range(span.start, span.start + len(span.tokens))
@@ -231,7 +232,7 @@ def _numbers(spans: Sequence[Span], size: int) -> list[list[int]]:
 
 
 def _wanted(spans: Sequence[Span], batch: Sequence[Span]) -> list[int]:
-    """The tokens whose logits are wanted, by their places in the step, in the order of the batch."""
+    """Return the tokens whose logits are wanted, by their places in the step, in the order of the batch."""
     places = accumulate(len(span.tokens) for span in spans)
     ends = dict(zip((span.sequence for span in spans), places, strict=True))
     return [place for span in batch for place in range(ends[span.sequence] - span.wanted, ends[span.sequence])]
@@ -318,7 +319,7 @@ class _Step:
         return _StepCache(self, self.pool.keys[index], self.pool.values[index])
 
     def advance(self) -> None:
-        """The tokens were written when they attended."""
+        """Do nothing: the tokens were written when they attended."""
 
 
 class _Group:
@@ -341,7 +342,7 @@ class _Group:
         self._gathered: dict[int, Tensor] = {}
 
     def read(self, x: Float[Tensor, "heads tokens head_dim"], first: int) -> Float[Tensor, "spans heads seen head_dim"]:
-        """The keys or values of a layer, of the tokens from position `first` on."""
+        """Return the keys or values of a layer, of the tokens from position `first` on."""
         heads, _, dim = x.shape
         if self._view:
             block, step = (number * self._size for number in self._view)
@@ -350,7 +351,7 @@ class _Group:
         return x.index_select(1, self._slots(first)).unflatten(1, (self.count, -1)).transpose(0, 1)
 
     def _slots(self, first: int) -> Int[Tensor, " seen"]:
-        """The places of the tokens from position `first` on, span by span."""
+        """Return the places of the tokens from position `first` on, span by span."""
         if first not in self._gathered:
             assert self._tables is not None
             places = torch.arange(first, self.last, device=self._tables.device)

@@ -30,7 +30,7 @@ def sample(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> In
 def sample_scored(
     logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """What `sample` gives, and ln of each token's probability."""
+    """Sample as `sample` does; return the tokens and ln of each token's probability."""
     probabilities = logits.softmax(-1)
     mass = wide(probabilities).cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(mass, wide(u)[:, None] * mass[:, -1:], right=True).to(logits.device)
@@ -81,7 +81,7 @@ class RowSettings:
         return (full[..., 0].long().to(self.device), full[..., 1].float().to(self.device)) if longest else None
 
     def apply_penalties(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
-        """The logits after the penalties and the bias; greedy decoding takes the largest of these."""
+        """Return the logits after the penalties and the bias; greedy decoding takes the largest of these."""
         if self.repetition is not None and history.seen is not None:
             logits = logits_processors.repetition_penalty(logits, history.seen, self.repetition)
         if self.presence is not None and history.counts is not None:
@@ -140,7 +140,7 @@ class History:
     def of_texts(
         cls, settings: RowSettings, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], vocab: int
     ) -> "History":
-        """The history after prompts and what was written after each."""
+        """Return the history after prompts and what was written after each."""
 
         def count(*texts: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocab"]:
             places = [row * vocab + token for rows in texts for row, text in enumerate(rows) for token in text]
@@ -152,13 +152,13 @@ class History:
         return cls(seen, count(written) if settings.counts else None)
 
     def take(self, rows: Sequence[int], other: "History", places: Sequence[int]) -> None:
-        """These rows become those of another history, which has all that they need."""
+        """Copy these rows from another history, which has all that they need."""
         for own, theirs in ((self.seen, other.seen), (self.counts, other.counts)):
             if own is not None and theirs is not None:
                 own[rows] = theirs[places]
 
     def add(self, tokens: Int[Tensor, " rows"]) -> None:
-        """Counts one new token of each row."""
+        """Count one new token of each row."""
         rows = torch.arange(len(tokens), device=tokens.device)
         if self.seen is not None:
             self.seen[rows, tokens] = True

@@ -65,7 +65,7 @@ class SamplingParams:
             raise UserError(f"logit_bias is {self.logit_bias!r}, which must be pairs of a token's id and a number.")
 
     def seeded(self) -> "SamplingParams":
-        """The same settings with a seed: a fresh one, below 2^53 so that JSON can hold it, if there is none."""
+        """Return the same settings with a seed: a fresh one, below 2^53 so that JSON can hold it, if there is none."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(53))
 
 
@@ -88,7 +88,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def sampling_params_from(options: Mapping[str, Any]) -> SamplingParams:
-    """Settings by name; `stop` may be one string, `logit_bias` a dictionary; an unknown name is a `UserError`."""
+    """Make settings by name; `stop` may be one string, `logit_bias` a dictionary; an unknown name is a `UserError`."""
     known = [field.name for field in fields(SamplingParams)]
     for name in options:
         require_known("sampling option", name, known)
@@ -137,7 +137,7 @@ def defaults(tokenizer: "Tokenizer", max_tokens: int | None = 256) -> Defaults:
 
 
 def sampling_for(tokenizer: "Tokenizer", options: Mapping[str, Any], max_tokens: int | None = 256) -> SamplingParams:
-    """The defaults with these fields of `SamplingParams` in their place; an unknown name is a `UserError`."""
+    """Return the defaults with these fields of `SamplingParams` in their place; an unknown name is a `UserError`."""
     return sampling_params_from({**vars(defaults(tokenizer, max_tokens).sampling), **options})
 
 

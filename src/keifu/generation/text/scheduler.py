@@ -90,11 +90,11 @@ class Scheduler:
         self.preempted: list[Sequence] = []  # by the last `schedule`
 
     def add(self, sequence: Sequence) -> None:
-        """A request comes: it waits behind the others."""
+        """Add a request: it waits behind the others."""
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """A sequence has ended or is given up."""
+        """Remove a sequence that has ended or is given up."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
@@ -102,7 +102,7 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[Span]:
-        """The spans of the next step; `done` follows for each of them when it has been computed."""
+        """Choose the spans of the next step; `done` follows for each of them when it has been computed."""
         self.preempted = []
         budget = self.step_tokens
         spans: list[Span] = []
@@ -133,7 +133,7 @@ class Scheduler:
         sequence.passed = passed
 
     def _admit(self, budget: int) -> Iterator[Span]:
-        """Takes waiting sequences in while there are tokens and blocks for them."""
+        """Admit waiting sequences while there are tokens and blocks for them."""
         filling = {digest for sequence in self.running for digest in self._unfilled(sequence)}
         for sequence in list(self.waiting):
             if not budget or len(self.running) >= self.max_running:
@@ -206,7 +206,7 @@ class Scheduler:
         sequence.hashes = digests(sequence.tokens, self.blocks.block_size, sequence.hashes)
 
     def _unfilled(self, sequence: Sequence) -> list[bytes]:
-        """The hashes of the blocks that a sequence has still to fill, while its prompt is read."""
+        """Return the hashes of the blocks that a sequence has still to fill, while its prompt is read."""
         return sequence.hashes[sequence.computed // self.blocks.block_size :]
 
     def _blocks_for(self, tokens: int) -> int:

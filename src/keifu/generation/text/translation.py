@@ -41,7 +41,7 @@ WIDE = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, in order and without the spaces between them; none of a text of spaces.
+    """Split a text into its sentences, in order and without the spaces between them; none of a text of spaces.
 
     A full stop inside a quotation or brackets that are closed later ends no sentence, nor does one after an initial, a
     usual abbreviation or within a number. A text without such marks is one sentence, however long. A language
@@ -67,7 +67,7 @@ def join_sentences(parts: Iterable[str]) -> str:
 
 
 def _ends(text: str) -> list[int]:
-    """The places behind which a new sentence begins."""
+    """Return the places behind which a new sentence begins."""
     enclosed = _is_enclosed(text)
     ends, place = [], 0
     while place < len(text):
@@ -171,7 +171,7 @@ def explain_not_translator(model: nn.Module) -> str:
 
 
 def translator(model: nn.Module) -> Translator:
-    """The same model, checked to be an encoder-decoder; any other is a `UserError`."""
+    """Return the same model, checked to be an encoder-decoder; any other is a `UserError`."""
     if not isinstance(model, Translator):
         raise UserError(f"This model does not translate: {explain_not_translator(model)}")
     return model
@@ -219,7 +219,7 @@ def translate_texts(
 
 
 def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], places: Sequence[str]) -> list[list[int]]:
-    """The tokens of sentences, each with the end token; one that is too long is a `UserError` that names it."""
+    """Return the tokens of sentences, each with the end token; one that is too long is a `UserError` that names it."""
     room = model.config.context_length
     ids = [[*each, model.config.end_id] for each in tokenizer.encode_batch(texts)]
     for place, each in zip(places, ids, strict=True):
@@ -234,7 +234,7 @@ def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], pl
 def search(
     model: Translator, sources: Sequence[Sequence[int]], settings: TranslationParams, progress: Progress | None = None
 ) -> list[Hypothesis]:
-    """The best target of each source, in their order; sources of similar length are translated together."""
+    """Find the best target of each source, in their order; sources of similar length are translated together."""
     config = model.config
     idle = {config.pad_id, config.start_id} - {config.end_id}
     penalty = partial(paper_penalty, alpha=settings.alpha)
