@@ -125,7 +125,7 @@ def ready(options: argparse.Namespace) -> recipe.Task:
         print(f"Trained in {time.perf_counter() - start:.0f} s.", flush=True)
     model, tokenizer = checkpoints.load(options.run or options.out, torch.float32)
     parts = split(read_images(wanted.data, preprocessing(model).crop, 3))
-    return recipe.Task(model, tokenizer, parts, None)  # pyright: ignore[reportArgumentType]
+    return recipe.Task(model, tokenizer, parts, None, wanted.training)
 
 
 def shown(names: Sequence[str], size: int) -> ImageDataset:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -81,7 +82,7 @@ class Measured:
     figures: dict[str, dict[str, float]]
 
 
-def recipe_of(options: argparse.Namespace, objective: str, steps: int) -> Recipe:
+def recipe_of(options: argparse.Namespace, objective: Literal["ul2", "causal"], steps: int) -> Recipe:
     dim = options.dim
     model = palm.Config(
         context_length=options.context, dim=dim, hidden_dim=4 * dim, n_layers=options.layers, n_heads=dim // 64,

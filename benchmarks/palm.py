@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -81,10 +82,10 @@ def built(config: palm.Config, kind: str = "parallel", seed: int = 0) -> Decoder
     return model
 
 
-def config_of(options: argparse.Namespace, dim: int, layers: int, vocab_size: int, **changes: int) -> palm.Config:
+def config_of(options: argparse.Namespace, dim: int, layers: int, vocab_size: int, **changes: Any) -> palm.Config:
     heads = dim // 64
-    sizes = {"dim": dim, "hidden_dim": 4 * dim, "n_layers": layers, "n_heads": heads, "head_dim": 64} | changes
-    return palm.Config(vocab_size=vocab_size, context_length=options.context, **sizes)
+    sizes: dict[str, Any] = {"dim": dim, "hidden_dim": 4 * dim, "n_layers": layers, "n_heads": heads, "head_dim": 64}
+    return palm.Config(vocab_size=vocab_size, context_length=options.context, **(sizes | changes))
 
 
 def steps_timed(options: argparse.Namespace) -> str:

@@ -172,6 +172,18 @@ def test_a_table_with_labels_gives_figures_and_a_picture(
     assert plain.splitlines()[-1].startswith("Accuracy 88.9% of 9 texts")  # where a terminal shows it last
 
 
+def test_a_table_in_another_encoding_is_read_by_its_name(
+    models: dict[str, str], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "table.csv").write_bytes("表,label\nthe cat,cats\nthe dogs,dogs\n".encode("cp932"))
+    words = ("classify", models["labelled"], "--on", str(tmp_path / "table.csv"), "--text", "表")
+    assert "table.csv, line 1: 0x95 at byte 1 of the line is not UTF-8" in (said := refused(capsys, *words))
+    assert "--encoding cp932" in said
+    report = json.loads(out(capsys, *words, "--encoding", "cp932", "--json"))
+    assert sum(map(sum, report["confusion"])) == 2
+    assert "Did you mean 'cp932'" in refused(capsys, *words, "--encoding", "cp93")
+
+
 def test_of_many_labels_only_the_worst_are_printed(capsys: pytest.CaptureFixture) -> None:
     labels = [f"label {number}" for number in range(77)]
     right = torch.arange(77).repeat_interleave(10)

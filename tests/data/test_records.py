@@ -39,6 +39,20 @@ def test_parquet_gives_the_same_rows_and_one_column_alone(tmp_path: Path) -> Non
     assert [*read_records(tmp_path / "a.parquet", only="label")][1] == (f"{tmp_path}/a.parquet, row 2", {"label": "x"})
 
 
+def test_a_damaged_part_of_a_parquet_file_is_refused_with_its_first_row(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file, texts = tmp_path / "a.parquet", [f"text {number}" for number in range(70_000)]
+    table = pyarrow.table({"text": texts})
+    parquet.write_table(table, file, row_group_size=1 << 16, compression="gzip", use_dictionary=False)
+    start = parquet.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(file.read_bytes())
+    content[start + 40 : start + 400] = bytes(360)
+    records = read_records(write(file, bytes(content)))
+    assert [next(records)[1]["text"] for _ in range(1 << 16)] == texts[: 1 << 16]
+    with pytest.raises(UserError, match="a.parquet is damaged: its rows from 65,537 on cannot be read"):
+        next(records)
+
+
 def test_quotation_marks_mean_nothing_in_tsv(tmp_path: Path) -> None:
     assert rows(write(tmp_path / "a.tsv", 'text\tlabel\n"half\t1\n')) == [{"text": '"half', "label": "1"}]
 

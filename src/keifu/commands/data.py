@@ -187,10 +187,10 @@ def _megabytes(size: int) -> str:
 
 def _check(source: str, options: Options) -> None:
     from keifu.data.text.dataset_report import check_dataset
-    from keifu.data.text.documents import TextFormat, in_catalogue, paths
+    from keifu.data.text.documents import TextFileFormat, in_catalogue, paths
     from keifu.data.tokenizers.load import load_tokenizer
 
-    form = TextFormat(options.text_field, options.encoding)
+    form = TextFileFormat(options.text_field, options.encoding)
     if not in_catalogue(source):
         paths(source, form)  # that there are none is said before a tokenizer is loaded
     report = check_dataset(source, load_tokenizer(options.tokenizer or "gpt2-bpe"), form)
@@ -201,7 +201,7 @@ def _check(source: str, options: Options) -> None:
 
 
 def _prepare(source: str, options: Options) -> None:
-    from keifu.data.text.documents import TextFormat
+    from keifu.data.text.documents import TextFileFormat
     from keifu.data.text.prepared import prepare_files
     from keifu.data.tokenizers.load import load_tokenizer
 
@@ -209,7 +209,7 @@ def _prepare(source: str, options: Options) -> None:
         raise UserError("keifu data prepare needs a folder for the shards: give --output.")
     tokenizer = load_tokenizer(options.tokenizer or "gpt2-bpe")
     options.output.mkdir(parents=True, exist_ok=True)
-    form = TextFormat(options.text_field, options.encoding)
+    form = TextFileFormat(options.text_field, options.encoding)
     made = prepare_files(source, tokenizer, options.output, form, options.rank, options.of)
     print(f"{made} new shard{'s' * (made != 1)} in {options.output}.")
 

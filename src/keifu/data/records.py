@@ -34,11 +34,11 @@ def read_records(
     if path.suffix.lower() == ".parquet":
         yield from _parquet(path, only)
         return
-    for place, record in READERS[path.suffix.lower()](path, problem, encoding):
+    for where, record in READERS[path.suffix.lower()](path, problem, encoding):
         if isinstance(record, dict):
-            yield place, record
+            yield where, record
         else:
-            problem(f"{place}: this is {type(record).__name__}, where an object with fields is needed.")
+            problem(f"{where}: this is {type(record).__name__}, where an object with fields is needed.")
 
 
 def read_cells(
@@ -67,22 +67,22 @@ def read_cells(
         problem(f"{path}, line {begins}: this cannot be read as a row of a table ({error}).")
 
 
-def content(place: str, record: Mapping[str, Any], field: str) -> Any:
+def content(where: str, record: Mapping[str, Any], field: str) -> Any:
     """Return the value of a record's field; an unknown field is a `UserError` with the nearest name."""
     if field not in record:
-        raise unknown(f"column (in {place})", field, record)
+        raise unknown(f"column (in {where})", field, record)
     return record[field]
 
 
-def cell(place: str, record: Mapping[str, Any], field: str) -> str:
+def cell(where: str, record: Mapping[str, Any], field: str) -> str:
     """Return the text in a record's field; a missing field, an empty one or another type is a `UserError` with the
     line."""
-    value = content(place, record, field)
+    value = content(where, record, field)
     if isinstance(value, dict | list):
-        raise UserError(f"{place}: the column {field!r} holds a {type(value).__name__} where text is needed.")
+        raise UserError(f"{where}: the column {field!r} holds a {type(value).__name__} where text is needed.")
     written = "" if value is None else str(value).strip()
     if not written:
-        raise UserError(f"{place}: the column {field!r} is empty; fill it in, or leave the row out.")
+        raise UserError(f"{where}: the column {field!r} is empty; fill it in, or leave the row out.")
     return written
 
 
@@ -93,48 +93,46 @@ def listed(record: Mapping[str, Any]) -> str:
 
 def _table(path: Path, problem: Problem, encoding: str | None, delimiter: str | None = None) -> Iterator[Row]:
     header: list[str] = []
-    for place, cells in read_cells(path, problem, encoding, delimiter):
+    for where, cells in read_cells(path, problem, encoding, delimiter):
         if not header:
             header = [cell.strip() for cell in cells]
             if twice := next((name for name in header if header.count(name) > 1), None):
-                raise UserError(f"{place}: two columns are called {twice!r}; rename one.")
+                raise UserError(f"{where}: two columns are called {twice!r}; rename one.")
         elif len(cells) != len(header):
-            problem(f"{place}, has {len(cells)} cells where the first line has {len(header)}.")
+            problem(f"{where}, has {len(cells)} cells where the first line has {len(header)}.")
         else:
-            yield place, dict(zip(header, cells, strict=True))
+            yield where, dict(zip(header, cells, strict=True))
 
 
 def _jsonl(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines(path, problem, encoding), 1):
         if line.strip():
-            place = f"{path}, line {number}"
             try:
-                record = parse_json(line, place)
+                record = _parse_json(line, path, number)
             except UserError as error:
-                problem(_no_json(place, error))
+                problem(str(error))
                 continue
-            yield place, record
+            yield f"{path}, line {number}", record
 
 
 def _json(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple[str, Any]]:
+    content = _parse_json("".join(lines(path, problem, encoding)) or "[]", path)
+    if not isinstance(content, list):
+        given = "object" if isinstance(content, dict) else type(content).__name__
+        advice = "a list of objects is needed; or write one object a line into a .jsonl file"
+        raise UserError(f"{path} holds one {given}, where {advice}.")
+    yield from ((f"{path}, entry {number}", record) for number, record in enumerate(content, 1))
+
+
+def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
+    """Parse a line of a file, or all of it; the `UserError` about invalid JSON names line and column."""
     try:
-        found = parse_json("".join(lines(path, problem, encoding)) or "[]", path)
+        return parse_json(text, path if line is None else f"{path}, line {line}")
     except UserError as error:
-        cause = error.__cause__
-        place = f"{path}, line {cause.lineno}" if isinstance(cause, json.JSONDecodeError) else str(path)
-        raise UserError(_no_json(place, error)) from error
-    if not isinstance(found, list):
-        kind = "object" if isinstance(found, dict) else type(found).__name__
-        raise UserError(f"{path} holds one {kind}, where a list of objects is needed; or write one object a line "
-                        "into a .jsonl file.")  # fmt: skip
-    yield from ((f"{path}, entry {number}", record) for number, record in enumerate(found, 1))
-
-
-def _no_json(place: str, error: UserError) -> str:
-    """Return the sentence about invalid JSON, with the column if the parser gives it."""
-    cause = error.__cause__
-    known = isinstance(cause, json.JSONDecodeError)
-    return f"{place}: this is no JSON ({cause.msg}, column {cause.colno})." if known else str(error)
+        if not isinstance(cause := error.__cause__, json.JSONDecodeError):
+            raise
+        where = f"{path}, line {line or cause.lineno}"
+        raise UserError(f"{where}: this is no JSON ({cause.msg}, column {cause.colno}).") from error
 
 
 def _parquet(path: Path, only: str | None) -> Iterator[Row]:
@@ -146,18 +144,12 @@ def _parquet(path: Path, only: str | None) -> Iterator[Row]:
         file = parquet.ParquetFile(plain_file(path))
     except (ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is no Parquet file, or it is damaged: {error}") from error
-    with file:
-        columns = [only] if only in file.schema_arrow.names else None
-        number, batches = 0, iter(file.iter_batches(columns=columns))
-        while rows := _next_rows(path, batches, number):
-            yield from ((f"{path}, row {number + place}", record) for place, record in enumerate(rows, 1))
-            number += len(rows)
-
-
-def _next_rows(path: Path, batches: Iterator[Any], number: int) -> list[dict[str, Any]]:
-    """Return the next rows; `number` rows were read before."""
+    number, columns = 0, [only] if only in file.schema_arrow.names else None
     try:
-        return next((rows for batch in batches if (rows := batch.to_pylist())), [])
+        with file:
+            batches = file.iter_batches(columns=columns)
+            for number, record in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+                yield f"{path}, row {number}", record
     except (ArithmeticError, OSError, ValueError, TypeError, NotImplementedError) as error:  # pyarrow's own among them
         reason = " ".join(str(error).split()).rstrip(".")[:200]
         raise UserError(f"{path} is damaged: its rows from {number + 1:,} on cannot be read ({reason}).") from error

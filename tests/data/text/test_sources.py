@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from keifu.data.text import documents as sources
-from keifu.data.text.documents import TextFormat, content_hash, documents, read_chunks
+from keifu.data.text.documents import TextFileFormat, content_hash, documents, read_chunks
 from keifu.errors import UserError
 
 
@@ -40,7 +40,7 @@ def test_a_long_document_comes_in_pieces_that_begin_with_text(tmp_path: Path, mo
 
 def test_json_lines_with_another_field_and_blank_lines(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", '{"body": "日本"}\n\n{"body": "two\\nlines", "n": 1}\n')
-    assert list(documents(file, TextFormat("body"))) == ["日本", "two\nlines"]
+    assert list(documents(file, TextFileFormat("body"))) == ["日本", "two\nlines"]
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert [piece.text for piece in read_chunks(file, problem=problems.append)] == ["one", "二"]
     assert problems == [f"{file}, row 3: the field 'text' is NoneType, not text."]
     with pytest.raises(UserError, match="row 1: there is no field 'body'. Known: n, text"):
-        list(documents(file, TextFormat("body")))
+        list(documents(file, TextFileFormat("body")))
     with pytest.raises(UserError, match="is no Parquet file"):
         list(documents(write(tmp_path / "bad.parquet", b"PAR1 not really")))
 
@@ -148,29 +148,29 @@ def test_a_table_is_not_learned_with_its_commas_and_numbers(tmp_path: Path, name
     with pytest.raises(UserError, match="there is no field 'text'. Known: id, review. .*--text-field"):
         list(documents(file))
     with pytest.raises(UserError, match="there is no field 'reviews'. Did you mean 'review'"):
-        list(documents(file, TextFormat("reviews")))
-    assert list(documents(file, TextFormat("review"))) == ["Good.", "Bad."]
+        list(documents(file, TextFileFormat("reviews")))
+    assert list(documents(file, TextFileFormat("review"))) == ["Good.", "Bad."]
 
 
 def test_tables_in_a_folder_are_read_where_their_field_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "plain")
     write(tmp_path / "b.csv", "n,body\n1,from a table\n")
     assert list(documents(tmp_path)) == ["plain"]
-    assert list(documents(tmp_path, TextFormat("body"))) == ["plain", "from a table"]
+    assert list(documents(tmp_path, TextFileFormat("body"))) == ["plain", "from a table"]
 
 
 @pytest.mark.parametrize("encoding", ["cp932", "shift-jis", "euc_jp", "iso2022_jp", "utf-16", "utf-16-le", "gb18030"])
 def test_a_text_in_another_encoding(tmp_path: Path, encoding: str) -> None:
     text = "これは日本語の文章です。\r\n二行目\n"
     file = write(tmp_path / "a.txt", text.encode(encoding))
-    assert list(documents(file, TextFormat(encoding=encoding))) == [text.replace("\r", "")]
+    assert list(documents(file, TextFileFormat(encoding=encoding))) == [text.replace("\r", "")]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_a_byte_order_mark_decides_whatever_encoding_is_named(tmp_path: Path, encoding: str) -> None:
     for name, content in (("a.txt", "日本\n"), ("b.jsonl", '{"text": "日本\\n"}\n')):
         file = write(tmp_path / name, content.encode(encoding))
-        assert list(documents(file)) == list(documents(file, TextFormat(encoding="cp1252"))) == ["日本\n"]
+        assert list(documents(file)) == list(documents(file, TextFileFormat(encoding="cp1252"))) == ["日本\n"]
 
 
 @pytest.mark.parametrize(
@@ -190,12 +190,12 @@ def test_a_wrong_encoding_names_the_byte_and_what_to_try(tmp_path: Path, text: s
 
 def test_bytes_that_are_not_in_the_encoding_that_was_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a.txt, line 1: 0x80 .* is not EUC_JP"):
-        list(documents(write(tmp_path / "a.txt", b"a\x80b\n"), TextFormat(encoding="euc_jp")))
+        list(documents(write(tmp_path / "a.txt", b"a\x80b\n"), TextFileFormat(encoding="euc_jp")))
     with pytest.raises(UserError, match=r"a.txt: byte 5 of the file is not UTF-16 \(truncated data\)"):
-        list(documents(write(tmp_path / "a.txt", b"\xff\xfea\0b"), TextFormat()))
+        list(documents(write(tmp_path / "a.txt", b"\xff\xfea\0b"), TextFileFormat()))
     for name, near in (("shift_jsi", "Did you mean 'shift_jis'"), ("rot13", "There is no encoding 'rot13'")):
         with pytest.raises(UserError, match=near):
-            list(documents(write(tmp_path / "b.txt", "x"), TextFormat(encoding=name)))
+            list(documents(write(tmp_path / "b.txt", "x"), TextFileFormat(encoding=name)))
 
 
 def test_the_text_of_a_page_without_its_tags(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keifu.data.text import token_shards as text
-from keifu.data.text.documents import TextFormat
+from keifu.data.text.documents import TextFileFormat
 from keifu.data.text.token_shards import prepare
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
@@ -186,5 +186,5 @@ def test_a_validation_text_of_ones_own(tmp_path: Path) -> None:
 def test_another_field_is_another_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,body\n" + "one,two\n" * 10)
     for field, word in ((None, "one"), ("body", "two")):
-        found = prepare(tmp_path / "a.csv", Bytes(), form=TextFormat(field))
+        found = prepare(tmp_path / "a.csv", Bytes(), form=TextFileFormat(field))
         assert word in bytes([i for i in found.tokens.tolist() if i < 256]).decode()

@@ -98,31 +98,31 @@ def names(gives: str = "text") -> list[str]:
 def fetch(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Path:
     """Return the file or folder of an entry, after downloading it into the cache if it is not there. A mixture returns
     the cache."""
-    found = entry(name, among)
-    if found.parts:
-        for part in found.parts:
+    record = entry(name, among)
+    if record.parts:
+        for part in record.parts:
             fetch(part)
         return cache()
-    if found.package:
-        return _folder(found.package) / found.member
-    return archives.fetch(found.archive) / found.member if found.archive else Path(found.place)
+    if record.package:
+        return _folder(record.package) / record.member
+    return archives.fetch(record.archive) / record.member if record.archive else Path(record.place)
 
 
 def is_cached(name: str, among: Mapping[str, Entry] = CATALOGUE) -> bool:
-    """Whether an entry, with all its parts, is in the cache already, or installed."""
-    found = entry(name, among)
-    if found.package:
-        return find_spec(found.package) is not None and (_folder(found.package) / found.member).exists()
-    return all(map(is_cached, found.parts)) and (not found.archive or (cache() / found.archive.folder).is_dir())
+    """Return whether an entry, with all its parts, is in the cache already, or installed."""
+    record = entry(name, among)
+    if record.package:
+        return find_spec(record.package) is not None and (_folder(record.package) / record.member).exists()
+    return all(map(is_cached, record.parts)) and (not record.archive or (cache() / record.archive.folder).is_dir())
 
 
 def _folder(package: str) -> Path:
-    """Where an installed package's files are; one that is not installed is a `UserError` that says how to get it."""
-    found = find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    """Return an installed package's folder; the `UserError` about a missing one says how to install it."""
+    module = find_spec(package)
+    if module is None or not module.submodule_search_locations:
         how = "pip install ./pretrained, in keifu's checkout"
         raise UserError(f"The package {package.replace('_', '-')} has it, and is not installed: {how}.")
-    return Path(found.submodule_search_locations[0])
+    return Path(module.submodule_search_locations[0])
 
 
 def documents(name: str) -> Iterator[str]:
@@ -130,12 +130,11 @@ def documents(name: str) -> Iterator[str]:
 
     A pair is a document of two lines; of a conversation each turn begins a line, after its speaker's name, A or B.
     """
-    found = entry(name)
-    if found.parts:
-        yield from chain.from_iterable(map(documents, found.parts))
-        return
-    records = _read(name, "text")
-    yield from map(AS_TEXT[found.gives], records)
+    record = entry(name)
+    if record.parts:
+        yield from chain.from_iterable(map(documents, record.parts))
+    else:
+        yield from map(AS_TEXT[record.gives], _read(name, "text"))
 
 
 def pairs(name: str) -> Iterator[tuple[str, str]]:
@@ -153,9 +152,9 @@ def identity(name: str) -> str:
     Python."""
     import platform
 
-    found = entry(name)
-    own = found.archive.sha256 if found.archive else platform.python_version()
-    return "+".join(map(identity, found.parts)) if found.parts else f"{name}:{own}"
+    record = entry(name)
+    content = record.archive.sha256 if record.archive else platform.python_version()
+    return "+".join(map(identity, record.parts)) if record.parts else f"{name}:{content}"
 
 
 def rows() -> list[dict[str, str]]:
@@ -165,12 +164,12 @@ def rows() -> list[dict[str, str]]:
 
 
 def _row(name: str, among: Mapping[str, Entry]) -> dict[str, str]:
-    found = among[name]
-    needed = {part.archive for part in (found, *map(entry, found.parts)) if part.archive}
+    record = among[name]
+    needed = {part.archive for part in (record, *map(entry, record.parts)) if part.archive}
     size = f"{sum(archive.size for archive in needed) / 1e6:.1f} MB" if needed else "0"
     return {
-        "name": name, "kind": found.kind, "download": size, "about": found.about, "licence": found.licence,
-        "attribution": found.attribution, "fetched": "yes" if is_cached(name, among) else "no",
+        "name": name, "kind": record.kind, "download": size, "about": record.about, "licence": record.licence,
+        "attribution": record.attribution, "fetched": "yes" if is_cached(name, among) else "no",
     }  # fmt: skip
 
 
@@ -193,39 +192,33 @@ class Cached:
 
 
 def cached() -> list[Cached]:
-    """All of keifu's folders in the cache, the largest first."""
-    place, found = cache(), []
-    if not place.is_dir():
-        return []
-    of_folder: dict[str, list[str]] = {}
-    for name, entry in CATALOGUE.items():
-        if entry.archive:
-            of_folder.setdefault(entry.archive.folder, []).append(name)
-    for folder in sorted(each for each in place.iterdir() if each.is_dir() and not each.name.startswith(".")):
-        names = of_folder.get(folder.name, [])
+    """List keifu's folders in the cache, the largest first."""
+    folders = []
+    for folder in sorted(path for path in cache().glob("[!.]*") if path.is_dir()):
+        names = [n for n, record in CATALOGUE.items() if record.archive and record.archive.folder == folder.name]
         if names or folder.name in MADE or FETCHED.fullmatch(folder.name):
             about = "fetched" if names else MADE.get(folder.name, "fetched by another version of keifu")
             size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-            found.append(Cached(tuple(names) or (folder.name,), about, folder, size))
-    return sorted(found, key=lambda each: -each.size)
+            folders.append(Cached(tuple(names) or (folder.name,), about, folder, size))
+    return sorted(folders, key=lambda folder: -folder.size)
 
 
 def of_name(name: str | None) -> list[Cached]:
     """Return the folders that a name means: a catalogue entry with its parts, or a folder of the cache. None means
     all."""
-    found = cached()
+    folders = cached()
     if name is None:
-        return found
+        return folders
     wanted = {name, *(CATALOGUE[name].parts if name in CATALOGUE else ())}
-    chosen = [each for each in found if wanted & {*each.names, each.folder.name}]
+    chosen = [folder for folder in folders if wanted & {*folder.names, folder.folder.name}]
     if not chosen and name in CATALOGUE:
         raise UserError(f"{name} is not in the cache: there is nothing to remove.")
     if not chosen:
-        raise unknown("entry of the cache", name, [n for each in found for n in each.names])
+        raise unknown("entry of the cache", name, [n for folder in folders for n in folder.names])
     return chosen
 
 
-def remove(entries: list[Cached]) -> None:
+def remove(folders: list[Cached]) -> None:
     """Remove these folders."""
-    for each in entries:
-        shutil.rmtree(each.folder)
+    for folder in folders:
+        shutil.rmtree(folder.folder)

@@ -96,8 +96,8 @@ def read(source: str) -> Iterator[Conversation]:
         for talk in catalogue.conversations(source):  # a last user message has no answer
             yield talk[:-1] if talk[-1]["role"] == "user" else talk
     elif Path(source).is_file():
-        for place, record in objects(Path(source), "conversation"):
-            yield validate_messages(form_of(record, FORMS, place, "a conversation has")(record), place)
+        for where, record in objects(Path(source), "conversation"):
+            yield validate_messages(form_of(record, FORMS, where, "a conversation has")(record), where)
     else:
         raise unknown("file or set of conversations", source, [*names(), *neighbours(Path(source), "*.json*")])
 
@@ -110,29 +110,29 @@ def names() -> list[str]:
 def objects(path: Path, what: str) -> Iterator[Row]:
     """Each record of a file, with its place for errors; `what` each is, in a word."""
     found = False
-    for place, record in read_records(path):
+    for where, record in read_records(path):
         found = True
-        yield place, record
+        yield where, record
     if not found:
         raise UserError(f"There is no {what} in {path}: it is empty.")
 
 
-def form_of(record: Mapping[str, Any], forms: Mapping[tuple[str, ...], Form], place: str, what: str) -> Form:
+def form_of(record: Mapping[str, Any], forms: Mapping[tuple[str, ...], Form], where: str, what: str) -> Form:
     """How to read a record, by its fields: the first of the forms whose fields it has; none is a `UserError`."""
     for fields, form in forms.items():
         if {*fields} <= record.keys():
             return form
     known = "; ".join(" and ".join(fields) for fields in forms)
-    raise UserError(f"{place}: {what} one of these sets of fields: {known}. This has {listed(record)}.")
+    raise UserError(f"{where}: {what} one of these sets of fields: {known}. This has {listed(record)}.")
 
 
-def prompt_of(given: Any, place: str) -> Conversation:
+def prompt_of(given: Any, where: str) -> Conversation:
     """Convert a prompt, a string or a list of messages, to messages after which an answer is expected."""
     messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
-    return validate_messages([*messages, {"role": "assistant", "content": "?"}], place)[:-1]
+    return validate_messages([*messages, {"role": "assistant", "content": "?"}], where)[:-1]
 
 
-def parse_transcript(text: str, place: str) -> Conversation:
+def parse_transcript(text: str, where: str) -> Conversation:
     """Parse a conversation in one text, as hh-rlhf has it: "\\n\\nHuman: ...\\n\\nAssistant: ...".
 
     Turns of one speaker that follow one another become one turn. A text that does not begin with a speaker is a
@@ -141,7 +141,7 @@ def parse_transcript(text: str, place: str) -> Conversation:
     before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     if before.strip() or not parts:
         raise UserError(
-            f"{place}: a conversation is a list of messages, or a text of turns that begin with 'Human:' and "
+            f"{where}: a conversation is a list of messages, or a text of turns that begin with 'Human:' and "
             f"'Assistant:', and this is {text[:40]!r}."
         )
     messages: Conversation = []
@@ -185,24 +185,24 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
 }
 
 
-def validate_messages(messages: Any, place: str) -> Conversation:
+def validate_messages(messages: Any, where: str) -> Conversation:
     """Return the messages if they are a conversation that ends with the assistant; otherwise raise a `UserError`."""
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{place}: a conversation is a list of messages, and this is {str(messages)[:40]!r}.")
+        raise UserError(f"{where}: a conversation is a list of messages, and this is {str(messages)[:40]!r}.")
     before = None
     for number, message in enumerate(messages, 1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if not isinstance(role, str) or role not in FOLLOWS:
-            raise unknown(f"role in {place}, message {number}", str(role), FOLLOWS)
+            raise unknown(f"role in {where}, message {number}", str(role), FOLLOWS)
         if before not in FOLLOWS[role]:
             after = f"after {before}" if before else "at the start"
             rule = "user and assistant take turns"
-            raise UserError(f"{place}, message {number}: {role} {after} is out of order; {rule}.")
+            raise UserError(f"{where}, message {number}: {role} {after} is out of order; {rule}.")
         if not isinstance(content, str):
-            raise UserError(f"{place}, message {number}: its content is {type(content).__name__}, not text.")
+            raise UserError(f"{where}, message {number}: its content is {type(content).__name__}, not text.")
         if role == "assistant" and not content.strip():
-            raise UserError(f"{place}, message {number}: the assistant's answer is empty; leave the conversation out.")
+            raise UserError(f"{where}, message {number}: the assistant's answer is empty; leave the conversation out.")
         before = role
     if before != "assistant":
-        raise UserError(f"{place}: the conversation ends with {before}, so there is no answer to learn at its end.")
+        raise UserError(f"{where}: the conversation ends with {before}, so there is no answer to learn at its end.")
     return messages

@@ -89,42 +89,42 @@ def read_preferences(source: str | Path) -> Iterator[RankedResponses]:
     if made is None and not path.is_file():
         raise unknown("file or set of preferences", str(source), [*PREFERENCES, *neighbours(path, "*.json*")])
     named = ((f"{source}, entry {number}", record) for number, record in enumerate(made(), 1)) if made else ()
-    for place, record in named if made else objects(path, "preference"):
-        yield _validate(form_of(record, FORMS, place, "preferences have")(record, place), place)
+    for where, record in named if made else objects(path, "preference"):
+        yield _validate(form_of(record, FORMS, where, "preferences have")(record, where), where)
 
 
-def _pair(record: Mapping[str, Any], place: str) -> RankedResponses:
-    answers = [_answer(record[name], f"{place}, {name}") for name in ("chosen", "rejected")]
-    return RankedResponses(prompt_of(record["prompt"], f"{place}, prompt"), tuple(answers), (1.0, 0.0))
+def _pair(record: Mapping[str, Any], where: str) -> RankedResponses:
+    answers = [_answer(record[name], f"{where}, {name}") for name in ("chosen", "rejected")]
+    return RankedResponses(prompt_of(record["prompt"], f"{where}, prompt"), tuple(answers), (1.0, 0.0))
 
 
-def _two_conversations(record: Mapping[str, Any], place: str) -> RankedResponses:
+def _two_conversations(record: Mapping[str, Any], where: str) -> RankedResponses:
     """Read two conversations that differ in their last message; each is a list of messages, or a text (hh-rlhf)."""
 
     def messages(name: str) -> Conversation:
         given = record[name]
-        where = f"{place}, {name}"
-        return validate_messages(parse_transcript(given, where) if isinstance(given, str) else given, where)
+        side = f"{where}, {name}"
+        return validate_messages(parse_transcript(given, side) if isinstance(given, str) else given, side)
 
     better, worse = messages("chosen"), messages("rejected")
     if better[:-1] != worse[:-1]:
-        raise UserError(f"{place}: chosen and rejected differ before their last message: they must share the prompt.")
+        raise UserError(f"{where}: chosen and rejected differ before their last message: they must share the prompt.")
     return RankedResponses(better[:-1], (better[-1]["content"], worse[-1]["content"]), (1.0, 0.0))
 
 
-def _list(record: Mapping[str, Any], place: str) -> RankedResponses:
+def _list(record: Mapping[str, Any], where: str) -> RankedResponses:
     given = record["answers"]
     if not isinstance(given, list) or len(given) < 2:
-        raise UserError(f"{place}: answers is a list of at least two, and this is {str(given)[:40]!r}.")
-    answers = [_answer(answer, f"{place}, answer {number}") for number, answer in enumerate(given, 1)]
+        raise UserError(f"{where}: answers is a list of at least two, and this is {str(given)[:40]!r}.")
+    answers = [_answer(answer, f"{where}, answer {number}") for number, answer in enumerate(given, 1)]
     scores = record.get("scores", [-number for number in range(len(answers))])
     if not isinstance(scores, list) or len(scores) != len(answers):
-        raise UserError(f"{place}: there are {len(answers)} answers, so as many scores are needed.")
+        raise UserError(f"{where}: there are {len(answers)} answers, so as many scores are needed.")
     if not all(isinstance(score, int | float) for score in scores):
-        raise UserError(f"{place}: scores are numbers, and these are {scores}.")
+        raise UserError(f"{where}: scores are numbers, and these are {scores}.")
     order = sorted(range(len(answers)), key=lambda number: -scores[number])
     ranked = tuple(answers[number] for number in order), tuple(float(scores[number]) for number in order)
-    return RankedResponses(prompt_of(record["prompt"], f"{place}, prompt"), *ranked)
+    return RankedResponses(prompt_of(record["prompt"], f"{where}, prompt"), *ranked)
 
 
 FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], RankedResponses]] = {
@@ -134,20 +134,20 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], RankedResponses]
 }
 
 
-def _answer(given: Any, place: str) -> str:
+def _answer(given: Any, where: str) -> str:
     """Return the text of an answer, which may be given as a list of one message."""
     alone = isinstance(given, list) and len(given) == 1 and isinstance(given[0], dict)
     text = given[0].get("content") if alone else given
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{place}: an answer is a text, and this is {str(given)[:40]!r}.")
+        raise UserError(f"{where}: an answer is a text, and this is {str(given)[:40]!r}.")
     return text
 
 
-def _validate(ranked: RankedResponses, place: str) -> RankedResponses:
+def _validate(ranked: RankedResponses, where: str) -> RankedResponses:
     if len({*ranked.answers}) < len(ranked.answers):
-        raise UserError(f"{place}: two answers are equal, so there is nothing to prefer; leave one out.")
+        raise UserError(f"{where}: two answers are equal, so there is nothing to prefer; leave one out.")
     if not ranked.pairs():
-        raise UserError(f"{place}: no answer is better than another; leave the prompt out.")
+        raise UserError(f"{where}: no answer is better than another; leave the prompt out.")
     return ranked
 
 
@@ -214,8 +214,8 @@ class RankedAnswers(PreferencePairs):
             torch.tensor([[*made.levels, *[torch.nan] * (most - len(made.levels))] for made in part]).view(-1, most)
             for part in (training, held)
         ]
-        answers = [[ranking.answers for ranking in part] for part in (training, held)]
-        super().__init__(*answers, batch_size, seed, pad_id, (levels[0], levels[1]))
+        learned, kept = ([ranking.answers for ranking in part] for part in (training, held))
+        super().__init__(learned, kept, batch_size, seed, pad_id, (levels[0], levels[1]))
         content = b"".join(part.numpy().tobytes() for part in levels)
         self.fingerprint = hashlib.sha256(self.fingerprint.encode() + content).hexdigest()
 

@@ -42,15 +42,15 @@ def read_prompts(source: str | Path) -> Iterator[Prompt]:
         return
     if not path.is_file():
         raise UserError(f"There is no file {path} of prompts.")
-    for place, record in objects(path, "prompt"):
-        yield prompt(record, place)
+    for where, record in objects(path, "prompt"):
+        yield prompt(record, where)
 
 
-def prompt(record: Mapping[str, Any], place: str) -> Prompt:
+def prompt(record: Mapping[str, Any], where: str) -> Prompt:
     """One record; a fault is a `UserError` that begins with the place."""
     if "prompt" not in record:
-        raise UserError(f"{place}: there is no field prompt, only {listed(record)}.")
-    return Prompt(prompt_of(record["prompt"], place), record)
+        raise UserError(f"{where}: there is no field prompt, only {listed(record)}.")
+    return Prompt(prompt_of(record["prompt"], where), record)
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:

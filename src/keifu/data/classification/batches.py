@@ -32,6 +32,7 @@ class EncodedTexts:
 
     rows: Rows
     targets: Sequence[int]
+    stack = staticmethod(stack_rows)  # makes one tensor of rows, with a mask of real tokens
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,10 +46,6 @@ class EncodedTexts:
         """Return a batch of some rows: {"tokens": [batch, length], "mask": True on real tokens, "targets": [batch]}."""
         tokens, mask = self.stack([self.rows[index] for index in indices], pad_id)
         return {"tokens": tokens, "mask": mask, "targets": torch.tensor([self.targets[index] for index in indices])}
-
-    def stack(self, rows: Sequence[Any], pad_id: int) -> tuple[Tensor, Tensor]:
-        """Rows as one tensor, and what is real in it."""
-        return stack_rows(rows, pad_id)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -135,15 +132,12 @@ class FormBatches(EncodedTexts):
     """`rows` are examples, each a list of sequences; `targets` the number of each one's label or right answer."""
 
     rows: Sequences
+    stack = staticmethod(stack_sequences)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each example, padding counted."""
         return [row_size(row) for row in self.rows]
-
-    def stack(self, rows: Sequences, pad_id: int) -> tuple[Tensor, Tensor]:
-        """Examples as one tensor [batch, sequences, length], and what is real in it."""
-        return stack_sequences(rows, pad_id)
 
     @cached_property
     def fingerprint(self) -> str:

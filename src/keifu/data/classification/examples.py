@@ -42,9 +42,9 @@ class Examples:
         """Every label once, in order; numbers by their value."""
         return sorted_labels(self.labels)
 
-    def chosen(self, places: Iterable[int]) -> "Examples":
+    def chosen(self, indices: Iterable[int]) -> "Examples":
         """Return some of the rows."""
-        return Examples(self.source, tuple(self.rows[place] for place in places))
+        return Examples(self.source, tuple(self.rows[index] for index in indices))
 
     def split(self, held_out: int) -> tuple["Examples", "Examples"]:
         """Training rows, in the order of their keys, and at most `held_out` test rows: those with the smallest keys.
@@ -57,16 +57,16 @@ class Examples:
             raise UserError(f"{held_out} of {len(self)} rows cannot be held out: give a number between.")
         keys = [key(text) for text in self.texts]
         groups: dict[str, list[int]] = defaultdict(list)
-        for place, each in enumerate(keys):
-            groups[each].append(place)
+        for index, text_key in enumerate(keys):
+            groups[text_key].append(index)
         held: list[int] = []
         training: list[int] = []
-        for _, places in sorted(groups.items()):
-            (held if len(held) + len(places) <= held_out else training).extend(places)
-        known = {self.rows[place].label for place in training}
-        alone = {keys[place] for place in held if self.rows[place].label not in known}
-        training += [place for place in held if keys[place] in alone]
-        return self.chosen(training), self.chosen(place for place in held if keys[place] not in alone)
+        for _, indices in sorted(groups.items()):
+            (held if len(held) + len(indices) <= held_out else training).extend(indices)
+        known = {self.rows[index].label for index in training}
+        alone = {keys[index] for index in held if self.rows[index].label not in known}
+        training += [index for index in held if keys[index] in alone]
+        return self.chosen(training), self.chosen(index for index in held if keys[index] not in alone)
 
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:

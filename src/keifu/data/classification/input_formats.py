@@ -60,7 +60,7 @@ class Form:
 
         limit: where one would have more tokens, its longest texts lose as many as needed from their ends.
         """
-        return [self._sequence([texts[place] for place in order], marks, limit) for order in self.orders(len(texts))]
+        return [self._sequence([texts[index] for index in order], marks, limit) for order in self.orders(len(texts))]
 
     def _sequence(self, parts: list[Ids], marks: Delimiters, limit: int | None) -> Ids:
         whole = marks.sequence(*parts)

@@ -80,18 +80,18 @@ def read_table(path: Path, label: str | None = None) -> Table:
     if all(_number(cell) is None for cell in header):
         lines = lines[1:]
     else:
-        header = [str(place) for place in range(1, len(header) + 1)]
+        header = [str(column) for column in range(1, len(header) + 1)]
     if label is not None and label not in header:
         raise unknown(f"column in {path}", label, header)
     if label is not None and header.count(label) > 1:
         raise UserError(f"{path} has {header.count(label)} columns called {label!r}; rename all but one.")
-    place = len(header) - 1 if label is None else header.index(label)
+    column = len(header) - 1 if label is None else header.index(label)
     if len(header) < 2 or not lines:
         raise UserError(f"{path} needs at least one column of numbers, one of labels, and one row below any header.")
-    inputs = [_numbers(where, cells, header, place) for where, cells in lines]
-    labels = [cells[place].strip() for _, cells in lines]
+    inputs = [_numbers(where, cells, header, column) for where, cells in lines]
+    labels = [cells[column].strip() for _, cells in lines]
     classes = sorted(set(labels), key=lambda text: (_number(text) is None, _number(text) or 0.0, text))
-    columns = tuple(name for i, name in enumerate(header) if i != place)
+    columns = tuple(name for i, name in enumerate(header) if i != column)
     targets = torch.tensor([classes.index(text) for text in labels])
     return Table(torch.tensor(inputs, dtype=torch.float64), targets, columns, tuple(classes))
 
@@ -115,9 +115,9 @@ def _numbers(where: str, cells: Sequence[str], header: Sequence[str], label: int
     if len(cells) != len(header):
         raise UserError(f"{where}, has {len(cells)} cells where the first line has {len(header)}.")
     values = [_number(cell) for cell in cells]
-    for place, value in enumerate(values):
-        if place == label and not cells[place].strip():
-            raise UserError(f"{where}, column {header[place]!r}: the label is missing.")
-        if place != label and value is None:
-            raise UserError(f"{where}, column {header[place]!r}: {cells[place]!r} is no finite number.")
-    return [value for place, value in enumerate(values) if place != label and value is not None]
+    for column, value in enumerate(values):
+        if column == label and not cells[column].strip():
+            raise UserError(f"{where}, column {header[column]!r}: the label is missing.")
+        if column != label and value is None:
+            raise UserError(f"{where}, column {header[column]!r}: {cells[column]!r} is no finite number.")
+    return [value for column, value in enumerate(values) if column != label and value is not None]

@@ -2,7 +2,6 @@
 
 import gzip
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +79,7 @@ def _photos() -> Iterator[ImageItem]:
     folder = catalogue.fetch("photos")
     for name, caption in catalogue.CATALOGUE["photos"].captions.items():
         (path,) = folder.glob(f"{name}.*")
-        yield ImageItem(path.name, str(path), partial(_of_file, path), {"en": caption})
+        yield ImageItem(path.name, str(path), lambda size, path=path: read_image(path), {"en": caption})
 
 
 def _arrays(
@@ -88,15 +87,8 @@ def _arrays(
 ) -> Iterator[ImageItem]:
     for index, (pixels, label) in enumerate(zip(pictures, labels, strict=True)):
         name = f"{source} {index}"
-        yield ImageItem(name, name, partial(_of_array, pixels), label=classes[label], part=part)
-
-
-def _of_array(pixels: np.ndarray, size: int | None) -> DecodedImage:
-    return DecodedImage(Image.fromarray(pixels))
-
-
-def _of_file(path: Path, size: int | None) -> DecodedImage:
-    return read_image(path)
+        image = DecodedImage(Image.fromarray(pixels))
+        yield ImageItem(name, name, lambda size, image=image: image, label=classes[label], part=part)
 
 
 CATALOGUED: dict[str, Callable[[], Iterator[ImageItem]]] = {

@@ -52,8 +52,8 @@ def sheet(
     image = Image.new("RGB", (canvas.shape[1] + margin, canvas.shape[0] + margin), "white")
     image.paste(Image.fromarray(canvas), (margin, margin))
     pen = ImageDraw.Draw(image)
-    for place, caption in enumerate(captions or ()):
-        left, top = margin + place % columns * cell[1], margin + place // columns * cell[0] + height * scale + 1
+    for index, caption in enumerate(captions or ()):
+        left, top = margin + index % columns * cell[1], margin + index // columns * cell[0] + height * scale + 1
         pen.multiline_text((left, top), wrap(caption, width * scale), "black", _font(caption), spacing=1)
     return image
 

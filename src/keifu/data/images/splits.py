@@ -37,10 +37,6 @@ class ImageSplit:
         """
         return self.test.chosen(np.flatnonzero(~np.isin(self.test.families, self.train.families)))
 
-    def near_test(self) -> ImageDataset:
-        """Return the test pictures that have a relative in training (see `clean_test`)."""
-        return self.test.chosen(np.flatnonzero(np.isin(self.test.families, self.train.families)))
-
 
 def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0, whole_families: bool = True) -> ImageSplit:
     """Hold out the fraction `share` of the groups for testing and as many for validation, the same part of each class.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from keifu.data.text import documents as sources
-from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks
+from keifu.data.text.documents import PLAIN, TextChunk, TextFileFormat, chunks
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
@@ -94,27 +94,20 @@ _FIRST, _LAST, _SCRIPT = (np.array(column) for column in zip(*_ORDERED, strict=T
 
 def script_numbers(code_points: np.ndarray) -> np.ndarray:
     """Return the number in `SCRIPTS` of each code point's script."""
-    place = np.searchsorted(_FIRST, code_points, side="right") - 1
-    return np.where(code_points <= _LAST[place], _SCRIPT[place], SCRIPTS.index("other"))
+    block = np.searchsorted(_FIRST, code_points, side="right") - 1
+    return np.where(code_points <= _LAST[block], _SCRIPT[block], SCRIPTS.index("other"))
 
 
 def bytes_to_scripts(text: np.ndarray) -> np.ndarray:
     """Return the script number of the character to which each byte of a UTF-8 text belongs.
 
-    A byte that belongs to no whole character counts as what its first byte's character would at least be.
+    A byte that belongs to no whole character is of the script "other".
     """
-    text = text.astype(np.int64)
-    starts = np.flatnonzero((text & 0xC0) != 0x80)
-    if not len(starts) or starts[0]:
-        starts = np.concatenate([[0], starts])
-    lead = text[starts]
-    length = 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
-    points = np.where(length == 1, lead & 0x7F, lead & (0xFF >> (length + 1)))
-    for extra in range(1, 4):
-        following = text[np.minimum(starts + extra, len(text) - 1)] & 0x3F
-        points = np.where(length > extra, points << 6 | following, points)
-    spans = np.diff(np.append(starts, len(text)))
-    return np.repeat(script_numbers(points), spans)
+    characters = text.tobytes().decode(errors="surrogateescape")  # a byte of no character becomes a surrogate
+    points = np.frombuffer(characters.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
+    lengths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    lengths[(points >= 0xD800) & (points <= 0xDFFF)] = 1
+    return np.repeat(script_numbers(points), lengths)
 
 
 FAULTS_SHOWN = 20  # faults that are listed one by one; the rest are counted
@@ -189,7 +182,7 @@ class DatasetReport:
             yield "No faulty bytes, lines or files were found."
 
 
-def check_dataset(source: str | Path, tokenizer: Tokenizer, form: TextFormat = PLAIN) -> DatasetReport:
+def check_dataset(source: str | Path, tokenizer: Tokenizer, form: TextFileFormat = PLAIN) -> DatasetReport:
     """Read all of a source (see `keifu.data.text.documents`) and encode it; a fault is noted and reading goes on."""
     report = DatasetReport(str(source))
     documents, spelling = _Documents(report), _Spelling(tokenizer)

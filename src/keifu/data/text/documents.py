@@ -39,7 +39,7 @@ class TextChunk:
 
 
 @dataclass(frozen=True)
-class TextFormat:
+class TextFileFormat:
     """Format of text in files: the field of a record that has it (None: "text"), and the encoding of files without a
     byte order mark."""
 
@@ -52,10 +52,10 @@ class TextFormat:
         return named if self.encoding == UTF8 else named | {"encoding": self.encoding}
 
 
-PLAIN = TextFormat()
+PLAIN = TextFileFormat()
 
 
-def read_chunks(source: str | Path, form: TextFormat = PLAIN, problem: Problem = refuse) -> Iterator[TextChunk]:
+def read_chunks(source: str | Path, form: TextFileFormat = PLAIN, problem: Problem = refuse) -> Iterator[TextChunk]:
     """All documents of a source, in a fixed order, the long ones in several pieces.
 
     `problem` is called with a sentence for each fault that has a place: bytes that are not in the encoding (the line is
@@ -70,7 +70,7 @@ def read_chunks(source: str | Path, form: TextFormat = PLAIN, problem: Problem =
         problem(f"There is no text in {source}: it is empty.")
 
 
-def documents(source: str | Path, form: TextFormat = PLAIN) -> Iterator[str]:
+def documents(source: str | Path, form: TextFileFormat = PLAIN) -> Iterator[str]:
     """All documents of a source, each whole."""
     held: list[str] = []
     for piece in read_chunks(source, form):
@@ -99,7 +99,7 @@ def in_catalogue(source: str | Path) -> bool:
     return isinstance(source, str) and source in catalogue.CATALOGUE
 
 
-def content_hash(source: str | Path, form: TextFormat = PLAIN) -> str:
+def content_hash(source: str | Path, form: TextFileFormat = PLAIN) -> str:
     """Return a hexadecimal SHA-256 of a source's content; names and folders of its files do not count."""
     if in_catalogue(source):
         return hashlib.sha256(catalogue.identity(str(source)).encode()).hexdigest()
@@ -107,7 +107,7 @@ def content_hash(source: str | Path, form: TextFormat = PLAIN) -> str:
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
 
-def paths(source: str | Path, form: TextFormat = PLAIN) -> list[Path]:
+def paths(source: str | Path, form: TextFileFormat = PLAIN) -> list[Path]:
     """List the files of a source that is not in the catalogue, in order; none is a `UserError`."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -121,7 +121,7 @@ def paths(source: str | Path, form: TextFormat = PLAIN) -> list[Path]:
     raise unknown("file, folder or catalogue entry", str(source), [*catalogue.names(), *files.neighbours(path)])
 
 
-def _all(source: str | Path, form: TextFormat, problem: Problem) -> Iterator[TextChunk]:
+def _all(source: str | Path, form: TextFileFormat, problem: Problem) -> Iterator[TextChunk]:
     if in_catalogue(source):
         for text in catalogue.documents(str(source)):
             yield from _in_chunks(text)
@@ -130,8 +130,8 @@ def _all(source: str | Path, form: TextFormat, problem: Problem) -> Iterator[Tex
         suffix = path.suffix.lower()
         if suffix in records.SUFFIXES:
             field = form.field or "text"
-            for place, record in records.read_records(path, problem, form.encoding, only=field):
-                yield from _field(record, field, place, problem)
+            for where, record in records.read_records(path, problem, form.encoding, only=field):
+                yield from _field(record, field, where, problem)
         elif suffix in HTML:
             yield from _in_chunks(html_text(lines(path, problem, form.encoding)))
         elif path.stat().st_size:
@@ -140,20 +140,20 @@ def _all(source: str | Path, form: TextFormat, problem: Problem) -> Iterator[Tex
             yield TextChunk("", True)
 
 
-def _field(record: Mapping[str, Any], field: str, place: str, problem: Problem) -> Iterator[TextChunk]:
+def _field(record: Mapping[str, Any], field: str, where: str, problem: Problem) -> Iterator[TextChunk]:
     """Return the text of one record."""
     if field not in record:
         wrong = str(unknown("field", field, record)).removeprefix("T")
-        problem(f"{place}: t{wrong} Name the one that holds the text (--text-field; in a mixture, `field`).")
+        problem(f"{where}: t{wrong} Name the one that holds the text (--text-field; in a mixture, `field`).")
         return
     text = record[field]
     if not isinstance(text, str):
-        problem(f"{place}: the field {field!r} is {type(text).__name__}, not text.")
+        problem(f"{where}: the field {field!r} is {type(text).__name__}, not text.")
         return
     try:
         text.encode()
     except UnicodeEncodeError:
-        problem(f"{place}: the field {field!r} holds half of a surrogate pair, which is no character.")
+        problem(f"{where}: the field {field!r} holds half of a surrogate pair, which is no character.")
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     yield from _in_chunks(text)
 

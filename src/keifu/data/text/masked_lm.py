@@ -1,6 +1,6 @@
 """BERT's pretraining data: masked language modelling (MLM) and next-sentence prediction (NSP).
 
-Axes: row (of a batch), place = tokens of a row, masked = the places of a row that are masked; bounds = start and end of
+Axes: row (of a batch), position = tokens of a row, masked = the masked positions of a row; bounds = start and end of
 the first segment, start and end of the second, in tokens.
 """
 
@@ -53,19 +53,19 @@ class RowPlanner:
         the next row."""
         starts, rows = self.starts, []
         first, last = self.documents[document], self.documents[document + 1]
-        place = first
-        while place < last:
+        position = first
+        while position < last:
             target = self._target(chance)
-            end = bisect_left(starts, starts[place] + target, place + 1, last)
-            end = max(end, min(place + 2, last))
-            rest = end - place == 1 and place > first  # one sentence is left: the one before it comes along again
-            begin = place - rest
+            end = bisect_left(starts, starts[position] + target, position + 1, last)
+            end = max(end, min(position + 2, last))
+            rest = end - position == 1 and position > first  # one sentence is left: the one before it comes along again
+            begin = position - rest
             cut = chance.randrange(begin + 1, end) if end - begin > 1 else end
             elsewhere = cut == end or chance.random() < 0.5
             wanted = target - (starts[cut] - starts[begin])
             second = self._elsewhere(document, wanted, chance) if elsewhere else (starts[cut], starts[end])
             rows.append(((starts[begin], starts[cut], *second), elsewhere))
-            place = cut if elsewhere and not rest else end
+            position = cut if elsewhere and not rest else end
         return rows
 
     def _elsewhere(self, document: int, wanted: int, chance: Random) -> tuple[int, int]:
@@ -73,19 +73,19 @@ class RowPlanner:
         other = chance.randrange(len(self.documents) - 2)
         other += other >= document
         first, last = self.documents[other], self.documents[other + 1]
-        place = chance.randrange(first, last)
-        end = bisect_left(self.starts, self.starts[place] + wanted, place + 1, last)
-        return self.starts[place], self.starts[end]
+        position = chance.randrange(first, last)
+        end = bisect_left(self.starts, self.starts[position] + wanted, position + 1, last)
+        return self.starts[position], self.starts[end]
 
     def _runs(self, document: int, chance: Random) -> list[tuple[Bounds, bool]]:
         """As many whole sentences as fit, row after row; the second segment is empty."""
         starts, rows = self.starts, []
-        place, last = self.documents[document], self.documents[document + 1]
-        while place < last:
-            end = bisect_right(starts, starts[place] + self._target(chance), place + 1, last + 1) - 1
-            end = max(end, place + 1)
-            rows.append(((starts[place], starts[end], starts[end], starts[end]), False))
-            place = end
+        position, last = self.documents[document], self.documents[document + 1]
+        while position < last:
+            end = bisect_right(starts, starts[position] + self._target(chance), position + 1, last + 1) - 1
+            end = max(end, position + 1)
+            rows.append(((starts[position], starts[end], starts[end], starts[end]), False))
+            position = end
         return rows
 
     def _target(self, chance: Random) -> int:
@@ -117,7 +117,7 @@ def _truncate(bounds: np.ndarray, room: int, random: np.random.Generator) -> np.
     return result
 
 
-NOT_COUNTED = -100  # the target of a place in `places` that a row does not have
+NOT_COUNTED = -100  # the target of an entry of `places` that a row does not have
 POOL = 16  # batches whose rows are sorted by length together
 VALIDATION = 20_181_011  # the seed of what is held out, so that runs of different seeds are compared on the same
 
@@ -179,7 +179,7 @@ class MaskingVocabulary:
 class MaskedText:
     """Training data for BERT: new rows and masks in each epoch; a batch depends only on the seed and the step.
 
-    A batch has "tokens" [row, place] with masked words, "mask" (True on real tokens), "places" [row, masked] of
+    A batch has "tokens" [row, position] with masked words, "mask" (True on real tokens), "places" [row, masked] of
     the masked tokens and "targets", the original tokens, -100 where a row has fewer; for sentence pairs also "segments"
     and "random_next" [row], 1 where the second sentence does not follow the first. "word_weight" and "pair_weight"
     [row] are the tokens of the whole batch for each target and each pair, so that a batch can be split (see
@@ -256,16 +256,17 @@ class MaskedText:
         pairs, v = self.masking.sentence_pairs, self.vocabulary
         first, second = bounds[:, 1:2] - bounds[:, :1], bounds[:, 3:4] - bounds[:, 2:3]
         total = first + second + 2 + pairs
-        place = np.arange(total.max())[None]
-        one = (place >= 1) & (place <= first)
-        two = (place >= first + 2) & (place < first + 2 + second)
-        index = np.where(one, bounds[:, :1] + place - 1, np.where(two, bounds[:, 2:3] + place - first - 2, 0))
-        tokens = np.where(one | two, sentences.tokens[index], np.where(place < total, v.sep, v.pad)).astype(np.int64)
+        position = np.arange(total.max())[None]
+        one = (position >= 1) & (position <= first)
+        two = (position >= first + 2) & (position < first + 2 + second)
+        index = np.where(one, bounds[:, :1] + position - 1, np.where(two, bounds[:, 2:3] + position - first - 2, 0))
+        tokens = np.where(one | two, sentences.tokens[index], np.where(position < total, v.sep, v.pad)).astype(np.int64)
         tokens[:, 0] = v.cls
         places, targets = self._hide(tokens, (one | two) & v.is_ordinary[tokens], total[:, 0], random)
-        batch = {"tokens": tokens, "mask": place < total, "places": places, "targets": targets}
+        batch = {"tokens": tokens, "mask": position < total, "places": places, "targets": targets}
         if pairs:
-            batch |= {"segments": ((place >= first + 2) & (place < total)).astype(np.int64), "random_next": elsewhere}
+            segments = (position >= first + 2) & (position < total)
+            batch |= {"segments": segments.astype(np.int64), "random_next": elsewhere}
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _hide(
@@ -292,7 +293,7 @@ def _sizes(bounds: np.ndarray) -> np.ndarray:
 
 
 def single_tokens(words: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Which places [row, place] are hidden: as many of a row's words as are wanted, or all where it has no more."""
+    """Which places [row, position] are hidden: as many of a row's words as are wanted, or all where it has no more."""
     scores = np.where(words, random.random(words.shape), 2.0)
     ranks = np.argsort(np.argsort(scores, axis=1), axis=1)
     return words & (ranks < wanted[:, None])

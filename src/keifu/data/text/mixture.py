@@ -69,9 +69,9 @@ class MixtureSource:
     encoding: str = sources.UTF8
 
     @property
-    def form(self) -> sources.TextFormat:
+    def form(self) -> sources.TextFileFormat:
         """How the text lies in its files."""
-        return sources.TextFormat(self.field, self.encoding)
+        return sources.TextFileFormat(self.field, self.encoding)
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < 1e9:
@@ -165,8 +165,7 @@ def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer) -> list[Shards]:
     tokenizer = tokenizer.replace(backend=nothing_around_text(tokenizer.backend))
     made = []
     for source in mixture.sources:
-        with _named_source(source):
-            parts, content = _parts(source, mixture.held_out)
+        with _parts_of(source, mixture.held_out) as (parts, content):
             if parts is None:
                 made.append(prepare(source.data, tokenizer, held_out=mixture.held_out, form=source.form))
             else:
@@ -179,8 +178,7 @@ def texts(mixture: Mixture, characters: int) -> Iterator[str]:
     """Yield the first documents of each source, about `characters` in all by the weights, for training a tokenizer."""
     for source in mixture.sources:
         left = round(characters * source.weight)
-        with _named_source(source):
-            parts, _ = _parts(source, mixture.held_out)
+        with _parts_of(source, mixture.held_out) as (parts, _):
             for document in sources.documents(source.data, source.form) if parts is None else parts()[0]:
                 if left <= 0:
                     break
@@ -192,8 +190,7 @@ def content_hash(mixture: Mixture) -> str:
     """Return a text that changes whenever a source's text or weight does."""
     parts = []
     for source in mixture.sources:
-        with _named_source(source):
-            made, content = _parts(source, mixture.held_out)
+        with _parts_of(source, mixture.held_out) as (made, content):
             content = sources.content_hash(source.data, source.form) if made is None else content
             parts.append(f"{source.weight} {content}{source.form.settings() or ''}")
     return "\n".join(parts)
@@ -234,10 +231,10 @@ def source_names() -> list[str]:
 
 
 @contextmanager
-def _named_source(source: MixtureSource) -> Iterator[None]:
-    """Errors say which source they are about."""
+def _parts_of(source: MixtureSource, held_out: float) -> Iterator[tuple[Parts | None, str]]:
+    """Yield the parts of a source and their hash (see `_parts`); errors in the block name the source."""
     try:
-        yield
+        yield _parts(source, held_out)
     except UserError as error:
         raise UserError(f"The source {source.name!r}: {error}") from error
 
@@ -320,11 +317,11 @@ class MixedText:
         """See the class; always the same."""
         yield from self._own
         units = float(sum(elements(batch) for batch in self._own))
-        for place, (check, source) in enumerate((c, s) for c in self.checks.values() for s in self.sources):
+        for index, (check, source) in enumerate((c, s) for c in self.checks.values() for s in self.sources):
             windows = held_out(source.shards, self.context_length, self.check_rows)[:, : check.task.width]
             made = batches(check.task, windows, max(self.growth.rows))
             factor = check.scale(source.shards) * units / sum(elements(batch) for batch in made)
-            yield from (_mark(batch, place + 1, factor) for batch in made)
+            yield from (_mark(batch, index + 1, factor) for batch in made)
 
     @cached_property
     def _own(self) -> list[Batch]:
@@ -340,8 +337,8 @@ class MixedText:
     def _windows(self, whose: np.ndarray, take: Callable[[PackedText, np.ndarray], np.ndarray]) -> np.ndarray:
         """Return a window for each row, taken by `take` from the row's source."""
         windows = np.empty((len(whose), self.task.width), np.int64)
-        for place, packed in enumerate(self._packed):
-            if len(rows := np.flatnonzero(whose == place)):
+        for index, packed in enumerate(self._packed):
+            if len(rows := np.flatnonzero(whose == index)):
                 windows[rows] = take(packed, rows)
         return windows
 

@@ -48,8 +48,9 @@ class PackedText:
                 raise UserError(f"{name} is {value}, but it must be at least 1.")
         self.shards, self.context_length, self.seed = shards, context_length, seed
         _check_lengths(shards, context_length)
-        self._windows = _windows(shards.tokens, context_length)
-        validation = _windows(shards.validation, context_length)
+        self._windows, validation = (  # views that copy nothing
+            sliding_window_view(np.asarray(ids), context_length + 1) for ids in (shards.tokens, shards.validation)
+        )
         self.held_out = _spread(validation[::context_length], context_length, validation_tokens)
         self._slack = min(context_length - 1, len(self._windows) - 1)  # offsets go from 0 to this
         self.windows_per_epoch = (len(self._windows) - 1 - self._slack) // context_length + 1
@@ -104,11 +105,6 @@ def _check_lengths(shards: Shards, context_length: int) -> None:
         f"{shards.index['source']} has {training:,} tokens to train on and {held:,} held out, but a context of "
         f"{context_length} needs at least {needed} of each: {', or '.join(ways)}."
     )
-
-
-def _windows(tokens: np.ndarray, context_length: int) -> np.ndarray:
-    """All windows of context_length + 1 tokens, as a view that copies nothing."""
-    return sliding_window_view(np.asarray(tokens), context_length + 1)
 
 
 def _spread(windows: np.ndarray, context_length: int, tokens: int | None) -> np.ndarray:

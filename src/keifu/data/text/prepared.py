@@ -17,7 +17,7 @@ import numpy as np
 
 from keifu.data.progress import counting
 from keifu.data.text import documents, token_shards
-from keifu.data.text.documents import TextFormat
+from keifu.data.text.documents import TextFileFormat
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -40,7 +40,7 @@ def tokenizer_of(folder: str | Path) -> Tokenizer:
 
 
 def prepare_files(
-    source: str | Path, tokenizer: Tokenizer, folder: Path, form: TextFormat, rank: int = 0, of: int = 1
+    source: str | Path, tokenizer: Tokenizer, folder: Path, form: TextFileFormat, rank: int = 0, of: int = 1
 ) -> int:
     """Tokenize every `of`-th file of a source, from number `rank` on, each into its shard.
 
@@ -62,7 +62,7 @@ def prepare_files(
     return sum(_prepare_file(path, tokenizer, folder / f"{number:05}.bin", form) for number, path in files)
 
 
-def _prepare_file(path: Path, tokenizer: Tokenizer, target: Path, form: TextFormat) -> bool:
+def _prepare_file(path: Path, tokenizer: Tokenizer, target: Path, form: TextFileFormat) -> bool:
     """Make the shard of a file unless it exists; return whether it was made."""
     index = target.with_suffix(".json")
     size = path.stat().st_size

@@ -16,7 +16,7 @@ from keifu.data.padding import offsets
 from keifu.data.prepared_folders import prepared_folder
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
-from keifu.data.text.documents import PLAIN, TextFormat, chunks
+from keifu.data.text.documents import PLAIN, TextFileFormat, chunks
 from keifu.data.text.token_shards import CHUNK, PARTS, split_settings
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -62,7 +62,7 @@ class SentenceShards:
 
 
 def prepare_sentences(
-    source: str | Path, tokenizer: Tokenizer, split: Splitter, held_out: float = 0.05, form: TextFormat = PLAIN,
+    source: str | Path, tokenizer: Tokenizer, split: Splitter, held_out: float = 0.05, form: TextFileFormat = PLAIN,
     validation: str | Path | None = None,
 ) -> SentenceShards:  # fmt: skip
     """Tokenize the sentences of a source (see `keifu.data.text.documents`); they are kept in the cache while it is
@@ -83,7 +83,7 @@ def prepare_sentences(
     return _open(*prepared_folder("sentences", source, settings, make))
 
 
-def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: TextFormat) -> Sentences:
+def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: TextFileFormat) -> Sentences:
     """All sentences that have tokens, of all documents that have sentences."""
     tokens, sizes, counts, size, done = [], [], [], 0, 0
     with counting(f"Tokenising {source}, sentence by sentence", None, "characters") as advance:

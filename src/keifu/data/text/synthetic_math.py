@@ -114,9 +114,6 @@ def _giving(chance: random.Random) -> Problem:
     return _solve(question, left, _step(left[1], "+", found))
 
 
-# goes up when the same numbers would give other problems
-
-
 def chain_sums(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """`count` different problems, or all that there are: {"prompt": "What is 4 + 3 - 9?", "answer": "-2"}.
 

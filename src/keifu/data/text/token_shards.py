@@ -18,7 +18,7 @@ import numpy as np
 from keifu.data.prepared_folders import prepared_folder
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
-from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks
+from keifu.data.text.documents import PLAIN, TextChunk, TextFileFormat, chunks
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
@@ -52,7 +52,7 @@ class Shards:
 
 
 def prepare(
-    source: str | Path, tokenizer: Tokenizer, held_out: float = 0.05, seed: int = 0, form: TextFormat = PLAIN,
+    source: str | Path, tokenizer: Tokenizer, held_out: float = 0.05, seed: int = 0, form: TextFileFormat = PLAIN,
     validation: str | Path | None = None,
 ) -> Shards:  # fmt: skip
     """Tokenize a source (see `keifu.data.text.documents`); the ids are kept in the cache while it is unchanged.
@@ -73,7 +73,7 @@ def prepare(
 
 
 def split_settings(
-    source: str | Path, tokenizer: Tokenizer, held_out: float, form: TextFormat, validation: str | Path | None,
+    source: str | Path, tokenizer: Tokenizer, held_out: float, form: TextFileFormat, validation: str | Path | None,
     **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the settings that the ids of a source and their split depend on, for the name of the folder in the cache.
@@ -120,7 +120,7 @@ def open_shards(source: str | Path, settings: dict[str, Any], make: Callable[[Pa
     return Shards(tokens, validation, index)
 
 
-def _side_by_side(source: str | Path, validation: str | Path, form: TextFormat) -> Parted:
+def _side_by_side(source: str | Path, validation: str | Path, form: TextFileFormat) -> Parted:
     """Return the documents of one source for training, and of another for validation."""
     sizes = [_measure(sources.read_chunks(each, form)) for each in (source, validation)]
     count, characters = (sum(each) for each in zip(*sizes, strict=True))
@@ -128,7 +128,7 @@ def _side_by_side(source: str | Path, validation: str | Path, form: TextFormat) 
     return chain(_describe(sources.read_chunks(source, form)), held), count, characters
 
 
-def _split_documents(source: str | Path, share: float, seed: int, form: TextFormat) -> Parted:
+def _split_documents(source: str | Path, share: float, seed: int, form: TextFileFormat) -> Parted:
     """Return the documents of a source, each with its part of the split."""
     count, characters = _measure(sources.read_chunks(source, form))
     pieces = _describe(sources.read_chunks(source, form))

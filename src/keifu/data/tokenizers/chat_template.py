@@ -89,7 +89,7 @@ def render(
             "This tokenizer has no chat template, so the model was probably not made to chat: give plain text to "
             "continue, or set one with tokenizer.with_chat_template(keifu.data.tokenizers.chat_template.CHATML)."
         )
-    plain = [_plain(message, place) for place, message in enumerate(messages)]
+    plain = [_plain(message, index) for index, message in enumerate(messages)]
     if not plain:
         raise UserError("There is no message to render: give at least one, like {'role': 'user', 'content': 'Hello'}.")
     given = {"tools": None, "documents": None, **variables}
@@ -114,9 +114,9 @@ def _within_limits(pieces: Iterable[str]) -> str:
     return "".join(written)
 
 
-def _plain(message: Any, place: int) -> dict[str, Any]:
+def _plain(message: Any, index: int) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise UserError(f"Message {place} is {message!r}: each must be like {{'role': 'user', 'content': 'Hello'}}.")
+        raise UserError(f"Message {index} is {message!r}: each must be like {{'role': 'user', 'content': 'Hello'}}.")
     return {key: value for key, value in message.items() if value is not None}
 
 
@@ -149,13 +149,13 @@ def render_marked(
     if marks[0] in whole:
         return whole
     spans = []
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            asked = render(template, messages[:place], True, variables)
-            answered = render(template, messages[: place + 1], False, variables)
+            asked = render(template, messages[:index], True, variables)
+            answered = render(template, messages[: index + 1], False, variables)
             if not (whole.startswith(answered) and answered.startswith(asked)):
                 raise UserError(
-                    f"This chat template writes a conversation otherwise once message {place} has been answered, so it "
+                    f"This chat template writes a conversation otherwise once message {index} has been answered, so it "
                     "cannot be told which words are the assistant's: mark them in it with {% generation %}."
                 )
             turn = answered.rstrip()

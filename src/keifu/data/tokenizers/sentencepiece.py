@@ -58,26 +58,26 @@ class SentencePieceModel:
     special: dict[str, str] = field(default_factory=dict)
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
+def _varint(data: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = data[place]
+        byte = data[position]
         value |= (byte & 0x7F) << shift
-        place, shift = place + 1, shift + 7
+        position, shift = position + 1, shift + 7
         if byte < 0x80:
-            return value, place
+            return value, position
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Yield the fields of one message: number and value (whole numbers as such, everything else as bytes)."""
-    place = 0
-    while place < len(data):
-        key, place = _varint(data, place)
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
         if (kind := key & 7) not in (0, 1, 2, 5):  # a whole number, 8 bytes, a length and so many bytes, 4 bytes
             raise ValueError(f"wire type {kind}")
-        size, place = (8, place) if kind == 1 else (4, place) if kind == 5 else _varint(data, place)
-        value, place = (size, place) if kind == 0 else (data[place : place + size], place + size)
-        if place > len(data):
+        size, position = (8, position) if kind == 1 else (4, position) if kind == 5 else _varint(data, position)
+        value, position = (size, position) if kind == 0 else (data[position : position + size], position + size)
+        if position > len(data):
             raise IndexError("the message ends early")
         yield key >> 3, value
 
@@ -92,7 +92,7 @@ def _roles(trainer: dict[int, int | bytes]) -> dict[str, int]:
     """Return the ids of the special tokens; -1, written as a 64-bit number, means that there is none."""
     defaults = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2), "pad_token": (43, -1)}
     ids = {role: int(trainer.get(number, default)) for role, (number, default) in defaults.items()}
-    return {role: place for role, place in ids.items() if 0 <= place < 1 << 31}
+    return {role: position for role, position in ids.items() if 0 <= position < 1 << 31}
 
 
 def parse(data: bytes, name: str) -> SentencePieceModel:
@@ -122,7 +122,7 @@ def parse(data: bytes, name: str) -> SentencePieceModel:
         character_map=bytes(normalizer.get(2, b"")),
     )
     return SentencePieceModel(
-        pieces, settings, {role: pieces[place].text for role, place in roles.items() if place < len(pieces)}
+        pieces, settings, {role: pieces[position].text for role, position in roles.items() if position < len(pieces)}
     )
 
 
@@ -185,7 +185,7 @@ def _hint(data: bytes) -> str:
 
 def merges_by_score(pieces: Sequence[SentencePiece]) -> list[tuple[str, str]]:
     """Return the merges that SentencePiece's BPE makes, the pieces with the highest scores first."""
-    mergeable = {piece.text: (-piece.score, place) for place, piece in enumerate(pieces) if piece.kind == NORMAL}
+    mergeable = {piece.text: (-piece.score, position) for position, piece in enumerate(pieces) if piece.kind == NORMAL}
     ranked = [
         (mergeable[text], text[:cut], text[cut:])
         for text in mergeable
@@ -198,9 +198,9 @@ def merges_by_score(pieces: Sequence[SentencePiece]) -> list[tuple[str, str]]:
 def numbered(tokens: Iterable[str], where: str) -> dict[str, int]:
     """Return the id of each token, which is its index; a token that occurs twice is a `UserError`."""
     ids: dict[str, int] = {}
-    for place, token in enumerate(tokens):
-        if ids.setdefault(token, place) != place:
-            raise UserError(f"{where} has the token {token!r} twice, with the ids {ids[token]} and {place}.")
+    for position, token in enumerate(tokens):
+        if ids.setdefault(token, position) != position:
+            raise UserError(f"{where} has the token {token!r} twice, with the ids {ids[token]} and {position}.")
     return ids
 
 

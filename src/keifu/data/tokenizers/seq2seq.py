@@ -76,7 +76,8 @@ class TwoSidedTokenizer(Tokenizer, Generic[Side]):
         write_atomic(settings, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
     @cached_property
-    def _hash(self) -> str:
+    def fingerprint(self) -> str:
+        """A hash of both languages: equal fingerprints give equal ids."""
         return hashlib.sha256(f"{self.source.fingerprint} {self.target.fingerprint}".encode()).hexdigest()
 
 
@@ -117,8 +118,9 @@ class MarianSide(Tokenizer):
         return [token for token in self.vocabulary if LANGUAGE.fullmatch(token)]
 
     @cached_property
-    def _hash(self) -> str:
-        return hashlib.sha256(self.pieces.data + super()._hash.encode()).hexdigest()
+    def fingerprint(self) -> str:
+        """A hash of the pieces and the vocabulary."""
+        return hashlib.sha256(self.pieces.data + super().fingerprint.encode()).hexdigest()
 
     def _cut(self, texts: Sequence[str]) -> list[list[str]]:
         """Split each text into pieces; a language's code at its start is one piece."""
@@ -159,7 +161,8 @@ class MarianTokenizer(TwoSidedTokenizer[MarianSide]):
         write_atomic(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
     @cached_property
-    def _hash(self) -> str:
+    def fingerprint(self) -> str:
+        """A hash of both languages: equal fingerprints give equal ids."""
         digest = hashlib.sha256(self.source.pieces.data + self.target.pieces.data)
         facts = [self.source.vocabulary, self.target.vocabulary, self.special]
         digest.update(json.dumps(facts, sort_keys=True).encode())

@@ -316,20 +316,16 @@ class Tokenizer:
         write_atomic(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
     @property
-    def fingerprint(self) -> str:
-        """A hexadecimal hash of everything that encoding depends on: equal fingerprints give equal ids.
-
-        Scores are rounded in it: the `tokenizers` library reads back their last digit inexactly.
-        """
-        return self._hash
-
-    @property
     def _parts(self) -> dict[str, Any]:
         """The arguments of the constructor that make this tokenizer again, in order."""
         return {name: vars(self)[name] for name in self.PARTS}
 
     @cached_property
-    def _hash(self) -> str:
+    def fingerprint(self) -> str:
+        """A hexadecimal hash of everything that encoding depends on: equal fingerprints give equal ids.
+
+        Scores are rounded in it: the `tokenizers` library reads back their last digit inexactly.
+        """
         rounded = json.loads(self.backend.to_str(), parse_float=lambda digits: round(float(digits), 6))
         return hashlib.sha256(json.dumps(rounded).encode()).hexdigest()
 
@@ -363,8 +359,8 @@ class Tokenizer:
     def _unencodable(self, texts: Sequence[str], error: BaseException) -> UserError:
         vocabulary = self.backend.get_vocab()
         for text in texts:
-            for place, character in enumerate(text):
-                what = f"The character {character!r} (U+{ord(character):04X}, at place {place})"
+            for position, character in enumerate(text):
+                what = f"The character {character!r} (U+{ord(character):04X}, at place {position})"
                 if "\ud800" <= character <= "\udfff":
                     return UserError(f"{what} is half a surrogate pair, not text: read the text as UTF-8.")
                 if character not in vocabulary and "UNK" in str(error):

@@ -21,43 +21,40 @@ Made = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token o
 
 @dataclass
 class _Training:
-    """The arguments of `train_tokenizer`; iterates over the texts that are not empty, and counts them and their
-    characters."""
+    """Arguments of `train_tokenizer`; an iterable of the texts that are not empty, which counts their characters."""
 
     texts: Iterable[str]
     vocab_size: int
     special_tokens: list[str]
     split_digits: bool
     lowercase: bool
-    count: int = 0
     characters: Counter[str] = field(default_factory=Counter)
 
     def __iter__(self) -> Iterator[str]:
         for text in self.texts:
             if text:
-                self.count += 1
                 self.characters.update(text)
                 yield text
 
     def check(self) -> None:
-        """Refuses, after reading, texts that were all empty."""
-        if not self.count:
+        """Refuse texts that were all empty, after they were read."""
+        if not self.characters:
             raise UserError("There is no text to learn a tokenizer from: every text given is empty.")
 
     def at_least(self, kind: str, needed: int, why: str) -> None:
-        """Refuses a size below what the kind needs for any text."""
+        """Refuse a size below the one that the kind needs for any text."""
         if self.vocab_size < needed:
             what = f"vocab_size={self.vocab_size} is too small"
             raise UserError(f"{what}: {kind} needs at least {needed} tokens ({why}).")
 
     def learn(self, backend: tokenizers.Tokenizer, trainer: trainers.Trainer) -> None:
-        """Trains the tokenizer with the texts."""
+        """Train the tokenizer with the texts."""
         try:
             backend.train_from_iterator(self, trainer)
         except (UserError, OSError, UnicodeError):
             raise  # from the texts, not from the trainer
         except Exception as error:  # `tokenizers` raises bare Exceptions
-            if self.count:
+            if self.characters:
                 raise UserError(f"No tokenizer could be learned from these texts: {error}.") from error
         self.check()
 
@@ -70,7 +67,7 @@ def train_tokenizer(
     split_digits: bool = False,
     lowercase: bool = False,
 ) -> Tokenizer:
-    """Learns a tokenizer from texts, which are read once, or for wordpiece twice (an iterator is kept in memory).
+    """Train a tokenizer on texts, which are read once, or for wordpiece twice (an iterator is kept in memory).
 
     kind: "bpe" (byte-level, GPT-2), "wordpiece" (BERT), "unigram" (SentencePiece's, with bytes for what is rare) or
         "characters" (every character of the texts, as in nanoGPT's example; any other character is an error).

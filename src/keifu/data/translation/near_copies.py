@@ -4,7 +4,7 @@ A language with spaces between words is compared word by word; Chinese and Japan
 punctuation do not count (see `pairs.normalize`). A held-out pair is near the training pairs if either of its sides is
 within one insertion, deletion or substitution of a training sentence of the same side.
 
-The held-out pairs of `pairs.split` may have such near copies in training. `clean_and_near` separates them, so that an
+The held-out pairs of `pairs.split` may have such near copies in training. `near_training` marks them, so that an
 evaluation can report both. The split itself stays as it is, because published weights were trained on it.
 
 The search is exact and fast. One edit leaves the first half of a sentence as it is, or its second half. So held-out
@@ -71,10 +71,3 @@ def near_training(held_out: Sequence[Pair], training: Iterable[Pair]) -> list[bo
             for index in side.near(sentence):
                 near[index] = True
     return near
-
-
-def clean_and_near(held_out: Sequence[Pair], training: Iterable[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Separate held-out pairs: those that no training pair is near, and those that have a near copy in training."""
-    near = near_training(held_out, training)
-    clean = [pair for pair, is_near in zip(held_out, near, strict=True) if not is_near]
-    return clean, [pair for pair, is_near in zip(held_out, near, strict=True) if is_near]

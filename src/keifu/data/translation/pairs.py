@@ -6,7 +6,7 @@ sentence, a tab and its translation; or two files "train.ja,train.en" whose line
 
 A pair is held out by a hash of its normalised text, so that the choice depends neither on the order of the pairs nor on
 the direction, and no held-out sentence is left in training. Only equal text is kept apart. Sentences that differ in a
-word or a name ("Tom likes tea", "Mary likes tea") may be on both sides: `near_copies.clean_and_near` separates the
+word or a name ("Tom likes tea", "Mary likes tea") may be on both sides: `near_copies.near_training` marks the
 held-out pairs that have such a near copy in training. Paraphrases that share neither side are not recognised.
 """
 
@@ -128,11 +128,11 @@ def _of_records(source: str, path: Path, fields: Fields, encoding: str | None) -
         return None
     names: tuple[str, str] | None = None
     rows: list[Pair] = []
-    for place, record in read_records(path, encoding=encoding):
+    for where, record in read_records(path, encoding=encoding):
         inner = record.get("translation")
         record = inner if isinstance(inner, dict) else record
-        names = names or _sides(place, record, fields, suffix)
-        first, second = (_text(place, record, name) for name in names)
+        names = names or _sides(where, record, fields, suffix)
+        first, second = (_text(where, record, name) for name in names)
         rows.append((first, second))
     usual = {name for pair in NAMES for name in pair}
     codes = [name if re.fullmatch(CODE, name) and name not in usual else "" for name in names or ()]
@@ -145,7 +145,7 @@ def _has_header(path: Path, encoding: str | None) -> bool:
     return any(_find(cells, names) for names in NAMES)
 
 
-def _sides(place: str, record: Mapping[str, Any], fields: Fields, suffix: str) -> tuple[str, str]:
+def _sides(where: str, record: Mapping[str, Any], fields: Fields, suffix: str) -> tuple[str, str]:
     """Which fields are the source and the target: those that were named, a usual pair of names, or the only two."""
     known = next((found for names in NAMES if (found := _find(record, names))), None)
     named = [name for name in record if re.fullmatch(CODE, name) or name.lower() in LANGUAGES]
@@ -153,10 +153,10 @@ def _sides(place: str, record: Mapping[str, Any], fields: Fields, suffix: str) -
     first, second = known or ((two[0], two[1]) if len(record) == len(two) == 2 else (None, None))
     first, second = fields[0] or first, fields[1] or second
     for name in filter(None, fields):
-        content(place, record, name)
+        content(where, record, name)
     if first is None or second is None or first == second:
         raise UserError(
-            f"{place}: which fields are the source and its translation? There are {listed(record)}; call two of them "
+            f"{where}: which fields are the source and its translation? There are {listed(record)}; call two of them "
             "source and target, or name them with --source-field and --target-field."
         )
     return first, second
@@ -168,10 +168,10 @@ def _find(given: Iterable[str], names: Pair) -> tuple[str, str] | None:
     return (by_name[names[0]], by_name[names[1]]) if {*names} <= by_name.keys() else None
 
 
-def _text(place: str, record: Mapping[str, Any], name: str) -> str:
-    value = content(place, record, name)
+def _text(where: str, record: Mapping[str, Any], name: str) -> str:
+    value = content(where, record, name)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{place}: the field {name!r} is {type(value).__name__}, not text.")
+        raise UserError(f"{where}: the field {name!r} is {type(value).__name__}, not text.")
     return (value or "").strip()
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from keifu.data.progress import counting
-from keifu.data.text.documents import TextFormat
+from keifu.data.text.documents import TextFileFormat
 from keifu.data.text.masked_lm import MaskedText, MaskingScheme, MaskingVocabulary
 from keifu.data.text.sentence_shards import prepare_sentences
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -90,7 +90,9 @@ class HiddenTokens:
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
     """Return the figures of rows spread over the held-out documents, with masks that are always the same."""
     config = cast(Any, model).config
-    shards = prepare_sentences(request.on, tokenizer, sentences, form=TextFormat(request.text_field, request.encoding))
+    shards = prepare_sentences(
+        request.on, tokenizer, sentences, form=TextFileFormat(request.text_field, request.encoding)
+    )
     masking = MaskingScheme(min(128, config.context_length), sentence_pairs=config.next_sentence)
     vocabulary = MaskingVocabulary.of(tokenizer)
     size, most = request.batch_size or 32, request.limit or ROWS

@@ -14,7 +14,7 @@ from torch import nn
 
 from keifu.data.catalogue import catalogue
 from keifu.data.progress import counting
-from keifu.data.text.documents import TextFormat, documents
+from keifu.data.text.documents import TextFileFormat, documents
 from keifu.data.text.token_shards import prepare
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -67,7 +67,7 @@ def _held_out(name: str, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
 
 def _whole(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
     """All documents of a file or folder, an end-of-text token behind each where there is one."""
-    texts = list(documents(request.on, TextFormat(request.text_field, request.encoding)))
+    texts = list(documents(request.on, TextFileFormat(request.text_field, request.encoding)))
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ids = np.array([i for each in tokenizer.encode_batch(texts) for i in [*each, *end]], dtype=np.int64)
     return ids, sum(len(text.encode()) for text in texts) / max(len(ids), 1)

@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from keifu.data.catalogue import catalogue
-from keifu.data.text.documents import TextFormat, content_hash, documents, in_catalogue
+from keifu.data.text.documents import TextFileFormat, content_hash, documents, in_catalogue
 from keifu.data.text.packed import PackedText
 from keifu.data.text.prepared import is_prepared, open_prepared
 from keifu.data.text.prepared import tokenizer_of as load_prepared_tokenizer
@@ -50,9 +50,9 @@ class TextOptions:
     """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
 
     @property
-    def form(self) -> TextFormat:
+    def form(self) -> TextFileFormat:
         """How the text lies in its files."""
-        return TextFormat(self.text_field, self.encoding)
+        return TextFileFormat(self.text_field, self.encoding)
 
     def reading(self) -> dict[str, Any]:
         """Return these options alone, by name."""
