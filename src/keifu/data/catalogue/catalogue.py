@@ -134,7 +134,8 @@ def documents(name: str) -> Iterator[str]:
     if record.parts:
         yield from chain.from_iterable(map(documents, record.parts))
     else:
-        yield from map(AS_TEXT[record.gives], _read(name, "text"))
+        records = _read(name, "text")
+        yield from map(AS_TEXT[record.gives], records)
 
 
 def pairs(name: str) -> Iterator[tuple[str, str]]:

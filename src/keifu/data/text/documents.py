@@ -56,46 +56,46 @@ PLAIN = TextFileFormat()
 
 
 def read_chunks(source: str | Path, form: TextFileFormat = PLAIN, problem: Problem = refuse) -> Iterator[TextChunk]:
-    """All documents of a source, in a fixed order, the long ones in several pieces.
+    """Yield all documents of a source, in a fixed order, the long ones in several pieces.
 
     `problem` is called with a sentence for each fault that has a place: bytes that are not in the encoding (the line is
     named), a record without the field, a binary file. If it returns, the faulty bytes become U+FFFD, and a faulty
     record or file is left out. A source without any text is a fault too.
     """
-    found = False
+    blank = True
     for piece in _all(source, form, problem):
-        found = found or bool(piece.text.strip())
+        blank = blank and not piece.text.strip()
         yield piece
-    if not found:
+    if blank:
         problem(f"There is no text in {source}: it is empty.")
 
 
 def documents(source: str | Path, form: TextFileFormat = PLAIN) -> Iterator[str]:
-    """All documents of a source, each whole."""
-    held: list[str] = []
+    """Yield the documents of a source as whole strings."""
+    parts: list[str] = []
     for piece in read_chunks(source, form):
-        held.append(piece.text)
+        parts.append(piece.text)
         if piece.ends:
-            yield "".join(held)
-            held.clear()
+            yield "".join(parts)
+            parts.clear()
 
 
 def chunks(pieces: Iterable[TextChunk], characters: int) -> Iterator[list[TextChunk]]:
     """Group pieces into lists of about `characters` characters."""
-    held: list[TextChunk] = []
+    group: list[TextChunk] = []
     size = 0
     for piece in pieces:
-        held.append(piece)
+        group.append(piece)
         size += len(piece.text)
         if size >= characters:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def in_catalogue(source: str | Path) -> bool:
-    """Whether a source is the name of a catalogue entry."""
+    """Return whether a source is the name of a catalogue entry."""
     return isinstance(source, str) and source in catalogue.CATALOGUE
 
 
@@ -116,8 +116,8 @@ def paths(source: str | Path, form: TextFileFormat = PLAIN) -> list[Path]:
         inside = [file for file in path.rglob("*") if file.is_file() and not files.hidden(file.relative_to(path))]
         kinds = SUFFIXES if form.field is None else (*SUFFIXES, *records.SUFFIXES)
         return sorted(file for file in inside if file.suffix.lower() in kinds) or _nothing(path, inside)
-    if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()):
-        return found
+    if matches := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()):
+        return matches
     raise unknown("file, folder or catalogue entry", str(source), [*catalogue.names(), *files.neighbours(path)])
 
 
@@ -159,22 +159,22 @@ def _field(record: Mapping[str, Any], field: str, where: str, problem: Problem) 
 
 
 def _gather(lines: Iterable[str], mark: str | None = None) -> Iterator[TextChunk]:
-    """Lines put together to documents, which end at the mark, and to pieces of about LIMIT characters.
+    """Join lines to documents, which end at the mark, and to pieces of about LIMIT characters.
 
-    A piece begins with a line that starts with text, for tokenizers join blank lines to what stands before them.
+    A piece begins with a line that starts with text, because tokenizers join blank lines to the text before them.
     """
-    held: list[str] = []
+    gathered: list[str] = []
     size = 0
     for line in lines:
         ended = mark is not None and line.strip() == mark
         if ended or (size >= LIMIT and not line[0].isspace()):
-            yield TextChunk("".join(held), ended)
-            held, size = [], 0
+            yield TextChunk("".join(gathered), ended)
+            gathered, size = [], 0
         if not ended:
-            held.append(line)
+            gathered.append(line)
             size += len(line)
-    if held:
-        yield TextChunk("".join(held), True)
+    if gathered:
+        yield TextChunk("".join(gathered), True)
 
 
 def _in_chunks(text: str) -> Iterator[TextChunk]:

@@ -19,7 +19,7 @@ A mixture is one of `MIXTURES`, or a file:
 shares of the tokens and must sum to 1, unless the file says `normalise: true`. `held_out: 0.05` beside `sources` is the
 share of each source that is kept for validation. Validation also measures each source by itself.
 
-Axes: row, place = tokens of a row.
+Axes: row, position = tokens of a row.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ class MixtureSource:
 
     @property
     def form(self) -> sources.TextFileFormat:
-        """How the text lies in its files."""
+        """Format of the text in its files."""
         return sources.TextFileFormat(self.field, self.encoding)
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ MIXTURES = {"multilingual": Path(__file__).with_name("multilingual.yaml")}
 
 
 def is_mixture(given: str) -> bool:
-    """Whether a name is that of a mixture, or of a file of the kind that holds one."""
+    """Return whether a name is that of a mixture, or of a file that can hold one."""
     return given in MIXTURES or (Path(given).suffix.lower() in SUFFIXES and Path(given).is_file())
 
 
@@ -122,9 +122,9 @@ def read_mixture(given: str) -> Mixture:
         raise UserError(f"{path} is no mixture: it needs `sources:`, and under it each source's name, data and weight.")
     for key in content:
         require_known(f"field of the mixture {path},", key, FIELDS)
-    found = [_source(str(name), each, path) for name, each in content["sources"].items()]
-    total = sum(source.weight for source in found) if content.get("normalise") else 1.0
-    shares = (replace(source, weight=source.weight / total) for source in found)
+    named = [_source(str(name), facts, path) for name, facts in content["sources"].items()]
+    total = sum(source.weight for source in named) if content.get("normalise") else 1.0
+    shares = (replace(source, weight=source.weight / total) for source in named)
     held_out = content.get("held_out", HELD_OUT)
     if not isinstance(held_out, float):
         raise UserError(f"{path}: held_out is {held_out!r}, and it must be a share such as {HELD_OUT}.")
@@ -207,8 +207,8 @@ def _parts(source: MixtureSource, held_out: float) -> tuple[Parts | None, str]:
         return _pairs(source, held_out)
     if source.data in pair_names():
         raise UserError(f"{source.data} holds pairs: give its languages, as in languages: [Japanese, English].")
-    there = Path(source.data).expanduser().exists() or glob(source.data, recursive=True)
-    known = sources.in_catalogue(source.data) or there
+    exists = Path(source.data).expanduser().exists() or glob(source.data, recursive=True)
+    known = sources.in_catalogue(source.data) or exists
     if not known and not Path(source.data).is_absolute():
         raise unknown("file, folder, catalogue entry or other source", source.data, source_names())
     return None, ""
@@ -218,15 +218,15 @@ def _pairs(source: MixtureSource, held_out: float) -> tuple[Parts, str]:
     pairs = read_pairs(source.data)
 
     def parts() -> tuple[Iterable[str], Iterable[str]]:
-        found = split(pairs, held_out=max(1, round(held_out * len(pairs))))
-        learned, kept = (tatoeba.translations(rows, source.languages) for rows in (found.train, found.validation))
+        divided = split(pairs, held_out=max(1, round(held_out * len(pairs))))
+        learned, kept = (tatoeba.translations(rows, source.languages) for rows in (divided.train, divided.validation))
         return learned, kept
 
     return parts, f"{pairs.fingerprint} {source.languages} {held_out}"
 
 
 def source_names() -> list[str]:
-    """Every name that `data` may have."""
+    """List every name that `data` may have."""
     return sorted({*chain(sources.catalogue.names(), tatoeba.names(), [ARITHMETIC])})
 
 
@@ -344,7 +344,7 @@ class MixedText:
 
 
 def held_out(shards: Shards, context_length: int, rows: int) -> np.ndarray:
-    """At most so many windows of `context_length` tokens out of the held-out part, spread evenly, [row, place]."""
+    """Return at most `rows` windows of `context_length` tokens of the held-out part, spread evenly, [row, position]."""
     return PackedText(shards, context_length - 1, 1, validation_tokens=rows * (context_length - 1)).held_out
 
 
@@ -357,7 +357,7 @@ def batches(task: CorruptionTask, windows: np.ndarray, size: int) -> list[Batch]
 
 
 def elements(batch: Batch) -> int:
-    """How many tokens of a batch are predicted."""
+    """Return the number of tokens of a batch that are predicted."""
     mask = batch.get("mask")
     return batch["tokens"][:, 1:].numel() if mask is None else int(mask[:, 1:].sum())
 

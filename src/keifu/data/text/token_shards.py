@@ -122,16 +122,16 @@ def open_shards(source: str | Path, settings: dict[str, Any], make: Callable[[Pa
 
 def _side_by_side(source: str | Path, validation: str | Path, form: TextFileFormat) -> Parted:
     """Return the documents of one source for training, and of another for validation."""
-    sizes = [_measure(sources.read_chunks(each, form)) for each in (source, validation)]
-    count, characters = (sum(each) for each in zip(*sizes, strict=True))
-    held = (replace(piece, part=1) for piece in _describe(sources.read_chunks(validation, form)))
-    return chain(_describe(sources.read_chunks(source, form)), held), count, characters
+    sizes = [_measure(sources.read_chunks(part, form)) for part in (source, validation)]
+    count, characters = map(sum, zip(*sizes, strict=True))
+    kept = (replace(piece, part=1) for piece in _without_blank(sources.read_chunks(validation, form)))
+    return chain(_without_blank(sources.read_chunks(source, form)), kept), count, characters
 
 
 def _split_documents(source: str | Path, share: float, seed: int, form: TextFileFormat) -> Parted:
     """Return the documents of a source, each with its part of the split."""
     count, characters = _measure(sources.read_chunks(source, form))
-    pieces = _describe(sources.read_chunks(source, form))
+    pieces = _without_blank(sources.read_chunks(source, form))
     parted = _by_document(pieces, share, seed) if count >= MANY else _by_tail(pieces, int(characters * (1 - share)))
     return parted, count, characters
 
@@ -163,16 +163,16 @@ def format_of_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _measure(pieces: Iterable[TextChunk]) -> tuple[int, int]:
-    """Documents and characters; read before anything is encoded, so that a fault shows at once."""
+    """Count documents and characters, before anything is encoded, so that an error in the text shows at once."""
     count = characters = 0
-    for piece in _describe(pieces):
+    for piece in _without_blank(pieces):
         count += piece.ends
         characters += len(piece.text)
     return count, characters
 
 
-def _describe(pieces: Iterable[TextChunk]) -> Iterator[TextChunk]:
-    """Without the documents that are empty or blank."""
+def _without_blank(pieces: Iterable[TextChunk]) -> Iterator[TextChunk]:
+    """Yield the pieces without the documents that are empty or blank."""
     fresh = True
     for piece in pieces:
         if not (fresh and piece.ends and not piece.text.strip()):
@@ -181,7 +181,7 @@ def _describe(pieces: Iterable[TextChunk]) -> Iterator[TextChunk]:
 
 
 def _by_document(pieces: Iterable[TextChunk], share: float, seed: int) -> Iterator[TextChunk]:
-    """Each piece with its part: of every 1 / share documents in a row, one goes to validation."""
+    """Yield the pieces with their parts: of every 1 / share documents in a row, one goes to validation."""
     number, first_after, chosen, block = 0, 0, 0, 0
     for piece in pieces:
         if number >= first_after:
@@ -193,7 +193,7 @@ def _by_document(pieces: Iterable[TextChunk], share: float, seed: int) -> Iterat
 
 
 def _by_tail(pieces: Iterable[TextChunk], cut: int) -> Iterator[TextChunk]:
-    """Each piece with its part: all characters from `cut` on go to validation."""
+    """Yield the pieces with their parts: all characters from `cut` on go to validation."""
     position = 0
     for piece in pieces:
         inside = min(max(cut - position, 0), len(piece.text))
