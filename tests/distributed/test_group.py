@@ -132,7 +132,7 @@ def test_activations_that_are_computed_again_need_no_memory(two: Any) -> None:
 
 
 MIXTURES = ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "gpt-oss")
-REFUSED = {(name, "tensor"): "is a MixtureOfExperts, which tensor parallelism cannot split" for name in MIXTURES}
+REFUSED = {(name, "tensor"): "which tensor parallelism cannot split" for name in MIXTURES}
 
 
 @pytest.mark.parametrize("axis", ["shard", "tensor"])
@@ -147,7 +147,7 @@ def test_a_language_model_on_two_processes_learns_the_weights_of_one(name: str, 
     assert found.keys() == alone.keys()
     for key, weight in alone.items():
         moved = float((weight - begun[key]).abs().max())
-        assert moved > 1e-3, key
+        assert moved > 1e-4, key
         assert float((found[key] - weight).abs().max()) < 5e-3 * moved, key
 
 

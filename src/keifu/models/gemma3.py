@@ -5,7 +5,7 @@ that the key-value cache of a long text stays small; norms before and after each
 The rotary base is 10,000 in local layers (sliding window) and 1,000,000 in global ones. Norms multiply by 1 + weight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(llama.DecoderConfig):
     """The defaults are Gemma 3 1B. The attention is n_heads · head_dim wide, which need not be `dim`."""
 
     vocab_size: int = 262_144
@@ -32,16 +32,14 @@ class Config:
     head_dim: int = 256
     norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    rope_scaling: RopeScaling | None = None  # of the global layers
     local_rope_theta: float = 10_000.0
     local_rope_scaling: RopeScaling | None = None
-    activation: str = "gelu_tanh"
+    activation: str = field(default="gelu_tanh", kw_only=True)
     sliding_window: int = 512  # tokens that a local layer attends to, the token itself included
     global_layers: tuple[int, ...] | None = None  # None: every sixth, from layer 5 on
     attention_scale: float | None = None  # 1 / √head_dim
     attention_bias: bool = False
-    tied: bool = True
-    dropout: float = 0.0
+    tied: bool = field(default=True, kw_only=True)
 
 
 _SCALING = RopeScaling("linear", 8.0, 131_072)

@@ -21,8 +21,18 @@ from keifu.models.hf import config as hf
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Settings that LLaMA and later models share."""
+
+    rope_scaling: RopeScaling | None = None
+    activation: str = "silu"
+    tied: bool = False
+    dropout: BelowOne = 0.0
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(DecoderConfig):
     """The defaults are LLaMA-7B. `hidden_dim` is printed in no paper: 256 · ceil(8/3 · dim / 256) in LLaMA 1."""
 
     vocab_size: Count = 32_000
@@ -35,15 +45,11 @@ class Config:
     head_dim: Count | None = None  # dim / n_heads
     norm_eps: NotNegative = 1e-6
     rope_theta: Positive = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    activation: str = "silu"
     sliding_window: Count | None = None  # Mistral: a token attends to this many, itself included
     first_window_layer: Natural = 0  # Qwen2: layers below it have full attention
     qkv_bias: bool = False
     out_bias: bool = False
     feedforward_bias: bool = False
-    tied: bool = False
-    dropout: BelowOne = 0.0
 
 
 _llama2 = partial(Config, context_length=4096, norm_eps=1e-5)

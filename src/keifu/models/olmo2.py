@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.normalisation import AllHeadsRMSNorm, FullPrecisionRMSNorm
 from keifu.layers.transformer.blocks import ReorderedNorm
 from keifu.layers.transformer.decoder import DecoderLM
@@ -18,7 +17,7 @@ from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(llama.DecoderConfig):
     """Sizes and settings of a model; the defaults are OLMo 2 7B."""
 
     vocab_size: int = 100_352
@@ -30,11 +29,7 @@ class Config:
     n_kv_heads: int | None = None  # as many as n_heads
     norm_eps: float = 1e-6
     rope_theta: float = 500_000.0
-    rope_scaling: RopeScaling | None = None
-    activation: str = "silu"
     attention_bias: bool = False
-    tied: bool = False
-    dropout: float = 0.0
 
 
 SIZES = {

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
@@ -17,7 +16,7 @@ from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(llama.DecoderConfig):
     """The defaults are Qwen3-8B. The attention is n_heads · head_dim wide, which need not be `dim`."""
 
     vocab_size: int = 151_936
@@ -30,13 +29,9 @@ class Config:
     head_dim: int = 128
     norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    rope_scaling: RopeScaling | None = None
-    activation: str = "silu"
     sliding_window: int | None = None  # a token attends to this many, itself included
     first_window_layer: int = 0  # layers below it have full attention
     attention_bias: bool = False
-    tied: bool = False
-    dropout: float = 0.0
 
 
 SIZES = {

@@ -5,7 +5,7 @@ of a token has 576 numbers in each layer, where keys and values of 128 heads wou
 Multi-token prediction, a further layer of the published training, is not implemented.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from keifu.models.mixture import qwen3_moe
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(llama.DecoderConfig):
     """Sizes and settings of a model; the defaults are DeepSeek-V3.
 
     `expert_dim` is the inner dimension of one expert, `hidden_dim` that of the first `n_dense_layers` layers. A head
@@ -53,12 +53,11 @@ class Config:
     expert_scale: float = 2.5
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = RopeScaling("yarn", 40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
+    rope_scaling: RopeScaling | None = field(
+        default=RopeScaling("yarn", 40.0, 4096, mscale=1.0, mscale_all_dim=1.0), kw_only=True
+    )
     rope_interleaved: bool = True
-    activation: str = "silu"
     attention_bias: bool = False
-    tied: bool = False
-    dropout: float = 0.0
 
 
 SIZES = {

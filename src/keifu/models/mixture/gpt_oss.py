@@ -12,6 +12,7 @@ from keifu.layers.attention.attention import Attention, SinkAttention
 from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.feedforward import ClampedFeedForward
 from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
+from keifu.layers.normalisation import FullPrecisionRMSNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
@@ -51,7 +52,7 @@ PAPER_PARAMETERS = {"gpt-oss-20b": 20.91e9, "gpt-oss-120b": 116.83e9}  # model c
 
 def build(config: Config) -> DecoderLM:
     """Build a model; it is initialised as LLaMA is here."""
-    return llama.assemble(config, partial(_attention, config), partial(_feedforward, config))
+    return llama.assemble(config, partial(_attention, config), partial(_feedforward, config), norm=FullPrecisionRMSNorm)
 
 
 def _attention(config: Config, layer: int) -> Attention:

@@ -10,7 +10,6 @@ from typing import Any
 
 from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
 from keifu.layers.transformer.decoder import DecoderLM
@@ -19,7 +18,7 @@ from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(llama.DecoderConfig):
     """Sizes and settings of a model; the defaults are Mixtral 8x7B. `hidden_dim` is that of one expert."""
 
     vocab_size: int = 32_000
@@ -35,11 +34,7 @@ class Config:
     balancing: float = 0.02  # coefficient of the balancing loss
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
-    rope_scaling: RopeScaling | None = None
-    activation: str = "silu"
     sliding_window: int | None = None  # a token attends to this many, itself included
-    tied: bool = False
-    dropout: float = 0.0
 
 
 SIZES = {

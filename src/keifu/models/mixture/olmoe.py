@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.mixture import MixtureOfExperts
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama, olmo2
@@ -17,7 +16,7 @@ from keifu.models.mixture import mixtral, qwen3_moe
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(llama.DecoderConfig):
     """Sizes and settings of a model; the defaults are OLMoE-1B-7B. `hidden_dim` is that of one expert."""
 
     vocab_size: int = 50_304
@@ -33,11 +32,7 @@ class Config:
     balancing: float = 0.01  # coefficient of the balancing loss
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    activation: str = "silu"
     attention_bias: bool = False
-    tied: bool = False
-    dropout: float = 0.0
 
 
 SIZES = {"olmoe-1b-7b": Config()}

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama, qwen3
 from keifu.models.hf import config as hf
@@ -17,7 +16,7 @@ from keifu.models.mixture import mixtral
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(llama.DecoderConfig):
     """Sizes and settings of a model; the defaults are Qwen3-30B-A3B.
 
     `expert_dim` is the inner dimension of one expert, `hidden_dim` that of the layers in `dense_layers`, which have no
@@ -40,12 +39,8 @@ class Config:
     balancing: float = 0.001  # coefficient of the balancing loss
     norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    rope_scaling: RopeScaling | None = None
-    activation: str = "silu"
     sliding_window: int | None = None  # a token attends to this many, itself included
     attention_bias: bool = False
-    tied: bool = False
-    dropout: float = 0.0
 
 
 SIZES = {

@@ -8,14 +8,13 @@ from functools import partial
 from typing import Any
 
 from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(llama.DecoderConfig):
     """Sizes and settings of a model; the defaults are Phi-3 mini with 4,096 tokens."""
 
     vocab_size: int = 32_064
@@ -27,11 +26,7 @@ class Config:
     n_kv_heads: int = 32
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    activation: str = "silu"
     sliding_window: int | None = 2047  # a token attends to this many, itself included
-    tied: bool = False
-    dropout: float = 0.0
 
 
 _medium = partial(Config, dim=5120, hidden_dim=17_920, n_layers=40, n_heads=40, n_kv_heads=10)

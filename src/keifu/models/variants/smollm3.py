@@ -3,19 +3,18 @@
 Layers without positions (NoPE) keep attention usable beyond the trained length (Yang et al., 2025: RoPE to NoPE).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from keifu.layers.attention.attention import Attention
-from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(llama.DecoderConfig):
     """Sizes and settings of a model; the defaults are SmolLM3 3B."""
 
     vocab_size: int = 128_256
@@ -27,13 +26,10 @@ class Config:
     n_kv_heads: int = 4
     norm_eps: float = 1e-6
     rope_theta: float = 5e6
-    rope_scaling: RopeScaling | None = None
     position_free: tuple[int, ...] | None = None  # layers without positions; None: every fourth, from layer 3 on
-    activation: str = "silu"
     attention_bias: bool = False
     feedforward_bias: bool = False
-    tied: bool = True
-    dropout: float = 0.0
+    tied: bool = field(default=True, kw_only=True)
 
 
 SIZES = {"smollm3-3b": Config()}
@@ -53,7 +49,7 @@ def position_free(config: Config) -> tuple[int, ...]:
 
 
 def _attention(config: Config, layer: int) -> Attention:
-    without = {"rotary": None} if layer in position_free(config) else {}
+    without: dict[str, Any] = {"rotary": None} if layer in position_free(config) else {}
     return llama.attention(config, config.attention_bias, **without)
 
 
