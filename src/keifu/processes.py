@@ -1,35 +1,60 @@
-"""The processes that train one model together: the rank of this one, and the values they share.
+"""The processes that train one model together: how they split a batch, the values they share, and their sums.
 
-Rank 0 alone writes into the run's directory and prints. `keifu.distributed` starts and connects processes, and splits a
-model over them.
+A batch is the same on every process, since it is a function of the seed and the step. Each process computes some of its
+rows, in micro-batches. Loss and gradient are sums over rows, divided by the sum of the weights of all processes: the
+split changes neither, up to rounding. Rank 0 alone writes into the run's directory and prints. `keifu.distributed`
+starts and connects processes, and splits a model over them.
+
+Axes: row = of a batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import reduce
+from math import ceil
+from operator import add
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed
+from torch.nn.utils import get_total_norm
+
+Batch = dict[str, Tensor]
+
+
+class MicroBatch(NamedTuple):
+    """Consecutive rows of a batch; `first` is the number of their first row in it."""
+
+    first: int
+    rows: int
+    batch: Batch
 
 
 class Processes:
     """A process that trains alone. `keifu.distributed.group.Group` is the class for several.
 
-    rank: the number of this process, from 0. is_replicated: whether each process has the whole model. pod: the shards
-    of this process (`keifu.distributed.pod.Pod`) if the model is split.
+    rank: the number of this process, from 0. data_rank, data_size: the number of this process among those that share
+    each batch, and how many they are; data_group: these processes, None: all. is_replicated: whether each process has
+    the whole model. pod: the shards of this process (`keifu.distributed.pod.Pod`) if the model is split. pods: the
+    number of processes with the same shards, `pods_group`.
     """
 
     rank = 0
     world_size = 1
+    data_group: Any = None
     is_replicated = True
     pod: Any = None
+    pods = 1
+    pods_group: Any = None
+
+    def __init__(self, data_rank: int = 0, data_size: int = 1):
+        self.data_rank, self.data_size = data_rank, data_size
 
     @property
     def is_main(self) -> bool:
         """Return whether this process writes and prints."""
         return self.rank == 0
-
-    @property
-    def ranks(self) -> Any:
-        """Return how a batch is split over the processes, a `keifu.training.ranks.Ranks`; None: it is not split."""
-        return None
 
     def barrier(self) -> None:
         """Wait until every process has reached this line."""
@@ -76,6 +101,105 @@ class Processes:
         """Return the `keifu.distributed.layout.Layout` of a parameter; None: each process has all of it."""
         return None if self.pod is None else self.pod.layouts.get(name)
 
+    def bounds(self, rows: int) -> tuple[int, int]:
+        """Return the first row of this rank's slice of `rows` rows, and the row after its last one.
+
+        The sizes of the slices differ by one row at most.
+        """
+        return rows * self.data_rank // self.data_size, rows * (self.data_rank + 1) // self.data_size
+
+    def micro_batches(self, batch: Batch, rows: int) -> list[MicroBatch]:
+        """Return this rank's slice of a batch in parts of at most `rows` rows, as many parts on every rank.
+
+        Where the slices differ by a row, a part may have one row more. A batch with fewer rows than there are ranks is
+        whole on every rank.
+        """
+        total = rows_of(batch)
+        if 0 < total < self.data_size:
+            return [MicroBatch(0, total, batch)]
+        first, end = self.bounds(total)
+        largest = ceil(total / self.data_size)
+        count = min(ceil(largest / rows), total // self.data_size)
+        starts = [*range(first, end, rows)]
+        if len(starts) != count:
+            starts = [first + (end - first) * part // count for part in range(count)]
+        ends = [*starts[1:], end]
+        return [
+            MicroBatch(start, stop - start, {name: tensor[start:stop] for name, tensor in batch.items()})
+            for start, stop in zip(starts, ends, strict=True)
+        ]
+
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        """Return the sum of whole numbers over all ranks, in the shape of `counts`."""
+        return counts if self.data_size == 1 else torch.stack(of_all(counts, self.data_size, self.data_group)).sum(0)
+
+    def sum(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums over all ranks of numbers without axes, each in its own type, in the order of the ranks."""
+        if self.data_size == 1:
+            return tensors
+        numbers = torch.stack([tensor.double() for tensor in tensors.values()])
+        columns = zip(tensors.items(), torch.stack(of_all(numbers, self.data_size, self.data_group), 1), strict=True)
+        return {name: reduce(add, column.to(tensor.dtype)) for (name, tensor), column in columns}
+
+    def sum_gradients(self, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Sum the gradients of parameters over all ranks, in place; return this rank's part of each, and the norm of
+        all.
+
+        A parameter that no rank has a gradient of has none afterwards; where only some ranks have one, the others add
+        zeros. FSDP has already added up those that it has sharded (DTensors) over the processes of a pod.
+        """
+        from torch.distributed.tensor import DTensor  # takes a second to import
+
+        used = torch.tensor([p.grad is not None for p in parameters.values()], dtype=torch.int32)
+        if self.data_size > 1:
+            used = used.to(next(iter(parameters.values())).device)
+            distributed.all_reduce(used, distributed.ReduceOp.MAX, group=self.data_group)
+        chosen = {n: p for (n, p), wanted in zip(parameters.items(), used.tolist(), strict=True) if wanted}
+        for p in chosen.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        sharded = {name: p.grad.to_local() for name, p in chosen.items() if isinstance(p.grad, DTensor)}
+        whole = {name: p.grad for name, p in chosen.items() if p.grad is not None and name not in sharded}
+        if self.pod:
+            self.pod.complete(whole | sharded)
+        sum_in_order([*whole.values()], self.data_size, self.data_group)
+        sum_in_order([*sharded.values()], self.pods, self.pods_group)
+        gradients = whole | sharded
+        norm = self.pod.norm(gradients) if self.pod else get_total_norm([*gradients.values()])
+        return [*gradients.values()], norm
+
+    def counts(self, rows: Tensor) -> list[int]:
+        """Return the number of rows of such a tensor on every rank."""
+        if self.data_size == 1:
+            return [len(rows)]
+        return [*map(int, of_all(torch.full((1,), len(rows), device=rows.device), self.data_size, self.data_group))]
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Return the rows of all ranks, one rank's after the other's."""
+        if self.data_size == 1:
+            return rows
+        counts = self.counts(rows)
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = zip(of_all(padded, self.data_size, self.data_group), counts, strict=True)
+        return torch.cat([part[:count] for part, count in parts])
+
+    def gather_batch(self, batch: Batch, padding: Mapping[str, int]) -> Batch:
+        """Return the rows of all ranks of a batch.
+
+        Its tensors have one axis, or a second axis of positions. Ranks may differ in the number of positions: they are
+        padded on the right, with the number that `padding` has for the tensor, or 0.
+        """
+        if self.data_size == 1:
+            return batch
+        found = {}
+        for name, tensor in batch.items():
+            longest = max(self.counts(tensor.mT)) if tensor.dim() == 2 else 0
+            more = (0, longest - tensor.shape[1]) if tensor.dim() == 2 else (0, 0)
+            padded = F.pad(tensor, more, value=padding.get(name, 0))
+            rows = self.gather_rows(padded.byte() if tensor.dtype == torch.bool else padded)
+            found[name] = rows.to(tensor.dtype)
+        return found
+
 
 _processes = Processes()
 
@@ -95,3 +219,65 @@ def use(processes: Processes) -> Iterator[None]:
         yield
     finally:
         _processes = before
+
+
+def of_all(tensor: Tensor, world: int, group: Any = None) -> list[Tensor]:
+    """Return the same tensor of every rank of a group, in their order; all have one shape."""
+    found = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world)]
+    distributed.all_gather(found, tensor.contiguous(), group=group)
+    return found
+
+
+BUCKET = 2**24  # elements that are exchanged at a time
+
+
+def sum_in_order(tensors: Sequence[Tensor], world: int, group: Any = None) -> None:
+    """Sum tensors over the ranks of a group, in place: ((rank 0 + rank 1) + rank 2) + ..., the same on every rank.
+
+    So one process that adds up as many micro-batches has these bits too. Each rank adds up its part of all elements,
+    and sends as many bytes as in an all-reduce: 2 (world - 1) / world of the tensors.
+    """
+    if world == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        padded = F.pad(flat, (0, -len(flat) % world))
+        received = torch.empty_like(padded)
+        distributed.all_to_all_single(received, padded, group=group)
+        total = reduce(add, received.view(world, -1))
+        distributed.all_gather([*padded.view(world, -1).unbind()], total, group=group)
+        for tensor, part in zip(bucket, padded[: len(flat)].split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type, together about `BUCKET` elements."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        bucket, filled = [], 0
+        for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
+            bucket.append(tensor)
+            filled += tensor.numel()
+            if filled >= BUCKET:
+                yield bucket
+                bucket, filled = [], 0
+        if bucket:
+            yield bucket
+
+
+def local(tensor: Any) -> Tensor:
+    """Return this process's shard of a tensor, or all of it if FSDP has not sharded it."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return tensor.detach()
+    from torch.distributed.tensor import DTensor
+
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def rows_of(batch: Batch) -> int:
+    """Return the number of rows of a batch."""
+    return len(next(iter(batch.values())))
+
+
+def row_elements(batch: Batch) -> int:
+    """Return the number of elements in a row of a batch, over all its tensors."""
+    return sum(tensor.numel() for tensor in batch.values()) // max(1, rows_of(batch))

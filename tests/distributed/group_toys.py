@@ -39,7 +39,7 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import ddpm
-from keifu.processes import Processes, current, use
+from keifu.processes import Processes, current, local, use
 from keifu.recipes.assistant import dpo
 from keifu.recipes.assistant.common import Lora, to_train
 from keifu.recipes.classification import classifier
@@ -51,7 +51,6 @@ from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
 from keifu.training.objectives.language_modeling import causal_language_modeling, translation
 from keifu.training.protocols import Batch, LossOutput, Run
-from keifu.training.ranks import local
 from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer
@@ -211,8 +210,9 @@ def exchanges(kind: str, folder: Path, rows: int = 8, micro_batch: int = 8) -> d
         found[name] |= {key: count for key, count in exchanged.counts.items() if count}
         trainer.drop_gradients()
         if name == "counted" and micro_batch < rows:
-            current().set_last_backward(trainer.module, False)
-            next(trainer._losses(make(1, rows), 0)).total.backward()
+            trainer.processes.set_last_backward(trainer.module, False)
+            parts = trainer._micro_batches(make(1, rows))
+            next(trainer._losses(parts, trainer.processes, 0)).total.backward()
             trainer.drop_gradients()
     return found
 

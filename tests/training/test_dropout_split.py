@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_toys import Sequences, objective, run, settings, toy
+from training_toys import Sequences, objective, settings, toy
 
 from keifu.alignment.dpo import dpo
 from keifu.alignment.reward_model import ranking_loss
@@ -17,7 +17,6 @@ from keifu.layers.dropout import Dropout
 from keifu.layers.lora import LoraSettings
 from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, seq2seq, task_head, transformer
 from keifu.models.diffusion import ddpm
-from keifu.training.loop import train
 from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
 from keifu.training.objectives.language_modeling import (
     causal_language_modeling,
@@ -27,7 +26,6 @@ from keifu.training.objectives.language_modeling import (
     translation,
 )
 from keifu.training.protocols import Batch, LossOutput, Objective
-from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer
 
@@ -215,20 +213,3 @@ def test_a_model_is_not_compiled_anew_at_each_step() -> None:
             found = [trainer.gradient(step, batch) for step in range(3)]
         losses[name] = [each.sums.means()["loss"] for each in found if each]
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5) and len(set(losses["plain"])) == 3
-
-
-def test_a_run_whose_state_does_not_say_how_dropout_was_drawn_goes_on(tmp_path, monkeypatch, capsys) -> None:
-    out = run(tmp_path / "run")
-    train(toy(), objective, Sequences(), settings(steps=3), out)
-    train(toy(), objective, Sequences(), settings(steps=3), run(tmp_path / "run", resume=True))
-    assert "Dropout is drawn" not in capsys.readouterr().err
-    real_read = checkpoint.read
-
-    def older(directory, step):
-        found = real_read(directory, step)
-        del found.facts["resolved"]["dropout"]
-        return found
-
-    monkeypatch.setattr(checkpoint, "read", older)
-    train(toy(), objective, Sequences(), settings(steps=3), run(tmp_path / "run", resume=True))
-    assert "Dropout masks are sampled in another way" in capsys.readouterr().err

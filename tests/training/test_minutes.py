@@ -15,7 +15,6 @@ from keifu.training import pace
 from keifu.training.length import Length, with_plan
 from keifu.training.loop import Summary, train
 from keifu.training.optim.optimizers import Optimizers
-from keifu.training.pace import Budget, Pace
 from keifu.training.protocols import Batch
 from keifu.training.run import checkpoint, metrics
 
@@ -99,10 +98,10 @@ def test_stopped_and_resumed_with_the_plan_of_its_state_it_has_the_same_bits(clo
 def test_a_changed_plan_goes_on_evenly_to_the_end_of_the_schedule() -> None:
     optimisers = Optimizers(toy(), settings(steps=100, schedule="linear", warmup=0, final_ratio=0.0))
     before = [optimisers.rates(step)["learning_rate"] for step in range(100)]
-    optimisers.length = Length(100).fitted(3, 100)
-    assert [optimisers.rates(step)["learning_rate"] for step in range(100)] == before, "the same number changes nothing"
-    optimisers.length = changed = Length(100).fitted(40, 60)
-    rates = [optimisers.rates(step)["learning_rate"] for step in range(40, 61)]
+    same = Length(100).fitted(3, 100)
+    assert [optimisers.rates(step, same)["learning_rate"] for step in range(100)] == before, "the same number of steps"
+    changed = Length(100).fitted(40, 60)
+    rates = [optimisers.rates(step, changed)["learning_rate"] for step in range(40, 61)]
     assert rates[0] == before[40], "no jump"
     assert rates[-1] == 0.0 and rates == sorted(rates, reverse=True)
     assert rates[10] == pytest.approx(1e-2 * (1 - 70 / 99), rel=1e-3)
@@ -112,14 +111,14 @@ def test_a_changed_plan_goes_on_evenly_to_the_end_of_the_schedule() -> None:
 
 
 def test_what_is_left_counts_what_comes_between_steps_and_after_the_last_one(clock: Clock) -> None:
-    watch = Pace()
-    budget = Budget(None, watch, 0, {"validation": 10, "sample": 0})
+    watch = pace.Clock()
+    watch.start(0, {"validation": 10, "sample": 0})
     clock.now += 20.0
     for name, seconds in (("validation", 5.0), ("sample", 3.0)):
-        with watch.paused(), watch.timed(name):
+        with watch.paused(name):
             clock.now += seconds
-    assert budget.left(10, 30) == pytest.approx(20 * 2.0 + 2 * 5.0 + 3.0), "validations at 20 and 30, a sample at 30"
-    assert budget.steps(10, 30) == 30, "without a budget"
+    assert watch.left(10, 30) == pytest.approx(20 * 2.0 + 2 * 5.0 + 3.0), "validations at 20 and 30, a sample at 30"
+    assert watch.steps(10, 30) == 30, "without a budget"
 
 
 class Checked(Slowing):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from training_toys import Sequences, objective, settings, toy
 
+from keifu import processes as ranks
 from keifu.errors import UserError
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models import bert, llama
@@ -16,12 +17,11 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import ddpm
-from keifu.training import ranks
+from keifu.processes import Processes
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
 from keifu.training.objectives.language_modeling import causal_language_modeling, masked_language_modeling
 from keifu.training.protocols import Batch, LossOutput
-from keifu.training.ranks import Ranks
 from keifu.training.trainer import Trainer
 
 
@@ -146,7 +146,7 @@ def trained(trainer: Trainer, batch: Batch, steps: int = 3) -> list[float]:
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 16])
 def test_every_row_is_of_one_rank_in_as_many_parts_as_the_others(world: int, rows: int) -> None:
     for total in range(world, 12):
-        parts = [Ranks(rank, world).micro_batches({"x": torch.arange(total)}, rows) for rank in range(world)]
+        parts = [Processes(rank, world).micro_batches({"x": torch.arange(total)}, rows) for rank in range(world)]
         assert len({len(each) for each in parts}) == 1
         flat = [part for each in parts for part in each]
         assert torch.cat([part.batch["x"] for part in flat]).tolist() == list(range(total))
@@ -167,7 +167,7 @@ def test_weighted_losses_and_their_gradients_are_those_of_one_rank(
     threads = Threads(world)
     monkeypatch.setattr(ranks, "distributed", threads)
     models = [toy() for _ in range(world)]
-    trainers = [Trainer(model, weighted, chosen, ranks=Ranks(rank, world)) for rank, model in enumerate(models)]
+    trainers = [Trainer(model, weighted, chosen, processes=Processes(rank, world)) for rank, model in enumerate(models)]
     found = threads.run(lambda rank: trainers[rank].gradient(3, batch))
     assert expected is not None
     for gradient, model in zip(found, models, strict=True):
@@ -188,14 +188,14 @@ def test_ranks_learn_what_one_learns(name: str, monkeypatch: pytest.MonkeyPatch)
     validated = trainer.validation([batch, small])
     threads = Threads(3)
     monkeypatch.setattr(ranks, "distributed", threads)
-    trainers = [Trainer(made(name, 5)[0], aim, chosen, ranks=Ranks(rank, 3)) for rank in range(3)]
+    trainers = [Trainer(made(name, 5)[0], aim, chosen, processes=Processes(rank, 3)) for rank in range(3)]
     found = threads.run(lambda rank: (trained(trainers[rank], batch, 2), trainers[rank].validation([batch, small])))
     for result, last in found:
         assert result == pytest.approx(expected, rel=1e-4) and last == pytest.approx(validated, rel=1e-4)
 
 
 def test_a_batch_smaller_than_the_ranks_is_refused() -> None:
-    trainer = Trainer(toy(), objective, settings(), ranks=Ranks(1, 7))
+    trainer = Trainer(toy(), objective, settings(), processes=Processes(1, 7))
     with pytest.raises(UserError, match="The batch of step 2 has 6 rows for 7 processes"):
         trainer.gradient(2, Sequences().batch(0))
 
@@ -224,7 +224,7 @@ def test_a_weight_that_no_rank_uses_has_no_gradient(monkeypatch: pytest.MonkeyPa
     given[0]["one"].grad = torch.ones(3)
     for each in given:
         each["both"].grad = torch.ones(3)
-    threads.run(lambda rank: Ranks(rank, 2).sum_gradients(given[rank]))
+    threads.run(lambda rank: Processes(rank, 2).sum_gradients(given[rank]))
     for each in given:
         assert each["unused"].grad is None
         assert torch.equal(each["one"].grad, torch.ones(3)) and torch.equal(each["both"].grad, torch.full((3,), 2.0))

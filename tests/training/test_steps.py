@@ -13,6 +13,7 @@ from keifu.devices import require_compiler
 from keifu.errors import UserError
 from keifu.layers.linear import JoinedLinear
 from keifu.models import llama, palm
+from keifu.processes import Processes
 from keifu.training.hardware.cost import Cost
 from keifu.training.loop import train
 from keifu.training.objectives import language_modeling
@@ -20,7 +21,6 @@ from keifu.training.optim.lr_schedules import ratio
 from keifu.training.optim.muon import StackedMuon, orthogonalize
 from keifu.training.optim.optimizers import Optimizers, hidden_matrices
 from keifu.training.protocols import LossOutput
-from keifu.training.ranks import Ranks
 from keifu.training.settings import Settings, check_choice
 from keifu.training.trainer import Trainer
 
@@ -102,7 +102,7 @@ def test_a_first_batch_without_rows_is_one_too(tmp_path: Path) -> None:
 
 
 def test_splitting_keeps_every_row_in_order() -> None:
-    parts = [part.batch["tokens"] for part in Ranks().micro_batches(Sequences().batch(0), 4)]
+    parts = [part.batch["tokens"] for part in Processes().micro_batches(Sequences().batch(0), 4)]
     assert [len(part) for part in parts] == [4, 2]
     assert torch.equal(torch.cat(parts), Sequences().batch(0)["tokens"])
 

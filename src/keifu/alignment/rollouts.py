@@ -30,9 +30,8 @@ from keifu.generation.text.model import causal, evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.lora import unadapted
 from keifu.layers.losses import token_log_probabilities
-from keifu.processes import current
+from keifu.processes import Processes, current
 from keifu.training.protocols import Batch
-from keifu.training.ranks import Ranks
 
 Tokens = Float[Tensor, " n"]
 TARGETS = ("advantage", "share")  # per-answer tensors of a batch that the loss uses and no report shows
@@ -198,9 +197,8 @@ class Rollouts:
     def _generate(self, part: int, rows: Sequence[int], sampling: Sequence[SamplingParams], group: int) -> Batch:
         """Answers to these prompts of a part (0: training, 1: held out), with everything that a batch holds. Each of
         several processes writes some of them."""
-        ranks = current().ranks or Ranks()
-        ranks = Ranks() if len(rows) < ranks.world_size else ranks
-        own = slice(*ranks.bounds(len(rows), ranks.rank))
+        ranks = current() if len(rows) >= current().data_size else Processes()
+        own = slice(*ranks.bounds(len(rows)))
         answers = self._answers(part, rows[own], sampling[own])
         rollout = ranks.gather_batch(answers, {"tokens": self.tokenizer.pad_id or 0})
         return rollout | self._targets(rollout, group)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from keifu.distributed.pod import Pod
 from keifu.errors import UserError
 from keifu.files import sha256
-from keifu.training.ranks import local as local_part
+from keifu.processes import local as local_part
 from keifu.training.run import checkpoint
 
 

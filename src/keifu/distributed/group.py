@@ -28,7 +28,6 @@ from keifu.distributed.tensor import tensor_parallel
 from keifu.errors import UserError
 from keifu.layers.lazy import settle
 from keifu.processes import Processes, use
-from keifu.training.ranks import Ranks
 
 KEPT = 100  # values that stay in the store
 
@@ -37,26 +36,22 @@ class Group(Processes):
     """One of `world_size` processes, with its mesh; fewer: whether there may be fewer pods than the mesh says."""
 
     def __init__(self, mesh: Mesh, store: Any, rank: int, world_size: int, device: torch.device, fewer: bool = False):
-        self.mesh = mesh
+        pods, shard, tensor = shape = mesh.fit(world_size, fewer)
+        super().__init__(rank // tensor, pods * shard)
+        self.mesh, self.shape = mesh, shape
         self.store = store
         self.rank = rank
         self.world_size = world_size
-        self.shape = pods, shard, tensor = mesh.fit(world_size, fewer)
         if mesh.offload and device.type == "cpu":
             raise UserError("--mesh.offload moves weights of GPUs to the host's memory, where they are: leave it out.")
         self.is_replicated = shard == tensor == 1
         self.devices = init_device_mesh(device.type, (pods, shard, tensor), mesh_dim_names=self.shape._fields)
         self.data_group = None if tensor == 1 else self.devices["pods", "shard"]._flatten("data").get_group()
+        self.pods, self.pods_group = pods, None if self.is_replicated else self.devices.get_group("pods")
         self.pod_group = None if pods == 1 else self.devices["shard", "tensor"]._flatten("pod").get_group()
         self.states = checkpoint.States(self.is_main)
         self.values = 0
         self.modules: dict[int, Any] = {}
-
-    @property
-    def ranks(self) -> Ranks:
-        pods, shard, tensor = self.shape
-        pods_group = None if self.is_replicated else self.devices.get_group("pods")
-        return Ranks(self.rank // tensor, pods * shard, self.data_group, pods, pods_group, self.pod)
 
     def barrier(self) -> None:
         distributed.all_reduce(torch.zeros(1))

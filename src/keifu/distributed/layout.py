@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from keifu.training.ranks import of_all
+from keifu.processes import of_all
 
 
 class Piece(NamedTuple):

@@ -22,8 +22,8 @@ from keifu.distributed.layout import Layout
 from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
 from keifu.layers.unet.spatial_transformer import CROSS
+from keifu.processes import of_all, sum_in_order
 from keifu.training.optim.optimizers import joined_rows
-from keifu.training.ranks import of_all, sum_in_order
 
 
 class Pod:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keifu.processes import Processes
 from keifu.training.protocols import Batch, LossOutput
-from keifu.training.ranks import Ranks
 
 Rows = tuple[Tensor, ...]  # the outputs of a batch: tensors with one row for each of its rows
 
@@ -33,7 +33,7 @@ class WholeBatchObjective:
 
 def whole_batch_outputs(
     objective: WholeBatchObjective, model: nn.Module, call: Callable[..., Any], passes: Callable[[], Iterator[Batch]],
-    sizes: Sequence[int], scale: float = 1.0, ranks: Ranks = Ranks(),  # noqa: B008 (it is frozen)
+    sizes: Sequence[int], scale: float, ranks: Processes,
 ) -> Iterator[LossOutput]:  # fmt: skip
     """Return outputs whose sums and gradients, over all ranks, add up to those of the whole batch.
 
@@ -41,20 +41,20 @@ def whole_batch_outputs(
     the same random numbers each time. `scale`: the factor by which the caller multiplies each total before its backward
     pass. Where gradients are disabled, there is one output.
     """
-    if len(sizes) == ranks.world_size == 1:
+    if len(sizes) == ranks.data_size == 1:
         yield from (call(objective, part) for part in passes())
         return
     own = _cache_outputs(objective, model, call, passes)
     keeps = torch.is_grad_enabled()
-    outputs = tuple(ranks.gather(rows).requires_grad_(keeps) for rows in own)
+    outputs = tuple(ranks.gather_rows(rows).requires_grad_(keeps) for rows in own)
     whole = call(objective.loss, outputs)
-    counted = 0.0 if ranks.rank else 1.0  # every rank computes the whole loss, and the first counts it
+    counted = 0.0 if ranks.data_rank else 1.0  # every rank computes the whole loss, and the first counts it
     if not keeps:
         yield _share_of(whole, counted)
         return
-    part_of_scale = scale / ranks.world_size  # of the loss's own parameters, an equal part a rank
+    part_of_scale = scale / ranks.data_size  # of the loss's own parameters, an equal part a rank
     (whole.total * part_of_scale).backward()
-    first = sum(ranks.counts(own[0])[: ranks.rank])
+    first = sum(ranks.counts(own[0])[: ranks.data_rank])
     mine = (output.grad[first : first + len(own[0])].split(list(sizes)) for output in outputs)  # pyright: ignore
     for number, (part, gradients) in enumerate(zip(passes(), zip(*mine, strict=True), strict=True)):
         rows = call(objective.rows, part)

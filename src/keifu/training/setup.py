@@ -1,7 +1,7 @@
 """Setup of a run before its first step: the trainer, the state of a resumed run, and the estimate of its cost.
 
 Also the number of steps that fit into a given time, measured before a run starts. That is a first estimate: the loop
-adjusts it to the pace (`pace.Budget`), and states hold the current number.
+adjusts it to the pace (`pace.Clock`), and states hold the current number.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,54 +20,44 @@ from keifu import __version__
 from keifu.devices import device_name, same_kind
 from keifu.errors import UserError
 from keifu.memory import keep_freed
-from keifu.processes import current
+from keifu.processes import current, row_elements, rows_of
 from keifu.training.hardware import cost, failures
 from keifu.training.hardware.flops import synchronize
 from keifu.training.hardware.precision import resolve_dtype, tensor_float32
 from keifu.training.length import USEFUL, Length, length_of
 from keifu.training.loader import on_device
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run
-from keifu.training.ranks import row_elements, rows_of
 from keifu.training.run import checkpoint
 from keifu.training.run import directory as run_directory
 from keifu.training.settings import Settings, as_chosen, check_resumed, compare, describe_settings, flat
-from keifu.training.trainer import DROPOUT, Trainer
-
-
-class Setup(NamedTuple):
-    """A run that is ready for its next step; described: what decides its result (see `describe_settings`);
-    evaluate_every: steps between validations."""
-
-    trainer: Trainer
-    cost: cost.Cost
-    described: dict[str, Any]
-    evaluate_every: int
+from keifu.training.trainer import Trainer
 
 
 def set_up(
     model: nn.Module, objective: Objective, data: Data, settings: Settings, run: Run, tell: Callable[[str], None],
     largest: Batch | None = None,
-) -> Setup:  # fmt: skip
-    """Build the trainer, measure the cost on the largest batch, and load the state of a resumed run. `tell` shows a
-    message.
+) -> tuple[Trainer, cost.Cost]:  # fmt: skip
+    """Return the trainer, with the state of a resumed run, and the cost, measured on the largest batch.
 
-    A missing or damaged state, changed data or settings, or a model that does not fit into memory is a `UserError`.
+    `tell` shows a message. A missing or damaged state, changed data or settings, or a model that does not fit into
+    memory is a `UserError`.
     """
     device = next(model.parameters()).device
-    found = _resumed(run, tell) if run.resume else None
-    length = _length(found, settings, run.directory) if found else Length(settings.steps)
+    saved = _resumed(run, tell) if run.resume else None
+    length = _length(saved, settings, run.directory) if saved else Length(settings.steps)
     settings = replace(settings, steps=length.begun)
     described = describe_settings(settings, run.options, data.fingerprint)
     check_alike(described)
     if isinstance(data, OnPolicy) and not current().is_replicated:
         raise UserError("Rollouts need the whole model on each process: leave out --mesh.shard and --mesh.tensor.")
-    if found:
-        _tell_changes(found, length, settings, described, tell)
-    resolved = _as_resolved(found, device, tell) if found else {}
+    if saved:
+        _tell_changes(saved, length, settings, described, tell)
+    resolved = _as_resolved(saved, device, tell) if saved else {}
     dtype = _format(settings.precision, resolved, device, tell)
     trainer = Trainer(model, objective, settings, length=length, data=data, dtype=dtype)
     _check_growth(settings, data)
-    step = found.step if found else 0
+    trainer.state.described = described
+    step = saved.step if saved else 0
     batch = on_device(data.batch(step) if largest is None else largest, device)
     trainer.check_rows(step, batch)
     rows = settings.micro_batch or resolved.get("micro_batch")
@@ -75,12 +65,11 @@ def set_up(
         measured = cost.estimate(trainer, batch, rows)
     trainer.micro_batch = rows or current().broadcast(measured.micro_batch)
     trainer.row_elements = resolved.get("row_elements", row_elements(batch))
-    if found:
-        trainer.state.load(found)
-        if trainer.dropout.drops and resolved.get("dropout") != DROPOUT:
-            tell("Dropout masks are sampled in another way than in the steps before, which an earlier version made.")
-    every = _evaluate_every(settings, data, largest or (data.batch(0) if found else batch), tell)
-    return Setup(trainer, measured, described, every)
+    if saved:
+        trainer.state.load(saved)
+    every = _evaluate_every(settings, data, largest or (data.batch(0) if saved else batch), tell)
+    trainer.settings = replace(settings, evaluate_every=every)
+    return trainer, measured
 
 
 def check_alike(described: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from keifu.training.hardware.precision import LossScale
 from keifu.training.length import Length, with_plan
 from keifu.training.optim.loss_spikes import SpikeState
 from keifu.training.optim.optimizers import Optimizers
+from keifu.training.pace import Clock
 from keifu.training.protocols import LossOutput, OnPolicy
 from keifu.training.run import checkpoint
 
@@ -50,45 +51,38 @@ class Sums(dict[str, Tensor]):
 
 @dataclass
 class TrainState:
-    """The weights, and all that changes from step to step.
+    """State of a run: the weights, and all that changes from step to step. It alone has the number of steps.
 
-    on_policy: data that keep a state of their own. step: steps done. sums: since the last line of metrics. seconds: of
-    training. passed: of the whole run, when the state was saved. lasted: seconds of the last validation, sample and
-    state, by name.
+    length: the steps that the run makes. on_policy: data that keep a state. described: the settings, options and data
+    that decide the result. step: steps done. sums: since the last line of metrics.
     """
 
     model: nn.Module
     optimizers: Optimizers
+    length: Length
     scale: LossScale
     spikes: SpikeState
     on_policy: OnPolicy | None = None
+    described: dict[str, Any] = field(default_factory=dict)
     divergence: Divergence = field(default_factory=Divergence)
+    clock: Clock = field(default_factory=Clock)
     step: int = 0
     sums: Sums = field(default_factory=Sums)
-    seconds: float = 0.0
-    passed: float = 0.0
-    lasted: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def length(self) -> Length:
-        """The number of steps of the run, which the learning rate depends on."""
-        return self.optimizers.length
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name: of the model, the optimizers, the data and the sums."""
+        """Return all tensors by name: of the model, the optimizers, the data and the sums."""
         return {
             **checkpoint.model_tensors(self.model),
             **{f"optimisers.{name}": tensor for name, tensor in self.optimizers.state().items()},
             **{f"data.{name}": tensor for name, tensor in (self.on_policy.state() if self.on_policy else {}).items()},
-            **{f"sums.{name}": each.clone() for name, each in self.sums.items()},  # a figure may be the total
+            **{f"sums.{name}": tensor.clone() for name, tensor in self.sums.items()},  # a figure may be the total
         }
 
     def facts(self) -> dict[str, Any]:
-        """Everything else, as JSON."""
+        """Return everything else, as JSON."""
         return {
-            "seconds": self.seconds,
-            "passed": self.passed,
-            "lasted": self.lasted,
+            "described": self.described,
+            **self.clock.facts(),
             "divergence": self.divergence.facts(),
             "spikes": self.spikes.facts(),
             "loss_scale": self.scale.facts(),
@@ -96,39 +90,38 @@ class TrainState:
         }
 
     @torch.no_grad()
-    def load(self, found: checkpoint.State) -> None:
-        """Restores a saved state; the loss scale is that of the state too."""
-        self._load(found)
-        self.spikes = SpikeState(self.spikes.rules, **found.facts.get("spikes", {}))
-        self.scale.load(**found.facts.get("loss_scale", {}))
-        self.seconds = found.facts["seconds"]
-        self.passed = found.facts.get("passed", 0.0)
-        self.lasted = found.facts.get("lasted", {})
+    def load(self, saved: checkpoint.State) -> None:
+        """Restore a saved state."""
+        facts = saved.facts
+        self._load(saved)
+        self.spikes = SpikeState(self.spikes.rules, **facts.get("spikes", {}))
+        self.scale.load(**facts.get("loss_scale", {}))
+        self.clock = Clock(facts["seconds"], facts.get("passed", 0.0), facts.get("lasted", {}))
 
     @torch.no_grad()
-    def rewind(self, found: checkpoint.State) -> None:
-        """Goes back to an earlier state of this run, after which other batches follow; its time is not set back."""
-        self.spikes = self.spikes.after(found.step, SpikeState(self.spikes.rules, **found.facts["spikes"]))
+    def rewind(self, saved: checkpoint.State) -> None:
+        """Go back to an earlier state of this run, after which other batches follow; its time goes on."""
+        self.spikes = self.spikes.after(saved.step, SpikeState(self.spikes.rules, **saved.facts["spikes"]))
         self.optimizers.drop_gradients()
         self.optimizers.forget()
-        self._load(found)
+        self._load(saved)
 
-    def _load(self, found: checkpoint.State) -> None:
-        tensors = found.tensors
+    def _load(self, saved: checkpoint.State) -> None:
+        tensors = saved.tensors
         if current().is_replicated:
             checkpoint.load_into_model(self.model, tensors)
             self.optimizers.load(_with_prefix("optimisers.", tensors))
         else:
             self.optimizers.prime()
-            tensors = current().load(found.path, {n: t for n, t in self.tensors().items() if not n.startswith(OTHERS)})
+            tensors = current().load(saved.path, {n: t for n, t in self.tensors().items() if not n.startswith(OTHERS)})
         if self.optimizers.settings.minutes is not None:
-            self.optimizers.length = with_plan(self.length, found.facts)
+            self.length = with_plan(self.length, saved.facts)
         if self.on_policy:
             self.on_policy.load_state(_with_prefix("data.", tensors))
         device = next(self.model.parameters()).device
-        self.sums = Sums({name: each.to(device) for name, each in _with_prefix("sums.", tensors).items()})
-        self.divergence = Divergence(**found.facts["divergence"])
-        self.step = found.step
+        self.sums = Sums({name: tensor.to(device) for name, tensor in _with_prefix("sums.", tensors).items()})
+        self.divergence = Divergence(**saved.facts["divergence"])
+        self.step = saved.step
 
 
 def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

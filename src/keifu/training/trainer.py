@@ -14,7 +14,7 @@ from keifu.devices import device_name, require_compiler
 from keifu.errors import UserError
 from keifu.layers.dropout import DropoutKeys
 from keifu.layers.mixture import end_step
-from keifu.processes import current
+from keifu.processes import MicroBatch, Processes, current, row_elements, rows_of
 from keifu.training.grad_cache import WholeBatchObjective, whole_batch_outputs
 from keifu.training.hardware import failures
 from keifu.training.hardware.precision import LossScale, autocast, resolve_dtype
@@ -23,11 +23,8 @@ from keifu.training.loader import on_device
 from keifu.training.optim.loss_spikes import SpikeState
 from keifu.training.optim.optimizers import Optimizers
 from keifu.training.protocols import Batch, LossOutput, Objective, OnPolicy
-from keifu.training.ranks import MicroBatch, Ranks, row_elements, rows_of
 from keifu.training.settings import Settings
 from keifu.training.state import Sums, TrainState
-
-DROPOUT = "by row"  # how dropout masks are seeded; missing in states of earlier versions
 
 
 class Gradient(NamedTuple):
@@ -56,77 +53,75 @@ class ObjectiveModule(nn.Module):
 class Trainer:
     """Trains a model by the gradient of its mean loss over each batch, however that is split.
 
-    length, data: of a run that is resumed or whose data depend on the weights. dtype: of matrix products; unset: by the
-    settings. ranks: which rows of each batch this process computes; unset: as its processes say, which also split the
-    model.
+    length, data: of a run that is resumed or whose data depend on the weights. dtype: of matrix multiplications; None:
+    from the settings. processes: which rows of each batch this process computes; None: the current ones.
 
-    micro_batch: rows computed at a time; row_elements: the elements of a row for which that holds. Batches of shorter
-    rows are split into micro-batches of more rows, with about the same number of elements. None: always so many rows.
+    micro_batch: rows that are computed at a time, for rows of `row_elements` elements. Of shorter rows, more are
+    computed at a time, with about the same number of elements. row_elements None: always `micro_batch` rows.
     """
 
     def __init__(
         self, model: nn.Module, objective: Objective, settings: Settings, *, length: Length | None = None,
-        data: object = None, dtype: torch.dtype | None = None, ranks: Ranks | None = None,
+        data: object = None, dtype: torch.dtype | None = None, processes: Processes | None = None,
     ):  # fmt: skip
         self.model, self.settings = model, settings
         self.device = next(model.parameters()).device
         self.dtype = dtype or resolve_dtype(settings.precision, self.device)
         self.objective = compile_objective(objective, self.device) if settings.compile else objective
         self.plain = objective  # not compiled, for the search for a number that is not finite
-        self.module = current().split(ObjectiveModule(model), self.dtype)
-        self.ranks = ranks or current().ranks or Ranks()
-        self.split = self.ranks.world_size > 1 or not current().is_replicated
+        self.processes = processes or current()
+        self.module = self.processes.split(ObjectiveModule(model), self.dtype)
         self.micro_batch = settings.micro_batch or settings.batch_size
         self.row_elements: int | None = None
         self.dropout = DropoutKeys(model, settings.seed, self.device)
-        self.optimizers = Optimizers(model, settings, length)
-        on_policy = data if isinstance(data, OnPolicy) else None
-        scale = LossScale(self.dtype)
-        self.state = TrainState(model, self.optimizers, scale, SpikeState(settings.spikes), on_policy)
+        self.optimizers = Optimizers(model, settings)
+        self.state = TrainState(
+            model, self.optimizers, length or Length(settings.steps), LossScale(self.dtype),
+            SpikeState(settings.spikes), data if isinstance(data, OnPolicy) else None,
+        )  # fmt: skip
 
     def gradient(self, step: int, batch: Batch, stop: Callable[[], bool] = lambda: False) -> Gradient | None:
-        """Compute the clipped gradient of a batch into the parameters' `grad`; None where `stop()` is true between two
-        micro-batches. A batch without rows, or with fewer rows than there are ranks, is a `UserError`.
+        """Compute the clipped gradient of a batch into the parameters' `grad`.
 
-        Dropout is a function of the seed, the step and the row. torch's global generator is seeded for each
-        micro-batch, for modules that are not keifu's; their random numbers depend on `micro_batch`.
+        Return None if `stop()` is true between two micro-batches. A batch without rows, or with fewer rows than there
+        are processes, is a `UserError`. Dropout is a function of the seed, the step and the row. torch's global
+        generator is seeded for each micro-batch, for modules that are not keifu's.
         """
         self.check_rows(step, batch)
-        sums = Sums()
-        scale = self.state.scale
+        parts = self._micro_batches(batch)
+        sums, scale = Sums(), self.state.scale
         try:
-            last = len(self._micro_batches(batch)) - 1
-            for number, outcome in enumerate(self._losses(batch, step)):
+            for number, outcome in enumerate(self._losses(parts, self.processes, step), 1):
                 if stop():
                     self.drop_gradients()
                     return None
-                current().set_last_backward(self.module, number == last)
+                self.processes.set_last_backward(self.module, number == len(parts))
                 if not scale.is_set:
-                    scale.begin(current().broadcast(float(outcome.weight)))
+                    scale.begin(self.processes.broadcast(float(outcome.weight)))
                 (outcome.total * scale.factor if scale.moves else outcome.total).backward()
                 sums += Sums.of(outcome)
         finally:
             self.dropout.clear()
-        sums = Sums(self.ranks.sum(sums))
+        sums = Sums(self.processes.sum(sums))
         return Gradient(sums, self._average(sums["weight"]))
 
     def check_rows(self, step: int, batch: Batch) -> None:
-        """Raise a `UserError` if a batch has no rows, or fewer than there are ranks."""
-        rows, world = rows_of(batch), self.ranks.world_size
+        """Raise a `UserError` if a batch has no rows, or fewer than there are processes."""
+        rows, world = rows_of(batch), self.processes.data_size
         if rows < world:
             said = f"{rows:,} rows for {world} processes" if rows else "no rows"
             raise UserError(f"The batch of step {step} has {said}; look at the data.")
 
     def drop_gradients(self) -> None:
-        """Frees the gradients of a step that is given up."""
+        """Free the gradients of a step that is given up."""
         self.optimizers.drop_gradients()
-        current().discard_gradients(self.module)
+        self.processes.discard_gradients(self.module)
 
     def update(self, gradient: Gradient) -> None:
-        """Update the weights by their gradients: one step more is done."""
+        """Update the weights by their gradients, and count the step."""
         state = self.state
-        self.optimizers.step(state.step)
-        end_step(self.model, self.ranks.sum_counts)
+        self.optimizers.step(state.step, state.length)
+        end_step(self.model, self.processes.sum_counts)
         state.scale.count()
         state.step += 1
         state.sums += gradient.sums
@@ -137,14 +132,15 @@ class Trainer:
         self.model.eval()
         sums = Sums()
         for batch in filter(rows_of, batches):
-            # a smaller batch is whole on all ranks, and rank 0 counts it
-            shared = rows_of(batch) >= self.ranks.world_size
-            for outcome in self._losses(on_device(batch, self.device)):
+            # a smaller batch is whole on all processes, and the first one counts it
+            shared = rows_of(batch) >= self.processes.data_size
+            parts = self._micro_batches(on_device(batch, self.device))
+            for outcome in self._losses(parts, self.processes if shared else Processes()):
                 new = Sums.of(outcome)
-                sums += new if shared or not self.ranks.rank else new.zeros()
+                sums += new if shared or not self.processes.data_rank else new.zeros()
         self.model.train()
         self.drop_gradients()  # there are none, but FSDP would keep weights that it gathered for no backward pass
-        return Sums(self.ranks.sum(sums)).means() if sums else {}
+        return Sums(self.processes.sum(sums)).means() if sums else {}
 
     def explain(self, step: int, batch: Batch) -> str:
         """Return a sentence that names the layer with the first number that is not finite; compute the step again."""
@@ -164,31 +160,32 @@ class Trainer:
         return self._call(self.plain, batch)
 
     def halve(self, batch: Batch) -> bool:
-        """Halves the number of rows of such a batch that are computed at a time, from now on; False where it is 1, and
-        where processes exchange tensors in each pass: one that makes other passes alone would not meet the others."""
+        """Halve the number of rows of such a batch that are computed at a time, from now on.
+
+        Return False if it is 1 already, or if processes exchange tensors in each pass: then all need the same passes.
+        """
         rows = min(self._rows(batch), rows_of(batch))
-        whole_batch = self.ranks.world_size > 1 and isinstance(self.objective, WholeBatchObjective)
-        if rows < 2 or whole_batch or not current().is_replicated:
+        whole_batch = self.processes.data_size > 1 and isinstance(self.objective, WholeBatchObjective)
+        if rows < 2 or whole_batch or not self.processes.is_replicated:
             return False
         self.micro_batch = rows // 2
         self.row_elements = None if self.row_elements is None else row_elements(batch)
         return True
 
     def resolved(self) -> dict[str, Any]:
-        """Return the automatic settings as they were decided (micro-batch, precision, device); a resumed run keeps
-        them."""
-        found = {"micro_batch": self.micro_batch, "row_elements": self.row_elements}
-        found |= {"precision": str(self.dtype).removeprefix("torch."), "device": device_name(self.device)}
-        return found | ({"dropout": DROPOUT} if self.dropout.drops else {})
+        """Return the automatic settings (micro-batch, precision, device), which a resumed run keeps."""
+        sizes = {"micro_batch": self.micro_batch, "row_elements": self.row_elements}
+        hardware = {"precision": str(self.dtype).removeprefix("torch."), "device": device_name(self.device)}
+        return sizes | hardware
 
-    def _losses(self, batch: Batch, step: int | None = None) -> Iterator[LossOutput]:
-        """Return the outputs of this rank's micro-batches, one after the other, which add up to the whole batch over
-        all ranks; `step` is None in evaluation.
+    def _losses(
+        self, parts: list[MicroBatch], processes: Processes, step: int | None = None
+    ) -> Iterator[LossOutput]:  # fmt: skip
+        """Return the outputs of micro-batches, which add up to the whole batch over the processes.
 
-        The dropout keys stay until the next micro-batch, for layers that the backward pass computes again (activation
-        checkpointing).
+        `step` is None in evaluation. The dropout keys stay until the next micro-batch, since activation checkpointing
+        computes layers again in the backward pass.
         """
-        parts = self._micro_batches(batch)
 
         def passes() -> Iterator[Batch]:
             for part in parts:
@@ -197,12 +194,11 @@ class Trainer:
                 yield part.batch
 
         if isinstance(self.objective, WholeBatchObjective):
-            sizes = [rows_of(part.batch) for part in parts]
+            sizes = [part.rows for part in parts]
             if not self.state.scale.is_set:
-                self.state.scale.begin(current().broadcast(float(sizes[0])))
+                self.state.scale.begin(processes.broadcast(float(sizes[0])))
             scale = self.state.scale.factor
-            ranks = self.ranks if rows_of(batch) >= self.ranks.world_size else Ranks()
-            yield from whole_batch_outputs(self.objective, self.model, self._call, passes, sizes, scale, ranks)
+            yield from whole_batch_outputs(self.objective, self.model, self._call, passes, sizes, scale, processes)
         else:
             for part in passes():
                 yield self._call(self.objective, part)
@@ -216,10 +212,10 @@ class Trainer:
         """Set all random state for a pass over a micro-batch."""
         seed = (self.settings.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part.first) % 2**63
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)  # torch's takes 1 ms more
-        self.dropout.set(step, part.first, rows_of(part.batch))
+        self.dropout.set(step, part.first, part.rows)
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        return self.ranks.micro_batches(batch, self._rows(batch))
+        return self.processes.micro_batches(batch, self._rows(batch))
 
     def _rows(self, batch: Batch) -> int:
         """Return the number of rows of such a batch that are computed at a time."""
@@ -228,11 +224,13 @@ class Trainer:
         return max(1, self.micro_batch * self.row_elements // max(1, row_elements(batch)))
 
     def _average(self, weight: Tensor) -> Tensor:
-        """Divides the gradient of the sum by the number of elements and clips it, in one pass; return the norm before
-        clipping."""
+        """Divide the gradient of the sum by the number of elements and clip it, in one pass.
+
+        Return the norm before clipping.
+        """
         weight = torch.where(weight > 0, weight, 1.0) * self.state.scale.factor
-        if self.split:
-            gradients, total = self.ranks.sum_gradients(self.optimizers.parameters)
+        if self.processes.data_size > 1 or not self.processes.is_replicated:
+            gradients, total = self.processes.sum_gradients(self.optimizers.parameters)
         else:
             gradients = [p.grad for p in self.optimizers.parameters.values() if p.grad is not None]
             total = torch.nn.utils.get_total_norm(gradients)

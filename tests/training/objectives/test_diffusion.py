@@ -10,9 +10,9 @@ from diffusion_toys import Batches, Toy, greys
 from keifu.layers.counter_rng import normal, uniform
 from keifu.layers.diffusion.noise_schedule import Noise, loss_weights
 from keifu.models.diffusion import autoencoder_kl
+from keifu.processes import Processes
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import TIMESTEP, DiffusionLoss, add_draws, draw_noise
-from keifu.training.ranks import Ranks
 
 NOISES = [
     Noise(steps=20, beta_end=0.3),
@@ -27,7 +27,7 @@ def test_a_batch_may_be_split_anywhere(noise: Noise) -> None:
     batch = add_draws(Batches(labels=True), seed=5).batch(17)
     whole = loss(model, batch)
     for rows in (1, 3, 8):
-        parts = [loss(model, part.batch) for part in Ranks().micro_batches(batch, rows)]
+        parts = [loss(model, part.batch) for part in Processes().micro_batches(batch, rows)]
         torch.testing.assert_close(sum(part.total for part in parts), whole.total)
         assert sum(part.weight for part in parts) == whole.weight == 8
         for name, value in whole.figures.items():

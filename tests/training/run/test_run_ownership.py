@@ -168,13 +168,14 @@ def test_with_a_damaged_state_the_one_before_is_used(tmp_path: Path, damage, cap
     assert checkpoint.steps(tmp_path) == [9, 12]
 
 
-def test_a_state_of_an_earlier_version_is_taken_and_one_of_a_later_version_is_named(tmp_path: Path) -> None:
+def test_states_of_versions_with_another_format_are_refused(tmp_path: Path) -> None:
     finished(tmp_path)
     file = tmp_path / "state/step-00000012.json"
     change(file, format=None, version=None, facts_sha256=None)
-    assert checkpoint.latest(tmp_path)[0].step == 12
+    with pytest.raises(UserError, match=r"step-00000012.json is damaged, or of keifu before 0.2, in a format"):
+        checkpoint.read(tmp_path, 12)
     change(file, format=99, version="7.0")
-    with pytest.raises(UserError, match=r"step-00000012.json is of keifu 7.0, in a form that .* update keifu"):
+    with pytest.raises(UserError, match=r"step-00000012.json is of keifu 7.0, .*: resume with that version"):
         checkpoint.read(tmp_path, 12)
 
 

@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from keifu.errors import UserError
 from keifu.memory import available_memory, release
+from keifu.processes import local, rows_of
 from keifu.training.hardware import flops as peak
 from keifu.training.hardware.failures import ADVICE
 from keifu.training.protocols import Batch, LossOutput
-from keifu.training.ranks import local, rows_of
 from keifu.training.run.progress import format_bytes, format_count, format_seconds, number
 from keifu.training.trainer import Trainer
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from keifu.data.images.io import to_signed
 from keifu.layers.counter_rng import gumbel, normal
 from keifu.layers.losses import cross_entropy
+from keifu.processes import rows_of
 from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
-from keifu.training.ranks import rows_of
 
 Values = Float[Tensor, "batch channels height width"]
 

@@ -32,9 +32,9 @@ from keifu.layers.diffusion.noise_schedule import (
     predicted_x0,
     training_target,
 )
+from keifu.processes import rows_of
 from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
-from keifu.training.ranks import rows_of
 
 Network = Callable[[Tensor, Tensor], Tensor]  # from noisy pictures and their timesteps to the output
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from keifu.processes import rows_of
 from keifu.training.protocols import Batch, Data
-from keifu.training.ranks import rows_of
 
 HELD_OUT = -1  # the number of the step that held-out batches are of
 Change = Callable[[Batch, int, int], Batch]  # of a batch, its step or `HELD_OUT`, and the number of its first row

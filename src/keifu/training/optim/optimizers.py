@@ -17,12 +17,11 @@ from torch.optim import Adadelta, AdamW, Optimizer
 
 from keifu.errors import UserError, unknown
 from keifu.layers.linear import JoinedLinear
-from keifu.processes import current
+from keifu.processes import current, local
 from keifu.training.length import Length
 from keifu.training.optim.adafactor import Adafactor
 from keifu.training.optim.muon import StackedMuon
 from keifu.training.optim.weight_averaging import MovingAverage
-from keifu.training.ranks import local
 from keifu.training.settings import Settings
 
 Rows = tuple[int, ...]
@@ -44,10 +43,13 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
 
 class Optimizers:
-    """All optimizers of a run, with the learning rate schedule and the moving average. `length`: of a resumed run."""
+    """All optimizers of a run, with the learning rate schedule and the moving average.
 
-    def __init__(self, model: nn.Module, settings: Settings, length: Length | None = None):
-        self.settings, self.length = settings, length or Length(settings.steps)
+    The schedule is that of a run of `length` steps; None: of the steps in the settings.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings):
+        self.settings = settings
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UserError("No weight of the model requires a gradient, so there is nothing to train.")
@@ -59,18 +61,18 @@ class Optimizers:
         self.all = {kind: KINDS[kind](some, settings, joined_rows(model)) for kind, some in named.items()}
         self.average = MovingAverage(self.parameters, settings.ema) if settings.ema else None
 
-    def rates(self, step: int) -> dict[str, float]:
+    def rates(self, step: int, length: Length | None = None) -> dict[str, float]:
         """Return the learning rates of update number `step` (from 0), by their names in the settings."""
-        share = self.length.rate_share(self.settings, step)
+        share = (length or Length(self.settings.steps)).rate_share(self.settings, step)
         names = ("matrix_rate" if kind == "muon" else "learning_rate" for kind in self.all)
         return {name: share * vars(self.settings)[name] for name in names}
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, length: Length | None = None) -> None:
         """Make update number `step` from the gradients, and free them."""
-        self.update(self.rates(step))
+        self.update(self.rates(step, length))
 
     def update(self, rates: dict[str, float]) -> None:
-        """Return an update with these rates; with the rate 0 no weight changes."""
+        """Make an update with these rates; with the rate 0 no weight changes."""
         for (kind, optimizer), rate in zip(self.all.items(), rates.values(), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("share", 1.0)
@@ -109,7 +111,7 @@ class Optimizers:
         return self.average.applied() if self.average else nullcontext()
 
     def drop_gradients(self) -> None:
-        """Frees the gradients."""
+        """Free the gradients."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -123,7 +125,7 @@ class Optimizers:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state` gave."""
+        """Restore the result of `state`."""
         state = self.average.take_up(state) if self.average else state
         for (kind, name, field), tensor in self._joined(state).items():
             parameter = self.parameters[name]
@@ -149,7 +151,7 @@ class Optimizers:
         self.update(dict.fromkeys(self.all, 0.0))
 
     def forget(self) -> None:
-        """Return resets all state, as before the first step."""
+        """Reset all state, as before the first step."""
         for optimizer in self.all.values():
             optimizer.state.clear()
         if self.average:

@@ -25,8 +25,7 @@ from keifu.files import plain_file, read_json_object, replacing, sha256, write_a
 from keifu.processes import current
 
 FOLDER = "state"
-FORMAT = 2  # of the JSON file; 1, of versions before 0.2, says neither this nor its own hash
-OF_FORMAT_1 = {"sha256": str, "described": dict, "resolved": dict, "divergence": dict, "seconds": float}
+FORMAT = 2  # of the JSON file; the files of versions before 0.2 have none
 
 
 @dataclass(frozen=True)
@@ -179,14 +178,11 @@ def _facts(path: Path, step: int) -> dict[str, Any]:
         facts = read_json_object(path)
     except UserError as error:
         raise UserError(f"{path} is damaged: {str(error).removeprefix(f'{path} ')}") from None
-    if not isinstance(form := facts.get("format", 1), int) or form > FORMAT:
-        raise UserError(
-            f"{path} is of keifu {facts.get('version')}, in a form that {__version__} does not know: update keifu."
-        )
-    stored = facts.pop("facts_sha256", None)
-    whole = stored == _hash(facts) if form > 1 else all(isinstance(facts.get(n), k) for n, k in OF_FORMAT_1.items())
-    if not whole or facts.get("step") != step:
-        raise UserError(f"{path} is damaged: {'its hash is not the one stored' if form > 1 else 'parts are missing'}.")
+    if facts.get("format") != FORMAT:
+        origin = f"of keifu {facts['version']}" if "version" in facts else "damaged, or of keifu before 0.2"
+        raise UserError(f"{path} is {origin}, in a format that {__version__} does not read: resume with that version.")
+    if facts.pop("facts_sha256", None) != _hash(facts) or facts.get("step") != step:
+        raise UserError(f"{path} is damaged: its hash is not the one stored.")
     return facts
 
 

@@ -1,11 +1,14 @@
-"""The report of a run: report.html, one offline page from the files of its directory, with charts as inline SVG."""
+"""The report of a run: report.html, one offline page from the files of its directory, with charts as SVG."""
 
 import base64
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
+from io import StringIO
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,13 @@ from keifu.training.run.progress import format_bytes, format_count, format_secon
 from keifu.training.settings import flat
 
 WIDTH, HEIGHT = 480, 260
-LEFT, RIGHT, TOP, BOTTOM = 68, 14, 16, 42
+COLOURS = {"#2f6fb4": "var(--c0)", "#c8501e": "var(--c1)", "#2b8a4b": "var(--c2)"}  # matplotlib's and the page's names
+INK, RULE = "#5b6675", "#dfe3e8"
+ON_THE_PAGE = {**COLOURS, INK: "var(--soft)", RULE: "var(--rule)"}  # so that they follow the colour scheme
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "font.size": 13, "font.sans-serif": ["DejaVu Sans"], "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK,
+}  # fmt: skip
 POINTS = 400  # more are averaged: a screen shows no more
 
 Point = Sequence[float | int]  # two numbers: a list where it was read from JSON
@@ -33,59 +42,40 @@ class Curve:
 
 
 def chart(title: str, y_label: str, curves: Iterable[Curve], x_label: str = "step", from_zero: bool = False) -> str:
-    """Return an SVG figure of curves that share their axes. Without a finite point there is none."""
+    """Return an SVG figure of curves that share their axes; an empty string without a finite point."""
     shown = [Curve(c.name, _averaged(_finite(c.points)), c.marked) for c in curves]
     shown = [curve for curve in shown if curve.points]
     if not shown:
         return ""
-    xs, ys = (_ticks([p[axis] for c in shown for p in c.points], zero) for axis, zero in ((0, True), (1, from_zero)))
-    frame = _Frame(xs, ys)
-    body = [*frame.axes(x_label, y_label), *(frame.curve(number, c) for number, c in enumerate(shown))]
-    legend = "".join(f'<span class="key c{n}">{escape(c.name)}</span>' for n, c in enumerate(shown))
-    names = legend if len(shown) > 1 else ""
-    return (
-        f'<figure><figcaption>{escape(title)} <span class="legend">{names}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg></figure>'
-    )
+    names = "".join(f'<span class="key c{n}">{escape(c.name)}</span>' for n, c in enumerate(shown))
+    legend = f'<span class="legend">{names if len(shown) > 1 else ""}</span>'
+    picture = f'<svg role="img" aria-label="{escape(title)}"{_drawing(shown, y_label, x_label, from_zero, title)}'
+    return f"<figure><figcaption>{escape(title)} {legend}</figcaption>{picture}</figure>"
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """The mapping from a chart's values to coordinates, from the ticks of both axes."""
+def _drawing(curves: Sequence[Curve], y_label: str, x_label: str, from_zero: bool, salt: str) -> str:
+    """Return matplotlib's SVG without its head and name spaces, which a page does not need."""
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    xs: list[float]
-    ys: list[float]
-
-    def x(self, value: float) -> float:
-        return LEFT + (value - self.xs[0]) / (self.xs[-1] - self.xs[0]) * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.ys[0]) / (self.ys[-1] - self.ys[0]) * (HEIGHT - TOP - BOTTOM)
-
-    def axes(self, x_label: str, y_label: str) -> list[str]:
-        """Grid, numbers and labels."""
-        lines = [f'<path class="grid" d="M{LEFT} {self.y(v):.1f}H{WIDTH - RIGHT}"/>' for v in self.ys]
-        left = [f'<text x="{LEFT - 7}" y="{self.y(v) + 4:.1f}" text-anchor="end">{_number(v)}</text>' for v in self.ys]
-        base = HEIGHT - BOTTOM + 17
-        below = [f'<text x="{self.x(v):.1f}" y="{base}" text-anchor="middle">{_number(v)}</text>' for v in self.xs]
-        middle = (HEIGHT - BOTTOM + TOP) / 2
-        labels = [
-            f'<text x="{(WIDTH + LEFT - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>',
-            f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>',
-        ]
-        return [*lines, *left, *below, *labels]
-
-    def curve(self, number: int, curve: Curve) -> str:
-        """Return a line, and a dot with its numbers for each marked point."""
-        places = [(self.x(x), self.y(y)) for x, y in curve.points]
-        line = f'<polyline class="line c{number}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
-        marks = zip(places, curve.points, strict=True) if curve.marked or len(places) == 1 else ()
-        dots = (
-            f'<circle class="c{number}" cx="{x:.1f}" cy="{y:.1f}" r="3.2">'
-            f"<title>{escape(curve.name)} {value:.5g} at {at:,.0f}</title></circle>"
-            for (x, y), (at, value) in marks
-        )
-        return line + "".join(dots)
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+        axes = figure.add_axes((0.15, 0.17, 0.82, 0.77), frameon=False)
+        for colour, curve in zip(cycle(COLOURS), curves):  # noqa: B905 (the colours have no end)
+            marker = "o" if curve.marked or len(curve.points) == 1 else ""
+            axes.plot(*zip(*curve.points, strict=True), color=colour, marker=marker, markersize=5, clip_on=False)
+        axes.grid(axis="y", color=RULE, clip_on=False)
+        axes.tick_params(length=0)
+        axes.set(xlabel=x_label, ylabel=y_label, **({"ylim": (0, None)} if from_zero else {}))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: format_count(value) if abs(value) >= 1e4 else f"{value:.4g}")
+        file = StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", file.getvalue().partition("<svg")[2])
+    for colour, name in ON_THE_PAGE.items():
+        svg = svg.replace(colour, name)
+    return svg
 
 
 def _finite(points: Sequence[Point]) -> list[tuple[float, float]]:
@@ -96,32 +86,6 @@ def _averaged(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     size = -(-len(points) // POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
-
-
-def _ticks(values: list[float], from_zero: bool) -> list[float]:
-    """Round numbers, at most seven, that enclose the values."""
-    low, high = min(values), max(values)
-    if from_zero:
-        low = min(low, 0.0)
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    step = next(s for s in _steps((high - low) / 6))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
-
-
-def _steps(least: float) -> Iterable[float]:
-    power = 10.0 ** math.floor(math.log10(least))
-    return (m * power for m in (1, 2, 5, 10) if m * power >= least * (1 - 1e-9))
-
-
-def _number(value: float) -> str:
-    if value and abs(value) < 1e-3:
-        return f"{value:.3g}".replace("e-0", "e-")
-    for scale, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= scale:
-            return f"{value / min(scale, 1e3 if letter == 'k' else scale):.4g} {letter}"
-    return f"{value:,.10g}"
 
 
 REPORT = "report.html"

@@ -1,0 +1,189 @@
+"""The record of a run in its directory: metrics, samples, checkpoints, the best weights, recipe.json and the report.
+
+The loop decides when each of them is written.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from keifu.errors import UserError
+from keifu.processes import current
+from keifu.training.hardware.cost import Cost
+from keifu.training.hardware.flops import measure_peak, peak
+from keifu.training.protocols import Run, Save
+from keifu.training.run import best, checkpoint, metrics
+from keifu.training.run import directory as run_directory
+from keifu.training.run.progress import Display
+from keifu.training.run.report import write_report
+from keifu.training.state import Sums
+from keifu.training.trainer import Trainer
+
+
+class Recorder:
+    """Writer of the files of a run. Rank 0 writes; a split model is written by all its processes.
+
+    figures: the latest value of every figure. saved: the step of the last checkpoint.
+    """
+
+    def __init__(
+        self, trainer: Trainer, cost: Cost, run: Run, save: Save | None, display: Display, lines: metrics.Metrics
+    ):  # fmt: skip
+        self.trainer, self.cost, self.run, self.save = trainer, cost, run, save
+        self.display, self.lines = display, lines
+        self.settings, self.state, self.figures = trainer.settings, trainer.state, lines.latest
+        self.peak = peak(trainer.device, trainer.dtype)
+        self.peak_trials = 3  # how often it may be measured again
+        self.saved = self.state.step if run.resume else -1
+        if run.resume and current().is_main:  # a kill may have come before these were removed
+            self._remove_old_states(self.state.step)
+        self.keeps_best = self.settings.keep_best and current().is_replicated  # a split model keeps its last weights
+        self.best = best.read(run.directory) if self.keeps_best else None
+        self.recorded = run_directory.recorded(run.directory)
+        if lines.damaged:
+            where = ", ".join(map(str, lines.damaged))
+            display.note(f"{lines.path} is damaged in line {where}, which is left out.")
+        self._write_recipe({})
+        run_directory.keep_tokenizers(run)
+
+    def write(self, figures: Mapping[str, float | int]) -> None:
+        """Write a line of metrics for the current step."""
+        skipped = self.state.spikes.skipped
+        line = {**figures, **({"skipped": skipped} if skipped else {})}
+        self.figures |= line
+        if not self.lines.path.exists():
+            self.display.note(f"{self.run.directory} was taken away while the run wrote there: it is written anew.")
+            run_directory.restore(self.run.directory, self.recorded)
+        self.lines.write(self.state.step, line)
+
+    def log(self, gradient_norm: float) -> None:
+        """Write a line of metrics from the sums since the last one; reading them waits for the device."""
+        state = self.state
+        units, means = float(state.sums["weight"]), state.sums.means()
+        rate = units / state.clock.lap()
+        share = self._share_of_peak(rate)
+        state.sums = Sums()
+        figures = {
+            **means,
+            **state.optimizers.rates(state.step - 1, state.length),
+            "gradient_norm": gradient_norm,
+            f"{self.run.unit}_per_second": rate,
+            **({} if share is None else {"flops_utilisation": share}),
+            "seconds": state.clock.seconds,
+        }
+        self.write(figures)
+        self.display.show({**figures, "seconds_left": state.clock.left(state.step, state.length.steps)})
+        warnings = [state.divergence.watch(means["loss"]), *(self.run.watch(means) if self.run.watch else ())]
+        for warning in filter(None, warnings):
+            self.display.note(f"Step {state.step:,}: {warning}")
+
+    def _share_of_peak(self, rate: float) -> float | None:
+        """Return the share of the device's peak that is used. A peak that is exceeded is measured again.
+
+        None if it is exceeded after that too: other work was slowing the machine down.
+        """
+        used = rate * self.cost.flops_per_unit
+        if used > self.peak and self.peak_trials:
+            self.peak_trials -= 1
+            with self.state.clock.paused():
+                self.peak = max(self.peak, measure_peak(self.trainer.device, self.trainer.dtype))
+        return used / self.peak if used <= self.peak else None
+
+    def validated(self, means: Mapping[str, float]) -> None:
+        """Write validation figures, and keep the weights if they are the best ones so far."""
+        figures = {f"validation_{name}": value for name, value in means.items()}
+        if self.run.bytes_per_unit:
+            figures["bits_per_byte"] = means["loss"] / math.log(2) / self.run.bytes_per_unit
+        if self.keeps_best and (self.best is None or means["loss"] < self.best.loss):
+            self.best = best.Best(self.state.step, figures)
+            if current().is_main:
+                best.keep(self.run.directory, self.trainer.model, self.state.step, figures)
+        self.write(figures)
+        words = (f"{n.replace('_', ' ')} {value:.4g}" for n, value in figures.items() if "/" not in n)
+        self.display.note(f"step {self.state.step:,}  {'  '.join(words)}")
+
+    def _restore_best(self) -> None:
+        """Load the weights with the lowest validation loss, with their figures, if the last ones are worse."""
+        if self.best is None:
+            return
+        losses = (line[best.LOSS] for line in metrics.read(self.run.directory) if best.LOSS in line)
+        first, last = next(losses, None), self.figures.get(best.LOSS, math.nan)
+        worse = self.best.loss < last
+        if worse and current().is_main:
+            best.restore(self.run.directory, self.trainer.model)
+        self.figures |= self.best.figures if worse else {}
+        before = "" if first is None else f"{first:.4g} before and "
+        note = f"Validation loss: {before}{last:.4g} after the training."
+        kept = f" The model kept is that of step {self.best.step:,}, with {self.best.loss:.4g}."
+        self.display.note(note + kept * worse)
+
+    def write_sample(self, sample: str | bytes) -> None:
+        """Write a sample, and show it if it is text."""
+        with self.tolerating("sample"):
+            run_directory.write_sample(self.run.directory, self.state.step, sample)
+        if isinstance(sample, str):
+            self.display.note(textwrap.indent(sample, "  | "))
+
+    def save_state(self) -> None:
+        """Save a checkpoint of the current step, if there is none yet."""
+        state, is_replicated = self.state, current().is_replicated
+        if self.saved != state.step:
+            facts = {"resolved": self.trainer.resolved(), **state.facts()}
+            save = checkpoint.save if is_replicated else current().save
+            if current().is_main or not is_replicated:
+                save(self.run.directory, state.step, state.tensors(), facts, self._remove_old_states)
+            self.saved = state.step
+
+    def try_to_save_state(self) -> None:
+        """Save a checkpoint; a failed write does not stop the run."""
+        with self.tolerating("state"):
+            self.save_state()
+
+    def _remove_old_states(self, step: int) -> None:
+        """Remove the states that are not kept together with that of a step."""
+        reach = self.settings.spikes.reach if self.settings.spikes.rise else 0
+        checkpoint.remove_old(self.run.directory, step, self.settings.keep, reach, self._has_state)
+
+    def _has_state(self, step: int) -> bool:
+        """Return whether the state of a step is saved, however often the run is stopped."""
+        every = self.settings.save_every
+        return step == self.state.length.steps or bool(every and step % every == 0) or self.state.spikes.due(step)
+
+    @contextmanager
+    def tolerating(self, name: str) -> Iterator[None]:
+        """Run a block in which a failed write does not stop the run: it is shown, and tried again when next due."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            self.display.note(f"The {name} of step {self.state.step:,} was not saved: {error} Training goes on.")
+
+    def close(self, is_finished: bool) -> None:
+        """Write the model, the results into recipe.json, and the report."""
+        with self.state.optimizers.averaged():
+            if is_finished:
+                self._restore_best()
+            if self.save and (current().is_main or not current().is_replicated):
+                self.trainer.model.eval()
+                self.save(self.run.directory)
+        current().flush()
+        if current().is_main:
+            hashes = run_directory.hashes(self.run.directory)
+            figures = {"steps": self.state.step, "figures": self.figures, "hashes": hashes}
+            self._write_recipe({"finished": is_finished, **figures})
+            write_report(self.run.directory)
+        current().barrier()
+
+    def _write_recipe(self, outcome: dict[str, Any]) -> None:
+        length, described = self.state.length, self.state.described
+        facts = {
+            "settings": described["settings"],
+            "resolved": self.trainer.resolved() | {"flops_per_second": self.peak},
+            "cost": asdict(self.cost),
+            "data_fingerprint": described["data"],
+            "unit": self.run.unit,
+            "length": length.facts()["length"],
+        }
+        run_directory.write_recipe(self.run, facts | outcome, length.scheduled)
