@@ -16,6 +16,7 @@ from keifu.files import read_json
 
 DOCS = Path(__file__).parent / "docs", Path(__file__).parents[2] / "docs"  # of a wheel, of a checkout
 LANGUAGES = ("en", "ja")
+PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
 WIDTH, HEIGHT, ACROSS, DOWN = 216, 30, 258, 62  # of a box in the drawing, and from one box to the next
 MARGIN = 24  # around the drawing
 EXIT = 60  # from the middle of a box to the line that leaves it sideways
@@ -152,19 +153,20 @@ def routes(found: list[Landmark]) -> list[list[tuple[int, int]]]:
             else:
                 gap = child.lane - 1 if aside > 0 else child.lane
                 between[gap] += 1
-                down = corner(0, gap)[0] + WIDTH + 9 * between[gap]
+                down = corner(0, gap)[0] + WIDTH + 7 * between[gap]
             foot, head = y1 + HEIGHT + 7, top - 10 - 5 * number
             arrows.append([(x1, y1 + HEIGHT), (x1, foot), (down, foot), (down, head), (x2, head), (x2, top - 1)])
     return arrows
 
 
 def _part(each: Landmark, words: dict[str, str]) -> str:
-    picture = base64.b64encode((docs() / "pictures" / each.picture).read_bytes()).decode()
+    file = docs() / "pictures" / each.picture
+    picture = f"{PICTURES[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
     rows = {"here": each.bought, "published": each.published, "results": each.section}
     cells = "".join(f"<tr><th>{words[name]}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
     cells += f"<tr><th>{words['repeat']}</th><td><code>{escape(each.command)}</code></td></tr>"
     return (
         f'<section id="{each.name}"><h2>{each.year} · {escape(each.title)} ({escape(each.authors)})</h2>\n'
-        f'<p>{escape(each.new)}</p>\n<p><img alt="{escape(each.section)}" src="data:image/png;base64,{picture}"></p>\n'
+        f'<p>{escape(each.new)}</p>\n<p><img alt="{escape(each.section or each.title)}" src="data:{picture}"></p>\n'
         f'<table class="pairs">{cells}</table></section>'
     )

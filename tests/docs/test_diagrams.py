@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS / "_site"))
 
-import diagrams  # noqa: E402 (its folder is no package)
-from landmarks.drawing import WIDTH, Drawing  # noqa: E402
+import diagrams  # noqa: E402 # pyright: ignore[reportMissingImports] (its folder is no package)
+from landmarks.drawing import WIDTH, Drawing  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 DRAWN = diagrams.lineage_drawings()
 PAGES = [path for path in sorted((DOCS / "lineage").glob("*.md")) if path.name.partition(".")[0] != "index"]
