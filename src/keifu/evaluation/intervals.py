@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Z = 1.959963984540054  # 95% of a normal distribution lies within so many standard deviations of its mean
+Z = 1.959963984540054  # 95% of a normal distribution is within this many standard deviations of its mean
 
 
 def wilson(successes: int, total: int) -> tuple[float, float]:

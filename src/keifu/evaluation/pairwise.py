@@ -60,7 +60,7 @@ def seed_of(seed: int, prompt: Conversation, what: str) -> int:
 
 
 def a_is_left(seed: int, prompt: Conversation) -> bool:
-    """Whether A's response is shown on the left: a coin flip that depends only on the seed and the prompt."""
+    """Return whether A's response is shown on the left: a coin flip that depends only on the seed and the prompt."""
     return bool(seed_of(seed, prompt, "order") % 2)
 
 
@@ -89,7 +89,7 @@ class Judgements:
         )  # without a line that was cut off
 
     def holds(self, prompt: Conversation) -> bool:
-        """Whether there is a choice for this prompt already."""
+        """Return whether there is a choice for this prompt already."""
         return any(each.prompt == prompt for each in self.made)
 
     def add(self, judgement: Judgement) -> None:

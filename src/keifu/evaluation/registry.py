@@ -18,19 +18,19 @@ from keifu.ranges import Count, Finite, Natural, Seed
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What a user may ask of an evaluation; one uses the fields that it names in its OPTIONS."""
+    """Options of all evaluations; each evaluation lists those that it supports in OPTIONS."""
 
     on: str
     """The data."""
     limit: Count | None = None
-    """At most so many pairs, windows of text or items of a task; pictures that are drawn (unset: 1000), found again in
+    """Most pairs, windows of text or items of a task; pictures that are drawn (unset: 1000), found again in
     noise (256) or counted in bits (64)."""
     shots: Natural | None = None
     """Examples with their answers in the prompt of each item; unset: 0."""
     by_shots: tuple[Natural, ...] = ()
     """Several numbers of examples, such as 0 1 4 16, each for the same items."""
     seed: Seed = 0
-    """What decides which examples are drawn; of pictures, the first one's seed."""
+    """Seed of the choice of examples; for pictures, the first one's seed."""
     metric: str | None = None
     """choice (the likeliest of a task's choices), exact (a written answer) or cloze; unset: the task's own. Of a model
     that draws: distances, reconstruction or bits, unset: all three; or classes (see --judge). Of one that draws from
@@ -59,14 +59,14 @@ class EvalOptions:
     target_field: str | None = None
     """The field of the translation; unset: target, or the second of two."""
     encoding: str = "utf-8"
-    """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
+    """Encoding of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
     by_length: bool = False
     """Show the figures by the length of the source too."""
 
 
 @dataclass(frozen=True)
 class EvalRequest(EvalOptions):
-    """What to evaluate, on which data and how, with what the model brings.
+    """Request of an evaluation: what to evaluate, on which data and how, with what the model brings.
 
     towers: a CLIP with its tokenizer. judge: a classifier. languages: what the model was trained to translate from and
     into, or those of the captions that a CLIP learned from, and held_out: the share of the pictures that was kept from
@@ -93,7 +93,7 @@ class ResultTable:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     figures: each with its name. notes: sentences that a reader of the figures must know. tables: requested details, by
     name. items: what the figures were computed from, one row an item, for a file. picture: a PNG that shows some of

@@ -1,4 +1,4 @@
-"""What recipes of every kind share: the budget of a run, options of those that fine-tune, and the training of a run,
+"""Shared code of all recipes: the budget of a run, options of those that fine-tune, and the training of a run,
 with what it says of itself.
 """
 
@@ -25,7 +25,7 @@ from keifu.training.setup import steps_of, steps_within
 
 
 def is_resuming(directory: Path, resume: bool) -> bool:
-    """Whether a part of a resumed run was begun."""
+    """Return whether a part of a resumed run was begun."""
     return resume and bool(checkpoint.steps(directory))
 
 
@@ -44,7 +44,7 @@ class Budget(NamedTuple):
 
     @property
     def limit(self) -> float | None:
-        """The minutes, for the training loop; None where the budget is in steps."""
+        """Return the minutes, for the training loop; None where the budget is in steps."""
         return None if self.steps else self.minutes
 
     def fit(
@@ -69,7 +69,7 @@ class FinetuneOptions(Logging):
     model: str = field(default="smollm2", kw_only=False)
     """The pretrained model: a run, a directory, a .gguf file, a catalogue name or a hub id."""
     data: str = field(default="preferences.jsonl", kw_only=False)
-    """What is learned from."""
+    """Data to learn from."""
     held_out: BelowOne = 0.1
     """Share of the prompts that is kept for validation, chosen by a hash of the text."""
     epochs: Positive = 1.0
@@ -81,7 +81,7 @@ class FinetuneOptions(Logging):
     learning_rate: float | None = None
     """AdamW's highest learning rate."""
     seed: Seed = 0
-    """Of all random numbers: new weights, the order of the examples, dropout and sampling."""
+    """Random seed of new weights, the order of the examples, dropout and sampling."""
 
     def origin(self) -> dict[str, Any]:
         """Return the values with which a resumed run must begin too."""
@@ -92,15 +92,16 @@ class FinetuneOptions(Logging):
         return self.steps or max(1, round(self.epochs * steps_per_epoch))
 
     def settings(self, steps: int, **different: Any) -> Settings:
-        """AdamW without weight decay, five validations and ten checkpoints in `steps` steps; `different` are the fields
-        of `Settings` in which a recipe differs from that."""
+        """Return AdamW without weight decay, five validations and ten checkpoints in `steps` steps; `different` are the
+        fields of `Settings` in which a recipe differs from that."""
         usual = {"steps": steps, "weight_decay": 0.0, "betas": (0.9, 0.999), "keep_best": True}
         every = {"evaluate_every": max(1, steps // 5), "save_every": max(1, steps // 10)}
         return Settings(**self.loop(**usual | every | different))
 
 
 def attribution_of(data: str) -> dict[str, str]:
-    """Licence and attribution of a catalogue entry, also of what is made of one, and how; nothing for other data."""
+    """Return licence and attribution of a catalogue entry, also of what is made of one, and how; nothing for other
+    data."""
     made = MADE_OF.get(data)
     found = [row for row in catalogue.rows() if row["name"] == (made.entry if made else data)]
     told = {"how it was made": made.how} if made else {}
@@ -119,11 +120,11 @@ def train_run(
     replace: bool = False, bytes_per_unit: float | None = None,
     watch: Callable[[Mapping[str, float]], Iterable[str]] | None = None, **about: Any,
 ) -> Summary:  # fmt: skip
-    """Trains a model into the folder of a run, which then holds it and its tokenizer, or what `save` writes.
+    """Train a model into the folder of a run, which then holds it and its tokenizer, or what `save` writes.
 
-    facts: of what is learned from, its name as "source" among them, beside which its licence comes to stand. options:
-    what decides the result beside the settings, compared on resuming. about: further lines of the report. The others
-    are those of `Run` and of the training loop.
+    facts: of what is learned from, its name as "source" among them, which gets its licence. options: values that decide
+    the result apart from the settings, compared on resuming. about: further lines of the report. The others are those
+    of `Run` and of the training loop.
     """
     told = {"title": title, **about, "data": [{**facts, **attribution_of(facts["source"])}]}
     run = Run(directory, resume, replace, options, told, unit, bytes_per_unit, watch)

@@ -3,7 +3,7 @@
 Papers: Touvron et al. (2023) for the model that is trained; SmolLM2 (Allal et al., 2025) for the one that answers.
 Command: keifu demo
 Cost: about 180 MB of downloads the first time, then under 5 minutes on 2 cores.
-Expected: a validation loss well below the bigram baseline that is printed beside it, and "Paris".
+Expected: a validation loss well below the bigram baseline that is printed next to it, and "Paris".
 """
 
 import time
@@ -36,7 +36,7 @@ class Recipe:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """All parts, each with what it takes and what comes of it."""
+    """Return all parts, each with what it takes and what comes of it."""
     began = time.monotonic()
     print("\n1. Landmarks, in small models that these recipes trained before.", flush=True)
     for name, picture in landmarks.show().items():

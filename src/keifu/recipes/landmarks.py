@@ -35,8 +35,8 @@ PROMPTS = (
 
 
 def show() -> dict[str, bytes]:
-    """Landmarks in order of years, each by a model of the package; what is not installed is named. Returns pictures
-    (PNG), by name."""
+    """Return landmarks in order of years, each by a model of the package; what is not installed is named. Returns
+    pictures (PNG), by name."""
     missing = [name for name in SHOWN if not catalogue.is_cached(name, catalogue.MODELS)]
     pictures: dict[str, bytes] = {}
     for name, landmark in SHOWN.items():
@@ -77,7 +77,7 @@ def _seen(name: str, digits: Float[Tensor, "digit pixels"]) -> list[str]:
 
 
 def _translate(name: str) -> dict[str, bytes]:
-    """Two sentences; the picture shows what each token of the last one looked at in the last layer."""
+    """Return two sentences; the picture shows what each token of the last one looked at in the last layer."""
     translator, tokenizer = checkpoints.load(name)
     found = [each for [each] in translate_texts(translator, tokenizer, SENTENCES[name], TranslationParams())]
     for each in found:
@@ -122,7 +122,7 @@ def _draw(name: str) -> dict[str, bytes]:
 
 
 def _draw_emoji(name: str) -> dict[str, bytes]:
-    """Emoji of a few names, and which of them CLIP finds in each."""
+    """Return emoji of a few names, and which of them CLIP finds in each."""
     painter = text_to_image_pipeline(*checkpoints.load(name))
     wanted = painter.resolved(ImageRequest("dpm++-2m", 20, SEED, guidance=3.0, text=PROMPTS[0]))
     drawn = painter.draw(wanted, range(SEED, SEED + len(PROMPTS)), texts=PROMPTS)
@@ -143,7 +143,7 @@ SHOWN: dict[str, Callable[[str], dict[str, bytes]]] = {
 
 
 def _pixels(digits: Float[Tensor, "digit pixels"]) -> Tensor:
-    """Bytes [digit, 1, 28, 28], white on black."""
+    """Return bytes [digit, 1, 28, 28], white on black."""
     return (digits.clamp(0, 1) * 255).round().to(torch.uint8).view(len(digits), 1, 2 * WIDE, 2 * WIDE)
 
 
@@ -154,5 +154,5 @@ def _drawn(digits: Float[Tensor, "digit pixels"]) -> str:
 
 
 def _characters(halves: list[list[bool]]) -> str:
-    """Two rows of pixels as one line of characters."""
+    """Return two rows of pixels as one line of characters."""
     return "".join(BLOCKS[pair] for pair in zip(*halves, strict=True))

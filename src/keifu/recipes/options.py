@@ -16,7 +16,7 @@ LOOP = ("steps", "batch_size", "micro_batch", "learning_rate", "weight_decay", "
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
-    """Where the figures of a run go beside its folder; what every recipe has."""
+    """Options of every recipe: destinations of a run's figures apart from its folder."""
 
     tensorboard: bool = False
     """Write TensorBoard events too."""
@@ -37,7 +37,7 @@ ARGUMENT: Any = type(tyro.conf.arg())  # the class of annotations that name an o
 
 
 def to_json(recipe: Any) -> dict[str, Any]:
-    """All options, nested as in the dataclass, with lists for tuples and texts for paths."""
+    """Return all options, nested as in the dataclass, with lists for tuples and texts for paths."""
     return json.loads(json.dumps(asdict(recipe), default=str))
 
 
@@ -49,7 +49,7 @@ def from_json(usual: Any, json: Mapping[str, Any]) -> Any:
 
 
 def _value(hint: Any, value: Any, usual: Any) -> Any:
-    """JSON has no tuples, paths and dataclasses: the field's type says where one stood."""
+    """Return JSON has no tuples, paths and dataclasses: the field's type says where one stood."""
     if isinstance(value, dict):
         kind = _dataclass(hint)
         inner = usual if is_dataclass(usual) else kind() if kind else None

@@ -134,7 +134,7 @@ class Worker:
             self.pending -= 1
 
     def check_room(self, count: int) -> None:
-        """Refuse so many more requests if the queue has no room for them."""
+        """Refuse that many more requests if the queue has no room for them."""
         room = self.limits.slots + self.limits.queue
         if count > room:
             raise ApiError(400, f"{count} texts were asked for at a time; this server writes at most {room}.", "n")

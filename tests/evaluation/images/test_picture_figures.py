@@ -104,7 +104,7 @@ def test_a_model_that_must_be_told_a_class_draws_them_in_turn(free: bool, monkey
     assert [row[0] for row in found.items.rows] == list(range(11, 17))
     nearest = [row[1] for row in found.items.rows]
     assert len(set(nearest)) == (1 if free else 2) and nearest[0] == nearest[2] != (None if free else nearest[1])
-    assert "6 pictures by ddim in 3 steps, seeds 11 and on, beside" in found.notes[0]
+    assert "6 pictures by ddim in 3 steps, seeds 11 and on, next to" in found.notes[0]
     assert "no FID and KID as papers print them" in found.notes[2]
 
 

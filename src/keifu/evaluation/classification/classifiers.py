@@ -29,7 +29,7 @@ class TextClassifier:
     """A classifier or multiple-choice model with its tokenization.
 
     form: what an example must have. labels: the classes; none where examples have answers of their own. limit: the
-    model's context length in tokens. read: examples to ids, at most so many each, truncating longer ones if asked.
+    model's context length in tokens. read: examples to ids, at most that many each, truncating longer ones if asked.
     predict_proba: ids to probabilities; where an example has fewer answers than another, they are 0 at its end.
     """
 
@@ -49,7 +49,7 @@ class TextClassifier:
         return [int(label) if self.form.answers else numbers[label] for label in examples.labels]
 
     def confusion(self, examples: Examples, given: Float[Tensor, "examples answers"]) -> Confusion:
-        """Right labels against the likeliest ones; the labels of answers are their numbers."""
+        """Return right labels against the likeliest ones; the labels of answers are their numbers."""
         labels = tuple(map(str, range(given.shape[1]))) if self.form.answers else self.labels
         return Confusion.of(torch.tensor(self.targets(examples)), given.argmax(-1).cpu(), labels)
 

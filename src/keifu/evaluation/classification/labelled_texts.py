@@ -38,7 +38,8 @@ def accepts(on: str) -> bool:
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """Label each text of the table, and compare with the table's labels; a label that is unknown is a `UserError`."""
+    """Return label each text of the table, and compare with the table's labels; a label that is unknown is a
+    `UserError`."""
     judge = text_classifier(model, tokenizer)
     examples = read_examples(request.on, judge.form, encoding=request.encoding)
     if request.limit is not None:

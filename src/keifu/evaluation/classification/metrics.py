@@ -52,50 +52,51 @@ class Confusion:
 
     @classmethod
     def of(cls, right: Int[Tensor, "texts"], given: Int[Tensor, "texts"], labels: Sequence[str]) -> "Confusion":
-        """From the numbers of the true labels and of the predicted ones."""
+        """Count the numbers of the true labels and of the predicted ones."""
         size = len(labels)
         return cls(torch.bincount(right * size + given, minlength=size * size).view(size, size), tuple(labels))
 
     @property
     def accuracy(self) -> float:
-        """The share of texts whose predicted label is the true one."""
+        """Return the share of texts whose predicted label is the true one."""
         return float(self.counts.trace() / self.counts.sum())
 
     @property
     def majority(self) -> tuple[str, float]:
-        """The most frequent label, and the share of texts that have it: the accuracy of always giving that one."""
+        """Return the most frequent label, and the share of texts that have it: the accuracy of always giving that
+        one."""
         rows = self.counts.sum(1)
         return self.labels[int(rows.argmax())], float(rows.max() / rows.sum())
 
     @cached_property
     def precision(self) -> Float[Tensor, "labels"]:
-        """Of the texts predicted as a label, the share that have it; 0 where there is none."""
+        """Return share of the texts predicted as a label that have it; 0 if there are none."""
         return self.counts.diag() / self.counts.sum(0).clamp_min(1)
 
     @cached_property
     def recall(self) -> Float[Tensor, "labels"]:
-        """Of the texts that have a label, the share predicted as it; 0 where there is none."""
+        """Return share of the texts with a label that are predicted as it; 0 if there are none."""
         return self.counts.diag() / self.counts.sum(1).clamp_min(1)
 
     @cached_property
     def f1(self) -> Float[Tensor, "labels"]:
-        """The harmonic mean of precision and recall; 0 where both are."""
+        """Return the harmonic mean of precision and recall; 0 where both are."""
         return 2 * self.precision * self.recall / (self.precision + self.recall).clamp_min(1e-12)
 
     @property
     def macro_f1(self) -> float:
-        """The mean F1 of the labels that some text has or is predicted as."""
+        """Return the mean F1 of the labels that some text has or is predicted as."""
         seen = (self.counts.sum(0) + self.counts.sum(1)) > 0
         return float(self.f1[seen].mean())
 
     @property
     def figures(self) -> list[dict[str, float]]:
-        """Precision, recall and F1 of each label."""
+        """Return precision, recall and F1 of each label."""
         values = zip(self.precision.tolist(), self.recall.tolist(), self.f1.tolist(), strict=True)
         return [{"precision": precision, "recall": recall, "f1": f1} for precision, recall, f1 in values]
 
     def verdict(self) -> str:
-        """Accuracy beside that of the most frequent label, and macro F1, as a sentence."""
+        """Describe accuracy, the accuracy of the most frequent label, and macro F1 in a sentence."""
         label, share = self.majority
         return (
             f"Accuracy {self.accuracy:.1%} of {int(self.counts.sum()):,} texts (always {label!r}: {share:.1%}), "
@@ -103,7 +104,7 @@ class Confusion:
         )
 
     def by_label(self) -> tuple[list[str], list[list[str]]]:
-        """Precision, recall and F1 of each label as a table: its columns and its rows."""
+        """Return precision, recall and F1 of each label as a table: its columns and its rows."""
         each = zip(self.labels, self.figures, self.counts.sum(1).tolist(), strict=True)
         rows = [[label, *(f"{value:.3f}" for value in own.values()), f"{count:,}"] for label, own, count in each]
         return ["label", "precision", "recall", "F1", "texts"], rows
@@ -114,7 +115,8 @@ class Confusion:
         return f"{self.verdict()}\n\n{aligned([columns, *rows])}"
 
     def result(self, what: str) -> ResultTable:
-        """Precision, recall and F1 of each label as a table of an evaluation; what: the name of what was judged."""
+        """Return precision, recall and F1 of each label as a table of an evaluation; what: the name of what was
+        judged."""
         columns, rows = self.by_label()
         return ResultTable(tuple(name.replace("texts", what) for name in columns), [tuple(row) for row in rows])
 
@@ -136,7 +138,7 @@ class Confusion:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, as JSON takes them."""
+        """Return all figures, as JSON takes them."""
         majority, share = self.majority
         by_label = dict(zip(self.labels, self.figures, strict=True))
         return {

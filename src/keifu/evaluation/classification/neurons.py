@@ -29,12 +29,12 @@ class RowClassifier(Protocol):
     classes: Any
 
     def predict_proba(self, x: Float[Tensor, "rows dim"], /) -> Float[Tensor, "rows classes"]:
-        """Each class's probability."""
+        """Return each class's probability."""
         ...
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether it classifies rows of numbers."""
+    """Return whether it classifies rows of numbers."""
     return isinstance(model, RowClassifier)
 
 
@@ -44,7 +44,7 @@ def names() -> list[str]:
 
 
 def accepts(on: str) -> bool:
-    """Whether `on` is one of them or a table."""
+    """Return whether `on` is one of them or a table."""
     return on in NAMES or on.endswith(".csv")
 
 

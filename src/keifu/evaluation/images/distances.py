@@ -31,7 +31,7 @@ class FeatureMoments(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """Of the subsets' kernel distances the mean, their standard deviation, and how large the subsets were."""
+    """Mean and standard deviation of the subsets' kernel distances, and the size of the subsets."""
 
     mean: float
     deviation: float
@@ -46,7 +46,7 @@ class Manifold(NamedTuple):
 
 
 def moments(features: Features) -> FeatureMoments:
-    """Mean and covariance; fewer than two pictures are a `UserError`."""
+    """Return mean and covariance; fewer than two pictures are a `UserError`."""
     if len(features) < 2:
         raise UserError(f"{len(features)} pictures have no covariance: at least 2 are needed.")
     rows = features.double()
@@ -54,8 +54,8 @@ def moments(features: Features) -> FeatureMoments:
 
 
 def frechet(real: FeatureMoments, drawn: FeatureMoments) -> float:
-    """Fréchet's distance between two normal distributions, squared: the FID (Heusel et al., 2017), where the features
-    are Inception's. It is too large for few pictures, most of all for fewer than features have numbers."""
+    """Return Fréchet's distance between two normal distributions, squared: the FID (Heusel et al., 2017), where the
+    features are Inception's. It is too large for few pictures, most of all for fewer than features have numbers."""
     root = _root(real.covariance)
     cross = torch.linalg.eigvalsh(root @ drawn.covariance @ root).clamp_min(0).sqrt().sum()
     apart = (real.mean - drawn.mean).square().sum()
@@ -100,8 +100,8 @@ def kernel_distance(real: Real, drawn: Drawn, subsets: int = SUBSETS, size: int 
 
 
 def manifold(real: Real, drawn: Drawn, neighbours: int = 3) -> Manifold:
-    """Improved precision and recall (Kynkäänniemi et al., 2019): who lies in a ball around a picture of the other set
-    that reaches to its k-th nearest neighbour there."""
+    """Return improved precision and recall (Kynkäänniemi et al., 2019): who lies in a ball around a picture of the
+    other set that reaches to its k-th nearest neighbour there."""
     if min(len(real), len(drawn)) <= neighbours:
         raise UserError(f"Precision and recall need more than {neighbours} pictures on each side.")
     return Manifold(_coverage(real, drawn, neighbours), _coverage(drawn, real, neighbours))
@@ -115,7 +115,7 @@ def _coverage(around: Real, rows: Drawn, neighbours: int) -> float:
 
 
 def _distances(rows: Drawn, others: Real) -> Iterator[Float[Tensor, "part real"]]:
-    """Euclidean distances of some rows to all others, part by part; float64, as they come from products."""
+    """Return Euclidean distances of some rows to all others, part by part; float64, as they come from products."""
     others = others.double()
     for part in rows.split(max(1, AT_ONCE // len(others))):
         yield torch.cdist(part.double(), others)

@@ -160,7 +160,7 @@ class RandomFeatures(nn.Module):
 
 
 def extractor() -> Extractor:
-    """Inception's features where its weights are available, otherwise those of the random network."""
+    """Return Inception's features where its weights are available, otherwise those of the random network."""
     network = inception()
     if network is not None:
         return Extractor("Inception-v3 (2015), 2048 features", network, PAPERS)

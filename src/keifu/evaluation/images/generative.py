@@ -52,7 +52,7 @@ class Bound:
 
     @property
     def total(self) -> Float[Tensor, " batch"]:
-        """The bound itself."""
+        """Return the bound itself."""
         return self.prior + self.steps.sum(1)
 
 
@@ -100,11 +100,11 @@ Bytes = UInt8[Tensor, "picture channels height width"]
 def reconstruct(
     model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int, steps: int | None = None
 ) -> tuple[dict[str, float | int | str], ResultTable]:
-    """Mean PSNR in decibels and SSIM of images noised to each level of `LEFT` and denoised deterministically.
+    """Return mean PSNR in decibels and SSIM of images noised to each level of `LEFT` and denoised deterministically.
 
-    By DDIM (η = 0), along what is left from there of a path of so many steps: from the noisiest level at which at least
-    that share of an image's variance is left. Figures are those of the middle level. SSIM has no number for pictures
-    smaller than its window.
+    By DDIM (η = 0), along what is left from there of a path of that many steps: from the noisiest level at which at
+    least that share of an image's variance is left. Figures are those of the middle level. SSIM has no number for
+    pictures smaller than its window.
     """
     chosen, rows = configure_sampler(model.noise, "ddim", steps or min(STEPS, model.noise.steps)), []
     clean = pictures.take(slice(None))
@@ -128,7 +128,8 @@ def reconstruct(
 def _reconstruct(
     model: ImageModel, chosen: ConfiguredSampler, way: Schedule, pictures: Bytes, label: Tensor | None, seeds: Tensor
 ) -> tuple[Bytes, Bytes]:
-    """Pictures with noise of these seeds, at the level where a path begins, and what the path leads to from there."""
+    """Return pictures with noise of these seeds, at the level where a path begins, and what the path leads to from
+    there."""
     level, clean = way.steps[0].level, to_signed(pictures)
     x = level.alpha * clean + level.sigma * normal(seeds.to(clean.device), clean.shape[1:])
     walk = chosen.run(chosen.denoiser(label_denoiser(model, label)), x, way, SeededNoise(seeds.tolist()))
@@ -161,7 +162,7 @@ def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) 
 
 
 def condition_labels(model: ImageModel, pictures: ImageDataset) -> Tensor | None:
-    """Each image's class as the model numbers it; None for an unconditional model.
+    """Return each image's class as the model numbers it; None for an unconditional model.
 
     A model without names for its classes has the data set's own order. Images without a class are a `UserError` where
     the model is conditioned on classes.
@@ -212,12 +213,12 @@ class Neighbours:
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether it is a diffusion model without text conditioning."""
+    """Return whether it is a diffusion model without text conditioning."""
     return isinstance(model, ImageModel) and model.draws == "pixels"
 
 
 def accepts(on: str) -> bool:
-    """Whether `on` is one of them, a folder, or .tar shards."""
+    """Return whether `on` is one of them, a folder, or .tar shards."""
     return on in names() or Path(on).expanduser().exists() or on.endswith(".tar")
 
 
@@ -242,7 +243,7 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
 
 
 def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
-    """How often a classifier of rows of grey values sees the class in an image that it was drawn of."""
+    """Return how often a classifier of rows of grey values sees the class in an image that it was drawn of."""
     judge, classes = request.judge, drawer.config.classes or ()
     if not isinstance(judge, RowClassifier) or not classes:
         raise UserError(
@@ -285,7 +286,7 @@ def write_neighbours(
     seen = extractor()
     near, figures = compare_images(seen, drawn, real, held)
     notes = [
-        f"{len(drawn):,} pictures by {wanted.sampler} in {wanted.steps} steps, seeds {wanted.seed} and on, beside "
+        f"{len(drawn):,} pictures by {wanted.sampler} in {wanted.steps} steps, seeds {wanted.seed} and on, next to "
         f"{len(real):,} of {request.on} at {real.shape[2]} x {real.shape[1]}; features: {seen.name}.",
         "The Fréchet distance falls with the number of drawn pictures: compare it between equal numbers only.",
     ]
@@ -304,8 +305,8 @@ def write_neighbours(
 
 
 def _held_out(drawer: ImageModel, held: ImageDataset, request: EvalRequest) -> EvalResult:
-    """Reconstruction and bits of held-out images; where that cannot be, a note, or a `UserError` if it was requested
-    by name."""
+    """Return reconstruction and bits of held-out images; where that cannot be, a note, or a `UserError` if it was
+    requested by name."""
     try:
         if not len(held):
             raise UserError(
@@ -357,7 +358,7 @@ def compare_images(
 
 
 def _figures(seen: Extractor, real: Tensor, drawn: Tensor, whose: str) -> dict[str, float | int | str]:
-    """Fréchet and kernel distance, precision and recall, each with its name."""
+    """Return Fréchet and kernel distance, precision and recall, each with its name."""
     distance, among = kernel_distance(real, drawn), manifold(real, drawn)
     named = seen.titles
     return {
@@ -417,7 +418,7 @@ def read_squares(on: str, size: tuple[int, int], channels: int) -> ImageDataset:
 def _generated(
     pipeline: pixel_diffusion.PixelPipeline, wanted: ImageRequest, count: int, size: int, labels: Sequence[int | None]
 ) -> Bytes:
-    """So many images with consecutive seeds, of each class in turn."""
+    """Generate `count` images with consecutive seeds, of each class in turn."""
     pictures: dict[int, Tensor] = {}
     with counting("Drawing", count, "pictures") as advance:
         for turn, label in enumerate(labels):

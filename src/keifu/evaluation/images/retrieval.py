@@ -155,16 +155,16 @@ def recall_both_ways(
     owners: Int[Tensor, " texts"] | None = None,
     alike: Int[Tensor, " pictures"] | None = None,
 ) -> tuple[Recall, Recall]:
-    """Captions found by pictures, and pictures found by captions. owners: the picture of each caption, by place; unset,
-    the captions are in the pictures' order. alike: a number for each picture, which owners then are; pictures with the
-    same one have the same caption, and each is right for it."""
+    """Return captions found by pictures, and pictures found by captions. owners: the picture of each caption, by place;
+    unset, the captions are in the pictures' order. alike: a number for each picture, which owners then are; pictures
+    with the same one have the same caption, and each is right for it."""
     numbers = torch.arange(len(pictures), device=pictures.device) if alike is None else alike
     owners = numbers if owners is None else owners
     return recall(ranks(pictures, texts, numbers, owners)), recall(ranks(texts, pictures, owners, numbers))
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether the model has a tower for pictures and one for texts."""
+    """Return whether the model has a tower for pictures and one for texts."""
     return isinstance(model, TwoTowers)
 
 
@@ -174,7 +174,7 @@ def names() -> list[str]:
 
 
 def accepts(on: str) -> bool:
-    """Whether these are pictures: a catalogue name, a folder or shards."""
+    """Return whether these are pictures: a catalogue name, a folder or shards."""
     return in_catalogue(on) or on.endswith(".tar") or Path(on).expanduser().is_dir()
 
 
@@ -218,10 +218,9 @@ def both_ranks(
     for_captions: tuple[Tensor, Tensor], for_pictures: tuple[Tensor, Tensor], alike: Int[Tensor, " pictures"]
 ) -> dict[str, list[int]]:
     """Return the rank of each picture's caption, and of each caption's picture. Both pairs are pictures and texts."""
-    return {
-        "captions": ranks(*for_captions, alike, alike).tolist(),
-        "pictures": ranks(*for_pictures[::-1], alike, alike).tolist(),
-    }
+    pictures, texts = for_pictures
+    captions = ranks(*for_captions, alike, alike)
+    return {"captions": captions.tolist(), "pictures": ranks(texts, pictures, alike, alike).tolist()}
 
 
 def _counted(train: ImageDataset, pictures: ImageDataset, language: str) -> dict[str, list[int]]:
@@ -250,7 +249,7 @@ def _interval(values: Any, families: Sequence[int]) -> str:
 
 
 def equal(captions: Sequence[str]) -> Int[Tensor, " captions"]:
-    """For each caption the place of the first that is the same text."""
+    """Return for each caption the index of the first equal caption."""
     first: dict[str, int] = {}
     return torch.tensor([first.setdefault(caption, place) for place, caption in enumerate(captions)])
 

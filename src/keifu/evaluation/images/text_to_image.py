@@ -39,8 +39,9 @@ def cosines(
 
 
 def clip_scores(found: Float[Tensor, "picture texts"]) -> tuple[Float[Tensor, " picture"], Float[Tensor, " picture"]]:
-    """CLIPScore without its factor of 2.5, in hundredths (Hessel et al., 2021, section 3): 100 · max(cosine, 0) of each
-    picture with its own text, and the mean of the same with all other texts, which is what shuffled captions have."""
+    """Return CLIPScore without its factor of 2.5, in hundredths (Hessel et al., 2021, section 3): 100 · max(cosine, 0)
+    of each picture with its own text, and the mean of the same with all other texts, which is what shuffled captions
+    have."""
     scores, count = 100 * found.clamp(min=0), len(found)
     own = scores.diagonal()
     return own, (scores.sum(1) - own) / max(1, count - 1)
@@ -102,7 +103,7 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
 
 
 def _requested(drawer: TextToImagePipeline, request: EvalRequest) -> tuple[ImageSplit, ImageRequest]:
-    """Captioned images of the model's size, split, and the request with which each is generated."""
+    """Return captioned images of the model's size, split, and the request with which each is generated."""
     guidance = drawer.usual_guidance if request.guidance is None else request.guidance
     sampler = request.sampler or drawer.usual_sampler
     wanted = ImageRequest(sampler, request.steps, request.seed, guidance=guidance, text="a", truncate=True)

@@ -27,7 +27,7 @@ Stage = tuple[str, Float[Tensor, "size size classes"]]  # a title, and what `cla
 
 
 def limits(points: Table) -> tuple[float, float, float, float]:
-    """Left, right, bottom and top of the picture: the points' own, with a margin."""
+    """Return left, right, bottom and top of the picture: the points' own, with a margin."""
     low, high = points.inputs.amin(0), points.inputs.amax(0)
     margin = 0.25 * (high - low).clamp_min(1e-9)
     (left, bottom), (right, top) = (low - margin).tolist(), (high + margin).tolist()
@@ -43,7 +43,7 @@ def class_shares_on(points: Table, shares: Shares, size: int = 200) -> Float[Ten
 
 
 def spread(steps: Sequence[int], most: int = 6) -> list[int]:
-    """At most so many of the ascending steps: the first, the last, and between them ever wider apart."""
+    """Choose at most `count` of the ascending steps: the first, the last, and between them ever wider apart."""
     last = len(steps) - 1
     if last < most:
         return list(steps)
@@ -52,7 +52,7 @@ def spread(steps: Sequence[int], most: int = 6) -> list[int]:
 
 
 def paint(axes: "Axes", points: Table, plane: Float[Tensor, "size size classes"], title: str) -> None:
-    """Draws the plane in the classes' colours, the boundary between them as a line, and the points on it."""
+    """Draw the plane in the classes' colours, the boundary between them as a line, and the points on it."""
     from matplotlib.colors import to_rgb
 
     left, right, bottom, top = extent = limits(points)
@@ -72,7 +72,7 @@ def paint(axes: "Axes", points: Table, plane: Float[Tensor, "size size classes"]
 
 
 def scatter(axes: "Axes", points: Table) -> None:
-    """Draws the points, each class in its colour and with its marker."""
+    """Draw the points, each class in its colour and with its marker."""
     size = 70 if len(points.inputs) <= 12 else 12
     for kind, name in enumerate(points.classes):
         x, y = points.inputs[points.targets == kind].T.numpy()
@@ -113,7 +113,7 @@ def crossing(points: Table, mixture: Float[Tensor, "rows"], title: str) -> bytes
 
 
 def label(figure: "Figure", panels: Sequence["Axes"], points: Table) -> None:
-    """Names the columns beside the panels, and the classes below them."""
+    """Write the columns next to the panels, and the classes below them."""
     panels[0].set_ylabel(points.columns[1], fontsize=9)
     for axes in panels:
         axes.set_xlabel(points.columns[0], fontsize=9)
@@ -146,7 +146,7 @@ def png(figure: "Figure") -> bytes:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines of text in columns, the first to the left and the others to the right."""
+    """Return rows of cells as lines of text in columns, the first to the left and the others to the right."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([name.ljust(first), *map(str.rjust, cells, others)] for name, *cells in rows)
     return "\n".join(map("  ".join, lines))
@@ -178,14 +178,14 @@ def names(results: Sequence[Result]) -> tuple[list[str], list[str]]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Held-out accuracy of every pair, one row an activation, one column a loss."""
+    """Return held-out accuracy of every pair, one row an activation, one column a loss."""
     activations, losses = names(results)
     found = {(r.activation, r.loss): f"{r.accuracy:.1%}" for r in results}
     return aligned([["held-out accuracy", *losses], *([a, *(found[a, loss] for loss in losses)] for a in activations)])
 
 
 def curves(results: Sequence[Result]) -> bytes:
-    """Accuracy and loss by step as PNG: a column of two panels for each loss, a line for each activation."""
+    """Return accuracy and loss by step as PNG: a column of two panels for each loss, a line for each activation."""
     activations, losses = names(results)
     figure, panels = canvas(2 * len(losses), len(losses), 3.0)
     for place, loss in enumerate(losses):

@@ -38,7 +38,7 @@ NUMBER = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
 def accepts(on: str) -> bool:
-    """Whether `on` is one of them, or the description of a task in a file."""
+    """Return whether `on` is one of them, or the description of a task in a file."""
     return on in TASKS or is_task(Path(on))
 
 
@@ -81,7 +81,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 
 
 def baselines(items: Sequence[TaskItem]) -> dict[str, float | str]:
-    """Baselines without a model: accuracy of the most frequent answer, and of guessing among the choices."""
+    """Return baselines without a model: accuracy of the most frequent answer, and of guessing among the choices."""
     if all(item.choices for item in items):
         shared = len({item.choices for item in items}) == 1
         kinds = Counter(item.answer if shared else f"choice {item.right + 1}" for item in items)
@@ -101,7 +101,7 @@ def normalize_answer(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Prompting:
-    """The prompts of some items, each with so many shots, and the model that is evaluated on them."""
+    """Prompts of some items with their shots, and the model that is evaluated on them."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -127,13 +127,13 @@ class _Prompting:
         return found
 
     def rows(self, scored: ScoredItem, headline: str) -> list[tuple[Any, ...]]:
-        """Prompt, answer and score of each item, one row an item."""
+        """Return prompt, answer and score of each item, one row an item."""
         answers = [item.answer for item in self.drawn.items]
         columns = self.prompts, answers, scored.given, scored.right[headline], scored.details
         return [(self.shots, *row) for row in zip(*columns, strict=True)]
 
     def likelihoods(self, pairs: Sequence[ScoredPair]) -> list[Likelihood]:
-        """Of each pair, with a progress bar over the prompts."""
+        """Return the likelihood of each pair, with a progress bar over the prompts."""
         with counting(f"Asking with {self.shots} shots", len({p.prompt for p in pairs}), "prompts") as progress:
             return likelihoods(self.model, pairs, self.batch_size, progress)
 
@@ -160,7 +160,7 @@ def _by_choice(asking: _Prompting) -> ScoredItem:
 
 
 def _scores(item: TaskItem, likely: Sequence[Likelihood], unconditional: Sequence[float]) -> dict[str, list[float]]:
-    """Each of `SCORES`, of every choice."""
+    """Return each of `SCORES`, of every choice."""
     totals = [each.total for each in likely]
     by_token = [each.total / len(each.log_probabilities) for each in likely]
     by_character = [total / max(1, len(choice)) for total, choice in zip(totals, item.choices, strict=True)]
@@ -173,7 +173,7 @@ def _best(values: Sequence[float]) -> int:
 
 
 def _by_exact(asking: _Prompting) -> ScoredItem:
-    """Exact match of the greedily generated answer, up to a stop string."""
+    """Return exact match of the greedily generated answer, up to a stop string."""
     task, items = asking.drawn.task, asking.drawn.items
     prompts = [each.prompt for [each] in asking.pairs([[item.answer] for item in items])]
     sampling = SamplingParams(max_tokens=task.max_tokens, temperature=0, stop=task.until, seed=0)
@@ -186,7 +186,7 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
 
 
 def _by_cloze(asking: _Prompting) -> ScoredItem:
-    """Whether greedy decoding would generate the answer, and how likely the answer is."""
+    """Return whether greedy decoding would generate the answer, and how likely the answer is."""
     found = asking.likelihoods([each for [each] in asking.pairs([[item.answer] for item in asking.drawn.items])])
     losses = [-each.total for each in found]
     perplexities = [math.exp(min(value, 700.0)) for value in (sum(losses) / len(losses), *bootstrap(losses))]

@@ -1,4 +1,4 @@
-"""What happens inside a model while it reads: where each head looks, and what each layer would say; and pictures of it.
+"""Records of a model while it reads: where each head looks, the words of each layer, and pictures of both.
 
 Axes: heads, length = queries, seen = keys, layer, place = tokens.
 """
@@ -80,8 +80,8 @@ def _weights(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tens
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """What was seen. rows: tokens that look; columns: those looked at. attention: of each layer, by its name. lens: for
-    each layer and place the likeliest tokens there, of causal models.
+    """Attention and lens of a text. rows: tokens that look; columns: those looked at. attention: of each layer, by its
+    name. lens: for each layer and place the likeliest tokens there, of causal models.
     """
 
     rows: list[int]

@@ -57,7 +57,7 @@ class KeifuLM(LM):
         self.batch_size = max_batch_size if batch_size in (None, "auto") else int(batch_size)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """ln P of each continuation after its context, and whether greedy decoding would generate it."""
+        """Return ln P of each continuation after its context, and whether greedy decoding would generate it."""
         texts = [request.args for request in requests]
         pairs = [self._cut(pair) for pair in likelihood.join_tokens(self.tokenizer, texts, allow_special=True)]
         found = [(each.total, each.greedy) for each in self._likelihoods(pairs)]
@@ -66,7 +66,8 @@ class KeifuLM(LM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """ln P of each whole text, in windows as long as the context that each begin with the last one's last token."""
+        """Return ln P of each whole text, in windows as long as the context that each begin with the last one's last
+        token."""
         texts = [request.args[0] for request in requests]
         front, [begin] = likelihood.first_context(self.tokenizer, texts), likelihood.common_beginning(self.tokenizer)
         windows: list[list[likelihood.ScoredPair]] = []  # of each text
@@ -105,7 +106,7 @@ class KeifuLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The name by which the harness distinguishes cached requests."""
+        """Return the name by which the harness distinguishes cached requests."""
         return self.tokenizer.fingerprint
 
     def get_model_info(self) -> dict[str, Any]:

@@ -26,14 +26,14 @@ LONGEST = 1024  # tokens of a window, of models that take more
 
 @dataclass(frozen=True)
 class MixtureLosses:
-    """The mean loss in nats over so many tokens."""
+    """Mean loss in nats, and the number of tokens."""
 
     loss: float
     tokens: int
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether it is a language model."""
+    """Return whether it is a language model."""
     return isinstance(model, Model)
 
 
@@ -61,8 +61,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 
 
 def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, span_corruption.CorruptionTask]:
-    """From left to right, "loss", after the token that begins a text; and, where the tokenizer has modes and sentinels
-    for it, "infilling": hidden tokens given both sides, of UL2's first R-denoiser."""
+    """Return from left to right, "loss", after the token that begins a text; and, where the tokenizer has modes and
+    sentinels for it, "infilling": hidden tokens given both sides, of UL2's first R-denoiser."""
     vocabulary = tokenizer.backend.get_vocab()
     begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if not vocabulary.keys() >= {*span_corruption.MODES} or begin != vocabulary[span_corruption.SEQUENTIAL]:

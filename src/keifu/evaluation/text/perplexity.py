@@ -29,7 +29,7 @@ BATCH_SIZE = 8
 
 
 def accepts(on: str) -> bool:
-    """Whether `on` is one of them, a file or a folder."""
+    """Return whether `on` is one of them, a file or a folder."""
     return on in names() or Path(on).exists()
 
 
@@ -86,7 +86,8 @@ STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 
 def bigram_loss(training: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
-    """Nats a token on `held_out` of p(b | a) = (count(a, b) + s · p(b)) / (count(a) + s), with counts of `training`.
+    """Return nats a token on `held_out` of p(b | a) = (count(a, b) + s · p(b)) / (count(a) + s), with counts of
+    `training`.
 
     p(b) is the share of b in training, one count added to each token. The strength s of this Dirichlet prior (MacKay
     and Peto, 1995) is the one of seven that is best on the held-out tokens, so that the baseline is as strong as it can

@@ -4,7 +4,7 @@ Demonstrations are whole items with their answers (Brown et al., 2020, section 2
 changes. They are sampled once by a seed and are the same before every item, so that a model reads them once.
 
 Built-in tasks come from the catalogue or from a rule, the same at every call: topics and titles of Wikipedia articles,
-last words of speeches, arithmetic. A task of one's own is a small YAML or JSON description beside its items;
+last words of speeches, arithmetic. A task of one's own is a small YAML or JSON description next to its items;
 docs/tasks.md has the format. A missing or wrong field is a `UserError` that names the file, the line and the field.
 """
 
@@ -54,7 +54,7 @@ class TaskItem:
 
     @property
     def right(self) -> int:
-        """The place of the answer among the choices."""
+        """Return the place of the answer among the choices."""
         return self.choices.index(self.answer)
 
 
@@ -136,7 +136,7 @@ EXAMPLES = 200  # others, to draw demonstrations from
 
 
 def topics() -> FewShotTask:
-    """Which of 12 topics a Wikipedia article has, from the first 60 words of its title and summary."""
+    """Make a task of topics: one of 12 for a Wikipedia article, from the first 60 words of its title and summary."""
     learned, held = read("wiki-summaries").split(HELD_OUT_ARTICLES)
     labels = learned.classes
 
@@ -149,7 +149,7 @@ def topics() -> FewShotTask:
 
 
 def titles() -> FewShotTask:
-    """Which of four articles of one topic a short description belongs to; the other three are chosen by a hash."""
+    """Make a task of titles: the article of a short description, among four of one topic chosen by a hash."""
     content = json.loads(catalogue.fetch("wiki-summaries").read_text(encoding="utf-8"))
     by_topic: dict[str, list[str]] = defaultdict(list)
     for title, article in content.items():
@@ -177,7 +177,7 @@ def last_word() -> FewShotTask:
 
 
 def _passages(speech: str) -> Iterator[tuple[str, str]]:
-    """At most one passage of each paragraph: its words but the last one, and that."""
+    """Return at most one passage of each paragraph: its words but the last one, and that."""
     for paragraph in speech.split("\n"):
         for end in re.finditer(r" ([a-z]{4,})[.?!]+(?= |$)", paragraph):
             before = paragraph[: end.start()]
@@ -194,7 +194,8 @@ OPERATIONS = {  # a word for each, its sign, and what it does
 
 
 def arithmetic(digits: int, operation: str) -> FewShotTask:
-    """Questions such as "Q: What is 48 plus 76?", with numbers from 0 on, sampled uniformly (GPT-3, section 3.9.1)."""
+    """Return questions such as "Q: What is 48 plus 76?", with numbers from 0 on, sampled uniformly (GPT-3, section
+    3.9.1)."""
     word, _, compute = OPERATIONS[operation]
 
     def question(draw: Random) -> TaskItem:
@@ -205,7 +206,7 @@ def arithmetic(digits: int, operation: str) -> FewShotTask:
 
 
 def composite_arithmetic() -> FewShotTask:
-    """Questions such as "Q: What is 6+(4*8)?": three single digits, the last two in brackets (section 3.9.1)."""
+    """Return questions such as "Q: What is 6+(4*8)?": three single digits, the last two in brackets (section 3.9.1)."""
     compute = {sign: function for _, sign, function in OPERATIONS.values()}
 
     def question(draw: Random) -> TaskItem:
@@ -217,7 +218,7 @@ def composite_arithmetic() -> FewShotTask:
 
 
 def _generated(name: str, question: Callable[[Random], TaskItem]) -> FewShotTask:
-    """Distinct questions, always the same; the first are the items, the others the demonstrations."""
+    """Return distinct questions, always the same; the first are the items, the others the demonstrations."""
     draw, items = Random(name), dict[TaskItem, None]()
     while len(items) < INSTANCES + EXAMPLES:
         items[question(draw)] = None
@@ -246,7 +247,7 @@ SLOT = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 
 def is_task(path: Path) -> bool:
-    """Whether a file describes a task, by its suffix and by one of the fields that a task needs."""
+    """Return whether a file describes a task, by its suffix and by one of the fields that a task needs."""
     if path.suffix not in SUFFIXES or not path.is_file():
         return False
     text = path.read_text(encoding="utf-8-sig", errors="replace")
@@ -254,7 +255,7 @@ def is_task(path: Path) -> bool:
 
 
 def _field(name: str, text: str) -> re.Match[str] | None:
-    """Where a field of the description stands in it."""
+    """Return position of a field in the description."""
     return re.search(rf"^[ \t{{,\"']*{re.escape(name)}[\"']?\s*:", text, re.MULTILINE)
 
 

@@ -94,7 +94,7 @@ class Scorer:
 
 
 def language_of(texts: Iterable[str]) -> str:
-    """ja, zh or ko where most letters are of that script, else "": a language by its script alone."""
+    """Return ja, zh or ko if most letters are of that script, else "": a language by its script alone."""
     letters = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32).astype(np.int64)
     counts = Counter(SCRIPTS[number] for number in script_numbers(letters).tolist())
     kana, han, hangul = counts["Hiragana"] + counts["Katakana"], counts["Han"], counts["Hangul"]
@@ -107,7 +107,7 @@ def language_of(texts: Iterable[str]) -> str:
 
 
 def _tokenizer(language: str) -> tuple[str, str]:
-    """sacrebleu's tokenizer for a language, and a remark."""
+    """Return sacrebleu's tokenizer for a language, and a remark."""
     if language != "ja":
         return ("zh", "") if language == "zh" else ("13a", "")
     try:
@@ -134,7 +134,7 @@ OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "o
 
 
 def accepts(on: str) -> bool:
-    """Whether `on` is one of them, or a file or two."""
+    """Return whether `on` is one of them, or a file or two."""
     return on in names() or all(Path(part.strip()).expanduser().is_file() for part in on.split(","))
 
 
@@ -196,7 +196,7 @@ def by_nearness(
 
 
 def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
-    """The test pairs, in the model's direction where that is known, and notes about them."""
+    """Return the test pairs, in the model's direction where that is known, and notes about them."""
     pairs = read_pairs(request.on, request.reverse, (request.source_field, request.target_field), request.encoding)
     notes = [pairs.left_out] if pairs.left_out else []
     trained = request.languages[0], request.languages[1]
@@ -213,7 +213,7 @@ def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
 
 
 def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], request: EvalRequest) -> list[Translation]:
-    """One translation for each source text, which is not split into sentences, since its reference is not."""
+    """Return one translation for each source text, which is not split into sentences, since its reference is not."""
     given = {each.name: vars(request).get(each.name) for each in fields(TranslationParams)}
     settings = TranslationParams(**{name: value for name, value in given.items() if value is not None})
     with counting("Translating", len(sources), "sentences") as progress:

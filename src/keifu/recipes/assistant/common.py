@@ -1,5 +1,5 @@
-"""What the recipes that make an assistant of a language model share: options, loading with a chat template, adapters,
-ranked responses, prompts with rewards, and saving.
+"""Shared code of the recipes that make an assistant of a language model: options, loading with a chat template,
+adapters, ranked responses, prompts with rewards, and saving.
 """
 
 import copy
@@ -52,16 +52,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters in place of the whole model."""
+    """Low-rank adapters that are trained instead of the whole model."""
 
     rank: Natural = 0
-    """Of each adapter; 0 trains the whole model."""
+    """Rank of each adapter; 0 trains the whole model."""
     alpha: Finite = 16.0
     """The adapter's product is multiplied with alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
     """Ends of the names of layers as the model's files call them, such as q_proj v_proj; all-linear: every one."""
     dropout: BelowOne = 0.0
-    """Of the adapters' inputs."""
+    """Dropout of the adapters' inputs."""
     dora: bool = False
     """Learn the length of each row apart from its direction (Liu et al., 2024)."""
 
@@ -94,7 +94,7 @@ class FinetuneTask:
 
     @property
     def result(self) -> nn.Module:
-        """The part of the model that is kept."""
+        """Return the part of the model that is kept."""
         return self.model
 
 
@@ -111,10 +111,10 @@ def finetune(
     sample: Sample | None = None, save: Save | None = None, *, options: Mapping[str, Any], data: Mapping[str, Any],
     **report: Any,
 ) -> Summary:  # fmt: skip
-    """Trains the task's model into a run folder, which then holds the result: a whole model, or its adapters.
+    """Train the task's model into a run folder, which then holds the result: a whole model, or its adapters.
 
-    options: what decides the result beside the settings and `recipe.origin()`. data: counts of the examples. report:
-    what else the run is described by (see `train_run`)."""
+    options: the values that decide the result, apart from the settings and `recipe.origin()`. data: counts of the
+    examples. report: what else the run is described by (see `train_run`)."""
 
     def save_task(directory: Path) -> None:
         save_result(task.result, task.tokenizer, directory, recipe.model)
@@ -127,7 +127,7 @@ def finetune(
 
 
 def counted(what: str, parts: Sequence[Any], dropped: int) -> dict[str, int]:
-    """Lines of the report: the examples of both parts, and those that were too long."""
+    """Return lines of the report: the examples of both parts, and those that were too long."""
     learned, held = map(len, parts)
     return {f"{what} to learn from": learned, f"{what} held out": held, "too long, left out": dropped}
 
@@ -182,7 +182,7 @@ def padding(tokenizer: Tokenizer, texts: Sequence[Sequence[int]]) -> Tokenizer:
 
 
 def row_length(model: Any, wanted: int | None) -> int:
-    """Tokens of a row: as many as wanted, or 1024 at most; more than the model takes is a `UserError`."""
+    """Return tokens of a row: as many as wanted, or 1024 at most; more than the model takes is a `UserError`."""
     room = causal(model).config.context_length
     if wanted is not None and wanted > room:
         raise UserError(f"A row of {wanted} tokens does not fit this model's context of {room}: choose a smaller one.")
@@ -228,7 +228,7 @@ def save_result(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: s
 
 
 def prompt_parts(source: str, share: float) -> tuple[list[RankedResponses], list[RankedResponses]]:
-    """To learn from, and held out; the same question is never on both sides."""
+    """Split the preferences into training and held-out ones; the same question is never on both sides."""
     found = list(read_preferences(source))
     return held_out(found, [each.prompt[-1]["content"] for each in found], share)
 
@@ -238,10 +238,10 @@ def ranked_examples(
     make: Callable[[RankedResponses], Iterable[T]],
     answers: Callable[[T], Sequence[TurnMasks]],
     length: int,
-    told: tuple[str, str],
+    message: tuple[str, str],
 ) -> tuple[list[T], list[T], int]:
-    """Training and held-out examples of the preferences, and how many were left out as one of their answers is too
-    long, which is an error unless they may be. `told` is what the error says before and behind the length."""
+    """Return training and held-out examples of the preferences, and how many were left out as one of their answers is
+    too long, which is an error unless they may be. `message` is the error's text before and after the length."""
     fitting, dropped = list[list[T]](), 0
     for side in prompt_parts(recipe.data, recipe.held_out):
         found = [example for ranked in side for example in make(ranked)]
@@ -249,7 +249,7 @@ def ranked_examples(
         over = [size for size in longest if size > length]
         if over and not recipe.drop_long:
             raise UserError(
-                f"{len(over):,} of {len(found):,} {told[0]} longer than {length} tokens, the longest {told[1]}"
+                f"{len(over):,} of {len(found):,} {message[0]} longer than {length} tokens, the longest {message[1]}"
                 f"{max(over)}: leave them out with --drop-long, or choose a longer --context-length."
             )
         fitting.append([one for one, size in zip(found, longest, strict=True) if size <= length])
@@ -275,7 +275,7 @@ class SumPrompts:
     terms: tuple[Count, Count] = (2, 3)
     """The fewest and the most numbers of a problem."""
     digits: Count = 1
-    """Of a number, at most."""
+    """Most digits of a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,11 +287,11 @@ class RolloutOptions(AssistantOptions):
     sft takes them; or gym:NAME, problems of reasoning-gym (gym:chain_sum,max_terms=3); or chain-sum, the built-in task.
     """
     sums: SumPrompts = field(default_factory=SumPrompts)
-    """Of chain-sum."""
+    """Options of chain-sum."""
     prompts: Count = 8
     """Prompts of a rollout."""
     max_tokens: Count = 64
-    """Of a response, at most."""
+    """Most tokens of a response."""
     temperature: Temperature = 1.0
     """Sampling temperature of the responses."""
     minibatches: Count = 1
@@ -311,13 +311,13 @@ class RolloutOptions(AssistantOptions):
         )
 
     def parts(self) -> tuple[list[Prompt], list[Prompt]]:
-        """Prompts to learn from, and held out."""
+        """Return prompts to learn from, and held out."""
         found = prompts(self.data, self.sums, self.seed)
         return held_out(found, [each.text for each in found], self.held_out)
 
 
 def prompts(source: str, sums: SumPrompts, seed: int) -> Sequence[Prompt]:
-    """Those of a file or of conversations known by name, of reasoning-gym, or of the built-in task."""
+    """Read the prompts of a file or of conversations known by name, of reasoning-gym, or of the built-in task."""
     if source.startswith(gym.PREFIX):
         return [prompt(record, source) for record in gym.gym_problems(source, sums.count, seed)]
     if source != CHAIN_SUM:
@@ -327,7 +327,7 @@ def prompts(source: str, sums: SumPrompts, seed: int) -> Sequence[Prompt]:
 
 @dataclass(frozen=True, eq=False)
 class RewardOptions:
-    """What scores answers; the reward model and its tokenizer, where it is one; a hash of whatever it is."""
+    """Scorer of answers; the reward model and its tokenizer, if it is one; its hash."""
 
     scorer: Scorer
     model: ModelReward | None
@@ -335,7 +335,7 @@ class RewardOptions:
 
 
 def make_rewards(name: str) -> RewardOptions:
-    """By a function (see `keifu.alignment.rewards.reward`), or by a reward model: a directory or a hub id."""
+    """Score by a function (see `keifu.alignment.rewards.reward`), or by a reward model: a directory or a hub id."""
     if name in OWN or ".py:" in name or not (Path(name).is_dir() or "/" in name):
         return RewardOptions(score_responses(reward(name)), None, text_hash(name))
     model: Any
@@ -366,8 +366,8 @@ def learn_from_rollouts(
     recipe: Any, task: RolloutTask, objective: Objective, settings: Settings, out: Path, resume: bool, paper: str,
     normal: Mapping[str, Range], options: Mapping[str, Any],
 ) -> tuple[Summary, DivergenceMonitor]:  # fmt: skip
-    """Trains the task's model into a run folder. options: what decides the result beside the settings and the reward;
-    normal: the figures that are no warning."""
+    """Train the task's model into a run folder. options: the values that decide the result, apart from the settings
+    and the reward; normal: the figures that are no warning."""
     # warnings of a run that is resumed compare with its own first figures
     first = next((line for line in metrics.read(out) if "reward" in line), {}) if resume else {}
     watched = DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
@@ -386,8 +386,8 @@ def learn_from_rollouts(
 
 
 def measured(names: Sequence[str]) -> dict[str, RewardOptions]:
-    """Rewards that are shown and not learned from, each by the end of its name, as much of it as tells it from the
-    others: of runs/a/reward and runs/b/reward it is measured_a_reward and measured_b_reward."""
+    """Return rewards that are shown and not learned from, each by the end of its name, as much of it as tells it from
+    the others: of runs/a/reward and runs/b/reward it is measured_a_reward and measured_b_reward."""
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"--measured names {twice} twice: leave one out.")
@@ -402,7 +402,7 @@ def measured(names: Sequence[str]) -> dict[str, RewardOptions]:
 
 def print_sentence(watched: DivergenceMonitor, figures: Mapping[str, float], out: Path) -> None:
     """Print the last figures with their normal ranges, the answers to held-out prompts, and the model's folder."""
-    print(f"The last figures, each beside its normal range:\n{watched.table(figures)}")
+    print(f"The last figures, each with its normal range:\n{watched.table(figures)}")
     if (mean := figures.get("validation_reward")) is not None:
         print(f"The likeliest answers to held-out prompts have a mean reward of {mean:.3g}.")
     print(f"The model is in {out}: keifu chat {shell(out)}")

@@ -78,7 +78,7 @@ def prepare(recipe: Recipe) -> Task:
 
 
 def pairs(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Pair]:
-    """Every better answer with every worse one, as ids."""
+    """Return every better answer with every worse one, as ids."""
     turns = [sample_answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
     return [Pair(turns[better], turns[worse]) for better, worse in ranked.pairs()]
 
@@ -100,8 +100,8 @@ def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
-    """Trains the task's model into a run folder."""
-    # float32: differences of log-probabilities are small beside what bfloat16 rounds away
+    """Train the task's model into a run folder."""
+    # float32: differences of log-probabilities are smaller than the rounding of bfloat16
     more: dict[str, Any] = {"schedule": "linear", "final_ratio": 0.0, "precision": "float32"}
     options = {name: vars(recipe)[name] for name in ("loss", "beta", "label_smoothing")}
     return common.finetune(
@@ -113,11 +113,11 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`, which keifu chat reads afterwards."""
+    """Train into `out`, which keifu chat reads afterwards."""
     task = prepare(recipe)
     if task.dropped:
         print(f"{task.dropped:,} pairs are longer than a row and were left out.")
     summary = learn(recipe, task, out, resume)
     if (right := summary.figures.get("validation_accuracy")) is not None:
-        print(f"Of held-out pairs the better answer has the higher reward in {right:.1%}.")
+        print(f"In held-out pairs the better answer has the higher reward in {right:.1%}.")
     print(f"The model is in {out}: keifu chat {shell(out)}")

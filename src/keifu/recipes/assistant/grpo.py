@@ -64,13 +64,13 @@ def settings(recipe: Recipe) -> Settings:
 
 
 def learn(recipe: Recipe, task: RolloutTask, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
-    """Trains the task's model into a run folder."""
+    """Train the task's model into a run folder."""
     objective, chosen = grpo(recipe.clip, recipe.beta, recipe.temperature), settings(recipe)
     options, paper = {"clip": recipe.clip, "beta": recipe.beta}, "Shao et al., DeepSeekMath (2024)"
     return common.learn_from_rollouts(recipe, task, objective, chosen, out, resume, paper, NORMAL, options)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`, which keifu chat reads afterwards."""
+    """Train into `out`, which keifu chat reads afterwards."""
     summary, watched = learn(recipe, prepare(recipe), out, resume)
     common.print_sentence(watched, summary.figures, out)

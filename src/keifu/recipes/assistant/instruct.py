@@ -29,7 +29,7 @@ from keifu.training.run.report import write_joined
 from keifu.training.settings import compare, flat
 from keifu.training.signals import Interrupted
 
-PHASES = "phases.json"  # what each finished step was told
+PHASES = "phases.json"  # options of each finished step
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Phase(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
+        """Return whether it came to its end."""
         return bool(read_recipe(self.folder).get("finished"))
 
 
@@ -127,7 +127,7 @@ INPUTS: dict[str, Callable[[Any], None]] = {"sft": _demonstrations, "reward": _r
 
 
 def check(phase: Phase, done: dict[str, dict[str, Any]]) -> None:
-    """Refuses other options for a step that is done: what came after it rests on them."""
+    """Refuse other options for a step that is done: what came after it rests on them."""
     if phase.name not in done:
         return
     if changed := compare(done[phase.name], flat(asdict(phase.recipe))):

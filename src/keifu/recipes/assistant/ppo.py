@@ -37,7 +37,7 @@ POLICY = "policy"
 
 @dataclass(frozen=True)
 class Text(TextOptions):
-    """Pretraining text beside the answers (PPO-ptx), so that what was learned from it is kept."""
+    """Pretraining text next to the answers (PPO-ptx), so that the model keeps what it learned from it."""
 
     data: str | None = None
     """A catalogue name (keifu data list), a file or a folder; unset: none."""
@@ -63,7 +63,7 @@ class Recipe(RolloutOptions):
     """A reward model, a run of keifu train reward; or file.py:function, called with a prompt, an answer and the example
     (a dict); or last-number or exact, which compare with the example's field answer; or reasoning-gym, its scorers."""
     value: str | None = None
-    """What the value model begins as: a reward model, or policy, which is the policy with a new head; unset: the reward
+    """Start of the value model: a reward model, or policy, which is the policy with a new head; unset: the reward
     model, or the policy where the reward is a function."""
     measured: tuple[str, ...] = ()
     """Further rewards that are computed and reported under their names, but not learned from."""
@@ -107,7 +107,7 @@ class Recipe(RolloutOptions):
         if self.learning_rate == 0:
             raise UserError("learning_rate must be above 0, for value_rate is a share of it, and it is 0.")
         if self.text.each < 1 or self.text.length < 1:
-            raise UserError("Of pretraining text there is at least 1 of 1 token or more; unset --text.data for none.")
+            raise UserError("Pretraining text needs at least 1 window of 1 token or more; unset --text.data for none.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ class Task(RolloutTask):
 
     @property
     def result(self) -> nn.Module:
-        """The policy alone."""
+        """Return the policy alone."""
         return self.model.policy
 
 
@@ -191,7 +191,7 @@ def settings(recipe: Recipe) -> Settings:
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
-    """Trains the task's model into a run folder, which then holds the policy."""
+    """Train the task's model into a run folder, which then holds the policy."""
     options: dict[str, Any] = {STORED.get(name, name): value for name, value in asdict(task.rule).items()}
     options |= {"value": recipe.value, "measured": list(recipe.measured), "text": asdict(recipe.text)}
     paper = "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
@@ -201,6 +201,6 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`, which keifu chat reads afterwards."""
+    """Train into `out`, which keifu chat reads afterwards."""
     summary, watched = learn(recipe, prepare(recipe), out, resume)
     common.print_sentence(watched, summary.figures, out)

@@ -32,7 +32,7 @@ from keifu.recipes.assistant.common import FinetuneTask, Lora, RankedOptions, op
 from keifu.training.loop import Summary
 from keifu.training.run.report import CURVES
 
-DEMONSTRATIONS = 256  # at most so many are scored for the bias
+DEMONSTRATIONS = 256  # most answers that are scored for the bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def ranking_of(tokenizer: Tokenizer, ranked: RankedResponses) -> Ranking:
 
 
 def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """Conversations that fit, as ids; none where there is no file of them."""
+    """Return conversations that fit, as ids; none where there is no file of them."""
     found = [tokenizer.render_turns(each)[0] for each in conversations.read(source)] if source else []
     short = [ids for ids in found if len(ids) <= length]
     if found and not short:
@@ -109,7 +109,7 @@ def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> lis
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
-    """Trains the task's model into a run folder."""
+    """Train the task's model into a run folder."""
     chosen = common.epoch_settings(recipe, task.data, (9e-6, 1e-4), betas=(0.9, 0.95))
     return common.finetune(
         recipe, task, ranking_loss, chosen, out, resume, save=lambda directory: leave(task, directory),
@@ -130,7 +130,7 @@ def leave(task: Task, directory: Path) -> None:
 
 
 def calibration_chart(told: Calibration) -> dict[str, Any]:
-    """How often the model is right where it is so sure, over held-out pairs."""
+    """Return how often the model is right at each level of confidence, over held-out pairs."""
     points = [*zip(told.sure, told.right, strict=True)]
     curves = [
         {"name": "held-out pairs", "points": points, "marked": True},
@@ -141,11 +141,11 @@ def calibration_chart(told: Calibration) -> dict[str, Any]:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`, which keifu.load and transformers read afterwards."""
+    """Train into `out`, which keifu.load and transformers read afterwards."""
     task = prepare(recipe)
     if task.dropped:
         print(f"{task.dropped:,} prompts have an answer that is longer than a row and were left out.")
     summary = learn(recipe, task, out, resume)
     if (right := summary.figures.get("validation_accuracy")) is not None:
-        print(f"Of held-out pairs the better answer has the higher score in {right:.1%}.")
+        print(f"In held-out pairs the better answer has the higher score in {right:.1%}.")
     print(f"The reward model is in {out}; transformers loads it as AutoModelForSequenceClassification.")

@@ -3,7 +3,7 @@
 Paper: "Training language models to follow instructions with human feedback": 16 epochs there, a cosine to a tenth, no
 warm-up. The loss is on the tokens of the assistant's turns alone, their end-of-turn token included; conversations are
 packed into rows in which none attends to another. `--lora.rank` trains low-rank adapters (Hu et al.,
-2021) in place of the model.
+2021) instead of the model.
 Command: keifu train sft --model smollm2 --data summary-instructions --lora.rank 8
 Cost: printed before it starts, measured on the machine.
 Expected: see docs/results.md, "A new behaviour for SmolLM2 by LoRA".
@@ -36,11 +36,11 @@ class Recipe(AssistantOptions):
     chitchat, chatterbot, summary-instructions, recipe-instructions, translation-instructions, arithmetic-instructions.
     """
     limit: Count | None = None
-    """At most so many conversations, spread over all."""
+    """Most conversations, spread over all."""
     context_length: Count | None = None
     """Tokens of a row; unset: 1024, or all that the model takes where that is less."""
     too_long: TooLong = "error"
-    """What happens to a conversation longer than a row: an error, drop it, or truncate it at its end."""
+    """Treatment of a conversation longer than a row: an error, drop it, or truncate it at its end."""
     packed: bool = True
     """Pack several conversations into a row; none attends to another."""
     held_out: BelowOne = 0.05
@@ -79,19 +79,20 @@ def prepare(recipe: Recipe) -> Task:
 
 
 def select_conversations(found: list[Conversation], limit: int | None) -> list[Conversation]:
-    """At most so many of them, at even distances."""
+    """Choose at most `most` of them, at even distances."""
     if limit is not None and limit < 2:
         raise UserError(f"limit is {limit}, and at least 2 conversations are needed.")
     return found if limit is None or limit >= len(found) else [found[i * len(found) // limit] for i in range(limit)]
 
 
 def split(found: Sequence[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
-    """To learn from, and held out; by what they begin with, so that the same question is never on both sides."""
+    """Split the conversations by their beginnings into training and held-out ones, so that the same question is never
+    on both sides."""
     return held_out(found, [each[0]["content"] for each in found], share)
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
-    """Trains the task's model into a run folder: a whole model, or adapters beside the name of their base."""
+    """Train the task's model into a run folder: a whole model, or adapters with the name of their base."""
     often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
     chosen = common.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)
     kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
@@ -116,7 +117,7 @@ def answers(task: Task) -> str:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Fine-tunes into `out`, which keifu chat reads afterwards."""
+    """Fine-tune into `out`, which keifu chat reads afterwards."""
     task = prepare(recipe)
     for part in (task.training, task.held):
         if said := part.sentence(task.data.context_length):

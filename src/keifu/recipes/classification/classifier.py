@@ -58,7 +58,7 @@ class Recipe(TableOptions):
     tokenizer: str = "minilm"
     """Tokenizer of the new model: a catalogue name, a file or a directory; or wordpiece to train it on the texts."""
     cut: Count | None = None
-    """Keep the first so many tokens of longer texts; unset, a text longer than the model takes is an error."""
+    """Tokens that are kept of longer texts; unset, a text longer than the model takes is an error."""
     learning_rate: NotNegative | None = None
     """AdamW's highest learning rate; unset: 5e-5, and 5e-4 for a new model."""
 
@@ -149,7 +149,7 @@ def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...])
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
-    """Trains the task's model into a run folder, and draws the confusion matrix of the held-out texts there."""
+    """Train the task's model into a run folder, and draws the confusion matrix of the held-out texts there."""
     return train_classifier(
         recipe, task, classification, out, resume, learning_rate=5e-4 if recipe.model == SCRATCH else 5e-5,
         warmup=lambda steps: steps // 10, who="A classifier", paper="Devlin et al., BERT (2018)", unit="texts",

@@ -1,4 +1,4 @@
-"""What the recipes that train a classifier from a labelled table share: options, settings and the training run."""
+"""Shared code of the recipes that train a classifier from a labelled table: options, settings and the training run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -38,7 +38,7 @@ class TableOptions(FinetuneOptions):
     batch_size: Count = 16
     """Examples in a step."""
     cut: Count | None = None
-    """Keep so many tokens of longer examples; unset, one longer than the model takes is an error."""
+    """Tokens that are kept of longer examples; unset, one longer than the model takes is an error."""
     weight_decay: NotNegative = 0.01
     """AdamW's weight decay, of matrices alone."""
 
@@ -76,7 +76,7 @@ def encode(
 
 
 def evaluate(task: Task) -> Confusion:
-    """How the held-out examples are told apart."""
+    """Return the confusion matrix of the held-out examples."""
     judge = text_classifier(task.model, task.tokenizer)
     return judge.confusion(task.tested, judge.predict_proba(task.held.rows))
 
@@ -85,11 +85,11 @@ def train_classifier(
     recipe: TableOptions, task: Task, objective: Objective, out: Path, resume: bool, *, learning_rate: float,
     warmup: Callable[[int], int], who: str, paper: str, unit: str, options: Mapping[str, Any], data: Mapping[str, Any],
 ) -> Summary:  # fmt: skip
-    """Trains the task's model into a run folder, with the confusion matrix of the held-out examples as its sample, and
+    """Train the task's model into a run folder, with the confusion matrix of the held-out examples as its sample, and
     prints the held-out figures, unless the model is split over processes.
 
-    The rate falls linearly to 0, with two validations in an epoch. warmup: its steps in a run of so many. who: what
-    learns, for the title. options: what decides the result beside the model's config and the cut.
+    The rate falls linearly to 0, with two validations in an epoch. warmup: its steps in a run of that many. who: what
+    learns, for the title. options: the values that decide the result, apart from the model's config and the cut.
     """
     if task.cut:
         print(f"{task.cut} of {len(task.training) + len(task.held)} {unit} were cut to {recipe.cut} tokens.")

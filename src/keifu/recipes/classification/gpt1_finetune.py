@@ -41,7 +41,7 @@ class Recipe(TableOptions):
     model: str = field(default="runs/gpt1", kw_only=False)
     """The decoder to begin with: a run, a directory, a .gguf file, a hub id or a catalogue name."""
     form: Literal["classification", "entailment", "similarity", "choice"] = "classification"
-    """What an example is: a text; a premise and a hypothesis; two texts in no order; a context and answers to it."""
+    """Form of an example: a text; a premise and a hypothesis; two texts in no order; a context and answers to it."""
     columns: tuple[str, ...] = ()
     """The table's columns of texts; unset: text; premise hypothesis; first second; context answers. Of a choice the
     answers are a list in one column (JSON), or one column each."""
@@ -50,7 +50,7 @@ class Recipe(TableOptions):
     test: str | None = None
     """A second table to test on; then no rows of the first are held out."""
     lm_weight: NotNegative = LM_WEIGHT
-    """Weight of the language modelling loss beside the classification loss; 0: none."""
+    """Weight of the language modelling loss, added to the classification loss; 0: none."""
     batch_size: Count = 32
     """Examples in a step."""
     learning_rate: NotNegative = 6.25e-5
@@ -115,7 +115,7 @@ def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.Mode
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
-    """Trains the task's model into a run folder, and draws the confusion matrix of the held-out examples there."""
+    """Train the task's model into a run folder, and draws the confusion matrix of the held-out examples there."""
     return train_classifier(
         recipe, task, partial(finetuning_loss, lm_weight=recipe.lm_weight), out, resume,
         learning_rate=recipe.learning_rate, warmup=lambda steps: round(recipe.warmup * steps), who="A decoder",
@@ -125,6 +125,6 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`, which keifu classify reads afterwards, and prints the held-out figures."""
+    """Train into `out`, which keifu classify reads afterwards, and prints the held-out figures."""
     learn(recipe, prepare(recipe), out, resume)
     print(f"The model is in {out}: keifu classify {shell(out)} reads such examples.")

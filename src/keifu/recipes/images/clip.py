@@ -105,7 +105,7 @@ class Task:
 
     @property
     def objective(self) -> Objective:
-        """The contrastive loss of the pictures as the model sees them."""
+        """Return the contrastive loss of the pictures as the model sees them."""
         return contrastive_loss(retrieval.preprocessing(self.model).normalised)
 
 
@@ -166,7 +166,7 @@ def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: ImageDataset, limit: 
 
 
 def describe(task: Task, languages: Sequence[str]) -> str:
-    """Recall on the held-out pictures, a line for each language and direction."""
+    """Return recall on the held-out pictures, a line for each language and direction."""
     held, lines = task.parts.validation, list[str]()
     points = retrieval.embed_bytes(task.model, held.batches(64))
     for code in languages:
@@ -179,13 +179,13 @@ def describe(task: Task, languages: Sequence[str]) -> str:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains into `out`, and tells how much of what is held out is found."""
+    """Train into `out`, and tells how much of what is held out is found."""
     task = prepare(recipe)
     return learn(replace(recipe, training=task.settings), task, out, resume)
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool) -> Summary:
-    """Trains the task's model into a run folder."""
+    """Train the task's model into a run folder."""
     print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
     options = {name: value for name, value in asdict(recipe).items() if name != "training"}
     sample = (lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None

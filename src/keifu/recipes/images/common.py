@@ -1,4 +1,4 @@
-"""What the image recipes share: options and settings, and runs that train several models one after the other.
+"""Shared code of the image recipes: options and settings, and runs that train several models one after the other.
 
 Each model of such a run has a directory of its own inside the run's. One that is trained is loaded, and one that was
 stopped is resumed, so that the whole run resumes bit for bit. One report shows them all.
@@ -65,13 +65,13 @@ class TextToImageOptions(Logging):
     clip_minutes: Positive = 18.0
     """Time limit of CLIP's training: the number of steps follows from the speed of the machine."""
     clip_steps: Count | None = None
-    """Updates of CLIP's weights, in place of its minutes."""
+    """Updates of CLIP's weights, instead of its minutes."""
     clip_batch: Count = 256
     """Pairs in a step of CLIP."""
     minutes: Positive = 45.0
     """Time limit of the training of the model itself."""
     steps: Count | None = None
-    """Updates of its weights, in place of the minutes."""
+    """Updates of its weights, instead of the minutes."""
     batch_size: Count = 32
     """Pictures in a step of it."""
     learning_rate: NotNegative | None = 1e-3
@@ -79,13 +79,13 @@ class TextToImageOptions(Logging):
     ema: BelowOne = 0.999
     """Decay of the moving average of its weights, which is evaluated, sampled from and saved."""
     prompts: tuple[str, ...] = PROMPTS
-    """What the samples show."""
+    """Prompts of the samples."""
     precision: Precision = "auto"
-    """Of matrix products; auto: bfloat16 where the hardware has it."""
+    """Precision of matrix products; auto: bfloat16 if the hardware supports it."""
     keep: Count = 2
     """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
     seed: Seed = 0
-    """Of the weights, the order of the pictures, their noise and the samples."""
+    """Random seed of the weights, the order of the pictures, their noise and the samples."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -94,7 +94,7 @@ class TextToImageOptions(Logging):
 
     @property
     def budget(self) -> Budget:
-        """That of the model itself."""
+        """Return the budget of the model itself."""
         return Budget(self.steps, self.minutes)
 
 
@@ -110,14 +110,15 @@ class TextToImageTask:
 
     def learn(
         self, recipe: TextToImageOptions, out: Path, resume: bool, request: ImageRequest, *, title: str, paper: str,
-        told: Sequence[str], parts: Mapping[str, nn.Module | None], before: Callable[[], object] = lambda: None,
+        named: Sequence[str], parts: Mapping[str, nn.Module | None], before: Callable[[], object] = lambda: None,
         **different: Any,
     ) -> Summary:  # fmt: skip
-        """Trains the whole model, its other parts being done, whose curves stand in its report too.
+        """Train the whole model, its other parts being done, whose curves stand in its report too.
 
-        request: how the prompts are drawn, with the same seeds in each sample; title: the model's name; told: the
-        recipe's options that decide the result beside the data and the settings; parts: the networks, whose parameters
-        are counted; before: called before a sample is drawn and the model saved; different: see `image_settings`.
+        request: how the prompts are drawn, with the same seeds in each sample; title: the model's name; named: the
+        recipe's options that decide the result, apart from the data and the settings; parts: the networks, whose
+        parameters are counted; before: called before a sample is drawn and the model saved; different: see
+        `image_settings`.
         """
         resume, training = is_resuming(out, resume), (self.model, self.objective, self.data)
         settings = recipe.budget.fit(out, resume, *training, partial(image_settings, recipe, **different))
@@ -125,8 +126,8 @@ class TextToImageTask:
         counts = {f"parameters of the {name}": parameters(part) for name, part in parts.items() if part is not None}
         wanted = self.painter.resolved(replace(request, truncate=recipe.truncate))
         seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
-        told = ("data", "languages", "truncate", *told)
-        run: dict[str, Any] = counts | describe(recipe, self.parts.train, told, {"model": asdict(self.model.config)})
+        named = ("data", "languages", "truncate", *named)
+        run: dict[str, Any] = counts | describe(recipe, self.parts.train, named, {"model": asdict(self.model.config)})
 
         def sample(step: int) -> bytes:
             before()
@@ -160,9 +161,9 @@ def of_both(parts: ImageSplit, make: Callable[[ImageDataset], Made]) -> tuple[Ma
 
 
 def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
-    """AdamW with a warm-up of a twentieth of the steps and a cosine to 0, and as many validations; `different` are the
-    fields of `Settings` in which a recipe differs from that. A sample takes as long as several steps: at least 50 lie
-    between two."""
+    """Return AdamW with a warm-up of a twentieth of the steps and a cosine to 0, and as many validations; `different`
+    are the fields of `Settings` in which a recipe differs from that. A sample takes as long as several steps: at least
+    50 lie between two."""
     often = max(1, steps // 20)
     usual = {"steps": steps, "minutes": recipe.budget.limit, "warmup": steps // 20, "final_ratio": 0.0}
     usual |= {"weight_decay": 0.01, "betas": (0.9, 0.99), "evaluate_every": often, "sample_every": max(50, 2 * often)}
@@ -170,13 +171,13 @@ def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
 
 
 def describe(
-    recipe: Any, pictures: ImageDataset, told: Sequence[str], options: Mapping[str, Any], **held_out: Any
+    recipe: Any, pictures: ImageDataset, named: Sequence[str], options: Mapping[str, Any], **held_out: Any
 ) -> dict[str, Any]:
-    """Return the facts that `train_run` records of a run that learns from pictures. told: the recipe's options that
-    decide the result beside the settings; options: what else does, such as the model's Config; held_out: how the
+    """Return the facts that `train_run` records of a run that learns from pictures. named: the recipe's options that
+    decide the result, apart from the settings; options: what else does, such as the model's Config; held_out: how the
     pictures were split, if not as usual."""
     facts = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}
-    chosen = {**options, **{name: vars(recipe)[name] for name in told}}
+    chosen = {**options, **{name: vars(recipe)[name] for name in named}}
     return {"facts": facts, "options": chosen, "unit": "pictures", "held_out": WHOLE_FAMILIES | held_out}
 
 
@@ -188,8 +189,8 @@ def train_part(
     """Train a part that learns from pictures alone into a folder of the run, and freeze it. The recipe may flip every
     second picture. A tenth of its steps is between two validations, samples and checkpoints.
 
-    options: what decides the result beside the model's Config and the settings. of_steps: the data of a run of so many
-    steps. different: the fields of `Settings` in which a part differs.
+    options: the values that decide the result, apart from the model's Config and the settings. of_steps: the data of a
+    run of that many steps. different: the fields of `Settings` in which a part differs.
     """
     torch.manual_seed(recipe.seed)
     model = build().to(choose())

@@ -63,7 +63,7 @@ class Recipe(common.TextToImageOptions):
     vae_minutes: Positive = 22.0
     """Time limit of the autoencoder's training."""
     vae_steps: Count | None = None
-    """Updates of the autoencoder's weights, in place of its minutes."""
+    """Updates of the autoencoder's weights, instead of its minutes."""
     vae_batch: Count = 16
     """Pictures in a step of the autoencoder."""
     vae_rate: NotNegative = 4e-3
@@ -104,7 +104,7 @@ class Recipe(common.TextToImageOptions):
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
-    """Trains CLIP and the autoencoder, or finds them again, and builds the decoder. What cannot be is said before
+    """Train CLIP and the autoencoder, or finds them again, and builds the decoder. What cannot be is said before
     anything is trained."""
     parts = read_captioned(recipe)
     vae = recipe.vae(parts.train.shape[0])
@@ -151,12 +151,12 @@ def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) 
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains all parts into `out`, which keifu draw reads afterwards; decay and clipping are the paper's."""
+    """Train all parts into `out`, which keifu draw reads afterwards; decay and clipping are the paper's."""
     task = prepare(recipe, out, resume)
     decoder = nn.ModuleList(part for name, part in task.model.named_children() if name != "vae")
     summary = task.learn(
         recipe, out, resume, ImageRequest(seed=recipe.seed, text=recipe.prompts[0]), title="DALL-E",
-        paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021)", told=("text_weight",),
+        paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021)", named=("text_weight",),
         parts={"autoencoder": task.model.vae, "decoder": decoder}, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0,
     )  # fmt: skip
     ranked = recipe.clip or out / common.CLIP

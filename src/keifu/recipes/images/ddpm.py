@@ -39,7 +39,9 @@ from keifu.training.objectives.diffusion import DiffusionLoss, add_draws, dequan
 from keifu.training.protocols import Data
 from keifu.training.settings import Precision, Settings
 
-DIGITS, DIGIT_SIZE, SIZE = ("mnist", "fashion-mnist"), 28, 32  # what comes small, its side, and that of all else
+DIGITS = ("mnist", "fashion-mnist")
+DIGIT_SIZE = 28
+SIZE = 32  # of other pictures
 DRAWN, COLUMNS = 25, 10  # pictures of a sample, or classes of one
 KEIFU: dict[str, Any] = {
     "dim": 32, "multipliers": (1, 2, 4), "residual_blocks": 1, "attention": (2,), "dropout": 0.0, "scale_shift": True,
@@ -65,7 +67,7 @@ class Recipe(Logging):
     """Diffusion model whose weights, sizes, classes and noise the run starts from: a run, a folder or a catalogue name
     such as digits. The default learning rate is then a tenth."""
     size: Count | None = None
-    """The side of the squares in pixels; unset: 28 for mnist and fashion-mnist, 32 for all else, 32 for the paper's."""
+    """The side of the squares in pixels; unset: 28 for mnist and fashion-mnist, 32 for other data and the paper's."""
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for colour; unset: as the pictures are."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
@@ -83,7 +85,7 @@ class Recipe(Logging):
     dim: Count | None = None
     """Channels of the finest level; the other levels have multiples."""
     multipliers: tuple[Count, ...] | None = None
-    """Of dim, from the finest level to the coarsest; each level halves the side."""
+    """Multiples of dim, from the finest level to the coarsest; each level halves the side."""
     residual_blocks: Count | None = None
     """A level, on the way down."""
     attention: tuple[Natural, ...] | None = None
@@ -97,13 +99,13 @@ class Recipe(Logging):
     noise_steps: Count = 1000
     """Noise levels, the paper's T."""
     target: Target | None = None
-    """What the network predicts."""
+    """Target that the network predicts."""
     variance: Variance | None = None
-    """Of the random steps back; learned_range learns it (improved DDPM)."""
+    """Variance of the random steps back; learned_range learns it (improved DDPM)."""
     weighting: Weighting | None = None
     """How much each noise level counts in the loss."""
     gamma: Positive | None = None
-    """Of min_snr (5) and p2 (1)."""
+    """Parameter of min_snr (5) and p2 (1)."""
     steps: Count | None = None
     """Updates of the weights."""
     minutes: Positive | None = None
@@ -117,13 +119,13 @@ class Recipe(Logging):
     ema: BelowOne | None = None
     """Decay of the moving average of the weights, which is evaluated, sampled from and saved."""
     precision: Precision = "auto"
-    """Of matrix products; auto: bfloat16 where the hardware has it."""
+    """Precision of matrix products; auto: bfloat16 if the hardware supports it."""
     keep: Count = 2
     """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
     held_out: BelowOne = 0.05
     """Share of the pictures for validation, and as many for testing."""
     seed: Seed = 0
-    """Of the weights, the order of the pictures, their noise and the samples."""
+    """Random seed of the weights, the order of the pictures, their noise and the samples."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -131,11 +133,11 @@ class Recipe(Logging):
 
     @property
     def budget(self) -> Budget:
-        """The steps or the minutes, once they are resolved."""
+        """Return the steps or the minutes, once they are resolved."""
         return Budget.of(self.steps, self.minutes, 0.0)
 
     def resolved(self) -> "Recipe":
-        """With the unset options filled in."""
+        """Return the recipe with the unset options filled in."""
         small = self.recipe_of == "keifu" and self.data in DIGITS
         fitting = {"size": DIGIT_SIZE if small else SIZE, "flip": self.data not in DIGITS}
         fitting |= KEIFU if self.recipe_of == "keifu" else PAPER
@@ -211,7 +213,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
 
 
 def sampler(model: ddpm.DDPM, seed: int) -> Callable[[int], bytes]:
-    """Draws the same seeds at each call, by DDIM: a row for each class, or a square of pictures."""
+    """Draw the same seeds at each call, by DDIM: a row for each class, or a square of pictures."""
     classes = range(min(COLUMNS, model.config.n_classes))
     count = DRAWN // max(1, len(classes)) or 1
     seeds = [seed + number for number in range(count)]
@@ -226,7 +228,7 @@ def sampler(model: ddpm.DDPM, seed: int) -> Callable[[int], bytes]:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains into `out`, which keifu draw and diffusers' DDPMPipeline read afterwards."""
+    """Train into `out`, which keifu draw and diffusers' DDPMPipeline read afterwards."""
     recipe = recipe.resolved()
     task = prepare(recipe)
     print(task.parts.train.sentence(), task.parts.sentence(), flush=True)

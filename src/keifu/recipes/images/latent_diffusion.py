@@ -73,7 +73,7 @@ class Recipe(common.TextToImageOptions):
     autoencoder_minutes: Positive = 22.0
     """Time limit of the autoencoder's training."""
     autoencoder_steps: Count | None = None
-    """Updates of the autoencoder's weights, in place of its minutes."""
+    """Updates of the autoencoder's weights, instead of its minutes."""
     autoencoder_batch: Count = 16
     """Pictures in a step of the autoencoder."""
     autoencoder_rate: NotNegative = 1e-3
@@ -91,7 +91,7 @@ class Recipe(common.TextToImageOptions):
     schedule: Schedule = "cosine"
     """The noise schedule."""
     target: Target = "velocity"
-    """What the network predicts."""
+    """Target that the network predicts."""
     weighting: Weighting = "min_snr"
     """How much each noise level counts in the loss."""
     caption_dropout: BelowOne = 0.1
@@ -107,7 +107,7 @@ class Recipe(common.TextToImageOptions):
 
     @property
     def budget(self) -> Budget:
-        """That of the U-Net: in pixels it has the autoencoder's minutes too."""
+        """Return the budget of the U-Net: in pixels it has the autoencoder's minutes too."""
         return Budget(self.steps, self.minutes + (self.autoencoder_minutes if self.space == "pixels" else 0.0))
 
     def autoencoder(self, channels: int) -> autoencoder_kl.Config:
@@ -119,14 +119,14 @@ class Recipe(common.TextToImageOptions):
         )  # fmt: skip
 
     def resolved(self) -> "Recipe":
-        """With the unset options filled in."""
+        """Return the recipe with the unset options filled in."""
         usual = LATENTS if self.space == "latents" else PIXELS
         usual = usual | {"learning_rate": scaled(1e-3, self.start_from)}
         return replace(self, **{name: value for name, value in usual.items() if vars(self)[name] is None})
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
-    """Trains CLIP and the autoencoder, or finds them again, and builds the model; the recipe must be resolved. What
+    """Train CLIP and the autoencoder, or finds them again, and builds the model; the recipe must be resolved. What
     cannot be is said before anything is trained."""
     if recipe.start_from is not None:
         return start_task(recipe, recipe.start_from)
@@ -202,7 +202,7 @@ def caption_batches(
     parts: ImageSplit, tokens: text_encoder.Tokens, model: latent_diffusion.LatentDiffusion, batch_size: int, seed: int,
     evenly: bool = False,
 ) -> Data:  # fmt: skip
-    """Batches with captions (see `caption_tokens`); in latents, of what was encoded here, once."""
+    """Return batches with captions (see `caption_tokens`); in latents, of what was encoded here, once."""
     batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, None, *tokens, evenly=evenly)
     data = add_draws(batches, seed)
     if model.autoencoder is None:
@@ -247,7 +247,7 @@ def encode_dataset(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: 
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains all parts into `out`, which keifu draw and diffusers' StableDiffusionPipeline read afterwards."""
+    """Train all parts into `out`, which keifu draw and diffusers' StableDiffusionPipeline read afterwards."""
     recipe = recipe.resolved()
     task = prepare(recipe, out, resume)
     model = task.model
@@ -256,7 +256,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         ImageRequest("dpm++-2m", STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0]),
         title="Latent diffusion",
         paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
-        told=("space", "weighting", "caption_dropout", "evenly"), **keeps_best(recipe.start_from),
+        named=("space", "weighting", "caption_dropout", "evenly"), **keeps_best(recipe.start_from),
         parts={"autoencoder": model.autoencoder, "text encoder": model.text, "U-Net": model.unet},
     )  # fmt: skip
     command = f"keifu draw {shell(out, recipe.prompts[0])} --guidance {recipe.guidance:g} -o picture.png"

@@ -1,12 +1,11 @@
 """A LoRA for a text-to-image diffusion model (Hu et al., 2021): a style or an object, learned from a few pictures.
 
-Paper: "LoRA: Low-Rank Adaptation of Large Language Models". The model stays as it is; beside the four matrices of every
-look of its U-Net, at the picture and at the text, two thin ones learn, by the noise and the target that the model was
-trained with. --targets names other layers (convolutions too), --text-rank adds the text's encoder. What is left is
-pytorch_lora_weights.safetensors, which diffusers loads, or kohya's tools with --style kohya.
-Command: keifu train lora-image --model runs/latent-diffusion --data openmoji --limit 50
-Cost: printed before it starts, measured on the machine.
-Expected: the validation loss falls, and the samples show each text without the LoRA and with it.
+Paper: "LoRA: Low-Rank Adaptation of Large Language Models". The model stays as it is; next to the four matrices of
+every look of its U-Net, at the picture and at the text, two thin ones learn, by the noise and the target that the model
+was trained with. --targets names other layers (convolutions too), --text-rank adds the text's encoder. What is left is
+pytorch_lora_weights.safetensors, which diffusers loads, or kohya's tools with --style kohya. Command: keifu train
+lora-image --model runs/latent-diffusion --data openmoji --limit 50 Cost: printed before it starts, measured on the
+machine. Expected: the validation loss falls, and the samples show each text without the LoRA and with it.
 """
 
 from collections.abc import Callable
@@ -54,7 +53,7 @@ class Recipe(Logging):
     data: str = "openmoji"
     """A catalogue name (openmoji), a folder with metadata.jsonl (file_name, text), a folder of pictures, or .tar."""
     limit: Count | None = None
-    """Train on at most so many pictures, at even distances in the data."""
+    """Most pictures to train on, at even distances in the data."""
     languages: tuple[str, ...] = ()
     """Codes of the captions' languages; unset: the first that there is."""
     words: str = ""
@@ -64,13 +63,13 @@ class Recipe(Logging):
     size: Count | None = None
     """The side of the squares in pixels; unset: what the model was trained with."""
     rank: Natural = 8
-    """Of the adapters of the U-Net."""
+    """Rank of the adapters of the U-Net."""
     alpha: Finite | None = None
     """The adapters' product is multiplied with alpha / rank; unset: as much as the rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the U-Net's layers as diffusers calls them, such as proj_in, ff.net.2 or conv1."""
     text_rank: Natural = 0
-    """Of the adapters of the text encoder; 0: it has none."""
+    """Rank of the adapters of the text encoder; 0: none."""
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     """Ends of the names of the text encoder's layers."""
     dora: bool = False
@@ -88,13 +87,13 @@ class Recipe(Logging):
     learning_rate: NotNegative = 1e-4
     """Learning rate of AdamW, constant after a short warm-up."""
     prompts: tuple[str, ...] = ()
-    """What the samples show; unset: captions of held-out pictures."""
+    """Prompts of the samples; unset: captions of held-out pictures."""
     guidance: Finite = LatentDiffusionPipeline.usual_guidance
     """Scale of the classifier-free guidance of the samples."""
     precision: Precision = "auto"
-    """Of matrix products; auto: bfloat16 where the hardware has it."""
+    """Precision of matrix products; auto: bfloat16 if the hardware supports it."""
     seed: Seed = 0
-    """Of the adapters, the order of the pictures, their noise and the samples."""
+    """Random seed of the adapters, the order of the pictures, their noise and the samples."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -193,7 +192,7 @@ def settings(recipe: Recipe) -> Settings:
 
 
 def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
-    """Draws the prompts, the same seeds at each call: above by the model, below by the model with its LoRA."""
+    """Draw the prompts, the same seeds at each call: above by the model, below by the model with its LoRA."""
     wanted = ImageRequest(
         "dpm++-2m", STEPS, recipe.seed, size=task.parts.train.shape[1:], guidance=recipe.guidance, text=task.prompts[0],
         truncate=recipe.truncate,
@@ -212,7 +211,7 @@ def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains adapters into `out`, which keifu draw --lora and diffusers' load_lora_weights read afterwards."""
+    """Train adapters into `out`, which keifu draw --lora and diffusers' load_lora_weights read afterwards."""
     task = prepare(recipe)
     told = (
         "model", "data", "languages", "words", "truncate", "rank", "alpha", "targets", "text_rank", "text_targets",

@@ -125,7 +125,7 @@ class Recipe(TextToImageOptions):
     upsampler_widths: tuple[Count, ...] = (32, 64)
     """Channels of the upsampler's levels."""
     target: Literal["noise", "picture"] = "noise"
-    """What decoder and upsampler predict; the prior predicts the embedding."""
+    """Target of decoder and upsampler; the prior predicts the embedding."""
     weighting: Weighting = "simple"
     """How much each noise level counts in the decoder's loss."""
     noise_steps: Count = 1000
@@ -148,7 +148,7 @@ class Recipe(TextToImageOptions):
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
-    """Trains CLIP, or finds it, and builds the model around it. What cannot be is said before anything is trained."""
+    """Train CLIP, or finds it, and builds the model around it. What cannot be is said before anything is trained."""
     if not recipe.clip:
         made = clip_recipe.Recipe()
         planned = clip.Config(made.text, made.image, clip_recipe.pixels_of(made))
@@ -178,7 +178,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
 
 
 def _check_sizes(recipe: Recipe, model: unclip.Unclip) -> None:
-    """Refuses networks that do not fit the pictures."""
+    """Refuse networks that do not fit the pictures."""
     if model.config.last_upsampler is not None:
         model.upsampler.check_size(6, recipe.crop, recipe.crop)
     model.check_size(recipe.small, recipe.small)
@@ -216,7 +216,7 @@ def complete_config(model: unclip.Unclip) -> unclip.Unclip:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains all parts into `out`, which keifu draw and diffusers' unCLIP parts read afterwards."""
+    """Train all parts into `out`, which keifu draw and diffusers' unCLIP parts read afterwards."""
     task = prepare(recipe, out, resume)
     request = ImageRequest(
         "ddim", min(STEPS, recipe.noise_steps), recipe.seed, guidance=recipe.guidance,
@@ -225,7 +225,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     summary = task.learn(
         recipe, out, resume, request, title="unCLIP",
         paper="Ramesh et al., Hierarchical Text-Conditional Image Generation with CLIP Latents (2022)",
-        told=("crop", "weighting", "prior_dropout", "text_dropout", "image_dropout"),
+        named=("crop", "weighting", "prior_dropout", "text_dropout", "image_dropout"),
         parts={name: part for name, part in task.model.named_children() if name != "last_upsampler"},
         before=partial(complete_config, task.model),
     )  # fmt: skip

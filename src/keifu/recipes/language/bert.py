@@ -50,11 +50,11 @@ class Recipe:
     """Options of the run."""
 
     text: Annotated[Text, tyro.conf.arg(name="")] = Text("wiki-summaries", "wordpiece")
-    """What to learn from; BERT's tokenizer is wordpiece."""
+    """Text to learn from; BERT's tokenizer is wordpiece."""
     lowercase: bool = True
     """A learned tokenizer sees lower case without accents, as "uncased" BERT does."""
     masking: MaskingScheme = MaskingScheme()
-    """What a row is, and what of it is hidden."""
+    """Length of a row, and the part of it that is hidden."""
     model: bert.Config = SMALL
     """The vocabulary is the tokenizer's, and the heads follow from the rows, whatever is given here."""
     start_from: str | None = None
@@ -63,11 +63,11 @@ class Recipe:
     training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
     """How to learn it."""
     gaps: tuple[str, ...] = ("The capital of France is [MASK].", "She was born in [MASK] and is an American [MASK].")
-    """What the samples fill in."""
+    """Sentences that the samples fill in."""
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains into `out`, which keifu.load, keifu embed, keifu train classifier and transformers read afterwards."""
+    """Train into `out`, which keifu.load, keifu embed, keifu train classifier and transformers read afterwards."""
     model, tokenizer = _begin(recipe, out)
     text, masking = recipe.text, recipe.masking
     training = adapted(recipe.training, LEARNING, recipe.start_from)
@@ -90,7 +90,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
 
 
 def fill_samples(model: nn.Module, tokenizer: Tokenizer, gaps: tuple[str, ...]) -> str:
-    """Each sentence, and under it the likeliest words for each of its gaps."""
+    """Return each sentence, and under it the likeliest words for each of its gaps."""
     lines = []
     for sentence in gaps:
         lines.append(sentence)

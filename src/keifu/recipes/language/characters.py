@@ -54,13 +54,13 @@ class Recipe(TextOptions, Logging):
     steps: Count | None = None
     """Updates of the weights; unset: 400 for keifu, 2,000 for nanogpt."""
     seed: Seed = 0
-    """Of the weights and the order of the data."""
+    """Random seed of the weights and the order of the data."""
     held_out: BelowOne = field(default=0.1, kw_only=True)
     """Share of the text that is kept for validation: its last part, as in nanoGPT."""
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`. All of what is held out is evaluated."""
+    """Train into `out`. All of what is held out is evaluated."""
     require_known("recipe", recipe.recipe_of, WAYS)
     build, config, settings = WAYS[recipe.recipe_of]
     warmup = min(settings.warmup, recipe.steps or settings.steps)

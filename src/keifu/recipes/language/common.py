@@ -1,5 +1,5 @@
-"""What the language model recipes share: text, tokenizer, the training run, and the options and settings that GPT-3 and
-PaLM have in common.
+"""Shared code of the language model recipes: text, tokenizer, the training run, and the options and settings that GPT-3
+and PaLM have in common.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ class TextOptions:
     text_field: str | None = None
     """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""
     encoding: str = "utf-8"
-    """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
+    """Encoding of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
 
     @property
     def form(self) -> TextFileFormat:
@@ -67,7 +67,7 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class Text(TextOptions):
-    """What a language model learns from."""
+    """Text that a language model learns from."""
 
     data: str = "english"
     """A catalogue name (keifu data list); a file: .txt, .md, .html (read without its tags), or records (.jsonl, .json,
@@ -138,7 +138,7 @@ def pretrain(
     prompt: str = "", about: dict[str, Any] | None = None, start_over: bool = False, z_loss: float = 0.0,
     row: int | None = None,
 ) -> Summary:  # fmt: skip
-    """Trains a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says.
+    """Train a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says.
 
     `start_over` removes an earlier run in that folder, which is refused otherwise. row: tokens of a row, where those
     are fewer than the model takes.
@@ -167,7 +167,7 @@ class Options(Logging):
     """Options of the GPT-3 and PaLM recipes."""
 
     text: Annotated[Text, tyro.conf.arg(name="")] = Text()
-    """What to learn from."""
+    """Text to learn from."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
     """Whose training settings: keifu's or the paper's; the model is the same."""
     steps: Count = 2000
@@ -177,18 +177,18 @@ class Options(Logging):
     micro_batch: Count | None = None
     """Rows computed at a time, which changes no loss; unset: as many as fit in memory."""
     learning_rate: NotNegative | None = None
-    """The highest rate; unset: 2e-3, of AdamW beside Muon, or the paper's."""
+    """The highest rate; unset: 2e-3, of AdamW next to Muon, or the paper's."""
     matrix_rate: NotNegative = 0.02
     """The highest rate of Muon, for hidden matrices; the papers have none."""
     compile: bool = False
     """Compile with torch.compile: slower to start, then faster."""
     seed: Seed = 0
-    """Of the weights, the order of the data and the samples."""
+    """Random seed of the weights, the order of the data and the samples."""
     prompt: str = "The"
-    """How the samples begin."""
+    """Beginning of the samples."""
 
     def share(self, part: float) -> int:
-        """So many steps as are this part of the run."""
+        """Return the number of steps of this part of the run."""
         return round(part * self.steps)
 
     def settings(self, **chosen: Any) -> Settings:
@@ -200,7 +200,7 @@ class Options(Logging):
 
 
 def muon_settings(recipe: Any, steps: int) -> dict[str, Any]:
-    """How keifu trains for so many steps: Muon, and rates that fall to 0 in a line."""
+    """Return keifu's settings for that many steps: Muon, and rates that fall to 0 in a line."""
     return {
         "warmup": min(100, -(-steps // 10)), "optimizer": "muon", "schedule": "linear", "learning_rate": 2e-3,
         "matrix_rate": recipe.matrix_rate, "final_ratio": 0.0, "weight_decay": 0.01,
@@ -216,5 +216,5 @@ def settings_of(recipe: Logging, steps: int, batch_size: int, **usual: Any) -> S
 
 
 def own_settings(options: Options) -> Settings:
-    """How keifu trains GPT-3 and PaLM."""
+    """Return keifu's settings for GPT-3 and PaLM."""
     return options.settings(**muon_settings(options, options.steps))

@@ -33,7 +33,7 @@ class Recipe(TextOptions, Logging):
     """Options of the run. What is not given follows from the depth."""
 
     depth: Depth = 4
-    """Blocks; the width is 64 times as many, and all else follows."""
+    """Number of blocks; the width is 64 times as many, and the rest follows."""
     data: str = "english"
     """A catalogue name (keifu data list); a file: .txt, .md, .html (read without its tags), or records (.jsonl, .json,
     .csv, .tsv, .parquet); or a folder of them."""
@@ -57,11 +57,11 @@ class Recipe(TextOptions, Logging):
     matrix_rate: NotNegative | None = None
     """Muon's highest rate, for hidden matrices; unset: 0.02, or with --start-from a tenth of it."""
     seed: Seed = 0
-    """Of the weights, the order of the data and the samples."""
+    """Random seed of the weights, the order of the data and the samples."""
     compile: bool = False
     """Compile with torch.compile: slower to start, faster after."""
     prompt: str = "The"
-    """What the samples begin with."""
+    """Beginning of the samples."""
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -87,18 +87,18 @@ def model_config(depth: int, vocab_size: int, context_length: int | None = None)
 
 
 def usual_context(depth: int) -> int:
-    """Tokens that a model of that depth sees."""
+    """Return tokens that a model of that depth sees."""
     return min(2048, 128 * 2 ** (depth // 2))
 
 
 def parameters(config: llama.Config) -> int:
-    """Of the blocks and the embedding, norms left out."""
+    """Count the parameters of the blocks and the embedding, without norms."""
     return config.n_layers * config.dim * (4 * config.dim + 3 * config.hidden_dim) + config.vocab_size * config.dim
 
 
 def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Settings:
-    """Batch, steps and rates at one setting of the dial, for a model of that size (parameters), rows of so many tokens,
-    and a text of so many."""
+    """Return batch, steps and rates at one setting of the dial, for a model of that size (parameters), rows of that
+    many tokens, and a text of that many."""
     tokens_a_step = 4096 * 2 ** min(8, max(0, (recipe.depth - 2) // 2))
     batch_size = recipe.batch_size or max(1, tokens_a_step // row)
     steps = recipe.steps or max(100, round(min(20 * size, 4 * training_tokens) / (batch_size * row)))
@@ -118,7 +118,7 @@ def prepare(recipe: Recipe, out: Path | None = None) -> tuple[Task, llama.Config
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
+    """Train into `out`, which keifu.load, keifu generate and transformers read afterwards."""
     if recipe.start_from is not None:
         return _go_on(recipe, recipe.start_from, out, resume)
     task, config, chosen = prepare(recipe, out)

@@ -35,7 +35,7 @@ class Recipe(Logging):
     """Options of the run."""
 
     text: Annotated[Text, tyro.conf.arg(name="")] = Text()
-    """What to learn from."""
+    """Text to learn from."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
     """Whose training settings: keifu's or the paper's; the model is the same."""
     model: gpt1.Config = SMALL
@@ -43,7 +43,7 @@ class Recipe(Logging):
     epochs: Positive | None = None
     """Passes over the text; unset: 2, the paper's 100."""
     steps: Count | None = None
-    """Updates of the weights, in place of the epochs."""
+    """Updates of the weights, instead of the epochs."""
     batch_size: Count | None = None
     """Rows in a step; unset: 16, the paper's 64."""
     micro_batch: Count | None = None
@@ -53,9 +53,9 @@ class Recipe(Logging):
     matrix_rate: NotNegative = 0.02
     """Muon's highest rate, for hidden matrices; the paper has no Muon."""
     seed: Seed = 0
-    """Of the weights, the order of the data, dropout and the samples."""
+    """Random seed of the weights, the order of the data, dropout and the samples."""
     prompt: str = "The"
-    """What the samples begin with."""
+    """Beginning of the samples."""
 
     def __post_init__(self) -> None:
         if self.epochs is not None and not self.epochs > 0:
@@ -63,12 +63,13 @@ class Recipe(Logging):
 
 
 def settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
-    """How `keifu` trains for so many steps."""
+    """Return keifu's settings for that many steps."""
     return settings_of(recipe, steps, batch_size, **muon_settings(recipe, steps))
 
 
 def paper_settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
-    """Section 4.1; a run shorter than its warm-up has its rising part alone, and clipping is the released code's."""
+    """Return the settings of section 4.1; a run shorter than its warm-up has its rising part alone, and clipping is the
+    released code's."""
     return settings_of(
         recipe, steps, batch_size, warmup=min(PAPER_WARMUP, steps), schedule="cosine", final_ratio=0.0,
         learning_rate=2.5e-4, weight_decay=0.01, betas=(0.9, 0.999), clip=1.0,
@@ -90,7 +91,7 @@ def choose_settings(recipe: Recipe, training_tokens: int) -> Settings:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
+    """Train into `out`, which keifu.load, keifu generate and transformers read afterwards."""
     task = prepare_text(recipe.text, out)
     training = choose_settings(recipe, len(task.shards.tokens))
     return pretrain("gpt1", task, gpt1.build, recipe.model, training, out, resume, recipe.prompt)

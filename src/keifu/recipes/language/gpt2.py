@@ -29,16 +29,16 @@ class Recipe:
     """Options of the run."""
 
     text: Annotated[Text, tyro.conf.arg(name="")] = Text(tokenizer="gpt2-bpe")
-    """What to learn from; the default tokenizer is GPT-2's own."""
+    """Text to learn from; the default tokenizer is GPT-2's own."""
     model: gpt2.Config = gpt2.Config(dropout=0.0)
     """The vocabulary is the tokenizer's, whatever is given here."""
     training: Annotated[Settings, tyro.conf.arg(name="")] = PUBLISHED
     """How to learn it."""
     prompt: str = "The"
-    """What the samples begin with."""
+    """Beginning of the samples."""
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
+    """Train into `out`, which keifu.load, keifu generate and transformers read afterwards."""
     task = prepare_text(recipe.text, out)
     pretrain("gpt2", task, gpt2.build, recipe.model, recipe.training, out, resume, recipe.prompt)

@@ -33,7 +33,7 @@ class Recipe(Options):
 
 
 def paper_settings(recipe: Recipe) -> Settings:
-    """Appendix B, its tokens as shares of those of a run whose batches were all whole."""
+    """Return the settings of appendix B, its tokens as shares of those of a run whose batches were all whole."""
     first = max(1, round(FIRST * recipe.batch_size))
     over = max(1, round(RAMP / TOKENS * recipe.steps * recipe.batch_size))
     return recipe.settings(
@@ -47,7 +47,7 @@ WAYS = {"keifu": own_settings, "paper": paper_settings}
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains into `out`, which keifu.load and keifu generate read afterwards."""
+    """Train into `out`, which keifu.load and keifu generate read afterwards."""
     training = WAYS[recipe.recipe_of](recipe)
     task = prepare_text(recipe.text, out)
     return pretrain("gpt3", task, gpt3.build, recipe.model, training, out, resume, recipe.prompt)

@@ -29,16 +29,16 @@ class Recipe:
     """Options of the run."""
 
     text: Annotated[Text, tyro.conf.arg(name="")] = Text(tokenizer="sentencepiece-32k")
-    """What to learn from; the default tokenizer is a SentencePiece BPE of 32,000 tokens with bytes, like LLaMA's."""
+    """Text to learn from; the default tokenizer is a SentencePiece BPE of 32,000 tokens with bytes, like LLaMA's."""
     model: llama.Config = llama.Config()
     """The vocabulary is the tokenizer's, whatever is given here."""
     training: Annotated[Settings, tyro.conf.arg(name="")] = PUBLISHED
     """How to learn it."""
     prompt: str = "The"
-    """What the samples begin with."""
+    """Beginning of the samples."""
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
+    """Train into `out`, which keifu.load, keifu generate and transformers read afterwards."""
     task = prepare_text(recipe.text, out)
     pretrain("llama", task, llama.build, recipe.model, recipe.training, out, resume, recipe.prompt)

@@ -36,11 +36,11 @@ class Recipe(Options):
     z_loss: NotNegative | None = None
     """Times log²Z, added to the loss of a token; unset: 0, the paper's 1e-4."""
     spikes: SpikeSettings = SpikeSettings(rise=0.25)
-    """What is done where the loss spikes."""
+    """Treatment of spikes of the loss."""
 
 
 def paper_settings(recipe: Recipe) -> Settings:
-    """Section 5, its steps as shares of the run."""
+    """Return the settings of section 5, its steps as shares of the run."""
     rows = [max(1, recipe.batch_size // 4), max(1, recipe.batch_size // 2)]
     until = [recipe.share(step / STEPS) for step in GROWS]
     growing = until[0] < until[1] and until[0] > 0  # else the run is too short to grow in
@@ -54,7 +54,7 @@ WAYS = {"keifu": (own_settings, 0.0), "paper": (paper_settings, 1e-4)}  # and th
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains into `out`, which keifu.load and keifu generate read afterwards, and transformers as a Cohere model."""
+    """Train into `out`, which keifu.load and keifu generate read afterwards, and transformers as a Cohere model."""
     how, usual_z = WAYS[recipe.recipe_of]
     z_loss = usual_z if recipe.z_loss is None else recipe.z_loss
     task = prepare_text(recipe.text, out, split_digits=recipe.text.tokenizer == "bpe")

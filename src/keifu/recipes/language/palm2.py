@@ -79,13 +79,13 @@ class Recipe:
     """Options of the run."""
 
     mixture: str = "multilingual"
-    """What it learns from: multilingual, or a YAML or JSON file of sources with weights (docs/lineage/palm2.md)."""
+    """Sources to learn from: multilingual, or a YAML or JSON file of sources with weights (docs/lineage/palm2.md)."""
     held_out: BelowOne | None = None
     """Share of each source that is kept for validation; unset: the mixture's own, or 0.02."""
     objective: Literal["ul2", "causal"] = "ul2"
     """A mixture of denoisers, or each token from those before it."""
     shares: tuple[Share, Share, Share] = (0.25, 0.25, 0.5)
-    """Of the rows: R (a few short spans hidden), X (long spans, or half of the text), S (the end of the text)."""
+    """Shares of the rows: R (a few short spans hidden), X (long spans, or half of the text), S (the end)."""
     prefix: Share = 0.5
     """The mean share of a text that S hides; UL2's table says 0.25, its code 0.5."""
     vocab_size: Count = 8192
@@ -97,9 +97,9 @@ class Recipe:
     training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
     """How to learn it."""
     gaps: tuple[str, ...] = ("She was born in ___ and died in ___.", "彼女は___が好きです。")
-    """What the samples fill in."""
+    """Sentences that the samples fill in."""
     prompts: tuple[str, ...] = ("The city is", "私は")
-    """What the samples go on with."""
+    """Beginnings that the samples continue."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def prepare(mixture: Mixture, vocab_size: int, sentinels: int = SENTINELS, out: 
 
 
 def tokenizer_of(mixture: Mixture, vocab_size: int, sentinels: int, out: Path | None) -> Tokenizer:
-    """Byte-level BPE learned from the mixture by its weights, so that no text has a character that it cannot spell."""
+    """Return byte-level BPE learned from the mixture by its weights, so that no text has a character that it cannot
+    spell."""
     content = hashlib.sha256(content_hash(mixture).encode()).hexdigest()
 
     def learn() -> Tokenizer:
@@ -156,7 +157,7 @@ def task_of(recipe: Recipe, tokenizer: Tokenizer) -> tuple[CorruptionTask, dict[
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains into `out`, which keifu.load, keifu generate, keifu evaluate and transformers read afterwards."""
+    """Train into `out`, which keifu.load, keifu generate, keifu evaluate and transformers read afterwards."""
     mixture = read_mixture(recipe.mixture)
     if recipe.held_out is not None:
         mixture = replace(mixture, held_out=recipe.held_out)
@@ -207,7 +208,7 @@ def _facts(source: Any, made: WeightedSource, epochs: dict[str, float]) -> dict[
 
 
 def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Tokenizer) -> Callable[[int], str]:
-    """Texts with their gaps filled, where that is learned, and prompts that are gone on with."""
+    """Return texts with their gaps filled, where that is learned, and prompts that are gone on with."""
     gaps = recipe.gaps if recipe.objective == "ul2" else ()
 
     def sample(step: int) -> str:

@@ -2,7 +2,7 @@
 
 Paper: D. Rumelhart, G. Hinton, R. Williams, "Learning representations by back-propagating errors", Nature 323 (1986).
 Command: keifu train mlp --data mnist
-Cost: on one core, XOR 2 seconds, the digits 6, and 30 with --augment, beside the start of the program.
+Cost: on one core, XOR 2 seconds, the digits 6, and 30 with --augment, without the start of the program.
 Expected: XOR without a mistake; 95 to 97% of 1,000 held-out digits, by the seed, and 98% with --augment.
 """
 
@@ -59,7 +59,7 @@ class Recipe(Logging):
     hidden: tuple[Count, ...] | None = None
     """The width of each hidden layer."""
     activation: str = "relu"
-    """Of the hidden layers: sigmoid, tanh, relu, gelu and others."""
+    """Activation of the hidden layers: sigmoid, tanh, relu, gelu and others."""
     loss: str = "cross_entropy"
     """cross_entropy, binary_cross_entropy, mean_squared_error or mean_absolute_error."""
     augment: bool = False
@@ -75,10 +75,10 @@ class Recipe(Logging):
     weight_decay: NotNegative | None = None
     """AdamW's weight decay."""
     seed: Seed = 0
-    """Of the weights, the order of the rows, dropout and augmentation."""
+    """Random seed of the weights, the order of the rows, dropout and augmentation."""
 
     def resolved(self) -> "Recipe":
-        """With the unset options filled in."""
+        """Return the recipe with the unset options filled in."""
         fitting = SMALL if self.data != "mnist" else AUGMENTED if self.augment else DIGITS
         return replace(self, **{name: value for name, value in fitting.items() if vars(self)[name] is None})
 
@@ -94,7 +94,7 @@ class Recipe(Logging):
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains, saves the network, and prints its accuracy on the held-out rows.
+    """Train and save the network, and print its accuracy on the held-out rows.
 
     Of two columns, boundary.png shows the decision at stages of learning (of a resumed run: since it was resumed); of
     digits, the samples are those that it still takes for others.
@@ -114,7 +114,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 def learn(
     recipe: Recipe, learned: ToyDataset, model: MLP, chosen: Settings, out: Path, resume: bool, sample: Sample | None
 ) -> Summary:
-    """Trains the network into a run folder."""
+    """Train the network into a run folder."""
     full, augment = recipe.resolved(), distort if recipe.augment else None
     held = 0 if learned.held is learned.training else len(learned.held)
     counts = {"rows": len(learned.training), "held out": held, "classes": ", ".join(learned.classes)}
@@ -190,12 +190,12 @@ def objective(loss: str) -> Objective:
 
 
 def distort(inputs: Float[Tensor, "rows dim"], generator: Generator) -> Float[Tensor, "rows dim"]:
-    """Digits moved, turned, sized and bent a little."""
+    """Return digits moved, turned, sized and bent a little."""
     return Distortion()(inputs.view(-1, 28, 28), generator).flatten(1)
 
 
 def boundary(learned: ToyDataset, model: MLP, steps: int, out: Path) -> Callable[[int], bytes]:
-    """Draws the decision between two columns' numbers as it stands after a step; at the end, its stages in `out`."""
+    """Draw the decision between two columns' numbers as it stands after a step; at the end, its stages in `out`."""
     shown, stages = points(learned), []
 
     def sample(step: int) -> bytes:
@@ -212,7 +212,7 @@ def boundary(learned: ToyDataset, model: MLP, steps: int, out: Path) -> Callable
 
 
 def wrong_digits(learned: ToyDataset, model: MLP) -> Callable[[int], bytes]:
-    """Draws held-out digits that the network takes for others."""
+    """Draw held-out digits that the network takes for others."""
     inputs, targets = learned.held.inputs, learned.held.targets
     return lambda step: metrics.picture(inputs.view(-1, 28, 28), targets, model.predict(inputs), learned.classes)
 

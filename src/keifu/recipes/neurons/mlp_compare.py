@@ -1,6 +1,6 @@
 """Activations and losses compared: one multi-layer network for each pair, on the same data and from the same seed.
 
-Paper: Rumelhart, Hinton and Williams (1986) use sigmoids and the squared error; each later activation is cited beside
+Paper: Rumelhart, Hinton and Williams (1986) use sigmoids and the squared error; each later activation is cited with
 its function in keifu/layers/activations.py.
 Command: keifu train mlp-compare --data spirals
 Cost: a minute on 2 cores for the 36 pairs.
@@ -51,7 +51,7 @@ class Recipe:
     learning_rate: NotNegative | None = None
     """The highest rate of AdamW, the same for all."""
     seed: Seed = 0
-    """Of the weights and the order of the rows, the same for all."""
+    """Random seed of the weights and the order of the rows, the same for all."""
 
     def pairs(self) -> list[mlp.Recipe]:
         """Return the recipe of each network, loss by loss."""
@@ -62,7 +62,7 @@ class Recipe:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains all networks, prints the table, writes comparison.json, curves.png and, of two columns, boundaries.png.
+    """Train all networks, prints the table, writes comparison.json, curves.png and, of two columns, boundaries.png.
 
     Each network's own run is in a folder named after its pair; one that was stopped is resumed, network by network.
     """
@@ -92,7 +92,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def learn(pair: mlp.Recipe, subject: ToyDataset, directory: Path, resume: bool = False) -> Result:
-    """Trains one network of the comparison."""
+    """Train one network of the comparison."""
     steps = mlp.settings(pair).steps
     then = read_recipe(directory).get("options", {}) if resume else {}
     begun = replace(pair, steps=then.get("steps", pair.steps))  # a resumed run may have other steps now

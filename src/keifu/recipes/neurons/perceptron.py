@@ -43,7 +43,7 @@ class Recipe:
     rate: Positive = 1.0
     """The learning rate η; from zero weights it sizes the weights, and changes no decision."""
     max_updates: Count = 100_000
-    """Stop with an error after so many corrections."""
+    """Most corrections; more are an error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Lesson:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Learns, prints the corrections and the bound, and saves the neuron and, of two columns, boundary.png.
+    """Learn, print the corrections and the bound, and save the neuron and, of two columns, boundary.png.
 
     There is nothing to resume: the rule draws no random number, so it starts over to the same end. Raises UserError,
     with the proof, where no plane parts the classes.
@@ -146,7 +146,7 @@ def learn(lesson: Lesson, recipe: Recipe) -> Iterator[tuple[int, Plane]]:
 
 
 def plane_of(neuron: Perceptron) -> Plane:
-    """Its weights, then its bias."""
+    """Return its weights, then its bias."""
     return torch.cat([neuron.weight, neuron.bias[None]])
 
 

@@ -1,4 +1,4 @@
-"""What the translation recipes share: options, sentence pairs, tokenizer, batches and the training run."""
+"""Shared code of the translation recipes: options, sentence pairs, tokenizer, batches and the training run."""
 
 import hashlib
 from collections.abc import Callable
@@ -54,7 +54,7 @@ class Options(Logging):
     target_field: str | None = None
     """The field of the translation; unset: target, or the second of two."""
     encoding: str = "utf-8"
-    """Of files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
+    """Encoding of files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
     validation_data: str | None = None
     """Pairs to validate on, like --data; training pairs that share a sentence with one of them are left out."""
     test_data: str | None = None
@@ -79,7 +79,7 @@ class Options(Logging):
     keep: Count = 2
     """Saved states that are kept, 2% of the run apart."""
     seed: Seed = 0
-    """Of the weights, the order of the data and dropout."""
+    """Random seed of the weights, the order of the data and dropout."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,11 @@ def learn(
     settings: Callable[[Any, int], Settings], batching: Callable[[np.ndarray], Batching], smoothing: float,
     average: int,
 ) -> Summary:  # fmt: skip
-    """Trains an encoder-decoder on pairs into a run folder. The vocabulary and the ids that begin, end and pad a
+    """Train an encoder-decoder on pairs into a run folder. The vocabulary and the ids that begin, end and pad a
     sentence are the tokenizer's, whatever the config says.
 
     settings: of the options and a number of steps. batching: from the sizes of the rows. average: the model that is
-    left is the mean of the last so many saved states.
+    left is the mean of that many last saved states.
     """
     budget = Budget.of(options.steps, options.minutes, MINUTES)
     task = prepare_pairs(options, out)
@@ -203,7 +203,7 @@ def _two_vocabularies(task: Task, config: Any) -> dict[str, Any]:
 
 
 def _data(options: Options, task: Task, context_length: int, batching: Callable[[np.ndarray], Batching]) -> PairData:
-    """Both parts as ids; what is too long for the model is left out, and said."""
+    """Return both parts as ids; what is too long for the model is left out, and said."""
     own, special = task.tokenizer.sides[0], special_ids(task.tokenizer)
     source = special if own.eos_id is None else special_ids(own)
     train, validation = (_fitting(task, part, context_length) for part in (task.parts.train, task.parts.validation))

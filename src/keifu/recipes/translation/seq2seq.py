@@ -1,12 +1,12 @@
 """A recurrent encoder-decoder with additive attention, and without, as a translator (Bahdanau et al., 2014).
 
 Paper: "Neural Machine Translation by Jointly Learning to Align and Translate". `--attention none` is the same network
-with one vector for the whole source, as Cho et al. (2014) have it: the difference is what attention buys. `--recipe-of
-paper` trains as its appendix B.2 says: Adadelta with ρ 0.95 and ε 1e-6, gradients clipped at 1, batches of 80 pairs cut
-from 1,600 that were sorted by length. The default is for a budget of minutes on a processor, with AdamW.
-Command: keifu train seq2seq --data tatoeba-ja-en --attention additive
-Cost: 45 minutes of training unless --minutes or --steps say otherwise; the first run learns its tokenizer before it.
-Expected: BLEU and chrF by length of sentence: docs/results.md, "Translation with attention".
+with one vector for the whole source, as Cho et al. (2014) have it: the difference is the gain of attention.
+`--recipe-of paper` trains as its appendix B.2 says: Adadelta with ρ 0.95 and ε 1e-6, gradients clipped at 1, batches of
+80 pairs cut from 1,600 that were sorted by length. The default is for a budget of minutes on a processor, with AdamW.
+Command: keifu train seq2seq --data tatoeba-ja-en --attention additive Cost: 45 minutes of training unless --minutes or
+--steps say otherwise; the first run learns its tokenizer before it. Expected: BLEU and chrF by length of sentence:
+docs/results.md, "Translation with attention".
 """
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,11 +44,11 @@ class Recipe(Options):
     label_smoothing: BelowOne = 0.1
     """Share of the probability that is spread over all tokens; the paper has none."""
     average: Count = 1
-    """The model left is the mean of the last so many saved states, 2% of the run apart."""
+    """Number of last saved states whose mean is the resulting model, 2% of the run apart."""
 
 
 def settings(recipe: Recipe, steps: int) -> Settings:
-    """How `keifu` trains for so many steps."""
+    """Return keifu's settings for that many steps."""
     return settings_of(
         recipe, steps, warmup=min(200, -(-steps // 5)),
         learning_rate=given(recipe.learning_rate, scaled(2e-3, recipe.start_from)), schedule="linear",
@@ -58,7 +58,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
 
 
 def paper_settings(recipe: Recipe, steps: int) -> Settings:
-    """Appendix B.2."""
+    """Return the paper's settings (appendix B.2)."""
     return settings_of(
         recipe, steps, optimizer="adadelta", learning_rate=scaled(1.0, recipe.start_from), schedule="constant",
         weight_decay=0.0, clip=1.0,
@@ -66,7 +66,7 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`, which keifu translate, keifu evaluate and keifu.load read afterwards."""
+    """Train into `out`, which keifu translate, keifu evaluate and keifu.load read afterwards."""
     own_batching = partial(by_tokens, tokens=recipe.tokens_per_batch)
     ways = {"keifu": (settings, own_batching, recipe.label_smoothing), "paper": (paper_settings, by_rows, 0.0)}
     how, batching, smoothing = ways[recipe.recipe_of]

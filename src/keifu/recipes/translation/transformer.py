@@ -43,11 +43,11 @@ class Recipe(Options):
     label_smoothing: BelowOne = 0.1
     """Share of the probability that is spread over all tokens."""
     average: Count | None = None
-    """The model left is the mean of the last so many saved states, 2% of the run apart; unset: 1, the paper's 5."""
+    """Number of last saved states whose mean is the resulting model, 2% of the run apart; unset: 1, the paper's 5."""
 
 
 def settings(recipe: Recipe, steps: int) -> Settings:
-    """How `keifu` trains for so many steps."""
+    """Return keifu's settings for that many steps."""
     return settings_of(
         recipe, steps, warmup=min(400, -(-steps // 5)), optimizer="muon",
         learning_rate=given(recipe.learning_rate, scaled(2e-3, recipe.start_from)),
@@ -57,7 +57,8 @@ def settings(recipe: Recipe, steps: int) -> Settings:
 
 
 def paper_settings(recipe: Recipe, steps: int) -> Settings:
-    """Section 5.3: the rate is d^-0.5 · min(step^-0.5, step · 4000^-1.5), of a shorter run its rising part alone."""
+    """Return the paper's settings (5.3): the rate is d^-0.5 · min(step^-0.5, step · 4000^-1.5), of a shorter run its
+    rising part alone."""
     warmup = min(PAPER_WARMUP, steps)
     return settings_of(
         recipe, steps, warmup=warmup,
@@ -67,7 +68,7 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`, which keifu translate, keifu evaluate, keifu.load and transformers read afterwards."""
+    """Train into `out`, which keifu translate, keifu evaluate, keifu.load and transformers read afterwards."""
     how, usual = {"keifu": (settings, 1), "paper": (paper_settings, 5)}[recipe.recipe_of]
     learn(
         "transformer", recipe, out, resume, transformer.build, recipe.model, how,
