@@ -176,3 +176,29 @@ def test_text_moves_on_and_covers_an_epoch(parts: Parts, tmp_path: Path, monkeyp
     assert held == [tuple(row) for row in np.resize(text.held_out, (24, 13)).tolist()]
     batches = list(data.validation())
     assert batches[0]["pretraining"].shape == (1, 4, 13)
+
+
+def test_each_rollout_has_noise_of_its_own(base: Path) -> None:
+    """With one prompt and fixed weights, only the noise of the sampling can make two rollouts differ."""
+    parts = Parts(base)
+    parts.prompts = parts.prompts[0][:1] * 6, parts.prompts[1]
+    data = parts.rollouts(GRPOBatches, RolloutPlan(prompts=6, group=1, max_tokens=5, seed=3))
+    rollouts = [data.batch(number)["tokens"].tolist() for number in (0, 1, 0)]
+    assert rollouts[0] == rollouts[2], "a rollout is a function of the weights and its number"
+    same = [first == second for first, second in zip(*rollouts[:2], strict=True)]
+    assert not any(same), "rows of both rollouts have the same noise"
+
+
+def test_each_part_of_the_validation_has_text_of_its_own(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path))
+    words = np.random.default_rng(0).choice(("one", "two", "three", "four", "five", "good", "bad"), 900)
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    parts = Parts(base)
+    parts.prompts = parts.prompts[0], parts.prompts[0][:2]
+    text = PackedText(prepare(str(tmp_path / "text.txt"), parts.tokenizer, held_out=0.2), 12, 1, 4)
+    data = parts.ppo(PretrainingMix(text, 2))
+    data.at_a_time = 1
+    windows = [batch["pretraining"].flatten(0, 1).tolist() for batch in data.validation()]
+    assert windows == [text.held_out[:2].tolist(), text.held_out[2:4].tolist()]
