@@ -6,10 +6,8 @@ adjusts it to the pace (`pace.Clock`), and states hold the current number.
 
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from keifu.errors import UserError
 from keifu.memory import keep_freed
 from keifu.processes import current, row_elements, rows_of
 from keifu.training.hardware import cost, failures
-from keifu.training.hardware.flops import synchronize
 from keifu.training.hardware.precision import resolve_dtype, tensor_float32
 from keifu.training.length import USEFUL, Length, length_of
 from keifu.training.loader import on_device
@@ -170,45 +167,21 @@ def _tell_changes(
         tell(length.sentence(settings))
 
 
-SHARE = 0.02  # the share of the time that trial steps take
-LEAST_STEPS = 8  # trial steps, at least
-
-
 def steps_within(
     minutes: float, model: nn.Module, objective: Objective, data: Data, settings: Settings, largest: Batch
 ) -> int:
-    """Return the number of steps that fit into so many minutes of training, from trial steps on the first batches of
-    the run.
+    """Return the number of steps that fit into so many minutes of training, as `cost.estimate` measures a step.
 
-    Validation, samples and checkpoints are not included. The trial takes 2% of the time and does not change the model.
+    Validation, samples and checkpoints are not included. The measurement takes a few passes over some rows, however
+    many minutes there are, and does not change the model.
     """
     if not minutes > 0:
         raise UserError(f"minutes must be above 0, and it is {minutes}.")
     settings, device = as_chosen(settings), next(model.parameters()).device
     trainer = Trainer(model, objective, replace(settings, compile=False))
-    batch = on_device(largest, device)
-    hardware = tensor_float32(device, settings.precision), keep_freed(device)
-    with cost.preserve_state(trainer), failures.explain_out_of_memory(), hardware[0], hardware[1]:
-        trainer.micro_batch = current().broadcast(cost.estimate(trainer, batch, settings.micro_batch).micro_batch)
-        trainer.row_elements = row_elements(batch)
-        seconds = _seconds_a_step(trainer, data, SHARE * 60 * minutes)
-        trainer.optimizers.forget()
-    return max(1, round(60 * minutes / seconds))
-
-
-def _seconds_a_step(trainer: Trainer, data: Data, budget: float) -> float:
-    """Return the mean seconds of as many steps as fit into the budget, after one to warm up; their learning rates are
-    0."""
-    for step in count():
-        if step == 1:
-            start = time.perf_counter()
-        trainer.gradient(step, on_device(data.batch(step), trainer.device))
-        trainer.optimizers.update(dict.fromkeys(trainer.optimizers.all, 0.0))
-        synchronize(trainer.device)
-        spent = time.perf_counter() - start if step else 0.0
-        if step >= LEAST_STEPS and current().broadcast(spent > budget):
-            return current().broadcast(spent / step)
-    raise AssertionError("count() does not end")
+    with failures.explain_out_of_memory(), tensor_float32(device, settings.precision), keep_freed(device):
+        measured = cost.estimate(trainer, on_device(largest, device), settings.micro_batch)
+    return max(1, current().broadcast(round(60 * minutes / measured.step_seconds)))
 
 
 def steps_of(directory: Path) -> int:
