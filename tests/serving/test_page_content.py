@@ -147,7 +147,26 @@ def test_a_continued_text_shows_its_tokens_too(served: Any, browser: Any) -> Non
         page.click("#send")
         page.wait_for_selector("article.assistant .token")
         page.locator("article.assistant .token").first.hover()
-        assert page.locator("#alternatives tr").count() >= 5
+        shares = [float(each.split()[0]) for each in page.locator("#alternatives td:last-child").all_inner_texts()]
+        assert len(shares) >= 5 and shares == sorted(shares, reverse=True)
+
+
+def test_a_continued_text_has_its_likeliest_tokens_in_order_and_no_end_token(served: Any, browser: Any) -> None:
+    with opened(browser, served.url) as page:
+        body = {"index": 0, "text": " 34.", "finish_reason": "stop", "logprobs": {
+            "tokens": [" ", "3", "4", ".", "<|endoftext|>"], "token_logprobs": [-0.1] * 5,
+            "top_logprobs": [{"1": -3.0, "3": -0.5, "2": -1.0}] * 5, "text_offset": [0] * 5,
+        }}  # fmt: skip
+        stream = f"data: {json.dumps({'choices': [body], 'seed': 1})}\n\ndata: [DONE]\n\n"
+        page.route("**/v1/completions", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
+        page.wait_for_selector("#model option", state="attached")
+        page.select_option("#model", "base")
+        page.fill("#message", "12")
+        page.click("#send")
+        page.wait_for_selector("article.assistant .token")
+        assert page.locator("article.assistant .text").text_content() == " 34."
+        page.locator("article.assistant .token").nth(1).hover()
+        assert page.locator("#alternatives td:first-child").all_inner_texts()[:3] == ["3", "2", "1"]
 
 
 def test_messages_of_the_server_are_in_the_language_of_the_page(served: Any, browser: Any) -> None:
@@ -227,6 +246,13 @@ def test_each_tab_says_what_is_seen_and_links_to_the_lineage(
             assert not anchor or f'id="{anchor}"' in httpx.get(served.url + link).text
 
 
+def test_the_description_of_the_api_is_a_page(served: Any, browser: Any) -> None:
+    page = browser.new_page()
+    page.goto(f"{served.url}/docs")
+    page.wait_for_selector("#paths h2:has-text('GET /v1/runs')")
+    page.close()
+
+
 def line(step: int, **figures: float) -> str:
     return json.dumps({"step": step, **figures}) + "\n"
 
@@ -250,8 +276,7 @@ def test_a_run_is_followed_while_it_grows_and_nothing_else_can_be_read(
             assert httpx.get(f"{served.url}/v1/runs/{name}").status_code == 404, name
         first = httpx.get(f"{served.url}/v1/runs/my run").json()
         assert [json.loads(text)["step"] for text in first["lines"]] == [1, 2]
-        with opened(browser, served.url) as page:
-            page.click("#tab-runs")
+        with opened(browser, f"{served.url}/#runs") as page:
             page.wait_for_selector("#runs .chart")
             assert "validation: 3.6000" in page.inner_text("#runs .keys")
             ends = page.locator("#runs .chart text").evaluate_all(
@@ -271,6 +296,18 @@ def test_a_run_is_followed_while_it_grows_and_nothing_else_can_be_read(
 def test_a_server_with_a_key_guards_the_runs(folder: Path, tmp_path: Path) -> None:
     with running([str(folder / "clip")], Limits(), Access(keys=("secret",), runs=tmp_path)) as served:
         assert httpx.get(f"{served.url}/v1/runs").status_code == 401
+
+
+def test_a_switch_of_language_keeps_what_is_shown(served: Any, browser: Any) -> None:
+    with opened(browser, f"{served.url}/#look") as page:
+        page.wait_for_selector("#look:visible")
+        page.select_option("#look [name=model]", "base")
+        page.fill("#look [name=input]", "abab")
+        page.click("#look form button:not([type])")
+        page.wait_for_selector("#look .map")
+        assert "Attention weight" in page.inner_text("#look .scale")
+        page.click("#language")
+        assert "注意の重み" in page.inner_text("#look .scale") and page.locator("#look .map").count() == 1
 
 
 def test_every_text_of_the_page_is_short() -> None:

@@ -56,7 +56,7 @@ async function* answer(nodes, signal) {
     : ["/v1/completions", { max_tokens: 256, ...common, prompt: nodes.map((each) => each.content).join(""), ...(shown() ? { logprobs: 5 } : {}) }];
   for await (const { seed, usage, choices: [choice] } of events(...asked, signal)) {
     const text = choice?.delta?.content ?? choice?.text ?? "";
-    const tokens = choice?.logprobs?.content ?? continued(choice?.logprobs);
+    const tokens = choice?.logprobs?.content ?? continued(choice?.logprobs, text);
     yield { text, tokens, reason: choice?.finish_reason, seed, usage };
   }
 }
@@ -64,12 +64,13 @@ async function* answer(nodes, signal) {
 const shown = () => at("probabilities").checked;
 const probabilities = () => (shown() ? { logprobs: true, top_logprobs: 5 } : {});
 
-// The tokens of a continued text in the form of those of a chat. A token with part of a character has no bytes here.
-function continued(logprobs) {
-  const bytes = (token) => [...new TextEncoder().encode(token)];
+// The tokens of a continued text in the form of those of a chat; one that ends the text is no part of it.
+function continued(logprobs, text) {
+  const bytes = (token) => (/^(<[^<>]+>|\[\w+\])$/.test(token) && !text.includes(token) ? [] : [...new TextEncoder().encode(token)]);
   return (logprobs?.tokens ?? []).map((token, n) => ({
     token, bytes: bytes(token), logprob: logprobs.token_logprobs[n],
-    top_logprobs: Object.entries(logprobs.top_logprobs[n]).map(([other, logprob]) => ({ token: other, logprob })),
+    top_logprobs: Object.entries(logprobs.top_logprobs[n]).map(([other, logprob]) => ({ token: other, logprob }))
+      .sort((a, b) => b.logprob - a.logprob),
   }));
 }
 

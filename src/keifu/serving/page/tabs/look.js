@@ -10,7 +10,7 @@ import { bar, matrix, scale } from "./matrix.js";
 const EXAMPLES = { // a text for each kind of model, until the reader writes one
   writer: "The cat sat on the mat. The cat sat on the",
   encoder: "The cat sat on the mat.",
-  masked: "The cat [MASK] on the mat.",
+  masked: "The book was [MASK] by an American author.",
 };
 
 function chooser(word, options, chosen, change) {
@@ -103,19 +103,32 @@ look.form.elements.model.addEventListener("change", ({ target }) => {
   text.value = EXAMPLES[model.uses.includes("completion") ? "writer" : model.fills_masks ? "masked" : "encoder"];
 });
 
+let showLook = () => {}; // what is shown, in the language of the page
 onSend(look, async (given) => {
   const found = await ask("/v1/inspect", Object.fromEntries(given));
-  const box = element("div");
-  const masks = found.masks.flatMap((words, n) => [
-    element("h2", {}, say("maskWords", { n: n + 1 })), ...words.map(([word, value]) => bar(word, value)),
-  ]);
-  look.found.replaceChildren(...masks, ...attention(found, found.lens.length ? lens(found, box) : null), box);
+  showLook = () => {
+    const box = element("div");
+    const masks = found.masks.flatMap((words, n) => [
+      element("h2", {}, say("maskWords", { n: n + 1 })), ...words.map(([word, value]) => bar(word, value)),
+    ]);
+    look.found.replaceChildren(...masks, ...attention(found, found.lens.length ? lens(found, box) : null), box);
+  };
+  showLook();
 });
 
 const translate = panel("translate");
+let showTranslation = () => {};
 onSend(translate, async (given) => {
   const { model, input, beam } = Object.fromEntries(given);
   const { data: [{ text: answer, sentences }] } = await ask("/v1/translations", { model, input, beam: Number(beam) });
   translate.found.replaceChildren(element("p", { class: "text answer" }, answer));
-  if (sentences.length) translate.found.append(...attention(await ask("/v1/inspect", { model, input: sentences[0].source })));
+  if (!sentences.length) return;
+  const found = await ask("/v1/inspect", { model, input: sentences[0].source });
+  showTranslation = () => translate.found.replaceChildren(element("p", { class: "text answer" }, answer), ...attention(found));
+  showTranslation();
+});
+
+document.addEventListener("language", () => {
+  showLook();
+  showTranslation();
 });

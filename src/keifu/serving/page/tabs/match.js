@@ -9,6 +9,7 @@ import { bar } from "./matrix.js";
 const match = panel("match");
 const field = match.form.elements;
 let pictures = [];
+let show = () => {}; // what is shown, in the language of the page
 
 const encoded = async (file) => {
   const bytes = new Uint8Array(await file.arrayBuffer());
@@ -17,6 +18,7 @@ const encoded = async (file) => {
 
 function take(files) {
   pictures = files;
+  show = () => {};
   match.found.replaceChildren(element("div", { class: "row" }, ...files.map(thumb)));
 }
 
@@ -64,5 +66,8 @@ onSend(match, async (given) => {
   if (!pictures.length) throw new Error(say("drop"));
   const images = await Promise.all(pictures.map(encoded));
   const found = await ask("/v1/match", { model: given.get("model"), images, texts });
-  match.found.replaceChildren(...pictures.map((file, n) => fit(file, texts, found.shares[n], found.cosines[n])));
+  const compared = pictures;
+  show = () => match.found.replaceChildren(...compared.map((file, n) => fit(file, texts, found.shares[n], found.cosines[n])));
+  show();
 });
+document.addEventListener("language", () => show());

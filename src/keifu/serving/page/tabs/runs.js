@@ -115,6 +115,7 @@ async function listRuns() {
   list.replaceChildren(...data.map(({ id }) => new Option(id, id)));
   if (data.some(({ id }) => id === kept)) list.value = kept;
   tab.hidden = !data.length;
+  document.dispatchEvent(new Event("runs"));
 }
 
 list.addEventListener("change", restart);

@@ -30,9 +30,14 @@ document.getElementById("tabs").addEventListener("keydown", (event) => {
   const all = shown();
   choose(all[(all.indexOf(event.target) + step + all.length) % all.length], true);
 });
-for (const tab of tabs) tab.addEventListener("click", () => choose(tab));
+for (const tab of tabs) {
+  tab.addEventListener("click", () => {
+    wanted = "";
+    choose(tab);
+  });
+}
 
-const wanted = location.hash.slice(1); // before a choice puts another there
+let wanted = location.hash.slice(1); // before a choice puts another there
 choose(tabs[0]);
 document.addEventListener("models", ({ detail }) => {
   for (const tab of tabs) {
@@ -47,6 +52,14 @@ document.addEventListener("models", ({ detail }) => {
     if (able.some((model) => model.id === kept)) list.value = kept;
     list.dispatchEvent(new Event("change"));
   }
-  const there = shown().find((tab) => tab.getAttribute("aria-controls") === wanted);
-  if (there && tabs[0].ariaSelected === "true") choose(there);
+  restore();
 });
+document.addEventListener("runs", restore);
+
+// Goes to the tab that the address names, once it is there.
+function restore() {
+  const there = shown().find((tab) => tab.getAttribute("aria-controls") === wanted);
+  if (!there || tabs[0].ariaSelected !== "true") return;
+  wanted = "";
+  choose(there);
+}
