@@ -65,7 +65,7 @@ class CausalRows(SpanCorruptionBatches):
         order = np.argsort(np.concatenate(keys, axis=1), axis=1, kind="stable")
         text = np.take_along_axis(np.concatenate([kept, hidden], axis=1), order, axis=1)
         mask = (order >= kept.shape[1]) & (text != self.markers.end)
-        return {"tokens": _pad_wider(text, self.places), "mask": _pad_wider(mask, self.places).astype(bool)}
+        return {"tokens": _pad_wider(text, self.row_length), "mask": _pad_wider(mask, self.row_length).astype(bool)}
 
 
 def _pad_wider(tokens: np.ndarray, places: int) -> np.ndarray:

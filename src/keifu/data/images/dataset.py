@@ -134,9 +134,8 @@ def _of_shape(pixels: np.ndarray, shape: tuple[int, ...], item: ImageItem, first
         sizes = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, and {first.where} {shape[1]} x {shape[0]}"
         raise UserError(f"{item.where} has {sizes}: give one size for all (--size), such as {min(shape[:2])}.")
     if shape[2] == 1:
-        raise UserError(
-            f"{item.where} has colours, and {first.where} is grey: say which is wanted (--channels 1 or 3)."
-        )
+        both = f"{item.where} has colours, and {first.where} is grey"
+        raise UserError(f"{both}: say which is wanted (--channels 1 or 3).")
     return np.repeat(pixels, 3, axis=2)
 
 
@@ -278,9 +277,8 @@ def read_images(
     if index["faults"] and not leave_out:
         raise UserError(_with_advice(index["faults"][0]))
     pixels = np.memmap(folder / PIXELS, np.uint8, "r", shape=tuple(index["shape"]))
-    columns: dict[str, Any] = {
-        column: tuple(index[column]) for column in ("names", "classes", "parts", "notes", "faults")
-    }
+    texts = "names", "classes", "parts", "notes", "faults"
+    columns: dict[str, Any] = {column: tuple(index[column]) for column in texts}
     captions = {language: tuple(texts) for language, texts in index["captions"].items()}
     columns |= {column: np.array(index[column], np.int64) for column in ("labels", "groups", "families")}
     return ImageDataset(

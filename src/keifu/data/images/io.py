@@ -73,10 +73,8 @@ def _check_size(image: Image.Image, where: str, largest: int) -> None:
     per_pixel = 8 if image.mode.startswith(("I", "F")) else 1 if image.mode in ("1", "L") else 4
     width, height = image.size
     if (size := width * height * per_pixel) > largest:
-        raise UserError(
-            f"{where} has {width:,} x {height:,} pixels and would take {size / 1e6:,.0f} MB of memory; "
-            f"at most {largest / 1e6:,.0f} MB are allowed: make it smaller."
-        )
+        needed = f"{where} has {width:,} x {height:,} pixels and would take {size / 1e6:,.0f} MB of memory"
+        raise UserError(f"{needed}; at most {largest / 1e6:,.0f} MB are allowed: make it smaller.")
 
 
 def fit_image(
@@ -146,9 +144,8 @@ def _shallow(image: Image.Image, where: str) -> Image.Image:
     top = 1.0 if image.mode == "F" else 65_535.0
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):  # not a number is refused too
-        raise UserError(
-            f"{where} holds numbers from {low:g} to {high:g}, which are no colours: scale them to 0 to {top:g}."
-        )
+        numbers = f"numbers from {low:g} to {high:g}"
+        raise UserError(f"{where} holds {numbers}, which are no colours: scale them to 0 to {top:g}.")
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 

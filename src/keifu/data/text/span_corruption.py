@@ -4,7 +4,7 @@ Tay et al. (2022), "UL2: Unifying Language Learning Paradigms", table 1. A row b
 Spans are corrupted as in T5 (Raffel et al., 2020): a sentinel replaces each in the inputs, and the targets are each
 sentinel followed by the span that it replaces.
 
-Axes: row, place = tokens of a row.
+Axes: row, position = tokens of a row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from keifu.errors import UserError, require_known
 REGULAR, EXTREME, SEQUENTIAL = "[NLU]", "[NLG]", "[S2S]"  # the paper's [R], [X] and [S], as its code spells them
 MODES = REGULAR, EXTREME, SEQUENTIAL
 SENTINELS = 100  # T5's number
-LEAST = 16  # places of a row
+LEAST = 16  # tokens of a row
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Markers:
 
 
 def random_spans(rows: int, length: int, hidden: int, spans: int, random: np.random.Generator) -> np.ndarray:
-    """Which places are hidden [row, length]: in each row `hidden` of them in `spans` runs, of which no two touch.
+    """Draw hidden positions [row, length]: in each row `hidden` of them in `spans` runs, of which no two touch.
 
     A row begins with what is kept and ends with what is hidden, and all such rows are equally likely (T5's
     `random_spans_noise_mask`).
@@ -122,7 +122,7 @@ def _segments(rows: int, items: int, segments: int, random: np.random.Generator)
 def corrupt(tokens: np.ndarray, hidden: np.ndarray, sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return inputs and targets of rows with equally many hidden tokens and spans; a kept token precedes each span.
 
-    Inputs: the tokens with the sentinel of each span in its place. Targets: each sentinel and what it stands for.
+    Inputs: the tokens with each span replaced by its sentinel. Targets: each sentinel and its span.
     """
     before = np.zeros_like(hidden)
     before[:, 1:] = hidden[:, :-1]
@@ -136,7 +136,7 @@ def corrupt(tokens: np.ndarray, hidden: np.ndarray, sentinels: np.ndarray) -> tu
 
 
 Rows = dict[str, np.ndarray]
-Windows = Int[np.ndarray, "row place"]
+Windows = Int[np.ndarray, "row position"]
 
 
 class CausalBatches:
@@ -160,7 +160,7 @@ class CausalBatches:
 class SpanCorruptionBatches:
     """A mixture of denoisers over windows: mode, inputs, targets and an end in one row of `context_length` + 1 tokens.
 
-    A batch has "tokens" [row, place] and "mask", True on targets, which alone are predicted (see
+    A batch has "tokens" [row, position] and "mask", True on targets, which alone are predicted (see
     `keifu.training.objectives.language_modeling`). Where a text's end is hidden no end follows: the text went on.
 
     Each denoiser gets exactly its share of a source's rows (see `keifu.data.interleaving`). If the sentinels of a
@@ -168,20 +168,20 @@ class SpanCorruptionBatches:
     """
 
     def __init__(self, denoisers: Sequence[SpanCorruption], markers: Markers, context_length: int):
-        self.denoisers, self.markers, self.places = tuple(denoisers), markers, context_length + 1
+        self.denoisers, self.markers, self.row_length = tuple(denoisers), markers, context_length + 1
         self.shares = np.array([denoiser.share for denoiser in denoisers])
-        if self.places < LEAST:
-            raise UserError(f"The context is {self.places} tokens, and a mixture of denoisers needs {LEAST} or more.")
+        if (given := self.row_length) < LEAST:
+            raise UserError(f"The context is {given} tokens, and a mixture of denoisers needs {LEAST} or more.")
         self._lengths = [self._length(denoiser) for denoiser in denoisers]
         for denoiser, length in zip(self.denoisers, self._lengths, strict=True):
             spans = denoiser.counts(length)[1]
             if spans > len(markers.sentinels):
                 raise UserError(
-                    f"A row of {self.places} tokens has {spans} hidden spans, and the tokenizer has "
+                    f"A row of {self.row_length} tokens has {spans} hidden spans, and the tokenizer has "
                     f"{len(markers.sentinels)} sentinels: shorten the context, or learn more sentinels."
                 )
         self.width = max(self._lengths)
-        self.name = f"DecoderRows of {self.places} places: {self.denoisers}"  # the same in the runs that are there
+        self.name = f"DecoderRows of {self.row_length} places: {self.denoisers}"  # the same in the runs that are there
 
     def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
         """Rows of one denoiser are computed together."""
@@ -194,7 +194,7 @@ class SpanCorruptionBatches:
     def join(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool = True) -> Rows:
         """Rows of equally many inputs and equally many targets."""
         prefix = 1 + inputs.shape[1]
-        tokens = np.full((len(inputs), self.places), self.markers.pad, np.int64)
+        tokens = np.full((len(inputs), self.row_length), self.markers.pad, np.int64)
         tokens[:, 0], tokens[:, 1:prefix] = mode, inputs
         stop = prefix + targets.shape[1]
         tokens[:, prefix:stop] = targets
@@ -207,8 +207,8 @@ class SpanCorruptionBatches:
         """Return the most tokens of text that fit into a row with a mode and, for spans, two sentinels each and an
         end."""
         if denoiser.span is None:
-            return self.places - 1
-        return next(n - 1 for n in count(3) if n + 2 * denoiser.counts(n)[1] + 2 > self.places)
+            return self.row_length - 1
+        return next(n - 1 for n in count(3) if n + 2 * denoiser.counts(n)[1] + 2 > self.row_length)
 
     def _corrupted(self, number: int, windows: Windows, random: np.random.Generator) -> Rows:
         denoiser, length = self.denoisers[number], self._lengths[number]
@@ -219,7 +219,7 @@ class SpanCorruptionBatches:
             least = min(max(1, round((1 - 2 * denoiser.rate) * (length - 1))), length - 1)
             cuts = random.integers(least, length, size=(len(tokens), 1))
             rows = self.join(mode, tokens[:, :0], tokens, ends=False)
-            return rows | {"mask": rows["mask"] & (np.arange(self.places) > cuts)}
+            return rows | {"mask": rows["mask"] & (np.arange(self.row_length) > cuts)}
         places = random_spans(len(tokens), length, *denoiser.counts(length), random)
         return self.join(mode, *corrupt(tokens, places, self.markers.sentinels))
 

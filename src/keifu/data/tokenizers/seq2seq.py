@@ -148,10 +148,7 @@ class MarianTokenizer(TwoSidedTokenizer[MarianSide]):
     def save(self, directory: str | Path) -> None:
         """Write the SentencePiece models, the vocabulary and tokenizer_config.json, for AutoTokenizer."""
         directory, separate = Path(directory), self.target_vocab_size is not None
-        config: dict[str, Any] = {"tokenizer_class": "MarianTokenizer", **self.special}
-        config |= {"separate_vocabs": separate, "clean_up_tokenization_spaces": False}
-        if self.max_length is not None:
-            config["model_max_length"] = self.max_length
+        config = self._config("MarianTokenizer") | {"separate_vocabs": separate}
         sides = {VOCABULARY: self.source} | ({TARGET_VOCABULARY: self.target} if separate else {})
         for name, side in sides.items():
             vocabulary = dict(sorted(side.vocabulary.items(), key=lambda entry: entry[1]))

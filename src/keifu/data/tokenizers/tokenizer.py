@@ -299,12 +299,9 @@ class Tokenizer:
 
         `stop_ids` and `generation_config` belong in generation_config.json, which is written with the model.
         """
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
-        config |= {"clean_up_tokenization_spaces": False}
+        config = self._config("PreTrainedTokenizerFast")
         if {"cls_token", "sep_token"} <= self.special.keys():  # BERT's kind, whose pairs have segments
             config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-        if self.max_length is not None:
-            config["model_max_length"] = self.max_length
         directory = Path(directory)
         template = directory / "chat_template.jinja"
         if self.chat_template is None:
@@ -319,6 +316,11 @@ class Tokenizer:
     def _parts(self) -> dict[str, Any]:
         """The arguments of the constructor that make this tokenizer again, in order."""
         return {name: vars(self)[name] for name in self.PARTS}
+
+    def _config(self, tokenizer_class: str) -> dict[str, Any]:
+        """Return the entries of tokenizer_config.json that all classes of transformers' tokenizers have."""
+        config = {"tokenizer_class": tokenizer_class, **self.special, "clean_up_tokenization_spaces": False}
+        return config if self.max_length is None else config | {"model_max_length": self.max_length}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -44,8 +44,8 @@ class EncodedSide:
     def keep(self, rows: np.ndarray) -> "EncodedSide":
         """Return some of the sentences, in the given order."""
         lengths, starts = self.lengths[rows], self.starts[rows]
-        places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-        return EncodedSide(self.ids[places], offsets(lengths))
+        positions = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+        return EncodedSide(self.ids[positions], offsets(lengths))
 
     def padded(self, rows: np.ndarray, special: SpecialIds, begins: bool) -> tuple[Tensor, Tensor]:
         """Stack the sentences of some rows with their end, and with the start if `begins`: ids, mask [row,
