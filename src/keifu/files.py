@@ -44,7 +44,7 @@ def disk_space(what: str) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; after the block it is synced to disk and renamed over `path`.
+    """Give a temporary path next to `path`; after the block it is synced to disk and renamed over `path`.
 
     On any error the temporary file is removed and `path` keeps its old content. A full disk is a `UserError`.
     """
@@ -246,7 +246,7 @@ def check_output(path: Path, option: str, folder: bool) -> None:
 
 
 def neighbours(path: Path, pattern: str = "*") -> list[str]:
-    """Return the files beside a place where one was looked for, to tell the nearest name."""
+    """Return the files next to a path that is missing, to suggest the nearest name."""
     return [str(each) for each in path.parent.glob(pattern)]
 
 

@@ -52,7 +52,7 @@ def follow_load() -> None:
 
 @contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """Compute on so many threads in a block."""
+    """Compute on `count` threads in a block."""
     import torch
 
     own = torch.get_num_threads()

@@ -35,7 +35,7 @@ class Options(flags.Packed):
         tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[QUESTION]", help="A question, to be answered once.")
     ] = None
     system: Annotated[str | None, tyro.conf.arg(aliases=["-s"])] = None
-    """What the model is told before the conversation; unset: what its own chat template says."""
+    """System prompt. Unset: the one of the chat template."""
     file: Path | None = None
     """The file that has the question, or what the question is about."""
     json: bool = False
@@ -100,7 +100,7 @@ CUT = {"length": "--max-tokens", "context": "the model's context, which is full"
 
 
 class Command(NamedTuple):
-    """What may follow it on its line, what it does in a few words, and the function that does it."""
+    """Command: the argument on its line, a description in a few words, and the function."""
 
     argument: str
     about: str
@@ -120,12 +120,12 @@ class Chat:
         self.files: set[Path] = set()  # those that hold this conversation
         self.commands = {
             "/help": Command("", "list the commands", self._help),
-            "/system": Command("TEXT", "change what the model is told; without a text, show it", self._system),
+            "/system": Command("TEXT", "change the system prompt; without a text, show it", self._system),
             "/save": Command("FILE", "write the conversation; a .jsonl file is data for keifu train sft", self._save),
             "/load": Command("FILE", "go on with a conversation that was saved", self._load),
             "/retry": Command("", "answer the last message once more, with another seed", self._retry),
             "/temperature": Command("NUMBER", "set the temperature; without a number, show it", self._temperature),
-            "/reset": Command("", "forget what was said, but not what the model is told", self._reset),
+            "/reset": Command("", "forget the messages, but not the system prompt", self._reset),
             "/bye": Command("", "leave, as /exit and Ctrl-D do", self._leave),
         }
 

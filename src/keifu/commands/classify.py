@@ -235,7 +235,7 @@ def _load(name: str) -> "TextClassifier":
 
 
 def _probabilities(judge: "TextClassifier", examples: "Examples", cut: bool) -> "Tensor":
-    """Of each label or answer; that some examples were cut is said on stderr."""
+    """Return the probability of each label or answer; a note on stderr says how many examples were cut."""
     rows, shortened = judge.read(examples, judge.limit, cut)
     if shortened:
         print(f"{shortened} of {len(examples)} texts were cut to the model's {judge.limit} tokens.", file=sys.stderr)

@@ -38,16 +38,16 @@ class Options(flags.OnDevice):
     out: Path = Path("runs/compare")
     """Folder of the choices."""
     by: str | None = None
-    """A reward in place of you: a run of keifu train reward, or file.py:function."""
+    """Reward that chooses instead of you: a run of keifu train reward, or file.py:function."""
     limit: Count | None = None
-    """At most so many prompts, the first."""
+    """Most prompts to answer, the first ones. Unset: all."""
     json: bool = False
     """Print the figures as JSON."""
     sampling: Annotated[flags.Continuation, tyro.conf.arg(name="")] = flags.Continuation(max_tokens=256)
 
     @property
     def start(self) -> int:
-        """What decides which answer stands on the left, and what is drawn."""
+        """Seed of the sides that answers are shown on, and of sampling."""
         return self.sampling.seed or 0
 
 
@@ -107,7 +107,7 @@ def by_reward(name: str) -> "Callable[[Prompt, tuple[str, str]], Choice | None]"
 
 
 def by_hand(seed: int, total: int) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":
-    """Return the choice of whoever sits there, who is not told which answer is whose; None where they stop."""
+    """Return the choice of the person, who does not see which answer is whose; None if the person stops."""
     from keifu.evaluation.pairwise import a_is_left
 
     seen = iter(range(1, total + 1))

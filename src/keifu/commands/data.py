@@ -74,7 +74,7 @@ class Options:
     action: Annotated[
         tyro.conf.Positional[Literal["list", "get", "check", "prepare", "show", "cache", "clear"]],
         tyro.conf.arg(
-            help="What to do; check reports encoding errors, duplicates and lengths of text; prepare "
+            help="Action: check reports encoding errors, duplicates and lengths of text; prepare "
             "tokenizes the files of a text into shards, on several machines; show counts pictures and "
             "writes a contact sheet of them, or prints conversations with what is learned of them in colour; cache "
             "lists what was fetched and made, with sizes; clear removes it, all or what NAME says."
@@ -90,12 +90,12 @@ class Options:
         ),
     ] = None
     tokenizer: str | None = None
-    """What check counts tokens with: a catalogue name, or a tokenizer's file or folder; unset: gpt2-bpe. For
-    conversations, the model whose chat template they are shown by; unset: smollm2."""
+    """Tokenizer that check counts tokens with: a catalogue name, or a tokenizer's file or folder. For conversations,
+    the model whose chat template shows them. Unset: gpt2-bpe; for conversations smollm2."""
     text_field: str | None = None
     """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""
     encoding: str = "utf-8"
-    """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
+    """Encoding of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
     yes: bool = False
     """Clear without asking."""
     json: bool = False
@@ -103,7 +103,7 @@ class Options:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The PNG file that show writes; unset, it writes none. The folder that prepare writes, which is then --data."""
     rank: Natural = 0
-    """Which part of the files prepare takes, counted from 0."""
+    """Part of the files that prepare takes, counted from 0."""
     of: Count = 1
     """The number of parts."""
     count: SmallCount = 64
@@ -117,7 +117,7 @@ class Options:
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for colour; unset, as the first picture."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
-    """How pictures that are not square are made so: their middle, white added, or changed proportions."""
+    """Way to make pictures square: their middle, white added, or changed proportions."""
     leave_out: bool = False
     """Leave out pictures that cannot be read or have no caption where others do, and say which."""
 

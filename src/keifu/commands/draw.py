@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from keifu.generation.images.png_metadata import ImageRecord
     from keifu.generation.images.samplers import SamplerStep
 
-# Beside --again these say where something is.
+# With --again these give the path of something.
 OF_AGAIN = ("model", "out", "again", "init", "mask", "towards", "lora", "device")
 
 
@@ -43,52 +43,51 @@ class Options(flags.OnDevice):
         tyro.conf.arg(metavar="MODEL", help="A run, a diffusers directory or hub id, or a catalogue name."),
     ] = None
     text: Annotated[
-        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]", help="What to draw, for models that read.")
+        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]", help="Text to draw.")
     ] = None
     out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="PATH")] = None
     """The PNG file; of several pictures it is a sheet of all, beside PATH-1.png, PATH-2.png and so on. Unset:
     picture-SEED.png."""
     sampler: str | None = None
-    """How the noise is removed; unset: ddim, for a text dpm++-2m (unCLIP: ddim)."""
+    """Sampler that removes the noise. Unset: ddim, for a text dpm++-2m (unCLIP: ddim)."""
     steps: Count | None = None
     """Steps from noise to picture; unset, as many as are usual with the sampler."""
     seed: Seed | None = None
     """The same seed gives the same picture; of several, each has a seed one higher. Unset: a fresh one."""
     count: SmallCount = 1
-    """Pictures."""
+    """Number of pictures."""
     label: str | None = None
     """The class to draw, by name or number."""
     guidance: Finite | None = None
     """How far towards the text or the label: 1 is what the model says, more is nearer to it and less varied. Unset:
     7.5 for a text (unCLIP: 8), 1 for a label."""
     negative: str = ""
-    """What guidance leads away from, for models that read; unset, from what the model draws without a text."""
+    """Text that guidance leads away from, for models that read. Unset: none."""
     truncate: bool = False
     """Leave out the end of a text that is longer than the model reads."""
     guidance_rescale: Share = 0.0
-    """How much of the contrast that guidance adds is taken back, up to 1."""
+    """Share of the contrast added by guidance that is removed, up to 1."""
     size: str | None = None
     """Pixels of a side, or WIDTHxHEIGHT; unset, those that the model was trained with."""
     init: Annotated[Path | None, tyro.conf.arg(metavar="PICTURE")] = None
     """A picture to begin with, in place of noise alone; its size is the drawing's unless --size says another. A model
     that draws by way of an embedding (unCLIP) varies it: what it shows is kept, its pixels are not."""
     strength: PositiveShare | None = None
-    """How much of --init is drawn anew: the share of the steps, up to 1. Unset: 0.8, with a mask 1."""
+    """Share of the steps that --init is drawn anew with, up to 1. Unset: 0.8, with a mask 1."""
     mask: Annotated[Path | None, tyro.conf.arg(metavar="PICTURE")] = None
-    """White where --init is drawn anew; all else keeps its pixels."""
+    """Mask whose white parts of --init are drawn anew; the other pixels are kept."""
     lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH[:SCALE]")] = ()
     """A LoRA for the network or its text's encoder, a .safetensors file or a run of keifu train lora-image, and how
     strongly it acts (1); several times for several."""
     tile: Natural | None = None
-    """Make the picture of its latents in tiles with sides of so many pixels, which bounds memory; 0 for none. Unset:
-    512 for pictures of more than 1024 x 1024 pixels."""
+    """Side in pixels of the tiles in which latents are decoded, which bounds memory; 0 for none. Unset: 512 for
+    pictures of more than 1024 x 1024 pixels."""
     towards: Annotated[str | None, tyro.conf.arg(metavar="PICTURE|TEXT")] = None
-    """Of a model that draws by way of an embedding (unCLIP): --count pictures on the way from --init to this picture,
-    or from the text to this one."""
+    """Picture or text that a series of --count pictures ends with; it starts from --init or from the text (unCLIP)."""
     prior_steps: Count | None = None
     """Steps in which such a model imagines the embedding. Unset: 25."""
     prior_guidance: Finite | None = None
-    """How far towards the text it imagines. Unset: 4."""
+    """Guidance of the embedding towards the text. Unset: 4."""
     candidates: Count = 1
     """Embeddings that it imagines, of which the one nearest to the text is drawn."""
     upsampling_steps: Count | None = None
@@ -96,15 +95,15 @@ class Options(flags.OnDevice):
     eta: Share = 0.0
     """ddim's share of fresh noise: 0 for none, 1 for ddpm's."""
     spacing: Literal["leading", "trailing", "linspace", "quadratic"] | None = None
-    """Which of the training's timesteps are visited; unset, as the model says."""
+    """Choice of the training's timesteps that are visited. Unset: the model's."""
     karras: bool = False
     """Noise levels that crowd where there is little noise."""
     batch_size: Count = 16
-    """Pictures that are drawn together, at most."""
+    """Most pictures that are drawn together."""
     best_of: Count | None = None
-    """Draw so many and keep the --count of them that a CLIP finds nearest to the text, the best one first."""
+    """Number of pictures to draw; the --count of them that a CLIP finds nearest to the text are kept, best first."""
     clip: str | None = None
-    """That CLIP: a run, a folder or a hub id."""
+    """CLIP for --best-of: a run, a folder or a hub id."""
     dtype: Literal["f32", "bf16"] | None = None
     """Compute in this type. Unset: bf16, twice as fast, where the processor multiplies it itself and the model has 20
     million parameters or more; pictures change a little."""
@@ -186,7 +185,7 @@ def _size(given: str | None) -> tuple[int, int] | None:
 
 
 def _files(out: Path, count: int) -> list[tuple[Path, int | None]]:
-    """Where each picture goes, and the sheet of all where there are several."""
+    """Return the path of each picture, and of the sheet of all if there are several."""
     if count == 1:
         return [(out, 0)]
     numbered = [(out.with_stem(f"{out.stem}-{number + 1}"), number) for number in range(count)]

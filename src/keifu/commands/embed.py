@@ -40,7 +40,7 @@ class Options(flags.OnDevice):
     out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="PATH")] = None
     """The .npy file (float32, a row a text) or .json file for the vectors."""
     nearest: Count | None = None
-    """Print so many of the most similar texts for each text, with their cosine similarity."""
+    """Number of the most similar texts to print for each text, with their cosine similarity."""
     among: Path | None = None
     """The file whose lines are searched for the nearest, or a folder of pictures; without it, the texts themselves."""
     cut: Annotated[bool, tyro.conf.arg(aliases=("--truncate",))] = False

@@ -16,11 +16,11 @@ from keifu.devices import Choice
 from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
 
-COMPUTING = {  # how any recipe may be told to compute, where it has no such option of its own
+COMPUTING = {  # options of any recipe that has no such option itself
     "precision": Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None,
-        tyro.conf.arg(help="Of matrix products; auto: bfloat16 or else float16 where the hardware has it. Unset: what "
-                      "the recipe has. Weights stay in float32."),
+        tyro.conf.arg(help="Precision of matrix multiplications; weights stay in float32. auto: bfloat16 if supported, "
+                      "else float16. Unset: the recipe's."),
     ],
     "compile": Annotated[bool, tyro.conf.arg(help="Compile the objective and the model with torch.compile.")],
     "deterministic": Annotated[
@@ -32,9 +32,9 @@ UNSET: dict[str, Any] = {"precision": None, "compile": False, "deterministic": F
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
-    """Without a recipe, the list of them; otherwise the run that the recipe and its options describe.
+    """Return the run that the recipe and its options describe; without a recipe, the list of recipes.
 
-    `--resume FOLDER` in place of a recipe goes on with the run of that folder.
+    `--resume FOLDER` instead of a recipe goes on with the run of that folder.
     """
     if launch.is_started():
         launch.silence()

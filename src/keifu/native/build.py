@@ -67,7 +67,7 @@ def _is_whole(library: Path) -> bool:
 
 
 def _compile(command: list[str], library: Path) -> None:
-    """Compiles the files beside one another and links them."""
+    """Compile the files in parallel and link them."""
     with files.replacing(library) as temporary, TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         sources = sorted(SOURCE.glob("*.cpp"))
         objects = [str(Path(folder, source.with_suffix(".o").name)) for source in sources]

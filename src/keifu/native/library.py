@@ -160,7 +160,7 @@ def is_open() -> bool:
 
 
 def use_threads(count: int) -> None:
-    """So many threads for native code; nothing where there is none."""
+    """Set the number of threads of native code, if there is native code."""
     library = None if switched_off() else _loaded()
     if isinstance(library, Library):
         library.call("use_threads", count)

@@ -83,7 +83,7 @@ class NativeLM(nn.Module):
     __reduce_ex__ = state_dict  # what pickle and deepcopy call
 
     def runner(self, n_blocks: int, block_size: int = BLOCK_SIZE) -> "NativeRunner":
-        """Return the runner of an engine, with caches of so many blocks of so many tokens each."""
+        """Return the runner of an engine, with caches of `n_blocks` blocks of `block_size` tokens."""
         return NativeRunner(self, n_blocks, block_size)
 
     @torch.inference_mode()

@@ -9,7 +9,7 @@ from keifu.errors import printable
 
 @dataclass(frozen=True)
 class Options:
-    """What loading a model does: every tensor, what makes it, and the settings in use. No weight is read for it."""
+    """Steps of loading a model: every tensor, its source, and the settings in use. No weight is read for it."""
 
     model: flags.Model
     json: bool = False

@@ -1,1 +1,1 @@
-"""What several verbs share: options, inputs, tables, errors."""
+"""Options, inputs, tables, errors."""

@@ -138,7 +138,7 @@ def check(count: int, best_of: int | None, clip: str | None, text: str | None) -
 
 
 def best_of(pictures: "Tensor", text: str, clip: str, count: int) -> list[int]:
-    """Which of the pictures fit the text best, the best one first."""
+    """Return the numbers of the pictures that fit the text best, the best one first."""
     import torch
 
     from keifu.checkpoints import load

@@ -32,10 +32,10 @@ Model = Annotated[
     tyro.conf.arg(metavar="MODEL", help="A run, a Hugging Face directory or hub id, a .gguf file or a catalogue name."),
 ]
 Device = Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda|cuda:1|mps", help=(
-    "Where the model runs. Unset: what KEIFU_DEVICE says, else CUDA or ROCm if there is one, else MPS, else the CPU."
+    "Device that the model runs on. Unset: KEIFU_DEVICE, else CUDA or ROCm if there is one, else MPS, else the CPU."
 ))]  # fmt: skip
 Weights = Annotated[str | None, tyro.conf.arg(metavar="f32|bf16|int8|int4|int4_pure", help=(
-    "Compute natively on the CPU, with weights of this many bits (docs/native.md). Unset: as they are stored."
+    "Format of weights for native computation on the CPU (docs/native.md). Unset: as they are stored."
 ))]  # fmt: skip
 RESULTS = ("out", "output", "strip", "picture")  # options that name what is written; a folder where one is usual
 FOLDERS = ("prepare",)  # actions of verbs that write a folder where others write a file
@@ -44,7 +44,7 @@ NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": 
 
 @dataclass(frozen=True)
 class OnDevice:
-    """What every verb that runs a model can be told."""
+    """Options of all commands that run a model."""
 
     device: Device = field(default=None, kw_only=True)
     allow_nonfinite: bool = field(default=False, kw_only=True)
@@ -59,7 +59,7 @@ Guesses = Annotated[Natural | None, tyro.conf.arg(metavar="N", help=(
 
 @dataclass(frozen=True)
 class Packed(OnDevice):
-    """What a verb whose model may be packed can be told besides."""
+    """Options of commands whose model may be packed."""
 
     weights: Weights = field(default=None, kw_only=True)
 

@@ -77,7 +77,7 @@ class AutoregressivePipeline(TextToImagePipeline):
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """As of `TextToImagePipeline`; `watch` is given the grid after each entry."""
+        """Draw as `TextToImagePipeline.draw` says; `watch` is given the grid after each entry."""
         tokens = self.tokens(texts or [wanted.text or ""] * len(seeds), wanted.truncate)
         given = tokens.to(self.device), real_tokens(tokens, self.tokenizer.eos_id).to(self.device)
         codes = sample_image_tokens(self.model, *given, seeds, lambda codes: watch(SamplerStep(codes, codes)))

@@ -27,7 +27,7 @@ from keifu.layers.diffusion.sampling_schedule import CLEAN, Level, Schedule
 
 
 class KeptRegion(NamedTuple):
-    """An image, the initial noise, and the mask of what is generated anew: all else is kept."""
+    """An image, the initial noise, and the mask of the part that is generated anew: the rest is kept."""
 
     picture: Sample
     noise: Sample
@@ -117,7 +117,7 @@ class InputImage:
         return to_signed(torch.from_numpy(held.copy()).permute(2, 0, 1))
 
     def white(self, size: tuple[int, int]) -> Bool[Tensor, "1 height width"]:
-        """Where it is lighter than middle grey, scaled and cropped in the same way."""
+        """Return the mask of pixels lighter than middle grey, scaled and cropped in the same way."""
         held = fit_image(self.image(), size, 1)
         return torch.from_numpy(held.copy()).permute(2, 0, 1) >= WHITE_FROM
 

@@ -1,4 +1,4 @@
-"""What text-to-image pipelines share, and the pipeline of latent diffusion (Stable Diffusion).
+"""Base class of text-to-image pipelines, and the pipeline of latent diffusion (Stable Diffusion).
 
 Axes: batch, channels, height, width of latents; length = tokens of a text, the same for every text.
 """
@@ -92,7 +92,7 @@ class TextToImagePipeline(Pipeline):
         self.tokenizer, self.colours = tokenizer, int(model.config.colours)
 
     def fingerprint(self, beside: str = "") -> str:
-        """Of the tokenizer too."""
+        """Return the fingerprint, of the tokenizer too."""
         return super().fingerprint(self.tokenizer.fingerprint + beside)
 
     def label(self, name: str) -> int:
@@ -218,7 +218,7 @@ class LatentDiffusionPipeline(TextToImagePipeline):
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """As of `TextToImagePipeline`."""
+        """Draw as `TextToImagePipeline.draw` says."""
         x = last_x(self.drawing(wanted, seeds, texts), watch)
         return self._whole(to_pixels(self.decoded(x, wanted)), wanted)
 

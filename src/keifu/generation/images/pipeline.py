@@ -41,5 +41,5 @@ def image_pipeline(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) 
         return PixelPipeline(model)
     found = tokenizer()
     if found is None:
-        raise UserError(f"A {type(model).__name__} draws from a text, and there is no tokenizer beside it.")
+        raise UserError(f"A {type(model).__name__} draws from a text, and it has no tokenizer.")
     return PIPELINES[model.draws](model, found)

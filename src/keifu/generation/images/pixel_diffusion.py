@@ -161,7 +161,7 @@ class ImageRequest:
         return self.init is None or (self.mask is not None and self.strength == 1)
 
     def anew(self) -> Bool[Tensor, "1 height width"] | None:
-        """Where the mask has it drawn anew, once the size is known; None without a mask."""
+        """Return the mask of pixels to draw anew, once the size is known; None without a mask."""
         assert self.size is not None
         return None if self.mask is None else self.mask.white(self.size)
 
@@ -210,7 +210,7 @@ def check_label(model: ImageModel, label: int | None, guidance: float) -> None:
 
 
 class Pipeline:
-    """What all image pipelines share.
+    """Base class of image pipelines.
 
     usual_guidance, usual_sampler: the defaults. pixels: whether its steps are images, not latents.
     """
@@ -229,12 +229,14 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the device of the model."""
         return next(self.model.parameters()).device
 
     def fingerprint(self, beside: str = "") -> str:
-        """Return the SHA-256 of every tensor's name, type, shape and bytes, of the config, and of what stands `beside`
-        the model: equal ones generate the same images."""
+        """Return the SHA-256 of every tensor's name, type, shape and bytes, of the config, and of `beside`.
+
+        Models with equal fingerprints generate the same images.
+        """
         digest = hashlib.sha256((repr(self.model.config) + beside).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())

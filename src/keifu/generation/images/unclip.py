@@ -223,7 +223,7 @@ class UnclipPipeline(TextToImagePipeline):
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """As of `TextToImagePipeline`; the steps are those of the decoder."""
+        """Draw as `TextToImagePipeline.draw` says; the steps are those of the decoder."""
         random = self._random(wanted, seeds)
         x = last_x(self.drawing(wanted, seeds, texts, random), watch)
         return to_pixels(self.upsample(x, wanted, random))

@@ -51,7 +51,7 @@ class BeamModel(Protocol):
 
 @runtime_checkable
 class BeamState(Protocol):
-    """What an encoder-decoder knows of its sources and of the targets so far."""
+    """State of an encoder-decoder: its sources and the targets so far."""
 
     def select(self, rows: Int[Tensor, " kept"]) -> None: ...
 

@@ -124,7 +124,7 @@ class BlockManager:
         return blocks == list(range(first, behind)) and (behind in self._gaps.stops or behind in self._unused)
 
     def has_run(self, count: int) -> bool:
-        """Whether so many consecutive blocks are empty, behind what other sequences may grow into."""
+        """Return whether this number of consecutive blocks is empty, after the room that other sequences grow into."""
         return any(stop - first >= count for _, first, stop in self._runs())
 
     def allocate(self, count: int, after: int | None = None, room: int = 0) -> list[int]:

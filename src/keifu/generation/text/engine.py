@@ -43,7 +43,7 @@ class Guessing:
         self._waited = 0
 
     def allowed(self, running: int) -> int:
-        """Return how many tokens may be guessed for each of so many sequences."""
+        """Return how many tokens may be guessed for each of `running` sequences."""
         if not self.measured:
             return self.most
         if running > FEW:
@@ -53,7 +53,7 @@ class Guessing:
         return 0 if self._waited % RETRY else self.most
 
     def record(self, running: int, guessed: bool, seconds: float, tokens: int) -> None:
-        """Note the time of a step that wrote so many tokens."""
+        """Note the time of a step that wrote `tokens` tokens."""
         key, spent = (running, guessed), seconds / tokens
         self._seconds[key] = spent if key not in self._seconds else 0.8 * self._seconds[key] + 0.2 * spent
 

@@ -1,4 +1,4 @@
-"""What is asked of a model that writes text: a causal language model, in evaluation mode, its key-value cache.
+"""Interfaces of models that write text: a causal language model, in evaluation mode, its key-value cache.
 
 Axes: batch = texts, length = tokens, vocab.
 """
@@ -128,7 +128,7 @@ def is_writer(model: nn.Module) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's weights are; the CPU for one without any."""
+    """Return the device of the model's weights; the CPU for a model without weights."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 

@@ -270,7 +270,7 @@ class _Pool:
         return sum(x.nbytes for x in (*self.keys, *self.values))
 
     def reserve(self, tokens: int) -> None:
-        """Memory for so many tokens, twice as much as before at least."""
+        """Allocate memory for this number of tokens, at least twice as much as before."""
         if tokens <= self.capacity:
             return
         grown = min(self._tokens, max(tokens, 2 * self.capacity))

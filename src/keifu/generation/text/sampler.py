@@ -34,7 +34,7 @@ def sample_scored(
     probabilities = logits.softmax(-1)
     mass = wide(probabilities).cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(mass, wide(u)[:, None] * mass[:, -1:], right=True).to(logits.device)
-    tokens = tokens.clamp(max=logits.shape[1] - 1)  # a row of NaN has none: its logits are told as damaged
+    tokens = tokens.clamp(max=logits.shape[1] - 1)  # a row of NaN has none: its logits are reported as damaged
     return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
 
 

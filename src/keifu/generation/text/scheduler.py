@@ -119,7 +119,7 @@ class Scheduler:
         return spans
 
     def done(self, sequence: Sequence, count: int) -> None:
-        """So many more of a sequence's tokens were computed: its full blocks may be shared from now on."""
+        """Note that more of a sequence's tokens were computed: its full blocks may be shared from now on."""
         self.blocks.release(sequence.sources)
         sequence.sources = []
         size = self.blocks.block_size
@@ -160,7 +160,7 @@ class Scheduler:
             yield sequence.span(count)
 
     def _extend(self, sequence: Sequence, length: int) -> bool:
-        """Blocks for so many tokens of a running sequence; False if it had to give up its own instead."""
+        """Allocate blocks for the tokens of a running sequence; return False if it had to give up its own instead."""
         lacking = self._blocks_for(length) - len(sequence.blocks)
         while lacking > self.blocks.free:
             last = self.running[-1]

@@ -58,7 +58,7 @@ def sentences(text: str) -> list[str]:
 
 
 def join_sentences(parts: Iterable[str]) -> str:
-    """Sentences as one text: a space between them, but none beside a Japanese or Chinese character."""
+    """Join sentences with spaces, but without a space next to a Japanese or Chinese character."""
     text = ""
     for part in filter(None, (part.strip() for part in parts)):
         space = " " if text and not WIDE.match(text[-1]) and not WIDE.match(part[0]) else ""
@@ -112,7 +112,7 @@ def _is_enclosed(text: str) -> list[bool]:
 
 
 PASS_TOKENS = 4096  # of the sources of a batch together, padding included
-MARGIN = 50  # a translation may have so many tokens more than its source (the Transformer's paper, section 6.1)
+MARGIN = 50  # tokens that a translation may have more than its source (the Transformer's paper, section 6.1)
 
 Progress = Callable[[int], None]
 
