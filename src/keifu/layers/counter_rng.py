@@ -30,7 +30,21 @@ def bits(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*#shape"]) -> Int
 
 def uniform(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Draw a number in [0, 1) for each seed and position, float64 where the device has it."""
-    return narrow(_shift(bits(wide(seeds), wide(positions)), 64 - BITS).double() * 2.0**-BITS, seeds.device)
+    return narrow(_unit(bits(wide(seeds), wide(positions))), seeds.device)
+
+
+class UniformStreams:
+    """Numbers of `uniform` for some seeds, from these positions on; a seed is hashed once and not at each position."""
+
+    def __init__(self, seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]):
+        self._device, self._keys = seeds.device, _mix(wide(seeds) + STEP)
+        self._counts = (wide(positions) + 1) * STEP
+
+    def next(self) -> Float[Tensor, " rows"]:
+        """Draw the next number of each seed."""
+        drawn = _unit(_mix(self._keys + self._counts))
+        self._counts = self._counts + STEP
+        return narrow(drawn, self._device)
 
 
 def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]:
@@ -76,6 +90,10 @@ def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
 def _half(drawn: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:
     """32 of the bits as a number between 0 and 1, neither of them, float64."""
     return ((drawn >> shift) & (2**32 - 1)).double().add_(0.5).mul_(2.0**-32)
+
+
+def _unit(drawn: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return _shift(drawn, 64 - BITS).double() * 2.0**-BITS
 
 
 def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

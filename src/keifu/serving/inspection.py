@@ -49,7 +49,7 @@ class MatchRequest(Body):
 def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes, for these models."""
 
-    @app.post("/v1/inspect", summary="The states of a model while it reads", tags=["insight"])
+    @app.post("/v1/inspect", summary="What happens inside a model while it reads", tags=["insight"])
     async def inspect(body: InspectRequest, request: Request) -> Response:
         about = models.find(body.model, "inspection")
         return await whole(request, models.inspector(about.name).call(partial(_inspect, body=body, about=about)))

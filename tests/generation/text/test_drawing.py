@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from keifu.generation.text.sampler import sample
-from keifu.layers.counter_rng import BITS, uniform
+from keifu.layers.counter_rng import BITS, UniformStreams, uniform
 
 N = 40_000
 
@@ -56,3 +56,10 @@ def test_rows_do_not_depend_on_each_other() -> None:
     u = uniform(torch.arange(6), torch.full((6,), 9))
     together = sample(logits, u)
     assert together.tolist() == [sample(logits[i : i + 1], u[i : i + 1]).item() for i in range(6)]
+
+
+def test_streams_give_the_numbers_of_their_seeds_and_positions() -> None:
+    seeds, first = torch.tensor([0, 7, -(2**63), 2**63 - 1]), torch.tensor([0, 3, 2**40, 2**63 - 3])
+    streams = UniformStreams(seeds, first)
+    for step in range(5):
+        assert torch.equal(streams.next(), uniform(seeds, first + step))

@@ -14,7 +14,7 @@ from torch import Tensor
 from keifu.generation.text import logits_processors
 from keifu.generation.text.request import Request
 from keifu.generation.text.sampling_params import SamplingParams
-from keifu.layers.counter_rng import uniform
+from keifu.layers.counter_rng import UniformStreams
 from keifu.layers.wide import wide
 
 
@@ -183,8 +183,8 @@ class Sampler:
         if before is not None:
             kept = [row for row, each in enumerate(requests) if each in known]
             self.history.take(kept, before.history, [known[requests[row]] for row in kept])
-        self.seeds = torch.tensor([s.seed for s in samplings], device=device)
-        self.positions = torch.tensor(lengths, device=device)  # of the next token, in its own text
+        seeds, positions = (torch.tensor(each, device=device) for each in ([s.seed for s in samplings], lengths))
+        self.streams = UniformStreams(seeds, positions)  # from the position of the next token in its own text
         self.certain = torch.zeros(len(requests), dtype=torch.float32, device=device)
         self.reports = any(s.log_probabilities for s in samplings)
         self.top = max((s.top_log_probabilities for s in samplings if s.log_probabilities), default=0)
@@ -196,10 +196,9 @@ class Sampler:
         log-probability under the model and under the distribution sampled from, then the likeliest tokens under the
         model, as many as any row wants, each with its log-probability.
         """
-        u = self.certain if self.settings.all_greedy else uniform(self.seeds, self.positions)
+        u = self.certain if self.settings.all_greedy else self.streams.next()
         tokens, sampled = self.settings.choose(self._allowed(logits), self.history, u)
         self.history.add(tokens)
-        self.positions = self.positions + 1
         columns = [tokens, logits.amax(-1)]
         if self.reports:
             columns += [logits_processors.log_probability(logits, tokens), sampled]

@@ -280,6 +280,6 @@ class Reply:
         return Delta(call=len(self.calls) - 1, arguments=part) if part else None
 
     def _cut(self, length: int, state: str) -> Delta:
-        """Take so many characters; they are sent as they are if the state stays text."""
+        """Take `length` characters; they are sent as they are if the state stays text."""
         text, self._held, self._state = self._held[:length], self._held[length:], state
         return Delta(text)
