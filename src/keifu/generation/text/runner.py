@@ -166,7 +166,7 @@ class TorchRunner:
                 self._pool.copy(span.sources, span.blocks[: len(span.sources)], size)
         groups = self._groups(batch)
         spans = [span for group in groups for span in group]
-        step = _Step(self._pool, size, groups, _on_device(_numbers(spans, size), self.device))
+        step = PagedState(self._pool, size, groups, _on_device(_numbers(spans, size), self.device))
         hidden = self.model.hidden(step.tokens, step)
         wanted = _wanted(spans, batch)
         return self.model.logits(hidden[0, _on_device([wanted], self.device)[0]]).float()
@@ -293,7 +293,7 @@ def _lazy_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size].view(like.dtype).view(shape)
 
 
-class _Step:
+class PagedState:
     """The state of a step, as `DecoderLM` asks for it: the tokens of all groups one after the other in one row.
 
     numbers: tokens, positions and places in the pool.
@@ -315,8 +315,8 @@ class _Step:
         """Return the position of each token in its own sequence."""
         return self._positions
 
-    def layer(self, index: int) -> "_StepCache":
-        return _StepCache(self, self.pool.keys[index], self.pool.values[index])
+    def layer(self, index: int) -> "PagedCache":
+        return PagedCache(self, self.pool.keys[index], self.pool.values[index])
 
     def advance(self) -> None:
         """Do nothing: the tokens were written when they attended."""
@@ -366,10 +366,10 @@ def _padded(tables: Sequence[list[int]]) -> list[list[int]]:
     return [table + table[:1] * (longest - len(table)) for table in tables]
 
 
-class _StepCache:
+class PagedCache:
     """The keys and values of one layer in a step: one write for all tokens, then each group attends to its own."""
 
-    def __init__(self, step: _Step, keys: Tensor, values: Tensor):
+    def __init__(self, step: PagedState, keys: Tensor, values: Tensor):
         self.step, self.keys, self.values = step, keys, values
 
     def attend(

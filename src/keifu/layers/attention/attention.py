@@ -103,7 +103,11 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scorin
 
 @runtime_checkable
 class Cache(Protocol):
-    """Interface of a layer's keys and values of earlier tokens: `attend` adds those of new ones and attends to all."""
+    """Interface of a layer's keys and values of earlier tokens: `attend` adds those of new ones and attends to all.
+
+    `LayerCache` (kv_cache.py) has a row for each sequence: beam search, image tokens, and a model that is called with
+    its own state. `PagedCache` (generation/text/runner.py) has blocks of a pool: everything that the engine runs.
+    """
 
     def attend(
         self, q: Float[Tensor, "batch heads length head_dim"], keys: Float[Tensor, "batch kv_heads length head_dim"],
