@@ -24,8 +24,8 @@ from _rounds import interleaved, machine, table
 from lm_eval.models.huggingface import HFLM
 
 from keifu import checkpoints
-from keifu.evaluation.text.lm_eval import KeifuLM
 from keifu.evaluation.text.tasks import TASKS
+from keifu.lm_eval import KeifuLM
 
 BASE = "lm-evaluation-harness, transformers"
 

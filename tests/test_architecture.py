@@ -28,6 +28,7 @@ PARTS = {  # each part, and those it may import; a part may also import what tho
     "commands": {"recipes", "serving", "distributed"},
     "cli": {"commands"},
     "interface": {"commands"},
+    "lm_eval": {"checkpoints", "generation"},
     "keifu": {"cli", "interface"},
     "__main__": {"cli"},
     "floor": set(),
@@ -77,6 +78,10 @@ def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
             assert not node.level, "imports are written in full"
             yield from [node.module or ""] if node.module != "keifu" else []
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            if isinstance(name, ast.Constant):  # a name that is computed as a whole cannot be read here
+                yield str(name.value).rstrip(".")
 
 
 def may_import(part: str) -> set[str]:
@@ -287,3 +292,6 @@ def test_data_imports_nothing_above(name: str) -> None:
 def test_the_floor_is_everyones() -> None:
     assert wrong_directions([File("keifu.data.a", "from keifu import files, __version__")]) == []
     assert wrong_directions([File("keifu.data.a", "from keifu import load")]) == ["keifu.data.a imports keifu.load"]
+    for name in ("'keifu'", "'keifu.models.gpt2'", "f'keifu.models.{name}'"):
+        lazy = File("keifu.data.a", f"def f(name):\n    return import_module({name}).load")
+        assert len(wrong_directions([lazy])) == 1

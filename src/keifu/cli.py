@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, suppress
 from importlib import import_module
 from typing import NoReturn
 
+from keifu import __version__
 from keifu.commands.shared.verbs import VERBS, module_of
 from keifu.errors import require_known
 from keifu.threads import follow_load
@@ -36,7 +37,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
     if verb == "help":
         return parse([*rest, "--help"])
     if verb in ("-V", "--version", "version"):
-        return lambda: print(f"keifu {import_module('keifu').__version__}")
+        return lambda: print(f"keifu {__version__}")
     require_known("verb", verb, VERBS)
     return import_module(module_of(verb)).parse(rest)
 
@@ -89,7 +90,7 @@ def _versions() -> str:
 
     torch = sys.modules.get("torch")
     used = f", torch {torch.__version__}" if torch else ""
-    return f"keifu {import_module('keifu').__version__}, Python {platform.python_version()}{used}"
+    return f"keifu {__version__}, Python {platform.python_version()}{used}"
 
 
 def _work(arguments: Sequence[str], quiet: bool, traceback: bool) -> None:

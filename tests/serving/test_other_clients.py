@@ -37,7 +37,7 @@ def test_lm_eval_has_the_figures_of_the_library(served: Any, base: str) -> None:
     pytest.importorskip("lm_eval")
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    from keifu.evaluation.text.lm_eval import KeifuLM
+    from keifu.lm_eval import KeifuLM
 
     own = KeifuLM(base)
     settings = {"tokenizer": base, "tokenizer_backend": "huggingface", "tokenized_requests": True, "max_length": 512}

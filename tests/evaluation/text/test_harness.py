@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from keifu import checkpoints  # noqa: E402
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
 from keifu.errors import UserError  # noqa: E402
-from keifu.evaluation.text.lm_eval import KeifuLM  # noqa: E402
+from keifu.lm_eval import KeifuLM  # noqa: E402
 from keifu.models import gpt2  # noqa: E402
 
 TEXT = "Q: What is the capital of France? A: Paris. Q: And that of Japan? A: Tokyo. The end comes once upon a time. "

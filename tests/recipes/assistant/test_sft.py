@@ -17,7 +17,6 @@ from keifu.generation.text.chat import Conversation
 from keifu.models import llama
 from keifu.recipes.assistant import sft
 from keifu.training.objectives.language_modeling import causal_language_modeling
-from keifu.training.run.checkpoint import steps
 
 TALKS = {"What is red?": "A colour.", "What is two?": "A number, 二.", "Who barks?": "The dog does.", "Hm": "Yes?"}
 CONFIG = {"context_length": 64, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
@@ -122,19 +121,6 @@ def test_packing_changes_no_loss(base: Path, talks: Path) -> None:
         found[packed] = total.item(), float(weight)
     assert found[True][1] == found[False][1]
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
-
-
-@pytest.mark.parametrize("rank", ["0", "3"])
-def test_resumed_to_the_bit(rank: str, base: Path, talks: Path, tmp_path: Path) -> None:
-    options = ["--lora.rank", rank, "--lora.dropout", "0.2", "--learning-rate", "0.01"]
-    whole = go(base, talks, tmp_path / "whole", "--steps", "6", *options)
-    part = go(base, talks, tmp_path / "part", "--steps", "6", *options)
-    for step in steps(part)[-1:]:  # as if it had been killed after the step before
-        for file in (part / "state").glob(f"step-{step:08d}.*"):
-            file.unlink()
-    go(base, talks, part, "--steps", "6", *options, "--resume")
-    first, second = (load_file(next(iter(sorted(run.glob("*.safetensors"))))) for run in (whole, part))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(

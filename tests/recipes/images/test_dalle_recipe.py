@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stopping import stopped_and_whole
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
@@ -76,12 +75,6 @@ def test_what_is_no_clip_is_told_before_it_draws(trained, drawings, capsys) -> N
 
 def _pixels(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_has_the_same_bits(wanted, tmp_path, monkeypatch) -> None:
-    ours, theirs = stopped_and_whole(recipe, wanted, "parts", 1, tmp_path, monkeypatch)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_the_command_evaluates_it(trained, towers, drawings, capsys) -> None:

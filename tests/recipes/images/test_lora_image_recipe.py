@@ -20,10 +20,8 @@ from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.lora import adapters
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
-from keifu.recipes import common
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import lora_image as recipe
-from keifu.training.signals import Interrupted
 
 QUICK = {"steps": 4, "batch_size": 3, "limit": 7, "rank": 3, "learning_rate": 0.03, "guidance": 2.0,
          "precision": "float32"}  # fmt: skip
@@ -123,23 +121,6 @@ def test_evaluate_measures_a_model_with_its_lora(drawings, model, tmp_path, caps
     with pytest.raises(SystemExit):
         told("--lora", str(tmp_path / "nowhere"))
     assert "There is no LoRA" in capsys.readouterr().err
-
-
-def test_a_resumed_run_has_the_same_bits(drawings, model, tmp_path, monkeypatch) -> None:
-    whole, made = common.train, wanted(drawings, model, dora=True)
-
-    def stop(model, objective, data, settings, run, *rest, **more):
-        whole(model, objective, data, replace(settings, steps=2), run, *rest, **more)
-        raise Interrupted("stopped")
-
-    monkeypatch.setattr(common, "train", stop)
-    with pytest.raises(Interrupted):
-        recipe.run(made, tmp_path / "parts", False)
-    monkeypatch.setattr(common, "train", whole)
-    recipe.run(made, tmp_path / "parts", True)
-    recipe.run(made, tmp_path / "whole", False)
-    ours, theirs = (load_file(tmp_path / name / FILE) for name in ("parts", "whole"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_pictures_without_captions_are_called_by_the_words(drawings, model, tmp_path) -> None:

@@ -1,6 +1,7 @@
-"""`keifu train palm2`: from a mixture to a checkpoint that others load, with figures by source; resumed bit by bit."""
+"""`keifu train palm2`: from a mixture to a checkpoint that others load, with figures by source."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def test_a_run_leaves_a_model_that_transformers_loads_and_figures_by_source(mixt
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     last = {name: value for line in lines for name, value in line.items()}
     for source in ("prose", "sums", "both"):
-        assert 0 < last[f"validation_{source}/bits_per_byte"] < 12 and 0 < last[f"validation_{source}/infilling"] < 20
+        # four steps teach little: a token costs about ln of the vocabulary
+        assert last[f"validation_{source}/infilling"] == pytest.approx(math.log(460), rel=0.25)
     report = (tmp_path / "report.html").read_text()
     assert "<td>sums</td>" in report and "bits per byte" in report
     _, sample = sorted((tmp_path / "samples").iterdir())  # before the first step and after the last
@@ -85,15 +87,6 @@ def test_a_run_leaves_a_model_that_transformers_loads_and_figures_by_source(mixt
         assert row["infilling"] == pytest.approx(last[f"validation_{row['source']}/infilling"], abs=2e-4)
     mean = sum(row["weight"] * row["bits per byte"] for row in found["sources"])
     assert found["bits per byte, by the weights"] == pytest.approx(mean, abs=2e-4)
-
-
-def test_a_stopped_run_goes_on_with_the_same_bits(mixture: Path, tmp_path: Path) -> None:
-    same = {"schedule": "constant"}
-    train(mixture, tmp_path / "whole", steps=6, **same)
-    train(mixture, tmp_path / "parts", steps=3, **same)
-    train(mixture, tmp_path / "parts", "--resume", steps=6, micro_batch=8, **same)
-    whole, parts = (keifu.load(tmp_path / name)[0] for name in ("whole", "parts"))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
 
 
 def test_a_run_learns(mixture: Path, tmp_path: Path) -> None:

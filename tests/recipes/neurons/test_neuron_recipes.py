@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -145,33 +144,6 @@ def test_a_trained_network_keeps_its_scaling_and_the_names_of_its_classes(tmp_pa
     inputs = torch.tensor([[float(cell) for cell in row.split(",")[:3]] for row in rows])
     names = [model.config.classes[place] for place in model.predict(inputs).tolist()]
     assert sum(name == row.split(",")[3] for name, row in zip(names, rows, strict=True)) >= 50
-
-
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
-    recipe = mlp.Recipe("spirals", steps=40, dropout=0.2)
-
-    def network():
-        learned = mlp.check_learnable(recipe)
-        return learned, mlp.network(recipe, learned)
-
-    class Halt(Exception):
-        pass
-
-    def halting(step):
-        if step == 10:
-            raise Halt
-        return "going on"
-
-    def go(out, resume, sample):
-        learned, model = network()
-        chosen = replace(mlp.settings(recipe), save_every=5, sample_every=10)
-        mlp.learn(recipe, learned, model, chosen, out, resume, sample)
-        return torch.cat([weight.flatten() for weight in model.state_dict().values()])
-
-    whole = go(tmp_path / "whole", False, None)
-    with pytest.raises(Halt):
-        go(tmp_path / "cut", False, halting)
-    assert torch.equal(go(tmp_path / "cut", True, None), whole)
 
 
 def test_a_comparison_goes_on_for_longer(tmp_path, capsys):

@@ -9,11 +9,11 @@ a warning, as there; so the scores of a checkpoint are the same. Shared prefixes
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 from torch import nn
 
+from keifu.checkpoints import load
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -47,8 +47,7 @@ class KeifuLM(LM):
         device: str | None = None, max_batch_size: int | None = None,
     ):  # fmt: skip
         super().__init__()
-        # what loads by a name lies above this part, which knows models only as they are given
-        loaded, own = import_module("keifu").load(model) if isinstance(model, str) else (model, tokenizer)
+        loaded, own = load(model) if isinstance(model, str) else (model, tokenizer)
         if (tokenizer := tokenizer or own) is None:
             raise UserError("This model has no tokenizer, so it cannot read a text: give one with it.")
         self.model = loaded if device is None else loaded.to(device)
