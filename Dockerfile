@@ -1,7 +1,7 @@
 # A service for SmolLM2 on a CPU: docker build -t keifu . && docker run --rm -p 8000:8000 keifu
-FROM python:3.12-slim
+FROM python:3.12-slim AS build
 
-# The compiler builds the native step for the processor that runs the image; any version of it does.
+# The compiler makes the native step of the wheel, which chooses its instructions when it runs; any version of it does.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
@@ -9,12 +9,19 @@ RUN apt-get update \
 
 WORKDIR /opt/keifu
 COPY pyproject.toml README.md LICENSE ./
+COPY packaging packaging
 COPY src ./src
 COPY docs/lineage/lineage.json docs/lineage/
 COPY docs/pictures docs/pictures
-# What keifu needs, and in which versions, stands in pyproject.toml.
+COPY examples/single examples/single
+RUN KEIFU_WHEEL=native pip wheel --no-cache-dir --no-deps --wheel-dir /opt/wheels .
+
+FROM python:3.12-slim
+
+# The dependencies and their versions are in the wheel.
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[serve]' \
+RUN --mount=type=bind,from=build,source=/opt/wheels,target=/opt/wheels \
+    pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu "$(echo /opt/wheels/keifu-*.whl)[serve]" \
     && useradd --create-home --uid 1000 keifu
 
 USER 1000

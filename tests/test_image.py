@@ -27,7 +27,9 @@ def test_the_image_has_what_the_wheel_is_built_from() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     copied = [each.removeprefix("./").rstrip("/") for line in instructions("COPY") for each in line.split()[:-1]]
-    needed = [*wheel["force-include"], *wheel["packages"], "pyproject.toml", project["project"]["readme"]]
+    hooks = [project["tool"]["hatch"]["metadata"]["hooks"], wheel["hooks"]]
+    needed = [*wheel["force-include"], *wheel["packages"], "pyproject.toml", "README.md"]
+    needed += [hook["custom"]["path"] for hook in hooks]
     assert [path for path in needed if not is_copied(path, copied)] == []
     assert [path for path in copied if not (ROOT / path).exists()] == []
 

@@ -1,13 +1,17 @@
 """The notebooks: in the percent format, each with text and code, and run from their first cell to their last."""
 
+import importlib.util
+import json
 import re
 import runpy
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples/notebooks").glob("*.py"))
 CELL = re.compile(r"(?m)^# %%( \[markdown\])?$")
 
@@ -35,6 +39,47 @@ def test_a_notebook_is_text_and_code_in_cells(path: Path) -> None:
             compile(content, str(path), "exec")
     assert any("from keifu" in content or "import keifu" in content for is_text, content in found if not is_text)
     assert any("assert" in content for is_text, content in found if not is_text)
+
+
+def maker() -> ModuleType:
+    """Return the program that makes the .ipynb files."""
+    spec = importlib.util.spec_from_file_location("packaging_notebooks", ROOT / "packaging/notebooks.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_ipynb_is_current(path: Path) -> None:
+    text = path.with_suffix(".ipynb").read_text(encoding="utf-8")
+    assert text == maker().made(path), "run `python packaging/notebooks.py`"
+    found = json.loads(text)["cells"]
+    assert "Open in Colab" in found[0]["source"][0] and "pip install" in found[2]["source"][-1]
+    assert all(cell["outputs"] == [] for cell in found if cell["cell_type"] == "code")
+    assert len({cell["id"] for cell in found}) == len(found)
+
+
+def test_the_badge_opens_the_notebook_once_there_is_an_address() -> None:
+    script, address = "# %% [markdown]\n# # A\n# %%\nx = 1\n", "https://github.com/some-owner/keifu"
+    named = json.loads(maker().notebook(script, "a", address))["cells"]
+    assert "/github/some-owner/keifu/blob/main/examples/notebooks/a.ipynb)" in named[0]["source"][0]
+    assert f"git+{address}" in named[2]["source"][-1]
+    bare = json.loads(maker().notebook(script, "a", ""))["cells"]
+    assert "/github/" not in bare[0]["source"][0] and bare[2]["source"][-1].endswith("--quiet keifu")
+    assert [cell["source"] for cell in bare[1::2]] == [["# A"], ["x = 1"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_an_ipynb_runs(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nbclient = pytest.importorskip("nbclient", reason="it executes notebooks")
+    nbformat = pytest.importorskip("nbformat")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    document = nbformat.reads(path.with_suffix(".ipynb").read_text(encoding="utf-8"), as_version=4)
+    nbformat.validate(document)
+    nbclient.NotebookClient(document, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.slow

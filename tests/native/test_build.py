@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from keifu.native import build
+from keifu import files
+from keifu.native import build, compiler, library
 
 SMALL = 'extern "C" int answer() { return 42; }'
 
@@ -20,7 +21,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source.mkdir()
     (source / "small.cpp").write_text(SMALL)
     (source / "small.h").write_text("")
-    monkeypatch.setattr(build, "SOURCE", source)
+    monkeypatch.setattr(compiler, "SOURCE", source)
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
 
@@ -41,7 +42,7 @@ def test_built_once_and_said_in_one_line(capfd) -> None:
 @pytest.mark.parametrize("changed", ["small.cpp", "small.h"])
 def test_another_source_is_another_library(changed: str) -> None:
     first = build.build()
-    (build.SOURCE / changed).write_text(SMALL.replace("42", "43") if changed.endswith("cpp") else "// more")
+    (compiler.SOURCE / changed).write_text(SMALL.replace("42", "43") if changed.endswith("cpp") else "// more")
     second = build.build()
     assert second != first and answer(second) == (43 if changed.endswith("cpp") else 42)
 
@@ -61,8 +62,8 @@ def test_a_damaged_library_is_built_again(damage: str, capfd) -> None:
 
 def test_two_processes_build_once(tmp_path: Path) -> None:
     program = f"""
-import pathlib; from keifu.native import build
-build.SOURCE = pathlib.Path({str(build.SOURCE)!r}); print(build.build())
+import pathlib; from keifu.native import build, compiler
+compiler.SOURCE = pathlib.Path({str(compiler.SOURCE)!r}); print(build.build())
 """
     command = [sys.executable, "-c", program]
     started = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=os.environ) for _ in range(3)]
@@ -83,7 +84,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (build.SOURCE / "small.cpp").write_text("int wrong(")
+    (compiler.SOURCE / "small.cpp").write_text("int wrong(")
     with pytest.raises(build.Unavailable, match="did not build it: .*error"):
         build.build()
     assert not list((tmp_path / "cache/native").glob("*.so"))
@@ -96,7 +97,7 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_cxx_may_have_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    (build.SOURCE / "small.cpp").write_text(SMALL.replace("42", "MEANING"))
+    (compiler.SOURCE / "small.cpp").write_text(SMALL.replace("42", "MEANING"))
     monkeypatch.setenv("CXX", "c++ -DMEANING=7")
     assert answer(build.build()) == 7
 
@@ -106,3 +107,40 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "file"))
     with pytest.raises(build.Unavailable, match="cannot be written"):
         build.build()
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The library of a wheel, and no compiler."""
+    folder = tmp_path / "prebuilt"
+    folder.mkdir()
+    library = folder / f"{compiler.source_key()}.so"
+    compiler.compile_to(library, compiler.find_compiler())
+    library.with_suffix(".sha256").write_text(files.sha256(library))
+    monkeypatch.setattr(build, "PREBUILT", folder)
+    monkeypatch.setenv("PATH", "")
+    return library
+
+
+def test_the_library_of_a_wheel_needs_no_compiler(shipped: Path) -> None:
+    assert build.prebuilt() == shipped and answer(shipped) == 42
+
+
+@pytest.mark.parametrize("change", ["another source", "damaged", "unmarked"])
+def test_the_library_of_a_wheel_must_match(shipped: Path, change: str) -> None:
+    if change == "another source":
+        (compiler.SOURCE / "small.h").write_text("// more")
+    elif change == "damaged":
+        shipped.write_bytes(shipped.read_bytes()[:-9] + b"x" * 9)
+    else:
+        shipped.with_suffix(".sha256").unlink()
+    assert build.prebuilt() is None
+
+
+def test_a_library_that_does_not_load_is_compiled(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped.write_bytes(b"no library")
+    shipped.with_suffix(".sha256").write_text(files.sha256(shipped))
+    assert build.prebuilt() == shipped
+    monkeypatch.setattr(library, "build", lambda: tried.append(1) or shipped)
+    tried: list[int] = []
+    assert isinstance(library._loaded.__wrapped__(), build.Unavailable) and tried == [1]

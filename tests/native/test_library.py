@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from keifu.errors import UserError
-from keifu.native import build, library
+from keifu.native import build, compiler, library
 
 STRUCTS = {
     "KeifuMatrix": library.Matrix,
@@ -24,7 +24,7 @@ def test_structs_are_the_headers(tmp_path: Path) -> None:
     sizes = [f'printf("{s} %zu\\n", sizeof({s}));' for s in STRUCTS]
     program = f'#include <cstdio>\n#include "keifu_native.h"\nint main() {{ {"".join(lines + sizes)} }}'
     (tmp_path / "sizes.cpp").write_text(program)
-    subprocess.run(["c++", f"-I{build.SOURCE}", "-o", tmp_path / "sizes", tmp_path / "sizes.cpp"], check=True)
+    subprocess.run(["c++", f"-I{compiler.SOURCE}", "-o", tmp_path / "sizes", tmp_path / "sizes.cpp"], check=True)
     told = subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.splitlines()
     ours = [getattr(STRUCTS[s], f) for s, f in fields]
     expected = [f"{s}.{f} {each.offset} {each.size}" for (s, f), each in zip(fields, ours, strict=True)]

@@ -3,12 +3,13 @@
 import ctypes
 import os
 import sys
+from contextlib import suppress
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache as once
 from typing import Any
 
 from keifu.errors import UserError, unknown
-from keifu.native.build import Unavailable, build
+from keifu.native.build import Unavailable, build, prebuilt
 
 VARIABLE = "KEIFU_NATIVE"
 INSTRUCTIONS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
@@ -176,6 +177,9 @@ def _loaded() -> Library | Unavailable:
     """Return the library or the reason why there is none; later calls return the same."""
     if sys.byteorder != "little":
         return Unavailable("it is written for CPUs that put the lower byte first")
+    if ready := prebuilt():
+        with suppress(OSError):  # made for a newer system: compiling may still work
+            return Library(str(ready))
     try:
         return Library(str(build()))
     except Unavailable as reason:

@@ -1,7 +1,14 @@
 // Models: their descriptions are checked, their buffers and cache made, their batches checked and cut into tasks.
 #include "model.h"
 
+#if defined(_WIN32)
+#define NOMINMAX
+#include <windows.h>
+
+#include <malloc.h>
+#else
 #include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -14,6 +21,25 @@ namespace {
 
 // ---- memory ----
 
+#if defined(_WIN32)
+void *take_small(size_t bytes) { return _aligned_malloc(bytes, 64); }
+void free_small(void *p) { _aligned_free(p); }
+void *take_pages(size_t bytes) { return VirtualAlloc(nullptr, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE); }
+void free_pages(void *p, size_t) { VirtualFree(p, 0, MEM_RELEASE); }
+#else
+void *take_small(size_t bytes) { return std::aligned_alloc(64, bytes); }
+void free_small(void *p) { std::free(p); }
+void free_pages(void *p, size_t bytes) { munmap(p, bytes); }
+void *take_pages(size_t bytes) {
+    void *p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) return nullptr;
+#if defined(MADV_HUGEPAGE)
+    madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return p;
+}
+#endif
+
 // Memory of a model or a thread, all zeros, freed together; `complete` is false where the system had no more. What is
 // large is mapped, in huge pages where the system gives them, and takes memory only where it was written.
 class Arena {
@@ -21,12 +47,12 @@ class Arena {
     Arena() = default;
     Arena(const Arena &) = delete;
     ~Arena() {
-        for (const auto &[start, size] : mapped) munmap(start, size);
-        for (void *p : small) std::free(p);
+        for (const auto &[start, size] : mapped) free_pages(start, size);
+        for (void *p : small) free_small(p);
     }
     template <class T> T *take(int64_t n) {
         const size_t bytes = (size_t)round_up(n > 0 ? n * (int64_t)sizeof(T) : 1, 64);
-        void *p = bytes < PAGE ? std::aligned_alloc(64, bytes) : map(bytes + PAGE);
+        void *p = bytes < PAGE ? take_small(bytes) : map(bytes + PAGE);
         complete = complete && p;
         if (p && bytes < PAGE) {
             std::memset(p, 0, bytes);
@@ -40,12 +66,9 @@ class Arena {
     static constexpr size_t PAGE = 2 << 20;
 
     void *map(size_t bytes) {  // aligned to PAGE
-        void *start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (start == MAP_FAILED) return nullptr;
+        void *start = take_pages(bytes);
+        if (!start) return nullptr;
         mapped.push_back({start, bytes});
-#if defined(MADV_HUGEPAGE)
-        madvise(start, bytes, MADV_HUGEPAGE);
-#endif
         return (void *)round_up((int64_t)start, PAGE);
     }
 
