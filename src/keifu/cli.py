@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
 from importlib import import_module
+from io import TextIOWrapper
 from typing import NoReturn
 
 from keifu import __version__
 from keifu.commands.shared.verbs import VERBS, module_of
 from keifu.errors import require_known
+from keifu.files import WINDOWS
 from keifu.threads import follow_load
 
 FAULT = 70  # as sysexits.h has it
@@ -67,6 +69,9 @@ def _open_standard_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if vars(sys)[name] is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the whole process)
+        stream = vars(sys)[name]
+        if WINDOWS and isinstance(stream, TextIOWrapper):  # a pipe has the code page's encoding there
+            stream.reconfigure(encoding="utf-8")
 
 
 def _give_up_output() -> None:

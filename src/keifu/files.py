@@ -28,6 +28,8 @@ HUB: dict[str, str] = {}  # the hub ids that this process has read, and the revi
 LEARNED: dict[str, Any] = {}  # by name, the learned tokenizers that were asked for; the run that begins next keeps them
 KEPT = "state/tokenizer"  # where, in its folder
 LOCK = ".lock"  # of a directory that a process holds
+WINDOWS = os.name == "nt"  # it opens no folders, syncs only files that may be written, and keeps open files
+FAR = 2**30  # byte of a lock file that Windows locks; it lets nobody read a locked byte
 _HELD: set[Path] = set()  # directories that this process holds
 
 
@@ -67,7 +69,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -294,6 +298,8 @@ def hold(directory: Path) -> Iterator[bool]:
         yield True
     finally:
         _HELD.discard(place)
+        if WINDOWS:
+            file.close()
         with suppress(OSError):
             (place / LOCK).unlink()
             place.rmdir()  # where nothing was written
@@ -304,9 +310,14 @@ def hold(directory: Path) -> Iterator[bool]:
 def writing_alone(directory: Path) -> Iterator[None]:
     """Wait until no other process writes a checkpoint into the directory; leaves no file there."""
     directory.mkdir(parents=True, exist_ok=True)
+    if WINDOWS:
+        name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+        with locked(cache() / "writing" / name):
+            yield
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with suppress(ImportError, OSError):  # Windows, and some network file systems, have no flock
+        with suppress(ImportError, OSError):  # some network file systems have no flock
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -336,7 +347,16 @@ def _locked_file(path: Path) -> Any:
 
 
 def _lock(file: Any) -> None:
-    """Locks a file at once, or it is a `BlockingIOError`; Windows has no flock: there a second run is not noticed."""
+    """Lock a file at once, or raise `BlockingIOError`."""
+    if WINDOWS:
+        import msvcrt
+
+        os.lseek(file.fileno(), FAR, os.SEEK_SET)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
+        except OSError as error:
+            raise BlockingIOError(error.errno, "the file is locked") from error
+        return
     with suppress(ImportError):
         import fcntl
 

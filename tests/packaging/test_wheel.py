@@ -23,6 +23,7 @@ build-backend = "hatchling.build"
 [project]
 name = "keifu"
 version = "1"
+requires-python = ">=3.11"
 [tool.hatch.build.targets.wheel]
 packages = ["src/keifu"]
 [tool.hatch.build.targets.wheel.hooks.custom]
