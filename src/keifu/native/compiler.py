@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 SOURCE = Path(__file__).parent / "source"
 COMPILERS = ("c++", "g++", "clang++")
-SECONDS = 300  # after which a compiler is given up
+SECONDS = 900  # after which a compiler is given up; a file takes about five on a quiet machine
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi")
 WINDOWS_FLAGS = ("-static",)  # a library of its own runtime: Windows has none of GCC's
 OWN_FLAGS = "// x86-64 flags: "  # what the first line of a file for one instruction set begins with
@@ -52,7 +52,7 @@ def source_key(*more: str) -> str:
 def compile_to(library: Path, compiler: list[str]) -> None:
     """Compile the files at the same time and link them; raises `Unavailable` with the compiler's first error."""
     command = [*compiler, *FLAGS]
-    with TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         sources = sorted(SOURCE.glob("*.cpp"))
         objects = [str(Path(folder, source.with_suffix(".o").name)) for source in sources]
         own = [[*_own_flags(source), "-c", str(source), "-o"] for source in sources]
