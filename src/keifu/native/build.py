@@ -12,7 +12,7 @@ from keifu import files
 from keifu.native import compiler
 from keifu.native.compiler import Unavailable
 
-PREBUILT = Path(__file__).parent / "prebuilt"  # of a wheel; hatch_build.py writes it
+PREBUILT = Path(__file__).parent / "prebuilt"  # of a wheel; packaging/wheel.py makes it
 
 __all__ = ["PREBUILT", "Unavailable", "build", "prebuilt"]
 

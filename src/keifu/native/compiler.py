@@ -1,6 +1,6 @@
 """The native step made from its source by a C++ compiler, at first use or in a wheel.
 
-Imports the standard library only: the build of a wheel (hatch_build.py) loads this file without the package.
+Imports the standard library only: the build of a wheel (packaging/wheel.py) loads this file without the package.
 """
 
 import os
