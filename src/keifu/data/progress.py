@@ -1,11 +1,46 @@
-"""A progress bar on standard error."""
+"""Progress on standard error: a bar on a terminal, a few plain lines otherwise."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[[int], None]
+
+
+class ProgressBar:
+    """Bar of a piece of work, as a context manager. Notes are printed above the bar and stay."""
+
+    def __init__(self, label: str, total: int | None, *columns: Any):
+        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console.on_broken_pipe = lambda: None  # rich's own ends the process
+        self.is_shown = self.console.is_terminal
+        bar = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")
+        self.live = Progress(*bar, *columns, console=self.console, refresh_per_second=4, disable=not self.is_shown)
+        self.task = self.live.add_task(label, total=total, text="")
+
+    def __enter__(self) -> Any:
+        self.live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with suppress(OSError):
+            self.live.stop()
+
+    def update(self, done: int, text: str) -> None:
+        """Set the amount that is done, and the text after the bar."""
+        self.live.update(self.task, completed=done, text=escape(text))
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        with suppress(OSError):  # a terminal or a pipe that was closed is no reason to lose the work
+            self.console.print(text, markup=False)
 
 
 @contextmanager
@@ -15,36 +50,21 @@ def counting(label: str, total: int | None, unit: str = "B") -> Iterator[Advance
     The function takes the amount reached so far, not the difference. A terminal gets a bar; a pipe or a file gets one
     line at each tenth of the total (without a total: every ten seconds) and one at the end.
     """
-    with (_bar if sys.stderr.isatty() else _lines)(label, total, unit) as advance:
+    shown, started, last = 0, time.monotonic(), 0
+    with ProgressBar(label, total, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
+
+        def advance(reached: int) -> None:
+            nonlocal shown, last
+            last = reached
+            bar.update(reached, _amount(reached, total, unit))
+            tenths = 10 * reached // total if total else int(time.monotonic() - started) // 10
+            if tenths > shown and not bar.is_shown:
+                bar.note(f"{label}: {_amount(reached, total, unit)}")
+            shown = max(shown, tenths)
+
         yield advance
-
-
-@contextmanager
-def _bar(label: str, total: int | None, unit: str) -> Iterator[Advance]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}")
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total, amount="")
-        yield lambda reached: progress.update(task, completed=reached, amount=_amount(reached, total, unit))
-
-
-@contextmanager
-def _lines(label: str, total: int | None, unit: str) -> Iterator[Advance]:
-    shown, started, reached_last = 0, time.monotonic(), 0
-
-    def advance(reached: int) -> None:
-        nonlocal shown, reached_last
-        reached_last = reached
-        tenths = 10 * reached // total if total else int(time.monotonic() - started) // 10
-        if tenths > shown:
-            shown = tenths
-            print(f"{label}: {_amount(reached, total, unit)}", file=sys.stderr, flush=True)
-
-    yield advance
-    seconds = time.monotonic() - started
-    print(f"{label}: done, {_amount(reached_last, None, unit)} in {seconds:.1f} s", file=sys.stderr, flush=True)
+        if not bar.is_shown:
+            bar.note(f"{label}: done, {_amount(last, None, unit)} in {time.monotonic() - started:.1f} s")
 
 
 def _amount(reached: int, total: int | None, unit: str) -> str:

@@ -1,59 +1,37 @@
-"""The progress display of a run: a progress bar on a terminal, plain lines otherwise; and formats of figures."""
+"""The progress display of a run, and formats of figures."""
 
-import sys
 import time
-from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from keifu.data.progress import ProgressBar
 
 PLAIN_SECONDS = 10.0  # between plain lines
 
 
-class Display:
-    """Shows the progress of a run, as a context manager. Notes are printed above the bar and stay."""
+class Display(ProgressBar):
+    """Progress bar of a run, with its latest figures."""
 
     def __init__(self, total: int, unit: str):
-        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self.console.on_broken_pipe = lambda: None  # rich's own ends the process
-        self.unit, self.last_line = unit, 0.0
-        figures = TextColumn("{task.description}")
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), figures)
-        self.live = Progress(*columns, console=self.console, refresh_per_second=4, disable=not self.console.is_terminal)
-        self.task = self.live.add_task("", total=total)
-
-    def __enter__(self) -> "Display":
-        self.live.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with suppress(OSError):
-            self.live.stop()
+        super().__init__("step", total)
+        self.unit, self.total, self.done, self.figures, self.last_line = unit, total, 0, "", 0.0
 
     def advance(self, done: int) -> None:
         """Set the number of steps done."""
-        self.live.update(self.task, completed=done)
+        self.done = done
+        self.update(done, f"{done:,}/{self.total:,}  {self.figures}")
 
     def expect(self, total: int) -> None:
         """Set the total number of steps."""
+        self.total = total
         self.live.update(self.task, total=total)
 
     def show(self, figures: dict[str, Any]) -> None:
         """Show the latest figures; without a terminal at most one line in ten seconds."""
-        text = format_figures(figures, self.unit)
-        self.live.update(self.task, description=escape(text))
-        if self.live.disable and time.monotonic() - self.last_line >= PLAIN_SECONDS:
-            [task] = self.live.tasks
-            self.note(f"step {task.completed:,}/{task.total:,}  {text}")
+        self.figures = format_figures(figures, self.unit)
+        self.advance(self.done)
+        if not self.is_shown and time.monotonic() - self.last_line >= PLAIN_SECONDS:
+            self.note(f"step {self.done:,}/{self.total:,}  {self.figures}")
             self.last_line = time.monotonic()
-
-    def note(self, text: str) -> None:
-        """Print a line that stays."""
-        with suppress(OSError):  # a terminal or a pipe that was closed is no reason to lose a run
-            self.console.print(text, markup=False)
 
 
 def format_figures(figures: dict[str, Any], unit: str) -> str:
