@@ -87,7 +87,7 @@ def _load(
 
 
 def _device_for(weights: str | None, device: torch.device | str | None) -> torch.device:
-    """Where the model is to be; weights that are packed are for the CPU."""
+    """Return the device of the model. Packed weights are for the CPU."""
     if weights in (None, OWN):
         return choose(device)
     formats(weights)
@@ -105,7 +105,7 @@ def load_model(
     device: torch.device | str | None = None,
     weights: str | None = None,
 ) -> nn.Module:
-    """Return the model alone (see `load`), for weights without a tokenizer beside them."""
+    """Return the model alone (see `load`), for weights without a tokenizer."""
     device, path = _device_for(weights, device), locate(name)
     with reading(path):
         if is_adapter(path):
@@ -118,7 +118,7 @@ def _fill(found: LoadPlan, device: torch.device, weights: str | None) -> nn.Modu
 
 
 def _adapted_model(base: nn.Module, path: Path, weights: str | None) -> nn.Module:
-    """Return the base with the adapters beside its layers; packed, they are merged."""
+    """Return the base with the adapters on its layers. Packed weights have them merged."""
     model = load_adapter(merge(base), path)
     return model if weights in (None, OWN) else pack_or_keep(merge(model), weights)
 
@@ -176,8 +176,8 @@ def _recommended(name: str | Path, tokenizer: Any) -> Any:
 
 
 def _adapted(path: Path, base: Any) -> Any:
-    """Return the tokenizer beside adapters; how to generate text is as for their base, where no file beside them says
-    it."""
+    """Return the tokenizer in the folder of adapters. Its settings of generation are the base's, unless that folder has
+    some."""
     own = load_tokenizer(path)
     if base is None or (path / GENERATION_CONFIG).exists():
         return own
@@ -191,7 +191,7 @@ def planned(name: str | Path, dtype: torch.dtype | None = None) -> LoadPlan:
     with reading(path):
         if is_adapter(path):
             base = planned(base_of(path), dtype)
-            return replace(base, notes=[*base.notes, f"The adapters of {path} come beside these tensors."])
+            return replace(base, notes=[*base.notes, f"The adapters of {path} are added to these tensors."])
         return plan(open_source(path), dtype)
 
 

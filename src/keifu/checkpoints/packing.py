@@ -35,7 +35,7 @@ DONTNEED = 4  # Linux's MADV_DONTNEED
 def load_packed(found: LoadPlan, weights: str) -> nn.Module:
     """Return the planned model with its weights packed in a format; where native code cannot have it, one sentence says
     why, and the model is filled as without `weights`. "own" is the format that keeps the file's numbers: its blocks, or
-    float32. A translator stays as it is, with its decoder packed beside it."""
+    float32. A translator stays as it is, with its decoder also packed."""
     if weights == OWN and (switched_off() or not isinstance(found.model, DecoderLM | EncoderDecoder)):
         return found.fill("cpu")
     try:

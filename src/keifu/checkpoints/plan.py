@@ -24,7 +24,7 @@ from keifu.native.pack import Blocks
 from keifu.processes import current
 
 NAMED = 10  # how many tensors of a kind an error names
-# Types whose numbers stand in a file as they are, beside I64's.
+# Types of numbers that a file has unpacked; I64 is one too.
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COUNTS = ("n_layers", "n_decoder_layers", "n_residual_blocks", "layers")  # of a Config: layers, alone or by level
 FIRST = ("activation", "norm_eps", "rope_theta", "rope_scaling", "context_length", "sliding_window", "tied")
@@ -79,7 +79,7 @@ class Source:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What will be loaded: the model on the meta device, its links, its dtype in memory, and notes for the report.
+    """Plan of a load: the model on the meta device, its links, its dtype in memory, and notes for the report.
 
     `exact` is the narrowest type that holds every stored number, `dtype` the one that will be used. `skipped` are
     tensors of the file that are not weights of the model, or duplicates.

@@ -19,7 +19,7 @@ from keifu.errors import UserError
 from keifu.layers.meta import on_meta
 from keifu.models.hf.config import write_own
 
-# What any published config may say that changes the numbers and is not implemented; absent or equal to this is fine.
+# Settings of any published config that are not implemented, with the value that changes nothing.
 UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
 
 Aliases = Callable[[Any], Mapping[str, tuple[str, ...]]]
@@ -34,7 +34,7 @@ class Family:
     """One model_type: how its config is read and written, and how its weights are called.
 
     `module` is the model's file; `prefix` may be missing from all names of a file, and is from the files of the
-    architectures `without_prefix`; `not_weights` are names that old files hold beside the weights, `copies` tensors
+    architectures `without_prefix`; `not_weights` are tensors of old files that are no weights, `copies` tensors
     that repeat another one of the file, `old_endings` today's ending of a name and that of old files. `in_file`:
     switches of the Config that are on where the file has a tensor, whatever its config says. `unsupported` are settings
     and the value of each that is implemented. `aliases` gives, for a Config, the other names that a file may have for a
@@ -78,7 +78,7 @@ _FILES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_NETWORKS, ("config.json", "diffusion_pytorch_model.safetensors")),
     **dict.fromkeys(_PIPELINES, ("model_index.json", "diffusion_pytorch_model.safetensors")),
 }
-# What a model's file may offer of the fields of `Family`.
+# Fields of `Family` that a model's file may have.
 OFFERED = "PREFIX", "NOT_WEIGHTS", "UNSUPPORTED", "IN_FILE", "COPIES", "OLD_ENDINGS", "WITHOUT_PREFIX", "aliases"
 
 MODELS = {  # each model's file under keifu.models, and the model_types of its configs, keifu's own last
@@ -238,7 +238,7 @@ def describe_as(config: Any, kind: str) -> tuple[Family, dict[str, Any]]:
 
 
 def _place(config: Any) -> str:
-    """Where a Config's model is, as `MODELS` says it."""
+    """Return the name of a Config's model in `MODELS`."""
     return type(config).__module__.removeprefix("keifu.models.")
 
 

@@ -65,7 +65,7 @@ def dropout_mask(keys: Int[Tensor, " rows"], total: int, dropped: int) -> Bool[T
 class DropoutKeys:
     """The random keys of a model's dropout layers, one for each layer and row; there are none outside a step.
 
-    Layers are told apart by their names in the model. A tensor holds the keys, so that `torch.compile` need not compile
+    The name of a layer in the model distinguishes it. A tensor holds the keys, so that `torch.compile` need not compile
     again at each step.
     """
 

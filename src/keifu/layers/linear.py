@@ -48,7 +48,7 @@ def product(a: Float[Tensor, "*batch inner"], b: Float[Tensor, "inner columns"])
 
 def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Plain float32 on a CPU, outside autocast, compiled or traced code and torch.func's transforms. It must not depend
-    on the number of rows, so that a row has the same bits beside any others."""
+    on the number of rows, so that a row has the same bits in any batch."""
     return (
         weight.numel() >= SMALL
         and x.dtype == weight.dtype == torch.float32

@@ -60,7 +60,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0, shares: Float[Tensor, "*batch"] | None = None, vocabulary: Vocabulary | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
     """`cross_entropy(hidden @ weight.T + bias, ...)` with its gradient made on the way, so that few logits exist at a
-    time, and beside it the sum of -log p(target).
+    time, and the sum of -log p(target).
 
     The second has no gradient and costs nothing: runs with different smoothing are compared by it. Where autocast is
     on, the products are in its type; probabilities are in float32 either way. `shares` are what each position's loss is

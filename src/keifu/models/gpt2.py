@@ -1,5 +1,5 @@
 """GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"): new against GPT-1 are
-pre-norm blocks with a final norm, an initialisation scaled for the number of residual layers, and prompts in place of
+pre-norm blocks with a final norm, an initialisation scaled for the number of residual layers, and prompts instead of
 fine-tuning.
 """
 

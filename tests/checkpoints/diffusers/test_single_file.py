@@ -105,7 +105,7 @@ def test_the_tokenizer_beside_it_or_clips_or_a_sentence(made, tmp_path, monkeypa
     _, file = made
     alone = tmp_path / "sd.safetensors"
     shutil.copy(file, alone)
-    with pytest.raises(UserError, match=r"holds no tokenizer, and none lies beside it .* 520 tokens are not CLIP's"):
+    with pytest.raises(UserError, match=r"holds no tokenizer, and there is none .* 520 tokens are not CLIP's"):
         checkpoints.load(alone)
     monkeypatch.chdir(tmp_path)
     words = ["draw", str(file), "a cat", "--steps", "1", "--seed", "1", "--guidance", "1", "--size", "8", "-o", "a.png"]

@@ -222,7 +222,7 @@ def rewrite(path, changes=None, tensors=None) -> None:
         ({"general.architecture": "lama"}, {}, "'lama', which keifu does not read"),
         ({"llama.block_count": None}, {}, "lacks llama.block_count"),
         ({"llama.expert_count": 8}, {}, "llama.expert_count"),
-        ({"llama.rope.dimension_count": 4}, {}, "rope.dimension_count 4 beside heads of 8"),
+        ({"llama.rope.dimension_count": 4}, {}, "rope.dimension_count 4 with heads of 8"),
         ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope'"),
         ({"llama.attention.head_count": 5}, {}, "n_heads"),
         ({"llama.attention.head_count_kv": [4, 2]}, {}, "another llama.attention.head_count_kv in each layer"),

@@ -91,7 +91,7 @@ def test_saved_back_nothing_changes_and_they_read_it(theirs: Any, tmp_path: Path
 def test_load_takes_the_folder_of_an_adapter(theirs: Any, tmp_path: Path) -> None:
     base, adapter, model = theirs
     save_adapter(load_adapter(checkpoints.load_model(base), adapter), tmp_path, str(base))
-    assert f"The adapters of {tmp_path} come beside these tensors." in checkpoints.inspect(tmp_path).notes
+    assert f"The adapters of {tmp_path} are added to these tensors." in checkpoints.inspect(tmp_path).notes
     close(checkpoints.load_model(tmp_path)(tokens()), model(tokens()).logits)
 
 

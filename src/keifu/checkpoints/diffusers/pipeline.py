@@ -26,7 +26,7 @@ FILES = {TOKENIZER: "tokenizer_config.json", PIXELS: "preprocessor_config.json"}
 
 
 class Pipeline(NamedTuple):
-    """A pipeline of several models: the kind of each part that has weights, the files that count beside them, and what
+    """A pipeline of several models: the kind of each part that has weights, the other files that count, and what
     of both may be missing."""
 
     models: Mapping[str, str]
@@ -71,7 +71,7 @@ def open_diffusers(path: Path) -> Source:
     A pipeline that lacks a part, and a pipeline or model that keifu has none of, is a `UserError` that names it.
     """
     if not (path / PIPELINE).exists():
-        return _network(path, path, {}, ("There is no scheduler beside this network: DDPM's noise is assumed.",))
+        return _network(path, path, {}, ("There is no scheduler next to this network: DDPM's noise is assumed.",))
     index = read_json_object(path / PIPELINE)
     kind = str(index.get("_class_name"))
     require_known("diffusers pipeline", kind, [*KINDS, *_NETWORK])
@@ -96,13 +96,13 @@ def _files(path: Path, kind: str, parts: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def _network(path: Path, folder: Path, beside: Mapping[str, Any], notes: tuple[str, ...]) -> Source:
-    """Open a network in its folder; `beside` is what its config takes from the files of other parts."""
+def _network(path: Path, folder: Path, extra: Mapping[str, Any], notes: tuple[str, ...]) -> Source:
+    """Open a network in its folder; `extra`: settings of its config from the files of other parts."""
     json = read_json_object(folder / CONFIG)
     kind = _kind(json)
     if kind not in FAMILIES or not _is_network(kind):
         raise unknown("model of diffusers", kind, [each for each in FAMILIES if _is_network(each) and each != SIMPLE])
-    family, config = read_config({**json, **beside, "model_type": kind}, str(folder / CONFIG))
+    family, config = read_config({**json, **extra, "model_type": kind}, str(folder / CONFIG))
     notes = notes if "/" in family.files[0] else ()  # of what lies in a folder of a pipeline
     return source_of(path, "diffusers", family, config, dict.fromkeys(weight_files(folder, WEIGHTS), ""), notes)
 
@@ -112,7 +112,7 @@ def _is_network(kind: str) -> bool:
 
 
 def _kind(json: Mapping[str, Any]) -> str:
-    """Return the kind of a model: its class, of which one is two networks, told apart by their blocks."""
+    """Return the kind of a model: its class, of which one is two networks with different blocks."""
     kind = str(json.get("_class_name", json.get("model_type")))
     blocks = [str(json.get("mid_block_type")), *(json.get("down_block_types") or ())]
     simple = kind == "UNet2DConditionModel" and any("Simple" in name for name in blocks)

@@ -32,7 +32,7 @@ OTHERS = {  # how the tensors of what is not Stable Diffusion 1 begin
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3",
     "double_blocks.": "a FLUX",
     "control_model.": "a ControlNet",
-    "lora_": "a LoRA: give it with --lora, beside the model that it changes",
+    "lora_": "a LoRA: give it with --lora, and the model that it changes",
     "unet.": "a LoRA, or part of a pipeline: give it with --lora, or the pipeline's folder",
     "down_blocks.": "a part of a diffusers pipeline: give the pipeline's folder",
 }
@@ -113,15 +113,15 @@ def _check(path: Path, names: Sequence[str]) -> None:
         raise UserError(f"{path} lacks its {' and its '.join(missing)} ({PARTS[missing[0]]}*).")
 
 
-def config_of(shapes: Shapes, beside: Mapping[str, Tensor]) -> latent_diffusion.Config:
-    """Return the Config that the tensors' shapes tell. `beside`: the file's betas and scale_factor, where it has them.
+def config_of(shapes: Shapes, extra: Mapping[str, Tensor]) -> latent_diffusion.Config:
+    """Return the Config by the tensors' shapes. `extra`: the file's betas and scale_factor, where it has them.
     """
     noise = latent_diffusion.NOISE
-    if "betas" in beside and not torch.allclose(beside["betas"].float(), noise.beta, rtol=1e-4, atol=0):
-        noise = replace(noise, betas=tuple(beside["betas"].tolist()), steps=len(beside["betas"]))
+    if "betas" in extra and not torch.allclose(extra["betas"].float(), noise.beta, rtol=1e-4, atol=0):
+        noise = replace(noise, betas=tuple(extra["betas"].tolist()), steps=len(extra["betas"]))
     coder = _autoencoder(shapes)
-    if "scale_factor" in beside:
-        coder = replace(coder, scale=float(beside["scale_factor"]))
+    if "scale_factor" in extra:
+        coder = replace(coder, scale=float(extra["scale_factor"]))
     return latent_diffusion.Config(_text(shapes), _unet(shapes), coder, noise)
 
 
@@ -218,7 +218,7 @@ def _flat(name: str, stored: StoredTensor) -> StoredTensor:
 
 
 def _read_tokenizer(path: Path, config: latent_diffusion.Config) -> Any:
-    """Return the tokenizer that lies beside the file, which holds none; else CLIP's own from the catalogue, which every
+    """Return the tokenizer next to the file, which has none; else CLIP's own from the catalogue, which every
     Stable Diffusion 1 reads with."""
     from keifu.data.catalogue.catalogue import fetch
     from keifu.data.tokenizers.formats import READERS
@@ -227,7 +227,7 @@ def _read_tokenizer(path: Path, config: latent_diffusion.Config) -> Any:
     for folder in (path.parent / TOKENIZER, path.parent):
         if any((folder / name).exists() for name in READERS):
             return load_tokenizer(folder)
-    want = f"{path} holds no tokenizer, and none lies beside it (in {path.parent / TOKENIZER})"
+    want = f"{path} holds no tokenizer, and there is none next to it (in {path.parent / TOKENIZER})"
     if config.vocab_size != clip_text.Config().vocab_size:
         raise UserError(f"{want}: its {config.vocab_size:,} tokens are not CLIP's. Put the right one there.")
     try:

@@ -283,7 +283,7 @@ def _read_rotary(own: Mapping[str, Any], values: Mapping[str, Any], freqs: Tenso
     size = own.get("attention.key_length", usual)
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, size) != size:
-            raise UserError(f"{where} has {key} {own[key]} beside heads of {size}; keifu turns whole heads.")
+            raise UserError(f"{where} has {key} {own[key]} with heads of {size}; keifu turns whole heads.")
     theta = float(values.get("rope_theta", 10_000.0))
     scaling = read_scaling(own, theta, values["context_length"], freqs, where)
     return {"head_dim": None if size == usual else size, "rope_theta": theta, "rope_scaling": scaling}

@@ -35,7 +35,7 @@ LARGEST_ALIGNMENT = 2**20
 
 
 class Place(NamedTuple):
-    """Where a tensor stands in the file; `shape` has the rows first, as in PyTorch, `kind` is GGUF's word."""
+    """Position of a tensor in a file. `shape` has the rows first, as in PyTorch; `kind` is GGUF's name of the type."""
 
     shape: tuple[int, ...]
     kind: str

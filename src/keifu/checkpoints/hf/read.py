@@ -44,8 +44,8 @@ def source_of(
 ) -> Source:  # fmt: skip
     """Open a model of this config whose weights lie in these safetensors files.
 
-    files: with what each one's names are told with, where several parts have files. texts: where the tokenizer is, if
-    not in `path`.
+    files: each with the prefix of its names, if several parts have files. texts: the tokenizer's folder, if it is not
+    `path`.
     """
     opened = [(open_weights(file), prefix) for file, prefix in files.items()]
     owner = {prefix + name: (file, name) for file, prefix in opened for name in file.keys()}  # noqa: SIM118 (no dict)
@@ -61,7 +61,7 @@ def source_of(
 
 
 def _with_preprocessor(where: Path) -> dict[str, Any]:
-    """Return a config, with what stands beside it about pictures."""
+    """Return a config, with the settings for pictures from the file next to it."""
     kind, json = CONFIGS[where.name], read_json_object(where)
     json |= {"model_type": kind} if kind else {}
     beside, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name("processor_config.json")

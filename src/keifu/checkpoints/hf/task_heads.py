@@ -3,7 +3,7 @@
 `ForSequenceClassification` applies a matrix without bias to the last token of one sequence: classification and
 entailment are stored so, and so is a score, with one label (a reward model). `DoubleHeadsModel` gives each answer a
 number: choice, for the two models that have that class. No class adds up two orders of the texts, and Cohere's has no
-head for labels: those are written as `keifu_finetuned`. Beside the fields of the class, config.json holds the form and
+head for labels: those are written as `keifu_finetuned`. After the fields of the class, config.json holds the form and
 the special tokens.
 """
 

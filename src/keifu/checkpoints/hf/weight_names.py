@@ -2,7 +2,7 @@
 
 A table maps our names to theirs. Either side is the name of a module, whose `.weight` and `.bias` carry over, or of one
 tensor. `*` is a layer's number; `[a,b,c]` are several of theirs, stacked by rows in one of ours; `.T` at the end means
-that matrices are stored transposed, `+1` that the file's numbers are larger by one. None in place of a table means that
+that matrices are stored transposed, `+1` that the file's numbers are larger by one. None instead of a table means that
 both sides have the same names.
 
 Axes: rows = a matrix's outputs, columns = its inputs; a bias has rows alone.
@@ -71,7 +71,7 @@ class Link:
         return found[0].contiguous() if len(found) == 1 else torch.cat(found)
 
     def pieces(self, first: int, stop: int) -> list[tuple[int, slice]]:
-        """Which of theirs hold these rows of ours: the number of each, and the rows within it."""
+        """Return the numbers of theirs that make these rows of ours, with the rows within each."""
         starts = accumulate(self.rows, initial=0)
         cuts = [slice(max(first - at, 0), min(stop - at, rows)) for at, rows in zip(starts, self.rows, strict=False)]
         return [(number, own) for number, own in enumerate(cuts) if own.start < own.stop]

@@ -1,6 +1,6 @@
 """Writing Hugging Face directories that transformers, vLLM or diffusers load directly.
 
-Everything is first written beside the old files and renamed at the end, so that a crash or a full disk leaves the old
+Everything is first written next to the old files and renamed at the end, so that a crash or a full disk leaves the old
 checkpoint whole.
 """
 
@@ -210,7 +210,7 @@ def _move(stage: Path, directory: Path) -> None:
     folders = {part for pipeline in PIPELINES.values() for part in pipeline.models} - {*OF_TRANSFORMERS}
     stale += [old for part in (".", *folders) for old in directory.glob(f"{part}/diffusion_pytorch_model*")]
     stale += [directory / name for name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS)]
-    if Path("tokenizer_config.json") in new:  # what an older tokenizer left would be read beside it
+    if Path("tokenizer_config.json") in new:  # files of an older tokenizer would be read too
         stale += [directory / name for name in TOKENIZER_FILES]
     for old in stale:
         if old.relative_to(directory) not in new:

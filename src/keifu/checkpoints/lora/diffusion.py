@@ -1,7 +1,7 @@
 """LoRAs of text-to-image models: one .safetensors file in any of the published naming schemes, read and written.
 
 peft: `unet.….to_q.lora_A.weight` (diffusers today). diffusers: `unet.….to_q.lora.down.weight`, and its older
-`….processor.to_q_lora.down.weight`. kohya: `lora_unet_…_to_q.lora_down.weight` beside `.alpha`, the text encoder as
+`….processor.to_q_lora.down.weight`. kohya: `lora_unet_…_to_q.lora_down.weight` and `.alpha`, the text encoder as
 `lora_te_…`. All are read; names are compared with their dots as underscores, as kohya writes them. Which layers there
 are, and their published names, is given by the family's table of weight names.
 """
@@ -66,7 +66,7 @@ def _low(scale: float, label: str, parts: dict[str, Tensor]) -> LoraSettings:
 
 
 def _place(spelled: Mapping[str, str], name: str) -> Place:
-    """Where a tensor belongs; `spelled` has the layers' published names by the one spelling for all."""
+    """Return the target of a tensor; `spelled` has the layers' published names by the one spelling for all."""
     end = next((end for end in ENDS if name.endswith(end)), "")
     layer = _weight_name(name.removesuffix(end))
     return spelled.get(layer) or spelled.get(f"{layer}_0", ""), ENDS.get(end, ""), name  # to_out, which is to_out.0

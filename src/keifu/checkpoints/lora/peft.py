@@ -28,7 +28,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ALL = "all-linear"
 ENDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "length"}
-# What a config may say that changes the numbers and is not implemented; absent, empty or equal to this is fine.
+# Settings that are not implemented, with the value that changes nothing. An absent or empty one is fine too.
 UNSUPPORTED: Mapping[str, Any] = {
     "bias": "none", "modules_to_save": None, "trainable_token_indices": None, "lora_bias": False, "use_qalora": False,
     "layer_replication": None, "target_parameters": None, "alora_invocation_tokens": None,
@@ -66,7 +66,7 @@ def adapt(model: nn.Module, targets: Sequence[str], low: LoraSettings) -> nn.Mod
 
 
 def match_targets(known: Mapping[str, Target], names: Sequence[str], *more: str) -> list[Target]:
-    """Those of the layers whose names, as the files of the model's family have them, end in one of these.
+    """Return the layers whose published names end in one of these.
 
     One that no layer has, such as q_prjo, is a `UserError` that says the nearest, of `more` words too.
     """
@@ -136,7 +136,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def base_of(path: Path) -> str:
-    """Where the model that the adapters belong to is to be had."""
+    """Return the name of the model that the adapters belong to."""
     base = read_json_object(path / CONFIG).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise UserError(f"{path / CONFIG} does not say what model its adapters belong to (base_model_name_or_path).")
@@ -218,7 +218,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _place(name: str) -> Place:
-    """Where a tensor of this name belongs, as PEFT writes it."""
+    """Return the target of a tensor with this name, as PEFT writes it."""
     found = re.fullmatch(r"(?:base_model\.model\.)?((.+?)\.(lora_\w+(?:\.weight)?))", name)
     return (found[2], ENDS.get(found[3], ""), found[1]) if found else (name, "", name)
 

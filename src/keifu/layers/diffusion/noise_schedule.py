@@ -37,16 +37,16 @@ class Noise:
         schedule: how β grows, a name in `SCHEDULES`.
         steps: T, the number of noise levels.
         beta_start, beta_end: the first and last β, where the schedule takes them; the cosine one does not.
-        betas: β of every step, in place of the schedule; empty for the schedule's.
+        betas: β of every step, instead of the schedule; empty for the schedule's.
         zero_terminal_snr: √ᾱ shifted and scaled so that nothing of the picture is left at T - 1 (Lin et al., 2023,
             algorithm 1).
         target: what the network predicts: the noise, the picture, or the velocity √ᾱ·noise - √(1-ᾱ)·picture
             (Salimans and Ho, 2022).
         variance: of DDPM's steps: β̃ (fixed_small), β (fixed_large), or a share of the way between their logarithms
-            that the network predicts beside its target, with twice the channels (learned_range; Nichol and Dhariwal,
+            that the network predicts too, with twice the channels (learned_range; Nichol and Dhariwal,
             2021, equation 15).
         clip: the largest number in a picture, to which predictions of it are clipped; None for no bound (latents).
-        threshold, threshold_max: clip each picture, in place of that, at this quantile of its own absolute numbers,
+        threshold, threshold_max: clip each picture instead at this quantile of its own absolute numbers,
             held between 1 and the maximum, and divide by it (dynamic thresholding, Saharia et al., 2022, section 2.3).
         spacing, steps_offset: which timesteps a sampler visits, if nobody asks for others; see `noise_levels.py`.
         last_alpha_one: whether the last step ends at the clean picture (ᾱ = 1) or, as the released Stable Diffusion

@@ -103,7 +103,7 @@ class AdditiveAttention(nn.Module):
     ) -> tuple[Float[Tensor, "steps batch dim"], Float[Tensor, "length batch seen"]]:
         """Return the states, from the given one to that after the last step, and each step's weights on the source.
 
-        `x` are the products of what a step is given beside the context, bias included.
+        `x`: inputs of each step without the context, times their matrix, with the bias.
         """
         weight = torch.cat([self.query.weight, recurrent.weight])
         bias = torch.cat([torch.zeros_like(self.v), recurrent.bias])

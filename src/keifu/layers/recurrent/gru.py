@@ -6,7 +6,7 @@ r · (U h + c)), so that weights copy to and from torch. Cho and Bahdanau write 
 which is another network of the same size: it needs a second product in every step, which has to wait for r.
 
 Axes: batch, length = tokens, dim = a state, gates = 3 dim (reset, update, new), directions = directions of reading,
-`...` = what a step consists of beside the last axis. What runs over time has the length first.
+`...` = axes of a step other than the last. What runs over time has the length first.
 """
 
 from collections.abc import Sequence

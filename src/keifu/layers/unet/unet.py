@@ -65,7 +65,7 @@ class Middle(Stage):
 
 class Up(Stage):
     """A stage of the way up: each residual block reads one of the `states` too, the newest first. An `Upsample` that
-    leads out of it is told the size of the next one."""
+    leads out of it is given the size of the next one."""
 
     def forward(self, x: Pixels, states: list[Tensor], time: Time, **context: Any) -> Resampled:
         for place in range(len(self.residuals)):

@@ -1,6 +1,6 @@
 """CLIP's image encoders (Radford et al., 2021, section 2.4): a vision transformer with an extra norm at its start, and
 a ResNet with three changes: three convolutions in the stem, antialiased strides (average pooling), and attention
-pooling in place of global average pooling.
+pooling instead of global average pooling.
 
 Axes: batch, channels, rows and columns of pixels or of a feature map; length = 1 + patches, dim, embedding = the space
 shared with captions.

@@ -118,13 +118,13 @@ class ConditionedUNet(nn.Module):
         timestep: Num[Tensor, "*batch"],
         projected: Memories,
         mask: PaddingMask,
-        beside: Float[Tensor, "batch time_dim"] | None = None,
+        condition: Float[Tensor, "batch time_dim"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
         """Return the prediction for noisy samples, one timestep for all or one each, in the type that they came in;
-        `beside` is added to the embedding of the timestep."""
+        `condition` is added to the embedding of the timestep."""
         self.check_size(*x.shape[1:])
         time = self.time(timestep.reshape(-1).expand(len(x)))
-        time = time if beside is None else time + beside
+        time = time if condition is None else time + condition
         return self.unet(x.to(time.dtype), F.silu(time), memories=projected, memory_mask=mask).to(x.dtype)
 
     def forward(

@@ -49,7 +49,7 @@ class Config:
         scale_shift: whether the timestep embedding scales and shifts the norm's output (improved DDPM), or is added.
         time_dim: of the timestep embedding; None for 4 · dim.
         cosine_first, frequency_shift: of its sinusoids.
-        learned_times: rows of a learned table in place of sinusoids.
+        learned_times: rows of a learned table instead of sinusoids.
         centered: whether pixels lie between -1 and 1; those between 0 and 1 are moved there first.
         label: what the model is conditioned on: one of `n_classes` classes, a number, or a vector of `time_dim`
             numbers.

@@ -35,7 +35,7 @@ class Config(clip_text.WithText):
     """The defaults are Stable Diffusion 1's. `noise` is the noise schedule and prediction target of the training.
 
     autoencoder: None for a U-Net that works in pixels.
-    masked: whether the U-Net's input has, beside noisy latents, a mask and the latents of the masked image
+    masked: whether the U-Net's input has a mask in addition to noisy latents, and the latents of the masked image
         (inpainting).
     """
 

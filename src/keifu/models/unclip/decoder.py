@@ -37,7 +37,7 @@ class Config:
         attention, up_attention: the levels that have it on the way down and up.
         head_dim: numbers in a head of attention, which must divide the channels of every level that has it.
         context_dim: numbers in a token of the context.
-        label: what is conditioned on beside the timestep: a vector of `time_width` numbers, one of `label_dim` numbers
+        label: second condition, after the timestep: a vector of `time_width` numbers, one of `label_dim` numbers
             that a
             matrix brings there, or one of `label_dim` classes.
         scale_shift: whether the timestep embedding scales and shifts the norm's output, or is added to it.
