@@ -25,6 +25,8 @@ SHORT = {  # arguments of `main` with which a file does everything in a few seco
     "attention": {"steps": 1}, "clip": {"steps": 1}, "ddpm": {"steps": 1},
 }  # fmt: skip
 
+WRITING = ("gpt2", "llama", "ddpm")  # whose results take seconds however short the training is
+
 
 @cache
 def single(name: str) -> ModuleType:
@@ -67,7 +69,7 @@ def test_a_file_is_short_and_imports_torch_alone(name: str):
         assert not others, f"{name}.py imports {others}"
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in WRITING else ()) for name in SHORT])
 def test_main_runs_from_training_to_its_result(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     single(name).main(**SHORT[name])
