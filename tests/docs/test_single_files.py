@@ -69,7 +69,10 @@ def test_a_file_is_short_and_imports_torch_alone(name: str):
         assert not others, f"{name}.py imports {others}"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in WRITING else ()) for name in SHORT])
+RUNS = [pytest.param(name, marks=pytest.mark.slow if name in WRITING else ()) for name in SHORT]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_main_runs_from_training_to_its_result(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     single(name).main(**SHORT[name])
