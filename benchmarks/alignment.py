@@ -33,7 +33,7 @@ from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import llama
 from keifu.recipes.assistant import grpo, ppo, sft
-from keifu.recipes.assistant.common import Lora, with_template
+from keifu.recipes.assistant.finetuning import Lora, with_template
 from keifu.training.hardware.precision import resolve_dtype
 from keifu.training.run import metrics
 

@@ -26,7 +26,7 @@ from keifu.data.text.packed import PackedText
 from keifu.memory import keep_freed
 from keifu.models import gpt2, llama
 from keifu.recipes.language.characters import WAYS
-from keifu.recipes.language.common import Text, prepare_text
+from keifu.recipes.language.pretraining import Text, prepare_text
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer

@@ -33,7 +33,7 @@ from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm, residual_weights
 from keifu.layers.transformer.decoder import DecoderLM
-from keifu.recipes.language.common import Task, Text, prepare_text
+from keifu.recipes.language.pretraining import Task, Text, prepare_text
 from keifu.training.hardware.flops import count_flops
 from keifu.training.settings import Settings
 

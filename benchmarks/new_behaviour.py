@@ -36,7 +36,7 @@ from keifu.generation.text.sampling_params import SamplingParams
 from keifu.generation.text.translation import sentences
 from keifu.layers.lora import merge
 from keifu.recipes.assistant import sft
-from keifu.recipes.assistant.common import Lora
+from keifu.recipes.assistant.finetuning import Lora
 
 START, LONGEST = "In short: ", 80
 

@@ -20,7 +20,7 @@ from _training import learned, validation
 
 from keifu.data.text.packed import PackedText
 from keifu.models import gpt1, gpt2
-from keifu.recipes.language.common import Task, Text, prepare_text
+from keifu.recipes.language.pretraining import Task, Text, prepare_text
 from keifu.training.settings import Settings
 
 MODELS: dict[str, Any] = {"post-norm (GPT-1)": gpt1, "pre-norm (GPT-2)": gpt2}

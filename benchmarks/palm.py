@@ -34,7 +34,7 @@ from keifu.layers.linear import JoinedLinear
 from keifu.layers.transformer.blocks import Parallel, PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import palm
-from keifu.recipes.language.common import Task, Text, prepare_text
+from keifu.recipes.language.pretraining import Task, Text, prepare_text
 from keifu.training.hardware.precision import resolve_dtype
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.settings import Settings

@@ -36,9 +36,9 @@ from keifu.data.tokenizers.train import train_tokenizer
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.models import gpt1
 from keifu.recipes.classification import gpt1_finetune as telling
-from keifu.recipes.classification.common import evaluate
+from keifu.recipes.classification.table_runs import evaluate
 from keifu.recipes.language import gpt1 as writing
-from keifu.recipes.language.common import VALIDATION_TOKENS, Task, Text, pretrain
+from keifu.recipes.language.pretraining import VALIDATION_TOKENS, Task, Text, pretrain
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.setup import steps_within
 

@@ -28,7 +28,7 @@ from scipy.special import logsumexp
 from keifu.data.text.packed import PackedText
 from keifu.models import llama
 from keifu.recipes.language import gpt
-from keifu.recipes.language.common import VALIDATION_TOKENS, Task, Text, prepare_text
+from keifu.recipes.language.pretraining import VALIDATION_TOKENS, Task, Text, prepare_text
 
 CONTEXT, ROWS, HEAD_DIM = 128, 32, 16
 DELTA, DRAWS = 1e-3, 200  # of Huber's loss; laws that an interval is made of

@@ -22,7 +22,7 @@ from _rounds import machine
 
 from keifu.data.text.packed import PackedText
 from keifu.models import palm
-from keifu.recipes.language.common import Task, Text, prepare_text
+from keifu.recipes.language.pretraining import Task, Text, prepare_text
 from keifu.training.loop import train
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.optim.loss_spikes import SpikeSettings

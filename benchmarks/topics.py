@@ -41,7 +41,7 @@ from keifu.evaluation.classification.metrics import Confusion, probabilities
 from keifu.models import bert
 from keifu.recipes.classification import classifier, gpt1_finetune
 from keifu.recipes.classification.classifier import SCRATCH, Recipe
-from keifu.recipes.classification.common import evaluate
+from keifu.recipes.classification.table_runs import evaluate
 
 ALL = 9033  # labels that are left to learn from
 STRENGTHS = {"logisticregression__C": [0.3, 1.0, 3.0, 10.0, 30.0]}

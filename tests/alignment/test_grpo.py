@@ -19,7 +19,7 @@ from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.models import llama
 from keifu.recipes.assistant import grpo as recipe
-from keifu.recipes.assistant.common import Lora
+from keifu.recipes.assistant.finetuning import Lora
 from keifu.training.run import metrics
 
 CONFIG = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}

@@ -16,7 +16,7 @@ from keifu.commands.train import parse
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import gpt2, llama, task_head
-from keifu.recipes.assistant import common
+from keifu.recipes.assistant import finetuning
 from keifu.recipes.assistant import ppo as recipe
 from keifu.training.run import metrics
 
@@ -320,16 +320,16 @@ def test_a_model_that_scores_nothing_is_no_reward(base: Path, task: Path, tmp_pa
     ],
 )
 def test_measured_rewards_of_one_name_are_told_apart(names: list[str], figures: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(common, "make_rewards", lambda name: common.RewardOptions(lambda p, a: [], None, name))
-    found = common.measured(names)
+    monkeypatch.setattr(finetuning, "make_rewards", lambda name: finetuning.RewardOptions(lambda p, a: [], None, name))
+    found = finetuning.measured(names)
     assert {figure: each.digest for figure, each in found.items()} == dict(zip(figures, names, strict=True))
 
 
 @pytest.mark.parametrize("names", [["a.py:score", "a.py:score"], ["a/r", "./a/r"]])
 def test_a_reward_that_is_measured_twice_is_refused(names: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(common, "make_rewards", lambda name: common.RewardOptions(lambda p, a: [], None, name))
+    monkeypatch.setattr(finetuning, "make_rewards", lambda name: finetuning.RewardOptions(lambda p, a: [], None, name))
     with pytest.raises(UserError, match="--measured"):
-        common.measured(names)
+        finetuning.measured(names)
 
 
 def test_a_reward_by_its_hub_id_has_the_digest_of_its_files(tmp_path: Path, monkeypatch) -> None:
@@ -339,5 +339,5 @@ def test_a_reward_by_its_hub_id_has_the_digest_of_its_files(tmp_path: Path, monk
     model = task_head.builder(gpt2.build)(task_head.Config(decoder, "score", ("reward",), classifier_dropout=0.0))
     checkpoints.save(model, tokenizer, tmp_path / "cache")
     monkeypatch.setattr("keifu.checkpoints.hub.download", lambda name: tmp_path / "cache")
-    by_id, by_folder = (common.make_rewards(name) for name in ("someone/reward", str(tmp_path / "cache")))
+    by_id, by_folder = (finetuning.make_rewards(name) for name in ("someone/reward", str(tmp_path / "cache")))
     assert by_id.digest == by_folder.digest and len(by_id.digest) == 64

@@ -158,7 +158,7 @@ translate = Table("translate M Hi", {
 }, {TRANSLATOR: (None, None), TRANSLATED: [[]]})  # fmt: skip
 
 JUDGEMENTS = "keifu.evaluation.pairwise:Judgements"
-MODELS = "keifu.recipes.assistant.common:open_model"
+MODELS = "keifu.recipes.assistant.finetuning:open_model"
 WRITTEN = "keifu.generation.text.generate:generate_batch"
 compare = Table("compare A B --prompts prompts.jsonl", {
     "A": Row("", JUDGEMENTS, "about.A", "other", base="compare other B --prompts one.jsonl"),

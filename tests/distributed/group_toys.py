@@ -41,11 +41,11 @@ from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import ddpm
 from keifu.processes import Processes, current, local, use
 from keifu.recipes.assistant import dpo
-from keifu.recipes.assistant.common import Lora, to_train
+from keifu.recipes.assistant.finetuning import Lora, to_train
 from keifu.recipes.classification import classifier
 from keifu.recipes.language import bert as bert_recipe
 from keifu.recipes.language import gpt as gpt_recipe
-from keifu.recipes.translation import common as translations
+from keifu.recipes.translation import translator_runs as translations
 from keifu.training.loop import train
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise

@@ -17,7 +17,7 @@ from keifu.distributed.mesh import Mesh, Shape
 from keifu.distributed.tensor import tensor_parallel
 from keifu.errors import UserError
 from keifu.models import llama
-from keifu.recipes.assistant.common import Lora, to_train
+from keifu.recipes.assistant.finetuning import Lora, to_train
 
 Found = dict[str, Any]
 ADAPTED = ["gpt2-lora", "llama-lora", "palm-lora"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from keifu import checkpoints
-from keifu.recipes import common
+from keifu.recipes import runs
 from keifu.training.signals import Interrupted
 
 Weights = dict[str, Any]
@@ -21,7 +21,7 @@ def stopped_and_whole(
     It stops after so many steps of the training whose folder has the name `stopped`. The rate is constant, since a
     schedule would follow the fewer steps.
     """
-    whole = common.train
+    whole = runs.train
 
     def limited(place: str | None) -> Any:
         def way(model: Any, objective: Any, data: Any, settings: Any, run: Any, *rest: Any, **more: Any) -> Any:
@@ -33,10 +33,10 @@ def stopped_and_whole(
 
         return way
 
-    monkeypatch.setattr(common, "train", limited(stopped))
+    monkeypatch.setattr(runs, "train", limited(stopped))
     with pytest.raises(Interrupted):
         recipe.run(wanted, folder / "parts", False)
-    monkeypatch.setattr(common, "train", limited(None))
+    monkeypatch.setattr(runs, "train", limited(None))
     recipe.run(wanted, folder / "parts", True)
     recipe.run(wanted, folder / "whole", False)
     ours, theirs = (checkpoints.load_model(folder / name).state_dict() for name in ("parts", "whole"))

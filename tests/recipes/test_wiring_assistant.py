@@ -21,7 +21,7 @@ from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.models import bert, llama, task_head
 from keifu.recipes.assistant import dpo, grpo, instruct, ppo, reward, sft
-from keifu.recipes.assistant.common import Lora
+from keifu.recipes.assistant.finetuning import Lora
 from keifu.recipes.classification import classifier, gpt1_finetune
 
 TINY: dict[str, Any] = {"context_length": 64, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}

@@ -20,7 +20,7 @@ from keifu.recipes.language import gpt2 as gpt2_recipe
 from keifu.recipes.language import gpt3 as gpt3_recipe
 from keifu.recipes.language import llama as llama_recipe
 from keifu.recipes.language import palm as palm_recipe
-from keifu.recipes.language.common import Text
+from keifu.recipes.language.pretraining import Text
 from keifu.recipes.translation import seq2seq as seq2seq_recipe
 from keifu.recipes.translation import transformer as transformer_recipe
 from keifu.training.settings import Settings

@@ -19,7 +19,7 @@ from simulated_device import device, simulated  # noqa: E402
 from keifu import devices  # noqa: E402
 from keifu.models import gpt2  # noqa: E402
 from keifu.processes import Processes, use  # noqa: E402
-from keifu.recipes.assistant.common import Lora, to_train  # noqa: E402
+from keifu.recipes.assistant.finetuning import Lora, to_train  # noqa: E402
 from keifu.training.hardware import cost, failures, flops  # noqa: E402
 from keifu.training.hardware.precision import (  # noqa: E402
     LossScale,

@@ -73,7 +73,7 @@ def run(options: Options) -> None:
 
 def generate_answers(options: Options, prompts: "Sequence[Prompt]") -> "Iterator[tuple[Prompt, tuple[str, str]]]":
     """Each prompt with A's and B's answer, a few ahead of the one that is looked at."""
-    from keifu.recipes.assistant.common import open_model
+    from keifu.recipes.assistant.finetuning import open_model
 
     models = [open_model(name, "own") for name in (options.a, options.b)] if prompts else []
     for at in range(0, len(prompts), AHEAD):
@@ -95,7 +95,7 @@ def answers_table(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", optio
 
 def by_reward(name: str) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":
     """Return the choice of what gives the higher reward."""
-    from keifu.recipes.assistant.common import make_rewards
+    from keifu.recipes.assistant.finetuning import make_rewards
 
     scorer = make_rewards(name).scorer
 

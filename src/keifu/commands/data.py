@@ -35,7 +35,7 @@ def show(source: str, model: str, count: int, as_json: bool) -> None:
     from keifu.checkpoints.hub import locate
     from keifu.checkpoints.loading import open_source
     from keifu.data.chat import conversations
-    from keifu.recipes.assistant.common import with_template
+    from keifu.recipes.assistant.finetuning import with_template
 
     found = open_source(locate(model)).tokenizer()
     if found is None:

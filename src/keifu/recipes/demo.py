@@ -20,7 +20,7 @@ from keifu.models import llama
 from keifu.ranges import Count
 from keifu.recipes import landmarks
 from keifu.recipes.language import gpt
-from keifu.recipes.language.common import VALIDATION_TOKENS, pretrain
+from keifu.recipes.language.pretraining import VALIDATION_TOKENS, pretrain
 
 QUESTIONS = ("What is the capital of France?", "What is the capital of Japan?")
 

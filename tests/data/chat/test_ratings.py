@@ -12,9 +12,9 @@ from keifu.data.chat import prompts as gym
 from keifu.data.chat.conversations import INSTRUCTIONS, MADE_OF
 from keifu.data.chat.preferences import read_preferences
 from keifu.errors import UserError
-from keifu.recipes.assistant.common import SumPrompts
-from keifu.recipes.assistant.common import prompts as prompts_of
-from keifu.recipes.common import attribution_of
+from keifu.recipes.assistant.finetuning import SumPrompts
+from keifu.recipes.assistant.finetuning import prompts as prompts_of
+from keifu.recipes.runs import attribution_of
 
 
 def talk(question: str, said: str, *marks: int) -> dict:

@@ -14,7 +14,7 @@ from keifu.data.text.prepared import is_prepared, open_prepared, prepare_files, 
 from keifu.data.text.token_shards import prepare
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.recipes.language.common import Text, prepare_text
+from keifu.recipes.language.pretraining import Text, prepare_text
 
 WORDS = "the small cat saw another small cat on the mat and went home again"
 

@@ -12,7 +12,7 @@ from keifu import checkpoints
 from keifu.cli import parse
 from keifu.errors import UserError
 from keifu.recipes.language import gpt3, palm
-from keifu.recipes.language.common import Text, prepare_text, pretrain
+from keifu.recipes.language.pretraining import Text, prepare_text, pretrain
 from keifu.training.run import checkpoint, metrics
 
 SIZES = ("--model.context-length", "16", "--model.dim", "16", "--model.n-layers", "2", "--model.n-heads", "2")

@@ -185,14 +185,14 @@ def test_a_tokenizer_that_cannot_end_a_text_or_does_not_exist_is_refused(table: 
 def test_a_tokenizer_with_two_vocabularies_trains_on_the_targets_own_ids(table: Path) -> None:
     from keifu.data.tokenizers.seq2seq import TwoSidedTokenizer
     from keifu.data.tokenizers.train import train_tokenizer
-    from keifu.recipes.translation import common
+    from keifu.recipes.translation import translator_runs
 
     sides = []
     for size, texts in ((300, WORDS), (280, ["".join(reversed(word)) for word in WORDS])):
         sides.append(train_tokenizer("bpe", texts * 3, size, ["<pad>"]))
     TwoSidedTokenizer(*sides).save(table.parent / "two")
-    task = common.prepare_pairs(transformer.Recipe(data=str(table), tokenizer=str(table.parent / "two")))
-    encoded = common._fitting(task, task.parts.train[:1], 128)
+    task = translator_runs.prepare_pairs(transformer.Recipe(data=str(table), tokenizer=str(table.parent / "two")))
+    encoded = translator_runs._fitting(task, task.parts.train[:1], 128)
     source, target = task.parts.train[0]
     assert encoded.source.ids.tolist() == sides[0].encode(source)
     assert encoded.target.ids.tolist() == sides[1].encode(target) != sides[0].encode(target)

@@ -24,8 +24,8 @@ from keifu.errors import UserError, shell
 from keifu.layers.lora import unadapted
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.assistant import common
-from keifu.recipes.assistant.common import FinetuneTask, RankedOptions, open_model, sample_answer
+from keifu.recipes.assistant import finetuning
+from keifu.recipes.assistant.finetuning import FinetuneTask, RankedOptions, open_model, sample_answer
 from keifu.training.loader import on_device
 from keifu.training.loop import Summary
 from keifu.training.trainer import ObjectiveModule
@@ -68,11 +68,13 @@ class Task(FinetuneTask):
 def prepare(recipe: Recipe) -> Task:
     """Load the model, read the preferences, and compute the log-probabilities of the reference model."""
     model, tokenizer = open_model(recipe.model, recipe.template)
-    length = common.row_length(model, recipe.context_length)
+    length = finetuning.row_length(model, recipe.context_length)
     told = "pairs are", "has "
-    learned, tested, dropped = common.ranked_examples(recipe, lambda each: pairs(tokenizer, each), tuple, length, told)
+    learned, tested, dropped = finetuning.ranked_examples(
+        recipe, lambda each: pairs(tokenizer, each), tuple, length, told
+    )
     rows, pad = recipe.batch_size, tokenizer.pad_id or 0
-    model = common.to_train(model, recipe.lora, recipe.seed)
+    model = finetuning.to_train(model, recipe.lora, recipe.seed)
     references = with_reference(model, learned, rows, pad), with_reference(model, tested, rows, pad)
     return Task(model, tokenizer, PreferencePairs(learned, tested, rows, recipe.seed, pad, references), dropped)
 
@@ -104,11 +106,11 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
     # float32: differences of log-probabilities are smaller than the rounding of bfloat16
     more: dict[str, Any] = {"schedule": "linear", "final_ratio": 0.0, "precision": "float32"}
     options = {name: vars(recipe)[name] for name in ("loss", "beta", "label_smoothing")}
-    return common.finetune(
-        recipe, task, dpo(**options), common.epoch_settings(recipe, task.data, (1e-6, 2e-5), **more), out, resume,
+    return finetuning.finetune(
+        recipe, task, dpo(**options), finetuning.epoch_settings(recipe, task.data, (1e-6, 2e-5), **more), out, resume,
         title=f"{recipe.model} learns what is preferred in “{Path(recipe.data).stem}”",
         paper="Rafailov et al., Direct Preference Optimization (2023)", unit="pairs", options=options,
-        data=common.counted("pairs", task.data.parts, task.dropped),
+        data=finetuning.counted("pairs", task.data.parts, task.dropped),
     )  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from keifu.alignment.grpo import NORMAL, GRPOBatches, grpo
 from keifu.alignment.monitor import DivergenceMonitor
 from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
-from keifu.recipes.assistant import common
-from keifu.recipes.assistant.common import RolloutOptions, RolloutTask, open_model
+from keifu.recipes.assistant import finetuning
+from keifu.recipes.assistant.finetuning import RolloutOptions, RolloutTask, open_model
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings
 
@@ -48,11 +48,11 @@ class Recipe(RolloutOptions):
 
 def prepare(recipe: Recipe) -> RolloutTask:
     """Load the model and the reward, read or make the prompts, and keep the reference model."""
-    by = common.make_rewards(recipe.reward)
+    by = finetuning.make_rewards(recipe.reward)
     parts = recipe.parts()
     model, tokenizer = open_model(recipe.model, recipe.template)
-    reference = common.reference_model(model, recipe.lora) if recipe.beta else None
-    model = common.to_train(model, recipe.lora, recipe.seed)
+    reference = finetuning.reference_model(model, recipe.lora) if recipe.beta else None
+    model = finetuning.to_train(model, recipe.lora, recipe.seed)
     data = GRPOBatches(model, reference, tokenizer, *parts, by.scorer, recipe.plan(recipe.group))
     return RolloutTask(model, tokenizer, data, by)
 
@@ -60,17 +60,17 @@ def prepare(recipe: Recipe) -> RolloutTask:
 def settings(recipe: Recipe) -> Settings:
     """Return the training loop's settings."""
     rows, rate = recipe.prompts * recipe.group // recipe.minibatches, recipe.rate(1e-6, 2e-5)
-    return common.rollout_settings(recipe, recipe.steps, batch_size=rows, learning_rate=rate, warmup=recipe.warmup)
+    return finetuning.rollout_settings(recipe, recipe.steps, batch_size=rows, learning_rate=rate, warmup=recipe.warmup)
 
 
 def learn(recipe: Recipe, task: RolloutTask, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
     """Train the task's model into a run folder."""
     objective, chosen = grpo(recipe.clip, recipe.beta, recipe.temperature), settings(recipe)
     options, paper = {"clip": recipe.clip, "beta": recipe.beta}, "Shao et al., DeepSeekMath (2024)"
-    return common.learn_from_rollouts(recipe, task, objective, chosen, out, resume, paper, NORMAL, options)
+    return finetuning.learn_from_rollouts(recipe, task, objective, chosen, out, resume, paper, NORMAL, options)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu chat reads afterwards."""
     summary, watched = learn(recipe, prepare(recipe), out, resume)
-    common.print_sentence(watched, summary.figures, out)
+    finetuning.print_sentence(watched, summary.figures, out)

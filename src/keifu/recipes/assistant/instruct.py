@@ -21,7 +21,7 @@ from keifu.files import read_json_object, write_atomic
 from keifu.recipes.assistant import ppo as third
 from keifu.recipes.assistant import reward as second
 from keifu.recipes.assistant import sft as first
-from keifu.recipes.assistant.common import make_rewards, prompt_parts
+from keifu.recipes.assistant.finetuning import make_rewards, prompt_parts
 from keifu.recipes.options import to_json
 from keifu.training.run import checkpoint
 from keifu.training.run.directory import RECIPE, command, read_recipe, record, recorded

@@ -24,10 +24,10 @@ from keifu.data.text.packed import PackedText
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Share, Temperature
-from keifu.recipes.assistant import common
-from keifu.recipes.assistant.common import Lora, RewardOptions, RolloutOptions, RolloutTask, open_model, to_train
+from keifu.recipes.assistant import finetuning
+from keifu.recipes.assistant.finetuning import Lora, RewardOptions, RolloutOptions, RolloutTask, open_model, to_train
 from keifu.recipes.assistant.reward import with_score_head
-from keifu.recipes.language.common import TextOptions
+from keifu.recipes.language.pretraining import TextOptions
 from keifu.recipes.options import given
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings
@@ -126,14 +126,14 @@ def prepare(recipe: Recipe) -> Task:
     """Load policy and reward, read the prompts and the text, and keep the reference model."""
     own = {each.name: vars(recipe)[each.name] for each in fields(PPOSettings) if each.name in vars(recipe)}
     rule = PPOSettings(**own, text_weight=recipe.text.weight)
-    by = common.make_rewards(recipe.reward)
+    by = finetuning.make_rewards(recipe.reward)
     parts = recipe.parts()
     policy, tokenizer = open_model(recipe.model, recipe.template)
-    reference = common.reference_model(policy, recipe.lora)
+    reference = finetuning.reference_model(policy, recipe.lora)
     value = value_model(recipe, by, policy, tokenizer)
     model = ActorCritic(to_train(policy, recipe.lora, recipe.seed), value)
     mix = pretraining_mix(recipe, policy, tokenizer)
-    scorers = {name: each.scorer for name, each in common.measured(recipe.measured).items()}
+    scorers = {name: each.scorer for name, each in finetuning.measured(recipe.measured).items()}
     data = PPOBatches(model.policy, reference, tokenizer, *parts, by.scorer, recipe.plan(1), scorers,
                       value=value, rule=rule, pretraining=mix)  # fmt: skip
     return Task(model, tokenizer, data, by, rule)
@@ -141,7 +141,7 @@ def prepare(recipe: Recipe) -> Task:
 
 def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Tokenizer) -> Any:
     """Return the value model, ready for training, as a copy of the model that it starts from."""
-    chosen = common.make_rewards(recipe.value) if recipe.value not in (None, POLICY) else by
+    chosen = finetuning.make_rewards(recipe.value) if recipe.value not in (None, POLICY) else by
     if recipe.value == POLICY or chosen.model is None:
         if recipe.value not in (None, POLICY):
             raise UserError(f"--value {recipe.value} is no model: choose a reward model, or policy.")
@@ -167,7 +167,7 @@ def pretraining_mix(recipe: Recipe, policy: Any, tokenizer: Tokenizer) -> Pretra
     text = recipe.text
     if text.data is None or not text.weight:
         return None
-    length = common.row_length(policy, text.length)
+    length = finetuning.row_length(policy, text.length)
     packed = PackedText(text.shards(text.data, tokenizer), length, 1, recipe.seed)
     return PretrainingMix(packed, text.each)
 
@@ -178,7 +178,7 @@ def settings(recipe: Recipe) -> Settings:
     steps = recipe.steps or recipe.rollouts * updates
     rate = recipe.rate(5e-6, 5e-5)
     value_rate = given(recipe.value_rate, 9e-5 if recipe.lora.rank else 9e-6)
-    return common.rollout_settings(
+    return finetuning.rollout_settings(
         recipe,
         steps,
         batch_size=recipe.prompts // recipe.minibatches,
@@ -195,7 +195,7 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[
     options: dict[str, Any] = {STORED.get(name, name): value for name, value in asdict(task.rule).items()}
     options |= {"value": recipe.value, "measured": list(recipe.measured), "text": asdict(recipe.text)}
     paper = "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
-    return common.learn_from_rollouts(
+    return finetuning.learn_from_rollouts(
         recipe, task, ppo(task.rule), settings(recipe), out, resume, paper, NORMAL, options
     )
 
@@ -203,4 +203,4 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu chat reads afterwards."""
     summary, watched = learn(recipe, prepare(recipe), out, resume)
-    common.print_sentence(watched, summary.figures, out)
+    finetuning.print_sentence(watched, summary.figures, out)

@@ -27,8 +27,8 @@ from keifu.layers.lora import merge
 from keifu.models import task_head
 from keifu.processes import current
 from keifu.ranges import Count, NotNegative, Positive
-from keifu.recipes.assistant import common
-from keifu.recipes.assistant.common import FinetuneTask, Lora, RankedOptions, open_model, sample_answer
+from keifu.recipes.assistant import finetuning
+from keifu.recipes.assistant.finetuning import FinetuneTask, Lora, RankedOptions, open_model, sample_answer
 from keifu.training.loop import Summary
 from keifu.training.run.report import CURVES
 
@@ -66,13 +66,13 @@ def prepare(recipe: Recipe) -> Task:
     """Load the model, add a head, and read the rankings."""
     require_whole()
     model, tokenizer = open_model(recipe.model, recipe.template)
-    length = common.row_length(model, recipe.context_length)
+    length = finetuning.row_length(model, recipe.context_length)
     answers, told = attrgetter("answers"), ("prompts have an answer", "")
-    learned, tested, dropped = common.ranked_examples(
+    learned, tested, dropped = finetuning.ranked_examples(
         recipe, lambda each: [ranking_of(tokenizer, each)], answers, length, told
     )
     shown = demonstrations(recipe.demonstrations, tokenizer, length) or [each.answers[0].ids for each in learned]
-    tokenizer = common.padding(tokenizer, shown)
+    tokenizer = finetuning.padding(tokenizer, shown)
     data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
     return Task(with_score_head(model, recipe.lora, recipe.seed), tokenizer, data, shown[:DEMONSTRATIONS], dropped)
 
@@ -86,7 +86,7 @@ def require_whole() -> None:
 def with_score_head(decoder: Any, lora: Lora, seed: int) -> task_head.ModelWithHead:
     """Return the decoder, or adapters on it, and a new head for a score, ready for training."""
     config = task_head.Config(decoder.config, "score", ("reward",), classifier_dropout=0.0)
-    common.to_train(decoder, lora, seed)
+    finetuning.to_train(decoder, lora, seed)
     model = task_head.add_head(decoder, config).to(choose())
     if decoder.head is not None:
         decoder.head.requires_grad_(False)  # of words, which nothing here asks for
@@ -110,13 +110,13 @@ def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> lis
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Train the task's model into a run folder."""
-    chosen = common.epoch_settings(recipe, task.data, (9e-6, 1e-4), betas=(0.9, 0.95))
-    return common.finetune(
+    chosen = finetuning.epoch_settings(recipe, task.data, (9e-6, 1e-4), betas=(0.9, 0.95))
+    return finetuning.finetune(
         recipe, task, ranking_loss, chosen, out, resume, save=lambda directory: leave(task, directory),
         title=f"{recipe.model} learns to score answers from “{Path(recipe.data).stem}”",
         paper="Ouyang et al., InstructGPT (2022), section 3.5", unit="prompts",
         options={"template": task.tokenizer.chat_template},
-        data=common.counted("prompts", task.data.parts, task.dropped),
+        data=finetuning.counted("prompts", task.data.parts, task.dropped),
     )  # fmt: skip
 
 

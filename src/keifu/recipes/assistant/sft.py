@@ -19,8 +19,8 @@ from keifu.data.chat.packing import FittedConversations, PackedConversations, To
 from keifu.errors import UserError, shell
 from keifu.generation.text.chat import Conversation as Talk
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.assistant import common
-from keifu.recipes.assistant.common import AssistantOptions, FinetuneTask, held_out, open_model
+from keifu.recipes.assistant import finetuning
+from keifu.recipes.assistant.finetuning import AssistantOptions, FinetuneTask, held_out, open_model
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import causal_language_modeling
 
@@ -67,7 +67,7 @@ class Task(FinetuneTask):
 def prepare(recipe: Recipe) -> Task:
     """Load the model, read the conversations and render them."""
     model, tokenizer = open_model(recipe.model, recipe.template)
-    length = common.row_length(model, recipe.context_length)
+    length = finetuning.row_length(model, recipe.context_length)
     training, held = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
     learned, tested = (
         fit_conversations([TurnMasks(*tokenizer.render_turns(each)) for each in part], length, recipe.too_long)
@@ -75,7 +75,7 @@ def prepare(recipe: Recipe) -> Task:
     )
     rows, pad = (learned.kept, tested.kept), tokenizer.pad_id or 0
     data = PackedConversations(*rows, length, recipe.batch_size, recipe.seed, pad, recipe.packed)
-    return Task(common.to_train(model, recipe.lora, recipe.seed), tokenizer, data, learned, tested, held[:SAMPLES])
+    return Task(finetuning.to_train(model, recipe.lora, recipe.seed), tokenizer, data, learned, tested, held[:SAMPLES])
 
 
 def select_conversations(found: list[Conversation], limit: int | None) -> list[Conversation]:
@@ -94,10 +94,10 @@ def split(found: Sequence[Conversation], share: float) -> tuple[list[Conversatio
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Train the task's model into a run folder: a whole model, or adapters with the name of their base."""
     often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
-    chosen = common.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)
+    chosen = finetuning.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)
     kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
     gone = {"too long, left out": task.training.dropped, "too long, cut": task.training.shortened}
-    return common.finetune(
+    return finetuning.finetune(
         recipe, task, causal_language_modeling, chosen, out, resume, lambda step: answers(task),
         title=f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
         paper="Ouyang et al., InstructGPT (2022), section 3.5", unit="tokens",

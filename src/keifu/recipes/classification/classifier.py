@@ -31,7 +31,7 @@ from keifu.evaluation.classification.embeddings import encoder
 from keifu.models import bert
 from keifu.ranges import BELOW_ONE, Count, NotNegative, check_value
 from keifu.recipes.classification import frozen
-from keifu.recipes.classification.common import LEAST_CUT, TableOptions, Task, check_cut, encode, train_classifier
+from keifu.recipes.classification.table_runs import LEAST_CUT, TableOptions, Task, check_cut, encode, train_classifier
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import classification
 

@@ -16,8 +16,8 @@ from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.evaluation.classification.embeddings import embed_rows, encode_texts, encoder
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.models import bert
-from keifu.recipes.classification.common import LEAST_CUT, TableOptions, check_cut
 from keifu.recipes.classification.logistic_regression import Regression, fit_best
+from keifu.recipes.classification.table_runs import LEAST_CUT, TableOptions, check_cut
 from keifu.training.run.report import write_page
 
 

@@ -27,7 +27,7 @@ from keifu.errors import UserError, shell
 from keifu.generation.text.model import TaskHeadModel, causal
 from keifu.models import task_head
 from keifu.ranges import BelowOne, Count, NotNegative, check
-from keifu.recipes.classification.common import TableOptions, Task, check_cut, encode, train_classifier
+from keifu.recipes.classification.table_runs import TableOptions, Task, check_cut, encode, train_classifier
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import LM_WEIGHT, finetuning_loss
 

@@ -35,7 +35,7 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.ranges import Count
-from keifu.recipes.common import parameters, train_run
+from keifu.recipes.runs import parameters, train_run
 from keifu.recipes.starting import adapted
 from keifu.training.loop import Summary
 from keifu.training.objectives.contrastive import contrastive_loss

@@ -32,9 +32,9 @@ from keifu.layers.attention.masks import real_tokens
 from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.ranges import Count, NotNegative, Positive, Share
-from keifu.recipes.common import Budget
-from keifu.recipes.images import common, text_encoder
-from keifu.recipes.images.common import TextToImageTask, read_captioned
+from keifu.recipes.images import image_runs, text_encoder
+from keifu.recipes.images.image_runs import TextToImageTask, read_captioned
+from keifu.recipes.runs import Budget
 from keifu.training.loop import Summary
 from keifu.training.objectives import autoencoders as losses
 from keifu.training.objectives.autoencoders import Ramp, TextImageLoss, use_image_tokens
@@ -43,7 +43,7 @@ TEMPERATURES = 1.0, 1 / 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(common.TextToImageOptions):
+class Recipe(image_runs.TextToImageOptions):
     """Options of the run."""
 
     codebook_size: Count = 512
@@ -119,8 +119,8 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     model.vae.requires_grad_(False)
     model.to(choose())
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    encode = partial(common.encode_pictures, model.vae, lambda pixels: model.vae.encode(to_signed(pixels)))
-    codes = common.of_both(parts, encode)  # the likeliest entries
+    encode = partial(image_runs.encode_pictures, model.vae, lambda pixels: model.vae.encode(to_signed(pixels)))
+    codes = image_runs.of_both(parts, encode)  # the likeliest entries
     data = use_image_tokens(batches, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
     return TextToImageTask(
         model, AutoregressivePipeline(model, tokenizer), parts, data, TextImageLoss(recipe.text_weight)
@@ -139,8 +139,8 @@ def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: disc
 
 def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> discrete_vae.DiscreteVAE:
     """Train the autoencoder into a folder of the run, and freeze it; its rate falls to an eightieth (appendix A.2)."""
-    return common.train_part(
-        recipe, out / common.DISCRETE, resume, partial(discrete_vae.build, recipe.vae(parts.train.shape[0])),
+    return image_runs.train_part(
+        recipe, out / image_runs.DISCRETE, resume, partial(discrete_vae.build, recipe.vae(parts.train.shape[0])),
         losses.discrete_vae_loss, parts, Budget(recipe.vae_steps, recipe.vae_minutes),
         title="A discrete autoencoder learns a codebook for pictures",
         paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021), section 2.1",
@@ -159,7 +159,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021)", named=("text_weight",),
         parts={"autoencoder": task.model.vae, "decoder": decoder}, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0,
     )  # fmt: skip
-    ranked = recipe.clip or out / common.CLIP
+    ranked = recipe.clip or out / image_runs.CLIP
     command = f"keifu draw {shell(out, recipe.prompts[0])} --best-of 16 --clip {shell(ranked)} -o picture.png"
     print(f"The model is in {out}: {command}")
     return summary

@@ -30,9 +30,9 @@ from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, Seed, check
-from keifu.recipes.common import Budget, parameters, train_run
-from keifu.recipes.images.common import describe, image_settings
+from keifu.recipes.images.image_runs import describe, image_settings
 from keifu.recipes.options import Logging
+from keifu.recipes.runs import Budget, parameters, train_run
 from keifu.recipes.starting import keeps_best, load_start, scaled
 from keifu.training.loop import Summary
 from keifu.training.objectives.diffusion import DiffusionLoss, add_draws, dequantise_data

@@ -35,10 +35,10 @@ from keifu.layers.meta import on_meta
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
 from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Positive
-from keifu.recipes.common import Budget
 from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images import common, text_encoder
-from keifu.recipes.images.common import TextToImageTask, read_captioned
+from keifu.recipes.images import image_runs, text_encoder
+from keifu.recipes.images.image_runs import TextToImageTask, read_captioned
+from keifu.recipes.runs import Budget
 from keifu.recipes.starting import keeps_best, load_start, scaled
 from keifu.training.loop import Summary
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
@@ -52,7 +52,7 @@ PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(common.TextToImageOptions):
+class Recipe(image_runs.TextToImageOptions):
     """Options of the run. Unset ones are those of --space."""
 
     start_from: str | None = None
@@ -207,15 +207,15 @@ def caption_batches(
     data = add_draws(batches, seed)
     if model.autoencoder is None:
         return data
-    return use_latents(data, *common.of_both(parts, partial(encode_dataset, model.autoencoder, model.config.scale)))
+    return use_latents(data, *image_runs.of_both(parts, partial(encode_dataset, model.autoencoder, model.config.scale)))
 
 
 def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:
     """Train the autoencoder into a folder of the run, with the scale that gives its latents a variance of 1."""
     loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
     budget = Budget(recipe.autoencoder_steps, recipe.autoencoder_minutes)
-    found = common.train_part(
-        recipe, out / common.AUTOENCODER, resume,
+    found = image_runs.train_part(
+        recipe, out / image_runs.AUTOENCODER, resume,
         partial(autoencoder_kl.build, recipe.autoencoder(parts.train.shape[0])), loss, parts, budget,
         title="An autoencoder learns to make pictures small",
         paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), section 3.1",
@@ -242,7 +242,7 @@ def encode_dataset(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: 
         found = model.encode(to_signed(pixels))
         return torch.stack([found.mean, torch.exp(0.5 * found.log_variance)], 1)
 
-    both = scale * common.encode_pictures(model, mean_and_deviation, pictures)
+    both = scale * image_runs.encode_pictures(model, mean_and_deviation, pictures)
     return EncodedImages(*(part.contiguous() for part in both.unbind(1)))
 
 

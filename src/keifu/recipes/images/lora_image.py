@@ -31,11 +31,11 @@ from keifu.layers.diffusion.noise_schedule import Weighting
 from keifu.layers.lora import LoraSettings, Target, attach
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Seed, check
-from keifu.recipes.common import train_run
-from keifu.recipes.images.common import TextToImageTask, describe
+from keifu.recipes.images.image_runs import TextToImageTask, describe
 from keifu.recipes.images.latent_diffusion import caption_batches
 from keifu.recipes.images.text_encoder import caption_tokens
 from keifu.recipes.options import Logging
+from keifu.recipes.runs import train_run
 from keifu.training.loop import Summary
 from keifu.training.objectives.diffusion import TextDiffusionLoss
 from keifu.training.settings import Precision, Settings

@@ -15,9 +15,9 @@ from keifu.evaluation.images.retrieval import two_towers
 from keifu.generation.images.latent_diffusion import text_tokens
 from keifu.models.clip import clip
 from keifu.models.clip import text as clip_text
-from keifu.recipes.common import Budget, is_resuming
 from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images.common import CLIP, TextToImageOptions, of_both
+from keifu.recipes.images.image_runs import CLIP, TextToImageOptions, of_both
+from keifu.recipes.runs import Budget, is_resuming
 from keifu.training.settings import Settings
 
 Tokens = tuple[torch.Tensor, torch.Tensor | None]  # of captions to learn from, and to validate on

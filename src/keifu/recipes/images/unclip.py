@@ -42,7 +42,13 @@ from keifu.models.unclip import prior as unclip_prior
 from keifu.ranges import BelowOne, Count, Finite, Natural, Positive
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import text_encoder
-from keifu.recipes.images.common import TextToImageOptions, TextToImageTask, encode_pictures, of_both, read_captioned
+from keifu.recipes.images.image_runs import (
+    TextToImageOptions,
+    TextToImageTask,
+    encode_pictures,
+    of_both,
+    read_captioned,
+)
 from keifu.training.loop import Summary
 from keifu.training.objectives import unclip as losses
 from keifu.training.objectives.diffusion import DiffusionLoss, add_draws

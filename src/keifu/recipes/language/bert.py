@@ -31,8 +31,8 @@ from keifu.evaluation.classification.embeddings import encoder
 from keifu.generation.text.fill import fill
 from keifu.generation.text.translation import sentences
 from keifu.models import bert
-from keifu.recipes.common import parameters, train_run
-from keifu.recipes.language.common import Text, tokenizer_of
+from keifu.recipes.language.pretraining import Text, tokenizer_of
+from keifu.recipes.runs import parameters, train_run
 from keifu.recipes.starting import adapted
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import masked_language_modeling

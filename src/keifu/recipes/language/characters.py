@@ -16,7 +16,7 @@ from typing import Any, Literal
 from keifu.errors import require_known
 from keifu.models import gpt2, llama
 from keifu.ranges import BelowOne, Count, Seed
-from keifu.recipes.language.common import Text, TextOptions, prepare_text, pretrain
+from keifu.recipes.language.pretraining import Text, TextOptions, prepare_text, pretrain
 from keifu.recipes.options import Logging
 from keifu.training.settings import Settings
 

@@ -20,7 +20,7 @@ from keifu.generation.text.model import causal
 from keifu.layers.lora import merge
 from keifu.models import llama
 from keifu.ranges import Count, Depth, NotNegative, Seed
-from keifu.recipes.language.common import Task, Text, TextOptions, prepare_text, pretrain, settings_of
+from keifu.recipes.language.pretraining import Task, Text, TextOptions, prepare_text, pretrain, settings_of
 from keifu.recipes.options import Logging, given
 from keifu.recipes.starting import keeps_best, scaled
 from keifu.training.settings import Settings

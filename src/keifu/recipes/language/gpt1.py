@@ -21,7 +21,7 @@ import tyro
 from keifu.errors import UserError
 from keifu.models import gpt1
 from keifu.ranges import Count, NotNegative, Positive, Seed
-from keifu.recipes.language.common import Text, muon_settings, prepare_text, pretrain, settings_of
+from keifu.recipes.language.pretraining import Text, muon_settings, prepare_text, pretrain, settings_of
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings

@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from keifu.models import gpt2
-from keifu.recipes.language.common import Text, prepare_text, pretrain
+from keifu.recipes.language.pretraining import Text, prepare_text, pretrain
 from keifu.training.settings import Settings
 
 PUBLISHED = Settings(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keifu.models import gpt3
-from keifu.recipes.language.common import Options, own_settings, prepare_text, pretrain
+from keifu.recipes.language.pretraining import Options, own_settings, prepare_text, pretrain
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings
 

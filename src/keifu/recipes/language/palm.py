@@ -19,7 +19,7 @@ from pathlib import Path
 
 from keifu.models import palm
 from keifu.ranges import NotNegative
-from keifu.recipes.language.common import Options, own_settings, prepare_text, pretrain
+from keifu.recipes.language.pretraining import Options, own_settings, prepare_text, pretrain
 from keifu.training.loop import Summary
 from keifu.training.optim.loss_spikes import SpikeSettings
 from keifu.training.settings import Settings

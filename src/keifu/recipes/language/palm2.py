@@ -58,7 +58,7 @@ from keifu.generation.text.fill import continuation, infill
 from keifu.generation.text.sampling_params import sampling_for
 from keifu.models import palm
 from keifu.ranges import BelowOne, Count, Share
-from keifu.recipes.common import attribution_of, parameters
+from keifu.recipes.runs import attribution_of, parameters
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import masked_share_loss, span_corruption
 from keifu.training.protocols import Run

@@ -32,8 +32,8 @@ from keifu.layers.losses import LOSSES
 from keifu.models import mlp
 from keifu.models.mlp import MLP, Config
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
-from keifu.recipes.common import train_run
 from keifu.recipes.options import Logging
+from keifu.recipes.runs import train_run
 from keifu.threads import on_threads
 from keifu.training.loop import Summary
 from keifu.training.protocols import Batch, LossOutput, Objective, Sample

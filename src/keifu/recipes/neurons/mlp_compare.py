@@ -22,8 +22,8 @@ from keifu.evaluation.plots import decision_boundary
 from keifu.evaluation.plots.decision_boundary import Result, class_shares_on
 from keifu.files import write_atomic
 from keifu.ranges import Count, NotNegative, Seed
-from keifu.recipes.common import is_resuming
 from keifu.recipes.neurons import mlp
+from keifu.recipes.runs import is_resuming
 from keifu.threads import on_threads
 from keifu.training.loop import train
 from keifu.training.protocols import Run

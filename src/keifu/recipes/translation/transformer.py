@@ -18,7 +18,7 @@ from keifu.models import transformer
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.options import given
 from keifu.recipes.starting import scaled
-from keifu.recipes.translation.common import Options, learn, settings_of
+from keifu.recipes.translation.translator_runs import Options, learn, settings_of
 from keifu.training.settings import Settings
 
 PAPER_WARMUP = 4000

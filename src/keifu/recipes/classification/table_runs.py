@@ -14,7 +14,7 @@ from keifu.evaluation.classification.metrics import Confusion
 from keifu.files import write_atomic
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.common import FinetuneOptions, train_run
+from keifu.recipes.runs import FinetuneOptions, train_run
 from keifu.training.loop import Summary
 from keifu.training.protocols import Objective
 

@@ -26,8 +26,8 @@ from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.ranges import Count, Positive, Seed
-from keifu.recipes.common import Budget, attribution_of, parameters, train_run
 from keifu.recipes.options import Logging
+from keifu.recipes.runs import Budget, attribution_of, parameters, train_run
 from keifu.recipes.starting import keeps_best, load_start
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import translation

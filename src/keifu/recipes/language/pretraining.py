@@ -25,8 +25,8 @@ from keifu.generation.text.generate import generate
 from keifu.layers.mixture import collapsed_routers
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
-from keifu.recipes.common import parameters, train_run
 from keifu.recipes.options import Logging
+from keifu.recipes.runs import parameters, train_run
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.objectives.layer_losses import with_balancing

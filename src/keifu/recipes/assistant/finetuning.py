@@ -37,8 +37,8 @@ from keifu.generation.text.model import causal
 from keifu.layers.lora import LoraSettings, adapters, merge
 from keifu.processes import current
 from keifu.ranges import BELOW_ONE, BelowOne, Count, Finite, Natural, NotNegative, SmallCount, Temperature, check_value
-from keifu.recipes.common import FinetuneOptions, train_run
 from keifu.recipes.options import given
+from keifu.recipes.runs import FinetuneOptions, train_run
 from keifu.training.loop import Summary
 from keifu.training.protocols import Objective, Sample, Save
 from keifu.training.run import metrics
