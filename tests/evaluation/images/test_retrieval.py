@@ -157,6 +157,11 @@ def test_evaluate_tells_recall_for_each_language(run, pictures, capsys, tmp_path
     told = json.loads(capsys.readouterr().out)
     assert told["pictures"] == 6 and told["und captions R@10"] == told["und pictures R@10"] == 1.0
     assert len((tmp_path / "items.tsv").read_text().splitlines()) == 7
+    words("evaluate", run, "--on", pictures, "--output", tmp_path / "items.json")
+    written = json.loads((tmp_path / "items.json").read_text())
+    assert len(written["rows"]) == 6 and len(written["rows"][0]) == len(written["columns"])
+    assert written["figures"]["und captions R@1"] == told["und captions R@1"]
+    assert written["options"] == {"on": str(pictures), "model": str(run)}
 
 
 WRONG = [
