@@ -129,7 +129,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = build(root, folder / "dist")
         assert done.returncode == 0, done.stdout + done.stderr
     venv.create(folder / "venv", with_pip=True)
-    python = next((folder / "venv").glob("*/python*"))
+    python = folder / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     wheels = list((folder / "dist").glob("*.whl"))
     options = ["--quiet", "--no-deps", "--no-index", *map(str, wheels)]
     subprocess.run([python, "-m", "pip", "install", *options], check=True)
