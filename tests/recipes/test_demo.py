@@ -21,7 +21,7 @@ def test_trained_models_are_shown_at_work(capsys: pytest.CaptureFixture) -> None
     assert "a neuron learns AND in 11 corrections" in told
     assert "0 AND 1 = 0, 1 AND 0 = 0, 1 AND 1 = 1" in told
     assert len(re.findall(r"\d \(\d+%\)", told)) == 9 and "█" in told
-    assert "猫が好きです。 → I like cats." in told
+    assert "この川の水はとても冷たい。 → This river is very cold." in told
     assert len(re.findall(r"2018, BERT: .*___.* [a-z]+ \d+%", told)) == len(landmarks.GAPS)
     assert "forms from noise, in 20 steps" in told and "sees in the last one: 7 (" in told
 

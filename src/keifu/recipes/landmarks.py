@@ -23,8 +23,8 @@ from keifu.recipes.neurons import perceptron
 WIDE = 14  # characters of a drawn digit
 BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 SENTENCES = {
-    "ja-en": ["猫が好きです。", "明日は雨が降ると思いますか。"],
-    "en-ja": ["I like cats.", "Do you think it will rain tomorrow?"],
+    "ja-en": ["この川の水はとても冷たい。", "昨日の夜、弟は宿題を忘れた。"],  # no training pair is within a character
+    "en-ja": ["There is a small library near our school.", "My brother forgot his homework last night."],
 }
 GAPS = ["The president of the united [MASK].", "Cook for ten [MASK], then add salt."]
 DIGIT, SEED = "7", 1  # of the picture that forms from noise
