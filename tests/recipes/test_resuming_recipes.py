@@ -61,6 +61,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "lora-image": ("--model {pipeline} --data {drawings} --limit 7 --rank 3 --steps 4 --batch-size 3", 4),
     "mlp": ("--data {rows} --steps 5 --hidden 5 --dropout 0.2 --activation tanh", 6),
     "mlp-compare": ("--data {rows} --steps 5 --activations relu tanh --losses cross_entropy --hidden 4", 6),
+    "olmo2": (f"{TEXT} {MODEL} {STEPS} --warmup 2 --batch-size 3 --z-loss 0.01", 5),
     "palm": (f"{TEXT} {MODEL} --model.head-dim 8 {STEPS} --batch-size 4 --recipe-of paper --z-loss 0.01", 5),
     "palm2": (
         f"--mixture {{mixture}} --vocab-size 400 --sentinels 8 {MODEL} --model.head-dim 8 {STEPS} --batch-size 4 "

@@ -12,13 +12,14 @@ from wiring import DIFFERENT, Group, Reach
 
 from keifu import checkpoints
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.models import bert, gpt1, gpt2, gpt3, llama, palm, seq2seq, transformer
+from keifu.models import bert, gpt1, gpt2, gpt3, llama, olmo2, palm, seq2seq, transformer
 from keifu.recipes.language import bert as bert_recipe
 from keifu.recipes.language import characters, gpt, palm2
 from keifu.recipes.language import gpt1 as gpt1_recipe
 from keifu.recipes.language import gpt2 as gpt2_recipe
 from keifu.recipes.language import gpt3 as gpt3_recipe
 from keifu.recipes.language import llama as llama_recipe
+from keifu.recipes.language import olmo2 as olmo2_recipe
 from keifu.recipes.language import palm as palm_recipe
 from keifu.recipes.language.pretraining import Text
 from keifu.recipes.translation import seq2seq as seq2seq_recipe
@@ -352,9 +353,16 @@ def of_llama(toys: Toys) -> tuple[Any, list[Group]]:
     return llama_recipe.Recipe(small_text(toys), config, SMALL), whole(toys, replace(config, dim=24, norm_eps=1e-4))
 
 
+def of_olmo2(toys: Toys) -> tuple[Any, list[Group]]:
+    config = olmo2.Config(**TINY)
+    groups = whole(toys, replace(config, dim=24, norm_eps=1e-4))
+    z_loss = {"z_loss": Reach(0.02, ("objective.z_loss", "run.options.z_loss"))}
+    return olmo2_recipe.Recipe(small_text(toys), config, SMALL), [*groups, Group(z_loss)]
+
+
 TABLE = {
-    "gpt": of_gpt, "gpt1": of_gpt1, "gpt2": of_gpt2, "gpt3": of_gpt3, "llama": of_llama, "palm": of_palm,
-    "palm2": of_palm2, "characters": of_characters, "bert": of_bert, "transformer": of_transformer,
+    "gpt": of_gpt, "gpt1": of_gpt1, "gpt2": of_gpt2, "gpt3": of_gpt3, "llama": of_llama, "olmo2": of_olmo2,
+    "palm": of_palm, "palm2": of_palm2, "characters": of_characters, "bert": of_bert, "transformer": of_transformer,
     "seq2seq": of_seq2seq,
 }  # fmt: skip
 
@@ -431,7 +439,8 @@ def test_figures_of_the_papers(name: str, of: str | None, toys: Toys) -> None:
 
 
 def test_published_settings() -> None:
-    for found, rate, rows in ((gpt2_recipe.PUBLISHED, 6e-4, 512), (llama_recipe.PUBLISHED, 3e-4, 2048)):
+    published = ((gpt2_recipe, 6e-4, 512), (llama_recipe, 3e-4, 2048), (olmo2_recipe, 3e-4, 1024))
+    for found, rate, rows in ((recipe.PUBLISHED, *figures) for recipe, *figures in published):
         shared = (found.betas, found.weight_decay, found.clip, found.final_ratio, found.warmup, found.schedule)
         assert shared == ((0.9, 0.95), 0.1, 1.0, 0.1, 2000, "cosine")
         assert (found.optimizer, found.learning_rate, found.batch_size) == ("adamw", rate, rows)

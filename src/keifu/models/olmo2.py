@@ -14,21 +14,22 @@ from keifu.layers.transformer.blocks import ReorderedNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
+from keifu.ranges import Count, NotNegative, Positive
 
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
     """Sizes and settings of a model; the defaults are OLMo 2 7B."""
 
-    vocab_size: int = 100_352
-    context_length: int = 4096
-    dim: int = 4096
-    hidden_dim: int = 11_008
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int | None = None  # as many as n_heads
-    norm_eps: float = 1e-6
-    rope_theta: float = 500_000.0
+    vocab_size: Count = 100_352
+    context_length: Count = 4096
+    dim: Count = 4096
+    hidden_dim: Count = 11_008
+    n_layers: Count = 32
+    n_heads: Count = 32
+    n_kv_heads: Count | None = None  # as many as n_heads
+    norm_eps: NotNegative = 1e-6
+    rope_theta: Positive = 500_000.0
     attention_bias: bool = False
 
 

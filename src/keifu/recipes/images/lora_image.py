@@ -3,9 +3,10 @@
 Paper: "LoRA: Low-Rank Adaptation of Large Language Models". The model stays as it is; next to the four matrices of
 every look of its U-Net, at the picture and at the text, two thin ones learn, by the noise and the target that the model
 was trained with. --targets names other layers (convolutions too), --text-rank adds the text's encoder. What is left is
-pytorch_lora_weights.safetensors, which diffusers loads, or kohya's tools with --style kohya. Command: keifu train
-lora-image --model runs/latent-diffusion --data openmoji --limit 50 Cost: printed before it starts, measured on the
-machine. Expected: the validation loss falls, and the samples show each text without the LoRA and with it.
+pytorch_lora_weights.safetensors, which diffusers loads, or kohya's tools with --style kohya.
+Command: keifu train lora-image --model runs/latent-diffusion --data openmoji --limit 50
+Cost: printed before it starts, measured on the machine.
+Expected: the validation loss falls, and the samples show each text without the LoRA and with it.
 """
 
 from collections.abc import Callable
