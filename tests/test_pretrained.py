@@ -5,13 +5,17 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import keifu
+from keifu import cli
 from keifu.checkpoints.hub import locate
 from keifu.commands.evaluate import training_facts
 from keifu.data.catalogue import catalogue
+from keifu.data.images.dataset import read_images
+from keifu.data.images.splits import split
 from keifu.errors import UserError
 from keifu.evaluation.classification import neurons
 from keifu.evaluation.registry import EvalRequest
@@ -75,6 +79,16 @@ def test_a_clip_is_asked_the_languages_that_it_learned() -> None:
     assert training_facts(locate("emoji-clip"))["languages"] == ("en", "ja", "zh")
     asked = [name for name in card("emoji-clip")["figures"] if "R@1" in name]
     assert {name.split()[0] for name in asked} <= {"en", "ja", "zh"}
+
+
+def test_a_clip_classifies_pictures_that_it_did_not_learn(capsys: pytest.CaptureFixture) -> None:
+    pictures = split(read_images("emoji", 16, 3), whole_families=False).clean_test()
+    cli.main(["classify", "emoji-clip", "--on", "emoji", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    classes, counts = np.unique(pictures.labels, return_counts=True)
+    assert found["texts"] == len(pictures) == 83
+    assert found["majority"]["label"] == pictures.classes[classes[counts.argmax()]]
+    assert found["majority"]["share"] == pytest.approx(counts.max() / 83)
 
 
 @pytest.mark.parametrize("name", ["network", "neuron"])

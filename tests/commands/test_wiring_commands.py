@@ -115,14 +115,15 @@ search = Table("search text.txt Hi", {
 
 JUDGED = "keifu.commands.classify:_probabilities"
 EXAMPLES = "keifu.data.classification.input_formats:read_examples"
-LABELS, PAIRS = "keifu.evaluation.images.retrieval:label_points", "keifu.evaluation.images.retrieval:select_pairs"
+LABELS, PAIRS = "keifu.evaluation.images.retrieval:label_points", "keifu.evaluation.images.retrieval:split_pairs"
 TWO = ((), ())
 CONFUSION = SimpleNamespace(picture=lambda: b"", to_json=dict, verdict=str, by_label=lambda: TWO, matrix=lambda: TWO)
 FORM = SimpleNamespace(answers=False, columns=("text",))
 JUDGE = SimpleNamespace(form=FORM, labels=("a", "b"), choices=lambda row: ("a", "b"), confusion=lambda *_: CONFUSION)
 TOWERS = "keifu.evaluation.images.retrieval"
 PICTURES = {f"{TOWERS}:{name}": None for name in ("two_towers", "embed_pictures", "images")} | {
-    "keifu.checkpoints:load": (None, None), PAIRS: SimpleNamespace(classes=["a", "b"]),
+    "keifu.checkpoints:load": (None, None), PAIRS: SimpleNamespace(test=SimpleNamespace(classes=["a", "b"])),
+    "keifu.checkpoints.hub:locate": Path("m"), "keifu.commands.evaluate:training_facts": {},
     "keifu.evaluation.images.retrieval:preprocessing": SimpleNamespace(crop=8),
 }  # fmt: skip
 classify = Table("classify M one", {

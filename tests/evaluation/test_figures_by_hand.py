@@ -11,7 +11,7 @@ from keifu.data.images.dataset import read_images
 from keifu.data.images.splits import split
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.images.distances import manifold
-from keifu.evaluation.images.retrieval import select_pairs
+from keifu.evaluation.images.retrieval import split_pairs
 from keifu.evaluation.intervals import bootstrap
 from keifu.evaluation.plots import fonts
 from keifu.evaluation.text import few_shot
@@ -53,7 +53,7 @@ def test_scores_divide_by_tokens_and_by_characters() -> None:
 
 def test_a_clip_is_evaluated_on_the_part_for_testing() -> None:
     parts = split(read_images("emoji", 16, 3))
-    assert select_pairs("emoji", 16).names == parts.test.names
+    assert split_pairs("emoji", 16, {}).test.names == parts.test.names
     assert not {*parts.test.names} & {*parts.validation.names, *parts.train.names}
 
 

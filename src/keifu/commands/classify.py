@@ -159,13 +159,16 @@ def _of_pictures(options: Options) -> Iterable[Choices]:
 def _compare_pictures(options: Options) -> "Confusion":
     import torch
 
+    from keifu.checkpoints.hub import locate
+    from keifu.commands.evaluate import training_facts
     from keifu.evaluation.classification.metrics import Confusion
     from keifu.evaluation.images import retrieval
 
     model, tokenizer = checkpoints.load(options.model)
     retrieval.two_towers(model)
     on, size = str(options.on), retrieval.preprocessing(model).crop
-    pictures = retrieval.select_pairs(on, size)
+    held_out = training_facts(locate(options.model)).get("held_out", {})
+    pictures = retrieval.split_pairs(on, size, held_out).test
     if not pictures.classes:
         raise UserError(f"The pictures of {on} have no classes: give each class a folder, or name pictures.")
     labels = _labels(options.labels) if options.labels else pictures.classes

@@ -267,11 +267,6 @@ def split_pairs(on: str, size: int, held_out: Mapping[str, Any]) -> ImageSplit:
     )
 
 
-def select_pairs(on: str, size: int) -> ImageDataset:
-    """Return the pictures that an evaluation is of, near copies included (see `split_pairs`)."""
-    return split_pairs(on, size, {}).test
-
-
 def images(on: str, pictures: ImageDataset, size: int) -> Iterator[Image.Image]:
     """Yield the pictures in their order, as the source has them and not yet in the network's size."""
     wanted = {*pictures.names}
