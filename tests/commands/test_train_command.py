@@ -45,10 +45,10 @@ def test_the_folder_names_the_recipe_and_every_option(out: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["--resume {out}", "--resume={out}", "mlp --resume {out}", "mlp --out {out} --resume",
-                                  "mlp --out={out} --resume", "--steps 9 --resume {out}"])  # fmt: skip
+                                  "mlp --out={out} --resume", "--steps 12 --resume {out}"])  # fmt: skip
 def test_every_form_of_resume_takes_the_options_of_the_folder(out: Path, form: str) -> None:
     go(*form.format(out=out).split())
-    assert checkpoint.steps(out)[-1] == (9 if "--steps" in form else 6)
+    assert checkpoint.steps(out)[-1] == (12 if "--steps" in form else 6)
     assert run_directory.read_recipe(out)["options"]["hidden"] == [3]
 
 
@@ -89,11 +89,11 @@ def test_what_may_change_is_kept_unless_the_run_cannot_go_on_so(out: Path, monke
     before = run_directory.read_recipe(out)
     monkeypatch.setattr(metrics, "sinks", missing)
     with pytest.raises(UserError, match="is missing"):
-        go("--resume", str(out), "--tensorboard", "--steps", "9")
+        go("--resume", str(out), "--tensorboard", "--steps", "12")
     assert run_directory.read_recipe(out) == before
     monkeypatch.setattr(metrics, "sinks", lambda *_: [])
-    go("--resume", str(out), "--tensorboard", "--steps", "9")
-    assert run_directory.recorded(out)["options"]["tensorboard"] and run_directory.recorded(out)["steps"] == 9
+    go("--resume", str(out), "--tensorboard", "--steps", "12")
+    assert run_directory.recorded(out)["options"]["tensorboard"] and run_directory.recorded(out)["steps"] == 12
 
 
 def test_there_must_be_a_run(tmp_path: Path) -> None:
@@ -170,15 +170,15 @@ def test_data_that_were_moved_are_told_by_their_new_place_and_no_others_are_take
     Path("rows.csv").rename("elsewhere/moved.csv")
     os.chdir("elsewhere")  # the table's fixture goes back
     with pytest.raises(UserError, match=r"rows\.csv"):
-        go("--resume", str(out), "--steps", "9")
-    go("--resume", str(out), "--steps", "9", "--data", "moved.csv")
-    assert checkpoint.steps(out)[-1] == 9
+        go("--resume", str(out), "--steps", "12")
+    go("--resume", str(out), "--steps", "12", "--data", "moved.csv")
+    assert checkpoint.steps(out)[-1] == 12
     os.chdir("..")
-    go("--resume", str(out), "--steps", "12")  # the new place is the run's from now on
+    go("--resume", str(out), "--steps", "24")  # the new place is the run's from now on
     Path("other.csv").write_text(TABLE.replace("1,-1,1,1", "1,-1,1,0"))
     with pytest.raises(UserError, match="The data are not those of the run that is resumed"):
-        go("--resume", str(out), "--steps", "15", "--data", "other.csv")
-    go("--resume", str(out), "--steps", "15")
+        go("--resume", str(out), "--steps", "48", "--data", "other.csv")
+    go("--resume", str(out), "--steps", "48")
 
 
 def test_a_run_without_a_loop_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
