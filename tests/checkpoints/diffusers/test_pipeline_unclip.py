@@ -94,7 +94,7 @@ def test_a_missing_or_foreign_part_is_named(unclip_pipeline, tmp_path) -> None:
     with pytest.raises(UserError, match="describes a UNet2DModel, and what is implemented as decoder"):
         checkpoints.load_model(tmp_path / "copy")
     file.write_text(json.dumps(content | {"cross_attention_dim": 12}))
-    with pytest.raises(UserError, match=r"told \(48, 11\) numbers"):
+    with pytest.raises(UserError, match=r"given \(48, 11\) numbers"):
         checkpoints.load_model(tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy/prior")
     with pytest.raises(UserError, match=r"a UnCLIPPipeline and lacks its prior \(prior/config.json\)"):

@@ -172,7 +172,7 @@ def test_what_a_run_held_out_is_not_what_its_drawings_are_compared_with(network:
     for share, learned in ((0.05, 36), (0.25, 20)):
         (run / "recipe.json").write_text(json.dumps({"held_out": {"share": share, "distinct": False}}))
         cli.main(words)
-        assert f"beside {learned} of" in json.loads(capsys.readouterr().out)["notes"][0]
+        assert f"next to {learned} of" in json.loads(capsys.readouterr().out)["notes"][0]
 
 
 def test_refusals(network: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def _one_thread() -> None:
 def test_a_drawn_digit_is_read_as_the_digit_that_was_asked_for(label: str, tmp_path: Path) -> None:
     assert COMMAND in (ROOT / "README.md").read_text(encoding="utf-8")
     words = re.sub("(?<=--label )7", label, COMMAND).split()[1:]
-    cli.main([*words, "--seed", "0", "--count", "3", "--steps", "25", "--out", str(tmp_path / "sheet.png")])
+    cli.main([*words, "--seed", "0", "--count", "3", "--out", str(tmp_path / "sheet.png")])
     images = [read_image(tmp_path / f"sheet-{number}.png").image for number in (1, 2, 3)]
     pixels = torch.tensor([list(image.convert("L").tobytes()) for image in images]) / 255
     network, _ = keifu.load("network")

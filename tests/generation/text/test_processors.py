@@ -267,7 +267,7 @@ def test_rows_that_come_and_go_draw_what_they_draw_alone() -> None:
 
 def test_a_step_computes_nothing_that_its_rows_do_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
     """No random numbers for greedy rows, no shortlist of a small vocabulary, and no text counted a second time."""
-    monkeypatch.setattr(sampler, "uniform", lambda *_: pytest.fail("random numbers"))
+    monkeypatch.setattr(sampler.UniformStreams, "next", lambda *_: pytest.fail("random numbers"))
     greedy = Request([1, 2], SamplingParams(temperature=0, repetition_penalty=1.3), None, VOCAB, 99)
     before = Sampler([greedy], VOCAB, CPU)
     greedy.take(*before.choose(logits()[:1])[0].tolist())
