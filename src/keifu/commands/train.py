@@ -15,6 +15,7 @@ from keifu.commands.shared.recipe_files import path_of, recipe_module, recipe_op
 from keifu.devices import Choice
 from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
+from keifu.ranges import Count, Natural
 
 COMPUTING = {  # options of any recipe that has no such option itself
     "precision": Annotated[
@@ -123,9 +124,9 @@ def with_folder(kind: type, name: str) -> Any:
         ("replace", Annotated[bool, tyro.conf.arg(help="Start over although a run stands in that folder.")], False),
         ("device", flags.Device, field(default=None)),
         ("mesh", Mesh, Mesh()),
-        ("processes", Annotated[int | None, tyro.conf.arg(help="Processes on this machine that share the training.")],
+        ("processes", Annotated[Count | None, tyro.conf.arg(help="Processes on this machine that share the training.")],
          None),
-        ("restarts", Annotated[int, tyro.conf.arg(help="Times that the processes are started again, from the last "
+        ("restarts", Annotated[Natural, tyro.conf.arg(help="Times that the processes are started again, from the last "
          "state, where one dies.")], 0),
         *((name, COMPUTING[name], UNSET[name]) for name in COMPUTING if not _has(kind, name)),
     ]  # fmt: skip
