@@ -296,7 +296,7 @@ def test_a_reward_model_of_other_tokens_is_refused(base: Path, task: Path, judge
         (["--kl-coef", "-1"], "--kl-coef must be a number from 0"),
         (["--minibatches", "3"], "16 answers cannot be split into 3 minibatches"),
         (["--value", "last-number"], "--value last-number is no model"),
-        (["--text.each", "0"], "at least 1 of 1 token"),
+        (["--text.each", "0"], "at least 1 window of 1 token or more"),
         (["--max-tokens", "48"], "this model's context is 48"),
     ],
 )
