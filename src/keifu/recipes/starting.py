@@ -26,10 +26,14 @@ def load_start(name: str, config: type) -> tuple[Any, Tokenizer | None]:
     A model whose config is of another class is a `UserError`.
     """
     loaded, tokenizer = checkpoints.load(name, torch.float32)
-    model: Any = loaded
+    check_start(name, loaded, config)
+    return deepcopy(loaded).requires_grad_(True), tokenizer  # the copy is not part of the file's memory map
+
+
+def check_start(name: str, model: Any, config: type) -> None:
+    """Raise a `UserError` unless the config of a model that the run starts from is of that class."""
     if not isinstance(model.config, config):
         raise UserError(f"--start-from {name} is a {type(model).__name__}, which this recipe does not train.")
-    return deepcopy(model).requires_grad_(True), tokenizer  # the copy is not part of the file's memory map
 
 
 def scaled(rate: float, start_from: str | None) -> float:

@@ -28,7 +28,7 @@ from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.ranges import Count, Positive, Seed
 from keifu.recipes.options import Logging
 from keifu.recipes.runs import Budget, attribution_of, parameters, train_run
-from keifu.recipes.starting import keeps_best, load_start
+from keifu.recipes.starting import check_start, keeps_best
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import translation
 from keifu.training.optim.weight_averaging import averaged_weights
@@ -186,10 +186,11 @@ def learn(
 
 def start_model(name: str, build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
     """Return a model with the sizes and the weights of another, and the dropout of this run."""
-    found, _ = load_start(name, type(config))
+    started: Any = checkpoints.load_model(name, torch.float32)  # no copy: a process then reads its part alone
+    check_start(name, started, type(config))
     own = {field.name: vars(config)[field.name] for field in fields(config) if "dropout" in field.name}
-    model = build(replace(found.config, **own))
-    model.load_state_dict(found.state_dict(), assign=True)  # of a file's tensors, the part that this process will hold
+    model = build(replace(started.config, **own))
+    model.load_state_dict(started.state_dict(), assign=True)  # of a file's tensors, the part that this process will hold
     return model
 
 
