@@ -190,7 +190,7 @@ def start_model(name: str, build: Callable[[Any], nn.Module], config: Any) -> nn
     check_start(name, started, type(config))
     own = {field.name: vars(config)[field.name] for field in fields(config) if "dropout" in field.name}
     model = build(replace(started.config, **own))
-    model.load_state_dict(started.state_dict(), assign=True)  # of a file's tensors, the part that this process will hold
+    model.load_state_dict(started.state_dict(), assign=True)  # of a file, the part that this process will hold
     return model
 
 
