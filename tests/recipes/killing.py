@@ -5,7 +5,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from multiprocessing import get_context
@@ -17,7 +16,7 @@ import torch._dynamo  # optimizers import it when they are made: here it is impo
 
 from keifu import cli
 from keifu.recipes.images import latent_diffusion
-from keifu.training import loop, pace
+from keifu.training import loop, pace, recorder
 from keifu.training.hardware import cost
 from keifu.training.settings import as_chosen
 
@@ -49,11 +48,9 @@ class Fault:
 
 def hold_clocks() -> None:
     """Whatever is written of seconds and of free memory is the same in every run."""
-    pace.Pace.lap = lambda self: 1.0  # pyright: ignore
-    pace.Pace.passed = pace.Pace.trained = property(lambda self: 0.0)  # pyright: ignore
-    pace.Pace.timed = lambda self, name: nullcontext()  # pyright: ignore
+    pace.Clock.lap = lambda self: 1.0
     pace.time = type("Clock", (), {"perf_counter": staticmethod(float)})  # pyright: ignore
-    loop.peak = lambda device, dtype: 1e12
+    recorder.peak = lambda device, dtype: 1e12
     every = {"log_every": 2, "evaluate_every": 2, "sample_every": 2, "save_every": 1}
     loop.as_chosen = lambda settings: replace(as_chosen(settings), **every)
     latent_diffusion.STEPS = 2
@@ -63,22 +60,21 @@ def hold_clocks() -> None:
 
 def work(words: list[str], folder: str, at: int | None, output: Path) -> None:
     """Runs `keifu` in this process; writes the number of its file operations."""
-    with output.open("a") as sys.stderr:
-        sys.stdout = sys.stderr
-        torch.set_num_threads(1)
-        hold_clocks()
-        fault, fsync = Fault(folder, at), os.fsync
-        sys.addaudithook(fault.hook)
+    sys.stdout = sys.stderr = output.open("a")  # open to the end: an error of this function is written there too
+    torch.set_num_threads(1)
+    hold_clocks()
+    fault, fsync = Fault(folder, at), os.fsync
+    sys.addaudithook(fault.hook)
 
-        def counted(descriptor: int) -> None:
-            fault.operation(os.readlink(f"/proc/self/fd/{descriptor}"))
-            fsync(descriptor)
+    def counted(descriptor: int) -> None:
+        fault.operation(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
 
-        os.fsync = counted
-        try:
-            cli.main(words)
-        finally:
-            output.with_suffix(".count").write_text(str(fault.count))
+    os.fsync = counted
+    try:
+        cli.main(words)
+    finally:
+        output.with_suffix(".count").write_text(str(fault.count))
 
 
 def run(words: list[str], folder: Path, at: int | None = None, seconds: float | None = None) -> int | None:
