@@ -63,8 +63,9 @@ def check_resumed(out: Path, record: Mapping[str, Any], recipe: Any, words: Sequ
             )
         if not is_mine and value != usual.get(option) and (path := _path(value)):
             raise UserError(
-                f"The run in {out} was not begun by you on this machine, and its options name {path}. If it shall read "
-                f"that, name it: {resume} --{option} {_quoted(value)}."
+                f"The run in {out} was not begun by you on this machine (or keifu's cache, which has your key, was "
+                f"emptied since), and its options name {path}. If it shall read that, name it: {resume} --{option} "
+                f"{_quoted(value)}."
             )
 
 
