@@ -340,7 +340,7 @@ class Painter:
 
 @dataclass
 class Recorded:
-    """What is written into a picture."""
+    """Record that is written into a picture."""
 
     count: int = 1
     drawing: Any = field(default_factory=lambda: SimpleNamespace(seed=1))

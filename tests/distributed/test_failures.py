@@ -93,7 +93,7 @@ def test_a_process_that_is_late_is_named(signs: list[failures.Signs]) -> None:
 def test_a_dead_process_is_reported_while_the_main_thread_waits(
     signs: list[failures.Signs], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As NCCL lets it wait, until its watchdog aborts. A process that has done its work is not dead."""
+    """Wait as NCCL does, until its watchdog aborts. A process that has done its work is not dead."""
     exits = []
     monkeypatch.setattr("os._exit", lambda status: exits.append(status) or signs[0].ended.set())
     signs[1].ended.set()

@@ -42,7 +42,7 @@ SLOW = [f"guides/{name}.md" for name in ("drawing", "search", "finetuning", "att
 
 
 def parts(page: str) -> list[tuple[str, str]]:
-    """What a page asks to be run, in order: commands, one a line, and blocks of Python; and the output shown below."""
+    """Return the commands and Python blocks of a page in their order, with the output shown below each."""
     found = []
     for language, text in BLOCK.findall(page):
         if language in ("python", "text"):

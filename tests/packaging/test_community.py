@@ -1,4 +1,4 @@
-"""What a host of repositories reads: workflows, templates, labels, citation, and the address in one place."""
+"""Files that a host of repositories reads: workflows, templates, labels, citation, and one place for the address."""
 
 import json
 import re

@@ -127,7 +127,7 @@ def test_a_wrong_bit_in_the_table_of_characters_is_a_sentence_or_harmless(tmp_pa
 
 def test_a_panic_of_the_library_is_a_sentence(monkeypatch, mistral) -> None:
     class PanicException(BaseException):
-        """As pyo3 raises it: no Exception."""
+        """Panic as pyo3 raises it, which is no Exception."""
 
     def panic(*_, **__) -> None:
         raise PanicException("index out of bounds")

@@ -293,7 +293,7 @@ def _sizes(bounds: np.ndarray) -> np.ndarray:
 
 
 def single_tokens(words: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Which places [row, position] are hidden: as many of a row's words as are wanted, or all where it has no more."""
+    """Return which positions [row, position] are hidden: as many words of a row as wanted, or all if it has fewer."""
     scores = np.where(words, random.random(words.shape), 2.0)
     ranks = np.argsort(np.argsort(scores, axis=1), axis=1)
     return words & (ranks < wanted[:, None])
