@@ -8,7 +8,10 @@ from functools import cache
 import pytest
 from test_architecture import File, imports, source
 
-MOST_LINES = 38_600  # code lines of the whole package, reviewed at each release; the design asks for 37,000
+BASE_LINES = 38_600  # code lines of the package without the landmarks below, reviewed at each release
+LANDMARKS = {  # code lines that a landmark added, at most 450 each (600 for a model that sees): layers, model, recipe, commands
+}  # fmt: skip
+MOST_LINES = BASE_LINES + sum(LANDMARKS.values())
 MOST_FILES = 15  # in a folder, beside __init__.py
 SMALL, IMPORTERS = 40, 3  # a file with fewer code lines than this has at least so many importers
 ONE_EACH = ("keifu.commands.", "keifu.recipes.")  # folders where a file is a verb or a run, whatever its size
