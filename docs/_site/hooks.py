@@ -9,11 +9,13 @@ from pathlib import Path
 from latex2mathml.converter import convert
 from markdown.extensions.toc import slugify, unique
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import reference  # noqa: E402 (it stands beside this file)
+import reference  # noqa: E402 (a file of this folder)
+import search  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = "source"  # the folder of the site that files outside docs/ are copied to
@@ -24,11 +26,12 @@ HEADING = re.compile(r"^#+ +(.*)$", re.MULTILINE)
 WIDE = "[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]"  # Japanese characters and punctuation
 BROKEN = re.compile(rf"(?<={WIDE})\n *(?={WIDE})")  # a line break within a Japanese sentence, which would be a space
 FENCE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
+ASIDE = re.compile(r"\s*(?:\([^)]*\)|（[^）]*）)|(?::\s|：).*")  # authors and years, and what follows a colon
 copied: set[Path] = set()
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Help texts stand where a page marks their place; links to files outside docs/ lead to copies inside the site."""
+    """Insert help texts at their marks, and lead links to files outside docs/ to copies inside the site."""
     here = Path(page.file.abs_src_path).parent if page.file.abs_src_path else ROOT / "docs"
 
     def link(found: re.Match[str]) -> str:
@@ -43,6 +46,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         up = os.path.relpath(f"{SOURCES}/{target.relative_to(ROOT).as_posix()}.txt", Path(page.file.dest_uri).parent)
         return f'<a href="{Path(up).as_posix()}">{found[1]}</a>'
 
+    page.meta.setdefault("title", short_title(markdown))
     english = ROOT / "docs" / f"{page.file.src_uri.removesuffix('.ja.md')}.md"
     if page.file.src_uri.endswith(".ja.md") and english.exists():
         markdown = with_anchors(markdown, english.read_text(encoding="utf-8"))
@@ -50,8 +54,14 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     return "".join(part if part.startswith("```") else LINK.sub(link, BROKEN.sub("", part)) for part in parts)
 
 
+def short_title(markdown: str) -> str:
+    """Return the title for the sidebar: the page's heading without authors, years and the part after a colon."""
+    heading = HEADING.search(markdown)
+    return ASIDE.sub("", heading[1]).replace("`", "").strip() if heading else ""
+
+
 def with_anchors(page: str, english: str) -> str:
-    """The Japanese page, each heading with the anchor of the English heading in its place, so that links serve both."""
+    """Return the Japanese page with the anchors of the English headings, so that links serve both."""
     seen: set[str] = set()
     titles = [re.sub(r"[*`]|\]\([^)]*\)", "", title) for title in HEADING.findall(FENCE.sub("", english))]
     anchors = iter([unique(slugify(title, "-"), seen) for title in titles])
@@ -62,19 +72,26 @@ def with_anchors(page: str, english: str) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Formulas in LaTeX become MathML, which browsers set without a script."""
+    """Return the page with its formulas as MathML, which browsers set without a script."""
     return MATHEMATICS.sub(lambda found: mathml(found[2], "block" if found[1] == "div" else "inline"), html)
 
 
 def mathml(latex: str, display: str) -> str:
-    """One formula; `latex` as it stands in HTML."""
+    """Return a formula as MathML; `latex` has the entities of HTML."""
     for entity, character in ENTITIES.items():
         latex = latex.replace(entity, character)
     return convert(latex.strip(), display=display)
 
 
+def on_post_page(output: str, page: Page, **_: object) -> str:
+    """Return a page that searches the pages of its language."""
+    return search.own_base(output) if page.file.dest_uri.startswith("ja/") else output
+
+
+@event_priority(-200)  # after the plugins that write the index
 def on_post_build(config: MkDocsConfig) -> None:
-    """Puts copies of the files that pages link to into the site."""
+    """Put copies of the files that pages link to into the site, and split the search index by language."""
+    search.split(Path(config.site_dir))
     for file in copied:
         target = Path(config.site_dir) / SOURCES / f"{file.relative_to(ROOT).as_posix()}.txt"
         target.parent.mkdir(parents=True, exist_ok=True)

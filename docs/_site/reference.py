@@ -1,7 +1,8 @@
-"""The reference of verbs and recipes: the help texts of the program itself, in place of a mark in a page."""
+"""The reference of commands and recipes: the help texts of the program itself, at a mark in a page."""
 
 import io
 import os
+import textwrap
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 
@@ -9,26 +10,38 @@ from keifu.cli import parse
 from keifu.commands.shared.recipe_files import recipes
 from keifu.commands.shared.verbs import VERBS
 
+WIDTH = 100  # columns
+
 
 def help_of(*words: str) -> str:
-    """The help text of a verb or recipe, 100 columns wide."""
-    os.environ["COLUMNS"] = "100"
+    """Return the help text of a command or recipe, 100 columns wide."""
+    os.environ["COLUMNS"] = str(WIDTH)
     text = io.StringIO()
     try:
         with redirect_stdout(text):
             parse([*words, "--help"])()
     except SystemExit:
         pass
-    return text.getvalue().strip()
+    return aligned(text.getvalue().strip())
+
+
+def aligned(text: str) -> str:
+    """Return a text whose lines of two cells (a name, a tab, its description) are columns within the width."""
+    lines = [line.partition("\t") for line in text.splitlines()]
+    indent = " " * (2 + max((len(name) for name, tab, _ in lines if tab), default=0))
+    return "\n".join(
+        textwrap.fill(rest, WIDTH, initial_indent=name.ljust(len(indent)), subsequent_indent=indent) if tab else name
+        for name, tab, rest in lines
+    )
 
 
 def sections(commands: Iterable[list[str]]) -> str:
-    """A heading for each command, and its help text below it."""
+    """Return a heading for each command, and its help text below it."""
     return "\n\n".join(f"## {words[-1]}\n\n```text\n{help_of(*words)}\n```" for words in commands)
 
 
 def fill(page: str) -> str:
-    """The page with `<!-- verbs -->` and `<!-- recipes -->` replaced."""
+    """Return the page with `<!-- verbs -->` and `<!-- recipes -->` replaced."""
     if "<!-- verbs -->" in page:
         return page.replace("<!-- verbs -->", sections([verb] for verb in VERBS))
     if "<!-- recipes -->" in page:

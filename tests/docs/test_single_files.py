@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,12 @@ from keifu.models import bert, gpt2, llama, mlp, seq2seq, transformer
 from keifu.models.clip import clip, image, text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm
 
-FOLDER = Path(__file__).parents[2] / "examples/single"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples/single"
+sys.path.insert(0, str(ROOT / "docs/_site"))
+
+import singles  # noqa: E402 # pyright: ignore[reportMissingImports] (its folder is no package)
+
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
 MOST_LINES = dict.fromkeys(FILES, 200) | {"latent_diffusion": 255, "ddpm": 230}  # two networks; a whole U-Net
 SHORT = {  # arguments of `main` with which a file does everything in a few seconds
@@ -233,3 +239,24 @@ def test_advantages_are_the_librarys():
     expected = ppo.advantages(rewards, values, torch.ones(3, 5, dtype=torch.bool), gae_lambda=0.95)
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(returns, expected + values, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ending", [".md", ".ja.md"])
+def test_the_page_of_a_landmark_shows_the_central_part_of_its_file(ending: str) -> None:
+    shown = set()
+    for path in (ROOT / "docs/lineage").glob("*.md"):
+        page = path.read_text(encoding="utf-8")
+        if path.name.endswith(".ja.md") == (ending == ".ja.md"):
+            assert singles.fill(page) == page, f"python docs/_site/singles.py renews {path.name}"
+            named = set(re.findall(r"\]\(../../examples/single/(\w+)\.py\)", page))
+            marked = [Path(mark[0]).stem for mark in singles.MARK.findall(page)]
+            assert marked == [*named]
+            shown |= named
+    assert shown == {*FILES}
+
+
+def test_a_changed_part_would_be_seen() -> None:
+    page = (ROOT / "docs/lineage/gpt2.md").read_text(encoding="utf-8")
+    assert singles.fill(page.replace("is_causal=True", "is_causal=False", 1)) == page
+    with pytest.raises(ValueError, match="defines no 'Blok'"):
+        singles.definition("class Block: pass", "Blok")

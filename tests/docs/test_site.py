@@ -1,5 +1,6 @@
 """The site is built without a warning, in both languages; every link in it leads somewhere, and nothing is fetched."""
 
+import json
 import os
 import re
 import subprocess
@@ -89,6 +90,48 @@ def test_each_page_is_there_in_both_languages(site: Path) -> None:
     japanese = {path for path in pages if path.parts[0] == "ja"}
     assert {Path("ja") / path for path in pages - japanese} == japanese
     assert 'lang="ja"' in (site / "ja/index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", ["", "ja"])
+def test_search_finds_pages_of_one_language(site: Path, folder: str) -> None:
+    text = (site / folder / "search/search_index.json").read_text(encoding="utf-8")
+    assert (site / folder / "search/search_index.js").read_text(encoding="utf-8") == f"var __index = {text}"
+    docs = json.loads(text)["docs"]
+    pages = {path.relative_to(site / folder).as_posix() for path in (site / folder).rglob("*.html")}
+    assert {doc["location"].partition("#")[0] for doc in docs} <= pages - {"404.html"}
+    assert not any(doc["location"].startswith("ja/") for doc in docs)
+    titles = "".join(doc["title"] for doc in docs)
+    assert bool(re.search("[ぁ-ヿ]", titles)) == bool(folder)
+    helps = [doc["text"] for doc in docs if doc["location"].startswith("reference/recipes.html#")]
+    assert bool(helps) != bool(folder)  # help texts are English
+    assert max(map(len, helps), default=0) < 6000
+
+
+@pytest.mark.parametrize("name", ["index.html", "lineage/gpt2.html"])
+def test_a_japanese_page_searches_from_its_folder(site: Path, name: str) -> None:
+    for folder in ("", "ja"):
+        page = site / folder / name
+        (base,) = re.findall(r'"base": "([^"]*)"', page.read_text(encoding="utf-8"))
+        assert (page.parent / base).resolve() == (site / folder).resolve()
+
+
+def test_titles_in_the_sidebar_are_short(site: Path) -> None:
+    for folder, most in (("", 34), ("ja", 26)):
+        for section in ("guides", "lineage", "parts", "extending", "reference"):
+            page = next(iter(sorted((site / folder / section).glob("*.html")))).read_text(encoding="utf-8")
+            navigation = page.partition("md-nav--primary")[2].partition("md-nav--secondary")[0]
+            titles = [" ".join(text.split()) for text in re.findall(r"md-ellipsis.>([^<]*)<", navigation)]
+            assert len(titles) > 5
+            assert [title for title in titles if len(title) > most] == []
+
+
+def test_the_list_of_recipes_is_aligned(site: Path) -> None:
+    page = (site / "reference/verbs.html").read_text(encoding="utf-8")
+    block = re.sub(r"<[^>]+>", "", page.partition('id="train"')[2].partition("</code>")[0])
+    assert "\t" not in block
+    assert max(map(len, block.splitlines())) <= 101
+    starts = {line.index("  ") for line in block.splitlines() if re.match(r"latent-diffusion  ", line)}
+    assert starts == {len("latent-diffusion")}
 
 
 @pytest.mark.parametrize(

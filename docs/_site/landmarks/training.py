@@ -4,7 +4,9 @@ from landmarks.drawing import MIDDLE, Drawing, Part, column
 
 
 def instructgpt(drawing: Drawing) -> None:
-    drawing.frame(12, 8, 348, 118, ("1  fine-tuning on demonstrations (SFT)", "1  手本によるファインチューニング（SFT）"))
+    drawing.frame(
+        12, 8, 348, 118, ("1  fine-tuning on demonstrations (SFT)", "1  手本によるファインチューニング（SFT）")
+    )
     demos = drawing.box(92, 34, ("people's answers", "人が書いた答え"), tone="data", width=140)
     sft = drawing.box(262, 28, ("language model", "言語モデル"), ("learns to answer", "答え方を学ぶ"), width=150)
     drawing.line(demos.right, (187, demos.y))
