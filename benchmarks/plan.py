@@ -2,7 +2,7 @@
 beside steps of training on this machine.
 
 python benchmarks/plan.py
-python benchmarks/plan.py --here --json docs/results/plan.json
+python benchmarks/plan.py --here --json docs/results/data/plan.json
 
 One set of constants for all GPUs. Of Stable Diffusion the operations of the U-Net and of the encoder of pictures are
 counted by torch on the meta device, for the steps and sizes of its model card (237,000 steps of 2,048 pictures at 256

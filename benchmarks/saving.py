@@ -1,6 +1,6 @@
 """What saving a state costs: seconds that it holds the training up, and by which the steps beside it take longer.
 
-python benchmarks/saving.py --json docs/results/saving.json
+python benchmarks/saving.py --json docs/results/data/saving.json
 
 A LLaMA of 17 M parameters learns random tokens: on two processes of one thread that share it (FSDP), whose states are
 written by a thread while training goes on, and on one process of two threads, which waits until its state is on disk.

@@ -1,6 +1,6 @@
 """Two processes of one thread against one of two threads: the same losses, the speed of each mesh, bytes exchanged.
 
-python benchmarks/scaling_out.py --picture docs/pictures/pathways.png --json docs/results/scaling_out.json
+python benchmarks/scaling_out.py --picture docs/pictures/pathways.png --json docs/results/data/scaling_out.json
 
 A small LLaMA learns in float32 on the example texts, each run from the same seed. Two pods are held, bit for bit,
 against one process of one thread that adds up two micro-batches. Bytes are those that the loopback network carried in a

@@ -1,4 +1,4 @@
-"""The lineage: the landmarks in order of years, where each came from, what was new and what it bought; as one page.
+"""The lineage: the landmarks in order of years, where each came from, what was new and its result; as one page.
 
 What is said of them stands in docs/lineage/lineage.json, their pictures in docs/pictures: of a checkout, or as packed
 into a wheel. A test holds the figures equal to those of docs/results.
@@ -22,12 +22,12 @@ MARGIN = 24  # around the drawing
 EXIT = 60  # from the middle of a box to the line that leaves it sideways
 WORDS = {
     "en": {
-        "title": "the lineage", "drawing": "Who came from whom", "here": "here", "published": "published",
-        "results": "results", "repeat": "repeat it",
+        "title": "the lineage", "drawing": "Who came from whom", "here": "here", "baseline": "compared with",
+        "published": "published", "results": "results", "repeat": "repeat it",
     },
     "ja": {
         "title": "生成モデルの流れ", "drawing": "どのモデルがどのモデルから生まれたか", "here": "keifu での結果",
-        "published": "論文の結果", "results": "結果の節", "repeat": "再現するコマンド",
+        "baseline": "比べる基準", "published": "論文の結果", "results": "結果の節", "repeat": "再現するコマンド",
     },
 }  # fmt: skip
 
@@ -35,7 +35,7 @@ WORDS = {
 @dataclass(frozen=True)
 class Landmark:
     """A landmark. name: of its page and model. parents: names of those it came from. lane: its column in the drawing.
-    bought: what it bought here, from the section of docs/results. published: the paper's figure."""
+    result: of keifu, from the section of docs/results. baseline: its comparison. published: the paper's figure."""
 
     name: str
     year: int
@@ -46,7 +46,8 @@ class Landmark:
     new: str
     picture: str
     section: str
-    bought: str
+    result: str
+    baseline: str
     command: str
     published: str
 
@@ -162,7 +163,7 @@ def routes(found: list[Landmark]) -> list[list[tuple[int, int]]]:
 def _part(each: Landmark, words: dict[str, str]) -> str:
     file = docs() / "pictures" / each.picture
     picture = f"{PICTURES[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
-    rows = {"here": each.bought, "published": each.published, "results": each.section}
+    rows = {"here": each.result, "baseline": each.baseline, "published": each.published, "results": each.section}
     cells = "".join(f"<tr><th>{words[name]}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
     cells += f"<tr><th>{words['repeat']}</th><td><code>{escape(each.command)}</code></td></tr>"
     return (

@@ -38,7 +38,7 @@ def test_every_option_is_one_of_train() -> None:
 
 def test_plans_for_this_machine_are_those_that_were_measured() -> None:
     """Each within a fifth, in time and in memory."""
-    for name, found in json.loads((ROOT / "docs/results/plan.json").read_text()).items():
+    for name, found in json.loads((ROOT / "docs/results/data/plan.json").read_text()).items():
         pairs = ("planned_seconds", "seconds", "{:.3f}", 1.0), ("planned_bytes", "bytes", "{:.2f}", 1e9)
         cells = [name]
         for planned, measured, form, unit in pairs:
@@ -49,6 +49,6 @@ def test_plans_for_this_machine_are_those_that_were_measured() -> None:
 
 
 def test_what_a_save_costs_is_what_was_measured() -> None:
-    for found in json.loads((ROOT / "docs/results/saving.json").read_text()).values():
+    for found in json.loads((ROOT / "docs/results/data/saving.json").read_text()).values():
         cells = [f"{found[name]:.2f}" for name in ("step", "held_up", "longer")]
         assert f"| {' | '.join(cells)} |" in PAGE

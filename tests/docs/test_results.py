@@ -177,7 +177,7 @@ def test_figures_beside_peers_stand_in_the_sections_that_are_linked() -> None:
 
 
 def test_the_meshes_table_is_what_the_benchmark_wrote() -> None:
-    wrote = json.loads((ROOT / "docs/results/scaling_out.json").read_text(encoding="utf-8"))
+    wrote = json.loads((DATA / "scaling_out.json").read_text(encoding="utf-8"))
     (table,) = [each for each in of_data(ROOT / "docs/results/speed.md") if each["section"].startswith("Two pods")]
     runs = [run for run in wrote.values() if isinstance(run, dict)]
     forms = {"tokens_per_second": ",.0f", "ratio": ".2f", "megabytes_a_step": ".2f", "formula_megabytes": ".2f",

@@ -31,16 +31,16 @@ def run(options: Options) -> None:
         write_atomic(options.output, lineage.page())
         print(f"The lineage is in {options.output}: open it in a browser.")
     elif options.name is None:
-        rows = [(str(e.year), e.name, ", ".join(e.parents) or "-", e.new, e.bought) for e in found.values()]
-        tables.show(("year", "landmark", "came from", "what was new", "result here"), rows)
+        rows = [(str(e.year), e.name, ", ".join(e.parents) or "-", e.new, e.result, e.baseline) for e in found.values()]
+        tables.show(("year", "landmark", "came from", "what was new", "result here", "baseline"), rows)
     elif options.name not in found:
         raise unknown("landmark", options.name, found)
     else:
         one = found[options.name]
         facts = (
             ("landmark", f"{one.title} ({one.authors}, {one.year})"), ("came from", ", ".join(one.parents) or "-"),
-            ("what was new", one.new), ("result here", one.bought), ("published", one.published),
-            ("repeat it", one.command), ("results", f"{one.section} (docs/results.md)"),
+            ("what was new", one.new), ("result here", one.result), ("baseline", one.baseline),
+            ("published", one.published), ("repeat it", one.command), ("results", f"{one.section} (docs/results.md)"),
         )  # fmt: skip
         tables.show(("", ""), facts)
 

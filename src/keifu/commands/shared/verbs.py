@@ -17,7 +17,7 @@ VERBS = {  # each is a file of that name in keifu/commands, or in its folder ref
     "inspect": "the load report: every tensor of a model, and the settings in use",
     "data": "list, fetch and check training data",
     "models": "every published size, parameters counted beside the paper's figure",
-    "lineage": "the landmarks in order of years: what was new, and what it bought here",
+    "lineage": "the landmarks in order of years: what was new, the result here and its baseline",
     "eject": "print the single-file edition of a landmark, to copy and change",
     "plan": "what training a published model would take on given devices, on paper",
     "demo": "train a small model, then talk with a published one",
