@@ -14,6 +14,7 @@ from keifu.alignment.dpo import Loss, losses
 from keifu.alignment.reward_model import ranking_losses
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
+from keifu.layers.losses import linear_divergence
 
 trl = pytest.importorskip("trl")
 
@@ -100,3 +101,16 @@ def test_what_is_learned_of_a_conversation(name: str) -> None:
     ]
     marked = [m and not (edge and [id] == line) for m, edge, id in zip(theirs_mask, edges, ids, strict=False)]
     assert mask == marked and sum(mask) > 4
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_distillation_loss(beta: float) -> None:
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    torch.manual_seed(3)
+    hidden, weight, labels = torch.randn(9, 6), torch.randn(23, 6), torch.randint(0, 23, (1, 9))
+    teacher = torch.randn(9, 23) * 3
+    labels[0, :4] = -100
+    student = (hidden @ weight.T)[None]
+    theirs = gkd.GKDTrainer.generalized_jsd_loss(student, teacher[None], labels, beta, 1.7)
+    found = linear_divergence(hidden[4:], weight, teacher[4:], None, beta, 1.7)
+    torch.testing.assert_close(found / 5, theirs, rtol=0, atol=1e-6)

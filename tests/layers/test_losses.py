@@ -167,3 +167,39 @@ def test_only_gradients_that_are_wanted_are_made(case):
         (found,) = torch.autograd.grad(loss, [each for each in own if each.requires_grad])
         assert torch.equal(found, both[0] if own[0] is hidden else both[1])
         assert products.get_total_flops() == 2 * (2 * 22 * 7 * 29)  # the logits, and one gradient
+
+
+def jensen_shannon(student, teacher, beta):
+    """The generalised divergence of each row by its definition: sums of p ln(p / m)."""
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    mixture = beta * p + (1 - beta) * q
+    if beta in (0, 1):
+        one, other = (p, q) if beta == 0 else (q, p)
+        return (one * (one / other).log()).sum(-1)
+    return (beta * p * (p / mixture).log() + (1 - beta) * q * (q / mixture).log()).sum(-1)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("temperature", "at_a_time"), [(1.0, 2**26), (2.5, 29 * 4)])
+@pytest.mark.parametrize("by_logits", [False, True])
+def test_divergence_and_its_gradient_are_those_of_the_definition(beta, temperature, at_a_time, by_logits, monkeypatch):
+    monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(losses, "_LOGITS_IN_CACHE", 29 * 3)
+    torch.manual_seed(4)
+    hidden, weight = torch.randn(11, 7, requires_grad=True), torch.randn(29, 7, requires_grad=True)
+    theirs, matrix = torch.randn(11, 5), torch.randn(29, 5)
+    given = (theirs @ matrix.T, None) if by_logits else (theirs, matrix)
+    ours = losses.linear_divergence(hidden, weight, *given, beta, temperature)
+    scaled = (hidden @ weight.T / temperature).double(), (theirs @ matrix.T / temperature).double()
+    expected = jensen_shannon(*scaled, beta).sum()
+    torch.testing.assert_close(ours.double() / 11, expected / 11, rtol=0, atol=1e-6)
+    got = torch.autograd.grad(ours * 0.5, (hidden, weight))
+    torch.testing.assert_close(got, torch.autograd.grad(expected * 0.5, (hidden, weight)), rtol=1e-5, atol=2e-6)
+
+
+def test_divergence_of_equal_models_is_zero():
+    hidden, weight = torch.randn(3, 7, requires_grad=True), torch.randn(29, 7)
+    for beta in (0.0, 0.5, 1.0):
+        total = losses.linear_divergence(hidden, weight, hidden, weight, beta)
+        assert total.item() == pytest.approx(0, abs=1e-6)
+        assert torch.autograd.grad(total, hidden)[0].abs().max() < 1e-6

@@ -167,7 +167,12 @@ def of_sft(toys: Toys) -> tuple[Any, list[Group]]:
         "weight_decay": Reach(0.07, "settings.weight_decay"),
     }
     packed = {"packed": Reach(False, lambda r: len(r.data.rows) == len(r.data.training), True)}
+    answers = {
+        "distill.own_share": Reach(0.5, lambda r: getattr(r.data, "share", 0.0)),
+        "distill.max_tokens": Reach(9, "run.options.distill.max_tokens"),
+    }
     groups = [Group(rows), Group(packed), ranked_groups(toys)[0], *lora_groups()]
+    groups += wiring.distill_groups(toys["base"], {}, answers)
     return base, [*groups, Group({"too_long": Reach("drop", counts)}, {"context_length": 20}, refused=True)]
 
 

@@ -161,8 +161,11 @@ def of_gpt(toys: Toys) -> tuple[Any, list[Group]]:
         "context_length": Reach(24, ("model.config.context_length", "data.context_length")),
         "compile": Reach(True, "settings.compile"),
     }
+    taught = {"tokenizer": begun_gpt(toys), "vocab_size": None}
+    distill = wiring.distill_groups(begun_gpt(toys), taught)
     own = {"vocab_size": None}  # a model that is gone on from has its tokenizer
-    return base, [Group(rows), Group({"start_from": Reach(begun_gpt(toys), "model.config.n_layers", 3)}, own), seeded()]
+    start = Group({"start_from": Reach(begun_gpt(toys), "model.config.n_layers", 3)}, own)
+    return base, [Group(rows), *distill, start, seeded()]
 
 
 def begun_gpt(toys: Toys) -> str:

@@ -128,6 +128,18 @@ def logged(recipe: Any, groups: list[Group]) -> list[Group]:
     return [replace(groups[0], rows={**groups[0].rows, **rows}), *groups[1:]]
 
 
+def distill_groups(teacher: str, given: Mapping[str, Any], more: Mapping[str, Reach] | None = None) -> list[Group]:
+    """Of `Distill`; more: rows of a recipe's further options."""
+    rows = {
+        "distill.beta": Reach(0.3, "objective.beta"),
+        "distill.temperature": Reach(2.0, "objective.temperature"),
+        "distill.weights": Reach("f32", "run.options.distill.weights"),
+    }
+    learned = Reach(teacher, lambda r: type(r.objective).__name__, "Distillation")
+    taught = {**given, "distill.teacher": teacher}
+    return [Group({"distill.teacher": learned}, given), Group(rows | dict(more or {}), taught)]
+
+
 def uncovered(recipe: Any, groups: list[Group], free: Mapping[str, str]) -> list[str]:
     """Options that have no row, neither their own nor one of a whole group such as `model`."""
     rows = {name for group in groups for name in group.rows} | {*free}

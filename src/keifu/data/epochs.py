@@ -77,7 +77,11 @@ class EpochBatches(ABC):
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
-        return self.make_batch(False, self._epochs.batch(step))
+        return self.make_batch(False, self.items(step))
+
+    def items(self, step: int) -> np.ndarray:
+        """Return the numbers of the training examples in the batch of a step."""
+        return self._epochs.batch(step)
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """Yield the held-out examples in batches, always the same."""

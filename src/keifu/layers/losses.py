@@ -3,6 +3,7 @@
 Axes: `...` any leading axes, n = positions, dim, vocab = classes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -92,17 +93,31 @@ def _gradients(
     z_loss: float, kind: torch.dtype, wanted: Sequence[bool], vocabulary: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss, the sum of -log p, and the loss's gradients by hidden, weight and bias, each empty where not
+    wanted."""
+
+    def to_gradient(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        return _to_gradient(logits, targets[part], counts[part], label_smoothing, z_loss, vocabulary)
+
+    return _gradients_by_rows(hidden, weight, bias, kind, wanted, to_gradient)
+
+
+def _gradients_by_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, kind: torch.dtype, wanted: Sequence[bool],
+    to_gradient: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return two sums of `to_gradient`, and the first one's gradients by hidden, weight and bias, each empty where not
     wanted.
 
-    They are made while the logits of some rows are at hand, so that these are never all kept. The type is that of the
-    products, but the weight's own where a gradient is the sum of several.
+    They are made while the logits of some rows are at hand, so that these are never all kept: `to_gradient` makes the
+    gradient of the logits in their place. The type is that of the matrix multiplications, but the weight's own where a
+    gradient is the sum of several.
     """
     low, matrix, added = hidden.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
     d_hidden, d_weight = torch.empty_like(low) if wanted[0] else low.new_empty(0), low.new_empty(0)
     total, plain, d_bias = (low.new_zeros(shape, dtype=torch.float32) for shape in ((), (), 0))
     for part in _slices(len(low), max(1, _LOGITS_AT_A_TIME // len(weight))):
         logits = linear(low[part], matrix, added)
-        loss, nats = _to_gradient(logits, targets[part], counts[part], label_smoothing, z_loss, vocabulary)
+        loss, nats = to_gradient(logits, part)
         total, plain = total + loss, plain + nats
         if wanted[0]:
             d_hidden[part] = product(logits, matrix)
@@ -202,6 +217,62 @@ def _loss_and_gradient(
         gradient -= label_smoothing / total
     gradient.scatter_add_(-1, right, step)
     return loss, nats, gradient
+
+
+@torch.compiler.disable()  # its loop over rows would be unrolled
+def linear_divergence(
+    hidden: Float[Tensor, "n dim"], weight: Float[Tensor, "vocab dim"], teacher: Float[Tensor, "n teacher_dim"],
+    teacher_weight: Float[Tensor, "vocab teacher_dim"] | None, beta: float, temperature: float = 1.0,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Sum over positions of the divergence of the student's softmax(hidden @ weight.T / temperature) from the teacher's
+    softmax(teacher @ teacher_weight.T / temperature), in nats, with its gradient made on the way.
+
+    Without `teacher_weight` the teacher's logits are given. With p of the teacher, q of the student and M = beta p +
+    (1 - beta) q, it is beta KL(p | M) + (1 - beta) KL(q | M), the generalised Jensen-Shannon divergence (Agarwal et
+    al., 2023, equation 1). beta 0 is KL(p | q), forward; 1 is KL(q | p), reverse. The teacher has no gradient.
+    """
+    device = hidden.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    matrix = None if teacher_weight is None else teacher_weight.detach().to(kind)
+    theirs = teacher.detach() if matrix is None else teacher.detach().to(kind)
+
+    def to_gradient(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        given = theirs[part] if matrix is None else linear(theirs[part], matrix)
+        return (total := _divergence_to_gradient(logits, given, beta, temperature)), total
+
+    wanted = [each.requires_grad and torch.is_grad_enabled() for each in (hidden, weight)]
+    with torch.no_grad():
+        total, _, *gradients = _gradients_by_rows(hidden, weight, None, kind, [*wanted, False], to_gradient)
+    return _WithGradients.apply(total, tuple(gradients[:2]), hidden, weight)
+
+
+def _divergence_to_gradient(logits: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
+    """Return the summed divergence of these rows; each logit becomes its gradient. A CPU computes a few rows at a time,
+    whose probabilities its cache holds."""
+    size = max(1, _LOGITS_IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    total = logits.new_zeros((), dtype=torch.float32)
+    for part in _slices(len(logits), max(1, size)):
+        mine, theirs = (F.log_softmax(each[part].float() / temperature, -1) for each in (logits, teacher))
+        loss, gradient = _divergence(mine, theirs, beta)
+        logits[part] = gradient.div_(temperature).to(logits.dtype)
+        total = total + loss
+    return total
+
+
+def _divergence(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Return the sum over rows of the divergence of log-probabilities, and its gradient by the student's logits."""
+    if beta == 0:
+        shares, guesses = teacher.exp(), student.exp()
+        return (shares * (teacher - student)).sum(), guesses.sub_(shares)
+    share = 1.0 if beta == 1 else 1 - beta
+    mixture = teacher if beta == 1 else torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    guesses = student.exp()
+    gaps = guesses * (student - mixture)
+    kl = gaps.sum(-1, keepdim=True)
+    loss = share * kl.sum()
+    if beta != 1:
+        loss = loss + beta * (teacher.exp() * (teacher - mixture)).sum()
+    return loss, share * gaps.sub_(guesses.mul_(kl))
 
 
 def categorical_cross_entropy(

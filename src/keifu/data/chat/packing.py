@@ -6,7 +6,7 @@ Axes: row (of a batch), position.
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +25,12 @@ class TurnMasks(NamedTuple):
 
     ids: list[int]
     learned: list[bool]
+
+    @property
+    def last_answer(self) -> int:
+        """Return the position at which the last answer begins; 0 without one."""
+        starts = [i for i, (before, after) in enumerate(pairwise(self.learned), 1) if after and not before]
+        return max(starts, default=0)
 
 
 def hash_turns(facts: str, conversations: Iterable[TurnMasks]) -> str:

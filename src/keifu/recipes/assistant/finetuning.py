@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -261,9 +260,8 @@ def ranked_examples(
 def sample_answer(tokenizer: Tokenizer, ranked: RankedResponses, place: int) -> TurnMasks:
     """Render a prompt with one of its answers; only that is learned, not the assistant's earlier turns."""
     said = {"role": "assistant", "content": ranked.answers[place]}
-    ids, own = tokenizer.render_turns([*ranked.prompt, said])
-    begins = max((i + 1 for i, (before, after) in enumerate(pairwise(own)) if after and not before), default=0)
-    return TurnMasks(ids, [mine and i >= begins for i, mine in enumerate(own)])
+    turns = TurnMasks(*tokenizer.render_turns([*ranked.prompt, said]))
+    return TurnMasks(turns.ids, [mine and i >= turns.last_answer for i, mine in enumerate(turns.learned)])
 
 
 @dataclass(frozen=True)

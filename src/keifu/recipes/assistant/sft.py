@@ -3,7 +3,8 @@
 Paper: "Training language models to follow instructions with human feedback": 16 epochs there, a cosine to a tenth, no
 warm-up. The loss is on the tokens of the assistant's turns alone, their end-of-turn token included; conversations are
 packed into rows in which none attends to another. `--lora.rank` trains low-rank adapters (Hu et al.,
-2021) instead of the model.
+2021) instead of the model. With `--distill.teacher` the student learns all probabilities of a larger model with the
+same tokenizer, on the given answers or on its own (GKD, Agarwal et al., 2023).
 Command: keifu train sft --model smollm2 --data summary-instructions --lora.rank 8
 Cost: printed before it starts, measured on the machine.
 Expected: see docs/results.md, "A new behaviour for SmolLM2 by LoRA".
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from keifu.alignment.distillation import StudentAnswers
 from keifu.data.chat import conversations
 from keifu.data.chat.conversations import Conversation
 from keifu.data.chat.packing import FittedConversations, PackedConversations, TooLong, TurnMasks, fit_conversations
@@ -21,8 +23,9 @@ from keifu.generation.text.chat import Conversation as Talk
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.assistant.finetuning import AssistantOptions, FinetuneTask, held_out, open_model
+from keifu.recipes.distilling import DistillAnswers
 from keifu.training.loop import Summary
-from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.protocols import Objective
 
 SAMPLES = 3
 
@@ -53,6 +56,8 @@ class Recipe(AssistantOptions):
     """AdamW's weight decay, of matrices alone."""
     warmup: NotNegative = 0.03
     """Share of the steps in which the learning rate rises from 0."""
+    distill: DistillAnswers = field(default_factory=DistillAnswers)
+    """Teacher that the model learns from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +67,14 @@ class Task(FinetuneTask):
     training: FittedConversations
     held: FittedConversations
     shown: list[Conversation]
+    objective: Objective
 
 
 def prepare(recipe: Recipe) -> Task:
     """Load the model, read the conversations and render them."""
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = finetuning.row_length(model, recipe.context_length)
+    objective, distill = recipe.distill.objective(tokenizer, length), recipe.distill
     training, held = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
     learned, tested = (
         fit_conversations([TurnMasks(*tokenizer.render_turns(each)) for each in part], length, recipe.too_long)
@@ -75,7 +82,10 @@ def prepare(recipe: Recipe) -> Task:
     )
     rows, pad = (learned.kept, tested.kept), tokenizer.pad_id or 0
     data = PackedConversations(*rows, length, recipe.batch_size, recipe.seed, pad, recipe.packed)
-    return Task(finetuning.to_train(model, recipe.lora, recipe.seed), tokenizer, data, learned, tested, held[:SAMPLES])
+    model = finetuning.to_train(model, recipe.lora, recipe.seed)
+    if distill.own_share:
+        data = StudentAnswers(data, model, tokenizer, distill.own_share, distill.max_tokens)
+    return Task(model, tokenizer, data, learned, tested, held[:SAMPLES], objective)
 
 
 def select_conversations(found: list[Conversation], limit: int | None) -> list[Conversation]:
@@ -98,10 +108,10 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
     kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
     gone = {"too long, left out": task.training.dropped, "too long, cut": task.training.shortened}
     return finetuning.finetune(
-        recipe, task, causal_language_modeling, chosen, out, resume, lambda step: answers(task),
+        recipe, task, task.objective, chosen, out, resume, lambda step: answers(task),
         title=f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
         paper="Ouyang et al., InstructGPT (2022), section 3.5", unit="tokens",
-        options={"template": task.tokenizer.chat_template}, data=kept | gone,
+        options={"template": task.tokenizer.chat_template, **recipe.distill.options()}, data=kept | gone,
     )  # fmt: skip
 
 

@@ -2,13 +2,13 @@
 
 The model is LLaMA's block (Touvron et al., 2023), the optimiser Muon with AdamW; sizes follow nanochat's idea of one
 dial, the number of tokens Hoffmann et al. (2022): 20 a parameter, but at most 4 passes over the text (Muennighoff et
-al., 2023).
+al., 2023). With `--distill.teacher` it learns all probabilities of a larger model with the same tokenizer.
 Command: keifu train gpt --depth 4 --data english
 Cost: printed before it starts, measured on the machine; depth 4 is about 5 M parameters and an hour on 2 cores.
 Expected: see docs/results.md, "Loss and size".
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from keifu.generation.text.model import causal
 from keifu.layers.lora import merge
 from keifu.models import llama
 from keifu.ranges import Count, Depth, NotNegative, Seed
+from keifu.recipes.distilling import Distill
 from keifu.recipes.language.pretraining import Task, Text, TextOptions, prepare_text, pretrain, settings_of
 from keifu.recipes.options import Logging, given
 from keifu.recipes.starting import keeps_best, scaled
@@ -62,6 +63,8 @@ class Recipe(TextOptions, Logging):
     """Compile with torch.compile: slower to start, faster after."""
     prompt: str = "The"
     """Beginning of the samples."""
+    distill: Distill = field(default_factory=Distill)
+    """Teacher that the model learns from."""
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -122,7 +125,9 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     if recipe.start_from is not None:
         return _go_on(recipe, recipe.start_from, out, resume)
     task, config, chosen = prepare(recipe, out)
-    pretrain("gpt", task, llama.build, config, chosen, out, resume, recipe.prompt)
+    objective = recipe.distill.objective(task.tokenizer, config.context_length)
+    options = recipe.distill.options()
+    pretrain("gpt", task, llama.build, config, chosen, out, resume, recipe.prompt, options=options, objective=objective)
 
 
 def start_model(name: str) -> tuple[Any, Any]:
@@ -141,4 +146,8 @@ def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
         raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
     task = Task(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
     chosen = settings(recipe, sum(each.numel() for each in model.parameters()), row, len(task.shards.tokens))
-    pretrain("gpt", task, lambda _: model, model.config, chosen, out, resume, recipe.prompt, row=row)
+    options, objective = recipe.distill.options(), recipe.distill.objective(tokenizer, row)
+    pretrain(
+        "gpt", task, lambda _: model, model.config, chosen, out, resume, recipe.prompt, row=row, options=options,
+        objective=objective,
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 and PaLM have in common.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -136,19 +136,21 @@ class _Pieces:
 def pretrain(
     name: str, task: Task, build: Callable[[Any], DecoderLM], config: Any, settings: Settings, out: Path, resume: bool,
     prompt: str = "", about: dict[str, Any] | None = None, start_over: bool = False, z_loss: float = 0.0,
-    row: int | None = None,
+    row: int | None = None, objective: Objective = causal_language_modeling, options: Mapping[str, Any] = {},
 ) -> Summary:  # fmt: skip
     """Train a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says.
 
     `start_over` removes an earlier run in that folder, which is refused otherwise. row: tokens of a row, where those
-    are fewer than the model takes.
+    are fewer than the model takes. objective: of the tokens, or of a teacher; options: what else decides the result.
     """
     torch.manual_seed(settings.seed)
     model: Any = build(replace(config, vocab_size=task.tokenizer.vocab_size)).to(choose())
     config = model.config
     data = PackedText(task.shards, row or config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
-    deciding = {"model": asdict(config), "text": asdict(task.text)} | ({"z_loss": z_loss} if z_loss else {})
-    objective: Objective = partial(causal_language_modeling, z_loss=z_loss) if z_loss else causal_language_modeling
+    deciding = {"model": asdict(config), "text": asdict(task.text), **options} | ({"z_loss": z_loss} if z_loss else {})
+    bytes_per_token = task.shards.bytes_per_token if objective is causal_language_modeling else None
+    if z_loss:
+        objective = partial(causal_language_modeling, z_loss=z_loss)
     if balancing := vars(config).get("balancing"):  # of a mixture of experts
         objective = with_balancing(objective, balancing)
 
@@ -158,7 +160,7 @@ def pretrain(
     return train_run(
         out, resume, model, objective, data, settings, task.tokenizer, title=name, parameters=parameters(model),
         facts=task.facts(), options=deciding, sample=sample, largest=data.largest(), replace=start_over,
-        bytes_per_unit=task.shards.bytes_per_token, watch=lambda figures: collapsed_routers(model), **(about or {}),
+        bytes_per_unit=bytes_per_token, watch=lambda figures: collapsed_routers(model), **(about or {}),
     )  # fmt: skip
 
 

@@ -1,0 +1,137 @@
+"""Knowledge distillation (Hinton et al., 2015): a student learns all probabilities of a teacher, on given sequences or
+on its own answers (GKD, Agarwal et al., 2023).
+
+Axes: batch = rows, length = tokens of a row, n = tokens that are learned, vocab.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.alignment.rollouts import stack_responses
+from keifu.data.chat.packing import PackedConversations
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.model import evaluation_mode
+from keifu.generation.text.sampling_params import SamplingParams
+from keifu.layers.losses import linear_cross_entropy, linear_divergence
+from keifu.native.model import BLOCK_SIZE, NativeLM, Span
+from keifu.processes import current
+from keifu.training.protocols import Batch, LossOutput
+
+Tokens = Int[Tensor, "batch length"]
+
+
+@dataclass(frozen=True, eq=False)
+class Distillation:
+    """Objective of the training loop: the divergence of a student's probabilities from a teacher's, for each token of
+    batch["tokens"] [batch, length + 1] after the first, or for those that batch["mask"] marks.
+
+    beta: 0 is the forward KL divergence, 1 the reverse one, between them the generalised Jensen-Shannon divergence (see
+    `keifu.layers.losses.linear_divergence`). temperature: divides the logits of both. The teacher may be packed for
+    native code. In evaluation mode the figure `nats` is the student's -log p of the tokens.
+    """
+
+    teacher: Any
+    beta: float = 0.0
+    temperature: float = 1.0
+
+    def __call__(self, model: Any, batch: Batch) -> LossOutput:
+        """Return the sums over the tokens that are learned."""
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        mask = batch["mask"][:, 1:] if "mask" in batch else torch.ones_like(targets, dtype=torch.bool)
+        documents = batch["documents"][:, :-1] if "documents" in batch else None
+        hidden = model.hidden(inputs, documents=documents)[mask]
+        head, teacher = model.head_weight, self.teacher.config.vocab_size
+        head = head if len(head) <= teacher else head[:teacher]  # beyond are rows without a token
+        states, matrix = teacher_states(self.teacher, inputs, documents, len(head))
+        total = linear_divergence(hidden, head, states[mask], matrix, self.beta, self.temperature)
+        figures = {} if model.training else {"nats": linear_cross_entropy(hidden, head, None, targets[mask])[1]}
+        return LossOutput(total, mask.sum(), figures)
+
+
+@torch.no_grad()
+def teacher_states(
+    teacher: Any, tokens: Tokens, documents: Tokens | None, vocab: int
+) -> tuple[Float[Tensor, "batch length states"], Tensor | None]:
+    """Return the teacher's hidden states and the first `vocab` rows of its head; of packed weights, its logits and no
+    head."""
+    with evaluation_mode(teacher):
+        if isinstance(teacher, NativeLM):
+            return native_logits(teacher, tokens, documents)[..., :vocab], None
+        return teacher.hidden(tokens, documents=documents), teacher.head_weight[:vocab]
+
+
+def native_logits(model: NativeLM, tokens: Tokens, documents: Tokens | None) -> Float[Tensor, "batch length vocab"]:
+    """Return the logits of packed weights, in which no token sees another document."""
+    rows = []
+    for row, ids in enumerate(tokens.tolist()):
+        numbers = [0] * len(ids) if documents is None else documents[row].tolist()
+        starts = [i for i, (one, other) in enumerate(pairwise([None, *numbers])) if one != other]
+        spans, used = [], 0
+        for start, stop in pairwise([*starts, len(ids)]):
+            blocks = range(used, used := used - (start - stop) // BLOCK_SIZE)
+            spans.append(Span(start, ids[start:stop], 0, blocks, stop - start))
+        rows.append(model.runner(used).run(spans))
+    return torch.stack(rows)
+
+
+@dataclass(eq=False)
+class StudentAnswers:
+    """Data of the training loop, in which the student writes some of the batches itself (GKD, algorithm 1).
+
+    share: of the batches, chosen by the seed and the step. Each row is then the prompt of one of the row's
+    conversations, with an answer of at most `max_tokens` tokens, which is learned. Validation uses the given answers.
+    """
+
+    data: PackedConversations
+    student: nn.Module
+    tokenizer: Tokenizer
+    share: float
+    max_tokens: int
+    on_policy = True
+
+    def __post_init__(self) -> None:
+        self.steps_per_epoch, self.context_length = self.data.steps_per_epoch, self.data.context_length
+        self.fingerprint = f"{self.data.fingerprint}-{self.share}-{self.max_tokens}"
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step: the student's answers, as it is now, or the given ones."""
+        random = np.random.default_rng([self.data.seed, step])
+        if random.random() >= self.share:
+            return self.data.batch(step)
+        rows = [self.data.rows[item] for item in self.data.items(step)]
+        talks = [self.data.training[random.choice(row)] for row in rows]
+        prompts = [talk.ids[: max(1, talk.last_answer)] for talk in talks]
+        seeds = random.integers(2**32, size=len(rows)).tolist()
+        plain = SamplingParams(temperature=1.0, log_probabilities=True)
+        rooms = [min(self.max_tokens, self.context_length - len(prompt)) for prompt in prompts]
+        how = [replace(plain, max_tokens=room, seed=seed) for room, seed in zip(rooms, seeds, strict=True)]
+        own = slice(*current().bounds(len(rows)))
+        pad_id = self.tokenizer.pad_id or 0
+        answers = stack_responses(
+            prompts[own], generate_batch(self.student, self.tokenizer, prompts[own], how[own], len(rows)), pad_id
+        )
+        del answers["old"]
+        return current().gather_batch(answers, {"tokens": pad_id})
+
+    def validation(self) -> Iterator[Batch]:
+        """Yield the held-out conversations."""
+        return self.data.validation()
+
+    def largest(self) -> Batch:
+        """Return the batch that needs the most memory."""
+        return self.data.largest()
+
+    def state(self) -> Batch:
+        """Return nothing: each batch serves one update."""
+        return {}
+
+    def load_state(self, state: Batch) -> None:
+        """Restore what `state` gave."""
