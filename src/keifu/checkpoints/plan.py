@@ -72,8 +72,9 @@ class Source:
     def stored_name(self, name: str) -> str:
         """Return the name of a tensor as this file spells it: without the family's prefix, or as older files do."""
         name = name if self.has_prefix else name.removeprefix(self.family.prefix)
-        endings = self.family.old_endings.items()
-        older = (name.removesuffix(new) + old for new, old in endings if name.endswith(new))
+        endings, beginnings = self.family.old_endings.items(), self.family.old_beginnings.items()
+        older = [name.removesuffix(new) + old for new, old in endings if name.endswith(new)]
+        older += [old + name.removeprefix(new) for new, old in beginnings if name.startswith(new)]
         return next((one for one in (name, *older) if one in self.stored), name)
 
 

@@ -35,7 +35,8 @@ class Family:
 
     `module` is the model's file; `prefix` may be missing from all names of a file, and is from the files of the
     architectures `without_prefix`; `not_weights` are tensors of old files that are no weights, `copies` tensors
-    that repeat another one of the file, `old_endings` today's ending of a name and that of old files. `in_file`:
+    that repeat another one of the file, `old_endings` today's ending of a name and that of old files, and
+    `old_beginnings` the same of its beginning. `in_file`:
     switches of the Config that are on where the file has a tensor, whatever its config says. `unsupported` are settings
     and the value of each that is implemented. `aliases` gives, for a Config, the other names that a file may have for a
     matrix which serves in several places. `inside` is where the model has the decoder that `tied` speaks of, and `tie`
@@ -56,6 +57,7 @@ class Family:
     in_file: Mapping[str, str] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     old_endings: Mapping[str, str] = field(default_factory=dict)
+    old_beginnings: Mapping[str, str] = field(default_factory=dict)
     without_prefix: tuple[str, ...] = ()
     inside: str = ""
     files: tuple[str, str] = ("config.json", "model.safetensors")
@@ -79,7 +81,10 @@ _FILES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_PIPELINES, ("model_index.json", "diffusion_pytorch_model.safetensors")),
 }
 # Fields of `Family` that a model's file may have.
-OFFERED = "PREFIX", "NOT_WEIGHTS", "UNSUPPORTED", "IN_FILE", "COPIES", "OLD_ENDINGS", "WITHOUT_PREFIX", "aliases"
+OFFERED = (
+    "PREFIX", "NOT_WEIGHTS", "UNSUPPORTED", "IN_FILE", "COPIES", "OLD_ENDINGS", "OLD_BEGINNINGS", "WITHOUT_PREFIX",
+    "aliases", "tie",
+)  # fmt: skip
 
 MODELS = {  # each model's file under keifu.models, and the model_types of its configs, keifu's own last
     "bert": ("bert", "keifu_bert"),
@@ -98,6 +103,7 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
     "mixture.olmoe": ("olmoe", "keifu_olmoe"),
     "mixture.deepseek_v3": ("deepseek_v3", "keifu_deepseek_v3"),
     "mixture.gpt_oss": ("gpt_oss", "keifu_gpt_oss"),
+    "multimodal.llava": ("llava", "keifu_llava"),
     "transformer": ("marian", "keifu_transformer"),
     "mlp": ("keifu_mlp",),
     "perceptron": ("keifu_perceptron",),

@@ -23,6 +23,7 @@ from keifu.layers.lazy import Index
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # and the model_type that is meant where it is so
 PREPROCESSOR = "preprocessor_config"  # of pictures: its file, and the field in which it comes with the config
+PROCESSOR = "processor_config"  # of prompts with pictures
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = PLAIN | {"I64": torch.int64}  # counters, such as a batch norm's
 
@@ -64,7 +65,7 @@ def _with_preprocessor(where: Path) -> dict[str, Any]:
     """Return a config, with the settings for pictures from the file next to it."""
     kind, json = CONFIGS[where.name], read_json_object(where)
     json |= {"model_type": kind} if kind else {}
-    beside, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name("processor_config.json")
+    beside, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name(f"{PROCESSOR}.json")
     if beside.exists():
         return json | {PREPROCESSOR: read_json_object(beside)}
     return json | {PREPROCESSOR: read_json_object(whole).get("image_processor") if whole.exists() else None}

@@ -26,7 +26,7 @@ from keifu.checkpoints.diffusers.pipeline import (
     json_files,
     weight_places,
 )
-from keifu.checkpoints.hf.read import CONFIGS, INDEX, PREPROCESSOR, WEIGHTS
+from keifu.checkpoints.hf.read import CONFIGS, INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
 from keifu.checkpoints.hf.stacked_experts import stack, stack_of
 from keifu.checkpoints.hf.task_heads import describe
 from keifu.checkpoints.hf.weight_names import Link, links
@@ -162,9 +162,9 @@ def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path
         ids = dict(zip(ids, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
         given = generation_config(tokenizer) | {key: config[key] for key in GENERATION if key in config}
         _write_json(stage / GENERATION_CONFIG, given)
-    pictures = config.pop(PREPROCESSOR, None)
-    if pictures is not None:
-        _write_json(stage / f"{PREPROCESSOR}.json", pictures)
+    for part in (PREPROCESSOR, PROCESSOR):
+        if (content := config.pop(part, None)) is not None:
+            _write_json(stage / f"{part}.json", content)
     _write_json(stage / file, ids | config | {"dtype": dtype, "torch_dtype": dtype})
 
 

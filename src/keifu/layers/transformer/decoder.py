@@ -4,7 +4,7 @@ Axes: batch, length = tokens, dim, vocab.
 """
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,18 @@ from keifu.layers.linear import Linear, linear
 
 Tokens = Int[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
+
+
+class Inserted(NamedTuple):
+    """Embeddings instead of those of tokens, such as a picture's: where they go in the flattened batch, and they."""
+
+    places: Int[Tensor, " count"]
+    embeddings: Float[Tensor, "count dim"]
+
+    def into(self, x: Hidden) -> Hidden:
+        """Return the embeddings of tokens with these among them."""
+        new = self.embeddings.to(x.dtype)
+        return x.flatten(0, 1).index_copy(0, self.places, new).view_as(x)
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -90,28 +102,29 @@ class DecoderLM(nn.Module):
 
     def hidden(
         self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None,
-        documents: Tokens | None = None,
+        documents: Tokens | None = None, inserted: Inserted | None = None,
     ) -> Hidden:  # fmt: skip
         """Return the last hidden states, after the last norm; positions count from each row's first real token.
 
         `documents` numbers the document of each token where a row holds several: none sees or counts another's.
+        `inserted`: embeddings instead of those of some tokens.
         """
+        x = self.embedding(tokens) if inserted is None else inserted.into(self.embedding(tokens))
         if state is not None:
-            return self._hidden(tokens, state.positions(tokens.shape[1], padding), state=state)
+            return self._hidden(x, state.positions(tokens.shape[1], padding), state=state)
         length = tokens.shape[1]
         positions = torch.arange(length, device=tokens.device)
         if documents is not None:
-            return self._hidden(tokens, positions_in(documents), mask=DocumentMask(documents))
+            return self._hidden(x, positions_in(documents), mask=DocumentMask(documents))
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)
-        return self._hidden(tokens, positions, mask=CausalMask(0, length, padding, tokens.device))
+        return self._hidden(x, positions, mask=CausalMask(0, length, padding, tokens.device))
 
     def _hidden(
-        self, tokens: Tensor, positions: Tensor, state: State | None = None, mask: Mask | None = None
+        self, x: Hidden, positions: Tensor, state: State | None = None, mask: Mask | None = None
     ) -> Hidden:
-        x = self.embedding(tokens)
         if self.positions is not None:
-            x = x + self.positions(self._within(positions, tokens.shape[1] + (state.longest if state else 0)))
+            x = x + self.positions(self._within(positions, x.shape[1] + (state.longest if state else 0)))
         x = self.dropout(x)
         places = Positions(positions)
         for i, block in enumerate(self.blocks):

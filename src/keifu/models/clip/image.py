@@ -6,8 +6,10 @@ Axes: batch, channels, rows and columns of pixels or of a feature map; length = 
 shared with captions.
 """
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +115,7 @@ class Config:
     attention_dropout: BelowOne = 0.0
     embedding_dim: Count = 512
     projected: bool = True
+    class_tokens: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,15 @@ class VisionTransformer(nn.Module):
     def encode(self, pixels: Pixels) -> Float[Tensor, "batch length dim"]:
         """Hidden states of the class token and of each patch, before the last norm. Pixels are normalised as in
         training."""
+        return deque(self.states(pixels), maxlen=1).pop()
+
+    def states(self, pixels: Pixels) -> Iterator[Float[Tensor, "batch length dim"]]:
+        """Yield the normalised embeddings, then the hidden states after each block."""
         x, everything = self.first_norm(self.embedding(pixels)), PaddingMask()
+        yield x
         for each in self.blocks:
             x = each(x, mask=everything)
-        return x
+            yield x
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:
         """Return an embedding for each image, not normalised; without a projection the class token's state after its
