@@ -25,6 +25,7 @@ if os.environ.get("KEIFU_NO_SHAPES") != "1":  # the hook breaks torch.compile(fu
 
 import math  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from contextlib import suppress  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -42,6 +43,20 @@ warnings.filterwarnings("ignore", module="beartype")
 def _repeatable() -> None:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Compiles the native step before the processes of the tests begin: none of them waits for a compiler."""
+    with suppress(Unavailable):
+        library.prebuilt() or library.build()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _native_step() -> None:
+    """Opens the native step before a test can name an empty cache, into which it would be compiled anew."""
+    with suppress(Unavailable):
+        library.open_library()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("fastapi")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serving_toys import SIZE, Served, byte_tokenizer, running, sharp
+from serving_toys import SIZE, WAIT, Served, byte_tokenizer, running, sharp
 
 import keifu
 from keifu.data.tokenizers.chat_template import CHATML
@@ -78,6 +78,22 @@ def served(folder: Path) -> Iterator[Served]:
         yield found
 
 
+@dataclass(frozen=True)
+class PatientBrowser:
+    """A browser whose pages wait for as long as a slow machine needs."""
+
+    found: Any
+    milliseconds: float
+
+    def new_context(self, **options: Any) -> Any:
+        context = self.found.new_context(**options)
+        context.set_default_timeout(self.milliseconds)
+        return context
+
+    def new_page(self, **options: Any) -> Any:
+        return self.new_context(**options).new_page()
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium for the tests of one file. Its event loop runs in this thread: until it ends, `asyncio.run` refuses."""
@@ -85,8 +101,9 @@ def browser() -> Iterator[Any]:
     if BROWSER is None:
         pytest.skip("no Chromium")
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield found
+        milliseconds = 1000 * WAIT
+        found = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=milliseconds)
+        yield PatientBrowser(found, milliseconds)
         found.close()
 
 

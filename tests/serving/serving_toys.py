@@ -24,7 +24,11 @@ from keifu.serving.models import ServedModels, public_names
 from keifu.serving.server import Address, server_of
 from keifu.serving.worker import Limits
 
+WAIT = 300.0  # seconds for an event that must come, however slow the machine is; a wait ends with its event
 SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 512, "dim": 24, "hidden_dim": 48, "n_layers": 2}
+
+for _part in ("connect", "read", "write", "pool"):  # of a request that names no timeout; five seconds are httpx's own
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, _part, WAIT)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -52,16 +56,16 @@ class Served:
     @property
     def openai(self) -> Any:
         """OpenAI's own client, which never tries again."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=WAIT)
 
     @property
     def openai_async(self) -> Any:
         """The same for asyncio."""
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=WAIT)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         """A request as it is written."""
-        return httpx.post(f"{self.url}{path}", json=body, timeout=30, **options)
+        return httpx.post(f"{self.url}{path}", json=body, **{"timeout": WAIT, **options})
 
 
 @contextmanager
@@ -78,11 +82,11 @@ def running(
     until(lambda: server.started)
     yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", models)
     server.should_exit = True
-    thread.join(20)
+    thread.join(WAIT)
     assert not thread.is_alive()
 
 
-def until(holds: Callable[[], bool], seconds: float = 20) -> None:
+def until(holds: Callable[[], bool], seconds: float = WAIT) -> None:
     """Waits until something holds."""
     end = time.monotonic() + seconds
     while not holds():

@@ -1,17 +1,22 @@
 """What the service refuses, each in a sentence of OpenAI's shape, and that it goes on afterwards."""
 
 import importlib
+import json
 import socket
-import time
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from serving_toys import running, until
+from serving_toys import WAIT, running, until
 
+from keifu.generation.text.engine import Engine
+from keifu.generation.text.request import Piece
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits
 
@@ -117,7 +122,7 @@ def test_another_name_of_the_host_is_refused_where_names_are_given(folder: Path)
 @pytest.fixture(scope="module")
 def small(folder: Path) -> Iterator[Any]:
     """A server with keys, little room and small bodies."""
-    limits, access = Limits(slots=1, queue=1, timeout=20.0), Access(keys=("first", "second"), body=2000)
+    limits, access = Limits(slots=1, queue=1), Access(keys=("first", "second"), body=2000)
     with running([str(folder / "chat")], limits, access) as found:
         yield found
 
@@ -148,7 +153,22 @@ def test_a_large_body_is_refused_by_its_length_and_by_what_comes(small: Any) -> 
     assert found.status_code == 413 and "2,000 bytes" in found.json()["error"]["message"]
 
 
-def test_a_full_queue_answers_429_and_a_client_that_leaves_makes_room(small: Any) -> None:
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The engine writes two tokens, and the next one when this is set."""
+    opened, steps, step = threading.Event(), count(), Engine.step
+
+    def gated(engine: Engine) -> list[Piece]:
+        if next(steps) > 1:
+            opened.wait()
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", gated)
+    yield opened
+    opened.set()
+
+
+def test_a_full_queue_answers_429_and_a_client_that_leaves_makes_room(small: Any, gate: threading.Event) -> None:
     client = openai.OpenAI(base_url=f"{small.url}/v1", api_key="first", max_retries=0)
     name = next(iter(small.models.descriptions))
     long = {"model": name, "messages": MESSAGES, "max_tokens": 400, "logit_bias": {"258": -1e5, "0": -1e5, "257": -1e5}}
@@ -162,23 +182,33 @@ def test_a_full_queue_answers_429_and_a_client_that_leaves_makes_room(small: Any
     assert ask(small, n=3).status_code == 400
     for stream in streams:
         stream.close()
-    until(lambda: worker.pending == 0 and not worker._jobs)
+    until(lambda: worker.pending == 0)
+    gate.set()
+    until(lambda: not worker._jobs)
     assert ask(small, max_tokens=1).status_code == 200
 
 
-def test_a_client_that_leaves_before_its_answer_makes_room(small: Any) -> None:
+def test_a_client_that_leaves_before_its_answer_makes_room(small: Any, gate: threading.Event) -> None:
     name = next(iter(small.models.descriptions))
     worker = small.models.workers[name]
-    body = b'{"model": "%s", "messages": [{"role": "user", "content": "x"}], "max_tokens": 450}' % name.encode()
-    head = [
-        "POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json",
-        "Authorization: Bearer first", f"Content-Length: {len(body)}",
-    ]  # fmt: skip
-    port = int(small.url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
+    with asking(small, "chat/completions", {"model": name, "messages": MESSAGES, "max_tokens": 450}):
         until(lambda: worker.pending == 1)
-    until(lambda: worker.pending == 0 and not worker._jobs)
+    until(lambda: worker.pending == 0)
+    gate.set()
+    until(lambda: not worker._jobs)
+
+
+@contextmanager
+def asking(served: Any, path: str, body: dict[str, Any]) -> Iterator[None]:
+    """Ask, and leave at the end of the block, whatever has come."""
+    content = json.dumps(body).encode()
+    head = [
+        f"POST /v1/{path} HTTP/1.1", "Host: x", "Content-Type: application/json",
+        "Authorization: Bearer first", f"Content-Length: {len(content)}",
+    ]  # fmt: skip
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as connection:
+        connection.sendall("\r\n".join([*head, "", ""]).encode() + content)
+        yield
 
 
 @pytest.mark.parametrize(
@@ -195,17 +225,21 @@ def test_what_a_client_has_left_ends_after_a_batch(
     assert served.post(f"/v1/{path}", body).status_code == 200
     module, _, name = part.rpartition(".")
     whole, batches = getattr(importlib.import_module(module), name), []
+    begun, goes_on = threading.Event(), threading.Event()
 
-    def slow(*given: Any) -> Any:
+    def waits(*given: Any) -> Any:
         batches.append(given)
-        time.sleep(0.5)
+        begun.set()
+        goes_on.wait(WAIT)
         return whole(*given)
 
-    monkeypatch.setattr(part, slow)
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{served.url}/v1/{path}", json={**body, "input": texts}, timeout=0.2)
+    monkeypatch.setattr(part, waits)
+    with asking(served, path, {**body, "input": texts}):
+        assert begun.wait(WAIT)
+    until(lambda: not served.models.workers[kind].pending)
+    goes_on.set()
     assert served.post(f"/v1/{path}", body).status_code == 200
-    assert len(batches) < 5  # the last is the second request's
+    assert len(batches) == 2, "one of the first request, and the second request's"
 
 
 def test_an_answer_that_takes_too_long_is_given_up(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
+from serving_toys import WAIT
 
 MODEL = {"embeddings": "encoder", "rerank": "encoder", "translations": "translator", "images": "ddpm", "match": "clip"}
 LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -63,7 +64,7 @@ def statuses(strategy: Any, name: str | None, checks: Any) -> set[int]:
         model = next(names)
         if isinstance(case.body, dict) and model is not None:
             case.body = {**case.body, "model": model, **{k: v for k, v in SMALL.items() if k in case.body}}
-        response = case.call(timeout=30)
+        response = case.call(timeout=WAIT)
         seen.add(response.status_code)
         case.validate_response(response, checks=wanted)
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from serving_toys import WAIT
 
 import keifu
 from keifu.generation.text.generate import generate_batch
@@ -29,7 +30,7 @@ def test_llm_at_the_command_line(served: Any, chat: str, tmp_path: Path) -> None
     sampling = sampling_for(tokenizer, {"max_tokens": 12, "temperature": 0})
     expected = generate_batch(model, tokenizer, [tokenizer.render_chat(messages)], sampling)[0].text
     for stream in ([], ["--no-stream"]):
-        found = subprocess.run([*asked, *stream, "Hello"], env=environment, capture_output=True, timeout=120)
+        found = subprocess.run([*asked, *stream, "Hello"], env=environment, capture_output=True, timeout=WAIT)
         assert found.stdout.decode("utf-8", "replace").rstrip("\n") == expected.rstrip("\n"), found.stderr
 
 

@@ -14,7 +14,7 @@ import openai
 import pytest
 import torch
 from PIL import Image
-from serving_toys import running
+from serving_toys import WAIT, running
 
 import keifu
 from keifu import cli
@@ -143,7 +143,7 @@ def test_a_picture_is_drawn_on_and_what_the_mask_keeps_stays(
     del ask["prompt"]
     fields = {"model": ask["model"], "steps": "4", "label": "cat", "seed": "3"}
     files = {"image": ask["image"], "mask": ask["mask"]}
-    found = httpx.post(f"{served.url}/v1/images/edits", data=fields, files=files, timeout=30)
+    found = httpx.post(f"{served.url}/v1/images/edits", data=fields, files=files, timeout=WAIT)
     data = base64.b64decode(found.json()["data"][0]["b64_json"])
     image = Image.open(io.BytesIO(data))
     pixels = [image.getpixel((x, y)) for y in range(8) for x in range(8)]
@@ -157,7 +157,7 @@ def test_a_picture_is_drawn_on_and_what_the_mask_keeps_stays(
 
 
 def httpx_edit(served: Any, fields: dict[str, str], image: tuple[str, bytes]) -> bytes:
-    found = httpx.post(f"{served.url}/v1/images/edits", data=fields, files={"image": image}, timeout=30).json()
+    found = httpx.post(f"{served.url}/v1/images/edits", data=fields, files={"image": image}, timeout=WAIT).json()
     return base64.b64decode(found["data"][0]["b64_json"])
 
 
@@ -181,7 +181,7 @@ def httpx_edit(served: Any, fields: dict[str, str], image: tuple[str, bytes]) ->
 )
 def test_what_cannot_be_drawn_on_is_refused(served: Any, folder: Path, fields: Any, files: Any, words: str) -> None:
     fields = {"model": name_of(folder, "ddpm"), "label": "cat", **fields}
-    found = httpx.post(f"{served.url}/v1/images/edits", data=fields, files=files, timeout=30)
+    found = httpx.post(f"{served.url}/v1/images/edits", data=fields, files=files, timeout=WAIT)
     assert found.status_code == 400 and words in found.json()["error"]["message"], found.text
 
 
@@ -259,7 +259,7 @@ def test_an_answer_whose_model_was_let_go_before_it_began_is_written(folder: Pat
     base, chat = "base", "chat"
     sources = {kind: name_of(folder, kind) for kind in (base, chat)}
     sizes = [each.size for each in ServedModels(sources, Limits(), Metrics()).descriptions.values()]
-    models = ServedModels(sources, Limits(timeout=10.0), Metrics(), max(sizes))
+    models = ServedModels(sources, Limits(), Metrics(), max(sizes))
 
     async def write() -> list[int]:
         body = CompletionRequest(model=base, prompt=[1, 2], max_tokens=3)
@@ -314,7 +314,7 @@ def test_damaged_and_huge_pictures_are_no_error_of_the_server(served: Any, conte
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name in ("image", "mask"):
         files = {"image": ("x.png", picture("L", 0)), name: ("y.bin", content)}
-        found = httpx.post(f"{served.url}/v1/images/edits", data={"model": "ddpm"}, files=files, timeout=30)
+        found = httpx.post(f"{served.url}/v1/images/edits", data={"model": "ddpm"}, files=files, timeout=WAIT)
         assert found.status_code in statuses, found.text
     body = {"model": "clip", "images": [base64.b64encode(content).decode()], "texts": ["a cat"]}
     found = served.post("/v1/match", body)

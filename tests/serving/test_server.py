@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving_toys import until
+from serving_toys import WAIT, until
 
 from keifu import cli
 from keifu.commands.serve import Options, found_models, keys_of, size_of
@@ -117,9 +117,9 @@ def test_what_runs_is_finished_before_the_end_and_nothing_of_it_is_logged(chat: 
     command = [sys.executable, "-m", "keifu", "serve", chat, "--socket", str(place)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    until(place.exists, 60)
-    client = httpx.Client(transport=httpx.HTTPTransport(uds=str(place)), timeout=60)
-    until(lambda: answers(client), 60)
+    until(place.exists)
+    client = httpx.Client(transport=httpx.HTTPTransport(uds=str(place)), timeout=WAIT)
+    until(lambda: answers(client))
     came: list[str] = []
 
     def read() -> None:
@@ -129,12 +129,12 @@ def test_what_runs_is_finished_before_the_end_and_nothing_of_it_is_logged(chat: 
 
     reading = threading.Thread(target=read)
     reading.start()
-    until(lambda: len(came) > 3, 60)
+    until(lambda: len(came) > 3)
     process.send_signal(signal.SIGTERM)
-    reading.join(60)
+    reading.join(WAIT)
     assert came[-1] == "data: [DONE]"
     assert json.loads(came[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("length", "stop")
-    out, log = process.communicate(timeout=60)
+    out, log = process.communicate(timeout=WAIT)
     assert process.returncode == 0 and b"Listening at the socket" in out
     lines: list[Any] = [json.loads(line) for line in log.decode().splitlines() if line.startswith("{")]
     assert {"path": "/v1/chat/completions", "status": 200}.items() <= lines[-1].items()

@@ -142,7 +142,7 @@ def neuron(page: Any, _: Path) -> None:
     assert page.locator("#units").is_visible()
     page.fill("#units", "12")
     page.click("#train")
-    until(lambda: re.search(r" 0 of|中 0 点", page.inner_text("#neuron .told")) is not None, 60)
+    until(lambda: re.search(r" 0 of|中 0 点", page.inner_text("#neuron .told")) is not None)
     page.click("#train")
     page.click("#clear-points")
     page.focus("#plane")

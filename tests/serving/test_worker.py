@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("fastapi")
 
-from serving_toys import running, until
+from serving_toys import WAIT, running, until
 
 from keifu.checkpoints.loading import load_model
 from keifu.generation.text.request import Request
@@ -23,13 +23,16 @@ from keifu.serving.metrics import Metrics
 from keifu.serving.worker import Limits, Worker
 
 
-def test_pytorch_answers_while_the_native_step_is_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, build = threading.Event(), library.build
+def test_pytorch_answers_while_the_native_step_is_compiled(
+    folder: Path, opened: library.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, built = threading.Event(), library.prebuilt() or library.build()
 
     def slow_build() -> Path:
-        compiled.wait(30)
-        return build()
+        compiled.wait()
+        return built
 
+    monkeypatch.setattr(library, "prebuilt", lambda: None)
     monkeypatch.setattr(library, "build", slow_build)
     monkeypatch.setattr(worker, "NATIVE_SECONDS", 0.1)
     library._loaded.cache_clear()
@@ -54,7 +57,7 @@ def test_a_model_writes_while_another_is_loaded(folder: Path) -> None:
 
     def slowly() -> tuple[nn.Module, Any]:
         begun.set()
-        goes_on.wait(30)
+        goes_on.wait()
         return at_once()
 
     async def write(worker: Worker) -> list[int]:
@@ -66,8 +69,8 @@ def test_a_model_writes_while_another_is_loaded(folder: Path) -> None:
         slow, quick = Worker("slow", slowly, Limits(), metrics), Worker("quick", at_once, Limits(), metrics)
         waiting = asyncio.create_task(write(slow))
         try:
-            await asyncio.to_thread(begun.wait, 10)
-            found = await asyncio.wait_for(write(quick), 10)
+            await asyncio.to_thread(begun.wait, WAIT)
+            found = await asyncio.wait_for(write(quick), WAIT)
         finally:
             goes_on.set()
         late = await waiting

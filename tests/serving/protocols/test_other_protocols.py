@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 from serving_toys import running, until
 
 import keifu
+from keifu.serving import models
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits
 
@@ -112,21 +114,32 @@ def test_ollama_formats_calls_and_lists(served: Any) -> None:
     assert wrong.status_code == 400 and "images is not supported" in wrong.text
 
 
-def test_models_are_loaded_and_unloaded_by_request_and_when_idle(folder: Path) -> None:
-    names = [str(folder / kind) for kind in ("base", "chat")]
-    with running(names, Limits(keep_alive=1.0), Access()) as served:
+def loaded(served: Any) -> dict[str, bool]:
+    return {model.id: model.loaded for model in served.openai.models.list()}
 
-        def loaded() -> dict[str, bool]:
-            return {model.id: model.loaded for model in served.openai.models.list()}
 
+def test_models_are_loaded_and_unloaded_by_request(folder: Path) -> None:
+    with running([str(folder / kind) for kind in ("base", "chat")], Limits(), Access()) as served:
         assert served.post("/v1/models/load", {"model": "base"}).json()["loaded"]
-        assert loaded() == {"base": True, "chat": False}
+        assert loaded(served) == {"base": True, "chat": False}
         assert not served.post("/v1/models/unload", {"model": "base"}).json()["loaded"]
-        assert loaded() == {"base": False, "chat": False}
+        assert loaded(served) == {"base": False, "chat": False}
         assert served.post("/v1/models/unload", {"model": "nothing"}).status_code == 404
-        served.post("/v1/models/load", {"model": "chat"})
-        begin = time.monotonic()
-        until(lambda: not any(loaded().values()))
-        assert time.monotonic() - begin > 0.9
+
+
+def test_models_are_unloaded_when_nothing_asks_for_them_and_load_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of the test, at which the server looks four times in each second of `keep_alive`."""
+    clock, looks = [0.0], list[int]()
+    clocks = {"monotonic": lambda: looks.append(1) or clock[0], "time": time.time}
+    monkeypatch.setattr(models, "time", SimpleNamespace(**clocks))
+    with running([str(folder / "base")], Limits(keep_alive=1.0), Access()) as served:
+        served.post("/v1/models/load", {"model": "base"})
+        clock[0], before = 0.9, len(looks)
+        until(lambda: len(looks) > before + 2)
+        assert loaded(served) == {"base": True}
+        clock[0] = 1.1
+        until(lambda: not any(loaded(served).values()))
         again = served.post("/v1/completions", {"model": "base", "prompt": "abc", "max_tokens": 1})
         assert again.status_code == 200
