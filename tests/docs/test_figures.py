@@ -15,7 +15,7 @@ FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 NAMES = re.compile(  # numbers that are parts of names, years, versions, or what the reader types
     r"`[^`]*`|\]\([^)]*\)|SmolLM2-135M|Python 3\.11|CC BY(?:-SA)? \d\.0|Apache-2\.0|(?<=\| )\d{4}(?= \|)|GPT-2 124M"
-    r"|v1-5|Stable Diffusion 1|llama\.cpp|float32|bfloat16|(?:8|4) bits"
+    r"|v1-5|Stable Diffusion 1|llama\.cpp|float32|bfloat16|(?<![\d.])(?:8|4) bits"
 )
 PAGES = ["README.md", "README.ja.md", "docs/index.md", "docs/index.ja.md"]
 
@@ -38,15 +38,33 @@ def cell(source: list[str]) -> str:
     raise AssertionError(f"{source} names no cell")
 
 
+def difference(source: list[str]) -> str:
+    """Return one cell minus the one of the next column, as a source names them."""
+    file, section, row, column, _ = source
+    for table in json.loads((DATA / file).read_text(encoding="utf-8")):
+        if table["section"] == section and column in table["columns"]:
+            at = table["columns"].index(column)
+            (cells,) = [each for each in table["rows"] if each[0].startswith(row)]
+            return f"{float(cells[at]) - float(cells[at + 1]):.2f}"
+    raise AssertionError(f"{source} names no cells")
+
+
 def is_of(value: str, source: list[str] | str) -> bool:
     """Whether a value stands in the cell, is the mean of the cell's values, or is in the text of a results page."""
     if isinstance(source, str):
         return value in NUMBER.findall((ROOT / source).read_text(encoding="utf-8"))
     if len(source) == 2:  # a value of a file that is no list of tables
         return value == str(json.loads((DATA / source[0]).read_text(encoding="utf-8"))[source[1]])
+    if source[0] == "percent":  # of a share that an evaluation wrote
+        share = json.loads((DATA / source[1]).read_text(encoding="utf-8"))["figures"][source[2]]
+        return abs(100 * share - float(value)) < 0.0501  # the file rounds the share to four digits
+    if source[0] == "minus":  # of two cells of a row; columns may share a name, so the second follows the first
+        return value == difference(source[1:])
     found = NUMBER.findall(cell(source[-4:]))
     if source[0] == "mean":
         return f"{mean(map(float, found)):.1f}" == value
+    if source[0] == "rounded":
+        return f"{float(found[0]):.1f}" == value
     return value in found
 
 
@@ -61,6 +79,20 @@ def test_a_figure_is_that_of_its_source_and_of_every_page_that_gives_it(figure: 
 def test_every_number_of_a_page_has_its_source(page: str) -> None:
     known = {figure["value"] for figure in FIGURES if page in figure["pages"]}
     assert [number for number in numbers((ROOT / page).read_text(encoding="utf-8")) if number not in known] == []
+
+
+RESULTS = [path for path in sorted((ROOT / "docs/results").glob("*.md")) if not path.name.endswith(".ja.md")]
+MEASURED = {number for path in RESULTS for number in NUMBER.findall(path.read_text(encoding="utf-8"))}
+LINEAGE = [path for path in sorted((ROOT / "docs/lineage").glob("*.md")) if not path.name.startswith("index")]
+
+
+@pytest.mark.parametrize("path", LINEAGE, ids=lambda path: path.name)
+def test_every_number_of_a_landmarks_results_has_its_source(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
+    (section,) = re.findall(r"(?ms)^## (?:Results in keifu|keifu での結果)\n(.*?)(?=^## )", page)
+    text = re.sub(r"\$[^$]*\$|[(（][A-Z]\w+[,、] ?\d{4}[)）]", " ", section)  # formulas, and years of papers
+    known = {figure["value"] for figure in FIGURES if path.relative_to(ROOT).as_posix() in figure["pages"]}
+    assert [number for number in numbers(text) if number not in known | MEASURED] == []
 
 
 @pytest.mark.parametrize("row", LANDMARKS, ids=lambda row: row["name"])
