@@ -74,8 +74,10 @@ class Family:
 _NETWORKS: tuple[str, ...] = (
     "diffusion.autoencoder_kl", "diffusion.conditioned_unet", "unclip.prior", "unclip.decoder", "unclip.conditioning"
 )  # fmt: skip
-_PIPELINES = ("diffusion.latent_diffusion", "unclip.unclip")
-_WITHOUT_TEXT = (*_NETWORKS, "mlp", "perceptron", "diffusion.ddpm", "clip.image", "dalle.discrete_vae")
+_PIPELINES = ("diffusion.latent_diffusion", "diffusion.dit", "unclip.unclip")
+_WITHOUT_TEXT = (
+    *_NETWORKS, "mlp", "perceptron", "diffusion.ddpm", "diffusion.dit", "clip.image", "dalle.discrete_vae"
+)  # fmt: skip
 _FILES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_NETWORKS, ("config.json", "diffusion_pytorch_model.safetensors")),
     **dict.fromkeys(_PIPELINES, ("model_index.json", "diffusion_pytorch_model.safetensors")),
@@ -110,6 +112,7 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
     "diffusion.ddpm": ("UNet2DModel", "keifu_ddpm"),
     "diffusion.autoencoder_kl": ("AutoencoderKL", "keifu_autoencoder_kl"),
     "diffusion.conditioned_unet": ("UNet2DConditionModel", "keifu_conditioned_unet"),
+    "diffusion.dit": ("DiTPipeline", "keifu_dit"),
     "unclip.prior": ("PriorTransformer", "keifu_unclip_prior"),
     "unclip.decoder": ("UNet2DConditionModel/simple", "keifu_unclip_decoder"),
     "unclip.conditioning": ("UnCLIPTextProjModel", "keifu_unclip_conditions"),

@@ -68,16 +68,16 @@ SwiGLU = partial(GatedFeedForward, activation=F.silu)
 
 class GEGLU(nn.Module):
     """down(up(x) · gelu(gate(x))) (Shazeer, 2020), where the rows of up lie above those of gate, as Stable Diffusion's
-    files have them; `dropout` acts between."""
+    files have them; `dropout` acts between. With silu as its activation it is SwiGLU."""
 
-    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0):
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0, activation: Activation = F.gelu):
         super().__init__()
         self.up_gate = JoinedLinear(dim, (hidden_dim, hidden_dim))
-        self.down, self.dropout = Linear(hidden_dim, dim), Dropout(dropout)
+        self.down, self.dropout, self.activation = Linear(hidden_dim, dim), Dropout(dropout), activation
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         up, gate = self.up_gate(x).chunk(2, -1)
-        return self.down(self.dropout(up * F.gelu(gate)))
+        return self.down(self.dropout(up * self.activation(gate)))
 
     @property
     def residual_weights(self) -> list[Tensor]:

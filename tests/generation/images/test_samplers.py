@@ -4,8 +4,10 @@ Where keifu's convention is another one on purpose, the case is left out here an
 """
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -238,3 +240,74 @@ def test_betas_that_are_given_and_offsets() -> None:
     ours, published = Noise(steps=40, betas=betas), diffusers.DDIMScheduler(40, trained_betas=betas)
     assert torch.equal(ours.rounded_alpha_bar.float(), published.alphas_cumprod)
     compare("ddim", Noise(steps_offset=3, clip=None), 7)
+
+
+FLOW = Noise("flow", target="flow", clip=None)
+FLOWS = [*product((1.0, 3.0, 0.6, 2.37), (1000, 50, 7), (1, 2, 3, 7, 28, 50), (False, True))]
+
+
+@pytest.mark.parametrize(("shift", "total", "steps", "karras"), [case for case in FLOWS if case[2] <= case[1]])
+def test_a_flow_is_that_of_diffusers(shift, total, steps, karras) -> None:
+    """Each level, each timestep that the network sees, and x after each Euler step."""
+    noise = Noise("flow", total, target="flow", clip=None, shift=shift)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(total, shift, use_karras_sigmas=karras)
+    scheduler.set_timesteps(steps)
+    chosen, start = configure_sampler(noise, "euler", steps, karras=karras), torch.randn(SHAPE)
+    levels = torch.tensor([step.level for step in chosen.schedule.steps], dtype=torch.float64)
+    assert (levels[:, 0] - scheduler.timesteps).abs().max() <= 1e-6 * total
+    assert (levels[:, 2] - scheduler.sigmas[:-1]).abs().max() <= 1e-6
+    walk = chosen.run(chosen.denoiser(network), start * chosen.schedule.initial_sigma, chosen.schedule, torch.randn_like)
+    expected = start
+    for t, state in zip(scheduler.timesteps, walk, strict=True):
+        expected = scheduler.step(network(expected, t.expand(len(start))), t, expected).prev_sample
+        assert (state.x - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler"])
+def test_a_flow_that_knows_the_picture_ends_there(name) -> None:
+    picture, noise = torch.rand(SHAPE) * 2 - 1, FLOW
+    chosen = configure_sampler(noise, name, 5)
+
+    def knows(x: Tensor, timestep: Tensor) -> Tensor:
+        return (x - picture) / (timestep / noise.steps).reshape(-1, 1, 1, 1)  # noise - picture at every time
+
+    *_, last = chosen.run(chosen.denoiser(knows), torch.randn(SHAPE), chosen.schedule, torch.randn_like)
+    torch.testing.assert_close(last.x, picture, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["picture", "velocity", "flow"])
+def test_the_targets_of_a_flow_are_one_path(target) -> None:
+    """A network that says the same picture in other words draws the same, whichever alpha² + sigma² is."""
+    noise, picture = Noise("flow", target=target, clip=None), torch.rand(SHAPE)
+
+    def knows(x: Tensor, timestep: Tensor) -> Tensor:
+        sigma = (timestep / noise.steps).reshape(-1, 1, 1, 1)
+        added = (x - (1 - sigma) * picture) / sigma
+        return {"picture": picture, "velocity": (1 - sigma) * added - sigma * picture, "flow": added - picture}[target]
+
+    chosen, start = configure_sampler(noise, "ddim", 7), torch.randn(SHAPE)
+    for state, (_, level) in zip(
+        chosen.run(chosen.denoiser(knows), start, chosen.schedule, torch.randn_like), chosen.schedule.steps, strict=True
+    ):
+        torch.testing.assert_close(state.x, level.alpha * picture + level.sigma * start, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, each in SAMPLERS.items() if not each.flow])
+def test_a_sampler_that_divides_by_alpha_refuses_a_flow(name) -> None:
+    with pytest.raises(UserError, match="divides by alpha.* one of ddpm, ddim, euler"):
+        configure_sampler(FLOW, name, 5)
+
+
+def test_settings_that_a_flow_cannot_have_are_refused() -> None:
+    with pytest.raises(UserError, match="leave out the spacing trailing"):
+        configure_sampler(FLOW, "euler", 5, "trailing")
+    with pytest.raises(UserError, match="1 to 1000 steps, not 1001"):
+        configure_sampler(FLOW, "euler", 1001)
+    words: dict[str, dict[str, Any]] = {
+        "target flow": {"target": "noise"}, "no β": {"variance": "learned_range"}, "shift": {"shift": 0.0}
+    }  # fmt: skip
+    for word, wrong in words.items():
+        with pytest.raises(UserError, match=word):
+            replace(FLOW, **wrong)
+    with pytest.raises(UserError, match="no ᾱ"):
+        _ = FLOW.alpha_bar

@@ -35,6 +35,7 @@ class Pipeline(NamedTuple):
 
 
 LATENT, UNCLIP, SIMPLE = "StableDiffusionPipeline", "UnCLIPPipeline", "UNet2DConditionModel/simple"
+DIT, TRANSFORMER, LABELS = "DiTPipeline", "DiTTransformer2DModel", "id2label"
 _LATENT = Pipeline(
     {"text_encoder": "clip_text_model", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}, (SCHEDULER,)
 )
@@ -47,10 +48,12 @@ _UNCLIP = Pipeline(
     ("decoder_scheduler", "prior_scheduler", "super_res_scheduler", PIXELS),
     ("prior", "prior_scheduler", "image_encoder", PIXELS, "super_res_first", "super_res_last", "super_res_scheduler"),
 )  # fmt: skip
+_DIT = Pipeline({"transformer": TRANSFORMER, "vae": "AutoencoderKL"}, (SCHEDULER,), ("vae",))
 _NETWORK = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 KINDS = {kind: LATENT for kind in (LATENT, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")}
 KINDS |= {kind: UNCLIP for kind in (UNCLIP, "UnCLIPImageVariationPipeline")}
-PIPELINES = {LATENT: _LATENT, UNCLIP: _UNCLIP}
+KINDS |= {DIT: DIT}
+PIPELINES = {LATENT: _LATENT, UNCLIP: _UNCLIP, DIT: _DIT}
 OF_TRANSFORMERS = ("text_encoder", "image_encoder")
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a latent diffusion that do not draw
 LIBRARIES = {"text_proj": "unclip"}  # where diffusers looked for its class while it kept this pipeline (to 0.33)
@@ -71,7 +74,10 @@ def open_diffusers(path: Path) -> Source:
     A pipeline that lacks a part, and a pipeline or model that keifu has none of, is a `UserError` that names it.
     """
     if not (path / PIPELINE).exists():
-        return _network(path, path, {}, ("There is no scheduler next to this network: DDPM's noise is assumed.",))
+        alone = "There is no scheduler next to this network: DDPM's noise is assumed."
+        if _kind(read_json_object(path / CONFIG)) == TRANSFORMER:
+            return _component_prefixes(path, DIT, {"transformer": path / CONFIG}, {}, (alone,))
+        return _network(path, path, {}, (alone,))
     index = read_json_object(path / PIPELINE)
     kind = str(index.get("_class_name"))
     require_known("diffusers pipeline", kind, [*KINDS, *_NETWORK])
@@ -81,10 +87,11 @@ def open_diffusers(path: Path) -> Source:
     pipeline = PIPELINES[KINDS[kind]]
     wanted = (*pipeline.models, *pipeline.beside)
     there = [part for part in wanted if part not in pipeline.optional or any(index.get(part) or ())]
-    files = _files(path, kind, (*there, TOKENIZER))
+    files = _files(path, kind, there if KINDS[kind] == DIT else (*there, TOKENIZER))
     left_out = [part for part in LEFT_OUT if any(index.get(part) or ()) and part not in wanted]
     notes = (f"Left out, since they do not draw: {', '.join(left_out)}.",) if left_out else ()
-    return _component_prefixes(path, KINDS[kind], {part: files[part] for part in there}, notes)
+    labels = {LABELS: index[LABELS]} if LABELS in index else {}
+    return _component_prefixes(path, KINDS[kind], {part: files[part] for part in there}, labels, notes)
 
 
 def _files(path: Path, kind: str, parts: Sequence[str]) -> dict[str, Path]:
@@ -116,22 +123,28 @@ def _kind(json: Mapping[str, Any]) -> str:
     kind = str(json.get("_class_name", json.get("model_type")))
     blocks = [str(json.get("mid_block_type")), *(json.get("down_block_types") or ())]
     simple = kind == "UNet2DConditionModel" and any("Simple" in name for name in blocks)
+    if kind == "Transformer2DModel" and json.get("norm_type") == "ada_norm_zero" and json.get("patch_size"):
+        return TRANSFORMER  # as DiT's files were first published
     return SIMPLE if simple and not any("CrossAttn" in name and "Simple" not in name for name in blocks) else kind
 
 
-def _component_prefixes(path: Path, kind: str, files: Mapping[str, Path], notes: tuple[str, ...]) -> Source:
-    """Return a pipeline of several models: their tensors, each under the name of its part."""
-    whole, models = dict[str, Any]({"model_type": kind}), PIPELINES[kind].models
+def _component_prefixes(
+    path: Path, kind: str, files: Mapping[str, Path], extra: Mapping[str, Any], notes: tuple[str, ...]
+) -> Source:
+    """Return a pipeline of several models: their tensors, each under the name of its part. `extra`: settings of the
+    pipeline itself."""
+    whole, models = dict[str, Any]({"model_type": kind, **extra}), PIPELINES[kind].models
     for part, file in files.items():
         whole[part] = read_json_object(file)
         if part in models:
             if (found := _kind(whole[part])) != models[part]:
                 raise UserError(f"{file} describes a {found}, and what is implemented as {part} is {models[part]}.")
-            read_config({**whole[part], "model_type": found}, str(file))
+            if found != TRANSFORMER:
+                read_config({**whole[part], "model_type": found}, str(file))
     family, config = read_config(whole, str(path))
     weights = {
         file: f"{part}." for part in files if part in models
-        for file in weight_files(path / part, TRANSFORMERS_WEIGHTS if part in OF_TRANSFORMERS else WEIGHTS)
+        for file in weight_files(files[part].parent, TRANSFORMERS_WEIGHTS if part in OF_TRANSFORMERS else WEIGHTS)
     }  # fmt: skip
     source = source_of(path, "diffusers", family, config, weights, notes, path / TOKENIZER)
     return replace(source, names=tower_names(family, source.stored))
@@ -191,6 +204,9 @@ def _of_pipeline(kind: str, config: Mapping[str, Any], dtype: str) -> dict[str, 
             files[f"{part}/{FILES[part]}"] = file if part == PIXELS else _with_version(file)
             known = ["transformers", file["image_processor_type"]] if part == PIXELS else None
             index[part] = known or ["diffusers", file["_class_name"]]
+    if kind == DIT:
+        index |= {"vae": index.get("vae", [None, None])} | ({LABELS: config[LABELS]} if LABELS in config else {})
+        return files | {PIPELINE: _with_version(index)}
     index[TOKENIZER] = ["transformers", "PreTrainedTokenizerFast"]
     if kind == LATENT:
         index |= dict.fromkeys(LEFT_OUT, [None, None]) | {"requires_safety_checker": False}

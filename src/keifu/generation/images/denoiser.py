@@ -14,7 +14,7 @@ from torch import Tensor
 
 from keifu.errors import UserError
 from keifu.layers.diffusion.image_model import ImageModel
-from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.layers.diffusion.noise_schedule import Noise, picture_of
 from keifu.layers.diffusion.sampling_schedule import Level
 
 Sample = Float[Tensor, "batch *shape"]
@@ -36,7 +36,7 @@ class DenoiserOutput(NamedTuple):
 
 
 class Denoiser:
-    """Converts the network's prediction target (noise, image or velocity) to an image and noise.
+    """Converts the network's prediction target (noise, image, velocity or flow) to an image and noise.
 
     `clip` and `threshold`: whether the bounds of the `Noise` are applied, in which samplers differ. Outputs in half
     precision are converted to x's type.
@@ -68,12 +68,15 @@ class Denoiser:
         if self.noise.variance == "learned_range":
             output, fraction = output.chunk(2, 1)
         (_, alpha, sigma), target = level, self.noise.target
+        picture = picture_of(target, output, x, alpha, sigma)
         if target == "noise":
-            picture, noise = (x - sigma * output) / alpha, output
+            noise = output
         elif target == "picture":
-            picture, noise = output, (x - alpha * output) / sigma
+            noise = (x - alpha * output) / sigma
+        elif target == "flow":
+            noise = picture + output
         else:
-            picture, noise = alpha * x - sigma * output, alpha * output + sigma * x
+            noise = (alpha * output + sigma * x) / (alpha * alpha + sigma * sigma)
         if self.threshold is not None or self.clip is not None:
             picture = self._bounded(picture)
             noise = (x - alpha * picture) / sigma
@@ -137,4 +140,9 @@ def label_denoiser(
 
 def standard_deviation(level: Level, next_level: Level) -> float:
     """Return the standard deviation of x at the next level given x and the image: √β̃ (Ho et al., 2020, equation 7)."""
-    return next_level.sigma / level.sigma * math.sqrt(max(0.0, 1 - (level.alpha / next_level.alpha) ** 2))
+    return next_level.sigma / level.sigma * math.sqrt(fresh_variance(level, next_level))
+
+
+def fresh_variance(level: Level, next_level: Level) -> float:
+    """Return the variance of the noise that was added from the next level to this one: β where alpha² + sigma² is 1."""
+    return max(0.0, level.sigma**2 - (level.alpha / next_level.alpha * next_level.sigma) ** 2)

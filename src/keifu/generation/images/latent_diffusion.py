@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from keifu.data.images.io import to_bytes
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.denoiser import Network, guided_denoiser
@@ -132,7 +131,10 @@ class LatentDiffusionPipeline(TextToImagePipeline):
     """The pipeline of a latent diffusion model."""
 
     usual_guidance = 7.5  # the released Stable Diffusion's
-    usual_sampler = "dpm++-2m"  # 20 steps of it for the 50 of others
+
+    def __init__(self, model: Any, tokenizer: Tokenizer):
+        super().__init__(model, tokenizer)
+        self.usual_sampler = "ddim" if self.noise.flows else "dpm++-2m"  # 20 steps of it for the 50 of others
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
         """Return the same request with every default filled in, checked against the model."""
@@ -220,15 +222,7 @@ class LatentDiffusionPipeline(TextToImagePipeline):
     ) -> Bytes:  # fmt: skip
         """Draw as `TextToImagePipeline.draw` says."""
         x = last_x(self.drawing(wanted, seeds, texts), watch)
-        return self._whole(to_pixels(self.decoded(x, wanted)), wanted)
-
-    def _whole(self, drawn: Bytes, wanted: ImageRequest) -> Bytes:
-        """Return the sampled image, with the input image's own pixels where a mask keeps them: latents are not
-        exact."""
-        anew = wanted.anew()
-        if wanted.init is None or wanted.size is None or anew is None:
-            return drawn
-        return torch.where(anew, drawn, to_bytes(wanted.init.pixels(wanted.size, drawn.shape[1])))
+        return wanted.paste(to_pixels(self.decoded(x, wanted)))
 
 
 def downscale_mask(mask: Bool[Tensor, "1 height width"], factor: int) -> Bool[Tensor, "1 rows columns"]:

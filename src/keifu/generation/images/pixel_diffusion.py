@@ -30,7 +30,7 @@ from keifu.generation.images.image_to_image import (
 from keifu.generation.images.samplers import ConfiguredSampler, SamplerStep, configure_sampler, last_x, sampler
 from keifu.generation.images.tiled_vae import NO_TILES
 from keifu.layers.diffusion.image_model import ImageModel
-from keifu.layers.diffusion.noise_schedule import Noise, Spacing, add_noise
+from keifu.layers.diffusion.noise_schedule import Noise, Spacing
 from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack
 
@@ -134,7 +134,7 @@ class ImageRequest:
         whole = replace(self, strength=self.strength or usual, steps=steps, size=size, seed=seed)
         whole.schedule(whole.configure_sampler(noise).schedule)
         self._check_mask(size)
-        return replace(whole, spacing=self.spacing or noise.spacing)
+        return whole if noise.flows else replace(whole, spacing=self.spacing or noise.spacing)
 
     def check_no_embedding(self) -> None:
         """Refuses what only unCLIP has."""
@@ -164,6 +164,13 @@ class ImageRequest:
         """Return the mask of pixels to draw anew, once the size is known; None without a mask."""
         assert self.size is not None
         return None if self.mask is None else self.mask.white(self.size)
+
+    def paste(self, drawn: Bytes) -> Bytes:
+        """Return images with the input image's pixels where a mask keeps them: latents are not exact."""
+        if self.init is None or self.mask is None:
+            return drawn
+        size = int(drawn.shape[2]), int(drawn.shape[3])
+        return torch.where(self.mask.white(size), drawn, to_bytes(self.init.pixels(size, drawn.shape[1])))
 
     def _check_mask(self, size: tuple[int, int]) -> None:
         """Refuses a mask that has not the picture's size, or no white."""
@@ -250,12 +257,14 @@ class PixelPipeline(Pipeline):
 
     def __init__(self, model: nn.Module):
         super().__init__(require_diffusion_model(model))
+        self.pixels = self.model.config.autoencoder is None
 
     def label(self, name: str) -> int:
         """Return a class by its name, or by its number; an unknown one is a `UserError`."""
         config = self.model.config
-        if name in config.classes:
-            return config.classes.index(name)
+        for number, names in enumerate(config.classes):  # ImageNet has several names for a class
+            if name in (names, *names.split(", ")):
+                return number
         if name.isdigit():
             return int(name)
         if not config.n_classes:
@@ -271,7 +280,7 @@ class PixelPipeline(Pipeline):
             raise UserError(NO_TILES)
         size = wanted.sides() or trained_size(self.model)
         check_label(self.model, wanted.label, wanted.guidance)
-        self.model.check_size(self.model.config.channels, *size)
+        self.model.check_size(self.model.config.colours, *size)
         wanted.check_no_embedding()
         return wanted.completed(self.noise, size)
 
@@ -282,25 +291,29 @@ class PixelPipeline(Pipeline):
         The convolutions' weights are prepacked once, which takes about as long as a step.
         """
         model, device, chosen = self.model, self.device, wanted.configure_sampler(self.noise)
-        shape = len(seeds), model.config.channels, *(wanted.size or trained_size(model))
+        config, size = model.config, wanted.size or trained_size(model)
+        shape = len(seeds), config.channels, *(side // config.factor for side in size)
         label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
         network = label_denoiser(prepack(model), label, wanted.guidance, wanted.guidance_rescale)
         random, schedule = SeededNoise(seeds), wanted.schedule(chosen.schedule)
         noise = random(torch.empty(shape, dtype=torch.float32, device=device))
         x, kept = noise * schedule.initial_sigma, None
         if wanted.init is not None:
-            picture = wanted.init.pixels(shape[2:], shape[1]).to(device).expand_as(noise)
-            anew = wanted.anew()
-            kept = None if anew is None else KeptRegion(picture, noise, anew.to(device))
+            picture = wanted.init.pixels(size, config.colours).to(device)
+            picture, anew = model.to_latents(picture[None]).expand_as(noise), wanted.anew()
+            if anew is not None:
+                kept = KeptRegion(picture, noise, anew[:, :: config.factor, :: config.factor].to(device))
             x = x if wanted.from_noise else add_initial_noise(picture, noise, schedule)
         yield from run_inpainting(chosen, network, x, schedule, random, kept)
 
+    @torch.inference_mode()
     def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
         """Draw a finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
 
         An image that is not finite, as from damaged weights, is a `UserError`.
         """
-        return to_pixels(last_x(self.drawing(wanted, seeds), watch))
+        drawn = to_pixels(self.model.to_pictures(last_x(self.drawing(wanted, seeds), watch)))
+        return drawn if self.pixels else wanted.paste(drawn)
 
 
 def to_pixels(x: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
@@ -326,7 +339,8 @@ def noising_strip(picture: UInt8[Tensor, "channels height width"], noise: Noise,
     clean = to_signed(picture)[None].expand(count, -1, -1, -1)
     added = SeededNoise([0])(clean[:1]).expand_as(clean)
     timestep = torch.linspace(0, noise.steps - 1, count, dtype=torch.float32, device="cpu").round().long()
-    noisy = torch.cat([clean[:1], add_noise(clean, added, noise.alpha_bar, timestep)[1:]])
+    alpha, sigma = noise.levels(timestep, clean)
+    noisy = torch.cat([clean[:1], (alpha * clean + sigma * added)[1:]])
     return Strip(to_bytes(noisy), ["picture", *(f"t = {t}" for t in timestep[1:].tolist())], count)
 
 

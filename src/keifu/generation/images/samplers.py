@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from keifu.errors import UserError, require_known
-from keifu.generation.images.denoiser import Denoiser, DenoiserOutput, Network, Sample, standard_deviation
+from keifu.generation.images.denoiser import (
+    Denoiser,
+    DenoiserOutput,
+    Network,
+    Sample,
+    fresh_variance,
+    standard_deviation,
+)
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing
 from keifu.layers.diffusion.sampling_schedule import (
     Level,
@@ -29,6 +36,7 @@ from keifu.layers.diffusion.sampling_schedule import (
     ddim_schedule,
     ddpm_schedule,
     dpm_solver_schedule,
+    flow_schedule,
 )
 
 Random: TypeAlias = Callable[[Tensor], Tensor]  # normal noise in the shape of x, each image's from its own seed
@@ -61,7 +69,7 @@ def ddpm(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> It
     """
     for level, next_level in schedule.steps:
         output = denoise(x, level)
-        beta = 1 - (level.alpha / next_level.alpha) ** 2
+        beta = fresh_variance(level, next_level)
         kept = level.alpha / next_level.alpha * next_level.sigma**2 / level.sigma**2
         x = next_level.alpha * beta / level.sigma**2 * output.picture + kept * x
         if next_level.sigma:
@@ -73,7 +81,7 @@ def _ddpm_standard_deviation(output: DenoiserOutput, variance: str, level: Level
     """Return the standard deviation of a DDPM step: √β̃, √β, or the network's interpolation between their logarithms
     (Nichol and Dhariwal, 2021, equation 15)."""
     small = standard_deviation(level, next_level)
-    large = math.sqrt(1 - (level.alpha / next_level.alpha) ** 2)
+    large = math.sqrt(fresh_variance(level, next_level))
     if variance == "learned_range":
         assert output.variance_fraction is not None
         low = math.log(max(small, 1e-10))
@@ -93,10 +101,13 @@ def ddim(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random, eta: 
 
 
 def euler(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """Euler's method on the probability flow ODE (Karras et al., 2022, algorithm 1 at first order, without churn)."""
+    """Euler's method on the probability flow ODE (Karras et al., 2022, algorithm 1 at first order, without churn).
+
+    By a constant noise in x / alpha, and in a flow by a constant velocity, a step has the same end.
+    """
     for level, next_level in schedule.steps:
         picture = denoise(x, level).picture
-        x = integrate_to(x, derivative(x, picture, level), level, next_level)
+        x = next_level.alpha * picture + next_level.sigma * derivative(x, picture, level)
         yield SamplerStep(x, picture)
 
 
@@ -286,7 +297,8 @@ class Sampler:
 
     schedule: makes the steps from a noise, their number and a spacing. steps: the default number; None for all
     timesteps of the noise. karras: whether the schedule can take the levels of Karras et al. (2022). eta: whether η is
-    a setting. clip, threshold: which of the noise's bounds on predicted images are applied.
+    a setting. clip, threshold: which of the noise's bounds on predicted images are applied. flow: whether it can begin
+    where alpha is 0, as a flow does.
     """
 
     run: Callable[..., Iterator[SamplerStep]]
@@ -297,14 +309,17 @@ class Sampler:
     eta: bool = False
     clip: bool = False
     threshold: bool = False
+    flow: bool = False
 
 
 SAMPLERS = {
-    "ddpm": Sampler(ddpm, ddpm_schedule, "the chain of the paper, random", None, False, clip=True, threshold=True),
-    "ddim": Sampler(
-        ddim, ddim_schedule, "few steps, without chance unless --eta", 50, False, True, clip=True, threshold=True
+    "ddpm": Sampler(
+        ddpm, ddpm_schedule, "the chain of the paper, random", None, False, clip=True, threshold=True, flow=True
     ),
-    "euler": Sampler(euler, continuous_schedule, "the plainest solver", 30),
+    "ddim": Sampler(
+        ddim, ddim_schedule, "few steps, without chance unless --eta", 50, False, True, True, True, flow=True
+    ),
+    "euler": Sampler(euler, continuous_schedule, "the plainest solver", 30, flow=True),
     "euler-ancestral": Sampler(euler_ancestral, continuous_schedule, "Euler with fresh noise", 30),
     "heun": Sampler(heun, continuous_schedule, "second order, two evaluations a step", 20, clip=True),
     "lms": Sampler(lms, continuous_schedule, "of the last four slopes", 30),
@@ -348,6 +363,9 @@ def configure_sampler(
 ) -> ConfiguredSampler:
     """Return a sampler with its settings; a setting that it does not take is a `UserError`."""
     chosen = sampler(name)
+    if noise.flows and not chosen.flow:
+        able = ", ".join(each for each, known in SAMPLERS.items() if known.flow)
+        raise UserError(f"The sampler {name} divides by alpha, which is 0 where a flow begins: take one of {able}.")
     if karras and not chosen.karras:
         raise UserError(f"The sampler {name} visits the timesteps of the training; Karras levels are for others.")
     if eta and not chosen.eta:
@@ -358,7 +376,7 @@ def configure_sampler(
     more = {"karras": True} if karras else {}
     most = max(1, noise.steps - (chosen.schedule is dpm_solver_schedule))  # that schedule omits the lowest timestep
     count = steps or min(chosen.steps or noise.steps, most)
-    schedule = chosen.schedule(noise, count, spacing, **more)
+    schedule = (flow_schedule if noise.flows else chosen.schedule)(noise, count, spacing, **more)
     if name in LOOK_BACK and any(level == next_level for level, next_level in schedule.steps):
         raise UserError(
             f"With {spacing or noise.spacing} spacing {count} steps visit some timesteps twice, and the sampler {name} "

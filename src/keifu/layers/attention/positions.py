@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from keifu.errors import UserError
@@ -21,7 +21,7 @@ class LearnedPositions(nn.Embedding):
     as many places as the context has."""
 
 
-def sinusoids(positions: Int[Tensor, "*batch"], dim: int, interleaved: bool = True) -> Float[Tensor, "*batch dim"]:
+def sinusoids(positions: Num[Tensor, "*batch"], dim: int, interleaved: bool = True) -> Float[Tensor, "*batch dim"]:
     """sin and cos of position / 10000^(2i/dim) (Vaswani et al., 2017, section 3.5), computed in float64, as float32.
 
     The paper interleaves sin and cos; tensor2tensor and Marian put all sines first (`interleaved=False`).

@@ -1,28 +1,33 @@
 """Noise schedules of diffusion (ᾱ of every timestep), prediction targets, loss weights, and the exact posterior.
 
-x_t = √ᾱ_t · picture + √(1 - ᾱ_t) · noise (Ho et al., 2020, equation 4), SNR = ᾱ / (1 - ᾱ). Tables are float64 on the
-CPU: differences of neighbouring ᾱ, which every sampler takes, lose half their digits in float32.
+x_t = alpha · picture + sigma · noise. Diffusion has alpha = √ᾱ_t and sigma = √(1 - ᾱ_t) (Ho et al., 2020, equation 4),
+SNR = ᾱ / (1 - ᾱ). A flow has alpha = 1 - sigma, the straight line from the picture to the noise (Liu et al., 2022,
+rectified flow; Lipman et al., 2022, example II). Tables are float64 on the CPU: differences of neighbouring ᾱ, which
+every sampler takes, lose half their digits in float32.
 
-Axes: batch, `*shape` = an image's own, steps = T of the schedule; timesteps go from 0 (least noise) to T - 1.
+Axes: batch, `*shape` = an image's own, steps = T of the schedule; timesteps go from 0 (least noise) to T - 1; a
+flow has fractions too, t = sigma · T.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from keifu.errors import UserError, require_known
 
 Sample = Float[Tensor, "batch *shape"]
 Timesteps = Int[Tensor, " batch"]
+Times = Num[Tensor, " batch"]  # timesteps, or fractions between them
 
-Schedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
-Target = Literal["noise", "picture", "velocity"]
+Schedule = Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow"]
+Target = Literal["noise", "picture", "velocity", "flow"]
+Sampling = Literal["uniform", "logit_normal"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
 Weighting = Literal["simple", "min_snr", "p2"]
@@ -34,14 +39,14 @@ class Noise:
     """The noise that a network was trained to remove. The defaults are DDPM's (Ho et al., 2020, section 4).
 
     Attributes:
-        schedule: how β grows, a name in `SCHEDULES`.
+        schedule: how β grows, a name in `SCHEDULES`; or flow, which has no β.
         steps: T, the number of noise levels.
         beta_start, beta_end: the first and last β, where the schedule takes them; the cosine one does not.
         betas: β of every step, instead of the schedule; empty for the schedule's.
         zero_terminal_snr: √ᾱ shifted and scaled so that nothing of the picture is left at T - 1 (Lin et al., 2023,
             algorithm 1).
-        target: what the network predicts: the noise, the picture, or the velocity √ᾱ·noise - √(1-ᾱ)·picture
-            (Salimans and Ho, 2022).
+        target: what the network predicts: the noise, the picture, the velocity alpha·noise - sigma·picture (Salimans
+            and Ho, 2022), or the flow, noise - picture, along which a straight path leads.
         variance: of DDPM's steps: β̃ (fixed_small), β (fixed_large), or a share of the way between their logarithms
             that the network predicts too, with twice the channels (learned_range; Nichol and Dhariwal,
             2021, equation 15).
@@ -51,6 +56,8 @@ class Noise:
         spacing, steps_offset: which timesteps a sampler visits, if nobody asks for others; see `noise_levels.py`.
         last_alpha_one: whether the last step ends at the clean picture (ᾱ = 1) or, as the released Stable Diffusion
             does, at the noise of timestep 0 (diffusers' `set_alpha_to_one`).
+        shift: of a flow's sampling: sigma becomes shift · sigma / (1 + (shift - 1) · sigma), so that more steps than
+            half have much noise (Esser et al., 2024, section 5.3.2; Stable Diffusion 3 has 3).
 
     A value that cannot be is a ValueError.
     """
@@ -69,6 +76,7 @@ class Noise:
     spacing: Spacing = "leading"
     steps_offset: int = 0
     last_alpha_one: bool = True
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         for kind, known in _NAMES.items():
@@ -86,11 +94,41 @@ class Noise:
             raise UserError(f"Pictures are clipped at a positive number, not {self.clip}; None clips nothing.")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise UserError(f"A threshold is a share of a picture's numbers, between 0 and 1, not {self.threshold}.")
+        if not 0 < self.shift < math.inf:
+            raise UserError(f"The shift of a flow is a positive number, not {self.shift}.")
+        if self.flows:
+            self._check_flow()
+
+    def _check_flow(self) -> None:
+        if self.target == "noise":
+            raise UserError(
+                "A flow begins at the noise alone, from which a predicted noise gives no picture: take the target flow."
+            )
+        if self.variance == "learned_range" or self.betas or self.zero_terminal_snr:
+            raise UserError("A flow has no β: leave out learned_range, betas and zero_terminal_snr.")
+
+    @property
+    def flows(self) -> bool:
+        """Whether alpha is 1 - sigma, and not √(1 - sigma²)."""
+        return self.schedule == "flow"
+
+    def time(self, share: Float[Tensor, " batch"]) -> Times:
+        """Return the timesteps at these shares of the way from the picture to the noise, below 1."""
+        return (share * self.steps).float() if self.flows else (share * self.steps).long()
+
+    def levels(self, timestep: Times, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at each row's timestep, shaped to be multiplied with x [batch, *shape]."""
+        if self.flows:
+            sigma = timestep.reshape(-1, *[1] * (x.ndim - 1)) / self.steps
+            return 1 - sigma, sigma
+        return at(self.alpha_bar.sqrt(), timestep, x), at((1 - self.alpha_bar).sqrt(), timestep, x)
 
     @cached_property
     def beta(self) -> Float[Tensor, " steps"]:
         """β of each timestep, float32 as published models' code has it: where β is 0.999, that rounding moves 1 - β by
         more than two implementations may differ."""
+        if self.flows:
+            raise UserError("A flow has no β and no ᾱ, which this computation is made of: take a model of diffusion.")
         given = torch.tensor(self.betas, dtype=torch.float32, device="cpu")
         betas = given if self.betas else SCHEDULES[self.schedule](self)
         return with_zero_terminal_snr(betas.float()) if self.zero_terminal_snr else betas.float()
@@ -165,22 +203,45 @@ def add_noise(picture: Sample, noise: Sample, alpha_bar: Float[Tensor, " steps"]
     return at(alpha_bar.sqrt(), timestep, picture) * picture + at((1 - alpha_bar).sqrt(), timestep, picture) * noise
 
 
-def training_target(noise: Noise, picture: Sample, added: Sample, timestep: Timesteps) -> Sample:
+def training_target(noise: Noise, picture: Sample, added: Sample, timestep: Times) -> Sample:
     """Return the target of the network for a picture with this noise added."""
     if noise.target == "noise":
         return added
     if noise.target == "picture":
         return picture
-    alpha_bar = noise.alpha_bar
-    return at(alpha_bar.sqrt(), timestep, picture) * added - at((1 - alpha_bar).sqrt(), timestep, picture) * picture
+    if noise.target == "flow":
+        return added - picture
+    alpha, sigma = noise.levels(timestep, picture)
+    return alpha * added - sigma * picture
 
 
-def predicted_x0(noise: Noise, output: Sample, x: Sample, timestep: Timesteps) -> Sample:
-    """Return the picture that a network's prediction means, in x with the noise of these timesteps; never clipped."""
-    if noise.target == "picture":
+Number = TypeVar("Number", float, Tensor)
+
+
+def picture_of(target: Target, output: Sample, x: Sample, alpha: Number, sigma: Number) -> Sample:
+    """Return the picture that a network's output means in x = alpha · picture + sigma · noise; never clipped."""
+    if target == "picture":
         return output
-    root, rest = (at(table.sqrt(), timestep, x) for table in (noise.alpha_bar, 1 - noise.alpha_bar))
-    return (x - rest * output) / root if noise.target == "noise" else root * x - rest * output
+    if target == "noise":
+        return (x - sigma * output) / alpha
+    if target == "flow":
+        return (x - sigma * output) / (alpha + sigma)
+    return (alpha * x - sigma * output) / (alpha * alpha + sigma * sigma)
+
+
+def predicted_x0(noise: Noise, output: Sample, x: Sample, timestep: Times) -> Sample:
+    """Return `picture_of` the output for x with the noise of these timesteps."""
+    return picture_of(noise.target, output, x, *noise.levels(timestep, x))
+
+
+def shares(draws: Float[Tensor, " batch"], sampling: Sampling) -> Float[Tensor, " batch"]:
+    """Return shares of the way to the noise from uniform numbers in [0, 1).
+
+    uniform: the numbers themselves. logit_normal: the logistic function of standard normal numbers, so that most lie
+    in the middle, where the prediction is hardest (Esser et al., 2024, section 3.1).
+    """
+    require_known("sampling of times", sampling, get_args(Sampling))
+    return draws if sampling == "uniform" else torch.special.ndtri(draws).sigmoid()
 
 
 def loss_weights(noise: Noise, weighting: Weighting = "simple", gamma: float | None = None) -> Float[Tensor, " steps"]:
@@ -190,9 +251,11 @@ def loss_weights(noise: Noise, weighting: Weighting = "simple", gamma: float | N
     (Hang et al., 2023). p2: what makes that of the noise's error 1 / (1 + SNR)^γ, γ 1 (Choi et al., 2022).
     """
     require_known("weighting", weighting, get_args(Weighting))
-    left = noise.alpha_bar
     if weighting == "simple":
-        return torch.ones_like(left)
+        return torch.ones(noise.steps, dtype=torch.float64, device="cpu")
+    if "flow" in (noise.schedule, noise.target):
+        raise UserError(f"The weighting {weighting} is defined by ᾱ, which a flow does not have: take simple.")
+    left = noise.alpha_bar
     if weighting == "p2":  # the noise's error is √SNR times the picture's and √ᾱ times the velocity's
         unit = (1 - left) ** (1.0 if gamma is None else gamma)  # 1 / (1 + SNR) is 1 - ᾱ
         return unit * {"noise": torch.ones_like(left), "picture": left / (1 - left), "velocity": left}[noise.target]

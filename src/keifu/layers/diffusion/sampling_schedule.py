@@ -1,11 +1,11 @@
 """Sampling schedules: which noise levels a diffusion sampler visits, and the level that each step goes to.
 
-A level is x = alpha · image + sigma · noise with alpha² + sigma² = 1, and the timestep that the network is conditioned
-on. Samplers that are published in terms of x / alpha and the ratio sigma / alpha (Karras et al., 2022) are written in
-these terms too: there is one notation, and x is always what the network sees.
+A level is x = alpha · image + sigma · noise, and the timestep that the network is conditioned on. alpha² + sigma² is 1
+for diffusion; alpha + sigma is 1 for a flow. Samplers that are published in terms of x / alpha and the ratio sigma /
+alpha (Karras et al., 2022) are written in these terms too: there is one notation, and x is what the network sees.
 
 Three families of timesteps are in use: whole ones (DDPM, DDIM, PLMS), a continuous scale (Euler, Heun, LMS), and whole
-ones without the lowest (DPM-Solver++, UniPC).
+ones without the lowest (DPM-Solver++, UniPC). A flow has one schedule of its own for all samplers that can follow it.
 """
 
 import math
@@ -32,8 +32,8 @@ class Level(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """sigma / alpha: the σ of Karras et al. (2022)."""
-        return self.sigma / self.alpha
+        """sigma / alpha: the σ of Karras et al. (2022); ∞ where nothing of the image is left."""
+        return self.sigma / self.alpha if self.alpha else math.inf
 
     @property
     def log_snr(self) -> float:
@@ -141,6 +141,29 @@ def dpm_solver_schedule(noise: Noise, steps: int, spacing: Spacing | None = None
         raise UserError(f"With {kind} spacing this sampler takes at most {noise.steps - 1} steps, not {steps}.")
     visited = timesteps(noise, steps + lowest, spacing)[:steps]
     return _schedule_of(visited, ratios[visited.long()])
+
+
+def flow_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, karras: bool = False) -> Schedule:
+    """Return a flow's schedule: sigma evenly from 1 to 1 / T, shifted, then the clean image; t = sigma · T.
+
+    As diffusers' `FlowMatchEulerDiscreteScheduler`, which shifts the two ends twice, in float32 at first. With `karras`
+    the levels between the ends are those of Karras et al. (2022, equation 5), of sigma.
+    """
+    if spacing is not None:
+        raise UserError(f"A flow has times and no timesteps to choose from: leave out the spacing {spacing}.")
+    if not 1 <= steps <= noise.steps:
+        raise UserError(f"The model knows {noise.steps} noise levels: it takes 1 to {noise.steps} steps, not {steps}.")
+    count = torch.tensor([noise.steps, 1], dtype=torch.float32, device="cpu")
+    first, last = _shifted(count / noise.steps, noise.shift).tolist()
+    even = torch.linspace(first * noise.steps, last * noise.steps, steps, dtype=torch.float64, device="cpu")
+    sigmas = _shifted(even / noise.steps, noise.shift)
+    sigmas = (karras_sigmas(sigmas[0], sigmas[-1], steps) if karras else sigmas).float()
+    levels = torch.stack([sigmas * noise.steps, 1 - sigmas, sigmas], 1).double()
+    return _through([*(Level(*row) for row in levels.tolist()), CLEAN])
+
+
+def _shifted(sigmas: Tensor, shift: float) -> Tensor:
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def karras_sigmas(highest: Tensor, lowest: Tensor, steps: int) -> Float[Tensor, " steps"]:

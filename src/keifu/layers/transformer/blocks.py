@@ -6,6 +6,7 @@ Axes: batch, length, dim. Whatever else is given to a block goes to its attentio
 from collections.abc import Iterable
 from typing import Any
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,6 +33,33 @@ class PreNorm(_TwoSublayers):
     def forward(self, x: Stream, **context: Any) -> Stream:
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), **context))
         return x + self.feedforward_dropout(self.feedforward(self.feedforward_norm(x)))
+
+
+class AdaptiveNormZero(_TwoSublayers):
+    """x + gate · attention(norm(x) · (1 + scale) + shift), then the same of the feed-forward network: AdaLN-zero (DiT,
+    Peebles and Xie, 2022, section 3.2).
+
+    `modulation` makes shift, scale and gate of both from a condition. Its weights begin at zero, so that the block
+    begins as the identity.
+    """
+
+    def __init__(
+        self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], modulation: nn.Module,
+        dropout: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(attention, feedforward, norms, dropout)
+        self.modulation = modulation
+
+    def forward(self, x: Stream, condition: Float[Tensor, "batch dim"], **context: Any) -> Stream:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
+        attended = self.attention(modulate(self.attention_norm(x), shift1, scale1), **context)
+        x = x + gate1 * self.attention_dropout(attended)
+        return x + gate2 * self.feedforward(modulate(self.feedforward_norm(x), shift2, scale2))
+
+
+def modulate(x: Stream, shift: Float[Tensor, "batch 1 dim"], scale: Float[Tensor, "batch 1 dim"]) -> Stream:
+    """Return x · (1 + scale) + shift: of a normalised x this is adaptive layer norm."""
+    return x * (1 + scale) + shift
 
 
 class ReorderedNorm(_TwoSublayers):

@@ -6,7 +6,7 @@ of the model.
 
 from typing import Any
 
-from keifu.errors import require_known
+from keifu.errors import UserError, require_known
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.hf.config import Field, Fields, choice, read_field, read_fields, write_fields
 
@@ -28,6 +28,13 @@ FIELDS: Fields = {
     "steps_offset": Field("steps_offset", 0),
 }
 UNCLIP = "UnCLIPScheduler"
+FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOW_FIELDS: Fields = {
+    "steps": Field("num_train_timesteps", 1000),
+    "shift": Field("shift", 1.0, float),
+    "clip": Field("_clip_sample_range", None),  # keifu's own: diffusers ignores such names
+}
+FLOW_UNSUPPORTED = {"use_dynamic_shifting": False, "invert_sigmas": False, "shift_terminal": None}
 SILENT = {UNCLIP: "squaredcos_cap_v2"}  # the default schedule of a class
 SOLVERS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete",
            "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete")  # fmt: skip
@@ -36,6 +43,7 @@ CLASSES = {
     **dict.fromkeys(("DDPMScheduler", "DDIMScheduler"), (True, "leading", True)),
     "PNDMScheduler": (False, "leading", False),
     UNCLIP: (True, "linspace", True),
+    FLOW: (False, "leading", True),
     **{f"{name}Scheduler": (False, "linspace", True) for name in SOLVERS},
 }
 
@@ -44,6 +52,10 @@ def read_scheduler(json: dict[str, Any]) -> Noise:
     """Return the noise that a scheduler_config.json describes; a value that is not implemented is a ValueError."""
     kind = json.get("_class_name", "DDPMScheduler")
     require_known("scheduler", kind, CLASSES)
+    if kind == FLOW:
+        if wrong := [name for name, fine in FLOW_UNSUPPORTED.items() if (json.get(name) or fine) != fine]:
+            raise UserError(f"its {wrong[0]} is {json[wrong[0]]!r}, which is not implemented for a flow.")
+        return Noise("flow", target="flow", **read_fields(json, FLOW_FIELDS))
     clips, spacing, last_alpha_one = CLASSES[kind]
     silent = {"beta_schedule": SILENT.get(kind, "linear"), "timestep_spacing": spacing}
     json = silent | {"set_alpha_to_one": last_alpha_one, "clip_sample": clips} | json
@@ -57,8 +69,10 @@ def read_scheduler(json: dict[str, Any]) -> Noise:
 
 
 def write_scheduler(noise: Noise) -> dict[str, Any]:
-    """Return the scheduler_config.json of diffusers' DDPMScheduler, or of its DDIMScheduler, which alone of the two can
-    end at the noise of timestep 0."""
+    """Return the scheduler_config.json of diffusers' DDPMScheduler, of its DDIMScheduler, which alone of the two can
+    end at the noise of timestep 0, or of its scheduler of flows."""
+    if noise.flows:
+        return {"_class_name": FLOW, **write_fields(noise, FLOW_FIELDS)}
     ours = {"DDPMScheduler": {"variance_type": noise.variance}, "DDIMScheduler": {"set_alpha_to_one": False}}
     kind = "DDPMScheduler" if noise.last_alpha_one else "DDIMScheduler"
     return ours[kind] | {

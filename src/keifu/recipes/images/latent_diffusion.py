@@ -253,7 +253,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     model = task.model
     summary = task.learn(
         recipe, out, resume,
-        ImageRequest("dpm++-2m", STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0]),
+        ImageRequest(task.painter.usual_sampler, STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0]),
         title="Latent diffusion",
         paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
         named=("space", "weighting", "caption_dropout", "evenly"), **keeps_best(recipe.start_from),

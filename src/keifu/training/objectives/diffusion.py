@@ -22,14 +22,15 @@ from keifu.layers.counter_rng import bits, normal, uniform
 from keifu.layers.diffusion.noise_schedule import (
     Noise,
     Posterior,
+    Sampling,
     Weighting,
-    add_noise,
     at,
     discretised_log_likelihood,
     loss_weights,
     normal_kl,
     posterior,
     predicted_x0,
+    shares,
     training_target,
 )
 from keifu.processes import rows_of
@@ -73,6 +74,10 @@ class DiffusionLoss:
     weighting, gamma: see `loss_weights`. label_dropout: the share of labels replaced by the null class, for
     classifier-free guidance. bound_weight: with a learned variance, the weight of the variational bound in bits per
     number, summed over all timesteps; its gradient trains the variance alone (Nichol and Dhariwal, 2021, section 3.1).
+    sampling: how the times of the pictures are drawn, see `shares`.
+
+    With the schedule and target "flow" it is conditional flow matching (Lipman et al., 2022, equation 23): the squared
+    error of noise - picture at a random point of the line between the two.
     """
 
     noise: Noise
@@ -80,6 +85,7 @@ class DiffusionLoss:
     gamma: float | None = None
     label_dropout: float = 0.0
     bound_weight: float = 0.001
+    sampling: Sampling = "uniform"
 
     @cached_property
     def weights(self) -> Float[Tensor, " steps"]:
@@ -99,15 +105,16 @@ class DiffusionLoss:
     def of(self, network: Network, given: Tensor, draws: Int[Tensor, " batch"]) -> LossOutput:
         """Return the same of a network whose condition is settled."""
         picture = to_signed(given) if given.dtype == torch.uint8 else given
-        timestep = (uniform(draws, torch.full_like(draws, TIMESTEP)) * self.noise.steps).long()
+        timestep = self.noise.time(shares(uniform(draws, torch.full_like(draws, TIMESTEP)), self.sampling))
         added = normal(draws, picture.shape[1:]).to(picture.dtype)
-        x = add_noise(picture, added, self.noise.alpha_bar, timestep)
+        alpha, sigma = self.noise.levels(timestep, picture)
+        x = alpha * picture + sigma * added
         output = network(x, timestep).to(x.dtype)
         share = None
         if self.noise.variance == "learned_range":
             output, share = output.chunk(2, 1)
         error = (output - training_target(self.noise, picture, added, timestep)).square().flatten(1).mean(1)
-        total = (error * self.weights.to(error)[timestep]).sum()
+        total = (error * self.weights.to(error)[timestep.long()]).sum()
         figures = {"squared_error": error.sum()} if self.weighting != "simple" else {}
         if share is not None:
             frozen = predicted_x0(self.noise, output.detach(), x, timestep)

@@ -1,0 +1,354 @@
+"""The diffusion Transformer (Peebles and Xie, 2022, "Scalable Diffusion Models with Transformers"): a Transformer over
+patches takes the U-Net's part, and the noise level and the class act through layer norms (AdaLN-zero).
+
+It predicts the noise, as in the paper, or the flow (Lipman et al., 2022; Liu et al., 2022; Esser et al., 2024), in the
+latents of an autoencoder or in pixels. The pipeline's folders are diffusers' `DiTPipeline`.
+
+Axes: batch, channels, height, width of what the network sees; length = patches, dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Num
+from torch import Tensor, nn
+
+from keifu.errors import UserError, require_known
+from keifu.layers.activations import gelu_tanh, quick_gelu
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import sinusoids
+from keifu.layers.diffusion.image_model import ImageModel
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.layers.feedforward import GEGLU, FeedForward
+from keifu.layers.initialisation import xavier_, zero_
+from keifu.layers.linear import Linear
+from keifu.layers.transformer.blocks import AdaptiveNormZero, modulate
+from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
+from keifu.layers.unet.unet import check_sides
+from keifu.models.diffusion import autoencoder_kl
+from keifu.models.hf import config as hf
+from keifu.models.hf.schedulers import read_scheduler, write_scheduler
+from keifu.models.hf.unet import BLOCK, nested
+from keifu.ranges import BelowOne, Count, Natural, Positive
+
+Sample = Float[Tensor, "batch channels height width"]
+Hidden = Float[Tensor, "batch length dim"]
+
+FREQUENCIES = 256  # numbers of the timestep's sinusoids
+EPS = 1e-6  # of the norms before attention and before the last layer
+FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {  # by diffusers' names
+    "gelu-approximate": partial(FeedForward, activation=gelu_tanh),
+    "gelu": partial(FeedForward, activation=F.gelu),
+    "geglu": GEGLU,
+    "geglu-approximate": partial(FeedForward, activation=quick_gelu),
+    "swiglu": partial(GEGLU, activation=F.silu),
+    "linear-silu": partial(FeedForward, activation=F.silu),
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The defaults are DiT-XL/2's for 256 x 256 pixels.
+
+    Attributes:
+        size: the side of what the network sees: of latents, or of pixels.
+        out_channels: None for as many as `channels`; twice as many where the variance is predicted too.
+        n_classes: the classes without the null class, which is one more; 0 for an unconditional model.
+        bias: whether the matrices of queries, keys and values have a bias.
+        affine, norm_eps: of the norm before the feed-forward network.
+        feedforward: a name in `FEEDFORWARDS`.
+    """
+
+    size: Count = 32
+    patch_size: Count = 2
+    channels: Count = 4
+    out_channels: Count | None = 8
+    n_heads: Count = 16
+    head_dim: Count = 72
+    n_layers: Count = 28
+    n_classes: Natural = 1000
+    bias: bool = True
+    affine: bool = False
+    norm_eps: Positive = 1e-5
+    feedforward: str = "gelu-approximate"
+    dropout: BelowOne = 0.0
+
+    def __post_init__(self) -> None:
+        require_known("feed-forward network", self.feedforward, FEEDFORWARDS)
+        if self.dim % 4:
+            raise UserError(f"{self.dim} numbers a patch, which must be a multiple of 4 for sinusoids of both axes.")
+        if self.size % self.patch_size:
+            raise UserError(f"Patches of {self.patch_size} do not fill a side of {self.size}: choose another size.")
+
+    @property
+    def dim(self) -> int:
+        """The numbers of a patch."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def predicted_channels(self) -> int:
+        """Channels of the output."""
+        return self.out_channels or self.channels
+
+
+@dataclass(frozen=True)
+class Config:
+    """autoencoder: None for a model of pixels. classes: the names of the classes, if they have some. noise: the noise
+    schedule and prediction target of the training."""
+
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    autoencoder: autoencoder_kl.Config | None = field(default_factory=autoencoder_kl.Config)
+    classes: tuple[str, ...] = ()
+    noise: Noise = Noise(variance="learned_range", clip=None)
+
+    def __post_init__(self) -> None:
+        if self.classes and len(self.classes) != self.n_classes:
+            raise UserError(f"There are {self.n_classes} classes and {len(self.classes)} names for them.")
+        if self.autoencoder is not None and self.autoencoder.latent_channels != self.channels:
+            inner = self.autoencoder.latent_channels
+            raise UserError(f"The transformer reads {self.channels} channels, and latents have {inner}.")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side to one number of what the network sees."""
+        return 1 if self.autoencoder is None else self.autoencoder.factor
+
+    @property
+    def size(self) -> int:
+        """The side of the training images in pixels."""
+        return self.transformer.size * self.factor
+
+    @property
+    def channels(self) -> int:
+        """Channels of what the network sees."""
+        return self.transformer.channels
+
+    @property
+    def colours(self) -> int:
+        """Channels of the images."""
+        return self.channels if self.autoencoder is None else self.autoencoder.channels
+
+    @property
+    def n_classes(self) -> int:
+        """The classes without the null class."""
+        return self.transformer.n_classes
+
+    @property
+    def null_class(self) -> bool:
+        """Whether there is a null class beside others, for classifier-free guidance."""
+        return self.n_classes > 0
+
+
+_SHAPES = {"s": (6, 64, 12), "b": (12, 64, 12), "l": (16, 64, 24), "xl": (16, 72, 28)}  # heads, head_dim, layers
+SIZES = {
+    f"dit-{name}-2": Config(
+        TransformerConfig(n_heads=heads, head_dim=head_dim, n_layers=layers), autoencoder_kl.Config(size=256)
+    )
+    for name, (heads, head_dim, layers) in _SHAPES.items()
+}
+
+
+class Condition(nn.Module):
+    """Sum of the embeddings of the timestep and of the class."""
+
+    def __init__(self, dim: int, n_classes: int):
+        super().__init__()
+        self.time = TimeEmbedding(TimestepSinusoids(FREQUENCIES, cosine_first=True), FREQUENCIES, dim)
+        self.label = nn.Embedding(n_classes + 1, dim)
+
+    def forward(self, timestep: Num[Tensor, " batch"], label: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
+        return self.time(timestep) + self.label(label)
+
+
+class DiffusionTransformer(nn.Module):
+    """Patches, blocks, and a last layer that makes patches of the prediction.
+
+    Each block has a `Condition`, as diffusers' files do; the last layer takes the first one's.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        dim, patch = config.dim, config.patch_size
+        self.config = config
+        self.patches = nn.Conv2d(config.channels, dim, patch, patch)
+        self.conditions = nn.ModuleList(Condition(dim, config.n_classes) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(dim, EPS, elementwise_affine=False)
+        self.modulation, self.last = Linear(dim, 2 * dim), Linear(dim, patch * patch * config.predicted_channels)
+
+    def forward(
+        self, x: Sample, timestep: Num[Tensor, " batch"], label: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """Return the prediction for noisy samples, in their dtype."""
+        patch, dtype = self.config.patch_size, self.last.weight.dtype
+        hidden = self.patches(x.to(dtype))
+        rows, columns = hidden.shape[2:]
+        hidden = hidden.flatten(2).mT
+        hidden = hidden + patch_positions(rows, columns, self.config, x.device).to(dtype)
+        conditions = [condition(timestep, label) for condition in self.conditions]
+        for block, condition in zip(self.blocks, conditions, strict=True):
+            hidden = block(hidden, condition=condition)
+        shift, scale = self.modulation(F.silu(conditions[0]))[:, None].chunk(2, -1)
+        output = self.last(modulate(self.norm(hidden), shift, scale))
+        output = output.unflatten(-1, (patch, patch, -1)).unflatten(1, (rows, columns))
+        return output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).to(x.dtype)
+
+
+def patch_positions(
+    rows: int, columns: int, config: TransformerConfig, device: torch.device
+) -> Float[Tensor, "length dim"]:
+    """Return sinusoids of each patch's column, then of its row. A picture of another size than the training's is
+    stretched over the same positions."""
+    trained = config.size // config.patch_size
+    sides = (torch.arange(n, dtype=torch.float32, device=device) / (n / trained) for n in (rows, columns))
+    places = torch.meshgrid(*sides, indexing="ij")
+    return torch.cat([sinusoids(place.flatten(), config.dim // 2, interleaved=False) for place in places[::-1]], -1)
+
+
+def _block(config: TransformerConfig) -> AdaptiveNormZero:
+    dim = config.dim
+    norms = nn.LayerNorm(dim, EPS, elementwise_affine=False), nn.LayerNorm(dim, config.norm_eps, config.affine)
+    return AdaptiveNormZero(
+        Attention(dim, config.n_heads, head_dim=config.head_dim, bias=config.bias, out_bias=True),
+        FEEDFORWARDS[config.feedforward](dim, 4 * dim, dropout=config.dropout), norms, Linear(dim, 6 * dim),
+        config.dropout,
+    )  # fmt: skip
+
+
+class DiT(ImageModel):
+    """The transformer, and the autoencoder in whose latents it works; None in a model of pixels."""
+
+    draws = "pixels"
+
+    def __init__(
+        self, config: Config, transformer: DiffusionTransformer, autoencoder: autoencoder_kl.AutoencoderKL | None
+    ):
+        super().__init__()
+        self.config, self.transformer, self.autoencoder = config, transformer, autoencoder
+
+    @property
+    def noise(self) -> Noise:
+        """Return the noise that the network was trained to remove."""
+        return self.config.noise
+
+    def forward(
+        self, x: Sample, timestep: Num[Tensor, "*batch"], label: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """Return the prediction for noisy latents or pixels, in their dtype; one timestep for all or one each.
+
+        label: a class [batch]; None for the null class. Another size or number of channels than the network takes is a
+        `UserError`.
+        """
+        check_channels(self.config.channels, x.shape[1])
+        check_sides(x.shape[2], x.shape[3], self.config.transformer.patch_size)
+        if label is None:
+            label = torch.full((len(x),), self.config.n_classes, device=x.device)
+        return self.transformer(x, timestep.reshape(-1).expand(len(x)), label)
+
+    def to_latents(self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None) -> Sample:
+        """Return the scaled latents of images from -1 to 1: samples by standard normal `noise`, or the means."""
+        if self.autoencoder is None:
+            return pictures
+        found = self.autoencoder.encode(pictures)
+        return self.autoencoder.config.scale * (found.mean if noise is None else found.sample(noise))
+
+    def to_pictures(self, latents: Sample) -> Float[Tensor, "batch colours rows columns"]:
+        """Return the images of scaled latents, about from -1 to 1."""
+        return latents if self.autoencoder is None else self.autoencoder.decode(latents / self.autoencoder.config.scale)
+
+    def check_size(self, channels: int, height: int, width: int) -> None:
+        """Refuses images, in pixels, that do not fit the network, with the nearest size that does; and a network whose
+        output has other channels than its noise asks for."""
+        check_channels(self.config.colours, channels)
+        check_sides(height, width, self.config.factor * self.config.transformer.patch_size)
+        wanted = self.config.channels * (1 + (self.noise.variance == "learned_range"))
+        if (predicted := self.config.transformer.predicted_channels) != wanted:
+            raise UserError(f"The network predicts {predicted} channels, and {wanted} are needed to draw with it.")
+
+
+def check_channels(wanted: int, given: int) -> None:
+    """Raise a `UserError` for another number of channels."""
+    if given != wanted:
+        raise UserError(f"The network reads {wanted} channels, and was given {given}.")
+
+
+def build(config: Config) -> DiT:
+    """Build a model initialised as in the released code: Glorot's matrices, embeddings with a deviation of 0.02, and
+    zero for every modulation and for the last layer."""
+    transformer = DiffusionTransformer(config.transformer)
+    xavier_(transformer, embedding_std=0.02)
+    for name, matrix in transformer.conditions.named_parameters():
+        if ".time." in name and name.endswith(".weight"):
+            nn.init.normal_(matrix, std=0.02)
+    zero_(transformer, "modulation", "last")
+    return DiT(config, transformer, config.autoencoder and autoencoder_kl.build(config.autoencoder))
+
+
+_NAMES = {
+    "patches": "pos_embed.proj",
+    "conditions.*.time.linear1": "transformer_blocks.*.norm1.emb.timestep_embedder.linear_1",
+    "conditions.*.time.linear2": "transformer_blocks.*.norm1.emb.timestep_embedder.linear_2",
+    "conditions.*.label": "transformer_blocks.*.norm1.emb.class_embedder.embedding_table",
+    **nested("blocks.*", "transformer_blocks.*", BLOCK),
+    "blocks.*.modulation": "transformer_blocks.*.norm1.linear",
+    "blocks.*.feedforward.up": "transformer_blocks.*.ff.net.0.proj",
+    "blocks.*.feedforward.up_gate": "transformer_blocks.*.ff.net.0.proj",
+    "modulation": "proj_out_1",
+    "last": "proj_out_2",
+}
+WEIGHT_NAMES = {
+    **nested("transformer", "transformer", _NAMES), **nested("autoencoder", "vae", autoencoder_kl.WEIGHT_NAMES)
+}  # fmt: skip
+OLD_ENDINGS = autoencoder_kl.OLD_ENDINGS
+MODEL_TYPES = {"DiTPipeline": "DiTPipeline"}
+FIELDS: hf.Fields = {
+    "size": hf.Field("sample_size", 32),
+    "patch_size": hf.Field("patch_size", 2),
+    "channels": hf.Field("in_channels", 4),
+    "out_channels": hf.Field("out_channels", None),
+    "n_heads": hf.Field("num_attention_heads", 16),
+    "head_dim": hf.Field("attention_head_dim", 72),
+    "n_layers": hf.Field("num_layers", 28),
+    "n_classes": hf.Field("num_embeds_ada_norm", 1000),
+    "bias": hf.Field("attention_bias", True),
+    "affine": hf.Field("norm_elementwise_affine", False),
+    "norm_eps": hf.Field("norm_eps", 1e-5, float),
+    "feedforward": hf.Field("activation_fn", "gelu-approximate"),
+    "dropout": hf.Field("dropout", 0.0, float),
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of the files of a pipeline's parts, each in the field of its folder's name.
+
+    A network whose output has twice the channels of its input predicts the variance, which schedulers do not say.
+    """
+    hf.read_field(json["transformer"], hf.choice("norm_type", {"ada_norm_zero": "ada_norm_zero"}))
+    transformer = TransformerConfig(**hf.read_fields(json["transformer"], FIELDS))
+    noise = json.get("scheduler") or {}
+    if transformer.predicted_channels // 2 == transformer.channels:
+        noise = {**noise, "variance_type": "learned_range"}
+    names = json.get("id2label") or {}
+    classes = tuple(names[str(number)] for number in range(len(names)))
+    autoencoder = json.get("vae") and autoencoder_kl.from_published(json["vae"])
+    return Config(transformer, autoencoder, classes, read_scheduler(noise))
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return what `from_published` reads: the files of a pipeline's parts."""
+    scheduler = write_scheduler(config.noise)
+    if config.noise.variance == "learned_range":  # diffusers' pipeline takes the variance away before the scheduler
+        scheduler |= {"_class_name": "DDIMScheduler", "set_alpha_to_one": config.noise.last_alpha_one}
+        del scheduler["variance_type"]
+    names = {str(number): name for number, name in enumerate(config.classes)}
+    return {
+        "model_type": "DiTPipeline",
+        "transformer": {"model_type": "DiTTransformer2DModel", **hf.write_fields(config.transformer, FIELDS)},
+        "vae": config.autoencoder and autoencoder_kl.to_published(config.autoencoder),
+        "scheduler": scheduler,
+        **({"id2label": names} if names else {}),
+    }
