@@ -256,7 +256,8 @@ def test_a_flow_is_that_of_diffusers(shift, total, steps, karras) -> None:
     levels = torch.tensor([step.level for step in chosen.schedule.steps], dtype=torch.float64)
     assert (levels[:, 0] - scheduler.timesteps).abs().max() <= 1e-6 * total
     assert (levels[:, 2] - scheduler.sigmas[:-1]).abs().max() <= 1e-6
-    walk = chosen.run(chosen.denoiser(network), start * chosen.schedule.initial_sigma, chosen.schedule, torch.randn_like)
+    x = start * chosen.schedule.initial_sigma
+    walk = chosen.run(chosen.denoiser(network), x, chosen.schedule, torch.randn_like)
     expected = start
     for t, state in zip(scheduler.timesteps, walk, strict=True):
         expected = scheduler.step(network(expected, t.expand(len(start))), t, expected).prev_sample

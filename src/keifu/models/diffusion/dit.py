@@ -139,7 +139,7 @@ class Config:
 
     @property
     def null_class(self) -> bool:
-        """Whether there is a null class beside others, for classifier-free guidance."""
+        """Whether there is a null class in addition to others, for classifier-free guidance."""
         return self.n_classes > 0
 
 
