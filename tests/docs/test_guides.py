@@ -35,9 +35,31 @@ SMALLER = [  # what keeps a command as it is and makes it short
     (r"^keifu evaluate runs/ddpm.*", r"\g<0> --steps 2"),
     (r"^keifu train sft --model smollm2.*", r"\g<0> --batch-size 1 --context-length 64"),
 ]
+BLOCK_SIZES = "--model.dim 32 --model.hidden-dim 64 --model.n-layers 1 --model.n-heads 2"
+ENOUGH = {  # options that a training gets, each only if the page gives none; other recipes get --steps 2
+    "bert": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
+    "classifier": "",
+    "clip": "--steps 2 --warmup 1 --batch-size 8",
+    "dalle": "--clip-steps 2 --vae-steps 2 --steps 2 --batch-size 4",
+    "gpt1": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
+    "gpt2": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
+    "gpt3": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
+    "instruct": "--sft.steps 2 --reward.steps 2 --ppo.steps 1 --ppo.rollouts 4",
+    "latent-diffusion": "--clip-steps 2 --autoencoder-steps 2 --steps 2 --batch-size 4",
+    "llama": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
+    "palm": f"--steps 2 --batch-size 2 {BLOCK_SIZES} --model.head-dim 16",
+    "palm2": f"--steps 2 --batch-size 2 {BLOCK_SIZES} --model.head-dim 16",
+    "perceptron": "",
+    "ppo": "--steps 1 --rollouts 4",
+    "seq2seq": "--steps 2 --vocab-size 300 --model.dim 32 --model.embedding-dim 32 --model.maxout-dim 16",
+    "unclip": "--clip-steps 2 --steps 2 --batch-size 4",
+}
 QUICK = [f"guides/{name}.md" for name in ("own_chat", "translator")]
 QUICK += ["../README.md", "extending/model.md", "extending/pieces.md"]
-WAITS = ("keifu serve",)  # commands that wait for requests; tests/serving runs them
+WAITS = re.compile(r"keifu (?:serve|compare|data clear|chat \S+ *(?:#|$))")  # these ask a person or wait for requests
+READERS = re.compile(r"my-stable-diffusion/|v1-5-pruned\.safetensors|mine\.yaml|runs/causal")  # files of a reader
+LANDMARKS = sorted(path.stem for path in (ROOT / "docs/lineage").glob("*.md") if not path.name.endswith(".ja.md"))
+REFUSED = "# refuses"  # a remark of a command that must end with an error
 SLOW = [f"guides/{name}.md" for name in ("drawing", "search", "finetuning", "attention", "evaluating")]
 
 
@@ -49,7 +71,9 @@ def parts(page: str) -> list[tuple[str, str]]:
             found.append((language, text))
         elif not language:
             lines = text.replace("\\\n", " ").splitlines()
-            found += [("command", line) for line in lines if line.startswith("keifu ") and not line.startswith(WAITS)]
+            for before, line in zip(["", *lines], lines, strict=False):
+                if line.startswith("keifu ") and not WAITS.match(line):
+                    found.append(("refused" if before.startswith(REFUSED) else "command", line))
     return found
 
 
@@ -58,7 +82,11 @@ def smaller(command: str) -> str:
     command = shlex.join(shlex.split(command, comments=True))
     for pattern, replacement in SMALLER:
         command = re.sub(pattern, replacement, command)
-    return command
+    words = command.split()
+    if words[1] != "train" or words[2].startswith("-"):
+        return command
+    given = re.findall(r"--\S+(?: [^-]\S*)?", ENOUGH.get(words[2], "--steps 2"))
+    return " ".join([command, *(option for option in given if option.split()[0] not in words)])
 
 
 def is_exact(command: str) -> bool:
@@ -86,6 +114,19 @@ def run(page: Path, capsys: pytest.CaptureFixture) -> int:
     return len([kind for kind, _ in found if kind != "text"])
 
 
+def run_commands(page: Path) -> int:
+    """Run the commands of a page in the current folder, but not its Python; return how many there were."""
+    found = [(kind, text) for kind, text in parts(page.read_text(encoding="utf-8")) if kind in ("command", "refused")]
+    found = [(kind, text) for kind, text in found if not READERS.search(text)]
+    for kind, text in found:
+        if kind == "command":
+            main(shlex.split(smaller(text))[1:])
+        else:
+            with pytest.raises(SystemExit):
+                main(shlex.split(smaller(text))[1:])
+    return len(found)
+
+
 def not_in_the_demonstration() -> list[str]:
     """Packages that `make demo` does not install: those of the development tools and of the other extras."""
     return [
@@ -111,6 +152,17 @@ def test_guide_runs_as_it_is_written(page: str, checkout: Path, capsys: pytest.C
     assert run(ROOT / "docs" / page, capsys) >= 2
 
 
+COMMANDS = ["commands.md", "own-data.md", *(f"lineage/{name}.md" for name in LANDMARKS if name != "index")]
+FAST = ["lineage/perceptron.md", "lineage/mixture.md"]
+
+
+@pytest.mark.parametrize(
+    "page", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
+)
+def test_commands_of_a_page_run_in_order(page: str, checkout: Path) -> None:
+    assert run_commands(ROOT / "docs" / page)
+
+
 def test_every_guide_with_commands_is_run() -> None:
     folders = [ROOT / "docs" / name for name in ("guides", "extending")]
     pages = [path for folder in folders for path in folder.glob("*.md") if not path.name.endswith(".ja.md")]
@@ -128,6 +180,9 @@ def test_a_guide_that_does_not_run_would_be_seen(checkout: Path, capsys: pytest.
         run(page, capsys)
     page.write_text("```text\nkeifu data check nowhere/\n```\n")
     assert run(page, capsys) == 0
+    page.write_text("```\n# refuses\nkeifu data check examples/data/lines.txt\n```\n")
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        run_commands(page)
 
 
 def test_only_numbers_become_smaller() -> None:
