@@ -235,7 +235,7 @@ def test_python_interface_is_found_lazily() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("genrate smollm2", "There is no verb 'genrate'. Did you mean 'generate'?"),
+        ("genrate smollm2", "There is no command 'genrate'. Did you mean 'generate'?"),
         ("generate smollm2 x --max-token 3", "There is no option '--max-token'. Did you mean '--max-tokens'?"),
         ("generate smollm2 x --max-token=3", "There is no option '--max-token'. Did you mean '--max-tokens'?"),
         ("generate --tempratur 3", "There is no option '--tempratur'. Did you mean '--temperature'?"),

@@ -19,12 +19,12 @@ IN_ORDER = [  # pages whose commands can be run as printed, from top to bottom
     ROOT / "README.md", EXAMPLES, *(ROOT / "docs" / name for name in ("commands.md", "own-data.md", "threads.md")),
 ]  # fmt: skip
 RUN = re.compile(r"(?:\w+=\S* )*keifu |[^#]*\| keifu ")  # perhaps after variables of the environment, or behind a pipe
-PLACEHOLDERS = {"RECIPE": "gpt", "VERB": "train"}
+PLACEHOLDERS = {"RECIPE": "gpt", "COMMAND": "train"}
 FENCE = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def commands(page: str) -> list[str]:
-    """Every line of the page's code blocks that runs `keifu`, and every `keifu VERB ...` in backquotes in its text."""
+    """Every line of the page's code blocks that runs `keifu`, and every `keifu COMMAND ...` in backquotes in its text."""
     blocks = [line for block in FENCE.findall(page) for line in block.replace("\\\n", " ").splitlines()]
     shown = [line.removeprefix("$ ").strip() for line in blocks]
     inline = re.findall(r"`(keifu [a-z][^`]*)`", FENCE.sub("", page))

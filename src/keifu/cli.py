@@ -17,9 +17,9 @@ from keifu.files import WINDOWS
 from keifu.threads import follow_load
 
 FAULT = 70  # as sysexits.h has it
-USAGE = "Usage: keifu VERB [OPTIONS]"
+USAGE = "Usage: keifu COMMAND [OPTIONS]"
 MORE = """\
-keifu help VERB [RECIPE] tells the options of one. For all verbs:
+keifu help COMMAND [RECIPE] prints its options. For all commands:
   -q, --quiet    nothing but results and errors
   -v, --verbose  versions and seconds at the end, and errors with their traceback
   -V, --version  the version"""
@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
         return parse([*rest, "--help"])
     if verb in ("-V", "--version", "version"):
         return lambda: print(f"keifu {__version__}")
-    require_known("verb", verb, VERBS)
+    require_known("command", verb, VERBS)
     return import_module(module_of(verb)).parse(rest)
 
 

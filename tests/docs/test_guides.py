@@ -37,20 +37,20 @@ SMALLER = [  # what keeps a command as it is and makes it short
 ]
 BLOCK_SIZES = "--model.dim 32 --model.hidden-dim 64 --model.n-layers 1 --model.n-heads 2"
 ENOUGH = {  # options that a training gets, each only if the page gives none; other recipes get --steps 2
-    "bert": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
+    "bert": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES}",
     "classifier": "",
     "clip": "--steps 2 --warmup 1 --batch-size 8",
     "dalle": "--clip-steps 2 --vae-steps 2 --steps 2 --batch-size 4",
     "gpt1": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
-    "gpt2": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
+    "gpt2": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES}",
     "gpt3": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
-    "instruct": "--sft.steps 2 --reward.steps 2 --ppo.steps 1 --ppo.rollouts 4",
+    "instruct": "--sft.steps 2 --reward.steps 2 --ppo.steps 1 --ppo.rollouts 4 --ppo.warmup 1",
     "latent-diffusion": "--clip-steps 2 --autoencoder-steps 2 --steps 2 --batch-size 4",
-    "llama": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
+    "llama": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES}",
     "palm": f"--steps 2 --batch-size 2 {BLOCK_SIZES} --model.head-dim 16",
-    "palm2": f"--steps 2 --batch-size 2 {BLOCK_SIZES} --model.head-dim 16",
+    "palm2": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES} --model.head-dim 16",
     "perceptron": "",
-    "ppo": "--steps 1 --rollouts 4",
+    "ppo": "--steps 1 --rollouts 4 --warmup 1",
     "seq2seq": "--steps 2 --vocab-size 300 --model.dim 32 --model.embedding-dim 32 --model.maxout-dim 16",
     "unclip": "--clip-steps 2 --steps 2 --batch-size 4",
 }
