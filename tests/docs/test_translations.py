@@ -88,3 +88,25 @@ def test_a_difference_would_be_seen(aspect, was: str, becomes: str) -> None:
 def test_words_may_differ() -> None:
     japanese = PAGE.replace("# talk", "# 会話").replace("is", "は").replace(" and ", "と").replace("y.md", "y.ja.md")
     assert all(aspect(japanese) == aspect(PAGE) for aspect in ASPECTS)
+
+
+TERMS = {  # one Japanese word for a concept: another word, and the one that the pages use
+    "訓練": "学習", "節目": "ランドマーク", "最適化器": "オプティマイザ", "トークナイザー": "トークナイザ", "アダプター": "アダプタ",
+    "キーとバリュー": "キーと値", "実行フォルダ": "学習フォルダ", "動詞": "コマンド", "をもつ": "を持つ", "〜": "～",
+    "変奏": "バリエーション", "事前モデル": "prior", "デコーダー": "デコーダ", "エンコーダー": "エンコーダ", "デフォルト": "既定",
+    "フォルダー": "フォルダ", "微調整": "ファインチューニング", "同じ絵": "同じ画像", "サンプラ(?!ー)": "サンプラー",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [japanese for _, japanese in PAIRS], ids=lambda path: path.name)
+def test_a_concept_has_one_japanese_word(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert {word: use for word, use in TERMS.items() if re.search(word, text)} == {}
+
+
+def test_tabs_of_the_service_have_the_pages_names() -> None:
+    words = (ROOT / "src/keifu/serving/page/words/ja.js").read_text(encoding="utf-8")
+    page = (ROOT / "docs/serving.ja.md").read_text(encoding="utf-8")
+    named = [re.search(rf'\b{tab}: "([^"]+)"', words) for tab in ("chat", "look", "translate", "draw", "match", "runs")]
+    assert [found[1] for found in named if found and f"- **{found[1]}**" not in page] == []
+    assert all(named)

@@ -142,13 +142,13 @@ def latent_diffusion(drawing: Drawing) -> None:
     )
     drawing.line(net.bottom, rest[0].top)
     drawing.line(rest[0].left, (20, rest[0].y), (20, 287), net.left, dashed=True)
-    drawing.note(30, 366, ("20 to 50 times", "20〜50 回"), "start")
+    drawing.note(30, 366, ("20 to 50 times", "20～50 回"), "start")
 
 
 def unclip(drawing: Drawing) -> None:
     parts = [
         Part(CAPTION, ("“a red heart”", "“a red heart”"), "data"), Part(("CLIP's text tower", "CLIP のテキスト側"), ("frozen", "固定"), "frozen"),
-        Part(("1  prior", "1  prior（事前モデル）"), ("diffusion over one vector", "1本のベクトルの拡散"), "attention"), Part(("image embedding", "画像の埋め込み"), ("what CLIP would see", "CLIP が見るはずのもの"), "data"),
+        Part(("1  prior", "1  prior"), ("diffusion over one vector", "1本のベクトルの拡散"), "attention"), Part(("image embedding", "画像の埋め込み"), ("what CLIP would see", "CLIP が見るはずのもの"), "data"),
         Part(("2  decoder", "2  デコーダ"), ("U-Net, 64 × 64", "U-Net、64 × 64"), "layer"), Part(("3  upsamplers", "3  アップサンプラ"), ("U-Nets, 256 and 1,024", "U-Net、256 と 1,024"), "layer"), Part(PICTURE, "", "data"),
     ]  # fmt: skip
     drawn = column(drawing, 130, 12, parts, 210)
