@@ -27,6 +27,7 @@ import math  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from contextlib import suppress  # noqa: E402
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -37,6 +38,10 @@ from keifu.threads import follow_load  # noqa: E402
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # beside other processes of the tests, one each
 follow_load()  # tests beside other programs, or beside each other, would wait for cores most of the time
 warnings.filterwarnings("ignore", module="beartype")
+hypothesis.settings.register_profile(
+    "keifu", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)  # a busy machine is no failure
+hypothesis.settings.load_profile("keifu")
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ HEAVY = {"torch", "numpy", "rich", "tokenizers", "matplotlib"}
 
 def in_new_process(code: str) -> subprocess.CompletedProcess:
     keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=keep, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=keep, timeout=300)
 
 
 def said(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
@@ -340,7 +340,7 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
     code = "from keifu.cli import main; main(['models'])"
     keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     reader = subprocess.run(
-        ["bash", "-c", f'{sys.executable} -c "{code}" | head -1'], capture_output=True, text=True, env=keep, timeout=60
+        ["bash", "-c", f'{sys.executable} -c "{code}" | head -1'], capture_output=True, text=True, env=keep, timeout=300
     )
     assert reader.stdout.startswith("model\tparameters") and reader.stderr == ""
 

@@ -137,7 +137,7 @@ except keifu.errors.UserError as error:
 def test_arguments_of_other_types_are_told() -> None:
     """In a process of its own: here, types are checked before."""
     keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, env=keep, timeout=60)
+    done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, env=keep, timeout=300)
     *prompts, stop, model = done.stdout.splitlines() or pytest.fail(done.stderr)
     assert len(prompts) == 5 and all("must be a text or a list of token ids" in line for line in prompts)
     assert "must be strings" in stop and "writes no text" in model

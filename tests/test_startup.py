@@ -24,7 +24,7 @@ def imported(code: str) -> set[str]:
     """The modules that a new process has imported once it has run the code."""
     listing = f"{code}\nimport sys\nprint()\nprint(*sys.modules)"
     keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, env=keep, timeout=60)
+    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, env=keep, timeout=300)
     assert not done.returncode, done.stderr
     return set(done.stdout.splitlines()[-1].split())
 

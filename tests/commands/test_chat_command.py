@@ -326,7 +326,7 @@ class Terminal:
         os.close(other)
         self.seen = ""
 
-    def see(self, text: str, seconds: float = 120) -> str:
+    def see(self, text: str, seconds: float = 300) -> str:
         """Waits until that is seen after what was seen before; gives what came with it."""
         until, new = time.monotonic() + seconds, ""
         while text not in new:
@@ -357,7 +357,7 @@ def test_a_real_terminal(model: str, tmp_path: Path) -> None:
         terminal.type(f"/save {file}")
         assert "2 messages" in terminal.see("> ")
         terminal.type("/bye")
-        assert terminal.process.wait(60) == 0
+        assert terminal.process.wait(300) == 0
     finally:
         terminal.process.kill()
         os.close(terminal.end)

@@ -202,7 +202,7 @@ def test_four_processes_convert_to_one_folder(model: str, tmp_path: Path) -> Non
     for process in running:  # all have loaded: they write at the same time
         process.stdin.write("\n")
         process.stdin.flush()
-    errors = [process.communicate(timeout=120)[1] for process in running]
+    errors = [process.communicate(timeout=300)[1] for process in running]
     assert not any(process.returncode for process in running), errors
     assert not [*(tmp_path / "out").glob(".*")]
     same = {file.name for file in Path(model).iterdir()} ^ {file.name for file in (tmp_path / "out").iterdir()}

@@ -165,7 +165,7 @@ def run(arguments: list[str], closing: str = "", folder: Path | None = None) -> 
     command = f'"$0" -m keifu "$@" {closing}'
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     words = ["bash", "-c", command, sys.executable, *arguments]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, cwd=folder, timeout=120)
+    return subprocess.run(words, capture_output=True, text=True, env=environment, cwd=folder, timeout=300)
 
 
 @pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"])

@@ -24,7 +24,7 @@ def run(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProc
     """Run a command in the folder, without a path that tests may have added."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     environment |= {"OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_python_m_keifu_imports_nothing_of_the_current_folder(hostile: Path) -> None:

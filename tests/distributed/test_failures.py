@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -60,52 +59,71 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(word) for word in task.read_text().split()] if task.exists() else []
 
 
+class Clock:
+    """A clock for three processes: while one sleeps, those of `alive` give signs of life."""
+
+    def __init__(self, store: distributed.Store):
+        self.store, self.now, self.alive = store, 0.0, {0, 1, 2}
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for number in self.alive:
+            self.store.set(f"alive/{number}", str(self.now))
+
+
 @pytest.fixture
-def signs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[failures.Signs]]:
-    """Those of three processes, as threads of this one."""
-    monkeypatch.setattr(failures, "BEAT", 0.02)
-    monkeypatch.setattr(failures, "GRACE", 1.0)
-    store = distributed.TCPStore("localhost", 0, 1, is_master=True)
-    found = [failures.Signs(number, 3, store.clone()) for number in range(3)]
-    for each in found:
-        each.thread.start()
-    yield found
-    for each in found:
-        each.ended.set()
-        each.thread.join()
-    del store  # it ends its server
+def store() -> Iterator[distributed.Store]:
+    yield distributed.TCPStore("localhost", 0, 1, is_master=True)  # its end is that of its server
 
 
-def test_a_process_that_gives_no_sign_of_life_is_named(signs: list[failures.Signs]) -> None:
-    time.sleep(0.2)
-    signs[2].ended.set()
-    time.sleep(0.1)
+@pytest.fixture
+def clock(store: distributed.TCPStore, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock(store.clone())
+    monkeypatch.setattr(failures, "time", found)
+    return found
+
+
+@pytest.fixture
+def signs(store: distributed.TCPStore) -> list[failures.Signs]:
+    """Those of three processes, whose threads have not begun."""
+    return [failures.Signs(number, 3, store.clone()) for number in range(3)]
+
+
+def test_a_process_that_gives_no_sign_of_life_is_named(signs: list[failures.Signs], clock: Clock) -> None:
+    clock.sleep(1.0)
+    clock.alive = {0, 1}
     assert signs[0].reason().startswith("Process 2 of 3 (counted from 0) has died or stands still, at step 0")
 
 
-def test_a_process_that_is_late_is_named(signs: list[failures.Signs]) -> None:
+def test_a_process_that_is_late_is_named(signs: list[failures.Signs], clock: Clock) -> None:
     for number, step in enumerate((7, 6, 7)):
         signs[number].store.set(f"step/{number}", str(step))
-    time.sleep(0.2)
     assert "Process 1 of 3 (counted from 0) did not answer within the time limit, at step 8" in signs[0].reason()
 
 
 def test_a_dead_process_is_reported_while_the_main_thread_waits(
-    signs: list[failures.Signs], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    signs: list[failures.Signs], clock: Clock, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Wait as NCCL does, until its watchdog aborts. A process that has done its work is not dead."""
     exits = []
-    monkeypatch.setattr("os._exit", lambda status: exits.append(status) or signs[0].ended.set())
+    monkeypatch.setattr("os._exit", lambda status: exits.append((status, clock.now)) or signs[0].ended.set())
     signs[1].ended.set()
+    signs[1].thread.start()
     signs[1].thread.join()
-    monkeypatch.setattr(failures, "DEAD", 0.3)
-    time.sleep(0.8)
-    assert not exits
-    silent = threading.Event()
-    monkeypatch.setattr(signs[2].ended, "wait", lambda seconds: silent.wait(20) or True)  # it gives no sign any more
-    signs[0].thread.join(10)
-    silent.set()
-    assert exits == [1]
+
+    def wait(seconds: float) -> bool:
+        clock.alive = {0, 2} if clock.now < 100 else {0}  # then process 2 gives no sign any more
+        clock.sleep(seconds)
+        return signs[0].ended.is_set()
+
+    monkeypatch.setattr(signs[0].ended, "wait", wait)
+    signs[0].thread.start()
+    signs[0].thread.join()
+    [(status, seconds)] = exits
+    assert status == 1 and 100 + failures.DEAD < seconds < 101 + failures.DEAD
     said = capfd.readouterr().err
     assert said == (
         "Process 2 of 3 (counted from 0) has died, at step 0: start again with --resume, or let torchrun do so "
@@ -123,7 +141,7 @@ def test_processes_that_start_anew_find_nothing_of_those_before() -> None:
     """torchrun keeps one store over its restarts: what the dead have written there is not read."""
     first = distributed.TCPStore("localhost", 0, 1, is_master=True)
 
-    def start(number: int, seconds: float = 20.0) -> distributed.Store:
+    def start(number: int, seconds: float = 300.0) -> distributed.Store:
         return _of_this_start(first.clone(), number, 3, seconds)
 
     for _ in range(3):
@@ -142,10 +160,10 @@ def test_processes_that_start_anew_find_nothing_of_those_before() -> None:
     (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), "^Process 1 of 2 .* at step 0"),
 ])  # fmt: skip
 def test_the_first_process_says_its_own_error_as_it_is(
-    error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, sentence: str, store: distributed.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(failures, "GRACE", 0.1)
-    store, two = distributed.TCPStore("localhost", 0, 1, is_master=True), Processes()
+    two = Processes()
     two.world_size = 2
     with pytest.raises(UserError, match=sentence), failures.explained(two, store, str):
         raise error

@@ -32,7 +32,7 @@ class Threads:
 
     def __init__(self, world: int):
         self.world = world
-        self.barrier = threading.Barrier(world, timeout=60)
+        self.barrier = threading.Barrier(world, timeout=300)
         self.given: list[Any] = [None] * world
         self.rank = threading.local()
 

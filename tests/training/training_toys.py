@@ -82,16 +82,24 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Slow(Sequences):
-    """Takes its time, so that there is time to be killed in."""
+    """Takes its time, so that there is time to be killed in, and from step 30 on waits while a file is there."""
+
+    def __init__(self, waits: Path):
+        super().__init__()
+        self.waits = waits
 
     def batch(self, step: int) -> Batch:
         time.sleep(0.02)
+        while 30 <= step < 40 and self.waits.exists():
+            time.sleep(0.02)
         return super().batch(step)
 
 
 def train_slowly(directory: Path, optimizer: str, said: Path) -> None:
-    """A run of 40 steps for a process of its own, resumed where a state is there; `said` takes its standard error."""
+    """A run of 40 steps for a process of its own, resumed where a state is there; `said` takes its standard error. It
+    does not end while there is a file of the folder's name with `.waits`."""
     torch.set_num_threads(1)
     with said.open("a") as sys.stderr:
         out = run(directory, resume=bool(checkpoint.steps(directory)))
-        train(toy(), objective, Slow(), settings(steps=40, micro_batch=4, optimizer=optimizer), out)
+        data = Slow(directory.with_suffix(".waits"))
+        train(toy(), objective, data, settings(steps=40, micro_batch=4, optimizer=optimizer), out)

@@ -63,6 +63,7 @@ def lines(directory: Path) -> list[dict]:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(tmp_path: Path, optimizer: str) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed.with_suffix(".waits").touch()
     reference = child(whole, optimizer)
     for step in (3, 17):  # two kills: some time after a state, wherever the process is then
         process = child(killed, optimizer)
@@ -70,6 +71,7 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(tmp_path: Path, op
         time.sleep(random.random() * 0.06)
         process.kill()
         process.join()
+    killed.with_suffix(".waits").unlink()
     child(killed, optimizer).join()
     reference.join()
     assert said(killed).count("Going on from step") == 2
@@ -80,9 +82,11 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(tmp_path: Path, op
 
 def test_ctrl_c_saves_the_state_and_says_how_to_resume(tmp_path: Path) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    stopped.with_suffix(".waits").touch()
     process, reference = child(stopped, "adamw"), child(whole, "adamw")
     wait_for_step(process, stopped, 3)
     os.kill(process.pid or 0, signal.SIGINT)
+    stopped.with_suffix(".waits").unlink()
     process.join()
     step = checkpoint.steps(stopped)[-1]
     assert process.exitcode and "once more stops at once" in said(stopped)

@@ -55,6 +55,7 @@ class Doing(Sequences):
 def test_a_second_run_in_the_same_folder_says_who_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(os.sys.path))  # pyright: ignore
     directory = tmp_path / "run"
+    directory.with_suffix(".waits").touch()
     first = PROCESSES.Process(target=train_slowly, args=(directory, "adamw", tmp_path / "said"))
     first.start()
     while first.is_alive() and not checkpoint.steps(directory):
