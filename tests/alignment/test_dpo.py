@@ -1,6 +1,7 @@
 """DPO: its losses against TRL's and written out, its gradient, a run that learns a preference, bad files."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from keifu import checkpoints
-from keifu.alignment.dpo import dpo, losses, reference, sequence_log_probabilities
+from keifu.alignment.dpo import dpo, kto, kto_losses, losses, reference, sequence_log_probabilities
 from keifu.commands.train import parse
 from keifu.data.chat.preferences import RankedResponses, read_preferences
 from keifu.errors import UserError
@@ -42,6 +43,25 @@ def test_losses_written_out() -> None:
     torch.testing.assert_close(losses(ratios, lengths, "dpo", beta, 0.1), smooth, rtol=0, atol=1e-6)
     robust = (-0.9 * F.logsigmoid(beta * margin) + 0.1 * F.logsigmoid(-beta * margin)) / 0.8
     torch.testing.assert_close(losses(ratios, lengths, "robust", beta, 0.1), robust, rtol=0, atol=1e-6)
+
+
+def test_losses_without_a_reference_written_out() -> None:
+    torch.manual_seed(1)
+    logs, lengths, beta = -torch.rand(6, 2) * 30 - 0.01, torch.randint(1, 20, (6, 2)).float(), 0.3
+    better, worse = (logs / lengths).double().unbind(1)
+    simpo = -(1 / (1 + (-(beta * (better - worse) - 0.4)).exp())).log()  # TRL's CPOTrainer, loss_type simpo
+    torch.testing.assert_close(losses(logs, lengths, "simpo", beta, 0.0, 0.4).double(), simpo, rtol=0, atol=1e-6)
+    odds = [mean.exp() / (1 - mean.exp()) for mean in (better, worse)]
+    orpo = -better - beta * (1 / (1 + odds[1] / odds[0])).log()
+    torch.testing.assert_close(losses(logs, lengths, "orpo", beta).double(), orpo, rtol=0, atol=1e-6)
+    sure = losses(torch.tensor([[0.0, -90.0]]), torch.ones(1, 2), "orpo", beta)  # p = 1 has no finite odds
+    assert sure.isfinite().all()
+
+
+def test_kto_written_out() -> None:
+    ratios, good, kl = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([1.0, 0.0, 0.0]), torch.full((3,), 0.25)
+    value = [1 / (1 + math.exp(-0.3 * (1.0 - 0.25))), *(1 / (1 + math.exp(-0.3 * (0.25 - r))) for r in (-2.0, 0.5))]
+    torch.testing.assert_close(kto_losses(ratios, good, kl, 0.3), 1 - torch.tensor(value), rtol=0, atol=1e-6)
 
 
 def batch(lengths: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -121,6 +141,46 @@ def test_two_processes_learn_what_one_learns(
         assert {name: found[name] for name in chosen} == pytest.approx(chosen, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["simpo", "orpo", "kto"])
+def test_relatives_learn_the_preference_too(loss: str, base: Path, preferences: Path, tmp_path: Path) -> None:
+    fast = ["--steps", "24", "--learning-rate", "0.005", "--held-out", "0.2", "--loss", loss]
+    out = go(base, preferences, tmp_path / "run", *fast)
+    last = [line for line in metrics.read(out) if "validation_accuracy" in line][-1]
+    assert last["validation_accuracy"] >= (0.7 if loss == "kto" else 1.0)  # of kto beside a point that moves
+    assert {"simpo": "SimPO", "orpo": "ORPO", "kto": "KTO"}[loss] in (out / "report.html").read_text()
+
+
+def test_kto_learns_from_single_marks(base: Path, tmp_path: Path) -> None:
+    words = ["one", "two", "three", "four"]
+    rows = [{"prompt": f"{a} {b}", "completion": f"{mark} {b}", "label": mark == "good"}
+            for a in words for b, mark in zip(words, ("good", "bad", "bad", "good"), strict=True)]  # fmt: skip
+    file = tmp_path / "marks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fast = ["--learning-rate", "0.005", "--held-out", "0", "--loss", "kto"]
+    out = go(base, file, tmp_path / "run", "--steps", "16", *fast)
+    seen = [line for line in metrics.read(out) if "accuracy" in line]
+    assert seen[-1]["accuracy"] == 1.0 and all(line["kl"] >= 0 for line in seen)
+    with pytest.raises(UserError, match="line 1: one answer with a mark makes no pair"):
+        go(base, file, tmp_path / "pairs")
+
+
+def test_reference_point_of_kto_is_of_the_whole_batch(base: Path, preferences: Path) -> None:
+    """However the batch is split, and of answers to other prompts."""
+    task = recipe.prepare(recipe.Recipe(model=str(base), data=str(preferences), loss="kto", batch_size=6))
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    given = task.data.batch(0)
+    assert given["tokens"].shape[:2] == (6, 1) and len(given["kl"].unique()) == 1
+    objective = kto(0.1)
+    parts = [{name: tensor[rows] for name, tensor in given.items()} for rows in (slice(2), slice(2, 6))]
+    whole, split = objective(task.model, given), [objective(task.model, part) for part in parts]
+    torch.testing.assert_close(whole.total, split[0].total + split[1].total)
+    for own, other in task.data.parts[0]:
+        start = own.last_answer
+        assert other.ids[:start] == own.ids[:start] and other.last_answer == start
+
+
 def test_resumed_to_the_bit(base: Path, preferences: Path, tmp_path: Path) -> None:
     fast = ["--steps", "4", "--learning-rate", "0.005"]
     whole, part = (go(base, preferences, tmp_path / name, *fast) for name in ("whole", "part"))
@@ -143,6 +203,7 @@ FORMS = {
     "messages": ({"prompt": [TALK[0]], "chosen": [{**TALK[1], "content": "a"}], "rejected": "b"}, [("a", "b")]),
     "conversations": ({"chosen": TALK, "rejected": [TALK[0], {**TALK[1], "content": "b"}]}, [("Hello", "b")]),
     "ranked": ({"prompt": "Hi", "answers": ["a", "b", "c"]}, [("a", "b"), ("a", "c"), ("b", "c")]),
+    "marked": ({"prompt": "Hi", "completion": "a", "label": True}, []),
     "scored": ({"prompt": "Hi", "answers": ["a", "b", "c"], "scores": [1, 7, 1]}, [("b", "a"), ("b", "c")]),
 }
 
@@ -151,7 +212,7 @@ FORMS = {
 def test_forms(form: str, tmp_path: Path) -> None:
     record, expected = FORMS[form]
     (tmp_path / "p.jsonl").write_text(json.dumps(record))
-    [found] = read_preferences(tmp_path / "p.jsonl")
+    [found] = read_preferences(tmp_path / "p.jsonl", single=form == "marked")
     assert found.prompt == TALK[:1]
     assert [(found.answers[better], found.answers[worse]) for better, worse in found.pairs()] == expected
 
@@ -165,6 +226,7 @@ def test_forms(form: str, tmp_path: Path) -> None:
         ({"prompt": "Hi", "answers": ["a", "b"], "scores": [1]}, "2 answers, so as many scores"),
         ({"prompt": "Hi", "answers": ["a", "b"], "scores": [1, 1]}, "no answer is better"),
         ({"chosen": TALK, "rejected": [{"role": "user", "content": "x"}, TALK[1]]}, "differ before their last"),
+        ({"prompt": "Hi", "completion": "a", "label": 1}, "label is true or false"),
         ({"question": "x"}, "prompt and chosen and rejected"),
     ],
 )
@@ -178,6 +240,8 @@ def test_faults(record: dict[str, object], said: str, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--beta", "0"], "beta must be more than 0"),
+        (["--loss", "kto", "--label-smoothing", "0.1"], "The loss kto has no label_smoothing"),
+        (["--margin", "0.1"], "The loss dpo has no margin"),
         (["--label-smoothing", "0.5"], "below 0.5"),
         (["--context-length", "6"], "pairs are longer than 6 tokens"),
     ],

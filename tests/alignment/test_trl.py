@@ -10,7 +10,7 @@ import tokenizers
 import torch
 import transformers
 
-from keifu.alignment.dpo import Loss, losses
+from keifu.alignment.dpo import Loss, kto_losses, losses
 from keifu.alignment.reward_model import ranking_losses
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
@@ -54,6 +54,37 @@ def test_dpo_losses(ours: Loss, smoothing: float) -> None:
     ratios = (logs.sum(1) - reference).view(2, pairs).T
     lengths = mask[:, 1:].sum(1).view(2, pairs).T.float()
     found = losses(ratios, lengths, ours, beta, smoothing)
+    torch.testing.assert_close(found.mean(), theirs, rtol=0, atol=1e-6)
+
+
+def test_losses_without_a_reference() -> None:
+    cpo, orpo = pytest.importorskip("trl.experimental.cpo"), pytest.importorskip("trl.experimental.orpo")
+    logs, lengths = -torch.rand(5, 2) * 40 - 0.1, torch.randint(1, 20, (5, 2)).float()
+    means = (logs / lengths).unbind(1)
+    self = trainer(alpha=0.0, loss_type="simpo", simpo_gamma=0.7, beta=1.5, label_smoothing=0.1)
+    theirs = cpo.CPOTrainer.cpo_loss(self, *means)[0]
+    torch.testing.assert_close(losses(logs, lengths, "simpo", 1.5, 0.1, 0.7), theirs, rtol=0, atol=1e-6)
+    theirs = -means[0] - orpo.ORPOTrainer.odds_ratio_loss(self, *means)[0]
+    torch.testing.assert_close(losses(logs, lengths, "orpo", 1.5), theirs, rtol=0, atol=1e-6)
+
+
+def test_kto_loss() -> None:
+    torch.manual_seed(5)
+    answers, length, beta = 6, 9, 0.3
+    mask, logs = torch.ones(answers, length).long(), torch.randn(answers, length - 1)
+    reference, shifted, good = torch.randn(answers), torch.randn(2, answers), torch.tensor([1, 0, 1, 1, 0, 0])
+    outputs = SimpleNamespace(log_probs=logs, **{name: torch.zeros_like(logs) for name in ("entropy", "mean_logits")})
+    inputs = {
+        "input_ids": torch.zeros(answers, length).long(), "attention_mask": mask, "completion_mask": mask,
+        "label": good, "ref_logps": reference, "ref_KL_logps": shifted[1],
+    }  # fmt: skip
+    self = trainer(
+        aux_loss_enabled=False, precompute_ref_logps=True, calculate_KL=True, loss_type="kto", beta=beta,
+        desirable_weight=1.0, undesirable_weight=1.0, _compute_kl_logps=lambda *given: shifted[0],
+    )  # fmt: skip
+    theirs = trl.KTOTrainer._compute_loss(self, lambda **given: outputs, inputs, False)
+    kl = (shifted[0] - shifted[1]).mean().clamp(min=0).expand(answers)
+    found = kto_losses(logs.sum(1) - reference, good.float(), kl, beta)
     torch.testing.assert_close(found.mean(), theirs, rtol=0, atol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -169,10 +170,13 @@ VALUES: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
     "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}],
     "answers": ["good", "bad"],
+    "label": True,
 }
 FORMS = {"conversations": conversations.FORMS, "preferences": preferences.FORMS}
-READ = {"conversations": lambda path: conversations.read(str(path)), "preferences": preferences.read_preferences,
-        "prompts": prompts.read_prompts}  # fmt: skip
+READ = {
+    "conversations": lambda path: conversations.read(str(path)), "prompts": prompts.read_prompts,
+    "preferences": partial(preferences.read_preferences, single=True),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FORMS)

@@ -182,7 +182,8 @@ def of_dpo(toys: Toys) -> tuple[Any, list[Group]]:
         "beta": Reach(0.37, "objective.beta"),
         "label_smoothing": Reach(0.21, "objective.label_smoothing"),
     }
-    return dpo.Recipe(toys["base"], toys["ranked.jsonl"]), [Group(rows), *ranked_groups(toys)]
+    margin = Group({"margin": Reach(0.3, "objective.margin")}, {"loss": "simpo"})
+    return dpo.Recipe(toys["base"], toys["ranked.jsonl"]), [Group(rows), margin, *ranked_groups(toys)]
 
 
 def of_reward(toys: Toys) -> tuple[Any, list[Group]]:

@@ -4,7 +4,6 @@ on its own answers (GKD, Agarwal et al., 2023).
 Axes: batch = rows, length = tokens of a row, n = tokens that are learned, vocab.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -23,7 +22,7 @@ from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.losses import linear_cross_entropy, linear_divergence
 from keifu.native.model import BLOCK_SIZE, NativeLM, Span
 from keifu.processes import current
-from keifu.training.protocols import Batch, LossOutput
+from keifu.training.protocols import Batch, LossOutput, OwnBatches
 
 Tokens = Int[Tensor, "batch length"]
 
@@ -82,56 +81,30 @@ def native_logits(model: NativeLM, tokens: Tokens, documents: Tokens | None) -> 
     return torch.stack(rows)
 
 
-@dataclass(eq=False)
-class StudentAnswers:
+class StudentAnswers(PackedConversations, OwnBatches):
     """Data of the training loop, in which the student writes some of the batches itself (GKD, algorithm 1).
 
     share: of the batches, chosen by the seed and the step. Each row is then the prompt of one of the row's
     conversations, with an answer of at most `max_tokens` tokens, which is learned. Validation uses the given answers.
     """
 
-    data: PackedConversations
-    student: nn.Module
-    tokenizer: Tokenizer
-    share: float
-    max_tokens: int
-    on_policy = True
-
-    def __post_init__(self) -> None:
-        self.steps_per_epoch, self.context_length = self.data.steps_per_epoch, self.data.context_length
-        self.fingerprint = f"{self.data.fingerprint}-{self.share}-{self.max_tokens}"
+    def __init__(self, student: nn.Module, tokenizer: Tokenizer, share: float, max_tokens: int, *given: Any):
+        super().__init__(*given)
+        self.student, self.tokenizer, self.share, self.max_tokens = student, tokenizer, share, max_tokens
+        self.fingerprint += f"-{share}-{max_tokens}"
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step: the student's answers, as it is now, or the given ones."""
-        random = np.random.default_rng([self.data.seed, step])
+        random = np.random.default_rng([self.seed, step])
         if random.random() >= self.share:
-            return self.data.batch(step)
-        rows = [self.data.rows[item] for item in self.data.items(step)]
-        talks = [self.data.training[random.choice(row)] for row in rows]
+            return super().batch(step)
+        talks = [self.training[random.choice(self.rows[item])] for item in self.items(step)]
         prompts = [talk.ids[: max(1, talk.last_answer)] for talk in talks]
-        seeds = random.integers(2**32, size=len(rows)).tolist()
-        plain = SamplingParams(temperature=1.0, log_probabilities=True)
         rooms = [min(self.max_tokens, self.context_length - len(prompt)) for prompt in prompts]
-        how = [replace(plain, max_tokens=room, seed=seed) for room, seed in zip(rooms, seeds, strict=True)]
-        own = slice(*current().bounds(len(rows)))
-        pad_id = self.tokenizer.pad_id or 0
-        answers = stack_responses(
-            prompts[own], generate_batch(self.student, self.tokenizer, prompts[own], how[own], len(rows)), pad_id
-        )
-        del answers["old"]
-        return current().gather_batch(answers, {"tokens": pad_id})
-
-    def validation(self) -> Iterator[Batch]:
-        """Yield the held-out conversations."""
-        return self.data.validation()
-
-    def largest(self) -> Batch:
-        """Return the batch that needs the most memory."""
-        return self.data.largest()
-
-    def state(self) -> Batch:
-        """Return nothing: each batch serves one update."""
-        return {}
-
-    def load_state(self, state: Batch) -> None:
-        """Restore what `state` gave."""
+        plain = SamplingParams(temperature=1.0, log_probabilities=True)
+        how = [replace(plain, max_tokens=room, seed=int(random.integers(2**32))) for room in rooms]
+        own = slice(*current().bounds(len(talks)))
+        answers = generate_batch(self.student, self.tokenizer, prompts[own], how[own], len(talks))
+        rows = stack_responses(prompts[own], answers, self.pad_id)
+        del rows["old"]
+        return current().gather_batch(rows, {"tokens": self.pad_id})

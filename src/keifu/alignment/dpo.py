@@ -1,4 +1,5 @@
 """Direct preference optimisation, DPO (Rafailov et al., 2023): learning from pairs of answers without a reward model.
+Its relatives SimPO and ORPO need no reference model, and KTO needs no pairs.
 
 Axes: batch = pairs, 2 = the better answer and the worse, length = tokens.
 """
@@ -6,71 +7,127 @@ Axes: batch = pairs, 2 = the better answer and the worse, length = tokens.
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from keifu.generation.text.model import evaluation_mode
+from keifu.data.chat.preferences import PreferencePairs
+from keifu.generation.text.model import device_of, evaluation_mode
 from keifu.layers.losses import token_log_probabilities
-from keifu.training.protocols import Batch, LossOutput, Objective
+from keifu.training.loader import on_device
+from keifu.training.protocols import Batch, LossOutput, Objective, OwnBatches
 
-Loss = Literal["dpo", "ipo", "normalised", "robust"]
+Loss = Literal["dpo", "ipo", "normalised", "robust", "simpo", "orpo", "kto"]
+WITHOUT_REFERENCE = ("simpo", "orpo")
 Each = Float[Tensor, "batch 2"]
+Scores = Float[Tensor, "batch answers"]
 
 
-def sequence_log_probabilities(model: Any, batch: Batch) -> Each:
-    """Return the log-probability of each answer: the sum over the tokens of batch["tokens"] [batch, 2, length] that
-    batch["mask"] marks.
+def sequence_log_probabilities(model: Any, batch: Batch) -> Scores:
+    """Return the log-probability of each answer: the sum over the tokens of batch["tokens"] [batch, answers, length]
+    that batch["mask"] marks.
 
     The model offers `hidden(tokens)` and `head_weight`.
     """
     tokens, mask = batch["tokens"].flatten(0, 1), batch["mask"].flatten(0, 1)[:, 1:]
     found, _ = token_log_probabilities(model.hidden(tokens[:, :-1])[mask], model.head_weight, tokens[:, 1:][mask])
     rows = mask.nonzero()[:, 0]
-    return found.new_zeros(len(tokens)).index_add(0, rows, found).view(-1, 2)
+    return found.new_zeros(len(tokens)).index_add(0, rows, found).view(batch["tokens"].shape[:2])
 
 
 def losses(
-    ratios: Each, lengths: Each, loss: Loss, beta: float, label_smoothing: float = 0.0
+    ratios: Each, lengths: Each, loss: Loss, beta: float, label_smoothing: float = 0.0, margin: float = 0.0
 ) -> Float[Tensor, " batch"]:
     """Return the loss of each pair, from ln p(answer) - ln p_reference(answer) and the answers' lengths in tokens.
 
     Δ is the difference of the two ratios, the better answer's minus the worse one's. dpo: -ln σ(β Δ) (equation 7);
     `label_smoothing` is the assumed share of pairs with swapped labels (conservative DPO, Mitchell, 2023). robust: the
     same, unbiased (Chowdhury et al., 2024). ipo: (Δ / length - 1 / 2β)² (Azar et al., 2023, equation 17, averaged over
-    tokens, as its authors do). normalised: dpo of Δ / length.
+    tokens, as its authors do). normalised: dpo of Δ / length. simpo: -ln σ(β Δ / length - margin) (Meng et al., 2024,
+    equation 6), and orpo: -ln p(better) / length - β ln σ(the difference of the log-odds of ln p / length) (Hong et
+    al., 2024, equation 6); both are of ln p(answer) alone.
     """
-    better, worse = (ratios / lengths if loss in ("ipo", "normalised") else ratios).unbind(1)
-    margin = better - worse
+    better, worse = (ratios if loss in ("dpo", "robust") else ratios / lengths).unbind(1)
+    gap = better - worse
     if loss == "ipo":
-        return (margin - 1 / (2 * beta)).square()
-    right, wrong = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
+        return (gap - 1 / (2 * beta)).square()
+    if loss == "orpo":
+        others = [(-log.clamp(max=-1e-7).expm1()).log() for log in (better, worse)]  # ln(1 - p)
+        return -better - beta * F.logsigmoid(gap - others[0] + others[1])
+    right, wrong = -F.logsigmoid(beta * gap - margin), -F.logsigmoid(margin - beta * gap)
     if loss == "robust":
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
     return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
-def dpo(loss: Loss, beta: float, label_smoothing: float = 0.0) -> Objective:
+def dpo(loss: Loss, beta: float, label_smoothing: float = 0.0, margin: float = 0.0) -> Objective:
     """Return the objective for the training loop; its batches also hold "reference" [batch, 2], the log-probabilities
     under the reference model.
 
     Figures: `accuracy`, how often the better answer has the higher reward β ln(p / p_reference), and both rewards.
     """
-    return partial(_loss, loss, beta, label_smoothing)
+    return partial(_loss, loss, beta, label_smoothing, margin)
 
 
-def _loss(loss: Loss, beta: float, label_smoothing: float, model: Any, batch: Batch) -> LossOutput:
+def _loss(loss: Loss, beta: float, label_smoothing: float, margin: float, model: Any, batch: Batch) -> LossOutput:
     ratios = sequence_log_probabilities(model, batch) - batch["reference"]
-    lengths = batch["mask"][..., 1:].sum(-1).clamp(min=1)
-    total = losses(ratios, lengths.to(ratios.dtype), loss, beta, label_smoothing).sum()
-    better, worse = (beta * ratios.detach()).unbind(1)
+    lengths = batch["mask"][..., 1:].sum(-1).clamp(min=1).to(ratios.dtype)
+    total = losses(ratios, lengths, loss, beta, label_smoothing, margin).sum()
+    better, worse = (beta * ratios.detach() / (lengths if loss in WITHOUT_REFERENCE else 1)).unbind(1)
     figures = {"accuracy": (better > worse).sum(), "reward_of_better": better.sum(), "reward_of_worse": worse.sum()}
     return LossOutput(total, len(ratios), {name: value.float() for name, value in figures.items()})
 
 
+def kto_losses(
+    ratios: Float[Tensor, " batch"], good: Float[Tensor, " batch"], kl: Float[Tensor, " batch"], beta: float
+) -> Float[Tensor, " batch"]:
+    """Return 1 - σ(β (r - kl)) of each good answer (1) and 1 - σ(β (kl - r)) of each bad one (0), with the log-ratio r
+    of policy and reference: Kahneman-Tversky optimisation (Ethayarajh et al., 2024, equations 7 and 8)."""
+    return torch.sigmoid(-beta * (2 * good - 1) * (ratios - kl))
+
+
+def kto(beta: float) -> Objective:
+    """Return the objective for the training loop; its batches are those of `MarkedAnswers`.
+
+    Figures: `accuracy`, how often a good answer is above the reference point and a bad one below, and that `kl`.
+    """
+    return partial(_kto, beta)
+
+
+def _kto(beta: float, model: Any, batch: Batch) -> LossOutput:
+    ratios = sequence_log_probabilities(model, batch)[:, 0] - batch["reference"][:, 0]
+    good, kl = batch["good"], batch["kl"]
+    figures = {"accuracy": ((ratios > kl) == (good > 0)).sum().float(), "kl": kl.sum()}
+    return LossOutput(kto_losses(ratios, good, kl, beta).sum(), len(good), figures)
+
+
 @torch.no_grad()
-def reference(model: Any, batch: Batch) -> Each:
+def reference(model: Any, batch: Batch) -> Scores:
     """Return the log-probabilities for "reference" of a batch (see `dpo`), under a model as it is now."""
     with evaluation_mode(model):
         return sequence_log_probabilities(model, batch)
+
+
+class MarkedAnswers(PreferencePairs, OwnBatches):
+    """Data of the training loop for KTO: {"tokens", "mask" [row, 1, position], "reference" [row, 1], "good" [row]: 1 or
+    0, "kl" [row]}.
+
+    It is given pairs of an answer and the answer to another prompt, put after this one's prompt. kl is the mean
+    log-ratio of the latter, of the policy as it is now and the reference, and at least 0 (section 4.1): a mean over the
+    batch, however that is split.
+    """
+
+    def __init__(self, policy: nn.Module, good: tuple[Tensor, Tensor], *pairs: Any):
+        super().__init__(*pairs)
+        self.policy, self.good = policy, good
+        self.fingerprint += "".join(str(int(mark)) for part in good for mark in part)
+
+    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+        """Return some of the answers with their marks and the reference point."""
+        both = super().make_batch(held, items)
+        own, other = ({name: tensor[:, part] for name, tensor in both.items()} for part in (slice(1), slice(1, 2)))
+        found = reference(self.policy, on_device(other, device_of(self.policy))).cpu()
+        kl = (found - other["reference"]).mean().clamp(min=0)
+        return own | {"good": self.good[held][items], "kl": kl.expand(len(items))}

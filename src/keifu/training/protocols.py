@@ -63,6 +63,19 @@ class OnPolicy(Protocol):
         ...
 
 
+class OwnBatches:
+    """Data of which each batch is made by the current weights and serves one update, so that there is no state."""
+
+    on_policy: Literal[True] = True
+
+    def state(self) -> Batch:
+        """Return nothing."""
+        return {}
+
+    def load_state(self, state: Batch) -> None:
+        """Restore what `state` gave."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run: its directory, and its description.

@@ -2,7 +2,8 @@
 
 A file is .jsonl or .json. Its form is recognised by its fields: {"prompt", "chosen", "rejected"}, texts or lists of
 messages; {"chosen", "rejected"}, two conversations with the same beginning (Anthropic, TRL); {"prompt", "answers"}, the
-best first, or with {"scores"} in any order.
+best first, or with {"scores"} in any order. For KTO also {"prompt", "completion", "label"}: one answer that is good
+(true) or bad.
 
 The catalogue's preferences come from chitchat's ratings: people rated their own conversation as witty, upbeat and
 interesting, from 1 to 10. Such a preference compares two whole conversations that begin with the same question. Nobody
@@ -70,7 +71,8 @@ PREFERENCES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"chitchat-pref
 
 @dataclass(frozen=True)
 class RankedResponses:
-    """A prompt and at least two responses to it, the best first. `levels`: answers with the same number are as good."""
+    """A prompt and at least two responses to it, the best first. `levels`: answers with the same number are as good. A
+    single response has the level 1, good, or 0, bad."""
 
     prompt: Conversation
     answers: tuple[str, ...]
@@ -81,16 +83,25 @@ class RankedResponses:
         places = combinations(range(len(self.answers)), 2)
         return [(first, second) for first, second in places if self.levels[first] > self.levels[second]]
 
+    def marks(self) -> list[bool]:
+        """Return whether each response is good: a single one by its mark, of several the best."""
+        best = max(self.levels) if len(self.levels) > 1 else 1.0
+        return [level == best for level in self.levels]
 
-def read_preferences(source: str | Path) -> Iterator[RankedResponses]:
+
+def read_preferences(source: str | Path, single: bool = False) -> Iterator[RankedResponses]:
     """Yield the preferences of a file, or of a set that keifu has by name. A `UserError` names the line and the reason:
-    no form fits, two conversations that do not begin alike, equal answers, scores that do not match."""
+    no form fits, two conversations that do not begin alike, equal answers, scores that do not match; single answers
+    with a mark, unless they are allowed."""
     path, made = Path(source), PREFERENCES.get(str(source))
     if made is None and not path.is_file():
         raise unknown("file or set of preferences", str(source), [*PREFERENCES, *neighbours(path, "*.json*")])
     named = ((f"{source}, entry {number}", record) for number, record in enumerate(made(), 1)) if made else ()
     for where, record in named if made else objects(path, "preference"):
-        yield _validate(form_of(record, FORMS, where, "preferences have")(record, where), where)
+        found = form_of(record, FORMS, where, "preferences have")(record, where)
+        if len(found.answers) == 1 and not single:
+            raise UserError(f"{where}: one answer with a mark makes no pair: learn it by keifu train dpo --loss kto.")
+        yield found if len(found.answers) == 1 else _validate(found, where)
 
 
 def _pair(record: Mapping[str, Any], where: str) -> RankedResponses:
@@ -127,9 +138,17 @@ def _list(record: Mapping[str, Any], where: str) -> RankedResponses:
     return RankedResponses(prompt_of(record["prompt"], f"{where}, prompt"), *ranked)
 
 
+def _mark(record: Mapping[str, Any], where: str) -> RankedResponses:
+    if not isinstance(label := record["label"], bool):
+        raise UserError(f"{where}: label is true or false, and this is {str(label)[:40]!r}.")
+    answer = _answer(record["completion"], f"{where}, completion")
+    return RankedResponses(prompt_of(record["prompt"], f"{where}, prompt"), (answer,), (float(label),))
+
+
 FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], RankedResponses]] = {
     ("prompt", "chosen", "rejected"): _pair,
     ("prompt", "answers"): _list,
+    ("prompt", "completion", "label"): _mark,
     ("chosen", "rejected"): _two_conversations,
 }
 

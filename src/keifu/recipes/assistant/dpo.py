@@ -2,7 +2,8 @@
 
 Paper: "Direct Preference Optimization: Your Language Model is Secretly a Reward Model": β 0.1, batches of 64 pairs, a
 rate of 1e-6 and a warm-up of 150 steps there. The log-probabilities of the reference model are computed once, before
-the first step, so no second model stays in memory. `--loss ipo`, `robust` and `normalised` are common variants.
+the first step, so no second model stays in memory. `--loss ipo`, `robust` and `normalised` are common variants. SimPO
+(Meng et al., 2024) and ORPO (Hong et al., 2024) need no reference model; KTO (Ethayarajh et al., 2024) needs no pairs.
 Command: keifu train dpo --model runs/sft --data preferences.jsonl
 Cost: printed before it starts, measured on the machine.
 Expected: see docs/results.md, "InstructGPT's pipeline".
@@ -11,12 +12,13 @@ Expected: see docs/results.md, "InstructGPT's pipeline".
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from keifu.alignment.dpo import Loss, dpo, reference
+from keifu.alignment.dpo import WITHOUT_REFERENCE, Loss, MarkedAnswers, dpo, kto, reference
+from keifu.data.chat.packing import TurnMasks
 from keifu.data.chat.preferences import Pair, PreferencePairs, RankedResponses, stack_rows
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -26,9 +28,13 @@ from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.assistant.finetuning import FinetuneTask, RankedOptions, open_model, sample_answer
+from keifu.recipes.options import given
 from keifu.training.loader import on_device
 from keifu.training.loop import Summary
+from keifu.training.protocols import Objective
 from keifu.training.trainer import ObjectiveModule
+
+PAPERS = {"simpo": "Meng et al., SimPO", "orpo": "Hong et al., ORPO", "kto": "Ethayarajh et al., KTO"}  # 2024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +42,19 @@ class Recipe(RankedOptions):
     """Options of the run."""
 
     data: str = field(default="preferences.jsonl", kw_only=False)
-    """A .jsonl or .json file: prompt, chosen and rejected; or prompt and answers, the best first; or
-    chitchat-preferences, talks that their speakers rated 3 of 10 apart or more."""
+    """A .jsonl or .json file: prompt, chosen and rejected; or prompt and answers, the best first; or for kto prompt,
+    completion and label, true or false; or chitchat-preferences, talks that their speakers rated 3 of 10 apart or more.
+    """
     loss: Loss = "dpo"
-    """dpo, robust (for noisy labels), ipo, or normalised by the lengths of the responses."""
-    beta: NotNegative = 0.1
-    """Strength β of the KL constraint: a larger one keeps the policy closer to the reference model."""
+    """dpo, robust (for noisy labels), ipo, or normalised by the lengths of the responses; simpo or orpo, which need no
+    reference model; kto, which learns whether single answers are good or bad."""
+    beta: NotNegative | None = None
+    """Strength β of the KL constraint: a larger one keeps the policy closer to the reference model. Of simpo the factor
+    of the margin, of orpo the weight of the odds. Unset: 0.1, for simpo 2."""
+    margin: NotNegative | None = None
+    """Margin γ of simpo, by which the better answer has to be ahead; unset: 1."""
     label_smoothing: BelowOne = 0.0
-    """Share of the pairs that are taken to be labelled the wrong way round."""
+    """Share of the pairs that are taken to be labelled the wrong way round, for dpo, robust, normalised and simpo."""
     batch_size: Count = 16
     """Pairs in a step."""
     learning_rate: NotNegative | None = None
@@ -52,10 +63,27 @@ class Recipe(RankedOptions):
     """Share of the steps in which the learning rate rises from 0."""
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
+        if self.strength <= 0:
             raise UserError(f"beta must be more than 0, and it is {self.beta}.")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"label_smoothing lies from 0 up to below 0.5, and it is {self.label_smoothing}.")
+        if self.label_smoothing and self.loss in ("ipo", "orpo", "kto"):
+            raise UserError(f"The loss {self.loss} has no label_smoothing: leave it out, or choose --loss robust.")
+        if self.margin is not None and self.loss != "simpo":
+            raise UserError(f"The loss {self.loss} has no margin: leave it out, or choose --loss simpo.")
+
+    @property
+    def strength(self) -> float:
+        """Return β, given or usual."""
+        return given(self.beta, 2.0 if self.loss == "simpo" else 0.1)
+
+    def losses(self) -> tuple[Objective, dict[str, Any]]:
+        """Return the objective, and the options that decide it."""
+        if self.loss == "kto":
+            return kto(self.strength), {"loss": "kto", "beta": self.strength}
+        options = {"loss": self.loss, "beta": self.strength, "label_smoothing": self.label_smoothing}
+        options |= {"margin": given(self.margin, 1.0)} if self.loss == "simpo" else {}
+        return dpo(**options), options
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,20 +97,61 @@ def prepare(recipe: Recipe) -> Task:
     """Load the model, read the preferences, and compute the log-probabilities of the reference model."""
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = finetuning.row_length(model, recipe.context_length)
-    told = "pairs are", "has "
-    learned, tested, dropped = finetuning.ranked_examples(
-        recipe, lambda each: pairs(tokenizer, each), tuple, length, told
-    )
+    (learned, tested), good, dropped = examples(recipe, tokenizer, length)
     rows, pad = recipe.batch_size, tokenizer.pad_id or 0
     model = finetuning.to_train(model, recipe.lora, recipe.seed)
-    references = with_reference(model, learned, rows, pad), with_reference(model, tested, rows, pad)
-    return Task(model, tokenizer, PreferencePairs(learned, tested, rows, recipe.seed, pad, references), dropped)
+    if recipe.loss in WITHOUT_REFERENCE:
+        references = torch.zeros(len(learned), 2), torch.zeros(len(tested), 2)
+    else:
+        references = with_reference(model, learned, rows, pad), with_reference(model, tested, rows, pad)
+    found = learned, tested, rows, recipe.seed, pad, references
+    data = MarkedAnswers(model, (good[0], good[1]), *found) if good else PreferencePairs(*found)
+    return Task(model, tokenizer, data, dropped)
+
+
+def examples(recipe: Recipe, tokenizer: Tokenizer, length: int) -> tuple[list[list[Pair]], list[Tensor], int]:
+    """Return training and held-out pairs, for KTO the marks of their first answers, and how many were too long."""
+    if recipe.loss != "kto":
+        learned, tested, dropped = finetuning.ranked_examples(
+            recipe, lambda each: pairs(tokenizer, each), tuple, length, ("pairs are", "has ")
+        )
+        return [learned, tested], [], dropped
+    *parts, dropped = finetuning.ranked_examples(
+        recipe, lambda each: marked(tokenizer, each), lambda one: [one.turns], length, ("answers are", "has "), True
+    )
+    good = [torch.tensor([each.good for each in part]) for part in parts]
+    return [with_others(part, length) for part in parts], good, dropped
 
 
 def pairs(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Pair]:
     """Return every better answer with every worse one, as ids."""
     turns = [sample_answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
     return [Pair(turns[better], turns[worse]) for better, worse in ranked.pairs()]
+
+
+class Marked(NamedTuple):
+    """An answer after its prompt, and whether it is good: 1 or 0."""
+
+    turns: TurnMasks
+    good: float
+
+
+def marked(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Marked]:
+    """Return every answer with its mark."""
+    return [Marked(sample_answer(tokenizer, ranked, i), float(good)) for i, good in enumerate(ranked.marks())]
+
+
+def with_others(found: Sequence[Marked], length: int) -> list[Pair]:
+    """Pair each answer with the next answer to another prompt, put after its own prompt and cut to the length."""
+    prompts = [each.turns.ids[: each.turns.last_answer] for each in found]
+    made = []
+    for i, (each, prompt) in enumerate(zip(found, prompts, strict=True)):
+        following = (place % len(found) for place in range(i + 1, i + len(found)))
+        other = found[next((place for place in following if prompts[place] != prompt), i)].turns
+        ids = [*prompt, *other.ids[other.last_answer :]]
+        learned = [False] * len(prompt) + other.learned[other.last_answer :]
+        made.append(Pair(each.turns, TurnMasks(ids[:length], learned[:length])))
+    return made
 
 
 def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad_id: int) -> Tensor:
@@ -105,12 +174,14 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
     """Train the task's model into a run folder."""
     # float32: differences of log-probabilities are smaller than the rounding of bfloat16
     more: dict[str, Any] = {"schedule": "linear", "final_ratio": 0.0, "precision": "float32"}
-    options = {name: vars(recipe)[name] for name in ("loss", "beta", "label_smoothing")}
+    unit = "answers" if recipe.loss == "kto" else "pairs"
+    objective, options = recipe.losses()
+    paper = PAPERS.get(recipe.loss, "Rafailov et al., Direct Preference Optimization (2023)")
     return finetuning.finetune(
-        recipe, task, dpo(**options), finetuning.epoch_settings(recipe, task.data, (1e-6, 2e-5), **more), out, resume,
+        recipe, task, objective, finetuning.epoch_settings(recipe, task.data, (1e-6, 2e-5), **more), out, resume,
         title=f"{recipe.model} learns what is preferred in “{Path(recipe.data).stem}”",
-        paper="Rafailov et al., Direct Preference Optimization (2023)", unit="pairs", options=options,
-        data=finetuning.counted("pairs", task.data.parts, task.dropped),
+        paper=paper, unit=unit,
+        options=options, data=finetuning.counted(unit, task.data.parts, task.dropped),
     )  # fmt: skip
 
 
@@ -118,8 +189,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu chat reads afterwards."""
     task = prepare(recipe)
     if task.dropped:
-        print(f"{task.dropped:,} pairs are longer than a row and were left out.")
+        print(f"{task.dropped:,} examples are longer than a row and were left out.")
     summary = learn(recipe, task, out, resume)
     if (right := summary.figures.get("validation_accuracy")) is not None:
-        print(f"In held-out pairs the better answer has the higher reward in {right:.1%}.")
+        pairs = "In held-out pairs the better answer has the higher reward in"
+        marks = "Held-out answers are on the right side of the reference point in"
+        print(f"{marks if recipe.loss == 'kto' else pairs} {right:.1%}.")
     print(f"The model is in {out}: keifu chat {shell(out)}")

@@ -226,9 +226,12 @@ def save_result(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: s
         write_atomic(directory / GENERATION_CONFIG, json.dumps(generation_config(tokenizer), indent=2) + "\n")
 
 
-def prompt_parts(source: str, share: float) -> tuple[list[RankedResponses], list[RankedResponses]]:
-    """Split the preferences into training and held-out ones; the same question is never on both sides."""
-    found = list(read_preferences(source))
+def prompt_parts(
+    source: str, share: float, single: bool = False
+) -> tuple[list[RankedResponses], list[RankedResponses]]:
+    """Split the preferences into training and held-out ones; the same question is never on both sides. single: answers
+    with a mark are preferences too."""
+    found = list(read_preferences(source, single))
     return held_out(found, [each.prompt[-1]["content"] for each in found], share)
 
 
@@ -238,11 +241,12 @@ def ranked_examples(
     answers: Callable[[T], Sequence[TurnMasks]],
     length: int,
     message: tuple[str, str],
+    single: bool = False,
 ) -> tuple[list[T], list[T], int]:
     """Return training and held-out examples of the preferences, and how many were left out as one of their answers is
     too long, which is an error unless they may be. `message` is the error's text before and after the length."""
     fitting, dropped = list[list[T]](), 0
-    for side in prompt_parts(recipe.data, recipe.held_out):
+    for side in prompt_parts(recipe.data, recipe.held_out, single):
         found = [example for ranked in side for example in make(ranked)]
         longest = [max(len(each.ids) for each in answers(one)) for one in found]
         over = [size for size in longest if size > length]

@@ -12,6 +12,7 @@ Expected: see docs/results.md, "A new behaviour for SmolLM2 by LoRA".
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from keifu.alignment.distillation import StudentAnswers
@@ -81,10 +82,10 @@ def prepare(recipe: Recipe) -> Task:
         for part in (training, held)
     )
     rows, pad = (learned.kept, tested.kept), tokenizer.pad_id or 0
-    data = PackedConversations(*rows, length, recipe.batch_size, recipe.seed, pad, recipe.packed)
     model = finetuning.to_train(model, recipe.lora, recipe.seed)
-    if distill.own_share:
-        data = StudentAnswers(data, model, tokenizer, distill.own_share, distill.max_tokens)
+    own = model, tokenizer, distill.own_share, distill.max_tokens
+    data = partial(StudentAnswers, *own) if distill.own_share else PackedConversations
+    data = data(*rows, length, recipe.batch_size, recipe.seed, pad, recipe.packed)
     return Task(model, tokenizer, data, learned, tested, held[:SAMPLES], objective)
 
 
