@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -111,21 +112,28 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**names, "leaves": str(folder / "leaves.py")}
 
 
-def numbers() -> Iterator[tuple[set[int], str]]:
+def numbers(every: bool) -> Iterator[tuple[set[int], str]]:
+    """Each option with every wrong number, or by turns with a fourth of them."""
+    turns = count()
+
+    def some(words: str, option: str, values: list[str]) -> Iterator[tuple[set[int], str]]:
+        for value in values if every else values[next(turns) % 4 :: 4]:
+            yield {2}, f"{words} --{option} {value or chr(39) * 2}"
+
     for words, (whole, real) in NUMBERS.items():
         for option in whole.split():
-            yield from (({2}, f"{words} --{option} {value or chr(39) * 2}") for value in (*WRONG, "0.5"))
+            yield from some(words, option, [*WRONG, "0.5"])
         for option in real.split():
-            yield from (({2}, f"{words} --{option} {value or chr(39) * 2}") for value in WRONG if not value.isdigit())
+            yield from some(words, option, [value for value in WRONG if not value.isdigit()])
 
 
-def rows() -> list[tuple[set[int], str]]:
-    """Every invocation and the exit statuses that it may have."""
+def rows(every: bool = True) -> list[tuple[set[int], str]]:
+    """Every invocation, or one of each sort, and the exit statuses that it may have."""
     missing = [({1}, f"{verb} '{model}' {more}") for verb, more in WITH_MODELS.items() for model in NO_MODELS]
     unknown = [({2}, f"{verb} --no-such-option") for verb in VERBS]
     unknown += [({2}, f"train {name} --nosuch") for name in recipe_names()]
     helped = [({0}, f"help {verb}") for verb in VERBS] + [({0}, f"help train {name}") for name in recipe_names()]
-    return [*missing, *numbers(), *unknown, *helped, *(({status}, words) for status, words in OTHER)]
+    return [*missing, *numbers(every), *unknown, *helped, *(({status}, words) for status, words in OTHER)]
 
 
 def status(words: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str]:
@@ -140,16 +148,18 @@ def test_the_table_has_300_invocations() -> None:
     assert len(rows()) >= 300
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
 @pytest.mark.parametrize("verb", sorted({words.split()[0] for _, words in rows()}))
 def test_a_wrong_invocation_is_one_sentence_with_the_right_status(
-    verb: str, places: dict[str, str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    verb: str, every: bool, places: dict[str, str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     import shlex
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("KEIFU_DEBUG", raising=False)
     wrong = []
-    for allowed, words in rows():
+    for allowed, words in rows(every):
         if words.split()[0] == verb:
             code, said = status(shlex.split(words.format(**places)), capsys)
             last = said.strip().splitlines()[-1:] or [""]
