@@ -37,7 +37,7 @@ from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
-from keifu.models.variants import phi3, smollm3
+from keifu.models.variants import gemma2, granite, ministral, nanochat, phi3, smollm3
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, discrete_vae_loss
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, TextDiffusionLoss, draw_noise
@@ -60,6 +60,19 @@ LANGUAGE_MODELS = {
     "gemma3": (gemma3, gemma3.Config(**SMALL, n_kv_heads=1, head_dim=16, sliding_window=5, global_layers=(1,))),
     "smollm3": (smollm3, smollm3.Config(**SMALL, n_kv_heads=2, position_free=(1,))),
     "phi3": (phi3, phi3.Config(**SMALL, n_kv_heads=2, sliding_window=5)),
+    "gemma2": (
+        gemma2, gemma2.Config(**SMALL, n_kv_heads=1, head_dim=16, sliding_window=5, attention_cap=5.0, logit_cap=8.0)
+    ),
+    "granite": (
+        granite,
+        granite.Config(
+            **SMALL, n_kv_heads=2, embedding_scale=6.0, attention_scale=0.3, residual_scale=0.5, logit_divisor=0.5
+        ),
+    ),
+    "ministral": (
+        ministral, ministral.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5, global_layers=(1,))
+    ),
+    "nanochat": (nanochat, nanochat.Config(**SMALL, n_kv_heads=2, logit_cap=8.0)),
     "mixtral": (mixtral, mixtral.Config(**SMALL, n_kv_heads=2, n_experts=3)),
     "qwen3-moe": (
         qwen3_moe,

@@ -63,7 +63,7 @@ from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
-from keifu.models.variants import phi3, smollm3
+from keifu.models.variants import gemma2, granite, ministral, nanochat, phi3, smollm3
 from keifu.recipes.neurons import mlp as mlp_recipe  # noqa: E402
 from keifu.training.objectives.autoencoders import (
     AutoencoderKLLoss,  # noqa: E402
@@ -101,6 +101,14 @@ WRITERS = {
     "qwen3": lambda: qwen3.build(qwen3.Config(**SMALL, n_kv_heads=2, head_dim=8)),
     "smollm3": lambda: smollm3.build(smollm3.Config(**SMALL, n_kv_heads=2, position_free=(1,))),
     "phi3": lambda: phi3.build(phi3.Config(**SMALL, n_kv_heads=2, sliding_window=5)),
+    "gemma2": lambda: gemma2.build(
+        gemma2.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5, attention_cap=5.0, logit_cap=8.0)
+    ),
+    "granite": lambda: granite.build(granite.Config(**SMALL, n_kv_heads=2)),
+    "ministral": lambda: ministral.build(
+        ministral.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5, global_layers=(1,))
+    ),
+    "nanochat": lambda: nanochat.build(nanochat.Config(**SMALL, n_kv_heads=2, logit_cap=8.0)),
     "mixtral": lambda: mixtral.build(mixtral.Config(**SMALL, n_kv_heads=2, n_experts=3)),
     "qwen3-moe": lambda: qwen3_moe.build(
         qwen3_moe.Config(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from keifu.errors import UserError
 from keifu.layers import losses
 
 
@@ -63,6 +64,28 @@ def test_shares_are_what_each_position_counts(case):
     torch.testing.assert_close(ours, theirs)
     got = torch.autograd.grad(ours, (hidden, weight))
     torch.testing.assert_close(got, torch.autograd.grad(theirs, (hidden, weight)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_soft_cap_is_in_the_losses_and_in_their_gradients(case):
+    """Of a head that says its cap itself: next-token losses with z-loss, and log-probabilities."""
+    hidden, weight, targets = case
+    head = losses.SoftCappedHead.of(weight, 1.5)
+    logits = 1.5 * torch.tanh(hidden @ weight.T / 1.5)
+    ours, nats = losses.linear_cross_entropy(hidden, head, None, targets, label_smoothing=0.1, z_loss=0.03)
+    theirs = reference(logits.flatten(0, 1), targets.flatten(), 0.1, 0.03)
+    torch.testing.assert_close((ours, nats), (theirs, reference(logits.flatten(0, 1), targets.flatten(), 0.0, 0.0)))
+    got = torch.autograd.grad(ours, (hidden, weight))
+    torch.testing.assert_close(got, torch.autograd.grad(theirs, (hidden, weight)), rtol=1e-4, atol=1e-5)
+    rows, tokens = hidden.flatten(0, 1), targets.flatten().clamp(min=0)
+    logs, _ = losses.token_log_probabilities(rows, head, tokens, 0.7)
+    logits = 1.5 * torch.tanh(rows @ weight.T / 1.5) / 0.7
+    theirs = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logs, theirs)
+    got = torch.autograd.grad(logs.square().sum(), (hidden, weight))
+    theirs = torch.autograd.grad(theirs.square().sum(), (hidden, weight))
+    torch.testing.assert_close(got, theirs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="soft cap"):
+        losses.linear_divergence(rows, head, rows, weight, 0.0)
 
 
 def classes(first: int, barrier: threading.Barrier, found: dict[int, torch.Tensor]) -> losses.Vocabulary:
@@ -154,7 +177,7 @@ def test_the_operator_says_the_shapes_and_types_that_it_gives(case):
     hidden, weight, targets = (each.detach() for each in case)
     for kind, wanted in (torch.float32, (1, 1, 1)), (torch.bfloat16, (1, 1, 1)), (torch.bfloat16, (0, 1, 0)):
         given = hidden.flatten(0, 1), weight, torch.zeros(29), targets.flatten(), targets.flatten() >= 0, 0.1, 0.0
-        torch.library.opcheck(losses._operator, (*given, kind, [bool(each) for each in wanted]))
+        torch.library.opcheck(losses._operator, (*given, kind, [bool(each) for each in wanted], float("inf")))
 
 
 def test_only_gradients_that_are_wanted_are_made(case):

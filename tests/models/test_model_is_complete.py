@@ -30,11 +30,13 @@ from keifu.training.hardware.flops import count_flops
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 MIXTURES = ["mixture.mixtral", "mixture.qwen3_moe", "mixture.olmoe", "mixture.deepseek_v3", "mixture.gpt_oss"]
-VARIANTS = ["variants.smollm3", "variants.phi3"]
+CAPPED = ["variants.gemma2", "variants.nanochat"]
+VARIANTS = ["variants.smollm3", "variants.phi3", "variants.granite", "variants.ministral", *CAPPED]
 REFUSED = {  # what keifu refuses, with the models and the words of the refusal
     "gguf": dict.fromkeys(["gpt1", "gpt3", "palm", *VARIANTS, *MIXTURES], "writes no GGUF"),
-    "native": dict.fromkeys(MIXTURES, "(MixtureOfExperts|LatentAttention|SinkAttention), which native"),
-    "tensor": dict.fromkeys(MIXTURES, "which tensor parallelism cannot split"),
+    "native": dict.fromkeys(MIXTURES, "(MixtureOfExperts|LatentAttention|SinkAttention), which native")
+    | dict.fromkeys([*CAPPED, "variants.granite"], "is a (SoftCappedLM|ScaledPreNorm), which native"),
+    "tensor": dict.fromkeys([*MIXTURES, *CAPPED, "variants.granite"], "which tensor parallelism cannot split"),
     "plan": {},
 }
 WITHOUT = {  # rows that a model cannot have, with the reason

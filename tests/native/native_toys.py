@@ -7,7 +7,7 @@ from torch import nn
 
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
-from keifu.models.variants import phi3, smollm3
+from keifu.models.variants import ministral, phi3, smollm3
 from keifu.native.model import NativeLM
 
 SMALL = {"vocab_size": 101, "context_length": 80, "dim": 60, "hidden_dim": 88, "n_layers": 3}
@@ -39,6 +39,9 @@ TOYS = {
     "gemma3 of windows": lambda: gemma3.build(gemma3.Config(**GROUPED, head_dim=16, sliding_window=9, tied=True)),
     "smollm3": lambda: smollm3.build(smollm3.Config(**GROUPED, position_free=(1,))),
     "phi3": lambda: phi3.build(phi3.Config(**GROUPED, sliding_window=7)),
+    "ministral": lambda: ministral.build(
+        ministral.Config(**GROUPED, head_dim=16, sliding_window=9, global_layers=(1,))
+    ),
     "olmo2": lambda: olmo2.build(olmo2.Config(**GROUPED)),
     "gpt1": lambda: gpt1.build(gpt1.Config(**SMALL, n_heads=5)),
     "gpt2": lambda: gpt2.build(gpt2.Config(**SMALL, n_heads=5)),

@@ -61,6 +61,11 @@ def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.mul(1.702).sigmoid_().mul_(x)  # the same bits without three copies of what is widest in a network
 
 
+def relu2(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """max(x, 0)² (Primer: So et al., 2021); nanochat."""
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "step": step,
     "identity": identity,
@@ -68,6 +73,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "tanh": torch.tanh,
     "ramp": F.relu,
     "relu": F.relu,  # Nair and Hinton (2010)
+    "relu2": relu2,
     "leaky_relu": F.leaky_relu,  # slope 0.01 below zero: Maas et al. (2013)
     "elu": F.elu,  # Clevert et al. (2015)
     "softplus": F.softplus,  # Dugas et al. (2000)

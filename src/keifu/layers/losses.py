@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from keifu.errors import UserError
 from keifu.layers.linear import linear, product
 
 Outputs = Float[Tensor, "batch outputs"]
@@ -21,6 +22,30 @@ IGNORED = -100  # the target of a position that does not count
 _LOGITS_AT_A_TIME = 2**26  # 256 MiB in float32
 _CLASSES_AT_A_TIME = 2**14  # oneDNN multiplies 50,257 columns at once by a fifth slower
 _LOGITS_IN_CACHE = 2**20  # 4 MiB of float32 probabilities
+
+
+class SoftCappedHead(Tensor):
+    """A head's matrix whose logits are soft_cap · tanh(logits / soft_cap) (Gemma 2, 2024).
+
+    The losses of this file apply the cap. Any other function gets the matrix alone.
+    """
+
+    soft_cap: float
+
+    @classmethod
+    def of(cls, weight: Tensor, soft_cap: float) -> "SoftCappedHead":
+        """Return the same matrix with its cap."""
+        head = weight.as_subclass(cls)
+        head.soft_cap = soft_cap
+        return head
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        options = kwargs or {}
+        if func in (linear_cross_entropy, token_log_probabilities):
+            options = options | {"soft_cap": args[1].soft_cap}
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*(each.as_subclass(Tensor) if isinstance(each, cls) else each for each in args), **options)
 
 
 class Vocabulary(NamedTuple):
@@ -59,6 +84,7 @@ def linear_cross_entropy(
     hidden: Float[Tensor, "*batch dim"], weight: Float[Tensor, "vocab dim"], bias: Float[Tensor, " vocab"] | None,
     targets: Int[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None, label_smoothing: float = 0.0,
     z_loss: float = 0.0, shares: Float[Tensor, "*batch"] | None = None, vocabulary: Vocabulary | None = None,
+    soft_cap: float = math.inf,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
     """`cross_entropy(hidden @ weight.T + bias, ...)` with its gradient made on the way, so that few logits exist at a
     time, and the sum of -log p(target).
@@ -82,23 +108,38 @@ def linear_cross_entropy(
     wanted = [each is not None and each.requires_grad and torch.is_grad_enabled() for each in inputs]
     with torch.no_grad():
         if torch.compiler.is_compiling() and vocabulary is None:
-            total, plain, *gradients = _operator(*inputs, targets, counts, *rates, kind, wanted)
+            total, plain, *gradients = _operator(*inputs, targets, counts, *rates, kind, wanted, soft_cap)
         else:
-            total, plain, *gradients = _gradients(*inputs, targets, counts, *rates, kind, wanted, vocabulary)
+            given = targets, counts, *rates, kind, wanted, soft_cap, vocabulary
+            total, plain, *gradients = _gradients(*inputs, *given)
     return _WithGradients.apply(total, tuple(gradients), *inputs), plain
 
 
 def _gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor, label_smoothing: float,
-    z_loss: float, kind: torch.dtype, wanted: Sequence[bool], vocabulary: Vocabulary | None = None,
+    z_loss: float, kind: torch.dtype, wanted: Sequence[bool], soft_cap: float, vocabulary: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss, the sum of -log p, and the loss's gradients by hidden, weight and bias, each empty where not
     wanted."""
 
     def to_gradient(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        return _to_gradient(logits, targets[part], counts[part], label_smoothing, z_loss, vocabulary)
+        slopes = cap_(logits, soft_cap)
+        sums = _to_gradient(logits, targets[part], counts[part], label_smoothing, z_loss, vocabulary)
+        if slopes is not None:
+            logits.mul_(slopes)
+        return sums
 
     return _gradients_by_rows(hidden, weight, bias, kind, wanted, to_gradient)
+
+
+def cap_(logits: Tensor, soft_cap: float) -> Tensor | None:
+    """Put soft_cap · tanh(logits / soft_cap) in the logits' place; return the slopes, or None without a cap."""
+    if soft_cap == math.inf:
+        return None
+    shares = logits.div_(soft_cap).tanh_()
+    slopes = 1 - shares.square()
+    shares.mul_(soft_cap)
+    return slopes
 
 
 def _gradients_by_rows(
@@ -135,14 +176,14 @@ def _gradients_by_rows(
 _operator = torch.library.custom_op(  # torch.compile calls it as it is: its own form would keep all in float32
     "keifu::linear_cross_entropy", _gradients, mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor counts, float label_smoothing, "
-    "float z_loss, ScalarType kind, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float z_loss, ScalarType kind, bool[] wanted, float soft_cap) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 
 
 @_operator.register_fake
 def _shapes(hidden: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the shapes and types of `_gradients`, without numbers."""
-    *_, kind, wanted = given
+    *_, kind, wanted, _soft_cap = given
     several = wanted[1] and len(hidden) > max(1, _LOGITS_AT_A_TIME // len(weight))
     total = hidden.new_empty((), dtype=torch.float32)
     full = hidden.shape, weight.shape, weight.shape[:1]
@@ -231,6 +272,8 @@ def linear_divergence(
     (1 - beta) q, it is beta KL(p | M) + (1 - beta) KL(q | M), the generalised Jensen-Shannon divergence (Agarwal et
     al., 2023, equation 1). beta 0 is KL(p | q), forward; 1 is KL(q | p), reverse. The teacher has no gradient.
     """
+    if isinstance(weight, SoftCappedHead) or isinstance(teacher_weight, SoftCappedHead):
+        raise UserError("A model with a soft cap on its logits (Gemma 2, nanochat) cannot be distilled.")
     device = hidden.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     matrix = None if teacher_weight is None else teacher_weight.detach().to(kind)
@@ -310,7 +353,7 @@ _ROWS = 128  # no fewer at a time, each of which reads all weights
 
 def token_log_probabilities(
     hidden: Float[Tensor, "n dim"], weight: Float[Tensor, "vocab dim"], tokens: Int[Tensor, " n"],
-    temperature: float = 1.0,
+    temperature: float = 1.0, soft_cap: float = math.inf,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:  # fmt: skip
     """ln softmax(hidden @ weight.T / temperature)[token] of each position, and the entropy there, in nats.
 
@@ -321,19 +364,19 @@ def token_log_probabilities(
         return handle_torch_function(token_log_probabilities, (weight,), hidden, weight, tokens, temperature)
     device = hidden.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _TokenLogProbabilities.apply(hidden, weight, tokens, temperature, kind)
+    return _TokenLogProbabilities.apply(hidden, weight, tokens, temperature, kind, soft_cap)
 
 
 class _TokenLogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, kind: torch.dtype
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, kind: torch.dtype, soft_cap: float
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, tokens)
-        ctx.temperature, ctx.kind = temperature, kind
+        ctx.settings = temperature, kind, soft_cap
         found = [hidden.new_zeros(0, dtype=torch.float32)], [hidden.new_zeros(0, dtype=torch.float32)]
         for part in _slices(len(hidden), _rows_at_a_time(weight)):
-            logs = _log_softmax(hidden[part], weight, temperature, kind)
+            logs, _ = _log_softmax(hidden[part], weight, *ctx.settings)
             found[0].append(logs.gather(-1, tokens[part, None]).squeeze(-1))
             found[1].append(-(logs.exp() * logs).sum(-1))
         chosen, entropy = map(torch.cat, found)
@@ -343,16 +386,19 @@ class _TokenLogProbabilities(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens = ctx.saved_tensors
+        temperature, kind, _ = ctx.settings
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for part in _slices(len(hidden), _rows_at_a_time(weight)):
-            d_logits = _log_softmax(hidden[part], weight, ctx.temperature, ctx.kind).exp_().neg_()
+            logs, slopes = _log_softmax(hidden[part], weight, *ctx.settings)
+            d_logits = logs.exp_().neg_()
             d_logits.scatter_add_(-1, tokens[part, None], torch.ones_like(d_logits[:, :1]))
-            d_logits = d_logits.mul_(upstream[0][part, None] / ctx.temperature).to(ctx.kind)
-            d_hidden[part] = product(d_logits, weight.to(ctx.kind))
+            d_logits = d_logits.mul_(upstream[0][part, None] / temperature)
+            d_logits = (d_logits if slopes is None else d_logits * slopes).to(kind)
+            d_hidden[part] = product(d_logits, weight.to(kind))
             if d_weight is not None:
-                d_weight += product(d_logits.T, hidden[part].to(ctx.kind))
-        return d_hidden, d_weight, None, None, None
+                d_weight += product(d_logits.T, hidden[part].to(kind))
+        return d_hidden, d_weight, None, None, None, None
 
 
 def _rows_at_a_time(weight: Tensor) -> int:
@@ -366,6 +412,10 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, length, size)]
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, kind: torch.dtype) -> Tensor:
+def _log_softmax(
+    hidden: Tensor, weight: Tensor, temperature: float, kind: torch.dtype, soft_cap: float
+) -> tuple[Tensor, Tensor | None]:
+    """Return the log-probabilities, and the slopes of a soft cap."""
     logits = linear(hidden.to(kind), weight.to(kind)).float()
-    return F.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+    slopes = cap_(logits, soft_cap)
+    return F.log_softmax(logits if temperature == 1 else logits / temperature, -1), slopes

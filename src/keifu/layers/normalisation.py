@@ -20,6 +20,28 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
+class PlainRMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps), without weights (nanochat, 2025): computed in float32, then rounded."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.dim, self.eps = dim, eps
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return F.rms_norm(x.float(), (self.dim,), None, self.eps).to(x.dtype)
+
+
+class ScaledRMSNorm(RMSNorm):
+    """RMSNorm times a number. As the last norm it scales the logits, since the head is linear (Granite, 2024)."""
+
+    def __init__(self, dim: int, eps: float, scale: float):
+        super().__init__(dim, eps)
+        self.scale = scale
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return super().forward(x) * self.scale
+
+
 class UnitOffsetRMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · (1 + weight), all in float32, then rounded; weights begin at 0 (Gemma, 2024)."""
 

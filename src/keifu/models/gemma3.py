@@ -112,13 +112,18 @@ FIELDS: hf.Fields = qwen3.FIELDS | {
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of a Hugging Face config.json of model_type gemma3_text."""
     fields = hf.read_fields(json, FIELDS)
-    scalar = json.get("query_pre_attn_scalar", 256)
     return Config(
         **fields,
         **_read_ropes(json),
         global_layers=hf.read_global_layers(json, 6),
-        attention_scale=None if scalar == fields["head_dim"] else scalar**-0.5,
+        attention_scale=read_scale(json, fields["head_dim"]),
     )
+
+
+def read_scale(json: dict[str, Any], head_dim: int) -> float | None:
+    """Return the factor of the scores; None is 1 / √head_dim."""
+    scalar = json.get("query_pre_attn_scalar", 256)
+    return None if scalar == head_dim else scalar**-0.5
 
 
 def _read_ropes(json: dict[str, Any]) -> dict[str, Any]:
@@ -137,10 +142,9 @@ def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
     everywhere = hf.write_rope(config.rope_theta, config.rope_scaling)
     local = hf.write_rope(config.local_rope_theta, config.local_rope_scaling)
-    scale = config.attention_scale
     return everywhere | {
         **hf.write(config, MODEL_TYPES, FIELDS),
-        "query_pre_attn_scalar": config.head_dim if scale is None else _scalar(scale),
+        **write_scale(config),
         "layer_types": hf.layer_types(config.n_layers, llama.global_layers(config, 6)),
         "rope_local_base_freq": config.local_rope_theta,
         "rope_parameters": {
@@ -150,9 +154,11 @@ def to_published(config: Config) -> dict[str, Any]:
     }
 
 
-def _scalar(scale: float) -> int | float:
-    """Return the number whose 1 / √ is the scale: a whole number in every published config."""
+def write_scale(config: Any) -> dict[str, Any]:
+    """Return the published number whose 1 / √ is the factor of the scores: a whole one in every published config."""
+    if (scale := config.attention_scale) is None:
+        return {"query_pre_attn_scalar": config.head_dim}
     if not scale > 0:
         raise UserError(f"attention_scale is {scale}, and config.json holds 1 / its square: it must be above 0.")
     scalar, whole = scale**-2, max(1, round(scale**-2))
-    return whole if abs(whole**-0.5 - scale) < 1e-12 else scalar
+    return {"query_pre_attn_scalar": whole if abs(whole**-0.5 - scale) < 1e-12 else scalar}

@@ -117,6 +117,35 @@ CASES = {
         **SIZES | {"num_key_value_heads": 4}, tie_word_embeddings=True, original_max_position_embeddings=64,
         pad_token_id=None,
     ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES, head_dim=10, sliding_window=7, query_pre_attn_scalar=144, attn_logit_softcapping=2.5,
+        final_logit_softcapping=1.5, attn_implementation="eager",
+    ),
+    "gemma2-without-caps-untied": lambda: transformers.Gemma2Config(
+        **SIZES, head_dim=16, sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"],
+        tie_word_embeddings=False, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True,
+        hidden_activation="silu", rope_parameters={"rope_type": "linear", "rope_theta": 20_000.0, "factor": 2.5},
+    ),
+    "granite": lambda: transformers.GraniteConfig(
+        **SIZES, embedding_multiplier=12.0, attention_multiplier=0.3, residual_multiplier=0.22, logits_scaling=8.0,
+        tie_word_embeddings=True, pad_token_id=None,
+    ),
+    "granite-biased-untied": lambda: transformers.GraniteConfig(
+        **SIZES | {"num_key_value_heads": 4}, attention_bias=True, mlp_bias=True, logits_scaling=3.0,
+        residual_multiplier=1.7, rms_norm_eps=0.1, pad_token_id=None,
+    ),
+    "ministral": lambda: transformers.MinistralConfig(
+        **SIZES, sliding_window=7, head_dim=10,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "ministral-without-window-tied": lambda: transformers.MinistralConfig(
+        **SIZES, sliding_window=None, tie_word_embeddings=True, head_dim=8
+    ),
+    "nanochat": lambda: transformers.NanoChatConfig(**SIZES, final_logit_softcapping=1.5),
+    "nanochat-biased-tied-uncapped": lambda: transformers.NanoChatConfig(
+        **SIZES | {"num_key_value_heads": 1}, final_logit_softcapping=None, attention_bias=True, rms_norm_eps=0.1,
+        tie_word_embeddings=True, rope_parameters={"rope_type": "linear", "rope_theta": 20_000.0, "factor": 2.5},
+    ),
     "mixtral": lambda: transformers.MixtralConfig(**SIZES | {"intermediate_size": 44}, num_local_experts=5),
     "mixtral-one-expert-window-tied": lambda: transformers.MixtralConfig(
         **SIZES | {"intermediate_size": 44}, num_local_experts=3, num_experts_per_tok=1, sliding_window=7, head_dim=10,

@@ -7,7 +7,7 @@ from keifu.checkpoints.registry import FAMILIES, build, describe, read_config
 from keifu.errors import UserError
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
-from keifu.models.variants import phi3, smollm3
+from keifu.models.variants import gemma2, granite, ministral, nanochat, phi3, smollm3
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
 LLAMA3_ROPE = {
@@ -158,6 +158,34 @@ PUBLISHED = {
         "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
         "sliding_window": 2047, "tie_word_embeddings": False, "vocab_size": 32064,
     },
+    "gemma2-2b": {
+        "model_type": "gemma2", "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": 50.0,
+        "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304,
+        "initializer_range": 0.02, "intermediate_size": 9216, "max_position_embeddings": 8192,
+        "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "use_cache": True, "vocab_size": 256000,
+    },
+    "granite3-8b": {
+        **COMMON, "model_type": "granite", "attention_bias": False, "attention_dropout": 0.0,
+        "attention_multiplier": 0.0078125, "embedding_multiplier": 12.0, "hidden_size": 4096,
+        "intermediate_size": 12800, "logits_scaling": 16.0, "max_position_embeddings": 4096, "mlp_bias": False,
+        "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000, "tie_word_embeddings": True,
+        "vocab_size": 49155,
+    },
+    "ministral-8b": {
+        **COMMON, "model_type": "ministral", "attention_dropout": 0.0, "head_dim": 128, "hidden_size": 4096,
+        "intermediate_size": 12288, "max_position_embeddings": 32768, "num_attention_heads": 32,
+        "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 100000000.0,
+        "sliding_window": 32768, "tie_word_embeddings": False, "vocab_size": 131072,
+    },
+    "nanochat-d20": {
+        "model_type": "nanochat", "attention_bias": False, "attention_dropout": 0.0, "final_logit_softcapping": 15.0,
+        "hidden_act": "relu2", "hidden_size": 1280, "intermediate_size": 5120, "max_position_embeddings": 2048,
+        "num_attention_heads": 10, "num_hidden_layers": 20, "num_key_value_heads": 10, "rms_norm_eps": 1e-06,
+        "tie_word_embeddings": False, "vocab_size": 65536,
+    },
     "olmo2-7b": {
         **COMMON, "model_type": "olmo2", "attention_bias": False, "attention_dropout": 0.0, "hidden_size": 4096,
         "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32,
@@ -181,6 +209,7 @@ def test_config_is_the_size_of_that_name(name) -> None:
     family, config = read_config(PUBLISHED[name], "config.json")
     assert family.model_type == PUBLISHED[name]["model_type"]
     modules = gpt1, gpt2, gpt3, palm, llama, qwen3, gemma3, olmo2, smollm3, phi3
+    modules += gemma2, granite, ministral, nanochat
     modules += mixtral, qwen3_moe, olmoe, deepseek_v3, gpt_oss
     [expected] = [module.SIZES[name] for module in modules if name in module.SIZES]
     assert describe(config) == describe(expected)

@@ -4,7 +4,7 @@ Axes: batch, length = tokens, heads, head_dim; pairs = head_dim / 2.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ class Rotary(nn.Module):
         self.head_dim, self.theta, self.scaling, self.interleaved = head_dim, theta, scaling, interleaved
 
     @property
-    def settings(self) -> tuple[int, float, RopeScaling | None, bool]:
+    def settings(self) -> tuple[Any, ...]:
         """Return the settings that decide the rotation of a position."""
         return self.head_dim, self.theta, self.scaling, self.interleaved
 
@@ -184,6 +184,19 @@ class Rotary(nn.Module):
         trained = scaling.original_context_length
         growth = scaling.factor * max(length, trained) / trained - (scaling.factor - 1)
         return self.theta * growth ** (self.head_dim / (self.head_dim - 2))
+
+
+class ReversedRotary(Rotary):
+    """Rotary positions that turn the other way, by -position · theta^(-2i/head_dim) (nanochat, 2025)."""
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """Return the settings that decide the rotation of a position."""
+        return (*super().settings, "reversed")
+
+    def forward(self, positions: Int[Tensor, "*batch length"]) -> Rotation:
+        turned = super().forward(positions)
+        return replace(turned, sin=-turned.sin)
 
 
 class Positions:

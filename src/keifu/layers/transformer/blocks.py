@@ -62,6 +62,18 @@ def modulate(x: Stream, shift: Float[Tensor, "batch 1 dim"], scale: Float[Tensor
     return x * (1 + scale) + shift
 
 
+class ScaledPreNorm(_TwoSublayers):
+    """x + scale · attention(norm(x)), then x + scale · feedforward(norm(x)) (Granite, 2024; from µP)."""
+
+    def __init__(self, *layers: Any, scale: float):
+        super().__init__(*layers)
+        self.scale = scale
+
+    def forward(self, x: Stream, **context: Any) -> Stream:
+        x = x + self.scale * self.attention_dropout(self.attention(self.attention_norm(x), **context))
+        return x + self.scale * self.feedforward_dropout(self.feedforward(self.feedforward_norm(x)))
+
+
 class ReorderedNorm(_TwoSublayers):
     """x + norm(attention(x)), then x + norm(feedforward(x)) (Swin Transformer V2, Liu et al., 2021; OLMo 2, 2024)."""
 

@@ -17,6 +17,8 @@ from keifu.layers.attention.masks import CausalMask, DocumentMask, Mask, positio
 from keifu.layers.attention.positions import LearnedPositions, Positions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import Linear, linear
+from keifu.layers.losses import SoftCappedHead
+from keifu.layers.normalisation import PlainRMSNorm
 
 Tokens = Int[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
@@ -32,6 +34,17 @@ class Inserted(NamedTuple):
         """Return the embeddings of tokens with these among them."""
         new = self.embeddings.to(x.dtype)
         return x.flatten(0, 1).index_copy(0, self.places, new).view_as(x)
+
+
+class NormedEmbedding(nn.Embedding):
+    """Embeddings that a norm without weights scales (nanochat, 2025); a head tied to them has them without it."""
+
+    def __init__(self, vocab_size: int, dim: int, eps: float):
+        super().__init__(vocab_size, dim)
+        self.scale = PlainRMSNorm(dim, eps)
+
+    def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:  # noqa: A002
+        return self.scale(super().forward(input))
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -159,3 +172,18 @@ class DecoderLM(nn.Module):
                 f"{longest} tokens do not fit the {room} positions that this model has learned; shorten them."
             )
         return positions
+
+
+class SoftCappedLM(DecoderLM):
+    """`DecoderLM` whose logits stay between -c and c, by c · tanh(logits / c); c is `config.logit_cap` (Gemma 2, 2024).
+    """
+
+    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
+        """Apply the head and the cap."""
+        cap = self.config.logit_cap
+        return cap * (super().logits(hidden) / cap).tanh()
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+        """The matrix of the head, with its cap."""
+        return SoftCappedHead.of(super().head_weight, self.config.logit_cap)

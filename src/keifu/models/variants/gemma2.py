@@ -1,0 +1,103 @@
+"""Gemma 2 (Gemma Team, 2024): soft caps on the scores of attention and on the logits, sliding-window attention in every
+other layer, norms before and after each sublayer.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from keifu.layers.attention.attention import Attention, CappedAttention
+from keifu.layers.normalisation import UnitOffsetRMSNorm
+from keifu.layers.transformer.blocks import SandwichNorm
+from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding, SoftCappedLM
+from keifu.models import gemma3, llama
+from keifu.models.hf import config as hf
+
+
+@dataclass(frozen=True)
+class Config(llama.DecoderConfig):
+    """Sizes and settings of a model; the defaults are Gemma 2 2B."""
+
+    vocab_size: int = 256_000
+    context_length: int = 8192
+    dim: int = 2304
+    hidden_dim: int = 9216
+    n_layers: int = 26
+    n_heads: int = 8
+    n_kv_heads: int = 4
+    head_dim: int = 256
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    activation: str = field(default="gelu_tanh", kw_only=True)
+    sliding_window: int = 4096  # tokens that a local layer attends to, the token itself included
+    global_layers: tuple[int, ...] | None = None  # None: every second, from layer 1 on
+    attention_scale: float | None = None  # 1 / √head_dim
+    attention_cap: float | None = 50.0  # of the scores
+    logit_cap: float | None = 30.0
+    attention_bias: bool = False
+    tied: bool = field(default=True, kw_only=True)
+
+
+SIZES = {
+    "gemma2-2b": Config(),
+    "gemma2-9b": Config(dim=3584, hidden_dim=14_336, n_layers=42, n_heads=16, n_kv_heads=8),
+    "gemma2-27b": Config(
+        dim=4608, hidden_dim=36_864, n_layers=46, n_heads=32, n_kv_heads=16, head_dim=128, attention_scale=144**-0.5
+    ),
+}
+PAPER_PARAMETERS = {"gemma2-2b": 2.614e9, "gemma2-9b": 9.242e9, "gemma2-27b": 27.227e9}  # table 2, with the embedding
+
+
+def build(config: Config) -> DecoderLM:
+    """Build a model; it is initialised as LLaMA is here."""
+    norm = partial(UnitOffsetRMSNorm, config.dim, config.norm_eps)
+    blocks = [
+        SandwichNorm(
+            _attention(config, layer), llama.gated(config, layer), (norm(), norm(), norm(), norm()), config.dropout
+        )
+        for layer in range(config.n_layers)
+    ]
+    embedding = ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5)
+    model = SoftCappedLM if config.logit_cap else DecoderLM
+    return llama.initialise(model.of(config, blocks, norm(), embedding=embedding))
+
+
+def _attention(config: Config, layer: int) -> Attention:
+    window = None if layer in llama.global_layers(config, 2) else config.sliding_window
+    cap = config.attention_cap
+    kind = partial(CappedAttention, soft_cap=cap) if cap else Attention
+    return llama.attention(config, config.attention_bias, kind, window=window, scale=config.attention_scale)
+
+
+WEIGHT_NAMES = {
+    name: theirs for name, theirs in gemma3.WEIGHT_NAMES.items() if not name.endswith(("q_norm", "k_norm"))
+}
+PREFIX = "model."
+MODEL_TYPES = {"gemma2": "Gemma2ForCausalLM"}
+UNSUPPORTED: dict[str, Any] = {"use_bidirectional_attention": None}
+
+FIELDS: hf.Fields = gemma3.FIELDS | {
+    "vocab_size": hf.Field("vocab_size", 256_000),
+    "context_length": hf.Field("max_position_embeddings", 8192),
+    "attention_cap": hf.Field("attn_logit_softcapping", 50.0),
+    "logit_cap": hf.Field("final_logit_softcapping", 30.0),
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of a Hugging Face config.json of model_type gemma2."""
+    fields = hf.read_fields(json, FIELDS)
+    scale = gemma3.read_scale(json, fields["head_dim"])
+    return Config(**fields, **hf.read_rope(json), global_layers=hf.read_global_layers(json, 2), attention_scale=scale)
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+    return {
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        **hf.write(config, MODEL_TYPES, FIELDS),
+        **hf.write_rope(config.rope_theta, config.rope_scaling),
+        **gemma3.write_scale(config),
+        "layer_types": hf.layer_types(config.n_layers, llama.global_layers(config, 2)),
+    }

@@ -1,0 +1,89 @@
+"""Granite 3 (IBM, 2024): LLaMA's layers with four numbers of maximal update parametrisation (Yang et al., 2022).
+
+They multiply the embeddings, the scores of attention, what each sublayer adds, and the logits.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from keifu.layers.attention.attention import Attention
+from keifu.layers.normalisation import RMSNorm, ScaledRMSNorm
+from keifu.layers.transformer.blocks import ScaledPreNorm
+from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
+from keifu.models import llama
+from keifu.models.hf import config as hf
+
+
+@dataclass(frozen=True)
+class Config(llama.DecoderConfig):
+    """Sizes and settings of a model; the defaults are Granite 3.0 8B."""
+
+    vocab_size: int = 49_155
+    context_length: int = 4096
+    dim: int = 4096
+    hidden_dim: int = 12_800
+    n_layers: int = 40
+    n_heads: int = 32
+    n_kv_heads: int = 8
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    attention_bias: bool = False
+    feedforward_bias: bool = False
+    embedding_scale: float = 12.0
+    attention_scale: float = 1 / 128
+    residual_scale: float = 0.22
+    logit_divisor: float = 16.0
+    tied: bool = field(default=True, kw_only=True)
+
+
+SIZES = {
+    "granite3-2b": Config(dim=2048, hidden_dim=8192, attention_scale=1 / 64, logit_divisor=8.0),
+    "granite3-8b": Config(),
+}
+PAPER_PARAMETERS = {"granite3-2b": 2.5e9, "granite3-8b": 8.1e9}
+
+
+def build(config: Config) -> DecoderLM:
+    """Build a model; it is initialised as LLaMA is here."""
+    norm = partial(RMSNorm, config.dim, config.norm_eps)
+    feedforward = partial(llama.gated, config, bias=config.feedforward_bias)
+    blocks = [
+        ScaledPreNorm(
+            _attention(config), feedforward(layer), (norm(), norm()), config.dropout, scale=config.residual_scale
+        )
+        for layer in range(config.n_layers)
+    ]
+    last = ScaledRMSNorm(config.dim, config.norm_eps, 1 / config.logit_divisor)
+    embedding = ScaledEmbedding(config.vocab_size, config.dim, config.embedding_scale)
+    return llama.initialise(DecoderLM.of(config, blocks, last, embedding=embedding))
+
+
+def _attention(config: Config) -> Attention:
+    return llama.attention(config, config.attention_bias, scale=config.attention_scale)
+
+
+WEIGHT_NAMES = llama.WEIGHT_NAMES
+PREFIX = "model."
+MODEL_TYPES = {"granite": "GraniteForCausalLM"}
+
+FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "head_dim"} | {
+    "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
+    "attention_bias": hf.Field("attention_bias", False),
+    "feedforward_bias": hf.Field("mlp_bias", False),
+    "embedding_scale": hf.Field("embedding_multiplier", 1.0, float),
+    "attention_scale": hf.Field("attention_multiplier", 1.0, float),
+    "residual_scale": hf.Field("residual_multiplier", 1.0, float),
+    "logit_divisor": hf.Field("logits_scaling", 1.0, float),
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of a Hugging Face config.json of model_type granite."""
+    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+    rope = hf.write_rope(config.rope_theta, config.rope_scaling)
+    return {**hf.write(config, MODEL_TYPES, FIELDS), **rope}

@@ -1,0 +1,97 @@
+"""nanochat (Karpathy, 2025): norms without weights, also after the embedding; squared ReLU; a soft cap on the logits.
+
+Rotary positions turn the other way. Queries and keys are normalised after it there, and before it here: a rotation
+changes no length.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from keifu.layers.activations import activation
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import ReversedRotary
+from keifu.layers.feedforward import FeedForward
+from keifu.layers.normalisation import PlainRMSNorm
+from keifu.layers.transformer.blocks import PreNorm
+from keifu.layers.transformer.decoder import DecoderLM, NormedEmbedding, SoftCappedLM
+from keifu.models import llama
+from keifu.models.hf import config as hf
+
+
+@dataclass(frozen=True)
+class Config(llama.DecoderConfig):
+    """Sizes and settings of a model; the defaults are the model of depth 20."""
+
+    vocab_size: int = 65_536
+    context_length: int = 2048
+    dim: int = 1280
+    hidden_dim: int = 5120
+    n_layers: int = 20
+    n_heads: int = 10
+    n_kv_heads: int = 10
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    activation: str = field(default="relu2", kw_only=True)
+    logit_cap: float | None = 15.0
+    attention_bias: bool = False
+
+
+SIZES = {
+    "nanochat-d20": Config(),
+    "nanochat-d32": Config(dim=2048, hidden_dim=8192, n_layers=32, n_heads=16, n_kv_heads=16),
+}
+PAPER_PARAMETERS = {"nanochat-d20": 561e6, "nanochat-d32": 1.88e9}
+
+
+def build(config: Config) -> DecoderLM:
+    """Build a model; it is initialised as LLaMA is here."""
+    norm = partial(PlainRMSNorm, config.dim, config.norm_eps)
+    blocks = [
+        PreNorm(_attention(config), _feedforward(config), (norm(), norm()), config.dropout)
+        for _ in range(config.n_layers)
+    ]
+    embedding = NormedEmbedding(config.vocab_size, config.dim, config.norm_eps)
+    model = SoftCappedLM if config.logit_cap else DecoderLM
+    return llama.initialise(model.of(config, blocks, norm(), embedding=embedding))
+
+
+def _attention(config: Config) -> Attention:
+    head_dim = config.dim // config.n_heads
+    norm = partial(PlainRMSNorm, head_dim, config.norm_eps)
+    rotary = ReversedRotary(head_dim, config.rope_theta, config.rope_scaling)
+    return llama.attention(config, config.attention_bias, rotary=rotary, qk_norm=(norm(), norm()))
+
+
+def _feedforward(config: Config) -> FeedForward:
+    return FeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=False)
+
+
+WEIGHT_NAMES = {name: theirs for name, theirs in llama.WEIGHT_NAMES.items() if "norm" not in name} | {
+    "blocks.*.feedforward.up": "model.layers.*.mlp.fc1",
+    "blocks.*.feedforward.down": "model.layers.*.mlp.fc2",
+}
+del WEIGHT_NAMES["blocks.*.feedforward.gate_up"]
+PREFIX = "model."
+MODEL_TYPES = {"nanochat": "NanoChatForCausalLM"}
+
+FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "head_dim"} | {
+    "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
+    "activation": hf.activation_field("hidden_act", "relu2"),
+    "logit_cap": hf.Field("final_logit_softcapping", 15.0),
+    "attention_bias": hf.Field("attention_bias", False),
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of a Hugging Face config.json of model_type nanochat."""
+    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return the config.json that transformers and vLLM read."""
+    return {
+        "final_logit_softcapping": None,
+        **hf.write(config, MODEL_TYPES, FIELDS),
+        **hf.write_rope(config.rope_theta, config.rope_scaling),
+    }
