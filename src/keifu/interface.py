@@ -12,7 +12,7 @@ from keifu.data.own_batches import IndexedExamples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
 from keifu.generation.text import generate as text
-from keifu.generation.text.sampling_params import SamplingOptions
+from keifu.generation.text.generate import GenerateOptions
 from keifu.recipes import own
 from keifu.training.loop import Summary
 from keifu.training.protocols import Data
@@ -20,17 +20,17 @@ from keifu.training.protocols import Data
 
 @overload
 def generate(
-    model: nn.Module, tokenizer: Tokenizer, prompt: str, *, raw: bool = False, **sampling: Unpack[SamplingOptions]
+    model: nn.Module, tokenizer: Tokenizer, prompt: str, *, raw: bool = False, **sampling: Unpack[GenerateOptions]
 ) -> str: ...
 @overload
 def generate(
-    model: nn.Module, tokenizer: Tokenizer, prompt: list[str], *, raw: bool = False, **sampling: Unpack[SamplingOptions]
+    model: nn.Module, tokenizer: Tokenizer, prompt: list[str], *, raw: bool = False, **sampling: Unpack[GenerateOptions]
 ) -> list[str]: ...
 @overload
-def generate(model: str | Path, tokenizer: str, *, raw: bool = False, **sampling: Unpack[SamplingOptions]) -> str: ...
+def generate(model: str | Path, tokenizer: str, *, raw: bool = False, **sampling: Unpack[GenerateOptions]) -> str: ...
 @overload
 def generate(
-    model: str | Path, tokenizer: list[str], *, raw: bool = False, **sampling: Unpack[SamplingOptions]
+    model: str | Path, tokenizer: list[str], *, raw: bool = False, **sampling: Unpack[GenerateOptions]
 ) -> list[str]: ...
 def generate(
     model: nn.Module | str | Path,
@@ -38,7 +38,7 @@ def generate(
     prompt: str | list[str] | None = None,
     *,
     raw: bool = False,
-    **sampling: Unpack[SamplingOptions],
+    **sampling: Unpack[GenerateOptions],
 ) -> str | list[str]:
     """Return the text that a model writes after a prompt; also by the model's name.
 
@@ -48,7 +48,8 @@ def generate(
         tokenizer: The model's tokenizer; with a name, the prompt.
         prompt: The text to answer or to continue, or a list of texts.
         raw: Whether the prompt is continued as plain text, without the chat template.
-        **sampling: Settings such as max_tokens, temperature and seed (`keifu.generation.text.generate.generate`).
+        **sampling: Settings such as max_tokens, temperature and seed, and images for a model that sees
+            (`keifu.generation.text.generate.generate`).
 
     Returns:
         The text, or a list of texts for a list of prompts.
@@ -68,7 +69,7 @@ def generate(
     return text.generate(model, cast(Any, tokenizer), cast(Any, prompt), raw=raw, **sampling)
 
 
-def _generate_by_name(name: str | Path, prompt: Any, raw: bool, sampling: SamplingOptions) -> str | list[str]:
+def _generate_by_name(name: str | Path, prompt: Any, raw: bool, sampling: GenerateOptions) -> str | list[str]:
     model, tokenizer = load(name)
     return text.generate(model, tokenizer, prompt, raw=raw, **sampling)
 

@@ -28,6 +28,7 @@ from keifu.evaluation.registry import EvalOptions
 WITHOUT = ("train", "demo")  # their options are those of recipes, which have tables of their own
 SAMPLING = {"max-tokens": 7, "temperature": 0.5, "top-k": 7, "top-p": 0.5, "min-p": 0.25, "repetition-penalty": 1.5,
             "presence-penalty": 0.5, "frequency-penalty": 0.25, "seed": 7}  # fmt: skip
+PICTURES = (Path("a.png"), Path("b.png"))
 CONFIG = SimpleNamespace(context_length=64)
 WRITER = (SimpleNamespace(config=CONFIG), SimpleNamespace(generation_config={}, chat_template=None))
 CHATTER = (WRITER[0], SimpleNamespace(generation_config={}, chat_template="x"))
@@ -54,12 +55,13 @@ generate = Table("generate M Hi", {
     "PROMPT": Row("", GENERATE, "prompt", "Ho", base="generate M Ho"),
     "file": Row("--file text.txt", GENERATE, "prompt", "Hi\n\none"),
     "raw": Row("--raw", "keifu.generation.text.generate:as_prompt", "raw"),
+    "image": Row("--image a.png --image b.png", "keifu.commands.generate:read_pictures", "0", PICTURES),
     "json": Row("--json", GENERATE, "as_json"),
     "stream": Row("--stream", GENERATE, "streamed"),
     "guesses": Row("--guesses 7", GENERATE, "guesses", 7),
     "weights": Row("--weights int8", LOAD, "weights", "int8"),
     **sampling(GENERATE, "sampling"),
-}, {LOAD: WRITER, "keifu.generation.text.generate:as_prompt": lambda _, text, raw=False: text})  # fmt: skip
+}, {LOAD: WRITER, "keifu.generation.text.generate:as_prompt": lambda _, text, *more: text})  # fmt: skip
 
 ANSWER, LOADED = "keifu.commands.chat:print_answer", "keifu.commands.chat:load_writer"
 TALK = "keifu.generation.text.chat:Conversation"
@@ -69,6 +71,7 @@ chat = Table("chat M Hi", {
     "file": Row("--file text.txt", ANSWER, "message", "Hi\n\none"),
     "system": Row("--system Briefly", TALK, "system", "Briefly"),
     "guesses": Row("--guesses 7", TALK, "guesses", 7),
+    "image": Row("--image a.png --image b.png", "keifu.commands.chat:read_pictures", "0", PICTURES),
     "json": Row("--json", "keifu.commands.chat:print_completion"),
     "weights": Row("--weights int8", LOADED, "weights", "int8"),
     **sampling(ANSWER, "sampling"),
@@ -297,6 +300,7 @@ serve = Table("serve M", {
     "name": Row("--name alias=x", SERVED, "0", {"alias": "x", "M": "M"}),
     "allowed-host": Row("--allowed-host h", APP, lambda given: "h" in given.limits.hosts),
     "strict": Row("--strict", APP, "limits.strict"),
+    "pictures": Row("--pictures shown", LIMITS, "pictures", Path("shown")),
     "runs": Row("--runs training", APP, "limits.runs", Path("training")),
     "keep-alive": Row("--keep-alive 7", LIMITS, "keep_alive", 7.0),
     "host": Row("--host ::1", "keifu.serving.server:Address", "host", "::1"),

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -11,7 +11,7 @@ import tyro
 
 from keifu.commands.shared import flags
 from keifu.commands.shared.errors import explain
-from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice
+from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice, read_pictures
 from keifu.commands.shared.terminal import edit_lines, no_text, read_rest
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion
 from keifu.errors import UserError, shell, unknown
@@ -38,6 +38,8 @@ class Options(flags.Packed):
     """System prompt. Unset: the one of the chat template."""
     file: Path | None = None
     """The file that has the question, or what the question is about."""
+    image: flags.Images = ()
+    """File of a picture that the question is about, for a model that sees; may be given several times."""
     json: bool = False
     """Print the answer, tokens, log-probabilities, seed, sampling and the reason for the end as JSON."""
     guesses: flags.Guesses = None
@@ -47,7 +49,7 @@ class Options(flags.Packed):
 def run(options: Options) -> None:
     """Answers a question, or one after another."""
     question = join_texts(options.question, options.file)
-    if not question and (options.json or not at_terminal()):
+    if not question and (options.json or options.image or not at_terminal()):
         no_text(EXAMPLE)
     model, tokenizer = load_writer(options.model, options.weights)
     check_chats(options.model, tokenizer)
@@ -60,17 +62,20 @@ def run(options: Options) -> None:
         Chat(conversation, sampling).talk()
         return
     notice(f"{options.model}: {line}.")
+    images = read_pictures(options.image)
     if options.json:
-        print_completion(conversation.complete(question, sampling), sampling)
+        print_completion(conversation.complete(question, sampling, images), sampling)
     else:
-        print_answer(conversation, question, sampling)
+        print_answer(conversation, question, sampling, images)
     tell_cut(conversation.finish_reason)
 
 
-def print_answer(conversation: "Conversation", message: str, sampling: "SamplingParams") -> None:
+def print_answer(
+    conversation: "Conversation", message: str, sampling: "SamplingParams", images: Sequence[Any] = ()
+) -> None:
     """Print the answer to a message as it is written."""
     try:
-        for piece in conversation.answer(message, sampling):
+        for piece in conversation.answer(message, sampling, images):
             print(piece, end="", flush=True)
     finally:
         print(flush=True)
@@ -118,9 +123,11 @@ class Chat:
         self.conversation, self.sampling = conversation, sampling
         self.over = False
         self.files: set[Path] = set()  # those that hold this conversation
+        self.images: list[Any] = []  # pictures of the next message
         self.commands = {
             "/help": Command("", "list the commands", self._help),
             "/system": Command("TEXT", "change the system prompt; without a text, show it", self._system),
+            "/image": Command("FILE", "show a picture with the next message, to a model that sees", self._image),
             "/save": Command("FILE", "write the conversation; a .jsonl file is data for keifu train sft", self._save),
             "/load": Command("FILE", "go on with a conversation that was saved", self._load),
             "/retry": Command("", "answer the last message once more, with another seed", self._retry),
@@ -154,7 +161,8 @@ class Chat:
             if line.startswith("/"):
                 self._obey(line)
             elif message := self._whole(line).strip():
-                self._answer(message)
+                images, self.images = self.images, []
+                self._answer(message, images)
         except EOFError:  # within a text of several lines
             print()
             self.over = True
@@ -183,10 +191,14 @@ class Chat:
             raise UserError(f"{name} needs the name of a file, such as {name} talk.jsonl.")
         command.act(argument.strip())
 
-    def _answer(self, message: str) -> None:
-        print_answer(self.conversation, message, self.sampling)
+    def _answer(self, message: str, images: Sequence[Any] = ()) -> None:
+        print_answer(self.conversation, message, self.sampling, images)
         self.sampling = replace(self.sampling, seed=(self.sampling.seed or 0) + 1)
         tell_cut(self.conversation.finish_reason)
+
+    def _image(self, name: str) -> None:
+        self.images += read_pictures([Path(name).expanduser()])
+        print(f"The next message has {len(self.images)} pictures." if self.images[1:] else f"{name} comes next.")
 
     def _help(self, _: str) -> None:
         for name, command in self.commands.items():
@@ -206,6 +218,8 @@ class Chat:
         messages = self.conversation.messages
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError("There is nothing to save yet: ask something first.")
+        if any("images" in message for message in messages):
+            raise UserError("A conversation with pictures cannot be saved: the file would hold its text alone.")
         if path.exists() and path not in self.files:
             raise UserError(f"There is already a {name}: choose another name.")
         record = {"messages": messages}
@@ -233,7 +247,7 @@ class Chat:
         before = self.conversation.messages
         message = self.conversation.take_back()
         try:
-            self._answer(message)
+            self._answer(message["content"], message.get("images", ()))
         finally:
             if len(self.conversation.messages) < len(before):  # nothing was written
                 self.conversation.messages = before

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from keifu.commands.shared import flags
-from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice
+from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice, read_pictures
 from keifu.commands.shared.terminal import ask
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_text
 
@@ -31,6 +31,8 @@ class Options(flags.Packed):
     ] = None
     file: Path | None = None
     """The file that has the text."""
+    image: flags.Images = ()
+    """File of a picture that the text is about, for a model that sees; may be given several times."""
     raw: bool = False
     """Give a chat model the text as it is, to be continued, and not as a message in its chat template."""
     json: bool = False
@@ -48,7 +50,7 @@ def run(options: Options) -> None:
     from keifu.generation.text.generate import as_prompt
 
     sampling, line = choose_sampling(tokenizer, options.sampling, max_tokens=256)
-    prompt = as_prompt(tokenizer, text, options.raw)
+    prompt = as_prompt(tokenizer, text, options.raw, model.config, read_pictures(options.image))
     notice(line if isinstance(prompt, str) else f"{line}; through the chat template, --raw leaves it out")
     streamed = options.stream or sys.stdout.isatty()
     reason = print_text(model, tokenizer, prompt, sampling, options.json, streamed, options.guesses)

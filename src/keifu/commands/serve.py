@@ -69,6 +69,8 @@ class Options(flags.Packed):
     """Origin whose pages may ask this server, such as https://example.org."""
     strict: bool = False
     """Whether to refuse fields of OpenAI's that nothing heeds. Otherwise they are ignored and named in a header."""
+    pictures: Path | None = None
+    """Folder whose pictures a message may name as file:// URLs. Unset: none. Nothing is fetched from the network."""
     runs: Path = Path("runs")
     """Folder of training runs whose figures the page shows while they grow."""
     access_log: bool = field(default=True)
@@ -90,7 +92,8 @@ def run(options: Options) -> None:
     address = Address(options.host, options.port, options.socket)
     memory = None if options.memory is None else size_of(options.memory, "--memory")
     cache = None if options.cache is None else size_of(options.cache, "--cache")
-    limits = Limits(options.slots, options.queue, options.timeout, cache, options.keep_alive, options.guesses)
+    numbers = options.slots, options.queue, options.timeout, cache, options.keep_alive, options.guesses
+    limits = Limits(*numbers, options.pictures)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
     named = aliases(options.name)
     sources = public_names(options.models or (() if named else found_models()), named)

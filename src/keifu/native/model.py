@@ -39,6 +39,7 @@ class Span:
         more to verify guesses or to score a text.
     sources: blocks that are copied into the first of `blocks` before anything else; they hold tokens before `start`.
         Only for a runner that is `contiguous`.
+    images: pictures of the sequence (`InsertedImages`); only for PyTorch's runner.
     """
 
     sequence: int
@@ -47,6 +48,7 @@ class Span:
     blocks: Sequence[int]
     wanted: int = 1
     sources: Sequence[int] = ()
+    images: Any = None
 
 
 class NativeLM(nn.Module):

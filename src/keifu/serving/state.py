@@ -10,6 +10,7 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import PlainTextResponse, Response
 
 from keifu.errors import UserError, unknown
+from keifu.generation.images.prompts import sees
 from keifu.generation.text.sampling_params import ANSWER_TOKENS, sampling_for
 from keifu.serving.errors import ApiError
 from keifu.serving.models import Description, ServedModels
@@ -36,6 +37,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         about = {"uses": each.uses, "context_length": each.context_length, "loaded": loaded}
         about |= {"reads_text": each.tokenizer is not None, "labels": vars(each.config).get("classes") or None}
         about |= {"fills_masks": bool(vars(each.config).get("words")), "defaults": _defaults(each)}
+        about |= {"sees": sees(each.config)}
         return {"id": name, "object": "model", "created": models.began, "owned_by": "keifu", **about}
 
     @app.get("/v1/models", summary="The models of this server", tags=["state"])

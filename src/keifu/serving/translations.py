@@ -7,11 +7,13 @@ from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
+from keifu.generation.images.prompts import ImagePrompt, InsertedImages, render
 from keifu.generation.text.request import prompt_tokens
 from keifu.generation.text.translation import TranslationParams, join_sentences, translate_texts
 from keifu.serving.facts import current
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import token_bytes, token_text
+from keifu.serving.openai.pictures import open_images
 from keifu.serving.openai.schemas import Body, Message, Texts
 from keifu.serving.streaming import json_response, whole
 
@@ -66,6 +68,8 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         if body.messages is None:
             ids = prompt_tokens(tokenizer, body.input or "")
         else:
-            ids = tokenizer.render_chat([message.plain() for message in body.messages])
+            messages = open_images([message.plain() for message in body.messages], models.limits.pictures)
+            found = render(tokenizer, messages, about.config)
+            ids = InsertedImages(found, about.config).tokens if isinstance(found, ImagePrompt) else found
         entries = [{"text": token_text(tokenizer, each), "bytes": [*token_bytes(tokenizer, each)]} for each in ids]
         return json_response({"object": "tokens", "model": about.name, "ids": ids, "tokens": entries})

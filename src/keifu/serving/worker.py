@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ class Limits:
     slots: requests that are written at the same time. queue: requests that may wait. timeout: seconds after which an
     answer is given up. cache: bytes of a model's keys and values; None for a quarter of the free memory. keep_alive:
     seconds after which a model that nothing asks is unloaded; None for never. guesses: tokens that are guessed; None
-    for as many as are worth it.
+    for as many as are worth it. pictures: the folder whose files a message may show; None for none.
     """
 
     slots: int = 16
@@ -49,6 +50,7 @@ class Limits:
     cache: int | None = None
     keep_alive: float | None = None
     guesses: int | None = None
+    pictures: Path | None = None
 
 
 @dataclass(eq=False)

@@ -42,6 +42,9 @@ FOLDERS = ("prepare",)  # actions of verbs that write a folder where others writ
 NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 
 
+Images = tyro.conf.UseAppendAction[tuple[Path, ...]]
+
+
 @dataclass(frozen=True)
 class OnDevice:
     """Options of all commands that run a model."""

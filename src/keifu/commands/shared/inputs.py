@@ -88,6 +88,13 @@ def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> lis
     return texts
 
 
+def read_pictures(files: Sequence[Path]) -> list[Any]:
+    """Read the pictures that a question is about."""
+    from keifu.data.images.io import read_image
+
+    return [read_image(file).image for file in files]
+
+
 def load_encoder(name: str, dtype: str | None = None) -> tuple[Any, Any]:
     """Return a model that reads in both directions, or a CLIP, and its tokenizer; for any other kind a `UserError`."""
     from keifu.checkpoints import load

@@ -11,6 +11,7 @@ import tyro
 from keifu.ranges import Count, MinP, Penalty, RepetitionPenalty, Seed, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
+    from keifu.generation.images.prompts import ImagePrompt
     from keifu.generation.text.generate import Completion
     from keifu.generation.text.sampling_params import SamplingParams
 
@@ -73,7 +74,7 @@ def print_completion(done: "Completion", sampling: "SamplingParams") -> None:
 def print_text(
     model: Any,
     tokenizer: Any,
-    prompt: str | Sequence[int],
+    prompt: "str | Sequence[int] | ImagePrompt",
     sampling: "SamplingParams",
     as_json: bool,
     streamed: bool,

@@ -23,8 +23,9 @@ from keifu.data.tokenizers.template_limits import LARGEST, LONGEST_SOURCE, Limit
 from keifu.errors import UserError
 
 # CHATML is for models that learn to chat; the tokenizer needs <|im_start|> and <|im_end|>. PLAIN is for models
-# without tokens of turns: their end-of-text token ends an answer.
-CHATML, PLAIN = (Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8") for name in ("chatml", "plain"))
+# without tokens of turns: their end-of-text token ends an answer. PICTURES begins one of a model that sees.
+FILES = ("chatml", "plain", "pictures")
+CHATML, PLAIN, PICTURES = (Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8") for name in FILES)
 TURN = ("turn_opening", "turn_closing")  # variables that stand around the assistant's words; unset, they are empty
 
 

@@ -243,7 +243,8 @@ def chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     """Return the chat template: chat_template.jinja, or else the (default) one in tokenizer_config.json."""
     if (directory / "chat_template.jinja").exists():
         return read_text(directory / "chat_template.jinja")
-    written = config.get("chat_template")
+    processor = directory / "chat_template.json"  # of older models that see
+    written = (read_json_object(processor) if processor.exists() else config).get("chat_template")
     if isinstance(written, list) and all(isinstance(entry, dict) for entry in written):  # several, by name
         by_name = {entry.get("name"): entry.get("template") for entry in written}
         written = by_name.get("default", next(iter(by_name.values()), None))

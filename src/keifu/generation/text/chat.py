@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
+from PIL import Image
 from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.images.prompts import ImagePrompt, render
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.generate import Completion, completion
 from keifu.generation.text.model import text_model
@@ -17,6 +19,7 @@ from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingOptions
 
 class Conversation:
     """A talk with a model. `messages` is the history: {"role": "system" | "user" | "assistant", "content": text}, ...
+    A message to a model that sees may have pictures, `images`.
 
     system: what the model is told before the talk; None leaves it to the template, which may have a text of its own.
     guesses: as for `Engine`.
@@ -36,7 +39,8 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets everything but the system prompt."""
-        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.messages: list[dict[str, Any]] = []
+        self.instruct(self.system)
         self.finish_reason: str | None = None
         self.engine = Engine(self.model, self.tokenizer, guesses=self.guesses)
 
@@ -48,46 +52,51 @@ class Conversation:
 
     def restore(self, messages: Sequence[Mapping[str, str]]) -> None:
         """Goes on with a conversation that was had before; one that the template refuses is a `UserError`."""
-        self.tokenizer.render_chat(messages)
+        render(self.tokenizer, messages, self.config)
         self.messages = [dict(message) for message in messages]
         self.system = next((each["content"] for each in self.messages if each["role"] == "system"), None)
         self.finish_reason = None
 
-    def reply(self, text: str, **sampling: Unpack[SamplingOptions]) -> Iterator[str]:
+    def reply(
+        self, text: str, images: Sequence[Image.Image] = (), **sampling: Unpack[SamplingOptions]
+    ) -> Iterator[str]:
         """Answers a message, in pieces of text; both then belong to the history.
 
         sampling: as for `generate`, but max_tokens is 1024 where the model names no number. An answer that is
         interrupted stays as far as it came; if nothing came, the message is forgotten too. A conversation that no
         longer fits the context is a `UserError`, raised at once; nothing is dropped from it.
         """
-        return self.answer(text, sampling_for(self.tokenizer, sampling, ANSWER_TOKENS))
+        return self.answer(text, sampling_for(self.tokenizer, sampling, ANSWER_TOKENS), images)
 
-    def answer(self, text: str, settings: SamplingParams) -> Iterator[str]:
+    def answer(self, text: str, settings: SamplingParams, images: Sequence[Image.Image] = ()) -> Iterator[str]:
         """Answer a message as `reply` does, with settings that are complete."""
-        request, messages = self._request(text, settings)
+        request, messages = self._request(text, settings, images)
         pieces = self._pieces(self.engine.add(request), messages)
         return (piece.text for piece in pieces if piece.text)
 
-    def complete(self, text: str, settings: SamplingParams) -> Completion:
+    def complete(self, text: str, settings: SamplingParams, images: Sequence[Image.Image] = ()) -> Completion:
         """Answer a message and return the whole answer with its tokens, log-probabilities and seed."""
-        request, messages = self._request(text, replace(settings, log_probabilities=True))
+        request, messages = self._request(text, replace(settings, log_probabilities=True), images)
         return completion(request, [*self._pieces(self.engine.add(request), messages)])
 
-    def take_back(self) -> str:
+    def take_back(self) -> dict[str, Any]:
         """Remove the last message and its answer from the history, and return the message."""
         places = [place for place, message in enumerate(self.messages) if message["role"] == "user"]
         if not places:
             raise UserError("There is no message to answer again: ask something first.")
-        text = self.messages[places[-1]]["content"]
+        message = self.messages[places[-1]]
         self.messages = self.messages[: places[-1]]
-        return text
+        return message
 
-    def _request(self, text: str, settings: SamplingParams) -> tuple[Request, list[dict[str, str]]]:
+    def _request(
+        self, text: str, settings: SamplingParams, images: Sequence[Image.Image]
+    ) -> tuple[Request, list[dict[str, Any]]]:
         """Return the engine's request for the answer, and the history with the message."""
-        messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = self.tokenizer.render_chat(messages)
+        pictures = {"images": list(images)} if images else {}
+        messages = [*self.messages, {"role": "user", "content": text, **pictures}]
+        prompt = render(self.tokenizer, messages, self.config)
         context = self.config.context_length
-        if len(prompt) >= context:
+        if not isinstance(prompt, ImagePrompt) and len(prompt) >= context:
             said = any(message["role"] == "assistant" for message in self.messages)
             raise UserError(
                 f"The conversation has {len(prompt)} tokens with this message, but this model's context is {context} "
@@ -95,7 +104,7 @@ class Conversation:
             )
         return self.engine.request(prompt, settings), messages
 
-    def _pieces(self, number: int, messages: list[dict[str, str]]) -> Iterator[Piece]:
+    def _pieces(self, number: int, messages: list[dict[str, Any]]) -> Iterator[Piece]:
         """Generate the answer; however it ends, the history and the engine agree afterwards."""
         self.finish_reason, answer = None, ""
         try:

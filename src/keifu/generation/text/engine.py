@@ -10,12 +10,14 @@ from collections.abc import Sequence as Tokens
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate, count
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.images.prompts import ImagePrompt, insert_images
 from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.model import evaluation_mode
 from keifu.generation.text.request import Piece, Request, prompt_tokens
@@ -103,10 +105,13 @@ class Engine:
         """How many requests wait and run."""
         return len(self.scheduler.waiting), len(self.scheduler.running)
 
-    def request(self, prompt: str | Tokens[int], sampling: SamplingParams) -> Request:
-        """Make a request for this model, of a text or of token ids; one that is invalid is a `UserError`."""
-        tokens = prompt_tokens(self.tokenizer, prompt)
-        return Request(tokens, sampling, self.tokenizer, self.runner.vocab_size, self.runner.context_length)
+    def request(self, prompt: str | Tokens[int] | ImagePrompt, sampling: SamplingParams) -> Request:
+        """Make a request for this model, of a text, of token ids, or of those with pictures; one that is invalid is a
+        `UserError`."""
+        images = insert_images(prompt, self.model) if isinstance(prompt, ImagePrompt) else None
+        tokens = prompt_tokens(self.tokenizer, cast(Any, prompt)) if images is None else images.tokens
+        limits = self.runner.vocab_size, self.runner.context_length
+        return Request(tokens, sampling, self.tokenizer, *limits, images=images)
 
     def add(self, request: Request) -> int:
         """Add a request and return its number, from 0 on, which its pieces have as their index.

@@ -5,19 +5,29 @@ A seed belongs to a request: the same prompt, settings and seed give the same te
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Unpack, overload
+from pathlib import Path
+from typing import Any, Unpack, overload
 
+from PIL import Image
 from torch import nn
 
+from keifu.data.images.io import read_image
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.images.prompts import ImagePrompt, render
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.model import PREFILL_TOKENS, text_model
 from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.sampling_params import SamplingOptions, SamplingParams, sampling_for
 from keifu.threads import follow_load
 
-Prompts = Sequence[str | Sequence[int]]
+Prompts = Sequence[str | Sequence[int] | ImagePrompt]
+
+
+class GenerateOptions(SamplingOptions, total=False):
+    """Options of `generate`."""
+
+    images: Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -121,11 +131,11 @@ def completion(request: Request, pieces: Sequence[Piece]) -> Completion:
 
 @overload
 def generate(
-    model: nn.Module, tokenizer: Tokenizer, prompt: str, *, raw: bool = False, **sampling: Unpack[SamplingOptions]
+    model: nn.Module, tokenizer: Tokenizer, prompt: str, *, raw: bool = False, **sampling: Unpack[GenerateOptions]
 ) -> str: ...
 @overload
 def generate(
-    model: nn.Module, tokenizer: Tokenizer, prompt: list[str], *, raw: bool = False, **sampling: Unpack[SamplingOptions]
+    model: nn.Module, tokenizer: Tokenizer, prompt: list[str], *, raw: bool = False, **sampling: Unpack[GenerateOptions]
 ) -> list[str]: ...
 def generate(
     model: nn.Module,
@@ -133,7 +143,7 @@ def generate(
     prompt: str | list[str],
     *,
     raw: bool = False,
-    **sampling: Unpack[SamplingOptions],
+    **sampling: Unpack[GenerateOptions],
 ) -> str | list[str]:
     """Return the text that the model writes after the prompt (without the prompt), or after each of several.
 
@@ -144,9 +154,9 @@ def generate(
         prompt: The text to answer or to continue, or a list of texts.
         raw: Whether the prompt is continued as plain text, without the chat template.
         **sampling: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-            frequency_penalty, stop and seed, as in `SamplingParams`. A missing one has the value of the model's
-            generation_config.json. Without that file it is temperature=0 (greedy) for chat models, temperature=0.8,
-            top_k=40, top_p=0.95 and min_p=0.05 for base models, and max_tokens=256.
+            frequency_penalty, stop and seed, as in `SamplingParams`; images: files of pictures, for a model that sees.
+            A missing one has the value of generation_config.json. Without that file it is temperature=0 (greedy) for
+            chat models, temperature=0.8, top_k=40, top_p=0.95 and min_p=0.05 for base models, and max_tokens=256.
 
     Returns:
         The text, or a list of texts for a list of prompts.
@@ -161,17 +171,24 @@ def generate(
         ' town, there'
     """
     follow_load()
-    text_model(model)
-    settings = sampling_for(tokenizer, sampling)
+    images = [read_image(Path(file)).image for file in sampling.pop("images", ())]
+    settings, config = sampling_for(tokenizer, sampling), text_model(model).config
     several: Iterable[str] = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Iterable) else prompt
-    prompts = [as_prompt(tokenizer, each, raw) for each in several]
+    prompts = [as_prompt(tokenizer, each, raw, config, images) for each in several]
     texts = [done.text for done in generate_batch(model, tokenizer, prompts, settings)]
     return texts[0] if isinstance(prompt, str) else texts
 
 
-def as_prompt(tokenizer: Tokenizer, text: str, raw: bool = False) -> str | list[int]:
+def as_prompt(
+    tokenizer: Tokenizer, text: str, raw: bool = False, config: Any = None, images: Sequence[Image.Image] = ()
+) -> str | list[int] | ImagePrompt:
     """Return the prompt made from a text: a message in the chat template where the tokenizer has one; otherwise, or if
-    `raw`, the text itself."""
-    if raw or tokenizer.chat_template is None or not isinstance(text, str):
+    `raw`, the text itself.
+
+    config: the model's, which says whether it sees. images: pictures of the message.
+    """
+    if not isinstance(text, str) or (not images and (raw or tokenizer.chat_template is None)):
         return text
-    return tokenizer.render_chat([{"role": "user", "content": text}])
+    if raw:
+        raise UserError("A picture's place in a prompt is the chat template's: leave out raw, or the pictures.")
+    return render(tokenizer, [{"role": "user", "content": text, "images": images}], config)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.images.prompts import InsertedImages
 from keifu.generation.text.sampling_params import SamplingParams
 
 
@@ -87,9 +88,9 @@ class Request:
     """A prompt and its settings, checked against the model's vocabulary and context; `take` adds a token and returns
     its `Piece`.
 
-    constraint: what holds the text to a form; None for any text. shown: special tokens that are text nevertheless. A
-    prompt that is empty or leaves no room in the context is a `UserError`; a prompt is never truncated. Without a
-    tokenizer the pieces have no text, and no token ends it.
+    constraint: what holds the text to a form; None for any text. shown: special tokens that are text nevertheless.
+    images: the pictures among the prompt's tokens. A prompt that is empty or leaves no room in the context is a
+    `UserError`; a prompt is never truncated. Without a tokenizer the pieces have no text, and no token ends it.
     """
 
     def __init__(
@@ -101,7 +102,9 @@ class Request:
         context_length: int,
         constraint: Constraint | None = None,
         shown: Iterable[int] = (),
+        images: InsertedImages | None = None,
     ):
+        self.images = images
         self.index, self.prompt, self.sampling = 0, list(prompt), sampling.seeded()  # the engine gives it its number
         check_tokens([prompt], vocab_size)
         if (largest := max((token for token, _ in sampling.logit_bias), default=-1)) >= vocab_size:

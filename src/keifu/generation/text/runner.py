@@ -10,7 +10,7 @@ import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ from keifu.generation.text.model import Model, causal, device_of
 from keifu.layers.attention.attention import Attention, Scoring, attend
 from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask, RaggedMask
+from keifu.layers.transformer.decoder import Inserted
 from keifu.memory import available_memory
 from keifu.native.model import Span, native_form, widest
 
@@ -167,12 +168,25 @@ class TorchRunner:
         groups = self._groups(batch)
         spans = [span for group in groups for span in group]
         step = PagedState(self._pool, size, groups, _on_device(_numbers(spans, size), self.device))
-        hidden = self.model.hidden(step.tokens, step)
+        inserted = self._inserted(spans)
+        more: dict[str, Any] = {} if inserted is None else {"inserted": inserted}
+        hidden = self.model.hidden(step.tokens, step, **more)
         wanted = _wanted(spans, batch)
         return self.model.logits(hidden[0, _on_device([wanted], self.device)[0]]).float()
 
     def forget(self, sequence: int) -> None:
         """Nothing is kept of a sequence but its blocks."""
+
+    def _inserted(self, spans: Sequence[Span]) -> Inserted | None:
+        """Return the embeddings of the pictures in these spans; None without any."""
+        places, embeddings, first = list[int](), list[Tensor](), 0
+        for span in spans:
+            if span.images is not None:
+                own, rows = span.images.between(self.model, span.start, span.start + len(span.tokens))
+                places += [first + place for place in own]
+                embeddings += [rows] if own else []
+            first += len(span.tokens)
+        return Inserted(_on_device([places], self.device)[0], torch.cat(embeddings)) if places else None
 
     def _groups(self, batch: Sequence[Span]) -> list[list[Span]]:
         """Return the spans in groups that attend together: of equal numbers of tokens and about equal ends, in views of

@@ -49,7 +49,7 @@ class Sequence:
         """Its next `count` tokens for the runner, with logits wanted after the last one and after each guess."""
         tokens = self.tokens[self.computed : self.computed + count] + self.guesses
         wanted = 1 + len(self.guesses) if count == self.left else 0
-        return Span(self.number, tokens, self.computed, self.blocks, wanted, self.sources)
+        return Span(self.number, tokens, self.computed, self.blocks, wanted, self.sources, self.request.images)
 
     def take(self, figures: Iterable[float]) -> Piece:
         """One more token, as the sampler gives it."""
@@ -203,7 +203,9 @@ class Scheduler:
         sequence.passed = sequence.computed = 0
 
     def _hash(self, sequence: Sequence) -> None:
-        sequence.hashes = digests(sequence.tokens, self.blocks.block_size, sequence.hashes)
+        images = sequence.request.images
+        known = sequence.tokens if images is None else images.identity(sequence.tokens)
+        sequence.hashes = digests(known, self.blocks.block_size, sequence.hashes)
 
     def _unfilled(self, sequence: Sequence) -> list[bytes]:
         """Return the hashes of the blocks that a sequence has still to fill, while its prompt is read."""

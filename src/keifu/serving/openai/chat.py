@@ -9,9 +9,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.responses import Response
 
+from keifu.generation.images.prompts import ImagePrompt
 from keifu.generation.text.request import Piece
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import Answer, check_count, finish_reason, prepare, token_bytes, token_text
+from keifu.serving.openai.pictures import open_images
 from keifu.serving.openai.schemas import ChatRequest
 from keifu.serving.openai.tools import Delta, Reply, render
 from keifu.serving.streaming import STREAM, EventStream, whole
@@ -33,10 +35,10 @@ async def begin(models: ServedModels, body: ChatRequest, prefix: str) -> Answer:
     tools = body.tool_use()
     schema = body.response_format.schema if body.response_format else None
 
-    def prompts(about: Description) -> list[list[int]]:
+    def prompts(about: Description) -> list[list[int] | ImagePrompt]:
         check_count(len(body.messages), about)
-        messages = [message.plain() for message in body.messages]
-        return [render(about.tokenizer, messages, tools.functions if tools else ())]
+        messages = open_images([message.plain() for message in body.messages], models.limits.pictures)
+        return [render(about.tokenizer, messages, tools.functions if tools else (), about.config)]
 
     return await prepare(models, body, "chat", prompts, prefix, schema, tools)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.images.prompts import ImagePrompt, InsertedImages
 from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingParams, sampling_for
 from keifu.serving.errors import ApiError, of_exception
@@ -104,7 +105,7 @@ async def prepare(
     models: ServedModels,
     body: Sampling,
     use: str,
-    prompts: Callable[[Description], list[list[int]]],
+    prompts: Callable[[Description], Sequence[list[int] | ImagePrompt]],
     prefix: str,
     schema: dict[str, Any] | None = None,
     tools: ToolUse | None = None,
@@ -148,9 +149,14 @@ def _requests(
     constraint = (lambda: None) if grammar is None else constraints(grammar, tokenizer, config.vocab_size)
     shown = tool_format(tokenizer).special(tokenizer).values() if tools else ()
     seeds = [((sampling.seed or 0) + choice) % 2**63 for choice in range(body.n or 1)]
-    each = [(prompt, replace(sampling, seed=seed)) for prompt in ids for seed in seeds]
-    limits = config.vocab_size, config.context_length
-    return [Request(*pair, tokenizer, *limits, constraint(), shown) for pair in each]
+    given = [InsertedImages(prompt, config) if isinstance(prompt, ImagePrompt) else prompt for prompt in ids]
+    pairs = [(each.tokens, each) if isinstance(each, InsertedImages) else (each, None) for each in given]
+    limits, settings = (config.vocab_size, config.context_length), [replace(sampling, seed=seed) for seed in seeds]
+    return [
+        Request(tokens, each, tokenizer, *limits, constraint(), shown, images)
+        for tokens, images in pairs
+        for each in settings
+    ]
 
 
 def check_count(messages: int, about: Description) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from keifu.generation.images.prompts import ImagePrompt
 from keifu.serving.errors import ApiError
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import Answer, check_count, finish_reason, prepare
+from keifu.serving.openai.pictures import open_images
 from keifu.serving.openai.schemas import ResponseRequest
 from keifu.serving.openai.tools import Delta, render
 from keifu.serving.streaming import STREAM, EventStream, json_response, whole
@@ -60,9 +62,10 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         messages = [*earlier, *body.messages]
         first: Messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
 
-        def prompts(about: Description) -> list[list[int]]:
+        def prompts(about: Description) -> list[list[int] | ImagePrompt]:
             check_count(len(messages), about)
-            return [render(about.tokenizer, [*first, *messages], tools.functions if tools else ())]
+            opened = open_images([*first, *messages], models.limits.pictures)
+            return [render(about.tokenizer, opened, tools.functions if tools else (), about.config)]
 
         tools = body.tool_use()
         answer = await prepare(models, body, "chat", prompts, "resp", body.schema, tools)

@@ -9,59 +9,19 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from keifu.errors import unknown
 from keifu.generation.text.sampling_params import SamplingOptions
-from keifu.serving.facts import current
-from keifu.serving.openai.json_schema import ANY_OBJECT, SURROGATE
+from keifu.serving.openai.body import Body, ItemPart, Neutral, Part, content_of
+from keifu.serving.openai.json_schema import ANY_OBJECT
 from keifu.serving.openai.tools import ToolUse
 
 MAX_CHOICES, MAX_MESSAGES = 128, 10_000
-OF_STREAMS = ("stream_options", "partial_images")  # fields that only a stream heeds
-Neutral = dict[str, tuple[Any, ...]]  # fields, with the values that change nothing
 HINTS: Neutral = {  # fields of OpenAI's for its own service
     "metadata": ({},), "prompt_cache_key": (), "prompt_cache_retention": (), "safety_identifier": (),
     "service_tier": ("auto", "default"),
 }  # fmt: skip
-
-
-def _about(kind: Literal["unknown_field", "refused_field"], name: str, sentence: str) -> PydanticCustomError:
-    return PydanticCustomError(kind, "{sentence}", {"name": name, "sentence": sentence})
-
-
-class Body(BaseModel):
-    """JSON object of known fields.
-
-    refused: fields of OpenAI's that ask for what this server does not have. ignored: fields that only hint. Both with
-    the values, besides null, that change nothing.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    refused: ClassVar[Neutral] = {}
-    ignored: ClassVar[Neutral] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        facts = current()
-        absent = cls.refused | cls.ignored
-        for name, value in data.items():
-            if SURROGATE.search(name):
-                raise _about("unknown_field", "?", "A field's name has half a surrogate pair: send whole characters.")
-            changes = name in absent and value is not None and value not in absent[name]
-            if changes and (name in cls.refused or facts.strict):
-                raise _about("refused_field", name, f"{name} is not supported by this server: leave it out.")
-            facts.ignored += [name] * changes
-            if name in OF_STREAMS and value not in (None, 0, "0") and data.get("stream") in (None, False, "false"):
-                raise _about("refused_field", name, f"{name} is for streams: give stream as true too, or leave it out.")
-            known = [field.alias or own for own, field in cls.model_fields.items()]
-            if name not in absent and name not in known:
-                raise _about("unknown_field", name, str(unknown("field", name, known)))
-        return {name: value for name, value in data.items() if name not in absent}
 
 
 class Texts(Body):
@@ -125,14 +85,6 @@ class Sampling(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class TextPart(Body):
-    """Part of a message."""
-
-    type: Literal["text"]
-    text: str
-    refused: ClassVar[Neutral] = {"image_url": (), "input_audio": (), "file": ()}
-
-
 def _json_object(text: str) -> str:
     try:
         found = json.loads(text or "{}")
@@ -163,14 +115,14 @@ class Message(Body):
     """Message of a conversation; "developer" is another name for "system"."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Part] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     refused: ClassVar[Neutral] = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
 
     @model_validator(mode="after")
-    def _has_content(self) -> "Message":
+    def _hascontent_of(self) -> "Message":
         if self.content is None and not self.tool_calls:
             raise ValueError(f"a message of the role {self.role!r} needs content")
         if self.tool_calls and self.role != "assistant":
@@ -179,10 +131,9 @@ class Message(Body):
 
     def plain(self) -> dict[str, Any]:
         """Return the message as chat templates take it: parts are joined by line breaks."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
-        found = {"role": "system" if self.role == "developer" else self.role, "content": content, "name": self.name}
+        found = {"role": "system" if self.role == "developer" else self.role, **content_of(self.content)}
         calls = [call.model_dump(exclude={"index"}) for call in self.tool_calls or ()] or None
-        found |= {"tool_calls": calls, "tool_call_id": self.tool_call_id}
+        found |= {"name": self.name, "tool_calls": calls, "tool_call_id": self.tool_call_id}
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -328,14 +279,6 @@ class ChatRequest(Sampling):
         return {**super().options(), **({} if limit is None else {"max_tokens": limit}), **top}  # type: ignore[return-value]
 
 
-class ItemPart(Body):
-    """Part of an item's text: the user's or, in an earlier answer, the model's."""
-
-    type: Literal["input_text", "output_text"]
-    text: str
-    refused: ClassVar[Neutral] = {"annotations": ([],), "logprobs": ([],), "image_url": (), "file_id": (), "detail": ()}
-
-
 class Item(Body):
     """Message in the input of a response."""
 
@@ -347,8 +290,7 @@ class Item(Body):
 
     def plain(self) -> dict[str, Any]:
         """Return the message as chat templates take it."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        return {"role": "system" if self.role == "developer" else self.role, **content_of(self.content)}
 
 
 class CallItem(Body):

@@ -17,6 +17,8 @@ from llguidance import LLMatcher
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.images import prompts
+from keifu.generation.images.prompts import ImagePrompt
 from keifu.serving.openai.constraints import LAYOUT, Grammar
 from keifu.serving.openai.json_schema import COMBINED, checked
 
@@ -112,15 +114,20 @@ def with_objects(messages: Messages) -> list[dict[str, Any]]:
     return [{**each, "tool_calls": own or None} for each, own in zip(messages, calls, strict=True)]
 
 
-def render(tokenizer: Tokenizer, messages: Messages, functions: Sequence[Mapping[str, Any]]) -> list[int]:
+def render(
+    tokenizer: Tokenizer, messages: Messages, functions: Sequence[Mapping[str, Any]], config: Any
+) -> list[int] | ImagePrompt:
     """Return the ids of a conversation in which these functions may be called, and others have been.
 
-    The answer continues a last message of the assistant.
+    The answer continues a last message of the assistant. config: the model's, which says whether it sees.
     """
     if len(messages) > 1 and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
-        return render(tokenizer, messages[:-1], functions) + tokenizer.encode(messages[-1]["content"])
+        begun, more = render(tokenizer, messages[:-1], functions, config), tokenizer.encode(messages[-1]["content"])
+        return begun._replace(tokens=[*begun.tokens, *more]) if isinstance(begun, ImagePrompt) else begun + more
     if not functions and not any(each.get("tool_calls") or each["role"] == "tool" for each in messages):
-        return tokenizer.render_chat(messages)
+        return prompts.render(tokenizer, messages, config)
+    if any(each.get("images") for each in messages):
+        raise UserError("Pictures and tools cannot be in one conversation: leave out one of them.")
     if tool_format(tokenizer).native:
         tools = [{"type": "function", "function": {"parameters": {}, **each}} for each in functions]
         return tokenizer.render_chat(with_objects(messages), tools=tools or None)

@@ -1,0 +1,123 @@
+"""Pictures in the prompt of a language model that sees (LLaVA; Liu et al., 2023).
+
+A chat template writes one token where a picture is. It is repeated for each of the picture's embeddings, which the
+runner puts there. Blocks of keys and values are known by the picture's content, not by that token.
+
+Axes: images, channels, rows and columns of pixels; patches = tokens of a picture, dim.
+"""
+
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from itertools import count
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from keifu.data.images.preprocessing import Preprocessing
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+
+MOST_IMAGES = 16  # of one conversation
+Messages = Sequence[Mapping[str, Any]]
+
+
+@runtime_checkable
+class SeeingModel(Protocol):
+    """Interface of a language model that sees. Its `config` has `pixels`, `image_token` and `image_tokens`."""
+
+    config: Any
+
+    def encode_images(self, pixels: Tensor) -> Tensor: ...
+
+
+class ImagePrompt(NamedTuple):
+    """Ids of a prompt, with one token for each of its pictures."""
+
+    tokens: Sequence[int]
+    images: Sequence[Image.Image]
+
+
+def sees(config: Any) -> bool:
+    """Whether models of this Config read pictures."""
+    return isinstance(vars(config).get("image_token"), int)
+
+
+def render(tokenizer: Tokenizer, messages: Messages, config: Any, **variables: Any) -> list[int] | ImagePrompt:
+    """Encode a conversation by the chat template; a message may have pictures, `images`, which come before its text.
+
+    Pictures for a model that sees none are a `UserError`.
+    """
+    images = [image for message in messages for image in message.get("images", ())]
+    if not sees(config):
+        if images:
+            raise UserError("This model reads text alone, and sees no pictures: choose one that sees, such as a LLaVA.")
+        return tokenizer.render_chat(messages, **variables)
+    return ImagePrompt(tokenizer.render_chat([_in_parts(each) for each in messages], **variables), images)
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose content is a list of its parts, as templates of such models have it."""
+    pictures = [{"type": "image"} for _ in message.get("images", ())]
+    text = {"type": "text", "text": message.get("content") or ""}
+    return {name: value for name, value in message.items() if name != "images"} | {"content": [*pictures, text]}
+
+
+class InsertedImages:
+    """Pictures among the tokens of a prompt, as the model's tower sees them: bytes.
+
+    tokens: the ids of the prompt, with a picture's token for each of its embeddings.
+    """
+
+    def __init__(self, prompt: ImagePrompt, config: Any):
+        marks = sum(token == config.image_token for token in prompt.tokens)
+        if marks != len(prompt.images):
+            raise UserError(f"The prompt has places for {marks} pictures, and {len(prompt.images)} were given.")
+        if marks > MOST_IMAGES:
+            raise UserError(f"{marks} pictures were given, and a prompt takes at most {MOST_IMAGES}: give fewer.")
+        self._preprocessing = Preprocessing(**vars(config.pixels))
+        self._pixels = [self._preprocessing.cut(image) for image in prompt.images]
+        self._embeddings: Tensor | None = None
+        self.tokens, self._identity, number = list[int](), list[int](), count()
+        for token in prompt.tokens:
+            marked = token == config.image_token
+            times = config.image_tokens if marked else 1
+            self.tokens += [token] * times
+            self._identity += [_identity(self._pixels[next(number)]) if marked else token] * times
+        self._places = [place for place, token in enumerate(self.tokens) if token == config.image_token]
+
+    def identity(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Return the tokens by which blocks are known: a number of its content for those of a picture."""
+        return [*self._identity, *tokens[len(self._identity) :]]
+
+    def between(self, model: Any, start: int, stop: int) -> tuple[list[int], Float[Tensor, "count dim"] | None]:
+        """Return which of the tokens from `start` to `stop`, counted from `start`, are a picture's; and their
+        embeddings, which are computed when they are first asked for."""
+        rows = [row for row, place in enumerate(self._places) if start <= place < stop]
+        if not rows:
+            return [], None
+        if self._embeddings is None:
+            self._embeddings = self._encode(model)
+        return [self._places[row] - start for row in rows], self._embeddings[rows[0] : rows[-1] + 1]
+
+    def _encode(self, model: Any) -> Float[Tensor, "tokens dim"]:
+        """Return the embeddings of all pictures, each computed alone: they do not depend on the others."""
+        like: Tensor = next(model.parameters())
+        ready = (self._preprocessing.normalised(pixels[None].to(like.device)) for pixels in self._pixels)
+        return torch.cat([model.encode_images(pixels.to(like.dtype))[0] for pixels in ready])
+
+
+def _identity(pixels: UInt8[Tensor, "channels rows columns"]) -> int:
+    """Return a number of a picture's content, below all ids of tokens."""
+    digest = blake2b(pixels.numpy().tobytes(), digest_size=8).digest()
+    return -1 - (int.from_bytes(digest, "big") >> 1)
+
+
+def insert_images(prompt: ImagePrompt, model: nn.Module) -> InsertedImages:
+    """Return the pictures of a prompt among its tokens; a model that sees none is a `UserError`."""
+    config: Any = model.config
+    if not sees(config) or not isinstance(model, SeeingModel):
+        raise UserError(f"A {type(model).__name__} sees no pictures: choose a model that sees, such as a LLaVA.")
+    return InsertedImages(prompt, config)

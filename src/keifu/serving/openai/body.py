@@ -1,0 +1,113 @@
+"""Class of all bodies of requests, and the parts of messages.
+
+Every field is heeded, ignored or refused by name (see `schemas`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+from keifu.errors import unknown
+from keifu.serving.facts import current
+from keifu.serving.openai.json_schema import SURROGATE
+
+OF_STREAMS = ("stream_options", "partial_images")  # fields that only a stream heeds
+Neutral = dict[str, tuple[Any, ...]]  # fields, with the values that change nothing
+
+
+def about(kind: Literal["unknown_field", "refused_field"], name: str, sentence: str) -> PydanticCustomError:
+    return PydanticCustomError(kind, "{sentence}", {"name": name, "sentence": sentence})
+
+
+class Body(BaseModel):
+    """JSON object of known fields.
+
+    refused: fields of OpenAI's that ask for what this server does not have. ignored: fields that only hint. Both with
+    the values, besides null, that change nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    refused: ClassVar[Neutral] = {}
+    ignored: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        facts = current()
+        absent = cls.refused | cls.ignored
+        for name, value in data.items():
+            if SURROGATE.search(name):
+                raise about("unknown_field", "?", "A field's name has half a surrogate pair: send whole characters.")
+            changes = name in absent and value is not None and value not in absent[name]
+            if changes and (name in cls.refused or facts.strict):
+                raise about("refused_field", name, f"{name} is not supported by this server: leave it out.")
+            facts.ignored += [name] * changes
+            if name in OF_STREAMS and value not in (None, 0, "0") and data.get("stream") in (None, False, "false"):
+                raise about("refused_field", name, f"{name} is for streams: give stream as true too, or leave it out.")
+            known = [field.alias or own for own, field in cls.model_fields.items()]
+            if name not in absent and name not in known:
+                raise about("unknown_field", name, str(unknown("field", name, known)))
+        return {name: value for name, value in data.items() if name not in absent}
+
+
+class ImageUrl(Body):
+    """Picture in a message: a data URL, or a file:// URL if the server permits its folder."""
+
+    url: str
+    ignored: ClassVar[Neutral] = {"detail": ("auto",)}
+
+
+class Part(Body):
+    """Part of a message: a text or a picture."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+    refused: ClassVar[Neutral] = {"input_audio": (), "file": ()}
+
+    @model_validator(mode="after")
+    def _has_one(self) -> "Part":
+        return _one_of(self, self.type == "image_url", self.image_url)
+
+    @property
+    def url(self) -> str | None:
+        """URL of the picture; None for a text."""
+        return self.image_url and self.image_url.url
+
+
+def _one_of(part: Any, pictured: bool, url: Any) -> Any:
+    """Return a part of a message, checked to have its text or its picture, and not the other."""
+    if pictured == (url is None) or pictured == (part.text is not None):
+        raise ValueError(f"a part of the type {part.type!r} needs {'image_url' if pictured else 'text'} alone")
+    return part
+
+
+def content_of(content: str | Sequence[Any] | None) -> dict[str, Any]:
+    """Return a message's text, of parts joined by line breaks, and the URLs of its pictures."""
+    parts = () if isinstance(content, str) else content or ()
+    images = [part.url for part in parts if part.url]
+    text = content if isinstance(content, str) else "\n".join(part.text for part in parts if part.text is not None)
+    return {"content": text, **({"images": images} if images else {})}
+
+
+class ItemPart(Body):
+    """Part of an item: the user's text or picture or, in an earlier answer, the model's text."""
+
+    type: Literal["input_text", "output_text", "input_image"]
+    text: str | None = None
+    image_url: str | None = None
+    refused: ClassVar[Neutral] = {"annotations": ([],), "logprobs": ([],), "file_id": ()}
+    ignored: ClassVar[Neutral] = {"detail": ("auto",)}
+
+    @model_validator(mode="after")
+    def _has_one(self) -> "ItemPart":
+        return _one_of(self, self.type == "input_image", self.image_url)
+
+    @property
+    def url(self) -> str | None:
+        """URL of the picture; None for a text."""
+        return self.image_url

@@ -1,0 +1,57 @@
+"""Pictures in the messages of a conversation: data URLs, and files of a folder that the server permits."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+
+from keifu.data.images.io import read_image
+from keifu.errors import UserError
+from keifu.generation.images.prompts import MOST_IMAGES
+from keifu.serving.openai.images import PICTURE_BYTES
+
+SHOWN = 40  # characters of a URL in an error
+
+
+def open_images(messages: Sequence[Mapping[str, Any]], folder: Path | None) -> list[dict[str, Any]]:
+    """Return the messages with pictures instead of their URLs.
+
+    Together they may take the memory of one large picture. folder: whose files may be named, if any. Nothing is fetched
+    from the network. What is no picture or not permitted is a `UserError`.
+    """
+    count = sum(len(message.get("images", ())) for message in messages)
+    if count > MOST_IMAGES:
+        raise UserError(f"The messages have {count} pictures, and at most {MOST_IMAGES} are read: send fewer.")
+    left, number, found = PICTURE_BYTES, 0, []
+    for message in messages:
+        images: list[Image.Image] = []
+        for url in message.get("images", ()):
+            number += 1
+            images.append(read_image(_file(url, folder), f"Picture {number}", left).image)
+            left -= 4 * images[-1].width * images[-1].height
+        found.append({**message, "images": images} if images else dict(message))
+    return found
+
+
+def _file(url: str, folder: Path | None) -> Path | bytes:
+    """Return a file's bytes of a data URL, or the path of a permitted file."""
+    if url.startswith("data:"):
+        head, _, content = url.partition(",")
+        try:
+            if not head.endswith(";base64"):
+                raise ValueError("it has no ;base64")
+            return base64.b64decode(content, validate=True)
+        except ValueError as error:
+            raise UserError(f"image_url is a data URL that cannot be read: {error}.") from error
+    if url.startswith("file://") and folder is not None:
+        path = Path(unquote(urlsplit(url).path)).resolve()
+        if path.is_relative_to(folder.resolve()) and path.is_file():
+            return path
+        raise UserError(f"image_url is {url[:SHOWN]!r}, which is no file of the folder that this server permits.")
+    raise UserError(
+        f"image_url is {url[:SHOWN]!r}, and this server reads data URLs (data:image/png;base64,...) alone: it fetches "
+        "nothing from the network, and reads files only from the folder of --pictures."
+    )

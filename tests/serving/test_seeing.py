@@ -1,0 +1,126 @@
+"""Pictures in a conversation: by OpenAI's client, in both of its interfaces, and what is refused."""
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import torch
+from PIL import Image
+from serving_toys import Served, running, sharp
+
+import keifu
+from keifu.data.tokenizers.chat_template import CHATML, PICTURES
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.models import llama
+from keifu.models.clip import image as clip_image
+from keifu.models.hf.image_processor import Pixels
+from keifu.models.multimodal import llava
+from keifu.serving.app import Access
+from keifu.serving.worker import Limits
+
+
+def png(seed: int, width: int = 21, height: int = 16) -> bytes:
+    numbers = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(numbers).save(file, "PNG")
+    return file.getvalue()
+
+
+def url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+@pytest.fixture(scope="module")
+def seer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy that sees."""
+    torch.manual_seed(4)
+    trained = train_tokenizer("bpe", ["ab"], 260, special_tokens=["<|im_start|>", "<|im_end|>", "<image>"])
+    tokenizer = Tokenizer(trained.backend, {"eos_token": "<|im_end|>"}, chat_template=PICTURES + CHATML)
+    text = llama.Config(tokenizer.vocab_size, 400, 24, 40, 2, 4, 2)
+    image = clip_image.Config(16, 4, 3, 16, 32, 2, 2, projected=False)
+    config = llava.Config(text, image, Pixels(16, 16), tokenizer.token_id("<image>"), (-1,), full=True)
+    folder = tmp_path_factory.mktemp("seeing") / "seer"
+    keifu.save(sharp(llava.build(config)), tokenizer, folder)
+    (folder.parent / "shown").mkdir()
+    (folder.parent / "shown/one.png").write_bytes(png(1))
+    (folder.parent / "secret.png").write_bytes(png(1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seeing(seer: Path, chat: str) -> Iterator[Served]:
+    limits = Limits(pictures=seer.parent / "shown")
+    with running([str(seer), chat], limits, Access()) as found:
+        yield found
+
+
+def question(*urls: str) -> list[Any]:
+    pictures = [{"type": "image_url", "image_url": {"url": each}} for each in urls]
+    return [{"role": "user", "content": [{"type": "text", "text": "What?"}, *pictures]}]
+
+
+def answer(client: openai.OpenAI, *urls: str, **more: Any) -> str:
+    settings: Any = {"model": "seer", "temperature": 0, "max_tokens": 8, **more}
+    return client.chat.completions.create(messages=question(*urls), **settings).choices[0].message.content or ""
+
+
+def test_openai_s_client_sends_pictures(seeing: Served, seer: Path, tmp_path: Path) -> None:
+    client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="none", max_retries=0, timeout=120)
+    model, tokenizer = keifu.load(seer)
+    expected = []
+    for seed in (1, 2):
+        (tmp_path / "x.png").write_bytes(png(seed))
+        asked = {"images": [tmp_path / "x.png"], "temperature": 0.0, "max_tokens": 8}
+        expected.append(keifu.generate(model, tokenizer, "What?", **asked))
+    assert [answer(client, url(png(seed))) for seed in (1, 2)] == expected
+    assert answer(client, url(png(1))) == expected[0]  # by the blocks that are known
+    assert answer(client, (seer.parent / "shown/one.png").as_uri()) == expected[0]
+    assert answer(client, url(png(1)), url(png(2))) != ""
+
+    content: Any = [{"type": "input_text", "text": "What?"}, {"type": "input_image", "image_url": url(png(2))}]
+    settings: Any = {"model": "seer", "temperature": 0, "max_output_tokens": 8}
+    first = client.responses.create(input=[{"role": "user", "content": content}], **settings)
+    assert first.output_text == expected[1]
+    assert first.usage is not None and first.usage.input_tokens > 17
+    again = client.responses.create(input="And?", previous_response_id=first.id, **settings)
+    assert again.usage is not None and again.usage.input_tokens > first.usage.input_tokens
+
+
+def bomb() -> bytes:
+    """A file of few bytes whose header promises 400 million pixels."""
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "PNG")
+    return file.getvalue()
+
+
+REFUSED = {
+    "fetches nothing from the network": lambda _: ["https://example.org/cat.png"],
+    "no file of the folder that this server permits": lambda place: [(place / "secret.png").as_uri()],
+    "too many pixels|would take 400 MB": lambda _: [url(bomb())],
+    "Picture 1 is not a picture": lambda _: [url(b"GIF or not")],
+    "Picture 1 is damaged or cut off": lambda _: [url(png(1)[:200])],
+    "Picture 2 is not a picture": lambda _: [url(png(1)), url(b"x")],
+    "data URL that cannot be read": lambda _: ["data:image/png;base64,?"],
+    "The messages have 17 pictures, and at most 16 are read": lambda _: [url(png(1))] * 17,
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_is_refused(sentence: str, seeing: Served, seer: Path) -> None:
+    client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="none", max_retries=0, timeout=120)
+    with pytest.raises(openai.BadRequestError, match=sentence):
+        answer(client, *REFUSED[sentence](seer.parent))
+
+
+def test_a_model_of_text_refuses_a_picture(seeing: Served) -> None:
+    client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="none", max_retries=0, timeout=120)
+    with pytest.raises(openai.BadRequestError, match="reads text alone, and sees no pictures"):
+        answer(client, url(png(1)), model="chat")
+    listed = {each.id: each.model_extra for each in client.models.list()}
+    assert [bool(listed[name] and listed[name]["sees"]) for name in ("seer", "chat")] == [True, False]
