@@ -1,7 +1,8 @@
 """README, guides and the pages on extending run as they are written: in order, in one folder, as the reader has them.
 
 The environment is that of `make demo`: what only the development tools install cannot be imported. One rule makes long
-commands short: `SMALLER` lowers the numbers of what trains, draws or writes for long, and changes nothing else. A block
+commands short: `SMALLER` lowers the numbers of what trains, draws or writes for long, and nothing else. Commands
+of other pages run on small data too, and their Python is run by other tests. A block
 of ```text below a command that is not made smaller and does not train is its output, and must be printed.
 """
 
@@ -54,6 +55,11 @@ ENOUGH = {  # options that a training gets, each only if the page gives none; ot
     "seq2seq": "--steps 2 --vocab-size 300 --model.dim 32 --model.embedding-dim 32 --model.maxout-dim 16",
     "unclip": "--clip-steps 2 --steps 2 --batch-size 4",
 }
+DATA = {  # large data sets, and the small files of the repository that stand for them on pages of landmarks
+    **dict.fromkeys(("english", "wiki-summaries", "sotu"), "examples/data/my-texts/"),
+    "tatoeba-ja-en": "examples/data/pairs.csv",
+}
+DEFAULTS = {"bert": "wiki-summaries", "transformer": "tatoeba-ja-en"}  # of recipes that name no data
 QUICK = [f"guides/{name}.md" for name in ("own_chat", "translator")]
 QUICK += ["../README.md", "extending/model.md", "extending/pieces.md"]
 WAITS = re.compile(r"keifu (?:serve|compare|data clear|chat \S+ *(?:#|$))")  # these ask a person or wait for requests
@@ -114,13 +120,24 @@ def run(page: Path, capsys: pytest.CaptureFixture) -> int:
     return len([kind for kind, _ in found if kind != "text"])
 
 
+def on_small_data(command: str) -> str:
+    """Return a training on the small files of the repository instead of a large data set."""
+    words = command.split()
+    if words[1] == "train" and "--data" not in words and words[2] in DEFAULTS:
+        words[3:3] = ["--data", DEFAULTS[words[2]]]
+    if words[1:3] == ["train", "gpt1-finetune"]:
+        return command.replace("--data wiki-summaries", "--data examples/data/reviews.csv --text text --label label")
+    named = [before.endswith("data") for before in ["", *words[:-1]]]
+    return " ".join(DATA.get(word, word) if data else word for data, word in zip(named, words, strict=True))
+
+
 def run_commands(page: Path) -> int:
     """Run the commands of a page in the current folder, but not its Python; return how many there were."""
     found = [(kind, text) for kind, text in parts(page.read_text(encoding="utf-8")) if kind in ("command", "refused")]
     found = [(kind, text) for kind, text in found if not READERS.search(text)]
     for kind, text in found:
         if kind == "command":
-            main(shlex.split(smaller(text))[1:])
+            main(shlex.split(on_small_data(smaller(text)))[1:])
         else:
             with pytest.raises(SystemExit):
                 main(shlex.split(smaller(text))[1:])
