@@ -295,7 +295,7 @@ CASES = {
     "autoencoder": autoencoder_case,
     "unclip": unclip_case,
     "dpo": dpo_case,
-    "grpo": lambda: (WRITERS["llama"](), grpo(0.2, 0.1), answers() | {"advantage": torch.randn(3)}),
+    "grpo": lambda: (WRITERS["llama"](), grpo((0.2, 0.2), 0.1), answers() | {"advantage": torch.randn(3)}),
     "ppo": ppo_case,
     "reward": ranking_case,
     "classification": lambda: finetuning_case("classification", ("yes", "no"), 1),

@@ -5,19 +5,21 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from keifu.alignment.grpo import NORMAL, advantages, grpo, terms
+from keifu.alignment.grpo import NORMAL, Variant, advantages, grpo, terms, token_shares
 from keifu.alignment.monitor import DivergenceMonitor, Range
 from keifu.alignment.rewards import reward, score
 from keifu.commands.train import parse
-from keifu.data.text.synthetic_math import chain_sums
+from keifu.data.text.synthetic_math import arithmetic, chain_sums, countdowns
 from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.models import llama
+from keifu.recipes.assistant import finetuning
 from keifu.recipes.assistant import grpo as recipe
 from keifu.recipes.assistant.finetuning import Lora
 from keifu.training.run import metrics
@@ -54,13 +56,14 @@ def made_up(rows: int, length: int) -> dict[str, torch.Tensor]:
     old, reference = (torch.randn(rows, length) * 0.3 - np.log(29) for _ in range(2))
     mask = (places >= 3) & (places < ends)
     tokens = torch.randint(0, 29, (rows, length))
-    return {"tokens": tokens, "mask": mask, "old": old, "reference": reference, "advantage": torch.randn(rows), **each}
+    each |= {"advantage": torch.randn(rows), "share": token_shares(mask, "grpo", length)}
+    return {"tokens": tokens, "mask": mask, "old": old, "reference": reference, **each}
 
 
 def test_objective_is_that_of_numpy_however_it_is_split() -> None:
     torch.manual_seed(4)
     model, batch = llama.build(llama.Config(vocab_size=29, **CONFIG)), made_up(7, 13)
-    objective = grpo(0.2, 0.04)
+    objective = grpo((0.2, 0.2), 0.04)
     found = objective(model, batch)
     with torch.no_grad():
         logits = model(batch["tokens"]).numpy()
@@ -78,12 +81,38 @@ def test_advantages_are_those_of_numpy() -> None:
     expected = (rewards.double().numpy() - rewards.double().numpy().mean(1, keepdims=True)) / spread
     np.testing.assert_allclose(advantages(rewards).numpy(), expected, rtol=0, atol=1e-6)
     assert advantages(torch.full((2, 4), 0.3)).abs().max() == 0
+    plain = rewards - rewards.mean(1, keepdim=True)  # Dr. GRPO
+    torch.testing.assert_close(advantages(rewards, scaled=False), plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["dr-grpo", "dapo", "gspo"])
+def test_variants_are_those_of_their_papers_written_out(variant: Variant) -> None:
+    """Token by token, as TRL's GRPOTrainer with loss_type dr_grpo, dapo, or grpo and ratios of sequences."""
+    torch.manual_seed(5)
+    model, batch = llama.build(llama.Config(vocab_size=29, **CONFIG)), made_up(6, 13)
+    batch["share"] = token_shares(batch["mask"], variant, 11)
+    low, high = 0.2, 0.28
+    found = grpo((low, high), 0.0, variant=variant)(model, batch)
+    logs = model(batch["tokens"])[:, :-1].double().log_softmax(-1).gather(-1, batch["tokens"][:, 1:, None])[..., 0]
+    mask, total = batch["mask"][:, 1:], torch.zeros((), dtype=torch.float64)
+    for row in range(6):
+        ratios = (logs[row] - batch["old"][row, 1:])[mask[row]]
+        ratios = ratios.mean().expand(len(ratios)) if variant == "gspo" else ratios
+        advantage = batch["advantage"][row].double()
+        cut = ratios.exp().clamp(1 - low, 1 + high)
+        each = -torch.minimum(ratios.exp() * advantage, cut * advantage)
+        total += {"dr-grpo": each.sum() / 11 / 6, "dapo": each.sum() / mask.sum(), "gspo": each.mean() / 6}[variant]
+    torch.testing.assert_close(found.total.double() / found.weight, total, rtol=0, atol=1e-6)
+    weights = [*model.parameters()]
+    ours, theirs = (torch.autograd.grad(each, weights) for each in (found.total / found.weight, total))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_where_clipping_holds_there_is_no_gradient() -> None:
     logs = torch.tensor([0.5, 0.5, -0.5, -0.5]).requires_grad_()
     zeros = torch.zeros(4)
-    found = terms(logs, zeros, zeros, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2, 0.0)
+    found = terms(logs, logs, zeros, torch.tensor([1.0, -1.0, 1.0, -1.0]), (0.2, 0.2), 0.0)
     assert found.clipped.tolist() == [True, False, False, True]
     [gradient] = torch.autograd.grad(found.loss.sum(), logs)
     assert (gradient == 0).tolist() == [True, False, False, True]
@@ -105,6 +134,81 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "def huge(prompt, answer, example): return 10**400\n"
     )
     return folder
+
+
+@pytest.mark.parametrize("variant", ["dr-grpo", "dapo", "gspo"])
+def test_variants_learn_and_report_lengths(variant: str, base: Path, task: Path, tmp_path: Path) -> None:
+    clip = ["--clip", "0.2"] if variant == "gspo" else []
+    out = go(base, task, tmp_path / "run", "--steps", "8", "--learning-rate", "0.015", "--variant", variant, *clip)
+    found = lines(out)
+    validated = [line["validation_reward"] for line in metrics.read(out) if "validation_reward" in line]
+    later = float(np.mean([line["reward"] for line in found[-3:]]))
+    if variant != "dapo":  # of which each rollout has the groups that differ
+        assert validated[-1] > validated[0] or later > found[0]["reward"]
+    assert len({line["loss"] for line in found}) > 1 and all(math.isfinite(line["loss"]) for line in found)
+    assert {"length_of_right", "length_of_wrong"} <= found[0].keys()
+    assert found[0]["length_of_wrong"] > 0
+
+
+def test_dynamic_sampling_replaces_groups_with_equal_rewards(base: Path, task: Path) -> None:
+    reward = f"{task / 'rewards.py'}:letters"
+    options: dict[str, Any] = {"reward": reward, "prompts": 2, "group": 2, "max_tokens": 3, "variant": "dapo"}
+    varied = []
+    for rounds in (1, 6):
+        made = recipe.Recipe(str(base), str(task / "prompts.jsonl"), rounds=rounds, **options)
+        batch = recipe.prepare(made).data.batch(0)
+        assert len(batch["tokens"]) == 4
+        assert torch.allclose(batch["share"] * batch["mask"].sum(), torch.full((4,), 4.0))
+        varied.append(batch["varied"].sum())
+    assert varied[1] > varied[0]
+
+
+def test_lengths_are_those_of_right_and_of_wrong_answers(base: Path, task: Path) -> None:
+    made = recipe.Recipe(str(base), str(task / "prompts.jsonl"), reward=f"{task / 'rewards.py'}:letters", max_tokens=6)
+    batch = recipe.prepare(made).data.batch(0)
+    right, lengths = batch["reward"] > 0.5, batch["mask"].sum(1).float()
+    for name, side in (("length_of_right", right), ("length_of_wrong", ~right)):
+        assert batch[name][0] == pytest.approx(float(lengths[side].mean()) if side.any() else 0.0)
+
+
+PROBLEM = {"numbers": [3, 5, 8], "target": 16}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("8 + 5 + 3", 1), ("8 + 3 + 5 = 16", 1), ("First 8 * 2.\nAnswer: (8 + 5) + 3 = 16", 1), ("8 * (5 - 3)", 1),
+        ("<think>8 + 5 = 13, and 3</think>\n8 + 5 + 3", 1), ("<think>8 + 5 + 3", 0), ("8 + 8", 0), ("8 + 5 - 3", 0),
+        ("8 ** 5 ** 3", 0), ("", 0), ("8 + 5 + 3 = ) = 16", 1), ("__import__('os') or 8 + 5 + 3", 0),
+        ("3 / (5 - 5) + 8", 0), ("8 + 5 + 3.0", 0), ("(" * 150 + "8+5+3" + ")" * 40, 0),
+    ],
+)  # fmt: skip
+def test_countdown_reward(answer: str, expected: float) -> None:
+    assert score(reward("countdown"), "", answer, PROBLEM) == expected
+
+
+def test_countdown_problems_can_be_solved_and_are_different() -> None:
+    found = [*countdowns(60, (3, 4), 1, seed=2)]
+    assert found == [*countdowns(60, (3, 4), 1, seed=2)] and len({str(each) for each in found}) > 50
+    assert all(score(reward("countdown"), each["prompt"], each["answer"], each) == 1 for each in found)
+    with pytest.raises(UserError, match="2 numbers or more"):
+        next(countdowns(1, (1, 2), 1))
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("47 + 38 = 85", 1), ("40 + 30 = 70\n7 + 8 = 16\nAnswer: 85", 0), ("85", 0), ("40 + 30 = 70\n86", 0)],
+)
+def test_worked_steps_have_to_be_true(answer: str, expected: float) -> None:
+    [found] = [each for each in arithmetic(300) if each["answer"] == "85"][:1] or [{"prompt": "", "answer": "85"}]
+    assert score(reward("worked-steps"), found["prompt"], answer, found) == expected
+
+
+@pytest.mark.parametrize("data", ["countdown", "arithmetic"])
+def test_built_in_tasks_are_prompts(data: str, base: Path) -> None:
+    options = finetuning.SumPrompts(count=20)
+    found = finetuning.prompts(data, options, 0)
+    assert len(found) == 20 and all(each.record["answer"] for each in found)
 
 
 def go(base: Path, task: Path, out: Path, *arguments: str, function: str = "letters") -> Path:

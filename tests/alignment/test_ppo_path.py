@@ -139,7 +139,7 @@ def test_what_was_just_written_has_a_ratio_of_one(method: str, parts: Parts) -> 
         plan = RolloutPlan(prompts=3, group=2, max_tokens=5, temperature=0.7, seed=3)
         data = parts.rollouts(GRPOBatches, plan)
         batch = data.batch(0)
-        figures, kept = grpo(0.2, 0.1, 0.7)(parts.policy, batch).figures, batch["mask"]
+        figures, kept = grpo((0.2, 0.2), 0.1, 0.7)(parts.policy, batch).figures, batch["mask"]
         away = [(r - o)[m].double() for r, o, m in zip(batch["reference"], batch["old"], kept, strict=True)]
         expected = sum(float((d.exp() - d - 1).mean()) for d in away)  # Schulman's k3, of p_reference / p
         assert float(figures["kl"]) == pytest.approx(expected, rel=1e-3)

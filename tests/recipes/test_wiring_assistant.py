@@ -231,7 +231,10 @@ def of_grpo(toys: Toys) -> tuple[Any, list[Group]]:
     rows = rollout_rows(toys) | {
         "group": Reach(4, "data.plan.group"),
         "temperature": Reach(0.7, ("data.plan.temperature", "objective.temperature")),
-        "clip": Reach(0.13, "objective.clip"),
+        "clip": Reach(0.13, "objective.clip", (0.13, 0.31)),
+        "clip_high": Reach(0.31, "objective.clip.1"),
+        "variant": Reach("dr-grpo", ("objective.variant", "data.variant")),
+        "rounds": Reach(3, "data.rounds"),
         "beta": Reach(0.0, ("objective.beta", lambda r: float(r.data.reference is not None))),
         "steps": Reach(41, "settings.steps"),
     }
@@ -375,7 +378,8 @@ PAPERS: dict[str, dict[str, Any]] = {
         "settings.schedule": "constant", "settings.precision": "float32", "objective.rule.value_weight": 0.1,
     },
     "grpo": {
-        "objective.clip": 0.2, "objective.beta": 0.04, "settings.learning_rate": 1e-6, "settings.schedule": "constant",
+        "objective.clip": (0.2, 0.2), "objective.beta": 0.04, "settings.learning_rate": 1e-6,
+        "settings.schedule": "constant",
         "settings.betas": (0.9, 0.999), "data.plan.minibatches": 1, "data.plan.epochs": 1, "settings.weight_decay": 0.0,
     },
     "dpo": {

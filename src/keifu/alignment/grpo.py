@@ -1,21 +1,25 @@
 """Group relative policy optimisation, GRPO (Shao et al., 2024, DeepSeekMath): the advantage of an answer is its reward
-relative to the other answers to the same prompt, so no value model is needed.
+relative to the other answers to the same prompt, so no value model is needed. Its variants: Dr. GRPO (Liu et al.,
+2025), DAPO (Yu et al., 2025) and GSPO (Zheng et al., 2025).
 
 Axes: batch = answers, group = answers to one prompt, length = tokens of a prompt and its answer, n = tokens of answers.
 """
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from keifu.alignment.monitor import Range
 from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics
 from keifu.generation.text.model import evaluation_mode
 from keifu.training.protocols import Batch, LossOutput, Objective
 
+Variant = Literal["grpo", "dr-grpo", "dapo", "gspo"]
 EPSILON = 1e-4  # added to a group's standard deviation; where all rewards are equal, every advantage is 0
 
 
@@ -27,62 +31,123 @@ class GRPOTerms(NamedTuple):
     clipped: Bool[Tensor, " n"]
 
 
-def advantages(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
-    """(r - mean) / (standard deviation + 1e-4) within each group; the deviation divides by n - 1, as in TRL."""
+def advantages(rewards: Float[Tensor, "prompts group"], scaled: bool = True) -> Float[Tensor, "prompts group"]:
+    """Return (r - mean) / (standard deviation + 1e-4) within each group; the deviation divides by n - 1, as in TRL. Not
+    scaled (Dr. GRPO): r - mean."""
     rewards = rewards.double()
-    deviation = rewards.std(1, keepdim=True) + EPSILON
+    deviation = rewards.std(1, keepdim=True) + EPSILON if scaled else 1.0
     return ((rewards - rewards.mean(1, keepdim=True)) / deviation).float()
 
 
-def terms(logs: Tokens, old: Tokens, reference: Tokens, advantage: Tokens, clip: float, beta: float) -> GRPOTerms:
-    """-min(ratio A, clip(ratio) A) + β KL of each token (equation 3), ratio = p / p_old.
+def token_shares(mask: Bool[Tensor, "batch length"], variant: Variant, max_tokens: int) -> Float[Tensor, " batch"]:
+    """Return the weight of each token of an answer, so that the loss is a mean over answers: 1 / its length; for Dr.
+    GRPO 1 / the most tokens (a long answer counts more); for DAPO the same for all tokens of the batch."""
+    lengths = mask.sum(-1).float()
+    if variant == "dr-grpo":
+        return torch.full_like(lengths, 1 / max_tokens)
+    return torch.full_like(lengths, len(lengths) / float(lengths.sum())) if variant == "dapo" else 1 / lengths
 
-    KL is Schulman's estimator k3 = p_ref/p - ln(p_ref/p) - 1 (equation 4): never negative, unbiased.
+
+def sequence_ratios(log_ratios: Tokens, rows: Int[Tensor, " n"], lengths: Float[Tensor, " batch"]) -> Tokens:
+    """Return for each token the mean log-ratio of its answer (GSPO, equation 7)."""
+    return (torch.zeros_like(lengths).index_add(0, rows, log_ratios) / lengths)[rows]
+
+
+def terms(
+    logs: Tokens, log_ratio: Tokens, reference: Tokens, advantage: Tokens, clip: tuple[float, float], beta: float
+) -> GRPOTerms:
+    """-min(ratio A, clip(ratio) A) + β KL of each token (equation 3), with the logarithm of ratio = p / p_old.
+
+    clip: the ratio is cut to 1 - the first to 1 + the second. KL is Schulman's estimator k3 = p_ref/p - ln(p_ref/p) - 1
+    (equation 4): never negative, unbiased.
     """
-    ratio = (logs - old).exp()
+    ratio = log_ratio.exp()
     log_ratio = reference - logs
-    clipped = ratio.clamp(1 - clip, 1 + clip)
+    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     kl = log_ratio.exp() - log_ratio - 1
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
     return GRPOTerms(beta * kl - surrogate, kl.detach(), (clipped * advantage < ratio * advantage).detach())
 
 
-def grpo(clip: float, beta: float, temperature: float = 1.0) -> Objective:
-    """Return the objective for the training loop: the mean over answers of the mean over an answer's tokens.
+def grpo(clip: tuple[float, float], beta: float, temperature: float = 1.0, variant: Variant = "grpo") -> Objective:
+    """Return the objective for the training loop: the mean over answers of the weighted sum over an answer's tokens.
 
     Its batches hold "tokens", "mask" (True on the answers), "old" and "reference" (log-probabilities under the sampling
-    policy and the reference; without the latter kl is 0) [batch, length], and for each answer "advantage" and figures
-    to report [batch]. Figures: those, kl, entropy, clip_fraction and length. Dropout is off, so that ratios compare the
-    same function.
+    policy and the reference; without the latter kl is 0) [batch, length], and for each answer "advantage", "share" (see
+    `token_shares`) and figures to report [batch]. Figures: those, kl, entropy, clip_fraction and length. Dropout is
+    off, so that ratios compare the same function. gspo: the ratio is that of the whole answer.
     """
-    return partial(_loss, clip, beta, temperature)
+    return partial(_loss, clip, beta, temperature, variant)
 
 
-def _loss(clip: float, beta: float, temperature: float, model: Any, batch: Batch) -> LossOutput:
+def _loss(
+    clip: tuple[float, float], beta: float, temperature: float, variant: Variant, model: Any, batch: Batch
+) -> LossOutput:
     with evaluation_mode(model):
         logs, entropy, rows = answer_log_probabilities(model, batch, temperature)
     mask = batch["mask"][:, 1:]
     reference = batch["reference"][:, 1:][mask] if "reference" in batch else logs.detach()
-    found = terms(logs, batch["old"][:, 1:][mask], reference, batch["advantage"][rows], clip, beta)
-    share = 1 / mask.sum(-1)[rows]
+    lengths = mask.sum(-1).to(logs.dtype)
+    ratio = logs - batch["old"][:, 1:][mask]
+    ratio = sequence_ratios(ratio, rows, lengths) if variant == "gspo" else ratio
+    found = terms(logs, ratio, reference, batch["advantage"][rows], clip, beta)
     means = {"kl": found.kl, "entropy": entropy, "clip_fraction": found.clipped}
-    figures = {name: (value * share).sum() for name, value in means.items()}
-    return LossOutput((found.loss * share).sum(), len(mask), figures | response_statistics(batch))
+    figures = {name: (value / lengths[rows]).sum() for name, value in means.items()}
+    total = (found.loss * batch["share"][rows]).sum()
+    return LossOutput(total, len(mask), figures | response_statistics(batch))
 
 
+@dataclass(eq=False)
 class GRPOBatches(Rollouts):
-    """The data of the training loop, with "advantage" and "varied" for each answer: whether its group has different
-    rewards, without which nothing is learned from it."""
+    """The data of the training loop, with "advantage", "share" and "varied" for each answer: whether its group has
+    different rewards, without which nothing is learned from it.
+
+    "length_of_right" and "length_of_wrong" are the mean lengths of the rollout's answers with
+    more than 0.5, and of the others; 0 if there are none. rounds: most rollouts that are sampled to replace groups
+    whose rewards are all equal (DAPO's dynamic sampling).
+    """
+
+    variant: Variant = "grpo"
+    rounds: int = 1
+
+    def _generate_rollout(self, number: int) -> Batch:
+        plan, found = self.plan, list[Batch]()
+        for extra in range(self.rounds):
+            found.append(super()._generate_rollout(number * self.rounds + extra))
+            varied = torch.cat([each["varied"] for each in found])
+            if varied.sum() >= plan.answers or self.rounds == 1:
+                break
+        if len(found) == 1:
+            return found[0]
+        order = torch.argsort(varied, descending=True, stable=True)[: plan.answers]
+        chosen = {name: _stack([each[name] for each in found])[order] for name in found[0]}
+        return chosen | {"share": token_shares(chosen["mask"], self.variant, plan.max_tokens)}
 
     def _targets(self, rollout: Batch, group: int) -> Batch:
-        groups = rollout["reward"].view(-1, group)
-        return {
-            "advantage": advantages(groups).flatten() if group > 1 else torch.zeros_like(rollout["reward"]),
+        rewards, mask = rollout["reward"], rollout["mask"]
+        groups = rewards.view(-1, group)
+        scaled = self.variant != "dr-grpo"
+        targets = {
+            "advantage": advantages(groups, scaled).flatten() if group > 1 else torch.zeros_like(rewards),
+            "share": token_shares(mask, self.variant, self.plan.max_tokens),
             "varied": (groups != groups[:, :1]).any(1).float().repeat_interleave(group),
         }
+        sides = {"length_of_right": rewards > 0.5, "length_of_wrong": rewards <= 0.5}
+        for name, side in sides.items():
+            mean = (mask.sum(-1) * side).sum() / side.sum().clamp(min=1)
+            targets[name] = mean.expand(len(rewards)).clone()
+        return targets
 
     def _zero_targets(self, rows: int) -> Batch:
-        return dict.fromkeys(("advantage", "varied"), torch.zeros(rows))
+        names = ("advantage", "share", "varied", "length_of_right", "length_of_wrong")
+        return dict.fromkeys(names, torch.zeros(rows))
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Join the rows of tensors, which are padded on the right to the same length."""
+    if tensors[0].dim() == 1:
+        return torch.cat(tensors)
+    return pad_sequence([row for tensor in tensors for row in tensor], batch_first=True)
 
 
 NORMAL = {

@@ -1,32 +1,71 @@
 """Programmatic rewards: a Python function of the prompt, the answer and the example."""
 
+import ast
 import hashlib
 import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 from keifu.data.chat import prompts as gym
 from keifu.data.chat.prompts import Prompt
+from keifu.data.chat.thoughts import split_thoughts
+from keifu.data.text.synthetic_math import OPERATIONS
 from keifu.errors import UserError, require_known
 
 Reward = Callable[[str, str, Mapping[str, Any]], float]  # of the prompt, the answer and the example that it is from
 Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]  # of an answer to each of these prompts
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+EQUATION = re.compile(r"(-?\d{1,12}) ([-+*]) (-?\d{1,12}) = (-?\d{1,24})")
+SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
+LONGEST = 200  # characters of a term that is computed
 
 
 def last_number(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
     """1 where the last number of the answer is the example's "answer", otherwise 0."""
     right = _expected(example).replace(",", "").strip()
-    return float(NUMBER.findall(answer.replace(",", ""))[-1:] == [right])
+    return float(NUMBER.findall(split_thoughts(answer).answer.replace(",", ""))[-1:] == [right])
 
 
 def exact(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
     """1 where the answer is the example's "answer", otherwise 0."""
-    return float(answer.strip() == _expected(example))
+    return float(split_thoughts(answer).answer.strip() == _expected(example))
+
+
+def worked_steps(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
+    """1 where the last number is right and all equations of two numbers, at least one, are true, otherwise 0."""
+    steps = EQUATION.findall(answer)
+    true = all(OPERATIONS[sign](int(left), int(right)) == int(result) for left, sign, right, result in steps)
+    return float(bool(steps) and true) * last_number(prompt, answer, example)
+
+
+def countdown(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
+    """1 where the last line is a term whose value is the example's "target" and which uses each of its "numbers" once,
+    otherwise 0. What follows "=" does not count."""
+    lines = split_thoughts(answer).answer.strip().splitlines() or [""]
+    term = lines[-1].rpartition(":")[2].partition("=")[0].strip()
+    if len(term) > LONGEST or sorted(map(int, re.findall(r"\d{1,12}", term))) != sorted(example["numbers"]):
+        return 0.0
+    try:
+        return float(_value(ast.parse(term, mode="eval").body) == example["target"])
+    except (SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
+        return 0.0
+
+
+def _value(node: ast.expr) -> Fraction:
+    """Compute a term of whole numbers, + - * / and parentheses; anything else is a `ValueError`."""
+    match node:
+        case ast.Constant(value=int() as number):
+            return Fraction(number)
+        case ast.BinOp(left, ast.Div(), right):
+            return _value(left) / _value(right)
+        case ast.BinOp(left, ast.Add() | ast.Sub() | ast.Mult() as sign, right):
+            return Fraction(OPERATIONS[SIGNS[type(sign)]](_value(left), _value(right)))
+    raise ValueError(ast.dump(node))
 
 
 def _expected(example: Mapping[str, Any]) -> str:
@@ -36,7 +75,10 @@ def _expected(example: Mapping[str, Any]) -> str:
     return str(example["answer"]).strip()
 
 
-OWN: dict[str, Reward] = {"last-number": last_number, "exact": exact, gym.SCORER: gym.gym_score}
+OWN: dict[str, Reward] = {
+    "last-number": last_number, "exact": exact, "worked-steps": worked_steps, "countdown": countdown,
+    gym.SCORER: gym.gym_score,
+}  # fmt: skip
 
 
 def reward(name: str) -> Reward:

@@ -12,12 +12,13 @@ Chains have the form of reasoning-gym's chain_sum; numbers and wording are gener
 
 import random
 from collections.abc import Callable, Iterator
+from operator import add, mul, sub
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from keifu.errors import UserError
 
-OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {"+": add, "-": sub, "*": mul}
 NAMES = ("Aiko", "Ben", "Clara", "Daisuke", "Emma", "Hugo", "Ines", "Kenji", "Lars", "Mia", "Nora", "Yuki")
 THINGS = ("apples", "books", "coins", "eggs", "pencils", "shells", "stamps", "tickets")
 PROBLEMS = 8  # of a document
@@ -131,3 +132,32 @@ def chain_sums(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -
             seen.add(chain)
             signed = (v if s == "+" else -v for s, v in zip(signs, values[1:], strict=True))
             yield {"prompt": f"What is {chain}?", "answer": str(values[0] + sum(signed))}
+
+
+def arithmetic(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield `count` problems of `problem` as prompts with their answers: {"prompt": "47 + 38 = ?", "answer": "85"}."""
+    for number in range(count):
+        found = problem(number, seed)
+        yield {"prompt": found.question, "answer": str(found.answer)}
+
+
+def countdowns(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield `count` problems that can be solved: {"prompt", "numbers": [8, 3, 5], "target": 16, "answer": "8 + 3 + 5"}.
+
+    terms: the fewest and the most numbers. digits: the most that a number has. The target is from 1 to 999.
+    """
+    if not 2 <= terms[0] <= terms[1] or digits < 1:
+        raise UserError(f"A countdown has 2 numbers or more, of 1 digit or more, and not {terms} numbers of {digits}.")
+    for number in range(count):
+        chance, target, values, solution = random.Random(f"countdown {VERSION}:{seed}:{number}"), 0, [0], ""
+        while not 1 <= target <= 999:
+            values = [chance.randrange(1, 10**digits) for _ in range(chance.randint(*terms))]
+            target, solution = values[0], str(values[0])
+            for value in values[1:]:
+                sign = chance.choice("+-*")
+                target = OPERATIONS[sign](target, value)
+                solution = f"({solution})" if sign == "*" and " " in solution else solution
+                solution = f"{solution} {sign} {value}"
+        shown = chance.sample(values, len(values))
+        asked = f"Use each of {', '.join(map(str, shown))} once, with + - * / and parentheses, to make {target}."
+        yield {"prompt": asked, "numbers": shown, "target": target, "answer": solution}

@@ -26,7 +26,7 @@ from keifu.data.chat import prompts as gym
 from keifu.data.chat.packing import TurnMasks
 from keifu.data.chat.preferences import RankedResponses, read_preferences
 from keifu.data.chat.prompts import Prompt, prompt, read_prompts
-from keifu.data.text.synthetic_math import chain_sums
+from keifu.data.text.synthetic_math import arithmetic, chain_sums, countdowns
 from keifu.data.tokenizers.chat_template import CHATML, PLAIN
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -45,6 +45,11 @@ from keifu.training.settings import Settings
 
 Template = Literal["own", "plain", "chatml"]
 CHAIN_SUM = "chain-sum"
+MADE: dict[str, Callable[[Any, int], Iterable[dict[str, Any]]]] = {  # tasks by name, from `SumPrompts` and a seed
+    CHAIN_SUM: lambda sums, seed: chain_sums(sums.count, sums.terms, sums.digits, seed),
+    "countdown": lambda sums, seed: countdowns(sums.count, sums.terms, sums.digits, seed),
+    "arithmetic": lambda sums, seed: arithmetic(sums.count, seed),
+}
 TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
 T = TypeVar("T")
 
@@ -286,10 +291,10 @@ class RolloutOptions(AssistantOptions):
 
     data: str = field(default=CHAIN_SUM, kw_only=False)
     """Prompts: a .jsonl or .json file of them, with whatever the reward needs; or conversations by name, as keifu train
-    sft takes them; or gym:NAME, problems of reasoning-gym (gym:chain_sum,max_terms=3); or chain-sum, the built-in task.
-    """
+    sft takes them; or gym:NAME, problems of reasoning-gym (gym:chain_sum,max_terms=3); or a built-in task: chain-sum,
+    countdown (numbers that make a target), or arithmetic (to be worked out in steps)."""
     sums: SumPrompts = field(default_factory=SumPrompts)
-    """Options of chain-sum."""
+    """Options of the built-in tasks."""
     prompts: Count = 8
     """Prompts of a rollout."""
     max_tokens: Count = 64
@@ -322,9 +327,9 @@ def prompts(source: str, sums: SumPrompts, seed: int) -> Sequence[Prompt]:
     """Read the prompts of a file or of conversations known by name, of reasoning-gym, or of the built-in task."""
     if source.startswith(gym.PREFIX):
         return [prompt(record, source) for record in gym.gym_problems(source, sums.count, seed)]
-    if source != CHAIN_SUM:
+    if source not in MADE:
         return list(read_prompts(source))
-    return [prompt(record, CHAIN_SUM) for record in chain_sums(sums.count, sums.terms, sums.digits, seed)]
+    return [prompt(record, source) for record in MADE[source](sums, seed)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,14 +379,14 @@ def learn_from_rollouts(
     first = next((line for line in metrics.read(out) if "reward" in line), {}) if resume else {}
     watched = DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
     learned, held = task.data.parts
-    made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(recipe.sums)}
+    made = {"source": f"{recipe.data} (problems made here)", **asdict(recipe.sums)}
     counts = {"prompts to learn from": len(learned), "prompts held out": len(held)}
     about: dict[str, Any] = {"normal ranges": describe(watched.normal)}
     summary = finetune(
         recipe, task, objective, settings, out, resume,
         title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}", paper=paper, unit="answers",
         options={"reward": recipe.reward, "reward's file": task.rewarding.digest, **options},
-        data=(made if recipe.data == CHAIN_SUM else {}) | counts, watch=watched,
+        data=(made if recipe.data in MADE else {}) | counts, watch=watched,
         **about,
     )  # fmt: skip
     return summary, watched

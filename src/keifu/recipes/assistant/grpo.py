@@ -3,6 +3,7 @@
 Paper: "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models": groups of 64 answers, a
 rate of 1e-6, β 0.04, one update for each set of answers. No reward model and no value model: the answers to one prompt
 are compared with each other. The built-in task has sums in the form of reasoning-gym's chain_sum, made here.
+`--variant` chooses Dr. GRPO (Liu et al., 2025), DAPO (Yu et al., 2025) or GSPO (Zheng et al., 2025).
 Command: keifu train grpo --model runs/sft
 Cost: printed before it starts, measured on the machine, without the writing of the answers.
 Expected: the reward in metrics.jsonl rises, and so does validation_reward, that of the likeliest answers to held-out
@@ -12,14 +13,17 @@ prompts; docs/results.md, "GRPO on sums".
 from dataclasses import dataclass
 from pathlib import Path
 
-from keifu.alignment.grpo import NORMAL, GRPOBatches, grpo
+from keifu.alignment.grpo import NORMAL, GRPOBatches, Variant, grpo
 from keifu.alignment.monitor import DivergenceMonitor
 from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.assistant.finetuning import RolloutOptions, RolloutTask, open_model
+from keifu.recipes.options import given
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings
+
+PAPERS = {"dr-grpo": "Liu et al., Dr. GRPO", "dapo": "Yu et al., DAPO", "gspo": "Zheng et al., GSPO"}  # 2025
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,22 +32,45 @@ class Recipe(RolloutOptions):
 
     reward: str = "last-number"
     """file.py:function, called with a prompt, an answer and the example (a dict); or last-number or exact, which
-    compare with the example's field answer; or reasoning-gym, its own scorers; or a reward model, a run of keifu train
-    reward."""
+    compare with the example's field answer; or worked-steps, for which all written equations must be true as well; or
+    countdown; or reasoning-gym, its own scorers; or a reward model, a run of keifu train reward."""
     group: Count = 8
     """Responses to each prompt, which are compared with each other."""
-    beta: NotNegative = 0.04
-    """Weight β of the KL penalty, which keeps the policy near the reference model; 0 keeps no reference model."""
+    variant: Variant = "grpo"
+    """grpo; dr-grpo: no division by an answer's length and by the deviation of the rewards; dapo: all tokens count the
+    same, a higher --clip-high, and --rounds; gspo: the ratio of an answer instead of a token."""
+    clip: NotNegative | None = None
+    """Range of the ratio of probabilities, from 1 - clip; outside it, a token has no gradient. Unset: 0.2, for gspo
+    0.0003."""
+    clip_high: NotNegative | None = None
+    """Upper end of the range, 1 + clip_high; unset: clip, for dapo 0.28, for gspo 0.0004."""
+    rounds: Count | None = None
+    """Most rollouts that are sampled to replace groups with equal rewards (dynamic sampling); unset: 1, for dapo 4."""
+    beta: NotNegative | None = None
+    """Weight β of the KL penalty, which keeps the policy near the reference model; 0 keeps no reference model. Unset:
+    0.04, for the variants 0."""
     steps: Count = 200
     """Updates of the weights; a rollout serves minibatches times epochs of them."""
     learning_rate: NotNegative | None = None
     """AdamW's highest learning rate; unset: 1e-6, and 2e-5 for adapters."""
 
     def __post_init__(self) -> None:
-        if self.beta < 0 or not 0 < self.clip < 1:
-            raise UserError(f"beta is 0 or more and clip from 0 to 1, and they are {self.beta} and {self.clip}.")
+        (low, high), beta = self.clips, self.penalty
+        if beta < 0 or not 0 < low < 1 or high <= 0:
+            raise UserError(f"beta is 0 or more and clip from 0 to 1, and they are {beta} and {low}, {high}.")
         if self.group < 2:
             raise UserError(f"A group has 2 answers or more, which are compared, and not {self.group}.")
+
+    @property
+    def clips(self) -> tuple[float, float]:
+        """Return both ends of the range of ratios, given or usual."""
+        low = given(self.clip, 3e-4 if self.variant == "gspo" else 0.2)
+        return low, given(self.clip_high, {"dapo": 0.28, "gspo": 4e-4}.get(self.variant, low))
+
+    @property
+    def penalty(self) -> float:
+        """Return β, given or usual."""
+        return given(self.beta, 0.04 if self.variant == "grpo" else 0.0)
 
 
 def prepare(recipe: Recipe) -> RolloutTask:
@@ -51,9 +78,10 @@ def prepare(recipe: Recipe) -> RolloutTask:
     by = finetuning.make_rewards(recipe.reward)
     parts = recipe.parts()
     model, tokenizer = open_model(recipe.model, recipe.template)
-    reference = finetuning.reference_model(model, recipe.lora) if recipe.beta else None
+    reference = finetuning.reference_model(model, recipe.lora) if recipe.penalty else None
     model = finetuning.to_train(model, recipe.lora, recipe.seed)
-    data = GRPOBatches(model, reference, tokenizer, *parts, by.scorer, recipe.plan(recipe.group))
+    plan, rounds = recipe.plan(recipe.group), recipe.rounds or (4 if recipe.variant == "dapo" else 1)
+    data = GRPOBatches(model, reference, tokenizer, *parts, by.scorer, plan, variant=recipe.variant, rounds=rounds)
     return RolloutTask(model, tokenizer, data, by)
 
 
@@ -65,8 +93,10 @@ def settings(recipe: Recipe) -> Settings:
 
 def learn(recipe: Recipe, task: RolloutTask, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
     """Train the task's model into a run folder."""
-    objective, chosen = grpo(recipe.clip, recipe.beta, recipe.temperature), settings(recipe)
-    options, paper = {"clip": recipe.clip, "beta": recipe.beta}, "Shao et al., DeepSeekMath (2024)"
+    clips, beta, chosen = recipe.clips, recipe.penalty, settings(recipe)
+    objective = grpo(clips, beta, recipe.temperature, recipe.variant)
+    options = {"clip": list(clips), "beta": beta, "variant": recipe.variant, "rounds": task.data.rounds}
+    paper = PAPERS.get(recipe.variant, "Shao et al., DeepSeekMath (2024)")
     return finetuning.learn_from_rollouts(recipe, task, objective, chosen, out, resume, paper, NORMAL, options)
 
 

@@ -1,0 +1,59 @@
+"""Thoughts of a reasoning model, apart from its answer: the text between `<think>` and `</think>` at its beginning."""
+
+from typing import Literal, NamedTuple
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+class Split(NamedTuple):
+    """Thoughts and answer, without the marks and the blanks around the thoughts."""
+
+    thoughts: str
+    answer: str
+
+
+class ThoughtSplitter:
+    """Splitter of a text that comes in pieces.
+
+    thinking: whether the text begins inside of thoughts, as after a template that writes `<think>` itself. A mark that
+    is cut in two waits for its rest. Text without thoughts stays as it is; a later `<think>` is part of the answer.
+    """
+
+    def __init__(self, thinking: bool = False):
+        self.part: Literal["start", "thoughts", "gap", "answer"] = "thoughts" if thinking else "start"
+        self.empty, self.waiting = True, ""  # whether the thoughts have no text yet
+
+    def __call__(self, piece: str) -> Split:
+        """Return the thoughts and the answer in a further piece."""
+        text, self.waiting, thoughts = self.waiting + piece, "", ""
+        if self.part == "start":
+            begun = text.lstrip()
+            if OPEN.startswith(begun):
+                self.part, self.waiting = ("thoughts", "") if begun == OPEN else ("start", text)
+                return Split("", "")
+            self.part, text = ("thoughts", begun[len(OPEN) :]) if begun.startswith(OPEN) else ("answer", text)
+        if self.part == "thoughts":
+            thoughts, found, text = text.partition(CLOSE)
+            thoughts = thoughts.lstrip() if self.empty else thoughts
+            if found:
+                self.part, thoughts = "gap", thoughts.rstrip()
+            else:
+                whole = next((n for n in range(len(CLOSE) - 1, 0, -1) if thoughts.endswith(CLOSE[:n])), 0)
+                shown = thoughts[: len(thoughts) - whole].rstrip()
+                thoughts, self.waiting = shown, thoughts[len(shown) :]
+            self.empty = self.empty and not thoughts
+        if self.part == "gap":
+            text = text.lstrip()
+            self.part = "answer" if text else "gap"
+        return Split(thoughts, text)
+
+    def end(self) -> Split:
+        """Return what still waited, which was no mark."""
+        rest, self.waiting = self.waiting, ""
+        return Split(rest.rstrip(), "") if self.part == "thoughts" else Split("", rest)
+
+
+def split_thoughts(text: str, thinking: bool = False) -> Split:
+    """Split a whole text. Thoughts without an end have no answer."""
+    splitter = ThoughtSplitter(thinking)
+    return Split(*map("".join, zip(splitter(text), splitter.end(), strict=True)))
