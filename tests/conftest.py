@@ -24,7 +24,7 @@ if os.environ.get("KEIFU_NO_SHAPES") != "1":  # the hook breaks torch.compile(fu
     shape_checks.install()
 
 import math  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import suppress  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -42,6 +42,14 @@ hypothesis.settings.register_profile(
     "keifu", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )  # a busy machine is no failure
 hypothesis.settings.load_profile("keifu")
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Fails a test that leaves other settings of keifu: those after it would download, learn and compile anew."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("KEIFU_")}
+    yield
+    assert before == {name: value for name, value in os.environ.items() if name.startswith("KEIFU_")}
 
 
 @pytest.fixture(autouse=True)

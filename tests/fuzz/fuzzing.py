@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from queue import Empty
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 PLACE = Path(__file__).parent
 sys.path[:0] = [str(PLACE), str(PLACE.parent)]
@@ -165,11 +166,19 @@ def tell(case: Case) -> Case:
 
 def fuzz(count: int, seed: int = 0, kinds: tuple[str, ...] = (), style: str = "bytes") -> list[Case]:
     """So many mutants of a style over all kinds, or over these, in turns; of the style "values" every one."""
+    folder = tempfile.mkdtemp(prefix="keifu-fuzz-")
+    variables = {"PYTHONPATH": os.pathsep.join([str(PLACE), *sys.path]), "KEIFU_CACHE": f"{folder}/cache"}
+    try:
+        with patch.dict(os.environ, variables):  # no longer: the folder goes, and other tests have caches of their own
+            return _fuzz(folder, count, seed, kinds, style)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fuzz(folder: str, count: int, seed: int, kinds: tuple[str, ...], style: str) -> list[Case]:
+    """The same, in a folder."""
     from targets import TARGETS
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(PLACE), *sys.path])
-    folder = tempfile.mkdtemp(prefix="keifu-fuzz-")
-    os.environ["KEIFU_CACHE"] = f"{folder}/cache"
     chosen = {kind: TARGETS[kind] for kind in kinds or TARGETS}
     for kind, target in chosen.items():
         (Path(folder) / kind).mkdir()
@@ -183,7 +192,6 @@ def fuzz(count: int, seed: int = 0, kinds: tuple[str, ...] = (), style: str = "b
         return [tell(fuzzer.read(kind, file, style, number)) for kind, file, number in turns]
     finally:
         fuzzer.end()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _in_turns(chosen: dict[str, Any], count: int, seed: int) -> list[tuple[str, str, int]]:
