@@ -15,6 +15,7 @@ LANDMARKS = {  # code lines that each added, at most 450 (600 for a model that s
     "reasoning": 157,
     "diffusion transformer": 388,
     "llava": 483,
+    "whisper": 591,
 }  # fmt: skip
 MOST_LINES = BASE_LINES + sum(LANDMARKS.values())
 MOST_FILES = 15  # in a folder, beside __init__.py
@@ -28,7 +29,10 @@ SMALL_ON_PURPOSE = {
     "keifu.data.interleaving": "a method with a name, which knows no batches",
     "keifu.distributed.blocks": "the protocol of models that list their blocks",
     "keifu.evaluation.intervals": "statistics, which know no model",
+    "keifu.data.audio.log_mel": "features, which know no file",
+    "keifu.data.audio.sound_files": "formats, which know no features",
     "keifu.evaluation.plots.fonts": "fonts, which know no chart",
+    "keifu.generation.speech.subtitles": "formats, which know no model",
     "keifu.generation.text.logits_processors": "the field's word for them",
     "keifu.layers.pooling": "an idea of its own, between models and evaluation",
     "keifu.models.sizes": "run as a program, too",

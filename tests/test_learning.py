@@ -34,6 +34,7 @@ from keifu.models.clip import text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
+from keifu.models.speech import whisper
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
@@ -41,7 +42,12 @@ from keifu.models.variants import gemma2, granite, ministral, nanochat, phi3, sm
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, discrete_vae_loss
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, TextDiffusionLoss, draw_noise
-from keifu.training.objectives.language_modeling import causal_language_modeling, masked_language_modeling, translation
+from keifu.training.objectives.language_modeling import (
+    causal_language_modeling,
+    masked_language_modeling,
+    transcription,
+    translation,
+)
 from keifu.training.objectives.unclip import UnclipLoss
 from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer
@@ -137,6 +143,17 @@ def test_an_encoder_decoder_learns_pairs_by_heart(name):
     batch = {"source": torch.randint(3, 31, (8, 7)), "target": torch.randint(3, 31, (8, 9))}
     batch |= {"source_mask": masks[0], "target_mask": masks[1]}
     losses = learned(model, translation, settings, lambda step: batch)
+    assert losses[0] > 3.0 and losses[-1] < 0.3
+
+
+def test_whisper_learns_sounds_by_heart():
+    torch.manual_seed(0)
+    config = whisper.Config(**SMALL, audio_length=10, n_mels=6)
+    model = whisper.build(config).train()
+    settings = Settings(steps=100, batch_size=8, learning_rate=5e-3, weight_decay=0.0)
+    mask = torch.arange(9) < torch.randint(4, 10, (8, 1))
+    batch = {"features": torch.randn(8, 6, 20), "target": torch.randint(3, 31, (8, 9)), "target_mask": mask}
+    losses = learned(model, transcription, settings, lambda step: batch)
     assert losses[0] > 3.0 and losses[-1] < 0.3
 
 

@@ -201,7 +201,13 @@ def open_source(path: Path) -> Source:
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not any((path / name).exists() for name in CONFIGS):
             return open_source(ggufs[0])
+        if (path / "model.bin").exists() and not (path / WEIGHTS).exists():
+            return open_source(path / "model.bin")
         return open_diffusers(path) if is_diffusers(path) else open_directory(path)
+    if path.name == "model.bin":
+        from keifu.checkpoints.ctranslate2 import open_ctranslate2
+
+        return open_ctranslate2(path)
     if path.name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS):
         return open_source(path.parent)
     if path.suffix in PICKLED and path.suffix != ".ckpt":

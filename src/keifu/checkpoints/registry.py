@@ -111,6 +111,7 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
     "mixture.gpt_oss": ("gpt_oss", "keifu_gpt_oss"),
     "multimodal.llava": ("llava", "keifu_llava"),
     "transformer": ("marian", "keifu_transformer"),
+    "speech.whisper": ("whisper", "keifu_whisper"),
     "mlp": ("keifu_mlp",),
     "perceptron": ("keifu_perceptron",),
     "diffusion.ddpm": ("UNet2DModel", "keifu_ddpm"),

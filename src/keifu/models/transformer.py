@@ -107,7 +107,7 @@ def _feedforward(config: Config, hidden_dim: int) -> FeedForward:
     return FeedForward(config.dim, hidden_dim, activation(config.activation), dropout=config.activation_dropout)
 
 
-_BLOCK = {
+BLOCK = {
     "attention.qkv": "self_attn.[q,k,v]_proj",
     "attention.out": "self_attn.out_proj",
     "attention_norm": "self_attn_layer_norm",
@@ -115,7 +115,7 @@ _BLOCK = {
     "feedforward.down": "fc2",
     "feedforward_norm": "final_layer_norm",
 }
-_CROSS = {
+CROSS = {
     "cross_attention.q": "encoder_attn.q_proj",
     "cross_attention.kv": "encoder_attn.[k,v]_proj",
     "cross_attention.out": "encoder_attn.out_proj",
@@ -125,8 +125,8 @@ WEIGHT_NAMES = {
     "embedding": "model.shared",
     "source_embedding": "model.encoder.embed_tokens",
     "target_embedding": "model.decoder.embed_tokens",
-    **{f"encoder.*.{ours}": f"model.encoder.layers.*.{theirs}" for ours, theirs in _BLOCK.items()},
-    **{f"decoder.*.{ours}": f"model.decoder.layers.*.{theirs}" for ours, theirs in (_BLOCK | _CROSS).items()},
+    **{f"encoder.*.{ours}": f"model.encoder.layers.*.{theirs}" for ours, theirs in BLOCK.items()},
+    **{f"decoder.*.{ours}": f"model.decoder.layers.*.{theirs}" for ours, theirs in (BLOCK | CROSS).items()},
     "head": "lm_head",
     "logits_bias": "final_logits_bias",
 }

@@ -139,7 +139,7 @@ class Attention(nn.Module):
         if head_dim is None and dim % n_heads:
             raise UserError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number or give head_dim.")
         inner, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        self.qkv = JoinedLinear(dim, (inner, kv, kv), bias)
+        self.qkv: nn.Module = JoinedLinear(dim, (inner, kv, kv), bias)
         self.out = Linear(inner, dim, bias if out_bias is None else out_bias)
         self.rotary = rotary
         self.q_norm, self.k_norm = qk_norm or (None, None)
@@ -198,6 +198,30 @@ class CappedAttention(Attention):
         return Scoring(self.dropout, self.scale, self.soft_cap)
 
 
+class JoinedUnbiasedKeys(nn.Module):
+    """Joined matrix of queries (if any), keys and values, with a bias for all but keys.
+
+    A bias of keys would add the same number to all scores of a query, and softmax would cancel it (Whisper, 2022).
+    """
+
+    def __init__(self, dim: int, parts: dict[str, int]):
+        super().__init__()
+        self.parts, self.matrix = parts, JoinedLinear(dim, [*parts.values()], bias=False)
+        self.biases = nn.ParameterDict({n: torch.zeros(size) for n, size in parts.items() if n != "k"})
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch joined"]:
+        y = self.matrix(x)
+        return y + torch.cat([self.biases[n] if n != "k" else y.new_zeros(size) for n, size in self.parts.items()])
+
+
+class KeysUnbiased(Attention):
+    """Attention with a bias for queries, values and outputs, and none for keys (Whisper, 2022)."""
+
+    def __init__(self, dim: int, n_heads: int, dropout: float = 0.0):
+        super().__init__(dim, n_heads, dropout=dropout)
+        self.qkv = JoinedUnbiasedKeys(dim, {"q": dim, "k": dim, "v": dim})
+
+
 class CrossAttention(nn.Module):
     """Queries from one sequence, keys and values from another (Vaswani et al., 2017, section 3.2.3)."""
 
@@ -209,7 +233,8 @@ class CrossAttention(nn.Module):
         if dim % n_heads:
             raise UserError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number.")
         self.n_heads, self.dropout = n_heads, Dropout(dropout)
-        self.q, self.kv = Linear(dim, dim, bias), JoinedLinear(context_dim or dim, (dim, dim), bias)
+        self.q = Linear(dim, dim, bias)
+        self.kv: nn.Module = JoinedLinear(context_dim or dim, (dim, dim), bias)
         self.out = Linear(dim, dim, bias if out_bias is None else out_bias)
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> tuple[Tensor, Tensor]:
@@ -221,3 +246,11 @@ class CrossAttention(nn.Module):
         k, v = keys_values
         q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
         return self.out(attend(q, k, v, mask.visible(k.shape[2], None), Scoring(self.dropout)))
+
+
+class KeysUnbiasedCross(CrossAttention):
+    """Cross-attention with a bias for queries, values and outputs, and none for keys (Whisper, 2022)."""
+
+    def __init__(self, dim: int, n_heads: int, dropout: float = 0.0):
+        super().__init__(dim, n_heads, dropout=dropout)
+        self.kv = JoinedUnbiasedKeys(dim, {"k": dim, "v": dim})

@@ -94,14 +94,20 @@ class _WithSource(_TwoSublayers):
         self.cross_attention_norm = norms[1]
         self.cross_attention_dropout = Dropout(dropout)
 
+    def _look(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any) -> Stream:
+        """Attend to the source. The rows of one source are adjacent and do so together, as one longer row."""
+        by_source = x.reshape(len(memory[0]), -1, x.shape[-1])
+        return self.cross_attention_dropout(self.cross_attention(by_source, memory, memory_mask).reshape(x.shape))
+
 
 class CrossPreNorm(_WithSource, PreNorm):
-    """`PreNorm` with a look at a source between its two sublayers (latent diffusion: Rombach et al., 2022, E.2.1)."""
+    """`PreNorm` with a look at a source between its two sublayers (latent diffusion: Rombach et al., 2022, E.2.1;
+    Whisper: Radford et al., 2022)."""
 
     def forward(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any, **context: Any) -> Stream:
         """`memory`: keys and values of the source, made by `cross_attention.project`."""
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), **context))
-        x = x + self.cross_attention_dropout(self.cross_attention(self.cross_attention_norm(x), memory, memory_mask))
+        x = x + self._look(self.cross_attention_norm(x), memory, memory_mask)
         return x + self.feedforward_dropout(self.feedforward(self.feedforward_norm(x)))
 
 
@@ -132,17 +138,12 @@ class PostNorm(_TwoSublayers):
 
 
 class CrossPostNorm(_WithSource, PostNorm):
-    """`PostNorm` with a look at a source between its two sublayers: the decoder's block of the Transformer of 2017.
-
-    The rows of one source lie side by side and look at it together, as if they were one longer row.
-    """
+    """`PostNorm` with a look at a source between its two sublayers: the decoder's block of the Transformer of 2017."""
 
     def forward(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any, **context: Any) -> Stream:
         """`memory`: keys and values of the sources, made by `cross_attention.project`."""
         x = self.attention_norm(x + self.attention_dropout(self.attention(x, **context)))
-        by_source = x.reshape(len(memory[0]), -1, x.shape[-1])
-        seen = self.cross_attention(by_source, memory, memory_mask).reshape(x.shape)
-        x = self.cross_attention_norm(x + self.cross_attention_dropout(seen))
+        x = self.cross_attention_norm(x + self._look(x, memory, memory_mask))
         return self.feedforward_norm(x + self.feedforward_dropout(self.feedforward(x)))
 
 

@@ -74,6 +74,19 @@ def read_source(
     return [each.project(x) for each in cross_attention]
 
 
+def write_target(x: Hidden, state: State, decoder: Iterable[nn.Module]) -> Hidden:
+    """Run the decoder's blocks on embedded tokens. With a capacity, the tokens follow those that the state has."""
+    mask, before = CausalMask(0, x.shape[1], None, x.device), state.targets
+    if before is not None:
+        before.positions(x.shape[1])
+    for i, block in enumerate(decoder):
+        cache = None if before is None else before.layer(i)
+        x = block(x, memory=state.memory[i], memory_mask=state.mask, mask=mask, cache=cache)
+    if before is not None:
+        before.advance()
+    return x
+
+
 class EncoderDecoder(nn.Module):
     """Embeddings, positions, encoder, decoder, head.
 
@@ -128,15 +141,7 @@ class EncoderDecoder(nn.Module):
         if len(target) != state.rows:
             raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")
         x = self.target_dropout(self._embedded(self._of(self.target_embedding), target, state.length))
-        mask, before = CausalMask(0, target.shape[1], None, target.device), state.targets
-        if before is not None:
-            before.positions(target.shape[1])
-        for i, block in enumerate(self.decoder):
-            cache = None if before is None else before.layer(i)
-            x = block(x, memory=state.memory[i], memory_mask=state.mask, mask=mask, cache=cache)
-        if before is not None:
-            before.advance()
-        return x
+        return write_target(x, state, self.decoder)
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         """Apply the head alone."""

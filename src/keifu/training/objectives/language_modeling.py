@@ -51,11 +51,25 @@ def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossO
     memory. Label smoothing (Szegedy et al., 2016) is applied in training mode only; the figure `nats` is then the loss
     without it.
     """
-    inputs, mask = batch["target"][:, :-1], batch["source_mask"]
-    targets = batch["target"][:, 1:].masked_fill(~batch["target_mask"][:, 1:], IGNORED)
+    mask = batch["source_mask"]
     # a GPU would be waited for, and a compiler cannot look
     whole = mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
-    hidden = model.hidden(inputs, model.start(batch["source"], None if whole else mask))
+    return _target_loss(model, batch, model.start(batch["source"], None if whole else mask), label_smoothing)
+
+
+def transcription(model: Any, batch: Batch) -> LossOutput:
+    """Prediction of each token of batch["target"] [batch, length + 1] after its first, given those before it and
+    batch["features"] [batch, mels, frames]; batch["target_mask"] is True on real tokens (Whisper, section 2.4).
+
+    The model offers `listen`, `hidden`, `head_weight` and `head_bias`.
+    """
+    return _target_loss(model, batch, model.listen(batch["features"]), 0.0)
+
+
+def _target_loss(model: Any, batch: Batch, state: Any, label_smoothing: float) -> LossOutput:
+    """Return the loss of the tokens of a target after its first, given the state of its source."""
+    hidden = model.hidden(batch["target"][:, :-1], state)
+    targets = batch["target"][:, 1:].masked_fill(~batch["target_mask"][:, 1:], IGNORED)
     smoothing = label_smoothing if model.training else 0.0
     total, nats = linear_cross_entropy(hidden, model.head_weight, model.head_bias, targets, label_smoothing=smoothing)
     return LossOutput(total, (targets != IGNORED).sum(), {"nats": nats} if model.training else {})

@@ -1,0 +1,132 @@
+"""CTranslate2's model files as models: Whisper alone, the form in which faster-whisper publishes it.
+
+A file has the name, shape, type and bytes of each variable. Queries, keys and values are joined, and so are the biases,
+in which the keys' are zeros. All integers are little-endian.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from keifu.checkpoints.plan import Source, StoredTensor
+from keifu.checkpoints.registry import describe
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.files import plain_file, read_json_object
+from keifu.models.speech import whisper
+
+FILE, VERSION, SPEC = "model.bin", 6, "WhisperSpec"
+TYPES = ("float32", "int8", "int16", "int32", "float16")  # by their numbers in a file
+READ = {"float32": torch.float32, "float16": torch.float16}
+MULTILINGUAL = 51_865  # tokens of the smallest vocabulary with several languages
+PARTS = {  # theirs, in a layer or outside: Hugging Face's
+    "self_attention/layer_norm": ("self_attn_layer_norm",),
+    "self_attention/linear_0": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention/linear_1": ("self_attn.out_proj",),
+    "attention/layer_norm": ("encoder_attn_layer_norm",),
+    "attention/linear_0": ("encoder_attn.q_proj",),
+    "attention/linear_1": ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+    "attention/linear_2": ("encoder_attn.out_proj",),
+    "ffn/layer_norm": ("final_layer_norm",),
+    "ffn/linear_0": ("fc1",),
+    "ffn/linear_1": ("fc2",),
+    "position_encodings": ("embed_positions",),
+    "embeddings": ("embed_tokens",),
+}
+SIDES = "encoder", "decoder"
+LEAVES = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
+
+
+def open_ctranslate2(path: Path) -> Source:
+    """Return the Whisper in a file with its folder's tokenizer.json and config.json. Others are a `UserError`."""
+    arrays = _read(path)
+    weights = {ours: part for name, array in arrays.items() if array.ndim for ours, part in _parts(name, array)}
+    if other := next((f"{n} as {part.dtype}" for n, part in weights.items() if str(part.dtype) not in READ), None):
+        convert = "convert the model with ct2-transformers-converter --quantization float16"
+        raise UserError(f"{path} has {other}, and keifu reads float32 and float16: {convert}.")
+    config = _config(arrays, path)
+    family, _ = describe(config)
+    stored = {name: StoredTensor(part.shape, str(part.dtype), READ[str(part.dtype)]) for name, part in weights.items()}
+    tokenizer = partial(_tokenizer, path.parent, config.vocab_size >= MULTILINGUAL)
+    return Source(path, "CTranslate2", family, config, stored, lambda n: torch.from_numpy(weights[n]), tokenizer,
+                  family.names)  # fmt: skip
+
+
+def _read(path: Path) -> Mapping[str, np.ndarray]:
+    """Return the arrays of a file, memory-mapped; a torn file, or one of another model, is a `UserError`."""
+    found, name = dict[str, np.ndarray](), ""
+    with plain_file(path).open("rb") as file:
+        try:
+            if (_integer(file, 4), _text(file)) != (VERSION, SPEC):
+                raise UserError(f"{path} is no Whisper in CTranslate2's format {VERSION}, and no other is read.")
+            _integer(file, 4)  # the revision of the specification
+            for _ in range(_integer(file, 4)):
+                name, rank = _text(file), _integer(file, 1)
+                shape = tuple(_integer(file, 4) for _ in range(rank))
+                kind, length, begin = TYPES[_integer(file, 1)], _integer(file, 4), file.tell()
+                found[name] = np.memmap(file, kind, "c", begin, shape)
+                if found[name].nbytes != length:
+                    raise ValueError
+                file.seek(begin + length)
+        except (ValueError, IndexError, OverflowError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is truncated or corrupt, near the variable {name[:99]!r}.") from error
+    return found
+
+
+def _integer(file: BinaryIO, length: int) -> int:
+    if len(data := file.read(length)) < length:
+        raise ValueError
+    return int.from_bytes(data, "little")
+
+
+def _text(file: BinaryIO) -> str:
+    return file.read(_integer(file, 2)).removesuffix(b"\0").decode()
+
+
+def _parts(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors in a variable with Hugging Face's names; the zeros that stand for a bias of keys are none."""
+    side, *middle, leaf = name.split("/")
+    layer = [f"layers.{middle.pop(0)[6:]}"] if middle and middle[0].startswith("layer_") and len(middle) > 1 else []
+    parts, leaf = PARTS.get("/".join(middle), ("/".join(middle),)), LEAVES.get(leaf, leaf)
+    for ours, part in zip(parts, np.split(array, len(parts)), strict=True):
+        if middle and (leaf, ours[-6:]) != ("bias", "k_proj"):
+            yield ".".join(["model", side, *layer, ours, leaf]), part
+
+
+def _config(arrays: Mapping[str, np.ndarray], path: Path) -> whisper.Config:
+    """Return the Config of these shapes."""
+    try:
+        vocab_size, dim = arrays["decoder/embeddings/weight"].shape
+        context, heard = (len(arrays[f"{side}/position_encodings/encodings"]) for side in ("decoder", "encoder"))
+        hidden, n_mels = len(arrays["encoder/layer_0/ffn/linear_0/bias"]), arrays["encoder/conv1/weight"].shape[1]
+        layers, depth = (
+            sum(f"{side}/layer_{n}/ffn/linear_0/bias" in arrays for n in range(len(arrays))) for side in SIDES
+        )  # fmt: skip
+        end = 50_256 + (vocab_size >= MULTILINGUAL)
+        heads = int(arrays["encoder/num_heads"])
+        return whisper.Config(vocab_size, context, heard, n_mels, dim, hidden, layers, depth, heads,
+                              start_id=end + 1, end_id=end, pad_id=end)  # fmt: skip
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise UserError(f"{path} lacks a variable of Whisper's: {error}.") from error
+
+
+def _tokenizer(folder: Path, several: bool) -> Tokenizer:
+    """Return the tokenizer with the settings of generation, as generation_config.json has them for transformers."""
+    given, found = read_json_object(folder / "config.json"), load_tokenizer(folder / "tokenizer.json")
+    settings: dict[str, Any] = {
+        "is_multilingual": several, "no_timestamps_token_id": found.token_id("<|notimestamps|>"),
+        "suppress_tokens": given.get("suppress_ids"), "begin_suppress_tokens": given.get("suppress_ids_begin"),
+        "max_initial_timestamp_index": 50,
+    }  # fmt: skip
+    if several:
+        settings["lang_to_id"] = {found.backend.id_to_token(each): each for each in given.get("lang_ids", [])}
+        settings["task_to_id"] = {task: found.token_id(f"<|{task}|>") for task in ("transcribe", "translate")}
+    return found.replace(special=dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"),
+                         generation_config=settings)  # fmt: skip

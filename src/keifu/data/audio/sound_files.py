@@ -1,0 +1,47 @@
+"""Sound files (WAV, FLAC, MP3, Ogg) as samples of one channel at 16 kHz, by libsndfile and soxr."""
+
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keifu.data.audio.log_mel import RATE
+from keifu.errors import UserError
+from keifu.files import plain_file
+
+LONGEST = 12 * 3600  # seconds
+CHANNELS = 16
+
+
+def read_sound(source: Path | bytes, longest: float = LONGEST, name: str = "") -> Float[Tensor, " samples"]:
+    """Read a file, or the bytes of one; `name` is its name in errors. Several channels become their mean.
+
+    Damaged or empty sound, and more than `longest` seconds, are a `UserError`. A file says its length before it is
+    decoded, so that a small file cannot fill the memory.
+    """
+    try:
+        import soundfile
+        import soxr
+    except (ImportError, OSError) as error:
+        raise UserError("Reading sound needs soundfile and soxr: run pip install 'keifu[audio]'.") from error
+    name = name or str(source)
+    try:
+        with soundfile.SoundFile(BytesIO(source) if isinstance(source, bytes) else plain_file(source)) as file:
+            seconds = file.frames / file.samplerate
+            if seconds > longest or file.channels > CHANNELS:
+                raise UserError(
+                    f"{name} has {seconds:,.0f} seconds and {file.channels} channels, and at most {longest:,.0f} "
+                    f"seconds and {CHANNELS} channels are read."
+                )
+            rate, sound = file.samplerate, file.read(dtype="float32", always_2d=True).mean(1)
+    except (soundfile.LibsndfileError, TypeError, ValueError, MemoryError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).rstrip(".").rpartition(": ")[2]
+        raise UserError(f"{name} cannot be read as sound ({reason}): give WAV, FLAC, MP3 or Ogg.") from error
+    samples = torch.from_numpy(sound if rate == RATE else soxr.resample(sound, rate, RATE))
+    if not len(samples) or not samples.isfinite().all():
+        raise UserError(f"{name} has {'numbers that are not finite' if len(samples) else 'no sound in it'}.")
+    return samples

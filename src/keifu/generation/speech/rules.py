@@ -1,0 +1,122 @@
+"""Rules of Whisper's transcripts: its special tokens, and the tokens that may follow those written so far.
+
+Axes: rows = transcripts that are being written, written = tokens of each so far, vocab.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from tokenizers import AddedToken
+from torch import Tensor
+
+from keifu.data.tokenizers.bpe import byte_level_backend
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.errors import UserError, require_known
+
+NO_TIMESTAMPS, PREVIOUS = "<|notimestamps|>", "<|startofprev|>"
+SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", PREVIOUS, "<|nospeech|>", NO_TIMESTAMPS)
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int, special: Sequence[str] = SPECIAL) -> Tokenizer:
+    """Learn a byte-level BPE of transcripts; its special tokens, which end with `<|notimestamps|>`, follow its text.
+
+    `vocab_size` counts text and special tokens, at least 256 bytes and those. Its models write no times.
+    """
+    learned = train_tokenizer("bpe", texts, max(vocab_size - len(special), 256) + 1)
+    parts = learned.description()["model"]
+    backend = byte_level_backend(
+        {token: n - 1 for token, n in parts["vocab"].items() if n}, map(tuple, parts["merges"])
+    )
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    ends = {f"{role}_token": special[0] for role in ("bos", "eos", "pad")}
+    settings = {"no_timestamps_token_id": backend.token_to_id(NO_TIMESTAMPS), "return_timestamps": False}
+    return Tokenizer(backend, ends, generation_config=settings | {"is_multilingual": False})
+
+
+@dataclass(frozen=True)
+class SpeechTokens:
+    """Special tokens, by the settings of generation_config.json; text has the ids below `end`, times come last.
+
+    languages, tasks: the token of each; empty for a model that knows one language.
+    """
+
+    start: int
+    end: int
+    without_times: int
+    languages: Mapping[str, int]
+    tasks: Mapping[str, int]
+    suppressed: tuple[int, ...]
+    suppressed_first: tuple[int, ...]
+    latest_start: int | None
+    has_times: bool
+
+    @property
+    def times(self) -> int:
+        """The token of the time 0; the next ones are 0.02 seconds apart."""
+        return self.without_times + 1
+
+    @property
+    def no_speech(self) -> int:
+        """The token that says that nobody speaks."""
+        return self.without_times - 1
+
+    def prompt(self, language: str | None, task: str) -> list[int]:
+        """Return the tokens that begin a transcript."""
+        tokens = [self.start]
+        if self.languages and language is not None:
+            tokens += [self.languages[language], self.tasks[task]]
+        return tokens if self.has_times else [*tokens, self.without_times]
+
+    def check(self, language: str | None, task: str) -> None:
+        """Refuse a language or a task that the model does not know."""
+        require_known("language of this model", language or "en", self.languages or {"en": 0})
+        require_known("task of this model", task, self.tasks or {"transcribe": 0})
+
+
+def speech_tokens(config: Any, tokenizer: Tokenizer) -> SpeechTokens:
+    """Return the special tokens of a model."""
+    given = tokenizer.generation_config
+    without_times = given.get("no_timestamps_token_id", tokenizer.backend.token_to_id(NO_TIMESTAMPS))
+    if without_times is None:
+        raise UserError(f"This tokenizer has no {NO_TIMESTAMPS}, so it is not one of a model that hears.")
+    languages = {token.strip("<|>"): number for token, number in given.get("lang_to_id", {}).items()}
+    never, not_first = (tuple(given.get(name) or ()) for name in ("suppress_tokens", "begin_suppress_tokens"))
+    return SpeechTokens(
+        config.start_id, config.end_id, without_times, languages, given.get("task_to_id", {}), never, not_first,
+        given.get("max_initial_timestamp_index"), bool(given.get("return_timestamps", True)),
+    )  # fmt: skip
+
+
+def allow(
+    logits: Float[Tensor, "rows vocab"], written: Int[Tensor, "rows written"], tokens: SpeechTokens
+) -> Float[Tensor, "rows vocab"]:  # fmt: skip
+    """Set the logits of tokens that may not follow to -inf, in place.
+
+    Times never go back. They come in pairs, the end of a segment and the start of the next, except the first and the
+    last. A time follows where all times together are likelier than the likeliest other token (the released code).
+    """
+    logits[:, list(tokens.suppressed)] = -torch.inf
+    if not written.shape[1]:
+        logits[:, list(tokens.suppressed_first)] = -torch.inf
+    if not tokens.has_times:
+        return logits
+    logits[:, tokens.without_times] = -torch.inf
+    times, texts = logits[:, tokens.times :], logits[:, : tokens.times]  # views
+    if written.shape[1]:
+        is_time = written >= tokens.times
+        last, before = is_time[:, -1:], is_time[:, -2:-1] if written.shape[1] > 1 else torch.ones_like(is_time)
+        newest = torch.where(is_time, written, tokens.times - 1).amax(1, keepdim=True)
+        early = torch.arange(times.shape[1], device=logits.device) + tokens.times <= newest - (last & ~before).long()
+        times.masked_fill_(early | (last & before), -torch.inf)
+        logits[:, : tokens.end].masked_fill_(last & ~before, -torch.inf)
+    else:
+        texts.fill_(-torch.inf)
+        times[:, len(times[0]) if tokens.latest_start is None else tokens.latest_start + 1 :] = -torch.inf
+    chances = logits.log_softmax(-1)
+    likelier = chances[:, tokens.times :].logsumexp(-1) > chances[:, : tokens.times].amax(-1)
+    texts.masked_fill_(likelier[:, None], -torch.inf)
+    return logits

@@ -1,0 +1,165 @@
+"""Transcription by a model that hears: windows of 30 seconds one after another, each written by the beam search.
+
+A window ends where its last whole segment ends, and the next one begins there (Radford et al., 2022, section 4.5). This
+has no second try at a higher temperature, which the paper makes when a transcript looks wrong.
+Axes: windows, mels, frames, rows = transcripts that are being written, vocab.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.data.audio.log_mel import FRAMES_PER_SECOND, HOP, RATE, log_mel
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.speech.rules import PREVIOUS, SpeechTokens, allow, speech_tokens
+from keifu.generation.text.beam_search import Search, beam_search
+from keifu.generation.text.model import device_of, evaluation_mode
+from keifu.layers.transformer.speech import SpeechRecognizer
+from keifu.ranges import Count, check
+
+TIME = 0.02  # seconds from one token of a time to the next
+SILENT, UNLIKELY = 0.6, -1.0  # P(nobody speaks), and the mean ln P of a transcript, of a window that is left out
+
+
+@dataclass(frozen=True)
+class TranscriptionParams:
+    """How sound is transcribed."""
+
+    language: str | None = None
+    """Language that is spoken, such as en or ja; unset: the model finds it in the first window."""
+    task: Literal["transcribe", "translate"] = "transcribe"
+    """transcribe, or translate into English."""
+    beams: Count = 1
+    """Transcripts held open at a time; 1 takes the likeliest token at each step."""
+    previous: bool = False
+    """Whether each window is given the text of the windows before."""
+    prompt: str = ""
+    """Text that comes before the sound: names and spellings to expect."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a transcript: its seconds from start to end, its tokens, their mean ln P, and P(nobody speaks)."""
+
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    mean_log_probability: float
+    no_speech: float
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """Transcript of a sound of `duration` seconds; the language is None where the model knows a single one."""
+
+    text: str
+    language: str | None
+    duration: float
+    segments: list[Segment]
+
+
+def speech_model(model: nn.Module) -> SpeechRecognizer:
+    """Return the same model, checked to be one that hears; any other is a `UserError`."""
+    if not isinstance(model, SpeechRecognizer):
+        raise UserError(f"A {type(model).__name__} does not hear: choose a Whisper, such as whisper-tiny-en.")
+    return model
+
+
+class SpeechBeamModel:
+    """Beam model of one window of sound, whose transcript begins with a prompt."""
+
+    def __init__(
+        self, model: SpeechRecognizer, heard: Float[Tensor, "1 mels frames"], prompt: Sequence[int], longest: int,
+        tokens: SpeechTokens,
+    ):  # fmt: skip
+        self.model, self.tokens, self.state = model, tokens, model.listen(heard, len(prompt) + longest)
+        self.written = torch.zeros(1, 0, dtype=torch.long, device=heard.device)
+        hidden = model.hidden(torch.tensor([prompt], device=heard.device), self.state)
+        start = model.logits(hidden[0, prompt.index(tokens.start)]).float().softmax(-1)
+        self.no_speech, self._prompt = float(start[tokens.no_speech]), hidden
+
+    def first(self) -> Float[Tensor, "rows vocab"]:
+        return self._allowed(self._prompt)
+
+    def next(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
+        self.written = torch.cat([self.written, tokens[:, None]], 1)
+        return self._allowed(self.model.hidden(tokens[:, None], self.state))
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        self.state.select(rows)
+        self.written = self.written[rows]
+
+    def _allowed(self, hidden: Tensor) -> Float[Tensor, "rows vocab"]:
+        return allow(self.model.logits(hidden[:, -1]).float().clone(), self.written, self.tokens)
+
+
+def transcribe(
+    model: nn.Module, tokenizer: Tokenizer, samples: Float[Tensor, " samples"],
+    settings: TranscriptionParams = TranscriptionParams(),  # noqa: B008 (it is frozen)
+) -> Transcript:  # fmt: skip
+    """Transcribe sound of one channel at 16 kHz."""
+    hearer, tokens = speech_model(model), speech_tokens(model.config, tokenizer)
+    tokens.check(settings.language, settings.task)
+    window, last = 2 * hearer.config.audio_length, -(-len(samples) // HOP)
+    padded = F.pad(samples, (0, max(0, window * HOP - len(samples))))  # short sound is followed by silence
+    features = log_mel(padded, hearer.config.n_mels).to(device_of(model))
+    place, language, seconds, segments = 0, settings.language, len(samples) / RATE, list[Segment]()
+    past = tokenizer.encode(" " + settings.prompt.strip()) if settings.prompt else []
+    with evaluation_mode(model), torch.inference_mode():
+        while place < last:
+            heard = F.pad(features[:, place : place + window], (0, max(0, place + window - features.shape[1])))[None]
+            if language is None and tokens.languages:
+                language = find_language(hearer, heard, tokens)
+            before = [tokenizer.token_id(PREVIOUS), *past[-(hearer.config.context_length // 2 - 1) :]] if past else []
+            prompt = [*before, *tokens.prompt(language, settings.task)]
+            longest = hearer.config.context_length - len(prompt)
+            decoder = SpeechBeamModel(hearer, heard, prompt, longest, tokens)
+            search = Search((tokens.end,), settings.beams, penalty=lambda lengths: lengths)
+            [[best]] = beam_search(decoder, search, [longest])
+            found, done = cut(best.tokens, min(window, last - place), tokens)
+            for *times, written in found if decoder.no_speech <= SILENT or best.score >= UNLIKELY else ():
+                start, end = (min(place / FRAMES_PER_SECOND + time, seconds) for time in times)
+                words = [each for each in written if each < tokens.end]
+                text = tokenizer.decode(words)
+                segments.append(Segment(start, end, text, written, best.score, decoder.no_speech))
+                past += words if settings.previous else []
+            place += done
+    return Transcript("".join(each.text for each in segments).strip(), language, seconds, segments)
+
+
+def find_language(
+    model: SpeechRecognizer, heard: Float[Tensor, "1 mels frames"], tokens: SpeechTokens
+) -> str:  # fmt: skip
+    """Return the likeliest language of a window."""
+    logits = model(heard, torch.tensor([[tokens.start]], device=heard.device))[0, -1]
+    return max(tokens.languages, key=lambda name: float(logits[tokens.languages[name]]))
+
+
+def cut(written: Sequence[int], frames: int, tokens: SpeechTokens) -> tuple[list[tuple[float, float, list[int]]], int]:
+    """Cut a window's transcript into segments, (start, end, tokens) in seconds of the window; and the frames done.
+
+    Two times in a row are a boundary. What follows the last boundary is heard again in the next window, unless it ends
+    with a time: then nothing more is said in this one.
+    """
+    is_time = [token >= tokens.times for token in written]
+    times = [(token - tokens.times) * TIME for token in written]
+    bounds = [place + 1 for place in range(len(written) - 1) if is_time[place] and is_time[place + 1]]
+    whole = is_time[-2:] == [False, True]
+    if not bounds:
+        said = [time for time, there in zip(times, is_time, strict=True) if there and time]
+        return [(0.0, said[-1] if said else frames / FRAMES_PER_SECOND, list(written))], frames
+    if whole:
+        bounds.append(len(written))
+    cuts = zip([0, *bounds], bounds, strict=False)
+    segments = [(times[first], times[stop - 1], list(written[first:stop])) for first, stop in cuts]
+    return segments, frames if whole else max(round(times[bounds[-1] - 1] * FRAMES_PER_SECOND), 1)

@@ -1,0 +1,113 @@
+"""Encoder-decoder that hears: convolutions over log-mel frames, an encoder, and a decoder that writes tokens.
+
+Axes: batch, mels = frequency bands, frames = of the window, heard = frames / 2, length = tokens of the target, dim,
+vocab.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.attention.kv_cache import KVState
+from keifu.layers.attention.positions import LearnedPositions
+from keifu.layers.dropout import Dropout
+from keifu.layers.linear import linear
+from keifu.layers.transformer.encoder_decoder import Hidden, State, read_source, write_target
+
+Features = Float[Tensor, "batch mels frames"]
+Tokens = Int[Tensor, "batch length"]
+
+
+class ConvStem(nn.Module):
+    """Two convolutions of width 3 over time; the second halves the frames (Whisper, section 2.2)."""
+
+    def __init__(self, mels: int, dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv1d(mels, dim, 3, padding=1)
+        self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
+
+    def forward(self, features: Features) -> Float[Tensor, "batch heard dim"]:
+        return F.gelu(self.conv2(F.gelu(self.conv1(features)))).transpose(1, 2)
+
+
+def spaced_sinusoids(length: int, dim: int) -> Float[Tensor, "length dim"]:
+    """Return sines, then cosines, whose wavelengths go from 2π to exactly 10,000 · 2π (the code released with Whisper).
+
+    The Transformer's own stop one step earlier. They are made on the CPU, also for a model without memory.
+    """
+    rates = 10_000.0 ** -(torch.arange(dim // 2, device="cpu") / (dim // 2 - 1))
+    angles = torch.arange(length, device="cpu")[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+class SpeechRecognizer(nn.Module):
+    """Stem, positions, encoder and norm for sound; embedding, positions, decoder and norm for text; a tied head.
+
+    lengths: the frames of every window after the stem, and the most tokens of a target.
+    """
+
+    source_positions: Tensor
+
+    def __init__(
+        self, stem: nn.Module, embedding: nn.Embedding, stacks: tuple[Sequence[nn.Module], Sequence[nn.Module]],
+        norms: tuple[nn.Module, nn.Module], lengths: tuple[int, int], dropout: float = 0.0, config: Any = None,
+    ):  # fmt: skip
+        super().__init__()
+        heard, context_length = lengths
+        self.stem, self.embedding, self.config = stem, embedding, config
+        self.encoder, self.decoder = map(nn.ModuleList, stacks)
+        self.encoder_norm, self.norm = norms
+        self.positions = LearnedPositions(context_length, embedding.embedding_dim)
+        sinusoids = spaced_sinusoids(heard, embedding.embedding_dim)
+        self.register_buffer("source_positions", sinusoids.to(embedding.weight.device))
+        self.source_dropout, self.target_dropout = Dropout(dropout), Dropout(dropout)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks of both stacks."""
+        return [*self.encoder, *self.decoder]
+
+    def forward(self, features: Features, target: Tokens) -> Float[Tensor, "batch length vocab"]:
+        """Logits of the token after each of the target."""
+        return self.logits(self.hidden(target, self.listen(features)))
+
+    def listen(self, features: Features, capacity: int | None = None) -> State:
+        """Encode windows of sound. With `capacity` the state has room for that many tokens of each target."""
+        expected = 2 * len(self.source_positions)
+        if features.shape[-1] != expected:
+            raise UserError(f"A window of this model has {expected} frames, and this sound has {features.shape[-1]}.")
+        x = self.source_dropout(self.stem(features) + self.source_positions)
+        blocks: list[Any] = list(self.decoder)
+        for block in self.encoder:
+            x = block(x)
+        memory = read_source(self.encoder_norm(x), None, (), [each.cross_attention for each in blocks])
+        layers = [(each.attention.n_kv_heads, each.attention.head_dim) for each in blocks]
+        targets = None if capacity is None else KVState(layers, len(features), capacity, memory[0][0])
+        return State(memory, None, targets)
+
+    def hidden(self, target: Tokens, state: State) -> Hidden:
+        """Hidden states that predict the token after each. With a capacity, `target` are the new tokens alone."""
+        start, stop = state.length, state.length + target.shape[1]
+        if stop > self.positions.num_embeddings:
+            raise UserError(f"{stop} tokens do not fit the {self.positions.num_embeddings} that this model writes.")
+        x = self.embedding(target) + self.positions.weight[start:stop]
+        return self.norm(write_target(self.target_dropout(x), state, self.decoder))
+
+    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
+        """Apply the head alone."""
+        return linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+        """The matrix of the head, which is the embedding."""
+        return self.embedding.weight
+
+    @property
+    def head_bias(self) -> None:
+        """Return the bias of the logits, which this model does not have."""
+        return None

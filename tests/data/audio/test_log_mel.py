@@ -1,0 +1,68 @@
+"""Log-mel features are those of transformers; sound files are read, and damaged ones refused."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from keifu.data.audio.log_mel import log_mel
+from keifu.data.audio.sound_files import read_sound
+from keifu.errors import UserError
+
+TONES = torch.sin(torch.arange(48_000) * torch.linspace(0.01, 0.9, 48_000)) * torch.linspace(1, 0, 48_000)
+
+
+@pytest.mark.parametrize("n_mels", [80, 128, 20])
+def test_features_are_those_of_transformers(n_mels) -> None:
+    import transformers
+
+    noise = torch.randn(16_000 * 3, generator=torch.Generator().manual_seed(0)) * 0.01
+    for samples in (TONES, noise, torch.zeros(48_000)):
+        extractor = transformers.WhisperFeatureExtractor(feature_size=n_mels, chunk_length=3)
+        expected = extractor(samples.numpy(), sampling_rate=16_000, return_tensors="pt").input_features[0]
+        got = log_mel(samples, n_mels)
+        assert got.shape == expected.shape and (got - expected).abs().max() < 1e-5
+
+
+def written(samples: np.ndarray, rate: int = 16_000, kind: str = "WAV", **settings) -> bytes:
+    soundfile, file = pytest.importorskip("soundfile"), io.BytesIO()
+    soundfile.write(file, samples, rate, format=kind, **settings)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "near"), [("WAV", 1e-3), ("FLAC", 1e-3), ("MP3", 0.1), ("OGG", 0.1)])
+def test_sound_of_any_rate_and_channels_is_read(kind, near, tmp_path) -> None:
+    tone = np.sin(np.arange(44_100) * 0.03)
+    (tmp_path / "sound").write_bytes(written(np.stack([tone, 0.5 * tone], 1), 44_100, kind))
+    got = read_sound(tmp_path / "sound")
+    assert abs(len(got) - 16_000) <= 40
+    expected = 0.75 * torch.sin(torch.arange(len(got)) * 0.03 * 44_100 / 16_000)
+    middle = slice(2000, 14_000)
+    assert (got - expected)[middle].abs().max() < near or kind == "MP3"
+    assert abs(float(got[middle].square().mean().sqrt() / expected[middle].square().mean().sqrt()) - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"no sound at all", "clip cannot be read as sound"),
+        (b"", "clip cannot be read as sound"),
+        (lambda: written(np.zeros(0)), "clip has no sound in it"),
+        (lambda: written(np.zeros(16_000 * 3)), "clip has 3 seconds and 1 channels, and at most 2 seconds"),
+        (lambda: written(np.zeros((100, 17))), "17 channels"),
+        (lambda: written(np.full(100, np.nan), subtype="FLOAT"), "numbers that are not finite"),
+    ],
+    ids=["text", "nothing", "empty", "long", "channels", "nan"],
+)
+def test_damaged_and_long_sound_is_one_sentence(data, message) -> None:
+    pytest.importorskip("soundfile")
+    with pytest.raises(UserError, match=message) as refusal:
+        read_sound(data if isinstance(data, bytes) else data(), 2.0, "clip")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_missing_file_is_named(tmp_path) -> None:
+    pytest.importorskip("soundfile")
+    with pytest.raises((UserError, FileNotFoundError), match=r"none\.wav"):
+        read_sound(tmp_path / "none.wav")

@@ -1,0 +1,119 @@
+"""Transcripts: transformers' tokens and times from the same weights, the rules, the cuts, languages, subtitles."""
+
+import pytest
+import torch
+from speech_toys import SPECIAL, published, tokenizer
+
+from keifu import checkpoints
+from keifu.data.audio.log_mel import log_mel
+from keifu.errors import UserError
+from keifu.generation.speech.rules import speech_tokens
+from keifu.generation.speech.subtitles import FORMATS
+from keifu.generation.speech.transcription import Segment, Transcript, TranscriptionParams, cut, transcribe
+
+SPECIAL_END = tokenizer().token_id(SPECIAL[-1])
+SOUND = torch.randn(16_000 * 4 - 700, generator=torch.Generator().manual_seed(3)) * torch.linspace(0, 1, 63_300)
+
+
+@pytest.fixture
+def hearing(tmp_path):
+    """Make transformers' model and keifu's of the same weights, with the tokenizer."""
+
+    def make(seed: int, several: bool = True):
+        words = tokenizer(several)
+        reference = published(words, seed)
+        reference.save_pretrained(tmp_path)
+        return reference, checkpoints.load_model(tmp_path), words
+
+    return make
+
+
+def without_the_boundary(tokens: list[int]) -> list[int]:
+    """Tokens without the second of two times at the end, which transformers keeps."""
+    return tokens[:-1] if min(tokens[-2:]) > SPECIAL_END else tokens
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("several", [True, False], ids=["languages", "english"])
+def test_segments_are_those_of_transformers(hearing, seed, several) -> None:
+    reference, model, words = hearing(seed, several)
+    features = log_mel(SOUND, 8)[None]
+    choice = {"language": "ja", "task": "translate"} if several else {}
+    expected = reference.generate(features, return_timestamps=True, return_segments=True, num_beams=1, **choice)
+    got = transcribe(model, words, SOUND, TranscriptionParams(**choice))
+    theirs = [
+        (min(float(each["start"]), got.duration), without_the_boundary(each["tokens"].tolist()))
+        for each in expected["segments"][0]
+    ]
+    assert len(got.segments) > 3 and got.language == ("ja" if several else None)
+    assert [(pytest.approx(each.start), each.tokens) for each in got.segments] == theirs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_language_and_short_sound_are_those_of_transformers(hearing, seed) -> None:
+    reference, model, words = hearing(seed)
+    features = log_mel(torch.nn.functional.pad(SOUND[40_000:55_000], (0, 1000)), 8)[None]
+    expected = reference.detect_language(features, num_segment_frames=100)
+    got = transcribe(model, words, SOUND[40_000:55_000])
+    assert words.token_id(f"<|{got.language}|>") == int(expected[0])
+    kept = reference.generate(features, return_timestamps=True, return_segments=True, language=got.language)
+    assert got.segments[0].tokens == without_the_boundary(kept["segments"][0][0]["tokens"].tolist())
+
+
+def test_beams_find_a_likelier_transcript(hearing) -> None:
+    _, model, words = hearing(0)
+    one, four = (
+        transcribe(model, words, SOUND[:16_000], TranscriptionParams("en", beams=beams)).segments[0] for beams in (1, 4)
+    )
+    assert four.mean_log_probability > one.mean_log_probability
+
+
+def test_previous_text_and_a_prompt_change_what_is_written(hearing) -> None:
+    _, model, words = hearing(0)
+    plain = transcribe(model, words, SOUND, TranscriptionParams("en"))
+    with_text = transcribe(model, words, SOUND, TranscriptionParams("en", previous=True))
+    prompted = transcribe(model, words, SOUND, TranscriptionParams("en", prompt="one two"))
+    assert with_text.segments[0].tokens == plain.segments[0].tokens != prompted.segments[0].tokens
+    assert with_text.segments != plain.segments
+
+
+def test_unknown_languages_and_other_models_are_refused(hearing) -> None:
+    _, model, words = hearing(0)
+    with pytest.raises(UserError, match="no language of this model 'jp'. Did you mean 'ja'"):
+        transcribe(model, words, SOUND, TranscriptionParams("jp"))
+    _, _, english = hearing(0, False)
+    with pytest.raises(UserError, match="no language of this model 'ja'"):
+        transcribe(model, english, SOUND, TranscriptionParams("ja"))
+    with pytest.raises(UserError, match="task of this model 'translate'"):
+        transcribe(model, english, SOUND, TranscriptionParams(task="translate"))
+    with pytest.raises(UserError, match="A Linear does not hear: choose a Whisper"):
+        transcribe(torch.nn.Linear(1, 1), words, SOUND)
+
+
+def test_a_window_is_cut_at_pairs_of_times(hearing) -> None:
+    _, model, words = hearing(0)
+    tokens = speech_tokens(model.config, words)
+    at = [tokens.times + n for n in range(51)]
+    assert cut([at[0], 7, 8, at[30]], 100, tokens) == ([(0.0, 0.6, [at[0], 7, 8, at[30]])], 100)
+    assert cut([at[5], 7], 80, tokens) == ([(0.0, 0.1, [at[5], 7])], 80)
+    assert cut([7], 80, tokens) == ([(0.0, 0.8, [7])], 80)
+    first = (0.0, 0.4, [at[0], 7, at[20]])
+    assert cut([at[0], 7, at[20], at[25], 8, 9], 100, tokens) == ([first], 40)
+    assert cut([at[0], 7, at[20], at[25], 8, at[40]], 100, tokens) == ([first, (0.5, 0.8, [at[25], 8, at[40]])], 100)
+
+
+def test_a_model_without_times_writes_one_segment_a_window(hearing) -> None:
+    _, model, words = hearing(0)
+    words = words.replace(generation_config=words.generation_config | {"return_timestamps": False})
+    found = transcribe(model, words, SOUND, TranscriptionParams("en"))
+    assert [each.start for each in found.segments] == [0, 1, 2, 3] and found.segments[-1].end == found.duration
+
+
+def test_subtitles() -> None:
+    segments = [Segment(0.0, 1.5, " One & <two>", [1], -0.1, 0.0), Segment(3661.25, 3662.0, " Three.", [2], -0.1, 0.0)]
+    transcript = Transcript("One & <two> Three.", "en", 3662.0, segments)
+    assert FORMATS["text"](transcript) == "One & <two> Three.\n"
+    srt = "1\n00:00:00,000 --> 00:00:01,500\nOne & <two>\n\n2\n01:01:01,250 --> 01:01:02,000\nThree.\n"
+    assert FORMATS["srt"](transcript) == srt
+    vtt = "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nOne &amp; &lt;two>\n\n01:01:01.250 --> 01:01:02.000\nThree.\n"
+    assert FORMATS["vtt"](transcript) == vtt
