@@ -180,3 +180,10 @@ def test_tree_is_the_real_one() -> None:
     assert written == real
     assert len(written) == len(lines)
     assert all((ROOT / line.split()[0]).is_dir() for line in block.splitlines() if not line.startswith(" "))
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
+def test_readme_is_short_and_says_where_it_was_measured(name: str) -> None:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 150
+    assert any("CPU" in line and "GPU" in line and "**" in line for line in lines)
