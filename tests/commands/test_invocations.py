@@ -41,6 +41,7 @@ NUMBERS = {  # the words of a verb, and its numeric options; those in the second
     "train grpo": ("steps prompts group max-tokens", ""),
     "train gpt": ("depth batch-size context-length vocab-size seed", "learning-rate"),
     "train ddpm": ("dim noise-steps size", ""),
+    "train dit": ("n-layers patch-size head-dim", "dropout"),
     "train mlp": ("seed", "dropout"),
     "serve {model}": ("port slots", ""),
     "data show pictures": ("count", ""),

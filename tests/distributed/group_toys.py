@@ -38,7 +38,7 @@ from keifu.models import gpt2, llama, palm, transformer
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
-from keifu.models.diffusion import ddpm
+from keifu.models.diffusion import ddpm, dit
 from keifu.processes import Processes, current, local, use
 from keifu.recipes.assistant import dpo
 from keifu.recipes.assistant.finetuning import Lora, to_train
@@ -57,6 +57,10 @@ from keifu.training.trainer import Trainer
 
 WORDS = {"vocab_size": 31, "context_length": 16, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
 TEXT = clip_text.Config(31, 8, 32, 48, 1, 4, end_id=30, embedding_dim=16)
+TRANSFORMER = dit.Config(
+    dit.TransformerConfig(8, 2, 1, None, n_heads=2, head_dim=8, n_layers=2, n_classes=0, dropout=0.1), None,
+    noise=Noise("flow", target="flow"),
+)  # fmt: skip
 UNET = ddpm.Config(size=8, channels=1, dim=16, n_residual_blocks=1, multipliers=(1, 2), norm_groups=4, dropout=0.1)
 
 
@@ -122,6 +126,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[int, int], Batch]
         lambda: transformer.build(transformer.Config(**WORDS)), partial(translation, label_smoothing=0.1), sentences,
     ),
     "ddpm": (lambda: ddpm.build(UNET), DiffusionLoss(Noise()), pictures),
+    "dit": (lambda: dit.build(TRANSFORMER), DiffusionLoss(TRANSFORMER.noise, sampling="logit_normal"), pictures),
     "clip": (
         lambda: clip.build(clip.Config(TEXT, clip_image.Config(12, 4, 3, 32, 48, 1, 4, embedding_dim=16))),
         contrastive_loss(lambda pixels: pixels / 127.5 - 1), pairs,

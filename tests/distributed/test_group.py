@@ -41,6 +41,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found
     wanted = cases([{}], ["gpt2"], steps=8)
     wanted += cases([{}, {"shard": 2}], ["clip"], steps=8, evaluate_every=3, evaluate_share=1.0)
     wanted += cases([{"activation_checkpointing": True}], ["ddpm"], steps=8)
+    wanted += cases([{"shard": 2}], ["dit"], steps=8)
     wanted += cases([{"shard": 2}, {"tensor": 2}], ["llama"], steps=12, optimizer="muon", ema=0.9,
                     shard_bytes=20_000)  # fmt: skip
     wanted += [{"name": f"joined-{axis}", "kind": "gpt2", "mesh": {axis: 2}, "steps": 6, "shard_bytes": 10**9}
@@ -76,6 +77,10 @@ def test_two_pods_have_the_bits_of_one_process_with_two_micro_batches(kind: str,
 def test_contrastive_losses_are_those_of_the_large_batch(place: int, two: Any, tmp_path: Path) -> None:
     """Also in the steps behind a validation, which gathers weights and has no backward pass."""
     close(two[1][f"clip{place}"], learn("clip", tmp_path, 8, evaluate_every=3, evaluate_share=1.0))
+
+
+def test_a_diffusion_transformer_is_split_by_its_blocks(two: Any, tmp_path: Path) -> None:
+    close(two[1]["dit0"], learn("dit", tmp_path, 8))
 
 
 def test_two_pods_resume_to_the_bits_of_one_process(two: Any, tmp_path: Path) -> None:
@@ -233,9 +238,9 @@ def test_any_mesh_has_the_losses_of_one_process(world: int, tmp_path: Path) -> N
     """Fifty steps; rows that are no multiple of the processes."""
     words = ["gpt2", "palm", "llama", "translation"]
     whole = [mesh for mesh in MESHES[world] if "tensor" not in mesh]
-    wanted = cases(MESHES[world], words, rows=7) + cases(whole, ["ddpm", "clip"], rows=7)
+    wanted = cases(MESHES[world], words, rows=7) + cases(whole, ["ddpm", "dit", "clip"], rows=7)
     found = group_toys.start(tmp_path, wanted, world)
-    for kind in (*words, "ddpm", "clip"):
+    for kind in (*words, "ddpm", "dit", "clip"):
         alone = learn(kind, tmp_path / f"alone-{kind}", rows=7)
         for name, other in found.items():
             if name[:-1] == kind:
@@ -243,10 +248,10 @@ def test_any_mesh_has_the_losses_of_one_process(world: int, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "ddpm"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "ddpm", "dit"])
 def test_blocks_that_are_compiled_learn_the_same(kind: str, tmp_path: Path) -> None:
     meshes = [{}, {"shard": 2}, {"shard": 2, "activation_checkpointing": True}]
-    meshes += [{"tensor": 2}] if kind != "ddpm" else []
+    meshes += [{"tensor": 2}] if kind not in ("ddpm", "dit") else []
     wanted = cases([{**mesh, "compile_blocks": True} for mesh in meshes], [kind], steps=8)
     for found in group_toys.start(tmp_path, wanted, 2).values():
         close(found, learn(kind, tmp_path / "alone", 8), 2e-6)

@@ -42,6 +42,10 @@ TABLE: dict[str, tuple[str, int]] = {
     ),
     "ddpm": ("--data {drawings} --size 8 --dim 8 --multipliers 1 2 --noise-steps 50 --steps 4 --batch-size 3", 4),
     "demo": ("--data {text} --steps 3", 4),
+    "dit": (
+        "--data {drawings} --size 8 --n-layers 2 --n-heads 2 --head-dim 8 --dropout 0.2 --times logit_normal --steps 4 "
+        "--batch-size 3", 4,
+    ),
     "dpo": (f"--model {{base}} --data {{preferences}} {FINE} --steps 3 --beta 0.3 --batch-size 2", 4),
     "gpt": (f"{TEXT} --depth 1 --context-length 16 --batch-size 3 {STEPS} --learning-rate 0.002", 5),
     "gpt1": (f"{TEXT} {MODEL} {STEPS} --batch-size 3 --recipe-of paper --model.dropout 0.2", 5),

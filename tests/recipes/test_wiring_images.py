@@ -11,10 +11,11 @@ import wiring
 from wiring import DIFFERENT, MINUTES, Group, Reach
 
 from keifu.data.images.augmentation import Augmentation
+from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
-from keifu.recipes.images import clip, dalle, ddpm, latent_diffusion, lora_image, unclip
+from keifu.recipes.images import clip, dalle, ddpm, dit, latent_diffusion, lora_image, unclip
 from keifu.training.settings import Settings
 
 SMALL = Settings(steps=30, batch_size=4)
@@ -174,6 +175,7 @@ def of_ddpm(toys: Toys) -> tuple[Any, list[Group]]:
         "variance": Reach("fixed_large", ("model.config.noise.variance", "objective.noise.variance")),
         "weighting": Reach("p2", "objective.weighting"),
         "gamma": Reach(2.5, "objective.gamma"),
+        "times": Reach("logit_normal", "objective.sampling"),
         "flip": Reach(False, lambda r: _pictures(r).augmentation.flip),
         "micro_batch": Reach(2, "settings.micro_batch"),
         "held_out": Reach(0.3, lambda r: len(_pictures(r).held), DIFFERENT),
@@ -185,13 +187,50 @@ def of_ddpm(toys: Toys) -> tuple[Any, list[Group]]:
     minutes = {"minutes": Reach(0.5, "settings.steps", MINUTES // 2)}
     paper = {"recipe_of": Reach("paper", "settings.schedule", "constant")}
     seed = {"seed": Reach(5, ("data.key", "sample.seeds.0"))}
+    flow = {"schedule": Reach("flow", ("objective.noise.target", "model.config.noise.schedule"), "flow")}
     wide = Path(toys.out).with_name("wide-ddpm")
     wiring.run("ddpm", replace(base, dim=16), wide, True)
     start = {"start_from": Reach(str(wide), "model.config.dim", 16)}
     return base, [
         Group(start), Group(rows), Group(classes), Group(dropout, {"classes": True}), Group(none, {"classes": True}),
         Group(spread),
-        Group(minutes, {"steps": None}), Group(paper), Group(seed),
+        Group(minutes, {"steps": None}), Group(paper), Group(seed), Group(flow),
+    ]  # fmt: skip
+
+
+def of_dit(toys: Toys) -> tuple[Any, list[Group]]:
+    base = dit.Recipe(
+        toys.classes, size=16, channels=3, n_layers=1, n_heads=2, head_dim=8, steps=30, batch_size=4,
+    )  # fmt: skip
+    rows = kept_rows() | {
+        "data": Reach(toys.drawings, lambda r: r.run.options["data"]),
+        "size": Reach(24, "model.config.transformer.size"),
+        "channels": Reach(1, "model.config.channels"),
+        "patch_size": Reach(8, "model.config.transformer.patch_size"),
+        "n_layers": Reach(2, "model.config.transformer.n_layers"),
+        "n_heads": Reach(3, "model.config.transformer.n_heads"),
+        "head_dim": Reach(16, "model.config.transformer.head_dim"),
+        "dropout": Reach(0.37, "model.config.transformer.dropout"),
+        "noise_steps": Reach(77, ("model.config.noise.steps", "objective.noise.steps")),
+        "target": Reach("picture", ("model.config.noise.target", "objective.noise.target")),
+        "times": Reach("logit_normal", "objective.sampling"),
+        "flip": Reach(False, lambda r: _pictures(r).augmentation.flip),
+        "micro_batch": Reach(2, "settings.micro_batch"),
+        "held_out": Reach(0.3, lambda r: len(_pictures(r).held), DIFFERENT),
+    }
+    linear = {"schedule": Reach("linear", ("model.config.noise.target", "objective.noise.target"), "noise")}
+    classes = {"classes": Reach(True, ("model.config.n_classes"), 2)}
+    dropout = {"label_dropout": Reach(0.35, "objective.label_dropout")}
+    spread = {"dequantise": Reach(True, lambda r: r.data.key, "dequantised")}
+    minutes = {"minutes": Reach(0.5, "settings.steps", MINUTES // 2)}
+    seed = {"seed": Reach(5, ("data.key", "sample.seeds.0"))}
+    coder = {"autoencoder": Reach(f"{toys.latent}/autoencoder", "model.config.factor", 2)}
+    wide = Path(toys.out).with_name("wide-dit")
+    wiring.run("dit", replace(base, head_dim=16), wide, True)
+    start = {"start_from": Reach(str(wide), "model.config.transformer.head_dim", 16)}
+    return base, [
+        Group(start), Group(rows), Group(linear), Group(classes), Group(dropout, {"classes": True}), Group(spread),
+        Group(minutes, {"steps": None}), Group(seed), Group(coder, {"size": 24}),
     ]  # fmt: skip
 
 
@@ -355,10 +394,10 @@ def targets(record: Any, part: str) -> set[str]:
 
 TABLE = {
     "clip": of_clip, "ddpm": of_ddpm, "dalle": of_dalle, "latent_diffusion": of_latent_diffusion, "unclip": of_unclip,
-    "lora_image": of_lora_image,
+    "lora_image": of_lora_image, "dit": of_dit,
 }  # fmt: skip
 ELSEWHERE = {  # options that another test holds
-    "ddpm": {"fit": "test_ddpm_reads_pictures_as_it_is_told", "distinct": "test_ddpm_reads_pictures_as_it_is_told"},
+    **dict.fromkeys(("ddpm", "dit"), dict.fromkeys(("fit", "distinct"), "test_ddpm_reads_pictures_as_it_is_told")),
 }
 
 
@@ -419,6 +458,11 @@ PAPERS: dict[str, dict[str, Any]] = {
         "objective.noise.target": "noise", "objective.noise.variance": "fixed_large", "objective.weighting": "simple",
         "model.config.scale_shift": False, "objective.label_dropout": 0.0, "data.data.augmentation.flip": True,
     },
+    "dit": {
+        "objective.noise.schedule": "flow", "objective.noise.target": "flow", "objective.sampling": "uniform",
+        "objective.weighting": "simple", "settings.betas": (0.9, 0.99), "settings.ema": 0.999,
+        "model.config.noise.clip": 1.0, "model.config.transformer.patch_size": 4,
+    },
     "dalle": {
         "settings.betas": (0.9, 0.96), "settings.weight_decay": 0.045, "settings.clip": 4.0, "settings.ema": 0.999,
         "objective.text_weight": 1 / 8, "dvae:settings.weight_decay": 1e-4, "dvae:settings.ema": 0.999,
@@ -457,3 +501,22 @@ def test_figures_of_the_papers(name: str, toys: Toys, monkeypatch: pytest.Monkey
     record = wiring.run(name, base, toys.out / f"papers-{name}")
     assert {path: wiring.look(record, path) for path in PAPERS[name]} == PAPERS[name]
     assert name != "ddpm" or record.settings.warmup == 5000
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_transformer_in_latents_draws_pictures_and_refuses_what_latents_cannot_have(toys: Toys) -> None:
+    base = of_dit(toys)[0]
+    base = replace(base, data=toys.classes, size=24, classes=True, autoencoder=f"{toys.latent}/autoencoder")
+    record = wiring.run("dit", base, toys.out / "dit-latents")
+    batch = record.data.batch(0)
+    assert batch["pictures"].shape[1:] == (3, 12, 12) and batch["pictures"].dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in record.model.autoencoder.parameters())
+    assert record.objective(record.model, batch).total.isfinite()
+    assert record.sample(1)[:4] == b"\x89PNG"
+    for wrong, word in ({"flip": True}, "--flip"), ({"dequantise": True}, "--dequantise"):
+        with pytest.raises(UserError, match=word):
+            replace(base, **wrong).resolved()
+    with pytest.raises(UserError, match="--autoencoder .* is a Clip, which this recipe does not train"):
+        dit.prepare(replace(base, autoencoder=toys.clip).resolved())
+    with pytest.raises(UserError, match="3 channels, not 1"):
+        dit.prepare(replace(base, channels=1).resolved())

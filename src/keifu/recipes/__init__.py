@@ -5,7 +5,7 @@ FOLDERS = {
     "translation": ("seq2seq", "transformer"),
     "assistant": ("sft", "reward", "dpo", "ppo", "grpo", "instruct"),
     "classification": ("classifier", "gpt1-finetune"),
-    "images": ("ddpm", "latent-diffusion", "dalle", "unclip", "clip", "lora-image"),
+    "images": ("ddpm", "dit", "latent-diffusion", "dalle", "unclip", "clip", "lora-image"),
     "neurons": ("perceptron", "mlp", "mlp-compare"),
 }
 RECIPES = {  # what `keifu train` calls each, and its file in this folder

@@ -20,20 +20,20 @@ from keifu.training.settings import Settings
 SHARE = 0.1  # of the rates for new weights
 
 
-def load_start(name: str, config: type) -> tuple[Any, Tokenizer | None]:
+def load_start(name: str, config: type, option: str = "--start-from") -> tuple[Any, Tokenizer | None]:
     """Load the model that a run starts from, as a copy in float32, and its tokenizer.
 
     A model whose config is of another class is a `UserError`.
     """
     loaded, tokenizer = checkpoints.load(name, torch.float32)
-    check_start(name, loaded, config)
+    check_start(name, loaded, config, option)
     return deepcopy(loaded).requires_grad_(True), tokenizer  # the copy is not part of the file's memory map
 
 
-def check_start(name: str, model: Any, config: type) -> None:
+def check_start(name: str, model: Any, config: type, option: str = "--start-from") -> None:
     """Raise a `UserError` unless the config of a model that the run starts from is of that class."""
     if not isinstance(model.config, config):
-        raise UserError(f"--start-from {name} is a {type(model).__name__}, which this recipe does not train.")
+        raise UserError(f"{option} {name} is a {type(model).__name__}, which this recipe does not train.")
 
 
 def scaled(rate: float, start_from: str | None) -> float:

@@ -69,14 +69,7 @@ class Denoiser:
             output, fraction = output.chunk(2, 1)
         (_, alpha, sigma), target = level, self.noise.target
         picture = picture_of(target, output, x, alpha, sigma)
-        if target == "noise":
-            noise = output
-        elif target == "picture":
-            noise = (x - alpha * output) / sigma
-        elif target == "flow":
-            noise = picture + output
-        else:
-            noise = (alpha * output + sigma * x) / (alpha * alpha + sigma * sigma)
+        noise = output if target == "noise" else (x - alpha * picture) / sigma
         if self.threshold is not None or self.clip is not None:
             picture = self._bounded(picture)
             noise = (x - alpha * picture) / sigma
@@ -140,9 +133,9 @@ def label_denoiser(
 
 def standard_deviation(level: Level, next_level: Level) -> float:
     """Return the standard deviation of x at the next level given x and the image: √β̃ (Ho et al., 2020, equation 7)."""
-    return next_level.sigma / level.sigma * math.sqrt(fresh_variance(level, next_level))
+    return next_level.sigma / level.sigma * math.sqrt(new_variance(level, next_level))
 
 
-def fresh_variance(level: Level, next_level: Level) -> float:
+def new_variance(level: Level, next_level: Level) -> float:
     """Return the variance of the noise that was added from the next level to this one: β where alpha² + sigma² is 1."""
     return max(0.0, level.sigma**2 - (level.alpha / next_level.alpha * next_level.sigma) ** 2)

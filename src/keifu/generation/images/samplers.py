@@ -20,14 +20,7 @@ import torch
 from torch import Tensor
 
 from keifu.errors import UserError, require_known
-from keifu.generation.images.denoiser import (
-    Denoiser,
-    DenoiserOutput,
-    Network,
-    Sample,
-    fresh_variance,
-    standard_deviation,
-)
+from keifu.generation.images.denoiser import Denoiser, DenoiserOutput, Network, Sample, new_variance, standard_deviation
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing
 from keifu.layers.diffusion.sampling_schedule import (
     Level,
@@ -69,7 +62,7 @@ def ddpm(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> It
     """
     for level, next_level in schedule.steps:
         output = denoise(x, level)
-        beta = fresh_variance(level, next_level)
+        beta = new_variance(level, next_level)
         kept = level.alpha / next_level.alpha * next_level.sigma**2 / level.sigma**2
         x = next_level.alpha * beta / level.sigma**2 * output.picture + kept * x
         if next_level.sigma:
@@ -81,7 +74,7 @@ def _ddpm_standard_deviation(output: DenoiserOutput, variance: str, level: Level
     """Return the standard deviation of a DDPM step: √β̃, √β, or the network's interpolation between their logarithms
     (Nichol and Dhariwal, 2021, equation 15)."""
     small = standard_deviation(level, next_level)
-    large = math.sqrt(fresh_variance(level, next_level))
+    large = math.sqrt(new_variance(level, next_level))
     if variance == "learned_range":
         assert output.variance_fraction is not None
         low = math.log(max(small, 1e-10))
@@ -313,9 +306,7 @@ class Sampler:
 
 
 SAMPLERS = {
-    "ddpm": Sampler(
-        ddpm, ddpm_schedule, "the chain of the paper, random", None, False, clip=True, threshold=True, flow=True
-    ),
+    "ddpm": Sampler(ddpm, ddpm_schedule, "the chain of the paper, random", None, False, False, True, True, flow=True),
     "ddim": Sampler(
         ddim, ddim_schedule, "few steps, without chance unless --eta", 50, False, True, True, True, flow=True
     ),

@@ -8,7 +8,7 @@ Axes: batch, channels, height, width of what the network sees; length = patches,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,7 @@ FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {  # by diffusers' names
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The defaults are DiT-XL/2's for 256 x 256 pixels.
+    """The defaults are DiT-XL/2's for 256 x 256 pixels, but for the variance, which that predicts too.
 
     Attributes:
         size: the side of what the network sees: of latents, or of pixels.
@@ -66,7 +66,7 @@ class TransformerConfig:
     size: Count = 32
     patch_size: Count = 2
     channels: Count = 4
-    out_channels: Count | None = 8
+    out_channels: Count | None = None
     n_heads: Count = 16
     head_dim: Count = 72
     n_layers: Count = 28
@@ -103,7 +103,7 @@ class Config:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     autoencoder: autoencoder_kl.Config | None = field(default_factory=autoencoder_kl.Config)
     classes: tuple[str, ...] = ()
-    noise: Noise = Noise(variance="learned_range", clip=None)
+    noise: Noise = Noise(clip=None)
 
     def __post_init__(self) -> None:
         if self.classes and len(self.classes) != self.n_classes:
@@ -144,10 +144,9 @@ class Config:
 
 
 _SHAPES = {"s": (6, 64, 12), "b": (12, 64, 12), "l": (16, 64, 24), "xl": (16, 72, 28)}  # heads, head_dim, layers
+_PUBLISHED = Config(autoencoder=autoencoder_kl.Config(size=256), noise=Noise(variance="learned_range", clip=None))
 SIZES = {
-    f"dit-{name}-2": Config(
-        TransformerConfig(n_heads=heads, head_dim=head_dim, n_layers=layers), autoencoder_kl.Config(size=256)
-    )
+    f"dit-{name}-2": replace(_PUBLISHED, transformer=TransformerConfig(32, 2, 4, 8, heads, head_dim, layers))
     for name, (heads, head_dim, layers) in _SHAPES.items()
 }
 
@@ -277,13 +276,10 @@ def check_channels(wanted: int, given: int) -> None:
 
 
 def build(config: Config) -> DiT:
-    """Build a model initialised as in the released code: Glorot's matrices, embeddings with a deviation of 0.02, and
-    zero for every modulation and for the last layer."""
+    """Build a model initialised as in the paper: Glorot's matrices, class embeddings with a deviation of 0.02, and zero
+    for every modulation and for the last layer."""
     transformer = DiffusionTransformer(config.transformer)
     xavier_(transformer, embedding_std=0.02)
-    for name, matrix in transformer.conditions.named_parameters():
-        if ".time." in name and name.endswith(".weight"):
-            nn.init.normal_(matrix, std=0.02)
     zero_(transformer, "modulation", "last")
     return DiT(config, transformer, config.autoencoder and autoencoder_kl.build(config.autoencoder))
 
@@ -305,21 +301,13 @@ WEIGHT_NAMES = {
 }  # fmt: skip
 OLD_ENDINGS = autoencoder_kl.OLD_ENDINGS
 MODEL_TYPES = {"DiTPipeline": "DiTPipeline"}
-FIELDS: hf.Fields = {
-    "size": hf.Field("sample_size", 32),
-    "patch_size": hf.Field("patch_size", 2),
-    "channels": hf.Field("in_channels", 4),
-    "out_channels": hf.Field("out_channels", None),
-    "n_heads": hf.Field("num_attention_heads", 16),
-    "head_dim": hf.Field("attention_head_dim", 72),
-    "n_layers": hf.Field("num_layers", 28),
-    "n_classes": hf.Field("num_embeds_ada_norm", 1000),
-    "bias": hf.Field("attention_bias", True),
-    "affine": hf.Field("norm_elementwise_affine", False),
-    "norm_eps": hf.Field("norm_eps", 1e-5, float),
-    "feedforward": hf.Field("activation_fn", "gelu-approximate"),
-    "dropout": hf.Field("dropout", 0.0, float),
-}
+_NAMED = {
+    "size": "sample_size", "patch_size": "patch_size", "channels": "in_channels", "out_channels": "out_channels",
+    "n_heads": "num_attention_heads", "head_dim": "attention_head_dim", "n_layers": "num_layers",
+    "n_classes": "num_embeds_ada_norm", "bias": "attention_bias", "affine": "norm_elementwise_affine",
+    "norm_eps": "norm_eps", "feedforward": "activation_fn", "dropout": "dropout",
+}  # fmt: skip
+FIELDS: hf.Fields = {ours: hf.Field(theirs, vars(TransformerConfig())[ours]) for ours, theirs in _NAMED.items()}
 
 
 def from_published(json: dict[str, Any]) -> Config:
@@ -340,11 +328,11 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return what `from_published` reads: the files of a pipeline's parts."""
-    scheduler = write_scheduler(config.noise)
-    if config.noise.variance == "learned_range":  # diffusers' pipeline takes the variance away before the scheduler
-        scheduler |= {"_class_name": "DDIMScheduler", "set_alpha_to_one": config.noise.last_alpha_one}
-        del scheduler["variance_type"]
-    names = {str(number): name for number, name in enumerate(config.classes)}
+    noise, names = config.noise, {str(number): name for number, name in enumerate(config.classes)}
+    scheduler = write_scheduler(noise)
+    if noise.variance == "learned_range":  # diffusers' pipeline takes the variance away before the scheduler
+        scheduler |= {"_class_name": "DDIMScheduler", "set_alpha_to_one": noise.last_alpha_one}
+        scheduler.pop("variance_type", None)
     return {
         "model_type": "DiTPipeline",
         "transformer": {"model_type": "DiTTransformer2DModel", **hf.write_fields(config.transformer, FIELDS)},

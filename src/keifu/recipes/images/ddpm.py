@@ -11,7 +11,7 @@ Expected: see docs/results.md, "Drawing digits" and "Drawing emoji".
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,15 +27,16 @@ from keifu.data.images.splits import ImageSplit, split
 from keifu.devices import choose
 from keifu.errors import UserError, shell
 from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
-from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Variance, Weighting
+from keifu.layers.diffusion.noise_schedule import Noise, Sampling, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, Seed, check
-from keifu.recipes.images.image_runs import describe, image_settings
+from keifu.recipes.images.image_runs import describe, image_settings, of_both
+from keifu.recipes.images.latent_diffusion import encode_dataset
 from keifu.recipes.options import Logging
 from keifu.recipes.runs import Budget, parameters, train_run
 from keifu.recipes.starting import keeps_best, load_start, scaled
 from keifu.training.loop import Summary
-from keifu.training.objectives.diffusion import DiffusionLoss, add_draws, dequantise_data
+from keifu.training.objectives.diffusion import DiffusionLoss, add_draws, dequantise_data, use_latents
 from keifu.training.protocols import Data
 from keifu.training.settings import Precision, Settings
 
@@ -53,16 +54,15 @@ PAPER: dict[str, Any] = {
     "scale_shift": False, "schedule": "linear", "target": "noise", "variance": "fixed_large", "weighting": "simple",
     "batch_size": 128, "learning_rate": 2e-4, "ema": 0.9999, "steps": 800_000,
 }  # fmt: skip
+FLOW = {"target": "flow", "weighting": "simple"}
 
 
 @dataclass(frozen=True)
-class Recipe(Logging):
-    """Options of the run. Unset ones are those of --recipe-of."""
+class PictureOptions(Logging):
+    """Options of the recipes whose model draws pictures, or pictures of a class. Unset ones are the recipe's."""
 
     data: str = "emoji"
     """A catalogue name (emoji, mnist, fashion-mnist), a folder of pictures, a folder a class, or .tar shards."""
-    recipe_of: Literal["keifu", "paper"] = "keifu"
-    """Whose settings the others are; see above."""
     start_from: str | None = None
     """Diffusion model whose weights, sizes, classes and noise the run starts from: a run, a folder or a catalogue name
     such as digits. The default learning rate is then a tenth."""
@@ -82,30 +82,16 @@ class Recipe(Logging):
     """Condition the model on the class of a picture."""
     label_dropout: BelowOne = 0.1
     """With --classes: the share of pictures whose class is left out in training, which guidance needs."""
-    dim: Count | None = None
-    """Channels of the finest level; the other levels have multiples."""
-    multipliers: tuple[Count, ...] | None = None
-    """Multiples of dim, from the finest level to the coarsest; each level halves the side."""
-    residual_blocks: Count | None = None
-    """A level, on the way down."""
-    attention: tuple[Natural, ...] | None = None
-    """Levels with self-attention, 0 the finest; of fewer levels than usual, the coarsest."""
     dropout: BelowOne | None = None
     """Dropout probability."""
-    scale_shift: bool | None = None
-    """Whether the noise level scales and shifts, as in improved DDPM, or is added."""
     schedule: Schedule | None = None
-    """How noise grows."""
+    """How noise grows; flow: along a straight line (flow matching)."""
     noise_steps: Count = 1000
     """Noise levels, the paper's T."""
     target: Target | None = None
     """Target that the network predicts."""
-    variance: Variance | None = None
-    """Variance of the random steps back; learned_range learns it (improved DDPM)."""
-    weighting: Weighting | None = None
-    """How much each noise level counts in the loss."""
-    gamma: Positive | None = None
-    """Parameter of min_snr (5) and p2 (1)."""
+    times: Sampling = "uniform"
+    """How the noise levels of a step are drawn; logit_normal: most of them in the middle (Stable Diffusion 3)."""
     steps: Count | None = None
     """Updates of the weights."""
     minutes: Positive | None = None
@@ -136,23 +122,52 @@ class Recipe(Logging):
         """Return the steps or the minutes, once they are resolved."""
         return Budget.of(self.steps, self.minutes, 0.0)
 
+    def filled(self, usual: Mapping[str, Any]) -> Any:
+        """Return the recipe with these values for the unset options; steps and minutes exclude each other."""
+        usual = {"flip": self.data not in DIGITS, "size": DIGIT_SIZE if self.data in DIGITS else SIZE} | dict(usual)
+        usual["learning_rate"] = scaled(usual["learning_rate"], self.start_from)
+        usual = {n: v for n, v in usual.items() if not (n in ("steps", "minutes") and (self.steps or self.minutes))}
+        return replace(self, **{name: value for name, value in usual.items() if vars(self)[name] is None})
+
+
+@dataclass(frozen=True)
+class Recipe(PictureOptions):
+    """Options of the run. Unset ones are those of --recipe-of."""
+
+    recipe_of: Literal["keifu", "paper"] = "keifu"
+    """Whose settings the others are; see above."""
+    dim: Count | None = None
+    """Channels of the finest level; the other levels have multiples."""
+    multipliers: tuple[Count, ...] | None = None
+    """Multiples of dim, from the finest level to the coarsest; each level halves the side."""
+    residual_blocks: Count | None = None
+    """A level, on the way down."""
+    attention: tuple[Natural, ...] | None = None
+    """Levels with self-attention, 0 the finest; of fewer levels than usual, the coarsest."""
+    scale_shift: bool | None = None
+    """Whether the noise level scales and shifts, as in improved DDPM, or is added."""
+    variance: Variance | None = None
+    """Variance of the random steps back; learned_range learns it (improved DDPM)."""
+    weighting: Weighting | None = None
+    """How much each noise level counts in the loss."""
+    gamma: Positive | None = None
+    """Parameter of min_snr (5) and p2 (1)."""
+
     def resolved(self) -> "Recipe":
         """Return the recipe with the unset options filled in."""
-        small = self.recipe_of == "keifu" and self.data in DIGITS
-        fitting = {"size": DIGIT_SIZE if small else SIZE, "flip": self.data not in DIGITS}
-        fitting |= KEIFU if self.recipe_of == "keifu" else PAPER
+        fitting: dict[str, Any] = KEIFU | {} if self.recipe_of == "keifu" else PAPER | {"size": SIZE}
+        if self.schedule == "flow":
+            fitting |= FLOW
         coarsest = len(self.multipliers or fitting["multipliers"]) - 1
-        fitting["learning_rate"] = scaled(fitting["learning_rate"], self.start_from)
         fitting["attention"] = tuple(sorted({min(level, coarsest) for level in fitting["attention"]}))
-        fitting = {n: v for n, v in fitting.items() if not (n in ("steps", "minutes") and (self.steps or self.minutes))}
-        return replace(self, **{name: value for name, value in fitting.items() if vars(self)[name] is None})
+        return self.filled(fitting)
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
     """Everything made ready: the network, the pictures in three parts, their batches and the loss."""
 
-    model: ddpm.DDPM
+    model: Any
     parts: ImageSplit
     data: Data
     objective: DiffusionLoss
@@ -160,15 +175,28 @@ class Task:
 
 def prepare(recipe: Recipe) -> Task:
     """Read the pictures, hold some out, and build the network; unset options must have been resolved."""
-    started = load_start(recipe.start_from, ddpm.Config)[0] if recipe.start_from else None
-    size, channels = (started.config.size, started.config.channels) if started else (recipe.size, recipe.channels)
+
+    def build(channels: int, classes: tuple[str, ...]) -> ddpm.DDPM:
+        return ddpm.build(network(recipe, channels, classes))
+
+    return prepare_task(recipe, ddpm.Config, build, recipe.weighting or "simple", recipe.gamma)
+
+
+def prepare_task(
+    recipe: PictureOptions, kind: type, build: Callable[[int, tuple[str, ...]], Any], weighting: Weighting = "simple",
+    gamma: float | None = None,
+) -> Task:  # fmt: skip
+    """Read the pictures, hold some out, and build the network of pictures with that many channels and these classes;
+    `kind` is the class of its Config. With an autoencoder, pictures are encoded here, once."""
+    started = load_start(recipe.start_from, kind)[0] if recipe.start_from else None
+    size, channels = (started.config.size, started.config.colours) if started else (recipe.size, recipe.channels)
     pictures = read_images(recipe.data, size, channels, recipe.fit)
     if recipe.classes and not pictures.classes:
         raise UserError(f"--classes needs labels, and the pictures of {recipe.data} have none: sort them into folders.")
     parts = split(pictures.distinct() if recipe.distinct else pictures, recipe.held_out)
     torch.manual_seed(recipe.seed)
     if started is None:
-        started = ddpm.build(network(recipe, pictures.shape[0], pictures.classes if recipe.classes else ()))
+        started = build(pictures.shape[0], pictures.classes if recipe.classes else ())
     elif started.config.classes:
         check_classes(started.config.classes, pictures.classes, recipe)
     config = started.config
@@ -177,12 +205,15 @@ def prepare(recipe: Recipe) -> Task:
     flip = Augmentation(flip=bool(recipe.flip))
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size or 1, recipe.seed, flip)
     data = add_draws(batches, recipe.seed)
+    if config.autoencoder is not None:
+        coder = model.autoencoder.requires_grad_(False).eval()
+        data = use_latents(data, *of_both(parts, partial(encode_dataset, coder, coder.config.scale)))
     dropped = recipe.label_dropout if config.null_class else 0.0
-    objective = DiffusionLoss(config.noise, recipe.weighting or "simple", recipe.gamma, dropped)
+    objective = DiffusionLoss(config.noise, weighting, gamma, dropped, sampling=recipe.times)
     return Task(model, parts, dequantise_data(data) if recipe.dequantise else data, objective)
 
 
-def check_classes(known: Sequence[str], given: Sequence[str], recipe: Recipe) -> None:
+def check_classes(known: Sequence[str], given: Sequence[str], recipe: PictureOptions) -> None:
     """Raise a `UserError` unless the pictures have the classes of the model that the run starts from, in its order."""
     if tuple(given) != tuple(known):
         raise UserError(
@@ -212,7 +243,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
     return image_settings(recipe, steps, **different, **keeps_best(recipe.start_from))
 
 
-def sampler(model: ddpm.DDPM, seed: int) -> Callable[[int], bytes]:
+def sampler(model: Any, seed: int) -> Callable[[int], bytes]:
     """Draw the same seeds at each call, by DDIM: a row for each class, or a square of pictures."""
     classes = range(min(COLUMNS, model.config.n_classes))
     count = DRAWN // max(1, len(classes)) or 1
@@ -230,17 +261,26 @@ def sampler(model: ddpm.DDPM, seed: int) -> Callable[[int], bytes]:
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Train into `out`, which keifu draw and diffusers' DDPMPipeline read afterwards."""
     recipe = recipe.resolved()
-    task = prepare(recipe)
+    return train(
+        recipe, prepare(recipe), out, resume, partial(settings, recipe), ("recipe_of", "weighting", "gamma"), "DDPM",
+        "Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
+    )  # fmt: skip
+
+
+def train(
+    recipe: PictureOptions, task: Task, out: Path, resume: bool, settings: Callable[[int], Settings],
+    named: Sequence[str], name: str, paper: str,
+) -> Summary:  # fmt: skip
+    """Train a task's model into `out`; named: the options of the recipe alone that decide the result."""
     print(task.parts.train.sentence(), task.parts.sentence(), flush=True)
     if task.parts.train.classes and not task.model.config.n_classes:
         print("The classes are not learned: add --classes to draw them by name.", flush=True)
     training = task.model, task.objective, task.data
-    chosen = recipe.budget.fit(out, resume, *training, partial(settings, recipe))
-    told = ("data", "recipe_of", "fit", "distinct", "flip", "dequantise", "weighting", "gamma", "label_dropout")
+    chosen = recipe.budget.fit(out, resume, *training, settings)
+    told = ("data", "fit", "distinct", "flip", "dequantise", "label_dropout", "times", *named)
     summary = train_run(
-        out, resume, *training, chosen, title=f"DDPM learns to draw “{Path(recipe.data).stem}”",
-        parameters=parameters(task.model), sample=sampler(task.model, recipe.seed),
-        paper="Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
+        out, resume, *training, chosen, title=f"{name} learns to draw “{Path(recipe.data).stem}”",
+        parameters=parameters(task.model), sample=sampler(task.model, recipe.seed), paper=paper,
         **describe(
             recipe, task.parts.train, told, {"model": asdict(task.model.config)}, share=recipe.held_out,
             distinct=recipe.distinct,

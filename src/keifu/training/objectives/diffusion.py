@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from keifu.data.images.io import to_signed
@@ -123,7 +123,7 @@ class DiffusionLoss:
             figures["bits"] = bound.sum()
         return LossOutput(total, len(picture), figures)
 
-    def output(self, model: Any, batch: Batch, x: Tensor, timestep: Int[Tensor, " batch"]) -> Tensor:
+    def output(self, model: Any, batch: Batch, x: Tensor, timestep: Num[Tensor, " batch"]) -> Tensor:
         """Return the model's output for noisy pictures, conditioned on the labels of the batch."""
         return model(x, timestep, self._labels(model, batch))
 
@@ -181,7 +181,7 @@ class TextDiffusionLoss(DiffusionLoss):
 
     empty: Int[Tensor, " length"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
-    def output(self, model: Any, batch: Batch, x: Tensor, timestep: Int[Tensor, " batch"]) -> Tensor:
+    def output(self, model: Any, batch: Batch, x: Tensor, timestep: Num[Tensor, " batch"]) -> Tensor:
         """Return the model's output for noisy latents, conditioned on the texts of the batch."""
         empty = self.empty.to(batch["tokens"].device)
         tokens = torch.where(self.dropped(batch)[:, None], empty, batch["tokens"])
