@@ -189,9 +189,7 @@ DRAWING: dict[str, ddpm.Config | dit.Config] = {
     "ddpm-velocity": ddpm.Config(**NETWORK, dropout=0.0, noise=Noise(schedule="cosine", target="velocity")),
     "ddpm-flow": ddpm.Config(**NETWORK, dropout=0.0, noise=FLOW),
     "dit-flow": dit.Config(TRANSFORMER, None, noise=FLOW),
-    "dit-noise": dit.Config(
-        replace(TRANSFORMER, out_channels=2, n_classes=0), None, noise=Noise("cosine", variance="learned_range")
-    ),
+    "dit-velocity": dit.Config(replace(TRANSFORMER, n_classes=0), None, noise=Noise("cosine", target="velocity")),
 }  # fmt: skip
 
 
@@ -217,7 +215,7 @@ def test_a_drawing_network_learns_two_pictures_by_heart(name):
     for label in range(2) if config.n_classes else [None]:
         drawn = PixelPipeline(model).draw(ImageRequest(steps=20, label=label), range(4))
         apart = (drawn[:, None].float() / 127.5 - 1 - bars).abs().mean((2, 3, 4))
-        assert (apart.min(1).values < 0.2).all()
+        assert (apart.min(1).values < 0.25).all()
         assert label is None or (apart.argmin(1) == label).all()
 
 
