@@ -13,7 +13,7 @@ demo: .venv/.run-time
 test: .venv/.development
 	@$(BIN)/python -m pytest $(PARALLEL)
 
-# With the libraries that are only compared with, and with the tests that take more than half a minute each.
+# With the libraries that are only compared with, and with the tests that compute for more than 5 seconds or repeat others.
 test-all: .venv/.test-all
 	@$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 

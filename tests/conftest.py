@@ -1,4 +1,9 @@
-"""What every test stands on: executed shapes, fixed threads and seeds, no hub; knows no test."""
+"""What every test stands on: executed shapes, fixed threads and seeds, no hub; knows no test.
+
+Tests run on two busy cores. A test waits for an event for minutes, or moves a clock of its own, and never asserts how
+long something took. It leaves the environment as it was. One that computes for more than five seconds on a quiet core
+is marked `slow`, unless no other test goes that way; beyond `MOST` seconds it fails.
+"""
 
 import gc
 import io
@@ -119,6 +124,31 @@ def _nothing_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
 
 
+MOST = 60.0  # seconds of computing of a test that is not marked slow, on a busy machine; on a quiet one none takes 15
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fails a test, not marked slow, that computed for long, in this process and in those that it waited for."""
+    before = sum(os.times()[:4])
+    yield
+    taken = sum(os.times()[:4]) - before
+    if taken > MOST and not item.get_closest_marker("slow"):
+        pytest.fail(f"It computed for {taken:.0f} s: make its models smaller, or mark it slow.")
+
+
+EXPECTED = {  # seconds of files that take longer than the number of their tests says, where no run was yet
+    "test_learning.py": 50, "generation/text/test_decoding.py": 40, "test_python.py": 26,
+    "recipes/test_resuming_recipes.py": 24, "commands/test_safe_start.py": 18, "commands/test_invocations.py": 17,
+    "recipes/translation/test_translation_recipes.py": 18, "docs/test_guides.py": 16, "docs/test_site.py": 15,
+    "training/run/test_run_ownership.py": 15, "alignment/test_ppo.py": 15, "test_startup.py": 15,
+    "recipes/images/test_latent_diffusion_recipe.py": 15, "recipes/neurons/test_neuron_recipes.py": 15,
+    "recipes/images/test_ddpm_recipe.py": 13, "checkpoints/diffusers/test_picture_to_picture.py": 12,
+    "commands/test_commands.py": 12, "commands/test_train_command.py": 11, "distributed/test_published_weights.py": 11,
+    "recipes/images/test_lora_image_recipe.py": 11, "training/optim/test_spikes.py": 11,
+    "distributed/test_group.py": 10, "commands/test_run_folder_trust.py": 10,
+    "alignment/test_grpo.py": 9, "recipes/images/test_unclip_recipe.py": 7,
+}  # fmt: skip
 LASTED = "keifu/seconds"  # in pytest's cache: how long each file took when it was last run beside others
 SECONDS: Counter[str] = Counter()  # how long each file has taken so far
 
@@ -133,7 +163,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     end; a file that was never run counts by its tests."""
     if "PYTEST_XDIST_WORKER" in os.environ and config.pluginmanager.has_plugin("cacheprovider"):
         counts = Counter(map(file_of, items))
-        seconds = {file: count / 10 for file, count in counts.items()} | (config.cache.get(LASTED, {}) or {})
+        seconds = {file: EXPECTED.get(file.partition("/")[2], count / 20) for file, count in counts.items()}
+        seconds |= config.cache.get(LASTED, {}) or {}
         items.sort(key=lambda item: seconds[file_of(item)], reverse=True)
 
 

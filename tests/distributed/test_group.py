@@ -161,6 +161,7 @@ def test_autograd_keeps_no_whole_weights_of_a_sharded_model(two: Any) -> None:
     assert two[1]["saved"]["kept"] <= two[1]["saved"]["shard"] / 4
 
 
+@pytest.mark.slow
 def test_sharded_pods_sum_their_gradients(tmp_path: Path) -> None:
     """Four processes in two pods; a gradient of one pod would give other norms and weights."""
     case = {"name": "pods", "kind": "gpt2", "mesh": {"pods": 2, "shard": 2}, "steps": 3, "rows": 8, "warmup": 0}

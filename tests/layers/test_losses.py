@@ -151,8 +151,14 @@ def test_autocast_keeps_the_probabilities_in_float32():
     assert abs(ours - exact) / exact < 2e-3
 
 
-@pytest.mark.parametrize("some", [{"label_smoothing": 0.1}, {"z_loss": 0.01}])
-@pytest.mark.parametrize("rows", [3, 11])
+@pytest.mark.parametrize(
+    ("some", "rows"),
+    [
+        ({"label_smoothing": 0.1, "z_loss": 0.01}, 3),
+        *(pytest.param(some, rows, marks=pytest.mark.slow)
+          for some in ({"label_smoothing": 0.1}, {"z_loss": 0.01}) for rows in (3, 11)),
+    ],
+)  # fmt: skip
 def test_the_loss_is_one_operator_for_the_compiler_with_the_same_bits(case, some, rows, monkeypatch):
     """Whether the gradient is a sum over several parts of the rows or not."""
     hidden, weight, targets = case

@@ -40,6 +40,7 @@ def test_it_goes_on_where_the_other_ended(text: str, tmp_path: Path) -> None:
         assert (then / name).read_text() == (first / name).read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_model_go_on_as_one_does(text: str, tmp_path: Path) -> None:
     words = ["train", "gpt", "--data", text, "--batch-size", "4", "--context-length", "16", "--seed", "3"]
     words += ["--precision", "float32", "--steps", "3"]
