@@ -33,6 +33,7 @@ from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion
+from keifu.models.hybrid import qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.speech import whisper
 from keifu.models.unclip import conditioning, unclip
@@ -54,6 +55,10 @@ from keifu.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 31, "context_length": 16, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
+HYBRID = {
+    "n_kv_heads": 2, "head_dim": 12, "rope_dim": 6, "n_linear_key_heads": 2, "n_linear_value_heads": 4,
+    "linear_key_dim": 8, "linear_value_dim": 6, "global_layers": (1,),
+}  # fmt: skip
 LANGUAGE_MODELS = {
     "gpt1": (gpt1, gpt1.Config(**SMALL, dropout=0.0)),
     "gpt2": (gpt2, gpt2.Config(**SMALL, dropout=0.0)),
@@ -98,6 +103,13 @@ LANGUAGE_MODELS = {
         gpt_oss, gpt_oss.Config(**SMALL, n_kv_heads=2, head_dim=8, n_experts=4, n_experts_per_token=2, sliding_window=5)
     ),
     "olmo2": (olmo2, olmo2.Config(**SMALL, n_kv_heads=2)),
+    "qwen3-next": (
+        qwen3_next,
+        qwen3_next.Config(
+            **SMALL, **HYBRID, expert_dim=24, shared_dim=20, n_experts=4, n_experts_per_token=2, dense_layers=(1,)
+        ),
+    ),
+    "qwen3.5": (qwen3_5, qwen3_5.Config(**SMALL, **HYBRID)),
 }
 
 

@@ -59,6 +59,7 @@ from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion
+from keifu.models.hybrid import qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
@@ -92,6 +93,10 @@ SMALL = {"vocab_size": 31, "context_length": 16, "dim": 16, "hidden_dim": 24, "n
 RECURRENT = {"vocab_size": 31, "context_length": 16, "dim": 12, "embedding_dim": 8, "attention_dim": 8, "maxout_dim": 8}
 NETWORK = {"size": 8, "channels": 1, "dim": 8, "n_residual_blocks": 1, "multipliers": (1, 2), "norm_groups": 4,
            "middle_groups": 4, "dropout": 0.0}  # fmt: skip
+HYBRID = {
+    "n_kv_heads": 2, "head_dim": 8, "rope_dim": 4, "n_linear_key_heads": 2, "n_linear_value_heads": 4,
+    "linear_key_dim": 6, "linear_value_dim": 5, "global_layers": (1,),
+}  # fmt: skip
 WRITERS = {
     "gpt1": lambda: gpt1.build(gpt1.Config(**SMALL, dropout=0.0)),
     "gpt2": lambda: gpt2.build(gpt2.Config(**SMALL, dropout=0.0)),
@@ -126,6 +131,10 @@ WRITERS = {
         gpt_oss.Config(**SMALL, n_kv_heads=2, head_dim=8, n_experts=4, n_experts_per_token=2, sliding_window=5)
     ),
     "olmo2": lambda: olmo2.build(olmo2.Config(**SMALL, n_kv_heads=2)),
+    "qwen3-next": lambda: qwen3_next.build(
+        qwen3_next.Config(**SMALL, **HYBRID, expert_dim=12, shared_dim=10, n_experts=4, n_experts_per_token=2)
+    ),
+    "qwen3.5": lambda: qwen3_5.build(qwen3_5.Config(**SMALL, **HYBRID)),
     "gemma3": lambda: gemma3.build(
         gemma3.Config(**SMALL, n_kv_heads=1, head_dim=8, sliding_window=5, global_layers=(1,))
     ),

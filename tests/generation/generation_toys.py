@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
+from keifu.models.hybrid import qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral
 
 SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 3}
@@ -25,6 +26,14 @@ TOYS: dict[str, Callable[[], nn.Module]] = {
         deepseek_v3.Config(
             **SIZE, expert_dim=12, n_dense_layers=1, n_heads=4, head_dim=6, rope_dim=4, value_dim=5, q_rank=8,
             kv_rank=7, n_experts=6, n_experts_per_token=2, n_groups=3, n_groups_per_token=2, rope_scaling=None,
+        )
+    ),
+    "states of fixed size": lambda: qwen3_next.build(
+        qwen3_next.Config(
+            **LLAMA | {"head_dim": 8}, n_kv_heads=2, rope_dim=4, n_linear_key_heads=2, n_linear_value_heads=4,
+            linear_key_dim=6, linear_value_dim=8, expert_dim=12, shared_dim=10, n_experts=4, n_experts_per_token=2,
+            global_layers=(1,),
+            norm_eps=0.01,  # the outputs of toys are so small that a smaller one makes noise of them
         )
     ),
     "sinks and windows": lambda: gpt_oss.build(

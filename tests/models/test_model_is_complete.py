@@ -30,20 +30,24 @@ from keifu.training.hardware.flops import count_flops
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 MIXTURES = ["mixture.mixtral", "mixture.qwen3_moe", "mixture.olmoe", "mixture.deepseek_v3", "mixture.gpt_oss"]
+HYBRIDS = ["hybrid.qwen3_next", "hybrid.qwen3_5"]
 CAPPED = ["variants.gemma2", "variants.nanochat"]
 VARIANTS = ["variants.smollm3", "variants.phi3", "variants.granite", "variants.ministral", *CAPPED]
 REFUSED = {  # what keifu refuses, with the models and the words of the refusal
-    "gguf": dict.fromkeys(["gpt1", "gpt3", "palm", *VARIANTS, *MIXTURES], "writes no GGUF"),
+    "gguf": dict.fromkeys(["gpt1", "gpt3", "palm", *VARIANTS, *MIXTURES, *HYBRIDS], "writes no GGUF"),
     "native": dict.fromkeys(MIXTURES, "(MixtureOfExperts|LatentAttention|SinkAttention), which native")
+    | dict.fromkeys(HYBRIDS, "GatedDeltaNet, which native")
     | dict.fromkeys([*CAPPED, "variants.granite"], "is a (SoftCappedLM|ScaledPreNorm), which native"),
-    "tensor": dict.fromkeys([*MIXTURES, *CAPPED, "variants.granite"], "which tensor parallelism cannot split"),
+    "tensor": dict.fromkeys(
+        [*MIXTURES, *HYBRIDS, *CAPPED, "variants.granite"], "which tensor parallelism cannot split"
+    ),
     "plan": {},
 }
 WITHOUT = {  # rows that a model cannot have, with the reason
     "published config": {
         "palm": "PaLM's weights were not published, and Cohere's config.json is in test_parity",
     },
-    "page": dict.fromkeys(MIXTURES, "the page on mixtures is not written yet"),
+    "page": dict.fromkeys([*MIXTURES, *HYBRIDS], "the page on mixtures is not written yet"),
 }
 
 

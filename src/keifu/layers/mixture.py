@@ -112,6 +112,24 @@ def _check_counts(n_experts: int, k: int) -> None:
         raise UserError(f"{k} experts of a token cannot be chosen from {n_experts}: choose 1 to {n_experts}.")
 
 
+class GatedNetwork(nn.Module):
+    """Shared expert whose output is multiplied by the sigmoid of one number made of the token (Qwen2-MoE, 2024)."""
+
+    def __init__(self, dim: int, network: nn.Module):
+        super().__init__()
+        self.gate, self.network = Linear(dim, 1, bias=False), network
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        y = self.network(x)
+        return self.gate(x).expand_as(y).sigmoid() * y  # the bits of one number depend on its index in a tensor
+
+    @property
+    def residual_weights(self) -> list[Tensor]:
+        """Return the matrices whose outputs are added to the residual stream."""
+        network: Any = self.network
+        return network.residual_weights
+
+
 class MixtureOfExperts(nn.Module):
     """Feed-forward network made of a router, its experts, and experts that every token uses (`shared`)."""
 

@@ -61,6 +61,13 @@ class FullPrecisionRMSNorm(RMSNorm):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm whose result is multiplied by SiLU of a gate (Mamba-2, Dao and Gu, 2024; Gated DeltaNet)."""
+
+    def forward(self, x: Float[Tensor, "*batch dim"], gate: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return (super().forward(x) * F.silu(gate.float())).to(x.dtype)
+
+
 class AllHeadsRMSNorm(FullPrecisionRMSNorm):
     """RMSNorm of queries or keys over all heads together, `dim` = heads · head_dim (OLMo 2, 2024, section 3.3)."""
 

@@ -106,6 +106,7 @@ class NativeRunner:
         self.model, self.n_blocks, self.block_size, self.contiguous = model, n_blocks, block_size, False
         self.vocab_size: int = model.description.vocab_size
         self.context_length: int = model.description.context_length
+        self.state_bytes = 0
         self.window = widest([each.window for each in model._layers])
         described = ctypes.byref(model.description)
         self.token_bytes = model.library.call("cache_bytes", described, 1, block_size) // block_size

@@ -6,6 +6,7 @@ import transformers
 from keifu.checkpoints.registry import FAMILIES, build, describe, read_config
 from keifu.errors import UserError
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
+from keifu.models.hybrid import qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import gemma2, granite, ministral, nanochat, phi3, smollm3
 
@@ -13,6 +14,12 @@ COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "t
 LLAMA3_ROPE = {
     "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
+}  # fmt: skip
+HYBRID = {
+    "attention_bias": False, "attention_dropout": 0.0, "full_attention_interval": 4, "head_dim": 256,
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128, "max_position_embeddings": 262144, "num_attention_heads": 16,
+    "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-06, "rope_theta": 10000000, "tie_word_embeddings": False,
 }  # fmt: skip
 PUBLISHED = {
     "gpt1": {
@@ -131,6 +138,26 @@ PUBLISHED = {
         "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 4,
         "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
     },
+    "qwen3-next-80b-a3b": {
+        **COMMON, **HYBRID, "model_type": "qwen3_next", "decoder_sparse_step": 1, "hidden_size": 2048,
+        "intermediate_size": 5120, "mlp_only_layers": [], "moe_intermediate_size": 512, "norm_topk_prob": True,
+        "num_experts": 512, "num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2,
+        "output_router_logits": False, "rope_scaling": None, "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 512, "vocab_size": 151936,
+    },
+    "qwen3.5-9b": {
+        **COMMON, **HYBRID, "model_type": "qwen3_5_text", "attn_output_gate": True, "hidden_size": 4096,
+        "intermediate_size": 12288, "num_hidden_layers": 32, "num_key_value_heads": 4, "vocab_size": 248320,
+        "rope_parameters": {
+            "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000, "rope_type": "default",
+        },
+    },
+    "qwen3.5-35b-a3b": {
+        **COMMON, **HYBRID, "model_type": "qwen3_5_moe_text", "hidden_size": 2048, "moe_intermediate_size": 512,
+        "num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 40, "num_key_value_heads": 2,
+        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "vocab_size": 248320,
+    },
     "gpt-oss-20b": {
         **COMMON, "model_type": "gpt_oss", "attention_bias": True, "attention_dropout": 0.0, "experts_per_token": 4,
         "head_dim": 64, "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880,
@@ -210,7 +237,7 @@ def test_config_is_the_size_of_that_name(name) -> None:
     assert family.model_type == PUBLISHED[name]["model_type"]
     modules = gpt1, gpt2, gpt3, palm, llama, qwen3, gemma3, olmo2, smollm3, phi3
     modules += gemma2, granite, ministral, nanochat
-    modules += mixtral, qwen3_moe, olmoe, deepseek_v3, gpt_oss
+    modules += mixtral, qwen3_moe, olmoe, deepseek_v3, gpt_oss, qwen3_next, qwen3_5
     [expected] = [module.SIZES[name] for module in modules if name in module.SIZES]
     assert describe(config) == describe(expected)
 
@@ -229,8 +256,9 @@ def test_what_we_write_means_the_same_to_transformers(name) -> None:
     indifferent |= {"ep_size", "moe_layer_freq", "initial_context_length", "quantization_config"}
     indifferent |= {"cache_implementation", "sliding_window_pattern"}  # which `layer_types` says too
     keys = (theirs.keys() & PUBLISHED[name].keys()) - indifferent | {"rope_parameters", "layer_types"} & theirs.keys()
+    keys -= {"full_attention_interval", "attn_output_gate"}  # which `layer_types` says too, and what is always on
     for rope in (ours.get("rope_parameters") or {}, theirs.get("rope_parameters") or {}):
-        for older in ("type", "truncate"):  # an older spelling of rope_type, and a default
+        for older in ("type", "truncate", "mrope_interleaved", "mrope_section"):  # older, a default, and of pictures
             rope.pop(older, None)
     assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
 

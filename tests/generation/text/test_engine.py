@@ -1,5 +1,7 @@
 """The engine: requests that come and go, chunks, shared blocks, preemption and guesses change no token of any text."""
 
+import contextlib
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -95,7 +97,7 @@ class Watched(TorchRunner):
         return super().run(batch)
 
 
-QUICK = ("gpt2", "grouped", "windows and global layers")
+QUICK = ("gpt2", "grouped", "windows and global layers", "states of fixed size")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,8 @@ def test_no_text_depends_on_the_others(model: nn.Module, tokenizer: Tokenizer, c
     same(run(engine, asked, random.Random(2)), expected)
     assert len(preempted) >= count // 20 and runner.widest > 6
     assert engine.scheduler.blocks.free == pool
-    same(run(Engine(model, tokenizer, small(model, 500, 16), guesses=5), asked), expected)
+    guesses = 0 if runner.state_bytes else 5
+    same(run(Engine(model, tokenizer, small(model, 500, 16), guesses=guesses), asked), expected)
 
 
 def test_shared_beginnings_are_computed_once(model: nn.Module, tokenizer: Tokenizer) -> None:
@@ -128,12 +131,64 @@ def test_shared_beginnings_are_computed_once(model: nn.Module, tokenizer: Tokeni
     runner = Watched(model, 500)
     engine = Engine(model, tokenizer, runner)
     same(run(engine, asked), alone(model, tokenizer, asked))
-    read = 43 + 8 * (43 - 40) + 9 * 2  # ten blocks of four are shared; two of three tokens are fed back
+    shared = 0 if runner.state_bytes else 40  # ten blocks of four; two of three tokens are fed back
+    read = 43 + 8 * (43 - shared) + 9 * 2
     assert runner.tokens == read
     again = engine.add(engine.request(*asked[0]))
     while engine.work:
         engine.step()
-    assert again == 9 and runner.tokens == read + 3 + 2  # what has ended is still known
+    assert again == 9 and runner.tokens == read + (43 - shared) + 2  # what has ended is still known
+
+
+def hybrid() -> nn.Module:
+    torch.manual_seed(0)
+    return TOYS["states of fixed size"]().eval()
+
+
+def test_an_interrupted_step_begins_from_the_states_before_it(tokenizer: Tokenizer) -> None:
+    """A state is made of the one before; a step that failed after some layers, or as it ended, is run again."""
+    model = hybrid()
+    asked = [([3, 1, 4, 1, 5], replace(PLAIN, max_tokens=6)), ([9, 2, 6], replace(PLAIN, max_tokens=6))]
+    expected = alone(model, tokenizer, asked)
+    runner = small(model, 100)
+    plain, calls = runner.run, itertools.count()
+
+    def run_badly(batch: Any) -> torch.Tensor:
+        logits = plain(batch)
+        if next(calls) % 2:
+            raise KeyboardInterrupt
+        return logits
+
+    engine = Engine(model, tokenizer, runner)
+    runner.run = run_badly  # type: ignore[method-assign]
+    found: list[list[Piece]] = [[] for _ in asked]
+    for prompt, sampling in asked:
+        engine.add(engine.request(prompt, sampling))
+    while engine.work:
+        with contextlib.suppress(KeyboardInterrupt):
+            for piece in engine.step():
+                found[piece.index].append(piece)
+    same(found, expected)
+
+
+def test_states_of_fixed_size_take_the_same_memory_behind_any_number_of_tokens(tokenizer: Tokenizer) -> None:
+    model = hybrid()
+    runner = small(model, 400)
+    engine = Engine(model, tokenizer, runner)
+    sizes = set()
+    for length in (2, 30, 60):
+        engine.add(engine.request([7] * length, replace(PLAIN, max_tokens=5)))
+        steps(engine)
+        sizes.add(runner._pool.states.numbers.shape)
+    assert len(sizes) == 1 and runner.token_bytes == 2 * 2 * 8 * 4  # keys and values of the one layer with attention
+    assert runner.state_bytes == 2 * 2 * 4 * (3 * (2 * 2 * 6 + 4 * 8) + 4 * 6 * 8)  # two states, two layers
+    assert not runner._pool.states._slots
+
+
+def test_guesses_with_states_of_fixed_size_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="3 guesses .* cannot go back when a guess is wrong: use --guesses 0"):
+        Engine(hybrid(), tokenizer, guesses=3)
+    assert Engine(hybrid(), tokenizer, guesses=None).guessing.most == 0
 
 
 BLOCKS = [[7, 8, 9, 10], [20, 21, 22, 23], [30, 31, 32, 33], [40, 41, 42, 43]]
@@ -367,7 +422,7 @@ def test_a_runner_gives_the_logits_that_are_wanted(model: nn.Module) -> None:
             expected.append(whole[number][end - wanted : end])
             done[number] = end
             if rng.random() < 0.1:
-                end -= end % 4  # preempted: what is in full blocks is taken up again
+                end -= end if runner.state_bytes else end % 4  # preempted: what is in full blocks is taken up again
                 done[number] = end
         if batch:
             torch.testing.assert_close(runner.run(batch), torch.cat(expected), atol=1e-4, rtol=1e-4)

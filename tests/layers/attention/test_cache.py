@@ -68,9 +68,8 @@ def test_rows_of_different_lengths_take_the_tokens_after_their_own() -> None:
         holds(state, [TOKENS[row, :, :n] for row, n in enumerate(lengths)])
     state.select(torch.tensor([2, 0]))
     holds(state, [TOKENS[2, :, :16], TOKENS[0, :, :11]])
-    state.add(1)
-    state.rollback([3, 11, 0])
-    holds(state, [TOKENS[2, :, :3], TOKENS[0, :, :11], TOKENS[1, :, :0]])
+    state.rollback([3, 11])
+    holds(state, [TOKENS[2, :, :3], TOKENS[0, :, :11]])
 
 
 @pytest.mark.parametrize("cuts", [[4], [29], [3, 11, 13]])
@@ -93,14 +92,13 @@ def test_a_window_shows_what_its_tokens_see(window: int) -> None:
         assert torch.equal(shown, TOKENS[:, :, max(0, start - window + 1) : end])
 
 
-def test_add_keeps_what_is_held_and_makes_room() -> None:
+def test_a_pass_without_room_changes_nothing() -> None:
     state = make(capacity=7)
     fill(state, [6])
     with pytest.raises(ValueError, match="room for 7 tokens and was given 9"):
         fill(state, [9])
-    holds(state, [TOKENS[row, :, :6] for row in range(ROWS)])  # a pass that fails changes nothing
-    state.add(2)
-    holds(state, [*TOKENS[:, :, :6], TOKENS[0, :, :0], TOKENS[0, :, :0]])
+    holds(state, [TOKENS[row, :, :6] for row in range(ROWS)])
+    assert state.token_bytes == 2 * (HEADS + 1) * DIM * 4
 
 
 def test_an_interrupted_pass_is_written_over() -> None:
@@ -109,18 +107,3 @@ def test_an_interrupted_pass_is_written_over() -> None:
     state.positions(3)
     state.layer(0).append(*[torch.full((ROWS, HEADS, 3, DIM), 9.0)] * 2)  # and never the second layer
     assert torch.equal(fill(state, [7, 12]), TOKENS[:, :, :12])
-
-
-def test_rows_begin_with_what_a_row_of_another_state_holds() -> None:
-    beginning, state = make(1), make(4)
-    fill(beginning, [5], TOKENS[:1])
-    state.begin(beginning, 0, 4, [1, 3])
-    holds(state, [TOKENS[0, :, :n] for n in (0, 4, 0, 4)])
-    assert state.token_bytes == 2 * (HEADS + 1) * DIM * 4
-
-
-def test_a_row_begins_with_another_of_the_same_state() -> None:
-    state = make(capacity=9)
-    fill(state, [9])
-    state.begin(state, 2, 9, [0])
-    holds(state, [TOKENS[row, :, :9] for row in (2, 1, 2)])

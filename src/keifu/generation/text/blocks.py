@@ -65,16 +65,20 @@ class Gaps:
 
 
 class BlockManager:
-    """Users and contents of `n_blocks` blocks of `block_size` tokens."""
+    """Users and contents of `n_blocks` blocks of `block_size` tokens; sharing: whether sequences may share them."""
 
-    def __init__(self, n_blocks: int, block_size: int):
-        self.n_blocks, self.block_size = n_blocks, block_size
+    def __init__(self, n_blocks: int, block_size: int, sharing: bool = True):
+        self.n_blocks, self.block_size, self.sharing = n_blocks, block_size, sharing
         self._users: dict[int, int] = {}  # of the blocks in use
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # hold what is known; the least recently used first
         self._gaps = Gaps(n_blocks)
         self._reach: dict[int, int] = {}  # by the last block of a sequence: where the room that it may grow into ends
+
+    def digests(self, tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
+        """Return the hashes by which full blocks are shared; none if blocks are not shared."""
+        return digests(tokens, self.block_size, known) if self.sharing else []
 
     @property
     def free(self) -> int:

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.prompts import ImagePrompt, insert_images
-from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.model import evaluation_mode
 from keifu.generation.text.request import Piece, Request, prompt_tokens
-from keifu.generation.text.runner import Runner, Span, TorchRunner, runner_of
+from keifu.generation.text.runner import Runner, Span, TorchRunner, blocks_of, runner_of
 from keifu.generation.text.sampler import Sampler
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.generation.text.scheduler import Scheduler, Sequence
@@ -85,9 +84,13 @@ class Engine:
         self.runner = runner_of(model) if runner is None else runner
         # PyTorch's other threads would wait in a loop on the cores where native code computes the next step
         self._threads = nullcontext if isinstance(self.runner, TorchRunner) else partial(on_threads, 1)
-        blocks = BlockManager(self.runner.n_blocks, self.runner.block_size)
         runner = self.runner
-        self.scheduler = Scheduler(blocks, max_running, step_tokens, runner.window, runner.contiguous)
+        if guesses and runner.state_bytes:
+            raise UserError(
+                f"{guesses} guesses were asked for, and this model has layers with a state of fixed size, which cannot "
+                "go back when a guess is wrong: use --guesses 0."
+            )
+        self.scheduler = Scheduler(blocks_of(runner), max_running, step_tokens, runner.window, runner.contiguous)
         most = (0 if isinstance(runner, TorchRunner) else MOST_GUESSES) if guesses is None else guesses
         self.guessing = Guessing(min(most, self.scheduler.step_tokens // max_running - 1), guesses is None)
         self.guessed = self.accepted = 0  # tokens, in all

@@ -9,7 +9,7 @@ import math
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, islice, pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.generation.text.blocks import BlockManager, digests
+from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.model import Model, causal, device_of
-from keifu.layers.attention.attention import Attention, Scoring, attend
+from keifu.layers.attention.attention import Attention, Rule, Scoring, attend
 from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask, RaggedMask
 from keifu.layers.transformer.decoder import Inserted
@@ -42,6 +42,7 @@ class Runner(Protocol):
     vocab_size: int
     context_length: int
     token_bytes: int
+    state_bytes: int
     window: int | None
     contiguous: bool
 
@@ -60,6 +61,7 @@ class Runner(Protocol):
 
 
 POOL = 0.25  # the share of the free memory that the pool may take
+STATES = 32  # sequences for whose states of fixed size memory is left
 
 
 def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16, native: bool = True) -> Runner:
@@ -72,7 +74,13 @@ def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16,
     make = partial(TorchRunner, causal(model), block_size=block_size) if packed is None else packed.runner
     probe: Runner = make(1)
     memory = int(POOL * available_memory(device_of(model))) if memory is None else memory
-    return make(max(1, memory // (probe.token_bytes * probe.block_size)))
+    memory -= min(memory // 2, STATES * probe.state_bytes)
+    return make(max(1, memory // max(1, probe.token_bytes * probe.block_size)))
+
+
+def blocks_of(runner: Runner) -> BlockManager:
+    """Return the manager of a runner's blocks."""
+    return BlockManager(runner.n_blocks, runner.block_size, sharing=not runner.state_bytes)
 
 
 STEP_TOKENS = 512  # of texts that are read together
@@ -85,7 +93,7 @@ class Reader:
     """
 
     def __init__(self, runner: Runner, most: int | None = None):
-        self.runner, self.blocks, self.most = runner, BlockManager(runner.n_blocks, runner.block_size), most
+        self.runner, self.blocks, self.most = runner, blocks_of(runner), most
         self._batch: list[tuple[Span, list[bytes]]] = []  # with the hashes of the blocks that a text fills
 
     def read(self, texts: Iterable[tuple[Sequence[int], int]]) -> Iterator[Float[Tensor, "wanted vocab"]]:
@@ -94,7 +102,7 @@ class Reader:
         `UserError`."""
         size = self.runner.block_size
         for number, (tokens, wanted) in enumerate(texts):
-            hashes = digests(tokens, size)
+            hashes = self.blocks.digests(tokens)
             usable, needed = hashes[: (len(tokens) - wanted) // size], -(-len(tokens) // size)
             if needed > self.blocks.n_blocks:
                 raise UserError(
@@ -134,6 +142,7 @@ class Reader:
                 self.blocks.remember(block, digest)
             if span.sequence != going:
                 self.blocks.release(span.blocks)
+                self.runner.forget(span.sequence)
 
 
 SHORT = 32  # tokens of spans that attend together though they begin at different positions: longer ones mask too much
@@ -155,7 +164,7 @@ class TorchRunner:
         self.context_length: int = model.config.context_length
         self.window = widest([layer.window for layer in model.modules() if isinstance(layer, Attention)])
         self._pool = _Pool(model.new_state(0, 1), n_blocks * block_size)
-        self.token_bytes = self._pool.token_bytes
+        self.token_bytes, self.state_bytes = self._pool.token_bytes, self._pool.states.row_bytes
         self.device = self._pool.device
         self.contiguous = self.device.type == "cpu"
 
@@ -175,7 +184,8 @@ class TorchRunner:
         return self.model.logits(hidden[0, _on_device([wanted], self.device)[0]]).float()
 
     def forget(self, sequence: int) -> None:
-        """Nothing is kept of a sequence but its blocks."""
+        """Free the states of fixed size of a sequence."""
+        self._pool.states.forget(sequence)
 
     def _inserted(self, spans: Sequence[Span]) -> Inserted | None:
         """Return the embeddings of the pictures in these spans; None without any."""
@@ -269,9 +279,11 @@ class _Pool:
         self.device, self.token_bytes, self._tokens = empty.device, empty.token_bytes, tokens
         lazy = self.device.type == "cpu"
         make = _lazy_zeros if lazy else Tensor.new_zeros
-        shapes = [(keys.shape[1], tokens if lazy else 0, keys.shape[3]) for keys in empty.keys]
-        self.keys = [make(keys, shape) for keys, shape in zip(empty.keys, shapes, strict=True)]
-        self.values = [make(keys, shape) for keys, shape in zip(empty.keys, shapes, strict=True)]
+        self.keys, self.values = (
+            [make(x, (x.shape[1], tokens if lazy else 0, x.shape[3])) for x in kept]
+            for kept in (empty.keys, empty.values)
+        )
+        self.states = _States([x.shape[1] for x in empty.fixed], self.device)
 
     @property
     def capacity(self) -> int:
@@ -280,8 +292,8 @@ class _Pool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(x.nbytes for x in (*self.keys, *self.values))
+        """Bytes of all keys and values, and of states of fixed size."""
+        return sum(x.nbytes for x in (*self.keys, *self.values, self.states.numbers))
 
     def reserve(self, tokens: int) -> None:
         """Allocate memory for this number of tokens, at least twice as much as before."""
@@ -301,6 +313,46 @@ class _Pool:
             x.index_copy_(1, into, x.index_select(1, start))
 
 
+class _States:
+    """States of fixed size of the sequences that run, [slots, numbers of all layers]; slot 0 is that without tokens.
+
+    Each sequence has two: that after its last step and that before it. A step that was interrupted begins from the
+    latter again.
+    """
+
+    def __init__(self, widths: Sequence[int], device: torch.device):
+        self.ends = list(accumulate(widths))
+        self.row_bytes = 8 * self.ends[-1]
+        self.numbers = torch.zeros(1, self.ends[-1], device=device)
+        self._slots: dict[int, dict[int, int]] = {}  # of a sequence, by its number of tokens
+
+    def begin(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+        """Return the slots of the states before the step and of those after it."""
+        if not self.row_bytes:
+            return [], []
+        before = [self._slots[span.sequence][span.start] if span.start else 0 for span in spans]
+        used = {slot for slots in self._slots.values() for slot in slots.values()}
+        free = (slot for slot in count(1) if slot not in used)
+        after = [next(free) for _ in spans]
+        if (lacking := max(after) + 1 - len(self.numbers)) > 0:
+            more = self.numbers.new_zeros(max(lacking, len(self.numbers)), self.ends[-1])
+            self.numbers = torch.cat([self.numbers, more])
+        return before, after
+
+    def advance(self, spans: Sequence[Span], before: Sequence[int], after: Sequence[int]) -> None:
+        """Keep the states after a step, and those before it."""
+        for span, old, new in zip(spans, before, after, strict=False):
+            self._slots[span.sequence] = {span.start: old, span.start + len(span.tokens): new}
+
+    def forget(self, sequence: int) -> None:
+        """Free the states of a sequence."""
+        self._slots.pop(sequence, None)
+
+    def layer(self, index: int) -> Float[Tensor, "slots numbers"]:
+        """Return the part of a layer."""
+        return self.numbers[:, self.ends[index - 1] if index else 0 : self.ends[index]]
+
+
 def _lazy_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros in memory of their own, which the system gives page by page when they are written."""
     size = math.prod(shape) * like.element_size()
@@ -318,28 +370,36 @@ class PagedState:
         self.tokens, self._positions, self.slots = numbers[0][None], numbers[1][None], numbers[2]
         self.longest = max(span.start for group in groups for span in group)
         self.groups: list[_Group] = []
+        self._spans = [span for group in groups for span in group]
+        self._slots = pool.states.begin(self._spans)
+        slots_left = [iter(slots) for slots in self._slots]
         first = 0
         for spans in groups:
-            count = len(spans) * len(spans[0].tokens)
-            positions = numbers[1, first : first + count].view(len(spans), -1)
-            self.groups.append(_Group(spans, size, positions))
-            first += count
+            width = len(spans) * len(spans[0].tokens)
+            positions = numbers[1, first : first + width].view(len(spans), -1)
+            states = [list(islice(slots, len(spans))) for slots in slots_left]
+            self.groups.append(_Group(spans, size, positions, _on_device(states, positions.device)))
+            first += width
 
     def positions(self, length: int, padding: Tensor | None = None) -> Int[Tensor, "1 length"]:
         """Return the position of each token in its own sequence."""
         return self._positions
 
     def layer(self, index: int) -> "PagedCache":
-        return PagedCache(self, self.pool.keys[index], self.pool.values[index])
+        return PagedCache(self, self.pool.keys[index], self.pool.values[index], self.pool.states.layer(index))
 
     def advance(self) -> None:
-        """Do nothing: the tokens were written when they attended."""
+        """Keep the states of fixed size; the tokens were written when they attended."""
+        self.pool.states.advance(self._spans, *self._slots)
 
 
 class _Group:
     """Spans of one number of tokens that attend together, and how their keys and values are read from the pool."""
 
-    def __init__(self, spans: Sequence[Span], size: int, positions: Int[Tensor, "spans length"]):
+    def __init__(
+        self, spans: Sequence[Span], size: int, positions: Int[Tensor, "spans length"], states: Int[Tensor, "2 _"]
+    ):
+        self.states = states  # slots before and after the step, where there are any
         starts = [span.start for span in spans]
         self.width, self.count, self._size = len(spans[0].tokens), len(spans), size
         self.first, self.last = min(starts), max(starts) + self.width
@@ -383,28 +443,39 @@ def _padded(tables: Sequence[list[int]]) -> list[list[int]]:
 class PagedCache:
     """The keys and values of one layer in a step: one write for all tokens, then each group attends to its own."""
 
-    def __init__(self, step: PagedState, keys: Tensor, values: Tensor):
-        self.step, self.keys, self.values = step, keys, values
+    def __init__(self, step: PagedState, keys: Tensor, values: Tensor, states: Float[Tensor, "slots numbers"]):
+        self.step, self.keys, self.values, self.states = step, keys, values, states
 
     def attend(
-        self,
-        q: Float[Tensor, "1 heads length head_dim"],
-        keys: Float[Tensor, "1 kv_heads length head_dim"],
-        values: Float[Tensor, "1 kv_heads length head_dim"],
-        window: int | None,
-        scoring: Scoring,
-    ) -> Float[Tensor, "1 length dim"]:
-        """Write the new keys and values, and return the output of attention for each token."""
+        self, q: Float[Tensor, "1 heads length head_dim"], keys: Float[Tensor, "1 kv_heads length head_dim"],
+        values: Float[Tensor, "1 kv_heads length head_dim"] | None, window: int | None, scoring: Scoring,
+    ) -> Float[Tensor, "1 length dim"]:  # fmt: skip
+        """Write the new keys and values, and return the output of attention for each token.
+
+        Without values the keys are the values too.
+        """
         self.keys.index_copy_(1, self.step.slots, keys[0].to(self.keys.dtype))
-        self.values.index_copy_(1, self.step.slots, values[0].to(self.values.dtype))
+        if values is not None:
+            self.values.index_copy_(1, self.step.slots, values[0].to(self.values.dtype))
         outputs = []
         for group, queries in zip(self.step.groups, self._split(q), strict=True):
             first = 0 if window is None else max(0, group.first - window + 1)
             seen = group.last - first
             visible = group.mask.visible(seen, window)
-            read = group.read(self.keys, first), group.read(self.values, first)
+            read = [group.read(x, first) for x in (self.keys, self.keys if values is None else self.values)]
             outputs.append(attend(queries, *read, visible, scoring).flatten(0, 1))
         return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
+
+    def recur(self, rule: Rule, x: Float[Tensor, "1 length channels"]) -> Float[Tensor, "1 length out"]:
+        """Return what `rule` makes of the new tokens and the states of their sequences, and write the new states."""
+        outputs = []
+        parts = x[0].split([group.count * group.width for group in self.step.groups])
+        for group, part in zip(self.step.groups, parts, strict=True):
+            before, after = group.states
+            y, states = rule(part.unflatten(0, (group.count, -1)), self.states.index_select(0, before))
+            self.states.index_copy_(0, after, states)
+            outputs.append(y.flatten(0, 1))
+        return torch.cat(outputs)[None]
 
     def _split(self, q: Float[Tensor, "1 heads length head_dim"]) -> list[Float[Tensor, "spans heads width head_dim"]]:
         groups = self.step.groups

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from keifu.generation.text.blocks import BlockManager, digests
+from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.request import Piece, Request
 from keifu.native.model import Span
 
@@ -126,8 +126,9 @@ class Scheduler:
         before, sequence.computed = sequence.computed // size, sequence.computed + count
         if sequence.computed // size > before:
             self._hash(sequence)
-            for place in range(before, sequence.computed // size):
-                self.blocks.remember(sequence.blocks[place], sequence.hashes[place])
+            full = slice(before, sequence.computed // size)
+            for block, digest in zip(sequence.blocks[full], sequence.hashes[full], strict=False):
+                self.blocks.remember(block, digest)
         passed = max(0, sequence.computed - self.window + 1) // size
         self.blocks.release(sequence.blocks[sequence.passed : passed])
         sequence.passed = passed
@@ -205,7 +206,7 @@ class Scheduler:
     def _hash(self, sequence: Sequence) -> None:
         images = sequence.request.images
         known = sequence.tokens if images is None else images.identity(sequence.tokens)
-        sequence.hashes = digests(known, self.blocks.block_size, sequence.hashes)
+        sequence.hashes = self.blocks.digests(known, sequence.hashes)
 
     def _unfilled(self, sequence: Sequence) -> list[bytes]:
         """Return the hashes of the blocks that a sequence has still to fill, while its prompt is read."""

@@ -3,6 +3,7 @@
 Axes: batch, length = queries, seen = keys, heads, head_dim, dim = heads · head_dim where they are joined.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -101,9 +102,33 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scorin
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
+class CacheShape(NamedTuple):
+    """Numbers that a layer keeps of the tokens so far.
+
+    heads, head_dim: of the keys of a token. value_dim: of its values; None is head_dim, and 0 means that the keys are
+    the values too. fixed: numbers of a sequence in float32, however many tokens it has.
+    """
+
+    heads: int = 0
+    head_dim: int = 0
+    value_dim: int | None = None
+    fixed: int = 0
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Return the sizes of a key and of a value."""
+        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
+
+
+Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # from new tokens and a state to an output and the new state
+
+
 @runtime_checkable
 class Cache(Protocol):
-    """Interface of a layer's keys and values of earlier tokens: `attend` adds those of new ones and attends to all.
+    """Interface of what a layer keeps of earlier tokens: keys and values, or a state of fixed size.
+
+    `attend` adds the keys and values of new tokens and attends to all; without values the keys are the values too.
+    `recur` gives new tokens and the state to `rule`, returns its output, and keeps the state that it returns.
 
     `LayerCache` (kv_cache.py) has a row for each sequence: beam search, image tokens, and a model that is called with
     its own state. `PagedCache` (generation/text/runner.py) has blocks of a pool: everything that the engine runs.
@@ -111,8 +136,10 @@ class Cache(Protocol):
 
     def attend(
         self, q: Float[Tensor, "batch heads length head_dim"], keys: Float[Tensor, "batch kv_heads length head_dim"],
-        values: Float[Tensor, "batch kv_heads length head_dim"], window: int | None, scoring: Scoring,
+        values: Float[Tensor, "batch kv_heads length head_dim"] | None, window: int | None, scoring: Scoring,
     ) -> Hidden: ...  # fmt: skip
+
+    def recur(self, rule: Rule, x: Float[Tensor, "batch length channels"]) -> Float[Tensor, "batch length out"]: ...
 
 
 class Attention(nn.Module):
@@ -148,7 +175,13 @@ class Attention(nn.Module):
         self, x: Hidden, mask: Mask | None = None, positions: Positions | None = None, cache: Cache | None = None
     ) -> Hidden:
         """With a cache `x` are new tokens, which see those before; otherwise `mask` says what is seen (None: all)."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        return self.out(self._mix(self.qkv(x).unflatten(-1, (-1, self.head_dim)), mask, positions, cache))
+
+    def _mix(
+        self, heads: Float[Tensor, "batch length all_heads head_dim"], mask: Mask | None, positions: Positions | None,
+        cache: Cache | None,
+    ) -> Float[Tensor, "batch length inner"]:  # fmt: skip
+        """Return the output of the heads, of their queries, keys and values in this order."""
         qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split([self.n_heads, self.n_kv_heads], 2)
@@ -157,14 +190,19 @@ class Attention(nn.Module):
             qk = positions.rotation(self.rotary).apply(qk)
         q, k, v = qk[:, :, : self.n_heads].transpose(1, 2), qk[:, :, self.n_heads :].transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            return self.out(cache.attend(q, k, v, self.window, self.scoring))
+            return cache.attend(q, k, v, self.window, self.scoring)
         visible = None if mask is None else mask.visible(k.shape[2], self.window)
-        return self.out(attend(q, k, v, visible, self.scoring))
+        return attend(q, k, v, visible, self.scoring)
 
     @property
     def scoring(self) -> Scoring:
         """Return how scores become weights."""
         return Scoring(self.dropout, self.scale)
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """Return the shape of what is kept of each token."""
+        return CacheShape(self.n_kv_heads, self.head_dim)
 
     @property
     def residual_weights(self) -> list[Tensor]:
@@ -183,6 +221,26 @@ class SinkAttention(Attention):
     def scoring(self) -> Scoring:
         """Return how scores become weights, with the sinks."""
         return Scoring(self.dropout, self.scale, sinks=self.sinks)
+
+
+class GatedAttention(Attention):
+    """Attention whose heads are each multiplied by the sigmoid of a gate, made of the token (Qwen3-Next, 2025).
+
+    The rows of a head's gate follow those of its queries.
+    """
+
+    def __init__(self, dim: int, *sizes: Any, **settings: Any):
+        super().__init__(dim, *sizes, **settings)
+        inner, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.qkv = JoinedLinear(dim, (2 * inner, kv, kv), self.qkv.bias is not None)
+
+    def forward(
+        self, x: Hidden, mask: Mask | None = None, positions: Positions | None = None, cache: Cache | None = None
+    ) -> Hidden:
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        queries, rest = heads.tensor_split([2 * self.n_heads], 2)
+        q, gate = queries.unflatten(2, (-1, 2)).unbind(3)
+        return self.out(self._mix(torch.cat([q, rest], 2), mask, positions, cache) * gate.flatten(2).sigmoid())
 
 
 class CappedAttention(Attention):

@@ -1,16 +1,18 @@
 """Key-value cache: the keys and values of the tokens so far, of all layers of a model, in memory allocated once.
 
-Every row of a batch has a length of its own: rows of different lengths lie side by side without padding. Axes: rows,
-heads = heads of keys and values, length = new tokens of a pass, seen = tokens that a pass attends to, head_dim.
+Every row of a batch has a length of its own: rows of different lengths lie side by side without padding. A layer may
+keep a state of fixed size for each row instead. Axes: rows, heads = heads of keys and values, length = new tokens of a
+pass, seen = tokens that a pass attends to, head_dim, numbers = of a state of fixed size.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from keifu.layers.attention.attention import Scoring, attend
+from keifu.layers.attention.attention import CacheShape, Rule, Scoring, attend
 from keifu.layers.attention.masks import CausalMask, RaggedMask
 
 New = Float[Tensor, "rows heads length head_dim"]
@@ -20,15 +22,17 @@ Seen = Float[Tensor, "rows heads seen head_dim"]
 class KVState:
     """Room for `capacity` tokens in each of `rows` rows; `lengths` are the numbers of tokens that they hold.
 
-    layers: heads of keys and values, and their size, for each layer. A pass begins with `positions`, which says where
-    its tokens stand; then each layer takes its part (`layer`); `advance` ends it. A pass that is interrupted before
-    leaves the state as it was.
+    layers: what each layer keeps, a `CacheShape` or its first two fields. A pass begins with `positions`, which says
+    where its tokens stand; then each layer takes its part (`layer`); `advance` ends it. A pass that is interrupted
+    before leaves the state as it was.
     """
 
-    def __init__(self, layers: Sequence[tuple[int, int]], rows: int, capacity: int, like: Tensor):
-        shapes = [(rows, heads, capacity, head_dim) for heads, head_dim in layers]
-        self.keys = [like.new_zeros(shape) for shape in shapes]  # nobody sees what is not written; NaN would spread
-        self.values = [like.new_zeros(shape) for shape in shapes]
+    def __init__(self, layers: Sequence[CacheShape | tuple[int, int]], rows: int, capacity: int, like: Tensor):
+        shapes = [layer if isinstance(layer, CacheShape) else CacheShape(*layer) for layer in layers]
+        self.keys, self.values = (  # nobody sees what is not written; NaN would spread
+            [like.new_zeros(rows, shape.heads, capacity, shape.widths[part]) for shape in shapes] for part in (0, 1)
+        )
+        self.fixed = [like.new_zeros(rows, shape.fixed, dtype=torch.float32) for shape in shapes]
         self.lengths = [0] * rows
         self._pass: Pass | None = None
 
@@ -50,7 +54,12 @@ class KVState:
     @property
     def token_bytes(self) -> int:
         """Return the bytes of the keys and values of one token of one row."""
-        return sum(2 * keys.shape[1] * keys.shape[3] * keys.element_size() for keys in self.keys)
+        return sum(x.shape[1] * x.shape[3] * x.element_size() for x in (*self.keys, *self.values))
+
+    @property
+    def row_bytes(self) -> int:
+        """Return the bytes that a row takes however many tokens it has."""
+        return sum(4 * x.shape[1] for x in self.fixed)
 
     def positions(self, length: int, padding: Int[Tensor, " rows"] | None = None) -> Int[Tensor, "*rows length"]:
         """Begins a pass of `length` tokens a row: their positions, [length] where all rows have the same.
@@ -67,28 +76,27 @@ class KVState:
     def layer(self, index: int) -> "LayerCache":
         """Return the part of one layer in the pass that was begun."""
         assert self._pass is not None, "`positions` begins a pass"
-        return LayerCache(self.keys[index], self.values[index], self._pass)
+        return LayerCache(self.keys[index], self.values[index], self._pass, self.fixed[index], index)
 
     def advance(self) -> None:
         """End the pass; its tokens stay in the cache."""
         assert self._pass is not None, "`positions` begins a pass"
+        self.fixed = [self._pass.fixed.get(index, before) for index, before in enumerate(self.fixed)]
         self.lengths, self._pass = self._pass.ends, None
 
     def rollback(self, lengths: int | Sequence[int]) -> None:
-        """Forget all tokens but the first ones, as many for all rows or for each."""
+        """Forget all tokens but the first ones, as many for all rows or for each.
+
+        A state of fixed size can go back to the beginning alone; anything else is a `ValueError`.
+        """
         wanted = [lengths] * len(self.lengths) if isinstance(lengths, int) else list(lengths)
         for length, held in zip(wanted, self.lengths, strict=True):
-            if not 0 <= length <= held:
+            if not 0 <= length <= held or (self.row_bytes and length not in (0, held)):
                 raise ValueError(f"A row holds {held} tokens and cannot go back to {length}.")
+        for row, length in enumerate(wanted):
+            for x in self.fixed if length == 0 else ():
+                x[row] = 0
         self.lengths = wanted
-
-    def add(self, rows: int) -> None:
-        """Append this number of empty rows."""
-        self.lengths, longest = [*self.lengths, *[0] * rows], self.longest
-        for held in (self.keys, self.values):
-            for i, old in enumerate(held):
-                held[i] = old.new_zeros(len(self.lengths), *old.shape[1:])
-                held[i][: len(old), :, :longest] = old[:, :, :longest]
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows, in this order; a row may be named several times.
@@ -98,6 +106,7 @@ class KVState:
         longest, count = self.longest, len(rows)
         same = len(set(self.lengths)) == 1
         self.lengths = self.lengths[:1] * count if same else [self.lengths[row] for row in rows.tolist()]
+        self.fixed = [x[rows] for x in self.fixed]
         if count > len(self.keys[0]):
             self.keys, self.values = ([x[rows] for x in held] for held in (self.keys, self.values))
             return
@@ -107,21 +116,13 @@ class KVState:
                 x[moved, :, :longest] = x[rows[moved], :, :longest]
         self.keys, self.values = ([x[:count] for x in held] for held in (self.keys, self.values))
 
-    def begin(self, other: "KVState", row: int, length: int, into: Sequence[int]) -> None:
-        """Copy the first `length` tokens of a row of another state, of the same layers, into these rows."""
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for x, y in zip(mine, theirs, strict=True):
-                held = y[row, :, :length]
-                x[into, :, :length] = held.clone() if other is self else held
-        for each in into:
-            self.lengths[each] = length
-
 
 class Pass:
     """Positions of the new tokens of each row, and what they may see; one object serves all layers of a pass."""
 
     def __init__(self, starts: Sequence[int], length: int, pads: Sequence[int], device: torch.device):
         self.starts, self.pads = starts, pads
+        self.fixed: dict[int, Tensor] = {}  # the states of fixed size after this pass, by layer
         self.ends = [start + length - pad for start, pad in zip(starts, pads, strict=True)]
         self.even = len(set(starts)) <= 1 and not any(pads)
         self.first, self.last = min(starts, default=0), max(self.ends, default=0)
@@ -145,27 +146,40 @@ class Pass:
 
 
 class LayerCache:
-    """The keys and values of one layer, in a pass."""
+    """The keys and values of one layer, in a pass, and its state of fixed size."""
 
-    def __init__(self, keys: Tensor, values: Tensor, now: Pass):
-        self.keys, self.values, self._pass = keys, values, now
+    def __init__(self, keys: Tensor, values: Tensor, now: Pass, fixed: Tensor, index: int):
+        self.keys, self.values, self._pass, self._fixed, self._index = keys, values, now, fixed, index
 
-    def append(self, keys: New, values: New, window: int | None = None) -> tuple[Seen, Seen]:
-        """All keys and values, the given ones behind those held; with a window only those that a given token sees."""
+    def append(self, keys: New, values: New | None, window: int | None = None) -> tuple[Seen, Seen]:
+        """All keys and values, the given ones behind those held; with a window only those that a given token sees.
+
+        Without values the keys are the values too.
+        """
         now = self._pass
         now.write(self.keys, keys)
-        now.write(self.values, values)
+        if values is not None:
+            now.write(self.values, values)
         first = 0 if window is None else max(0, now.first - window + 1)
-        return self.keys[:, :, first : now.last], self.values[:, :, first : now.last]
+        kept = self.keys if values is None else self.values
+        return self.keys[:, :, first : now.last], kept[:, :, first : now.last]
 
     def attend(
-        self,
-        q: Float[Tensor, "rows q_heads length head_dim"],
-        keys: New,
-        values: New,
-        window: int | None,
+        self, q: Float[Tensor, "rows q_heads length head_dim"], keys: New, values: New | None, window: int | None,
         scoring: Scoring,
-    ) -> Float[Tensor, "rows length dim"]:
+    ) -> Float[Tensor, "rows length dim"]:  # fmt: skip
         """Attend from the new tokens to those before them and themselves; see `attend`."""
-        keys, values = self.append(keys, values, window)
-        return attend(q, keys, values, self._pass.mask.visible(keys.shape[2], window), scoring)
+        seen, read = self.append(keys, values, window)
+        return attend(q, seen, read, self._pass.mask.visible(seen.shape[2], window), scoring)
+
+    def recur(self, rule: Rule, x: Float[Tensor, "rows length channels"]) -> Float[Tensor, "rows length out"]:
+        """Return what `rule` makes of the new tokens and the state; the new state is kept when the pass ends.
+
+        Rows with padding are computed one by one, without it.
+        """
+        if not any(self._pass.pads):
+            y, self._pass.fixed[self._index] = rule(x, self._fixed)
+            return y
+        parts = [rule(x[row, None, pad:], self._fixed[row, None]) for row, pad in enumerate(self._pass.pads)]
+        self._pass.fixed[self._index] = torch.cat([state for _, state in parts])
+        return torch.cat([F.pad(y, (0, 0, x.shape[1] - y.shape[1], 0)) for y, _ in parts])

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keifu.layers.attention.attention import Cache, Hidden, Scoring, attend
+from keifu.layers.attention.attention import Cache, CacheShape, Hidden, Scoring, attend
 from keifu.layers.attention.masks import Mask
 from keifu.layers.attention.positions import Positions, Rotary
 from keifu.layers.dropout import Dropout
@@ -44,9 +44,8 @@ class LatentAttention(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.n_heads, self.rank, self.plain, self.value_dim = n_heads, rank, plain, value_dim
-        self.n_kv_heads, self.head_dim = 1, rank + rotary.head_dim  # of the cache
         self.q, self.rotary, self.dropout = q, rotary, Dropout(dropout)
-        self.latent = Linear(dim, self.head_dim, bias)
+        self.latent = Linear(dim, rank + rotary.head_dim, bias)
         self.latent_norm = RMSNorm(rank, 1e-6)
         self.kv = Linear(rank, n_heads * (plain + value_dim), bias=False)
         self.out = Linear(n_heads * value_dim, dim, bias)
@@ -68,7 +67,7 @@ class LatentAttention(nn.Module):
             to_keys, to_values = self._matrices(latent)
             queries = torch.cat([torch.einsum("blhp,hpr->blhr", q, to_keys), q_turned], -1).transpose(1, 2)
             keys = torch.cat([latent, k_turned], -1).transpose(1, 2)
-            seen = cache.attend(queries, keys, keys, None, scoring).unflatten(-1, (self.n_heads, -1))
+            seen = cache.attend(queries, keys, None, None, scoring).unflatten(-1, (self.n_heads, -1))
             return self.out(torch.einsum("blhr,hvr->blhv", seen[..., : self.rank], to_values).flatten(-2))
         k, v = self.kv(latent[:, :, 0]).unflatten(-1, (self.n_heads, -1)).split([self.plain, self.value_dim], -1)
         k = torch.cat([k, k_turned.expand(-1, -1, self.n_heads, -1)], -1).transpose(1, 2)
@@ -87,6 +86,11 @@ class LatentAttention(nn.Module):
             weight = self.kv(torch.eye(self.rank, dtype=like.dtype, device=like.device)).mT
         to_keys, to_values = weight.unflatten(0, (self.n_heads, -1)).split([self.plain, self.value_dim], 1)
         return to_keys, to_values
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """Return the shape of what is kept of each token: its latent and the part with positions, once."""
+        return CacheShape(1, self.rank + self.rotary.head_dim, 0)
 
     @property
     def residual_weights(self) -> list[Tensor]:

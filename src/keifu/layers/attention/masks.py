@@ -23,6 +23,7 @@ class DocumentMask:
     """Each token sees itself and those before it in its own document; one object serves all layers of a pass."""
 
     def __init__(self, documents: Tokens):
+        self.documents = documents
         places = torch.arange(documents.shape[1], device=documents.device)
         self.apart = places[:, None] - places
         self.same = (documents[:, :, None] == documents[:, None]) & (self.apart >= 0)
@@ -30,6 +31,15 @@ class DocumentMask:
     def visible(self, seen: int, window: int | None) -> Bool[Tensor, "batch 1 length seen"]:
         near = self.same if window is None else self.same & (self.apart < window)
         return near[:, None]
+
+
+def segments_of(mask: "CausalMask | DocumentMask | None", length: int) -> Int[Tensor, "batch length"] | None:
+    """Return the numbers of the documents of each row, left padding being one; None where a row is one sequence."""
+    if isinstance(mask, DocumentMask):
+        return mask.documents
+    if mask is None or mask.padding is None:
+        return None
+    return (torch.arange(length, device=mask.padding.device) >= mask.padding[:, None]).long()
 
 
 def positions_in(documents: Tokens) -> Tokens:

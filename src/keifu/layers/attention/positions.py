@@ -136,13 +136,18 @@ class Rotation:
     interleaved: bool
 
     def apply(self, x: Float[Tensor, "batch length heads head_dim"]) -> Float[Tensor, "batch length heads head_dim"]:
-        """Turn every pair of numbers by its angle; pairs are (0, 1), (2, 3), ... or (0, half), (1, half + 1), ..."""
+        """Turn every pair of numbers by its angle; pairs are (0, 1), (2, 3), ... or (0, half), (1, half + 1), ...
+
+        Numbers behind the last pair stay (partial rotary positions: GPT-J, 2021).
+        """
+        x, rest = x.tensor_split([2 * self.cos.shape[-1]], -1)
         cos, sin = self.cos.unsqueeze(-2).to(x.dtype), self.sin.unsqueeze(-2).to(x.dtype)
         if self.interleaved:
             a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-            return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+            return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
         a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 class Rotary(nn.Module):

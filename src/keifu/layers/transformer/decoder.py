@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.attention import Cache
+from keifu.layers.attention.attention import Cache, CacheShape
 from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask, DocumentMask, Mask, positions_in
 from keifu.layers.attention.positions import LearnedPositions, Positions
@@ -160,10 +160,10 @@ class DecoderLM(nn.Module):
         return KVState(self.cache_layers, rows, capacity, self.embedding.weight)
 
     @property
-    def cache_layers(self) -> list[tuple[int, int]]:
-        """Heads of keys and values, and their size, for each layer."""
+    def cache_layers(self) -> list[CacheShape]:
+        """Return the shape that each layer keeps of the tokens so far."""
         blocks: list[Any] = list(self.blocks)
-        return [(block.attention.n_kv_heads, block.attention.head_dim) for block in blocks]
+        return [block.attention.cache_shape for block in blocks]
 
     def _within(self, positions: Tensor, longest: int) -> Tensor:
         room = self.positions.num_embeddings if self.positions else longest

@@ -237,6 +237,6 @@ def read_global_layers(json: Mapping[str, Any], every: int) -> tuple[int, ...] |
     return None if layers == tuple(range(every - 1, n_layers, every)) else layers
 
 
-def layer_types(n_layers: int, full: Collection[int]) -> list[str]:
+def layer_types(n_layers: int, full: Collection[int], other: str = "sliding_attention") -> list[str]:
     """Return the published `layer_types`; `full` are the layers with full attention."""
-    return ["full_attention" if layer in full else "sliding_attention" for layer in range(n_layers)]
+    return ["full_attention" if layer in full else other for layer in range(n_layers)]

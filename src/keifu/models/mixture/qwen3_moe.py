@@ -88,9 +88,14 @@ def from_published(json: dict[str, Any]) -> Config:
     fields = hf.read_fields(json, FIELDS)
     if not json.get("use_sliding_window", False):
         fields["sliding_window"] = None
+    return Config(**fields, **hf.read_rope(json), dense_layers=read_dense_layers(json))
+
+
+def read_dense_layers(json: dict[str, Any]) -> tuple[int, ...]:
+    """Read which layers have no experts."""
     step, n_layers = json.get("decoder_sparse_step", 1), hf.check_layers(json, "num_hidden_layers")
     dense = {*(json.get("mlp_only_layers") or ()), *(layer for layer in range(n_layers) if (layer + 1) % step)}
-    return Config(**fields, **hf.read_rope(json), dense_layers=tuple(sorted(dense)))
+    return tuple(sorted(dense))
 
 
 def to_published(config: Config) -> dict[str, Any]:

@@ -1,0 +1,249 @@
+"""Gated DeltaNet (Yang et al., 2024): attention whose memory is one matrix for each head, of a size that does not grow.
+
+For each token the matrix S fades by exp(log_decay), and the value that it holds for the token's key moves towards the
+token's value by the share `strength` (the delta rule): S ← exp(log_decay) · S, then S ← S + k (strength · (v - Sᵀk))ᵀ.
+The output is Sᵀq. Decoding computes just that; texts are computed in chunks of 64 tokens by matrix products.
+
+Axes: batch, length, heads, chunks, chunk = tokens of a chunk, key_dim, value_dim, channels; numbers = of a state.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.attention.attention import Cache, CacheShape
+from keifu.layers.attention.masks import CausalMask, DocumentMask, segments_of
+from keifu.layers.linear import Linear
+from keifu.layers.normalisation import GatedRMSNorm
+
+Hidden = Float[Tensor, "batch length dim"]
+State = Float[Tensor, "batch heads key_dim value_dim"]
+Segments = Int[Tensor, "batch length"] | None
+
+CHUNK = 64
+
+
+class Signals(NamedTuple):
+    """Inputs of the delta rule, at least in float32; strength and log_decay are a number for each token and head."""
+
+    q: Float[Tensor, "batch heads length key_dim"]
+    k: Float[Tensor, "batch heads length key_dim"]
+    v: Float[Tensor, "batch heads length value_dim"]
+    strength: Float[Tensor, "batch heads length"]
+    log_decay: Float[Tensor, "batch heads length"]
+
+
+def delta_step(signals: Signals, state: State) -> tuple[Float[Tensor, "batch heads 1 value_dim"], State]:
+    """Apply the gated delta rule to one token (Yang et al., 2024, equation 10)."""
+    q, k, v, strength, log_decay = signals
+    state = state * log_decay.exp()[..., None]
+    state = state + k.mT @ (strength[..., None] * (v - k @ state))
+    return q @ state, state
+
+
+def delta_rule(
+    signals: Signals, state: State, segments: Segments = None
+) -> tuple[Float[Tensor, "batch heads length value_dim"], State]:
+    """Apply the gated delta rule to a sequence, in chunks (Yang et al., 2024, section 3.3); return outputs and state.
+
+    Within a chunk the corrections depend on each other: they solve a triangular system. segments: numbers the documents
+    of a row; equal neighbours belong together, and the state of one does not reach the next.
+    """
+    length = signals.q.shape[2]
+    if length == 1 and segments is None:
+        return delta_step(signals, state)
+    size = min(CHUNK, length)
+    rest = -length % size
+    q, k, v = (F.pad(x, (0, 0, 0, rest)).unflatten(2, (-1, size)) for x in signals[:3])
+    strength, log_decay = (F.pad(x, (0, rest)).unflatten(2, (-1, size)) for x in signals[3:])
+    total = log_decay.cumsum(-1)  # decay since the chunk's beginning
+    pairs = total[..., :, None] - total[..., None, :]
+    fading = pairs.masked_fill(torch.ones_like(pairs, dtype=torch.bool).triu(1), -torch.inf).exp()
+    entering, leaving, through = total.exp(), (total[..., -1:] - total).exp(), total[..., -1].exp()
+    if segments is not None:
+        same, first, last, whole = _connections(F.pad(segments, (0, rest), value=-1).unflatten(1, (-1, size)))
+        fading, entering, leaving, through = fading * same, entering * first, leaving * last, through * whole
+    weighted = strength[..., None] * k
+    system = (weighted @ k.mT) * fading
+    wanted = torch.cat([strength[..., None] * v, weighted * entering[..., None]], -1)
+    solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+    values, reading = solved.split([v.shape[-1], k.shape[-1]], -1)
+    within, q, k = (q @ k.mT) * fading, q * entering[..., None], k * leaving[..., None]
+    outputs = []
+    for chunk in range(q.shape[2]):
+        new = values[:, :, chunk] - reading[:, :, chunk] @ state
+        outputs.append(q[:, :, chunk] @ state + within[:, :, chunk] @ new)
+        state = state * through[:, :, chunk, None, None] + k[:, :, chunk].mT @ new
+    return torch.cat(outputs, 2)[:, :, :length], state
+
+
+def _connections(segments: Int[Tensor, "batch chunks chunk"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return as 0 or 1 which tokens of a chunk are of one segment, which are of the segment before the chunk, which are
+    of its last segment, and whether the chunk is of one segment with what is before it."""
+    last = segments[..., -1:]
+    before = torch.cat([segments[:, :1, :1], last[:, :-1]], 1)
+    same = segments[..., :, None] == segments[..., None, :]
+    return same[:, None], (segments == before)[:, None], (segments == last)[:, None], (last == before)[:, None, :, 0]
+
+
+class ShortConvolution(nn.Module):
+    """Causal convolution of each channel by itself over the last `size` tokens, and SiLU."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, size))
+        nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
+
+    def forward(
+        self, x: Float[Tensor, "batch length channels"], before: Float[Tensor, "batch earlier channels"],
+        segments: Segments = None,
+    ) -> Float[Tensor, "batch length channels"]:  # fmt: skip
+        """Convolve `x`, which follows the `size` - 1 tokens `before`; tokens of another segment count as 0."""
+        joined = torch.cat([before, x], 1).mT
+        if segments is None:
+            return F.silu(F.conv1d(joined, self.weight, groups=x.shape[2]).mT)
+        earlier = before.shape[1]
+        place = torch.arange(x.shape[1], device=x.device)[:, None] - torch.arange(earlier, -1, -1, device=x.device)
+        same = (segments[:, place.clamp(min=0)] == segments[..., None]) & (place >= 0)
+        y = (joined.unfold(2, earlier + 1, 1) * self.weight * same[:, None]).sum(-1).mT
+        return F.silu(y)
+
+
+class SeparateInputs(nn.Module):
+    """Projections to queries, keys and values; to the output's gate; to strengths; and to decays (Qwen3.5)."""
+
+    def __init__(self, dim: int, heads: "Heads"):
+        super().__init__()
+        self.qkv, self.gate = Linear(dim, heads.channels, bias=False), Linear(dim, heads.value_width, bias=False)
+        self.strength, self.decay = (Linear(dim, heads.values, bias=False) for _ in range(2))
+
+    def signals(self, x: Hidden) -> tuple[Tensor, ...]:
+        """Return queries, keys and values in one, the gate, the strengths and the decays."""
+        return self.qkv(x), self.gate(x), self.strength(x), self.decay(x)
+
+
+class GroupedInputs(nn.Module):
+    """The same projections as two matrices, with what belongs to a head of keys next to each other (Qwen3-Next)."""
+
+    def __init__(self, dim: int, heads: "Heads"):
+        super().__init__()
+        self.heads = heads
+        self.main = Linear(dim, heads.channels + heads.value_width, bias=False)
+        self.numbers = Linear(dim, 2 * heads.values, bias=False)
+
+    def signals(self, x: Hidden) -> tuple[Tensor, ...]:
+        """Return queries, keys and values in one, the gate, the strengths and the decays."""
+        heads = self.heads
+        group = heads.values // heads.keys
+        sizes = [heads.key_dim, heads.key_dim, group * heads.value_dim, group * heads.value_dim]
+        q, k, v, gate = (part.flatten(2) for part in self.main(x).unflatten(-1, (heads.keys, -1)).split(sizes, -1))
+        strength, decay = (part.flatten(2) for part in self.numbers(x).unflatten(-1, (heads.keys, -1)).chunk(2, -1))
+        return torch.cat([q, k, v], -1), gate, strength, decay
+
+
+class Heads(NamedTuple):
+    """Heads of keys and of values, and the size of each; a head of keys serves values / keys heads of values."""
+
+    keys: int
+    values: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def value_width(self) -> int:
+        """Numbers of all heads of values."""
+        return self.values * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Numbers of queries, keys and values."""
+        return 2 * self.keys * self.key_dim + self.value_width
+
+
+class GatedDeltaNet(nn.Module):
+    """Layer used instead of attention: a short convolution, the gated delta rule, and a gated norm.
+
+    heads: their numbers and sizes. inputs: makes the signals of the layer. size: tokens of the convolution.
+    """
+
+    window = None
+
+    def __init__(
+        self, dim: int, heads: Heads, inputs: Callable[[int, Heads], SeparateInputs | GroupedInputs], size: int = 4,
+        eps: float = 1e-6,
+    ):  # fmt: skip
+        super().__init__()
+        if heads.values % heads.keys:
+            raise UserError(f"{heads.keys} heads of keys must divide the {heads.values} heads of values.")
+        self.heads, self.inputs = heads, inputs(dim, heads)
+        self.convolution = ShortConvolution(heads.channels, size)
+        self.log_rate = nn.Parameter(torch.empty(heads.values))
+        self.decay_bias = nn.Parameter(torch.ones(heads.values))
+        self.norm = GatedRMSNorm(heads.value_dim, eps)
+        self.output = Linear(heads.value_width, dim, bias=False)
+        nn.init.uniform_(self.log_rate, 0.01, 16.0)
+        self.log_rate.data.log_()
+        self.sizes = ((size - 1) * heads.channels, heads.values * heads.key_dim * heads.value_dim)
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """Return the shape of what is kept of a sequence: nothing for a token, and a state of fixed size."""
+        return CacheShape(fixed=sum(self.sizes))
+
+    def forward(
+        self, x: Hidden, mask: CausalMask | DocumentMask | None = None, positions: object = None,
+        cache: Cache | None = None,
+    ) -> Hidden:  # fmt: skip
+        """With a cache `x` are new tokens, which follow those before; otherwise `mask` says where documents begin."""
+        mixed, gate, strength, decay = self.inputs.signals(x)
+        joined = torch.cat([mixed, strength, decay], -1)
+        if cache is not None:
+            y = cache.recur(self._recur, joined)
+        else:
+            y, _ = self._recur(joined, joined.new_zeros(len(x), sum(self.sizes)), segments_of(mask, x.shape[1]))
+        shape = (-1, self.heads.value_dim)
+        return self.output(self.norm(y.unflatten(-1, shape), gate.unflatten(-1, shape)).flatten(2))
+
+    def _recur(
+        self, x: Float[Tensor, "batch length channels"], state: Float[Tensor, "batch numbers"],
+        segments: Segments = None,
+    ) -> tuple[Float[Tensor, "batch length out"], Float[Tensor, "batch numbers"]]:  # fmt: skip
+        """Return the output for each new token and the state after the last."""
+        heads = self.heads
+        mixed, strength, decay = x.split([heads.channels, heads.values, heads.values], -1)
+        tail, memory = state.split(self.sizes, -1)
+        before = tail.unflatten(1, (-1, heads.channels)).to(x.dtype) if self.sizes[0] else mixed[:, :0]
+        signals = self._signals(self.convolution(mixed, before, segments), strength, decay)
+        with torch.autocast(x.device.type, enabled=False):
+            matrix = memory.to(signals.q.dtype).unflatten(1, (heads.values, heads.key_dim, heads.value_dim))
+            y, matrix = delta_rule(signals, matrix, segments)
+        tail = torch.cat([before, mixed], 1)[:, mixed.shape[1] :]
+        state = torch.cat([tail.flatten(1).to(matrix.dtype), matrix.flatten(1)], 1)
+        return y.transpose(1, 2).flatten(2).to(x.dtype), state
+
+    def _signals(self, mixed: Tensor, strength: Tensor, decay: Tensor) -> Signals:
+        """Return the inputs of the rule: keys and queries of length 1, and each decay between 0 and 1."""
+        heads, width = self.heads, self.heads.keys * self.heads.key_dim
+        wide = torch.promote_types(mixed.dtype, torch.float32)
+        q, k, v = mixed.to(wide).split([width, width, heads.value_width], -1)
+        q, k, v = (
+            part.unflatten(-1, (-1, size)).transpose(1, 2)
+            for part, size in ((q, heads.key_dim), (k, heads.key_dim), (v, heads.value_dim))
+        )
+        q, k = (_unit(part).repeat_interleave(heads.values // heads.keys, 1) for part in (q, k))
+        log_decay = -self.log_rate.to(wide).exp() * F.softplus(decay.to(wide) + self.decay_bias)
+        return Signals(q * heads.key_dim**-0.5, k, v, strength.sigmoid().to(wide).mT, log_decay.mT)
+
+    @property
+    def residual_weights(self) -> list[Tensor]:
+        """Return the matrices whose outputs are added to the residual stream."""
+        return [self.output.weight]
+
+
+def _unit(x: Float[Tensor, "*batch key_dim"]) -> Float[Tensor, "*batch key_dim"]:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

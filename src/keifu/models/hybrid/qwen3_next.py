@@ -1,0 +1,165 @@
+"""Qwen3-Next (Qwen Team, 2025): three layers of Gated DeltaNet (Yang et al., 2024) for each layer of attention.
+
+A Gated DeltaNet keeps one matrix for each head instead of keys and values of each token, so that decoding costs the
+same behind any number of tokens. Attention recalls exactly: it is gated, and turns a quarter of each head by position.
+The feed-forward networks are Qwen3-MoE's, smaller and more, with a shared expert. Multi-token prediction, a further
+layer of the published training, is not implemented.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from keifu.layers.activations import activation
+from keifu.layers.attention.attention import GatedAttention
+from keifu.layers.attention.positions import Rotary
+from keifu.layers.feedforward import GatedFeedForward
+from keifu.layers.mixture import GatedNetwork
+from keifu.layers.normalisation import UnitOffsetRMSNorm
+from keifu.layers.recurrent.gated_delta import GatedDeltaNet, GroupedInputs, Heads
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import llama, qwen3
+from keifu.models.hf import config as hf
+from keifu.models.mixture import mixtral, qwen3_moe
+
+
+@dataclass(frozen=True)
+class Config(llama.DecoderConfig):
+    """Sizes and settings of a model; the defaults are Qwen3-Next-80B-A3B.
+
+    `expert_dim` is the inner dimension of one expert, `shared_dim` that of the expert of all tokens, `hidden_dim` that
+    of the layers in `dense_layers`, which have no experts. `rope_dim` numbers of a head turn by position.
+    """
+
+    vocab_size: int = 151_936
+    context_length: int = 262_144
+    dim: int = 2048
+    hidden_dim: int = 5120
+    expert_dim: int = 512
+    shared_dim: int = 512
+    n_layers: int = 48
+    n_heads: int = 16
+    n_kv_heads: int = 2
+    head_dim: int = 256
+    rope_dim: int = 64
+    n_linear_key_heads: int = 16
+    n_linear_value_heads: int = 32
+    linear_key_dim: int = 128
+    linear_value_dim: int = 128
+    convolution: int = 4  # tokens of the short convolution
+    global_layers: tuple[int, ...] | None = None  # with attention; None: every fourth, from layer 3 on
+    n_experts: int | None = 512  # None: all layers are dense
+    n_experts_per_token: int = 10
+    normalised: bool = True  # the weights of a token's experts sum to 1
+    dense_layers: tuple[int, ...] = ()
+    balancing: float = 0.001  # coefficient of the balancing loss
+    norm_eps: float = 1e-6
+    rope_theta: float = 1e7
+    attention_bias: bool = False
+
+
+SIZES = {"qwen3-next-80b-a3b": Config()}
+PAPER_PARAMETERS = {"qwen3-next-80b-a3b": 80e9}
+
+
+def build(config: Config) -> DecoderLM:
+    """Build a model; it is initialised as Qwen3 is here."""
+    return assemble(config, GroupedInputs)
+
+
+def assemble(config: Any, inputs: Callable[..., Any]) -> DecoderLM:
+    """Build a hybrid whose Gated DeltaNets make their signals by `inputs`."""
+    mixer = partial(_mixer, config, inputs, llama.global_layers(config, 4))
+    return llama.assemble(config, mixer, partial(_feedforward, config), norm=UnitOffsetRMSNorm)
+
+
+def _mixer(config: Any, inputs: Callable[..., Any], full: tuple[int, ...], layer: int) -> nn.Module:
+    if layer in full:
+        norm = partial(UnitOffsetRMSNorm, config.head_dim, config.norm_eps)
+        rotary = Rotary(config.rope_dim, config.rope_theta, config.rope_scaling)
+        return llama.attention(config, config.attention_bias, GatedAttention, rotary=rotary, qk_norm=(norm(), norm()))
+    numbers = config.n_linear_key_heads, config.n_linear_value_heads
+    heads = Heads(*numbers, config.linear_key_dim, config.linear_value_dim)
+    return GatedDeltaNet(config.dim, heads, inputs, config.convolution, config.norm_eps)
+
+
+def _feedforward(config: Any, layer: int) -> nn.Module:
+    if layer in config.dense_layers or not config.n_experts:
+        return llama.gated(config, layer)
+    mixture = mixtral.mixture(config, config.expert_dim, config.normalised)
+    shared = GatedFeedForward(config.dim, config.shared_dim, activation(config.activation))
+    mixture.shared = GatedNetwork(config.dim, shared)
+    return mixture
+
+
+_MIXER = {"convolution": "conv1d", "log_rate": "A_log", "decay_bias": "dt_bias", "norm": "norm", "output": "out_proj"}
+SHARED_NAMES = qwen3.WEIGHT_NAMES | qwen3_moe.EXPERT_NAMES | {
+    **{f"blocks.*.attention.{ours}": f"model.layers.*.linear_attn.{theirs}" for ours, theirs in _MIXER.items()},
+    "blocks.*.feedforward.shared.gate": "model.layers.*.mlp.shared_expert_gate",
+    "blocks.*.feedforward.shared.network.gate_up": "model.layers.*.mlp.shared_expert.[gate,up]_proj",
+    "blocks.*.feedforward.shared.network.down": "model.layers.*.mlp.shared_expert.down_proj",
+}  # fmt: skip
+WEIGHT_NAMES = SHARED_NAMES | {
+    "blocks.*.attention.inputs.main": "model.layers.*.linear_attn.in_proj_qkvz",
+    "blocks.*.attention.inputs.numbers": "model.layers.*.linear_attn.in_proj_ba",
+}
+PREFIX = "model."
+MODEL_TYPES = {"qwen3_next": "Qwen3NextForCausalLM"}
+
+SHARED_FIELDS: hf.Fields = qwen3.FIELDS | {
+    "head_dim": hf.Field("head_dim", 256),
+    "n_linear_key_heads": hf.Field("linear_num_key_heads", 16),
+    "n_linear_value_heads": hf.Field("linear_num_value_heads", 32),
+    "linear_key_dim": hf.Field("linear_key_head_dim", 128),
+    "linear_value_dim": hf.Field("linear_value_head_dim", 128),
+    "convolution": hf.Field("linear_conv_kernel_dim", 4),
+}
+EXPERT_FIELDS: hf.Fields = {
+    "expert_dim": hf.Field("moe_intermediate_size", 512),
+    "shared_dim": hf.Field("shared_expert_intermediate_size", 512),
+    "n_experts": hf.Field("num_experts", 512),
+    "n_experts_per_token": hf.Field("num_experts_per_tok", 10),
+    "balancing": hf.Field("router_aux_loss_coef", 0.001, float),
+}
+FIELDS: hf.Fields = SHARED_FIELDS | EXPERT_FIELDS | {
+    "hidden_dim": hf.Field("intermediate_size", 5632),
+    "n_kv_heads": hf.Field("num_key_value_heads", 2),
+    "normalised": hf.Field("norm_topk_prob", True),
+}  # fmt: skip
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of a Hugging Face config.json of model_type qwen3_next."""
+    return Config(**read_hybrid(json, FIELDS), dense_layers=qwen3_moe.read_dense_layers(json))
+
+
+def read_hybrid(json: dict[str, Any], fields: hf.Fields) -> dict[str, Any]:
+    """Read the fields of a hybrid, its rotary positions and its layers with attention."""
+    read = hf.read_fields(json, fields)
+    rope = {**(json.get("rope_parameters") or json.get("rope_scaling") or {})}
+    part = rope.pop("partial_rotary_factor", json.get("partial_rotary_factor", 0.25))
+    found = hf.read_rope({**json, "rope_parameters": rope, "partial_rotary_factor": None})
+    every = json.get("full_attention_interval", 4)
+    layers = hf.read_global_layers({**json, "sliding_window_pattern": every}, 4)
+    return {**read, **found, "rope_dim": int(read["head_dim"] * part), "global_layers": layers}
+
+
+def write_hybrid(config: Any) -> dict[str, Any]:
+    """Return the fields of `read_hybrid` that no table has."""
+    rope = hf.write_rope(config.rope_theta, config.rope_scaling)
+    part = {"partial_rotary_factor": config.rope_dim / config.head_dim}
+    types = hf.layer_types(config.n_layers, llama.global_layers(config, 4), "linear_attention")
+    return {**rope, **part, "rope_parameters": rope["rope_parameters"] | part, "layer_types": types}
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return the config.json that transformers and vLLM read."""
+    return {
+        **hf.write(config, MODEL_TYPES, FIELDS),
+        **write_hybrid(config),
+        "mlp_only_layers": [*config.dense_layers],
+        "decoder_sparse_step": 1,
+    }
