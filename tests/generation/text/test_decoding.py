@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from generation_toys import TOYS
 from scored import score_sampled
 from torch import nn
 
@@ -19,6 +20,7 @@ from keifu.generation.text.model import causal, evaluation_mode
 from keifu.generation.text.runner import TorchRunner
 from keifu.generation.text.sampling_params import SamplingParams
 
+SLOW = [pytest.mark.slow]
 EVERYTHING = SamplingParams(
     temperature=0.8,
     top_k=60,
@@ -33,6 +35,18 @@ EVERYTHING = SamplingParams(
 )
 PLAIN = SamplingParams(max_tokens=31, seed=5, log_probabilities=True)
 GREEDY = SamplingParams(temperature=0, max_tokens=24, seed=0, log_probabilities=True)
+
+SAMPLINGS = {"plain": PLAIN, "everything": EVERYTHING, "greedy": GREEDY}
+QUICK = {("plain", 4), ("everything", 1), ("everything", 23), ("greedy", 23)}  # the others are marked slow
+SAMPLED = [
+    pytest.param(SAMPLINGS[name], length, id=f"{name}-{length}", marks=[] if (name, length) in QUICK else SLOW)
+    for name in SAMPLINGS for length in (1, 4, 23)
+]  # fmt: skip
+of_two_models = pytest.mark.parametrize(  # where the model hardly matters: the others are marked slow
+    "model",
+    [pytest.param(name, marks=[] if name in ("gpt2", "windows and global layers") else SLOW) for name in TOYS],
+    indirect=True,
+)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -52,10 +66,9 @@ def same(a: Completion, b: Completion) -> None:
     close(a.sampled_log_probabilities, b.sampled_log_probabilities)
 
 
-@pytest.mark.parametrize("length", [1, 4, 23])
-@pytest.mark.parametrize("sampling", [PLAIN, EVERYTHING, GREEDY], ids=["plain", "everything", "greedy"])
+@pytest.mark.parametrize(("sampling", "length"), SAMPLED)
 def test_a_generated_text_scored_in_one_pass_has_its_log_probabilities(
-    model: nn.Module, tokenizer: Tokenizer, length: int, sampling: SamplingParams
+    model: nn.Module, tokenizer: Tokenizer, sampling: SamplingParams, length: int
 ) -> None:
     [written] = generate_batch(model, tokenizer, [prompt(length)], sampling)
     text = torch.tensor(prompt(length) + written.tokens)
@@ -71,7 +84,7 @@ def test_models_are_sharp_enough_for_these_tests(model: nn.Module, tokenizer: To
     assert -4 < sum(one.log_probabilities) / len(one.tokens) < -0.05
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16])
+@pytest.mark.parametrize("chunk", [1, pytest.param(5, marks=SLOW), 16])
 def test_prompts_read_in_chunks_give_the_same(
     model: nn.Module, tokenizer: Tokenizer, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +116,7 @@ def test_every_request_of_a_ragged_batch_gets_what_it_gets_alone(model: nn.Modul
             same(batched, alone[i])
 
 
+@of_two_models
 def test_a_seed_decides_and_belongs_to_the_request(model: nn.Module, tokenizer: Tokenizer) -> None:
     def written(seeds: list[int]) -> list[list[int]]:
         prompts = [prompt(5)] * len(seeds)
@@ -114,6 +128,7 @@ def test_a_seed_decides_and_belongs_to_the_request(model: nn.Module, tokenizer: 
     assert written([2, 9])[0] == b
 
 
+@of_two_models
 def test_a_seed_counts_from_the_start_of_the_text(model: nn.Module, tokenizer: Tokenizer) -> None:
     """Stopped and taken up again with the same seed, a text goes on as if it had never stopped."""
     [whole] = generate_batch(model, tokenizer, [prompt(5)], PLAIN)
@@ -122,6 +137,7 @@ def test_a_seed_counts_from_the_start_of_the_text(model: nn.Module, tokenizer: T
     assert begun + rest.tokens == whole.tokens
 
 
+@of_two_models
 def test_a_fresh_seed_is_reported_and_reproduces(model: nn.Module, tokenizer: Tokenizer) -> None:
     unseeded = replace(PLAIN, seed=None, temperature=2.0)
     [first], [second] = (generate_batch(model, tokenizer, [prompt(5)], unseeded) for _ in range(2))
@@ -162,6 +178,7 @@ def test_bad_lengths_to_score(model: nn.Module) -> None:
         score_sampled(model, torch.tensor(prompt(8)), 0, PLAIN)
 
 
+@of_two_models
 def test_tokens_without_a_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
     prompts = [prompt(6, 1), prompt(6, 2)]
     done = generate_batch(model, tokenizer, prompts, GREEDY)
@@ -170,6 +187,7 @@ def test_tokens_without_a_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> N
     assert [(each.text, len(each.tokens), each.finish_reason) for each in found] == [("", 24, "length")] * 2
 
 
+@of_two_models
 def test_dropout_is_off_while_writing_and_modes_come_back(model: nn.Module, tokenizer: Tokenizer) -> None:
     [expected] = generate_batch(model, tokenizer, [prompt(5)], PLAIN)
     model.train()
@@ -185,6 +203,7 @@ def test_dropout_is_off_while_writing_and_modes_come_back(model: nn.Module, toke
     assert [module.training for module in model.modules()] == modes
 
 
+@of_two_models
 def test_no_gradient_and_no_mode_leaks_to_who_reads_the_stream(model: nn.Module, tokenizer: Tokenizer) -> None:
     for _ in stream(model, tokenizer, [prompt(5)], PLAIN):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -210,7 +229,7 @@ def test_the_memory_of_an_engine_is_what_its_scheduler_counts(model: nn.Module, 
     takes longer than a step to find all tensors."""
     before = tensor_bytes()
     engine = Engine(model, tokenizer, TorchRunner(causal(model), 90, 4))
-    for number in range(40):
+    for number in range(20):
         engine.add(engine.request(prompt(9 + number % 30, number % 7), replace(PLAIN, max_tokens=24, seed=number)))
     counted = engine.runner.n_blocks * engine.runner.block_size * engine.runner.token_bytes
     most, steps = 0, 0
@@ -219,7 +238,7 @@ def test_the_memory_of_an_engine_is_what_its_scheduler_counts(model: nn.Module, 
         steps += 1
         if not engine.work or not steps % 12:
             most = max(most, sum(size for place, size in tensor_bytes().items() if place not in before))
-    assert counted <= most <= 1.1 * counted + 40 * 261 * 4 * 12, "what is left are logits and counts of tokens"
+    assert counted <= most <= 1.1 * counted + 20 * 261 * 4 * 12, "what is left are logits and counts of tokens"
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from /proc")
@@ -236,6 +255,7 @@ def test_memory_is_taken_when_it_is_used(model: nn.Module, tokenizer: Tokenizer)
     assert (pages[1] - pages[0]) * resource.getpagesize() < 60 << 20
 
 
+@of_two_models
 def test_streams_that_are_read_in_turn_write_what_each_writes_alone(model: nn.Module, tokenizer: Tokenizer) -> None:
     """Of a model in training mode, some of it frozen in evaluation mode: the first stream to end changes nothing."""
     model.train()
