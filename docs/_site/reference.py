@@ -1,4 +1,4 @@
-"""The reference of commands and recipes: the help texts of the program itself, at a mark in a page."""
+"""The reference of commands, recipes and the catalogue: the texts of the program itself, at a mark in a page."""
 
 import io
 import os
@@ -35,13 +35,26 @@ def aligned(text: str) -> str:
     )
 
 
+def catalogue() -> str:
+    """Return the entries of `keifu data list` as a table, without the column about this computer."""
+    text = io.StringIO()
+    with redirect_stdout(text):
+        parse(["data", "list"])()
+    rows = [line.split("\t") for line in text.getvalue().strip().splitlines()]
+    cells = [[name, *rest[:2], *rest[3:]] for name, *rest in rows if len(rest) > 3]
+    lines = [f"| {' | '.join(row)} |" for row in [cells[0], ["---"] * len(cells[0]), *cells[1:]]]
+    return "\n".join(lines)
+
+
 def sections(commands: Iterable[list[str]]) -> str:
     """Return a heading for each command, and its help text below it."""
     return "\n\n".join(f"## {words[-1]}\n\n```text\n{help_of(*words)}\n```" for words in commands)
 
 
 def fill(page: str) -> str:
-    """Return the page with `<!-- verbs -->` and `<!-- recipes -->` replaced."""
+    """Return the page with `<!-- verbs -->`, `<!-- recipes -->` and `<!-- catalogue -->` replaced."""
+    if "<!-- catalogue -->" in page:
+        return page.replace("<!-- catalogue -->", catalogue())
     if "<!-- verbs -->" in page:
         return page.replace("<!-- verbs -->", sections([verb] for verb in VERBS))
     if "<!-- recipes -->" in page:

@@ -134,6 +134,14 @@ def test_the_list_of_recipes_is_aligned(site: Path) -> None:
     assert starts == {len("latent-diffusion")}
 
 
+@pytest.mark.parametrize("folder", ["", "ja"])
+def test_the_catalogue_is_in_the_site(site: Path, folder: str) -> None:
+    page = (site / folder / "reference/catalogue.html").read_text(encoding="utf-8")
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)]
+    assert {"smollm2", "mnist", "fashion-mnist", "openmoji"} <= {row[0] for row in rows if row}
+    assert all(len(row) == 5 for row in rows if row)
+
+
 @pytest.mark.parametrize(
     ("page", "dead"),
     [
