@@ -220,7 +220,7 @@ CHOICES: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", [pytest.param("all", marks=pytest.mark.slow), "text", "adapters"])
 def test_resumed_to_the_bit_in_the_midst_of_a_rollout(
     choice: str, base: Path, task: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,7 +90,11 @@ def test_without_the_rule_the_spike_is_in_the_run(whole: Path, tmp_path: Path) -
     assert checkpoint.steps(tmp_path) == [50, 60] and len(checkpoint.steps(whole)) > 2
 
 
-@pytest.mark.parametrize("stop_at", [(12,), (43,), (44,), (45,), (46,), (47,), (50,), (20, 43, 47), (45, 52)])
+STOPS = [(45,), (50,), (20, 43, 47)]
+STOPS += [pytest.param(stop, marks=pytest.mark.slow) for stop in ((12,), (43,), (44,), (46,), (47,), (45, 52))]
+
+
+@pytest.mark.parametrize("stop_at", STOPS)
 def test_stopped_anywhere_and_resumed_it_is_bitwise_the_same(whole: Path, tmp_path: Path, stop_at: tuple) -> None:
     """Among them: in the spike, between the spike and the rewind, right after it, and far behind it."""
     data, resume = Spoiled(stop_at=stop_at), False
