@@ -25,6 +25,8 @@ SMALLER = [  # what keeps a command as it is and makes it short
     (r"--max-tokens \d+", "--max-tokens 3"),
     (r"--count \d+", "--count 2"),
     (r"--limit \d+", "--limit 4"),
+    (r"--warmup \d+", "--warmup 1"),
+    (r"--minutes \d+", "--steps 2"),
     (
         r"^keifu train transformer.*",
         r"\g<0> --vocab-size 300 --model.dim 32 --model.n-layers 1 --model.n-decoder-layers 1",
@@ -89,7 +91,7 @@ def smaller(command: str) -> str:
     for pattern, replacement in SMALLER:
         command = re.sub(pattern, replacement, command)
     words = command.split()
-    if words[1] != "train" or words[2].startswith("-"):
+    if words[1] != "train" or len(words) < 3 or words[2].startswith("-"):
         return command
     given = re.findall(r"--\S+(?: [^-]\S*)?", ENOUGH.get(words[2], "--steps 2"))
     return " ".join([command, *(option for option in given if option.split()[0] not in words)])
@@ -123,10 +125,10 @@ def run(page: Path, capsys: pytest.CaptureFixture) -> int:
 def on_small_data(command: str) -> str:
     """Return a training on the small files of the repository instead of a large data set."""
     words = command.split()
-    if words[1] == "train" and "--data" not in words and words[2] in DEFAULTS:
+    if words[1] == "train" and "--data" not in words and words[-1] != "train" and words[2] in DEFAULTS:
         words[3:3] = ["--data", DEFAULTS[words[2]]]
     if words[1:3] == ["train", "gpt1-finetune"]:
-        return command.replace("--data wiki-summaries", "--data examples/data/reviews.csv --text text --label label")
+        return command.replace("--data wiki-summaries", "--data examples/data/reviews.csv --label label")
     named = [before.endswith("data") for before in ["", *words[:-1]]]
     return " ".join(DATA.get(word, word) if data else word for data, word in zip(named, words, strict=True))
 

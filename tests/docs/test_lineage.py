@@ -91,6 +91,24 @@ def test_a_page_has_all_its_parts(name: str) -> None:
     assert next(row for row in ROWS if row["name"] == name)["command"].split(" --")[0] in page
 
 
+def part(page: str, title: str) -> str:
+    """Return the text of a page below a heading."""
+    return page.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_part_of_a_page_has_what_a_learner_needs(name: str) -> None:
+    page = (DOCS / f"lineage/{name}.md").read_text(encoding="utf-8")
+    assert name == "perceptron" or re.search(r"Read \[.*?\]\(\w+\.md\)", part(page, "Prerequisites"))
+    new = part(page, "What was new")
+    assert re.search(r"\n(?:Here|With) \$", new)  # the symbols of the formula
+    assert re.search(r"!\[Block diagram[^\]]*\]\(\.\./pictures/diagrams/\w+\.svg\)", new)
+    assert re.search(r"print\(.*?```\n\n```text\n.*\d", part(page, "In code"), re.DOTALL)  # shapes or numbers
+    assert "```\nkeifu " in page or "```\n#" in part(page, "Run it")
+    assert len(re.findall(r"(?m)^- ", part(page, "Common misconceptions"))) >= 2
+    assert re.search(r"\]\(https://", part(page, "Sources"))
+
+
 def test_the_landmarks_are_in_order_of_years_and_come_from_earlier_ones() -> None:
     assert all(a.year <= b.year for a, b in pairwise(LANDMARKS))
     assert all(NAMES.index(parent) < NAMES.index(each.name) for each in LANDMARKS for parent in each.parents)
