@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from keifu import checkpoints, cli
-from keifu.commands.chat import Chat
+from keifu.commands.chat import Chat, print_answer
 from keifu.commands.shared import terminal
 from keifu.data.chat import conversations
 from keifu.data.tokenizers.chat_template import CHATML
@@ -121,7 +121,7 @@ class Echo:
         self.seeds: list[int] = []
         self.temperatures: list[float] = []
         self.system: str | None = None
-        self.finish_reason = "stop"
+        self.finish_reason, self.thinking = "stop", False
 
     def reset(self) -> None:
         self.messages = []
@@ -132,13 +132,13 @@ class Echo:
     def restore(self, messages: list[dict[str, str]]) -> None:
         self.messages = messages
 
-    def take_back(self) -> str:
+    def take_back(self) -> dict[str, str]:
         if not self.messages:
             raise UserError("There is no message to answer again: ask something first.")
-        text, self.messages = self.messages[-2]["content"], self.messages[:-2]
-        return text
+        message, self.messages = self.messages[-2], self.messages[:-2]
+        return message
 
-    def answer(self, text: str, settings: SamplingParams) -> Iterator[str]:
+    def answer(self, text: str, settings: SamplingParams, images: Sequence[Any] = ()) -> Iterator[str]:
         self.seeds.append(settings.seed or 0)
         self.temperatures.append(settings.temperature)
         if text == "fail":
@@ -363,3 +363,26 @@ def test_a_real_terminal(model: str, tmp_path: Path) -> None:
         os.close(terminal.end)
     [messages] = conversations.read(str(file))
     assert [each["role"] for each in messages] == ["user", "assistant"] and messages[0]["content"] == "Hello\nyou"
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, True), (True, False), (False, True)])
+def test_thoughts_are_dimmed_or_counted_in_a_terminal_alone(
+    terminal: bool, shown: bool, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk: Any = SimpleNamespace(thinking=False, answer=lambda *_: iter(["<thi", "nk>So", ".</think>", "\nYes", "."]))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    print_answer(talk, "Hi", SamplingParams(), (), shown)
+    said = capsys.readouterr().out
+    assert said.endswith("Yes.\n")
+    assert ("So" in said) == (terminal and shown) and ("3 characters" in said) == (terminal and not shown)
+    assert terminal or said == "Yes.\n"
+
+
+def test_thoughts_can_be_hidden(model: str, capsys: pytest.CaptureFixture) -> None:
+    from keifu.generation.text.chat import Conversation
+
+    chat = Chat(Conversation(*checkpoints.load(model)), SamplingParams(seed=1))
+    for word in ("hidden", "shown"):
+        chat.hear("/thoughts")
+        assert f"Thoughts are {word}." in capsys.readouterr().out
+    assert "has no option enable_thinking" in refused(capsys, model, "Hi", "--thinking", "on")

@@ -59,9 +59,10 @@ generate = Table("generate M Hi", {
     "json": Row("--json", GENERATE, "as_json"),
     "stream": Row("--stream", GENERATE, "streamed"),
     "guesses": Row("--guesses 7", GENERATE, "guesses", 7),
+    "thinking": Row("--thinking off", "keifu.generation.text.generate:as_prompt", "enable_thinking", False),
     "weights": Row("--weights int8", LOAD, "weights", "int8"),
     **sampling(GENERATE, "sampling"),
-}, {LOAD: WRITER, "keifu.generation.text.generate:as_prompt": lambda _, text, *more: text})  # fmt: skip
+}, {LOAD: WRITER, "keifu.generation.text.generate:as_prompt": lambda _, text, *more, **options: text})  # fmt: skip
 
 ANSWER, LOADED = "keifu.commands.chat:print_answer", "keifu.commands.chat:load_writer"
 TALK = "keifu.generation.text.chat:Conversation"
@@ -71,6 +72,7 @@ chat = Table("chat M Hi", {
     "file": Row("--file text.txt", ANSWER, "message", "Hi\n\none"),
     "system": Row("--system Briefly", TALK, "system", "Briefly"),
     "guesses": Row("--guesses 7", TALK, "guesses", 7),
+    "thinking": Row("--thinking off", TALK, "options.enable_thinking", False),
     "image": Row("--image a.png --image b.png", "keifu.commands.chat:read_pictures", "0", PICTURES),
     "json": Row("--json", "keifu.commands.chat:print_completion"),
     "weights": Row("--weights int8", LOADED, "weights", "int8"),

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_
 from keifu.errors import UserError, shell, unknown
 from keifu.generation.text.sampling_params import ANSWER_TOKENS
 
+DIM = "\033[2m{}\033[22m"
 EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
 
 
@@ -43,6 +45,7 @@ class Options(flags.Packed):
     json: bool = False
     """Print the answer, tokens, log-probabilities, seed, sampling and the reason for the end as JSON."""
     guesses: flags.Guesses = None
+    thinking: flags.Thinking = None
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags()
 
 
@@ -56,7 +59,9 @@ def run(options: Options) -> None:
     sampling, line = choose_sampling(tokenizer, options.sampling, ANSWER_TOKENS)
     from keifu.generation.text.chat import Conversation
 
-    conversation = Conversation(model, tokenizer, options.system, options.guesses)
+    conversation = Conversation(
+        model, tokenizer, options.system, options.guesses, flags.template_variables(options.thinking)
+    )
     if not question:
         print(f"{options.model}: {line}.")
         Chat(conversation, sampling).talk()
@@ -71,12 +76,26 @@ def run(options: Options) -> None:
 
 
 def print_answer(
-    conversation: "Conversation", message: str, sampling: "SamplingParams", images: Sequence[Any] = ()
-) -> None:
-    """Print the answer to a message as it is written."""
+    conversation: "Conversation", message: str, sampling: "SamplingParams", images: Sequence[Any] = (),
+    thoughts: bool = True,
+) -> None:  # fmt: skip
+    """Print the answer to a message as it is written. Thoughts before it are shown in a terminal alone: dimmed, or how
+    long they are."""
+    from keifu.data.chat.thoughts import ThoughtSplitter
+
+    pieces, length = conversation.answer(message, sampling, images), 0
+    splitter, terminal = ThoughtSplitter(conversation.thinking), sys.stdout.isatty()
     try:
-        for piece in conversation.answer(message, sampling, images):
-            print(piece, end="", flush=True)
+        for piece in chain(pieces, [None]):
+            thought, text = splitter.end() if piece is None else splitter(piece)
+            length += len(thought)
+            if thought and thoughts and terminal:
+                print(DIM.format(thought), end="", flush=True)
+            if length and terminal and (text or piece is None):
+                hidden = DIM.format(f"({length:,} characters of thoughts; /thoughts shows them)")
+                print("\n" if thoughts else hidden)
+                length = 0
+            print(text, end="", flush=True)
     finally:
         print(flush=True)
 
@@ -121,7 +140,7 @@ class Chat:
 
     def __init__(self, conversation: "Conversation", sampling: "SamplingParams"):
         self.conversation, self.sampling = conversation, sampling
-        self.over = False
+        self.over, self.shows_thoughts = False, True
         self.files: set[Path] = set()  # those that hold this conversation
         self.images: list[Any] = []  # pictures of the next message
         self.commands = {
@@ -132,6 +151,7 @@ class Chat:
             "/load": Command("FILE", "go on with a conversation that was saved", self._load),
             "/retry": Command("", "answer the last message once more, with another seed", self._retry),
             "/temperature": Command("NUMBER", "set the temperature; without a number, show it", self._temperature),
+            "/thoughts": Command("", "show thoughts, dimmed, or only how long they are", self._thoughts),
             "/reset": Command("", "forget the messages, but not the system prompt", self._reset),
             "/bye": Command("", "leave, as /exit and Ctrl-D do", self._leave),
         }
@@ -192,7 +212,7 @@ class Chat:
         command.act(argument.strip())
 
     def _answer(self, message: str, images: Sequence[Any] = ()) -> None:
-        print_answer(self.conversation, message, self.sampling, images)
+        print_answer(self.conversation, message, self.sampling, images, self.shows_thoughts)
         self.sampling = replace(self.sampling, seed=(self.sampling.seed or 0) + 1)
         tell_cut(self.conversation.finish_reason)
 
@@ -256,6 +276,10 @@ class Chat:
         if text:
             self.sampling = replace(self.sampling, temperature=_number(text))
         print(f"The temperature is {self.sampling.temperature:g}.")
+
+    def _thoughts(self, _: str) -> None:
+        self.shows_thoughts = not self.shows_thoughts
+        print(f"Thoughts are {'shown' if self.shows_thoughts else 'hidden'}.")
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()

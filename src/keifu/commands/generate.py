@@ -40,6 +40,7 @@ class Options(flags.Packed):
     stream: bool = False
     """Print the text as it is written, in a pipe too."""
     guesses: flags.Guesses = None
+    thinking: flags.Thinking = None
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags()
 
 
@@ -50,7 +51,8 @@ def run(options: Options) -> None:
     from keifu.generation.text.generate import as_prompt
 
     sampling, line = choose_sampling(tokenizer, options.sampling, max_tokens=256)
-    prompt = as_prompt(tokenizer, text, options.raw, model.config, read_pictures(options.image))
+    variables = flags.template_variables(options.thinking)
+    prompt = as_prompt(tokenizer, text, options.raw, model.config, read_pictures(options.image), **variables)
     notice(line if isinstance(prompt, str) else f"{line}; through the chat template, --raw leaves it out")
     streamed = options.stream or sys.stdout.isatty()
     reason = print_text(model, tokenizer, prompt, sampling, options.json, streamed, options.guesses)

@@ -71,6 +71,19 @@ def test_history_follows_the_template(script: Any, chatter: Tokenizer) -> None:
     assert Conversation(talk.model, chatter).messages == []
 
 
+def test_thoughts_are_apart_and_old_ones_are_the_templates_matter(script: Any, chatter: Tokenizer) -> None:
+    opens = "{% if add_generation_prompt and enable_thinking %}<think>\n{% endif %}"
+    thinker = chatter.with_chat_template(CHATML + opens)
+    asked = thinker.render_chat([{"role": "user", "content": "Hi"}], enable_thinking=True)
+    answer = [*thinker.encode("So.</think>\nYes."), thinker.eos_id]
+    talk = Conversation(script(answer, asked=len(asked)), thinker, options={"enable_thinking": True})
+    assert "".join(talk.reply("Hi", temperature=0)) == "So.</think>\nYes." and talk.thinking
+    assert talk.messages[-1] == {"role": "assistant", "content": "Yes.", "reasoning_content": "So."}
+    assert "So." not in thinker.chat_text(talk.messages)
+    with pytest.raises(UserError, match="has no option enable_thinking"):
+        Conversation(toy(), chatter, options={"enable_thinking": True})
+
+
 def test_what_it_is_told_changes_and_what_was_said_stays(chatter: Tokenizer) -> None:
     talk = Conversation(toy(), chatter)
     list(talk.reply("Hi", max_tokens=3))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 from tyro._errors import (  # private names of tyro: pyproject.toml pins its version
@@ -52,6 +52,16 @@ class OnDevice:
     device: Device = field(default=None, kw_only=True)
     allow_nonfinite: bool = field(default=False, kw_only=True)
     """Load weights that hold infinities or what is not a number."""
+
+
+Thinking = Annotated[Literal["on", "off"] | None, tyro.conf.arg(help=(
+    "Whether a reasoning model thinks before it answers (enable_thinking of its chat template). Unset: the template's."
+))]  # fmt: skip
+
+
+def template_variables(thinking: str | None) -> dict[str, Any]:
+    """Return the variables that the options set in a chat template."""
+    return {} if thinking is None else {"enable_thinking": thinking == "on"}
 
 
 Guesses = Annotated[Natural | None, tyro.conf.arg(metavar="N", help=(

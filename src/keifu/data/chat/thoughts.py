@@ -1,8 +1,15 @@
 """Thoughts of a reasoning model, apart from its answer: the text between `<think>` and `</think>` at its beginning."""
 
-from typing import Literal, NamedTuple
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
 
 OPEN, CLOSE = "<think>", "</think>"
+TAIL = 8  # tokens at the end of a prompt in which a template may open thoughts
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 class Split(NamedTuple):
@@ -57,3 +64,16 @@ def split_thoughts(text: str, thinking: bool = False) -> Split:
     """Split a whole text. Thoughts without an end have no answer."""
     splitter = ThoughtSplitter(thinking)
     return Split(*map("".join, zip(splitter(text), splitter.end(), strict=True)))
+
+
+def opens_thoughts(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    """Return whether a prompt ends with `<think>`, which some chat templates write for the model."""
+    return tokenizer.decode(prompt[-TAIL:], skip_special=False).rstrip().endswith(OPEN)
+
+
+def template_options(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return variables for the chat template, such as `enable_thinking`; one that it does not read is a `UserError`."""
+    for name in given:
+        if name in RESERVED or not re.search(rf"\b{re.escape(name)}\b", tokenizer.chat_template or ""):
+            raise UserError(f"The chat template of this model has no option {name}: leave it out.")
+    return dict(given)

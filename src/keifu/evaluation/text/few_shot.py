@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from keifu.data.chat.thoughts import split_thoughts
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -181,7 +182,8 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
         each = [sampling] * len(prompts)
         written = generate_batch(asking.model, asking.tokenizer, prompts, each, asking.batch_size or 32, progress)
     accepted = [{normalize_answer(text) for text in (item.answer, *item.accepted)} for item in items]
-    right = [normalize_answer(done.text) in able for done, able in zip(written, accepted, strict=True)]
+    answers = [split_thoughts(done.text).answer for done in written]
+    right = [normalize_answer(text) in able for text, able in zip(answers, accepted, strict=True)]
     return ScoredItem({"exact match": right}, [done.text for done in written], [done.finish_reason for done in written])
 
 

@@ -7,6 +7,7 @@ from typing import Any, Unpack
 from PIL import Image
 from torch import nn
 
+from keifu.data.chat.thoughts import opens_thoughts, split_thoughts, template_options
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.prompts import ImagePrompt, render
@@ -22,7 +23,9 @@ class Conversation:
     A message to a model that sees may have pictures, `images`.
 
     system: what the model is told before the talk; None leaves it to the template, which may have a text of its own.
-    guesses: as for `Engine`.
+    guesses: as for `Engine`. options: variables of the chat template, such as enable_thinking.
+    thinking: whether the last prompt opened thoughts for the model. Thoughts are kept apart, as "reasoning_content":
+    the template decides which of them a later prompt has.
     finish_reason: why the last answer ended, as in `Piece`; None while it goes on or if it was interrupted.
 
     The keys and values of earlier turns are kept: where the new layout begins with the same tokens, only the rest is
@@ -30,9 +33,11 @@ class Conversation:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, system: str | None = None, guesses: int | None = None
-    ):
-        self.model = model
+        self, model: nn.Module, tokenizer: Tokenizer, system: str | None = None, guesses: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
+        self.model, self.thinking = model, False
+        self.options = template_options(tokenizer, options or {})
         self.config = text_model(model).config
         self.tokenizer, self.system, self.guesses = tokenizer, system, guesses
         self.reset()
@@ -94,7 +99,9 @@ class Conversation:
         """Return the engine's request for the answer, and the history with the message."""
         pictures = {"images": list(images)} if images else {}
         messages = [*self.messages, {"role": "user", "content": text, **pictures}]
-        prompt = render(self.tokenizer, messages, self.config)
+        prompt = render(self.tokenizer, messages, self.config, **self.options)
+        tokens = prompt.tokens if isinstance(prompt, ImagePrompt) else prompt
+        self.thinking = opens_thoughts(self.tokenizer, tokens)
         context = self.config.context_length
         if not isinstance(prompt, ImagePrompt) and len(prompt) >= context:
             said = any(message["role"] == "assistant" for message in self.messages)
@@ -115,4 +122,6 @@ class Conversation:
         finally:
             self.engine.abort(number)
             if answer or self.finish_reason:
-                self.messages = [*messages, {"role": "assistant", "content": answer}]
+                thoughts, text = split_thoughts(answer, self.thinking)
+                kept = {"reasoning_content": thoughts} if thoughts else {}
+                self.messages = [*messages, {"role": "assistant", "content": text, **kept}]

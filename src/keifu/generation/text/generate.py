@@ -11,6 +11,7 @@ from typing import Any, Unpack, overload
 from PIL import Image
 from torch import nn
 
+from keifu.data.chat.thoughts import template_options
 from keifu.data.images.io import read_image
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -180,15 +181,19 @@ def generate(
 
 
 def as_prompt(
-    tokenizer: Tokenizer, text: str, raw: bool = False, config: Any = None, images: Sequence[Image.Image] = ()
-) -> str | list[int] | ImagePrompt:
+    tokenizer: Tokenizer, text: str, raw: bool = False, config: Any = None, images: Sequence[Image.Image] = (),
+    **options: Any,
+) -> str | list[int] | ImagePrompt:  # fmt: skip
     """Return the prompt made from a text: a message in the chat template where the tokenizer has one; otherwise, or if
     `raw`, the text itself.
 
-    config: the model's, which says whether it sees. images: pictures of the message.
+    config: the model's, which says whether it sees. images: pictures of the message. options: of the chat template.
     """
+    if options and (raw or tokenizer.chat_template is None):
+        raise UserError(f"{', '.join(options)} belongs to a chat template: leave it out for a text without one.")
     if not isinstance(text, str) or (not images and (raw or tokenizer.chat_template is None)):
         return text
     if raw:
         raise UserError("A picture's place in a prompt is the chat template's: leave out raw, or the pictures.")
-    return render(tokenizer, [{"role": "user", "content": text, "images": images}], config)
+    options = template_options(tokenizer, options)
+    return render(tokenizer, [{"role": "user", "content": text, "images": images}], config, **options)

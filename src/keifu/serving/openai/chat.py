@@ -34,11 +34,12 @@ async def begin(models: ServedModels, body: ChatRequest, prefix: str) -> Answer:
     """Return the answer to a conversation, checked and not begun. prefix: the first part of its id."""
     tools = body.tool_use()
     schema = body.response_format.schema if body.response_format else None
+    options = body.chat_template_kwargs or {}
 
     def prompts(about: Description) -> list[list[int] | ImagePrompt]:
         check_count(len(body.messages), about)
         messages = open_images([message.plain() for message in body.messages], models.limits.pictures)
-        return [render(about.tokenizer, messages, tools.functions if tools else (), about.config)]
+        return [render(about.tokenizer, messages, tools.functions if tools else (), about.config, **options)]
 
     return await prepare(models, body, "chat", prompts, prefix, schema, tools)
 
@@ -76,7 +77,8 @@ async def _completion(answer: Answer, body: ChatRequest) -> dict[str, Any]:
 
 def _message(reply: Reply) -> dict[str, Any]:
     calls = {"tool_calls": reply.calls} if reply.calls else {}
-    return {"role": "assistant", "content": reply.text or (None if calls else ""), "refusal": None, **calls}
+    thoughts = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
+    return {"role": "assistant", "content": reply.text or (None if calls else ""), "refusal": None, **thoughts, **calls}
 
 
 def _delta(part: Delta, reply: Reply) -> dict[str, Any]:
@@ -107,7 +109,10 @@ async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str,
     async with aclosing(answer.pieces()) as pieces:
         async for index, piece in pieces:
             tokens[index] += _tokens(answer, piece)
-            for part in replies[index].push(piece.text, piece.finish_reason is not None):
+            parts = replies[index].push(piece.text, piece.finish_reason is not None)
+            if replies[index].thought:
+                yield chunk(index, {"reasoning_content": replies[index].thought})
+            for part in parts:
                 yield chunk(index, _delta(part, replies[index]))
             if piece.finish_reason:
                 yield chunk(index, {}, finish_reason(piece, replies[index]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from keifu.data.chat.thoughts import ThoughtSplitter, opens_thoughts
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.prompts import ImagePrompt, InsertedImages
@@ -41,6 +42,7 @@ class Answer:
     seed: int
     prefix: str
     tools: ToolUse | None = None
+    replies: list[Reply] = field(default_factory=list)
     id: str = field(init=False)
     facts: Facts = field(default_factory=current)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -78,8 +80,9 @@ class Answer:
         counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": written, "total_tokens": total}
         accepted = sum(request.accepted for request in self.requests)
         rejected = sum(request.guessed for request in self.requests) - accepted
-        guesses = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
-        return {**counts, "prompt_tokens_details": cached, "completion_tokens_details": guesses}
+        details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
+        details |= {"reasoning_tokens": sum(reply.reasoning_tokens for reply in self.replies)}
+        return {**counts, "prompt_tokens_details": cached, "completion_tokens_details": details}
 
     def head(self, kind: str) -> dict[str, Any]:
         """Return the first fields of every object of this answer."""
@@ -87,9 +90,13 @@ class Answer:
         return {"id": self.id, "object": kind, "created": self.created, "model": name, "seed": self.seed}
 
     def reply(self) -> Reply:
-        """Return the splitter of a choice into text and calls."""
+        """Return the splitter of the next choice into thoughts, text and calls."""
         tokenizer = self.description.tokenizer
-        return Reply(form := tool_format(tokenizer), form.trigger(tokenizer)) if self.tools else Reply()
+        reply = Reply(form := tool_format(tokenizer), form.trigger(tokenizer)) if self.tools else Reply()
+        prompt = self.requests[len(self.replies)].prompt
+        reply.splitter = ThoughtSplitter(opens_thoughts(tokenizer, prompt))
+        self.replies.append(reply)
+        return reply
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield each piece with the index of its request, as they are written."""

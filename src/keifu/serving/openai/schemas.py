@@ -119,6 +119,7 @@ class Message(Body):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
     refused: ClassVar[Neutral] = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
 
     @model_validator(mode="after")
@@ -134,6 +135,7 @@ class Message(Body):
         found = {"role": "system" if self.role == "developer" else self.role, **content_of(self.content)}
         calls = [call.model_dump(exclude={"index"}) for call in self.tool_calls or ()] or None
         found |= {"name": self.name, "tool_calls": calls, "tool_call_id": self.tool_call_id}
+        found |= {"reasoning_content": self.reasoning_content}
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -249,6 +251,7 @@ class ChatRequest(Sampling):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Field(max_length=16)] | None = None
     refused: ClassVar[Neutral] = {
         "audio": (), "function_call": ("auto", "none"), "functions": ([],), "modalities": (["text"],),
         "web_search_options": (),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from llguidance import LLMatcher
 
+from keifu.data.chat.thoughts import ThoughtSplitter, template_options
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images import prompts
@@ -115,23 +116,26 @@ def with_objects(messages: Messages) -> list[dict[str, Any]]:
 
 
 def render(
-    tokenizer: Tokenizer, messages: Messages, functions: Sequence[Mapping[str, Any]], config: Any
+    tokenizer: Tokenizer, messages: Messages, functions: Sequence[Mapping[str, Any]], config: Any = None, **options: Any
 ) -> list[int] | ImagePrompt:
     """Return the ids of a conversation in which these functions may be called, and others have been.
 
-    The answer continues a last message of the assistant. config: the model's, which says whether it sees.
+    The answer continues a last message of the assistant. config: the model's, which says whether it sees. options: of
+    the chat template.
     """
+    options = template_options(tokenizer, options)
     if len(messages) > 1 and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
-        begun, more = render(tokenizer, messages[:-1], functions, config), tokenizer.encode(messages[-1]["content"])
+        begun = render(tokenizer, messages[:-1], functions, config, **options)
+        more = tokenizer.encode(messages[-1]["content"])
         return begun._replace(tokens=[*begun.tokens, *more]) if isinstance(begun, ImagePrompt) else begun + more
     if not functions and not any(each.get("tool_calls") or each["role"] == "tool" for each in messages):
-        return prompts.render(tokenizer, messages, config)
+        return prompts.render(tokenizer, messages, config, **options)
     if any(each.get("images") for each in messages):
         raise UserError("Pictures and tools cannot be in one conversation: leave out one of them.")
     if tool_format(tokenizer).native:
         tools = [{"type": "function", "function": {"parameters": {}, **each}} for each in functions]
-        return tokenizer.render_chat(with_objects(messages), tools=tools or None)
-    return tokenizer.render_chat(_in_words(messages, functions))
+        return tokenizer.render_chat(with_objects(messages), tools=tools or None, **options)
+    return tokenizer.render_chat(_in_words(messages, functions), **options)
 
 
 def _in_words(messages: Messages, functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -207,12 +211,17 @@ class Delta(NamedTuple):
 
 @dataclass
 class Reply:
-    """Answer as it grows, split into text and calls. form: None if nothing may be called."""
+    """Answer as it grows, split into thoughts, text and calls. form: None if nothing may be called. thought: the part
+    of the thoughts in the text that was last pushed; reasoning: all of them."""
 
     form: ToolFormat | None = None
     trigger: str = ""
     text: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
+    splitter: ThoughtSplitter = field(default_factory=ThoughtSplitter)
+    thought: str = ""
+    reasoning: str = ""
+    reasoning_tokens: int = 0
     _held: str = ""
     _state: str = "text"
     _depth: int = 0
@@ -224,7 +233,12 @@ class Reply:
         return self._state == "arguments"
 
     def push(self, text: str, last: bool = False) -> list[Delta]:
-        """Add more text; return the parts that are certain now."""
+        """Add the text of a token; return the parts that are certain now."""
+        begun, (self.thought, text) = self.splitter.part, self.splitter(text)
+        if last:
+            self.thought, text = map("".join, zip((self.thought, text), self.splitter.end(), strict=True))
+        self.reasoning += self.thought
+        self.reasoning_tokens += "thoughts" in (begun, self.splitter.part)
         if self.form is None:
             self.text += text
             return [Delta(text)] if text else []

@@ -57,6 +57,6 @@ export function asMarkdown(chat, names) {
 }
 
 export function asMessages(nodes, system) {
-  const said = nodes.map(({ role, content }) => ({ role, content }));
+  const said = nodes.map(({ role, content, thoughts }) => ({ role, content, ...(thoughts ? { reasoning_content: thoughts } : {}) }));
   return system ? [{ role: "system", content: system }, ...said] : said;
 }

@@ -110,7 +110,10 @@ async def _lines(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
     async with aclosing(answer.pieces()) as pieces:
         async for _, piece in pieces:
             first = first or time.monotonic_ns()
-            for part in reply.push(piece.text, piece.finish_reason is not None):
+            parts = reply.push(piece.text, piece.finish_reason is not None)
+            if reply.thought:
+                yield line({"thinking": reply.thought})
+            for part in parts:
                 if part.content:
                     yield line({"content": part.content})
             reason = finish_reason(piece, reply) or reason
@@ -133,6 +136,8 @@ async def _all(answer: Answer) -> dict[str, Any]:
     async with aclosing(_lines(answer)) as lines:
         async for each in lines:
             message["content"] += each["message"]["content"]
+            if thought := each["message"].get("thinking"):
+                message["thinking"] = message.get("thinking", "") + thought
             message |= {"tool_calls": calls} if (calls := each["message"].get("tool_calls")) else {}
             found = each
     return {**found, "message": message}

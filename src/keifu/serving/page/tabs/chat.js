@@ -57,7 +57,7 @@ async function* answer(nodes, signal) {
   for await (const { seed, usage, choices: [choice] } of events(...asked, signal)) {
     const text = choice?.delta?.content ?? choice?.text ?? "";
     const tokens = choice?.logprobs?.content ?? continued(choice?.logprobs, text);
-    yield { text, tokens, reason: choice?.finish_reason, seed, usage };
+    yield { text, thought: choice?.delta?.reasoning_content ?? "", tokens, reason: choice?.finish_reason, seed, usage };
   }
 }
 
@@ -95,6 +95,7 @@ async function ask(parent) {
       }
       last = piece;
       said.content += piece.text;
+      said.thoughts = (said.thoughts ?? "") + piece.thought;
       said.tokens.push(...piece.tokens);
       said.reason = piece.reason ?? said.reason;
       if (asked === chat) showGrowing(said);
@@ -129,8 +130,14 @@ function showButtons() {
   at("stop").hidden = running === null;
 }
 
+// What the model thought before its answer, folded up once the answer has begun.
+function thoughts(each) {
+  if (!each.thoughts) return [];
+  return [element("details", { class: "thoughts", open: !each.content && "open" }, element("summary", {}, say("thoughts")), element("div", {}, each.thoughts))];
+}
+
 function content(each) {
-  if (each.tokens?.length && each !== growing()) return tokenised(each.tokens);
+  if (each.tokens?.length && !each.thoughts && each !== growing()) return tokenised(each.tokens);
   return element("div", { class: "text" }, ...formatted(each.content));
 }
 
@@ -177,7 +184,7 @@ function article(each) {
     ? button("edit", () => edit(each, box))
     : button("regenerate", () => ask(parentOf(chat, each)));
   const tools = element("div", { class: "tools" }, ...versions(each), button("copy", copy), change);
-  box.append(element("h3", {}, say(each.role)), content(each), tools);
+  box.append(element("h3", {}, say(each.role)), ...thoughts(each), content(each), tools);
   return box;
 }
 
@@ -206,6 +213,8 @@ function showGrowing(each) {
   if (!box) return;
   const log = at("log");
   const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  log.lastElementChild.querySelector(".thoughts")?.remove();
+  box.before(...thoughts(each));
   box.replaceChildren(...formatted(each.content));
   if (atEnd) log.scrollTop = log.scrollHeight;
 }

@@ -7,7 +7,7 @@ export const EN = {
   temperature: "Temperature", repetition: "Repetition penalty", maxTokens: "Most tokens", seed: "Seed", random: "random",
   theme: "Colours", themeSystem: "as the system", themeLight: "light", themeDark: "dark",
   probabilities: "Show how likely each token was", key: "API key, if the server needs one", close: "Close",
-  user: "You", assistant: "Model", edit: "Edit", copy: "Copy", copied: "Copied", regenerate: "Again",
+  user: "You", assistant: "Model", thoughts: "Thoughts", edit: "Edit", copy: "Copy", copied: "Copied", regenerate: "Again",
   resend: "Send", cancel: "Cancel", previous: "Earlier version", next: "Later version", writing: "Writing …",
   loading: "The model is loading …", stopped: "Stopped.", cut: "The answer reached its limit of tokens.",
   noModel: "No model of this server writes text.", untitled: "New chat", full: "The browser's storage is full: delete a chat.",

@@ -7,7 +7,7 @@ export const JA = {
   temperature: "温度", repetition: "繰り返しペナルティ", maxTokens: "最大トークン数", seed: "シード", random: "ランダム",
   theme: "配色", themeSystem: "自動", themeLight: "ライト", themeDark: "ダーク",
   probabilities: "各トークンの確率を表示", key: "APIキー（サーバーが必要とする場合）", close: "閉じる",
-  user: "あなた", assistant: "モデル", edit: "編集", copy: "コピー", copied: "コピーしました", regenerate: "再生成",
+  user: "あなた", assistant: "モデル", thoughts: "思考", edit: "編集", copy: "コピー", copied: "コピーしました", regenerate: "再生成",
   resend: "送信", cancel: "取消", previous: "前の版", next: "次の版", writing: "生成中…",
   loading: "モデルを読み込み中…", stopped: "停止しました。", cut: "トークン数の上限に達しました。",
   noModel: "文章を書けるモデルがありません。", untitled: "新しい会話", full: "ブラウザの保存領域がいっぱいです。会話を削除してください。",
