@@ -260,7 +260,6 @@ def _loss_and_gradient(
     return loss, nats, gradient
 
 
-@torch.compiler.disable()  # its loop over rows would be unrolled
 def linear_divergence(
     hidden: Float[Tensor, "n dim"], weight: Float[Tensor, "vocab dim"], teacher: Float[Tensor, "n teacher_dim"],
     teacher_weight: Float[Tensor, "vocab teacher_dim"] | None, beta: float, temperature: float = 1.0,
