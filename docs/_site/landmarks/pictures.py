@@ -190,3 +190,16 @@ def vit(drawing: Drawing) -> None:
     ]  # fmt: skip
     first = column(drawing, 170, 124, parts, 240)[0]
     drawing.line((245, tokens.bottom[1]), (245, first.top[1]))
+
+
+def dit(drawing: Drawing) -> None:
+    norm = (("× (1 + scale) + shift",) * 2)
+    parts = [
+        Part(("noisy patches + positions", "ノイズ画像のパッチ + 位置"), "", "data"), Begin("× 28"), Fork(), Part("LayerNorm", norm, "norm"),
+        Part(("self-attention", "自己注意"), "", "attention"), Part(("× gate", "× ゲート"), "", "norm"), Join(), Fork(), Part("LayerNorm", norm, "norm"),
+        Part(("feed-forward", "フィードフォワード"), "GELU"), Part(("× gate", "× ゲート"), "", "norm"), Join(), End(), Part(("flow of each patch", "各パッチのフロー"), ("noise − picture", "ノイズ − 画像"), "goal"),
+    ]  # fmt: skip
+    drawn = column(drawing, 130, 12, parts, 190)
+    condition = drawing.box(305, drawn[0].y - 15, ("time, class", "時刻、クラス"), "", "data", 96)
+    for index in (1, 3, 4, 6):
+        drawing.line(condition.bottom, (condition.x, drawn[index].y), drawn[index].right, dashed=True)
