@@ -37,6 +37,7 @@ NUMBERS = {  # the words of a verb, and its numeric options; those in the second
     "evaluate {model} --on perplexity": ("limit", ""),
     "bench {model}": ("prompt tokens", ""),
     "translate {model} Hi": ("beam max-tokens batch-size", ""),
+    "transcribe {model} a.wav": ("beams", ""),
     "embed {model} Hi": ("nearest batch-size", ""),
     "train grpo": ("steps prompts group max-tokens", ""),
     "train gpt": ("depth batch-size context-length vocab-size seed", "learning-rate"),

@@ -24,6 +24,7 @@ from keifu.commands.shared.inputs import load_encoder
 from keifu.commands.shared.verbs import VERBS, module_of
 from keifu.data.text.passages import Passage
 from keifu.evaluation.registry import EvalOptions
+from keifu.generation.speech.transcription import Segment, Transcript
 
 WITHOUT = ("train", "demo")  # their options are those of recipes, which have tables of their own
 SAMPLING = {"max-tokens": 7, "temperature": 0.5, "top-k": 7, "top-p": 0.5, "min-p": 0.25, "repetition-penalty": 1.5,
@@ -150,6 +151,7 @@ classify = Table("classify M one", {
 }, {"keifu.commands.classify:_load": JUDGE, JUDGED: torch.ones(1, 2), EXAMPLES: SimpleNamespace(classes=["a"], rows=[]),
     "keifu.data.classification.input_formats:examples_of": SimpleNamespace(rows=[])})  # fmt: skip
 
+TRANSCRIPT = Transcript("Hi", "en", 1.0, [Segment(0.0, 1.0, " Hi", [1], -0.1, 0.0)])
 TRANSLATED, TRANSLATOR = "keifu.generation.text.translation:translate_texts", "keifu.commands.translate:load_translator"
 translate = Table("translate M Hi", {
     "MODEL": Row("", TRANSLATOR, "name", "other", base="translate other Hi"),
@@ -162,6 +164,19 @@ translate = Table("translate M Hi", {
     "json": Row("--json", STDOUT, lambda text: text.startswith('{"source": "Hi"')),
     "weights": Row("--weights int8", TRANSLATOR, "weights", "int8"),
 }, {TRANSLATOR: (None, None), TRANSLATED: [[]]})  # fmt: skip
+
+HEARD, SOUND = "keifu.generation.speech.transcription:transcribe", "keifu.data.audio.sound_files:read_sound"
+transcribe = Table("transcribe M a.wav", {
+    "MODEL": Row("", "keifu.checkpoints:load", "0", "other", base="transcribe other a.wav"),
+    "FILE...": Row("", SOUND, "source", Path("b.wav"), base="transcribe M b.wav"),
+    "format": Row("--format srt", STDOUT, lambda text: text.startswith("1\n00:00:00,000 -->")),
+    "language": Row("--language ja", HEARD, "settings.language", "ja"),
+    "task": Row("--task translate", HEARD, "settings.task", "translate"),
+    "beams": Row("--beams 7", HEARD, "settings.beams", 7),
+    "previous": Row("--previous", HEARD, "settings.previous", True),
+    "prompt": Row("--prompt Names", HEARD, "settings.prompt", "Names"),
+}, {"keifu.checkpoints:load": (None, None), SOUND: torch.zeros(9), HEARD: TRANSCRIPT,
+    "keifu.generation.speech.transcription:speech_model": None})  # fmt: skip
 
 JUDGEMENTS = "keifu.evaluation.pairwise:Judgements"
 MODELS = "keifu.recipes.assistant.finetuning:open_model"

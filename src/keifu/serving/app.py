@@ -13,10 +13,10 @@ from starlette.middleware.cors import CORSMiddleware
 from keifu import __version__
 from keifu.serving import access, classification, errors, inspection, middleware, page, state, translations
 from keifu.serving.models import ServedModels
-from keifu.serving.openai import chat, completions, embeddings, images, responses
+from keifu.serving.openai import chat, completions, embeddings, images, responses, transcriptions
 from keifu.serving.protocols import anthropic, ollama
 
-OPENAI = (chat, completions, responses, embeddings, images)
+OPENAI = (chat, completions, responses, embeddings, images, transcriptions)
 RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": errors.ERROR, "5XX": errors.ERROR}
 
 

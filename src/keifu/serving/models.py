@@ -20,6 +20,7 @@ from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.text.model import Encoder, TwoTowers, explain_not_causal, is_writer
 from keifu.generation.text.translation import is_translator
+from keifu.layers.transformer.speech import SpeechRecognizer
 from keifu.native.model import NativeLM, attach_native
 from keifu.native.pack import OWN
 from keifu.serving.errors import ApiError
@@ -33,6 +34,7 @@ USES = {  # the uses of a model, and the path that serves each
     "embedding": "/v1/embeddings",
     "classification": "/v1/classify",
     "translation": "/v1/translations",
+    "transcription": "/v1/audio/transcriptions",
     "image": "/v1/images/generations",
     "inspection": "/v1/inspect",
     "match": "/v1/match",
@@ -82,6 +84,8 @@ def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
         return labels
     if is_translator(model) and tokenizer is not None:
         return "translation", *inside
+    if isinstance(model, SpeechRecognizer) and tokenizer is not None:
+        return ("transcription",)
     try:
         image_pipeline(model, lambda: tokenizer)
     except UserError:

@@ -9,6 +9,7 @@ VERBS = {  # each is a file of that name in keifu/commands, or in its folder ref
     "classify": "a label for each text, or for each picture by a CLIP",
     "draw": "pictures by a model that removes noise, and a picture once more, bit for bit",
     "translate": "translate a text, line for line, with an encoder-decoder",
+    "transcribe": "write down what is said in sound files, by a Whisper",
     "compare": "two models' answers side by side: which is better, and how often",
     "evaluate": "how good a model is: BLEU and chrF, perplexity",
     "bench": "how fast a model reads and writes here, in tokens a second",
@@ -23,7 +24,7 @@ VERBS = {  # each is a file of that name in keifu/commands, or in its folder ref
     "demo": "train a small model, then talk with a published one",
     "completion": "what makes a shell complete keifu's words with Tab",
 }
-REFERENCE = ("inspect", "models", "lineage", "plan", "completion", "demo")
+REFERENCE = ("inspect", "models", "lineage", "plan", "completion", "demo", "eject")
 
 
 def module_of(verb: str) -> str:

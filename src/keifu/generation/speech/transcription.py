@@ -5,7 +5,7 @@ has no second try at a higher temperature, which the paper makes when a transcri
 Axes: windows, mels, frames, rows = transcripts that are being written, vocab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,8 +106,9 @@ class SpeechBeamModel:
 def transcribe(
     model: nn.Module, tokenizer: Tokenizer, samples: Float[Tensor, " samples"],
     settings: TranscriptionParams = TranscriptionParams(),  # noqa: B008 (it is frozen)
+    progress: Callable[[float], object] = lambda _: None,
 ) -> Transcript:  # fmt: skip
-    """Transcribe sound of one channel at 16 kHz."""
+    """Transcribe sound of one channel at 16 kHz. `progress` is called with the seconds that are done."""
     hearer, tokens = speech_model(model), speech_tokens(model.config, tokenizer)
     tokens.check(settings.language, settings.task)
     window, last = 2 * hearer.config.audio_length, -(-len(samples) // HOP)
@@ -117,6 +118,7 @@ def transcribe(
     past = tokenizer.encode(" " + settings.prompt.strip()) if settings.prompt else []
     with evaluation_mode(model), torch.inference_mode():
         while place < last:
+            progress(place / FRAMES_PER_SECOND)
             heard = F.pad(features[:, place : place + window], (0, max(0, place + window - features.shape[1])))[None]
             if language is None and tokens.languages:
                 language = find_language(hearer, heard, tokens)

@@ -2,13 +2,14 @@
 
 import "./chat.js";
 import "./look.js";
+import "./listen.js";
 import "./draw.js";
 import "./match.js";
 import "./neuron.js";
 import "./runs.js";
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
-const NEEDED = { look: "inspection", translate: "translation", draw: "image", match: "match" };
+const NEEDED = { look: "inspection", translate: "translation", listen: "transcription", draw: "image", match: "match" };
 const shown = () => tabs.filter((tab) => !tab.hidden);
 
 function choose(tab, focused = false) {

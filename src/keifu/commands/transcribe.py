@@ -1,0 +1,53 @@
+"""`keifu transcribe`: writes down what is said in sound files, as text, JSON or subtitles."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from keifu.commands.shared import flags
+from keifu.ranges import Count
+
+
+@dataclass(frozen=True)
+class Options(flags.OnDevice):
+    """Transcribe speech by a Whisper, such as whisper-tiny-en. The files are WAV, FLAC, MP3 or Ogg, of any length."""
+
+    model: flags.Model
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE...", help="The sound files.")]
+    format: Literal["text", "json", "srt", "vtt"] = "text"
+    """Form of the transcript; json has a line for each file, with segments, their seconds and probabilities."""
+    language: str | None = None
+    """Language that is spoken, such as en or ja; unset: the model finds it in the first window."""
+    task: Literal["transcribe", "translate"] = "transcribe"
+    """transcribe, or translate into English."""
+    beams: Count = 1
+    """Transcripts that are open at a time; 1 takes the likeliest token at each step."""
+    previous: bool = False
+    """Whether each window of 30 seconds is given the text of the windows before."""
+    prompt: str = ""
+    """Text that comes before the sound: names and spellings to expect."""
+
+
+def run(options: Options) -> None:
+    """Print the transcript of each file; all files are read before the model is loaded."""
+    from keifu.checkpoints import load
+    from keifu.data.audio.sound_files import read_sound
+    from keifu.generation.speech.subtitles import FORMATS
+    from keifu.generation.speech.transcription import TranscriptionParams, speech_model, transcribe
+
+    settings = TranscriptionParams(options.language, options.task, options.beams, options.previous, options.prompt)
+    sounds = [read_sound(file) for file in options.files]
+    model, tokenizer = load(options.model)
+    speech_model(model)
+    for file, samples in zip(options.files, sounds, strict=True):
+        found = transcribe(model, tokenizer, samples, settings)
+        if options.format == "json":
+            print(json.dumps({"file": str(file), **asdict(found)}, ensure_ascii=False))
+        else:
+            print(FORMATS[options.format](found), end="")
+
+
+parse = flags.parser(Options, run, "keifu transcribe")

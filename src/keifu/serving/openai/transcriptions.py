@@ -1,0 +1,101 @@
+"""POST /v1/audio/transcriptions and /v1/audio/translations: what is said in a sound file, as text or subtitles."""
+
+import zlib
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.responses import PlainTextResponse, Response
+from torch import nn
+
+from keifu.data.audio.sound_files import read_sound
+from keifu.generation.speech.subtitles import FORMATS
+from keifu.generation.speech.transcription import Transcript, TranscriptionParams, transcribe
+from keifu.serving.errors import ApiError
+from keifu.serving.models import ServedModels
+from keifu.serving.openai.body import Body, Neutral
+from keifu.serving.streaming import LEFT, json_response, while_connected
+from keifu.serving.worker import GoOn
+
+SECONDS = 3600.0  # of a sound
+Task = Literal["transcribe", "translate"]
+
+
+class TranscriptionRequest(Body):
+    """POST /v1/audio/transcriptions, without its file. beams: as in `keifu transcribe`."""
+
+    model: str = ""
+    language: str | None = None
+    prompt: str = ""
+    response_format: Literal["json", "text", "srt", "vtt", "verbose_json"] = "json"
+    beams: Annotated[int, Field(ge=1, le=16)] = 1
+    refused: ClassVar[Neutral] = {
+        "temperature": ("0", "0.0"), "stream": ("false",), "timestamp_granularities": ("segment",), "include": (),
+        "chunking_strategy": ("auto",),
+    }  # fmt: skip
+
+
+def routes(app: FastAPI, models: ServedModels) -> None:
+    """Add the routes, for these models."""
+
+    async def answer(request: Request, task: Task) -> Response:
+        body, data, name = await _read_form(request)
+        wanted = TranscriptionParams(body.language or None, task, body.beams, prompt=body.prompt)
+        worker = models.worker(models.find(body.model, "transcription").name)
+
+        def work(model: nn.Module, tokenizer: Any, go_on: GoOn) -> Transcript:
+            return transcribe(model, tokenizer, read_sound(data, SECONDS, name), wanted, go_on)
+
+        found = await while_connected(request.receive, worker.call(work))
+        if found is None:
+            return Response(status_code=LEFT)
+        if body.response_format in FORMATS:
+            return PlainTextResponse(FORMATS[body.response_format](found))
+        return json_response({"text": found.text} | (_verbose(found, task) if body.response_format != "json" else {}))
+
+    more: Any = {"tags": ["sound"], "openapi_extra": _form()}
+
+    @app.post("/v1/audio/transcriptions", summary="Transcribe speech", **more)
+    async def transcriptions(request: Request) -> Response:
+        return await answer(request, "transcribe")
+
+    @app.post("/v1/audio/translations", summary="Translate speech into English", **more)
+    async def translations(request: Request) -> Response:
+        return await answer(request, "translate")
+
+
+async def _read_form(request: Request) -> tuple[TranscriptionRequest, bytes, str]:
+    """Return the fields, and the bytes and the name of the file of a form."""
+    async with request.form(max_files=1) as form:
+        given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
+        sent = [(await value.read(), value.filename or "file") for _, value in given if isinstance(value, UploadFile)]
+    if len(sent) != 1:
+        raise ApiError(400, "The form has no file: send the sound as file.", "file", "missing_field")
+    try:
+        fields = {name: value for name, value in given if isinstance(value, str)}
+        return TranscriptionRequest.model_validate_strings(fields, strict=False), *sent[0]
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+def _form() -> dict[str, Any]:
+    """Return the fields, as OpenAPI has them."""
+    schema = TranscriptionRequest.model_json_schema()
+    schema["properties"]["file"] = {"type": "string", "format": "binary"}
+    schema["required"] = ["file"]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def _verbose(found: Transcript, task: Task) -> dict[str, Any]:
+    """Return the fields of verbose_json, whose segments have OpenAI's names."""
+    segments = [
+        {
+            "id": n, "seek": 0, "start": each.start, "end": each.end, "text": each.text, "tokens": each.tokens,
+            "temperature": 0.0, "avg_logprob": each.mean_log_probability, "no_speech_prob": each.no_speech,
+            "compression_ratio": len(data := each.text.encode()) / len(zlib.compress(data)),
+        }
+        for n, each in enumerate(found.segments)
+    ]  # fmt: skip
+    return {"task": task, "language": found.language or "en", "duration": found.duration, "segments": segments}

@@ -1,0 +1,86 @@
+"""Sound files by OpenAI's own client: every form of answer, and one clear error for what is no sound."""
+
+import io
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from serving_toys import WAIT, openai, running
+
+from keifu import checkpoints
+from keifu.generation.speech.subtitles import FORMATS
+from keifu.generation.speech.transcription import TranscriptionParams, transcribe
+from keifu.serving.app import Access
+from keifu.serving.worker import Limits
+
+sys.path.append(str(Path(__file__).parents[2] / "generation"))
+from speech_toys import published, tokenizer
+
+soundfile = pytest.importorskip("soundfile")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A Whisper with random weights."""
+    path, words = tmp_path_factory.mktemp("speech") / "whisper", tokenizer()
+    published(words, 0).save_pretrained(path)
+    checkpoints.save(checkpoints.load_model(path), words, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    with running([str(folder)], Limits(), Access()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def sound() -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).normal(size=40_000) * 0.2
+    soundfile.write(file, noise, 16_000, format="WAV")
+    return file.getvalue()
+
+
+def test_the_client_gets_the_transcript_in_each_form(served, folder, sound) -> None:
+    from keifu.data.audio.sound_files import read_sound
+
+    model, words = checkpoints.load(folder)
+    expected = transcribe(model, words, read_sound(sound), TranscriptionParams("en"))
+    ask = {"model": "whisper", "file": ("a.wav", sound), "language": "en"}
+    create = served.openai.audio.transcriptions.create
+    assert create(**ask).text == expected.text
+    for form, write in FORMATS.items():
+        assert create(**ask, response_format=form) == write(expected)
+    whole = create(**ask, response_format="verbose_json", temperature=0)
+    assert whole.language == "en" and whole.duration == pytest.approx(2.5) and whole.text == expected.text
+    assert [each.tokens for each in whole.segments] == [each.tokens for each in expected.segments]
+    translated = transcribe(model, words, read_sound(sound), TranscriptionParams(task="translate"))
+    assert served.openai.audio.translations.create(model="whisper", file=("a.wav", sound)).text == translated.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file": ("b.wav", b"RIFF nothing")}, "b.wav cannot be read as sound"),
+        ({"language": "jp"}, "no language of this model 'jp'. Did you mean 'ja'"),
+        ({"temperature": 0.5}, "temperature is not supported by this server"),
+        ({"response_format": "diarized_json"}, "response_format"),
+        ({"timestamp_granularities": ["word"]}, "timestamp_granularities is not supported"),
+    ],
+)
+def test_what_cannot_be_transcribed_is_one_error(served, sound, change, message) -> None:
+    ask = {"model": "whisper", "file": ("a.wav", sound)} | change
+    with pytest.raises(openai.BadRequestError, match=message):
+        served.openai.audio.transcriptions.create(**ask)
+
+
+def test_a_form_without_a_file_and_a_sound_that_is_too_long_are_refused(served, sound, monkeypatch) -> None:
+    url = f"{served.url}/v1/audio/transcriptions"
+    found = httpx.post(url, data={"model": "whisper"}, files={"model2": (None, "x")}, timeout=WAIT)
+    assert found.status_code == 400 and "send the sound as file" in found.json()["error"]["message"]
+    monkeypatch.setattr("keifu.serving.openai.transcriptions.SECONDS", 1.0)
+    found = httpx.post(url, data={"model": "whisper"}, files={"file": ("a.wav", sound)}, timeout=WAIT)
+    assert found.status_code == 400 and "at most 1 seconds" in found.json()["error"]["message"]
