@@ -9,7 +9,7 @@ import tyro
 from keifu.commands.shared import flags, tables
 from keifu.errors import unknown
 
-FOLDERS = Path(__file__).parents[1] / "examples/single", Path(__file__).parents[3] / "examples/single"
+FOLDERS = Path(__file__).parents[2] / "examples/single", Path(__file__).parents[4] / "examples/single"
 
 
 @dataclass(frozen=True)
