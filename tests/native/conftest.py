@@ -1,5 +1,6 @@
 """Lets the tests of the native step import what they share, and sets the instructions that a test asks for."""
 
+import platform
 import sys
 from pathlib import Path
 
@@ -11,7 +12,11 @@ from keifu.native.build import Unavailable
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture(params=library.INSTRUCTIONS)
+ARM = platform.machine() in ("aarch64", "arm64")
+OF_THIS_MACHINE = [name for name in library.INSTRUCTIONS if name == "portable" or name.startswith("neon") == ARM]
+
+
+@pytest.fixture(params=OF_THIS_MACHINE)
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set that this CPU has, in use."""
     monkeypatch.setenv(library.VARIABLE, request.param)

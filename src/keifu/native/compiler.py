@@ -19,7 +19,10 @@ COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 900  # after which a compiler is given up; a file takes about five on a quiet machine
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi")
 WINDOWS_FLAGS = ("-static",)  # a library of its own runtime: Windows has none of GCC's
-OWN_FLAGS = "// x86-64 flags: "  # what the first line of a file for one instruction set begins with
+OWN_FLAGS = {  # what the first line of a file for one instruction set begins with, by the kind of machine
+    **dict.fromkeys(("x86_64", "AMD64"), "// x86-64 flags: "),
+    **dict.fromkeys(("aarch64", "arm64"), "// arm64 flags: "),
+}
 
 
 class Unavailable(Exception):
@@ -55,17 +58,17 @@ def compile_to(library: Path, compiler: list[str]) -> None:
     with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         sources = sorted(SOURCE.glob("*.cpp"))
         objects = [str(Path(folder, source.with_suffix(".o").name)) for source in sources]
-        own = [[*_own_flags(source), "-c", str(source), "-o"] for source in sources]
+        own = [[*own_flags(source, platform.machine()), "-c", str(source), "-o"] for source in sources]
         list(pool.map(lambda flags, to: _checked([*command, *flags, to]), own, objects))
         static = WINDOWS_FLAGS if sys.platform == "win32" else ()
         _checked([*command, *static, "-shared", "-o", str(library), *objects])
 
 
-def _own_flags(source: Path) -> list[str]:
+def own_flags(source: Path, machine: str) -> list[str]:
     """Return the compiler flags of the instruction set that a file is for."""
     first = source.read_text("utf-8").split("\n", 1)[0]
-    asked = first.startswith(OWN_FLAGS) and platform.machine() in ("x86_64", "AMD64")
-    return first.removeprefix(OWN_FLAGS).split() if asked else []
+    begins = OWN_FLAGS.get(machine)
+    return first.removeprefix(begins).split() if begins and first.startswith(begins) else []
 
 
 def _checked(command: list[str]) -> None:

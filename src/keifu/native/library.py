@@ -12,7 +12,7 @@ from keifu.errors import UserError, unknown
 from keifu.native.build import Unavailable, build, prebuilt
 
 VARIABLE = "KEIFU_NATIVE"
-INSTRUCTIONS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
+INSTRUCTIONS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon_dotprod")
 BF16, INT8, INT4, INT4_MIN, INT4_SUPER, INT6_SUPER, INT8_64, INT4_64, F32 = range(9)
 
 

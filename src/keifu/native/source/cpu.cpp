@@ -8,6 +8,10 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace keifu {
@@ -54,12 +58,24 @@ bool has(int which) {
     }
 }
 #else
-bool has(int which) { return which == KEIFU_PORTABLE; }
+bool has_dot_products() {
+#if defined(__aarch64__) && defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 && found;
+#else
+    return false;
+#endif
+}
+
+bool has(int which) { return which == KEIFU_PORTABLE || (which == KEIFU_NEON_DOTPROD && has_dot_products()); }
 #endif
 
 int best() {
     static const int found = [] {
-        int which = KEIFU_AMX;
+        int which = KEIFU_NEON_DOTPROD;
         while (!has(which)) which--;
         return which;
     }();
@@ -75,7 +91,8 @@ std::atomic<int> &in_use() {
 
 const Kernels &kernels() {
     static const Kernels *const tables[] = {&portable_kernels, &avx2_kernels,        &avx_vnni_kernels,
-                                            &avx512_kernels,   &avx512_bf16_kernels, &amx_kernels};
+                                            &avx512_kernels,   &avx512_bf16_kernels, &amx_kernels,
+                                            &neon_dotprod_kernels};
     return *tables[in_use()];
 }
 
@@ -97,7 +114,8 @@ int32_t keifu_has_instructions(int32_t which) { return has(which); }
 int32_t keifu_instructions(void) { return in_use(); }
 
 int32_t keifu_use_instructions(int32_t which) {
-    if (which < KEIFU_PORTABLE || which > KEIFU_AMX) return fail("There is no instruction set %d; known are 0 to 5.", which);
+    if (which < KEIFU_PORTABLE || which > KEIFU_NEON_DOTPROD)
+        return fail("There is no instruction set %d; known are 0 to %d.", which, KEIFU_NEON_DOTPROD);
     if (!has(which)) return fail("This CPU lacks instruction set %d; its best is %d.", which, best());
     in_use() = which;
     return 0;

@@ -5,8 +5,8 @@
  * a description (structs and the arrays of KeifuBatch) after the call; the weights, norms, biases and frequencies that
  * a description points at are used in place and must stay where they are until keifu_destroy().
  *
- * Building: each .cpp file on its own, with -std=c++17 -O2 -pthread -ffp-contract=off and, on x86-64, the flags of its
- * first line; all of them make one library, which chooses among the instruction sets when it runs.
+ * Building: each .cpp file on its own, with -std=c++17 -O2 -pthread -ffp-contract=off and, on the machine that it
+ * names, the flags of its first line; all of them make one library, which chooses among the instruction sets when it runs.
  *
  * Threads: one model runs one forward at a time; models share one pool of threads, so that forwards of two models from
  * two threads wait for each other.
@@ -26,7 +26,8 @@ const char *keifu_last_error(void); /* of the calling thread; never NULL */
 /* ---- the CPU ---- */
 
 enum KeifuInstructions {
-    KEIFU_PORTABLE = 0, KEIFU_AVX2 = 1, KEIFU_AVX_VNNI = 2, KEIFU_AVX512 = 3, KEIFU_AVX512_BF16 = 4, KEIFU_AMX = 5
+    KEIFU_PORTABLE = 0, KEIFU_AVX2 = 1, KEIFU_AVX_VNNI = 2, KEIFU_AVX512 = 3, KEIFU_AVX512_BF16 = 4, KEIFU_AMX = 5,
+    KEIFU_NEON_DOTPROD = 6 /* arm64; there KEIFU_PORTABLE uses NEON */
 };
 
 int32_t keifu_best_instructions(void);      /* the best that this CPU (and its kernel) has */

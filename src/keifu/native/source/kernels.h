@@ -5,7 +5,7 @@
 #define JOIN(a, b) JOIN_WORDS(a, b)
 #define KEIFU_NAMESPACE JOIN(keifu_, SET)
 #include "model.h"
-#if defined(SET_PORTABLE) || defined(__x86_64__)
+#if defined(SET_PORTABLE) || (defined(SET_ARM) ? defined(__aarch64__) : defined(__x86_64__))
 #include "attention.h"
 #include "packing.h"
 #include "product.h"

@@ -118,7 +118,8 @@ struct Kernels {
     void (*unpack)(int format, const uint8_t *data, int64_t columns, int64_t row, float *out);
 };
 
-extern const Kernels portable_kernels, avx2_kernels, avx_vnni_kernels, avx512_kernels, avx512_bf16_kernels, amx_kernels;
+extern const Kernels portable_kernels, avx2_kernels, avx_vnni_kernels, avx512_kernels, avx512_bf16_kernels, amx_kernels,
+    neon_dotprod_kernels;
 const Kernels &kernels();  // those in use
 
 int32_t fail(const char *format, ...) __attribute__((format(printf, 1, 2)));  // sets the last error, gives -1

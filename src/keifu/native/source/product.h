@@ -324,6 +324,22 @@ INLINE i16 dot_low(i16 total, i16 w, Quad x) {
     const __m256i four = _mm256_set1_epi32(x);
     return by_halves(total, w & 0x0f0f0f0f, [&](__m256i t, __m256i h) { return add_products(t, h, four); });
 }
+#elif defined(__ARM_NEON)
+INLINE i16 dot_codes(i16 total, i16 w, Quad x) {
+    const int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(x));
+    const auto codes = Quarters<int8x16_t>::of(w);
+    auto sums = Quarters<int32x4_t>::of(total);
+    UNROLL for (int i = 0; i < 4; i++) {
+#if defined(__ARM_FEATURE_DOTPROD)
+        sums.q[i] = vdotq_s32(sums.q[i], codes.q[i], four);
+#else  // two products of codes fit 16 bits: those of x are at least -127
+        const int16x8_t low = vmull_s8(vget_low_s8(codes.q[i]), vget_low_s8(four));
+        sums.q[i] = vpadalq_s16(sums.q[i], vpaddq_s16(low, vmull_high_s8(codes.q[i], four)));
+#endif
+    }
+    return sums.join<i16>();
+}
+INLINE i16 dot_low(i16 total, i16 w, Quad x) { return dot_codes(total, w & 0x0f0f0f0f, x); }
 #else
 INLINE i16 dot_codes(i16 total, i16 w, Quad x) {
     for (int i = 0; i < 4; i++) total += ((w << (24 - 8 * i)) >> 24) * ((x << (24 - 8 * i)) >> 24);

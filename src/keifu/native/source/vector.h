@@ -8,6 +8,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace KEIFU_NAMESPACE {
@@ -35,6 +37,22 @@ INLINE v16 load_first(const float *p, int n) {  // reads no more than n numbers;
     for (int i = 0; i < n; i++) t[i] = p[i];
     return load(t);
 }
+#if defined(__ARM_NEON)
+// The four registers of a vector.
+template <class Quarter> struct Quarters {
+    Quarter q[4];
+    template <class Vector> __attribute__((always_inline)) static Quarters of(const Vector &x) {
+        Quarters parts;
+        memcpy(parts.q, &x, 64);
+        return parts;
+    }
+    template <class Vector> __attribute__((always_inline)) Vector join() const {
+        Vector x;
+        memcpy(&x, q, 64);
+        return x;
+    }
+};
+#endif
 // Between int32 and narrower integers; GCC 12 would take __builtin_convertvector apart, number by number.
 #if defined(__AVX512F__)
 INLINE i16 widen(const uint8_t *p) { return (i16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
@@ -55,6 +73,21 @@ INLINE __m128i load_16(const void *p) { return _mm_loadu_si128((const __m128i *)
 INLINE i16 widen(const uint8_t *p) { return join(_mm256_cvtepu8_epi32(half_of(p)), _mm256_cvtepu8_epi32(half_of(p + 8))); }
 INLINE i16 widen(const int8_t *p) { return join(_mm256_cvtepi8_epi32(half_of(p)), _mm256_cvtepi8_epi32(half_of(p + 8))); }
 INLINE i16 widen(const uint16_t *p) { return join(_mm256_cvtepu16_epi32(load_16(p)), _mm256_cvtepu16_epi32(load_16(p + 8))); }
+#elif defined(__ARM_NEON)
+INLINE i16 widen(uint16x8_t low, uint16x8_t high) {
+    return Quarters<uint32x4_t>{{vmovl_u16(vget_low_u16(low)), vmovl_high_u16(low), vmovl_u16(vget_low_u16(high)), vmovl_high_u16(high)}}.join<i16>();
+}
+INLINE i16 widen(const uint16_t *p) { return widen(vld1q_u16(p), vld1q_u16(p + 8)); }
+INLINE i16 widen(const uint8_t *p) {
+    const uint8x16_t x = vld1q_u8(p);
+    return widen(vmovl_u8(vget_low_u8(x)), vmovl_high_u8(x));
+}
+INLINE i16 widen(const int8_t *p) {
+    const int8x16_t x = vld1q_s8(p);
+    const int16x8_t low = vmovl_s8(vget_low_s8(x));
+    const int16x8_t high = vmovl_high_s8(x);
+    return Quarters<int32x4_t>{{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)}}.join<i16>();
+}
 #else
 template <class T> INLINE i16 widen(const T *p) {
     i16 x;
@@ -62,9 +95,22 @@ template <class T> INLINE i16 widen(const T *p) {
     return x;
 }
 #endif
+#if defined(__ARM_NEON)
+INLINE int16x8_t narrow(int32x4_t low, int32x4_t high) { return vmovn_high_s32(vmovn_s32(low), high); }
+INLINE void narrow(uint16_t *p, i16 x) {
+    const auto parts = Quarters<int32x4_t>::of(x);
+    vst1q_s16((int16_t *)p, narrow(parts.q[0], parts.q[1]));
+    vst1q_s16((int16_t *)p + 8, narrow(parts.q[2], parts.q[3]));
+}
+INLINE void narrow(int8_t *p, i16 x) {
+    const auto parts = Quarters<int32x4_t>::of(x);
+    vst1q_s8(p, vmovn_high_s16(vmovn_s16(narrow(parts.q[0], parts.q[1])), narrow(parts.q[2], parts.q[3])));
+}
+#else
 template <class T> INLINE void narrow(T *p, i16 x) {
     for (int i = 0; i < 16; i++) p[i] = (T)x[i];
 }
+#endif
 #endif
 
 INLINE v16 to_float(i16 x) { return __builtin_convertvector(x, v16); }
@@ -75,6 +121,12 @@ INLINE v16 abs(v16 x) { return as_float((i16)x & 0x7fffffff); }
 INLINE v16 fma(v16 a, v16 b, v16 c) {  // a · b + c, rounded once where the CPU can
 #if defined(__AVX512F__)
     return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__ARM_NEON)
+    const auto x = Quarters<float32x4_t>::of(a);
+    const auto y = Quarters<float32x4_t>::of(b);
+    auto z = Quarters<float32x4_t>::of(c);
+    UNROLL for (int i = 0; i < 4; i++) z.q[i] = vfmaq_f32(z.q[i], x.q[i], y.q[i]);
+    return z.join<v16>();
 #elif defined(__FP_FAST_FMAF) || defined(__FMA__)
     v16 r;
     for (int i = 0; i < 16; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
@@ -84,6 +136,21 @@ INLINE v16 fma(v16 a, v16 b, v16 c) {  // a · b + c, rounded once where the CPU
 #endif
 }
 
+#if defined(__ARM_NEON)
+// In one order, that of the other sets: halves onto halves.
+template <class Join> INLINE float fold(v16 x, Join join) {
+    const auto parts = Quarters<float32x4_t>::of(x);
+    float32x4_t y = join(join(parts.q[0], parts.q[2]), join(parts.q[1], parts.q[3]));
+    y = join(y, vextq_f32(y, y, 2));
+    return join(y, vrev64q_f32(y))[0];
+}
+INLINE void sum_two(i16 x, i16 y, int32_t *sums) {  // sums[0] of x, sums[1] of y
+    const auto a = Quarters<int32x4_t>::of(x);
+    const auto b = Quarters<int32x4_t>::of(y);
+    sums[0] = vaddvq_s32((a.q[0] + a.q[1]) + (a.q[2] + a.q[3]));
+    sums[1] = vaddvq_s32((b.q[0] + b.q[1]) + (b.q[2] + b.q[3]));
+}
+#else
 #if defined(__clang__)
 #define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
@@ -94,6 +161,16 @@ INLINE v16 fma(v16 a, v16 b, v16 c) {  // a · b + c, rounded once where the CPU
 #define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
 #define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
 
+#if defined(__ARM_NEON)
+template <class Join> INLINE float fold(v16 x, Join join) {  // in the order of the other sets
+    const auto parts = Quarters<float32x4_t>::of(x);
+    float32x4_t y = join(join(parts.q[0], parts.q[2]), join(parts.q[1], parts.q[3]));
+    y = join(y, vextq_f32(y, y, 2));
+    y = join(y, vrev64q_f32(y));
+    return y[0];
+}
+INLINE float sum(v16 x) { return fold(x, vaddq_f32_of); }
+#endif
 template <class Join> INLINE float fold(v16 x, Join join) {  // in one order: halves onto halves
     x = join(x, ROTATE_8(x));
     x = join(x, SWAP_4(x));
@@ -101,11 +178,6 @@ template <class Join> INLINE float fold(v16 x, Join join) {  // in one order: ha
     x = join(x, SWAP_1(x));
     return x[0];
 }
-INLINE float sum(v16 x) {
-    return fold(x, [](v16 a, v16 b) { return a + b; });
-}
-INLINE float maximum(v16 x) { return fold(x, max); }
-
 INLINE void sum_two(i16 x, i16 y, int32_t *sums) {  // sums[0] of x, sums[1] of y
     i16 both = SHUFFLE(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                SHUFFLE(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -114,6 +186,13 @@ INLINE void sum_two(i16 x, i16 y, int32_t *sums) {  // sums[0] of x, sums[1] of 
     both += SWAP_1(both);
     sums[0] = both[0];
     sums[1] = both[8];
+}
+#endif
+INLINE float sum(v16 x) {
+    return fold(x, [](auto a, auto b) { return a + b; });
+}
+INLINE float maximum(v16 x) {
+    return fold(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 INLINE i16 round_to_int(v16 x) {  // to the nearest, ties to even; |x| < 2^22
@@ -159,6 +238,10 @@ INLINE v16 load_bfloat16(const uint16_t *p) { return as_float(widen(p) << 16); }
 INLINE v16 load_half(const void *p) {  // float16
 #if defined(__AVX512F__)
     return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__ARM_NEON)
+    Quarters<float32x4_t> x;
+    UNROLL for (int i = 0; i < 4; i++) x.q[i] = vcvt_f32_f16(vld1_f16((const float16_t *)p + 4 * i));
+    return x.join<v16>();
 #elif defined(__F16C__)
     const uint16_t *halves = (const uint16_t *)p;
     return (v16)join((__m256i)_mm256_cvtph_ps(load_16(halves)), (__m256i)_mm256_cvtph_ps(load_16(halves + 8)));
