@@ -8,14 +8,19 @@ is marked `slow`, unless no other test goes that way; beyond `MOST` seconds it f
 import gc
 import io
 import os
+import shutil
 import sys
+import tempfile
 import warnings
+from atexit import register
 from collections import Counter
 
 gc.disable()  # until all tests are found: looking for garbage is a fifth of what importing them takes
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["KEIFU_CONFIG"] = tempfile.mkdtemp(prefix="keifu-config-")  # nothing of the user's is read or written
+register(shutil.rmtree, os.environ["KEIFU_CONFIG"], ignore_errors=True)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process of the tests would compile keifu anew
 sys.dont_write_bytecode = False
 

@@ -264,6 +264,12 @@ def cache() -> Path:
     return Path(os.environ.get("KEIFU_CACHE") or "~/.cache/keifu").expanduser()
 
 
+def config() -> Path:
+    """Return the folder for what must outlive the cache: `KEIFU_CONFIG`, or keifu in XDG_CONFIG_HOME or ~/.config."""
+    usual = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "keifu"
+    return Path(os.environ.get("KEIFU_CONFIG") or usual).expanduser()
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold what is made at `path` for one process at a time; another one that waits says so."""

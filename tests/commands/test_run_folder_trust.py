@@ -41,6 +41,7 @@ def go(*words: str) -> None:
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KEIFU_CONFIG", str(tmp_path / "config"))
 
 
 @pytest.fixture
@@ -180,6 +181,28 @@ def test_a_signature_holds_for_its_own_record_and_key_alone(tmp_path: Path, monk
                    {"signature": None}, {"signature": 3}, {"signature": "é"}):  # fmt: skip
         assert not signature.is_signed(record | change)
     assert signature.is_signed(record | {"steps": 9})
-    assert (tmp_path / "cache" / signature.KEY).stat().st_mode & 0o077 == 0
-    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "other"))
+    assert (tmp_path / "config" / signature.KEY).stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "emptied"))
+    assert signature.is_signed(record)
+    monkeypatch.setenv("KEIFU_CONFIG", str(tmp_path / "other"))
     assert not signature.is_signed(record)
+
+
+def test_the_key_of_an_earlier_version_is_taken_out_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / signature.KEY).write_bytes(b"k" * signature.BYTES)
+    run_directory.record(tmp_path, "mlp", {"data": "a.csv"}, place=str(tmp_path))
+    assert (tmp_path / "config" / signature.KEY).read_bytes() == b"k" * signature.BYTES
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "emptied"))
+    assert signature.is_signed(run_directory.recorded(tmp_path))
+
+
+@pytest.mark.parametrize("kept", [b"", b"short"])
+def test_a_damaged_key_or_a_folder_that_cannot_be_written_is_no_crash(tmp_path: Path, kept: bytes) -> None:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / signature.KEY).write_bytes(kept)
+    run_directory.record(tmp_path, "mlp", {"data": "a.csv"}, place=str(tmp_path))
+    assert signature.is_signed(run_directory.recorded(tmp_path))
+    assert (tmp_path / "cache" / signature.KEY).is_file()

@@ -125,6 +125,7 @@ def logged(recipe: Any, groups: list[Group]) -> list[Group]:
     if not isinstance(recipe, Logging):
         return groups
     rows = {name: Reach(True, f"settings.{name}") for name in ("tensorboard", "wandb")}
+    rows |= {} if any("minutes" in group.rows for group in groups) else {"minutes": Reach(0.5, "settings.minutes", 0.5)}
     return [replace(groups[0], rows={**groups[0].rows, **rows}), *groups[1:]]
 
 

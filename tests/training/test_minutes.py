@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from training_toys import Sequences, objective, run, settings, toy, weights
 
+from keifu.processes import rows_of
 from keifu.training import pace
+from keifu.training.hardware import cost
 from keifu.training.length import Length, with_plan
 from keifu.training.loop import Summary, train
 from keifu.training.optim.optimizers import Optimizers
 from keifu.training.protocols import Batch
 from keifu.training.run import checkpoint, metrics
+from keifu.training.trainer import Trainer
 
 
 class Clock:
@@ -31,8 +34,13 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
+    made, timed = Clock(), cost._timed
+
+    def second(trainer: Trainer, batch: Batch, rows: int) -> tuple[float, float, float]:
+        return rows / rows_of(batch), *timed(trainer, batch, rows)[1:]
+
     monkeypatch.setattr(pace, "time", made)
+    monkeypatch.setattr(cost, "_timed", second)
     return made
 
 
@@ -67,7 +75,7 @@ def test_at_an_even_pace_the_steps_stay_as_they_were_estimated(clock: Clock, tmp
 
 @pytest.mark.parametrize(
     ("slow", "later", "validating", "steps"),
-    [(40, 3.0, 0.0, 60), (40, 0.5, 0.0, 160), (1000, 1.0, 10.0, 60), (0, 7.0, 0.0, 15)],
+    [(40, 3.0, 0.0, 60), (40, 0.5, 0.0, 160), (1000, 1.0, 10.0, 80), (0, 7.0, 0.0, 15)],
 )
 def test_the_minutes_are_kept_where_the_pace_changes_or_validations_take_long(
     clock: Clock, tmp_path: Path, slow: int, later: float, validating: float, steps: int
@@ -93,6 +101,51 @@ def test_stopped_and_resumed_with_the_plan_of_its_state_it_has_the_same_bits(clo
     _, again = go(tmp_path / "again", Slowing(clock, 0, 1e-3), resume=True)  # nearly no time passes: the plan stays
     assert checkpoint.steps(tmp_path / "whole") == checkpoint.steps(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(again).values(), strict=True))
+
+
+class Learning(Slowing):
+    """Has more steps in its recipe than fit, and samples that take as long as `sampling` steps."""
+
+    def __init__(self, clock: Clock, sampling: float):
+        super().__init__(clock)
+        self.sampling, self.samples = sampling, list[int]()
+
+    def sample(self, step: int) -> str:
+        self.samples.append(step)
+        self.clock.now += self.sampling
+        return "a sample"
+
+
+@pytest.mark.parametrize(
+    ("minutes", "sampling", "steps", "samples"),
+    [
+        (1.0, 0.0, 59, [*range(0, 55, 6), 59]),
+        (1.0, 1.0, 53, [0, 12, 24, 36, 48, 53]),
+        (1.0, 4.0, 47, [0, 35, 47]),
+        (1.0, 20.0, 39, [0]),
+        (5.0, 0.0, 299, [*range(0, 271, 30), 299]),
+    ],
+)
+def test_a_run_of_another_length_has_as_many_validations_and_samples_and_these_take_a_tenth_of_the_time(
+    clock: Clock, tmp_path: Path, minutes: float, sampling: float, steps: int, samples: list[int], capsys
+) -> None:
+    data, start = Learning(clock, sampling), clock.now
+    chosen = settings(**CHOSEN | dict(steps=100, minutes=minutes, evaluate_every=10, sample_every=10, save_every=0))
+    summary = train(toy(), objective, data, chosen, run(tmp_path), data.sample)
+    assert summary.steps == steps
+    assert data.samples == samples
+    assert clock.now - start <= 60 * minutes + 3
+    shown = capsys.readouterr().err
+    assert ("No last sample is made" in shown) == (sampling > 6)
+    assert ("of 100 steps fit into 60 s" in shown) == (sampling > 1)
+
+
+@pytest.mark.parametrize(("minutes", "words"), [(0.1, "steps of 6 made"), (0.4, "Done: 24 steps")])
+def test_a_run_that_ends_after_some_steps_is_not_called_done(
+    clock: Clock, tmp_path: Path, minutes: float, words: str, capsys: pytest.CaptureFixture
+) -> None:
+    go(tmp_path, Slowing(clock), minutes=minutes)
+    assert words in capsys.readouterr().err
 
 
 def test_a_changed_plan_goes_on_evenly_to_the_end_of_the_schedule() -> None:
@@ -172,4 +225,4 @@ def test_the_estimate_includes_validations_and_samples(
 
     chosen = settings(steps=20, evaluate_every=10, sample_every=5, save_every=0)
     train(toy(), objective, Slowing(clock, validating=1000.0), chosen, run(tmp_path), sample)
-    assert "20 steps of 30 tokens, 600 in all: about 40:00 min" in capsys.readouterr().err  # 2 validations, 4 samples
+    assert "20 steps of 30 tokens, 600 in all: about 40:20 min" in capsys.readouterr().err  # 2 validations, 4 samples

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
+from keifu.ranges import Positive
+
 # options that mean in every recipe what `Settings` means by that name
 LOOP = ("steps", "batch_size", "micro_batch", "learning_rate", "weight_decay", "spikes", "ema", "precision", "compile",
         "keep", "seed", "tensorboard", "wandb")  # fmt: skip
@@ -16,8 +18,11 @@ LOOP = ("steps", "batch_size", "micro_batch", "learning_rate", "weight_decay", "
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
-    """Options of every recipe: destinations of a run's figures apart from its folder."""
+    """Options of every recipe: its time limit, and destinations of a run's figures apart from its folder."""
 
+    minutes: Positive | None = None
+    """Time limit of the run, with validations, samples and saving. The number of steps follows the pace of the machine,
+    and the learning rate schedule with it. Unset: none."""
     tensorboard: bool = False
     """Write TensorBoard events too."""
     wandb: bool = False
@@ -25,7 +30,8 @@ class Logging:
 
     def loop(self, **usual: Any) -> dict[str, Any]:
         """Return settings of the training loop: these, replaced by the options that are set and that it has too."""
-        return usual | {name: value for name in LOOP if (value := vars(self).get(name)) is not None}
+        chosen = {name: value for name in LOOP if (value := vars(self).get(name)) is not None}
+        return {"minutes": self.minutes, **usual, **chosen}
 
 
 def given(value: float | int | None, usual: float | int) -> float | int:

@@ -35,12 +35,13 @@ class Length:
 
     The learning rate is a function of the position in the schedule of `scheduled` steps. Where `fitting` steps fit into
     the time, the position from step `since` on, where it is `position`, advances evenly, so that the schedule ends at
-    that step.
+    that step. `first`: the number that fitted when it was first measured.
     """
 
     begun: int
     changes: tuple[Change, ...] = ()
     fitting: int | None = None
+    first: int | None = None
     since: int = 0
     position: float = 0.0
 
@@ -63,7 +64,8 @@ class Length:
 
     def fitted(self, step: int, steps: int) -> "Length":
         """Return the length where only `steps` steps fit into the time, as measured at step `step`."""
-        return replace(self, fitting=steps, since=step, position=step + self._ahead(step))
+        first = self.first or steps
+        return replace(self, fitting=steps, first=first, since=step, position=step + self._ahead(step))
 
     def rate_share(self, settings: Settings, step: int) -> float:
         """Return the learning rate of update number `step` (from 0) as a share of the highest one."""
@@ -114,7 +116,8 @@ class Length:
 
     def facts(self) -> dict[str, Any]:
         """Return the changes, and where a number of steps fits into the time the plan, as JSON, for a checkpoint."""
-        plan = {"steps": self.steps, "scheduled": self.scheduled, "since": self.since, "position": self.position}
+        plan = {name: vars(self)[name] for name in ("first", "since", "position")}
+        plan |= {"steps": self.steps, "scheduled": self.scheduled}
         return {"length": [asdict(change) for change in self.changes], "plan": plan}
 
 
@@ -130,4 +133,5 @@ def with_plan(length: Length, state: Mapping[str, Any]) -> Length:
     plan = state.get("plan", {})
     if plan.get("scheduled") != length.scheduled:
         return length
-    return replace(length, fitting=plan["steps"], since=plan["since"], position=plan["position"])
+    first = plan.get("first")
+    return replace(length, fitting=plan["steps"], first=first, since=plan["since"], position=plan["position"])

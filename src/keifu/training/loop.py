@@ -32,6 +32,8 @@ from keifu.training.setup import set_up
 from keifu.training.signals import Interrupted, StopRequest
 from keifu.training.trainer import Gradient
 
+LEAST = 10  # steps of a run with a time limit, below which it has learned nothing
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -90,9 +92,10 @@ class _Loop:
         self.trainer, self.run, self.note = recorder.trainer, recorder.run, recorder.display.note
         self.state, self.settings = self.trainer.state, self.trainer.settings
         s, device = self.settings, self.trainer.device
-        self.every = {"validation": s.evaluate_every, "sample": s.sample_every, "state": s.save_every}
-        limit = None if s.minutes is None else 60 * s.minutes
-        self.state.clock.start(self.state.step, self.every, limit, s.whole_steps)
+        self.chosen = {"validation": s.evaluate_every, "sample": s.sample_every, "state": s.save_every}
+        self.limit = None if s.minutes is None else 60 * s.minutes
+        self._set_intervals()
+        self.state.clock.start(self.state.step, self.every, self.limit, s.whole_steps)
         self.short = False  # whether the display has shown that few steps fit into the minutes
         self.validated, self.gradient_norm = recorder.lines.validated, math.nan
         self.on_policy = isinstance(data, OnPolicy)
@@ -106,6 +109,10 @@ class _Loop:
             self.recorder.save_state()
         if not state.step:  # the model as it begins; it also shows how long both take
             self._make(["validation", "sample"] if self.validated is None else ["sample"])
+            if self.limit and not self.on_policy:
+                fitting = state.clock.fitting(0, state.length.steps, self.recorder.cost.step_seconds)
+                self._fit(current().broadcast(fitting))
+                self._set_intervals()
         self._estimate()
         while state.step < state.length.steps:
             gradient = self._gradient()
@@ -124,13 +131,17 @@ class _Loop:
         state = self.state
         if self.validated != state.step:
             self._evaluate()
-            self._sample()
+            if state.clock.skips("sample"):
+                self.note("No last sample is made: it would take too much of the time.")
+            else:
+                self._sample()
         self.recorder.save_state()
         self.recorder.close(is_finished=True)
-        report, planned, seconds = self.run.directory / REPORT, state.length.scheduled, state.clock.seconds
-        if self.settings.minutes is not None and state.step < planned / 10:
+        report, seconds = self.run.directory / REPORT, state.clock.seconds
+        planned, least = state.length.first or state.length.steps, 0 if self.on_policy else LEAST
+        if self.limit and state.step < max(planned / 10, least):
             self.note(
-                f"Out of time: {state.step:,} of {planned:,} steps were made{busy()}. The model has learned next to "
+                f"Out of time: {number(state.step, 'step')} of {planned:,} made{busy()}. The model has learned next to "
                 f"nothing; give more --minutes. See {report}."
             )
         else:
@@ -218,9 +229,10 @@ class _Loop:
             self.recorder.log(float(self.gradient_norm))
         if step == steps:
             return  # the rest is made by `finish`
-        if self.settings.minutes is not None:
+        if self.limit:
             self._fit(current().broadcast(self.state.clock.steps(step, steps)))
-        due = [name for name, every in self.every.items() if every and step % every == 0]
+        intervals = {name: self.state.clock.interval(name, steps) for name in self.every}
+        due = [name for name, every in intervals.items() if every and step % every == 0]
         if self.settings.spikes.rise and self.state.spikes.due(step) and "state" not in due:
             due.append("state")
         self._make(due)
@@ -231,6 +243,13 @@ class _Loop:
         for name in due:
             with self.state.clock.paused(name):
                 work[name]()
+
+    def _set_intervals(self) -> None:
+        """Set the steps between validations, samples and states; they grow and shrink with a run's time limit."""
+        length = self.state.length
+        ratio = (length.first or length.scheduled) / length.scheduled
+        self.every = {name: max(1, round(every * ratio)) if every else 0 for name, every in self.chosen.items()}
+        self.state.clock.every = self.every
 
     def _estimate(self) -> None:
         """Show an estimate of the rest of the run, with the validations and samples in it."""
@@ -244,10 +263,10 @@ class _Loop:
         length = self.state.length
         if steps == length.steps:
             return
-        if steps < length.scheduled / 2 and not self.short:
-            self.short = True
-            minutes = f"{self.settings.minutes:g} minutes{busy()}"
-            self.note(f"Only {steps:,} of {length.scheduled:,} steps fit into {minutes}.")
+        planned = length.first or length.scheduled
+        if steps < planned / 2 and not self.short:
+            self.short = length.first is not None
+            self.note(f"Only {steps:,} of {planned:,} steps fit into {format_seconds(self.limit or 0)}{busy()}.")
         self.state.length = length.fitted(self.state.step, steps)
         self.recorder.write({"planned_steps": steps})
         self.recorder.display.expect(steps)

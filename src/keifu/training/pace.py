@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 CHECK = 0.02  # the share of a time limit between two checks of the pace
+SHARE = 0.1  # of a time limit that all samples may take, all validations, and all checkpoints
 TOLERANCE = 0.02  # the relative change of the number of steps below which the plan stays
 
 
@@ -80,17 +81,38 @@ class Clock:
         if self.limit is None or self.passed - self.looked < CHECK * self.limit:
             return planned
         self.looked = self.passed
-        between = math.fsum(seconds / self.every[name] for name, seconds in self.lasted.items() if self.every[name])
-        remaining = self.limit - self.passed - math.fsum(self.lasted.values())
-        fitting = step + max(1, int(remaining / (self._pace(step) + between)))
+        fitting = self.fitting(step, planned, self._pace(step))
         return planned if abs(fitting - planned) <= TOLERANCE * planned else fitting
+
+    def fitting(self, step: int, planned: int, pace: float) -> int:
+        """Return the number of steps of the whole run that fit into the limit at a pace, at least one more."""
+        limit = math.inf if self.limit is None else self.limit
+        times = ((seconds, self.interval(name, planned)) for name, seconds in self.lasted.items())
+        between = math.fsum(seconds / every for seconds, every in times if every)
+        remaining = limit - self.passed - math.fsum(self.lasted[name] for name in self.lasted if not self.skips(name))
+        return step + max(1, int(min(remaining / max(pace + between, 1e-9), 1e12)))
+
+    def skips(self, name: str) -> bool:
+        """Return whether a sample takes too much of a time limit to be made once more at the end."""
+        return name == "sample" and self.limit is not None and self.lasted.get(name, 0.0) > SHARE * self.limit
+
+    def interval(self, name: str, steps: int) -> int:
+        """Return the number of steps between two validations, samples or checkpoints of a run of so many steps.
+
+        Under a time limit it grows until all of them take no more than their share of it. 0: none.
+        """
+        every, lasted = self.every[name], self.lasted.get(name, 0.0)
+        if self.limit is None or not every:
+            return every
+        return every * max(1, math.ceil(lasted * steps / every / (SHARE * self.limit)))
 
     def left(self, step: int, steps: int) -> float:
         """Return the seconds that the rest takes at the current pace; before the first step, without the steps.
 
         Validations, samples and checkpoints are included once each has been measured. Each comes once more at the end.
         """
-        times = {name: (steps - 1) // every - step // every if every else 0 for name, every in self.every.items()}
+        intervals = {name: self.interval(name, steps) for name in self.every}
+        times = {name: (steps - 1) // every - step // every if every else 0 for name, every in intervals.items()}
         between = math.fsum(seconds * (times[name] + 1) for name, seconds in self.lasted.items())
         return (self.count(steps) - self.count(step)) * self._pace(step) + between
 

@@ -339,9 +339,10 @@ def test_a_plan_that_is_cut_is_said_with_the_reason(tmp_path, monkeypatch, capsy
     """`--minutes` on a machine that other work slows down: the run ends in time, and says that it learned nothing."""
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("keifu.training.pace.Clock.fitting", lambda clock, step, planned, pace: 38)
     monkeypatch.setattr("keifu.training.pace.Clock.steps", lambda clock, step, planned: 2)
     train(toy(), objective, Sequences(), settings(steps=40, minutes=1.0), run(tmp_path))
     shown = capsys.readouterr().err
-    assert f"Only 2 of 40 steps fit into 1 minutes{said}." in shown
-    assert f"Out of time: 2 of 40 steps were made{said}. The model has learned next to nothing" in shown
+    assert f"Only 2 of 38 steps fit into 60 s{said}." in shown
+    assert f"Out of time: 2 steps of 38 made{said}. The model has learned next to nothing" in shown
     assert "Done: " not in shown

@@ -12,9 +12,9 @@ from typing import Any
 
 from keifu.alignment.rewards import code_file
 from keifu.errors import UserError
-from keifu.files import sha256
+from keifu.files import config, sha256
 from keifu.recipes.options import by_option, to_json
-from keifu.training.run.signature import is_signed
+from keifu.training.run.signature import KEY, is_signed
 
 SHOWN = 12  # digits of a hash
 
@@ -63,9 +63,8 @@ def check_resumed(out: Path, record: Mapping[str, Any], recipe: Any, words: Sequ
             )
         if not is_mine and value != usual.get(option) and (path := _path(value)):
             raise UserError(
-                f"The run in {out} was not begun by you on this machine (or keifu's cache, which has your key, was "
-                f"emptied since), and its options name {path}. If it shall read that, name it: {resume} --{option} "
-                f"{_quoted(value)}."
+                f"The run in {out} was not begun by you on this machine (or your key {config() / KEY} is gone), "
+                f"and its options name {path}. If it shall read that, name it: {resume} --{option} {_quoted(value)}."
             )
 
 

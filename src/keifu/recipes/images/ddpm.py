@@ -94,8 +94,6 @@ class PictureOptions(Logging):
     """How the noise levels of a step are drawn; logit_normal: most of them in the middle (Stable Diffusion 3)."""
     steps: Count | None = None
     """Updates of the weights."""
-    minutes: Positive | None = None
-    """Train for so long instead: the steps are fixed by the pace before the start."""
     batch_size: Count | None = None
     """Pictures in a step."""
     micro_batch: Count | None = None

@@ -68,7 +68,7 @@ class TextToImageOptions(Logging):
     """Updates of CLIP's weights, instead of its minutes."""
     clip_batch: Count = 256
     """Pairs in a step of CLIP."""
-    minutes: Positive = 45.0
+    minutes: Positive = field(default=45.0, kw_only=True)
     """Time limit of the training of the model itself."""
     steps: Count | None = None
     """Updates of its weights, instead of the minutes."""

@@ -13,7 +13,7 @@ Expected: see docs/results.md, "Emoji from text".
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -96,7 +96,7 @@ class Recipe(image_runs.TextToImageOptions):
     """How much each noise level counts in the loss."""
     caption_dropout: BelowOne = 0.1
     """Share of the captions that are dropped, for classifier-free guidance."""
-    minutes: Positive = 45.0
+    minutes: Positive = field(default=45.0, kw_only=True)
     """Time limit of the U-Net's training; with --space pixels, the autoencoder's minutes are added."""
     batch_size: Count = 16
     """Pictures in a step of the U-Net."""

@@ -13,7 +13,7 @@ Axes: picture, channels, height, width; embedding = numbers of CLIP's vectors.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -142,7 +142,7 @@ class Recipe(TextToImageOptions):
     """Share of the texts that are dropped for the decoder."""
     image_dropout: BelowOne = losses.UnclipLoss.image_dropout
     """Share of the embeddings that are dropped for the decoder."""
-    minutes: Positive = 67.0
+    minutes: Positive = field(default=67.0, kw_only=True)
     """Time limit of the training after CLIP's."""
     guidance: Finite = 3.0
     """Scale of the classifier-free guidance of the samples, of decoder and prior."""

@@ -25,7 +25,7 @@ from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pa
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
-from keifu.ranges import Count, Positive, Seed
+from keifu.ranges import Count, Seed
 from keifu.recipes.options import Logging
 from keifu.recipes.runs import Budget, attribution_of, parameters, train_run
 from keifu.recipes.starting import check_start, keeps_best
@@ -70,8 +70,6 @@ class Options(Logging):
     run starts from: to adapt it to pairs of one's own, or to train it longer. Its sizes are the model's."""
     steps: Count | None = None
     """Updates of the weights."""
-    minutes: Positive | None = None
-    """Train for so long instead: the steps are fixed by the pace before the start. Unset, with no steps: 45."""
     tokens_per_batch: Count = 4000
     """Source and target tokens in a step, padding counted."""
     micro_batch: Count | None = None

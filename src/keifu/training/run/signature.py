@@ -1,6 +1,7 @@
 """Signature of a run's record: shows that this user began the run, so that the paths in it are the user's own words.
 
-The key is a file in keifu's cache. A run from another machine has no valid signature: its paths must be named again.
+The key is a file in keifu's folder of settings. A run from another machine has no valid signature: its paths must be
+named again.
 """
 
 import hashlib
@@ -9,11 +10,12 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from keifu.files import cache
+from keifu.files import cache, config
 
-KEY = "signing-key"  # in the cache
+KEY = "signing-key"  # in the folder of settings; in the cache of earlier versions
 BYTES = 32
 SIGNED = ("name", "options", "place")  # entries of the record
 
@@ -42,13 +44,20 @@ def _signature(record: Mapping[str, Any], key: bytes) -> str:
 
 
 def _key() -> bytes:
-    """Read the key, or make it at first use; only this user can read the file."""
-    path = cache() / KEY
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Read the key, or make it at first use; in the cache if the folder of settings cannot be written."""
+    earlier = cache() / KEY
+    with suppress(OSError):
+        return _read_or_make(config() / KEY, earlier.read_bytes() if earlier.is_file() else os.urandom(BYTES))
+    return _read_or_make(earlier, os.urandom(BYTES))
+
+
+def _read_or_make(path: Path, new: bytes) -> bytes:
+    """Return the key in a file that only this user can read; if there is none, write `new`."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(FileExistsError):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(os.urandom(BYTES))
+            file.write(new)
     key = path.read_bytes()
     if len(key) != BYTES:
         raise OSError(f"{path} is not a key")
