@@ -311,10 +311,13 @@ data = Table("data show pictures -o sheet.png", {
 }, {READ: Drawings("all"), "keifu.data.images.splits:split": PARTS, TOKENIZER: None, SHEET: b""})  # fmt: skip
 
 APP, LIMITS = "keifu.serving.app:application", "keifu.serving.worker:Limits"
+ADAPTER = "keifu.checkpoints.lora.peft:is_adapter"
 SERVED = "keifu.serving.models:ServedModels"
 serve = Table("serve M", {
     "MODEL ...": Row("other", SERVED, "0", {"M": "M", "other": "other"}),
     "name": Row("--name alias=x", SERVED, "0", {"alias": "x", "M": "M"}),
+    "lora": Row("--lora keeper=x", SERVED, "0", {"keeper": "x", "M": "M"}, returns={ADAPTER: True}),
+    "allow-load": Row("--allow-load models", SERVED, "5", Path("models")),
     "allowed-host": Row("--allowed-host h", APP, lambda given: "h" in given.limits.hosts),
     "strict": Row("--strict", APP, "limits.strict"),
     "pictures": Row("--pictures shown", LIMITS, "pictures", Path("shown")),

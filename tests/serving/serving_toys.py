@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -70,10 +71,15 @@ class Served:
 
 @contextmanager
 def running(
-    names: Sequence[str], limits: Limits, access: Access, memory: int | None = None, weights: str | None = None
+    names: Sequence[str],
+    limits: Limits,
+    access: Access,
+    memory: int | None = None,
+    weights: str | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Served]:
     """A server in a thread."""
-    models = ServedModels(public_names(names, {}), limits, Metrics(), memory, weights)
+    models = ServedModels(public_names(names, {}), limits, Metrics(), memory, weights, folder)
     listening = Address(port=0).open()
     listening.listen()
     server = server_of(application(models, access))

@@ -206,9 +206,9 @@ def test_public_names_show_no_path_of_the_server(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bard", "=x", "a b=x", "bard=", "/srv=x"])
 def test_wrong_aliases_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="which must be ALIAS=PATH"):
+    with pytest.raises(UserError, match="must be ALIAS=PATH"):
         aliases([name])
-    with pytest.raises(UserError, match="gives the alias 'a' twice"):
+    with pytest.raises(UserError, match="The alias 'a' is given twice"):
         aliases(["a=x", "a=y"])
 
 

@@ -140,7 +140,7 @@ def test_a_run_of_another_length_has_as_many_validations_and_samples_and_these_t
     assert ("of 100 steps fit into 60 s" in shown) == (sampling > 1)
 
 
-@pytest.mark.parametrize(("minutes", "words"), [(0.1, "steps of 6 made"), (0.4, "Done: 24 steps")])
+@pytest.mark.parametrize(("minutes", "words"), [(0.1, "Out of time: "), (0.4, "Done: 24 steps")])
 def test_a_run_that_ends_after_some_steps_is_not_called_done(
     clock: Clock, tmp_path: Path, minutes: float, words: str, capsys: pytest.CaptureFixture
 ) -> None:

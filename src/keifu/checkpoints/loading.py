@@ -72,8 +72,7 @@ def _load(
 ) -> tuple[nn.Module, Any]:
     if is_adapter(path):
         model, tokenizer = load(base_of(path), dtype, device)
-        tokenizer = _adapted(path, tokenizer) if (path / "tokenizer_config.json").exists() else tokenizer
-        model = _adapted_model(model, path, weights)
+        tokenizer, model = _adapted(path, tokenizer), _adapted_model(model, path, weights)
     else:
         found = plan(open_source(path), dtype, device)
         with ThreadPoolExecutor(1) as beside:  # the weights are read meanwhile
@@ -176,8 +175,10 @@ def _recommended(name: str | Path, tokenizer: Any) -> Any:
 
 
 def _adapted(path: Path, base: Any) -> Any:
-    """Return the tokenizer in the folder of adapters. Its settings of generation are the base's, unless that folder has
-    some."""
+    """Return the tokenizer in the folder of adapters, if it has one. Its settings of generation are the base's, unless
+    that folder has some."""
+    if not (path / "tokenizer_config.json").exists():
+        return base
     own = load_tokenizer(path)
     if base is None or (path / GENERATION_CONFIG).exists():
         return own
@@ -191,7 +192,9 @@ def planned(name: str | Path, dtype: torch.dtype | None = None) -> LoadPlan:
     with reading(path):
         if is_adapter(path):
             base = planned(base_of(path), dtype)
-            return replace(base, notes=[*base.notes, f"The adapters of {path} are added to these tensors."])
+            own = replace(base.source, tokenizer=lambda: _adapted(path, base.source.tokenizer()))
+            notes = [*base.notes, f"The adapters of {path} are added to these tensors."]
+            return replace(base, source=own, notes=notes)
         return plan(open_source(path), dtype)
 
 

@@ -31,10 +31,9 @@ def run(options: Options) -> None:
     from keifu.checkpoints.hub import may_be_model
 
     out = options.out
-    usual = "gguf" if out.suffix == ".gguf" else "hf"
     if not options.replace and out.exists() and (out.is_file() or may_be_model(out)):
         raise UserError(f"{out} is there already: give another name, or write over it with --replace.")
-    convert(options.model, out, options.to or usual, options.dtype)
+    convert(options.model, out, options.to or ("gguf" if out.suffix == ".gguf" else "hf"), options.dtype)
     print(f"Wrote {out}.")
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -61,8 +62,8 @@ def run(options: Options) -> None:
     if options.out:
         _write(options.out, texts, vectors)
     if options.nearest is not None:
-        searched = None if among is None else _embed(model, tokenizer, among, options)
-        _show_nearest(options.nearest, (texts, vectors), None if among is None else (among, searched))
+        searched = None if among is None else (among, _embed(model, tokenizer, among, options))
+        _show_nearest(options.nearest, (texts, vectors), searched)
     if not options.out and options.nearest is None:
         for text, vector in zip(texts, _numbers(vectors), strict=True):
             print(json.dumps({"text": text, "vector": vector}, ensure_ascii=False))
@@ -84,9 +85,8 @@ def _embed(model: Any, tokenizer: Any, texts: Sequence[str], options: Options) -
     if isinstance(model, TwoTowers):
         return embed_inputs(model, tokenizer, texts, options.cut, options.batch_size)
     rows, pad_id = ids(model, tokenizer, texts, options.cut), tokenizer.pad_id or 0
-    if len(texts) <= SILENT:
-        return embed_rows(model, rows, pad_id, options.batch_size)
-    with counting("Embedding", len(texts), "texts") as advance:
+    shown = len(texts) > SILENT
+    with counting("Embedding", len(texts), "texts") if shown else nullcontext() as advance:
         return embed_rows(model, rows, pad_id, options.batch_size, advance)
 
 

@@ -38,6 +38,10 @@ class Options(flags.Packed):
     ] = ()
     name: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Id of a model and the path or name it is loaded from: ALIAS=PATH. Clients see the alias alone."""
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Id of a LoRA and its folder: NAME=PATH. Requests whose model is NAME get the base model with this adapter."""
+    allow_load: Path | None = None
+    """Folder from which clients may load further models, by POST /v1/models/load. Unset: none."""
     host: str = "127.0.0.1"
     """Address to listen at. 0.0.0.0 lets other machines ask too: give a key then."""
     allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -79,6 +83,7 @@ class Options(flags.Packed):
 
 def run(options: Options) -> None:
     """Serve until a signal ends the server."""
+    from keifu.checkpoints.lora.peft import is_adapter
     from keifu.native.pack import formats
     from keifu.serving.app import Access, application
     from keifu.serving.metrics import Metrics
@@ -95,9 +100,11 @@ def run(options: Options) -> None:
     numbers = options.slots, options.queue, options.timeout, cache, options.keep_alive, options.guesses
     limits = Limits(*numbers, options.pictures)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
-    named = aliases(options.name)
+    named = aliases((*options.name, *options.lora))
+    if wrong := [each for each in options.lora if not is_adapter(Path(each.partition("=")[2]))]:
+        raise UserError(f"--lora is {wrong[0]!r}, which names no folder of adapters: serve a whole model with --name.")
     sources = public_names(options.models or (() if named else found_models()), named)
-    models = ServedModels(sources, limits, Metrics(), memory, options.weights)
+    models = ServedModels(sources, limits, Metrics(), memory, options.weights, options.allow_load)
     for each in models.descriptions.values():
         print(f"{each.name}: {', '.join(each.uses)}")
     open_to_all = address.path is not None or not (address.local or options.allowed_host)
@@ -114,9 +121,9 @@ def aliases(names: Sequence[str]) -> dict[str, str]:
     for each in names:
         alias, _, source = each.partition("=")
         if not source or not re.fullmatch(r"[\w.:@-]+(/[\w.:@-]+)*", alias):
-            raise UserError(f"--name is {each!r}, which must be ALIAS=PATH, such as bard=runs/my-gpt.")
+            raise UserError(f"{each!r} must be ALIAS=PATH, such as bard=runs/my-gpt.")
         if alias in found:
-            raise UserError(f"--name gives the alias {alias!r} twice: choose another for {source}.")
+            raise UserError(f"The alias {alias!r} is given twice: choose another for {source}.")
         found[alias] = source
     return found
 

@@ -21,7 +21,7 @@ from keifu.training.loop import Summary, train
 from keifu.training.protocols import Batch, Data, Objective, Run, Sample, Save
 from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
-from keifu.training.setup import steps_of, steps_within
+from keifu.training.setup import steps_within
 
 
 def is_resuming(directory: Path, resume: bool) -> bool:
@@ -53,10 +53,9 @@ class Budget(NamedTuple):
     ) -> Settings:  # fmt: skip
         """Return the settings for the given steps, for those of a resumed run, or for as many as fit the minutes by the
         measured pace. largest: the batch that takes most memory, if batches differ."""
-        if self.steps:
-            return settings(self.steps)
-        if resume:
-            return settings(steps_of(directory))
+        begun = checkpoint.latest_facts(directory) if resume else {}
+        if steps := self.steps or (begun and begun["described"]["settings"]["steps"]):
+            return settings(steps)
         print(f"Trying the pace, to fit the training into {self.minutes:g} minutes ...", flush=True)
         trial = settings(1000), data.batch(0) if largest is None else largest
         return settings(steps_within(self.minutes, model, objective, data, *trial))

@@ -11,7 +11,6 @@ from starlette.responses import Response
 from torch import Tensor, nn
 
 from keifu.data.classification.input_formats import examples_of
-from keifu.errors import UserError
 from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.serving.facts import current
 from keifu.serving.models import ServedModels
@@ -59,10 +58,7 @@ def _classify(model: nn.Module, tokenizer: Any, go_on: GoOn, body: ClassifyReque
     go_on()
     classifier = text_classifier(model, tokenizer)
     examples = examples_of(body.texts, classifier.form)
-    try:
-        encoded = classifier.read(examples, classifier.limit, body.cut)
-    except UserError as error:  # it names the option of the command line
-        raise UserError(str(error).replace("with --cut", "with the field cut")) from error
+    encoded = classifier.read(examples, classifier.limit, body.cut)
     shares = classifier.predict_proba(encoded.rows).cpu()
     return [classifier.choices(row) for row in examples.rows], shares, _tokens(encoded.rows)
 

@@ -67,7 +67,8 @@ def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
         return error
     if isinstance(error, UserError):
         first = re.match(r"\w+", str(error))
-        return ApiError(400, str(error), first[0] if first and first[0] in fields else None)
+        text = str(error).replace("with --cut", "with the field cut")  # a name of the command line
+        return ApiError(400, text, first[0] if first and first[0] in fields else None)
     if isinstance(error, TimeoutError):
         return ApiError(504, "The answer took longer than this server allows: ask for fewer tokens.", code="timeout")
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):

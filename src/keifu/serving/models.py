@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from keifu.checkpoints.hub import locate
 from keifu.checkpoints.loading import load, load_model, planned
+from keifu.checkpoints.lora.peft import base_of, is_adapter
 from keifu.errors import UserError, unknown
 from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.generation.images.pipeline import image_pipeline
@@ -46,6 +48,7 @@ class Description:
     """Facts about a model that are known before it is loaded.
 
     name: its id for clients. source: the path or name that it is loaded from. size: the most bytes of its weights.
+    parent: the name of the model that it is an adapter of, as vLLM shows it.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Description:
     size: int
     tokenizer: Any
     config: Any
+    parent: str | None = None
 
 
 def describe(source: str, name: str | None = None) -> Description:
@@ -67,7 +71,9 @@ def describe(source: str, name: str | None = None) -> Description:
         raise UserError(f"{source} cannot be served: {explain_not_causal(plan.model)}")
     # a model that writes on a CPU is in memory twice: for PyTorch, and packed for native code
     size = plan.parameters * plan.dtype.itemsize * (2 if {"completion", "translation"} & {*uses} else 1)
-    return Description(name or source, source, uses, getattr(config, "context_length", None), size, tokenizer, config)
+    parent = Path(base_of(path)).name if is_adapter(path := locate(source)) else None
+    context = getattr(config, "context_length", None)
+    return Description(name or source, source, uses, context, size, tokenizer, config, parent)
 
 
 def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
@@ -146,32 +152,46 @@ class ServedModels:
 
     sources: the path or name of each, by id. memory: bytes that the weights of all loaded models may take; None for no
     bound; a model that alone is larger is a `UserError`. weights: f32, bf16, int8 or int4 packs models that write text,
-    and the decoders of those that translate, for native code.
+    and the decoders of those that translate, for native code. folder: where clients may load further models from.
     """
 
     def __init__(
         self, sources: Mapping[str, str], limits: Limits, metrics: Metrics, memory: int | None = None,
-        weights: str | None = None,
+        weights: str | None = None, folder: Path | None = None,
     ):  # fmt: skip
-        found = {name: describe(source, name) for name, source in sources.items()}
-        writers = [name for name in found if weights and "completion" in found[name].uses]
-        translators = [name for name in found if weights and "translation" in found[name].uses]
-        self.packed = dict.fromkeys(writers + translators, weights)
-        alone = {name: replace(found[name], size=found[name].size // 2) for name in writers}  # in memory once
-        self.descriptions = found | alone
-        self._sizes = {each.name: each.size for each in self.descriptions.values()}
-        self._sizes |= {_whole(name): each.size for name, each in alone.items()}
-        self._other_names = short_names(list(found)) | {source: name for name, source in sources.items()}
-        self.limits, self.metrics, self.memory = limits, metrics, memory
+        self.limits, self.metrics, self.memory, self.weights, self.folder = limits, metrics, memory, weights, folder
+        self.packed, self.descriptions = dict[str, str](), dict[str, Description]()
+        self._sizes, self._other_names = dict[str, int](), dict[str, str]()
         self.began = int(time.time())
         self.workers: dict[str, Worker] = {}
         self._used: dict[str, float] = {}
-        for each in self.descriptions.values():
-            if memory is not None and each.size > memory:
-                raise UserError(
-                    f"{each.name} takes {each.size / 2**20:,.0f} MiB, but --memory allows {memory / 2**20:,.0f}: "
-                    "raise it, or choose a smaller model."
-                )
+        for name, source in sources.items():
+            self._add(describe(source, name))
+
+    def _add(self, found: Description) -> None:
+        """Serve one more model; one that alone is larger than the memory is a `UserError`."""
+        name, writes = found.name, "completion" in found.uses
+        if self.weights and (writes or "translation" in found.uses):
+            self.packed[name] = self.weights
+        if self.weights and writes:
+            found = replace(found, size=found.size // 2)  # in memory once
+            self._sizes[_whole(name)] = found.size
+        if self.memory is not None and found.size > self.memory:
+            raise UserError(
+                f"{name} takes {found.size / 2**20:,.0f} MiB, but --memory allows {self.memory / 2**20:,.0f}: "
+                "raise it, or choose a smaller model."
+            )
+        self.descriptions[name], self._sizes[name] = found, found.size
+        sources = {each.source: each.name for each in self.descriptions.values()}
+        self._other_names = short_names(list(self.descriptions)) | sources
+
+    def add_from_folder(self, name: str) -> None:
+        """Serve the model of that name in the folder that clients may load from, if there is one and it is new."""
+        if name in self._other_names or name in self.descriptions or self.folder is None:
+            return
+        inside = [path.name for path in self.folder.glob("[!.]*") if path.resolve().parent == self.folder.resolve()]
+        if name in inside:
+            self._add(describe(str(self.folder / name), name))
 
     def named(self, name: str, use: str | None = None) -> Description:
         """Return the model of that id or short name.

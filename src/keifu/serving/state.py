@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, Response
 
 from keifu.errors import UserError, unknown
@@ -34,7 +35,8 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     def entry(name: str) -> dict[str, Any]:
         each = models.descriptions[name]
         loaded = name in models.workers and models.workers[name].model is not None
-        about = {"uses": each.uses, "context_length": each.context_length, "loaded": loaded}
+        about: dict[str, Any] = {"parent": each.parent} if each.parent else {}
+        about |= {"uses": each.uses, "context_length": each.context_length, "loaded": loaded}
         about |= {"reads_text": each.tokenizer is not None, "labels": vars(each.config).get("classes") or None}
         about |= {"fills_masks": bool(vars(each.config).get("words")), "defaults": _defaults(each)}
         about |= {"sees": sees(each.config)}
@@ -50,6 +52,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
     @app.post("/v1/models/load", summary="Load a model now", tags=["state"])
     async def load_model(body: ModelRequest, request: Request) -> Response:
+        await run_in_threadpool(models.add_from_folder, body.model)
         name = models.named(body.model).name
 
         async def load() -> dict[str, Any]:

@@ -88,8 +88,5 @@ class LineStream(EventStream):
 
     media_type = "application/x-ndjson"
 
-    def _last(self) -> bytes:
-        return b""
-
     def _framed(self, event: dict[str, Any]) -> bytes:
         return f"{json.dumps(event, ensure_ascii=False)}\n".encode("utf-8", "replace")

@@ -64,8 +64,7 @@ class Length:
 
     def fitted(self, step: int, steps: int) -> "Length":
         """Return the length where only `steps` steps fit into the time, as measured at step `step`."""
-        first = self.first or steps
-        return replace(self, fitting=steps, first=first, since=step, position=step + self._ahead(step))
+        return replace(self, fitting=steps, first=self.first or steps, since=step, position=step + self._ahead(step))
 
     def rate_share(self, settings: Settings, step: int) -> float:
         """Return the learning rate of update number `step` (from 0) as a share of the highest one."""
@@ -133,5 +132,4 @@ def with_plan(length: Length, state: Mapping[str, Any]) -> Length:
     plan = state.get("plan", {})
     if plan.get("scheduled") != length.scheduled:
         return length
-    first = plan.get("first")
-    return replace(length, fitting=plan["steps"], first=first, since=plan["since"], position=plan["position"])
+    return replace(length, fitting=plan["steps"], **{name: plan.get(name) for name in ("first", "since", "position")})

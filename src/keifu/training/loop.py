@@ -94,8 +94,8 @@ class _Loop:
         s, device = self.settings, self.trainer.device
         self.chosen = {"validation": s.evaluate_every, "sample": s.sample_every, "state": s.save_every}
         self.limit = None if s.minutes is None else 60 * s.minutes
+        self.state.clock.start(self.state.step, self.chosen, self.limit, s.whole_steps)
         self._set_intervals()
-        self.state.clock.start(self.state.step, self.every, self.limit, s.whole_steps)
         self.short = False  # whether the display has shown that few steps fit into the minutes
         self.validated, self.gradient_norm = recorder.lines.validated, math.nan
         self.on_policy = isinstance(data, OnPolicy)
@@ -231,7 +231,7 @@ class _Loop:
             return  # the rest is made by `finish`
         if self.limit:
             self._fit(current().broadcast(self.state.clock.steps(step, steps)))
-        intervals = {name: self.state.clock.interval(name, steps) for name in self.every}
+        intervals = {name: self.state.clock.interval(name, steps) for name in self.chosen}
         due = [name for name, every in intervals.items() if every and step % every == 0]
         if self.settings.spikes.rise and self.state.spikes.due(step) and "state" not in due:
             due.append("state")
@@ -248,8 +248,8 @@ class _Loop:
         """Set the steps between validations, samples and states; they grow and shrink with a run's time limit."""
         length = self.state.length
         ratio = (length.first or length.scheduled) / length.scheduled
-        self.every = {name: max(1, round(every * ratio)) if every else 0 for name, every in self.chosen.items()}
-        self.state.clock.every = self.every
+        times = {name: max(1, round(every * ratio)) if every else 0 for name, every in self.chosen.items()}
+        self.state.clock.every = times
 
     def _estimate(self) -> None:
         """Show an estimate of the rest of the run, with the validations and samples in it."""

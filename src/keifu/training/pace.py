@@ -86,11 +86,10 @@ class Clock:
 
     def fitting(self, step: int, planned: int, pace: float) -> int:
         """Return the number of steps of the whole run that fit into the limit at a pace, at least one more."""
-        limit = math.inf if self.limit is None else self.limit
-        times = ((seconds, self.interval(name, planned)) for name, seconds in self.lasted.items())
-        between = math.fsum(seconds / every for seconds, every in times if every)
-        remaining = limit - self.passed - math.fsum(self.lasted[name] for name in self.lasted if not self.skips(name))
-        return step + max(1, int(min(remaining / max(pace + between, 1e-9), 1e12)))
+        between = sum(t / (self.interval(name, planned) or math.inf) for name, t in self.lasted.items())
+        limit = self.limit or math.inf
+        left = limit - self.passed - sum(t for name, t in self.lasted.items() if not self.skips(name))
+        return step + max(1, int(min(left / max(pace + between, 1e-9), 1e12)))
 
     def skips(self, name: str) -> bool:
         """Return whether a sample takes too much of a time limit to be made once more at the end."""

@@ -175,21 +175,8 @@ def steps_within(
     Validation, samples and checkpoints are not included. The measurement takes a few passes over some rows, however
     many minutes there are, and does not change the model.
     """
-    if not minutes > 0:
-        raise UserError(f"minutes must be above 0, and it is {minutes}.")
     settings, device = as_chosen(settings), next(model.parameters()).device
     trainer = Trainer(model, objective, replace(settings, compile=False))
     with failures.explain_out_of_memory(), tensor_float32(device, settings.precision), keep_freed(device):
         measured = cost.estimate(trainer, on_device(largest, device), settings.micro_batch)
     return max(1, current().broadcast(round(60 * minutes / measured.step_seconds)))
-
-
-def steps_of(directory: Path) -> int:
-    """Return the number of steps that the run in this directory started with."""
-    try:
-        return run_directory.read_recipe(directory)["settings"]["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{directory / run_directory.RECIPE} does not say how many steps its run has: give --steps in place of "
-            "--minutes."
-        ) from None

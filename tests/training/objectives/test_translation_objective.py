@@ -1,6 +1,5 @@
 """Learning to translate: its loss, its optimizer, its memory, the mean of its states and its budget of time."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,12 +194,3 @@ def test_all_processes_make_the_steps_that_fit_on_the_first_one() -> None:
 
     with use(Second()):
         assert setup.steps_within(0.001, toy(), objective, Sequences(), settings(), Sequences().batch(0)) == 77
-
-
-def test_a_run_says_how_many_steps_it_was_begun_with(tmp_path: Path) -> None:
-    saved(tmp_path)
-    assert setup.steps_of(tmp_path) == 12
-    with pytest.raises(UserError, match="does not say how many steps its run has: give --steps"):
-        setup.steps_of(tmp_path / "none")
-    with pytest.raises(UserError, match="minutes must be above 0, and it is nan"):
-        setup.steps_within(math.nan, toy(), objective, Sequences(), settings(), Sequences().batch(0))

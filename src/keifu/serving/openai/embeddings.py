@@ -99,10 +99,7 @@ def _embed(
     """Return the embeddings on the CPU, and how many tokens were read. go_on: see `Worker.call`."""
     limit = about.config.context_length
     if isinstance(inputs[0], str):
-        try:
-            rows = encode_texts(tokenizer, inputs, limit, cut).rows
-        except UserError as error:  # it names the option of the command line
-            raise UserError(str(error).replace("with --cut", "with the field cut")) from error
+        rows = encode_texts(tokenizer, inputs, limit, cut).rows
     else:
         rows = _checked_ids(inputs, about.config.vocab_size, limit, cut)
     padding = retrieval.padding(tokenizer) if isinstance(model, TwoTowers) else tokenizer.pad_id or 0

@@ -54,7 +54,9 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     @app.post("/api/chat", summary="Answer a conversation (ollama)", tags=["other clients"], responses=STREAM)
     async def chat(body: OllamaChat, request: Request) -> Response:
         answer = await begin_from(models, _fields(body), "ollama")
-        return LineStream(_lines(answer), models.limits.timeout) if body.stream else await whole(request, _all(answer))
+        if body.stream:
+            return LineStream(_lines(answer), models.limits.timeout, named=True)
+        return await whole(request, _all(answer))
 
     @app.get("/api/tags", summary="The models that chat (ollama)", tags=["other clients"])
     async def tags() -> Response:
