@@ -58,7 +58,7 @@ def test_an_adapter_is_loaded_where_that_is_permitted_and_answers_under_its_name
     alone = keifu.generate(model, tokenizer, "What is that light?", max_tokens=12, temperature=0)
     assert answer(served, "keeper") == alone != before
     assert answer(served, "chat") == before, "the base is as it was"
-    assert [each["id"] for each in served.openai.models.list().data] == ["chat", "keeper"]
+    assert [each.id for each in served.openai.models.list().data] == ["chat", "keeper"]
     assert served.post("/v1/models/unload", {"model": "keeper"}).json()["loaded"] is False
     assert answer(served, "keeper") == alone
 
