@@ -288,7 +288,8 @@ def test_a_conversation_is_saved_and_gone_on_with(typing: Any, capsys: pytest.Ca
     file = tmp_path / "talk.jsonl"
     kept = typing("a", f"/save {file}", "b", f"/save {file}").messages
     assert [*conversations.read(str(file))] == [kept]  # data for supervised fine-tuning
-    assert typing(f"/load {file}", "c", f"/save {file}").messages[:4] == kept
+    longer = typing(f"/load {file}", "c", f"/save {file}").messages
+    assert longer[:4] == kept and [*conversations.read(str(file))] == [longer], "the file is the conversation's own"
     typing("a", f"/save {file}", "/reset")
     assert f"There is already a {file}" in capsys.readouterr().err
     whole = tmp_path / "talk.json"

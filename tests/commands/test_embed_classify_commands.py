@@ -13,6 +13,7 @@ import torch
 from keifu import checkpoints, cli
 from keifu.commands import classify
 from keifu.data.tokenizers.train import train_tokenizer
+from keifu.errors import UserError
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.models import bert, llama
 
@@ -150,6 +151,8 @@ def test_each_text_gets_a_label_and_its_probabilities(models: dict[str, str], ca
     rows = [row.split("\t") for row in out(capsys, *words).splitlines()]
     assert rows[0] == ["label", "probability", "next", "text"] and [row[3] for row in rows[1:]] == [*words[2:]]
     for row, line in zip(rows[1:], lines, strict=True):
+        shown = [row[0], *(part.split()[0] for part in row[2].split(", "))]
+        assert shown == sorted(line["probabilities"], key=line["probabilities"].get, reverse=True)
         assert row[0] == line["label"] and float(row[1]) == pytest.approx(line["probabilities"][row[0]], abs=6e-4)
 
 
@@ -182,6 +185,12 @@ def test_a_table_in_another_encoding_is_read_by_its_name(
     report = json.loads(out(capsys, *words, "--encoding", "cp932", "--json"))
     assert sum(map(sum, report["confusion"])) == 2
     assert "Did you mean 'cp932'" in refused(capsys, *words, "--encoding", "cp93")
+
+
+@pytest.mark.parametrize("given", ["a cat,a cat,a dog", "a cat", " , ", "a cat, a cat"])
+def test_labels_are_different_and_two_at_least(given: str) -> None:
+    with pytest.raises(UserError, match="give two at least, each once"):
+        classify._labels(given)
 
 
 def test_of_many_labels_only_the_worst_are_printed(capsys: pytest.CaptureFixture) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from keifu import checkpoints, cli
 from keifu.data.text.passages import LONGEST, read_passages
@@ -118,6 +119,11 @@ def test_only_new_passages_are_embedded_again(
         index.write_bytes(damage)
         assert len(search(capsys, model, "the cat")) == 5
     assert counts == [6, 1, 6, 6, 6]
+    (notes / "a.md").unlink()
+    left = len(search(capsys, model, "the cat"))
+    with safe_open(index, "pt") as file:
+        kept = json.loads((file.metadata() or {})["passages"])
+    assert len(kept) == left < 5, "passages that are gone leave the index"
 
 
 def test_what_cannot_be_searched_is_said(notes: Path, model: str, capsys: pytest.CaptureFixture) -> None:

@@ -1,22 +1,61 @@
 """Figures of evaluations against numbers that were worked out by hand or with NumPy."""
 
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from keifu.commands import evaluate
+from keifu.commands.shared import resuming
 from keifu.data.images.dataset import read_images
 from keifu.data.images.splits import split
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.evaluation import pairwise
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.images.distances import manifold
 from keifu.evaluation.images.retrieval import split_pairs
 from keifu.evaluation.intervals import bootstrap
 from keifu.evaluation.plots import fonts
-from keifu.evaluation.text import few_shot
+from keifu.evaluation.registry import EvalRequest, ResultTable
+from keifu.evaluation.text import few_shot, perplexity
 from keifu.evaluation.text.tasks import TaskItem
 from keifu.generation.text.likelihood import Likelihood
+
+
+def test_of_equally_likely_choices_the_first_one_is_given() -> None:
+    assert few_shot._best([-2.0, -1.0, -1.0]) == 1
+
+
+def test_bits_per_byte_count_bytes_and_not_characters(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("名前は猫", encoding="utf-8")
+    tokenizer = train_tokenizer("characters", ["名前は猫"], 64)
+    ids, bytes_per_token = perplexity._whole(EvalRequest(on=str(tmp_path / "a.txt")), tokenizer)
+    assert len(ids) * bytes_per_token == 12
+
+
+def test_columns_of_a_file_hold_no_tab_and_no_line_break_of_a_text() -> None:
+    items = ResultTable(("source", "translation"), [("a\tb", "c\nd  e"), (1, None)])
+    assert [*evaluate._columns(items)] == ["source\ttranslation", "a b\tc d e", "1\tNone"]
+
+
+def test_minutes_of_a_resumed_run_count_at_its_pace() -> None:
+    facts = {"seconds": 30.0, "step": 10, "described": {"settings": {"steps": 100}}}
+    assert resuming._steps({"minutes": (5.0, 2.0)}, facts) == 40
+    assert resuming._steps({"epochs": (2.0, 3.0)}, facts) == 150
+
+
+def test_an_empty_answer_is_no_preference(tmp_path: Path) -> None:
+    kept = pairwise.Judgements(tmp_path, {"by": "a person"})
+    prompt = [{"role": "user", "content": "Who?"}]
+    for answers, choice in ((("", "I."), "B"), (("You.", "I."), "A"), (("You.", "I."), "even")):
+        kept.add(pairwise.Judgement(prompt, answers, choice))
+    [line] = (tmp_path / pairwise.PREFERENCES).read_text().splitlines()
+    assert json.loads(line) == {"prompt": prompt, "chosen": "You.", "rejected": "I.", "by": "a person"}
+    assert kept.tally() == (1, 1, 1, 0)
 
 
 def test_the_bootstrap_interval_has_95_percent() -> None:

@@ -13,9 +13,10 @@ import pytest
 from serving_toys import WAIT, running, until
 
 from keifu import cli
-from keifu.commands.serve import LOCAL, aliases
+from keifu.commands.serve import aliases
 from keifu.errors import UserError
 from keifu.serving import middleware, server
+from keifu.serving.access import LOCAL
 from keifu.serving.app import Access
 from keifu.serving.models import public_names, short_names
 from keifu.serving.openai import generation
@@ -78,7 +79,7 @@ def test_only_known_hosts_are_answered(folder: Path) -> None:
 
 
 def test_pages_of_other_origins_cannot_send_forms(folder: Path) -> None:
-    access = Access(origins=("https://friend.example",), hosts=("127.0.0.1", "chat.example"))
+    access = Access(origins=("https://friend.example",), hosts=(*LOCAL, "chat.example"))
     with running([str(folder / "ddpm")], Limits(), access) as served:
 
         def status(origin: str | None, path: str = "images/edits", **headers: str) -> int:
@@ -89,6 +90,7 @@ def test_pages_of_other_origins_cannot_send_forms(folder: Path) -> None:
         for path in ("images/edits", "images/variations", "audio/transcriptions"):
             assert status(EVIL, path) == status("null", path) == 403
         assert httpx.post(f"{served.url}/v1/images/generations", json={}, headers={"origin": EVIL}).status_code == 403
+        assert status("http://127.0.0.1:9") == status("http://localhost:9") == 403, "another program of this machine"
         for mine in (None, served.url, "https://friend.example", "https://chat.example"):
             assert status(mine) == 400  # the picture is none
         assert status("https://proxied.example", **{"sec-fetch-site": "same-origin"}) == 400

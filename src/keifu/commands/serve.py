@@ -20,7 +20,6 @@ KEYS = "KEIFU_API_KEY"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 LARGEST_SIZE = 2**60  # bytes
 USUAL = "smollm2"  # if no model is named
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
 OPEN = "WARNING: anyone who can reach {host} may use this server: it asks for no key. Give one with --api-key."
 
 
@@ -85,6 +84,7 @@ def run(options: Options) -> None:
     """Serve until a signal ends the server."""
     from keifu.checkpoints.lora.peft import is_adapter
     from keifu.native.pack import formats
+    from keifu.serving.access import LOCAL
     from keifu.serving.app import Access, application
     from keifu.serving.metrics import Metrics
     from keifu.serving.models import ServedModels, public_names

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from keifu.serving.errors import ApiError
 
 GUARDED = ("/v1/", "/api/", "/metrics")
+LOCAL = ("localhost", "127.0.0.1", "[::1]")  # names at which other programs of this machine serve pages too
 READING = ("GET", "HEAD", "OPTIONS")
 
 
@@ -58,7 +59,7 @@ class Origins(Gate):
 
     def __init__(self, app: ASGIApp, origins: Sequence[str], hosts: Sequence[str]):
         super().__init__(app)
-        self.origins, self.hosts = origins, [host.lower() for host in hosts]
+        self.origins, self.hosts = origins, {host.lower() for host in hosts} - {*LOCAL}
 
     def refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         """Return an error that names the option, for a request that changes something and comes from another origin."""

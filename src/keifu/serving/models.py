@@ -14,9 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from keifu.checkpoints.hub import locate
 from keifu.checkpoints.loading import load, load_model, planned
-from keifu.checkpoints.lora.peft import base_of, is_adapter
 from keifu.errors import UserError, unknown
 from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.generation.images.pipeline import image_pipeline
@@ -48,7 +46,6 @@ class Description:
     """Facts about a model that are known before it is loaded.
 
     name: its id for clients. source: the path or name that it is loaded from. size: the most bytes of its weights.
-    parent: the name of the model that it is an adapter of, as vLLM shows it.
     """
 
     name: str
@@ -58,7 +55,6 @@ class Description:
     size: int
     tokenizer: Any
     config: Any
-    parent: str | None = None
 
 
 def describe(source: str, name: str | None = None) -> Description:
@@ -71,9 +67,7 @@ def describe(source: str, name: str | None = None) -> Description:
         raise UserError(f"{source} cannot be served: {explain_not_causal(plan.model)}")
     # a model that writes on a CPU is in memory twice: for PyTorch, and packed for native code
     size = plan.parameters * plan.dtype.itemsize * (2 if {"completion", "translation"} & {*uses} else 1)
-    parent = Path(base_of(path)).name if is_adapter(path := locate(source)) else None
-    context = getattr(config, "context_length", None)
-    return Description(name or source, source, uses, context, size, tokenizer, config, parent)
+    return Description(name or source, source, uses, getattr(config, "context_length", None), size, tokenizer, config)
 
 
 def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:

@@ -35,8 +35,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     def entry(name: str) -> dict[str, Any]:
         each = models.descriptions[name]
         loaded = name in models.workers and models.workers[name].model is not None
-        about: dict[str, Any] = {"parent": each.parent} if each.parent else {}
-        about |= {"uses": each.uses, "context_length": each.context_length, "loaded": loaded}
+        about = {"uses": each.uses, "context_length": each.context_length, "loaded": loaded}
         about |= {"reads_text": each.tokenizer is not None, "labels": vars(each.config).get("classes") or None}
         about |= {"fills_masks": bool(vars(each.config).get("words")), "defaults": _defaults(each)}
         about |= {"sees": sees(each.config)}

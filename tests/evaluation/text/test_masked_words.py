@@ -12,7 +12,7 @@ from keifu import checkpoints, cli
 from keifu.data.text.masked_lm import MaskedText, MaskingScheme, MaskingVocabulary
 from keifu.data.text.sentence_shards import prepare_sentences
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.evaluation.text.masked_words import CLASSES, NeighbourLookup, token_classes
+from keifu.evaluation.text.masked_words import CLASSES, NeighbourLookup, _fill_in, token_classes
 from keifu.generation.text.translation import sentences
 from keifu.models import bert
 
@@ -76,6 +76,33 @@ def test_the_figures_are_those_of_the_held_out_documents(
     lookup = NeighbourLookup(np.array(seen), tokenizer.vocab_size)
     answers = lookup(*(np.array(side) for side in zip(*(around for around, _ in looked_up), strict=True)))
     assert answers.tolist() == [answer for _, answer in looked_up] and looked_up
+
+
+class Blank(torch.nn.Module):
+    """A masked model that says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def encode(self, tokens: torch.Tensor, segments: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*tokens.shape, 4)
+
+    def words(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(states), 20)
+
+
+def test_the_neighbours_of_a_hidden_token_are_the_left_one_and_the_right_one() -> None:
+    batch = {
+        "tokens": torch.tensor([[2, 5, 9, 6, 7, 3], [2, 8, 8, 9, 4, 3]]),
+        "places": torch.tensor([[2, 4], [1, 3]]),
+        "targets": torch.tensor([[11, 12], [13, 14]]),
+        "mask": torch.ones(2, 6, dtype=torch.bool),
+    }
+    hidden, _ = _fill_in(Blank(), [batch], mask_id=9)
+    assert (hidden.left.tolist(), hidden.right.tolist()) == ([5, 8], [6, 4])
+    assert (hidden.targets.tolist(), hidden.rows.tolist()) == ([11, 14], [0, 1])
+    assert hidden.losses == pytest.approx(np.full(2, np.log(20)))
 
 
 def test_lookup_falls_back_to_one_neighbour_and_to_the_commonest() -> None:

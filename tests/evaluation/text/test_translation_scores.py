@@ -63,6 +63,7 @@ def test_without_sacrebleu_it_is_said_how_to_have_it(monkeypatch: pytest.MonkeyP
 def test_a_language_is_told_by_its_script() -> None:
     texts = {"ja": JAPANESE, "zh": ["我住在东京。", "这是一支笔。"], "ko": ["나는 학생입니다."], "": ENGLISH}
     assert {language: language_of(each) for language, each in texts.items()} == {each: each for each in texts}
+    assert language_of(["東京都立中央図書館の開館時間変更"]) == "ja", "few signs are kana in a Japanese title"
     assert language_of(["私はTomです。"]) == "ja" and language_of([]) == language_of(["123"]) == ""
 
 

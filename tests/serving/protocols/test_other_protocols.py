@@ -122,6 +122,10 @@ def test_models_are_loaded_and_unloaded_by_request(folder: Path) -> None:
     with running([str(folder / kind) for kind in ("base", "chat")], Limits(), Access()) as served:
         assert served.post("/v1/models/load", {"model": "base"}).json()["loaded"]
         assert loaded(served) == {"base": True, "chat": False}
+        served.models.workers["base"].pending = 1
+        busy = served.post("/v1/models/unload", {"model": "base"})
+        assert busy.status_code == 409 and "is at work" in busy.json()["error"]["message"] and loaded(served)["base"]
+        served.models.workers["base"].pending = 0
         assert not served.post("/v1/models/unload", {"model": "base"}).json()["loaded"]
         assert loaded(served) == {"base": False, "chat": False}
         assert served.post("/v1/models/unload", {"model": "nothing"}).status_code == 404
