@@ -51,8 +51,9 @@ def test_minutes_of_a_resumed_run_count_at_its_pace() -> None:
 def test_an_empty_answer_is_no_preference(tmp_path: Path) -> None:
     kept = pairwise.Judgements(tmp_path, {"by": "a person"})
     prompt = [{"role": "user", "content": "Who?"}]
-    for answers, choice in ((("", "I."), "B"), (("You.", "I."), "A"), (("You.", "I."), "even")):
-        kept.add(pairwise.Judgement(prompt, answers, choice))
+    kept.add(pairwise.Judgement(prompt, ("", "I."), "B"))
+    kept.add(pairwise.Judgement(prompt, ("You.", "I."), "A"))
+    kept.add(pairwise.Judgement(prompt, ("You.", "I."), "even"))
     [line] = (tmp_path / pairwise.PREFERENCES).read_text().splitlines()
     assert json.loads(line) == {"prompt": prompt, "chosen": "You.", "rejected": "I.", "by": "a person"}
     assert kept.tally() == (1, 1, 1, 0)
