@@ -178,7 +178,7 @@ def test_convert_infers_the_format_and_writes_over_nothing_unasked(capsys, tmp_p
         words = ("convert", model, str(tmp_path / name))
         out(capsys, *words)
         before = (tmp_path / file).read_bytes()
-        assert before[:4] == (b"GGUF" if name == "a.gguf" else b'{\n  ')
+        assert before[:4] == (b"GGUF" if name == "a.gguf" else b"{\n  ")
         with pytest.raises(SystemExit):
             cli.main(words)
         assert capsys.readouterr().err.endswith("write over it with --replace.\n")
@@ -206,9 +206,10 @@ def test_four_processes_convert_to_one_folder(model: str, tmp_path: Path) -> Non
     assert not any(process.returncode for process in running), errors
     assert not [*(tmp_path / "out").glob(".*")]
     same = {file.name for file in Path(model).iterdir()} ^ {file.name for file in (tmp_path / "out").iterdir()}
-    assert not same and (tmp_path / "out" / "model.safetensors").read_bytes() == (
-        Path(model) / "model.safetensors"
-    ).read_bytes()
+    assert (
+        not same
+        and (tmp_path / "out" / "model.safetensors").read_bytes() == (Path(model) / "model.safetensors").read_bytes()
+    )
 
 
 def test_models_shows_every_published_size(capsys: pytest.CaptureFixture) -> None:
@@ -267,3 +268,19 @@ def test_evaluate_takes_packed_weights(capsys: pytest.CaptureFixture, model: str
     words = ["evaluate", model, "--on", str(text), "--json"]
     plain, packed = (json.loads(out(capsys, *words, *more)) for more in ([], ["--weights", "int8"]))
     assert packed["perplexity"] == pytest.approx(plain["perplexity"], rel=0.02)
+
+
+def test_one_of_several_texts_is_chosen(model: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text("def last(prompt, answer, example): return answer.count('a') - len(answer)\n")
+    words = ["generate", model, "Once", "--max-tokens", "2", "--temperature", "3", "--seed", "5"]
+    texts = [out(capsys, *words[:-1], str(5 + number)) for number in range(3)]
+    assert out(capsys, *words, "--vote", "3") in texts
+    chosen = out(capsys, *words, "--best-of", "3", "--reward", f"{tmp_path / 'rewards.py'}:last")
+    assert chosen == max(texts, key=lambda text: text.rstrip("\n").count("a") - len(text.rstrip("\n")))
+    for wrong, said in (
+        (["--vote", "3", "--best-of", "2", "--reward", "exact"], "choose in two ways"), (["--best-of", "3"], "belong"),
+        (["--vote", "3", "--temperature", "0"], "all texts are the same"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            cli.main([*words[:5], *wrong])
+        assert said in capsys.readouterr().err

@@ -50,7 +50,7 @@ def on_device() -> dict[str, Row]:
 
 
 GENERATE = "keifu.commands.generate:print_text"
-LOAD = "keifu.commands.generate:load_writer"
+CHOSEN, LOAD = "keifu.commands.generate:print_chosen", "keifu.commands.generate:load_writer"
 generate = Table("generate M Hi", {
     "MODEL": Row("", LOAD, "name", "other", base="generate other Hi"),
     "PROMPT": Row("", GENERATE, "prompt", "Ho", base="generate M Ho"),
@@ -61,6 +61,9 @@ generate = Table("generate M Hi", {
     "stream": Row("--stream", GENERATE, "streamed"),
     "guesses": Row("--guesses 7", GENERATE, "guesses", 7),
     "thinking": Row("--thinking off", "keifu.generation.text.generate:as_prompt", "enable_thinking", False),
+    "vote": Row("--vote 3", CHOSEN, "options.vote", 3),
+    "best-of": Row("--best-of 3 --reward r", CHOSEN, "options.best_of", 3),
+    "reward": Row("--best-of 3 --reward r", CHOSEN, "options.reward", "r"),
     "weights": Row("--weights int8", LOAD, "weights", "int8"),
     **sampling(GENERATE, "sampling"),
 }, {LOAD: WRITER, "keifu.generation.text.generate:as_prompt": lambda _, text, *more, **options: text})  # fmt: skip
@@ -200,7 +203,7 @@ TASK = SimpleNamespace(
     ABOUT="x", evaluate=lambda *_: SimpleNamespace(figures={"f": 1}, tables={}, notes=(), picture=b"x", items=None),
 )  # fmt: skip
 EVALUATED = {
-    "limit": 7, "shots": 7, "by-shots": (0, 7), "seed": 7, "metric": "m", "guidance": 0.5, "sampler": "s", "steps": 7,
+    "limit": 7, "samples": 7, "shots": 7, "by-shots": (0, 7), "seed": 7, "metric": "m", "guidance": 0.5, "sampler": "s", "steps": 7,
     "reverse": True, "by-length": True, "language": "ja", "beam": 7, "alpha": 0.25, "batch-size": 7, "text-field": "b",
     "source-field": "b", "target-field": "b", "encoding": "cp932",
 }  # fmt: skip

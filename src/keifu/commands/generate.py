@@ -1,16 +1,21 @@
 """`keifu generate`: a model continues a text, or answers it."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from keifu.commands.shared import flags
 from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice, read_pictures
 from keifu.commands.shared.terminal import ask
-from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_text
+from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion, print_text
+from keifu.errors import UserError
+from keifu.ranges import Count
+
+if TYPE_CHECKING:
+    from keifu.generation.text.sampling_params import SamplingParams
 
 EXAMPLE = 'keifu generate MODEL "Once upon a time"'
 
@@ -41,11 +46,18 @@ class Options(flags.Packed):
     """Print the text as it is written, in a pipe too."""
     guesses: flags.Guesses = None
     thinking: flags.Thinking = None
+    vote: Count | None = None
+    """Number of texts that are drawn; the first of the most frequent ones is printed (self-consistency)."""
+    best_of: Count | None = None
+    """Number of texts that are drawn; the one with the highest --reward is printed."""
+    reward: str | None = None
+    """Reward for --best-of: file.py:function, whose code is run, or a reward model, a run of keifu train reward."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags()
 
 
 def run(options: Options) -> None:
     """Print what the model writes, without the prompt."""
+    check_drawing(options)
     text = join_texts(options.prompt, options.file) or (ask("Prompt: ", EXAMPLE) if at_terminal() else "")
     model, tokenizer = load_writer(options.model, options.weights)
     from keifu.generation.text.generate import as_prompt
@@ -54,10 +66,50 @@ def run(options: Options) -> None:
     variables = flags.template_variables(options.thinking)
     prompt = as_prompt(tokenizer, text, options.raw, model.config, read_pictures(options.image), **variables)
     notice(line if isinstance(prompt, str) else f"{line}; through the chat template, --raw leaves it out")
+    if options.vote or options.best_of:
+        print_chosen(options, model, tokenizer, text, prompt, sampling)
+        return
     streamed = options.stream or sys.stdout.isatty()
     reason = print_text(model, tokenizer, prompt, sampling, options.json, streamed, options.guesses)
     if reason == "context":
         print(f"The text fills the model's context of {model.config.context_length} tokens.", file=sys.stderr)
+
+
+def check_drawing(options: Options) -> None:
+    """Refuse options of several texts that do not belong together."""
+    if options.vote and options.best_of:
+        raise UserError("--vote and --best-of choose in two ways: give one of them.")
+    if (options.best_of is None) != (options.reward is None):
+        raise UserError("--best-of and --reward belong together: give both, or none.")
+
+
+def print_chosen(
+    options: Options, model: Any, tokenizer: Any, text: str, prompt: Any, sampling: "SamplingParams"
+) -> None:
+    """Print one of several texts: the most frequent, or the one with the highest reward."""
+    from keifu.evaluation.text.few_shot import majority
+    from keifu.generation.text.generate import generate_batch
+
+    if sampling.temperature == 0:
+        raise UserError("At temperature 0 all texts are the same: give --temperature, such as --temperature 0.8.")
+    seeds = [(sampling.seed or 0) + number for number in range(options.vote or options.best_of or 1)]
+    each = [replace(sampling, seed=seed, log_probabilities=True) for seed in seeds]
+    done = generate_batch(model, tokenizer, [prompt] * len(seeds), each, guesses=options.guesses)
+    if options.reward is None:
+        chosen = majority([one.text for one in done])
+        notice(f"The answer of text {chosen + 1} of {len(done)} is the most frequent.")
+    else:
+        from keifu.data.chat.prompts import Prompt
+        from keifu.recipes.assistant.finetuning import make_rewards
+
+        asked = Prompt([{"role": "user", "content": text}], {"prompt": text})
+        rewards = make_rewards(options.reward).scorer([asked] * len(done), [one.text for one in done])
+        chosen = max(range(len(done)), key=rewards.__getitem__)
+        notice(f"Text {chosen + 1} of {len(done)} has the highest reward, {rewards[chosen]:.3g}.")
+    if options.json:
+        print_completion(done[chosen], sampling)
+    else:
+        print(done[chosen].text)
 
 
 parse = flags.parser(Options, run, "keifu generate")

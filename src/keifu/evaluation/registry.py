@@ -25,6 +25,8 @@ class EvalOptions:
     limit: Count | None = None
     """Most pairs, windows of text or items of a task; pictures that are drawn (unset: 1000), found again in
     noise (256) or counted in bits (64)."""
+    samples: Count | None = None
+    """Answers that are drawn for each item at temperature 1; their majority counts. Unset: the likeliest answer."""
     shots: Natural | None = None
     """Examples with their answers in the prompt of each item; unset: 0."""
     by_shots: tuple[Natural, ...] = ()

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text import few_shot, perplexity, tasks
-from keifu.evaluation.text.few_shot import baselines, normalize_answer
+from keifu.evaluation.text.few_shot import baselines, majority, normalize_answer
 from keifu.evaluation.text.tasks import FewShotTask, TaskItem, is_task, read_task
 from keifu.generation.text.generate import generate
 from keifu.generation.text.likelihood import score
@@ -200,6 +201,24 @@ def test_written_answers_end_at_a_stop_string(
     assert found.items and [row[3] for row in found.items.rows] == written
     assert [row[4] for row in found.items.rows] == [n % 3 == 0 for n in range(9)]
     assert found.figures["accuracy"] == 0.3333 and found.figures["scored by"] == "exact match"
+
+
+def test_the_majority_of_samples_counts(
+    model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert majority(["b", "A.", "<think>b</think>a", "c"]) == 1 and majority(["x", "y"]) == 0
+    texts = iter(["no", "Yes.", "yes", "no", "no", "yes"] * 2)
+    written = lambda *given: [SimpleNamespace(text=next(texts), finish_reason="stop") for _ in given[2]]  # noqa: E731
+    monkeypatch.setattr(few_shot, "generate_batch", written)
+    items = TaskItem("one", "yes"), TaskItem("two", "yes")
+    monkeypatch.setitem(few_shot.TASKS, "t", lambda: FewShotTask("t", items, metric="exact"))
+    found = few_shot.evaluate(model, tokenizer, EvalRequest("t", samples=3))
+    rows = {row[1]: row[2] for row in found.tables["by shots"].rows}
+    assert rows == {"majority of 3": 0.5, "one sample": 0.0, "any of 3": 1.0}
+    assert found.figures["accuracy"] == 0.5 and found.figures["scored by"] == "majority of 3"
+    monkeypatch.setitem(few_shot.TASKS, "t", lambda: FewShotTask("t", ITEMS))
+    with pytest.raises(UserError, match="--samples votes on generated answers"):
+        few_shot.evaluate(model, tokenizer, EvalRequest("t", samples=3))
 
 
 def test_a_cloze_is_right_where_greedy_choice_writes_it(

@@ -31,7 +31,7 @@ from keifu.generation.text.sampling_params import SamplingParams
 
 ABOUT = "a language model on a task given by examples in the prompt: accuracy with its 95% interval"
 takes, names = is_writer, TASKS.keys  # language models, on tasks that need no file
-OPTIONS = {"shots", "by_shots", "seed", "metric", "batch_size", "output"}
+OPTIONS = {"shots", "by_shots", "seed", "metric", "batch_size", "output", "samples"}
 SHARE = ("accuracy", "95% from", "95% to")
 ROW = ("shots", "prompt", "right", "given", "correct", "details")
 QUOTES = "\"'“”‘’"
@@ -58,6 +58,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     task = TASKS[request.on]() if request.on in TASKS else read_task(Path(request.on))
     task = task if request.metric is None else replace(task, metric=request.metric)
     numbers = request.by_shots or (request.shots or 0,)
+    if (request.samples or 1) > 1 and task.metric != "exact":
+        raise UserError(f"--samples votes on generated answers (--metric exact), and this metric is {task.metric}.")
     if min(numbers) < 0:
         raise UserError(f"The number of shots is {min(numbers)}, which must be 0 or more.")
     drawn = task.sample(max(numbers), request.seed, request.limit)
@@ -65,7 +67,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     items: list[tuple[Any, ...]] = []
     figures, start = {}, time.perf_counter()
     for shots in numbers:
-        asking = _Prompting(model, tokenizer, drawn, drawn.prompts(shots), shots, request.batch_size)
+        of = drawn, drawn.prompts(shots), shots, request.batch_size, request.samples or 1, request.seed
+        asking = _Prompting(model, tokenizer, *of)
         scored = SCORERS[task.metric](asking)
         headline = task.score if task.score in scored.right else next(iter(scored.right))
         lines += [(shots, name, *_share(right)) for name, right in scored.right.items()]
@@ -110,6 +113,8 @@ class _Prompting:
     prompts: Sequence[str]
     shots: int
     batch_size: int | None
+    samples: int = 1
+    seed: int = 0
 
     def pairs(self, answers: Sequence[Sequence[str]]) -> list[list[ScoredPair]]:
         """Return the tokens of each prompt with each of its answers; what does not fit is a `UserError` with both
@@ -173,18 +178,35 @@ def _best(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
+def majority(answers: Sequence[str]) -> int:
+    """Return the position of the first answer whose normal form, without thoughts, is the most frequent
+    (self-consistency, Wang et al., 2022)."""
+    forms = [normalize_answer(split_thoughts(text).answer) for text in answers]
+    return forms.index(Counter(forms).most_common(1)[0][0])
+
+
 def _by_exact(asking: _Prompting) -> ScoredItem:
-    """Return exact match of the greedily generated answer, up to a stop string."""
-    task, items = asking.drawn.task, asking.drawn.items
-    prompts = [each.prompt for [each] in asking.pairs([[item.answer] for item in items])]
-    sampling = SamplingParams(max_tokens=task.max_tokens, temperature=0, stop=task.until, seed=0)
+    """Return exact match of the greedily generated answer, up to a stop string; of several samples, that of the
+    majority's answer, and those of a single sample and of the best one."""
+    task, items, count = asking.drawn.task, asking.drawn.items, asking.samples
+    prompts = [each.prompt for [each] in asking.pairs([[item.answer] for item in items]) for _ in range(count)]
+    sampling = SamplingParams(max_tokens=task.max_tokens, temperature=float(count > 1), stop=task.until, seed=0)
     with counting(f"Asking with {asking.shots} shots", len(prompts), "prompts") as progress:
-        each = [sampling] * len(prompts)
+        each = [replace(sampling, seed=asking.seed * len(prompts) + number) for number in range(len(prompts))]
         written = generate_batch(asking.model, asking.tokenizer, prompts, each, asking.batch_size or 32, progress)
+    groups = [written[first : first + count] for first in range(0, len(written), count)]
     accepted = [{normalize_answer(text) for text in (item.answer, *item.accepted)} for item in items]
-    answers = [split_thoughts(done.text).answer for done in written]
-    right = [normalize_answer(text) in able for text, able in zip(answers, accepted, strict=True)]
-    return ScoredItem({"exact match": right}, [done.text for done in written], [done.finish_reason for done in written])
+    able = [
+        [normalize_answer(split_thoughts(done.text).answer) in good for done in group]
+        for group, good in zip(groups, accepted, strict=True)
+    ]
+    votes = [majority([done.text for done in group]) for group in groups]
+    chosen = [group[vote] for group, vote in zip(groups, votes, strict=True)]
+    right = {"exact match": [each[vote] for each, vote in zip(able, votes, strict=True)]}
+    if count > 1:
+        single, any_right = [each[0] for each in able], [any(each) for each in able]
+        right = {f"majority of {count}": right["exact match"], "one sample": single, f"any of {count}": any_right}
+    return ScoredItem(right, [done.text for done in chosen], [done.finish_reason for done in chosen])
 
 
 def _by_cloze(asking: _Prompting) -> ScoredItem:
