@@ -14,9 +14,9 @@ LANDMARKS = {  # code lines that each added, at most 450 (600 for a model that s
     "distillation and preferences": 291,
     "reasoning": 302,
     "diffusion transformer": 443,
-    "llava": 483,
     "Gated DeltaNet": 450,
     "whisper, its command and service": 732,
+    "llava": 600,
 }  # fmt: skip
 MOST_LINES = BASE_LINES + sum(LANDMARKS.values())
 MOST_FILES = 15  # in a folder, beside __init__.py

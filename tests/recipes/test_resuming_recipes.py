@@ -76,6 +76,10 @@ TABLE: dict[str, tuple[str, int]] = {
         "--held-out 0.25", 3,
     ),
     "reward": (f"--model {{base}} --data {{preferences}} {FINE} --steps 3 --batch-size 2 --warmup 0.4", 4),
+    "see": (
+        f"--model {{base}} --data {{seen}} {FINE} --steps 3 --batch-size 2 --image.image-size 12 --image.patch-size 4 "
+        "--image.dim 16 --image.hidden-dim 24 --image.n-layers 1 --image.n-heads 2 --lora.rank 2", 4,
+    ),
     "seq2seq": (
         "--data {pairs} --vocab-size 280 --model.dim 8 --model.embedding-dim 8 --model.attention-dim 8 "
         "--model.maxout-dim 8 --model.context-length 24 --steps 4 --tokens-per-batch 60", 4,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import wiring
+from toy_questions import coloured_shapes
 from wiring import DIFFERENT, Group, Reach
 
 from keifu import checkpoints
@@ -20,7 +21,8 @@ from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.models import bert, llama, task_head
-from keifu.recipes.assistant import dpo, grpo, instruct, ppo, reward, sft
+from keifu.models.clip import image as clip_image
+from keifu.recipes.assistant import dpo, grpo, instruct, ppo, reward, see, sft
 from keifu.recipes.assistant.finetuning import Lora
 from keifu.recipes.classification import classifier, gpt1_finetune
 
@@ -52,6 +54,8 @@ def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
         checkpoints.save(model, learned, folder / name)
         judge = task_head.add_head(model, task_head.Config(model.config, "score", ("reward",), classifier_dropout=0.0))
         checkpoints.save(judge, learned.with_chat_template(PLAIN), folder / f"judge-{name}")
+    for name, count in (("seen", 8), ("seen-other", 3)):
+        coloured_shapes(folder / name, count)
     pairs = [(a, b) for a in WORDS.split()[:5] for b in WORDS.split()[5:]]
     for name, count in (("", 20), ("-other", 16)):
         some = pairs[:count]
@@ -174,6 +178,26 @@ def of_sft(toys: Toys) -> tuple[Any, list[Group]]:
     groups = [Group(rows), Group(packed), ranked_groups(toys)[0], *lora_groups()]
     groups += wiring.distill_groups(toys["base"], {}, answers)
     return base, [*groups, Group({"too_long": Reach("drop", counts)}, {"context_length": 20}, refused=True)]
+
+
+def of_see(toys: Toys) -> tuple[Any, list[Group]]:
+    small = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "projected": False}
+    image = clip_image.Config(image_size=12, patch_size=4, **small)
+    base = see.Recipe(toys["base"], data=toys["seen"], image=image, held_out=0.25, batch_size=2)
+    sides = lambda r: tuple(map(len, r.data.rows))  # noqa: E731
+    rows = shared_rows(toys) | {
+        "model": Reach(toys["wide"], "model.config.text.dim", 32),
+        "held_out": Reach(0.5, sides, DIFFERENT),
+        "data": Reach(toys["seen-other"], lambda r: sum(sides(r)), 6),
+        "steps": Reach(41, "settings.steps"),
+        "batch_size": Reach(3, ("settings.batch_size", "data.batch_size")),
+        "warmup": Reach(0.5, lambda r: round(r.settings.warmup / r.settings.steps, 1)),
+        "seed": Reach(5, ("settings.seed", "data.seed")),
+        "image": Reach(replace(image, patch_size=6), "model.config.image.patch_size", 6),
+    }
+    left_out = {"left_out": Reach(("red", "round"), lambda r: sum(sides(r)), DIFFERENT)}
+    epochs = {"epochs": Reach(6.0, lambda r: round(r.settings.steps / r.data.steps_per_epoch))}
+    return base, [Group(rows), Group(left_out), Group(epochs), *lora_groups()]
 
 
 def of_dpo(toys: Toys) -> tuple[Any, list[Group]]:
@@ -350,8 +374,8 @@ def of_gpt1_finetune(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 TABLE = {
-    "sft": of_sft, "dpo": of_dpo, "reward": of_reward, "grpo": of_grpo, "ppo": of_ppo, "classifier": of_classifier,
-    "gpt1_finetune": of_gpt1_finetune,
+    "sft": of_sft, "see": of_see, "dpo": of_dpo, "reward": of_reward, "grpo": of_grpo, "ppo": of_ppo,
+    "classifier": of_classifier, "gpt1_finetune": of_gpt1_finetune,
 }  # fmt: skip
 
 

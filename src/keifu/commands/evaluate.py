@@ -17,8 +17,8 @@ from keifu.files import read_json_object
 
 # Each is a file in keifu/evaluation (see its task.py).
 TASKS = (
-    "text.translation", "images.retrieval", "images.generative", "images.text_to_image", "text.few_shot",
-    "text.mixture", "text.perplexity", "text.masked_words", "classification.neurons",
+    "images.questions", "text.translation", "images.retrieval", "images.generative", "images.text_to_image",
+    "text.few_shot", "text.mixture", "text.perplexity", "text.masked_words", "classification.neurons",
     "classification.labelled_texts",
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ NAMES = {
     "text": {"english", "sotu", "wiki-summaries", "recipes", "tatoeba-en", "tatoeba-ja-en", "chitchat"},
     "tokenizer": {"gpt2-bpe", "clip-bpe", "sentencepiece-32k"},
     "pictures": {"emoji", "openmoji", "mnist", "fashion-mnist", "photos"},
+    "questions": {"easy-vqa"},
     "part": {"twemoji", "openmoji-svg", "emoji-names", "emoji-groups"},
     "font": {"japanese-font"},
 }

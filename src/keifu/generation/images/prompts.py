@@ -55,10 +55,10 @@ def render(tokenizer: Tokenizer, messages: Messages, config: Any, **variables: A
         if images:
             raise UserError("This model reads text alone, and sees no pictures: choose one that sees, such as a LLaVA.")
         return tokenizer.render_chat(messages, **variables)
-    return ImagePrompt(tokenizer.render_chat([_in_parts(each) for each in messages], **variables), images)
+    return ImagePrompt(tokenizer.render_chat([in_parts(each) for each in messages], **variables), images)
 
 
-def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+def in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message whose content is a list of its parts, as templates of such models have it."""
     pictures = [{"type": "image"} for _ in message.get("images", ())]
     text = {"type": "text", "text": message.get("content") or ""}

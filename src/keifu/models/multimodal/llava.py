@@ -44,7 +44,7 @@ class Config(WithText):
     """
 
     text: llama.Config = field(default_factory=lambda: replace(llama.SIZES["llama2-7b"], vocab_size=32_064))
-    image: clip_image.Config | siglip.Config = field(default_factory=lambda: _clip(336))
+    image: clip_image.Config = field(default_factory=lambda: _clip(336))
     pixels: Pixels = field(default_factory=lambda: Pixels(336, 336))
     image_token: int = 32_000
     feature_layers: tuple[int, ...] = (-2,)
@@ -128,18 +128,22 @@ TOWERS: dict[type, Any] = {clip_image.Config: clip_image, siglip.Config: siglip}
 
 def build(config: Config) -> Llava:
     """Build a model of LLaMA's and CLIP's initialisation, and PyTorch's for the projector."""
+    return attach(config, llama.build(config.text))
+
+
+def attach(config: Config, decoder: DecoderLM) -> Llava:
+    """Return a decoder with a new tower and a new projector."""
     count = config.image.n_layers + 1
     if not config.feature_layers or not all(-count <= layer < count for layer in config.feature_layers):
         raise UserError(f"feature_layers is {config.feature_layers}, and the tower has {count} hidden states.")
-    width = config.image.dim * len(config.feature_layers)
-    between = activation(config.projector_activation)
+    width, between = config.image.dim * len(config.feature_layers), activation(config.projector_activation)
     projector = Projector(width, config.text.dim, between, config.projector_bias)
-    return Llava(config, llama.build(config.text), TOWERS[type(config.image)].build(config.image), projector)
+    return Llava(config, decoder, TOWERS[type(config.image)].build(config.image), projector)
 
 
 TOWER_NAMES = {
     ours: theirs.removeprefix("vision_model.")
-    for ours, theirs in (clip_image.WEIGHT_NAMES | siglip.WEIGHT_NAMES).items()
+    for ours, theirs in clip_image.WEIGHT_NAMES.items()
     if ours != "projection"
 }
 WEIGHT_NAMES = {

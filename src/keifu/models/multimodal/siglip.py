@@ -4,7 +4,6 @@ transformer without a class token and without a norm at its start.
 Axes: batch, channels, rows and columns of pixels; length = patches, dim.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,97 +11,53 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.attention.positions import LearnedPositions
-from keifu.layers.initialisation import multihead_
-from keifu.models.clip.image import Pixels, check_size, square
-from keifu.models.clip.text import ENCODER_FIELDS, block, layer_names
+from keifu.models.clip import image as clip_image
+from keifu.models.clip.image import Pixels, check_size
 from keifu.models.hf import config as hf
-from keifu.ranges import BelowOne, Count, NotNegative
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(clip_image.Config):
     """The defaults are SigLIP-B/16."""
 
-    image_size: Count = 224
-    patch_size: Count = 16
-    channels: Count = 3
-    dim: Count = 768
-    hidden_dim: Count = 3072
-    n_layers: Count = 12
-    n_heads: Count = 12
-    norm_eps: NotNegative = 1e-6
+    patch_size: int = 16
+    norm_eps: float = 1e-6
     activation: str = "gelu_tanh"
-    attention_dropout: BelowOne = 0.0
+    projected: bool = False
     class_tokens: ClassVar[int] = 0
 
 
 class PatchesAlone(nn.Module):
     """An image as a sequence of patches, each through one matrix with a bias; learned positions are added."""
 
-    def __init__(self, image_size: int, patch_size: int, channels: int, dim: int):
+    def __init__(self, config: Config):
         super().__init__()
-        if not 0 < patch_size <= image_size:
-            raise UserError(f"A patch of {patch_size} pixels does not fit an image of {image_size}.")
-        self.image_size = image_size
-        self.patches = nn.Conv2d(channels, dim, patch_size, patch_size)
-        self.positions = LearnedPositions((image_size // patch_size) ** 2, dim)
+        self.image_size = config.image_size
+        self.patches = nn.Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
+        self.positions = LearnedPositions((config.image_size // config.patch_size) ** 2, config.dim)
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "batch length dim"]:
         check_size(pixels, self.image_size)
         return self.patches(pixels).flatten(2).mT + self.positions.weight
 
 
-class SiglipTower(nn.Module):
-    """Patches through blocks; a norm at the end."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.config = config
-        self.embedding = PatchesAlone(config.image_size, config.patch_size, config.channels, config.dim)
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
-
-    def states(self, pixels: Pixels) -> Iterator[Float[Tensor, "batch length dim"]]:
-        """Yield the embeddings, then the hidden states after each block; the last ones are not normalised."""
-        x, everything = self.embedding(pixels), PaddingMask()
-        yield x
-        for each in self.blocks:
-            x = each(x, mask=everything)
-            yield x
-
-
-def build(config: Config) -> SiglipTower:
-    """Build a tower with PyTorch's initialisation, but positions scaled by the width."""
-    model = SiglipTower(config)
-    multihead_(model)
+def build(config: Config) -> nn.Module:
+    """Build CLIP's tower with these patches, and positions scaled by the width."""
+    model: Any = clip_image.build(config)
+    model.embedding, model.first_norm = PatchesAlone(config), nn.Identity()
     nn.init.normal_(model.embedding.positions.weight, std=config.dim**-0.5)
     return model
 
 
-WEIGHT_NAMES = {
-    "embedding.patches": "embeddings.patch_embedding",
-    "embedding.positions": "embeddings.position_embedding",
-    **{ours: theirs.removeprefix("vision_model.") for ours, theirs in layer_names("vision_model").items()},
-    "norm": "post_layernorm",
-}
-
-
-def _published_activation(name: str) -> str:
-    return "gelu_pytorch_tanh" if name == "gelu_tanh" else hf.published_activation(name)
-
-
-FIELDS: hf.Fields = {ours: field for ours, field in ENCODER_FIELDS.items() if ours != "embedding_dim"} | {
-    "dim": hf.Field("hidden_size", 768),
-    "hidden_dim": hf.Field("intermediate_size", 3072),
-    "n_heads": hf.Field("num_attention_heads", 12),
+FIELDS: hf.Fields = {ours: each for ours, each in clip_image.FIELDS.items() if ours != "embedding_dim"} | {
+    "patch_size": hf.Field("patch_size", 16, lambda size: clip_image.square(size, "patch_size")),
     "norm_eps": hf.Field("layer_norm_eps", 1e-6, float),
-    "activation": hf.Field("hidden_act", "gelu_pytorch_tanh", hf.activation_name, _published_activation),
-    "image_size": hf.Field("image_size", 224, lambda size: square(size, "image_size")),
-    "patch_size": hf.Field("patch_size", 16, lambda size: square(size, "patch_size")),
-    "channels": hf.Field("num_channels", 3),
-}
+    "activation": hf.Field(
+        "hidden_act", "gelu_pytorch_tanh", hf.activation_name,
+        lambda name: "gelu_pytorch_tanh" if name == "gelu_tanh" else hf.published_activation(name),
+    ),
+}  # fmt: skip
 
 
 def from_published(json: dict[str, Any]) -> Config:

@@ -6,6 +6,7 @@ Each is a function of a model and a batch that gives sums over the elements that
 Axes: batch = rows or examples, length = tokens, sequences = of one example.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,21 @@ def causal_language_modeling(model: Any, batch: Batch, z_loss: float = 0.0) -> L
     total, nats = linear_cross_entropy(hidden, model.head_weight, None, targets, z_loss=z_loss)
     figures = {"nats": nats} if z_loss else {}
     return LossOutput(total, (targets != IGNORED).sum() if "mask" in batch else targets.numel(), figures)
+
+
+def answers_about_pictures(normalised: Callable[[Tensor], Tensor]) -> Objective:
+    """Return the loss of answers about batch["pictures"], one a row, as bytes: -log p of each token of batch["tokens"]
+    where batch["mask"] is True. The model offers `encode_images` and `insertion`."""
+
+    def loss(model: Any, batch: Batch) -> LossOutput:
+        inputs = batch["tokens"][:, :-1]
+        targets = batch["tokens"][:, 1:].masked_fill(~batch["mask"][:, 1:], IGNORED)
+        images = model.encode_images(normalised(batch["pictures"]).to(model.head_weight.dtype))
+        hidden = model.hidden(inputs, inserted=model.insertion(inputs, images))
+        total, _ = linear_cross_entropy(hidden, model.head_weight, None, targets)
+        return LossOutput(total, (targets != IGNORED).sum())
+
+    return loss
 
 
 def classification(model: Any, batch: Batch) -> LossOutput:

@@ -1,0 +1,142 @@
+"""Questions about pictures, each with an answer: easy-VQA (V. Zhou) of the catalogue, or a folder of your own.
+
+A folder has its pictures and questions.jsonl, with the fields image (a path in the folder), question, answer and, for
+questions to test on, "part": "test". Axes: rows, length = tokens; channels, height, width of pictures.
+"""
+
+import hashlib
+import json
+import re
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from keifu.data.catalogue import catalogue
+from keifu.data.epochs import EpochBatches
+from keifu.data.images.io import read_image
+from keifu.data.images.preprocessing import Preprocessing
+from keifu.data.padding import stack_rows
+from keifu.data.records import read_records
+from keifu.errors import UserError
+
+FILE, NAMES = "questions.jsonl", ("easy-vqa",)
+CLOSED = {"yes", "no"}  # answers that name nothing
+
+
+class Question(NamedTuple):
+    """Question about the picture of that name, with its answer."""
+
+    image: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions to learn from and to test on. read: returns a picture's file by its name."""
+
+    learned: Sequence[Question]
+    tested: Sequence[Question]
+    read: Callable[[str], bytes | Path]
+
+    def picture(self, name: str) -> Image.Image:
+        """Return the picture of that name."""
+        return read_image(self.read(name), name).image
+
+    @cached_property
+    def words(self) -> dict[str, set[str]]:
+        """Words that its questions and answers say of each picture, without answers of yes and no."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for each in (*self.learned, *self.tested):
+            if each.answer not in CLOSED:
+                found[each.image] |= {*re.findall(r"\w+", f"{each.question} {each.answer}")}
+        return found
+
+    def without(self, words: Sequence[str]) -> list[Question]:
+        """Return the questions to learn from, without those about pictures that may show all of these words: that is,
+        of which nothing excludes one by another answer to the same question."""
+        answers: dict[str, set[str]] = defaultdict(set)
+        for each in self.learned:
+            answers[each.question] |= {each.answer} - CLOSED
+        others = [set[str]().union(*(some for some in answers.values() if word in some)) - {word} for word in words]
+        if not all(others):
+            raise UserError(f"--left-out {' '.join(words)} needs words that are answers, among others, to a question.")
+        return [each for each in self.learned if not words or any(self.words[each.image] & some for some in others)]
+
+    def commonest(self) -> tuple[str, dict[str, str]]:
+        """Return the most frequent answer, and that to each question, of what is learned from."""
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for each in self.learned:
+            counts[each.question][each.answer] += 1
+        first = {question: count.most_common(1)[0][0] for question, count in counts.items()}
+        return Counter(each.answer for each in self.learned).most_common(1)[0][0], first
+
+
+def read_questions(source: str) -> Questions:
+    """Read the questions of the catalogue or of a folder; what is neither is a `UserError`."""
+    if source in NAMES:
+        return _easy_vqa(next(catalogue.fetch(source).glob("*.whl")))
+    folder, parts = Path(source), (list[Question](), list[Question]())
+    for where, record in read_records(folder / FILE):
+        fields = [record.get(name) for name in Question._fields]
+        if not all(isinstance(each, str) and each for each in fields):
+            raise UserError(f"{where}: image, question and answer must be texts, and they are {fields}.")
+        if not (folder / str(fields[0])).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{where}: the picture {fields[0]} is outside of the folder.")
+        parts[record.get("part") == "test"].append(Question(*map(str, fields)))
+    return Questions(*parts, lambda name: folder / name)
+
+
+def _easy_vqa(archive: Path) -> Questions:
+    files = zipfile.ZipFile(archive)
+
+    def part(name: str) -> list[Question]:
+        rows = json.loads(files.read(f"easy_vqa/data/{name}/questions.json"))
+        return [Question(f"{name}/images/{number}.png", asked, answer) for asked, answer, number in rows]
+
+    return Questions(part("train"), part("test"), lambda name: files.read(f"easy_vqa/data/{name}"))
+
+
+class QuestionBatches(EpochBatches):
+    """Batches of one question a row: {"tokens", "mask" (True on tokens that are learned), "pictures" as bytes}.
+
+    rows: ids and masks of the two parts, and the names of their pictures.
+    """
+
+    def __init__(
+        self, rows: Sequence[Sequence[tuple[list[int], list[bool], str]]], found: Questions, ready: Preprocessing,
+        batch_size: int, seed: int, pad_id: int,
+    ):  # fmt: skip
+        self.rows, self.pad_id = rows, pad_id
+        names = sorted({name for part in rows for *_, name in part})
+        self._place = {name: place for place, name in enumerate(names)}
+        self._pictures = torch.stack([ready.cut(found.picture(name)) for name in names])
+        super().__init__(len(rows[0]), len(rows[1]), batch_size, seed)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the rows and the pictures."""
+        digest = hashlib.sha256(json.dumps(self.rows).encode())
+        digest.update(self._pictures.numpy().tobytes())
+        return digest.hexdigest()
+
+    def largest(self) -> dict[str, Tensor]:
+        """Return a batch of the longest rows."""
+        return self.make_batch(False, np.argsort([len(ids) for ids, *_ in self.rows[0]])[-self.batch_size :])
+
+    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+        """Return some rows, padded on the right."""
+        ids, masks, names = zip(*(self.rows[held][item] for item in items), strict=True)
+        tokens, real = stack_rows(ids, self.pad_id)
+        learned, _ = stack_rows([list(map(int, mask)) for mask in masks], 0)
+        pictures = self._pictures[[self._place[name] for name in names]]
+        return {"tokens": tokens, "mask": learned.bool() & real, "pictures": pictures}

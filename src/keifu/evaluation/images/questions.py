@@ -1,0 +1,81 @@
+"""Evaluation of a model that sees on questions about pictures: the share of right answers, next to blind baselines.
+
+Many questions can be answered without the picture, so that three baselines are printed: the same model without it, the
+answer that is most frequent in the training part, and the most frequent answer to each question.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from keifu.data.images.questions import FILE, NAMES, Question, read_questions
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.evaluation.intervals import wilson
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.generation.images.prompts import SeeingModel, render
+from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
+
+ABOUT = "a model that sees on questions about pictures: accuracy, next to the same model without the picture"
+OPTIONS = {"output", "batch_size"}
+GREEDY = SamplingParams(temperature=0, max_tokens=16, seed=0)
+
+
+def takes(model: nn.Module) -> bool:
+    """Return whether the model sees."""
+    return isinstance(model, SeeingModel)
+
+
+def names() -> list[str]:
+    """Return the catalogue names with questions."""
+    return list(NAMES)
+
+
+def accepts(on: str) -> bool:
+    """Return whether `on` is one of them, or a folder of questions."""
+    return on in NAMES or (Path(on) / FILE).is_file()
+
+
+def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
+    """Return the accuracy on the test part, or as much of it as `limit` says, spread over all."""
+    found = read_questions(request.on)
+    tested = list(found.tested)
+    if not tested:
+        raise UserError(f'{request.on} has no questions to test on: give some of them "part": "test".')
+    if request.limit is not None and request.limit < len(tested):
+        tested = [tested[number * len(tested) // request.limit] for number in range(request.limit)]
+
+    def answers(seeing: bool) -> list[str]:
+        def prompt(each: Question) -> Any:
+            images = [found.picture(each.image)] if seeing else []
+            return render(tokenizer, [{"role": "user", "content": each.question, "images": images}], model.config)
+
+        said: list[str] = []
+        for first in range(0, len(tested), 256):  # their pictures are in memory
+            prompts = [prompt(each) for each in tested[first : first + 256]]
+            done = generate_batch(model, tokenizer, prompts, GREEDY, request.batch_size or 32)
+            said += [each.text.strip() for each in done]
+        return said
+
+    def right(said: Sequence[str], some: Sequence[int]) -> float:
+        return round(sum(said[number] == tested[number].answer for number in some) / max(1, len(some)), 4)
+
+    (most, by_question), seen, blind = found.commonest(), answers(True), answers(False)
+    every, left_out = range(len(tested)), {*(request.held_out.get("left_out") or ())}
+    low, high = wilson(sum(said == each.answer for said, each in zip(seen, tested, strict=True)), len(tested))
+    figures: dict[str, float | int | str] = {
+        "accuracy": right(seen, every),
+        "accuracy, 95% interval": f"{low:.4f} to {high:.4f}",
+        "without the picture": right(blind, every),
+        f"always {most!r}": right([most] * len(tested), every),
+        "commonest answer to each question": right([by_question.get(each.question, most) for each in tested], every),
+    }
+    if left_out:
+        new = [number for number, each in enumerate(tested) if left_out <= found.words[each.image]]
+        figures[f"accuracy on pictures of {' '.join(sorted(left_out))}, left out of training"] = right(seen, new)
+    rows = [(*each, *given) for each, *given in zip(tested, seen, blind, strict=True)]
+    items = ResultTable((*Question._fields, "given", "given without the picture"), rows)
+    return EvalResult(figures | {"questions": len(tested)}, items=items)

@@ -1,0 +1,126 @@
+"""Teach a language model to see (LLaVA; Liu et al., 2023): questions about pictures, with their answers.
+
+Paper: "Visual Instruction Tuning": CLIP's tower and Vicuna, a projector learned from 595,000 captions, then the
+projector and the decoder from 158,000 conversations; loss on the answers alone, AdamW without weight decay, a cosine
+after a warm-up of 3%. Here: a small tower from nothing instead of CLIP's, learned together with the rest.
+Command: keifu train see --model gpt-en --data easy-vqa --left-out teal triangle
+Cost: printed before it starts, measured on the machine.
+Expected: see docs/lineage/llava.md; keifu evaluate prints the accuracy next to the blind baselines.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+
+from keifu import checkpoints
+from keifu.data.images.preprocessing import Preprocessing
+from keifu.data.images.questions import QuestionBatches, read_questions
+from keifu.data.tokenizers.chat_template import PICTURES
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.devices import choose
+from keifu.errors import UserError, shell
+from keifu.generation.images.prompts import in_parts, sees
+from keifu.layers.lora import merge
+from keifu.models import llama, task_head
+from keifu.models.clip import image as clip_image
+from keifu.models.hf.image_processor import Pixels
+from keifu.models.multimodal import llava
+from keifu.ranges import BelowOne, Count, NotNegative, Positive
+from keifu.recipes.assistant import finetuning
+from keifu.recipes.assistant.finetuning import AssistantOptions, FinetuneTask
+from keifu.training.objectives.language_modeling import answers_about_pictures
+
+IMAGE = "<image>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(AssistantOptions):
+    """Options of the run."""
+
+    model: str = field(default="gpt-en", kw_only=False)
+    """The decoder, of LLaMA's type: a run, a directory, a catalogue name or a hub id; or a model that sees already."""
+    data: str = field(default="easy-vqa", kw_only=False)
+    """A catalogue name, or a folder with pictures and questions.jsonl (image, question, answer, part)."""
+    left_out: tuple[str, ...] = ()
+    """Answers, such as teal triangle: no picture that may show all of them is learned from."""
+    image: clip_image.Config = clip_image.Config(
+        image_size=64, patch_size=16, dim=128, hidden_dim=512, n_layers=5, n_heads=4, activation="gelu", projected=False
+    )
+    """The new tower."""
+    held_out: BelowOne = 0.02
+    """Share of the pictures that is kept for validation, chosen by a hash of the name."""
+    epochs: Positive = 3.0
+    """Passes over the questions."""
+    learning_rate: NotNegative | None = None
+    """AdamW's highest learning rate; unset: 5e-4, and 1e-3 with adapters."""
+    batch_size: Count = 32
+    """Questions in a step."""
+    warmup: NotNegative = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+
+
+def prepare(recipe: Recipe) -> FinetuneTask:
+    """Read the questions, and build the model of the decoder and a new tower."""
+    found = read_questions(recipe.data)
+    decoder, tokenizer = finetuning.open_model(recipe.model, recipe.template)
+    if sees(decoder.config):
+        model: Any = finetuning.to_train(decoder, recipe.lora, recipe.seed)
+    else:
+        model, tokenizer = start(recipe, decoder, tokenizer)
+    learned = found.without(recipe.left_out)
+    sides = finetuning.held_out(learned, [each.image for each in learned], recipe.held_out)
+    turns = {pair: encode(tokenizer, *pair, model.config) for pair in {each[1:] for each in learned}}
+    rows = [[(*turns[each[1:]], each.image) for each in side] for side in sides]
+    ready = Preprocessing(**vars(model.config.pixels))
+    data = QuestionBatches(rows, found, ready, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
+    return FinetuneTask(model.to(choose()), tokenizer, data)
+
+
+def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer) -> tuple[llava.Llava, Tokenizer]:
+    """Return the decoder with a new tower and projector, and the tokenizer with a token for a picture."""
+    if vars(decoder.config).keys() != vars(llama.Config()).keys():
+        raise UserError(f"{recipe.model} is no model of LLaMA's type, and LLaVA's decoder is one: choose another.")
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens([tokenizers.AddedToken(IMAGE, special=True, normalized=False)])
+    marked = tokenizer.replace(backend=backend, chat_template=PICTURES + (tokenizer.chat_template or ""))
+    mark = marked.token_id(IMAGE)
+    decoder = copy.deepcopy(decoder)
+    torch.manual_seed(recipe.seed)
+    task_head.grow_vocabulary(decoder, marked.vocab_size, [mark] if mark >= tokenizer.vocab_size else [])
+    side = recipe.image.image_size
+    config = llava.Config(
+        decoder.config, recipe.image, Pixels(side, side, squash=True), mark, feature_layers=(-1,), full=True
+    )
+    trained: Any = finetuning.to_train(decoder, recipe.lora, recipe.seed)
+    return llava.attach(config, trained), marked
+
+
+def encode(tokenizer: Tokenizer, question: str, answer: str, config: Any) -> tuple[list[int], list[bool]]:
+    """Return the ids of a question about a picture with its answer, and the mask of the answer's."""
+    asked = in_parts({"role": "user", "content": question, "images": [None]})
+    ids, mask = tokenizer.render_turns([asked, in_parts({"role": "assistant", "content": answer})])
+    times = [config.image_tokens if token == config.image_token else 1 for token in ids]
+    longer = [(token, each) for token, each, count in zip(ids, mask, times, strict=True) for _ in range(count)]
+    return [token for token, _ in longer], [each for _, each in longer]
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Train into `out`, which keifu chat --image and keifu evaluate read afterwards."""
+    task = prepare(recipe)
+
+    def save(directory: Path) -> None:
+        checkpoints.save(merge(copy.deepcopy(task.model)), task.tokenizer, directory)
+
+    ready = Preprocessing(**vars(task.model.config.pixels))
+    settings = finetuning.epoch_settings(recipe, task.data, (5e-4, 1e-3), weight_decay=0.01)
+    finetuning.finetune(
+        recipe, task, answers_about_pictures(ready.normalised), settings, out, resume, save=save,
+        title=f"{recipe.model} learns to see", paper="Liu et al., LLaVA (2023)", unit="tokens",
+        options={"left_out": list(recipe.left_out), "template": task.tokenizer.chat_template},
+        data={"questions to learn from": len(task.data.rows[0])}, held_out={"left_out": list(recipe.left_out)},
+    )  # fmt: skip
+    print(f"The model is in {out}: keifu chat {shell(out)} --image FILE QUESTION")
