@@ -62,6 +62,32 @@ def dpo(drawing: Drawing) -> None:
         drawing.line(start.bottom, (start.x, 138), (MIDDLE, 138), first.top)
 
 
+def deepseek_r1(drawing: Drawing) -> None:
+    prompt = drawing.box(MIDDLE, 12, ("prompt", "プロンプト"), tone="data", width=140)
+    policy = drawing.box(MIDDLE, 64, ("policy", "方策"), ("samples a group", "グループをサンプリング"), "layer", 180)
+    drawing.line(prompt.bottom, policy.top)
+    checks = []
+    for number, x in enumerate((66, MIDDLE, 294), 1):
+        answer = drawing.box(
+            x, 146, (f"answer {number}", f"答え {number}"), ("after thoughts", "思考の後"), "data", 104
+        )
+        check = drawing.box(x, 220, ("program", "プログラム"), ("right or wrong", "正か誤か"), "goal", 104)
+        drawing.line(policy.bottom, (MIDDLE, 126), (x, 126), answer.top)
+        drawing.line(answer.bottom, check.top)
+        checks.append(check)
+    rest = [
+        Part(
+            ("advantage within the group", "グループ内のアドバンテージ"),
+            ("(reward − mean) / deviation", "（報酬 − 平均）／標準偏差"),
+            "norm",
+        ),
+        Part(("clipped update", "変化を制限した更新"), ("no value model", "価値モデルは不要"), "attention"),
+    ]
+    first = column(drawing, MIDDLE, 304, rest, 250)[0]
+    for check in checks:
+        drawing.line(check.bottom, (check.x, 288), (MIDDLE, 288), first.top)
+
+
 def pathways(drawing: Drawing) -> None:
     batch = drawing.box(MIDDLE, 12, ("batch of this step", "このステップのバッチ"), tone="data", width=190)
     exchange = drawing.box(
