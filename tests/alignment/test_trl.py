@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from keifu.alignment.dpo import Loss, kto_losses, losses
+from keifu.alignment.grpo import Variant, sequence_ratios, terms, token_shares
 from keifu.alignment.reward_model import ranking_losses
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
@@ -145,3 +146,33 @@ def test_distillation_loss(beta: float) -> None:
     theirs = gkd.GKDTrainer.generalized_jsd_loss(student, teacher[None], labels, beta, 1.7)
     found = linear_divergence(hidden[4:], weight, teacher[4:], None, beta, 1.7)
     torch.testing.assert_close(found / 5, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["grpo", "dr-grpo", "dapo", "gspo"])
+def test_grpo_losses(variant: Variant) -> None:
+    torch.manual_seed(6)
+    rows, length, clip, beta = 5, 9, (0.2, 0.28), 0.04
+    mask = torch.arange(length) < torch.randint(2, length + 1, (rows, 1))
+    logs, old, reference = (torch.randn(rows, length) * 0.3 - 3 for _ in range(3))
+    advantage, entropy = torch.randn(rows), torch.zeros(rows, length)
+    inputs = {
+        "prompt_ids": torch.zeros(rows, 2).long(), "prompt_mask": torch.ones(rows, 2).long(),
+        "completion_ids": torch.zeros(rows, length).long(), "completion_mask": mask.long(), "advantages": advantage,
+        "old_per_token_logps": old, "ref_per_token_logps": reference, "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
+    args = SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1)
+    self = trainer(
+        args=args, beta=beta, epsilon_low=clip[0], epsilon_high=clip[1], top_entropy_quantile=1.0, use_vllm=False,
+        loss_type={"dr-grpo": "dr_grpo", "dapo": "dapo"}.get(variant, "grpo"), max_completion_length=12,
+        importance_sampling_level="sequence" if variant == "gspo" else "token", off_policy_mask_threshold=None,
+        aux_loss_enabled=False, current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *given, **more: (logs, entropy, None),
+    )  # fmt: skip
+    self.accelerator.num_processes, self.accelerator.reduce = 1, lambda tensor, **more: tensor
+    theirs = trl.GRPOTrainer._compute_loss(self, None, inputs)
+    of, lengths = mask.nonzero()[:, 0], mask.sum(-1).float()
+    ratio = (logs - old)[mask]
+    ratio = sequence_ratios(ratio, of, lengths) if variant == "gspo" else ratio
+    found = terms(logs[mask], ratio, reference[mask], advantage[of], clip, beta).loss
+    ours = (found * token_shares(mask, variant, 12)[of]).sum() / rows
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
