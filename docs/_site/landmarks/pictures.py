@@ -201,5 +201,5 @@ def dit(drawing: Drawing) -> None:
     ]  # fmt: skip
     drawn = column(drawing, 130, 12, parts, 190)
     condition = drawing.box(305, drawn[0].y - 15, ("time, class", "時刻、クラス"), "", "data", 96)
-    for index in (1, 3, 4, 6):
+    for index in (1, 3, 5, 7):
         drawing.line(condition.bottom, (condition.x, drawn[index].y), drawn[index].right, dashed=True)

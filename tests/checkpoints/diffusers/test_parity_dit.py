@@ -1,16 +1,20 @@
 """A diffusion Transformer gives diffusers' predictions and pictures from diffusers' folders, and back."""
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from keifu import checkpoints
+from keifu.cli import main
 from keifu.errors import UserError
 from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise
-from keifu.models.diffusion import autoencoder_kl, dit
+from keifu.models.diffusion import autoencoder_kl, ddpm, dit
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -27,6 +31,8 @@ CASES = {
     "large-patches": {"patch_size": 4, "sample_size": 12},
     "odd-patches": {"patch_size": 3, "sample_size": 9},
     "one-patch": {"patch_size": 8},
+    "sides-that-patches-do-not-fill": {"sample_size": 9},
+    "large-patches-that-do-not-fill": {"sample_size": 15, "patch_size": 4},
     "one-layer": {"num_layers": 1},
     "no-classes": {"num_embeds_ada_norm": 0},
     "one-class": {"num_embeds_ada_norm": 1},
@@ -212,7 +218,7 @@ REFUSED = {
     "shift_terminal": ("scheduler/scheduler_config.json", {"shift_terminal": 0.1}),
     "invert_sigmas": ("scheduler/scheduler_config.json", {"invert_sigmas": True}),
     "mish": ("transformer/config.json", {"activation_fn": "mish"}),
-    "Patches of 2": ("transformer/config.json", {"sample_size": 9}),
+    "A patch of 9": ("transformer/config.json", {"patch_size": 9}),
 }
 
 
@@ -238,8 +244,56 @@ def test_the_first_published_form_of_the_config(tmp_path) -> None:
 def test_sizes_that_the_network_cannot_take() -> None:
     model = dit.build(small())
     with pytest.raises(UserError, match="multiples of 2: the nearest size that does is 8 x 8"):
-        model(torch.randn(1, 1, 9, 8), torch.tensor([0]))
+        model.check_size(1, 9, 8)
     with pytest.raises(UserError, match="reads 1 channels, and was given 3"):
         model(torch.randn(1, 3, 8, 8), torch.tensor([0]))
     with pytest.raises(UserError, match="latents have 4"):
         small(autoencoder=autoencoder_kl.Config())
+
+
+def test_a_model_of_latents_draws_again_from_a_picture_and_in_a_mask(tmp_path, capsys) -> None:
+    """By the command: the same bits again; what a mask keeps is the given picture; no strip of latents."""
+    torch.manual_seed(0)
+    transformer = dit.TransformerConfig(size=8, n_heads=2, head_dim=8, n_layers=1, n_classes=2)
+    coder = autoencoder_kl.Config(size=16, widths=(8, 16), n_residual_blocks=1, norm_groups=4)
+    noise = Noise("flow", target="flow", clip=None, shift=2.0)
+    model = dit.build(dit.Config(transformer, coder, ("left, port", "right"), noise))
+    for parameter in model.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    checkpoints.save(model, None, tmp_path / "model")
+    given = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(given).save(tmp_path / "given.png")
+    white = Image.new("L", (16, 16))
+    white.paste(255, (0, 0, 8, 16))
+    white.save(tmp_path / "mask.png")
+    out = str(tmp_path / "out.png")
+    words = ["draw", str(tmp_path / "model"), "--label", "port", "--guidance", "3", "--steps", "4", "--seed", "5"]
+    words += ["--init", str(tmp_path / "given.png"), "--strength", "0.5", "-o", out]
+    main(words)
+    main(["draw", "--again", out])
+    assert "bit for bit" in capsys.readouterr().err
+    main([*words, "--mask", str(tmp_path / "mask.png")])
+    drawn = np.asarray(Image.open(out))
+    assert (drawn[:, 8:] == given[:, 8:]).all() and (drawn[:, :8] != given[:, :8]).any()
+    with pytest.raises(SystemExit):
+        main([*words, "--strip", str(tmp_path / "strip.png")])
+    assert "steps are latents" in capsys.readouterr().err
+
+
+def test_a_unet_with_a_flow_is_a_pipeline_that_diffusers_draws_with(tmp_path) -> None:
+    torch.manual_seed(0)
+    config = ddpm.Config(
+        size=8, dim=8, multipliers=(1, 2), n_residual_blocks=1, attention=(), norm_groups=4, middle_groups=4,
+        noise=Noise("flow", target="flow", shift=3.0),
+    )  # fmt: skip
+    model = ddpm.build(config).eval()
+    torch.nn.init.normal_(dict(model.named_parameters())["unet.last.weight"], std=0.1)
+    checkpoints.save(model, None, tmp_path)
+    again: Any = checkpoints.load_model(tmp_path)
+    assert again.noise == config.noise
+    theirs = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(2, [torch.Generator().manual_seed(seed) for seed in (3, 4)], 5, output_type="np").images
+    *_, last = PixelPipeline(model).drawing(ImageRequest("euler", 5), [3, 4])
+    got = (last.x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(got, torch.from_numpy(expected), rtol=0, atol=1e-5)

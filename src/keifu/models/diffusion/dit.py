@@ -4,7 +4,7 @@ patches takes the U-Net's part, and the noise level and the class act through la
 It predicts the noise, as in the paper, or the flow (Lipman et al., 2022; Liu et al., 2022; Esser et al., 2024), in the
 latents of an autoencoder or in pixels. The pipeline's folders are diffusers' `DiTPipeline`.
 
-Axes: batch, channels, height, width of what the network sees; length = patches, dim.
+Axes: batch, channels, height, width of what the network sees (new: those that patches fill); length = patches, dim.
 """
 
 from collections.abc import Callable
@@ -81,8 +81,8 @@ class TransformerConfig:
         require_known("feed-forward network", self.feedforward, FEEDFORWARDS)
         if self.dim % 4:
             raise UserError(f"{self.dim} numbers a patch, which must be a multiple of 4 for sinusoids of both axes.")
-        if self.size % self.patch_size:
-            raise UserError(f"Patches of {self.patch_size} do not fill a side of {self.size}: choose another size.")
+        if self.patch_size > self.size:
+            raise UserError(f"A patch of {self.patch_size} does not fit a side of {self.size}: choose another size.")
 
     @property
     def dim(self) -> int:
@@ -181,7 +181,7 @@ class DiffusionTransformer(nn.Module):
 
     def forward(
         self, x: Sample, timestep: Num[Tensor, " batch"], label: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch out_channels height width"]:
+    ) -> Float[Tensor, "batch out_channels new_height new_width"]:
         """Return the prediction for noisy samples, in their dtype."""
         patch, dtype = self.config.patch_size, self.last.weight.dtype
         hidden = self.patches(x.to(dtype))
@@ -236,14 +236,13 @@ class DiT(ImageModel):
 
     def forward(
         self, x: Sample, timestep: Num[Tensor, "*batch"], label: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch out_channels height width"]:
+    ) -> Float[Tensor, "batch out_channels new_height new_width"]:
         """Return the prediction for noisy latents or pixels, in their dtype; one timestep for all or one each.
 
-        label: a class [batch]; None for the null class. Another size or number of channels than the network takes is a
-        `UserError`.
+        label: a class [batch]; None for the null class. Numbers at the right and below that fill no patch are cut off,
+        as in diffusers; `check_size` refuses such sides. Another number of channels is a `UserError`.
         """
         check_channels(self.config.channels, x.shape[1])
-        check_sides(x.shape[2], x.shape[3], self.config.transformer.patch_size)
         if label is None:
             label = torch.full((len(x),), self.config.n_classes, device=x.device)
         return self.transformer(x, timestep.reshape(-1).expand(len(x)), label)
