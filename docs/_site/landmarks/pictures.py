@@ -192,6 +192,21 @@ def vit(drawing: Drawing) -> None:
     drawing.line((245, tokens.bottom[1]), (245, first.top[1]))
 
 
+def llava(drawing: Drawing) -> None:
+    drawing.grid(30, 16, ["#+o", "+o#", "o#+"], 24)
+    drawing.note(66, 106, ("picture", "画像"))
+    drawing.line((112, 52), (140, 52))
+    tower = drawing.box(245, 31, ("image tower (CLIP)", "画像の塔（CLIP）"), ("a state for each patch", "パッチごとの状態"), "frozen", 200)
+    parts = [
+        Part(("projector: 2 matrices", "射影：2 つの行列"), ("a patch becomes a token", "パッチがトークンになる"), "goal"),
+        Part(("patches, then the question", "パッチ、続いて質問"), ("one sequence", "1 つの系列"), "data"),
+        Part(("LLaMA", "LLaMA"), ("reads both alike", "両方を同じように読む"), "attention"),
+        Part(("the answer, token by token", "答えを 1 トークンずつ"), "", "goal"),
+    ]  # fmt: skip
+    first = column(drawing, 170, 124, parts, 240)[0]
+    drawing.line((245, tower.bottom[1]), (245, first.top[1]))
+
+
 def dit(drawing: Drawing) -> None:
     norm = (("× (1 + scale) + shift",) * 2)
     parts = [
