@@ -119,6 +119,19 @@ def test_several_pictures_are_a_sheet_and_files_of_their_own(model: str, capsys:
     assert np.abs(pixels(alone[0]).astype(int) - pixels("many-4.png")).max() <= 1
 
 
+def test_a_sheet_of_the_best_pictures_is_drawn_again(
+    model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keifu.commands.shared.drawing.check", lambda *options: None)
+    monkeypatch.setattr("keifu.commands.shared.drawing.best_of", lambda *options: [2, 0])
+    words = (model, "--best-of", "3", "--count", "2", "--clip", "none", "--steps", "2", "--seed", "3", "-o", "best.png")
+    written = run(capsys, *words)
+    assert written == ["best.png", "best-1.png", "best-2.png"]
+    for path in written:
+        again = run(capsys, "--again", path)[0]
+        assert np.array_equal(pixels(path), pixels(again))
+
+
 def test_a_fresh_seed_is_in_the_name_and_a_size_is_width_by_height(model: str, capsys: pytest.CaptureFixture) -> None:
     first, second = (run(capsys, model, "--steps", "1", "--size", "12x10")[0] for _ in range(2))
     assert re.fullmatch(r"picture-\d+\.png", first) and first != second

@@ -1,5 +1,6 @@
 """Conversations: history, the template, keys and values that are kept, and what happens when something goes wrong."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,3 +223,10 @@ def test_a_message_cannot_spell_the_end_of_its_turn(script: Any, chatter: Tokeni
 def test_no_template(script: Any, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="no chat template"):
         Conversation(script([98]), tokenizer).reply("Hello")
+
+
+def test_the_last_message_is_taken_back_and_no_earlier_one() -> None:
+    turns = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
+    talk: Any = SimpleNamespace(messages=[{"role": "system", "content": "s"}, *turns])
+    assert Conversation.take_back(talk)["content"] == "user 2"
+    assert talk.messages == [{"role": "system", "content": "s"}, *turns[:4]]

@@ -1,0 +1,70 @@
+"""What the service counts: room for requests, guesses, limits of other clients, and runs that began again."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import httpx
+import pytest
+from serving_toys import WAIT, running, until
+
+from keifu.generation.text.request import Request
+from keifu.generation.text.sampling_params import SamplingParams
+from keifu.serving.app import Access
+from keifu.serving.errors import ApiError
+from keifu.serving.openai.generation import Answer
+from keifu.serving.protocols import ollama
+from keifu.serving.worker import Limits, Worker
+
+
+def test_there_is_room_for_what_is_written_and_what_waits() -> None:
+    busy = cast(Any, SimpleNamespace(limits=Limits(slots=2, queue=3), pending=1, name="x", _mean_seconds=1.0))
+    Worker.check_room(busy, 4)
+    for count, status in ((5, 429), (6, 400)):
+        with pytest.raises(ApiError) as refused:
+            Worker.check_room(busy, count)
+        assert refused.value.status == status
+
+
+def test_guesses_that_did_not_come_are_those_beyond_the_accepted() -> None:
+    requests = [SimpleNamespace(cached=3, accepted=4, guessed=6), SimpleNamespace(cached=9, accepted=1, guessed=2)]
+    answer = cast(Any, SimpleNamespace(requests=requests, choices=2, prompt_tokens=5, completion_tokens=7, replies=[]))
+    usage = cast(Any, Answer.usage).fget(answer)
+    details = usage["completion_tokens_details"]
+    assert (details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]) == (5, 3)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 3} and usage["total_tokens"] == 12
+
+
+@pytest.mark.parametrize(("given", "expected"), [(-2, None), (-1, None), (0, 0), (5, 5), (None, None)])
+def test_a_negative_number_of_ollama_is_no_limit(given: int | None, expected: int | None) -> None:
+    turns = [ollama.Turn(role="user", content="Who?")]
+    fields = ollama._fields(ollama.OllamaChat(messages=turns, options={"num_predict": given}))
+    assert fields.get("max_tokens") == expected
+
+
+def test_an_answer_that_nobody_reads_is_taken_out_of_the_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aborted, abort = [], Worker._abort
+    monkeypatch.setattr(Worker, "_abort", lambda worker, job: [aborted.append(job), abort(worker, job)])
+    with running([str(folder / "base")], Limits(), Access()) as served:
+        worker = served.models.worker("base")
+        about = served.models.descriptions["base"]
+        request = Request([5, 6, 7], SamplingParams(max_tokens=300), about.tokenizer, about.config.vocab_size, 512)
+
+        async def leave() -> None:
+            pieces = worker.generate([request])
+            await asyncio.wait_for(anext(pieces), WAIT)
+            await pieces.aclose()
+
+        asyncio.run(leave())
+        until(lambda: bool(aborted))
+        assert aborted[0].requests == [request] and worker.pending == 0
+
+
+def test_a_run_that_began_again_is_read_from_its_start(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    with running([str(folder / "clip")], Limits(), Access(runs=tmp_path)) as served:
+        for start, count in ((0, 2), (12, 1), (24, 0), (99, 2)):
+            found = httpx.get(f"{served.url}/v1/runs/again?start={start}").json()
+            assert (len(found["lines"]), found["next"]) == (count, 24), start
