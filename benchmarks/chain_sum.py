@@ -2,7 +2,7 @@
 
 python benchmarks/chain_sum.py [--sft-steps 2000] [--grpo-steps 300] [--shown 6000] [--hasty 0.6] [--prompts 32]
     [--group 8] [--rate 1e-4] [--beta 0.0] [--terms 3 4] [--plain] [--digits 1] [--dim 128] [--layers 2] [--seeds 0]
-    [--threads 2] [--built-in] [--beside] [--drawn 64] [--picture PNG] [--out DIR]
+    [--threads 2] [--variant grpo] [--built-in] [--beside] [--drawn 64] [--picture PNG] [--out DIR]
 
 The problems are reasoning-gym's chain_sum where that is installed (else, and with --built-in, sums of the same form
 made here), each once: 500 are held out and never seen, --shown are fine-tuned on, and of all others only the prompts
@@ -13,7 +13,8 @@ model, a LLaMA of half a million weights, knows nothing before: what it can do a
 begins with. Accuracy is that of the likeliest answer; answers are drawn at temperature 1. With --beside it is also
 fine-tuned on the shown ones for as many seconds more as GRPO had: what GRPO's lift has to be compared with. With
 --hasty 0 there is no habit to lose. --drawn answers a problem give pass@k, the chance that one of k answers is right
-(Chen et al., 2021, section 2.1).
+(Chen et al., 2021, section 2.1). --variant is that of keifu train grpo; the mean lengths of right and of wrong answers
+are printed for the first and the last tenth of the steps.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.models import llama
 from keifu.recipes.assistant import grpo, sft
+from keifu.training.run import metrics
 
 HELD_OUT = 500
 NAMES = {"sft": "fine-tuned", "grpo": "then GRPO", "more": "or fine-tuned for as long"}
@@ -167,9 +169,15 @@ def rewarded(options: argparse.Namespace, folder: Path) -> float:
     recipe = grpo.Recipe(
         str(folder / "sft"), str(folder / "prompts.jsonl"), reward="last-number", held_out=0.02,
         prompts=options.prompts, group=options.group, max_tokens=LONGEST, beta=options.beta, steps=options.grpo_steps,
-        learning_rate=options.rate, warmup=20, seed=options.seed,
+        learning_rate=options.rate, warmup=min(20, options.grpo_steps // 2), seed=options.seed, variant=options.variant,
     )  # fmt: skip
-    return timed(lambda: grpo.run(recipe, folder / "grpo", False))
+    seconds = timed(lambda: grpo.run(recipe, folder / "grpo", False))
+    lines = [line for line in metrics.read(folder / "grpo") if "length_of_right" in line]
+    tenth = max(1, len(lines) // 10)
+    for name in ("length_of_right", "length_of_wrong"):
+        first, last = (mean(line[name] for line in part) for part in (lines[:tenth], lines[-tenth:]))
+        print(f"{options.variant}, {name.replace('_', ' ')}: {first:.1f}, then {last:.1f} tokens", flush=True)
+    return seconds
 
 
 def of_seed(options: argparse.Namespace, folder: Path) -> dict[str, Row]:
@@ -204,6 +212,7 @@ def main() -> None:
     numbers = {"sft-steps": 2000, "grpo-steps": 300, "shown": 6000, "prompts": 32, "group": 8, "digits": 1, "dim": 128}
     for name, value in {**numbers, "layers": 2, "threads": 2, "drawn": 64}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--variant", choices=["grpo", "dr-grpo", "dapo", "gspo"], default="grpo")
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--hasty", type=float, default=0.6)
     parser.add_argument("--beta", type=float, default=0.0)
