@@ -124,3 +124,32 @@ def test_a_model_of_text_refuses_a_picture(seeing: Served) -> None:
         answer(client, url(png(1)), model="chat")
     listed = {each.id: each.model_extra for each in client.models.list()}
     assert [bool(listed[name] and listed[name]["sees"]) for name in ("seer", "chat")] == [True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "locale", "word"), [(1280, "en-GB", "Picture"), (390, "ja-JP", "画像")])
+def test_the_page_shows_a_picture_to_a_model_that_sees(
+    width: int, locale: str, word: str, seeing: Served, seer: Path, browser: Any, tmp_path: Path
+) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 740}, locale=locale)
+    page = context.new_page()
+    page.goto(seeing.url)
+    page.wait_for_selector("#model option >> nth=1", state="attached", timeout=120_000)
+    page.select_option("#model", "chat")
+    assert page.locator("#add-picture").is_hidden()
+    page.select_option("#model", "seer")
+    assert word in page.locator("#add-picture").inner_text()
+    box = page.locator("#picture").bounding_box()
+    assert box and box["x"] + box["width"] <= width
+    page.locator("#picture").set_input_files(seer.parent / "shown/one.png")
+    page.fill("#message", "What?")
+    with page.expect_request("**/v1/chat/completions", timeout=120_000) as asked:
+        page.press("#message", "Enter")
+    parts = asked.value.post_data_json["messages"][-1]["content"]
+    assert [part["type"] for part in parts] == ["text", "image_url"]
+    assert parts[1]["image_url"]["url"] == url(png(1))
+    page.wait_for_selector("article.assistant", timeout=120_000)
+    assert page.locator("article.user img.shown").count() == 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.screenshot(path=tmp_path / "page.png")
+    context.close()

@@ -57,6 +57,7 @@ export function asMarkdown(chat, names) {
 }
 
 export function asMessages(nodes, system) {
-  const said = nodes.map(({ role, content, thoughts }) => ({ role, content, ...(thoughts ? { reasoning_content: thoughts } : {}) }));
+  const parts = (content, picture) => [{ type: "text", text: content }, { type: "image_url", image_url: { url: picture } }];
+  const said = nodes.map(({ role, content, thoughts, picture }) => ({ role, content: picture ? parts(content, picture) : content, ...(thoughts ? { reasoning_content: thoughts } : {}) }));
   return system ? [{ role: "system", content: system }, ...said] : said;
 }

@@ -114,10 +114,23 @@ async function ask(parent) {
   showAll();
 }
 
-function send(text) {
+const sees = () => Boolean(served.find((model) => model.id === at("model").value)?.sees);
+
+// The chosen picture as a data URL, for a model that sees; undefined without one.
+async function takePicture() {
+  const [file] = sees() ? at("picture").files : [];
+  at("picture").value = "";
+  if (!file) return undefined;
+  const reader = new FileReader();
+  await new Promise((done) => { reader.onload = done; reader.readAsDataURL(file); });
+  return reader.result;
+}
+
+async function send(text) {
   if (!text.trim() || !at("model").value) return;
+  const picture = await takePicture();
   const nodes = path(chat);
-  const question = addBranch(nodes.at(-1) ?? chat.root, node("user", text));
+  const question = addBranch(nodes.at(-1) ?? chat.root, { ...node("user", text), ...(picture && { picture }) });
   keep();
   showAll();
   ask(question);
@@ -128,6 +141,7 @@ function send(text) {
 function showButtons() {
   at("send").hidden = running !== null;
   at("stop").hidden = running === null;
+  at("add-picture").hidden = !sees();
 }
 
 // What the model thought before its answer, folded up once the answer has begun.
@@ -165,7 +179,7 @@ function edit(each, box) {
   field.value = each.content;
   const resend = () => {
     if (!field.value.trim()) return;
-    const changed = addBranch(parentOf(chat, each), node("user", field.value));
+    const changed = addBranch(parentOf(chat, each), { ...node("user", field.value), ...(each.picture && { picture: each.picture }) });
     keep();
     showAll();
     ask(changed);
@@ -184,7 +198,8 @@ function article(each) {
     ? button("edit", () => edit(each, box))
     : button("regenerate", () => ask(parentOf(chat, each)));
   const tools = element("div", { class: "tools" }, ...versions(each), button("copy", copy), change);
-  box.append(element("h3", {}, say(each.role)), ...thoughts(each), content(each), tools);
+  const seen = each.picture ? [element("img", { class: "shown", src: each.picture, alt: say("picture") })] : [];
+  box.append(element("h3", {}, say(each.role)), ...seen, ...thoughts(each), content(each), tools);
   return box;
 }
 
