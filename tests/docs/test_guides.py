@@ -60,8 +60,9 @@ ENOUGH = {  # options that a training gets, each only if the page gives none; ot
 DATA = {  # large data sets, and the small files of the repository that stand for them on pages of landmarks
     **dict.fromkeys(("english", "wiki-summaries", "sotu"), "examples/data/my-texts/"),
     "tatoeba-ja-en": "examples/data/pairs.csv",
+    "emoji": "examples/data/pictures/",
 }
-DEFAULTS = {"bert": "wiki-summaries", "transformer": "tatoeba-ja-en"}  # of recipes that name no data
+DEFAULTS = {"bert": "wiki-summaries", "transformer": "tatoeba-ja-en", "clip": "emoji"}  # of recipes that name no data
 QUICK = [f"guides/{name}.md" for name in ("own_chat", "translator")]
 QUICK += ["../README.md", "extending/model.md", "extending/pieces.md"]
 WAITS = re.compile(r"keifu (?:serve|compare|data clear|chat \S+ *(?:#|$))")  # these ask a person or wait for requests
@@ -125,6 +126,8 @@ def run(page: Path, capsys: pytest.CaptureFixture) -> int:
 def on_small_data(command: str) -> str:
     """Return a training on the small files of the repository instead of a large data set."""
     words = command.split()
+    if words[1] == "evaluate" and "--limit" not in words:
+        return f"{command} --limit 4"
     if words[1] == "train" and "--data" not in words and words[-1] != "train" and words[2] in DEFAULTS:
         words[3:3] = ["--data", DEFAULTS[words[2]]]
     if words[1:3] == ["train", "gpt1-finetune"]:
