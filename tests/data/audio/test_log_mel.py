@@ -1,6 +1,7 @@
 """Log-mel features are those of transformers; sound files are read, and damaged ones refused."""
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -52,14 +53,27 @@ def test_sound_of_any_rate_and_channels_is_read(kind, near, tmp_path) -> None:
         (lambda: written(np.zeros(16_000 * 3)), "clip has 3 seconds and 1 channels, and at most 2 seconds"),
         (lambda: written(np.zeros((100, 17))), "17 channels"),
         (lambda: written(np.full(100, np.nan), subtype="FLOAT"), "numbers that are not finite"),
+        (lambda: written(np.zeros(100), 400_000), "400,000 samples a second, and 1,000 to 192,000 are read"),
     ],
-    ids=["text", "nothing", "empty", "long", "channels", "nan"],
+    ids=["text", "nothing", "empty", "long", "channels", "nan", "rate"],
 )
 def test_damaged_and_long_sound_is_one_sentence(data, message) -> None:
     pytest.importorskip("soundfile")
     with pytest.raises(UserError, match=message) as refusal:
         read_sound(data if isinstance(data, bytes) else data(), 2.0, "clip")
     assert "\n" not in str(refusal.value)
+
+
+def test_a_small_file_does_not_fill_the_memory() -> None:
+    data = written(np.zeros((192_000 * 12, 8), np.int16), 192_000, "FLAC")
+    tracemalloc.start()
+    try:
+        samples = read_sound(data, 20.0)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(data) < 100_000 and len(samples) == 16_000 * 12
+    assert most < 30e6  # all samples of all channels would take 74 MB
 
 
 def test_a_missing_file_is_named(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,13 +14,15 @@ from keifu.files import plain_file
 
 LONGEST = 12 * 3600  # seconds
 CHANNELS = 16
+LOWEST_RATE, HIGHEST_RATE = 1000, 192_000  # samples a second
+PART = 2**18  # samples of each channel that are decoded at a time
 
 
 def read_sound(source: Path | bytes, longest: float = LONGEST, name: str = "") -> Float[Tensor, " samples"]:
     """Read a file, or the bytes of one; `name` is its name in errors. Several channels become their mean.
 
     Damaged or empty sound, and more than `longest` seconds, are a `UserError`. A file says its length before it is
-    decoded, so that a small file cannot fill the memory.
+    decoded, and a part at a time is decoded and resampled, so that a small file cannot fill the memory.
     """
     try:
         import soundfile
@@ -35,13 +38,18 @@ def read_sound(source: Path | bytes, longest: float = LONGEST, name: str = "") -
                     f"{name} has {seconds:,.0f} seconds and {file.channels} channels, and at most {longest:,.0f} "
                     f"seconds and {CHANNELS} channels are read."
                 )
-            rate, sound = file.samplerate, file.read(dtype="float32", always_2d=True).mean(1)
+            if not LOWEST_RATE <= (rate := file.samplerate) <= HIGHEST_RATE:
+                most = f"{LOWEST_RATE:,} to {HIGHEST_RATE:,}"
+                raise UserError(f"{name} has {rate:,} samples a second, and {most} are read.")
+            at_rate, parts = soxr.ResampleStream(rate, RATE, 1), file.blocks(PART, dtype="float32", always_2d=True)
+            pieces = [at_rate.resample_chunk(part.mean(1)) for part in parts]
+            sound = np.concatenate([*pieces, at_rate.resample_chunk(np.zeros(0, np.float32), last=True)])
     except (soundfile.LibsndfileError, TypeError, ValueError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).rstrip(".").rpartition(": ")[2]
         raise UserError(f"{name} cannot be read as sound ({reason}): give WAV, FLAC, MP3 or Ogg.") from error
-    samples = torch.from_numpy(sound if rate == RATE else soxr.resample(sound, rate, RATE))
+    samples = torch.from_numpy(sound)
     if not len(samples) or not samples.isfinite().all():
         raise UserError(f"{name} has {'numbers that are not finite' if len(samples) else 'no sound in it'}.")
     return samples
