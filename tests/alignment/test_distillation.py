@@ -13,6 +13,7 @@ from keifu.commands.train import parse
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import llama
+from keifu.models.variants import gemma2
 from keifu.native.model import pack
 from keifu.recipes.assistant import sft
 from keifu.recipes.distilling import Distill, DistillAnswers
@@ -137,6 +138,10 @@ def test_options_that_cannot_be_followed_are_refused(base: Path, tmp_path: Path)
     _, tokenizer = checkpoints.load(base)
     with pytest.raises(UserError, match="reads 48 tokens, and a row has 64"):
         Distill(teacher=str(base)).objective(tokenizer, 64)
+    capped = gemma2.build(gemma2.Config(**SIZES | {"vocab_size": 34, "n_kv_heads": 2, "head_dim": 8}))
+    for pair in ((capped, two_models()[0]), (two_models()[1], capped)):
+        with pytest.raises(UserError, match="soft cap on its logits"):
+            Distillation(pair[0])(pair[1], packed_rows())
     other = train_tokenizer("bpe", ["red green blue"] * 9, 280)
     with pytest.raises(UserError, match="another tokenizer than the student"):
         Distill(teacher=str(base)).objective(other, 16)

@@ -27,7 +27,7 @@ _LOGITS_IN_CACHE = 2**20  # 4 MiB of float32 probabilities
 class SoftCappedHead(Tensor):
     """A head's matrix whose logits are soft_cap · tanh(logits / soft_cap) (Gemma 2, 2024).
 
-    The losses of this file apply the cap. Any other function gets the matrix alone.
+    The losses of this file apply the cap. Some of its rows have the cap too. Any other function gets the matrix alone.
     """
 
     soft_cap: float
@@ -45,7 +45,8 @@ class SoftCappedHead(Tensor):
         if func in (linear_cross_entropy, token_log_probabilities):
             options = options | {"soft_cap": args[1].soft_cap}
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*(each.as_subclass(Tensor) if isinstance(each, cls) else each for each in args), **options)
+            found = func(*(each.as_subclass(Tensor) if isinstance(each, cls) else each for each in args), **options)
+        return cls.of(found, args[0].soft_cap) if func is Tensor.__getitem__ else found
 
 
 class Vocabulary(NamedTuple):
