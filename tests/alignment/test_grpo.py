@@ -181,6 +181,7 @@ PROBLEM = {"numbers": [3, 5, 8], "target": 16}
         ("<think>8 + 5 = 13, and 3</think>\n8 + 5 + 3", 1), ("<think>8 + 5 + 3", 0), ("8 + 8", 0), ("8 + 5 - 3", 0),
         ("8 ** 5 ** 3", 0), ("", 0), ("8 + 5 + 3 = ) = 16", 1), ("__import__('os') or 8 + 5 + 3", 0),
         ("3 / (5 - 5) + 8", 0), ("8 + 5 + 3.0", 0), ("(" * 150 + "8+5+3" + ")" * 40, 0),
+        ("8 + 5 + 3 + True - True", 0), ("0_8 + 5 + 3", 0),
     ],
 )  # fmt: skip
 def test_countdown_reward(answer: str, expected: float) -> None:

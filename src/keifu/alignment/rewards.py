@@ -22,7 +22,7 @@ Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]  # of an answe
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 EQUATION = re.compile(r"(-?\d{1,12}) ([-+*]) (-?\d{1,12}) = (-?\d{1,24})")
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
-LONGEST = 200  # characters of a term that is computed
+TERM = re.compile(r"[0-9 ()+*/-]{1,200}")  # Python would also read 1_2 as a number, and True as 1
 
 
 def last_number(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
@@ -48,7 +48,7 @@ def countdown(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
     otherwise 0. What follows "=" does not count."""
     lines = split_thoughts(answer).answer.strip().splitlines() or [""]
     term = lines[-1].rpartition(":")[2].partition("=")[0].strip()
-    if len(term) > LONGEST or sorted(map(int, re.findall(r"\d{1,12}", term))) != sorted(example["numbers"]):
+    if not TERM.fullmatch(term) or sorted(map(int, re.findall(r"\d+", term))) != sorted(example["numbers"]):
         return 0.0
     try:
         return float(_value(ast.parse(term, mode="eval").body) == example["target"])
