@@ -102,6 +102,9 @@ def bomb() -> bytes:
 REFUSED = {
     "fetches nothing from the network": lambda _: ["https://example.org/cat.png"],
     "no file of the folder that this server permits": lambda place: [(place / "secret.png").as_uri()],
+    "is 'file://\\[', which is no file": lambda _: ["file://["],
+    "is 'file:///x%00', which is no file": lambda _: ["file:///x%00"],
+    "is 'file:///.*, which is no file": lambda place: [f"{(place / 'shown').as_uri()}/{'x' * 999}"],
     "too many pixels|would take 400 MB": lambda _: [url(bomb())],
     "Picture 1 is not a picture": lambda _: [url(b"GIF or not")],
     "Picture 1 is damaged or cut off": lambda _: [url(png(1)[:200])],

@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -47,9 +48,10 @@ def _file(url: str, folder: Path | None) -> Path | bytes:
         except ValueError as error:
             raise UserError(f"image_url is a data URL that cannot be read: {error}.") from error
     if url.startswith("file://") and folder is not None:
-        path = Path(unquote(urlsplit(url).path)).resolve()
-        if path.is_relative_to(folder.resolve()) and path.is_file():
-            return path
+        with suppress(ValueError, OSError):  # a path that no system has
+            path = Path(unquote(urlsplit(url).path)).resolve()
+            if path.is_relative_to(folder.resolve()) and path.is_file():
+                return path
         raise UserError(f"image_url is {url[:SHOWN]!r}, which is no file of the folder that this server permits.")
     raise UserError(
         f"image_url is {url[:SHOWN]!r}, and this server reads data URLs (data:image/png;base64,...) alone: it fetches "
