@@ -54,6 +54,20 @@ def test_two_processes_that_share_the_model_go_on_as_one_does(text: str, tmp_pat
     assert all(torch.allclose(both[0][name], both[1][name], atol=1e-2) for name in both[0])
 
 
+def test_a_hybrid_learns_and_generates(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--data", text, "--batch-size", "4", "--context-length", "16", "--vocab-size", "270", "--steps", "4"]
+    run = str(tmp_path / "hybrid")
+    main(["train", "gpt", "--family", "qwen3.5", "--depth", "2", *words, "--out", run])
+    model, _ = checkpoints.load(Path(run))
+    assert [type(block.attention).__name__ for block in model.blocks] == ["GatedDeltaNet", "GatedAttention"]
+    capsys.readouterr()
+    main(["generate", run, "the cat", "--max-tokens", "5", "--temperature", "0", "--guesses", "0"])
+    assert capsys.readouterr().out.strip()
+    with pytest.raises(SystemExit):
+        main(["generate", run, "the cat", "--guesses", "3"])
+    assert "cannot go back when a guess is wrong" in capsys.readouterr().err
+
+
 def test_its_rates_are_a_tenth_unless_they_are_given() -> None:
     given = gpt.Recipe(start_from="it", learning_rate=1e-3, matrix_rate=0.0)
     asked = [gpt.Recipe(), gpt.Recipe(start_from="it"), given]

@@ -7,6 +7,7 @@ The output is Sᵀq. Decoding computes just that; texts are computed in chunks o
 Axes: batch, length, heads, chunks, chunk = tokens of a chunk, key_dim, value_dim, channels; numbers = of a state.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -183,7 +184,8 @@ class GatedDeltaNet(nn.Module):
         self.heads, self.inputs = heads, inputs(dim, heads)
         self.convolution = ShortConvolution(heads.channels, size)
         self.log_rate = nn.Parameter(torch.empty(heads.values))
-        self.decay_bias = nn.Parameter(torch.ones(heads.values))
+        steps = torch.empty(heads.values).uniform_(math.log(0.001), math.log(0.1)).exp()  # as Mamba-2 begins
+        self.decay_bias = nn.Parameter(steps + (-torch.expm1(-steps)).log())  # so that softplus gives them
         self.norm = GatedRMSNorm(heads.value_dim, eps)
         self.output = Linear(heads.value_width, dim, bias=False)
         nn.init.uniform_(self.log_rate, 0.01, 16.0)

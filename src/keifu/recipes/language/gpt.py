@@ -10,7 +10,7 @@ Expected: see docs/results.md, "Loss and size".
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from keifu.errors import UserError
 from keifu.generation.text.model import causal
 from keifu.layers.lora import merge
 from keifu.models import llama
+from keifu.models.hybrid import qwen3_5
 from keifu.ranges import Count, Depth, NotNegative, Seed
 from keifu.recipes.distilling import Distill
 from keifu.recipes.language.pretraining import Task, Text, TextOptions, prepare_text, pretrain, settings_of
@@ -42,6 +43,8 @@ class Recipe(TextOptions, Logging):
     """bpe, unigram, wordpiece or characters to learn one from the data; or a catalogue name, a file or a directory."""
     vocab_size: Count | None = None
     """Tokens of a learned tokenizer."""
+    family: Literal["llama", "qwen3.5"] = "llama"
+    """Layers of the model: LLaMA's, or Qwen3.5's, three Gated DeltaNets for each layer of attention."""
     start_from: str | None = None
     """A language model to go on from, with its tokenizer and sizes, to train it longer or on a text of one's own: a
     run, a folder, a .gguf file, a catalogue name (gpt-en, smollm2) or a hub id. The depth then sets the batch alone."""
@@ -91,6 +94,17 @@ def model_config(depth: int, vocab_size: int, context_length: int | None = None)
     )
 
 
+def hybrid_config(config: llama.Config) -> qwen3_5.Config:
+    """Return Qwen3.5 of the same sizes; the last layer has attention if there are fewer than four."""
+    shared = {name: vars(config)[name] for name in ("vocab_size", "context_length", "dim", "hidden_dim", "n_layers")}
+    heads, n_layers = config.n_heads, config.n_layers
+    return qwen3_5.Config(
+        **shared, n_heads=heads, n_kv_heads=heads, head_dim=HEAD_DIM, rope_dim=HEAD_DIM // 4, n_linear_key_heads=heads,
+        n_linear_value_heads=heads, linear_key_dim=HEAD_DIM, linear_value_dim=HEAD_DIM, tied=True,
+        global_layers=None if n_layers > 3 else (n_layers - 1,),
+    )  # fmt: skip
+
+
 def usual_context(depth: int) -> int:
     """Return tokens that a model of that depth sees."""
     return min(2048, 128 * 2 ** (depth // 2))
@@ -129,7 +143,11 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     task, config, chosen = prepare(recipe, out)
     objective = recipe.distill.objective(task.tokenizer, config.context_length)
     options = recipe.distill.options()
-    pretrain("gpt", task, llama.build, config, chosen, out, resume, recipe.prompt, options=options, objective=objective)
+    if recipe.family == "qwen3.5":
+        build, config = qwen3_5.build, hybrid_config(config)
+    else:
+        build = llama.build
+    pretrain("gpt", task, build, config, chosen, out, resume, recipe.prompt, options=options, objective=objective)
 
 
 def start_model(name: str) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.devices import choose
 from keifu.generation.text.generate import generate
-from keifu.layers.mixture import collapsed_routers
+from keifu.layers.mixture import collapsed_routers, mixtures
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
 from keifu.recipes.options import Logging
@@ -151,7 +151,7 @@ def pretrain(
     bytes_per_token = task.shards.bytes_per_token if objective is causal_language_modeling else None
     if z_loss:
         objective = partial(causal_language_modeling, z_loss=z_loss)
-    if balancing := vars(config).get("balancing"):  # of a mixture of experts
+    if (balancing := vars(config).get("balancing")) and mixtures(model):
         objective = with_balancing(objective, balancing)
 
     def sample(step: int) -> str:
