@@ -182,3 +182,21 @@ def lora(drawing: Drawing) -> None:
     drawing.note(262, 226, "× α / r")
     out = drawing.box(MIDDLE, 240, "W x + (α / r) B A x", tone="data", width=180)
     drawing.line(total.bottom, out.top)
+
+
+def gated_delta(drawing: Drawing) -> None:
+    token = drawing.box(MIDDLE, 12, ("a token's hidden state", "トークンの隠れ状態"), tone="data", width=170)
+    signals = drawing.box(
+        MIDDLE, 62, ("short convolution", "短い畳み込み"), ("query, key, value", "クエリ、キー、値"), "layer", 190
+    )
+    drawing.line(token.bottom, signals.top)
+    fade = drawing.box(92, 138, ("fade", "減衰"), ("S ← α S", "S ← α S"), "norm", 130)
+    correct = drawing.box(268, 138, ("correct", "修正"), ("S ← S + k β (v - Sᵀk)ᵀ", "S ← S + k β (v - Sᵀk)ᵀ"), "attention", 160)
+    drawing.line(signals.bottom, (MIDDLE, 120), (268, 120), correct.top)
+    drawing.line(fade.right, correct.left)
+    state = drawing.box(92, 212, ("state S", "状態 S"), ("of fixed size", "大きさは一定"), "frozen", 130)
+    drawing.line(correct.bottom, (268, 233), state.right)
+    drawing.line((60, state.y - 21), (60, fade.y + 21))
+    read = drawing.box(MIDDLE, 284, ("read: Sᵀq, gated norm", "読み出し Sᵀq、ゲート付き正規化"), tone="data", width=250)
+    drawing.line(state.bottom, (92, 270), (MIDDLE, 270), read.top)
+    drawing.note(MIDDLE, 334, ("α and β are made of the token, for each head", "α と β はトークンからヘッドごとに作る"))
