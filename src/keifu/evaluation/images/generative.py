@@ -249,7 +249,7 @@ def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
         raise UserError(
             "The metric classes takes a model conditioned on named classes, and --judge a network of digits."
         )
-    size = drawer.config.colours * math.prod(pixel_diffusion.trained_size(drawer))
+    size = drawer.colours * math.prod(pixel_diffusion.trained_size(drawer))
     if sorted(judge.classes) != sorted(classes) or judge.config.dim != size:
         raise UserError(
             f"The judge reads {judge.config.dim} numbers of the classes {', '.join(judge.classes)}: no judge of these."
@@ -312,7 +312,7 @@ def _held_out(drawer: ImageModel, held: ImageDataset, request: EvalRequest) -> E
             raise UserError(
                 f"Too few pictures are in {request.on} to hold one out, so none can be found again in noise."
             )
-        if drawer.config.autoencoder is not None:
+        if drawer.coder is not None:
             raise UserError("This model sees latents and no pixels, so pictures are not found again in their noise.")
         condition_labels(drawer, held)
     except UserError as error:
@@ -406,7 +406,7 @@ def _sentence(pictures: ImageDataset, place: int) -> str:
 
 def _real_images(model: ImageModel, request: EvalRequest) -> ImageSplit:
     """Return the images at the model's size, split as its training split them."""
-    pictures = read_squares(request.on, pixel_diffusion.trained_size(model), model.config.colours)
+    pictures = read_squares(request.on, pixel_diffusion.trained_size(model), model.colours)
     return split_of_run(pictures, request.held_out)
 
 

@@ -257,7 +257,7 @@ class PixelPipeline(Pipeline):
 
     def __init__(self, model: nn.Module):
         super().__init__(require_diffusion_model(model))
-        self.pixels = self.model.config.autoencoder is None
+        self.pixels = self.model.coder is None
 
     def label(self, name: str) -> int:
         """Return a class by its name, or by its number; an unknown one is a `UserError`."""
@@ -280,7 +280,7 @@ class PixelPipeline(Pipeline):
             raise UserError(NO_TILES)
         size = wanted.sides() or trained_size(self.model)
         check_label(self.model, wanted.label, wanted.guidance)
-        self.model.check_size(self.model.config.colours, *size)
+        self.model.check_size(self.model.colours, *size)
         wanted.check_no_embedding()
         return wanted.completed(self.noise, size)
 
@@ -291,18 +291,18 @@ class PixelPipeline(Pipeline):
         The convolutions' weights are prepacked once, which takes about as long as a step.
         """
         model, device, chosen = self.model, self.device, wanted.configure_sampler(self.noise)
-        config, size = model.config, wanted.size or trained_size(model)
-        shape = len(seeds), config.channels, *(side // config.factor for side in size)
+        size, factor = wanted.size or trained_size(model), model.factor
+        shape = len(seeds), model.config.channels, *(side // factor for side in size)
         label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
         network = label_denoiser(prepack(model), label, wanted.guidance, wanted.guidance_rescale)
         random, schedule = SeededNoise(seeds), wanted.schedule(chosen.schedule)
         noise = random(torch.empty(shape, dtype=torch.float32, device=device))
         x, kept = noise * schedule.initial_sigma, None
         if wanted.init is not None:
-            picture = wanted.init.pixels(size, config.colours).to(device)
+            picture = wanted.init.pixels(size, model.colours).to(device)
             picture, anew = model.to_latents(picture[None]).expand_as(noise), wanted.anew()
             if anew is not None:
-                kept = KeptRegion(picture, noise, anew[:, :: config.factor, :: config.factor].to(device))
+                kept = KeptRegion(picture, noise, anew[:, ::factor, ::factor].to(device))
             x = x if wanted.from_noise else add_initial_noise(picture, noise, schedule)
         yield from run_inpainting(chosen, network, x, schedule, random, kept)
 

@@ -15,9 +15,8 @@ class ImageModel(nn.Module):
 
     pixels: `model(x, timestep [batch], label [batch] | None)` is the target of `noise` for each row, twice the channels
         with a learned variance. config: size (height and width, or one number for both; None if unknown), channels,
-        n_classes (0 without classes), null_class (whether the label n_classes means no condition), classes (names);
-        colours of the pictures, and with an `autoencoder` factor (pixels of a side for each number of x, else 1).
-        `to_latents(pictures)` and `to_pictures(x)` compute with it; x is the picture without one.
+        n_classes (0 without classes), null_class (whether the label n_classes means no condition), classes (names).
+        With an autoencoder, `coder`, x are latents: `to_latents(pictures)` and `to_pictures(x)` compute with it.
     latents: `model(x, timestep, projected)` is the target of `noise`. `project(encode_text(tokens))` is computed once
         for all steps; `to_latents(pictures, noise)` and `to_pictures(latents)` compute with `autoencoder`,
         if there is one. config: size, channels (of latents), factor (pixels of a side for each number of the latents),
@@ -34,6 +33,21 @@ class ImageModel(nn.Module):
     config: Any
     noise: Noise
     check_size: Callable[..., None]
+
+    @property
+    def coder(self) -> Any:
+        """The autoencoder of a model that draws latents of pixels; None if x is the picture."""
+        return None
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side for each number of x."""
+        return 1
+
+    @property
+    def colours(self) -> int:
+        """Channels of the pictures."""
+        return self.config.channels
 
     def to_latents(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return x of a picture without noise: the picture itself if there is no autoencoder."""

@@ -8,7 +8,7 @@ Axes: batch, channels, height, width. The stages are those of `layers/unet/unet.
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import not_
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Num
@@ -59,9 +59,6 @@ class Config:
         noise: the noise schedule and prediction target of the training.
     """
 
-    autoencoder: ClassVar[None] = None
-    factor: ClassVar[int] = 1
-
     size: int | tuple[int, int] | None = 32
     channels: int = 3
     out_channels: int | None = None
@@ -109,11 +106,6 @@ class Config:
             raise UserError("A flow has times between whole ones, and this model has learned whole times alone.")
         if self.null_class and not self.n_classes:
             raise UserError("A null class needs other classes: give n_classes too.")
-
-    @property
-    def colours(self) -> int:
-        """Channels of the images."""
-        return self.channels
 
     @property
     def widths(self) -> tuple[int, ...]:

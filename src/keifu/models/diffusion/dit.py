@@ -36,10 +36,8 @@ from keifu.models.hf.unet import BLOCK, nested
 from keifu.ranges import BelowOne, Count, Natural, Positive
 
 Sample = Float[Tensor, "batch channels height width"]
-Hidden = Float[Tensor, "batch length dim"]
 
-FREQUENCIES = 256  # numbers of the timestep's sinusoids
-EPS = 1e-6  # of the norms before attention and before the last layer
+FREQUENCIES, EPS = 256, 1e-6  # numbers of the timestep's sinusoids; of the norms before attention and the last layer
 FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {  # by diffusers' names
     "gelu-approximate": partial(FeedForward, activation=gelu_tanh),
     "gelu": partial(FeedForward, activation=F.gelu),
@@ -126,11 +124,6 @@ class Config:
     def channels(self) -> int:
         """Channels of what the network sees."""
         return self.transformer.channels
-
-    @property
-    def colours(self) -> int:
-        """Channels of the images."""
-        return self.channels if self.autoencoder is None else self.autoencoder.channels
 
     @property
     def n_classes(self) -> int:
@@ -234,6 +227,21 @@ class DiT(ImageModel):
         """Return the noise that the network was trained to remove."""
         return self.config.noise
 
+    @property
+    def coder(self) -> autoencoder_kl.AutoencoderKL | None:
+        """Return the autoencoder."""
+        return self.autoencoder
+
+    @property
+    def factor(self) -> int:
+        """Return the pixels of a side for each number of x."""
+        return self.config.factor
+
+    @property
+    def colours(self) -> int:
+        """Return the channels of the pictures."""
+        return self.config.channels if self.autoencoder is None else self.autoencoder.config.channels
+
     def forward(
         self, x: Sample, timestep: Num[Tensor, "*batch"], label: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch out_channels new_height new_width"]:
@@ -261,7 +269,7 @@ class DiT(ImageModel):
     def check_size(self, channels: int, height: int, width: int) -> None:
         """Refuses images, in pixels, that do not fit the network, with the nearest size that does; and a network whose
         output has other channels than its noise asks for."""
-        check_channels(self.config.colours, channels)
+        check_channels(self.colours, channels)
         check_sides(height, width, self.config.factor * self.config.transformer.patch_size)
         wanted = self.config.channels * (1 + (self.noise.variance == "learned_range"))
         if (predicted := self.config.transformer.predicted_channels) != wanted:

@@ -187,7 +187,7 @@ def prepare_task(
     """Read the pictures, hold some out, and build the network of pictures with that many channels and these classes;
     `kind` is the class of its Config. With an autoencoder, pictures are encoded here, once."""
     started = load_start(recipe.start_from, kind)[0] if recipe.start_from else None
-    size, channels = (started.config.size, started.config.colours) if started else (recipe.size, recipe.channels)
+    size, channels = (started.config.size, started.colours) if started else (recipe.size, recipe.channels)
     pictures = read_images(recipe.data, size, channels, recipe.fit)
     if recipe.classes and not pictures.classes:
         raise UserError(f"--classes needs labels, and the pictures of {recipe.data} have none: sort them into folders.")
@@ -203,8 +203,8 @@ def prepare_task(
     flip = Augmentation(flip=bool(recipe.flip))
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size or 1, recipe.seed, flip)
     data = add_draws(batches, recipe.seed)
-    if config.autoencoder is not None:
-        coder = model.autoencoder.requires_grad_(False).eval()
+    if model.coder is not None:
+        coder = model.coder.requires_grad_(False).eval()
         data = use_latents(data, *of_both(parts, partial(encode_dataset, coder, coder.config.scale)))
     dropped = recipe.label_dropout if config.null_class else 0.0
     objective = DiffusionLoss(config.noise, weighting, gamma, dropped, sampling=recipe.times)
