@@ -68,3 +68,5 @@ def test_a_run_that_began_again_is_read_from_its_start(folder: Path, tmp_path: P
         for start, count in ((0, 2), (12, 1), (24, 0), (99, 2)):
             found = httpx.get(f"{served.url}/v1/runs/again?start={start}").json()
             assert (len(found["lines"]), found["next"]) == (count, 24), start
+        refused = httpx.get(f"{served.url}/v1/models/{'a' * 9000}")
+        assert refused.status_code == 404 and len(refused.content) < 1000, "a long name is not sent back"

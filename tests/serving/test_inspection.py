@@ -85,6 +85,7 @@ def test_pictures_against_words(served: Any, folder: Path) -> None:
     ("path", "kind", "body", "words"),
     [
         ("inspect", "chat", {"input": "a" * 200}, "input has 200 tokens, and 128 can be looked at"),
+        ("inspect", "encoder", {"input": "cat " * 20}, "input has 22 tokens, and 16 can be looked at"),
         ("inspect", "chat", {"input": ""}, 'input is ""'),
         ("inspect", "ddpm", {"input": "x"}, "for this, ask"),
         ("inspect", "translator", {"input": "a" * 40}, "has 41 tokens, but this model takes 24"),

@@ -88,7 +88,10 @@ def test_translations_are_the_librarys(served: Any, folder: Path) -> None:
     texts = ["a pen. the cat.", "dogs"]
     found = served.post("/v1/translations", {"model": name, "input": texts, "beam": 3}).json()
     assert [each["text"] for each in found["data"]] == translate(model, tokenizer, texts, beam=3)
-    assert len(found["data"][0]["sentences"]) >= 1
+    sentences = [part for each in found["data"] for part in each["sentences"]]
+    read, written = (sum(part[name] for part in sentences) for name in ("source_tokens", "tokens"))
+    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    assert found["usage"] == usage and read and written
     refused = served.post("/v1/translations", {"model": name, "input": "a" * 40}).json()["error"]
     assert "has 41 tokens, but this model takes 24" in refused["message"]
 

@@ -201,7 +201,7 @@ class ServedModels:
             name = able[0].name
         name = self._other_names.get(name, name)
         if name not in self.descriptions:
-            raise ApiError(404, str(unknown("model", name, self.descriptions)), "model", "model_not_found")
+            raise ApiError(404, str(unknown("model", name[:100], self.descriptions)), "model", "model_not_found")
         current().model = name
         return self.descriptions[name]
 
