@@ -51,7 +51,7 @@ def test_adapters_are_merged_into_what_is_saved(tmp_path: Path) -> None:
     lora = see.finetuning.Lora(rank=2)
     see.run(see.Recipe(base, data=str(folder), image=TOWER, steps=2, batch_size=4, lora=lora), tmp_path / "run", False)
     model: Any = checkpoints.load_model(tmp_path / "run")
-    assert isinstance(model, llava.Llava)
+    assert type(model).__name__ == "Llava"
     before: Any = checkpoints.load_model(base)
     assert torch.equal(model.embedding.weight[: before.config.vocab_size], before.embedding.weight)
     assert not torch.equal(model.blocks[0].attention.qkv.weight, before.blocks[0].attention.qkv.weight)

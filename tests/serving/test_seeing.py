@@ -126,7 +126,7 @@ def test_a_model_of_text_refuses_a_picture(seeing: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="reads text alone, and sees no pictures"):
         answer(client, url(png(1)), model="chat")
     listed = {each.id: each.model_extra for each in client.models.list()}
-    assert [bool(listed[name] and listed[name]["sees"]) for name in ("seer", "chat")] == [True, False]
+    assert [bool(listed[name] and (listed[name] or {})["sees"]) for name in ("seer", "chat")] == [True, False]
 
 
 @pytest.mark.slow
@@ -148,7 +148,8 @@ def test_the_page_shows_a_picture_to_a_model_that_sees(
     page.fill("#message", "What?")
     with page.expect_request("**/v1/chat/completions", timeout=120_000) as asked:
         page.press("#message", "Enter")
-    parts = asked.value.post_data_json["messages"][-1]["content"]
+    body: Any = asked.value.post_data_json
+    parts = body["messages"][-1]["content"]
     assert [part["type"] for part in parts] == ["text", "image_url"]
     assert parts[1]["image_url"]["url"] == url(png(1))
     page.wait_for_selector("article.assistant", timeout=120_000)

@@ -117,13 +117,11 @@ async function ask(parent) {
 const sees = () => Boolean(served.find((model) => model.id === at("model").value)?.sees);
 
 // The chosen picture as a data URL, for a model that sees; undefined without one.
-async function takePicture() {
+function takePicture() {
   const [file] = sees() ? at("picture").files : [];
   at("picture").value = "";
-  if (!file) return undefined;
   const reader = new FileReader();
-  await new Promise((done) => { reader.onload = done; reader.readAsDataURL(file); });
-  return reader.result;
+  return file && new Promise((done) => { reader.onload = () => done(reader.result); reader.readAsDataURL(file); });
 }
 
 async function send(text) {
