@@ -200,3 +200,20 @@ def gated_delta(drawing: Drawing) -> None:
     read = drawing.box(MIDDLE, 284, ("read: Sᵀq, gated norm", "読み出し Sᵀq、ゲート付き正規化"), tone="data", width=250)
     drawing.line(state.bottom, (92, 270), (MIDDLE, 270), read.top)
     drawing.note(MIDDLE, 334, ("α and β are made of the token, for each head", "α と β はトークンからヘッドごとに作る"))
+
+
+def whisper(drawing: Drawing) -> None:
+    left = [
+        Part(("log-mel frames", "対数メルのフレーム"), "3,000 × 80", "data"), Part(("2 convolutions", "畳み込み 2 層"), ("halves the frames", "フレームを半分に")), Begin("× 4"), Fork(), NORM,
+        Part(SELF, ("sees all", "全体を見る"), "attention"), Join(), Fork(), NORM, Part(FEED, "GELU"), Join(), End(),
+    ]  # fmt: skip
+    right = [
+        Part(("tokens so far", "ここまでのトークン"), ("language, task, …", "言語、タスク…"), "data"), Begin("× 4"), Fork(), NORM, Part(SELF, ("sees before", "前を見る"), "attention"), Join(), Fork(), NORM,
+        Part(("cross-attention", "交差注意"), ("sees the sound", "音声を見る"), "attention"), Join(), Fork(), NORM, Part(FEED, "GELU"), Join(), End(), Part(("next token", "次のトークン"), "", "goal"),
+    ]  # fmt: skip
+    encoder = column(drawing, 97, 12, left, 124, -1)
+    decoder = column(drawing, 263, 12, right, 124, 1)
+    memory, cross = encoder[-1].bottom, decoder[5]
+    bend = max(memory[1] + 26, cross.y)
+    drawing.line(memory, (memory[0], bend), (MIDDLE, bend), (MIDDLE, cross.y), cross.left)
+    drawing.note(97, bend + 16, ("keys and values", "キーと値"))

@@ -1,0 +1,134 @@
+"""Word errors of Whisper tiny.en on ten recorded sentences, next to transformers and faster-whisper.
+
+python benchmarks/transcription.py [--write docs/results/data/sentences.json]
+
+The recordings are those of Debian's package pocketsphinx-testdata: five sentences of LibriVox and five card calls. The
+package is fetched by apt-get and read at run time. Words are compared in lower case, without punctuation. Each program
+reads all recordings in turn, and the order of the programs changes; the seconds are printed and not written.
+faster-whisper is left out if it is not installed. Its time includes its own features.
+"""
+
+import argparse
+import re
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from _results import write_table
+from _rounds import machine
+
+import keifu
+from keifu.data.audio.sound_files import read_sound
+from keifu.data.catalogue.archives import apt_download, read_debian
+from keifu.data.catalogue.catalogue import fetch
+from keifu.generation.speech.transcription import TranscriptionParams, transcribe
+
+PACKAGE, VERSION = "pocketsphinx-testdata", "0.8+5prealpha+1-15"
+PROGRAMS = {"keifu": "keifu", "transformers": "transformers", "faster-whisper": "faster_whisper"}
+DIGITS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+NUMBERS = {"mr": "mister"} | {str(number): word for number, word in enumerate(DIGITS, 2)}
+
+
+def recordings(folder: Path) -> dict[str, tuple[torch.Tensor, list[str]]]:
+    """Return sound and words of each recording by its name."""
+    file = apt_download(PACKAGE, VERSION, f"{PACKAGE}_{VERSION}_all.deb", folder, folder)
+    with tarfile.open(fileobj=BytesIO(read_debian(file))) as archive:
+        contents = {m.name: archive.extractfile(m).read() for m in archive if m.isfile() and "/data/" in m.name}
+    found = {}
+    for name, data in contents.items():
+        if name.endswith(("librivox/transcription", "cards/cards.transcription")):
+            for line in data.decode().splitlines():
+                text, _, end = line.rpartition("(")
+                sound = f"{name.rpartition('/')[0]}/{end.strip(')')}.wav"
+                if sound in contents:
+                    found[end.strip(")")] = (read_sound(contents[sound]), words(text))
+    return dict(sorted(found.items()))
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a transcript: lower case, no punctuation, digits as words."""
+    plain = re.sub(r"<[^>]*>|[^\w' ]+", " ", text.lower().replace("-", " "))
+    return [NUMBERS.get(word, word) for word in plain.split()]
+
+
+def errors(heard: list[str], said: list[str]) -> int:
+    """Return the least number of words that are inserted, deleted or replaced (Levenshtein, 1966)."""
+    row = list(range(len(heard) + 1))
+    for n, word in enumerate(said, 1):
+        last, row[0] = row[0], n
+        for k, other in enumerate(heard, 1):
+            last, row[k] = row[k], min(row[k] + 1, row[k - 1] + 1, last + (word != other))
+    return row[-1]
+
+
+def by_keifu(folder: Path, beams: int) -> Callable[[torch.Tensor], str]:
+    model, tokenizer = keifu.load("whisper-tiny-en")
+    keifu.save(model, tokenizer, folder / "saved")
+    return lambda sound: transcribe(model, tokenizer, sound, TranscriptionParams(beams=beams)).text
+
+
+def by_transformers(folder: Path, beams: int) -> Callable[[torch.Tensor], str]:
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    model = WhisperForConditionalGeneration.from_pretrained(folder / "saved", dtype=torch.float32)
+    extractor, (_, tokenizer) = WhisperFeatureExtractor(), keifu.load(folder / "saved")
+
+    def heard(sound: torch.Tensor) -> str:
+        features = extractor(sound.numpy(), sampling_rate=16_000, return_tensors="pt").input_features
+        ids = model.generate(features, return_timestamps=True, num_beams=beams, max_length=448)[0].tolist()
+        return tokenizer.decode([each for each in ids if each < model.config.eos_token_id])
+
+    return heard
+
+
+def by_faster_whisper(folder: Path, beams: int) -> Callable[[torch.Tensor], str]:
+    from faster_whisper import WhisperModel
+
+    threads = torch.get_num_threads()
+    model = WhisperModel(str(fetch("whisper-tiny-en")), device="cpu", compute_type="float32", cpu_threads=threads)
+
+    def heard(sound: torch.Tensor) -> str:
+        settings = {"beam_size": beams, "temperature": 0.0, "condition_on_previous_text": False}
+        return "".join(each.text for each in model.transcribe(sound.numpy(), language="en", **settings)[0])
+
+    return heard
+
+
+def main() -> None:
+    """Transcribe, count, print and write the transcripts and the errors."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="data file that gets the table and the transcripts")
+    options = parser.parse_args()
+    made = {"keifu": by_keifu, "transformers": by_transformers, "faster-whisper": by_faster_whisper}
+    made = {name: make for name, make in made.items() if find_spec(PROGRAMS[name])}
+    with tempfile.TemporaryDirectory() as folder:
+        sounds = recordings(Path(folder))
+        programs = {name: make(Path(folder), 1) for name, make in made.items()}
+        seconds = dict.fromkeys(programs, 0.0)
+        texts: dict[str, dict[str, str]] = {name: {} for name in programs}
+        for number, (name, (sound, _)) in enumerate(sounds.items()):
+            order = [*programs][number % len(programs) :] + [*programs][: number % len(programs)]
+            for program in order:
+                began = time.perf_counter()
+                texts[program][name] = programs[program](sound).strip()
+                seconds[program] += time.perf_counter() - began
+    said = sum(len(expected) for _, expected in sounds.values())
+    wrong = {p: sum(errors(words(t), sounds[n][1]) for n, t in texts[p].items()) for p in programs}
+    length = sum(len(sound) for sound, _ in sounds.values()) / 16_000
+    print(f"{machine()}\n{len(sounds)} recordings, {length:.1f} seconds, {said} words")
+    for program, count in wrong.items():
+        print(f"{program}: {count} wrong words ({count / said:.1%}), {seconds[program]:.1f} s")
+    if options.write:
+        table = [[program, str(count), f"{count / said:.1%}"] for program, count in wrong.items()]
+        columns = ["", f"wrong words, of {said}", "word error rate"]
+        values = {"said": {name: " ".join(expected) for name, (_, expected) in sounds.items()}, "heard": texts}
+        write_table(options.write, "Transcribing speech", "python benchmarks/transcription.py", columns, table, values)
+
+
+if __name__ == "__main__":
+    main()
