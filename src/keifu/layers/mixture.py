@@ -115,7 +115,7 @@ def _check_counts(n_experts: int, k: int) -> None:
 class GatedNetwork(nn.Module):
     """Shared expert whose output is multiplied by the sigmoid of one number made of the token (Qwen2-MoE, 2024)."""
 
-    def __init__(self, dim: int, network: nn.Module):
+    def __init__(self, dim: int, network: Any):
         super().__init__()
         self.gate, self.network = Linear(dim, 1, bias=False), network
 
@@ -126,8 +126,7 @@ class GatedNetwork(nn.Module):
     @property
     def residual_weights(self) -> list[Tensor]:
         """Return the matrices whose outputs are added to the residual stream."""
-        network: Any = self.network
-        return network.residual_weights
+        return self.network.residual_weights
 
 
 class MixtureOfExperts(nn.Module):

@@ -93,9 +93,8 @@ class KVState:
         for length, held in zip(wanted, self.lengths, strict=True):
             if not 0 <= length <= held or (self.row_bytes and length not in (0, held)):
                 raise ValueError(f"A row holds {held} tokens and cannot go back to {length}.")
-        for row, length in enumerate(wanted):
-            for x in self.fixed if length == 0 else ():
-                x[row] = 0
+        for x in self.fixed:
+            x[[not length for length in wanted]] = 0
         self.lengths = wanted
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:

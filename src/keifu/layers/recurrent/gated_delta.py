@@ -108,10 +108,9 @@ class ShortConvolution(nn.Module):
         joined = torch.cat([before, x], 1).mT
         if segments is None:
             return F.silu(F.conv1d(joined, self.weight, groups=x.shape[2]).mT)
-        earlier = before.shape[1]
-        place = torch.arange(x.shape[1], device=x.device)[:, None] - torch.arange(earlier, -1, -1, device=x.device)
+        place = torch.arange(x.shape[1], device=x.device)[:, None] - torch.arange(before.shape[1], -1, -1).to(x.device)
         same = (segments[:, place.clamp(min=0)] == segments[..., None]) & (place >= 0)
-        y = (joined.unfold(2, earlier + 1, 1) * self.weight * same[:, None]).sum(-1).mT
+        y = (joined.unfold(2, self.weight.shape[2], 1) * self.weight * same[:, None]).sum(-1).mT
         return F.silu(y)
 
 

@@ -8,7 +8,6 @@ Cost: printed before it starts, measured on the machine; depth 4 is about 5 M pa
 Expected: see docs/results.md, "Loss and size".
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,6 @@ from keifu import checkpoints
 from keifu.errors import UserError
 from keifu.generation.text.model import causal
 from keifu.layers.lora import merge
-from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hybrid import qwen3_5
 from keifu.ranges import Count, Depth, NotNegative, Seed
@@ -107,10 +105,7 @@ def hybrid_config(config: llama.Config) -> qwen3_5.Config:
     )  # fmt: skip
 
 
-FAMILIES: dict[str, tuple[Callable[..., DecoderLM], Callable[[llama.Config], Any]]] = {
-    "llama": (llama.build, lambda config: config),
-    "qwen3.5": (qwen3_5.build, hybrid_config),
-}
+FAMILIES: dict[str, Any] = {"llama": (llama.build, lambda config: config), "qwen3.5": (qwen3_5.build, hybrid_config)}
 
 
 def usual_context(depth: int) -> int:
@@ -151,9 +146,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     task, config, chosen = prepare(recipe, out)
     objective = recipe.distill.objective(task.tokenizer, config.context_length)
     options = recipe.distill.options()
-    build, sized = FAMILIES[recipe.family]
-    arguments = sized(config), chosen, out, resume, recipe.prompt
-    pretrain("gpt", task, build, *arguments, options=options, objective=objective)
+    build, size = FAMILIES[recipe.family]
+    pretrain("gpt", task, build, size(config), chosen, out, resume, recipe.prompt, options=options, objective=objective)
 
 
 def start_model(name: str) -> tuple[Any, Any]:
