@@ -20,6 +20,7 @@ from torch import Tensor
 
 from keifu.errors import UserError
 
+LARGEST_RATIO = 200  # of the sides of a picture
 FILTERS = {each.name.lower(): each for each in Image.Resampling}
 
 
@@ -40,7 +41,14 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def cut(self, image: Image.Image) -> UInt8[Tensor, "channels crop crop"]:
-        """One picture as bytes. Transparency and 16 bits were handled by `keifu.data.images.io` before."""
+        """One picture as bytes. Transparency and 16 bits were handled by `keifu.data.images.io` before.
+
+        A picture with one side more than 200 times the other is a `UserError`: resized, it could fill the memory.
+        """
+        if max(image.size) > LARGEST_RATIO * min(image.size):
+            sides = " x ".join(f"{side:,}" for side in image.size)
+            times = f"one side more than {LARGEST_RATIO} times the other"
+            raise UserError(f"A picture has {sides} pixels, {times}: cut it.")
         image = image.convert("RGB" if len(self.mean) == 3 else "L")
         width, height = self._resized(*image.size)
         if image.size != (width, height):
