@@ -17,11 +17,14 @@ import keifu
 from keifu.data.tokenizers.chat_template import CHATML, PICTURES
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
+from keifu.errors import UserError
+from keifu.generation.images.prompts import ImagePrompt
 from keifu.models import llama
 from keifu.models.clip import image as clip_image
 from keifu.models.hf.image_processor import Pixels
 from keifu.models.multimodal import llava
 from keifu.serving.app import Access
+from keifu.serving.openai.tools import render
 from keifu.serving.worker import Limits
 
 
@@ -99,7 +102,15 @@ def bomb() -> bytes:
     return file.getvalue()
 
 
+def thread() -> bytes:
+    """A file of few bytes whose shorter side, enlarged, makes the longer one fill the memory."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 60_000)).save(file, "PNG")
+    return file.getvalue()
+
+
 REFUSED = {
+    "1 x 60,000 pixels, one side more than 200 times": lambda _: [url(thread())],
     "fetches nothing from the network": lambda _: ["https://example.org/cat.png"],
     "no file of the folder that this server permits": lambda place: [(place / "secret.png").as_uri()],
     "is 'file://\\[', which is no file": lambda _: ["file://["],
@@ -157,3 +168,18 @@ def test_the_page_shows_a_picture_to_a_model_that_sees(
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.screenshot(path=tmp_path / "page.png")
     context.close()
+
+
+def test_functions_and_words_reach_a_template_that_reads_parts(seer: Path) -> None:
+    """Published templates of models that see, which write nothing of a content that is a string."""
+    model, tokenizer = keifu.load(seer)
+    parts = "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
+    tokenizer = tokenizer.with_chat_template("{% for m in messages %}" + parts + "{% endfor %}")
+    asked = [{"role": "user", "content": "ab ba"}]
+    found = render(tokenizer, asked, [{"name": "look", "parameters": {}}], model.config)
+    assert isinstance(found, ImagePrompt)
+    text = tokenizer.decode(found.tokens, skip_special=False)
+    assert "ab ba" in text and '"look"' in text
+    continued = [*asked, {"role": "assistant", "content": "a", "images": [Image.new("RGB", (4, 4))]}]
+    with pytest.raises(UserError, match="answer to be continued has a picture"):
+        render(tokenizer, continued, (), model.config)

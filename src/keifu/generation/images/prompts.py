@@ -41,8 +41,8 @@ class ImagePrompt(NamedTuple):
 
 
 def sees(config: Any) -> bool:
-    """Whether models of this Config read pictures."""
-    return isinstance(vars(config).get("image_token"), int)
+    """Whether models of this Config read pictures; None is that of a model of text."""
+    return config is not None and isinstance(vars(config).get("image_token"), int)
 
 
 def render(tokenizer: Tokenizer, messages: Messages, config: Any, **variables: Any) -> list[int] | ImagePrompt:

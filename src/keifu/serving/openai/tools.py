@@ -125,6 +125,8 @@ def render(
     """
     options = template_options(tokenizer, options)
     if len(messages) > 1 and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
+        if messages[-1].get("images"):
+            raise UserError("The answer to be continued has a picture, and a model writes text alone: leave it out.")
         begun = render(tokenizer, messages[:-1], functions, config, **options)
         more = tokenizer.encode(messages[-1]["content"])
         return begun._replace(tokens=[*begun.tokens, *more]) if isinstance(begun, ImagePrompt) else begun + more
@@ -134,8 +136,8 @@ def render(
         raise UserError("Pictures and tools cannot be in one conversation: leave out one of them.")
     if tool_format(tokenizer).native:
         tools = [{"type": "function", "function": {"parameters": {}, **each}} for each in functions]
-        return tokenizer.render_chat(with_objects(messages), tools=tools or None, **options)
-    return tokenizer.render_chat(_in_words(messages, functions), **options)
+        return prompts.render(tokenizer, with_objects(messages), config, tools=tools or None, **options)
+    return prompts.render(tokenizer, _in_words(messages, functions), config, **options)
 
 
 def _in_words(messages: Messages, functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
