@@ -14,7 +14,7 @@ from keifu.files import plain_file
 
 LONGEST = 12 * 3600  # seconds
 CHANNELS = 16
-LOWEST_RATE, HIGHEST_RATE = 1000, 192_000  # samples a second
+HIGHEST_RATE = 192_000  # samples a second
 PART = 2**18  # samples of each channel that are decoded at a time
 
 
@@ -32,24 +32,19 @@ def read_sound(source: Path | bytes, longest: float = LONGEST, name: str = "") -
     name = name or str(source)
     try:
         with soundfile.SoundFile(BytesIO(source) if isinstance(source, bytes) else plain_file(source)) as file:
-            seconds = file.frames / file.samplerate
-            if seconds > longest or file.channels > CHANNELS:
-                raise UserError(
-                    f"{name} has {seconds:,.0f} seconds and {file.channels} channels, and at most {longest:,.0f} "
-                    f"seconds and {CHANNELS} channels are read."
-                )
-            if not LOWEST_RATE <= (rate := file.samplerate) <= HIGHEST_RATE:
-                most = f"{LOWEST_RATE:,} to {HIGHEST_RATE:,}"
-                raise UserError(f"{name} has {rate:,} samples a second, and {most} are read.")
+            rate, seconds = file.samplerate, file.frames / file.samplerate
+            if seconds > longest or file.channels > CHANNELS or rate > HIGHEST_RATE:
+                most = f"at most {longest:,.0f} seconds and {CHANNELS} channels at {HIGHEST_RATE:,} Hz are read"
+                raise UserError(f"{name} has {seconds:,.0f} seconds and {file.channels} channels at {rate} Hz; {most}.")
             at_rate, parts = soxr.ResampleStream(rate, RATE, 1), file.blocks(PART, dtype="float32", always_2d=True)
             pieces = [at_rate.resample_chunk(part.mean(1)) for part in parts]
-            sound = np.concatenate([*pieces, at_rate.resample_chunk(np.zeros(0, np.float32), last=True)])
+            last = at_rate.resample_chunk(np.zeros(0, np.float32), last=True)
+            samples = torch.from_numpy(np.concatenate([*pieces, last]))
     except (soundfile.LibsndfileError, TypeError, ValueError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).rstrip(".").rpartition(": ")[2]
         raise UserError(f"{name} cannot be read as sound ({reason}): give WAV, FLAC, MP3 or Ogg.") from error
-    samples = torch.from_numpy(sound)
     if not len(samples) or not samples.isfinite().all():
         raise UserError(f"{name} has {'numbers that are not finite' if len(samples) else 'no sound in it'}.")
     return samples
