@@ -46,9 +46,7 @@ class Preprocessing:
         A picture with one side more than 200 times the other is a `UserError`: resized, it could fill the memory.
         """
         if max(image.size) > LARGEST_RATIO * min(image.size):
-            sides = " x ".join(f"{side:,}" for side in image.size)
-            times = f"one side more than {LARGEST_RATIO} times the other"
-            raise UserError(f"A picture has {sides} pixels, {times}: cut it.")
+            raise UserError(f"A picture has {image.width:,} x {image.height:,} pixels, one side much longer: cut it.")
         image = image.convert("RGB" if len(self.mean) == 3 else "L")
         width, height = self._resized(*image.size)
         if image.size != (width, height):
