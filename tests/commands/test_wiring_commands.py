@@ -203,9 +203,9 @@ TASK = SimpleNamespace(
     ABOUT="x", evaluate=lambda *_: SimpleNamespace(figures={"f": 1}, tables={}, notes=(), picture=b"x", items=None),
 )  # fmt: skip
 EVALUATED = {
-    "limit": 7, "samples": 7, "shots": 7, "by-shots": (0, 7), "seed": 7, "metric": "m", "guidance": 0.5, "sampler": "s", "steps": 7,
-    "reverse": True, "by-length": True, "language": "ja", "beam": 7, "alpha": 0.25, "batch-size": 7, "text-field": "b",
-    "source-field": "b", "target-field": "b", "encoding": "cp932",
+    "limit": 7, "samples": 7, "shots": 7, "by-shots": (0, 7), "seed": 7, "metric": "m", "guidance": 0.5, "sampler": "s",
+    "steps": 7, "reverse": True, "by-length": True, "language": "ja", "beam": 7, "alpha": 0.25, "batch-size": 7,
+    "text-field": "b", "source-field": "b", "target-field": "b", "encoding": "cp932",
 }  # fmt: skip
 
 
