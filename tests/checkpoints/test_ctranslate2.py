@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from speech_vocabulary import learn_tokenizer
 
 from keifu import checkpoints
 from keifu.checkpoints.ctranslate2 import PARTS
 from keifu.errors import UserError
-from keifu.generation.speech.rules import SPECIAL, learn_tokenizer
+from keifu.generation.speech.rules import SPECIAL
 from keifu.models.speech import whisper
 
 CONFIG = whisper.Config(

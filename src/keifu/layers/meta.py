@@ -10,8 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 _INIT = {vars(nn.init)[name] for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")}
 _FILL = {
-    Tensor.normal_, Tensor.uniform_, Tensor.bernoulli_, Tensor.random_, Tensor.exponential_, Tensor.log_, Tensor.copy_,
-    Tensor.fill_, Tensor.zero_, Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.div_, Tensor.clamp_, Tensor.__setitem__,
+    Tensor.normal_, Tensor.uniform_, Tensor.bernoulli_, Tensor.random_, Tensor.exponential_, Tensor.copy_,
+    Tensor.exp_, Tensor.expm1_, Tensor.log_, Tensor.fill_, Tensor.zero_, Tensor.add_, Tensor.sub_, Tensor.mul_,
+    Tensor.div_, Tensor.clamp_, Tensor.__setitem__,
 }  # fmt: skip
 
 

@@ -183,12 +183,13 @@ class GatedDeltaNet(nn.Module):
         self.heads, self.inputs = heads, inputs(dim, heads)
         self.convolution = ShortConvolution(heads.channels, size)
         self.log_rate = nn.Parameter(torch.empty(heads.values))
-        steps = torch.empty(heads.values).uniform_(math.log(0.001), math.log(0.1)).exp()  # as Mamba-2 begins
-        self.decay_bias = nn.Parameter(steps + (-torch.expm1(-steps)).log())  # so that softplus gives them
+        self.decay_bias = nn.Parameter(torch.empty(heads.values))
         self.norm = GatedRMSNorm(heads.value_dim, eps)
         self.output = Linear(heads.value_width, dim, bias=False)
         nn.init.uniform_(self.log_rate, 0.01, 16.0)
         self.log_rate.data.log_()
+        steps = self.decay_bias.data.uniform_(math.log(0.001), math.log(0.1)).exp_()  # as Mamba-2 begins
+        steps.expm1_().log_()  # so that softplus gives them
         self.sizes = ((size - 1) * heads.channels, heads.values * heads.key_dim * heads.value_dim)
 
     @property

@@ -123,7 +123,7 @@ class Message(Body):
     refused: ClassVar[Neutral] = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
 
     @model_validator(mode="after")
-    def _hascontent_of(self) -> "Message":
+    def _has_content(self) -> "Message":
         if self.content is None and not self.tool_calls:
             raise ValueError(f"a message of the role {self.role!r} needs content")
         if self.tool_calls and self.role != "assistant":
