@@ -54,7 +54,7 @@ class Budget(NamedTuple):
         """Return the settings for the given steps, for those of a resumed run, or for as many as fit the minutes by the
         measured pace. largest: the batch that takes most memory, if batches differ."""
         begun = checkpoint.latest_facts(directory) if resume else {}
-        if steps := self.steps or (begun and begun["described"]["settings"]["steps"]):
+        if steps := begun["described"]["settings"]["steps"] if begun and not self.steps else self.steps:
             return settings(steps)
         print(f"Trying the pace, to fit the training into {self.minutes:g} minutes ...", flush=True)
         trial = settings(1000), data.batch(0) if largest is None else largest
