@@ -3,6 +3,7 @@
 Where keifu's convention is another one on purpose, the case is left out here and named in `DIFFERENT`.
 """
 
+import math
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -16,12 +17,14 @@ from torch import Tensor
 diffusers = pytest.importorskip("diffusers")
 
 from keifu.errors import UserError  # noqa: E402
+from keifu.generation.images.denoiser import Denoiser  # noqa: E402
 from keifu.generation.images.pixel_diffusion import SeededNoise  # noqa: E402
 from keifu.generation.images.samplers import (
     SAMPLERS,
     configure_sampler,  # noqa: E402
 )
 from keifu.layers.diffusion.noise_schedule import Noise  # noqa: E402
+from keifu.layers.diffusion.sampling_schedule import Level  # noqa: E402
 
 warnings.filterwarnings("ignore", module="diffusers")
 
@@ -274,6 +277,17 @@ def test_a_flow_that_knows_the_picture_ends_there(name) -> None:
 
     *_, last = chosen.run(chosen.denoiser(knows), torch.randn(SHAPE), chosen.schedule, torch.randn_like)
     torch.testing.assert_close(last.x, picture, rtol=0, atol=1e-5)
+
+
+def test_the_noise_of_a_velocity_keeps_its_digits_at_a_small_sigma() -> None:
+    generator = torch.Generator().manual_seed(3)
+    picture, added = torch.randn(2, *SHAPE, generator=generator)
+    sigma = 1e-4
+    alpha = math.sqrt(1 - sigma**2)
+    denoiser = Denoiser(network, Noise(target="velocity", clip=None))
+    output = alpha * added - sigma * picture
+    found = denoiser.read(output, alpha * picture + sigma * added, Level(0, alpha, sigma))
+    torch.testing.assert_close(found.noise, added, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("target", ["picture", "velocity", "flow"])

@@ -70,6 +70,8 @@ class Denoiser:
         (_, alpha, sigma), target = level, self.noise.target
         picture = picture_of(target, output, x, alpha, sigma)
         noise = output if target == "noise" else (x - alpha * picture) / sigma
+        if target == "velocity":  # the difference of x and the picture loses digits at a small sigma
+            noise = (alpha * output + sigma * x) / (alpha * alpha + sigma * sigma)
         if self.threshold is not None or self.clip is not None:
             picture = self._bounded(picture)
             noise = (x - alpha * picture) / sigma
