@@ -142,6 +142,12 @@ def test_options_that_cannot_be_followed_are_refused(base: Path, tmp_path: Path)
     for pair in ((capped, two_models()[0]), (two_models()[1], capped)):
         with pytest.raises(UserError, match="soft cap on its logits"):
             Distillation(pair[0])(pair[1], packed_rows())
+    folder = tmp_path / "capped"
+    sizes = SIZES | {"vocab_size": tokenizer.vocab_size, "n_kv_heads": 2, "head_dim": 8}
+    checkpoints.save(gemma2.build(gemma2.Config(**sizes)), tokenizer, folder)
+    for teacher, student in ((folder, None), (base, capped)):  # before the run starts
+        with pytest.raises(UserError, match="soft cap on its logits"):
+            Distill(teacher=str(teacher)).objective(tokenizer, 16, student)
     other = train_tokenizer("bpe", ["red green blue"] * 9, 280)
     with pytest.raises(UserError, match="another tokenizer than the student"):
         Distill(teacher=str(base)).objective(other, 16)

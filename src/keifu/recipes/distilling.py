@@ -11,6 +11,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.model import text_model
 from keifu.layers.lora import merge
+from keifu.layers.transformer.decoder import SoftCappedLM
 from keifu.processes import current
 from keifu.ranges import Count, Positive, Share
 from keifu.training.objectives.language_modeling import causal_language_modeling
@@ -40,28 +41,29 @@ class Distill:
         """Return the values that decide the result of a run; none without a teacher."""
         return {} if self.teacher is None else {"distill": dict(vars(self))}
 
-    def objective(self, tokenizer: Tokenizer, length: int) -> Objective:
+    def objective(self, tokenizer: Tokenizer, length: int, student: Any = None) -> Objective:
         """Load the teacher; return the objective for rows of `length` tokens, or without a teacher that of the tokens.
 
-        A teacher with another tokenizer, or one that reads fewer tokens, is a `UserError`.
+        A teacher with another tokenizer, or one that reads fewer tokens, is a `UserError`. So is a soft cap on
+        the logits of either model.
         """
         if self.teacher is None:
             return causal_language_modeling
         if not current().is_replicated:
             raise UserError("A student is trained whole on each process: leave out --mesh.shard and --mesh.tensor.")
-        dtype = None if self.weights else torch.float32
-        teacher, its = checkpoints.load(self.teacher, dtype, weights=self.weights)
-        text_model(merge(teacher).requires_grad_(False))
+        loaded, its = checkpoints.load(self.teacher, None if self.weights else torch.float32, weights=self.weights)
+        teacher: Any = text_model(merge(loaded).requires_grad_(False))
+        if isinstance(student, SoftCappedLM) or isinstance(teacher, SoftCappedLM):
+            raise UserError("A model with a soft cap on its logits (Gemma 2, nanochat) cannot be teacher or student.")
         if its is None or its.backend.get_vocab() != tokenizer.backend.get_vocab():
             raise UserError(
                 f"The teacher {self.teacher} has another tokenizer than the student, so their probabilities are of "
                 "other tokens: start the student with the teacher's tokenizer."
             )
-        config: Any = teacher.config
-        if config.context_length < length:
+        if teacher.config.context_length < length:
             raise UserError(
-                f"The teacher {self.teacher} reads {config.context_length} tokens, and a row has {length}: choose "
-                "a smaller --context-length."
+                f"The teacher {self.teacher} reads {teacher.config.context_length} tokens, and a row has {length}: "
+                "choose a smaller --context-length."
             )
         return Distillation(teacher, self.beta, self.temperature)
 

@@ -75,7 +75,7 @@ def prepare(recipe: Recipe) -> Task:
     """Load the model, read the conversations and render them."""
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = finetuning.row_length(model, recipe.context_length)
-    objective, distill = recipe.distill.objective(tokenizer, length), recipe.distill
+    objective, distill = recipe.distill.objective(tokenizer, length, model), recipe.distill
     training, held = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
     learned, tested = (
         fit_conversations([TurnMasks(*tokenizer.render_turns(each)) for each in part], length, recipe.too_long)

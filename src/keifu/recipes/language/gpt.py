@@ -166,7 +166,7 @@ def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
         raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
     task = Task(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
     chosen = settings(recipe, sum(each.numel() for each in model.parameters()), row, len(task.shards.tokens))
-    options, objective = recipe.distill.options(), recipe.distill.objective(tokenizer, row)
+    options, objective = recipe.distill.options(), recipe.distill.objective(tokenizer, row, model)
     pretrain(
         "gpt", task, lambda _: model, model.config, chosen, out, resume, recipe.prompt, row=row, options=options,
         objective=objective,
