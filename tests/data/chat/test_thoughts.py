@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis.strategies import integers, lists
 
-from keifu.data.chat.thoughts import ThoughtSplitter, opens_thoughts, split_thoughts, template_options
+from keifu.data.chat.thoughts import ThoughtSplitter, answer_of, opens_thoughts, split_thoughts, template_options
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
@@ -40,6 +40,17 @@ def test_pieces_make_the_same_parts(text: str, thinking: bool, sizes: list[int])
     assert whole in TEXTS.values() and not text
 
 
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("I think 3.\n</think>\n85", "85"), ("<think>3</think>85", "85"), ("85", "85"), ("<think>3", ""),
+        ("a <think>b</think>", "a <think>b</think>"),
+    ],
+)  # fmt: skip
+def test_the_answer_of_a_completion_whose_prompt_may_have_opened_thoughts(completion: str, answer: str) -> None:
+    assert answer_of(completion) == answer
+
+
 def test_a_template_may_open_thoughts_and_has_the_options_that_it_reads() -> None:
     backend = train_tokenizer("bpe", ["ab"], 260, special_tokens=["<|im_start|>", "<|im_end|>"]).backend
     end = "{% if add_generation_prompt and enable_thinking %}<think>\n{% endif %}"
@@ -48,6 +59,20 @@ def test_a_template_may_open_thoughts_and_has_the_options_that_it_reads() -> Non
         variables = template_options(tokenizer, {"enable_thinking": thinking})
         prompt = tokenizer.render_chat([{"role": "user", "content": "Hi"}], **variables)
         assert opens_thoughts(tokenizer, prompt) == thinking
-    for name in ("enable_think", "messages", "tools"):
+    assigned = tokenizer.with_chat_template("{% if a is not defined %}{% set a = 1 %}{% endif %}" + CHATML)
+    assert template_options(assigned, {"a": 2}) == {"a": 2}
+    names = "namespace(a=raise_exception, b=strftime_now, c=range, d=eos_token) "
+    tokenizer = tokenizer.with_chat_template(f"{{{{ {names} }}}}{tokenizer.chat_template}")
+    refused = (
+        "messages",
+        "tools",
+        "eos_token",
+        "raise_exception",
+        "strftime_now",
+        "range",
+        "namespace",
+        "turn_opening",
+    )
+    for name in ("enable_think", "if", "message", *refused):
         with pytest.raises(UserError, match=f"has no option {name}"):
             template_options(tokenizer, {name: True})

@@ -1,15 +1,14 @@
 """Thoughts of a reasoning model, apart from its answer: the text between `<think>` and `</think>` at its beginning."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.tokenizer import ROLES, Tokenizer
 from keifu.errors import UserError
 
 OPEN, CLOSE = "<think>", "</think>"
 TAIL = 8  # tokens at the end of a prompt in which a template may open thoughts
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", *ROLES)
 
 
 class Split(NamedTuple):
@@ -66,14 +65,25 @@ def split_thoughts(text: str, thinking: bool = False) -> Split:
     return Split(*map("".join, zip(splitter(text), splitter.end(), strict=True)))
 
 
+def answer_of(completion: str) -> str:
+    """Return the answer of a whole completion. A `</think>` without `<think>` ends thoughts that the prompt opened."""
+    begun, closed, _ = completion.partition(CLOSE)
+    return split_thoughts(completion, bool(closed) and OPEN not in begun).answer
+
+
 def opens_thoughts(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     """Return whether a prompt ends with `<think>`, which some chat templates write for the model."""
     return tokenizer.decode(prompt[-TAIL:], skip_special=False).rstrip().endswith(OPEN)
 
 
 def template_options(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return variables for the chat template, such as `enable_thinking`; one that it does not read is a `UserError`."""
+    """Return variables for the chat template, such as `enable_thinking`.
+
+    A name that it does not read is a `UserError`. So are special tokens, and names that keifu or Jinja defines.
+    """
+    from keifu.data.tokenizers.chat_template import template_variables
+
     for name in given:
-        if name in RESERVED or not re.search(rf"\b{re.escape(name)}\b", tokenizer.chat_template or ""):
+        if name in RESERVED or name not in template_variables(tokenizer.chat_template or ""):
             raise UserError(f"The chat template of this model has no option {name}: leave it out.")
     return dict(given)

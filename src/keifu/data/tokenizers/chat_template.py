@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import tokenizers
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -71,6 +71,12 @@ def compile_template(template: str) -> Template:
         raise UserError(f"The chat template cannot be read, at its line {error.lineno}: {reason}.") from error
     except Exception as error:  # Python's own compiler, as of a break outside a loop, or of too deep a nesting
         raise UserError(f"The chat template cannot be read: {error or type(error).__name__}.") from error
+
+
+@lru_cache(maxsize=32)
+def template_variables(template: str) -> frozenset[str]:
+    """Return the names that a template reads and that neither the template nor Jinja defines."""
+    return frozenset(meta.find_undeclared_variables(compile_template(template).environment.parse(template))) - {*TURN}
 
 
 def render(
