@@ -19,7 +19,7 @@ from keifu.data.text.synthetic_math import arithmetic, chain_sums, countdowns
 from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.models import llama
-from keifu.recipes.assistant import finetuning
+from keifu.recipes.assistant import finetuning, ppo
 from keifu.recipes.assistant import grpo as recipe
 from keifu.recipes.assistant.finetuning import Lora
 from keifu.training.run import metrics
@@ -186,6 +186,27 @@ PROBLEM = {"numbers": [3, 5, 8], "target": 16}
 )  # fmt: skip
 def test_countdown_reward(answer: str, expected: float) -> None:
     assert score(reward("countdown"), "", answer, PROBLEM) == expected
+
+
+@pytest.mark.parametrize("name", ["last-number", "exact", "worked-steps", "countdown"])
+def test_thoughts_that_the_prompt_opened_are_no_answer(name: str) -> None:
+    example = {"answer": "85", "numbers": [85], "target": 85}
+    assert score(reward(name), "", "2 + 1 = 3, I think 3.\n</think>\n85", example) == 1
+    assert score(reward(name), "", "2 + 83 = 85, so 85.\n</think>\n3", example) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "missing"),
+    [("countdown", {"target": 3}, "numbers"), ("countdown", {"numbers": [3]}, "target"), ("exact", {}, "answer")],
+)
+def test_examples_without_the_fields_of_a_reward_are_refused(name: str, record: dict, missing: str, tmp_path) -> None:
+    with pytest.raises(UserError, match=f"has no field {missing}: give it one"):
+        score(reward(name), "", "3", record)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text, **record}) + "\n" for text in "ab"))
+    for chosen in (recipe, ppo):  # before the model, which does not exist, is loaded
+        with pytest.raises(UserError, match=f"has no field {missing}, which the reward {name} reads"):
+            chosen.prepare(chosen.Recipe(data=str(file), model="none", reward=name))
 
 
 def test_countdown_problems_can_be_solved_and_are_different() -> None:

@@ -284,3 +284,10 @@ def test_one_of_several_texts_is_chosen(model: str, capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit):
             cli.main([*words[:5], *wrong])
         assert said in capsys.readouterr().err
+    for wrong, said in (  # before the model, which does not exist, is loaded
+        (["--vote", "3", "--temperature", "0"], "all texts are the same"),
+        (["--best-of", "3", "--reward", "exat"], "exat"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["generate", "none", "Once", *wrong])
+        assert said in capsys.readouterr().err

@@ -49,6 +49,7 @@ def on_device() -> dict[str, Row]:
     return rows | {"allow-nonfinite": Row("--allow-nonfinite", target, "choice.allow_nonfinite")}
 
 
+REWARDS = "keifu.recipes.assistant.finetuning:make_rewards"
 GENERATE = "keifu.commands.generate:print_text"
 CHOSEN, LOAD = "keifu.commands.generate:print_chosen", "keifu.commands.generate:load_writer"
 generate = Table("generate M Hi", {
@@ -63,10 +64,11 @@ generate = Table("generate M Hi", {
     "thinking": Row("--thinking off", "keifu.generation.text.generate:as_prompt", "enable_thinking", False),
     "vote": Row("--vote 3", CHOSEN, "options.vote", 3),
     "best-of": Row("--best-of 3 --reward r", CHOSEN, "options.best_of", 3),
-    "reward": Row("--best-of 3 --reward r", CHOSEN, "options.reward", "r"),
+    "reward": Row("--best-of 3 --reward r", REWARDS, "name", "r"),
     "weights": Row("--weights int8", LOAD, "weights", "int8"),
     **sampling(GENERATE, "sampling"),
-}, {LOAD: WRITER, "keifu.generation.text.generate:as_prompt": lambda _, text, *more, **options: text})  # fmt: skip
+}, {LOAD: WRITER, REWARDS: SimpleNamespace(scorer=None),
+    "keifu.generation.text.generate:as_prompt": lambda _, text, *more, **options: text})  # fmt: skip
 
 ANSWER, LOADED = "keifu.commands.chat:print_answer", "keifu.commands.chat:load_writer"
 TALK = "keifu.generation.text.chat:Conversation"
@@ -373,8 +375,6 @@ class Recorded:
     drawing: Any = field(default_factory=lambda: SimpleNamespace(seed=1))
     number: int | None = None
     kept: tuple[int, ...] = ()
-
-
 
 
 def drawn() -> dict[str, Row]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from keifu.data.chat import prompts as gym
 from keifu.data.chat.prompts import Prompt
-from keifu.data.chat.thoughts import split_thoughts
+from keifu.data.chat.thoughts import answer_of
 from keifu.data.text.synthetic_math import OPERATIONS
 from keifu.errors import UserError, require_known
 
@@ -27,13 +27,13 @@ TERM = re.compile(r"[0-9 ()+*/-]{1,200}")  # Python would also read 1_2 as a num
 
 def last_number(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
     """1 where the last number of the answer is the example's "answer", otherwise 0."""
-    right = _expected(example).replace(",", "").strip()
-    return float(NUMBER.findall(split_thoughts(answer).answer.replace(",", ""))[-1:] == [right])
+    right = str(_field(example, "answer")).replace(",", "").strip()
+    return float(NUMBER.findall(answer_of(answer).replace(",", ""))[-1:] == [right])
 
 
 def exact(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
     """1 where the answer is the example's "answer", otherwise 0."""
-    return float(split_thoughts(answer).answer.strip() == _expected(example))
+    return float(answer_of(answer).strip() == str(_field(example, "answer")).strip())
 
 
 def worked_steps(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
@@ -46,12 +46,13 @@ def worked_steps(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
 def countdown(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
     """1 where the last line is a term whose value is the example's "target" and which uses each of its "numbers" once,
     otherwise 0. What follows "=" does not count."""
-    lines = split_thoughts(answer).answer.strip().splitlines() or [""]
+    numbers, target = _field(example, "numbers"), _field(example, "target")
+    lines = answer_of(answer).strip().splitlines() or [""]
     term = lines[-1].rpartition(":")[2].partition("=")[0].strip()
-    if not TERM.fullmatch(term) or sorted(map(int, re.findall(r"\d+", term))) != sorted(example["numbers"]):
+    if not TERM.fullmatch(term) or sorted(map(int, re.findall(r"\d+", term))) != sorted(numbers):
         return 0.0
     try:
-        return float(_value(ast.parse(term, mode="eval").body) == example["target"])
+        return float(_value(ast.parse(term, mode="eval").body) == target)
     except (SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
         return 0.0
 
@@ -68,17 +69,27 @@ def _value(node: ast.expr) -> Fraction:
     raise ValueError(ast.dump(node))
 
 
-def _expected(example: Mapping[str, Any]) -> str:
-    """Return the example's "answer"."""
-    if "answer" not in example:
-        raise UserError("the example has no field answer: give it one, or choose another reward")
-    return str(example["answer"]).strip()
+def _field(example: Mapping[str, Any], name: str) -> Any:
+    """Return a field of the example; a `UserError` if it is missing."""
+    if name not in example:
+        raise UserError(f"the example has no field {name}: give it one, or choose another reward")
+    return example[name]
 
 
 OWN: dict[str, Reward] = {
     "last-number": last_number, "exact": exact, "worked-steps": worked_steps, "countdown": countdown,
     gym.SCORER: gym.gym_score,
 }  # fmt: skip
+FIELDS = dict.fromkeys(OWN, ["answer"]) | {"countdown": ["numbers", "target"], gym.SCORER: ["entry"]}
+
+
+def check_fields(name: str, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts that lack a field which this built-in reward reads, before anything is generated."""
+    for prompt in prompts:
+        for field in FIELDS.get(name, ()):
+            if field not in prompt.record:
+                text = f"The example with the prompt {prompt.text[:80]!r} has no field {field}"
+                raise UserError(f"{text}, which the reward {name} reads: give it one, or choose another reward.")
 
 
 def reward(name: str) -> Reward:

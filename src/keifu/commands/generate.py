@@ -57,7 +57,7 @@ class Options(flags.Packed):
 
 def run(options: Options) -> None:
     """Print what the model writes, without the prompt."""
-    check_drawing(options)
+    rewards = check_drawing(options)
     text = join_texts(options.prompt, options.file) or (ask("Prompt: ", EXAMPLE) if at_terminal() else "")
     model, tokenizer = load_writer(options.model, options.weights)
     from keifu.generation.text.generate import as_prompt
@@ -67,45 +67,55 @@ def run(options: Options) -> None:
     prompt = as_prompt(tokenizer, text, options.raw, model.config, read_pictures(options.image), **variables)
     notice(line if isinstance(prompt, str) else f"{line}; through the chat template, --raw leaves it out")
     if options.vote or options.best_of:
-        print_chosen(options, model, tokenizer, text, prompt, sampling)
-        return
+        return print_chosen(options, model, tokenizer, text, prompt, sampling, rewards)
     streamed = options.stream or sys.stdout.isatty()
     reason = print_text(model, tokenizer, prompt, sampling, options.json, streamed, options.guesses)
     if reason == "context":
         print(f"The text fills the model's context of {model.config.context_length} tokens.", file=sys.stderr)
 
 
-def check_drawing(options: Options) -> None:
-    """Refuse options of several texts that do not belong together."""
+def check_drawing(options: Options) -> Any:
+    """Refuse options of several texts that do not belong together; return the scorer of --reward, if it is given."""
     if options.vote and options.best_of:
         raise UserError("--vote and --best-of choose in two ways: give one of them.")
     if (options.best_of is None) != (options.reward is None):
         raise UserError("--best-of and --reward belong together: give both, or none.")
+    if options.vote or options.best_of:
+        check_temperature(options.sampling.temperature)
+    if options.reward is None:
+        return None
+    from keifu.recipes.assistant.finetuning import make_rewards
+
+    return make_rewards(options.reward).scorer
+
+
+def check_temperature(temperature: float | None) -> None:
+    """Refuse temperature 0, at which several texts are one."""
+    if temperature == 0:
+        raise UserError("At temperature 0 all texts are the same: give --temperature, such as --temperature 0.8.")
 
 
 def print_chosen(
-    options: Options, model: Any, tokenizer: Any, text: str, prompt: Any, sampling: "SamplingParams"
+    options: Options, model: Any, tokenizer: Any, text: str, prompt: Any, sampling: "SamplingParams", rewards: Any
 ) -> None:
     """Print one of several texts: the most frequent, or the one with the highest reward."""
     from keifu.evaluation.text.few_shot import majority
     from keifu.generation.text.generate import generate_batch
 
-    if sampling.temperature == 0:
-        raise UserError("At temperature 0 all texts are the same: give --temperature, such as --temperature 0.8.")
+    check_temperature(sampling.temperature)  # which may be the model's own
     seeds = [(sampling.seed or 0) + number for number in range(options.vote or options.best_of or 1)]
     each = [replace(sampling, seed=seed, log_probabilities=True) for seed in seeds]
     done = generate_batch(model, tokenizer, [prompt] * len(seeds), each, guesses=options.guesses)
-    if options.reward is None:
+    if rewards is None:
         chosen = majority([one.text for one in done])
         notice(f"The answer of text {chosen + 1} of {len(done)} is the most frequent.")
     else:
         from keifu.data.chat.prompts import Prompt
-        from keifu.recipes.assistant.finetuning import make_rewards
 
         asked = Prompt([{"role": "user", "content": text}], {"prompt": text})
-        rewards = make_rewards(options.reward).scorer([asked] * len(done), [one.text for one in done])
-        chosen = max(range(len(done)), key=rewards.__getitem__)
-        notice(f"Text {chosen + 1} of {len(done)} has the highest reward, {rewards[chosen]:.3g}.")
+        scores = rewards([asked] * len(done), [one.text for one in done])
+        chosen = max(range(len(done)), key=scores.__getitem__)
+        notice(f"Text {chosen + 1} of {len(done)} has the highest reward, {scores[chosen]:.3g}.")
     if options.json:
         print_completion(done[chosen], sampling)
     else:

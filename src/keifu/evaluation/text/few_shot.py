@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from keifu.data.chat.thoughts import split_thoughts
+from keifu.data.chat.thoughts import answer_of
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -181,7 +181,7 @@ def _best(values: Sequence[float]) -> int:
 def majority(answers: Sequence[str]) -> int:
     """Return the position of the first answer whose normal form, without thoughts, is the most frequent
     (self-consistency, Wang et al., 2022)."""
-    forms = [normalize_answer(split_thoughts(text).answer) for text in answers]
+    forms = [normalize_answer(answer_of(text)) for text in answers]
     return forms.index(Counter(forms).most_common(1)[0][0])
 
 
@@ -196,10 +196,8 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
         written = generate_batch(asking.model, asking.tokenizer, prompts, each, asking.batch_size or 32, progress)
     groups = [written[first : first + count] for first in range(0, len(written), count)]
     accepted = [{normalize_answer(text) for text in (item.answer, *item.accepted)} for item in items]
-    able = [
-        [normalize_answer(split_thoughts(done.text).answer) in good for done in group]
-        for group, good in zip(groups, accepted, strict=True)
-    ]
+    forms = [[normalize_answer(answer_of(done.text)) for done in group] for group in groups]
+    able = [[form in good for form in each] for each, good in zip(forms, accepted, strict=True)]
     votes = [majority([done.text for done in group]) for group in groups]
     chosen = [group[vote] for group, vote in zip(groups, votes, strict=True)]
     right = {"exact match": [each[vote] for each, vote in zip(able, votes, strict=True)]}

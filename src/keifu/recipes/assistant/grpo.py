@@ -15,6 +15,7 @@ from pathlib import Path
 
 from keifu.alignment.grpo import NORMAL, GRPOBatches, Variant, grpo
 from keifu.alignment.monitor import DivergenceMonitor
+from keifu.alignment.rewards import check_fields
 from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
 from keifu.recipes.assistant import finetuning
@@ -77,6 +78,7 @@ def prepare(recipe: Recipe) -> RolloutTask:
     """Load the model and the reward, read or make the prompts, and keep the reference model."""
     by = finetuning.make_rewards(recipe.reward)
     parts = recipe.parts()
+    check_fields(recipe.reward, [*parts[0], *parts[1]])
     model, tokenizer = open_model(recipe.model, recipe.template)
     reference = finetuning.reference_model(model, recipe.lora) if recipe.penalty else None
     model = finetuning.to_train(model, recipe.lora, recipe.seed)

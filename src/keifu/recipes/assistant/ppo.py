@@ -20,6 +20,7 @@ from torch import nn
 
 from keifu.alignment.monitor import DivergenceMonitor
 from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
+from keifu.alignment.rewards import check_fields
 from keifu.data.text.packed import PackedText
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -128,6 +129,7 @@ def prepare(recipe: Recipe) -> Task:
     rule = PPOSettings(**own, text_weight=recipe.text.weight)
     by = finetuning.make_rewards(recipe.reward)
     parts = recipe.parts()
+    check_fields(recipe.reward, [*parts[0], *parts[1]])
     policy, tokenizer = open_model(recipe.model, recipe.template)
     reference = finetuning.reference_model(policy, recipe.lora)
     value = value_model(recipe, by, policy, tokenizer)
