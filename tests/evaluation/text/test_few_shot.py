@@ -206,7 +206,7 @@ def test_written_answers_end_at_a_stop_string(
 def test_the_majority_of_samples_counts(
     model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert majority(["b", "A.", "<think>b</think>a", "c"]) == 1 and majority(["x", "y"]) == 0
+    assert majority(["b", "A.", "<think>b</think>a", "b</think>a", "b"]) == 1 and majority(["x", "y"]) == 0
     texts = iter(["no", "Yes.", "yes", "no", "no", "yes"] * 2)
     written = lambda *given: [SimpleNamespace(text=next(texts), finish_reason="stop") for _ in given[2]]  # noqa: E731
     monkeypatch.setattr(few_shot, "generate_batch", written)
