@@ -53,9 +53,13 @@ def test_sound_of_any_rate_and_channels_is_read(kind, near, tmp_path) -> None:
         (lambda: written(np.zeros(16_000 * 3)), "3 seconds and 1 channels at 16000 Hz; at most 2 s"),
         (lambda: written(np.zeros((100, 17))), "17 channels"),
         (lambda: written(np.full(100, np.nan), subtype="FLOAT"), "numbers that are not finite"),
+        (
+            lambda: written(np.zeros((40_000, 8), np.int16), 32_000),
+            "at 32000 Hz; .* and 300,000 samples of all channels",
+        ),
         (lambda: written(np.zeros(100), 400_000), "at 400000 Hz; at most 2 seconds and 16 channels at 192,000 Hz"),
     ],
-    ids=["text", "nothing", "empty", "long", "channels", "nan", "rate"],
+    ids=["text", "nothing", "empty", "long", "channels", "nan", "work", "rate"],
 )
 def test_damaged_and_long_sound_is_one_sentence(data, message) -> None:
     pytest.importorskip("soundfile")
@@ -68,12 +72,26 @@ def test_a_small_file_does_not_fill_the_memory() -> None:
     data = written(np.zeros((192_000 * 12, 8), np.int16), 192_000, "FLAC")
     tracemalloc.start()
     try:
-        samples = read_sound(data, 20.0)
+        samples = read_sound(data, 200.0)
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert len(data) < 100_000 and len(samples) == 16_000 * 12
     assert most < 30e6  # all samples of all channels would take 74 MB
+
+
+def test_the_reading_ends_between_two_parts(monkeypatch) -> None:
+    data, parts = written(np.zeros(9000)), []
+
+    def leave() -> None:
+        parts.append(1)
+        if len(parts) == 2:
+            raise InterruptedError
+
+    monkeypatch.setattr("keifu.data.audio.sound_files.PART", 1000)
+    with pytest.raises(InterruptedError):
+        read_sound(data, go_on=leave)
+    assert len(parts) == 2
 
 
 def test_a_missing_file_is_named(tmp_path) -> None:

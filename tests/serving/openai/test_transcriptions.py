@@ -1,18 +1,21 @@
 """Sound files by OpenAI's own client: every form of answer, and one clear error for what is no sound."""
 
 import io
+import socket
 import sys
+import threading
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from serving_toys import WAIT, openai, running
+from serving_toys import WAIT, openai, running, until
 
 from keifu import checkpoints
 from keifu.generation.speech.subtitles import FORMATS
 from keifu.generation.speech.transcription import TranscriptionParams, transcribe
 from keifu.serving.app import Access
+from keifu.serving.errors import ApiError
 from keifu.serving.worker import Limits
 
 sys.path.append(str(Path(__file__).parents[2] / "generation"))
@@ -84,3 +87,35 @@ def test_a_form_without_a_file_and_a_sound_that_is_too_long_are_refused(served, 
     monkeypatch.setattr("keifu.serving.openai.transcriptions.SECONDS", 1.0)
     found = httpx.post(url, data={"model": "whisper"}, files={"file": ("a.wav", sound)}, timeout=WAIT)
     assert found.status_code == 400 and "at most 1 seconds" in found.json()["error"]["message"]
+    monkeypatch.setattr("keifu.serving.openai.transcriptions.SECONDS", 3.0)
+    monkeypatch.setattr("keifu.data.audio.sound_files.DENSEST", 10_000)
+    found = httpx.post(url, data={"model": "whisper"}, files={"file": ("a.wav", sound)}, timeout=WAIT)
+    assert found.status_code == 400 and "30,000 samples of all channels" in found.json()["error"]["message"]
+
+
+def test_the_decoding_ends_when_the_client_leaves(served, sound, monkeypatch) -> None:
+    from keifu.data.audio.sound_files import read_sound
+
+    begun, goes_on, ends = threading.Event(), threading.Event(), []
+
+    def read(data, longest, name, go_on):
+        begun.set()
+        goes_on.wait(WAIT)
+        try:
+            return read_sound(data, longest, name, go_on)
+        except ApiError as error:
+            ends.append(error.status)
+            raise
+
+    monkeypatch.setattr("keifu.serving.openai.transcriptions.read_sound", read)
+    url, ask = f"{served.url}/v1/audio/transcriptions", {"data": {"model": "whisper"}, "files": {"file": ("a", sound)}}
+    request = httpx.Request("POST", url, **ask)
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    with socket.create_connection((request.url.host, request.url.port)) as connection:
+        connection.sendall(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+        assert begun.wait(WAIT)
+    until(lambda: not served.models.workers["whisper"].pending)
+    goes_on.set()
+    monkeypatch.undo()
+    assert httpx.post(url, **ask, timeout=WAIT).status_code == 200
+    assert ends == [499]

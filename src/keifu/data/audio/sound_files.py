@@ -1,5 +1,6 @@
 """Sound files (WAV, FLAC, MP3, Ogg) as samples of one channel at 16 kHz, by libsndfile and soxr."""
 
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -15,14 +16,18 @@ from keifu.files import plain_file
 LONGEST = 12 * 3600  # seconds
 CHANNELS = 16
 HIGHEST_RATE = 192_000  # samples a second
+DENSEST = 150_000  # samples of all channels for each second of the longest sound
 PART = 2**18  # samples of each channel that are decoded at a time
 
 
-def read_sound(source: Path | bytes, longest: float = LONGEST, name: str = "") -> Float[Tensor, " samples"]:
+def read_sound(
+    source: Path | bytes, longest: float = LONGEST, name: str = "", go_on: Callable[[], None] = lambda: None
+) -> Float[Tensor, " samples"]:  # fmt: skip
     """Read a file, or the bytes of one; `name` is its name in errors. Several channels become their mean.
 
-    Damaged or empty sound, and more than `longest` seconds, are a `UserError`. A file says its length before it is
-    decoded, and a part at a time is decoded and resampled, so that a small file cannot fill the memory.
+    Damaged or empty sound, more than `longest` seconds, and more than `longest` * DENSEST samples of all channels are a
+    `UserError`. A file says its length before it is decoded, and a part at a time is decoded and resampled, so that a
+    small file cannot fill the memory. `go_on` is called for each part: an exception that it raises ends the reading.
     """
     try:
         import soundfile
@@ -32,12 +37,13 @@ def read_sound(source: Path | bytes, longest: float = LONGEST, name: str = "") -
     name = name or str(source)
     try:
         with soundfile.SoundFile(BytesIO(source) if isinstance(source, bytes) else plain_file(source)) as file:
-            rate, seconds = file.samplerate, file.frames / file.samplerate
-            if seconds > longest or file.channels > CHANNELS or rate > HIGHEST_RATE:
-                most = f"at most {longest:,.0f} seconds and {CHANNELS} channels at {HIGHEST_RATE:,} Hz are read"
-                raise UserError(f"{name} has {seconds:,.0f} seconds and {file.channels} channels at {rate} Hz; {most}.")
+            rate, channels, seconds = file.samplerate, file.channels, file.frames / file.samplerate
+            if max(seconds, channels * file.frames / DENSEST) > longest or channels > CHANNELS or rate > HIGHEST_RATE:
+                limits = f"at most {longest:,.0f} seconds and {CHANNELS} channels at {HIGHEST_RATE:,} Hz"
+                limits = f"{limits}, and {longest * DENSEST:,.0f} samples of all channels, are read"
+                raise UserError(f"{name} has {seconds:,.0f} seconds and {channels} channels at {rate} Hz; {limits}.")
             at_rate, parts = soxr.ResampleStream(rate, RATE, 1), file.blocks(PART, dtype="float32", always_2d=True)
-            pieces = [at_rate.resample_chunk(part.mean(1)) for part in parts]
+            pieces = [at_rate.resample_chunk(part.mean(1)) for part in parts if not go_on()]
             last = at_rate.resample_chunk(np.zeros(0, np.float32), last=True)
             samples = torch.from_numpy(np.concatenate([*pieces, last]))
     except (soundfile.LibsndfileError, TypeError, ValueError, MemoryError) as error:

@@ -46,7 +46,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         worker = models.worker(models.find(body.model, "transcription").name)
 
         def work(model: nn.Module, tokenizer: Any, go_on: GoOn) -> Transcript:
-            return transcribe(model, tokenizer, read_sound(data, SECONDS, name), wanted, go_on)
+            return transcribe(model, tokenizer, read_sound(data, SECONDS, name, go_on), wanted, go_on)
 
         found = await while_connected(request.receive, worker.call(work))
         if found is None:
