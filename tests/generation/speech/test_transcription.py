@@ -1,5 +1,9 @@
 """Transcripts: transformers' tokens and times from the same weights, the rules, the cuts, languages, subtitles."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
+
 import pytest
 import torch
 from speech_toys import SPECIAL, published, tokenizer
@@ -7,7 +11,8 @@ from speech_toys import SPECIAL, published, tokenizer
 from keifu import checkpoints
 from keifu.data.audio.log_mel import log_mel
 from keifu.errors import UserError
-from keifu.generation.speech.rules import speech_tokens
+from keifu.generation.speech import transcription
+from keifu.generation.speech.rules import PREVIOUS, speech_tokens
 from keifu.generation.speech.subtitles import FORMATS
 from keifu.generation.speech.transcription import Segment, Transcript, TranscriptionParams, cut, transcribe
 
@@ -75,6 +80,33 @@ def test_previous_text_and_a_prompt_change_what_is_written(hearing) -> None:
     prompted = transcribe(model, words, SOUND, TranscriptionParams("en", prompt="one two"))
     assert with_text.segments[0].tokens == plain.segments[0].tokens != prompted.segments[0].tokens
     assert with_text.segments != plain.segments
+
+
+class Written:
+    """Decoder that notes the prompt of each window."""
+
+    no_speech = 0.0
+    prompts: ClassVar[list[list[int]]] = []
+
+    def __init__(self, model, heard, prompt, longest, tokens):
+        self.prompts.append(list(prompt))
+
+
+@pytest.mark.parametrize(("length", "room"), [(40, 19), (6, 2), (3, 0), (2, 0)])
+@pytest.mark.parametrize("previous", [True, False], ids=["previous", "alone"])
+def test_a_prompt_comes_before_the_first_window_and_fits(hearing, monkeypatch, length, room, previous) -> None:
+    _, model, words = hearing(0)
+    model.config = replace(model.config, context_length=length)
+    monkeypatch.setattr(Written, "prompts", [])
+    monkeypatch.setattr(transcription, "SpeechBeamModel", Written)
+    monkeypatch.setattr(transcription, "beam_search", lambda *_: [[SimpleNamespace(tokens=[7], score=0.0)]])
+    prompt = "one two three four " * 9
+    transcribe(model, words, SOUND, TranscriptionParams("en", prompt=prompt, previous=previous))
+    past, task = words.encode(" " + prompt.strip()), speech_tokens(model.config, words).prompt("en", "transcribe")
+    before = [words.token_id(PREVIOUS)] if room else []
+    first, second = ([*tokens][len(tokens) - room :] for tokens in (past, [*past, 7]))
+    assert len(past) > 20 and Written.prompts[0] == [*before, *first, *task]
+    assert Written.prompts[1] == ([*before, *second, *task] if previous else task)
 
 
 def test_unknown_languages_and_other_models_are_refused(hearing) -> None:

@@ -5,6 +5,7 @@ has no second try at a higher temperature, which the paper makes when a transcri
 Axes: windows, mels, frames, rows = transcripts that are being written, vocab.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -40,7 +41,7 @@ class TranscriptionParams:
     previous: bool = False
     """Whether each window is given the text of the windows before."""
     prompt: str = ""
-    """Text that comes before the sound: names and spellings to expect."""
+    """Text that comes before the first window with speech: names and spellings to expect."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -115,14 +116,15 @@ def transcribe(
     padded = F.pad(samples, (0, max(0, window * HOP - len(samples))))  # short sound is followed by silence
     features = log_mel(padded, hearer.config.n_mels).to(device_of(model))
     place, language, seconds, segments = 0, settings.language, len(samples) / RATE, list[Segment]()
-    past = tokenizer.encode(" " + settings.prompt.strip()) if settings.prompt else []
+    given = tokenizer.encode(" " + settings.prompt.strip()) if settings.prompt else []
+    past = deque(given, max(0, hearer.config.context_length // 2 - 1))
     with evaluation_mode(model), torch.inference_mode():
         while place < last:
             progress(place / FRAMES_PER_SECOND)
             heard = F.pad(features[:, place : place + window], (0, max(0, place + window - features.shape[1])))[None]
             if language is None and tokens.languages:
                 language = find_language(hearer, heard, tokens)
-            before = [tokenizer.token_id(PREVIOUS), *past[-(hearer.config.context_length // 2 - 1) :]] if past else []
+            before = [tokenizer.token_id(PREVIOUS), *past] if past else []
             prompt = [*before, *tokens.prompt(language, settings.task)]
             longest = hearer.config.context_length - len(prompt)
             decoder = SpeechBeamModel(hearer, heard, prompt, longest, tokens)
@@ -134,14 +136,12 @@ def transcribe(
                 words = [each for each in written if each < tokens.end]
                 text = tokenizer.decode(words)
                 segments.append(Segment(start, end, text, written, best.score, decoder.no_speech))
-                past += words if settings.previous else []
+                past.extend(words) if settings.previous else past.clear()
             place += done
     return Transcript("".join(each.text for each in segments).strip(), language, seconds, segments)
 
 
-def find_language(
-    model: SpeechRecognizer, heard: Float[Tensor, "1 mels frames"], tokens: SpeechTokens
-) -> str:  # fmt: skip
+def find_language(model: SpeechRecognizer, heard: Float[Tensor, "1 mels frames"], tokens: SpeechTokens) -> str:
     """Return the likeliest language of a window."""
     logits = model(heard, torch.tensor([[tokens.start]], device=heard.device))[0, -1]
     return max(tokens.languages, key=lambda name: float(logits[tokens.languages[name]]))
