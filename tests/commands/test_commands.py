@@ -120,6 +120,13 @@ def test_json_has_all_that_is_known(model: str, capsys: pytest.CaptureFixture) -
     assert plain == told["text"] + "\n"
 
 
+def test_transcribe_without_a_file_is_refused_before_the_model_loads(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["transcribe", "no-such-model"])
+    error = capsys.readouterr().err
+    assert "keifu transcribe needs FILE...: see keifu transcribe --help." in error and "no-such" not in error
+
+
 def test_a_full_context_is_said(model: str, capsys: pytest.CaptureFixture) -> None:
     cli.main(["generate", model, "Once", "--max-tokens", "0", "--seed", "1"])
     assert "The text fills the model's context of 48 tokens." in capsys.readouterr().err

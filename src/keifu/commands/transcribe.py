@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from keifu.commands.shared import flags
+from keifu.errors import UserError
 from keifu.ranges import Count
 
 
@@ -28,11 +29,13 @@ class Options(flags.OnDevice):
     previous: bool = False
     """Whether each window of 30 seconds is given the text of the windows before."""
     prompt: str = ""
-    """Text that comes before the sound: names and spellings to expect."""
+    """Text that comes before the first window with speech: names and spellings to expect."""
 
 
 def run(options: Options) -> None:
     """Print the transcript of each file; all files are read before the model is loaded."""
+    if not options.files:
+        raise UserError("keifu transcribe needs FILE...: see keifu transcribe --help.")
     from keifu.checkpoints import load
     from keifu.data.audio.sound_files import read_sound
     from keifu.generation.speech.subtitles import FORMATS
@@ -44,10 +47,8 @@ def run(options: Options) -> None:
     speech_model(model)
     for file, samples in zip(options.files, sounds, strict=True):
         found = transcribe(model, tokenizer, samples, settings)
-        if options.format == "json":
-            print(json.dumps({"file": str(file), **asdict(found)}, ensure_ascii=False))
-        else:
-            print(FORMATS[options.format](found), end="")
+        line = json.dumps({"file": str(file), **asdict(found)}, ensure_ascii=False) + "\n"
+        print(line if options.format == "json" else FORMATS[options.format](found), end="")
 
 
 parse = flags.parser(Options, run, "keifu transcribe")
