@@ -88,6 +88,14 @@ def test_logits_are_those_of_the_weights(weights, tmp_path) -> None:
     assert torch.equal(checkpoints.load_model(tmp_path / "saved")(sound, target), model(sound, target))
 
 
+def test_weights_in_shards_come_before_a_file_of_ctranslate2(weights, tmp_path) -> None:
+    (tmp_path / "hf/model.safetensors").rename(tmp_path / "hf/model-00001-of-00001.safetensors")
+    names = {name: "model-00001-of-00001.safetensors" for name in load_file(*(tmp_path / "hf").glob("*.safetensors"))}
+    (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (tmp_path / "hf/model.bin").write_bytes(file_of(weights[0]))
+    assert checkpoints.inspect(tmp_path / "hf").format == "Hugging Face"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -204,7 +204,7 @@ def open_source(path: Path) -> Source:
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not any((path / name).exists() for name in CONFIGS):
             return open_source(ggufs[0])
-        if (path / "model.bin").exists() and not (path / WEIGHTS).exists():
+        if (path / "model.bin").exists() and not any((path / name).exists() for name in (WEIGHTS, INDEX)):
             return open_source(path / "model.bin")
         return open_diffusers(path) if is_diffusers(path) else open_directory(path)
     if path.name == "model.bin":
