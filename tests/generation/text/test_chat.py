@@ -115,6 +115,15 @@ def test_a_conversation_that_is_restored_goes_on_as_if_never_left(chatter: Token
     assert again.messages == before
 
 
+def test_a_conversation_is_restored_with_the_variables_of_its_template(chatter: Tokenizer) -> None:
+    needs = "{% if enable_thinking is not defined %}{{ raise_exception('unset') }}{% endif %}" + str(
+        chatter.chat_template
+    )
+    talk = Conversation(toy(), chatter.with_chat_template(needs), options={"enable_thinking": False})
+    talk.restore([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}])
+    assert len(talk.messages) == 2
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_turns_equal_those_of_a_model_that_reads_all_again(

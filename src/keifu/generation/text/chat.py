@@ -10,7 +10,7 @@ from torch import nn
 from keifu.data.chat.thoughts import opens_thoughts, split_thoughts, template_options
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.images.prompts import ImagePrompt, render
+from keifu.generation.images.prompts import ImagePrompt, Messages, render
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.generate import Completion, completion
 from keifu.generation.text.model import text_model
@@ -55,9 +55,12 @@ class Conversation:
         self.system = system
         self.messages = said if system is None else [{"role": "system", "content": system}, *said]
 
-    def restore(self, messages: Sequence[Mapping[str, str]]) -> None:
+    def restore(self, messages: Messages) -> None:
         """Goes on with a conversation that was had before; one that the template refuses is a `UserError`."""
-        render(self.tokenizer, messages, self.config)
+        for images in (message["images"] for message in messages if "images" in message):
+            if not isinstance(images, (list, tuple)) or not all(isinstance(each, Image.Image) for each in images):
+                raise UserError(f"The images of a message are {str(images)[:40]!r}, no pictures: remove that field.")
+        render(self.tokenizer, messages, self.config, **self.options)
         self.messages = [dict(message) for message in messages]
         self.system = next((each["content"] for each in self.messages if each["role"] == "system"), None)
         self.finish_reason = None
