@@ -134,6 +134,25 @@ def test_a_conversation_keeps_its_pictures(reader, seer) -> None:
     assert "".join(again.reply("What?", images=message["images"], temperature=0, max_tokens=5)) == first
 
 
+@pytest.mark.parametrize("images", [["a.png"], "a.png", 5, None])
+def test_a_saved_message_with_images_that_are_no_pictures_is_refused(reader, seer, images) -> None:
+    talk = Conversation(seer, reader)
+    with pytest.raises(UserError, match="The images of a message are .* no pictures: remove that field"):
+        talk.restore([{"role": "user", "content": "What?", "images": images}, {"role": "assistant", "content": "A"}])
+    assert talk.messages == []
+    talk.restore([{"role": "user", "content": "What?", "images": [picture(1)]}, {"role": "assistant", "content": "A"}])
+    assert len(talk.messages) == 2
+
+
+def test_the_identity_of_a_prompt_is_made_once(reader, seer) -> None:
+    made = InsertedImages(asked(reader, seer, "What?", 1), seer.config)
+    prompt = made.identity(made.tokens)
+    assert made.identity(made.tokens) is prompt and min(prompt) < 0
+    assert made.identity([*made.tokens, 7, 8], len(prompt) - 1) == [*prompt, 7, 8]
+    longer = [*made.tokens, 7, 8]
+    assert made.identity(longer, len(prompt)) is longer
+
+
 def test_python_takes_files(reader, seer, tmp_path: Path) -> None:
     for seed in (1, 2):
         picture(seed).save(tmp_path / f"{seed}.png")

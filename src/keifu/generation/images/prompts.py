@@ -88,9 +88,12 @@ class InsertedImages:
             self._identity += [_identity(self._pixels[next(number)]) if marked else token] * times
         self._places = [place for place, token in enumerate(self.tokens) if token == config.image_token]
 
-    def identity(self, tokens: Sequence[int]) -> Sequence[int]:
-        """Return the tokens by which blocks are known: a number of its content for those of a picture."""
-        return [*self._identity, *tokens[len(self._identity) :]]
+    def identity(self, tokens: Sequence[int], start: int = 0) -> Sequence[int]:
+        """Return the tokens by which blocks are known, right from `start` on: a number of its content for those of a
+        picture. Nothing is copied for a prompt alone, nor after it."""
+        if start >= len(self._identity):
+            return tokens
+        return [*self._identity, *answer] if (answer := tokens[len(self._identity) :]) else self._identity
 
     def between(self, model: Any, start: int, stop: int) -> tuple[list[int], Float[Tensor, "count dim"] | None]:
         """Return which of the tokens from `start` to `stop`, counted from `start`, are a picture's; and their

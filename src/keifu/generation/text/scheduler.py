@@ -204,8 +204,8 @@ class Scheduler:
         sequence.passed = sequence.computed = 0
 
     def _hash(self, sequence: Sequence) -> None:
-        images = sequence.request.images
-        known = sequence.tokens if images is None else images.identity(sequence.tokens)
+        images, start = sequence.request.images, len(sequence.hashes) * self.blocks.block_size
+        known = sequence.tokens if images is None else images.identity(sequence.tokens, start)
         sequence.hashes = self.blocks.digests(known, sequence.hashes)
 
     def _unfilled(self, sequence: Sequence) -> list[bytes]:
