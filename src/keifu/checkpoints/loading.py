@@ -28,12 +28,9 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load(
-    name: str | Path,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    weights: str | None = None,
-    allow_nonfinite: bool = False,
-) -> tuple[nn.Module, Any]:
+    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    weights: str | None = None, allow_nonfinite: bool = False,
+) -> tuple[nn.Module, Any]:  # fmt: skip
     """Load a model with its weights, ready for evaluation, and its tokenizer.
 
     On a CPU, weights that need no change stay memory-mapped.
@@ -99,11 +96,9 @@ def _device_for(weights: str | None, device: torch.device | str | None) -> torch
 
 
 def load_model(
-    name: str | Path,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
     weights: str | None = None,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """Return the model alone (see `load`), for weights without a tokenizer."""
     device, path = _device_for(weights, device), locate(name)
     with reading(path):
