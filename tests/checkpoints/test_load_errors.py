@@ -123,7 +123,7 @@ def test_config_that_is_no_json(folder) -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "lama"}, ["the model_type 'lama', which keifu does not implement", "llama, marian"]),
+        ({"model_type": "lama"}, ["the model_type 'lama', which keifu does not implement", "llama, llava, marian"]),
         ({"architectures": 0.5}, ["0.5 as architectures: it must be a list"]),
         ({"model_type": "absent"}, ["no model_type"]),
         ({"hidden_size": "absent"}, ["config.json", "no field 'hidden_size'", "'llama'"]),

@@ -32,6 +32,7 @@ PUBLISHED = {  # ours: the name in the config.json of published models
     "silu": "silu",
     "swish": "swish",
     "relu": "relu",
+    "relu2": "relu2",
     "leaky_relu": "leaky_relu",
     "sigmoid": "sigmoid",
     "tanh": "tanh",

@@ -168,7 +168,7 @@ def test_a_language_model_decodes_counts_and_takes_adapters(name: str) -> None:
     whole, state = model(tokens), model.new_state(1, 11)
     parts = [model(tokens[:, :4], state), *(model(tokens[:, i : i + 1], state) for i in range(4, 11))]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
-    assert count_flops(lambda: model(tokens)) > 2 * 11 * model.head_weight.numel()
+    assert count_flops(lambda: model(tokens)) > 2 * 11 * model.embedding.weight.numel()
     adapt(model, ["all-linear"], LoraSettings(rank=2))
     torch.testing.assert_close(model(tokens), whole, rtol=1e-5, atol=1e-5)
     for adapter in adapters(model):

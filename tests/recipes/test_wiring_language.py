@@ -160,6 +160,7 @@ def of_gpt(toys: Toys) -> tuple[Any, list[Group]]:
         "depth": Reach(2, ("model.config.n_layers", "model.config.n_heads")),
         "context_length": Reach(24, ("model.config.context_length", "data.context_length")),
         "compile": Reach(True, "settings.compile"),
+        "family": Reach("qwen3.5", "model.config.__class__.__module__", "keifu.models.hybrid.qwen3_5"),
     }
     taught = {"tokenizer": begun_gpt(toys), "vocab_size": None}
     distill = wiring.distill_groups(begun_gpt(toys), taught)

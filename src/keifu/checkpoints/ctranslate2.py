@@ -47,7 +47,7 @@ def open_ctranslate2(path: Path) -> Source:
     arrays = _read(path)
     weights = {ours: part for name, array in arrays.items() if array.ndim for ours, part in _parts(name, array)}
     if other := next((f"{n} as {part.dtype}" for n, part in weights.items() if str(part.dtype) not in READ), None):
-        convert = "convert the model with ct2-transformers-converter --quantization float16"
+        convert = "convert the model to float16 with ct2-transformers-converter"
         raise UserError(f"{path} has {other}, and keifu reads float32 and float16: {convert}.")
     config = _config(arrays, path)
     family, _ = describe(config)

@@ -6,7 +6,7 @@ and one in `_FILES` or `_WITHOUT_TEXT` if its files differ from most.
 
 from collections import UserDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
@@ -260,9 +260,12 @@ def _place(config: Any) -> str:
 
 def _same(config: Any, back: Any) -> bool:
     """Whether `back` says the same; None stands for a default that a published config spells out, and a field that the
-    other kind of Config has not for its default."""
+    other kind of Config has not for its default. So it is for the Configs of a model's parts."""
     said = {name: vars(back).get(name, getattr(type(config), name, None)) for name in vars(config)}
-    return all(value is None or value == said[name] for name, value in vars(config).items())
+    return all(
+        value is None or value == said[name] or (is_dataclass(value) and _same(value, said[name]))
+        for name, value in vars(config).items()
+    )
 
 
 def build(family: Family, config: Any, where: str) -> nn.Module:

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from keifu.errors import UserError
 from keifu.layers.linear import linear, product
 
 Outputs = Float[Tensor, "batch outputs"]
@@ -24,29 +23,14 @@ _CLASSES_AT_A_TIME = 2**14  # oneDNN multiplies 50,257 columns at once by a fift
 _LOGITS_IN_CACHE = 2**20  # 4 MiB of float32 probabilities
 
 
-class SoftCappedHead(Tensor):
-    """A head's matrix whose logits are soft_cap · tanh(logits / soft_cap) (Gemma 2, 2024).
+class SoftCappedHead(NamedTuple):
+    """A head's matrix whose logits are soft_cap · tanh(logits / soft_cap) (Gemma 2, 2024)."""
 
-    The losses of this file apply the cap. Some of its rows have the cap too. Any other function gets the matrix alone.
-    """
-
+    weight: Float[Tensor, "vocab dim"]
     soft_cap: float
 
-    @classmethod
-    def of(cls, weight: Tensor, soft_cap: float) -> "SoftCappedHead":
-        """Return the same matrix with its cap."""
-        head = weight.as_subclass(cls)
-        head.soft_cap = soft_cap
-        return head
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        options = kwargs or {}
-        if func in (linear_cross_entropy, token_log_probabilities):
-            options = options | {"soft_cap": args[1].soft_cap}
-        with torch._C.DisableTorchFunctionSubclass():
-            found = func(*(each.as_subclass(Tensor) if isinstance(each, cls) else each for each in args), **options)
-        return cls.of(found, args[0].soft_cap) if func is Tensor.__getitem__ else found
+Head = Float[Tensor, "vocab dim"] | SoftCappedHead
 
 
 class Vocabulary(NamedTuple):
@@ -82,7 +66,7 @@ def cross_entropy(
 
 
 def linear_cross_entropy(
-    hidden: Float[Tensor, "*batch dim"], weight: Float[Tensor, "vocab dim"], bias: Float[Tensor, " vocab"] | None,
+    hidden: Float[Tensor, "*batch dim"], weight: Head, bias: Float[Tensor, " vocab"] | None,
     targets: Int[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None, label_smoothing: float = 0.0,
     z_loss: float = 0.0, shares: Float[Tensor, "*batch"] | None = None, vocabulary: Vocabulary | None = None,
     soft_cap: float = math.inf,
@@ -95,6 +79,8 @@ def linear_cross_entropy(
     multiplied with, 1 where None. vocabulary: where weight and bias are those of some classes alone; the gradient of
     `hidden` is then this process's part of a sum.
     """
+    if isinstance(weight, SoftCappedHead):
+        weight, soft_cap = weight
     if has_torch_function_unary(weight):  # a tensor that says itself how, as torch's own functions ask
         given = hidden, weight, bias, targets, mask, label_smoothing, z_loss, shares
         return handle_torch_function(linear_cross_entropy, (weight,), *given)
@@ -272,8 +258,6 @@ def linear_divergence(
     (1 - beta) q, it is beta KL(p | M) + (1 - beta) KL(q | M), the generalised Jensen-Shannon divergence (Agarwal et
     al., 2023, equation 1). beta 0 is KL(p | q), forward; 1 is KL(q | p), reverse. The teacher has no gradient.
     """
-    if isinstance(weight, SoftCappedHead) or isinstance(teacher_weight, SoftCappedHead):
-        raise UserError("A model with a soft cap on its logits (Gemma 2, nanochat) cannot be distilled.")
     device = hidden.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     matrix = None if teacher_weight is None else teacher_weight.detach().to(kind)
@@ -352,7 +336,7 @@ _ROWS = 128  # no fewer at a time, each of which reads all weights
 
 
 def token_log_probabilities(
-    hidden: Float[Tensor, "n dim"], weight: Float[Tensor, "vocab dim"], tokens: Int[Tensor, " n"],
+    hidden: Float[Tensor, "n dim"], weight: Head, tokens: Int[Tensor, " n"],
     temperature: float = 1.0, soft_cap: float = math.inf,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:  # fmt: skip
     """ln softmax(hidden @ weight.T / temperature)[token] of each position, and the entropy there, in nats.
@@ -360,6 +344,8 @@ def token_log_probabilities(
     The entropy has no gradient. Logits are made twice, some positions at a time: in the backward pass once more. Where
     autocast is on, products are in its type; probabilities are in float32 either way.
     """
+    if isinstance(weight, SoftCappedHead):
+        weight, soft_cap = weight
     if has_torch_function_unary(weight):
         return handle_torch_function(token_log_probabilities, (weight,), hidden, weight, tokens, temperature)
     device = hidden.device.type

@@ -153,8 +153,8 @@ CASES = {
         **SIZES, sliding_window=7, head_dim=10,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
-    "ministral-without-window-tied": lambda: transformers.MinistralConfig(
-        **SIZES, sliding_window=None, tie_word_embeddings=True, head_dim=8
+    "ministral-full-attention-tied": lambda: transformers.MinistralConfig(
+        **SIZES, sliding_window=5, tie_word_embeddings=True, head_dim=8, layer_types=["full_attention"] * 3
     ),
     "nanochat": lambda: transformers.NanoChatConfig(**SIZES, final_logit_softcapping=1.5),
     "nanochat-biased-tied-uncapped": lambda: transformers.NanoChatConfig(

@@ -173,7 +173,7 @@ def generate(
     """
     follow_load()
     images = [read_image(Path(file)).image for file in sampling.pop("images", ())]
-    settings, config = sampling_for(tokenizer, sampling), text_model(model).config
+    config, settings = text_model(model).config, sampling_for(tokenizer, sampling)
     several: Iterable[str] = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Iterable) else prompt
     prompts = [as_prompt(tokenizer, each, raw, config, images) for each in several]
     texts = [done.text for done in generate_batch(model, tokenizer, prompts, settings)]

@@ -140,14 +140,14 @@ class Rotation:
 
         Numbers behind the last pair stay (partial rotary positions: GPT-J, 2021).
         """
-        x, rest = x.tensor_split([2 * self.cos.shape[-1]], -1)
+        if (turning := 2 * self.cos.shape[-1]) < x.shape[-1]:
+            return torch.cat([self.apply(x[..., :turning]), x[..., turning:]], -1)
         cos, sin = self.cos.unsqueeze(-2).to(x.dtype), self.sin.unsqueeze(-2).to(x.dtype)
         if self.interleaved:
             a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-            return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+            return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
         a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Rotary(nn.Module):

@@ -17,7 +17,7 @@ from keifu.layers.attention.masks import CausalMask, DocumentMask, Mask, positio
 from keifu.layers.attention.positions import LearnedPositions, Positions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import Linear, linear
-from keifu.layers.losses import SoftCappedHead
+from keifu.layers.losses import Head, SoftCappedHead
 from keifu.layers.normalisation import PlainRMSNorm
 
 Tokens = Int[Tensor, "batch length"]
@@ -151,7 +151,7 @@ class DecoderLM(nn.Module):
         return self.head(hidden) if self.head is not None else linear(hidden, self.embedding.weight)
 
     @property
-    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+    def head_weight(self) -> Head:
         """The matrix of the head, for losses that do not want all logits at once."""
         return self.embedding.weight if self.head is None else self.head.weight
 
@@ -184,6 +184,7 @@ class SoftCappedLM(DecoderLM):
         return cap * (super().logits(hidden) / cap).tanh()
 
     @property
-    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+    def head_weight(self) -> SoftCappedHead:
         """The matrix of the head, with its cap."""
-        return SoftCappedHead.of(super().head_weight, self.config.logit_cap)
+        matrix = self.embedding if self.head is None else self.head
+        return SoftCappedHead(matrix.weight, self.config.logit_cap)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keifu.layers.losses import IGNORED, cross_entropy, linear_cross_entropy
+from keifu.layers.losses import IGNORED, Head, cross_entropy, linear_cross_entropy
 from keifu.training.protocols import Batch, LossOutput, Objective
 
 
@@ -140,7 +140,7 @@ def finetuning_loss(model: Any, batch: Batch, lm_weight: float = LM_WEIGHT) -> L
     return LossOutput(total, len(targets), figures)
 
 
-def _words(head_weight: Tensor, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+def _words(head_weight: Head, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """Return the sum over examples of their mean language-modeling loss."""
     predicted = mask[..., 1:]
     counted = predicted.sum(-1, keepdim=True).clamp(min=1) * mask.any(-1).sum(-1)[:, None, None].clamp(min=1)
