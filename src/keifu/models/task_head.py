@@ -18,6 +18,7 @@ from keifu.errors import UserError
 from keifu.layers.dropout import Dropout
 from keifu.layers.initialisation import normal_
 from keifu.layers.linear import Linear
+from keifu.layers.losses import Head
 from keifu.layers.transformer.decoder import DecoderLM
 
 Tokens = Int[Tensor, "batch sequences length"]
@@ -128,7 +129,7 @@ class ModelWithHead(nn.Module):
         return self.task_head(self.hidden(tokens)) + self.config.bias
 
     @property
-    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+    def head_weight(self) -> Head:
         """The matrix of the decoder's head, for its language-modelling loss."""
         return self.decoder.head_weight
 
