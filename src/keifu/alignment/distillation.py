@@ -16,15 +16,19 @@ from torch import Tensor, nn
 from keifu.alignment.rollouts import stack_responses
 from keifu.data.chat.packing import PackedConversations
 from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.model import evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
-from keifu.layers.losses import linear_cross_entropy, linear_divergence
+from keifu.layers.losses import SoftCappedHead, linear_cross_entropy, linear_divergence
+from keifu.layers.transformer.decoder import SoftCappedLM
 from keifu.native.model import BLOCK_SIZE, NativeLM, Span
 from keifu.processes import current
 from keifu.training.protocols import Batch, LossOutput, OwnBatches
 
 Tokens = Int[Tensor, "batch length"]
+
+CAPPED = "A model with a soft cap on its logits (Gemma 2, nanochat) cannot be teacher or student."
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,8 @@ class Distillation:
         documents = batch["documents"][:, :-1] if "documents" in batch else None
         hidden = model.hidden(inputs, documents=documents)[mask]
         head, teacher = model.head_weight, self.teacher.config.vocab_size
+        if isinstance(head, SoftCappedHead) or isinstance(self.teacher, SoftCappedLM):
+            raise UserError(CAPPED)
         head = head if len(head) <= teacher else head[:teacher]  # beyond are rows without a token
         states, matrix = teacher_states(self.teacher, inputs, documents, len(head))
         total = linear_divergence(hidden, head, states[mask], matrix, self.beta, self.temperature)

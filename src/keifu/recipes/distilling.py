@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from keifu import checkpoints
-from keifu.alignment.distillation import Distillation
+from keifu.alignment.distillation import CAPPED, Distillation
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.model import text_model
@@ -54,7 +54,7 @@ class Distill:
         loaded, its = checkpoints.load(self.teacher, None if self.weights else torch.float32, weights=self.weights)
         teacher: Any = text_model(merge(loaded).requires_grad_(False))
         if isinstance(student, SoftCappedLM) or isinstance(teacher, SoftCappedLM):
-            raise UserError("A model with a soft cap on its logits (Gemma 2, nanochat) cannot be teacher or student.")
+            raise UserError(CAPPED)
         if its is None or its.backend.get_vocab() != tokenizer.backend.get_vocab():
             raise UserError(
                 f"The teacher {self.teacher} has another tokenizer than the student, so their probabilities are of "
