@@ -1,4 +1,4 @@
-"""What every test stands on: executed shapes, fixed threads and seeds, no hub; knows no test.
+"""Base of every test: executed shapes, fixed threads and seeds, no hub; knows no test.
 
 Tests run on two busy cores. A test waits for an event for minutes, or moves a clock of its own, and never asserts how
 long something took. It leaves the environment as it was. One that computes for more than five seconds on a quiet core

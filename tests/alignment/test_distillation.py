@@ -1,4 +1,4 @@
-"""Distillation: the objective beside the definition, packed teachers, a student's own answers, and refusals."""
+"""Distillation: the objective against its definition, packed teachers, a student's own answers, and refusals."""
 
 import json
 from pathlib import Path

@@ -146,7 +146,7 @@ def test_relatives_learn_the_preference_too(loss: str, base: Path, preferences: 
     fast = ["--steps", "24", "--learning-rate", "0.005", "--held-out", "0.2", "--loss", loss]
     out = go(base, preferences, tmp_path / "run", *fast)
     last = [line for line in metrics.read(out) if "validation_accuracy" in line][-1]
-    assert last["validation_accuracy"] >= (0.7 if loss == "kto" else 1.0)  # of kto beside a point that moves
+    assert last["validation_accuracy"] >= (0.7 if loss == "kto" else 1.0)  # of kto, against a point that moves
     assert {"simpo": "SimPO", "orpo": "ORPO", "kto": "KTO"}[loss] in (out / "report.html").read_text()
 
 

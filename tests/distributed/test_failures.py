@@ -88,7 +88,7 @@ def clock(store: distributed.TCPStore, monkeypatch: pytest.MonkeyPatch) -> Clock
 
 @pytest.fixture
 def signs(store: distributed.TCPStore) -> list[failures.Signs]:
-    """Those of three processes, whose threads have not begun."""
+    """Signs of three processes, whose threads have not begun."""
     return [failures.Signs(number, 3, store.clone()) for number in range(3)]
 
 

@@ -66,7 +66,7 @@ def test_shares_are_what_each_position_counts(case):
 
 
 def test_a_soft_cap_is_in_the_losses_and_in_their_gradients(case):
-    """Of a head that says its cap itself: next-token losses with z-loss, and log-probabilities."""
+    """Next-token losses with z-loss, and log-probabilities, of a head with its cap."""
     hidden, weight, targets = case
     head = losses.SoftCappedHead(weight, 1.5)
     logits = 1.5 * torch.tanh(hidden @ weight.T / 1.5)

@@ -130,7 +130,7 @@ def logged(recipe: Any, groups: list[Group]) -> list[Group]:
 
 
 def distill_groups(teacher: str, given: Mapping[str, Any], more: Mapping[str, Reach] | None = None) -> list[Group]:
-    """Of `Distill`; more: rows of a recipe's further options."""
+    """Return the groups of the options of `Distill`; more: rows of a recipe's further options."""
     rows = {
         "distill.beta": Reach(0.3, "objective.beta"),
         "distill.temperature": Reach(2.0, "objective.temperature"),

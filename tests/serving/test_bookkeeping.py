@@ -1,4 +1,4 @@
-"""What the service counts: room for requests, guesses, limits of other clients, and runs that began again."""
+"""Counts of the service: room for requests, guesses, limits of other clients, and runs that began again."""
 
 import asyncio
 from pathlib import Path

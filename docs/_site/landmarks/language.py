@@ -1,6 +1,8 @@
 """Diagrams of language models: Transformer, BERT, the GPTs, LLaMA, PaLM and its heirs, mixture of experts, LoRA."""
 # ruff: noqa: E501
 
+from collections.abc import Sequence
+
 from landmarks.drawing import MIDDLE, Begin, Drawing, End, Fork, Join, Label, Part, column
 
 SELF = ("self-attention", "自己注意")
@@ -25,9 +27,13 @@ def transformer(drawing: Drawing) -> None:
         Join(), NORM, Fork(), Part(("cross-attention", "交差注意"), ("sees the source", "原文を見る"), "attention"), Join(), NORM,
         Fork(), feed, Join(), NORM, End(), Part(("next token", "次のトークン"), "", "goal"),
     ]  # fmt: skip
-    encoder = column(drawing, 97, 12, left, 124, -1)
-    decoder = column(drawing, 263, 12, right, 124, 1)
-    memory, cross = encoder[-1].bottom, decoder[5]
+    encoder_decoder(drawing, left, right)
+
+
+def encoder_decoder(drawing: Drawing, encoder: Sequence[object], decoder: Sequence[object]) -> None:
+    """Draw two columns, and the keys and values that go from the encoder to the decoder's sixth part."""
+    memory = column(drawing, 97, 12, encoder, 124, -1)[-1].bottom
+    cross = column(drawing, 263, 12, decoder, 124, 1)[5]
     bend = max(memory[1] + 26, cross.y)
     drawing.line(memory, (memory[0], bend), (MIDDLE, bend), (MIDDLE, cross.y), cross.left)
     drawing.note(97, bend + 16, ("keys and values", "キーと値"))
@@ -211,9 +217,4 @@ def whisper(drawing: Drawing) -> None:
         Part(("tokens so far", "ここまでのトークン"), ("language, task, …", "言語、タスク…"), "data"), Begin("× 4"), Fork(), NORM, Part(SELF, ("sees before", "前を見る"), "attention"), Join(), Fork(), NORM,
         Part(("cross-attention", "交差注意"), ("sees the sound", "音声を見る"), "attention"), Join(), Fork(), NORM, Part(FEED, "GELU"), Join(), End(), Part(("next token", "次のトークン"), "", "goal"),
     ]  # fmt: skip
-    encoder = column(drawing, 97, 12, left, 124, -1)
-    decoder = column(drawing, 263, 12, right, 124, 1)
-    memory, cross = encoder[-1].bottom, decoder[5]
-    bend = max(memory[1] + 26, cross.y)
-    drawing.line(memory, (memory[0], bend), (MIDDLE, bend), (MIDDLE, cross.y), cross.left)
-    drawing.note(97, bend + 16, ("keys and values", "キーと値"))
+    encoder_decoder(drawing, left, right)

@@ -65,9 +65,9 @@ def _with_preprocessor(where: Path) -> dict[str, Any]:
     """Return a config, with the settings for pictures from the file next to it."""
     kind, json = CONFIGS[where.name], read_json_object(where)
     json |= {"model_type": kind} if kind else {}
-    beside, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name(f"{PROCESSOR}.json")
-    if beside.exists():
-        return json | {PREPROCESSOR: read_json_object(beside)}
+    separate, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name(f"{PROCESSOR}.json")
+    if separate.exists():
+        return json | {PREPROCESSOR: read_json_object(separate)}
     return json | {PREPROCESSOR: read_json_object(whole).get("image_processor") if whole.exists() else None}
 
 
