@@ -23,6 +23,7 @@ TATOEBA = """1\tはい。\tYes.\t-\tJa.\t-\t-\t-\t-
 2\tうん。\tYes.\t-\t-\t-\t-\t-\t-
 3\t雨だ。\t-\t-\tEs regnet.\t-\t-\t-\tsomebody
 """
+PLAY = "# Hamlet\n\n_Enter two\nguards_\n\n**BERNARDO**  \nWho's \\there?  \n_Exit_\n\n**FRANCISCO**  \nNay.\n"
 DIALOGUES = "\ufeffconversations:\n- - more?\n  - no\n- alone - x\n- - more?\n  - no\n"
 
 
@@ -88,7 +89,7 @@ def _fetched(monkeypatch, tmp_path: Path) -> None:
     contents = {
         "sotu": ("1790-b.txt", "Second\n"), "wiki-summaries": ("", json.dumps({"X": article})),
         "recipes": ("", json.dumps({"Cookbook:Tea": recipe})), "chitchat": ("", json.dumps(chats)),
-        "tatoeba-en": ("", TATOEBA), "chatterbot": ("a.yml", DIALOGUES),
+        "tatoeba-en": ("", TATOEBA), "shakespeare": ("hamlet.md", PLAY), "chatterbot": ("a.yml", DIALOGUES),
     }  # fmt: skip
     for name, (file, content) in contents.items():
         path = tmp_path / CATALOGUE[name].archive.folder / CATALOGUE[name].member / file
@@ -108,6 +109,7 @@ def test_documents_of_each_kind() -> None:
     assert list(catalogue.documents("wiki-summaries")) == ["X\n\nIt is."]
     tea = "Tea\n\nIngredients:\n- water\n- leaves\n\nSteps:\n1. Boil.\n2. Wait."
     assert list(catalogue.documents("recipes")) == [tea]
+    assert list(catalogue.documents("shakespeare")) == ["BERNARDO:\nWho's there?\n\nFRANCISCO:\nNay."]
     assert list(catalogue.documents("tatoeba-en")) == ["Yes."]
     assert list(catalogue.documents("tatoeba-ja-en")) == ["はい。\nYes.", "うん。\nYes."]
     assert list(catalogue.documents("chitchat")) == ["A: Hi\nthere\nB: Hello\nA: Hi\nthere\nB: Hello"]

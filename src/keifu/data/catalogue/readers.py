@@ -5,9 +5,10 @@ chat templates take, `{"role": "user" or "assistant", "content": ...}`, whose ro
 """
 
 import json
+import re
 import tokenize
 from collections.abc import Iterator, Mapping
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ def speeches(folder: Path) -> Iterator[str]:
     """One document a file, in the order of their names."""
     for file in sorted(folder.glob("*.txt")):
         yield file.read_text(encoding="utf-8").strip()
+
+
+def plays(folder: Path) -> Iterator[str]:
+    """One document a play, without titles and stage directions: a speaker's name and a colon, the lines, an empty
+    line."""
+    for file in sorted(folder.glob("*.md")):
+        named = re.sub(r"\*\*(.+)\*\*", r"\1:", read_text(file))
+        yield re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)^#.*$|[_*]((?!\n\n)[^_*])+[_*]?|\\| +$", "", named)).strip()
 
 
 def summaries(file: Path) -> Iterator[str]:
@@ -82,15 +91,11 @@ def read_dialogues(folder: Path) -> Iterator[Dialogue]:
     times."""
     import yaml
 
-    seen = set()
-
-    for file in sorted(folder.glob("*.yml")):
-        # The base loader leaves everything a string: "no" is an answer here, not a truth value.
-        content = parse_yaml(read_text(file), file, yaml.BaseLoader)
-        for conversation in content["conversations"]:
-            if isinstance(conversation, list) and len(conversation) > 1 and tuple(conversation) not in seen:
-                seen.add(tuple(conversation))
-                yield _taking_turns(turn.strip() for turn in conversation)
+    # The base loader leaves everything a string: "no" is an answer here, not a truth value.
+    files = (parse_yaml(read_text(file), file, yaml.BaseLoader) for file in sorted(folder.glob("*.yml")))
+    every = chain.from_iterable(content["conversations"] for content in files)
+    for conversation in dict.fromkeys(tuple(each) for each in every if isinstance(each, list) and len(each) > 1):
+        yield _taking_turns(turn.strip() for turn in conversation)
 
 
 def python_files(folder: Path) -> Iterator[str]:
