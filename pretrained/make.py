@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from keifu import load as keifu_load
+from keifu.data.classification.batches import TensorBatches
+from keifu.data.classification.toy import toy_dataset
 from keifu.data.translation.pairs import read_pairs, split
 
 PACKAGE = Path(__file__).parent / "src" / "keifu_pretrained"
@@ -42,6 +44,7 @@ Made by `python pretrained/make.py {name}`, with keifu {keifu}.
 | data | {data} |
 | licence | {terms} |
 | SHA-256 of the weights | `{weights}` |
+| SHA-256 of the data | `{rows}` |
 
 ## Figures
 
@@ -308,17 +311,25 @@ def write_card(name: str, model: Model, folder: Path) -> None:
     weights = hashlib.sha256(b"".join(file.read_bytes() for file in weights_of(folder))).hexdigest()
     card = {
         "name": name, "command": model.command, "evaluation": model.evaluation, "figures": figures,
-        "weights_sha256": weights, "data_sha256": record.get("data", [{}])[0].get("fingerprint"),
+        "weights_sha256": weights, "data_sha256": hash_of_data(record),
     }  # fmt: skip
     (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", "utf-8")
     text = CARD.format(
         name=name, **(vars(model) | {
             "keifu": version("keifu"), "took": took(record), "parameters": parameters(folder), "weights": weights,
-            "figures": table(list(figures), [figures.values()]),
+            "rows": card["data_sha256"], "figures": table(list(figures), [figures.values()]),
             "details": details(found.get(model.details, [])),
         })
     )  # fmt: skip
     (folder / "README.md").write_text(text, "utf-8")
+
+
+def hash_of_data(record: dict) -> str:
+    """Return the hash of the data from the run's record. That of a perceptron has none, so its table is hashed."""
+    if hashed := record.get("data", [{}])[0].get("fingerprint") or record.get("data_fingerprint"):
+        return hashed
+    table = toy_dataset(record["recipe"]["options"]["data"])
+    return TensorBatches(table.training, table.held, len(table.training), 0).fingerprint
 
 
 def details(rows: list[dict[str, object]]) -> str:

@@ -14,6 +14,8 @@ from keifu import cli
 from keifu.checkpoints.hub import locate
 from keifu.commands.evaluate import training_facts
 from keifu.data.catalogue import catalogue
+from keifu.data.classification.batches import TensorBatches
+from keifu.data.classification.toy import toy_dataset
 from keifu.data.images.dataset import read_images
 from keifu.data.images.splits import split
 from keifu.errors import UserError
@@ -51,8 +53,9 @@ def test_the_card_is_about_these_weights(name: str) -> None:
     weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     text = (ROOT / name / "README.md").read_text(encoding="utf-8")
     assert card(name)["weights_sha256"] == weights
-    assert weights in text and card(name)["command"] in text and card(name)["evaluation"] in text
-    for word in ("Figures", "Limits", "licence"):
+    for key in ("data_sha256", "command", "evaluation"):
+        assert card(name)[key] in text
+    for word in (weights, "Figures", "Limits", "licence"):
         assert word in text
 
 
@@ -111,6 +114,12 @@ def test_it_draws_the_digit_that_is_asked_for() -> None:
     pictures = torch.cat(drawn)
     assert network.predict_proba(pictures.flatten(1) / 255).argmax(-1).tolist() == [2, 7]
     assert pictures[:, :, 0].float().mean() < 8, "the paper is black"
+
+
+@pytest.mark.parametrize(("name", "data"), [("network", "mnist"), ("neuron", "and")])
+def test_the_card_has_the_hash_of_the_table(name: str, data: str) -> None:
+    table = toy_dataset(data)
+    assert card(name)["data_sha256"] == TensorBatches(table.training, table.held, 1, seed=0).fingerprint
 
 
 @pytest.mark.slow

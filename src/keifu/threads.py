@@ -65,7 +65,7 @@ def on_threads(count: int) -> Iterator[None]:
 
 @dataclass
 class Placement:
-    """Decides on which cores the threads of this process run: on all, or while others use some, on the rest (`held`).
+    """Choice of cores for the threads of this process: all, or while others use some, the rest (`held`).
 
     Several processes that do this find different cores: each moves to cores that it sees unused, at a random moment.
     """

@@ -23,7 +23,7 @@ class Range(NamedTuple):
 
 @dataclass
 class DivergenceMonitor:
-    """Gives a warning each time that a figure leaves its normal range, and no more until it has come back.
+    """Monitor that warns once each time that a figure leaves its normal range, until it has come back.
 
     first: the first values of figures; for those that are missing, the first value that is seen is taken.
     """

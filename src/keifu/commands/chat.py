@@ -132,7 +132,7 @@ class Command(NamedTuple):
 
 
 class Chat:
-    """Reads messages and commands, and prints answers.
+    """Conversation that reads messages and commands, and prints answers.
 
     sampling: with a seed. Each further answer has the next seed, so that a question that is asked again can get another
     answer; the first seed repeats the whole conversation.

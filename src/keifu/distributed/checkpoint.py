@@ -60,7 +60,7 @@ class Chunks(Tensor):
 
 
 class States:
-    """Writes the states of a run whose model is split over a pod; `main`: whether this process is the first."""
+    """Writer of the states of a run whose model is split over a pod; `main`: whether this process is the first."""
 
     def __init__(self, main: bool):
         self.main = main

@@ -100,7 +100,7 @@ class NativeLM(nn.Module):
 
 
 class NativeRunner:
-    """Computes the steps of an engine (the `Runner` of keifu.generation.text.runner) for one packed model."""
+    """Native `Runner` of an engine's steps (see keifu.generation.text.runner), for one packed model."""
 
     def __init__(self, model: NativeLM, n_blocks: int, block_size: int = BLOCK_SIZE):
         self.model, self.n_blocks, self.block_size, self.contiguous = model, n_blocks, block_size, False

@@ -107,7 +107,7 @@ class Arena:
 
 
 class Packer:
-    """Packs the parts of one model, and keeps all that native code points at. `ends`: the embedding and the head."""
+    """Packer of the parts of one model; it keeps all that native code points at. `ends`: the embedding and the head."""
 
     def __init__(self, library: Library, weights: Weights, chosen: Formats, ends: Set[str]):
         self.library, self.weights, self.chosen, self.ends = library, weights, chosen, ends

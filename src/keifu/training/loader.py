@@ -18,7 +18,7 @@ def prefetches(device: torch.device) -> bool:
 
 
 class Loader:
-    """Gives batches by their number; with `ahead`, a thread makes the next one.
+    """Source of batches by their number; with `ahead`, a thread makes the next one.
 
     On CUDA the copy starts in pinned memory and has its own stream, so that neither the host nor the computation waits
     for it. A batch depends on its number alone, so prefetching does not change it.

@@ -51,7 +51,7 @@ class ObjectiveModule(nn.Module):
 
 
 class Trainer:
-    """Trains a model by the gradient of its mean loss over each batch, however that is split.
+    """Trainer of a model by the gradient of its mean loss over each batch, however that is split.
 
     length, data: of a run that is resumed or whose data depend on the weights. dtype: of matrix multiplications; None:
     from the settings. processes: which rows of each batch this process computes; None: the current ones.

@@ -100,7 +100,7 @@ def _read_array(kind: str) -> torch.dtype | None:
 
 
 class _Cursor:
-    """Reads one value after the other; running over the end is a `UserError` with the file's size."""
+    """Reader of one value after the other; running over the end is a `UserError` with the file's size."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.at = path, data, 0

@@ -50,7 +50,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Intercepts every call of a torch function and keeps the attention weights.
+    """Recorder that intercepts every call of a torch function and keeps the attention weights.
 
     inside: the names of the modules that compute at the moment, the innermost last.
     """

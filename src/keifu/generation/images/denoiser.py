@@ -36,7 +36,7 @@ class DenoiserOutput(NamedTuple):
 
 
 class Denoiser:
-    """Converts the network's prediction target (noise, image, velocity or flow) to an image and noise.
+    """Converter of the network's prediction target (noise, image, velocity or flow) to an image and noise.
 
     `clip` and `threshold`: whether the bounds of the `Noise` are applied, in which samplers differ. Outputs in half
     precision are converted to x's type.

@@ -253,7 +253,7 @@ class Pipeline:
 
 
 class PixelPipeline(Pipeline):
-    """Generates images with a pixel diffusion model; any other model is a `UserError`."""
+    """Generator of images with a pixel diffusion model; any other model is a `UserError`."""
 
     def __init__(self, model: nn.Module):
         super().__init__(require_diffusion_model(model))

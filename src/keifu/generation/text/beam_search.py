@@ -57,7 +57,7 @@ class BeamState(Protocol):
 
 
 class EncoderDecoderBeamModel:
-    """Writes targets of sources, which are read once; `longest` is the most tokens that are written."""
+    """Writer of targets of sources, which are read once; `longest` is the most tokens that are written."""
 
     def __init__(self, model: Translator, sources: Sequence[Sequence[int]], longest: int, device: torch.device):
         self.model = model

@@ -16,7 +16,7 @@ from keifu.generation.text.sampling_params import SamplingParams
 
 
 class StopText:
-    """Passes text on as it comes, but holds back a suffix that may become a stop string.
+    """Filter that passes text on as it comes, but holds back a suffix that may become a stop string.
 
     `found`: whether a stop string has come. The text then ends where the stop string that is complete first begins; of
     several that end at the same character, the one that begins first counts. So the result does not depend on how the

@@ -87,7 +87,7 @@ STEP_TOKENS = 512  # of texts that are read together
 
 
 class Reader:
-    """Reads whole texts by a runner, for their logits; what texts share at their beginning is computed once.
+    """Reader of whole texts, for their logits; what texts share at their beginning is computed once.
 
     most: of texts that are read together.
     """
@@ -150,7 +150,7 @@ SMALLEST = 256  # spans attend together if the powers of two above their ends ar
 
 
 class TorchRunner:
-    """Runs any causal model in PyTorch, on any device. All tokens of a step go through the linear layers together.
+    """Runner of any causal model in PyTorch, on any device. All tokens of a step go through the linear layers together.
 
     The keys and values of a layer are one tensor [heads, tokens of all blocks, head_dim]. New ones are written by one
     index for all sequences. On a CPU attention reads the blocks where they are: those of a sequence are consecutive

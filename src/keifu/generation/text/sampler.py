@@ -167,7 +167,7 @@ class History:
 
 
 class Sampler:
-    """Chooses the tokens of some requests, a row each, as long as the same are written together.
+    """Chooser of the tokens of some requests, a row each, as long as the same are written together.
 
     before: the one that chose every request's last token; the texts of those that it has are not counted again.
     """

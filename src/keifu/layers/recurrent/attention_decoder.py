@@ -164,7 +164,7 @@ class DecoderState:
 
 
 class AttentiveDecoder(nn.Module):
-    """Looks at the whole source before each step (Bahdanau et al., 2014): s_i = GRU(s_{i-1}, [y_{i-1}; c_i]).
+    """Decoder that sees the whole source before each step (Bahdanau et al., 2014): s_i = GRU(s_{i-1}, [y_{i-1}; c_i]).
 
     s_0 = tanh(W_s h), where h is the last state of the direction that the encoder names last: of two, the backward one.
     """
@@ -188,7 +188,7 @@ class AttentiveDecoder(nn.Module):
 
 
 class FixedContextDecoder(nn.Module):
-    """Has the encoder's last states at every step, the same whatever is written (Cho et al., 2014).
+    """Decoder with the encoder's last states at every step, the same whatever is written (Cho et al., 2014).
 
     Everything else is as in `AttentiveDecoder`, so that the two differ in attention alone.
     """
@@ -210,14 +210,14 @@ class FixedContextDecoder(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """Has nothing of the source but its first state, which is the encoder's last (Sutskever et al., 2014)."""
+    """Decoder with nothing of the source but its first state, the encoder's last (Sutskever et al., 2014)."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
         self.dim, self.context_dim, self.gru = dim, 0, GRU(in_dim, dim)
 
     def start(self, reading: EncoderOutput) -> tuple[tuple[()], Vector]:
-        """Nothing, and the state before the first step."""
+        """Return no memory, and the state before the first step."""
         return (), reading.ends[:, -self.dim :]
 
     def forward(self, x: Inputs, memory: tuple[()], state: Vector) -> DecoderSteps:

@@ -136,7 +136,7 @@ class EncoderOutput(NamedTuple):
 
 
 class ForwardEncoder(nn.Module):
-    """Reads from the first token to the last. Padding stands on the right and is never seen by what comes before."""
+    """Encoder that reads from the first token to the last. Padding is on the right, and no token before it sees it."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -159,7 +159,7 @@ class ForwardEncoder(nn.Module):
 
 
 class BidirectionalEncoder(ForwardEncoder):
-    """Reads both ways at once (Schuster and Paliwal, 1997); a token's state is the two directions' states joined.
+    """Encoder that reads both ways (Schuster and Paliwal, 1997); a token's state joins both directions' states.
 
     The backward direction reads each row's own tokens in reverse, so that it too sees its padding last.
     """

@@ -132,8 +132,8 @@ class Running:
 
 
 class Divergence(Running):
-    """Detects divergence: `watch` gives a warning when the loss is far above its running mean, by half at least. It
-    warns once, until the loss has come back."""
+    """Detector of divergence: `watch` gives a warning when the loss is far above its running mean, by half at least.
+    It warns once, until the loss has come back."""
 
     warned = False
 

@@ -52,8 +52,8 @@ class SpikeSettings:
 
 @dataclass
 class SpikeState(Running):
-    """Detects loss spikes from the loss of every step, and counts skipped batches. The constructor's arguments beside
-    the rules are what `facts` gives."""
+    """Detector of loss spikes in the loss of every step, and counter of skipped batches. The constructor takes the
+    rules and the values of `facts`."""
 
     rules: SpikeSettings
     skipped: int = 0

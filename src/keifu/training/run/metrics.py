@@ -23,7 +23,7 @@ class Sink(NamedTuple):
 
 
 class Metrics:
-    """Appends to metrics.jsonl and to the sinks; a reader always sees complete lines. A context manager.
+    """Writer of metrics.jsonl and of the sinks; a reader always sees complete lines. A context manager.
 
     On resuming, lines that are later than the loaded state (of `step` steps, with `skipped` batches skipped in rewinds)
     are dropped. Only the first of several processes writes. When the disk is full, lines stay in memory until there is
