@@ -1,6 +1,6 @@
 """Makes a model of the package: trains it by its recipe, packs it in bfloat16, evaluates that, writes its card.
 
-Command: python pretrained/make.py NAME [--run FOLDER | --card]
+Command: python pretrained/make.py NAME [--run FOLDER | --card | --head]
 """
 
 import argparse
@@ -10,12 +10,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -28,10 +30,10 @@ PACKAGE = Path(__file__).parent / "src" / "keifu_pretrained"
 DTYPES = ("bf16", "f32")
 KEIFU = (sys.executable, "-m", "keifu")
 SHAPE = "--model.dim 288 --model.hidden-dim 1152 --model.n-layers 4 --model.n-decoder-layers 3 --model.n-heads 6"
+COUNTS = ("pairs", "pictures", "tokens", "masked words", "rows")  # figures that say how much was evaluated
+METRICS = {"BLEU": "bleu", "chrF": "chrf", "perplexity of masked words": "perplexity"}  # the hub's names of figures
 CARD = """---
-license: {licence}
-pipeline_tag: {task}
----
+{head}---
 # {name}: {about}
 
 Made by `python pretrained/make.py {name}`, with keifu {keifu}.
@@ -79,6 +81,7 @@ class Model:
     limits: str
     details: str = ""
     dtype: str = "bf16"
+    languages: tuple[str, ...] = ()
 
 
 NEAR_COPIES = (
@@ -113,6 +116,7 @@ def translator(
         details="by length",
         limits="It knows everyday sentences of about ten words. Names that it has not met, numbers in words, long "
         f"sentences, and more than one sentence at a time go wrong; it may write fluently what is not there.{caveat}",
+        languages=(pair[source], pair[target]),
     )
 
 
@@ -171,6 +175,7 @@ MODELS = {
         limits="Pictures of 64 x 64 pixels in Twemoji's style. What it was shown it draws best; of a new name it meets "
         "the colours and the kind at most. The judge knows the new names no better: it recognises 6 of the 24 real "
         "pictures. It learned the same captions from the same pictures.",
+        languages=("en", "ja"),
     ),
     "emoji-clip": Model(
         about="a CLIP that compares emoji with English, Japanese and Chinese names",
@@ -198,6 +203,7 @@ MODELS = {
         "another style of emoji it finds few. It knows the relatives of what it learned: it finds 43.9% of the English "
         "names of all 189 held-out pictures, of which 88 have a sibling in training. Of new families it names no more "
         "than counting colours and words does.",
+        languages=("en", "ja", "zh"),
     ),
     "gpt-en": Model(
         about="a small language model of LLaMA's type that continues English",
@@ -215,6 +221,7 @@ MODELS = {
         figures=("bits per byte", "perplexity", "tokens"),
         limits="It writes sentences that look right and say little: 4 million parameters that read 41 million tokens. "
         "It knows few facts, answers no questions, and says what is false as easily as what is true.",
+        languages=("en",),
     ),
     "bert-en": Model(
         about="a small BERT that fills in English words, and reads texts for other tasks",
@@ -241,6 +248,7 @@ MODELS = {
         limits="It was shown encyclopedia summaries, cooking recipes and speeches, in lower case, 128 tokens a row. It "
         "fills in what is usual there: grammar, frequent words and phrases; facts it guesses. Only "
         "tokens that [MASK] hides are counted; the baseline looks up the token between the same two neighbours.",
+        languages=("en",),
     ),
     "network": Model(
         about="a multi-layer network that reads handwritten digits",
@@ -302,6 +310,32 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
+def head(name: str, model: Model, figures: Mapping[str, Any]) -> str:
+    """The metadata of a card, as YAML with the fields of the Hugging Face hub."""
+    data, _, made_by = model.data.partition(": ")
+    kinds = {key: METRICS.get(key, key.lower().replace(" ", "_")) for key in figures}
+    measured = {key: value for key, value in figures.items() if not isinstance(value, str) and key not in COUNTS}
+    metrics = [{"type": kinds[key], "name": key, "value": value} for key, value in measured.items()]
+    dataset = {"type": data, "name": f"{data}: {made_by}", "split": "held out"}
+    about = {
+        "license": model.licence, "language": list(model.languages), "library_name": "keifu",
+        "pipeline_tag": model.task, "tags": ["keifu"], "datasets": [data],
+        "metrics": list(dict.fromkeys(metric["type"] for metric in metrics)),
+        "model-index": [{
+            "name": name, "results": [{"task": {"type": model.task}, "dataset": dataset, "metrics": metrics}],
+        }],
+    }  # fmt: skip
+    given = {key: value for key, value in about.items() if value}
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def renew_head(name: str, model: Model, folder: Path) -> None:
+    """Writes the metadata of a card again, without an evaluation."""
+    figures = json.loads((folder / "card.json").read_text("utf-8"))["figures"]
+    _, _, text = (folder / "README.md").read_text("utf-8").split("---\n", 2)
+    (folder / "README.md").write_text(f"---\n{head(name, model, figures)}---\n{text}", "utf-8")
+
+
 def write_card(name: str, model: Model, folder: Path) -> None:
     """README.md for people and card.json for programs, from the run's record and an evaluation of the folder."""
     record = json.loads((folder / "recipe.json").read_text("utf-8")) if (folder / "recipe.json").is_file() else {}
@@ -316,8 +350,9 @@ def write_card(name: str, model: Model, folder: Path) -> None:
     (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", "utf-8")
     text = CARD.format(
         name=name, **(vars(model) | {
-            "keifu": version("keifu"), "took": took(record), "parameters": parameters(folder), "weights": weights,
-            "rows": card["data_sha256"], "figures": table(list(figures), [figures.values()]),
+            "head": head(name, model, figures), "keifu": version("keifu"), "took": took(record),
+            "parameters": parameters(folder), "weights": weights, "rows": card["data_sha256"],
+            "figures": table(list(figures), [figures.values()]),
             "details": details(found.get(model.details, [])),
         })
     )  # fmt: skip
@@ -434,8 +469,11 @@ def main() -> None:
     parser.add_argument("name", choices=MODELS)
     parser.add_argument("--run", type=Path, help="a finished run of the recipe; unset: it is trained now")
     parser.add_argument("--card", action="store_true", help="only evaluate what the package has, and write its card")
+    parser.add_argument("--head", action="store_true", help="only write the metadata of its card again")
     options = parser.parse_args()
     model = MODELS[options.name]
+    if options.head:
+        return renew_head(options.name, model, PACKAGE / options.name)
     if not options.card:
         run = options.run or trained(options.name, model)
         pack(run, PACKAGE / options.name, model.dtype)

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import keifu
 from keifu import cli
@@ -21,6 +23,10 @@ from keifu.data.images.splits import split
 from keifu.errors import UserError
 from keifu.evaluation.classification import neurons
 from keifu.evaluation.registry import EvalRequest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "pretrained"))
+
+import make  # noqa: E402 # pyright: ignore[reportMissingImports] (its folder is no package)
 
 MOST_BYTES = 64_000_000
 ROOT = Path(__file__).parent.parent / "pretrained" / "src" / "keifu_pretrained"
@@ -57,6 +63,26 @@ def test_the_card_is_about_these_weights(name: str) -> None:
         assert card(name)[key] in text
     for word in (weights, "Figures", "Limits", "licence"):
         assert word in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_hub_reads_the_cards_metadata(name: str) -> None:
+    hub = ModelCard.load(ROOT / name / "README.md", ignore_metadata_errors=False).data
+    model, figures = make.MODELS[name], card(name)["figures"]
+    assert (hub.license, hub.pipeline_tag, hub.library_name) == (model.licence, model.task, "keifu")
+    assert hub.datasets == [model.data.split(": ")[0]] and (hub.language or []) == list(model.languages)
+    assert {each.metric_type for each in hub.eval_results} == {*hub.metrics}
+    measured = {each.metric_name: each.metric_value for each in hub.eval_results}
+    assert measured and measured.items() <= figures.items()
+    assert all(isinstance(figures[key], str) or key in make.COUNTS for key in figures.keys() - measured.keys())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cards_metadata_is_that_of_its_model(name: str, tmp_path: Path) -> None:
+    for file in ("README.md", "card.json"):
+        (tmp_path / file).write_bytes((ROOT / name / file).read_bytes())
+    make.renew_head(name, make.MODELS[name], tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == (ROOT / name / "README.md").read_bytes()
 
 
 def test_the_list_has_the_figures_of_the_cards() -> None:

@@ -16,13 +16,10 @@ from torch import nn
 
 @dataclass
 class Config:
-    """Sizes. Each level has `dim` times its multiplier channels, and half the resolution of the level before."""
+    """Sizes. The U-Net has two levels: `dim` channels, then twice as many at half the resolution."""
 
     channels: int = 1
     dim: int = 24
-    multipliers: tuple = (1, 2)
-    attention: tuple = (1,)  # the levels with attention
-    n_residual_blocks: int = 1  # of each level on the way down; one more on the way up
     norm_groups: int = 8
     n_classes: int = 4  # one more class, the null class, is for guidance
     steps: int = 1000  # T, the number of noise levels
@@ -59,26 +56,19 @@ class SpatialAttention(nn.Module):
         return x + seen.mT.unflatten(2, x.shape[2:])
 
 
-class Resample(nn.Module):
-    """Half the resolution by a convolution with stride 2, or twice the resolution by repeated pixels."""
-
-    def __init__(self, channels, up):
-        super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if up else nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
-
-
 class Stage(nn.Module):
-    """Residual blocks at one resolution, an attention after each where the level has it, and a resampling."""
+    """Residual blocks at one resolution, an attention after each of the first `n_attentions`, and a resampling.
 
-    def __init__(self, widths, out, time_dim, groups, attention, resample):
+    Resampling: half the resolution by a convolution with stride 2, or twice the resolution by repeated pixels.
+    """
+
+    def __init__(self, config, widths, out, n_attentions=0, resample=None):
         super().__init__()
-        self.residuals = nn.ModuleList(ResidualBlock(width, out, time_dim, groups) for width in widths)
-        self.attentions = nn.ModuleList(SpatialAttention(out, groups) for _ in range(len(widths) if attention else 0))
-        self.resample = resample
+        groups, self.up = config.norm_groups, resample == "up"
+        self.residuals = nn.ModuleList(ResidualBlock(width, out, 4 * config.dim, groups) for width in widths)
+        self.attentions = nn.ModuleList(SpatialAttention(out, groups) for _ in range(n_attentions))
+        conv = nn.Conv2d(out, out, 3, padding=1) if self.up else nn.Conv2d(out, out, 3, stride=2)
+        self.resample = nn.ModuleDict({"conv": conv}) if resample else None
 
     def forward(self, x, time, read=None, kept=None):
         """`read`: states of the way down, which each block takes from the end. `kept`: gets every new state."""
@@ -87,57 +77,37 @@ class Stage(nn.Module):
             x = self.attentions[i](x) if i < len(self.attentions) else x
             if kept is not None:
                 kept.append(x)
-        return x if self.resample is None else self.resample(x)
+        if self.resample is None:
+            return x
+        return self.resample["conv"](F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
 
 
 class UNet(nn.Module):
-    """Stages down, a middle, stages up. Each block on the way up also reads a state of the way down."""
+    """Two stages down, a middle, two stages up. Each block on the way up also reads a state of the way down."""
 
-    def __init__(self, config, time_dim):
+    def __init__(self, config):
         super().__init__()
-        widths, blocks = [config.dim * multiplier for multiplier in config.multipliers], config.n_residual_blocks
-        stage = lambda ins, out, attends, way: Stage(ins, out, time_dim, config.norm_groups, attends, way)  # noqa: E731
-        self.first = nn.Conv2d(config.channels, widths[0], 3, padding=1)
-        self.down, self.up, states = nn.ModuleList(), nn.ModuleList(), [widths[0]]
-        for level, width in enumerate(widths):
-            resample = Resample(width, up=False) if level < len(widths) - 1 else None
-            ins = [states[-1]] + [width] * (blocks - 1)
-            self.down.append(stage(ins, width, level in config.attention, resample))
-            states += [width] * (blocks + (resample is not None))
-        self.middle = stage([width] * 2, width, True, None)
-        del self.middle.attentions[1]
-        for level, width in reversed(list(enumerate(widths))):
-            below = widths[min(level + 1, len(widths) - 1)]
-            ins = [states.pop() + (below if i == 0 else width) for i in range(blocks + 1)]
-            resample = Resample(width, up=True) if level else None
-            self.up.append(stage(ins, width, level in config.attention, resample))
-        self.norm = nn.GroupNorm(config.norm_groups, widths[0], 1e-6)
-        self.last = nn.Conv2d(widths[0], config.channels, 3, padding=1)
+        fine, coarse = config.dim, 2 * config.dim
+        self.first = nn.Conv2d(config.channels, fine, 3, padding=1)
+        self.down = nn.ModuleList([Stage(config, [fine], fine, resample="down"), Stage(config, [fine], coarse, 1)])
+        self.middle = Stage(config, [coarse, coarse], coarse, 1)
+        self.up = nn.ModuleList([
+            Stage(config, [coarse + coarse, coarse + fine], coarse, 2, resample="up"),
+            Stage(config, [coarse + fine, fine + fine], fine),
+        ])  # fmt: skip
+        self.norm = nn.GroupNorm(config.norm_groups, fine, 1e-6)
+        self.last = nn.Conv2d(fine, config.channels, 3, padding=1)
 
     def forward(self, x, time):
         x = self.first(x)
         states = [x]
-        for stage in self.down:
-            x = stage(x, time, kept=states)
-            if stage.resample:
-                states.append(x)
+        x = self.down[0](x, time, kept=states)
+        states.append(x)
+        x = self.down[1](x, time, kept=states)
         x = self.middle(x, time)
         for stage in self.up:
             x = stage(x, time, read=states)
         return self.last(F.silu(self.norm(x)))
-
-
-class TimeEmbedding(nn.Module):
-    """Sines and cosines of the timestep, then two layers."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.dim, self.linear1, self.linear2 = dim, nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, 4 * dim)
-
-    def forward(self, timestep):
-        half = self.dim // 2
-        angles = timestep[:, None].float() * (-math.log(10_000) * torch.arange(half) / (half - 1)).exp()
-        return self.linear2(F.silu(self.linear1(torch.cat([angles.sin(), angles.cos()], -1))))
 
 
 class DDPM(nn.Module):
@@ -145,14 +115,17 @@ class DDPM(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, time_dim = config, 4 * config.dim
-        self.time, self.label = TimeEmbedding(config.dim), nn.Embedding(config.n_classes + 1, time_dim)
-        self.unet = UNet(config, time_dim)
+        self.config, dim, time_dim = config, config.dim, 4 * config.dim
+        self.time = nn.ModuleDict({"linear1": nn.Linear(dim, time_dim), "linear2": nn.Linear(time_dim, time_dim)})
+        self.label, self.unet = nn.Embedding(config.n_classes + 1, time_dim), UNet(config)
         beta = torch.linspace(1e-4, 0.02, config.steps)  # noise that each step adds
         self.alpha_bar = (1 - beta).cumprod(0)  # share of the picture's variance that is left
 
     def forward(self, x, timestep, label):
-        return self.unet(x, F.silu(self.time(timestep) + self.label(label)))
+        half = self.config.dim // 2
+        angles = timestep[:, None].float() * (-math.log(10_000) * torch.arange(half) / (half - 1)).exp()
+        time = self.time["linear1"](torch.cat([angles.sin(), angles.cos()], -1))
+        return self.unet(x, F.silu(self.time["linear2"](F.silu(time)) + self.label(label)))
 
     def loss(self, picture, label):
         """Return the squared error of the predicted noise at random timesteps (algorithm 1)."""
