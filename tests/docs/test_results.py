@@ -189,6 +189,13 @@ def test_the_meshes_table_is_what_the_benchmark_wrote() -> None:
     assert [row[1:] for row in table["rows"]] == [["0" if cell == "0.00" else cell for cell in row] for row in told]
 
 
+def test_the_memory_of_a_context_is_that_of_the_bytes() -> None:
+    (table,) = [each for each in of_data(ROOT / "docs/results/language.md") if each["section"].startswith("Memory")]
+    assert [name for name, *_ in table["rows"]] == [*table["values"]]
+    for name, *cells in table["rows"]:
+        assert cells == [f"{size / 2**20:,.1f}" for size in table["values"][name].values()]
+
+
 def test_a_benchmark_replaces_its_own_table_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     results = import_module("_results")
