@@ -5,9 +5,11 @@ from typing import Any
 
 from torch import nn
 
+from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
 from keifu.models.hybrid import qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral
+from keifu.models.variants import phi3
 
 SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 3}
 LLAMA = {**SIZE, "n_heads": 4, "head_dim": 6}
@@ -41,6 +43,14 @@ TOYS: dict[str, Callable[[], nn.Module]] = {
     ),
     "windows and global layers": lambda: gemma3.build(
         gemma3.Config(**LLAMA, n_kv_heads=2, sliding_window=5, global_layers=(1,))
+    ),
+    "angles by length": lambda: phi3.build(
+        phi3.Config(
+            **SIZE | {"dim": 24}, n_heads=3, n_kv_heads=1, rope_dim=6, sliding_window=None,
+            rope_scaling=RopeScaling(
+                "longrope", 4.0, 16, short_divisors=(1.0, 1.1, 1.2), long_divisors=(2.0, 3.0, 4.0)
+            ),
+        )
     ),
     "window": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2, sliding_window=5)),
     "late window": lambda: llama.build(

@@ -114,14 +114,21 @@ class LoadPlan:
         self.model.load_state_dict(state, assign=True)
         return self.model.eval()
 
+    def dtype_of(self, link: Link) -> torch.dtype:
+        """Return the dtype of a tensor in memory; what the family wants in full precision keeps the file's."""
+        stored = self.source.stored[link.theirs[0]].dtype
+        keeps = stored is not None and matches(link.ours, self.source.family.full_precision)
+        return torch.promote_types(stored, self.dtype) if stored is not None and keeps else self.dtype
+
     def _tensor(self, link: Link, device: torch.device) -> tuple[str, Tensor]:
         tensors = (link.subtract_offset(self.source.read(name)) for name in link.theirs)
-        return link.ours, link.join([x.to(device, self.dtype if x.is_floating_point() else None) for x in tensors])
+        dtype = self.dtype_of(link)
+        return link.ours, link.join([x.to(device, dtype if x.is_floating_point() else None) for x in tensors])
 
     def _lazy(self, link: Link, device: torch.device) -> tuple[str, Tensor]:
         if not link.shape or not torch.is_floating_point(self.model.state_dict()[link.ours]):
             return self._tensor(link, device)
-        like = torch.empty((), dtype=self.dtype, device=device).expand(link.shape)
+        like = torch.empty((), dtype=self.dtype_of(link), device=device).expand(link.shape)
         return link.ours, LazyTensor.of(TensorReader(partial(link.read, self.source.read_part)), like)
 
 
@@ -150,11 +157,12 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
         for link in permute_rotary(links(model, source.names), source.head_dim)
     ]
     used = {name for link in found for name in link.theirs}
-    patterns = source.family.not_weights
+    patterns = tuple(pattern.format(**vars(source.config)) for pattern in source.family.not_weights)
     patterns += tuple(pattern.removeprefix(source.family.prefix) for pattern in patterns)
     skipped = [name for name in source.stored if name not in used and (name in twice or matches(name, patterns))]
     _check(source, found, set(source.stored) - used - set(skipped))
-    exact = _exact_dtype({name: source.stored[name] for name in used}, source.path)
+    usual = {name for link in found if not matches(link.ours, source.family.full_precision) for name in link.theirs}
+    exact = _exact_dtype({name: source.stored[name] for name in usual}, source.path)
     slow = exact == torch.float16 and torch.device(device).type == "cpu"
     held = dtype or (torch.float32 if slow else exact)
     return LoadPlan(source, model, found, exact, held, skipped, [*source.notes, *notes])
@@ -351,7 +359,7 @@ def report(plan: LoadPlan) -> Report:
 def _row(link: Link, plan: LoadPlan) -> Row:
     stored = plan.source.stored
     kinds = ", ".join(dict.fromkeys(stored[one].kind for one in link.theirs))
-    dtype = torch.int64 if kinds == "I64" else plan.dtype
+    dtype = torch.int64 if kinds == "I64" else plan.dtype_of(link)
     steps = {
         "dequantised": any(stored[one].kind not in (*PLAIN, "I64") for one in link.theirs),
         "joined": len(link.theirs) > 1,

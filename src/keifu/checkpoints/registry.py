@@ -34,9 +34,10 @@ class Family:
     """One model_type: how its config is read and written, and how its weights are called.
 
     `module` is the model's file; `prefix` may be missing from all names of a file, and is from the files of the
-    architectures `without_prefix`; `not_weights` are tensors of old files that are no weights, `copies` tensors
-    that repeat another one of the file, `old_endings` today's ending of a name and that of old files, and
-    `old_beginnings` the same of its beginning. `in_file`:
+    architectures `without_prefix`; `not_weights` are tensors that are no weights, with fields of the Config in braces,
+    `copies` tensors that repeat another one of the file, `old_endings` today's ending of a name and that of old files,
+    and `old_beginnings` the same of its beginning. `full_precision` are tensors of the model that keep the file's type
+    if it is wider than the others'. `in_file`:
     switches of the Config that are on where the file has a tensor, whatever its config says. `unsupported` are settings
     and the value of each that is implemented. `aliases` gives, for a Config, the other names that a file may have for a
     matrix which serves in several places. `inside` is where the model has the decoder that `tied` speaks of, and `tie`
@@ -59,6 +60,7 @@ class Family:
     old_endings: Mapping[str, str] = field(default_factory=dict)
     old_beginnings: Mapping[str, str] = field(default_factory=dict)
     without_prefix: tuple[str, ...] = ()
+    full_precision: tuple[str, ...] = ()
     inside: str = ""
     files: tuple[str, str] = ("config.json", "model.safetensors")
     tie: Callable[[Any, bool], Any] = _tie
@@ -85,7 +87,7 @@ _FILES: dict[str, tuple[str, str]] = {
 # Fields of `Family` that a model's file may have.
 OFFERED = (
     "PREFIX", "NOT_WEIGHTS", "UNSUPPORTED", "IN_FILE", "COPIES", "OLD_ENDINGS", "OLD_BEGINNINGS", "WITHOUT_PREFIX",
-    "aliases", "tie",
+    "FULL_PRECISION", "aliases", "tie",
 )  # fmt: skip
 
 MODELS = {  # each model's file under keifu.models, and the model_types of its configs, keifu's own last
@@ -102,7 +104,7 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
     "variants.phi3": ("phi3", "keifu_phi3"),
     "variants.gemma2": ("gemma2", "keifu_gemma2"),
     "variants.granite": ("granite", "keifu_granite"),
-    "variants.ministral": ("ministral", "keifu_ministral"),
+    "variants.ministral": ("ministral", "ministral3", "keifu_ministral"),
     "variants.nanochat": ("nanochat", "keifu_nanochat"),
     "mixture.mixtral": ("mixtral", "keifu_mixtral"),
     "mixture.qwen3_moe": ("qwen3_moe", "keifu_qwen3_moe"),

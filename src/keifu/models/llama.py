@@ -143,9 +143,9 @@ def attention(
 ) -> Attention:
     """Build rotary attention of a Config's sizes; other settings are those of the class `layer`."""
     head_dim = vars(config).get("head_dim")
-    rotary = Rotary(head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
-    sizes = config.dim, config.n_heads, config.n_kv_heads, head_dim
-    return layer(*sizes, bias, dropout=config.dropout, **{"rotary": rotary} | settings)
+    if "rotary" not in settings:
+        settings["rotary"] = Rotary(head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
+    return layer(config.dim, config.n_heads, config.n_kv_heads, head_dim, bias, dropout=config.dropout, **settings)
 
 
 def _attention(config: Config, layer: int) -> Attention:

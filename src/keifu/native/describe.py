@@ -223,8 +223,8 @@ def _cross(model: nn.Module, name: str, own: Attention) -> dict[str, MatrixPart]
 
 def _rotary(model: nn.Module, name: str) -> tuple[dict[str, int | float], Tensor]:
     rotary = _known(model, name, Rotary)
-    if rotary.scaling and rotary.scaling.kind == "dynamic":
-        raise Unavailable(f"{name} has dynamic scaling, whose angles change with the text's length")
+    if rotary.scaling and rotary.scaling.by_length:
+        raise Unavailable(f"{name} has {rotary.scaling.kind} scaling, whose angles change with the text's length")
     frequencies, magnitude = rotary.frequencies(LIKE), rotary.scaling.magnitude() if rotary.scaling else 1.0
     numbers = {"pairs": len(frequencies), "interleaved": rotary.interleaved, "magnitude": magnitude}
     return {f"rotary_{key}": value for key, value in numbers.items()}, frequencies

@@ -40,6 +40,7 @@ class Span:
     sources: blocks that are copied into the first of `blocks` before anything else; they hold tokens before `start`.
         Only for a runner that is `contiguous`.
     images: pictures of the sequence (`InsertedImages`); only for PyTorch's runner.
+    prompt: tokens of its prompt, which some rotary positions depend on; only for PyTorch's runner.
     """
 
     sequence: int
@@ -49,6 +50,7 @@ class Span:
     wanted: int = 1
     sources: Sequence[int] = ()
     images: Any = None
+    prompt: int = 0
 
 
 class NativeLM(nn.Module):
@@ -103,7 +105,8 @@ class NativeRunner:
     """Native `Runner` of an engine's steps (see keifu.generation.text.runner), for one packed model."""
 
     def __init__(self, model: NativeLM, n_blocks: int, block_size: int = BLOCK_SIZE):
-        self.model, self.n_blocks, self.block_size, self.contiguous = model, n_blocks, block_size, False
+        self.model, self.n_blocks, self.block_size = model, n_blocks, block_size
+        self.contiguous = self.by_length = False
         self.vocab_size: int = model.description.vocab_size
         self.context_length: int = model.description.context_length
         self.state_bytes = 0

@@ -97,7 +97,7 @@ class Watched(TorchRunner):
         return super().run(batch)
 
 
-QUICK = ("gpt2", "grouped", "windows and global layers", "states of fixed size")
+QUICK = ("gpt2", "grouped", "windows and global layers", "states of fixed size", "angles by length")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_shared_beginnings_are_computed_once(model: nn.Module, tokenizer: Tokeni
     runner = Watched(model, 500)
     engine = Engine(model, tokenizer, runner)
     same(run(engine, asked), alone(model, tokenizer, asked))
-    shared = 0 if runner.state_bytes else 40  # ten blocks of four; two of three tokens are fed back
+    shared = 0 if runner.state_bytes or runner.by_length else 40  # ten blocks of four; two of three tokens are fed back
     read = 43 + 8 * (43 - shared) + 9 * 2
     assert runner.tokens == read
     again = engine.add(engine.request(*asked[0]))
@@ -418,7 +418,7 @@ def test_a_runner_gives_the_logits_that_are_wanted(model: nn.Module) -> None:
                 continue
             start, end = done[number], done[number] + count
             wanted = rng.randrange(count + 1)
-            batch.append(Span(number, texts[number][start:end], start, tables[number], wanted))
+            batch.append(Span(number, texts[number][start:end], start, tables[number], wanted, prompt=66))
             expected.append(whole[number][end - wanted : end])
             done[number] = end
             if rng.random() < 0.1:

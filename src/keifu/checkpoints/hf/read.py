@@ -4,6 +4,7 @@ Nothing is ever unpickled: a directory that has only PyTorch's own .bin files is
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keifu.checkpoints.hf.stacked_experts import unstack
+from keifu.checkpoints.hf.stacked_experts import unstack, unstack_rows
 from keifu.checkpoints.hf.task_heads import read_config
 from keifu.checkpoints.plan import PLAIN, Source, StoredTensor
 from keifu.checkpoints.registry import Family
@@ -22,6 +23,10 @@ from keifu.layers.lazy import Index
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # and the model_type that is meant where it is so
+TEXT_PARTS = {  # models that see, and the model_type of their text model
+    "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "mistral3": "ministral3", "gemma3": "gemma3_text",
+}  # fmt: skip
+OTHER_PARTS = ("**visual.**", "**vision_tower.**", "**multi_modal_projector.**")
 PREPROCESSOR = "preprocessor_config"  # of pictures: its file, and the field in which it comes with the config
 PROCESSOR = "processor_config"  # of prompts with pictures
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -34,9 +39,37 @@ def open_directory(path: Path) -> Source:
     if where is None:
         run = ", which a run writes when it ends or is stopped" if (path / "recipe.json").exists() else ""
         raise UserError(f"{path} is no model: it holds no config.json{run or _nearest('config.json', path)}.")
-    family, config = read_config(_with_preprocessor(where), str(where))
+    json = _with_preprocessor(where)
+    if (kind := TEXT_PARTS.get(json.get("model_type", ""))) and isinstance(json.get("text_config"), dict):
+        return _text_part(path, json, kind)
+    family, config = read_config(json, str(where))
     files = dict.fromkeys(weight_files(path, family.files[1]), "")
     return source_of(path, "Hugging Face", family, config, files)
+
+
+def _text_part(path: Path, json: dict[str, Any], kind: str) -> Source:
+    """Open the text model of a model that sees; the other parts are not read."""
+    shared = {name: json[name] for name in ("quantization_config", "tie_word_embeddings") if json.get(name)}
+    text = {**json["text_config"], **shared, "model_type": kind}
+    family, config = read_config(text, f"{path / 'config.json'}, text_config,")
+    family = replace(family, not_weights=(*family.not_weights, *OTHER_PARTS))
+    note = f"The text model of a {json['model_type']} model is read without its other parts."
+    source = source_of(path, "Hugging Face", family, config, dict.fromkeys(weight_files(path), ""), (note,))
+    names = {_text_name(name): name for name in source.stored}
+
+    def read(name: str, index: Index = ()) -> Tensor:
+        return source.read_part(names[name], index) if index else source.read(names[name])
+
+    stored = {name: source.stored[theirs] for name, theirs in names.items()}
+    return replace(source, stored=stored, read=read, part=read)
+
+
+def _text_name(name: str) -> str:
+    """Return the name of a tensor in a file of the text model alone."""
+    for prefix in ("model.language_model.", "language_model.model."):
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    return name.removeprefix("language_model.")
 
 
 def source_of(
@@ -57,7 +90,8 @@ def source_of(
         return file.get_slice(name)[index] if index else file.get_tensor(name)
 
     tokenizer = partial(_read_tokenizer, texts or path, family)
-    stored, read = unstack(stored, read_stored)
+    sliced = any("_slice" in name for name in (family.names or {}).values())
+    stored, read = (unstack if sliced else unstack_rows)(stored, read_stored)
     return Source(path, layout, family, config, stored, read, tokenizer, family.names, notes=notes, part=read)
 
 

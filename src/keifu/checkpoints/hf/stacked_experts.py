@@ -1,7 +1,8 @@
-"""Experts that a file has in one tensor, as gpt-oss has them, and their unpacking from MXFP4.
+"""Experts that a file has in one tensor, as gpt-oss and Qwen3.5 have them, and their unpacking from MXFP4.
 
 The table of names gives an expert's matrices as slices: `experts.3.gate_slice.weight` is made of every second column of
-`experts.gate_up_proj[3]`. Axes: experts, in, out; blocks of 32 numbers of four bits in 16 bytes.
+`experts.gate_up_proj[3]` (gpt-oss), `experts.3.gate_proj.weight` of the first half of its rows (Qwen3.5).
+Axes: experts, in, out; blocks of 32 numbers of four bits in 16 bytes.
 """
 
 import re
@@ -28,6 +29,34 @@ def stack_of(name: str) -> str:
     if not (found := SLICE.fullmatch(name)):
         return name
     return f"{found[1]}.{'down' if found[3] == 'down' else 'gate_up'}_proj{'_bias' if found[4] == 'bias' else ''}"
+
+
+def unstack_rows(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, StoredTensor], Read]:
+    """Return the tensors of a file with the experts one by one; gate and up are the halves of a matrix [out, in]."""
+    slices: dict[str, StoredTensor] = {}
+    places: dict[str, tuple[str, int, slice]] = {}
+    for name, tensor in stored.items():
+        found = STACK.fullmatch(name)
+        if not found or found[3] or len(tensor.shape) != 3:
+            slices[name] = tensor
+            continue
+        experts, rows, columns = tensor.shape
+        parts = ("down",) if found[2] == "down" else ("gate", "up")
+        rows //= len(parts)
+        for number in range(experts):
+            for index, part in enumerate(parts):
+                own = f"{found[1]}.{number}.{part}_proj.weight"
+                slices[own] = tensor._replace(shape=(rows, columns))
+                places[own] = name, number, slice(index * rows, (index + 1) * rows)
+
+    def read_slice(name: str, index: Index = ()) -> Tensor:
+        if name not in places:
+            return read(name, index)
+        whole, number, rows = places[name]
+        matrix = read(whole, (slice(number, number + 1), rows))[0]
+        return (matrix[index] if index else matrix).contiguous()
+
+    return slices, read_slice
 
 
 def unstack(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, StoredTensor], Read]:

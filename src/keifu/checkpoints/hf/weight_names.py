@@ -151,5 +151,6 @@ def _alternatives(pattern: str) -> tuple[str, ...]:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name is one of the patterns, in which `*` is a layer's number."""
-    return any(re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) for pattern in patterns)
+    """Whether a name is one of the patterns, in which `*` is a layer's number and `**` anything."""
+    escaped = [re.escape(pattern).replace(r"\*\*", ".*").replace(r"\*", r"\d+") for pattern in patterns]
+    return any(re.fullmatch(pattern, name) for pattern in escaped)

@@ -22,6 +22,7 @@ from keifu.generation.text.model import Model, causal, device_of
 from keifu.layers.attention.attention import Attention, Rule, Scoring, attend
 from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask, RaggedMask
+from keifu.layers.attention.positions import Rotary
 from keifu.layers.transformer.decoder import Inserted
 from keifu.memory import available_memory
 from keifu.native.model import Span, native_form, widest
@@ -34,7 +35,8 @@ class Runner(Protocol):
     block_size, n_blocks: tokens of a block, and blocks of the pool. vocab_size, context_length: of the model.
     token_bytes: what the keys and values of a token take. window: the most tokens that a token sees in any layer, with
     itself: blocks before them may be another sequence's by then. None: all tokens. contiguous: whether it reads the
-    blocks of a sequence fastest if they are consecutive.
+    blocks of a sequence fastest if they are consecutive. by_length: whether keys depend on the length of the prompt, so
+    that another prompt which begins alike cannot use them.
     """
 
     block_size: int
@@ -45,6 +47,7 @@ class Runner(Protocol):
     state_bytes: int
     window: int | None
     contiguous: bool
+    by_length: bool
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
         """Logits in float32 after each wanted token: span by span, within a span in the order of its tokens.
@@ -80,7 +83,7 @@ def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16,
 
 def blocks_of(runner: Runner) -> BlockManager:
     """Return the manager of a runner's blocks."""
-    return BlockManager(runner.n_blocks, runner.block_size, sharing=not runner.state_bytes)
+    return BlockManager(runner.n_blocks, runner.block_size, sharing=not (runner.state_bytes or runner.by_length))
 
 
 STEP_TOKENS = 512  # of texts that are read together
@@ -122,7 +125,8 @@ class Reader:
             for start in range(begun.known * size, len(tokens), STEP_TOKENS):
                 piece = tokens[start : start + STEP_TOKENS]
                 left = len(tokens) - start - len(piece)
-                span = Span(number, piece, start, blocks, min(len(piece), max(0, wanted - left)), sources)
+                asked = min(len(piece), max(0, wanted - left))
+                span = Span(number, piece, start, blocks, asked, sources, prompt=len(tokens))
                 sources = []
                 self._batch.append((span, hashes[: (start + len(piece)) // size]))
                 if left:
@@ -163,6 +167,8 @@ class TorchRunner:
         self.vocab_size: int = model.config.vocab_size
         self.context_length: int = model.config.context_length
         self.window = widest([layer.window for layer in model.modules() if isinstance(layer, Attention)])
+        scalings = [layer.scaling for layer in model.modules() if isinstance(layer, Rotary)]
+        self.by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
         self._pool = _Pool(model.new_state(0, 1), n_blocks * block_size)
         self.token_bytes, self.state_bytes = self._pool.token_bytes, self._pool.states.row_bytes
         self.device = self._pool.device
@@ -245,14 +251,15 @@ def _equally_spaced(spans: Sequence[Span], last: int) -> list[list[Span]]:
 
 
 def _numbers(spans: Sequence[Span], size: int) -> list[list[int]]:
-    """Return the tokens of a step, their positions, and their places in the pool."""
-    tokens, positions, slots = list[int](), list[int](), list[int]()
+    """Return the tokens of a step, their positions, their places in the pool, and the lengths of their sequences."""
+    tokens, positions, slots, lengths = list[int](), list[int](), list[int](), list[int]()
     for span in spans:
         places = range(span.start, span.start + len(span.tokens))
         tokens += span.tokens
         positions += places
         slots += [span.blocks[place // size] * size + place % size for place in places]
-    return [tokens, positions, slots]
+        lengths += [max(place + 1, span.prompt) for place in places]
+    return [tokens, positions, slots, lengths]
 
 
 def _wanted(spans: Sequence[Span], batch: Sequence[Span]) -> list[int]:
@@ -362,12 +369,13 @@ def _lazy_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 class PagedState:
     """The state of a step, as `DecoderLM` asks for it: the tokens of all groups one after the other in one row.
 
-    numbers: tokens, positions and places in the pool.
+    numbers: tokens, positions, places in the pool, and lengths of their sequences.
     """
 
-    def __init__(self, pool: _Pool, size: int, groups: Sequence[list[Span]], numbers: Int[Tensor, "3 length"]):
+    def __init__(self, pool: _Pool, size: int, groups: Sequence[list[Span]], numbers: Int[Tensor, "4 length"]):
         self.pool = pool
         self.tokens, self._positions, self.slots = numbers[0][None], numbers[1][None], numbers[2]
+        self.sequence_lengths = numbers[3][None]
         self.longest = max(span.start for group in groups for span in group)
         self.groups: list[_Group] = []
         self._spans = [span for group in groups for span in group]

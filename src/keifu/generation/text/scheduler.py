@@ -49,7 +49,8 @@ class Sequence:
         """Its next `count` tokens for the runner, with logits wanted after the last one and after each guess."""
         tokens = self.tokens[self.computed : self.computed + count] + self.guesses
         wanted = 1 + len(self.guesses) if count == self.left else 0
-        return Span(self.number, tokens, self.computed, self.blocks, wanted, self.sources, self.request.images)
+        prompt = len(self.request.prompt)
+        return Span(self.number, tokens, self.computed, self.blocks, wanted, self.sources, self.request.images, prompt)
 
     def take(self, figures: Iterable[float]) -> Piece:
         """One more token, as the sampler gives it."""

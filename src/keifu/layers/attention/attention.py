@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.attention.masks import Band, Mask, Visible
-from keifu.layers.attention.positions import Positions, Rotary
+from keifu.layers.attention.positions import Positions, Rotary, Rotation
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import JoinedLinear, Linear
 
@@ -187,12 +187,18 @@ class Attention(nn.Module):
             q, k = qk.split([self.n_heads, self.n_kv_heads], 2)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], 2)
         if self.rotary is not None and positions is not None:
-            qk = positions.rotation(self.rotary).apply(qk)
+            qk = self._turn(qk, positions.rotation(self.rotary), positions)
         q, k, v = qk[:, :, : self.n_heads].transpose(1, 2), qk[:, :, self.n_heads :].transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             return cache.attend(q, k, v, self.window, self.scoring)
         visible = None if mask is None else mask.visible(k.shape[2], self.window)
         return attend(q, k, v, visible, self.scoring)
+
+    def _turn(
+        self, qk: Float[Tensor, "batch length heads head_dim"], rotation: Rotation, positions: Positions
+    ) -> Float[Tensor, "batch length heads head_dim"]:
+        """Turn queries and keys by their positions."""
+        return rotation.apply(qk)
 
     @property
     def scoring(self) -> Scoring:
@@ -221,6 +227,22 @@ class SinkAttention(Attention):
     def scoring(self) -> Scoring:
         """Return how scores become weights, with the sinks."""
         return Scoring(self.dropout, self.scale, sinks=self.sinks)
+
+
+class TemperedAttention(Attention):
+    """Attention whose queries grow with their position, by 1 + growth · ln(1 + ⌊position / trained⌋), so that attention
+    to many tokens stays sharp (Llama 4, 2025; Ministral 3)."""
+
+    def __init__(self, *sizes: Any, growth: float, trained: int, **settings: Any):
+        super().__init__(*sizes, **settings)
+        self.growth, self.trained = growth, trained
+
+    def _turn(
+        self, qk: Float[Tensor, "batch length heads head_dim"], rotation: Rotation, positions: Positions
+    ) -> Float[Tensor, "batch length heads head_dim"]:
+        q, k = rotation.apply(qk).split([self.n_heads, self.n_kv_heads], 2)
+        size = 1 + self.growth * (1 + positions.ids // self.trained).float().log()
+        return torch.cat([q * size[..., None, None].to(q.dtype), k], 2)
 
 
 class GatedAttention(Attention):

@@ -27,6 +27,8 @@ class KVState:
     before leaves the state as it was.
     """
 
+    sequence_lengths = None  # the positions say them
+
     def __init__(self, layers: Sequence[CacheShape | tuple[int, int]], rows: int, capacity: int, like: Tensor):
         shapes = [layer if isinstance(layer, CacheShape) else CacheShape(*layer) for layer in layers]
         self.keys, self.values = (  # nobody sees what is not written; NaN would spread

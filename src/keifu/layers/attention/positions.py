@@ -15,6 +15,8 @@ from keifu.errors import UserError
 from keifu.layers.wide import wide
 from keifu.ranges import Count, Positive
 
+Lengths = Int[Tensor, "*batch length"] | None
+
 
 class LearnedPositions(nn.Embedding):
     """One learned vector a place, added to the token's (Gehring et al., 2017; GPT and BERT use it): a table of
@@ -59,11 +61,12 @@ class SinusoidalPositions(nn.Module):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained length: `kind` is linear, dynamic, llama3 or yarn.
+    """How rotary frequencies are stretched beyond the trained length, by `kind`.
 
     linear: all frequencies / factor (Chen et al., 2023). dynamic: the base grows with the sequence ("NTK-aware").
     llama3: long waves / factor, short ones kept, smooth between (Llama 3.1). yarn: the same idea counted in
-    rotations, plus a temperature on the attention (Peng et al., 2023).
+    rotations, plus a temperature on the attention (Peng et al., 2023). longrope: a searched divisor for each pair, of
+    sequences up to the trained length and of longer ones (Ding et al., 2024).
     """
 
     kind: str
@@ -77,17 +80,27 @@ class RopeScaling:
     mscale: Positive | None = None
     mscale_all_dim: Positive | None = None
     truncate: bool = True
+    short_divisors: tuple[float, ...] | None = None  # longrope
+    long_divisors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "dynamic", "llama3", "yarn"):
-            raise UserError(f"There is no rotary scaling {self.kind!r}. Known: dynamic, linear, llama3, yarn.")
+        known = ("dynamic", "linear", "llama3", "longrope", "yarn")
+        if self.kind not in known:
+            raise UserError(f"There is no rotary scaling {self.kind!r}. Known: {', '.join(known)}.")
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on the length of the sequence."""
+        return self.kind in ("dynamic", "longrope")
 
     def magnitude(self) -> float:
-        """Return the factor on cos and sin (yarn, section 3.4); 1 for the others."""
-        if self.kind != "yarn":
+        """Return the factor on cos and sin (yarn, section 3.4; longrope); 1 for the others."""
+        if self.kind not in ("yarn", "longrope"):
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
+        if self.kind == "longrope":
+            return math.sqrt(1 + math.log(max(self.factor, 1.0)) / math.log(self.original_context_length))
         if self.mscale and self.mscale_all_dim:
             return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
         return self._mscale(1.0)
@@ -100,12 +113,24 @@ class RopeScaling:
         return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0
 
     def apply(self, frequencies: Float[Tensor, " pairs"], theta: float) -> Float[Tensor, " pairs"]:
-        """Stretch the frequencies (dynamic: see `Rotary`, since they depend on the length of the sequence)."""
+        """Stretch the frequencies, unless they depend on the length of the sequence."""
         if self.kind == "linear":
             return frequencies / self.factor
         if self.kind == "llama3":
             return self._llama3(frequencies)
         return self._yarn(frequencies, theta) if self.kind == "yarn" else frequencies
+
+    def of_lengths(
+        self, lengths: Int[Tensor, "*batch 1"], theta: float, exponents: Float[Tensor, " pairs"]
+    ) -> Float[Tensor, "*batch pairs"]:
+        """Return the frequencies in sequences of these lengths."""
+        trained = self.original_context_length
+        if self.kind == "longrope":
+            short, long = (torch.tensor(x).to(exponents) for x in (self.short_divisors, self.long_divisors))
+            return 1.0 / (torch.where(lengths > trained, long, short) * theta**exponents)
+        pairs = len(exponents)
+        growth = self.factor * lengths.clamp(min=trained) / trained - (self.factor - 1)
+        return 1.0 / (theta * growth ** (pairs / (pairs - 1))) ** exponents
 
     def _llama3(self, frequencies: Tensor) -> Tensor:
         rotations = self.original_context_length * frequencies / (2 * math.pi)
@@ -163,6 +188,10 @@ class Rotary(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise UserError(f"Rotary positions turn pairs, so head_dim must be even; it is {head_dim}.")
+        if scaling and scaling.kind == "longrope":
+            sizes = [len(divisors or ()) for divisors in (scaling.short_divisors, scaling.long_divisors)]
+            if sizes != [head_dim // 2] * 2:
+                raise UserError(f"longrope needs {head_dim // 2} short and long factors, and there are {sizes}.")
         self.head_dim, self.theta, self.scaling, self.interleaved = head_dim, theta, scaling, interleaved
 
     @property
@@ -170,25 +199,21 @@ class Rotary(nn.Module):
         """Return the settings that decide the rotation of a position."""
         return self.head_dim, self.theta, self.scaling, self.interleaved
 
-    def forward(self, positions: Int[Tensor, "*batch length"]) -> Rotation:
-        frequencies = self.frequencies(positions)
+    def forward(self, positions: Int[Tensor, "*batch length"], lengths: Lengths = None) -> Rotation:
+        frequencies = self.frequencies(positions, lengths)
         angles = positions[..., None].float() * frequencies
         size = self.scaling.magnitude() if self.scaling else 1.0
         return Rotation(angles.cos() * size, angles.sin() * size, self.interleaved)
 
-    def frequencies(self, positions: Tensor) -> Float[Tensor, " pairs"]:
-        """Radians a position, of each pair; only dynamic scaling looks at the positions."""
-        theta = self.theta
-        if self.scaling and self.scaling.kind == "dynamic":
-            theta = self._dynamic_theta(self.scaling, int(positions.max()) + 1)
+    def frequencies(self, positions: Tensor, lengths: Lengths = None) -> Float[Tensor, "..."]:
+        """Radians a position, of each pair. Some scalings look at the length of the sequence of each token; by default
+        the last position says it."""
         exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
-        frequencies = 1.0 / theta**exponents
-        return self.scaling.apply(frequencies, theta) if self.scaling else frequencies
-
-    def _dynamic_theta(self, scaling: RopeScaling, length: int) -> float:
-        trained = scaling.original_context_length
-        growth = scaling.factor * max(length, trained) / trained - (scaling.factor - 1)
-        return self.theta * growth ** (self.head_dim / (self.head_dim - 2))
+        if self.scaling and self.scaling.by_length:
+            lengths = positions.amax(-1, keepdim=True) + 1 if lengths is None else lengths
+            return self.scaling.of_lengths(lengths[..., None], self.theta, exponents)
+        frequencies = 1.0 / self.theta**exponents
+        return self.scaling.apply(frequencies, self.theta) if self.scaling else frequencies
 
 
 class ReversedRotary(Rotary):
@@ -199,23 +224,24 @@ class ReversedRotary(Rotary):
         """Return the settings that decide the rotation of a position."""
         return (*super().settings, "reversed")
 
-    def forward(self, positions: Int[Tensor, "*batch length"]) -> Rotation:
-        turned = super().forward(positions)
+    def forward(self, positions: Int[Tensor, "*batch length"], lengths: Lengths = None) -> Rotation:
+        turned = super().forward(positions, lengths)
         return replace(turned, sin=-turned.sin)
 
 
 class Positions:
     """Positions of the tokens of a pass; one object serves all its layers, and each rotary's angles are made once.
 
-    ids: [batch, length], or [length] where all rows have the same.
+    ids: [batch, length], or [length] where all rows have the same. lengths: of the sequence of each token, if the
+    last position of a row does not say it.
     """
 
-    def __init__(self, ids: Int[Tensor, "*batch length"]):
-        self.ids = ids
+    def __init__(self, ids: Int[Tensor, "*batch length"], lengths: Lengths = None):
+        self.ids, self.lengths = ids, lengths
         self._rotations: dict[Any, Rotation] = {}
 
     def rotation(self, rotary: Rotary) -> Rotation:
         """Return the rotation of these positions; layers whose rotaries have the same settings share it."""
         if rotary.settings not in self._rotations:
-            self._rotations[rotary.settings] = rotary(self.ids)
+            self._rotations[rotary.settings] = rotary(self.ids, self.lengths)
         return self._rotations[rotary.settings]

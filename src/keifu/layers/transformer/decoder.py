@@ -14,7 +14,7 @@ from keifu.errors import UserError
 from keifu.layers.attention.attention import Cache, CacheShape
 from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask, DocumentMask, Mask, positions_in
-from keifu.layers.attention.positions import LearnedPositions, Positions
+from keifu.layers.attention.positions import LearnedPositions, Lengths, Positions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import Linear, linear
 from keifu.layers.losses import Head, SoftCappedHead
@@ -65,11 +65,14 @@ class State(Protocol):
 
     `KVState` (attention/kv_cache.py) and `PagedState` (generation/text/runner.py) implement it; see `Cache`.
 
-    longest: the most tokens that a row holds.
+    longest: the most tokens that a row holds. sequence_lengths: of each token, if positions do not say them.
     """
 
     @property
     def longest(self) -> int: ...
+
+    @property
+    def sequence_lengths(self) -> Lengths: ...
 
     def positions(self, length: int, padding: Int[Tensor, " batch"] | None) -> Int[Tensor, "*batch length"]: ...
 
@@ -139,7 +142,7 @@ class DecoderLM(nn.Module):
         if self.positions is not None:
             x = x + self.positions(self._within(positions, x.shape[1] + (state.longest if state else 0)))
         x = self.dropout(x)
-        places = Positions(positions)
+        places = Positions(positions, None if state is None else state.sequence_lengths)
         for i, block in enumerate(self.blocks):
             x = block(x, mask=mask, positions=places, cache=None if state is None else state.layer(i))
         if state is not None:

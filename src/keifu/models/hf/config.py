@@ -137,11 +137,14 @@ _YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim
 # ours -> theirs, for the fields of a scaling other than its kind and factor
 _FIELDS = {
     "original_context_length": "original_max_position_embeddings",
+    "short_divisors": "short_factor",
+    "long_divisors": "long_factor",
     **{name: name for name in ("low_freq_factor", "high_freq_factor", *_YARN)},
 }
 _WRITTEN = {  # of the kinds that have any
     "llama3": ("original_context_length", "low_freq_factor", "high_freq_factor"),
     "yarn": ("original_context_length", *_YARN),
+    "longrope": ("original_context_length", "attention_factor", "short_divisors", "long_divisors"),
 }
 
 
@@ -158,14 +161,16 @@ def published_activation(name: str) -> str:
     return {"gelu_tanh": "gelu_new", "identity": "linear"}.get(name, name)
 
 
-def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0) -> dict[str, Any]:
+def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0, partial: bool = False) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of the Config. `rope_parameters` (transformers 5) takes precedence over
-    `rope_scaling` with `rope_theta`."""
+    `rope_scaling` with `rope_theta`. partial: whether the model may turn a part of each head."""
     rope = json.get("rope_parameters") or json.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta", json.get("rope_theta", default_theta)))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if (part := rope.get("partial_rotary_factor", json.get("partial_rotary_factor", 1.0))) not in (None, 1.0):
+    if (part := read_part(json)) != 1.0 and not partial:
         raise UserError(f"partial_rotary_factor {part} is not supported: a whole head turns.")
+    if kind in ("su", "yarn") and "short_factor" in rope:  # Phi-3's first names of longrope
+        kind = "longrope"
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     context = json["max_position_embeddings"]
@@ -178,7 +183,22 @@ def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0) -> dict[
     return {"rope_theta": theta, "rope_scaling": RopeScaling(kind, float(factor), **given)}
 
 
+def read_part(json: Mapping[str, Any], default: float = 1.0) -> float:
+    """Return the part of each head that turns by position."""
+    rope = json.get("rope_parameters") or json.get("rope_scaling") or {}
+    part = rope.get("partial_rotary_factor", json.get("partial_rotary_factor"))
+    return default if part is None else float(part)
+
+
+def write_part(rope: dict[str, Any], part: float) -> dict[str, Any]:
+    """Return what `write_rope` gives, with the part of each head that turns."""
+    written = {"partial_rotary_factor": part}
+    return {**rope, **written, "rope_parameters": rope["rope_parameters"] | written}
+
+
 def _number(name: str, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(float, value))
     return value if name in ("original_context_length", "truncate") else float(value)
 
 

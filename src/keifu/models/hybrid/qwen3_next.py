@@ -107,6 +107,7 @@ WEIGHT_NAMES = SHARED_NAMES | {
     "blocks.*.attention.inputs.numbers": "model.layers.*.linear_attn.in_proj_ba",
 }
 PREFIX = "model."
+NOT_WEIGHTS = ("mtp.**",)
 MODEL_TYPES = {"qwen3_next": "Qwen3NextForCausalLM"}
 
 SHARED_FIELDS: hf.Fields = qwen3.FIELDS | {
@@ -139,9 +140,7 @@ def from_published(json: dict[str, Any]) -> Config:
 def read_hybrid(json: dict[str, Any], fields: hf.Fields) -> dict[str, Any]:
     """Read the fields of a hybrid, its rotary positions and its layers with attention."""
     read = hf.read_fields(json, fields)
-    rope = {**(json.get("rope_parameters") or json.get("rope_scaling") or {})}
-    part = rope.pop("partial_rotary_factor", json.get("partial_rotary_factor", 0.25))
-    found = hf.read_rope({**json, "rope_parameters": rope, "partial_rotary_factor": None})
+    part, found = hf.read_part(json, 0.25), hf.read_rope(json, partial=True)
     every = json.get("full_attention_interval", 4)
     layers = hf.read_global_layers({**json, "sliding_window_pattern": every}, 4)
     return {**read, **found, "rope_dim": int(read["head_dim"] * part), "global_layers": layers}
@@ -150,9 +149,8 @@ def read_hybrid(json: dict[str, Any], fields: hf.Fields) -> dict[str, Any]:
 def write_hybrid(config: Any) -> dict[str, Any]:
     """Return the fields of `read_hybrid` that no table has."""
     rope = hf.write_rope(config.rope_theta, config.rope_scaling)
-    part = {"partial_rotary_factor": config.rope_dim / config.head_dim}
     types = hf.layer_types(config.n_layers, llama.global_layers(config, 4), "linear_attention")
-    return {**rope, **part, "rope_parameters": rope["rope_parameters"] | part, "layer_types": types}
+    return {**hf.write_part(rope, config.rope_dim / config.head_dim), "layer_types": types}
 
 
 def to_published(config: Config) -> dict[str, Any]:

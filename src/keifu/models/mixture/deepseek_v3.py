@@ -115,6 +115,8 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | qwen3_moe.EXPERT_NAMES | {
     "blocks.*.feedforward.shared.down": "model.layers.*.mlp.shared_experts.down_proj",
 }  # fmt: skip
 PREFIX = "model."
+FULL_PRECISION = ("blocks.*.feedforward.router.**",)
+NOT_WEIGHTS = ("model.layers.{n_layers}.**",)  # of multi-token prediction
 MODEL_TYPES = {"deepseek_v3": "DeepseekV3ForCausalLM"}
 _ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # what vLLM needs, and what is implemented
 UNSUPPORTED: dict[str, Any] = {**_ROUTING, "moe_layer_freq": 1}

@@ -1,10 +1,15 @@
-"""Ministral (Mistral AI, 2024): Mistral's layers, of which some have a sliding window and the others see everything."""
+"""Ministral (Mistral AI, 2024): Mistral's layers, of which some have a sliding window and the others see everything.
+
+In Ministral 3 (2025) all layers see everything, and queries far behind the trained length are longer.
+"""
 
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from keifu.layers.attention.attention import Attention
+from keifu.errors import UserError
+from keifu.layers.attention.attention import Attention, TemperedAttention
+from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
@@ -26,10 +31,23 @@ class Config(llama.DecoderConfig):
     rope_theta: float = 1e8
     sliding_window: int | None = 32_768  # tokens that a local layer attends to, the token itself included
     global_layers: tuple[int, ...] = ()
+    query_growth: float | None = None  # of queries with the logarithm of their position (Ministral 3)
 
 
-SIZES = {"ministral-8b": Config()}
-PAPER_PARAMETERS = {"ministral-8b": 8.02e9}
+_ROPE = {  # of a published config of Ministral 3 that has none
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16_384, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+_ministral3 = partial(
+    Config, context_length=262_144, rope_theta=1e6, sliding_window=None, query_growth=0.1,
+    rope_scaling=RopeScaling("yarn", 16.0, 16_384, mscale=1.0, mscale_all_dim=1.0),
+)  # fmt: skip
+
+SIZES = {
+    "ministral-8b": Config(),
+    "ministral3-8b": _ministral3(hidden_dim=14_336, n_layers=34),
+}
+PAPER_PARAMETERS = {"ministral-8b": 8.02e9, "ministral3-8b": 8.4e9}
 
 
 def build(config: Config) -> DecoderLM:
@@ -38,12 +56,18 @@ def build(config: Config) -> DecoderLM:
 
 
 def _attention(config: Config, layer: int) -> Attention:
-    return llama.attention(config, window=None if layer in config.global_layers else config.sliding_window)
+    window = None if layer in config.global_layers else config.sliding_window
+    if config.query_growth is None:
+        return llama.attention(config, window=window)
+    assert config.rope_scaling is not None, "it says the trained length"
+    trained = config.rope_scaling.original_context_length
+    tempered = partial(TemperedAttention, growth=config.query_growth, trained=trained)
+    return llama.attention(config, layer=tempered, window=window)
 
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES
 PREFIX = "model."
-MODEL_TYPES = {"ministral": "MinistralForCausalLM"}
+MODEL_TYPES = {"ministral": "MinistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
 
 FIELDS: hf.Fields = llama.FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", 8),
@@ -51,17 +75,39 @@ FIELDS: hf.Fields = llama.FIELDS | {
     "sliding_window": hf.Field("sliding_window", 4096),
 }
 
+FIELDS3: hf.Fields = FIELDS | {
+    "head_dim": hf.Field("head_dim", 128),
+    "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
+    "sliding_window": hf.Field("sliding_window", None),
+}
+
 
 def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type ministral."""
+    """Read the Config of a Hugging Face config.json of model_type ministral or ministral3."""
+    if json["model_type"] == "ministral3":
+        return _read_ministral3(json)
     fields = hf.read_fields(json, FIELDS)
     types = json.get("layer_types") or ()
     full = tuple(layer for layer, name in enumerate(types) if name == "full_attention")
     return Config(**fields, **hf.read_rope(json), global_layers=full)
 
 
+def _read_ministral3(json: dict[str, Any]) -> Config:
+    rope = json.get("rope_parameters") or json.get("rope_scaling") or _ROPE
+    found = hf.read_rope({**json, "rope_parameters": rope})
+    if (growth := rope.get("llama_4_scaling_beta")) is None or found["rope_scaling"] is None:
+        raise UserError("its rope_parameters need llama_4_scaling_beta and a rope_type such as yarn.")
+    return Config(**hf.read_fields(json, FIELDS3), **found, query_growth=float(growth))
+
+
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+    if config.query_growth is not None:
+        rope = hf.write_rope(config.rope_theta, config.rope_scaling)
+        for each in (rope["rope_scaling"], rope["rope_parameters"]):
+            each["llama_4_scaling_beta"] = config.query_growth
+        kind = "ministral3"
+        return {"sliding_window": None, **hf.write(config, {kind: MODEL_TYPES[kind]}, FIELDS3), **rope}
     everything = config.global_layers if config.sliding_window else range(config.n_layers)
     return {
         "sliding_window": None,

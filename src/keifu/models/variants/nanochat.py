@@ -4,7 +4,7 @@ Rotary positions turn the other way. Queries and keys are normalised after it th
 changes no length.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -58,8 +58,11 @@ def build(config: Config) -> DecoderLM:
 
 def _attention(config: Config) -> Attention:
     head_dim = config.dim // config.n_heads
-    norm = partial(PlainRMSNorm, head_dim, config.norm_eps)
-    rotary = ReversedRotary(head_dim, config.rope_theta, config.rope_scaling)
+    scaling, magnitude = config.rope_scaling, 1.0
+    if scaling:  # the published norms come after the rotation, and undo its magnitude
+        scaling, magnitude = replace(scaling, attention_factor=1.0), scaling.magnitude()
+    norm = partial(PlainRMSNorm, head_dim, config.norm_eps / magnitude**2)
+    rotary = ReversedRotary(head_dim, config.rope_theta, scaling)
     return llama.attention(config, config.attention_bias, rotary=rotary, qk_norm=(norm(), norm()))
 
 

@@ -1,5 +1,7 @@
 """Phi-3 and Phi-4 (Abdin et al., 2024): LLaMA's layers, trained on filtered and synthetic text.
 
+Those with a long context stretch the rotary positions by LongRoPE. Phi-4 mini turns three quarters of each head.
+
 The files have q, k and v as one matrix, and gate and up as one, as keifu has them.
 """
 
@@ -8,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import Rotary
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
@@ -27,6 +30,7 @@ class Config(llama.DecoderConfig):
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     sliding_window: int | None = 2047  # a token attends to this many, itself included
+    rope_dim: int | None = None  # numbers of a head that turn by position; None: all
 
 
 _medium = partial(Config, dim=5120, hidden_dim=17_920, n_layers=40, n_heads=40, n_kv_heads=10)
@@ -45,7 +49,8 @@ def build(config: Config) -> DecoderLM:
 
 
 def _attention(config: Config, layer: int) -> Attention:
-    return llama.attention(config, window=config.sliding_window)
+    rotary = Rotary(config.rope_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
+    return llama.attention(config, window=config.sliding_window, rotary=rotary)
 
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES | {
@@ -65,14 +70,20 @@ FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name
 
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of a Hugging Face config.json of model_type phi3."""
-    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
+    fields, part = hf.read_fields(json, FIELDS), hf.read_part(json)
+    rope_dim = None if part == 1.0 else int(fields["dim"] // fields["n_heads"] * part)
+    return Config(**fields, **hf.read_rope(json, partial=True), rope_dim=rope_dim)
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+    rope, scaling = hf.write_rope(config.rope_theta, config.rope_scaling), config.rope_scaling
+    if config.rope_dim:
+        rope = hf.write_part(rope, config.rope_dim * config.n_heads / config.dim)
+    trained = scaling.original_context_length if scaling else config.context_length
     return {
         "sliding_window": None,
         **hf.write(config, MODEL_TYPES, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-        "original_max_position_embeddings": config.context_length,
+        **rope,
+        "original_max_position_embeddings": trained,
     }

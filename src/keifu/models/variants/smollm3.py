@@ -27,6 +27,8 @@ class Config(llama.DecoderConfig):
     norm_eps: float = 1e-6
     rope_theta: float = 5e6
     position_free: tuple[int, ...] | None = None  # layers without positions; None: every fourth, from layer 3 on
+    sliding_window: int | None = None  # tokens that the layers in `window_layers` attend to
+    window_layers: tuple[int, ...] = ()
     attention_bias: bool = False
     feedforward_bias: bool = False
     tied: bool = field(default=True, kw_only=True)
@@ -50,14 +52,13 @@ def position_free(config: Config) -> tuple[int, ...]:
 
 def _attention(config: Config, layer: int) -> Attention:
     without: dict[str, Any] = {"rotary": None} if layer in position_free(config) else {}
-    return llama.attention(config, config.attention_bias, **without)
+    window = config.sliding_window if layer in config.window_layers else None
+    return llama.attention(config, config.attention_bias, window=window, **without)
 
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES
 PREFIX = "model."
 MODEL_TYPES = {"smollm3": "SmolLM3ForCausalLM"}
-UNSUPPORTED = {"use_sliding_window": False}
-
 FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "head_dim"} | {
     "n_kv_heads": hf.Field("num_key_value_heads", 4),
     "attention_bias": hf.Field("attention_bias", False),
@@ -74,7 +75,11 @@ def from_published(json: dict[str, Any]) -> Config:
         free = tuple(layer for layer, has_positions in enumerate(uses[:n_layers]) if not has_positions)
     usual = free == tuple(range(3, n_layers, 4))
     rope = hf.read_rope(json, default_theta=2e6)
-    return Config(**hf.read_fields(json, FIELDS), **rope, position_free=None if usual else free)
+    window, types = json.get("sliding_window"), json.get("layer_types")
+    layers = free if types is None else tuple(layer for layer, name in enumerate(types) if name == "sliding_attention")
+    windows = {"sliding_window": window, "window_layers": layers}
+    used = windows if json.get("use_sliding_window", False) and window and layers else {}
+    return Config(**hf.read_fields(json, FIELDS), **rope, position_free=None if usual else free, **used)
 
 
 def to_published(config: Config) -> dict[str, Any]:
@@ -84,4 +89,7 @@ def to_published(config: Config) -> dict[str, Any]:
         **hf.write(config, MODEL_TYPES, FIELDS),
         **hf.write_rope(config.rope_theta, config.rope_scaling),
         "no_rope_layers": [int(layer not in free) for layer in range(config.n_layers)],
+        "use_sliding_window": bool(config.window_layers),
+        "sliding_window": config.sliding_window,
+        "layer_types": hf.layer_types(config.n_layers, {*range(config.n_layers)} - {*config.window_layers}),
     }
