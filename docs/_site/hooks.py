@@ -77,10 +77,11 @@ def on_page_content(html: str, **_: object) -> str:
 
 
 def mathml(latex: str, display: str) -> str:
-    """Return a formula as MathML; `latex` has the entities of HTML."""
+    """Return a formula as MathML; `latex` has the entities of HTML. Formulas with \\qquad between them may wrap."""
     for entity, character in ENTITIES.items():
         latex = latex.replace(entity, character)
-    return convert(latex.strip(), display=display)
+    parts = [convert(part.strip(), display=display) for part in latex.split(r"\qquad")]
+    return parts[0] if len(parts) == 1 else f'<div class="formulas">{"".join(parts)}</div>'
 
 
 def on_post_page(output: str, page: Page, **_: object) -> str:

@@ -48,7 +48,7 @@ def catalogue() -> str:
 
 def sections(commands: Iterable[list[str]]) -> str:
     """Return a heading for each command, and its help text below it."""
-    return "\n\n".join(f"## {words[-1]}\n\n```text\n{help_of(*words)}\n```" for words in commands)
+    return "\n\n".join(f"## {words[-1]}\n\n```{{.text .help}}\n{help_of(*words)}\n```" for words in commands)
 
 
 def fill(page: str) -> str:

@@ -152,7 +152,7 @@ def test_a_model_that_writes_nothing_says_so(tmp_path: Path, capsys: pytest.Capt
     checkpoints.save(perceptron.build(perceptron.Config()), None, tmp_path)
     with pytest.raises(SystemExit):
         cli.main(["generate", str(tmp_path), "Once"])
-    assert "writes no text: a Perceptron cannot; choose a language model, such as smollm2." in capsys.readouterr().err
+    assert "writes no text: Perceptron is not a language model; choose one, such as smollm2." in capsys.readouterr().err
 
 
 def test_bytes_that_are_no_text_are_named_by_their_line() -> None:

@@ -9,6 +9,7 @@ of ```text below a command that is not made smaller and does not train is its ou
 import re
 import shlex
 import sys
+import wave
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
@@ -44,16 +45,19 @@ ENOUGH = {  # options that a training gets, each only if the page gives none; ot
     "classifier": "",
     "clip": "--steps 2 --warmup 1 --batch-size 8",
     "dalle": "--clip-steps 2 --vae-steps 2 --steps 2 --batch-size 4",
+    "dpo": "--steps 2 --batch-size 2 --context-length 64",
     "gpt1": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
     "gpt2": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES}",
     "gpt3": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
-    "instruct": "--sft.steps 2 --reward.steps 2 --ppo.steps 1 --ppo.rollouts 4 --ppo.warmup 1",
+    "grpo": "--steps 2 --prompts 2 --group 2 --max-tokens 4 --sums.count 20",
+    "instruct": "--sft.steps 2 --reward.steps 2 --ppo.steps 1 --ppo.rollouts 4 --ppo.warmup 1 --ppo.max-tokens 8",
     "latent-diffusion": "--clip-steps 2 --autoencoder-steps 2 --steps 2 --batch-size 4",
     "llama": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES}",
     "palm": f"--steps 2 --batch-size 2 {BLOCK_SIZES} --model.head-dim 16",
     "palm2": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES} --model.head-dim 16",
     "perceptron": "",
-    "ppo": "--steps 1 --rollouts 4 --warmup 1",
+    "ppo": "--steps 1 --rollouts 4 --warmup 1 --max-tokens 8",
+    "see": "--steps 2 --batch-size 2 --image.dim 32 --image.hidden-dim 64 --image.n-layers 1 --image.n-heads 2",
     "seq2seq": "--steps 2 --vocab-size 300 --model.dim 32 --model.embedding-dim 32 --model.maxout-dim 16",
     "unclip": "--clip-steps 2 --steps 2 --batch-size 4",
 }
@@ -66,7 +70,8 @@ DEFAULTS = {"bert": "wiki-summaries", "transformer": "tatoeba-ja-en", "clip": "e
 QUICK = [f"guides/{name}.md" for name in ("own_chat", "translator")]
 QUICK += ["../README.md", "extending/model.md", "extending/pieces.md"]
 WAITS = re.compile(r"keifu (?:serve|compare|data clear|chat \S+ *(?:#|$))")  # these ask a person or wait for requests
-READERS = re.compile(r"my-stable-diffusion/|v1-5-pruned\.safetensors|mine\.yaml|runs/causal")  # files of a reader
+# files of a reader, and weights that are too large for a test
+READERS = re.compile(r"my-stable-diffusion/|v1-5-pruned\.safetensors|mine\.yaml|runs/causal|openai/whisper-small")
 LANDMARKS = sorted(path.stem for path in (ROOT / "docs/lineage").glob("*.md") if not path.name.endswith(".ja.md"))
 REFUSED = "# refuses"  # a remark of a command that must end with an error
 SLOW = [f"guides/{name}.md" for name in ("drawing", "search", "finetuning", "attention", "evaluating")]
@@ -162,6 +167,10 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the guides read, into which they may write."""
     for name in ("examples", "benchmarks", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "picture.png").symlink_to(ROOT / "examples/data/pictures/red-circle.png")
+    with wave.open(str(tmp_path / "talk.wav"), "wb") as file:  # a reader's recording, here a second of silence
+        file.setparams((1, 2, 16000, 16000, "NONE", ""))
+        file.writeframes(bytes(32000))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     for package in not_in_the_demonstration():

@@ -107,7 +107,7 @@ def explain_not_causal(model: nn.Module) -> str:
         return "as an encoder-decoder, it turns one text into another and does not go on with it: use keifu translate."
     if isinstance(model, TaskHeadModel):
         return "it was fine-tuned to choose a label or an answer: use keifu classify."
-    return f"a {name} cannot; choose a language model, such as smollm2."
+    return f"{name} is not a language model; choose one, such as smollm2."
 
 
 def causal(model: nn.Module) -> Model:
