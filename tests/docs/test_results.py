@@ -9,7 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from keifu.evaluation.intervals import bootstrap
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if not path.name.endswith(".ja.md"))
@@ -93,6 +96,7 @@ def test_a_wrong_command_would_be_seen(command: str) -> None:
 
 
 DATA = ROOT / "docs/results/data"
+LANGUAGE = ROOT / "docs/results/language.md"
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 TABLES = [page for page in RESULTS if page.name != "peers.md" and "\n|---" in page.read_text(encoding="utf-8")]
 
@@ -190,10 +194,29 @@ def test_the_meshes_table_is_what_the_benchmark_wrote() -> None:
 
 
 def test_the_memory_of_a_context_is_that_of_the_bytes() -> None:
-    (table,) = [each for each in of_data(ROOT / "docs/results/language.md") if each["section"].startswith("Memory")]
+    (table,) = [each for each in of_data(LANGUAGE) if each["section"].startswith("Memory")]
     assert [name for name, *_ in table["rows"]] == [*table["values"]]
     for name, *cells in table["rows"]:
         assert cells == [f"{size / 2**20:,.1f}" for size in table["values"][name].values()]
+
+
+def test_recall_is_that_of_the_seeds() -> None:
+    found = [each for each in of_data(LANGUAGE) if each["section"].startswith("Recall ")]
+    assert found
+    for table in found:
+        for name, *cells in table["rows"]:
+            percent = [[100 * share for share in shares] for shares in table["values"][name].values()]
+            assert cells == [f"{np.mean(each):.1f} ({min(each):.1f} to {max(each):.1f})" for each in percent]
+
+
+def test_shares_of_new_names_are_those_of_the_emoji() -> None:
+    (table,) = [each for each in of_data(ROOT / "docs/results/text_and_pictures.md") if "locked" in each["section"]]
+    families = table["values"].pop("families")
+    for (_, *cells), ways in zip(table["rows"], table["values"].values(), strict=True):
+        for cell, hits in zip(cells, ways.values(), strict=True):
+            right = np.array([*map(int, hits)])
+            low, high = bootstrap(right, clusters=families)
+            assert cell == f"{right.mean():.1%} ({low:.1%} to {high:.1%})"
 
 
 def test_a_benchmark_replaces_its_own_table_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
