@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from speech_vocabulary import learn_tokenizer
 
 from keifu import checkpoints
 from keifu.checkpoints.ctranslate2 import PARTS
 from keifu.errors import UserError
 from keifu.generation.speech.rules import SPECIAL
 from keifu.models.speech import whisper
+from keifu.recipes.speech.whisper import learn_tokenizer
 
 CONFIG = whisper.Config(
     context_length=20, audio_length=12, n_mels=5, dim=16, hidden_dim=24, n_layers=2, n_decoder_layers=1, n_heads=4,

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from speech_vocabulary import learn_tokenizer
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.recipes.speech.whisper import learn_tokenizer
 
 SPECIAL = (
     "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|ja|>", "<|translate|>", "<|transcribe|>", "<|startofprev|>",

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import toy_captions  # noqa: E402
 from toy_questions import coloured_shapes  # noqa: E402
+from toy_recordings import tones  # noqa: E402
 
 from keifu import checkpoints  # noqa: E402
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
@@ -73,6 +74,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "stories": jsonl(folder / "stories.jsonl", [{"text": story} for story in stories]),
         "labels": jsonl(folder / "labels.jsonl", labels),
         "seen": coloured_shapes(folder / "seen", 8),
+        "spoken": tones(folder / "spoken", 12),
         "chats": jsonl(folder / "chats.jsonl", [{"prompt": w, "response": f"good {w}"} for w in words]),
         "preferences": jsonl(
             folder / "preferences.jsonl", [{"prompt": w, "chosen": f"good {w}", "rejected": "bad"} for w in words]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_hearing
 import test_wiring_assistant
 import test_wiring_images
 import test_wiring_language
@@ -100,6 +101,6 @@ def test_the_demonstration_trains_as_long_on_what_it_is_given(tmp_path: Path, mo
 
 def test_every_recipe_has_a_table() -> None:
     """Here or in the other files of this kind."""
-    modules = (test_wiring_language, test_wiring_assistant, test_wiring_images)
+    modules = (test_wiring_language, test_wiring_assistant, test_wiring_images, test_hearing)
     known = {"perceptron", "demo", *TABLE, *(name for module in modules for name in module.TABLE)}
     assert {name.replace("-", "_") for name in train.recipes()} - known == {"instruct"}  # made of three of these

@@ -9,6 +9,8 @@ import pytest
 from serving_toys import WAIT, running
 
 from keifu import checkpoints
+from keifu.data.audio.sound_files import read_sound
+from keifu.generation.speech.transcription import transcribe
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits
 
@@ -40,6 +42,9 @@ def test_a_file_and_a_recording_are_written_down(browser: Any, tmp_path: Path, w
         page.set_input_files("#listen [name=sound]", tmp_path / "a.wav")
         page.click("#listen form button:not([type])")
         page.wait_for_selector("#listen .spoken")
+        model, _ = checkpoints.load(tmp_path / "whisper")
+        expected = [each.text.strip() for each in transcribe(model, words, read_sound(tmp_path / "a.wav")).segments]
+        assert page.eval_on_selector_all("#listen .spoken span", "all => all.map(each => each.textContent)") == expected
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.evaluate("document.querySelector('#listen audio').src").startswith("blob:")
         page.fill("#listen [name=spoken]", "jp")

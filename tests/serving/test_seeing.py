@@ -155,6 +155,10 @@ def test_the_page_shows_a_picture_to_a_model_that_sees(
     assert word in page.locator("#add-picture").inner_text()
     box = page.locator("#picture").bounding_box()
     assert box and box["x"] + box["width"] <= width
+    page.click("#show-settings")
+    page.fill("#max_tokens", "8")
+    page.fill("#temperature", "0")
+    page.click("#settings form > button")
     page.locator("#picture").set_input_files(seer.parent / "shown/one.png")
     page.fill("#message", "What?")
     with page.expect_request("**/v1/chat/completions", timeout=120_000) as asked:
@@ -164,6 +168,10 @@ def test_the_page_shows_a_picture_to_a_model_that_sees(
     assert [part["type"] for part in parts] == ["text", "image_url"]
     assert parts[1]["image_url"]["url"] == url(png(1))
     page.wait_for_selector("article.assistant", timeout=120_000)
+    page.wait_for_selector("#send:visible", timeout=120_000)
+    client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="none", max_retries=0, timeout=120)
+    one, other = (answer(client, url(png(seed))).split() for seed in (1, 2))
+    assert page.inner_text("article.assistant .text").split() == one != other
     assert page.locator("article.user img.shown").count() == 1
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.screenshot(path=tmp_path / "page.png")

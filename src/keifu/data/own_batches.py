@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -26,7 +26,8 @@ class OwnBatches(EpochBatches):
     """Batches for the training loop, drawn without replacement; every epoch has another order.
 
     source: tensors by name whose first axis is examples, {"x": x, "y": y}, or a data set whose examples are dicts of
-    tensors or numbers. held_out: the share of the examples that is kept for validation, chosen by the seed.
+    tensors or numbers. held_out: the share of the examples that is kept for validation, chosen by the seed; or their
+    numbers.
     fingerprint: what says that the data are the same when a run is resumed; None: computed from the tensors, or for a
     data set from its length and 16 of its examples.
 
@@ -38,19 +39,19 @@ class OwnBatches(EpochBatches):
     """
 
     def __init__(
-        self, source: Mapping[str, Tensor] | IndexedExamples, batch_size: int, seed: int = 0, held_out: float = 0.1,
-        fingerprint: str | None = None,
+        self, source: Mapping[str, Tensor] | IndexedExamples, batch_size: int, seed: int = 0,
+        held_out: float | Sequence[int] = 0.1, fingerprint: str | None = None,
     ):  # fmt: skip
         self.source = source
         count = _count(source)
         order = np.random.default_rng([seed, 1]).permutation(count)
-        n_held_out = round(held_out * count)
-        self.held_out, self.training = np.sort(order[:n_held_out]), np.sort(order[n_held_out:])
+        held = held_out if isinstance(held_out, Sequence) else order[: round(held_out * count)]
+        self.held_out, self.training = np.sort(np.array(held, np.int64)), np.setdiff1d(order, held)
         if not 1 <= batch_size <= len(self.training):
-            few = f"{len(self.training)} examples for training ({n_held_out} are held out)"
+            few = f"{len(self.training)} examples for training ({len(held)} are held out)"
             raise UserError(f"A batch of {batch_size} cannot be drawn from {few}: choose a smaller batch_size.")
         self.fingerprint = fingerprint or _fingerprint(source, count, held_out)
-        super().__init__(len(self.training), n_held_out, batch_size, seed, self._order)
+        super().__init__(len(self.training), len(held), batch_size, seed, self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, 0, epoch]).permutation(self.training)
@@ -77,7 +78,7 @@ def _count(source: Mapping[str, Tensor] | IndexedExamples) -> int:
     return next(iter(lengths.values()))
 
 
-def _fingerprint(source: Mapping[str, Tensor] | IndexedExamples, count: int, held_out: float) -> str:
+def _fingerprint(source: Mapping[str, Tensor] | IndexedExamples, count: int, held_out: float | Sequence[int]) -> str:
     """SHA-256 of the tensors; of a data set, its length and examples spread evenly over it."""
     digest = hashlib.sha256(json.dumps([count, held_out]).encode())
     if isinstance(source, Mapping):

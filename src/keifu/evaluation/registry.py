@@ -47,9 +47,9 @@ class EvalOptions:
     """Swap the sides of the pairs: the second is the source."""
     language: str | None = None
     """The code of the language that is translated into, such as ja, where the data does not tell it; or of the captions
-    that are drawn."""
+    that are drawn, or of the speech."""
     beam: Count | None = None
-    """Translations held open at a time; unset: 4."""
+    """Translations held open at a time, unset: 4; or transcripts, unset: 1."""
     alpha: Finite | None = None
     """Exponent of the length penalty; unset: 0.6."""
     batch_size: Count | None = None

@@ -217,6 +217,8 @@ REFUSED = {
     "use_dynamic_shifting": ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}),
     "shift_terminal": ("scheduler/scheduler_config.json", {"shift_terminal": 0.1}),
     "invert_sigmas": ("scheduler/scheduler_config.json", {"invert_sigmas": True}),
+    "stochastic_sampling": ("scheduler/scheduler_config.json", {"stochastic_sampling": True}),
+    "use_exponential_sigmas": ("scheduler/scheduler_config.json", {"use_exponential_sigmas": True}),
     "mish": ("transformer/config.json", {"activation_fn": "mish"}),
     "A patch of 9": ("transformer/config.json", {"patch_size": 9}),
 }

@@ -32,7 +32,7 @@ class ConvStem(nn.Module):
         self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
 
     def forward(self, features: Features) -> Float[Tensor, "batch heard dim"]:
-        return F.gelu(self.conv2(F.gelu(self.conv1(features)))).transpose(1, 2)
+        return F.gelu(self.conv2(F.gelu(self.conv1(features.to(self.conv1.weight.dtype))))).transpose(1, 2)
 
 
 def spaced_sinusoids(length: int, dim: int) -> Float[Tensor, "length dim"]:

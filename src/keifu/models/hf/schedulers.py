@@ -34,7 +34,8 @@ FLOW_FIELDS: Fields = {
     "shift": Field("shift", 1.0, float),
     "clip": Field("_clip_sample_range", None),  # keifu's own: diffusers ignores such names
 }
-FLOW_UNSUPPORTED = {"use_dynamic_shifting": False, "invert_sigmas": False, "shift_terminal": None}
+_OFF = ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas")
+FLOW_UNSUPPORTED = dict.fromkeys((*_OFF, "use_beta_sigmas"), False) | {"shift_terminal": None}
 SILENT = {UNCLIP: "squaredcos_cap_v2"}  # the default schedule of a class
 SOLVERS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete",
            "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete")  # fmt: skip

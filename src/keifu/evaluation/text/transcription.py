@@ -1,0 +1,73 @@
+"""Evaluation of a model that hears on recordings with transcripts: the word error rate."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from keifu.data.audio.recordings import DIGITS, FILE, read_recordings
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.evaluation.intervals import bootstrap
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.generation.speech.transcription import TranscriptionParams, transcribe
+from keifu.layers.transformer.speech import SpeechRecognizer
+
+ABOUT = "a model that hears on recordings with transcripts (spoken-digits or a folder): the word error rate"
+OPTIONS = {"output", "beam", "language"}
+
+
+def takes(model: nn.Module) -> bool:
+    """Return whether the model hears."""
+    return isinstance(model, SpeechRecognizer)
+
+
+def names() -> list[str]:
+    """Return the name of the recordings that are made here."""
+    return [DIGITS]
+
+
+def accepts(on: str) -> bool:
+    """Return whether `on` is that name, or a folder of recordings."""
+    return on == DIGITS or (Path(on) / FILE).is_file()
+
+
+def words(text: str) -> list[str]:
+    """Return the words that are compared: in lower case, without punctuation."""
+    return re.sub(r"[^\w' ]+", " ", text.lower()).split()
+
+
+def word_errors(written: Sequence[str], said: Sequence[str]) -> int:
+    """Return the least number of words that are inserted, deleted or replaced (Levenshtein, 1966)."""
+    row = list(range(len(written) + 1))
+    for n, word in enumerate(said, 1):
+        last, row[0] = row[0], n
+        for k, other in enumerate(written, 1):
+            last, row[k] = row[k], min(row[k] + 1, row[k - 1] + 1, last + (word != other))
+    return row[-1]
+
+
+def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
+    """Return the word error rate on the test part, or on the first `limit` of it."""
+    tested = read_recordings(request.on)[1][: request.limit]
+    if not tested:
+        raise UserError(f'{request.on} has no recordings to test on: give some of them "part": "test".')
+    settings = TranscriptionParams(language=request.language, beams=request.beam or 1)
+    written = [transcribe(model, tokenizer, each.samples(), settings).text for each in tested]
+    lengths = [len(words(each.text)) for each in tested]
+    wrong = [word_errors(words(text), words(each.text)) for text, each in zip(written, tested, strict=True)]
+    rates, recordings = (np.repeat(each, lengths) for each in (np.divide(wrong, lengths), np.arange(len(tested))))
+    low, high = bootstrap(rates, clusters=recordings)
+    figures: dict[str, float | int | str] = {
+        "word error rate": round(sum(wrong) / sum(lengths), 4),
+        "word error rate, 95% interval": f"{low:.4f} to {high:.4f}",
+        "recordings without an error": round(wrong.count(0) / len(wrong), 4),
+        "words": sum(lengths),
+        "recordings": len(tested),
+    }
+    rows = [(e.file_name, e.speaker, e.text, *more) for e, *more in zip(tested, written, wrong, strict=True)]
+    notes = ("The speech is synthetic: espeak-ng made it.",) if request.on == DIGITS else ()
+    return EvalResult(figures, notes, items=ResultTable(("file_name", "speaker", "text", "written", "errors"), rows))

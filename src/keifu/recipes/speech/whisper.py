@@ -1,0 +1,141 @@
+"""Whisper (Radford et al., 2022) from nothing: sounds and their transcripts in, a model that writes them down out.
+
+Paper: "Robust Speech Recognition via Large-Scale Weak Supervision": 680,000 hours, windows of 30 seconds, AdamW, 2^20
+updates of 256 windows, a rate that rises for 2,048 updates and falls to zero. Here: windows of 3 seconds, a model of
+about a million parameters, and digits that espeak-ng speaks (synthetic speech; Debian's package espeak-ng). The
+transcripts have no times.
+Command: keifu train whisper --data spoken-digits
+Cost: printed before it starts, measured on the machine.
+Expected: see docs/lineage/whisper.md; keifu evaluate prints the word error rate of other voices.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from tokenizers import AddedToken
+from torch import nn
+
+from keifu.data.audio.recordings import hear, read_recordings
+from keifu.data.own_batches import OwnBatches
+from keifu.data.padding import stack_rows
+from keifu.data.tokenizers.bpe import byte_level_backend
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.devices import choose
+from keifu.errors import UserError, shell
+from keifu.evaluation.text.transcription import word_errors, words
+from keifu.generation.speech.rules import NO_TIMESTAMPS, SPECIAL, speech_tokens
+from keifu.models.speech import whisper
+from keifu.ranges import BelowOne, Count
+from keifu.recipes.assistant.finetuning import held_out
+from keifu.recipes.runs import parameters, train_run
+from keifu.training.loop import Summary
+from keifu.training.objectives.language_modeling import transcription
+from keifu.training.protocols import Batch, LossOutput, Objective
+from keifu.training.settings import Settings
+
+LEARNING = Settings(
+    steps=1000, batch_size=32, learning_rate=1e-3, warmup=100, schedule="linear", final_ratio=0.0, weight_decay=0.1,
+    betas=(0.9, 0.98), epsilon=1e-6, evaluate_every=100, save_every=100,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run."""
+
+    data: str = "spoken-digits"
+    """spoken-digits (made by espeak-ng), or a folder with sound files and metadata.jsonl (file_name, text; and speaker,
+    "part": "test")."""
+    held_out: BelowOne = 0.1
+    """Share of the speakers, or of the recordings, that is kept for validation, chosen by a hash of the name."""
+    vocab_size: Count = 512
+    """Tokens of the tokenizer that is learned from the transcripts, at least 261; few words need fewer."""
+    model: whisper.Config = whisper.Config(
+        context_length=32, audio_length=150, dim=128, hidden_dim=512, n_layers=2, n_heads=4
+    )
+    """The model; vocabulary and special tokens are the tokenizer's. A window has audio-length / 50 seconds."""
+    training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
+    """Settings of the training loop."""
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int, special: Sequence[str] = SPECIAL) -> Tokenizer:
+    """Learn a byte-level BPE of transcripts; its special tokens, which end with `<|notimestamps|>`, follow its text.
+
+    `vocab_size` counts text and special tokens, at least 256 bytes and those. Its models write no times.
+    """
+    learned = train_tokenizer("bpe", texts, max(vocab_size - len(special), 256) + 1)
+    parts = learned.description()["model"]
+    backend = byte_level_backend(
+        {token: n - 1 for token, n in parts["vocab"].items() if n}, map(tuple, parts["merges"])
+    )
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    ends = {f"{role}_token": special[0] for role in ("bos", "eos", "pad")}
+    settings = {"no_timestamps_token_id": backend.token_to_id(NO_TIMESTAMPS), "return_timestamps": False}
+    return Tokenizer(backend, ends, generation_config=settings | {"is_multilingual": False})
+
+
+def counting_errors(tokenizer: Tokenizer, begin: int, tokens_per_word: float) -> Objective:
+    """Return the loss of transcripts; in validation it also counts the errors in what the model writes by itself.
+
+    begin: number of tokens that begin each transcript. tokens_per_word: of the validation data, since figures are means
+    over tokens.
+    """
+
+    def loss(model: Any, batch: Batch) -> LossOutput:
+        found = transcription(model, batch)
+        if model.training:
+            return found
+        longest = batch["target"].shape[1]
+        state = model.listen(batch["features"], longest)
+        tokens = written = batch["target"][:, :begin]
+        while state.length < longest:
+            tokens = model.logits(model.hidden(tokens, state)[:, -1:]).argmax(-1)
+            written = torch.cat([written, tokens], 1)
+        pairs = zip(*(map(said, rows.tolist()) for rows in (written, batch["target"])), strict=True)
+        wrong = sum(word_errors(*pair) for pair in pairs) * tokens_per_word
+        return found._replace(figures={"word_error_rate": found.total.new_tensor(wrong)})
+
+    def said(row: list[int]) -> list[str]:
+        """Return the words up to the end of a transcript."""
+        return words(tokenizer.decode(row[: [*row, tokenizer.eos_id].index(tokenizer.eos_id)]))
+
+    return loss
+
+
+def prepare(recipe: Recipe) -> tuple[nn.Module, Objective, OwnBatches, Tokenizer]:
+    """Read the recordings, learn the tokenizer and build the model."""
+    found, _ = read_recordings(recipe.data)
+    learned, held = held_out(range(len(found)), [each.speaker for each in found], recipe.held_out)
+    tokenizer = learn_tokenizer([" " + found[number].text for number in learned], recipe.vocab_size)
+    end, start = (tokenizer.token_id(token) for token in SPECIAL[:2])
+    config = replace(recipe.model, vocab_size=tokenizer.vocab_size, start_id=start, end_id=end, pad_id=end)
+    prompt = speech_tokens(config, tokenizer).prompt(None, "transcribe")
+    ids = [[*prompt, *tokenizer.encode(" " + each.text), end] for each in found]
+    if (most := max(map(len, ids)) - 1) > config.context_length:
+        raise UserError(f"A transcript has {most} tokens: set --model.context-length to at least that.")
+    features = torch.stack([hear(each, config.n_mels, 2 * config.audio_length) for each in found])
+    target, mask = stack_rows(ids, end)
+    source = {"features": features, "target": target, "target_mask": mask}
+    data = OwnBatches(source, recipe.training.batch_size, recipe.training.seed, held)
+    said = sum(len(words(found[number].text)) for number in held)
+    per_word = sum(len(ids[number]) - 1 for number in held) / max(1, said)
+    torch.manual_seed(recipe.training.seed)
+    return whisper.build(config).to(choose()), counting_errors(tokenizer, len(prompt), per_word), data, tokenizer
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Train into `out`, which keifu transcribe, keifu evaluate and transformers read afterwards."""
+    model, objective, data, tokenizer = prepare(recipe)
+    summary = train_run(
+        out, resume, model, objective, data, recipe.training, tokenizer, title="Whisper", parameters=parameters(model),
+        paper="Radford et al., Robust Speech Recognition (2022)",
+        facts={"source": recipe.data, "recordings to learn from": len(data.training), "held out": len(data.held_out)},
+        options={"model": vars(model.config), "data": recipe.data, "held_out": recipe.held_out},
+    )  # fmt: skip
+    print(f"The model is in {out}: keifu transcribe {shell(out)} FILE")
+    return summary
