@@ -35,7 +35,7 @@ from keifu.training.trainer import Trainer
 
 NAME = "keifu"
 STEPS = {"characters": 115, "english": 150, "digits": 200}  # until the rates are at their end
-EVERY = 5  # steps between measurements
+EVERY = {"characters": 5, "english": 10, "digits": 20}  # steps between measurements
 AT_ONCE = 64  # pictures
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ def characters(task: Texts, seed: int) -> Iterator[tuple[int, Predictor]]:
     _, config, settings = WAYS["keifu"]
     config, settings = replace(config, vocab_size=len(places)), replace(settings, steps=STEPS["characters"], seed=seed)
     shards = Shards(*parts, index={"source": "characters"})
-    return language(shards, config, settings, lambda text: [places[c] for c in text])
+    return language(shards, config, settings, EVERY["characters"], lambda text: [places[c] for c in text])
 
 
 def english(task: Texts, seed: int) -> Iterator[tuple[int, Predictor]]:
@@ -62,18 +62,18 @@ def english(task: Texts, seed: int) -> Iterator[tuple[int, Predictor]]:
     def encode(document: str) -> list[int]:
         return [*tokenizer.encode(document), cast(int, tokenizer.eos_id)]
 
-    return language(shards, config, settings, encode)
+    return language(shards, config, settings, EVERY["english"], encode)
 
 
 def language(
-    shards: Shards, config: llama.Config, settings: Settings, encode: Callable[[str], list[int]]
+    shards: Shards, config: llama.Config, settings: Settings, every: int, encode: Callable[[str], list[int]]
 ) -> Iterator[tuple[int, Predictor]]:
     """Train LLaMA's block."""
     torch.manual_seed(settings.seed)
     model = llama.build(config)
     predictor = Predictor(model, encode, config.context_length)
     data = PackedText(shards, config.context_length, settings.batch_size, settings.seed)
-    for step in train(model, causal_language_modeling, data, settings):
+    for step in train(model, causal_language_modeling, data, settings, every):
         yield step, predictor
 
 
@@ -91,12 +91,13 @@ def digits(task: Digits, seed: int) -> Iterator[tuple[int, Draw]]:
         parts = [seeds[first : first + AT_ONCE] for first in range(0, len(seeds), AT_ONCE)]
         return torch.cat([painter.draw(wanted, part) for part in parts])
 
-    for step in train(model, objective, add_draws(batches, seed), settings):
+    for step in train(model, objective, add_draws(batches, seed), settings, EVERY["digits"]):
         yield step, draw
 
 
-def train(model: nn.Module, objective: Objective, data: Data, settings: Settings) -> Iterator[int]:
-    """Train, and stop for measurements near the end and after it, with the moving average if one is kept.
+def train(model: nn.Module, objective: Objective, data: Data, settings: Settings, every: int) -> Iterator[int]:
+    """Train, and stop for a measurement every so many steps near the end and after it, with the moving average if one
+    is kept.
 
     The rates fall to a tenth in `settings.steps`. As many steps more follow at that tenth, for other machines, on which
     the target may take a few more.
@@ -109,7 +110,7 @@ def train(model: nn.Module, objective: Objective, data: Data, settings: Settings
             assert gradient
             trainer.update(gradient)
             done = step + 1
-            if done % EVERY == 0 and done >= 0.9 * end:
+            if done % every == 0 and done >= 0.9 * end:
                 with trainer.optimizers.averaged():
                     model.eval()
                     yield done

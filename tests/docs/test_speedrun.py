@@ -106,10 +106,10 @@ def test_equal_digits_are_near_and_others_are_far() -> None:
 
 
 def test_the_entry_of_keifu_learns_characters_and_gives_the_same_values_again(monkeypatch) -> None:
-    _, config, settings = keifu_entry.WAYS["keifu"]
+    every, (_, config, settings) = keifu_entry.EVERY["characters"], keifu_entry.WAYS["keifu"]
     small = replace(config, dim=16, hidden_dim=32, n_layers=1, n_heads=2), replace(settings, batch_size=4)
     monkeypatch.setattr(keifu_entry, "WAYS", {"keifu": (None, *small)})
-    monkeypatch.setattr(keifu_entry, "STEPS", {"characters": keifu_entry.EVERY})
+    monkeypatch.setattr(keifu_entry, "STEPS", {"characters": every})
     task = tracks.Texts(["to be or not to be, that is the question\n" * 20], ["to be or not to be\n" * 10])
 
     def values() -> list[tuple[int, float]]:
@@ -117,7 +117,7 @@ def test_the_entry_of_keifu_learns_characters_and_gives_the_same_values_again(mo
         return [(step, tracks.nats_per_character(task, predictor)) for step, predictor in steps]
 
     (first, begun), (second, ended) = found = values()
-    assert (first, second) == (keifu_entry.EVERY, 2 * keifu_entry.EVERY)
+    assert (first, second) == (every, 2 * every)
     assert ended < begun < math.log(len(tracks.alphabet(task)))
     assert values() == found
 
