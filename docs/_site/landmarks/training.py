@@ -52,7 +52,7 @@ def dpo(drawing: Drawing) -> None:
     rest = [
         Part(("log-ratio of each answer", "各答えの対数比"), "ln π(y) − ln π_ref(y)", "norm"),
         Part(
-            "−ln σ(β (better − worse))",
+            ("−ln σ(β (better − worse))", "−ln σ(β (良い − 悪い))"),
             ("loss: no reward model, no sampling", "損失：報酬モデルもサンプリングも不要"),
             "goal",
         ),
