@@ -65,7 +65,7 @@ def decoding(kind: str, length: int, options: argparse.Namespace) -> tuple[Calla
         state.advance()
 
     def steps() -> None:
-        state.rollback(length)
+        state.lengths = [length]
         for _ in range(STEPS):
             step(x)
 

@@ -121,7 +121,7 @@ def stepping(model: DecoderLM, length: int, batch: int) -> tuple[Callable[[], No
     token = torch.zeros(batch, 1, dtype=torch.int64)
 
     def work() -> None:
-        state.rollback(length)
+        state.lengths = [length] * batch
         for _ in range(TOKENS):
             model.logits(model.hidden(token, state)[:, -1]).float()
 

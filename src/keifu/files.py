@@ -249,6 +249,15 @@ def check_output(path: Path, option: str, folder: bool) -> None:
         raise UserError(f"{option} {path} cannot be written: {reason}.") from None
 
 
+def packaged(folder: str) -> Path:
+    """Return a folder that a wheel has in the package and a checkout at its root; a `UserError` where neither is."""
+    here = Path(__file__).parent
+    for path in (here / folder, here.parents[1] / folder):
+        if path.is_dir():
+            return path
+    raise UserError(f"The folder {folder} is not installed: install keifu from a wheel, or run a checkout.")
+
+
 def neighbours(path: Path, pattern: str = "*") -> list[str]:
     """Return the files next to a path that is missing, to suggest the nearest name."""
     return [str(each) for each in path.parent.glob(pattern)]

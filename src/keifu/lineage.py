@@ -8,13 +8,11 @@ import base64
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from keifu.errors import UserError, require_known
-from keifu.files import read_json
+from keifu.errors import require_known
+from keifu.files import packaged, read_json
 
-DOCS = Path(__file__).parent / "docs", Path(__file__).parents[2] / "docs"  # of a wheel, of a checkout
 LANGUAGES = ("en", "ja")
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
 WIDTH, HEIGHT, ACROSS, DOWN = 216, 30, 258, 62  # of a box in the drawing, and from one box to the next
@@ -52,18 +50,10 @@ class Landmark:
     published: str
 
 
-def docs() -> Path:
-    """Return the folder of the pages and their pictures; a `UserError` where there is none."""
-    found = next((folder for folder in DOCS if (folder / "lineage/lineage.json").is_file()), None)
-    if found is None:
-        raise UserError("The pages of the lineage are not installed: install keifu from a wheel, or run a checkout.")
-    return found
-
-
 def landmarks(language: str = "en") -> list[Landmark]:
     """Return all landmarks in a language, the oldest first."""
     require_known("language", language, LANGUAGES)
-    rows: list[dict[str, Any]] = read_json(docs() / "lineage/lineage.json")
+    rows: list[dict[str, Any]] = read_json(packaged("docs") / "lineage/lineage.json")
     ending = f"_{language}"
     rows = [row | {key.removesuffix(ending): row[key] for key in row if key.endswith(ending)} for row in rows]
     return [
@@ -161,7 +151,7 @@ def routes(found: list[Landmark]) -> list[list[tuple[int, int]]]:
 
 
 def _part(each: Landmark, words: dict[str, str]) -> str:
-    file = docs() / "pictures" / each.picture
+    file = packaged("docs") / "pictures" / each.picture
     picture = f"{PICTURES[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
     rows = {"here": each.result, "baseline": each.baseline, "published": each.published, "results": each.section}
     cells = "".join(f"<tr><th>{words[name]}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())

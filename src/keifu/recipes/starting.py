@@ -6,7 +6,6 @@ weights with the lowest loss.
 """
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +20,13 @@ SHARE = 0.1  # of the rates for new weights
 
 
 def load_start(name: str, config: type, option: str = "--start-from") -> tuple[Any, Tokenizer | None]:
-    """Load the model that a run starts from, as a copy in float32, and its tokenizer.
+    """Load the model that a run starts from, in float32, and its tokenizer.
 
     A model whose config is of another class is a `UserError`.
     """
     loaded, tokenizer = checkpoints.load(name, torch.float32)
     check_start(name, loaded, config, option)
-    return deepcopy(loaded).requires_grad_(True), tokenizer  # the copy is not part of the file's memory map
+    return loaded.requires_grad_(True), tokenizer
 
 
 def check_start(name: str, model: Any, config: type, option: str = "--start-from") -> None:

@@ -426,7 +426,7 @@ def test_mixed_types_are_held_in_one_that_loses_nothing(published, weights, tmp_
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells where files are mapped")
 def test_weights_are_not_copied(published, tmp_path) -> None:
-    """What needs no change lies in the file's own memory map."""
+    """What needs no change lies in the file's own memory map, and a change of it leaves the file as it is."""
     published(llama()).save_pretrained(tmp_path)
     model = checkpoints.load_model(tmp_path)
     lines = Path("/proc/self/maps").read_text().splitlines()
@@ -440,3 +440,7 @@ def test_weights_are_not_copied(published, tmp_path) -> None:
     assert in_file(model.embedding.weight) and in_file(block.feedforward.down.weight)
     assert not in_file(block.attention.qkv.weight)  # joined of three
     assert not model.training and not any(parameter.is_meta for parameter in model.parameters())
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.embedding.weight.add_(1)  # as training does: the process has its own pages from now on
+    assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -68,20 +68,6 @@ def test_rows_of_different_lengths_take_the_tokens_after_their_own() -> None:
         holds(state, [TOKENS[row, :, :n] for row, n in enumerate(lengths)])
     state.select(torch.tensor([2, 0]))
     holds(state, [TOKENS[2, :, :16], TOKENS[0, :, :11]])
-    state.rollback([3, 11])
-    holds(state, [TOKENS[2, :, :3], TOKENS[0, :, :11]])
-
-
-@pytest.mark.parametrize("cuts", [[4], [29], [3, 11, 13]])
-def test_rollback_to_any_length(cuts: list[int]) -> None:
-    for length in range(cuts[-1] + 1):
-        state = make()
-        fill(state, cuts)
-        state.rollback(length)
-        other = torch.cat([TOKENS[:, :, :length], -TOKENS[:, :, length:]], 2)  # what follows now is another text
-        assert torch.equal(fill(state, [LENGTH], other), other)
-    with pytest.raises(ValueError, match="A row holds 31 tokens and cannot go back to 32"):
-        state.rollback(32)
 
 
 @pytest.mark.parametrize("window", [1, 4, 40])

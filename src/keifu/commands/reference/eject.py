@@ -8,8 +8,7 @@ import tyro
 
 from keifu.commands.shared import flags, tables
 from keifu.errors import unknown
-
-FOLDERS = Path(__file__).parents[2] / "examples/single", Path(__file__).parents[4] / "examples/single"
+from keifu.files import packaged
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,8 @@ class Options:
 
 
 def editions() -> dict[str, Path]:
-    """Return the path of each single-file edition by its name: those of the wheel, or those of the checkout."""
-    folder = next(folder for folder in FOLDERS if folder.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+    """Return the path of each single-file edition by its name."""
+    return {path.stem: path for path in sorted(packaged("examples/single").glob("*.py"))}
 
 
 def run(options: Options) -> None:

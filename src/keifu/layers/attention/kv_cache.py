@@ -86,19 +86,6 @@ class KVState:
         self.fixed = [self._pass.fixed.get(index, before) for index, before in enumerate(self.fixed)]
         self.lengths, self._pass = self._pass.ends, None
 
-    def rollback(self, lengths: int | Sequence[int]) -> None:
-        """Forget all tokens but the first ones, as many for all rows or for each.
-
-        A state of fixed size can go back to the beginning alone; anything else is a `ValueError`.
-        """
-        wanted = [lengths] * len(self.lengths) if isinstance(lengths, int) else list(lengths)
-        for length, held in zip(wanted, self.lengths, strict=True):
-            if not 0 <= length <= held or (self.row_bytes and length not in (0, held)):
-                raise ValueError(f"A row holds {held} tokens and cannot go back to {length}.")
-        for x in self.fixed:
-            x[[not length for length in wanted]] = 0
-        self.lengths = wanted
-
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows, in this order; a row may be named several times.
 

@@ -194,13 +194,11 @@ def row_length(model: Any, wanted: int | None) -> int:
 
 
 def to_train(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
-    """Add new adapters and freeze the rest; or unfreeze all weights, copied in float32 from the file's map."""
+    """Add new adapters and freeze the rest; or unfreeze all weights, in float32. The model's file does not change."""
     torch.manual_seed(seed)
     if lora.rank:
         return adapt(model, lora.targets, LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.dora))
-    for parameter in model.float().parameters():  # a file's memory map must stay as it is
-        parameter.data = parameter.data.clone()
-    return model.requires_grad_(True)
+    return model.float().requires_grad_(True)
 
 
 def reference_model(model: nn.Module, lora: Lora) -> nn.Module:

@@ -88,7 +88,6 @@ def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer) -> tuple[llava.Lla
     backend.add_special_tokens([tokenizers.AddedToken(IMAGE, special=True, normalized=False)])
     marked = tokenizer.replace(backend=backend, chat_template=PICTURES + (tokenizer.chat_template or ""))
     mark = marked.token_id(IMAGE)
-    decoder = copy.deepcopy(decoder)
     torch.manual_seed(recipe.seed)
     task_head.grow_vocabulary(decoder, marked.vocab_size, [mark] if mark >= tokenizer.vocab_size else [])
     side = recipe.image.image_size

@@ -9,7 +9,6 @@ Cost: printed before it starts, for rows as long as the longest. --lm-weight 0 s
 Expected: see docs/results.md, "Generative pretraining" (--data wiki-summaries).
 """
 
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -104,8 +103,7 @@ def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.Mode
     Of a decoder that was fine-tuned before, the head is left behind.
     """
     loaded, tokenizer = checkpoints.load(recipe.model, torch.float32)
-    # a copy lies outside of the file's map
-    decoder: Any = deepcopy(loaded.decoder if isinstance(loaded, TaskHeadModel) else causal(loaded))
+    decoder: Any = loaded.decoder if isinstance(loaded, TaskHeadModel) else causal(loaded)
     marked, ids = input_formats.add_delimiters(tokenizer)
     fresh = [number for number in ids if number >= tokenizer.vocab_size]
     task_head.grow_vocabulary(decoder, marked.vocab_size, fresh)
