@@ -19,7 +19,6 @@ from typing import Any
 from keifu.errors import UserError, require_known
 from keifu.recipes import RECIPES
 
-HEAVY = ("torch", "numpy", "jaxtyping")
 SOURCE = Path(__file__).parent.parent.parent
 
 
@@ -128,31 +127,9 @@ class _Part(ModuleType):
                 self._run(statement)
         return vars(self)[name]
 
-    def _light(self, part: ast.stmt) -> ast.stmt:
-        """Return a field that holds a tensor or a module, which no option can be, without its type."""
-        if isinstance(part, ast.AnnAssign) and any(self._is_heavy(name) for name in _read(part.annotation)):
-            part.annotation = ast.copy_location(ast.Constant("object"), part.annotation)
-        return part
-
-    def _is_heavy(self, name: str) -> bool:
-        """Whether what a name stands for is made with torch or numpy."""
-        for statement in self._statements:
-            if name in _bound(statement):
-                match statement:
-                    case ast.ImportFrom(module=str(module)):
-                        return module.partition(".")[0] in HEAVY
-                    case ast.Import(names=names):
-                        return any(alias.name.partition(".")[0] in HEAVY for alias in names)
-                    case ast.ClassDef(bases=bases):
-                        return any(self._is_heavy(each) for base in bases for each in _read(base))
-                    case ast.Assign(value=value):
-                        return any(self._is_heavy(each) for each in _read(value) - {name})
-        return False
-
     def _run(self, statement: ast.stmt) -> None:
         if isinstance(statement, ast.ClassDef):
-            statement.body = [self._light(part) for part in statement.body if not isinstance(part, ast.FunctionDef)]
-            statement.body = statement.body or [ast.Pass()]
+            statement.body = [part for part in statement.body if not isinstance(part, ast.FunctionDef)] or [ast.Pass()]
         if not isinstance(statement, ast.Import | ast.ImportFrom):
             for each in _read(statement) - {*_bound(statement)} - vars(self).keys():
                 if any(each in _bound(other) for other in self._statements):

@@ -29,6 +29,7 @@ from keifu.generation.images.tiled_vae import LatentCodec, tile_of
 from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack
 
+GUIDANCE = 7.5  # the released Stable Diffusion's
 Tokens = Int[Tensor, "batch length"]
 Latents = Float[Tensor, "batch channels height width"]
 
@@ -130,7 +131,7 @@ class TextToImagePipeline(Pipeline):
 class LatentDiffusionPipeline(TextToImagePipeline):
     """The pipeline of a latent diffusion model."""
 
-    usual_guidance = 7.5  # the released Stable Diffusion's
+    usual_guidance = GUIDANCE
 
     def __init__(self, model: Any, tokenizer: Tokenizer):
         super().__init__(model, tokenizer)

@@ -37,7 +37,7 @@ from keifu.recipes.images.image_runs import TextToImageTask, read_captioned
 from keifu.recipes.runs import Budget
 from keifu.training.loop import Summary
 from keifu.training.objectives import autoencoders as losses
-from keifu.training.objectives.autoencoders import Ramp, TextImageLoss, use_image_tokens
+from keifu.training.objectives.autoencoders import TEXT_WEIGHT, Ramp, TextImageLoss, use_image_tokens
 
 TEMPERATURES = 1.0, 1 / 16
 
@@ -80,7 +80,7 @@ class Recipe(image_runs.TextToImageOptions):
     """The side of the local window of the last block's attention."""
     sparse: bool = True
     """Sparse attention by row, column or window; --no-sparse: full causal attention."""
-    text_weight: NotNegative = TextImageLoss.text_weight
+    text_weight: NotNegative = TEXT_WEIGHT
     """Weight of the text's loss; the image's has the rest."""
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.grid import grid
 from keifu.data.images.splits import ImageSplit, split
 from keifu.errors import UserError, shell
-from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.generation.images.latent_diffusion import GUIDANCE, LatentDiffusionPipeline
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.diffusion.noise_schedule import Weighting
@@ -89,7 +89,7 @@ class Recipe(Logging):
     """Learning rate of AdamW, constant after a short warm-up."""
     prompts: tuple[str, ...] = ()
     """Prompts of the samples; unset: captions of held-out pictures."""
-    guidance: Finite = LatentDiffusionPipeline.usual_guidance
+    guidance: Finite = GUIDANCE
     """Scale of the classifier-free guidance of the samples."""
     precision: Precision = "auto"
     """Precision of matrix products; auto: bfloat16 if the hardware supports it."""

@@ -136,11 +136,11 @@ class Recipe(TextToImageOptions):
     """How much each noise level counts in the decoder's loss."""
     noise_steps: Count = 1000
     """Noise levels, the paper's T."""
-    prior_dropout: BelowOne = losses.UnclipLoss.prior_dropout
+    prior_dropout: BelowOne = losses.PRIOR_DROPOUT
     """Share of the texts that are dropped for the prior, for classifier-free guidance."""
-    text_dropout: BelowOne = losses.UnclipLoss.text_dropout
+    text_dropout: BelowOne = losses.TEXT_DROPOUT
     """Share of the texts that are dropped for the decoder."""
-    image_dropout: BelowOne = losses.UnclipLoss.image_dropout
+    image_dropout: BelowOne = losses.IMAGE_DROPOUT
     """Share of the embeddings that are dropped for the decoder."""
     minutes: Positive = field(default=67.0, kw_only=True)
     """Time limit of the training after CLIP's."""

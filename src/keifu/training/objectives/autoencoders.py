@@ -116,6 +116,9 @@ def discrete_vae_loss(model: Any, batch: Batch) -> LossOutput:
     return LossOutput(total.sum(), len(picture), figures)
 
 
+TEXT_WEIGHT = 1 / 8  # share of the loss of the text, as in the paper
+
+
 @dataclass(frozen=True)
 class TextImageLoss:
     """The loss of a decoder over the tokens of a text and an image: an objective (Ramesh et al., 2021, section 2.2).
@@ -126,7 +129,7 @@ class TextImageLoss:
     in nats a token.
     """
 
-    text_weight: float = 1 / 8
+    text_weight: float = TEXT_WEIGHT
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
         """Return the sum over rows."""

@@ -23,6 +23,7 @@ from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
 
 PLACES = 2**40 + 16  # the first position in a row's random stream for what is not noise
+PRIOR_DROPOUT, TEXT_DROPOUT, IMAGE_DROPOUT = 0.1, 0.5, 0.1  # the paper's shares
 BLUR = 0.6  # the largest standard deviation, in pixels, of the blur of the upsampler's small pictures
 
 Pixels = Float[Tensor, "batch channels height width"]
@@ -38,7 +39,7 @@ class UnclipLoss:
 
     small: the decoder's height and width. empty: tokens and "real" of the empty text. For classifier-free guidance, the
     text of the prior is dropped in a share `prior_dropout` of the rows, that of the decoder in `text_dropout`, and the
-    embedding in `image_dropout`: 0.1, 0.5 and 0.1 in the paper. The upsampler is trained on random crops of `crop`
+    embedding in `image_dropout`. The upsampler is trained on random crops of `crop`
     pixels, conditioned on the small picture with a random blur (Ramesh et al., 2022, section 2.1 and appendix C).
     """
 
@@ -48,9 +49,9 @@ class UnclipLoss:
     small: tuple[int, int]
     crop: int
     empty: tuple[Int[Tensor, "1 length"], Bool[Tensor, "1 length"]]
-    prior_dropout: float = 0.1
-    text_dropout: float = 0.5
-    image_dropout: float = 0.1
+    prior_dropout: float = PRIOR_DROPOUT
+    text_dropout: float = TEXT_DROPOUT
+    image_dropout: float = IMAGE_DROPOUT
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
         """Return the sum over pictures; figures: `prior`, `decoder` and `upsampler`, the loss of each."""
