@@ -44,6 +44,7 @@ import torch  # noqa: E402
 from keifu.native import library  # noqa: E402
 from keifu.native.build import Unavailable  # noqa: E402
 from keifu.threads import follow_load  # noqa: E402
+from keifu.training.run import report as run_report  # noqa: E402
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # beside other processes of the tests, one each
 follow_load()  # tests beside other programs, or beside each other, would wait for cores most of the time
@@ -73,6 +74,23 @@ def pytest_xdist_setupnodes() -> None:
     """Compiles the native step before the processes of the tests begin: none of them waits for a compiler."""
     with suppress(Unavailable):
         library.prebuilt() or library.build()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _draw_curves() -> Iterator[Callable[..., str]]:
+    """Leave the curves out of reports, which take half of a small run; tests of reports ask for `drawn_curves`."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = run_report.draw_curves
+        patch.setattr(run_report, "draw_curves", lambda *_: "></svg>")
+        yield original
+
+
+@pytest.fixture(scope="module")
+def drawn_curves(_draw_curves: Callable[..., str]) -> Iterator[None]:
+    """Draw the curves of reports in the tests of a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_report, "draw_curves", _draw_curves)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

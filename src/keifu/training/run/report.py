@@ -49,12 +49,12 @@ def chart(title: str, y_label: str, curves: Iterable[Curve], x_label: str = "ste
         return ""
     names = "".join(f'<span class="key c{n}">{escape(c.name)}</span>' for n, c in enumerate(shown))
     legend = f'<span class="legend">{names if len(shown) > 1 else ""}</span>'
-    picture = f'<svg role="img" aria-label="{escape(title)}"{_drawing(shown, y_label, x_label, from_zero, title)}'
+    picture = f'<svg role="img" aria-label="{escape(title)}"{draw_curves(shown, y_label, x_label, from_zero, title)}'
     return f"<figure><figcaption>{escape(title)} {legend}</figcaption>{picture}</figure>"
 
 
-def _drawing(curves: Sequence[Curve], y_label: str, x_label: str, from_zero: bool, salt: str) -> str:
-    """Return matplotlib's SVG without its head and name spaces, which a page does not need."""
+def draw_curves(curves: Sequence[Curve], y_label: str, x_label: str, from_zero: bool, salt: str) -> str:
+    """Draw curves by matplotlib; return its SVG from the first attribute on, without name spaces."""
     import matplotlib
     from matplotlib.figure import Figure
 
