@@ -26,19 +26,9 @@ def test_a_trained_model_is_named_as_a_shell_reads_it(
         f"{'good' if n % 2 else 'bad'} {n},{'yes' if n % 2 else 'no'}\n" for n in range(40)
     )
     (tmp_path / "table.csv").write_text(table)
-    words = [
-        "train",
-        "classifier",
-        "--data",
-        "table.csv",
-        "--steps",
-        "1",
-        "--out",
-        "runs/my keeper",
-        "--model",
-        "minilm",
-    ]
-    cli.main(words)
+    words = "train classifier --data table.csv --steps 1 --model scratch --tokenizer wordpiece --size.vocab-size 60"
+    words += " --size.context-length 16 --size.dim 8 --size.hidden-dim 16 --size.n-layers 1 --size.n-heads 2"
+    cli.main([*words.split(), "--out", "runs/my keeper"])
     printed = capsys.readouterr().out
     [command] = [line.partition(": ")[2] for line in printed.splitlines() if line.startswith("The model is in")]
     assert shlex.split(command)[:3] == ["keifu", "classify", "runs/my keeper"]

@@ -149,7 +149,8 @@ def test_the_command_that_goes_on_names_the_code(monkeypatch: pytest.MonkeyPatch
 
 def strangers_table(tmp_path: Path) -> Path:
     """A run of somebody else that reads a file outside of its folder."""
-    (tmp_path / "mine.csv").write_text("x,y,kind\n" + "".join(f"{n},{-n},{n % 2}\n" for n in range(20)))
+    rows = "".join(f"{n},{-n},{n % 3},{n % 2}\n" for n in range(20))  # three columns: no picture is drawn
+    (tmp_path / "mine.csv").write_text(f"x,y,z,kind\n{rows}")
     options = to_json(mlp.Recipe()) | {"steps": 4, "hidden": [3]}
     return folder("mlp", options | {"data": "mine.csv"}, place=str(tmp_path))
 
