@@ -37,7 +37,7 @@ def test_from_pictures_to_a_pipeline(more, folders, tmp_path, monkeypatch, capsy
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     out = tmp_path / "run"
-    recipe = ddpm.Recipe(str(folders), noise_steps=50, steps=3, **TINY, **more)
+    recipe = ddpm.Recipe(str(folders), noise_steps=10, steps=3, **TINY, **more)
     summary = ddpm.run(recipe, out, resume=False)
     assert summary.steps == 3 and summary.figures["validation_loss"] > 0
     samples = sorted(path.name for path in (out / "samples").glob("*.png"))
@@ -59,7 +59,7 @@ def test_from_pictures_to_a_pipeline(more, folders, tmp_path, monkeypatch, capsy
 def test_a_run_starts_from_a_trained_model_at_a_tenth_of_the_rate(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
-    recipe = ddpm.Recipe(str(folders), noise_steps=50, steps=6, classes=True, **TINY)
+    recipe = ddpm.Recipe(str(folders), noise_steps=10, steps=6, classes=True, **TINY)
     ddpm.run(recipe, tmp_path / "first", resume=False)
     first, _ = checkpoints.load(tmp_path / "first")
     later = replace(recipe, start_from=str(tmp_path / "first"), dim=64, size=None, steps=3)

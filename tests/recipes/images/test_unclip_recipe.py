@@ -19,6 +19,11 @@ from keifu.training.objectives.unclip import blur_images, embedding_moments, ran
 pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_steps(own_cache: pytest.MonkeyPatch) -> None:
+    own_cache.setattr(unclip, "STEPS", 2)
+
+
 @pytest.fixture(scope="module")
 def towers(own_cache, drawings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP whose text tower is as wide as its space."""
