@@ -1,5 +1,6 @@
 """What the tests of learning from answers of one's own begin with."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,4 +21,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer("bpe", ["User: Assistant: one two three four five good bad"] * 9, 280)
     torch.manual_seed(0)
     checkpoints.save(llama.build(llama.Config(vocab_size=tokenizer.vocab_size, **CONFIG)), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts, functions that reward answers to them, preferences of the same kind, and a text."""
+    folder = tmp_path_factory.mktemp("task")
+    rows = [{"prompt": f"{a} {b}", "letter": "o"} for a in ("one", "two", "four") for b in ("good", "bad", "five")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(
+        "def letters(prompt, answer, example):\n"
+        "    return answer.count(example['letter']) / 4\n"
+        "def constant(prompt, answer, example): return 1\n"
+        "def nan(prompt, answer, example): return float('nan')\n"
+        "def text(prompt, answer, example): return 'good'\n"
+        "def fails(prompt, answer, example): return example['absent']\n"
+        "def huge(prompt, answer, example): return 10**400\n"
+    )
+    pairs = [{"prompt": row["prompt"], "chosen": "good one", "rejected": "bad"} for row in rows]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (folder / "text.txt").write_text("one two three four five good bad " * 40)
     return folder

@@ -118,24 +118,6 @@ def test_where_clipping_holds_there_is_no_gradient() -> None:
     assert (gradient == 0).tolist() == [True, False, False, True]
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts, and functions that reward answers to them."""
-    folder = tmp_path_factory.mktemp("task")
-    rows = [{"prompt": f"{a} {b}", "letter": "o"} for a in ("one", "two", "four") for b in ("good", "bad", "five")]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rewards.py").write_text(
-        "def letters(prompt, answer, example):\n"
-        "    return answer.count(example['letter']) / 4\n"
-        "def constant(prompt, answer, example): return 1\n"
-        "def nan(prompt, answer, example): return float('nan')\n"
-        "def text(prompt, answer, example): return 'good'\n"
-        "def fails(prompt, answer, example): return example['absent']\n"
-        "def huge(prompt, answer, example): return 10**400\n"
-    )
-    return folder
-
-
 @pytest.mark.parametrize("variant", ["dr-grpo", "dapo", "gspo"])
 def test_variants_learn_and_report_lengths(variant: str, base: Path, task: Path, tmp_path: Path) -> None:
     clip = ["--clip", "0.2"] if variant == "gspo" else []

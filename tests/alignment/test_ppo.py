@@ -1,7 +1,6 @@
 """PPO: its estimates and losses against NumPy, a reward that rises, resuming to the bit, what its value model begins
 as, pretraining text beside it, rewards that fail."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -128,25 +127,6 @@ def test_where_clipping_holds_there_is_no_gradient() -> None:
     policy, value = torch.autograd.grad(found.policy.sum() + found.value.sum(), (logs, values))
     assert (policy == 0).tolist() == [True, False, False, True]
     assert (value == 0).tolist() == [True, False, True, False]
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts, functions that reward answers to them, preferences of the same kind, and a text."""
-    folder = tmp_path_factory.mktemp("task")
-    rows = [{"prompt": f"{a} {b}", "letter": "o"} for a in ("one", "two", "four") for b in ("good", "bad", "five")]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rewards.py").write_text(
-        "def letters(prompt, answer, example):\n"
-        "    return answer.count(example['letter']) / 4\n"
-        "def constant(prompt, answer, example): return 1\n"
-        "def nan(prompt, answer, example): return float('nan')\n"
-        "def fails(prompt, answer, example): return example['absent']\n"
-    )
-    pairs = [{"prompt": row["prompt"], "chosen": "good one", "rejected": "bad"} for row in rows]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    (folder / "text.txt").write_text("one two three four five good bad " * 40)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_captions import small_clip
+from toy_captions import small_clip, small_pipeline
 
-from keifu import checkpoints, cli
+from keifu import cli
 from keifu.commands.shared.recipe_files import recipes
 from keifu.models.clip import text as clip_text
-from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
 from keifu.recipes import demo
 from keifu.recipes.images import clip, lora_image, unclip
 from keifu.recipes.images import latent_diffusion as latents
@@ -120,17 +119,7 @@ def wide(own_cache: pytest.MonkeyPatch, drawings: Path, tmp_path_factory: pytest
 @pytest.fixture(scope="module")
 def pipeline(own_cache: pytest.MonkeyPatch, drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A latent diffusion of 16 x 16 pixels."""
-    tokenizer = clip.prepare(small_clip(drawings)).tokenizer
-    torch.manual_seed(3)
-    text = clip_text.Config(tokenizer.vocab_size, 16, 24, 48, 1, 2, projected=False)
-    unet = conditioned_unet.Config(
-        size=8, channels=3, predicted_channels=3, widths=(8, 16), n_residual_blocks=1, attention=(0, 1),
-        up_attention=(0, 1), n_heads=2, context_dim=24, norm_groups=4,
-    )  # fmt: skip
-    small = autoencoder_kl.Config(16, 3, 3, widths=(4, 8), n_residual_blocks=1, norm_groups=2, scale=0.7)
-    folder = tmp_path_factory.mktemp("pipeline")
-    checkpoints.save(latent_diffusion.build(latent_diffusion.Config(text, unet, small)), tokenizer, folder)
-    return folder
+    return small_pipeline(drawings, tmp_path_factory.mktemp("pipeline"))
 
 
 @dataclass

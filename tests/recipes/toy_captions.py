@@ -4,10 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
 
+from keifu import checkpoints
+from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
 from keifu.recipes.images import clip
 from keifu.training.settings import Settings
 
@@ -45,3 +49,22 @@ def small_clip(data: Path, **changes: object) -> clip.Recipe:
     )  # fmt: skip
     made = clip.Recipe(data=str(data), vocab_size=600, image=image, text=text, training=settings)
     return replace(made, **changes)
+
+
+def small_pipeline(data: Path, folder: Path, noise: Noise = latent_diffusion.Config.noise, spread: float = 0.0) -> Path:
+    """Save a latent diffusion of 16 x 16 pixels with random weights and a tokenizer of these captions; `spread` is the
+    deviation of what each weight gets besides."""
+    tokenizer = clip.prepare(small_clip(data)).tokenizer
+    torch.manual_seed(3)
+    text = clip_text.Config(tokenizer.vocab_size, 16, 24, 48, 1, 2, projected=False)
+    unet = conditioned_unet.Config(
+        size=8, channels=3, predicted_channels=3, widths=(8, 16), n_residual_blocks=1, attention=(0, 1),
+        up_attention=(0, 1), n_heads=2, context_dim=24, norm_groups=4,
+    )  # fmt: skip
+    small = autoencoder_kl.Config(16, 3, 3, widths=(4, 8), n_residual_blocks=1, norm_groups=2, scale=0.7)
+    made = latent_diffusion.build(latent_diffusion.Config(text, unet, small, noise))
+    with torch.no_grad():
+        for parameter in made.parameters() if spread else ():
+            parameter.add_(spread * torch.randn(parameter.shape))
+    checkpoints.save(made, tokenizer, folder)
+    return folder

@@ -18,9 +18,7 @@ from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.generation.images.png_metadata import read_record
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.lora import adapters
-from keifu.models.clip import text as clip_text
-from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
-from keifu.recipes.images import clip as clip_recipe
+from keifu.models.diffusion import latent_diffusion
 from keifu.recipes.images import lora_image as recipe
 
 QUICK = {"steps": 4, "batch_size": 3, "limit": 7, "rank": 3, "learning_rate": 0.03, "guidance": 2.0,
@@ -38,22 +36,8 @@ def _few_steps(own_cache: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def model(own_cache, drawings, tmp_path_factory) -> Path:
     """A pipeline of 16 x 16 pixels with random weights, none zero, and a tokenizer of these captions."""
-    tokenizer = clip_recipe.prepare(toy_captions.small_clip(drawings)).tokenizer
-    torch.manual_seed(3)
-    text = clip_text.Config(tokenizer.vocab_size, 16, 24, 48, 1, 2, projected=False)
-    unet = conditioned_unet.Config(
-        size=8, channels=3, predicted_channels=3, widths=(8, 16), n_residual_blocks=1, attention=(0, 1),
-        up_attention=(0, 1), n_heads=2, context_dim=24, norm_groups=4,
-    )  # fmt: skip
-    small = autoencoder_kl.Config(16, 3, 3, widths=(4, 8), n_residual_blocks=1, norm_groups=2, scale=0.7)
     noise = Noise("cosine", target="velocity", clip=None, spacing="trailing", steps_offset=1)
-    made = latent_diffusion.build(latent_diffusion.Config(text, unet, small, noise))
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    folder = tmp_path_factory.mktemp("pipeline")
-    checkpoints.save(made, tokenizer, folder)
-    return folder
+    return toy_captions.small_pipeline(drawings, tmp_path_factory.mktemp("pipeline"), noise, spread=0.05)
 
 
 def wanted(drawings: Path, model: Path, **changes: object) -> recipe.Recipe:
