@@ -14,6 +14,7 @@ import torch
 from keifu import cli, lineage
 from keifu.cli import parse
 from keifu.errors import UserError
+from keifu.files import packaged
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -244,10 +245,9 @@ def test_an_unknown_landmark_is_answered_with_the_nearest(capsys: pytest.Capture
     assert "gpt2" in capsys.readouterr().err
 
 
-def test_an_installation_without_the_pages_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lineage, "DOCS", (tmp_path,))
-    with pytest.raises(UserError, match="not installed"):
-        lineage.landmarks()
+def test_an_installation_without_a_folder_of_the_checkout_says_so() -> None:
+    with pytest.raises(UserError, match="The folder docs/nothing is not installed: install keifu from a wheel"):
+        packaged("docs/nothing")
 
 
 PARTS = [path for path in sorted((DOCS / "parts").glob("*.md")) if path.stem.partition(".")[0] != "index"]
