@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import filelock  # noqa: F401 (before fcntl is missing)
 import pytest
 
-from keifu import cli, files
+from keifu import cli, files, locks
 from keifu.errors import UserError
 
 
@@ -50,6 +50,7 @@ def windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             raise PermissionError(errno.EACCES, "in use by another process") from None
 
     monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(locks, "WINDOWS", True)
     monkeypatch.setattr(cli, "WINDOWS", True)
     monkeypatch.setattr(os, "open", open_file)
     monkeypatch.setattr(os, "fsync", sync)
@@ -74,20 +75,20 @@ def test_a_file_is_written_at_once(windows: None, tmp_path: Path) -> None:
 
 
 def test_a_folder_belongs_to_one_process(windows: None, tmp_path: Path) -> None:
-    with files.hold(tmp_path / "run"):
-        files._HELD.clear()  # as another process has it
+    with locks.hold(tmp_path / "run"):
+        locks._HELD.clear()  # as another process has it
         with (
             pytest.raises(UserError, match=rf"in use by process {os.getpid()} on"),
-            files.hold(tmp_path / "run"),
+            locks.hold(tmp_path / "run"),
         ):
             pass
     assert not (tmp_path / "run").exists()
-    with files.hold(tmp_path / "run") as first:
+    with locks.hold(tmp_path / "run") as first:
         assert first
 
 
 def test_writers_wait_for_one_another(windows: None, tmp_path: Path) -> None:
-    with files.writing_alone(tmp_path / "model"):
+    with locks.writing_alone(tmp_path / "model"):
         files.write_atomic(tmp_path / "model/a", "a")
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["a"]
 

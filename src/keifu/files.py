@@ -5,13 +5,10 @@ import hashlib
 import json
 import os
 import re
-import socket
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +24,7 @@ MOST_VALUES = 2 * 10**7  # in all of them
 HUB: dict[str, str] = {}  # the hub ids that this process has read, and the revision of each
 LEARNED: dict[str, Any] = {}  # by name, the learned tokenizers that were asked for; the run that begins next keeps them
 KEPT = "state/tokenizer"  # where, in its folder
-LOCK = ".lock"  # of a directory that a process holds
 WINDOWS = os.name == "nt"  # it opens no folders, syncs only files that may be written, and keeps open files
-FAR = 2**30  # byte of a lock file that Windows locks; it lets nobody read a locked byte
-_HELD: set[Path] = set()  # directories that this process holds
 
 
 @contextmanager
@@ -277,105 +271,6 @@ def config() -> Path:
     """Return the folder for what must outlive the cache: `KEIFU_CONFIG`, or keifu in XDG_CONFIG_HOME or ~/.config."""
     usual = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "keifu"
     return Path(os.environ.get("KEIFU_CONFIG") or usual).expanduser()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold what is made at `path` for one process at a time; another one that waits says so."""
-    from filelock import FileLock, Timeout
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Waiting for another process that is making {path.name}.", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def hold(directory: Path) -> Iterator[bool]:
-    """Hold a directory for this process alone; give whether it did not before. Where another process has it, a
-    `UserError` says which one. A dead process holds nothing, since the lock (flock) is the system's.
-    """
-    place = directory.resolve()
-    if place in _HELD:
-        yield False
-        return
-    place.mkdir(parents=True, exist_ok=True)
-    file = _locked_file(place / LOCK)
-    _HELD.add(place)
-    try:
-        yield True
-    finally:
-        _HELD.discard(place)
-        if WINDOWS:
-            file.close()
-        with suppress(OSError):
-            (place / LOCK).unlink()
-            place.rmdir()  # where nothing was written
-        file.close()
-
-
-@contextmanager
-def writing_alone(directory: Path) -> Iterator[None]:
-    """Wait until no other process writes a checkpoint into the directory; leaves no file there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if WINDOWS:
-        name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-        with locked(cache() / "writing" / name):
-            yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with suppress(ImportError, OSError):  # some network file systems have no flock
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _locked_file(path: Path) -> Any:
-    """Return the lock file, open and locked, with the name of this process in it."""
-    while True:
-        file = path.open("a+")
-        try:
-            _lock(file)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read() or "another process"
-            file.close()
-            raise UserError(f"{path.parent} is in use by {holder}: wait for its end, or take another folder.") from None
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # the process that held it has just removed it
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
-    file.flush()
-    return file
-
-
-def _lock(file: Any) -> None:
-    """Lock a file at once, or raise `BlockingIOError`."""
-    if WINDOWS:
-        import msvcrt
-
-        os.lseek(file.fileno(), FAR, os.SEEK_SET)
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
-        except OSError as error:
-            raise BlockingIOError(error.errno, "the file is locked") from error
-        return
-    with suppress(ImportError):
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def remove_left(directory: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from keifu import files
+from keifu import files, locks
 from keifu.errors import UserError
 
 INDEX = "index.json"  # facts about what a prepared folder holds
@@ -28,7 +28,7 @@ def build_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path]
     """
     if is_whole():
         return folder
-    with files.locked(folder):
+    with locks.locked(folder):
         for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
             shutil.rmtree(left, ignore_errors=True)
         temporary = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)

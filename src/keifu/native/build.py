@@ -8,7 +8,7 @@ builds anew. A hash of its bytes is in a file next to it: a damaged library is n
 import sys
 from pathlib import Path
 
-from keifu import files
+from keifu import files, locks
 from keifu.native import compiler
 from keifu.native.compiler import Unavailable
 
@@ -32,7 +32,7 @@ def build() -> Path:
     command = compiler.find_compiler()
     library = files.cache() / "native" / f"{compiler.source_key(compiler.version_of(command))}.so"
     try:
-        with files.locked(library):
+        with locks.locked(library):
             if not _is_whole(library):
                 print("Building the native step, once: some seconds.", file=sys.stderr, flush=True)
                 with files.replacing(library) as temporary:

@@ -35,7 +35,8 @@ from keifu.checkpoints.plan import check_tokenizer, name_of
 from keifu.checkpoints.registry import describe_as
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.errors import UserError
-from keifu.files import disk_space, write_tensors, writing_alone
+from keifu.files import disk_space, write_tensors
+from keifu.locks import writing_alone
 from keifu.processes import current
 
 STAGE = ".saving-"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from keifu.errors import UserError
-from keifu.files import HUB, KEPT, LEARNED, hold, read_json_object, remove_left, sha256, write_atomic
+from keifu.files import HUB, KEPT, LEARNED, read_json_object, remove_left, sha256, write_atomic
+from keifu.locks import hold
 from keifu.processes import current
 from keifu.training.hardware.precision import processor_name
 from keifu.training.protocols import Run
@@ -32,7 +33,7 @@ PACKAGES = ("keifu", "torch", "numpy", "tokenizers", "safetensors")
 
 @contextmanager
 def owned(directory: Path) -> Iterator[None]:
-    """Hold a run directory for this process alone (see `files.hold`), and put right what a dead one left there.
+    """Hold a run directory for this process alone (see `locks.hold`), and put right what a dead one left there.
 
     Of several processes that share a run (torchrun), the first holds it for all.
     """
