@@ -1,9 +1,12 @@
 """A small model with dropout and numbered layers, its data, and a run of it: what the tests of training share."""
 
+import shutil
 import sys
 import time
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch._dynamo  # optimizers import it when they are made, which takes seconds: here it is done once
@@ -74,6 +77,25 @@ def settings(**changed) -> Settings:
 
 def run(directory: Path, **changed) -> Run:
     return Run(directory, about={"title": "A toy"}, bytes_per_unit=1.5, **changed)
+
+
+def trained(directory: Path) -> Path:
+    """Train a run of 12 steps in a directory."""
+    train(toy(), objective, Sequences(), settings(), run(directory))
+    return directory
+
+
+@cache
+def _whole() -> TemporaryDirectory[str]:
+    folder = TemporaryDirectory(prefix="keifu-run-")
+    trained(Path(folder.name))
+    return folder
+
+
+def finished(directory: Path) -> Path:
+    """Copy such a run, which each process of the tests trains once, into a directory."""
+    shutil.copytree(_whole().name, directory, dirs_exist_ok=True)
+    return directory
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_toys import Sequences, objective, run, settings, toy, train_slowly
+from training_toys import Sequences, finished, objective, run, settings, toy, train_slowly
 
 from keifu.errors import UserError
 from keifu.processes import Processes, use
@@ -159,11 +159,6 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
         signal.signal(signal.SIGINT, before)
     assert not isinstance(stop.value, Interrupted)
     assert checkpoint.steps(tmp_path)[-1] == 3
-
-
-def finished(directory: Path) -> Path:
-    train(toy(), objective, Sequences(), settings(), run(directory))
-    return directory
 
 
 def test_resuming_in_the_middle_drops_later_lines_of_metrics(tmp_path: Path) -> None:

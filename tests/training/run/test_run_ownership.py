@@ -12,10 +12,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from training_toys import Sequences, objective, run, settings, toy, train_slowly
+from training_toys import Sequences, finished, objective, run, settings, toy, train_slowly, trained
 
 from keifu import cli, files
 from keifu.errors import UserError
+from keifu.locks import hold
 from keifu.training.loop import train
 from keifu.training.run import checkpoint, metrics
 from keifu.training.run import directory as run_directory
@@ -23,11 +24,6 @@ from keifu.training.signals import Interrupted
 
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["training_toys"])
-
-
-def finished(directory: Path) -> Path:
-    train(toy(), objective, Sequences(), settings(), run(directory))
-    return directory
 
 
 def go_on(directory: Path):
@@ -65,15 +61,15 @@ def test_a_second_run_in_the_same_folder_says_who_has_it(tmp_path: Path, monkeyp
     first.kill()
     first.join()
     (lock,) = directory.glob(".lock")
-    with files.hold(directory) as fresh:
+    with hold(directory) as fresh:
         assert fresh and str(os.getpid()) in lock.read_text(), "a dead process holds nothing"
-        with files.hold(directory) as again:
+        with hold(directory) as again:
             assert not again
     assert not lock.exists()
 
 
 def test_a_folder_that_was_only_held_is_gone(tmp_path: Path) -> None:
-    with files.hold(tmp_path / "a/b"):
+    with hold(tmp_path / "a/b"):
         pass
     assert not (tmp_path / "a/b").exists()
 
@@ -193,7 +189,7 @@ def test_a_damaged_line_of_metrics_is_left_out_and_named(tmp_path: Path, line: b
 def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        finished(tmp_path)
+        trained(tmp_path)
     finally:
         os.umask(before)
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in names(tmp_path)}
@@ -210,7 +206,7 @@ def test_a_disk_that_takes_nothing_stops_no_training(tmp_path: Path, number: int
         sync(path)
 
     monkeypatch.setattr(files, "sync", failing)
-    assert finished(tmp_path)
+    assert trained(tmp_path)
     said = capsys.readouterr().err
     assert "The state of step 3 was not saved" in said and "Training goes on" in said
     assert not [name for name in names(tmp_path) if name.endswith(".part")]
@@ -226,7 +222,7 @@ class ClosedPipe(io.StringIO):
 
 def test_a_closed_pipe_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", ClosedPipe())
-    assert checkpoint.latest(finished(tmp_path))[0].step == 12
+    assert checkpoint.latest(trained(tmp_path))[0].step == 12
 
 
 def test_a_folder_that_is_taken_away_is_written_anew(tmp_path: Path, capsys) -> None:

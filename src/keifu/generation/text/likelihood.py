@@ -82,7 +82,6 @@ def reader_of(model: nn.Module, batch_size: int | None = None) -> Reader:
 
 
 Tokens = tuple[int, ...]
-Prompts = Sequence[Sequence[int]]
 Advance = Callable[[int], object]
 ENCODED = 512  # texts whose tokens exist at the same time
 
