@@ -162,9 +162,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 EXPECTED = {  # seconds of files that take longer than the number of their tests says, where no run was yet
     "test_learning.py": 50, "generation/text/test_decoding.py": 40, "test_python.py": 26,
-    "recipes/test_resuming_recipes.py": 24, "commands/test_safe_start.py": 18, "commands/test_invocations.py": 17,
+    "recipes/test_resuming_recipes.py": 24, "commands/test_safe_start.py": 10, "commands/test_invocations.py": 17,
     "recipes/translation/test_translation_recipes.py": 18, "docs/test_guides.py": 16, "docs/test_site.py": 15,
-    "training/run/test_run_ownership.py": 15, "alignment/test_ppo.py": 15, "test_startup.py": 15,
+    "training/run/test_run_ownership.py": 8, "alignment/test_ppo.py": 15, "test_startup.py": 15,
     "recipes/images/test_latent_diffusion_recipe.py": 15, "recipes/neurons/test_neuron_recipes.py": 15,
     "recipes/images/test_ddpm_recipe.py": 13, "checkpoints/diffusers/test_picture_to_picture.py": 12,
     "commands/test_commands.py": 12, "commands/test_train_command.py": 11, "distributed/test_published_weights.py": 11,
