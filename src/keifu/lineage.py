@@ -15,7 +15,7 @@ from keifu.files import packaged, read_json
 
 LANGUAGES = ("en", "ja")
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
-WIDTH, HEIGHT, ACROSS, DOWN = 216, 30, 258, 62  # of a box in the drawing, and from one box to the next
+WIDTH, HEIGHT, ACROSS, DOWN = 252, 30, 300, 62  # of a box in the drawing, and from one box to the next
 MARGIN = 24  # around the drawing
 EXIT = 60  # from the middle of a box to the line that leaves it sideways
 WORDS = {
@@ -69,7 +69,7 @@ def page(language: str = "en") -> str:
     body = f"<h1>keifu <span lang='ja'>系譜</span>: {words['title']}</h1>\n{drawing(found, words['drawing'])}{parts}"
     return (
         f'<!doctype html>\n<html lang="{language}"><head><meta charset="utf-8"><title>keifu: {words["title"]}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
         f"<style>{style()}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 
@@ -79,7 +79,7 @@ HEAD = (
     '<path d="M0 0 8 4 0 8z"/></marker>'
 )
 STYLE = """
-.drawing { overflow-x: auto; } .drawing svg { min-width: 720px; }
+.drawing { overflow-x: auto; } .drawing svg { min-width: 1000px; }
 svg { max-width: 100%; height: auto; } svg rect { fill: var(--page); stroke: currentColor; }
 svg text { fill: currentColor; font-size: 13px; } svg path { fill: none; stroke: currentColor; opacity: .55; }
 svg marker path { fill: currentColor; stroke: none; } section img { max-width: 100%; background: white; }

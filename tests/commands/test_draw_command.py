@@ -162,11 +162,24 @@ def test_a_picture_that_was_changed_is_said_to_differ(model: str, capsys: pytest
     assert "torn.png" in refused(capsys, "--again", "torn.png")
     Path("text.png").write_text("no picture")
     told = json.loads(Image.open("a.png").text["keifu"])
-    for name, value in (("count", "3"), ("number", 5), ("batch_size", 0), ("threads", "a")):
-        chunks = PngInfo()
-        chunks.add_text("keifu", json.dumps(told | {name: value}))
+    for change, expected in (
+        ({"count": "3"}, "cannot be"),
+        ({"number": 5}, "cannot be"),
+        ({"batch_size": 0}, "cannot be"),
+        ({"threads": "a"}, "cannot be"),
+        ({"threads": 0}, "the threads as 0, which must be from 1 to 1,024"),
+        ({"threads": 10**6}, "the threads as 1,000,000, which"),
+        ({"count": 10**9}, "the count as 1,000,000,000, which must be from 1 to 10,000"),
+        ({"drawing": told["drawing"] | {"candidates": 10**9}}, "the candidates as 1,000,000,000"),
+        ({"drawing": told["drawing"] | {"size": [10**4, 10**4]}}, "100,000,000, which must be from 1 to 64"),
+        ({"kept": [1]}, "the highest number as 2, which must be from 1 to 1"),
+        ({"kept": [0, 0], "number": None}, "number of pixels as 128, which must be from 1 to 64"),
+    ):
+        (chunks := PngInfo()).add_text("keifu", json.dumps(told | change))
         Image.open("a.png").save("odd.png", pnginfo=chunks)
-        assert f"{value!r} for {name}" in (said := refused(capsys, "--again", "odd.png")) or "cannot be" in said
+        assert expected in refused(capsys, "--again", "odd.png")
+    Image.new("L", (20_000, 16_000)).save("odd.png")
+    assert "odd.png is damaged" in refused(capsys, "--again", "odd.png")
     assert "text.png is no picture" in refused(capsys, "--again", "text.png")
     assert "There is no picture none.png" in refused(capsys, "--again", "none.png")
     assert "leave out --steps" in refused(capsys, "--again", "a.png", "--steps", "3")

@@ -275,10 +275,10 @@ def _difference(before: Path, after: Path) -> str:
     import numpy as np
     from PIL import Image
 
-    old, new = (np.asarray(Image.open(path)).astype(int) for path in (before, after))
+    old, new = (np.asarray(Image.open(path)) for path in (before, after))
     if old.shape != new.shape:
         return f"it has {new.shape} numbers and not {old.shape}."
-    apart = np.abs(old - new)
+    apart = np.abs(old.astype(int) - new)
     said = f"{(apart > 0).sum():,} of {apart.size:,} numbers differ, by {apart.max()} of 255 at most."
     return said if apart.any() else ""
 

@@ -33,6 +33,10 @@ class Address:
     port: int = 8000
     path: Path | None = None
 
+    def __post_init__(self) -> None:
+        if not self.host.strip() and self.path is None:
+            raise UserError("--host is empty: give 127.0.0.1 for this machine alone, or 0.0.0.0 for every network.")
+
     @property
     def local(self) -> bool:
         """Whether only this machine can reach it."""
@@ -42,8 +46,6 @@ class Address:
 
     def open(self) -> socket.socket:
         """Return the bound socket; raise a `UserError` that names the process that has the address already."""
-        if not self.host.strip() and self.path is None:
-            raise UserError("--host is empty: give 127.0.0.1 for this machine alone, or 0.0.0.0 for every network.")
         return self._open_unix(self.path) if self.path is not None else self._open_port()
 
     def _open_port(self) -> socket.socket:

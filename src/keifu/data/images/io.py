@@ -52,7 +52,7 @@ def read_image(file: Path | bytes, where: str = "", largest: int = LARGEST) -> D
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(content) as image:
-                _check_size(image, where, largest)
+                check_size(image, where, largest)
                 several = _is_animated(image)
                 image.load()
                 decoded, remarks = _plain(ImageOps.exif_transpose(image), where)
@@ -68,7 +68,7 @@ def read_image(file: Path | bytes, where: str = "", largest: int = LARGEST) -> D
     return DecodedImage(decoded, (FIRST,) * several + remarks)
 
 
-def _check_size(image: Image.Image, where: str, largest: int) -> None:
+def check_size(image: Image.Image, where: str, largest: int = LARGEST) -> None:
     """Refuse a picture by its header if it would take more than `largest` bytes when decoded."""
     per_pixel = 8 if image.mode.startswith(("I", "F")) else 1 if image.mode in ("1", "L") else 4
     width, height = image.size

@@ -1,6 +1,7 @@
 """PNG metadata: model, settings and seed of a generated image, so that it can be generated again bit for bit."""
 
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from keifu import __version__
+from keifu.data.images.io import check_size
 from keifu.errors import UserError
 from keifu.files import parse_json, plain_file
 from keifu.generation.images.image_to_image import InputImage
 from keifu.generation.images.pixel_diffusion import ImageRequest
 
 CHUNK = "keifu"
+MOST_PICTURES, MOST_THREADS = 10_000, 1024  # of a record that is drawn again
 
 
 def versions() -> dict[str, str]:
@@ -83,6 +86,7 @@ def read_record(path: Path) -> ImageRecord:
     plain_file(path, "picture")
     try:
         with Image.open(path) as image:
+            check_size(image, str(path))
             image.load()
             told = image.info.get(CHUNK)
     except UnidentifiedImageError:
@@ -92,11 +96,26 @@ def read_record(path: Path) -> ImageRecord:
     if told is None:
         raise UserError(f"{path} does not say how it was drawn: it was not drawn by keifu, or was saved anew since.")
     try:
-        return _record(parse_json(told, path))
+        return _within_limits(_record(parse_json(told, path)), math.prod(image.size), path)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"What {path} says of how it was drawn cannot be read ({error}): another keifu wrote it."
         ) from error
+
+
+def _within_limits(record: ImageRecord, pixels: int, path: Path) -> ImageRecord:
+    """Return a record that asks for no more than its picture shows and than a computer can draw."""
+    shown = 1 if record.number is not None else len(record.kept) or record.count
+    for name, value, most in (
+        ("count", record.count, MOST_PICTURES),
+        ("highest number", max(record.kept, default=0) + 1, record.count),
+        ("candidates", record.drawing.candidates, MOST_PICTURES),
+        ("threads", record.threads, MOST_THREADS),
+        ("number of pixels", shown * math.prod(record.drawing.size), pixels),
+    ):
+        if not 1 <= value <= most:
+            raise UserError(f"The record of {path} gives the {name} as {value:,}, which must be from 1 to {most:,}.")
+    return record
 
 
 def _record(json: dict[str, Any]) -> ImageRecord:
