@@ -262,11 +262,18 @@ def test_bench_counts_the_tokens_of_all_streams(
 
     monkeypatch.setattr(Engine, "step", counted)
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: sum(steps)))
+    found = {}
     for streams in (1, 3):
         words = f"--prompt 9 --tokens 4 --streams {streams} --threads {torch.get_num_threads()} --json"
-        figures = json.loads(out(capsys, "bench", model, *words.split()))
+        found[streams] = figures = json.loads(out(capsys, "bench", model, *words.split()))
         assert figures["prefill"] == streams * 9 / 0.5  # all prompts are read in one step
         assert figures["decode"] == streams / 0.5  # a step writes a token of each stream
+    token = (found[3]["memory"] - found[1]["memory"]) / 2 / (9 + 4)  # bytes of the keys and values of a token
+    for streams, figures in found.items():  # a step reads all weights, and on average half of what is written
+        assert figures["bandwidth"] == pytest.approx((figures["memory"] - streams * 2 * token) * 2 / 1e9)
+    with pytest.raises(SystemExit):
+        cli.main(["bench", model, "--prompt", "44", "--tokens", "4"])
+    assert "44 tokens of a prompt and 5 more do not fit this model's context of 48" in capsys.readouterr().err
 
 
 def test_evaluate_takes_packed_weights(capsys: pytest.CaptureFixture, model: str, tmp_path: Path) -> None:

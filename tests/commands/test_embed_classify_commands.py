@@ -91,7 +91,7 @@ def test_the_nearest_are_printed_as_a_table(
     assert [row[0] for row in rows[1:]] == ["the cat", "", "the cat sat", "", "seven dogs", ""]
     assert {rows[1][2], rows[2][2]} == {"the cat sat", "seven dogs"} and float(rows[1][1]) >= float(rows[2][1])
     file = tmp_path / "among.txt"
-    file.write_text("far away\nseven dogs\n")
+    file.write_text("seven dogs\nfar away\n")  # a text may be the first of those that are searched
     words = ("embed", models["plain"], "seven dogs", "--nearest", "1", "--among", str(file))
     assert out(capsys, *words).splitlines()[1] == "seven dogs\t1.000\tseven dogs"
 

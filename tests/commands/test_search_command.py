@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from keifu import checkpoints, cli
+from keifu.commands.shared.inputs import warn_of_language
 from keifu.data.text.passages import LONGEST, read_passages
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.evaluation.classification import embeddings
@@ -139,12 +140,9 @@ def test_what_cannot_be_searched_is_said(notes: Path, model: str, capsys: pytest
 
 
 def test_minilm_says_that_it_reads_english(capsys: pytest.CaptureFixture) -> None:
-    from keifu.commands.search import _warn
-    from keifu.data.text.passages import Passage
-
-    english, japanese = [Passage("a", 1, "", "the cat")], [Passage("a", 1, "", "猫が好きです")]
-    for question, passages, warned in (("cat", english, False), ("猫", english, True), ("cat", japanese, True)):
-        _warn("minilm", question, passages)
+    for question, passage, warned in (("cat", "the cat", False), ("猫", "the cat", True), ("cat", "猫が好き", True)):
+        warn_of_language("minilm", [question], [passage])
         assert ("minilm reads English" in capsys.readouterr().err) == warned
-    _warn("other", "猫", japanese)
+    warn_of_language("minilm", ["cat", "猫", "dog"])
+    warn_of_language("other", ["猫"])
     assert not capsys.readouterr().err

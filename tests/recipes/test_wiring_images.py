@@ -516,7 +516,7 @@ def test_a_transformer_in_latents_draws_pictures_and_refuses_what_latents_cannot
     for wrong, word in ({"flip": True}, "--flip"), ({"dequantise": True}, "--dequantise"):
         with pytest.raises(UserError, match=word):
             replace(base, **wrong).resolved()
-    with pytest.raises(UserError, match="--autoencoder .* is a Clip, which this recipe does not train"):
+    with pytest.raises(UserError, match="--autoencoder .* is of the type Clip, which this recipe does not train"):
         dit.prepare(replace(base, autoencoder=toys.clip).resolved())
     with pytest.raises(UserError, match="3 channels, not 1"):
         dit.prepare(replace(base, channels=1).resolved())

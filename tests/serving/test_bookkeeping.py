@@ -9,10 +9,12 @@ import httpx
 import pytest
 from serving_toys import WAIT, running, until
 
+import keifu
 from keifu.generation.text.request import Request
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.serving.app import Access
 from keifu.serving.errors import ApiError
+from keifu.serving.models import describe
 from keifu.serving.openai.generation import Answer
 from keifu.serving.protocols import ollama
 from keifu.serving.worker import Limits, Worker
@@ -34,6 +36,13 @@ def test_guesses_that_did_not_come_are_those_beyond_the_accepted() -> None:
     details = usage["completion_tokens_details"]
     assert (details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]) == (5, 3)
     assert usage["prompt_tokens_details"] == {"cached_tokens": 3} and usage["total_tokens"] == 12
+
+
+@pytest.mark.parametrize(("kind", "times"), [("base", 2), ("translator", 2), ("encoder", 1)])
+def test_a_model_that_writes_is_counted_twice(folder: Path, kind: str, times: int) -> None:
+    """For PyTorch, and packed for native code."""
+    parameters = keifu.load(str(folder / kind))[0].parameters()
+    assert describe(str(folder / kind)).size == times * 4 * sum(each.numel() for each in parameters)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(-2, None), (-1, None), (0, 0), (5, 5), (None, None)])

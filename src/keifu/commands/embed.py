@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from keifu.commands.shared import flags, tables
-from keifu.commands.shared.inputs import embed_inputs, ids, load_encoder, pictures_among, texts_from
+from keifu.commands.shared.inputs import embed_inputs, ids, load_encoder, pictures_among, texts_from, warn_of_language
 from keifu.errors import UserError
 from keifu.files import write_atomic
 from keifu.ranges import Count
@@ -57,6 +57,7 @@ def run(options: Options) -> None:
     _check(options)
     texts = texts_from(options.texts, options.file, EXAMPLE)
     among = (pictures_among(options.among) or texts_from((), options.among, EXAMPLE)) if options.among else None
+    warn_of_language(options.model, texts)
     model, tokenizer = load_encoder(options.model, options.dtype)
     vectors = _embed(model, tokenizer, texts, options)
     if options.out:

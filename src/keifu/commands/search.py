@@ -1,7 +1,6 @@
 """`keifu search`: the passages of a folder's documents that are nearest to a question, with file and line."""
 
 import json
-import re
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from keifu.commands.shared import flags
-from keifu.commands.shared.inputs import at_terminal, ids, load_encoder, notice, read_pipe
+from keifu.commands.shared.inputs import at_terminal, ids, load_encoder, notice, read_pipe, warn_of_language
 from keifu.commands.shared.terminal import ask
 from keifu.errors import UserError, printable
 from keifu.ranges import Count, SmallCount
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from keifu.data.text.passages import Passage
 
 EXAMPLE = 'keifu search notes/ "How are logs rotated?"'
-ENGLISH = ("minilm",)  # encoders that read English alone
-OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uff9d]")
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def run(options: Options) -> None:
     if not question.strip():
         raise UserError(f"There is no question: write it after the folder ({EXAMPLE}), or pipe it in.")
     passages = _passages(options.folder)
-    _warn(options.model, question, passages)
+    warn_of_language(options.model, [question], [passage.text for passage in passages])
     from keifu.data.progress import counting
     from keifu.evaluation.classification.embeddings import embed_rows
     from keifu.evaluation.classification.search import build_index, count_new, index_path
@@ -85,14 +82,6 @@ def _passages(folder: Path) -> "list[Passage]":
     if not found:
         raise UserError(f"{folder} holds no text to search.")
     return found
-
-
-def _warn(model: str, question: str, passages: "list[Passage]") -> None:
-    """Say that an English encoder does not read the question's language, or that of the documents."""
-    foreign = sum(bool(OTHER_SCRIPT.search(passage.text)) for passage in passages)
-    if model in ENGLISH and (OTHER_SCRIPT.search(question) or 2 * foreign > len(passages)):
-        print(f"{model} reads English: results in other languages mean little. --model names another encoder.",
-              file=sys.stderr)  # fmt: skip
 
 
 def _identity(name: str) -> str:

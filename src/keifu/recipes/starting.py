@@ -32,7 +32,7 @@ def load_start(name: str, config: type, option: str = "--start-from") -> tuple[A
 def check_start(name: str, model: Any, config: type, option: str = "--start-from") -> None:
     """Raise a `UserError` unless the config of a model that the run starts from is of that class."""
     if not isinstance(model.config, config):
-        raise UserError(f"{option} {name} is a {type(model).__name__}, which this recipe does not train.")
+        raise UserError(f"{option} {name} is of the type {type(model).__name__}, which this recipe does not train.")
 
 
 def scaled(rate: float, start_from: str | None) -> float:

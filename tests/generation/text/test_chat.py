@@ -239,3 +239,6 @@ def test_the_last_message_is_taken_back_and_no_earlier_one() -> None:
     talk: Any = SimpleNamespace(messages=[{"role": "system", "content": "s"}, *turns])
     assert Conversation.take_back(talk)["content"] == "user 2"
     assert talk.messages == [{"role": "system", "content": "s"}, *turns[:4]]
+    talk.messages = talk.messages[:1]
+    with pytest.raises(UserError, match="no message to answer again"):
+        Conversation.take_back(talk)

@@ -20,6 +20,7 @@ from keifu.generation.text.model import causal
 from keifu.generation.text.request import Piece
 from keifu.generation.text.runner import Reader, Span, TorchRunner
 from keifu.generation.text.sampling_params import SamplingParams
+from keifu.generation.text.scheduler import Scheduler
 from keifu.models import llama
 
 PLAIN = SamplingParams(max_tokens=20, seed=5, log_probabilities=True)
@@ -339,6 +340,20 @@ def test_guesses_are_counted_by_request(script: Any, tokenizer: Tokenizer) -> No
     assert len([*steps(engine)]) == 50
     assert request.guessed >= request.accepted > 30
     assert (engine.guessed, engine.accepted) == (request.guessed, request.accepted)
+
+
+def test_no_guess_goes_beyond_the_limit(script: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule, ends = Scheduler.schedule, []
+
+    def watched(scheduler: Scheduler) -> list[Span]:
+        spans = schedule(scheduler)
+        ends.extend(span.start + len(span.tokens) for span in spans)
+        return spans
+
+    monkeypatch.setattr(Scheduler, "schedule", watched)
+    engine = Engine(script([98, 99, 100, 101] * 20), tokenizer, guesses=4)
+    run(engine, [([7], replace(PLAIN, max_tokens=20))])
+    assert max(ends) == 1 + 20 - 1 and engine.accepted > 5  # the last token is never read
 
 
 def test_guesses_stop_while_they_are_slower_and_are_tried_again() -> None:

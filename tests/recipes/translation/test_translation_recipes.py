@@ -102,7 +102,7 @@ def test_a_run_starts_from_the_weights_and_the_tokenizer_of_another(name: str, t
     near = [torch.allclose(a, b, atol=0.05) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert all(near), "a step at such a rate moves no weight far; another seed's weights are further away"
     other = {"transformer": "seq2seq", "seq2seq": "transformer"}[name]
-    with pytest.raises(UserError, match=f"--start-from {first} is a .*, which this recipe does not train"):
+    with pytest.raises(UserError, match=f"--start-from {first} is of the type .*, which this recipe does not train"):
         go(other, table, "wrong", "--steps", "1", "--start-from", str(first))
 
 

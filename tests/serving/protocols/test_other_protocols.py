@@ -143,7 +143,13 @@ def test_models_are_unloaded_when_nothing_asks_for_them_and_load_again(
         clock[0], before = 0.9, len(looks)
         until(lambda: len(looks) > before + 2)
         assert loaded(served) == {"base": True}
-        clock[0] = 1.1
+        worker = served.models.workers["base"]
+        worker.pending, clock[0], before = 1, 5.0, len(looks)  # an answer is being written
+        until(lambda: len(looks) > before + 2)
+        worker.pending, clock[0], before = 0, 5.9, len(looks)
+        until(lambda: len(looks) > before + 2)
+        assert loaded(served) == {"base": True}, "the time counts from the end of the last answer"
+        clock[0] = 7.0
         until(lambda: not any(loaded(served).values()))
         again = served.post("/v1/completions", {"model": "base", "prompt": "abc", "max_tokens": 1})
         assert again.status_code == 200

@@ -1,5 +1,6 @@
 """Inputs of verbs: models with their tokenizers, texts from arguments, files and pipes, and image files among them."""
 
+import re
 import sys
 from collections.abc import Sequence
 from itertools import compress
@@ -8,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from keifu.commands.shared.terminal import no_text
 from keifu.errors import UserError
+
+ENGLISH = ("minilm",)  # encoders that read English alone
+OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uff9d]")
 
 
 def load_writer(name: str, weights: str | None = None) -> tuple[Any, Any]:
@@ -106,6 +110,13 @@ def load_encoder(name: str, dtype: str | None = None) -> tuple[Any, Any]:
         kind = type(model).__name__
         raise UserError(f"{name} is a {kind}, which gives no vectors for texts: choose an encoder, such as minilm.")
     return model, tokenizer
+
+
+def warn_of_language(model: str, *groups: Sequence[str]) -> None:
+    """Say that an English encoder does not read most texts of a group."""
+    shares = [sum(bool(OTHER_SCRIPT.search(text)) for text in group) / len(group) for group in groups]
+    if model in ENGLISH and max(shares) > 0.5:
+        print(f"{model} reads English: results in other languages mean little.", file=sys.stderr)
 
 
 def ids(model: Any, tokenizer: Any, texts: Sequence[str], cut: bool) -> Any:

@@ -167,7 +167,7 @@ def explain_not_translator(model: nn.Module) -> str:
         return f"a {name} can embed texts (keifu embed) or classify them (keifu classify)."
     if is_writer(model):
         return f"a {name} can continue a text (keifu generate)."
-    return f"a {name} cannot; choose an encoder-decoder, such as keifu train transformer makes."
+    return f"{name} models cannot; choose an encoder-decoder, such as keifu train transformer makes."
 
 
 def translator(model: nn.Module) -> Translator:
