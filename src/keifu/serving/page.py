@@ -42,8 +42,8 @@ def in_language(page: bytes, language: str) -> bytes:
 def routes() -> APIRouter:
     """Return the routes of the page and its files, which are read once."""
     router = APIRouter(include_in_schema=False)
-    paths = [path for path in FOLDER.rglob("*") if path.suffix in TYPES]
-    files = {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in paths}
+    paths = FOLDER.rglob("*")
+    files = {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in paths if path.suffix in TYPES}
     own = os.environ.get("KEIFU_LANG", "")
     files["index.html"] = in_language(files["index.html"], own)
 
@@ -63,9 +63,8 @@ def routes() -> APIRouter:
             page = lineage.page(language).replace("</h1>", f"</h1>{LINKS[language]}", 1)
         except UserError as error:
             raise ApiError(404, str(error)) from None
-        digest = hashlib.sha256(lineage.style().encode()).digest()
-        source = f"style-src 'sha256-{base64.b64encode(digest).decode()}'"
-        policy = POLICY.replace("style-src 'self'", source)
+        digest = base64.b64encode(hashlib.sha256(lineage.style().encode()).digest()).decode()
+        policy = POLICY.replace("style-src 'self'", f"style-src 'sha256-{digest}'")
         headers = {**HEADERS, "Content-Security-Policy": policy}
         return Response(page, headers=headers, media_type="text/html; charset=utf-8")
 

@@ -114,8 +114,7 @@ def load_encoder(name: str, dtype: str | None = None) -> tuple[Any, Any]:
 
 def warn_of_language(model: str, *groups: Sequence[str]) -> None:
     """Say that an English encoder does not read most texts of a group."""
-    shares = [sum(bool(OTHER_SCRIPT.search(text)) for text in group) / len(group) for group in groups]
-    if model in ENGLISH and max(shares) > 0.5:
+    if model in ENGLISH and any(2 * sum(map(bool, map(OTHER_SCRIPT.search, group))) > len(group) for group in groups):
         print(f"{model} reads English: results in other languages mean little.", file=sys.stderr)
 
 
