@@ -49,6 +49,7 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"seed": -1}, "and it is -1", "seed"),
     ({"audio": {"voice": "x"}}, "audio is not supported by this server: leave it out.", "audio"),
     ({"functions": [{"name": "f"}]}, "functions is not supported", "functions"),
+    ({"lora": [{"id": 0, "scale": 0.5}]}, "lora is not supported by this server: choose an adapter", "lora"),
     ({"stream": True, "stream_options": {"include_usag": 1}}, "mean 'include_usage'?", "stream_options.include_usag"),
     ({"stream_options": {}}, "stream_options is for streams: give stream as true too", "stream_options"),
     ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options is for streams", "stream_options"),

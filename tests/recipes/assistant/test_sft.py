@@ -85,7 +85,9 @@ def test_a_whole_model_learns_the_answers_and_where_they_end(taught: Path) -> No
     assert (taught / "report.html").exists() and "Assistant:" in (taught / "chat_template.jinja").read_text()
 
 
-@pytest.mark.parametrize("flags", [[], ["--lora.dora"]], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param([], id="LoRA"), pytest.param(["--lora.dora"], id="DoRA", marks=pytest.mark.slow)]
+)
 def test_adapters_learn_other_answers_and_are_all_that_is_left(flags: list[str], taught: Path, tmp_path: Path) -> None:
     others = dict(zip(TALKS, [*TALKS.values()][::-1], strict=True))
     file = tmp_path / "others.jsonl"

@@ -98,9 +98,7 @@ def read_record(path: Path) -> ImageRecord:
     try:
         return _within_limits(_record(parse_json(told, path)), math.prod(image.size), path)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"What {path} says of how it was drawn cannot be read ({error}): another keifu wrote it."
-        ) from error
+        raise UserError(f"The record of {path} cannot be read ({error}): another keifu wrote it.") from error
 
 
 def _within_limits(record: ImageRecord, pixels: int, path: Path) -> ImageRecord:
@@ -111,7 +109,7 @@ def _within_limits(record: ImageRecord, pixels: int, path: Path) -> ImageRecord:
         ("highest number", max(record.kept, default=0) + 1, record.count),
         ("candidates", record.drawing.candidates, MOST_PICTURES),
         ("threads", record.threads, MOST_THREADS),
-        ("number of pixels", shown * math.prod(record.drawing.size), pixels),
+        ("number of pixels", shown * math.prod(record.drawing.size or ()), pixels),
     ):
         if not 1 <= value <= most:
             raise UserError(f"The record of {path} gives the {name} as {value:,}, which must be from 1 to {most:,}.")

@@ -14,6 +14,7 @@ from keifu.serving.facts import current
 from keifu.serving.openai.json_schema import SURROGATE
 
 OF_STREAMS = ("stream_options", "partial_images")  # fields that only a stream heeds
+INSTEAD = {"lora": "choose an adapter by its name as model (keifu serve --lora NAME=PATH)"}  # of a refused field
 Neutral = dict[str, tuple[Any, ...]]  # fields, with the values that change nothing
 
 
@@ -44,7 +45,8 @@ class Body(BaseModel):
                 raise about("unknown_field", "?", "A field's name has half a surrogate pair: send whole characters.")
             changes = name in absent and value is not None and value not in absent[name]
             if changes and (name in cls.refused or facts.strict):
-                raise about("refused_field", name, f"{name} is not supported by this server: leave it out.")
+                advice = INSTEAD.get(name, "leave it out")
+                raise about("refused_field", name, f"{name} is not supported by this server: {advice}.")
             facts.ignored += [name] * changes
             if name in OF_STREAMS and value not in (None, 0, "0") and data.get("stream") in (None, False, "false"):
                 raise about("refused_field", name, f"{name} is for streams: give stream as true too, or leave it out.")

@@ -253,7 +253,7 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Field(max_length=16)] | None = None
     refused: ClassVar[Neutral] = {
-        "audio": (), "function_call": ("auto", "none"), "functions": ([],), "modalities": (["text"],),
+        "audio": (), "function_call": ("auto", "none"), "functions": ([],), "lora": ([],), "modalities": (["text"],),
         "web_search_options": (),
     }  # fmt: skip
     ignored: ClassVar[Neutral] = HINTS | {
@@ -418,7 +418,7 @@ class CompletionRequest(Sampling):
     prompt: str | list[int] | Annotated[list[str] | list[list[int]], Field(min_length=1, max_length=MAX_CHOICES)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
-    refused: ClassVar[Neutral] = {"best_of": (1,), "suffix": ("",)}
+    refused: ClassVar[Neutral] = {"best_of": (1,), "lora": ([],), "suffix": ("",)}
     ignored: ClassVar[Neutral] = HINTS
 
     def options(self) -> SamplingOptions:
