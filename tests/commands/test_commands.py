@@ -225,6 +225,16 @@ def test_models_shows_every_published_size(capsys: pytest.CaptureFixture) -> Non
     assert next(line for line in lines if line[0] == "gpt2")[1] == "124,439,808"
 
 
+def test_a_table_without_text_ends_with_its_first_problem(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "pairs.tsv").write_text("\n".join(f"猫{number}\tcat {number}" for number in range(30)))
+    with pytest.raises(SystemExit):
+        cli.main(["data", "check", str(tmp_path / "pairs.tsv"), "--tokenizer", model])
+    said = capsys.readouterr().err
+    assert "no text to train on: " in said and said.count("there is no field 'text'") == 1
+
+
 def test_data_lists_its_licences_and_checks_a_file(model: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert "CC BY-SA 4.0" in out(capsys, "data")
     text = tmp_path / "a.txt"

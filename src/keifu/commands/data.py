@@ -196,7 +196,7 @@ def _check(source: str, options: Options) -> None:
     report = check_dataset(source, load_tokenizer(options.tokenizer or "gpt2-bpe"), form)
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
     if not report.documents:
-        why = f": {'; '.join(report.problems)}" if report.problems else "."
+        why = f": {report.problems[0]}" if report.problems else "."
         raise UserError(f"{source} holds no text to train on{why}")
 
 
