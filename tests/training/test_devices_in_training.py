@@ -286,19 +286,22 @@ def test_auto_is_half_precision_on_every_gpu() -> None:
     assert resolve_dtype("auto", torch.device("meta")) == torch.float16
 
 
-def test_a_run_that_goes_on_on_another_device_says_so(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("before", "precision"), [("NVIDIA A100 (cuda:0)", "float16"), ("cpu, 99 threads", "float32")]
+)
+def test_a_run_that_goes_on_on_another_device_says_so(tmp_path: Path, capsys, before: str, precision: str) -> None:
     train(toy(), objective, Sequences(), settings(keep=9, precision="auto"), run(tmp_path))
     for step in (9, 12):
         checkpoint.remove(tmp_path, step)
     facts = tmp_path / "state" / "step-00000006.json"
     content = json.loads(facts.read_text())
-    content["resolved"] |= {"device": "NVIDIA A100 (cuda:0)", "precision": "float16"}
+    content["resolved"] |= {"device": before, "precision": precision}
     del content["facts_sha256"]
     facts.write_text(json.dumps(content | {"facts_sha256": checkpoint._hash(content)}))
     capsys.readouterr()
     train(toy(), objective, Sequences(), settings(keep=9, precision="auto"), run(tmp_path, resume=True))
     told = capsys.readouterr().err
-    assert "The run was on NVIDIA A100 (cuda:0) and goes on on cpu" in told and "the same bits" in told
+    assert f"The run was on {before} and goes on on cpu" in told and "the same bits" in told
     assert "matrix products in float16" not in told and checkpoint.steps(tmp_path)[-1] == 12
 
 
