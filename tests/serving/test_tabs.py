@@ -91,6 +91,8 @@ def translate(page: Any, folder: Path) -> None:
 
 def draw(page: Any, _: Path) -> None:
     assert page.locator("#draw [name=prompt]").is_hidden()
+    hints = [page.get_attribute(f"#draw [name={name}]", "placeholder") for name in ("seed", "steps", "guidance")]
+    assert hints in (["random", "the model’s", "the model’s"], ["ランダム", "モデルの既定値", "モデルの既定値"])
     page.select_option("#draw [name=label]", "dog")
     page.fill("#draw [name=steps]", "4")
     page.fill("#draw [name=seed]", "7")

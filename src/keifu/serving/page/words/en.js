@@ -4,7 +4,7 @@ export const EN = {
   skip: "To the message field", model: "Model", settings: "Settings", chats: "Chats", newChat: "New chat",
   deleteChat: "Delete", conversation: "Conversation", message: "Message", placeholder: "Write a message …",
   picture: "Picture", send: "Send", stop: "Stop", ownValues: "An empty field has the model's own value, shown in grey.", system: "System prompt",
-  temperature: "Temperature", repetition: "Repetition penalty", maxTokens: "Most tokens", seed: "Seed", random: "random",
+  temperature: "Temperature", repetition: "Repetition penalty", maxTokens: "Most tokens", seed: "Seed", random: "random", own: "the model’s",
   theme: "Colours", themeSystem: "as the system", themeLight: "light", themeDark: "dark",
   probabilities: "Show how likely each token was", key: "API key, if the server needs one", close: "Close",
   user: "You", assistant: "Model", thoughts: "Thoughts", edit: "Edit", copy: "Copy", copied: "Copied", regenerate: "Again",

@@ -4,7 +4,7 @@ export const JA = {
   skip: "入力欄へ", model: "モデル", settings: "設定", chats: "会話一覧", newChat: "新しい会話",
   deleteChat: "削除", conversation: "会話", message: "メッセージ", placeholder: "メッセージを書く…",
   picture: "画像", send: "送信", stop: "停止", ownValues: "空欄にすると、薄い字で示したモデルの既定値を使います。", system: "システムプロンプト",
-  temperature: "温度", repetition: "繰り返しペナルティ", maxTokens: "最大トークン数", seed: "シード", random: "ランダム",
+  temperature: "温度", repetition: "繰り返しペナルティ", maxTokens: "最大トークン数", seed: "シード", random: "ランダム", own: "モデルの既定値",
   theme: "配色", themeSystem: "自動", themeLight: "ライト", themeDark: "ダーク",
   probabilities: "各トークンの確率を表示", key: "APIキー（サーバーが必要とする場合）", close: "閉じる",
   user: "あなた", assistant: "モデル", thoughts: "思考", edit: "編集", copy: "コピー", copied: "コピーしました", regenerate: "再生成",
