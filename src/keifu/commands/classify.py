@@ -99,7 +99,7 @@ def _show_choices(found: Iterable[Choices], pictures: bool, as_json: bool) -> No
         others = ", ".join(f"{labels[place]} {shares[place]:.3f}" for place in order[1:3])
         rows.append([labels[order[0]], f"{shares[order[0]]:.3f}", others, shown])
         if as_json:
-            named = dict(zip(labels, shares, strict=False))
+            named = {label: round(share, 8) for label, share in zip(labels, shares, strict=False)}
             print(json.dumps({column: name, "label": rows[-1][0], "probabilities": named}, ensure_ascii=False))
     if not as_json:
         tables.show(["label", "probability", "next", column], rows)
