@@ -94,6 +94,10 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(build.Unavailable, match="does not run"):
         build.build()
+    lines = "ld: final link failed: No space left on device", "collect2: error: ld returned 1 exit status"
+    broken.write_text("#!/bin/sh\n" + "".join(f"echo {line} >&2\n" for line in lines) + "exit 1\n")
+    with pytest.raises(build.Unavailable, match="did not build it: ld: final link failed: No space left on device"):
+        build.build()
 
 
 def test_cxx_may_have_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Imports the standard library only: the build of a wheel (packaging/wheel.py) loa
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -74,7 +75,8 @@ def own_flags(source: Path, machine: str) -> list[str]:
 def _checked(command: list[str]) -> None:
     done = _run(*command)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
+        causes = re.compile("error|No space left")  # of a full disk the linker says "error" in its last line alone
+        said = [line for line in done.stderr.splitlines() if causes.search(line)] or [f"status {done.returncode}"]
         raise Unavailable(f"{command[0]} did not build it: {said[0].strip()}")
 
 
