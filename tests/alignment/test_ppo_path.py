@@ -14,6 +14,7 @@ from keifu.alignment.grpo import GRPOBatches, grpo
 from keifu.alignment.ppo import ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
 from keifu.alignment.rollouts import RolloutPlan
 from keifu.data.chat.prompts import prompt
+from keifu.data.chat.thoughts import answer_of
 from keifu.data.text.packed import PackedText
 from keifu.data.text.token_shards import prepare
 from keifu.data.tokenizers.chat_template import PLAIN
@@ -202,3 +203,15 @@ def test_each_part_of_the_validation_has_text_of_its_own(
     data.at_a_time = 1
     windows = [batch["pretraining"].flatten(0, 1).tolist() for batch in data.validation()]
     assert windows == [text.held_out[:2].tolist(), text.held_out[2:4].tolist()]
+
+
+def test_thoughts_that_were_cut_off_are_seen_by_rewards(base: Path) -> None:
+    """The prompt opens thoughts, and the answers of a few tokens never close them: there is no answer."""
+    parts, seen = Parts(base), list[str]()
+    parts.tokenizer = parts.tokenizer.with_chat_template(PLAIN + "{% if add_generation_prompt %}<think>{% endif %}")
+    data = GRPOBatches(
+        parts.policy, None, parts.tokenizer, *parts.prompts, plan=RolloutPlan(prompts=2, group=2, max_tokens=4),
+        reward=lambda _, answers: seen.extend(answers) or [float(answer_of(each) == "") for each in answers],
+    )  # fmt: skip
+    assert data.batch(0)["reward"].tolist() == [1.0] * 4
+    assert all(text.startswith("<think>") for text in seen)

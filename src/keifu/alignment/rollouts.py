@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from keifu.alignment.rewards import Scorer
 from keifu.data.chat.prompts import Prompt, fingerprint
+from keifu.data.chat.thoughts import with_opening
 from keifu.data.epochs import Epochs
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -209,7 +210,7 @@ class Rollouts:
         answers = generate_batch(self.policy, self.tokenizer, ids, sampling, self.at_a_time)
         rollout = stack_responses(ids, answers, self.tokenizer.pad_id or 0)
         prompts = [self.parts[part][row] for row in rows]
-        texts = [answer.text for answer in answers]
+        texts = [with_opening(self.tokenizer, prompt, answer.text) for prompt, answer in zip(ids, answers, strict=True)]
         rollout |= {name: torch.tensor(scorer(prompts, texts)).float() for name, scorer in self.scorers.items()}
         rollout["finished"] = torch.tensor([float(answer.finish_reason == "stop") for answer in answers])
         if part == 1:  # greedy sampling reports a log-probability of 0

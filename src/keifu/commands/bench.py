@@ -33,6 +33,7 @@ class Options(flags.OnDevice):
     tokens: Count = 128
     """Tokens that are written after each prompt."""
     guesses: flags.Guesses = 0
+    draft: flags.Drafting = None
     threads: Count | None = None
     """Threads of the CPU; unset: as many as there are cores."""
     json: bool = False
@@ -45,6 +46,7 @@ def run(options: Options) -> None:
 
     notice(f"Loading {options.model} ...")
     from keifu.checkpoints import load_model
+    from keifu.generation.draft import Draft
     from keifu.generation.text.engine import Engine
     from keifu.generation.text.model import device_of, text_model
     from keifu.native.library import use_threads
@@ -60,7 +62,10 @@ def run(options: Options) -> None:
             f"{context}: ask for fewer."
         )
     step_tokens = max(512, 33 * options.streams)
-    engine = Engine(model, None, max_running=options.streams, step_tokens=step_tokens, guesses=options.guesses)
+    guesses: Any = options.guesses
+    if options.draft is not None:
+        guesses = Draft(load_model(options.draft, weights=options.weights or "own"), most=options.guesses or None)
+    engine = Engine(model, None, max_running=options.streams, step_tokens=step_tokens, guesses=guesses)
     _check_room(engine, options.streams, longest)
     figures = asdict(options) | {"device": str(device_of(model)), "threads": torch.get_num_threads()}
     figures |= _speeds(engine, options)

@@ -12,7 +12,7 @@ import tyro
 
 from keifu.commands.shared import flags
 from keifu.commands.shared.errors import explain
-from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice, read_pictures
+from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice, proposer, read_pictures
 from keifu.commands.shared.terminal import edit_lines, no_text, read_rest
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion
 from keifu.errors import UserError, shell, unknown
@@ -45,6 +45,7 @@ class Options(flags.Packed):
     json: bool = False
     """Print the answer, tokens, log-probabilities, seed, sampling and the reason for the end as JSON."""
     guesses: flags.Guesses = None
+    draft: flags.Drafting = None
     thinking: flags.Thinking = None
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags()
 
@@ -59,8 +60,9 @@ def run(options: Options) -> None:
     sampling, line = choose_sampling(tokenizer, options.sampling, ANSWER_TOKENS)
     from keifu.generation.text.chat import Conversation
 
+    guesses = proposer(options.draft, options.guesses, options.weights)
     conversation = Conversation(
-        model, tokenizer, options.system, options.guesses, flags.template_variables(options.thinking)
+        model, tokenizer, options.system, guesses, flags.template_variables(options.thinking)
     )
     if not question:
         print(f"{options.model}: {line}.")

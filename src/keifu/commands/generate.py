@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from keifu.commands.shared import flags
-from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice, read_pictures
+from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice, proposer, read_pictures
 from keifu.commands.shared.terminal import ask
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion, print_text
 from keifu.errors import UserError
@@ -45,6 +45,7 @@ class Options(flags.Packed):
     stream: bool = False
     """Print the text as it is written, in a pipe too."""
     guesses: flags.Guesses = None
+    draft: flags.Drafting = None
     thinking: flags.Thinking = None
     vote: Count | None = None
     """Number of texts that are drawn; the first of the most frequent ones is printed (self-consistency)."""
@@ -66,10 +67,11 @@ def run(options: Options) -> None:
     variables = flags.template_variables(options.thinking)
     prompt = as_prompt(tokenizer, text, options.raw, model.config, read_pictures(options.image), **variables)
     notice(line if isinstance(prompt, str) else f"{line}; through the chat template, --raw leaves it out")
+    guesses = proposer(options.draft, options.guesses, options.weights)
     if options.vote or options.best_of:
-        return print_chosen(options, model, tokenizer, text, prompt, sampling, rewards)
+        return print_chosen(options, model, tokenizer, text, prompt, sampling, rewards, guesses)
     streamed = options.stream or sys.stdout.isatty()
-    reason = print_text(model, tokenizer, prompt, sampling, options.json, streamed, options.guesses)
+    reason = print_text(model, tokenizer, prompt, sampling, options.json, streamed, guesses)
     if reason == "context":
         print(f"The text fills the model's context of {model.config.context_length} tokens.", file=sys.stderr)
 
@@ -96,24 +98,29 @@ def check_temperature(temperature: float | None) -> None:
 
 
 def print_chosen(
-    options: Options, model: Any, tokenizer: Any, text: str, prompt: Any, sampling: "SamplingParams", rewards: Any
+    options: Options, model: Any, tokenizer: Any, text: str, prompt: Any, sampling: "SamplingParams", rewards: Any,
+    guesses: Any,
 ) -> None:
     """Print one of several texts: the most frequent, or the one with the highest reward."""
+    from keifu.data.chat.thoughts import with_opening
     from keifu.evaluation.text.few_shot import majority
+    from keifu.generation.images.prompts import ImagePrompt
     from keifu.generation.text.generate import generate_batch
 
     check_temperature(sampling.temperature)  # which may be the model's own
     seeds = [(sampling.seed or 0) + number for number in range(options.vote or options.best_of or 1)]
     each = [replace(sampling, seed=seed, log_probabilities=True) for seed in seeds]
-    done = generate_batch(model, tokenizer, [prompt] * len(seeds), each, guesses=options.guesses)
+    done = generate_batch(model, tokenizer, [prompt] * len(seeds), each, guesses=guesses)
+    ids = prompt.tokens if isinstance(prompt, ImagePrompt) else [] if isinstance(prompt, str) else prompt
+    texts = [with_opening(tokenizer, ids, one.text) for one in done]
     if rewards is None:
-        chosen = majority([one.text for one in done])
+        chosen = majority(texts)
         notice(f"The answer of text {chosen + 1} of {len(done)} is the most frequent.")
     else:
         from keifu.data.chat.prompts import Prompt
 
         asked = Prompt([{"role": "user", "content": text}], {"prompt": text})
-        scores = rewards([asked] * len(done), [one.text for one in done])
+        scores = rewards([asked] * len(done), texts)
         chosen = max(range(len(done)), key=scores.__getitem__)
         notice(f"Text {chosen + 1} of {len(done)} has the highest reward, {scores[chosen]:.3g}.")
     if options.json:

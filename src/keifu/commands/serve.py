@@ -56,6 +56,7 @@ class Options(flags.Packed):
     slots: Count = 16
     """Number of texts that a model writes at the same time."""
     guesses: flags.Guesses = None
+    draft: flags.Drafting = None
     queue: Count = 128
     """Number of texts that may wait for a model; further ones get status 429."""
     timeout: Positive = 600.0
@@ -83,6 +84,8 @@ class Options(flags.Packed):
 def run(options: Options) -> None:
     """Serve until a signal ends the server."""
     from keifu.checkpoints.lora.peft import is_adapter
+    from keifu.commands.shared.inputs import proposer
+    from keifu.generation.draft import Draft
     from keifu.native.pack import formats
     from keifu.serving.access import LOCAL
     from keifu.serving.app import Access, application
@@ -97,8 +100,9 @@ def run(options: Options) -> None:
     address = Address(options.host, options.port, options.socket)
     memory = None if options.memory is None else size_of(options.memory, "--memory")
     cache = None if options.cache is None else size_of(options.cache, "--cache")
-    numbers = options.slots, options.queue, options.timeout, cache, options.keep_alive, options.guesses
-    limits = Limits(*numbers, options.pictures)
+    numbers = options.slots, options.queue, options.timeout, cache, options.keep_alive
+    guesses = proposer(options.draft, options.guesses, options.weights)
+    limits = Limits(*numbers, guesses, options.pictures)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
     named = aliases((*options.name, *options.lora))
     if wrong := [each for each in options.lora if not is_adapter(Path(each.partition("=")[2]))]:
@@ -106,6 +110,8 @@ def run(options: Options) -> None:
     sources = public_names(options.models or (() if named else found_models()), named)
     models = ServedModels(sources, limits, Metrics(), memory, options.weights, options.allow_load)
     for each in models.descriptions.values():
+        if isinstance(guesses, Draft) and "completion" in each.uses:
+            guesses.check(each.tokenizer, each.config.vocab_size)
         print(f"{each.name}: {', '.join(each.uses)}")
     open_to_all = address.path is not None or not (address.local or options.allowed_host)
     hosts = ("*",) if open_to_all else (*LOCAL, options.host, *options.allowed_host)

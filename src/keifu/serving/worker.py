@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from keifu.errors import UserError
+from keifu.generation.draft import Draft
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.runner import runner_of
@@ -49,7 +50,7 @@ class Limits:
     timeout: float = 600.0
     cache: int | None = None
     keep_alive: float | None = None
-    guesses: int | None = None
+    guesses: int | Draft | None = None
     pictures: Path | None = None
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,6 +54,14 @@ def test_sums_are_instructions_and_prompts() -> None:
     assert len(found) == 10_000 and str(eval(asked.removeprefix("What is ").removesuffix("?"))) == answered
     first = next(prompts.read_prompts("arithmetic-instructions"))
     assert first.text == asked and score(reward("exact"), first.text, answered, first.record) == 1
+
+
+def test_scorers_of_reasoning_gym_get_the_answer_without_thoughts(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = lambda answer, _: float(answer == "4")  # noqa: E731
+    monkeypatch.setattr(gym, "reasoning_gym", lambda: SimpleNamespace(get_score_answer_fn=lambda _: right))
+    example = {"entry": {"metadata": {"source_dataset": "s"}}}
+    for answer, reached in {"<think>\n3</think>\n4": 1, "4": 1, "<think>\n4": 0, "3 </think>4": 1}.items():
+        assert gym.gym_score("", answer, example) == reached
 
 
 def test_reasoning_gym() -> None:

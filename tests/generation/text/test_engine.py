@@ -1,6 +1,7 @@
 """The engine: requests that come and go, chunks, shared blocks, preemption and guesses change no token of any text."""
 
 import contextlib
+import copy
 import itertools
 import random
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.draft import Draft
 from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.engine import FEW, RETRY, Engine, Guessing
 from keifu.generation.text.model import causal
@@ -139,6 +141,45 @@ def test_shared_beginnings_are_computed_once(model: nn.Module, tokenizer: Tokeni
     while engine.work:
         engine.step()
     assert again == 9 and runner.tokens == read + (43 - shared) + 2  # what has ended is still known
+
+
+def shaken(model: Any, noise: float) -> Any:
+    """The model with noise on its weights: a draft that is often right."""
+    torch.manual_seed(9)
+    draft = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter += noise * parameter.std() * torch.randn_like(parameter)
+    return draft
+
+
+@pytest.mark.parametrize("model", ["grouped"], indirect=True)
+@pytest.mark.parametrize("noise", [0.0, 0.02, 5.0])
+def test_a_draft_changes_no_text(model: nn.Module, tokenizer: Tokenizer, noise: float) -> None:
+    """Greedy and sampled; with preemption, in a pool that is too small, and beyond the draft's context."""
+    asked = requests(20)
+    if not noise:
+        asked = [(prompt, replace(PLAIN, temperature=0, max_tokens=12)) for prompt, _ in asked]
+    expected = alone(model, tokenizer, asked)
+    draft = shaken(model, noise)
+    draft.config = replace(draft.config, context_length=50)
+    engine = Engine(model, tokenizer, Watched(model, 40), step_tokens=200, guesses=Draft(draft, tokenizer, 3))
+    engine.guessing.most = 3
+    same(run(engine, asked, random.Random(2)), expected)
+    assert engine.drafter is not None and engine.guessed > 20
+    assert engine.drafter.blocks.free == engine.drafter.runner.n_blocks
+    assert (engine.accepted == engine.guessed) == (noise == 0.0)
+
+
+@pytest.mark.parametrize("model", ["grouped"], indirect=True)
+def test_a_draft_that_does_not_belong_is_refused(model: nn.Module, tokenizer: Tokenizer) -> None:
+    other = llama.build(llama.Config(**{**LLAMA, "vocab_size": 262}))
+    with pytest.raises(UserError, match="another vocabulary than the model"):
+        Engine(model, None, small(model, 9), guesses=Draft(other))
+    with pytest.raises(UserError, match="The draft has layers with a state of fixed size"):
+        Engine(model, tokenizer, small(model, 9), guesses=Draft(hybrid(), tokenizer))
+    with pytest.raises(UserError, match="A draft's guesses were asked for.*leave out --draft"):
+        Engine(hybrid(), tokenizer, small(hybrid(), 9), guesses=Draft(model, tokenizer))
 
 
 def hybrid() -> nn.Module:

@@ -1,5 +1,6 @@
 """Thoughts in the service: apart from the answer, counted, and switched by the chat template's option."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,40 @@ def test_ollama_calls_them_thinking(thinker: Any) -> None:
     body = {"model": name, "messages": ASK["messages"], "stream": False, "options": {"num_predict": 8}}
     message = httpx.post(f"{thinker.url}/api/chat", json=body).json()["message"]
     assert message["thinking"] and message["content"] == ""
+
+
+def test_anthropics_client_gets_thinking_blocks(thinker: Any) -> None:
+    name, url = next(iter(thinker.models.descriptions)), f"{thinker.url}/v1/messages"
+    body = {"model": name, "messages": ASK["messages"], "max_tokens": 12, "temperature": 0}
+    message = httpx.post(url, json=body).json()
+    [block] = message["content"]
+    assert block["type"] == "thinking" and block["thinking"] and "signature" in block
+    lines = httpx.post(url, json={**body, "stream": True}).text.splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+    assert {delta["type"] for delta in deltas} == {"thinking_delta"}
+    assert "".join(delta["thinking"] for delta in deltas) == block["thinking"]
+    turns = [*ASK["messages"], {"role": "assistant", "content": [block, {"type": "text", "text": "A"}]}]
+    again = httpx.post(url, json={**body, "messages": [*turns, *ASK["messages"]]}).json()
+    plain = [*ASK["messages"], {"role": "assistant", "content": "A"}, *ASK["messages"]]
+    without = httpx.post(url, json={**body, "messages": plain}).json()
+    read = [sum(n for name, n in each["usage"].items() if "input" in name) for each in (again, without)]
+    assert read[0] > read[1]
+
+
+def test_a_response_has_an_item_of_thoughts(thinker: Any) -> None:
+    name = next(iter(thinker.models.descriptions))
+    ask = {"model": name, "input": "Hi", "max_output_tokens": 12, "temperature": 0}
+    found = thinker.openai.responses.create(**ask)
+    [item] = found.output
+    assert item.type == "reasoning" and item.content[0].text and found.output_text == ""
+    assert found.usage.output_tokens_details.reasoning_tokens == found.usage.output_tokens
+    events = [*thinker.openai.responses.create(**ask, stream=True)]
+    text = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
+    assert text == item.content[0].text
+    assert [event.text for event in events if event.type == "response.reasoning_text.done"] == [text]
+    turn = [{"role": "user", "content": "Hi"}, item.model_dump(exclude_none=True), *ASK["messages"]]
+    assert thinker.openai.responses.create(**ask | {"input": turn}).usage.input_tokens > found.usage.input_tokens
 
 
 def test_earlier_thoughts_go_to_the_template(thinker: Any) -> None:

@@ -70,6 +70,12 @@ Guesses = Annotated[Natural | None, tyro.conf.arg(metavar="N", help=(
 ))]  # fmt: skip
 
 
+Drafting = Annotated[str | None, tyro.conf.arg(metavar="MODEL", help=(
+    "Smaller model with the same tokenizer, which guesses the next tokens in place of earlier text (speculative "
+    "decoding); the text is the same. Unset: none."
+))]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Packed(OnDevice):
     """Options of commands whose model may be packed."""

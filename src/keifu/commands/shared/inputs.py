@@ -30,6 +30,17 @@ def load_writer(name: str, weights: str | None = None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def proposer(draft: str | None, guesses: int | None, weights: str | None) -> Any:
+    """Return what an engine takes as its guesses: the draft of that name, or without one their number."""
+    if draft is None:
+        return guesses
+    if guesses == 0:
+        raise UserError("--draft guesses tokens, and --guesses 0 asks for none: leave out one of them.")
+    from keifu.generation.draft import Draft
+
+    return Draft(*load_writer(draft, weights), guesses)
+
+
 def notice(line: str) -> None:
     """Print a line on stderr for a person at a terminal; where stderr is a file or a pipe, nothing."""
     if sys.stderr.isatty():

@@ -11,6 +11,7 @@ import tyro
 from keifu.ranges import Count, MinP, Penalty, RepetitionPenalty, Seed, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
+    from keifu.generation.draft import Draft
     from keifu.generation.images.prompts import ImagePrompt
     from keifu.generation.text.generate import Completion
     from keifu.generation.text.sampling_params import SamplingParams
@@ -78,7 +79,7 @@ def print_text(
     sampling: "SamplingParams",
     as_json: bool,
     streamed: bool,
-    guesses: int | None = None,
+    guesses: "int | Draft | None" = None,
 ) -> str | None:
     """Print what the model writes after a prompt, piece by piece where `streamed`, or with all that is known as JSON;
     the reason for its end, as in `Piece`."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from keifu.data.chat import conversations
 from keifu.data.chat.conversations import Conversation, objects, prompt_of
+from keifu.data.chat.thoughts import answer_of
 from keifu.data.records import listed
 from keifu.errors import UserError, require_known
 
@@ -91,7 +92,8 @@ def gym_score(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
     if "entry" not in example:
         raise UserError(f"the example is none of reasoning-gym's: choose --data {PREFIX}NAME, or another reward")
     entry = example["entry"]
-    return float(reasoning_gym().get_score_answer_fn(entry["metadata"]["source_dataset"])(answer.strip(), entry))
+    score = reasoning_gym().get_score_answer_fn(entry["metadata"]["source_dataset"])
+    return float(score(answer_of(answer).strip(), entry))
 
 
 def _setting(given: str) -> tuple[str, Any]:

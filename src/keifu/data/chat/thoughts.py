@@ -76,6 +76,11 @@ def opens_thoughts(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     return tokenizer.decode(prompt[-TAIL:], skip_special=False).rstrip().endswith(OPEN)
 
 
+def with_opening(tokenizer: Tokenizer, prompt: Sequence[int], completion: str) -> str:
+    """Return a completion with the `<think>` that its prompt ended with, so that thoughts without an end are seen."""
+    return f"{OPEN}\n{completion}" if opens_thoughts(tokenizer, prompt) else completion
+
+
 def template_options(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return variables for the chat template, such as `enable_thinking`.
 

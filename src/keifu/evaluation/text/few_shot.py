@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from keifu.data.chat.thoughts import answer_of
+from keifu.data.chat.thoughts import answer_of, with_opening
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -194,6 +194,8 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
     with counting(f"Asking with {asking.shots} shots", len(prompts), "prompts") as progress:
         each = [replace(sampling, seed=asking.seed * len(prompts) + number) for number in range(len(prompts))]
         written = generate_batch(asking.model, asking.tokenizer, prompts, each, asking.batch_size or 32, progress)
+    texts = [with_opening(asking.tokenizer, each, done.text) for each, done in zip(prompts, written, strict=True)]
+    written = [replace(done, text=text) for done, text in zip(written, texts, strict=True)]
     groups = [written[first : first + count] for first in range(0, len(written), count)]
     accepted = [{normalize_answer(text) for text in (item.answer, *item.accepted)} for item in items]
     forms = [[normalize_answer(answer_of(done.text)) for done in group] for group in groups]

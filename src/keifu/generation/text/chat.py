@@ -10,6 +10,7 @@ from torch import nn
 from keifu.data.chat.thoughts import opens_thoughts, split_thoughts, template_options
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.draft import Draft
 from keifu.generation.images.prompts import ImagePrompt, Messages, render
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.generate import Completion, completion
@@ -33,7 +34,8 @@ class Conversation:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, system: str | None = None, guesses: int | None = None,
+        self, model: nn.Module, tokenizer: Tokenizer, system: str | None = None,
+        guesses: int | Draft | None = None,
         options: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         self.model, self.thinking = model, False

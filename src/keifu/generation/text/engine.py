@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.draft import Draft, Drafter
 from keifu.generation.images.prompts import ImagePrompt, insert_images
 from keifu.generation.text.model import evaluation_mode
 from keifu.generation.text.request import Piece, Request, prompt_tokens
@@ -66,7 +67,8 @@ class Engine:
     most texts that are written at a time. step_tokens: the most tokens of a step; more of them read prompts faster, and
     let a text that is being written wait longer. guesses: the most tokens that are guessed to come next, from what
     followed the same three tokens earlier in the text; the text is the same without (prompt lookup, Saxena, 2023).
-    None: for few sequences and as long as it is faster, and only by native code, whose bits do not depend on it.
+    None: for few sequences and as long as it is faster, and only by native code, whose bits do not depend on it. A
+    `Draft` guesses by a smaller model instead.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Engine:
         runner: Runner | None = None,
         max_running: int = 32,
         step_tokens: int = 512,
-        guesses: int | None = 0,
+        guesses: int | Draft | None = 0,
     ):
         reuse_freed()
         self.model, self.tokenizer = model, tokenizer
@@ -85,14 +87,18 @@ class Engine:
         # PyTorch's other threads would wait in a loop on the cores where native code computes the next step
         self._threads = nullcontext if isinstance(self.runner, TorchRunner) else partial(on_threads, 1)
         runner = self.runner
+        draft, wanted = (guesses, guesses.most) if isinstance(guesses, Draft) else (None, guesses)
         if guesses and runner.state_bytes:
+            asked, instead = ("A draft's", "leave out --draft") if draft else (wanted, "use --guesses 0")
             raise UserError(
-                f"{guesses} guesses were asked for, and this model has layers with a state of fixed size, which cannot "
-                "go back when a guess is wrong: use --guesses 0."
+                f"{asked} guesses were asked for, and this model has layers with a state of fixed size, which cannot "
+                f"go back when a guess is wrong: {instead}."
             )
         self.scheduler = Scheduler(blocks_of(runner), max_running, step_tokens, runner.window, runner.contiguous)
-        most = (0 if isinstance(runner, TorchRunner) else MOST_GUESSES) if guesses is None else guesses
-        self.guessing = Guessing(min(most, self.scheduler.step_tokens // max_running - 1), guesses is None)
+        usual = 0 if isinstance(runner, TorchRunner) and draft is None else MOST_GUESSES
+        most = min(usual if wanted is None else wanted, self.scheduler.step_tokens // max_running - 1)
+        self.guessing = Guessing(most, wanted is None)
+        self.drafter = Drafter(draft, tokenizer, runner.vocab_size) if draft else None
         self.guessed = self.accepted = 0  # tokens, in all
         self._sequences: dict[int, Sequence] = {}
         self._numbers = count()
@@ -142,6 +148,8 @@ class Engine:
         if (sequence := self._sequences.pop(number, None)) is not None:
             self.scheduler.remove(sequence)
             self.runner.forget(number)
+            if self.drafter is not None:
+                self.drafter.forget(number)
 
     def step(self) -> list[Piece]:
         """Compute a step and return the tokens that it wrote; none while only prompts were read."""
@@ -182,12 +190,22 @@ class Engine:
             self.scheduler.done(sequence, len(span.tokens) - span.wanted + taken[span.sequence])
             if span.wanted > 1:
                 self._count(sequence.request, span.wanted - 1, taken[span.sequence] - 1)
-            if span.wanted and self.guessing.most:
+            if span.wanted and self.guessing.most and self.drafter is None:
                 sequence.guess(most)
         for piece in pieces:
             if piece.finish_reason:
                 self.abort(piece.index)
+        if self.drafter is not None:
+            self._draft(self.drafter, [span.sequence for span in spans if span.wanted], most)
         return pieces
+
+    def _draft(self, drafter: Drafter, written: list[int], most: int) -> None:
+        """Guess by the draft what comes next in the sequences that were written and go on."""
+        going = [self._sequences[number] for number in written if number in self._sequences]
+        wanted = {each.number: (each.tokens, min(most, each.room)) for each in going}
+        found = drafter.guess({number: each for number, each in wanted.items() if each[1] > 0})
+        for sequence in going:
+            sequence.guesses = found.get(sequence.number, [])
 
     def _count(self, request: Request, guessed: int, accepted: int) -> None:
         """Count guesses, and those that were right."""

@@ -15,6 +15,7 @@ from keifu.data.chat.thoughts import template_options
 from keifu.data.images.io import read_image
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.draft import Draft
 from keifu.generation.images.prompts import ImagePrompt, render
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.model import PREFILL_TOKENS, text_model
@@ -60,7 +61,7 @@ def stream(
     tokenizer: Tokenizer,
     prompts: Prompts,
     samplings: SamplingParams | Sequence[SamplingParams],
-    guesses: int | None = None,
+    guesses: int | Draft | None = None,
 ) -> Iterator[Piece]:
     """Yield the pieces of all texts as they are written, a token of each text in turn.
 
@@ -97,7 +98,7 @@ def generate_batch(
     samplings: SamplingParams | Sequence[SamplingParams],
     batch_size: int = 32,
     advance: Callable[[int], object] | None = None,
-    guesses: int | None = None,
+    guesses: int | Draft | None = None,
 ) -> list[Completion]:
     """Generate the completion of every prompt, in their order; at most `batch_size` are written at a time.
 

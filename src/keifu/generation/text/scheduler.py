@@ -45,6 +45,11 @@ class Sequence:
         """Tokens that are not computed yet: one while it writes, more while its prompt is read."""
         return len(self.tokens) - self.computed
 
+    @property
+    def room(self) -> int:
+        """Tokens that may follow after the next one."""
+        return self.request.limit - len(self.request.tokens) - 1
+
     def span(self, count: int) -> Span:
         """Its next `count` tokens for the runner, with logits wanted after the last one and after each guess."""
         tokens = self.tokens[self.computed : self.computed + count] + self.guesses
@@ -64,8 +69,7 @@ class Sequence:
             self._after[tuple(self.tokens[end - NGRAM : end])] = end
         self._known = max(self._known, len(self.tokens))
         start = self._after.get(tuple(self.tokens[-NGRAM:]), len(self.tokens))
-        most = min(most, self.request.limit - len(self.request.tokens) - 1)
-        self.guesses = self.tokens[start : start + most]
+        self.guesses = self.tokens[start : start + min(most, self.room)]
 
 
 class Scheduler:

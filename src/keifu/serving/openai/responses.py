@@ -15,7 +15,7 @@ from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import Answer, check_count, finish_reason, prepare
 from keifu.serving.openai.pictures import open_images
 from keifu.serving.openai.schemas import ResponseRequest
-from keifu.serving.openai.tools import Delta, render
+from keifu.serving.openai.tools import THOUGHTS, Delta, render
 from keifu.serving.streaming import STREAM, EventStream, json_response, whole
 
 Messages = list[dict[str, Any]]
@@ -115,7 +115,7 @@ class Turn:
         async with aclosing(self.answer.pieces()) as pieces:
             async for _, piece in pieces:
                 self.reason = finish_reason(piece, self.reply) or self.reason
-                for part in self.reply.push(piece.text, piece.finish_reason is not None):
+                for part in self.reply.parts(piece.text, piece.finish_reason is not None):
                     for event in self._go_on(part):
                         yield event
         for event in self._go_on(Delta()) if not self.output else ():
@@ -128,19 +128,22 @@ class Turn:
 
     def _go_on(self, part: Delta) -> Iterator[dict[str, Any]]:
         """Yield the events of one more part: a new item if it begins one."""
-        if not self.output or part.name:
+        kind = "reasoning" if part.call == THOUGHTS else "function_call" if part.call >= 0 else "message"
+        if not self.output or part.name or self.output[-1]["type"] != kind:
             yield from self._end("completed")
             place = len(self.output)
-            self.output.append(self._call(place, part) if part.name else _message(place, self.answer.id))
+            made = _thoughts if kind == "reasoning" else _message
+            self.output.append(self._call(place, part) if part.name else made(place, self.answer.id))
             item = {**self.output[-1], "content": []} if not part.name else self.output[-1]
             yield {"type": "response.output_item.added", "output_index": place, "item": dict(item)}
             if not part.name:
-                yield {"type": "response.content_part.added", **self._place(), "content_index": 0, "part": _part("")}
+                first = dict(self.output[-1]["content"][0])
+                yield {"type": "response.content_part.added", **self._place(), "content_index": 0, "part": first}
         item = self.output[-1]
         if part.content:
             item["content"][0]["text"] += part.content
-            more = {"content_index": 0, "delta": part.content, "logprobs": []}
-            yield {"type": "response.output_text.delta", **self._place(), **more}
+            more = {"content_index": 0, "delta": part.content} | ({} if kind == "reasoning" else {"logprobs": []})
+            yield {"type": f"response.{item['content'][0]['type']}.delta", **self._place(), **more}
         if part.arguments:
             item["arguments"] += part.arguments
             yield {"type": "response.function_call_arguments.delta", **self._place(), "delta": part.arguments}
@@ -151,10 +154,10 @@ class Turn:
             return
         item, place = self.output[-1], self._place()
         item["status"] = status
-        if item["type"] == "message":
+        if item["type"] != "function_call":
             part = dict(item["content"][0])
-            text = {"content_index": 0, "text": part["text"], "logprobs": []}
-            yield {"type": "response.output_text.done", **place, **text}
+            text = {"content_index": 0, **{name: part[name] for name in ("text", "logprobs") if name in part}}
+            yield {"type": f"response.{part['type']}.done", **place, **text}
             yield {"type": "response.content_part.done", **place, "content_index": 0, "part": part}
         else:
             told = {"name": item["name"], "arguments": item["arguments"]}
@@ -173,7 +176,8 @@ class Turn:
         found = self._object(status)
         if self.stored is not None:
             calls = {"tool_calls": self.reply.calls} if self.reply.calls and not self.reply.unfinished else {}
-            answer = {"role": "assistant", "content": self.reply.text, **calls}
+            thoughts = {"reasoning_content": self.reply.reasoning} if self.reply.reasoning else {}
+            answer = {"role": "assistant", "content": self.reply.text, **calls, **thoughts}
             earlier, last = self.messages, self.messages[-1]
             if not calls and len(earlier) > 1 and last["role"] == "assistant" and "tool_calls" not in last:
                 answer["content"] = last["content"] + answer["content"]  # the answer continues it
@@ -205,11 +209,17 @@ def _message(place: int, name: str) -> dict[str, Any]:
     return {**item, "content": [_part("")]}
 
 
+def _thoughts(place: int, name: str) -> dict[str, Any]:
+    item = {"type": "reasoning", "id": f"rs_{name}_{place}", "status": "in_progress", "summary": []}
+    return {**item, "content": [{"type": "reasoning_text", "text": ""}]}
+
+
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     read = {"input_tokens": usage["prompt_tokens"], "input_tokens_details": usage["prompt_tokens_details"]}
-    written = {"output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0}}
+    details = {"reasoning_tokens": usage["completion_tokens_details"]["reasoning_tokens"]}
+    written = {"output_tokens": usage["completion_tokens"], "output_tokens_details": details}
     return {**read, **written, "total_tokens": usage["total_tokens"]}

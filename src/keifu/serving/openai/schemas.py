@@ -296,6 +296,22 @@ class Item(Body):
         return {"role": "system" if self.role == "developer" else self.role, **content_of(self.content)}
 
 
+class ReasoningItem(Body):
+    """Thoughts in the input of a response, which the model wrote earlier."""
+
+    type: Literal["reasoning"]
+    id: str | None = None
+    content: list[dict[str, Any]] | None = None
+    refused: ClassVar[Neutral] = {
+        "status": ("completed", "incomplete"), "summary": ([],), "encrypted_content": (),
+    }  # fmt: skip
+
+    def plain(self) -> dict[str, Any]:
+        """Return the thoughts as a message without text."""
+        text = "".join(str(part.get("text", "")) for part in self.content or ())
+        return {"role": "assistant", "content": "", "reasoning_content": text}
+
+
 class CallItem(Body):
     """Call in the input of a response, which the model wrote earlier."""
 
@@ -352,7 +368,7 @@ Value = Annotated[str, Field(max_length=512)]
 class ResponseRequest(Sampling):
     """POST /v1/responses. store: keep the response in memory, for `previous_response_id` and to be asked for again."""
 
-    input: str | Annotated[list[Item | CallItem | ResultItem], Field(min_length=1)]
+    input: str | Annotated[list[Item | ReasoningItem | CallItem | ResultItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
@@ -377,13 +393,16 @@ class ResponseRequest(Sampling):
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """Input as messages; calls belong to the message of the assistant before them."""
+        """Input as messages; calls belong to the message of the assistant before them, thoughts to the one after."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
         found: list[dict[str, Any]] = []
         for each in (item.plain() for item in self.input):
-            if "tool_calls" in each and found and found[-1]["role"] == "assistant":
-                found[-1]["tool_calls"] = [*found[-1].get("tool_calls", ()), *each["tool_calls"]]
+            last = found[-1] if found and found[-1]["role"] == "assistant" else {}
+            if "tool_calls" in each and last:
+                last["tool_calls"] = [*last.get("tool_calls", ()), *each["tool_calls"]]
+            elif each["role"] == "assistant" and "reasoning_content" in last and not last["content"]:
+                last["content"] = each["content"]
             else:
                 found.append(each)
         return found

@@ -202,6 +202,9 @@ class ToolUse:
         return [f"start: TEXT | lead {rest} calls", "TEXT: /(.|\\n)*/", lead]
 
 
+THOUGHTS = -2  # as the number of a call
+
+
 class Delta(NamedTuple):
     """What an answer goes on with: text, or of call number `call` the name, and then the arguments as they come."""
 
@@ -249,6 +252,11 @@ class Reply:
         found = [each for each in steps if any((each.content, each.name, each.arguments))]
         self.text += "".join(each.content for each in found)
         return found
+
+    def parts(self, text: str, last: bool) -> list[Delta]:
+        """`push`, with the thoughts first."""
+        found = self.push(text, last)
+        return [Delta(self.thought, THOUGHTS), *found] if self.thought else found
 
     def _next(self, form: ToolFormat, last: bool) -> Delta | None:
         """One step; None where more text is needed."""

@@ -13,7 +13,7 @@ from keifu.serving.models import ServedModels
 from keifu.serving.openai.chat import begin_from
 from keifu.serving.openai.generation import Answer, finish_reason
 from keifu.serving.openai.schemas import Body, Neutral
-from keifu.serving.openai.tools import Delta
+from keifu.serving.openai.tools import THOUGHTS, Delta
 from keifu.serving.streaming import STREAM, EventStream, whole
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -22,7 +22,7 @@ Blocks = str | list[dict[str, Any]]
 
 
 class Turn(Body):
-    """Message of the user or of the assistant; a block is text, tool_use or tool_result."""
+    """Message of the user or of the assistant; a block is text, thinking, tool_use or tool_result."""
 
     role: str
     content: Blocks
@@ -93,9 +93,11 @@ def _turns(turn: Turn) -> Iterator[dict[str, Any]]:
     if isinstance(turn.content, str):
         yield {"role": turn.role, "content": turn.content}
         return
-    calls, rest = [], []
+    calls, rest, thoughts = [], [], ""
     for block in turn.content:
-        if block.get("type") == "tool_result":
+        if block.get("type") == "thinking":
+            thoughts += str(block.get("thinking", ""))
+        elif block.get("type") == "tool_result":
             content = _text(block.get("content")) or ""
             yield {"role": "tool", "content": content, "tool_call_id": block.get("tool_use_id")}
         elif block.get("type") == "tool_use":
@@ -104,7 +106,8 @@ def _turns(turn: Turn) -> Iterator[dict[str, Any]]:
         else:
             rest.append({name: value for name, value in block.items() if name != "cache_control"})
     if rest or calls:
-        yield {"role": turn.role, "content": rest or ""} | ({"tool_calls": calls} if calls else {})
+        found = {"tool_calls": calls or None, "reasoning_content": thoughts or None}
+        yield {"role": turn.role, "content": rest or "", **{name: each for name, each in found.items() if each}}
 
 
 async def _message(answer: Answer) -> dict[str, Any]:
@@ -117,12 +120,12 @@ async def _message(answer: Answer) -> dict[str, Any]:
             elif event["type"] == "content_block_start":
                 found["content"].append(event["content_block"] | {"held": ""})
             elif event["type"] == "content_block_delta":
-                found["content"][-1]["held"] += event["delta"].get("text", event["delta"].get("partial_json", ""))
+                found["content"][-1]["held"] += next(text for name, text in event["delta"].items() if name != "type")
             elif event["type"] == "message_delta":
                 found |= event["delta"] | {"usage": event["usage"]}
     for block in found["content"]:
         held = block.pop("held")
-        block |= {"text": held} if block["type"] == "text" else {"input": _object(held)}
+        block |= {"input": _object(held)} if block["type"] == "tool_use" else {block["type"]: held}
     return found
 
 
@@ -142,7 +145,7 @@ async def _events(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
     kind: Any = None
     async with aclosing(answer.pieces()) as pieces:
         async for _, piece in pieces:
-            for part in reply.push(piece.text, piece.finish_reason is not None):
+            for part in reply.parts(piece.text, piece.finish_reason is not None):
                 if part.call != kind or open_block < 0:
                     if open_block >= 0:
                         yield {"type": "content_block_stop", "index": open_block}
@@ -160,12 +163,16 @@ async def _events(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
 
 
 def _block(part: Delta, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    if part.call == THOUGHTS:
+        return {"type": "thinking", "thinking": "", "signature": ""}
     if part.call < 0:
         return {"type": "text", "text": ""}
     return {"type": "tool_use", "id": calls[part.call]["id"], "name": part.name, "input": {}}
 
 
 def _delta(part: Delta) -> dict[str, Any]:
+    if part.call == THOUGHTS:
+        return {"type": "thinking_delta", "thinking": part.content}
     if part.call < 0:
         return {"type": "text_delta", "text": part.content}
     return {"type": "input_json_delta", "partial_json": part.arguments}

@@ -1,0 +1,89 @@
+"""Speculative decoding (Leviathan et al., 2023): a smaller model, the draft, guesses which tokens come next.
+
+The engine checks all guesses of a sequence in one step. Its text does not depend on them; it only comes faster if the
+draft is fast and often right.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.text.blocks import BlockManager
+from keifu.generation.text.model import text_model
+from keifu.generation.text.runner import STEP_TOKENS, Span, runner_of
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Model that guesses, and its tokenizer. most: tokens that it guesses at a time; None: as `Engine` chooses."""
+
+    model: nn.Module
+    tokenizer: Tokenizer | None = None
+    most: int | None = None
+
+    def check(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        """Refuse a model with another vocabulary (`UserError`)."""
+        if tokenizer is None or self.tokenizer is None:
+            differs = text_model(self.model).config.vocab_size != vocab_size
+        else:
+            differs = self.tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab()
+        if differs:
+            raise UserError("The draft has another vocabulary than the model: choose one with the same tokenizer.")
+
+
+class Drafter:
+    """Draft of one engine, with its own keys and values of the sequences that it has read.
+
+    tokenizer, vocab_size: of the engine's model. Another vocabulary than the draft's is a `UserError`.
+    """
+
+    def __init__(self, draft: Draft, tokenizer: Tokenizer | None, vocab_size: int):
+        draft.check(tokenizer, vocab_size)
+        self.vocab_size, self.runner = vocab_size, runner_of(draft.model.eval())
+        if self.runner.state_bytes:
+            raise UserError(
+                "The draft has layers with a state of fixed size, which cannot go back when a guess is wrong: choose "
+                "another."
+            )
+        self.blocks = BlockManager(self.runner.n_blocks, self.runner.block_size, sharing=False)
+        self._read: dict[int, list[int]] = {}  # tokens whose keys and values are in the blocks, by sequence
+        self._tables: dict[int, list[int]] = {}
+
+    def guess(self, wanted: Mapping[int, tuple[Sequence[int], int]]) -> dict[int, list[int]]:
+        """Return the most likely next tokens of sequences, of which `wanted` has the tokens and the number to guess."""
+        texts = {number: [*tokens] for number, (tokens, most) in wanted.items() if self._fits(number, tokens, most)}
+        ends = {number: len(text) + wanted[number][1] for number, text in texts.items()}
+        while spans := [self._span(number, text) for number, text in texts.items() if len(text) < ends[number]]:
+            logits = self.runner.run(spans)[:, : self.vocab_size]
+            guesses = iter(logits.argmax(-1).tolist())
+            for span in spans:
+                self._read[span.sequence] = texts[span.sequence][: span.start + len(span.tokens)]
+                if span.wanted:
+                    texts[span.sequence].append(next(guesses))
+        return {number: text[len(wanted[number][0]) :] for number, text in texts.items()}
+
+    def _span(self, number: int, text: list[int]) -> Span:
+        """Return the next tokens that the draft reads of a text: it goes back to before the first wrong guess."""
+        read = self._read.get(number, [])
+        same = next((at for at, (old, new) in enumerate(zip(read, text, strict=False)) if old != new), len(read))
+        start = min(same, len(text) - 1)
+        tokens = text[start : start + STEP_TOKENS]
+        return Span(number, tokens, start, self._tables[number], int(start + len(tokens) == len(text)))
+
+    def _fits(self, number: int, tokens: Sequence[int], most: int) -> bool:
+        """Whether a sequence with its guesses fits the draft's context and memory; the memory is then taken."""
+        total, table = len(tokens) + most, self._tables.get(number, [])
+        lacking = -(-total // self.runner.block_size) - len(table)
+        if total > self.runner.context_length or lacking > self.blocks.free:
+            return False
+        self._tables[number] = table + self.blocks.allocate(max(0, lacking), table[-1] if table else None)
+        return True
+
+    def forget(self, number: int) -> None:
+        """Free the memory of a sequence."""
+        self.blocks.release(self._tables.pop(number, []))
+        self._read.pop(number, None)
+        self.runner.forget(number)
