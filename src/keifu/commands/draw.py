@@ -1,6 +1,7 @@
 """`keifu draw`: images from a diffusion model or DALL-E, by text or label, and an image reproduced from its record."""
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -120,7 +121,9 @@ def run(options: Options) -> None:
 
     check_png(options.out, options.strip)
     if options.again:
-        again(options.again, options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Image size")  # the record bounds what is read and drawn
+            again(options.again, options)
         return
     if options.model is None:
         raise UserError("There is no model: name one (keifu draw MODEL), or a picture with --again.")
@@ -207,13 +210,14 @@ def again(path: Path, options: Options) -> None:
     """Draws a picture once more by its own record; that it differs is said, with the likely reason. The options say
     where the model, the pictures that it read (init, mask, towards) and its LoRAs are, if elsewhere now."""
     from keifu.checkpoints.hf.native_config import check_kinds
-    from keifu.generation.images.png_metadata import read_record
+    from keifu.generation.images.png_metadata import check_limits, read_record
 
     given = [name for name, value in vars(options).items() if value != vars(Options())[name]]
     if more := [f"--{name.replace('_', '-')}" for name in given if name not in OF_AGAIN]:
         raise UserError(f"--again takes every setting from {path}: leave out {' and '.join(more)}.")
     record = read_record(path)
     check_kinds(record, f"The record of {path}")
+    check_limits(record, path)
     places = {"init": options.init, "mask": options.mask, "towards": options.towards and Path(options.towards)}
     drawing = _input_images(record.drawing, places, path)
     record = replace(record, drawing=drawing, loras=output_paths(record.loras, options.lora))

@@ -96,13 +96,15 @@ def read_record(path: Path) -> ImageRecord:
     if told is None:
         raise UserError(f"{path} does not say how it was drawn: it was not drawn by keifu, or was saved anew since.")
     try:
-        return _within_limits(_record(parse_json(told, path)), math.prod(image.size), path)
+        return _record(parse_json(told, path))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"The record of {path} cannot be read ({error}): another keifu wrote it.") from error
 
 
-def _within_limits(record: ImageRecord, pixels: int, path: Path) -> ImageRecord:
-    """Return a record that asks for no more than its picture shows and than a computer can draw."""
+def check_limits(record: ImageRecord, path: Path) -> None:
+    """Refuse the record of a picture if it asks for more than the picture shows, or than a computer can draw."""
+    with Image.open(path) as image:
+        pixels = math.prod(image.size)
     shown = 1 if record.number is not None else len(record.kept) or record.count
     for name, value, most in (
         ("count", record.count, MOST_PICTURES),
@@ -113,7 +115,6 @@ def _within_limits(record: ImageRecord, pixels: int, path: Path) -> ImageRecord:
     ):
         if not 1 <= value <= most:
             raise UserError(f"The record of {path} gives the {name} as {value:,}, which must be from 1 to {most:,}.")
-    return record
 
 
 def _record(json: dict[str, Any]) -> ImageRecord:
