@@ -17,6 +17,7 @@ LANDMARKS = {  # code lines that each added, at most 450 (600 for a model that s
     "speculative decoding by a draft": 109,
     "diffusion transformer": 450,
     "Gated DeltaNet": 450,
+    "locked text tower": 120,
     "whisper, its command and service": 732,
     "training of whisper": 209,
     "llava": 600,

@@ -149,9 +149,10 @@ def of_clip(toys: Toys) -> tuple[Any, list[Group]]:
     known = {"tokenizer": Reach(toys.clip, "model.config.text.vocab_size", DIFFERENT)}
     ways = {"tower": "resnet", "resnet": replace(base.resnet, image_size=72, width=8, embedding_dim=16)}
     truncate = {"truncate": Reach(True, caption_length, 5)}
+    evenly = {"evenly": Reach(True, "data.evenly")}
     return base, [
         Group(rows), Group(batch), Group(tower, {"resnet": ways["resnet"]}), Group(seen, ways), Group(start),
-        Group(known, {"vocab_size": 520}), Group(truncate, short, refused=True),
+        Group(known, {"vocab_size": 520}), Group(truncate, short, refused=True), Group(evenly),
     ]  # fmt: skip
 
 
@@ -398,6 +399,7 @@ TABLE = {
 }  # fmt: skip
 ELSEWHERE = {  # options that another test holds
     **dict.fromkeys(("ddpm", "dit"), dict.fromkeys(("fit", "distinct"), "test_ddpm_reads_pictures_as_it_is_told")),
+    "clip": dict.fromkeys(("text_teacher", "dictionary"), "test_both_towers_learn_from_a_teacher"),
 }
 
 

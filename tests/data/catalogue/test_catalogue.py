@@ -1,5 +1,6 @@
 """The catalogue: its table holds together, its readers read, and small entries arrive from the network."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -171,3 +172,18 @@ def test_no_summary_that_topics_are_tested_on_is_in_the_training_part(
     learned = set(readers.untested_summaries(file))
     assert len(held.texts) in (11, 12) and not learned & set(held.texts)
     assert len(learned) >= 22 and learned < set(whole)
+
+
+def test_a_dictionary_gives_common_nouns(tmp_path: Path) -> None:
+    def entry(kanji: str, kana: str, *rest: str) -> str:
+        forms = [f"<keb>{kanji}</keb>"] * bool(kanji) + [f"<reb>{kana}</reb>"]
+        return "\n".join(["<entry>", *forms, *rest, "</entry>"])
+
+    goose = entry("鵝鳥", "ガチョウ", "<pos>&n;</pos>", "<misc>&uk;</misc>", "<gloss>goose</gloss>")
+    cat = entry("猫", "ねこ", "<ke_pri>ichi1</ke_pri>", "<pos>&n;</pos>", "<gloss>cat (esp. a tame one)</gloss>",
+                "<gloss>shamisen</gloss>", '<gloss xml:lang="ger">Katze</gloss>', "<gloss>geisha</gloss>")  # fmt: skip
+    rare = entry("稀語", "きご", "<pos>&n;</pos>", "<gloss>rarity</gloss>")
+    long = entry("", "ラング", "<re_pri>gai1</re_pri>", "<pos>&n;</pos>", "<gloss>one of three words</gloss>")
+    file = tmp_path / "jmdict.xml.gz"
+    file.write_bytes(gzip.compress("\n".join([goose, cat, rare, long]).encode()))
+    assert [*readers.dictionary(file)] == [("鵝鳥", "goose"), ("ガチョウ", "goose"), ("猫", "cat"), ("猫", "shamisen")]

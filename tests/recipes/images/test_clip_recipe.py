@@ -10,7 +10,10 @@ import toy_captions
 
 from keifu import checkpoints
 from keifu.data.images.augmentation import Augmentation
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
+from keifu.evaluation.images.retrieval import embed_texts
+from keifu.models import bert
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.recipes.images import clip as recipe
@@ -68,3 +71,44 @@ def test_a_resnet_that_sees_too_little(drawings) -> None:
 def test_an_unknown_language(drawings) -> None:
     with pytest.raises(UserError, match="'fr'.*Known: en, ja"):
         recipe.prepare(small(drawings, languages=("en", "fr")))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder of English texts whose weights are random."""
+    folder = tmp_path_factory.mktemp("teacher")
+    tokenizer = train_tokenizer("wordpiece", ["a small red green blue disc bar large medium"], 60)
+    sizes = bert.Config(tokenizer.vocab_size, 16, 12, 24, 1, 2, pooled=False, next_sentence=False)
+    torch.manual_seed(1)
+    checkpoints.save(bert.build(sizes), tokenizer, folder)
+    return folder
+
+
+def test_both_towers_learn_from_a_teacher(drawings, teacher, tmp_path) -> None:
+    words = tmp_path / "words.tsv"
+    words.write_text("赤\tred\n緑\tgreen\n円\tdisc\n棒\tbar\n", encoding="utf-8")
+    made = small(drawings, text_teacher=str(teacher), dictionary=str(words))
+    task = recipe.prepare(replace(made, training=replace(made.training, seed=3)))
+    batch = task.data.batch(0)
+    assert batch["points"].shape == (8, 12) and batch["words"].shape[:2] == (8, 2)
+    assert torch.allclose(batch["word_points"].norm(dim=-1), torch.ones(8, 2))
+
+    settings = replace(made.training, steps=60, evaluate_every=60, sample_every=60, save_every=60, learning_rate=1e-2)
+    recipe.run(replace(made, training=settings), tmp_path / "run", False)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] / 2
+    model, tokenizer = checkpoints.load(tmp_path / "run")
+    assert model.config.text.embedding_dim == 12
+    japanese, english = ["赤", "緑", "円", "棒"], ["red", "green", "disc", "bar"]
+    found = embed_texts(model, tokenizer, japanese) @ embed_texts(model, tokenizer, english).T
+    assert found.argmax(1).tolist() == [0, 1, 2, 3]
+
+
+def test_what_a_teacher_does_not_go_with(drawings, teacher) -> None:
+    with pytest.raises(UserError, match="--text-teacher minilm"):
+        recipe.prepare(small(drawings, dictionary="jmdict-ja-en"))
+    with pytest.raises(UserError, match="--start-from has towers"):
+        recipe.prepare(small(drawings, text_teacher=str(teacher), start_from="emoji-clip"))
+    with pytest.raises(UserError, match="--evenly takes one picture"):
+        recipe.prepare(small(drawings, evenly=True, hard_negatives=True))

@@ -9,7 +9,7 @@ import transformers
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
-from keifu.training.objectives.contrastive import contrastive_loss
+from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
 from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer
 
@@ -58,6 +58,19 @@ def test_the_gradient_does_not_depend_on_the_split(rows: int, dropout: float) ->
         wanted = whole.get_parameter(name).grad
         assert parameter.grad is not None and wanted is not None
         assert (parameter.grad - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
+
+
+def test_the_gradient_of_a_taught_batch_does_not_depend_on_the_split() -> None:
+    given, random = batch(), torch.Generator().manual_seed(4)
+    points = torch.nn.functional.normalize(torch.randn(7, 3, 8, generator=random), dim=-1)
+    given |= {"points": points[:, 0], "words": given["tokens"][:, None].repeat(1, 2, 1), "word_points": points[:, 1:]}
+    gradients = []
+    for rows in (7, 2):
+        model = made()
+        settings = Settings(clip=0.0, weight_decay=0.0, micro_batch=rows, seed=1, precision="float32")
+        Trainer(model, taught_loss(lambda pixels: pixels.float() / 255), settings).gradient(0, given)
+        gradients.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_validation_is_of_the_whole_batch_too() -> None:

@@ -62,7 +62,7 @@ def _read_table() -> tuple[dict[str, Entry], dict[str, Entry]]:
     table = tomllib.loads((resources.files("keifu.data.catalogue") / "catalogue.toml").read_text(encoding="utf-8"))
     pinned = table.pop("archives")
     for name, facts in pinned.items():
-        pinned[name] = Archive(name, **facts | {"members": tuple(map(tuple, facts.get("members", ())))})
+        pinned[name] = Archive(**{"package": name} | facts | {"members": tuple(map(tuple, facts.get("members", ())))})
     models = {name: _entry(pinned, kind="weights", **facts) for name, facts in table.pop("models").items()}
     return models, {name: _entry(pinned, **facts) for name, facts in table.items()}
 

@@ -4,6 +4,8 @@ A document is a string. A pair is a sentence and its translation. A conversation
 chat templates take, `{"role": "user" or "assistant", "content": ...}`, whose roles alternate.
 """
 
+import gzip
+import html
 import json
 import re
 import tokenize
@@ -67,6 +69,29 @@ def translations(file: Path, first: str, second: str) -> Iterator[tuple[str, str
     for row in tatoeba(file):
         if row[first] != "-" and row[second] != "-":
             yield row[first], row[second]
+
+
+def dictionary(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield JMdict's common Japanese nouns, each with the first two English meanings that have at most two words.
+
+    A noun is common if a list of frequent words has it, or if it is usually written in kana, as animals and plants are.
+    """
+    words, meanings, marks = list[str](), list[str](), set[str]()
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            tag, _, rest = line.partition(">")
+            text = re.sub(r" ?\([^)]*\)", "", html.unescape(rest.partition("</")[0])).strip()
+            if tag in ("<keb", "<reb"):
+                words.append(text)
+            elif tag in ("<ke_pri", "<re_pri", "<pos", "<misc"):
+                marks |= {text, tag}
+            elif tag == "<gloss" and re.fullmatch(r"[A-Za-z-]+( [A-Za-z-]+)?", text):
+                meanings.append(text)
+            elif tag.startswith("</entry"):
+                if "&n;" in marks and marks & {"&uk;", "<ke_pri", "<re_pri"}:
+                    forms = words if "&uk;" in marks else words[:1]
+                    yield from ((word, meaning) for word in forms for meaning in meanings[:2])
+                words, meanings, marks = [], [], set()
 
 
 def read_chats(file: Path, turns: int = 4) -> Iterator[Dialogue]:

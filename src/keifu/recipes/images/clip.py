@@ -11,6 +11,7 @@ Expected: see docs/results.md, "CLIP on emoji and their names".
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,10 +36,12 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.ranges import Count
+from keifu.recipes.images import text_teacher
+from keifu.recipes.images.text_teacher import Lessons, TaughtBatches
 from keifu.recipes.runs import parameters, train_run
 from keifu.recipes.starting import adapted
 from keifu.training.loop import Summary
-from keifu.training.objectives.contrastive import contrastive_loss
+from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
 from keifu.training.protocols import Objective
 from keifu.training.settings import Settings
 
@@ -64,6 +67,13 @@ class Recipe:
     """Tokens of a learned tokenizer, at most."""
     hard_negatives: bool = False
     """Near copies, such as an emoji in all skin tones, come in one batch, which then asks what tells them apart."""
+    evenly: bool = False
+    """Whether an epoch has one picture of each group, so that an emoji in many skin tones counts once."""
+    text_teacher: str | None = None
+    """Encoder of English texts, such as minilm, whose embeddings of the English captions both towers learn; the text
+    tower learns them from the captions of all languages."""
+    dictionary: str | None = None
+    """Words with English meanings that the text tower learns from its teacher: jmdict-ja-en, or a file of pairs."""
     truncate: bool = False
     """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
     start_from: str | None = None
@@ -105,24 +115,35 @@ class Task:
 
     @property
     def objective(self) -> Objective:
-        """Return the contrastive loss of the pictures as the model sees them."""
-        return contrastive_loss(retrieval.preprocessing(self.model).normalised)
+        """Return the loss of the pictures as the model sees them: contrastive, or by the teacher that the data has."""
+        loss = taught_loss if isinstance(self.data, TaughtBatches) else contrastive_loss
+        return loss(retrieval.preprocessing(self.model).normalised)
 
 
 def prepare(recipe: Recipe) -> Task:
     """Read the pictures, hold some out, learn the tokenizer from the captions of the others, and build the model."""
     torch.manual_seed(recipe.training.seed)
+    if recipe.evenly and recipe.hard_negatives:
+        raise UserError("--evenly takes one picture of each group and --hard-negatives all of them: give one of them.")
+    if recipe.dictionary and not recipe.text_teacher:
+        raise UserError("--dictionary has words that a teacher reads: name it, for example --text-teacher minilm.")
+    if recipe.text_teacher and recipe.start_from:
+        raise UserError("--text-teacher decides the size of new towers, and --start-from has towers: give one of them.")
     loaded, given = checkpoints.load(recipe.start_from, torch.float32) if recipe.start_from else (None, None)
     pixels = retrieval.two_towers(loaded).config.pixels if loaded else pixels_of(recipe)
     parts = split(read_images(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3))
-    tokenizer = given or _tokenizer(recipe, parts.train)
-    model: Any = loaded or _new(recipe, tokenizer, pixels).to(choose())
+    lessons = text_teacher.ask(recipe.text_teacher, recipe.dictionary, parts) if recipe.text_teacher else None
+    tokenizer = given or _tokenizer(recipe, parts.train, lessons.words if lessons else [])
+    model: Any = loaded or _new(recipe, tokenizer, pixels, lessons).to(choose())
     limit = model.config.context_length
     rows = [tokens(recipe, tokenizer, part, limit) for part in (parts.train, parts.validation)]
     settings = adapted(recipe.training, LEARNING, recipe.start_from)
-    data = ImageBatches(
+    batches: Any = ImageBatches
+    if lessons is not None:
+        batches = partial(TaughtBatches, lessons, text_teacher.encode_words(lessons, tokenizer, limit))
+    data = batches(
         parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows,
-        hard_negatives=recipe.hard_negatives,
+        hard_negatives=recipe.hard_negatives, evenly=recipe.evenly,
     )  # fmt: skip
     return Task(model, tokenizer, parts, data, settings)
 
@@ -138,13 +159,16 @@ def pixels_of(recipe: Recipe) -> clip.Pixels:
     return clip.Pixels(size, size, mean=(0.5,), std=(0.5,)) if grey else clip.Pixels(size, size)
 
 
-def _new(recipe: Recipe, tokenizer: Tokenizer, pixels: clip.Pixels) -> clip.Clip:
+def _new(recipe: Recipe, tokenizer: Tokenizer, pixels: clip.Pixels, lessons: Lessons | None) -> clip.Clip:
     text = replace(recipe.text, vocab_size=tokenizer.vocab_size, end_id=tokenizer.eos_id)
-    return clip.build(clip.Config(text, recipe.image if recipe.tower == "vit" else recipe.resnet, pixels))
+    image: Any = recipe.image if recipe.tower == "vit" else recipe.resnet
+    if lessons is not None:
+        text, image = replace(text, embedding_dim=lessons.dim), replace(image, embedding_dim=lessons.dim)
+    return clip.build(clip.Config(text, image, pixels))
 
 
-def _tokenizer(recipe: Recipe, pictures: ImageDataset) -> Tokenizer:
-    captions = [text for language in recipe.languages for text in pictures.texts(language)]
+def _tokenizer(recipe: Recipe, pictures: ImageDataset, words: Sequence[str]) -> Tokenizer:
+    captions = [text for language in recipe.languages for text in pictures.texts(language)] + [*words]
     if recipe.tokenizer == LEARNED:
         return bpe.learn(captions, recipe.vocab_size)
     tokenizer = load_tokenizer(recipe.tokenizer)

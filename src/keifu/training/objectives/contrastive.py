@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from keifu.layers.losses import cross_entropy
 from keifu.training.grad_cache import Rows, WholeBatchObjective
@@ -27,6 +28,36 @@ def contrastive_loss(prepare: Callable[[Tensor], Tensor]) -> WholeBatchObjective
     `encode_text`, `logits` and `logit_scale`, which is limited to ln 100, as in the released code.
     """
     return WholeBatchObjective(partial(_rows, prepare), _loss)
+
+
+def taught_loss(prepare: Callable[[Tensor], Tensor]) -> WholeBatchObjective:
+    """Return the loss of both towers by a locked teacher of texts: the contrastive loss between pictures and the
+    teacher's embeddings of their captions, and the squared distances of all embeddings to the teacher's.
+
+    A batch has also "points", the teacher's embeddings of the captions, and may have "words" [row, words, length] and
+    "word_points". The figures are those of `contrastive_loss` with the teacher's embeddings as the captions.
+    """
+    return WholeBatchObjective(partial(_taught_rows, prepare), _taught_loss)
+
+
+def _taught_rows(prepare: Callable[[Tensor], Tensor], model: Any, batch: Batch) -> Rows:
+    images, texts = _rows(prepare, model, batch)
+    distances = _distances(images, batch["points"]) + _distances(texts, batch["points"])
+    if "words" in batch:
+        words = model.encode_text(batch["words"].flatten(0, 1)).unflatten(0, batch["words"].shape[:2])
+        distances = distances + _distances(words, batch["word_points"]).sum(1)
+    return images, batch["points"], distances
+
+
+def _distances(x: Tensor, points: Tensor) -> Tensor:
+    """Return the squared distances of embeddings, scaled to length 1, to points of that length."""
+    return 2 - 2 * cosine_similarity(x.float(), points, dim=-1)
+
+
+def _taught_loss(model: Any, rows: Rows) -> LossOutput:
+    *embeddings, distances = rows
+    found = _loss(model, tuple(embeddings))
+    return found._replace(total=found.total + distances.sum())
 
 
 def _rows(prepare: Callable[[Tensor], Tensor], model: Any, batch: Batch) -> Rows:

@@ -1,0 +1,111 @@
+"""A locked teacher of both towers of a CLIP: an encoder of English texts that has read far more than the captions.
+
+Pictures learn the teacher's embedding of their English caption, which does not change (LiT, Zhai et al., 2021). The
+text tower learns the same embedding from the caption in each language, and from the words of a dictionary the teacher's
+embedding of their English meaning (Reimers and Gurevych, 2020, "Making Monolingual Sentence Embeddings Multilingual").
+So a name that no picture has is near the names of similar things. The mean of the captions is subtracted from all.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from keifu import checkpoints
+from keifu.data.images.augmentation import uniform
+from keifu.data.images.batches import ImageBatches
+from keifu.data.images.splits import ImageSplit
+from keifu.data.padding import pad
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.translation.pairs import read_pairs
+from keifu.evaluation.classification.embeddings import embed, encode_texts, encoder
+from keifu.evaluation.images.retrieval import padding
+
+WORDS = 2  # of the dictionary, for each picture of a batch
+ENGLISH = "en"
+
+@dataclass(frozen=True, eq=False)
+class Lessons:
+    """The teacher's embeddings of the captions for training and validation, and of a dictionary's texts."""
+
+    training: Float[Tensor, "pictures embedding"]
+    held: Float[Tensor, "held_pictures embedding"]
+    words: list[str]
+    meanings: Float[Tensor, "words embedding"]
+
+    @property
+    def dim(self) -> int:
+        """Return the size of an embedding."""
+        return self.training.shape[1]
+
+
+def ask(teacher: str, dictionary: str | None, parts: ImageSplit) -> Lessons:
+    """Embed the English captions and meanings by the teacher."""
+    model, tokenizer = checkpoints.load(teacher, torch.float32)
+    encoder(model)
+    pairs = dict.fromkeys(read_pairs(dictionary).rows) if dictionary else {}
+    meanings = [*dict.fromkeys(meaning for _, meaning in pairs)]
+    captions = [[*part.texts(ENGLISH)] for part in (parts.train, parts.validation)]
+    print(f"{teacher} reads {len(captions[0]):,} captions and {len(meanings):,} meanings ...", flush=True)
+    sizes = [len(captions[0]), len(captions[1]), len(meanings)]
+    points = embed(model, tokenizer, [*captions[0], *captions[1], *meanings], cut=True)
+    points = F.normalize(points - points[: sizes[0]].mean(0), dim=-1)
+    training, held, meant = points.split(sizes)
+    number = {meaning: index for index, meaning in enumerate(meanings)}
+    which = [*range(len(meanings)), *(number[meaning] for _, meaning in pairs)]
+    return Lessons(training, held, [*meanings, *(word for word, _ in pairs)], meant[which])
+
+
+class Words(NamedTuple):
+    """A dictionary's texts as tokens, and the teacher's embedding of each."""
+
+    tokens: Int64[Tensor, "words length"]
+    points: Float[Tensor, "words embedding"]
+
+
+class TaughtBatches(ImageBatches):
+    """Batches of captioned pictures with "points", the teacher's embeddings of the captions [row, embedding].
+
+    With a dictionary a batch has also "words" [row, words, length] and "word_points" [row, words, embedding], drawn by
+    the seed and the step.
+    """
+
+    def __init__(self, lessons: Lessons, words: Words | None, *given: Any, **more: Any):
+        self.lessons, self.words = lessons, words
+        super().__init__(*given, **more)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the pictures, the captions, and the teacher's embeddings of all texts."""
+        digest = hashlib.sha256(super().fingerprint.encode())
+        for points in (self.lessons.training, self.lessons.held, self.lessons.meanings):
+            digest.update(points.numpy().tobytes())
+        return digest.hexdigest()
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Return the batch of a step."""
+        batch = super().batch(step)
+        if self.words is not None:
+            drawn = uniform(self.seed + 3, step, batch["indices"].numpy(), WORDS)
+            chosen = torch.from_numpy((drawn * len(self.words.tokens)).astype(np.int64))
+            batch |= {"words": self.words.tokens[chosen], "word_points": self.words.points[chosen]}
+        return batch
+
+    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+        """Return some pictures as they are, with the teacher's embeddings of their captions."""
+        points = self.lessons.held if held else self.lessons.training
+        return super().make_batch(held, items) | {"points": points[torch.from_numpy(items)]}
+
+
+def encode_words(lessons: Lessons, tokenizer: Tokenizer, limit: int) -> Words | None:
+    """Encode a dictionary's texts; None without a dictionary."""
+    if not lessons.words:
+        return None
+    rows, _ = encode_texts(tokenizer, lessons.words, limit, cut=True)
+    return Words(pad(rows, padding(tokenizer))[0], lessons.meanings)
