@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import sacrebleu
@@ -208,3 +209,9 @@ def test_every_task_offers_what_the_verb_asks_for(monkeypatch: pytest.MonkeyPatc
         assert known >= task.OPTIONS and task.ABOUT and task.names() and not task.accepts("no such thing")
     with pytest.raises(UserError, match="cannot be evaluated yet"):
         evaluate.select_task(torch.nn.Linear(1, 1), "sotu")
+
+
+def test_unknown_tokens_are_counted_among_those_of_the_source(capsys: pytest.CaptureFixture) -> None:
+    parts = [SimpleNamespace(complete=True, unknown=number, source_tokens=9, tokens=5) for number in (2, 0)]
+    translate._warn(cast(Any, [parts]))
+    assert capsys.readouterr().err == "2 of 18 tokens are unknown to the model's vocabulary.\n"

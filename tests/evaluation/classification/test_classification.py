@@ -25,6 +25,11 @@ def test_the_figures_are_those_of_scikit_learn() -> None:
     assert [row[-1] for row in confusion.by_label()[1]] == [*map(str, texts), "0"]
 
 
+def test_a_label_that_is_given_and_never_right_counts_in_macro_f1() -> None:
+    confusion = Confusion.of(torch.tensor([0, 0]), torch.tensor([0, 1]), ["right", "given", "never seen"])
+    assert confusion.macro_f1 == pytest.approx((2 / 3 + 0) / 2)
+
+
 def test_the_verdict_names_what_guessing_would_give() -> None:
     confusion = Confusion.of(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1]), ["cat", "dog"])
     assert confusion.majority == ("cat", 0.75)
