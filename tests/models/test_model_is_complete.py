@@ -47,7 +47,7 @@ WITHOUT = {  # rows that a model cannot have, with the reason
     "published config": {
         "palm": "PaLM's weights were not published, and Cohere's config.json is in test_parity",
     },
-    "page": dict.fromkeys(MIXTURES, "the page on mixtures is not written yet"),
+    "page": {},
 }
 
 

@@ -208,6 +208,31 @@ def gated_delta(drawing: Drawing) -> None:
     drawing.note(MIDDLE, 334, ("α and β are made of the token, for each head", "α と β はトークンからヘッドごとに作る"))
 
 
+def deepseek_v3(drawing: Drawing) -> None:
+    token = drawing.box(MIDDLE, 12, ("a token's hidden state", "トークンの隠れ状態"), tone="data", width=170)
+    queries = drawing.box(82, 74, ("queries", "クエリ"), ("of 128 heads", "128 ヘッド分"), "layer", 120)
+    latent = drawing.box(256, 74, ("latent c", "潜在ベクトル c"), ("512 + 64 numbers, kept", "512 + 64 個の数、保持"), "frozen", 170)
+    for first in (queries, latent):
+        drawing.line(token.bottom, (MIDDLE, 58), (first.x, 58), first.top)
+    made = drawing.box(256, 138, ("keys and values", "キーと値"), ("of 128 heads", "128 ヘッド分"), "layer", 150)
+    drawing.line(latent.bottom, made.top)
+    attention = drawing.box(MIDDLE, 202, ("attention", "注意"), tone="attention", width=120)
+    drawing.line(queries.bottom, (82, 217), attention.left)
+    drawing.line(made.bottom, (256, 217), attention.right)
+    router = drawing.box(
+        82, 262, ("router", "ルータ"), ("8 of 256 by s + b", "256 から8つを s + b で"), "attention", 140
+    )
+    shared = drawing.box(262, 262, ("shared expert", "共有の専門家"), ("every token", "全トークン"), "layer", 130)
+    drawing.line(attention.bottom, (MIDDLE, 250), (82, 250), router.top)
+    drawing.line(attention.bottom, (MIDDLE, 250), (262, 250), shared.top)
+    experts = drawing.box(82, 326, ("8 small experts", "小さな専門家8つ"), tone="layer", width=140)
+    drawing.line(router.bottom, experts.top)
+    total = drawing.plus(MIDDLE, 341)
+    drawing.line(experts.right, total.left)
+    drawing.line(shared.bottom, (262, 341), total.right)
+    drawing.note(MIDDLE, 378, ("b: rises while an expert has too few tokens", "b：トークンが少なすぎる専門家で上がる"))
+
+
 def whisper(drawing: Drawing) -> None:
     left = [
         Part(("log-mel frames", "対数メルのフレーム"), "3,000 × 80", "data"), Part(("2 convolutions", "畳み込み 2 層"), ("halves the frames", "フレームを半分に")), Begin("× 4"), Fork(), NORM,
