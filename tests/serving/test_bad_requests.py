@@ -252,7 +252,10 @@ def test_an_answer_that_takes_too_long_is_given_up(folder: Path) -> None:
 
 
 def test_figures_are_counted(served: Any, base: str) -> None:
+    first = served.models.metrics.first_token.labels("base")
+    count = sum(each.get() for each in first._buckets)
     served.post("/v1/completions", {"model": base, "prompt": "abc", "max_tokens": 3})
+    assert sum(each.get() for each in first._buckets) == count + 1, "one answer has one first token"
     text = httpx.get(f"{served.url}/metrics").text
     assert 'keifu_generated_tokens_total{model="base"}' in text
     assert 'keifu_requests_total{path="/v1/completions",status="200"}' in text

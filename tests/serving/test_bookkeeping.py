@@ -1,6 +1,7 @@
 """Counts of the service: room for requests, guesses, limits of other clients, and runs that began again."""
 
 import asyncio
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,8 +13,10 @@ from serving_toys import WAIT, running, until
 import keifu
 from keifu.generation.text.request import Request
 from keifu.generation.text.sampling_params import SamplingParams
+from keifu.serving import worker
 from keifu.serving.app import Access
 from keifu.serving.errors import ApiError
+from keifu.serving.metrics import Metrics
 from keifu.serving.models import describe
 from keifu.serving.openai.generation import Answer
 from keifu.serving.protocols import ollama
@@ -27,6 +30,19 @@ def test_there_is_room_for_what_is_written_and_what_waits() -> None:
         with pytest.raises(ApiError) as refused:
             Worker.check_room(busy, count)
         assert refused.value.status == status
+    for seconds, wait in ((0.1, 1), (12.4, 12), (400.0, 60)):
+        busy._mean_seconds = seconds
+        with pytest.raises(ApiError) as refused:
+            Worker.check_room(busy, 5)
+        assert refused.value.retry == wait
+
+
+def test_what_waits_what_runs_and_what_of_the_cache_is_used_are_shown() -> None:
+    blocks = SimpleNamespace(free=3, n_blocks=4)
+    engine = cast(Any, SimpleNamespace(counts=(2, 1), scheduler=SimpleNamespace(blocks=blocks)))
+    Worker._count(cast(Any, SimpleNamespace(metrics=(metrics := Metrics()), name="x")), engine)
+    for line in ('keifu_waiting{model="x"} 2.0', 'keifu_running{model="x"} 1.0', 'cache_used_ratio{model="x"} 0.25'):
+        assert line in metrics.text().decode()
 
 
 def test_guesses_that_did_not_come_are_those_beyond_the_accepted() -> None:
@@ -54,20 +70,35 @@ def test_a_negative_number_of_ollama_is_no_limit(given: int | None, expected: in
 
 def test_an_answer_that_nobody_reads_is_taken_out_of_the_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     aborted, abort = [], Worker._abort
-    monkeypatch.setattr(Worker, "_abort", lambda worker, job: [aborted.append(job), abort(worker, job)])
+    monkeypatch.setattr(Worker, "_abort", lambda own, job: [aborted.append(job), abort(own, job)])
     with running([str(folder / "base")], Limits(), Access()) as served:
-        worker = served.models.worker("base")
+        own = served.models.worker("base")
         about = served.models.descriptions["base"]
         request = Request([5, 6, 7], SamplingParams(max_tokens=300), about.tokenizer, about.config.vocab_size, 512)
 
         async def leave() -> None:
-            pieces = worker.generate([request])
+            pieces = own.generate([request])
             await asyncio.wait_for(anext(pieces), WAIT)
             await pieces.aclose()
 
         asyncio.run(leave())
         until(lambda: bool(aborted))
-        assert aborted[0].requests == [request] and worker.pending == 0
+        assert aborted[0].requests == [request] and own.pending == 0
+
+
+def test_the_time_of_an_answer_is_that_of_all_its_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jump = [0.0]
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + jump[0]))
+    with running([str(folder / "base")], Limits(), Access()) as served:
+        about = served.models.descriptions["base"]
+        request = Request([5, 6, 7], SamplingParams(max_tokens=300), about.tokenizer, about.config.vocab_size, 512)
+
+        async def read() -> None:
+            async for _ in served.models.worker("base").generate([request]):
+                jump[0] = 700.0
+
+        with pytest.raises(TimeoutError):
+            asyncio.run(read())
 
 
 def test_a_run_that_began_again_is_read_from_its_start(folder: Path, tmp_path: Path) -> None:

@@ -347,6 +347,7 @@ def test_embeddings_of_ids_are_those_of_their_text(served: Any, folder: Path) ->
     vocab_size = served.models.descriptions["encoder"].config.vocab_size
     with pytest.raises(openai.BadRequestError, match=f"has the token {vocab_size}, and this model has tokens from 0"):
         ask(model="encoder", input=[vocab_size])
+    assert ask(model="encoder", input=[ids[0][:1] * 16]).usage.prompt_tokens == 16
     with pytest.raises(openai.BadRequestError, match="input 2 has 17 tokens; this model takes 16"):
         ask(model="encoder", input=[ids[0], ids[0][:1] * 17])
     with pytest.raises(openai.BadRequestError, match="keep its beginning with the field cut"):
