@@ -46,7 +46,8 @@ def main() -> None:
         columns = ["", "words", "word error rate", "95% interval", "recordings without an error"]
         keys = ("voice", "said", "written")
         wrong = {name: dict(zip(keys, each, strict=True)) for name, *each, count in found.items.rows if count}
-        command = f"python benchmarks/spoken_digits.py --steps {options.steps} --seed {options.seed}"
+        how = "--run runs/whisper" if options.run else f"--steps {options.steps} --seed {options.seed}"
+        command = f"python benchmarks/spoken_digits.py {how}"
         write_table(options.write, "Learning to hear", command, columns, [row], {"with errors": wrong})
 
 

@@ -21,7 +21,8 @@ class Options(flags.OnDevice):
     format: Literal["text", "json", "srt", "vtt"] = "text"
     """Form of the transcript; json has a line for each file, with segments, their seconds and probabilities."""
     language: str | None = None
-    """Language that is spoken, such as en or ja; unset: the model finds it in the first window."""
+    """Language that is spoken, such as en or ja; unset: that of generation_config.json, or the model finds it in the
+    first window."""
     task: Literal["transcribe", "translate"] = "transcribe"
     """transcribe, or translate into English."""
     beams: Count = 1

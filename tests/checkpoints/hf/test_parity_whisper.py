@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from keifu import checkpoints
+from keifu.data.audio.log_mel import log_mel
 from keifu.errors import UserError
 
 SIZES = {
@@ -71,6 +72,16 @@ def test_logits_both_ways(case, weights, tmp_path) -> None:
     assert all(saved[n].dtype == original[n].dtype and torch.equal(saved[n], original[n]) for n in saved)
     again = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "ours")
     assert torch.equal(again(input_features=sound, decoder_input_ids=TARGET).logits, expected)
+
+
+def test_transformers_reads_the_features_that_are_saved(tmp_path) -> None:
+    published(max_source_positions=50).save_pretrained(tmp_path)
+    checkpoints.save(checkpoints.load_model(tmp_path), None, tmp_path / "ours")
+    extractor = transformers.WhisperFeatureExtractor.from_pretrained(tmp_path / "ours")
+    sound = torch.randn(9000, generator=torch.Generator().manual_seed(3))
+    expected: Any = extractor(sound.numpy(), sampling_rate=16_000, return_tensors="pt").input_features
+    assert expected.shape == (1, 7, 100)
+    assert torch.allclose(log_mel(torch.nn.functional.pad(sound, (0, 7000)), 7), expected[0], atol=1e-4)
 
 
 def test_other_sound_and_other_windows_are_refused(tmp_path) -> None:

@@ -65,6 +65,17 @@ def test_language_and_short_sound_are_those_of_transformers(hearing, seed) -> No
     assert got.segments[0].tokens == without_the_boundary(kept["segments"][0][0]["tokens"].tolist())
 
 
+@pytest.mark.parametrize("given", ["ja", "<|ja|>"])
+def test_the_language_of_the_checkpoint_is_taken(hearing, given) -> None:
+    _, model, words = hearing(0)
+    settled = words.replace(generation_config=words.generation_config | {"language": given})
+    assert transcribe(model, settled, SOUND) == transcribe(model, words, SOUND, TranscriptionParams("ja"))
+    assert transcribe(model, settled, SOUND, TranscriptionParams("en")).language == "en"
+    unknown = words.replace(generation_config=words.generation_config | {"language": "japanese"})
+    with pytest.raises(UserError, match="no language of this model 'japanese'"):
+        transcribe(model, unknown, SOUND)
+
+
 def test_beams_find_a_likelier_transcript(hearing) -> None:
     _, model, words = hearing(0)
     one, four = (

@@ -68,7 +68,7 @@ def _digits(variants: Sequence[str], speeds: Sequence[int], count: int) -> list[
     for number in range(count):
         voice = f"{random.choice(ACCENTS)}+{random.choice(variants)}"
         text = " ".join(random.choice(WORDS, random.integers(1, 5)))
-        how = ("-v", voice, "-s", str(random.choice(speeds)), "-p", str(random.integers(30, 71)))
+        how = ("-D", "-v", voice, "-s", str(random.choice(speeds)), "-p", str(random.integers(30, 71)))
         found.append(Recording(f"{number}.wav", text, voice, partial(_speak, program, *how, text)))
     return found
 

@@ -33,7 +33,8 @@ class TranscriptionParams:
     """How sound is transcribed."""
 
     language: str | None = None
-    """Language that is spoken, such as en or ja; unset: the model finds it in the first window."""
+    """Language that is spoken, such as en or ja; unset: that of generation_config.json, or the model finds it in the
+    first window."""
     task: Literal["transcribe", "translate"] = "transcribe"
     """transcribe, or translate into English."""
     beams: Count = 1
@@ -111,11 +112,13 @@ def transcribe(
 ) -> Transcript:  # fmt: skip
     """Transcribe sound of one channel at 16 kHz. `progress` is called with the seconds that are done."""
     hearer, tokens = speech_model(model), speech_tokens(model.config, tokenizer)
-    tokens.check(settings.language, settings.task)
+    usual = str(tokenizer.generation_config.get("language") or "").strip("<|>") if tokens.languages else ""
+    language = settings.language or usual or None
+    tokens.check(language, settings.task)
     window, last = 2 * hearer.config.audio_length, -(-len(samples) // HOP)
     padded = F.pad(samples, (0, max(0, window * HOP - len(samples))))  # short sound is followed by silence
     features = log_mel(padded, hearer.config.n_mels).to(device_of(model))
-    place, language, seconds, segments = 0, settings.language, len(samples) / RATE, list[Segment]()
+    place, seconds, segments = 0, len(samples) / RATE, list[Segment]()
     given = tokenizer.encode(" " + settings.prompt.strip()) if settings.prompt else []
     past = deque(given, max(0, hearer.config.context_length // 2 - 1))
     with evaluation_mode(model), torch.inference_mode():

@@ -141,7 +141,8 @@ def from_published(json: dict[str, Any]) -> Config:
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers reads."""
     sound = {"feature_extractor_type": "WhisperFeatureExtractor", "processor_class": "WhisperProcessor", **_SOUND}
-    sound |= {"feature_size": config.n_mels, "chunk_length": config.audio_length / 50, "padding_value": 0.0}
+    seconds = config.audio_length / 50 if config.audio_length % 50 else config.audio_length // 50
+    sound |= {"feature_size": config.n_mels, "chunk_length": seconds, "padding_value": 0.0}
     return {
         "is_encoder_decoder": True,
         "decoder_layers": config.n_layers,  # if the Config leaves them to the encoder's

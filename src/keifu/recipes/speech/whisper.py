@@ -6,7 +6,7 @@ about a million parameters, and digits that espeak-ng speaks (synthetic speech; 
 transcripts have no times.
 Command: keifu train whisper --data spoken-digits
 Cost: printed before it starts, measured on the machine.
-Expected: see docs/lineage/whisper.md; keifu evaluate prints the word error rate of other voices.
+Expected: see docs/results.md, "Learning to hear".
 """
 
 from collections.abc import Iterable, Sequence
