@@ -5,12 +5,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import create_autospec
 
 import httpx
 import pytest
 from serving_toys import WAIT, running, until
 
 import keifu
+from keifu.generation.text.engine import Engine
 from keifu.generation.text.request import Request
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.serving import worker
@@ -38,8 +40,8 @@ def test_there_is_room_for_what_is_written_and_what_waits() -> None:
 
 
 def test_what_waits_what_runs_and_what_of_the_cache_is_used_are_shown() -> None:
-    blocks = SimpleNamespace(free=3, n_blocks=4)
-    engine = cast(Any, SimpleNamespace(counts=(2, 1), scheduler=SimpleNamespace(blocks=blocks)))
+    engine = create_autospec(Engine, instance=True, counts=(2, 1))
+    engine.scheduler = SimpleNamespace(blocks=SimpleNamespace(free=3, n_blocks=4))
     Worker._count(cast(Any, SimpleNamespace(metrics=(metrics := Metrics()), name="x")), engine)
     for line in ('keifu_waiting{model="x"} 2.0', 'keifu_running{model="x"} 1.0', 'cache_used_ratio{model="x"} 0.25'):
         assert line in metrics.text().decode()
