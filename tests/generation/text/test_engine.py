@@ -240,6 +240,7 @@ def test_a_block_is_known_by_all_tokens_before_it(model: nn.Module, tokenizer: T
     """Prompts a+b and c+d, then a+d: the block d behind c holds other keys and values than d behind a."""
     a, b, c, d = BLOCKS
     asked = [([*first, *second, 5], replace(PLAIN, max_tokens=6)) for first, second in ((a, b), (c, d), (a, d))]
+    asked.append(([*a, *b], replace(PLAIN, max_tokens=6)))  # all of its blocks are known: the last token is read anew
     engine = Engine(model, tokenizer, small(model, 100))
     found: list[list[Piece]] = []
     for number, (prompt, sampling) in enumerate(asked):
