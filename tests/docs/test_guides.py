@@ -45,7 +45,7 @@ ENOUGH = {  # options that a training gets, each only if the page gives none; ot
     "classifier": "",
     "clip": "--steps 2 --warmup 1 --batch-size 8",
     "dalle": "--clip-steps 2 --vae-steps 2 --steps 2 --batch-size 4",
-    "dpo": "--steps 2 --batch-size 2 --context-length 64",
+    "dpo": "--steps 2 --batch-size 2 --context-length 128",
     "gpt1": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
     "gpt2": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES}",
     "gpt3": f"--steps 2 --batch-size 2 {BLOCK_SIZES}",
