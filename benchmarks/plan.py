@@ -38,6 +38,13 @@ from keifu.training.trainer import Trainer
 SIZES = {size.name: size for size in published_sizes()}
 
 
+TORCHTITAN = {  # tokens/s a GPU of its published runs on H100 (benchmarks/llama3_h100_202412), plans are in bfloat16
+    ("llama3.1-8b", 8, 131e3, "not compiled"): 5762, ("llama3.1-8b", 8, 131e3, "compiled"): 6667,
+    ("llama3.1-8b", 128, 2e6, "not compiled"): 5605, ("llama3.1-8b", 128, 2e6, "compiled"): 6514,
+    ("llama3.1-70b", 256, 4e6, "float8"): 829, ("llama3.1-405b", 512, 4e6, "float8, pipeline"): 128,
+}  # fmt: skip
+
+
 def planned(name: str, devices: str, batch: float) -> plan.Plan:
     """The plan of a published size."""
     return plan.plan(architecture(SIZES[name]), *plan.parse_devices(devices), batch)
@@ -135,6 +142,10 @@ def main() -> None:
         ("PaLM-540B, 6,144 TPU v4: MFU in %", 100 * palm.utilisation, 46.2),
         ("GPT-3 175B, 300 B tokens: PF-days", architecture(SIZES["gpt3-175b"]).flops * 300e9 / 8.64e19, 3640),
         ("Llama 2 70B, 2 T tokens: M GPU hours", llama2.hours(2e12) / 1e6, 1.72),
+        *(
+            (f"{name}, {count} H100 ({how}): tokens/s a GPU", planned(name, f"{count}xH100-80G", batch).rate, rate)
+            for (name, count, batch, how), rate in TORCHTITAN.items()
+        ),
         ("Stable Diffusion 1: thousand A100 hours", first / 1e3, 150),
         ("Stable Diffusion 2 by MosaicML: thousand A100 hours", second / 1e3, 81.33 * 8 * 24 / 1e3),
     ]

@@ -7,9 +7,12 @@ axis) may lie anywhere.
 """
 
 import functools
-from collections import Counter
+import importlib
+import itertools
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -21,6 +24,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from keifu import devices
 
+importlib.import_module("torch.nn.attention.varlen")  # registers its operation
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
@@ -79,7 +83,13 @@ class Held(Tensor):
 
 def compute(func, args, kwargs):
     """The operation on the CPU, its results where a GPU would have them."""
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    if func is torch.ops.torch_attn._varlen_attn.default:
+        LAUNCHED["_varlen_attention"] += 1
+        found = _varlen_attention(*(x.held if isinstance(x, Held) else x for x in args), **kwargs)
+        return Held(found), args[0].new_empty(0), args[0].new_empty(0)
+    leaves = tree_flatten((args, kwargs))[0]
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    RECORD.append((str(func), *map(_shape, leaves)))
     held = [x for x in tensors if isinstance(x, Held)]
     plain = [x for x in tensors if not isinstance(x, Held) and x.dim() and x.device.type == "cpu"]
     if func not in COPIES and held and plain:
@@ -121,6 +131,11 @@ def _count_kernel(func, tensors: list[Tensor]) -> None:
     LAUNCHED[name] += 1
 
 
+def _shape(x: Any) -> Any:
+    """What a CUDA graph would repeat of an argument."""
+    return (x.shape, x.stride(), x.storage_offset(), x.dtype) if isinstance(x, Tensor) else x
+
+
 def _writes(func) -> bool:
     returns = func._schema.returns
     return len(returns) == 1 and bool(returns[0].alias_info and returns[0].alias_info.is_write)
@@ -137,6 +152,7 @@ def _written(func, args, kwargs) -> Tensor:
 READ: Counter = Counter()
 SENT: Counter = Counter()  # copies from the host's pageable memory, for which the host waits
 LAUNCHED: Counter = Counter()
+RECORD: deque = deque(maxlen=10_000)  # operations with the shapes of their tensors, and their numbers
 FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias"}
 WIDE = [torch.float64]  # types that the device has beside the others; a test takes them away
 
@@ -148,13 +164,53 @@ class _Factories(TorchDispatchMode):
         return compute(func, args, kwargs or {})
 
 
-class _Attention(TorchFunctionMode):
-    """Attention as a plain formula: its fused kernels are chosen by the device's type."""
+class _Fused(TorchFunctionMode):
+    """Operations for which a GPU has one kernel forward and one backward, and the CPU a formula of several."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], Held):
-            return _attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        fused = FUSED.get(func) if isinstance(args[0] if args else None, Held) else None
+        if fused is None:
+            return func(*args, **kwargs)
+        if fused is torch.rms_norm:  # whose weight has a gradient
+            args, kwargs = (*args, *kwargs.values()), {}
+        args, kwargs = _autocast(LOWER if fused is _attention else FLOAT32, args, kwargs)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return _OneKernel.apply(fused, kwargs, *args)
+        return _one_kernel(fused, *args, **kwargs)
+
+
+class _OneKernel(torch.autograd.Function):
+    """One kernel forward, and one backward, which computes the formula again."""
+
+    @staticmethod
+    def forward(ctx, formula, kwargs, *args):
+        ctx.formula, ctx.kwargs = formula, kwargs
+        ctx.plain = [None if isinstance(x, Tensor) else x for x in args]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
+        return _one_kernel(formula, *args, **kwargs)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        saved = [x if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in ctx.saved_tensors]
+        args = [plain if x is None else x for x, plain in zip(saved, ctx.plain, strict=True)]
+        inputs = [x for x, needed in zip(saved, ctx.needs_input_grad[2:], strict=True) if needed]
+
+        def formula() -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                return torch.autograd.grad(ctx.formula(*args, **ctx.kwargs), inputs, upstream)
+
+        found = iter(_one_kernel(formula))
+        return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
+
+
+def _one_kernel(formula, *args, **kwargs):
+    before = LAUNCHED.copy()
+    found = formula(*args, **kwargs)
+    LAUNCHED.clear()
+    LAUNCHED.update(before + Counter({getattr(formula, "__name__", "formula"): 1}))
+    return found
 
 
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -163,6 +219,28 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(~attn_mask, -torch.inf)
     return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
+
+
+def _varlen_attention(q, k, v, queries, seen, most_q, most_k, causal, scale, window, enable_gqa, *rest):
+    """Attention of each sequence, whose last query is at its last key."""
+    assert q.dtype in (torch.float16, torch.bfloat16) and queries.dtype == seen.dtype == torch.int32
+    assert window[1] == 0 and not any(x is not None for x in rest)
+    bounds, parts = [x.tolist() for x in (queries, seen)], []
+    for (a, b), (c, d) in zip(*(itertools.pairwise(each) for each in bounds), strict=True):
+        ahead = torch.arange(d - c)[None] - torch.arange(d - c - (b - a), d - c)[:, None]
+        mask = ((ahead <= 0) & (ahead > -window[0] - 1 if window[0] >= 0 else ahead <= 0))
+        found = _attention(*(x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])), mask, scale=scale,
+                           enable_gqa=enable_gqa)  # fmt: skip
+        parts.append(found[0].transpose(0, 1))
+    longest = [max(b - a for a, b in itertools.pairwise(each)) for each in bounds]
+    assert longest[0] <= most_q and longest[1] <= most_k and bounds[1][-1] <= len(k)
+    return torch.cat(parts)
+
+
+FUSED = {
+    torch.nn.functional.scaled_dot_product_attention: _attention,
+    torch.nn.functional.rms_norm: torch.rms_norm,
+}
 
 
 class _Module:
@@ -213,10 +291,48 @@ def device() -> torch.device:
     for name in ("empty.memory_format", "empty_strided"):  # for threads, in which no mode is on
         LIBRARY.impl(name, functools.partial(_empty, getattr(aten, name.partition(".")[0])), "PrivateUse1")
     LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")  # of torch.tensor(..., device=)
+    EVERY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for kind, names in AUTOCAST.items():
+        for name in names.split():
+            _cast_operation(name, kind)
     return torch.device("sim:0")
 
 
 LIBRARY = torch.library.Library("aten", "IMPL")
+EVERY = torch.library.Library("_", "IMPL")
+LOWER, FLOAT32 = "lower", "float32"
+AUTOCAST = {  # of CUDA's lists, which have more than the CPU's, the operations that appear in a graph of keifu
+    LOWER: "conv1d conv2d conv_transpose2d.input matmul mm mv addmm addmv bmm baddbmm linear",
+    FLOAT32: "exp expm1 log log1p log2 pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar reciprocal rsqrt softplus erfinv "
+    "layer_norm group_norm mse_loss l1_loss nll_loss nll_loss_nd binary_cross_entropy_with_logits logsumexp cumsum "
+    "norm.Scalar cumprod prod prod.dim_int softmax.int log_softmax.int sum sum.dim_IntList",
+}
+
+
+def _autocast(kind: str, args: Any, kwargs: Any) -> Any:
+    """The arguments as autocast casts them."""
+    if not torch.is_autocast_enabled("sim"):
+        return args, kwargs
+    to = torch.float32 if kind == FLOAT32 else torch.get_autocast_dtype("sim")
+
+    def cast(x: Any) -> Any:
+        held = isinstance(x, Held) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(to) if held and (kind == LOWER or x.dtype != torch.float32) else x
+
+    return tree_map(cast, (args, kwargs))
+
+
+def _cast_operation(name: str, kind: str) -> None:
+    packet, _, overload = name.partition(".")
+    operation = getattr(getattr(aten, packet), overload or "default")
+    without = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+    def run(*args, **kwargs):
+        args, kwargs = _autocast(kind, args, kwargs)
+        with torch._C._ExcludeDispatchKeyGuard(without):
+            return operation(*args, **kwargs)
+
+    LIBRARY.impl(name, run, "AutocastPrivateUse1")
 
 
 def _empty(make, *args, **kwargs) -> Held:
@@ -241,6 +357,6 @@ def simulated() -> Iterator[Counter]:
     one_thread = torch.autograd.set_multithreading_enabled(False)  # the engine has no thread for this device
     no_grad = mock.patch.multiple(torch.inference_mode, __enter__=_enter, __exit__=_leave)
     environment = mock.patch.dict("os.environ", {devices.VARIABLE: str(where)})
-    with no_grad, one_thread, names, environment, _Attention(), _Factories():
+    with no_grad, one_thread, names, environment, _Fused(), _Factories():
         yield READ
     torch.set_num_threads(before)

@@ -31,6 +31,8 @@ class Choice:
     device: str | None = None
     precision: str | None = None
     compile: bool | None = None
+    activation_checkpointing: str | None = None
+    optimizer_state: str | None = None
     deterministic: bool | None = None
     allow_nonfinite: bool | None = None
 

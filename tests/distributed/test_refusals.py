@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from keifu.distributed.blocks import blocks_of
 from keifu.distributed.mesh import Mesh
 from keifu.distributed.pod import parallelize
 from keifu.distributed.tensor import stacks_of, tensor_parallel
@@ -23,6 +22,7 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import ddpm
+from keifu.training.hardware.recompute import blocks_of
 
 
 class Router(nn.Module):

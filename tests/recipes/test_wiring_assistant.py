@@ -20,6 +20,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.layers.lora import adapters
+from keifu.layers.quantized import QuantizedLinear
 from keifu.models import bert, llama, task_head
 from keifu.models.clip import image as clip_image
 from keifu.recipes.assistant import dpo, grpo, instruct, ppo, reward, see, sft
@@ -49,7 +50,7 @@ def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
     """Models, conversations, preferences, prompts, rewards, a text and tables."""
     folder = tmp_path_factory.mktemp("toys")
     learned = train_tokenizer("bpe", [f"User: Assistant: System: {WORDS}"] * 9, 300, ["<|im_start|>", "<|im_end|>"])
-    for name, dim in (("base", 16), ("wide", 32)):
+    for name, dim in (("base", 32), ("wide", 64)):
         model = llama.build(llama.Config(vocab_size=learned.vocab_size, **TINY | {"dim": dim}))
         checkpoints.save(model, learned, folder / name)
         judge = task_head.add_head(model, task_head.Config(model.config, "score", ("reward",), classifier_dropout=0.0))
@@ -105,6 +106,11 @@ def adapted(what: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda record: next((what(adapter) for adapter in adapters(record.model)), None)
 
 
+def quantized(record: Any) -> bool:
+    """Whether a frozen matrix is in blocks of 4 bits."""
+    return any(isinstance(part, QuantizedLinear) for part in record.model.modules())
+
+
 def labels(record: Any) -> set[str]:
     """The layers that have adapters."""
     return {adapter.target.label.rpartition(".")[2] for adapter in adapters(record.model)}
@@ -117,6 +123,7 @@ def lora_groups() -> list[Group]:
         "lora.alpha": Reach(5.0, adapted(lambda a: a.low.alpha)),
         "lora.targets": Reach(("q_proj", "up_proj"), labels, {"q_proj", "up_proj"}),
         "lora.dropout": Reach(0.3, adapted(lambda a: a.low.dropout)),
+        "lora.base": Reach("int4", quantized, True),
         "lora.dora": Reach(True, adapted(lambda a: a.length is not None)),
     }
     return [Group(rows), Group({"lora.rank": Reach(3, ("settings.learning_rate",), DIFFERENT)})]
@@ -125,7 +132,7 @@ def lora_groups() -> list[Group]:
 def shared_rows(toys: Toys) -> dict[str, Reach]:
     """Of all that begin with a language model."""
     return {
-        "model": Reach(toys["wide"], decoder_dim, 32),
+        "model": Reach(toys["wide"], decoder_dim, 64),
         "template": Reach("chatml", template, DIFFERENT),
         "held_out": Reach(0.3, counts, DIFFERENT),
         "micro_batch": Reach(2, "settings.micro_batch"),
@@ -186,7 +193,7 @@ def of_see(toys: Toys) -> tuple[Any, list[Group]]:
     base = see.Recipe(toys["base"], data=toys["seen"], image=image, held_out=0.25, batch_size=2)
     sides = lambda r: tuple(map(len, r.data.rows))  # noqa: E731
     rows = shared_rows(toys) | {
-        "model": Reach(toys["wide"], "model.config.text.dim", 32),
+        "model": Reach(toys["wide"], "model.config.text.dim", 64),
         "held_out": Reach(0.5, sides, DIFFERENT),
         "data": Reach(toys["seen-other"], lambda r: sum(sides(r)), 6),
         "steps": Reach(41, "settings.steps"),
@@ -357,7 +364,7 @@ def of_gpt1_finetune(toys: Toys) -> tuple[Any, list[Group]]:
     base = gpt1_finetune.Recipe(data=toys["table.csv"], model=toys["base"])
     rows = table_rows() | {
         "data": Reach(toys["table-other.csv"], lambda r: sum(counts(r)), 16),
-        "model": Reach(toys["wide"], decoder_dim, 32),
+        "model": Reach(toys["wide"], decoder_dim, 64),
         "lm_weight": Reach(0.27, "objective.lm_weight"),
         "warmup": Reach(0.5, lambda r: round(r.settings.warmup / r.settings.steps, 1)),
         "classifier_dropout": Reach(0.37, "model.config.classifier_dropout"),

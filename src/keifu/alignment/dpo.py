@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from keifu.alignment.rollouts import places_of, take
 from keifu.data.chat.preferences import PreferencePairs
 from keifu.generation.text.model import device_of, evaluation_mode
 from keifu.layers.losses import token_log_probabilities
@@ -32,8 +33,10 @@ def sequence_log_probabilities(model: Any, batch: Batch) -> Scores:
     The model offers `hidden(tokens)` and `head_weight`.
     """
     tokens, mask = batch["tokens"].flatten(0, 1), batch["mask"].flatten(0, 1)[:, 1:]
-    found, _ = token_log_probabilities(model.hidden(tokens[:, :-1])[mask], model.head_weight, tokens[:, 1:][mask])
-    rows = mask.nonzero()[:, 0]
+    places = places_of(mask)
+    hidden = take(model.hidden(tokens[:, :-1]), places)
+    found, _ = token_log_probabilities(hidden, model.head_weight, take(tokens[:, 1:], places))
+    rows = places // mask.shape[1]
     return found.new_zeros(len(tokens)).index_add(0, rows, found).view(batch["tokens"].shape[:2])
 
 

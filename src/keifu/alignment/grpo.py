@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from keifu.alignment.monitor import Range
-from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics
+from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics, take
 from keifu.generation.text.model import evaluation_mode
 from keifu.training.protocols import Batch, LossOutput, Objective
 
@@ -84,11 +84,11 @@ def _loss(
     clip: tuple[float, float], beta: float, temperature: float, variant: Variant, model: Any, batch: Batch
 ) -> LossOutput:
     with evaluation_mode(model):
-        logs, entropy, rows = answer_log_probabilities(model, batch, temperature)
+        logs, entropy, rows, places = answer_log_probabilities(model, batch, temperature)
     mask = batch["mask"][:, 1:]
-    reference = batch["reference"][:, 1:][mask] if "reference" in batch else logs.detach()
+    reference = take(batch["reference"][:, 1:], places) if "reference" in batch else logs.detach()
     lengths = mask.sum(-1).to(logs.dtype)
-    ratio = logs - batch["old"][:, 1:][mask]
+    ratio = logs - take(batch["old"][:, 1:], places)
     ratio = sequence_ratios(ratio, rows, lengths) if variant == "gspo" else ratio
     found = terms(logs, ratio, reference, batch["advantage"][rows], clip, beta)
     means = {"kl": found.kl, "entropy": entropy, "clip_fraction": found.clipped}

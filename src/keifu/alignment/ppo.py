@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from keifu.alignment.monitor import Range
-from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics
+from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics, take
 from keifu.data.text.packed import PackedText
 from keifu.errors import UserError
 from keifu.generation.text.model import evaluation_mode
@@ -167,10 +167,10 @@ def ppo(rule: PPOSettings) -> Objective:
 def _loss(rule: PPOSettings, model: Any, batch: Batch) -> LossOutput:
     mask = batch["mask"][:, 1:]
     with evaluation_mode(model):
-        logs, entropy, rows = answer_log_probabilities(model.policy, batch, rule.temperature)
-        values = model.value.scores_along(batch["tokens"][:, None, :-1])[:, 0][mask]
+        logs, entropy, rows, places = answer_log_probabilities(model.policy, batch, rule.temperature)
+        values = take(model.value.scores_along(batch["tokens"][:, None, :-1])[:, 0], places)
     old, advantage, old_values, returns = (
-        batch[name][:, 1:][mask] for name in ("old", "advantage", "values", "returns")
+        take(batch[name][:, 1:], places) for name in ("old", "advantage", "values", "returns")
     )
     found = terms(logs, old, advantage, values, old_values, returns, rule)
     share = batch["share"][rows]

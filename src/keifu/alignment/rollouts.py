@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -41,11 +41,25 @@ MAX_BATCH_ANSWERS = 256  # answers that are generated or scored at a time
 
 
 class PolicyOutput(NamedTuple):
-    """For each token of all answers: its log-probability, the entropy in nats there, and the row of its answer."""
+    """For each token of all answers: its log-probability, the entropy in nats there, and the row of its answer.
+
+    places: of the tokens among all positions but the first, row by row.
+    """
 
     logs: Tokens
     entropy: Tokens
     rows: Int[Tensor, " n"]
+    places: Int[Tensor, " n"]
+
+
+def places_of(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " n"]:
+    """Return the places that a mask marks, row by row: a GPU is waited for here, and not at each use of them."""
+    return mask.flatten().nonzero()[:, 0]
+
+
+def take(x: Num[Tensor, "batch length *axes"], places: Int[Tensor, " n"]) -> Num[Tensor, "n *axes"]:
+    """Return the values at these places."""
+    return x.flatten(0, 1).index_select(0, places)
 
 
 def answer_log_probabilities(model: Any, batch: Batch, temperature: float = 1.0) -> PolicyOutput:
@@ -54,10 +68,10 @@ def answer_log_probabilities(model: Any, batch: Batch, temperature: float = 1.0)
     The model offers `hidden(tokens)` and `head_weight`.
     """
     tokens = batch["tokens"]
-    mask = batch["mask"][:, 1:]
-    hidden = model.hidden(tokens[:, :-1])[mask]
-    logs, entropy = token_log_probabilities(hidden, model.head_weight, tokens[:, 1:][mask], temperature)
-    return PolicyOutput(logs, entropy, mask.nonzero()[:, 0])
+    places = places_of(batch["mask"][:, 1:])
+    hidden = take(model.hidden(tokens[:, :-1]), places)
+    logs, entropy = token_log_probabilities(hidden, model.head_weight, take(tokens[:, 1:], places), temperature)
+    return PolicyOutput(logs, entropy, places // (tokens.shape[1] - 1), places)
 
 
 def response_statistics(batch: Batch) -> Batch:

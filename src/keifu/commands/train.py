@@ -17,19 +17,22 @@ from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
 from keifu.ranges import Count, Natural
 
+
+def _option(kind: Any, text: str) -> Any:
+    return Annotated[kind, tyro.conf.arg(help=text)]
+
+
 COMPUTING = {  # options of any recipe that has no such option itself
-    "precision": Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"] | None,
-        tyro.conf.arg(help="Precision of matrix multiplications; weights stay in float32. auto: bfloat16 if supported, "
-                      "else float16. Unset: the recipe's."),
-    ],
-    "compile": Annotated[bool, tyro.conf.arg(help="Compile the objective and the model with torch.compile.")],
-    "deterministic": Annotated[
-        bool,
-        tyro.conf.arg(help="Whether a GPU uses only kernels that give the same bits each time, which may be slower."),
-    ],
+    "precision": _option(Literal["auto", "float32", "bfloat16", "float16"] | None, "Precision of matrix "
+        "multiplications; weights stay in float32. auto: bfloat16 if supported, else float16. Unset: the recipe's."),
+    "compile": _option(bool, "Compile the objective and the model with torch.compile."),
+    "activation_checkpointing": _option(Literal["none", "blocks", "selective"] | None, "Activations that are computed "
+        "again in the backward pass, for less memory. blocks: all but the inputs of blocks, a third more computation. "
+        "selective: all but the results of matrix multiplications. Unset: none."),
+    "optimizer_state": _option(Literal["float32", "int8"] | None, "Averages of AdamW. int8: 2 bytes a weight, not 8."),
+    "deterministic": _option(bool, "Whether a GPU uses only kernels that give the same bits each time (slower)."),
 }  # fmt: skip
-UNSET: dict[str, Any] = {"precision": None, "compile": False, "deterministic": False}
+UNSET: dict[str, Any] = dict.fromkeys(COMPUTING) | {"compile": False, "deterministic": False}
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:

@@ -6,7 +6,6 @@ is computed; the other parameters are gathered as long as the whole model is com
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -14,15 +13,14 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from keifu.devices import require_compiler
-from keifu.distributed.blocks import blocks_of
 from keifu.distributed.layout import Layout
 from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
 from keifu.layers.unet.spatial_transformer import CROSS
 from keifu.processes import of_all, sum_in_order
+from keifu.training.hardware.recompute import blocks_of, recompute_blocks
 from keifu.training.optim.optimizers import joined_rows
 
 
@@ -94,17 +92,16 @@ def parallelize(module: nn.Module, mesh: Mesh, devices: Any, dtype: torch.dtype 
     16 bits the weights are gathered in it, so that autocast keeps no copies of them.
     """
     blocks = blocks_of(module)
-    if not blocks and (mesh.compile_blocks or mesh.activation_checkpointing):
-        name = "--mesh.compile-blocks" if mesh.compile_blocks else "--mesh.activation-checkpointing"
-        raise UserError(f"{name} acts on blocks, and this model lists none: leave it out, or give the model `blocks`.")
+    if not blocks and mesh.compile_blocks:
+        raise UserError("--mesh.compile-blocks acts on blocks, and this model lists none: leave it out.")
     for block in blocks:
         if mesh.compile_blocks:
             require_compiler(next(module.parameters()).device)
             # inductor cannot order the axes of pictures whose sizes are symbols
             dynamic = False if any(isinstance(part, nn.Conv2d) for part in block.modules()) else None
             block.forward = torch.compile(block.forward, dynamic=dynamic)
-        if mesh.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if mesh.activation_checkpointing:
+        recompute_blocks(module, "blocks", "--mesh.activation-checkpointing")
     if devices["shard"].size() == 1:
         return module
     scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP shards none of them

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from keifu.distributed.blocks import HasBlocks
 from keifu.distributed.layout import Layout
 from keifu.errors import UserError
 from keifu.layers import losses
@@ -44,6 +43,7 @@ from keifu.layers.transformer.blocks import (
 )
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.layers.unet.conv import SpatialAttention
+from keifu.training.hardware.recompute import HasBlocks
 
 
 class Tokens:

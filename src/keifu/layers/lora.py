@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from keifu.errors import UserError
 from keifu.layers.dropout import Dropout
+from keifu.layers.quantized import QuantizedLinear
 from keifu.layers.unet.spatial_transformer import PixelLinear
 
 
@@ -104,7 +105,7 @@ class AdaptedLinear(nn.Module):
 
     idle = False  # see `unadapted`
 
-    def __init__(self, base: nn.Linear, adapters: Sequence[Adapter]):
+    def __init__(self, base: nn.Linear | QuantizedLinear, adapters: Sequence[Adapter]):
         super().__init__()
         self.base, self.adapters = base, nn.ModuleList(adapters)
 
@@ -135,7 +136,7 @@ class AdaptedLinear(nn.Module):
         """Return an adapter's rows of the output, adapted."""
         low, own = adapter.low, y[..., adapter.rows]
         change = F.linear(adapter(x), adapter.b * low.scale)
-        stretch = adapter.stretch(self.base.weight[adapter.rows].float())
+        stretch = None if adapter.length is None else adapter.stretch(self.base.weight[adapter.rows].float())
         if stretch is None:
             return own + change.to(y.dtype)
         bias = 0 if self.base.bias is None else self.base.bias[adapter.rows]
@@ -147,8 +148,9 @@ class AdaptedLinear(nn.Module):
         weight = self.base.weight.detach().clone()
         for adapter in self.parts:
             weight[adapter.rows] = adapter.changed(weight[adapter.rows])
-        self.base.weight = nn.Parameter(weight, requires_grad=False)
-        return self.base
+        layer = self.base.layer if isinstance(self.base, QuantizedLinear) else self.base
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return layer
 
 
 class ReweightedLinear(nn.Module):
@@ -189,6 +191,14 @@ def attach(model: nn.Module, targets: Mapping[Target, LoraSettings]) -> nn.Modul
             model.set_submodule(name, AdaptedLinear(base, made))
         else:
             parametrize.register_parametrization(base, "weight", ReweightedLinear(made[0]))
+    return model
+
+
+def quantize_bases(model: nn.Module) -> nn.Module:
+    """Put the matrices that have adapters into blocks of 4 bits, in place."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear) and isinstance(module.base, nn.Linear):
+            module.base = QuantizedLinear(module.base)
     return model
 
 

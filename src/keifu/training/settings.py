@@ -16,11 +16,13 @@ Optimizer = Literal["adamw", "muon", "adadelta", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 RateBy = Literal["steps", "rows"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Recompute = Literal["none", "blocks", "selective"]
+OptimizerState = Literal["float32", "int8"]
 
 # What may change when a run is resumed: its length, intervals, and how a batch is split; never what a step computes.
 ADJUSTABLE = frozenset(
     ["steps", "minutes", "micro_batch", "compile", "log_every", "evaluate_every", "evaluate_share", "sample_every"]
-    + ["save_every", "keep", "keep_best", "tensorboard", "wandb"]
+    + ["save_every", "keep", "keep_best", "tensorboard", "wandb", "activation_checkpointing"]
 )
 
 
@@ -87,6 +89,11 @@ class Settings:
     a CPU. Weights stay in float32. float32 excludes NVIDIA's TF32, which the others allow for the products left."""
     compile: bool = False
     """Compile the objective and the model with torch.compile."""
+    activation_checkpointing: Recompute = "none"
+    """Activations that are computed again in the backward pass, which changes no bit on a CPU. blocks: all but the
+    inputs of blocks, a third more computation. selective: all but the results of matrix multiplications."""
+    optimizer_state: OptimizerState = "float32"
+    """Averages of AdamW. int8: 8 bits with a scale for 256 of them, in processes that hold whole models."""
     deterministic: bool = False
     """Whether a GPU uses only kernels that give the same bits each time, which may be slower. A CPU always does."""
     seed: Seed = 0
@@ -118,6 +125,8 @@ class Settings:
         check(self)
         if self.rate_shares and self.optimizer != "adamw":
             raise UserError(f"rate_shares are of adamw's rate, and the optimizer is {self.optimizer}: leave them out.")
+        if self.optimizer_state == "int8" and self.optimizer not in ("adamw", "muon"):
+            raise UserError(f"optimizer_state int8 is of AdamW, and the optimizer is {self.optimizer}: leave it out.")
         if self.warmup > self.steps:
             raise UserError(f"A warm-up of {self.warmup} steps does not fit a run of {self.steps}; make it shorter.")
         _ = self.growth  # raises its errors at once
@@ -140,15 +149,19 @@ class Settings:
         return self.whole_steps(step) if self.rate_by == "rows" else step
 
 
+COMPUTING = "precision", "compile", "activation_checkpointing", "optimizer_state", "deterministic"
+
+
 def as_chosen(settings: Settings) -> Settings:
-    """Return the settings with the precision and the compilation of the command line, where it names them."""
-    options = {name: vars(chosen())[name] for name in ("precision", "compile", "deterministic")}
+    """Return the settings with how to compute of the command line, where it says so."""
+    options = {name: vars(chosen())[name] for name in COMPUTING}
     return replace(settings, **{name: value for name, value in options.items() if value is not None})
 
 
 CHOICES = {
     "optimizer": get_args(Optimizer), "schedule": get_args(Schedule), "rate_by": get_args(RateBy),
-    "precision": get_args(Precision),
+    "precision": get_args(Precision), "activation_checkpointing": get_args(Recompute),
+    "optimizer_state": get_args(OptimizerState),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from keifu.processes import MicroBatch, Processes, current, row_elements, rows_o
 from keifu.training.grad_cache import WholeBatchObjective, whole_batch_outputs
 from keifu.training.hardware import failures
 from keifu.training.hardware.precision import LossScale, autocast, resolve_dtype
+from keifu.training.hardware.recompute import recompute_blocks
 from keifu.training.length import Length
 from keifu.training.loader import on_device
 from keifu.training.optim.loss_spikes import SpikeState
@@ -71,6 +72,8 @@ class Trainer:
         self.plain = objective  # not compiled, for the search for a number that is not finite
         self.processes = processes or current()
         self.module = self.processes.split(ObjectiveModule(model), self.dtype)
+        if settings.activation_checkpointing != "none":
+            recompute_blocks(model, settings.activation_checkpointing)
         self.micro_batch = settings.micro_batch or settings.batch_size
         self.row_elements: int | None = None
         self.dropout = DropoutKeys(model, settings.seed, self.device)

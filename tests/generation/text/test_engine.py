@@ -18,9 +18,10 @@ from keifu.errors import UserError
 from keifu.generation.draft import Draft
 from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.engine import FEW, RETRY, Engine, Guessing
+from keifu.generation.text.likelihood import Reader
 from keifu.generation.text.model import causal
 from keifu.generation.text.request import Piece
-from keifu.generation.text.runner import Reader, Span, TorchRunner
+from keifu.generation.text.runner import Span, TorchRunner
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.generation.text.scheduler import Scheduler
 from keifu.models import llama

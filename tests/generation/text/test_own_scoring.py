@@ -10,12 +10,13 @@ from torch import Tensor
 
 from keifu.errors import UserError
 from keifu.generation.text.likelihood import (
+    Reader,
     ScoredPair,
     likelihoods,
     score,
     score_likeliest,
 )
-from keifu.generation.text.runner import Reader, TorchRunner, runner_of
+from keifu.generation.text.runner import TorchRunner, runner_of
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.native import library
 from keifu.native.model import NativeLM, NativeRunner, pack

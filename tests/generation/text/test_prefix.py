@@ -11,7 +11,7 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.text import runner
+from keifu.generation.text import likelihood
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.likelihood import (
     ScoredPair,
@@ -51,7 +51,7 @@ def test_likelihoods_are_those_of_one_pair_at_a_time(model: nn.Module, monkeypat
         with torch.inference_mode():
             greedy.append(torch.equal(model(whole)[0, start - 1 : -1].argmax(-1), whole[0, start:]))
     for step_tokens, batch_size in ((1, None), (50, 3), (512, 4), (10**6, 1)):
-        monkeypatch.setattr(runner, "STEP_TOKENS", step_tokens)
+        monkeypatch.setattr(likelihood, "STEP_TOKENS", step_tokens)
         found = likelihoods(model, pairs, batch_size)
         assert [each.greedy for each in found] == greedy
         for each, expected in zip(found, alone, strict=True):

@@ -27,6 +27,32 @@ def test_training_takes_about_what_was_published() -> None:
     assert architecture(SIZES["gpt3-175b"]).flops * 300e9 / 8.64e19 == pytest.approx(3640, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "batch", "rates"),
+    [
+        ("llama3.1-8b", 8, 131e3, (5762, 6667)),  # not compiled, and compiled
+        ("llama3.1-8b", 128, 2e6, (5605, 6514)),
+        ("llama3.1-70b", 256, 4e6, (829,)),  # with float8
+        ("llama3.1-405b", 512, 4e6, (100, 128)),  # with float8 and pipelines
+    ],
+)
+def test_training_on_h100_takes_what_torchtitan_published(
+    name: str, count: int, batch: float, rates: tuple[float, ...]
+) -> None:
+    """Its runs of December 2024, tokens/s on each GPU."""
+    made = planned(name, f"{count}xH100-80G", batch)
+    assert all(made.rate == pytest.approx(rate, rel=0.15) for rate in rates)
+
+
+def test_what_is_computed_again_takes_time_and_saves_memory() -> None:
+    model, (devices, kind) = architecture(SIZES["llama-7b"]), parse_devices("8xH100-80G")
+    ways = [plan._planned(model, plan.Layout(1, 8, 1, 4, how), devices, kind, 4e6) for how in plan.AGAIN]
+    kept = [made.memory["activations"] for made in ways]
+    assert kept == sorted(kept, reverse=True) and kept[0] > 5 * kept[2]
+    assert ways[0].step < ways[1].step < ways[2].step
+    assert ways[1].seconds["products"] == ways[0].seconds["products"]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama-7b", "qwen3-4b", "gemma3-1b", "palm-8b", "llama3.1-70b"])
 @pytest.mark.parametrize("kind", ["A100-40G", "H100-80G", "TPU-v5p"])
 def test_a_plan_fits_its_devices(name: str, kind: str) -> None:
@@ -85,7 +111,7 @@ def test_this_machine_is_a_device_that_is_measured() -> None:
 def test_logits_are_made_in_parts() -> None:
     """Rows that are computed together take activations each, and logits up to 134 MB."""
     model = architecture(SIZES["gpt2"])
-    few, many, more = (plan._memory(model, plan.Layout(1, 1, 1, rows, False))["activations"] for rows in (1, 64, 128))
+    few, many, more = (plan._memory(model, plan.Layout(1, 1, 1, rows, "none"))["activations"] for rows in (1, 64, 128))
     each = 34 * model.context * model.dim * model.layers
     assert few == each + 2 * model.context * model.vocab
     assert more - many == 64 * each and many == 64 * each + 2 * 2**26
@@ -118,4 +144,5 @@ def test_what_cannot_be_planned_is_said(words: list[str], sentence: str) -> None
 def test_the_command_prints_the_mesh_that_train_takes(capsys: pytest.CaptureFixture[str]) -> None:
     parse(["llama-65b", "--devices", "2048xA100-80G", "--tokens", "1.4T"])()
     text = capsys.readouterr().out
-    assert "--mesh.pods 1 --mesh.shard 256 --mesh.tensor 8" in text and "days" in text and "MWh" in text
+    assert "--mesh.pods 1 --mesh.shard 256 --mesh.tensor 8 --mesh.sync-each" in text
+    assert "days" in text and "MWh" in text

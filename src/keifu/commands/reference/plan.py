@@ -61,7 +61,8 @@ def run(options: Options) -> None:
 def _training(made: "Plan", tokens: float | int) -> list[tuple[str, str]]:
     layout, days = made.layout, made.hours(tokens) / 24 / made.devices
     mesh = f"--mesh.pods {layout.pods} --mesh.shard {layout.shard} --mesh.tensor {layout.tensor}"
-    mesh += " --mesh.activation-checkpointing" * layout.checkpointing
+    mesh += " --mesh.sync-each" * (layout.shard > 1)
+    mesh += f" --activation-checkpointing {layout.checkpointing}" * (layout.checkpointing != "none")
     memory = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in made.memory.items())
     seconds = ", ".join(f"{name} {each:,.2f}" for name, each in made.seconds.items() if each >= 0.005)
     from keifu.training.hardware.plan import POWER

@@ -99,7 +99,7 @@ class SpeechBeamModel:
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         self.state.select(rows)
-        self.written = self.written[rows]
+        self.written = self.written[rows.to(self.written.device)]
 
     def _allowed(self, hidden: Tensor) -> Float[Tensor, "rows vocab"]:
         return allow(self.model.logits(hidden[:, -1]).float().clone(), self.written, self.tokens)

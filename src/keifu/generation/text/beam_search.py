@@ -45,7 +45,7 @@ class BeamModel(Protocol):
     def next(self, tokens: Int[Tensor, " rows"]) -> Logits: ...
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Goes on with these rows; one may stand there several times."""
+        """Go on with these rows, whose numbers are in the host's memory; a row may be named several times."""
         ...
 
 
@@ -147,7 +147,7 @@ def beam_search(decoder: BeamModel, search: Search, limits: Sequence[int]) -> li
         rows, tokens = beams.advance(logits)
         if not len(rows):
             return beams.best()
-        if len(rows) != len(logits) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+        if len(rows) != len(logits) or not torch.equal(rows, torch.arange(len(rows), device="cpu")):
             decoder.select(rows)  # spared where every text continues its own row
         logits = decoder.next(tokens)
 
@@ -169,9 +169,10 @@ class _Beams:
         self._never = torch.tensor(search.never, dtype=torch.long, device=device)
 
     def advance(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
-        """One more token of every text: which row each open text continues, and with which token."""
+        """One more token of every text: which row each open text continues (in the host's memory), and its token."""
         beams, width = self.search.beams, self.scores.shape[1]
         scores, origins, written = self._candidates(logits)
+        damaged = scores[:, 0].isnan()
         self.length += 1
         texts = self.tokens.take_along_dim(origins[..., None], 1)
         texts[:, :, self.length - 1] = written
@@ -181,7 +182,7 @@ class _Beams:
         self.scores, picked = scores.masked_fill(ended, -torch.inf).topk(beams)
         self.tokens = texts.take_along_dim(picked[..., None], 1)
         rows = origins.gather(1, picked) + width * torch.arange(len(origins), device=origins.device)[:, None]
-        return self._leave(rows, written.gather(1, picked))
+        return self._leave(rows, written.gather(1, picked), damaged)
 
     def best(self) -> list[list[Hypothesis]]:
         """Return the best texts of each source, as many as are wanted, or all if there are fewer."""
@@ -209,30 +210,39 @@ class _Beams:
         each = tokens.shape[1]
         values, tokens = values.view(sources, width * each), tokens.view(sources, width * each)
         scores, places = values.topk(min(count, width * each))
-        if bool(scores[:, 0].isnan().any()):
-            raise UserError(
-                f"The model's logits after {self.length} tokens are not finite: its weights are damaged, or its type "
-                "is too narrow; load it in float32 or bfloat16."
-            )
         lacking = count - scores.shape[1]  # a vocabulary smaller than the beams
         if lacking:
             scores = torch.nn.functional.pad(scores, (0, lacking), value=-torch.inf)
             places = torch.nn.functional.pad(places, (0, lacking))
         return scores, places // each, tokens.gather(1, places)
 
-    def _leave(self, rows: Int[Tensor, "sources beams"], tokens: Int[Tensor, "sources beams"]) -> tuple[Tensor, Tensor]:
-        """Drop the sources that need no further step; return rows and tokens of the others."""
+    def _leave(
+        self, rows: Int[Tensor, "sources beams"], tokens: Int[Tensor, "sources beams"],
+        damaged: Bool[Tensor, " sources"],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Drop the sources that need no further step; return rows and tokens of the others.
+
+        The host reads once: rows, what goes on, and whether a number was no number.
+        """
         best_open = self.scores[:, 0]
         now, last = self._penalty(self.length), self.search.penalty(self.limits.float())
         going = self.search.goes_on(self._best[self.sources], best_open, now, last) & (best_open > -torch.inf)
-        if not bool(going.all()):
-            self.sources, self.limits = self.sources[going], self.limits[going]
-            self.scores, self.tokens = self.scores[going], self.tokens[going]
-            rows, tokens = rows[going], tokens[going]
+        *columns, stays, wrong = torch.cat([rows, torch.stack([going, damaged], 1).long()], 1).cpu().unbind(1)
+        if bool(wrong.any()):
+            raise UserError(
+                f"The model's logits after {self.length - 1} tokens are not finite: its weights are damaged, or its "
+                "type is too narrow; load it in float32 or bfloat16."
+            )
+        rows = torch.stack(columns, 1)
+        if not bool(stays.all()):
+            left = stays.nonzero()[:, 0]
+            rows, kept = rows[left], left.to(tokens.device)
+            self.sources, self.limits = self.sources[kept], self.limits[kept]
+            self.scores, self.tokens, tokens = self.scores[kept], self.tokens[kept], tokens[kept]
         return rows.flatten(), tokens.flatten()
 
     def _penalty(self, length: int) -> Float[Tensor, " one"]:
-        return self.search.penalty(self.scores.new_tensor([float(length)]))
+        return self.search.penalty(self.scores.new_full((1,), float(length)))
 
 
 def _hypothesis(score: float, padded: list[int], ends: Collection[int]) -> Hypothesis:

@@ -20,8 +20,8 @@ from keifu.errors import UserError
 from keifu.generation.text.logits_processors import log_probability
 from keifu.generation.text.model import causal, evaluation_mode, text_model
 from keifu.generation.text.request import check_tokens
-from keifu.generation.text.runner import Reader, runner_of
-from keifu.native.model import native_form
+from keifu.generation.text.runner import Runner, blocks_of, runner_of
+from keifu.native.model import Span, native_form
 
 CHUNK = 256  # tokens whose logits exist at the same time
 
@@ -76,7 +76,7 @@ def _predictions(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Itera
 BLOCK = 4  # tokens of a block of PyTorch's: what texts share is computed once but for the last few of its tokens
 
 
-def reader_of(model: nn.Module, batch_size: int | None = None) -> Reader:
+def reader_of(model: nn.Module, batch_size: int | None = None) -> "Reader":
     """Return the reader of texts for a model; it reads at most `batch_size` together."""
     return Reader(runner_of(model, block_size=BLOCK), batch_size)
 
@@ -230,3 +230,66 @@ def _check(config: Any, pairs: Sequence[ScoredPair]) -> None:
                 f"{context}: shorten them."
             )
     check_tokens([row for pair in pairs for row in pair], config.vocab_size)
+
+
+STEP_TOKENS = 512  # of texts that are read together
+
+
+class Reader:
+    """Reader of whole texts, for their logits; what texts share at their beginning is computed once.
+
+    most: of texts that are read together.
+    """
+
+    def __init__(self, runner: Runner, most: int | None = None):
+        self.runner, self.blocks, self.most = runner, blocks_of(runner), most
+        self._batch: list[tuple[Span, list[bytes]]] = []  # with the hashes of the blocks that a text fills
+
+    def read(self, texts: Iterable[tuple[Sequence[int], int]]) -> Iterator[Float[Tensor, "wanted vocab"]]:
+        """Return the logits after the last `wanted` tokens of each text, in the order of the texts; those of one longer
+        than `STEP_TOKENS` come in several parts. One that does not fit the memory for keys and values is a
+        `UserError`."""
+        size = self.runner.block_size
+        for number, (tokens, wanted) in enumerate(texts):
+            hashes = self.blocks.digests(tokens)
+            usable, needed = hashes[: (len(tokens) - wanted) // size], -(-len(tokens) // size)
+            if needed > self.blocks.n_blocks:
+                raise UserError(
+                    f"A text of {len(tokens)} tokens does not fit the memory for keys and values, which holds "
+                    f"{self.blocks.n_blocks * size} tokens: shorten it, or free some memory."
+                )
+            filling = {digest for span, own in self._batch for digest in own[span.start // size :]}
+            full = sum(len(span.tokens) for span, *_ in self._batch) >= STEP_TOKENS or len(self._batch) == self.most
+            if full or filling & set(usable):
+                yield from self._run()
+            room = needed if self.runner.contiguous else 0
+            if (begun := self.blocks.begin(usable, needed, room)) is None:
+                yield from self._run()
+                begun = self.blocks.begin(usable, needed, room)
+            assert begun is not None, "a text that fits the pool fits it alone"
+            blocks, sources = begun.blocks, begun.sources
+            for start in range(begun.known * size, len(tokens), STEP_TOKENS):
+                piece = tokens[start : start + STEP_TOKENS]
+                left = len(tokens) - start - len(piece)
+                asked = min(len(piece), max(0, wanted - left))
+                span = Span(number, piece, start, blocks, asked, sources, prompt=len(tokens))
+                sources = []
+                self._batch.append((span, hashes[: (start + len(piece)) // size]))
+                if left:
+                    yield from self._run(going=number)
+        yield from self._run()
+
+    def _run(self, going: int | None = None) -> Iterator[Float[Tensor, "wanted vocab"]]:
+        """Read the texts that were gathered; `going`: the one that continues."""
+        batch, self._batch = self._batch, []
+        spans = sorted((span for span, _ in batch), key=lambda span: len(span.tokens))  # equal lengths attend together
+        logits = self.runner.run(spans).split([span.wanted for span in spans]) if spans else ()
+        found = dict(zip((span.sequence for span in spans), logits, strict=True))
+        yield from (found[span.sequence] for span, _ in batch if span.wanted)
+        for span, hashes in batch:
+            self.blocks.release(span.sources)
+            for block, digest in zip(span.blocks, hashes, strict=False):
+                self.blocks.remember(block, digest)
+            if span.sequence != going:
+                self.blocks.release(span.blocks)
+                self.runner.forget(span.sequence)

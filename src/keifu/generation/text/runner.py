@@ -7,21 +7,21 @@ has which blocks is decided by the scheduler. Axes: wanted = tokens whose logits
 
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate, count, islice, pairwise
+from itertools import accumulate, chain, count, islice, pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.model import Model, causal, device_of
 from keifu.layers.attention.attention import Attention, Rule, Scoring, attend
 from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask, RaggedMask
+from keifu.layers.attention.packed import Bounds, attend_packed, fits, has_kernel
 from keifu.layers.attention.positions import Rotary
 from keifu.layers.transformer.decoder import Inserted
 from keifu.memory import available_memory
@@ -86,69 +86,6 @@ def blocks_of(runner: Runner) -> BlockManager:
     return BlockManager(runner.n_blocks, runner.block_size, sharing=not (runner.state_bytes or runner.by_length))
 
 
-STEP_TOKENS = 512  # of texts that are read together
-
-
-class Reader:
-    """Reader of whole texts, for their logits; what texts share at their beginning is computed once.
-
-    most: of texts that are read together.
-    """
-
-    def __init__(self, runner: Runner, most: int | None = None):
-        self.runner, self.blocks, self.most = runner, blocks_of(runner), most
-        self._batch: list[tuple[Span, list[bytes]]] = []  # with the hashes of the blocks that a text fills
-
-    def read(self, texts: Iterable[tuple[Sequence[int], int]]) -> Iterator[Float[Tensor, "wanted vocab"]]:
-        """Return the logits after the last `wanted` tokens of each text, in the order of the texts; those of one longer
-        than `STEP_TOKENS` come in several parts. One that does not fit the memory for keys and values is a
-        `UserError`."""
-        size = self.runner.block_size
-        for number, (tokens, wanted) in enumerate(texts):
-            hashes = self.blocks.digests(tokens)
-            usable, needed = hashes[: (len(tokens) - wanted) // size], -(-len(tokens) // size)
-            if needed > self.blocks.n_blocks:
-                raise UserError(
-                    f"A text of {len(tokens)} tokens does not fit the memory for keys and values, which holds "
-                    f"{self.blocks.n_blocks * size} tokens: shorten it, or free some memory."
-                )
-            filling = {digest for span, own in self._batch for digest in own[span.start // size :]}
-            full = sum(len(span.tokens) for span, *_ in self._batch) >= STEP_TOKENS or len(self._batch) == self.most
-            if full or filling & set(usable):
-                yield from self._run()
-            room = needed if self.runner.contiguous else 0
-            if (begun := self.blocks.begin(usable, needed, room)) is None:
-                yield from self._run()
-                begun = self.blocks.begin(usable, needed, room)
-            assert begun is not None, "a text that fits the pool fits it alone"
-            blocks, sources = begun.blocks, begun.sources
-            for start in range(begun.known * size, len(tokens), STEP_TOKENS):
-                piece = tokens[start : start + STEP_TOKENS]
-                left = len(tokens) - start - len(piece)
-                asked = min(len(piece), max(0, wanted - left))
-                span = Span(number, piece, start, blocks, asked, sources, prompt=len(tokens))
-                sources = []
-                self._batch.append((span, hashes[: (start + len(piece)) // size]))
-                if left:
-                    yield from self._run(going=number)
-        yield from self._run()
-
-    def _run(self, going: int | None = None) -> Iterator[Float[Tensor, "wanted vocab"]]:
-        """Read the texts that were gathered; `going`: the one that continues."""
-        batch, self._batch = self._batch, []
-        spans = sorted((span for span, _ in batch), key=lambda span: len(span.tokens))  # equal lengths attend together
-        logits = self.runner.run(spans).split([span.wanted for span in spans]) if spans else ()
-        found = dict(zip((span.sequence for span in spans), logits, strict=True))
-        yield from (found[span.sequence] for span, _ in batch if span.wanted)
-        for span, hashes in batch:
-            self.blocks.release(span.sources)
-            for block, digest in zip(span.blocks, hashes, strict=False):
-                self.blocks.remember(block, digest)
-            if span.sequence != going:
-                self.blocks.release(span.blocks)
-                self.runner.forget(span.sequence)
-
-
 SHORT = 32  # tokens of spans that attend together though they begin at different positions: longer ones mask too much
 SMALLEST = 256  # spans attend together if the powers of two above their ends are equal, from this one on
 
@@ -166,13 +103,17 @@ class TorchRunner:
         self.model, self.n_blocks, self.block_size = model, n_blocks, block_size
         self.vocab_size: int = model.config.vocab_size
         self.context_length: int = model.config.context_length
-        self.window = widest([layer.window for layer in model.modules() if isinstance(layer, Attention)])
+        layers = [layer for layer in model.modules() if isinstance(layer, Attention)]
+        self.window = widest([layer.window for layer in layers])
         scalings = [layer.scaling for layer in model.modules() if isinstance(layer, Rotary)]
         self.by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
         self._pool = _Pool(model.new_state(0, 1), n_blocks * block_size)
         self.token_bytes, self.state_bytes = self._pool.token_bytes, self._pool.states.row_bytes
         self.device = self._pool.device
         self.contiguous = self.device.type == "cpu"
+        kept = zip(self._pool.keys, self._pool.values, [layer.scoring for layer in layers], strict=False)
+        every = len(layers) == len(self._pool.keys) and not self.state_bytes
+        self.packs = has_kernel(self.device) and every and all(fits(*each) for each in kept)
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
         size = self.block_size
@@ -182,12 +123,11 @@ class TorchRunner:
                 self._pool.copy(span.sources, span.blocks[: len(span.sources)], size)
         groups = self._groups(batch)
         spans = [span for group in groups for span in group]
-        step = PagedState(self._pool, size, groups, _on_device(_numbers(spans, size), self.device))
+        step = PagedState(self._pool, size, groups, _wanted(spans, batch), self.packs)
         inserted = self._inserted(spans)
         more: dict[str, Any] = {} if inserted is None else {"inserted": inserted}
         hidden = self.model.hidden(step.tokens, step, **more)
-        wanted = _wanted(spans, batch)
-        return self.model.logits(hidden[0, _on_device([wanted], self.device)[0]]).float()
+        return self.model.logits(hidden[0, step.wanted]).float()
 
     def forget(self, sequence: int) -> None:
         """Free the states of fixed size of a sequence."""
@@ -206,7 +146,9 @@ class TorchRunner:
 
     def _groups(self, batch: Sequence[Span]) -> list[list[Span]]:
         """Return the spans in groups that attend together: of equal numbers of tokens and about equal ends, in views of
-        the pool at equal distances. Without such views, those of one token."""
+        the pool at equal distances. Without such views, those of one token. All, if a kernel takes any lengths."""
+        if self.packs:
+            return [list(batch)]
         size, groups = self.block_size, list[list[Span]]()
         alike: dict[tuple[int, ...], list[Span]] = {}
         for span in batch:
@@ -252,14 +194,19 @@ def _equally_spaced(spans: Sequence[Span], last: int) -> list[list[Span]]:
 
 def _numbers(spans: Sequence[Span], size: int) -> list[list[int]]:
     """Return the tokens of a step, their positions, their places in the pool, and the lengths of their sequences."""
-    tokens, positions, slots, lengths = list[int](), list[int](), list[int](), list[int]()
+    tokens, positions, found, lengths = list[int](), list[int](), list[int](), list[int]()
     for span in spans:
         places = range(span.start, span.start + len(span.tokens))
         tokens += span.tokens
         positions += places
-        slots += [span.blocks[place // size] * size + place % size for place in places]
+        found += slots(span, places, size)
         lengths += [max(place + 1, span.prompt) for place in places]
-    return [tokens, positions, slots, lengths]
+    return [tokens, positions, found, lengths]
+
+
+def slots(span: Span, places: range, size: int) -> list[int]:
+    """Return the places in the pool of some positions of a sequence."""
+    return [span.blocks[place // size] * size + place % size for place in places]
 
 
 def _wanted(spans: Sequence[Span], batch: Sequence[Span]) -> list[int]:
@@ -269,10 +216,11 @@ def _wanted(spans: Sequence[Span], batch: Sequence[Span]) -> list[int]:
     return [place for span in batch for place in range(ends[span.sequence] - span.wanted, ends[span.sequence])]
 
 
-def _on_device(numbers: list[list[int]], device: torch.device) -> Int[Tensor, "rows length"]:
-    """Numbers in one copy that CUDA need not wait for."""
-    made = torch.tensor(numbers, dtype=torch.long, device="cpu")
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+def _on_device(lists: Sequence[Sequence[int]], device: torch.device) -> list[Int[Tensor, " length"]]:
+    """Copy lists of numbers at once, without a wait on CUDA."""
+    made = torch.tensor([*chain.from_iterable(lists)], dtype=torch.long, device="cpu")
+    made = made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+    return [*made.split([*map(len, lists)])]
 
 
 class _Pool:
@@ -369,25 +317,28 @@ def _lazy_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 class PagedState:
     """The state of a step, as `DecoderLM` asks for it: the tokens of all groups one after the other in one row.
 
-    numbers: tokens, positions, places in the pool, and lengths of their sequences.
+    wanted: places of the tokens whose logits are wanted. All numbers go to the device in one copy.
     """
 
-    def __init__(self, pool: _Pool, size: int, groups: Sequence[list[Span]], numbers: Int[Tensor, "4 length"]):
+    def __init__(self, pool: _Pool, size: int, groups: Sequence[list[Span]], wanted: list[int], packs: bool = False):
         self.pool = pool
-        self.tokens, self._positions, self.slots = numbers[0][None], numbers[1][None], numbers[2]
-        self.sequence_lengths = numbers[3][None]
         self.longest = max(span.start for group in groups for span in group)
-        self.groups: list[_Group] = []
         self._spans = [span for group in groups for span in group]
         self._slots = pool.states.begin(self._spans)
-        slots_left = [iter(slots) for slots in self._slots]
-        first = 0
-        for spans in groups:
-            width = len(spans) * len(spans[0].tokens)
-            positions = numbers[1, first : first + width].view(len(spans), -1)
-            states = [list(islice(slots, len(spans))) for slots in slots_left]
-            self.groups.append(_Group(spans, size, positions, _on_device(states, positions.device)))
-            first += width
+        states = [iter(slots) for slots in self._slots]
+        self.groups = [(_Packed if packs else _Group)(spans, size, pool.device) for spans in groups]
+        lists: list[list[int]] = [*_numbers(self._spans, size), wanted]
+        for group in self.groups:
+            lists += [*(list(islice(slots, group.count)) for slots in states), *group.lists]
+        tokens, positions, self.slots, lengths, self.wanted, *rest = _on_device(lists, pool.device)
+        self.tokens, self._positions, self.sequence_lengths = tokens[None], positions[None], lengths[None]
+        own = iter(rest)
+        for group, part in zip(self.groups, self.split(positions, 0), strict=True):
+            group.begin(part, (next(own), next(own)), [next(own) for _ in group.lists])
+
+    def split(self, x: Tensor, axis: int) -> tuple[Tensor, ...]:
+        """Return the parts of the groups, of a tensor with an axis of all tokens."""
+        return x.split([group.tokens for group in self.groups], axis)
 
     def positions(self, length: int, padding: Tensor | None = None) -> Int[Tensor, "1 length"]:
         """Return the position of each token in its own sequence."""
@@ -402,28 +353,47 @@ class PagedState:
 
 
 class _Group:
-    """Spans of one number of tokens that attend together, and how their keys and values are read from the pool."""
+    """Spans of one number of tokens that attend together, and how their keys and values are read from the pool.
 
-    def __init__(
-        self, spans: Sequence[Span], size: int, positions: Int[Tensor, "spans length"], states: Int[Tensor, "2 _"]
-    ):
-        self.states = states  # slots before and after the step, where there are any
-        starts = [span.start for span in spans]
+    lists: numbers that go to the device with the step's others; `begin` is given them there, with the positions of the
+    tokens and the slots of states of fixed size before and after the step.
+    """
+
+    def __init__(self, spans: Sequence[Span], size: int, device: torch.device):
+        self._starts = [span.start for span in spans]
         self.width, self.count, self._size = len(spans[0].tokens), len(spans), size
-        self.first, self.last = min(starts), max(starts) + self.width
-        self.mask: CausalMask | RaggedMask = RaggedMask(positions, self.last)
-        if self.first == max(starts):
-            self.mask = CausalMask(self.first, self.width, None, positions.device)
-        ends = [-(-(start + self.width) // size) for start in starts]
+        self.first, self.last = min(self._starts), max(self._starts) + self.width
+        self.tokens = self.count * self.width
+        ends = [-(-(start + self.width) // size) for start in self._starts]
         tables = [list(span.blocks[:end]) for span, end in zip(spans, ends, strict=True)]
         firsts = [table[0] for table in tables]
         steps = {second - first for first, second in pairwise(firsts)}
-        runs = positions.device.type == "cpu" and all(_first_of_run(table) is not None for table in tables)
+        runs = device.type == "cpu" and all(_first_of_run(table) is not None for table in tables)
         self._view = (firsts[0], steps.pop() if steps else 0) if runs and len(steps) < 2 else None
-        self._tables = None if self._view else _on_device(_padded(tables), positions.device)
+        self.lists = [] if self._view else [[*chain.from_iterable(_padded(tables))]]
         self._gathered: dict[int, Tensor] = {}
 
-    def read(self, x: Float[Tensor, "heads tokens head_dim"], first: int) -> Float[Tensor, "spans heads seen head_dim"]:
+    def begin(self, positions: Int[Tensor, " tokens"], states: tuple[Tensor, Tensor], numbers: list[Tensor]) -> None:
+        """Take what is on the device."""
+        self.states = states
+        self._tables = numbers[0].view(self.count, -1) if numbers else None
+        self._mask: CausalMask | RaggedMask = RaggedMask(positions.view(self.count, -1), self.last)
+        if self.first == max(self._starts):
+            self._mask = CausalMask(self.first, self.width, None, positions.device)
+
+    def attend(
+        self, q: Float[Tensor, "heads tokens head_dim"], keys: Tensor, values: Tensor, window: int | None,
+        scoring: Scoring,
+    ) -> Float[Tensor, "tokens dim"]:  # fmt: skip
+        """Return the output of attention for each token, from the keys and values of the pool."""
+        first = 0 if window is None else max(0, self.first - window + 1)
+        visible = self._mask.visible(self.last - first, window)
+        queries = q.unflatten(1, (-1, self.width)).transpose(0, 1)
+        return attend(queries, self._read(keys, first), self._read(values, first), visible, scoring).flatten(0, 1)
+
+    def _read(
+        self, x: Float[Tensor, "heads tokens head_dim"], first: int
+    ) -> Float[Tensor, "spans heads seen head_dim"]:
         """Return the keys or values of a layer, of the tokens from position `first` on."""
         heads, _, dim = x.shape
         if self._view:
@@ -440,6 +410,38 @@ class _Group:
             slots = self._tables[:, places // self._size] * self._size + places % self._size
             self._gathered[first] = slots.flatten()
         return self._gathered[first]
+
+
+class _Packed(_Group):
+    """Spans of any numbers of tokens that attend in one kernel; their keys and values are gathered without padding.
+
+    Sizes are rounded up, so that the next step has the same and could be replayed: what is behind the last span is not
+    read.
+    """
+
+    def __init__(self, spans: Sequence[Span], size: int, device: torch.device):
+        new, ends = [len(span.tokens) for span in spans], [span.start + len(span.tokens) for span in spans]
+        self.count, self.tokens, self._most = len(spans), sum(new), (max(new), _rounded(max(ends)))
+        seen = [slot for span, end in zip(spans, ends, strict=True) for slot in slots(span, range(end), size)]
+        seen += [0] * (_rounded(len(seen)) - len(seen))
+        self.lists = [[0, *accumulate(new)], [0, *accumulate(ends)], seen]
+
+    def begin(self, positions: Int[Tensor, " tokens"], states: tuple[Tensor, Tensor], numbers: list[Tensor]) -> None:
+        new, ends, self._seen = numbers
+        self._bounds = Bounds(new.int(), ends.int(), *self._most)
+
+    def attend(
+        self, q: Float[Tensor, "heads tokens head_dim"], keys: Tensor, values: Tensor, window: int | None,
+        scoring: Scoring,
+    ) -> Float[Tensor, "tokens dim"]:  # fmt: skip
+        k, v = (x.index_select(1, self._seen).transpose(0, 1) for x in (keys, values))
+        return attend_packed(q.transpose(0, 1), k, v, self._bounds, window, scoring).flatten(1)
+
+
+def _rounded(number: int) -> int:
+    """Return the next multiple of an eighth of the power of two below a number, and of 256."""
+    step = max(SMALLEST, (1 << number.bit_length()) >> 4)
+    return -(-number // step) * step
 
 
 def _padded(tables: Sequence[list[int]]) -> list[list[int]]:
@@ -465,27 +467,17 @@ class PagedCache:
         self.keys.index_copy_(1, self.step.slots, keys[0].to(self.keys.dtype))
         if values is not None:
             self.values.index_copy_(1, self.step.slots, values[0].to(self.values.dtype))
-        outputs = []
-        for group, queries in zip(self.step.groups, self._split(q), strict=True):
-            first = 0 if window is None else max(0, group.first - window + 1)
-            seen = group.last - first
-            visible = group.mask.visible(seen, window)
-            read = [group.read(x, first) for x in (self.keys, self.keys if values is None else self.values)]
-            outputs.append(attend(queries, *read, visible, scoring).flatten(0, 1))
+        read = self.keys, self.keys if values is None else self.values
+        pairs = zip(self.step.groups, self.step.split(q[0], 1), strict=True)
+        outputs = [group.attend(queries, *read, window, scoring) for group, queries in pairs]
         return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
 
     def recur(self, rule: Rule, x: Float[Tensor, "1 length channels"]) -> Float[Tensor, "1 length out"]:
         """Return what `rule` makes of the new tokens and the states of their sequences, and write the new states."""
         outputs = []
-        parts = x[0].split([group.count * group.width for group in self.step.groups])
-        for group, part in zip(self.step.groups, parts, strict=True):
+        for group, part in zip(self.step.groups, self.step.split(x[0], 0), strict=True):
             before, after = group.states
             y, states = rule(part.unflatten(0, (group.count, -1)), self.states.index_select(0, before))
             self.states.index_copy_(0, after, states)
             outputs.append(y.flatten(0, 1))
         return torch.cat(outputs)[None]
-
-    def _split(self, q: Float[Tensor, "1 heads length head_dim"]) -> list[Float[Tensor, "spans heads width head_dim"]]:
-        groups = self.step.groups
-        parts = q[0].split([group.count * group.width for group in groups], 1)
-        return [x.unflatten(1, (-1, group.width)).transpose(0, 1) for group, x in zip(groups, parts, strict=True)]

@@ -89,19 +89,22 @@ class KVState:
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows, in this order; a row may be named several times.
 
-        As many rows or fewer stay in the memory that they have, and those that keep their place are not touched.
+        As many rows or fewer stay in the memory that they have, and those that keep their place are not touched. Rows
+        in the host's memory spare a GPU the wait for their numbers.
         """
         longest, count = self.longest, len(rows)
         same = len(set(self.lengths)) == 1
         self.lengths = self.lengths[:1] * count if same else [self.lengths[row] for row in rows.tolist()]
-        self.fixed = [x[rows] for x in self.fixed]
-        if count > len(self.keys[0]):
-            self.keys, self.values = ([x[rows] for x in held] for held in (self.keys, self.values))
-            return
         moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
+        parts = rows, moved, rows[moved]
+        chosen, into, origin = torch.cat(parts).to(self.device).split([*map(len, parts)])
+        self.fixed = [x[chosen] for x in self.fixed]
+        if count > len(self.keys[0]):
+            self.keys, self.values = ([x[chosen] for x in held] for held in (self.keys, self.values))
+            return
         for held in (self.keys, self.values):
             for x in held:
-                x[moved, :, :longest] = x[rows[moved], :, :longest]
+                x[into, :, :longest] = x[origin, :, :longest]
         self.keys, self.values = ([x[:count] for x in held] for held in (self.keys, self.values))
 
 

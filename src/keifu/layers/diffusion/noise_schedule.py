@@ -13,11 +13,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from keifu.errors import UserError, require_known
 
@@ -121,7 +122,11 @@ class Noise:
         if self.flows:
             sigma = timestep.reshape(-1, *[1] * (x.ndim - 1)) / self.steps
             return 1 - sigma, sigma
-        return at(self.alpha_bar.sqrt(), timestep, x), at((1 - self.alpha_bar).sqrt(), timestep, x)
+        return at(self._roots[0], timestep, x), at(self._roots[1], timestep, x)
+
+    @cached_property
+    def _roots(self) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps"]]:
+        return self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
 
     @cached_property
     def beta(self) -> Float[Tensor, " steps"]:
@@ -194,8 +199,23 @@ def at(table: Float[Tensor, " steps"], timestep: Timesteps, x: Tensor) -> Tensor
     """Return the table's numbers at each row's timestep, shaped to be multiplied with x [batch, *shape]; at least
     float32."""
     kind = torch.promote_types(x.dtype, torch.float32)
-    picked = table.to(x.device, kind)[timestep]
+    picked = moved(table, x.device, kind)[timestep]
     return picked.reshape(-1, *[1] * (x.ndim - 1))
+
+
+_COPIES: Any = WeakIdKeyDictionary()  # of tables, by device and type
+
+
+def moved(table: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the table on a device; a GPU gets a copy once and not at each step, for which the host would wait."""
+    dtype = dtype or table.dtype
+    if device.type == table.device.type:
+        return table.to(device, dtype)
+    copies: dict[Any, Tensor] = _COPIES.setdefault(table, {})
+    if (device, dtype) not in copies:
+        with torch.inference_mode(False):
+            copies[device, dtype] = table.to(device, dtype)
+    return copies[device, dtype]
 
 
 def add_noise(picture: Sample, noise: Sample, alpha_bar: Float[Tensor, " steps"], timestep: Timesteps) -> Sample:

@@ -141,7 +141,7 @@ class DecoderState:
 
     def __init__(self, memory: Any, hidden: Vector, capacity: int | None = None):
         self.memory, self.hidden, self.capacity, self.length = memory, hidden, capacity, 0
-        self._owners = torch.arange(len(hidden), device=hidden.device)  # of each row, its source's place
+        self._owners = torch.arange(len(hidden), device="cpu")  # of each row, its source's place
 
     def advance(self, hidden: Vector, length: int) -> None:
         """Goes on to the state after `length` more tokens, where there is a capacity."""
@@ -157,9 +157,10 @@ class DecoderState:
 
         The source is left as it lies where every row goes on with the same one, as beams mostly do.
         """
-        self.hidden, owners = self.hidden[rows], self._owners[rows]
+        chosen, owners = rows.to(self.hidden.device), self._owners[rows.cpu()]
+        self.hidden = self.hidden[chosen]
         if not torch.equal(owners, self._owners):
-            self.memory = type(self.memory)(*(tensor[rows] for tensor in self.memory))
+            self.memory = type(self.memory)(*(tensor[chosen] for tensor in self.memory))
             self._owners = owners
 
 

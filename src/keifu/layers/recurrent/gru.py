@@ -176,10 +176,15 @@ class BidirectionalEncoder(ForwardEncoder):
 ENCODERS = {"forward": ForwardEncoder, "bidirectional": BidirectionalEncoder}
 
 
+EMPTY = "A source has no token: leave out empty ones, or end each with the token that ends a text."
+
+
 def _lengths(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
     lengths = mask.sum(-1)
-    if not bool(lengths.all()):
-        raise UserError("A source has no token: leave out empty ones, or end each with the token that ends a text.")
+    if lengths.device.type != "cpu":  # the host does not wait for the answer
+        torch.ops.aten._assert_async.msg(lengths.all(), EMPTY)
+    elif not bool(lengths.all()):
+        raise UserError(EMPTY)
     return lengths
 
 

@@ -56,7 +56,7 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:  # noqa: A002
         rows = super().forward(input)
-        return rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)  # rounded as the rows are
+        return rows * rows.new_full((), self.scale)  # rounded as the rows are
 
 
 @runtime_checkable

@@ -36,7 +36,7 @@ class State:
     ):  # fmt: skip
         self.memory, self.mask, self.targets = memory, PaddingMask(source_mask), targets
         self._source_mask = source_mask
-        self._owners = torch.arange(len(memory[0][0]), device=memory[0][0].device)  # of each row, its source's place
+        self._owners = torch.arange(len(memory[0][0]), device="cpu")  # of each row, its source's place
 
     @property
     def rows(self) -> int:
@@ -52,14 +52,15 @@ class State:
         """Keep these rows, in this order, in place; a row may be named several times."""
         if self.targets is not None:
             self.targets.select(rows)
-        owners = self._owners[rows]
+        owners = self._owners[rows.cpu()]
         kept, counts = owners.unique_consecutive(return_counts=True)
         if len(counts) and bool((counts != counts[0]).any()):
             kept = owners
         places = torch.arange(len(kept), device=kept.device)
         if len(kept) != len(self.memory[0][0]) or not torch.equal(kept, places):
-            self.memory = [(keys[kept], values[kept]) for keys, values in self.memory]
-            self._source_mask = None if self._source_mask is None else self._source_mask[kept]
+            chosen = kept.to(self.memory[0][0].device)
+            self.memory = [(keys[chosen], values[chosen]) for keys, values in self.memory]
+            self._source_mask = None if self._source_mask is None else self._source_mask[chosen]
             self.mask = PaddingMask(self._source_mask)
         self._owners = places.repeat_interleave(len(rows) // max(len(kept), 1))
 

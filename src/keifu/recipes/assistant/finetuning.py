@@ -33,7 +33,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, shell
 from keifu.files import sha256, write_atomic
 from keifu.generation.text.model import causal
-from keifu.layers.lora import LoraSettings, adapters, merge
+from keifu.layers.lora import LoraSettings, adapters, merge, quantize_bases
 from keifu.processes import current
 from keifu.ranges import BELOW_ONE, BelowOne, Count, Finite, Natural, NotNegative, SmallCount, Temperature, check_value
 from keifu.recipes.options import given
@@ -66,6 +66,8 @@ class Lora:
     """Ends of the names of layers as the model's files call them, such as q_proj v_proj; all-linear: every one."""
     dropout: BelowOne = 0.0
     """Dropout of the adapters' inputs."""
+    base: Literal["float", "int4"] = "float"
+    """Type of the frozen matrices that have adapters. float: that of the files. int4: 4.5 bits a number (QLoRA)."""
     dora: bool = False
     """Learn the length of each row apart from its direction (Liu et al., 2024)."""
 
@@ -81,7 +83,8 @@ class AssistantOptions(FinetuneOptions):
 
     def origin(self) -> dict[str, Any]:
         """Return the values with which a resumed run must begin too."""
-        return super().origin() | {"lora": asdict(self.lora)}
+        lora = {name: value for name, value in asdict(self.lora).items() if value != "float"}  # new; the default
+        return super().origin() | {"lora": lora}
 
     def rate(self, full: float, adapters: float) -> float:
         """Return the given learning rate, or else one for all weights or one for adapters."""
@@ -197,7 +200,8 @@ def to_train(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
     """Add new adapters and freeze the rest; or unfreeze all weights, in float32. The model's file does not change."""
     torch.manual_seed(seed)
     if lora.rank:
-        return adapt(model, lora.targets, LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.dora))
+        adapt(model, lora.targets, LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.dora))
+        return quantize_bases(model) if lora.base == "int4" else model
     return model.float().requires_grad_(True)
 
 

@@ -19,6 +19,7 @@ from keifu.memory import available_memory, release
 from keifu.processes import local, rows_of
 from keifu.training.hardware import flops as peak
 from keifu.training.hardware.failures import ADVICE
+from keifu.training.hardware.recompute import Recomputed
 from keifu.training.protocols import Batch, LossOutput
 from keifu.training.run.progress import format_bytes, format_count, format_seconds, number
 from keifu.training.trainer import Trainer
@@ -88,10 +89,17 @@ def activations(trainer: Trainer, batch: Batch) -> tuple[int, int]:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # a reference, so that no address is used twice
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward(trainer, batch)
+    blocks = Recomputed.measured = []
+    try:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            forward(trainer, batch)
+    finally:
+        Recomputed.measured = None
     sizes = [n for n, _ in kept.values()]
-    return sum(sizes), max(sizes, default=0)
+    again = max((every for every, _ in blocks), default=0)  # of one block at a time
+    if trainer.settings.activation_checkpointing == "selective":
+        again += sum(products for _, products in blocks)
+    return sum(sizes) + again, max(sizes, default=0)
 
 
 def forward(trainer: Trainer, batch: Batch) -> LossOutput:

@@ -9,7 +9,7 @@ machine.
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -50,12 +50,14 @@ def _kind(
 
 
 # Data sheets: memory, its bandwidth, NVLink's (or its like) one way, power; the network of a usual machine of 8, a
-# device's share of it. Of TPUs: Jouppi et al., 2023 (v4) and Google's documentation (v5p).
+# device's share of it. An H100 reaches a smaller share of its peak than the others, since its power is limited. Of
+# TPUs: Jouppi et al., 2023 (v4) and Google's documentation (v5p).
+HOPPER = 0.41  # chosen by torchtitan's runs of Llama 3.1
 DEVICES = {
     "A100-40G": _kind("A100", 40, 1.555, 300, 25, 400),
     "A100-80G": _kind("A100", 80, 2.039, 300, 25, 400),
-    "H100-80G": _kind("H100", 80, 3.35, 450, 50, 700),
-    "H200-141G": _kind("H200", 141, 4.8, 450, 50, 700),
+    "H100-80G": replace(_kind("H100", 80, 3.35, 450, 50, 700), products=HOPPER),
+    "H200-141G": replace(_kind("H200", 141, 4.8, 450, 50, 700), products=HOPPER),
     "B200-180G": _kind("B200", 180, 8.0, 900, 50, 1000),
     "V100-32G": _kind("V100", 32, 0.9, 150, 12.5, 300),
     "MI300X-192G": _kind("MI300X", 192, 5.3, 448, 50, 750),
@@ -64,6 +66,9 @@ DEVICES = {
 }
 HERE = "this-CPU"
 ACTIVATIONS = 34  # bytes a token, layer and unit of width that the backward pass needs (Korthikanti et al., 2022)
+SELECTIVE = 22  # of these, the results of matrix multiplications and the block's input
+# how often matrix multiplications and elementwise work are computed, by --activation-checkpointing
+AGAIN = {"none": (1.0, 1.0), "selective": (1.0, 4 / 3), "blocks": (4 / 3, 4 / 3)}
 LOGITS = 2**26, 2  # that the loss makes at a time, and the bytes of each, in whose place its gradient comes
 LINKS = 0.7  # the share of a link's bandwidth that exchanges reach
 USED = 0.92  # the share of the memory that a run may use; the rest is the library's and what fragments
@@ -107,13 +112,14 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Layout:
-    """How devices share a model; checkpointing: activations are computed again; rows: at a time, on a copy's group."""
+    """How devices share a model; checkpointing: which activations are computed again; rows: at a time, on a copy's
+    group."""
 
     pods: int
     shard: int
     tensor: int
     rows: int
-    checkpointing: bool
+    checkpointing: str
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,7 @@ def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int
 
 def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Iterator[Layout]:
     """Every layout of powers of two, or of what divides the devices, with at least a row for each group."""
-    for tensor, checkpointing in product((1, 2, 4, 8, 16), (False, True)):
+    for tensor, checkpointing in product((1, 2, 4, 8, 16), AGAIN):
         if tensor > kind.machine or devices % tensor or not model.can_split(tensor):
             continue
         groups = devices // tensor
@@ -223,12 +229,12 @@ def _planned(model: Architecture, layout: Layout, devices: int, kind: DeviceKind
     over."""
     rows = max(1, round(batch / model.context / (devices // layout.tensor)))  # of a group in a step
     tokens = rows * model.context / layout.tensor  # on a device
-    again = 4 / 3 if layout.checkpointing else 1.0
+    again, around = AGAIN[layout.checkpointing]
     width = model.layers * model.dim
     weights = 2 * model.parameters / layout.tensor  # bytes of a device's part before sharding
     seconds = {
         "products": again * tokens * (model.flops + kind.attention * model.attention) / (kind.flops * kind.products),
-        "elementwise": again * tokens * (width * kind.elementwise + model.vocab * kind.logits) / kind.bandwidth,
+        "elementwise": around * tokens * (width * kind.elementwise + model.vocab * kind.logits) / kind.bandwidth,
         "update": model.parameters / layout.tensor / layout.shard * kind.update / kind.bandwidth,
     }
     passes = math.ceil(rows / layout.rows)
@@ -249,13 +255,14 @@ def _memory(model: Architecture, layout: Layout) -> dict[str, float]:
     own = model.parameters / layout.tensor / layout.shard
     tokens = layout.rows * model.context / layout.tensor
     layer = tokens * model.dim * ACTIVATIONS
-    kept = tokens * model.dim * 2 * model.layers + layer if layout.checkpointing else layer * model.layers
+    kept = {"none": ACTIVATIONS, "selective": SELECTIVE, "blocks": 2}[layout.checkpointing] * model.layers
+    logits = min(tokens * model.vocab, LOGITS[0]) * LOGITS[1]
     gathered = 2 * 2 * model.parameters / layout.tensor / model.layers if layout.shard > 1 else 0.0
     return {
         "weights": 2 * own,
         "gradients": 2 * own,
         "optimizer": (STATE - 4) * own,
-        "activations": kept + min(tokens * model.vocab, LOGITS[0]) * LOGITS[1],
+        "activations": tokens * model.dim * kept + layer * (layout.checkpointing != "none") + logits,
         "gathered layers": gathered,
     }
 

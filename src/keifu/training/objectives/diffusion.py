@@ -27,6 +27,7 @@ from keifu.layers.diffusion.noise_schedule import (
     at,
     discretised_log_likelihood,
     loss_weights,
+    moved,
     normal_kl,
     posterior,
     predicted_x0,
@@ -114,7 +115,7 @@ class DiffusionLoss:
         if self.noise.variance == "learned_range":
             output, share = output.chunk(2, 1)
         error = (output - training_target(self.noise, picture, added, timestep)).square().flatten(1).mean(1)
-        total = (error * self.weights.to(error)[timestep.long()]).sum()
+        total = (error * moved(self.weights, error.device, error.dtype)[timestep.long()]).sum()
         figures = {"squared_error": error.sum()} if self.weighting != "simple" else {}
         if share is not None:
             frozen = predicted_x0(self.noise, output.detach(), x, timestep)
@@ -183,7 +184,7 @@ class TextDiffusionLoss(DiffusionLoss):
 
     def output(self, model: Any, batch: Batch, x: Tensor, timestep: Num[Tensor, " batch"]) -> Tensor:
         """Return the model's output for noisy latents, conditioned on the texts of the batch."""
-        empty = self.empty.to(batch["tokens"].device)
+        empty = moved(self.empty, batch["tokens"].device)
         tokens = torch.where(self.dropped(batch)[:, None], empty, batch["tokens"])
         return model(x, timestep, model.project(model.encode_text(tokens)))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from keifu.data.images.io import to_signed
 from keifu.layers.attention.masks import real_tokens
 from keifu.layers.counter_rng import bits, uniform
+from keifu.layers.diffusion.noise_schedule import moved
 from keifu.training.objectives.diffusion import DiffusionLoss, Network
 from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
@@ -58,7 +59,7 @@ class UnclipLoss:
         whole, embeddings, draws = to_signed(batch["pictures"]), batch["embeddings"], batch["draws"]
         with torch.no_grad():
             caption = model.encode_text(batch["tokens"], batch["real"])
-            null = model.encode_text(*(each.to(draws.device) for each in self.empty))
+            null = model.encode_text(*(moved(each, draws.device) for each in self.empty))
         of_prior, of_decoder = (
             _drop_captions(caption, null, self._chance(draws, place) < share)
             for place, share in ((0, self.prior_dropout), (1, self.text_dropout))

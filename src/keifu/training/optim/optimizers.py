@@ -20,6 +20,7 @@ from keifu.layers.linear import JoinedLinear
 from keifu.processes import current, local
 from keifu.training.length import Length
 from keifu.training.optim.adafactor import Adafactor
+from keifu.training.optim.adamw8bit import AdamW8bit
 from keifu.training.optim.muon import StackedMuon
 from keifu.training.optim.weight_averaging import MovingAverage
 from keifu.training.settings import Settings
@@ -129,7 +130,7 @@ class Optimizers:
         state = self.average.take_up(state) if self.average else state
         for (kind, name, field), tensor in self._joined(state).items():
             parameter = self.parameters[name]
-            counter = field == "step" and (parameter.device.type == "cpu" or kind in COUNTED_BY_THE_HOST)
+            counter = field == "step" and (parameter.device.type == "cpu" or not isinstance(self.all[kind], AdamW))
             place = "cpu" if counter else parameter.device
             self.all[kind].state[parameter][field] = tensor.to(place, copy=True)
 
@@ -167,7 +168,7 @@ def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": some, "weight_decay": decay} for some, decay in groups if some]
 
 
-def _adamw(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW:
+def _adamw(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW | AdamW8bit:
     """Return groups by the share of the rate that weights get: of several beginnings of a name, the first one counts.
     """
     for start in (start for start, _ in s.rate_shares if not any(name.startswith(start) for name, _ in named)):
@@ -178,7 +179,12 @@ def _adamw(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW:
         for share in dict.fromkeys(shares.values())
         for group in _groups([(name, p) for name, p in named if shares[name] == share], s.weight_decay)
     ]
-    return AdamW(groups, lr=s.learning_rate, betas=s.betas, eps=s.epsilon, fused=named[0][1].device.type in FUSED)
+    options = {"lr": s.learning_rate, "betas": s.betas, "eps": s.epsilon}
+    if s.optimizer_state == "float32":
+        return AdamW(groups, **options, fused=named[0][1].device.type in FUSED)
+    if not current().is_replicated:
+        raise UserError("--optimizer-state int8 is of whole tensors: leave it out, or --mesh.shard and --mesh.tensor.")
+    return AdamW8bit(groups, options)
 
 
 def _adadelta(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> Adadelta:
@@ -200,4 +206,3 @@ KINDS: dict[str, Callable[[Named, Settings, dict[Tensor, Rows]], Optimizer]] = {
 }  # fmt: skip
 OF_WHOLE_MATRICES = ("muon", "adafactor")  # whose update of a number depends on the others of its matrix
 FUSED = ("cpu", "cuda", "mps")  # devices that AdamW is fused on
-COUNTED_BY_THE_HOST = ("adadelta", "adafactor")

@@ -1,0 +1,56 @@
+"""Attention of sequences of different lengths, one after the other without padding, in one kernel of an NVIDIA GPU.
+
+Axes: queries = new tokens of all sequences, seen = tokens that they attend to, heads, head_dim.
+"""
+
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from keifu.layers.attention.attention import Scoring
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch 2.9
+    varlen_attn = None
+
+WIDEST = 256  # head_dim of flash attention
+
+
+class Bounds(NamedTuple):
+    """Bounds of sequences: cumulative numbers of tokens, from 0 on, and the most tokens of a sequence."""
+
+    queries: Int[Tensor, " sequences+1"]
+    seen: Int[Tensor, " sequences+1"]
+    most_queries: int
+    most_seen: int
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Return whether PyTorch has such a kernel for this device: flash attention needs an NVIDIA Ampere or newer."""
+    if device.type != "cuda" or varlen_attn is None or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def fits(keys: Tensor, values: Tensor, scoring: Scoring) -> bool:
+    """Return whether the kernel takes keys and values [..., head_dim]: of 16 bits, with softmax alone."""
+    width, half = keys.shape[-1], keys.dtype in (torch.float16, torch.bfloat16)
+    plain = not scoring.soft_cap and scoring.sinks is None
+    return half and plain and width == values.shape[-1] <= WIDEST and width % 8 == 0
+
+
+def attend_packed(
+    q: Float[Tensor, "queries heads head_dim"], k: Float[Tensor, "seen kv_heads head_dim"],
+    v: Float[Tensor, "seen kv_heads head_dim"], bounds: Bounds, window: int | None, scoring: Scoring,
+) -> Float[Tensor, "queries heads head_dim"]:  # fmt: skip
+    """Let each query see the tokens of its own sequence up to itself, the last `window` of these if there is one.
+
+    The last query of a sequence is at its last token that is seen.
+    """
+    assert varlen_attn is not None, "`has_kernel` is asked first"
+    reach = (-1 if window is None else window - 1, 0)
+    grouped = q.shape[1] != k.shape[1]
+    return cast(Tensor, varlen_attn(q, k, v, *bounds, scale=scoring.scale, window_size=reach, enable_gqa=grouped))

@@ -1,0 +1,240 @@
+"""Launches and waits on a GPU, counted on the simulated device: one table of budgets for training and generation.
+
+A change that is fast in a CPU's cache is often slow on a GPU: smaller and more operations, or a number that the host
+reads. Each row has the kernels of a layer and of all else, and the waits. A simulated device has one kernel for
+attention and for RMSNorm, as CUDA has; what CUDA's libraries add to an operation is not counted.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from simulated_device import LAUNCHED, READ, RECORD, SENT, device, simulated  # noqa: E402
+from test_on_another_device import CASES, TRANSLATORS  # noqa: E402
+
+from keifu.generation.text import runner  # noqa: E402
+from keifu.generation.text.engine import Engine  # noqa: E402
+from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
+from keifu.generation.text.translation import TranslationParams, search  # noqa: E402
+from keifu.layers.losses import token_log_probabilities  # noqa: E402
+from keifu.models import gpt2, llama  # noqa: E402
+from keifu.training.objectives.language_modeling import causal_language_modeling  # noqa: E402
+from keifu.training.protocols import LossOutput  # noqa: E402
+from keifu.training.settings import Settings  # noqa: E402
+from keifu.training.trainer import Trainer  # noqa: E402
+
+SIZE: dict[str, Any] = {"vocab_size": 257, "context_length": 24, "dim": 8, "hidden_dim": 16, "n_heads": 2}
+
+
+class Row(NamedTuple):
+    """Budget of a micro-batch: kernels of a layer, kernels of all else, waits."""
+
+    build: Callable[[int], nn.Module]
+    objective: Any
+    layer: int
+    rest: int
+    waits: int = 0
+
+
+def gpt(layers: int, **more: Any) -> nn.Module:
+    return gpt2.build(gpt2.Config(**{**SIZE, "dropout": 0.0, **more}, n_layers=layers))
+
+
+def scores(model: Any, batch: dict) -> LossOutput:
+    """The log-probabilities that PPO, GRPO and DPO learn by."""
+    hidden, targets = model.hidden(batch["tokens"][:, :-1]), batch["tokens"][:, 1:].flatten()
+    found, _ = token_log_probabilities(hidden.flatten(0, 1), model.head_weight, targets)
+    return LossOutput(-found.sum(), len(targets), {})
+
+
+def small_llama(layers: int) -> nn.Module:
+    return llama.build(llama.Config(**SIZE, n_layers=layers))
+
+
+TABLE = {
+    "gpt2": Row(partial(gpt, vocab_size=50_257), causal_language_modeling, 67, 61),  # 865 with 12 layers
+    "gpt2 with dropout": Row(partial(gpt, dropout=0.1), causal_language_modeling, 131, 124),
+    "llama": Row(small_llama, causal_language_modeling, 67, 65),
+    "z-loss": Row(gpt, partial(causal_language_modeling, z_loss=1e-4), 67, 67),
+    "log-probabilities": Row(gpt, scores, 67, 53),
+}
+
+
+def micro_batch(row: Row, layers: int, rows: int) -> tuple[int, int]:
+    """Return the kernels and the waits of a forward and a backward pass."""
+    torch.manual_seed(0)
+    with simulated():
+        model = row.build(layers).train().to(device())
+        settings = Settings(batch_size=rows, micro_batch=rows, precision="bfloat16")
+        trainer = Trainer(model, row.objective, settings)
+        tokens = torch.randint(257, (rows, 25)).to(device())
+        trainer.gradient(0, {"tokens": tokens})  # allocates what later steps reuse
+        for counter in (LAUNCHED, READ, SENT):
+            counter.clear()
+        trainer.dropout.set(0, 0, rows)
+        outcome = trainer.forward({"tokens": tokens})
+        outcome.total.backward()
+        return sum(LAUNCHED.values()), sum(READ.values()) + sum(SENT.values())
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_micro_batch_keeps_its_budget_of_launches_and_waits(name: str) -> None:
+    row = TABLE[name]
+    one, two = micro_batch(row, 1, 2), micro_batch(row, 2, 2)
+    layer = two[0] - one[0]
+    found = {"kernels of a layer": layer, "other kernels": one[0] - layer, "waits": one[1]}
+    budget = {"kernels of a layer": row.layer, "other kernels": row.rest, "waits": row.waits}
+    assert all(found[key] <= budget[key] for key in budget), f"{name}: {found}, and the budget is {budget}"
+    assert 12 * layer + found["other kernels"] <= 1_100 or "dropout" in name
+    assert micro_batch(row, 1, 5)[0] == one[0], "the number of kernels depends on the rows"
+
+
+class Step(NamedTuple):
+    """Budget of a step of the engine: kernels of a layer, of all else, copies to the device and from it."""
+
+    lengths: tuple[int, ...]
+    step: int
+    layer: int
+    rest: int
+    sent: int = 1
+    read: int = 1
+
+
+STEPS = {  # the first step of the engine reads a prompt, the second one the others, and later ones decode
+    "one sequence": Step((20,), 2, 18, 54),
+    "16 sequences of different lengths": Step(tuple(range(20, 100, 5)), 3, 18, 54),
+    "64 prompts": Step(tuple(range(40, 72)) * 2, 1, 22, 69, sent=5),  # with the memory that grows for them
+}
+
+
+def engine(lengths: tuple[int, ...], layers: int) -> Engine:
+    """Return an engine on the device with a prompt of each length, whose numbers SmolLM2-135M would have."""
+    torch.manual_seed(0)
+    config = llama.Config(vocab_size=261, context_length=2048, dim=24, hidden_dim=32, n_layers=layers, n_heads=3,
+                          n_kv_heads=1)  # fmt: skip
+    model = llama.build(config).bfloat16().eval().to(device())
+    made = Engine(model, None, runner.TorchRunner(model, 2000), max_running=64, step_tokens=8192)
+    for number, length in enumerate(lengths):
+        prompt = [(number + 3 * place + number * place) % 260 for place in range(length)]
+        made.add(made.request(prompt, SamplingParams(max_tokens=9, temperature=0.8, seed=number)))
+    return made
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has the kernel for sequences of different lengths, as an NVIDIA GPU."""
+    monkeypatch.setattr(runner, "has_kernel", lambda device: device.type == "sim")
+
+
+def counted(row: Step, layers: int) -> tuple[int, int, int]:
+    """Return the kernels of a step and its copies to the device and from it."""
+    with simulated():
+        made = engine(row.lengths, layers)
+        for _ in range(row.step + 1):
+            for counter in (LAUNCHED, READ, SENT):
+                counter.clear()
+            made.step()
+        return sum(LAUNCHED.values()), sum(SENT.values()), sum(READ.values())
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_the_engine_keeps_its_budget(name: str, flash: None) -> None:
+    row = STEPS[name]
+    (one, sent, read), (two, *_) = counted(row, 1), counted(row, 2)
+    layer = two - one
+    found = {"kernels of a layer": layer, "other kernels": one - layer, "to it": sent, "from it": read}
+    budget = {"kernels of a layer": row.layer, "other kernels": row.rest, "to it": row.sent, "from it": row.read}
+    assert all(found[key] <= budget[key] for key in budget), f"{name}: {found}, and the budget is {budget}"
+    assert 30 * layer + found["other kernels"] <= 1_200
+
+
+def test_two_steps_of_decoding_could_be_one_cuda_graph(flash: None) -> None:
+    """Both have the same operations on tensors of the same shapes and places, with the same numbers."""
+    steps = []
+    with simulated():
+        made = engine((20, 27, 40), 2)
+        for _ in range(5):
+            RECORD.clear()
+            made.step()
+            steps.append([*RECORD])
+    assert len(steps[3]) > 100 and steps[3] == steps[4]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_sequences_in_one_kernel_have_the_logits_of_the_cpu(window: int | None, flash: None) -> None:
+    torch.manual_seed(0)
+    config = llama.Config(**{**SIZE, "vocab_size": 61, "dim": 32}, n_layers=2, n_kv_heads=1, sliding_window=window)
+    model = llama.build(config).bfloat16().eval()
+    spans = [[runner.Span(n, [*range(3, 3 + size)], 0, [2 * n, 2 * n + 1], 1, []) for n, size in enumerate((7, 20, 1))]]
+    spans.append([runner.Span(n, [9, 4], size, [2 * n, 2 * n + 1], 2, []) for n, size in enumerate((7, 20, 1))])
+    with torch.inference_mode():
+        here = runner.TorchRunner(model, 6)
+        expected = [here.run(each) for each in spans]
+    with simulated(), torch.inference_mode():
+        there = runner.TorchRunner(model.to(device()), 6)
+        assert there.packs
+        found = [there.run(each).cpu() for each in spans]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.03, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["seq2seq", "transformer"])
+def test_a_step_of_beam_search_waits_twice_at_most(name: str) -> None:
+    torch.manual_seed(0)
+    waits = []
+    with simulated():
+        model = TRANSLATORS[name]().eval().to(device())
+        for length in (6, 12):
+            READ.clear()
+            SENT.clear()
+            search(model, [[3, 4, 5, 6], [7], [8, 9]], TranslationParams(beam=3, max_tokens=length))
+            waits.append(sum(READ.values()) + sum(SENT.values()))
+    assert waits[1] - waits[0] <= 2 * 6
+
+
+WAITS = dict.fromkeys(("dpo", "grpo", "ppo"), 1) | {  # where the tokens of answers are; how many tokens an expert has
+    "mixtral": 2, "qwen3-moe": 1, "olmoe": 2, "deepseek-v3": 1, "gpt-oss": 2, "qwen3-next": 2,
+}  # fmt: skip
+
+
+QUICK = ("llama", "transformer", "ddpm", "dpo", "clip")  # of which the default run has the bfloat16 ones
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[] if name in QUICK and kind == "bfloat16" else pytest.mark.slow)
+        for name in CASES
+        for kind in ("bfloat16", "float16")
+    ],
+)
+def test_an_objective_under_cudas_autocast_does_not_wait(name: str, kind: str) -> None:
+    """The loss is that of float32 but for the rounding, though CUDA casts other operations than the CPU."""
+    torch.manual_seed(0)
+    model, objective, batch = CASES[name]()
+    losses = {}
+    with simulated():
+        model = model.eval().to(device())
+        there = {key: tensor.to(device()) for key, tensor in batch.items()}
+        for precision in ("float32", kind):
+            chosen = Settings(steps=1, batch_size=3, micro_batch=3)
+            trainer = Trainer(model, objective, chosen, dtype=getattr(torch, precision))
+            READ.clear()
+            SENT.clear()
+            outcome = trainer.forward(there)
+            waits = sum(READ.values()) + sum(SENT.values())
+            if precision == kind:
+                outcome.total.backward()
+            losses[precision] = float(outcome.total.detach().cpu())
+    assert losses[kind] == pytest.approx(losses["float32"], rel=0.06, abs=0.02)
+    assert waits <= WAITS.get(name, 0), f"{waits} waits: {dict(READ)}, {dict(SENT)}"
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is None or bool(parameter.grad.cpu().isfinite().all()), key
