@@ -27,8 +27,7 @@ COMPUTING = {  # options of any recipe that has no such option itself
         "multiplications; weights stay in float32. auto: bfloat16 if supported, else float16. Unset: the recipe's."),
     "compile": _option(bool, "Compile the objective and the model with torch.compile."),
     "activation_checkpointing": _option(Literal["none", "blocks", "selective"] | None, "Activations that are computed "
-        "again in the backward pass, for less memory. blocks: all but the inputs of blocks, a third more computation. "
-        "selective: all but the results of matrix multiplications. Unset: none."),
+        "again in the backward pass. blocks: all but their inputs. selective: all but results of multiplied matrices."),
     "optimizer_state": _option(Literal["float32", "int8"] | None, "Averages of AdamW. int8: 2 bytes a weight, not 8."),
     "deterministic": _option(bool, "Whether a GPU uses only kernels that give the same bits each time (slower)."),
 }  # fmt: skip

@@ -12,8 +12,9 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager
+from keifu.generation.text.likelihood import STEP_TOKENS
 from keifu.generation.text.model import text_model
-from keifu.generation.text.runner import STEP_TOKENS, Span, runner_of
+from keifu.generation.text.runner import Span, runner_of
 
 
 @dataclass(frozen=True)

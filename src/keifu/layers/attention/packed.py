@@ -3,7 +3,7 @@
 Axes: queries = new tokens of all sequences, seen = tokens that they attend to, heads, head_dim.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -15,8 +15,6 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # PyTorch 2.9
     varlen_attn = None
-
-WIDEST = 256  # head_dim of flash attention
 
 
 class Bounds(NamedTuple):
@@ -39,7 +37,7 @@ def fits(keys: Tensor, values: Tensor, scoring: Scoring) -> bool:
     """Return whether the kernel takes keys and values [..., head_dim]: of 16 bits, with softmax alone."""
     width, half = keys.shape[-1], keys.dtype in (torch.float16, torch.bfloat16)
     plain = not scoring.soft_cap and scoring.sinks is None
-    return half and plain and width == values.shape[-1] <= WIDEST and width % 8 == 0
+    return half and plain and width == values.shape[-1] <= 256 and width % 8 == 0
 
 
 def attend_packed(
@@ -50,7 +48,6 @@ def attend_packed(
 
     The last query of a sequence is at its last token that is seen.
     """
-    assert varlen_attn is not None, "`has_kernel` is asked first"
     reach = (-1 if window is None else window - 1, 0)
     grouped = q.shape[1] != k.shape[1]
-    return cast(Tensor, varlen_attn(q, k, v, *bounds, scale=scoring.scale, window_size=reach, enable_gqa=grouped))
+    return cast(Any, varlen_attn)(q, k, v, *bounds, scale=scoring.scale, window_size=reach, enable_gqa=grouped)
