@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,7 @@ def test_speakers_are_never_on_both_sides(spoken: Path) -> None:
 WRONG = {
     "file_name and text must be texts": {"file_name": "a.wav", "text": " "},
     "the sound file ../a.wav is outside of the folder": {"file_name": "../a.wav", "text": "one"},
+    'part must be "train" or "test", and it is \'tests\'': {"file_name": "a.wav", "text": "one", "part": "tests"},
 }
 
 
@@ -102,6 +104,9 @@ def test_without_espeak_ng_the_digits_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="missing: install Debian's package espeak-ng"):
         read_recordings(DIGITS)
+    monkeypatch.setattr(shutil, "which", lambda name: sys.executable)
+    with pytest.raises(UserError, match="espeak-ng did not speak '.*status 2.*check how it is installed"):
+        read_recordings(DIGITS)[1][0].samples()
 
 
 def test_other_voices_and_speeds_are_tested() -> None:

@@ -18,9 +18,11 @@ from serving_toys import WAIT, running
 
 import keifu
 from keifu import cli
+from keifu.commands import serve
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import embed
 from keifu.generation.text.translation import translate
+from keifu.models.hybrid import qwen3_next
 from keifu.serving.app import Access
 from keifu.serving.metrics import Metrics
 from keifu.serving.models import ServedModels, public_names
@@ -238,6 +240,26 @@ def test_memory_is_bounded_by_letting_the_model_go_that_was_not_used_longest(fol
         assert sum(sizes[name] for name in served.models.workers) <= memory
     with pytest.raises(UserError, match="takes .* MiB, but --memory allows"):
         ServedModels(public_names(paths, {}), Limits(), Metrics(), 1000)
+
+
+def test_guesses_that_a_model_or_a_draft_cannot_take_back_are_refused_before_the_start(
+    folder: Path, tmp_path: Path
+) -> None:
+    base, hybrid = str(folder / "base"), str(tmp_path / "hybrid")
+    _, tokenizer = keifu.load(base)
+    sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "rope_dim": 4, "n_experts": 2}
+    linear = {"n_linear_key_heads": 1, "n_linear_value_heads": 1, "linear_key_dim": 4, "linear_value_dim": 4}
+    others = {"expert_dim": 8, "shared_dim": 8, "n_experts_per_token": 1, "context_length": 64, "global_layers": (1,)}
+    config = qwen3_next.Config(vocab_size=tokenizer.vocab_size, **sizes, **linear, **others)
+    keifu.save(qwen3_next.build(config), tokenizer, hybrid)
+    cannot = "guesses were asked for, and this model has layers with a state of fixed size"
+    for options, words in (
+        (serve.Options((hybrid,), draft=base), f"A draft's {cannot}.*leave out --draft"),
+        (serve.Options((hybrid,), guesses=3), f"3 {cannot}.*use --guesses 0"),
+        (serve.Options((base,), draft=hybrid), "The draft has layers with a state of fixed size"),
+    ):
+        with pytest.raises(UserError, match=words):
+            serve.run(options)
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,7 @@ def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]"
     place = str(Path(name).resolve()) if Path(name).exists() else name
     count = options.best_of or options.count
     number, size = 0 if count == 1 else None, min(options.batch_size, count)
-    record = ImageRecord(place, model.fingerprint(), wanted, count, size, number, dtype, loras=loras)
-    return record, model
+    return ImageRecord(place, model.fingerprint(), wanted, count, size, number, dtype, loras=loras), model
 
 
 def _size(given: str | None) -> tuple[int, int] | None:

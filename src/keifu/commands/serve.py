@@ -85,7 +85,6 @@ def run(options: Options) -> None:
     """Serve until a signal ends the server."""
     from keifu.checkpoints.lora.peft import is_adapter
     from keifu.commands.shared.inputs import proposer
-    from keifu.generation.draft import Draft
     from keifu.native.pack import formats
     from keifu.serving.access import LOCAL
     from keifu.serving.app import Access, application
@@ -110,8 +109,6 @@ def run(options: Options) -> None:
     sources = public_names(options.models or (() if named else found_models()), named)
     models = ServedModels(sources, limits, Metrics(), memory, options.weights, options.allow_load)
     for each in models.descriptions.values():
-        if isinstance(guesses, Draft) and "completion" in each.uses:
-            guesses.check(each.tokenizer, each.config.vocab_size)
         print(f"{each.name}: {', '.join(each.uses)}")
     open_to_all = address.path is not None or not (address.local or options.allowed_host)
     hosts = ("*",) if open_to_all else (*LOCAL, options.host, *options.allowed_host)

@@ -13,7 +13,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.likelihood import STEP_TOKENS
-from keifu.generation.text.model import text_model
+from keifu.generation.text.model import has_fixed_states, text_model
 from keifu.generation.text.runner import Span, runner_of
 
 
@@ -26,29 +26,40 @@ class Draft:
     most: int | None = None
 
     def check(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-        """Refuse a model with another vocabulary (`UserError`)."""
+        """Refuse a draft with another vocabulary than the model's, or with states of fixed size (`UserError`)."""
         if tokenizer is None or self.tokenizer is None:
             differs = text_model(self.model).config.vocab_size != vocab_size
         else:
             differs = self.tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab()
         if differs:
             raise UserError("The draft has another vocabulary than the model: choose one with the same tokenizer.")
+        if has_fixed_states(self.model):
+            raise UserError("The draft has layers with a state of fixed size, which cannot go back: choose another.")
+
+
+def check_guesses(
+    guesses: int | Draft | None, tokenizer: Tokenizer | None, vocab_size: int, fixed_states: bool
+) -> None:
+    """Refuse a draft that does not fit, and any guesses for a model with states of fixed size (`UserError`)."""
+    asked, instead = guesses, "use --guesses 0"
+    if isinstance(guesses, Draft):
+        guesses.check(tokenizer, vocab_size)
+        asked, instead = "A draft's", "leave out --draft"
+    if guesses and fixed_states:
+        raise UserError(
+            f"{asked} guesses were asked for, and this model has layers with a state of fixed size, which cannot go "
+            f"back when a guess is wrong: {instead}."
+        )
 
 
 class Drafter:
     """Draft of one engine, with its own keys and values of the sequences that it has read.
 
-    tokenizer, vocab_size: of the engine's model. Another vocabulary than the draft's is a `UserError`.
+    vocab_size: of the engine's model.
     """
 
-    def __init__(self, draft: Draft, tokenizer: Tokenizer | None, vocab_size: int):
-        draft.check(tokenizer, vocab_size)
+    def __init__(self, draft: Draft, vocab_size: int):
         self.vocab_size, self.runner = vocab_size, runner_of(draft.model.eval())
-        if self.runner.state_bytes:
-            raise UserError(
-                "The draft has layers with a state of fixed size, which cannot go back when a guess is wrong: choose "
-                "another."
-            )
         self.blocks = BlockManager(self.runner.n_blocks, self.runner.block_size, sharing=False)
         self._read: dict[int, list[int]] = {}  # tokens whose keys and values are in the blocks, by sequence
         self._tables: dict[int, list[int]] = {}
@@ -75,10 +86,11 @@ class Drafter:
         return Span(number, tokens, start, self._tables[number], int(start + len(tokens) == len(text)))
 
     def _fits(self, number: int, tokens: Sequence[int], most: int) -> bool:
-        """Whether a sequence with its guesses fits the draft's context and memory; the memory is then taken."""
+        """Whether a sequence with its guesses fits the draft's vocabulary, context and memory, which is then taken."""
         total, table = len(tokens) + most, self._tables.get(number, [])
         lacking = -(-total // self.runner.block_size) - len(table)
-        if total > self.runner.context_length or lacking > self.blocks.free:
+        unknown = max(tokens) >= self.runner.vocab_size  # equal tokenizers may have unequal numbers of embeddings
+        if unknown or total > self.runner.context_length or lacking > self.blocks.free:
             return False
         self._tables[number] = table + self.blocks.allocate(max(0, lacking), table[-1] if table else None)
         return True

@@ -52,8 +52,7 @@ class ApiError(Exception):
         """Return the whole answer. Half a surrogate pair is escaped, so that it can be sent."""
         headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
         headers |= {"Connection": "close"} if self.close else {}
-        content = json.dumps(self.body(), ensure_ascii=True)
-        return Response(content, self.status, headers, "application/json")
+        return Response(json.dumps(self.body(), ensure_ascii=True), self.status, headers, "application/json")
 
 
 def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:

@@ -17,8 +17,9 @@ from torch import nn
 from keifu.checkpoints.loading import load, load_model, planned
 from keifu.errors import UserError, unknown
 from keifu.evaluation.classification.classifiers import text_classifier
+from keifu.generation.draft import check_guesses
 from keifu.generation.images.pipeline import image_pipeline
-from keifu.generation.text.model import Encoder, TwoTowers, explain_not_causal, is_writer
+from keifu.generation.text.model import Encoder, TwoTowers, explain_not_causal, has_fixed_states, is_writer
 from keifu.generation.text.translation import is_translator
 from keifu.layers.transformer.speech import SpeechRecognizer
 from keifu.native.model import NativeLM, attach_native
@@ -46,6 +47,7 @@ class Description:
     """Facts about a model that are known before it is loaded.
 
     name: its id for clients. source: the path or name that it is loaded from. size: the most bytes of its weights.
+    fixed_states: whether it keeps states of fixed size.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Description:
     size: int
     tokenizer: Any
     config: Any
+    fixed_states: bool
 
 
 def describe(source: str, name: str | None = None) -> Description:
@@ -67,7 +70,8 @@ def describe(source: str, name: str | None = None) -> Description:
         raise UserError(f"{source} cannot be served: {explain_not_causal(plan.model)}")
     # a model that writes on a CPU is in memory twice: for PyTorch, and packed for native code
     size = plan.parameters * plan.dtype.itemsize * (2 if {"completion", "translation"} & {*uses} else 1)
-    return Description(name or source, source, uses, getattr(config, "context_length", None), size, tokenizer, config)
+    facts = getattr(config, "context_length", None), size, tokenizer, config, has_fixed_states(plan.model)
+    return Description(name or source, source, uses, *facts)
 
 
 def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
@@ -165,6 +169,8 @@ class ServedModels:
     def _add(self, found: Description) -> None:
         """Serve one more model; one that alone is larger than the memory is a `UserError`."""
         name, writes = found.name, "completion" in found.uses
+        if writes:
+            check_guesses(self.limits.guesses, found.tokenizer, found.config.vocab_size, found.fixed_states)
         if self.weights and (writes or "translation" in found.uses):
             self.packed[name] = self.weights
         if self.weights and writes:

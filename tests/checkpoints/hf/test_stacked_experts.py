@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from keifu import checkpoints
-from keifu.checkpoints.hf.stacked_experts import unpack_mxfp4
+from keifu.checkpoints.hf.stacked_experts import unpack_mxfp4, unstack, unstack_rows
+from keifu.checkpoints.plan import StoredTensor
 from keifu.errors import UserError
 from keifu.models.mixture import gpt_oss
 
@@ -25,6 +26,12 @@ def test_every_number_of_four_bits_and_every_scale_is_that_of_transformers() -> 
     scales = scales.to(torch.uint8).repeat(2, 1)
     theirs = convert_moe_packed_tensors(blocks[None], scales[None])[0].mT  # they turn it for their layout
     assert torch.equal(unpack_mxfp4(blocks, scales), theirs)
+
+
+def test_a_tensor_without_numbers_is_not_split_into_experts() -> None:
+    """A file of a few bytes can give it any number of them."""
+    stored = {"model.layers.0.mlp.experts.down_proj": StoredTensor((10**15, 0, 2), "F32", torch.float32)}
+    assert unstack(stored, lambda: None)[0] == unstack_rows(stored, lambda: None)[0] == stored
 
 
 @torch.no_grad()

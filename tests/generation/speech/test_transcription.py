@@ -129,6 +129,9 @@ def test_unknown_languages_and_other_models_are_refused(hearing) -> None:
         transcribe(model, english, SOUND, TranscriptionParams("ja"))
     with pytest.raises(UserError, match="task of this model 'translate'"):
         transcribe(model, english, SOUND, TranscriptionParams(task="translate"))
+    forced = [[1, words.token_id("<|notimestamps|>")], [2, 7]]
+    with pytest.raises(UserError, match="forced_decoder_ids of other tokens, .7.: remove them"):
+        speech_tokens(model.config, words.replace(generation_config={"forced_decoder_ids": forced}))
     with pytest.raises(UserError, match="A Linear does not hear: choose a Whisper"):
         transcribe(torch.nn.Linear(1, 1), words, SOUND)
 

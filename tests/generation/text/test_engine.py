@@ -144,6 +144,20 @@ def test_shared_beginnings_are_computed_once(model: nn.Module, tokenizer: Tokeni
     assert again == 9 and runner.tokens == read + (43 - shared) + 2  # what has ended is still known
 
 
+@pytest.mark.parametrize("model", ["grouped"], indirect=True)
+def test_what_a_preempted_prompt_finds_again_is_not_counted_as_cached(model: nn.Module, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, small(model, 9), max_running=2, step_tokens=5)
+    first = engine.request([1, 2, 3, 4], replace(PLAIN, max_tokens=9))
+    long = engine.request([*range(28)], replace(PLAIN, max_tokens=1))
+    engine.add(first), engine.add(long)
+    while not engine.scheduler.preempted:
+        engine.step()
+    assert not long.tokens and len(first.tokens) > 4
+    while engine.work:
+        engine.step()
+    assert len(long.tokens) == 1 and (first.cached, long.cached) == (0, 0)
+
+
 def shaken(model: Any, noise: float) -> Any:
     """The model with noise on its weights: a draft that is often right."""
     torch.manual_seed(9)
@@ -181,6 +195,9 @@ def test_a_draft_that_does_not_belong_is_refused(model: nn.Module, tokenizer: To
         Engine(model, tokenizer, small(model, 9), guesses=Draft(hybrid(), tokenizer))
     with pytest.raises(UserError, match="A draft's guesses were asked for.*leave out --draft"):
         Engine(hybrid(), tokenizer, small(hybrid(), 9), guesses=Draft(model, tokenizer))
+    asked = [([260, 3], replace(PLAIN, max_tokens=3))]  # a token that the draft has no embedding of
+    draft = Draft(llama.build(llama.Config(**{**LLAMA, "vocab_size": 260})), tokenizer, 2)
+    same(run(Engine(model, tokenizer, small(model, 9), guesses=draft), asked), alone(model, tokenizer, asked))
 
 
 def hybrid() -> nn.Module:

@@ -22,6 +22,12 @@ TALKS = {"What is red?": "A colour.", "What is two?": "A number, 二.", "Who bar
 CONFIG = {"context_length": 64, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
 
 
+@pytest.mark.parametrize("flags", [["--lora.dora"], ["--lora.base", "int4"]], ids=" ".join)
+def test_options_of_adapters_without_adapters_are_refused(flags: list[str]) -> None:
+    with pytest.raises(UserError, match="set --lora.rank too"):
+        parse(["sft", *flags])
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
     """Models this small are faster without a second one."""

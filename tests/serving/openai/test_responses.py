@@ -67,6 +67,7 @@ def test_its_text_can_follow_a_schema(served: Any, chat: str) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"background": True}, "background is not supported"),
         ({"n": 2}, "n is not supported"),
+        ({"lora": [{"id": 0}]}, "lora is not supported by this server: choose an adapter by its name as model"),
         ({"max_output_token": 1}, "Did you mean 'max_output_tokens'?"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
     ],

@@ -109,8 +109,7 @@ class _Cursor:
         return self.numbers(letter, 1)[0]
 
     def numbers(self, letter: str, count: int) -> tuple[Any, ...]:
-        start = self.advance(count * struct.calcsize(letter))
-        return struct.unpack_from(f"<{count}{letter}", self.data, start)
+        return struct.unpack_from(f"<{count}{letter}", self.data, self.advance(count * struct.calcsize(letter)))
 
     def string(self) -> str:
         return self.strings(1)[0]

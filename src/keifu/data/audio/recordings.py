@@ -22,7 +22,7 @@ from keifu.data.audio.sound_files import read_sound
 from keifu.data.records import read_records
 from keifu.errors import UserError
 
-FILE, DIGITS = "metadata.jsonl", "spoken-digits"
+FILE, DIGITS, SECONDS = "metadata.jsonl", "spoken-digits", 60  # that espeak-ng may take for a recording
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-029")
 LEARNED = (("m1", "m2", "m3", "m4", "m5", "m6", "f1", "f2", "f3", "f4"), (130, 150, 170, 190, 210), 2000)
@@ -55,7 +55,9 @@ def read_recordings(source: str) -> tuple[list[Recording], list[Recording]]:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{where}: the sound file {name} is outside of the folder.")
         found = Recording(name, text.strip(), str(record.get("speaker") or name), partial(Path, folder, name))
-        parts[record.get("part") == "test"].append(found)
+        if (part := record.get("part", "train")) not in ("train", "test"):
+            raise UserError(f'{where}: part must be "train" or "test", and it is {part!r}.')
+        parts[part == "test"].append(found)
     return parts
 
 
@@ -76,8 +78,11 @@ def _digits(variants: Sequence[str], speeds: Sequence[int], count: int) -> list[
 def _speak(*command: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "spoken.wav"
-        subprocess.run([*command, "-w", str(out)], check=True, stdin=subprocess.DEVNULL)
-        return out.read_bytes()
+        try:
+            subprocess.run([*command, "-w", str(out)], check=True, stdin=subprocess.DEVNULL, timeout=SECONDS)
+            return out.read_bytes()
+        except (OSError, subprocess.SubprocessError) as error:
+            raise UserError(f"espeak-ng did not speak {command[-1]!r} ({error}): check how it is installed.") from error
 
 
 def hear(each: Recording, n_mels: int, window: int) -> Float[Tensor, "mels frames"]:

@@ -31,8 +31,7 @@ Parts = tuple[list[str], list[str]]  # training documents and held-out documents
 def names() -> dict[str, tuple[str, ...]]:
     """Return the sources that are read here, each with the codes of its language or languages, in either order."""
     one = {f"tatoeba-{code}": (code,) for code in LANGUAGES}
-    two = {f"tatoeba-{a}-{b}": (a, b) for a in LANGUAGES for b in LANGUAGES if a != b}
-    return one | two
+    return one | {f"tatoeba-{a}-{b}": (a, b) for a in LANGUAGES for b in LANGUAGES if a != b}
 
 
 def parts(name: str, held_out: float) -> Parts:

@@ -86,8 +86,7 @@ class Confusion:
     @property
     def macro_f1(self) -> float:
         """Return the mean F1 of the labels that some text has or is predicted as."""
-        seen = (self.counts.sum(0) + self.counts.sum(1)) > 0
-        return float(self.f1[seen].mean())
+        return float(self.f1[(self.counts.sum(0) + self.counts.sum(1)) > 0].mean())
 
     @property
     def figures(self) -> list[dict[str, float]]:

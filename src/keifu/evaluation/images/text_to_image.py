@@ -34,8 +34,7 @@ def cosines(
     """Return the cosine of each picture's point and each text's in CLIP's space."""
     if len(pictures) != len(texts):
         raise UserError(f"{len(pictures)} pictures need as many texts, and {len(texts)} were given.")
-    seen = embed_pictures(towers, map(to_image, pictures))
-    return seen @ embed_texts(towers, tokenizer, texts, cut=True).T
+    return embed_pictures(towers, map(to_image, pictures)) @ embed_texts(towers, tokenizer, texts, cut=True).T
 
 
 def clip_scores(found: Float[Tensor, "picture texts"]) -> tuple[Float[Tensor, " picture"], Float[Tensor, " picture"]]:

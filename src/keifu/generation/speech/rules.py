@@ -65,6 +65,9 @@ def speech_tokens(config: Any, tokenizer: Tokenizer) -> SpeechTokens:
     if without_times is None:
         raise UserError(f"This tokenizer has no {NO_TIMESTAMPS}, so it is not one of a model that hears.")
     languages = {token.strip("<|>"): number for token, number in given.get("lang_to_id", {}).items()}
+    forced = {token for _, token in given.get("forced_decoder_ids") or ()}
+    if more := forced - {None, without_times, *languages.values(), *given.get("task_to_id", {}).values()}:
+        raise UserError(f"generation_config.json has forced_decoder_ids of other tokens, {sorted(more)}: remove them.")
     never, not_first = (tuple(given.get(name) or ()) for name in ("suppress_tokens", "begin_suppress_tokens"))
     return SpeechTokens(
         config.start_id, config.end_id, without_times, languages, given.get("task_to_id", {}), never, not_first,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.draft import Draft, Drafter
+from keifu.generation.draft import Draft, Drafter, check_guesses
 from keifu.generation.images.prompts import ImagePrompt, insert_images
 from keifu.generation.text.model import evaluation_mode
 from keifu.generation.text.request import Piece, Request, prompt_tokens
@@ -88,17 +88,12 @@ class Engine:
         self._threads = nullcontext if isinstance(self.runner, TorchRunner) else partial(on_threads, 1)
         runner = self.runner
         draft, wanted = (guesses, guesses.most) if isinstance(guesses, Draft) else (None, guesses)
-        if guesses and runner.state_bytes:
-            asked, instead = ("A draft's", "leave out --draft") if draft else (wanted, "use --guesses 0")
-            raise UserError(
-                f"{asked} guesses were asked for, and this model has layers with a state of fixed size, which cannot "
-                f"go back when a guess is wrong: {instead}."
-            )
+        check_guesses(guesses, tokenizer, runner.vocab_size, bool(runner.state_bytes))
         self.scheduler = Scheduler(blocks_of(runner), max_running, step_tokens, runner.window, runner.contiguous)
         usual = 0 if isinstance(runner, TorchRunner) and draft is None else MOST_GUESSES
         most = min(usual if wanted is None else wanted, self.scheduler.step_tokens // max_running - 1)
         self.guessing = Guessing(most, wanted is None)
-        self.drafter = Drafter(draft, tokenizer, runner.vocab_size) if draft else None
+        self.drafter = Drafter(draft, runner.vocab_size) if draft else None
         self.guessed = self.accepted = 0  # tokens, in all
         self._sequences: dict[int, Sequence] = {}
         self._numbers = count()

@@ -127,6 +127,11 @@ def is_writer(model: nn.Module) -> bool:
     return isinstance(model, Model | NativeLM)
 
 
+def has_fixed_states(model: nn.Module) -> bool:
+    """Whether layers keep a state of fixed size, which cannot go back to fewer tokens."""
+    return isinstance(model, Model) and bool(model.new_state(0, 1).row_bytes)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's weights; the CPU for a model without weights."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -24,6 +24,7 @@ class Sequence:
     """A request that waits or runs: its tokens so far, and how many of them have their keys and values in its blocks.
 
     guesses: tokens that may come next; they are computed with the last one, and kept as far as they are right.
+    admitted: whether it has run before, since what a preempted sequence finds again was its own.
     passed: how many of its first blocks lie before the window, and are its own no longer.
     sources: blocks that its next span copies into its first blocks.
     """
@@ -33,6 +34,7 @@ class Sequence:
     tokens: list[int]
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    admitted: bool = False
     passed: int = 0
     sources: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
@@ -157,8 +159,8 @@ class Scheduler:
             self.waiting.remove(sequence)
             sequence.blocks, sequence.sources = start.blocks, start.sources
             sequence.computed = start.known * self.blocks.block_size
-            if not sequence.request.tokens:
-                sequence.request.cached = sequence.computed
+            if not sequence.admitted:
+                sequence.admitted, sequence.request.cached = True, sequence.computed
             self.running.append(sequence)
             filling.update(self._unfilled(sequence))
             count = min(sequence.left, budget)

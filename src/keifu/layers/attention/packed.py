@@ -3,6 +3,7 @@
 Axes: queries = new tokens of all sequences, seen = tokens that they attend to, heads, head_dim.
 """
 
+import inspect
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,6 +16,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # PyTorch 2.9
     varlen_attn = None
+# earlier versions of the kernel take fewer options
+COMPLETE = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class Bounds(NamedTuple):
@@ -28,7 +31,7 @@ class Bounds(NamedTuple):
 
 def has_kernel(device: torch.device) -> bool:
     """Return whether PyTorch has such a kernel for this device: flash attention needs an NVIDIA Ampere or newer."""
-    if device.type != "cuda" or varlen_attn is None or torch.version.hip:
+    if device.type != "cuda" or not COMPLETE or torch.version.hip:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -85,5 +85,4 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
-    rope = hf.write_rope(config.rope_theta, config.rope_scaling)
-    return {**hf.write(config, MODEL_TYPES, FIELDS), **rope}
+    return {**hf.write(config, MODEL_TYPES, FIELDS), **hf.write_rope(config.rope_theta, config.rope_scaling)}

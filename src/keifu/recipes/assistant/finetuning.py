@@ -71,6 +71,10 @@ class Lora:
     dora: bool = False
     """Learn the length of each row apart from its direction (Liu et al., 2024)."""
 
+    def __post_init__(self) -> None:
+        if not self.rank and (self.dora or self.base != "float"):
+            raise UserError("--lora.dora and --lora.base are of adapters: set --lora.rank too, such as 16.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AssistantOptions(FinetuneOptions):

@@ -170,8 +170,7 @@ def pretraining_mix(recipe: Recipe, policy: Any, tokenizer: Tokenizer) -> Pretra
     if text.data is None or not text.weight:
         return None
     length = finetuning.row_length(policy, text.length)
-    packed = PackedText(text.shards(text.data, tokenizer), length, 1, recipe.seed)
-    return PretrainingMix(packed, text.each)
+    return PretrainingMix(PackedText(text.shards(text.data, tokenizer), length, 1, recipe.seed), text.each)
 
 
 def settings(recipe: Recipe) -> Settings:

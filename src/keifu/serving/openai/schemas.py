@@ -379,8 +379,8 @@ class ResponseRequest(Sampling):
     tool_choice: Literal["auto", "none", "required"] | FlatNamedTool | None = None
     parallel_tool_calls: bool | None = None
     refused: ClassVar[Neutral] = {
-        "background": (False,), "conversation": (), "max_tokens": (), "n": (1,), "prompt": (), "stream_options": (),
-        "top_logprobs": (0,),
+        "background": (False,), "conversation": (), "lora": ([],), "max_tokens": (), "n": (1,), "prompt": (),
+        "stream_options": (), "top_logprobs": (0,),
     }  # fmt: skip
     ignored: ClassVar[Neutral] = {name: values for name, values in HINTS.items() if name != "metadata"} | {
         "include": ([],), "max_tool_calls": (), "reasoning": (), "truncation": ("disabled",),
