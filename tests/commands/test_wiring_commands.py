@@ -121,7 +121,7 @@ search = Table("search text.txt Hi", {
     "model": Row("--model other", "keifu.commands.search:load_encoder", "name", "other"),
     "batch-size": Row("--batch-size 7", f"{SEARCH}:build_index", "batch_size", 7),
     "json": Row("--json", STDOUT, lambda text: text.startswith('{"similarity": 0.5, "file": "f"')),
-}, {"keifu.commands.search:load_encoder": ENCODED, "keifu.commands.search:_identity": "m",
+}, {"keifu.commands.search:load_encoder": ENCODED, "keifu.checkpoints.hub:weights_identity": "m",
     f"{SEARCH}:index_path": Path("i"), f"{SEARCH}:count_new": 0, f"{SEARCH}:build_index": Found(),
     "keifu.commands.search:ids": [[1]],
     EMBEDDED: torch.zeros(1, 3)})  # fmt: skip
@@ -329,6 +329,8 @@ serve = Table("serve M", {
     "allowed-host": Row("--allowed-host h", APP, lambda given: "h" in given.limits.hosts),
     "strict": Row("--strict", APP, "limits.strict"),
     "pictures": Row("--pictures shown", LIMITS, "pictures", Path("shown")),
+    "search": Row("--search .", APP, "limits.documents", Path("."), returns={SERVED: SimpleNamespace(descriptions={
+        "M": SimpleNamespace(name="M", uses=("embedding",))})}),
     "runs": Row("--runs training", APP, "limits.runs", Path("training")),
     "keep-alive": Row("--keep-alive 7", LIMITS, "keep_alive", 7.0),
     "host": Row("--host ::1", "keifu.serving.server:Address", "host", "::1"),

@@ -12,6 +12,7 @@ from keifu.serving.inspection import InspectRequest, MatchRequest
 from keifu.serving.openai.embeddings import EmbeddingRequest, RerankRequest
 from keifu.serving.openai.images import ImageGenerationRequest
 from keifu.serving.openai.schemas import ChatRequest, CompletionRequest, ResponseRequest, Sampling
+from keifu.serving.openai.search import SearchRequest
 from keifu.serving.protocols.anthropic import MessagesRequest
 from keifu.serving.protocols.ollama import OllamaChat
 from keifu.serving.state import ModelRequest
@@ -22,8 +23,9 @@ SECTIONS = dict(re.findall(r"(?ms)^### `(/\S+)`\n(.*?)(?=^##)", PAGE))
 BODIES = {
     "/v1/chat/completions": ChatRequest, "/v1/responses": ResponseRequest, "/v1/messages": MessagesRequest,
     "/api/chat": OllamaChat, "/v1/completions": CompletionRequest, "/v1/embeddings": EmbeddingRequest,
-    "/v1/rerank": RerankRequest, "/v1/classify": ClassifyRequest, "/v1/translations": TranslationRequest,
-    "/v1/tokenize": TokenizeRequest, "/v1/images/generations": ImageGenerationRequest, "/v1/inspect": InspectRequest,
+    "/v1/rerank": RerankRequest, "/v1/search": SearchRequest, "/v1/classify": ClassifyRequest,
+    "/v1/translations": TranslationRequest, "/v1/tokenize": TokenizeRequest,
+    "/v1/images/generations": ImageGenerationRequest, "/v1/inspect": InspectRequest,
     "/v1/match": MatchRequest, "/v1/models/load": ModelRequest,
 }  # fmt: skip
 

@@ -40,6 +40,13 @@ def locate(name: str | Path) -> Path:
     raise unknown("model", text, known) if known else UserError(f"There is no file or folder {text!r}.")
 
 
+def weights_identity(name: str) -> str:
+    """Return the path of a model's files with their sizes and times: another string once the weights change."""
+    place = locate(name)
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    return f"{place} " + " ".join(f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
+
+
 def may_be_model(path: Path) -> bool:
     """Whether a file or folder looks like a model, by names alone."""
     names = ("config.json", "open_clip_config.json", "model_index.json")

@@ -53,44 +53,24 @@ def run(options: Options) -> None:
     question = options.question or (ask("Question: ", EXAMPLE) if at_terminal() else read_pipe())
     if not question.strip():
         raise UserError(f"There is no question: write it after the folder ({EXAMPLE}), or pipe it in.")
-    passages = _passages(options.folder)
+    from keifu.data.text.passages import document_files, read_documents
+
+    names = {path: str(path) for path in document_files(options.folder)}
+    passages = read_documents(names, lambda error: print(f"Left out: {error}", file=sys.stderr))
     warn_of_language(options.model, [question], [passage.text for passage in passages])
+    from keifu.checkpoints.hub import weights_identity
     from keifu.data.progress import counting
     from keifu.evaluation.classification.embeddings import embed_rows
     from keifu.evaluation.classification.search import build_index, count_new, index_path
 
     notice(f"Loading {options.model} ...")
     model, tokenizer = load_encoder(options.model)
-    path = index_path(options.folder, _identity(options.model))
+    path = index_path(options.folder, weights_identity(options.model))
     new = count_new(passages, path)
     with counting("Embedding", new, "passages") if new else nullcontext() as advance:
         index = build_index(passages, (model, tokenizer), path, options.batch_size, advance)
     asked = embed_rows(model, ids(model, tokenizer, [question], True), tokenizer.pad_id or 0).cpu()
     _show(index.nearest(asked, options.count), options.json)
-
-
-def _passages(folder: Path) -> "list[Passage]":
-    """Read the passages of all documents; one that cannot be read is named and left out."""
-    from keifu.data.text.passages import document_files, read_passages
-
-    found = []
-    for path in document_files(folder):
-        try:
-            found += read_passages(path, str(path))
-        except UserError as error:
-            print(f"Left out: {error}", file=sys.stderr)
-    if not found:
-        raise UserError(f"{folder} holds no text to search.")
-    return found
-
-
-def _identity(name: str) -> str:
-    """Return a name that changes when the model's files do."""
-    from keifu.checkpoints.hub import locate
-
-    place = locate(name)
-    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
-    return f"{place} " + " ".join(f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
 
 
 def _show(found: "list[tuple[float, Passage]]", as_json: bool) -> None:

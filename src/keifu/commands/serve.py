@@ -75,6 +75,8 @@ class Options(flags.Packed):
     """Whether to refuse fields of OpenAI's that nothing heeds. Otherwise they are ignored and named in a header."""
     pictures: Path | None = None
     """Folder whose pictures a message may name as file:// URLs. Unset: none. Nothing is fetched from the network."""
+    search: Path | None = None
+    """Folder of .md, .txt, .rst and .html files that POST /v1/search searches, by a served encoder. Unset: none."""
     runs: Path = Path("runs")
     """Folder of training runs whose figures the page shows while they grow."""
     access_log: bool = field(default=True)
@@ -110,11 +112,13 @@ def run(options: Options) -> None:
     models = ServedModels(sources, limits, Metrics(), memory, options.weights, options.allow_load)
     for each in models.descriptions.values():
         print(f"{each.name}: {', '.join(each.uses)}")
+    if options.search is not None:
+        check_search(options.search, [use for each in models.descriptions.values() for use in each.uses])
     open_to_all = address.path is not None or not (address.local or options.allowed_host)
     hosts = ("*",) if open_to_all else (*LOCAL, options.host, *options.allowed_host)
     if not address.local and not keys:
         print(OPEN.format(host=options.host), file=sys.stderr, flush=True)
-    limited = Access(keys, options.cors, hosts, body, options.strict, options.runs)
+    limited = Access(keys, options.cors, hosts, body, options.strict, options.runs, options.search)
     serve(application(models, limited), address, options.access_log)
 
 
@@ -129,6 +133,16 @@ def aliases(names: Sequence[str]) -> dict[str, str]:
             raise UserError(f"The alias {alias!r} is given twice: choose another for {source}.")
         found[alias] = source
     return found
+
+
+def check_search(folder: Path, uses: Sequence[str]) -> None:
+    """Refuse a folder that has no documents, or that no served model can search."""
+    from keifu.data.text.passages import document_files
+
+    if document_files(folder) == [folder]:
+        raise UserError(f"--search is {folder}, which is a file: name the folder of the documents.")
+    if "embedding" not in uses:
+        raise UserError("--search needs an encoder, and none is served: name one more model, such as minilm.")
 
 
 def size_of(text: str, option: str) -> int:

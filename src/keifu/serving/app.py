@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from keifu import __version__
 from keifu.serving import access, classification, errors, inspection, middleware, page, state, translations
 from keifu.serving.models import ServedModels
-from keifu.serving.openai import chat, completions, embeddings, images, responses, transcriptions
+from keifu.serving.openai import chat, completions, embeddings, images, responses, search, transcriptions
 from keifu.serving.protocols import anthropic, ollama
 
 OPENAI = (chat, completions, responses, embeddings, images, transcriptions)
@@ -26,7 +26,8 @@ class Access:
 
     keys: any of them opens /v1; none: everyone may ask. origins: pages of other servers that may ask. hosts: names that
     this server answers to; "*" is any. body: the most bytes of a request. strict: whether fields of OpenAI's that
-    nothing heeds are refused. runs: the folder of runs whose figures the page shows.
+    nothing heeds are refused. runs: the folder of runs whose figures the page shows. documents: the folder that is
+    searched.
     """
 
     keys: Sequence[str] = ()
@@ -35,6 +36,7 @@ class Access:
     body: int = 2**24
     strict: bool = False
     runs: Path = Path("runs")
+    documents: Path | None = None
 
 
 def application(models: ServedModels, limits: Access = Access()) -> FastAPI:  # noqa: B008 (it is frozen)
@@ -55,6 +57,7 @@ def application(models: ServedModels, limits: Access = Access()) -> FastAPI:  # 
         part.routes(app, models)
     state.health_routes(app, models)
     state.run_routes(app, limits.runs)
+    search.routes(app, models, limits.documents)
     app.include_router(page.routes())
     app.add_middleware(middleware.BodyLimit, limit=limits.body)
     app.add_middleware(access.ApiKeys, keys=limits.keys)

@@ -1,7 +1,7 @@
 """Passages of documents for search: Markdown, text and HTML files cut at paragraphs and headings, with their lines."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,22 @@ def read_passages(path: Path, name: str) -> list[Passage]:
     text = read_text(path)
     blocks = _html_blocks(text) if path.suffix.lower() in PAGES else _text_blocks(text)
     return [Passage(name, line, heading, piece) for heading, lines in blocks for line, piece in _pieces(lines)]
+
+
+def read_documents(names: Mapping[Path, str], leave_out: Callable[[Exception], object]) -> list[Passage]:
+    """Read the passages of documents; documents without any text are a `UserError`.
+
+    names: the name of each file in its passages. leave_out: gets the error of a document that cannot be read.
+    """
+    found = list[Passage]()
+    for path, name in names.items():
+        try:
+            found += read_passages(path, name)
+        except (UserError, OSError) as error:
+            leave_out(error)
+    if not found:
+        raise UserError(f"The documents hold no text to search: {len(names)} were read.")
+    return found
 
 
 def _text_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:

@@ -60,9 +60,9 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes, for these models."""
 
     async def compute(about: Description, inputs: Sequence[str] | Sequence[list[int]], cut: bool) -> tuple[Tensor, int]:
-        embeddings, tokens = await models.worker(about.name).call(partial(_embed, about=about, inputs=inputs, cut=cut))
+        found, tokens = await models.worker(about.name).call(partial(embed_inputs, about=about, inputs=inputs, cut=cut))
         current().prompt_tokens = tokens
-        return embeddings, tokens
+        return found, tokens
 
     async def embed(body: EmbeddingRequest) -> dict[str, Any]:
         about = models.find(body.model, "embedding")
@@ -93,7 +93,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         return await whole(request, rank(body))
 
 
-def _embed(
+def embed_inputs(
     model: nn.Module, tokenizer: Any, go_on: GoOn, about: Description, inputs: Sequence[Any], cut: bool
 ) -> tuple[Tensor, int]:
     """Return the embeddings on the CPU, and how many tokens were read. go_on: see `Worker.call`."""
