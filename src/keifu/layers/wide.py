@@ -16,5 +16,4 @@ def narrow(x: Tensor, device: torch.device) -> Tensor:
     what lies below 1 stays below 1."""
     if device.type not in WITHOUT:
         return x
-    below = torch.where(x < 1, x.float().clamp(max=1 - 2.0**-24), x.float())
-    return below.to(device)
+    return torch.where(x < 1, x.float().clamp(max=1 - 2.0**-24), x.float()).to(device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from keifu.layers.attention import attention
+from keifu.layers.attention import attention, packed
 from keifu.layers.attention.attention import Attention, CrossAttention, Scoring, attend
 from keifu.layers.attention.masks import CausalMask, PaddingMask
 
@@ -96,3 +96,14 @@ def test_impossible_heads_are_named(arguments, named):
     with pytest.raises(ValueError) as error:
         Attention(*arguments)
     assert named in str(error.value)
+
+
+def test_the_packed_kernel_splits_no_keys_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How it splits them depends on the longest sequence of a batch."""
+    splits: list[int | None] = []
+    monkeypatch.setattr(packed, "varlen_attn", lambda q, *given, num_splits, **more: splits.append(num_splits) or q)
+    x, ends = torch.zeros(3, 2, 8), torch.tensor([0, 3])
+    for wanted in (True, False):
+        torch.use_deterministic_algorithms(wanted)
+        packed.attend_packed(x, x, x, packed.Bounds(ends, ends, 3, 3), None, Scoring())
+    assert splits == [1, None]

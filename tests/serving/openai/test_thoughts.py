@@ -14,6 +14,7 @@ import keifu
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.models import llama
 from keifu.serving.app import Access
+from keifu.serving.openai.schemas import ResponseRequest
 from keifu.serving.openai.tools import Reply
 from keifu.serving.worker import Limits
 
@@ -74,10 +75,12 @@ def test_anthropics_client_gets_thinking_blocks(thinker: Any) -> None:
     assert "".join(delta["thinking"] for delta in deltas) == block["thinking"]
     turns = [*ASK["messages"], {"role": "assistant", "content": [block, {"type": "text", "text": "A"}]}]
     again = httpx.post(url, json={**body, "messages": [*turns, *ASK["messages"]]}).json()
+    alone = [*ASK["messages"], {"role": "assistant", "content": [block]}, *ASK["messages"]]  # the limit cut it off
+    only = httpx.post(url, json={**body, "messages": alone}).json()
     plain = [*ASK["messages"], {"role": "assistant", "content": "A"}, *ASK["messages"]]
     without = httpx.post(url, json={**body, "messages": plain}).json()
-    read = [sum(n for name, n in each["usage"].items() if "input" in name) for each in (again, without)]
-    assert read[0] > read[1]
+    read = [sum(n for name, n in each["usage"].items() if "input" in name) for each in (again, only, without)]
+    assert read[0] - 1 == read[1] > read[2]
 
 
 def test_a_response_has_an_item_of_thoughts(thinker: Any) -> None:
@@ -93,6 +96,12 @@ def test_a_response_has_an_item_of_thoughts(thinker: Any) -> None:
     assert [event.text for event in events if event.type == "response.reasoning_text.done"] == [text]
     turn = [{"role": "user", "content": "Hi"}, item.model_dump(exclude_none=True), *ASK["messages"]]
     assert thinker.openai.responses.create(**ask | {"input": turn}).usage.input_tokens > found.usage.input_tokens
+
+
+def test_all_thoughts_before_an_answer_go_with_it() -> None:
+    parts: list[Any] = [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": each}]} for each in "ab"]
+    body = ResponseRequest(input=[*parts, {"role": "assistant", "content": "A"}])
+    assert body.messages == [{"role": "assistant", "content": "A", "reasoning_content": "ab"}]
 
 
 def test_earlier_thoughts_go_to_the_template(thinker: Any) -> None:

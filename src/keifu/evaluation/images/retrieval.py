@@ -99,8 +99,7 @@ def label_shares(
     model: nn.Module, pictures: Float[Tensor, "pictures embedding"], labels: Float[Tensor, "labels embedding"]
 ) -> Float[Tensor, "pictures labels"]:
     """Return the probability of each label for each picture: the softmax of the similarities, scaled as in training."""
-    scale = two_towers(model).logit_scale.detach().float().exp()
-    return (scale * pictures @ labels.T).softmax(-1)
+    return (two_towers(model).logit_scale.detach().float().exp() * pictures @ labels.T).softmax(-1)
 
 
 ABOUT = "retrieval: a CLIP on captioned pictures, emoji for example"

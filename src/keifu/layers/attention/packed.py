@@ -17,7 +17,7 @@ try:
 except ImportError:  # PyTorch 2.9
     varlen_attn = None
 # earlier versions of the kernel take fewer options
-COMPLETE = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+COMPLETE = varlen_attn is not None and {"enable_gqa", "num_splits"} <= {*inspect.signature(varlen_attn).parameters}
 
 
 class Bounds(NamedTuple):
@@ -49,8 +49,9 @@ def attend_packed(
 ) -> Float[Tensor, "queries heads head_dim"]:  # fmt: skip
     """Let each query see the tokens of its own sequence up to itself, the last `window` of these if there is one.
 
-    The last query of a sequence is at its last token that is seen.
+    The last query of a sequence is at its last token that is seen. In deterministic mode the result of a sequence does
+    not depend on the others: its keys are then not split between blocks of threads.
     """
-    reach = (-1 if window is None else window - 1, 0)
-    grouped = q.shape[1] != k.shape[1]
-    return cast(Any, varlen_attn)(q, k, v, *bounds, scale=scoring.scale, window_size=reach, enable_gqa=grouped)
+    options = {"window_size": (-1 if window is None else window - 1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    splits = 1 if torch.are_deterministic_algorithms_enabled() else None
+    return cast(Any, varlen_attn)(q, k, v, *bounds, scale=scoring.scale, num_splits=splits, **options)

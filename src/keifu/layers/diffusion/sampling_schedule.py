@@ -92,8 +92,7 @@ def timesteps(
 def ddpm_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, last_alpha_one: bool = True) -> Schedule:
     """DDPM's schedule: from each timestep to the next, at last to the clean image or to the noise of timestep 0."""
     visited = [_level_at(noise, int(t)) for t in timesteps(noise, steps, spacing)]
-    end = CLEAN if last_alpha_one else _level_at(noise, 0)
-    return _through([*visited, end])
+    return _through([*visited, CLEAN if last_alpha_one else _level_at(noise, 0)])
 
 
 def ddim_schedule(noise: Noise, steps: int, spacing: Spacing | None = None) -> Schedule:

@@ -30,6 +30,7 @@ from keifu.evaluation.images.retrieval import padding
 WORDS = 2  # of the dictionary, for each picture of a batch
 ENGLISH = "en"
 
+
 @dataclass(frozen=True, eq=False)
 class Lessons:
     """The teacher's embeddings of the captions for training and validation, and of a dictionary's texts."""

@@ -402,7 +402,8 @@ class ResponseRequest(Sampling):
             if "tool_calls" in each and last:
                 last["tool_calls"] = [*last.get("tool_calls", ()), *each["tool_calls"]]
             elif each["role"] == "assistant" and "reasoning_content" in last and not last["content"]:
-                last["content"] = each["content"]
+                thoughts = last["reasoning_content"] + each.get("reasoning_content", "")
+                last |= {"content": each["content"], "reasoning_content": thoughts}
             else:
                 found.append(each)
         return found

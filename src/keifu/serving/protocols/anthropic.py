@@ -105,7 +105,7 @@ def _turns(turn: Turn) -> Iterator[dict[str, Any]]:
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         else:
             rest.append({name: value for name, value in block.items() if name != "cache_control"})
-    if rest or calls:
+    if rest or calls or thoughts:
         found = {"tool_calls": calls or None, "reasoning_content": thoughts or None}
         yield {"role": turn.role, "content": rest or "", **{name: each for name, each in found.items() if each}}
 
