@@ -159,7 +159,7 @@ class Chat:
         }
 
     def talk(self) -> None:
-        """Goes on until the person leaves: by /bye, by the end of input, or by Ctrl-C twice at the prompt."""
+        """Go on until the person leaves: by /bye, by the end of input, or by Ctrl-C twice at the prompt."""
         edit_lines()
         print(HINT)
         stopped = False  # by Ctrl-C, just now

@@ -100,7 +100,7 @@ class NativeTargets:
         return logits
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Goes on with these rows. The first that continues a row takes its last block, and each other one a copy."""
+        """Go on with these rows. The first that continues a row takes its last block, and each other one a copy."""
         kept = rows.numpy()
         self.sources, tables = self.sources[kept], self.tables[kept]
         column, place = divmod(self.length, BLOCK_SIZE)

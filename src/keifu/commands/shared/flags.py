@@ -71,8 +71,8 @@ Guesses = Annotated[Natural | None, tyro.conf.arg(metavar="N", help=(
 
 
 Drafting = Annotated[str | None, tyro.conf.arg(metavar="MODEL", help=(
-    "Smaller model with the same tokenizer, which guesses the next tokens in place of earlier text (speculative "
-    "decoding); the text is the same. Unset: none."
+    "Smaller model with the same tokenizer that guesses the next tokens (speculative decoding); the text is the same. "
+    "Unset: none."
 ))]  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
 
 
 def go_on(found: Stored | None, module: ModuleType, wanted: Any, out: Path) -> None:
-    """Goes on with a run, with the options that may change as they are wanted now."""
+    """Go on with a run, with the options that may change as they are wanted now."""
     if found is None:
         raise UserError(
             f"There is no run in {out} to go on with: it has no {run_directory.RECIPE}. Start without --resume."

@@ -50,7 +50,7 @@ def read_recordings(source: str) -> tuple[list[Recording], list[Recording]]:
     folder, parts = Path(source), (list[Recording](), list[Recording]())
     for where, record in read_records(folder / FILE):
         name, text = record.get("file_name"), record.get("text")
-        if not (isinstance(name, str) and isinstance(text, str) and name and text.strip()):
+        if not (isinstance(name, str) and isinstance(text, str) and name and "\0" not in name and text.strip()):
             raise UserError(f"{where}: file_name and text must be texts, and they are {name!r} and {text!r}.")
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{where}: the sound file {name} is outside of the folder.")

@@ -89,7 +89,7 @@ def paper_penalty(lengths: Lengths, alpha: float = 0.6) -> Lengths:
 
 
 def until_decided(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
-    """Goes on while an open text could still come among the wanted ones.
+    """Return whether an open text could still come among the wanted ones.
 
     ln P only falls, so an open text can reach at most its ln P now over the largest penalty that is left: that of the
     longest text, or of this one where the penalty falls with length. transformers: early_stopping="never".
@@ -98,7 +98,7 @@ def until_decided(scores: Scores, best_open: Lengths, now: Lengths, last: Length
 
 
 def until_full(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
-    """Goes on until as many texts have ended as there are beams. transformers: early_stopping=True."""
+    """Return whether fewer texts have ended than there are beams. transformers: early_stopping=True."""
     return scores[:, -1] == -torch.inf
 
 

@@ -66,7 +66,7 @@ class Sequence:
         return piece
 
     def guess(self, most: int) -> None:
-        """Guesses that what followed the last three tokens when they came before follows again."""
+        """Guess that what followed the last three tokens when they came before follows again."""
         for end in range(self._known, len(self.tokens)):
             self._after[tuple(self.tokens[end - NGRAM : end])] = end
         self._known = max(self._known, len(self.tokens))

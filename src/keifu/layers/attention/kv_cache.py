@@ -64,7 +64,7 @@ class KVState:
         return sum(4 * x.shape[1] for x in self.fixed)
 
     def positions(self, length: int, padding: Int[Tensor, " rows"] | None = None) -> Int[Tensor, "*rows length"]:
-        """Begins a pass of `length` tokens a row: their positions, [length] where all rows have the same.
+        """Begin a pass of `length` tokens a row; return their positions, [length] where all rows have the same.
 
         padding: how many tokens at the beginning of each row are padding; these are not kept.
         More tokens than there is room for is a `ValueError`.

@@ -144,7 +144,7 @@ class DecoderState:
         self._owners = torch.arange(len(hidden), device="cpu")  # of each row, its source's place
 
     def advance(self, hidden: Vector, length: int) -> None:
-        """Goes on to the state after `length` more tokens, where there is a capacity."""
+        """Go on to the state after `length` more tokens, where there is a capacity."""
         if self.capacity is None:
             return
         if self.length + length > self.capacity:

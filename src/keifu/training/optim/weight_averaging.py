@@ -95,7 +95,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def take_up(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Goes on from what `state` gave, and gives back what was not its own."""
+        """Go on from what `state` gave, and give back what was not its own."""
         self.updates = int(state[self.PREFIX])
         for name, mean in self.means.items():
             mean.copy_(state[f"{self.PREFIX}{name}"])
