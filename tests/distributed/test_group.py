@@ -215,9 +215,10 @@ def test_adapters_on_more_processes(world: int, mesh: dict[str, int], kind: str,
     close(found, learn(kind, tmp_path / "alone", rows=7), 1e-6)
 
 
-def test_what_tensor_parallelism_cannot_split_of_an_adapter_is_refused() -> None:
-    model = to_train(llama.build(llama.Config(**group_toys.WORDS)), Lora(2, dora=True), 0)
-    with pytest.raises(UserError, match="DoRA cannot be split over --mesh.tensor: use --mesh.shard"):
+@pytest.mark.parametrize(("lora", "what"), [(Lora(2, dora=True), "DoRA"), (Lora(2, base="int4"), "--lora.base int4")])
+def test_what_tensor_parallelism_cannot_split_of_an_adapter_is_refused(lora: Lora, what: str) -> None:
+    model = to_train(llama.build(llama.Config(**group_toys.WORDS | {"hidden_dim": 64})), lora, 0)
+    with pytest.raises(UserError, match=f"{what} cannot be split over --mesh.tensor: use --mesh.shard"):
         tensor_parallel(model, Mock(spec=DeviceMesh))
 
 

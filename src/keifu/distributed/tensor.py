@@ -32,6 +32,7 @@ from keifu.layers.normalisation import (
     ScaledLayerNorm,
     UnitOffsetRMSNorm,
 )
+from keifu.layers.quantized import QuantizedLinear
 from keifu.layers.transformer.blocks import (
     CrossPostNorm,
     CrossPreNorm,
@@ -209,6 +210,8 @@ def tensor_parallel(model: nn.Module, axis: DeviceMesh) -> tuple[dict[str, Layou
     """
     if any(adapter.low.dora for adapter in adapters(model)):
         raise UserError("DoRA cannot be split over --mesh.tensor: use --mesh.shard, or leave --lora.dora out.")
+    if any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
+        raise UserError("--lora.base int4 cannot be split over --mesh.tensor: use --mesh.shard, or leave it out.")
     names = {module: name for name, module in model.named_modules()}
     stacks = stacks_of(model, names)
     if not stacks:

@@ -17,8 +17,7 @@ def mean_pool(
     """Return the mean over the real tokens (not padding), in float32. `mask` is True on real tokens."""
     if mask is None:
         return hidden.mean(1, dtype=torch.float32)
-    total = hidden.masked_fill(~mask[..., None], 0.0).sum(1, dtype=torch.float32)
-    return total / mask.sum(1, keepdim=True)
+    return hidden.masked_fill(~mask[..., None], 0.0).sum(1, dtype=torch.float32) / mask.sum(1, keepdim=True)
 
 
 class SentenceHead(nn.Module):

@@ -110,8 +110,7 @@ def manifold(real: Real, drawn: Drawn, neighbours: int = 3) -> Manifold:
 def _coverage(around: Real, rows: Drawn, neighbours: int) -> float:
     """Return the share of rows in one of the balls."""
     radii = torch.cat([part.kthvalue(neighbours + 1, 1).values for part in _distances(around, around)])
-    inside = [(part <= radii).any(1) for part in _distances(rows, around)]
-    return float(torch.cat(inside).float().mean())
+    return float(torch.cat([(part <= radii).any(1) for part in _distances(rows, around)]).float().mean())
 
 
 def _distances(rows: Drawn, others: Real) -> Iterator[Float[Tensor, "part real"]]:

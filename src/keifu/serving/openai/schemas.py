@@ -449,5 +449,4 @@ class CompletionRequest(Sampling):
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts, one or several."""
         given: Any = self.prompt
-        several = isinstance(given, list) and given and not isinstance(given[0], int)
-        return list(given) if several else [given]
+        return [*given] if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
