@@ -65,6 +65,17 @@ def test_a_wrong_transcript_is_counted(spoken: Path, tmp_path: Path) -> None:
     assert wrong > 0 and found.figures["word error rate"] == round(wrong / found.figures["words"], 4)  # pyright: ignore
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_transcript_without_words_has_no_rate(spoken: Path, tmp_path: Path) -> None:
+    model, _, _, tokenizer = whisper.prepare(small(spoken))
+    shutil.copy(spoken / "0.wav", tmp_path)
+    rows = [{"file_name": "0.wav", "text": text, "part": "test"} for text in ("...", "low")]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(model, tokenizer, EvalRequest(on=str(tmp_path))).figures["words"] == 1
+    with pytest.raises(UserError, match="has no recordings of words to test on"):
+        evaluate(model, tokenizer, EvalRequest(on=str(tmp_path), limit=1))
+
+
 def test_words_and_errors() -> None:
     assert words("One, two -  THREE. don't") == ["one", "two", "three", "don't"]
     pairs = {("a b c", "a b c"): 0, ("a c", "a b c"): 1, ("", "a b"): 2, ("x a b y", "a b"): 2, ("b a", "a b"): 2}
