@@ -21,7 +21,7 @@ FROM python:3.12-slim
 # The dependencies and their versions are in the wheel.
 # hadolint ignore=DL3013
 RUN --mount=type=bind,from=build,source=/opt/wheels,target=/opt/wheels \
-    pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu "$(echo /opt/wheels/keifu-*.whl)[audio,serve]" \
+    pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu "$(echo /opt/wheels/keifu-*.whl)[audio,serve,svg]" \
     && useradd --create-home --uid 1000 keifu
 
 USER 1000

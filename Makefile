@@ -35,7 +35,7 @@ docs: .venv/.development
 
 .venv/.run-time: pyproject.toml pretrained/pyproject.toml | .venv/bin/pip
 	@echo "Installing keifu into .venv: a minute or two, once."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[audio,serve]' -e ./pretrained
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[audio,serve,svg]' -e ./pretrained
 	@touch $@
 
 .venv/.development: pyproject.toml pretrained/pyproject.toml | .venv/bin/pip

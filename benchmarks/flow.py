@@ -10,15 +10,18 @@ logit-normal draw their times so; the others draw uniform times. The picture has
 """
 
 import argparse
+import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 from _results import write_table
 from _rounds import machine
+from PIL import Image
 from torch import Tensor, nn
 
 from keifu.data.images.grid import grid
@@ -28,7 +31,7 @@ from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.recipes.images import ddpm, dit
 
 RATE, WARMUP, DECAY = 1e-3, 0.05, 0.995  # highest rate, share of the time until it, decay of the moving average
-SHOWN = 8  # pictures of a row
+SHOWN = 4  # pictures of a cell
 UNET: dict[str, Any] = {"dim": 16, "multipliers": (1, 2, 4), "weighting": "simple"}
 NOISE = {"schedule": "linear", "target": "noise"}
 DIT = {"n_layers": 4, "n_heads": 4, "head_dim": 24}
@@ -93,6 +96,20 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, dict[str, list[float
     return distances, sizes, rows
 
 
+def sheet(rows: list[Tensor], ways: Sequence[str], steps: Sequence[int], path: Path) -> None:
+    """Draw a row for each way and a column for each number of steps, with pictures of the same noise."""
+    figure, axes = plt.subplots(len(ways), len(steps), figsize=(9.6, 0.5 * len(ways) + 0.3), squeeze=False)
+    for cell, pictures in zip(axes.flat, rows, strict=True):
+        cell.imshow(Image.open(io.BytesIO(grid(pictures, columns=SHOWN))), cmap="gray")
+        cell.set(xticks=[], yticks=[])
+    for cell, count in zip(axes[0], steps, strict=True):
+        cell.set_title(f"{count} step{'s' * (count > 1)}", fontsize=9)
+    for cell, way in zip(axes[:, 0], ways, strict=True):
+        cell.set_ylabel(way.replace(", ", "\n"), rotation=0, ha="right", va="center", fontsize=9)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
     """Trains, draws, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     distances, sizes, rows = measure(options)
-    columns = ["network", "parameters", *(f"{steps} steps" for steps in options.steps)]
+    columns = ["network", "parameters", *(f"{steps} step{'s' * (steps > 1)}" for steps in options.steps)]
     table = [
         [way, f"{sizes[way]:,}"]
         + [f"{sum(v) / len(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in distances[way].values()]
@@ -119,7 +136,7 @@ def main() -> None:
         command = f"python benchmarks/flow.py --minutes {options.minutes:g} --seeds {' '.join(map(str, options.seeds))}"
         write_table(options.write, "Few steps by a flow", command, columns, table, distances)
     if options.picture:
-        options.picture.write_bytes(grid(torch.cat(rows), columns=SHOWN))
+        sheet(rows, [*distances], options.steps, options.picture)
 
 
 if __name__ == "__main__":
