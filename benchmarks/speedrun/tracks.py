@@ -153,8 +153,8 @@ def distance(task: Digits, draw: Draw) -> float:
 TRACKS = {
     track.name: track
     for track in (
-        Track("characters", "nats a character", 1.935, characters, nats_per_character),
-        Track("english", "bits a byte", 1.8, english, bits_per_byte),
-        Track("digits", "1000 · kernel distance", 30.0, digits, distance),
+        Track("characters", "nats a character", 1.934, characters, nats_per_character),
+        Track("english", "bits a byte", 1.93, english, bits_per_byte),
+        Track("digits", "1000 · kernel distance", 48.0, digits, distance),
     )
 }
