@@ -155,6 +155,6 @@ TRACKS = {
     for track in (
         Track("characters", "nats a character", 1.934, characters, nats_per_character),
         Track("english", "bits a byte", 1.93, english, bits_per_byte),
-        Track("digits", "1000 · kernel distance", 48.0, digits, distance),
+        Track("digits", "1000 · kernel distance", 6.0, digits, distance),
     )
 }
