@@ -136,7 +136,7 @@ def test_config_that_is_no_json(folder) -> None:
         ({"hidden_act": "cubic"}, ["activation 'cubic'"]),
         ({"rms_norm_eps": "small"}, ["config.json", "rms_norm_eps cannot be 'small'"]),
         ({"rms_norm_eps": None}, ["config.json", "rms_norm_eps cannot be None"]),
-        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ["'longrope'", "yarn"]),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ["longrope needs", "factors"]),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5"]),
         ({"rope_parameters": "linear"}, ["config.json cannot be read as a 'llama' model"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),

@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text import few_shot, perplexity, tasks
 from keifu.evaluation.text.few_shot import baselines, majority, normalize_answer
 from keifu.evaluation.text.tasks import FewShotTask, TaskItem, is_task, read_task
-from keifu.generation.text.generate import generate
+from keifu.generation.text.generate import Completion, generate
 from keifu.generation.text.likelihood import score
 from keifu.models import gpt2
 
@@ -208,7 +207,7 @@ def test_the_majority_of_samples_counts(
 ) -> None:
     assert majority(["b", "A.", "<think>b</think>a", "b</think>a", "b"]) == 1 and majority(["x", "y"]) == 0
     texts = iter(["no", "Yes.", "yes", "no", "no", "yes"] * 2)
-    written = lambda *given: [SimpleNamespace(text=next(texts), finish_reason="stop") for _ in given[2]]  # noqa: E731
+    written = lambda *given: [Completion(next(texts), [], "stop", 0, 0) for _ in given[2]]  # noqa: E731
     monkeypatch.setattr(few_shot, "generate_batch", written)
     items = TaskItem("one", "yes"), TaskItem("two", "yes")
     monkeypatch.setitem(few_shot.TASKS, "t", lambda: FewShotTask("t", items, metric="exact"))

@@ -116,7 +116,7 @@ def test_damaged_weights_are_told(model: nn.Module, tokenizer: Tokenizer) -> Non
 
 
 def test_a_model_that_does_not_write(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="writes no text: a Linear cannot"):
+    with pytest.raises(UserError, match="writes no text: Linear is not a language model"):
         generate(nn.Linear(2, 2), tokenizer, "abc")
 
 

@@ -80,8 +80,8 @@ class RopeScaling:
     mscale: Positive | None = None
     mscale_all_dim: Positive | None = None
     truncate: bool = True
-    short_divisors: tuple[float, ...] | None = None  # longrope
-    long_divisors: tuple[float, ...] | None = None
+    short_divisors: tuple[Positive, ...] | None = None  # longrope
+    long_divisors: tuple[Positive, ...] | None = None
 
     def __post_init__(self) -> None:
         known = ("dynamic", "linear", "llama3", "longrope", "yarn")
