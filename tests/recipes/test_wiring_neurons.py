@@ -95,7 +95,7 @@ def test_the_demonstration_trains_as_long_on_what_it_is_given(tmp_path: Path, mo
     monkeypatch.setattr(demo, "_ask", lambda: None)
     record = wiring.run("demo", demo.Recipe(str(tmp_path / "text.txt"), 123), tmp_path / "run")
     assert record.settings.steps == 123 and record.run.about["data"][0]["source"] == str(tmp_path / "text.txt")
-    assert record.settings.evaluate_every == 180 and record.settings.optimizer == "muon"
+    assert record.settings.evaluate_every == 130 and record.settings.optimizer == "muon"
     assert set(wiring.leaves(demo.Recipe())) == {"data", "steps"}
 
 
