@@ -203,7 +203,7 @@ COMMANDS += [f"lineage/{name}.md" for name in LANDMARKS if name not in {"index",
 FAST = ["lineage/perceptron.md", "lineage/mixture.md"]
 
 
-@pytest.mark.timeout(1800)  # the command guide has 80 commands
+@pytest.mark.timeout(1800)  # the command guide has 78 commands
 @pytest.mark.parametrize(
     "page", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
 )
