@@ -26,6 +26,7 @@ import keifu
 from keifu.data.audio.sound_files import read_sound
 from keifu.data.catalogue.archives import apt_download, read_debian
 from keifu.data.catalogue.catalogue import fetch
+from keifu.evaluation.text.transcription import word_errors
 from keifu.generation.speech.transcription import TranscriptionParams, transcribe
 
 PACKAGE, VERSION = "pocketsphinx-testdata", "0.8+5prealpha+1-15"
@@ -54,16 +55,6 @@ def words(text: str) -> list[str]:
     """Return the words of a transcript: lower case, no punctuation, digits as words."""
     plain = re.sub(r"<[^>]*>|[^\w' ]+", " ", text.lower().replace("-", " "))
     return [NUMBERS.get(word, word) for word in plain.split()]
-
-
-def errors(heard: list[str], said: list[str]) -> int:
-    """Return the least number of words that are inserted, deleted or replaced (Levenshtein, 1966)."""
-    row = list(range(len(heard) + 1))
-    for n, word in enumerate(said, 1):
-        last, row[0] = row[0], n
-        for k, other in enumerate(heard, 1):
-            last, row[k] = row[k], min(row[k] + 1, row[k - 1] + 1, last + (word != other))
-    return row[-1]
 
 
 def by_keifu(folder: Path, beams: int) -> Callable[[torch.Tensor], str]:
@@ -118,7 +109,7 @@ def main() -> None:
                 texts[program][name] = programs[program](sound).strip()
                 seconds[program] += time.perf_counter() - began
     said = sum(len(expected) for _, expected in sounds.values())
-    wrong = {p: sum(errors(words(t), sounds[n][1]) for n, t in texts[p].items()) for p in programs}
+    wrong = {p: sum(word_errors(words(t), sounds[n][1]) for n, t in texts[p].items()) for p in programs}
     length = sum(len(sound) for sound, _ in sounds.values()) / 16_000
     print(f"{machine()}\n{len(sounds)} recordings, {length:.1f} seconds, {said} words")
     for program, count in wrong.items():

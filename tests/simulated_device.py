@@ -132,7 +132,7 @@ def _count_kernel(func, tensors: list[Tensor]) -> None:
 
 
 def _shape(x: Any) -> Any:
-    """What a CUDA graph would repeat of an argument."""
+    """Return the part of an argument that a CUDA graph would repeat."""
     return (x.shape, x.stride(), x.storage_offset(), x.dtype) if isinstance(x, Tensor) else x
 
 

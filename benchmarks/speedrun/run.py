@@ -2,7 +2,7 @@
 
 python benchmarks/speedrun/run.py characters [--entry keifu_entry.py] [--seed 0] [--results FOLDER] [--stop-after STEPS]
 
-Tracks: characters, english, digits. The clock runs while the entry builds its model and trains; it stands still while
+Tracks: characters, english, digits. The clock runs while the entry builds its model and trains; it stops while
 the held-out data are looked at, and while data are fetched and tokenized. The process is kept on two cores.
 """
 

@@ -86,6 +86,12 @@ def cell(where: str, record: Mapping[str, Any], field: str) -> str:
     return written
 
 
+def check_inside(where: str, folder: Path, name: str, thing: str) -> None:
+    """Refuse a file of a record that is not in the folder of the records."""
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{where}: the {thing} {name} is outside of the folder.")
+
+
 def listed(record: Mapping[str, Any]) -> str:
     """List the names of a record's fields, for errors."""
     return ", ".join(map(repr, [*record][:10])) or "none"

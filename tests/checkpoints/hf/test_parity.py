@@ -426,7 +426,7 @@ def test_mixed_types_are_held_in_one_that_loses_nothing(published, weights, tmp_
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells where files are mapped")
 def test_weights_are_not_copied(published, tmp_path) -> None:
-    """What needs no change lies in the file's own memory map, and a change of it leaves the file as it is."""
+    """Weights that need no change are in the file's own memory map; a change in memory leaves the file as it is."""
     published(llama()).save_pretrained(tmp_path)
     model = checkpoints.load_model(tmp_path)
     lines = Path("/proc/self/maps").read_text().splitlines()

@@ -54,7 +54,7 @@ def trainer_of(how: Any) -> tuple[Trainer, dict[str, Tensor]]:
 
 
 def test_the_memory_fit_knows_what_is_kept_and_what_is_computed_again() -> None:
-    """Of `blocks` it is the inputs and one block at a time, of `selective` the matrix multiplications too."""
+    """`blocks` keeps the inputs and one block at a time; `selective` keeps the matrix multiplications too."""
     kept = {}
     for how in WAYS:
         trainer, batch = trainer_of(how)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from keifu.data.audio.log_mel import FOURIER, log_mel
 from keifu.data.audio.sound_files import read_sound
-from keifu.data.records import read_records
+from keifu.data.records import check_inside, read_records
 from keifu.errors import UserError
 
 FILE, DIGITS, SECONDS = "metadata.jsonl", "spoken-digits", 60  # that espeak-ng may take for a recording
@@ -52,8 +52,7 @@ def read_recordings(source: str) -> tuple[list[Recording], list[Recording]]:
         name, text = record.get("file_name"), record.get("text")
         if not (isinstance(name, str) and isinstance(text, str) and name and "\0" not in name and text.strip()):
             raise UserError(f"{where}: file_name and text must be texts, and they are {name!r} and {text!r}.")
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{where}: the sound file {name} is outside of the folder.")
+        check_inside(where, folder, name, "sound file")
         found = Recording(name, text.strip(), str(record.get("speaker") or name), partial(Path, folder, name))
         if (part := record.get("part", "train")) not in ("train", "test"):
             raise UserError(f'{where}: part must be "train" or "test", and it is {part!r}.')

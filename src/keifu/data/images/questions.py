@@ -25,7 +25,7 @@ from keifu.data.epochs import EpochBatches
 from keifu.data.images.io import read_image
 from keifu.data.images.preprocessing import Preprocessing
 from keifu.data.padding import stack_rows
-from keifu.data.records import read_records
+from keifu.data.records import check_inside, read_records
 from keifu.errors import UserError
 
 FILE, NAMES = "questions.jsonl", ("easy-vqa",)
@@ -90,8 +90,7 @@ def read_questions(source: str) -> Questions:
         fields = [record.get(name) for name in Question._fields]
         if not all(isinstance(each, str) and each for each in fields):
             raise UserError(f"{where}: image, question and answer must be texts, and they are {fields}.")
-        if not (folder / str(fields[0])).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{where}: the picture {fields[0]} is outside of the folder.")
+        check_inside(where, folder, str(fields[0]), "picture")
         parts[record.get("part") == "test"].append(Question(*map(str, fields)))
     return Questions(*parts, lambda name: folder / name)
 
