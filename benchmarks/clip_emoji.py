@@ -69,7 +69,7 @@ def line(name: str, language: str, both: tuple[Recall, Recall], count: int) -> s
     return f"| {name} | {language} | {count:,} | {' | '.join(cells)} |"
 
 
-def retrieval(task: recipe.Task, sets: dict[str, ImageDataset]) -> None:
+def retrieval(task: recipe.ClipTask, sets: dict[str, ImageDataset]) -> None:
     """The table of recall, with the baseline under each row."""
     heads = " | ".join(f"{what} R@{n}" for what in ("name by picture", "picture by name") for n in (1, 5, 10))
     print(f"| | | among | {heads} |\n|---|---|---:|{'---:|' * 6}")
@@ -82,7 +82,7 @@ def retrieval(task: recipe.Task, sets: dict[str, ImageDataset]) -> None:
     print(flush=True)
 
 
-def groups(task: recipe.Task, name: str, pictures: ImageDataset) -> None:
+def groups(task: recipe.ClipTask, name: str, pictures: ImageDataset) -> None:
     """Zero-shot accuracy over the groups that have words here."""
     known = [place for place, label in enumerate(pictures.labels) if pictures.classes[label] in GROUPS]
     pictures, labels = pictures.chosen(known), [*GROUPS]
@@ -93,7 +93,7 @@ def groups(task: recipe.Task, name: str, pictures: ImageDataset) -> None:
     print(f"Groups, zero-shot, {name}: {verdict}", flush=True)
 
 
-def draw(task: recipe.Task, pictures: ImageDataset, path: Path, count: int = 12) -> None:
+def draw(task: recipe.ClipTask, pictures: ImageDataset, path: Path, count: int = 12) -> None:
     """Cosines of some held-out pictures and their names, in English and in Japanese."""
     font_manager.fontManager.addfont(str(catalogue.fetch("japanese-font")))
     plt.rcParams["font.family"] = ["DejaVu Sans", "IPAexGothic"]
@@ -115,7 +115,7 @@ def draw(task: recipe.Task, pictures: ImageDataset, path: Path, count: int = 12)
     figure.savefig(path, dpi=100)
 
 
-def ready(options: argparse.Namespace) -> recipe.Task:
+def ready(options: argparse.Namespace) -> recipe.ClipTask:
     """The trained model with the parts of its data; trained here where no run is given."""
     wanted = recipe.Recipe()
     wanted = replace(wanted, training=replace(wanted.training, steps=options.steps or wanted.training.steps))
@@ -125,7 +125,7 @@ def ready(options: argparse.Namespace) -> recipe.Task:
         print(f"Trained in {time.perf_counter() - start:.0f} s.", flush=True)
     model, tokenizer = checkpoints.load(options.run or options.out, torch.float32)
     parts = split(read_images(wanted.data, preprocessing(model).crop, 3))
-    return recipe.Task(model, tokenizer, parts, None, wanted.training)
+    return recipe.ClipTask(model, tokenizer, parts, None, wanted.training)
 
 
 def shown(names: Sequence[str], size: int) -> ImageDataset:

@@ -35,7 +35,7 @@ SHOWN = 4  # pictures of a cell
 UNET: dict[str, Any] = {"dim": 16, "multipliers": (1, 2, 4), "weighting": "simple"}
 NOISE = {"schedule": "linear", "target": "noise"}
 DIT = {"n_layers": 4, "n_heads": 4, "head_dim": 24}
-WAYS: dict[str, Callable[..., ddpm.Task]] = {
+WAYS: dict[str, Callable[..., ddpm.DiffusionTask]] = {
     "U-Net, noise": lambda **more: ddpm.prepare(ddpm.Recipe(**UNET, **NOISE, **more).resolved()),
     "U-Net, flow": lambda **more: ddpm.prepare(ddpm.Recipe(**UNET, schedule="flow", **more).resolved()),
     "DiT, flow": lambda **more: dit.prepare(dit.Recipe(**DIT, **more).resolved()),
@@ -46,7 +46,7 @@ WAYS: dict[str, Callable[..., ddpm.Task]] = {
 }
 
 
-def learn(task: ddpm.Task, seconds: float) -> tuple[nn.Module, int]:
+def learn(task: ddpm.DiffusionTask, seconds: float) -> tuple[nn.Module, int]:
     """Return the moving average of the weights after so many seconds of a core, and the number of updates."""
     model: Any = task.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.99), weight_decay=0.01)

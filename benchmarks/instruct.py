@@ -171,7 +171,7 @@ def learned(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     def policy(text: str | None) -> ppo.Recipe:
         return ppo.Recipe(
             tuned, reward=str(folder / "reward"), measured=(GOLD,), data=str(folder / "prompts.jsonl"),
-            text=ppo.Text(text, weight=options.text_weight, each=1, length=CONTEXT - 1), prompts=options.prompts,
+            text=ppo.RolloutText(text, weight=options.text_weight, each=1, length=CONTEXT - 1), prompts=options.prompts,
             minibatches=4, max_tokens=LONGEST, kl_coef=options.beta, rollouts=options.rollouts,
             learning_rate=options.rate, value_rate=3 * options.rate, missing_eos_penalty=1.0, ema=0.9,
             seed=options.seed,

@@ -33,7 +33,7 @@ from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm, residual_weights
 from keifu.layers.transformer.decoder import DecoderLM
-from keifu.recipes.language.pretraining import Task, Text, prepare_text
+from keifu.recipes.language.pretraining import Text, TextTask, prepare_text
 from keifu.training.hardware.flops import count_flops
 from keifu.training.settings import Settings
 
@@ -91,7 +91,7 @@ def by_place(model: DecoderLM, rows: Tensor) -> Tensor:
     return total / len(rows)
 
 
-def run(name: str, seed: int, task: Task, options: argparse.Namespace) -> tuple[Tensor, float]:
+def run(name: str, seed: int, task: TextTask, options: argparse.Namespace) -> tuple[Tensor, float]:
     """Trains a model, and gives its loss by place and the seconds of training."""
     settings = Settings(
         steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,

@@ -20,14 +20,14 @@ from _training import learned, validation
 
 from keifu.data.text.packed import PackedText
 from keifu.models import gpt1, gpt2
-from keifu.recipes.language.pretraining import Task, Text, prepare_text
+from keifu.recipes.language.pretraining import Text, TextTask, prepare_text
 from keifu.training.settings import Settings
 
 MODELS: dict[str, Any] = {"post-norm (GPT-1)": gpt1, "pre-norm (GPT-2)": gpt2}
 CONTEXT, DIM, HEADS = 64, 64, 2
 
 
-def run(name: str, depth: int, seed: int, task: Task, options: argparse.Namespace) -> float:
+def run(name: str, depth: int, seed: int, task: TextTask, options: argparse.Namespace) -> float:
     """Trains a model and gives its held-out loss."""
     settings = Settings(
         steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,

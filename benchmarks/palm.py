@@ -34,7 +34,7 @@ from keifu.layers.linear import JoinedLinear
 from keifu.layers.transformer.blocks import Parallel, PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import palm
-from keifu.recipes.language.pretraining import Task, Text, prepare_text
+from keifu.recipes.language.pretraining import Text, TextTask, prepare_text
 from keifu.training.hardware.precision import resolve_dtype
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.settings import Settings
@@ -215,7 +215,7 @@ def optimizers(options: argparse.Namespace, usual: Settings) -> list[Way]:
     return [Way(name, lambda v: built(config(v), seed=options.seed), settings) for name, settings in rates]
 
 
-def learn(way: Way, task: Task, options: argparse.Namespace) -> tuple[str, dict[int, float]]:
+def learn(way: Way, task: TextTask, options: argparse.Namespace) -> tuple[str, dict[int, float]]:
     """Trains, and gives the line of the table and the held-out loss by steps."""
     model = way.build(task.tokenizer.vocab_size)
     data = PackedText(task.shards, options.context, options.rows, options.seed, options.held_out)

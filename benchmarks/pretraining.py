@@ -38,7 +38,7 @@ from keifu.models import gpt1
 from keifu.recipes.classification import gpt1_finetune as telling
 from keifu.recipes.classification.table_runs import evaluate
 from keifu.recipes.language import gpt1 as writing
-from keifu.recipes.language.pretraining import VALIDATION_TOKENS, Task, Text, pretrain
+from keifu.recipes.language.pretraining import VALIDATION_TOKENS, Text, TextTask, pretrain
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.setup import steps_within
 
@@ -73,7 +73,7 @@ def texts(names: list[str], held: Examples) -> Iterator[str]:
         yield from (text for text in catalogue.documents(name) if key(text) not in hidden)
 
 
-def prepared(options: argparse.Namespace, held: Examples) -> Task:
+def prepared(options: argparse.Namespace, held: Examples) -> TextTask:
     """The text to pretrain on, its tokenizer, and its ids."""
     parts = {part for name in options.texts for part in (catalogue.entry(name).parts or (name,))}
     names = sorted(parts)
@@ -87,10 +87,10 @@ def prepared(options: argparse.Namespace, held: Examples) -> Task:
         return sides
 
     content = hashlib.sha256(repr((names, sorted(key(row.texts[0]) for row in held.rows))).encode()).hexdigest()
-    return Task(Text("+".join(names)), tokenizer, prepare_parts("pretraining", content, both, tokenizer))
+    return TextTask(Text("+".join(names)), tokenizer, prepare_parts("pretraining", content, both, tokenizer))
 
 
-def pretrained(options: argparse.Namespace, task: Task, out: Path) -> None:
+def pretrained(options: argparse.Namespace, task: TextTask, out: Path) -> None:
     """Trains for so many minutes, and leaves the model in a folder."""
     recipe = writing.Recipe(model=MODEL, batch_size=32, seed=options.seeds[0])
     config = replace(MODEL, vocab_size=task.tokenizer.vocab_size)

@@ -28,7 +28,7 @@ from scipy.special import logsumexp
 from keifu.data.text.packed import PackedText
 from keifu.models import llama
 from keifu.recipes.language import gpt
-from keifu.recipes.language.pretraining import VALIDATION_TOKENS, Task, Text, prepare_text
+from keifu.recipes.language.pretraining import VALIDATION_TOKENS, Text, TextTask, prepare_text
 
 CONTEXT, ROWS, HEAD_DIM = 128, 32, 16
 DELTA, DRAWS = 1e-3, 200  # of Huber's loss; laws that an interval is made of
@@ -89,7 +89,7 @@ def predictions(law: Law, sizes: np.ndarray, tokens: np.ndarray, logs: np.ndarra
     return np.exp(np.array(drawn))
 
 
-def measured(task: Task, size: str, tokens: float, options: argparse.Namespace) -> Point:
+def measured(task: TextTask, size: str, tokens: float, options: argparse.Namespace) -> Point:
     """Trains one model."""
     width, layers = map(int, size.split("x"))
     config = llama.Config(

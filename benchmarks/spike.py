@@ -22,7 +22,7 @@ from _rounds import machine
 
 from keifu.data.text.packed import PackedText
 from keifu.models import palm
-from keifu.recipes.language.pretraining import Task, Text, prepare_text
+from keifu.recipes.language.pretraining import Text, TextTask, prepare_text
 from keifu.training.loop import train
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.optim.loss_spikes import SpikeSettings
@@ -56,7 +56,7 @@ class Spoiled:
         return self.data.validation()
 
 
-def run(name: str, task: Task, options: argparse.Namespace, out: Path) -> list[dict[str, float]]:
+def run(name: str, task: TextTask, options: argparse.Namespace, out: Path) -> list[dict[str, float]]:
     """Trains, and gives all lines of metrics.jsonl: one for each step."""
     size, dim = task.tokenizer.vocab_size, options.dim
     config = palm.Config(

@@ -232,6 +232,20 @@ def function(lines: int) -> str:
     return "def long():\n" + "    pass\n" * (lines - 1)
 
 
+SHARED_NAMES = {"Config": "keifu.models.", "Recipe": "keifu.recipes.", "Options": "keifu.commands."}  # one in each file
+
+
+def class_names_used_twice(files: list[File]) -> list[str]:
+    """Public classes of one name in several files; `SHARED_NAMES` are one form in every file of a folder."""
+    modules: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        names = {node.name for node in file.tree.body if isinstance(node, ast.ClassDef)}
+        for name in names:
+            if not name.startswith("_") and not file.module.startswith(SHARED_NAMES.get(name, " ")):
+                modules[name].append(file.module)
+    return [f"{name}: {', '.join(where)}" for name, where in modules.items() if len(where) > 1]
+
+
 BAD = {  # for each rule the smallest tree that breaks it
     wrong_directions: [File("keifu.layers.a", "def f():\n    from keifu.models import gpt2")],
     cycles: [File("keifu.data.a", "import keifu.data.b"), File("keifu.data.b", "from keifu.data import a")],
@@ -242,6 +256,7 @@ BAD = {  # for each rule the smallest tree that breaks it
     branches_on_kind: [File("keifu.models.zebra", "class Zebra: ..."), File("keifu.data.a", "isinstance(y, Zebra)")],
     unpickling: [File("keifu.a", "import torch\ntorch.load(path)")],
     without_docstring: [File("keifu.a", "x = 1")],
+    class_names_used_twice: [File("keifu.data.a", "class Config: ..."), File("keifu.data.b", "class Config: ...")],
 }
 
 

@@ -69,7 +69,7 @@ class Fixed:
 
 def test_where_nothing_may_change_nothing_is_listed() -> None:
     with pytest.raises(UserError, match=r"--width 3 → 4; leave them out, or start a new run in another folder\.$"):
-        resuming._check(resuming.Stored("own", Fixed()), Fixed(4))
+        resuming._check(resuming.StoredRun("own", Fixed()), Fixed(4))
 
 
 def test_a_run_is_made_longer_and_shorter_and_stays_so(out: Path, capsys: pytest.CaptureFixture) -> None:

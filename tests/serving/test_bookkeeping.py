@@ -65,7 +65,7 @@ def test_a_model_that_writes_is_counted_twice(folder: Path, kind: str, times: in
 
 @pytest.mark.parametrize(("given", "expected"), [(-2, None), (-1, None), (0, 0), (5, 5), (None, None)])
 def test_a_negative_number_of_ollama_is_no_limit(given: int | None, expected: int | None) -> None:
-    turns = [ollama.Turn(role="user", content="Who?")]
+    turns = [ollama.OllamaMessage(role="user", content="Who?")]
     fields = ollama._fields(ollama.OllamaChat(messages=turns, options={"num_predict": given}))
     assert fields.get("max_tokens") == expected
 

@@ -24,7 +24,7 @@ from keifu.layers.losses import SoftCappedHead, linear_cross_entropy, linear_div
 from keifu.layers.transformer.decoder import SoftCappedLM
 from keifu.native.model import BLOCK_SIZE, NativeLM, Span
 from keifu.processes import current
-from keifu.training.protocols import Batch, LossOutput, OwnBatches
+from keifu.training.protocols import Batch, LossOutput, StatelessBatches
 
 Tokens = Int[Tensor, "batch length"]
 
@@ -88,7 +88,7 @@ def native_logits(model: NativeLM, tokens: Tokens, documents: Tokens | None) -> 
     return torch.stack(rows)
 
 
-class StudentAnswers(PackedConversations, OwnBatches):
+class StudentAnswers(PackedConversations, StatelessBatches):
     """Data of the training loop, in which the student writes some of the batches itself (GKD, algorithm 1).
 
     share: of the batches, chosen by the seed and the step. Each row is then the prompt of one of the row's

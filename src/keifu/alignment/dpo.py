@@ -18,7 +18,7 @@ from keifu.data.chat.preferences import PreferencePairs
 from keifu.generation.text.model import device_of, evaluation_mode
 from keifu.layers.losses import token_log_probabilities
 from keifu.training.loader import on_device
-from keifu.training.protocols import Batch, LossOutput, Objective, OwnBatches
+from keifu.training.protocols import Batch, LossOutput, Objective, StatelessBatches
 
 Loss = Literal["dpo", "ipo", "normalised", "robust", "simpo", "orpo", "kto"]
 WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -113,7 +113,7 @@ def reference(model: Any, batch: Batch) -> Scores:
         return sequence_log_probabilities(model, batch)
 
 
-class MarkedAnswers(PreferencePairs, OwnBatches):
+class MarkedAnswers(PreferencePairs, StatelessBatches):
     """Data of the training loop for KTO: {"tokens", "mask" [row, 1, position], "reference" [row, 1], "good" [row]: 1 or
     0, "kl" [row]}.
 

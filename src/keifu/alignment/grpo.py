@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from keifu.alignment.monitor import Range
+from keifu.alignment.monitor import Healthy
 from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics, take
 from keifu.generation.text.model import evaluation_mode
 from keifu.training.protocols import Batch, LossOutput, Objective
@@ -151,14 +151,14 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 
 NORMAL = {
-    "varied": Range(
+    "varied": Healthy(
         0.001, 1.0, "no group has answers with different rewards, so nothing is learned: look at the reward"
     ),
-    "finished": Range(0.5, 1.0, "most answers are cut off: more --max-tokens, or a model that has learned to end"),
-    "kl": Range(0.0, 0.5, "the policy moves far from the reference model: a lower learning rate or more --beta"),
-    "entropy": Range(
+    "finished": Healthy(0.5, 1.0, "most answers are cut off: more --max-tokens, or a model that has learned to end"),
+    "kl": Healthy(0.0, 0.5, "the policy moves far from the reference model: a lower learning rate or more --beta"),
+    "entropy": Healthy(
         0.01, float("inf"), "the policy always writes the same: a higher --temperature or a lower learning rate"
     ),
-    "clip_fraction": Range(0.0, 0.2, "many tokens are clipped: a lower learning rate or fewer updates for a rollout"),
-    "length": Range(0.33, 3.0, "answers are much shorter or longer than at first: look at the reward", True),
+    "clip_fraction": Healthy(0.0, 0.2, "many tokens are clipped: a lower learning rate or fewer updates for a rollout"),
+    "length": Healthy(0.33, 3.0, "answers are much shorter or longer than at first: look at the reward", True),
 }

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
-class Range(NamedTuple):
+class Healthy(NamedTuple):
     """The normal range of a figure, and what a value outside of it may mean, with what to do.
 
     relative: `least` and `largest` are multiples of the figure's first value.
@@ -28,7 +28,7 @@ class DivergenceMonitor:
     first: the first values of figures; for those that are missing, the first value that is seen is taken.
     """
 
-    normal: Mapping[str, Range]
+    normal: Mapping[str, Healthy]
     first: dict[str, float] = field(default_factory=dict)
     outside: set[str] = field(default_factory=set)
 
@@ -57,7 +57,7 @@ class DivergenceMonitor:
         return "\n".join(lines)
 
 
-def describe(normal: Mapping[str, Range]) -> str:
+def describe(normal: Mapping[str, Healthy]) -> str:
     """Return the ranges, for a report."""
     spans = {name: (r.least, r.largest, " times the first" if r.relative else "") for name, r in normal.items()}
     return "; ".join(f"{n.replace('_', ' ')} {low:.3g} to {high:.3g}{more}" for n, (low, high, more) in spans.items())

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from keifu.alignment.monitor import Range
+from keifu.alignment.monitor import Healthy
 from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics, take
 from keifu.data.text.packed import PackedText
 from keifu.errors import UserError
@@ -187,23 +187,23 @@ def _loss(rule: PPOSettings, model: Any, batch: Batch) -> LossOutput:
 
 
 NORMAL = {
-    "reward_spread": Range(
+    "reward_spread": Healthy(
         1e-4, float("inf"), "all answers have the same reward, so only the KL penalty is learned: look at the reward"
     ),
-    "kl": Range(
+    "kl": Healthy(
         -0.5,
         20.0,
         "below 0, sampling and scoring do not agree; above, the policy is far from the reference model, where the "
         "reward is less reliable: more --kl-coef, or fewer rollouts",
     ),
-    "entropy": Range(0.01, float("inf"), "the policy has collapsed to one answer: a lower rate or more --kl-coef"),
-    "clip_fraction": Range(0.0, 0.3, "the policy moves too far on one rollout: a lower rate or fewer epochs"),
-    "update_kl": Range(0.0, 0.1, "the policy moves too far on one rollout: a lower rate or fewer epochs"),
-    "explained_variance": Range(
+    "entropy": Healthy(0.01, float("inf"), "the policy has collapsed to one answer: a lower rate or more --kl-coef"),
+    "clip_fraction": Healthy(0.0, 0.3, "the policy moves too far on one rollout: a lower rate or fewer epochs"),
+    "update_kl": Healthy(0.0, 0.1, "the policy moves too far on one rollout: a lower rate or fewer epochs"),
+    "explained_variance": Healthy(
         0.0, 1.0, "the value model predicts worse than a constant: usual at first, later a higher --value-rate"
     ),
-    "finished": Range(0.5, 1.0, "most answers are cut off: more --max-tokens, or --missing-eos-penalty"),
-    "length": Range(0.33, 3.0, "answers are much shorter or longer than at first: look at the reward", True),
+    "finished": Healthy(0.5, 1.0, "most answers are cut off: more --max-tokens, or --missing-eos-penalty"),
+    "length": Healthy(0.33, 3.0, "answers are much shorter or longer than at first: look at the reward", True),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from keifu.processes import of_all
 
 
-class Piece(NamedTuple):
+class ShardPiece(NamedTuple):
     """Rows of what a process holds, the number of the matrix they are of, and where they lie in the whole tensor."""
 
     start: int
@@ -55,7 +55,7 @@ class Layout:
         """Whether processes along the axis `tensor` hold different parts."""
         return self.columns is not None or len({*map(str, self.rows)}) > 1
 
-    def pieces(self, shard: int, tensor: int) -> list[Piece]:
+    def pieces(self, shard: int, tensor: int) -> list[ShardPiece]:
         """Return the slices that rank (shard, tensor) of the mesh has."""
         total = sum(map(len, self.rows[tensor]))
         size = ceil(total / self.shards)  # as FSDP splits
@@ -65,7 +65,7 @@ class Layout:
         for number, part in enumerate(self.rows[tensor]):
             start, stop = max(first, below), min(end, below + len(part))
             if start < stop:
-                found.append(Piece(start - first, stop - first, number, part.start + start - below, column))
+                found.append(ShardPiece(start - first, stop - first, number, part.start + start - below, column))
             below += len(part)
         return found
 
@@ -95,6 +95,6 @@ class Layout:
     def _width(self, tensor: int) -> tuple[int, ...]:
         return (len(self.columns[tensor]), *self.shape[2:]) if self.columns else self.shape[1:]
 
-    def _part(self, whole: Tensor, piece: Piece, tensor: int) -> Tensor:
+    def _part(self, whole: Tensor, piece: ShardPiece, tensor: int) -> Tensor:
         rows = whole[piece.row : piece.row + piece.stop - piece.start]
         return rows[:, piece.column : piece.column + len(self.columns[tensor])] if self.columns else rows

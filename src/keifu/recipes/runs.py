@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import tyro
 from torch import nn
 
 from keifu import checkpoints
@@ -22,6 +23,8 @@ from keifu.training.protocols import Batch, Data, Objective, Run, Sample, Save
 from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
 from keifu.training.setup import steps_within
+
+TrainingOptions = Annotated[Settings, tyro.conf.arg(name="")]  # options without a prefix
 
 
 def is_resuming(directory: Path, resume: bool) -> bool:

@@ -74,7 +74,7 @@ def train(
         state = trainer.state
         display.expect(state.length.steps)
         sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, state.described)
-        with metrics.Metrics(run.directory, sinks, state.step, state.spikes.skipped) as lines:
+        with metrics.RunMetrics(run.directory, sinks, state.step, state.spikes.skipped) as lines:
             recorder = Recorder(trainer, cost, run, save, display, lines)
             loop = _Loop(recorder, data, sample, lambda: current().broadcast(stop.wanted))
             try:

@@ -63,7 +63,7 @@ class OnPolicy(Protocol):
         ...
 
 
-class OwnBatches:
+class StatelessBatches:
     """Data of which each batch is made by the current weights and serves one update, so that there is no state."""
 
     on_policy: Literal[True] = True

@@ -30,7 +30,7 @@ class Recorder:
     """
 
     def __init__(
-        self, trainer: Trainer, cost: Cost, run: Run, save: Save | None, display: Display, lines: metrics.Metrics
+        self, trainer: Trainer, cost: Cost, run: Run, save: Save | None, display: Display, lines: metrics.RunMetrics
     ):  # fmt: skip
         self.trainer, self.cost, self.run, self.save = trainer, cost, run, save
         self.display, self.lines = display, lines

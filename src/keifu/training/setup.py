@@ -106,7 +106,7 @@ def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell
     return dtype
 
 
-def _as_resolved(found: checkpoint.State, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
+def _as_resolved(found: checkpoint.SavedState, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
     """Return the automatic settings of the resumed run; none on a device of another kind, where they are decided anew.
     """
     resolved, now = found.facts["resolved"], device_name(device)
@@ -128,7 +128,7 @@ def _check_growth(settings: Settings, data: Data) -> None:
         )
 
 
-def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.State:
+def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.SavedState:
     """Return the newest state that the first process finds whole: it alone looks for damage in the parts of a split
     model."""
     found, complaints = checkpoint.latest(run.directory)
@@ -138,7 +138,7 @@ def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.State:
     return found if found.step == step else checkpoint.read(run.directory, step)
 
 
-def _length(found: checkpoint.State, settings: Settings, directory: Path) -> Length:
+def _length(found: checkpoint.SavedState, settings: Settings, directory: Path) -> Length:
     """Return the length of a resumed run. It changes where the settings have other steps than the run started with, or
     where its recipe.json asks for others."""
     length = length_of(found.facts)
@@ -157,7 +157,7 @@ def _length(found: checkpoint.State, settings: Settings, directory: Path) -> Len
 
 
 def _tell_changes(
-    found: checkpoint.State, length: Length, settings: Settings, now: dict[str, Any], tell: Callable[[str], None]
+    found: checkpoint.SavedState, length: Length, settings: Settings, now: dict[str, Any], tell: Callable[[str], None]
 ) -> None:
     """Check that the run may be resumed with these settings, and show what has changed."""
     before = length_of(found.facts).scheduled

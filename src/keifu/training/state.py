@@ -90,7 +90,7 @@ class TrainState:
         }
 
     @torch.no_grad()
-    def load(self, saved: checkpoint.State) -> None:
+    def load(self, saved: checkpoint.SavedState) -> None:
         """Restore a saved state."""
         facts = saved.facts
         self._load(saved)
@@ -99,14 +99,14 @@ class TrainState:
         self.clock = Clock(facts["seconds"], facts.get("passed", 0.0), facts.get("lasted", {}))
 
     @torch.no_grad()
-    def rewind(self, saved: checkpoint.State) -> None:
+    def rewind(self, saved: checkpoint.SavedState) -> None:
         """Go back to an earlier state of this run, after which other batches follow; its time goes on."""
         self.spikes = self.spikes.after(saved.step, SpikeState(self.spikes.rules, **saved.facts["spikes"]))
         self.optimizers.drop_gradients()
         self.optimizers.forget()
         self._load(saved)
 
-    def _load(self, saved: checkpoint.State) -> None:
+    def _load(self, saved: checkpoint.SavedState) -> None:
         tensors = saved.tensors
         if current().is_replicated:
             checkpoint.load_into_model(self.model, tensors)

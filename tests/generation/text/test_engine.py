@@ -18,7 +18,7 @@ from keifu.errors import UserError
 from keifu.generation.draft import Draft
 from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.engine import FEW, RETRY, Engine, Guessing
-from keifu.generation.text.likelihood import Reader
+from keifu.generation.text.likelihood import LikelihoodReader
 from keifu.generation.text.model import causal
 from keifu.generation.text.request import Piece
 from keifu.generation.text.runner import Span, TorchRunner
@@ -271,7 +271,7 @@ def test_a_block_is_known_by_all_tokens_before_it(model: nn.Module, tokenizer: T
 def test_a_reader_knows_a_block_by_all_tokens_before_it(model: nn.Module) -> None:
     a, b, c, d = BLOCKS
     texts = [[*first, *second, 5, 6] for first, second in ((a, b), (c, d), (a, d))]
-    reader = Reader(small(model, 100), 1)
+    reader = LikelihoodReader(small(model, 100), 1)
     for text, logits in zip(texts, reader.read((text, 2) for text in texts), strict=True):
         torch.testing.assert_close(logits, model(torch.tensor([text]))[0, -2:], atol=1e-4, rtol=1e-4)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from keifu.errors import UserError
 from keifu.generation.text.likelihood import (
-    Reader,
+    LikelihoodReader,
     ScoredPair,
     likelihoods,
     score,
@@ -86,7 +86,7 @@ def test_likelihoods_have_the_bits_of_the_logits(packed: NativeLM) -> None:
 @pytest.mark.parametrize("n_blocks", [3, 5, 40])
 def test_whatever_room_there_is_for_what_texts_share(packed: NativeLM, n_blocks: int) -> None:
     texts = [([*prompt, *answer], len(answer)) for prompt, answer in pairs()]
-    reader = Reader(packed.runner(n_blocks))
+    reader = LikelihoodReader(packed.runner(n_blocks))
     for (text, wanted), logits in zip(texts, reader.read(texts), strict=True):
         assert torch.equal(logits, packed(torch.tensor([text]))[0, -wanted:])
     assert reader.blocks.free == n_blocks
@@ -94,4 +94,4 @@ def test_whatever_room_there_is_for_what_texts_share(packed: NativeLM, n_blocks:
 
 def test_a_text_that_does_not_fit_the_memory_is_refused(packed: NativeLM) -> None:
     with pytest.raises(UserError, match="A text of 65 tokens does not fit .* which holds 64 tokens"):
-        list(Reader(packed.runner(2)).read([(tokens(64, 1), 3), (tokens(65, 2), 3)]))
+        list(LikelihoodReader(packed.runner(2)).read([(tokens(64, 1), 3), (tokens(65, 2), 3)]))

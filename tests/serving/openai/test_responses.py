@@ -80,7 +80,7 @@ def test_what_is_not_there_is_refused(served: Any, chat: str, field: dict[str, A
 def test_of_more_than_there_is_room_for_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses, "KEPT_RESPONSES", 3)
     monkeypatch.setattr(responses, "KEPT_BYTES", 300)
-    stored = responses.Stored()
+    stored = responses.StoredResponses()
     for name in "abcd":
         stored.add({"id": name}, [{"role": "user", "content": "x" * 10}])
     assert [*stored.entries] == ["b", "c", "d"] and stored.bytes == sum(map(len, stored.entries.values()))

@@ -46,7 +46,7 @@ def test_training_on_h100_takes_what_torchtitan_published(
 
 def test_what_is_computed_again_takes_time_and_saves_memory() -> None:
     model, (devices, kind) = architecture(SIZES["llama-7b"]), parse_devices("8xH100-80G")
-    ways = [plan._planned(model, plan.Layout(1, 8, 1, 4, how), devices, kind, 4e6) for how in plan.AGAIN]
+    ways = [plan._planned(model, plan.PodLayout(1, 8, 1, 4, how), devices, kind, 4e6) for how in plan.AGAIN]
     kept = [made.memory["activations"] for made in ways]
     assert kept == sorted(kept, reverse=True) and kept[0] > 5 * kept[2]
     assert ways[0].step < ways[1].step < ways[2].step
@@ -111,7 +111,8 @@ def test_this_machine_is_a_device_that_is_measured() -> None:
 def test_logits_are_made_in_parts() -> None:
     """Rows that are computed together take activations each, and logits up to 134 MB."""
     model = architecture(SIZES["gpt2"])
-    few, many, more = (plan._memory(model, plan.Layout(1, 1, 1, rows, "none"))["activations"] for rows in (1, 64, 128))
+    layouts = (plan.PodLayout(1, 1, 1, rows, "none") for rows in (1, 64, 128))
+    few, many, more = (plan._memory(model, layout)["activations"] for layout in layouts)
     each = 34 * model.context * model.dim * model.layers
     assert few == each + 2 * model.context * model.vocab
     assert more - many == 64 * each and many == 64 * each + 2 * 2**26

@@ -114,7 +114,7 @@ def test_a_state_that_is_being_written_is_waited_for(tmp_path: Path, monkeypatch
         def flush(self) -> None:
             order.append("written")
 
-    def reading(directory: Path, step: int) -> checkpoint.State:
+    def reading(directory: Path, step: int) -> checkpoint.SavedState:
         order.append("read")
         return read(directory, step)
 

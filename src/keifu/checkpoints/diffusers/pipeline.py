@@ -25,7 +25,7 @@ FILES = {TOKENIZER: "tokenizer_config.json", PIXELS: "preprocessor_config.json"}
 )
 
 
-class Pipeline(NamedTuple):
+class PipelineFiles(NamedTuple):
     """A pipeline of several models: the kind of each part that has weights, the other files that count, and what
     of both may be missing."""
 
@@ -36,10 +36,10 @@ class Pipeline(NamedTuple):
 
 LATENT, UNCLIP, SIMPLE = "StableDiffusionPipeline", "UnCLIPPipeline", "UNet2DConditionModel/simple"
 DIT, TRANSFORMER, LABELS = "DiTPipeline", "DiTTransformer2DModel", "id2label"
-_LATENT = Pipeline(
+_LATENT = PipelineFiles(
     {"text_encoder": "clip_text_model", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}, (SCHEDULER,)
 )
-_UNCLIP = Pipeline(
+_UNCLIP = PipelineFiles(
     {
         "text_encoder": "clip_text_model", "text_proj": "UnCLIPTextProjModel", "decoder": SIMPLE,
         "prior": "PriorTransformer", "image_encoder": "clip_vision_model", "super_res_first": "UNet2DModel",
@@ -48,7 +48,7 @@ _UNCLIP = Pipeline(
     ("decoder_scheduler", "prior_scheduler", "super_res_scheduler", PIXELS),
     ("prior", "prior_scheduler", "image_encoder", PIXELS, "super_res_first", "super_res_last", "super_res_scheduler"),
 )  # fmt: skip
-_DIT = Pipeline({"transformer": TRANSFORMER, "vae": "AutoencoderKL"}, (SCHEDULER,), ("vae",))
+_DIT = PipelineFiles({"transformer": TRANSFORMER, "vae": "AutoencoderKL"}, (SCHEDULER,), ("vae",))
 _NETWORK = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 KINDS = {kind: LATENT for kind in (LATENT, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")}
 KINDS |= {kind: UNCLIP for kind in (UNCLIP, "UnCLIPImageVariationPipeline")}

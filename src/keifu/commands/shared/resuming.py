@@ -33,7 +33,7 @@ OF_A_ROLLOUT = ("ppo", "grpo")  # recipes whose epochs are passes over a rollout
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredRun:
     """Run in a folder: the name of its recipe, the recipe as it was begun, and the folder's record of both."""
 
     name: str
@@ -66,7 +66,7 @@ class Stored:
         return from_json(fresh, values)
 
 
-def stored(name: str, module: ModuleType, out: Path) -> Stored | None:
+def stored(name: str, module: ModuleType, out: Path) -> StoredRun | None:
     """Return the run in a folder, if there is one; that of another recipe is a `UserError`."""
     content, usual = run_directory.read_recipe(out), module.Recipe()
     if not content:
@@ -79,7 +79,7 @@ def stored(name: str, module: ModuleType, out: Path) -> Stored | None:
             f"{run_directory.command(out)}, or choose another folder with --out."
         )
     check_kinds(then := from_json(usual, record["options"]), str(out / run_directory.RECIPE))
-    return Stored(name, then, record)
+    return StoredRun(name, then, record)
 
 
 def _was_moved(name: str, record: Mapping[str, Any]) -> bool:
@@ -122,7 +122,7 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
             run_directory.close(out)
 
 
-def go_on(found: Stored | None, module: ModuleType, wanted: Any, out: Path) -> None:
+def go_on(found: StoredRun | None, module: ModuleType, wanted: Any, out: Path) -> None:
     """Go on with a run, with the options that may change as they are wanted now."""
     if found is None:
         raise UserError(
@@ -132,7 +132,7 @@ def go_on(found: Stored | None, module: ModuleType, wanted: Any, out: Path) -> N
         _go_on(found, module, wanted, out)
 
 
-def _go_on(found: Stored, module: ModuleType, wanted: Any, out: Path) -> None:
+def _go_on(found: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None:
     lengths, wanted = _check(found, wanted), _moved(found, wanted)
     recipe, steps = _lengthened(found, wanted, lengths, out)
     step, before = run_directory.last_step(out), run_directory.read_recipe(out)
@@ -156,7 +156,7 @@ def _go_on(found: Stored, module: ModuleType, wanted: Any, out: Path) -> None:
     run_directory.close(out)
 
 
-def _moved(found: Stored, wanted: Any) -> Any:
+def _moved(found: StoredRun, wanted: Any) -> Any:
     """Return the recipe, in which files of data that have another place now are named from the root."""
     kind, values = type(wanted), to_json(wanted)
     then, now = by_option(kind, to_json(found.then)), by_option(kind, values)
@@ -167,7 +167,7 @@ def _moved(found: Stored, wanted: Any) -> Any:
     return from_json(wanted, values)
 
 
-def _check(found: Stored, wanted: Any) -> dict[str, tuple[Any, Any]]:
+def _check(found: StoredRun, wanted: Any) -> dict[str, tuple[Any, Any]]:
     """Return the options of a run's length that differ, with both values; any other that may not change is a
     `UserError`."""
     kind = type(wanted)
@@ -202,7 +202,7 @@ def _last(option: str) -> str:
 
 
 def _lengthened(
-    found: Stored, wanted: Any, lengths: Mapping[str, tuple[Any, Any]], out: Path
+    found: StoredRun, wanted: Any, lengths: Mapping[str, tuple[Any, Any]], out: Path
 ) -> tuple[Any, int | None]:
     """Return the recipe with the length that it was begun with, and the steps that the whole run shall have now, where
     those are others. Before the last part of a run has begun, its length is simply another."""

@@ -11,7 +11,7 @@ TAIL = 8  # tokens at the end of a prompt in which a template may open thoughts
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", *ROLES)
 
 
-class Split(NamedTuple):
+class ThoughtSplit(NamedTuple):
     """Thoughts and answer, without the marks and the blanks around the thoughts."""
 
     thoughts: str
@@ -29,14 +29,14 @@ class ThoughtSplitter:
         self.part: Literal["start", "thoughts", "gap", "answer"] = "thoughts" if thinking else "start"
         self.empty, self.waiting = True, ""  # whether the thoughts have no text yet
 
-    def __call__(self, piece: str) -> Split:
+    def __call__(self, piece: str) -> ThoughtSplit:
         """Return the thoughts and the answer in a further piece."""
         text, self.waiting, thoughts = self.waiting + piece, "", ""
         if self.part == "start":
             begun = text.lstrip()
             if OPEN.startswith(begun):
                 self.part, self.waiting = ("thoughts", "") if begun == OPEN else ("start", text)
-                return Split("", "")
+                return ThoughtSplit("", "")
             self.part, text = ("thoughts", begun[len(OPEN) :]) if begun.startswith(OPEN) else ("answer", text)
         if self.part == "thoughts":
             thoughts, found, text = text.partition(CLOSE)
@@ -51,18 +51,18 @@ class ThoughtSplitter:
         if self.part == "gap":
             text = text.lstrip()
             self.part = "answer" if text else "gap"
-        return Split(thoughts, text)
+        return ThoughtSplit(thoughts, text)
 
-    def end(self) -> Split:
+    def end(self) -> ThoughtSplit:
         """Return what still waited, which was no mark."""
         rest, self.waiting = self.waiting, ""
-        return Split(rest.rstrip(), "") if self.part == "thoughts" else Split("", rest)
+        return ThoughtSplit(rest.rstrip(), "") if self.part == "thoughts" else ThoughtSplit("", rest)
 
 
-def split_thoughts(text: str, thinking: bool = False) -> Split:
+def split_thoughts(text: str, thinking: bool = False) -> ThoughtSplit:
     """Split a whole text. Thoughts without an end have no answer."""
     splitter = ThoughtSplitter(thinking)
-    return Split(*map("".join, zip(splitter(text), splitter.end(), strict=True)))
+    return ThoughtSplit(*map("".join, zip(splitter(text), splitter.end(), strict=True)))
 
 
 def answer_of(completion: str) -> str:

@@ -15,7 +15,7 @@ LEFT_OUT = {"script", "style", "template"}
 APART = {"p", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "table", "ul", "ol", "blockquote", "title"}  # blank line after
 
 
-class Part(NamedTuple):
+class HtmlPart(NamedTuple):
     """Text of a page with the number of its first line, or a line's end with the tag that makes it: "p" or "/p"."""
 
     text: str
@@ -29,7 +29,7 @@ class _Page(HTMLParser):
     def __init__(self, left_out: Collection[str]) -> None:
         super().__init__(convert_charrefs=True)
         self.left_out = left_out
-        self.parts: list[Part] = []
+        self.parts: list[HtmlPart] = []
         self.hidden = 0
         self.verbatim = 0
 
@@ -53,14 +53,14 @@ class _Page(HTMLParser):
             data = re.sub(r"[ \t\r\n\f]+", " ", data)
             data = data.lstrip(" ") if not self.parts or self.parts[-1].text[-1:].isspace() else data
         if data:
-            self.parts.append(Part(data, line))
+            self.parts.append(HtmlPart(data, line))
 
     def _break(self, tag: str, shown: str) -> None:
         if tag in BLOCKS:
-            self.parts.append(Part("\n", self.getpos()[0], shown))
+            self.parts.append(HtmlPart("\n", self.getpos()[0], shown))
 
 
-def html_parts(lines: Iterable[str], left_out: Collection[str] = LEFT_OUT) -> list[Part]:
+def html_parts(lines: Iterable[str], left_out: Collection[str] = LEFT_OUT) -> list[HtmlPart]:
     """Return the texts and line ends of a page given as lines, without what is inside the tags that are left out."""
     page = _Page(left_out)
     for line in lines:

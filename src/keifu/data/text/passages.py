@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from keifu.data.text.html_text import LEFT_OUT, Part, html_parts
+from keifu.data.text.html_text import LEFT_OUT, HtmlPart, html_parts
 from keifu.errors import UserError
 from keifu.files import hidden, read_text
 
@@ -90,7 +90,7 @@ def _text_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:
 def _html_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:
     """Yield the blocks of a page with the heading that they are under."""
     heading, lines = "", list[Line]()
-    for part in [*html_parts([text], UNREAD), Part("\n", 0)]:
+    for part in [*html_parts([text], UNREAD), HtmlPart("\n", 0)]:
         if part.tag in HEADING_ENDS:
             heading, lines = " ".join(words for _, words in lines), []
         elif words := " ".join(part.text.split()):

@@ -213,7 +213,7 @@ HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
-class Split:
+class PairSplit:
     """Three parts of the same pairs; `dropped` counts those that are in none, since they share a side with one held out
     or say the same as another pair."""
 
@@ -232,7 +232,7 @@ class Split:
 
 def split(
     pairs: Pairs, seed: int = 0, held_out: int = HELD_OUT, validation: Pairs | None = None, test: Pairs | None = None
-) -> Split:
+) -> PairSplit:
     """Hold out `held_out` pairs for testing and as many for validation, but at most a tenth of all for each. Pairs that
     are given for either part replace them.
 
@@ -261,7 +261,7 @@ def split(
     if not train:
         raise UserError(f"Every pair of {pairs.name} shares a sentence with one held out: nothing is left to train on.")
     kept = len(train) + sum(len(part) for own, part in zip((validation, test), drawn, strict=True) if own is None)
-    return Split(train, *held, dropped=len(pairs) - kept)
+    return PairSplit(train, *held, dropped=len(pairs) - kept)
 
 
 def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen: set[str]) -> Iterator[int]:

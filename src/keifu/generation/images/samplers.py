@@ -285,7 +285,7 @@ def _unipc_weights(ratios: Sequence[float], h: float, growth: float) -> list[flo
 
 
 @dataclass(frozen=True)
-class Sampler:
+class ImageSampler:
     """A sampler's function, schedule and defaults.
 
     schedule: makes the steps from a noise, their number and a spacing. steps: the default number; None for all
@@ -306,25 +306,27 @@ class Sampler:
 
 
 SAMPLERS = {
-    "ddpm": Sampler(ddpm, ddpm_schedule, "the chain of the paper, random", None, False, False, True, True, flow=True),
-    "ddim": Sampler(
+    "ddpm": ImageSampler(
+        ddpm, ddpm_schedule, "the chain of the paper, random", None, False, False, True, True, flow=True
+    ),
+    "ddim": ImageSampler(
         ddim, ddim_schedule, "few steps, without chance unless --eta", 50, False, True, True, True, flow=True
     ),
-    "euler": Sampler(euler, continuous_schedule, "the plainest solver", 30, flow=True),
-    "euler-ancestral": Sampler(euler_ancestral, continuous_schedule, "Euler with fresh noise", 30),
-    "heun": Sampler(heun, continuous_schedule, "second order, two evaluations a step", 20, clip=True),
-    "lms": Sampler(lms, continuous_schedule, "of the last four slopes", 30),
-    "plms": Sampler(plms, ddim_schedule, "the first default of Stable Diffusion", 50, False),
-    "dpm++-2m": Sampler(dpm_2m, dpm_solver_schedule, "good pictures in 10 to 25 steps", 20, threshold=True),
-    "dpm++-2m-sde": Sampler(
+    "euler": ImageSampler(euler, continuous_schedule, "the plainest solver", 30, flow=True),
+    "euler-ancestral": ImageSampler(euler_ancestral, continuous_schedule, "Euler with fresh noise", 30),
+    "heun": ImageSampler(heun, continuous_schedule, "second order, two evaluations a step", 20, clip=True),
+    "lms": ImageSampler(lms, continuous_schedule, "of the last four slopes", 30),
+    "plms": ImageSampler(plms, ddim_schedule, "the first default of Stable Diffusion", 50, False),
+    "dpm++-2m": ImageSampler(dpm_2m, dpm_solver_schedule, "good pictures in 10 to 25 steps", 20, threshold=True),
+    "dpm++-2m-sde": ImageSampler(
         partial(dpm_2m, stochastic=True), dpm_solver_schedule, "the same with fresh noise", 25, threshold=True
     ),
-    "unipc": Sampler(unipc, dpm_solver_schedule, "good pictures in 8 to 20 steps", 20, threshold=True),
+    "unipc": ImageSampler(unipc, dpm_solver_schedule, "good pictures in 8 to 20 steps", 20, threshold=True),
 }
 LOOK_BACK = ("lms", "dpm++-2m", "dpm++-2m-sde", "unipc")  # which divide by how far the levels of steps are apart
 
 
-def sampler(name: str) -> Sampler:
+def sampler(name: str) -> ImageSampler:
     """Return the sampler of that name; an unknown one is a `UserError` with the nearest."""
     require_known("sampler", name, SAMPLERS)
     return SAMPLERS[name]
@@ -336,7 +338,7 @@ class ConfiguredSampler:
 
     run: SamplingFunction
     schedule: Schedule
-    sampler: Sampler
+    sampler: ImageSampler
     noise: Noise
 
     def denoiser(self, network: Network, kind: Callable[..., Denoiser] = Denoiser) -> Denoiser:

@@ -76,9 +76,9 @@ def _predictions(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Itera
 BLOCK = 4  # tokens of a block of PyTorch's: what texts share is computed once but for the last few of its tokens
 
 
-def reader_of(model: nn.Module, batch_size: int | None = None) -> "Reader":
+def reader_of(model: nn.Module, batch_size: int | None = None) -> "LikelihoodReader":
     """Return the reader of texts for a model; it reads at most `batch_size` together."""
-    return Reader(runner_of(model, block_size=BLOCK), batch_size)
+    return LikelihoodReader(runner_of(model, block_size=BLOCK), batch_size)
 
 
 Tokens = tuple[int, ...]
@@ -235,7 +235,7 @@ def _check(config: Any, pairs: Sequence[ScoredPair]) -> None:
 STEP_TOKENS = 512  # of texts that are read together
 
 
-class Reader:
+class LikelihoodReader:
     """Reader of whole texts, for their logits; what texts share at their beginning is computed once.
 
     most: of texts that are read together.

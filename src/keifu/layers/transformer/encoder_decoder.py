@@ -23,7 +23,7 @@ SourceMask = Bool[Tensor, "batch source_length"]
 Hidden = Float[Tensor, "batch length dim"]
 
 
-class State:
+class EncoderDecoderState:
     """State of the decoder: keys and values of the sources, a pair for each block, and those of the target so far.
 
     The rows of one source share its keys and values: nothing of a source is computed or held twice, as long as every
@@ -75,7 +75,7 @@ def read_source(
     return [each.project(x) for each in cross_attention]
 
 
-def write_target(x: Hidden, state: State, decoder: Iterable[nn.Module]) -> Hidden:
+def write_target(x: Hidden, state: EncoderDecoderState, decoder: Iterable[nn.Module]) -> Hidden:
     """Run the decoder's blocks on embedded tokens. With a capacity, the tokens follow those that the state has."""
     mask, before = CausalMask(0, x.shape[1], None, x.device), state.targets
     if before is not None:
@@ -126,7 +126,9 @@ class EncoderDecoder(nn.Module):
         """Logits of the token after each of the target. `source_mask` is True on real tokens; padding is at the end."""
         return self.logits(self.hidden(target, self.start(source, source_mask)))
 
-    def start(self, source: Source, source_mask: SourceMask | None = None, capacity: int | None = None) -> State:
+    def start(
+        self, source: Source, source_mask: SourceMask | None = None, capacity: int | None = None
+    ) -> EncoderDecoderState:
         """Read the sources. With `capacity` the state has room for that many tokens of each target, which then come a
         few at a time; without it a whole target is given at once and nothing of it is kept.
         """
@@ -135,9 +137,9 @@ class EncoderDecoder(nn.Module):
         memory = read_source(x, source_mask, self.encoder, [block.cross_attention for block in blocks])
         layers = [(block.attention.n_kv_heads, block.attention.head_dim) for block in blocks]
         targets = None if capacity is None else KVState(layers, len(source), capacity, memory[0][0])
-        return State(memory, source_mask, targets)
+        return EncoderDecoderState(memory, source_mask, targets)
 
-    def hidden(self, target: Int[Tensor, "batch length"], state: State) -> Hidden:
+    def hidden(self, target: Int[Tensor, "batch length"], state: EncoderDecoderState) -> Hidden:
         """Hidden states that predict the token after each. With a capacity, `target` are the new tokens alone."""
         if len(target) != state.rows:
             raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")

@@ -17,7 +17,7 @@ from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import linear
-from keifu.layers.transformer.encoder_decoder import Hidden, State, read_source, write_target
+from keifu.layers.transformer.encoder_decoder import EncoderDecoderState, Hidden, read_source, write_target
 
 Features = Float[Tensor, "batch mels frames"]
 Tokens = Int[Tensor, "batch length"]
@@ -76,7 +76,7 @@ class SpeechRecognizer(nn.Module):
         """Logits of the token after each of the target."""
         return self.logits(self.hidden(target, self.listen(features)))
 
-    def listen(self, features: Features, capacity: int | None = None) -> State:
+    def listen(self, features: Features, capacity: int | None = None) -> EncoderDecoderState:
         """Encode windows of sound. With `capacity` the state has room for that many tokens of each target."""
         expected = 2 * len(self.source_positions)
         if features.shape[-1] != expected:
@@ -88,9 +88,9 @@ class SpeechRecognizer(nn.Module):
         memory = read_source(self.encoder_norm(x), None, (), [each.cross_attention for each in blocks])
         layers = [(each.attention.n_kv_heads, each.attention.head_dim) for each in blocks]
         targets = None if capacity is None else KVState(layers, len(features), capacity, memory[0][0])
-        return State(memory, None, targets)
+        return EncoderDecoderState(memory, None, targets)
 
-    def hidden(self, target: Tokens, state: State) -> Hidden:
+    def hidden(self, target: Tokens, state: EncoderDecoderState) -> Hidden:
         """Hidden states that predict the token after each. With a capacity, `target` are the new tokens alone."""
         start, stop = state.length, state.length + target.shape[1]
         if stop > self.positions.num_embeddings:

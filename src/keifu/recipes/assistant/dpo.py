@@ -87,13 +87,13 @@ class Recipe(RankedOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class Task(FinetuneTask):
+class PreferenceTask(FinetuneTask):
     """A model to train, its tokenizer, the pairs, and how many were too long."""
 
     dropped: int
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe) -> PreferenceTask:
     """Load the model, read the preferences, and compute the log-probabilities of the reference model."""
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = finetuning.row_length(model, recipe.context_length)
@@ -106,7 +106,7 @@ def prepare(recipe: Recipe) -> Task:
         references = with_reference(model, learned, rows, pad), with_reference(model, tested, rows, pad)
     found = learned, tested, rows, recipe.seed, pad, references
     data = MarkedAnswers(model, (good[0], good[1]), *found) if good else PreferencePairs(*found)
-    return Task(model, tokenizer, data, dropped)
+    return PreferenceTask(model, tokenizer, data, dropped)
 
 
 def examples(recipe: Recipe, tokenizer: Tokenizer, length: int) -> tuple[list[list[Pair]], list[Tensor], int]:
@@ -170,7 +170,7 @@ def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad
     return values
 
 
-def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+def learn(recipe: Recipe, task: PreferenceTask, out: Path, resume: bool = False) -> Summary:
     """Train the task's model into a run folder."""
     # float32: differences of log-probabilities are smaller than the rounding of bfloat16
     more: dict[str, Any] = {"schedule": "linear", "final_ratio": 0.0, "precision": "float32"}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from keifu import checkpoints
-from keifu.alignment.monitor import DivergenceMonitor, Range, describe
+from keifu.alignment.monitor import DivergenceMonitor, Healthy, describe
 from keifu.alignment.reward_model import ModelReward
 from keifu.alignment.rewards import OWN, Scorer, reward, score_responses, text_hash
 from keifu.alignment.rollouts import RolloutPlan
@@ -377,7 +377,7 @@ def rollout_settings(recipe: RolloutOptions, steps: int, **different: Any) -> Se
 
 def learn_from_rollouts(
     recipe: Any, task: RolloutTask, objective: Objective, settings: Settings, out: Path, resume: bool, paper: str,
-    normal: Mapping[str, Range], options: Mapping[str, Any],
+    normal: Mapping[str, Healthy], options: Mapping[str, Any],
 ) -> tuple[Summary, DivergenceMonitor]:  # fmt: skip
     """Train the task's model into a run folder. options: the values that decide the result, apart from the settings
     and the reward; normal: the figures that are no warning."""

@@ -37,7 +37,7 @@ POLICY = "policy"
 
 
 @dataclass(frozen=True)
-class Text(TextOptions):
+class RolloutText(TextOptions):
     """Pretraining text next to the answers (PPO-ptx), so that the model keeps what it learned from it."""
 
     data: str | None = None
@@ -68,7 +68,7 @@ class Recipe(RolloutOptions):
     model, or the policy where the reward is a function."""
     measured: tuple[str, ...] = ()
     """Further rewards that are computed and reported under their names, but not learned from."""
-    text: Text = field(default_factory=Text)
+    text: RolloutText = field(default_factory=RolloutText)
     """Pretraining text."""
     prompts: Count = 64
     """Prompts of a rollout, with one response to each."""
@@ -112,7 +112,7 @@ class Recipe(RolloutOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class Task(RolloutTask):
+class PPOTask(RolloutTask):
     """The policy with its value model, its tokenizer, what it answers while it learns, the reward, and PPO's rule."""
 
     rule: PPOSettings
@@ -123,7 +123,7 @@ class Task(RolloutTask):
         return self.model.policy
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe) -> PPOTask:
     """Load policy and reward, read the prompts and the text, and keep the reference model."""
     own = {each.name: vars(recipe)[each.name] for each in fields(PPOSettings) if each.name in vars(recipe)}
     rule = PPOSettings(**own, text_weight=recipe.text.weight)
@@ -138,7 +138,7 @@ def prepare(recipe: Recipe) -> Task:
     scorers = {name: each.scorer for name, each in finetuning.measured(recipe.measured).items()}
     data = PPOBatches(model.policy, reference, tokenizer, *parts, by.scorer, recipe.plan(1), scorers,
                       value=value, rule=rule, pretraining=mix)  # fmt: skip
-    return Task(model, tokenizer, data, by, rule)
+    return PPOTask(model, tokenizer, data, by, rule)
 
 
 def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Tokenizer) -> Any:
@@ -191,7 +191,7 @@ def settings(recipe: Recipe) -> Settings:
     )
 
 
-def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
+def learn(recipe: Recipe, task: PPOTask, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
     """Train the task's model into a run folder, which then holds the policy."""
     options: dict[str, Any] = {STORED.get(name, name): value for name, value in asdict(task.rule).items()}
     options |= {"value": recipe.value, "measured": list(recipe.measured), "text": asdict(recipe.text)}

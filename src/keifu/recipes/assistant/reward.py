@@ -55,14 +55,14 @@ class Recipe(RankedOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class Task(FinetuneTask):
+class RewardTask(FinetuneTask):
     """A model with a score head to train, its tokenizer, the rankings, and the demonstrations as ids."""
 
     demonstrations: list[list[int]]
     dropped: int
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe) -> RewardTask:
     """Load the model, add a head, and read the rankings."""
     require_whole()
     model, tokenizer = open_model(recipe.model, recipe.template)
@@ -74,7 +74,8 @@ def prepare(recipe: Recipe) -> Task:
     shown = demonstrations(recipe.demonstrations, tokenizer, length) or [each.answers[0].ids for each in learned]
     tokenizer = finetuning.padding(tokenizer, shown)
     data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
-    return Task(with_score_head(model, recipe.lora, recipe.seed), tokenizer, data, shown[:DEMONSTRATIONS], dropped)
+    model = with_score_head(model, recipe.lora, recipe.seed)
+    return RewardTask(model, tokenizer, data, shown[:DEMONSTRATIONS], dropped)
 
 
 def require_whole() -> None:
@@ -108,7 +109,7 @@ def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> lis
     return short
 
 
-def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+def learn(recipe: Recipe, task: RewardTask, out: Path, resume: bool = False) -> Summary:
     """Train the task's model into a run folder."""
     chosen = finetuning.epoch_settings(recipe, task.data, (9e-6, 1e-4), betas=(0.9, 0.95))
     return finetuning.finetune(
@@ -120,7 +121,7 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
     )  # fmt: skip
 
 
-def leave(task: Task, directory: Path) -> None:
+def leave(task: RewardTask, directory: Path) -> None:
     """Write the model, whole and with the bias that makes the demonstrations zero, and its accuracy."""
     model: Any = merge(copy.deepcopy(task.model))  # what is trained stays as it is
     task_head.shift(model, -float(scores_of(model, task.demonstrations, task.tokenizer.pad_id or 0).mean()))

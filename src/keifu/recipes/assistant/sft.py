@@ -62,7 +62,7 @@ class Recipe(AssistantOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class Task(FinetuneTask):
+class SFTTask(FinetuneTask):
     """A model, its tokenizer with a chat template, the rows, what they were made of, and what the samples ask."""
 
     training: FittedConversations
@@ -71,7 +71,7 @@ class Task(FinetuneTask):
     objective: Objective
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe) -> SFTTask:
     """Load the model, read the conversations and render them."""
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = finetuning.row_length(model, recipe.context_length)
@@ -86,7 +86,7 @@ def prepare(recipe: Recipe) -> Task:
     own = model, tokenizer, distill.own_share, distill.max_tokens
     data = partial(StudentAnswers, *own) if distill.own_share else PackedConversations
     data = data(*rows, length, recipe.batch_size, recipe.seed, pad, recipe.packed)
-    return Task(model, tokenizer, data, learned, tested, held[:SAMPLES], objective)
+    return SFTTask(model, tokenizer, data, learned, tested, held[:SAMPLES], objective)
 
 
 def select_conversations(found: list[Conversation], limit: int | None) -> list[Conversation]:
@@ -102,7 +102,7 @@ def split(found: Sequence[Conversation], share: float) -> tuple[list[Conversatio
     return held_out(found, [each[0]["content"] for each in found], share)
 
 
-def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False) -> Summary:
     """Train the task's model into a run folder: a whole model, or adapters with the name of their base."""
     often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
     chosen = finetuning.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)
@@ -116,7 +116,7 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
     )  # fmt: skip
 
 
-def answers(task: Task) -> str:
+def answers(task: SFTTask) -> str:
     """Return the model's answers to the first held-out questions."""
     told = []
     for conversation in task.shown:

@@ -31,7 +31,14 @@ from keifu.evaluation.classification.embeddings import encoder
 from keifu.models import bert
 from keifu.ranges import BELOW_ONE, Count, NotNegative, check_value
 from keifu.recipes.classification import frozen
-from keifu.recipes.classification.table_runs import LEAST_CUT, TableOptions, Task, check_cut, encode, train_classifier
+from keifu.recipes.classification.table_runs import (
+    LEAST_CUT,
+    TableOptions,
+    TableTask,
+    check_cut,
+    encode,
+    train_classifier,
+)
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import classification
 
@@ -107,7 +114,7 @@ def tables(recipe: Recipe) -> tuple[Examples, Examples]:
     return table.split(round(recipe.held_out * len(table)))
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe) -> TableTask:
     """Read the table that the recipe names, hold rows out, and prepare the model."""
     return ready(recipe, *tables(recipe))
 
@@ -121,7 +128,7 @@ def labels_of(training: Examples) -> tuple[str, ...]:
     return labels
 
 
-def ready(recipe: Recipe, training: Examples, held: Examples) -> Task:
+def ready(recipe: Recipe, training: Examples, held: Examples) -> TableTask:
     """Make the task of these rows; all labels must be among those to learn from, two at least."""
     labels = labels_of(training)
     torch.manual_seed(recipe.seed)
@@ -148,7 +155,7 @@ def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...])
     return bert.with_heads(base, encoder(base).config, **heads).to(choose()), tokenizer
 
 
-def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+def learn(recipe: Recipe, task: TableTask, out: Path, resume: bool = False) -> Summary:
     """Train the task's model into a run folder, and draws the confusion matrix of the held-out texts there."""
     return train_classifier(
         recipe, task, classification, out, resume, learning_rate=5e-4 if recipe.model == SCRATCH else 5e-5,

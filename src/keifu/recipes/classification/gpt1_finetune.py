@@ -26,7 +26,7 @@ from keifu.errors import UserError, shell
 from keifu.generation.text.model import TaskHeadModel, causal
 from keifu.models import task_head
 from keifu.ranges import BelowOne, Count, NotNegative, check
-from keifu.recipes.classification.table_runs import TableOptions, Task, check_cut, encode, train_classifier
+from keifu.recipes.classification.table_runs import TableOptions, TableTask, check_cut, encode, train_classifier
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import LM_WEIGHT, finetuning_loss
 
@@ -65,7 +65,7 @@ class Recipe(TableOptions):
             raise UserError(f"warmup is a share from 0 up to below 1, and it is {self.warmup}.")
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe) -> TableTask:
     """Read the tables that the recipe names, hold rows out if there is one, and prepare the model."""
     form = input_formats.form_of(recipe.form)
     columns = recipe.columns, recipe.label, recipe.encoding
@@ -75,7 +75,7 @@ def prepare(recipe: Recipe) -> Task:
     return ready(recipe, *table.split(round(recipe.held_out * len(table))))
 
 
-def ready(recipe: Recipe, training: Examples, held: Examples) -> Task:
+def ready(recipe: Recipe, training: Examples, held: Examples) -> TableTask:
     """Make the task of these examples; all labels must be among those to learn from, two at least."""
     labels, answers = training.classes, input_formats.form_of(recipe.form).answers
     if len(labels) < 2:
@@ -112,7 +112,7 @@ def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.Mode
     return task_head.add_head(decoder, config).to(choose()), marked
 
 
-def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+def learn(recipe: Recipe, task: TableTask, out: Path, resume: bool = False) -> Summary:
     """Train the task's model into a run folder, and draws the confusion matrix of the held-out examples there."""
     return train_classifier(
         recipe, task, partial(finetuning_loss, lm_weight=recipe.lm_weight), out, resume,

@@ -44,7 +44,7 @@ class TableOptions(FinetuneOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class TableTask:
     """Everything made ready: a model with a head, its tokenizer, the examples as ids, and those that are held out."""
 
     model: Any
@@ -63,7 +63,7 @@ def check_cut(cut: int | None, least: int, limit: int) -> None:
 
 def encode(
     recipe: TableOptions, model: Any, tokenizer: Tokenizer, training: Examples, held: Examples, kind: type[EncodedTexts]
-) -> Task:
+) -> TableTask:
     """Make the task of these examples; all labels must be among the model's own. kind: the class of its batches."""
     judge = text_classifier(model, tokenizer)
 
@@ -72,17 +72,17 @@ def encode(
         return kind(rows, judge.targets(part)), cut
 
     (learned, cut), (asked, also_cut) = as_ids(training), as_ids(held)
-    return Task(model, tokenizer, learned, asked, held, cut + also_cut)
+    return TableTask(model, tokenizer, learned, asked, held, cut + also_cut)
 
 
-def evaluate(task: Task) -> Confusion:
+def evaluate(task: TableTask) -> Confusion:
     """Return the confusion matrix of the held-out examples."""
     judge = text_classifier(task.model, task.tokenizer)
     return judge.confusion(task.tested, judge.predict_proba(task.held.rows))
 
 
 def train_classifier(
-    recipe: TableOptions, task: Task, objective: Objective, out: Path, resume: bool, *, learning_rate: float,
+    recipe: TableOptions, task: TableTask, objective: Objective, out: Path, resume: bool, *, learning_rate: float,
     warmup: Callable[[int], int], who: str, paper: str, unit: str, options: Mapping[str, Any], data: Mapping[str, Any],
 ) -> Summary:  # fmt: skip
     """Train the task's model into a run folder, with the confusion matrix of the held-out examples as its sample, and

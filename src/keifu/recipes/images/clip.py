@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import nn
 
 from keifu import checkpoints
@@ -38,7 +37,7 @@ from keifu.models.clip import text as clip_text
 from keifu.ranges import Count
 from keifu.recipes.images import text_teacher
 from keifu.recipes.images.text_teacher import Lessons, TaughtBatches
-from keifu.recipes.runs import parameters, train_run
+from keifu.recipes.runs import TrainingOptions, parameters, train_run
 from keifu.recipes.starting import adapted
 from keifu.training.loop import Summary
 from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
@@ -99,12 +98,12 @@ class Recipe:
         shift=6, crop=0.4, rotation=15.0, brightness=0.1, contrast=0.2, saturation=0.3
     )
     """Augmentation of the pictures."""
-    training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
+    training: TrainingOptions = LEARNING
     """Settings of the training loop."""
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class ClipTask:
     """Everything made ready: the model, its tokenizer, and the pictures in three parts."""
 
     model: nn.Module
@@ -120,7 +119,7 @@ class Task:
         return loss(retrieval.preprocessing(self.model).normalised)
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe) -> ClipTask:
     """Read the pictures, hold some out, learn the tokenizer from the captions of the others, and build the model."""
     torch.manual_seed(recipe.training.seed)
     if recipe.evenly and recipe.hard_negatives:
@@ -145,7 +144,7 @@ def prepare(recipe: Recipe) -> Task:
         parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows,
         hard_negatives=recipe.hard_negatives, evenly=recipe.evenly,
     )  # fmt: skip
-    return Task(model, tokenizer, parts, data, settings)
+    return ClipTask(model, tokenizer, parts, data, settings)
 
 
 def pixels_of(recipe: Recipe) -> clip.Pixels:
@@ -189,7 +188,7 @@ def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: ImageDataset, limit: 
     return ids.unflatten(0, (len(recipe.languages), len(pictures)))
 
 
-def describe(task: Task, languages: Sequence[str]) -> str:
+def describe(task: ClipTask, languages: Sequence[str]) -> str:
     """Return recall on the held-out pictures, a line for each language and direction."""
     held, lines = task.parts.validation, list[str]()
     points = retrieval.embed_bytes(task.model, held.batches(64))
@@ -208,7 +207,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     return learn(replace(recipe, training=task.settings), task, out, resume)
 
 
-def learn(recipe: Recipe, task: Task, out: Path, resume: bool) -> Summary:
+def learn(recipe: Recipe, task: ClipTask, out: Path, resume: bool) -> Summary:
     """Train the task's model into a run folder."""
     print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
     options = {name: value for name, value in asdict(recipe).items() if name != "training"}

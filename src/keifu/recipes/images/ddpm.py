@@ -162,7 +162,7 @@ class Recipe(PictureOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class DiffusionTask:
     """Everything made ready: the network, the pictures in three parts, their batches and the loss."""
 
     model: Any
@@ -171,7 +171,7 @@ class Task:
     objective: DiffusionLoss
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe) -> DiffusionTask:
     """Read the pictures, hold some out, and build the network; unset options must have been resolved."""
 
     def build(channels: int, classes: tuple[str, ...]) -> ddpm.DDPM:
@@ -183,7 +183,7 @@ def prepare(recipe: Recipe) -> Task:
 def prepare_task(
     recipe: PictureOptions, kind: type, build: Callable[[int, tuple[str, ...]], Any], weighting: Weighting = "simple",
     gamma: float | None = None,
-) -> Task:  # fmt: skip
+) -> DiffusionTask:  # fmt: skip
     """Read the pictures, hold some out, and build the network of pictures with that many channels and these classes;
     `kind` is the class of its Config. With an autoencoder, pictures are encoded here, once."""
     started = load_start(recipe.start_from, kind)[0] if recipe.start_from else None
@@ -208,7 +208,7 @@ def prepare_task(
         data = use_latents(data, *of_both(parts, partial(encode_dataset, coder, coder.config.scale)))
     dropped = recipe.label_dropout if config.null_class else 0.0
     objective = DiffusionLoss(config.noise, weighting, gamma, dropped, sampling=recipe.times)
-    return Task(model, parts, dequantise_data(data) if recipe.dequantise else data, objective)
+    return DiffusionTask(model, parts, dequantise_data(data) if recipe.dequantise else data, objective)
 
 
 def check_classes(known: Sequence[str], given: Sequence[str], recipe: PictureOptions) -> None:
@@ -266,7 +266,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
 
 
 def train(
-    recipe: PictureOptions, task: Task, out: Path, resume: bool, settings: Callable[[int], Settings],
+    recipe: PictureOptions, task: DiffusionTask, out: Path, resume: bool, settings: Callable[[int], Settings],
     named: Sequence[str], name: str, paper: str,
 ) -> Summary:  # fmt: skip
     """Train a task's model into `out`; named: the options of the recipe alone that decide the result."""

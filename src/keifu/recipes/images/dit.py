@@ -53,7 +53,7 @@ class Recipe(ddpm.PictureOptions):
         return self.filled(USUAL | {"target": target} | own)
 
 
-def prepare(recipe: Recipe) -> ddpm.Task:
+def prepare(recipe: Recipe) -> ddpm.DiffusionTask:
     """Read the pictures and build the model, in the latents of an autoencoder if there is one."""
     coder: Any = None
     if recipe.autoencoder:

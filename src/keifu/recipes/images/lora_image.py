@@ -105,13 +105,13 @@ class Recipe(Logging):
 
 
 @dataclass(frozen=True, eq=False)
-class Task(TextToImageTask):
+class LoraImageTask(TextToImageTask):
     """Everything made ready: the model has its adapters; prompts: what the samples show."""
 
     prompts: tuple[str, ...]
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe) -> LoraImageTask:
     """Load the model, encode the pictures and their captions, and attach the adapters."""
     painter = open_pipeline(recipe.model)
     model: Any = painter.model
@@ -127,7 +127,7 @@ def prepare(recipe: Recipe) -> Task:
     shown = (parts.validation if len(parts.validation) else parts.train).distinct()
     spread = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(int)
     prompts = recipe.prompts or tuple(shown.chosen(spread).texts())
-    return Task(model, painter, parts, data, objective, prompts)
+    return LoraImageTask(model, painter, parts, data, objective, prompts)
 
 
 def open_pipeline(name: str) -> LatentDiffusionPipeline:
@@ -192,7 +192,7 @@ def settings(recipe: Recipe) -> Settings:
     return Settings(**recipe.loop(**usual, **every))
 
 
-def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
+def sampler(task: LoraImageTask, recipe: Recipe) -> Callable[[int], bytes]:
     """Draw the prompts, the same seeds at each call: above by the model, below by the model with its LoRA."""
     wanted = ImageRequest(
         "dpm++-2m", STEPS, recipe.seed, size=task.parts.train.shape[1:], guidance=recipe.guidance, text=task.prompts[0],

@@ -14,10 +14,9 @@ kind is worth: docs/results.md, "Bidirectional pretraining".
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from torch import nn
 
 from keifu import checkpoints
@@ -31,8 +30,8 @@ from keifu.evaluation.classification.embeddings import encoder
 from keifu.generation.text.fill import fill
 from keifu.generation.text.translation import sentences
 from keifu.models import bert
-from keifu.recipes.language.pretraining import Text, tokenizer_of
-from keifu.recipes.runs import parameters, train_run
+from keifu.recipes.language.pretraining import Text, TextArgument, tokenizer_of
+from keifu.recipes.runs import TrainingOptions, parameters, train_run
 from keifu.recipes.starting import adapted
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import masked_language_modeling
@@ -49,7 +48,7 @@ LEARNING = Settings(
 class Recipe:
     """Options of the run."""
 
-    text: Annotated[Text, tyro.conf.arg(name="")] = Text("wiki-summaries", "wordpiece")
+    text: TextArgument = Text("wiki-summaries", "wordpiece")
     """Text to learn from; BERT's tokenizer is wordpiece."""
     lowercase: bool = True
     """A learned tokenizer sees lower case without accents, as "uncased" BERT does."""
@@ -60,7 +59,7 @@ class Recipe:
     start_from: str | None = None
     """BERT whose weights, tokenizer and sizes the run starts from: a run, a directory, a hub id or a catalogue name.
     The default learning rate is then a tenth of 5e-4."""
-    training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
+    training: TrainingOptions = LEARNING
     """How to learn it."""
     gaps: tuple[str, ...] = ("The capital of France is [MASK].", "She was born in [MASK] and is an American [MASK].")
     """Sentences that the samples fill in."""

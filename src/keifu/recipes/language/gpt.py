@@ -22,7 +22,7 @@ from keifu.models import llama
 from keifu.models.hybrid import qwen3_5
 from keifu.ranges import Count, Depth, NotNegative, Seed
 from keifu.recipes.distilling import Distill
-from keifu.recipes.language.pretraining import Task, Text, TextOptions, prepare_text, pretrain, settings_of
+from keifu.recipes.language.pretraining import Text, TextOptions, TextTask, prepare_text, pretrain, settings_of
 from keifu.recipes.options import Logging, given
 from keifu.recipes.starting import keeps_best, scaled
 from keifu.training.settings import Settings
@@ -131,7 +131,7 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
     )  # fmt: skip
 
 
-def prepare(recipe: Recipe, out: Path | None = None) -> tuple[Task, llama.Config, Settings]:
+def prepare(recipe: Recipe, out: Path | None = None) -> tuple[TextTask, llama.Config, Settings]:
     """Return the text, the model's config and the settings that the dial gives."""
     vocab_size = recipe.vocab_size or min(32_768, 2048 * recipe.depth)
     task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()), out)
@@ -164,7 +164,7 @@ def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
     row = recipe.context_length or min(most, usual_context(recipe.depth))
     if row > most:
         raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
-    task = Task(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
+    task = TextTask(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
     chosen = settings(recipe, sum(each.numel() for each in model.parameters()), row, len(task.shards.tokens))
     options, objective = recipe.distill.options(), recipe.distill.objective(tokenizer, row, model)
     pretrain(

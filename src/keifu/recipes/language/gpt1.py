@@ -14,14 +14,12 @@ Expected: see docs/results.md, "Generative pretraining"; keifu train gpt1-finetu
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from keifu.errors import UserError
 from keifu.models import gpt1
 from keifu.ranges import Count, NotNegative, Positive, Seed
-from keifu.recipes.language.pretraining import Text, muon_settings, prepare_text, pretrain, settings_of
+from keifu.recipes.language.pretraining import Text, TextArgument, muon_settings, prepare_text, pretrain, settings_of
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings
@@ -34,7 +32,7 @@ SMALL = gpt1.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_
 class Recipe(Logging):
     """Options of the run."""
 
-    text: Annotated[Text, tyro.conf.arg(name="")] = Text()
+    text: TextArgument = Text()
     """Text to learn from."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
     """Whose training settings: keifu's or the paper's; the model is the same."""

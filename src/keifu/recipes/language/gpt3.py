@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keifu.models import gpt3
-from keifu.recipes.language.pretraining import Options, own_settings, prepare_text, pretrain
+from keifu.recipes.language.pretraining import PretrainingOptions, own_settings, prepare_text, pretrain
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings
 
@@ -25,7 +25,7 @@ FIRST = 32 / 500  # of the batch, at the start
 
 
 @dataclass(frozen=True)
-class Recipe(Options):
+class Recipe(PretrainingOptions):
     """Options of the run."""
 
     model: gpt3.Config = gpt3.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, band=64)

@@ -10,35 +10,24 @@ was made here. A small one: docs/results.md, "LLaMA's three changes".
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from keifu.models import llama
-from keifu.recipes.language.pretraining import Text, prepare_text, pretrain
-from keifu.training.settings import Settings
-
-PUBLISHED = Settings(
-    steps=250_000, batch_size=2048, learning_rate=3e-4, warmup=2000, weight_decay=0.1, betas=(0.9, 0.95), clip=1.0,
-    final_ratio=0.1, evaluate_every=1000, sample_every=5000, save_every=1000,
-)  # fmt: skip
+from keifu.recipes.language import pretraining
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(pretraining.PublishedOptions):
     """Options of the run."""
 
-    text: Annotated[Text, tyro.conf.arg(name="")] = Text(tokenizer="sentencepiece-32k")
+    text: pretraining.TextArgument = pretraining.Text(tokenizer="sentencepiece-32k")
     """Text to learn from; the default tokenizer is a SentencePiece BPE of 32,000 tokens with bytes, like LLaMA's."""
     model: llama.Config = llama.Config()
     """The vocabulary is the tokenizer's, whatever is given here."""
-    training: Annotated[Settings, tyro.conf.arg(name="")] = PUBLISHED
-    """How to learn it."""
-    prompt: str = "The"
-    """Beginning of the samples."""
+    training: pretraining.TrainingOptions = pretraining.published(steps=250_000, batch_size=2048, learning_rate=3e-4)
+    """Settings of the training."""
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu.load, keifu generate and transformers read afterwards."""
-    task = prepare_text(recipe.text, out)
-    pretrain("llama", task, llama.build, recipe.model, recipe.training, out, resume, recipe.prompt)
+    task = pretraining.prepare_text(recipe.text, out)
+    pretraining.pretrain("llama", task, llama.build, recipe.model, recipe.training, out, resume, recipe.prompt)

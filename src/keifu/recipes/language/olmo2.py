@@ -10,39 +10,26 @@ Expected: no run of the published size was made here, and no figure was made for
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from keifu.models import olmo2
 from keifu.ranges import NotNegative
-from keifu.recipes.language.pretraining import Text, prepare_text, pretrain
-from keifu.training.settings import Settings
-
-PUBLISHED = Settings(
-    steps=928_646, batch_size=1024, learning_rate=3e-4, warmup=2000, weight_decay=0.1, betas=(0.9, 0.95), clip=1.0,
-    final_ratio=0.1, evaluate_every=1000, sample_every=5000, save_every=1000,
-)  # fmt: skip
+from keifu.recipes.language import pretraining
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(pretraining.PublishedOptions):
     """Options of the run."""
 
-    text: Annotated[Text, tyro.conf.arg(name="")] = Text()
-    """Text to learn from; the default tokenizer is a byte-level BPE, like OLMo 2's, learned from the text."""
     model: olmo2.Config = olmo2.Config()
     """Sizes of the model. The vocabulary is the tokenizer's, whatever is given here."""
-    training: Annotated[Settings, tyro.conf.arg(name="")] = PUBLISHED
+    training: pretraining.TrainingOptions = pretraining.published(steps=928_646, batch_size=1024, learning_rate=3e-4)
     """Settings of the training."""
-    prompt: str = "The"
-    """Beginning of the samples."""
     z_loss: NotNegative = 1e-5
     """Factor of the z-loss, which keeps the logits near a sum of exponentials of 1."""
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu.load, keifu generate and transformers read afterwards."""
-    task = prepare_text(recipe.text, out)
-    training, z_loss = recipe.training, recipe.z_loss
-    pretrain("olmo2", task, olmo2.build, recipe.model, training, out, resume, recipe.prompt, z_loss=z_loss)
+    task = pretraining.prepare_text(recipe.text, out)
+    rest = recipe.training, out, resume, recipe.prompt
+    pretraining.pretrain("olmo2", task, olmo2.build, recipe.model, *rest, z_loss=recipe.z_loss)

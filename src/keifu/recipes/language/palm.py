@@ -19,7 +19,7 @@ from pathlib import Path
 
 from keifu.models import palm
 from keifu.ranges import NotNegative
-from keifu.recipes.language.pretraining import Options, own_settings, prepare_text, pretrain
+from keifu.recipes.language.pretraining import PretrainingOptions, own_settings, prepare_text, pretrain
 from keifu.training.loop import Summary
 from keifu.training.optim.loss_spikes import SpikeSettings
 from keifu.training.settings import Settings
@@ -28,7 +28,7 @@ STEPS, HELD, GROWS = 255_000, 10_000, (50_000, 115_000)  # the paper's
 
 
 @dataclass(frozen=True)
-class Recipe(Options):
+class Recipe(PretrainingOptions):
     """Options of the run."""
 
     model: palm.Config = palm.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, head_dim=64)

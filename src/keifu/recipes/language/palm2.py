@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import nn
 
 from keifu import checkpoints
@@ -58,7 +57,7 @@ from keifu.generation.text.fill import continuation, infill
 from keifu.generation.text.sampling_params import sampling_for
 from keifu.models import palm
 from keifu.ranges import BelowOne, Count, Share
-from keifu.recipes.runs import attribution_of, parameters
+from keifu.recipes.runs import TrainingOptions, attribution_of, parameters
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import masked_share_loss, span_corruption
 from keifu.training.protocols import Run
@@ -94,7 +93,7 @@ class Recipe:
     """Marks for hidden spans; a longer context can need more."""
     model: palm.Config = SMALL
     """The vocabulary is the tokenizer's, whatever is given here."""
-    training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
+    training: TrainingOptions = LEARNING
     """How to learn it."""
     gaps: tuple[str, ...] = ("She was born in ___ and died in ___.", "彼女は___が好きです。")
     """Sentences that the samples fill in."""

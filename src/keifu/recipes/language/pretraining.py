@@ -26,7 +26,7 @@ from keifu.layers.mixture import collapsed_routers, mixtures
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
 from keifu.recipes.options import Logging
-from keifu.recipes.runs import parameters, train_run
+from keifu.recipes.runs import TrainingOptions, parameters, train_run
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.objectives.layer_losses import with_balancing
@@ -78,8 +78,11 @@ class Text(TextOptions):
     """Tokens of a learned tokenizer."""
 
 
+TextArgument = Annotated[Text, tyro.conf.arg(name="")]  # options without a prefix
+
+
 @dataclass(frozen=True)
-class Task:
+class TextTask:
     """A text made ready: its tokens on disk, and the tokenizer that made them."""
 
     text: Text
@@ -93,11 +96,11 @@ class Task:
         return facts | {"bytes per token": round(self.shards.bytes_per_token, 3)}
 
 
-def prepare_text(text: Text, out: Path | None = None, **options: Any) -> Task:
+def prepare_text(text: Text, out: Path | None = None, **options: Any) -> TextTask:
     """Fetch the text, learn the tokenizer (with these options of learning) and tokenise, each once. `out`: the folder
     of the run, which keeps the learned tokenizer."""
     tokenizer = tokenizer_of(text, out, **options)
-    return Task(text, tokenizer, text.shards(text.data, tokenizer))
+    return TextTask(text, tokenizer, text.shards(text.data, tokenizer))
 
 
 def tokenizer_of(text: Text, out: Path | None = None, **options: Any) -> Tokenizer:
@@ -134,8 +137,8 @@ class _Pieces:
 
 
 def pretrain(
-    name: str, task: Task, build: Callable[[Any], DecoderLM], config: Any, settings: Settings, out: Path, resume: bool,
-    prompt: str = "", about: dict[str, Any] | None = None, start_over: bool = False, z_loss: float = 0.0,
+    name: str, task: TextTask, build: Callable[[Any], DecoderLM], config: Any, settings: Settings, out: Path,
+    resume: bool, prompt: str = "", about: dict[str, Any] | None = None, start_over: bool = False, z_loss: float = 0.0,
     row: int | None = None, objective: Objective = causal_language_modeling, options: Mapping[str, Any] = {},
 ) -> Summary:  # fmt: skip
     """Train a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says.
@@ -164,11 +167,29 @@ def pretrain(
     )  # fmt: skip
 
 
+published = partial(
+    Settings, warmup=2000, weight_decay=0.1, betas=(0.9, 0.95), clip=1.0, final_ratio=0.1, evaluate_every=1000,
+    sample_every=5000, save_every=1000,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
-class Options(Logging):
+class PublishedOptions:
+    """Options of the recipes whose defaults are a published size and its settings."""
+
+    text: TextArgument = Text()
+    """Text to learn from; the default tokenizer is a byte-level BPE that is learned from the text."""
+    training: TrainingOptions = Settings()
+    """Settings of the training."""
+    prompt: str = "The"
+    """Beginning of the samples."""
+
+
+@dataclass(frozen=True)
+class PretrainingOptions(Logging):
     """Options of the GPT-3 and PaLM recipes."""
 
-    text: Annotated[Text, tyro.conf.arg(name="")] = Text()
+    text: TextArgument = Text()
     """Text to learn from."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
     """Whose training settings: keifu's or the paper's; the model is the same."""
@@ -217,6 +238,6 @@ def settings_of(recipe: Logging, steps: int, batch_size: int, **usual: Any) -> S
     return Settings(**recipe.loop(steps=steps, batch_size=batch_size, **every, **usual))
 
 
-def own_settings(options: Options) -> Settings:
+def own_settings(options: PretrainingOptions) -> Settings:
     """Return keifu's settings for GPT-3 and PaLM."""
     return options.settings(**muon_settings(options, options.steps))

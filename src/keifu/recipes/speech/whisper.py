@@ -12,10 +12,9 @@ Expected: see docs/results.md, "Learning to hear".
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from tokenizers import AddedToken
 from torch import nn
 
@@ -32,7 +31,7 @@ from keifu.generation.speech.rules import NO_TIMESTAMPS, SPECIAL, speech_tokens
 from keifu.models.speech import whisper
 from keifu.ranges import BelowOne, Count
 from keifu.recipes.assistant.finetuning import held_out
-from keifu.recipes.runs import parameters, train_run
+from keifu.recipes.runs import TrainingOptions, parameters, train_run
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import transcription
 from keifu.training.protocols import Batch, LossOutput, Objective
@@ -59,7 +58,7 @@ class Recipe:
         context_length=32, audio_length=150, dim=128, hidden_dim=512, n_layers=2, n_heads=4
     )
     """The model; vocabulary and special tokens are the tokenizer's. A window has audio-length / 50 seconds."""
-    training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
+    training: TrainingOptions = LEARNING
     """Settings of the training loop."""
 
 

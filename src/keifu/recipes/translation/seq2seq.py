@@ -19,14 +19,14 @@ from keifu.models import seq2seq
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.options import given
 from keifu.recipes.starting import scaled
-from keifu.recipes.translation.translator_runs import Options, learn, settings_of
+from keifu.recipes.translation.translator_runs import TranslationOptions, learn, settings_of
 from keifu.training.settings import Settings
 
 CONTEXTS = {"additive": "attention", "none": "fixed"}
 
 
 @dataclass(frozen=True)
-class Recipe(Options):
+class Recipe(TranslationOptions):
     """Options of the run."""
 
     attention: Literal["additive", "none"] = "additive"

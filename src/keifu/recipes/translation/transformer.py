@@ -18,14 +18,14 @@ from keifu.models import transformer
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.options import given
 from keifu.recipes.starting import scaled
-from keifu.recipes.translation.translator_runs import Options, learn, settings_of
+from keifu.recipes.translation.translator_runs import TranslationOptions, learn, settings_of
 from keifu.training.settings import Settings
 
 PAPER_WARMUP = 4000
 
 
 @dataclass(frozen=True)
-class Recipe(Options):
+class Recipe(TranslationOptions):
     """Options of the run."""
 
     recipe_of: Literal["keifu", "paper"] = "keifu"

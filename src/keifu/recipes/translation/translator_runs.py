@@ -21,7 +21,7 @@ from keifu.data.tokenizers.load import learned_tokenizer, load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.data.translation.batches import EncodedPairs, PairData, SpecialIds, encode
-from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pairs, split
+from keifu.data.translation.pairs import Pair, Pairs, PairSplit, pair_names, read_pairs, split
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
@@ -43,7 +43,7 @@ FREE = {"steps", "minutes", "micro_batch", "average", "keep", "model", "tensorbo
 
 
 @dataclass(frozen=True)
-class Options(Logging):
+class TranslationOptions(Logging):
     """Options of every translation recipe."""
 
     data: str = "tatoeba-ja-en"
@@ -81,11 +81,11 @@ class Options(Logging):
 
 
 @dataclass(frozen=True)
-class Task:
+class TranslationTask:
     """Pairs made ready: what they are, their three parts, and a tokenizer for both sides."""
 
     pairs: Pairs
-    parts: Split
+    parts: PairSplit
     tokenizer: Tokenizer
 
 
@@ -97,7 +97,7 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(end if start is None else start, end, end if pad is None else pad)
 
 
-def prepare_pairs(options: Options, out: Path | None = None) -> Task:
+def prepare_pairs(options: TranslationOptions, out: Path | None = None) -> TranslationTask:
     """Read and split the pairs, and learn the tokenizer from the training part, once; print their number.
     `out`: the folder of the run, which keeps the tokenizer that it learned."""
     pairs = _read(options, options.data)
@@ -112,10 +112,10 @@ def prepare_pairs(options: Options, out: Path | None = None) -> Task:
         _print_sentence(
             coverage(tokenizer.sides[side], (pair[side] for pair in parts.train)).sentence(f"the {name} side")
         )
-    return Task(pairs, parts, tokenizer)
+    return TranslationTask(pairs, parts, tokenizer)
 
 
-def _read(options: Options, source: str) -> Pairs:
+def _read(options: TranslationOptions, source: str) -> Pairs:
     return read_pairs(source, options.reverse, (options.source_field, options.target_field), options.encoding)
 
 
@@ -124,7 +124,7 @@ def _print_sentence(sentence: str) -> None:
         print(sentence, flush=True)
 
 
-def _tokenizer(options: Options, train: list[Pair], out: Path | None) -> Tokenizer:
+def _tokenizer(options: TranslationOptions, train: list[Pair], out: Path | None) -> Tokenizer:
     kind = options.tokenizer
     if options.start_from is not None:
         return load_tokenizer(locate(options.start_from))
@@ -143,7 +143,7 @@ def _tokenizer(options: Options, train: list[Pair], out: Path | None) -> Tokeniz
 
 
 def learn(
-    name: str, options: Options, out: Path, resume: bool, build: Callable[[Any], nn.Module], config: Any,
+    name: str, options: TranslationOptions, out: Path, resume: bool, build: Callable[[Any], nn.Module], config: Any,
     settings: Callable[[Any, int], Settings], batching: Callable[[np.ndarray], Batching], smoothing: float,
     average: int,
 ) -> Summary:  # fmt: skip
@@ -192,7 +192,7 @@ def start_model(name: str, build: Callable[[Any], nn.Module], config: Any) -> nn
     return model
 
 
-def _two_vocabularies(task: Task, config: Any) -> dict[str, Any]:
+def _two_vocabularies(task: TranslationTask, config: Any) -> dict[str, Any]:
     """Return the fields of a config for a target with its own vocabulary: its size, and no shared embedding."""
     size = task.tokenizer.target_vocab_size
     if size is None:
@@ -201,7 +201,9 @@ def _two_vocabularies(task: Task, config: Any) -> dict[str, Any]:
     return {"target_vocab_size": size, **shared}
 
 
-def _data(options: Options, task: Task, context_length: int, batching: Callable[[np.ndarray], Batching]) -> PairData:
+def _data(
+    options: TranslationOptions, task: TranslationTask, context_length: int, batching: Callable[[np.ndarray], Batching]
+) -> PairData:
     """Return both parts as ids; what is too long for the model is left out, and said."""
     own, special = task.tokenizer.sides[0], special_ids(task.tokenizer)
     source = special if own.eos_id is None else special_ids(own)
@@ -210,7 +212,7 @@ def _data(options: Options, task: Task, context_length: int, batching: Callable[
     return PairData(train, validation, special, batching(train.sizes()), options.seed, most, source)
 
 
-def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
+def _fitting(task: TranslationTask, rows: list[Pair], context_length: int) -> EncodedPairs:
     ways = task.tokenizer.encode_batch, task.tokenizer.encode_target_batch
     source, target = (encode(way, [pair[side] for pair in rows]) for side, way in enumerate(ways))
     found = EncodedPairs(source, target).fitting(context_length)
@@ -220,7 +222,7 @@ def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
     return found
 
 
-def settings_of(options: Options, steps: int, **chosen: Any) -> Settings:
+def settings_of(options: TranslationOptions, steps: int, **chosen: Any) -> Settings:
     """Return these settings, else the recipe's options, for that many steps, with 20 validations, 10 samples and 50
     states."""
     every = {"evaluate_every": max(1, steps // 20), "sample_every": max(1, steps // 10)}
@@ -228,7 +230,7 @@ def settings_of(options: Options, steps: int, **chosen: Any) -> Settings:
     return Settings(**options.loop(steps=steps, **every, save_every=max(1, steps // 50)) | best | chosen)
 
 
-def _source(options: Options, task: Task, data: PairData) -> dict[str, Any]:
+def _source(options: TranslationOptions, task: TranslationTask, data: PairData) -> dict[str, Any]:
     return {
         "source": options.data + (", sides swapped" if options.reverse else ""),
         "fingerprint": task.pairs.fingerprint,
@@ -240,7 +242,7 @@ def _source(options: Options, task: Task, data: PairData) -> dict[str, Any]:
     }
 
 
-def _sampler(task: Task, model: nn.Module) -> Callable[[int], str]:
+def _sampler(task: TranslationTask, model: nn.Module) -> Callable[[int], str]:
     """Translate the first held-out sentences that the model takes, by greedy decoding."""
     room: Any = model.config
     shown = [pair for pair in task.parts.validation if len(task.tokenizer.encode(pair[0])) < room.context_length]

@@ -36,7 +36,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
-class Choice:
+class CompletionChoice:
     """Text as it grows, with its tokens and their probabilities if they were asked for."""
 
     def __init__(self, answer: Answer, body: CompletionRequest, index: int):
@@ -64,9 +64,9 @@ class Choice:
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": REASONS.get(reason or "")}
 
 
-async def _begin(answer: Answer, body: CompletionRequest) -> list[Choice]:
+async def _begin(answer: Answer, body: CompletionRequest) -> list[CompletionChoice]:
     """Return the choices before the first token: empty, or with `echo` the prompts."""
-    choices = [Choice(answer, body, index) for index in range(len(answer.requests))]
+    choices = [CompletionChoice(answer, body, index) for index in range(len(answer.requests))]
     for first in range(0, len(choices), answer.choices) if body.echo else ():
         prompt = answer.requests[first].prompt
         scores = None if body.logprobs is None else await answer.worker.call(partial(_score, prompt, body.logprobs))
@@ -79,7 +79,7 @@ def _score(prompt: list[int], top: int, model: nn.Module, *_: Any) -> LikeliestT
     return score_likeliest(model, torch.tensor(prompt, device=device_of(model)), top)
 
 
-def _echo(choice: Choice, prompt: list[int], scores: LikeliestTokens | None) -> None:
+def _echo(choice: CompletionChoice, prompt: list[int], scores: LikeliestTokens | None) -> None:
     """Add the prompt's text and, if there are scores, its tokens; the first token has no score."""
     stream = choice.tokenizer.stream(skip_special=False)
     for position, token in enumerate(prompt):

@@ -22,7 +22,7 @@ Messages = list[dict[str, Any]]
 KEPT_RESPONSES, KEPT_BYTES = 1000, 2**26
 
 
-class Stored:
+class StoredResponses:
     """Responses and the conversations that they end, by id, as JSON; the oldest are forgotten if there is no room."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Stored:
 
 def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes, for these models."""
-    stored = Stored()
+    stored = StoredResponses()
 
     @app.post("/v1/responses", summary="Answer a conversation that is kept", tags=["text"], responses=STREAM)
     async def create(body: ResponseRequest, request: Request) -> Response:
@@ -87,7 +87,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 class Turn:
     """Answer as it is written. messages: the conversation before it; stored: the store that keeps it, if any."""
 
-    def __init__(self, answer: Answer, body: ResponseRequest, messages: Messages, stored: Stored | None):
+    def __init__(self, answer: Answer, body: ResponseRequest, messages: Messages, stored: StoredResponses | None):
         self.answer, self.body, self.messages, self.stored = answer, body, messages, stored
         self.reply, self.reason = answer.reply(), "stop"
         self.output: list[dict[str, Any]] = []  # the items, of which the last may be unfinished

@@ -354,7 +354,7 @@ class TextFormat(JsonSchema):
         return None if self.type == "text" else self.schema_ if self.type == "json_schema" else ANY_OBJECT
 
 
-class TextOptions(Body):
+class ResponseText(Body):
     """Form of a response's text."""
 
     format: TextFormat | None = None
@@ -374,7 +374,7 @@ class ResponseRequest(Sampling):
     metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
     previous_response_id: str | None = None
     store: bool | None = None
-    text: TextOptions | None = None
+    text: ResponseText | None = None
     tools: Annotated[list[FlatTool], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none", "required"] | FlatNamedTool | None = None
     parallel_tool_calls: bool | None = None

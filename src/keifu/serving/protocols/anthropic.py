@@ -21,7 +21,7 @@ CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 Blocks = str | list[dict[str, Any]]
 
 
-class Turn(Body):
+class AnthropicMessage(Body):
     """Message of the user or of the assistant; a block is text, thinking, tool_use or tool_result."""
 
     role: str
@@ -33,7 +33,7 @@ class MessagesRequest(Body):
 
     model: str = ""
     max_tokens: Annotated[int, Field(ge=1)]
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     system: Blocks | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
@@ -88,7 +88,7 @@ def _text(blocks: Any) -> str:
     return "\n".join(str(block.get("text", "")) for block in blocks if isinstance(block, dict))
 
 
-def _turns(turn: Turn) -> Iterator[dict[str, Any]]:
+def _turns(turn: AnthropicMessage) -> Iterator[dict[str, Any]]:
     """Yield the message in OpenAI's form: results of tools are messages of their own."""
     if isinstance(turn.content, str):
         yield {"role": turn.role, "content": turn.content}

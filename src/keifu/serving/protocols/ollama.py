@@ -25,7 +25,7 @@ OPTIONS = {  # ollama's names, and OpenAI's
 }  # fmt: skip
 
 
-class Turn(Body):
+class OllamaMessage(Body):
     """Message of a conversation."""
 
     role: str
@@ -40,7 +40,7 @@ class OllamaChat(Body):
     """POST /api/chat. Options that ollama has for its own engine are ignored."""
 
     model: str = ""
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Annotated[list[OllamaMessage], Field(min_length=1)]
     stream: bool = True
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: dict[str, Any] | None = None

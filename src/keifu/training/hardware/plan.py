@@ -111,7 +111,7 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PodLayout:
     """How devices share a model; checkpointing: which activations are computed again; rows: at a time, on a copy's
     group."""
 
@@ -126,7 +126,7 @@ class Layout:
 class Plan:
     """The layout, bytes a device by part, and seconds a step by part."""
 
-    layout: Layout
+    layout: PodLayout
     memory: dict[str, float]
     seconds: dict[str, float]
     tokens: float | int
@@ -211,7 +211,7 @@ def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int
     return min(fitting, key=lambda each: (each.step, -each.layout.rows))
 
 
-def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Iterator[Layout]:
+def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Iterator[PodLayout]:
     """Every layout of powers of two, or of what divides the devices, with at least a row for each group."""
     for tensor, checkpointing in product((1, 2, 4, 8, 16), AGAIN):
         if tensor > kind.machine or devices % tensor or not model.can_split(tensor):
@@ -221,10 +221,10 @@ def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float |
         for shard in (each for each in range(1, groups + 1) if groups % each == 0):
             for part in {1, 2, 4, 8, rows} if rows > 1 else {1}:
                 if part <= rows:
-                    yield Layout(groups // shard, shard, tensor, part, checkpointing)
+                    yield PodLayout(groups // shard, shard, tensor, part, checkpointing)
 
 
-def _planned(model: Architecture, layout: Layout, devices: int, kind: DeviceKind, batch: float | int) -> Plan:
+def _planned(model: Architecture, layout: PodLayout, devices: int, kind: DeviceKind, batch: float | int) -> Plan:
     """Return the memory and time of a layout, by part; each exchange is at the bandwidth of the links that it goes
     over."""
     rows = max(1, round(batch / model.context / (devices // layout.tensor)))  # of a group in a step
@@ -250,7 +250,7 @@ def _planned(model: Architecture, layout: Layout, devices: int, kind: DeviceKind
                 model.flops, devices, kind)  # fmt: skip
 
 
-def _memory(model: Architecture, layout: Layout) -> dict[str, float]:
+def _memory(model: Architecture, layout: PodLayout) -> dict[str, float]:
     """Bytes on a device, by part."""
     own = model.parameters / layout.tensor / layout.shard
     tokens = layout.rows * model.context / layout.tensor

@@ -35,7 +35,7 @@ def orthogonalize(
     return x.mT if tall else x
 
 
-class Matrix(NamedTuple):
+class MuonRows(NamedTuple):
     """Rows of a parameter that are updated as one matrix, with the same rows of its gradient and of its momentum."""
 
     weight: Tensor
@@ -67,17 +67,17 @@ class StackedMuon(torch.optim.Muon):
             for stack in _stacks(self._matrices(group)):
                 self._update(stack, group)
 
-    def _matrices(self, group: dict[str, Any]) -> list[Matrix]:
-        found: list[Matrix] = []
+    def _matrices(self, group: dict[str, Any]) -> list[MuonRows]:
+        found: list[MuonRows] = []
         for p in group["params"]:
             if p.grad is not None:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 rows = self.rows.get(p, len(p))
-                found += map(Matrix, p.split(rows), p.grad.split(rows), self.state[p]["momentum_buffer"].split(rows))
+                found += map(MuonRows, p.split(rows), p.grad.split(rows), self.state[p]["momentum_buffer"].split(rows))
         return found
 
-    def _update(self, stack: list[Matrix], group: dict[str, Any]) -> None:
+    def _update(self, stack: list[MuonRows], group: dict[str, Any]) -> None:
         weights, gradients, means = map(list, zip(*stack, strict=True))
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])  # pyright: ignore
         updates = torch._foreach_lerp(gradients, means, group["momentum"])  # pyright: ignore (Nesterov's)
@@ -89,7 +89,7 @@ class StackedMuon(torch.optim.Muon):
         torch._foreach_add_(weights, steps.unbind())  # pyright: ignore
 
 
-def _stacks(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
+def _stacks(matrices: Iterable[MuonRows]) -> Iterator[list[MuonRows]]:
     """Matrices of one shape, as many as `STACK` allows."""
     by_shape = attrgetter("weight.shape")
     for shape, same in groupby(sorted(matrices, key=by_shape), key=by_shape):

@@ -29,7 +29,7 @@ FORMAT = 2  # of the JSON file; the files of versions before 0.2 have none
 
 
 @dataclass(frozen=True)
-class State:
+class SavedState:
     """A state read from disk: the steps done, the content of its JSON file, its tensors, and where these are."""
 
     step: int
@@ -79,7 +79,7 @@ def _hash(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def latest(directory: Path) -> tuple[State, list[str]]:
+def latest(directory: Path) -> tuple[SavedState, list[str]]:
     """Return the newest complete state of a run, and a sentence for each newer one that is damaged; a `UserError` if
     none."""
     faults = []
@@ -154,7 +154,7 @@ def _files(directory: Path, step: int) -> tuple[Path, Path]:
     return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
 
 
-def read(directory: Path, step: int) -> State:
+def read(directory: Path, step: int) -> SavedState:
     """Return the state of a step; a damaged or incomplete one is a `UserError` that names the file. Where the model is
     split, each process reads its parts when it loads the state."""
     tensor_file, facts_file = _files(directory, step)
@@ -167,7 +167,7 @@ def read(directory: Path, step: int) -> State:
         raise UserError(f"{tensor_file} is damaged: its hash is not the one stored.")
     try:
         tensors = load_file(tensor_file) if current().is_replicated else {}
-        return State(step, facts, tensors, tensor_file)
+        return SavedState(step, facts, tensors, tensor_file)
     except SafetensorError as error:
         raise UserError(f"{tensor_file} is damaged: {error}.") from None
 
@@ -186,7 +186,7 @@ def _facts(path: Path, step: int) -> dict[str, Any]:
     return facts
 
 
-def _read_parts(place: Path, step: int, facts: dict[str, Any]) -> State:
+def _read_parts(place: Path, step: int, facts: dict[str, Any]) -> SavedState:
     """Return a state that several processes have written, for one that holds the whole model."""
     for name, digest in facts["files"].items():
         if not (place / name).exists():
@@ -194,13 +194,13 @@ def _read_parts(place: Path, step: int, facts: dict[str, Any]) -> State:
         if current().is_main and sha256(place / name) != digest:
             raise UserError(f"{place / name} is damaged: its hash is not the one stored.")
     if not current().is_replicated:
-        return State(step, facts, {}, place)
+        return SavedState(step, facts, {}, place)
     tensors = read_sharded(place, {})
     parts = sorted((name for name in tensors if "#" in name), key=lambda name: int(name.rpartition("#")[2]))
     joined: dict[str, list[Tensor]] = {}
     for name in parts:
         joined.setdefault(name.rpartition("#")[0], []).append(tensors.pop(name))
-    return State(step, facts, tensors | {name: torch.cat(each) for name, each in joined.items()}, place)
+    return SavedState(step, facts, tensors | {name: torch.cat(each) for name, each in joined.items()}, place)
 
 
 def read_sharded(place: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

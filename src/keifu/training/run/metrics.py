@@ -22,7 +22,7 @@ class Sink(NamedTuple):
     close: Callable[[], Any]
 
 
-class Metrics:
+class RunMetrics:
     """Writer of metrics.jsonl and of the sinks; a reader always sees complete lines. A context manager.
 
     On resuming, lines that are later than the loaded state (of `step` steps, with `skipped` batches skipped in rewinds)
@@ -60,7 +60,7 @@ class Metrics:
                 raise
             self.file.truncate(whole)
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> "RunMetrics":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
