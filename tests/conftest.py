@@ -65,6 +65,7 @@ def _environment() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
+    shape_checks.begin_test()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
 

@@ -1,20 +1,34 @@
 """Types and shapes of every function's arguments and results, checked once for each combination that occurs.
 
 jaxtyping's hook checks every call, which takes longer than most of the calls. A call whose arguments and result have
-the types, shapes and dtypes of a call before it would get the same answer, so it is not checked again.
+the types, shapes and dtypes of a call before it would get the same answer, so it is not checked again. In one test, the
+first `CALLS` calls of a function are looked at, and of the later ones every `CALLS`-th: a loop repeats itself.
 """
 
 import functools
 import inspect
+import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import is_dataclass
+from types import CodeType, FunctionType
 from typing import Any, ForwardRef, get_args
 
 import jaxtyping
 from beartype import beartype
 from torch import Tensor
 
+CALLS = 16
+MOST_COPIES = 2  # of a coroutine function that is made inside another, so many are checked
 ITEMS = 8  # of a longer list, the first and the last stand for all, as one item does for beartype
 _check_every_call = jaxtyping.jaxtyped
+_test = 0  # the number of the test that runs
+
+
+def begin_test() -> None:
+    """From here on, the first calls of every function are looked at again."""
+    global _test
+    _test += 1
 
 
 def _of_tensor(value: Tensor) -> Hashable:
@@ -60,43 +74,83 @@ def _parts(annotation: Any) -> Iterator[Any]:
         yield from _parts(each)
 
 
+class Checks:
+    """The checks of a function, and of every copy of one that is made inside another.
+
+    A check is compiled, which takes longer than most functions: it is made when it is needed first, and once.
+    """
+
+    def __init__(self, function: Any, check: Callable[[Any], Any]):
+        self.seen: dict[Hashable, set[Hashable]] = {}  # the results of each kind of arguments
+        self._here = threading.local()
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self._here.waiting.pop()(*args, **kwargs)
+
+        # in the function's module, where the names of its annotations are looked up
+        same = FunctionType(run.__code__, function.__globals__, function.__name__, None, run.__closure__)
+        self._check: Callable[[], Any] = functools.cache(lambda: check(functools.wraps(function)(same)))
+
+    def run(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Calls the function, or what gives its result, with arguments and result checked."""
+        waiting = self._here.__dict__.setdefault("waiting", [])
+        below = len(waiting)
+        waiting.append(function)
+        try:
+            return self._check()(*args, **kwargs)
+        finally:
+            del waiting[below:]  # wrong arguments were refused before it ran
+
+
+INNER: dict[CodeType, Checks] = {}  # of functions that are made inside others, at each call anew
+COPIES: Counter[CodeType] = Counter()
+
+
 def check_once(function: Any = None, *, typechecker: Any) -> Any:
     """Stands for `jaxtyping.jaxtyped` in the import hook."""
     if function is None:
         return functools.partial(check_once, typechecker=typechecker)
     if not inspect.isfunction(function):
+        if inspect.isclass(function) and is_dataclass(function) and inspect.isfunction(function.__init__):
+            function.__init__ = check_once(function.__init__, typechecker=typechecker)
+            return function
         return _check_every_call(function, typechecker=typechecker)
     parts = [part for annotation in function.__annotations__.values() for part in _parts(annotation)]
     named = any(isinstance(part, str | ForwardRef) for part in parts)  # by a name that is looked up at the first call
+    inner, code = "<locals>" in function.__qualname__, function.__code__
     if not named and (inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)):
-        return beartype(function)  # as whoever calls it asks
-    if not named and not any(getattr(part, "__module__", "") == "jaxtyping" for part in parts):
+        COPIES[code] += inner  # as whoever calls it asks
+        return beartype(function) if COPIES[code] <= MOST_COPIES else function
+    by_type = not named and not any(getattr(part, "__module__", "") == "jaxtyping" for part in parts)
+    if by_type and not inner:
         return _check_types(function)
-    seen: dict[Hashable, set[Hashable]] = {}  # the results of each kind of arguments
-    results: list[Any] = []
+    check = beartype if by_type else functools.partial(_check_every_call, typechecker=typechecker)
+    checks = INNER.setdefault(code, Checks(function, check)) if inner else Checks(function, check)
+    return _check_copies(function, checks) if by_type else _check_shapes(function, checks)
 
-    @functools.cache  # checks are made when they are needed first: most functions are never called
-    def check_of(checked: Any) -> Any:
-        return _check_every_call(checked, typechecker=typechecker)
 
-    @functools.wraps(function)
-    def take_result(*args: Any, **kwargs: Any) -> Any:
-        return results.pop()
+def _check_shapes(function: Any, checks: Checks) -> Any:
+    """The types and shapes of each call that is unlike those before it."""
+    seen, test, calls = checks.seen, -1, -1
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal test, calls
+        calls = calls + 1 if test == _test else 0
+        test = _test
+        if calls > CALLS and calls % CALLS:
+            return function(*args, **kwargs)
         arguments: Hashable = _of_tuple(args)
         if kwargs:
             arguments = arguments, _of_dict(kwargs)
         known = seen.get(arguments)
         if known is None:
-            result = check_of(function)(*args, **kwargs)
+            result = checks.run(function, args, kwargs)
             seen.setdefault(arguments, set()).add(_signature(result))
             return result
         result = function(*args, **kwargs)
         if (found := _signature(result)) not in known:
-            results.append(result)
-            check_of(take_result)(*args, **kwargs)
+            checks.run(lambda *_, **__: result, args, kwargs)
             known.add(found)
         return result
 
@@ -106,12 +160,28 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
 def _check_types(function: Any) -> Any:
     """The types of each call, by a check that is made at the first one."""
     checked: list[Any] = []
+    test = calls = -1
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal test, calls
+        calls = calls + 1 if test == _test else 0
+        test = _test
+        if calls > CALLS and calls % CALLS:
+            return function(*args, **kwargs)
         if not checked:
             checked.append(beartype(function))
         return checked[0](*args, **kwargs)
+
+    return call
+
+
+def _check_copies(function: Any, checks: Checks) -> Any:
+    """The types of each call, by the check that all copies of the function share."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return checks.run(function, args, kwargs)
 
     return call
 

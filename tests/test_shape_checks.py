@@ -7,7 +7,7 @@ import torch
 from beartype import beartype
 from beartype.roar import BeartypeCallHintParamViolation
 from jaxtyping import Float, TypeCheckError
-from shape_checks import check_once
+from shape_checks import CALLS, begin_test, check_once
 from torch import Tensor
 
 Matrix = Float[Tensor, "rows dim"]
@@ -67,3 +67,33 @@ def joined(pair: "Pair", more: Matrix) -> Float[Tensor, "all dim"]:
 @dataclass(frozen=True)
 class Pair:
     left: Matrix
+
+
+def test_a_long_loop_is_looked_at_now_and_then_and_the_next_test_again() -> None:
+    checked, right, wrong = check_once(add, typechecker=beartype), torch.ones(2, 4), torch.ones(3, 1)
+    for _ in range(CALLS + 1):
+        checked(right, right)
+    broken = 0
+    for _ in range(2 * CALLS):
+        try:
+            checked(right[:1], wrong)
+        except TypeCheckError:
+            broken += 1
+    assert broken == 2
+    begin_test()
+    with pytest.raises(TypeCheckError):
+        checked(right[:1], wrong)
+
+
+def test_copies_of_an_inner_function_are_checked_each() -> None:
+    def copy(axis: int):
+        def total(x: Matrix) -> Float[Tensor, "rows"]:
+            return x.sum(axis)
+
+        return check_once(total, typechecker=beartype)
+
+    assert copy(1)(torch.ones(2, 4)).tolist() == [4.0, 4.0]
+    with pytest.raises(TypeCheckError, match="return value"):
+        copy(0)(torch.ones(2, 4))
+    with pytest.raises(TypeCheckError, match="parameters"):
+        copy(1)(torch.ones(2))
