@@ -286,6 +286,23 @@ def test_bench_counts_the_tokens_of_all_streams(
     assert "44 tokens of a prompt and 5 more do not fit this model's context of 48" in capsys.readouterr().err
 
 
+def test_bench_compares_the_tokenizers_of_a_model_and_its_draft(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    _, tokenizer = checkpoints.load(model)
+    wider, other = (tmp_path / name for name in ("wider", "other"))
+    sizes = {"context_length": 48, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+    more = tokenizer.vocab_size + 7  # embeddings without a token
+    checkpoints.save(llama.build(llama.Config(vocab_size=more, **sizes)), tokenizer, wider)
+    trained = train_tokenizer("characters", [LETTERS.replace("O", "Q") + "\n"], 64)
+    checkpoints.save(llama.build(llama.Config(vocab_size=trained.vocab_size, **sizes)), trained, other)
+    words = ["bench", model, "--prompt", "9", "--tokens", "4", "--json", "--draft"]
+    assert json.loads(out(capsys, *words, str(wider)))["guessed"] > 0
+    with pytest.raises(SystemExit):
+        cli.main([*words, str(other)])
+    assert "another vocabulary than the model" in capsys.readouterr().err
+
+
 def test_evaluate_takes_packed_weights(capsys: pytest.CaptureFixture, model: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(f"{LETTERS}\n" * 20)

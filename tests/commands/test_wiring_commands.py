@@ -242,13 +242,15 @@ bench = Table("bench M", {
     "weights": Row("--weights int8", "keifu.checkpoints:load_model", "weights", "int8"),
     "streams": Row("--streams 7", ENGINE, "max_running", 7),
     "guesses": Row("--guesses 7", ENGINE, "guesses", 7),
-    "draft": Row("--draft D", "keifu.generation.draft:Draft", "most", None),
+    "draft": Row("--draft D", "keifu.commands.shared.inputs:proposer", "draft", "D"),
     "prompt": Row("--prompt 7", "keifu.commands.bench:_check_room", "longest", 7 + 128 + 1),
     "tokens": Row("--tokens 7", "keifu.commands.bench:_check_room", "longest", 512 + 7 + 1),
     "threads": Row("--threads 1", "keifu.native.library:use_threads", "0", 1),
     "json": Row("--json", STDOUT, lambda text: text.startswith("{")),
-}, {"keifu.checkpoints:load_model": SimpleNamespace(config=SimpleNamespace(context_length=999)), ENGINE: None,
-    "keifu.generation.text.model:text_model": lambda model: model, "keifu.generation.text.model:device_of": "cpu",
+}, {"keifu.checkpoints:load_model": SimpleNamespace(config=SimpleNamespace(context_length=999)),
+    "keifu.commands.shared.inputs:load_writer": (SimpleNamespace(config=SimpleNamespace(context_length=999)), None),
+    ENGINE: SimpleNamespace(), "keifu.generation.text.model:text_model": lambda model: model,
+    "keifu.generation.text.model:device_of": "cpu",
     "keifu.commands.bench:_check_room": None, "keifu.commands.bench:_speeds": {"decode": 1},
     "keifu.commands.bench:_memory": {}, "keifu.commands.bench:_told": "told"})  # fmt: skip
 

@@ -1,11 +1,14 @@
 """A thousand requests of mixed lengths and settings: what each writes alone it writes among the others, to the bit."""
 
 import random
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+import torch
 from native_toys import toy
 
+from keifu.generation.draft import Draft
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.native.model import BLOCK_SIZE, NativeLM, pack
@@ -78,6 +81,21 @@ def test_guesses_change_no_bit(weights: str) -> None:
     assert write(engine, asked, None) == alone(packed, asked)
     assert engine.guessed > 0
     assert write(Engine(packed, None, packed.runner(20), guesses=None), asked, None) == alone(packed, asked)
+
+
+@pytest.mark.parametrize("drafted", WEIGHTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_packed_draft_changes_no_bit(weights: str, drafted: str) -> None:
+    """The draft has the same layers and other numbers, so that some of its guesses are right."""
+    model = toy("qwen2", 0.3)
+    other = deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.1 * parameter.std() * torch.randn_like(parameter)
+    packed, asked = pack(model, weights), requests(8)
+    engine = Engine(packed, None, packed.runner(40), step_tokens=200, guesses=Draft(pack(other, drafted), most=3))
+    assert write(engine, asked, random.Random(2)) == alone(packed, asked)
+    assert 0 < engine.accepted < engine.guessed
 
 
 def check(kind: str, weights: str, count: int) -> None:

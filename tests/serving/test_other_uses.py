@@ -21,6 +21,7 @@ from keifu import cli
 from keifu.commands import serve
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import embed
+from keifu.generation.draft import Draft
 from keifu.generation.text.translation import translate
 from keifu.models.hybrid import qwen3_next
 from keifu.serving.app import Access
@@ -240,6 +241,19 @@ def test_memory_is_bounded_by_letting_the_model_go_that_was_not_used_longest(fol
         assert sum(sizes[name] for name in served.models.workers) <= memory
     with pytest.raises(UserError, match="takes .* MiB, but --memory allows"):
         ServedModels(public_names(paths, {}), Limits(), Metrics(), 1000)
+
+
+def test_memory_holds_the_draft_too(folder: Path) -> None:
+    path = name_of(folder, "base")
+    draft = Draft(*keifu.load(path))
+    assert draft.nbytes == ServedModels({"base": path}, Limits(), Metrics()).descriptions["base"].size
+    both = 2 * draft.nbytes
+    with pytest.raises(UserError, match=r"takes .* MiB and the draft .* MiB, but --memory allows"):
+        ServedModels({"base": path}, Limits(guesses=draft), Metrics(), both - 1)
+    models = ServedModels({"base": path, "other": path}, Limits(guesses=draft), Metrics(), both)
+    models.worker("base")
+    models.worker("other")
+    assert {*models.workers} == {"other"}
 
 
 def test_guesses_that_a_model_or_a_draft_cannot_take_back_are_refused_before_the_start(

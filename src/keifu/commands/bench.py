@@ -46,7 +46,7 @@ def run(options: Options) -> None:
 
     notice(f"Loading {options.model} ...")
     from keifu.checkpoints import load_model
-    from keifu.generation.draft import Draft
+    from keifu.commands.shared.inputs import load_writer, proposer
     from keifu.generation.text.engine import Engine
     from keifu.generation.text.model import device_of, text_model
     from keifu.native.library import use_threads
@@ -54,7 +54,11 @@ def run(options: Options) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
         use_threads(options.threads)
-    model = load_model(options.model, weights=options.weights or "own")
+    tokenizer = None
+    if options.draft is None:
+        model = load_model(options.model, weights=options.weights or "own")
+    else:
+        model, tokenizer = load_writer(options.model, options.weights)
     context, longest = text_model(model).config.context_length, options.prompt + options.tokens + 1
     if longest > context:
         raise UserError(
@@ -62,10 +66,9 @@ def run(options: Options) -> None:
             f"{context}: ask for fewer."
         )
     step_tokens = max(512, 33 * options.streams)
-    guesses: Any = options.guesses
-    if options.draft is not None:
-        guesses = Draft(load_model(options.draft, weights=options.weights or "own"), most=options.guesses or None)
-    engine = Engine(model, None, max_running=options.streams, step_tokens=step_tokens, guesses=guesses)
+    guesses = proposer(options.draft, options.guesses or (0 if options.draft is None else None), options.weights)
+    engine = Engine(model, tokenizer, max_running=options.streams, step_tokens=step_tokens, guesses=guesses)
+    engine.tokenizer = None  # no token ends a text
     _check_room(engine, options.streams, longest)
     figures = asdict(options) | {"device": str(device_of(model)), "threads": torch.get_num_threads()}
     figures |= _speeds(engine, options)

@@ -50,7 +50,7 @@ class Options(flags.Packed):
     socket: Path | None = None
     """Path of a Unix socket to listen at, instead of a port."""
     memory: str | None = None
-    """Memory for the weights of all models, such as 4G: the model not used longest is unloaded."""
+    """Memory for the weights of all models and of a draft, such as 4G: the model not used longest is unloaded."""
     cache: str | None = None
     """Memory for the keys and values of each model, such as 1G. Unset: a quarter of the free memory."""
     slots: Count = 16

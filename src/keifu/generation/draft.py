@@ -15,6 +15,7 @@ from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.likelihood import STEP_TOKENS
 from keifu.generation.text.model import has_fixed_states, text_model
 from keifu.generation.text.runner import Span, runner_of
+from keifu.native.model import NativeLM
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class Draft:
     model: nn.Module
     tokenizer: Tokenizer | None = None
     most: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of its weights, which it has twice (for PyTorch and native code) unless they are packed."""
+        if isinstance(self.model, NativeLM):
+            return self.model.nbytes
+        return 2 * sum(parameter.nbytes for parameter in self.model.parameters())
 
     def check(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         """Refuse a draft with another vocabulary than the model's, or with states of fixed size (`UserError`)."""
@@ -62,26 +70,34 @@ class Drafter:
         self.vocab_size, self.runner = vocab_size, runner_of(draft.model.eval())
         self.blocks = BlockManager(self.runner.n_blocks, self.runner.block_size, sharing=False)
         self._read: dict[int, list[int]] = {}  # tokens whose keys and values are in the blocks, by sequence
+        self._sure: dict[int, int] = {}  # how many tokens were no guesses at the last call: they do not change
         self._tables: dict[int, list[int]] = {}
 
     def guess(self, wanted: Mapping[int, tuple[Sequence[int], int]]) -> dict[int, list[int]]:
         """Return the most likely next tokens of sequences, of which `wanted` has the tokens and the number to guess."""
         texts = {number: [*tokens] for number, (tokens, most) in wanted.items() if self._fits(number, tokens, most)}
+        for number, text in texts.items():
+            self._go_back(number, text)
         ends = {number: len(text) + wanted[number][1] for number, text in texts.items()}
         while spans := [self._span(number, text) for number, text in texts.items() if len(text) < ends[number]]:
             logits = self.runner.run(spans)[:, : self.vocab_size]
             guesses = iter(logits.argmax(-1).tolist())
             for span in spans:
-                self._read[span.sequence] = texts[span.sequence][: span.start + len(span.tokens)]
+                self._read[span.sequence][span.start :] = span.tokens
                 if span.wanted:
                     texts[span.sequence].append(next(guesses))
         return {number: text[len(wanted[number][0]) :] for number, text in texts.items()}
 
+    def _go_back(self, number: int, text: list[int]) -> None:
+        """Forget what was read from the first wrong guess on."""
+        read, sure = self._read.setdefault(number, []), self._sure.get(number, 0)
+        guesses = enumerate(zip(read[sure:], text[sure:], strict=False), sure)
+        del read[next((at for at, (old, new) in guesses if old != new), len(text)) :]
+        self._sure[number] = len(text)
+
     def _span(self, number: int, text: list[int]) -> Span:
-        """Return the next tokens that the draft reads of a text: it goes back to before the first wrong guess."""
-        read = self._read.get(number, [])
-        same = next((at for at, (old, new) in enumerate(zip(read, text, strict=False)) if old != new), len(read))
-        start = min(same, len(text) - 1)
+        """Return the next tokens that the draft reads of a text; of one that it has read, the last token again."""
+        start = min(len(self._read[number]), len(text) - 1)
         tokens = text[start : start + STEP_TOKENS]
         return Span(number, tokens, start, self._tables[number], int(start + len(tokens) == len(text)))
 
@@ -89,7 +105,8 @@ class Drafter:
         """Whether a sequence with its guesses fits the draft's vocabulary, context and memory, which is then taken."""
         total, table = len(tokens) + most, self._tables.get(number, [])
         lacking = -(-total // self.runner.block_size) - len(table)
-        unknown = max(tokens) >= self.runner.vocab_size  # equal tokenizers may have unequal numbers of embeddings
+        # equal tokenizers may have unequal numbers of embeddings
+        unknown = max(tokens[self._sure.get(number, 0) :], default=0) >= self.runner.vocab_size
         if unknown or total > self.runner.context_length or lacking > self.blocks.free:
             return False
         self._tables[number] = table + self.blocks.allocate(max(0, lacking), table[-1] if table else None)
@@ -99,4 +116,5 @@ class Drafter:
         """Free the memory of a sequence."""
         self.blocks.release(self._tables.pop(number, []))
         self._read.pop(number, None)
+        self._sure.pop(number, None)
         self.runner.forget(number)

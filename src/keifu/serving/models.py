@@ -17,7 +17,7 @@ from torch import nn
 from keifu.checkpoints.loading import load, load_model, planned
 from keifu.errors import UserError, unknown
 from keifu.evaluation.classification.classifiers import text_classifier
-from keifu.generation.draft import check_guesses
+from keifu.generation.draft import Draft, check_guesses
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.text.model import Encoder, TwoTowers, explain_not_causal, has_fixed_states, is_writer
 from keifu.generation.text.translation import is_translator
@@ -148,9 +148,10 @@ def _load_both(source: str) -> tuple[nn.Module, Any]:
 class ServedModels:
     """Models by id, loaded and unloaded as they are asked for.
 
-    sources: the path or name of each, by id. memory: bytes that the weights of all loaded models may take; None for no
-    bound; a model that alone is larger is a `UserError`. weights: f32, bf16, int8 or int4 packs models that write text,
-    and the decoders of those that translate, for native code. folder: where clients may load further models from.
+    sources: the path or name of each, by id. memory: bytes that the weights of all loaded models and of a draft may
+    take; None for no bound; a model that is larger than what a draft leaves is a `UserError`. weights: f32, bf16, int8
+    or int4 packs models that write text, and the decoders of those that translate, for native code. folder: where
+    clients may load further models from.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class ServedModels:
         weights: str | None = None, folder: Path | None = None,
     ):  # fmt: skip
         self.limits, self.metrics, self.memory, self.weights, self.folder = limits, metrics, memory, weights, folder
+        self._draft = limits.guesses.nbytes if isinstance(limits.guesses, Draft) else 0
         self.packed, self.descriptions = dict[str, str](), dict[str, Description]()
         self._sizes, self._other_names = dict[str, int](), dict[str, str]()
         self.began = int(time.time())
@@ -176,9 +178,10 @@ class ServedModels:
         if self.weights and writes:
             found = replace(found, size=found.size // 2)  # in memory once
             self._sizes[_whole(name)] = found.size
-        if self.memory is not None and found.size > self.memory:
+        if self.memory is not None and found.size + self._draft > self.memory:
+            draft = f" and the draft {self._draft / 2**20:,.0f} MiB" if self._draft else ""
             raise UserError(
-                f"{name} takes {found.size / 2**20:,.0f} MiB, but --memory allows {self.memory / 2**20:,.0f}: "
+                f"{name} takes {found.size / 2**20:,.0f} MiB{draft}, but --memory allows {self.memory / 2**20:,.0f}: "
                 "raise it, or choose a smaller model."
             )
         self.descriptions[name], self._sizes[name] = found, found.size
@@ -271,7 +274,7 @@ class ServedModels:
         """Unload models that nothing asks, those not used longest first, until the wanted bytes are free."""
         if self.memory is None:
             return
-        taken = sum(self._sizes[name] for name in self.workers)
+        taken = self._draft + sum(self._sizes[name] for name in self.workers)
         for name in sorted(self.workers, key=self._used.__getitem__):
             if taken + wanted <= self.memory:
                 return

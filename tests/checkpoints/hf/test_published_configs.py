@@ -324,3 +324,15 @@ def test_a_network_without_levels_is_one_sentence() -> None:
 def test_a_head_that_turns_in_part_is_refused_with_its_part() -> None:
     with pytest.raises(UserError, match="partial_rotary_factor 0.25 is not supported"):
         read_config({**PUBLISHED["llama-7b"], "partial_rotary_factor": 0.25}, "config.json")
+
+
+def test_two_scalings_that_differ_are_refused() -> None:
+    """transformers 5 takes the old spelling, if both are there, and other readers the new one."""
+    old, new = {"type": "yarn", "factor": 4.0}, {"rope_type": "default", "rope_theta": 1e4}
+    for scaling, parameters in ((old, new), (old, {"rope_type": "yarn", "factor": 2.0})):
+        json = {**PUBLISHED["llama-7b"], "rope_scaling": scaling, "rope_parameters": parameters}
+        with pytest.raises(UserError, match="rope_parameters and rope_scaling in config.json name two scalings"):
+            read_config(json, "config.json")
+    both = {"rope_scaling": old, "rope_parameters": {"rope_type": "yarn", "factor": 4, "rope_theta": 5e5}}
+    found = read_config({**PUBLISHED["llama-7b"], **both}, "config.json")[1]
+    assert found.rope_theta == 5e5 and found.rope_scaling.kind == "yarn"

@@ -15,7 +15,7 @@ from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.draft import Draft
+from keifu.generation.draft import Draft, Drafter
 from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.engine import FEW, RETRY, Engine, Guessing
 from keifu.generation.text.likelihood import LikelihoodReader
@@ -184,6 +184,27 @@ def test_a_draft_changes_no_text(model: nn.Module, tokenizer: Tokenizer, noise: 
     assert engine.drafter is not None and engine.guessed > 20
     assert engine.drafter.blocks.free == engine.drafter.runner.n_blocks
     assert (engine.accepted == engine.guessed) == (noise == 0.0)
+
+
+def test_a_draft_compares_its_own_guesses_alone(tokenizer: Tokenizer) -> None:
+    """Not the tokens that were sure at the last call, or a long text would cost the square of its length."""
+
+    class Token(int):
+        compared = 0
+
+        def __ne__(self, other: object) -> bool:
+            Token.compared += 1
+            return int(self) != other
+
+        __hash__ = int.__hash__
+
+    model = llama.build(llama.Config(**LLAMA)).eval()
+    drafter = Drafter(Draft(model, tokenizer), 261)
+    text = [Token(n % 200) for n in range(60)]
+    for length in range(40, 60):
+        guesses = drafter.guess({0: (text[:length], 3)})[0]
+        assert guesses == Drafter(Draft(model, tokenizer), 261).guess({0: (text[:length], 3)})[0]
+    assert 0 < Token.compared <= 4 * 20
 
 
 @pytest.mark.parametrize("model", ["grouped"], indirect=True)

@@ -122,6 +122,19 @@ def test_an_option_that_the_template_does_not_read_is_refused(thinker: Any, name
     assert found.status_code == 400 and f"has no option {name}" in found.json()["error"]["message"]
 
 
+def test_every_interface_switches_thoughts_by_the_template(thinker: Any) -> None:
+    name = next(iter(thinker.models.descriptions))
+    ask = {"model": name, "max_output_tokens": 12, "temperature": 0, "input": "Hi"}
+    kinds = [each.type for each in thinker.openai.responses.create(**ask, extra_body=OFF).output]
+    assert kinds == ["message"]
+    body = {"model": name, "messages": ASK["messages"], "max_tokens": 12, "temperature": 0}
+    for kind, block in (("enabled", "thinking"), ("adaptive", "thinking"), ("disabled", "text")):
+        asked = {**body, "thinking": {"type": kind, **({"budget_tokens": 1024} if kind == "enabled" else {})}}
+        found = httpx.post(f"{thinker.url}/v1/messages", json=asked)
+        assert [each["type"] for each in found.json()["content"]] == [block]
+        assert ("budget_tokens" in found.headers.get("x-keifu-ignored", "")) == (kind == "enabled")
+
+
 def test_thoughts_before_text_are_split_in_any_pieces() -> None:
     for step in (1, 3, 7):
         reply, text = Reply(), "<think>\nab\n</think>\n\nThe answer"

@@ -70,6 +70,8 @@ def test_anthropic_calls_and_their_results(served: Any) -> None:
         ({"max_tokens": 4, "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "type"),
         ({"max_tokens": 4, "messages": [{"role": "wizard", "content": "x"}]}, "wizard"),
         ({"max_tokens": 4, "tools": [{"nme": "x"}]}, "name"),
+        ({"max_tokens": 4, "thinking": {"type": "enabled", "budget_tokens": 9}}, "this model has no thoughts"),
+        ({"max_tokens": 4, "thinking": {"type": "on"}}, "thinking"),
         ({"max_tokens": 4, "tools": [{"name": "x"}], "tool_choice": {"type": "some"}}, "tool_choice"),
         ({"max_tokens": 4, "messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages"),
     ],

@@ -73,14 +73,9 @@ def print_completion(done: "Completion", sampling: "SamplingParams") -> None:
 
 
 def print_text(
-    model: Any,
-    tokenizer: Any,
-    prompt: "str | Sequence[int] | ImagePrompt",
-    sampling: "SamplingParams",
-    as_json: bool,
-    streamed: bool,
-    guesses: "int | Draft | None" = None,
-) -> str | None:
+    model: Any, tokenizer: Any, prompt: "str | Sequence[int] | ImagePrompt", sampling: "SamplingParams", as_json: bool,
+    streamed: bool, guesses: "int | Draft | None" = None,
+) -> str | None:  # fmt: skip
     """Print what the model writes after a prompt, piece by piece where `streamed`, or with all that is known as JSON;
     the reason for its end, as in `Piece`."""
     from keifu.generation.text.generate import generate_batch, stream

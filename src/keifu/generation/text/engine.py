@@ -72,14 +72,9 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Tokenizer | None,
-        runner: Runner | None = None,
-        max_running: int = 32,
-        step_tokens: int = 512,
-        guesses: int | Draft | None = 0,
-    ):
+        self, model: nn.Module, tokenizer: Tokenizer | None, runner: Runner | None = None, max_running: int = 32,
+        step_tokens: int = 512, guesses: int | Draft | None = 0,
+    ):  # fmt: skip
         reuse_freed()
         self.model, self.tokenizer = model, tokenizer
         self._modules = list(model.modules())

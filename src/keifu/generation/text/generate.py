@@ -57,12 +57,9 @@ class Completion:
 
 
 def stream(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompts: Prompts,
-    samplings: SamplingParams | Sequence[SamplingParams],
+    model: nn.Module, tokenizer: Tokenizer, prompts: Prompts, samplings: SamplingParams | Sequence[SamplingParams],
     guesses: int | Draft | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[Piece]:  # fmt: skip
     """Yield the pieces of all texts as they are written, a token of each text in turn.
 
     prompts: texts, or lists of token ids. samplings: one for all, or one for each. guesses: as for `Engine`.
@@ -92,14 +89,10 @@ def _pieces(engine: Engine) -> Iterator[Piece]:
 
 
 def generate_batch(
-    model: nn.Module,
-    tokenizer: Tokenizer | None,
-    prompts: Prompts,
-    samplings: SamplingParams | Sequence[SamplingParams],
-    batch_size: int = 32,
-    advance: Callable[[int], object] | None = None,
-    guesses: int | Draft | None = None,
-) -> list[Completion]:
+    model: nn.Module, tokenizer: Tokenizer | None, prompts: Prompts,
+    samplings: SamplingParams | Sequence[SamplingParams], batch_size: int = 32,
+    advance: Callable[[int], object] | None = None, guesses: int | Draft | None = None,
+) -> list[Completion]:  # fmt: skip
     """Generate the completion of every prompt, in their order; at most `batch_size` are written at a time.
 
     What prompts share at their beginning is computed once. tokenizer: None gives tokens without text. `advance` is
@@ -140,13 +133,9 @@ def generate(
     model: nn.Module, tokenizer: Tokenizer, prompt: list[str], *, raw: bool = False, **sampling: Unpack[GenerateOptions]
 ) -> list[str]: ...
 def generate(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompt: str | list[str],
-    *,
-    raw: bool = False,
+    model: nn.Module, tokenizer: Tokenizer, prompt: str | list[str], *, raw: bool = False,
     **sampling: Unpack[GenerateOptions],
-) -> str | list[str]:
+) -> str | list[str]:  # fmt: skip
     """Return the text that the model writes after the prompt (without the prompt), or after each of several.
 
     A model with a chat template answers the prompt as a message. With one seed for several prompts each gets the text

@@ -94,16 +94,10 @@ class Request:
     """
 
     def __init__(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        tokenizer: Tokenizer | None,
-        vocab_size: int,
-        context_length: int,
-        constraint: Constraint | None = None,
-        shown: Iterable[int] = (),
+        self, prompt: Sequence[int], sampling: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int,
+        context_length: int, constraint: Constraint | None = None, shown: Iterable[int] = (),
         images: InsertedImages | None = None,
-    ):
+    ):  # fmt: skip
         self.images = images
         self.index, self.prompt, self.sampling = 0, list(prompt), sampling.seeded()  # the engine gives it its number
         check_tokens([prompt], vocab_size)

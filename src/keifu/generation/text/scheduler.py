@@ -82,13 +82,9 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        blocks: BlockManager,
-        max_running: int,
-        step_tokens: int,
-        window: int | None = None,
+        self, blocks: BlockManager, max_running: int, step_tokens: int, window: int | None = None,
         contiguous: bool = False,
-    ):
+    ):  # fmt: skip
         self.window = window or 1 << 62
         self.contiguous = contiguous
         self.blocks, self.max_running, self.step_tokens = blocks, max_running, max(step_tokens, max_running)

@@ -109,14 +109,9 @@ class Answer:
 
 
 async def prepare(
-    models: ServedModels,
-    body: Sampling,
-    use: str,
-    prompts: Callable[[Description], Sequence[list[int] | ImagePrompt]],
-    prefix: str,
-    schema: dict[str, Any] | None = None,
-    tools: ToolUse | None = None,
-) -> Answer:
+    models: ServedModels, body: Sampling, use: str, prompts: Callable[[Description], Sequence[list[int] | ImagePrompt]],
+    prefix: str, schema: dict[str, Any] | None = None, tools: ToolUse | None = None,
+) -> Answer:  # fmt: skip
     """Return the answer to a body, checked and not begun.
 
     Prompts are read in threads of their own, in limited time. Large bodies and those with a schema have other threads

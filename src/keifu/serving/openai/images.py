@@ -160,14 +160,9 @@ async def _events(work: Callable[[Show], Any], kind: str) -> AsyncGenerator[dict
 
 
 def _draw_all(
-    model: nn.Module,
-    tokenizer: Any,
-    go_on: GoOn,
-    body: ImageGenerationRequest,
-    files: Files,
-    fingerprints: dict[str, str],
-    show: Show,
-) -> list[dict[str, Any]]:
+    model: nn.Module, tokenizer: Any, go_on: GoOn, body: ImageGenerationRequest, files: Files,
+    fingerprints: dict[str, str], show: Show,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Draw all pictures of a request.
 
     fingerprints: hashes of the models that have drawn; a missing one is computed. go_on: see `Worker.call`.

@@ -65,9 +65,9 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         def prompts(about: Description) -> list[list[int] | ImagePrompt]:
             check_count(len(messages), about)
             opened = open_images([*first, *messages], models.limits.pictures)
-            return [render(about.tokenizer, opened, tools.functions if tools else (), about.config)]
+            return [render(about.tokenizer, opened, tools.functions if tools else (), about.config, **options)]
 
-        tools = body.tool_use()
+        tools, options = body.tool_use(), body.chat_template_kwargs or {}
         answer = await prepare(models, body, "chat", prompts, "resp", body.schema, tools)
         turn = Turn(answer, body, messages, None if body.store is False else stored)
         if body.stream:

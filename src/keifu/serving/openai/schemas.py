@@ -24,6 +24,9 @@ HINTS: Neutral = {  # fields of OpenAI's for its own service
 }  # fmt: skip
 
 
+TemplateOptions = Annotated[dict[str, bool | int | float | str], Field(max_length=16)]
+
+
 class Texts(Body):
     """Body with one text for a model, or several."""
 
@@ -251,7 +254,7 @@ class ChatRequest(Sampling):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Field(max_length=16)] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     refused: ClassVar[Neutral] = {
         "audio": (), "function_call": ("auto", "none"), "functions": ([],), "lora": ([],), "modalities": (["text"],),
         "web_search_options": (),
@@ -378,6 +381,7 @@ class ResponseRequest(Sampling):
     tools: Annotated[list[FlatTool], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none", "required"] | FlatNamedTool | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     refused: ClassVar[Neutral] = {
         "background": (False,), "conversation": (), "lora": ([],), "max_tokens": (), "n": (1,), "prompt": (),
         "stream_options": (), "top_logprobs": (0,),

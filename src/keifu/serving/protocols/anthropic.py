@@ -3,12 +3,15 @@
 import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, suppress
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from keifu.data.chat.thoughts import OPEN
+from keifu.data.tokenizers.chat_template import template_variables
+from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.chat import begin_from
 from keifu.serving.openai.generation import Answer, finish_reason
@@ -28,6 +31,13 @@ class AnthropicMessage(Body):
     content: Blocks
 
 
+class Thinking(Body):
+    """Whether the model is to think before it answers; adaptive: as its chat template says."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    ignored: ClassVar[Neutral] = {"budget_tokens": (), "display": ()}
+
+
 class MessagesRequest(Body):
     """POST /v1/messages."""
 
@@ -42,9 +52,9 @@ class MessagesRequest(Body):
     top_p: float | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
+    thinking: Thinking | None = None
     ignored: ClassVar[Neutral] = {
-        "metadata": ({},), "service_tier": ("auto",), "thinking": ({"type": "disabled"},), "context_management": (),
-        "output_config": (),
+        "metadata": ({},), "service_tier": ("auto",), "context_management": (), "output_config": (),
     }  # fmt: skip
 
 
@@ -53,10 +63,22 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
     @app.post("/v1/messages", summary="Answer a conversation (Anthropic)", tags=["other clients"], responses=STREAM)
     async def messages(body: MessagesRequest, request: Request) -> Response:
-        answer = await begin_from(models, _fields(body), "msg")
+        answer = await begin_from(models, _fields(body) | {"chat_template_kwargs": _options(body, models)}, "msg")
         if body.stream:
             return EventStream(_events(answer), models.limits.timeout, named=True)
         return await whole(request, _message(answer))
+
+
+def _options(body: MessagesRequest, models: ServedModels) -> dict[str, Any] | None:
+    """Return variables for the chat template that turn thoughts on or off; refuse a model that never thinks."""
+    if body.thinking is None or body.thinking.type == "adaptive":
+        return None
+    wanted, template = body.thinking.type == "enabled", models.find(body.model, "chat").tokenizer.chat_template
+    if "enable_thinking" in template_variables(template):
+        return {"enable_thinking": wanted}
+    if wanted and OPEN not in template:
+        raise ApiError(400, "The chat template of this model has no thoughts: leave out thinking.", "thinking")
+    return None
 
 
 def _fields(body: MessagesRequest) -> dict[str, Any]:
