@@ -21,6 +21,7 @@ LANDMARKS = {  # code lines that each added, at most 450 (600 for a model that s
     "whisper, its command and service": 732,
     "training of whisper": 217,
     "llava": 600,
+    "smolvlm, its tiles and prompts": 210,
     "questions about pictures": 96,
     "GPU memory and budgets": 300,
     "search in the service": 70,

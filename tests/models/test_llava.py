@@ -1,4 +1,4 @@
-"""LLaVA outside of its own file: what counts it, adapts it, splits it, packs it, or refuses it by name."""
+"""LLaVA and SmolVLM outside of their own files: what counts, adapts, splits, packs or refuses them by name."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from keifu.errors import UserError
 from keifu.layers.lora import LoraSettings, adapters, merge
 from keifu.models import llama
 from keifu.models.clip import image as clip_image
-from keifu.models.hf.image_processor import Pixels
-from keifu.models.multimodal import llava, siglip
+from keifu.models.hf.image_processor import Pixels, Tiles
+from keifu.models.multimodal import llava, siglip, smolvlm
 from keifu.models.sizes import published_sizes
 from keifu.native.build import Unavailable
 from keifu.native.describe import describe
@@ -26,16 +26,19 @@ TOWERS: dict[str, Any] = {
     "clip": clip_image.Config(8, 4, 3, 12, 24, 2, 2, projected=False),
     "siglip": siglip.Config(8, 4, 3, 12, 24, 2, 2),
 }
+KINDS = [*TOWERS, "smolvlm"]
 TOKENS = torch.tensor([[1, 49, 49, 49, 49, 5, 6]])
 
 
 def toy(tower: str = "clip") -> llava.Llava:
     torch.manual_seed(0)
+    if tower == "smolvlm":
+        return smolvlm.build(smolvlm.Config(TEXT, siglip.Config(8, 2, 3, 12, 24, 2, 2), Tiles(16, 8), 49, 2)).eval()
     config = llava.Config(TEXT, TOWERS[tower], Pixels(8, 8), image_token=49, full=tower == "siglip")
     return llava.build(config).eval()
 
 
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("tower", KINDS)
 @torch.no_grad()
 def test_pictures_are_counted_and_adapted(tower: str) -> None:
     model, pixels = toy(tower), torch.randn(1, 3, 8, 8)
@@ -50,20 +53,22 @@ def test_pictures_are_counted_and_adapted(tower: str) -> None:
     torch.testing.assert_close(merge(model)(TOKENS, pixels=pixels), changed, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_not_supported_is_refused_by_name() -> None:
-    model = toy()
-    with pytest.raises(Unavailable, match="the model is a Llava, which native code does not have"):
+@pytest.mark.parametrize(("kind", "name"), [("clip", "Llava"), ("smolvlm", "SmolVLM")])
+def test_what_is_not_supported_is_refused_by_name(kind: str, name: str) -> None:
+    model = toy(kind)
+    with pytest.raises(Unavailable, match=f"the model is a {name}, which native code does not have"):
         describe(model)
     with pytest.raises(UserError, match="writes no GGUF"):
         architecture_for(model.config)
     for size in published_sizes():
-        if size.model == "multimodal.llava":
+        if size.model == f"multimodal.{name.lower()}":
             with pytest.raises(UserError, match="no plan can be made"):
                 architecture(size)
 
 
-def test_tensor_parallelism_splits_the_decoder_alone() -> None:
-    model = toy()
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensor_parallelism_splits_the_decoder_alone(kind: str) -> None:
+    model = toy(kind)
     assert stacks_of(model, {module: path for path, module in model.named_modules()}) == [[*model.blocks]]
 
 

@@ -17,7 +17,8 @@ from keifu.evaluation.images import questions as evaluation
 from keifu.evaluation.registry import EvalRequest
 from keifu.models import gpt2, llama
 from keifu.models.clip import image as clip_image
-from keifu.models.multimodal import llava
+from keifu.models.hf.image_processor import Tiles
+from keifu.models.multimodal import llava, siglip, smolvlm
 from keifu.recipes.assistant import see
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -73,6 +74,16 @@ def test_another_decoder_is_refused(tmp_path: Path) -> None:
     folder = coloured_shapes(tmp_path / "shapes", 4)
     with pytest.raises(UserError, match="is no model of LLaMA's type"):
         see.prepare(see.Recipe(decoder(tmp_path, gpt2), data=str(folder), image=TOWER))
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_model_that_cuts_tiles_is_refused(tmp_path: Path) -> None:
+    _, tokenizer = checkpoints.load(decoder(tmp_path, llama))
+    text = llama.Config(tokenizer.vocab_size, 96, 16, 32, 1, 2)
+    config = smolvlm.Config(text, siglip.Config(8, 2, 3, 12, 24, 2, 2), Tiles(16, 8), 9, 2)
+    checkpoints.save(smolvlm.build(config), tokenizer, tmp_path / "tiles")
+    with pytest.raises(UserError, match="cuts pictures into tiles"):
+        see.prepare(see.Recipe(str(tmp_path / "tiles"), data=str(coloured_shapes(tmp_path / "shapes", 4))))
 
 
 def test_what_may_show_both_words_is_left_out() -> None:

@@ -21,8 +21,8 @@ from keifu.errors import UserError
 from keifu.generation.images.prompts import ImagePrompt
 from keifu.models import llama
 from keifu.models.clip import image as clip_image
-from keifu.models.hf.image_processor import Pixels
-from keifu.models.multimodal import llava
+from keifu.models.hf.image_processor import Pixels, Tiles
+from keifu.models.multimodal import llava, siglip, smolvlm
 from keifu.serving.app import Access
 from keifu.serving.openai.tools import render
 from keifu.serving.worker import Limits
@@ -50,6 +50,12 @@ def seer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = llava.Config(text, image, Pixels(16, 16), tokenizer.token_id("<image>"), (-1,), full=True)
     folder = tmp_path_factory.mktemp("seeing") / "seer"
     keifu.save(sharp(llava.build(config)), tokenizer, folder)
+    tiles = smolvlm.Config(
+        llama.Config(tokenizer.vocab_size, 800, 24, 40, 2, 4, 2), siglip.Config(16, 4, 3, 16, 32, 2, 2), Tiles(32, 16),
+        tokenizer.token_id("<image>"), 2,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    keifu.save(sharp(smolvlm.build(tiles)), tokenizer, folder.parent / "tiler")
     (folder.parent / "shown").mkdir()
     (folder.parent / "shown/one.png").write_bytes(png(1))
     (folder.parent / "secret.png").write_bytes(png(1))
@@ -59,7 +65,7 @@ def seer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def seeing(seer: Path, chat: str) -> Iterator[Served]:
     limits = Limits(pictures=seer.parent / "shown")
-    with running([str(seer), chat], limits, Access()) as found:
+    with running([str(seer), str(seer.parent / "tiler"), chat], limits, Access()) as found:
         yield found
 
 
@@ -93,6 +99,16 @@ def test_openai_s_client_sends_pictures(seeing: Served, seer: Path, tmp_path: Pa
     assert first.usage is not None and first.usage.input_tokens > 17
     again = client.responses.create(input="And?", previous_response_id=first.id, **settings)
     assert again.usage is not None and again.usage.input_tokens > first.usage.input_tokens
+
+
+def test_a_picture_is_cut_into_tiles(seeing: Served, seer: Path, tmp_path: Path) -> None:
+    client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="none", max_retries=0, timeout=120)
+    model, tokenizer = keifu.load(seer.parent / "tiler")
+    (tmp_path / "x.png").write_bytes(png(1))
+    asked: Any = {"images": [tmp_path / "x.png"], "temperature": 0.0, "max_tokens": 8}
+    assert answer(client, url(png(1)), model="tiler") == keifu.generate(model, tokenizer, "What?", **asked)
+    with pytest.raises(openai.BadRequestError, match="but this model's context is 800: give less"):
+        answer(client, *[url(png(1))] * 9, model="tiler")
 
 
 def bomb() -> bytes:

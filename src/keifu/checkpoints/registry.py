@@ -112,6 +112,7 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
     "mixture.deepseek_v3": ("deepseek_v3", "keifu_deepseek_v3"),
     "mixture.gpt_oss": ("gpt_oss", "keifu_gpt_oss"),
     "multimodal.llava": ("llava", "keifu_llava"),
+    "multimodal.smolvlm": ("idefics3", "smolvlm", "keifu_smolvlm"),
     "hybrid.qwen3_next": ("qwen3_next", "keifu_qwen3_next"),
     "hybrid.qwen3_5": ("qwen3_5_text", "qwen3_5_moe_text", "keifu_qwen3_5"),
     "transformer": ("marian", "keifu_transformer"),

@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 
 import keifu
-from keifu.data.images.preprocessing import Preprocessing
 from keifu.data.tokenizers.chat_template import CHATML, PICTURES, PLAIN
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.images.prompts import ImagePrompt, InsertedImages, render
+from keifu.generation.images.prompts import ImagePrompt, InsertedImages, preprocessing, render
 from keifu.generation.text.chat import Conversation
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.generate import generate_batch
@@ -24,8 +23,8 @@ from keifu.generation.text.runner import TorchRunner
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.models import llama
 from keifu.models.clip import image as clip_image
-from keifu.models.hf.image_processor import Pixels
-from keifu.models.multimodal import llava
+from keifu.models.hf.image_processor import Pixels, Tiles
+from keifu.models.multimodal import llava, siglip, smolvlm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, seed=0)
 MARKED = ["<|im_start|>", "<|im_end|>", "<image>"]
@@ -46,9 +45,23 @@ def seer(reader: Tokenizer) -> llava.Llava:
     model = llava.build(
         llava.Config(text, image, Pixels(16, 16), reader.token_id("<image>"), feature_layers=(-1,), full=True)
     )
+    return sharp(model)
+
+
+def sharp(model: llava.Llava) -> llava.Llava:
     for parameter in model.parameters():
         parameter.data.mul_(8 if parameter.ndim > 1 else 1)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tiler(reader: Tokenizer) -> smolvlm.SmolVLM:
+    """A toy that sees a picture as several tiles."""
+    torch.manual_seed(5)
+    text = llama.Config(reader.vocab_size, 800, 24, 40, 2, 4, 2)
+    config = smolvlm.Config(text, siglip.Config(16, 4, 3, 16, 32, 2, 2), Tiles(32, 16), reader.token_id("<image>"), 2)
+    sharp(model := smolvlm.build(config))
+    return model
 
 
 def picture(seed: int, width: int = 23, height: int = 16) -> Image.Image:
@@ -67,7 +80,8 @@ def asked(reader: Tokenizer, model: Any, text: str, *seeds: int) -> ImagePrompt:
 def whole(model: llava.Llava, prompt: ImagePrompt, count: int = 8) -> list[int]:
     """Return greedy tokens, each by a pass over the whole sequence."""
     made = InsertedImages(prompt, model.config)
-    pixels = Preprocessing(**vars(model.config.pixels))(prompt.images) if prompt.images else None
+    ready = preprocessing(model.config)
+    pixels = ready.normalised(torch.cat([ready.tiles(image) for image in prompt.images])) if prompt.images else None
     tokens = torch.tensor([made.tokens])
     for _ in range(count):
         logits = model(tokens[:, : len(made.tokens)], pixels=pixels) if tokens.shape[1] == len(made.tokens) else None
@@ -100,6 +114,20 @@ def test_the_engine_writes_what_the_whole_sequence_gives(reader, seer) -> None:
     assert tokens_of(seer, prompts, step_tokens=7, max_running=3) == expected  # chunks end within a picture
     small = TorchRunner(seer, 11, 8)  # preemption: the blocks of all do not fit
     assert tokens_of(seer, prompts, runner=small, max_running=3) == expected
+
+
+def test_tiles_are_written_into_the_prompt(reader, tiler) -> None:
+    prompts = [asked(reader, tiler, "What?", seed) for seed in (1, 2)]
+    marks = [reader.decode([token], skip_special=False) for token in prompts[0].tokens]
+    assert marks.count("<image>") == 5
+    text = "".join(marks)
+    assert all(name in text for name in ("<row_1_col_1><image>", "<row_2_col_2><image>\n\n", "<global-img><image>"))
+    expected = [whole(tiler, prompt) for prompt in prompts]
+    assert expected[0] != expected[1]
+    assert tokens_of(tiler, prompts, step_tokens=50, max_running=2) == expected
+    with pytest.raises(UserError, match=r"The prompt has .* tokens, but this model's context is 800: give less"):
+        asked_for = asked(reader, tiler, "What?", *range(9))
+        InsertedImages(asked_for, tiler.config)
 
 
 def test_pictures_share_blocks_by_their_content(reader, seer) -> None:

@@ -1,7 +1,8 @@
 """Image preprocessing of published networks, bit for bit: resize, centre crop, normalise.
 
-The same numbers as transformers' CLIPImageProcessor with Pillow: resizing is Pillow's, to whole bytes; a byte becomes
-byte · (1/255) in float64, is rounded to float32, loses the mean and is divided by the deviation. OpenAI's own code
+The same numbers as transformers' CLIPImageProcessor and Idefics3ImageProcessor with Pillow: resizing is Pillow's, to
+whole bytes; a byte becomes byte · (1/255) in float64, is rounded to float32, loses the mean and is divided by the
+deviation. OpenAI's own code
 divides by 255 in float32 and rounds halves otherwise when it crops: that can differ in the last bit, or by one pixel.
 
 Axes: picture, channels, rows, columns.
@@ -24,21 +25,41 @@ LARGEST_RATIO = 200  # of the sides of a picture
 FILTERS = {each.name.lower(): each for each in Image.Resampling}
 
 
-@dataclass(frozen=True)
-class Preprocessing:
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """Bytes as numbers: `mean` and `std` have a number for each channel, of which there are 3 (red, green, blue) or 1
+    (grey)."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normalised(
+        self, pixels: UInt8[Tensor, "picture channels rows columns"]
+    ) -> Float32[Tensor, "picture channels rows columns"]:
+        """Bytes as numbers, on the bytes' device."""
+        table, values = self._table.to(pixels.device), pixels.int()
+        return torch.stack([table[channel][values[:, channel]] for channel in range(len(table))], 1)
+
+    @cached_property
+    def _table(self) -> Float32[Tensor, "channels bytes"]:
+        """The number of each byte in each channel."""
+        values = (np.arange(256, dtype=np.float64) * 0.00392156862745098).astype(np.float32)
+        mean, std = (np.array(each, np.float32)[:, None] for each in (self.mean, self.std))
+        return torch.from_numpy((values - mean) / std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing(Normalisation):
     """Resizing, cropping and normalisation of pictures.
 
     The shorter side becomes `size` pixels by the filter `resample` (with `squash`, both sides do); the middle of
-    it, `crop` x `crop`, is kept, with black outside the picture; `mean` and `std` have a number for each channel, of
-    which there are 3 (red, green, blue) or 1 (grey).
+    it, `crop` x `crop`, is kept, with black outside the picture.
     """
 
     size: int
     crop: int
     resample: str
     squash: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
     def cut(self, image: Image.Image) -> UInt8[Tensor, "channels crop crop"]:
         """One picture as bytes. Transparency and 16 bits were handled by `keifu.data.images.io` before.
@@ -55,12 +76,9 @@ class Preprocessing:
         pixels = np.array(image.crop((left, top, left + self.crop, top + self.crop)))
         return torch.from_numpy(pixels.reshape(self.crop, self.crop, -1).transpose(2, 0, 1).copy())
 
-    def normalised(
-        self, pixels: UInt8[Tensor, "picture channels rows columns"]
-    ) -> Float32[Tensor, "picture channels rows columns"]:
-        """Bytes as numbers, on the bytes' device."""
-        table, values = self._table.to(pixels.device), pixels.int()
-        return torch.stack([table[channel][values[:, channel]] for channel in range(len(table))], 1)
+    def tiles(self, image: Image.Image) -> UInt8[Tensor, "1 channels crop crop"]:
+        """One picture as bytes, the only one of its tiles."""
+        return self.cut(image)[None]
 
     def __call__(self, images: Sequence[Image.Image]) -> Float32[Tensor, "picture channels crop crop"]:
         """Several pictures, read in parallel."""
@@ -75,9 +93,52 @@ class Preprocessing:
         longer = self.size if self.squash else int(self.size * long / short)
         return (self.size, longer) if width <= height else (longer, self.size)
 
-    @cached_property
-    def _table(self) -> Float32[Tensor, "channels bytes"]:
-        """The number of each byte in each channel."""
-        values = (np.arange(256, dtype=np.float64) * 0.00392156862745098).astype(np.float32)
-        mean, std = (np.array(each, np.float32)[:, None] for each in (self.mean, self.std))
-        return torch.from_numpy((values - mean) / std)
+
+@dataclass(frozen=True, kw_only=True)
+class TiledPreprocessing(Normalisation):
+    """Cutting of pictures into tiles (Idefics3; Laurençon et al., 2024), and their normalisation.
+
+    The longer side becomes `longest` pixels by the filter `resample`, then both sides become multiples of `tile`. A
+    picture of several tiles has itself, `tile` x `tile`, as its last one. Without `split`, that is the only one.
+    """
+
+    longest: int
+    tile: int
+    split: bool
+    resample: str
+
+    def grid(self, image: Image.Image) -> tuple[int, int]:
+        """Return how many rows and columns of tiles come before the whole picture: none of either if it is alone."""
+        width, height = self._sizes(image)[1]
+        return (0, 0) if width == height == self.tile else (height // self.tile, width // self.tile)
+
+    def tiles(self, image: Image.Image) -> UInt8[Tensor, "tiles channels tile tile"]:
+        """One picture as bytes, row by row of its tiles. Transparency and 16 bits were handled by
+        `keifu.data.images.io` before."""
+        (rows, columns), made = self.grid(image), image.convert("RGB")
+        for size in self._sizes(image):
+            made = made.resize(size, FILTERS[self.resample])
+        whole = torch.from_numpy(np.array(made.resize((self.tile, self.tile), FILTERS[self.resample]))).permute(2, 0, 1)
+        if not rows:
+            return whole[None]
+        pixels = torch.from_numpy(np.array(made)).unflatten(0, (rows, self.tile)).unflatten(2, (columns, self.tile))
+        return torch.cat([pixels.permute(0, 2, 4, 1, 3).flatten(0, 1), whole[None]])
+
+    def _sizes(self, image: Image.Image) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return width and height after the two steps of resizing. The shorter side is even after the first."""
+        short = _follow(self.longest, *image.size)
+        short = max(1, short + short % 2)
+        first = (self.longest, short) if image.width >= image.height else (short, self.longest)
+        if not self.split:
+            return first, (self.tile, self.tile)
+        long = self._multiple(max(first))
+        short = self._multiple(max(1, _follow(long, *first)))
+        return first, (long, short) if first[0] >= first[1] else (short, long)
+
+    def _multiple(self, pixels: int) -> int:
+        return -(-pixels // self.tile) * self.tile
+
+
+def _follow(long: int, width: int, height: int) -> int:
+    """Return the shorter side of a picture whose longer one becomes `long`, rounded down."""
+    return int(long / (width / height)) if width >= height else int(long * (width / height))

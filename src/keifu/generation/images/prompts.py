@@ -6,7 +6,7 @@ runner puts there. Blocks of keys and values are known by the picture's content,
 Axes: images, channels, rows and columns of pixels; patches = tokens of a picture, dim.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import count
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from keifu.data.images.preprocessing import Preprocessing
+from keifu.data.images.preprocessing import Preprocessing, TiledPreprocessing
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
@@ -26,7 +26,8 @@ Messages = Sequence[Mapping[str, Any]]
 
 @runtime_checkable
 class SeeingModel(Protocol):
-    """Interface of a language model that sees. Its `config` has `pixels`, `image_token` and `image_tokens`."""
+    """Interface of a language model that sees. Its `config` has `pixels`, `image_token` and `image_tokens`; with tiles
+    `picture_text(rows, columns)` too."""
 
     config: Any
 
@@ -34,7 +35,7 @@ class SeeingModel(Protocol):
 
 
 class ImagePrompt(NamedTuple):
-    """Ids of a prompt, with one token for each of its pictures."""
+    """Ids of a prompt, with one token for each tile of its pictures."""
 
     tokens: Sequence[int]
     images: Sequence[Image.Image]
@@ -55,7 +56,26 @@ def render(tokenizer: Tokenizer, messages: Messages, config: Any, **variables: A
         if images:
             raise UserError("This model reads text alone, and sees no pictures: choose one that sees, such as a LLaVA.")
         return tokenizer.render_chat(messages, **variables)
-    return ImagePrompt(tokenizer.render_chat([in_parts(each) for each in messages], **variables), images)
+    tokens = tokenizer.render_chat([in_parts(each) for each in messages], **variables)
+    ready = preprocessing(config)
+    if isinstance(ready, TiledPreprocessing):
+        rest = iter(images[:MOST_IMAGES])
+        tokens = [id for token in tokens for id in _in_tiles(token, rest, tokenizer, config, ready)]
+    return ImagePrompt(tokens, images)
+
+
+def preprocessing(config: Any) -> Preprocessing | TiledPreprocessing:
+    """Return the preprocessing of pictures for models of this Config."""
+    fields = vars(config.pixels)
+    return TiledPreprocessing(**fields) if "tile" in fields else Preprocessing(**fields)
+
+
+def _in_tiles(
+    token: int, images: Iterator[Image.Image], tokenizer: Tokenizer, config: Any, ready: TiledPreprocessing
+) -> list[int]:
+    """Return a token of a prompt; instead of a picture's, the tokens around its tiles and one for each."""
+    image = next(images, None) if token == config.image_token else None
+    return [token] if image is None else tokenizer.encode(config.picture_text(*ready.grid(image)), allow_special=True)
 
 
 def in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,12 +93,19 @@ class InsertedImages:
 
     def __init__(self, prompt: ImagePrompt, config: Any):
         marks = sum(token == config.image_token for token in prompt.tokens)
-        if marks != len(prompt.images):
-            raise UserError(f"The prompt has places for {marks} pictures, and {len(prompt.images)} were given.")
-        if marks > MOST_IMAGES:
-            raise UserError(f"{marks} pictures were given, and a prompt takes at most {MOST_IMAGES}: give fewer.")
-        self._preprocessing = Preprocessing(**vars(config.pixels))
-        self._pixels = [self._preprocessing.cut(image) for image in prompt.images]
+        if len(prompt.images) > MOST_IMAGES:
+            raise UserError(
+                f"{len(prompt.images)} pictures were given, and a prompt takes at most {MOST_IMAGES}: give fewer."
+            )
+        length = len(prompt.tokens) + marks * (config.image_tokens - 1)
+        if length > config.context_length:  # before the pictures take memory
+            raise UserError(
+                f"The prompt has {length} tokens, but this model's context is {config.context_length}: give less."
+            )
+        self._preprocessing = preprocessing(config)
+        self._pixels = [tile for image in prompt.images for tile in self._preprocessing.tiles(image)]
+        if marks != len(self._pixels):
+            raise UserError(f"The prompt has places for {marks} pictures, and {len(self._pixels)} were given.")
         self._embeddings: Tensor | None = None
         self.tokens, self._identity, number = list[int](), list[int](), count()
         for token in prompt.tokens:

@@ -6,7 +6,9 @@ from typing import Any
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers, from 0
 SCALE = 0.00392156862745098  # 1 / 255
-FIXED = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "rescale_factor": SCALE}
+SCALED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": SCALE}
+FIXED = {**SCALED, "do_center_crop": True}
+LONGEST = 4096  # side of a picture that is cut into tiles
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,62 @@ class Pixels:
     std: tuple[float, ...] = STD
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """The longer side is resized to `longest` pixels by the filter `resample`, then both sides to multiples of `tile`,
+    and the picture is cut into tiles; the whole picture, `tile` x `tile`, follows them. Without `split` it is alone.
+
+    The defaults are SmolVLM-256M's.
+    """
+
+    longest: int = 2048
+    tile: int = 512
+    split: bool = True
+    resample: str = "lanczos"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
+def read_tiles(json: dict[str, Any] | None, tile: int) -> Tiles:
+    """Return the content of Idefics3's preprocessor_config.json; without one, four tiles of this size a side."""
+    if json is None:
+        return Tiles(4 * tile, tile)
+    _check(json, SCALED)
+    longest, side = json.get("size"), json.get("max_image_size")
+    resample = json.get("resample", FILTERS.index(Tiles.resample))
+    if side != {"longest_edge": tile}:
+        raise ValueError(f"its preprocessor_config has the max_image_size {side!r}, and a tile has {tile} pixels.")
+    if not isinstance(longest, dict) or [*longest] != ["longest_edge"] or not 0 < longest["longest_edge"] <= LONGEST:
+        raise ValueError(f"its preprocessor_config has the size {longest!r}: a longest_edge of 1 to {LONGEST} is read.")
+    if resample not in range(len(FILTERS)):
+        raise ValueError(f"its preprocessor_config has the filter {resample!r}: not implemented.")
+    split, mean, std = json.get("do_image_splitting", True), json.get("image_mean"), json.get("image_std")
+    normal = tuple(mean or Tiles.mean), tuple(std or Tiles.std)
+    return Tiles(longest["longest_edge"], tile, bool(split), FILTERS[resample], *normal)
+
+
+def write_tiles(tiles: Tiles) -> dict[str, Any]:
+    """Return the preprocessor_config.json that transformers reads."""
+    return {
+        "image_processor_type": "Idefics3ImageProcessor",
+        "processor_class": "Idefics3Processor",
+        **SCALED,
+        "do_convert_rgb": True,
+        "do_pad": True,
+        "do_image_splitting": tiles.split,
+        "size": {"longest_edge": tiles.longest},
+        "max_image_size": {"longest_edge": tiles.tile},
+        "resample": FILTERS.index(tiles.resample),
+        "image_mean": list(tiles.mean),
+        "image_std": list(tiles.std),
+    }
+
+
 def read_pixels(json: dict[str, Any] | None, image_size: int) -> Pixels:
     """Return the content of a preprocessor_config.json; without one, the published defaults for images of `image_size`.
     """
     json = json or {}
-    for name, fine in FIXED.items():
-        if json.get(name, fine) not in (None, fine):
-            raise ValueError(f"its preprocessor_config sets {name} to {json[name]!r}, and keifu implements {fine!r}.")
+    _check(json, FIXED)
     size, resample = json.get("size", image_size), json.get("resample", 3)
     sides = size if isinstance(size, dict) else {"shortest_edge": size}
     squash = "shortest_edge" not in sides
@@ -40,6 +91,12 @@ def read_pixels(json: dict[str, Any] | None, image_size: int) -> Pixels:
         raise ValueError(f"its preprocessor_config has the size {size!r} and the filter {resample!r}: not implemented.")
     mean, std = tuple(json.get("image_mean", MEAN)), tuple(json.get("image_std", STD))
     return Pixels(edge, _side(json.get("crop_size", image_size)), FILTERS[resample], squash, mean, std)
+
+
+def _check(json: dict[str, Any], fixed: dict[str, Any]) -> None:
+    for name, fine in fixed.items():
+        if json.get(name, fine) not in (None, fine):
+            raise ValueError(f"its preprocessor_config sets {name} to {json[name]!r}, and keifu implements {fine!r}.")
 
 
 def _side(size: Any) -> int:

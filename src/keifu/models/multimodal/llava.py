@@ -91,7 +91,7 @@ class Projector(nn.Module):
 class Llava(DecoderLM):
     """A decoder with an image tower and a projector."""
 
-    def __init__(self, config: Config, decoder: DecoderLM, tower: Any, projector: Projector):
+    def __init__(self, config: Any, decoder: DecoderLM, tower: Any, projector: nn.Module):
         super().__init__(
             decoder.embedding, list(decoder.blocks), decoder.norm, decoder.positions, decoder.head,
             config.text.dropout, config,

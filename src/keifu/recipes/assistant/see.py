@@ -17,13 +17,13 @@ import tokenizers
 import torch
 
 from keifu import checkpoints
-from keifu.data.images.preprocessing import Preprocessing
+from keifu.data.images.preprocessing import Preprocessing, TiledPreprocessing
 from keifu.data.images.questions import QuestionBatches, read_questions
 from keifu.data.tokenizers.chat_template import PICTURES
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, shell
-from keifu.generation.images.prompts import in_parts, sees
+from keifu.generation.images.prompts import in_parts, preprocessing, sees
 from keifu.layers.lora import merge
 from keifu.models import llama, task_head
 from keifu.models.clip import image as clip_image
@@ -68,6 +68,8 @@ def prepare(recipe: Recipe) -> FinetuneTask:
     found = read_questions(recipe.data)
     decoder, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     if sees(decoder.config):
+        if isinstance(preprocessing(decoder.config), TiledPreprocessing):
+            raise UserError(f"{recipe.model} cuts pictures into tiles, and this recipe trains without: choose a LLaVA.")
         model: Any = finetuning.to_train(decoder, recipe.lora, recipe.seed)
     else:
         model, tokenizer = start(recipe, decoder, tokenizer)
