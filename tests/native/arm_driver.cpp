@@ -122,7 +122,7 @@ static void run(const char *name, int format, const Kind *kind, int dim, int hea
 
 int main() {
     keifu_use_threads(1);
-    for (int set = KEIFU_PORTABLE; set <= KEIFU_NEON_DOTPROD; set++) {
+    for (int set = KEIFU_PORTABLE; set <= KEIFU_NEON_BF16; set++) {
         if (!keifu_has_instructions(set) || keifu_use_instructions(set)) continue;
         run("bf16", KEIFU_BF16, nullptr, 72, 20, 90);
         run("f32", KEIFU_F32, nullptr, 72, 20, 90);

@@ -1,25 +1,29 @@
-"""NEON gives the bits of AVX2, with and without dot products, in each weight format: on an emulated arm64 machine.
+"""NEON gives the bits of AVX2, with each of its instruction sets, in each weight format: on an emulated arm64 machine.
 
 The library is compiled by Debian's aarch64 compiler, and runs in qemu-user. Speed is not measured.
 """
 
 import shutil
 import subprocess
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from keifu.native import compiler
+from keifu.native.library import INSTRUCTIONS
 
 DRIVER = Path(__file__).parent / "arm_driver.cpp"
 FORMATS = 10  # that the driver runs
-PORTABLE, AVX2, DOTPROD = 0, 1, 6
+CPUS = {  # of the emulator, and the instruction sets that are chosen from on each
+    "max": ["portable", "neon_dotprod", "neon_i8mm", "neon_bf16"],
+    "neoverse-n1": ["portable", "neon_dotprod"],
+    "cortex-a57": ["portable"],
+}
 
 
-def run(cross: str, machine: str, emulator: Sequence[str], folder: Path) -> dict[int, dict[str, str]]:
-    """Return the hash of the logits of each instruction set and weight format."""
+def build(cross: str, machine: str, folder: Path) -> Path:
+    """Return the driver, compiled with the library."""
     folder.mkdir()
     flags = [*compiler.FLAGS, f"-I{compiler.SOURCE}"]
 
@@ -33,11 +37,16 @@ def run(cross: str, machine: str, emulator: Sequence[str], folder: Path) -> dict
         objects = list(pool.map(compile_one, [*compiler.SOURCE.glob("*.cpp"), DRIVER]))
     program = folder / "driver"
     subprocess.run([cross, "-static", "-pthread", "-o", str(program), *objects], check=True)
-    printed = subprocess.run([*emulator, str(program)], check=True, capture_output=True, text=True).stdout
-    results: dict[int, dict[str, str]] = {}
+    return program
+
+
+def run(*command: str | Path) -> dict[str, dict[str, str]]:
+    """Return the hash of the logits of each instruction set and weight format."""
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    results: dict[str, dict[str, str]] = {}
     for line in printed.splitlines():
         instructions, name, bits, _ = line.split()
-        results.setdefault(int(instructions), {})[name] = bits
+        results.setdefault(INSTRUCTIONS[int(instructions)], {})[name] = bits
     return results
 
 
@@ -46,11 +55,13 @@ def run(cross: str, machine: str, emulator: Sequence[str], folder: Path) -> dict
 @pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="there is no compiler for arm64")
 @pytest.mark.skipif(not shutil.which("qemu-aarch64"), reason="there is no qemu-user")
 def test_neon_gives_the_bits_of_avx2(tmp_path: Path) -> None:
-    here = run("g++", "x86_64", (), tmp_path / "x86")
-    if AVX2 not in here:
+    here = run(build("g++", "x86_64", tmp_path / "x86"))
+    if "avx2" not in here:
         pytest.skip("this machine has no AVX2")
-    arm = run("aarch64-linux-gnu-g++", "aarch64", ("qemu-aarch64", "-cpu", "max"), tmp_path / "arm")
-    assert arm.keys() == {PORTABLE, DOTPROD}
-    assert len(here[AVX2]) == FORMATS and len(set(here[AVX2].values())) == FORMATS
-    assert arm[PORTABLE] == here[AVX2]
-    assert arm[DOTPROD] == here[AVX2]
+    assert len(here["avx2"]) == FORMATS and len(set(here["avx2"].values())) == FORMATS
+    program = build("aarch64-linux-gnu-g++", "aarch64", tmp_path / "arm")
+    for cpu, instructions in CPUS.items():
+        arm = run("qemu-aarch64", "-cpu", cpu, program)
+        assert [*arm] == instructions, cpu
+        for name in instructions:
+            assert arm[name] == here["avx2"], f"{cpu}: {name}"

@@ -12,7 +12,9 @@ from keifu.errors import UserError, unknown
 from keifu.native.build import Unavailable, build, prebuilt
 
 VARIABLE = "KEIFU_NATIVE"
-INSTRUCTIONS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon_dotprod")
+INSTRUCTIONS = (
+    "portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon_dotprod", "neon_i8mm", "neon_bf16",
+)  # fmt: skip
 BF16, INT8, INT4, INT4_MIN, INT4_SUPER, INT6_SUPER, INT8_64, INT4_64, F32 = range(9)
 
 
@@ -83,13 +85,9 @@ class Batch(Structure):
 
 _RESULTS = {"last_error": c_char_p, "packed_size": c_int64, "cache_bytes": c_int64, "create": c_void_p}
 _ARGUMENTS = {
-    "last_error": (),
-    "best_instructions": (),
+    **dict.fromkeys(("last_error", "best_instructions", "instructions", "available_threads", "threads"), ()),
     "has_instructions": (c_int32,),
-    "instructions": (),
     "use_instructions": (c_int32,),
-    "available_threads": (),
-    "threads": (),
     "use_threads": (c_int32,),
     "packed_size": (c_int32, c_int64, c_int64),
     "pack": (c_int32, c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p),

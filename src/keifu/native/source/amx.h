@@ -140,7 +140,7 @@ INLINE void add_unit(const uint8_t *tile, int64_t unit, const CodeGroup *about, 
     if (L.halves && unit % 2) scales.scale = scales.second;
     UNROLL for (int r = 0; r < R; r++) {
         if (r % EACH == 0 && r / EACH < LINES) ahead.fetch(unit * BYTES + r / EACH * 128);
-        total[r] = add_sums<FORMAT>(total[r], load_ints(sums + r * TILE), scales, about + r);
+        total[r] = add_sums<FORMAT>(total[r], load_ints(sums + r * TILE), scales, OneRow{about + r});
     }
     if (LINES > 8) ahead.fetch(unit * BYTES + 8 * 128);
 }

@@ -58,24 +58,38 @@ bool has(int which) {
     }
 }
 #else
-bool has_dot_products() {
 #if defined(__aarch64__) && defined(__linux__)
-    return getauxval(AT_HWCAP) >> 20 & 1;
+bool dot_products() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool int8_matrices() { return getauxval(AT_HWCAP2) >> 13 & 1; }
+bool bfloat16() { return getauxval(AT_HWCAP2) >> 14 & 1; }
 #elif defined(__aarch64__) && defined(__APPLE__)
+bool feature(const char *name) {
     int found = 0;
     size_t size = sizeof found;
-    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 && found;
-#else
-    return false;
-#endif
+    return sysctlbyname(name, &found, &size, nullptr, 0) == 0 && found;
 }
+bool dot_products() { return feature("hw.optional.arm.FEAT_DotProd"); }
+bool int8_matrices() { return feature("hw.optional.arm.FEAT_I8MM"); }
+bool bfloat16() { return feature("hw.optional.arm.FEAT_BF16"); }
+#else
+bool dot_products() { return false; }
+bool int8_matrices() { return false; }
+bool bfloat16() { return false; }
+#endif
 
-bool has(int which) { return which == KEIFU_PORTABLE || (which == KEIFU_NEON_DOTPROD && has_dot_products()); }
+bool has(int which) {
+    switch (which) {
+    case KEIFU_NEON_BF16: return has(KEIFU_NEON_I8MM) && bfloat16();
+    case KEIFU_NEON_I8MM: return dot_products() && int8_matrices();
+    case KEIFU_NEON_DOTPROD: return dot_products();
+    default: return which == KEIFU_PORTABLE;
+    }
+}
 #endif
 
 int best() {
     static const int found = [] {
-        int which = KEIFU_NEON_DOTPROD;
+        int which = KEIFU_NEON_BF16;
         while (!has(which)) which--;
         return which;
     }();
@@ -92,7 +106,7 @@ std::atomic<int> &in_use() {
 const Kernels &kernels() {
     static const Kernels *const tables[] = {&portable_kernels, &avx2_kernels,        &avx_vnni_kernels,
                                             &avx512_kernels,   &avx512_bf16_kernels, &amx_kernels,
-                                            &neon_dotprod_kernels};
+                                            &neon_dotprod_kernels, &neon_i8mm_kernels, &neon_bf16_kernels};
     return *tables[in_use()];
 }
 
@@ -114,8 +128,8 @@ int32_t keifu_has_instructions(int32_t which) { return has(which); }
 int32_t keifu_instructions(void) { return in_use(); }
 
 int32_t keifu_use_instructions(int32_t which) {
-    if (which < KEIFU_PORTABLE || which > KEIFU_NEON_DOTPROD)
-        return fail("There is no instruction set %d; known are 0 to %d.", which, KEIFU_NEON_DOTPROD);
+    if (which < KEIFU_PORTABLE || which > KEIFU_NEON_BF16)
+        return fail("There is no instruction set %d; known are 0 to %d.", which, KEIFU_NEON_BF16);
     if (!has(which)) return fail("This CPU lacks instruction set %d; its best is %d.", which, best());
     in_use() = which;
     return 0;

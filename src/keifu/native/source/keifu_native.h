@@ -27,7 +27,7 @@ const char *keifu_last_error(void); /* of the calling thread; never NULL */
 
 enum KeifuInstructions {
     KEIFU_PORTABLE = 0, KEIFU_AVX2 = 1, KEIFU_AVX_VNNI = 2, KEIFU_AVX512 = 3, KEIFU_AVX512_BF16 = 4, KEIFU_AMX = 5,
-    KEIFU_NEON_DOTPROD = 6 /* arm64; there KEIFU_PORTABLE uses NEON */
+    KEIFU_NEON_DOTPROD = 6, KEIFU_NEON_I8MM = 7, KEIFU_NEON_BF16 = 8 /* arm64; there KEIFU_PORTABLE uses NEON */
 };
 
 int32_t keifu_best_instructions(void);      /* the best that this CPU (and its kernel) has */

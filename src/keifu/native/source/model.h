@@ -119,7 +119,7 @@ struct Kernels {
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx_vnni_kernels, avx512_kernels, avx512_bf16_kernels, amx_kernels,
-    neon_dotprod_kernels;
+    neon_dotprod_kernels, neon_i8mm_kernels, neon_bf16_kernels;
 const Kernels &kernels();  // those in use
 
 int32_t fail(const char *format, ...) __attribute__((format(printf, 1, 2)));  // sets the last error, gives -1

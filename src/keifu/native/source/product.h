@@ -83,6 +83,9 @@ constexpr Blocking BFLOAT16 = {1, 4, CHUNK};
 #if defined(__AMX_TILE__)
 constexpr Blocking QUANTISED = {2, 4, CHUNK};
 constexpr Prefetch PREFETCH = {2048, 2048, 2};
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr Blocking QUANTISED = {1, 8, 1};
+constexpr Prefetch PREFETCH = {8192, 0, 1};
 #else
 constexpr Blocking QUANTISED = {1, BFLOAT16.rows, 1};
 constexpr Prefetch PREFETCH = {8192, 0, 1};
@@ -155,12 +158,65 @@ INLINE i16 read_multipliers(const uint8_t *tile, int64_t pair, int g) {
     return (widen(tile + pair_offset(LAYOUTS[KEIFU_INT4_64], pair) + TILE) >> 4 * g & 15) + 1;
 }
 
-// Adds exact sums, times the scales of weights and row, to the total. `row`: of the group, and TILE further of the next.
-template <int FORMAT> INLINE v16 add_sums(v16 total, i16 sums, const Scales &scales, const CodeGroup *row) {
+// The sums in a vector: those of a tile's 16 rows with one row of the input.
+struct OneRow {
+    const CodeGroup *row;
+
+    template <class Vector> ALWAYS_INLINE Vector of_tile(Vector x) const { return x; }
+    template <class Get> ALWAYS_INLINE auto of_input(Get get) const { return splat(get(*row)); }
+};
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+template <int B> constexpr bool PAIRED = B > 1;
+
+// The sums of 8 rows of a tile with two rows of the input, in the order of SMMLA: [tile's row][input's row].
+struct TwoRows {
+    const CodeGroup *row;  // the first of two
+    int half;              // of the tile
+
+    template <class Vector> ALWAYS_INLINE Vector of_tile(Vector x) const {
+        const auto parts = Quarters<int32x4_t>::of(x);
+        const int32x4_t low = parts.q[2 * half];
+        const int32x4_t high = parts.q[2 * half + 1];
+        return Quarters<int32x4_t>{{vzip1q_s32(low, low), vzip2q_s32(low, low), vzip1q_s32(high, high), vzip2q_s32(high, high)}}
+            .template join<Vector>();
+    }
+    template <class Get> ALWAYS_INLINE auto of_input(Get get) const {
+        const i16 second = {0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1};
+        return second ? splat(get(row[1])) : splat(get(row[0]));
+    }
+};
+
+// From both halves of the tile with two rows of the input to the whole tile with each of them.
+INLINE void part_rows(v16 &first, v16 &second) {
+    const auto low = Quarters<float32x4_t>::of(first);
+    const auto high = Quarters<float32x4_t>::of(second);
+    first = Quarters<float32x4_t>{{vuzp1q_f32(low.q[0], low.q[1]), vuzp1q_f32(low.q[2], low.q[3]),
+                                   vuzp1q_f32(high.q[0], high.q[1]), vuzp1q_f32(high.q[2], high.q[3])}}.join<v16>();
+    second = Quarters<float32x4_t>{{vuzp2q_f32(low.q[0], low.q[1]), vuzp2q_f32(low.q[2], low.q[3]),
+                                    vuzp2q_f32(high.q[0], high.q[1]), vuzp2q_f32(high.q[2], high.q[3])}}.join<v16>();
+}
+#else
+template <int B> constexpr bool PAIRED = false;
+#endif
+
+// The sums in vector b of a block of B rows.
+template <int B> INLINE auto sums_of(const CodeGroup *about, int b) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    if constexpr (PAIRED<B>) return TwoRows{about + b / 2 * 2, b % 2};
+    else
+#endif
+        return OneRow{about + b};
+}
+
+// Adds exact sums, times the scales of weights and row, to the total. The next group is TILE further.
+template <int FORMAT, class Of> INLINE v16 add_sums(v16 total, i16 sums, const Scales &scales, Of of) {
     constexpr Layout L = LAYOUTS[FORMAT];
-    total = fma(to_float(sums), scales.scale * row->scale, total);
-    if constexpr (L.has_min) total = fma(scales.second, splat(row->moment), total);
-    if constexpr (L.has_min && L.wide) total = fma(scales.third, splat(row[TILE].moment), total);
+    total = fma(to_float(sums), of.of_tile(scales.scale) * of.of_input([](const CodeGroup &g) { return g.scale; }), total);
+    if constexpr (L.has_min)
+        total = fma(of.of_tile(scales.second), of.of_input([](const CodeGroup &g) { return g.moment; }), total);
+    if constexpr (L.has_min && L.wide)
+        total = fma(of.of_tile(scales.third), of.of_input([](const CodeGroup &g) { return (&g)[TILE].moment; }), total);
     return total;
 }
 
@@ -240,6 +296,13 @@ INLINE void dense_product(At at, int tiles, int columns, const Dense *x, int64_t
 INLINE v16 dot_pair(v16 total, i16 w, i16 x) {
 #if defined(__AVX512BF16__)
     return (v16)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)x);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)  // BFDOT and BFMMLA would round to odd
+    const auto both = Quarters<bfloat16x8_t>::of(w);
+    const auto two = Quarters<bfloat16x8_t>::of(x);
+    auto sums = Quarters<float32x4_t>::of(total);
+    UNROLL for (int i = 0; i < 4; i++)
+        sums.q[i] = vbfmlalbq_f32(vbfmlaltq_f32(sums.q[i], both.q[i], two.q[i]), both.q[i], two.q[i]);
+    return sums.join<v16>();
 #else
     total = fma(as_float(x & (int32_t)0xffff0000), as_float(w & (int32_t)0xffff0000), total);
     return fma(as_float(x << 16), as_float(w << 16), total);
@@ -355,21 +418,63 @@ INLINE i16 dot_high(i16 total, i16 w, Quad x) { return dot_low(total, w >> 4, x)
 template <int FORMAT, int S, int B> struct Sums {
     static constexpr Layout L = LAYOUTS[FORMAT];
     static constexpr bool NIBBLES = L.codes == 256;
-    static constexpr bool APART = L.halves || S * B < 8;
+    static constexpr bool APART = L.halves || (S * B < 8 && !PAIRED<B>);
     i16 low[S][B];
     i16 high[S][B];
 
     ALWAYS_INLINE void begin(const CodeGroup *about) {
         UNROLL for (int b = 0; b < B; b++) {
-            const CodeGroup &row = about[b];
-            const int32_t sum = L.wide && !NIBBLES ? row.pair_sum : L.halves ? row.half[0] : row.sum;
-            const i16 first = splat((NIBBLES ? -L.offset : -CODE_BIAS) * sum);
-            const i16 second = splat(L.halves ? -CODE_BIAS * row.half[1] : 0);
+            const i16 first = sums_of<B>(about, b).of_input([](const CodeGroup &row) {
+                const int32_t sum = L.wide && !NIBBLES ? row.pair_sum : L.halves ? row.half[0] : row.sum;
+                return (NIBBLES ? -L.offset : -CODE_BIAS) * sum;
+            });
+            const i16 second = sums_of<B>(about, b).of_input([](const CodeGroup &row) { return L.halves ? -CODE_BIAS * row.half[1] : 0; });
             UNROLL for (int s = 0; s < S; s++) low[s][b] = first, high[s][b] = second;
         }
     }
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    // SMMLA multiplies 8 columns of two rows of the tile with those of two rows of the input.
+    ALWAYS_INLINE void add_matrices(const uint8_t *codes, const int8_t *x, int64_t stride, i16 *low, i16 *high) {
+        for (int half = 0; half < 2; half++) {  // of the tile, so that the sums are registers
+            Quarters<int32x4_t> sums[2][B / 2];
+            UNROLL for (int p = 0; p < B / 2; p++) {
+                sums[0][p] = sums[0][p].of(low[2 * p + half]);
+                sums[1][p] = sums[1][p].of(high[2 * p + half]);
+            }
+            UNROLL for (int eight = 0; eight < 4; eight++) {  // columns
+                const bool second = eight > 1;
+                const uint8_t *at = codes + (NIBBLES ? eight % 2 : eight) * 128 + half * 32;
+                int8x16_t rows[B / 2];
+                UNROLL for (int p = 0; p < B / 2; p++)
+                    rows[p] = vcombine_s8(vld1_s8(x + 2 * p * stride + 8 * eight), vld1_s8(x + (2 * p + 1) * stride + 8 * eight));
+                UNROLL for (int r = 0; r < 2; r++) {
+                    int32x4_t quad = vreinterpretq_s32_u8(vld1q_u8(at + r * 16));
+                    int32x4_t next = vreinterpretq_s32_u8(vld1q_u8(at + r * 16 + 64));
+                    if (NIBBLES) quad = (second ? quad >> 4 : quad) & 0x0f0f0f0f, next = (second ? next >> 4 : next) & 0x0f0f0f0f;
+                    const int8x16_t two[] = {vreinterpretq_s8_s32(vzip1q_s32(quad, next)), vreinterpretq_s8_s32(vzip2q_s32(quad, next))};
+                    UNROLL for (int p = 0; p < B / 2; p++)
+                        UNROLL for (int i = 0; i < 2; i++) {
+                            int32x4_t &sum = sums[L.halves && second][p].q[2 * r + i];
+                            sum = vmmlaq_s32(sum, two[i], rows[p]);
+                        }
+                }
+            }
+            UNROLL for (int p = 0; p < B / 2; p++) {
+                low[2 * p + half] = sums[0][p].template join<i16>();
+                high[2 * p + half] = sums[1][p].template join<i16>();
+            }
+        }
+    }
+#endif
+
     ALWAYS_INLINE void add(const uint8_t *const (&codes)[S], const int8_t *x, int64_t stride) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+        if constexpr (PAIRED<B>) {
+            for (int s = 0; s < S; s++) add_matrices(codes[s], x, stride, low[s], high[s]);
+            return;
+        }
+#endif
         UNROLL for (int quad = 0; quad < 4; quad++)
             UNROLL for (int s = 0; s < S; s++) {
                 const i16 w = load_ints(codes[s] + quad * 64);
@@ -418,8 +523,9 @@ INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64
             sums.end();
             UNROLL for (int s = 0; s < S; s++) {
                 if constexpr (FORMAT == KEIFU_INT4_64) {
-                    const i16 m = read_multipliers(tiles[s], pair, g);
+                    const i16 multipliers = read_multipliers(tiles[s], pair, g);
                     UNROLL for (int b = 0; b < B; b++) {
+                        const i16 m = sums_of<B>(about, b).of_tile(multipliers);
                         if (g == 0) before[s][b] = sums.low[s][b] * m;
                         else sums.low[s][b] = sums.low[s][b] * m + before[s][b];
                     }
@@ -427,13 +533,18 @@ INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64
                 }
                 const Scales scales = read_scales<FORMAT>(tiles[s], pair, g);
                 UNROLL for (int b = 0; b < B; b++) {
-                    const CodeGroup *row = about + b - (L.wide ? TILE : 0);
-                    total[s][b] = add_sums<FORMAT>(total[s][b], sums.low[s][b], scales, row);
-                    if (L.halves) total[s][b] = fma(to_float(sums.high[s][b]), scales.second * row->scale, total[s][b]);
+                    const auto of = sums_of<B>(about - (L.wide ? TILE : 0), b);
+                    total[s][b] = add_sums<FORMAT>(total[s][b], sums.low[s][b], scales, of);
+                    if (!L.halves) continue;
+                    const v16 scale = of.of_tile(scales.second) * of.of_input([](const CodeGroup &row) { return row.scale; });
+                    total[s][b] = fma(to_float(sums.high[s][b]), scale, total[s][b]);
                 }
             }
         }
     }
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    if constexpr (PAIRED<B>) UNROLL for (int i = 0; i < S * B; i += 2) part_rows(total[i / B][i % B], total[i / B][i % B + 1]);
+#endif
     UNROLL for (int i = 0; i < S * B; i++) store(out + i % B * OUT + i / B * TILE, total[i / B][i % B]);
 }
 

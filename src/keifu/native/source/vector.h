@@ -161,16 +161,6 @@ INLINE void sum_two(i16 x, i16 y, int32_t *sums) {  // sums[0] of x, sums[1] of 
 #define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
 #define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
 
-#if defined(__ARM_NEON)
-template <class Join> INLINE float fold(v16 x, Join join) {  // in the order of the other sets
-    const auto parts = Quarters<float32x4_t>::of(x);
-    float32x4_t y = join(join(parts.q[0], parts.q[2]), join(parts.q[1], parts.q[3]));
-    y = join(y, vextq_f32(y, y, 2));
-    y = join(y, vrev64q_f32(y));
-    return y[0];
-}
-INLINE float sum(v16 x) { return fold(x, vaddq_f32_of); }
-#endif
 template <class Join> INLINE float fold(v16 x, Join join) {  // in one order: halves onto halves
     x = join(x, ROTATE_8(x));
     x = join(x, SWAP_4(x));
@@ -232,7 +222,17 @@ INLINE i16 bfloat16_bits(v16 x) {  // rounded to the nearest, ties to even; NaN 
     return (x == x ? rounded : (u >> 16) | 0x40) & 0xffff;
 }
 INLINE v16 round_to_bfloat16(v16 x) { return as_float(bfloat16_bits(x) << 16); }
-INLINE void store_bfloat16(uint16_t *p, v16 x) { narrow(p, bfloat16_bits(x)); }
+INLINE void store_bfloat16(uint16_t *p, v16 x) {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    const auto parts = Quarters<float32x4_t>::of(x);
+    for (int i = 0; i < 2; i++) {
+        const bfloat16x8_t low = vcvtq_low_bf16_f32(parts.q[2 * i]);
+        vst1q_bf16((bfloat16_t *)p + 8 * i, vcvtq_high_bf16_f32(low, parts.q[2 * i + 1]));
+    }
+#else
+    narrow(p, bfloat16_bits(x));
+#endif
+}
 INLINE v16 load_bfloat16(const uint16_t *p) { return as_float(widen(p) << 16); }
 
 INLINE v16 load_half(const void *p) {  // float16
