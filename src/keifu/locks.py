@@ -1,5 +1,6 @@
 """Locks: a file or folder that one process makes, a run that one process holds, and writers that take turns."""
 
+import errno
 import hashlib
 import os
 import socket
@@ -14,6 +15,7 @@ from keifu.errors import UserError
 from keifu.files import WINDOWS, cache
 
 LOCK = ".lock"  # of a directory that a process holds
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of some network file systems, which have no flock
 FAR = 2**30  # byte of a lock file that Windows locks; it lets nobody read a locked byte
 _HELD: set[Path] = set()  # directories that this process holds
 
@@ -111,7 +113,10 @@ def _lock(file: Any) -> None:
         except OSError as error:
             raise BlockingIOError(error.errno, "the file is locked") from error
         return
-    with suppress(ImportError):
-        import fcntl
+    import fcntl
 
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise

@@ -6,6 +6,7 @@ of other pages run on small data too, and their Python is run by other tests. A 
 of ```text below a command that is not made smaller and does not train is its output, and must be printed.
 """
 
+import gc
 import re
 import shlex
 import shutil
@@ -15,9 +16,11 @@ from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from keifu.cli import main
+from keifu.memory import release
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -144,12 +147,14 @@ def on_small_data(command: str) -> str:
 
 
 def finish(words: list[str]) -> None:
-    """Run a command; `--help` ends with an exit that says success."""
+    """Run a command, and free its memory; `--help` ends with an exit that says success."""
     try:
         main(words)
     except SystemExit as end:
         if end.code:
             raise
+    gc.collect()
+    release(torch.device("cpu"))
 
 
 def run_commands(page: Path) -> int:

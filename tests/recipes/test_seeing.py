@@ -103,8 +103,9 @@ def test_what_may_show_both_words_is_left_out() -> None:
 
 
 WRONG = {
-    "image, question and answer must be texts": {"image": "a.png", "question": "what?"},
+    "image, question, answer must be texts": {"image": "a.png", "question": "what?"},
     "is outside of the folder": {"image": "../a.png", "question": "what?", "answer": "x"},
+    'part must be "train" or "test"': {"image": "a.png", "question": "what?", "answer": "x", "part": "Test"},
 }
 
 

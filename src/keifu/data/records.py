@@ -6,7 +6,7 @@ columns.
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -86,10 +86,24 @@ def cell(where: str, record: Mapping[str, Any], field: str) -> str:
     return written
 
 
-def check_inside(where: str, folder: Path, name: str, thing: str) -> None:
-    """Refuse a file of a record that is not in the folder of the records."""
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{where}: the {thing} {name} is outside of the folder.")
+def read_parts(
+    folder: Path, file: str, fields: Sequence[str], thing: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the records of a folder to learn from, and those to test on, whose "part" is "test".
+
+    fields: those that must be texts; the first one names a file of the folder, which is called `thing` in errors.
+    """
+    parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for where, record in read_records(folder / file):
+        texts, part = [record.get(field) for field in fields], record.get("part", "train")
+        if not all(isinstance(text, str) and text.strip() and "\0" not in text for text in texts):
+            raise UserError(f"{where}: {', '.join(fields)} must be texts, and they are {texts}.")
+        if not (folder / str(texts[0])).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{where}: the {thing} {texts[0]} is outside of the folder.")
+        if part not in ("train", "test"):
+            raise UserError(f'{where}: part must be "train" or "test", and it is {part!r}.')
+        parts[part == "test"].append(record)
+    return parts
 
 
 def listed(record: Mapping[str, Any]) -> str:

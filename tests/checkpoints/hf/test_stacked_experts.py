@@ -34,6 +34,12 @@ def test_a_tensor_without_numbers_is_not_split_into_experts() -> None:
     assert unstack(stored, lambda: None)[0] == unstack_rows(stored, lambda: None)[0] == stored
 
 
+def test_rows_that_are_not_two_halves_are_refused() -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    with pytest.raises(UserError, match=f"{name} has 7 rows"):
+        unstack_rows({name: StoredTensor((3, 7, 2), "F32", torch.float32)}, lambda: None)
+
+
 @torch.no_grad()
 def test_a_file_in_mxfp4_is_the_model_with_its_unpacked_numbers(published, tmp_path) -> None:
     reference = published(transformers.GptOssConfig(**SIZES)).bfloat16()

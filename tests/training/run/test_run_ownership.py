@@ -1,6 +1,7 @@
 """A run directory belongs to one process: locks, what a dead process left, signals, damaged states, full disks."""
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -46,6 +47,19 @@ class Doing(Sequences):
             self.at = -1
             self.do()
         return super().batch(step)
+
+
+def test_a_file_system_without_locks_can_have_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with hold(tmp_path / "run") as new:
+        assert new
+    refuse_all = OSError(errno.EIO, "broken")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(refuse_all))
+    with pytest.raises(OSError, match="broken"), hold(tmp_path / "run"):
+        pass
 
 
 def test_a_second_run_in_the_same_folder_says_who_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

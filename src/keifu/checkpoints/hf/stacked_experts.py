@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from keifu.checkpoints.plan import StoredTensor
+from keifu.errors import UserError
 from keifu.layers.lazy import Index
 
 SLICE = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_slice\.(weight|bias)")
@@ -42,6 +43,8 @@ def unstack_rows(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[s
             continue
         experts, rows, columns = tensor.shape
         parts = ("down",) if found[2] == "down" else ("gate", "up")
+        if rows % len(parts):
+            raise UserError(f"{name} has {rows} rows, which are not the two halves of a gate and an up projection.")
         rows //= len(parts)
         for number in range(experts):
             for index, part in enumerate(parts):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from keifu.data.audio.log_mel import FOURIER, log_mel
 from keifu.data.audio.sound_files import read_sound
-from keifu.data.records import check_inside, read_records
+from keifu.data.records import read_parts
 from keifu.errors import UserError
 
 FILE, DIGITS, SECONDS = "metadata.jsonl", "spoken-digits", 60  # that espeak-ng may take for a recording
@@ -47,17 +48,14 @@ def read_recordings(source: str) -> tuple[list[Recording], list[Recording]]:
     """Return the recordings to learn from and to test on, of a folder or of the spoken digits."""
     if source == DIGITS:
         return _digits(*LEARNED), _digits(*TESTED)
-    folder, parts = Path(source), (list[Recording](), list[Recording]())
-    for where, record in read_records(folder / FILE):
-        name, text = record.get("file_name"), record.get("text")
-        if not (isinstance(name, str) and isinstance(text, str) and name and "\0" not in name and text.strip()):
-            raise UserError(f"{where}: file_name and text must be texts, and they are {name!r} and {text!r}.")
-        check_inside(where, folder, name, "sound file")
-        found = Recording(name, text.strip(), str(record.get("speaker") or name), partial(Path, folder, name))
-        if (part := record.get("part", "train")) not in ("train", "test"):
-            raise UserError(f'{where}: part must be "train" or "test", and it is {part!r}.')
-        parts[part == "test"].append(found)
-    return parts
+    folder = Path(source)
+
+    def recording(record: dict[str, Any]) -> Recording:
+        name = record["file_name"]
+        return Recording(name, record["text"].strip(), str(record.get("speaker") or name), partial(Path, folder, name))
+
+    learned, tested = read_parts(folder, FILE, ("file_name", "text"), "sound file")
+    return [*map(recording, learned)], [*map(recording, tested)]
 
 
 def _digits(variants: Sequence[str], speeds: Sequence[int], count: int) -> list[Recording]:

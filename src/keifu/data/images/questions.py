@@ -25,7 +25,7 @@ from keifu.data.epochs import EpochBatches
 from keifu.data.images.io import read_image
 from keifu.data.images.preprocessing import Preprocessing
 from keifu.data.padding import stack_rows
-from keifu.data.records import check_inside, read_records
+from keifu.data.records import read_parts
 from keifu.errors import UserError
 
 FILE, NAMES = "questions.jsonl", ("easy-vqa",)
@@ -85,14 +85,12 @@ def read_questions(source: str) -> Questions:
     """Read the questions of the catalogue or of a folder; what is neither is a `UserError`."""
     if source in NAMES:
         return _easy_vqa(next(catalogue.fetch(source).glob("*.whl")))
-    folder, parts = Path(source), (list[Question](), list[Question]())
-    for where, record in read_records(folder / FILE):
-        fields = [record.get(name) for name in Question._fields]
-        if not all(isinstance(each, str) and each for each in fields):
-            raise UserError(f"{where}: image, question and answer must be texts, and they are {fields}.")
-        check_inside(where, folder, str(fields[0]), "picture")
-        parts[record.get("part") == "test"].append(Question(*map(str, fields)))
-    return Questions(*parts, lambda name: folder / name)
+    folder = Path(source)
+    learned, tested = (
+        [Question(*(record[field] for field in Question._fields)) for record in part]
+        for part in read_parts(folder, FILE, Question._fields, "picture")
+    )
+    return Questions(learned, tested, lambda name: folder / name)
 
 
 def _easy_vqa(archive: Path) -> Questions:
