@@ -106,7 +106,7 @@ QUICK = ("gpt2", "grouped", "windows and global layers", "states of fixed size",
 
 @pytest.mark.parametrize(
     ("model", "count"),
-    [(name, 40) for name in QUICK] + [pytest.param(name, 1000, marks=pytest.mark.slow) for name in TOYS],
+    [(name, 25) for name in QUICK] + [pytest.param(name, 1000, marks=pytest.mark.slow) for name in TOYS],
     indirect=["model"],
 )
 def test_no_text_depends_on_the_others(model: nn.Module, tokenizer: Tokenizer, count: int) -> None:
