@@ -35,7 +35,7 @@ if os.environ.get("KEIFU_NO_SHAPES") != "1":  # the hook breaks torch.compile(fu
 
 import math  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
-from contextlib import suppress  # noqa: E402
+from contextlib import AbstractContextManager, contextmanager, suppress  # noqa: E402
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -86,11 +86,24 @@ def _draw_curves() -> Iterator[Callable[..., str]]:
         yield original
 
 
-@pytest.fixture(scope="module")
-def drawn_curves(_draw_curves: Callable[..., str]) -> Iterator[None]:
-    """Draw the curves of reports in the tests of a file."""
+@pytest.fixture(scope="session")
+def drawn_curves(_draw_curves: Callable[..., str]) -> Callable[[], AbstractContextManager[None]]:
+    """Draw the curves of reports inside a block."""
+
+    @contextmanager
+    def drawn() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_report, "draw_curves", _draw_curves)
+            yield
+
+    return drawn
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_disks() -> Iterator[None]:
+    """No file of a test must outlive a power failure; a small run waits for the disk thirty times."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_report, "draw_curves", _draw_curves)
+        patch.setattr(os, "fsync", os.fstat)
         yield
 
 

@@ -25,7 +25,6 @@ from keifu.training.run import checkpoint, metrics, progress
 from keifu.training.run.report import Curve, chart
 from keifu.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("drawn_curves")
 CPU = torch.device("cpu")
 
 
@@ -40,7 +39,7 @@ def sample(step: int) -> str | bytes:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, drawn_curves) -> Path:
     """A finished run with texts, pictures, data and a title that HTML must escape."""
     directory = tmp_path_factory.mktemp("run")
     about = {"title": "Counting <fast>", "paper": "Nobody (2026)", "command": "keifu train toy"}
@@ -51,7 +50,8 @@ def folder(tmp_path_factory) -> Path:
     def save(place: Path) -> None:
         (place / "model.safetensors").write_bytes(b"weights")
 
-    train(toy(), objective, Sequences(), settings(sample_every=4), where, sample, save)
+    with drawn_curves():
+        train(toy(), objective, Sequences(), settings(sample_every=4), where, sample, save)
     return directory
 
 
@@ -112,19 +112,22 @@ def line_of(svg: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)]
 
 
-def test_a_chart_keeps_its_points_inside_and_drops_what_is_not_finite() -> None:
-    svg = chart("t", "y", [Curve("a", [(10, 1.0), (20, float("nan")), (30, 5.0)], marked=True), Curve("b", [])])
+def test_a_chart_keeps_its_points_inside_and_drops_what_is_not_finite(drawn_curves) -> None:
+    with drawn_curves():
+        svg = chart("t", "y", [Curve("a", [(10, 1.0), (20, float("nan")), (30, 5.0)], marked=True), Curve("b", [])])
+        endless = chart("t", "y", [Curve("a", [(1, float("inf"))])])
+        tiny = chart("t", "y", [Curve("a", [(0, 0.0), (1, 3e-15)])])
+        single = chart("t", "y", [Curve("a", [(0, 0.0)])])  # one point, no range on either axis
     points = line_of(svg)
     assert len(points) == 2 and svg.count("<use") == 2
     assert all(0 < x < 480 and 0 < y < 260 for x, y in points) and points[0][1] > points[1][1]
-    assert chart("t", "y", [Curve("a", [(1, float("inf"))])]) == ""
-    tiny = chart("t", "y", [Curve("a", [(0, 0.0), (1, 3e-15)])])
+    assert endless == "" and "<use" in single
     assert "<path" in tiny and "nan" not in tiny
-    assert "<use" in chart("t", "y", [Curve("a", [(0, 0.0)])])  # one point, no range on either axis
 
 
-def test_many_points_are_averaged() -> None:
-    svg = chart("t", "y", [Curve("a", [(i, float(i % 3)) for i in range(10_000)])])
+def test_many_points_are_averaged(drawn_curves) -> None:
+    with drawn_curves():
+        svg = chart("t", "y", [Curve("a", [(i, float(i % 3)) for i in range(10_000)])])
     assert 200 < len(line_of(svg)) <= 400
 
 
@@ -304,18 +307,23 @@ def test_a_terminal_gets_a_bar_and_a_pipe_plain_lines(monkeypatch) -> None:
         assert ("step 10/20  loss" in text) == (not terminal)
 
 
-@pytest.mark.parametrize("curves", ['"x"', '[{"title": "a", "y_label": "b", "curves": [{"name": "c", "points": [1]}]}]',
-                                    '[{"title": "a", "y_label": true, "curves": [{"name": "c", "points": [[1, 2]]}]}]',
-                                    "[1]", "{"])  # fmt: skip
-def test_odd_files_in_the_folder_do_not_end_a_finished_run(tmp_path: Path, curves: str) -> None:
+ODD_CHARTS = (
+    '"x"', '[{"title": "a", "y_label": "b", "curves": [{"name": "c", "points": [1]}]}]', "[1]", "{",
+    '[{"title": "a", "y_label": true, "curves": [{"name": "c", "points": [[1, 2]]}]}]',
+)  # fmt: skip
+
+
+def test_odd_files_in_the_folder_do_not_end_a_finished_run(tmp_path: Path, drawn_curves) -> None:
     """A sample that is not UTF-8, and charts that are none: the report is written without them."""
     train(toy(), objective, Sequences(), settings(), run(tmp_path))
     (tmp_path / "samples").mkdir(exist_ok=True)
     (tmp_path / "samples" / "step-00000000.txt").write_bytes(b"\xff<b>")
-    (tmp_path / "curves.json").write_text(curves)
-    train(toy(), objective, Sequences(), settings(), run(tmp_path, resume=True))
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "curves.json is not a list of charts, and is left out" in page and "\ufffd&lt;b&gt;" in page
+    for charts in ODD_CHARTS:
+        (tmp_path / "curves.json").write_text(charts)
+        with drawn_curves():
+            train(toy(), objective, Sequences(), settings(), run(tmp_path, resume=True))
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert "curves.json is not a list of charts, and is left out" in page and "\ufffd&lt;b&gt;" in page, charts
 
 
 def test_an_extension_that_would_learn_nothing_is_refused_with_a_useful_number(tmp_path: Path) -> None:
