@@ -61,12 +61,12 @@ rewards, distances = [], []
 for _rollout in range(60):
     rows = answers(torch.randint(10, (16, 1)).repeat_interleave(GROUP, 0))
     scores = reward(rows)
-    advantage = grpo.advantages(scores.view(-1, GROUP)).flatten()  # beside the other answers to the same prompt
+    advantage = grpo.advantages(scores.view(-1, GROUP)).flatten()  # compared with the other answers to a prompt
     with torch.no_grad():
         old, far = logs(model, rows), logs(reference, rows)
     now = logs(model, rows)
     of_token = advantage.repeat_interleave(LENGTH - 1)
-    terms = grpo.terms(now.flatten(), old.flatten(), far.flatten(), of_token, clip=0.2, beta=0.02)
+    terms = grpo.terms(now.flatten(), (now - old).flatten(), far.flatten(), of_token, clip=(0.2, 0.2), beta=0.02)
     optimizer.zero_grad()
     terms.loss.mean().backward()
     optimizer.step()

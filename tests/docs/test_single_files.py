@@ -215,12 +215,12 @@ def test_latent_diffusion_has_the_librarys_latents_pictures_and_prediction():
     noisy, words = torch.randn(3, 2, 4, 4), torch.randn(3, 5, 6)
     timestep = torch.tensor([0, 400, 999])
     ours = file.Denoiser(2, 16, 2, 6, 4)
-    blocks = "down.0.{0}.0 middle.{0}.0 {1} up.0.{0}.0 up.0.{0}.1"
-    in_order(ours.residuals, unet.unet, blocks.format("residuals", "middle.residuals.1"))
-    in_order(ours.transformers, unet.unet, blocks.format("attentions", ""))
-    in_order(ours.time, unet.time, "linear1 linear2")
+    blocks = "unet.down.0.{0}.0 unet.middle.{0}.0 {1} unet.up.0.{0}.0 unet.up.0.{0}.1"
+    in_order(ours.residuals, unet, blocks.format("residuals", "unet.middle.residuals.1"))
+    in_order(ours.transformers, unet, blocks.format("attentions", ""))
+    in_order(ours.time, unet, "time.linear1 time.linear2")
     for name in ("first", "norm", "last"):
-        ours.get_submodule(name).load_state_dict(unet.unet.get_submodule(name).state_dict())
+        ours.get_submodule(name).load_state_dict(unet.get_submodule(f"unet.{name}").state_dict())
     torch.testing.assert_close(ours(noisy, timestep, words), unet(noisy, timestep, words), atol=2e-6, rtol=0)
 
 
