@@ -85,7 +85,9 @@ def compute(func, args, kwargs):
     """The operation on the CPU, its results where a GPU would have them."""
     if func is torch.ops.torch_attn._varlen_attn.default:
         LAUNCHED["_varlen_attention"] += 1
-        found = _varlen_attention(*(x.held if isinstance(x, Held) else x for x in args), **kwargs)
+        inside = [x.held if isinstance(x, Held) else x for x in args]
+        found = _varlen_attention(*inside, **kwargs)
+        Graph.record(_varlen_attention, inside, kwargs, found)
         return Held(found), args[0].new_empty(0), args[0].new_empty(0)
     leaves = tree_flatten((args, kwargs))[0]
     tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -112,6 +114,8 @@ def compute(func, args, kwargs):
         kwargs = {**kwargs, "pin_memory": False}
     inside = tree_map(lambda x: x.held if isinstance(x, Held) else x, (args, kwargs))
     found = func(*inside[0], **inside[1])
+    if there or held:
+        Graph.record(func, *inside, found)
     if func is aten.copy_.default:
         return args[0]
     if not there and not (held and func not in COPIES):
@@ -120,6 +124,51 @@ def compute(func, args, kwargs):
     if not held or func is aten._to_copy.default:
         return wrapped
     return _written(func, args, kwargs) if _writes(func) else wrapped
+
+
+class Graph:
+    """A CUDA graph: operations on the device, which `replay` repeats on the memory that they had."""
+
+    recording: "Graph | None" = None
+
+    def __init__(self):
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+
+    @classmethod
+    def record(cls, func, args, kwargs, found) -> None:
+        if cls.recording is not None:
+            written = [x for x in tree_flatten(found)[0] if isinstance(x, Tensor)]
+            cls.recording.calls.append((func, args, kwargs, written))
+
+    @classmethod
+    def capture(cls, compute):
+        """`keifu.generation.text.paged.graphs.capture` on this device: the host must not read or send anything."""
+        graph, before = cls(), (READ.total(), SENT.total())
+        cls.recording = graph
+        try:
+            written = compute()
+        finally:
+            cls.recording = None
+        assert (READ.total(), SENT.total()) == before, (READ, SENT)
+        for call in graph.calls:  # what a graph writes is not there before its replay
+            for x in call[3]:
+                if x.is_floating_point() and _is_new(x, call):
+                    x.fill_(torch.nan)
+        return graph.replay, written
+
+    def replay(self) -> None:
+        for call in self.calls:
+            func, args, kwargs, written = call
+            found = [x for x in tree_flatten(func(*args, **kwargs))[0] if isinstance(x, Tensor)]
+            for x, new in zip(written, found, strict=True):
+                if _is_new(x, call):
+                    x.copy_(new)
+
+
+def _is_new(x: Tensor, call) -> bool:
+    """Whether a result of a call has memory of its own."""
+    given = [y for y in tree_flatten(call[1:3])[0] if isinstance(y, Tensor)]
+    return all(x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() for y in given)
 
 
 def _count_kernel(func, tensors: list[Tensor]) -> None:
@@ -227,6 +276,8 @@ def _varlen_attention(q, k, v, queries, seen, most_q, most_k, causal, scale, win
     assert window[1] == 0 and not any(x is not None for x in rest)
     bounds, parts = [x.tolist() for x in (queries, seen)], []
     for (a, b), (c, d) in zip(*(itertools.pairwise(each) for each in bounds), strict=True):
+        if a == b:
+            continue
         ahead = torch.arange(d - c)[None] - torch.arange(d - c - (b - a), d - c)[:, None]
         mask = ((ahead <= 0) & (ahead > -window[0] - 1 if window[0] >= 0 else ahead <= 0))
         found = _attention(*(x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])), mask, scale=scale,
@@ -234,7 +285,7 @@ def _varlen_attention(q, k, v, queries, seen, most_q, most_k, causal, scale, win
         parts.append(found[0].transpose(0, 1))
     longest = [max(b - a for a, b in itertools.pairwise(each)) for each in bounds]
     assert longest[0] <= most_q and longest[1] <= most_k and bounds[1][-1] <= len(k)
-    return torch.cat(parts)
+    return torch.cat([*parts, torch.zeros_like(q[bounds[0][-1] :]) / 0])  # NaN: the kernel leaves padding as it is
 
 
 FUSED = {

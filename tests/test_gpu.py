@@ -23,6 +23,7 @@ from keifu.generation.images.pixel_diffusion import (
     PixelPipeline,  # noqa: E402
 )
 from keifu.generation.text.generate import generate_batch  # noqa: E402
+from keifu.generation.text.runner import Span, TorchRunner  # noqa: E402
 from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
 from keifu.layers.counter_rng import (
     normal,
@@ -110,3 +111,56 @@ def test_the_memory_that_is_promised_is_that_which_is_taken() -> None:
 
 def test_the_peak_is_known_or_measured() -> None:
     assert 1e11 < flops.peak(torch.device(GPU), torch.float16) < 1e16
+
+
+@pytest.fixture
+def steps() -> tuple[TorchRunner, list[Span]]:
+    """A runner on the GPU that has read three prompts, and the step after them."""
+    if not GPU.startswith("cuda"):
+        pytest.skip("only CUDA has graphs")
+    torch.manual_seed(0)
+    model = llama.build(llama.Config(1000, 256, 256, 512, 4, 4, 2)).bfloat16().eval().to(GPU)
+    runner = TorchRunner(model, 40)
+    if not runner.packs or runner.graphs is None:
+        pytest.skip("this GPU, or this PyTorch, has no kernel for sequences of any lengths")
+    lengths = (5, 40, 130)
+    blocks = [[*range(10 * number, 10 * number + 10)] for number in range(3)]
+    with torch.inference_mode():
+        prompts = [Span(n, [*range(3, 3 + size)], 0, blocks[n], 1) for n, size in enumerate(lengths)]
+        runner.run(prompts)
+    return runner, [Span(n, [9 + n], size, blocks[n], 1) for n, size in enumerate(lengths)]
+
+
+def test_a_replayed_step_has_the_bits_of_one_without_a_graph(steps: tuple[TorchRunner, list[Span]]) -> None:
+    runner, batch = steps
+    assert runner.graphs is not None
+    with torch.inference_mode():
+        plain, recorded, again = (runner.run(batch).clone() for _ in range(3))
+    assert len(runner.graphs.recorded) == 1
+    assert torch.equal(plain, recorded) and torch.equal(recorded, again)
+
+
+def test_a_replayed_step_waits_for_nothing(steps: tuple[TorchRunner, list[Span]]) -> None:
+    runner, batch = steps
+    with torch.inference_mode():
+        for _ in range(2):
+            runner.run(batch)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            runner.run(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_of_decoding_has_at_most_14_kernels_in_a_layer(steps: tuple[TorchRunner, list[Span]]) -> None:
+    """PyTorch's kernel of attention clears two numbers, which is counted here and not on the simulated device."""
+    runner, batch = steps
+    runner.graphs = None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.inference_mode():
+        runner.run(batch)
+        with torch.profiler.profile(activities=activities) as profile:
+            runner.run(batch)
+            torch.cuda.synchronize()
+    launches = sum(event.count for event in profile.key_averages() if event.key.startswith("cudaLaunchKernel"))
+    assert launches <= 4 * (14 + 1) + 60

@@ -23,7 +23,11 @@ class FeedForward(nn.Module):
         self.activation, self.dropout = activation, Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        return self.down(self.dropout(self.activation(self.up(x))))
+        return self.down(self.inner(x))
+
+    def inner(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch hidden"]:
+        """Return what `down` is given."""
+        return self.dropout(self.activation(self.up(x)))
 
     @property
     def residual_weights(self) -> list[Tensor]:
@@ -41,8 +45,12 @@ class GatedFeedForward(nn.Module):
         self.activation = activation
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return self.down(self.inner(x))
+
+    def inner(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch hidden"]:
+        """Return what `down` is given."""
         gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(self.activation(gate) * up)
+        return self.activation(gate) * up
 
     @property
     def residual_weights(self) -> list[Tensor]:
@@ -57,10 +65,11 @@ class ClampedFeedForward(GatedFeedForward):
         super().__init__(dim, hidden_dim, F.silu, bias=True)
         self.slope, self.limit = slope, limit
 
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    def inner(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch hidden"]:
+        """Return what `down` is given."""
         gate, up = self.gate_up(x).chunk(2, -1)
         gate = gate.clamp(max=self.limit)
-        return self.down((up.clamp(-self.limit, self.limit) + 1) * gate * (self.slope * gate).sigmoid())
+        return (up.clamp(-self.limit, self.limit) + 1) * gate * (self.slope * gate).sigmoid()
 
 
 SwiGLU = partial(GatedFeedForward, activation=F.silu)

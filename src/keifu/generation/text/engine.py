@@ -1,7 +1,8 @@
 """The engine: everything that writes text goes through its steps; requests come and go at any of them.
 
 A step reads a chunk of new prompts and writes a token of every running text (continuous batching: Orca, Yu et al.,
-2022). A request's tokens and log-probabilities depend on its prompt, settings and seed alone, not on who else is there.
+2022). On a CPU a request's tokens and log-probabilities depend on its prompt, settings and seed alone, not on who else
+is there. (A GPU chooses kernels by the number of tokens in a step, which changes the rounding.)
 """
 
 import time

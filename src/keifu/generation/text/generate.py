@@ -1,6 +1,6 @@
 """Text generation in one call: as a stream of pieces, as strings, or as completions with their log-probabilities.
 
-A seed belongs to a request: the same prompt, settings and seed give the same text alone or in a batch.
+A seed belongs to a request: the same prompt, settings and seed give the same text alone or in a batch, on a CPU.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

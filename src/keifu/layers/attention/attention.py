@@ -131,7 +131,7 @@ class Cache(Protocol):
     `recur` gives new tokens and the state to `rule`, returns its output, and keeps the state that it returns.
 
     `LayerCache` (kv_cache.py) has a row for each sequence: beam search, image tokens, and a model that is called with
-    its own state. `PagedCache` (generation/text/runner.py) has blocks of a pool: everything that the engine runs.
+    its own state. `PagedCache` (generation/text/paged) has blocks of a pool: everything that the engine runs.
     """
 
     def attend(

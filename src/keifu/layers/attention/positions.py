@@ -177,6 +177,15 @@ class Rotation:
             return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
+    def turn(self, x: Float[Tensor, "batch length heads head_dim"]) -> None:
+        """Turn every pair in place, without gradients."""
+        if self.interleaved or 2 * self.cos.shape[-1] < x.shape[-1] or x.device.type == "cpu":
+            x.copy_(self.apply(x))
+            return
+        cos, sin = self._of_type(x.dtype)
+        swapped = torch.cat([*reversed(x.chunk(2, -1))], -1)
+        x.mul_(cos).addcmul_(swapped, sin)
+
     def _of_type(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosines and sines for all heads, cast once for all layers.
 

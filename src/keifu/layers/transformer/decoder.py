@@ -63,7 +63,7 @@ class ScaledEmbedding(nn.Embedding):
 class State(Protocol):
     """Interface of the tokens so far: `positions` begins a pass, each layer uses its `layer`, `advance` ends it.
 
-    `KVState` (attention/kv_cache.py) and `PagedState` (generation/text/runner.py) implement it; see `Cache`.
+    `KVState` (attention/kv_cache.py) and `PagedState` (generation/text/paged) implement it; see `Cache`.
 
     longest: the most tokens that a row holds. sequence_lengths: of each token, if positions do not say them.
     """

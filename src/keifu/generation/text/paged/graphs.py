@@ -1,0 +1,71 @@
+"""Steps of decoding as CUDA graphs: all kernels of a step are launched at once, without Python between them.
+
+A graph repeats the same operations on the same memory. Each bucket (`DecodingState.bucket`) has one: the numbers of a
+step are copied into the memory of its bucket, and everything else follows from them. Axes: count, vocab.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from keifu.generation.text.paged.pool import Pool
+from keifu.generation.text.paged.state import DecodingState
+from keifu.native.model import Span
+
+MOST = 64  # graphs of an engine; when there are more, all are made again
+
+
+class Recorded(NamedTuple):
+    """A step that can be repeated, the numbers that it reads and the logits that it writes."""
+
+    replay: Callable[[], None]
+    numbers: Int[Tensor, " total"]
+    logits: Float[Tensor, "count vocab"]
+
+
+def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Record what `compute` launches, without running it; return how to run it, and the tensor that it writes."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        written = compute()
+    return graph.replay, written
+
+
+class StepGraphs:
+    """Graphs of the steps in which each sequence has one new token. compute: runs a step and returns its logits.
+
+    The first step of a bucket runs without a graph, which also prepares libraries; the second one is recorded.
+    """
+
+    def __init__(self, pool: Pool, compute: Callable[[DecodingState], Tensor]):
+        self.pool, self.compute = pool, compute
+        self.recorded: dict[tuple[int, ...], Recorded] = {}
+        self._met: set[tuple[int, ...]] = set()
+        self._capacity = 0
+
+    def run(self, spans: Sequence[Span], size: int) -> Float[Tensor, "count vocab"]:
+        """Return the logits after each span; size: tokens of a block."""
+        if self._capacity != self.pool.capacity or len(self.recorded) >= MOST:  # the pool has moved in memory
+            self.recorded.clear()
+            self._met.clear()
+            self._capacity = self.pool.capacity
+        step = DecodingState(self.pool, size, spans)
+        numbers = torch.tensor([*chain.from_iterable(step.lists)], dtype=torch.long, device="cpu")
+        if self.pool.device.type == "cuda":
+            numbers = numbers.pin_memory()
+        if step.bucket not in self.recorded:
+            there = numbers.to(self.pool.device, non_blocking=True)
+            step.begin(there.split([*map(len, step.lists)]))
+            if step.bucket not in self._met:
+                self._met.add(step.bucket)
+                return self.compute(step)[: len(spans)]
+            replay, logits = capture(lambda: self.compute(step))
+            self.recorded[step.bucket] = Recorded(replay, there, logits)
+        recorded = self.recorded[step.bucket]
+        recorded.numbers.copy_(numbers, non_blocking=True)
+        recorded.replay()
+        return recorded.logits[: len(spans)].clone()

@@ -1,0 +1,112 @@
+"""The pool of keys and values of an engine, and the states of fixed size of its sequences."""
+
+import math
+import mmap
+from collections.abc import Sequence
+from itertools import accumulate, count
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keifu.layers.attention.kv_cache import KVState
+from keifu.native.model import Span
+
+
+class Pool:
+    """Keys and values of all layers, [heads, tokens, head_dim] each.
+
+    On a CPU memory is reserved for all tokens, and the system gives it when it is first written. Elsewhere it grows
+    with what is used, layer by layer.
+
+    joined: whether the keys and values of a token are one row, [1, tokens, 2 · heads · head_dim], so that one kernel
+    writes them and one reads them. Such a pool has one more token, `capacity`, into which padding is written.
+    """
+
+    def __init__(self, empty: KVState, tokens: int, joined: bool = False):
+        self.device, self.token_bytes, self.joined, self._tokens = empty.device, empty.token_bytes, joined, tokens
+        lazy = self.device.type == "cpu"
+        make = _lazy_zeros if lazy else Tensor.new_zeros
+        tokens = tokens if lazy else 0
+        if joined:
+            pairs = zip(empty.keys, empty.values, strict=True)
+            self.keys = [make(k, (1, tokens, k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3])) for k, v in pairs]
+            self.values: list[Tensor] = []
+        else:
+            self.keys, self.values = (
+                [make(x, (x.shape[1], tokens, x.shape[3])) for x in kept] for kept in (empty.keys, empty.values)
+            )
+        self.states = States([x.shape[1] for x in empty.fixed], self.device)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is memory for."""
+        return self.keys[0].shape[1] - self.joined
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, and of states of fixed size."""
+        return sum(x.nbytes for x in (*self.keys, *self.values, self.states.numbers))
+
+    def reserve(self, tokens: int) -> None:
+        """Allocate memory for this number of tokens, at least twice as much as before."""
+        if tokens <= self.capacity:
+            return
+        grown = min(self._tokens, max(tokens, 2 * self.capacity)) + self.joined
+        for tensors in (self.keys, self.values):
+            for index, old in enumerate(tensors):
+                tensors[index] = old.new_zeros(old.shape[0], grown, old.shape[2])
+                tensors[index][:, : old.shape[1]] = old
+
+    def copy(self, sources: Sequence[int], blocks: Sequence[int], size: int) -> None:
+        """Copy whole blocks."""
+        pair = torch.tensor([sources, blocks], device="cpu")[:, :, None] * size + torch.arange(size, device="cpu")
+        start, into = pair.flatten(1).to(self.device)
+        for x in (*self.keys, *self.values):
+            x.index_copy_(1, into, x.index_select(1, start))
+
+
+class States:
+    """States of fixed size of the sequences that run, [slots, numbers of all layers]; slot 0 is that without tokens.
+
+    Each sequence has two: that after its last step and that before it. A step that was interrupted begins from the
+    latter again.
+    """
+
+    def __init__(self, widths: Sequence[int], device: torch.device):
+        self.ends = list(accumulate(widths))
+        self.row_bytes = 8 * self.ends[-1]
+        self.numbers = torch.zeros(1, self.ends[-1], device=device)
+        self._slots: dict[int, dict[int, int]] = {}  # of a sequence, by its number of tokens
+
+    def begin(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+        """Return the slots of the states before the step and of those after it."""
+        if not self.row_bytes:
+            return [], []
+        before = [self._slots[span.sequence][span.start] if span.start else 0 for span in spans]
+        used = {slot for slots in self._slots.values() for slot in slots.values()}
+        free = (slot for slot in count(1) if slot not in used)
+        after = [next(free) for _ in spans]
+        if (lacking := max(after) + 1 - len(self.numbers)) > 0:
+            more = self.numbers.new_zeros(max(lacking, len(self.numbers)), self.ends[-1])
+            self.numbers = torch.cat([self.numbers, more])
+        return before, after
+
+    def advance(self, spans: Sequence[Span], before: Sequence[int], after: Sequence[int]) -> None:
+        """Keep the states after a step, and those before it."""
+        for span, old, new in zip(spans, before, after, strict=False):
+            self._slots[span.sequence] = {span.start: old, span.start + len(span.tokens): new}
+
+    def forget(self, sequence: int) -> None:
+        """Free the states of a sequence."""
+        self._slots.pop(sequence, None)
+
+    def layer(self, index: int) -> Float[Tensor, "slots numbers"]:
+        """Return the part of a layer."""
+        return self.numbers[:, self.ends[index - 1] if index else 0 : self.ends[index]]
+
+
+def _lazy_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros in memory of their own, which the system gives page by page when they are written."""
+    size = math.prod(shape) * like.element_size()
+    return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size].view(like.dtype).view(shape)

@@ -1,0 +1,83 @@
+"""Blocks of a decoder that generates on a GPU: the same modules with fewer kernels, and no gradients.
+
+A step of decoding is so little work that its time is that of launching kernels. Queries and keys turn in place, the
+cache takes queries, keys and values in one tensor, and a product is added to the residual stream by the kernel that
+computes it. Axes: length = tokens of all sequences, all_heads = those of queries, keys and values.
+"""
+
+import copy
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keifu.layers.attention.attention import Attention, Scoring
+from keifu.layers.attention.positions import Positions
+from keifu.layers.feedforward import ClampedFeedForward, FeedForward, GatedFeedForward
+from keifu.layers.linear import JoinedLinear, Linear
+from keifu.layers.normalisation import RMSNorm
+from keifu.layers.quantized import QuantizedLinear
+from keifu.layers.transformer.blocks import PreNorm
+from keifu.layers.transformer.decoder import DecoderLM
+
+Stream = Float[Tensor, "1 length dim"]
+KNOWN = {  # classes whose operations read nothing back from the device
+    nn.Embedding, nn.LayerNorm, RMSNorm, Linear, JoinedLinear, QuantizedLinear,
+}  # fmt: skip
+
+
+@runtime_checkable
+class JoinedCache(Protocol):
+    """Interface of a cache that takes queries, keys and values of all heads in one tensor; see `PackedCache`."""
+
+    def attend_joined(
+        self, heads: Float[Tensor, "1 length all_heads head_dim"], n_heads: int, window: int | None, scoring: Scoring
+    ) -> Stream: ...
+
+
+class DecodingBlock(nn.Module):
+    """A `PreNorm` block with plain attention, and its stream, which is changed in place."""
+
+    def __init__(self, block: PreNorm):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Stream, mask: None, positions: Positions, cache: JoinedCache) -> Stream:
+        attention: Any = self.block.attention
+        feedforward: Any = self.block.feedforward
+        heads = attention.qkv(self.block.attention_norm(x)).unflatten(-1, (-1, attention.head_dim))
+        if attention.rotary is not None:
+            positions.rotation(attention.rotary).turn(heads[:, :, : -attention.n_kv_heads])
+        mixed = cache.attend_joined(heads, attention.n_heads, attention.window, attention.scoring)
+        x = _add(x, mixed, attention.out)
+        return _add(x, feedforward.inner(self.block.feedforward_norm(x)), feedforward.down)
+
+
+def _add(x: Stream, inner: Float[Tensor, "1 length hidden"], last: nn.Module) -> Stream:
+    """Add the result of a sublayer's last layer to the stream, which a matrix product does by itself."""
+    if type(last) is Linear and last.bias is None:
+        x[0].addmm_(inner[0], last.weight.mT)
+        return x
+    return x.add_(last(inner))
+
+
+def _fits(block: nn.Module) -> bool:
+    """Return whether a block is a `PreNorm` of classes that are known here."""
+    if type(block) is not PreNorm or type(block.attention) is not Attention or block.attention.q_norm is not None:
+        return False
+    plain = type(block.feedforward) in (ClampedFeedForward, FeedForward, GatedFeedForward)
+    parts = [*block.attention.children(), *block.feedforward.children(), block.attention_norm, block.feedforward_norm]
+    return plain and all(type(part) in KNOWN for part in parts if [*part.parameters()])
+
+
+def decoding_form(model: Any) -> tuple[Any, bool]:
+    """Return the model with `DecodingBlock`s if that is possible, and whether nothing in it reads the device."""
+    kind = type(model)
+    usual = kind.hidden is DecoderLM.hidden and kind._hidden is DecoderLM._hidden
+    if not usual or not all(map(_fits, model.blocks)):
+        return model, False
+    form = copy.copy(model)
+    blocks: list[Any] = list(model.blocks)
+    form._modules = {**model._modules, "blocks": nn.ModuleList(map(DecodingBlock, blocks))}
+    rest = [module for name, module in model.named_children() if name not in ("blocks", "positions")]
+    return form, all(type(module) in KNOWN for module in rest if [*module.parameters()])
