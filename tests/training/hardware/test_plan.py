@@ -1,14 +1,21 @@
 """Plans on paper: beside what was published, how they follow the devices, and what is refused."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from keifu.commands.reference.plan import architecture, parse
 from keifu.errors import UserError
+from keifu.models import llama
 from keifu.models.sizes import published_sizes
-from keifu.training.hardware import plan
-from keifu.training.hardware.plan import DEVICES, Plan, parse_amount, parse_devices
+from keifu.recipes.assistant.finetuning import Lora, to_train
+from keifu.training.hardware import cost, plan
+from keifu.training.hardware.plan import DEVICES, Plan, Trained, parse_amount, parse_devices
+from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.settings import Settings
+from keifu.training.trainer import Trainer
 
 SIZES = {size.name: size for size in published_sizes()}
 
@@ -51,6 +58,43 @@ def test_what_is_computed_again_takes_time_and_saves_memory() -> None:
     assert kept == sorted(kept, reverse=True) and kept[0] > 5 * kept[2]
     assert ways[0].step < ways[1].step < ways[2].step
     assert ways[1].seconds["products"] == ways[0].seconds["products"]
+
+
+def test_adapters_of_a_7b_with_4096_tokens_fit_24_gigabytes() -> None:
+    model, (devices, kind) = architecture(SIZES["llama-7b"], 4096), parse_devices("1xRTX4090-24G")
+    with pytest.raises(UserError, match="does not fit"):
+        plan.plan(model, devices, kind, 65_536)
+    made = {base: plan.plan(model, devices, kind, 65_536, Trained(16, base)) for base in ("float", "int4")}
+    assert all(sum(each.memory.values()) <= plan.USED * 24e9 for each in made.values())
+    assert made["float"].layout.checkpointing == "blocks"
+    row = plan.PodLayout(1, 1, 1, 1, "blocks")
+    bytes_of = [sum(plan._memory(model, row, Trained(16, base)).values()) for base in ("float", "int4")]
+    assert 14e9 < bytes_of[0] < 18e9 and 5e9 < bytes_of[1] < 8e9
+    assert Trained(16).parameters(model) == 39_976_960  # as PEFT counts them
+
+
+def test_averages_in_8_bits_take_6_bytes_less_of_a_parameter_and_are_not_split() -> None:
+    model, (devices, kind) = architecture(SIZES["gpt2"]), parse_devices("8xA100-80G")
+    usual, small = (plan.plan(model, devices, kind, 4e6, Trained(optimizer_state=how)) for how in ("float32", "int8"))
+    layout = small.layout
+    assert layout.shard == layout.tensor == 1
+    row = plan.PodLayout(8, 1, 1, 1, "none")
+    kept = [plan._memory(model, row, Trained(optimizer_state=how))["optimizer"] for how in ("float32", "int8")]
+    assert kept[0] - kept[1] == pytest.approx(6 * model.parameters) and usual.step <= small.step
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "blocks"])
+def test_activations_with_adapters_are_those_that_are_planned(how: Any) -> None:
+    """Measured on two and on four layers of LLaMA's shape; attention has more than 256 tokens, as on a GPU."""
+    found = []
+    for layers in (2, 4):
+        sizes: dict[str, Any] = {"vocab_size": 64, "context_length": 288, "dim": 64, "hidden_dim": 176, "n_heads": 2}
+        model = to_train(llama.build(llama.Config(**sizes, n_layers=layers)).bfloat16(), Lora(rank=4), 0)
+        settings = Settings(batch_size=1, micro_batch=1, precision="bfloat16", activation_checkpointing=how)
+        trainer = Trainer(model, causal_language_modeling, settings)
+        found.append(cost.activations(trainer, {"tokens": torch.randint(64, (1, 289))})[0])
+    measured, planned_bytes = (found[1] - found[0]) / 2 / 288 / 64, plan.WITH_ADAPTERS[how]
+    assert 0.9 * planned_bytes < measured <= planned_bytes + 1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-7b", "qwen3-4b", "gemma3-1b", "palm-8b", "llama3.1-70b"])

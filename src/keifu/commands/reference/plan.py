@@ -2,17 +2,27 @@
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from keifu.commands.shared import flags, tables
 from keifu.errors import UserError, unknown
 from keifu.models.sizes import Size, published_sizes
-from keifu.ranges import Count
+from keifu.ranges import Count, Natural
 
 if TYPE_CHECKING:
     from keifu.training.hardware.plan import Architecture, Plan
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters on all linear layers."""
+
+    rank: Natural = 0
+    """Rank of each adapter; 0 trains the whole model."""
+    base: Literal["float", "int4"] = "float"
+    """Type of the frozen matrices. int4: 4.5 bits a number (QLoRA)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,10 @@ class Options:
     """Tokens in a step."""
     context_length: Count | None = None
     """Tokens in a row; unset: the model's, at most 8,192."""
+    optimizer_state: Literal["float32", "int8"] = "float32"
+    """Averages of AdamW, as in keifu train."""
+    lora: Adapters = Adapters()
+    """Low-rank adapters that are trained instead of the whole model, as in keifu train."""
     inference: bool = False
     """Plan how the devices write with the model, in place of its training."""
 
@@ -54,8 +68,14 @@ def run(options: Options) -> None:
         tables.show((f"{size.name} writing on {options.devices}", ""), rows)
         return
     tokens = plan.parse_amount(options.amount, "--tokens") if options.amount else 20 * size.parameters
-    made = plan.plan(model, devices, kind, plan.parse_amount(options.step, "--batch"))
-    tables.show((f"{size.name} on {options.devices}", ""), _training(made, tokens))
+    if options.lora.base != "float" and not options.lora.rank:
+        raise UserError("--lora.base is of adapters: set --lora.rank too, such as 16.")
+    trained = plan.Trained(options.lora.rank, options.lora.base, options.optimizer_state)
+    made = plan.plan(model, devices, kind, plan.parse_amount(options.step, "--batch"), trained)
+    rows = _training(made, tokens)
+    if trained.rank:
+        rows.insert(0, ("trained", f"{trained.parameters(model):,} parameters of adapters"))
+    tables.show((f"{size.name} on {options.devices}", ""), rows)
 
 
 def _training(made: "Plan", tokens: float | int) -> list[tuple[str, str]]:

@@ -60,19 +60,23 @@ DEVICES = {
     "H200-141G": replace(_kind("H200", 141, 4.8, 450, 50, 700), products=HOPPER),
     "B200-180G": _kind("B200", 180, 8.0, 900, 50, 1000),
     "V100-32G": _kind("V100", 32, 0.9, 150, 12.5, 300),
+    "RTX4090-24G": _kind("RTX 4090", 24, 1.008, 32, 3, 450),  # PCIe 4 within a machine
     "MI300X-192G": _kind("MI300X", 192, 5.3, 448, 50, 750),
     "TPU-v4": DeviceKind(275e12, 32e9, 1.2e12, 270e9, 100e9, 192, 64),
     "TPU-v5p": DeviceKind(459e12, 95e9, 2.765e12, 540e9, 150e9, 350, 64),
 }
 HERE = "this-CPU"
-ACTIVATIONS = 34  # bytes a token, layer and unit of width that the backward pass needs (Korthikanti et al., 2022)
-SELECTIVE = 22  # of these, the results of matrix multiplications and the block's input
+# bytes a token, layer and unit of width that the backward pass needs (Korthikanti et al., 2022), by what is computed
+# again: of selective the results of matrix multiplications and the block's input
+ACTIVATIONS = {"none": 34, "selective": 22, "blocks": 2}
+WITH_ADAPTERS = {"none": 57, "selective": 48, "blocks": 2}  # on all linear layers, as measured
 # how often matrix multiplications and elementwise work are computed, by --activation-checkpointing
 AGAIN = {"none": (1.0, 1.0), "selective": (1.0, 4 / 3), "blocks": (4 / 3, 4 / 3)}
 LOGITS = 2**26, 2  # that the loss makes at a time, and the bytes of each, in whose place its gradient comes
 LINKS = 0.7  # the share of a link's bandwidth that exchanges reach
 USED = 0.92  # the share of the memory that a run may use; the rest is the library's and what fragments
-STATE = 16  # bytes a parameter: weights and gradients in 16 bits, and AdamW's two averages and the weights in 32
+MOMENTS = {"float32": 8, "int8": 2}  # bytes a parameter of AdamW's two averages, by --optimizer-state
+BITS_OF_INT4 = 4.5  # of a number of a frozen matrix, with its share of the block's scale
 POWER = 1.1  # a data centre's power beside that of its devices
 
 
@@ -108,6 +112,45 @@ class Architecture:
     def flops(self) -> int:
         """FLOPs a token, forward and backward, with attention."""
         return 6 * (self.active or self.parameters) + self.attention
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, by options of `keifu train`: all parameters, or adapters of a rank on all linear layers.
+
+    base: the type of the frozen matrices. optimizer_state: the type of AdamW's averages.
+    """
+
+    rank: int = 0
+    base: str = "float"
+    optimizer_state: str = "float32"
+
+    @property
+    def splits(self) -> bool:
+        """Whether `keifu train` can split the states over processes."""
+        return self.optimizer_state == "float32"
+
+    def parameters(self, model: Architecture) -> int:
+        """Return the number of parameters that are trained."""
+        if not self.rank:
+            return model.parameters
+        attention = 3 * model.dim + 2 * model.width + 2 * model.kv_width + model.dim
+        feedforward = 3 * (model.dim + (model.hidden or 4 * model.dim))
+        return self.rank * model.layers * (attention + feedforward)
+
+    def flops(self, model: Architecture) -> int:
+        """Return FLOPs a token: frozen matrices have no gradients."""
+        return model.flops - 2 * bool(self.rank) * (model.active or model.parameters)
+
+    def weights(self, model: Architecture) -> float:
+        """Return bytes of the weights that products read."""
+        if self.base == "float":
+            return 2.0 * model.parameters
+        embeddings = min(2 * model.vocab * model.dim, model.parameters)
+        return 2 * embeddings + BITS_OF_INT4 / 8 * (model.parameters - embeddings)
+
+
+WHOLE = Trained()
 
 
 @dataclass(frozen=True)
@@ -198,9 +241,16 @@ def parse_amount(text: str, option: str) -> float:
     return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2]]
 
 
-def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Plan:
+def plan(
+    model: Architecture, devices: int, kind: DeviceKind, batch: float | int, trained: Trained = WHOLE
+) -> Plan:
     """Return the fastest layout that fits into memory, for steps of about so many tokens; none is a `UserError`."""
-    found = [_planned(model, layout, devices, kind, batch) for layout in _layouts(model, devices, kind, batch)]
+    layouts = [
+        layout
+        for layout in _layouts(model, devices, kind, batch)
+        if (layout.tensor == 1 or not trained.rank) and (layout.tensor * layout.shard == 1 or trained.splits)
+    ]
+    found = [_planned(model, layout, devices, kind, batch, trained) for layout in layouts]
     fitting = [each for each in found if sum(each.memory.values()) <= USED * kind.memory]
     if not fitting:
         least = min((sum(each.memory.values()) for each in found), default=math.inf)
@@ -224,7 +274,9 @@ def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float |
                     yield PodLayout(groups // shard, shard, tensor, part, checkpointing)
 
 
-def _planned(model: Architecture, layout: PodLayout, devices: int, kind: DeviceKind, batch: float | int) -> Plan:
+def _planned(
+    model: Architecture, layout: PodLayout, devices: int, kind: DeviceKind, batch: float | int, trained: Trained = WHOLE
+) -> Plan:
     """Return the memory and time of a layout, by part; each exchange is at the bandwidth of the links that it goes
     over."""
     rows = max(1, round(batch / model.context / (devices // layout.tensor)))  # of a group in a step
@@ -232,10 +284,11 @@ def _planned(model: Architecture, layout: PodLayout, devices: int, kind: DeviceK
     again, around = AGAIN[layout.checkpointing]
     width = model.layers * model.dim
     weights = 2 * model.parameters / layout.tensor  # bytes of a device's part before sharding
+    flops = trained.flops(model) + (again - 1) * model.flops + again * kind.attention * model.attention
     seconds = {
-        "products": again * tokens * (model.flops + kind.attention * model.attention) / (kind.flops * kind.products),
+        "products": tokens * flops / (kind.flops * kind.products),
         "elementwise": around * tokens * (width * kind.elementwise + model.vocab * kind.logits) / kind.bandwidth,
-        "update": model.parameters / layout.tensor / layout.shard * kind.update / kind.bandwidth,
+        "update": trained.parameters(model) / layout.tensor / layout.shard * kind.update / kind.bandwidth,
     }
     passes = math.ceil(rows / layout.rows)
     moved = tokens * layout.tensor * width * 2 * (layout.tensor - 1) / layout.tensor
@@ -244,25 +297,28 @@ def _planned(model: Architecture, layout: PodLayout, devices: int, kind: DeviceK
     gathers = (3 if layout.shard > 1 else 0) * passes * weights * (1 - 1 / layout.shard)
     fast = layout.shard * layout.tensor <= kind.machine
     exchange = gathers / (LINKS * (kind.link if fast else kind.network))
-    pods = 2 * weights / layout.shard * (1 - 1 / layout.pods) * 2 / (LINKS * kind.network) if layout.pods > 1 else 0.0
+    gradients = 2 * trained.parameters(model) / layout.tensor
+    pods = 2 * gradients / layout.shard * (1 - 1 / layout.pods) * 2 / (LINKS * kind.network) if layout.pods > 1 else 0.0
     seconds["other exchanges"] = max(0.0, exchange - 0.8 * hidden) + 0.5 * pods
-    return Plan(layout, _memory(model, layout), seconds, rows * model.context * (devices // layout.tensor),
-                model.flops, devices, kind)  # fmt: skip
+    return Plan(layout, _memory(model, layout, trained), seconds, rows * model.context * (devices // layout.tensor),
+                trained.flops(model), devices, kind)  # fmt: skip
 
 
-def _memory(model: Architecture, layout: PodLayout) -> dict[str, float]:
-    """Bytes on a device, by part."""
-    own = model.parameters / layout.tensor / layout.shard
+def _memory(model: Architecture, layout: PodLayout, trained: Trained = WHOLE) -> dict[str, float]:
+    """Bytes on a device, by part. Adapters and their gradients are in 32 bits, other gradients in 16."""
+    split = layout.tensor * layout.shard
+    own = trained.parameters(model) / split
     tokens = layout.rows * model.context / layout.tensor
-    layer = tokens * model.dim * ACTIVATIONS
-    kept = {"none": ACTIVATIONS, "selective": SELECTIVE, "blocks": 2}[layout.checkpointing] * model.layers
+    bytes_of = WITH_ADAPTERS if trained.rank else ACTIVATIONS
+    kept = bytes_of[layout.checkpointing] * model.layers
+    layer = tokens * model.dim * bytes_of["none"] * (layout.checkpointing != "none")
     logits = min(tokens * model.vocab, LOGITS[0]) * LOGITS[1]
     gathered = 2 * 2 * model.parameters / layout.tensor / model.layers if layout.shard > 1 else 0.0
     return {
-        "weights": 2 * own,
-        "gradients": 2 * own,
-        "optimizer": (STATE - 4) * own,
-        "activations": tokens * model.dim * kept + layer * (layout.checkpointing != "none") + logits,
+        "weights": trained.weights(model) / split,
+        "gradients": (4 if trained.rank else 2) * own,
+        "optimizer": (4 + MOMENTS[trained.optimizer_state]) * own,
+        "activations": tokens * model.dim * kept + layer + logits,
         "gathered layers": gathered,
     }
 
