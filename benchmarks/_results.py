@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from keifu.training.hardware.precision import processor_name
+from keifu.devices import processor_name
 
 KEYS = ("section", "command", "machine", "values", "columns")
 SUMMARY = "summary only: the values of single seeds, rounds and items were not kept"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from keifu.training.hardware.precision import processor_name
+from keifu.devices import processor_name
 
 PAUSE = 0.3  # seconds
 

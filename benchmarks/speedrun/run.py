@@ -23,7 +23,7 @@ import torch
 from tracks import TRACKS, Track
 
 import keifu
-from keifu.training.hardware.precision import processor_name
+from keifu.devices import processor_name
 
 HERE = Path(__file__).parent
 CORES = 2

@@ -4,12 +4,15 @@ A name comes from `--device` or `load(..., device=)`, else from the environment'
 command line says about how to compute, for the whole process.
 """
 
+import functools
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keifu.errors import UserError
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 VARIABLE = "KEIFU_DEVICE"
+NATIVE = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")  # the flags of x86 and of Arm processors
 KIND = re.compile(r" \(cuda[^)]*\)$|, \d+ threads?$")  # what is no part of a kind's name
 
 
@@ -25,7 +29,8 @@ KIND = re.compile(r" \(cuda[^)]*\)$|, \d+ threads?$")  # what is no part of a ki
 class Choice:
     """How to compute, where a command line says so; None leaves it to the environment, the machine or the recipe.
 
-    allow_nonfinite: load weights that are not finite.
+    allow_nonfinite: load weights that are not finite. weights: type of the weights of a model that is run, not trained:
+    float32, bfloat16, float16, or auto: bfloat16 on a GPU for a file in float32, else as stored.
     """
 
     device: str | None = None
@@ -35,6 +40,7 @@ class Choice:
     optimizer_state: str | None = None
     deterministic: bool | None = None
     allow_nonfinite: bool | None = None
+    weights: str | None = None
 
 
 _choice = Choice()
@@ -102,6 +108,31 @@ def device_name(device: "torch.device") -> str:
 def same_kind(one: str, other: str) -> bool:
     """Whether two names of `device_name` are of devices of one kind, whose results are bitwise the same."""
     return re.sub(KIND, "", one) == re.sub(KIND, "", other)
+
+
+@functools.cache
+def processor(field: str) -> str:
+    """Return a field of Linux's /proc/cpuinfo; empty on other systems."""
+    source = Path("/proc/cpuinfo")
+    text = source.read_text() if source.exists() else ""
+    found = re.search(rf"^(?:{field})\s*:(.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def processor_name() -> str:
+    """Return the model name of the processor."""
+    return processor("model name") or platform.processor() or platform.machine()
+
+
+def has_bfloat16(device: "torch.device") -> bool:
+    """Whether the device multiplies bfloat16 matrices natively, not emulated in float32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return device.type == "cpu" and bool(NATIVE.search(processor("flags|Features")))
 
 
 def require_compiler(device: "torch.device") -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from keifu import checkpoints, cli
+from keifu import checkpoints, cli, devices
 from keifu.checkpoints import loading
 from keifu.commands import draw
 from keifu.commands.shared import drawing as drawn
@@ -19,7 +19,6 @@ from keifu.generation.images.png_metadata import read_record
 from keifu.generation.images.samplers import SAMPLERS
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.diffusion import ddpm
-from keifu.training.hardware import precision
 
 SMALL = ddpm.Config(
     size=8, channels=3, dim=8, multipliers=(1, 2), n_residual_blocks=1, attention=(1,), norm_groups=4, middle_groups=4,
@@ -75,7 +74,7 @@ def test_every_sampler_draws_and_draws_again(model: str, sampler: str, capsys: p
 
 
 def test_a_large_model_is_computed_in_bfloat16_where_the_processor_has_it(model, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
     told = {}
     for size, path in {10**9: "small.png", 1: "large.png"}.items():
         monkeypatch.setattr(drawn, "LARGE", size)
@@ -85,7 +84,7 @@ def test_a_large_model_is_computed_in_bfloat16_where_the_processor_has_it(model,
     assert told == {"small.png": None, "large.png": "bf16"}
     apart = np.abs(pixels("small.png").astype(int) - pixels("large.png").astype(int))
     assert 0 < apart.max() < 64
-    run(capsys, model, "--steps", "3", "--seed", "5", "--dtype", "f32", "-o", "asked.png")
+    run(capsys, model, "--steps", "3", "--seed", "5", "--precision", "float32", "-o", "asked.png")
     assert np.array_equal(pixels("asked.png"), pixels("small.png"))
 
 
@@ -97,7 +96,7 @@ def test_an_unknown_sampler_is_said_before_the_model_is_opened(capsys: pytest.Ca
 
 
 def test_a_model_is_opened_and_planned_once(model: str, capsys: pytest.CaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
     opened, made = [], []
     for calls, module, name in ((opened, loading, "open_source"), (made, loading, "plan")):
         real = getattr(module, name)
@@ -234,7 +233,7 @@ def test_pixels_begin_with_a_picture_and_keep_what_a_mask_leaves(model: str, cap
 
 def test_grey_pictures_strips_and_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     grey = build(tmp_path / "grey", replace(SMALL, channels=1, n_classes=0, null_class=False, classes=()))
-    words = ("--steps", "4", "--seed", "1", "--dtype", "bf16", "--strip", "strip.png", "-o", "a.png")
+    words = ("--steps", "4", "--seed", "1", "--precision", "bfloat16", "--strip", "strip.png", "-o", "a.png")
     assert run(capsys, grey, *words) == ["a.png", "strip.png"]
     assert Image.open("a.png").mode == "L" and Image.open("strip.png").size[0] > 4 * 72
     drawn, strip = pixels("a.png"), pixels("strip.png")  # 8 pixels are enlarged 9 times

@@ -20,7 +20,6 @@ from PIL import Image
 import keifu.serving.app  # noqa: F401 (its types are looked at before any is replaced)
 from keifu.commands.shared.flags import OnDevice
 from keifu.commands.shared.help_text import arguments_of
-from keifu.commands.shared.inputs import load_encoder
 from keifu.commands.shared.verbs import VERBS, module_of
 from keifu.data.text.passages import Passage
 from keifu.evaluation.registry import EvalOptions
@@ -45,7 +44,8 @@ def sampling(target: str, path: str) -> dict[str, Row]:
 def on_device() -> dict[str, Row]:
     """The rows of the options of all commands that run a model."""
     target = "keifu.commands.shared.flags:choosing"
-    rows = {"device": Row("--device cpu", target, "choice.device", "cpu")}
+    rows = {"device": Row("--device cpu", target, "choice.device", "cpu"),
+            "precision": Row("--precision bfloat16", target, "choice.weights", "bfloat16")}  # fmt: skip
     return rows | {"allow-nonfinite": Row("--allow-nonfinite", target, "choice.allow_nonfinite")}
 
 
@@ -98,7 +98,6 @@ embed = Table("embed M one two", {
     "among": Row("--among text.txt", IDS, "texts", ["one"], base="embed M one two --nearest 1",
                  returns={NEAREST: (torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64))}),
     "truncate": Row("--cut", IDS, "cut"),
-    "dtype": Row("--dtype bf16", "keifu.checkpoints:load", "1", torch.bfloat16, returns={ENCODER: load_encoder}),
     "batch-size": Row("--batch-size 7", EMBEDDED, "batch_size", 7),
 }, {ENCODER: (WRITER[0], SimpleNamespace(pad_id=0)), EMBEDDED: torch.zeros(2, 3), IDS: [[1], [2]]})  # fmt: skip
 
@@ -403,7 +402,6 @@ draw = Table("draw M text", {
                 base="draw M text --init a.png"),
     "strength": Row("--strength 0.5", DRAWING, "value.strength", 0.5, base="draw M text --init a.png"),
     "lora": Row("--lora L --lora K", OPENED, "loras", ("LoRA L", "LoRA K")),
-    "dtype": Row("--dtype bf16", OPENED, "dtype", "bf16"),
     "count": Row("--count 7", RECORD, "count", 7),
     "batch-size": Row("--batch-size 2", RECORD, "batch_size", 2, base="draw M text --count 5"),
     "best-of": Row("--best-of 7", RECORD, "count", 7, base="draw M text --clip C"),
@@ -424,6 +422,9 @@ plan = Table("plan gpt2", {
     "tokens": Row("--tokens 7B", "keifu.commands.reference.plan:_training", "tokens", 7e9, returns={PLANNED: None}),
     "batch": Row("--batch 7M", PLANNED, "3", 7e6),
     "context-length": Row("--context-length 7", "keifu.commands.reference.plan:architecture", "context_length", 7),
+    "optimizer-state": Row("--optimizer-state int8", PLANNED, "trained.optimizer_state", "int8"),
+    "lora.rank": Row("--lora.rank 7", PLANNED, "trained.rank", 7),
+    "lora.base": Row("--lora.rank 7 --lora.base int4", PLANNED, "trained.base", "int4"),
     "inference": Row("--inference", "keifu.training.hardware.plan:inference"),
 })  # fmt: skip
 

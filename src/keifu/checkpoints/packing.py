@@ -40,7 +40,8 @@ def load_packed(found: LoadPlan, weights: str) -> nn.Module:
         return found.fill("cpu")
     try:
         described, source = describe(found.model), FileWeights(found)
-        if weights == OWN and not (found.source.blocks and _has_native_blocks(described, source)):
+        computed = chosen().weights not in (None, "auto")  # the file's blocks are in no such type
+        if weights == OWN and (computed or not (found.source.blocks and _has_native_blocks(described, source))):
             if found.dtype != torch.float32 or chosen().allow_nonfinite:
                 return found.fill("cpu")
             weights = "f32"

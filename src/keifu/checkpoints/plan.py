@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from keifu.checkpoints.hf.weight_names import Link, Table, links, matches
 from keifu.checkpoints.registry import Family, build
-from keifu.devices import chosen
+from keifu.devices import chosen, has_bfloat16
 from keifu.errors import UserError
 from keifu.files import reading
 from keifu.layers.lazy import Index, LazyTensor, TensorReader
@@ -135,8 +135,8 @@ class LoadPlan:
 def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoadPlan:
     """Match the file's tensors with the model's. What is missing, extra or misshapen is one `UserError` naming all.
 
-    `dtype` None: the type that holds every stored number exactly, but on a CPU float32 for float16, whose products are
-    very slow there.
+    `dtype` None: the type of the command line (`Choice.weights`); else the one that holds every stored number exactly,
+    but on a CPU float32 for float16, whose products are very slow there.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype is {dtype!r}: give a floating-point type of torch, such as torch.bfloat16.")
@@ -163,9 +163,18 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     _check(source, found, set(source.stored) - used - set(skipped))
     usual = {name for link in found if not matches(link.ours, source.family.full_precision) for name in link.theirs}
     exact = _exact_dtype({name: source.stored[name] for name in usual}, source.path)
-    slow = exact == torch.float16 and torch.device(device).type == "cpu"
-    held = dtype or (torch.float32 if slow else exact)
+    held = dtype or _usual_dtype(exact, torch.device(device))
     return LoadPlan(source, model, found, exact, held, skipped, [*source.notes, *notes])
+
+
+def _usual_dtype(exact: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type that was chosen for models that are run, else the usual one for a stored type."""
+    wanted = chosen().weights
+    if wanted not in (None, "auto"):
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+    if device.type == "cpu":
+        return torch.float32 if exact == torch.float16 else exact
+    return torch.bfloat16 if wanted and exact == torch.float32 and has_bfloat16(device) else exact
 
 
 def read_finite(read: Callable[..., Tensor], path: Path, name: str, *index: Index) -> Tensor:

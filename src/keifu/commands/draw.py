@@ -105,9 +105,6 @@ class Options(flags.OnDevice):
     """Number of pictures to draw; the --count of them that a CLIP finds nearest to the text are kept, best first."""
     clip: str | None = None
     """CLIP for --best-of: a run, a folder or a hub id."""
-    dtype: Literal["f32", "bf16"] | None = None
-    """Compute in this type. Unset: bf16, twice as fast, where the processor multiplies it itself and the model has 20
-    million parameters or more; pictures change a little."""
     strip: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Write the first picture's way too, as a sheet: into noise as the training has it, and below that out of noise as
     it was drawn, with what the network saw in it at each step."""
@@ -152,13 +149,14 @@ def run(options: Options) -> None:
 def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]":
     """Return the record of what will be drawn, everything in it resolved, and the model."""
     from keifu.checkpoints.loading import planned
+    from keifu.devices import choose
     from keifu.generation.images.image_to_image import read_input_image
     from keifu.generation.images.pixel_diffusion import ImageRequest
     from keifu.generation.images.png_metadata import ImageRecord
 
     loras = tuple(map(select_lora, options.lora))
     found = planned(name)
-    dtype = options.dtype or usual_dtype(found)
+    dtype = usual_dtype(found)
     model = load(found, dtype, loras)
     chosen = {each.name: vars(options)[each.name] for each in fields(ImageRequest)}
     chosen["label"] = None if options.label is None else model.label(options.label)
@@ -173,7 +171,8 @@ def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]"
     place = str(Path(name).resolve()) if Path(name).exists() else name
     count = options.best_of or options.count
     number, size = 0 if count == 1 else None, min(options.batch_size, count)
-    return ImageRecord(place, model.fingerprint(), wanted, count, size, number, dtype, loras=loras), model
+    record = ImageRecord(place, model.fingerprint(), wanted, count, size, number, dtype, choose().type, loras=loras)
+    return record, model
 
 
 def _size(given: str | None) -> tuple[int, int] | None:

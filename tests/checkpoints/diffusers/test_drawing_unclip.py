@@ -152,7 +152,7 @@ def test_the_command_draws_varies_and_draws_again(unclip_pipeline, seeing, pictu
     assert image.size == (24, 24) and told["prior_guidance"] == 4 and told["guidance"] == 8
     assert told["upsampling_steps"] == 7 and told["prior_steps"] == 2
     folder = seeing[1]
-    draw(capsys, folder, "--init", picture, *few, "--dtype", "bf16", "-o", "b.png")
+    draw(capsys, folder, "--init", picture, *few, "--precision", "bfloat16", "-o", "b.png")
     draw(capsys, folder, "--init", picture, "--towards", picture, "--count", 3, *few, "--batch-size", 2, "-o", "c.png")
     draw(capsys, folder, "a cat", "--towards", "a heart", "--count", 2, *few, "--strip", "s.png", "-o", "d.png")
     for path in ("a.png", "b.png", "c.png", "c-3.png", "d-2.png"):

@@ -149,7 +149,7 @@ def test_the_command_draws_and_draws_again(pipeline, tmp_path: Path, monkeypatch
     again: Any = Image.open("a-again.png")
     assert np.array_equal(np.asarray(image), np.asarray(again)) and again.text == image.text
     written = draw(capsys, str(pipeline[1]), "a red heart", "--steps", "2", "--count", "3", "--batch-size", "2",
-                   "--guidance", "3", "--dtype", "bf16", "-o", "many.png")  # fmt: skip
+                   "--guidance", "3", "--precision", "bfloat16", "-o", "many.png")  # fmt: skip
     assert len({np.asarray(Image.open(path)).tobytes() for path in written}) == 4
     assert draw(capsys, "--again", "many-3.png") == ["many-3-again.png"]
 

@@ -32,20 +32,22 @@ def check_png(*paths: Path | None) -> None:
 
 
 def usual_dtype(found: "LoadPlan") -> str | None:
-    """Choose the type to compute in if none was asked for: bfloat16 for a large model where the processor multiplies it
-    itself, else as the model is stored."""
-    from keifu.devices import choose
-    from keifu.training.hardware.precision import has_bfloat16
+    """Return the type of --precision, as records have it; without one bfloat16 for a large model where the processor
+    multiplies it itself, else the stored one (None)."""
+    from keifu.devices import choose, chosen, has_bfloat16
 
+    names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
     large = has_bfloat16(choose()) and found.parameters >= LARGE
-    return "bf16" if large else None
+    return names.get(chosen().weights or "", "bf16" if large else None)
 
 
 def load(found: "LoadPlan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -> "ImagePipeline":
-    """Return the model that was opened with these LoRAs worked into it, and with its tokenizer where it reads."""
+    """Return the model that was opened with these LoRAs worked into it, on the chosen device, and with its tokenizer
+    where it reads."""
     from keifu.checkpoints.loading import DTYPES
     from keifu.checkpoints.lora.diffusion import apply_lora
     from keifu.checkpoints.plan import check_tokenizer
+    from keifu.devices import choose
     from keifu.generation.images.pipeline import image_pipeline
 
     model: Any = (replace(found, dtype=DTYPES[dtype]) if dtype else found).fill()
@@ -57,7 +59,7 @@ def load(found: "LoadPlan", dtype: str | None, loras: "Sequence[LoraRecord]" = (
         check_tokenizer(own, model.config.vocab_size)
         return own
 
-    return image_pipeline(model, tokenizer)
+    return image_pipeline(model.to(choose()), tokenizer)
 
 
 def draw_images(model: "ImagePipeline", record: "ImageRecord", states: "list[SamplerStep] | None" = None) -> "Tensor":

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
@@ -50,6 +50,9 @@ class OnDevice:
     """Options of all commands that run a model."""
 
     device: Device = field(default=None, kw_only=True)
+    precision: Literal["float32", "bfloat16", "float16"] | None = field(default=None, kw_only=True)
+    """Type that the model computes in; float16 needs a GPU. Unset: as it is stored, but bfloat16 on a GPU that has it
+    for a file in float32."""
     allow_nonfinite: bool = field(default=False, kw_only=True)
     """Load weights that hold infinities or what is not a number."""
 
@@ -100,7 +103,12 @@ def parser(kind: type[Options], run: Callable[[Options], None], program: str) ->
         options = parse(kind, arguments, program)
         if not isinstance(options, OnDevice):
             return lambda: run(options)
-        return placed(Choice(options.device, allow_nonfinite=options.allow_nonfinite or None), lambda: run(options))
+        if options.precision and vars(options).get("weights"):
+            raise UserError("--weights is the format of native computation, --precision that of PyTorch: give one.")
+        if options.precision == "float16" and choose(options.device).type == "cpu":
+            raise UserError("float16 is for GPUs, and a CPU multiplies it very slowly: choose bfloat16 or float32.")
+        choice = Choice(options.device, weights=options.precision or "auto")
+        return placed(replace(choice, allow_nonfinite=options.allow_nonfinite or None), lambda: run(options))
 
     return parsed
 

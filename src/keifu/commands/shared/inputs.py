@@ -110,13 +110,12 @@ def read_pictures(files: Sequence[Path]) -> list[Any]:
     return [read_image(file).image for file in files]
 
 
-def load_encoder(name: str, dtype: str | None = None) -> tuple[Any, Any]:
+def load_encoder(name: str) -> tuple[Any, Any]:
     """Return a model that reads in both directions, or a CLIP, and its tokenizer; for any other kind a `UserError`."""
     from keifu.checkpoints import load
-    from keifu.checkpoints.loading import DTYPES
     from keifu.generation.text.model import Encoder, TwoTowers
 
-    model, tokenizer = load(name, DTYPES[dtype] if dtype else None)
+    model, tokenizer = load(name)
     if tokenizer is None or not isinstance(model, Encoder | TwoTowers):
         kind = type(model).__name__
         raise UserError(f"{name} is a {kind}, which gives no vectors for texts: choose an encoder, such as minilm.")

@@ -1,40 +1,13 @@
 """Mixed precision: the number format of matrix products, autocast, TF32, and loss scaling for float16."""
 
-import functools
 import os
-import platform
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil, log2
-from pathlib import Path
 
 import torch
 
-NATIVE = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")  # the flags of x86 and of Arm processors
-
-
-@functools.cache
-def processor(field: str) -> str:
-    """Return a field of Linux's /proc/cpuinfo; empty on other systems."""
-    source = Path("/proc/cpuinfo")
-    text = source.read_text() if source.exists() else ""
-    found = re.search(rf"^(?:{field})\s*:(.*)$", text, re.MULTILINE)
-    return found[1].strip() if found else ""
-
-
-def processor_name() -> str:
-    """Return the model name of the processor."""
-    return processor("model name") or platform.processor() or platform.machine()
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices natively, not emulated in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "mps":
-        return torch.backends.mps.is_macos_or_newer(14, 0)
-    return device.type == "cpu" and bool(NATIVE.search(processor("flags|Features")))
+from keifu.devices import has_bfloat16
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -14,11 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from keifu.devices import processor_name
 from keifu.errors import UserError
 from keifu.files import HUB, KEPT, LEARNED, read_json_object, remove_left, sha256, write_atomic
 from keifu.locks import hold
 from keifu.processes import current
-from keifu.training.hardware.precision import processor_name
 from keifu.training.protocols import Run
 from keifu.training.run import checkpoint, metrics
 from keifu.training.run.signature import sign
