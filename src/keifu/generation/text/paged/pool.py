@@ -36,7 +36,7 @@ class Pool:
             self.keys, self.values = (
                 [make(x, (x.shape[1], tokens, x.shape[3])) for x in kept] for kept in (empty.keys, empty.values)
             )
-        self.states = States([x.shape[1] for x in empty.fixed], self.device)
+        self.states = FixedStates([x.shape[1] for x in empty.fixed], self.device)
 
     @property
     def capacity(self) -> int:
@@ -66,7 +66,7 @@ class Pool:
             x.index_copy_(1, into, x.index_select(1, start))
 
 
-class States:
+class FixedStates:
     """States of fixed size of the sequences that run, [slots, numbers of all layers]; slot 0 is that without tokens.
 
     Each sequence has two: that after its last step and that before it. A step that was interrupted begins from the

@@ -64,7 +64,7 @@ class PagedState:
         self._spans = [span for group in groups for span in group]
         self._slots = pool.states.begin(self._spans)
         states = [iter(slots) for slots in self._slots]
-        self.groups = [(Packed if packs else Group)(spans, size, pool.device) for spans in groups]
+        self.groups = [(PackedGroup if packs else SpanGroup)(spans, size, pool.device) for spans in groups]
         self.lists: list[list[int]] = [*numbers_of(self._spans, size), wanted]
         for group in self.groups:
             self.lists += [*(list(islice(slots, group.count)) for slots in states), *group.lists]
@@ -95,7 +95,7 @@ class PagedState:
         self.pool.states.advance(self._spans, *self._slots)
 
 
-class Group:
+class SpanGroup:
     """Spans of one number of tokens that attend together, and how their keys and values are read from the pool.
 
     lists: numbers that go to the device with the step's others; `begin` is given them there, with the positions of the
@@ -155,7 +155,7 @@ class Group:
         return self._gathered[first]
 
 
-class Packed(Group):
+class PackedGroup(SpanGroup):
     """Spans of any numbers of tokens that attend in one kernel; their keys and values are gathered without padding.
 
     Sizes are rounded up, so that the next step has the same and could be replayed: what is behind the last span is not
@@ -215,7 +215,7 @@ class DecodingState(PagedState):
     def bucket(self) -> tuple[int, ...]:
         """Return the sizes of all that a replay has: tokens, tokens that they see, the most that one of them sees."""
         packed = self.groups[0]
-        assert isinstance(packed, Packed)
+        assert isinstance(packed, PackedGroup)
         return packed.tokens, len(packed.lists[2]), packed.most[1]
 
 
@@ -274,7 +274,7 @@ class PackedCache:
         q, new = heads[0].split([n_heads, heads.shape[2] - n_heads], 1)
         self.pool.index_copy_(1, self.step.slots, new.flatten(1)[None])
         group = self.step.groups[0]
-        assert isinstance(group, Packed)
+        assert isinstance(group, PackedGroup)
         return group.attend_joined(q, self.pool, window, scoring)[None]
 
     def recur(self, rule: Rule, x: Float[Tensor, "1 length channels"]) -> Float[Tensor, "1 length out"]:
