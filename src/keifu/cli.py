@@ -86,7 +86,7 @@ def without_volume(arguments: Sequence[str]) -> tuple[list[str], bool, bool]:
     words = list(arguments)
     end = words.index("--") if "--" in words else len(words)
     quiet, verbose = ({*words[:end]} & {*names} for names in (("-q", "--quiet"), ("-v", "--verbose")))
-    kept = [word for place, word in enumerate(words) if place >= end or word not in quiet | verbose]
+    kept = [word for index, word in enumerate(words) if index >= end or word not in quiet | verbose]
     return kept, bool(quiet), bool(verbose)
 
 

@@ -73,8 +73,8 @@ class KeifuLM(LM):
         for ids in self.tokenizer.encode_batch(texts, allow_special=True):
             parts = get_rolling_token_windows(likelihood.open_prefixes(front, ids), begin, self.context, 1)
             windows.append([likelihood.ScoredPair(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, parts)])
-        found = iter(self._likelihoods([pair for own in windows for pair in own]))
-        totals = [sum(next(found).total for _ in own) for own in windows]
+        found = iter(self._likelihoods([pair for window in windows for pair in window]))
+        totals = [sum(next(found).total for _ in window) for window in windows]
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
@@ -111,7 +111,7 @@ class KeifuLM(LM):
     def get_model_info(self) -> dict[str, Any]:
         """Return the facts that the harness writes with its results."""
         weights = [*self.model.parameters()]
-        return {"model": self.name, "model_num_parameters": sum(each.numel() for each in weights)}
+        return {"model": self.name, "model_num_parameters": sum(weight.numel() for weight in weights)}
 
     def _likelihoods(self, pairs: Sequence[likelihood.ScoredPair]) -> list[likelihood.Likelihood]:
         with counting("lm-eval, scoring", len({pair.prompt for pair in pairs}), "prompts") as progress:

@@ -204,7 +204,7 @@ def control_groups(groups: Path = GROUPS, own: Path = OWN_GROUP) -> list[Path]:
 def quota(groups: Path = GROUPS, own: Path = OWN_GROUP) -> float:
     """Return the cores that control groups let this process use: the strictest of its own and those above; ∞ without
     one."""
-    limits = [place / "cpu.max" for place in control_groups(groups, own)]
+    limits = [control_group / "cpu.max" for control_group in control_groups(groups, own)]
     found = [limit.read_text().split() for limit in limits if limit.exists()]  # version 2: "200000 100000", or "max …"
     first = groups / "cpu/cpu.cfs_quota_us"  # version 1, with -1 for no limit
     if first.exists():

@@ -55,8 +55,8 @@ def load_packed(found: LoadPlan, weights: str) -> nn.Module:
 
 def _has_native_blocks(model: ModelPart, source: "FileWeights") -> bool:
     library = open_library()
-    matrices = [model.embedding, model.head, *(each for layer in model.layers for each in layer.matrices.values())]
-    stored = [source.blocks(each.weight, each.first, 1) for each in matrices]
+    matrices = [model.embedding, model.head, *(matrix for layer in model.layers for matrix in layer.matrices.values())]
+    stored = [source.blocks(matrix.weight, matrix.first, 1) for matrix in matrices]
     return all(each is not None and library.gguf_format(each.kind) is not None for each in stored)
 
 
@@ -84,7 +84,7 @@ class FileWeights(Weights):
     def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
         """Read some rows of a matrix, in the type that the file has."""
         link = self._links[name]
-        found = [self._piece(link, *each, self._source.read) for each in link.pieces(first, first + rows)]
+        found = [self._piece(link, *piece, self._source.read) for piece in link.pieces(first, first + rows)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def blocks(self, name: str, first: int, rows: int) -> Blocks | None:

@@ -145,7 +145,7 @@ def _weight_bytes(model: Any) -> int:
     if isinstance(model, NativeLM):
         return model.nbytes
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    rows = sum(each.nbytes for each in embeddings if each is not model.head_weight)
+    rows = sum(embedding.nbytes for embedding in embeddings if embedding is not model.head_weight)
     return sum(parameter.nbytes for parameter in model.parameters()) - rows
 
 

@@ -199,9 +199,9 @@ def _of_texts(options: Options) -> Iterable[Choices]:
     judge = _load(options.model)
     examples = examples_of(texts_from(options.texts, options.file, EXAMPLE), judge.form)
     shares = _probabilities(judge, examples, options.cut).tolist()
-    for row, each in zip(examples.rows, shares, strict=True):
+    for row, share in zip(examples.rows, shares, strict=True):
         shown = " | ".join(row.texts[:1] if judge.form.answers else row.texts)
-        yield judge.choices(row), each, "\t".join(row.texts), shown
+        yield judge.choices(row), share, "\t".join(row.texts), shown
 
 
 def _compare_texts(options: Options) -> "Confusion":

@@ -78,7 +78,7 @@ def generate_answers(options: Options, prompts: "Sequence[Prompt]") -> "Iterator
     models = [open_model(name, "own") for name in (options.a, options.b)] if prompts else []
     for at in range(0, len(prompts), AHEAD):
         some = prompts[at : at + AHEAD]
-        first, second = (answers_table(*each, some, options, side) for each, side in zip(models, "AB", strict=True))
+        first, second = (answers_table(*model, some, options, side) for model, side in zip(models, "AB", strict=True))
         yield from zip(some, zip(first, second, strict=True), strict=True)
 
 
@@ -87,8 +87,8 @@ def answers_table(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", optio
     from keifu.evaluation.pairwise import seed_of
     from keifu.generation.text.generate import generate_batch
 
-    ids = [tokenizer.render_chat(each.messages) for each in prompts]
-    seeds = [seed_of(options.start, each.messages, side) for each in prompts]
+    ids = [tokenizer.render_chat(prompt.messages) for prompt in prompts]
+    seeds = [seed_of(options.start, prompt.messages, side) for prompt in prompts]
     done = generate_batch(model, tokenizer, ids, [replace(options.sampling, seed=seed) for seed in seeds])
     return [each.text.strip() for each in done]
 
@@ -137,7 +137,7 @@ def show(title: str, messages: Sequence[dict[str, str]], pair: tuple[str, str]) 
     from rich.text import Text
 
     console = Console(highlight=False)
-    said = "\n".join(f"{each['role']}: {each['content']}" for each in messages)
+    said = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
     console.print(Text(f"\n[{title}]\n{said}\n", style="bold"))
     if sys.stdout.isatty() and shutil.get_terminal_size().columns >= NARROW:
         table = Table(box=box.SQUARE, expand=True)

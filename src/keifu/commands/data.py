@@ -43,10 +43,10 @@ def show(source: str, model: str, count: int, as_json: bool) -> None:
     tokenizer = with_template(found, "own")
     talks, learned, total = list(conversations.read(source)), 0, 0
     console = Console(highlight=False, soft_wrap=True)
-    for place, talk in enumerate(talks):
+    for index, talk in enumerate(talks):
         ids, mask = tokenizer.render_turns(talk)
         learned, total = learned + sum(mask), total + len(ids)
-        if place >= count:
+        if index >= count:
             continue
         if as_json:
             print(json.dumps({"tokens": ids, "learned": mask}))
@@ -226,7 +226,7 @@ def _show(source: str, options: Options) -> None:
     parted = split(pictures)
     print(pictures.sentence(), parted.sentence(), *pictures.notes, *pictures.faults, sep="\n")
     if pictures.classes:
-        rows = [(name, f"{(pictures.labels == place).sum():,}") for place, name in enumerate(pictures.classes)]
+        rows = [(name, f"{(pictures.labels == index).sum():,}") for index, name in enumerate(pictures.classes)]
         tables.show(("class", "pictures"), rows)
     if options.output:
         shown = {"all": pictures, "train": parted.train, "validation": parted.validation, "test": parted.test}

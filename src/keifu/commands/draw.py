@@ -158,7 +158,7 @@ def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]"
     found = planned(name)
     dtype = usual_dtype(found)
     model = load(found, dtype, loras)
-    chosen = {each.name: vars(options)[each.name] for each in fields(ImageRequest)}
+    chosen = {field.name: vars(options)[field.name] for field in fields(ImageRequest)}
     chosen["label"] = None if options.label is None else model.label(options.label)
     chosen["sampler"] = options.sampler or ("ddim" if options.eta else model.usual_sampler)
     chosen["guidance"] = model.usual_guidance if options.guidance is None else options.guidance

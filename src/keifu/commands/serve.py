@@ -96,7 +96,7 @@ def run(options: Options) -> None:
     from keifu.serving.worker import Limits
 
     formats(options.weights or "own")  # an unknown one is refused before anything is served
-    if wrong := [each for each in options.cors if not re.fullmatch(r"[\w+.-]+://[^/\s]+|null|\*", each)]:
+    if wrong := [origin for origin in options.cors if not re.fullmatch(r"[\w+.-]+://[^/\s]+|null|\*", origin)]:
         raise UserError(f"--cors is {wrong[0]!r}, which must be an origin such as https://example.org, or *.")
     address = Address(options.host, options.port, options.socket)
     memory = None if options.memory is None else size_of(options.memory, "--memory")
@@ -110,10 +110,10 @@ def run(options: Options) -> None:
         raise UserError(f"--lora is {wrong[0]!r}, which names no folder of adapters: serve a whole model with --name.")
     sources = public_names(options.models or (() if named else found_models()), named)
     models = ServedModels(sources, limits, Metrics(), memory, options.weights, options.allow_load)
-    for each in models.descriptions.values():
-        print(f"{each.name}: {', '.join(each.uses)}")
+    for description in models.descriptions.values():
+        print(f"{description.name}: {', '.join(description.uses)}")
     if options.search is not None:
-        check_search(options.search, [use for each in models.descriptions.values() for use in each.uses])
+        check_search(options.search, [use for description in models.descriptions.values() for use in description.uses])
     open_to_all = address.path is not None or not (address.local or options.allowed_host)
     hosts = ("*",) if open_to_all else (*LOCAL, options.host, *options.allowed_host)
     if not address.local and not keys:
@@ -125,10 +125,10 @@ def run(options: Options) -> None:
 def aliases(names: Sequence[str]) -> dict[str, str]:
     """Return the path or name of each model by the id that was chosen for it."""
     found: dict[str, str] = {}
-    for each in names:
-        alias, _, source = each.partition("=")
+    for name in names:
+        alias, _, source = name.partition("=")
         if not source or not re.fullmatch(r"[\w.:@-]+(/[\w.:@-]+)*", alias):
-            raise UserError(f"{each!r} must be ALIAS=PATH, such as bard=runs/my-gpt.")
+            raise UserError(f"{name!r} must be ALIAS=PATH, such as bard=runs/my-gpt.")
         if alias in found:
             raise UserError(f"The alias {alias!r} is given twice: choose another for {source}.")
         found[alias] = source

@@ -142,7 +142,7 @@ class Head(Tensor):
                     return head.look_up(tokens)
                 case losses.linear_cross_entropy, (hidden, Head() as head, bias, *rest):
                     return head.loss(hidden, bias, rest)
-            return func(*(each.whole() if isinstance(each, Head) else each for each in args), **(kwargs or {}))
+            return func(*(arg.whole() if isinstance(arg, Head) else arg for arg in args), **(kwargs or {}))
 
     def whole(self) -> Tensor:
         """Return the matrix of all processes, of whose gradient each computes all."""
@@ -195,7 +195,7 @@ def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
         return {}
     name, user = users[0]
     total, *rest = user.weight.shape
-    user.classes = Layout((total, *rest), [[each] for each in _shares(total, tokens.size)])
+    user.classes = Layout((total, *rest), [[share] for share in _shares(total, tokens.size)])
     user.tokens = tokens
     _take(user, "weight", user.classes, tokens)
     user.__class__ = type(type(user).__name__, (SplitRows, type(user)), {})
@@ -320,7 +320,7 @@ def _split_attention(part: Attention, tokens: Tokens) -> Iterator[tuple[str, Lay
 def _split_norm(norm: Any, rows: list[range], tokens: Tokens) -> Layout:
     norm.__class__ = SplitHeadsNorm
     vars(norm).update(tokens=tokens)
-    return _take(norm, "weight", Layout(tuple(norm.weight.shape), [[each] for each in rows]), tokens)
+    return _take(norm, "weight", Layout(tuple(norm.weight.shape), [[row] for row in rows]), tokens)
 
 
 def _split_feedforward(part: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:

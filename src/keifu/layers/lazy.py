@@ -77,7 +77,7 @@ class LazyTensor(Tensor):
                 return found
             if schema.name.startswith("aten::new_") or schema.name.endswith("_like"):
                 return func(args[0].blank, *args[1:], **kwargs)
-        written = [bool(each.alias_info and each.alias_info.is_write) for each in schema.arguments]
+        written = [bool(argument.alias_info and argument.alias_info.is_write) for argument in schema.arguments]
         read = [tree_map_only(LazyTensor, lambda x, own=own: x.value(own), arg)
                 for arg, own in zip(args, written, strict=False)]  # fmt: skip
         return func(*read, **tree_map_only(LazyTensor, lambda x: x.value(True), kwargs))

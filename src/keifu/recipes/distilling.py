@@ -33,7 +33,7 @@ class Distill:
 
     def __post_init__(self) -> None:
         if self.teacher is None:
-            given = [each.name for each in fields(self) if vars(self)[each.name] != each.default]
+            given = [field.name for field in fields(self) if vars(self)[field.name] != field.default]
             if given:
                 raise UserError(f"distill.{given[0]} needs a teacher: give --distill.teacher, or leave it out.")
 

@@ -80,8 +80,8 @@ def _inspect(model: nn.Module, tokenizer: Any, _: Any, body: InspectRequest, abo
     return {
         "object": "inspection",
         "model": about.name,
-        "rows": [token_text(target, each) for each in seen.rows],
-        "columns": [token_text(source, each) for each in seen.columns],
+        "rows": [token_text(target, row) for row in seen.rows],
+        "columns": [token_text(source, column) for column in seen.columns],
         "attention": [{"layer": name, "heads": len(each), "bytes": _bytes(each)} for name, each in maps],
         "lens": [[list(likeliest(tokenizer, position)) for position in layer] for layer in seen.lens],
         "masks": masks,
@@ -96,7 +96,7 @@ def _bytes(weights: Tensor) -> str:
 def _match(model: nn.Module, tokenizer: Any, _: Any, body: MatchRequest) -> dict[str, Any]:
     """Return the cosine of each picture and each text, and each text's share among all."""
     try:
-        files = [base64.b64decode(each, validate=True) for each in body.images]
+        files = [base64.b64decode(image, validate=True) for image in body.images]
     except ValueError as error:
         raise UserError(f"images must be files in base64, and one is not: {error}.") from error
     opened = (read_image(file, f"Picture {number}", PICTURE_BYTES).image for number, file in enumerate(files, 1))

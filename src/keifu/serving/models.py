@@ -185,7 +185,7 @@ class ServedModels:
                 "raise it, or choose a smaller model."
             )
         self.descriptions[name], self._sizes[name] = found, found.size
-        sources = {each.source: each.name for each in self.descriptions.values()}
+        sources = {description.source: description.name for description in self.descriptions.values()}
         self._other_names = short_names(list(self.descriptions)) | sources
 
     def add_from_folder(self, name: str) -> None:
@@ -203,7 +203,7 @@ class ServedModels:
         nearest.
         """
         if not name:
-            able = [each for each in self.descriptions.values() if use is None or use in each.uses]
+            able = [description for description in self.descriptions.values() if use is None or use in description.uses]
             if len(able) != 1:
                 text = f"The field model is missing: it must be one of {', '.join(self.descriptions)}."
                 raise ApiError(400, text, "model", "missing_field")
@@ -225,7 +225,7 @@ class ServedModels:
         """Return the model of that name, if it has this use; otherwise raise an `ApiError`."""
         found = self.named(name, use)
         if use not in found.uses:
-            able = [each.name for each in self.descriptions.values() if use in each.uses]
+            able = [description.name for description in self.descriptions.values() if use in description.uses]
             here = f"for this, ask {' or '.join(able)}" if able else "none of this server's models is for this"
             ways = " and ".join(USES[each] for each in found.uses)
             raise ApiError(400, f"The model {found.name!r} is for {ways}; {here}.", "model", "wrong_model")

@@ -74,7 +74,7 @@ class Link:
         """Return the numbers of theirs that make these rows of ours, with the rows within each."""
         starts = accumulate(self.rows, initial=0)
         cuts = [slice(max(first - at, 0), min(stop - at, rows)) for at, rows in zip(starts, self.rows, strict=False)]
-        return [(number, own) for number, own in enumerate(cuts) if own.start < own.stop]
+        return [(number, cut) for number, cut in enumerate(cuts) if cut.start < cut.stop]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Theirs, taken out of ours."""

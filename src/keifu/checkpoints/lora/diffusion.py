@@ -108,7 +108,7 @@ def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
     if style == "diffusers" and any(adapter.length is not None for adapter in made):
         raise UserError("The older spelling of diffusers has no word for DoRA's lengths: write it as peft or kohya.")
     if current().is_main:
-        tensors = {name: t.contiguous() for each in made.items() for name, t in _format_weights(*each, style).items()}
+        tensors = {name: t.contiguous() for item in made.items() for name, t in _format_weights(*item, style).items()}
         write_atomic(Path(path), save(tensors, metadata={"format": "pt"}))
 
 

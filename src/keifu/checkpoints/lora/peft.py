@@ -96,7 +96,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
         raise UserError("This model has no adapters to save: save it whole.")
     if not current().is_main:
         return
-    tensors = {name: tensor for each in made.items() for name, tensor in _name_layers(*each).items()}
+    tensors = {name: tensor for item in made.items() for name, tensor in _name_layers(*item).items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))

@@ -26,7 +26,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Print the table, or what is said of one landmark, and write the page where it is asked for."""
-    found = {each.name: each for each in lineage.landmarks()}
+    found = {landmark.name: landmark for landmark in lineage.landmarks()}
     if options.output is not None:
         write_atomic(options.output, lineage.page())
         print(f"The lineage is in {options.output}: open it in a browser.")

@@ -115,7 +115,7 @@ class QuestionBatches(EpochBatches):
     ):  # fmt: skip
         self.rows, self.pad_id = rows, pad_id
         names = sorted({name for part in rows for *_, name in part})
-        self._place = {name: place for place, name in enumerate(names)}
+        self._place = {name: index for index, name in enumerate(names)}
         self._pictures = torch.stack([ready.cut(found.picture(name)) for name in names])
         super().__init__(len(rows[0]), len(rows[1]), batch_size, seed)
 

@@ -34,7 +34,7 @@ def learned_tokenizer(name: str, learn: Callable[[], Tokenizer], out: Path | Non
     places = [*([out / KEPT / name] if out else []), cache() / "tokenizers" / name]
 
     def found() -> Path | None:
-        return next((each for each in places if (each / "tokenizer_config.json").exists()), None)  # its last file
+        return next((place for place in places if (place / "tokenizer_config.json").exists()), None)  # its last file
 
     build_once(places[-1], lambda: found() is not None, lambda new: learn().save(new))  # by one process of several
     LEARNED[name] = load_tokenizer(found() or places[-1])

@@ -44,7 +44,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int, cut: bo
     for place, text in enumerate(texts):
         if not text.strip():
             raise UserError(f"Text {place + 1} of {len(texts)} is empty: give it words, or leave it out.")
-    longer = [place for place, row in enumerate(rows) if len(row) > limit]
+    longer = [index for index, row in enumerate(rows) if len(row) > limit]
     if longer and not cut:
         place = longer[0]
         others = f", and {len(longer) - 1} others are too long" if len(longer) > 1 else ""
@@ -81,10 +81,10 @@ def in_batches(
         raise UserError("There is no text: give at least one.")
     device, parts, order = next(model.parameters()).device, list[Tensor](), list[int]()
     with evaluation_mode(model), torch.inference_mode():
-        for places in length_buckets([size(row) for row in rows], PASS_TOKENS, batch_size):
-            tokens, mask = pack([rows[place] for place in places], pad_id)
+        for length_bucket in length_buckets([size(row) for row in rows], PASS_TOKENS, batch_size):
+            tokens, mask = pack([rows[place] for place in length_bucket], pad_id)
             parts.append(work(tokens.to(device), None if mask is None else mask.to(device)).float())
-            order += places
+            order += length_bucket
             if advance:
                 advance(len(order))
     return torch.cat(parts)[torch.tensor(order, device=device).argsort()]  # of no inference mode: training can use it

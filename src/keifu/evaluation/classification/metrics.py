@@ -180,8 +180,8 @@ def picture(
     sheet = torch.zeros(DOWN * high, ACROSS * wide)
     figure, (axes,) = canvas(1, 1, 5.4)
     figure.set_size_inches(7.4, 3.3)
-    for place, row in enumerate(wrong[: ACROSS * DOWN].tolist()):
-        top, left = place // ACROSS * high, place % ACROSS * wide
+    for index, row in enumerate(wrong[: ACROSS * DOWN].tolist()):
+        top, left = index // ACROSS * high, index % ACROSS * wide
         sheet[top + GAP : top + high, left + GAP // 2 : left + wide - GAP // 2] = pictures[row]
         name = f"{classes[truth[row]]}, taken for {classes[taken[row]]}"
         axes.text(left + wide / 2, top + GAP - 2, name, fontsize=6.5, ha="center", va="bottom")

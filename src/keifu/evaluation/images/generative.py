@@ -109,13 +109,13 @@ def reconstruct(
     chosen, rows = configure_sampler(model.noise, "ddim", steps or min(STEPS, model.noise.steps)), []
     clean = pictures.take(slice(None))
     with counting("Finding pictures again", len(LEFT) * len(pictures), "pictures") as advance:
-        for place, left in enumerate(LEFT):
+        for index, left in enumerate(LEFT):
             way = [step for step in chosen.schedule.steps if step.level.alpha**2 >= left] or chosen.schedule.steps[-1:]
             level, pairs = way[0].level, []
             for first, given, label in _batches(model, pictures, batch_size):
                 seeds = draw_noise(seed, HELD_OUT, len(given), first)
                 pairs.append(_reconstruct(model, chosen, Schedule(tuple(way)), given, label, seeds))
-                advance(place * len(pictures) + first + len(given))
+                advance(index * len(pictures) + first + len(given))
             noisy, found = (torch.cat(each) for each in zip(*pairs, strict=True))
             alike = _mean(ssim(clean, found), 4) if min(clean.shape[2:]) >= WINDOW else None
             before, after = _mean(psnr(clean, noisy)), _mean(psnr(clean, found))
@@ -379,7 +379,7 @@ def nearest_neighbours(
     pixels = drawn.flatten(1)
     distances, places = nearest(pixels, real.take(slice(None)).flatten(1))
     by_features = nearest(features, known_features)[1]
-    where = {name: place for place, name in enumerate(real.names)}
+    where = {name: index for index, name in enumerate(real.names)}
     among = torch.tensor([where[known.names[place]] for place in by_features.tolist()])
     return Neighbours(places, distances / math.sqrt(pixels.shape[1]), among)
 

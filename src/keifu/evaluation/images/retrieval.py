@@ -250,7 +250,7 @@ def _interval(values: Any, families: Sequence[int]) -> str:
 def equal(captions: Sequence[str]) -> Int[Tensor, " captions"]:
     """Return for each caption the index of the first equal caption."""
     first: dict[str, int] = {}
-    return torch.tensor([first.setdefault(caption, place) for place, caption in enumerate(captions)])
+    return torch.tensor([first.setdefault(caption, index) for index, caption in enumerate(captions)])
 
 
 def split_pairs(on: str, size: int, held_out: Mapping[str, Any]) -> ImageSplit:

@@ -188,9 +188,9 @@ def curves(results: Sequence[Result]) -> bytes:
     """Return accuracy and loss by step as PNG: a column of two panels for each loss, a line for each activation."""
     activations, losses = names(results)
     figure, panels = canvas(2 * len(losses), len(losses), 3.0)
-    for place, loss in enumerate(losses):
+    for index, loss in enumerate(losses):
         chosen = [r for r in results if r.loss == loss]
-        top, bottom = panels[place], panels[place + len(losses)]
+        top, bottom = panels[index], panels[index + len(losses)]
         _lines(top, chosen, activations, lambda r: r.accuracies)
         _lines(bottom, chosen, activations, lambda r: r.losses)
         top.set_title(loss.replace("_", " "), fontsize=10)

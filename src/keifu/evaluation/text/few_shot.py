@@ -120,9 +120,9 @@ class _Prompting:
         """Return the tokens of each prompt with each of its answers; what does not fit is a `UserError` with both
         lengths."""
         delimiter = self.drawn.task.delimiter
-        texts = [(p, delimiter + a) for p, each in zip(self.prompts, answers, strict=True) for a in each]
+        texts = [(p, delimiter + a) for p, answer in zip(self.prompts, answers, strict=True) for a in answer]
         rest = iter(join_tokens(self.tokenizer, texts))
-        found = [[next(rest) for _ in each] for each in answers]
+        found = [[next(rest) for _ in answer] for answer in answers]
         longest = max(len(pair.prompt) + len(pair.answer) - 1 for each in found for pair in each)
         if longest > (context := text_model(self.model).config.context_length):
             fewer = "ask for fewer shots" if self.shots else "shorten the items"
@@ -194,7 +194,7 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
     with counting(f"Asking with {asking.shots} shots", len(prompts), "prompts") as progress:
         each = [replace(sampling, seed=asking.seed * len(prompts) + number) for number in range(len(prompts))]
         written = generate_batch(asking.model, asking.tokenizer, prompts, each, asking.batch_size or 32, progress)
-    texts = [with_opening(asking.tokenizer, each, done.text) for each, done in zip(prompts, written, strict=True)]
+    texts = [with_opening(asking.tokenizer, prompt, done.text) for prompt, done in zip(prompts, written, strict=True)]
     written = [replace(done, text=text) for done, text in zip(written, texts, strict=True)]
     groups = [written[first : first + count] for first in range(0, len(written), count)]
     accepted = [{normalize_answer(text) for text in (item.answer, *item.accepted)} for item in items]

@@ -120,7 +120,7 @@ class SampledItem:
     def prompts(self, shots: int) -> list[str]:
         """Return the whole prompt of each item, with the first `shots` examples before it."""
         task = self.task
-        shown = [f"{each.prompt}{task.delimiter}{each.answer}" for each in self.examples[:shots]]
+        shown = [f"{example.prompt}{task.delimiter}{example.answer}" for example in self.examples[:shots]]
         front = "".join(part + task.separator for part in [task.instruction, *shown] if part)
         return [front + item.prompt for item in self.items]
 
@@ -169,7 +169,7 @@ def titles() -> FewShotTask:
 def last_word() -> FewShotTask:
     """Make items of the last word of a passage of 40 words or more that names it before, as in LAMBADA (Paperno et al.,
     2016), from the presidents' speeches."""
-    passages = dict.fromkeys(each for speech in catalogue.documents("sotu") for each in _passages(speech))
+    passages = dict.fromkeys(passage for speech in catalogue.documents("sotu") for passage in _passages(speech))
     found = (TaskItem(before, word) for before, word in passages)
     items = tuple(sorted(found, key=lambda item: hashlib.sha256(item.prompt.encode()).digest()))
     note = "The passages are of the catalogue's sotu: a model that was trained on it has read them."

@@ -214,7 +214,7 @@ def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
 
 def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], request: EvalRequest) -> list[Translation]:
     """Return one translation for each source text, which is not split into sentences, since its reference is not."""
-    given = {each.name: vars(request).get(each.name) for each in fields(TranslationParams)}
+    given = {field.name: vars(request).get(field.name) for field in fields(TranslationParams)}
     settings = TranslationParams(**{name: value for name, value in given.items() if value is not None})
     with counting("Translating", len(sources), "sentences") as progress:
         found = translate_texts(model, tokenizer, sources, settings, lambda text: [text], progress)

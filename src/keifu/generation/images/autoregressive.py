@@ -55,7 +55,7 @@ class AutoregressivePipeline(TextToImagePipeline):
         if wanted.text is None:
             raise UserError("This model draws from a text, and there is none: say what to draw.")
         usual = ImageRequest()
-        foreign = [each.name for each in fields(ImageRequest) if each.name not in HEEDED]
+        foreign = [field.name for field in fields(ImageRequest) if field.name not in HEEDED]
         changed = [name for name in foreign if vars(wanted)[name] != vars(usual)[name]]
         if wanted.guidance != 1:
             changed.append("guidance")

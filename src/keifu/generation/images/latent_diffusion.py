@@ -71,13 +71,13 @@ def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncat
     A longer text is a `UserError` with both lengths, or is truncated with `truncate`.
     """
     rows = tokenizer.encode_batch(texts, special=True)
-    for place, (text, row) in enumerate(zip(texts, rows, strict=True)):
+    for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
         if len(row) > length and not truncate:
             raise UserError(
                 f"{text[:40]!r}… has {len(row)} tokens with those around it, and the model reads {length}: "
                 "shorten it, or leave out its end (--truncate)."
             )
-        rows[place] = row if len(row) <= length else [*row[: length - 1], row[-1]]
+        rows[index] = row if len(row) <= length else [*row[: length - 1], row[-1]]
     padding = next((each for each in (tokenizer.pad_id, tokenizer.eos_id) if each is not None), 0)
     return torch.tensor([row + [padding] * (length - len(row)) for row in rows], device="cpu")
 

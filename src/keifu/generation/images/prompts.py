@@ -113,7 +113,7 @@ class InsertedImages:
             times = config.image_tokens if marked else 1
             self.tokens += [token] * times
             self._identity += [_identity(self._pixels[next(number)]) if marked else token] * times
-        self._places = [place for place, token in enumerate(self.tokens) if token == config.image_token]
+        self._places = [index for index, token in enumerate(self.tokens) if token == config.image_token]
 
     def identity(self, tokens: Sequence[int], start: int = 0) -> Sequence[int]:
         """Return the tokens by which blocks are known, right from `start` on: a number of its content for those of a

@@ -141,7 +141,7 @@ def transcribe(
                 segments.append(Segment(start, end, text, written, best.score, decoder.no_speech))
                 past.extend(words) if settings.previous else past.clear()
             place += done
-    return Transcript("".join(each.text for each in segments).strip(), language, seconds, segments)
+    return Transcript("".join(segment.text for segment in segments).strip(), language, seconds, segments)
 
 
 def find_language(model: SpeechRecognizer, heard: Float[Tensor, "1 mels frames"], tokens: SpeechTokens) -> str:

@@ -60,7 +60,7 @@ class Conversation:
     def restore(self, messages: Messages) -> None:
         """Go on with a conversation that was had before; one that the template refuses is a `UserError`."""
         for images in (message["images"] for message in messages if "images" in message):
-            if not isinstance(images, (list, tuple)) or not all(isinstance(each, Image.Image) for each in images):
+            if not isinstance(images, (list, tuple)) or not all(isinstance(image, Image.Image) for image in images):
                 raise UserError(f"The images of a message are {str(images)[:40]!r}, no pictures: remove that field.")
         render(self.tokenizer, messages, self.config, **self.options)
         self.messages = [dict(message) for message in messages]
@@ -91,7 +91,7 @@ class Conversation:
 
     def take_back(self) -> dict[str, Any]:
         """Remove the last message and its answer from the history, and return the message."""
-        places = [place for place, message in enumerate(self.messages) if message["role"] == "user"]
+        places = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
         if not places:
             raise UserError("There is no message to answer again: ask something first.")
         message = self.messages[places[-1]]

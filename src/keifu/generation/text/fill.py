@@ -83,7 +83,7 @@ def infill(model: nn.Module, tokenizer: Tokenizer, text: str) -> str:
         raise UserError(f"There is no gap in {text!r}: write {GAP} where something is wanted.")
     markers = Markers.of(tokenizer, len(parts) - 1)
     [found] = generate_batch(model, tokenizer, [prompt(tokenizer, markers, parts)], GREEDY)
-    ends = [place for place, token in enumerate(found.tokens) if token in tokenizer.stop_ids]
+    ends = [index for index, token in enumerate(found.tokens) if token in tokenizer.stop_ids]
     spans = split_spans(found.tokens[: ends[0] if ends else None], markers.sentinels)
     words = [*map(tokenizer.decode, spans), ""]
     return "".join(part + word for part, word in zip(_close_span(parts), words, strict=True))
@@ -105,7 +105,7 @@ def prompt(tokenizer: Tokenizer, markers: Markers, parts: Sequence[str]) -> list
 def split_spans(written: Sequence[int], sentinels: np.ndarray) -> list[list[int]]:
     """Split the output into the spans of the sentinels, the first being given; a sentinel out of turn is skipped."""
     spans: list[list[int]] = [[] for _ in sentinels]
-    places = {int(sentinel): place for place, sentinel in enumerate(sentinels)}
+    places = {int(sentinel): index for index, sentinel in enumerate(sentinels)}
     current = 0
     for token in written:
         if token in places:

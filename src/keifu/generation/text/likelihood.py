@@ -174,7 +174,7 @@ def _texts(pairs: Sequence[ScoredPair]) -> list[_Text]:
         answers[prompt].setdefault(answer[:-1], []).append(answer)
     prompts, found = sorted(answers), list[_Text]()
     for start in range(0, len(prompts), AHEAD):
-        some = [[_Text(prompt, *each) for each in answers[prompt].items()] for prompt in prompts[start : start + AHEAD]]
+        some = [[_Text(prompt, *item) for item in answers[prompt].items()] for prompt in prompts[start : start + AHEAD]]
         found += [texts[0] for texts in some] + [text for texts in some for text in texts[1:]]
     return found
 

@@ -173,15 +173,15 @@ class Sampler:
     """
 
     def __init__(self, requests: Sequence[Request], vocab: int, device: torch.device, before: "Sampler | None" = None):
-        self.requests, samplings = requests, [each.sampling for each in requests]
-        lengths = [len(each.prompt) + len(each.tokens) for each in requests]
+        self.requests, samplings = requests, [request.sampling for request in requests]
+        lengths = [len(request.prompt) + len(request.tokens) for request in requests]
         self.settings = RowSettings(samplings, device)
-        known = {} if before is None else {each: row for row, each in enumerate(before.requests)}
-        texts = [([], []) if each in known else (each.prompt, each.tokens) for each in requests]
+        known = {} if before is None else {request: row for row, request in enumerate(before.requests)}
+        texts = [([], []) if request in known else (request.prompt, request.tokens) for request in requests]
         prompts, written = zip(*texts, strict=True)
         self.history = History.of_texts(self.settings, prompts, written, vocab)
         if before is not None:
-            kept = [row for row, each in enumerate(requests) if each in known]
+            kept = [row for row, request in enumerate(requests) if request in known]
             self.history.take(kept, before.history, [known[requests[row]] for row in kept])
         seeds, positions = (torch.tensor(each, device=device) for each in ([s.seed for s in samplings], lengths))
         self.streams = UniformStreams(seeds, positions)  # from the position of the next token in its own text

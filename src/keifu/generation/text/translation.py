@@ -98,15 +98,15 @@ def _starts_sentence(text: str, place: int) -> bool:
 def _is_enclosed(text: str) -> list[bool]:
     """For each character, and the end, whether it stands within brackets or quotation marks that match."""
     inside, opened = [False] * (len(text) + 1), []
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         if character in OPENING:
-            opened.append((character, place))
+            opened.append((character, index))
         elif character in CLOSING:
             wanted = OPENING[CLOSING.index(character)]
             while opened:
                 mark, start = opened.pop()
                 if mark == wanted:
-                    inside[start + 1 : place] = [True] * (place - start - 1)
+                    inside[start + 1 : index] = [True] * (index - start - 1)
                     break
     return inside
 
@@ -193,7 +193,7 @@ def translate(
         A translation for each text, in their order.
     """
     found = translate_texts(model, tokenizer, texts, TranslationParams(beam, alpha))
-    return [join_sentences(each.text for each in parts) for parts in found]
+    return [join_sentences(part.text for part in parts) for parts in found]
 
 
 def translate_texts(
@@ -257,7 +257,7 @@ def _targets(model: Translator, sources: Sequence[Sequence[int]], longest: int, 
     packed = native_form(model, pack_translator)
     if packed is None:
         return EncoderDecoderBeamModel(model, sources, longest, device_of(model))
-    lengths = [len(each) for each in sources]
+    lengths = [len(source) for source in sources]
     return NativeTargets(packed, *pad(sources, model.config.pad_id), lengths, longest, how.beams * len(sources))
 
 

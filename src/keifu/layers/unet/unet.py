@@ -94,7 +94,7 @@ class UNet(nn.Module):
         self.factor = 2 ** sum(stage.resample is not None for stage in down)
         leads = [stage.resample for stage in (*down, *up) if stage.resample is not None]
         self.flexible = all(
-            isinstance(each, Upsample) or (isinstance(each, Downsample) and each.around) for each in leads
+            isinstance(lead, Upsample) or (isinstance(lead, Downsample) and lead.around) for lead in leads
         )
 
     def forward(self, x: Pixels, time: Time, **context: Any) -> Float[Tensor, "batch out_channels height width"]:

@@ -94,7 +94,7 @@ def read_stages(json: dict[str, Any], widths: Sequence[int], ways: Ways) -> list
         raise ValueError(f"it has {numbers}, which should be as many.")
     leading = [residual for _, residual in down[:-1]], [False, *(residual for _, residual in up[1:])]
     switches = [attends for attends, _ in down], [attends for attends, _ in up], *leading
-    return [tuple(level for level, on in enumerate(each) if on) for each in switches]
+    return [tuple(level for level, on in enumerate(switch) if on) for switch in switches]
 
 
 def _read_way(json: dict[str, Any], name: str, way: Way) -> list[tuple[bool, bool]]:

@@ -259,7 +259,7 @@ def ranked_examples(
     fitting, dropped = list[list[T]](), 0
     for side in prompt_parts(recipe.data, recipe.held_out, single):
         found = [example for ranked in side for example in make(ranked)]
-        longest = [max(len(each.ids) for each in answers(one)) for one in found]
+        longest = [max(len(answer.ids) for answer in answers(one)) for one in found]
         over = [size for size in longest if size > length]
         if over and not recipe.drop_long:
             raise UserError(

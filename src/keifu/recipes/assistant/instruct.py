@@ -101,7 +101,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
             raise Interrupted(f"{where} To go on:\n{command(out)}", stop.number) from stop
         done[phase.name] = flat(asdict(phase.recipe))
         write_atomic(out / PHASES, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
-    report = write_joined(out, f"{recipe.model} becomes an assistant", summary(steps), [each.folder for each in steps])
+    report = write_joined(out, f"{recipe.model} becomes an assistant", summary(steps), [step.folder for step in steps])
     print(f"The assistant is in {steps[-1].folder}: keifu chat {shell(steps[-1].folder)} (see {report})")
 
 

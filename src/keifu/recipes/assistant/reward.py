@@ -97,7 +97,7 @@ def with_score_head(decoder: Any, lora: Lora, seed: int) -> task_head.ModelWithH
 def ranking_of(tokenizer: Tokenizer, ranked: RankedResponses) -> Ranking:
     """Return the answers with their prompt, whole: the score is read after the last token."""
     turns = [sample_answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
-    return Ranking([each._replace(learned=[True] * len(each.ids)) for each in turns], list(ranked.levels))
+    return Ranking([turn._replace(learned=[True] * len(turn.ids)) for turn in turns], list(ranked.levels))
 
 
 def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> list[list[int]]:

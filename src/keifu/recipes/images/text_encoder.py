@@ -72,6 +72,6 @@ def caption_tokens(
     without pictures."""
 
     def tokens(part: ImageDataset) -> torch.Tensor:
-        return torch.stack([text_tokens(tokenizer, part.texts(each), length, truncate) for each in languages])
+        return torch.stack([text_tokens(tokenizer, part.texts(language), length, truncate) for language in languages])
 
     return of_both(parts, tokens)

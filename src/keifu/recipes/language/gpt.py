@@ -165,7 +165,7 @@ def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
     if row > most:
         raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
     task = TextTask(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
-    chosen = settings(recipe, sum(each.numel() for each in model.parameters()), row, len(task.shards.tokens))
+    chosen = settings(recipe, sum(parameter.numel() for parameter in model.parameters()), row, len(task.shards.tokens))
     options, objective = recipe.distill.options(), recipe.distill.objective(tokenizer, row, model)
     pretrain(
         "gpt", task, lambda _: model, model.config, chosen, out, resume, recipe.prompt, row=row, options=options,

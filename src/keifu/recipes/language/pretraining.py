@@ -56,7 +56,7 @@ class TextOptions:
 
     def reading(self) -> dict[str, Any]:
         """Return these options alone, by name."""
-        return {each.name: getattr(self, each.name) for each in fields(TextOptions)}
+        return {field.name: getattr(self, field.name) for field in fields(TextOptions)}
 
     def shards(self, data: str, tokenizer: Tokenizer) -> Shards:
         """Return the ids of both parts of a text, or of a folder of shards (keifu data prepare)."""

@@ -155,9 +155,9 @@ def _requests(
     pairs = [(each.tokens, each) if isinstance(each, InsertedImages) else (each, None) for each in given]
     limits, settings = (config.vocab_size, config.context_length), [replace(sampling, seed=seed) for seed in seeds]
     return [
-        Request(tokens, each, tokenizer, *limits, constraint(), shown, images)
+        Request(tokens, setting, tokenizer, *limits, constraint(), shown, images)
         for tokens, images in pairs
-        for each in settings
+        for setting in settings
     ]
 
 

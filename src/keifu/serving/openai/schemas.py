@@ -199,7 +199,7 @@ def tool_use(functions: Sequence[Function], choice: Any, name: str | None, paral
         name: the name of the function that must be called, if any.
         parallel: the field parallel_tool_calls.
     """
-    known = [each.name for each in functions]
+    known = [function.name for function in functions]
     if len(set(known)) < len(known):
         raise ValueError("tools has two functions of one name")
     if name is not None and name not in known:
@@ -210,7 +210,7 @@ def tool_use(functions: Sequence[Function], choice: Any, name: str | None, paral
         raise ValueError("tool_choice is required, and there are no tools")
     if not known or choice == "none":
         return None
-    told = [each.model_dump(exclude_none=True, exclude={"strict", "type"}) for each in functions]
+    told = [function.model_dump(exclude_none=True, exclude={"strict", "type"}) for function in functions]
     return ToolUse(told, name or choice or "auto", parallel is not False and name is None)
 
 

@@ -111,8 +111,8 @@ def with_objects(messages: Messages) -> list[dict[str, Any]]:
     def with_object(call: Any) -> dict[str, Any]:
         return call | {"function": call["function"] | {"arguments": json.loads(call["function"]["arguments"])}}
 
-    calls = [[with_object(call) for call in each.get("tool_calls") or ()] for each in messages]
-    return [{**each, "tool_calls": own or None} for each, own in zip(messages, calls, strict=True)]
+    calls = [[with_object(call) for call in message.get("tool_calls") or ()] for message in messages]
+    return [{**message, "tool_calls": own or None} for message, own in zip(messages, calls, strict=True)]
 
 
 def render(
@@ -130,12 +130,12 @@ def render(
         begun = render(tokenizer, messages[:-1], functions, config, **options)
         more = tokenizer.encode(messages[-1]["content"])
         return begun._replace(tokens=[*begun.tokens, *more]) if isinstance(begun, ImagePrompt) else begun + more
-    if not functions and not any(each.get("tool_calls") or each["role"] == "tool" for each in messages):
+    if not functions and not any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
         return prompts.render(tokenizer, messages, config, **options)
-    if any(each.get("images") for each in messages):
+    if any(message.get("images") for message in messages):
         raise UserError("Pictures and tools cannot be in one conversation: leave out one of them.")
     if tool_format(tokenizer).native:
-        tools = [{"type": "function", "function": {"parameters": {}, **each}} for each in functions]
+        tools = [{"type": "function", "function": {"parameters": {}, **function}} for function in functions]
         return prompts.render(tokenizer, with_objects(messages), config, tools=tools or None, **options)
     return prompts.render(tokenizer, _in_words(messages, functions), config, **options)
 
@@ -145,13 +145,13 @@ def _in_words(messages: Messages, functions: Sequence[Mapping[str, Any]]) -> lis
 
     The functions are in the system message, calls are words of the assistant, and results are words of the user.
     """
-    told = TOLD.format(functions="\n".join(json.dumps(each, ensure_ascii=False) for each in functions))
+    told = TOLD.format(functions="\n".join(json.dumps(function, ensure_ascii=False) for function in functions))
     found: list[dict[str, Any]] = [{"role": "system", "content": told}] if functions else []
-    for each in messages:
-        role, text = each["role"], each.get("content") or ""
+    for message in messages:
+        role, text = message["role"], message.get("content") or ""
         if role == "tool":
             role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
-        for call in each.get("tool_calls") or ():
+        for call in message.get("tool_calls") or ():
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             text += ("\n" if text else "") + HERMES.opening + name + HERMES.middle + arguments + HERMES.closing
         if found and role == found[-1]["role"]:
@@ -178,15 +178,15 @@ class ToolUse:
             parts = re.split(f"({'|'.join(map(re.escape, special)) or '(?!)'})", text)
             return " ".join(f"<[{special[part]}]>" if part in special else json.dumps(part) for part in parts if part)
 
-        able = [each for each in self.functions if self.choice in ("auto", "required", each["name"])]
-        calls = [f"{literal(each['name'] + form.middle)} a{place}" for place, each in enumerate(able)]
+        able = [function for function in self.functions if self.choice in ("auto", "required", function["name"])]
+        calls = [f"{literal(each['name'] + form.middle)} a{index}" for index, each in enumerate(able)]
         more = f"({literal(form.between)} call)*" if self.parallel and form.between else ""
         start = self._start(form, tokenizer, literal, schema)
         rules = [f"call: {' | '.join(calls)}", f"calls: call {more} {literal(form.closing)}"]
-        for place, each in enumerate(able):
+        for index, each in enumerate(able):
             given = each.get("parameters") or {}
             own = given if {"$ref", *COMBINED} & given.keys() else {"type": "object", "properties": {}, **given}
-            rules.append(f"a{place}: %json {json.dumps(checked(own, 'tools') | {'x-guidance': LAYOUT})}")
+            rules.append(f"a{index}: %json {json.dumps(checked(own, 'tools') | {'x-guidance': LAYOUT})}")
         return Grammar(LLMatcher.grammar_from_lark("\n".join([*start, *rules])), "tools")
 
     def _start(self, form: ToolFormat, tokenizer: Tokenizer, literal: Any, schema: Any) -> list[str]:
@@ -249,7 +249,7 @@ class Reply:
             return [Delta(text)] if text else []
         self._held += text
         steps = iter(partial(self._next, self.form, last), None)
-        found = [each for each in steps if any((each.content, each.name, each.arguments))]
+        found = [step for step in steps if any((step.content, step.name, step.arguments))]
         self.text += "".join(each.content for each in found)
         return found
 

@@ -84,7 +84,7 @@ def _options(body: MessagesRequest, models: ServedModels) -> dict[str, Any] | No
 def _fields(body: MessagesRequest) -> dict[str, Any]:
     """Return the request in OpenAI's fields."""
     turns = [{"role": "system", "content": _text(body.system)}] if body.system else []
-    turns += [turn for each in body.messages for turn in _turns(each)]
+    turns += [turn for message in body.messages for turn in _turns(message)]
     kept = {name: getattr(body, name) for name in ("model", "max_tokens", "temperature", "top_k", "top_p")}
     tools = [
         {"name": each.get("name"), "description": each.get("description"), "parameters": each.get("input_schema")}
@@ -97,7 +97,7 @@ def _fields(body: MessagesRequest) -> dict[str, Any]:
     return kept | {
         "messages": turns,
         "stop": body.stop_sequences or None,
-        "tools": [{"type": "function", "function": each} for each in tools] or None,
+        "tools": [{"type": "function", "function": tool} for tool in tools] or None,
         "tool_choice": choice if tools else None,
         "parallel_tool_calls": False if given.get("disable_parallel_tool_use") else None,
     }

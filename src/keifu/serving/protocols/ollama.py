@@ -60,7 +60,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
     @app.get("/api/tags", summary="The models that chat (ollama)", tags=["other clients"])
     async def tags() -> Response:
-        chatting = [each for each in models.descriptions.values() if "chat" in each.uses]
+        chatting = [description for description in models.descriptions.values() if "chat" in description.uses]
         began = datetime.fromtimestamp(models.began, UTC).isoformat()
         entries = [{"name": each.name, "model": each.name, "size": each.size} for each in chatting]
         more = {"modified_at": began, "digest": "", "details": {"family": "keifu", "format": "safetensors"}}
@@ -136,10 +136,10 @@ async def _all(answer: Answer) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": ""}
     found: dict[str, Any] = {}
     async with aclosing(_lines(answer)) as lines:
-        async for each in lines:
-            message["content"] += each["message"]["content"]
-            if thought := each["message"].get("thinking"):
+        async for line in lines:
+            message["content"] += line["message"]["content"]
+            if thought := line["message"].get("thinking"):
                 message["thinking"] = message.get("thinking", "") + thought
-            message |= {"tool_calls": calls} if (calls := each["message"].get("tool_calls")) else {}
-            found = each
+            message |= {"tool_calls": calls} if (calls := line["message"].get("tool_calls")) else {}
+            found = line
     return {**found, "message": message}

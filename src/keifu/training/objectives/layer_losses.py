@@ -35,7 +35,7 @@ class WithLayerLoss:
             outcome = self.objective(model, batch)
         if not records:
             raise UserError(f"No layer of this model has a loss {self.name}: train it without one.")
-        added = torch.stack([self.loss(each) for each in records]).mean() * outcome.weight
+        added = torch.stack([self.loss(record) for record in records]).mean() * outcome.weight
         figures = {**outcome.figures, self.name: added.detach()}
         total = outcome.total + self.weight * added if model.training else outcome.total  # validation: language alone
         return LossOutput(total, outcome.weight, figures)

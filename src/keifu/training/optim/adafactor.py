@@ -93,4 +93,4 @@ def _scales(weights: list[Tensor], directions: list[Tensor], rate: float) -> tup
 
 def _root_mean_squares(tensors: list[Tensor]) -> Tensor:
     norms = torch._foreach_norm(tensors)  # pyright: ignore
-    return torch.stack(torch._foreach_mul(norms, [each.numel() ** -0.5 for each in tensors]))  # pyright: ignore
+    return torch.stack(torch._foreach_mul(norms, [tensor.numel() ** -0.5 for tensor in tensors]))  # pyright: ignore

@@ -85,7 +85,7 @@ def latest(directory: Path) -> tuple[SavedState, list[str]]:
     faults = []
     for step in reversed(steps(directory)):
         try:
-            return read(directory, step), [f"{each} Going on from the one before, of step {step}." for each in faults]
+            return read(directory, step), [f"{fault} Going on from the one before, of step {step}." for fault in faults]
         except UserError as error:
             faults.append(str(error))
     damaged = f" {' '.join(faults)}" if faults else ""
