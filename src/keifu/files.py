@@ -231,15 +231,15 @@ def check_output(path: Path, option: str, folder: bool) -> None:
     if path.exists() and path.is_dir() != folder:
         kinds = ("file", "folder") if folder else ("folder", "file")
         raise UserError(f"{option} {path} is a {kinds[0]}, and a {kinds[1]} is to be written: give another name.")
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir() and there != path:
         raise UserError(f"{option} {path} cannot be written: {there} is a file.")
-    place = there if there.is_dir() else there.parent
+    parent = there if there.is_dir() else there.parent
     try:
-        with tempfile.TemporaryFile(dir=place):  # asks the file system too: permissions do not say all
+        with tempfile.TemporaryFile(dir=parent):  # asks the file system too: permissions do not say all
             pass
     except OSError as error:
-        reason = f"no file can be made in {place} ({error.strerror})"
+        reason = f"no file can be made in {parent} ({error.strerror})"
         raise UserError(f"{option} {path} cannot be written: {reason}.") from None
 
 

@@ -43,22 +43,22 @@ def hold(directory: Path) -> Iterator[bool]:
     """Hold a directory for this process alone; give whether it did not before. Where another process has it, a
     `UserError` says which one. A dead process holds nothing, since the lock (flock) is the system's.
     """
-    place = directory.resolve()
-    if place in _HELD:
+    path = directory.resolve()
+    if path in _HELD:
         yield False
         return
-    place.mkdir(parents=True, exist_ok=True)
-    file = _locked_file(place / LOCK)
-    _HELD.add(place)
+    path.mkdir(parents=True, exist_ok=True)
+    file = _locked_file(path / LOCK)
+    _HELD.add(path)
     try:
         yield True
     finally:
-        _HELD.discard(place)
+        _HELD.discard(path)
         if WINDOWS:
             file.close()
         with suppress(OSError):
-            (place / LOCK).unlink()
-            place.rmdir()  # where nothing was written
+            (path / LOCK).unlink()
+            path.rmdir()  # where nothing was written
         file.close()
 
 

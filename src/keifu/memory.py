@@ -57,9 +57,9 @@ def _windows() -> int:
 
 def container(groups: Path = GROUPS, own: Path = OWN_GROUP) -> list[int]:
     """Bytes left by each control group (version 2, version 1) that has a limit; droppable caches count as free."""
-    places = [(group, "memory.max", "memory.current", "inactive_file") for group in control_groups(groups, own)]
-    places.append((groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
-    return [left for place in places if (left := _left(*place)) is not None]
+    limits = [(group, "memory.max", "memory.current", "inactive_file") for group in control_groups(groups, own)]
+    limits.append((groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
+    return [left for limit in limits if (left := _left(*limit)) is not None]
 
 
 def _left(group: Path, most: str, used: str, droppable: str) -> int | None:

@@ -198,7 +198,7 @@ def control_groups(groups: Path = GROUPS, own: Path = OWN_GROUP) -> list[Path]:
     """Return the folders of this process's control group (version 2) and of those above it, which all limit it."""
     lines = own.read_text().splitlines() if own.exists() else []
     group = next((groups / line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")), groups)
-    return [place for place in (group, *group.parents) if place.is_relative_to(groups)]
+    return [folder for folder in (group, *group.parents) if folder.is_relative_to(groups)]
 
 
 def quota(groups: Path = GROUPS, own: Path = OWN_GROUP) -> float:

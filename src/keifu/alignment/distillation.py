@@ -50,15 +50,15 @@ class Distillation:
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         mask = batch["mask"][:, 1:] if "mask" in batch else torch.ones_like(targets, dtype=torch.bool)
         documents = batch["documents"][:, :-1] if "documents" in batch else None
-        places = places_of(mask)
-        hidden = take(model.hidden(inputs, documents=documents), places)
+        at = places_of(mask)
+        hidden = take(model.hidden(inputs, documents=documents), at)
         head, teacher = model.head_weight, self.teacher.config.vocab_size
         if isinstance(head, SoftCappedHead) or isinstance(self.teacher, SoftCappedLM):
             raise UserError(CAPPED)
         head = head if len(head) <= teacher else head[:teacher]  # beyond are rows without a token
         states, matrix = teacher_states(self.teacher, inputs, documents, len(head))
-        total = linear_divergence(hidden, head, take(states, places), matrix, self.beta, self.temperature)
-        figures = {} if model.training else {"nats": linear_cross_entropy(hidden, head, None, take(targets, places))[1]}
+        total = linear_divergence(hidden, head, take(states, at), matrix, self.beta, self.temperature)
+        figures = {} if model.training else {"nats": linear_cross_entropy(hidden, head, None, take(targets, at))[1]}
         return LossOutput(total, mask.sum(), figures)
 
 

@@ -33,10 +33,10 @@ def sequence_log_probabilities(model: Any, batch: Batch) -> Scores:
     The model offers `hidden(tokens)` and `head_weight`.
     """
     tokens, mask = batch["tokens"].flatten(0, 1), batch["mask"].flatten(0, 1)[:, 1:]
-    places = places_of(mask)
-    hidden = take(model.hidden(tokens[:, :-1]), places)
-    found, _ = token_log_probabilities(hidden, model.head_weight, take(tokens[:, 1:], places))
-    rows = places // mask.shape[1]
+    positions = places_of(mask)
+    hidden = take(model.hidden(tokens[:, :-1]), positions)
+    found, _ = token_log_probabilities(hidden, model.head_weight, take(tokens[:, 1:], positions))
+    rows = positions // mask.shape[1]
     return found.new_zeros(len(tokens)).index_add(0, rows, found).view(batch["tokens"].shape[:2])
 
 

@@ -84,11 +84,11 @@ def _loss(
     clip: tuple[float, float], beta: float, temperature: float, variant: Variant, model: Any, batch: Batch
 ) -> LossOutput:
     with evaluation_mode(model):
-        logs, entropy, rows, places = answer_log_probabilities(model, batch, temperature)
+        logs, entropy, rows, positions = answer_log_probabilities(model, batch, temperature)
     mask = batch["mask"][:, 1:]
-    reference = take(batch["reference"][:, 1:], places) if "reference" in batch else logs.detach()
+    reference = take(batch["reference"][:, 1:], positions) if "reference" in batch else logs.detach()
     lengths = mask.sum(-1).to(logs.dtype)
-    ratio = logs - take(batch["old"][:, 1:], places)
+    ratio = logs - take(batch["old"][:, 1:], positions)
     ratio = sequence_ratios(ratio, rows, lengths) if variant == "gspo" else ratio
     found = terms(logs, ratio, reference, batch["advantage"][rows], clip, beta)
     means = {"kl": found.kl, "entropy": entropy, "clip_fraction": found.clipped}

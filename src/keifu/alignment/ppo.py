@@ -167,10 +167,10 @@ def ppo(rule: PPOSettings) -> Objective:
 def _loss(rule: PPOSettings, model: Any, batch: Batch) -> LossOutput:
     mask = batch["mask"][:, 1:]
     with evaluation_mode(model):
-        logs, entropy, rows, places = answer_log_probabilities(model.policy, batch, rule.temperature)
-        values = take(model.value.scores_along(batch["tokens"][:, None, :-1])[:, 0], places)
+        logs, entropy, rows, positions = answer_log_probabilities(model.policy, batch, rule.temperature)
+        values = take(model.value.scores_along(batch["tokens"][:, None, :-1])[:, 0], positions)
     old, advantage, old_values, returns = (
-        take(batch[name][:, 1:], places) for name in ("old", "advantage", "values", "returns")
+        take(batch[name][:, 1:], positions) for name in ("old", "advantage", "values", "returns")
     )
     found = terms(logs, old, advantage, values, old_values, returns, rule)
     share = batch["share"][rows]

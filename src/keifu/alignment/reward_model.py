@@ -82,10 +82,10 @@ class Calibration(NamedTuple):
 def calibration(margins: Float[Tensor, " pairs"], bins: int = 10) -> Calibration:
     """Return the calibration from the differences of scores, in bins of equal width from 1/2 to 1."""
     sure, right = torch.sigmoid(margins.double().abs()), (margins > 0).double()
-    place = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    count = torch.bincount(place, minlength=bins)
+    bin_index = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(bin_index, minlength=bins)
     there = count > 0
-    means = [torch.bincount(place, each, minlength=bins)[there] / count[there] for each in (sure, right)]
+    means = [torch.bincount(bin_index, each, minlength=bins)[there] / count[there] for each in (sure, right)]
     error = ((means[0] - means[1]).abs() * count[there]).sum() / max(1, len(margins))
     return Calibration(means[0].tolist(), means[1].tolist(), count[there].tolist(), float(error))
 
@@ -93,7 +93,7 @@ def calibration(margins: Float[Tensor, " pairs"], bins: int = 10) -> Calibration
 @torch.no_grad()
 def scores_of(model: Any, texts: Sequence[Sequence[int]], pad_id: int, batch_size: int = 32) -> Float[Tensor, " texts"]:
     """Return the score of each text, given as token ids; texts of similar length share a batch."""
-    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     found, device = torch.zeros(len(texts)), next(model.parameters()).device
     with evaluation_mode(model):
         for at in range(0, len(order), batch_size):

@@ -57,9 +57,9 @@ def places_of(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " n"]:
     return mask.flatten().nonzero()[:, 0]
 
 
-def take(x: Num[Tensor, "batch length *axes"], places: Int[Tensor, " n"]) -> Num[Tensor, "n *axes"]:
+def take(x: Num[Tensor, "batch length *axes"], positions: Int[Tensor, " n"]) -> Num[Tensor, "n *axes"]:
     """Return the values at these places."""
-    return x.flatten(0, 1).index_select(0, places)
+    return x.flatten(0, 1).index_select(0, positions)
 
 
 def answer_log_probabilities(model: Any, batch: Batch, temperature: float = 1.0) -> PolicyOutput:
@@ -68,10 +68,10 @@ def answer_log_probabilities(model: Any, batch: Batch, temperature: float = 1.0)
     The model offers `hidden(tokens)` and `head_weight`.
     """
     tokens = batch["tokens"]
-    places = places_of(batch["mask"][:, 1:])
-    hidden = take(model.hidden(tokens[:, :-1]), places)
-    logs, entropy = token_log_probabilities(hidden, model.head_weight, take(tokens[:, 1:], places), temperature)
-    return PolicyOutput(logs, entropy, places // (tokens.shape[1] - 1), places)
+    positions = places_of(batch["mask"][:, 1:])
+    hidden = take(model.hidden(tokens[:, :-1]), positions)
+    logs, entropy = token_log_probabilities(hidden, model.head_weight, take(tokens[:, 1:], positions), temperature)
+    return PolicyOutput(logs, entropy, positions // (tokens.shape[1] - 1), positions)
 
 
 def response_statistics(batch: Batch) -> Batch:

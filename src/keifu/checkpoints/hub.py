@@ -42,9 +42,9 @@ def locate(name: str | Path) -> Path:
 
 def weights_identity(name: str) -> str:
     """Return the path of a model's files with their sizes and times: another string once the weights change."""
-    place = locate(name)
-    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
-    return f"{place} " + " ".join(f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
+    path = locate(name)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return f"{path} " + " ".join(f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
 
 
 def may_be_model(path: Path) -> bool:

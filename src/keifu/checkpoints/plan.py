@@ -105,12 +105,12 @@ class LoadPlan:
         On a CPU, weights that need no change stay in the file's own memory map. Of a model that will be split over
         processes, weights are read when they are used, so that each process reads its part alone.
         """
-        place = torch.device(device)
-        if place.type == "mps" and self.dtype == torch.float64:  # Apple's GPU has no float64
-            place = torch.device("cpu")
+        target = torch.device(device)
+        if target.type == "mps" and self.dtype == torch.float64:  # Apple's GPU has no float64
+            target = torch.device("cpu")
         with reading(self.source.path), ThreadPoolExecutor(torch.get_num_threads()) as workers:
             read = self._tensor if current().is_replicated else self._lazy
-            state = dict(workers.map(partial(read, device=place), self.links))
+            state = dict(workers.map(partial(read, device=target), self.links))
         self.model.load_state_dict(state, assign=True)
         return self.model.eval()
 

@@ -95,8 +95,8 @@ def _show_choices(found: Iterable[Choices], pictures: bool, as_json: bool) -> No
     """Print a line for each, with its label and the next likely ones, or all probabilities as JSON."""
     rows, column = [], "picture" if pictures else "text"
     for labels, shares, name, shown in found:
-        order = sorted(range(len(labels)), key=lambda place: -shares[place])
-        others = ", ".join(f"{labels[place]} {shares[place]:.3f}" for place in order[1:3])
+        order = sorted(range(len(labels)), key=lambda index: -shares[index])
+        others = ", ".join(f"{labels[index]} {shares[index]:.3f}" for index in order[1:3])
         rows.append([labels[order[0]], f"{shares[order[0]]:.3f}", others, shown])
         if as_json:
             named = {label: round(share, 8) for label, share in zip(labels, shares, strict=False)}

@@ -137,9 +137,9 @@ def run(options: Options) -> None:
     if options.best_of and options.clip:
         kept = drawing.best_of(pictures, options.text or "", options.clip, options.count)
         record = replace(record, kept=tuple(kept))
-    for path, place in _files(out, len(kept)):
-        chosen = pictures[list(kept)] if place is None else pictures[kept[place]][None]
-        write_atomic(path, png(chosen, replace(record, number=None if place is None else kept[place])))
+    for path, index in _files(out, len(kept)):
+        chosen = pictures[list(kept)] if index is None else pictures[kept[index]][None]
+        write_atomic(path, png(chosen, replace(record, number=None if index is None else kept[index])))
         print(path)
     if options.strip:
         write_atomic(options.strip, _strip(model, pictures[0], states))
@@ -168,10 +168,10 @@ def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]"
     if options.towards is not None and options.init:
         chosen["towards"] = read_input_image(options.towards)
     wanted = model.resolved(ImageRequest(**{**chosen, "size": _size(options.size)}))
-    place = str(Path(name).resolve()) if Path(name).exists() else name
+    named = str(Path(name).resolve()) if Path(name).exists() else name
     count = options.best_of or options.count
     number, size = 0 if count == 1 else None, min(options.batch_size, count)
-    record = ImageRecord(place, model.fingerprint(), wanted, count, size, number, dtype, choose().type, loras=loras)
+    record = ImageRecord(named, model.fingerprint(), wanted, count, size, number, dtype, choose().type, loras=loras)
     return record, model
 
 
@@ -216,8 +216,8 @@ def again(path: Path, options: Options) -> None:
     record = read_record(path)
     check_kinds(record, f"The record of {path}")
     check_limits(record, path)
-    places = {"init": options.init, "mask": options.mask, "towards": options.towards and Path(options.towards)}
-    drawing = _input_images(record.drawing, places, path)
+    paths = {"init": options.init, "mask": options.mask, "towards": options.towards and Path(options.towards)}
+    drawing = _input_images(record.drawing, paths, path)
     record = replace(record, drawing=drawing, loras=output_paths(record.loras, options.lora))
     model = _same_model(options.model or record.model, record, path)
     with on_threads(record.threads):  # how a product is split decides its last digits
@@ -234,17 +234,17 @@ def again(path: Path, options: Options) -> None:
     print(f"{out} is {path}, bit for bit.", file=sys.stderr)
 
 
-def _input_images(drawing: "ImageRequest", places: Mapping[str, Path | None], path: Path) -> "ImageRequest":
+def _input_images(drawing: "ImageRequest", paths: Mapping[str, Path | None], path: Path) -> "ImageRequest":
     """Return the settings with the pictures that the drawing read where they are now, if they are still the same."""
     from keifu.generation.images.image_to_image import InputImage, read_input_image
 
-    for name, place in places.items():
+    for name, picture in paths.items():
         before = vars(drawing)[name]
         if not isinstance(before, InputImage):
-            if place is not None:
+            if picture is not None:
                 raise UserError(f"{path} was drawn without --{name} PICTURE: leave it out.")
             continue
-        where = place or Path(before.place)
+        where = picture or Path(before.place)
         if not where.is_file():
             raise UserError(f"{path} was drawn with --{name} {where}, which is not there: name its place (--{name}).")
         if (found := read_input_image(where)).digest != before.digest:

@@ -114,11 +114,11 @@ def _show_nearest(count: int, queries: tuple[list[str], Any], among: tuple[list[
 
     texts, vectors = queries
     candidates, points = among or queries
-    similarity, places = nearest(vectors, points, count, themselves=among is None)
+    similarity, indices = nearest(vectors, points, count, themselves=among is None)
     rows = [
-        [text if number == 0 else "", f"{value:.3f}", candidates[place]]
-        for text, values, found in zip(texts, similarity.tolist(), places.tolist(), strict=True)
-        for number, (value, place) in enumerate(zip(values, found, strict=True))
+        [text if number == 0 else "", f"{value:.3f}", candidates[index]]
+        for text, values, found in zip(texts, similarity.tolist(), indices.tolist(), strict=True)
+        for number, (value, index) in enumerate(zip(values, found, strict=True))
     ]
     tables.show(["text", "similarity", "nearest"], rows)
 

@@ -63,10 +63,10 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 def _folder_of_resume(arguments: Sequence[str]) -> list[str]:
     """`--resume FOLDER` as `--out FOLDER --resume`, first where there is no recipe before it."""
     words = [piece for word in arguments for piece in (word.split("=", 1) if word.startswith("--resume=") else [word])]
-    place = words.index("--resume") + 1 if "--resume" in words else len(words)
-    if place < len(words) and not words[place].startswith("-"):
-        named = ["--out", words[place], "--resume"]
-        rest = [*words[: place - 1], *words[place + 1 :]]
+    position = words.index("--resume") + 1 if "--resume" in words else len(words)
+    if position < len(words) and not words[position].startswith("-"):
+        named = ["--out", words[position], "--resume"]
+        rest = [*words[: position - 1], *words[position + 1 :]]
         return [*named, *rest] if words[0].startswith("-") else [rest[0], *named, *rest[1:]]
     return words
 
@@ -112,8 +112,8 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
 def _value_of(option: str, words: Sequence[str]) -> str | None:
     """Return the word after an option, or after its =."""
     pieces = [piece for word in words for piece in word.split("=", 1)]
-    place = max((number for number, piece in enumerate(pieces) if piece == option), default=len(pieces))
-    return pieces[place + 1] if place + 1 < len(pieces) else None
+    position = max((number for number, piece in enumerate(pieces) if piece == option), default=len(pieces))
+    return pieces[position + 1] if position + 1 < len(pieces) else None
 
 
 def with_folder(kind: type, name: str) -> Any:

@@ -36,7 +36,7 @@ class Chunks(Tensor):
     def of(cls, chunks: Mapping[tuple[int, ...], Tensor], whole: tuple[int, ...]) -> "Chunks":
         """Chunks by their offsets."""
         made = torch.Tensor._make_subclass(cls, torch.empty(0))
-        made.chunks = {torch.Size(place): chunk for place, chunk in chunks.items()}
+        made.chunks = {torch.Size(offset): chunk for offset, chunk in chunks.items()}
         made.whole = torch.Size(whole)
         return made
 
@@ -45,7 +45,7 @@ class Chunks(Tensor):
         return self.whole
 
     def to(self, *target: Any, **how: Any) -> "Chunks":  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Chunks.of({place: chunk.to(*target, **how) for place, chunk in self.chunks.items()}, self.whole)
+        return Chunks.of({offset: chunk.to(*target, **how) for offset, chunk in self.chunks.items()}, self.whole)
 
     def __create_write_items__(self, name: str, tensor: "Chunks") -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(next(iter(self.chunks.values())))
@@ -53,7 +53,7 @@ class Chunks(Tensor):
         return [WriteItem(MetadataIndex(name, x.chunk.offsets), WriteItemType.SHARD, tensor_data=x) for x in data]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(place, chunk.shape) for place, chunk in self.chunks.items()]
+        return [ChunkStorageMetadata(offset, chunk.shape) for offset, chunk in self.chunks.items()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         return self.chunks[torch.Size(index.offset or ())]
@@ -110,10 +110,10 @@ class States:
 
 def load(pod: Pod, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fill tensors with this process's parts of a state, a folder or a file; return the state's other ones, whole."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         if path.is_file():  # a state of one process
-            Path(place, path.name).symlink_to(path.resolve())
-        return checkpoint.read_sharded(Path(place) if path.is_file() else path, chunked(pod, tensors, path.is_dir()))
+            Path(folder, path.name).symlink_to(path.resolve())
+        return checkpoint.read_sharded(Path(folder) if path.is_file() else path, chunked(pod, tensors, path.is_dir()))
 
 
 def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, Tensor]:
@@ -130,8 +130,8 @@ def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, T
         for piece in layout.pieces(*pod.place):
             several = apart and len(starts) > 1
             key = f"{name}#{piece.part}" if several else name
-            place = piece.row - several * starts[piece.part], piece.column, *[0] * (local.dim() - 2)
-            chunks.setdefault(key, {})[place[: local.dim()]] = local[piece.start : piece.stop]
+            offset = piece.row - several * starts[piece.part], piece.column, *[0] * (local.dim() - 2)
+            chunks.setdefault(key, {})[offset[: local.dim()]] = local[piece.start : piece.stop]
         for key, parts in chunks.items():
             rows = layout.parts[int(key.rpartition("#")[2])] if key != name else layout.shape[0]
             found[key] = Chunks.of(parts, (rows, *layout.shape[1:]))

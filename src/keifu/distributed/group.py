@@ -135,12 +135,12 @@ def _of_this_start(store: Any, number: int, count: int, seconds: float) -> Any:
 @contextmanager
 def join(mesh: Mesh, fewer: bool = False) -> Iterator[Group]:
     """Make this process one of those that torchrun has started, in this block; fewer: of which pods may have died."""
-    place = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = choose()
     if device.type == "cuda":
-        if place >= (gpus := torch.cuda.device_count()):
+        if local_rank >= (gpus := torch.cuda.device_count()):
             raise UserError(f"Each process takes a GPU of its own, and there are {gpus} here: start {gpus} processes.")
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(local_rank)
     limit = timedelta(seconds=mesh.time_limit)
     store, rank, world_size = next(rendezvous("env://", timeout=limit))
     store.set_timeout(limit)

@@ -76,20 +76,20 @@ class Layout:
         parts = [self._part(whole, piece, tensor) for piece in self.pieces(shard, tensor)]
         return torch.cat(parts) if parts else whole[:0]
 
-    def join(self, local: Tensor, places: Sequence[tuple[int, int]], group: Any) -> Tensor:
+    def join(self, local: Tensor, ranks: Sequence[tuple[int, int]], group: Any) -> Tensor:
         """Return the whole tensor on every process of a pod, whose places in the mesh are given, from what each holds.
         """
         if self.shards == 1 and not self.is_split:
             return local
-        sizes = [[sum(p.stop - p.start for p in self.pieces(*place)), *self._width(place[1])] for place in places]
+        sizes = [[sum(p.stop - p.start for p in self.pieces(*rank)), *self._width(rank[1])] for rank in ranks]
         longest = max(torch.Size(size).numel() for size in sizes)
         padded = local.new_zeros(longest)
         padded[: local.numel()] = local.reshape(-1)
         whole = local.new_zeros(self.shape)
-        for place, size, flat in zip(places, sizes, of_all(padded, len(places), group), strict=True):
+        for rank, size, flat in zip(ranks, sizes, of_all(padded, len(ranks), group), strict=True):
             part = flat[: torch.Size(size).numel()].view(size)
-            for piece in self.pieces(*place):
-                self._part(whole, piece, place[1]).copy_(part[piece.start : piece.stop])
+            for piece in self.pieces(*rank):
+                self._part(whole, piece, rank[1]).copy_(part[piece.start : piece.stop])
         return whole
 
     def _width(self, tensor: int) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ class Pod:
         """Return the norm of the whole gradient."""
         parts, copies = list[Tensor](), list[int]()  # of how many processes of the pod have the same
         for name, gradient in gradients.items():
-            everywhere = [piece for place in self.places for piece in self.layouts[name].pieces(*place)]
+            everywhere = [piece for rank in self.places for piece in self.layouts[name].pieces(*rank)]
             for piece in self.layouts[name].pieces(*self.place):
                 parts.append(torch.atleast_1d(gradient)[piece.start : piece.stop])
                 copies.append(everywhere.count(piece))

@@ -153,9 +153,9 @@ class Head(Tensor):
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """Return the rows of tokens, from whichever process has them."""
-        places = tokens - self.own.start
-        there = (places >= 0) & (places < len(self.own))
-        rows = F.embedding(places.where(there, 0), self.as_subclass(Tensor))
+        own_rows = tokens - self.own.start
+        there = (own_rows >= 0) & (own_rows < len(self.own))
+        rows = F.embedding(own_rows.where(there, 0), self.as_subclass(Tensor))
         return self.tokens.move(rows * there[..., None], Partial(), Replicate())
 
     def loss(self, hidden: Tensor, bias: Tensor | None, rest: list[Any]) -> Any:
@@ -386,8 +386,8 @@ def _shares(total: int, size: int, units: int | None = None, start: int = 0) -> 
     """Return a range of rows, of `total` from `start` on, for each process; where there are fewer units (heads) than
     processes, several have the same."""
     parts = min(size, units or size)
-    places = [index * parts // size for index in range(size)]
-    return [range(start + total * place // parts, start + total * (place + 1) // parts) for place in places]
+    starts = [index * parts // size for index in range(size)]
+    return [range(start + total * first // parts, start + total * (first + 1) // parts) for first in starts]
 
 
 Rule = Callable[[Any, Tokens], Iterator[tuple[str, Layout]]]

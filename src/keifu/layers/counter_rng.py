@@ -53,8 +53,8 @@ def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]
     Four places share one product of 64 bits, which is mixed less than in `bits` and has no bit that is not used:
     in place and without the masks of unsigned shifts, since a training step asks for billions.
     """
-    places = torch.arange((count + 3) // 4, device=seeds.device) * STEP
-    mixed = seeds[:, None] + places
+    counters = torch.arange((count + 3) // 4, device=seeds.device) * STEP
+    mixed = seeds[:, None] + counters
     mixed ^= mixed >> 32
     mixed *= FIRST
     mixed ^= mixed >> 29
@@ -68,8 +68,8 @@ def normal(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
     Box and Muller (1958) on two halves of 32 bits; so nothing lies beyond 6.7 standard deviations.
     """
     count, device, seeds = math.prod(shape), seeds.device, wide(seeds)
-    places = torch.arange((count + 1) // 2, device=seeds.device)
-    drawn = bits(seeds[:, None].expand(-1, len(places)), places[None])
+    counters = torch.arange((count + 1) // 2, device=seeds.device)
+    drawn = bits(seeds[:, None].expand(-1, len(counters)), counters[None])
     radius = (_half(drawn, 32)).log_().mul_(-2).sqrt_()
     angle = _half(drawn, 0).mul_(2 * math.pi)
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
@@ -82,8 +82,8 @@ def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
     The largest of some logarithms of probabilities with such a number added to each is a draw from them (Gumbel, 1954).
     """
     device, seeds = seeds.device, wide(seeds)
-    places = torch.arange(math.prod(shape), device=seeds.device)
-    drawn = bits(seeds[:, None].expand(-1, len(places)), places[None])
+    counters = torch.arange(math.prod(shape), device=seeds.device)
+    drawn = bits(seeds[:, None].expand(-1, len(counters)), counters[None])
     return _half(drawn, 32).log_().neg_().log_().neg_().float().reshape(-1, *shape).to(device)
 
 

@@ -82,8 +82,8 @@ class DropoutKeys:
         """Keys for `rows` rows of a step's batch, from `first` on."""
         if self.drops:
             of_step = int(bits(torch.tensor([self.seed]), torch.tensor([step])))
-            places = torch.arange(first, first + rows, device=self.device)
-            of_rows = bits(torch.full_like(places, of_step), places)
+            rows_of_batch = torch.arange(first, first + rows, device=self.device)
+            of_rows = bits(torch.full_like(rows_of_batch, of_step), rows_of_batch)
             self.table = bits(of_rows.expand(len(self.layers), -1), self.layers[:, None])
 
     def clear(self) -> None:

@@ -79,12 +79,12 @@ def learn(
 
     It ends when every row is right: never, where the classes cannot be parted by a plane.
     """
-    place = 0
+    position = 0
     while len(wrong := (neuron(x) != targets).nonzero().flatten()):
-        later = wrong[wrong >= place]
+        later = wrong[wrong >= position]
         row = int(later[0] if len(later) else wrong[0])
         neuron.correct(x[row], float(targets[row]), rate)
-        place = row + 1
+        position = row + 1
         yield row
 
 

@@ -112,13 +112,13 @@ def _draw(name: str) -> dict[str, bytes]:
     painter = PixelPipeline(checkpoints.load(name)[0])
     wanted = ImageRequest("dpm++-2m", seed=SEED, label=painter.label(DIGIT), guidance=2.0)
     states = list(painter.drawing(painter.resolved(wanted), [SEED]))
-    places = [round(place * (len(states) - 1) / 7) for place in range(8)]
-    pictures = to_pixels(torch.cat([states[place].x for place in places])).flatten(1) / 255
+    indices = [round(index * (len(states) - 1) / 7) for index in range(8)]
+    pictures = to_pixels(torch.cat([states[index].x for index in indices])).flatten(1) / 255
     print(f"   2020, a diffusion model: a {DIGIT} forms from noise, in {len(states)} steps:", flush=True)
     print(_drawn(pictures))
     if catalogue.is_cached("network", catalogue.MODELS):
         print(f"   The network of 1986 sees in the last one: {_seen('network', pictures[-1:])[0]}")
-    return {"2020 a digit forms from noise": grid(_pixels(pictures), [f"step {place + 1}" for place in places], 8)}
+    return {"2020 a digit forms from noise": grid(_pixels(pictures), [f"step {index + 1}" for index in indices], 8)}
 
 
 def _draw_emoji(name: str) -> dict[str, bytes]:
@@ -130,9 +130,9 @@ def _draw_emoji(name: str) -> dict[str, bytes]:
     told = list(PROMPTS)
     if catalogue.is_cached("emoji-clip", catalogue.MODELS):
         found = cosines(*checkpoints.load("emoji-clip"), drawn, PROMPTS).argmax(1).tolist()
-        right = sum(place == number for number, place in enumerate(found))
+        right = sum(index == number for number, index in enumerate(found))
         print(f"   2021, CLIP finds the name of {right} of the {len(found)} pictures among these.")
-        told = [f"{asked} → {PROMPTS[place]}" for asked, place in zip(PROMPTS, found, strict=True)]
+        told = [f"{asked} → {PROMPTS[index]}" for asked, index in zip(PROMPTS, found, strict=True)]
     return {"2022 emoji from their names": grid(drawn, told, columns=4)}
 
 

@@ -159,8 +159,8 @@ def serve(app: FastAPI, address: Address, access_log: bool = True) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it once more at its end
     listening = address.open()
     listening.listen(BACKLOG)
-    place = f"the socket {address.path}" if address.path else f"http://{address.host}:{listening.getsockname()[1]}/"
-    print(f"Listening at {place} (Ctrl-C ends).", flush=True)
+    where = f"the socket {address.path}" if address.path else f"http://{address.host}:{listening.getsockname()[1]}/"
+    print(f"Listening at {where} (Ctrl-C ends).", flush=True)
     try:
         server_of(app).run(sockets=[listening])
     finally:

@@ -161,9 +161,9 @@ class Worker:
                 item = await asyncio.wait_for(job.out.get(), left)
                 if isinstance(item, Exception):
                     raise item
-                for place, piece in item:
+                for index, piece in item:
                     going -= piece.finish_reason is not None
-                    yield place, piece
+                    yield index, piece
         finally:
             self.pending -= len(requests)
             if going:

@@ -113,8 +113,8 @@ def _as_resolved(found: checkpoint.SavedState, device: torch.device, tell: Calla
     before = resolved.get("device", now)
     same = same_kind(before, now)
     if not same or (device.type == "cpu" and before != now):  # threads decide how sums are split
-        places = f"The run was on {before} and goes on on {now}"
-        tell(f"{places}, which rounds otherwise: it may not end with the same bits.")
+        sentence = f"The run was on {before} and goes on on {now}"
+        tell(f"{sentence}, which rounds otherwise: it may not end with the same bits.")
     return resolved if same else {}
 
 

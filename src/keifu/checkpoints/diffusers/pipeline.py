@@ -168,13 +168,13 @@ def weight_places(family: Family, found: Sequence[Link]) -> dict[str, list[Link]
     """Return the file of each group of tensors, and the tensors by their names there."""
     if family.model_type not in PIPELINES:
         return {family.files[1]: [*found]}
-    places: dict[str, list[Link]] = {}
+    links_of: dict[str, list[Link]] = {}
     for link in found:
         part = link.theirs[0].partition(".")[0]
-        place = f"{part}/{TRANSFORMERS_WEIGHTS if part in OF_TRANSFORMERS else WEIGHTS}"
+        file_name = f"{part}/{TRANSFORMERS_WEIGHTS if part in OF_TRANSFORMERS else WEIGHTS}"
         there = tuple(name.removeprefix(f"{part}.") for name in link.theirs)
-        places.setdefault(place, []).append(replace(link, theirs=there))
-    return places
+        links_of.setdefault(file_name, []).append(replace(link, theirs=there))
+    return links_of
 
 
 def json_files(config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:

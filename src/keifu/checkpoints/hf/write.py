@@ -86,9 +86,9 @@ def _save_known(
     family, config = describe(own) if kind is None else describe_as(own, kind)
     if tokenizer is not None:
         check_tokenizer(tokenizer, own.vocab_size)
-    places = weight_places(family, [_of_whole(link) for link in links(model, family.table(config))])
+    links_of = weight_places(family, [_of_whole(link) for link in links(model, family.table(config))])
     if not current().is_main:  # it gives its parts of a split model, and does not write
-        for found in places.values() if not current().is_replicated else ():
+        for found in links_of.values() if not current().is_replicated else ():
             deque(published_tensors(model, found), maxlen=0)
         return
     with disk_space(f"{directory} keeps what it held"), writing_alone(directory):
@@ -96,8 +96,8 @@ def _save_known(
             shutil.rmtree(old, ignore_errors=True)
         with TemporaryDirectory(prefix=STAGE, dir=directory, ignore_cleanup_errors=True) as folder:
             stage, dtype = Path(folder), name_of(next(model.parameters()).dtype)
-            for place, found in places.items():
-                _write_weights(model, found, stage / place, max_shard_bytes)
+            for file_name, found in links_of.items():
+                _write_weights(model, found, stage / file_name, max_shard_bytes)
             if diffusers_files(family):
                 _write_diffusers(config, dtype, tokenizer, stage)
             else:

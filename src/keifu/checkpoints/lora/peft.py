@@ -49,7 +49,7 @@ def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn
     for link in links(model, family.table(config)):
         name, _, leaf = link.ours.rpartition(".")
         if leaf == "weight" and isinstance(modules[name], kinds):
-            starts = [sum(link.rows[:place]) for place in range(len(link.rows))]
+            starts = [sum(link.rows[:index]) for index in range(len(link.rows))]
             for label, start, rows in zip(link.theirs, starts, link.rows, strict=True):
                 label = label.removesuffix(".weight")
                 found[label] = Target(name, start, rows, label)

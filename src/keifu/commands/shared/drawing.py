@@ -95,21 +95,21 @@ def select_lora(words: str) -> "LoraRecord":
     from keifu.files import sha256
     from keifu.generation.images.png_metadata import LoraRecord
 
-    place, scale = words, 1.0
+    path, scale = words, 1.0
     if ":" in words and not Path(words).exists():
         before, _, told = words.rpartition(":")
         with suppress(ValueError):
-            place, scale = before or words, float(told)
-    if Path(place).is_dir():
-        place = str(Path(place) / FILE)
-    if not Path(place).is_file():
-        raise UserError(f"There is no LoRA {place}: give a .safetensors file, and after a colon how strongly it acts.")
-    return LoraRecord(str(Path(place).resolve()), sha256(Path(place)), scale)
+            path, scale = before or words, float(told)
+    if Path(path).is_dir():
+        path = str(Path(path) / FILE)
+    if not Path(path).is_file():
+        raise UserError(f"There is no LoRA {path}: give a .safetensors file, and after a colon how strongly it acts.")
+    return LoraRecord(str(Path(path).resolve()), sha256(Path(path)), scale)
 
 
-def output_paths(loras: "Sequence[LoraRecord]", places: Sequence[str]) -> "tuple[LoraRecord, ...]":
-    """LoRAs where they are now, if they are still the same; `places` are files that may have moved."""
-    here = {each.digest: each.place for each in map(select_lora, places)}
+def output_paths(loras: "Sequence[LoraRecord]", paths: Sequence[str]) -> "tuple[LoraRecord, ...]":
+    """LoRAs where they are now, if they are still the same; `paths` are files that may have moved."""
+    here = {each.digest: each.place for each in map(select_lora, paths)}
     if strange := here.keys() - {lora.digest for lora in loras}:
         raise UserError(f"The picture was drawn without the LoRA {here[strange.pop()]}: leave it out.")
     found = []

@@ -46,10 +46,10 @@ def _system(error: OSError) -> str:
         return f"There is no file {str(error.filename)!r}." if error.filename else gone
     reason = error.strerror or str(error) or type(error).__name__
     # the file that was to be written, not the temporary one beside it
-    place = re.sub(r"\.([^/]+)\.\d+\.part$", r"\1", f": {error.filename}" if error.filename else "")
+    suffix = re.sub(r"\.([^/]+)\.\d+\.part$", r"\1", f": {error.filename}" if error.filename else "")
     if (file := Path(str(error.filename))) in cache().parents or cache() in file.parents:
-        place += "; KEIFU_CACHE names another folder for what keifu keeps"
-    return f"{reason}{place}."
+        suffix += "; KEIFU_CACHE names another folder for what keifu keeps"
+    return f"{reason}{suffix}."
 
 
 def _memory(error: Exception) -> str | None:

@@ -55,8 +55,8 @@ def _argument(title: str, action: Any) -> Argument:
         metavar = action.dest.rpartition(".")[2].upper()
     value, listed = _value(metavar, choices)
     if not action.option_strings and listed:
-        place = action.dest.rpartition(".")[2].upper()
-        value = f"[{place}]" if metavar.startswith("[") else place
+        word = action.dest.rpartition(".")[2].upper()
+        value = f"[{word}]" if metavar.startswith("[") else word
     text = f"{text} One of {listed}." if listed else text
     names = tuple(action.option_strings)
     default = (found[2] or "") if found and found[1] == "default" else ""
@@ -93,8 +93,8 @@ def help_text(kind: type, program: str, description: str | None = None, width: i
     """Return the whole text, in lines of at most `width` columns; None: as wide as the terminal, up to `WIDEST`."""
     width = width or min(WIDEST, shutil.get_terminal_size().columns)
     arguments = arguments_of(kind)
-    places = [argument.value for argument in arguments if not argument.names]
-    usage = f"Usage: {' '.join([program, '[OPTIONS]', *places])}"
+    positional = [argument.value for argument in arguments if not argument.names]
+    usage = f"Usage: {' '.join([program, '[OPTIONS]', *positional])}"
     about = description if description is not None else inspect.cleandoc(kind.__doc__ or "")
     left = min(LEFT, max(len(argument.spelled) for argument in arguments) + 2)
     lines = [usage, "", *_paragraphs(about, width)]

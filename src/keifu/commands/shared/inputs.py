@@ -92,14 +92,14 @@ def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> lis
     """
     if arguments and file is not None:
         raise UserError(f"There are two sources of texts, the arguments and {file}: give one of them.")
-    place = "The command line" if arguments else file or "Standard input"
+    source = "The command line" if arguments else file or "Standard input"
     texts = list(arguments) or [line.removesuffix("\r") for line in text_from(file, example).split("\n")]
     empty = [number for number, text in enumerate(texts, 1) if not text.strip()]
     if len(empty) == len(texts):
-        raise UserError(f"{place} holds no text.")
+        raise UserError(f"{source} holds no text.")
     if empty:
         what = "text" if arguments else "line"
-        raise UserError(f"{place}: {what} {empty[0]} of {len(texts)} is empty; put words there, or take it out.")
+        raise UserError(f"{source}: {what} {empty[0]} of {len(texts)} is empty; put words there, or take it out.")
     return texts
 
 

@@ -136,12 +136,12 @@ def _go_on(found: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None
     lengths, wanted = _check(found, wanted), _moved(found, wanted)
     recipe, steps = _lengthened(found, wanted, lengths, out)
     step, before = run_directory.last_step(out), run_directory.read_recipe(out)
-    place = str(found.place or Path.cwd())
-    own: dict[str, Any] = {"place": place} | ({} if steps is None else {"steps": steps})
+    directory = str(found.place or Path.cwd())
+    own: dict[str, Any] = {"place": directory} | ({} if steps is None else {"steps": steps})
     if step is None:
         print(f"No state of the run in {out} was saved: it starts from its first step.", flush=True)
-    out = out if Path(place) == Path.cwd() else out.absolute()
-    with chdir(place):  # names of files in the options are seen from where the run was begun
+    out = out if Path(directory) == Path.cwd() else out.absolute()
+    with chdir(directory):  # names of files in the options are seen from where the run was begun
         own |= {"code": trust.code_hashes(found.name, recipe), "named": trust.named(recipe)}
         run_directory.record(out, found.name, to_json(recipe), **own)
         trust.show_code(found.name, recipe, found.record)
@@ -162,8 +162,8 @@ def _moved(found: StoredRun, wanted: Any) -> Any:
     then, now = by_option(kind, to_json(found.then)), by_option(kind, values)
     for option, path in paths(kind, values).items():
         if _last(option) == "data" and now[option] and now[option] != then[option]:
-            places = now[option].split(",")  # --data may name two files
-            put(values, path, ",".join(str(Path(each).absolute()) if Path(each).exists() else each for each in places))
+            files = now[option].split(",")  # --data may name two files
+            put(values, path, ",".join(str(Path(each).absolute()) if Path(each).exists() else each for each in files))
     return from_json(wanted, values)
 
 

@@ -80,8 +80,8 @@ class RankedResponses:
 
     def pairs(self) -> list[tuple[int, int]]:
         """Return the indices of every pair of a better and a worse response."""
-        places = combinations(range(len(self.answers)), 2)
-        return [(first, second) for first, second in places if self.levels[first] > self.levels[second]]
+        indices = combinations(range(len(self.answers)), 2)
+        return [(first, second) for first, second in indices if self.levels[first] > self.levels[second]]
 
     def marks(self) -> list[bool]:
         """Return whether each response is good: a single one by its mark, of several the best."""

@@ -262,8 +262,8 @@ class MaskedText:
         index = np.where(one, bounds[:, :1] + position - 1, np.where(two, bounds[:, 2:3] + position - first - 2, 0))
         tokens = np.where(one | two, sentences.tokens[index], np.where(position < total, v.sep, v.pad)).astype(np.int64)
         tokens[:, 0] = v.cls
-        places, targets = self._hide(tokens, (one | two) & v.is_ordinary[tokens], total[:, 0], random)
-        batch = {"tokens": tokens, "mask": position < total, "places": places, "targets": targets}
+        positions, targets = self._hide(tokens, (one | two) & v.is_ordinary[tokens], total[:, 0], random)
+        batch = {"tokens": tokens, "mask": position < total, "places": positions, "targets": targets}
         if pairs:
             segments = (position >= first + 2) & (position < total)
             batch |= {"segments": segments.astype(np.int64), "random_next": elsewhere}
@@ -280,11 +280,11 @@ class MaskedText:
         else:
             chosen = single_tokens(words, wanted, random)
         count = chosen.sum(1)
-        places = np.argsort(~chosen, axis=1, kind="stable")[:, : max(1, count.max())]
-        there = np.arange(places.shape[1]) < count[:, None]
-        targets = np.where(there, np.take_along_axis(tokens, places, 1), NOT_COUNTED)
+        positions = np.argsort(~chosen, axis=1, kind="stable")[:, : max(1, count.max())]
+        there = np.arange(positions.shape[1]) < count[:, None]
+        targets = np.where(there, np.take_along_axis(tokens, positions, 1), NOT_COUNTED)
         tokens[chosen] = _replacement(tokens[chosen], v, random)
-        return np.where(there, places, 0), targets
+        return np.where(there, positions, 0), targets
 
 
 def _sizes(bounds: np.ndarray) -> np.ndarray:

@@ -220,8 +220,8 @@ class SpanCorruptionBatches:
             cuts = random.integers(least, length, size=(len(tokens), 1))
             rows = self.join(mode, tokens[:, :0], tokens, ends=False)
             return rows | {"mask": rows["mask"] & (np.arange(self.row_length) > cuts)}
-        places = random_spans(len(tokens), length, *denoiser.counts(length), random)
-        return self.join(mode, *corrupt(tokens, places, self.markers.sentinels))
+        spans = random_spans(len(tokens), length, *denoiser.counts(length), random)
+        return self.join(mode, *corrupt(tokens, spans, self.markers.sentinels))
 
 
 class InfillingExamples:

@@ -31,13 +31,13 @@ def learned_tokenizer(name: str, learn: Callable[[], Tokenizer], out: Path | Non
     name: changes with all that it is learned from. Learning it again could number its tokens differently, and a resumed
     run would not go on with the same bits: the run that is begun next keeps it.
     """
-    places = [*([out / KEPT / name] if out else []), cache() / "tokenizers" / name]
+    folders = [*([out / KEPT / name] if out else []), cache() / "tokenizers" / name]
 
     def found() -> Path | None:
-        return next((place for place in places if (place / "tokenizer_config.json").exists()), None)  # its last file
+        return next((place for place in folders if (place / "tokenizer_config.json").exists()), None)  # its last file
 
-    build_once(places[-1], lambda: found() is not None, lambda new: learn().save(new))  # by one process of several
-    LEARNED[name] = load_tokenizer(found() or places[-1])
+    build_once(folders[-1], lambda: found() is not None, lambda new: learn().save(new))  # by one process of several
+    LEARNED[name] = load_tokenizer(found() or folders[-1])
     return LEARNED[name]
 
 

@@ -41,19 +41,19 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int, cut: bo
     text is a `UserError` with both lengths; so is an empty one.
     """
     rows = tokenizer.encode_batch(texts, special=True)
-    for place, text in enumerate(texts):
+    for at, text in enumerate(texts):
         if not text.strip():
-            raise UserError(f"Text {place + 1} of {len(texts)} is empty: give it words, or leave it out.")
+            raise UserError(f"Text {at + 1} of {len(texts)} is empty: give it words, or leave it out.")
     longer = [index for index, row in enumerate(rows) if len(row) > limit]
     if longer and not cut:
-        place = longer[0]
+        at = longer[0]
         others = f", and {len(longer) - 1} others are too long" if len(longer) > 1 else ""
         raise UserError(
-            f"Text {place + 1} of {len(texts)} has {len(rows[place])} tokens{others}; the model takes {limit}: "
+            f"Text {at + 1} of {len(texts)} has {len(rows[at])} tokens{others}; the model takes {limit}: "
             "shorten it, or keep its beginning with --cut."
         )
-    for place in longer:
-        rows[place] = _cut(rows[place], limit, tokenizer)
+    for at in longer:
+        rows[at] = _cut(rows[at], limit, tokenizer)
     return Encoded(rows, len(longer))
 
 
@@ -82,7 +82,7 @@ def in_batches(
     device, parts, order = next(model.parameters()).device, list[Tensor](), list[int]()
     with evaluation_mode(model), torch.inference_mode():
         for length_bucket in length_buckets([size(row) for row in rows], PASS_TOKENS, batch_size):
-            tokens, mask = pack([rows[place] for place in length_bucket], pad_id)
+            tokens, mask = pack([rows[index] for index in length_bucket], pad_id)
             parts.append(work(tokens.to(device), None if mask is None else mask.to(device)).float())
             order += length_bucket
             if advance:

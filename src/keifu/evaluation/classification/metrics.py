@@ -129,7 +129,7 @@ class Confusion:
         counts = self.counts.clone()
         counts.fill_diagonal_(0)
         order = counts.flatten().sort(descending=True, stable=True).indices[:most].tolist()
-        pairs = [divmod(place, len(self.labels)) for place in order]
+        pairs = [divmod(cell, len(self.labels)) for cell in order]
         return [
             [self.labels[right], self.labels[given], f"{int(counts[right, given]):,}"]
             for right, given in pairs

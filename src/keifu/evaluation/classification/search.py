@@ -30,9 +30,9 @@ class SearchIndex:
 
     def nearest(self, question: Float[Tensor, "1 dim"], count: int) -> list[tuple[float, Passage]]:
         """Return the passages nearest to an embedded question with their cosine similarities, the nearest first."""
-        similarity, places = nearest(question, self.embeddings, min(count, len(self.passages)))
-        pairs = zip(similarity[0].tolist(), places[0].tolist(), strict=True)
-        return [(value, self.passages[place]) for value, place in pairs]
+        similarity, indices = nearest(question, self.embeddings, min(count, len(self.passages)))
+        pairs = zip(similarity[0].tolist(), indices[0].tolist(), strict=True)
+        return [(value, self.passages[index]) for value, index in pairs]
 
 
 def index_path(source: Path, model: str) -> Path:

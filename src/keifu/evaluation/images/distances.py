@@ -127,14 +127,14 @@ def nearest(
     too."""
     if not len(among):
         raise UserError("There is no picture to search for a nearest one.")
-    best, places = torch.full((len(rows),), torch.inf), torch.zeros(len(rows), dtype=torch.int64)
+    best, indices = torch.full((len(rows),), torch.inf), torch.zeros(len(rows), dtype=torch.int64)
     values = rows.float()
     for first in range(0, len(among), PART):
-        distance, place = torch.cdist(values, among[first : first + PART].float()).min(1)
+        distance, index = torch.cdist(values, among[first : first + PART].float()).min(1)
         nearer = distance < best
-        best, places = torch.where(nearer, distance, best), torch.where(nearer, place + first, places)
+        best, indices = torch.where(nearer, distance, best), torch.where(nearer, index + first, indices)
     # Found by products, which round; the distance itself is computed from the differences.
-    return (values - among[places].float()).norm(dim=1), places
+    return (values - among[indices].float()).norm(dim=1), indices
 
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels

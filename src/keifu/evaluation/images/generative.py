@@ -377,11 +377,11 @@ def nearest_neighbours(
 ) -> Neighbours:
     """Find the nearest of all real pictures by pixels, and by features the nearest of the `known` ones."""
     pixels = drawn.flatten(1)
-    distances, places = nearest(pixels, real.take(slice(None)).flatten(1))
+    distances, indices = nearest(pixels, real.take(slice(None)).flatten(1))
     by_features = nearest(features, known_features)[1]
     where = {name: index for index, name in enumerate(real.names)}
-    among = torch.tensor([where[known.names[place]] for place in by_features.tolist()])
-    return Neighbours(places, distances / math.sqrt(pixels.shape[1]), among)
+    among = torch.tensor([where[known.names[neighbour]] for neighbour in by_features.tolist()])
+    return Neighbours(indices, distances / math.sqrt(pixels.shape[1]), among)
 
 
 def side_by_side(drawn: Bytes, real: ImageDataset, near: Neighbours, seed: int) -> bytes:
@@ -397,11 +397,11 @@ def side_by_side(drawn: Bytes, real: ImageDataset, near: Neighbours, seed: int) 
     return grid(triples.flatten(0, 1), captions, columns=3 * ACROSS)
 
 
-def _sentence(pictures: ImageDataset, place: int) -> str:
+def _sentence(pictures: ImageDataset, index: int) -> str:
     """Return the caption of a picture, or else its class, or else its name."""
     if pictures.captions:
-        return pictures.texts()[place]
-    return pictures.classes[pictures.labels[place]] if pictures.labels[place] >= 0 else pictures.names[place]
+        return pictures.texts()[index]
+    return pictures.classes[pictures.labels[index]] if pictures.labels[index] >= 0 else pictures.names[index]
 
 
 def _real_images(model: ImageModel, request: EvalRequest) -> ImageSplit:

@@ -142,10 +142,10 @@ def ranks(
     return torch.cat(found)
 
 
-def recall(places: Int[Tensor, " queries"]) -> Recall:
+def recall(positions: Int[Tensor, " queries"]) -> Recall:
     """Return the figures of such ranks."""
-    shares = {first: float((places <= first).float().mean()) for first in FIRST}
-    return Recall(shares, float(places.float().quantile(0.5)))
+    shares = {first: float((positions <= first).float().mean()) for first in FIRST}
+    return Recall(shares, float(positions.float().quantile(0.5)))
 
 
 def recall_both_ways(

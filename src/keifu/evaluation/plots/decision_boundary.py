@@ -47,8 +47,8 @@ def spread(steps: Sequence[int], most: int = 6) -> list[int]:
     last = len(steps) - 1
     if last < most:
         return list(steps)
-    places = {0, *(round(last ** (turn / (most - 2))) for turn in range(most - 1))}
-    return [steps[place] for place in sorted(places)]
+    indices = {0, *(round(last ** (turn / (most - 2))) for turn in range(most - 1))}
+    return [steps[index] for index in sorted(indices)]
 
 
 def paint(axes: "Axes", points: Table, plane: Float[Tensor, "size size classes"], title: str) -> None:

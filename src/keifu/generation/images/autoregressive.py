@@ -39,11 +39,11 @@ def sample_image_tokens(
     codes = torch.zeros(len(tokens), height * width, dtype=torch.long, device=tokens.device)
     own = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=tokens.device)  # of 64 bits
     logits, state = model.begin(tokens, real)
-    for place in range(height * width):
-        codes[:, place] = sample(logits.float(), uniform(own, torch.full_like(own, place)))
+    for position in range(height * width):
+        codes[:, position] = sample(logits.float(), uniform(own, torch.full_like(own, position)))
         watch(codes.unflatten(1, (height, width)))
-        if place + 1 < height * width:
-            logits = model.go_on(codes[:, place], place, state)
+        if position + 1 < height * width:
+            logits = model.go_on(codes[:, position], position, state)
     return codes.unflatten(1, (height, width))
 
 

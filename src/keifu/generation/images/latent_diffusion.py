@@ -61,8 +61,8 @@ def text_denoiser(
 
 def _project(model: Any, tokens: Tokens) -> Any:
     """Compute the projection of each row's text; equal texts are encoded once."""
-    texts, places = tokens.unique(dim=0, return_inverse=True)
-    return model.project(model.encode_text(texts)[places])
+    texts, indices = tokens.unique(dim=0, return_inverse=True)
+    return model.project(model.encode_text(texts)[indices])
 
 
 def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncate: bool = False) -> Tokens:

@@ -347,8 +347,8 @@ def noising_strip(picture: UInt8[Tensor, "channels height width"], noise: Noise,
 def denoising_strip(states: Sequence[SamplerStep]) -> Strip:
     """Return the first picture's way out of noise, evenly spaced: x above, and below it the picture that the network
     saw in it."""
-    places = torch.linspace(0, len(states) - 1, min(8, len(states)), dtype=torch.float32, device="cpu")
-    steps = places.round().long().tolist()
+    indices = torch.linspace(0, len(states) - 1, min(8, len(states)), dtype=torch.float32, device="cpu")
+    steps = indices.round().long().tolist()
     shown = [states[step].x[0] for step in steps] + [states[step].picture[0] for step in steps]
     captions = [f"{name}, step {step + 1}" for name in ("x", "seen") for step in steps]
     return Strip(to_bytes(torch.stack(shown)).cpu(), captions, len(steps))

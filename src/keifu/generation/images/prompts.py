@@ -125,7 +125,7 @@ class InsertedImages:
     def between(self, model: Any, start: int, stop: int) -> tuple[list[int], Float[Tensor, "count dim"] | None]:
         """Return which of the tokens from `start` to `stop`, counted from `start`, are a picture's; and their
         embeddings, which are computed when they are first asked for."""
-        rows = [row for row, place in enumerate(self._places) if start <= place < stop]
+        rows = [row for row, position in enumerate(self._places) if start <= position < stop]
         if not rows:
             return [], None
         if self._embeddings is None:

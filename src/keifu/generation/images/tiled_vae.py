@@ -32,13 +32,13 @@ def decode_tiled(
     rows, columns = (tile_starts(length // cell, side, overlap) for length in x.shape[2:])
     canvas = total = None
     for top, left in product(rows, columns):
-        place = slice(top, top + side), slice(left, left + side)
-        piece = work(x[(..., *(grow_tile(each, cell) for each in place))], place)
+        area = slice(top, top + side), slice(left, left + side)
+        piece = work(x[(..., *(grow_tile(each, cell) for each in area))], area)
         weight = blend_weights(piece.shape[2])[:, None] * blend_weights(piece.shape[3])
         if canvas is None or total is None:
             size = [length // cell * made for length in x.shape[2:]]
             canvas, total = piece.new_zeros(*piece.shape[:2], *size), weight.new_zeros(size)
-        there = (..., *(grow_tile(each, made) for each in place))
+        there = (..., *(grow_tile(each, made) for each in area))
         canvas[there] += piece * weight.to(piece)
         total[there] += weight
     assert canvas is not None and total is not None
@@ -93,7 +93,7 @@ class LatentCodec:
             if not self._tiles(noise):
                 return self.model.to_latents(picture, noise)
             return decode_tiled(
-                lambda piece, place: self.model.to_latents(piece, noise[(..., *place)]),
+                lambda piece, area: self.model.to_latents(piece, noise[(..., *area)]),
                 picture, self.side, self.side // 4, cell=self.factor,
             )  # fmt: skip
 
@@ -103,7 +103,7 @@ class LatentCodec:
         if not self._tiles(latents):
             return self.model.to_pictures(latents)
         return decode_tiled(
-            lambda piece, place: self.model.to_pictures(piece), latents, self.side, self.side // 4, made=self.factor
+            lambda piece, area: self.model.to_pictures(piece), latents, self.side, self.side // 4, made=self.factor
         )
 
     def _tiles(self, latents: Latents) -> bool:

@@ -158,7 +158,7 @@ def cut(written: Sequence[int], frames: int, tokens: SpeechTokens) -> tuple[list
     """
     is_time = [token >= tokens.times for token in written]
     times = [(token - tokens.times) * TIME for token in written]
-    bounds = [place + 1 for place in range(len(written) - 1) if is_time[place] and is_time[place + 1]]
+    bounds = [index + 1 for index in range(len(written) - 1) if is_time[index] and is_time[index + 1]]
     whole = is_time[-2:] == [False, True]
     if not bounds:
         said = [time for time, there in zip(times, is_time, strict=True) if there and time]

@@ -209,12 +209,12 @@ class _Beams:
         values = values.masked_fill(torch.isin(tokens, self._never), -torch.inf) + self.scores.reshape(-1, 1)
         each = tokens.shape[1]
         values, tokens = values.view(sources, width * each), tokens.view(sources, width * each)
-        scores, places = values.topk(min(count, width * each))
+        scores, indices = values.topk(min(count, width * each))
         lacking = count - scores.shape[1]  # a vocabulary smaller than the beams
         if lacking:
             scores = torch.nn.functional.pad(scores, (0, lacking), value=-torch.inf)
-            places = torch.nn.functional.pad(places, (0, lacking))
-        return scores, places // each, tokens.gather(1, places)
+            indices = torch.nn.functional.pad(indices, (0, lacking))
+        return scores, indices // each, tokens.gather(1, indices)
 
     def _leave(
         self, rows: Int[Tensor, "sources beams"], tokens: Int[Tensor, "sources beams"],
@@ -265,13 +265,13 @@ def top_candidates(
     """
     chunks = logits.shape[1] // CHUNK
     if logits.device.type != "cpu" or chunks <= 2 * count:
-        values, places = logits.topk(count)
-        return values, places
+        values, indices = logits.topk(count)
+        return values, indices
     body, rest = logits[:, : chunks * CHUNK].unflatten(1, (chunks, CHUNK)), logits[:, chunks * CHUNK :]
     best = body.amax(-1).topk(count).indices[..., None]
     within = torch.arange(CHUNK, device="cpu")
-    places = (best * CHUNK + within).flatten(1)
+    indices = (best * CHUNK + within).flatten(1)
     tail = torch.arange(chunks * CHUNK, logits.shape[1], device="cpu").expand(len(logits), -1)
     values = torch.cat([body.take_along_dim(best, 1).flatten(1), rest], 1)
     found, at = values.topk(count)
-    return found, torch.cat([places, tail], 1).gather(1, at)
+    return found, torch.cat([indices, tail], 1).gather(1, at)

@@ -91,11 +91,11 @@ class Conversation:
 
     def take_back(self) -> dict[str, Any]:
         """Remove the last message and its answer from the history, and return the message."""
-        places = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
-        if not places:
+        indices = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        if not indices:
             raise UserError("There is no message to answer again: ask something first.")
-        message = self.messages[places[-1]]
-        self.messages = self.messages[: places[-1]]
+        message = self.messages[indices[-1]]
+        self.messages = self.messages[: indices[-1]]
         return message
 
     def _request(

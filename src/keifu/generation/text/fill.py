@@ -36,13 +36,13 @@ def fill(model: nn.Module, tokenizer: Tokenizer, text: str, count: int = 5) -> l
     """
     if not isinstance(model, Encoder):
         raise UserError(f"A {type(model).__name__} fills in no words: load a model such as BERT.")
-    ids, places = _mark_blanks(tokenizer, text)
+    ids, positions = _mark_blanks(tokenizer, text)
     room = model.config.context_length
     if len(ids) > room:
         raise UserError(f"The text has {len(ids)} tokens, and the model reads {room}: shorten it.")
     device = next(model.parameters()).device
     with evaluation_mode(model):
-        hidden = model.encode(torch.tensor([ids], device=device), None, None)[0, places]
+        hidden = model.encode(torch.tensor([ids], device=device), None, None)[0, positions]
         likely = model.words(hidden).float().softmax(-1).topk(count)
     return [
         [Guess(tokenizer.decode([token]).strip(), token, p) for token, p in zip(tokens, probabilities, strict=True)]
@@ -61,11 +61,11 @@ def _mark_blanks(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]
     if len(between) == 1:
         raise UserError(f"There is no {mark} in {text!r}: put it where a word is wanted.")
     ids = [cls, *between[0]]
-    places = []
+    positions = []
     for part in between[1:]:
-        places.append(len(ids))
+        positions.append(len(ids))
         ids += [mask, *part]
-    return [*ids, sep], places
+    return [*ids, sep], positions
 
 
 GAP = "___"
@@ -105,11 +105,11 @@ def prompt(tokenizer: Tokenizer, markers: Markers, parts: Sequence[str]) -> list
 def split_spans(written: Sequence[int], sentinels: np.ndarray) -> list[list[int]]:
     """Split the output into the spans of the sentinels, the first being given; a sentinel out of turn is skipped."""
     spans: list[list[int]] = [[] for _ in sentinels]
-    places = {int(sentinel): index for index, sentinel in enumerate(sentinels)}
+    indices = {int(sentinel): index for index, sentinel in enumerate(sentinels)}
     current = 0
     for token in written:
-        if token in places:
-            current = max(current, places[token])
+        if token in indices:
+            current = max(current, indices[token])
         else:
             spans[current].append(token)
     return spans

@@ -31,9 +31,9 @@ class StopText:
     def push(self, text: str) -> str:
         """Return the text that can no longer belong to a stop string."""
         text = self._held + text
-        places = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
-        self.found = bool(places)
-        end = min(places)[1] if places else len(text) - self._beginning(text)
+        matches = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
+        self.found = bool(matches)
+        end = min(matches)[1] if matches else len(text) - self._beginning(text)
         self._held = "" if self.found else text[end:]
         return text[:end]
 

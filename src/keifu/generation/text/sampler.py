@@ -115,8 +115,8 @@ class RowSettings:
         k = torch.zeros(1, dtype=torch.int64, device=self.device) if k is None else k
         p = torch.ones(1, device=self.device) if p is None else p
         few, names, whole = logits_processors.shortlist(self._filter(logits, ["temperature"]), k, p)
-        places, logs = sample_scored(self._filter(few, ["min_p"]), u)
-        tokens = names.gather(1, places[:, None])[:, 0]
+        indices, logs = sample_scored(self._filter(few, ["min_p"]), u)
+        tokens = names.gather(1, indices[:, None])[:, 0]
         if rest := (~whole).nonzero()[:, 0].tolist():
             others = RowSettings([self.samplings[row] for row in rest], self.device)
             tokens[rest], logs[rest] = sample_scored(others._filter(logits[rest]), u[rest])
@@ -143,9 +143,9 @@ class History:
         """Return the history after prompts and what was written after each."""
 
         def count(*texts: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocab"]:
-            places = [row * vocab + token for rows in texts for row, text in enumerate(rows) for token in text]
+            cells = [row * vocab + token for rows in texts for row, text in enumerate(rows) for token in text]
             found = torch.zeros(len(written) * vocab, dtype=torch.float32, device=settings.device)
-            index = torch.tensor(places, dtype=torch.long, device=settings.device)
+            index = torch.tensor(cells, dtype=torch.long, device=settings.device)
             return found.index_put_((index,), found.new_ones(()), accumulate=True).view(-1, vocab)
 
         seen = None if settings.repetition is None else count(prompts, written) > 0

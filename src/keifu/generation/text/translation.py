@@ -69,25 +69,25 @@ def join_sentences(parts: Iterable[str]) -> str:
 def _ends(text: str) -> list[int]:
     """Return the places behind which a new sentence begins."""
     enclosed = _is_enclosed(text)
-    ends, place = [], 0
-    while place < len(text):
-        last = text[place]
-        place += 1
+    ends, position = [], 0
+    while position < len(text):
+        last = text[position]
+        position += 1
         if last not in FULL_WIDTH + HALF_WIDTH:
             continue
-        while place < len(text) and text[place] in FULL_WIDTH + HALF_WIDTH + QUOTES + CLOSING:
-            last = text[place] if text[place] in FULL_WIDTH else last
-            place += 1
-        quotation = text[place - 1] in CLOSING and text[place : place + 1] in PARTICLES
-        if not enclosed[place] and not quotation and (last in FULL_WIDTH or _starts_sentence(text, place)):
-            ends.append(place)
+        while position < len(text) and text[position] in FULL_WIDTH + HALF_WIDTH + QUOTES + CLOSING:
+            last = text[position] if text[position] in FULL_WIDTH else last
+            position += 1
+        quotation = text[position - 1] in CLOSING and text[position : position + 1] in PARTICLES
+        if not enclosed[position] and not quotation and (last in FULL_WIDTH or _starts_sentence(text, position)):
+            ends.append(position)
     return ends
 
 
-def _starts_sentence(text: str, place: int) -> bool:
-    """Whether the half-width mark before `place` ends a sentence: a space follows, then no small letter."""
-    before, rest = text[max(0, place - WORD) : place].split()[-1], text[place : place + WORD].lstrip()
-    if not rest or not text[place].isspace() or rest.lstrip(OPENING + QUOTES)[:1].islower():
+def _starts_sentence(text: str, position: int) -> bool:
+    """Whether the half-width mark before `position` ends a sentence: a space follows, then no small letter."""
+    before, rest = text[max(0, position - WORD) : position].split()[-1], text[position : position + WORD].lstrip()
+    if not rest or not text[position].isspace() or rest.lstrip(OPENING + QUOTES)[:1].islower():
         return False
     if not before.endswith(".") or before.endswith(".."):
         return True
@@ -210,22 +210,22 @@ def translate_texts(
     A sentence longer than the model takes is a `UserError` with both lengths.
     """
     parts = [[part for part in split(text) if part.strip()] for text in texts]
-    places = [f"Sentence {k} of text {n}" for n, each in enumerate(parts, 1) for k in range(1, len(each) + 1)]
+    labels = [f"Sentence {k} of text {n}" for n, each in enumerate(parts, 1) for k in range(1, len(each) + 1)]
     flat = [part for each in parts for part in each]
-    ids = source_ids(translator(model), tokenizer, flat, places)
+    ids = source_ids(translator(model), tokenizer, flat, labels)
     found = zip(flat, ids, search(translator(model), ids, settings, progress), strict=True)
     done = (_translation(tokenizer, *each) for each in found)
     return [[next(done) for _ in each] for each in parts]
 
 
-def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], places: Sequence[str]) -> list[list[int]]:
+def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
     """Return the tokens of sentences, each with the end token; one that is too long is a `UserError` that names it."""
     room = model.config.context_length
     ids = [[*each, model.config.end_id] for each in tokenizer.encode_batch(texts)]
-    for place, each in zip(places, ids, strict=True):
+    for label, each in zip(labels, ids, strict=True):
         if len(each) > room:
             raise UserError(
-                f"{place} has {len(each)} tokens, but this model takes {room} at most: part it with full stops or "
+                f"{label} has {len(each)} tokens, but this model takes {room} at most: part it with full stops or "
                 "shorten it."
             )
     return ids
@@ -242,13 +242,13 @@ def search(
     found: dict[int, Hypothesis] = {}
     assert isinstance(model, nn.Module)
     with evaluation_mode(model), torch.inference_mode():
-        for places in length_buckets([len(source) for source in sources], PASS_TOKENS, settings.batch_size):
-            limits = [_limit(len(sources[place]), config.context_length, settings.max_tokens) for place in places]
-            best = beam_search(_targets(model, [sources[place] for place in places], max(limits), how), how, limits)
-            found |= {place: texts[0] for place, texts in zip(places, best, strict=True)}
+        for indices in length_buckets([len(source) for source in sources], PASS_TOKENS, settings.batch_size):
+            limits = [_limit(len(sources[index]), config.context_length, settings.max_tokens) for index in indices]
+            best = beam_search(_targets(model, [sources[index] for index in indices], max(limits), how), how, limits)
+            found |= {index: texts[0] for index, texts in zip(indices, best, strict=True)}
             if progress:
                 progress(len(found))
-    return [found[place] for place in range(len(sources))]
+    return [found[index] for index in range(len(sources))]
 
 
 def _targets(model: Translator, sources: Sequence[Sequence[int]], longest: int, how: Search) -> BeamModel:

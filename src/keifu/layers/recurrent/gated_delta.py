@@ -108,8 +108,8 @@ class ShortConvolution(nn.Module):
         joined = torch.cat([before, x], 1).mT
         if segments is None:
             return F.silu(F.conv1d(joined, self.weight, groups=x.shape[2]).mT)
-        place = torch.arange(x.shape[1], device=x.device)[:, None] - torch.arange(before.shape[1], -1, -1).to(x.device)
-        same = (segments[:, place.clamp(min=0)] == segments[..., None]) & (place >= 0)
+        taps = torch.arange(x.shape[1], device=x.device)[:, None] - torch.arange(before.shape[1], -1, -1).to(x.device)
+        same = (segments[:, taps.clamp(min=0)] == segments[..., None]) & (taps >= 0)
         y = (joined.unfold(2, self.weight.shape[2], 1) * self.weight * same[:, None]).sum(-1).mT
         return F.silu(y)
 

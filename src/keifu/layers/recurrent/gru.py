@@ -189,12 +189,12 @@ def _lengths(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
     return lengths
 
 
-def _at(states: Float[Tensor, "batch length dim"], places: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
-    return states[torch.arange(len(states), device=states.device), places]
+def _at(states: Float[Tensor, "batch length dim"], positions: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
+    return states[torch.arange(len(states), device=states.device), positions]
 
 
 def _reverse(x: Float[Tensor, "batch length dim"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch length dim"]:
     """Each row's first `lengths` places in reverse, the padding where it was; the inverse of itself."""
-    places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-    turned = torch.where(places < lengths[:, None], lengths[:, None] - 1 - places, places)
+    positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    turned = torch.where(positions < lengths[:, None], lengths[:, None] - 1 - positions, positions)
     return x.gather(1, turned[..., None].expand_as(x))

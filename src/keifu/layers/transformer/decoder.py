@@ -142,9 +142,9 @@ class DecoderLM(nn.Module):
         if self.positions is not None:
             x = x + self.positions(self._within(positions, x.shape[1] + (state.longest if state else 0)))
         x = self.dropout(x)
-        places = Positions(positions, None if state is None else state.sequence_lengths)
+        where = Positions(positions, None if state is None else state.sequence_lengths)
         for i, block in enumerate(self.blocks):
-            x = block(x, mask=mask, positions=places, cache=None if state is None else state.layer(i))
+            x = block(x, mask=mask, positions=where, cache=None if state is None else state.layer(i))
         if state is not None:
             state.advance()
         return self.norm(x)

@@ -56,13 +56,13 @@ class EncoderDecoderState:
         kept, counts = owners.unique_consecutive(return_counts=True)
         if len(counts) and bool((counts != counts[0]).any()):
             kept = owners
-        places = torch.arange(len(kept), device=kept.device)
-        if len(kept) != len(self.memory[0][0]) or not torch.equal(kept, places):
+        indices = torch.arange(len(kept), device=kept.device)
+        if len(kept) != len(self.memory[0][0]) or not torch.equal(kept, indices):
             chosen = kept.to(self.memory[0][0].device)
             self.memory = [(keys[chosen], values[chosen]) for keys, values in self.memory]
             self._source_mask = None if self._source_mask is None else self._source_mask[chosen]
             self.mask = PaddingMask(self._source_mask)
-        self._owners = places.repeat_interleave(len(rows) // max(len(kept), 1))
+        self._owners = indices.repeat_interleave(len(rows) // max(len(kept), 1))
 
 
 def read_source(

@@ -36,10 +36,10 @@ class Stage(nn.Module):
         """Return the residual blocks and the attentions."""
         return [*self.residuals, *self.attentions]
 
-    def block(self, place: int, x: Pixels, time: Time | None, context: dict[str, Any]) -> Resampled:
+    def block(self, index: int, x: Pixels, time: Time | None, context: dict[str, Any]) -> Resampled:
         """Apply the residual block of that number, and the attention that follows it, if there is one."""
-        x = self.residuals[place](x, time)
-        return self.attentions[place](x, **context) if place < len(self.attentions) else x
+        x = self.residuals[index](x, time)
+        return self.attentions[index](x, **context) if index < len(self.attentions) else x
 
 
 class Down(Stage):
@@ -47,8 +47,8 @@ class Down(Stage):
 
     def forward(self, x: Pixels, time: Time, **context: Any) -> list[Tensor]:
         states = []
-        for place in range(len(self.residuals)):
-            x = self.block(place, x, time, context)
+        for index in range(len(self.residuals)):
+            x = self.block(index, x, time, context)
             states.append(x)
         return states if self.resample is None else [*states, self.resample(x, time)]
 
@@ -58,8 +58,8 @@ class Middle(Stage):
     or any of a network that goes one way."""
 
     def forward(self, x: Pixels, time: Time | None = None, **context: Any) -> Resampled:
-        for place in range(len(self.residuals)):
-            x = self.block(place, x, time, context)
+        for index in range(len(self.residuals)):
+            x = self.block(index, x, time, context)
         return x if self.resample is None else self.resample(x)
 
 
@@ -68,8 +68,8 @@ class Up(Stage):
     leads out of it is given the size of the next one."""
 
     def forward(self, x: Pixels, states: list[Tensor], time: Time, **context: Any) -> Resampled:
-        for place in range(len(self.residuals)):
-            x = self.block(place, torch.cat([x, states[-1 - place]], 1), time, context)
+        for index in range(len(self.residuals)):
+            x = self.block(index, torch.cat([x, states[-1 - index]], 1), time, context)
         if isinstance(self.resample, Upsample):
             return self.resample(x, states[-1 - len(self.residuals)].shape[2:])
         return x if self.resample is None else self.resample(x, time)

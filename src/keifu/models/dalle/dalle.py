@@ -131,8 +131,8 @@ class Dalle(ImageModel):
 
     def embed_codes(self, codes: Int[Tensor, "batch some"], first: int = 0) -> Float[Tensor, "batch some dim"]:
         """Embeddings of image tokens at the places from `first` on, in raster order."""
-        places, width = torch.arange(first, first + codes.shape[1], device=codes.device), self.config.grid.width
-        return self.entries(codes) + self.rows(places // width) + self.columns(places % width)
+        positions, width = torch.arange(first, first + codes.shape[1], device=codes.device), self.config.grid.width
+        return self.entries(codes) + self.rows(positions // width) + self.columns(positions % width)
 
     def begin(
         self, tokens: Int[Tensor, "batch text"], real: RealTokens
@@ -143,9 +143,9 @@ class Dalle(ImageModel):
         state = KVState(layers, len(tokens), config.grid.prefix + config.grid.places, x)
         return self._after(x, state), state
 
-    def go_on(self, codes: Int[Tensor, " batch"], place: int, state: KVState) -> Float[Tensor, "batch codebook"]:
+    def go_on(self, codes: Int[Tensor, " batch"], position: int, state: KVState) -> Float[Tensor, "batch codebook"]:
         """Logits of the image token after the one at this place."""
-        return self._after(self.embed_codes(codes[:, None], place), state)
+        return self._after(self.embed_codes(codes[:, None], position), state)
 
     def _after(self, x: Float[Tensor, "batch some dim"], state: KVState) -> Float[Tensor, "batch codebook"]:
         state.positions(x.shape[1])

@@ -197,8 +197,8 @@ def patch_positions(
     stretched over the same positions."""
     trained = config.size // config.patch_size
     sides = (torch.arange(n, dtype=torch.float32, device=device) / (n / trained) for n in (rows, columns))
-    places = torch.meshgrid(*sides, indexing="ij")
-    return torch.cat([sinusoids(place.flatten(), config.dim // 2, interleaved=False) for place in places[::-1]], -1)
+    axes = torch.meshgrid(*sides, indexing="ij")
+    return torch.cat([sinusoids(axis.flatten(), config.dim // 2, interleaved=False) for axis in axes[::-1]], -1)
 
 
 def _block(config: TransformerConfig) -> AdaptiveNormZero:

@@ -48,7 +48,7 @@ def assemble_unet(config: Any, attention: Callable[[int, int], nn.Module], middl
         states += [width] * (n_blocks + (down[-1].resample is not None))
     below = widths[-1]
     for level, width in reversed([*enumerate(widths)]):
-        blocks = [residual(states.pop() + (width if place else below), width) for place in range(n_blocks + 1)]
+        blocks = [residual(states.pop() + (width if index else below), width) for index in range(n_blocks + 1)]
         up.append(Up(blocks, attentions(up_levels, level, blocks), grow(level, width)))
         below = width
     first = nn.Conv2d(config.channels, widths[0], 3, padding=1)

@@ -107,12 +107,12 @@ class Llava(DecoderLM):
 
     def insertion(self, tokens: Tokens, images: Float[Tensor, "images patches dim"]) -> Inserted:
         """Return where the embeddings of pictures go: in order, to the tokens that mark a picture."""
-        places = (tokens.flatten() == self.config.image_token).nonzero()[:, 0]
-        if len(places) != images.shape[:2].numel():
+        positions = (tokens.flatten() == self.config.image_token).nonzero()[:, 0]
+        if len(positions) != images.shape[:2].numel():
             raise UserError(
-                f"{len(images)} pictures have {images.shape[:2].numel()} tokens, but the prompt has {len(places)}."
+                f"{len(images)} pictures have {images.shape[:2].numel()} tokens, but the prompt has {len(positions)}."
             )
-        return Inserted(places, images.flatten(0, 1))
+        return Inserted(positions, images.flatten(0, 1))
 
     def forward(
         self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None,

@@ -125,7 +125,7 @@ def examples(recipe: Recipe, tokenizer: Tokenizer, length: int) -> tuple[list[li
 
 def pairs(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Pair]:
     """Return every better answer with every worse one, as ids."""
-    turns = [sample_answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
+    turns = [sample_answer(tokenizer, ranked, index) for index in range(len(ranked.answers))]
     return [Pair(turns[better], turns[worse]) for better, worse in ranked.pairs()]
 
 
@@ -146,8 +146,8 @@ def with_others(found: Sequence[Marked], length: int) -> list[Pair]:
     prompts = [each.turns.ids[: each.turns.last_answer] for each in found]
     made = []
     for i, (each, prompt) in enumerate(zip(found, prompts, strict=True)):
-        following = (place % len(found) for place in range(i + 1, i + len(found)))
-        other = found[next((place for place in following if prompts[place] != prompt), i)].turns
+        following = (index % len(found) for index in range(i + 1, i + len(found)))
+        other = found[next((index for index in following if prompts[index] != prompt), i)].turns
         ids = [*prompt, *other.ids[other.last_answer :]]
         learned = [False] * len(prompt) + other.learned[other.last_answer :]
         made.append(Pair(each.turns, TurnMasks(ids[:length], learned[:length])))
@@ -158,13 +158,13 @@ def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad
     """Return the log-probabilities of both answers of each pair, [pairs, 2], under the untrained model; similar lengths
     are computed together. If processes share the model, each computes its part."""
     module = current().split(ObjectiveModule(model))
-    order = sorted(range(len(found)), key=lambda place: max(len(each.ids) for each in found[place]))
+    order = sorted(range(len(found)), key=lambda index: max(len(each.ids) for each in found[index]))
     values = torch.zeros(len(found), 2)
     with counting("Reading the answers", len(found), "pairs") as progress, unadapted(model):
         for at in range(0, len(order), batch_size):
-            places = order[at : at + batch_size]
-            batch = on_device(stack_rows([found[place] for place in places], pad_id), next(model.parameters()).device)
-            values[places] = module(reference, batch).cpu()
+            indices = order[at : at + batch_size]
+            batch = on_device(stack_rows([found[index] for index in indices], pad_id), next(model.parameters()).device)
+            values[indices] = module(reference, batch).cpu()
             progress(min(at + batch_size, len(order)))
     current().discard_gradients(module)  # FSDP holds the whole of some weights after a forward pass
     return values

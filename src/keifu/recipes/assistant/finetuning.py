@@ -272,9 +272,9 @@ def ranked_examples(
     return learned, tested, dropped
 
 
-def sample_answer(tokenizer: Tokenizer, ranked: RankedResponses, place: int) -> TurnMasks:
+def sample_answer(tokenizer: Tokenizer, ranked: RankedResponses, index: int) -> TurnMasks:
     """Render a prompt with one of its answers; only that is learned, not the assistant's earlier turns."""
-    said = {"role": "assistant", "content": ranked.answers[place]}
+    said = {"role": "assistant", "content": ranked.answers[index]}
     turns = TurnMasks(*tokenizer.render_turns([*ranked.prompt, said]))
     return TurnMasks(turns.ids, [mine and i >= turns.last_answer for i, mine in enumerate(turns.learned)])
 

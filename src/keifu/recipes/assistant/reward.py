@@ -96,7 +96,7 @@ def with_score_head(decoder: Any, lora: Lora, seed: int) -> task_head.ModelWithH
 
 def ranking_of(tokenizer: Tokenizer, ranked: RankedResponses) -> Ranking:
     """Return the answers with their prompt, whole: the score is read after the last token."""
-    turns = [sample_answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
+    turns = [sample_answer(tokenizer, ranked, index) for index in range(len(ranked.answers))]
     return Ranking([turn._replace(learned=[True] * len(turn.ids)) for turn in turns], list(ranked.levels))
 
 

@@ -182,7 +182,7 @@ def describe(
 
 
 def train_part(
-    recipe: Any, place: Path, resume: bool, build: Callable[[], Any], objective: Objective, parts: ImageSplit,
+    recipe: Any, directory: Path, resume: bool, build: Callable[[], Any], objective: Objective, parts: ImageSplit,
     budget: Budget, *, title: str, paper: str, options: Mapping[str, Any], batch_size: int,
     of_steps: Callable[[Data, int], Data] = lambda data, steps: data, **different: Any,
 ) -> Any:  # fmt: skip
@@ -195,7 +195,7 @@ def train_part(
     torch.manual_seed(recipe.seed)
     model = build().to(choose())
     model.check_size(*parts.train.shape[1:])
-    resume = is_resuming(place, resume)
+    resume = is_resuming(directory, resume)
     batches: Any = ImageBatches(parts.train, parts.validation, batch_size, recipe.seed, Augmentation(flip=recipe.flip))
     data = add_draws(batches, recipe.seed)
 
@@ -204,14 +204,14 @@ def train_part(
         usual = {"steps": steps, "warmup": steps // 20, "batch_size": batch_size, **every}
         return Settings(**usual, seed=recipe.seed, precision=recipe.precision, **different)
 
-    chosen = budget.fit(place, resume, model, objective, of_steps(data, 1000), settings)
+    chosen = budget.fit(directory, resume, model, objective, of_steps(data, 1000), settings)
     train_run(
-        place, resume, model, objective, of_steps(data, chosen.steps), chosen, title=title,
+        directory, resume, model, objective, of_steps(data, chosen.steps), chosen, title=title,
         parameters=parameters(model), paper=paper, unit="pictures",
         facts={"source": parts.train.source, "fingerprint": parts.train.fingerprint},
         options={"model": vars(model.config), **options}, sample=before_and_after(model, parts),
     )  # fmt: skip
-    return load_model(place, torch.float32).requires_grad_(False).eval()
+    return load_model(directory, torch.float32).requires_grad_(False).eval()
 
 
 @torch.no_grad()

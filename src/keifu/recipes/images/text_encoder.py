@@ -27,20 +27,20 @@ def two_towers_of(
     recipe: TextToImageOptions, parts: ImageSplit, out: Path, resume: bool
 ) -> tuple[clip.Clip, Tokenizer, Tokens]:
     """Load the CLIP, or train it into a folder of the run; return it with its tokenizer and the encoded captions."""
-    place = Path(recipe.clip) if recipe.clip else out / CLIP
+    directory = Path(recipe.clip) if recipe.clip else out / CLIP
     if not recipe.clip:
-        _train(recipe, place, is_resuming(place, resume))
-    model, tokenizer = checkpoints.load(recipe.clip or place, torch.float32)
+        _train(recipe, directory, is_resuming(directory, resume))
+    model, tokenizer = checkpoints.load(recipe.clip or directory, torch.float32)
     two_towers(model)
     if tokenizer is None:
-        raise UserError(f"{place} has no tokenizer, and captions must be read: give a CLIP that has one.")
+        raise UserError(f"{directory} has no tokenizer, and captions must be read: give a CLIP that has one.")
     found: Any = model
     text_tokens(tokenizer, recipe.prompts, found.config.context_length, recipe.truncate)
     tokens = caption_tokens(tokenizer, found.config.context_length, parts, recipe.languages, recipe.truncate)
     return found, tokenizer, tokens
 
 
-def _train(recipe: TextToImageOptions, place: Path, resume: bool) -> None:
+def _train(recipe: TextToImageOptions, directory: Path, resume: bool) -> None:
     made = clip_recipe.Recipe(recipe.data, recipe.languages, truncate=recipe.truncate)
     chosen = replace(made.training, batch_size=recipe.clip_batch, precision=recipe.precision, seed=recipe.seed)
     task = clip_recipe.prepare(replace(made, training=chosen))
@@ -53,8 +53,8 @@ def _train(recipe: TextToImageOptions, place: Path, resume: bool) -> None:
         every = dict.fromkeys(("evaluate_every", "sample_every"), max(1, steps // 10))
         return replace(chosen, steps=steps, minutes=budget.limit, warmup=steps // 10, **every)
 
-    fitted = budget.fit(place, resume, task.model, task.objective, task.data, settings)
-    clip_recipe.learn(replace(made, training=fitted), task, place, resume)
+    fitted = budget.fit(directory, resume, task.model, task.objective, task.data, settings)
+    clip_recipe.learn(replace(made, training=fitted), task, directory, resume)
 
 
 def text_conditioned(model: clip.Clip) -> clip_text.TextTower:

@@ -204,7 +204,7 @@ def boundary(learned: ToyDataset, model: MLP, steps: int, out: Path) -> Callable
             (f"step {step:,}\n{correct:.0%} right", decision_boundary.class_shares_on(shown, model.predict_proba))
         )
         if step >= steps:  # a run that was made longer ends later
-            chosen = [stages[place] for place in decision_boundary.spread(range(len(stages)))]
+            chosen = [stages[index] for index in decision_boundary.spread(range(len(stages)))]
             write_atomic(out / "boundary.png", decision_boundary.strip(shown, chosen))
         return decision_boundary.strip(shown, stages[-1:])
 

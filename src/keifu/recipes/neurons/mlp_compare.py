@@ -74,8 +74,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     with counting("networks", len(pairs), "networks") as advance:
         for number, pair in enumerate(pairs, 1):
             with redirect_stderr(io.StringIO()), on_threads(1):
-                place = out / f"{pair.activation}-{pair.loss}"
-                results.append(learn(pair, subject, place, is_resuming(place, resume)))
+                directory = out / f"{pair.activation}-{pair.loss}"
+                results.append(learn(pair, subject, directory, is_resuming(directory, resume)))
             advance(number)
     table = decision_boundary.table(results)
     print(table)

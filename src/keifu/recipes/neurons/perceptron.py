@@ -199,8 +199,8 @@ def draw(lesson: Lesson, stages: list[tuple[int, Plane]]) -> bytes:
     """Draw the boundary at stages of learning, as PNG."""
     shown = lesson.table
     panels = []
-    for place in decision_boundary.spread(range(len(stages))):
-        updates, plane = stages[place]
+    for index in decision_boundary.spread(range(len(stages))):
+        updates, plane = stages[index]
         neuron = build_neuron(plane)
         wrong = int((neuron(shown.inputs) != shown.targets).sum())
         shares = decision_boundary.class_shares_on(

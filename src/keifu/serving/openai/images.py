@@ -143,8 +143,8 @@ async def _events(work: Callable[[Show], Any], kind: str) -> AsyncGenerator[dict
     """Yield the states of a picture as they come, then the pictures."""
     loop, out = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
-    def show(number: int, place: int, picture: Tensor) -> None:
-        told = {"index": number, "partial_image_index": place, "b64_json": _encoded(picture, {})}
+    def show(number: int, index: int, picture: Tensor) -> None:
+        told = {"index": number, "partial_image_index": index, "b64_json": _encoded(picture, {})}
         loop.call_soon_threadsafe(out.put_nowait, {"type": f"{kind}.partial_image", **told})
 
     task = asyncio.ensure_future(work(show))

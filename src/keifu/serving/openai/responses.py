@@ -131,11 +131,11 @@ class Turn:
         kind = "reasoning" if part.call == THOUGHTS else "function_call" if part.call >= 0 else "message"
         if not self.output or part.name or self.output[-1]["type"] != kind:
             yield from self._end("completed")
-            place = len(self.output)
+            index = len(self.output)
             made = _thoughts if kind == "reasoning" else _message
-            self.output.append(self._call(place, part) if part.name else made(place, self.answer.id))
+            self.output.append(self._call(index, part) if part.name else made(index, self.answer.id))
             item = {**self.output[-1], "content": []} if not part.name else self.output[-1]
-            yield {"type": "response.output_item.added", "output_index": place, "item": dict(item)}
+            yield {"type": "response.output_item.added", "output_index": index, "item": dict(item)}
             if not part.name:
                 first = dict(self.output[-1]["content"][0])
                 yield {"type": "response.content_part.added", **self._place(), "content_index": 0, "part": first}
@@ -152,24 +152,24 @@ class Turn:
         """Yield the events of the end of the last item, if there is one."""
         if not self.output:
             return
-        item, place = self.output[-1], self._place()
+        item, index = self.output[-1], self._place()
         item["status"] = status
         if item["type"] != "function_call":
             part = dict(item["content"][0])
             text = {"content_index": 0, **{name: part[name] for name in ("text", "logprobs") if name in part}}
-            yield {"type": f"response.{part['type']}.done", **place, **text}
-            yield {"type": "response.content_part.done", **place, "content_index": 0, "part": part}
+            yield {"type": f"response.{part['type']}.done", **index, **text}
+            yield {"type": "response.content_part.done", **index, "content_index": 0, "part": part}
         else:
             told = {"name": item["name"], "arguments": item["arguments"]}
-            yield {"type": "response.function_call_arguments.done", **place, **told}
-        yield {"type": "response.output_item.done", "output_index": place["output_index"], "item": dict(item)}
+            yield {"type": "response.function_call_arguments.done", **index, **told}
+        yield {"type": "response.output_item.done", "output_index": index["output_index"], "item": dict(item)}
 
     def _place(self) -> dict[str, Any]:
         return {"output_index": len(self.output) - 1, "item_id": self.output[-1]["id"]}
 
-    def _call(self, place: int, part: Delta) -> dict[str, Any]:
+    def _call(self, index: int, part: Delta) -> dict[str, Any]:
         told = {"call_id": self.reply.calls[part.call]["id"], "name": part.name, "arguments": ""}
-        return {"type": "function_call", "id": f"fc_{self.answer.id}_{place}", "status": "in_progress", **told}
+        return {"type": "function_call", "id": f"fc_{self.answer.id}_{index}", "status": "in_progress", **told}
 
     def _finish(self, status: str) -> dict[str, Any]:
         """Return the finished response, and store it if it is to be kept."""
@@ -204,13 +204,13 @@ class Turn:
         }  # fmt: skip
 
 
-def _message(place: int, name: str) -> dict[str, Any]:
-    item = {"type": "message", "id": f"msg_{name}_{place}", "status": "in_progress", "role": "assistant"}
+def _message(index: int, name: str) -> dict[str, Any]:
+    item = {"type": "message", "id": f"msg_{name}_{index}", "status": "in_progress", "role": "assistant"}
     return {**item, "content": [_part("")]}
 
 
-def _thoughts(place: int, name: str) -> dict[str, Any]:
-    item = {"type": "reasoning", "id": f"rs_{name}_{place}", "status": "in_progress", "summary": []}
+def _thoughts(index: int, name: str) -> dict[str, Any]:
+    item = {"type": "reasoning", "id": f"rs_{name}_{index}", "status": "in_progress", "summary": []}
     return {**item, "content": [{"type": "reasoning_text", "text": ""}]}
 
 

@@ -95,7 +95,7 @@ def _probe(tokenizer: Tokenizer, names: Sequence[str]) -> ToolFormat | None:
     first, last = found[0], found[-1]
     if first is None or last is None or first[1] != last[1]:
         return None
-    ends = [place for end in tokenizer.stop_ids if (place := answer.find(_token(tokenizer, end), last.end())) >= 0]
+    ends = [at for end in tokenizer.stop_ids if (at := answer.find(_token(tokenizer, end), last.end())) >= 0]
     between = answer[first.end() : last.start()] if len(names) > 1 else None
     closing = answer[last.end() : min(ends)] if ends else ""
     return ToolFormat(answer[: first.start()], first[1], between, closing) if ends else None

@@ -83,9 +83,9 @@ def _watch_modules(model: nn.Module, found: list[str]) -> Iterator[None]:
     with ExitStack() as hooks, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Full backward hook is firing")  # modules whose inputs have no gradient
         for name, module in model.named_modules():
-            place = f"{name or 'the model'} ({type(module).__name__})"
-            output = partial(_check, found, f"output of {place}")
-            gradient = partial(_check, found, f"gradient that reaches {place}")
+            layer = f"{name or 'the model'} ({type(module).__name__})"
+            output = partial(_check, found, f"output of {layer}")
+            gradient = partial(_check, found, f"gradient that reaches {layer}")
             hooks.callback(module.register_forward_hook(output).remove)
             hooks.callback(module.register_full_backward_pre_hook(gradient).remove)
         yield

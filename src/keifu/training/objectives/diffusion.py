@@ -198,9 +198,9 @@ class EncodedImages:
 
     def batch(self, batch: Batch) -> Batch:
         """Return the batch with "pictures" replaced by the latents of its "indices", sampled by its "draws"."""
-        places, draws = batch["indices"], batch["draws"]
+        indices, draws = batch["indices"], batch["draws"]
         noise = normal(bits(draws, torch.full_like(draws, LATENT)), self.mean.shape[1:])
-        return {**batch, "pictures": self.mean[places] + self.deviation[places] * noise}
+        return {**batch, "pictures": self.mean[indices] + self.deviation[indices] * noise}
 
 
 def use_latents(data: Data, training: EncodedImages, held: EncodedImages | None) -> MappedData:
@@ -228,6 +228,6 @@ def dequantize(batch: Batch) -> Batch:
     """Return a batch with dequantised "pictures", numbers from -1 to below 1, sampled by its "draws"."""
     pictures, draws = batch["pictures"], batch["draws"]
     numbers = pictures[0].numel()
-    places = torch.arange(PLACES, PLACES + numbers, device=draws.device).repeat(len(draws))
-    spread = uniform(draws.repeat_interleave(numbers), places).view_as(pictures).float()
+    counters = torch.arange(PLACES, PLACES + numbers, device=draws.device).repeat(len(draws))
+    spread = uniform(draws.repeat_interleave(numbers), counters).view_as(pictures).float()
     return {**batch, "pictures": (pictures + spread) / 128 - 1}

@@ -61,8 +61,8 @@ class UnclipLoss:
             caption = model.encode_text(batch["tokens"], batch["real"])
             null = model.encode_text(*(moved(each, draws.device) for each in self.empty))
         of_prior, of_decoder = (
-            _drop_captions(caption, null, self._chance(draws, place) < share)
-            for place, share in ((0, self.prior_dropout), (1, self.text_dropout))
+            _drop_captions(caption, null, self._chance(draws, condition) < share)
+            for condition, share in ((0, self.prior_dropout), (1, self.text_dropout))
         )
         image = torch.where(
             (self._chance(draws, 2) < self.image_dropout)[:, None], model.nothing(len(draws)), embeddings
@@ -81,11 +81,11 @@ class UnclipLoss:
         total = torch.stack([outcome.total for outcome in found.values()]).sum()
         return LossOutput(total, len(whole), {name: outcome.total.detach() for name, outcome in found.items()})
 
-    def _seed(self, draws: Int[Tensor, " batch"], place: int) -> Int[Tensor, " batch"]:
-        return bits(draws, torch.full_like(draws, PLACES + place))
+    def _seed(self, draws: Int[Tensor, " batch"], condition: int) -> Int[Tensor, " batch"]:
+        return bits(draws, torch.full_like(draws, PLACES + condition))
 
-    def _chance(self, draws: Int[Tensor, " batch"], place: int) -> Float[Tensor, " batch"]:
-        return uniform(draws, torch.full_like(draws, PLACES + place))
+    def _chance(self, draws: Int[Tensor, " batch"], condition: int) -> Float[Tensor, " batch"]:
+        return uniform(draws, torch.full_like(draws, PLACES + condition))
 
     def _cut(
         self, whole: Pixels, small: Float[Tensor, "batch channels rows columns"], draws: Int[Tensor, " batch"]

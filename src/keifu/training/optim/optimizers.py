@@ -131,8 +131,8 @@ class Optimizers:
         for (kind, name, field), tensor in self._joined(state).items():
             parameter = self.parameters[name]
             counter = field == "step" and (parameter.device.type == "cpu" or not isinstance(self.all[kind], AdamW))
-            place = "cpu" if counter else parameter.device
-            self.all[kind].state[parameter][field] = tensor.to(place, copy=True)
+            device = "cpu" if counter else parameter.device
+            self.all[kind].state[parameter][field] = tensor.to(device, copy=True)
 
     def _joined(self, state: dict[str, Tensor]) -> dict[tuple[str, str, str], Tensor]:
         """Return a state by optimizer, parameter and name; one of an earlier version too, where each matrix of a

@@ -186,30 +186,30 @@ def _facts(path: Path, step: int) -> dict[str, Any]:
     return facts
 
 
-def _read_parts(place: Path, step: int, facts: dict[str, Any]) -> SavedState:
+def _read_parts(directory: Path, step: int, facts: dict[str, Any]) -> SavedState:
     """Return a state that several processes have written, for one that holds the whole model."""
     for name, digest in facts["files"].items():
-        if not (place / name).exists():
-            raise UserError(f"{place / name} is missing.")
-        if current().is_main and sha256(place / name) != digest:
-            raise UserError(f"{place / name} is damaged: its hash is not the one stored.")
+        if not (directory / name).exists():
+            raise UserError(f"{directory / name} is missing.")
+        if current().is_main and sha256(directory / name) != digest:
+            raise UserError(f"{directory / name} is damaged: its hash is not the one stored.")
     if not current().is_replicated:
-        return SavedState(step, facts, {}, place)
-    tensors = read_sharded(place, {})
+        return SavedState(step, facts, {}, directory)
+    tensors = read_sharded(directory, {})
     parts = sorted((name for name in tensors if "#" in name), key=lambda name: int(name.rpartition("#")[2]))
     joined: dict[str, list[Tensor]] = {}
     for name in parts:
         joined.setdefault(name.rpartition("#")[0], []).append(tensors.pop(name))
-    return SavedState(step, facts, tensors | {name: torch.cat(each) for name, each in joined.items()}, place)
+    return SavedState(step, facts, tensors | {name: torch.cat(each) for name, each in joined.items()}, directory)
 
 
-def read_sharded(place: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_sharded(directory: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fill tensors, or this process's chunks of them, from a folder of a state's safetensors files; return the state's
     other tensors, whole. Those that it has not are a `UserError`."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    reader = HuggingFaceStorageReader(str(place))
+    reader = HuggingFaceStorageReader(str(directory))
     known: dict[str, Any] = reader.read_metadata().state_dict_metadata
     if missing := sorted(wanted.keys() - known.keys()):
         raise UserError(f"The state does not fit the model: it has no {', '.join(missing)}.")

@@ -46,8 +46,8 @@ def owned(directory: Path) -> Iterator[None]:
             if (directory / MOVING).exists() or ((directory / BEFORE).exists() and last_step(directory) is None):
                 _put_back(directory)
             shutil.rmtree(directory / BEFORE, ignore_errors=True)
-            for place in _places(directory):
-                checkpoint.remove_halves(place)
+            for folder in _places(directory):
+                checkpoint.remove_halves(folder)
         yield
 
 
@@ -147,7 +147,7 @@ def command(directory: Path) -> str:
 
 def last_step(directory: Path) -> int | None:
     """Return the step of the newest saved state of a run or its parts; None where none was saved."""
-    return max((step for place in _places(directory) for step in checkpoint.steps(place)), default=None)
+    return max((step for folder in _places(directory) for step in checkpoint.steps(folder)), default=None)
 
 
 def _places(directory: Path) -> list[Path]:
@@ -197,16 +197,16 @@ def _put_back(directory: Path) -> None:
 
 def _move(source: Path, target: Path) -> None:
     for path in _files(source):
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(place, ignore_errors=True)
-        path.replace(place)
+        destination = target / path.relative_to(source)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(destination, ignore_errors=True)
+        path.replace(destination)
 
 
 def _files(directory: Path) -> list[Path]:
     """Return the files and directories that a run and its parts have written for resuming and for the report."""
     names = (RECIPE, metrics.FILE, checkpoint.FOLDER, SAMPLES)
-    return [place / name for place in _places(directory) for name in names if (place / name).exists()]
+    return [folder / name for folder in _places(directory) for name in names if (folder / name).exists()]
 
 
 def forget(directory: Path) -> None:

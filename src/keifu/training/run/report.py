@@ -231,7 +231,7 @@ def _is_plain(name: str) -> bool:
 def _by_source(figures: Mapping[str, float | int]) -> str:
     """Return a table of the figures called `validation_part/figure`, a row for each part."""
     texts = {name.removeprefix("validation_"): f"{value:.4g}" for name, value in figures.items() if "/" in name}
-    parts, columns = (list(dict.fromkeys(name.split("/")[place] for name in texts)) for place in (0, 1))
+    parts, columns = (list(dict.fromkeys(name.split("/")[level] for name in texts)) for level in (0, 1))
     rows = [[part, *(texts.get(f"{part}/{column}", "") for column in columns)] for part in parts]
     return _table(["source", *(name.replace("_", " ") for name in columns)], rows)
 
