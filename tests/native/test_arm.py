@@ -35,7 +35,7 @@ def build(cross: str, machine: str, folder: Path) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, [*compiler.SOURCE.glob("*.cpp"), DRIVER]))
-    program = folder / "driver"
+    program = folder / "driver.exe"  # Windows, too, runs this name
     subprocess.run([cross, "-static", "-pthread", "-o", str(program), *objects], check=True)
     return program
 
