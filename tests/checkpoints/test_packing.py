@@ -20,7 +20,7 @@ from keifu.native.model import NativeLM, native_form, pack
 sys.path.insert(0, str(Path(__file__).parent.parent / "native"))
 from native_toys import TOYS, toy, unpacked
 
-WRITABLE = {"llama", "qwen2", "qwen3", "gpt2", "gemma3 of windows"}  # as GGUF
+WRITABLE = {"llama", "qwen2", "qwen3", "gpt2", "gemma3 of windows", "mixtral", "olmoe"}  # as GGUF
 TOKENS = torch.arange(3, 40)[None]
 
 
@@ -67,8 +67,8 @@ def random_blocks(rows: int, columns: int, kind: gguf.GGMLQuantizationType) -> n
     return blocks.reshape(rows, -1)
 
 
-def write_blocks(path: Path, kind: str) -> None:
-    """A LLaMA of 256 · n columns whose matrices are such blocks, its embedding in Q8_0."""
+def write_blocks(path: Path, kind: str, experts: int = 0) -> None:
+    """A LLaMA (with experts: a Mixtral) of 256 · n columns whose matrices are such blocks, its embedding in Q8_0."""
     writer = gguf.GGUFWriter(path, "llama")
     for add, value in {
         writer.add_block_count: 2, writer.add_context_length: 80, writer.add_embedding_length: 256,
@@ -78,12 +78,20 @@ def write_blocks(path: Path, kind: str) -> None:
         add(value)
     writer.add_tokenizer_model("none")
     shapes = {"attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256), "attn_output": (256, 256)}
-    shapes |= {"ffn_gate": (512, 256), "ffn_up": (512, 256), "ffn_down": (256, 512)}
+    networks = {"gate": (512, 256), "up": (512, 256), "down": (256, 512)}
+    shapes |= {f"ffn_{part}{'_exps' if experts else ''}": shape for part, shape in networks.items()}
     matrices = {f"blk.{n}.{name}.weight": (shape, kind) for n in range(2) for name, shape in shapes.items()}
     matrices |= {"token_embd.weight": ((101, 256), "Q8_0"), "output.weight": ((101, 256), kind)}
     for name, (shape, own) in matrices.items():
         number = gguf.GGMLQuantizationType[own]
-        writer.add_tensor(name, random_blocks(*shape, number), raw_dtype=number)
+        blocks = random_blocks(shape[0] * (experts if "_exps" in name else 1), shape[1], number)
+        writer.add_tensor(name, blocks.reshape(experts, shape[0], -1) if "_exps" in name else blocks, raw_dtype=number)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(2)
+    for n in range(2 if experts else 0):
+        router = np.random.default_rng(n).normal(size=(experts, 256)).astype(np.float32)
+        writer.add_tensor(f"blk.{n}.ffn_gate_inp.weight", router)
     for name in ("output_norm", *(f"blk.{n}.{each}_norm" for n in range(2) for each in ("attn", "ffn"))):
         writer.add_tensor(f"{name}.weight", np.ones(256, np.float32))
     writer.write_header_to_file()
@@ -93,9 +101,9 @@ def write_blocks(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_blocks_keep_their_numbers_bit_for_bit(kind: str, weights: str, tmp_path: Path) -> None:
-    write_blocks(tmp_path / "model.gguf", kind)
+@pytest.mark.parametrize(("kind", "experts"), [*((kind, 0) for kind in BLOCKS), ("Q8_0", 5), ("Q4_K", 5)])
+def test_blocks_keep_their_numbers_bit_for_bit(kind: str, experts: int, weights: str, tmp_path: Path) -> None:
+    write_blocks(tmp_path / "model.gguf", kind, experts)
     model = checkpoints.load_model(tmp_path / "model.gguf")
     loaded = checkpoints.load_model(tmp_path / "model.gguf", weights=weights)
     assert isinstance(loaded, NativeLM)
@@ -107,12 +115,12 @@ def test_blocks_keep_their_numbers_bit_for_bit(kind: str, weights: str, tmp_path
     assert error.median() < 0.05
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
+@pytest.mark.parametrize(("kind", "experts"), [("Q8_0", 0), ("Q4_K", 0), ("Q4_K", 5)])
 def test_own_weights_are_the_blocks_where_native_code_has_them(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, experts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.gguf"
-    write_blocks(path, kind)
+    write_blocks(path, kind, experts)
     own = checkpoints.load_model(path, weights="own")
     assert isinstance(own, NativeLM) and equal(own, checkpoints.load_model(path, weights="int8"))
     monkeypatch.setenv(library.VARIABLE, "off")

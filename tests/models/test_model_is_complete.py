@@ -34,8 +34,8 @@ HYBRIDS = ["hybrid.qwen3_next", "hybrid.qwen3_5"]
 CAPPED = ["variants.gemma2", "variants.nanochat"]
 VARIANTS = ["variants.smollm3", "variants.phi3", "variants.granite", "variants.ministral", *CAPPED]
 REFUSED = {  # what keifu refuses, with the models and the words of the refusal
-    "gguf": dict.fromkeys(["gpt1", "gpt3", "palm", *VARIANTS, *MIXTURES, *HYBRIDS], "writes no GGUF"),
-    "native": dict.fromkeys(MIXTURES, "(MixtureOfExperts|LatentAttention|SinkAttention), which native")
+    "gguf": dict.fromkeys(["gpt1", "gpt3", "palm", *VARIANTS, *MIXTURES[3:], *HYBRIDS], "writes no GGUF"),
+    "native": {"mixture.deepseek_v3": "LatentAttention, which native"}
     | dict.fromkeys(HYBRIDS, "GatedDeltaNet, which native")
     | dict.fromkeys([*CAPPED, "variants.granite"], "is a (SoftCappedLM|ScaledPreNorm), which native"),
     "tensor": dict.fromkeys(

@@ -7,6 +7,7 @@ from torch import nn
 
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
+from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import ministral, phi3, smollm3
 from keifu.native.model import NativeLM
 
@@ -43,6 +44,18 @@ TOYS = {
         ministral.Config(**GROUPED, head_dim=16, sliding_window=9, global_layers=(1,))
     ),
     "olmo2": lambda: olmo2.build(olmo2.Config(**GROUPED)),
+    "mixtral": lambda: mixtral.build(mixtral.Config(**GROUPED, n_experts=5)),
+    "mixtral of one expert each": lambda: mixtral.build(
+        mixtral.Config(**GROUPED, n_experts=5, n_experts_per_token=1, sliding_window=7)
+    ),
+    "mixtral of all experts": lambda: mixtral.build(mixtral.Config(**GROUPED, n_experts=3, n_experts_per_token=3)),
+    "qwen3-moe": lambda: qwen3_moe.build(
+        qwen3_moe.Config(**GROUPED, head_dim=16, expert_dim=20, n_experts=17, n_experts_per_token=4, dense_layers=(1,))
+    ),
+    "olmoe": lambda: olmoe.build(olmoe.Config(**SMALL, n_heads=6, n_experts=7, n_experts_per_token=3)),
+    "gpt-oss": lambda: gpt_oss.build(
+        gpt_oss.Config(**GROUPED, head_dim=12, n_experts=5, n_experts_per_token=2, sliding_window=9, gate_limit=1.5)
+    ),
     "gpt1": lambda: gpt1.build(gpt1.Config(**SMALL, n_heads=5)),
     "gpt2": lambda: gpt2.build(gpt2.Config(**SMALL, n_heads=5)),
     "gpt2 without biases": lambda: gpt2.build(gpt2.Config(**SMALL, n_heads=5, bias=False, tied=False)),

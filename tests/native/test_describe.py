@@ -5,8 +5,10 @@ import torch
 from native_toys import GROUPED, TOYS, toy
 from torch import nn
 
+from keifu.layers.feedforward import SwiGLU
 from keifu.layers.lora import LoraSettings, Target, attach, merge
 from keifu.layers.meta import on_meta
+from keifu.layers.mixture import GroupedSigmoidRouter
 from keifu.models import bert, llama, seq2seq
 from keifu.native.build import Unavailable
 from keifu.native.describe import describe
@@ -16,12 +18,13 @@ from keifu.native.describe import describe
 def test_every_parameter_is_described_once(kind: str) -> None:
     model = toy(kind)
     part, taken = describe(model), dict[str, int]()
-    matrices = {(each.weight, each.first): each for layer in part.layers for each in layer.matrices.values()}
-    matrices |= {(each.weight, 0): each for each in (part.embedding, part.head)}
+    matrices = {(each.weight, each.first): each for each in part.matrices}
+    matrices |= {(layer.router.weight, 0): layer.router for layer in part.layers if layer.router}
     for each in matrices.values():
         taken[each.weight] = taken.get(each.weight, 0) + each.rows
     norms = [norm for layer in part.layers for norm in layer.norms.values()] + [part.norm]
     vectors = {n for norm in norms for n in (norm.weight, norm.bias)} | {each.bias for each in matrices.values()}
+    vectors |= {layer.sinks for layer in part.layers}
     expected = dict(model.named_parameters())
     assert vectors - {None} == {name for name, each in expected.items() if each.ndim == 1}
     assert taken == {n: len(each) for n, each in expected.items() if each.ndim == 2 and n != "positions.weight"}
@@ -41,7 +44,19 @@ def scaled() -> nn.Module:
     return llama.build(llama.Config(**GROUPED, rope_scaling=RopeScaling("dynamic", 2.0, 40)))
 
 
+def mixture(name: str, module: nn.Module) -> nn.Module:
+    """Return a Mixtral with another part in the mixture of layer 1."""
+    model = toy("mixtral")
+    setattr(model.get_submodule("blocks.1.feedforward"), name, module)
+    return model
+
+
 REFUSED = {
+    "blocks.1.feedforward has an expert that every token uses": lambda: mixture("shared", SwiGLU(60, 88)),
+    "blocks.1.feedforward.router is a GroupedSigmoidRouter": lambda: mixture("router", GroupedSigmoidRouter(60, 5, 2)),
+    "blocks.1.feedforward has experts with different activations": lambda: mixture(
+        "experts", nn.ModuleList(llama.gated(llama.Config(**GROUPED, activation=a), 0) for a in ["silu", "gelu"] * 3)
+    ),
     "the model is a Seq2Seq": lambda: seq2seq.build(seq2seq.Config(vocab_size=9, context_length=8, dim=8)),
     "the model is a": lambda: bert.build(
         bert.Config(vocab_size=9, context_length=8, dim=8, hidden_dim=8, n_layers=1, n_heads=2)

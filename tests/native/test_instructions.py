@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("opened")
 
 
 @pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "palm"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "palm", "mixtral", "gpt-oss"])
 def test_the_same_logits_with_every_instruction_set(kind: str, weights: str) -> None:
     packed = pack(toy(kind), weights)
     rows = torch.randint(0, 101, (1, 50), generator=torch.Generator().manual_seed(2))

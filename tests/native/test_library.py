@@ -12,6 +12,7 @@ from keifu.native import build, compiler, library
 STRUCTS = {
     "KeifuMatrix": library.Matrix,
     "KeifuNorm": library.Norm,
+    "KeifuExpert": library.Expert,
     "KeifuLayer": library.Layer,
     "KeifuModelDescription": library.ModelDescription,
     "KeifuBatch": library.Batch,

@@ -55,8 +55,7 @@ def load_packed(found: LoadPlan, weights: str) -> nn.Module:
 
 def _has_native_blocks(model: ModelPart, source: "FileWeights") -> bool:
     library = open_library()
-    matrices = [model.embedding, model.head, *(matrix for layer in model.layers for matrix in layer.matrices.values())]
-    stored = [source.blocks(matrix.weight, matrix.first, 1) for matrix in matrices]
+    stored = [source.blocks(matrix.weight, matrix.first, 1) for matrix in model.matrices]
     return all(each is not None and library.gguf_format(each.kind) is not None for each in stored)
 
 

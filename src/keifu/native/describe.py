@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keifu.layers.activations import ACTIVATIONS, Activation
-from keifu.layers.attention.attention import Attention, CrossAttention
+from keifu.layers.attention.attention import Attention, CrossAttention, SinkAttention
 from keifu.layers.attention.positions import Rotary
-from keifu.layers.feedforward import FeedForward, GatedFeedForward
+from keifu.layers.feedforward import ClampedFeedForward, FeedForward, GatedFeedForward
 from keifu.layers.linear import JoinedLinear, Linear
 from keifu.layers.lora import AdaptedLinear
+from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
 from keifu.layers.normalisation import (
     AllHeadsRMSNorm,
     FullPrecisionRMSNorm,
@@ -57,13 +58,17 @@ class NormPart:
 @dataclass(frozen=True)
 class LayerPart:
     """A block: its matrices, norms and numbers by the names of native code, and of rotary positions the radians that
-    each pair turns by from one position to the next."""
+    each pair turns by from one position to the next. A mixture has a router, which stays float32, and the matrices of
+    each expert. `sinks`: the name of their parameter."""
 
     matrices: Mapping[str, MatrixPart]
     norms: Mapping[str, NormPart]
     numbers: Mapping[str, int | float]
     heads: tuple[int, int, int]  # of queries, of keys and values, and their dimension
     frequencies: Tensor | None
+    sinks: str | None = None
+    router: MatrixPart | None = None
+    experts: tuple[Mapping[str, MatrixPart], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,15 @@ class ModelPart:
     head: MatrixPart
     logit_scale: float
 
+    @property
+    def matrices(self) -> list[MatrixPart]:
+        """Return all matrices but those of routers."""
+        parts = [part for layer in self.layers for part in (layer.matrices, *layer.experts)]
+        return [self.embedding, self.head, *(each for part in parts for each in part.values())]
+
 
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
+CLAMPED = 4  # the kind of activation of a ClampedFeedForward
 ACTIVATION_KINDS: dict[Activation, int] = {F.silu: 0, ACTIVATIONS["gelu_tanh"]: 1, F.gelu: 2, F.relu: 3}
 LIKE = torch.zeros(1, dtype=torch.float32, device="cpu")  # the type and place of numbers that are computed
 NORMS = {  # native code's names of the norms that a block calls otherwise
@@ -173,25 +185,18 @@ def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm] | type[RMSNorm]
 
 def _layer(model: nn.Module, name: str) -> LayerPart:
     block = _known(model, name, PreNorm, PostNorm, CrossPostNorm, SandwichNorm, ReorderedNorm, Parallel)
-    attention = _known(model, f"{name}.attention", Attention)
-    feedforward = _known(model, f"{name}.feedforward", FeedForward, GatedFeedForward)
+    attention = _known(model, f"{name}.attention", Attention, SinkAttention)
     norms = [part for part, _ in block.named_modules(remove_duplicate=False) if part.endswith("norm")]
-    if feedforward.activation not in ACTIVATION_KINDS:
-        raise Unavailable(f"{name}.feedforward has an activation that native code does not have")
-    matrices = _split(model, f"{name}.attention.qkv", "query", "key", "value")
+    mixed = isinstance(model.get_submodule(f"{name}.feedforward"), MixtureOfExperts)
+    own, router, experts, numbers = (_mixture if mixed else _network)(model, f"{name}.feedforward")
+    matrices = _split(model, f"{name}.attention.qkv", "query", "key", "value") | own
     matrices["out"] = _matrix(model, f"{name}.attention.out")
     if isinstance(block, CrossPostNorm):
         matrices |= _cross(model, f"{name}.cross_attention", attention)
-    if isinstance(feedforward, GatedFeedForward):
-        matrices |= _split(model, f"{name}.feedforward.gate_up", "gate", "up")
-    else:
-        matrices["up"] = _matrix(model, f"{name}.feedforward.up")
-    matrices["down"] = _matrix(model, f"{name}.feedforward.down")
     turning, frequencies = ({}, None) if attention.rotary is None else _rotary(model, f"{name}.attention.rotary")
-    numbers = {
+    numbers |= {
         "parallel": isinstance(block, Parallel),
         "norm_after": isinstance(block, PostNorm),
-        "activation": ACTIVATION_KINDS[feedforward.activation],
         "window": attention.window or 0,
         "attention_scale": attention.head_dim**-0.5 if attention.scale is None else attention.scale,
     }
@@ -201,7 +206,41 @@ def _layer(model: nn.Module, name: str) -> LayerPart:
         numbers | turning,
         (attention.n_heads, attention.n_kv_heads, attention.head_dim),
         frequencies,
+        f"{name}.attention.sinks" if isinstance(attention, SinkAttention) else None,
+        router,
+        experts,
     )
+
+
+Matrices = dict[str, MatrixPart]
+Network = tuple[Matrices, MatrixPart | None, tuple[Matrices, ...], dict[str, int | float]]
+
+
+def _network(model: nn.Module, name: str) -> Network:
+    """Return the matrices and the numbers of a feed-forward network, which has no router and no experts."""
+    network = _known(model, name, FeedForward, GatedFeedForward, ClampedFeedForward)
+    if isinstance(network, ClampedFeedForward):
+        numbers = {"activation": CLAMPED, "gate_slope": network.slope, "gate_limit": network.limit}
+    elif network.activation in ACTIVATION_KINDS:
+        numbers = {"activation": ACTIVATION_KINDS[network.activation]}
+    else:
+        raise Unavailable(f"{name} has an activation that native code does not have")
+    gated = isinstance(network, GatedFeedForward)
+    up = _split(model, f"{name}.gate_up", "gate", "up") if gated else {"up": _matrix(model, f"{name}.up")}
+    return up | {"down": _matrix(model, f"{name}.down")}, None, (), numbers
+
+
+def _mixture(model: nn.Module, name: str) -> Network:
+    """Return the router, the experts' matrices and the numbers of a mixture, which has no matrices of its own."""
+    mixture, router = _known(model, name, MixtureOfExperts), _known(model, f"{name}.router", SoftmaxRouter)
+    if mixture.shared is not None:
+        raise Unavailable(f"{name} has an expert that every token uses, which native code does not have")
+    networks = [_network(model, f"{name}.experts.{number}") for number in range(router.n_experts)]
+    numbers = networks[0][-1]
+    if any(network[-1] != numbers for network in networks):
+        raise Unavailable(f"{name} has experts with different activations")
+    numbers |= {"n_experts": router.n_experts, "n_chosen": router.k, "normalised": router.normalised}
+    return {}, _matrix(model, f"{name}.router.gate"), tuple(network[0] for network in networks), numbers
 
 
 def _layer_norm(model: nn.Module, name: str, part: str) -> tuple[str, NormPart]:

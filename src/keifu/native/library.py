@@ -30,6 +30,12 @@ class Norm(Structure):
     _fields_ = [("kind", c_int32), ("eps", c_float), ("weight", c_void_p), ("bias", c_void_p)]
 
 
+class Expert(Structure):
+    """A network of a mixture."""
+
+    _fields_ = [(name, Matrix) for name in ("gate", "up", "down")]
+
+
 class Layer(Structure):
     """A block of attention and feed-forward."""
 
@@ -45,6 +51,11 @@ class Layer(Structure):
         ("rotary_pairs", c_int32),
         ("rotary_interleaved", c_int32),
         ("rotary_magnitude", c_float),
+        ("sinks", c_void_p),
+        *((name, c_float) for name in ("gate_slope", "gate_limit")),
+        ("router", Matrix),
+        ("experts", POINTER(Expert)),
+        *((name, c_int32) for name in ("n_experts", "n_chosen", "normalised")),
     ]
 
 

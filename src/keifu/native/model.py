@@ -65,7 +65,10 @@ class NativeLM(nn.Module):
         super().__init__()
         self.config, self.weights = config, weights
         self.library = open_library()
-        self.packer = Packer(self.library, source, formats(weights), {part.embedding.weight, part.head.weight})
+        chosen = formats(weights)
+        own = dict.fromkeys((part.embedding.weight, part.head.weight), chosen.embedding)
+        own |= {layer.router.weight: native.F32 for layer in part.layers if layer.router}
+        self.packer = Packer(self.library, source, chosen, own)
         self._layers = (native.Layer * len(part.layers))(*(_layer(each, self.packer) for each in part.layers))
         self.description = _description(part, self._layers, self.packer)
         del self.packer.weights  # with it a built model, or the last matrix of a file, would stay in memory
@@ -231,6 +234,8 @@ def _layer(part: LayerPart, packer: Packer) -> native.Layer:
         **{name: packer.norm(each) for name, each in part.norms.items()},
         **part.numbers,
         rotary_frequencies=packer.address(part.frequencies),
+        sinks=packer.address(part.sinks),
+        **({} if part.router is None else {"router": packer.matrix(part.router), "experts": packer.experts(part)}),
     )
 
 

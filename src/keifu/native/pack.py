@@ -6,7 +6,7 @@ Axes: rows, columns = of a matrix; bytes = of a row of GGUF's blocks.
 import ctypes
 import mmap
 import sys
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError, require_known
 from keifu.native import library as native
-from keifu.native.describe import MatrixPart, NormPart
+from keifu.native.describe import LayerPart, MatrixPart, NormPart
 from keifu.native.library import Library
 
 CHUNK = 64 << 20  # bytes of memory that are asked for at a time
@@ -107,14 +107,16 @@ class Arena:
 
 
 class Packer:
-    """Packer of the parts of one model; it keeps all that native code points at. `ends`: the embedding and the head."""
+    """Packer of the parts of one model; it keeps all that native code points at. own: the formats of some matrices, by
+    their names: the embedding, the head and routers."""
 
-    def __init__(self, library: Library, weights: Weights, chosen: Formats, ends: Set[str]):
-        self.library, self.weights, self.chosen, self.ends = library, weights, chosen, ends
+    def __init__(self, library: Library, weights: Weights, chosen: Formats, own: Mapping[str, int]):
+        self.library, self.weights, self.chosen, self.own = library, weights, chosen, own
         self.arena = Arena()
         self._floats: dict[tuple[str, float], Tensor] = {}
         self._kept: dict[bytes, Tensor] = {}
         self.matrices: dict[tuple[str, int], native.Matrix] = {}
+        self._experts: list[ctypes.Array[native.Expert]] = []
 
     def address(self, numbers: str | Tensor | None, offset: float = 0.0) -> int | None:
         """Where a parameter plus the offset, or given numbers, stay in float32; the same ones have the same address."""
@@ -138,11 +140,16 @@ class Packer:
         """Pack a matrix; one that is used twice is packed once."""
         key = part.weight, part.first
         if key not in self.matrices:
-            chosen = self.chosen.embedding if part.weight in self.ends else self.chosen.layers
-            self.matrices[key] = self._pack(part, chosen)
+            self.matrices[key] = self._pack(part, self.own.get(part.weight, self.chosen.layers))
         found, bias = self.matrices[key], self.address(part.bias)
         address = None if bias is None else bias + 4 * part.first
         return native.Matrix(found.format, found.rows, found.columns, found.data, address)
+
+    def experts(self, part: LayerPart) -> ctypes.Array[native.Expert]:
+        """Pack the experts of a mixture."""
+        packed = [{name: self.matrix(each) for name, each in expert.items()} for expert in part.experts]
+        self._experts.append((native.Expert * len(packed))(*(native.Expert(**each) for each in packed)))
+        return self._experts[-1]
 
     def _pack(self, part: MatrixPart, wanted: int) -> native.Matrix:
         blocks = self.weights.blocks(part.weight, part.first, 1) if self.chosen.exact else None

@@ -1,5 +1,7 @@
 """GGUF in and out: every number, every setting; torn files; SmolLM2 as transformers reads it."""
 
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from keifu.checkpoints.gguf.read import open_file
 from keifu.errors import UserError
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, mlp, olmo2, qwen3
+from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
 
 SMALL = {"vocab_size": 320, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "context_length": 64}
 
@@ -34,6 +37,10 @@ CONFIGS = {
     "qwen3": qwen3.Config(**SMALL, n_kv_heads=2, head_dim=10),
     "gemma3": gemma3.Config(**SMALL, n_kv_heads=2, head_dim=10, sliding_window=5),
     "olmo2": olmo2.Config(**SMALL, n_kv_heads=2, norm_eps=1e-5),
+    "mixtral": mixtral.Config(**SMALL, n_kv_heads=2, n_experts=5),
+    "mixtral-one-expert-each-tied": mixtral.Config(**SMALL, n_kv_heads=2, n_experts_per_token=1, tied=True),
+    "qwen3moe": qwen3_moe.Config(**SMALL, n_kv_heads=2, head_dim=10, expert_dim=24, n_experts=7, n_experts_per_token=3),
+    "olmoe": olmoe.Config(**SMALL, n_kv_heads=4, n_experts=6, n_experts_per_token=6),
     "window-of-all": llama.Config(**SMALL, n_kv_heads=2, sliding_window=64),
     "linear": scaled("linear", original_context_length=64),
     "yarn": scaled("yarn"),
@@ -43,7 +50,7 @@ CONFIGS = {
 
 
 def random(config) -> torch.nn.Module:
-    [module] = [each for each in (gemma3, gpt2, llama, olmo2, qwen3) if isinstance(config, each.Config)]
+    module = sys.modules[type(config).__module__]
     model = module.build(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -107,6 +114,34 @@ def test_queries_and_keys_have_neighbouring_pairs_biases_too(tmp_path) -> None:
                     first, second = ours[head * size + pair], ours[head * size + pair + size // 2]
                     assert np.array_equal(theirs[head * size + 2 * pair], first)
                     assert np.array_equal(theirs[head * size + 2 * pair + 1], second)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3moe", "olmoe"])
+def test_the_experts_of_a_layer_are_one_tensor(name, tmp_path) -> None:
+    """By llama.cpp's names and settings; the router stays float32 in every format."""
+    model = random(CONFIGS[name])
+    config, path = model.config, tmp_path / "model.gguf"
+    checkpoints.save_gguf(model, None, path, "q8_0")
+    reader = gguf.GGUFReader(path)
+    arch = {"mixtral": "llama"}.get(name, name)
+    fields = {key: reader.fields[f"{arch}.{key}"].contents() for key in ("expert_count", "expert_used_count")}
+    assert fields == {"expert_count": config.n_experts, "expert_used_count": config.n_experts_per_token}
+    inner = reader.fields[f"{arch}.{'expert_' if name == 'qwen3moe' else ''}feed_forward_length"].contents()
+    kinds = {tensor.name: tensor for tensor in reader.tensors}
+    assert kinds["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    checkpoints.save_gguf(model, None, path, "f32")
+    file = {tensor.name: np.asarray(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[{"mixtral": "LLAMA"}.get(name, name.upper())], config.n_layers)
+    assert {tensor.rpartition(".")[0] for tensor in file} <= {*known.mapping}
+    assert file.keys() == kinds.keys() and not [each for each in file if "experts" in each or "_exps.0" in each]
+    layer = model.blocks[1].feedforward
+    assert np.array_equal(file["blk.1.ffn_gate_inp.weight"], layer.router.gate.weight.detach().numpy())
+    for number, expert in enumerate(layer.experts):
+        gate, up = expert.gate_up.weight.detach().numpy().reshape(2, inner, config.dim)
+        found = [file[f"blk.1.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")]
+        assert found[0].shape == (config.n_experts, inner, config.dim)
+        for own, theirs in zip((gate, up, expert.down.weight.detach().numpy()), found, strict=True):
+            assert np.array_equal(theirs[number], own)
 
 
 def test_rows_that_are_no_blocks_stay_exact(tmp_path) -> None:
@@ -221,7 +256,9 @@ def rewrite(path, changes=None, tensors=None) -> None:
     [
         ({"general.architecture": "lama"}, {}, "'lama', which keifu does not read"),
         ({"llama.block_count": None}, {}, "lacks llama.block_count"),
-        ({"llama.expert_count": 8}, {}, "llama.expert_count"),
+        ({"llama.expert_count": 8}, {}, "lacks llama.expert_used_count"),
+        ({"llama.expert_count": 8, "llama.expert_used_count": 2}, {}, "not part of the model (blk.0.ffn_down.weight"),
+        ({"llama.expert_shared_count": 1}, {}, "sets llama.expert_shared_count"),
         ({"llama.rope.dimension_count": 4}, {}, "rope.dimension_count 4 with heads of 8"),
         ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope'"),
         ({"llama.attention.head_count": 5}, {}, "n_heads"),
@@ -245,9 +282,40 @@ def test_files_that_are_not_what_they_say(whole, changes, tensors, text, tmp_pat
     assert text in str(caught.value)
 
 
+STACK = "blk.1.ffn_down_exps.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "text"),
+    [
+        ({"llama.expert_count": 4}, {}, "2 of another shape (blk.0.ffn_gate_inp.weight is [5, 32]"),
+        ({"llama.expert_count": 6}, {}, "6 missing (blk.0.ffn_gate_exps.5.weight, blk.0.ffn_up_exps.5.weight"),
+        ({"llama.expert_count": 0}, {}, "32 not part of the model (blk.0.ffn_down_exps.0.weight"),
+        ({"llama.expert_used_count": 6}, {}, "6 experts of a token cannot be chosen from 5"),
+        ({"llama.expert_used_count": 0}, {}, "gives 0 for n_experts_per_token, which must be at least 1"),
+        ({"llama.expert_used_count": [2, 1]}, {}, "another llama.expert_used_count in each layer"),
+        ({}, {STACK: None}, "5 missing (blk.1.ffn_down_exps.0.weight"),
+        ({}, {STACK: np.zeros((5, 32, 63), np.float32)}, "blk.1.ffn_down_exps.0.weight is [32, 63] where"),
+        ({}, {STACK: np.full((5, 32, 64), np.nan, np.float32)}, "that are not finite"),
+    ],
+)
+def test_mixtures_that_are_not_what_they_say(changes, tensors, text, tmp_path) -> None:
+    path = tmp_path / "x.gguf"
+    checkpoints.save_gguf(random(CONFIGS["mixtral"]), None, path)
+    rewrite(path, changes, tensors)
+    with pytest.raises(UserError) as caught:
+        checkpoints.load_model(path)
+    assert text in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("config", "text"),
     [
+        (qwen3_moe.Config(**SMALL, dense_layers=(0,)), "qwen3moe needs dense_layers=()"),
+        (qwen3_moe.Config(**SMALL, normalised=False), "qwen3moe needs normalised=True"),
+        (olmoe.Config(**SMALL, normalised=True), "olmoe needs normalised=False"),
+        (olmoe.Config(**SMALL, n_kv_heads=2), "olmoe needs n_kv_heads=4"),
+        (gpt_oss.Config(**SMALL, n_kv_heads=2), "keifu.models.mixture.gpt_oss"),
         (gpt2.Config(**SMALL, activation="relu"), "gpt2 needs activation='gelu_tanh'"),
         (gpt2.Config(**SMALL, bias=False), "gpt2 needs bias=True"),
         (llama.Config(**SMALL, activation="gelu"), "llama needs activation='silu'"),
@@ -257,7 +325,7 @@ def test_files_that_are_not_what_they_say(whole, changes, tensors, text, tmp_pat
     ],
 )
 def test_what_llama_cpp_cannot_run_is_not_written(config, text, tmp_path) -> None:
-    module = {gpt2.Config: gpt2, llama.Config: llama, mlp.Config: mlp}[type(config)]
+    module = sys.modules[type(config).__module__]
     with pytest.raises(UserError, match="hf") as caught:
         checkpoints.save_gguf(module.build(config), None, tmp_path / "x.gguf")
     assert text in str(caught.value) and not list(tmp_path.iterdir())

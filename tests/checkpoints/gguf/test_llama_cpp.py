@@ -1,5 +1,7 @@
 """llama.cpp loads the GGUF files that keifu writes and picks the same tokens; without llama-cpp-python, left out."""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from keifu import checkpoints
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, olmo2, qwen3
+from keifu.models.mixture import mixtral, olmoe, qwen3_moe
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -35,12 +38,18 @@ CONFIGS = {
         rope_scaling=RopeScaling("linear", 8.0, 128),
         tied=False,
     ),
+    "mixtral": mixtral.Config(**SMALL, n_kv_heads=2),
+    "mixtral-tied": mixtral.Config(**SMALL, n_kv_heads=1, n_experts=5, n_experts_per_token=1, tied=True),
+    "qwen3moe": qwen3_moe.Config(
+        **SMALL, n_kv_heads=2, head_dim=32, expert_dim=32, n_experts=12, n_experts_per_token=3
+    ),
+    "olmoe": olmoe.Config(**SMALL, n_experts=9, n_experts_per_token=4),
     **{name: llama.Config(**SMALL, n_kv_heads=2, rope_scaling=scaling) for name, scaling in SCALINGS.items()},
 }
 
 
 def random(config) -> torch.nn.Module:
-    [module] = [each for each in (gemma3, gpt2, llama, olmo2, qwen3) if isinstance(config, each.Config)]
+    module = sys.modules[type(config).__module__]
     model = module.build(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

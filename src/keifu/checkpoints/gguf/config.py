@@ -128,7 +128,10 @@ SIZES = {  # GGUF's words, after the architecture's name, and ours
     "block_count": "n_layers",
     "attention.head_count": "n_heads",
 }
-REFUSED = ("expert_count", "attention.clamp_kqv", "attention.scale", "logit_scale", "residual_scale", "embedding_scale")
+REFUSED = (
+    "expert_count", "expert_shared_count", "expert_group_count", "expert_weights_scale", "attention.clamp_kqv",
+    "attention.scale", "logit_scale", "residual_scale", "embedding_scale",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ class GgufArchitecture:
 
     `optional` are switches of the Config, each with a tensor that is there exactly when it is on. `interleaved`: q and
     k are stored with neighbouring rotary pairs. `windows`: it has sliding windows,
-    which llama.cpp's other programs ignore. `derive`: what it takes for granted that depends on the sizes.
+    which llama.cpp's other programs ignore. `derive`: what it takes for granted that depends on the sizes. `needed`:
+    those of the `fields` that a file must have.
     """
 
     model_type: str
@@ -148,6 +152,7 @@ class GgufArchitecture:
     interleaved: bool = False
     windows: bool = False
     derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda sizes: {}
+    needed: tuple[str, ...] = ()
 
     @property
     def config(self) -> Any:
@@ -181,6 +186,7 @@ _ROTARY = {
     "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
 }
+_NO_WINDOW = {key: ours for key, ours in _ROTARY.items() if ours != "sliding_window"}
 _BIASES = {
     "qkv_bias": "blk.0.attn_q.bias",
     "out_bias": "blk.0.attn_output.bias",
@@ -191,6 +197,13 @@ _OLMO2 = _QK_NORM | {
     "blocks.*.attention_norm": "blk.*.post_attention_norm",
     "blocks.*.feedforward_norm": "blk.*.post_ffw_norm",
 }
+_EXPERTS = {
+    "blocks.*.feedforward.router.gate": "blk.*.ffn_gate_inp",
+    "blocks.*.feedforward.experts.*.gate_up": "blk.*.ffn_[gate,up]_exps.*",
+    "blocks.*.feedforward.experts.*.down": "blk.*.ffn_down_exps.*",
+}
+_COUNTS = {"expert_count": "n_experts", "expert_used_count": "n_experts_per_token"}
+_EXPERT_DIM = {"expert_feed_forward_length": "expert_dim"}
 _GEMMA3 = {ours: f"{theirs}+1" for ours, theirs in (_BLOCKS | _QK_NORM).items() if ours.endswith("norm")} | {
     "blocks.*.post_attention_norm": "blk.*.post_attention_norm+1",
     "blocks.*.post_feedforward_norm": "blk.*.post_ffw_norm+1",
@@ -200,6 +213,11 @@ _GEMMA3 = {ours: f"{theirs}+1" for ours, theirs in (_BLOCKS | _QK_NORM).items() 
 def _gemma3_scale(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """llama.cpp knows the 27B model by its 62 layers; in it alone the scale is not that of the heads."""
     return {"attention_scale": (sizes["dim"] / sizes["n_heads"]) ** -0.5 if sizes["n_layers"] == 62 else None}
+
+
+def _all_keys(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp normalises the keys of an OLMoE as it does the queries: there are as many heads of both."""
+    return {} if sizes.get("n_kv_heads") is None else {"n_kv_heads": sizes["n_heads"]}
 
 
 _PLAIN = {"activation": "silu", "first_window_layer": 0, "dropout": 0.0}
@@ -213,7 +231,7 @@ ARCHITECTURES = {  # in the order in which one is sought for a Config
     ),
     "qwen3": GgufArchitecture("qwen3", _BLOCKS | _LLAMA | _QK_NORM, _ROTARY, _PLAIN | {"attention_bias": False}),
     "olmo2": GgufArchitecture(
-        "olmo2", _BLOCKS | _LLAMA | _OLMO2, {key: ours for key, ours in _ROTARY.items() if ours != "sliding_window"},
+        "olmo2", _BLOCKS | _LLAMA | _OLMO2, _NO_WINDOW,
         {"activation": "silu", "attention_bias": False, "dropout": 0.0},
     ),
     "gemma3": GgufArchitecture(
@@ -225,13 +243,29 @@ ARCHITECTURES = {  # in the order in which one is sought for a Config
         windows=True, derive=_gemma3_scale,
     ),
     "llama": GgufArchitecture("llama", _BLOCKS | _LLAMA, _ROTARY, _PLAIN, _BIASES, interleaved=True),
+    "qwen3moe": GgufArchitecture(
+        "qwen3_moe", _BLOCKS | _LLAMA | _QK_NORM | _EXPERTS, _ROTARY | _COUNTS | _EXPERT_DIM,
+        {"activation": "silu", "attention_bias": False, "normalised": True, "dense_layers": (), "dropout": 0.0},
+        needed=(*_COUNTS, *_EXPERT_DIM),
+    ),
+    "olmoe": GgufArchitecture(
+        "olmoe", _BLOCKS | _LLAMA | _QK_NORM | _EXPERTS, _NO_WINDOW | _COUNTS,
+        {"activation": "silu", "attention_bias": False, "normalised": False, "tied": False, "dropout": 0.0},
+        derive=_all_keys, needed=(*_COUNTS,),
+    ),
+}  # fmt: skip
+WITH_EXPERTS = {  # what a name in the files means where there are experts
+    "llama": GgufArchitecture(
+        "mixtral", _BLOCKS | _LLAMA | _EXPERTS, _ROTARY | _COUNTS, {"activation": "silu", "dropout": 0.0},
+        interleaved=True, needed=(*_COUNTS,),
+    ),
 }  # fmt: skip
 
 
 def read_config(
     fields: Mapping[str, Any], tensors: Mapping[str, Any], freqs: Tensor | None, where: str
-) -> tuple[str, Any]:
-    """Return the architecture's name and the Config of a file's metadata.
+) -> tuple[GgufArchitecture, Any]:
+    """Return the architecture and the Config of a file's metadata.
 
     tensors: names of all tensors, and the shape of each. freqs: the tensor rope_freqs.weight, where there is one.
     """
@@ -239,12 +273,12 @@ def read_config(
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"{where} has the architecture {name!r}, which keifu does not read. It reads: {known}.")
-    architecture = ARCHITECTURES[name]
     own = {key.removeprefix(f"{name}."): _same_everywhere(key, value, where) for key, value in fields.items()}
-    refused = [f"{name}.{key}" for key in REFUSED if own.get(key)]
+    architecture = (WITH_EXPERTS if own.get("expert_count") and name in WITH_EXPERTS else ARCHITECTURES)[name]
+    refused = [f"{name}.{key}" for key in REFUSED if own.get(key) and key not in architecture.fields]
     if refused:
         raise UserError(f"{where} sets {', '.join(refused)}, which keifu does not implement.")
-    missing = [f"{name}.{key}" for key in SIZES if key not in own]
+    missing = [f"{name}.{key}" for key in (*SIZES, *architecture.needed) if key not in own]
     if missing or "token_embd.weight" not in tensors:
         lacking = missing or ["the tensor token_embd.weight"]
         raise UserError(f"{where} lacks {', '.join(lacking)}, so the model's size is not known.")
@@ -256,7 +290,7 @@ def read_config(
     if architecture.rotary:
         values |= _read_rotary(own, values, freqs, where)
         values |= _head_size(values, vars(kind), where)
-    return name, kind(**{key: value for key, value in values.items() if key in kind.__dataclass_fields__})
+    return architecture, kind(**{key: value for key, value in values.items() if key in kind.__dataclass_fields__})
 
 
 def _head_size(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -293,7 +327,7 @@ def architecture_for(config: Any) -> tuple[str, GgufArchitecture]:
     """Return the architecture of llama.cpp that runs a model of this Config; none is a `UserError` that names the
     settings."""
     values, reasons = vars(config), []
-    for name, architecture in ARCHITECTURES.items():
+    for name, architecture in (*ARCHITECTURES.items(), *WITH_EXPERTS.items()):
         if not isinstance(config, architecture.config):
             continue
         needed = {**architecture.fixed, **architecture.derive(values)}

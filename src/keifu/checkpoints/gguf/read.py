@@ -8,8 +8,8 @@ the same header in a tenth of a second and reports the wrong byte count of a tru
 import math
 import mmap
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.checkpoints.gguf.config import ARCHITECTURES, FREQS, read_config, rotary_head_dim
+from keifu.checkpoints.gguf.config import FREQS, read_config, rotary_head_dim
 from keifu.checkpoints.gguf.numbers import READERS, read_blocks
 from keifu.checkpoints.hf.native_config import check_types
 from keifu.checkpoints.plan import PLAIN, Source, StoredTensor
@@ -237,11 +237,12 @@ def open_gguf(path: Path) -> Source:
     parts = file.fields.get("split.count", 1)
     if type(parts) is not int or parts > 1:
         raise UserError(f"{path} is one of {parts!r} parts; join them first with llama.cpp's llama-gguf-split --merge.")
+    file = replace(file, places=dict(_unstack(file.places)))
     shapes = {name: place.shape for name, place in file.places.items()}
     freqs = file.read(FREQS) if FREQS in shapes else None
-    name, config = read_config(file.fields, shapes, freqs, str(path))
+    architecture, config = read_config(file.fields, shapes, freqs, str(path))
     check_types(config, str(path))
-    architecture, (family, _) = ARCHITECTURES[name], describe(config)
+    family, _ = describe(config)
     stored = {key: tensor for key, tensor in file.stored().items() if key != FREQS}
     named = file.fields.get("general.name")
     notes = (f"The file calls itself {named!r}.",) if named else ()
@@ -250,6 +251,19 @@ def open_gguf(path: Path) -> Source:
         path, "GGUF", family, config, stored, file.read, partial(_read_tokenizer, file.fields), architecture.names,
         rotary_head_dim(architecture, config), notes, file.blocks,
     )  # fmt: skip
+
+
+def _unstack(places: Mapping[str, Place]) -> Iterator[tuple[str, Place]]:
+    """Yield the tensors of a file with the experts one by one: blk.0.ffn_up_exps.3.weight."""
+    for name, place in places.items():
+        stack, _, leaf = name.rpartition(".")
+        if not stack.endswith("_exps") or len(place.shape) != 3:
+            yield name, place
+            continue
+        experts, *shape = place.shape
+        size = place.size // max(1, experts)
+        for number in range(experts):
+            yield f"{stack}.{number}.{leaf}", Place((*shape,), place.kind, place.start + number * size, size)
 
 
 def _read_tokenizer(fields: Mapping[str, Any]) -> Any:

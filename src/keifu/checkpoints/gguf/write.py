@@ -2,7 +2,8 @@
 
 import errno
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from keifu.checkpoints.gguf.config import architecture_for, rotary_head_dim, write_config
-from keifu.checkpoints.hf.weight_names import links
+from keifu.checkpoints.hf.weight_names import Link, links
 from keifu.checkpoints.hf.write import published_tensors
 from keifu.checkpoints.plan import check_tokenizer, permute_rotary
 from keifu.errors import unknown
@@ -22,14 +23,15 @@ from keifu.files import replacing
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
 BLOCK = 32  # numbers in a block of Q8_0
 UNUSED = 5  # the type of a token that no text has
-ALWAYS_EXACT = "position_embd"
+ALWAYS_EXACT = re.compile(r"position_embd|.*\.ffn_gate_inp\.")
+EXPERT = re.compile(r"(.*_exps)\.\d+(\.weight)")
 
 
 def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = None) -> None:
     """Write a model and its tokenizer as one GGUF file.
 
-    dtype: f32, f16, bf16 or q8_0 for the matrices, the model's own where None is given; vectors and positions stay
-    float32, as llama.cpp wants them. Rows that do not come in blocks of 32 are float32 where q8_0 is asked for.
+    dtype: f32, f16, bf16 or q8_0 for the matrices, the model's own where None is given; vectors, positions and routers
+    stay float32, as llama.cpp wants them. Rows that do not come in blocks of 32 are float32 where q8_0 is asked for.
     """
     config: Any = model.config
     name, architecture = architecture_for(config)
@@ -44,15 +46,42 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = 
         **settings,
         **_vocabulary(tokenizer, config.vocab_size),
     }
-    shapes = {name: shape for link in found for name, shape in zip(link.theirs, link.stored_shapes(), strict=True)}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
+    shapes = _stacked_shapes(found) | {name: tuple(tensor.shape) for name, tensor in extra.items()}
     with replacing(path) as temporary:
         try:
-            _write(temporary, name, fields, shapes, chain(published_tensors(model, found), extra.items()), kind)
+            _write(temporary, name, fields, shapes, chain(_stack(published_tensors(model, found)), extra.items()), kind)
         except OSError as error:
             if error.errno is None:  # numpy's words for a disk that took only part of an array
                 raise OSError(errno.ENOSPC, str(error), str(path)) from error
             raise
+
+
+def stack_of(name: str) -> str:
+    """Return the name of the tensor that has an expert's matrix; other names stay."""
+    return EXPERT.sub(r"\1\2", name)
+
+
+def _stacked_shapes(found: Iterable[Link]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a file's tensors in their order, with the experts of a layer in one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in (each for link in found for each in zip(link.theirs, link.stored_shapes(), strict=True)):
+        stack = stack_of(name)
+        count = shapes[stack][0] if stack in shapes else 0
+        shapes[stack] = shape if stack == name else (count + 1, *shape)
+    return shapes
+
+
+def _stack(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file, with the experts of a layer in one."""
+    waiting: dict[str, list[Tensor]] = {}
+    for name, tensor in chain(tensors, [("", torch.empty(0))]):
+        if (stack := stack_of(name)) != name:
+            waiting.setdefault(stack, []).append(tensor)
+            continue
+        yield from ((stack, torch.stack(parts)) for stack, parts in waiting.items())
+        waiting.clear()
+        if name:
+            yield name, tensor
 
 
 def _kind(dtype: str | None, own: torch.dtype) -> str:
@@ -107,7 +136,7 @@ def _write(
 
 def tensor_kind(name: str, shape: tuple[int, ...], kind: str) -> str:
     """Return the number format of one tensor in a file whose matrices are of this kind."""
-    if len(shape) == 1 or name.startswith(ALWAYS_EXACT):
+    if len(shape) == 1 or ALWAYS_EXACT.match(name):
         return "F32"
     return "F32" if kind == "Q8_0" and shape[-1] % BLOCK else kind
 

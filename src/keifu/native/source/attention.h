@@ -120,12 +120,15 @@ INLINE int make_queries(const Forward &f, const Layer &layer, const AttentionTas
     return task.n_tokens * group;
 }
 
-// weights = exp(score · scale - maximum), rounded, where visible, else 0; gives 1 / their sum. `n`: a multiple of 32.
+constexpr float NO_SINK = -3e38f;
+
+// weights = exp(score · scale - maximum), rounded, where visible, else 0; gives 1 / their sum, to which a sink adds.
+// `n`: a multiple of 32.
 template <bool FLOAT32>
-INLINE float soften(float *scores, Number<FLOAT32> *weights, int n, int seen_from, int seen_to, float scale) {
+INLINE float soften(float *scores, Number<FLOAT32> *weights, int n, int seen_from, int seen_to, float scale, float sink) {
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const int from = seen_from / TILE * TILE;
-    v16 most = splat(-3e38f);
+    v16 most = splat(sink);
     for (int i = from; i <= seen_to; i += TILE) {
         const i16 place = lane + i;
         v16 x = load(scores + i) * scale;
@@ -142,7 +145,7 @@ INLINE float soften(float *scores, Number<FLOAT32> *weights, int n, int seen_fro
         total += w;
         put<FLOAT32>(weights + i, w);
     }
-    return 1.f / sum(total);
+    return 1.f / (sum(total) + (sink == NO_SINK ? 0.f : __builtin_expf(sink - highest)));
 }
 
 // Attends for one task and one kv head; writes model.attended. `cross`: to the tokens' source, all of it. `fetches`: the
@@ -193,7 +196,8 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
     for (int r = 0; r < rows; r++) {
         const int place = first_position + advance * (r / group) - start;
         const int from = place - window + 1 > 0 ? place - window + 1 : 0;
-        inverse[r] = soften<FLOAT32>(scratch.scores + r * stride, weights + r * stride, n, from, place, layer.attention_scale);
+        const float sink = layer.sinks && !cross ? layer.sinks[head * group + r % group] : NO_SINK;
+        inverse[r] = soften<FLOAT32>(scratch.scores + r * stride, weights + r * stride, n, from, place, layer.attention_scale, sink);
     }
 
     const auto at = [&](int s, int g) {

@@ -98,6 +98,8 @@ int32_t keifu_unpack(int32_t format, const void *packed, int64_t rows, int64_t c
  * a layer, norm_after:  the same with the three norms after the sums: x = attention_norm(x + out · attention(x)), ...
  * a layer, parallel:    n = attention_norm(x);  x = x + out · attention(n) + down · f(n)
  * f(n) = activation(gate · n) * (up · n), or activation(up · n) where there is no gate
+ * a mixture of experts, in place of down · f(n): the sum of share · down · f(n) of the n_chosen experts with the highest
+ * scores router · n; a share is exp(score) / the sum of exp over all experts, or over those that are chosen (normalised)
  * logits = soft cap of (head · norm(x)) · logit_scale
  */
 typedef struct {
@@ -116,7 +118,13 @@ typedef struct {
     const float *bias;   /* of LayerNorm, or NULL */
 } KeifuNorm;
 
-enum KeifuActivation { KEIFU_SILU = 0, KEIFU_GELU_TANH = 1, KEIFU_GELU_ERF = 2, KEIFU_RELU = 3 };
+/* KEIFU_CLAMPED, with a gate: (up' + 1) · gate' · sigmoid(gate_slope · gate'), where up' is up · n within
+ * ±gate_limit and gate' is gate · n up to it. */
+enum KeifuActivation { KEIFU_SILU = 0, KEIFU_GELU_TANH = 1, KEIFU_GELU_ERF = 2, KEIFU_RELU = 3, KEIFU_CLAMPED = 4 };
+
+typedef struct {
+    KeifuMatrix gate, up, down; /* as a layer's */
+} KeifuExpert;
 
 typedef struct {
     KeifuMatrix query, key, value, out; /* [heads·head_dim, dim], [kv_heads·head_dim, dim] twice, [dim, heads·head_dim] */
@@ -135,6 +143,12 @@ typedef struct {
     int32_t rotary_pairs;               /* pairs that turn: head_dim / 2, or fewer (partial rotary: the first ones) */
     int32_t rotary_interleaved;         /* 0: number i goes with i + rotary_pairs; 1: 2i with 2i + 1 */
     float rotary_magnitude;             /* factor on cos and sin; 1 but for YaRN */
+    const float *sinks;                 /* [heads] scores that take weight and give no value, or NULL */
+    float gate_slope, gate_limit;       /* of KEIFU_CLAMPED */
+    KeifuMatrix router;                 /* [n_experts, dim] of a mixture, which has no gate, up and down of its own */
+    const KeifuExpert *experts;         /* [n_experts], of the same shapes; NULL: no mixture */
+    int32_t n_experts, n_chosen;        /* n_chosen: of a token */
+    int32_t normalised;                 /* 0 or 1 */
 } KeifuLayer;
 
 typedef struct {
@@ -151,7 +165,7 @@ typedef struct {
 } KeifuModelDescription;
 
 /* Fails where shapes do not fit together (which matrix, which sizes), or where of query, key and value (or gate and up)
- * one is KEIFU_F32, or KEIFU_BF16, and another is not. */
+ * one is KEIFU_F32, or KEIFU_BF16, and another is not; or where the same holds for the matrices of two experts. */
 typedef struct KeifuModel KeifuModel;
 
 /* ---- the cache of keys and values ----

@@ -129,23 +129,42 @@ int check_same_input(const KeifuMatrix &a, const KeifuMatrix &b, const char *nam
     return fail("The %s matrices of layer %d have one input: all must be float32, or bf16, or none.", names, layer);
 }
 
+int check_network(const KeifuExpert &e, int i, int64_t hidden, int64_t dim) {
+    if (check_matrix(e.up, "up", i, hidden, dim) || check_matrix(e.down, "down", i, dim, hidden) ||
+        (e.gate.data && (check_matrix(e.gate, "gate", i, hidden, dim) || check_same_input(e.gate, e.up, "gate and up", i))))
+        return -1;
+    return 0;
+}
+
+int check_mixture(const KeifuLayer &l, int i, int64_t dim) {
+    if (l.n_experts < 1 || l.n_chosen < 1 || l.n_chosen > l.n_experts)
+        return fail("Layer %d chooses %d of %d experts.", i, l.n_chosen, l.n_experts);
+    if (check_matrix(l.router, "router", i, l.n_experts, dim)) return -1;
+    const KeifuExpert &first = l.experts[0];
+    for (const KeifuExpert *e = l.experts; e < l.experts + l.n_experts; e++)
+        if (check_network(*e, i, first.up.rows, dim) || check_same_input(e->up, first.up, "experts' up", i) ||
+            check_same_input(e->down, first.down, "experts' down", i))
+            return -1;
+    return 0;
+}
+
 int check_layer(const KeifuModelDescription &about, const KeifuLayer &l, int i) {
     const int64_t dim = about.dim;
     const int64_t inner = (int64_t)about.n_heads * about.head_dim;
     const int64_t kv = (int64_t)about.n_kv_heads * about.head_dim;
     if (check_matrix(l.query, "query", i, inner, dim) || check_matrix(l.key, "key", i, kv, dim) ||
         check_matrix(l.value, "value", i, kv, dim) || check_matrix(l.out, "out", i, dim, inner) ||
-        check_matrix(l.up, "up", i, l.up.rows, dim) || check_matrix(l.down, "down", i, dim, l.up.rows) ||
-        (l.gate.data && check_matrix(l.gate, "gate", i, l.up.rows, dim)) ||
+        (l.experts ? check_mixture(l, i, dim) : check_network({l.gate, l.up, l.down}, i, l.up.rows, dim)) ||
         (l.cross_query.data && (check_matrix(l.cross_query, "cross query", i, inner, dim) ||
                                 check_matrix(l.cross_out, "cross out", i, dim, inner))))
         return -1;
-    if (check_same_input(l.query, l.key, "query and key", i) || check_same_input(l.query, l.value, "query and value", i) ||
-        (l.gate.data && check_same_input(l.gate, l.up, "gate and up", i)))
+    if (check_same_input(l.query, l.key, "query and key", i) || check_same_input(l.query, l.value, "query and value", i))
         return -1;
     if (l.rotary_frequencies && (l.rotary_pairs < 1 || 2 * l.rotary_pairs > about.head_dim))
         return fail("Layer %d turns %d pairs; heads of %d have 1 to %d.", i, l.rotary_pairs, about.head_dim, about.head_dim / 2);
-    if (l.activation < KEIFU_SILU || l.activation > KEIFU_RELU) return fail("Layer %d has activation %d.", i, l.activation);
+    const bool gated = l.experts ? l.experts[0].gate.data : l.gate.data;
+    if (l.activation < KEIFU_SILU || l.activation > KEIFU_CLAMPED || (l.activation == KEIFU_CLAMPED && !gated))
+        return fail("Layer %d has activation %d.", i, l.activation);
     if (l.window < 0) return fail("Layer %d has a window of %d.", i, l.window);
     return 0;
 }
@@ -187,6 +206,11 @@ void copy_layers(Owned &m, const KeifuLayer *layers) {
     for (int i = 0; i < m.about.n_layers; i++) {
         Layer &layer = m.layers[i];
         static_cast<KeifuLayer &>(layer) = layers[i];
+        if (layer.experts) {
+            KeifuExpert *own = m.arena.take<KeifuExpert>(layer.n_experts);
+            std::copy_n(layers[i].experts, layer.n_experts, own);
+            layer.experts = own;
+        }
         if (!layer.rotary_frequencies) continue;
         Rotation *rotation = m.rotations;
         Rotation *const end = rotation + m.n_rotations;
@@ -206,7 +230,17 @@ void make_buffers(Owned &m) {
     const KeifuModelDescription &about = m.about;
     const int64_t n = m.max_tokens;
     int64_t widest = 1;
-    for (int i = 0; i < about.n_layers; i++) widest = std::max(widest, m.layers[i].up.rows);
+    int64_t slots = 0;
+    int64_t choices = 0;
+    int experts = 0;
+    for (int i = 0; i < about.n_layers; i++) {
+        const Layer &l = m.layers[i];
+        widest = std::max(widest, l.experts ? l.experts[0].up.rows : l.up.rows);
+        if (!l.experts) continue;
+        slots = std::max<int64_t>(slots, most_slots(l, m.max_tokens));
+        choices = std::max(choices, n * l.n_chosen);
+        experts = std::max(experts, l.n_experts);
+    }
     m.width = round_up(about.dim, PAIR);
     m.query_width = round_up((int64_t)about.n_heads * about.head_dim, PAIR);
     m.kv_width = round_up((int64_t)about.n_kv_heads * about.head_dim, PAIR);
@@ -215,14 +249,21 @@ void make_buffers(Owned &m) {
     for (float **buffer : {&m.key, &m.value}) *buffer = m.arena.take<float>(n * m.kv_width);
     m.normed = make_rows(m.arena, n, about.dim);
     m.mixed = make_rows(m.arena, n, m.query_width);
-    m.hidden = make_rows(m.arena, n, widest);
+    m.hidden = make_rows(m.arena, std::max(n, slots), widest);
+    m.routed = make_rows(m.arena, slots, about.dim);
+    m.score_width = round_up(experts, TILE);
+    m.scores = m.arena.take<float>(n * m.score_width);
+    m.shares = m.arena.take<float>(choices);
+    m.chosen = m.arena.take<int32_t>(choices);
+    m.slots = m.arena.take<int32_t>(slots);
+    m.expert_tokens = m.arena.take<ExpertTokens>(experts);
     for (AttentionTasks *all : {&m.own, &m.cross}) all->tasks = m.arena.take<AttentionTask>(n);
     m.scratch = m.arena.take<Scratch>(MAX_THREADS);
 }
 
 // ---- a batch ----
 
-constexpr int MAX_LAYER_PHASES = 19;  // of step.h: with norms after all sublayers, cross-attention, and a prompt
+constexpr int MAX_LAYER_PHASES = 23;  // of step.h: with norms after all sublayers, cross-attention, experts, and a prompt
 
 int check_blocks(const Cache &c, const int32_t *table, int64_t n_positions) {
     for (int64_t i = 0; i * c.block_size < n_positions; i++)

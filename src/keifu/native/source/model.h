@@ -70,6 +70,10 @@ struct Layer : KeifuLayer {
     const Rotation *rotation;  // or nullptr
 };
 
+struct ExpertTokens {  // the slots of the tokens that an expert has; a slot is one of a token's choices
+    int expert, first, n;
+};
+
 struct AttentionTask {  // tokens side by side that look at the same blocks: those of one sequence, or of one source
     int first, n_tokens;
 };
@@ -89,6 +93,11 @@ struct KeifuModel {
     int64_t width, query_width, kv_width;  // of the buffers' rows, padded to PAIR
     float *x, *added, *query, *key, *value, *attended;
     keifu::Rows normed, mixed, hidden;  // inputs of q, k, v and up; of out; of down
+    keifu::Rows routed;                 // inputs of the experts' up, by slots
+    int64_t score_width;                // of the rows of scores
+    float *scores, *shares;             // [max_tokens, score_width] of all experts; [max_tokens, n_chosen] of those chosen
+    int32_t *chosen, *slots;            // [max_tokens, n_chosen] experts; [slots] the choice that a slot is, or -1
+    keifu::ExpertTokens *expert_tokens;  // of a layer, in the order of the experts
     keifu::Scratch *scratch;            // [MAX_THREADS]
     keifu::AttentionTasks own, cross;   // of the forward that runs
     keifu::Cache cache;
@@ -102,6 +111,15 @@ struct Forward {
     AttentionTasks own, cross;
     bool whole_spans;  // each sequence's new tokens are one task, which can store their keys and values itself
 };
+
+// A mixture's experts that a forward may use, and the slots of their tokens, which begin at multiples of TILE.
+ALWAYS_INLINE int most_used(const KeifuLayer &layer, int n_tokens) {
+    const int64_t choices = (int64_t)n_tokens * layer.n_chosen;
+    return choices < layer.n_experts ? (int)choices : layer.n_experts;
+}
+ALWAYS_INLINE int most_slots(const KeifuLayer &layer, int n_tokens) {
+    return n_tokens * layer.n_chosen + most_used(layer, n_tokens) * (TILE - 1);
+}
 
 struct Numbers {  // rows that are to be packed
     int type;       // KeifuSource

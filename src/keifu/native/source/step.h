@@ -123,15 +123,90 @@ class Step {
     }
 
     void hidden(const Layer &layer, const KeifuNorm &norm) {
+        if (layer.experts) return hidden_of_experts(layer, norm);
+        const KeifuExpert network = {layer.gate, layer.up, layer.down};
         const auto make = [&](const Rows &rows, int r) { norm_row(rows, input_of(layer.up.format), r, norm, r); };
         from_rows(m.normed, f.batch.n_tokens, make, n_chunks(layer.up), [&](const Rows &rows, int chunk) {
-            for (int r = 0; r < f.batch.n_tokens; r += BLOCK_ROWS) activate_rows(layer, rows, chunk, r);
+            activate_rows(layer, network, rows, chunk, 0, 0, f.batch.n_tokens);
         });
     }
 
+    // Each used expert goes through its own tokens. How many experts that is only the threads with a task may ask, so the
+    // tasks are as many as there can be.
+    void hidden_of_experts(const Layer &layer, const KeifuNorm &norm) {
+        const Target scores = {&layer.router, m.scores, m.score_width};
+        multiply(&scores, 1, norm);
+        walk.deal(f.batch.n_tokens, [&](int t) { choose(layer, t); });
+        walk.deal(1, [&](int) { sort_by_expert(layer); });
+        const bool alone = f.batch.n_tokens == 1;  // then all experts have the same row
+        const KeifuMatrix &up = layer.experts[0].up;
+        const int chunks = n_chunks(up);
+        const auto make = [&](const Rows &rows, int r) {
+            if (alone || m.slots[r] >= 0) norm_row(rows, input_of(up.format), r, norm, alone ? 0 : m.slots[r] / layer.n_chosen);
+        };
+        const int n = alone ? 1 : most_slots(layer, f.batch.n_tokens);
+        from_rows(m.routed, n, make, most_used(layer, f.batch.n_tokens) * chunks, [&](const Rows &rows, int task) {
+            const ExpertTokens &e = m.expert_tokens[task / chunks];
+            activate_rows(layer, layer.experts[e.expert], rows, task % chunks, alone ? 0 : e.first, e.first, e.n);
+        });
+    }
+
+    // The experts of a token: those with the highest scores, and their shares.
+    void choose(const Layer &layer, int t) {
+        float *scores = m.scores + t * m.score_width;
+        float *shares = m.shares + t * layer.n_chosen;
+        float highest = scores[0];
+        for (int e = 1; e < layer.n_experts; e++) highest = scores[e] > highest ? scores[e] : highest;
+        float total = 0;
+        for (int e = 0; e < layer.n_experts && !layer.normalised; e++) total += __builtin_expf(scores[e] - highest);
+        for (int i = 0; i < layer.n_chosen; i++) {
+            int best = 0;
+            for (int e = 1; e < layer.n_experts; e++) best = scores[e] > scores[best] ? e : best;
+            m.chosen[t * layer.n_chosen + i] = best;
+            shares[i] = __builtin_expf(scores[best] - highest);
+            if (layer.normalised) total += shares[i];
+            scores[best] = -__builtin_inff();
+        }
+        for (int i = 0; i < layer.n_chosen; i++) shares[i] /= total;
+    }
+
+    void sort_by_expert(const Layer &layer) {
+        const int n = f.batch.n_tokens * layer.n_chosen;
+        const int slots = most_slots(layer, f.batch.n_tokens);
+        for (int s = 0; s < slots; s++) m.slots[s] = -1;
+        ExpertTokens *next = m.expert_tokens;
+        int used = 0;
+        for (int e = 0; e < layer.n_experts; e++) {
+            const int first = used;
+            for (int i = 0; i < n; i++)
+                if (m.chosen[i] == e) m.slots[used++] = i;
+            if (used > first) *next++ = {e, first, used - first};
+            used = (int)round_up(used, TILE);  // where the kernels' blocks of rows may begin
+        }
+        ExpertTokens *const end = m.expert_tokens + most_used(layer, f.batch.n_tokens);
+        while (next < end) *next++ = {0, 0, 0};
+    }
+
+    // In the order of the experts, whatever other tokens there are.
+    void add_experts(const Layer &layer, int chunk) {
+        const KeifuNorm &norm = layer.post_feedforward_norm;
+        float *const out = norm.kind ? m.added : m.x;
+        for (int t = 0; t < f.batch.n_tokens && norm.kind; t++) memset(out + t * m.width + chunk * OUT, 0, OUT * sizeof(float));
+        const ExpertTokens *const end = m.expert_tokens + most_used(layer, f.batch.n_tokens);
+        for (const ExpertTokens *e = m.expert_tokens; e < end; e++) {
+            const KeifuMatrix &down = layer.experts[e->expert].down;
+            const Rows rows = hidden_of(layer.experts[e->expert].up);
+            over_chunk(down, rows, e->first, e->n, chunk, [&](int r, int64_t column, const float *results) {
+                float *y = out + m.slots[r] / layer.n_chosen * m.width + column;
+                store(y, load(y) + m.shares[m.slots[r]] * (load(results) + bias(down, column)));
+            });
+        }
+    }
+
     void add_hidden(const Layer &layer) {
-        walk.deal(n_chunks(layer.down), [&](int chunk) {
-            add_products(layer.down, layer.post_feedforward_norm, hidden_of(layer), chunk);
+        walk.deal(n_chunks(layer.experts ? layer.experts[0].down : layer.down), [&](int chunk) {
+            if (layer.experts) add_experts(layer, chunk);
+            else add_products(layer.down, layer.post_feedforward_norm, hidden_of(layer.up), chunk);
         });
         add_normed(layer.post_feedforward_norm);
     }
@@ -143,7 +218,7 @@ class Step {
         };
         from_rows(m.normed, f.batch.n_wanted, make, n_chunks(head), [&](const Rows &rows, int chunk) {
             const float cap = m.about.logit_softcap;
-            over_chunk(head, rows, f.batch.n_wanted, chunk, [&](int r, int64_t column, const float *results) {
+            over_chunk(head, rows, 0, f.batch.n_wanted, chunk, [&](int r, int64_t column, const float *results) {
                 v16 y = (load(results) + bias(head, column)) * m.about.logit_scale;
                 if (cap > 0) y = cap * (2.f * sigmoid(y * (2.f / cap)) - 1.f);
                 float *out = f.batch.logits + (int64_t)r * head.rows + column;
@@ -174,10 +249,10 @@ class Step {
         });
     }
 
-    // The hidden numbers, in rows of this layer's width.
-    Rows hidden_of(const Layer &layer) {
+    // The hidden numbers, in rows as wide as they are of this matrix.
+    Rows hidden_of(const KeifuMatrix &up) {
         Rows rows = m.hidden;
-        rows.columns = round_up(layer.up.rows, PAIR);
+        rows.columns = round_up(up.rows, PAIR);
         return rows;
     }
 
@@ -199,10 +274,10 @@ class Step {
 
     int n_chunks(const KeifuMatrix &w) { return (int)((n_tiles(w.rows) + CHUNK - 1) / CHUNK); }
 
-    // Calls take(row, column, its 16 results) for all rows of a chunk of a matrix.
-    template <class Take> void over_chunk(const KeifuMatrix &w, const Rows &rows, int n, int chunk, Take take) {
-        for (int row = 0; row < n; row += BLOCK_ROWS) {
-            const int here = n - row < BLOCK_ROWS ? n - row : BLOCK_ROWS;
+    // Calls take(row, column, its 16 results) for n rows from `first` on, of a chunk of a matrix.
+    template <class Take> void over_chunk(const KeifuMatrix &w, const Rows &rows, int first, int n, int chunk, Take take) {
+        for (int row = first; row < first + n; row += BLOCK_ROWS) {
+            const int here = first + n - row < BLOCK_ROWS ? first + n - row : BLOCK_ROWS;
             const int count = multiply_chunk(w, chunk, rows, row, here, scratch.out);
             for (int r = 0; r < here; r++)
                 for (int s = 0; s < count; s++)
@@ -234,7 +309,7 @@ class Step {
         from_rows(m.normed, f.batch.n_tokens, make, chunks, [&](const Rows &rows, int chunk) {
             const Target *target = targets;
             for (; chunk >= n_chunks(*target->matrix); target++) chunk -= n_chunks(*target->matrix);
-            over_chunk(*target->matrix, rows, f.batch.n_tokens, chunk, [&](int r, int64_t column, const float *results) {
+            over_chunk(*target->matrix, rows, 0, f.batch.n_tokens, chunk, [&](int r, int64_t column, const float *results) {
                 store(target->out + r * target->stride + column, load(results) + bias(*target->matrix, column));
             });
         });
@@ -242,7 +317,7 @@ class Step {
 
     // A chunk of a sublayer's last product: to the stream, or beside it where a norm comes first.
     void add_products(const KeifuMatrix &w, const KeifuNorm &norm, const Rows &rows, int chunk) {
-        over_chunk(w, rows, f.batch.n_tokens, chunk, [&](int r, int64_t column, const float *results) {
+        over_chunk(w, rows, 0, f.batch.n_tokens, chunk, [&](int r, int64_t column, const float *results) {
             const v16 y = load(results) + bias(w, column);
             float *x = m.x + r * m.width + column;
             if (norm.kind) store(m.added + r * m.width + column, y);
@@ -267,24 +342,34 @@ class Step {
         });
     }
 
-    // One chunk of the feed-forward's hidden numbers, for up to BLOCK_ROWS rows from `row` on.
-    void activate_rows(const Layer &layer, const Rows &rows, int chunk, int row) {
-        const bool gated = layer.gate.data != nullptr;
-        const int here = f.batch.n_tokens - row < BLOCK_ROWS ? f.batch.n_tokens - row : BLOCK_ROWS;
+    // One chunk of a network's hidden numbers, for n rows from `from` on; they go to the rows from `to` on.
+    void activate_rows(const Layer &layer, const KeifuExpert &network, const Rows &rows, int chunk, int from, int to, int n) {
+        for (int done = 0; done < n; done += BLOCK_ROWS)
+            activate_block(layer, network, rows, chunk, from + done, to + done, n - done < BLOCK_ROWS ? n - done : BLOCK_ROWS);
+    }
+
+    void activate_block(const Layer &layer, const KeifuExpert &network, const Rows &rows, int chunk, int from, int to, int n) {
+        const bool gated = network.gate.data != nullptr;
         float *made = scratch.out;
         float *gates = scratch.out + BLOCK_ROWS * OUT;
-        if (gated) multiply_chunk(layer.gate, chunk, rows, row, here, gates);
-        const int count = multiply_chunk(layer.up, chunk, rows, row, here, made);
-        for (int r = 0; r < here; r++, made += OUT, gates += OUT) {
+        if (gated) multiply_chunk(network.gate, chunk, rows, from, n, gates);
+        const int count = multiply_chunk(network.up, chunk, rows, from, n, made);
+        for (int r = 0; r < n; r++, made += OUT, gates += OUT) {
             for (int s = 0; s < CHUNK; s++) {
                 const int64_t column = (int64_t)(chunk * CHUNK + s) * TILE;
-                v16 y = load(made + s * TILE) + bias(layer.up, column);
-                if (gated) y = activate(layer.activation, load(gates + s * TILE) + bias(layer.gate, column)) * y;
+                v16 y = load(made + s * TILE) + bias(network.up, column);
+                if (gated) y = gate_by(layer, load(gates + s * TILE) + bias(network.gate, column), y);
                 else y = activate(layer.activation, y);
                 store(made + s * TILE, s < count ? y : v16{});
             }
-            encode(hidden_of(layer), input_of(layer.down.format), row + r, chunk, made);
+            encode(hidden_of(network.up), input_of(network.down.format), to + r, chunk, made);
         }
+    }
+
+    v16 gate_by(const Layer &layer, v16 gate, v16 y) {
+        if (layer.activation != KEIFU_CLAMPED) return activate(layer.activation, gate) * y;
+        gate = clamp(gate, -3e38f, layer.gate_limit);
+        return (clamp(y, -layer.gate_limit, layer.gate_limit) + 1.f) * gate * sigmoid(layer.gate_slope * gate);
     }
 
     const Forward &f;
