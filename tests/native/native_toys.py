@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from keifu.layers.attention.positions import RopeScaling
+from keifu.layers.mixture import mixtures
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
 from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import ministral, phi3, smollm3
@@ -83,7 +84,17 @@ def toy(kind: str, embedding_std: float = 1.0) -> nn.Module:
                 parameter.normal_(0, embedding_std if "embedding" in name else parameter.shape[1] ** -0.5)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        for mixture in mixtures(model).values():
+            decide(mixture.router, model.get_submodule("embedding").weight)
     return model
+
+
+def decide(router: nn.Module, embedding: torch.Tensor) -> None:
+    """Let a token's embedding say which experts it chooses, so clearly that rounding cannot change it."""
+    tokens, n = torch.arange(len(embedding))[:, None], router.n_experts
+    chosen = (tokens + 2 * torch.arange(router.k)) % n
+    embedding[:, :n] = torch.full((len(embedding), n), -4.0).scatter(1, chosen, 4.0)
+    router.gate.weight.copy_(torch.eye(n, embedding.shape[1]))
 
 
 def unpacked(model: nn.Module, packed: NativeLM) -> nn.Module:

@@ -129,24 +129,31 @@ def _memory(engine: "Engine", model: Any, options: Options, decode: float) -> di
     from keifu.memory import read_bandwidth
 
     held = options.streams * (options.prompt + options.tokens) * engine.runner.token_bytes
-    weights = _weight_bytes(model)
-    step = weights + held - options.streams * options.tokens // 2 * engine.runner.token_bytes  # half of it, on average
+    weights, idle = _weight_bytes(model, options.streams)
+    read = weights - idle
+    step = read + held - options.streams * options.tokens // 2 * engine.runner.token_bytes  # half of it, on average
     bandwidth, peak = step * decode / options.streams / 1e9, read_bandwidth(device_of(model)) / 1e9
     return {"bandwidth": bandwidth, "peak": peak, "share": bandwidth / peak, "memory": weights + held}
 
 
-def _weight_bytes(model: Any) -> int:
-    """Return the bytes of weights that a step reads: all but an embedding that is no head as well, of which it reads
-    rows."""
+def _weight_bytes(model: Any, streams: int) -> tuple[int, float]:
+    """Return the bytes of weights, without an embedding that is no head as well, of which a step reads rows; and those
+    of the experts that it does not read, if all are chosen as often."""
     from torch import nn
 
+    from keifu.layers.mixture import mixtures
     from keifu.native.model import NativeLM
 
     if isinstance(model, NativeLM):
-        return model.nbytes
+        return model.nbytes, model.idle_bytes(streams)
+    idle = sum(
+        (1 - mixture.router.k / mixture.router.n_experts) ** streams
+        * sum(weight.nbytes for weight in mixture.experts.parameters())
+        for mixture in mixtures(model).values()
+    )
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     rows = sum(embedding.nbytes for embedding in embeddings if embedding is not model.head_weight)
-    return sum(parameter.nbytes for parameter in model.parameters()) - rows
+    return sum(parameter.nbytes for parameter in model.parameters()) - rows, idle
 
 
 def _told(figures: dict[str, Any]) -> str:

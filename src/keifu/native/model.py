@@ -78,6 +78,15 @@ class NativeLM(nn.Module):
         """The bytes of the packed matrices."""
         return self.packer.arena.size
 
+    def idle_bytes(self, tokens: int) -> float:
+        """Return the bytes of experts that a step of so many tokens does not read, if all are chosen as often."""
+        idle = 0.0
+        for layer in self._layers:
+            matrices = [m for e in layer.experts[: layer.n_experts] for m in (e.gate, e.up, e.down) if m.data]
+            held = sum(self.library.call("packed_size", m.format, m.rows, m.columns) for m in matrices)
+            idle += held * (1 - layer.n_chosen / max(1, layer.n_experts)) ** tokens
+        return idle
+
     @property
     def cache_dtype(self) -> torch.dtype:
         """The type of keys and values."""
