@@ -10,6 +10,7 @@ import argparse
 import os
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 from _results import write_table
@@ -22,7 +23,7 @@ from keifu.native.model import NativeLM, Span, pack
 
 SECTION = "Decoding a mixture of experts"
 COLUMNS = ("", "streams", "mixture, ms a step", "relative to as many active weights", "relative to as many weights")
-SIZE = {
+SIZE: dict[str, Any] = {
     "vocab_size": 8192, "context_length": 512, "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 2,
     "norm_eps": 1e-5,
 }  # fmt: skip
@@ -32,7 +33,7 @@ MIXTURE, ACTIVE, TOTAL = "mixture", "as many active", "as many in all"
 
 def build() -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
-    sizes = {"n_experts": EXPERTS, "n_experts_per_token": CHOSEN, "hidden_dim": EXPERT}
+    sizes: dict[str, Any] = {"n_experts": EXPERTS, "n_experts_per_token": CHOSEN, "hidden_dim": EXPERT}
     return {
         MIXTURE: mixtral.build(mixtral.Config(**SIZE, **sizes)).eval(),
         ACTIVE: llama.build(llama.Config(**SIZE, hidden_dim=CHOSEN * EXPERT)).eval(),
@@ -77,7 +78,8 @@ def main() -> None:
     active = counts[MIXTURE] - idle_parameters(models[MIXTURE])
     print(f"{machine()}; load {os.getloadavg()[0]:.1f}; {active:,} of {counts[MIXTURE]:,} weights active, {counts}\n")
     print(f"| {' | '.join(COLUMNS)} |\n|---|---:|---:|---:|---:|")
-    rows, values = list[list[str]](), {"load": os.getloadavg()[0], "active": active, "parameters": counts}
+    rows: list[list[str]] = []
+    values: dict[str, Any] = {"load": os.getloadavg()[0], "active": active, "parameters": counts}
     for weights in options.weights:
         packed = {name: pack(model, weights) for name, model in models.items()}
         for streams in options.streams:

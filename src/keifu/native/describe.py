@@ -219,12 +219,12 @@ Network = tuple[Matrices, MatrixPart | None, tuple[Matrices, ...], dict[str, int
 def _network(model: nn.Module, name: str) -> Network:
     """Return the matrices and the numbers of a feed-forward network, which has no router and no experts."""
     network = _known(model, name, FeedForward, GatedFeedForward, ClampedFeedForward)
-    if isinstance(network, ClampedFeedForward):
-        numbers = {"activation": CLAMPED, "gate_slope": network.slope, "gate_limit": network.limit}
-    elif network.activation in ACTIVATION_KINDS:
-        numbers = {"activation": ACTIVATION_KINDS[network.activation]}
-    else:
+    clamped = isinstance(network, ClampedFeedForward)
+    if not clamped and network.activation not in ACTIVATION_KINDS:
         raise Unavailable(f"{name} has an activation that native code does not have")
+    numbers: dict[str, int | float] = {"activation": CLAMPED if clamped else ACTIVATION_KINDS[network.activation]}
+    if clamped:
+        numbers |= {"gate_slope": network.slope, "gate_limit": network.limit}
     gated = isinstance(network, GatedFeedForward)
     up = _split(model, f"{name}.gate_up", "gate", "up") if gated else {"up": _matrix(model, f"{name}.up")}
     return up | {"down": _matrix(model, f"{name}.down")}, None, (), numbers
