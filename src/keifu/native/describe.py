@@ -89,7 +89,7 @@ class ModelPart:
     def matrices(self) -> list[MatrixPart]:
         """Return all matrices but those of routers."""
         parts = [part for layer in self.layers for part in (layer.matrices, *layer.experts)]
-        return [self.embedding, self.head, *(each for part in parts for each in part.values())]
+        return [self.embedding, self.head, *(matrix for part in parts for matrix in part.values())]
 
 
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2

@@ -147,8 +147,8 @@ class Packer:
 
     def experts(self, part: LayerPart) -> ctypes.Array[native.Expert]:
         """Pack the experts of a mixture."""
-        packed = [{name: self.matrix(each) for name, each in expert.items()} for expert in part.experts]
-        self._experts.append((native.Expert * len(packed))(*(native.Expert(**each) for each in packed)))
+        packed = [{name: self.matrix(matrix) for name, matrix in expert.items()} for expert in part.experts]
+        self._experts.append((native.Expert * len(packed))(*(native.Expert(**matrices) for matrices in packed)))
         return self._experts[-1]
 
     def _pack(self, part: MatrixPart, wanted: int) -> native.Matrix:

@@ -64,7 +64,7 @@ def stack_of(name: str) -> str:
 def _stacked_shapes(found: Iterable[Link]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a file's tensors in their order, with the experts of a layer in one."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in (each for link in found for each in zip(link.theirs, link.stored_shapes(), strict=True)):
+    for name, shape in (pair for link in found for pair in zip(link.theirs, link.stored_shapes(), strict=True)):
         stack = stack_of(name)
         count = shapes[stack][0] if stack in shapes else 0
         shapes[stack] = shape if stack == name else (count + 1, *shape)
