@@ -127,10 +127,10 @@ class MarkedAnswers(PreferencePairs, StatelessBatches):
         self.policy, self.good = policy, good
         self.fingerprint += "".join(str(int(mark)) for part in good for mark in part)
 
-    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+    def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return some of the answers with their marks and the reference point."""
-        both = super().make_batch(held, items)
+        both = super().make_batch(validating, items)
         own, other = ({name: tensor[:, part] for name, tensor in both.items()} for part in (slice(1), slice(1, 2)))
         found = reference(self.policy, on_device(other, device_of(self.policy))).cpu()
         kl = (found - other["reference"]).mean().clamp(min=0)
-        return own | {"good": self.good[held][items], "kl": kl.expand(len(items))}
+        return own | {"good": self.good[validating][items], "kl": kl.expand(len(items))}

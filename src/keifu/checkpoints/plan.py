@@ -163,8 +163,8 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     _check(source, found, set(source.stored) - used - set(skipped))
     usual = {name for link in found if not matches(link.ours, source.family.full_precision) for name in link.theirs}
     exact = _exact_dtype({name: source.stored[name] for name in usual}, source.path)
-    held = dtype or _usual_dtype(exact, torch.device(device))
-    return LoadPlan(source, model, found, exact, held, skipped, [*source.notes, *notes])
+    held_dtype = dtype or _usual_dtype(exact, torch.device(device))
+    return LoadPlan(source, model, found, exact, held_dtype, skipped, [*source.notes, *notes])
 
 
 def _usual_dtype(exact: torch.dtype, device: torch.device) -> torch.dtype:
@@ -298,12 +298,12 @@ def _exact_dtype(stored: Mapping[str, StoredTensor], path: Path) -> torch.dtype:
     return reduce(torch.promote_types, {kind for kind in kinds if kind.is_floating_point})
 
 
-def _cast(exact: torch.dtype, held: torch.dtype) -> list[str]:
+def _cast(exact: torch.dtype, kept: torch.dtype) -> list[str]:
     """Return a note if the model's dtype differs from its file's."""
-    if exact == held:
+    if exact == kept:
         return []
-    why = ": products in float16 are very slow on a CPU" if (exact, held) == (torch.float16, torch.float32) else ""
-    return [f"The weights are {name_of(exact)} and are held in {name_of(held)}{why}."]
+    why = ": products in float16 are very slow on a CPU" if (exact, kept) == (torch.float16, torch.float32) else ""
+    return [f"The weights are {name_of(exact)} and are held in {name_of(kept)}{why}."]
 
 
 def name_of(dtype: torch.dtype) -> str:

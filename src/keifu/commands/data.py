@@ -58,8 +58,8 @@ def show(source: str, model: str, count: int, as_json: bool) -> None:
             text.append(marked, LEARNED if own else "dim")
         console.print(text, end="\n\n")
     whole = f"{len(talks):,} conversation{'s' * (len(talks) != 1)}, {total:,} tokens"
-    told = f"{whole}, of which {learned:,} ({learned / max(1, total):.0%}) are learned."
-    print(told, file=sys.stderr if as_json else sys.stdout)
+    tokens = f"{whole}, of which {learned:,} ({learned / max(1, total):.0%}) are learned."
+    print(tokens, file=sys.stderr if as_json else sys.stdout)
 
 
 if TYPE_CHECKING:

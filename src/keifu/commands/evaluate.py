@@ -88,10 +88,10 @@ def run(options: Options) -> None:
 def training_facts(run: Path) -> dict[str, Any]:
     """Return facts of a run that its evaluation needs: a translator's languages, the pictures that were held out."""
     recipe = run / "recipe.json"
-    told = read_json_object(recipe) if recipe.is_file() else {}
-    facts: dict[str, Any] = {"languages": tuple(told["languages"])} if told.get("languages") else {}
-    if told:  # keifu 0.2 split related pictures, and did not say so
-        facts["held_out"] = {"whole_families": False, **(told.get("held_out") or {})}
+    record = read_json_object(recipe) if recipe.is_file() else {}
+    facts: dict[str, Any] = {"languages": tuple(record["languages"])} if record.get("languages") else {}
+    if record:  # keifu 0.2 split related pictures, and did not say so
+        facts["held_out"] = {"whole_families": False, **(record.get("held_out") or {})}
     return facts
 
 

@@ -72,7 +72,7 @@ class EpochBatches(ABC):
         self.steps_per_epoch = self._epochs.steps
 
     @abstractmethod
-    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+    def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return the batch of some items of the training part, or of the held-out part."""
 
     def batch(self, step: int) -> dict[str, Tensor]:

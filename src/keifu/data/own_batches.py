@@ -45,20 +45,20 @@ class OwnBatches(EpochBatches):
         self.source = source
         count = _count(source)
         order = np.random.default_rng([seed, 1]).permutation(count)
-        held = held_out if isinstance(held_out, Sequence) else order[: round(held_out * count)]
-        self.held_out, self.training = np.sort(np.array(held, np.int64)), np.setdiff1d(order, held)
+        validation = held_out if isinstance(held_out, Sequence) else order[: round(held_out * count)]
+        self.held_out, self.training = np.sort(np.array(validation, np.int64)), np.setdiff1d(order, validation)
         if not 1 <= batch_size <= len(self.training):
-            few = f"{len(self.training)} examples for training ({len(held)} are held out)"
+            few = f"{len(self.training)} examples for training ({len(validation)} are held out)"
             raise UserError(f"A batch of {batch_size} cannot be drawn from {few}: choose a smaller batch_size.")
         self.fingerprint = fingerprint or _fingerprint(source, count, held_out)
-        super().__init__(len(self.training), len(held), batch_size, seed, self._order)
+        super().__init__(len(self.training), len(validation), batch_size, seed, self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, 0, epoch]).permutation(self.training)
 
-    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+    def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return the examples with these numbers, or the held-out ones at these positions."""
-        numbers = self.held_out[items] if held else items
+        numbers = self.held_out[items] if validating else items
         if isinstance(self.source, Mapping):
             chosen = torch.from_numpy(numbers)
             return {name: tensor[chosen] for name, tensor in self.source.items()}

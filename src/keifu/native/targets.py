@@ -89,8 +89,8 @@ class NativeTargets:
 
     def next(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
         """Logits of the token after these, in memory that the next step writes over."""
-        column, place = divmod(self.length, BLOCK_SIZE)
-        if place == 0:
+        column, offset = divmod(self.length, BLOCK_SIZE)
+        if offset == 0:
             self.tables[:, column] = self._free(self.tables[:, :column])[: len(self.tables)]
         ids, logits = tokens.numpy().astype(np.int32), self._logits[: len(tokens)]
         for first in range(0, len(ids), MOST_TOKENS):
@@ -103,8 +103,8 @@ class NativeTargets:
         """Go on with these rows. The first that continues a row takes its last block, and each other one a copy."""
         kept = rows.numpy()
         self.sources, tables = self.sources[kept], self.tables[kept]
-        column, place = divmod(self.length, BLOCK_SIZE)
-        if place:
+        column, offset = divmod(self.length, BLOCK_SIZE)
+        if offset:
             last = tables[:, column].copy()
             others = np.setdiff1d(np.arange(len(kept)), np.unique(last, return_index=True)[1])
             for row, block in zip(others, self._free(tables[:, : column + 1]), strict=False):

@@ -61,12 +61,12 @@ def _learn(name: str) -> dict[str, bytes]:
 
 
 def _read_digits(name: str) -> dict[str, bytes]:
-    held = toy_dataset("mnist").held.inputs[:8]
+    digits = toy_dataset("mnist").held.inputs[:8]
     print("   1986, a network reads digits that it has not seen before:", flush=True)
-    print(_drawn(held))
-    seen = _seen(name, held)
+    print(_drawn(digits))
+    seen = _seen(name, digits)
     print("".join(f"{each:^{WIDE + 1}}" for each in seen))
-    return {"1986 a network reads digits": grid(_pixels(held), seen, columns=8)}
+    return {"1986 a network reads digits": grid(_pixels(digits), seen, columns=8)}
 
 
 def _seen(name: str, digits: Float[Tensor, "digit pixels"]) -> list[str]:
@@ -93,8 +93,8 @@ def _fill(name: str) -> dict[str, bytes]:
     model, tokenizer = checkpoints.load(name)
     found = {text: fill(model, tokenizer, text)[0] for text in GAPS}
     for text, guesses in found.items():
-        told = ", ".join(f"{guess.word} {guess.probability:.0%}" for guess in guesses[:3])
-        print(f"   2018, BERT: {text.replace('[MASK]', '___')} {told}")
+        words = ", ".join(f"{guess.word} {guess.probability:.0%}" for guess in guesses[:3])
+        print(f"   2018, BERT: {text.replace('[MASK]', '___')} {words}")
     return {"2018 a masked word": _bars(found)}
 
 
@@ -127,13 +127,13 @@ def _draw_emoji(name: str) -> dict[str, bytes]:
     wanted = painter.resolved(ImageRequest("dpm++-2m", 20, SEED, guidance=3.0, text=PROMPTS[0]))
     drawn = painter.draw(wanted, range(SEED, SEED + len(PROMPTS)), texts=PROMPTS)
     print(f"   2022, latent diffusion draws {', '.join(PROMPTS)}.")
-    told = list(PROMPTS)
+    captions = list(PROMPTS)
     if catalogue.is_cached("emoji-clip", catalogue.MODELS):
         found = cosines(*checkpoints.load("emoji-clip"), drawn, PROMPTS).argmax(1).tolist()
         right = sum(index == number for number, index in enumerate(found))
         print(f"   2021, CLIP finds the name of {right} of the {len(found)} pictures among these.")
-        told = [f"{asked} → {PROMPTS[index]}" for asked, index in zip(PROMPTS, found, strict=True)]
-    return {"2022 emoji from their names": grid(drawn, told, columns=4)}
+        captions = [f"{asked} → {PROMPTS[index]}" for asked, index in zip(PROMPTS, found, strict=True)]
+    return {"2022 emoji from their names": grid(drawn, captions, columns=4)}
 
 
 SHOWN: dict[str, Callable[[str], dict[str, bytes]]] = {

@@ -106,8 +106,8 @@ def attribution_of(data: str) -> dict[str, str]:
     data."""
     made = MADE_OF.get(data)
     found = [row for row in catalogue.rows() if row["name"] == (made.entry if made else data)]
-    told = {"how it was made": made.how} if made else {}
-    return told | {key: row[key] for row in found for key in ("licence", "attribution")}
+    facts = {"how it was made": made.how} if made else {}
+    return facts | {key: row[key] for row in found for key in ("licence", "attribution")}
 
 
 def parameters(model: nn.Module) -> int:
@@ -128,7 +128,7 @@ def train_run(
     the result apart from the settings, compared on resuming. about: further lines of the report. The others are those
     of `Run` and of the training loop.
     """
-    told = {"title": title, **about, "data": [{**facts, **attribution_of(facts["source"])}]}
-    run = Run(directory, resume, replace, options, told, unit, bytes_per_unit, watch)
+    described = {"title": title, **about, "data": [{**facts, **attribution_of(facts["source"])}]}
+    run = Run(directory, resume, replace, options, described, unit, bytes_per_unit, watch)
     save = save or partial(checkpoints.save, model, tokenizer)
     return train(model, objective, data, settings, run, sample, save, largest)

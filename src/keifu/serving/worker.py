@@ -246,10 +246,10 @@ class Worker:
         try:
             written = engine.step()
         except Exception as error:
-            told = error if not isinstance(error, UserError) else ApiError(500, str(error))
+            reported = error if not isinstance(error, UserError) else ApiError(500, str(error))
             for job in {job for job, _ in self._jobs.values()}:
                 self._abort(job)
-                job.put(told)
+                job.put(reported)
             return
         pieces: dict[Job, Pieces] = {}
         for piece in written:

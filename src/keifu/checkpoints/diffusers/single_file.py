@@ -86,15 +86,15 @@ def open_single_file(path: Path) -> Source:
     shapes = {name: each.shape for name, each in kept.items()}
     try:
         config = config_of(shapes, {name: file.get_tensor(name) for name in ("betas", "scale_factor") if name in gone})
-        told = {rename_weights(name, config): name for name in kept}
+        sources = {rename_weights(name, config): name for name in kept}
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{path} is no Stable Diffusion 1 as keifu knows it: {error} cannot be read.") from error
-    stored = {new: _flat(new, kept[old]) for new, old in told.items()}
+    stored = {new: _flat(new, kept[old]) for new, old in sources.items()}
     notes = (f"Left out, as not part of the model: {len(gone)} tensors of the training.",) if gone else ()
     family = FAMILIES[LATENT]
 
     def read(name: str) -> Tensor:
-        return file.get_tensor(told[name]).reshape(stored[name].shape)
+        return file.get_tensor(sources[name]).reshape(stored[name].shape)
 
     return Source(
         path, "CompVis's file", family, config, stored, read, partial(_read_tokenizer, path, config),

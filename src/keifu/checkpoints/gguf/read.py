@@ -54,27 +54,27 @@ class GGUFFile:
 
     def stored(self) -> dict[str, StoredTensor]:
         """Every tensor's shape and type; quantised ones are read as float32, those of no known meaning not at all."""
-        held = {kind: _read_array(kind) for kind in {place.kind for place in self.places.values()}}
-        return {name: StoredTensor(place.shape, place.kind, held[place.kind]) for name, place in self.places.items()}
+        arrays = {kind: _read_array(kind) for kind in {entry.kind for entry in self.places.values()}}
+        return {name: StoredTensor(entry.shape, entry.kind, arrays[entry.kind]) for name, entry in self.places.items()}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor's numbers: as they are, without a copy, where the type is one of PyTorch's; else as float32.
         """
-        place = self.places[name]
-        raw = self.bytes[place.start : place.start + place.size]
-        if place.kind in PLAIN:
-            return torch.from_numpy(raw).view(PLAIN[place.kind]).view(place.shape)
-        block, size = _block(place.kind)
-        return read_blocks(torch.from_numpy(raw).view(-1, size), place.kind, block).view(place.shape)
+        entry = self.places[name]
+        raw = self.bytes[entry.start : entry.start + entry.size]
+        if entry.kind in PLAIN:
+            return torch.from_numpy(raw).view(PLAIN[entry.kind]).view(entry.shape)
+        block, size = _block(entry.kind)
+        return read_blocks(torch.from_numpy(raw).view(-1, size), entry.kind, block).view(entry.shape)
 
     def blocks(self, name: str) -> Blocks | None:
         """Return a quantised tensor as it is stored, a row after the other; None for a plain one."""
         from gguf import GGMLQuantizationType
 
-        place = self.places[name]
-        raw = torch.from_numpy(self.bytes[place.start : place.start + place.size])
-        kind = GGMLQuantizationType[place.kind].value
-        return None if place.kind in PLAIN else Blocks(kind, raw.view(place.shape[0], -1))
+        entry = self.places[name]
+        raw = torch.from_numpy(self.bytes[entry.start : entry.start + entry.size])
+        kind = GGMLQuantizationType[entry.kind].value
+        return None if entry.kind in PLAIN else Blocks(kind, raw.view(entry.shape[0], -1))
 
 
 def _block(kind: str) -> tuple[int, int]:
@@ -189,24 +189,24 @@ def open_file(path: Path) -> GGUFFile:
     if type(alignment) is not int or not 0 < alignment <= LARGEST_ALIGNMENT:
         raise UserError(f"{path} is corrupt: its general.alignment is {alignment!r}, and it must be a number of bytes.")
     start = -(-cursor.at // alignment) * alignment
-    places = {name: _place(path, name, shape, kind, start + offset) for name, shape, kind, offset in infos}
-    if len(places) < n_tensors or len(fields) < n_fields:
+    entries = {name: _place(path, name, shape, kind, start + offset) for name, shape, kind, offset in infos}
+    if len(entries) < n_tensors or len(fields) < n_fields:
         raise UserError(f"{path} is corrupt: a name stands there twice.")
-    _check_places(path, places, start, size, alignment)
-    return GGUFFile(path, np.memmap(path, mode="c"), fields, places)
+    _check_places(path, entries, start, size, alignment)
+    return GGUFFile(path, np.memmap(path, mode="c"), fields, entries)
 
 
-def _check_places(path: Path, places: Mapping[str, Place], start: int, size: int, alignment: int) -> None:
+def _check_places(path: Path, entries: Mapping[str, Place], start: int, size: int, alignment: int) -> None:
     """Refuses tensors that do not stand one right behind the other up to the file's end: bytes are missing then, or
     there are some too many, and the numbers of every later tensor would be shifted."""
-    end = max((place.start + place.size for place in places.values()), default=start)
+    end = max((one.start + one.size for one in entries.values()), default=start)
     if end > size:
         raise truncated_error(path, end, size)
     expected = start
-    for name, place in sorted(places.items(), key=lambda entry: entry[1].start):
-        if place.start != expected:
-            raise UserError(f"{path} is corrupt: {name} begins at byte {place.start:,}, and should at {expected:,}.")
-        expected = -(-(place.start + place.size) // alignment) * alignment
+    for name, one in sorted(entries.items(), key=lambda entry: entry[1].start):
+        if one.start != expected:
+            raise UserError(f"{path} is corrupt: {name} begins at byte {one.start:,}, and should at {expected:,}.")
+        expected = -(-(one.start + one.size) // alignment) * alignment
     if size != expected:
         raise UserError(f"{path} is corrupt: it has {size:,} bytes, and its tensors end, filled up, at {expected:,}.")
 
@@ -238,7 +238,7 @@ def open_gguf(path: Path) -> Source:
     if type(parts) is not int or parts > 1:
         raise UserError(f"{path} is one of {parts!r} parts; join them first with llama.cpp's llama-gguf-split --merge.")
     file = replace(file, places=dict(_unstack(file.places)))
-    shapes = {name: place.shape for name, place in file.places.items()}
+    shapes = {name: entry.shape for name, entry in file.places.items()}
     freqs = file.read(FREQS) if FREQS in shapes else None
     architecture, config = read_config(file.fields, shapes, freqs, str(path))
     check_types(config, str(path))

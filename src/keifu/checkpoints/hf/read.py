@@ -83,10 +83,10 @@ def source_of(
     """
     opened = [(open_weights(file), prefix) for file, prefix in files.items()]
     owner = {prefix + name: (file, name) for file, prefix in opened for name in file.keys()}  # noqa: SIM118 (no dict)
-    stored = {told: stored_of(file.get_slice(name)) for told, (file, name) in owner.items()}
+    stored = {label: stored_of(file.get_slice(name)) for label, (file, name) in owner.items()}
 
-    def read_stored(told: str, index: Index = ()) -> Tensor:
-        file, name = owner[told]
+    def read_stored(label: str, index: Index = ()) -> Tensor:
+        file, name = owner[label]
         return file.get_slice(name)[index] if index else file.get_tensor(name)
 
     tokenizer = partial(_read_tokenizer, texts or path, family)

@@ -49,9 +49,9 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
     labels = _labels(json) if kind == LABELS else ()
     alone = len(labels) == 1  # a score
     check_settings(json, {"problem_type": "regression"} if alone else UNSUPPORTED[kind], where)
-    told = {"form": "score" if alone else "classification", "labels": labels} if kind == LABELS else {"form": "choice"}
-    told |= {"classifier_dropout": json.get("summary_first_dropout", 0.0 if alone else 0.1)}
-    return _family(base, kind), _config(json, config, told, where)
+    facts = {"form": "score" if alone else "classification", "labels": labels} if kind == LABELS else {"form": "choice"}
+    facts |= {"classifier_dropout": json.get("summary_first_dropout", 0.0 if alone else 0.1)}
+    return _family(base, kind), _config(json, config, facts, where)
 
 
 def describe(config: Any) -> tuple[Family, dict[str, Any]]:
@@ -67,8 +67,8 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
         return _family(base, None), own | {TASK: task | {"labels": list(config.labels)}}
     numbers = {label: number for number, label in enumerate(config.labels)}
     names = {"id2label": {str(number): label for label, number in numbers.items()}, "label2id": numbers}
-    told = names if kind == LABELS else {"summary_first_dropout": config.classifier_dropout}
-    return _family(base, kind), json | {"architectures": [stem + kind], TASK: task} | told
+    facts = names if kind == LABELS else {"summary_first_dropout": config.classifier_dropout}
+    return _family(base, kind), json | {"architectures": [stem + kind], TASK: task} | facts
 
 
 def _published(json: Mapping[str, Any], where: str) -> str:
@@ -94,12 +94,12 @@ def _tie(config: task_head.Config, tied: bool) -> task_head.Config:
     return replace(config, decoder=replace(config.decoder, tied=tied))
 
 
-def _config(json: Mapping[str, Any], decoder: Any, told: Mapping[str, Any], where: str) -> task_head.Config:
+def _config(json: Mapping[str, Any], decoder: Any, facts: Mapping[str, Any], where: str) -> task_head.Config:
     """Read the Config of what the file's class says, and beyond it of the field `TASK`, where there is one."""
-    task = _object(json, TASK, where) if TASK in json or not told else {}
-    given = {name: value for name, value in {**told, **task}.items() if name in FIELDS}
+    task = _object(json, TASK, where) if TASK in json or not facts else {}
+    given = {name: value for name, value in {**facts, **task}.items() if name in FIELDS}
     try:
-        found = task_head.Config(decoder, labels=tuple(told.get("labels", task.get("labels", ()))), **given)
+        found = task_head.Config(decoder, labels=tuple(facts.get("labels", task.get("labels", ()))), **given)
     except TypeError as error:
         raise UserError(f"{where} cannot be read as a model for a task: {error}") from error
     check_types(found, where)

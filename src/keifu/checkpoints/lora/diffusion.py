@@ -112,12 +112,12 @@ def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
         write_atomic(Path(path), save(tensors, metadata={"format": "pt"}))
 
 
-def _format_weights(adapter: Adapter, held: Mapping[str, Tensor], style: str) -> dict[str, Tensor]:
+def _format_weights(adapter: Adapter, weights: Mapping[str, Tensor], style: str) -> dict[str, Tensor]:
     """Return the tensors of one adapter by their names, convolutions' as kernels."""
     label, (down, up) = adapter.target.label, WRITTEN[style]
     if style == "diffusers" and label.startswith("text_encoder."):
         down, up = OF_TEXT
-    a, b = held["a"], held["b"]
+    a, b = weights["a"], weights["b"]
     scale = adapter.low.scale
     if style == "kohya":
         part, _, rest = label.partition(".")
@@ -129,7 +129,7 @@ def _format_weights(adapter: Adapter, held: Mapping[str, Tensor], style: str) ->
     if style == "kohya":
         tensors[".alpha"] = torch.tensor(scale * adapter.low.rank)
     if adapter.length is not None:
-        length = held["length"]
+        length = weights["length"]
         name, shape = (".dora_scale", (-1, 1)) if style == "kohya" else (".lora_magnitude_vector", (-1,))
         tensors[name] = length.view(*shape)
     return {f"{label}{end}": tensor for end, tensor in tensors.items()}

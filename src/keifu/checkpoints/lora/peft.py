@@ -181,8 +181,8 @@ def attach_tensors(
         wrong += _misfits(model, known[label], lows[label], parts, names[label])
     if wrong or not found:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        told = "; ".join(wrong[:10]) + more if wrong else "they are empty"
-        raise UserError(f"The adapters in {path} do not fit this {type(model).__name__}: {told}.")
+        reason = "; ".join(wrong[:10]) + more if wrong else "they are empty"
+        raise UserError(f"The adapters in {path} do not fit this {type(model).__name__}: {reason}.")
     attach(model, {known[label]: low for label, low in lows.items()})
     with torch.no_grad():
         for adapter in adapters(model):
@@ -250,12 +250,12 @@ def _number(name: str, value: Any, types: type | tuple[type, ...]) -> Any:
 
 
 def _misfits(
-    model: nn.Module, target: Target, low: LoraSettings, parts: Mapping[str, Tensor], told: Mapping[str, str]
+    model: nn.Module, target: Target, low: LoraSettings, parts: Mapping[str, Tensor], labels: Mapping[str, str]
 ) -> list[str]:
     weight = model.get_submodule(target.module).weight
     assert isinstance(weight, Tensor)
     shapes = {"a": (low.rank, weight[0].numel()), "b": (target.rows, low.rank), "length": (target.rows,)}
-    names = {ours: f"{target.label}.{end}" for end, ours in ENDS.items()} | {**told}
+    names = {ours: f"{target.label}.{end}" for end, ours in ENDS.items()} | {**labels}
     missing = [f"{names[part]} is missing" for part in ("a", "b") if part not in parts]
     return missing + [
         f"{names[part]} has the shape {tuple(tensor.shape)} where {shapes[part]} is needed"

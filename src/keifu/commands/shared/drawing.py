@@ -97,9 +97,9 @@ def select_lora(words: str) -> "LoraRecord":
 
     path, scale = words, 1.0
     if ":" in words and not Path(words).exists():
-        before, _, told = words.rpartition(":")
+        before, _, number = words.rpartition(":")
         with suppress(ValueError):
-            path, scale = before or words, float(told)
+            path, scale = before or words, float(number)
     if Path(path).is_dir():
         path = str(Path(path) / FILE)
     if not Path(path).is_file():

@@ -75,14 +75,14 @@ def _of_file(file: Path) -> str:
     return decode_utf8(file.read_bytes(), str(file))
 
 
-def decode_utf8(data: bytes, place: str, first_line: int = 1) -> str:
+def decode_utf8(data: bytes, source: str, first_line: int = 1) -> str:
     """UTF-8 bytes as text without a last line break; anything else is a `UserError` that names the line."""
     try:
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         text = error.object  # the data without a byte order mark
         line = text.count(b"\n", 0, error.start) + first_line
-        raise UserError(f"{place} is not UTF-8 text: line {line} has the byte 0x{text[error.start]:02x}.") from error
+        raise UserError(f"{source} is not UTF-8 text: line {line} has the byte 0x{text[error.start]:02x}.") from error
 
 
 def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> list[str]:

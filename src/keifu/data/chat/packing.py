@@ -125,9 +125,9 @@ class PackedConversations(EpochBatches):
         sizes = np.array([sum(len(self.training[index].ids) for index in row) for row in self.rows])
         return self.make_batch(False, np.argsort(-sizes, kind="stable")[: self.batch_size])
 
-    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+    def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return some of the packed rows. The first token of a conversation is not learned: nothing precedes it."""
-        part, rows = (self.held, self.held_rows) if held else (self.training, self.rows)
+        part, rows = (self.held, self.held_rows) if validating else (self.training, self.rows)
         packed = [[part[index] for index in rows[item]] for item in items]
         tokens = [[*chain.from_iterable(turns.ids for turns in row)] for row in packed]
         learned = [[*chain.from_iterable((False, *turns.learned[1:]) for turns in row)] for row in packed]

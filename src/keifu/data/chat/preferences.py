@@ -213,10 +213,10 @@ class PreferencePairs(EpochBatches):
         lengths = [max(len(answer.ids) for answer in pair) for pair in self.parts[0]]
         return self.make_batch(False, np.argsort(lengths)[-self.batch_size :])
 
-    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+    def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return some of the pairs, with the numbers that belong to them."""
-        made = stack_rows([self.parts[held][item] for item in items], self.pad_id)
-        return made | {self.BESIDE: self.references[held][items, : made["tokens"].shape[1]]}
+        made = stack_rows([self.parts[validating][item] for item in items], self.pad_id)
+        return made | {self.BESIDE: self.references[validating][items, : made["tokens"].shape[1]]}
 
 
 class RankedAnswers(PreferencePairs):

@@ -187,9 +187,9 @@ class TensorBatches(EpochBatches):
                 digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def make_batch(self, held: bool, items: np.ndarray) -> Batch:
+    def make_batch(self, validating: bool, items: np.ndarray) -> Batch:
         """Return some of the rows as they are."""
-        rows, chosen = self.held if held else self.training, torch.from_numpy(items)
+        rows, chosen = self.held if validating else self.training, torch.from_numpy(items)
         return {"inputs": rows.inputs[chosen], "targets": rows.targets[chosen]}
 
     def batch(self, step: int) -> Batch:

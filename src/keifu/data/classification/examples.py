@@ -59,14 +59,14 @@ class Examples:
         groups: dict[str, list[int]] = defaultdict(list)
         for index, text_key in enumerate(keys):
             groups[text_key].append(index)
-        held: list[int] = []
+        validation: list[int] = []
         training: list[int] = []
         for _, indices in sorted(groups.items()):
-            (held if len(held) + len(indices) <= held_out else training).extend(indices)
+            (validation if len(validation) + len(indices) <= held_out else training).extend(indices)
         known = {self.rows[index].label for index in training}
-        alone = {keys[index] for index in held if self.rows[index].label not in known}
-        training += [index for index in held if keys[index] in alone]
-        return self.chosen(training), self.chosen(index for index in held if keys[index] not in alone)
+        alone = {keys[index] for index in validation if self.rows[index].label not in known}
+        training += [index for index in validation if keys[index] in alone]
+        return self.chosen(training), self.chosen(index for index in validation if keys[index] not in alone)
 
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:

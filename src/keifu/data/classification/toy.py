@@ -98,9 +98,9 @@ def _digits() -> ToyDataset:
     """Return the catalogue's 5,000 MNIST digits with pixels from 0 to 1; 1,000 are held out, 100 of each."""
     pictures, labels = mnist()
     inputs = pictures.flatten(1).float() / 255
-    training, held = (LabelledTensors(inputs[part], labels[part]) for part in stratified_sample(labels, 1000))
+    training, validation = (LabelledTensors(inputs[part], labels[part]) for part in stratified_sample(labels, 1000))
     mean, scale = (value.expand(inputs.shape[1]) for value in (training.inputs.mean(), training.inputs.std()))
-    return ToyDataset(training, held, mean, scale, (), tuple("0123456789"))
+    return ToyDataset(training, validation, mean, scale, (), tuple("0123456789"))
 
 
 def _table(name: str, label: str | None) -> ToyDataset:
@@ -109,8 +109,8 @@ def _table(name: str, label: str | None) -> ToyDataset:
     if len(table.classes) == 1:
         raise UserError(f"There is nothing to classify in {name}: all its rows have the label {table.classes[0]!r}.")
     rows = LabelledTensors(table.inputs.float(), table.targets)
-    training = held = rows
+    training = validation = rows
     if len(rows) >= ENOUGH:
         parts = stratified_sample(rows.targets, len(rows) // 5)
-        training, held = (LabelledTensors(rows.inputs[part], rows.targets[part]) for part in parts)
-    return ToyDataset(training, held, *standardisation(training.inputs), table.columns, table.classes)
+        training, validation = (LabelledTensors(rows.inputs[part], rows.targets[part]) for part in parts)
+    return ToyDataset(training, validation, *standardisation(training.inputs), table.columns, table.classes)

@@ -80,13 +80,13 @@ class ImageBatches(EpochBatches):
             batch |= _caption_tokens(self.training_tokens, indices, languages)
         return batch
 
-    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+    def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return some pictures as they are; held-out ones with their captions."""
-        pictures = self.held if held else self.training
+        pictures = self.held if validating else self.training
         batch = {"pictures": pictures.take(items), "indices": torch.from_numpy(items)}
         if pictures.classes:
             batch["labels"] = torch.from_numpy(pictures.labels[items])
-        if held and self.held_tokens is not None:
+        if validating and self.held_tokens is not None:
             batch |= _caption_tokens(self.held_tokens, items, items % len(self.held_tokens))
         return batch
 

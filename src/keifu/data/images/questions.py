@@ -130,9 +130,9 @@ class QuestionBatches(EpochBatches):
         """Return a batch of the longest rows."""
         return self.make_batch(False, np.argsort([len(ids) for ids, *_ in self.rows[0]])[-self.batch_size :])
 
-    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+    def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return some rows, padded on the right."""
-        ids, masks, names = zip(*(self.rows[held][item] for item in items), strict=True)
+        ids, masks, names = zip(*(self.rows[validating][item] for item in items), strict=True)
         tokens, real = stack_rows(ids, self.pad_id)
         learned, _ = stack_rows([list(map(int, mask)) for mask in masks], 0)
         pictures = self._pictures[[self._place[name] for name in names]]

@@ -89,20 +89,20 @@ class PackedText:
 
 def _check_lengths(shards: Shards, context_length: int) -> None:
     """Raise a `UserError` that says what helps if a part is shorter than a window."""
-    training, held, needed = len(shards.tokens), len(shards.validation), context_length + 1
-    if min(training, held) >= needed:
+    training, validation, needed = len(shards.tokens), len(shards.validation), context_length + 1
+    if min(training, validation) >= needed:
         return
-    total = training + held
+    total = training + validation
     ways = ["give more text"]
     if total >= 2 * needed:
         ways.append(f"hold out a share of {math.ceil(100 * needed / total) / 100:g}")
-    longest, longest_with_half = min(training, held) - 1, total // 2 - 1
+    longest, longest_with_half = min(training, validation) - 1, total // 2 - 1
     if longest >= min(SHORT, longest_with_half) > 0:
         ways.append(f"lower the context length to {longest} or less")
     elif longest_with_half > 0:
         ways.append(f"lower the context length to {longest_with_half} or less and hold out a share of 0.5")
     raise UserError(
-        f"{shards.index['source']} has {training:,} tokens to train on and {held:,} held out, but a context of "
+        f"{shards.index['source']} has {training:,} tokens to train on and {validation:,} held out, but a context of "
         f"{context_length} needs at least {needed} of each: {', or '.join(ways)}."
     )
 

@@ -127,11 +127,11 @@ def _held(count: int, share: float) -> np.ndarray:
 def _two_parts(source: str | Path, made: Sentences, share: float) -> tuple[Sentences, Sentences]:
     """Return the training part and the held-out part."""
     count = len(made.documents) - 1
-    held = _held(count, share)
-    if count - len(held) < 2 or not len(held):
+    validation = _held(count, share)
+    if count - len(validation) < 2 or not len(validation):
         few = f"{source} has {count} documents of {PART} sentences or less: too few to hold out {share:.0%} of them"
         raise UserError(f"{few}; give more text, or hold out a larger share.")
-    return made.take(np.setdiff1d(np.arange(count), held)), made.take(held)
+    return made.take(np.setdiff1d(np.arange(count), validation)), made.take(validation)
 
 
 def _write(source: str | Path, parts: tuple[Sentences, Sentences], folder: Path) -> dict[str, Any]:
@@ -152,5 +152,5 @@ def _open(folder: Path, index: dict[str, Any]) -> SentenceShards:
     from safetensors.torch import load_file
 
     loaded = [load_file(folder / f"{part}.safetensors") for part in PARTS]
-    training, held = (Sentences(**{name: tensor.numpy() for name, tensor in each.items()}) for each in loaded)
-    return SentenceShards(training, held, index)
+    training, validation = (Sentences(**{name: tensor.numpy() for name, tensor in each.items()}) for each in loaded)
+    return SentenceShards(training, validation, index)

@@ -255,13 +255,13 @@ def split(
                 f"{len(rows):,} distinct pairs cannot be split into training, validation and test without a sentence "
                 "in two of them: give more pairs."
             )
-    held = [part if own is None else own.rows for own, part in zip((validation, test), drawn, strict=True)]
-    hidden = {normalize(side) for part in held for pair in part for side in pair}
+    kept_out = [part if own is None else own.rows for own, part in zip((validation, test), drawn, strict=True)]
+    hidden = {normalize(side) for part in kept_out for pair in part for side in pair}
     train = [pair for pair, both in zip(rows, sides, strict=True) if hidden.isdisjoint(both)]
     if not train:
         raise UserError(f"Every pair of {pairs.name} shares a sentence with one held out: nothing is left to train on.")
     kept = len(train) + sum(len(part) for own, part in zip((validation, test), drawn, strict=True) if own is None)
-    return PairSplit(train, *held, dropped=len(pairs) - kept)
+    return PairSplit(train, *kept_out, dropped=len(pairs) - kept)
 
 
 def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen: set[str]) -> Iterator[int]:

@@ -304,24 +304,24 @@ def write_neighbours(
     )
 
 
-def _held_out(drawer: ImageModel, held: ImageDataset, request: EvalRequest) -> EvalResult:
+def _held_out(drawer: ImageModel, pictures: ImageDataset, request: EvalRequest) -> EvalResult:
     """Return reconstruction and bits of held-out images; where that cannot be, a note, or a `UserError` if it was
     requested by name."""
     try:
-        if not len(held):
+        if not len(pictures):
             raise UserError(
                 f"Too few pictures are in {request.on} to hold one out, so none can be found again in noise."
             )
         if drawer.coder is not None:
             raise UserError("This model sees latents and no pixels, so pictures are not found again in their noise.")
-        condition_labels(drawer, held)
+        condition_labels(drawer, pictures)
     except UserError as error:
         if request.metric:
             raise
         return EvalResult({}, (str(error),))
     figures, tables, notes, size = {}, {}, [], request.batch_size or BATCH
     if request.metric in (None, "reconstruction"):
-        chosen = held.spread(request.limit or AGAIN)
+        chosen = pictures.spread(request.limit or AGAIN)
         figures, tables["reconstruction"] = reconstruct(drawer, chosen, request.seed, size)
         notes.append(
             f"PSNR and SSIM: {len(chosen):,} held-out pictures, noise added until a half of their variance is left "
@@ -329,7 +329,7 @@ def _held_out(drawer: ImageModel, held: ImageDataset, request: EvalRequest) -> E
             f"{min(STEPS, drawer.noise.steps)} steps."
         )
     if request.metric == "bits" or (request.metric is None and not drawer.noise.flows):  # which have no bound
-        chosen = held.spread(request.limit or COUNTED)
+        chosen = pictures.spread(request.limit or COUNTED)
         figures |= bits(drawer, chosen, request.seed, size)
         notes.append(
             f"bits/dim: the variational bound of {len(chosen):,} held-out pictures, one draw of noise for each of "

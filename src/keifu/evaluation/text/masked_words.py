@@ -97,7 +97,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     vocabulary = MaskingVocabulary.of(tokenizer)
     size, most = request.batch_size or 32, request.limit or ROWS
     batches = [*MaskedText(shards, vocabulary, masking, size, validation_rows=most).validation()]
-    hidden, told = _fill_in(model, batches, vocabulary.mask)
+    hidden, next_found = _fill_in(model, batches, vocabulary.mask)
     training = shards.training.tokens
     looked_up = NeighbourLookup(training, tokenizer.vocab_size)(hidden.left, hidden.right) == hidden.targets
     classes = token_classes(tokenizer, vocabulary, training)[hidden.targets]
@@ -109,7 +109,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         "masked words": len(hidden.targets),
     }
     if masking.sentence_pairs:
-        figures["sentence pairs right"] = round(float(np.mean(told)), 4)
+        figures["sentence pairs right"] = round(float(np.mean(next_found)), 4)
     rows = sum(len(batch["tokens"]) for batch in batches)
     note = (
         f"{rows:,} rows of at most {masking.length} tokens, of the documents of {request.on} that keifu holds out. "
@@ -154,7 +154,7 @@ def token_classes(tokenizer: Tokenizer, vocabulary: MaskingVocabulary, training:
 
 def _fill_in(model: Any, batches: Sequence[dict[str, torch.Tensor]], mask_id: int) -> tuple[HiddenTokens, list[bool]]:
     """Return the hidden tokens with the model's answers, and whether it tells each pair of sentences."""
-    parts, told, first = list[tuple[np.ndarray, ...]](), list[bool](), 0
+    parts, next_found, first = list[tuple[np.ndarray, ...]](), list[bool](), 0
     with evaluation_mode(model), counting("Evaluating", len(batches), "batches") as progress:
         for done, cpu in enumerate(batches, 1):
             batch = {name: values.to(device_of(model)) for name, values in cpu.items()}
@@ -168,10 +168,10 @@ def _fill_in(model: Any, batches: Sequence[dict[str, torch.Tensor]], mask_id: in
             part = rows + first, targets, logits.argmax(-1), losses, *around
             parts.append(tuple(values.cpu().numpy() for values in part))
             if "random_next" in batch:
-                told += (model.next_sentence(model.pool(states)).argmax(-1) == batch["random_next"]).tolist()
+                next_found += (model.next_sentence(model.pool(states)).argmax(-1) == batch["random_next"]).tolist()
             first += len(states)
             progress(done)
-    return HiddenTokens(*map(np.concatenate, zip(*parts, strict=True))), told
+    return HiddenTokens(*map(np.concatenate, zip(*parts, strict=True))), next_found
 
 
 def _interval(values: np.ndarray, rows: np.ndarray) -> str:

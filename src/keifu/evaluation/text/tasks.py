@@ -137,7 +137,7 @@ EXAMPLES = 200  # others, to draw demonstrations from
 
 def topics() -> FewShotTask:
     """Make a task of topics: one of 12 for a Wikipedia article, from the first 60 words of its title and summary."""
-    learned, held = read("wiki-summaries").split(HELD_OUT_ARTICLES)
+    learned, validation = read("wiki-summaries").split(HELD_OUT_ARTICLES)
     labels = learned.classes
 
     def items(table: Examples) -> tuple[TaskItem, ...]:
@@ -145,7 +145,7 @@ def topics() -> FewShotTask:
         pairs = zip(shown, table.labels, strict=True)
         return tuple(TaskItem(f"Article: {text}\nTopic:", topic, labels) for text, topic in pairs)
 
-    return FewShotTask("topics", items(held), items(learned), unconditional="Topic:")
+    return FewShotTask("topics", items(validation), items(learned), unconditional="Topic:")
 
 
 def titles() -> FewShotTask:

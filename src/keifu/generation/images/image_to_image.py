@@ -113,13 +113,13 @@ class InputImage:
 
     def pixels(self, size: tuple[int, int], channels: int) -> Float[Tensor, "channels height width"]:
         """Numbers from -1 to 1, scaled and centre-cropped to this size."""
-        held = fit_image(self.image(), size, channels)
-        return to_signed(torch.from_numpy(held.copy()).permute(2, 0, 1))
+        fitted = fit_image(self.image(), size, channels)
+        return to_signed(torch.from_numpy(fitted.copy()).permute(2, 0, 1))
 
     def white(self, size: tuple[int, int]) -> Bool[Tensor, "1 height width"]:
         """Return the mask of pixels lighter than middle grey, scaled and cropped in the same way."""
-        held = fit_image(self.image(), size, 1)
-        return torch.from_numpy(held.copy()).permute(2, 0, 1) >= WHITE_FROM
+        fitted = fit_image(self.image(), size, 1)
+        return torch.from_numpy(fitted.copy()).permute(2, 0, 1) >= WHITE_FROM
 
 
 def read_input_image(path: str | Path) -> InputImage:

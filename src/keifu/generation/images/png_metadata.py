@@ -77,8 +77,8 @@ class ImageRecord:
         text = "" if wanted.text is None else f" from {wanted.text!r}"
         text += "" if wanted.init is None else f" on {wanted.init.place}"
         sentence = f"Drawn by {self.model}{text}, {wanted.sampler}, {wanted.steps} steps, seed {seed}"
-        told = json.dumps(asdict(self), ensure_ascii=False)
-        return {CHUNK: told, "Software": f"keifu {__version__}", "Description": sentence}
+        record = json.dumps(asdict(self), ensure_ascii=False)
+        return {CHUNK: record, "Software": f"keifu {__version__}", "Description": sentence}
 
 
 def read_record(path: Path) -> ImageRecord:
@@ -88,15 +88,15 @@ def read_record(path: Path) -> ImageRecord:
         with Image.open(path) as image:
             check_size(image, str(path))
             image.load()
-            told = image.info.get(CHUNK)
+            chunk = image.info.get(CHUNK)
     except UnidentifiedImageError:
         raise UserError(f"{path} is no picture.") from None
     except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is damaged: {error}.") from None
-    if told is None:
+    if chunk is None:
         raise UserError(f"{path} does not say how it was drawn: it was not drawn by keifu, or was saved anew since.")
     try:
-        return _record(parse_json(told, path))
+        return _record(parse_json(chunk, path))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"The record of {path} cannot be read ({error}): another keifu wrote it.") from error
 
@@ -121,11 +121,11 @@ def _record(json: dict[str, Any]) -> ImageRecord:
     wanted = dict(json["drawing"])
     wanted["size"] = tuple(wanted["size"])
     for name in ("init", "mask", "towards"):
-        told = wanted.get(name)
-        wanted[name] = InputImage(**told) if isinstance(told, dict) else told
+        facts = wanted.get(name)
+        wanted[name] = InputImage(**facts) if isinstance(facts, dict) else facts
     json = {"kept": (), "loras": (), **json}  # older pictures do not say it
     missing = {each.name for each in fields(ImageRecord)} - json.keys()
     if missing:
         raise KeyError(", ".join(sorted(missing)))
-    told = {"drawing": ImageRequest(**wanted), "kept": tuple(json["kept"])}
-    return ImageRecord(**{**json, **told, "loras": tuple(LoraRecord(**each) for each in json["loras"])})
+    facts = {"drawing": ImageRequest(**wanted), "kept": tuple(json["kept"])}
+    return ImageRecord(**{**json, **facts, "loras": tuple(LoraRecord(**each) for each in json["loras"])})

@@ -39,8 +39,8 @@ class StopText:
 
     def flush(self) -> str:
         """Return the text held back, which is no stop string since no more text comes."""
-        held, self._held = self._held, ""
-        return held
+        text, self._held = self._held, ""
+        return text
 
     def _beginning(self, text: str) -> int:
         """How many characters at the end of the text are the beginning of a stop string."""

@@ -151,11 +151,11 @@ class History:
         seen = None if settings.repetition is None else count(prompts, written) > 0
         return cls(seen, count(written) if settings.counts else None)
 
-    def take(self, rows: Sequence[int], other: "History", places: Sequence[int]) -> None:
+    def take(self, rows: Sequence[int], other: "History", positions: Sequence[int]) -> None:
         """Copy these rows from another history, which has all that they need."""
         for own, theirs in ((self.seen, other.seen), (self.counts, other.counts)):
             if own is not None and theirs is not None:
-                own[rows] = theirs[places]
+                own[rows] = theirs[positions]
 
     def add(self, tokens: Int[Tensor, " rows"]) -> None:
         """Count one new token of each row."""

@@ -147,5 +147,5 @@ def in_words(sampling: SamplingParams) -> str:
     penalties = [name for name in values if name.endswith("_penalty")]
     names = ["temperature", *CHOOSING[1:], *penalties, "seed"] if sampling.temperature else penalties
     neutral = {**vars(SamplingParams()), "temperature": None}
-    told = [f"{name.replace('_', '-')} {values[name]}" for name in names if values[name] != neutral[name]]
-    return ", ".join([*([] if sampling.temperature else ["greedy"]), *told])
+    words = [f"{name.replace('_', '-')} {values[name]}" for name in names if values[name] != neutral[name]]
+    return ", ".join([*([] if sampling.temperature else ["greedy"]), *words])

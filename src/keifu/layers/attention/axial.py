@@ -58,8 +58,8 @@ class Grid:
         """Mask of an axial attention: text sees what comes before, a position the whole text and its `offsets`."""
         length = self.prefix + self.places
         mask = torch.ones(length, length, dtype=torch.bool).tril()
-        places = torch.arange(self.places)
-        mask[self.prefix :, self.prefix :] &= self._near(places[:, None], places, pattern)
+        positions = torch.arange(self.places)
+        mask[self.prefix :, self.prefix :] &= self._near(positions[:, None], positions, pattern)
         return mask
 
     def window(self, pattern: Pattern) -> Bool[Tensor, "rows columns window"]:
@@ -73,9 +73,9 @@ class Grid:
     def _near(self, queries: Int[Tensor, "..."], keys: Int[Tensor, "..."], pattern: Pattern) -> Bool[Tensor, "..."]:
         return torch.isin(queries - keys, torch.tensor(self.offsets(pattern)))
 
-    def seen_from(self, pattern: Pattern, place: int) -> Int[Tensor, " seen"]:
+    def seen_from(self, pattern: Pattern, position: int) -> Int[Tensor, " seen"]:
         """Return the tokens that one position of the grid sees, itself the last."""
-        earlier = [self.prefix + place - offset for offset in reversed(self.offsets(pattern)) if offset <= place]
+        earlier = [self.prefix + position - offset for offset in reversed(self.offsets(pattern)) if offset <= position]
         return torch.cat([torch.arange(self.prefix), torch.tensor(earlier)])
 
     def rows_seen(self, pattern: Pattern) -> int:

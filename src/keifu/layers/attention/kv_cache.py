@@ -100,12 +100,12 @@ class KVState:
         chosen, into, origin = torch.cat(parts).to(self.device).split([*map(len, parts)])
         self.fixed = [x[chosen] for x in self.fixed]
         if count > len(self.keys[0]):
-            self.keys, self.values = ([x[chosen] for x in held] for held in (self.keys, self.values))
+            self.keys, self.values = ([x[chosen] for x in tensors] for tensors in (self.keys, self.values))
             return
-        for held in (self.keys, self.values):
-            for x in held:
+        for tensors in (self.keys, self.values):
+            for x in tensors:
                 x[into, :, :longest] = x[origin, :, :longest]
-        self.keys, self.values = ([x[:count] for x in held] for held in (self.keys, self.values))
+        self.keys, self.values = ([x[:count] for x in tensors] for tensors in (self.keys, self.values))
 
 
 class Pass:

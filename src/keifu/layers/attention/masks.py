@@ -24,8 +24,8 @@ class DocumentMask:
 
     def __init__(self, documents: Tokens):
         self.documents = documents
-        places = torch.arange(documents.shape[1], device=documents.device)
-        self.apart = places[:, None] - places
+        positions = torch.arange(documents.shape[1], device=documents.device)
+        self.apart = positions[:, None] - positions
         self.same = (documents[:, :, None] == documents[:, None]) & (self.apart >= 0)
 
     def visible(self, seen: int, window: int | None) -> Bool[Tensor, "batch 1 length seen"]:
@@ -44,10 +44,10 @@ def segments_of(mask: "CausalMask | DocumentMask | None", length: int) -> Int[Te
 
 def positions_in(documents: Tokens) -> Tokens:
     """How far each token is from the beginning of its document."""
-    places = torch.arange(documents.shape[1], device=documents.device)
+    positions = torch.arange(documents.shape[1], device=documents.device)
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return places - torch.where(begins, places, 0).cummax(1).values
+    return positions - torch.where(begins, positions, 0).cummax(1).values
 
 
 def real_tokens(tokens: Tokens, end: int | None) -> Bool[Tensor, "batch length"]:

@@ -54,8 +54,8 @@ class SinusoidalPositions(nn.Module):
         table = self._table
         if table is None or (table.dtype, table.device) != (like.dtype, like.device):
             with torch.inference_mode(False):  # made while generating, it must serve training too
-                places = torch.arange(self.context_length, device=like.device)
-                table = self._table = sinusoids(places, self.dim, self.interleaved).to(like.dtype)
+                positions = torch.arange(self.context_length, device=like.device)
+                table = self._table = sinusoids(positions, self.dim, self.interleaved).to(like.dtype)
         return table[start:end]
 
 

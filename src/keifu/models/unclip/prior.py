@@ -107,9 +107,9 @@ class Prior(nn.Module):
         """
         if tokens.shape[1] != self.config.context_length:
             raise UserError(f"The prior reads captions of {self.config.context_length} tokens, not {tokens.shape[1]}.")
-        kind, held = x.dtype, self.positions.dtype
+        kind, held_dtype = x.dtype, self.positions.dtype
         time = self.time(timestep.reshape(-1).expand(len(x)))
-        beside = [self.caption(self.caption_norm(caption)), time.to(held), self.noisy(x.to(held))]
+        beside = [self.caption(self.caption_norm(caption)), time.to(held_dtype), self.noisy(x.to(held_dtype))]
         parts = [self.tokens(tokens), torch.stack(beside, 1)]
         hidden = torch.cat(parts if self.query is None else [*parts, self.query.expand(len(x), -1, -1)], 1)
         hidden = self.first_norm(hidden + self.positions)

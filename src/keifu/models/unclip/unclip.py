@@ -67,9 +67,9 @@ class Config(clip_text.WithText):
             raise UserError(f"Embeddings have {wanted} numbers, and its parts {(*own, *images, *priors)}.")
         if not all(encoder.projected for encoder in (self.text, self.image) if encoder is not None):
             raise UserError("An encoder has no projection into the space of CLIP's embeddings, which unCLIP needs.")
-        told = self.conditions.time_dim, self.conditions.context_dim
-        if told != (self.decoder.label_dim or self.decoder.time_width, self.decoder.context_dim):
-            raise UserError(f"The decoder is given {told} numbers, which are not as many as it reads.")
+        widths = self.conditions.time_dim, self.conditions.context_dim
+        if widths != (self.decoder.label_dim or self.decoder.time_width, self.decoder.context_dim):
+            raise UserError(f"The decoder is given {widths} numbers, which are not as many as it reads.")
         if self.prior is not None and self.prior.context_length != self.text.context_length:
             raise UserError(f"The prior reads {self.prior.context_length} tokens, and captions have "
                              f"{self.text.context_length}.")  # fmt: skip

@@ -139,8 +139,8 @@ def finetune(
 
 def counted(what: str, parts: Sequence[Any], dropped: int) -> dict[str, int]:
     """Return lines of the report: the examples of both parts, and those that were too long."""
-    learned, held = map(len, parts)
-    return {f"{what} to learn from": learned, f"{what} held out": held, "too long, left out": dropped}
+    learned, validation = map(len, parts)
+    return {f"{what} to learn from": learned, f"{what} held out": validation, "too long, left out": dropped}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,10 +219,10 @@ def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> tuple[li
     """To learn from, and held out, by a hash of each item's text: those with the same text stay on one side."""
     check_value("held_out", share, BELOW_ONE)
     keys = [hashlib.sha256(text.strip().lower().encode()).digest() for text in texts]
-    held = {*sorted({*keys})[: round(share * len({*keys}))]}
+    chosen = {*sorted({*keys})[: round(share * len({*keys}))]}
     sides: tuple[list[T], list[T]] = [], []
     for key, item in zip(keys, items, strict=True):
-        sides[key in held].append(item)
+        sides[key in chosen].append(item)
     return sides
 
 
@@ -384,9 +384,9 @@ def learn_from_rollouts(
     # warnings of a run that is resumed compare with its own first figures
     first = next((line for line in metrics.read(out) if "reward" in line), {}) if resume else {}
     watched = DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
-    learned, held = task.data.parts
+    learned, validation = task.data.parts
     made = {"source": f"{recipe.data} (problems made here)", **asdict(recipe.sums)}
-    counts = {"prompts to learn from": len(learned), "prompts held out": len(held)}
+    counts = {"prompts to learn from": len(learned), "prompts held out": len(validation)}
     about: dict[str, Any] = {"normal ranges": describe(watched.normal)}
     summary = finetune(
         recipe, task, objective, settings, out, resume,

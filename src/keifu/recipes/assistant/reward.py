@@ -67,9 +67,9 @@ def prepare(recipe: Recipe) -> RewardTask:
     require_whole()
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = finetuning.row_length(model, recipe.context_length)
-    answers, told = attrgetter("answers"), ("prompts have an answer", "")
+    answers, reason = attrgetter("answers"), ("prompts have an answer", "")
     learned, tested, dropped = finetuning.ranked_examples(
-        recipe, lambda each: [ranking_of(tokenizer, each)], answers, length, told
+        recipe, lambda each: [ranking_of(tokenizer, each)], answers, length, reason
     )
     shown = demonstrations(recipe.demonstrations, tokenizer, length) or [each.answers[0].ids for each in learned]
     tokenizer = finetuning.padding(tokenizer, shown)
@@ -126,18 +126,18 @@ def leave(task: RewardTask, directory: Path) -> None:
     model: Any = merge(copy.deepcopy(task.model))  # what is trained stays as it is
     task_head.shift(model, -float(scores_of(model, task.demonstrations, task.tokenizer.pad_id or 0).mean()))
     checkpoints.save(model, task.tokenizer, directory)
-    told = calibration(margins(model, task.data.validation()))
-    write_atomic(directory / CURVES, json.dumps([calibration_chart(told)] if told.count else []))
+    figures = calibration(margins(model, task.data.validation()))
+    write_atomic(directory / CURVES, json.dumps([calibration_chart(figures)] if figures.count else []))
 
 
-def calibration_chart(told: Calibration) -> dict[str, Any]:
+def calibration_chart(figures: Calibration) -> dict[str, Any]:
     """Return how often the model is right at each level of confidence, over held-out pairs."""
-    points = [*zip(told.sure, told.right, strict=True)]
+    points = [*zip(figures.sure, figures.right, strict=True)]
     curves = [
         {"name": "held-out pairs", "points": points, "marked": True},
         {"name": "as sure as right", "points": [[0.5, 0.5], [1.0, 1.0]]},
     ]
-    title = f"Calibration: off by {told.error:.3f} on average over {sum(told.count):,} pairs"
+    title = f"Calibration: off by {figures.error:.3f} on average over {sum(figures.count):,} pairs"
     return {"title": title, "y_label": "share that is right", "x_label": "how sure", "curves": curves}
 
 

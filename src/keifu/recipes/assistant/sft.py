@@ -76,17 +76,17 @@ def prepare(recipe: Recipe) -> SFTTask:
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = finetuning.row_length(model, recipe.context_length)
     objective, distill = recipe.distill.objective(tokenizer, length, model), recipe.distill
-    training, held = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
+    training, unseen = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
     learned, tested = (
         fit_conversations([TurnMasks(*tokenizer.render_turns(each)) for each in part], length, recipe.too_long)
-        for part in (training, held)
+        for part in (training, unseen)
     )
     rows, pad = (learned.kept, tested.kept), tokenizer.pad_id or 0
     model = finetuning.to_train(model, recipe.lora, recipe.seed)
     own = model, tokenizer, distill.own_share, distill.max_tokens
     data = partial(StudentAnswers, *own) if distill.own_share else PackedConversations
     data = data(*rows, length, recipe.batch_size, recipe.seed, pad, recipe.packed)
-    return SFTTask(model, tokenizer, data, learned, tested, held[:SAMPLES], objective)
+    return SFTTask(model, tokenizer, data, learned, tested, unseen[:SAMPLES], objective)
 
 
 def select_conversations(found: list[Conversation], limit: int | None) -> list[Conversation]:
@@ -118,13 +118,13 @@ def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False) -> Sum
 
 def answers(task: SFTTask) -> str:
     """Return the model's answers to the first held-out questions."""
-    told = []
+    lines = []
     for conversation in task.shown:
         asked = next(message["content"] for message in conversation if message["role"] == "user")
         talk = Talk(task.model, task.tokenizer)
         said = "".join(talk.reply(asked, max_tokens=80, seed=0))
-        told.append(f"{asked}\n> {said}" + ("" if talk.finish_reason == "stop" else " ..."))
-    return "\n\n".join(told)
+        lines.append(f"{asked}\n> {said}" + ("" if talk.finish_reason == "stop" else " ..."))
+    return "\n\n".join(lines)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

@@ -128,13 +128,13 @@ def labels_of(training: Examples) -> tuple[str, ...]:
     return labels
 
 
-def ready(recipe: Recipe, training: Examples, held: Examples) -> TableTask:
+def ready(recipe: Recipe, training: Examples, validation: Examples) -> TableTask:
     """Make the task of these rows; all labels must be among those to learn from, two at least."""
     labels = labels_of(training)
     torch.manual_seed(recipe.seed)
     model, tokenizer = start_model(recipe, labels, training.texts)
     check_cut(recipe.cut, LEAST_CUT, model.config.context_length)
-    return encode(recipe, model, tokenizer, training, held, EncodedTexts)
+    return encode(recipe, model, tokenizer, training, validation, EncodedTexts)
 
 
 def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...]) -> tuple[Any, Tokenizer]:
@@ -166,10 +166,10 @@ def learn(recipe: Recipe, task: TableTask, out: Path, resume: bool = False) -> S
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu classify and transformers read afterwards, and print the held-out figures."""
-    training, held = tables(recipe)
+    training, validation = tables(recipe)
     if freezes(recipe, len(training)):
         labels_of(training)
-        frozen.learn(recipe, training, held, out)
+        frozen.learn(recipe, training, validation, out)
     else:
-        learn(recipe, ready(recipe, training, held), out, resume)
+        learn(recipe, ready(recipe, training, validation), out, resume)
     print(f'The model is in {out}: keifu classify {shell(out)} "A text".')

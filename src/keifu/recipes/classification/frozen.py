@@ -21,7 +21,7 @@ from keifu.recipes.classification.table_runs import LEAST_CUT, TableOptions, che
 from keifu.training.run.report import write_page
 
 
-def learn(recipe: TableOptions, training: Examples, held: Examples, out: Path) -> Confusion | None:
+def learn(recipe: TableOptions, training: Examples, unseen: Examples, out: Path) -> Confusion | None:
     """Fit the regression, save the model into `out` with a report, and print the figures; return those of held-out
     rows."""
     model, tokenizer = checkpoints.load(recipe.model, torch.float32)
@@ -37,10 +37,10 @@ def learn(recipe: TableOptions, training: Examples, held: Examples, out: Path) -
     found = fit_best(inputs, targets, len(labels))
     classifier = with_regression(model, config, labels, found)
     checkpoints.save(classifier, tokenizer, out)
-    tested = confusion(classifier, tokenizer, held, recipe) if len(held) else None
+    tested = confusion(classifier, tokenizer, unseen, recipe) if len(unseen) else None
     text = sentence(len(training), found, tested)
     facts = {
-        "encoder": recipe.model, "data": recipe.data, "rows": len(training), "held out": len(held), "cut": shortened,
+        "encoder": recipe.model, "data": recipe.data, "rows": len(training), "held out": len(unseen), "cut": shortened,
         "strength C": found.strength, "cross-validated accuracy": found.accuracy,
     }  # fmt: skip
     pictures = {} if tested is None else {"confusion": tested.picture()}
@@ -62,11 +62,11 @@ def with_regression(model: Any, config: bert.Config, labels: tuple[str, ...], fo
     return classifier
 
 
-def confusion(model: bert.Bert, tokenizer: Any, held: Examples, recipe: TableOptions) -> Confusion:
+def confusion(model: bert.Bert, tokenizer: Any, validation: Examples, recipe: TableOptions) -> Confusion:
     """Return the confusion matrix of held-out rows, as `keifu classify --on` computes it."""
     judge = text_classifier(model, tokenizer)
-    rows, _ = judge.read(held, recipe.cut or judge.limit, recipe.cut is not None)
-    return judge.confusion(held, judge.predict_proba(rows))
+    rows, _ = judge.read(validation, recipe.cut or judge.limit, recipe.cut is not None)
+    return judge.confusion(validation, judge.predict_proba(rows))
 
 
 def sentence(rows: int, found: Regression, tested: Confusion | None) -> str:

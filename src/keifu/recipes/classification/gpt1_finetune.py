@@ -75,20 +75,20 @@ def prepare(recipe: Recipe) -> TableTask:
     return ready(recipe, *table.split(round(recipe.held_out * len(table))))
 
 
-def ready(recipe: Recipe, training: Examples, held: Examples) -> TableTask:
+def ready(recipe: Recipe, training: Examples, validation: Examples) -> TableTask:
     """Make the task of these examples; all labels must be among those to learn from, two at least."""
     labels, answers = training.classes, input_formats.form_of(recipe.form).answers
     if len(labels) < 2:
         raise UserError(f"There is nothing to tell apart in {training.source}: every label is {', '.join(labels)!r}.")
-    _check_labels(held, () if answers else labels)
+    _check_labels(validation, () if answers else labels)
     torch.manual_seed(recipe.seed)
     model, tokenizer = start_model(recipe, () if answers else labels)
     check_cut(recipe.cut, LEAST_CUT, model.config.context_length)
-    return encode(recipe, model, tokenizer, training, held, FormBatches)
+    return encode(recipe, model, tokenizer, training, validation, FormBatches)
 
 
-def _check_labels(held: Examples, labels: tuple[str, ...]) -> None:
-    for row in held.rows if labels else ():
+def _check_labels(validation: Examples, labels: tuple[str, ...]) -> None:
+    for row in validation.rows if labels else ():
         if row.label not in labels:
             known = ", ".join(map(repr, labels[:5])) + (", ..." if len(labels) > 5 else "")
             raise UserError(

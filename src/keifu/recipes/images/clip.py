@@ -190,14 +190,14 @@ def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: ImageDataset, limit: 
 
 def describe(task: ClipTask, languages: Sequence[str]) -> str:
     """Return recall on the held-out pictures, a line for each language and direction."""
-    held, lines = task.parts.validation, list[str]()
-    points = retrieval.embed_bytes(task.model, held.batches(64))
+    validation, lines = task.parts.validation, list[str]()
+    points = retrieval.embed_bytes(task.model, validation.batches(64))
     for code in languages:
-        texts = retrieval.embed_texts(task.model, task.tokenizer, held.texts(code), cut=True)
+        texts = retrieval.embed_texts(task.model, task.tokenizer, validation.texts(code), cut=True)
         found = retrieval.recall_both_ways(points, texts)
         for what, each in zip(("captions by picture", "pictures by caption"), found, strict=True):
             shares = "  ".join(f"R@{first} {share:.1%}" for first, share in each.shares.items())
-            lines.append(f"{code} {what}: {shares}  (of {len(held):,})")
+            lines.append(f"{code} {what}: {shares}  (of {len(validation):,})")
     return "\n".join(lines)
 
 

@@ -275,12 +275,12 @@ def train(
         print("The classes are not learned: add --classes to draw them by name.", flush=True)
     training = task.model, task.objective, task.data
     chosen = recipe.budget.fit(out, resume, *training, settings)
-    told = ("data", "fit", "distinct", "flip", "dequantise", "label_dropout", "times", *named)
+    reported = ("data", "fit", "distinct", "flip", "dequantise", "label_dropout", "times", *named)
     summary = train_run(
         out, resume, *training, chosen, title=f"{name} learns to draw “{Path(recipe.data).stem}”",
         parameters=parameters(task.model), sample=sampler(task.model, recipe.seed), paper=paper,
         **describe(
-            recipe, task.parts.train, told, {"model": asdict(task.model.config)}, share=recipe.held_out,
+            recipe, task.parts.train, reported, {"model": asdict(task.model.config)}, share=recipe.held_out,
             distinct=recipe.distinct,
         ),
     )  # fmt: skip

@@ -214,7 +214,7 @@ def sampler(task: LoraImageTask, recipe: Recipe) -> Callable[[int], bytes]:
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Train adapters into `out`, which keifu draw --lora and diffusers' load_lora_weights read afterwards."""
     task = prepare(recipe)
-    told = (
+    reported = (
         "model", "data", "languages", "words", "truncate", "rank", "alpha", "targets", "text_rank", "text_targets",
         "dora", "weighting", "caption_dropout",
     )  # fmt: skip
@@ -225,7 +225,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         paper="Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)",
         sample=sampler(task, recipe) if current().is_replicated else None,  # a split model is not sampled from
         save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
-        **describe(recipe, pictures, told, {"size": pictures.shape[1]}),
+        **describe(recipe, pictures, reported, {"size": pictures.shape[1]}),
     )  # fmt: skip
     print(f'The LoRA is in {out}: keifu draw {shell(recipe.model, task.prompts[0])} --lora {shell(out)} -o picture.png')
     return summary

@@ -57,10 +57,10 @@ def ask(teacher: str, dictionary: str | None, parts: ImageSplit) -> Lessons:
     sizes = [len(captions[0]), len(captions[1]), len(meanings)]
     points = embed(model, tokenizer, [*captions[0], *captions[1], *meanings], cut=True)
     points = F.normalize(points - points[: sizes[0]].mean(0), dim=-1)
-    training, held, meant = points.split(sizes)
+    training, validation, meant = points.split(sizes)
     number = {meaning: index for index, meaning in enumerate(meanings)}
     which = [*range(len(meanings)), *(number[meaning] for _, meaning in pairs)]
-    return Lessons(training, held, [*meanings, *(word for word, _ in pairs)], meant[which])
+    return Lessons(training, validation, [*meanings, *(word for word, _ in pairs)], meant[which])
 
 
 class Words(NamedTuple):
@@ -98,10 +98,10 @@ class TaughtBatches(ImageBatches):
             batch |= {"words": self.words.tokens[chosen], "word_points": self.words.points[chosen]}
         return batch
 
-    def make_batch(self, held: bool, items: np.ndarray) -> dict[str, Tensor]:
+    def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return some pictures as they are, with the teacher's embeddings of their captions."""
-        points = self.lessons.held if held else self.lessons.training
-        return super().make_batch(held, items) | {"points": points[torch.from_numpy(items)]}
+        points = self.lessons.held if validating else self.lessons.training
+        return super().make_batch(validating, items) | {"points": points[torch.from_numpy(items)]}
 
 
 def encode_words(lessons: Lessons, tokenizer: Tokenizer, limit: int) -> Words | None:

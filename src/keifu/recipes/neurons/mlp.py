@@ -116,8 +116,8 @@ def learn(
 ) -> Summary:
     """Train the network into a run folder."""
     full, augment = recipe.resolved(), distort if recipe.augment else None
-    held = 0 if learned.held is learned.training else len(learned.held)
-    counts = {"rows": len(learned.training), "held out": held, "classes": ", ".join(learned.classes)}
+    validating = 0 if learned.held is learned.training else len(learned.held)
+    counts = {"rows": len(learned.training), "held out": validating, "classes": ", ".join(learned.classes)}
     data = TensorBatches(learned.training, learned.held, chosen.batch_size, chosen.seed, augment)
     return train_run(
         out, resume, model, objective(recipe.loss), data, chosen, sample=sample, unit="rows",
@@ -228,5 +228,5 @@ def verdict(learned: ToyDataset, model: MLP) -> str:
     seen, rows = accuracy(model, learned.training), f"{len(learned.training):,}"
     if learned.held is learned.training:
         return f"Right: {seen:.1%} of the {rows} rows."
-    held = f"{accuracy(model, learned.held):.1%} of {len(learned.held):,} held-out rows"
-    return f"Right: {held}, {seen:.1%} of the {rows} learned from."
+    result = f"{accuracy(model, learned.held):.1%} of {len(learned.held):,} held-out rows"
+    return f"Right: {result}, {seen:.1%} of the {rows} learned from."

@@ -109,7 +109,7 @@ def counting_errors(tokenizer: Tokenizer, begin: int, tokens_per_word: float) ->
 def prepare(recipe: Recipe) -> tuple[nn.Module, Objective, OwnBatches, Tokenizer]:
     """Read the recordings, learn the tokenizer and build the model."""
     found, _ = read_recordings(recipe.data)
-    learned, held = held_out(range(len(found)), [each.speaker for each in found], recipe.held_out)
+    learned, validation = held_out(range(len(found)), [each.speaker for each in found], recipe.held_out)
     tokenizer = learn_tokenizer([" " + found[number].text for number in learned], recipe.vocab_size)
     end, start = (tokenizer.token_id(token) for token in SPECIAL[:2])
     config = replace(recipe.model, vocab_size=tokenizer.vocab_size, start_id=start, end_id=end, pad_id=end)
@@ -120,9 +120,9 @@ def prepare(recipe: Recipe) -> tuple[nn.Module, Objective, OwnBatches, Tokenizer
     features = torch.stack([hear(each, config.n_mels, 2 * config.audio_length) for each in found])
     target, mask = stack_rows(ids, end)
     source = {"features": features, "target": target, "target_mask": mask}
-    data = OwnBatches(source, recipe.training.batch_size, recipe.training.seed, held)
-    said = sum(len(words(found[number].text)) for number in held)
-    per_word = sum(len(ids[number]) - 1 for number in held) / max(1, said)
+    data = OwnBatches(source, recipe.training.batch_size, recipe.training.seed, validation)
+    said = sum(len(words(found[number].text)) for number in validation)
+    per_word = sum(len(ids[number]) - 1 for number in validation) / max(1, said)
     torch.manual_seed(recipe.training.seed)
     return whisper.build(config).to(choose()), counting_errors(tokenizer, len(prompt), per_word), data, tokenizer
 

@@ -144,8 +144,8 @@ async def _events(work: Callable[[Show], Any], kind: str) -> AsyncGenerator[dict
     loop, out = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
     def show(number: int, index: int, picture: Tensor) -> None:
-        told = {"index": number, "partial_image_index": index, "b64_json": _encoded(picture, {})}
-        loop.call_soon_threadsafe(out.put_nowait, {"type": f"{kind}.partial_image", **told})
+        event = {"index": number, "partial_image_index": index, "b64_json": _encoded(picture, {})}
+        loop.call_soon_threadsafe(out.put_nowait, {"type": f"{kind}.partial_image", **event})
 
     task = asyncio.ensure_future(work(show))
     task.add_done_callback(lambda _: out.put_nowait(None))
@@ -248,8 +248,8 @@ def _draw(
     seed = (record.drawing.seed or 0) + number
     picture: Tensor = pipeline.draw(record.drawing, [seed], watch)[0]
     own = {role: replace(vars(record.drawing)[role], place=name) for role, name in names.items()}
-    told = replace(record, drawing=replace(record.drawing, **own))
-    return {"b64_json": _encoded(picture, told.texts()), "seed": seed}
+    described = replace(record, drawing=replace(record.drawing, **own))
+    return {"b64_json": _encoded(picture, described.texts()), "seed": seed}
 
 
 def _encoded(picture: Tensor, texts: Mapping[str, str]) -> str:

@@ -160,16 +160,16 @@ class Turn:
             yield {"type": f"response.{part['type']}.done", **index, **text}
             yield {"type": "response.content_part.done", **index, "content_index": 0, "part": part}
         else:
-            told = {"name": item["name"], "arguments": item["arguments"]}
-            yield {"type": "response.function_call_arguments.done", **index, **told}
+            call = {"name": item["name"], "arguments": item["arguments"]}
+            yield {"type": "response.function_call_arguments.done", **index, **call}
         yield {"type": "response.output_item.done", "output_index": index["output_index"], "item": dict(item)}
 
     def _place(self) -> dict[str, Any]:
         return {"output_index": len(self.output) - 1, "item_id": self.output[-1]["id"]}
 
     def _call(self, index: int, part: Delta) -> dict[str, Any]:
-        told = {"call_id": self.reply.calls[part.call]["id"], "name": part.name, "arguments": ""}
-        return {"type": "function_call", "id": f"fc_{self.answer.id}_{index}", "status": "in_progress", **told}
+        call = {"call_id": self.reply.calls[part.call]["id"], "name": part.name, "arguments": ""}
+        return {"type": "function_call", "id": f"fc_{self.answer.id}_{index}", "status": "in_progress", **call}
 
     def _finish(self, status: str) -> dict[str, Any]:
         """Return the finished response, and store it if it is to be kept."""

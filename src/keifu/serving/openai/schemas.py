@@ -210,8 +210,8 @@ def tool_use(functions: Sequence[Function], choice: Any, name: str | None, paral
         raise ValueError("tool_choice is required, and there are no tools")
     if not known or choice == "none":
         return None
-    told = [function.model_dump(exclude_none=True, exclude={"strict", "type"}) for function in functions]
-    return ToolUse(told, name or choice or "auto", parallel is not False and name is None)
+    described = [function.model_dump(exclude_none=True, exclude={"strict", "type"}) for function in functions]
+    return ToolUse(described, name or choice or "auto", parallel is not False and name is None)
 
 
 class JsonSchema(Body):

@@ -145,8 +145,8 @@ def _in_words(messages: Messages, functions: Sequence[Mapping[str, Any]]) -> lis
 
     The functions are in the system message, calls are words of the assistant, and results are words of the user.
     """
-    told = TOLD.format(functions="\n".join(json.dumps(function, ensure_ascii=False) for function in functions))
-    found: list[dict[str, Any]] = [{"role": "system", "content": told}] if functions else []
+    described = TOLD.format(functions="\n".join(json.dumps(function, ensure_ascii=False) for function in functions))
+    found: list[dict[str, Any]] = [{"role": "system", "content": described}] if functions else []
     for message in messages:
         role, text = message["role"], message.get("content") or ""
         if role == "tool":

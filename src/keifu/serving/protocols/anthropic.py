@@ -146,8 +146,8 @@ async def _message(answer: Answer) -> dict[str, Any]:
             elif event["type"] == "message_delta":
                 found |= event["delta"] | {"usage": event["usage"]}
     for block in found["content"]:
-        held = block.pop("held")
-        block |= {"input": _object(held)} if block["type"] == "tool_use" else {block["type"]: held}
+        withheld = block.pop("held")
+        block |= {"input": _object(withheld)} if block["type"] == "tool_use" else {block["type"]: withheld}
     return found
 
 

@@ -203,15 +203,15 @@ class EncodedImages:
         return {**batch, "pictures": self.mean[indices] + self.deviation[indices] * noise}
 
 
-def use_latents(data: Data, training: EncodedImages, held: EncodedImages | None) -> MappedData:
+def use_latents(data: Data, training: EncodedImages, validation: EncodedImages | None) -> MappedData:
     """Return data with "indices" and "draws" (see `add_draws`), whose pictures are replaced by precomputed latents."""
 
     def change(batch: Batch, step: int, first: int) -> Batch:
-        part = held if step == HELD_OUT else training
+        part = validation if step == HELD_OUT else training
         assert part is not None
         return part.batch(batch)
 
-    parts = [part for part in (training, held) if part]
+    parts = [part for part in (training, validation) if part]
     return MappedData(data, change, tables=[table for part in parts for table in (part.mean, part.deviation)])
 
 

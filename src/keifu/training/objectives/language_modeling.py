@@ -178,7 +178,7 @@ def masked_share_loss(model: nn.Module, batch: Batch, objective: Objective, name
     if model.training or "figure" not in batch:
         return outcome
     figures = dict.fromkeys(names, outcome.total.new_zeros(()))
-    if place := int(batch["figure"][0]):
-        figures[names[place - 1]] = outcome.total * batch["factor"][0]
+    if figure := int(batch["figure"][0]):
+        figures[names[figure - 1]] = outcome.total * batch["factor"][0]
         return LossOutput(outcome.total * 0, 0.0, figures)
     return LossOutput(outcome.total, outcome.weight, figures)

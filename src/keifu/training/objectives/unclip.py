@@ -127,16 +127,16 @@ def random_crops(
     return picked.permute(0, 3, 1, 2)
 
 
-def add_embeddings(data: Data, end: int, training: Tensor, held: Tensor | None) -> MappedData:
+def add_embeddings(data: Data, end: int, training: Tensor, validation: Tensor | None) -> MappedData:
     """Return data with "indices", whose batches also have the precomputed "embeddings" of these pictures, and "real",
     True up to the first end-of-text token (`end`) in "tokens"."""
 
     def change(batch: Batch, step: int, first: int) -> Batch:
-        table = held if step == HELD_OUT else training
+        table = validation if step == HELD_OUT else training
         assert table is not None
         return {**batch, "embeddings": table[batch["indices"]], "real": real_tokens(batch["tokens"], end)}
 
-    return MappedData(data, change, end, (training, held))
+    return MappedData(data, change, end, (training, validation))
 
 
 def embedding_moments(embeddings: Float[Tensor, "picture embedding"]) -> tuple[Tensor, Tensor]:
