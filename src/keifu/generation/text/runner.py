@@ -127,7 +127,8 @@ class TorchRunner:
         for span in batch:
             if span.sources:
                 self._pool.copy(span.sources, span.blocks[: len(span.sources)], size)
-        if self.graphs is not None and all(len(span.tokens) == span.wanted == 1 for span in batch):
+        one_each = all(len(span.tokens) == span.wanted == 1 for span in batch)
+        if self.graphs is not None and one_each and self._inserted(batch) is None:
             return self.graphs.run(batch, size)
         groups = self._groups(batch)
         spans = [span for group in groups for span in group]

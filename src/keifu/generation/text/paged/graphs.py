@@ -59,11 +59,15 @@ class StepGraphs:
             numbers = numbers.pin_memory()
         if step.bucket not in self.recorded:
             there = numbers.to(self.pool.device, non_blocking=True)
-            step.begin(there.split([*map(len, step.lists)]))
+
+            def compute() -> Tensor:
+                step.begin(there.split([*map(len, step.lists)]))  # a part of the graph: it computes with the numbers
+                return self.compute(step)
+
             if step.bucket not in self._met:
                 self._met.add(step.bucket)
-                return self.compute(step)[: len(spans)]
-            replay, logits = capture(lambda: self.compute(step))
+                return compute()[: len(spans)]
+            replay, logits = capture(compute)
             self.recorded[step.bucket] = Recorded(replay, there, logits)
         recorded = self.recorded[step.bucket]
         recorded.numbers.copy_(numbers, non_blocking=True)
