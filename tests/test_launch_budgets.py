@@ -185,7 +185,7 @@ def test_replayed_steps_write_what_steps_without_a_graph_write(flash: None) -> N
             steps.run = lambda batch, run=run, logits=logits: logits.append(run(batch)) or logits[-1]
             while made.work:
                 made.step()
-                recorded = steps.graphs.recorded if replays else {}
+                recorded = cast(Any, steps.graphs).recorded if replays else {}
                 places |= {(key, each.numbers.data_ptr(), each.logits.data_ptr()) for key, each in recorded.items()}
             written.append([torch.tensor(each.tolist()) for each in logits])
             buckets = {key for key, *_ in places}
