@@ -1,9 +1,11 @@
 """A dataclass's fields as a verb's options; errors in them as one sentence."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -96,11 +98,14 @@ class Continuation(SamplingParams):
     logit_bias: tyro.conf.Suppress[tuple[tuple[int, Bias], ...]] = ()
 
 
+HAD_DTYPE = ("keifu draw", "keifu embed")
+
+
 def parser(kind: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:
     """Return a verb's `parse`: from its words to the work they ask for, not yet begun."""
 
     def parsed(arguments: Sequence[str]) -> Callable[[], None]:
-        options = parse(kind, arguments, program)
+        options = parse(kind, without_dtype(arguments) if program in HAD_DTYPE else arguments, program)
         if not isinstance(options, OnDevice):
             return lambda: run(options)
         if options.precision and vars(options).get("weights"):
@@ -111,6 +116,17 @@ def parser(kind: type[Options], run: Callable[[Options], None], program: str) ->
         return placed(replace(choice, allow_nonfinite=options.allow_nonfinite or None), lambda: run(options))
 
     return parsed
+
+
+def without_dtype(words: Sequence[str]) -> list[str]:
+    """Replace `--dtype`, which the next minor release will not have, by `--precision`, with a warning."""
+    found = [*chain.from_iterable(word.split("=", 1) if word.startswith("--dtype=") else [word] for word in words)]
+    if "--dtype" in found[:-1]:
+        place = found.index("--dtype")
+        found[place], value = "--precision", found[place + 1]
+        found[place + 1] = {"f32": "float32", "bf16": "bfloat16"}.get(value, value)
+        print(f"--dtype {value} is deprecated: use {' '.join(found[place : place + 2])}.", file=sys.stderr)
+    return found
 
 
 def placed(choice: Choice, work: Callable[[], None]) -> Callable[[], None]:
