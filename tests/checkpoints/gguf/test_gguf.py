@@ -282,6 +282,20 @@ def test_files_that_are_not_what_they_say(whole, changes, tensors, text, tmp_pat
     assert text in str(caught.value)
 
 
+@pytest.mark.timeout(60)
+def test_a_tensor_without_numbers_is_not_split_into_experts(tmp_path) -> None:
+    """A file of a few bytes can give it any number of them."""
+    path = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor_info("blk.0.ffn_up_exps.weight", [10**15, 0, 32], np.dtype(np.float32), 0)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file):
+        write()
+    writer.close()
+    path.write_bytes(path.read_bytes() + bytes(-path.stat().st_size % 32))
+    with pytest.raises(UserError, match="lacks|missing|has no"):
+        checkpoints.load_model(path)
+
+
 STACK = "blk.1.ffn_down_exps.weight"
 
 

@@ -257,7 +257,7 @@ def _unstack(places: Mapping[str, Place]) -> Iterator[tuple[str, Place]]:
     """Yield the tensors of a file with the experts one by one: blk.0.ffn_up_exps.3.weight."""
     for name, place in places.items():
         stack, _, leaf = name.rpartition(".")
-        if not stack.endswith("_exps") or len(place.shape) != 3:
+        if not stack.endswith("_exps") or len(place.shape) != 3 or 0 in place.shape:  # else any number of experts
             yield name, place
             continue
         experts, *shape = place.shape
