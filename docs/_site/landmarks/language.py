@@ -233,6 +233,36 @@ def deepseek_v3(drawing: Drawing) -> None:
     drawing.note(MIDDLE, 378, ("b: rises while an expert has too few tokens", "b：トークンが少なすぎる専門家で上がる"))
 
 
+def gpt_oss(drawing: Drawing) -> None:
+    parts = [
+        Part(TOKENS, "", "data"), Part(("embedding", "埋め込み")), Begin("× 24 … 36"), Fork(), RMS,
+        Part(SELF, ("last 128 or all, by turns; a sink", "直近 128 か全体を交互に。シンク"), "attention"), Join(), Fork(), RMS,
+        Part(("router", "ルータ"), ("4 of 32 or 128 experts", "32 か 128 の専門家から4つ"), "attention"),
+        Part(("clamped SwiGLU", "値を制限した SwiGLU"), ("experts in 4 bits: MXFP4", "専門家は4ビット：MXFP4"), "frozen"), Join(), End(), RMS,
+        Part(("next token", "次のトークン"), "", "goal"),
+    ]  # fmt: skip
+    column(drawing, 165, 12, parts, 220)
+
+
+def long_context(drawing: Drawing) -> None:
+    token = drawing.box(MIDDLE, 12, ("position m, up to s · L", "位置 m、s · L まで"), ("trained up to L", "学習は L まで"), "data", 210)
+    ways = (
+        (64, ("interpolation", "位置補間"), ("all pairs: / s", "全ペアを 1/s")),
+        (180, "NTK", ("larger base b", "底 b を大きく")),
+        (296, "YaRN", ("slow pairs: / s", "遅いペアを 1/s")),
+    )
+    angles = drawing.box(MIDDLE, 168, ("angles of the pairs", "ペアの角度"), ("within those of training", "学習した範囲の中"), "layer", 210)
+    for x, name, remark in ways:
+        way = drawing.box(x, 90, name, remark, "norm", 110)
+        drawing.line(token.bottom, (MIDDLE, 72), (x, 72), way.top)
+        drawing.line(way.bottom, (x, 150), (MIDDLE, 150), angles.top)
+    turned = drawing.box(MIDDLE, 230, ("queries and keys turn", "クエリとキーが回転"), tone="layer", width=210)
+    drawing.line(angles.bottom, turned.top)
+    attention = drawing.box(MIDDLE, 280, ("attention", "注意"), ("YaRN: scores × (0.1 ln s + 1)²", "YaRN：得点 × (0.1 ln s + 1)²"), "attention", 210)
+    drawing.line(turned.bottom, attention.top)
+    drawing.note(MIDDLE, 338, ("then a short training on long sequences", "その後、長い系列で短く学習"))
+
+
 def whisper(drawing: Drawing) -> None:
     left = [
         Part(("log-mel frames", "対数メルのフレーム"), "3,000 × 80", "data"), Part(("2 convolutions", "畳み込み 2 層"), ("halves the frames", "フレームを半分に")), Begin("× 4"), Fork(), NORM,

@@ -1,0 +1,248 @@
+"""Loss by position and passkeys at four times the trained length, by scaling of rotary positions and with tuning.
+
+python benchmarks/long_context.py [--seeds 0 1 2] [--steps 800] [--tuned 60] [--out JSON] [--picture PNG]
+
+A model of LLaMA's type with 2 layers is trained on windows of 128 tokens (in the first quarter of the steps of 32, in
+which it learns to find the passkey: after 300 steps of 128 it does not). Every second window is text with a passkey: a
+mark and three digits at a random position, and the same once more behind it, where the model names the digits
+(Mohtashami and Jaggi, 2023). The digits are 30 tokens that the text does not have, ten for each of the three. When
+passkeys are measured, the second is at the end of the window.
+
+The same weights then read windows of 512 tokens, with the rotary positions as they are ("none"), with positions divided
+by 4 ("interpolation", Chen et al., 2023), with a larger base ("NTK", theta · 4^(d / (d - 2))) and with YaRN (Peng et
+al., 2023). Each is measured at once, and after --tuned steps of training on windows of 512 tokens ("none" too). The
+last row is the model as it was trained, which sees only the last 128 tokens ("window"): its loss is that of the second
+half of windows of 128.
+
+Loss: nats of a token of held-out text without passkeys, by its position. Passkeys: the share of windows in which all
+three digits are right, each given those before; a guess is right once in 1,000 times. The file has the values of each
+seed; cells have the mean, and in brackets the lowest and the highest.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from statistics import mean
+from time import perf_counter
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from _results import write_table
+from _rounds import machine, spread
+from torch import Tensor, nn
+
+from keifu.data.text.packed import PackedText
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import RopeScaling, Rotary
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import llama
+from keifu.recipes.language.pretraining import Text, TextTask, prepare_text
+
+BEGIN, TRAINED, FACTOR = 32, 128, 4  # tokens of a window at first, and then; times the second is the longest
+LONG = FACTOR * TRAINED
+VOCAB, DIGITS = 512, 10  # tokens of the text; then the mark and the digits
+MARK, KEY = VOCAB, 3  # and the digits of a passkey
+HEAD_DIM, THETA = 32, 10_000.0
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB + 1 + KEY * DIGITS,
+    "context_length": LONG,
+    "dim": 96,
+    "hidden_dim": 256,
+    "n_layers": 2,
+}
+Found = dict[str, list[float]]
+METHODS: dict[str, tuple[float, RopeScaling | None]] = {
+    "none": (THETA, None),
+    "interpolation": (THETA, RopeScaling("linear", FACTOR, TRAINED)),
+    "NTK": (THETA * FACTOR ** (HEAD_DIM / (HEAD_DIM - 2)), None),
+    "YaRN": (THETA, RopeScaling("yarn", FACTOR, TRAINED)),
+}
+STEP = 16  # positions whose losses are one number of the file
+LENGTHS = (TRAINED, 2 * TRAINED, LONG)
+PARTS = {f"{a} to {b - 1}": (a, b) for a, b in ((TRAINED // 2, TRAINED), (TRAINED, 2 * TRAINED), (2 * TRAINED, LONG))}
+
+
+def found_in(losses: Tensor, shares: list[float]) -> dict[str, list[float]]:
+    """Return the mean losses of the first 16 positions of a long window, of the next 16 and so on, and the share of
+    right passkeys by the length of the window."""
+    means = [round(float(each.mean()), 4) for each in losses.split(STEP)]
+    return {"loss": means, "passkeys": [round(share, 4) for share in shares]}
+
+
+def with_passkeys(text: Tensor, random: torch.Generator, at_end: bool = True) -> tuple[Tensor, Tensor]:
+    """Put a passkey into each row at a random position, and once more at its end or anywhere behind the first; return
+    the rows and the positions of the digits of the second, [rows, KEY]."""
+    rows, length = text.shape
+    keys = MARK + 1 + torch.randint(DIGITS, (rows, KEY), generator=random) + DIGITS * torch.arange(KEY)
+    marked = torch.cat([torch.full((rows, 1), MARK), keys], 1)
+    filler = length - 2 * marked.shape[1]
+    begins, ends = torch.randint(filler + 1, (2, rows), generator=random).sort(0).values
+    ends = torch.full_like(ends, filler) if at_end else ends
+    made = [
+        torch.cat([row[:first], key, row[first:last], key, row[last:filler]])
+        for row, key, first, last in zip(text, marked, begins.tolist(), ends.tolist(), strict=True)
+    ]
+    return torch.stack(made), ends[:, None] + KEY + 2 + torch.arange(KEY)
+
+
+def rotate(model: DecoderLM, method: str) -> DecoderLM:
+    """Return a copy of the model with other rotary positions."""
+    changed = copy.deepcopy(model)
+    theta, scaling = METHODS[method]
+    for module in changed.modules():
+        if isinstance(module, Attention):
+            module.rotary = Rotary(HEAD_DIM, theta, scaling)
+    return changed
+
+
+def train(model: DecoderLM, task: TextTask, length: int, steps: int, tokens: int, rate: float, seed: int) -> None:
+    """Train on windows of a length, of which every second has a passkey; the loss is the mean of all tokens plus the
+    mean of the digits of passkeys that come again."""
+    rows = tokens // length
+    data = PackedText(task.shards, length - 1, rows, seed)
+    random = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.95))
+    for step in range(steps):
+        text = data.batch(step)["tokens"].long()
+        asked, places = with_passkeys(text[::2], random, at_end=False)
+        batch = torch.cat([asked, text[1::2]])
+        losses = nn.functional.cross_entropy(model(batch[:, :-1]).mT, batch[:, 1:], reduction="none")
+        (losses.mean() + losses[: len(asked)].gather(1, places - 1).mean()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / max(20, steps // 20), (steps - step) / (steps / 3))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def measure(model: DecoderLM, held_out: Tensor) -> Found:
+    """Return the loss by position and the passkeys found in windows of each length."""
+    losses = torch.zeros(LONG - 1)
+    for part in held_out.split(16):
+        losses += nn.functional.cross_entropy(model(part[:, :-1]).mT, part[:, 1:], reduction="none").sum(0)
+    shares = []
+    for length in LENGTHS:
+        rows, _ = with_passkeys(held_out[:, :length], torch.Generator().manual_seed(length))
+        right = sum(
+            (model(part[:, :-1])[:, -KEY:].argmax(-1) == part[:, -KEY:]).all(1).sum().item() for part in rows.split(16)
+        )
+        shares.append(right / len(rows))
+    return found_in(losses / len(held_out), shares)
+
+
+@torch.no_grad()
+def measure_window(model: DecoderLM, held_out: Tensor) -> Found:
+    """The same of a model that sees only the last 128 tokens, by attention of a window in windows cut from the text."""
+    rows = held_out.unfold(1, TRAINED + 1, TRAINED // 2).flatten(0, 1)
+    losses = torch.cat([
+        nn.functional.cross_entropy(model(part[:, :-1]).mT, part[:, 1:], reduction="none") for part in rows.split(64)
+    ]).mean(0)  # fmt: skip
+    by_position = torch.full((LONG - 1,), float(losses[TRAINED // 2 :].mean()))
+    by_position[:TRAINED] = losses
+    shares = []
+    for length in LENGTHS:
+        found = with_passkeys(held_out[:, :length], torch.Generator().manual_seed(length))[0][:, -TRAINED:]
+        logits = torch.cat([model(part[:, :-1])[:, -KEY:] for part in found.split(64)])
+        shares.append((logits.argmax(-1) == found[:, -KEY:]).all(1).float().mean().item())
+    return found_in(by_position, shares)
+
+
+def run(seed: int, task: TextTask, held_out: Tensor, options: argparse.Namespace) -> dict[str, Found]:
+    """Train a model, and measure it with each scaling, before and after tuning; a seed that was kept is read."""
+    kept = options.keep / f"{seed}.json" if options.keep else None
+    if kept is not None and kept.exists():
+        return json.loads(kept.read_text())
+    torch.manual_seed(seed)
+    model = llama.build(llama.Config(**SIZES, n_heads=3, head_dim=HEAD_DIM, rope_theta=THETA))
+    began = perf_counter()
+    train(model, task, BEGIN, options.steps // 4, options.tokens, options.rate, 200 + seed)
+    train(model, task, TRAINED, options.steps - options.steps // 4, options.tokens, options.rate, seed)
+    print(f"  seed {seed}: trained in {perf_counter() - began:.0f} s", flush=True)
+    found = {}
+    for method in METHODS:
+        found[method] = measure(rotate(model, method), held_out)
+    for method in METHODS:
+        tuned = rotate(model, method)
+        train(tuned, task, LONG, options.tuned, options.tokens, options.rate / 4, 100 + seed)
+        found[f"{method}, tuned"] = measure(tuned, held_out)
+    found["window"] = measure_window(model, held_out)
+    for name, each in found.items():
+        print(f"  seed {seed}, {name}: {cells([each])}", flush=True)
+    print(f"  seed {seed}: {perf_counter() - began:.0f} s", flush=True)
+    if kept is not None:
+        kept.write_text(json.dumps(found))
+    return found
+
+
+def cells(seeds: list[Found]) -> list[str]:
+    """Return the cells of a row: losses of the parts of a window, and passkeys."""
+    losses = [[mean(each["loss"][a // STEP : b // STEP]) for each in seeds] for a, b in PARTS.values()]
+    shares = zip(*(each["passkeys"] for each in seeds), strict=True)
+    return [*map(spread, losses), *(spread([100 * share for share in each], ".1f") for each in shares)]
+
+
+def draw(found: dict[str, list[Found]], tuned: int, path: Path) -> None:
+    """Loss by position before and after tuning, and the passkeys of windows of 512 tokens."""
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    for axes, after in zip(panels, ("", ", tuned"), strict=False):
+        for method in METHODS:
+            curves = torch.tensor([each["loss"] for each in found[method + after]])
+            places = torch.arange(curves.shape[1]) * STEP + STEP // 2
+            axes.plot(places, curves.mean(0), label=method)
+            axes.fill_between(places, curves.amin(0), curves.amax(0), alpha=0.2)
+        axes.axvline(TRAINED, color="grey", linestyle=":")
+        axes.set(xlabel="position in the window", ylabel="held-out loss, nats a token")
+        axes.set_title(f"after {tuned} steps at {LONG} tokens" if after else "the trained weights", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    names = [*METHODS, "window"]
+    for shift, after, label in ((-0.2, "", "the trained weights"), (0.2, ", tuned", f"after {tuned} steps")):
+        own = [method + after for method in METHODS] + ([] if after else ["window"])
+        shares = 100 * torch.tensor([[each["passkeys"][-1] for each in found[name]] for name in own])
+        spots = torch.arange(len(own)) + shift
+        around = torch.stack([shares.mean(1) - shares.amin(1), shares.amax(1) - shares.mean(1)])
+        panels[2].bar(spots, shares.mean(1), 0.38, yerr=around, label=label, capsize=2)
+    panels[2].set_xticks(range(len(names)), names, fontsize=8)
+    panels[2].set(ylabel=f"right passkeys in {LONG} tokens, %", ylim=(0, 102))
+    panels[2].grid(axis="y", alpha=0.3)
+    panels[2].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--tuned", type=int, default=60, help="steps of tuning")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a step")
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--data", default="english")
+    parser.add_argument("--held-out", type=int, default=100, help="windows of 512 tokens")
+    parser.add_argument("--keep", type=Path, help="a folder for the values of each seed, to go on later")
+    parser.add_argument("--out", type=Path, help="a data file of docs/results/data")
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    task = prepare_text(Text(options.data, vocab_size=VOCAB))
+    judge = PackedText(task.shards, LONG - 1, 1, validation_tokens=options.held_out * LONG)
+    held_out = torch.cat([batch["tokens"].long() for batch in judge.validation()])[: options.held_out]
+    print(f"{machine()}; {options.steps} steps of {options.tokens:,} tokens, {options.tuned} of tuning", flush=True)
+    seeds = [run(seed, task, held_out, options) for seed in options.seeds]
+    found = {name: [each[name] for each in seeds] for name in seeds[0]}
+    columns = ["", *(f"loss, {part}" for part in PARTS), *(f"passkeys in {length}, %" for length in LENGTHS)]
+    print(f"| {' | '.join(columns)} |\n|---|" + "---:|" * (len(columns) - 1))
+    rows = []
+    for name, each in found.items():
+        rows.append([name, *cells(each)])
+        print(f"| {' | '.join(rows[-1])} |")
+    if options.out:
+        command = f"python benchmarks/long_context.py --steps {options.steps} --tuned {options.tuned}"
+        write_table(options.out, "Positions beyond the trained length", command, columns, rows, found)
+    if options.picture:
+        draw(found, options.tuned, options.picture)
+
+
+if __name__ == "__main__":
+    main()
