@@ -158,15 +158,22 @@ def test_own_weights_that_are_not_finite_stay_where_they_are_allowed(tmp_path: P
         assert not isinstance(checkpoints.load_model(tmp_path, weights="own"), NativeLM)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
-def test_a_scale_that_is_no_number_is_told(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "experts", "tensor", "name"),
+    [
+        ("Q8_0", 0, "blk.1.ffn_up.weight", "feedforward.gate_up.weight"),
+        ("Q4_K", 0, "blk.1.ffn_up.weight", "feedforward.gate_up.weight"),
+        ("Q8_0", 3, "blk.1.ffn_up_exps.weight", "feedforward.experts.2.gate_up.weight"),
+    ],
+)
+def test_a_scale_that_is_no_number_is_told(kind: str, experts: int, tensor: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    write_blocks(path, kind)
+    write_blocks(path, kind, experts)
     reader = gguf.GGUFReader(path, "r+")
-    damaged = next(each for each in reader.tensors if each.name == "blk.1.ffn_up.weight")
-    damaged.data[3, :2] = [1, 0x7E]
+    damaged = next(each for each in reader.tensors if each.name == tensor)
+    (damaged.data[-1] if experts else damaged.data)[3, :2] = [1, 0x7E]
     reader.data.flush()
-    with pytest.raises(UserError, match=r"blocks.1.feedforward.gate_up.weight cannot be packed.*Row 3 has a NaN"):
+    with pytest.raises(UserError, match=rf"blocks.1.{name} cannot be packed.*Row 3 has a NaN"):
         checkpoints.load_model(path, weights="own")
 
 
