@@ -49,6 +49,11 @@ class File:
         """Its syntax, parsed once."""
         return ast.parse(self.text)
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All nodes of the syntax, in the order of `ast.walk`."""
+        return list(ast.walk(self.tree))
+
     @property
     def part(self) -> str:
         """The part of keifu it belongs to: `keifu.data.text.token_shards` to data, the package's own file to keifu."""
@@ -94,7 +99,7 @@ def wrong_directions(files: list[File]) -> list[str]:
     wrong = []
     for file in files:
         allowed = may_import(file.part) | ({"floor"} if file.part != "layers" else set())
-        for name in imports(ast.walk(file.tree)):
+        for name in imports(iter(file.nodes)):
             if name.startswith(("keifu.errors", "keifu.ranges")):
                 continue
             if name == "keifu" or (name.startswith("keifu.") and part_of(name) not in allowed):
@@ -109,15 +114,18 @@ def cycles(files: list[File]) -> list[str]:
     modules = {file.module for file in files}
     edges = {file.module: set(imports(iter(file.tree.body))) & modules - {file.module} for file in files}
     reached = {module: set(targets) for module, targets in edges.items()}
-    for _ in modules:
-        reached = {m: targets.union(*(reached[t] for t in targets)) for m, targets in reached.items()}
+    while True:
+        further = {m: targets.union(*(reached[t] for t in targets)) for m, targets in reached.items()}
+        if further == reached:
+            break
+        reached = further
     return [module for module, targets in reached.items() if module in targets]
 
 
 def functions(files: list[File]) -> dict[str, int]:
     """Lines of every function from its `def` to its end, by module and name."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [(file, node) for file in files for node in ast.walk(file.tree) if isinstance(node, kinds)]
+    found = [(file, node) for file in files for node in file.nodes if isinstance(node, kinds)]
     return {f"{f.module}.{n.name}:{n.lineno}": (n.end_lineno or n.lineno) - n.lineno + 1 for f, n in found}
 
 
@@ -153,7 +161,7 @@ def repeated_lines(files: list[File], window: int = 6) -> tuple[float, list[str]
 def model_kinds(files: list[File]) -> tuple[set[str], set[str]]:
     """What code could ask for a model's kind by: the classes of model files, and the names of families."""
     own = [file for file in files if re.fullmatch(r"keifu\.models\.(?!hf|sizes)[a-z][\w.]*", file.module)]
-    nodes = [node for file in own for node in ast.walk(file.tree)]
+    nodes = [node for file in own for node in file.nodes]
     classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
     tables = [n.value for n in nodes if isinstance(n, ast.Assign) and names_in(n.targets[0]) == {"MODEL_TYPES"}]
     published = {key for table in tables for key in texts_in(table)}
@@ -199,7 +207,7 @@ def branches_on_kind(files: list[File]) -> list[str]:
         translators = [n for n in own if n.name == "to_published" or "json" in {a.arg for a in n.args.args}]
         free = {id(inner) for translator in translators for inner in ast.walk(translator)}
         named = kinds if file.part != "data" else set()
-        found = [n for n in ast.walk(file.tree) if id(n) not in free and asks_for_kind(n, classes, named)]
+        found = [n for n in file.nodes if id(n) not in free and asks_for_kind(n, classes, named)]
         wrong += [f"{file.module}:{node.lineno}" for node in found]
     return wrong
 
@@ -208,9 +216,9 @@ def unpickling(files: list[File]) -> list[str]:
     """Uses of pickle, of what unpickles for others, and of torch.save and torch.load."""
     wrong = []
     for file in files:
-        modules = {name.split(".")[0] for name in imports(ast.walk(file.tree))}
+        modules = {name.split(".")[0] for name in imports(iter(file.nodes))}
         wrong += [f"{file.module} imports {name}" for name in modules & {"pickle", "dill", "joblib", "shelve"}]
-        calls = {ast.unparse(node) for node in ast.walk(file.tree) if isinstance(node, ast.Attribute)}
+        calls = {ast.unparse(node) for node in file.nodes if isinstance(node, ast.Attribute)}
         wrong += [f"{file.module} uses {name}" for name in calls & {"torch.load", "torch.save"}]
     return wrong
 

@@ -68,7 +68,7 @@ GIVEN_UP = {  # names of earlier versions, and what the field calls the same
 def code_lines(file: File) -> int:
     """Lines with code on them: neither blank, nor comment, nor docstring."""
     documentation, strings = set[int](), set[int]()
-    for node in ast.walk(file.tree):
+    for node in file.nodes:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             documentation.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         elif isinstance(node, ast.Constant | ast.JoinedStr):
@@ -93,7 +93,7 @@ def lonely_small_files(files: list[File]) -> list[str]:
     """Small files that few others import: what they hold belongs into one of those."""
     importers: dict[str, set[str]] = defaultdict(set)
     for file in files:
-        for name in imports(ast.walk(file.tree)):
+        for name in imports(iter(file.nodes)):
             importers[name].add(file.module)
     wrong = []
     for file in files:
@@ -110,7 +110,7 @@ def given_up_words(files: list[File]) -> list[str]:
     wrong = []
     for file in files:
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        names = {node.name for node in ast.walk(file.tree) if isinstance(node, kinds)}
+        names = {node.name for node in file.nodes if isinstance(node, kinds)}
         names |= {word for word in re.findall(r"`(\w+)`", file.text) if word[0].isupper()}
         wrong += [f"{file.module}: {name} is {GIVEN_UP[name]} here" for name in sorted(names & GIVEN_UP.keys())]
     return wrong
@@ -118,7 +118,7 @@ def given_up_words(files: list[File]) -> list[str]:
 
 LINES = "".join(f"x{number} = 1\n" for number in range(9))
 BAD = {  # for each rule the smallest tree that breaks it
-    too_much_code: [File("keifu.a", "x = 1\n" * (MOST_LINES + 1))],
+    too_much_code: [File("keifu.a", "x = '''" + "\n" * MOST_LINES + "'''")],
     crowded_folders: [File(f"keifu.data.a{number}", "") for number in range(MOST_FILES + 1)],
     lonely_small_files: [File("keifu.data.a", LINES), File("keifu.data.b", "import keifu.data.a\n" + LINES * SMALL)],
     given_up_words: [File("keifu.a", "class Stepper:\n    pass\n")],
