@@ -176,7 +176,7 @@ def write_png(path, grey):
             file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
 
 
-def main(steps=1000, batch_size=64):
+def main(steps=1200, batch_size=64):
     """Train, draw eight pictures of each shape, and write them to ddpm.png."""
     torch.manual_seed(0)
     model = DDPM(Config())
