@@ -27,6 +27,7 @@ NAMED = 10  # how many tensors of a kind an error names
 # Types of numbers that a file has unpacked; I64 is one too.
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COUNTS = ("n_layers", "n_decoder_layers", "n_residual_blocks", "layers")  # of a Config: layers, alone or by level
+USUAL_EXPERTS = 1024  # as many a config may name without a tensor for each: none of its layers may have any
 FIRST = ("activation", "norm_eps", "rope_theta", "rope_scaling", "context_length", "sliding_window", "tied")
 
 
@@ -151,6 +152,9 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     layers = max(each for count in counts for each in (count if isinstance(count, tuple) else (count,)))
     if layers > len(source.stored):  # building that many could take forever
         raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {layers} layers.")
+    experts = max(part.get("n_experts") or 0 for part in parts)
+    if experts > max(len(source.stored), USUAL_EXPERTS):
+        raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {experts} experts.")
     model = build(source.family, source.config, str(source.path))
     found = [
         replace(link, theirs=tuple(map(source.stored_name, link.theirs)))

@@ -12,7 +12,7 @@ from keifu import checkpoints
 from keifu.checkpoints.hf.stacked_experts import unpack_mxfp4, unstack, unstack_rows
 from keifu.checkpoints.plan import StoredTensor
 from keifu.errors import UserError
-from keifu.models.mixture import gpt_oss
+from keifu.models.mixture import gpt_oss, mixtral
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -81,3 +81,14 @@ def test_shards_of_stacked_experts(published, tmp_path) -> None:
     assert len([*(tmp_path / "ours").glob("model-*")]) > 1
     again, tokens = checkpoints.load_model(tmp_path / "ours"), torch.randint(0, 97, (1, 9))
     assert torch.equal(again(tokens), model(tokens))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("module", [mixtral, gpt_oss])
+def test_more_experts_than_there_are_tensors_are_refused_unbuilt(module, tmp_path) -> None:
+    sizes = {"vocab_size": 97, "dim": 32, "hidden_dim": 32, "n_layers": 1, "n_heads": 2, "n_experts": 4}
+    checkpoints.save(module.build(module.Config(**sizes, n_kv_heads=2)), None, tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_local_experts": 10**9}))
+    with pytest.raises(UserError, match="too few for its config's 1000000000 experts"):
+        checkpoints.load_model(tmp_path)
