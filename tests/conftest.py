@@ -40,7 +40,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress  # noqa:
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
+from keifu.evaluation.plots import decision_boundary  # noqa: E402
 from keifu.native import library  # noqa: E402
 from keifu.native.build import Unavailable  # noqa: E402
 from keifu.threads import follow_load  # noqa: E402
@@ -97,6 +99,23 @@ def drawn_curves(_draw_curves: Callable[..., str]) -> Callable[[], AbstractConte
             yield
 
     return drawn
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _draw_boundaries() -> Iterator[Callable[..., bytes]]:
+    """Leave the decision boundaries out of runs, where each takes longer than the steps before it."""
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "png")
+    with pytest.MonkeyPatch.context() as patch:
+        original = decision_boundary.strip
+        patch.setattr(decision_boundary, "strip", lambda *_: file.getvalue())
+        yield original
+
+
+@pytest.fixture
+def drawn_boundaries(_draw_boundaries: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the decision boundaries of runs."""
+    monkeypatch.setattr(decision_boundary, "strip", _draw_boundaries)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,6 +24,7 @@ def csv(path, rows, header="length,weight,species"):
     return path
 
 
+@pytest.mark.usefixtures("drawn_boundaries")
 @pytest.mark.parametrize("name", ["and", "or"])
 def test_the_perceptron_learns_logic_and_prints_the_bound(name, tmp_path, capsys):
     train("perceptron", "--data", name, "--out", tmp_path)
@@ -125,6 +126,7 @@ def test_every_loss_learns_the_moons(loss, tmp_path):
     assert found.losses[-1][1] < 0.6 * found.losses[0][1]
 
 
+@pytest.mark.usefixtures("drawn_boundaries")
 def test_a_run_is_a_model_a_report_and_pictures(tmp_path, capsys):
     train("mlp", "--data", "moons", "--steps", 48, "--out", tmp_path)
     assert float(re.search(r"Right: ([\d.]+)% of 80 held-out rows", capsys.readouterr().out)[1]) > 80
