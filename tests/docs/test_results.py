@@ -7,6 +7,7 @@ import re
 import shlex
 from importlib import import_module
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,30 @@ def test_recall_is_that_of_the_seeds() -> None:
         for name, *cells in table["rows"]:
             percent = [[100 * share for share in shares] for shares in table["values"][name].values()]
             assert cells == [f"{np.mean(each):.1f} ({min(each):.1f} to {max(each):.1f})" for each in percent]
+
+
+def spread(values: list[float], form: str) -> str:
+    return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def test_sinks_are_those_of_the_seeds() -> None:
+    (table,) = [each for each in of_data(LANGUAGE) if each["section"] == "Attention sinks"]
+    for name, *cells in table["rows"]:
+        seeds = table["values"][name]
+        assert len(seeds) == 3
+        found = [[each[key] for each in seeds] for key in seeds[0]]
+        percent = [[100 * share for share in each] for each in found[3:]]
+        assert cells == [*(spread(each, ".3f") for each in found[:3]), *(spread(each, ".1f") for each in percent)]
+
+
+def test_long_contexts_are_those_of_the_seeds() -> None:
+    (table,) = [each for each in of_data(LANGUAGE) if each["section"].startswith("Positions beyond")]
+    for name, *cells in table["rows"]:
+        seeds = table["values"][name]
+        assert len(seeds) == 3 and {len(each["loss"]) for each in seeds} == {32}  # of 16 positions each
+        losses = [[mean(each["loss"][a:b]) for each in seeds] for a, b in ((4, 8), (8, 16), (16, 32))]
+        shares = [[100 * share for share in each] for each in zip(*(each["passkeys"] for each in seeds), strict=True)]
+        assert cells == [*(spread(each, ".3f") for each in losses), *(spread(each, ".1f") for each in shares)]
 
 
 def test_shares_of_new_names_are_those_of_the_emoji() -> None:
