@@ -44,6 +44,7 @@ SMALL_ON_PURPOSE = {
     "keifu.generation.speech.subtitles": "formats, which know no model",
     "keifu.generation.text.logits_processors": "the field's word for them",
     "keifu.layers.attention.packed": "what one kernel of a GPU takes, which no CPU needs",
+    "keifu.layers.transformer.triton_kernels": "imported on a GPU alone",
     "keifu.layers.pooling": "an idea of its own, between models and evaluation",
     "keifu.models.sizes": "run as a program, too",
     "keifu.training.objectives.layer_losses": "an objective each",

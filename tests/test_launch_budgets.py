@@ -117,13 +117,15 @@ STEPS = {  # the first step of the engine reads a prompt, the second one the oth
 }
 
 
-def engine(lengths: tuple[int, ...], layers: int, most: Callable[[int], int] = lambda number: 9) -> Engine:
+def engine(
+    lengths: tuple[int, ...], layers: int, most: Callable[[int], int] = lambda number: 9, blocks: int = 2000
+) -> Engine:
     """Return an engine on the device with a prompt of each length, whose numbers SmolLM2-135M would have."""
     torch.manual_seed(0)
     config = llama.Config(vocab_size=261, context_length=2048, dim=24, hidden_dim=32, n_layers=layers, n_heads=3,
                           n_kv_heads=1)  # fmt: skip
     model = llama.build(config).bfloat16().eval().to(device())
-    made = Engine(model, None, runner.TorchRunner(model, 2000), max_running=64, step_tokens=8192)
+    made = Engine(model, None, runner.TorchRunner(model, blocks), max_running=64, step_tokens=8192)
     for number, length in enumerate(lengths):
         prompt = [(number + 3 * place + number * place) % 260 for place in range(length)]
         made.add(made.request(prompt, SamplingParams(max_tokens=most(number), temperature=0.8, seed=number)))
@@ -192,6 +194,18 @@ def test_replayed_steps_write_what_steps_without_a_graph_write(flash: None) -> N
             assert len(places) == len(buckets)
     assert len(written[0]) > 20 and all(map(torch.equal, *written))
     assert {key[0] for key in buckets} == {1, 2, 4, 8}
+
+
+def test_memory_on_a_gpu_is_what_the_scheduler_counts(flash: None) -> None:
+    """And one token, where padding is written. Six texts do not fit 32 blocks at once: some are preempted."""
+    with simulated():
+        made = engine((20, 27, 40, 300, 30, 90), 2, lambda number: 20, blocks=32)
+        most = 0
+        while made.work:
+            made.step()
+            most = max(most, cast(Any, made.runner)._pool.nbytes)
+    counted = made.runner.n_blocks * made.runner.block_size * made.runner.token_bytes
+    assert most == counted + made.runner.token_bytes
 
 
 def test_a_layer_that_reads_the_device_keeps_a_step_out_of_graphs(flash: None) -> None:

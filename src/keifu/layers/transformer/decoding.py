@@ -6,13 +6,17 @@ computes it. Axes: length = tokens of all sequences, all_heads = those of querie
 """
 
 import copy
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.layers.attention.attention import Attention, Scoring
-from keifu.layers.attention.positions import Positions
+from keifu.layers.attention.positions import Positions, Rotation
 from keifu.layers.feedforward import ClampedFeedForward, FeedForward, GatedFeedForward
 from keifu.layers.linear import JoinedLinear, Linear
 from keifu.layers.normalisation import RMSNorm
@@ -38,19 +42,33 @@ class JoinedCache(Protocol):
 class DecodingBlock(nn.Module):
     """A `PreNorm` block with plain attention, and its stream, which is changed in place."""
 
-    def __init__(self, block: PreNorm):
+    def __init__(self, block: PreNorm, kernels: Any = None):
         super().__init__()
-        self.block = block
+        self.block, self.kernels = block, kernels
 
     def forward(self, x: Stream, mask: None, positions: Positions, cache: JoinedCache) -> Stream:
         attention: Any = self.block.attention
         feedforward: Any = self.block.feedforward
         heads = attention.qkv(self.block.attention_norm(x)).unflatten(-1, (-1, attention.head_dim))
         if attention.rotary is not None:
-            positions.rotation(attention.rotary).turn(heads[:, :, : -attention.n_kv_heads])
+            self._turn(heads, heads.shape[2] - attention.n_kv_heads, positions.rotation(attention.rotary))
         mixed = cache.attend_joined(heads, attention.n_heads, attention.window, attention.scoring)
         x = _add(x, mixed, attention.out)
-        return _add(x, feedforward.inner(self.block.feedforward_norm(x)), feedforward.down)
+        return _add(x, self._inner(self.block.feedforward_norm(x)), feedforward.down)
+
+    def _turn(self, heads: Float[Tensor, "1 length all_heads head_dim"], count: int, rotation: Rotation) -> None:
+        """Turn queries and keys in place."""
+        if self.kernels is None:
+            rotation.turn(heads[:, :, :count])
+        else:
+            self.kernels.turn(heads[0], count, rotation.cos[0], rotation.sin[0], rotation.interleaved)
+
+    def _inner(self, x: Stream) -> Float[Tensor, "1 length hidden"]:
+        """Return what the last layer of the feed-forward network is given."""
+        feedforward: Any = self.block.feedforward
+        if self.kernels is None or type(feedforward) is not GatedFeedForward or feedforward.activation is not F.silu:
+            return feedforward.inner(x)
+        return self.kernels.gate(feedforward.gate_up(x)[0])[None]
 
 
 def _add(x: Stream, inner: Float[Tensor, "1 length hidden"], last: nn.Module) -> Stream:
@@ -70,6 +88,13 @@ def _fits(block: nn.Module) -> bool:
     return plain and all(type(part) in KNOWN for part in parts if [*part.parameters()])
 
 
+def triton_kernels(device: torch.device) -> Any:
+    """Return the module of the kernels in Triton for an NVIDIA GPU; None where there is no Triton or another device."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    return import_module("keifu.layers.transformer.triton_kernels")
+
+
 def decoding_form(model: Any) -> tuple[Any, bool]:
     """Return the model with `DecodingBlock`s if that is possible, and whether nothing in it reads the device."""
     kind = type(model)
@@ -78,6 +103,7 @@ def decoding_form(model: Any) -> tuple[Any, bool]:
         return model, False
     form = copy.copy(model)
     blocks: list[Any] = list(model.blocks)
-    form._modules = {**model._modules, "blocks": nn.ModuleList(map(DecodingBlock, blocks))}
+    made = [DecodingBlock(block, triton_kernels(model.embedding.weight.device)) for block in blocks]
+    form._modules = {**model._modules, "blocks": nn.ModuleList(made)}
     rest = [module for name, module in model.named_children() if name not in ("blocks", "positions")]
     return form, all(type(module) in KNOWN for module in rest if [*module.parameters()])
