@@ -1,19 +1,20 @@
 """How well a small model sees: right answers on easy-VQA, next to the same model without the picture and to counting.
 
-python benchmarks/seeing.py [--steps 1200] [--questions 2000] [--seed 0] [--folder FOLDER] [--out FILE.json]
+python benchmarks/seeing.py [--steps 1600] [--questions 2000] [--seeds 0] [--tower emoji-clip] [--folder FOLDER]
+    [--write docs/results/data/text_and_pictures.json]
 
-A decoder of 0.5 M parameters from nothing, with a tokenizer learned from the questions, and a tower of 1 M read the
-questions of easy-VQA's training part. Pictures that may show a teal triangle are left out. Then the questions of the
-test part are asked, with the picture and without it.
+A decoder of 0.5 M parameters from nothing, with a tokenizer learned from the questions, and the tower of the packaged
+emoji-clip (1 M) read the questions of easy-VQA's training part. --tower "" makes a new tower instead. Pictures that may
+show a teal triangle are left out. Then the questions of the test part are asked, with the picture and without it.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from _results import write_table
 from _rounds import machine
 
 from keifu import checkpoints
@@ -57,21 +58,30 @@ def measure(run: Path, questions: int | None, data: str = DATA) -> dict[str, Any
 
 
 def main() -> None:
+    """Train for each seed, ask, print and write the shares of right answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--questions", type=int, default=None, help="most questions of the test part, spread over all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="the folder of the run")
-    parser.add_argument("--out", type=Path, help="the file of the figures")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tower", default="emoji-clip", help="the CLIP whose tower is taken; empty: a new tower")
+    parser.add_argument("--folder", type=Path, help="the folder of the runs")
+    parser.add_argument("--write", type=Path, help="the data file that gets the table")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp())
-    run = train(folder, options.steps, options.seed)
-    figures = measure(run, options.questions)
-    about = {"machine": machine(), "steps": options.steps, "batch": 64, "seed": options.seed, "left out": PAIR}
-    text = json.dumps({**about, "figures": figures}, indent=1, ensure_ascii=False)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    found: dict[int, dict[str, Any]] = {}
+    for seed in options.seeds:
+        run = train(folder / str(seed), options.steps, seed, tower=options.tower or None)
+        found[seed] = measure(run, options.questions)
+        print(machine(), f"seed {seed}", *(f"{name}: {value}" for name, value in found[seed].items()), sep="\n")
+    if options.write:
+        names = [name for name in found[options.seeds[0]] if "interval" not in name and name != "questions"]
+        rows = [[name, *(f"{found[seed][name]:.1%}" for seed in options.seeds)] for name in names]
+        seeds = " ".join(map(str, options.seeds))
+        command = f"python benchmarks/seeing.py --steps {options.steps} --seeds {seeds}"
+        command += f" --tower {options.tower!r}" * (options.tower != "emoji-clip")
+        command += f" --questions {options.questions}" * bool(options.questions)
+        columns = ["right answers", *(f"seed {seed}" for seed in options.seeds)]
+        write_table(options.write, "A model that sees", command, columns, rows, {str(s): found[s] for s in found})
 
 
 if __name__ == "__main__":

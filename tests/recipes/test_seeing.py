@@ -3,21 +3,27 @@
 import json
 import sys
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from toy_questions import coloured_shapes
 
 from keifu import checkpoints
-from keifu.data.images.questions import Question, Questions, read_questions
+from keifu.data.images.preprocessing import Preprocessing
+from keifu.data.images.questions import CLOSED, Question, QuestionBatches, Questions, read_questions
 from keifu.errors import UserError
 from keifu.evaluation.images import questions as evaluation
 from keifu.evaluation.registry import EvalRequest
 from keifu.models import gpt2, llama
+from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
-from keifu.models.hf.image_processor import Tiles
+from keifu.models.clip import text as clip_text
+from keifu.models.hf.image_processor import Pixels, Tiles
 from keifu.models.multimodal import llava, siglip, smolvlm
 from keifu.recipes.assistant import see
 
@@ -74,6 +80,42 @@ def test_another_decoder_is_refused(tmp_path: Path) -> None:
     folder = coloured_shapes(tmp_path / "shapes", 4)
     with pytest.raises(UserError, match="is no model of LLaMA's type"):
         see.prepare(see.Recipe(decoder(tmp_path, gpt2), data=str(folder), image=TOWER))
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_the_tower_of_a_clip_is_taken(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    image = clip_image.Config(12, 4, 3, 24, 48, 1, 2, embedding_dim=8)
+    tower: Any = clip.build(clip.Config(clip_text.Config(40, 8, 16, 24, 1, 2, embedding_dim=8), image, Pixels(12, 12)))
+    checkpoints.save(tower, None, tmp_path / "clip")
+    base, folder = decoder(tmp_path, llama), str(coloured_shapes(tmp_path / "shapes", 4))
+    model: Any = see.prepare(see.Recipe(base, data=folder, tower=str(tmp_path / "clip"))).model
+    for name, weight in model.tower.state_dict().items():
+        assert torch.equal(weight, tower.image.state_dict()[name])
+    assert model.config.pixels == tower.config.pixels
+    new: Any = see.prepare(see.Recipe(base, data=folder, image=TOWER)).model
+    assert new.config.pixels.mean != tower.config.pixels.mean
+    with pytest.raises(UserError, match="is no CLIP with a vision transformer"):
+        see.prepare(see.Recipe(base, data=folder, tower=base))
+    checkpoints.save(model, checkpoints.load(base)[1], tmp_path / "seer")
+    with pytest.raises(UserError, match="sees already: leave out --tower"):
+        see.prepare(see.Recipe(str(tmp_path / "seer"), data=folder, tower=str(tmp_path / "clip")))
+
+
+def test_questions_about_a_picture_come_together_and_names_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ["yes", "red", "no", "circle", "yes", "no", "yes"]
+    rows = [([1, 2], [False, True], f"{picture}.png") for picture in range(9) for _ in answers]
+    named = [answer not in CLOSED for _ in range(9) for answer in answers]
+    found = Questions([], [], lambda _: b"")
+    monkeypatch.setattr(Questions, "picture", lambda *_: Image.new("RGB", (2, 2)))
+    data = QuestionBatches([rows, []], found, Preprocessing(**vars(Pixels(2, 2))), 7, 3, 0, named)
+    first, second = (np.concatenate([data.items(9 * epoch + step) for step in range(9)]) for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == [*range(63)] and [*first] != [*second]
+    assert [named[item] for item in first] == [True] * 18 + [False] * 45
+    assert not all(named[item] for item in second[:18])
+    for order, together in ((first[:18], 2), (first[18:], 4), (second, 4)):
+        changes = sum(a // 7 != b // 7 for a, b in pairwise(order))
+        assert changes < len(order) / (together / 2)
 
 
 @pytest.mark.usefixtures("own_cache")

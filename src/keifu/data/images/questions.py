@@ -30,6 +30,7 @@ from keifu.errors import UserError
 
 FILE, NAMES = "questions.jsonl", ("easy-vqa",)
 CLOSED = {"yes", "no"}  # answers that name nothing
+TOGETHER = 4  # questions about a picture that come one after another
 
 
 class Question(NamedTuple):
@@ -106,18 +107,33 @@ def _easy_vqa(archive: Path) -> Questions:
 class QuestionBatches(EpochBatches):
     """Batches of one question a row: {"tokens", "mask" (True on tokens that are learned), "pictures" as bytes}.
 
-    rows: ids and masks of the two parts, and the names of their pictures.
+    Up to 4 questions about a picture come one after another, so that a batch has fewer pictures than rows. The first
+    epoch begins with the questions whose answer names something: a model that guesses yes and no learns to see slowly.
+    rows: ids and masks of the two parts, and the names of their pictures. named: which of the first part are those.
     """
 
     def __init__(
         self, rows: Sequence[Sequence[tuple[list[int], list[bool], str]]], found: Questions, ready: Preprocessing,
-        batch_size: int, seed: int, pad_id: int,
+        batch_size: int, seed: int, pad_id: int, named: Sequence[bool],
     ):  # fmt: skip
         self.rows, self.pad_id = rows, pad_id
         names = sorted({name for part in rows for *_, name in part})
         self._place = {name: index for index, name in enumerate(names)}
         self._pictures = torch.stack([ready.cut(found.picture(name)) for name in names])
-        super().__init__(len(rows[0]), len(rows[1]), batch_size, seed)
+        self._named, self._shown = np.array(named), np.array([self._place[name] for *_, name in rows[0]])
+        super().__init__(len(rows[0]), len(rows[1]), batch_size, seed, self._order)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return all rows in an order of the epoch's own."""
+        random = np.random.default_rng([self.seed, epoch])
+        rows = random.permutation(len(self._shown))
+        first = self._named[rows] & (epoch == 0)
+        keys = 2 * self._shown[rows] + first
+        by_key = np.argsort(keys, kind="stable")
+        rank = np.empty_like(keys)
+        rank[by_key] = np.arange(len(keys)) - np.searchsorted(keys[by_key], keys[by_key])
+        groups = np.unique(keys * len(keys) + rank // TOGETHER, return_inverse=True)[1]
+        return rows[np.lexsort([random.permutation(groups.max() + 1)[groups], ~first])]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -2,14 +2,14 @@
 
 Paper: "Visual Instruction Tuning": CLIP's tower and Vicuna, a projector learned from 595,000 captions, then the
 projector and the decoder from 158,000 conversations; loss on the answers alone, AdamW without weight decay, a cosine
-after a warm-up of 3%. Here: a small tower from nothing instead of CLIP's, learned together with the rest.
-Command: keifu train see --model gpt-en --data easy-vqa --left-out teal triangle
+after a warm-up of 3%. Here: all of it is learned together, from a small CLIP's tower (--tower) or a new one.
+Command: keifu train see --model gpt-en --data easy-vqa --tower emoji-clip --left-out teal triangle
 Cost: printed before it starts, measured on the machine.
 Expected: see docs/lineage/llava.md; keifu evaluate prints the accuracy next to the blind baselines.
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from keifu import checkpoints
 from keifu.data.images.preprocessing import Preprocessing, TiledPreprocessing
-from keifu.data.images.questions import QuestionBatches, read_questions
+from keifu.data.images.questions import CLOSED, QuestionBatches, Questions, read_questions
 from keifu.data.tokenizers.chat_template import PICTURES
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
@@ -26,6 +26,7 @@ from keifu.errors import UserError, shell
 from keifu.generation.images.prompts import in_parts, preprocessing, sees
 from keifu.layers.lora import merge
 from keifu.models import llama, task_head
+from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.hf.image_processor import Pixels
 from keifu.models.multimodal import llava
@@ -50,7 +51,9 @@ class Recipe(AssistantOptions):
     image: clip_image.Config = clip_image.Config(
         image_size=64, patch_size=16, dim=128, hidden_dim=512, n_layers=5, n_heads=4, activation="gelu", projected=False
     )
-    """The new tower."""
+    """The new tower, without --tower."""
+    tower: str | None = None
+    """CLIP whose image encoder becomes the tower, such as emoji-clip: a run, directory or name; unset: a new one."""
     held_out: BelowOne = 0.02
     """Share of the pictures that is kept for validation, chosen by a hash of the name."""
     epochs: Positive = 3.0
@@ -66,24 +69,27 @@ class Recipe(AssistantOptions):
 def prepare(recipe: Recipe) -> FinetuneTask:
     """Read the questions, and build the model of the decoder and a new tower."""
     found = read_questions(recipe.data)
+    learned = found.without(recipe.left_out)
     decoder, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     if sees(decoder.config):
         if isinstance(preprocessing(decoder.config), TiledPreprocessing):
             raise UserError(f"{recipe.model} cuts pictures into tiles, and this recipe trains without: choose a LLaVA.")
+        if recipe.tower:
+            raise UserError(f"{recipe.model} sees already: leave out --tower.")
         model: Any = finetuning.to_train(decoder, recipe.lora, recipe.seed)
     else:
-        model, tokenizer = start(recipe, decoder, tokenizer)
-    learned = found.without(recipe.left_out)
+        model, tokenizer = start(recipe, decoder, tokenizer, replace(found, learned=learned))
     sides = finetuning.held_out(learned, [each.image for each in learned], recipe.held_out)
     turns = {pair: encode(tokenizer, *pair, model.config) for pair in {each[1:] for each in learned}}
     rows = [[(*turns[each[1:]], each.image) for each in side] for side in sides]
     ready = Preprocessing(**vars(model.config.pixels))
-    data = QuestionBatches(rows, found, ready, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
+    named = [each.answer not in CLOSED for each in sides[0]]
+    data = QuestionBatches(rows, found, ready, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0, named)
     return FinetuneTask(model.to(choose()), tokenizer, data)
 
 
-def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer) -> tuple[llava.Llava, Tokenizer]:
-    """Return the decoder with a new tower and projector, and the tokenizer with a token for a picture."""
+def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, found: Questions) -> tuple[llava.Llava, Tokenizer]:
+    """Return the decoder with a tower and a new projector, and the tokenizer with a token for a picture."""
     if vars(decoder.config).keys() != vars(llama.Config()).keys():
         raise UserError(f"{recipe.model} is no model of LLaMA's type, and LLaVA's decoder is one: choose another.")
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
@@ -92,12 +98,36 @@ def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer) -> tuple[llava.Lla
     mark = marked.token_id(IMAGE)
     torch.manual_seed(recipe.seed)
     task_head.grow_vocabulary(decoder, marked.vocab_size, [mark] if mark >= tokenizer.vocab_size else [])
-    side = recipe.image.image_size
-    config = llava.Config(
-        decoder.config, recipe.image, Pixels(side, side, squash=True), mark, feature_layers=(-1,), full=True
-    )
+    if recipe.tower is None:
+        taken, image, pixels = {}, recipe.image, measured(found, recipe.image.image_size)
+    else:
+        taken, image, pixels = take_tower(recipe.tower)
+    config = llava.Config(decoder.config, image, pixels, mark, feature_layers=(-1,), full=True)
     trained: Any = finetuning.to_train(decoder, recipe.lora, recipe.seed)
-    return llava.attach(config, trained), marked
+    model = llava.attach(config, trained)
+    if taken:
+        model.tower.load_state_dict(taken)
+    return model, marked
+
+
+def measured(found: Questions, side: int) -> Pixels:
+    """Return preprocessing with the mean and the deviation of the pictures to learn from, or of 500 of them. Then the
+    background is near 0, and a new tower learns sooner."""
+    names = sorted({each.image for each in found.learned})[:: max(1, len(found.learned) // 5000)][:500]
+    plain = Preprocessing(**vars(Pixels(side, side, squash=True)))
+    values = torch.stack([plain.cut(found.picture(name)) for name in names]).float() / 255
+    mean, std = (tuple(round(float(x), 4) for x in each) for each in (values.mean((0, 2, 3)), values.std((0, 2, 3))))
+    return Pixels(side, side, squash=True, mean=mean, std=tuple(max(each, 0.01) for each in std))
+
+
+def take_tower(name: str) -> tuple[dict[str, torch.Tensor], clip_image.Config, Pixels]:
+    """Return the weights, the Config and the preprocessing of a CLIP's image encoder."""
+    model: Any = checkpoints.load_model(name)
+    if not isinstance(model, clip.Clip) or not isinstance(model.config.image, clip_image.Config):
+        raise UserError(f"{name} is no CLIP with a vision transformer: choose another --tower.")
+    weights = {name: value.float() for name, value in model.image.state_dict().items()}
+    weights = {name: value for name, value in weights.items() if not name.startswith("projection")}
+    return weights, replace(model.config.image, projected=False), model.config.pixels
 
 
 def encode(tokenizer: Tokenizer, question: str, answer: str, config: Any) -> tuple[list[int], list[bool]]:
@@ -121,7 +151,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     finetuning.finetune(
         recipe, task, answers_about_pictures(ready.normalised), settings, out, resume, save=save,
         title=f"{recipe.model} learns to see", paper="Liu et al., LLaVA (2023)", unit="tokens",
-        options={"left_out": list(recipe.left_out), "template": task.tokenizer.chat_template},
+        options={"left_out": list(recipe.left_out), "tower": recipe.tower, "template": task.tokenizer.chat_template},
         data={"questions to learn from": len(task.data.rows[0])}, held_out={"left_out": list(recipe.left_out)},
     )  # fmt: skip
     print(f"The model is in {out}: keifu chat {shell(out)} --image FILE QUESTION")

@@ -42,7 +42,8 @@ def answers_about_pictures(normalised: Callable[[Tensor], Tensor]) -> Objective:
     def loss(model: Any, batch: Batch) -> LossOutput:
         inputs = batch["tokens"][:, :-1]
         targets = batch["tokens"][:, 1:].masked_fill(~batch["mask"][:, 1:], IGNORED)
-        images = model.encode_images(normalised(batch["pictures"]).to(model.head_weight.dtype))
+        pictures, rows = torch.unique_consecutive(batch["pictures"], return_inverse=True, dim=0)
+        images = model.encode_images(normalised(pictures).to(model.head_weight.dtype))[rows]
         hidden = model.hidden(inputs, inserted=model.insertion(inputs, images))
         total, _ = linear_cross_entropy(hidden, model.head_weight, None, targets)
         return LossOutput(total, (targets != IGNORED).sum())
