@@ -60,7 +60,7 @@ def words(text: str) -> list[str]:
 def by_keifu(folder: Path, beams: int) -> Callable[[torch.Tensor], str]:
     model, tokenizer = keifu.load("whisper-tiny-en")
     keifu.save(model, tokenizer, folder / "saved")
-    return lambda sound: transcribe(model, tokenizer, sound, TranscriptionParams(beams=beams)).text
+    return lambda sound: transcribe(model, tokenizer, sound, TranscriptionParams(beams=beams, fallback=False)).text
 
 
 def by_transformers(folder: Path, beams: int) -> Callable[[torch.Tensor], str]:

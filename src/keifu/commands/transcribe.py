@@ -21,8 +21,8 @@ class Options(flags.OnDevice):
     format: Literal["text", "json", "srt", "vtt"] = "text"
     """Form of the transcript; json has a line for each file, with segments, their seconds and probabilities."""
     language: str | None = None
-    """Language that is spoken, such as en or ja; unset: that of generation_config.json, or the model finds it in the
-    first window."""
+    """Language that is spoken, such as en or Japanese; unset: that of generation_config.json, or the model finds it in
+    the first window."""
     task: Literal["transcribe", "translate"] = "transcribe"
     """transcribe, or translate into English."""
     beams: Count = 1
@@ -31,6 +31,8 @@ class Options(flags.OnDevice):
     """Whether each window of 30 seconds is given the text of the windows before."""
     prompt: str = ""
     """Text that comes before the first window with speech: names and spellings to expect."""
+    fallback: bool = True
+    """Whether a transcript that repeats itself or is unlikely is written again, drawn at higher temperatures."""
 
 
 def run(options: Options) -> None:
@@ -42,7 +44,9 @@ def run(options: Options) -> None:
     from keifu.generation.speech.subtitles import FORMATS
     from keifu.generation.speech.transcription import TranscriptionParams, speech_model, transcribe
 
-    settings = TranscriptionParams(options.language, options.task, options.beams, options.previous, options.prompt)
+    settings = TranscriptionParams(
+        options.language, options.task, options.beams, options.previous, options.prompt, options.fallback
+    )
     sounds = [read_sound(file) for file in options.files]
     model, tokenizer = load(options.model)
     speech_model(model)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from keifu import checkpoints
 from keifu.data.audio.log_mel import log_mel
 from keifu.errors import UserError
 from keifu.generation.speech import transcription
-from keifu.generation.speech.rules import PREVIOUS, speech_tokens
+from keifu.generation.speech.rules import LANGUAGES, PREVIOUS, speech_tokens
 from keifu.generation.speech.subtitles import FORMATS
 from keifu.generation.speech.transcription import Segment, Transcript, TranscriptionParams, cut, transcribe
+from keifu.generation.text.beam_search import Hypothesis, Search, beam_search
 
 SPECIAL_END = tokenizer().token_id(SPECIAL[-1])
 SOUND = torch.randn(16_000 * 4 - 700, generator=torch.Generator().manual_seed(3)) * torch.linspace(0, 1, 63_300)
@@ -43,9 +44,9 @@ def without_the_boundary(tokens: list[int]) -> list[int]:
 def test_segments_are_those_of_transformers(hearing, seed, several) -> None:
     reference, model, words = hearing(seed, several)
     features = log_mel(SOUND, 8)[None]
-    choice = {"language": "ja", "task": "translate"} if several else {}
+    choice: dict[str, Any] = {"language": "ja", "task": "translate"} if several else {}
     expected = reference.generate(features, return_timestamps=True, return_segments=True, num_beams=1, **choice)
-    got = transcribe(model, words, SOUND, TranscriptionParams(**choice))
+    got = transcribe(model, words, SOUND, TranscriptionParams(**choice, fallback=False))
     theirs = [
         (min(float(each["start"]), got.duration), without_the_boundary(each["tokens"].tolist()))
         for each in expected["segments"][0]
@@ -59,36 +60,90 @@ def test_language_and_short_sound_are_those_of_transformers(hearing, seed) -> No
     reference, model, words = hearing(seed)
     features = log_mel(torch.nn.functional.pad(SOUND[40_000:55_000], (0, 1000)), 8)[None]
     expected = reference.detect_language(features, num_segment_frames=100)
-    got = transcribe(model, words, SOUND[40_000:55_000])
+    got = transcribe(model, words, SOUND[40_000:55_000], TranscriptionParams(fallback=False))
     assert words.token_id(f"<|{got.language}|>") == int(expected[0])
     kept = reference.generate(features, return_timestamps=True, return_segments=True, language=got.language)
     assert got.segments[0].tokens == without_the_boundary(kept["segments"][0][0]["tokens"].tolist())
 
 
-@pytest.mark.parametrize("given", ["ja", "<|ja|>"])
+@pytest.mark.parametrize("given", ["ja", "<|ja|>", "japanese", "Japanese"])
 def test_the_language_of_the_checkpoint_is_taken(hearing, given) -> None:
     _, model, words = hearing(0)
     settled = words.replace(generation_config=words.generation_config | {"language": given})
     assert transcribe(model, settled, SOUND) == transcribe(model, words, SOUND, TranscriptionParams("ja"))
     assert transcribe(model, settled, SOUND, TranscriptionParams("en")).language == "en"
-    unknown = words.replace(generation_config=words.generation_config | {"language": "japanese"})
-    with pytest.raises(UserError, match="no language of this model 'japanese'"):
+    unknown = words.replace(generation_config=words.generation_config | {"language": "korean"})
+    with pytest.raises(UserError, match="no language of this model 'ko'"):
         transcribe(model, unknown, SOUND)
+
+
+def test_languages_have_the_names_of_transformers() -> None:
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    assert LANGUAGES == TO_LANGUAGE_CODE
+
+
+def test_an_unlikely_transcript_is_drawn_again(hearing) -> None:
+    """Random weights write unlikely transcripts: every temperature is tried, and the last one is kept."""
+    _, model, words = hearing(0)
+    found = transcribe(model, words, SOUND[:16_000], TranscriptionParams("en"))
+    assert found.segments[0].mean_log_probability < transcription.UNLIKELY
+    assert {each.temperature for each in found.segments} == {1.0}
+    assert found == transcribe(model, words, SOUND[:16_000], TranscriptionParams("en"))
+    cold = transcribe(model, words, SOUND[:16_000], TranscriptionParams("en", fallback=False))
+    assert {each.temperature for each in cold.segments} == {0.0} and cold.text != found.text
+
+
+@pytest.mark.parametrize(
+    ("text", "score", "no_speech", "tries"),
+    [("one two three", -0.5, 0.0, 1), ("one two three", -1.5, 0.0, 6), ("one two " * 20, -0.5, 0.0, 6),
+     ("one two three", -1.5, 0.9, 1), ("one two " * 20, -0.5, 0.9, 6)],
+)  # fmt: skip
+def test_what_is_written_again(monkeypatch, text, score, no_speech, tries) -> None:
+    words = tokenizer()
+    written = Hypothesis(words.encode(text), score, True)
+    begun: list[int] = []
+
+    def begin() -> Any:
+        begun.append(1)
+        return SimpleNamespace(tokens=SimpleNamespace(end=words.token_id(SPECIAL[0])), no_speech=no_speech)
+
+    monkeypatch.setattr(transcription, "beam_search", lambda *_: [[written]])
+    monkeypatch.setattr(transcription, "draw", lambda *_: written)
+    transcription.write_window(begin, words, 9, TranscriptionParams(), 0)
+    assert len(begun) == tries
+
+
+def test_drawn_transcripts_follow_the_rules_and_the_temperature(hearing) -> None:
+    _, model, words = hearing(0)
+    tokens = speech_tokens(model.config, words)
+    memory = model.encode(log_mel(SOUND[:16_000], 8)[None])
+    prompt = tokens.prompt("en", "transcribe")
+
+    def decoder() -> Any:
+        return transcription.SpeechBeamModel(model, memory, prompt, 36, tokens)
+
+    with torch.inference_mode():
+        [[greedy]] = beam_search(decoder(), Search((tokens.end,), 1, penalty=lambda lengths: lengths), [36])
+        cold, warm = (transcription.draw(decoder(), 36, temperature, 0) for temperature in (1e-4, 1.0))
+    assert cold.tokens == greedy.tokens and cold.score == pytest.approx(greedy.score, abs=1e-4)
+    assert warm.tokens != cold.tokens and warm.tokens[0] >= tokens.times
 
 
 def test_beams_find_a_likelier_transcript(hearing) -> None:
     _, model, words = hearing(0)
     one, four = (
-        transcribe(model, words, SOUND[:16_000], TranscriptionParams("en", beams=beams)).segments[0] for beams in (1, 4)
+        transcribe(model, words, SOUND[:16_000], TranscriptionParams("en", beams=beams, fallback=False)).segments[0]
+        for beams in (1, 4)
     )
     assert four.mean_log_probability > one.mean_log_probability
 
 
 def test_previous_text_and_a_prompt_change_what_is_written(hearing) -> None:
     _, model, words = hearing(0)
-    plain = transcribe(model, words, SOUND, TranscriptionParams("en"))
-    with_text = transcribe(model, words, SOUND, TranscriptionParams("en", previous=True))
-    prompted = transcribe(model, words, SOUND, TranscriptionParams("en", prompt="one two"))
+    plain = transcribe(model, words, SOUND, TranscriptionParams("en", fallback=False))
+    with_text = transcribe(model, words, SOUND, TranscriptionParams("en", previous=True, fallback=False))
+    prompted = transcribe(model, words, SOUND, TranscriptionParams("en", prompt="one two", fallback=False))
     assert with_text.segments[0].tokens == plain.segments[0].tokens != prompted.segments[0].tokens
     assert with_text.segments != plain.segments
 
@@ -99,7 +154,8 @@ class Written:
     no_speech = 0.0
     prompts: ClassVar[list[list[int]]] = []
 
-    def __init__(self, model, heard, prompt, longest, tokens):
+    def __init__(self, model, memory, prompt, longest, tokens):
+        self.tokens = tokens
         self.prompts.append(list(prompt))
 
 
@@ -110,9 +166,9 @@ def test_a_prompt_comes_before_the_first_window_and_fits(hearing, monkeypatch, l
     model.config = replace(model.config, context_length=length)
     monkeypatch.setattr(Written, "prompts", [])
     monkeypatch.setattr(transcription, "SpeechBeamModel", Written)
-    monkeypatch.setattr(transcription, "beam_search", lambda *_: [[SimpleNamespace(tokens=[7], score=0.0)]])
+    monkeypatch.setattr(transcription, "beam_search", lambda *_: [[Hypothesis([7], 0.0, True)]])
     prompt = "one two three four " * 9
-    transcribe(model, words, SOUND, TranscriptionParams("en", prompt=prompt, previous=previous))
+    transcribe(model, words, SOUND, TranscriptionParams("en", prompt=prompt, previous=previous, fallback=False))
     past, task = words.encode(" " + prompt.strip()), speech_tokens(model.config, words).prompt("en", "transcribe")
     before = [words.token_id(PREVIOUS)] if room else []
     first, second = ([*tokens][len(tokens) - room :] for tokens in (past, [*past, 7]))
@@ -151,7 +207,7 @@ def test_a_window_is_cut_at_pairs_of_times(hearing) -> None:
 def test_a_model_without_times_writes_one_segment_a_window(hearing) -> None:
     _, model, words = hearing(0)
     words = words.replace(generation_config=words.generation_config | {"return_timestamps": False})
-    found = transcribe(model, words, SOUND, TranscriptionParams("en"))
+    found = transcribe(model, words, SOUND, TranscriptionParams("en", fallback=False))
     assert [each.start for each in found.segments] == [0, 1, 2, 3] and found.segments[-1].end == found.duration
 
 

@@ -55,7 +55,7 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
     tested = read_recordings(request.on)[1][: request.limit]
     if not any(words(each.text) for each in tested):
         raise UserError(f'{request.on} has no recordings of words to test on: give some of them "part": "test".')
-    settings = TranscriptionParams(language=request.language, beams=request.beam or 1)
+    settings = TranscriptionParams(language=request.language, beams=request.beam or 1, fallback=False)
     written = [transcribe(model, tokenizer, each.samples(), settings).text for each in tested]
     lengths = [len(words(each.text)) for each in tested]
     wrong = [word_errors(words(text), words(each.text)) for text, each in zip(written, tested, strict=True)]

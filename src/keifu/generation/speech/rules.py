@@ -15,6 +15,23 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
 
 NO_TIMESTAMPS, PREVIOUS = "<|notimestamps|>", "<|startofprev|>"
+_NAMES = """en english zh chinese de german es spanish ru russian ko korean fr french ja japanese pt portuguese
+    tr turkish pl polish ca catalan nl dutch ar arabic sv swedish it italian id indonesian hi hindi fi finnish
+    vi vietnamese he hebrew uk ukrainian el greek ms malay cs czech ro romanian da danish hu hungarian ta tamil no
+    norwegian th thai ur urdu hr croatian bg bulgarian lt lithuanian la latin mi maori ml malayalam cy welsh sk
+    slovak te telugu fa persian lv latvian bn bengali sr serbian az azerbaijani sl slovenian kn kannada et
+    estonian mk macedonian br breton eu basque is icelandic hy armenian ne nepali mn mongolian bs bosnian kk
+    kazakh sq albanian sw swahili gl galician mr marathi pa punjabi si sinhala km khmer sn shona yo yoruba so
+    somali af afrikaans oc occitan ka georgian be belarusian tg tajik sd sindhi gu gujarati am amharic yi
+    yiddish lo lao uz uzbek fo faroese ps pashto tk turkmen nn nynorsk mt maltese sa sanskrit lb luxembourgish
+    my myanmar bo tibetan tl tagalog mg malagasy as assamese tt tatar haw hawaiian ln lingala ha hausa ba
+    bashkir jw javanese su sundanese yue cantonese"""
+_WORDS = _NAMES.split()
+LANGUAGES = {  # codes by the names of Whisper's languages, and by those that are called otherwise, too
+    **dict(zip(_WORDS[1::2], _WORDS[::2], strict=True)), "haitian creole": "ht", "burmese": "my", "valencian": "ca",
+    "flemish": "nl", "haitian": "ht", "letzeburgesch": "lb", "pushto": "ps", "panjabi": "pa", "moldavian": "ro",
+    "moldovan": "ro", "sinhalese": "si", "castilian": "es", "mandarin": "zh",
+}  # fmt: skip
 SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", PREVIOUS, "<|nospeech|>", NO_TIMESTAMPS)
 
 
@@ -51,6 +68,11 @@ class SpeechTokens:
         if self.languages and language is not None:
             tokens += [self.languages[language], self.tasks[task]]
         return tokens if self.has_times else [*tokens, self.without_times]
+
+    def code(self, language: str | None) -> str | None:
+        """Return the code of a language that is given by its code, name or token; any other is returned as it is."""
+        plain = (language or "").strip("<|>").lower()
+        return LANGUAGES.get(plain, plain) or None
 
     def check(self, language: str | None, task: str) -> None:
         """Refuse a language or a task that the model does not know."""

@@ -1,13 +1,15 @@
 """Transcription by a model that hears: windows of 30 seconds one after another, each written by the beam search.
 
-A window ends where its last whole segment ends, and the next one begins there (Radford et al., 2022, section 4.5). This
-has no second try at a higher temperature, which the paper makes when a transcript looks wrong.
+A window ends where its last whole segment ends, and the next one begins there (Radford et al., 2022, section 4.5). A
+transcript that repeats itself or is unlikely is written again, with tokens drawn at a higher temperature.
 Axes: windows, mels, frames, rows = transcripts that are being written, vocab.
 """
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,13 +21,16 @@ from keifu.data.audio.log_mel import FRAMES_PER_SECOND, HOP, RATE, log_mel
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.speech.rules import PREVIOUS, SpeechTokens, allow, speech_tokens
-from keifu.generation.text.beam_search import Search, beam_search
+from keifu.generation.text.beam_search import Hypothesis, Search, beam_search
 from keifu.generation.text.model import device_of, evaluation_mode
-from keifu.layers.transformer.speech import SpeechRecognizer
+from keifu.layers.transformer.speech import Memory, SpeechRecognizer
 from keifu.ranges import Count, check
 
 TIME = 0.02  # seconds from one token of a time to the next
 SILENT, UNLIKELY = 0.6, -1.0  # P(nobody speaks), and the mean ln P of a transcript, of a window that is left out
+REPEATED = 2.4  # compression ratio above which a transcript repeats itself
+TEMPERATURES, DRAWN = (0.2, 0.4, 0.6, 0.8, 1.0), 5  # of further tries, and the transcripts drawn in each
+WARM = 0.5  # temperature above which the next window is not given the text
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class TranscriptionParams:
     """How sound is transcribed."""
 
     language: str | None = None
-    """Language that is spoken, such as en or ja; unset: that of generation_config.json, or the model finds it in the
-    first window."""
+    """Language that is spoken, such as en or Japanese; unset: that of generation_config.json, or the model finds it in
+    the first window."""
     task: Literal["transcribe", "translate"] = "transcribe"
     """transcribe, or translate into English."""
     beams: Count = 1
@@ -43,6 +48,8 @@ class TranscriptionParams:
     """Whether each window is given the text of the windows before."""
     prompt: str = ""
     """Text that comes before the first window with speech: names and spellings to expect."""
+    fallback: bool = True
+    """Whether a transcript that repeats itself or is unlikely is written again, drawn at higher temperatures."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -50,7 +57,10 @@ class TranscriptionParams:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a transcript: its seconds from start to end, its tokens, their mean ln P, and P(nobody speaks)."""
+    """A piece of a transcript: its seconds from start to end, its tokens, their mean ln P, and P(nobody speaks).
+
+    temperature: at which the tokens were drawn; 0 for the likeliest ones.
+    """
 
     start: float
     end: float
@@ -58,6 +68,7 @@ class Segment:
     tokens: list[int]
     mean_log_probability: float
     no_speech: float
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,12 +92,12 @@ class SpeechBeamModel:
     """Beam model of one window of sound, whose transcript begins with a prompt."""
 
     def __init__(
-        self, model: SpeechRecognizer, heard: Float[Tensor, "1 mels frames"], prompt: Sequence[int], longest: int,
-        tokens: SpeechTokens,
-    ):  # fmt: skip
-        self.model, self.tokens, self.state = model, tokens, model.listen(heard, len(prompt) + longest)
-        self.written = torch.zeros(1, 0, dtype=torch.long, device=heard.device)
-        hidden = model.hidden(torch.tensor([prompt], device=heard.device), self.state)
+        self, model: SpeechRecognizer, memory: Memory, prompt: Sequence[int], longest: int, tokens: SpeechTokens
+    ):
+        self.model, self.tokens, self.state = model, tokens, model.begin(memory, len(prompt) + longest)
+        device = memory[0][0].device
+        self.written = torch.zeros(1, 0, dtype=torch.long, device=device)
+        hidden = model.hidden(torch.tensor([prompt], device=device), self.state)
         start = model.logits(hidden[0, prompt.index(tokens.start)]).float().softmax(-1)
         self.no_speech, self._prompt = float(start[tokens.no_speech]), hidden
 
@@ -112,8 +123,8 @@ def transcribe(
 ) -> Transcript:  # fmt: skip
     """Transcribe sound of one channel at 16 kHz. `progress` is called with the seconds that are done."""
     hearer, tokens = speech_model(model), speech_tokens(model.config, tokenizer)
-    usual = str(tokenizer.generation_config.get("language") or "").strip("<|>") if tokens.languages else ""
-    language = settings.language or usual or None
+    usual = tokenizer.generation_config.get("language") if tokens.languages else None
+    language = tokens.code(settings.language or usual)
     tokens.check(language, settings.task)
     window, last = 2 * hearer.config.audio_length, -(-len(samples) // HOP)
     padded = F.pad(samples, (0, max(0, window * HOP - len(samples))))  # short sound is followed by silence
@@ -130,18 +141,66 @@ def transcribe(
             before = [tokenizer.token_id(PREVIOUS), *past] if past else []
             prompt = [*before, *tokens.prompt(language, settings.task)]
             longest = hearer.config.context_length - len(prompt)
-            decoder = SpeechBeamModel(hearer, heard, prompt, longest, tokens)
-            search = Search((tokens.end,), settings.beams, penalty=lambda lengths: lengths)
-            [[best]] = beam_search(decoder, search, [longest])
+            memory = hearer.encode(heard)
+            made = partial(SpeechBeamModel, hearer, memory, prompt, longest, tokens)
+            best, no_speech, temperature = write_window(made, tokenizer, longest, settings, place)
             found, done = cut(best.tokens, min(window, last - place), tokens)
-            for *times, written in found if decoder.no_speech <= SILENT or best.score >= UNLIKELY else ():
+            for *times, written in () if silent(best, no_speech) else found:
                 start, end = (min(place / FRAMES_PER_SECOND + time, seconds) for time in times)
                 words = [each for each in written if each < tokens.end]
                 text = tokenizer.decode(words)
-                segments.append(Segment(start, end, text, written, best.score, decoder.no_speech))
-                past.extend(words) if settings.previous else past.clear()
+                segments.append(Segment(start, end, text, written, best.score, no_speech, temperature))
+                past.extend(words) if settings.previous and temperature <= WARM else past.clear()
             place += done
     return Transcript("".join(segment.text for segment in segments).strip(), language, seconds, segments)
+
+
+def silent(found: Hypothesis, no_speech: float) -> bool:
+    """Whether nobody speaks in a window, by this transcript of it."""
+    return no_speech > SILENT and found.score < UNLIKELY
+
+
+def compression_ratio(text: str) -> float:
+    """Return how many times zlib makes a text shorter; one that repeats itself is above 2.4 (section 4.5)."""
+    return len(data := text.encode()) / len(zlib.compress(data))
+
+
+def write_window(
+    begin: Callable[[], SpeechBeamModel], tokenizer: Tokenizer, longest: int, settings: TranscriptionParams, seed: int
+) -> tuple[Hypothesis, float, float]:
+    """Return the transcript of a window, P(nobody speaks), and the temperature of its tokens.
+
+    begin: returns a new decoder of the window. After the last temperature the transcript is taken as it is.
+    """
+    decoder = begin()
+    search = Search((decoder.tokens.end,), settings.beams, penalty=lambda lengths: lengths)
+    [[best]], no_speech, temperature = beam_search(decoder, search, [longest]), decoder.no_speech, 0.0
+    for higher in TEMPERATURES if settings.fallback else ():
+        text = tokenizer.decode([each for each in best.tokens if each < decoder.tokens.end])
+        if silent(best, no_speech) or (best.score >= UNLIKELY and compression_ratio(text) <= REPEATED):
+            break
+        best, temperature = draw(begin(), longest, higher, seed), higher
+    return best, no_speech, temperature
+
+
+def draw(decoder: SpeechBeamModel, longest: int, temperature: float, seed: int) -> Hypothesis:
+    """Return the likeliest of several transcripts whose tokens are drawn at a temperature."""
+    logits, end = decoder.first().expand(DRAWN, -1), decoder.tokens.end
+    decoder.select(torch.zeros(DRAWN, dtype=torch.long))
+    random = torch.Generator(logits.device).manual_seed(seed)
+    done, lengths = (torch.zeros(DRAWN, dtype=kind, device=logits.device) for kind in (torch.bool, torch.long))
+    total, written = torch.zeros(DRAWN, device=logits.device), list[Tensor]()
+    while len(written) < longest and not done.all():
+        logits = decoder.next(written[-1]) if written else logits
+        drawn = (logits / temperature).softmax(-1).multinomial(1, generator=random)
+        tokens = drawn[:, 0].masked_fill(done, end)
+        total += logits.log_softmax(-1).gather(1, drawn)[:, 0].masked_fill(done, 0.0)
+        lengths += ~done
+        done |= tokens == end
+        written.append(tokens)
+    scores = total / lengths.clamp(min=1)
+    ids = torch.stack(written, 1)[scores.argmax()].tolist() if written else []
+    return Hypothesis([each for each in ids if each != end], float(scores.max()), end in ids)
 
 
 def find_language(model: SpeechRecognizer, heard: Float[Tensor, "1 mels frames"], tokens: SpeechTokens) -> str:

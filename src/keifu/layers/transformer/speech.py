@@ -45,6 +45,9 @@ def spaced_sinusoids(length: int, dim: int) -> Float[Tensor, "length dim"]:
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
+Memory = list[tuple[Tensor, Tensor]]  # keys and values of the sound, for each block of the decoder
+
+
 class SpeechRecognizer(nn.Module):
     """Stem, positions, encoder and norm for sound; embedding, positions, decoder and norm for text; a tied head.
 
@@ -78,6 +81,10 @@ class SpeechRecognizer(nn.Module):
 
     def listen(self, features: Features, capacity: int | None = None) -> EncoderDecoderState:
         """Encode windows of sound. With `capacity` the state has room for that many tokens of each target."""
+        return self.begin(self.encode(features), capacity)
+
+    def encode(self, features: Features) -> Memory:
+        """Return keys and values of windows of sound, for each block of the decoder."""
         expected = 2 * len(self.source_positions)
         if features.shape[-1] != expected:
             raise UserError(f"A window of this model has {expected} frames, and this sound has {features.shape[-1]}.")
@@ -85,9 +92,13 @@ class SpeechRecognizer(nn.Module):
         blocks: list[Any] = list(self.decoder)
         for block in self.encoder:
             x = block(x)
-        memory = read_source(self.encoder_norm(x), None, (), [each.cross_attention for each in blocks])
+        return read_source(self.encoder_norm(x), None, (), [each.cross_attention for each in blocks])
+
+    def begin(self, memory: Memory, capacity: int | None = None) -> EncoderDecoderState:
+        """Return the state of targets that begin; see `listen`."""
+        blocks: list[Any] = list(self.decoder)
         layers = [(each.attention.n_kv_heads, each.attention.head_dim) for each in blocks]
-        targets = None if capacity is None else KVState(layers, len(features), capacity, memory[0][0])
+        targets = None if capacity is None else KVState(layers, len(memory[0][0]), capacity, memory[0][0])
         return EncoderDecoderState(memory, None, targets)
 
     def hidden(self, target: Tokens, state: EncoderDecoderState) -> Hidden:

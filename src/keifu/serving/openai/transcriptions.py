@@ -1,6 +1,5 @@
 """POST /v1/audio/transcriptions and /v1/audio/translations: what is said in a sound file, as text or subtitles."""
 
-import zlib
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
@@ -12,7 +11,7 @@ from torch import nn
 
 from keifu.data.audio.sound_files import read_sound
 from keifu.generation.speech.subtitles import FORMATS
-from keifu.generation.speech.transcription import Transcript, TranscriptionParams, transcribe
+from keifu.generation.speech.transcription import Transcript, TranscriptionParams, compression_ratio, transcribe
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.body import Body, Neutral
@@ -93,8 +92,8 @@ def _verbose(found: Transcript, task: Task) -> dict[str, Any]:
     segments = [
         {
             "id": n, "seek": 0, "start": each.start, "end": each.end, "text": each.text, "tokens": each.tokens,
-            "temperature": 0.0, "avg_logprob": each.mean_log_probability, "no_speech_prob": each.no_speech,
-            "compression_ratio": len(data := each.text.encode()) / len(zlib.compress(data)),
+            "temperature": each.temperature, "avg_logprob": each.mean_log_probability, "no_speech_prob": each.no_speech,
+            "compression_ratio": compression_ratio(each.text),
         }
         for n, each in enumerate(found.segments)
     ]  # fmt: skip
