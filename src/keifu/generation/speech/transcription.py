@@ -176,7 +176,7 @@ def write_window(
     search = Search((decoder.tokens.end,), settings.beams, penalty=lambda lengths: lengths)
     [[best]], no_speech, temperature = beam_search(decoder, search, [longest]), decoder.no_speech, 0.0
     for higher in TEMPERATURES if settings.fallback else ():
-        text = tokenizer.decode([each for each in best.tokens if each < decoder.tokens.end])
+        text = tokenizer.decode([token for token in best.tokens if token < decoder.tokens.end])
         if silent(best, no_speech) or (best.score >= UNLIKELY and compression_ratio(text) <= REPEATED):
             break
         best, temperature = draw(begin(), longest, higher, seed), higher
@@ -200,7 +200,7 @@ def draw(decoder: SpeechBeamModel, longest: int, temperature: float, seed: int) 
         written.append(tokens)
     scores = total / lengths.clamp(min=1)
     ids = torch.stack(written, 1)[scores.argmax()].tolist() if written else []
-    return Hypothesis([each for each in ids if each != end], float(scores.max()), end in ids)
+    return Hypothesis([token for token in ids if token != end], float(scores.max()), end in ids)
 
 
 def find_language(model: SpeechRecognizer, heard: Float[Tensor, "1 mels frames"], tokens: SpeechTokens) -> str:

@@ -26,7 +26,6 @@ from keifu.errors import UserError, shell
 from keifu.generation.images.prompts import in_parts, preprocessing, sees
 from keifu.layers.lora import merge
 from keifu.models import llama, task_head
-from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.hf.image_processor import Pixels
 from keifu.models.multimodal import llava
@@ -83,7 +82,7 @@ def prepare(recipe: Recipe) -> FinetuneTask:
     turns = {pair: encode(tokenizer, *pair, model.config) for pair in {each[1:] for each in learned}}
     rows = [[(*turns[each[1:]], each.image) for each in side] for side in sides]
     ready = Preprocessing(**vars(model.config.pixels))
-    named = [each.answer not in CLOSED for each in sides[0]]
+    named = [question.answer not in CLOSED for question in sides[0]]
     data = QuestionBatches(rows, found, ready, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0, named)
     return FinetuneTask(model.to(choose()), tokenizer, data)
 
@@ -113,21 +112,22 @@ def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, found: Questions) 
 def measured(found: Questions, side: int) -> Pixels:
     """Return preprocessing with the mean and the deviation of the pictures to learn from, or of 500 of them. Then the
     background is near 0, and a new tower learns sooner."""
-    names = sorted({each.image for each in found.learned})[:: max(1, len(found.learned) // 5000)][:500]
+    names = sorted({question.image for question in found.learned})[:: max(1, len(found.learned) // 5000)][:500]
     plain = Preprocessing(**vars(Pixels(side, side, squash=True)))
     values = torch.stack([plain.cut(found.picture(name)) for name in names]).float() / 255
-    mean, std = (tuple(round(float(x), 4) for x in each) for each in (values.mean((0, 2, 3)), values.std((0, 2, 3))))
-    return Pixels(side, side, squash=True, mean=mean, std=tuple(max(each, 0.01) for each in std))
+    mean, std = ([round(float(x), 4) for x in row] for row in (values.mean((0, 2, 3)), values.std((0, 2, 3))))
+    return Pixels(side, side, squash=True, mean=tuple(mean), std=tuple(max(channel, 0.01) for channel in std))
 
 
 def take_tower(name: str) -> tuple[dict[str, torch.Tensor], clip_image.Config, Pixels]:
     """Return the weights, the Config and the preprocessing of a CLIP's image encoder."""
     model: Any = checkpoints.load_model(name)
-    if not isinstance(model, clip.Clip) or not isinstance(model.config.image, clip_image.Config):
+    image = vars(model.config).get("image")
+    if image is None or vars(image).keys() != vars(clip_image.Config()).keys() or sees(model.config):
         raise UserError(f"{name} is no CLIP with a vision transformer: choose another --tower.")
     weights = {name: value.float() for name, value in model.image.state_dict().items()}
     weights = {name: value for name, value in weights.items() if not name.startswith("projection")}
-    return weights, replace(model.config.image, projected=False), model.config.pixels
+    return weights, replace(image, projected=False), model.config.pixels
 
 
 def encode(tokenizer: Tokenizer, question: str, answer: str, config: Any) -> tuple[list[int], list[bool]]:
