@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from keifu.alignment.grpo import NORMAL, Variant, advantages, grpo, terms, token_shares
-from keifu.alignment.monitor import DivergenceMonitor, Range
+from keifu.alignment.monitor import DivergenceMonitor, Healthy
 from keifu.alignment.rewards import reward, score
 from keifu.commands.train import parse
 from keifu.data.text.synthetic_math import arithmetic, chain_sums, countdowns
@@ -352,7 +352,7 @@ def test_a_warning_comes_each_time_that_a_figure_leaves_its_range() -> None:
     watch, values = DivergenceMonitor(NORMAL), [0.1, 0.7, 0.8, 0.2, 0.9]
     assert [len([*watch({"kl": value})]) for value in values] == [0, 1, 0, 0, 1]
     assert "kl is 0.9, normal is 0 to 0.5" in [*DivergenceMonitor(NORMAL)({"kl": 0.9})][0]
-    long = DivergenceMonitor({"length": Range(0.5, 2.0, "look", relative=True)})
+    long = DivergenceMonitor({"length": Healthy(0.5, 2.0, "look", relative=True)})
     assert [len([*long({"length": value})]) for value in (7.0, 13.0, 15.0)] == [0, 0, 1]
     assert "length" in long.table({"length": 15.0}) and "normal 3.5 to 14  <- look" in long.table({"length": 15.0})
 
