@@ -120,9 +120,7 @@ def with_dropout(folder: Path, out: Path, tokenizer: Tokenizer | None = None) ->
     return str(out)
 
 
-def tuned(
-    way: Way, base: str, training: Examples, held: Examples, seed: int, options: argparse.Namespace
-) -> Confusion:
+def tuned(way: Way, base: str, training: Examples, held: Examples, seed: int, options: argparse.Namespace) -> Confusion:
     """A run of the recipe; fewer labels are seen more often, for otherwise there would be few steps."""
     epochs = max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
     recipe = telling.Recipe(

@@ -279,7 +279,7 @@ def _varlen_attention(q, k, v, queries, seen, most_q, most_k, causal, scale, win
         if a == b:
             continue
         ahead = torch.arange(d - c)[None] - torch.arange(d - c - (b - a), d - c)[:, None]
-        mask = ((ahead <= 0) & (ahead > -window[0] - 1 if window[0] >= 0 else ahead <= 0))
+        mask = (ahead <= 0) & (ahead > -window[0] - 1 if window[0] >= 0 else ahead <= 0)
         found = _attention(*(x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])), mask, scale=scale,
                            enable_gqa=enable_gqa)  # fmt: skip
         parts.append(found[0].transpose(0, 1))

@@ -72,7 +72,8 @@ LANGUAGE_MODELS = {
     "smollm3": (smollm3, smollm3.Config(**SMALL, n_kv_heads=2, position_free=(1,))),
     "phi3": (phi3, phi3.Config(**SMALL, n_kv_heads=2, sliding_window=5)),
     "gemma2": (
-        gemma2, gemma2.Config(**SMALL, n_kv_heads=1, head_dim=16, sliding_window=5, attention_cap=5.0, logit_cap=8.0)
+        gemma2,
+        gemma2.Config(**SMALL, n_kv_heads=1, head_dim=16, sliding_window=5, attention_cap=5.0, logit_cap=8.0),
     ),
     "granite": (
         granite,
@@ -80,9 +81,7 @@ LANGUAGE_MODELS = {
             **SMALL, n_kv_heads=2, embedding_scale=6.0, attention_scale=0.3, residual_scale=0.5, logit_divisor=0.5
         ),
     ),
-    "ministral": (
-        ministral, ministral.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5, global_layers=(1,))
-    ),
+    "ministral": (ministral, ministral.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5, global_layers=(1,))),
     "nanochat": (nanochat, nanochat.Config(**SMALL, n_kv_heads=2, logit_cap=8.0)),
     "mixtral": (mixtral, mixtral.Config(**SMALL, n_kv_heads=2, n_experts=3)),
     "qwen3-moe": (
@@ -95,12 +94,24 @@ LANGUAGE_MODELS = {
     "deepseek-v3": (
         deepseek_v3,
         deepseek_v3.Config(
-            **SMALL, expert_dim=24, n_dense_layers=1, head_dim=8, rope_dim=6, value_dim=10, q_rank=20, kv_rank=12,
-            n_experts=6, n_experts_per_token=3, n_groups=3, n_groups_per_token=2, rope_scaling=None,
+            **SMALL,
+            expert_dim=24,
+            n_dense_layers=1,
+            head_dim=8,
+            rope_dim=6,
+            value_dim=10,
+            q_rank=20,
+            kv_rank=12,
+            n_experts=6,
+            n_experts_per_token=3,
+            n_groups=3,
+            n_groups_per_token=2,
+            rope_scaling=None,
         ),
     ),
     "gpt-oss": (
-        gpt_oss, gpt_oss.Config(**SMALL, n_kv_heads=2, head_dim=8, n_experts=4, n_experts_per_token=2, sliding_window=5)
+        gpt_oss,
+        gpt_oss.Config(**SMALL, n_kv_heads=2, head_dim=8, n_experts=4, n_experts_per_token=2, sliding_window=5),
     ),
     "olmo2": (olmo2, olmo2.Config(**SMALL, n_kv_heads=2)),
     "qwen3-next": (

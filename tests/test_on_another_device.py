@@ -123,8 +123,19 @@ WRITERS = {
     "olmoe": lambda: olmoe.build(olmoe.Config(**SMALL, n_experts=4, n_experts_per_token=2)),
     "deepseek-v3": lambda: deepseek_v3.build(
         deepseek_v3.Config(
-            **SMALL, expert_dim=12, n_dense_layers=1, head_dim=6, rope_dim=4, value_dim=5, q_rank=8, kv_rank=7,
-            n_experts=4, n_experts_per_token=2, n_groups=2, n_groups_per_token=1, rope_scaling=None,
+            **SMALL,
+            expert_dim=12,
+            n_dense_layers=1,
+            head_dim=6,
+            rope_dim=4,
+            value_dim=5,
+            q_rank=8,
+            kv_rank=7,
+            n_experts=4,
+            n_experts_per_token=2,
+            n_groups=2,
+            n_groups_per_token=1,
+            rope_scaling=None,
         )
     ),
     "gpt-oss": lambda: gpt_oss.build(

@@ -169,8 +169,6 @@ def test_a_type_that_cannot_be_is_refused_before_anything_is_loaded(
     assert sentence in error and error.count("\n") == 1
 
 
-
-
 @pytest.mark.parametrize("given", [["--dtype", "bf16"], ["--dtype=bf16"]])
 def test_the_option_of_the_release_before_warns_and_works(given: list[str], folder: Path, capfd) -> None:
     cli.main(["embed", str(folder / "reader"), "ab", *given])

@@ -26,14 +26,35 @@ TOYS: dict[str, Callable[[], nn.Module]] = {
     "mixture of experts": lambda: mixtral.build(mixtral.Config(**LLAMA, n_kv_heads=2, n_experts=5)),
     "latent attention and shared experts": lambda: deepseek_v3.build(
         deepseek_v3.Config(
-            **SIZE, expert_dim=12, n_dense_layers=1, n_heads=4, head_dim=6, rope_dim=4, value_dim=5, q_rank=8,
-            kv_rank=7, n_experts=6, n_experts_per_token=2, n_groups=3, n_groups_per_token=2, rope_scaling=None,
+            **SIZE,
+            expert_dim=12,
+            n_dense_layers=1,
+            n_heads=4,
+            head_dim=6,
+            rope_dim=4,
+            value_dim=5,
+            q_rank=8,
+            kv_rank=7,
+            n_experts=6,
+            n_experts_per_token=2,
+            n_groups=3,
+            n_groups_per_token=2,
+            rope_scaling=None,
         )
     ),
     "states of fixed size": lambda: qwen3_next.build(
         qwen3_next.Config(
-            **LLAMA | {"head_dim": 8}, n_kv_heads=2, rope_dim=4, n_linear_key_heads=2, n_linear_value_heads=4,
-            linear_key_dim=6, linear_value_dim=8, expert_dim=12, shared_dim=10, n_experts=4, n_experts_per_token=2,
+            **LLAMA | {"head_dim": 8},
+            n_kv_heads=2,
+            rope_dim=4,
+            n_linear_key_heads=2,
+            n_linear_value_heads=4,
+            linear_key_dim=6,
+            linear_value_dim=8,
+            expert_dim=12,
+            shared_dim=10,
+            n_experts=4,
+            n_experts_per_token=2,
             global_layers=(1,),
             norm_eps=0.01,  # the outputs of toys are so small that a smaller one makes noise of them
         )
@@ -46,7 +67,11 @@ TOYS: dict[str, Callable[[], nn.Module]] = {
     ),
     "angles by length": lambda: phi3.build(
         phi3.Config(
-            **SIZE | {"dim": 24}, n_heads=3, n_kv_heads=1, rope_dim=6, sliding_window=None,
+            **SIZE | {"dim": 24},
+            n_heads=3,
+            n_kv_heads=1,
+            rope_dim=6,
+            sliding_window=None,
             rope_scaling=RopeScaling(
                 "longrope", 4.0, 16, short_divisors=(1.0, 1.1, 1.2), long_divisors=(2.0, 3.0, 4.0)
             ),

@@ -286,9 +286,7 @@ def test_auto_is_half_precision_on_every_gpu() -> None:
     assert resolve_dtype("auto", torch.device("meta")) == torch.float16
 
 
-@pytest.mark.parametrize(
-    ("before", "precision"), [("NVIDIA A100 (cuda:0)", "float16"), ("cpu, 99 threads", "float32")]
-)
+@pytest.mark.parametrize(("before", "precision"), [("NVIDIA A100 (cuda:0)", "float16"), ("cpu, 99 threads", "float32")])
 def test_a_run_that_goes_on_on_another_device_says_so(tmp_path: Path, capsys, before: str, precision: str) -> None:
     train(toy(), objective, Sequences(), settings(keep=9, precision="auto"), run(tmp_path))
     for step in (9, 12):

@@ -246,8 +246,8 @@ def _resolve_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
 
 
 def _resolve_dialect(source: Source) -> tuple[Source, list[str]]:
-    """Return the source with the Config's switches on for parts that the file has, and the tensors that repeat another.
-    """
+    """Return the source with the Config's switches on for parts that the file has, and the tensors that repeat
+    another."""
     family, stored = source.family, source.stored
     has = {field: True for field, name in family.in_file.items() if source.stored_name(name) in stored}
     copies = {copy: source.stored_name(name) for copy, name in family.copies.items() if copy in stored}

@@ -61,9 +61,7 @@ def run(options: Options) -> None:
     from keifu.generation.text.chat import Conversation
 
     guesses = proposer(options.draft, options.guesses, options.weights)
-    conversation = Conversation(
-        model, tokenizer, options.system, guesses, flags.template_variables(options.thinking)
-    )
+    conversation = Conversation(model, tokenizer, options.system, guesses, flags.template_variables(options.thinking))
     if not question:
         print(f"{options.model}: {line}.")
         Chat(conversation, sampling).talk()

@@ -43,9 +43,7 @@ class Options(flags.OnDevice):
         tyro.conf.Positional[str | None],
         tyro.conf.arg(metavar="MODEL", help="A run, a diffusers directory or hub id, or a catalogue name."),
     ] = None
-    text: Annotated[
-        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]", help="Text to draw.")
-    ] = None
+    text: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]", help="Text to draw.")] = None
     out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="PATH")] = None
     """The PNG file; of several pictures it is a sheet of all, beside PATH-1.png, PATH-2.png and so on. Unset:
     picture-SEED.png."""

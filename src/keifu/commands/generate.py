@@ -100,7 +100,7 @@ def check_temperature(temperature: float | None) -> None:
 def print_chosen(
     options: Options, model: Any, tokenizer: Any, text: str, prompt: Any, sampling: "SamplingParams", rewards: Any,
     guesses: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Print one of several texts: the most frequent, or the one with the highest reward."""
     from keifu.data.chat.thoughts import with_opening
     from keifu.evaluation.text.few_shot import majority

@@ -77,8 +77,8 @@ class Layout:
         return torch.cat(parts) if parts else whole[:0]
 
     def join(self, local: Tensor, ranks: Sequence[tuple[int, int]], group: Any) -> Tensor:
-        """Return the whole tensor on every process of a pod, whose places in the mesh are given, from what each holds.
-        """
+        """Return the whole tensor on every process of a pod, whose places in the mesh are given, from what each
+        holds."""
         if self.shards == 1 and not self.is_split:
             return local
         sizes = [[sum(p.stop - p.start for p in self.pieces(*rank)), *self._width(rank[1])] for rank in ranks]

@@ -83,8 +83,7 @@ class LazyTensor(Tensor):
         return func(*read, **tree_map_only(LazyTensor, lambda x: x.value(True), kwargs))
 
     def _lazily(self, func: Any, rest: tuple, kwargs: dict[str, Any]) -> Any:
-        """Compute what needs no numbers: a slice, the parts of a split, a copy that nobody has changed; else None.
-        """
+        """Compute what needs no numbers: a slice, the parts of a split, a copy that nobody has changed; else None."""
         axis, *_ = (*(rest[1:] if func == aten.split.Tensor else rest), 0)
         if func in (aten.detach.default, aten.alias.default):
             return LazyTensor.of(self.reader, self.blank, self.index)

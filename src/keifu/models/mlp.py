@@ -101,8 +101,8 @@ class MLP(nn.Module):
 
 
 def build(config: Config) -> MLP:
-    """Build a network whose weights differ ("to break symmetry") and neither swell nor shrink what passes through them.
-    """
+    """Build a network whose weights differ ("to break symmetry") and neither swell nor shrink what passes through
+    them."""
     model = MLP(config)
     gain = 1.0  # the inputs are taken to have variance 1
     for layer in model.layers:

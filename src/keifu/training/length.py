@@ -56,8 +56,8 @@ class Length:
         return self.scheduled if self.fitting is None else self.fitting
 
     def changed(self, at: int, steps: int, warmup: int) -> "Length":
-        """Return the length after a change to `steps` at step `at`; fewer steps than are already done is a `UserError`.
-        """
+        """Return the length after a change to `steps` at step `at`; fewer steps than are already done is a
+        `UserError`."""
         if steps < at:
             raise UserError(f"{at:,} steps are done, so the run cannot be made as short as {steps:,}: choose more.")
         return Length(self.begun, (*self.changes, Change(at, steps, max(1, min(warmup, (steps - at) // 2)))))
@@ -121,8 +121,8 @@ class Length:
 
 
 def length_of(state: Mapping[str, Any]) -> Length:
-    """Return the length of a saved run without its plan, from the facts of its state (no changes in earlier versions).
-    """
+    """Return the length of a saved run without its plan, from the facts of its state (no changes in earlier
+    versions)."""
     changes = (Change(**change) for change in state.get("length", ()))
     return Length(state["described"]["settings"]["steps"], tuple(changes))
 

@@ -54,8 +54,8 @@ class OnPolicy(Protocol):
     on_policy: Literal[True]
 
     def state(self) -> Batch:
-        """Return the state that later batches need and later weights could not make again, such as the current rollout.
-        """
+        """Return the state that later batches need and later weights could not make again, such as the current
+        rollout."""
         ...
 
     def load_state(self, state: Batch) -> None:

@@ -58,8 +58,8 @@ class GGUFFile:
         return {name: StoredTensor(entry.shape, entry.kind, arrays[entry.kind]) for name, entry in self.places.items()}
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor's numbers: as they are, without a copy, where the type is one of PyTorch's; else as float32.
-        """
+        """Return a tensor's numbers: as they are, without a copy, where the type is one of PyTorch's; else as
+        float32."""
         entry = self.places[name]
         raw = self.bytes[entry.start : entry.start + entry.size]
         if entry.kind in PLAIN:

@@ -106,8 +106,8 @@ def _with_preprocessor(where: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
-    """Return the safetensors files of a directory; a missing one, or weights of another kind alone, is a `UserError`.
-    """
+    """Return the safetensors files of a directory; a missing one, or weights of another kind alone, is a
+    `UserError`."""
     if (path / weights).exists():
         return [path / weights]
     listing = path / f"{weights}.index.json"
@@ -147,8 +147,8 @@ def _nearest(name: str, path: Path) -> str:
 
 
 def open_weights(path: Path) -> Any:
-    """Return a safetensors file, memory-mapped; a torn one is a `UserError` with its bytes and those that it promises.
-    """
+    """Return a safetensors file, memory-mapped; a torn one is a `UserError` with its bytes and those that it
+    promises."""
     from safetensors import SafetensorError, safe_open
 
     try:

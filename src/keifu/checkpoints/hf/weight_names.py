@@ -101,8 +101,8 @@ def pairs(rows: Tensor, head_dim: int) -> Tensor:
 
 
 def links(model: nn.Module, table: Table) -> list[Link]:
-    """Return a link for every tensor of the model, in the model's order. One that the table does not name is an error.
-    """
+    """Return a link for every tensor of the model, in the model's order. One that the table does not name is an
+    error."""
     modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
     return [_link(name, tuple(tensor.shape), modules, table) for name, tensor in state.items()]
 

@@ -179,8 +179,8 @@ def generation_config(tokenizer: Any) -> dict[str, Any]:
 
 
 def _write_diffusers(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path) -> None:
-    """Return the JSON files of a network or a pipeline, and the tokenizer, which says how long a text is padded to be.
-    """
+    """Return the JSON files of a network or a pipeline, and the tokenizer, which says how long a text is padded to
+    be."""
     for name, content in json_files(config, dtype).items():
         _write_json(stage / name, content)
     if tokenizer is not None:
@@ -195,8 +195,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _move(stage: Path, directory: Path) -> None:
-    """Sync every new file, then rename them: weights first, what says which model it is last; then what is stale goes.
-    """
+    """Sync every new file, then rename them: weights first, what says which model it is last; then what is stale
+    goes."""
     named = {file.relative_to(stage): file for file in stage.rglob("*") if file.is_file()}
     last = (*CONFIGS, PIPELINE)
     new = sorted(named, key=lambda name: (name.name in last, ".safetensors" not in name.name, name.name))

@@ -77,8 +77,8 @@ def match_targets(known: Mapping[str, Target], names: Sequence[str], *more: str)
 
 
 def _last(label: str) -> str:
-    """Return the end of a layer's name that says its role: its last part that is no number, with the number behind it.
-    """
+    """Return the end of a layer's name that says its role: its last part that is no number, with the number behind
+    it."""
     parts = label.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 

@@ -89,7 +89,6 @@ def blocks_of(runner: Runner) -> BlockManager:
 SHORT = 32  # tokens of spans that attend together though they begin at different positions: longer ones mask too much
 
 
-
 class TorchRunner:
     """Runner of any causal model in PyTorch, on any device. All tokens of a step go through the linear layers together.
 

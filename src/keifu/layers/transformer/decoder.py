@@ -104,8 +104,8 @@ class DecoderLM(nn.Module):
         cls, config: Any, blocks: Sequence[nn.Module], norm: nn.Module, positions: LearnedPositions | None = None,
         embedding: nn.Embedding | None = None,
     ) -> "DecoderLM":  # fmt: skip
-        """Return the model of a Config, which says the vocabulary, the width, the dropout and whether the head is tied.
-        """
+        """Return the model of a Config, which says the vocabulary, the width, the dropout and whether the head is
+        tied."""
         embedding = embedding or nn.Embedding(config.vocab_size, config.dim)
         head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
         return cls(embedding, blocks, norm, positions, head, config.dropout, config)
@@ -136,9 +136,7 @@ class DecoderLM(nn.Module):
             positions = (positions - padding[:, None]).clamp(min=0)
         return self._hidden(x, positions, mask=CausalMask(0, length, padding, tokens.device))
 
-    def _hidden(
-        self, x: Hidden, positions: Tensor, state: State | None = None, mask: Mask | None = None
-    ) -> Hidden:
+    def _hidden(self, x: Hidden, positions: Tensor, state: State | None = None, mask: Mask | None = None) -> Hidden:
         if self.positions is not None:
             x = x + self.positions(self._within(positions, x.shape[1] + (state.longest if state else 0)))
         x = self.dropout(x)
@@ -178,8 +176,8 @@ class DecoderLM(nn.Module):
 
 
 class SoftCappedLM(DecoderLM):
-    """`DecoderLM` whose logits stay between -c and c, by c · tanh(logits / c); c is `config.logit_cap` (Gemma 2, 2024).
-    """
+    """`DecoderLM` whose logits stay between -c and c, by c · tanh(logits / c); c is `config.logit_cap` (Gemma 2,
+    2024)."""
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         """Apply the head and the cap."""

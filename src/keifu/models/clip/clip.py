@@ -81,8 +81,8 @@ class Clip(nn.Module):
     def encode_text(
         self, tokens: Tokens, mask: Bool[Tensor, "texts length"] | None = None
     ) -> Float[Tensor, "texts embedding"]:
-        """Return an embedding for each caption, not normalised; `mask` is True on real tokens (see `TextTower.encode`).
-        """
+        """Return an embedding for each caption, not normalised; `mask` is True on real tokens (see
+        `TextTower.encode`)."""
         return self.text(tokens, mask)
 
     def forward(

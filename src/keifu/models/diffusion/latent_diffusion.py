@@ -184,8 +184,8 @@ def write_parts(config: Any, parts: Parts) -> dict[str, Any]:
 
 
 def names_of(parts: Parts) -> dict[str, str]:
-    """Return the weights' names in a pipeline: those of each part, behind the part's field here and its folder there.
-    """
+    """Return the weights' names in a pipeline: those of each part, behind the part's field here and its folder
+    there."""
     return {
         f"{ours}.{name}": f"{folder}.{theirs}"
         for folder, (ours, module) in parts.items()

@@ -58,8 +58,8 @@ def assemble_unet(config: Any, attention: Callable[[int, int], nn.Module], middl
 
 
 def time_embedding(config: Any, dim: int, table: nn.Module | None = None) -> TimeEmbedding:
-    """Return the embedding of the noise level, or of another number, by a learned table or, without one, by sinusoids.
-    """
+    """Return the embedding of the noise level, or of another number, by a learned table or, without one, by
+    sinusoids."""
     table = table or TimestepSinusoids(dim, config.frequency_shift, config.cosine_first)
     return TimeEmbedding(table, dim, config.time_width)
 

@@ -79,8 +79,8 @@ def write_tiles(tiles: Tiles) -> dict[str, Any]:
 
 
 def read_pixels(json: dict[str, Any] | None, image_size: int) -> Pixels:
-    """Return the content of a preprocessor_config.json; without one, the published defaults for images of `image_size`.
-    """
+    """Return the content of a preprocessor_config.json; without one, the published defaults for images of
+    `image_size`."""
     json = json or {}
     _check(json, FIXED)
     size, resample = json.get("size", image_size), json.get("resample", 3)

@@ -58,8 +58,8 @@ ATTENTION = {"norm": "group_norm", "attention.qkv": "to_[q,k,v]", "attention.out
 
 
 def nested(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
-    """Return the names of the weights of a part, from those in it, which stands at `ours` here and at `theirs` there.
-    """
+    """Return the names of the weights of a part, from those in it, which stands at `ours` here and at `theirs`
+    there."""
     return {f"{ours}.{name}": f"{theirs}.{published}" for name, published in names.items()}
 
 
@@ -70,8 +70,8 @@ def stage_names(ours: str, theirs: str, attention: Mapping[str, str]) -> dict[st
 
 
 def unet_names(attention: Mapping[str, str]) -> dict[str, str]:
-    """Return the names of the weights of a U-Net and its timestep embedding; its attentions have parts of these names.
-    """
+    """Return the names of the weights of a U-Net and its timestep embedding; its attentions have parts of these
+    names."""
     names = TIME | {f"unet.{ours}": theirs for ours, theirs in ENDS.items()}
     for way in ("down", "up"):
         names |= stage_names(f"unet.{way}.*", f"{way}_blocks.*", attention)

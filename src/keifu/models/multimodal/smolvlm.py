@@ -126,8 +126,8 @@ VISION_DEFAULTS: Mapping[str, Any] = {  # transformers leaves those of its own e
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a config.json of model_type idefics3 or smolvlm, with preprocessor_config.json if it is there.
-    """
+    """Read the Config of a config.json of model_type idefics3 or smolvlm, with preprocessor_config.json if it is
+    there."""
     text = {**TEXT_DEFAULTS, **json["text_config"], "tie_word_embeddings": json.get("tie_word_embeddings", False)}
     if (kind := text["model_type"]) not in llama.MODEL_TYPES:
         raise UserError(f"its text_config is of model_type {kind!r}, and read are {', '.join(llama.MODEL_TYPES)}.")

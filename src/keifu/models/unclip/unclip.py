@@ -167,8 +167,8 @@ class Unclip(ImageModel):
         return self.conditions.none.expand(batch, -1)
 
     def tell(self, image: Embedding, caption: Caption) -> UnclipConditioning:
-        """Return the decoder's conditioning from embeddings and captions: computed once an image, used at every step.
-        """
+        """Return the decoder's conditioning from embeddings and captions: computed once an image, used at every
+        step."""
         image = image.to(self.conditions.none.dtype)
         beside, context = self.conditions(image, caption.embedding, caption.tokens)
         real = F.pad(caption.real, (self.conditions.config.n_tokens, 0), value=True)

@@ -69,9 +69,7 @@ def _attention(config: Config, layer: int) -> Attention:
     return llama.attention(config, config.attention_bias, kind, window=window, scale=config.attention_scale)
 
 
-WEIGHT_NAMES = {
-    name: theirs for name, theirs in gemma3.WEIGHT_NAMES.items() if not name.endswith(("q_norm", "k_norm"))
-}
+WEIGHT_NAMES = {name: theirs for name, theirs in gemma3.WEIGHT_NAMES.items() if not name.endswith(("q_norm", "k_norm"))}
 PREFIX = "model."
 MODEL_TYPES = {"gemma2": "Gemma2ForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {"use_bidirectional_attention": None}

@@ -227,5 +227,5 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
         **describe(recipe, pictures, reported, {"size": pictures.shape[1]}),
     )  # fmt: skip
-    print(f'The LoRA is in {out}: keifu draw {shell(recipe.model, task.prompts[0])} --lora {shell(out)} -o picture.png')
+    print(f"The LoRA is in {out}: keifu draw {shell(recipe.model, task.prompts[0])} --lora {shell(out)} -o picture.png")
     return summary

@@ -235,5 +235,5 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         parts={name: part for name, part in task.model.named_children() if name != "last_upsampler"},
         before=partial(complete_config, task.model),
     )  # fmt: skip
-    print(f'The model is in {out}: keifu draw {shell(out, recipe.prompts[0])} --guidance {recipe.guidance:g}')
+    print(f"The model is in {out}: keifu draw {shell(out, recipe.prompts[0])} --guidance {recipe.guidance:g}")
     return summary

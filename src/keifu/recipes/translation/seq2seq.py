@@ -8,6 +8,7 @@ Command: keifu train seq2seq --data tatoeba-ja-en --attention additive
 Cost: 45 minutes of training unless --minutes or --steps say otherwise; the first run learns its tokenizer before it.
 Expected: BLEU and chrF by length of sentence: docs/results.md, "Translation with attention".
 """
+
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path

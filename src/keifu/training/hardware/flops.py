@@ -48,8 +48,8 @@ FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the peak FLOPs per second of matrix products on a device: published for common GPUs, otherwise measured.
-    """
+    """Return the peak FLOPs per second of matrix products on a device: published for common GPUs, otherwise
+    measured."""
     published = named_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
     return published or matmul_peak(device, dtype)
 

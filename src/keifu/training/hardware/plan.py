@@ -241,9 +241,7 @@ def parse_amount(text: str, option: str) -> float:
     return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2]]
 
 
-def plan(
-    model: Architecture, devices: int, kind: DeviceKind, batch: float | int, trained: Trained = WHOLE
-) -> Plan:
+def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int, trained: Trained = WHOLE) -> Plan:
     """Return the fastest layout that fits into memory, for steps of about so many tokens; none is a `UserError`."""
     layouts = [
         layout

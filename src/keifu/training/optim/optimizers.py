@@ -169,8 +169,8 @@ def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _adamw(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW | AdamW8bit:
-    """Return groups by the share of the rate that weights get: of several beginnings of a name, the first one counts.
-    """
+    """Return groups by the share of the rate that weights get: of several beginnings of a name, the first one
+    counts."""
     for start in (start for start, _ in s.rate_shares if not any(name.startswith(start) for name, _ in named)):
         raise unknown("weight whose name begins with", start, {name.partition(".")[0] for name, _ in named})
     shares = {name: next((share for start, share in s.rate_shares if name.startswith(start)), 1.0) for name, _ in named}

@@ -56,9 +56,7 @@ class PagedState:
     go in one copy.
     """
 
-    def __init__(
-        self, pool: Pool, size: int, groups: Sequence[Sequence[Span]], wanted: list[int], packs: bool = False
-    ):
+    def __init__(self, pool: Pool, size: int, groups: Sequence[Sequence[Span]], wanted: list[int], packs: bool = False):
         self.pool = pool
         self.longest = max(span.start for group in groups for span in group)
         self._spans = [span for group in groups for span in group]
