@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,29 @@ def write_table(
     else:
         tables.append(new)
     path.write_text(as_text(tables), encoding="utf-8")
+    for page in (path.parent.parent / f"{path.stem}{ending}.md" for ending in ("", ".ja")):
+        if page.exists():
+            page.write_text(renewed(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def renewed(page: str, tables: Sequence[dict]) -> str:
+    """Return a page whose marked tables, `<!-- table: SECTION -->`, have the cells of the data file.
+
+    The header and the first cell of each row stay as the page has them, in its language.
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        mark, section, lines = found[1], found[2], found[3].splitlines()
+        (rows,) = [each["rows"] for each in tables if each["section"] == section]
+        if len(rows) != len(lines) - 2:
+            raise SystemExit(f"The page's table {section!r} has {len(lines) - 2} rows, and the data have {len(rows)}.")
+        japanese = re.search("[ぁ-んァ-ン一-龥]", page)
+        cells = [[cell.replace(" to ", "～").replace(", ", "、") if japanese else cell for cell in row] for row in rows]
+        labels = [line[1:].partition("|")[0].strip() for line in lines[2:]]
+        new = [f"| {' | '.join([label, *row[1:]])} |" for label, row in zip(labels, cells, strict=True)]
+        return mark + "\n".join([*lines[:2], *new]) + "\n"
+
+    return re.sub(r"(?m)(^<!-- table: (.*) -->\n\n)((?:\|.*\n)+)", replace, page)
 
 
 def as_text(tables: Sequence[dict]) -> str:

@@ -65,13 +65,17 @@ def peer(
 
 
 def learned(
-    model: torch.nn.Module, data: Data, settings: Settings, between: Callable[[int], None] = lambda step: None
+    model: torch.nn.Module,
+    data: Data,
+    settings: Settings,
+    between: Callable[[int], None] = lambda step: None,
+    objective: Objective = causal_language_modeling,
 ) -> float:
     """Trains a causal model as keifu's loop does, without what happens between steps, and gives the seconds it took.
 
     `between` is called with the number of steps done, and its time is not counted.
     """
-    trainer = Trainer(model, causal_language_modeling, settings)
+    trainer = Trainer(model, objective, settings)
     seconds = 0.0
     for step in range(settings.steps):
         start = time.perf_counter()

@@ -244,6 +244,22 @@ def test_shares_of_new_names_are_those_of_the_emoji() -> None:
             assert cell == f"{right.mean():.1%} ({low:.1%} to {high:.1%})"
 
 
+@pytest.mark.parametrize(
+    "page", [p for path in TABLES for p in (path, path.with_suffix(".ja.md"))], ids=lambda p: p.name
+)
+def test_marked_tables_take_the_cells_of_the_data(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    results = import_module("_results")
+    data, text = of_data(page.with_name(page.name.replace(".ja.", "."))), page.read_text(encoding="utf-8")
+    marked = re.findall(r"<!-- table: (.*) -->", text)
+    assert results.renewed(text, data) == text
+    for each in data:
+        each["rows"] = [[label, *(f"9{cell}" for cell in cells)] for label, *cells in each["rows"]]
+    changed = results.renewed(text, data)
+    assert (changed != text) == bool(marked)
+    assert [section for section, _ in tables(changed)] == [section for section, _ in tables(text)]
+
+
 def test_a_benchmark_replaces_its_own_table_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     results = import_module("_results")
