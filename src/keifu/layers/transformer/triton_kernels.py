@@ -32,18 +32,18 @@ def _turn(heads, cos, sin, row, pairs, step, apart, head_dim: tl.constexpr, widt
 @triton.jit
 def _gate(gate_up, result, hidden, width: tl.constexpr):  # noqa: ANN001
     """Multiply a part of one token's gate, after SiLU, with what is next to it."""
-    token, place = tl.program_id(0), tl.program_id(1) * width + tl.arange(0, width)
-    inside = place < hidden
-    gate = tl.load(gate_up + token * 2 * hidden + place, mask=inside).to(tl.float32)
-    up = tl.load(gate_up + token * 2 * hidden + hidden + place, mask=inside).to(tl.float32)
-    tl.store(result + token * hidden + place, (gate * tl.sigmoid(gate) * up).to(result.dtype.element_ty), mask=inside)
+    token, column = tl.program_id(0), tl.program_id(1) * width + tl.arange(0, width)
+    inside = column < hidden
+    gate = tl.load(gate_up + token * 2 * hidden + column, mask=inside).to(tl.float32)
+    up = tl.load(gate_up + token * 2 * hidden + hidden + column, mask=inside).to(tl.float32)
+    tl.store(result + token * hidden + column, (gate * tl.sigmoid(gate) * up).to(result.dtype.element_ty), mask=inside)
 
 
 def turn(
     heads: Float[Tensor, "tokens all_heads head_dim"], count: int, cos: Float[Tensor, "tokens pairs"],
     sin: Float[Tensor, "tokens pairs"], interleaved: bool,
 ) -> None:  # fmt: skip
-    """Turn the first `count` heads by their positions, in place; see `Rotation`."""
+    """Turn the first `count` heads by their positions, in column; see `Rotation`."""
     (tokens, all_heads, head_dim), pairs = heads.shape, cos.shape[1]
     step, apart = (2, 1) if interleaved else (1, pairs)
     width = triton.next_power_of_2(pairs)
