@@ -1,11 +1,12 @@
 """Word errors of Whisper tiny.en on ten recorded sentences, next to transformers and faster-whisper.
 
-python benchmarks/transcription.py [--write docs/results/data/sentences.json]
+python benchmarks/transcription.py [--weights int8 | --write docs/results/data/sentences.json]
 
 The recordings are those of Debian's package pocketsphinx-testdata: five sentences of LibriVox and five card calls. The
 package is fetched by apt-get and read at run time. Words are compared in lower case, without punctuation. Each program
 reads all recordings in turn, and the order of the programs changes; the seconds are printed and not written.
-faster-whisper is left out if it is not installed. Its time includes its own features.
+faster-whisper is left out if it is not installed. Its time includes its own features. --weights int8 compares keifu and
+faster-whisper with matrices of 8 bits.
 """
 
 import argparse
@@ -57,13 +58,15 @@ def words(text: str) -> list[str]:
     return [NUMBERS.get(word, word) for word in plain.split()]
 
 
-def by_keifu(folder: Path, beams: int) -> Callable[[torch.Tensor], str]:
+def by_keifu(folder: Path, beams: int, weights: str) -> Callable[[torch.Tensor], str]:
     model, tokenizer = keifu.load("whisper-tiny-en")
     keifu.save(model, tokenizer, folder / "saved")
+    if weights == "int8":
+        model, tokenizer = keifu.load("whisper-tiny-en", weights=weights)
     return lambda sound: transcribe(model, tokenizer, sound, TranscriptionParams(beams=beams, fallback=False)).text
 
 
-def by_transformers(folder: Path, beams: int) -> Callable[[torch.Tensor], str]:
+def by_transformers(folder: Path, beams: int, weights: str) -> Callable[[torch.Tensor], str]:
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     model = WhisperForConditionalGeneration.from_pretrained(folder / "saved", dtype=torch.float32)
@@ -77,11 +80,11 @@ def by_transformers(folder: Path, beams: int) -> Callable[[torch.Tensor], str]:
     return heard
 
 
-def by_faster_whisper(folder: Path, beams: int) -> Callable[[torch.Tensor], str]:
+def by_faster_whisper(folder: Path, beams: int, weights: str) -> Callable[[torch.Tensor], str]:
     from faster_whisper import WhisperModel
 
     threads = torch.get_num_threads()
-    model = WhisperModel(str(fetch("whisper-tiny-en")), device="cpu", compute_type="float32", cpu_threads=threads)
+    model = WhisperModel(str(fetch("whisper-tiny-en")), device="cpu", compute_type=weights, cpu_threads=threads)
 
     def heard(sound: torch.Tensor) -> str:
         settings = {"beam_size": beams, "temperature": 0.0, "condition_on_previous_text": False}
@@ -94,12 +97,17 @@ def main() -> None:
     """Transcribe, count, print and write the transcripts and the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="data file that gets the table and the transcripts")
+    parser.add_argument("--weights", choices=("float32", "int8"), default="float32")
     options = parser.parse_args()
+    if options.write and options.weights != "float32":
+        parser.error("--write takes the table of float32 alone")
     made = {"keifu": by_keifu, "transformers": by_transformers, "faster-whisper": by_faster_whisper}
     made = {name: make for name, make in made.items() if find_spec(PROGRAMS[name])}
+    if options.weights == "int8":
+        del made["transformers"]
     with tempfile.TemporaryDirectory() as folder:
         sounds = recordings(Path(folder))
-        programs = {name: make(Path(folder), 1) for name, make in made.items()}
+        programs = {name: make(Path(folder), 1, options.weights) for name, make in made.items()}
         seconds = dict.fromkeys(programs, 0.0)
         texts: dict[str, dict[str, str]] = {name: {} for name in programs}
         for number, (name, (sound, _)) in enumerate(sounds.items()):
