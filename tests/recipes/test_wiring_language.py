@@ -349,19 +349,20 @@ def of_seq2seq(toys: Toys) -> tuple[Any, list[Group]]:
 
 def of_gpt2(toys: Toys) -> tuple[Any, list[Group]]:
     config = gpt2.Config(**TINY, dropout=0.0)
-    return gpt2_recipe.Recipe(small_text(toys), config, SMALL), whole(toys, replace(config, dim=24, dropout=0.4))
+    return gpt2_recipe.Recipe(small_text(toys), SMALL, model=config), whole(toys, replace(config, dim=24, dropout=0.4))
 
 
 def of_llama(toys: Toys) -> tuple[Any, list[Group]]:
     config = llama.Config(**TINY)
-    return llama_recipe.Recipe(small_text(toys), config, SMALL), whole(toys, replace(config, dim=24, norm_eps=1e-4))
+    groups = whole(toys, replace(config, dim=24, norm_eps=1e-4))
+    return llama_recipe.Recipe(small_text(toys), SMALL, model=config), groups
 
 
 def of_olmo2(toys: Toys) -> tuple[Any, list[Group]]:
     config = olmo2.Config(**TINY)
     groups = whole(toys, replace(config, dim=24, norm_eps=1e-4))
     z_loss = {"z_loss": Reach(0.02, ("objective.z_loss", "run.options.z_loss"))}
-    return olmo2_recipe.Recipe(small_text(toys), config, SMALL), [*groups, Group(z_loss)]
+    return olmo2_recipe.Recipe(small_text(toys), SMALL, model=config), [*groups, Group(z_loss)]
 
 
 TABLE = {
@@ -444,7 +445,7 @@ def test_figures_of_the_papers(name: str, of: str | None, toys: Toys) -> None:
 
 def test_published_settings() -> None:
     published = ((gpt2_recipe, 6e-4, 512), (llama_recipe, 3e-4, 2048), (olmo2_recipe, 3e-4, 1024))
-    for found, rate, rows in ((recipe.PUBLISHED, *figures) for recipe, *figures in published):
+    for found, rate, rows in ((recipe.Recipe.training, *figures) for recipe, *figures in published):
         shared = (found.betas, found.weight_decay, found.clip, found.final_ratio, found.warmup, found.schedule)
         assert shared == ((0.9, 0.95), 0.1, 1.0, 0.1, 2000, "cosine")
         assert (found.optimizer, found.learning_rate, found.batch_size) == ("adamw", rate, rows)
