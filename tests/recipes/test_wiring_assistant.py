@@ -22,11 +22,14 @@ from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.layers.quantized import QuantizedLinear
 from keifu.models import bert, llama, task_head
+from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
 from keifu.recipes.assistant import dpo, grpo, instruct, ppo, reward, see, sft
 from keifu.recipes.assistant.finetuning import Lora
 from keifu.recipes.classification import classifier, gpt1_finetune
 
+TOWER: dict[str, Any] = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2}
 TINY: dict[str, Any] = {"context_length": 64, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
 WORDS = "one two three four five good bad red blue"
 
@@ -57,6 +60,9 @@ def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
         checkpoints.save(judge, learned.with_chat_template(PLAIN), folder / f"judge-{name}")
     for name, count in (("seen", 8), ("seen-other", 3)):
         coloured_shapes(folder / name, count)
+    text = clip_text.Config(vocab_size=learned.vocab_size, context_length=8, embedding_dim=8, **TOWER)
+    image = clip_image.Config(image_size=12, patch_size=3, embedding_dim=8, **TOWER)
+    checkpoints.save(clip.build(clip.Config(text, image, clip.Pixels(12, 12))), learned, folder / "clip")
     pairs = [(a, b) for a in WORDS.split()[:5] for b in WORDS.split()[5:]]
     for name, count in (("", 20), ("-other", 16)):
         some = pairs[:count]
@@ -188,8 +194,7 @@ def of_sft(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 def of_see(toys: Toys) -> tuple[Any, list[Group]]:
-    small = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "projected": False}
-    image = clip_image.Config(image_size=12, patch_size=4, **small)
+    image = clip_image.Config(image_size=12, patch_size=4, projected=False, **TOWER)
     base = see.Recipe(toys["base"], data=toys["seen"], image=image, held_out=0.25, batch_size=2)
     sides = lambda r: tuple(map(len, r.data.rows))  # noqa: E731
     rows = shared_rows(toys) | {
@@ -202,9 +207,10 @@ def of_see(toys: Toys) -> tuple[Any, list[Group]]:
         "seed": Reach(5, ("settings.seed", "data.seed")),
         "image": Reach(replace(image, patch_size=6), "model.config.image.patch_size", 6),
     }
+    tower = {"tower": Reach(toys["clip"], "model.config.image.patch_size", 3)}
     left_out = {"left_out": Reach(("red", "round"), lambda r: sum(sides(r)), DIFFERENT)}
     epochs = {"epochs": Reach(6.0, lambda r: round(r.settings.steps / r.data.steps_per_epoch))}
-    return base, [Group(rows), Group(left_out), Group(epochs), *lora_groups()]
+    return base, [Group(rows), Group(tower), Group(left_out), Group(epochs), *lora_groups()]
 
 
 def of_dpo(toys: Toys) -> tuple[Any, list[Group]]:
