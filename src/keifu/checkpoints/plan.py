@@ -4,6 +4,7 @@ A plan is made from names, shapes and types alone, so a load report reads no wei
 Axes: those of the stored tensors.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -27,6 +28,7 @@ NAMED = 10  # how many tensors of a kind an error names
 # Types of numbers that a file has unpacked; I64 is one too.
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COUNTS = ("n_layers", "n_decoder_layers", "n_residual_blocks", "layers")  # of a Config: layers, alone or by level
+LEAST = 8  # numbers of an expert's matrix in a stack: smaller ones would take more memory as names than in the file
 USUAL_EXPERTS = 1024  # as many a config may name without a tensor for each: none of its layers may have any
 FIRST = ("activation", "norm_eps", "rope_theta", "rope_scaling", "context_length", "sliding_window", "tied")
 
@@ -155,6 +157,9 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     experts = max(part.get("n_experts") or 0 for part in parts)
     if experts > max(len(source.stored), USUAL_EXPERTS):
         raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {experts} experts.")
+    numbers = sum(math.prod(tensor.shape) for tensor in source.stored.values())
+    if experts * layers > max(numbers // LEAST**2, 16 * USUAL_EXPERTS):
+        raise UserError(f"{source.path} has {numbers} numbers, too few for {experts} experts in {layers} layers.")
     model = build(source.family, source.config, str(source.path))
     found = [
         replace(link, theirs=tuple(map(source.stored_name, link.theirs)))
@@ -169,6 +174,11 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     exact = _exact_dtype({name: source.stored[name] for name in usual}, source.path)
     held_dtype = dtype or _usual_dtype(exact, torch.device(device))
     return LoadPlan(source, model, found, exact, held_dtype, skipped, [*source.notes, *notes])
+
+
+def is_stack(shape: Sequence[int]) -> bool:
+    """Return whether a tensor [experts, ...] is worth one name for each expert; some damaged files have 10^15."""
+    return math.prod(shape) >= LEAST * shape[0] > 0
 
 
 def _usual_dtype(exact: torch.dtype, device: torch.device) -> torch.dtype:

@@ -296,6 +296,25 @@ def test_a_tensor_without_numbers_is_not_split_into_experts(tmp_path) -> None:
         checkpoints.load_model(path)
 
 
+@pytest.mark.timeout(60)
+def test_experts_of_one_number_are_not_built(tmp_path) -> None:
+    """A file of two bytes for each would take minutes and gigabytes."""
+    path, count = tmp_path / "a.gguf", 20_000
+    writer = gguf.GGUFWriter(path, "llama")
+    sizes = {"context_length": 8, "embedding_length": 8, "feed_forward_length": 8, "block_count": 1}
+    sizes |= {"attention.head_count": 2, "rope.dimension_count": 4, "expert_count": count, "expert_used_count": 1}
+    for key, value in sizes.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 8), np.float16))
+    writer.add_tensor("blk.0.ffn_up_exps.weight", np.zeros((count, 1, 1), np.float16))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    with pytest.raises(UserError, match=f"has 2 tensors, too few for its config's {count} experts"):
+        checkpoints.load_model(path)
+
+
 STACK = "blk.1.ffn_down_exps.weight"
 
 

@@ -92,3 +92,21 @@ def test_more_experts_than_there_are_tensors_are_refused_unbuilt(module, tmp_pat
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_local_experts": 10**9}))
     with pytest.raises(UserError, match="too few for its config's 1000000000 experts"):
         checkpoints.load_model(tmp_path)
+
+
+@pytest.mark.timeout(60)
+def test_many_experts_in_many_layers_of_a_small_file_are_refused_unbuilt(tmp_path) -> None:
+    sizes = {"vocab_size": 97, "dim": 32, "hidden_dim": 32, "n_layers": 1, "n_heads": 2, "n_experts": 4}
+    checkpoints.save(mixtral.build(mixtral.Config(**sizes, n_kv_heads=2)), None, tmp_path)
+    file = tmp_path / "config.json"
+    more = {"num_local_experts": 1024, "num_hidden_layers": 17}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    with pytest.raises(UserError, match="numbers, too few for 1024 experts in 17 layers"):
+        checkpoints.load_model(tmp_path)
+
+
+def test_stacks_of_single_numbers_stay_whole() -> None:
+    shapes = {"gate_up": (10**15, 2, 1), "down": (10**15, 1, 2)}
+    stored = {f"a.experts.{part}_proj": StoredTensor(shape, "F32", torch.float32) for part, shape in shapes.items()}
+    for found, _ in (unstack(stored, torch.zeros), unstack_rows(stored, torch.zeros)):
+        assert found == stored

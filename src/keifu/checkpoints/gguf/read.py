@@ -21,7 +21,7 @@ from torch import Tensor
 from keifu.checkpoints.gguf.config import FREQS, read_config, rotary_head_dim
 from keifu.checkpoints.gguf.numbers import READERS, read_blocks
 from keifu.checkpoints.hf.native_config import check_types
-from keifu.checkpoints.plan import PLAIN, Source, StoredTensor
+from keifu.checkpoints.plan import PLAIN, Source, StoredTensor, is_stack
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError
 from keifu.files import plain_file, reading
@@ -257,7 +257,7 @@ def _unstack(places: Mapping[str, Place]) -> Iterator[tuple[str, Place]]:
     """Yield the tensors of a file with the experts one by one: blk.0.ffn_up_exps.3.weight."""
     for name, place in places.items():
         stack, _, leaf = name.rpartition(".")
-        if not stack.endswith("_exps") or len(place.shape) != 3 or 0 in place.shape:  # else any number of experts
+        if not stack.endswith("_exps") or len(place.shape) != 3 or not is_stack(place.shape):
             yield name, place
             continue
         experts, *shape = place.shape

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from keifu.checkpoints.plan import StoredTensor
+from keifu.checkpoints.plan import StoredTensor, is_stack
 from keifu.errors import UserError
 from keifu.layers.lazy import Index
 
@@ -38,7 +38,7 @@ def unstack_rows(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[s
     places: dict[str, tuple[str, int, slice]] = {}
     for name, tensor in stored.items():
         found = STACK.fullmatch(name)
-        if not found or found[3] or len(tensor.shape) != 3 or 0 in tensor.shape:
+        if not found or found[3] or len(tensor.shape) != 3 or not is_stack(tensor.shape):
             slices[name] = tensor
             continue
         experts, rows, columns = tensor.shape
@@ -66,7 +66,7 @@ def unstack(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, S
     """Return the tensors of a file with slices instead of stacked experts, and what reads them."""
     slices: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        if not (found := STACK.fullmatch(name)) or 0 in tensor.shape:
+        if not (found := STACK.fullmatch(name)) or not tensor.shape or not is_stack(tensor.shape):
             packed = name.endswith("_proj_scales") and f"{name.removesuffix('scales')}blocks" in stored
             slices |= {} if packed else {name: tensor}
             continue
