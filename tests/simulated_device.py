@@ -270,7 +270,7 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
     return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
 
 
-def _varlen_attention(q, k, v, queries, seen, most_q, most_k, causal, scale, window, enable_gqa, *rest):
+def _varlen_attention(q, k, v, queries, seen, most_q, most_k, causal, scale, window, enable_gqa=False, *rest):
     """Attention of each sequence, whose last query is at its last key."""
     assert q.dtype in (torch.float16, torch.bfloat16) and queries.dtype == seen.dtype == torch.int32
     assert window[1] == 0 and not any(x is not None for x in rest)

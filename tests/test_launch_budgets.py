@@ -217,6 +217,14 @@ def test_a_layer_that_reads_the_device_keeps_a_step_out_of_graphs(flash: None) -
             assert made.packs and (made.graphs is not None) == expected
 
 
+def test_more_texts_than_learned_positions_are_replayed(flash: None) -> None:
+    with simulated(), torch.inference_mode():
+        made = runner.TorchRunner(cast(Any, gpt(1, dim=16)).bfloat16().eval().to(device()), 40)
+        for at in range(3):
+            made.run([runner.Span(number, [5], at, [number], 1, []) for number in range(32)])
+        assert made.context_length < 32 and cast(Any, made.graphs).recorded
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_sequences_in_one_kernel_have_the_logits_of_the_cpu(window: int | None, flash: None) -> None:
     torch.manual_seed(0)

@@ -200,8 +200,8 @@ class DecodingState(PagedState):
 
     def __init__(self, pool: Pool, size: int, spans: Sequence[Span]):
         super().__init__(pool, size, [spans], [*range(len(spans))], packs=True)
-        self.longest = 0  # the engine keeps to the context; a check would read the device
         count = 1 << (len(spans) - 1).bit_length()
+        self.longest = -count  # the engine keeps to the context; a check would read the device
         packed = self.groups[0]
         packed.tokens = count
         for numbers, filler in zip(self.lists, (0, 0, pool.capacity, 1, 0), strict=False):
