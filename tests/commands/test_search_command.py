@@ -98,6 +98,12 @@ def test_the_same_words_are_found_with_file_and_line(notes: Path, model: str, ca
     assert "notes/" in capsys.readouterr().out
 
 
+def test_each_precision_has_an_index_of_its_own(notes: Path, model: str, capsys: pytest.CaptureFixture) -> None:
+    whole, half = search(capsys, model, "the cat"), search(capsys, model, "the cat", "--precision", "bfloat16")
+    files = [*(notes.parent / "cache" / "search").glob("*.safetensors")]
+    assert len(files) == 2 and search(capsys, model, "the cat") == whole != half
+
+
 def test_only_new_passages_are_embedded_again(
     notes: Path, model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

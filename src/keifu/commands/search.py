@@ -65,7 +65,7 @@ def run(options: Options) -> None:
 
     notice(f"Loading {options.model} ...")
     model, tokenizer = load_encoder(options.model)
-    path = index_path(options.folder, weights_identity(options.model))
+    path = index_path(options.folder, weights_identity(options.model), model)
     new = count_new(passages, path)
     with counting("Embedding", new, "passages") if new else nullcontext() as advance:
         index = build_index(passages, (model, tokenizer), path, options.batch_size, advance)

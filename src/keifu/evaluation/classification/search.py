@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from keifu.data.text.passages import Passage
 from keifu.evaluation.classification.embeddings import embed_rows, encode_texts, nearest
@@ -35,9 +35,11 @@ class SearchIndex:
         return [(value, self.passages[index]) for value, index in pairs]
 
 
-def index_path(source: Path, model: str) -> Path:
-    """Return the file of the index of a folder by a model; model: a name that changes with its weights."""
-    key = hashlib.sha256(f"{source.resolve()}\n{model}".encode()).hexdigest()[:32]
+def index_path(source: Path, model: str, encoder: nn.Module) -> Path:
+    """Return the file of the index of a folder by a model, in its type; model: a name that changes with its weights."""
+    dtype = next(encoder.parameters()).dtype
+    own = "" if dtype == torch.float32 else f"\n{dtype}"
+    key = hashlib.sha256(f"{source.resolve()}\n{model}{own}".encode()).hexdigest()[:32]
     return cache() / FOLDER / f"{key}.safetensors"
 
 

@@ -55,7 +55,7 @@ class Documents:
             if source not in self._indexes or self._indexes[source][0] != state:
                 names = {path: path.relative_to(self.folder).as_posix() for path in inside}
                 passages = read_documents(names, partial(LOG.warning, "Left out: %s"))
-                path = index_path(self.folder, weights_identity(source))
+                path = index_path(self.folder, weights_identity(source), encoder[0])
                 self._indexes[source] = state, build_index(passages, encoder, path, BATCH)
         except (UserError, OSError) as error:
             LOG.warning("The documents cannot be searched: %s", error)
