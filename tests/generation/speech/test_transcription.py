@@ -75,6 +75,9 @@ def test_the_language_of_the_checkpoint_is_taken(hearing, given) -> None:
     unknown = words.replace(generation_config=words.generation_config | {"language": "korean"})
     with pytest.raises(UserError, match="no language of this model 'ko'"):
         transcribe(model, unknown, SOUND)
+    damaged = words.replace(generation_config=words.generation_config | {"language": ["ja"]})
+    with pytest.raises(UserError, match="no language of this model"):
+        transcribe(model, damaged, SOUND)
 
 
 def test_languages_have_the_names_of_transformers() -> None:

@@ -124,7 +124,7 @@ def transcribe(
     """Transcribe sound of one channel at 16 kHz. `progress` is called with the seconds that are done."""
     hearer, tokens = speech_model(model), speech_tokens(model.config, tokenizer)
     usual = tokenizer.generation_config.get("language") if tokens.languages else None
-    language = tokens.code(settings.language or usual)
+    language = tokens.code(settings.language or str(usual or ""))
     tokens.check(language, settings.task)
     window, last = 2 * hearer.config.audio_length, -(-len(samples) // HOP)
     padded = F.pad(samples, (0, max(0, window * HOP - len(samples))))  # short sound is followed by silence
