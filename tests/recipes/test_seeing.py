@@ -83,6 +83,15 @@ def test_another_decoder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_cache")
+def test_questions_to_test_on_alone_are_refused(tmp_path: Path) -> None:
+    folder = coloured_shapes(tmp_path / "shapes", 4)
+    rows = [json.loads(line) | {"part": "test"} for line in (folder / "questions.jsonl").read_text().splitlines()]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="has no question to learn from"):
+        see.prepare(see.Recipe("none", data=str(folder)))
+
+
+@pytest.mark.usefixtures("own_cache")
 def test_the_tower_of_a_clip_is_taken(tmp_path: Path) -> None:
     torch.manual_seed(0)
     image = clip_image.Config(12, 4, 3, 24, 48, 1, 2, embedding_dim=8)

@@ -68,7 +68,8 @@ class Recipe(AssistantOptions):
 def prepare(recipe: Recipe) -> FinetuneTask:
     """Read the questions, and build the model of the decoder and a new tower."""
     found = read_questions(recipe.data)
-    learned = found.without(recipe.left_out)
+    if not (learned := found.without(recipe.left_out)):
+        raise UserError(f"{recipe.data} has no question to learn from, without those that are left out.")
     decoder, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     if sees(decoder.config):
         if isinstance(preprocessing(decoder.config), TiledPreprocessing):
