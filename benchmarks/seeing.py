@@ -57,6 +57,15 @@ def measure(run: Path, questions: int | None, data: str = DATA) -> dict[str, Any
     return evaluate(model, tokenizer, request).figures
 
 
+def cell(figures: dict[str, Any], name: str) -> str:
+    """Return a share, with its interval if it has one."""
+    interval = figures.get(f"{name}, 95% interval")
+    if interval is None:
+        return f"{figures[name]:.1%}"
+    low, high = (100 * float(end) for end in interval.split(" to "))
+    return f"{figures[name]:.1%} ({low:.1f} to {high:.1f})"
+
+
 def main() -> None:
     """Train for each seed, ask, print and write the shares of right answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,7 +84,7 @@ def main() -> None:
         print(machine(), f"seed {seed}", *(f"{name}: {value}" for name, value in found[seed].items()), sep="\n")
     if options.write:
         names = [name for name in found[options.seeds[0]] if "interval" not in name and name != "questions"]
-        rows = [[name, *(f"{found[seed][name]:.1%}" for seed in options.seeds)] for name in names]
+        rows = [[name, *(cell(found[seed], name) for seed in options.seeds)] for name in names]
         seeds = " ".join(map(str, options.seeds))
         command = f"python benchmarks/seeing.py --steps {options.steps} --seeds {seeds}"
         command += f" --tower {options.tower!r}" * (options.tower != "emoji-clip")
