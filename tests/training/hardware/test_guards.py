@@ -310,7 +310,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # pytest makes a folder by os.getuid
     """What Windows lacks is not there; what it has in its place says that 8 GiB of 16 are available."""
 
     def status(pointer) -> int:
