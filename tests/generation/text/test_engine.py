@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.engine import FEW, RETRY, Engine, Guessing
 from keifu.generation.text.likelihood import LikelihoodReader
 from keifu.generation.text.model import causal
+from keifu.generation.text.paged import graphs
 from keifu.generation.text.request import Piece
 from keifu.generation.text.runner import Span, TorchRunner
 from keifu.generation.text.sampling_params import SamplingParams
@@ -525,3 +527,27 @@ def test_a_runner_gives_the_logits_that_are_wanted(model: nn.Module) -> None:
         for span in batch:
             if done[span.sequence] < span.start + len(span.tokens):
                 runner.forget(span.sequence)
+
+
+def test_a_step_and_its_graph_are_on_the_gpu_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current GPU would be the first one: a graph captured there has none of the model's kernels."""
+    runner, second, events = small(llama.build(llama.Config(**LLAMA)), 4), torch.device("cuda", 1), list[Any]()
+
+    @contextlib.contextmanager
+    def within(name: str, device: Any) -> Iterator[None]:
+        events.append((name, device))
+        yield
+        events.append(name)
+
+    def step(_: Any) -> torch.Tensor:
+        graphs.capture(lambda: torch.zeros(1, 1))
+        return torch.zeros(1, 1)
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: within("device", device))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **_: within("graph", stream))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream of the current GPU")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(runner, "device", second)
+    monkeypatch.setattr(runner, "_run", step)
+    runner.run([])
+    assert events == [("device", second), ("graph", "a stream of the current GPU"), "graph", "device"]

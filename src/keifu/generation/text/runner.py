@@ -6,6 +6,7 @@ has which blocks is decided by the scheduler. Axes: wanted = tokens whose logits
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
@@ -121,6 +122,11 @@ class TorchRunner:
         self.graphs = StepGraphs(self._pool, self._logits) if whole and not self.by_length else None
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
+        # graphs and Triton's kernels are for the GPU that is current, which is the first one unless it is said
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return self._run(batch)
+
+    def _run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
         size = self.block_size
         self._pool.reserve(size * (1 + max(max(span.blocks) for span in batch)))
         for span in batch:

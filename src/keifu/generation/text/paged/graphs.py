@@ -28,9 +28,10 @@ class Recorded(NamedTuple):
 
 
 def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record what `compute` launches, without running it; return how to run it, and the tensor that it writes."""
+    """Record what `compute` launches on the current GPU, without running it; return how to run it, and the tensor that
+    it writes. PyTorch's usual stream would be that of the first GPU with a graph."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         written = compute()
     return graph.replay, written
 
