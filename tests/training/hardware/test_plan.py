@@ -179,6 +179,7 @@ def test_amounts_have_letters(text: str, amount: float) -> None:
         (["lama-7b"], "Did you mean .*'llama-7b'"),
         (["stable-diffusion-1"], "is no Transformer of tokens alone"),
         (["llama3.1-405b", "--inference", "--devices", "8xA100-80G"], "do not fit into"),
+        (["llama-7b", "--inference", "--lora.rank", "16"], "--inference trains nothing: leave out --lora"),
     ],
 )
 def test_what_cannot_be_planned_is_said(words: list[str], sentence: str) -> None:

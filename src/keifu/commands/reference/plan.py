@@ -58,6 +58,8 @@ def run(options: Options) -> None:
     model = architecture(size, options.context_length)
     devices, kind = plan.parse_devices(options.devices)
     if options.inference:
+        if options.lora != Adapters() or options.optimizer_state != "float32":
+            raise UserError("--inference trains nothing: leave out --lora and --optimizer-state.")
         found = plan.inference(model, devices, kind, model.context)
         rows = [
             ("sequences at a time", f"{found['sequences']:,} of {model.context:,} tokens"),
