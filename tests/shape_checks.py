@@ -10,7 +10,6 @@ import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import is_dataclass
 from types import CodeType, FunctionType
 from typing import Any, ForwardRef, get_args
 
@@ -111,9 +110,6 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
     if function is None:
         return functools.partial(check_once, typechecker=typechecker)
     if not inspect.isfunction(function):
-        if inspect.isclass(function) and is_dataclass(function) and inspect.isfunction(function.__init__):
-            function.__init__ = check_once(function.__init__, typechecker=typechecker)
-            return function
         return _check_every_call(function, typechecker=typechecker)
     parts = [part for annotation in function.__annotations__.values() for part in _parts(annotation)]
     named = any(isinstance(part, str | ForwardRef) for part in parts)  # by a name that is looked up at the first call
