@@ -113,10 +113,12 @@ def _lock(file: Any) -> None:
         except OSError as error:
             raise BlockingIOError(error.errno, "the file is locked") from error
         return
-    import fcntl
-
     try:
+        import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
