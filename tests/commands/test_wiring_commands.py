@@ -181,6 +181,7 @@ transcribe = Table("transcribe M a.wav", {
     "beams": Row("--beams 7", HEARD, "settings.beams", 7),
     "previous": Row("--previous", HEARD, "settings.previous", True),
     "prompt": Row("--prompt Names", HEARD, "settings.prompt", "Names"),
+    "fallback": Row("--no-fallback", HEARD, "settings.fallback", False),
 }, {"keifu.checkpoints:load": (None, None), SOUND: torch.zeros(9), HEARD: TRANSCRIPT,
     "keifu.generation.speech.transcription:speech_model": None})  # fmt: skip
 

@@ -11,6 +11,7 @@ from keifu.data.catalogue import catalogue
 from keifu.recipes import landmarks
 
 
+@pytest.mark.usefixtures("drawn_boundaries")
 def test_trained_models_are_shown_at_work(capsys: pytest.CaptureFixture) -> None:
     pictures = landmarks.show()
     told = capsys.readouterr().out

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from training_toys import Sequences, objective, run, settings, toy, weights
 
+from keifu import devices
 from keifu.errors import UserError
 from keifu.files import sha256
 from keifu.models import gpt2
@@ -257,9 +258,9 @@ def test_no_run_uses_more_than_the_peak(tmp_path: Path, monkeypatch, again: floa
 
 def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch) -> None:
     for flags, expected in (("avx512f avx512_bf16", torch.bfloat16), ("avx2 fma amx_bf16", torch.bfloat16)):
-        monkeypatch.setattr(precision, "processor", lambda field, flags=flags: flags)
+        monkeypatch.setattr(devices, "processor", lambda field, flags=flags: flags)
         assert precision.resolve_dtype("auto", CPU) == expected
-    monkeypatch.setattr(precision, "processor", lambda field: "avx2 avx512f")
+    monkeypatch.setattr(devices, "processor", lambda field: "avx2 avx512f")
     assert precision.resolve_dtype("auto", CPU) == torch.float32
     assert precision.resolve_dtype("bfloat16", CPU) == torch.bfloat16
 
