@@ -1,4 +1,4 @@
-"""Time of a decoding step of a mixture of experts, beside dense models with as many active and as many total weights.
+"""Time of a decoding step of a mixture of experts, next to dense models with as many active and as many total weights.
 
 python benchmarks/experts.py [--weights f32 bf16 int8 int4] [--streams 1 8 32] [--rounds 9] [--steps 32] [--json FILE]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from keifu import checkpoints
 from keifu.data.tokenizers import bpe
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
@@ -46,6 +47,24 @@ def smollm2() -> Path:
         return fetch("smollm2")
     except (UserError, OSError) as error:
         pytest.skip(f"SmolLM2 cannot be had here: {error}")
+
+
+@pytest.fixture
+def check_saved(tmp_path: Path) -> Callable[..., None]:
+    """Check that a model that sees is saved as it was read from the folder "theirs", and that transformers reads it."""
+
+    def check(model: Any, tokens: torch.Tensor, pixels: torch.Tensor, expected: torch.Tensor) -> None:
+        import transformers
+
+        checkpoints.save(model, None, tmp_path / "ours")
+        ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+        assert torch.equal(again(input_ids=tokens, pixel_values=pixels).logits, expected)
+        assert checkpoints.load_model(tmp_path / "ours").config == model.config
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -149,7 +149,7 @@ def on_small_data(command: str) -> str:
 
 def finish(words: list[str]) -> None:
     """Run a command, and free its memory; `--help` ends with an exit that says success."""
-    if words[0] == "train" and words[1] in LARGEST:
+    if words[0] == "train" and words[1] in WITH_MANY_MODELS:
         modules = f"import sys; sys.modules |= dict.fromkeys({not_in_the_demonstration()})"
         command = f"{modules}; from keifu.cli import main; main(sys.argv[1:])"
         subprocess.run([sys.executable, "-c", command, *words], check=True)
@@ -211,7 +211,7 @@ def test_guide_runs_as_it_is_written(page: str, checkout: Path, capsys: pytest.C
 LARGE = {"palm2"}  # its mixture of many languages is encoded for ten minutes before the first step
 COMMANDS = ["commands.md", "own-data.md"]
 COMMANDS += [f"lineage/{name}.md" for name in LANDMARKS if name not in {"index", *LARGE}]
-LARGEST = {"ppo", "grpo", "instruct"}  # recipes with several models, which have a process of their own
+WITH_MANY_MODELS = {"ppo", "grpo", "instruct"}  # recipes that have a process of their own
 FAST = ["lineage/perceptron.md", "lineage/mixture.md"]
 
 

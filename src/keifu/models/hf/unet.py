@@ -58,7 +58,7 @@ ATTENTION = {"norm": "group_norm", "attention.qkv": "to_[q,k,v]", "attention.out
 
 
 def nested(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
-    """Return the names of the weights of a part, from those in it, which stands at `ours` here and at `theirs`
+    """Return the names of the weights of a part, from those in it, which is at `ours` here and at `theirs`
     there."""
     return {f"{ours}.{name}": f"{theirs}.{published}" for name, published in names.items()}
 

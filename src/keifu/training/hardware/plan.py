@@ -116,7 +116,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained, by options of `keifu train`: all parameters, or adapters of a rank on all linear layers.
+    """Trained parameters, by options of `keifu train`: all parameters, or adapters of a rank on all linear layers.
 
     base: the type of the frozen matrices. optimizer_state: the type of AdamW's averages.
     """
