@@ -21,7 +21,8 @@ test-gpu: .venv/.development
 	@$(BIN)/python -m pytest -m gpu -rs
 
 check: .venv/.development
-	@$(BIN)/ruff check src tests pretrained packaging $(wildcard benchmarks)
+	@$(BIN)/ruff check src tests pretrained packaging examples $(wildcard benchmarks)
+	@$(BIN)/ruff format --check --quiet src tests pretrained packaging examples $(wildcard benchmarks)
 	@$(BIN)/basedpyright
 	@$(BIN)/bandit --quiet --recursive --configfile pyproject.toml src
 

@@ -37,7 +37,7 @@ for _step in range(150):
 
 # %%
 def answers(prompts: torch.Tensor) -> torch.Tensor:
-    """Rows that begin with the prompts, continued by the model as it is."""
+    """Continue the prompts with samples of the model."""
     rows = prompts
     with torch.no_grad():
         while rows.shape[1] < LENGTH:
@@ -46,12 +46,12 @@ def answers(prompts: torch.Tensor) -> torch.Tensor:
 
 
 def reward(rows: torch.Tensor) -> torch.Tensor:
-    """The share of steps that are two."""
+    """Return the share of steps that are two."""
     return ((rows[:, 1:] - rows[:, :-1]) % 10 == 2).float().mean(1)
 
 
 def logs(policy: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """ln p of each token that was written."""
+    """Return ln p of each token that was written."""
     return policy(rows[:, :-1]).log_softmax(-1).gather(2, rows[:, 1:, None])[..., 0]
 
 

@@ -20,7 +20,7 @@ HELD_OUT = {("red", "square"), ("green", "bar"), ("blue", "circle"), ("yellow", 
 
 
 def drawing(colour: str, shape: str) -> torch.Tensor:
-    """A shape of this colour somewhere on white, [3, 24, 24] from -1 to 1."""
+    """Draw a shape of this colour somewhere on white, [3, 24, 24] from -1 to 1."""
     picture = Image.new("RGB", (24, 24), "white")
     x, y, size = (int(n) for n in (*torch.randint(0, 10, (2,)), torch.randint(9, 14, ())))
     pen, box = ImageDraw.Draw(picture), (x, y, x + size, y + size)
@@ -49,7 +49,7 @@ END = tokenizer.token_id("<end>")
 
 
 def caption(colour: str, shape: str) -> list[int]:
-    """The caption's ids: what is behind the end is seen by nothing."""
+    """Return the caption's ids. The padding after the end is read by nothing."""
     ids = [*tokenizer.encode(f"{colour} {shape}"), END]
     return ids + [tokenizer.token_id("<pad>")] * (20 - len(ids))
 

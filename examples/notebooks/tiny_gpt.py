@@ -34,7 +34,7 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(ids):,} 
 
 
 def batch(rows: int = 16) -> dict[str, torch.Tensor]:
-    """Random windows of the text, one token longer than the context."""
+    """Return random windows of the text, one token longer than the context."""
     starts = torch.randint(len(ids) - 65, (rows,))
     return {"tokens": torch.stack([ids[start : start + 65] for start in starts])}
 

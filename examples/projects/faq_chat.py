@@ -26,7 +26,7 @@ ORDER = "You are the helper of a shop. Answer the customer in one sentence, only
 
 
 class Helper:
-    """Finds the entry that a question means, and answers with it."""
+    """Helper that looks up the entry that a question means, and answers with it."""
 
     def __init__(self, writer: str | None):
         self.encoder = keifu.load("minilm")
@@ -34,14 +34,14 @@ class Helper:
         self.entries = embed(*self.encoder, [text for entry in FAQ.items() for text in entry])  # question, answer, ...
 
     def find(self, question: str) -> tuple[str | None, float]:
-        """The question of the list that is nearest, by itself or by its answer, if one is near, and the cosine."""
+        """Return the nearest question of the list, compared with it and its answer, if one is near; and the cosine."""
         [cosines] = embed(*self.encoder, [question]) @ self.entries.T
         best = int(torch.argmax(cosines))
         near = float(cosines[best])
         return (list(FAQ)[best // 2] if near >= NEAR else None), near
 
     def answer(self, question: str) -> str:
-        """The shop's answer, in the words of the model where there is one."""
+        """Return the shop's answer, in the words of the model if there is one."""
         found, _ = self.find(question)
         if found is None:
             return UNSURE
@@ -52,7 +52,7 @@ class Helper:
 
 
 def main() -> None:
-    """Answers one question, or many."""
+    """Answer one question, or many."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?")
     parser.add_argument("--writer", default=None, help="a chat model that words the answers, such as smollm2")

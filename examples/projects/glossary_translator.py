@@ -36,7 +36,7 @@ PAIR_PATTERNS = [
 
 
 def sentences(seed: int = 0) -> list[tuple[str, str]]:
-    """Every term in every pattern, and pairs of terms, in a fixed random order."""
+    """Return every term in every pattern, and pairs of terms, in a fixed random order."""
     single = [(ja.format(term), en.format(GLOSSARY[term])) for ja, en in PATTERNS for term in GLOSSARY]
     pairs = [
         (ja.format(a, b), en.format(GLOSSARY[a], GLOSSARY[b]))
@@ -51,7 +51,7 @@ def sentences(seed: int = 0) -> list[tuple[str, str]]:
 
 
 def write(folder: Path) -> Path:
-    """The sentences as the table that `keifu train transformer` reads."""
+    """Write the sentences as the table that `keifu train transformer` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "pairs.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -61,7 +61,7 @@ def write(folder: Path) -> Path:
 
 
 def main() -> None:
-    """Trains where nothing was trained yet, then translates."""
+    """Train if nothing is trained yet, then translate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="?", default="ポンプを交換してから弁を点検します。")
     parser.add_argument("--steps", type=int, default=600)

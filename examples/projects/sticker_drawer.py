@@ -17,7 +17,7 @@ SCALE, SIZE = 4, 32  # drawn four times as large, so that edges are smooth
 
 
 def sticker(mood: str, random: random.Random) -> Image.Image:
-    """One face: its place, size and colour by chance, its mood as asked."""
+    """Draw one face of a mood, with random place, size and colour."""
     side = SIZE * SCALE
     image = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(image)
@@ -44,7 +44,7 @@ def sticker(mood: str, random: random.Random) -> Image.Image:
 
 
 def write(folder: Path, each: int, seed: int = 0) -> None:
-    """A folder for each mood, as `keifu train ddpm --classes` reads them."""
+    """Write a folder for each mood, as `keifu train ddpm --classes` reads them."""
     chance = random.Random(seed)
     for mood in MOODS:
         (folder / mood).mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def write(folder: Path, each: int, seed: int = 0) -> None:
 
 
 def main() -> None:
-    """Trains where nothing was trained yet, then draws a sheet of one mood."""
+    """Train if nothing is trained yet, then draw a sheet of one mood."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mood", choices=MOODS, default="happy")
     parser.add_argument("--count", type=int, default=9)
