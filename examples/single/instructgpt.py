@@ -177,18 +177,18 @@ def report(name, policy):
     """Print what share of 2,000 sampled answers is sorted and complete."""
     tokens = sample(policy, prompts(2000))
     print(f"{name}: {(quality(tokens) == 1).float().mean().item():.1%} of answers are the sorted digits")
-    print(f"  {tokens[0, 1:PROMPT - 1].tolist()} -> {tokens[0, PROMPT:].tolist()}")
+    print(f"  {tokens[0, 1 : PROMPT - 1].tolist()} -> {tokens[0, PROMPT:].tolist()}")
 
 
-def main():
+def main(fine_tuning=700, comparisons=400, rounds=60):
     """Run the three steps and print the share of good answers after the first and the last."""
     torch.manual_seed(0)
     policy = GPT()
-    print(f"fine-tuning: loss {fine_tune(policy):.3f}")
+    print(f"fine-tuning: loss {fine_tune(policy, fine_tuning):.3f}")
     report("after fine-tuning", policy)
-    reward, loss = learn_reward(policy)
+    reward, loss = learn_reward(policy, comparisons)
     print(f"reward model: loss {loss:.3f} (a coin has {math.log(2):.3f})")
-    ppo(policy, reward)
+    ppo(policy, reward, rounds)
     report("after PPO", policy)
 
 

@@ -147,7 +147,7 @@ def train(parameters, loss_of, steps, learning_rate=2e-3):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % (steps // 10) == 0:
+        if step % max(1, steps // 10) == 0:
             print(f"  step {step}  loss {loss.item():.4f}")
 
 
@@ -158,7 +158,7 @@ def write_bmp(path, colours):
     Path(path).write_bytes(head + bytes((colours.clamp(0, 1) * 255).byte().flip(0, 2).flatten().tolist()))
 
 
-def main():
+def main(autoencoder_steps=300, steps=800):
     """Train both parts, and draw 8 pictures from captions."""
     torch.manual_seed(0)
     autoencoder, denoiser, table = Autoencoder(), Denoiser(), nn.Embedding(len(WORDS), 32)
@@ -179,10 +179,10 @@ def main():
         left = alpha_bar[timestep][:, None, None, None]
         return F.mse_loss(denoiser(left.sqrt() * latents + (1 - left).sqrt() * noise, timestep, table(words)), noise)
 
-    train(autoencoder.parameters(), reconstruction, 300)
+    train(autoencoder.parameters(), reconstruction, autoencoder_steps)
     with torch.no_grad():
         scale = 1 / autoencoder.encoder(draw(64)[0])[:, :4].std()  # latents of variance 1
-    train([*denoiser.parameters(), *table.parameters()], noise_error, 800)
+    train([*denoiser.parameters(), *table.parameters()], noise_error, steps)
     with torch.no_grad():
         pictures, words = draw(8)
         x, visited = torch.randn(8, 4, 6, 6), torch.linspace(999, 0, 50).long()

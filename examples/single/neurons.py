@@ -112,7 +112,7 @@ def draw_digits(count, seed):
     return (pictures + noise).flatten(1), labels
 
 
-def main():
+def main(steps=3000):
     """Run the three experiments and print what each one shows."""
     torch.manual_seed(0)
     inputs = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.float64)
@@ -134,7 +134,7 @@ def main():
     gap = max((a - p.grad).abs().max().item() for a, p in zip(by_hand, network.parameters()))
     print(f"backpropagation by hand and by autograd differ by at most {gap:.1e}")
 
-    train(network, x, labels, steps=3000, learning_rate=0.005)
+    train(network, x, labels, steps, learning_rate=0.005)
     right = (network(test_x).argmax(-1) == test_labels).float().mean().item()
     # The baseline: the mean picture of each class, compared by distance.
     means = torch.stack([x[labels == digit].mean(0) for digit in range(10)])

@@ -2,18 +2,23 @@
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from keifu.alignment import ppo
+from keifu.commands.reference import eject
 from keifu.models import bert, gpt2, llama, mlp, seq2seq, transformer
 from keifu.models.clip import clip, image, text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm
@@ -27,11 +32,13 @@ import singles  # noqa: E402 # pyright: ignore[reportMissingImports] (its folder
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
 MOST_LINES = 200
 SHORT = {  # arguments of `main` with which a file does everything in a few seconds
-    "gpt2": {"steps": 1}, "llama": {"steps": 1}, "transformer": {"steps": 1}, "bert": {"steps": 1},
-    "attention": {"steps": 1}, "clip": {"steps": 1}, "ddpm": {"steps": 1},
+    "attention": {"steps": 1}, "bert": {"steps": 1}, "clip": {"steps": 1}, "ddpm": {"steps": 1}, "gpt2": {"steps": 1},
+    "instructgpt": {"fine_tuning": 1, "comparisons": 1, "rounds": 1}, "llama": {"steps": 1}, "neurons": {"steps": 1},
+    "latent_diffusion": {"autoencoder_steps": 1, "steps": 1}, "transformer": {"steps": 1},
 }  # fmt: skip
 
-WRITING = ("gpt2", "llama", "ddpm")  # whose results take seconds however short the training is
+WRITING = {"gpt2", "llama", "ddpm", "latent_diffusion"}  # whose results take seconds however short the training is
+PICTURES = {"ddpm": "ddpm.png", "latent_diffusion": "latent_diffusion.bmp"}
 
 
 @cache
@@ -75,14 +82,43 @@ def test_a_file_is_short_and_imports_torch_alone(name: str):
         assert not others, f"{name}.py imports {others}"
 
 
-RUNS = [pytest.param(name, marks=pytest.mark.slow if name in WRITING else ()) for name in SHORT]
+def needed(name: str) -> set[str]:
+    """Return the names of a package and of all that it requires, without extras."""
+    names = {name}
+    for line in metadata.requires(name) or []:
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            names |= needed(requirement.name)
+    return names
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_main_runs_from_training_to_its_result(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    single(name).main(**SHORT[name])
-    assert capsys.readouterr().out.strip()
+@pytest.fixture(scope="module")
+def torch_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of links to torch and to what it requires, as an environment with torch alone has them."""
+    folder = tmp_path_factory.mktemp("torch_alone")
+    for name in needed("torch"):
+        for file in metadata.files(name) or []:
+            top = file.parts[0]
+            if top not in ("..", "__pycache__") and not (folder / top).exists():
+                (folder / top).symlink_to(metadata.distribution(name).locate_file(top))
+    return folder
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a link needs a right there")
+@pytest.mark.parametrize(
+    "names", [pytest.param({*FILES} - WRITING, id="quick"), pytest.param(WRITING, marks=pytest.mark.slow, id="writing")]
+)
+def test_main_runs_to_its_result_with_torch_alone(names: set[str], torch_alone: Path, tmp_path: Path):
+    program = ["import importlib.util", "assert not any(map(importlib.util.find_spec, ('numpy', 'PIL', 'keifu')))"]
+    for name in sorted(names):
+        program += [f"print('<{name}>')", f"import {name}", f"{name}.main(**{SHORT[name]})"]
+    settings = {"PYTHONPATH": os.pathsep.join(map(str, (torch_alone, FOLDER))), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-S", "-W", "ignore", "-c", "\n".join(program)]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = re.findall(r"<(\w+)>\n[^<]", done.stdout)
+    assert results == sorted(names)
+    assert {path.name for path in tmp_path.iterdir()} == {PICTURES[name] for name in names & {*PICTURES}}
 
 
 def test_gpt2_has_the_librarys_logits_and_loads_published_weights(tmp_path: Path):
@@ -279,3 +315,14 @@ def test_a_changed_part_would_be_seen() -> None:
     assert singles.fill(page.replace("is_causal=True", "is_causal=False", 1)) == page
     with pytest.raises(ValueError, match="defines no 'Blok'"):
         singles.definition("class Block: pass", "Blok")
+
+
+def test_eject_prints_the_file_that_the_page_of_a_landmark_links(capsys: pytest.CaptureFixture[str]) -> None:
+    names = {name: name for name in FILES} | {"latent-diffusion": "latent_diffusion"}
+    for path in (ROOT / "docs/lineage").glob("*.md"):
+        linked = re.findall(r"\]\(../../examples/single/(\w+)\.py\)", path.read_text(encoding="utf-8"))
+        names |= {path.stem.removesuffix(".ja"): name for name in linked}
+    assert names["perceptron"] == names["mlp"] == "neurons"
+    for name, file in names.items():
+        eject.run(eject.Options(name))
+        assert capsys.readouterr().out == (FOLDER / f"{file}.py").read_text(encoding="utf-8"), name

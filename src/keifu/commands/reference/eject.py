@@ -1,7 +1,6 @@
 """`keifu eject`: print the single-file edition of a landmark."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -10,6 +9,8 @@ from keifu.commands.shared import flags, tables
 from keifu.errors import unknown
 from keifu.files import packaged
 
+OTHER_NAMES = {"mlp": "neurons", "perceptron": "neurons", "seq2seq": "attention"}  # of landmarks, and their files
+
 
 @dataclass(frozen=True)
 class Options:
@@ -17,25 +18,21 @@ class Options:
 
     name: Annotated[
         tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="[NAME]", help="Name of the file, such as gpt2. Default: list the files."),
+        tyro.conf.arg(metavar="[NAME]", help="Landmark, such as gpt2. Default: list all."),
     ] = None
-
-
-def editions() -> dict[str, Path]:
-    """Return the path of each single-file edition by its name."""
-    return {path.stem: path for path in sorted(packaged("examples/single").glob("*.py"))}
 
 
 def run(options: Options) -> None:
     """Print the file, or list all files with their first sentence."""
-    paths = editions()
-    if options.name is None:
+    paths = {path.stem: path for path in sorted(packaged("examples/single").glob("*.py"))}
+    name = options.name and OTHER_NAMES.get(options.name, options.name.replace("-", "_"))
+    if name is None:
         texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
         tables.show(("name", "landmark"), [(name, text[3:].split(" in one file")[0]) for name, text in texts.items()])
-    elif options.name not in paths:
-        raise unknown("single-file edition", options.name, paths)
+    elif name not in paths:
+        raise unknown("single-file edition", name, [*paths, *OTHER_NAMES])
     else:
-        print(paths[options.name].read_text(encoding="utf-8"), end="")
+        print(paths[name].read_text(encoding="utf-8"), end="")
 
 
 parse = flags.parser(Options, run, "keifu eject")
