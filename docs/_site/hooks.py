@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -28,6 +29,14 @@ BROKEN = re.compile(rf"(?<={WIDE})\n *(?={WIDE})")  # a line break within a Japa
 FENCE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 ASIDE = re.compile(r"\s*(?:\([^)]*\)|（[^）]*）)|(?::\s|：).*")  # authors and years, and what follows a colon
 copied: set[Path] = set()
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Link the repository at the head of each page, once pyproject.toml has its address."""
+    address = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["keifu"]["repository"].rstrip("/")
+    if address:
+        config.repo_url = address
+        config.repo_name = "/".join(address.split("/")[-2:])
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:

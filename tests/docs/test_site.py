@@ -1,5 +1,6 @@
 """The site is built without a warning, in both languages; every link in it leads somewhere, and nothing is fetched."""
 
+import importlib.util
 import json
 import os
 import re
@@ -160,3 +161,19 @@ def test_a_dead_link_would_be_seen(tmp_path: Path, page: str, dead: list[str]) -
 def test_a_script_from_elsewhere_would_be_seen(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text('<script src="https://example.org/x.js"></script><a href="https://example.org">')
     assert fetched(tmp_path) == ["https://example.org/x.js"]
+
+
+@pytest.mark.parametrize(
+    "address, linked",
+    [("", (None, None)), ("https://example.org/o/keifu/", ("https://example.org/o/keifu", "o/keifu"))],
+)
+def test_pages_link_the_repository_once_it_has_an_address(address: str, linked, tmp_path: Path, monkeypatch) -> None:
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs/_site/hooks.py")
+    assert spec and spec.loader
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    (tmp_path / "pyproject.toml").write_text(f'[tool.keifu]\nrepository = "{address}"\n', encoding="utf-8")
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    config = hooks.MkDocsConfig()
+    hooks.on_config(config)
+    assert (config.repo_url, config.repo_name) == linked

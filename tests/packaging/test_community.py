@@ -28,6 +28,16 @@ def test_the_citation_is_of_this_version() -> None:
     assert heading in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     zenodo = json.loads((ROOT / ".zenodo.json").read_text(encoding="utf-8"))
     assert zenodo["title"] == citation["title"] and zenodo["license"] == citation["license"]
+    address = PROJECT["tool"]["keifu"]["repository"]
+    assert citation.get("repository-code", "") == address, f"give CITATION.cff the line repository-code: {address}"
+
+
+def test_the_wheel_of_packaged_models_has_the_licences_of_their_cards_and_no_link_into_the_checkout() -> None:
+    text = (ROOT / "pretrained/pyproject.toml").read_text(encoding="utf-8")
+    licences = {name.lower() for name in tomllib.loads(text)["project"]["license"].split(" AND ")}
+    cards = (ROOT / "pretrained/src/keifu_pretrained").glob("*/README.md")
+    assert licences == {yaml.safe_load(card.read_text(encoding="utf-8").split("---\n")[1])["license"] for card in cards}
+    assert re.search(r"\]\((?!https://)", (ROOT / "pretrained/README.md").read_text(encoding="utf-8")) is None
 
 
 def test_no_page_has_an_address_of_its_own() -> None:

@@ -2,16 +2,21 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
+from email import message_from_bytes
 from pathlib import Path
 from types import ModuleType
 from zipfile import ZipFile
 
 import pytest
+
+import keifu
 
 pytest.importorskip("hatchling", reason="it builds the wheel")
 ROOT = Path(__file__).parents[2]
@@ -119,6 +124,46 @@ def test_links_of_the_long_description() -> None:
     found = absolute_links(text, address)
     assert f"[a]({address}/blob/main/docs/a.md) ![b]({address}/raw/main/docs/b.png) [c](https://c.org)" in found
     assert load("metadata").urls("") == {} and load("metadata").urls(address)["Issues"] == f"{address}/issues"
+
+
+@pytest.fixture(scope="module")
+def pure(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
+    """The wheel of this tree for any platform."""
+    folder = tmp_path_factory.mktemp("pure")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("KEIFU_WHEEL", "pure")
+        done = build(ROOT, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    assert path.name == f"keifu-{keifu.__version__}-py3-none-any.whl"
+    return ZipFile(path)
+
+
+def test_the_wheel_has_all_files_of_the_package_and_nothing_else(pure: ZipFile) -> None:
+    sources = {path.relative_to(ROOT / "src") for path in (ROOT / "src/keifu").rglob("*") if path.is_file()}
+    wanted = {path.as_posix() for path in sources if "__pycache__" not in path.parts}
+    for pattern in ("examples/single/*.*", "docs/pictures/**/*.*", "docs/lineage/lineage.json"):
+        shown = {f"keifu/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob(pattern)}
+        assert shown
+        wanted |= shown
+    information = f"keifu-{keifu.__version__}.dist-info/"
+    names = {name for name in pure.namelist() if not name.startswith(information)}
+    assert names == wanted
+    assert f"{information}licenses/LICENSE" in pure.namelist()
+    assert sum(entry.compress_size for entry in pure.infolist()) <= LARGEST / 10
+
+
+def test_the_metadata_of_the_wheel(pure: ZipFile) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    metadata = message_from_bytes(pure.read(f"keifu-{keifu.__version__}.dist-info/METADATA"))
+    assert metadata["Version"] == keifu.__version__ and metadata["License-Expression"] == project["license"]
+    assert metadata["Requires-Python"] == project["requires-python"]
+    assert {*metadata.get_all("Classifier", [])} >= {*project["classifiers"]}
+    assert {*metadata.get_all("Provides-Extra", [])} == {*project["optional-dependencies"]}
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert len(required) == len(project["dependencies"])
+    description = str(metadata.get_payload())
+    assert description.startswith("# keifu") and re.findall(r"\]\((?!https?://)[^)]*\)", description) == []
 
 
 @pytest.fixture(scope="module")
