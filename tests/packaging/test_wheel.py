@@ -60,9 +60,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def build(root: Path, to: Path) -> subprocess.CompletedProcess[str]:
-    """Build a wheel with the environment's variables."""
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(to)]
+def build(root: Path, to: Path, target: str = "wheel") -> subprocess.CompletedProcess[str]:
+    """Build a wheel or a source distribution with the environment's variables."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(to)]
     return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
 
@@ -164,6 +164,17 @@ def test_the_metadata_of_the_wheel(pure: ZipFile) -> None:
     assert len(required) == len(project["dependencies"])
     description = str(metadata.get_payload())
     assert description.startswith("# keifu") and re.findall(r"\]\((?!https?://)[^)]*\)", description) == []
+
+
+def test_the_source_distribution_builds_the_same_wheel(pure: ZipFile, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("KEIFU_WHEEL", "pure")
+    done = build(ROOT, tmp_path, "sdist")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path, filter="data")
+    again = ZipFile(wheel(tmp_path / archive.name.removesuffix(".tar.gz")))
+    contents = [{name: made.read(name) for name in made.namelist()} for made in (pure, again)]
+    assert contents[0] == contents[1]
 
 
 @pytest.fixture(scope="module")
