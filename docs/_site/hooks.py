@@ -32,11 +32,13 @@ copied: set[Path] = set()
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Link the repository at the head of each page, once pyproject.toml has its address."""
+    """Link the repository at the foot of each page, once pyproject.toml has its address.
+
+    The theme's own link (repo_url) would ask the host for numbers of stars, and the site fetches nothing.
+    """
     address = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["keifu"]["repository"].rstrip("/")
     if address:
-        config.repo_url = address
-        config.repo_name = "/".join(address.split("/")[-2:])
+        config.copyright = f'<a href="{address}">{address}</a>'
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
