@@ -5,8 +5,8 @@ python benchmarks/transcription.py [--weights int8 | --write docs/results/data/s
 The recordings are those of Debian's package pocketsphinx-testdata: five sentences of LibriVox and five card calls. The
 package is fetched by apt-get and read at run time. Words are compared in lower case, without punctuation. Each program
 reads all recordings in turn, and the order of the programs changes; the seconds are printed and not written.
-faster-whisper is left out if it is not installed. Its time includes its own features. --weights int8 compares keifu and
-faster-whisper with matrices of 8 bits.
+keifu's time is that of native code, as in `keifu transcribe`. faster-whisper is left out if it is not installed. Its
+time includes its own features. --weights int8 compares keifu and faster-whisper with matrices of 8 bits.
 """
 
 import argparse
@@ -61,8 +61,7 @@ def words(text: str) -> list[str]:
 def by_keifu(folder: Path, beams: int, weights: str) -> Callable[[torch.Tensor], str]:
     model, tokenizer = keifu.load("whisper-tiny-en")
     keifu.save(model, tokenizer, folder / "saved")
-    if weights == "int8":
-        model, tokenizer = keifu.load("whisper-tiny-en", weights=weights)
+    model, tokenizer = keifu.load("whisper-tiny-en", weights="int8" if weights == "int8" else "own")
     return lambda sound: transcribe(model, tokenizer, sound, TranscriptionParams(beams=beams, fallback=False)).text
 
 

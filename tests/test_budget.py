@@ -21,6 +21,7 @@ LANDMARKS = {  # code lines that each added, at most 450 (600 for a model that s
     "locked text tower": 120,
     "whisper, its command and service": 799,
     "training of whisper": 217,
+    "whisper on the native step": 131,
     "llava": 600,
     "smolvlm, its tiles and prompts": 210,
     "questions about pictures": 131,

@@ -20,12 +20,13 @@ from keifu.checkpoints.plan import LoadPlan
 from keifu.devices import chosen
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
+from keifu.layers.transformer.speech import SpeechRecognizer
 from keifu.native.build import Unavailable
 from keifu.native.describe import ModelPart, describe
 from keifu.native.library import open_library, say_why, switched_off
 from keifu.native.model import NativeLM, attach_native, pack
 from keifu.native.pack import OWN, Blocks, Weights
-from keifu.native.targets import pack_translator
+from keifu.native.targets import pack_speech, pack_translator
 
 MAPS = Path("/proc/self/maps")
 ENOUGH = 16 << 20  # bytes that were read before they are given back
@@ -35,8 +36,9 @@ DONTNEED = 4  # Linux's MADV_DONTNEED
 def load_packed(found: LoadPlan, weights: str) -> nn.Module:
     """Return the planned model with its weights packed in a format; where native code cannot have it, one sentence says
     why, and the model is filled as without `weights`. "own" is the format that keeps the file's numbers: its blocks, or
-    float32. A translator stays as it is, with its decoder also packed."""
-    if weights == OWN and (switched_off() or not isinstance(found.model, DecoderLM | EncoderDecoder)):
+    float32. A translator or a model that hears stays as it is, and is packed too."""
+    with_source = isinstance(found.model, EncoderDecoder | SpeechRecognizer)
+    if weights == OWN and (switched_off() or not (with_source or isinstance(found.model, DecoderLM))):
         return found.fill("cpu")
     try:
         described, source = describe(found.model), FileWeights(found)
@@ -45,7 +47,7 @@ def load_packed(found: LoadPlan, weights: str) -> nn.Module:
             if found.dtype != torch.float32 or chosen().allow_nonfinite:
                 return found.fill("cpu")
             weights = "f32"
-        if isinstance(found.model, EncoderDecoder):
+        if with_source:
             return pack_or_keep(found.fill("cpu"), weights)
         return NativeLM(described, source, weights, found.source.config)
     except Unavailable as reason:
@@ -62,8 +64,8 @@ def _has_native_blocks(model: ModelPart, source: "FileWeights") -> bool:
 def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:
     """Pack a model that is built already."""
     try:
-        if isinstance(model, EncoderDecoder):
-            attach_native(model, weights, pack_translator)
+        if isinstance(model, EncoderDecoder | SpeechRecognizer):
+            attach_native(model, weights, pack_translator if isinstance(model, EncoderDecoder) else pack_speech)
             return model
         return pack(model, weights)
     except Unavailable as reason:

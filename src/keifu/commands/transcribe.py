@@ -13,7 +13,7 @@ from keifu.ranges import Count
 
 
 @dataclass(frozen=True)
-class Options(flags.OnDevice):
+class Options(flags.Packed):
     """Transcribe speech by a Whisper, such as whisper-tiny-en. The files are WAV, FLAC, MP3 or Ogg, of any length."""
 
     model: flags.Model
@@ -48,7 +48,7 @@ def run(options: Options) -> None:
         options.language, options.task, options.beams, options.previous, options.prompt, options.fallback
     )
     sounds = [read_sound(file) for file in options.files]
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, weights=options.weights or "own")
     speech_model(model)
     for file, samples in zip(options.files, sounds, strict=True):
         found = transcribe(model, tokenizer, samples, settings)

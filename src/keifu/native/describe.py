@@ -1,4 +1,4 @@
-"""A causal Transformer, or a translator's decoder, as data: which layers it is made of, and which parameters they have.
+"""A causal Transformer, or an encoder-decoder's stack, as data: which layers it is made of, and their parameters.
 
 A model is described by its layers, whatever its name is. One that has a layer which the native step does not know is
 `Unavailable`, with the layer's name. Axes: rows and columns = of a matrix.
@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keifu.layers.activations import ACTIVATIONS, Activation
-from keifu.layers.attention.attention import Attention, CrossAttention, SinkAttention
+from keifu.layers.attention.attention import (
+    Attention,
+    CrossAttention,
+    JoinedUnbiasedKeys,
+    KeysUnbiased,
+    KeysUnbiasedCross,
+    SinkAttention,
+)
 from keifu.layers.attention.positions import Rotary
 from keifu.layers.feedforward import ClampedFeedForward, FeedForward, GatedFeedForward
 from keifu.layers.linear import JoinedLinear, Linear
@@ -27,21 +34,32 @@ from keifu.layers.normalisation import (
     ScaledLayerNorm,
     UnitOffsetRMSNorm,
 )
-from keifu.layers.transformer.blocks import CrossPostNorm, Parallel, PostNorm, PreNorm, ReorderedNorm, SandwichNorm
+from keifu.layers.transformer.blocks import (
+    CrossPostNorm,
+    CrossPreNorm,
+    Parallel,
+    PostNorm,
+    PreNorm,
+    ReorderedNorm,
+    SandwichNorm,
+)
 from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
+from keifu.layers.transformer.speech import SpeechRecognizer
 from keifu.native.build import Unavailable
 
 
 @dataclass(frozen=True)
 class MatrixPart:
-    """Rows `first`, `first` + 1, ... of a parameter; `bias` is the name of the parameter that is added, if any."""
+    """Rows `first`, `first` + 1, ... of a parameter; `bias` is the name of the parameter that is added, if any, from
+    its number `bias_first` on."""
 
     weight: str
     first: int
     rows: int
     columns: int
     bias: str | None = None
+    bias_first: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,7 @@ class LayerPart:
 @dataclass(frozen=True)
 class ModelPart:
     """A model: embedding, positions (the name of their parameter if learned, or their numbers), blocks, the last norm
-    and the head."""
+    and the head. source_length: the most positions of a source; 0 if no block looks at one."""
 
     embedding: MatrixPart
     embedding_scale: float
@@ -83,7 +101,8 @@ class ModelPart:
     layers: tuple[LayerPart, ...]
     norm: NormPart
     head: MatrixPart
-    logit_scale: float
+    logit_scale: float = 1.0
+    source_length: int = 0
 
     @property
     def matrices(self) -> list[MatrixPart]:
@@ -119,6 +138,8 @@ def describe(model: nn.Module) -> ModelPart:
             raise Unavailable(f"{name or 'the model'} has hooks, which native code does not call")
     if isinstance(model, EncoderDecoder):
         return _describe_decoder(_known(model, "", EncoderDecoder))
+    if isinstance(model, SpeechRecognizer):
+        return _describe_writer(_known(model, "", SpeechRecognizer))
     decoder = _known(model, "", DecoderLM)
     table, positions = _matrix(model, "embedding", nn.Embedding, ScaledEmbedding), decoder.positions
     return ModelPart(
@@ -144,8 +165,33 @@ def _describe_decoder(model: EncoderDecoder) -> ModelPart:
         tuple(_layer(model, f"decoder.{number}") for number in range(len(model.decoder))),
         NormPart(NO_NORM, 0.0, None),
         replace(table if model.head is None else _matrix(model, "head"), bias="logits_bias"),
-        1.0,
+        source_length=length,
     )
+
+
+def _describe_writer(model: SpeechRecognizer) -> ModelPart:
+    table = _matrix(model, "embedding", nn.Embedding)
+    layers = tuple(_layer(model, f"decoder.{number}") for number in range(len(model.decoder)))
+    return ModelPart(
+        table, 1.0, "positions.weight", model.positions.num_embeddings, layers, _norm(model, "norm"), table,
+        source_length=len(model.source_positions),
+    )  # fmt: skip
+
+
+MEMORY = "memory.weight", "memory.bias"  # keys and values of all blocks of a decoder, joined in one matrix
+
+
+def describe_listener(model: SpeechRecognizer) -> ModelPart:
+    """Describe the encoder of a model that hears; its head gives the keys and values for all blocks of the decoder.
+
+    It is given embedded sound instead of tokens, and so has no embedding of its own.
+    """
+    layers = [_layer(model, f"encoder.{number}") for number in range(len(model.encoder))]
+    length, dim = model.source_positions.shape
+    head = MatrixPart(MEMORY[0], 0, 2 * dim * len(model.decoder), dim, MEMORY[1])
+    layers = tuple(replace(each, numbers={**each.numbers, "bidirectional": True}) for each in layers)
+    norm = _norm(model, "encoder_norm")
+    return ModelPart(head, 1.0, "source_positions", length, layers, norm, head, source_length=length)
 
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -169,9 +215,14 @@ def _matrix(model: nn.Module, name: str, *kinds: type[nn.Linear | nn.Embedding])
 
 def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
     """Return the matrices that are joined in one, by these names."""
-    rows, whole = _known(model, name, JoinedLinear).parts, _matrix(model, name)
+    module = _known(model, name, JoinedLinear, JoinedUnbiasedKeys)
+    if isinstance(module, JoinedUnbiasedKeys):
+        biases = {part: f"{name}.biases.{part[0]}" for part in parts if part[0] in module.biases}
+        whole = _split(model, f"{name}.matrix", *parts)
+        return {part: replace(matrix, bias=biases.get(part), bias_first=0) for part, matrix in whole.items()}
+    rows, whole = module.parts, _matrix(model, name)
     each = zip(parts, accumulate(rows, initial=0), rows, strict=False)
-    return {part: replace(whole, first=first, rows=own) for part, first, own in each}
+    return {part: replace(whole, first=first, rows=own, bias_first=first) for part, first, own in each}
 
 
 def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm] | type[RMSNorm]) -> NormPart:
@@ -184,14 +235,15 @@ def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm] | type[RMSNorm]
 
 
 def _layer(model: nn.Module, name: str) -> LayerPart:
-    block = _known(model, name, PreNorm, PostNorm, CrossPostNorm, SandwichNorm, ReorderedNorm, Parallel)
-    attention = _known(model, f"{name}.attention", Attention, SinkAttention)
+    blocks = PreNorm, PostNorm, CrossPreNorm, CrossPostNorm, SandwichNorm, ReorderedNorm, Parallel
+    block = _known(model, name, *blocks)
+    attention = _known(model, f"{name}.attention", Attention, SinkAttention, KeysUnbiased)
     norms = [part for part, _ in block.named_modules(remove_duplicate=False) if part.endswith("norm")]
     mixed = isinstance(model.get_submodule(f"{name}.feedforward"), MixtureOfExperts)
     own, router, experts, numbers = (_mixture if mixed else _network)(model, f"{name}.feedforward")
     matrices = _split(model, f"{name}.attention.qkv", "query", "key", "value") | own
     matrices["out"] = _matrix(model, f"{name}.attention.out")
-    if isinstance(block, CrossPostNorm):
+    if isinstance(block, CrossPreNorm | CrossPostNorm):
         matrices |= _cross(model, f"{name}.cross_attention", attention)
     turning, frequencies = ({}, None) if attention.rotary is None else _rotary(model, f"{name}.attention.rotary")
     numbers |= {
@@ -254,7 +306,7 @@ def _layer_norm(model: nn.Module, name: str, part: str) -> tuple[str, NormPart]:
 
 def _cross(model: nn.Module, name: str, own: Attention) -> dict[str, MatrixPart]:
     """Describe queries and output of a cross-attention; its keys and values are made when the source is read."""
-    cross = _known(model, name, CrossAttention)
+    cross = _known(model, name, CrossAttention, KeysUnbiasedCross)
     if (cross.n_heads, own.scale, own.window) != (own.n_kv_heads, None, None):
         raise Unavailable(f"{name} has other heads, or another scale, than the self-attention before it")
     return {"cross_query": _matrix(model, f"{name}.q"), "cross_out": _matrix(model, f"{name}.out")}

@@ -45,7 +45,7 @@ class Layer(Structure):
         *((name, Norm) for name in ("attention_norm", "post_attention_norm", "feedforward_norm")),
         *((name, Norm) for name in ("post_feedforward_norm", "query_norm", "key_norm")),
         *((name, Norm) for name in ("all_queries_norm", "all_keys_norm", "cross_norm")),
-        *((name, c_int32) for name in ("parallel", "norm_after", "activation", "window")),
+        *((name, c_int32) for name in ("parallel", "norm_after", "activation", "window", "bidirectional")),
         ("attention_scale", c_float),
         ("rotary_frequencies", c_void_p),
         ("rotary_pairs", c_int32),
@@ -73,6 +73,7 @@ class ModelDescription(Structure):
         ("head", Matrix),
         ("logit_scale", c_float),
         ("logit_softcap", c_float),
+        ("source_length", c_int32),
     ]
 
 
@@ -90,7 +91,7 @@ class Batch(Structure):
         *((name, c_void_p) for name in ("source_tables", "source_lengths", "sources")),
         ("n_wanted", c_int32),
         ("wanted", c_void_p),
-        ("logits", c_void_p),
+        *((name, c_void_p) for name in ("logits", "inputs")),
     ]
 
 

@@ -257,5 +257,5 @@ def _description(part: ModelPart, layers: Any, packer: Packer) -> native.ModelDe
         part.embedding.columns, n_heads, n_kv_heads, head_dim, part.embedding.rows, len(part.layers),
         packer.matrix(part.embedding), part.embedding_scale, packer.address(part.positions),
         part.context_length, layers,
-        packer.norm(part.norm), packer.matrix(part.head), part.logit_scale,
+        packer.norm(part.norm), packer.matrix(part.head), part.logit_scale, source_length=part.source_length,
     )  # fmt: skip

@@ -142,7 +142,7 @@ class Packer:
         if key not in self.matrices:
             self.matrices[key] = self._pack(part, self.own.get(part.weight, self.chosen.layers))
         found, bias = self.matrices[key], self.address(part.bias)
-        address = None if bias is None else bias + 4 * part.first
+        address = None if bias is None else bias + 4 * part.bias_first
         return native.Matrix(found.format, found.rows, found.columns, found.data, address)
 
     def experts(self, part: LayerPart) -> ctypes.Array[native.Expert]:

@@ -40,6 +40,7 @@ USES = {  # the uses of a model, and the path that serves each
     "inspection": "/v1/inspect",
     "match": "/v1/match",
 }
+PACKED_TOO = "translation", "transcription"  # uses of models that are packed, and keep PyTorch's weights
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def describe(source: str, name: str | None = None) -> Description:
     if not uses:
         raise UserError(f"{source} cannot be served: {explain_not_causal(plan.model)}")
     # a model that writes on a CPU is in memory twice: for PyTorch, and packed for native code
-    size = plan.parameters * plan.dtype.itemsize * (2 if {"completion", "translation"} & {*uses} else 1)
+    size = plan.parameters * plan.dtype.itemsize * (2 if {"completion", *PACKED_TOO} & {*uses} else 1)
     facts = getattr(config, "context_length", None), size, tokenizer, config, has_fixed_states(plan.model)
     return Description(name or source, source, uses, *facts)
 
@@ -150,8 +151,8 @@ class ServedModels:
 
     sources: the path or name of each, by id. memory: bytes that the weights of all loaded models and of a draft may
     take; None for no bound; a model that is larger than what a draft leaves is a `UserError`. weights: f32, bf16, int8
-    or int4 packs models that write text, and the decoders of those that translate, for native code. folder: where
-    clients may load further models from.
+    or int4 packs models that write text, and those that translate or transcribe, for native code. folder: where clients
+    may load further models from.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class ServedModels:
         name, writes = found.name, "completion" in found.uses
         if writes:
             check_guesses(self.limits.guesses, found.tokenizer, found.config.vocab_size, found.fixed_states)
-        if self.weights and (writes or "translation" in found.uses):
+        if self.weights and (writes or {*PACKED_TOO} & {*found.uses}):
             self.packed[name] = self.weights
         if self.weights and writes:
             found = replace(found, size=found.size // 2)  # in memory once
@@ -235,7 +236,7 @@ class ServedModels:
         """Return the thread that has the model of this id; start it and make room for the model if necessary."""
         source, packed = self.descriptions[name].source, self.packed.get(name)
         loading = partial(load, source, weights=packed) if packed else partial(_load_both, source)
-        writes = {"completion", "translation"} & {*self.descriptions[name].uses}
+        writes = {"completion", *PACKED_TOO} & {*self.descriptions[name].uses}
         return self._worker(name, loading, partial(load, source) if writes else None)
 
     def inspector(self, name: str) -> Worker:

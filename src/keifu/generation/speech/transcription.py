@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from keifu.generation.speech.rules import PREVIOUS, SpeechTokens, allow, speech_
 from keifu.generation.text.beam_search import Hypothesis, Search, beam_search
 from keifu.generation.text.model import device_of, evaluation_mode
 from keifu.layers.transformer.speech import Memory, SpeechRecognizer
+from keifu.native.model import native_form
+from keifu.native.targets import NativeHearer, pack_speech
 from keifu.ranges import Count, check
 
 TIME = 0.02  # seconds from one token of a time to the next
@@ -88,32 +90,32 @@ def speech_model(model: nn.Module) -> SpeechRecognizer:
     return model
 
 
+Hearer = SpeechRecognizer | NativeHearer
+
+
 class SpeechBeamModel:
     """Beam model of one window of sound, whose transcript begins with a prompt."""
 
-    def __init__(
-        self, model: SpeechRecognizer, memory: Memory, prompt: Sequence[int], longest: int, tokens: SpeechTokens
-    ):
-        self.model, self.tokens, self.state = model, tokens, model.begin(memory, len(prompt) + longest)
+    def __init__(self, model: Hearer, memory: Memory, prompt: Sequence[int], longest: int, tokens: SpeechTokens):
+        self.model, self.tokens = model, tokens
+        self.state: Any = model.begin(memory, len(prompt) + longest)
         device = memory[0][0].device
         self.written = torch.zeros(1, 0, dtype=torch.long, device=device)
-        hidden = model.hidden(torch.tensor([prompt], device=device), self.state)
-        start = model.logits(hidden[0, prompt.index(tokens.start)]).float().softmax(-1)
-        self.no_speech, self._prompt = float(start[tokens.no_speech]), hidden
+        wanted = [prompt.index(tokens.start), len(prompt) - 1]
+        start, self._last = model.write(torch.tensor([prompt], device=device), self.state, wanted).float().unbind(1)
+        self.no_speech = float(start.softmax(-1)[0, tokens.no_speech])
 
     def first(self) -> Float[Tensor, "rows vocab"]:
-        return self._allowed(self._prompt)
+        return allow(self._last.clone(), self.written, self.tokens)
 
     def next(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
         self.written = torch.cat([self.written, tokens[:, None]], 1)
-        return self._allowed(self.model.hidden(tokens[:, None], self.state))
+        logits = self.model.write(tokens[:, None], self.state, [0])[:, 0]
+        return allow(logits.float().clone(), self.written, self.tokens)
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         self.state.select(rows)
         self.written = self.written[rows.to(self.written.device)]
-
-    def _allowed(self, hidden: Tensor) -> Float[Tensor, "rows vocab"]:
-        return allow(self.model.logits(hidden[:, -1]).float().clone(), self.written, self.tokens)
 
 
 def transcribe(
@@ -122,7 +124,9 @@ def transcribe(
     progress: Callable[[float], object] = lambda _: None,
 ) -> Transcript:  # fmt: skip
     """Transcribe sound of one channel at 16 kHz. `progress` is called with the seconds that are done."""
-    hearer, tokens = speech_model(model), speech_tokens(model.config, tokenizer)
+    hearer: Hearer = speech_model(model)
+    tokens, packed = speech_tokens(hearer.config, tokenizer), native_form(model, pack_speech)
+    hearer = hearer if packed is None else NativeHearer(packed, max(settings.beams, DRAWN))
     usual = tokenizer.generation_config.get("language") if tokens.languages else None
     language = tokens.code(settings.language or str(usual or ""))
     tokens.check(language, settings.task)
@@ -136,12 +140,12 @@ def transcribe(
         while place < last:
             progress(place / FRAMES_PER_SECOND)
             heard = F.pad(features[:, place : place + window], (0, max(0, place + window - features.shape[1])))[None]
+            memory = hearer.encode(heard)
             if language is None and tokens.languages:
-                language = find_language(hearer, heard, tokens)
+                language = find_language(hearer, memory, tokens)
             before = [tokenizer.token_id(PREVIOUS), *past] if past else []
             prompt = [*before, *tokens.prompt(language, settings.task)]
             longest = hearer.config.context_length - len(prompt)
-            memory = hearer.encode(heard)
             made = partial(SpeechBeamModel, hearer, memory, prompt, longest, tokens)
             best, no_speech, temperature = write_window(made, tokenizer, longest, settings, place)
             found, done = cut(best.tokens, min(window, last - place), tokens)
@@ -203,9 +207,10 @@ def draw(decoder: SpeechBeamModel, longest: int, temperature: float, seed: int) 
     return Hypothesis([token for token in ids if token != end], float(scores.max()), end in ids)
 
 
-def find_language(model: SpeechRecognizer, heard: Float[Tensor, "1 mels frames"], tokens: SpeechTokens) -> str:
+def find_language(model: Hearer, memory: Memory, tokens: SpeechTokens) -> str:
     """Return the likeliest language of a window."""
-    logits = model(heard, torch.tensor([[tokens.start]], device=heard.device))[0, -1]
+    state: Any = model.begin(memory, 1)
+    logits = model.write(torch.tensor([[tokens.start]], device=memory[0][0].device), state, [0])[0, 0]
     return max(tokens.languages, key=lambda name: float(logits[tokens.languages[name]]))
 
 

@@ -48,6 +48,12 @@ def spaced_sinusoids(length: int, dim: int) -> Float[Tensor, "length dim"]:
 Memory = list[tuple[Tensor, Tensor]]  # keys and values of the sound, for each block of the decoder
 
 
+def check_window(features: Features, heard: int) -> None:
+    """Refuse sound of another length than a model's window, which has `heard` positions after the stem."""
+    if features.shape[-1] != 2 * heard:
+        raise UserError(f"A window of this model has {2 * heard} frames, and this sound has {features.shape[-1]}.")
+
+
 class SpeechRecognizer(nn.Module):
     """Stem, positions, encoder and norm for sound; embedding, positions, decoder and norm for text; a tied head.
 
@@ -85,9 +91,7 @@ class SpeechRecognizer(nn.Module):
 
     def encode(self, features: Features) -> Memory:
         """Return keys and values of windows of sound, for each block of the decoder."""
-        expected = 2 * len(self.source_positions)
-        if features.shape[-1] != expected:
-            raise UserError(f"A window of this model has {expected} frames, and this sound has {features.shape[-1]}.")
+        check_window(features, len(self.source_positions))
         x = self.source_dropout(self.stem(features) + self.source_positions)
         blocks: list[Any] = list(self.decoder)
         for block in self.encoder:
@@ -108,6 +112,12 @@ class SpeechRecognizer(nn.Module):
             raise UserError(f"{stop} tokens do not fit the {self.positions.num_embeddings} that this model writes.")
         x = self.embedding(target) + self.positions.weight[start:stop]
         return self.norm(write_target(self.target_dropout(x), state, self.decoder))
+
+    def write(
+        self, target: Tokens, state: EncoderDecoderState, wanted: Sequence[int]
+    ) -> Float[Tensor, "batch wanted vocab"]:
+        """Logits after the wanted ones of new tokens."""
+        return self.logits(self.hidden(target, state)[:, list(wanted)])
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         """Apply the head alone."""

@@ -112,7 +112,7 @@ INLINE int make_queries(const Forward &f, const Layer &layer, const AttentionTas
     for (int t = task.first; t < task.first + task.n_tokens; t++)
         for (int h = 0; h < group; h++, out += width) {
             const float *query = m.query + t * m.query_width + (head * group + h) * head_dim;
-            if (cross) normalise({}, query, scratch.heads, head_dim);
+            if (layer.cross_query.data && cross) normalise({}, query, scratch.heads, head_dim);
             else make_head(layer, layer.query_norm, t, query, scratch.heads, head_dim);
             for (int i = 0; i < width; i += TILE)
                 put<FLOAT32>(out + i, i < head_dim ? first(load(scratch.heads + i), head_dim - i) : v16{});
@@ -148,7 +148,7 @@ INLINE float soften(float *scores, Number<FLOAT32> *weights, int n, int seen_fro
     return 1.f / (sum(total) + (sink == NO_SINK ? 0.f : __builtin_expf(sink - highest)));
 }
 
-// Attends for one task and one kv head; writes model.attended. `cross`: to the tokens' source, all of it. `fetches`: the
+// Attends for one task and one kv head; writes model.attended. `cross`: to all of the tokens' source, or of their own sequence. `fetches`: the
 // next head comes next, and what it reads is fetched meanwhile.
 template <bool FLOAT32>
 INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool cross, int head, bool fetches, Scratch &scratch) {
@@ -161,12 +161,12 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
     const int32_t *table = cross ? f.batch.source_tables + source * f.batch.source_width : own_table(f, task.first);
     const int first_position = cross ? f.batch.source_lengths[source] - 1 : f.batch.positions[task.first];
     const int advance = cross ? 0 : 1;  // positions that the next token sees beyond those of this one
-    const int window = layer.window && !cross ? layer.window : m.max_positions;
+    const int window = layer.window && !cross ? layer.window : m.max_seen;
     const int earliest = first_position - window + 1 > 0 ? first_position - window + 1 : 0;
     const int start = earliest / GROUP * GROUP;
     const int seen = first_position + 1 + advance * (task.n_tokens - 1) - start;
     const int n = (int)round_up(seen, GROUP);
-    const int64_t stride = m.max_positions + PAIR;
+    const int64_t stride = m.max_seen + PAIR;
     const int rows = make_queries<FLOAT32>(f, layer, task, cross, head, scratch);
     constexpr int GROUP_BYTES = GROUP * TILE * (FLOAT32 ? 4 : 2);  // of a tile
     const auto multiply = [rows](auto at, int tiles, int columns, const void *x, int64_t step, float *y, int64_t y_step) {

@@ -91,7 +91,7 @@ int32_t keifu_unpack(int32_t format, const void *packed, int64_t rows, int64_t c
 
 /* ---- a model as data ----
  *
- * x = embedding[token] · embedding_scale (+ positions[position])
+ * x = embedding[token] · embedding_scale (+ positions[position]), or a row of KeifuBatch.inputs in place of the embedding's
  * a layer, sequential:  x = x + post_attention_norm(out · attention(attention_norm(x)))
  *                       x = x + cross_out · attention to the source(cross_norm(x)), where there is cross_query
  *                       x = x + post_feedforward_norm(down · f(feedforward_norm(x)))
@@ -137,6 +137,8 @@ typedef struct {
     int32_t parallel, norm_after;       /* 0 or 1 */
     int32_t activation;                 /* KeifuActivation */
     int32_t window;                     /* tokens that a query sees, itself included; 0: all before it */
+    int32_t bidirectional;              /* 0 or 1: a query sees all positions of its source in the batch, which is the
+                                           sequence itself; then without window, sinks and cross_query */
     float attention_scale;              /* what q·k is multiplied with */
     const float *rotary_frequencies;    /* [rotary_pairs] radians a position; NULL: not rotated. Layers that share the
                                            pointer share the table of cosines and sines */
@@ -162,6 +164,7 @@ typedef struct {
     KeifuMatrix head; /* the embedding again where they are tied */
     float logit_scale;
     float logit_softcap; /* cap · tanh(logit / cap); 0: none */
+    int32_t source_length; /* most positions of a source; 0 where no layer looks at one */
 } KeifuModelDescription;
 
 /* Fails where shapes do not fit together (which matrix, which sizes), or where of query, key and value (or gate and up)
@@ -199,12 +202,14 @@ typedef struct {
     int32_t n_sequences, table_width;
     const int32_t *block_tables; /* [n_sequences, table_width] */
     int32_t n_sources, source_width; /* 0 where no layer looks at a source */
-    const int32_t *source_tables;    /* [n_sources, source_width] blocks that keifu_store_source() filled */
+    const int32_t *source_tables;    /* [n_sources, source_width] blocks that keifu_store_source() filled, or those of
+                                        the sequence itself where layers are bidirectional */
     const int32_t *source_lengths;   /* [n_sources] positions of each, at least 1 */
     const int32_t *sources;          /* [n_sequences] row of source_tables */
     int32_t n_wanted;
     const int32_t *wanted; /* [n_wanted] indices of tokens whose logits are wanted, in any order */
     float *logits;         /* [n_wanted, vocab_size] */
+    const float *inputs;   /* [n_tokens, dim] in place of the tokens' embeddings; then `tokens` is not read. Or NULL */
 } KeifuBatch;
 
 /* Fails, with nothing written, at a token, position or block that is out of range. */

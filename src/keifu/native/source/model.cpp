@@ -94,7 +94,7 @@ struct Owned : KeifuModel {  // the model with what it owns
 Scratch make_scratch(Owned &m) {
     Arena &arena = m.arena;
     const int64_t widest = std::max(m.width, m.query_width);
-    const int64_t scores = MAX_TASK_ROWS * ((int64_t)m.max_positions + PAIR);
+    const int64_t scores = MAX_TASK_ROWS * ((int64_t)m.max_seen + PAIR);
     Scratch s;
     s.out = arena.take<float>(2 * BLOCK_ROWS * CHUNK * TILE);
     s.row = arena.take<float>(widest);
@@ -166,6 +166,8 @@ int check_layer(const KeifuModelDescription &about, const KeifuLayer &l, int i) 
     if (l.activation < KEIFU_SILU || l.activation > KEIFU_CLAMPED || (l.activation == KEIFU_CLAMPED && !gated))
         return fail("Layer %d has activation %d.", i, l.activation);
     if (l.window < 0) return fail("Layer %d has a window of %d.", i, l.window);
+    if (l.bidirectional && (l.window || l.sinks || l.cross_query.data))
+        return fail("Layer %d sees all positions, and has a window, sinks or a cross-attention.", i);
     return 0;
 }
 
@@ -274,16 +276,16 @@ int check_blocks(const Cache &c, const int32_t *table, int64_t n_positions) {
 
 int check_sources(const KeifuModel &m, const KeifuBatch &b) {
     bool wanted = false;
-    for (int i = 0; i < m.about.n_layers; i++) wanted = wanted || m.layers[i].cross_query.data;
+    for (int i = 0; i < m.about.n_layers; i++) wanted = wanted || m.layers[i].cross_query.data || m.layers[i].bidirectional;
     if (wanted && b.n_sources < 1) return fail("This model looks at a source, and the batch has none.");
     for (int s = 0; s < b.n_sequences && b.n_sources; s++)
         if (b.sources[s] < 0 || b.sources[s] >= b.n_sources)
             return fail("Source %d is not one of the batch's %d.", b.sources[s], b.n_sources);
     for (int s = 0; s < b.n_sources; s++) {
         const int length = b.source_lengths[s];
-        if (length < 1 || length > m.max_positions || (length - 1) / m.cache.block_size >= b.source_width)
+        if (length < 1 || length > m.about.source_length || (length - 1) / m.cache.block_size >= b.source_width)
             return fail("A source of %d positions is beyond the %d of the model, or its block table of %d.", length,
-                        m.max_positions, b.source_width);
+                        m.about.source_length, b.source_width);
         if (check_blocks(m.cache, b.source_tables + (int64_t)s * b.source_width, length)) return -1;
     }
     return 0;
@@ -293,7 +295,7 @@ int check_batch(const KeifuModel &m, const KeifuBatch &b) {
     if (b.n_tokens < 1 || b.n_tokens > m.max_tokens)
         return fail("A batch of %d tokens; 1 to %d are taken.", b.n_tokens, m.max_tokens);
     for (int t = 0; t < b.n_tokens; t++) {
-        if (b.tokens[t] < 0 || b.tokens[t] >= m.about.vocab_size)
+        if (!b.inputs && (b.tokens[t] < 0 || b.tokens[t] >= m.about.vocab_size))
             return fail("Token %d is not one of the vocabulary of %d.", b.tokens[t], m.about.vocab_size);
         if (b.positions[t] < 0 || b.positions[t] >= m.max_positions ||
             b.positions[t] / m.cache.block_size >= b.table_width)
@@ -319,6 +321,29 @@ template <class Owner> void cut(AttentionTasks &all, int n, int most, Owner owne
     }
 }
 
+// Keys and values of a source, [position, kv head, number], to where attention reads them.
+template <class Number>
+void store_source(const KeifuModel &m, int layer, const void *keys, const void *values, int n_positions, const int32_t *table) {
+    const Cache &c = m.cache;
+    const int head_dim = m.about.head_dim;
+    const auto in_tile = [&](int column, int row) {
+        return sizeof(Number) == 4 ? column * TILE + row : bfloat16_place(column, row);
+    };
+    const Number *key = (const Number *)keys;
+    const Number *value = (const Number *)values;
+    for (int position = 0; position < n_positions; position++) {
+        const int place = position % c.block_size;
+        uint8_t *head = c.data + layer * c.layer + table[position / c.block_size] * c.block;
+        for (int h = 0; h < m.about.n_kv_heads; h++, head += c.head) {
+            Number *key_tile = (Number *)(head + place / TILE * c.key_tile);
+            Number *value_tile = (Number *)(head + c.values);
+            for (int i = 0; i < head_dim; i++) key_tile[in_tile(i, place % TILE)] = *key++;
+            for (int i = 0; i < head_dim; i++)
+                value_tile[i / TILE * (c.value_tile / (int)sizeof(Number)) + in_tile(place, i % TILE)] = *value++;
+        }
+    }
+}
+
 }  // namespace
 }  // namespace keifu
 
@@ -340,6 +365,7 @@ KeifuModel *keifu_create(const KeifuModelDescription *about, int32_t n_blocks, i
     m->max_tokens = max_tokens;
     m->cache = plan_cache(*about, n_blocks, block_size);
     m->max_positions = (int)std::min<int64_t>((int64_t)n_blocks * block_size, about->context_length);
+    m->max_seen = std::max(m->max_positions, about->source_length);
     copy_layers(*m, about->layers);
     m->about.layers = nullptr;
     make_buffers(*m);
@@ -368,25 +394,10 @@ int32_t keifu_copy_block(KeifuModel *model, int32_t from, int32_t to) {
 
 int32_t keifu_store_source(KeifuModel *model, int32_t layer, const void *keys, const void *values, int32_t n_positions,
                            const int32_t *table) {
-    const Cache &c = model->cache;
-    const int head_dim = model->about.head_dim;
-    const int64_t width = (int64_t)model->about.n_kv_heads * head_dim;
     if (layer < 0 || layer >= model->about.n_layers) return fail("Layer %d is not one of %d.", layer, model->about.n_layers);
-    if (check_blocks(c, table, n_positions)) return -1;
-    for (int position = 0; position < n_positions; position++) {
-        const int place = position % c.block_size;
-        for (int64_t i = 0; i < width; i++) {
-            uint8_t *base = c.data + layer * c.layer + table[position / c.block_size] * c.block + i / head_dim * c.head;
-            const int at = (int)(i % head_dim);
-            const int64_t from = (position * width + i) * c.number();
-            const auto bytes = [&](int column, int row) {  // from the beginning of a tile
-                return c.number() * (c.float32 ? column * TILE + row : bfloat16_place(column, row));
-            };
-            std::memcpy(base + place / TILE * c.key_tile + bytes(at, place % TILE), (const char *)keys + from, c.number());
-            std::memcpy(base + c.values + at / TILE * c.value_tile + bytes(place, at % TILE), (const char *)values + from,
-                        c.number());
-        }
-    }
+    if (check_blocks(model->cache, table, n_positions)) return -1;
+    if (model->cache.float32) store_source<float>(*model, layer, keys, values, n_positions, table);
+    else store_source<uint16_t>(*model, layer, keys, values, n_positions, table);
     return 0;
 }
 

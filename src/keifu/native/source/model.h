@@ -90,6 +90,7 @@ struct KeifuModel {
     keifu::Layer *layers;
     keifu::Rotation *rotations;
     int n_rotations, max_tokens, max_positions;
+    int max_seen;  // by a query: positions of its sequence, or of its source
     int64_t width, query_width, kv_width;  // of the buffers' rows, padded to PAIR
     float *x, *added, *query, *key, *value, *attended;
     keifu::Rows normed, mixed, hidden;  // inputs of q, k, v and up; of out; of down

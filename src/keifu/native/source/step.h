@@ -54,7 +54,8 @@ class Step {
         const KeifuModelDescription &about = m.about;
         float *x = m.x + t * m.width;
         const int position = f.batch.positions[t];
-        unpack(about.embedding.format, (const uint8_t *)about.embedding.data, about.dim, f.batch.tokens[t], x);
+        if (f.batch.inputs) memcpy(x, f.batch.inputs + (int64_t)t * about.dim, about.dim * sizeof(float));
+        else unpack(about.embedding.format, (const uint8_t *)about.embedding.data, about.dim, f.batch.tokens[t], x);
         for (int i = 0; i < about.dim; i++) x[i] *= about.embedding_scale;
         if (about.positions)
             for (int i = 0; i < about.dim; i++) x[i] += about.positions[(int64_t)position * about.dim + i];
@@ -75,10 +76,10 @@ class Step {
         norm_all_heads(layer.all_queries_norm, m.query, m.query_width, m.about.n_heads);
         norm_all_heads(layer.all_keys_norm, m.key, m.kv_width, m.about.n_kv_heads);
         const int heads = m.about.n_kv_heads;
-        if (!f.whole_spans)
+        if (!f.whole_spans || layer.bidirectional)
             walk.deal(f.batch.n_tokens * heads,
                       [&](int i) { store_token(f, index, i / heads, i % heads, scratch.heads); });
-        attend_all(index, false);
+        attend_all(index, layer.bidirectional);
     }
 
     // Normalises the queries or keys of each token over all heads together.
