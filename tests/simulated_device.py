@@ -141,12 +141,13 @@ class Graph:
             cls.recording.calls.append((func, args, kwargs, written))
 
     @classmethod
-    def capture(cls, compute):
+    def capture(cls, compute, memory):
         """`keifu.generation.text.paged.graphs.capture` on this device: the host must not read or send anything."""
+        MEMORIES.append(memory)
         graph, before = cls(), (READ.total(), SENT.total())
         cls.recording = graph
         try:
-            written = compute()
+            compute()
         finally:
             cls.recording = None
         assert (READ.total(), SENT.total()) == before, (READ, SENT)
@@ -154,7 +155,7 @@ class Graph:
             for x in call[3]:
                 if x.is_floating_point() and _is_new(x, call):
                     x.fill_(torch.nan)
-        return graph.replay, written
+        return graph.replay
 
     def replay(self) -> None:
         for call in self.calls:
@@ -199,6 +200,7 @@ def _written(func, args, kwargs) -> Tensor:
 
 
 READ: Counter = Counter()
+MEMORIES: list[Any] = []  # of each graph
 SENT: Counter = Counter()  # copies from the host's pageable memory, for which the host waits
 LAUNCHED: Counter = Counter()
 RECORD: deque = deque(maxlen=10_000)  # operations with the shapes of their tensors, and their numbers
@@ -402,7 +404,7 @@ def _copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor
 def simulated() -> Iterator[Counter]:
     """A block in which the device exists and is chosen; gives the count of what the host reads from it."""
     where, before = device(), torch.get_num_threads()
-    for counter in (READ, SENT, LAUNCHED):
+    for counter in (READ, SENT, LAUNCHED, MEMORIES):
         counter.clear()
     names = mock.patch.object(devices, "available", lambda: ["sim:0", "cpu"])
     one_thread = torch.autograd.set_multithreading_enabled(False)  # the engine has no thread for this device

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from simulated_device import LAUNCHED, READ, RECORD, SENT, Graph, device, simulated  # noqa: E402
+from simulated_device import LAUNCHED, MEMORIES, READ, RECORD, SENT, Graph, device, simulated  # noqa: E402
 from test_on_another_device import CASES, TRANSLATORS  # noqa: E402
 
 from keifu.generation.text import runner  # noqa: E402
 from keifu.generation.text.engine import Engine  # noqa: E402
 from keifu.generation.text.paged import graphs  # noqa: E402
+from keifu.generation.text.sampler import History, RowSettings  # noqa: E402
 from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
 from keifu.generation.text.translation import TranslationParams, search  # noqa: E402
 from keifu.layers.losses import token_log_probabilities  # noqa: E402
@@ -137,6 +138,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device has the kernel for sequences of different lengths, as an NVIDIA GPU."""
     monkeypatch.setattr(runner, "has_kernel", lambda device: device.type == "sim")
     monkeypatch.setattr(graphs, "capture", Graph.capture)
+    monkeypatch.setattr(graphs, "new_memory", object)
 
 
 def counted(row: Step, layers: int) -> tuple[int, int, int]:
@@ -192,6 +194,7 @@ def test_replayed_steps_write_what_steps_without_a_graph_write(flash: None) -> N
             written.append([torch.tensor(each.tolist()) for each in logits])
             buckets = {key for key, *_ in places}
             assert len(places) == len(buckets)
+            assert len({logits for *_, logits in places}) == len({key[0] for key in buckets})  # one for each width
     assert len(written[0]) > 20 and all(map(torch.equal, *written))
     assert {key[0] for key in buckets} == {1, 2, 4, 8}
 
@@ -206,6 +209,30 @@ def test_memory_on_a_gpu_is_what_the_scheduler_counts(flash: None) -> None:
             most = max(most, cast(Any, made.runner)._pool.nbytes)
     counted = made.runner.n_blocks * made.runner.block_size * made.runner.token_bytes
     assert most == counted + made.runner.token_bytes
+
+
+def test_graphs_share_the_memory_of_their_steps_which_is_reserved(flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step gathers the keys and values of one layer at a time; the largest copy fits what was left for it."""
+    copies, select = [0], Tensor.index_select
+
+    def counted(x: Tensor, *given: Any) -> Tensor:
+        found = select(x, *given)
+        copies.append(found.nbytes)
+        return found
+
+    with simulated():
+        made = engine((20, 27, 40, 300, 30), 2, lambda number: 4 + 5 * number, blocks=64)
+        made.runner = runner.runner_of(made.model, memory=2**16, native=False)
+        made.scheduler.blocks = runner.blocks_of(made.runner)
+        capacities = set()
+        monkeypatch.setattr(Tensor, "index_select", counted)
+        while made.work:
+            made.step()
+            capacities.add(cast(Any, made.runner)._pool.capacity)
+        assert len(MEMORIES) > len(capacities) >= len({*map(id, MEMORIES)}) > 0
+        pool = made.runner.n_blocks * made.runner.block_size
+    assert 0 < max(copies) <= cast(Any, made.runner).copied_bytes * pool
+    assert pool * (made.runner.token_bytes + cast(Any, made.runner).copied_bytes) <= 2**16
 
 
 def test_a_layer_that_reads_the_device_keeps_a_step_out_of_graphs(flash: None) -> None:
@@ -255,6 +282,29 @@ def test_a_step_of_beam_search_waits_twice_at_most(name: str) -> None:
             search(model, [[3, 4, 5, 6], [7], [8, 9]], TranslationParams(beam=3, max_tokens=length))
             waits.append(sum(READ.values()) + sum(SENT.values()))
     assert waits[1] - waits[0] <= 2 * 6
+
+
+SAMPLING = {  # kernels and reads of the choice of a token from 20,000, by settings
+    "top-k, top-p and min-p": ({"top_k": 40, "top_p": 0.95, "min_p": 0.05}, 46, 1),
+    "top-p": ({"top_p": 0.9}, 46, 1),
+    "temperature": ({}, 12, 0),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_the_choice_of_a_token_keeps_its_budget(name: str) -> None:
+    """The host asks once whether the likeliest tokens were enough; the number of rows changes nothing."""
+    given, kernels, reads = SAMPLING[name]
+    for rows in (1, 16):
+        with simulated() as read:
+            settings = RowSettings([SamplingParams(temperature=0.8, **given)] * rows, device())
+            logits = torch.randn(rows, 20_000, generator=torch.Generator().manual_seed(0)).mul(6).to(device())
+            u = torch.full((rows,), 0.3, device=device())
+            for counter in (LAUNCHED, READ, SENT):
+                counter.clear()
+            settings.choose(logits, History(None, None), u)
+            found = LAUNCHED.total(), read.total() + SENT.total()
+        assert found[0] <= kernels and found[1] <= reads, f"{name}: {found}, and the budget is {kernels, reads}"
 
 
 WAITS = dict.fromkeys(("dpo", "grpo", "ppo"), 1) | {  # where the tokens of answers are; how many tokens an expert has

@@ -23,6 +23,14 @@ from torch.nn.utils import get_total_norm
 Batch = dict[str, Tensor]
 
 
+class OwnRows(Batch):
+    """Rows of a batch that this process computes: from number `first` on, of `total` in all."""
+
+    def __init__(self, batch: Batch, first: int, total: int):
+        super().__init__(batch)
+        self.first, self.total = first, total
+
+
 class MicroBatch(NamedTuple):
     """Consecutive rows of a batch; `first` is the number of their first row in it."""
 
@@ -108,13 +116,17 @@ class Processes:
         """
         return rows * self.data_rank // self.data_size, rows * (self.data_rank + 1) // self.data_size
 
+    def own_bounds(self, rows: int) -> tuple[int, int]:
+        """Return the same; all rows of a batch that has fewer than there are ranks, since it is whole on every rank."""
+        return (0, rows) if rows < self.data_size else self.bounds(rows)
+
     def micro_batches(self, batch: Batch, rows: int) -> list[MicroBatch]:
         """Return this rank's slice of a batch in parts of at most `rows` rows, as many parts on every rank.
 
         Where the slices differ by a row, a part may have one row more. A batch with fewer rows than there are ranks is
         whole on every rank.
         """
-        total = rows_of(batch)
+        total, before = rows_of(batch), batch.first if isinstance(batch, OwnRows) else 0
         if 0 < total < self.data_size:
             return [MicroBatch(0, total, batch)]
         first, end = self.bounds(total)
@@ -125,7 +137,7 @@ class Processes:
             starts = [first + (end - first) * part // count for part in range(count)]
         ends = [*starts[1:], end]
         return [
-            MicroBatch(start, stop - start, {name: tensor[start:stop] for name, tensor in batch.items()})
+            MicroBatch(start, stop - start, {name: x[start - before : stop - before] for name, x in batch.items()})
             for start, stop in zip(starts, ends, strict=True)
         ]
 
@@ -275,9 +287,9 @@ def local(tensor: Any) -> Tensor:
 
 def rows_of(batch: Batch) -> int:
     """Return the number of rows of a batch."""
-    return len(next(iter(batch.values())))
+    return batch.total if isinstance(batch, OwnRows) else len(next(iter(batch.values())))
 
 
 def row_elements(batch: Batch) -> int:
     """Return the number of elements in a row of a batch, over all its tensors."""
-    return sum(tensor.numel() for tensor in batch.values()) // max(1, rows_of(batch))
+    return sum(tensor.numel() for tensor in batch.values()) // max(1, len(next(iter(batch.values()))))

@@ -2,11 +2,14 @@
 
 import sys
 import wave
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -139,6 +142,19 @@ def test_a_command_gives_a_gpu_the_choice(folder: Path, types: list[torch.dtype]
         cli.main(["generate", str(folder / "writer"), "abc", "--max-tokens", "3"])
     assert types == [torch.bfloat16]
     capsys.readouterr()
+
+
+def test_draw_draws_on_a_gpu_what_it_draws_on_the_cpu(folder: Path, types: list[torch.dtype], tmp_path: Path) -> None:
+    command = ["draw", str(folder / "painter"), "--steps", "4", "--seed", "3", "--count", "2", "--precision", "float32"]
+    for place, block in (("here", nullcontext()), ("there", simulated())):
+        with block:
+            cli.main([*command, "-o", str(tmp_path / f"{place}.png")])
+    assert types == [torch.float32] * 2
+    pictures = {path.stem: np.asarray(Image.open(path)).astype(int) for path in tmp_path.glob("*.png")}
+    assert len(pictures) == 6  # two, and a sheet of both
+    for name, picture in pictures.items():
+        other = pictures[name.replace("there", "here")]
+        assert abs(picture - other).max() <= 1 and picture.std() > 1
 
 
 def test_a_text_in_bfloat16_is_near_that_in_float32(folder: Path) -> None:

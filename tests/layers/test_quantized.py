@@ -18,7 +18,7 @@ def test_blocks_are_those_of_gguf() -> None:
     weight[3] = 0
     theirs = quantize(weight.numpy(), GGMLQuantizationType.Q4_0)
     np.testing.assert_array_equal(pack(weight).numpy(), theirs.reshape(-1, 18))
-    again = unpack(pack(weight), torch.float32).view_as(weight)
+    again = unpack(pack(weight), "Q4_0").view_as(weight)
     assert torch.equal(again[3], weight[3]) and float((again - weight).square().mean().sqrt()) < 0.1
 
 

@@ -11,9 +11,13 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="could not i
 
 NUMBERS = """
 import torch
+from gguf import GGMLQuantizationType, quantize
 from keifu.layers.attention.attention import attend
+from keifu.layers import losses
 from keifu.layers.attention.masks import CausalMask
 from keifu.layers.attention.positions import Positions, Rotary
+from keifu.layers.losses import _loss_and_gradient
+from keifu.layers.quantized import unpack
 from keifu.layers.transformer import triton_kernels as kernels
 from keifu.layers.transformer.decoding import DecodingBlock
 from keifu.models import llama
@@ -28,6 +32,46 @@ for interleaved in (False, True):
         torch.testing.assert_close(heads, expected, rtol=1e-6, atol=1e-6)
 both = torch.randn(3, 2600)
 torch.testing.assert_close(kernels.gate(both), torch.nn.functional.silu(both[:, :1300]) * both[:, 1300:])
+
+
+for kind, bits in kernels.BITS.items():
+    for rows, columns, tokens in ((7, 96, 1), (33, 640, 3)):
+        values = torch.randn(rows, columns).numpy()
+        blocks = torch.from_numpy(quantize(values, GGMLQuantizationType[kind])).view(rows * columns // 32, -1)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            error = 2**-7 if dtype == torch.bfloat16 else 0  # to which the interpreter does not round, it cuts off
+            found, expected = kernels.unpack(blocks, bits, dtype), unpack(blocks, kind, dtype)
+            torch.testing.assert_close(found, expected, rtol=error, atol=0)
+        x = torch.randn(tokens, columns)
+        found, expected = kernels.product(x, blocks, bits), x @ unpack(blocks, kind).view(rows, columns).T
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+for rows, vocab in ((5, 37), (3, 9001)):
+    targets = torch.randint(vocab, (rows,))
+    targets[1] = -100
+    for smoothing, z_loss, counts, scale in (
+        (0.0, 0.0, targets != -100, 1.0), (0.1, 1e-3, torch.rand(rows) * (targets != -100), 80.0),
+    ):
+        logits = torch.randn(rows, vocab) * scale
+        loss, nats, gradient = _loss_and_gradient(logits, targets, smoothing, z_loss, None)
+        given = logits.clone()
+        found = kernels.cross_entropy_(given, targets, counts, smoothing, z_loss)
+        torch.testing.assert_close(given, gradient * counts[:, None], rtol=1e-4, atol=1e-6)
+        for one, other in zip(found, (loss, nats), strict=True):
+            torch.testing.assert_close(one, other[:, 0] * counts, rtol=1e-5, atol=1e-5)
+
+hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(41, 8, requires_grad=True)
+targets = torch.tensor([3, -100, 40, 0, -100, 7])
+for cap in (None, 5.0):
+    head = weight if cap is None else losses.SoftCappedHead(weight, cap)
+    results = []
+    for used in (None, kernels):
+        losses.triton_kernels = lambda device, used=used: used
+        total, nats = losses.linear_cross_entropy(hidden, head, None, targets, label_smoothing=0.1)
+        results.append([total, nats, *torch.autograd.grad(total, (hidden, weight))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 class Whole:
@@ -57,7 +101,18 @@ pointer, number = "*bf16", "i32"
 turned = {"heads": pointer, "cos": "*fp32", "sin": "*fp32", "row": number, "pairs": number, "step": number,
           "apart": number, "head_dim": "constexpr", "width": "constexpr"}
 gated = {"gate_up": pointer, "result": pointer, "hidden": number, "width": "constexpr"}
-for name, signature, constants in (("_turn", turned, {"head_dim": 64, "width": 32}), ("_gate", gated, {"width": 1024})):
+blocks = {"blocks": "*u8", "result": pointer}
+unpacked = {**blocks, "count": number, "bits": "constexpr", "width": "constexpr"}
+product = {"x": pointer, **blocks, "rows": number, "length": number, "bits": "constexpr", "height": "constexpr",
+           "width": "constexpr"}
+made = [("_turn", turned, {"head_dim": 64, "width": 32}), ("_gate", gated, {"width": 1024})]
+loss = {"logits": pointer, "targets": "*i64", "counts": "*i1", "loss": "*fp32", "nats": "*fp32", "vocab": number,
+        "smoothing": "fp32", "z_loss": "fp32", "width": "constexpr"}
+made.append(("_cross_entropy", loss, {"width": kernels.CLASSES}))
+for bits in (4, 8):
+    made.append(("_unpack", unpacked, {"bits": bits, "width": kernels.COUNT}))
+    made.append(("_product", product, {"bits": bits, "height": kernels.ROWS, "width": kernels.COLUMNS}))
+for name, signature, constants in made:
     for capability in (80, 90):
         source = ASTSource(vars(kernels)[name], signature, constants)
         made = compile(source, target=GPUTarget("cuda", capability, 32))

@@ -13,7 +13,7 @@ from keifu.checkpoints.gguf.read import is_gguf
 from keifu.checkpoints.hf.read import CONFIGS, INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
 from keifu.checkpoints.hub import locate
 from keifu.checkpoints.lora.peft import base_of, is_adapter, load_adapter
-from keifu.checkpoints.packing import load_packed, pack_or_keep
+from keifu.checkpoints.packing import fill_in_blocks, load_packed, pack_or_keep
 from keifu.checkpoints.plan import LoadPlan, Report, Source, check_tokenizer, plan, report
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.data.tokenizers.load import load_tokenizer
@@ -22,6 +22,7 @@ from keifu.errors import UserError, require_known, unknown
 from keifu.files import reading
 from keifu.layers.lora import merge
 from keifu.native.pack import OWN, formats
+from keifu.processes import current
 from keifu.threads import follow_load
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -42,7 +43,8 @@ def load(
         device: "cpu", "cuda", "cuda:1" or "mps". None chooses a GPU if there is one (`devices.choose`).
         weights: "f32", "bf16", "int8", "int4" or "int4_pure" packs a language model for native code on a CPU
             (`keifu.native`): it gives logits and computes the steps of an engine, but cannot be trained. "own" does so
-            in the format that keeps the file's numbers, if native code has it.
+            in the format that keeps the file's numbers, if native code has it; on a GPU the linear layers of a GGUF
+            file stay in its blocks, and are unpacked when they compute.
         allow_nonfinite: Whether weights with infinities are loaded.
 
     Returns:
@@ -108,7 +110,9 @@ def load_model(
 
 
 def _fill(found: LoadPlan, device: torch.device, weights: str | None) -> nn.Module:
-    return found.fill(device) if weights is None or device.type != "cpu" else load_packed(found, weights)
+    if weights is None or (device.type != "cpu" and not current().is_replicated):
+        return found.fill(device)
+    return load_packed(found, weights) if device.type == "cpu" else fill_in_blocks(found, device)
 
 
 def _adapted_model(base: nn.Module, path: Path, weights: str | None) -> nn.Module:

@@ -9,15 +9,18 @@ import mmap
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.checkpoints.hf.weight_names import Link
-from keifu.checkpoints.plan import LoadPlan
+from keifu.checkpoints.plan import LoadPlan, read_finite
 from keifu.devices import chosen
+from keifu.files import reading
+from keifu.layers.linear import JoinedLinear, Linear
+from keifu.layers.quantized import FORMATS, QuantizedLinear
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.layers.transformer.speech import SpeechRecognizer
@@ -59,6 +62,33 @@ def _has_native_blocks(model: ModelPart, source: "FileWeights") -> bool:
     library = open_library()
     stored = [source.blocks(matrix.weight, matrix.first, 1) for matrix in model.matrices]
     return all(each is not None and library.gguf_format(each.kind) is not None for each in stored)
+
+
+def fill_in_blocks(found: LoadPlan, device: torch.device) -> nn.Module:
+    """Return the planned model on a device, with the linear layers that a GGUF file has in blocks still in them."""
+    parts = {link.ours: some for link in found.links if (some := _blocks(found, link))}
+    model = found.fill(device, parts.keys())
+    with reading(found.source.path):
+        for link in found.links:
+            if link.ours in parts:
+                name = link.ours.removesuffix(".weight")
+                blocks = [(kind, each.reshape(-1, FORMATS[kind].bytes).to(device)) for kind, each in parts[link.ours]]
+                layer = QuantizedLinear(cast(nn.Linear, model.get_submodule(name)), blocks)
+                if not chosen().allow_nonfinite:
+                    read_finite(lambda _, layer=layer: layer.weight, found.source.path, link.theirs[0])
+                model.set_submodule(name, layer)
+    return model
+
+
+def _blocks(found: LoadPlan, link: Link) -> list[tuple[str, Tensor]] | None:
+    """Return the blocks that make the matrix of a linear layer, with their types; None for any other parameter."""
+    name, _, leaf = link.ours.rpartition(".")
+    layer, kinds = found.model.get_submodule(name), [found.source.stored[each].kind for each in link.theirs]
+    plain = link.transposed or link.offset or leaf != "weight" or type(layer) not in (Linear, JoinedLinear)
+    if found.source.blocks is None or plain or not {*kinds} <= FORMATS.keys():
+        return None
+    stored = [cast(Blocks, found.source.blocks(each)).data for each in link.theirs]
+    return [(kind, link.part(number, each)) for number, (kind, each) in enumerate(zip(kinds, stored, strict=True))]
 
 
 def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:

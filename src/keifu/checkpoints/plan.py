@@ -5,7 +5,7 @@ Axes: those of the stored tensors.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cached_property, partial, reduce
@@ -102,18 +102,20 @@ class LoadPlan:
         """The model's number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def fill(self, device: torch.device | str = "cpu") -> nn.Module:
+    def fill(self, device: torch.device | str = "cpu", without: Container[str] = ()) -> nn.Module:
         """Return the model with its weights on a device, for evaluation; each tensor goes straight there.
 
         On a CPU, weights that need no change stay in the file's own memory map. Of a model that will be split over
-        processes, weights are read when they are used, so that each process reads its part alone.
+        processes, weights are read when they are used, so that each process reads its part alone. Parameters named in
+        `without` have their shape and type alone.
         """
         target = torch.device(device)
         if target.type == "mps" and self.dtype == torch.float64:  # Apple's GPU has no float64
             target = torch.device("cpu")
         with reading(self.source.path), ThreadPoolExecutor(torch.get_num_threads()) as workers:
             read = self._tensor if current().is_replicated else self._lazy
-            state = dict(workers.map(partial(read, device=target), self.links))
+            state = dict(workers.map(partial(read, device=target), (x for x in self.links if x.ours not in without)))
+        state |= {link.ours: self._like(link, target) for link in self.links if link.ours in without}
         self.model.load_state_dict(state, assign=True)
         return self.model.eval()
 
@@ -131,8 +133,12 @@ class LoadPlan:
     def _lazy(self, link: Link, device: torch.device) -> tuple[str, Tensor]:
         if not link.shape or not torch.is_floating_point(self.model.state_dict()[link.ours]):
             return self._tensor(link, device)
-        like = torch.empty((), dtype=self.dtype_of(link), device=device).expand(link.shape)
-        return link.ours, LazyTensor.of(TensorReader(partial(link.read, self.source.read_part)), like)
+        return link.ours, LazyTensor.of(
+            TensorReader(partial(link.read, self.source.read_part)), self._like(link, device)
+        )
+
+    def _like(self, link: Link, device: torch.device) -> Tensor:
+        return torch.empty((), dtype=self.dtype_of(link), device=device).expand(link.shape)
 
 
 def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoadPlan:
@@ -172,7 +178,9 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     _check(source, found, set(source.stored) - used - set(skipped))
     usual = {name for link in found if not matches(link.ours, source.family.full_precision) for name in link.theirs}
     exact = _exact_dtype({name: source.stored[name] for name in usual}, source.path)
-    held_dtype = dtype or _usual_dtype(exact, torch.device(device))
+    matrices = {name: source.stored[name] for name in usual if len(source.stored[name].shape) > 1}
+    wide = torch.device(device).type == "cpu" or source.format != "GGUF" or not matrices  # whose vectors are in F32
+    held_dtype = dtype or _usual_dtype(exact if wide else _exact_dtype(matrices, source.path), torch.device(device))
     return LoadPlan(source, model, found, exact, held_dtype, skipped, [*source.notes, *notes])
 
 

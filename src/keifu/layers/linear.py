@@ -3,6 +3,9 @@ joined matrices with one product for several (q, k, v)."""
 
 import platform
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,14 @@ class _OneDnn(torch.autograd.Function):
             product(rows.mT, x.flatten(0, -2)) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )
+
+
+@cache
+def triton_kernels(device: torch.device) -> Any:
+    """Return the module of the kernels in Triton for an NVIDIA GPU; None where there is no Triton or another device."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    return import_module("keifu.layers.transformer.triton_kernels")
 
 
 class Linear(nn.Linear):

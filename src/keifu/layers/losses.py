@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from keifu.layers.linear import linear, product
+from keifu.layers.linear import linear, product, triton_kernels
 
 Outputs = Float[Tensor, "batch outputs"]
 
@@ -202,8 +202,12 @@ def _to_gradient(
 
     `counts` is how much each row counts: yes and no, or a number. A CPU computes a few rows at a time, whose
     probabilities its cache holds. Other devices compute all at once, without a wait, and so do processes that exchange
-    their parts.
+    their parts; with Triton in one kernel.
     """
+    kernels = triton_kernels(logits.device)
+    if kernels is not None and classes is None and logits.is_contiguous():
+        loss, nats = kernels.cross_entropy_(logits, targets, counts, label_smoothing, z_loss)
+        return loss.sum(), nats.sum()
     on_cpu = logits.device.type == "cpu"
     every = on_cpu and not torch.compiler.is_compiling() and counts.dtype == torch.bool and bool(counts.all())
     in_cache = on_cpu and classes is None

@@ -1,24 +1,92 @@
-"""Frozen linear layers in blocks of 4 bits, as the base of adapters (QLoRA, Dettmers et al., 2023).
+"""Frozen linear layers whose matrices stay in GGUF's blocks: the base of adapters (QLoRA, Dettmers et al., 2023), and
+models of GGUF files on GPUs.
 
-A block is GGUF's Q4_0: 32 numbers of a row, each a multiple from -8 to 7 of the block's scale in float16. (The paper's
-NF4 has 16 levels at quantiles of the normal distribution.) Axes: blocks, bytes = 18 of a block.
+A block of Q4_0 has 32 numbers of a row, each a multiple from -8 to 7 of the block's scale in float16. (The paper's NF4
+has 16 levels at quantiles of the normal distribution.) The numbers are those of the gguf package, bit for bit. Axes:
+blocks = groups of numbers that share a scale, bytes = of one block as it is stored, numbers = of one block.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.linear import linear, product
+from keifu.layers.linear import linear, product, triton_kernels
 
-SIZE = 32  # numbers of a block
-Blocks = UInt8[Tensor, "blocks 18"]
+Stored = UInt8[Tensor, "blocks bytes"]
+Numbers = Float[Tensor, "blocks numbers"]
+SIZE = 32  # numbers of a block of Q4_0
+IN_CACHE = 8192 * SIZE  # numbers that are unpacked at once, so that a processor's cache holds them
+AT_A_TIME = 2**24  # and on a GPU, so that few are in float32
 
 
-def pack(weight: Float[Tensor, "out in"]) -> Blocks:
-    """Return the blocks of a matrix; its number farthest from 0 is -8 times a block's scale."""
+class Format(NamedTuple):
+    """Blocks of a type: their numbers, their bytes, and how they are read."""
+
+    numbers: int
+    bytes: int
+    read: Callable[[Stored, Numbers], None]
+
+
+def _half(stored: Stored) -> Float[Tensor, "blocks 1"]:
+    return stored.contiguous().view(torch.float16).float()
+
+
+def _nibbles(stored: Stored, out: Numbers) -> Numbers:
+    """Return the lower four bits of all bytes, then the upper ones."""
+    half = stored.shape[1]
+    out[:, :half] = stored & 15
+    out[:, half:] = stored >> 4
+    return out
+
+
+def _q8_0(stored: Stored, out: Numbers) -> None:
+    """Read a scale in float16, then 32 whole numbers."""
+    out.copy_(stored[:, 2:].view(torch.int8)).mul_(_half(stored[:, :2]))
+
+
+def _q4_0(stored: Stored, out: Numbers) -> None:
+    """Read a scale in float16, then 32 numbers of four bits, of which 8 is zero."""
+    _nibbles(stored[:, 2:], out).sub_(8).mul_(_half(stored[:, :2]))
+
+
+def _q4_1(stored: Stored, out: Numbers) -> None:
+    """Read a scale and the least number in float16, then 32 numbers of four bits."""
+    _nibbles(stored[:, 4:], out).mul_(_half(stored[:, :2])).add_(_half(stored[:, 2:4]))
+
+
+def _q4_k(stored: Stored, out: Numbers) -> None:
+    """Read two factors in float16, 8 scales and 8 minima of six bits, then 8 groups of 32 numbers of four bits."""
+    low, middle, high = stored[:, 4:16].unflatten(1, (3, 4)).unbind(1)
+    scales = torch.cat([low & 63, (high & 15) | (low >> 2 & 48)], 1) * _half(stored[:, :2])
+    minima = torch.cat([middle & 63, high >> 4 | (middle >> 2 & 48)], 1) * _half(stored[:, 2:4])
+    pairs = stored[:, 16:].reshape(-1, SIZE)
+    groups = _nibbles(pairs, out.view(len(pairs), 2 * SIZE)).view(-1, 8, SIZE)
+    groups.mul_(scales[..., None]).sub_(minima[..., None])
+
+
+def _q6_k(stored: Stored, out: Numbers) -> None:
+    """Read 256 numbers of six bits, of which 32 is zero: their lower four and upper two; 16 scales and their factor."""
+    low, high = stored[:, :128].unflatten(1, (2, 1, 64)), stored[:, 128:192].unflatten(1, (2, 1, SIZE))
+    lower = torch.cat([low & 15, low >> 4], 2).view(-1, 2, 4, SIZE)
+    upper = torch.cat([high & 3, high >> 2 & 3, high >> 4 & 3, high >> 6], 2)
+    scales = stored[:, 192:208].view(torch.int8) * _half(stored[:, 208:])
+    out.copy_((lower | upper << 4).flatten(1)).sub_(32)
+    out.view(-1, 16, 16).mul_(scales[..., None])
+
+
+FORMATS = {
+    "Q4_0": Format(SIZE, 18, _q4_0), "Q4_1": Format(SIZE, 20, _q4_1), "Q8_0": Format(SIZE, 34, _q8_0),
+    "Q4_K": Format(256, 144, _q4_k), "Q6_K": Format(256, 210, _q6_k),
+}  # fmt: skip
+
+
+def pack(weight: Float[Tensor, "out in"]) -> Stored:
+    """Return the blocks of Q4_0 of a matrix; its number farthest from 0 is -8 times a block's scale."""
     blocks = weight.detach().float().view(-1, SIZE)
     farthest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     scale = farthest / -8
@@ -26,33 +94,47 @@ def pack(weight: Float[Tensor, "out in"]) -> Blocks:
     return torch.cat([scale.half().view(torch.uint8), steps[:, :16] | steps[:, 16:] << 4], 1)
 
 
-def unpack(blocks: Blocks, dtype: torch.dtype) -> Float[Tensor, "blocks 32"]:
-    """Return the numbers of blocks."""
-    scale, steps = blocks[:, :2].contiguous().view(torch.float16), blocks[:, 2:]
-    both = torch.cat([steps & 15, steps >> 4], 1)
-    return ((both.to(torch.float32) - 8) * scale.float()).to(dtype)
+def unpack(stored: Stored, kind: str, dtype: torch.dtype = torch.float32) -> Numbers:
+    """Return the numbers of blocks of a type of `FORMATS`, computed in float32 and rounded once."""
+    kernels = triton_kernels(stored.device)
+    if kernels is not None and kind in kernels.BITS:
+        return kernels.unpack(stored, kernels.BITS[kind], dtype)
+    size, _, read = FORMATS[kind]
+    found = stored.new_empty(len(stored), size, dtype=dtype)
+    step = (IN_CACHE if stored.device.type == "cpu" else AT_A_TIME) // size
+    for start in range(0, len(stored), step):
+        part = found[start : start + step]
+        exact = part if dtype == torch.float32 else part.new_empty(part.shape, dtype=torch.float32)
+        read(stored[start : start + step], exact)
+        if exact is not part:
+            part.copy_(exact)
+    return found
 
 
 class QuantizedLinear(nn.Module):
     """Frozen linear layer whose matrix is unpacked when it is needed, forward and backward, and not kept between.
 
     Its rows must be whole blocks. The blocks are no part of a state: they are made again from the model's file.
+
+    parts: blocks of the rows, from the first row on, with the type of each; None packs the matrix of `layer` in Q4_0.
     """
 
-    def __init__(self, layer: nn.Linear):
+    def __init__(self, layer: nn.Linear, parts: Sequence[tuple[str, Stored]] | None = None):
         super().__init__()
-        if layer.in_features % SIZE:
+        if parts is None and layer.in_features % SIZE:
             raise UserError(f"{layer.in_features} inputs are no whole blocks of {SIZE}: leave --lora.base at float.")
-        self.shape, self.dtype = layer.weight.shape, layer.weight.dtype
-        self.register_buffer("blocks", pack(layer.weight), persistent=False)
-        self.blocks: Tensor
-        self.layer = layer  # its bias, and what it is when adapters are merged
+        whole = groupby(parts or [("Q4_0", pack(layer.weight))], key=lambda part: part[0])
+        joined = [(kind, [blocks for _, blocks in group]) for kind, group in whole]
+        self.shape, self.kinds = layer.weight.shape, [kind for kind, _ in joined]
+        for number, (_, blocks) in enumerate(joined):
+            self.register_buffer(f"blocks{number}", torch.cat(blocks), persistent=False)
+        self.layer = layer  # its bias and type, and what it is when adapters are merged
         layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         device = x.device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return _Product.apply(x.to(kind), self.blocks, self.shape, None if self.bias is None else self.bias.to(kind))
+        return _Product.apply(x.to(kind), self, None if self.bias is None else self.bias.to(kind))
 
     @property
     def bias(self) -> Tensor | None:
@@ -62,17 +144,35 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """Return the matrix, unpacked."""
-        return unpack(self.blocks, self.dtype).view(self.shape)
+        return self.unpacked(self.layer.weight.dtype)
+
+    @property
+    def parts(self) -> list[tuple[str, Stored]]:
+        """Return the blocks, with their types."""
+        return [(kind, self.get_buffer(f"blocks{number}")) for number, kind in enumerate(self.kinds)]
+
+    def unpacked(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """Return the matrix in a type."""
+        found = [unpack(blocks, kind, dtype).view(-1, self.shape[1]) for kind, blocks in self.parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def product(self, x: Float[Tensor, "*batch in"], bias: Tensor | None) -> Float[Tensor, "*batch out"]:
+        """Multiply with the matrix; few tokens with its blocks, if there are kernels for them."""
+        kernels = triton_kernels(x.device)
+        if kernels is None or x.numel() > kernels.FEW * x.shape[-1] or not {*self.kinds} <= kernels.BITS.keys():
+            return linear(x, self.unpacked(x.dtype), bias)
+        rows = x.reshape(-1, x.shape[-1])
+        found = [kernels.product(rows, blocks, kernels.BITS[kind]) for kind, blocks in self.parts]
+        y = torch.cat(found, -1).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, blocks: Tensor, shape: torch.Size, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(blocks)
-        ctx.shape = shape
-        return linear(x, unpack(blocks, x.dtype).view(shape), bias)
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, bias: Tensor | None) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x, bias)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (blocks,) = ctx.saved_tensors
-        return product(upstream[0], unpack(blocks, upstream[0].dtype).view(ctx.shape)), None, None, None
+        return product(upstream[0], ctx.layer.unpacked(upstream[0].dtype)), None, None

@@ -9,12 +9,29 @@ from contextlib import nullcontext
 
 import torch
 
-from keifu.training.protocols import Batch
+from keifu.processes import OwnRows, current, rows_of
+from keifu.training.protocols import Batch, Bounds, Data, DividedData
 
 
 def prefetches(device: torch.device) -> bool:
     """Whether batches for this device are made ahead: not for a CPU."""
     return device.type != "cpu"
+
+
+def own_rows(data: Data, step: int) -> Batch:
+    """Return the rows that this process computes of the batch of a step; data that can makes only those."""
+    if current().data_size == 1:
+        return data.batch(step)
+    return OwnRows(*part_of(data, step, current().own_bounds))
+
+
+def part_of(data: Data, step: int, bounds: Bounds) -> tuple[Batch, int, int]:
+    """Return rows of the batch of a step as `DividedData` gives them, of any data."""
+    if isinstance(data, DividedData):
+        return data.part(step, bounds)
+    batch = data.batch(step)
+    first, end = bounds(rows_of(batch))
+    return {name: tensor[first:end] for name, tensor in batch.items()}, first, rows_of(batch)
 
 
 class Loader:
@@ -63,9 +80,10 @@ class Loader:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """Return a batch copied to a device; to CUDA without waiting for the copy."""
-    if device.type != "cuda":
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-    return {
+    made = {
         name: (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
         for name, tensor in batch.items()
     }
+    return OwnRows(made, batch.first, batch.total) if isinstance(batch, OwnRows) else made

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +20,7 @@ from keifu.processes import current
 from keifu.threads import follow_load
 from keifu.training.hardware import failures
 from keifu.training.hardware.precision import deterministic, tensor_float32
-from keifu.training.loader import Loader, prefetches
+from keifu.training.loader import Loader, own_rows, prefetches
 from keifu.training.pace import busy
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
 from keifu.training.recorder import Recorder
@@ -99,7 +100,7 @@ class _Loop:
         self.short = False  # whether the display has shown that few steps fit into the minutes
         self.validated, self.gradient_norm = recorder.lines.validated, math.nan
         self.on_policy = isinstance(data, OnPolicy)
-        self.loader = Loader(data.batch, device, prefetches(device) and not self.on_policy)
+        self.loader = Loader(partial(own_rows, data), device, prefetches(device) and not self.on_policy)
 
     def make_steps(self) -> None:
         """Make all remaining steps."""

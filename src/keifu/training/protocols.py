@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 from torch import Tensor, nn
 
 Batch: TypeAlias = dict[str, Tensor]
+Bounds: TypeAlias = Callable[[int], tuple[int, int]]
 
 
 class LossOutput(NamedTuple):
@@ -42,6 +43,18 @@ class Data(Protocol):
 
     def validation(self) -> Iterable[Batch]:
         """Batches for the validation loss; empty where there are none."""
+        ...
+
+
+@runtime_checkable
+class DividedData(Protocol):
+    """Data that can make some rows of a batch alone, so that a process reads and makes only those that it computes."""
+
+    def part(self, step: int, bounds: Bounds) -> tuple[Batch, int, int]:
+        """Return rows of the batch of a step, the number of their first row, and the number of rows in all.
+
+        bounds: the first row and the row after the last one, of a batch of so many rows.
+        """
         ...
 
 

@@ -14,6 +14,7 @@ from keifu.checkpoints.gguf import numbers
 from keifu.checkpoints.gguf.config import FREQS, divisors, read_scaling
 from keifu.checkpoints.gguf.read import open_file
 from keifu.errors import UserError
+from keifu.layers import quantized
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, mlp, olmo2, qwen3
 from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
@@ -495,12 +496,13 @@ def test_smollm2_answers(loaded) -> None:
     assert "Paris" in tokenizer.decode(answer)
 
 
-@pytest.mark.parametrize("kind", numbers.READERS)
+@pytest.mark.parametrize("kind", quantized.FORMATS)
 def test_quantised_numbers_are_those_of_the_gguf_package(kind: str, monkeypatch) -> None:
     """Any bytes, NaN and infinite scales among them, over the seam between two pieces."""
-    monkeypatch.setattr(numbers, "PIECE", 100)
-    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    numbers_of, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    assert quantized.FORMATS[kind][:2] == (numbers_of, size)
+    monkeypatch.setattr(quantized, "IN_CACHE", 100 * numbers_of)
     stored = np.random.default_rng(0).integers(0, 256, (257, size), np.uint8)
     with np.errstate(all="ignore"):
         wanted = gguf.dequantize(stored, gguf.GGMLQuantizationType[kind])
-    np.testing.assert_array_equal(numbers.read_blocks(torch.from_numpy(stored), kind, 32).numpy(), wanted)
+    np.testing.assert_array_equal(numbers.read_blocks(torch.from_numpy(stored), kind, numbers_of).numpy(), wanted)

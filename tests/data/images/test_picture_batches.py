@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,10 @@ from keifu.data.images.batches import ImageBatches
 from keifu.data.images.dataset import ImageDataset
 from keifu.data.images.io import to_bytes, to_signed
 from keifu.errors import UserError
+from keifu.processes import Processes, row_elements, rows_of, use
+from keifu.training.loader import Loader, own_rows
+from keifu.training.objectives.diffusion import add_draws
+from keifu.training.objectives.mapped_data import MappedData
 from keifu.training.protocols import Data
 
 ALL = Augmentation(True, 1, 0.2, 15.0, 0.1, 0.2, 0.3)
@@ -37,6 +42,43 @@ def toys(count: int, classes: bool = True) -> ImageDataset:
         ("",) * count,
         "f",
     )
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_a_process_reads_makes_and_copies_only_its_own_rows(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of the whole batch, also after a change that needs the whole batch."""
+    read = list[int]()
+
+    def take(self: ImageDataset, items: np.ndarray, take=ImageDataset.take) -> Tensor:
+        read.append(len(items))
+        return take(self, items)
+
+    def share(batch: dict[str, Tensor], step: int, first: int) -> dict[str, Tensor]:
+        return batch | {"share": torch.full((len(batch["indices"]),), float(batch["indices"].sum()))}
+
+    monkeypatch.setattr(ImageDataset, "take", take)
+    data = add_draws(ImageBatches(toys(10), toys(3), 7, seed=7, augmentation=ALL, evenly=True), 3)
+    device = torch.device("cpu")
+    for each, made in ((data, (2, 2, 3)[rank]), (MappedData(data, share, by_row=False), 7)):
+        whole = each.batch(5)
+        read.clear()
+        with use(Processes(rank, 3)):
+            own = Loader(partial(own_rows, each), device, ahead=False).get(5)
+        assert read == [made] and rows_of(own) == 7
+        assert {len(tensor) for tensor in own.values()} == {(2, 2, 3)[rank]}
+        assert row_elements(own) == row_elements(whole)
+        for rows in (1, 2, 9):
+            parts = [Processes(rank, 3).micro_batches(batch, rows) for batch in (own, whole)]
+            for one, other in zip(*parts, strict=True):
+                assert one[:2] == other[:2] and one.batch.keys() == other.batch.keys()
+                assert all(torch.equal(one.batch[key], other.batch[key]) for key in other.batch)
+
+
+def test_fewer_rows_than_processes_are_whole_on_each() -> None:
+    data = ImageBatches(toys(10), toys(3), 2)
+    with use(Processes(2, 3)):
+        own = own_rows(data, 0)
+    assert torch.equal(own["pictures"], data.batch(0)["pictures"]) and rows_of(own) == 2
 
 
 def test_an_epoch_has_every_picture_once_and_a_batch_depends_on_seed_and_step_alone() -> None:

@@ -192,7 +192,7 @@ def wide_logits(kind: str) -> Tensor:
 def test_a_shortlist_holds_what_top_k_and_top_p_leave(kind: str) -> None:
     x = wide_logits(kind)
     k, p = torch.tensor([k for k, _ in LIMITS]), rows(*(p for _, p in LIMITS))
-    few, names, whole = logits_processors.shortlist(x, k, p)
+    few, names, whole = logits_processors.shortlist(x, k, p, bool(k.all()))
     left = torch.full_like(x, -torch.inf).scatter_(1, names, few)
     expected = logits_processors.top_p(logits_processors.top_k(x, k), p)
     assert torch.equal(left[whole], expected[whole])

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from keifu.checkpoints.gguf.config import FREQS, read_config, rotary_head_dim
-from keifu.checkpoints.gguf.numbers import READERS, read_blocks
+from keifu.checkpoints.gguf.numbers import read_blocks
 from keifu.checkpoints.hf.native_config import check_types
 from keifu.checkpoints.plan import PLAIN, Source, StoredTensor, is_stack
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError
 from keifu.files import plain_file, reading
+from keifu.layers.quantized import FORMATS
 from keifu.native.pack import Blocks
 
 # GGUF's numbers for the types of values, and struct's letters for them
@@ -88,7 +89,7 @@ def _read_array(kind: str) -> torch.dtype | None:
     """Return the type in which this type of GGUF's is read; None where the gguf package cannot read it."""
     if kind in PLAIN:
         return PLAIN[kind]
-    if kind in READERS:
+    if kind in FORMATS:
         return torch.float32
     from gguf import GGMLQuantizationType, dequantize
 

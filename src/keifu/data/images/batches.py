@@ -4,6 +4,7 @@ Axes: row (of a batch), channels, height, width; length (of a caption in tokens)
 """
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property, partial
 
 import numpy as np
@@ -69,7 +70,15 @@ class ImageBatches(EpochBatches):
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
-        groups = self._epochs.batch(step)
+        return self.part(step, lambda rows: (0, rows))[0]
+
+    def part(self, step: int, bounds: Callable[[int], tuple[int, int]]) -> tuple[dict[str, Tensor], int, int]:
+        """Return some rows of that batch, the number of the first one, and the number of rows in all.
+
+        bounds: the first row and the row after the last one, of a batch of so many rows.
+        """
+        first, end = bounds(self.batch_size)
+        groups = self._epochs.batch(step)[first:end]
         turns = uniform(self.seed + 2, step, groups, 1)[:, 0] * self._sizes[groups]
         indices = self._members[self._first[groups] + turns.astype(np.int64)]
         batch = self.make_batch(False, indices)
@@ -78,7 +87,7 @@ class ImageBatches(EpochBatches):
             drawn = uniform(self.seed + 1, step, indices, 1)[:, 0]
             languages = (drawn * len(self.training_tokens)).astype(np.int64)
             batch |= _caption_tokens(self.training_tokens, indices, languages)
-        return batch
+        return batch, first, self.batch_size
 
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return some pictures as they are; held-out ones with their captions."""

@@ -70,19 +70,20 @@ def min_p(logits: Logits, fraction: Parameter) -> Logits:
 
 
 def shortlist(
-    logits: Logits, k: Int[Tensor, " #rows"], p: Parameter
+    logits: Logits, k: Int[Tensor, " #rows"], p: Parameter, every: bool
 ) -> tuple[Float[Tensor, "rows few"], Int[Tensor, "rows few"], Bool[Tensor, " rows"]]:
     """Apply `top_k` and then `top_p` to each row's likeliest tokens alone and return their logits, -inf for those that
     are removed; which tokens they are, in the order of the vocabulary; and the rows for which these are all.
 
     A full sort of each row would take longer than a small model's step. How many tokens are looked at is the same for
-    all rows, so that no row's sums depend on another's k.
+    all rows, so that no row's sums depend on another's k. every: whether all k are above 0, so that the device need not
+    be asked.
     """
     values, tokens = logits.topk(min(SHORTLIST, logits.shape[1]))
     last = torch.where(k > 0, k.clamp(max=values.shape[1]), values.shape[1]).expand(len(values)) - 1
     kept = values.masked_fill(values < values.gather(1, last[:, None]), -torch.inf)
     shares = kept.softmax(-1)
-    if not k.all():
+    if not every:
         shares = torch.where((k > 0)[:, None], shares, logits.softmax(-1).gather(1, tokens))
     mass = wide(shares).cumsum(-1, dtype=torch.float64)
     last = (mass < wide(p)[:, None]).sum(-1, keepdim=True).clamp(max=values.shape[1] - 1).to(logits.device)

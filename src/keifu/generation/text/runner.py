@@ -79,7 +79,8 @@ def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16,
     probe: Runner = make(1)
     memory = int(POOL * available_memory(device_of(model))) if memory is None else memory
     memory -= min(memory // 2, STATES * probe.state_bytes)
-    return make(max(1, memory // max(1, probe.token_bytes * probe.block_size)))
+    token = probe.token_bytes + (probe.copied_bytes if isinstance(probe, TorchRunner) else 0)
+    return make(max(1, memory // max(1, token * probe.block_size)))
 
 
 def blocks_of(runner: Runner) -> BlockManager:
@@ -100,6 +101,9 @@ class TorchRunner:
 
     On a GPU with a kernel for sequences of any lengths (`packs`), blocks of a Transformer run in a form with fewer
     kernels, and steps of decoding are CUDA graphs if all blocks have this form.
+
+    copied_bytes: what a step needs for a token of the pool besides its keys and values: elsewhere than on a CPU, those
+    of one layer are gathered at a time, with up to a quarter of padding, and all graphs share that memory.
     """
 
     def __init__(self, model: Model, n_blocks: int, block_size: int = 16):
@@ -113,6 +117,7 @@ class TorchRunner:
         empty = model.new_state(0, 1)
         self.device, self.token_bytes = empty.device, empty.token_bytes
         self.contiguous = self.device.type == "cpu"
+        self.copied_bytes = 0 if self.contiguous else 5 * self.token_bytes // (4 * max(1, len(empty.keys)))
         kept = zip(empty.keys, empty.values, [layer.scoring for layer in layers], strict=False)
         every = len(layers) == len(empty.keys) and not empty.row_bytes
         self.packs = has_kernel(self.device) and every and all(fits(*each) for each in kept)

@@ -114,10 +114,11 @@ class RowSettings:
             return sample_scored(self._filter(logits), u)
         k = torch.zeros(1, dtype=torch.int64, device=self.device) if k is None else k
         p = torch.ones(1, device=self.device) if p is None else p
-        few, names, whole = logits_processors.shortlist(self._filter(logits, ["temperature"]), k, p)
+        scaled, every = self._filter(logits, ["temperature"]), all(each.top_k for each in self.samplings)
+        few, names, whole = logits_processors.shortlist(scaled, k, p, every)
         indices, logs = sample_scored(self._filter(few, ["min_p"]), u)
         tokens = names.gather(1, indices[:, None])[:, 0]
-        if rest := (~whole).nonzero()[:, 0].tolist():
+        if rest := [row for row, all_of_it in enumerate(whole.tolist()) if not all_of_it]:
             others = RowSettings([self.samplings[row] for row in rest], self.device)
             tokens[rest], logs[rest] = sample_scored(others._filter(logits[rest]), u[rest])
         return tokens, logs

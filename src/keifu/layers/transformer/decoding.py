@@ -6,11 +6,8 @@ computes it. Axes: length = tokens of all sequences, all_heads = those of querie
 """
 
 import copy
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from keifu.layers.attention.attention import Attention, Scoring
 from keifu.layers.attention.positions import Positions, Rotation
 from keifu.layers.feedforward import ClampedFeedForward, FeedForward, GatedFeedForward
-from keifu.layers.linear import JoinedLinear, Linear
+from keifu.layers.linear import JoinedLinear, Linear, triton_kernels
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.quantized import QuantizedLinear
 from keifu.layers.transformer.blocks import PreNorm
@@ -86,13 +83,6 @@ def _fits(block: nn.Module) -> bool:
     plain = type(block.feedforward) in (ClampedFeedForward, FeedForward, GatedFeedForward)
     parts = [*block.attention.children(), *block.feedforward.children(), block.attention_norm, block.feedforward_norm]
     return plain and all(type(part) in KNOWN for part in parts if [*part.parameters()])
-
-
-def triton_kernels(device: torch.device) -> Any:
-    """Return the module of the kernels in Triton for an NVIDIA GPU; None where there is no Triton or another device."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return None
-    return import_module("keifu.layers.transformer.triton_kernels")
 
 
 def decoding_form(model: Any) -> tuple[Any, bool]:

@@ -7,6 +7,7 @@ So a name that no picture has is near the names of similar things. The mean of t
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -89,14 +90,14 @@ class TaughtBatches(ImageBatches):
             digest.update(points.numpy().tobytes())
         return digest.hexdigest()
 
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """Return the batch of a step."""
-        batch = super().batch(step)
+    def part(self, step: int, bounds: Callable[[int], tuple[int, int]]) -> tuple[dict[str, Tensor], int, int]:
+        """Return some rows of the batch of a step."""
+        batch, first, total = super().part(step, bounds)
         if self.words is not None:
             drawn = uniform(self.seed + 3, step, batch["indices"].numpy(), WORDS)
             chosen = torch.from_numpy((drawn * len(self.words.tokens)).astype(np.int64))
             batch |= {"words": self.words.tokens[chosen], "word_points": self.words.points[chosen]}
-        return batch
+        return batch, first, total
 
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return some pictures as they are, with the teacher's embeddings of their captions."""

@@ -158,4 +158,4 @@ def use_image_tokens(data: Data, training: Codes, held: Tensor | None, real: Cal
         share = torch.full((len(tokens),), len(tokens) / float(counted.sum()))
         return {"tokens": tokens, "real": counted, "codes": codes[batch["indices"]], "text_share": share}
 
-    return MappedData(data, change, tables=(training, held))
+    return MappedData(data, change, tables=(training, held), by_row=False)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from keifu.processes import rows_of
-from keifu.training.protocols import Batch, Data
+from keifu.training.loader import part_of
+from keifu.training.protocols import Batch, Bounds, Data
 
 HELD_OUT = -1  # the number of the step that held-out batches are of
 Change = Callable[[Batch, int, int], Batch]  # of a batch, its step or `HELD_OUT`, and the number of its first row
@@ -16,11 +17,13 @@ class MappedData:
     """Data of which each batch is changed by `change`.
 
     key: what the change depends on beside the data, for the fingerprint. tables: the tensors that it takes numbers
-    from, None where there is none for held-out batches.
+    from, None where there is none for held-out batches. by_row: whether rows may be changed without the others.
     """
 
-    def __init__(self, data: Data, change: Change, key: object = None, tables: Sequence[Tensor | None] = ()):
-        self.data, self.change, self.key, self.tables = data, change, key, tables
+    def __init__(
+        self, data: Data, change: Change, key: object = None, tables: Sequence[Tensor | None] = (), by_row: bool = True
+    ):
+        self.data, self.change, self.key, self.tables, self.by_row = data, change, key, tables, by_row
 
     @property
     def fingerprint(self) -> str:
@@ -34,6 +37,13 @@ class MappedData:
     def batch(self, step: int) -> Batch:
         """Return the batch of a step."""
         return self.change(self.data.batch(step), step, 0)
+
+    def part(self, step: int, bounds: Bounds) -> tuple[Batch, int, int]:
+        """Return rows of the batch of a step; see `DividedData`."""
+        batch, first, total = part_of(self.data, step, bounds if self.by_row else lambda rows: (0, rows))
+        batch = self.change(batch, step, first)
+        start, end = (0, total) if self.by_row else bounds(total)
+        return {name: tensor[start:end] for name, tensor in batch.items()}, first + start, total
 
     def validation(self) -> Iterator[Batch]:
         """Return the held-out batches, the same each time."""

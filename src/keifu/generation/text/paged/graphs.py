@@ -1,12 +1,14 @@
 """Steps of decoding as CUDA graphs: all kernels of a step are launched at once, without Python between them.
 
 A graph repeats the same operations on the same memory. Each bucket (`DecodingState.bucket`) has one: the numbers of a
-step are copied into the memory of its bucket, and everything else follows from them. Axes: count, vocab.
+step are copied into the memory of its bucket, and everything else follows from them. What a graph computes with on the
+way is in memory that all graphs share, since only one runs at a time: together they need what the largest step needs
+(`TorchRunner.copied_bytes`). Axes: count, vocab.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -27,13 +29,24 @@ class Recorded(NamedTuple):
     logits: Float[Tensor, "count vocab"]
 
 
-def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record what `compute` launches on the current GPU, without running it; return how to run it, and the tensor that
-    it writes. PyTorch's usual stream would be that of the first GPU with a graph."""
+class Memory(NamedTuple):
+    """Memory of graphs. A graph uses what the one before it has freed, if both are recorded in one stream."""
+
+    pool: Any
+    stream: Any
+
+
+def new_memory() -> Memory:
+    """Return memory for graphs of the current GPU; PyTorch's usual stream is that of the first GPU with a graph."""
+    return Memory(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+
+
+def capture(compute: Callable[[], Any], memory: Memory) -> Callable[[], None]:
+    """Record what `compute` launches on the current GPU, without running it; return how to run it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-        written = compute()
-    return graph.replay, written
+    with torch.cuda.graph(graph, memory.pool, memory.stream, capture_error_mode="thread_local"):
+        compute()
+    return graph.replay
 
 
 class StepGraphs:
@@ -46,6 +59,8 @@ class StepGraphs:
         self.pool, self.compute = pool, compute
         self.recorded: dict[tuple[int, ...], Recorded] = {}
         self._met: set[tuple[int, ...]] = set()
+        self._logits: dict[int, Tensor] = {}  # by the number of sequences: those of all their graphs
+        self._memory: Memory | None = None
         self._capacity = 0
 
     def run(self, spans: Sequence[Span], size: int) -> Float[Tensor, "count vocab"]:
@@ -53,7 +68,7 @@ class StepGraphs:
         if self._capacity != self.pool.capacity or len(self.recorded) >= MOST:  # the pool has moved in memory
             self.recorded.clear()
             self._met.clear()
-            self._capacity = self.pool.capacity
+            self._capacity, self._memory = self.pool.capacity, None  # which ended with its last graph
         step = DecodingState(self.pool, size, spans)
         numbers = torch.tensor([*chain.from_iterable(step.lists)], dtype=torch.long, device="cpu")
         if self.pool.device.type == "cuda":
@@ -67,9 +82,12 @@ class StepGraphs:
 
             if step.bucket not in self._met:
                 self._met.add(step.bucket)
-                return compute()[: len(spans)]
-            replay, logits = capture(compute)
-            self.recorded[step.bucket] = Recorded(replay, there, logits)
+                logits = compute()
+                self._logits.setdefault(len(logits), logits)
+                return logits[: len(spans)].clone()
+            kept = self._logits[step.bucket[0]]
+            self._memory = self._memory or new_memory()
+            self.recorded[step.bucket] = Recorded(capture(lambda: kept.copy_(compute()), self._memory), there, kept)
         recorded = self.recorded[step.bucket]
         recorded.numbers.copy_(numbers, non_blocking=True)
         recorded.replay()
