@@ -66,29 +66,33 @@ def _has_native_blocks(model: ModelPart, source: "FileWeights") -> bool:
 
 def fill_in_blocks(found: LoadPlan, device: torch.device) -> nn.Module:
     """Return the planned model on a device, with the linear layers that a GGUF file has in blocks still in them."""
-    parts = {link.ours: some for link in found.links if (some := _blocks(found, link))}
-    model = found.fill(device, parts.keys())
+    links = [link for link in found.links if _stays_packed(found, link)]
+    model = found.fill(device, {link.ours for link in links})
     with reading(found.source.path):
-        for link in found.links:
-            if link.ours in parts:
-                name = link.ours.removesuffix(".weight")
-                blocks = [(kind, each.reshape(-1, FORMATS[kind].bytes).to(device)) for kind, each in parts[link.ours]]
-                layer = QuantizedLinear(cast(nn.Linear, model.get_submodule(name)), blocks)
-                if not chosen().allow_nonfinite:
-                    read_finite(lambda _, layer=layer: layer.weight, found.source.path, link.theirs[0])
-                model.set_submodule(name, layer)
+        for link in links:
+            name = link.ours.removesuffix(".weight")
+            blocks = [_stored(found, link, number, device) for number in range(len(link.theirs))]
+            layer = QuantizedLinear(cast(nn.Linear, model.get_submodule(name)), blocks)
+            if not chosen().allow_nonfinite:
+                read_finite(lambda _, layer=layer: layer.weight, found.source.path, link.theirs[0])
+            model.set_submodule(name, layer)
     return model
 
 
-def _blocks(found: LoadPlan, link: Link) -> list[tuple[str, Tensor]] | None:
-    """Return the blocks that make the matrix of a linear layer, with their types; None for any other parameter."""
+def _stays_packed(found: LoadPlan, link: Link) -> bool:
+    """Whether a parameter is the matrix of a linear layer whose blocks are of known types."""
     name, _, leaf = link.ours.rpartition(".")
-    layer, kinds = found.model.get_submodule(name), [found.source.stored[each].kind for each in link.theirs]
-    plain = link.transposed or link.offset or leaf != "weight" or type(layer) not in (Linear, JoinedLinear)
-    if found.source.blocks is None or plain or not {*kinds} <= FORMATS.keys():
-        return None
-    stored = [cast(Blocks, found.source.blocks(each)).data for each in link.theirs]
-    return [(kind, link.part(number, each)) for number, (kind, each) in enumerate(zip(kinds, stored, strict=True))]
+    plain = link.transposed or link.offset or leaf != "weight" or found.source.blocks is None
+    known = {found.source.stored[each].kind for each in link.theirs} <= FORMATS.keys()
+    return not plain and known and type(found.model.get_submodule(name)) in (Linear, JoinedLinear)
+
+
+def _stored(found: LoadPlan, link: Link, number: int, device: torch.device) -> tuple[str, Tensor]:
+    """Return the type and the blocks of one of the tensors that make a matrix."""
+    name = link.theirs[number]
+    kind, blocks = found.source.stored[name].kind, found.source.blocks(name) if found.source.blocks else None
+    assert blocks is not None
+    return kind, link.part(number, blocks.data).reshape(-1, FORMATS[kind].bytes).to(device)
 
 
 def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:

@@ -178,9 +178,7 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     _check(source, found, set(source.stored) - used - set(skipped))
     usual = {name for link in found if not matches(link.ours, source.family.full_precision) for name in link.theirs}
     exact = _exact_dtype({name: source.stored[name] for name in usual}, source.path)
-    matrices = {name: source.stored[name] for name in usual if len(source.stored[name].shape) > 1}
-    wide = torch.device(device).type == "cpu" or source.format != "GGUF" or not matrices  # whose vectors are in F32
-    held_dtype = dtype or _usual_dtype(exact if wide else _exact_dtype(matrices, source.path), torch.device(device))
+    held_dtype = dtype or _usual_dtype(source, usual, exact, torch.device(device))
     return LoadPlan(source, model, found, exact, held_dtype, skipped, [*source.notes, *notes])
 
 
@@ -189,9 +187,12 @@ def is_stack(shape: Sequence[int]) -> bool:
     return math.prod(shape) >= LEAST * shape[0] > 0
 
 
-def _usual_dtype(exact: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the type that was chosen for models that are run, else the usual one for a stored type."""
-    wanted = chosen().weights
+def _usual_dtype(source: Source, usual: set[str], exact: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type that was chosen for models that are run, else the usual one for a stored type. usual: names of
+    the tensors in the file whose types count."""
+    wanted, matrices = chosen().weights, {x: source.stored[x] for x in usual if len(source.stored[x].shape) > 1}
+    if device.type != "cpu" and source.format == "GGUF" and matrices:
+        exact = _exact_dtype(matrices, source.path)  # vectors are in F32 in every file
     if wanted not in (None, "auto"):
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
     if device.type == "cpu":

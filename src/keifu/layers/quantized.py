@@ -100,15 +100,15 @@ def unpack(stored: Stored, kind: str, dtype: torch.dtype = torch.float32) -> Num
     if kernels is not None and kind in kernels.BITS:
         return kernels.unpack(stored, kernels.BITS[kind], dtype)
     size, _, read = FORMATS[kind]
-    found = stored.new_empty(len(stored), size, dtype=dtype)
+    numbers = stored.new_empty(len(stored), size, dtype=dtype)
     step = (IN_CACHE if stored.device.type == "cpu" else AT_A_TIME) // size
     for start in range(0, len(stored), step):
-        part = found[start : start + step]
+        part = numbers[start : start + step]
         exact = part if dtype == torch.float32 else part.new_empty(part.shape, dtype=torch.float32)
         read(stored[start : start + step], exact)
         if exact is not part:
             part.copy_(exact)
-    return found
+    return numbers
 
 
 class QuantizedLinear(nn.Module):
@@ -147,14 +147,14 @@ class QuantizedLinear(nn.Module):
         return self.unpacked(self.layer.weight.dtype)
 
     @property
-    def parts(self) -> list[tuple[str, Stored]]:
+    def stored(self) -> list[tuple[str, Stored]]:
         """Return the blocks, with their types."""
         return [(kind, self.get_buffer(f"blocks{number}")) for number, kind in enumerate(self.kinds)]
 
     def unpacked(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """Return the matrix in a type."""
-        found = [unpack(blocks, kind, dtype).view(-1, self.shape[1]) for kind, blocks in self.parts]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        parts = [unpack(blocks, kind, dtype).view(-1, self.shape[1]) for kind, blocks in self.stored]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def product(self, x: Float[Tensor, "*batch in"], bias: Tensor | None) -> Float[Tensor, "*batch out"]:
         """Multiply with the matrix; few tokens with its blocks, if there are kernels for them."""
@@ -162,8 +162,8 @@ class QuantizedLinear(nn.Module):
         if kernels is None or x.numel() > kernels.FEW * x.shape[-1] or not {*self.kinds} <= kernels.BITS.keys():
             return linear(x, self.unpacked(x.dtype), bias)
         rows = x.reshape(-1, x.shape[-1])
-        found = [kernels.product(rows, blocks, kernels.BITS[kind]) for kind, blocks in self.parts]
-        y = torch.cat(found, -1).view(*x.shape[:-1], -1)
+        parts = [kernels.product(rows, blocks, kernels.BITS[kind]) for kind, blocks in self.stored]
+        y = torch.cat(parts, -1).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 
 
