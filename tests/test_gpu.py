@@ -29,6 +29,7 @@ from keifu.layers.counter_rng import (
     normal,
     uniform,  # noqa: E402
 )
+from keifu.layers.quantized import FORMATS, QuantizedLinear, unpack  # noqa: E402
 from keifu.models import llama  # noqa: E402
 from keifu.training.hardware import cost, flops
 from keifu.training.loop import train  # noqa: E402
@@ -95,6 +96,19 @@ def test_texts_and_pictures_are_those_of_the_cpu(tmp_path: Path) -> None:
     network = DRAWERS["ddpm"]().eval()
     picture = PixelPipeline(network).draw(ImageRequest(steps=5), [1, 2])
     assert (PixelPipeline(network.to(GPU)).draw(ImageRequest(steps=5), [1, 2]).int() - picture.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 100])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_matrix_in_blocks_multiplies_as_the_unpacked_one(kind: str, tokens: int) -> None:
+    """By PyTorch's operations, or Triton's kernels."""
+    numbers, size, _ = FORMATS[kind]
+    stored = torch.randint(256, (64 * 512 // numbers, size)).to(torch.uint8) & 0x3F  # so that scales are finite
+    layer, x = QuantizedLinear(torch.nn.Linear(512, 64), [(kind, stored)]).to(GPU), torch.randn(tokens, 512)
+    expected = x @ unpack(stored, kind).view(64, 512).T + layer.layer.bias.cpu()
+    assert torch.equal(layer.unpacked(torch.bfloat16).cpu(), unpack(stored, kind, torch.bfloat16).view(64, 512))
+    found = layer(x.to(GPU)).detach().cpu()
+    assert (found - expected).abs().max() <= 2e-3 * expected.abs().max()
 
 
 @pytest.mark.skipif(not GPU.startswith("cuda"), reason="only CUDA counts the most memory that was taken")

@@ -32,6 +32,7 @@ from keifu.data.chat.preferences import Pair
 from keifu.distributed.group import Group, join
 from keifu.distributed.mesh import Mesh
 from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.layers.lazy import build_lazily
 from keifu.layers.lora import adapters
 from keifu.layers.losses import token_log_probabilities
 from keifu.models import gpt2, llama, palm, transformer
@@ -361,6 +362,23 @@ def published(model: str, folder: Path, lora: int = 0, recipe: str = "") -> dict
     each = group.gather(json.dumps([read, memory.grown, all(same) and len(same) == len(whole)]))
     reads, grown, right = zip(*map(json.loads, each), strict=True)
     return {"read": max(reads) / total, "grown": max(grown) / total, "right": all(right)}
+
+
+def drawn(folder: Path) -> dict[str, Any]:
+    """Builds a model from nothing, split: the most memory that a process has needed, beside the model's own bytes, and
+    whether each has its part of the weights that one process would draw."""
+    build = partial(llama.build, llama.Config(2000, 64, 512, 1024, 6, 8, n_kv_heads=4))  # 79 MB
+    torch.manual_seed(0)
+    with PeakMemory() as memory:
+        model = build_lazily(build, torch.device("cpu"))
+        Trainer(model, causal_language_modeling, Settings(precision="float32"))
+    after, group = torch.rand(1), current()
+    torch.manual_seed(0)
+    whole = dict(build().named_parameters())
+    same = [torch.equal(local(p), group.pod.take(name, whole[name])) for name, p in model.named_parameters()]
+    right = all(same) and len(same) == len(whole) and torch.equal(after, torch.rand(1))
+    grown, rights = zip(*map(json.loads, group.gather(json.dumps([memory.grown, right]))), strict=True)
+    return {"grown": max(grown) / sum(p.nbytes for p in whole.values()), "right": all(rights)}
 
 
 def start(folder: Path, cases: list[dict[str, Any]], world: int) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                "mesh": {mesh: 2}} for model, mesh, lora in CASES]  # fmt: skip
     wanted += [{"name": f"{recipe}-{mesh}", "work": "published", "model": str(folder / recipe), "recipe": recipe,
                 "mesh": {mesh: 2}} for recipe, mesh in RECIPES]  # fmt: skip
+    wanted += [{"name": f"drawn-{mesh}", "work": "drawn", "mesh": {mesh: 2}} for mesh in ("shard", "tensor")]
     return group_toys.start(folder, wanted, 2)
 
 
@@ -63,6 +64,14 @@ def test_each_process_reads_its_part_of_what_a_recipe_goes_on_from(
     case = found[f"{recipe}-{mesh}"]
     assert case["right"]
     assert case["read"] <= (0.52 if mesh == "shard" else 0.54)
+
+
+@pytest.mark.parametrize("mesh", ["shard", "tensor"])
+def test_a_new_model_is_never_whole_on_a_process(mesh: str, found: dict[str, Any]) -> None:
+    """Each process draws one matrix at a time and keeps its part, with the numbers of one process. With `tensor` the
+    allocator keeps more of what is freed between the parts."""
+    case = found[f"drawn-{mesh}"]
+    assert case["right"] and case["grown"] < {"shard": 0.7, "tensor": 1.0}[mesh], case
 
 
 @pytest.mark.parametrize(("mesh", "lora"), [("shard", 0), ("tensor", 0), ("shard", 2)])

@@ -1,14 +1,21 @@
 """Tensors that are read when they are used: of a slice, no more than its rows and columns."""
 
 import copy
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from keifu.layers.lazy import Index, LazyTensor, TensorReader, settle
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from test_on_another_device import CPU, TRANSLATORS, WRITERS  # noqa: E402
+
+from keifu.errors import UserError  # noqa: E402
+from keifu.layers.lazy import Index, LazyTensor, TensorReader, build_lazily, settle  # noqa: E402
 
 WHOLE = torch.arange(24.0).view(6, 4)
 ROWS = (slice(2, 4), slice(0, 4))
@@ -66,3 +73,54 @@ def test_settled_parameters_are_own_and_stay_shared() -> None:
     settle(model)
     assert first.weight is second.weight and type(first.weight) is nn.Parameter and not first.weight.requires_grad
     assert torch.equal(first.weight, WHOLE) and first.weight.data_ptr() != WHOLE.data_ptr() and read == [()]
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "transformer"])
+def test_a_model_that_is_drawn_lazily_has_the_numbers_of_one_that_is_not(name: str) -> None:
+    build = (WRITERS | TRANSLATORS)[name]
+    built, after = [], []
+    for make in (build, partial(build_lazily, build, CPU)):
+        torch.manual_seed(5)
+        built.append(make())
+        after.append(torch.rand(1))
+    whole, lazy = built
+    assert torch.equal(*after) and all(isinstance(p, LazyTensor) for p in lazy.parameters())
+    one, other = ({**dict(model.named_parameters()), **dict(model.named_buffers())} for model in (whole, lazy))
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert torch.equal(
+            other[key][1:] * 1 if tensor.dim() else other[key], tensor[1:] * 1 if tensor.dim() else tensor
+        )
+    settle(lazy)
+    assert all(torch.equal(p, q) for p, q in zip(lazy.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_tensor_that_depends_on_another_is_drawn_with_it() -> None:
+    def build() -> nn.Module:
+        model = nn.Linear(3, 3)
+        noise = torch.randn(3, 3)
+        model.weight = nn.Parameter(noise @ noise.T + torch.eye(3))
+        with torch.no_grad():
+            model.weight[1:] *= 3
+            model.bias.copy_(model.weight.norm(dim=1))
+        return model
+
+    torch.manual_seed(1)
+    whole = build()
+    torch.manual_seed(1)
+    lazy = build_lazily(build, CPU)
+    torch.rand(7)
+    settle(lazy)
+    assert torch.equal(lazy.get_parameter("weight"), whole.get_parameter("weight"))
+    assert torch.equal(lazy.get_parameter("bias"), whole.get_parameter("bias"))
+
+
+@pytest.mark.parametrize("initialise", [nn.init.trunc_normal_, nn.init.orthogonal_, torch.linalg.qr, Tensor.tolist])
+def test_an_initialisation_that_reads_what_it_drew_is_refused(initialise: Callable[[Tensor], object]) -> None:
+    def build() -> nn.Module:
+        model = nn.Linear(3, 3)
+        initialise(model.weight)
+        return model
+
+    with pytest.raises((UserError, NotImplementedError)):
+        build_lazily(build, CPU)

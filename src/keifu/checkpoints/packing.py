@@ -64,33 +64,36 @@ def _has_native_blocks(model: ModelPart, source: "FileWeights") -> bool:
     return all(each is not None and library.gguf_format(each.kind) is not None for each in stored)
 
 
-def fill_in_blocks(found: LoadPlan, device: torch.device) -> nn.Module:
+def fill_in_blocks(load_plan: LoadPlan, device: torch.device) -> nn.Module:
     """Return the planned model on a device, with the linear layers that a GGUF file has in blocks still in them."""
-    links = [link for link in found.links if _stays_packed(found, link)]
-    model = found.fill(device, {link.ours for link in links})
-    with reading(found.source.path):
+    links = [link for link in load_plan.links if _stays_packed(load_plan, link)]
+    model = load_plan.fill(device, {link.ours for link in links})
+    with reading(load_plan.source.path):
         for link in links:
             name = link.ours.removesuffix(".weight")
-            blocks = [_stored(found, link, number, device) for number in range(len(link.theirs))]
+            blocks = [_stored(load_plan, link, number, device) for number in range(len(link.theirs))]
             layer = QuantizedLinear(cast(nn.Linear, model.get_submodule(name)), blocks)
             if not chosen().allow_nonfinite:
-                read_finite(lambda _, layer=layer: layer.weight, found.source.path, link.theirs[0])
+                read_finite(lambda _, layer=layer: layer.weight, load_plan.source.path, link.theirs[0])
             model.set_submodule(name, layer)
     return model
 
 
-def _stays_packed(found: LoadPlan, link: Link) -> bool:
+def _stays_packed(load_plan: LoadPlan, link: Link) -> bool:
     """Whether a parameter is the matrix of a linear layer whose blocks are of known types."""
     name, _, leaf = link.ours.rpartition(".")
-    plain = link.transposed or link.offset or leaf != "weight" or found.source.blocks is None
-    known = {found.source.stored[each].kind for each in link.theirs} <= FORMATS.keys()
-    return not plain and known and type(found.model.get_submodule(name)) in (Linear, JoinedLinear)
+    plain = link.transposed or link.offset or leaf != "weight" or load_plan.source.blocks is None
+    known = {load_plan.source.stored[each].kind for each in link.theirs} <= FORMATS.keys()
+    return not plain and known and type(load_plan.model.get_submodule(name)) in (Linear, JoinedLinear)
 
 
-def _stored(found: LoadPlan, link: Link, number: int, device: torch.device) -> tuple[str, Tensor]:
+def _stored(load_plan: LoadPlan, link: Link, number: int, device: torch.device) -> tuple[str, Tensor]:
     """Return the type and the blocks of one of the tensors that make a matrix."""
     name = link.theirs[number]
-    kind, blocks = found.source.stored[name].kind, found.source.blocks(name) if found.source.blocks else None
+    kind, blocks = (
+        load_plan.source.stored[name].kind,
+        load_plan.source.blocks(name) if load_plan.source.blocks else None,
+    )
     assert blocks is not None
     return kind, link.part(number, blocks.data).reshape(-1, FORMATS[kind].bytes).to(device)
 

@@ -1,15 +1,19 @@
-"""Tensors that are read when they are used: of a slice, its rows and columns alone.
+"""Tensors that are read, or drawn, when they are used: of a slice, its rows and columns alone.
 
 So a process that keeps a part of every matrix never holds the whole model. Axes: rows = the first one, columns = the
 second one.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from keifu.errors import UserError
 
 aten: Any = torch.ops.aten
 Index = tuple[slice, ...]  # rows and columns; () for all
@@ -108,3 +112,112 @@ def settle(module: nn.Module) -> None:
                 if parameter not in made:
                     made[parameter] = nn.Parameter(parameter.value().clone(), parameter.requires_grad)
                 part._parameters[name] = made[parameter]
+
+
+class _Operation(NamedTuple):
+    """Operation of a trace. state: of the random generator before it; None if it draws nothing."""
+
+    func: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    result: Tensor
+    state: Tensor | None
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Return the tensors that it reads or writes."""
+        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor) and x.device.type == "meta"]
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it writes every number of its memory and reads none of it."""
+        x = self.result
+        return self.func in REPLACING and x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
+
+    def run(self, memory: dict[int, Tensor]) -> None:
+        """Compute it on a CPU. memory: the numbers that there are, by the storage on the meta device."""
+        if self.state is not None:
+            torch.set_rng_state(self.state)
+        for x in self.inputs:
+            memory.setdefault(_key(x), torch.empty(x.untyped_storage().nbytes() // x.itemsize, dtype=x.dtype))
+        args, kwargs = tree_map_only(Tensor, lambda x: _view(memory, x), (self.args, self.kwargs))
+        made = self.func(*args, **(kwargs | ({"device": torch.device("cpu")} if "device" in kwargs else {})))
+        memory.setdefault(_key(self.result), made.new_empty(0).set_(made.untyped_storage()))
+
+
+REPLACING = {aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar}
+
+
+def _key(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _view(memory: dict[int, Tensor], x: Tensor) -> Tensor:
+    """Return the numbers of a tensor on the meta device; any other tensor is itself."""
+    return memory[_key(x)].as_strided(x.shape, x.stride(), x.storage_offset()) if x.device.type == "meta" else x
+
+
+class _Trace(TorchDispatchMode):
+    """Record of the operations on the meta device in this block; each draws as many random numbers as on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[_Operation] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs, draws = kwargs or {}, torch.Tag.nondeterministic_seeded in func.tags
+        alias = func._schema.arguments[0].alias_info if args and isinstance(args[0], Tensor) else None
+        writes = bool(alias and alias.is_write) and args[0].device.type == "meta"
+        result = args[0] if writes else func(*args, **kwargs)  # PyTorch would import its compiler to fill nothing
+        if not alias and isinstance(result, tuple):
+            raise UserError(f"This model cannot be drawn in parts, since its initialisation uses {func}.")
+        if not isinstance(result, Tensor) or result.device.type != "meta" or (alias and not writes):
+            return result
+        self.operations.append(_Operation(func, args, kwargs, result, torch.get_rng_state() if draws else None))
+        if draws:
+            self.operations[-1].run({})
+        return result
+
+    def value(self, wanted: Tensor) -> Tensor:
+        """Return the numbers of a tensor, computed from what it depends on alone."""
+        needed, chosen, memory, state = {_key(wanted)}, list[_Operation](), dict[int, Tensor](), torch.get_rng_state()
+        for operation in reversed(self.operations):
+            if _key(operation.result) in needed:
+                chosen.append(operation)
+                needed |= {*map(_key, operation.inputs)}
+                needed -= {_key(operation.result)} if operation.replaces else set()
+        for operation in reversed(chosen):
+            operation.run(memory)
+        torch.set_rng_state(state)
+        return _view(memory, wanted)
+
+
+class _AskedIfMeta(TorchFunctionMode):
+    """Refusal of `nn.init.trunc_normal_`, `orthogonal_` and all that leaves tensors on the meta device as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func == cast(Any, Tensor.is_meta).__get__:
+            raise UserError("This model cannot be drawn in parts, since its initialisation reads what it has drawn.")
+        return func(*args, **(kwargs or {}))
+
+
+def build_lazily(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """Build a model whose parameters are drawn when they are used, one at a time, with the numbers that `build` gives
+    them; buffers are computed at once. An initialisation that depends on drawn numbers is a `UserError`."""
+    trace, made = _Trace(), dict[Tensor, Tensor]()
+    with torch.device("meta"), trace, _AskedIfMeta():
+        model = build()
+    for part in model.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, x in tensors.items():
+                if x is not None and x not in made:
+                    made[x] = _deferred(trace, x, device) if isinstance(x, nn.Parameter) else trace.value(x).to(device)
+                if x is not None:
+                    tensors[name] = cast(Any, made[x])
+    return model
+
+
+def _deferred(trace: _Trace, x: nn.Parameter, device: torch.device) -> nn.Parameter:
+    reader = TensorReader(lambda index: trace.value(x)[index].clone() if index else trace.value(x))
+    like = torch.empty((), dtype=x.dtype, device=device).expand(x.shape)
+    return nn.Parameter(LazyTensor.of(reader, like), x.requires_grad)

@@ -22,8 +22,10 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.devices import choose
 from keifu.generation.text.generate import generate
+from keifu.layers.lazy import build_lazily
 from keifu.layers.mixture import collapsed_routers, mixtures
 from keifu.layers.transformer.decoder import DecoderLM
+from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
 from keifu.recipes.options import Logging
 from keifu.recipes.runs import TrainingOptions, parameters, train_run
@@ -147,7 +149,8 @@ def pretrain(
     are fewer than the model takes. objective: of the tokens, or of a teacher; options: what else decides the result.
     """
     torch.manual_seed(settings.seed)
-    model: Any = build(replace(config, vocab_size=task.tokenizer.vocab_size)).to(choose())
+    config, split = replace(config, vocab_size=task.tokenizer.vocab_size), not current().is_replicated
+    model: Any = build_lazily(partial(build, config), choose()) if split else build(config).to(choose())
     config = model.config
     data = PackedText(task.shards, row or config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
     deciding = {"model": asdict(config), "text": asdict(task.text), **options} | ({"z_loss": z_loss} if z_loss else {})
