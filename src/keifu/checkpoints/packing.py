@@ -83,7 +83,7 @@ def _stays_packed(load_plan: LoadPlan, link: Link) -> bool:
     """Whether a parameter is the matrix of a linear layer whose blocks are of known types."""
     name, _, leaf = link.ours.rpartition(".")
     plain = link.transposed or link.offset or leaf != "weight" or load_plan.source.blocks is None
-    known = {load_plan.source.stored[each].kind for each in link.theirs} <= FORMATS.keys()
+    known = {load_plan.source.stored[theirs].kind for theirs in link.theirs} <= FORMATS.keys()
     return not plain and known and type(load_plan.model.get_submodule(name)) in (Linear, JoinedLinear)
 
 

@@ -114,7 +114,7 @@ class RowSettings:
             return sample_scored(self._filter(logits), u)
         k = torch.zeros(1, dtype=torch.int64, device=self.device) if k is None else k
         p = torch.ones(1, device=self.device) if p is None else p
-        scaled, every = self._filter(logits, ["temperature"]), all(each.top_k for each in self.samplings)
+        scaled, every = self._filter(logits, ["temperature"]), all(sampling.top_k for sampling in self.samplings)
         few, names, whole = logits_processors.shortlist(scaled, k, p, every)
         indices, logs = sample_scored(self._filter(few, ["min_p"]), u)
         tokens = names.gather(1, indices[:, None])[:, 0]
