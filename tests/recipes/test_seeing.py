@@ -109,6 +109,26 @@ def test_the_tower_of_a_clip_is_taken(tmp_path: Path) -> None:
     checkpoints.save(model, checkpoints.load(base)[1], tmp_path / "seer")
     with pytest.raises(UserError, match="sees already: leave out --tower"):
         see.prepare(see.Recipe(str(tmp_path / "seer"), data=folder, tower=str(tmp_path / "clip")))
+    with pytest.raises(UserError, match=r"sees already, by a tower of its own shape: leave out --image\.\*"):
+        see.prepare(see.Recipe(str(tmp_path / "seer"), data=folder, image=TOWER))
+    with pytest.raises(UserError, match=r"--image\.\* is the shape of a new tower, and .*clip has its own"):
+        see.prepare(see.Recipe(base, data=folder, image=TOWER, tower=str(tmp_path / "clip")))
+
+
+@pytest.mark.usefixtures("own_cache", "one_thread")
+def test_a_run_of_an_older_version_is_refused_in_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    base, folder, out = decoder(tmp_path, llama), str(coloured_shapes(tmp_path / "shapes", 4)), tmp_path / "run"
+    recipe = see.Recipe(base, data=folder, image=TOWER, steps=2, batch_size=4)
+    finetune = see.finetuning.finetune
+
+    def without_tower(*given: Any, options: dict[str, Any], **more: Any) -> Any:
+        return finetune(*given, options={name: options[name] for name in options if name != "tower"}, **more)
+
+    with monkeypatch.context() as older:
+        older.setattr(see.finetuning, "finetune", without_tower)
+        see.run(recipe, out, False)
+    with pytest.raises(UserError, match="begun by an older version, whose recipe did not know tower and trained"):
+        see.run(recipe, out, True)
 
 
 def test_questions_about_a_picture_come_together_and_names_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,10 +207,16 @@ def of_see(toys: Toys) -> tuple[Any, list[Group]]:
         "seed": Reach(5, ("settings.seed", "data.seed")),
         "image": Reach(replace(image, patch_size=6), "model.config.image.patch_size", 6),
     }
-    tower = {"tower": Reach(toys["clip"], "model.config.image.patch_size", 3)}
+    tower = Group({"tower": Reach(toys["clip"], "model.config.image.patch_size", 3)}, {"image": see.Recipe.image})
     left_out = {"left_out": Reach(("red", "round"), lambda r: sum(sides(r)), DIFFERENT)}
     epochs = {"epochs": Reach(6.0, lambda r: round(r.settings.steps / r.data.steps_per_epoch))}
-    return base, [Group(rows), Group(tower), Group(left_out), Group(epochs), *lora_groups()]
+    return base, [
+        Group(rows),
+        tower,
+        Group(left_out),
+        Group(epochs),
+        *lora_groups(),
+    ]
 
 
 def of_dpo(toys: Toys) -> tuple[Any, list[Group]]:

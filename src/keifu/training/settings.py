@@ -201,6 +201,11 @@ def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         | {name: value for name, value in flat(options).items() if name.split(".")[-1] != "data"}  # a place, as told
         for chosen, options in ((before, then["options"]), (now["settings"], now["options"]))
     ]
+    if new := sorted(split[1].keys() - split[0].keys()):
+        raise UserError(
+            f"The run was begun by an older version, whose recipe did not know {', '.join(new)} and trained otherwise: "
+            "go on with that version, or start a new run."
+        )
     if changed := compare(*split):
         raise UserError(
             f"A resumed run keeps its settings, and these differ: {', '.join(changed)}; "

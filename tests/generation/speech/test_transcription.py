@@ -157,7 +157,7 @@ class Written:
     no_speech = 0.0
     prompts: ClassVar[list[list[int]]] = []
 
-    def __init__(self, model, memory, prompt, longest, tokens):
+    def __init__(self, model, memory, prompt, longest, tokens, before):
         self.tokens = tokens
         self.prompts.append(list(prompt))
 
@@ -177,6 +177,21 @@ def test_a_prompt_comes_before_the_first_window_and_fits(hearing, monkeypatch, l
     first, second = ([*tokens][len(tokens) - room :] for tokens in (past, [*past, 7]))
     assert len(past) > 20 and Written.prompts[0] == [*before, *first, *task]
     assert Written.prompts[1] == ([*before, *second, *task] if previous else task)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_caller_can_stop_before_any_token(hearing, beams) -> None:
+    _, model, words = hearing(0)
+    asked: list[float] = []
+
+    def go_on(seconds: float) -> None:
+        asked.append(seconds)
+        if len(asked) == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        transcribe(model, words, SOUND[:16_000], TranscriptionParams("en", beams=beams), go_on)
+    assert asked == [0.0] * 5  # of the window's beginning and four tokens
 
 
 def test_unknown_languages_and_other_models_are_refused(hearing) -> None:

@@ -93,11 +93,20 @@ def speech_model(model: nn.Module) -> SpeechRecognizer:
 Hearer = SpeechRecognizer | NativeHearer
 
 
-class SpeechBeamModel:
-    """Beam model of one window of sound, whose transcript begins with a prompt."""
+def hearer_of(model: nn.Module, rows: int) -> Hearer:
+    """Return the model, or its packed form if it has one, for so many transcripts at a time."""
+    hearer, packed = speech_model(model), native_form(model, pack_speech)
+    return hearer if packed is None else NativeHearer(packed, rows)
 
-    def __init__(self, model: Hearer, memory: Memory, prompt: Sequence[int], longest: int, tokens: SpeechTokens):
-        self.model, self.tokens = model, tokens
+
+class SpeechBeamModel:
+    """Beam model of one window of sound, whose transcript begins with a prompt. before: called before each token."""
+
+    def __init__(
+        self, model: Hearer, memory: Memory, prompt: Sequence[int], longest: int, tokens: SpeechTokens,
+        before: Callable[[], object] = lambda: None,
+    ):  # fmt: skip
+        self.model, self.tokens, self.before = model, tokens, before
         self.state: Any = model.begin(memory, len(prompt) + longest)
         device = memory[0][0].device
         self.written = torch.zeros(1, 0, dtype=torch.long, device=device)
@@ -109,6 +118,7 @@ class SpeechBeamModel:
         return allow(self._last.clone(), self.written, self.tokens)
 
     def next(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
+        self.before()
         self.written = torch.cat([self.written, tokens[:, None]], 1)
         logits = self.model.write(tokens[:, None], self.state, [0])[:, 0]
         return allow(logits.float().clone(), self.written, self.tokens)
@@ -123,10 +133,9 @@ def transcribe(
     settings: TranscriptionParams = TranscriptionParams(),  # noqa: B008 (it is frozen)
     progress: Callable[[float], object] = lambda _: None,
 ) -> Transcript:  # fmt: skip
-    """Transcribe sound of one channel at 16 kHz. `progress` is called with the seconds that are done."""
-    hearer: Hearer = speech_model(model)
-    tokens, packed = speech_tokens(hearer.config, tokenizer), native_form(model, pack_speech)
-    hearer = hearer if packed is None else NativeHearer(packed, max(settings.beams, DRAWN))
+    """Transcribe sound of one channel at 16 kHz; before each token `progress` is called with the seconds done."""
+    hearer = hearer_of(model, max(settings.beams, DRAWN))
+    tokens = speech_tokens(hearer.config, tokenizer)
     usual = tokenizer.generation_config.get("language") if tokens.languages else None
     language = tokens.code(settings.language or str(usual or ""))
     tokens.check(language, settings.task)
@@ -138,15 +147,16 @@ def transcribe(
     past = deque(given, max(0, hearer.config.context_length // 2 - 1))
     with evaluation_mode(model), torch.inference_mode():
         while place < last:
-            progress(place / FRAMES_PER_SECOND)
+            before = partial(progress, place / FRAMES_PER_SECOND)
+            before()
             heard = F.pad(features[:, place : place + window], (0, max(0, place + window - features.shape[1])))[None]
             memory = hearer.encode(heard)
             if language is None and tokens.languages:
                 language = find_language(hearer, memory, tokens)
-            before = [tokenizer.token_id(PREVIOUS), *past] if past else []
-            prompt = [*before, *tokens.prompt(language, settings.task)]
+            given = [tokenizer.token_id(PREVIOUS), *past] if past else []
+            prompt = [*given, *tokens.prompt(language, settings.task)]
             longest = hearer.config.context_length - len(prompt)
-            made = partial(SpeechBeamModel, hearer, memory, prompt, longest, tokens)
+            made = partial(SpeechBeamModel, hearer, memory, prompt, longest, tokens, before)
             best, no_speech, temperature = write_window(made, tokenizer, longest, settings, place)
             found, done = cut(best.tokens, min(window, last - place), tokens)
             for *times, written in () if silent(best, no_speech) else found:

@@ -50,7 +50,7 @@ class Recipe(AssistantOptions):
     image: clip_image.Config = clip_image.Config(
         image_size=64, patch_size=16, dim=128, hidden_dim=512, n_layers=5, n_heads=4, activation="gelu", projected=False
     )
-    """The new tower, without --tower."""
+    """The new tower; refused with --tower, or for a model that sees already."""
     tower: str | None = None
     """CLIP whose image encoder becomes the tower, such as emoji-clip: a run, directory or name; unset: a new one."""
     held_out: BelowOne = 0.02
@@ -67,6 +67,9 @@ class Recipe(AssistantOptions):
 
 def prepare(recipe: Recipe) -> FinetuneTask:
     """Read the questions, and build the model of the decoder and a new tower."""
+    shaped = recipe.image != Recipe.image
+    if shaped and recipe.tower:
+        raise UserError(f"--image.* is the shape of a new tower, and {recipe.tower} has its own: leave out one.")
     found = read_questions(recipe.data)
     if not (learned := found.without(recipe.left_out)):
         raise UserError(f"{recipe.data} has no question to learn from, without those that are left out.")
@@ -76,6 +79,8 @@ def prepare(recipe: Recipe) -> FinetuneTask:
             raise UserError(f"{recipe.model} cuts pictures into tiles, and this recipe trains without: choose a LLaVA.")
         if recipe.tower:
             raise UserError(f"{recipe.model} sees already: leave out --tower.")
+        if shaped:
+            raise UserError(f"{recipe.model} sees already, by a tower of its own shape: leave out --image.*.")
         model: Any = finetuning.to_train(decoder, recipe.lora, recipe.seed)
     else:
         model, tokenizer = start(recipe, decoder, tokenizer, replace(found, learned=learned))
