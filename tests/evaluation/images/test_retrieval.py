@@ -243,12 +243,28 @@ def test_published_weights_are_tested_on_pictures_without_relatives_in_training(
 RAW = Path(__file__).parents[3] / "docs/results/data"
 
 
-def test_published_figures_follow_from_the_ranks_that_were_written() -> None:
-    told = json.loads((RAW / "emoji-clip.json").read_text(encoding="utf-8"))
-    rows = [dict(zip(told["columns"], row, strict=True)) for row in told["rows"]]
-    again: dict[str, object] = {"pictures": 73, "families": 73}
+@pytest.mark.parametrize("name", ["emoji-clip", "clip-taught-1", "clip-taught-2"])
+def test_published_figures_follow_from_the_ranks_that_were_written(name: str) -> None:
+    published = json.loads((RAW / f"{name}.json").read_text(encoding="utf-8"))
+    rows = [dict(zip(published["columns"], row, strict=True)) for row in published["rows"]]
+    families = {row["family"] for row in rows}
+    again: dict[str, object] = {"pictures": len({row["picture"] for row in rows}), "families": len(families)}
     for language in ("en", "ja", "zh"):
         some = [row for row in rows if row["language"] == language]
-        columns = {name: [row[name] for row in some] for name in told["columns"][6:]}
+        columns = {column: [row[column] for row in some] for column in published["columns"][6:]}
         again |= figures_of(language, columns, [row["family"] for row in some])
-    assert again == told["figures"]
+    assert again == published["figures"]
+
+
+def test_the_table_of_taught_clips_has_the_figures_of_their_files() -> None:
+    tables = json.loads((RAW / "text_and_pictures.json").read_text(encoding="utf-8"))
+    (table,) = [table for table in tables if "clip-taught-1" in table["command"]]
+    for seed in (1, 2):
+        figures = json.loads((RAW / f"clip-taught-{seed}.json").read_text(encoding="utf-8"))["figures"]
+        assert table["values"][f"seed {seed}"] == figures
+        for row in table["rows"]:
+            language, asked = row[0].split(", ")
+            key = f"{language} {'captions' if asked == 'name by picture' else 'pictures'} R@1"
+            low, high = (100 * float(end) for end in figures[f"{key}, 95% interval"].split(" to "))
+            assert row[seed] == f"{figures[key]:.1%} ({low:.1f} to {high:.1f})"
+            assert row[3] == f"{figures[f'{key} by counting']:.1%}"
