@@ -235,7 +235,8 @@ def test_long_contexts_are_those_of_the_seeds() -> None:
 
 
 def test_shares_of_new_names_are_those_of_the_emoji() -> None:
-    (table,) = [each for each in of_data(ROOT / "docs/results/text_and_pictures.md") if "locked_text.py" in each["command"]]
+    tables = of_data(ROOT / "docs/results/text_and_pictures.md")
+    (table,) = [table for table in tables if "locked_text.py" in table["command"]]
     families = table["values"].pop("families")
     for (_, *cells), ways in zip(table["rows"], table["values"].values(), strict=True):
         for cell, hits in zip(cells, ways.values(), strict=True):
