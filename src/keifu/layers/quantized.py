@@ -97,8 +97,8 @@ def pack(weight: Float[Tensor, "out in"]) -> Stored:
 def unpack(stored: Stored, kind: str, dtype: torch.dtype = torch.float32) -> Numbers:
     """Return the numbers of blocks of a type of `FORMATS`, computed in float32 and rounded once."""
     kernels = triton_kernels(stored.device)
-    if kernels is not None and kind in kernels.BITS:
-        return kernels.unpack(stored, kernels.BITS[kind], dtype)
+    if kernels is not None and kind in kernels.KINDS:
+        return kernels.unpack(stored, kernels.KINDS[kind], dtype)
     size, _, read = FORMATS[kind]
     numbers = stored.new_empty(len(stored), size, dtype=dtype)
     step = (IN_CACHE if stored.device.type == "cpu" else AT_A_TIME) // size
@@ -159,10 +159,10 @@ class QuantizedLinear(nn.Module):
     def product(self, x: Float[Tensor, "*batch in"], bias: Tensor | None) -> Float[Tensor, "*batch out"]:
         """Multiply with the matrix; few tokens with its blocks, if there are kernels for them."""
         kernels = triton_kernels(x.device)
-        if kernels is None or x.numel() > kernels.FEW * x.shape[-1] or not {*self.kinds} <= kernels.BITS.keys():
+        if kernels is None or x.numel() > kernels.FEW * x.shape[-1] or not {*self.kinds} <= kernels.KINDS.keys():
             return linear(x, self.unpacked(x.dtype), bias)
         rows = x.reshape(-1, x.shape[-1])
-        parts = [kernels.product(rows, blocks, kernels.BITS[kind]) for kind, blocks in self.stored]
+        parts = [kernels.product(rows, blocks, kernels.KINDS[kind]) for kind, blocks in self.stored]
         y = torch.cat(parts, -1).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 

@@ -1,9 +1,9 @@
 """Kernels of decoding and of the loss in Triton, which comes with PyTorch's packages for NVIDIA GPUs; nothing else
 imports this file.
 
-They compute in float32 and round once. A block of Q4_0 or Q8_0 is a scale in float16, then 32 numbers of 4 or 8 bits
-(`quantized.py`). Axes: tokens, all_heads = those of queries, keys and values, head_dim, pairs = head_dim / 2 or fewer,
-hidden; blocks, bytes = of a block; rows, vocab.
+They compute in float32 and round once. The blocks are GGUF's (`quantized.py`). Axes: tokens, all_heads = those of
+queries, keys and values, head_dim, pairs = head_dim / 2 or fewer, hidden; blocks, bytes = of a block, numbers; rows,
+vocab.
 """
 
 from typing import Any, cast
@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 WIDTH = 1024  # numbers of one program of `gate`
-BITS = {"Q4_0": 4, "Q8_0": 8}  # of the numbers of a block
+KINDS = {"Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14}  # GGML's numbers of the types of blocks
+GROUPS = {2: 1, 8: 1, 12: 8, 14: 8}  # of 32 numbers, in a block
 FEW = 8  # tokens whose products with blocks need no unpacked matrix
 CLASSES = 4096  # logits that a program of `cross_entropy_` reads at a time
-COUNT, ROWS, COLUMNS = 64, 4, 16  # blocks of one program of `unpack`; rows and their blocks of a program of `product`
+COUNT, ROWS, COLUMNS = 64, 4, 16  # groups of one program of `unpack`; rows and their groups of a program of `product`
 
 
 @triton.jit
@@ -46,47 +47,82 @@ def _gate(gate_up, result, hidden, width: tl.constexpr):  # noqa: ANN001
 
 
 @triton.jit
-def _numbers(blocks, block, inside, bits: tl.constexpr):  # noqa: ANN001
-    """Return the scales of blocks, and the first and the last 16 numbers of each."""
-    first = blocks + block.to(tl.int64) * (2 + 4 * bits)
-    scale = tl.load(first.to(tl.pointer_type(tl.float16)), mask=inside, other=0.0).to(tl.float32)
-    at, mask = tl.expand_dims(first, -1) + 2 + tl.arange(0, 16), tl.expand_dims(inside, -1)
-    if bits == 4:
-        both = tl.load(at, mask=mask, other=0).to(tl.int32)
-        return scale, ((both & 15) - 8).to(tl.float32), ((both >> 4) - 8).to(tl.float32)
-    signed = at.to(tl.pointer_type(tl.int8))
-    low = tl.load(signed, mask=mask, other=0).to(tl.float32)
-    return scale, low, tl.load(signed + 16, mask=mask, other=0).to(tl.float32)
+def _half(at, inside):  # noqa: ANN001
+    """Return numbers in float16."""
+    return tl.load(at.to(tl.pointer_type(tl.float16)), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _unpack(blocks, result, count, bits: tl.constexpr, width: tl.constexpr):  # noqa: ANN001
-    """Write the numbers of some blocks."""
+def _whole(at, inside):  # noqa: ANN001
+    """Return bytes."""
+    return tl.load(at, mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def _numbers(blocks, block, inside, kind: tl.constexpr):  # noqa: ANN001
+    """Return the first and the last 16 numbers of each group of 32; block: the number of the group."""
+    column, mask = tl.arange(0, 16), tl.expand_dims(inside, -1)
+    if kind == 8:
+        first = blocks + block.to(tl.int64) * 34
+        at = (tl.expand_dims(first, -1) + 2 + column).to(tl.pointer_type(tl.int8))
+        low, high = _whole(at, mask).to(tl.float32), _whole(at + 16, mask).to(tl.float32)
+        scale = tl.expand_dims(_half(first, inside), -1)
+        return low * scale, high * scale
+    if kind == 2:
+        first = blocks + block.to(tl.int64) * 18
+        both, scale = _whole(tl.expand_dims(first, -1) + 2 + column, mask), tl.expand_dims(_half(first, inside), -1)
+        return ((both & 15) - 8).to(tl.float32) * scale, ((both >> 4) - 8).to(tl.float32) * scale
+    group = block % 8
+    if kind == 12:
+        first = blocks + (block // 8).to(tl.int64) * 144
+        scales = first + 4 + group % 4
+        a, b, c = _whole(scales, inside), _whole(scales + 4, inside), _whole(scales + 8, inside)
+        scale = tl.where(group < 4, a & 63, (c & 15) | (a >> 6 << 4)).to(tl.float32) * _half(first, inside)
+        least = tl.where(group < 4, b & 63, (c >> 4) | (b >> 6 << 4)).to(tl.float32) * _half(first + 2, inside)
+        at, shift = tl.expand_dims(first + 16 + group // 2 * 32, -1) + column, tl.expand_dims(group % 2 * 4, -1)
+        low, high = _whole(at, mask) >> shift & 15, _whole(at + 16, mask) >> shift & 15
+        scale, least = tl.expand_dims(scale, -1), tl.expand_dims(least, -1)
+        return low.to(tl.float32) * scale - least, high.to(tl.float32) * scale - least
+    first = blocks + (block // 8).to(tl.int64) * 210
+    at, scales = first + group // 4 * 64 + group % 2 * 32, (first + 192 + 2 * group).to(tl.pointer_type(tl.int8))
+    at, more = tl.expand_dims(at, -1) + column, tl.expand_dims(first + 128 + group // 4 * 32, -1) + column
+    shift, place, scale = (
+        tl.expand_dims(group % 4 // 2 * 4, -1),
+        tl.expand_dims(group % 4 * 2, -1),
+        _half(first + 208, inside),
+    )
+    low = (_whole(at, mask) >> shift & 15 | (_whole(more, mask) >> place & 3) << 4) - 32
+    high = (_whole(at + 16, mask) >> shift & 15 | (_whole(more + 16, mask) >> place & 3) << 4) - 32
+    one, other = _whole(scales, inside).to(tl.float32) * scale, _whole(scales + 1, inside).to(tl.float32) * scale
+    return low.to(tl.float32) * tl.expand_dims(one, -1), high.to(tl.float32) * tl.expand_dims(other, -1)
+
+
+@triton.jit
+def _unpack(blocks, result, count, kind: tl.constexpr, width: tl.constexpr):  # noqa: ANN001
+    """Write the numbers of some groups of 32."""
     block = tl.program_id(0) * width + tl.arange(0, width)
     inside = block < count
-    scale, low, high = _numbers(blocks, block, inside, bits)
+    low, high = _numbers(blocks, block, inside, kind)
     at, mask = result + tl.expand_dims(block.to(tl.int64) * 32, -1) + tl.arange(0, 16), tl.expand_dims(inside, -1)
-    scales = tl.expand_dims(scale, -1)
-    tl.store(at, (low * scales).to(result.dtype.element_ty), mask=mask)
-    tl.store(at + 16, (high * scales).to(result.dtype.element_ty), mask=mask)
+    tl.store(at, low.to(result.dtype.element_ty), mask=mask)
+    tl.store(at + 16, high.to(result.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _product(x, blocks, result, rows, length, bits: tl.constexpr, height: tl.constexpr, width: tl.constexpr):  # noqa: ANN001
-    """Multiply some rows of a matrix, of `length` blocks each, with one token."""
+def _product(x, blocks, result, rows, length, kind: tl.constexpr, height: tl.constexpr, width: tl.constexpr):  # noqa: ANN001
+    """Multiply some rows of a matrix, of `length` groups of 32 each, with one token."""
     token, row = tl.program_id(1), tl.program_id(0) * height + tl.arange(0, height)
     total = tl.zeros((height,), tl.float32)
     for start in range(0, length, width):
         column = start + tl.arange(0, width)
         inside = tl.expand_dims(row < rows, -1) & tl.expand_dims(column < length, 0)
-        block = tl.expand_dims(row.to(tl.int64) * length, -1) + tl.expand_dims(column, 0)
-        scale, low, high = _numbers(blocks, block, inside, bits)
+        block = tl.expand_dims(row * length, -1) + tl.expand_dims(column, 0)
+        low, high = _numbers(blocks, block, inside, kind)
         at = x + token * length * 32 + tl.expand_dims(column * 32, -1) + tl.arange(0, 16)
         mask = tl.expand_dims(column < length, -1)
         a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(at + 16, mask=mask, other=0.0).to(tl.float32)
-        sums = tl.sum(low * tl.expand_dims(a, 0) + high * tl.expand_dims(b, 0), 2)
-        total += tl.sum(sums * scale, 1)
+        total += tl.sum(tl.sum(low * tl.expand_dims(a, 0) + high * tl.expand_dims(b, 0), 2), 1)
     tl.store(result + token * rows + row, total.to(result.dtype.element_ty), mask=row < rows)
 
 
@@ -145,23 +181,24 @@ def gate(gate_up: Float[Tensor, "tokens both"]) -> Float[Tensor, "tokens hidden"
     return result
 
 
-def unpack(blocks: UInt8[Tensor, "blocks bytes"], bits: int, dtype: torch.dtype) -> Float[Tensor, "blocks 32"]:
+def unpack(blocks: UInt8[Tensor, "blocks bytes"], kind: int, dtype: torch.dtype) -> Float[Tensor, "blocks numbers"]:
     """Return the numbers of blocks."""
-    result = torch.empty(len(blocks), 32, dtype=dtype, device=blocks.device)
-    launch: Any = cast(Any, _unpack)[(triton.cdiv(len(blocks), COUNT),)]
-    launch(blocks, result, len(blocks), bits=bits, width=COUNT)
+    result = torch.empty(len(blocks), GROUPS[kind] * 32, dtype=dtype, device=blocks.device)
+    count = len(blocks) * GROUPS[kind]
+    launch: Any = cast(Any, _unpack)[(triton.cdiv(count, COUNT),)]
+    launch(blocks, result, count, kind=kind, width=COUNT, enable_fp_fusion=False)  # which would round once, not twice
     return result
 
 
 def product(
-    x: Float[Tensor, "tokens in"], blocks: UInt8[Tensor, "blocks bytes"], bits: int
+    x: Float[Tensor, "tokens in"], blocks: UInt8[Tensor, "blocks bytes"], kind: int
 ) -> Float[Tensor, "tokens out"]:
     """Multiply tokens with a matrix of blocks, row after row, which is read once for each token."""
     tokens, length = len(x), x.shape[1] // 32
-    rows = len(blocks) // length
+    rows = len(blocks) * GROUPS[kind] // length
     result = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     launch: Any = cast(Any, _product)[(triton.cdiv(rows, ROWS), tokens)]
-    launch(x.contiguous(), blocks, result, rows, length, bits=bits, height=ROWS, width=COLUMNS)
+    launch(x.contiguous(), blocks, result, rows, length, kind=kind, height=ROWS, width=COLUMNS)
     return result
 
 
