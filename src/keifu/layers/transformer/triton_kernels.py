@@ -86,11 +86,8 @@ def _numbers(blocks, block, inside, kind: tl.constexpr):  # noqa: ANN001
     first = blocks + (block // 8).to(tl.int64) * 210
     at, scales = first + group // 4 * 64 + group % 2 * 32, (first + 192 + 2 * group).to(tl.pointer_type(tl.int8))
     at, more = tl.expand_dims(at, -1) + column, tl.expand_dims(first + 128 + group // 4 * 32, -1) + column
-    shift, above, scale = (
-        tl.expand_dims(group % 4 // 2 * 4, -1),
-        tl.expand_dims(group % 4 * 2, -1),
-        _half(first + 208, inside),
-    )
+    shift, above = tl.expand_dims(group % 4 // 2 * 4, -1), tl.expand_dims(group % 4 * 2, -1)
+    scale = _half(first + 208, inside)
     low = (_whole(at, mask) >> shift & 15 | (_whole(more, mask) >> above & 3) << 4) - 32
     high = (_whole(at + 16, mask) >> shift & 15 | (_whole(more + 16, mask) >> above & 3) << 4) - 32
     one, other = _whole(scales, inside).to(tl.float32) * scale, _whole(scales + 1, inside).to(tl.float32) * scale
