@@ -7,7 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from keifu.checkpoints.hub import locate
+from keifu.commands.evaluate import training_facts
 from keifu.data.catalogue import catalogue
+from keifu.data.images.dataset import read_images
+from keifu.data.images.splits import split_of_run
 from keifu.recipes import landmarks
 
 
@@ -25,6 +29,14 @@ def test_trained_models_are_shown_at_work(capsys: pytest.CaptureFixture) -> None
     assert "この川の水はとても冷たい。 → This river is very cold." in told
     assert len(re.findall(r"2018, BERT: .*___.* [a-z]+ \d+%", told)) == len(landmarks.GAPS)
     assert "forms from noise, in 20 steps" in told and "sees in the last one: 7 (" in told
+    assert re.search(r"CLIP finds the name of \d of the first and \d of the others", told)
+
+
+def test_names_that_are_said_to_be_unseen_have_no_relative_in_training() -> None:
+    parts = split_of_run(read_images("emoji", 16, 3), training_facts(locate("emoji"))["held_out"])
+    learned, unseen = ({*part.texts("en"), *part.texts("ja")} for part in (parts.train, parts.test))
+    assert learned.issuperset(landmarks.LEARNED)
+    assert unseen.issuperset(landmarks.UNSEEN)
 
 
 def test_without_the_package_it_goes_on(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

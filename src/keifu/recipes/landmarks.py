@@ -28,10 +28,9 @@ SENTENCES = {
 }
 GAPS = ["The president of the united [MASK].", "Cook for ten [MASK], then add salt."]
 DIGIT, SEED = "7", 1  # of the picture that forms from noise
-PROMPTS = (
-    "red heart", "cat face", "Christmas tree", "woman mechanic", "女性消防士", "手を振る 濃い肌色", "青い丸",
-    "ヒマワリ",
-)  # fmt: skip
+LEARNED = "red heart", "cat face", "Christmas tree", "ヒマワリ"
+UNSEEN = "sleeping face", "green book", "白鳥", "桜"  # emoji without a relative among those that were learned
+PROMPTS = (*LEARNED, *UNSEEN)
 
 
 def show() -> dict[str, bytes]:
@@ -126,12 +125,12 @@ def _draw_emoji(name: str) -> dict[str, bytes]:
     painter = text_to_image_pipeline(*checkpoints.load(name))
     wanted = painter.resolved(ImageRequest("dpm++-2m", 20, SEED, guidance=3.0, text=PROMPTS[0]))
     drawn = painter.draw(wanted, range(SEED, SEED + len(PROMPTS)), texts=PROMPTS)
-    print(f"   2022, latent diffusion draws {', '.join(PROMPTS)}.")
+    print(f"   2022, latent diffusion draws {', '.join(LEARNED)}; not in its training data: {', '.join(UNSEEN)}.")
     captions = list(PROMPTS)
     if catalogue.is_cached("emoji-clip", catalogue.MODELS):
         found = cosines(*checkpoints.load("emoji-clip"), drawn, PROMPTS).argmax(1).tolist()
-        right = sum(index == number for number, index in enumerate(found))
-        print(f"   2021, CLIP finds the name of {right} of the {len(found)} pictures among these.")
+        right = [index == number for number, index in enumerate(found)]
+        print(f"   2021, CLIP finds the name of {sum(right[:4])} of the first and {sum(right[4:])} of the others.")
         captions = [f"{asked} → {PROMPTS[index]}" for asked, index in zip(PROMPTS, found, strict=True)]
     return {"2022 emoji from their names": grid(drawn, captions, columns=4)}
 
