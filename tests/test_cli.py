@@ -288,6 +288,11 @@ def failing(monkeypatch: pytest.MonkeyPatch):
         (KeyboardInterrupt(), 130, "Stopped."),
         (KeyboardInterrupt("Stopped at step 7; go on with --resume."), 130, "Stopped at step 7; go on with --resume."),
         (ModuleNotFoundError(name="wandb"), 1, "This needs the Python package 'wandb', which is not installed."),
+        (
+            ModuleNotFoundError(name="starlette"),
+            1,
+            "This needs the Python package 'starlette', which is not installed: pip install 'keifu[serve]'.",
+        ),
         (MemoryError(), 1, "There is not enough memory; lower the batch, the context length or the model's size."),
     ],
 )

@@ -8,20 +8,22 @@ from pathlib import Path
 from keifu.errors import UserError, printable
 from keifu.files import cache
 
+# Packages of `keifu serve`, and the command that installs all of them.
+HINTS: dict[str, str] = dict.fromkeys(("starlette", "fastapi", "uvicorn", "llguidance"), ": pip install 'keifu[serve]'")
+
 
 def explain(error: Exception) -> str | None:
     """One sentence without line breaks; None where the error is keifu's own fault (see `fault`)."""
+    text = None
     match error:
         case UserError():
             text = str(error)
         case ModuleNotFoundError(name=str(name)) if not name.startswith("keifu"):
-            text = f"This needs the Python package {name!r}, which is not installed."
+            text = f"This needs the Python package {name!r}, which is not installed{HINTS.get(name, '')}."
         case OSError():
             text = _system(error)
         case MemoryError() | RuntimeError():
             text = _memory(error)
-        case _:
-            text = None
     return text and printable(re.sub(r"\s+", " ", text).strip())
 
 
