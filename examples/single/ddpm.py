@@ -1,7 +1,7 @@
 """DDPM (Ho, Jain and Abbeel, 2020) in one file: a U-Net that removes noise, and pictures drawn from noise.
 
 Run `python ddpm.py`. It learns to draw four shapes on 12 x 12 pixels and writes ddpm.png, one row for each shape.
-It needs torch alone and takes about two minutes on two cores. Guidance is from Ho and Salimans (2022).
+It needs torch alone and takes about 80 seconds on two cores. Guidance is from Ho and Salimans (2022).
 """
 
 import math
@@ -155,14 +155,14 @@ class DDPM(nn.Module):
 
 def shapes(count, size=12):
     """Draw `count` discs, squares, crosses and rings, with random centres and radii, from -1 to 1."""
-    label, radius = torch.randint(4, (count,)), 2 + 2 * torch.rand(count, 1, 1)
+    label, radius = torch.randint(4, (count,)), 3 + 2 * torch.rand(count, 1, 1)
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     down, right = (radius + (size - 1 - 2 * radius) * torch.rand(count, 1, 1) for _ in range(2))
     y, x = (rows - down).abs(), (columns - right).abs()
-    far = (y**2 + x**2).sqrt()
-    inside = [far < radius, torch.maximum(x, y) < radius, torch.minimum(x, y) < 1, (far - radius).abs() < 1]
-    inside[2] &= torch.maximum(x, y) < radius
-    picture = torch.stack(inside, 1)[torch.arange(count), label].float()
+    far, edge = (y**2 + x**2).sqrt(), torch.maximum(x, y)
+    cross = torch.maximum(torch.minimum(x, y) - 1, edge - radius)
+    outside = torch.stack([far - radius, edge - radius, cross, (far - radius).abs() - 1], 1)  # distances in pixels
+    picture = (0.5 - outside[torch.arange(count), label]).clamp(0, 1)
     return (2 * picture - 1)[:, None], label
 
 
@@ -176,7 +176,7 @@ def write_png(path, grey):
             file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
 
 
-def main(steps=1200, batch_size=64):
+def main(steps=1250, batch_size=32):
     """Train, draw eight pictures of each shape, and write them to ddpm.png."""
     torch.manual_seed(0)
     model = DDPM(Config())

@@ -38,7 +38,7 @@ SHORT = {  # arguments of `main` with which a file does everything in a few seco
 }  # fmt: skip
 
 WRITING = {"gpt2", "llama", "ddpm", "latent_diffusion"}  # whose results take seconds however short the training is
-PICTURES = {"ddpm": "ddpm.png", "latent_diffusion": "latent_diffusion.bmp"}
+PICTURES = {"ddpm": "ddpm.png", "latent_diffusion": "latent_diffusion.png"}
 
 
 @cache
@@ -113,6 +113,7 @@ def test_main_runs_to_its_result_with_torch_alone(names: set[str], torch_alone: 
     for name in sorted(names):
         program += [f"print('<{name}>')", f"import {name}", f"{name}.main(**{SHORT[name]})"]
     settings = {"PYTHONPATH": os.pathsep.join(map(str, (torch_alone, FOLDER))), "PYTHONDONTWRITEBYTECODE": "1"}
+    settings |= {"OMP_NUM_THREADS": "1"}  # a second thread would spin on a busy core
     command = [sys.executable, "-S", "-W", "ignore", "-c", "\n".join(program)]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
