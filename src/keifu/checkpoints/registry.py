@@ -74,7 +74,8 @@ class Family:
 
 # Networks with a folder of their own in a pipeline of diffusers, and such pipelines: what their published files are.
 _NETWORKS: tuple[str, ...] = (
-    "diffusion.autoencoder_kl", "diffusion.conditioned_unet", "unclip.prior", "unclip.decoder", "unclip.conditioning"
+    "diffusion.autoencoder_kl", "diffusion.conditioned_unet", "diffusion.sd3", "unclip.prior", "unclip.decoder",
+    "unclip.conditioning",
 )  # fmt: skip
 _PIPELINES = ("diffusion.latent_diffusion", "diffusion.dit", "unclip.unclip")
 _WITHOUT_TEXT = (
@@ -123,6 +124,7 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
     "diffusion.autoencoder_kl": ("AutoencoderKL", "keifu_autoencoder_kl"),
     "diffusion.conditioned_unet": ("UNet2DConditionModel", "keifu_conditioned_unet"),
     "diffusion.dit": ("DiTPipeline", "keifu_dit"),
+    "diffusion.sd3": ("SD3Transformer2DModel", "keifu_sd3"),
     "unclip.prior": ("PriorTransformer", "keifu_unclip_prior"),
     "unclip.decoder": ("UNet2DConditionModel/simple", "keifu_unclip_decoder"),
     "unclip.conditioning": ("UnCLIPTextProjModel", "keifu_unclip_conditions"),

@@ -39,8 +39,8 @@ class TimestepSinusoids(nn.Module):
 class TimeEmbedding(nn.Module):
     """linear2(swish(linear1(table(number)))): the number is a timestep, or another one that is given in the same way.
 
-    `table` turns it into `dim` numbers: sinusoids, or an `nn.Embedding` where they are learned. `out_dim` is `time_dim`
-    where it is None.
+    `table` turns it into `dim` numbers: sinusoids, or an `nn.Embedding` where they are learned; `nn.Identity` where an
+    embedding is given. `out_dim` is `time_dim` where it is None.
     """
 
     def __init__(self, table: nn.Module, dim: int, time_dim: int, out_dim: int | None = None):
@@ -48,5 +48,5 @@ class TimeEmbedding(nn.Module):
         self.table = table
         self.linear1, self.linear2 = Linear(dim, time_dim), Linear(time_dim, out_dim or time_dim)
 
-    def forward(self, number: Num[Tensor, " batch"]) -> Float[Tensor, "batch out_dim"]:
+    def forward(self, number: Num[Tensor, "batch *dim"]) -> Float[Tensor, "batch out_dim"]:
         return self.linear2(F.silu(self.linear1(self.table(number).to(self.linear1.weight.dtype))))

@@ -180,25 +180,32 @@ class DiffusionTransformer(nn.Module):
         hidden = self.patches(x.to(dtype))
         rows, columns = hidden.shape[2:]
         hidden = hidden.flatten(2).mT
-        hidden = hidden + patch_positions(rows, columns, self.config, x.device).to(dtype)
+        trained = self.config.size // patch
+        hidden = hidden + patch_positions(rows, columns, trained, self.config.dim, x.device).to(dtype)
         conditions = [condition(timestep, label) for condition in self.conditions]
         for block, condition in zip(self.blocks, conditions, strict=True):
             hidden = block(hidden, condition=condition)
         shift, scale = self.modulation(F.silu(conditions[0]))[:, None].chunk(2, -1)
         output = self.last(modulate(self.norm(hidden), shift, scale))
-        output = output.unflatten(-1, (patch, patch, -1)).unflatten(1, (rows, columns))
-        return output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).to(x.dtype)
+        return from_patches(output, rows, columns, patch).to(x.dtype)
+
+
+def from_patches(
+    output: Float[Tensor, "batch length numbers"], rows: int, columns: int, patch: int
+) -> Float[Tensor, "batch out_channels new_height new_width"]:
+    """Put patches, each of patch · patch places with their channels, into pictures."""
+    output = output.unflatten(-1, (patch, patch, -1)).unflatten(1, (rows, columns))
+    return output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def patch_positions(
-    rows: int, columns: int, config: TransformerConfig, device: torch.device
+    rows: int, columns: int, trained: int, dim: int, device: torch.device
 ) -> Float[Tensor, "length dim"]:
-    """Return sinusoids of each patch's column, then of its row. A picture of another size than the training's is
-    stretched over the same positions."""
-    trained = config.size // config.patch_size
+    """Return sinusoids of each patch's column, then of its row. Another number of patches than the `trained` of a side
+    is stretched over the same positions."""
     sides = (torch.arange(n, dtype=torch.float32, device=device) / (n / trained) for n in (rows, columns))
     axes = torch.meshgrid(*sides, indexing="ij")
-    return torch.cat([sinusoids(axis.flatten(), config.dim // 2, interleaved=False) for axis in axes[::-1]], -1)
+    return torch.cat([sinusoids(axis.flatten(), dim // 2, interleaved=False) for axis in axes[::-1]], -1)
 
 
 def _block(config: TransformerConfig) -> AdaptiveNormZero:
