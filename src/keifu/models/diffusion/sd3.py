@@ -115,7 +115,7 @@ class JointBlock(nn.Module):
         self.feedforward = FeedForward(dim, 4 * dim, gelu_tanh)
         self.text_feedforward = None if last else FeedForward(dim, 4 * dim, gelu_tanh)
         if last:
-            self.text_attention.out = nn.Identity()
+            self.text_attention.add_module("out", nn.Identity())
 
     def forward(self, x: Picture, context: Text, condition: Condition) -> tuple[Picture, Text]:
         condition, normed = F.silu(condition)[:, None], self.norm(x)
@@ -224,7 +224,8 @@ _NAMED = {
     "n_heads": "num_attention_heads", "head_dim": "attention_head_dim", "n_layers": "num_layers",
     "text_dim": "joint_attention_dim", "pooled_dim": "pooled_projection_dim", "positions": "pos_embed_max_size",
 }  # fmt: skip
-FIELDS: hf.Fields = {ours: hf.Field(theirs, vars(Config())[ours]) for ours, theirs in _NAMED.items()} | {
+FIELDS: hf.Fields = {
+    **{ours: hf.Field(theirs, vars(Config())[ours]) for ours, theirs in _NAMED.items()},
     "dual_layers": hf.Field("dual_attention_layers", (), tuple, list),
     "qk_norm": hf.choice("qk_norm", {None: False, "rms_norm": True}),
 }
