@@ -6,11 +6,13 @@ is marked `slow`, unless no other test goes that way; beyond `MOST` seconds it f
 """
 
 import gc
+import inspect
 import io
 import os
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from atexit import register
 from collections import Counter
@@ -25,6 +27,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process of the tests wo
 sys.dont_write_bytecode = False
 
 from pathlib import Path  # noqa: E402 (the environment must be set before)
+from typing import Any  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -42,11 +45,15 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from keifu.data.catalogue import pip_download  # noqa: E402
 from keifu.evaluation.plots import decision_boundary  # noqa: E402
 from keifu.native import library  # noqa: E402
 from keifu.native.build import Unavailable  # noqa: E402
 from keifu.threads import follow_load  # noqa: E402
+from keifu.training.hardware import cost  # noqa: E402
+from keifu.training.protocols import Batch  # noqa: E402
 from keifu.training.run import report as run_report  # noqa: E402
+from keifu.training.trainer import Trainer  # noqa: E402
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # beside other processes of the tests, one each
 follow_load()  # tests beside other programs, or beside each other, would wait for cores most of the time
@@ -116,6 +123,60 @@ def _draw_boundaries() -> Iterator[Callable[..., bytes]]:
 def drawn_boundaries(_draw_boundaries: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw the decision boundaries of runs."""
     monkeypatch.setattr(decision_boundary, "strip", _draw_boundaries)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def timed_passes() -> Iterator[Callable[..., tuple[float, float, int]]]:
+    """Neither time a backward pass nor count its FLOPs before a run, which takes as long as the steps of a small one;
+    tests of training put back what this fixture gives."""
+    original = cost._timed
+
+    def forward_only(trainer: Trainer, batch: Batch, rows: int) -> tuple[float, float, int]:
+        start = time.perf_counter()
+        with torch.no_grad():
+            units = float(cost.forward(trainer, cost.first_rows(batch, rows)).weight)
+        return 3 * (time.perf_counter() - start), units, 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "_timed", forward_only)
+        yield original
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_classes_once() -> Iterator[None]:
+    """Find the source of a class once: each parsing of a command line asks for that of its options again."""
+    original, known = inspect.findsource, dict[type, Any]()
+
+    def findsource(item: Any) -> Any:
+        if not inspect.isclass(item):
+            return original(item)
+        if item not in known:
+            known[item] = original(item)
+        return known[item]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "findsource", findsource)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """Download each archive once for all tests, many of which begin with an empty cache; tests of pip ask for this
+    fixture, which is the download itself."""
+    base, original = tmp_path_factory.getbasetemp(), pip_download.download
+    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "downloads"
+    kept.mkdir(exist_ok=True)
+
+    def download(package: str, version: str, file: str, size: int, sha256: str, folder: Path) -> Path:
+        copy = kept / sha256
+        if not copy.exists():
+            unfinished = shutil.copy(original(package, version, file, size, sha256, folder), f"{copy}-{os.getpid()}")
+            os.replace(unfinished, copy)
+        return Path(shutil.copy(copy, folder / file))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pip_download, "download", download)
+        yield original
 
 
 @pytest.fixture(scope="session", autouse=True)

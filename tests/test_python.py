@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 import keifu
+from keifu import interface
 from keifu.data.own_batches import OwnBatches
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
@@ -104,9 +106,14 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "runs/mine/report.html").exists()
 
 
+LOADED_ONCE = cache(keifu.load)
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_in_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a saved model is half a gigabyte
+    for module in (keifu, interface):  # which load the same model
+        monkeypatch.setattr(module, "load", LOADED_ONCE)
     failed, tried = doctest.testmod(import_module(name))
     assert tried and not failed
 

@@ -106,7 +106,7 @@ def device_name(device: "torch.device") -> str:
 
 
 def same_kind(one: str, other: str) -> bool:
-    """Whether two names of `device_name` are of devices of one kind, whose results are bitwise the same."""
+    """Return whether two names of `device_name` are of devices of one kind, whose results are bitwise the same."""
     return re.sub(KIND, "", one) == re.sub(KIND, "", other)
 
 
@@ -115,8 +115,8 @@ def processor(field: str) -> str:
     """Return a field of Linux's /proc/cpuinfo; empty on other systems."""
     source = Path("/proc/cpuinfo")
     text = source.read_text() if source.exists() else ""
-    found = re.search(rf"^(?:{field})\s*:(.*)$", text, re.MULTILINE)
-    return found[1].strip() if found else ""
+    match = re.search(rf"^(?:{field})\s*:(.*)$", text, re.MULTILINE)
+    return match[1].strip() if match else ""
 
 
 def processor_name() -> str:
@@ -125,7 +125,7 @@ def processor_name() -> str:
 
 
 def has_bfloat16(device: "torch.device") -> bool:
-    """Whether the device multiplies bfloat16 matrices natively, not emulated in float32."""
+    """Return whether the device multiplies bfloat16 matrices natively, not emulated in float32."""
     import torch
 
     if device.type == "cuda":

@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 def printable(text: str) -> str:
     """Return a text without characters that tell a terminal something: names in files may hold any."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def shell(*words: object) -> str:

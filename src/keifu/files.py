@@ -82,8 +82,8 @@ def write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
     except SafetensorError as error:  # its text carries the system's error number
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
+        match = re.search(r"os error (\d+)", str(error))
+        number = int(match[1]) if match else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
     path.chmod(mode)
 
@@ -127,12 +127,12 @@ def read_text(path: Path) -> str:
 def parse_json(text: str | bytes, name: Any) -> Any:
     """Parse JSON; `name` is the file's in errors. Text that is not JSON, or is nested too deeply, is a `UserError`."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise UserError(f"{name} is nested more than {DEEPEST} deep.") from None
     except ValueError as error:
         raise UserError(f"{name} is not JSON: {str(error).rstrip('.')}.") from error
-    return _within_limits(found, name, text)
+    return _within_limits(value, name, text)
 
 
 def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
@@ -180,7 +180,7 @@ def _within_limits(content: Any, name: Any, text: str | bytes) -> Any:
 
 
 def check_pattern(pattern: str, name: str) -> None:
-    """Refuses a regular expression of someone else that could take forever: a repeated group that holds a repetition or
+    """Refuse a regular expression of someone else that could take forever: a repeated group that holds a repetition or
     alternatives, and one that is longer than any in use."""
     plain = re.sub(r"\[(?:\\.|[^\]\\])*\]", "x", re.sub(r"\\[pP]\{[^}]*\}|\\.", "x", pattern))
     groups = [False]
@@ -227,7 +227,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def check_output(path: Path, option: str, folder: bool) -> None:
-    """Refuses a place where no file, or no folder, could be written: before the work, not after it."""
+    """Refuse a place where no file, or no folder, could be written: before the work, not after it."""
     if path.exists() and path.is_dir() != folder:
         kinds = ("file", "folder") if folder else ("folder", "file")
         raise UserError(f"{option} {path} is a {kinds[0]}, and a {kinds[1]} is to be written: give another name.")
@@ -254,11 +254,11 @@ def packaged(folder: str) -> Path:
 
 def neighbours(path: Path, pattern: str = "*") -> list[str]:
     """Return the files next to a path that is missing, to suggest the nearest name."""
-    return [str(each) for each in path.parent.glob(pattern)]
+    return [str(file) for file in path.parent.glob(pattern)]
 
 
 def hidden(path: Path) -> bool:
-    """Whether a file, or a folder on the way to it, has a name that begins with a dot."""
+    """Return whether a file, or a folder on the way to it, has a name that begins with a dot."""
     return any(part.startswith(".") for part in path.parts)
 
 

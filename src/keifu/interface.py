@@ -124,10 +124,10 @@ def _train_by_name(
         require_known(f"option of the recipe {name}", option, [field.name for field in fields(kind)])
     directory = Path(out or Path("runs") / Path(name).stem)
     if resume:
-        found = resuming.stored(name, module, directory)
+        stored_run = resuming.stored(name, module, directory)
         words = [f"--{option.replace('_', '-')}" for option in options]
-        usual = found.usual(words) if found else kind()
-        resuming.go_on(found, module, type(usual)(**{**vars(usual), **options}), directory)
+        usual = stored_run.usual(words) if stored_run else kind()
+        resuming.go_on(stored_run, module, type(usual)(**{**vars(usual), **options}), directory)
         return directory
     recipe = kind(**options)
     flags.check_ranges(kind, to_json(recipe))

@@ -64,9 +64,9 @@ def landmarks(language: str = "en") -> list[Landmark]:
 
 def page(language: str = "en") -> str:
     """Return the offline page: a drawing of who came from whom, then a part for each landmark with its picture."""
-    found, words = landmarks(language), WORDS[language]
-    parts = "\n".join(_part(each, words) for each in found)
-    body = f"<h1>keifu <span lang='ja'>系譜</span>: {words['title']}</h1>\n{drawing(found, words['drawing'])}{parts}"
+    shown, words = landmarks(language), WORDS[language]
+    parts = "\n".join(_part(entry, words) for entry in shown)
+    body = f"<h1>keifu <span lang='ja'>系譜</span>: {words['title']}</h1>\n{drawing(shown, words['drawing'])}{parts}"
     return (
         f'<!doctype html>\n<html lang="{language}"><head><meta charset="utf-8"><title>keifu: {words["title"]}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
@@ -91,12 +91,13 @@ def style() -> str:
     return (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8") + STYLE
 
 
-def drawing(found: list[Landmark], label: str) -> str:
+def drawing(shown: list[Landmark], label: str) -> str:
     """Return an SVG: a box for each landmark, a line down for each, and arrows from those it came from."""
-    boxes = "".join(_box(each, *corner(row, each.lane)) for row, each in enumerate(found))
-    arrows = "".join(f'<path d="M{_path(points)}" marker-end="url(#head)"/>' for points in routes(found))
-    width = 2 * MARGIN + ACROSS * max(each.lane for each in found) + WIDTH
-    height = 2 * MARGIN + DOWN * (len(found) - 1) + HEIGHT
+    boxes = "".join(_box(entry, *corner(row, entry.lane)) for row, entry in enumerate(shown))
+    paths = ("L".join(f"{x} {y}" for x, y in points) for points in routes(shown))
+    arrows = "".join(f'<path d="M{path}" marker-end="url(#head)"/>' for path in paths)
+    width = 2 * MARGIN + ACROSS * max(entry.lane for entry in shown) + WIDTH
+    height = 2 * MARGIN + DOWN * (len(shown) - 1) + HEIGHT
     return (
         f'<div class="drawing"><svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{label}">'
         f"<defs>{HEAD}</defs>{arrows}{boxes}</svg></div>\n"
@@ -108,32 +109,28 @@ def corner(row: int, lane: int) -> tuple[int, int]:
     return MARGIN + lane * ACROSS, MARGIN + row * DOWN
 
 
-def _box(each: Landmark, x: int, y: int) -> str:
-    text = escape(f"{each.year} {each.title}")
+def _box(entry: Landmark, x: int, y: int) -> str:
+    text = escape(f"{entry.year} {entry.title}")
     frame = f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5"/>'
-    return f'<a href="#{each.name}">{frame}<text x="{x + 9}" y="{y + 20}">{text}</text></a>'
+    return f'<a href="#{entry.name}">{frame}<text x="{x + 9}" y="{y + 20}">{text}</text></a>'
 
 
-def _path(points: list[tuple[int, int]]) -> str:
-    return "L".join(f"{x} {y}" for x, y in points)
-
-
-def routes(found: list[Landmark]) -> list[list[tuple[int, int]]]:
+def routes(shown: list[Landmark]) -> list[list[tuple[int, int]]]:
     """Return the corners of each arrow, from a parent's foot to a child's head: through no box, and along no other.
 
     A row has one box, so that an arrow may go sideways between two rows. It goes down in the column of the child or of
     the parent if no box is in its way there, else between two columns.
     """
-    rows = {each.name: row for row, each in enumerate(found)}
-    between = dict.fromkeys(range(-1, 1 + max(each.lane for each in found)), 0)  # lines so far right of each column
+    rows = {entry.name: row for row, entry in enumerate(shown)}
+    between = dict.fromkeys(range(-1, 1 + max(entry.lane for entry in shown)), 0)  # lines so far right of each column
     arrows = []
-    for row, child in enumerate(found):
-        for number, name in enumerate(sorted(child.parents, key=lambda name: found[rows[name]].lane)):
-            parent = found[rows[name]]
+    for row, child in enumerate(shown):
+        for number, name in enumerate(sorted(child.parents, key=lambda name: shown[rows[name]].lane)):
+            parent = shown[rows[name]]
             left, top = corner(row, child.lane)
             x2 = left + WIDTH // 2 + 24 * number - 12 * (len(child.parents) - 1)
             x1, y1 = corner(rows[name], parent.lane)
-            passed = {each.lane for each in found[rows[name] + 1 : row]}
+            passed = {entry.lane for entry in shown[rows[name] + 1 : row]}
             aside = (child.lane > parent.lane) - (child.lane < parent.lane)
             x1 += WIDTH // 2 + EXIT * (aside or 1)
             if child.lane not in passed:
@@ -150,14 +147,14 @@ def routes(found: list[Landmark]) -> list[list[tuple[int, int]]]:
     return arrows
 
 
-def _part(each: Landmark, words: dict[str, str]) -> str:
-    file = packaged("docs") / "pictures" / each.picture
+def _part(entry: Landmark, words: dict[str, str]) -> str:
+    file = packaged("docs") / "pictures" / entry.picture
     picture = f"{PICTURES[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
-    rows = {"here": each.result, "baseline": each.baseline, "published": each.published, "results": each.section}
+    rows = {"here": entry.result, "baseline": entry.baseline, "published": entry.published, "results": entry.section}
     cells = "".join(f"<tr><th>{words[name]}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
-    cells += f"<tr><th>{words['repeat']}</th><td><code>{escape(each.command)}</code></td></tr>"
+    cells += f"<tr><th>{words['repeat']}</th><td><code>{escape(entry.command)}</code></td></tr>"
     return (
-        f'<section id="{each.name}"><h2>{each.year} · {escape(each.title)} ({escape(each.authors)})</h2>\n'
-        f'<p>{escape(each.new)}</p>\n<p><img alt="{escape(each.section or each.title)}" src="data:{picture}"></p>\n'
+        f'<section id="{entry.name}"><h2>{entry.year} · {escape(entry.title)} ({escape(entry.authors)})</h2>\n'
+        f'<p>{escape(entry.new)}</p>\n<p><img alt="{escape(entry.section or entry.title)}" src="data:{picture}"></p>\n'
         f'<table class="pairs">{cells}</table></section>'
     )

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 class KeifuLM(LM):
     """A causal model with its tokenizer, or what `keifu.load` takes for one.
 
-    batch_size: the most prompts in a pass; unset, or "auto", as many as fill it. device: where the model is put.
+    batch_size: most prompts in a pass; unset or "auto": chosen by their length. device: device of the model.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class KeifuLM(LM):
         device: str | None = None, max_batch_size: int | None = None,
     ):  # fmt: skip
         super().__init__()
-        loaded, own = load(model) if isinstance(model, str) else (model, tokenizer)
-        if (tokenizer := tokenizer or own) is None:
+        loaded, reader = load(model) if isinstance(model, str) else (model, tokenizer)
+        if (tokenizer := tokenizer or reader) is None:
             raise UserError("This model has no tokenizer, so it cannot read a text: give one with it.")
         self.model = loaded if device is None else loaded.to(device)
         self.tokenizer, self.name = tokenizer, model if isinstance(model, str) else type(model).__name__
@@ -59,10 +59,10 @@ class KeifuLM(LM):
         """Return ln P of each continuation after its context, and whether greedy decoding would generate it."""
         texts = [request.args for request in requests]
         pairs = [self._cut(pair) for pair in likelihood.join_tokens(self.tokenizer, texts, allow_special=True)]
-        found = [(each.total, each.greedy) for each in self._likelihoods(pairs)]
-        for text, answer in zip(texts, found, strict=True):
+        answers = [(score.total, score.greedy) for score in self._likelihoods(pairs)]
+        for text, answer in zip(texts, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", text, answer)
-        return found
+        return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return ln P of each whole text, in windows as long as the context that each begin with the last one's last
@@ -73,8 +73,8 @@ class KeifuLM(LM):
         for ids in self.tokenizer.encode_batch(texts, allow_special=True):
             parts = get_rolling_token_windows(likelihood.open_prefixes(front, ids), begin, self.context, 1)
             windows.append([likelihood.ScoredPair(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, parts)])
-        found = iter(self._likelihoods([pair for window in windows for pair in window]))
-        totals = [sum(next(found).total for _ in window) for window in windows]
+        scores = iter(self._likelihoods([pair for window in windows for pair in window]))
+        totals = [sum(next(scores).total for _ in window) for window in windows]
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
@@ -91,9 +91,9 @@ class KeifuLM(LM):
         ]
         with counting("lm-eval, writing", len(prompts), "prompts") as progress:
             done = generate_batch(self.model, self.tokenizer, prompts, settings, self.batch_size or 32, progress)
-        for args, each in zip(asked, done, strict=True):
-            self.cache_hook.add_partial("generate_until", args, each.text)
-        return [each.text for each in done]
+        for args, answer in zip(asked, done, strict=True):
+            self.cache_hook.add_partial("generate_until", args, answer.text)
+        return [answer.text for answer in done]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render the conversation with the tokenizer's template."""
@@ -142,7 +142,7 @@ class KeifuLM(LM):
 def _sampling(given: dict[str, Any], seed: int) -> SamplingParams:
     """Convert a task's settings; greedy, unless the task samples. Settings such as beams are refused if they matter."""
     until = given.get("until") or ()
-    stop = (until,) if isinstance(until, str) else tuple(each for each in until if each)
+    stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
     if given.get("num_beams", 1) != 1:
         raise UserError(
             f"num_beams is {given['num_beams']}, and keifu decodes greedily or by sampling here: leave it out."

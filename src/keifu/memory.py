@@ -48,16 +48,16 @@ class _MemoryStatus(ctypes.Structure):
 
 
 def _windows() -> int:
-    """Bytes of available memory on Windows."""
+    """Return the bytes of available memory on Windows."""
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
     if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # pyright: ignore[reportAttributeAccessIssue]
         raise ctypes.WinError()  # pyright: ignore[reportAttributeAccessIssue]
     return status.available
 
 
-def container(groups: Path = GROUPS, own: Path = OWN_GROUP) -> list[int]:
+def container(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> list[int]:
     """Bytes left by each control group (version 2, version 1) that has a limit; droppable caches count as free."""
-    limits = [(group, "memory.max", "memory.current", "inactive_file") for group in control_groups(groups, own)]
+    limits = [(group, "memory.max", "memory.current", "inactive_file") for group in control_groups(groups, own_group)]
     limits.append((groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
     return [left for limit in limits if (left := _left(*limit)) is not None]
 
@@ -106,7 +106,7 @@ _keeping: list[torch.device] = []  # one for each `keep_freed` that the process 
 
 
 def reuse_freed() -> None:
-    """Lets glibc keep what is freed in pieces of up to 32 MB, 64 MB in all, for what is allocated next: the most that
+    """Let glibc keep what is freed in pieces of up to 32 MB, 64 MB in all, for what is allocated next: the most that
     its thresholds come to by themselves. Else each token's logits of a batch begin as new pages."""
     if not _keeping and (glibc := _glibc()):
         glibc.mallopt(MMAP_THRESHOLD, 2**25)
@@ -120,7 +120,7 @@ def _glibc() -> Any:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second at which a device reads memory: sums of numbers too many for any cache."""
+    """Return the bytes a second at which a device reads memory: sums of numbers too many for any cache."""
     parts = [torch.ones(1 << 25, device=device) for _ in range(8)]  # 1 GiB
     best = float("inf")
     for _ in range(4):

@@ -203,14 +203,14 @@ class Processes:
         """
         if self.data_size == 1:
             return batch
-        found = {}
+        whole = {}
         for name, tensor in batch.items():
             longest = max(self.counts(tensor.mT)) if tensor.dim() == 2 else 0
             more = (0, longest - tensor.shape[1]) if tensor.dim() == 2 else (0, 0)
             padded = F.pad(tensor, more, value=padding.get(name, 0))
             rows = self.gather_rows(padded.byte() if tensor.dtype == torch.bool else padded)
-            found[name] = rows.to(tensor.dtype)
-        return found
+            whole[name] = rows.to(tensor.dtype)
+        return whole
 
 
 _processes = Processes()
@@ -223,7 +223,7 @@ def current() -> Processes:
 
 @contextmanager
 def use(processes: Processes) -> Iterator[None]:
-    """Make this process one of several in this block."""
+    """Make `processes` the current group inside a block."""
     global _processes
     before = _processes
     _processes = processes
@@ -235,9 +235,9 @@ def use(processes: Processes) -> Iterator[None]:
 
 def of_all(tensor: Tensor, world: int, group: Any = None) -> list[Tensor]:
     """Return the same tensor of every rank of a group, in their order; all have one shape."""
-    found = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world)]
-    distributed.all_gather(found, tensor.contiguous(), group=group)
-    return found
+    gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world)]
+    distributed.all_gather(gathered, tensor.contiguous(), group=group)
+    return gathered
 
 
 BUCKET = 2**24  # elements that are exchanged at a time
@@ -263,7 +263,7 @@ def sum_in_order(tensors: Sequence[Tensor], world: int, group: Any = None) -> No
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one type, together about `BUCKET` elements."""
+    """Yield the tensors of one type, together about `BUCKET` elements."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         bucket, filled = [], 0
         for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):

@@ -80,13 +80,13 @@ def range_of(hint: Any) -> Range | None:
     """Return the range in a type such as `Count | None` or `tuple[Count, ...]`; None if it has none."""
     if isinstance(hint, Range):
         return hint
-    return next((found for inner in get_args(hint) if (found := range_of(inner))), None)
+    return next((limits for inner in get_args(hint) if (limits := range_of(inner))), None)
 
 
 @cache
 def _ranges(kind: type) -> dict[str, Range]:
     hints = get_type_hints(kind, include_extras=True)
-    return {name: found for name, hint in hints.items() if (found := range_of(hint))}
+    return {name: limits for name, hint in hints.items() if (limits := range_of(hint))}
 
 
 def check(settings: Any, label: Callable[[str], str] = str) -> None:
@@ -106,6 +106,6 @@ def _numbers(value: Any) -> Iterator[Any]:
     if not isinstance(value, (tuple, list)):
         yield value
         return
-    for each in value:
-        if not isinstance(each, str):
-            yield from _numbers(each)
+    for item in value:
+        if not isinstance(item, str):
+            yield from _numbers(item)

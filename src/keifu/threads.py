@@ -38,7 +38,7 @@ _started = threading.Lock()  # taken by the first call, and kept
 
 
 def follow_load() -> None:
-    """Lets this process follow the load of the machine from now on: a thread looks at it four times a second.
+    """Let this process follow the load of the machine from now on: a thread looks at it four times a second.
 
     It may be called often. Where a variable of the environment says how threads wait, or how many there are, it stays.
     """
@@ -55,12 +55,12 @@ def on_threads(count: int) -> Iterator[None]:
     """Compute on `count` threads in a block."""
     import torch
 
-    own = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(own)
+        torch.set_num_threads(before)
 
 
 @dataclass
@@ -74,15 +74,15 @@ class Placement:
     held: frozenset[int] | None = None
     since: float = math.inf  # when readings began to ask for a change
 
-    def read(self, now: float, busy: Mapping[int, float], own: float) -> bool:
+    def read(self, now: float, busy: Mapping[int, float], used: float) -> bool:
         """Whether the cores change: `now` in seconds, `busy` the share of time that each core was used by anyone, and
         `own` the cores that this process used."""
-        if self.held and own < UNUSED:  # it holds nothing while it waits for work
+        if self.held and used < UNUSED:  # it holds nothing while it waits for work
             self.held, self.since = None, math.inf
             return True
-        others = max(0.0, math.fsum(busy.values()) - own)
+        others = max(0.0, math.fsum(busy.values()) - used)
         wanted = max(1, len(self.cores) - max(1, round(others)))
-        if not self._asks(busy, own, others, wanted):
+        if not self._asks(busy, used, others, wanted):
             self.since = math.inf
             return False
         self.since = min(self.since, now)
@@ -93,19 +93,19 @@ class Placement:
             self.held = None
         else:
             shares = (
-                {core: busy[core] - (own / len(self.held) if core in self.held else 0.0) for core in busy}
+                {core: busy[core] - (used / len(self.held) if core in self.held else 0.0) for core in busy}
                 if self.held
                 else dict.fromkeys(self.cores, 0.0)
             )
             self.held = frozenset(sorted(self.cores, key=lambda core: (shares[core] > TAKEN, random.random()))[:wanted])
         return True
 
-    def _asks(self, busy: Mapping[int, float], own: float, others: float, wanted: int) -> bool:
-        """Whether a reading asks for other cores than those of now."""
+    def _asks(self, busy: Mapping[int, float], used: float, others: float, wanted: int) -> bool:
+        """Return whether a reading asks for other cores than those of now."""
         if self.held is None:
             full = math.fsum(busy.values()) > len(self.cores) - FULL
-            return len(self.cores) > 1 and full and others > TAKEN and own > IDLE
-        disturbed = math.fsum(busy[core] for core in self.held) - own > TAKEN
+            return len(self.cores) > 1 and full and others > TAKEN and used > IDLE
+        disturbed = math.fsum(busy[core] for core in self.held) - used > TAKEN
         elsewhere = min((busy[core] for core in self.cores - self.held), default=1.0) < FREE
         return others < FREE or wanted != len(self.held) or (disturbed and elsewhere)
 
@@ -154,12 +154,12 @@ def _watch() -> None:
 
 
 def _clocks() -> tuple[float, float, dict[int, float]]:
-    """Seconds that have passed, that this process computed, and that each core did."""
+    """Return the seconds that have passed, that this process computed, and that each core did."""
     return time.perf_counter(), time.process_time(), used()
 
 
 def used(statistics: Path = STATISTICS) -> dict[int, float]:
-    """Seconds so far that each core was used, by anyone of a priority that competes with this process."""
+    """Return the seconds so far that each core was used, by anyone of a priority that competes with this process."""
     fields = [line.split() for line in statistics.read_text().splitlines() if line[:3] == "cpu" and line[3].isdigit()]
     lower = os.nice(0) > 0  # the second number is of lower priorities, which give way to others
     ticks = {int(row[0][3:]): [int(field) for field in row[1:8]] for row in fields}
@@ -194,19 +194,19 @@ def _limit(share: float) -> None:
         torch.set_num_threads(math.ceil(share))
 
 
-def control_groups(groups: Path = GROUPS, own: Path = OWN_GROUP) -> list[Path]:
+def control_groups(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> list[Path]:
     """Return the folders of this process's control group (version 2) and of those above it, which all limit it."""
-    lines = own.read_text().splitlines() if own.exists() else []
+    lines = own_group.read_text().splitlines() if own_group.exists() else []
     group = next((groups / line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")), groups)
     return [folder for folder in (group, *group.parents) if folder.is_relative_to(groups)]
 
 
-def quota(groups: Path = GROUPS, own: Path = OWN_GROUP) -> float:
+def quota(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> float:
     """Return the cores that control groups let this process use: the strictest of its own and those above; ∞ without
     one."""
-    limits = [control_group / "cpu.max" for control_group in control_groups(groups, own)]
-    found = [limit.read_text().split() for limit in limits if limit.exists()]  # version 2: "200000 100000", or "max …"
+    limits = [control_group / "cpu.max" for control_group in control_groups(groups, own_group)]
+    quotas = [limit.read_text().split() for limit in limits if limit.exists()]  # version 2: "200000 100000", or "max …"
     first = groups / "cpu/cpu.cfs_quota_us"  # version 1, with -1 for no limit
     if first.exists():
-        found.append([first.read_text().strip(), first.with_name("cpu.cfs_period_us").read_text().strip()])
-    return min((int(most) / int(period) for most, period in found if most not in ("max", "-1")), default=math.inf)
+        quotas.append([first.read_text().strip(), first.with_name("cpu.cfs_period_us").read_text().strip()])
+    return min((int(most) / int(period) for most, period in quotas if most not in ("max", "-1")), default=math.inf)

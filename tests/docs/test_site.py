@@ -1,4 +1,4 @@
-"""The site is built without a warning, in both languages; every link in it leads somewhere, and nothing is fetched."""
+"""Every link of a page leads to a file; the site (slow) is built without a warning, and nothing is fetched."""
 
 import importlib.util
 import json
@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -73,19 +73,26 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+built = pytest.mark.slow  # the site is built, as by `make docs`, which also refuses dead links and anchors
+
+
+@built
 def test_every_link_leads_to_a_file_and_an_anchor(site: Path) -> None:
     assert [*dead_links(site)] == []
 
 
+@built
 def test_nothing_is_fetched_from_another_machine(site: Path) -> None:
     assert fetched(site) == []
 
 
+@built
 def test_formulas_are_set_without_a_script(site: Path) -> None:
     texts = [path.read_text(encoding="utf-8") for path in site.rglob("*.html")]
     assert not any('class="arithmatex"' in text for text in texts)
 
 
+@built
 def test_each_page_is_there_in_both_languages(site: Path) -> None:
     pages = {path.relative_to(site) for path in site.rglob("*.html")} - {Path("404.html")}
     japanese = {path for path in pages if path.parts[0] == "ja"}
@@ -93,6 +100,7 @@ def test_each_page_is_there_in_both_languages(site: Path) -> None:
     assert 'lang="ja"' in (site / "ja/index.html").read_text(encoding="utf-8")
 
 
+@built
 @pytest.mark.parametrize("folder", ["", "ja"])
 def test_search_finds_pages_of_one_language(site: Path, folder: str) -> None:
     text = (site / folder / "search/search_index.json").read_text(encoding="utf-8")
@@ -108,6 +116,7 @@ def test_search_finds_pages_of_one_language(site: Path, folder: str) -> None:
     assert max(map(len, helps), default=0) < 6000
 
 
+@built
 @pytest.mark.parametrize("name", ["index.html", "lineage/gpt2.html"])
 def test_a_japanese_page_searches_from_its_folder(site: Path, name: str) -> None:
     for folder in ("", "ja"):
@@ -116,6 +125,7 @@ def test_a_japanese_page_searches_from_its_folder(site: Path, name: str) -> None
         assert (page.parent / base).resolve() == (site / folder).resolve()
 
 
+@built
 def test_titles_in_the_sidebar_are_short(site: Path) -> None:
     for folder, most in (("", 34), ("ja", 26)):
         for section in ("guides", "lineage", "parts", "extending", "reference"):
@@ -126,6 +136,7 @@ def test_titles_in_the_sidebar_are_short(site: Path) -> None:
             assert [title for title in titles if len(title) > most] == []
 
 
+@built
 def test_the_list_of_recipes_is_aligned(site: Path) -> None:
     page = (site / "reference/verbs.html").read_text(encoding="utf-8")
     block = re.sub(r"<[^>]+>", "", page.partition('id="train"')[2].partition("</code>")[0])
@@ -135,12 +146,34 @@ def test_the_list_of_recipes_is_aligned(site: Path) -> None:
     assert starts == {len("latent-diffusion")}
 
 
+@built
 @pytest.mark.parametrize("folder", ["", "ja"])
 def test_the_catalogue_is_in_the_site(site: Path, folder: str) -> None:
     page = (site / folder / "reference/catalogue.html").read_text(encoding="utf-8")
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)]
     assert {"smollm2", "mnist", "fashion-mnist", "openmoji"} <= {row[0] for row in rows if row}
     assert all(len(row) == 5 for row in rows if row)
+
+
+CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+
+
+def files_missing(pages: Iterable[Path]) -> Iterator[str]:
+    """Links of pages, before the site is built, whose file is not there."""
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", page.read_text(encoding="utf-8"))):
+            if not outside(link) and not (page.parent / unquote(urldefrag(link).url)).exists():
+                yield f"{page.name}: {link}"
+
+
+def test_every_link_of_a_page_leads_to_a_file() -> None:
+    pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
+    assert len(pages) > 100 and [*files_missing(pages)] == []
+
+
+def test_a_link_to_no_file_would_be_seen(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("[x](b.md) [y](a.md#z) `[z](c.md)` [w](https://example.org/d.md)\n")
+    assert [*files_missing([tmp_path / "a.md"])] == ["a.md: b.md"]
 
 
 @pytest.mark.parametrize(

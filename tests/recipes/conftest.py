@@ -1,5 +1,6 @@
 """What the tests of recipes share; those that read captions have drawings and a small CLIP of them."""
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -18,8 +20,23 @@ from toy_recordings import tones  # noqa: E402
 
 from keifu import checkpoints  # noqa: E402
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
+from keifu.evaluation.classification.metrics import Confusion  # noqa: E402
 from keifu.models import bert, gpt1, llama  # noqa: E402
+from keifu.recipes.assistant import sft  # noqa: E402
 from keifu.recipes.images import clip  # noqa: E402
+from keifu.recipes.language import pretraining  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_samples() -> Iterator[None]:
+    """Write short samples and draw no confusion matrix in a run, where each takes longer than the steps before it."""
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Confusion, "picture", lambda _: file.getvalue())
+        patch.setattr(sft, "SAMPLE_TOKENS", 6)
+        patch.setattr(pretraining, "SAMPLE_TOKENS", 6)
+        yield
 
 
 @pytest.fixture(scope="module")

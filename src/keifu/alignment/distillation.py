@@ -110,8 +110,8 @@ class StudentAnswers(PackedConversations, StatelessBatches):
         rooms = [min(self.max_tokens, self.context_length - len(prompt)) for prompt in prompts]
         plain = SamplingParams(temperature=1.0, log_probabilities=True)
         how = [replace(plain, max_tokens=room, seed=int(random.integers(2**32))) for room in rooms]
-        own = slice(*current().bounds(len(talks)))
-        answers = generate_batch(self.student, self.tokenizer, prompts[own], how[own], len(talks))
-        rows = stack_responses(prompts[own], answers, self.pad_id)
+        part = slice(*current().bounds(len(talks)))
+        answers = generate_batch(self.student, self.tokenizer, prompts[part], how[part], len(talks))
+        rows = stack_responses(prompts[part], answers, self.pad_id)
         del rows["old"]
         return current().gather_batch(rows, {"tokens": self.pad_id})

@@ -35,9 +35,9 @@ def sequence_log_probabilities(model: Any, batch: Batch) -> Scores:
     tokens, mask = batch["tokens"].flatten(0, 1), batch["mask"].flatten(0, 1)[:, 1:]
     positions = places_of(mask)
     hidden = take(model.hidden(tokens[:, :-1]), positions)
-    found, _ = token_log_probabilities(hidden, model.head_weight, take(tokens[:, 1:], positions))
+    logs, _ = token_log_probabilities(hidden, model.head_weight, take(tokens[:, 1:], positions))
     rows = positions // mask.shape[1]
-    return found.new_zeros(len(tokens)).index_add(0, rows, found).view(batch["tokens"].shape[:2])
+    return logs.new_zeros(len(tokens)).index_add(0, rows, logs).view(batch["tokens"].shape[:2])
 
 
 def losses(
@@ -108,7 +108,7 @@ def _kto(beta: float, model: Any, batch: Batch) -> LossOutput:
 
 @torch.no_grad()
 def reference(model: Any, batch: Batch) -> Scores:
-    """Return the log-probabilities for "reference" of a batch (see `dpo`), under a model as it is now."""
+    """Return a batch's log-probabilities under the current model, for "reference" (see `dpo`)."""
     with evaluation_mode(model):
         return sequence_log_probabilities(model, batch)
 
@@ -130,7 +130,7 @@ class MarkedAnswers(PreferencePairs, StatelessBatches):
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return some of the answers with their marks and the reference point."""
         both = super().make_batch(validating, items)
-        own, other = ({name: tensor[:, part] for name, tensor in both.items()} for part in (slice(1), slice(1, 2)))
-        found = reference(self.policy, on_device(other, device_of(self.policy))).cpu()
-        kl = (found - other["reference"]).mean().clamp(min=0)
-        return own | {"good": self.good[validating][items], "kl": kl.expand(len(items))}
+        pair, other = ({name: tensor[:, part] for name, tensor in both.items()} for part in (slice(1), slice(1, 2)))
+        recomputed = reference(self.policy, on_device(other, device_of(self.policy))).cpu()
+        kl = (recomputed - other["reference"]).mean().clamp(min=0)
+        return pair | {"good": self.good[validating][items], "kl": kl.expand(len(items))}

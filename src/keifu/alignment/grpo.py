@@ -90,10 +90,10 @@ def _loss(
     lengths = mask.sum(-1).to(logs.dtype)
     ratio = logs - take(batch["old"][:, 1:], positions)
     ratio = sequence_ratios(ratio, rows, lengths) if variant == "gspo" else ratio
-    found = terms(logs, ratio, reference, batch["advantage"][rows], clip, beta)
-    means = {"kl": found.kl, "entropy": entropy, "clip_fraction": found.clipped}
+    losses = terms(logs, ratio, reference, batch["advantage"][rows], clip, beta)
+    means = {"kl": losses.kl, "entropy": entropy, "clip_fraction": losses.clipped}
     figures = {name: (value / lengths[rows]).sum() for name, value in means.items()}
-    total = (found.loss * batch["share"][rows]).sum()
+    total = (losses.loss * batch["share"][rows]).sum()
     return LossOutput(total, len(mask), figures | response_statistics(batch))
 
 
@@ -111,16 +111,16 @@ class GRPOBatches(Rollouts):
     rounds: int = 1
 
     def _generate_rollout(self, number: int) -> Batch:
-        plan, found = self.plan, list[Batch]()
+        plan, batches = self.plan, list[Batch]()
         for extra in range(self.rounds):
-            found.append(super()._generate_rollout(number * self.rounds + extra))
-            varied = torch.cat([each["varied"] for each in found])
+            batches.append(super()._generate_rollout(number * self.rounds + extra))
+            varied = torch.cat([batch["varied"] for batch in batches])
             if varied.sum() >= plan.answers or self.rounds == 1:
                 break
-        if len(found) == 1:
-            return found[0]
+        if len(batches) == 1:
+            return batches[0]
         order = torch.argsort(varied, descending=True, stable=True)[: plan.answers]
-        chosen = {name: _stack([each[name] for each in found])[order] for name in found[0]}
+        chosen = {name: _stack([batch[name] for batch in batches])[order] for name in batches[0]}
         return chosen | {"share": token_shares(chosen["mask"], self.variant, plan.max_tokens)}
 
     def _targets(self, rollout: Batch, group: int) -> Batch:

@@ -93,7 +93,7 @@ def advantages(rewards: Places, values: Places, mask: Mask, discount: float = 1.
 
 
 def whiten(values: Places, mask: Mask) -> Float[Tensor, "batch length"]:
-    """Values with mean 0 and variance 1 over the mask, and 0 elsewhere; a single value is left as it is."""
+    """Return the values with mean 0 and variance 1 over the mask, and 0 elsewhere; a single value is left as it is."""
     chosen = values[mask].double()
     if len(chosen) < 2:
         return torch.where(mask, values, 0.0)
@@ -123,8 +123,8 @@ def token_targets(
     """Return the targets of a rollout from the scores of its answers: rewards with the KL penalty, GAE, and returns;
     the advantages are whitened over the whole rollout, after the returns are computed."""
     rewards = kl_penalized_rewards(scores, old, reference, mask, rule.kl_coef)
-    found = advantages(rewards, values, mask, rule.discount, rule.gae_lambda)
-    return TokenTargets(values, whiten(found, mask), found + values)
+    gae = advantages(rewards, values, mask, rule.discount, rule.gae_lambda)
+    return TokenTargets(values, whiten(gae, mask), gae + values)
 
 
 class PPOTerms(NamedTuple):
@@ -172,12 +172,12 @@ def _loss(rule: PPOSettings, model: Any, batch: Batch) -> LossOutput:
     old, advantage, old_values, returns = (
         take(batch[name][:, 1:], positions) for name in ("old", "advantage", "values", "returns")
     )
-    found = terms(logs, old, advantage, values, old_values, returns, rule)
+    losses = terms(logs, old, advantage, values, old_values, returns, rule)
     share = batch["share"][rows]
-    means = {"policy_loss": found.policy, "value_loss": found.value, "entropy": entropy}
-    means |= {"clip_fraction": found.clipped, "update_kl": found.update_kl}
-    figures = {name: (each.detach() * share).sum() for name, each in means.items()} | response_statistics(batch)
-    total = ((found.policy + rule.value_weight * found.value) * share).sum()
+    means = {"policy_loss": losses.policy, "value_loss": losses.value, "entropy": entropy}
+    means |= {"clip_fraction": losses.clipped, "update_kl": losses.update_kl}
+    figures = {name: (mean.detach() * share).sum() for name, mean in means.items()} | response_statistics(batch)
+    total = ((losses.policy + rule.value_weight * losses.value) * share).sum()
     if "pretraining" in batch:
         text = causal_language_modeling(model.policy, {"tokens": batch["pretraining"].flatten(0, 1)})
         text_loss = text.total * (len(mask) / text.weight)  # the mean over tokens, counted once for each answer

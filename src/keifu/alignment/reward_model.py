@@ -56,14 +56,14 @@ def ranking_loss(model: Any, batch: Batch) -> LossOutput:
 @torch.no_grad()
 def margins(model: Any, batches: Iterable[Batch]) -> Float[Tensor, " pairs"]:
     """r_better - r_worse of every pair of the batches."""
-    found, device = [torch.zeros(0)], next(model.parameters()).device
+    gaps, device = [torch.zeros(0)], next(model.parameters()).device
     with evaluation_mode(model):
         for batch in batches:
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             scores = model.classify(batch["tokens"], batch["mask"]).float()
             better, _ = pairs(batch["levels"])
-            found.append((scores[:, :, None] - scores[:, None, :])[better.bool()].cpu())
-    return torch.cat(found)
+            gaps.append((scores[:, :, None] - scores[:, None, :])[better.bool()].cpu())
+    return torch.cat(gaps)
 
 
 class Calibration(NamedTuple):
@@ -85,7 +85,7 @@ def calibration(margins: Float[Tensor, " pairs"], bins: int = 10) -> Calibration
     bin_index = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     count = torch.bincount(bin_index, minlength=bins)
     there = count > 0
-    means = [torch.bincount(bin_index, each, minlength=bins)[there] / count[there] for each in (sure, right)]
+    means = [torch.bincount(bin_index, values, minlength=bins)[there] / count[there] for values in (sure, right)]
     error = ((means[0] - means[1]).abs() * count[there]).sum() / max(1, len(margins))
     return Calibration(means[0].tolist(), means[1].tolist(), count[there].tolist(), float(error))
 
@@ -94,7 +94,7 @@ def calibration(margins: Float[Tensor, " pairs"], bins: int = 10) -> Calibration
 def scores_of(model: Any, texts: Sequence[Sequence[int]], pad_id: int, batch_size: int = 32) -> Float[Tensor, " texts"]:
     """Return the score of each text, given as token ids; texts of similar length share a batch."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    found, device = torch.zeros(len(texts)), next(model.parameters()).device
+    scores, device = torch.zeros(len(texts)), next(model.parameters()).device
     with evaluation_mode(model):
         for at in range(0, len(order), batch_size):
             some = order[at : at + batch_size]
@@ -102,8 +102,8 @@ def scores_of(model: Any, texts: Sequence[Sequence[int]], pad_id: int, batch_siz
             rows = torch.tensor([[*texts[p], *[pad_id] * (longest - len(texts[p]))] for p in some], device=device)
             lengths = torch.tensor([len(texts[p]) for p in some], device=device)
             mask = torch.arange(longest, device=device) < lengths[:, None]
-            found[some] = model.classify(rows[:, None], mask[:, None])[:, 0].float().cpu()
-    return found
+            scores[some] = model.classify(rows[:, None], mask[:, None])[:, 0].float().cpu()
+    return scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +122,9 @@ class ModelReward:
                 f"A prompt and its answer have {longest} tokens for the reward model, and its context is {room}: "
                 "shorten the prompts, or lower --max-tokens."
             )
-        found = scores_of(self.model, texts, self.tokenizer.pad_id or 0).tolist()
-        for prompt, answer, value in zip(prompts, answers, found, strict=True):
+        scores = scores_of(self.model, texts, self.tokenizer.pad_id or 0).tolist()
+        for prompt, answer, value in zip(prompts, answers, scores, strict=True):
             if not math.isfinite(value):
                 of = f"for the answer {answer[:80]!r} to {prompt.text[:80]!r}"
                 raise UserError(f"The reward model's score is {value} {of}: its weights are damaged; train it again.")
-        return found
+        return scores

@@ -101,10 +101,10 @@ def reward(name: str) -> Reward:
         return OWN[name]
     if not path.is_file():
         raise UserError(f"There is no file {path}: --reward is file.py:function, or one of {', '.join(OWN)}.")
-    found: Reward | None = getattr(_module(path), function, None)
-    if not callable(found):
+    function_in_file: Reward | None = getattr(_module(path), function, None)
+    if not callable(function_in_file):
         raise UserError(f"{path} has no function {function!r}, to be called with a prompt, an answer and an example.")
-    return found
+    return function_in_file
 
 
 def code_file(name: str) -> Path | None:

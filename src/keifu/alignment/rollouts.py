@@ -181,7 +181,7 @@ class Rollouts:
         return self._rollout if self.plan.updates > 1 else {}
 
     def load_state(self, state: Batch) -> None:
-        """Restores what `state` gave."""
+        """Restore what `state` gave."""
         self._rollout = dict(state)
 
     def validation(self) -> Iterator[Batch]:
@@ -213,8 +213,8 @@ class Rollouts:
         """Answers to these prompts of a part (0: training, 1: held out), with everything that a batch holds. Each of
         several processes writes some of them."""
         ranks = current() if len(rows) >= current().data_size else Processes()
-        own = slice(*ranks.bounds(len(rows)))
-        answers = self._answers(part, rows[own], sampling[own])
+        local = slice(*ranks.bounds(len(rows)))
+        answers = self._answers(part, rows[local], sampling[local])
         rollout = ranks.gather_batch(answers, {"tokens": self.tokenizer.pad_id or 0})
         return rollout | self._targets(rollout, group)
 

@@ -59,7 +59,7 @@ def open_ctranslate2(path: Path) -> Source:
 
 def _read(path: Path) -> Mapping[str, np.ndarray]:
     """Return the arrays of a file, memory-mapped; a torn file, or one of another model, is a `UserError`."""
-    found, name = dict[str, np.ndarray](), ""
+    arrays, name = dict[str, np.ndarray](), ""
     with plain_file(path).open("rb") as file:
         try:
             if (_integer(file, 4), _text(file)) != (VERSION, SPEC):
@@ -69,15 +69,15 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
                 name, rank = _text(file), _integer(file, 1)
                 shape = tuple(_integer(file, 4) for _ in range(rank))
                 kind, length, begin = TYPES[_integer(file, 1)], _integer(file, 4), file.tell()
-                found[name] = np.memmap(file, kind, "c", begin, shape)
-                if found[name].nbytes != length:
+                arrays[name] = np.memmap(file, kind, "c", begin, shape)
+                if arrays[name].nbytes != length:
                     raise ValueError
                 file.seek(begin + length)
         except (ValueError, IndexError, OverflowError, OSError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path} is truncated or corrupt, near the variable {name[:99]!r}.") from error
-    return found
+    return arrays
 
 
 def _integer(file: BinaryIO, length: int) -> int:
@@ -119,14 +119,14 @@ def _config(arrays: Mapping[str, np.ndarray], path: Path) -> whisper.Config:
 
 def _tokenizer(folder: Path, several: bool) -> Tokenizer:
     """Return the tokenizer with the settings of generation, as generation_config.json has them for transformers."""
-    given, found = read_json_object(folder / "config.json"), load_tokenizer(folder / "tokenizer.json")
+    given, tokenizer = read_json_object(folder / "config.json"), load_tokenizer(folder / "tokenizer.json")
     settings: dict[str, Any] = {
-        "is_multilingual": several, "no_timestamps_token_id": found.token_id("<|notimestamps|>"),
+        "is_multilingual": several, "no_timestamps_token_id": tokenizer.token_id("<|notimestamps|>"),
         "suppress_tokens": given.get("suppress_ids"), "begin_suppress_tokens": given.get("suppress_ids_begin"),
         "max_initial_timestamp_index": 50,
     }  # fmt: skip
     if several:
-        settings["lang_to_id"] = {found.backend.id_to_token(each): each for each in given.get("lang_ids", [])}
-        settings["task_to_id"] = {task: found.token_id(f"<|{task}|>") for task in ("transcribe", "translate")}
-    return found.replace(special=dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"),
+        settings["lang_to_id"] = {tokenizer.backend.id_to_token(token): token for token in given.get("lang_ids", [])}
+        settings["task_to_id"] = {task: tokenizer.token_id(f"<|{task}|>") for task in ("transcribe", "translate")}
+    return tokenizer.replace(special=dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"),
                          generation_config=settings)  # fmt: skip

@@ -48,7 +48,7 @@ def weights_identity(name: str) -> str:
 
 
 def may_be_model(path: Path) -> bool:
-    """Whether a file or folder looks like a model, by names alone."""
+    """Return whether a file or folder looks like a model, by names alone."""
     names = ("config.json", "open_clip_config.json", "model_index.json")
     return path.suffix == ".gguf" or any((path / name).exists() for name in names)
 
@@ -64,9 +64,9 @@ def download(name: str) -> Path:
     here = f"There is no folder {name!r} here, and"
     try:
         repository, _, revision = name.partition("@")
-        found = Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*WANTED]))  # nosec B615
-        HUB[name] = found.name
-        return found
+        snapshot = Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*WANTED]))  # nosec B615
+        HUB[name] = snapshot.name
+        return snapshot
     except RepositoryNotFoundError as error:
         raise UserError(f"{here} the hub has no such model for everyone.") from error
     except LocalEntryNotFoundError as error:

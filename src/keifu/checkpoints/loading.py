@@ -73,14 +73,14 @@ def _load(
         model, tokenizer = load(base_of(path), dtype, device)
         tokenizer, model = _adapted(path, tokenizer), _adapted_model(model, path, weights)
     else:
-        found = plan(open_source(path), dtype, device)
+        load_plan = plan(open_source(path), dtype, device)
         with ThreadPoolExecutor(1) as beside:  # the weights are read meanwhile
-            reading = beside.submit(found.source.tokenizer)
-            model = _fill(found, device, weights)
+            reading = beside.submit(load_plan.source.tokenizer)
+            model = _fill(load_plan, device, weights)
             tokenizer = _recommended(name, reading.result())
     if tokenizer is not None:
-        own: Any = model.config
-        check_tokenizer(tokenizer, own.vocab_size)
+        settings: Any = model.config
+        check_tokenizer(tokenizer, settings.vocab_size)
     return model, tokenizer
 
 
@@ -109,10 +109,10 @@ def load_model(
         return _fill(plan(open_source(path), dtype, device), device, weights)
 
 
-def _fill(found: LoadPlan, device: torch.device, weights: str | None) -> nn.Module:
+def _fill(load_plan: LoadPlan, device: torch.device, weights: str | None) -> nn.Module:
     if weights is None or (device.type != "cpu" and not current().is_replicated):
-        return found.fill(device)
-    return load_packed(found, weights) if device.type == "cpu" else fill_in_blocks(found, device)
+        return load_plan.fill(device)
+    return load_packed(load_plan, weights) if device.type == "cpu" else fill_in_blocks(load_plan, device)
 
 
 def _adapted_model(base: nn.Module, path: Path, weights: str | None) -> nn.Module:
@@ -156,8 +156,8 @@ def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module,
     if is_adapter(locate(name)):
         model, tokenizer = load(name, dtype, "cpu")
         return merge(model), tokenizer
-    found = planned(name)
-    return replace(found, dtype=dtype or found.exact).fill(), _recommended(name, found.source.tokenizer())
+    load_plan = planned(name)
+    return replace(load_plan, dtype=dtype or load_plan.exact).fill(), _recommended(name, load_plan.source.tokenizer())
 
 
 def _recommended(name: str | Path, tokenizer: Any) -> Any:
@@ -178,10 +178,10 @@ def _adapted(path: Path, base: Any) -> Any:
     that folder has some."""
     if not (path / "tokenizer_config.json").exists():
         return base
-    own = load_tokenizer(path)
+    adapted = load_tokenizer(path)
     if base is None or (path / GENERATION_CONFIG).exists():
-        return own
-    return own.replace(generation_config=base.generation_config, stop_ids=own.stop_ids | base.stop_ids)
+        return adapted
+    return adapted.replace(generation_config=base.generation_config, stop_ids=adapted.stop_ids | base.stop_ids)
 
 
 def planned(name: str | Path, dtype: torch.dtype | None = None) -> LoadPlan:
@@ -191,9 +191,9 @@ def planned(name: str | Path, dtype: torch.dtype | None = None) -> LoadPlan:
     with reading(path):
         if is_adapter(path):
             base = planned(base_of(path), dtype)
-            own = replace(base.source, tokenizer=lambda: _adapted(path, base.source.tokenizer()))
+            source = replace(base.source, tokenizer=lambda: _adapted(path, base.source.tokenizer()))
             notes = [*base.notes, f"The adapters of {path} are added to these tensors."]
-            return replace(base, source=own, notes=notes)
+            return replace(base, source=source, notes=notes)
         return plan(open_source(path), dtype)
 
 

@@ -67,7 +67,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
     for name, kept in (file.metadata() or {}).items():  # a tensor that was left out, and the one that holds its numbers
         if name in state and kept in stored:
             stored.setdefault(name, stored[kept])
-    shapes = [{name: each[name].shape for name in sorted(each)} for each in (state, stored)]
+    shapes = [{name: tensors[name].shape for name in sorted(tensors)} for tensors in (state, stored)]
     if wrong := misfits(shapes[0], shapes[1], {*stored} - {*state}, "the module", "the module has"):
         raise UserError(f"The tensors of {path} are not those of this module: {wrong}.")
     last = {id(tensor): name for name, tensor in state.items()}  # of the names that share a tensor

@@ -36,32 +36,32 @@ ENOUGH = 16 << 20  # bytes that were read before they are given back
 DONTNEED = 4  # Linux's MADV_DONTNEED
 
 
-def load_packed(found: LoadPlan, weights: str) -> nn.Module:
+def load_packed(load_plan: LoadPlan, weights: str) -> nn.Module:
     """Return the planned model with its weights packed in a format; where native code cannot have it, one sentence says
     why, and the model is filled as without `weights`. "own" is the format that keeps the file's numbers: its blocks, or
     float32. A translator or a model that hears stays as it is, and is packed too."""
-    with_source = isinstance(found.model, EncoderDecoder | SpeechRecognizer)
-    if weights == OWN and (switched_off() or not (with_source or isinstance(found.model, DecoderLM))):
-        return found.fill("cpu")
+    with_source = isinstance(load_plan.model, EncoderDecoder | SpeechRecognizer)
+    if weights == OWN and (switched_off() or not (with_source or isinstance(load_plan.model, DecoderLM))):
+        return load_plan.fill("cpu")
     try:
-        described, source = describe(found.model), FileWeights(found)
+        described, source = describe(load_plan.model), FileWeights(load_plan)
         computed = chosen().weights not in (None, "auto")  # the file's blocks are in no such type
-        if weights == OWN and (computed or not (found.source.blocks and _has_native_blocks(described, source))):
-            if found.dtype != torch.float32 or chosen().allow_nonfinite:
-                return found.fill("cpu")
+        if weights == OWN and (computed or not (load_plan.source.blocks and _has_native_blocks(described, source))):
+            if load_plan.dtype != torch.float32 or chosen().allow_nonfinite:
+                return load_plan.fill("cpu")
             weights = "f32"
         if with_source:
-            return pack_or_keep(found.fill("cpu"), weights)
-        return NativeLM(described, source, weights, found.source.config)
+            return pack_or_keep(load_plan.fill("cpu"), weights)
+        return NativeLM(described, source, weights, load_plan.source.config)
     except Unavailable as reason:
         say_why(str(reason))
-        return found.fill("cpu")
+        return load_plan.fill("cpu")
 
 
 def _has_native_blocks(model: ModelPart, source: "FileWeights") -> bool:
     library = open_library()
     stored = [source.blocks(matrix.weight, matrix.first, 1) for matrix in model.matrices]
-    return all(each is not None and library.gguf_format(each.kind) is not None for each in stored)
+    return all(tensor is not None and library.gguf_format(tensor.kind) is not None for tensor in stored)
 
 
 def fill_in_blocks(load_plan: LoadPlan, device: torch.device) -> nn.Module:
@@ -113,17 +113,17 @@ def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:
 class FileWeights(Weights):
     """The parameters of a planned model, read from its file."""
 
-    def __init__(self, found: LoadPlan):
-        self._source = found.source
-        self._links = {link.ours: link for link in found.links}
+    def __init__(self, load_plan: LoadPlan):
+        self._source = load_plan.source
+        self._links = {link.ours: link for link in load_plan.links}
         self._part: tuple[Any, Tensor] = None, torch.empty(0)  # what one of theirs made, while its rows are asked for
         self._read: list[tuple[int, int]] = []  # addresses and sizes of what was read and is still in memory
 
     def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
         """Read some rows of a matrix, in the type that the file has."""
         link = self._links[name]
-        found = [self._piece(link, *piece, self._source.read) for piece in link.pieces(first, first + rows)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        parts = [self._piece(link, *piece, self._source.read) for piece in link.pieces(first, first + rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
         """Return the same rows as blocks of a GGUF file; None where the file has plain numbers."""
@@ -136,7 +136,7 @@ class FileWeights(Weights):
     def _piece(
         self, link: Link, number: int, rows: slice, read: Callable[[str], Tensor], kind: int | None = None
     ) -> Tensor:
-        """Rows that one of theirs makes; kind: of its blocks, where it is read as such."""
+        """Return the rows that one of theirs makes; kind: of its blocks, where it is read as such."""
         key = link.theirs[number], kind
         if self._part[0] != key:
             stored = read(key[0])
@@ -148,7 +148,7 @@ class FileWeights(Weights):
         return piece
 
     def numbers(self, name: str) -> Tensor:
-        """Read a whole parameter."""
+        """Return a whole parameter from the file."""
         link = self._links[name]
         return link.join([link.subtract_offset(self._source.read(theirs)) for theirs in link.theirs])
 

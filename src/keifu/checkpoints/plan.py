@@ -150,14 +150,14 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype is {dtype!r}: give a floating-point type of torch, such as torch.bfloat16.")
     if not chosen().allow_nonfinite:
-        read, part = (partial(read_finite, each, source.path) for each in (source.read, source.read_part))
+        read, part = (partial(read_finite, reader, source.path) for reader in (source.read, source.read_part))
         source = replace(source, read=read, part=part)
     source, twice, notes = _resolve_aliases(source) if source.family.aliases else _resolve_tied_head(source)
     source, copies = _resolve_dialect(source)
     twice = [*twice, *copies]
     parts = [settings(source.config), *(vars(part) for part in vars(source.config).values() if is_dataclass(part))]
     counts = [part.get(key) or 0 for part in parts for key in COUNTS]
-    layers = max(each for count in counts for each in (count if isinstance(count, tuple) else (count,)))
+    layers = max(layer for count in counts for layer in (count if isinstance(count, tuple) else (count,)))
     if layers > len(source.stored):  # building that many could take forever
         raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {layers} layers.")
     experts = max(part.get("n_experts") or 0 for part in parts)
@@ -167,19 +167,19 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     if experts * layers > max(numbers // LEAST**2, 16 * USUAL_EXPERTS):
         raise UserError(f"{source.path} has {numbers} numbers, too few for {experts} experts in {layers} layers.")
     model = build(source.family, source.config, str(source.path))
-    found = [
+    all_links = [
         replace(link, theirs=tuple(map(source.stored_name, link.theirs)))
         for link in permute_rotary(links(model, source.names), source.head_dim)
     ]
-    used = {name for link in found for name in link.theirs}
+    used = {name for link in all_links for name in link.theirs}
     patterns = tuple(pattern.format(**vars(source.config)) for pattern in source.family.not_weights)
     patterns += tuple(pattern.removeprefix(source.family.prefix) for pattern in patterns)
     skipped = [name for name in source.stored if name not in used and (name in twice or matches(name, patterns))]
-    _check(source, found, set(source.stored) - used - set(skipped))
-    usual = {name for link in found if not matches(link.ours, source.family.full_precision) for name in link.theirs}
+    _check(source, all_links, set(source.stored) - used - set(skipped))
+    usual = {name for link in all_links if not matches(link.ours, source.family.full_precision) for name in link.theirs}
     exact = _exact_dtype({name: source.stored[name] for name in usual}, source.path)
     held_dtype = dtype or _usual_dtype(source, usual, exact, torch.device(device))
-    return LoadPlan(source, model, found, exact, held_dtype, skipped, [*source.notes, *notes])
+    return LoadPlan(source, model, all_links, exact, held_dtype, skipped, [*source.notes, *notes])
 
 
 def is_stack(shape: Sequence[int]) -> bool:
@@ -274,16 +274,16 @@ def _resolve_dialect(source: Source) -> tuple[Source, list[str]]:
     return replace(source, config=replace(source.config, **has)), same
 
 
-def permute_rotary(found: Iterable[Link], head_dim: int | None) -> list[Link]:
+def permute_rotary(links: Iterable[Link], head_dim: int | None) -> list[Link]:
     """Mark the queries and keys of attention as stored with interleaved rotary pairs, if `head_dim` is given."""
     if head_dim is None:
-        return list(found)
+        return list(links)
     joined = (".attention.qkv.weight", ".attention.qkv.bias")
-    return [replace(link, turned=(head_dim, head_dim, 0)) if link.ours.endswith(joined) else link for link in found]
+    return [replace(link, turned=(head_dim, head_dim, 0)) if link.ours.endswith(joined) else link for link in links]
 
 
-def _check(source: Source, found: Sequence[Link], extra: set[str]) -> None:
-    expected = {name: shape for link in found for name, shape in zip(link.theirs, link.stored_shapes(), strict=True)}
+def _check(source: Source, links: Sequence[Link], extra: set[str]) -> None:
+    expected = {name: shape for link in links for name, shape in zip(link.theirs, link.stored_shapes(), strict=True)}
     stored = {name: tensor.shape for name, tensor in source.stored.items()}
     if wrong := misfits(expected, stored, extra, "the model", "the config asks for"):
         kind = source.family.model_type

@@ -147,21 +147,21 @@ def families_of(name: str) -> dict[str, Family]:
     field of the Config under its own name.
     """
     module: Any = import_module(f"keifu.models.{name}")
-    offered, own = vars(module), MODELS[name][-1]
+    offered, generic = vars(module), MODELS[name][-1]
     shared: dict[str, Any] = {
         "module": module,
         "names": offered.get("WEIGHT_NAMES"),
         "writes_text": name not in _WITHOUT_TEXT,
-        **{each.lower(): offered[each] for each in OFFERED if each in offered},
+        **{part.lower(): offered[part] for part in OFFERED if part in offered},
     }
     files = offered.get("FILES", _FILES.get(name, Family.files))
-    found = {
+    families = {
         kind: Family(model_type=kind, read=module.from_published, write=module.to_published, files=files, **shared)
         for kind in offered.get("MODEL_TYPES", ())
     }
-    read, write = partial(from_json, module.Config), partial(write_own, own)
-    found.setdefault(own, Family(model_type=own, read=read, write=write, **shared))
-    return _with_open_clip(**found) if name == "clip.clip" else found
+    read, write = partial(from_json, module.Config), partial(write_own, generic)
+    families.setdefault(generic, Family(model_type=generic, read=read, write=write, **shared))
+    return _with_open_clip(**families) if name == "clip.clip" else families
 
 
 def _with_open_clip(clip: Family, keifu_clip: Family) -> dict[str, Family]:
@@ -220,7 +220,7 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
 
 
 def check_settings(json: Mapping[str, Any], implemented: Mapping[str, Any], where: str) -> None:
-    """Refuses a setting whose value is not the one that is implemented; an absent one is fine."""
+    """Refuse a setting whose value is not the one that is implemented; an absent one is fine."""
     for name, fine in implemented.items():
         if json.get(name) is not None and json[name] != fine:
             raise UserError(f"{where} sets {name} to {json[name]!r}, which keifu does not implement; only {fine!r} is.")
@@ -232,16 +232,16 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
     That is a published model_type where one says all that the Config says, else keifu's own.
     """
     name = _place(config)
-    found = families_of(name).values() if name in MODELS else ()
-    able = [family for family in found if isinstance(config, family.module.Config)]
+    families = families_of(name).values() if name in MODELS else ()
+    able = [family for family in families if isinstance(config, family.module.Config)]
     if not able:
         kind = f"{type(config).__module__}.{type(config).__name__}"
         raise UserError(f"{kind} is the Config of no model that can be saved.")
     for family in able:
         json = family.write(config)
-        found = FAMILIES[json["model_type"]]
-        if family.names is not None and _same(config, found.read(json)):
-            return found, json
+        published = FAMILIES[json["model_type"]]
+        if family.names is not None and _same(config, published.read(json)):
+            return published, json
     family = FAMILIES[MODELS[name][-1]]
     return family, family.write(config)
 

@@ -77,18 +77,18 @@ def run(options: Options) -> None:
 
 
 def _check_room(engine: "Engine", streams: int, longest: int) -> None:
-    """Refuses more streams than the memory for keys and values holds."""
+    """Refuse more streams than fit the memory for keys and values."""
     runner = engine.runner
-    each = -(-longest // runner.block_size)
-    if streams * each > runner.n_blocks:
+    blocks = -(-longest // runner.block_size)
+    if streams * blocks > runner.n_blocks:
         raise UserError(
-            f"{streams} streams of {longest} tokens need {streams * each * runner.block_size * runner.token_bytes:,} "
-            f"bytes for keys and values; {runner.n_blocks // each} streams fit the memory that is free."
+            f"{streams} streams of {longest} tokens need {streams * blocks * runner.block_size * runner.token_bytes:,} "
+            f"bytes for keys and values; {runner.n_blocks // blocks} streams fit the memory that is free."
         )
 
 
 def _speeds(engine: "Engine", options: Options) -> dict[str, Any]:
-    """Tokens a second of reading prompts and of writing, after a short run that is not counted."""
+    """Return the tokens a second of reading prompts and of writing, after a short run that is not counted."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +124,7 @@ def _write(engine: "Engine", prompts: list[list[int]], tokens: int) -> None:
 
 
 def _memory(engine: "Engine", model: Any, options: Options, decode: float) -> dict[str, Any]:
-    """Bytes of weights and of keys and values, and the bandwidth of decoding beside the peak."""
+    """Return the bytes of weights and of keys and values, and the bandwidth of decoding beside the peak."""
     from keifu.generation.text.model import device_of
     from keifu.memory import read_bandwidth
 

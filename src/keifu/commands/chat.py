@@ -101,7 +101,7 @@ def print_answer(
 
 
 def check_chats(name: str, tokenizer: Any) -> None:
-    """Refuses a base model, in the words of the command line."""
+    """Refuse a base model, in the words of the command line."""
     if tokenizer.chat_template is None:
         raise UserError(
             f"{name} is a base model, without a chat template: let it continue a text "
@@ -175,7 +175,7 @@ class Chat:
                 self.hear(line)
 
     def hear(self, line: str) -> None:
-        """Obeys a command, or answers a message, of which this may be the first line alone. Whatever goes wrong is said
+        """Obey a command, or answer a message, of which this may be the first line alone. Whatever goes wrong is said
         on stderr, and the conversation goes on."""
         try:
             if line.startswith("/"):
@@ -252,10 +252,10 @@ class Chat:
         from keifu.data.chat.conversations import objects, validate_messages
 
         path = Path(name).expanduser().resolve()
-        found = list(objects(path, "conversation"))
-        if len(found) != 1:
-            raise UserError(f"{name} holds {len(found)} conversations: /load reads a file that /save has written.")
-        [(place, record)] = found
+        records = list(objects(path, "conversation"))
+        if len(records) != 1:
+            raise UserError(f"{name} holds {len(records)} conversations: /load reads a file that /save has written.")
+        [(place, record)] = records
         messages = validate_messages(record.get("messages"), place)
         self.conversation.restore(messages)
         self.files.add(path)
@@ -298,7 +298,7 @@ def _number(text: str) -> float:
 
 
 def tell_cut(reason: str | None) -> None:
-    """Says on stderr what cut an answer, if anything did."""
+    """Say on stderr what cut an answer, if anything did."""
     if reason in CUT:
         print(f"(The answer was cut by {CUT[reason]}.)", file=sys.stderr)
 

@@ -84,17 +84,17 @@ def run(options: Options) -> None:
 
 
 def classify_images(options: Options) -> bool:
-    """Whether pictures are to be classified: labels are given, or what is to be classified are pictures."""
+    """Return whether pictures are to be classified: labels are given, or what is to be classified are pictures."""
     from keifu.data.images.catalogued import in_catalogue
 
     on = options.on is not None and (in_catalogue(options.on) or Path(options.on).is_dir())
     return options.labels is not None or on or any(map(is_picture, options.texts))
 
 
-def _show_choices(found: Iterable[Choices], pictures: bool, as_json: bool) -> None:
+def _show_choices(classified: Iterable[Choices], pictures: bool, as_json: bool) -> None:
     """Print a line for each, with its label and the next likely ones, or all probabilities as JSON."""
     rows, column = [], "picture" if pictures else "text"
-    for labels, shares, name, shown in found:
+    for labels, shares, name, shown in classified:
         order = sorted(range(len(labels)), key=lambda index: -shares[index])
         others = ", ".join(f"{labels[index]} {shares[index]:.3f}" for index in order[1:3])
         rows.append([labels[order[0]], f"{shares[order[0]]:.3f}", others, shown])

@@ -72,7 +72,7 @@ def run(options: Options) -> None:
 
 
 def generate_answers(options: Options, prompts: "Sequence[Prompt]") -> "Iterator[tuple[Prompt, tuple[str, str]]]":
-    """Each prompt with A's and B's answer, a few ahead of the one that is looked at."""
+    """Yield each prompt with A's and B's answer, a few ahead of the one that is looked at."""
     from keifu.recipes.assistant.finetuning import open_model
 
     models = [open_model(name, "own") for name in (options.a, options.b)] if prompts else []
@@ -90,7 +90,7 @@ def answers_table(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", optio
     ids = [tokenizer.render_chat(prompt.messages) for prompt in prompts]
     seeds = [seed_of(options.start, prompt.messages, side) for prompt in prompts]
     done = generate_batch(model, tokenizer, ids, [replace(options.sampling, seed=seed) for seed in seeds])
-    return [each.text.strip() for each in done]
+    return [answer.text.strip() for answer in done]
 
 
 def by_reward(name: str) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":

@@ -18,7 +18,7 @@ LEARNED, ENDS = "bold green", "⟦⟧"  # on a terminal, and where there is no c
 
 
 def holds_conversations(source: str) -> bool:
-    """Whether a source is one of conversations, not of pictures."""
+    """Return whether a source is one of conversations, not of pictures."""
     from keifu.data.chat import conversations
 
     return source in conversations.names() or Path(source).suffix.lower() in (".json", ".jsonl")
@@ -37,10 +37,10 @@ def show(source: str, model: str, count: int, as_json: bool) -> None:
     from keifu.data.chat import conversations
     from keifu.recipes.assistant.finetuning import with_template
 
-    found = open_source(locate(model)).tokenizer()
-    if found is None:
+    loaded = open_source(locate(model)).tokenizer()
+    if loaded is None:
         raise UserError(f"{model} has no tokenizer, so it reads no conversation: name another with --tokenizer.")
-    tokenizer = with_template(found, "own")
+    tokenizer = with_template(loaded, "own")
     talks, learned, total = list(conversations.read(source)), 0, 0
     console = Console(highlight=False, soft_wrap=True)
     for index, talk in enumerate(talks):
@@ -52,10 +52,10 @@ def show(source: str, model: str, count: int, as_json: bool) -> None:
             print(json.dumps({"tokens": ids, "learned": mask}))
             continue
         text = Text()
-        for own, run in groupby(zip(ids, mask, strict=True), lambda pair: pair[1]):
+        for answer, run in groupby(zip(ids, mask, strict=True), lambda pair: pair[1]):
             piece = tokenizer.decode([token for token, _ in run], skip_special=False)
-            marked = piece if console.is_terminal or not own else f"{ENDS[0]}{piece}{ENDS[1]}"
-            text.append(marked, LEARNED if own else "dim")
+            marked = piece if console.is_terminal or not answer else f"{ENDS[0]}{piece}{ENDS[1]}"
+            text.append(marked, LEARNED if answer else "dim")
         console.print(text, end="\n\n")
     whole = f"{len(talks):,} conversation{'s' * (len(talks) != 1)}, {total:,} tokens"
     tokens = f"{whole}, of which {learned:,} ({learned / max(1, total):.0%}) are learned."
@@ -156,28 +156,28 @@ def _cache() -> None:
     from keifu.data.catalogue.catalogue import cached
     from keifu.files import cache
 
-    found = cached()
-    rows = [(", ".join(each.names), _megabytes(each.size), each.about) for each in found]
+    entries = cached()
+    rows = [(", ".join(entry.names), _megabytes(entry.size), entry.about) for entry in entries]
     tables.show(("name", "size", "what it is"), rows)
-    print(f"{_megabytes(sum(each.size for each in found))} in {cache()}; keifu data clear [NAME] removes it.")
+    print(f"{_megabytes(sum(entry.size for entry in entries))} in {cache()}; keifu data clear [NAME] removes it.")
 
 
 def _clear(name: str | None, yes: bool) -> None:
     from keifu.data.catalogue.catalogue import of_name, remove
 
-    found = of_name(name)
-    total = _megabytes(sum(each.size for each in found))
-    if not found:
+    entries = of_name(name)
+    total = _megabytes(sum(entry.size for entry in entries))
+    if not entries:
         print("The cache is empty.")
         return
-    what = ", ".join(name for each in found for name in each.names)
+    what = ", ".join(name for entry in entries for name in entry.names)
     if not yes:
         if not at_terminal():
             raise UserError(f"This would remove {total}: {what}. Add --yes to do so.")
         if input(f"Remove {total}: {what}? [y/N] ").strip().lower() not in ("y", "yes"):
             print("Nothing was removed.")
             return
-    remove(found)
+    remove(entries)
     print(f"{total} removed: {what}.")
 
 
@@ -215,7 +215,7 @@ def _prepare(source: str, options: Options) -> None:
 
 
 def _show(source: str, options: Options) -> None:
-    """Says what there is and writes the sheet."""
+    """Print what a source holds, and write the sheet."""
     from keifu.data.images.dataset import read_images
     from keifu.data.images.splits import split
 

@@ -153,9 +153,9 @@ def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]"
     from keifu.generation.images.png_metadata import ImageRecord
 
     loras = tuple(map(select_lora, options.lora))
-    found = planned(name)
-    dtype = usual_dtype(found)
-    model = load(found, dtype, loras)
+    load_plan = planned(name)
+    dtype = usual_dtype(load_plan)
+    model = load(load_plan, dtype, loras)
     chosen = {field.name: vars(options)[field.name] for field in fields(ImageRequest)}
     chosen["label"] = None if options.label is None else model.label(options.label)
     chosen["sampler"] = options.sampler or ("ddim" if options.eta else model.usual_sampler)
@@ -245,9 +245,9 @@ def _input_images(drawing: "ImageRequest", paths: Mapping[str, Path | None], pat
         where = picture or Path(before.place)
         if not where.is_file():
             raise UserError(f"{path} was drawn with --{name} {where}, which is not there: name its place (--{name}).")
-        if (found := read_input_image(where)).digest != before.digest:
+        if (now := read_input_image(where)).digest != before.digest:
             raise UserError(
-                f"{where} is not the picture that {path} was drawn with: its digest is {found.digest[:12]}, and it was "
+                f"{where} is not the picture that {path} was drawn with: its digest is {now.digest[:12]}, and it was "
                 f"{before.digest[:12]}. Name the right one (--{name})."
             )
         drawing = replace(drawing, **{name: replace(before, place=str(where.resolve()))})
@@ -262,9 +262,9 @@ def _same_model(name: str, record: "ImageRecord", path: Path) -> "ImagePipeline"
         model = load(planned(name), record.dtype, record.loras)
     except UserError as error:
         raise UserError(f"{path} was drawn by {name}, which cannot be loaded; name its model. {error}") from None
-    if (found := model.fingerprint()) != record.weights:
+    if (now := model.fingerprint()) != record.weights:
         raise UserError(
-            f"{name} is not the model that drew {path}: the fingerprint of its weights is {found[:12]}, and it was "
+            f"{name} is not the model that drew {path}: the fingerprint of its weights is {now[:12]}, and it was "
             f"{record.weights[:12]}. Was it trained on, or replaced? Name the right one before --again."
         )
     return model

@@ -117,8 +117,8 @@ def _show_nearest(count: int, queries: tuple[list[str], Any], among: tuple[list[
     similarity, indices = nearest(vectors, points, count, themselves=among is None)
     rows = [
         [text if number == 0 else "", f"{value:.3f}", candidates[index]]
-        for text, values, found in zip(texts, similarity.tolist(), indices.tolist(), strict=True)
-        for number, (value, index) in enumerate(zip(values, found, strict=True))
+        for text, values, order in zip(texts, similarity.tolist(), indices.tolist(), strict=True)
+        for number, (value, index) in enumerate(zip(values, order, strict=True))
     ]
     tables.show(["text", "similarity", "nearest"], rows)
 

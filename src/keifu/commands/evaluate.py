@@ -71,18 +71,18 @@ def run(options: Options) -> None:
     towers = load(options.clip) if options.clip else None
     judge = load(options.judge)[0] if options.judge else None
     asked = EvalRequest(**given, towers=towers, judge=judge, **training_facts(locate(options.model)))
-    found = task.evaluate(model, tokenizer, asked)
-    if options.output and found.picture and options.output.suffix == ".png":
-        write_atomic(options.output, found.picture)
-    elif options.output and options.output.suffix == ".json" and found.items:
-        write_atomic(options.output, _as_file(options, found))
-    elif options.output and found.items:
+    result = task.evaluate(model, tokenizer, asked)
+    if options.output and result.picture and options.output.suffix == ".png":
+        write_atomic(options.output, result.picture)
+    elif options.output and options.output.suffix == ".json" and result.items:
+        write_atomic(options.output, _as_file(options, result))
+    elif options.output and result.items:
         as_objects = options.output.suffix == ".jsonl"
-        lines = (json.dumps(each, ensure_ascii=False) for each in _objects(found.items))
-        write_atomic(options.output, "".join(f"{line}\n" for line in (lines if as_objects else _columns(found.items))))
+        lines = (json.dumps(item, ensure_ascii=False) for item in _objects(result.items))
+        write_atomic(options.output, "".join(f"{line}\n" for line in (lines if as_objects else _columns(result.items))))
     elif options.output:
-        found = replace(found, notes=(*found.notes, f"Nothing was written to {options.output}: this has no items."))
-    _print_outcome(found, options.json)
+        result = replace(result, notes=(*result.notes, f"Nothing was written to {options.output}: this has no items."))
+    _print_outcome(result, options.json)
 
 
 def training_facts(run: Path) -> dict[str, Any]:
@@ -96,12 +96,12 @@ def training_facts(run: Path) -> dict[str, Any]:
 
 
 def tasks() -> list[Any]:
-    """All evaluations."""
+    """Return all evaluations."""
     return [import_module(f"keifu.evaluation.{name}") for name in TASKS]
 
 
 def check_known(on: str) -> None:
-    """Refuses data that no task takes, whatever the model: it is known before that is loaded."""
+    """Refuse data that no task takes, whatever the model: it is known before that is loaded."""
     if not any(task.accepts(on) for task in tasks()):
         raise unknown("task", on, {name for task in tasks() for name in task.names()})
 
@@ -123,25 +123,25 @@ def select_task(model: Any, on: str) -> Any:
 
 
 def check_options(options: Options, task: Any) -> None:
-    """Refuses an option that the task would not heed."""
-    everyones = {"model", "on", "limit", "json", *(each.name for each in fields(flags.Packed))}
+    """Refuse an option that the task would not heed."""
+    everyones = {"model", "on", "limit", "json", *(field.name for field in fields(flags.Packed))}
     for field in fields(options):
         if field.name not in everyones | task.OPTIONS and vars(options)[field.name] != field.default:
             flag = "--" + field.name.replace("_", "-")
             raise UserError(f"{flag} has no meaning here, where {task.ABOUT.partition(':')[0]} is evaluated.")
 
 
-def _print_outcome(found: Any, as_json: bool) -> None:
+def _print_outcome(result: Any, as_json: bool) -> None:
     """Return the figures and what belongs to them, for people or as JSON."""
     if as_json:
-        details = {name: list(_objects(each)) for name, each in found.tables.items()}
-        print(json.dumps({**found.figures, "notes": found.notes, **details}, ensure_ascii=False))
+        details = {name: list(_objects(table)) for name, table in result.tables.items()}
+        print(json.dumps({**result.figures, "notes": result.notes, **details}, ensure_ascii=False))
         return
-    tables.show(("figure", "value"), [(name, str(value)) for name, value in found.figures.items()])
-    for name, each in found.tables.items():
+    tables.show(("figure", "value"), [(name, str(value)) for name, value in result.figures.items()])
+    for name, table in result.tables.items():
         print()
-        tables.show(each.columns, [tuple(map(str, row)) for row in each.rows], name)
-    for note in found.notes:
+        tables.show(table.columns, [tuple(map(str, row)) for row in table.rows], name)
+    for note in result.notes:
         print(note)
 
 
@@ -151,14 +151,14 @@ def _columns(items: ResultTable) -> Iterator[str]:
         yield "\t".join(" ".join(str(value).split()) for value in row)
 
 
-def _as_file(options: Options, found: Any) -> str:
+def _as_file(options: Options, result: Any) -> str:
     """Return the figures, the tables and all items as JSON, one item a line."""
     given = {field.name: vars(options)[field.name] for field in fields(options)}
     usual = {field.name: field.default for field in fields(options)}
     changed = {name: value for name, value in given.items() if value != usual[name] and name not in ("json", "output")}
-    tables = {name: list(_objects(each)) for name, each in found.tables.items()}
-    about = {"options": changed, "figures": found.figures, "tables": tables, "columns": found.items.columns}
-    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in found.items.rows)
+    tables = {name: list(_objects(table)) for name, table in result.tables.items()}
+    about = {"options": changed, "figures": result.figures, "tables": tables, "columns": result.items.columns}
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in result.items.rows)
     return json.dumps(about, ensure_ascii=False, indent=1, default=str)[:-2] + f',\n "rows": [\n{rows}\n]}}\n'
 
 

@@ -109,8 +109,8 @@ def print_chosen(
 
     check_temperature(sampling.temperature)  # which may be the model's own
     seeds = [(sampling.seed or 0) + number for number in range(options.vote or options.best_of or 1)]
-    each = [replace(sampling, seed=seed, log_probabilities=True) for seed in seeds]
-    done = generate_batch(model, tokenizer, [prompt] * len(seeds), each, guesses=guesses)
+    samplings = [replace(sampling, seed=seed, log_probabilities=True) for seed in seeds]
+    done = generate_batch(model, tokenizer, [prompt] * len(seeds), samplings, guesses=guesses)
     ids = prompt.tokens if isinstance(prompt, ImagePrompt) else [] if isinstance(prompt, str) else prompt
     texts = [with_opening(tokenizer, ids, one.text) for one in done]
     if rewards is None:

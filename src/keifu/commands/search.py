@@ -73,8 +73,8 @@ def run(options: Options) -> None:
     _show(index.nearest(asked, options.count), options.json)
 
 
-def _show(found: "list[tuple[float, Passage]]", as_json: bool) -> None:
-    for value, passage in found:
+def _show(hits: "list[tuple[float, Passage]]", as_json: bool) -> None:
+    for value, passage in hits:
         if as_json:
             content: dict[str, Any] = {"similarity": round(value, 6), **asdict(passage)}
             print(json.dumps(content, ensure_ascii=False))

@@ -27,8 +27,8 @@ OPEN = "WARNING: anyone who can reach {host} may use this server: it asks for no
 class Options(flags.Packed):
     """Serve models: OpenAI's API for programs (under /v1), and a page for people at /.
 
-    Without a model: the runs in runs/ and, of the catalogue, smollm2 and what else was fetched or installed. A model is
-    loaded when first asked for. Ctrl-C or SIGTERM ends the server once the running answers are finished.
+    Without a model: the runs in runs/, smollm2, and the catalogue's models that were fetched or installed. A model is
+    loaded at its first request. Ctrl-C or SIGTERM ends the server once the running answers are finished.
     """
 
     models: Annotated[
@@ -106,7 +106,7 @@ def run(options: Options) -> None:
     limits = Limits(*numbers, guesses, options.pictures)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
     named = aliases((*options.name, *options.lora))
-    if wrong := [each for each in options.lora if not is_adapter(Path(each.partition("=")[2]))]:
+    if wrong := [lora for lora in options.lora if not is_adapter(Path(lora.partition("=")[2]))]:
         raise UserError(f"--lora is {wrong[0]!r}, which names no folder of adapters: serve a whole model with --name.")
     sources = public_names(options.models or (() if named else found_models()), named)
     models = ServedModels(sources, limits, Metrics(), memory, options.weights, options.allow_load)
@@ -124,15 +124,15 @@ def run(options: Options) -> None:
 
 def aliases(names: Sequence[str]) -> dict[str, str]:
     """Return the path or name of each model by the id that was chosen for it."""
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for name in names:
         alias, _, source = name.partition("=")
         if not source or not re.fullmatch(r"[\w.:@-]+(/[\w.:@-]+)*", alias):
             raise UserError(f"{name!r} must be ALIAS=PATH, such as bard=runs/my-gpt.")
-        if alias in found:
+        if alias in sources:
             raise UserError(f"The alias {alias!r} is given twice: choose another for {source}.")
-        found[alias] = source
-    return found
+        sources[alias] = source
+    return sources
 
 
 def check_search(folder: Path, uses: Sequence[str]) -> None:
@@ -158,10 +158,10 @@ def keys_of(options: Options) -> tuple[str, ...]:
     """Return the keys of the options, the file and the environment."""
     lines = read_text(options.api_key_file).splitlines() if options.api_key_file else []
     keys = [*options.api_key, *lines, *os.environ.get(KEYS, "").split(",")]
-    found = tuple(key.strip() for key in keys if key.strip())
-    if (options.api_key or options.api_key_file) and not found:
+    stripped = tuple(key.strip() for key in keys if key.strip())
+    if (options.api_key or options.api_key_file) and not stripped:
         raise UserError(f"{options.api_key_file or '--api-key'} holds no key, and everyone could ask: give one.")
-    return found
+    return stripped
 
 
 def found_models() -> tuple[str, ...]:

@@ -86,24 +86,24 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     module = recipe_module(name)
     words = list(arguments)
     kind, name = with_folder(module.Recipe, name), str(Path(name).resolve()) if name.endswith(".py") else name
-    found, out = None, Path(_value_of("--out", words) or Path("runs") / Path(name).stem)
+    stored_run, out = None, Path(_value_of("--out", words) or Path("runs") / Path(name).stem)
     if launch.is_restart() and last_step(out) is not None:
         words = [*(word for word in words if word != "--replace"), "--resume"]
     if "--resume" in words:
-        found = resuming.stored(name, module, out)
-    usual = kind(recipe=found.usual(words)) if found else None
+        stored_run = resuming.stored(name, module, out)
+    usual = kind(recipe=stored_run.usual(words)) if stored_run else None
     options = flags.parse(kind, words, program, usual=usual)
     if options.resume and options.replace:
         raise UserError("--resume goes on with a run and --replace starts over: give one of them.")
-    if found:
-        trust.check_resumed(out, found.record, options.recipe, words)
+    if stored_run:
+        trust.check_resumed(out, stored_run.record, options.recipe, words)
     processes = options.processes or options.mesh.asks
     if (processes > 1 or options.mesh != Mesh()) and not launch.is_started():
         options.mesh.fit(processes)
         return lambda: launch.start(processes, options.restarts, ["train", name, *words])
-    choice = Choice(options.device, **{each: vars(options).get(each) or None for each in COMPUTING})
+    choice = Choice(options.device, **{part: vars(options).get(part) or None for part in COMPUTING})
     if options.resume:
-        work = partial(resuming.go_on, found, module, options.recipe, options.out)
+        work = partial(resuming.go_on, stored_run, module, options.recipe, options.out)
     else:
         work = partial(resuming.begin, name, module, options.recipe, options.out, options.replace or replaces)
     return flags.placed(choice, partial(launch.together, options.mesh, work, explain) if launch.is_started() else work)
@@ -119,7 +119,7 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
 def with_folder(kind: type, name: str) -> Any:
     """Return a recipe's options and those of every run."""
     folder = field(default=Path("runs") / Path(name).stem)
-    own = [
+    options = [
         ("recipe", Annotated[kind, tyro.conf.arg(name="")]),
         ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")], folder),
         ("resume", Annotated[bool, tyro.conf.arg(help="Go on with the run in that folder, with its options.")], False),
@@ -132,13 +132,13 @@ def with_folder(kind: type, name: str) -> Any:
          "state, where one dies.")], 0),
         *((name, COMPUTING[name], UNSET[name]) for name in COMPUTING if not _has(kind, name)),
     ]  # fmt: skip
-    return make_dataclass("Train", own, frozen=True)
+    return make_dataclass("Train", options, frozen=True)
 
 
 def _has(recipe: type, name: str) -> bool:
-    """Whether a recipe's options, or those inside them, have an option of that name."""
-    inside = [type(_default(each)) for each in fields(recipe) if is_dataclass(_default(each))]
-    return any(each.name == name for each in fields(recipe)) or any(_has(kind, name) for kind in inside)
+    """Return whether a recipe's options, or those inside them, have an option of that name."""
+    inside = [type(_default(field)) for field in fields(recipe) if is_dataclass(_default(field))]
+    return any(field.name == name for field in fields(recipe)) or any(_has(kind, name) for kind in inside)
 
 
 def _default(field: Field) -> Any:

@@ -51,9 +51,9 @@ def run(options: Options) -> None:
     model, tokenizer = load(options.model, weights=options.weights or "own")
     speech_model(model)
     for file, samples in zip(options.files, sounds, strict=True):
-        found = transcribe(model, tokenizer, samples, settings)
-        line = json.dumps({"file": str(file), **asdict(found)}, ensure_ascii=False) + "\n"
-        print(line if options.format == "json" else FORMATS[options.format](found), end="")
+        transcript = transcribe(model, tokenizer, samples, settings)
+        line = json.dumps({"file": str(file), **asdict(transcript)}, ensure_ascii=False) + "\n"
+        print(line if options.format == "json" else FORMATS[options.format](transcript), end="")
 
 
 parse = flags.parser(Options, run, "keifu transcribe")

@@ -51,12 +51,12 @@ def run(options: Options) -> None:
     settings = TranslationParams(options.beam, options.alpha, options.max_tokens, options.batch_size)
     shown = options.file is not None and sys.stderr.isatty()
     with counting("Translating", None, "sentences") if shown else nullcontext() as progress:
-        found = translate_texts(model, tokenizer, lines, settings, progress=progress)
-    for line, parts in zip(lines, found, strict=True):
+        translations = translate_texts(model, tokenizer, lines, settings, progress=progress)
+    for line, parts in zip(lines, translations, strict=True):
         text = join_sentences(part.text for part in parts)
         whole = {"source": line, "translation": text, "sentences": [asdict(part) for part in parts]}
         print(json.dumps(whole, ensure_ascii=False) if options.json else text)
-    _warn(found)
+    _warn(translations)
 
 
 def lines_from(text: str | None, file: Path | None) -> list[str]:
@@ -83,15 +83,15 @@ def load_translator(name: str, weights: str | None = None) -> tuple[Any, Any]:
     raise UserError(f"{name} does not translate: {explain_not_translator(model)}")
 
 
-def _warn(found: Sequence[Sequence[Any]]) -> None:
-    """Says on stderr what the translations alone would hide."""
-    cut = sorted({n for n, parts in enumerate(found, 1) for part in parts if not part.complete})
+def _warn(translations: Sequence[Sequence[Any]]) -> None:
+    """Say on stderr what the translations alone would hide."""
+    cut = sorted({n for n, parts in enumerate(translations, 1) for part in parts if not part.complete})
     if cut:
         shown = ", ".join(map(str, cut[:10])) + (", ..." if len(cut) > 10 else "")
         print(f"The translation reached its limit of tokens before its end in line {shown}.", file=sys.stderr)
-    unknown = sum(part.unknown for parts in found for part in parts)
+    unknown = sum(part.unknown for parts in translations for part in parts)
     if unknown:
-        total = sum(part.source_tokens for parts in found for part in parts)
+        total = sum(part.source_tokens for parts in translations for part in parts)
         print(f"{unknown:,} of {total:,} tokens are unknown to the model's vocabulary.", file=sys.stderr)
 
 

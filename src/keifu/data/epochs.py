@@ -108,7 +108,7 @@ class Batching:
     bounds: list[int]
 
     def order(self, random: np.random.Generator) -> np.ndarray:
-        """All rows, in an order of the epoch's own."""
+        """Return all rows, in an order of the epoch's own."""
         return sort_pools(random.permutation(len(self.keys)), self.keys, self.pool)
 
     def batches(self, random: np.random.Generator) -> list[np.ndarray]:
@@ -128,7 +128,7 @@ class Batching:
 
 
 def by_rows(sizes: np.ndarray, rows: int = 80, pool: int = 1600) -> Batching:
-    """Batches of `rows` rows; each `pool` of rows drawn at random is sorted by length and cut into batches.
+    """Return the batches of `rows` rows; each `pool` of rows drawn at random is sorted by length and cut into batches.
 
     Bahdanau et al. (2014, appendix B.2) draw 1,600 pairs, sort them, and make 20 batches of 80.
     """

@@ -49,7 +49,7 @@ class Chunks(Tensor):
 
     def __create_write_items__(self, name: str, tensor: "Chunks") -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(next(iter(self.chunks.values())))
-        data = [TensorWriteData(each, properties, self.whole) for each in self.__create_chunk_list__()]
+        data = [TensorWriteData(chunk, properties, self.whole) for chunk in self.__create_chunk_list__()]
         return [WriteItem(MetadataIndex(name, x.chunk.offsets), WriteItemType.SHARD, tensor_data=x) for x in data]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
@@ -77,7 +77,7 @@ class States:
         if self.main:
             shutil.rmtree(_beside(checkpoint.folder(directory, step)), ignore_errors=True)
         distributed.barrier(self.group)
-        copies = {name: each.to("cpu", copy=True) for name, each in chunked(pod, tensors, apart=True).items()}
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in chunked(pod, tensors, apart=True).items()}
         commit = partial(checkpoint.commit, directory, step, prune=prune)
         self.written = self.thread.submit(self._write, checkpoint.folder(directory, step), copies, dict(facts), commit)
 
@@ -118,12 +118,12 @@ def load(pod: Pod, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, Tensor]:
     """Tensors of a run by the names of a state, as parts of the whole ones; apart: joined matrices as one name each."""
-    found: dict[str, Tensor] = {}
+    joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         owner = next((part for part in (_inner(name), _inner(name).rpartition(".")[0]) if part in pod.layouts), "")
         local = local_part(tensor)
         if not owner or not local.dim():
-            found[name] = local
+            joined[name] = local
             continue
         layout, chunks = pod.layouts[owner], {}
         starts = [min(rows[number].start for rows in layout.rows) for number in range(len(layout.parts))]
@@ -134,8 +134,8 @@ def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, T
             chunks.setdefault(key, {})[offset[: local.dim()]] = local[piece.start : piece.stop]
         for key, parts in chunks.items():
             rows = layout.parts[int(key.rpartition("#")[2])] if key != name else layout.shape[0]
-            found[key] = Chunks.of(parts, (rows, *layout.shape[1:]))
-    return found
+            joined[key] = Chunks.of(parts, (rows, *layout.shape[1:]))
+    return joined
 
 
 def _inner(name: str) -> str:

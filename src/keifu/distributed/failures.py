@@ -52,7 +52,7 @@ def explained(group: Processes, store: Any, explain: Callable[[Exception], str |
 
 
 def exchange_failed(error: BaseException | None) -> bool:
-    """Whether an exception says that another process could not be reached."""
+    """Return whether an exception says that another process could not be reached."""
     while error is not None:
         named = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))
         if named or isinstance(error, distributed.DistError):
@@ -71,7 +71,7 @@ class Signs:
         self.thread = threading.Thread(target=self._beat, name="keifu-signs", daemon=True)
 
     def leave(self, error: Exception, explain: Callable[[Exception], str | None]) -> None:
-        """Leaves the sentence of this process, and waits until the first process has shown it."""
+        """Leave the sentence of this process, and wait until the first process has shown it."""
         if not exchange_failed(error):
             text = explain(error) or "".join(traceback.format_exception(error))
             self.store.set(FAILED, json.dumps([self.number, text]))

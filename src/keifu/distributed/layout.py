@@ -61,13 +61,13 @@ class Layout:
         size = ceil(total / self.shards)  # as FSDP splits
         shard %= self.shards  # of what is not shared, each process has all
         first, end = min(shard * size, total), min((shard + 1) * size, total)
-        column, found, below = self.columns[tensor].start if self.columns else 0, [], 0
+        column, shards, below = self.columns[tensor].start if self.columns else 0, [], 0
         for number, part in enumerate(self.rows[tensor]):
             start, stop = max(first, below), min(end, below + len(part))
             if start < stop:
-                found.append(ShardPiece(start - first, stop - first, number, part.start + start - below, column))
+                shards.append(ShardPiece(start - first, stop - first, number, part.start + start - below, column))
             below += len(part)
-        return found
+        return shards
 
     def take(self, whole: Tensor, shard: int, tensor: int) -> Tensor:
         """Return the part of a whole tensor that a process has."""

@@ -65,10 +65,10 @@ class Pod:
             layout = self.layouts[name]
             pieces = [{*layout.pieces(self.place[0], tensor)} for tensor in range(self.size if layout.is_split else 0)]
             if name not in self.partial and len(set().union(*pieces)) < sum(map(len, pieces)):
-                found = of_all(gradient, self.size, self.tensor_group)
+                gathered = of_all(gradient, self.size, self.tensor_group)
                 for piece in pieces[self.place[1]]:
-                    parts = [part[piece.start : piece.stop] for part, own in zip(found, pieces, strict=True)
-                             if piece in own]  # fmt: skip
+                    parts = [part[piece.start : piece.stop] for part, listed in zip(gathered, pieces, strict=True)
+                             if piece in listed]  # fmt: skip
                     gradient[piece.start : piece.stop] = sum(parts[1:], start=parts[0])
 
     def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:

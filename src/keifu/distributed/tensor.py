@@ -131,7 +131,7 @@ class Head(Tensor):
 
     @property
     def own(self) -> range:
-        """The numbers of its classes."""
+        """Return the indices of this process's classes."""
         return self.classes.rows[self.tokens.index][0]
 
     @classmethod
@@ -162,12 +162,12 @@ class Head(Tensor):
         """Return the loss over all classes."""
         classes = losses.Vocabulary(self.own.start, self.classes.shape[0], self.tokens.stack)
         bias = None if bias is None else self.tokens.shared(bias)[self.own.start : self.own.stop]
-        own = self.tokens.shared(hidden), self.as_subclass(Tensor), bias
-        return losses.linear_cross_entropy(*own, *rest, vocabulary=classes)
+        local = self.tokens.shared(hidden), self.as_subclass(Tensor), bias
+        return losses.linear_cross_entropy(*local, *rest, vocabulary=classes)
 
 
 class SplitRows:
-    """A layer whose parameter `weight` holds this process's rows of a head's matrix, mixed into the layer's class."""
+    """Mixin for an output head whose `weight` has only this process's rows of the matrix."""
 
     tokens: Tokens
     classes: Layout
@@ -324,7 +324,7 @@ def _split_norm(norm: Any, rows: list[range], tokens: Tokens) -> Layout:
 
 
 def _split_feedforward(part: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
-    name = next(each for each in ("up", "gate_up", "up_gate") if each in dict(part.named_children()))
+    name = next(name for name in ("up", "gate_up", "up_gate") if name in dict(part.named_children()))
     first, hidden, size = getattr(part, name), part.down.weight.shape[1], tokens.size
     if hidden % size:
         raise UserError(f"hidden_dim ({hidden}) cannot be split over --mesh.tensor {size}: it must divide it.")
@@ -341,7 +341,7 @@ def _split_pair(
     follows by its inputs. Of their adapters B and A are split likewise; of the gradient of the others, and of B of keys
     that all have, each process computes a part."""
     outer, inner = getattr(part, first), getattr(part, last)
-    rows, own = [*zip(*parts, strict=True)], parts[0]
+    rows, columns = [*zip(*parts, strict=True)], parts[0]
     outer.register_forward_pre_hook(lambda _, inputs: (tokens.whole(inputs[0], adds=True), *inputs[1:]))
     for name, layer in outer.named_modules(prefix=first):
         if isinstance(layer, Linear):
@@ -352,30 +352,30 @@ def _split_pair(
     for name, layer in inner.named_modules(prefix=last):
         if isinstance(layer, Linear):
             layer.__class__, vars(layer)["tokens"] = RowParallel, tokens
-            yield f"{name}.weight", _take(layer, "weight", _of_columns(layer.weight, own), tokens)
+            yield f"{name}.weight", _take(layer, "weight", _of_columns(layer.weight, columns), tokens)
         elif isinstance(layer, Adapter):
             layer.dropout = SplitDropout(layer.dropout.p, tokens, -1)
             layer.register_forward_hook(lambda *call: tokens.part(call[-1], adds=True))
-            yield f"{name}.a", _take(layer, "a", _of_columns(layer.a, own), tokens)
+            yield f"{name}.a", _take(layer, "a", _of_columns(layer.a, columns), tokens)
 
 
 def _split_adapter(adapter: Adapter, rows: Sequence[Sequence[range]], tokens: Tokens) -> Layout:
-    """Leaves an adapter the outputs that this process has of those that it acts on."""
+    """Leave an adapter the outputs that this process has of those that it acts on."""
     first, end = adapter.target.start, adapter.target.start + adapter.target.rows
-    found = [[range(max(each.start, first) - first, min(each.stop, end) - first) for each in one
-              if each.start < end and first < each.stop] for one in rows]  # fmt: skip
-    before = sum(len(each) for each in rows[tokens.index] if each.stop <= first)
-    layout = _take(adapter, "b", Layout(tuple(adapter.b.shape), found), tokens)
+    ranges = [[range(max(span.start, first) - first, min(span.stop, end) - first) for span in one
+              if span.start < end and first < span.stop] for one in rows]  # fmt: skip
+    before = sum(len(span) for span in rows[tokens.index] if span.stop <= first)
+    layout = _take(adapter, "b", Layout(tuple(adapter.b.shape), ranges), tokens)
     adapter.target = replace(adapter.target, start=before, rows=len(adapter.b))
     return layout
 
 
-def _of_columns(parameter: Tensor, own: list[range]) -> Layout:
-    return Layout(tuple(parameter.shape), [[range(len(parameter))]] * len(own), own)
+def _of_columns(parameter: Tensor, columns: list[range]) -> Layout:
+    return Layout(tuple(parameter.shape), [[range(len(parameter))]] * len(columns), columns)
 
 
 def _take(layer: nn.Module, name: str, layout: Layout, tokens: Tokens) -> Layout:
-    """Leaves a layer this process's part of a parameter."""
+    """Leave a layer this process's part of a parameter."""
     whole = getattr(layer, name)
     part = layout.take(whole.detach(), 0, tokens.index).clone()
     setattr(layer, name, nn.Parameter(part, whole.requires_grad))

@@ -43,11 +43,11 @@ class LazyTensor(Tensor):
 
     @staticmethod
     def of(reader: TensorReader, like: Tensor, index: Index = ()) -> "LazyTensor":
-        """Rows and columns of a reader's tensor; like: has their shape, type and device."""
+        """Return the rows and columns of a reader's tensor; like: has their shape, type and device."""
         make: Any = Tensor._make_wrapper_subclass  # pyright: ignore
-        found = make(LazyTensor, like.shape, dtype=like.dtype, device=like.device)
-        found.reader, found.index = reader, index
-        return found
+        lazy = make(LazyTensor, like.shape, dtype=like.dtype, device=like.device)
+        lazy.reader, lazy.index = reader, index
+        return lazy
 
     @property
     def blank(self) -> Tensor:
@@ -70,15 +70,15 @@ class LazyTensor(Tensor):
         return LazyTensor.of(self.reader, self.blank.narrow(axis, start, stop - start), tuple(index))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        found = self.detach().clone()
-        return nn.Parameter(found, self.requires_grad) if isinstance(self, nn.Parameter) else found
+        copied = self.detach().clone()
+        return nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs, schema = kwargs or {}, func._schema
         if isinstance(args[0], LazyTensor):
-            if (found := args[0]._lazily(func, args[1:], kwargs)) is not None:
-                return found
+            if (lazy := args[0]._lazily(func, args[1:], kwargs)) is not None:
+                return lazy
             if schema.name.startswith("aten::new_") or schema.name.endswith("_like"):
                 return func(args[0].blank, *args[1:], **kwargs)
         written = [bool(argument.alias_info and argument.alias_info.is_write) for argument in schema.arguments]

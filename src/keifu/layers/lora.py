@@ -87,8 +87,8 @@ class Adapter(nn.Module):
 
     def changed(self, weight: Float[Tensor, "out channels *kernel"]) -> Float[Tensor, "out channels *kernel"]:
         """Its rows of the layer's weight, adapted; computed in float32."""
-        own = weight.flatten(1).float()
-        stretch, changed = self.stretch(own), own + self.change()
+        matrix = weight.flatten(1).float()
+        stretch, changed = self.stretch(matrix), matrix + self.change()
         return (changed if stretch is None else changed * stretch[:, None]).view_as(weight).to(weight.dtype)
 
     def stretch(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"] | None:
@@ -134,13 +134,13 @@ class AdaptedLinear(nn.Module):
 
     def _piece(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
         """Return an adapter's rows of the output, adapted."""
-        low, own = adapter.low, y[..., adapter.rows]
+        low, part = adapter.low, y[..., adapter.rows]
         change = F.linear(adapter(x), adapter.b * low.scale)
         stretch = None if adapter.length is None else adapter.stretch(self.base.weight[adapter.rows].float())
         if stretch is None:
-            return own + change.to(y.dtype)
+            return part + change.to(y.dtype)
         bias = 0 if self.base.bias is None else self.base.bias[adapter.rows]
-        return ((own - bias + change) * stretch + bias).to(y.dtype)
+        return ((part - bias + change) * stretch + bias).to(y.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -179,10 +179,10 @@ def attach(model: nn.Module, targets: Mapping[Target, LoraSettings]) -> nn.Modul
     if not targets:
         raise UserError("No layer was chosen for an adapter: name at least one.")
     model.requires_grad_(False)
-    found: dict[str, list[Target]] = defaultdict(list)
+    targets_of: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
-        found[target.module].append(target)
-    for name, parts in found.items():
+        targets_of[target.module].append(target)
+    for name, parts in targets_of.items():
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear | nn.Conv2d)
         ordered = sorted(parts, key=lambda part: part.start)
@@ -203,7 +203,7 @@ def quantize_bases(model: nn.Module) -> nn.Module:
 
 
 def adapters(model: nn.Module) -> Iterator[Adapter]:
-    """Every adapter of a model, in the model's order."""
+    """Return every adapter of a model, in the model's order."""
     return (module for module in model.modules() if isinstance(module, Adapter))
 
 

@@ -92,7 +92,7 @@ def linear_cross_entropy(
     counts = targets != IGNORED if shares is None else shares.flatten() * (targets != IGNORED)
     rates = label_smoothing, z_loss
     inputs = hidden.flatten(0, -2), weight, bias
-    wanted = [each is not None and each.requires_grad and torch.is_grad_enabled() for each in inputs]
+    wanted = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in inputs]
     with torch.no_grad():
         if torch.compiler.is_compiling() and vocabulary is None:
             total, plain, *gradients = _operator(*inputs, targets, counts, *rates, kind, wanted, soft_cap)
@@ -174,9 +174,9 @@ def _shapes(hidden: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor
     several = wanted[1] and len(hidden) > max(1, _LOGITS_AT_A_TIME // len(weight))
     total = hidden.new_empty((), dtype=torch.float32)
     full = hidden.shape, weight.shape, weight.shape[:1]
-    shapes = [shape if each else (0,) for shape, each in zip(full, wanted, strict=True)]
+    shapes = [shape if used else (0,) for shape, used in zip(full, wanted, strict=True)]
     types = kind, weight.dtype if several else kind, torch.float32
-    made = [hidden.new_empty(each, dtype=dtype) for each, dtype in zip(shapes, types, strict=True)]
+    made = [hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
     return total, torch.empty_like(total), made[0], made[1], made[2]
 
 
@@ -186,13 +186,13 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor | None) -> Tensor:
         ctx.save_for_backward(*gradients)
-        ctx.types = [None if each is None else each.dtype for each in inputs]
+        ctx.types = [None if tensor is None else tensor.dtype for tensor in inputs]
         return total.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.saved_tensors, ctx.types, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(each.to(dtype) * upstream[0] if needed else None for each, dtype, needed in pairs)
+        return None, None, *(gradient.to(dtype) * upstream[0] if needed else None for gradient, dtype, needed in pairs)
 
 
 def _to_gradient(
@@ -211,13 +211,13 @@ def _to_gradient(
     on_cpu = logits.device.type == "cpu"
     every = on_cpu and not torch.compiler.is_compiling() and counts.dtype == torch.bool and bool(counts.all())
     in_cache = on_cpu and classes is None
-    found = []
+    parts = []
     for part in _slices(len(logits), max(1, _LOGITS_IN_CACHE // logits.shape[1])) if in_cache else [slice(None)]:
         rows = logits[part]
         loss, nats, gradient = _loss_and_gradient(rows, targets[part], label_smoothing, z_loss, classes)
         rows.copy_(gradient if every else gradient.mul_(counts[part, None]))
-        found.append((loss, nats))
-    loss, nats = (torch.cat(each) * counts[:, None] for each in zip(*found, strict=True))
+        parts.append((loss, nats))
+    loss, nats = (torch.cat(values) * counts[:, None] for values in zip(*parts, strict=True))
     return loss.sum(), nats.sum()
 
 
@@ -233,13 +233,13 @@ def _loss_and_gradient(
         chosen = logits.gather(-1, right).float()
         mean = logits.mean(-1, keepdim=True, dtype=torch.float32) if label_smoothing else chosen
     else:
-        own, total = log_z, classes.total
+        local_z, total = log_z, classes.total
         inside = (right >= classes.first) & (right < classes.first + logits.shape[-1])
         right, step = (right - classes.first).where(inside, 0), step * inside
         mine = logits.gather(-1, right) * inside, logits.sum(-1, keepdim=True, dtype=torch.float32)
-        each = classes.gather(torch.stack([own, *mine]))
-        log_z, chosen, mean = each[:, 0].logsumexp(0), each[:, 1].sum(0), each[:, 2].sum(0) / total
-        gradient *= (own - log_z).exp()
+        gathered = classes.gather(torch.stack([local_z, *mine]))
+        log_z, chosen, mean = gathered[:, 0].logsumexp(0), gathered[:, 1].sum(0), gathered[:, 2].sum(0) / total
+        gradient *= (local_z - log_z).exp()
     nats = loss = log_z - chosen
     if z_loss:
         loss = loss + z_loss * log_z.square()
@@ -271,7 +271,7 @@ def linear_divergence(
         given = theirs[part] if matrix is None else linear(theirs[part], matrix)
         return (total := _divergence_to_gradient(logits, given, beta, temperature)), total
 
-    wanted = [each.requires_grad and torch.is_grad_enabled() for each in (hidden, weight)]
+    wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (hidden, weight)]
     with torch.no_grad():
         total, _, *gradients = _gradients_by_rows(hidden, weight, None, kind, [*wanted, False], to_gradient)
     return _WithGradients.apply(total, tuple(gradients[:2]), hidden, weight)
@@ -283,7 +283,7 @@ def _divergence_to_gradient(logits: Tensor, teacher: Tensor, beta: float, temper
     size = max(1, _LOGITS_IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     total = logits.new_zeros((), dtype=torch.float32)
     for part in _slices(len(logits), max(1, size)):
-        mine, theirs = (F.log_softmax(each[part].float() / temperature, -1) for each in (logits, teacher))
+        mine, theirs = (F.log_softmax(scores[part].float() / temperature, -1) for scores in (logits, teacher))
         loss, gradient = _divergence(mine, theirs, beta)
         logits[part] = gradient.div_(temperature).to(logits.dtype)
         total = total + loss
@@ -364,12 +364,12 @@ class _TokenLogProbabilities(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.settings = temperature, kind, soft_cap
-        found = [hidden.new_zeros(0, dtype=torch.float32)], [hidden.new_zeros(0, dtype=torch.float32)]
+        parts = [hidden.new_zeros(0, dtype=torch.float32)], [hidden.new_zeros(0, dtype=torch.float32)]
         for part in _slices(len(hidden), _rows_at_a_time(weight)):
             logs, _ = _log_softmax(hidden[part], weight, *ctx.settings)
-            found[0].append(logs.gather(-1, tokens[part, None]).squeeze(-1))
-            found[1].append(-(logs.exp() * logs).sum(-1))
-        chosen, entropy = map(torch.cat, found)
+            parts[0].append(logs.gather(-1, tokens[part, None]).squeeze(-1))
+            parts[1].append(-(logs.exp() * logs).sum(-1))
+        chosen, entropy = map(torch.cat, parts)
         ctx.mark_non_differentiable(entropy)
         return chosen, entropy
 

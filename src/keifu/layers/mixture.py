@@ -229,11 +229,11 @@ def idle_parameters(model: nn.Module) -> int:
 @contextmanager
 def recorded_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Collect the routing of every mixture in the forward passes inside the block, in the order of the layers."""
-    found: list[Routing] = []
+    routings: list[Routing] = []
     routers = [mixture.router for mixture in mixtures(model).values()]
-    handles = [router.register_forward_hook(lambda *call: found.append(call[-1])) for router in routers]
+    handles = [router.register_forward_hook(lambda *call: routings.append(call[-1])) for router in routers]
     try:
-        yield found
+        yield routings
     finally:
         for handle in handles:
             handle.remove()

@@ -112,11 +112,11 @@ class Bert(nn.Module):
     forward = encode
 
     def pool(self, hidden: Hidden) -> Float[Tensor, "batch dim"]:
-        """One vector a row: the hidden state of its first token, [CLS], through a layer with tanh."""
+        """Return one vector a row: the hidden state of its first token, [CLS], through a layer with tanh."""
         return torch.tanh(_there(self.pooler, "pooled state")(hidden[:, 0]))
 
     def words(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits of the word at each position; the head's last matrix is the embedding."""
+        """Return the logits of the word at each position; the head's last matrix is the embedding."""
         return linear(self.word_states(hidden), self.head_weight, self.head_bias)
 
     def word_states(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
@@ -131,17 +131,17 @@ class Bert(nn.Module):
 
     @property
     def head_bias(self) -> Float[Tensor, " vocab"]:
-        """The bias of the masked-language-modelling head."""
+        """Return the bias of the masked-language-modelling head."""
         return _there(self.word_head, "head for masked words").bias
 
     def next_sentence(self, pooled: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 2"]:
-        """Logits of the two classes: the second sentence follows the first, or is a random one."""
+        """Return the logits of the two classes: the second sentence follows the first, or is a random one."""
         return _there(self.next_head, "head for the next sentence")(pooled)
 
     def classify(
         self, tokens: Tokens, segments: Tokens | None = None, mask: Bool[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch labels"]:
-        """Logits of the config's labels for each row."""
+        """Return the logits of the config's labels for each row."""
         if self.sentence_head is not None:
             return self.sentence_head(self.encode(tokens, segments, mask), mask)
         head = _there(self.classifier, "labels to choose from; fine-tune it first")

@@ -60,8 +60,7 @@ PAPER_PARAMETERS = {  # table 1, embedding and the rest, without the vision enco
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its
-    own."""
+    """Build a model with GPT-2's initialisation: N(0, 0.02²), scaled residual projections. The report prints none."""
     blocks = [_block(config, layer) for layer in range(config.n_layers)]
     norm = UnitOffsetRMSNorm(config.dim, config.norm_eps)
     embedding = ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5)

@@ -93,7 +93,7 @@ class MLP(nn.Module):
 
     @torch.inference_mode()
     def predict_proba(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
-        """Each class's share of the decision: softmax of logits, or sigmoids divided by their sum."""
+        """Return each class's share of the decision: softmax of logits, or sigmoids divided by their sum."""
         outputs = self(x.to(self.mean)).float().to(x.device)
         if self.config.output == "identity":
             return outputs.softmax(-1)

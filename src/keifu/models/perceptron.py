@@ -113,7 +113,7 @@ class Separation:
 
 
 def separate(x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"]) -> Separation:
-    """Decides whether a plane parts the rows with target 1 from those with target 0, and finds the widest margin.
+    """Decide whether a plane parts the rows with target 1 from those with target 0, and find the widest margin.
 
     The separator with the widest margin is the point nearest to zero in the convex hull of the signed rows; there is
     none exactly when that hull holds zero. (Parting with ≥ on one side is parting with > on both: rows are finite, so
@@ -185,14 +185,14 @@ def absorb(
 
 
 def affine_weights(points: Float[Tensor, "few dim1"]) -> Float[Tensor, "few"]:
-    """Weights with sum 1, of any sign, of the point nearest to zero in the flat through the points."""
+    """Return the weights with sum 1, of any sign, of the point nearest to zero in the flat through the points."""
     first, rest = points[0], points[1:]
     others = torch.linalg.lstsq((rest - first).T, -first[:, None], driver="gelsd").solution.flatten()
     return torch.cat([1 - others.sum(dim=0, keepdim=True), others])
 
 
 def exact_mixture(points: list[list[float]]) -> list[Fraction] | None:
-    """Weights ≥ 0 with sum 1 whose mixture of the points is zero in rational arithmetic, or None.
+    """Return the weights ≥ 0 with sum 1 whose mixture of the points is zero in rational arithmetic, or None.
 
     The points must be affinely independent, so that there is at most one answer: Gauss' elimination finds it.
     """

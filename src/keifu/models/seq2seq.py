@@ -145,8 +145,9 @@ class Seq2Seq(nn.Module):
         return self.logits(self.hidden(target, self.start(source, source_mask)))
 
     def start(self, source: Source, source_mask: SourceMask | None = None, capacity: int | None = None) -> DecoderState:
-        """Read the sources. With `capacity` the state takes up to that many tokens of each target, a few at a time;
-        without it a whole target is given at once and nothing of it is kept. An empty source is a ValueError.
+        """Encode the sources and return the state of the decoder. An empty source is a ValueError.
+
+        capacity: most target tokens that the state keeps, given a few at a time; None: a whole target is given at once.
         """
         mask = torch.ones_like(source, dtype=torch.bool) if source_mask is None else source_mask
         reading = self.encoder(self.source_dropout(self.source_embedding(source)), mask)

@@ -33,10 +33,10 @@ def published_sizes() -> list[Size]:
 
 def count_sizes(models: Iterable[str]) -> list[Size]:
     """Return the table counted on models on the meta device."""
-    found = {name: import_module(f"keifu.models.{name}") for name in models}
+    modules = {name: import_module(f"keifu.models.{name}") for name in models}
     return [
         Size(size, name, *_counts(module, config, vars(module).get("PAPER_PARAMETERS", {}).get(size)))
-        for name, module in found.items()
+        for name, module in modules.items()
         for size, config in module.SIZES.items()
     ]
 
@@ -66,9 +66,9 @@ def model_files() -> list[str]:
     """Return the names of all model files: those of the table in its order, then new ones."""
     folder = Path(__file__).parent
     paths = [path for path in sorted(folder.rglob("[!_]*.py")) if "\nSIZES" in path.read_text(encoding="utf-8")]
-    found = [".".join(path.relative_to(folder).with_suffix("").parts) for path in paths]
+    present = [".".join(path.relative_to(folder).with_suffix("").parts) for path in paths]
     known = dict.fromkeys(size.model for size in published_sizes())
-    return [*(name for name in known if name in found), *(name for name in found if name not in known)]
+    return [*(name for name in known if name in present), *(name for name in present if name not in known)]
 
 
 if __name__ == "__main__":

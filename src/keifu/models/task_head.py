@@ -125,7 +125,7 @@ class ModelWithHead(nn.Module):
         return self.task_head(self.dropout(extracted), mask.any(-1)) + self.config.bias
 
     def scores_along(self, tokens: Tokens) -> Float[Tensor, "batch sequences length"]:
-        """Scores at every token, of the sequence up to it (score heads alone)."""
+        """Return the scores at every token, of the sequence up to it (score heads alone)."""
         return self.task_head(self.hidden(tokens)) + self.config.bias
 
     @property

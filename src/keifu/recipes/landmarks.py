@@ -64,43 +64,43 @@ def _read_digits(name: str) -> dict[str, bytes]:
     print("   1986, a network reads digits that it has not seen before:", flush=True)
     print(_drawn(digits))
     seen = _seen(name, digits)
-    print("".join(f"{each:^{WIDE + 1}}" for each in seen))
+    print("".join(f"{word:^{WIDE + 1}}" for word in seen))
     return {"1986 a network reads digits": grid(_pixels(digits), seen, columns=8)}
 
 
 def _seen(name: str, digits: Float[Tensor, "digit pixels"]) -> list[str]:
     """Return the digits that the network of that name sees, and how sure it is."""
     network: Any = checkpoints.load(name)[0]
-    shares, found = network.predict_proba(digits).max(-1)
-    return [f"{digit} ({share:.0%})" for digit, share in zip(found.tolist(), shares.tolist(), strict=True)]
+    shares, predicted = network.predict_proba(digits).max(-1)
+    return [f"{digit} ({share:.0%})" for digit, share in zip(predicted.tolist(), shares.tolist(), strict=True)]
 
 
 def _translate(name: str) -> dict[str, bytes]:
     """Return two sentences; the picture shows what each token of the last one looked at in the last layer."""
     translator, tokenizer = checkpoints.load(name)
-    found = [each for [each] in translate_texts(translator, tokenizer, SENTENCES[name], TranslationParams())]
-    for each in found:
-        print(f"   2017, a Transformer: {each.source} → {each.text}")
-    sentence, config = found[-1].source, cast(Any, translator).config
+    translations = [pair for [pair] in translate_texts(translator, tokenizer, SENTENCES[name], TranslationParams())]
+    for pair in translations:
+        print(f"   2017, a Transformer: {pair.source} → {pair.text}")
+    sentence, config = translations[-1].source, cast(Any, translator).config
     seen = inspect_translation(translator, [*tokenizer.encode(sentence), config.end_id])
     rows, columns = ([tokenizer.decode([token]) or "(end)" for token in ids] for ids in (seen.rows, seen.columns))
     last = {"last layer, mean of its heads": [*seen.attention.values()][-1].mean(0)}
-    return {f"2017 attention of {name}": draw_maps(last, rows, columns, f"{sentence}\n→ {found[-1].text}")}
+    return {f"2017 attention of {name}": draw_maps(last, rows, columns, f"{sentence}\n→ {translations[-1].text}")}
 
 
 def _fill(name: str) -> dict[str, bytes]:
     model, tokenizer = checkpoints.load(name)
-    found = {text: fill(model, tokenizer, text)[0] for text in GAPS}
-    for text, guesses in found.items():
+    fillings = {text: fill(model, tokenizer, text)[0] for text in GAPS}
+    for text, guesses in fillings.items():
         words = ", ".join(f"{guess.word} {guess.probability:.0%}" for guess in guesses[:3])
         print(f"   2018, BERT: {text.replace('[MASK]', '___')} {words}")
-    return {"2018 a masked word": _bars(found)}
+    return {"2018 a masked word": _bars(fillings)}
 
 
-def _bars(found: dict[str, list[Guess]]) -> bytes:
+def _bars(fillings: dict[str, list[Guess]]) -> bytes:
     """Draw the likeliest words for each gap as PNG."""
-    figure, panels = canvas(len(found), len(found), 3.2)
-    for axes, (text, guesses) in zip(panels, found.items(), strict=True):
+    figure, panels = canvas(len(fillings), len(fillings), 3.2)
+    for axes, (text, guesses) in zip(panels, fillings.items(), strict=True):
         axes.barh([guess.word for guess in reversed(guesses)], [guess.probability for guess in reversed(guesses)])
         axes.set_title(text, fontsize=8)
         axes.set_xlabel("probability", fontsize=8)
@@ -128,10 +128,10 @@ def _draw_emoji(name: str) -> dict[str, bytes]:
     print(f"   2022, latent diffusion draws {', '.join(LEARNED)}; not in its training data: {', '.join(UNSEEN)}.")
     captions = list(PROMPTS)
     if catalogue.is_cached("emoji-clip", catalogue.MODELS):
-        found = cosines(*checkpoints.load("emoji-clip"), drawn, PROMPTS).argmax(1).tolist()
-        right = [index == number for number, index in enumerate(found)]
+        nearest = cosines(*checkpoints.load("emoji-clip"), drawn, PROMPTS).argmax(1).tolist()
+        right = [index == number for number, index in enumerate(nearest)]
         print(f"   2021, CLIP finds the name of {sum(right[:4])} of the first and {sum(right[4:])} of the others.")
-        captions = [f"{asked} → {PROMPTS[index]}" for asked, index in zip(PROMPTS, found, strict=True)]
+        captions = [f"{asked} → {PROMPTS[index]}" for asked, index in zip(PROMPTS, nearest, strict=True)]
     return {"2022 emoji from their names": grid(drawn, captions, columns=4)}
 
 
@@ -149,9 +149,5 @@ def _pixels(digits: Float[Tensor, "digit pixels"]) -> Tensor:
 def _drawn(digits: Float[Tensor, "digit pixels"]) -> str:
     """Draw the digits side by side in characters, two rows of pixels to a line of text."""
     halves = digits.view(len(digits), WIDE, 2, WIDE, 2).amax(-1).transpose(0, 1)  # row, digit, its half, column
-    return "\n".join(" ".join(map(_characters, line)) for line in halves.gt(0.4).tolist())
-
-
-def _characters(halves: list[list[bool]]) -> str:
-    """Return two rows of pixels as one line of characters."""
-    return "".join(BLOCKS[pair] for pair in zip(*halves, strict=True))
+    lines = ((zip(*digit, strict=True) for digit in line) for line in halves.gt(0.4).tolist())
+    return "\n".join(" ".join("".join(BLOCKS[pair] for pair in digit) for digit in line) for line in lines)

@@ -92,8 +92,8 @@ def _walk(
 
 def _option(field: str, hint: Any, prefix: str) -> str:
     """Return a field's name on the command line; tyro omits a field that is annotated with an empty name."""
-    own = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    given = [each.name for each in own if isinstance(each, ARGUMENT)]
+    notes = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    given = [note.name for note in notes if isinstance(note, ARGUMENT)]
     word = given[0] if given and given[0] is not None else field.replace("_", "-")
     return ".".join(part for part in (prefix, word) if part)
 

@@ -105,9 +105,9 @@ def attribution_of(data: str) -> dict[str, str]:
     """Return licence and attribution of a catalogue entry, also of what is made of one, and how; nothing for other
     data."""
     made = MADE_OF.get(data)
-    found = [row for row in catalogue.rows() if row["name"] == (made.entry if made else data)]
+    entries = [row for row in catalogue.rows() if row["name"] == (made.entry if made else data)]
     facts = {"how it was made": made.how} if made else {}
-    return facts | {key: row[key] for row in found for key in ("licence", "attribution")}
+    return facts | {key: row[key] for row in entries for key in ("licence", "attribution")}
 
 
 def parameters(model: nn.Module) -> int:

@@ -96,7 +96,7 @@ class ApiKeys(Gate):
         if scheme.lower() != "bearer":
             key = headers.get("x-api-key", "")  # as Anthropic's clients send it
         digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
-        return any([hmac.compare_digest(digest, own) for own in self.digests])  # always all of them
+        return any([hmac.compare_digest(digest, known) for known in self.digests])  # always all of them
 
 
 def host_name(netloc: str) -> str:

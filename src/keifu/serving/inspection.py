@@ -82,7 +82,7 @@ def _inspect(model: nn.Module, tokenizer: Any, _: Any, body: InspectRequest, abo
         "model": about.name,
         "rows": [token_text(target, row) for row in seen.rows],
         "columns": [token_text(source, column) for column in seen.columns],
-        "attention": [{"layer": name, "heads": len(each), "bytes": _bytes(each)} for name, each in maps],
+        "attention": [{"layer": name, "heads": len(tensor), "bytes": _bytes(tensor)} for name, tensor in maps],
         "lens": [[list(likeliest(tokenizer, position)) for position in layer] for layer in seen.lens],
         "masks": masks,
     }

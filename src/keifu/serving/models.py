@@ -115,13 +115,13 @@ def public_names(sources: Sequence[str], named: Mapping[str, str]) -> dict[str, 
         sources: models without a chosen id.
         named: models with one, by id.
     """
-    found = dict(named)
+    paths = dict(named)
     for source in sources:
         path = Path(source)
         name = path.resolve().name if path.is_absolute() or ".." in path.parts else source
-        if found.setdefault(name, source) != source:
-            raise UserError(f"{found[name]} and {source} would both be called {name!r}: choose with --name ALIAS=PATH.")
-    return found
+        if paths.setdefault(name, source) != source:
+            raise UserError(f"{paths[name]} and {source} would both be called {name!r}: choose with --name ALIAS=PATH.")
+    return paths
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
@@ -169,23 +169,23 @@ class ServedModels:
         for name, source in sources.items():
             self._add(describe(source, name))
 
-    def _add(self, found: Description) -> None:
+    def _add(self, model: Description) -> None:
         """Serve one more model; one that alone is larger than the memory is a `UserError`."""
-        name, writes = found.name, "completion" in found.uses
+        name, writes = model.name, "completion" in model.uses
         if writes:
-            check_guesses(self.limits.guesses, found.tokenizer, found.config.vocab_size, found.fixed_states)
-        if self.weights and (writes or {*PACKED_TOO} & {*found.uses}):
+            check_guesses(self.limits.guesses, model.tokenizer, model.config.vocab_size, model.fixed_states)
+        if self.weights and (writes or {*PACKED_TOO} & {*model.uses}):
             self.packed[name] = self.weights
         if self.weights and writes:
-            found = replace(found, size=found.size // 2)  # in memory once
-            self._sizes[_whole(name)] = found.size
-        if self.memory is not None and found.size + self._draft > self.memory:
+            model = replace(model, size=model.size // 2)  # in memory once
+            self._sizes[_whole(name)] = model.size
+        if self.memory is not None and model.size + self._draft > self.memory:
             draft = f" and the draft {self._draft / 2**20:,.0f} MiB" if self._draft else ""
             raise UserError(
-                f"{name} takes {found.size / 2**20:,.0f} MiB{draft}, but --memory allows {self.memory / 2**20:,.0f}: "
+                f"{name} takes {model.size / 2**20:,.0f} MiB{draft}, but --memory allows {self.memory / 2**20:,.0f}: "
                 "raise it, or choose a smaller model."
             )
-        self.descriptions[name], self._sizes[name] = found, found.size
+        self.descriptions[name], self._sizes[name] = model, model.size
         sources = {description.source: description.name for description in self.descriptions.values()}
         self._other_names = short_names(list(self.descriptions)) | sources
 
@@ -217,20 +217,20 @@ class ServedModels:
 
     def reader(self, name: str) -> Description:
         """Return the model of that name, if it reads text; otherwise raise an `ApiError`."""
-        found = self.named(name)
-        if found.tokenizer is None:
+        about = self.named(name)
+        if about.tokenizer is None:
             raise ApiError(400, f"The model {name!r} reads no text, so it has no tokens.", "model", "wrong_model")
-        return found
+        return about
 
     def find(self, name: str, use: str) -> Description:
         """Return the model of that name, if it has this use; otherwise raise an `ApiError`."""
-        found = self.named(name, use)
-        if use not in found.uses:
+        about = self.named(name, use)
+        if use not in about.uses:
             able = [description.name for description in self.descriptions.values() if use in description.uses]
             here = f"for this, ask {' or '.join(able)}" if able else "none of this server's models is for this"
-            ways = " and ".join(USES[each] for each in found.uses)
-            raise ApiError(400, f"The model {found.name!r} is for {ways}; {here}.", "model", "wrong_model")
-        return found
+            ways = " and ".join(USES[way] for way in about.uses)
+            raise ApiError(400, f"The model {about.name!r} is for {ways}; {here}.", "model", "wrong_model")
+        return about
 
     def worker(self, name: str) -> Worker:
         """Return the thread that has the model of this id; start it and make room for the model if necessary."""
@@ -285,6 +285,6 @@ class ServedModels:
             raise ApiError(503, "All memory is taken by models that are at work: try again.", None, "no_memory", 5)
 
     async def close(self) -> None:
-        """End all threads, after they have done what they were asked before."""
+        """End all threads after their pending work."""
         for worker in self.workers.values():
             await worker.close()

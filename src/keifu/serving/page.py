@@ -44,8 +44,8 @@ def routes() -> APIRouter:
     router = APIRouter(include_in_schema=False)
     paths = FOLDER.rglob("*")
     files = {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in paths if path.suffix in TYPES}
-    own = os.environ.get("KEIFU_LANG", "")
-    files["index.html"] = in_language(files["index.html"], own)
+    default = os.environ.get("KEIFU_LANG", "")
+    files["index.html"] = in_language(files["index.html"], default)
 
     def answer(name: str, request: Request) -> Response:
         tag = f'"{hashlib.sha256(files[name]).hexdigest()[:16]}"'
@@ -58,7 +58,7 @@ def routes() -> APIRouter:
     router.add_api_route("/docs", partial(answer, "docs.html"))
 
     @router.get("/lineage")
-    async def landmarks(language: str = own or "en") -> Response:
+    async def landmarks(language: str = default or "en") -> Response:
         try:
             page = lineage.page(language).replace("</h1>", f"</h1>{LINKS[language]}", 1)
         except UserError as error:

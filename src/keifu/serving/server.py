@@ -50,34 +50,34 @@ class Address:
 
     def _open_port(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        found = socket.socket(family)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            found.bind((self.host, self.port))
+            listening.bind((self.host, self.port))
         except OSError as error:
-            found.close()
+            listening.close()
             if error.errno == errno.EADDRINUSE:
                 raise UserError(
                     f"Port {self.port} is in use{_user_of(self.port)}: choose another with --port, or end that one."
                 ) from error
             raise UserError(f"{self.host}:{self.port} cannot be listened at: {error.strerror or error}.") from error
-        return found
+        return listening
 
     @staticmethod
     def _open_unix(path: Path) -> socket.socket:
-        found = socket.socket(socket.AF_UNIX)
+        listening = socket.socket(socket.AF_UNIX)
         if path.is_socket():
             with suppress(ConnectionRefusedError):  # one that was left behind
-                found.connect(str(path))
+                listening.connect(str(path))
                 raise UserError(f"A server listens at {path} already: choose another --socket, or end that one.")
             path.unlink()
-            found.close()
-            found = socket.socket(socket.AF_UNIX)
+            listening.close()
+            listening = socket.socket(socket.AF_UNIX)
         try:
-            found.bind(str(path))
+            listening.bind(str(path))
         except OSError as error:
             raise UserError(f"{path} cannot be listened at: {error.strerror or error}.") from error
-        return found
+        return listening
 
 
 def _user_of(port: int) -> str:
@@ -88,8 +88,8 @@ def _user_of(port: int) -> str:
         inodes = {row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                for each in (process / "fd").iterdir():
-                    if os.readlink(each)[8:-1] in inodes:
+                for file in (process / "fd").iterdir():
+                    if os.readlink(file)[8:-1] in inodes:
                         return f" by process {process.name} ({(process / 'comm').read_text().strip()})"
     return ""
 

@@ -33,12 +33,12 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes, for these models."""
 
     def entry(name: str) -> dict[str, Any]:
-        each = models.descriptions[name]
+        model = models.descriptions[name]
         loaded = name in models.workers and models.workers[name].model is not None
-        about = {"uses": each.uses, "context_length": each.context_length, "loaded": loaded}
-        about |= {"reads_text": each.tokenizer is not None, "labels": vars(each.config).get("classes") or None}
-        about |= {"fills_masks": bool(vars(each.config).get("words")), "defaults": _defaults(each)}
-        about |= {"sees": sees(each.config)}
+        about = {"uses": model.uses, "context_length": model.context_length, "loaded": loaded}
+        about |= {"reads_text": model.tokenizer is not None, "labels": vars(model.config).get("classes") or None}
+        about |= {"fills_masks": bool(vars(model.config).get("words")), "defaults": _defaults(model)}
+        about |= {"sees": sees(model.config)}
         return {"id": name, "object": "model", "created": models.began, "owned_by": "keifu", **about}
 
     @app.get("/v1/models", summary="The models of this server", tags=["state"])
@@ -73,8 +73,8 @@ def _defaults(about: Description) -> dict[str, Any] | None:
     if "completion" not in about.uses:
         return None
     with suppress(UserError):  # its generation_config.json is damaged, which an answer says
-        found = vars(sampling_for(about.tokenizer, {}, ANSWER_TOKENS if "chat" in about.uses else 256))
-        return {name: found[name] for name in SHOWN}
+        settings = vars(sampling_for(about.tokenizer, {}, ANSWER_TOKENS if "chat" in about.uses else 256))
+        return {name: settings[name] for name in SHOWN}
     return None
 
 
@@ -94,14 +94,14 @@ def run_routes(app: FastAPI, folder: Path) -> None:
 
     @app.get("/v1/runs/{name}", summary="Figures of a run, from a byte of its metrics.jsonl on", tags=["state"])
     def one_run(name: str, start: Annotated[int, Query(ge=0)] = 0) -> Response:
-        if name not in (found := runs()):
-            raise ApiError(404, str(unknown("run", name, found)), "name", "run_not_found")
-        with found[name].open("rb") as file:
+        if name not in (folders := runs()):
+            raise ApiError(404, str(unknown("run", name, folders)), "name", "run_not_found")
+        with folders[name].open("rb") as file:
             size = file.seek(0, SEEK_END)
             start = file.seek(start if start <= size else 0)  # it is shorter than before: the run began again
             text = file.read(MOST_BYTES)
         lines, end, _ = text.rpartition(b"\n")
-        seconds = max(0.0, time.time() - found[name].stat().st_mtime)
+        seconds = max(0.0, time.time() - folders[name].stat().st_mtime)
         about: dict[str, Any] = {"next": start + len(lines) + len(end), "seconds": round(seconds, 1)}
         about |= {"lines": lines.decode(errors="replace").splitlines()}
         return json_response({"object": "run", "id": name, **about})

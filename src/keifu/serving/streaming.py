@@ -29,8 +29,8 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         return await task if task.done() else None
     finally:
-        for each in (task, gone):
-            each.cancel()
+        for waiting in (task, gone):
+            waiting.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
@@ -73,10 +73,8 @@ class EventStream(Response):
         except Exception as error:
             body = of_exception(error).body()
             await send({"type": "http.response.body", "body": self._framed(body), "more_body": True})
-        await send({"type": "http.response.body", "body": self._last(), "more_body": False})
-
-    def _last(self) -> bytes:
-        return b"" if self.named else b"data: [DONE]\n\n"
+        last = b"" if self.named else b"data: [DONE]\n\n"
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _framed(self, event: dict[str, Any]) -> bytes:
         name = f"event: {event.get('type', 'error')}\n" if self.named else ""

@@ -69,7 +69,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             ids = prompt_tokens(tokenizer, body.input or "")
         else:
             messages = open_images([message.plain() for message in body.messages], models.limits.pictures)
-            found = render(tokenizer, messages, about.config)
-            ids = InsertedImages(found, about.config).tokens if isinstance(found, ImagePrompt) else found
-        entries = [{"text": token_text(tokenizer, each), "bytes": [*token_bytes(tokenizer, each)]} for each in ids]
+            rendered = render(tokenizer, messages, about.config)
+            ids = InsertedImages(rendered, about.config).tokens if isinstance(rendered, ImagePrompt) else rendered
+        entries = [{"text": token_text(tokenizer, token), "bytes": [*token_bytes(tokenizer, token)]} for token in ids]
         return json_response({"object": "tokens", "model": about.name, "ids": ids, "tokens": entries})

@@ -190,7 +190,7 @@ class Worker:
                 self._step()
 
     def _obey(self) -> bool:
-        """Do the work that was asked since the last step, or wait if nothing runs; return False at the end."""
+        """Do the work that was queued since the last step; wait for some if nothing runs. Return False at the end."""
         try:
             command = self._commands.get(block=not self._jobs)
             while command is not None:
@@ -234,7 +234,7 @@ class Worker:
 
     def _abort(self, job: Job) -> None:
         engine = self._engine  # not a new one, which `_started` might make
-        for number in [number for number, (each, _) in self._jobs.items() if each is job]:
+        for number in [number for number, (other, _) in self._jobs.items() if other is job]:
             del self._jobs[number]
             if engine is not None:
                 engine.abort(number)

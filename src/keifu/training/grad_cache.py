@@ -44,9 +44,9 @@ def whole_batch_outputs(
     if len(sizes) == ranks.data_size == 1:
         yield from (call(objective, part) for part in passes())
         return
-    own = _cache_outputs(objective, model, call, passes)
+    local = _cache_outputs(objective, model, call, passes)
     keeps = torch.is_grad_enabled()
-    outputs = tuple(ranks.gather_rows(rows).requires_grad_(keeps) for rows in own)
+    outputs = tuple(ranks.gather_rows(rows).requires_grad_(keeps) for rows in local)
     whole = call(objective.loss, outputs)
     counted = 0.0 if ranks.data_rank else 1.0  # every rank computes the whole loss, and the first counts it
     if not keeps:
@@ -54,14 +54,14 @@ def whole_batch_outputs(
         return
     part_of_scale = scale / ranks.data_size  # of the loss's own parameters, an equal part a rank
     (whole.total * part_of_scale).backward()
-    first = sum(ranks.counts(own[0])[: ranks.data_rank])
-    mine = (output.grad[first : first + len(own[0])].split(list(sizes)) for output in outputs)  # pyright: ignore
+    first = sum(ranks.counts(local[0])[: ranks.data_rank])
+    mine = (output.grad[first : first + len(local[0])].split(list(sizes)) for output in outputs)  # pyright: ignore
     for number, (part, gradients) in enumerate(zip(passes(), zip(*mine, strict=True), strict=True)):
         rows = call(objective.rows, part)
-        each = [(row.float() * gradient.float()).sum() for row, gradient in zip(rows, gradients, strict=True)]
-        carrier = torch.stack(each).sum() / part_of_scale
-        found = _share_of(whole, 0.0 if number else counted)  # the first part has all sums, the others none
-        yield found._replace(total=carrier - carrier.detach() + found.total)
+        sums = [(row.float() * gradient.float()).sum() for row, gradient in zip(rows, gradients, strict=True)]
+        carrier = torch.stack(sums).sum() / part_of_scale
+        share = _share_of(whole, 0.0 if number else counted)  # the first part has all sums, the others none
+        yield share._replace(total=carrier - carrier.detach() + share.total)
 
 
 def _share_of(whole: LossOutput, share: float) -> LossOutput:
@@ -76,7 +76,7 @@ def _cache_outputs(
     """Return the outputs of this rank's rows without activations; buffers (running statistics) are restored."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.no_grad():
-        found = [call(objective.rows, part) for part in passes()]
+        outputs = [call(objective.rows, part) for part in passes()]
         for buffer, before in buffers:
             buffer.copy_(before)
-    return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
+    return tuple(torch.cat(pieces) for pieces in zip(*outputs, strict=True))

@@ -88,7 +88,7 @@ class Length:
 
     def mean_share(self, settings: Settings, step: int) -> float:
         """Return the mean learning rate of the updates from `step` on, as a share of the highest one."""
-        shares = [self.rate_share(settings, each) for each in range(step, self.steps)]
+        shares = [self.rate_share(settings, past) for past in range(step, self.steps)]
         return sum(shares) / max(1, len(shares))
 
     def useful_steps(self, settings: Settings, at: int) -> int:

@@ -14,7 +14,7 @@ from keifu.training.protocols import Batch, Bounds, Data, DividedData
 
 
 def prefetches(device: torch.device) -> bool:
-    """Whether batches for this device are made ahead: not for a CPU."""
+    """Return whether batches for this device are made ahead: not for a CPU."""
     return device.type != "cpu"
 
 

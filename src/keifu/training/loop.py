@@ -50,7 +50,7 @@ def train(
     model: nn.Module, objective: Objective, data: Data, settings: Settings, run: Run, sample: Sample | None = None,
     save: Save | None = None, largest: Batch | None = None,
 ) -> Summary:  # fmt: skip
-    """Trains a model, on the device where its parameters are, and write a run directory.
+    """Train a model, on the device where its parameters are, and write a run directory.
 
     `sample`: called with the number of steps done, gives a text or a PNG picture. `save`: writes the model into the
     directory. `largest`: the batch to measure memory on; unset: the first one. Data that are `OnPolicy` need it, since

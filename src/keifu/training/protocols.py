@@ -42,7 +42,7 @@ class Data(Protocol):
         ...
 
     def validation(self) -> Iterable[Batch]:
-        """Batches for the validation loss; empty where there are none."""
+        """Return the batches for the validation loss, or nothing without held-out data."""
         ...
 
 
@@ -72,7 +72,7 @@ class OnPolicy(Protocol):
         ...
 
     def load_state(self, state: Batch) -> None:
-        """Restores what `state` gave."""
+        """Restore what `state` gave."""
         ...
 
 

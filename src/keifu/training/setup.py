@@ -106,10 +106,10 @@ def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell
     return dtype
 
 
-def _as_resolved(found: checkpoint.SavedState, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
+def _as_resolved(saved: checkpoint.SavedState, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
     """Return the automatic settings of the resumed run; none on a device of another kind, where they are decided
     anew."""
-    resolved, now = found.facts["resolved"], device_name(device)
+    resolved, now = saved.facts["resolved"], device_name(device)
     before = resolved.get("device", now)
     same = same_kind(before, now)
     if not same or (device.type == "cpu" and before != now):  # threads decide how sums are split
@@ -131,24 +131,24 @@ def _check_growth(settings: Settings, data: Data) -> None:
 def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.SavedState:
     """Return the newest state that the first process finds whole: it alone looks for damage in the parts of a split
     model."""
-    found, complaints = checkpoint.latest(run.directory)
+    saved, complaints = checkpoint.latest(run.directory)
     for text in complaints:
         tell(text)
-    step = current().broadcast(found.step)
-    return found if found.step == step else checkpoint.read(run.directory, step)
+    step = current().broadcast(saved.step)
+    return saved if saved.step == step else checkpoint.read(run.directory, step)
 
 
-def _length(found: checkpoint.SavedState, settings: Settings, directory: Path) -> Length:
+def _length(saved: checkpoint.SavedState, settings: Settings, directory: Path) -> Length:
     """Return the length of a resumed run. It changes where the settings have other steps than the run started with, or
     where its recipe.json asks for others."""
-    length = length_of(found.facts)
+    length = length_of(saved.facts)
     asked = run_directory.recorded(directory).get("steps") or length.scheduled
     steps = asked if settings.steps == length.begun else settings.steps
     if steps == length.scheduled:
         return length
-    changed = length.changed(found.step, steps, settings.warmup)
-    if steps > length.scheduled and changed.mean_share(settings, found.step) < USEFUL:
-        useful = length.useful_steps(settings, found.step)
+    changed = length.changed(saved.step, steps, settings.warmup)
+    if steps > length.scheduled and changed.mean_share(settings, saved.step) < USEFUL:
+        useful = length.useful_steps(settings, saved.step)
         raise UserError(
             f"An extension from {length.scheduled:,} to {steps:,} steps would learn next to nothing: the schedule ends "
             f"at a rate of 0. Give --steps {useful:,} or more."
@@ -157,13 +157,13 @@ def _length(found: checkpoint.SavedState, settings: Settings, directory: Path) -
 
 
 def _tell_changes(
-    found: checkpoint.SavedState, length: Length, settings: Settings, now: dict[str, Any], tell: Callable[[str], None]
+    saved: checkpoint.SavedState, length: Length, settings: Settings, now: dict[str, Any], tell: Callable[[str], None]
 ) -> None:
     """Check that the run may be resumed with these settings, and show what has changed."""
-    before = length_of(found.facts).scheduled
+    before = length_of(saved.facts).scheduled
     changes = compare({"steps": before}, {"steps": length.scheduled})
-    changes += check_resumed(found.facts["described"], now)
-    tell(f"Going on from step {found.step:,}" + (f"; changed: {', '.join(changes)}." if changes else "."))
+    changes += check_resumed(saved.facts["described"], now)
+    tell(f"Going on from step {saved.step:,}" + (f"; changed: {', '.join(changes)}." if changes else "."))
     if length.scheduled != before:
         tell(length.sentence(settings))
 

@@ -5,7 +5,7 @@ import io
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -24,7 +24,8 @@ METADATA = "Metadata-Version: 2.1\nName: words\nVersion: 1.0\n"
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch, tmp_path: Path) -> None:
+def _no_network(monkeypatch, tmp_path: Path, downloads: Callable[..., Path]) -> None:
+    monkeypatch.setattr(pip_download, "download", downloads)
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")

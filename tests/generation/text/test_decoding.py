@@ -95,11 +95,11 @@ def test_models_are_sharp_enough_for_these_tests(model: nn.Module, tokenizer: To
 def test_prompts_read_in_chunks_give_the_same(
     model: nn.Module, tokenizer: Tokenizer, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = [prompt(23), prompt(7), prompt(31)]
-    whole = generate_batch(model, tokenizer, prompts, PLAIN)
+    prompts, some = [prompt(23), prompt(7), prompt(31)], replace(PLAIN, max_tokens=8)
+    whole = generate_batch(model, tokenizer, prompts, some)
     for chunk in chunks:
         monkeypatch.setattr("keifu.generation.text.generate.PREFILL_TOKENS", chunk * len(prompts))
-        for a, b in zip(generate_batch(model, tokenizer, prompts, PLAIN), whole, strict=True):
+        for a, b in zip(generate_batch(model, tokenizer, prompts, some), whole, strict=True):
             same(a, b)
 
 
@@ -107,12 +107,12 @@ def test_every_request_of_a_ragged_batch_gets_what_it_gets_alone(model: nn.Modul
     """Prompts of 1 to 41 tokens, settings that differ, ends at different times; in any order and in any groups."""
     lengths = [7, 1, 41, 23, 7, 2]
     settings = [
-        PLAIN,
-        replace(GREEDY, max_tokens=20),
+        replace(PLAIN, max_tokens=14),  # beyond a block of 16 tokens
+        replace(GREEDY, max_tokens=9),
         replace(PLAIN, max_tokens=None, seed=3),
-        EVERYTHING,
+        replace(EVERYTHING, max_tokens=12),
         replace(PLAIN, max_tokens=1),
-        replace(PLAIN, temperature=1.3, top_k=20, seed=77),
+        replace(PLAIN, max_tokens=17, temperature=1.3, top_k=20, seed=77),
     ]
     prompts = [prompt(length, seed) for seed, length in enumerate(lengths)]
     alone = [generate_batch(model, tokenizer, [p], s)[0] for p, s in zip(prompts, settings, strict=True)]

@@ -61,7 +61,7 @@ VERSION = "0.30.0"  # of diffusers, whose layout this is
 
 
 def is_diffusers(path: Path) -> bool:
-    """Whether a folder has diffusers' layout."""
+    """Return whether a folder has diffusers' layout."""
     if (path / PIPELINE).exists():
         return True
     return (path / CONFIG).exists() and "_class_name" in read_json_object(path / CONFIG)
@@ -108,7 +108,7 @@ def _network(path: Path, folder: Path, extra: Mapping[str, Any], notes: tuple[st
     json = read_json_object(folder / CONFIG)
     kind = _kind(json)
     if kind not in FAMILIES or not _is_network(kind):
-        raise unknown("model of diffusers", kind, [each for each in FAMILIES if _is_network(each) and each != SIMPLE])
+        raise unknown("model of diffusers", kind, [name for name in FAMILIES if _is_network(name) and name != SIMPLE])
     family, config = read_config({**json, **extra, "model_type": kind}, str(folder / CONFIG))
     notes = notes if "/" in family.files[0] else ()  # of what lies in a folder of a pipeline
     return source_of(path, "diffusers", family, config, dict.fromkeys(weight_files(folder, WEIGHTS), ""), notes)
@@ -137,10 +137,10 @@ def _component_prefixes(
     for part, file in files.items():
         whole[part] = read_json_object(file)
         if part in models:
-            if (found := _kind(whole[part])) != models[part]:
-                raise UserError(f"{file} describes a {found}, and what is implemented as {part} is {models[part]}.")
-            if found != TRANSFORMER:
-                read_config({**whole[part], "model_type": found}, str(file))
+            if (named := _kind(whole[part])) != models[part]:
+                raise UserError(f"{file} describes a {named}, and what is implemented as {part} is {models[part]}.")
+            if named != TRANSFORMER:
+                read_config({**whole[part], "model_type": named}, str(file))
     family, config = read_config(whole, str(path))
     weights = {
         file: f"{part}." for part in files if part in models
@@ -160,16 +160,16 @@ def tower_names(family: Family, stored: Mapping[str, Any]) -> dict[str, str]:
 
 
 def diffusers_files(family: Family) -> bool:
-    """Whether this family's files are diffusers'."""
+    """Return whether this family's files are diffusers'."""
     return PurePosixPath(family.files[1]).name == WEIGHTS
 
 
-def weight_places(family: Family, found: Sequence[Link]) -> dict[str, list[Link]]:
+def weight_places(family: Family, links: Sequence[Link]) -> dict[str, list[Link]]:
     """Return the file of each group of tensors, and the tensors by their names there."""
     if family.model_type not in PIPELINES:
-        return {family.files[1]: [*found]}
+        return {family.files[1]: [*links]}
     links_of: dict[str, list[Link]] = {}
-    for link in found:
+    for link in links:
         part = link.theirs[0].partition(".")[0]
         file_name = f"{part}/{TRANSFORMERS_WEIGHTS if part in OF_TRANSFORMERS else WEIGHTS}"
         there = tuple(name.removeprefix(f"{part}.") for name in link.theirs)

@@ -83,7 +83,7 @@ def open_single_file(path: Path) -> Source:
     _check(path, names)
     gone = [name for name in names if "." not in name or name.startswith(LEFT_OUT)]
     kept = {name: stored_of(file.get_slice(name)) for name in names if name not in gone}
-    shapes = {name: each.shape for name, each in kept.items()}
+    shapes = {name: tensor.shape for name, tensor in kept.items()}
     try:
         config = config_of(shapes, {name: file.get_tensor(name) for name in ("betas", "scale_factor") if name in gone})
         sources = {rename_weights(name, config): name for name in kept}
@@ -141,7 +141,7 @@ def _text(shapes: Shapes) -> clip_text.Config:
 
 def _unet(shapes: Shapes) -> conditioned_unet.Config:
     inner = {name.removeprefix(UNET): shape for name, shape in shapes.items() if name.startswith(UNET)}
-    changes = [int(found[1]) for name in inner if (found := re.match(r"input_blocks\.(\d+)\.0\.op\.", name))]
+    changes = [int(match[1]) for name in inner if (match := re.match(r"input_blocks\.(\d+)\.0\.op\.", name))]
     blocks = min(changes) - 1  # of each level: what stands before the first change of resolution
     ends = range(0, _count(inner, r"input_blocks\.(\d+)\."), blocks + 1)
     widths = tuple(inner[f"input_blocks.{end + 1}.0.in_layers.2.weight"][0] for end in ends)
@@ -176,7 +176,7 @@ def _autoencoder(shapes: Shapes) -> autoencoder_kl.Config:
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    return 1 + max(int(found[1]) for name in names if (found := re.match(pattern, name)))
+    return 1 + max(int(match[1]) for name in names if (match := re.match(pattern, name)))
 
 
 def rename_weights(name: str, config: latent_diffusion.Config) -> str:
@@ -193,21 +193,21 @@ def _unet_name(name: str, config: conditioned_unet.Config) -> str:
     new = f".{name}"
     for old, part in UNET_NAMES.items():
         new = new.replace(f".{old}.", f".{part}.")
-    found = re.fullmatch(r"\.(in|out)put_blocks\.(\d+)\.(\d+)\.(op\.|conv\.)?(.+)", new)
-    if not found:
+    match = re.fullmatch(r"\.(in|out)put_blocks\.(\d+)\.(\d+)\.(op\.|conv\.)?(.+)", new)
+    if not match:
         if new == f".{name}":
             raise ValueError(f"the tensor {name}")
         return new[1:]
-    way, first = ("down", 1) if found[1] == "in" else ("up", 0)
-    level, block = divmod(int(found[2]) - first, config.n_residual_blocks + 1)
-    part = f"{way}samplers.0.conv" if found[4] else f"{'attentions' if int(found[3]) else 'resnets'}.{block}"
-    return f"{way}_blocks.{level}.{part}.{found[5]}"
+    way, first = ("down", 1) if match[1] == "in" else ("up", 0)
+    level, block = divmod(int(match[2]) - first, config.n_residual_blocks + 1)
+    part = f"{way}samplers.0.conv" if match[4] else f"{'attentions' if int(match[3]) else 'resnets'}.{block}"
+    return f"{way}_blocks.{level}.{part}.{match[5]}"
 
 
 def _autoencoder_name(name: str, levels: int) -> str:
     for pattern, new in CODER_NAMES.items():
         name = re.sub(pattern, new, name)
-    return re.sub(r"\.up\.(\d+)\.", lambda found: f".up_blocks.{levels - 1 - int(found[1])}.", name)
+    return re.sub(r"\.up\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", name)
 
 
 def _flat(name: str, stored: StoredTensor) -> StoredTensor:
@@ -217,8 +217,9 @@ def _flat(name: str, stored: StoredTensor) -> StoredTensor:
 
 
 def _read_tokenizer(path: Path, config: latent_diffusion.Config) -> Any:
-    """Return the tokenizer next to the file, which has none; else CLIP's own from the catalogue, which every
-    Stable Diffusion 1 reads with."""
+    """Return the tokenizer in the file's folder, or CLIP's from the catalogue if there is none.
+
+    The file itself has no tokenizer; every Stable Diffusion 1 uses CLIP's."""
     from keifu.data.catalogue.catalogue import fetch
     from keifu.data.tokenizers.formats import READERS
     from keifu.data.tokenizers.load import load_tokenizer

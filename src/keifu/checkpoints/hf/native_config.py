@@ -31,7 +31,7 @@ def _value(hint: Any, value: Any) -> Any:
 
 
 def check_types(config: Any, where: str) -> None:
-    """Refuses a Config with a value of another kind than its field says, or whose sizes are below one."""
+    """Refuse a Config with a value of another kind than its field says, or whose sizes are below one."""
     check_kinds(config, where)
     for name, value in vars(config).items():
         if is_dataclass(value):
@@ -43,7 +43,7 @@ def check_types(config: Any, where: str) -> None:
 
 
 def check_kinds(options: Any, where: str) -> None:
-    """Refuses a dataclass with a value of another kind than its field says, at any depth."""
+    """Refuse a dataclass with a value of another kind than its field says, at any depth."""
     for name, hint in get_type_hints(type(options)).items():
         if name not in vars(options):  # of the class, not of each
             continue
@@ -57,15 +57,15 @@ def check_kinds(options: Any, where: str) -> None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of the kind that a hint says; hints of other sorts say nothing."""
+    """Return whether a value is of the kind that a hint says; hints of other sorts say nothing."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inner)
+        return any(_fits(value, hint) for hint in inner)
     if origin is Literal:
-        return any(type(value) is type(each) and value == each for each in inner)
+        return any(type(value) is type(literal) and value == literal for literal in inner)
     if origin is tuple:
-        each = inner[:1] * len(value) if isinstance(value, tuple) and inner[1:] == (...,) else inner
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+        types = inner[:1] * len(value) if isinstance(value, tuple) and inner[1:] == (...,) else inner
+        return isinstance(value, tuple) and len(value) == len(types) and all(map(_fits, value, types))
     if kind in (int, bool, str, float, type(None)):
         return type(value) in ((float, int) if kind is float else (kind,))
     return not isinstance(kind, type) or isinstance(value, kind)

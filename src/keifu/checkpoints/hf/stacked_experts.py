@@ -27,9 +27,9 @@ Read = Callable[..., Tensor]
 
 def stack_of(name: str) -> str:
     """Return the name of the tensor that a slice is in; other names stay."""
-    if not (found := SLICE.fullmatch(name)):
+    if not (match := SLICE.fullmatch(name)):
         return name
-    return f"{found[1]}.{'down' if found[3] == 'down' else 'gate_up'}_proj{'_bias' if found[4] == 'bias' else ''}"
+    return f"{match[1]}.{'down' if match[3] == 'down' else 'gate_up'}_proj{'_bias' if match[4] == 'bias' else ''}"
 
 
 def unstack_rows(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, StoredTensor], Read]:
@@ -37,20 +37,20 @@ def unstack_rows(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[s
     slices: dict[str, StoredTensor] = {}
     places: dict[str, tuple[str, int, slice]] = {}
     for name, tensor in stored.items():
-        found = STACK.fullmatch(name)
-        if not found or found[3] or len(tensor.shape) != 3 or not is_stack(tensor.shape):
+        match = STACK.fullmatch(name)
+        if not match or match[3] or len(tensor.shape) != 3 or not is_stack(tensor.shape):
             slices[name] = tensor
             continue
         experts, rows, columns = tensor.shape
-        parts = ("down",) if found[2] == "down" else ("gate", "up")
+        parts = ("down",) if match[2] == "down" else ("gate", "up")
         if rows % len(parts):
             raise UserError(f"{name} has {rows} rows, which are not the two halves of a gate and an up projection.")
         rows //= len(parts)
         for number in range(experts):
             for index, part in enumerate(parts):
-                own = f"{found[1]}.{number}.{part}_proj.weight"
-                slices[own] = tensor._replace(shape=(rows, columns))
-                places[own] = name, number, slice(index * rows, (index + 1) * rows)
+                target = f"{match[1]}.{number}.{part}_proj.weight"
+                slices[target] = tensor._replace(shape=(rows, columns))
+                places[target] = name, number, slice(index * rows, (index + 1) * rows)
 
     def read_slice(name: str, index: Index = ()) -> Tensor:
         if name not in places:
@@ -66,31 +66,31 @@ def unstack(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, S
     """Return the tensors of a file with slices instead of stacked experts, and what reads them."""
     slices: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        if not (found := STACK.fullmatch(name)) or not tensor.shape or not is_stack(tensor.shape):
+        if not (match := STACK.fullmatch(name)) or not tensor.shape or not is_stack(tensor.shape):
             packed = name.endswith("_proj_scales") and f"{name.removesuffix('scales')}blocks" in stored
             slices |= {} if packed else {name: tensor}
             continue
         experts, *sizes = tensor.shape
-        kind, dtype, leaf = tensor.kind, tensor.dtype, "bias" if found[3] == "_bias" else "weight"
-        if found[3] == "_blocks":
+        kind, dtype, leaf = tensor.kind, tensor.dtype, "bias" if match[3] == "_bias" else "weight"
+        if match[3] == "_blocks":
             kind, dtype, sizes = "MXFP4", torch.bfloat16, [2 * sizes[1] * sizes[2], sizes[0]]
         *inputs, outputs = sizes
-        parts = ("down",) if found[2] == "down" else ("gate", "up")
+        parts = ("down",) if match[2] == "down" else ("gate", "up")
         shape = (outputs // len(parts), *inputs)
         for number in range(experts):
             for part in parts:
-                slices[f"{found[1]}.{number}.{part}_slice.{leaf}"] = StoredTensor(shape, kind, dtype)
+                slices[f"{match[1]}.{number}.{part}_slice.{leaf}"] = StoredTensor(shape, kind, dtype)
 
     def read_slice(name: str, index: Index = ()) -> Tensor:
-        if not (found := SLICE.fullmatch(name)):
+        if not (match := SLICE.fullmatch(name)):
             return read(name, index)
-        whole, number = stack_of(name), slice(int(found[2]), int(found[2]) + 1)
+        whole, number = stack_of(name), slice(int(match[2]), int(match[2]) + 1)
         if f"{whole}_blocks" in stored:
             matrix = unpack_mxfp4(read(f"{whole}_blocks", (number,))[0], read(f"{whole}_scales", (number,))[0])
         else:
             matrix = read(whole, (number,))[0]
-            matrix = matrix.mT if found[4] == "weight" else matrix
-        rows = matrix[ROWS[found[3]]]
+            matrix = matrix.mT if match[4] == "weight" else matrix
+        rows = matrix[ROWS[match[3]]]
         return (rows[index] if index else rows).contiguous()
 
     return slices, read_slice
@@ -109,14 +109,14 @@ def stack(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
     waiting: dict[str, list[Tensor]] = {}
     layer: Any = None
     for name, tensor in tensors:
-        found = SLICE.fullmatch(name)
-        if waiting and (found is None or found[1] != layer):
+        match = SLICE.fullmatch(name)
+        if waiting and (match is None or match[1] != layer):
             yield from _stacked(waiting)
             waiting = {}
-        if found is None:
+        if match is None:
             yield name, tensor
         else:
-            layer = found[1]
+            layer = match[1]
             waiting.setdefault(stack_of(name), []).append(tensor)
     yield from _stacked(waiting)
 

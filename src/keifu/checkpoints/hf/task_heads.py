@@ -63,8 +63,8 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
     kind = OF_FORM.get(config.form, "")
     stem = json["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     if stem not in CLASSES.get(kind, ()):
-        own = {"model_type": OWN, "architectures": ["keifu"], "decoder": json}
-        return _family(base, None), own | {TASK: task | {"labels": list(config.labels)}}
+        head = {"model_type": OWN, "architectures": ["keifu"], "decoder": json}
+        return _family(base, None), head | {TASK: task | {"labels": list(config.labels)}}
     numbers = {label: number for number, label in enumerate(config.labels)}
     names = {"id2label": {str(number): label for label, number in numbers.items()}, "label2id": numbers}
     facts = names if kind == LABELS else {"summary_first_dropout": config.classifier_dropout}
@@ -99,11 +99,11 @@ def _config(json: Mapping[str, Any], decoder: Any, facts: Mapping[str, Any], whe
     task = _object(json, TASK, where) if TASK in json or not facts else {}
     given = {name: value for name, value in {**facts, **task}.items() if name in FIELDS}
     try:
-        found = task_head.Config(decoder, labels=tuple(facts.get("labels", task.get("labels", ()))), **given)
+        config = task_head.Config(decoder, labels=tuple(facts.get("labels", task.get("labels", ()))), **given)
     except TypeError as error:
         raise UserError(f"{where} cannot be read as a model for a task: {error}") from error
-    check_types(found, where)
-    return found
+    check_types(config, where)
+    return config
 
 
 def _object(json: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:

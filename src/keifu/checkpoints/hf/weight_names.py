@@ -45,7 +45,7 @@ class Link:
         return [shape[::-1] for shape in shapes] if self.transposed else shapes
 
     def subtract_offset(self, tensor: Tensor) -> Tensor:
-        """One of theirs without the offset; taken off in float32, before it is rounded to any other type."""
+        """Return one of theirs without the offset; taken off in float32, before it is rounded to any other type."""
         return tensor.float() - self.offset if self.offset else tensor
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -58,17 +58,17 @@ class Link:
         return halves(self._turn(tensor), self._heads()[index])
 
     def read(self, read: Callable[[str, Index], Tensor], index: Index) -> Tensor:
-        """Rows and columns of ours (all: ()), which `read` reads of theirs."""
+        """Return the rows and columns of ours (all: ()), which `read` reads of theirs."""
         first, *columns = index or (slice(0, sum(self.rows)),)
-        found = []
-        for number, own in self.pieces(first.start, first.stop):
+        parts = []
+        for number, part in self.pieces(first.start, first.stop):
             name = self.theirs[number]
             if self._heads()[number]:
-                found.append(self.part(number, self.subtract_offset(read(name, ())))[(own, *columns)])
+                parts.append(self.part(number, self.subtract_offset(read(name, ())))[(part, *columns)])
             else:
-                place = (own, *(columns or (slice(None),)))[::-1] if self.transposed else (own, *columns)
-                found.append(self._turn(self.subtract_offset(read(name, place))))
-        return found[0].contiguous() if len(found) == 1 else torch.cat(found)
+                place = (part, *(columns or (slice(None),)))[::-1] if self.transposed else (part, *columns)
+                parts.append(self._turn(self.subtract_offset(read(name, place))))
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
     def pieces(self, first: int, stop: int) -> list[tuple[int, slice]]:
         """Return the numbers of theirs that make these rows of ours, with the rows within each."""
@@ -146,11 +146,11 @@ def _without_mark(pattern: str) -> str:
 
 
 def _alternatives(pattern: str) -> tuple[str, ...]:
-    found = re.search(r"\[([^]]*)\]", pattern)
-    return tuple(pattern.replace(found[0], one) for one in found[1].split(",")) if found else (pattern,)
+    braces = re.search(r"\[([^]]*)\]", pattern)
+    return tuple(pattern.replace(braces[0], one) for one in braces[1].split(",")) if braces else (pattern,)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name is one of the patterns, in which `*` is a layer's number and `**` anything."""
+    """Return whether a name is one of the patterns, in which `*` is a layer's number and `**` anything."""
     escaped = [re.escape(pattern).replace(r"\*\*", ".*").replace(r"\*", r"\d+") for pattern in patterns]
     return any(re.fullmatch(pattern, name) for pattern in escaped)

@@ -82,22 +82,22 @@ def save(
 def _save_known(
     model: nn.Module, tokenizer: Any, directory: Path, max_shard_bytes: int | float, kind: str | None
 ) -> None:
-    own: Any = model.config
-    family, config = describe(own) if kind is None else describe_as(own, kind)
+    settings: Any = model.config
+    family, config = describe(settings) if kind is None else describe_as(settings, kind)
     if tokenizer is not None:
-        check_tokenizer(tokenizer, own.vocab_size)
+        check_tokenizer(tokenizer, settings.vocab_size)
     links_of = weight_places(family, [_of_whole(link) for link in links(model, family.table(config))])
     if not current().is_main:  # it gives its parts of a split model, and does not write
-        for found in links_of.values() if not current().is_replicated else ():
-            deque(published_tensors(model, found), maxlen=0)
+        for file_links in links_of.values() if not current().is_replicated else ():
+            deque(published_tensors(model, file_links), maxlen=0)
         return
     with disk_space(f"{directory} keeps what it held"), writing_alone(directory):
         for old in directory.glob(f"{STAGE}*"):  # left by a crash
             shutil.rmtree(old, ignore_errors=True)
         with TemporaryDirectory(prefix=STAGE, dir=directory, ignore_cleanup_errors=True) as folder:
             stage, dtype = Path(folder), name_of(next(model.parameters()).dtype)
-            for file_name, found in links_of.items():
-                _write_weights(model, found, stage / file_name, max_shard_bytes)
+            for file_name, file_links in links_of.items():
+                _write_weights(model, file_links, stage / file_name, max_shard_bytes)
             if diffusers_files(family):
                 _write_diffusers(config, dtype, tokenizer, stage)
             else:
@@ -105,10 +105,10 @@ def _save_known(
             _move(stage, directory)
 
 
-def published_tensors(model: nn.Module, found: Sequence[Link]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the file by its published name, on the CPU, in the model's order."""
+def published_tensors(model: nn.Module, links: Sequence[Link]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the file by its published name, on the CPU, in the model's order."""
     state = model.state_dict()
-    for link in found:
+    for link in links:
         whole = current().full_tensor(link.ours, state[link.ours].detach())
         yield from zip(link.theirs, link.split(whole.cpu()), strict=True)
 
@@ -127,18 +127,18 @@ def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
     return groups
 
 
-def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: int | float) -> None:
+def _write_weights(model: nn.Module, links: Sequence[Link], file: Path, limit: int | float) -> None:
     """Write the weights as this file, or as shards of its name with their index."""
     state = model.state_dict()
     sizes = Counter[str]()
-    for link in found:
+    for link in links:
         for name, rows in zip(link.theirs, link.rows, strict=True):
             size = math.prod(link.shape) * state[link.ours].element_size() * rows // sum(link.rows)
             sizes[stack_of(name)] += size
     groups = shards(sizes, limit)
     names = [f"{file.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else [file.name]
-    tensors = stack(published_tensors(model, found))
+    tensors = stack(published_tensors(model, links))
     file.parent.mkdir(exist_ok=True)
     for name, group in zip(names, groups, strict=True):
         write_tensors({key: tensor for key, tensor in (next(tensors) for _ in group)}, file.with_name(name))

@@ -73,7 +73,7 @@ def _place(spelled: Mapping[str, str], name: str) -> Place:
 
 
 def _weight_name(name: str) -> str:
-    """One spelling for all: the part of the pipeline first, dots as underscores, without what some files leave out."""
+    """Return one spelling of a name: the pipeline's part first, underscores for dots, no optional prefix."""
     name = name.removeprefix("base_model.model.").replace(".processor.", ".").replace(".", "_")
     start = next((start for start in STARTS if name.startswith(start)), None)
     if start is not None:

@@ -43,21 +43,21 @@ def linears(model: nn.Module) -> dict[str, Target]:
 
 
 def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)) -> dict[str, Target]:
-    """Every linear layer and convolution of a model, the parts of a joined one apart, by its published name."""
+    """Return every linear layer and convolution of a model, the parts of a joined one apart, by its published name."""
     family, config = describe(model.config)
-    modules, found = dict(model.named_modules()), dict[str, Target]()
+    modules, targets = dict(model.named_modules()), dict[str, Target]()
     for link in links(model, family.table(config)):
         name, _, leaf = link.ours.rpartition(".")
         if leaf == "weight" and isinstance(modules[name], kinds):
             starts = [sum(link.rows[:index]) for index in range(len(link.rows))]
             for label, start, rows in zip(link.theirs, starts, link.rows, strict=True):
                 label = label.removesuffix(".weight")
-                found[label] = Target(name, start, rows, label)
-    return found
+                targets[label] = Target(name, start, rows, label)
+    return targets
 
 
 def adapt(model: nn.Module, targets: Sequence[str], low: LoraSettings) -> nn.Module:
-    """Attaches new adapters, in place, to the linear layers of these names (see `match_targets`), or with all-linear to
+    """Attach new adapters, in place, to the linear layers of these names (see `match_targets`), or with all-linear to
     every one."""
     known = linears(model)
     return attach(
@@ -131,7 +131,7 @@ def _config(model: nn.Module, made: Sequence[Adapter], base: str) -> dict[str, A
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds adapters and no model of its own."""
+    """Return whether a folder has adapters and no whole model."""
     return (path / CONFIG).is_file() and not (path / "config.json").exists()
 
 
@@ -146,7 +146,7 @@ def base_of(path: Path) -> str:
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
-    """Attaches the adapters of a folder to a model, in place. Keys or shapes that do not fit are one `UserError`."""
+    """Attach the adapters of a folder to a model, in place. Keys or shapes that do not fit are one `UserError`."""
     path = Path(path)
     config, tensors = _check_pair(path), read_tensors(path / WEIGHTS)
     return attach_tensors(model, path, linears(model), tensors, _place, partial(_low, config))
@@ -160,33 +160,35 @@ def attach_tensors(
     place: Callable[[str], Place], settings: Callable[[str, dict[str, Tensor]], LoraSettings],
     strange: Callable[[str], str] = lambda name: "belongs to no layer of this model",
 ) -> nn.Module:  # fmt: skip
-    """Attaches adapters of these tensors to a model, in place; tensors that belong to none, are missing or misshapen
+    """Attach adapters of these tensors to a model, in place; tensors that belong to none, are missing or misshapen
     are one `UserError`.
 
     settings: of a layer's adapter, from its tensors, which it may change. strange: what is wrong with a tensor whose
     layer is not `known`.
     """
-    found, names, wrong = defaultdict[str, dict[str, Tensor]](dict), defaultdict[str, dict[str, str]](dict), list[str]()
+    parts_of = defaultdict[str, dict[str, Tensor]](dict)
+    names = defaultdict[str, dict[str, str]](dict)
+    wrong = list[str]()
     for name, tensor in tensors.items():
         label, part, shown = place(name)
         if label not in known or not part:
             wrong.append(f"{name} {strange(name)}")
-        elif part in found[label]:
+        elif part in parts_of[label]:
             wrong.append(f"{name} is the same as {names[label][part]}, in another spelling")
         else:
-            found[label][part] = tensor
+            parts_of[label][part] = tensor
             names[label][part] = shown
-    lows = {label: settings(label, parts) for label, parts in found.items()}
-    for label, parts in found.items():
+    lows = {label: settings(label, parts) for label, parts in parts_of.items()}
+    for label, parts in parts_of.items():
         wrong += _misfits(model, known[label], lows[label], parts, names[label])
-    if wrong or not found:
+    if wrong or not parts_of:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         reason = "; ".join(wrong[:10]) + more if wrong else "they are empty"
         raise UserError(f"The adapters in {path} do not fit this {type(model).__name__}: {reason}.")
     attach(model, {known[label]: low for label, low in lows.items()})
     with torch.no_grad():
         for adapter in adapters(model):
-            for ours, tensor in found[adapter.target.label].items():
+            for ours, tensor in parts_of[adapter.target.label].items():
                 getattr(adapter, ours).copy_(tensor)
     return model.eval()
 
@@ -209,7 +211,7 @@ def _check_pair(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file; one that is torn, not there or not finite is a `UserError`."""
+    """Return every tensor of a safetensors file; one that is torn, not there or not finite is a `UserError`."""
     if not path.exists():
         raise UserError(f"{path.parent} holds no {path.name}: keifu reads adapters as safetensors alone.")
     file = open_weights(path)
@@ -219,8 +221,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _place(name: str) -> Place:
     """Return the target of a tensor with this name, as PEFT writes it."""
-    found = re.fullmatch(r"(?:base_model\.model\.)?((.+?)\.(lora_\w+(?:\.weight)?))", name)
-    return (found[2], ENDS.get(found[3], ""), found[1]) if found else (name, "", name)
+    match = re.fullmatch(r"(?:base_model\.model\.)?((.+?)\.(lora_\w+(?:\.weight)?))", name)
+    return (match[2], ENDS.get(match[3], ""), match[1]) if match else (name, "", name)
 
 
 def _low(config: Mapping[str, Any], label: str, parts: Mapping[str, Tensor]) -> LoraSettings:

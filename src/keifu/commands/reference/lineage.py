@@ -26,17 +26,17 @@ class Options:
 
 def run(options: Options) -> None:
     """Print the table, or what is said of one landmark, and write the page where it is asked for."""
-    found = {landmark.name: landmark for landmark in lineage.landmarks()}
+    known = {landmark.name: landmark for landmark in lineage.landmarks()}
     if options.output is not None:
         write_atomic(options.output, lineage.page())
         print(f"The lineage is in {options.output}: open it in a browser.")
     elif options.name is None:
-        rows = [(str(e.year), e.name, ", ".join(e.parents) or "-", e.new, e.result, e.baseline) for e in found.values()]
+        rows = [(str(e.year), e.name, ", ".join(e.parents) or "-", e.new, e.result, e.baseline) for e in known.values()]
         tables.show(("year", "landmark", "came from", "what was new", "result here", "baseline"), rows)
-    elif options.name not in found:
-        raise unknown("landmark", options.name, found)
+    elif options.name not in known:
+        raise unknown("landmark", options.name, known)
     else:
-        one = found[options.name]
+        one = known[options.name]
         facts = (
             ("landmark", f"{one.title} ({one.authors}, {one.year})"), ("came from", ", ".join(one.parents) or "-"),
             ("what was new", one.new), ("result here", one.result), ("baseline", one.baseline),

@@ -30,10 +30,10 @@ def chosen(name: str | None) -> list[Size]:
     """Return the sizes that a name means; a name that means none is a `UserError` with the nearest ones."""
     sizes = published_sizes()
     wanted = (name or "").lower()
-    found = [size for size in sizes if wanted in size.name.lower() or wanted == size.model]
-    if not found:
+    matching = [size for size in sizes if wanted in size.name.lower() or wanted == size.model]
+    if not matching:
         raise unknown("published size", wanted, [size.name for size in sizes])
-    return found
+    return matching
 
 
 def _beside(size: Size) -> tuple[str, str]:

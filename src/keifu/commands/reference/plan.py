@@ -60,12 +60,12 @@ def run(options: Options) -> None:
     if options.inference:
         if options.lora != Adapters() or options.optimizer_state != "float32":
             raise UserError("--inference trains nothing: leave out --lora and --optimizer-state.")
-        found = plan.inference(model, devices, kind, model.context)
+        figures = plan.inference(model, devices, kind, model.context)
         rows = [
-            ("sequences at a time", f"{found['sequences']:,} of {model.context:,} tokens"),
-            ("cache of each", f"{found['cache_bytes'] / 1e9:,.2f} GB"),
-            ("one sequence alone", f"{found['alone']:,.0f} tokens/s"),
-            ("all together", f"{found['rate']:,.0f} tokens/s on each device"),
+            ("sequences at a time", f"{figures['sequences']:,} of {model.context:,} tokens"),
+            ("cache of each", f"{figures['cache_bytes'] / 1e9:,.2f} GB"),
+            ("one sequence alone", f"{figures['alone']:,.0f} tokens/s"),
+            ("all together", f"{figures['rate']:,.0f} tokens/s on each device"),
         ]
         tables.show((f"{size.name} writing on {options.devices}", ""), rows)
         return
@@ -86,7 +86,7 @@ def _training(made: "Plan", tokens: float | int) -> list[tuple[str, str]]:
     mesh += " --mesh.sync-each" * (layout.shard > 1)
     mesh += f" --activation-checkpointing {layout.checkpointing}" * (layout.checkpointing != "none")
     memory = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in made.memory.items())
-    seconds = ", ".join(f"{name} {each:,.2f}" for name, each in made.seconds.items() if each >= 0.005)
+    seconds = ", ".join(f"{name} {value:,.2f}" for name, value in made.seconds.items() if value >= 0.005)
     from keifu.training.hardware.plan import POWER
 
     energy = made.hours(tokens) * made.kind.watts * POWER / 1e6

@@ -25,23 +25,23 @@ LARGE = 20_000_000  # parameters from which products are most of the time, and r
 
 
 def check_png(*paths: Path | None) -> None:
-    """Refuses a name that promises another format than the PNG that is written."""
+    """Refuse a name that promises another format than the PNG that is written."""
     for path in paths:
         if path is not None and path.suffix and path.suffix.lower() != ".png":
             raise UserError(f"{path} would be a PNG file, which keeps how it was drawn: name it {path.stem}.png.")
 
 
-def usual_dtype(found: "LoadPlan") -> str | None:
+def usual_dtype(load_plan: "LoadPlan") -> str | None:
     """Return the type of --precision, as records have it; without one bfloat16 for a large model where the processor
     multiplies it itself, else the stored one (None)."""
     from keifu.devices import choose, chosen, has_bfloat16
 
     names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-    large = has_bfloat16(choose()) and found.parameters >= LARGE
+    large = has_bfloat16(choose()) and load_plan.parameters >= LARGE
     return names.get(chosen().weights or "", "bf16" if large else None)
 
 
-def load(found: "LoadPlan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -> "ImagePipeline":
+def load(load_plan: "LoadPlan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -> "ImagePipeline":
     """Return the model that was opened with these LoRAs worked into it, on the chosen device, and with its tokenizer
     where it reads."""
     from keifu.checkpoints.loading import DTYPES
@@ -50,14 +50,14 @@ def load(found: "LoadPlan", dtype: str | None, loras: "Sequence[LoraRecord]" = (
     from keifu.devices import choose
     from keifu.generation.images.pipeline import image_pipeline
 
-    model: Any = (replace(found, dtype=DTYPES[dtype]) if dtype else found).fill()
+    model: Any = (replace(load_plan, dtype=DTYPES[dtype]) if dtype else load_plan).fill()
     for lora in loras:
         apply_lora(model, lora.place, lora.scale)
 
     def tokenizer() -> Any:
-        own = found.source.tokenizer()
-        check_tokenizer(own, model.config.vocab_size)
-        return own
+        loaded = load_plan.source.tokenizer()
+        check_tokenizer(loaded, model.config.vocab_size)
+        return loaded
 
     return image_pipeline(model.to(choose()), tokenizer)
 
@@ -109,20 +109,20 @@ def select_lora(words: str) -> "LoraRecord":
 
 def output_paths(loras: "Sequence[LoraRecord]", paths: Sequence[str]) -> "tuple[LoraRecord, ...]":
     """LoRAs where they are now, if they are still the same; `paths` are files that may have moved."""
-    here = {each.digest: each.place for each in map(select_lora, paths)}
+    here = {lora.digest: lora.place for lora in map(select_lora, paths)}
     if strange := here.keys() - {lora.digest for lora in loras}:
         raise UserError(f"The picture was drawn without the LoRA {here[strange.pop()]}: leave it out.")
-    found = []
+    records = []
     for lora in loras:
         where = here.get(lora.digest, lora.place)
         if not Path(where).is_file() or select_lora(where).digest != lora.digest:
             raise UserError(f"The LoRA {lora.place} is not there, or is another one now: name its place (--lora).")
-        found.append(replace(lora, place=where))
-    return tuple(found)
+        records.append(replace(lora, place=where))
+    return tuple(records)
 
 
 def check(count: int, best_of: int | None, clip: str | None, text: str | None) -> None:
-    """Refuses options that do not fit each other, and what is no CLIP, before anything is drawn."""
+    """Refuse options that do not fit each other, and what is no CLIP, before anything is drawn."""
     if best_of is None:
         if clip:
             raise UserError("--clip ranks pictures for --best-of, which was not given: add it, or leave --clip out.")

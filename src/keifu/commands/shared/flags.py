@@ -120,13 +120,13 @@ def parser(kind: type[Options], run: Callable[[Options], None], program: str) ->
 
 def without_dtype(words: Sequence[str]) -> list[str]:
     """Replace `--dtype`, which the next minor release will not have, by `--precision`, with a warning."""
-    found = [*chain.from_iterable(word.split("=", 1) if word.startswith("--dtype=") else [word] for word in words)]
-    if "--dtype" in found[:-1]:
-        place = found.index("--dtype")
-        found[place], value = "--precision", found[place + 1]
-        found[place + 1] = {"f32": "float32", "bf16": "bfloat16"}.get(value, value)
-        print(f"--dtype {value} is deprecated: use {' '.join(found[place : place + 2])}.", file=sys.stderr)
-    return found
+    parts = [*chain.from_iterable(word.split("=", 1) if word.startswith("--dtype=") else [word] for word in words)]
+    if "--dtype" in parts[:-1]:
+        place = parts.index("--dtype")
+        parts[place], value = "--precision", parts[place + 1]
+        parts[place + 1] = {"f32": "float32", "bf16": "bfloat16"}.get(value, value)
+        print(f"--dtype {value} is deprecated: use {' '.join(parts[place : place + 2])}.", file=sys.stderr)
+    return parts
 
 
 def placed(choice: Choice, work: Callable[[], None]) -> Callable[[], None]:
@@ -166,17 +166,17 @@ def parse(
 
 
 def _check_paths(options: Any, words: Sequence[str]) -> None:
-    """Refuses an empty path, which would mean the current folder, and a place for results that cannot be written."""
+    """Refuse an empty path, which would mean the current folder, and a place for results that cannot be written."""
     empty = any(word == "" or re.fullmatch("--[a-z-]+=", word) for word in words)
-    for each in fields(options):
-        value = vars(options)[each.name]
+    for option in fields(options):
+        value = vars(options)[option.name]
         if not isinstance(value, Path):
             continue
         if empty and value == Path():
-            raise UserError(f"--{each.name.replace('_', '-')} is empty: give the name of a file or folder.")
-        if each.name in RESULTS and each.default is not MISSING:  # keifu convert writes either
-            folder = each.default is not None or vars(options).get("action") in FOLDERS
-            check_output(value, f"--{each.name}", folder)
+            raise UserError(f"--{option.name.replace('_', '-')} is empty: give the name of a file or folder.")
+        if option.name in RESULTS and option.default is not MISSING:  # keifu convert writes either
+            folder = option.default is not None or vars(options).get("action") in FOLDERS
+            check_output(value, f"--{option.name}", folder)
 
 
 def check_ranges(kind: type, values: Mapping[str, Any]) -> None:
@@ -189,18 +189,18 @@ def check_ranges(kind: type, values: Mapping[str, Any]) -> None:
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether `--help` is among the words, as an option."""
+    """Return whether `--help` is among the words, as an option."""
     options = list(arguments)[: list(arguments).index("--")] if "--" in arguments else arguments
     return "-h" in options or "--help" in options
 
 
 def flags(kind: type) -> list[str]:
-    """Every `--flag` that the dataclass gives."""
+    """Return every `--flag` that the dataclass gives."""
     return sorted(names_of(arguments_of(kind)))
 
 
 def names_of(arguments: Sequence[Argument]) -> list[str]:
-    """Every `--name` of these options, both of those that are written `--[no-]name`."""
+    """Return every `--name` of these options, both of those that are written `--[no-]name`."""
     given = [name for argument in arguments for name in argument.names if name.startswith("--")]
     return [name.replace("[no-]", word) for name in given for word in (("", "no-") if "[no-]" in name else ("",))]
 
@@ -222,7 +222,7 @@ def _refuse(kind: type, arguments: Sequence[str], program: str, event: ParseErro
         raise _unrecognised(kind, strange, program)
     match event:
         case MissingArgs(missing_arguments=missing):
-            needed = " and ".join(_name(found.arg) for found in missing)
+            needed = " and ".join(_name(error.arg) for error in missing)
             raise UserError(f"{program} needs {needed}: see {program} --help.")
         case InvalidChoice(argument=argument, value=value, choices=choices):
             raise unknown(f"{_name(argument)} called", value, {*choices} - {"None"})
@@ -253,7 +253,7 @@ def _readable(problem: str) -> str:
     }
     for form, types in forms.items():
         if match := re.fullmatch(form, problem):
-            words = {each.strip("{}") for each in match.groupdict().get("types", types).split("|")}
+            words = {word.strip("{}") for word in match.groupdict().get("types", types).split("|")}
             words -= {"INT"} if "FLOAT" in words else set()
             return f"{' or '.join(NAMES.get(word, word) for word in sorted(words))} is needed, not {match['value']}"
     return problem

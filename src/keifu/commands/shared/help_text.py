@@ -46,8 +46,8 @@ def _argument(title: str, action: Any) -> Argument:
     if "--help" in action.option_strings:
         return Argument(("-h", "--help"), "", "Show this help.", title)
     text = re.sub(r"\s+", " ", str(action.help or "")).strip()
-    found = re.search(r"\s*\((default|repeatable|required)(?:: (.*))?\)$", text)
-    text = text[: found.start()] if found else text
+    match = re.search(r"\s*\((default|repeatable|required)(?:: (.*))?\)$", text)
+    text = text[: match.start()] if match else text
     text = _sentence(text)
     metavar = str(action.metavar or "")
     choices = tuple(one for one in re.findall(r"[^][,{}| ]+", metavar) if one != "None") if action.choices else ()
@@ -59,7 +59,7 @@ def _argument(title: str, action: Any) -> Argument:
         value = f"[{word}]" if metavar.startswith("[") else word
     text = f"{text} One of {listed}." if listed else text
     names = tuple(action.option_strings)
-    default = (found[2] or "") if found and found[1] == "default" else ""
+    default = (match[2] or "") if match and match[1] == "default" else ""
     if action.metavar is None and len(names) > 1:  # a switch and its opposite
         positive = [name for name in names if not name.rpartition(".")[2].removeprefix("--").startswith("no-")]
         names = tuple(positive) if default != "True" else (re.sub(r"(--|\.)(?=[^.]*$)", r"\1[no-]", positive[-1]),)
@@ -67,13 +67,13 @@ def _argument(title: str, action: Any) -> Argument:
         text = f"{text} (default: {default})"
     elif default == "True":
         text = f"{text} (default: yes)"
-    elif found and found[1] == "repeatable":
+    elif match and match[1] == "repeatable":
         text = f"{text} May be given several times."
     return Argument(names, value, text.strip(), title, choices)
 
 
 def _sentence(text: str) -> str:
-    """Begins with a capital letter, unless it begins with a name: `bpe, unigram or ...`, `ddim's ...`."""
+    """Capitalise the first letter, unless the text begins with a name: `bpe, unigram or ...`, `ddim's ...`."""
     return text if re.match(r"\S*[:,'._-]", text) else f"{text[:1].upper()}{text[1:]}"
 
 

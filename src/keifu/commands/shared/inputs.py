@@ -48,7 +48,7 @@ def notice(line: str) -> None:
 
 
 def at_terminal() -> bool:
-    """Whether a person sits at standard input."""
+    """Return whether a person sits at standard input."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
@@ -61,13 +61,13 @@ def text_from(file: Path | None, example: str) -> str:
 
 
 def join_texts(argument: str | None, file: Path | None) -> str:
-    """One text: the argument, then the file, then what comes through a pipe, with an empty line between them."""
+    """Return one text: the argument, then the file, then what comes through a pipe, with an empty line between them."""
     parts = [argument, _of_file(file) if file else None, None if at_terminal() else read_pipe()]
     return "\n\n".join(part for part in parts if part)
 
 
 def read_pipe() -> str:
-    """All of standard input; empty where there is none."""
+    """Return all of standard input; empty where there is none."""
     return "" if sys.stdin is None else decode_utf8(sys.stdin.buffer.read(), "standard input")
 
 
@@ -144,7 +144,7 @@ if TYPE_CHECKING:
 
 
 def is_picture(text: str) -> bool:
-    """Whether a text is the name of a picture's file, there or not, and not a sentence that ends like one."""
+    """Return whether a text is the name of a picture's file, there or not, and not a sentence that ends like one."""
     from keifu.data.images.sources import SUFFIXES
 
     return text.lower().endswith(SUFFIXES) and (Path(text).is_file() or not any(map(str.isspace, text)))
@@ -154,10 +154,10 @@ def pictures_among(path: Path) -> list[str] | None:
     """Return the pictures in a folder and in those below it, in order; None for what is no folder."""
     if not path.is_dir():
         return None
-    found = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and is_picture(str(file))]
-    if not found:
+    files = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and is_picture(str(file))]
+    if not files:
         raise UserError(f"The folder {path} holds no picture.")
-    return found
+    return files
 
 
 def embed_inputs(model: Any, tokenizer: Any, inputs: Sequence[str], cut: bool, batch_size: int) -> "Tensor":
@@ -166,11 +166,11 @@ def embed_inputs(model: Any, tokenizer: Any, inputs: Sequence[str], cut: bool, b
 
     from keifu.evaluation.images.retrieval import embed_pictures, embed_texts
 
-    seen = [is_picture(each) for each in inputs]
-    pictures, texts = (list(compress(inputs, (each is kind for each in seen))) for kind in (True, False))
+    seen = [is_picture(path) for path in inputs]
+    pictures, texts = (list(compress(inputs, (is_one is kind for is_one in seen))) for kind in (True, False))
     pictured = iter(embed_pictures(model, open_image(pictures)) if pictures else ())
     written = iter(embed_texts(model, tokenizer, texts, batch_size, cut) if texts else ())
-    return torch.stack([next(pictured if each else written) for each in seen]).cpu()
+    return torch.stack([next(pictured if is_one else written) for is_one in seen]).cpu()
 
 
 def open_image(files: Sequence[str]) -> Any:

@@ -19,12 +19,12 @@ VOLUME = ("-q", "--quiet", "-v", "--verbose")
 
 
 def is_started() -> bool:
-    """Whether torchrun, or `start`, has started this process."""
+    """Return whether torchrun, or `start`, has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_restart() -> bool:
-    """Whether this process takes the place of one that died."""
+    """Return whether this process takes the place of one that died."""
     return int(os.environ.get(RESTARTS, 0)) > 0
 
 
@@ -55,8 +55,8 @@ def start(processes: int, restarts: int, words: Sequence[str]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     threads = os.environ["OMP_NUM_THREADS"]
-    each = f"{threads} thread{'s' * (threads != '1')} each"
-    print(f"Starting {processes} process{'es' * (processes != 1)} of {each}.", file=sys.stderr, flush=True)
+    described = f"{threads} thread{'s' * (threads != '1')} each"
+    print(f"Starting {processes} process{'es' * (processes != 1)} of {described}.", file=sys.stderr, flush=True)
     volume = [word for word in sys.argv[1:] if word in VOLUME]
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",

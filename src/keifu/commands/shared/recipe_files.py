@@ -28,12 +28,12 @@ def recipe_names() -> list[str]:
 
 
 def recipes() -> dict[str, str]:
-    """Every recipe's name and the first line of its file's docstring, which is read and not run."""
+    """Return every recipe's name and the first line of its file's docstring, which is read and not run."""
     return {name: _docstring(path_of(name)).partition("\n")[0] for name in recipe_names()}
 
 
 def is_own(name: str) -> bool:
-    """Whether a recipe is a user's file."""
+    """Return whether a recipe is a user's file."""
     return name.endswith(".py")
 
 
@@ -116,10 +116,10 @@ class _Part(ModuleType):
         return ast.parse(Path(str(self.__file__)).read_text(encoding="utf-8")).body
 
     def __getattr__(self, name: str) -> Any:
-        found = [statement for statement in self._statements if name in _bound(statement)]
-        if not found or name.startswith("__"):
+        binding = [statement for statement in self._statements if name in _bound(statement)]
+        if not binding or name.startswith("__"):
             raise AttributeError(f"{self.__file__} has no {name!r}")
-        for statement in found:
+        for statement in binding:
             if isinstance(statement, ast.ImportFrom) and (statement.module or "").partition(".")[0] == "keifu":
                 original = next(a.name for a in statement.names if (a.asname or a.name) == name)
                 vars(self)[name] = _imported(str(statement.module), original)
@@ -131,9 +131,9 @@ class _Part(ModuleType):
         if isinstance(statement, ast.ClassDef):
             statement.body = [part for part in statement.body if not isinstance(part, ast.FunctionDef)] or [ast.Pass()]
         if not isinstance(statement, ast.Import | ast.ImportFrom):
-            for each in _read(statement) - {*_bound(statement)} - vars(self).keys():
-                if any(each in _bound(other) for other in self._statements):
-                    getattr(self, each)
+            for name in _read(statement) - {*_bound(statement)} - vars(self).keys():
+                if any(name in _bound(other) for other in self._statements):
+                    getattr(self, name)
         exec(compile(ast.Module([statement], []), str(self.__file__), "exec"), vars(self))  # nosec B102
 
 

@@ -122,29 +122,29 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
             run_directory.close(out)
 
 
-def go_on(found: StoredRun | None, module: ModuleType, wanted: Any, out: Path) -> None:
+def go_on(run: StoredRun | None, module: ModuleType, wanted: Any, out: Path) -> None:
     """Go on with a run, with the options that may change as they are wanted now."""
-    if found is None:
+    if run is None:
         raise UserError(
             f"There is no run in {out} to go on with: it has no {run_directory.RECIPE}. Start without --resume."
         )
     with run_directory.owned(out):
-        _go_on(found, module, wanted, out)
+        _go_on(run, module, wanted, out)
 
 
-def _go_on(found: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None:
-    lengths, wanted = _check(found, wanted), _moved(found, wanted)
-    recipe, steps = _lengthened(found, wanted, lengths, out)
+def _go_on(run: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None:
+    lengths, wanted = _check(run, wanted), _moved(run, wanted)
+    recipe, steps = _lengthened(run, wanted, lengths, out)
     step, before = run_directory.last_step(out), run_directory.read_recipe(out)
-    directory = str(found.place or Path.cwd())
-    own: dict[str, Any] = {"place": directory} | ({} if steps is None else {"steps": steps})
+    directory = str(run.place or Path.cwd())
+    more: dict[str, Any] = {"place": directory} | ({} if steps is None else {"steps": steps})
     if step is None:
         print(f"No state of the run in {out} was saved: it starts from its first step.", flush=True)
     out = out if Path(directory) == Path.cwd() else out.absolute()
     with chdir(directory):  # names of files in the options are seen from where the run was begun
-        own |= {"code": trust.code_hashes(found.name, recipe), "named": trust.named(recipe)}
-        run_directory.record(out, found.name, to_json(recipe), **own)
-        trust.show_code(found.name, recipe, found.record)
+        more |= {"code": trust.code_hashes(run.name, recipe), "named": trust.named(recipe)}
+        run_directory.record(out, run.name, to_json(recipe), **more)
+        trust.show_code(run.name, recipe, run.record)
         try:
             module.run(recipe, out, step is not None)
         except KeyboardInterrupt as stop:
@@ -156,25 +156,25 @@ def _go_on(found: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None
     run_directory.close(out)
 
 
-def _moved(found: StoredRun, wanted: Any) -> Any:
+def _moved(run: StoredRun, wanted: Any) -> Any:
     """Return the recipe, in which files of data that have another place now are named from the root."""
     kind, values = type(wanted), to_json(wanted)
-    then, now = by_option(kind, to_json(found.then)), by_option(kind, values)
+    then, now = by_option(kind, to_json(run.then)), by_option(kind, values)
     for option, path in paths(kind, values).items():
         if _last(option) == "data" and now[option] and now[option] != then[option]:
             files = now[option].split(",")  # --data may name two files
-            put(values, path, ",".join(str(Path(each).absolute()) if Path(each).exists() else each for each in files))
+            put(values, path, ",".join(str(Path(file).absolute()) if Path(file).exists() else file for file in files))
     return from_json(wanted, values)
 
 
-def _check(found: StoredRun, wanted: Any) -> dict[str, tuple[Any, Any]]:
+def _check(run: StoredRun, wanted: Any) -> dict[str, tuple[Any, Any]]:
     """Return the options of a run's length that differ, with both values; any other that may not change is a
     `UserError`."""
     kind = type(wanted)
-    then, now = (by_option(kind, to_json(each)) for each in (found.usual(()), wanted))
+    then, now = (by_option(kind, to_json(recipe)) for recipe in (run.usual(()), wanted))
     changed = {name for name in then.keys() & now.keys() if then[name] != now[name]}
-    free = {name for name in now if _may_change(found.name, name)}
-    lengths = {name for name in LENGTHS if name in now and not (name == "epochs" and found.name in OF_A_ROLLOUT)}
+    free = {name for name in now if _may_change(run.name, name)}
+    lengths = {name for name in LENGTHS if name in now and not (name == "epochs" and run.name in OF_A_ROLLOUT)}
     if refused := sorted(changed - free - lengths):
         differing = ", ".join(f"--{name} {_words(then[name])} → {_words(now[name])}" for name in refused)
         may = ", ".join(f"--{name}" for name in sorted(free | lengths))
@@ -202,14 +202,14 @@ def _last(option: str) -> str:
 
 
 def _lengthened(
-    found: StoredRun, wanted: Any, lengths: Mapping[str, tuple[Any, Any]], out: Path
+    run: StoredRun, wanted: Any, lengths: Mapping[str, tuple[Any, Any]], out: Path
 ) -> tuple[Any, int | None]:
     """Return the recipe with the length that it was begun with, and the steps that the whole run shall have now, where
     those are others. Before the last part of a run has begun, its length is simply another."""
     if not (facts := checkpoint.latest_facts(out)):
-        return wanted, found.steps if not lengths else None
+        return wanted, run.steps if not lengths else None
     kind, values = type(wanted), to_json(wanted)
-    then = by_option(kind, to_json(found.then))
+    then = by_option(kind, to_json(run.then))
     for name, path in paths(kind, values).items():
         if name == "steps" and "steps" in lengths:
             put(values, path, then[name] or facts["described"]["settings"]["steps"])  # in place of minutes
@@ -218,7 +218,7 @@ def _lengthened(
     steps = _steps(lengths, facts)
     if steps is not None and steps < facts["step"]:
         raise UserError(f"{facts['step']:,} steps are done, so the run cannot be made as short as {steps:,}.")
-    return from_json(wanted, values), found.steps if steps is None else steps
+    return from_json(wanted, values), run.steps if steps is None else steps
 
 
 def _steps(lengths: Mapping[str, tuple[Any, Any]], facts: Mapping[str, Any]) -> int | None:

@@ -48,8 +48,8 @@ class SamplingFlags:
 
     def given(self) -> dict[str, Any]:
         """Return the options that were set, as fields of `SamplingParams`."""
-        found = {name: value for name, value in vars(self).items() if value not in (None, ())}
-        return {**found, "max_tokens": self.max_tokens or None} if self.max_tokens is not None else found
+        options = {name: value for name, value in vars(self).items() if value not in (None, ())}
+        return {**options, "max_tokens": self.max_tokens or None} if self.max_tokens is not None else options
 
 
 def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> "tuple[SamplingParams, str]":
@@ -57,13 +57,13 @@ def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> "t
     from keifu.generation.text.sampling_params import defaults, in_words
 
     given = flags.given()
-    own = defaults(tokenizer, max_tokens)
-    sampling = replace(own.sampling, **given).seeded()
+    usual = defaults(tokenizer, max_tokens)
+    sampling = replace(usual.sampling, **given).seeded()
     idle = [f"--{name.replace('_', '-')}" for name in FILTERS if name in given and sampling.temperature == 0]
     if idle:
         print(f"{' and '.join(idle)} changes nothing at temperature 0: give --temperature too.", file=sys.stderr)
     changed = [f"--{name.replace('_', '-')}" for name in given if name not in ("max_tokens", "stop", "seed")]
-    return sampling, f"{in_words(sampling)} ({' '.join([own.source, *(['except'] if changed else []), *changed])})"
+    return sampling, f"{in_words(sampling)} ({' '.join([usual.source, *(['except'] if changed else []), *changed])})"
 
 
 def print_completion(done: "Completion", sampling: "SamplingParams") -> None:

@@ -63,13 +63,13 @@ def _digits(variants: Sequence[str], speeds: Sequence[int], count: int) -> list[
     program = shutil.which("espeak-ng")
     if program is None:
         raise UserError(f"{DIGITS} are spoken by espeak-ng, which is missing: install Debian's package espeak-ng.")
-    random, found = np.random.default_rng(count), list[Recording]()
+    random, recordings = np.random.default_rng(count), list[Recording]()
     for number in range(count):
         voice = f"{random.choice(ACCENTS)}+{random.choice(variants)}"
         text = " ".join(random.choice(WORDS, random.integers(1, 5)))
         how = ("-D", "-v", voice, "-s", str(random.choice(speeds)), "-p", str(random.integers(30, 71)))
-        found.append(Recording(f"{number}.wav", text, voice, partial(_speak, program, *how, text)))
-    return found
+        recordings.append(Recording(f"{number}.wav", text, voice, partial(_speak, program, *how, text)))
+    return recordings
 
 
 def _speak(*command: str) -> bytes:
@@ -82,11 +82,11 @@ def _speak(*command: str) -> bytes:
             raise UserError(f"espeak-ng did not speak {command[-1]!r} ({error}): check how it is installed.") from error
 
 
-def hear(each: Recording, n_mels: int, window: int) -> Float[Tensor, "mels frames"]:
+def hear(recording: Recording, n_mels: int, window: int) -> Float[Tensor, "mels frames"]:
     """Return the features of a recording, and of silence to the end of the window, in half precision; a longer
     recording is a `UserError`."""
-    features = log_mel(F.pad(each.samples(), (0, FOURIER)), n_mels)
+    features = log_mel(F.pad(recording.samples(), (0, FOURIER)), n_mels)
     if (frames := features.shape[1]) > window:
         has = f"{frames / 100:.1f} seconds, and a window {window / 100:.1f}"
-        raise UserError(f"{each.file_name} has {has}: set --model.audio-length, 50 for each second.")
+        raise UserError(f"{recording.file_name} has {has}: set --model.audio-length, 50 for each second.")
     return F.pad(features, (0, window - frames), mode="replicate").half()

@@ -92,7 +92,7 @@ def entry(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Entry:
 
 def names(gives: str = "text") -> list[str]:
     """Of the entries that give documents, pairs or conversations; text: any of these."""
-    return [name for name, each in CATALOGUE.items() if each.gives and gives in ("text", each.gives)]
+    return [name for name, entry in CATALOGUE.items() if entry.gives and gives in ("text", entry.gives)]
 
 
 def fetch(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Path:

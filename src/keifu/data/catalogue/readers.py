@@ -23,13 +23,13 @@ TATOEBA = ("id", "ja", "en", "nl", "de", "fr", "es", "sv")  # the columns of the
 
 
 def speeches(folder: Path) -> Iterator[str]:
-    """One document a file, in the order of their names."""
+    """Yield one document a file, in the order of their names."""
     for file in sorted(folder.glob("*.txt")):
         yield file.read_text(encoding="utf-8").strip()
 
 
 def plays(folder: Path) -> Iterator[str]:
-    """One document a play, without titles and stage directions: a speaker's name and a colon, the lines, an empty
+    """Yield one document a play, without titles and stage directions: a speaker's name and a colon, the lines, an empty
     line."""
     for file in sorted(folder.glob("*.md")):
         named = re.sub(r"\*\*(.+)\*\*", r"\1:", read_text(file))
@@ -37,7 +37,7 @@ def plays(folder: Path) -> Iterator[str]:
 
 
 def summaries(file: Path) -> Iterator[str]:
-    """One document an article: its title, an empty line, its summary."""
+    """Yield one document an article: its title, an empty line, its summary."""
     for article in _json(file).values():
         yield f"{article['title']}\n\n{article['extract']}"
 
@@ -50,10 +50,10 @@ def untested_summaries(file: Path) -> Iterator[str]:
 
 
 def recipes(file: Path) -> Iterator[str]:
-    """One document a recipe: its title, its ingredients, its steps."""
+    """Yield one document a recipe: its title, its ingredients, its steps."""
     for recipe in _json(file).values():
-        ingredients = "\n".join(f"- {each}" for each in recipe["ingredients"])
-        steps = "\n".join(f"{number}. {each}" for number, each in enumerate(recipe["steps"], 1))
+        ingredients = "\n".join(f"- {item}" for item in recipe["ingredients"])
+        steps = "\n".join(f"{number}. {step}" for number, step in enumerate(recipe["steps"], 1))
         parts = recipe["title"], ingredients and f"Ingredients:\n{ingredients}", steps and f"Steps:\n{steps}"
         yield "\n\n".join(filter(None, parts))
 
@@ -100,8 +100,8 @@ def read_chats(file: Path, turns: int = 4) -> Iterator[Dialogue]:
     Consecutive messages of one person are one turn, each on its own line; the first to speak has the role `user`.
     """
     for chat in _json(file).values():
-        if len(found := conversation_of(chat)) >= turns:
-            yield found
+        if len(conversation := conversation_of(chat)) >= turns:
+            yield conversation
 
 
 def conversation_of(chat: Mapping[str, Any]) -> Dialogue:
@@ -119,7 +119,7 @@ def read_dialogues(folder: Path) -> Iterator[Dialogue]:
     # The base loader leaves everything a string: "no" is an answer here, not a truth value.
     files = (parse_yaml(read_text(file), file, yaml.BaseLoader) for file in sorted(folder.glob("*.yml")))
     every = chain.from_iterable(content["conversations"] for content in files)
-    for conversation in dict.fromkeys(tuple(each) for each in every if isinstance(each, list) and len(each) > 1):
+    for conversation in dict.fromkeys(tuple(turns) for turns in every if isinstance(turns, list) and len(turns) > 1):
         yield _taking_turns(turn.strip() for turn in conversation)
 
 

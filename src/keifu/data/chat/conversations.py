@@ -108,17 +108,17 @@ def names() -> list[str]:
 
 
 def objects(path: Path, what: str) -> Iterator[Row]:
-    """Each record of a file, with its place for errors; `what` each is, in a word."""
-    found = False
+    """Yield each record of a file, with its place for errors; `what` each is, in a word."""
+    any_object = False
     for where, record in read_records(path):
-        found = True
+        any_object = True
         yield where, record
-    if not found:
+    if not any_object:
         raise UserError(f"There is no {what} in {path}: it is empty.")
 
 
 def form_of(record: Mapping[str, Any], forms: Mapping[tuple[str, ...], Form], where: str, what: str) -> Form:
-    """How to read a record, by its fields: the first of the forms whose fields it has; none is a `UserError`."""
+    """Return how to read a record, by its fields: the first of the forms whose fields it has; none is a `UserError`."""
     for fields, form in forms.items():
         if {*fields} <= record.keys():
             return form

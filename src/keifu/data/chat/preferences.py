@@ -98,10 +98,10 @@ def read_preferences(source: str | Path, single: bool = False) -> Iterator[Ranke
         raise unknown("file or set of preferences", str(source), [*PREFERENCES, *neighbours(path, "*.json*")])
     named = ((f"{source}, entry {number}", record) for number, record in enumerate(made(), 1)) if made else ()
     for where, record in named if made else objects(path, "preference"):
-        found = form_of(record, FORMS, where, "preferences have")(record, where)
-        if len(found.answers) == 1 and not single:
+        preference = form_of(record, FORMS, where, "preferences have")(record, where)
+        if len(preference.answers) == 1 and not single:
             raise UserError(f"{where}: one answer with a mark makes no pair: learn it by keifu train dpo --loss kto.")
-        yield found if len(found.answers) == 1 else _validate(found, where)
+        yield preference if len(preference.answers) == 1 else _validate(preference, where)
 
 
 def _pair(record: Mapping[str, Any], where: str) -> RankedResponses:
@@ -240,7 +240,7 @@ class RankedAnswers(PreferencePairs):
 
 
 def stack_rows(pairs: Sequence[Sequence[TurnMasks]], pad_id: int) -> dict[str, Tensor]:
-    """Pairs or rankings as tensors, padded on the right."""
+    """Return the pairs or rankings as tensors, padded on the right."""
     tokens, _ = stack_sequences([[answer.ids for answer in pair] for pair in pairs], pad_id)
     mask, _ = stack_sequences([[answer.learned for answer in pair] for pair in pairs], 0)
     return {"tokens": tokens, "mask": mask.bool()}

@@ -48,7 +48,7 @@ def read_prompts(source: str | Path) -> Iterator[Prompt]:
 
 
 def prompt(record: Mapping[str, Any], where: str) -> Prompt:
-    """One record; a fault is a `UserError` that begins with the place."""
+    """Return one record; a fault is a `UserError` that begins with the place."""
     if "prompt" not in record:
         raise UserError(f"{where}: there is no field prompt, only {listed(record)}.")
     return Prompt(prompt_of(record["prompt"], where), record)
@@ -57,8 +57,8 @@ def prompt(record: Mapping[str, Any], where: str) -> Prompt:
 def fingerprint(prompts: Iterable[Prompt]) -> str:
     """Return a hash of all records, in their order."""
     digest = hashlib.sha256()
-    for each in prompts:
-        digest.update(json.dumps(each.record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    for prompt in prompts:
+        digest.update(json.dumps(prompt.record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -39,9 +39,9 @@ class ThoughtSplitter:
                 return ThoughtSplit("", "")
             self.part, text = ("thoughts", begun[len(OPEN) :]) if begun.startswith(OPEN) else ("answer", text)
         if self.part == "thoughts":
-            thoughts, found, text = text.partition(CLOSE)
+            thoughts, closing, text = text.partition(CLOSE)
             thoughts = thoughts.lstrip() if self.empty else thoughts
-            if found:
+            if closing:
                 self.part, thoughts = "gap", thoughts.rstrip()
             else:
                 whole = next((n for n in range(len(CLOSE) - 1, 0, -1) if thoughts.endswith(CLOSE[:n])), 0)

@@ -123,7 +123,7 @@ def encode_form(
 
 
 def row_size(row: list[Ids]) -> int:
-    """Tokens of an example, when all its sequences are as long as the longest."""
+    """Return the tokens of an example, when all its sequences are as long as the longest."""
     return len(row) * max(map(len, row))
 
 

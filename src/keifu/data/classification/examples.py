@@ -70,7 +70,7 @@ class Examples:
 
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Every label once, in order; numbers by their value."""
+    """Return every label once, in order; numbers by their value."""
     return tuple(
         sorted(set(labels), key=lambda text: (not text.isdecimal(), int(text) if text.isdecimal() else 0, text))
     )

@@ -71,7 +71,7 @@ class Form:
 
 
 def kept_lengths(parts: Sequence[Ids], room: int) -> list[int]:
-    """How many tokens each part keeps of so many in all: as many of the longer ones as of the others, or all.
+    """Return how many tokens each part keeps of so many in all: as many of the longer ones as of the others, or all.
 
     What is left over when that does not come out even is not used, so that both orders of a pair are cut alike.
     """
@@ -124,7 +124,7 @@ def delimiters_of(tokenizer: Tokenizer, ids: Sequence[int | None]) -> Delimiters
         bare, whole = tokenizer.encode("a"), tokenizer.encode("a", special=True)
         first = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
         return Delimiters(tuple(whole[:first]), (), tuple(whole[first + len(bare) :]))
-    start, delimiter, extract = (() if each is None else (each,) for each in ids)
+    start, delimiter, extract = (() if token is None else (token,) for token in ids)
     return Delimiters(start, delimiter, extract)
 
 
@@ -143,8 +143,8 @@ def read_examples(
         raise UserError(f"The form {form.name} has {wanted} columns of text ({', '.join(form.columns)}), not {names}.")
     rows = table_rows(source, encoding)
     _check_columns(rows[0], form, (*names, label), str(source))
-    found = (Example(where, _texts(where, cells, form, names), cell(where, cells, label)) for where, cells in rows)
-    return Examples(str(source), tuple(_numbered(row) if form.answers else row for row in found))
+    examples = (Example(where, _texts(where, cells, form, names), cell(where, cells, label)) for where, cells in rows)
+    return Examples(str(source), tuple(_numbered(row) if form.answers else row for row in examples))
 
 
 def examples_of(texts: Sequence[str], form: Form) -> Examples:
@@ -162,7 +162,7 @@ def examples_of(texts: Sequence[str], form: Form) -> Examples:
 
 
 def _check_columns(first: Row, form: Form, names: Sequence[str], source: str) -> None:
-    """Says so where a table lacks a column of this form and has those of another."""
+    """Say so where a table lacks a column of this form and has those of another."""
     where, cells = first
     missing = [name for name in names if name not in cells]
     fits = [other.name for other in FORMS.values() if {*other.columns, names[-1]} <= cells.keys()]

@@ -97,7 +97,7 @@ def read_table(path: Path, label: str | None = None) -> Table:
 
 
 def standardisation(inputs: Float[Tensor, "rows dim"]) -> tuple[Float[Tensor, "dim"], Float[Tensor, "dim"]]:
-    """Each column's mean and standard deviation; a column that never changes has deviation 1."""
+    """Return each column's mean and standard deviation; a column that never changes has deviation 1."""
     scale = inputs.std(0, correction=0)
     return inputs.mean(0), torch.where(scale > 0, scale, 1.0)
 

@@ -118,7 +118,7 @@ class Distortion:
     def __call__(
         self, pictures: Float[Tensor, "rows height width"], generator: Generator
     ) -> Float[Tensor, "rows height width"]:
-        """Each image distorted by random numbers of its own from the generator; outside the image is zero."""
+        """Return each image distorted by random numbers of its own from the generator; outside the image is zero."""
         rows, height, width = pictures.shape
         grid = F.affine_grid(self._affine(rows, width, generator), [rows, 1, height, width], align_corners=False)
         field = torch.randn(rows, 2, self.cells, self.cells, generator=generator) * (2 * self.bend / width)
@@ -130,5 +130,5 @@ class Distortion:
         turn, zoom, shear, *shift = 2 * torch.rand(5, rows, generator=generator) - 1
         angle, size = turn * self.turn * math.pi / 180, (zoom * math.log1p(self.zoom)).exp()
         cos, sin, lean = size * angle.cos(), size * angle.sin(), shear * self.shear
-        x, y = (2 * self.shift / width * each for each in shift)
+        x, y = (2 * self.shift / width * share for share in shift)
         return torch.stack([cos, lean * cos - sin, x, sin, lean * sin + cos, y], 1).view(rows, 2, 3)

@@ -79,21 +79,21 @@ def png(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
 
 def wrap(text: str, width: int) -> str:
     """Break a caption into lines of at most `width` pixels, after spaces if there are some; the rest is cut off."""
-    font, rest, found = _font(text), " ".join(text.split()), []
-    while rest and len(found) < LINES:
+    font, rest, lines = _font(text), " ".join(text.split()), []
+    while rest and len(lines) < LINES:
         size = _fitting(font, rest, width)
-        if size < len(rest) and len(found) == LINES - 1:
-            found.append(rest[: max(size - 1, 0)].rstrip() + "…")
+        if size < len(rest) and len(lines) == LINES - 1:
+            lines.append(rest[: max(size - 1, 0)].rstrip() + "…")
             break
         end = size if size == len(rest) else rest.rfind(" ", 1, size + 1)
         end = size if end < 1 else end
-        found.append(rest[:end].rstrip())
+        lines.append(rest[:end].rstrip())
         rest = rest[end:].lstrip()
-    return "\n".join(found)
+    return "\n".join(lines)
 
 
 def _fitting(font: ImageFont.FreeTypeFont, text: str, width: int) -> int:
-    """How many characters from the beginning fit, at least one."""
+    """Return how many characters from the beginning fit, at least one."""
     size = len(text)
     while size > 1 and font.getlength(text[:size]) > width:
         size -= 1

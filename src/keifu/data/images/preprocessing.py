@@ -22,7 +22,7 @@ from torch import Tensor
 from keifu.errors import UserError
 
 LARGEST_RATIO = 200  # of the sides of a picture
-FILTERS = {each.name.lower(): each for each in Image.Resampling}
+FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Normalisation:
     def normalised(
         self, pixels: UInt8[Tensor, "picture channels rows columns"]
     ) -> Float32[Tensor, "picture channels rows columns"]:
-        """Bytes as numbers, on the bytes' device."""
+        """Return the bytes as numbers, on the bytes' device."""
         table, values = self._table.to(pixels.device), pixels.int()
         return torch.stack([table[channel][values[:, channel]] for channel in range(len(table))], 1)
 
@@ -44,7 +44,7 @@ class Normalisation:
     def _table(self) -> Float32[Tensor, "channels bytes"]:
         """The number of each byte in each channel."""
         values = (np.arange(256, dtype=np.float64) * 0.00392156862745098).astype(np.float32)
-        mean, std = (np.array(each, np.float32)[:, None] for each in (self.mean, self.std))
+        mean, std = (np.array(values, np.float32)[:, None] for values in (self.mean, self.std))
         return torch.from_numpy((values - mean) / std)
 
 
@@ -62,7 +62,7 @@ class Preprocessing(Normalisation):
     squash: bool
 
     def cut(self, image: Image.Image) -> UInt8[Tensor, "channels crop crop"]:
-        """One picture as bytes. Transparency and 16 bits were handled by `keifu.data.images.io` before.
+        """Return one picture as bytes. Transparency and 16 bits were handled by `keifu.data.images.io` before.
 
         A picture with one side more than 200 times the other is a `UserError`: resized, it could fill the memory.
         """
@@ -77,7 +77,7 @@ class Preprocessing(Normalisation):
         return torch.from_numpy(pixels.reshape(self.crop, self.crop, -1).transpose(2, 0, 1).copy())
 
     def tiles(self, image: Image.Image) -> UInt8[Tensor, "1 channels crop crop"]:
-        """One picture as bytes, the only one of its tiles."""
+        """Return one picture as bytes, the only one of its tiles."""
         return self.cut(image)[None]
 
     def __call__(self, images: Sequence[Image.Image]) -> Float32[Tensor, "picture channels crop crop"]:
@@ -113,7 +113,7 @@ class TiledPreprocessing(Normalisation):
         return (0, 0) if width == height == self.tile else (height // self.tile, width // self.tile)
 
     def tiles(self, image: Image.Image) -> UInt8[Tensor, "tiles channels tile tile"]:
-        """One picture as bytes, row by row of its tiles. Transparency and 16 bits were handled by
+        """Return one picture as bytes, row by row of its tiles. Transparency and 16 bits were handled by
         `keifu.data.images.io` before."""
         (rows, columns), made = self.grid(image), image.convert("RGB")
         for size in self._sizes(image):

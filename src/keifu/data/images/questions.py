@@ -56,30 +56,30 @@ class Questions:
     @cached_property
     def words(self) -> dict[str, set[str]]:
         """Words that its questions and answers say of each picture, without answers of yes and no."""
-        found: dict[str, set[str]] = defaultdict(set)
-        for each in (*self.learned, *self.tested):
-            if each.answer not in CLOSED:
-                found[each.image] |= {*re.findall(r"\w+", f"{each.question} {each.answer}")}
-        return found
+        words_of: dict[str, set[str]] = defaultdict(set)
+        for asked in (*self.learned, *self.tested):
+            if asked.answer not in CLOSED:
+                words_of[asked.image] |= {*re.findall(r"\w+", f"{asked.question} {asked.answer}")}
+        return words_of
 
     def without(self, words: Sequence[str]) -> list[Question]:
         """Return the questions to learn from, without those about pictures that may show all of these words: that is,
         of which nothing excludes one by another answer to the same question."""
         answers: dict[str, set[str]] = defaultdict(set)
-        for each in self.learned:
-            answers[each.question] |= {each.answer} - CLOSED
+        for asked in self.learned:
+            answers[asked.question] |= {asked.answer} - CLOSED
         others = [set[str]().union(*(some for some in answers.values() if word in some)) - {word} for word in words]
         if not all(others):
             raise UserError(f"--left-out {' '.join(words)} needs words that are answers, among others, to a question.")
-        return [each for each in self.learned if not words or any(self.words[each.image] & some for some in others)]
+        return [row for row in self.learned if not words or any(self.words[row.image] & some for some in others)]
 
     def commonest(self) -> tuple[str, dict[str, str]]:
         """Return the most frequent answer, and that to each question, of what is learned from."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
-        for each in self.learned:
-            counts[each.question][each.answer] += 1
+        for asked in self.learned:
+            counts[asked.question][asked.answer] += 1
         first = {question: count.most_common(1)[0][0] for question, count in counts.items()}
-        return Counter(each.answer for each in self.learned).most_common(1)[0][0], first
+        return Counter(row.answer for row in self.learned).most_common(1)[0][0], first
 
 
 def read_questions(source: str) -> Questions:
@@ -113,13 +113,13 @@ class QuestionBatches(EpochBatches):
     """
 
     def __init__(
-        self, rows: Sequence[Sequence[tuple[list[int], list[bool], str]]], found: Questions, ready: Preprocessing,
+        self, rows: Sequence[Sequence[tuple[list[int], list[bool], str]]], questions: Questions, ready: Preprocessing,
         batch_size: int, seed: int, pad_id: int, named: Sequence[bool],
     ):  # fmt: skip
         self.rows, self.pad_id = rows, pad_id
         names = sorted({name for part in rows for *_, name in part})
         self._place = {name: index for index, name in enumerate(names)}
-        self._pictures = torch.stack([ready.cut(found.picture(name)) for name in names])
+        self._pictures = torch.stack([ready.cut(questions.picture(name)) for name in names])
         self._named, self._shown = np.array(named), np.array([self._place[name] for *_, name in rows[0]])
         super().__init__(len(rows[0]), len(rows[1]), batch_size, seed, self._order)
 

@@ -172,8 +172,8 @@ class DatasetReport:
         for longest, count in self.lengths.items():
             yield f"  up to {longest:>11,} {count:>11,}  {'#' * -(-40 * count // most)}"
         yield f"\n{'Script':10} {'bytes':>15} {'tokens':>13} {'tokens/byte':>12}"
-        for name, each in self.scripts.items():
-            yield f"{name:10} {each.bytes:>15,} {each.tokens:>13,} {each.tokens_per_byte:>12.3f}"
+        for name, script in self.scripts.items():
+            yield f"{name:10} {script.bytes:>15,} {script.tokens:>13,} {script.tokens_per_byte:>12.3f}"
         yield ""
         yield from self.problems
         if self.n_problems > FAULTS_SHOWN:
@@ -229,7 +229,7 @@ class _Spelling:
 
     def __init__(self, tokenizer: Tokenizer):
         self.spelled = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-        self.widths = np.array([len(each) for each in self.spelled])
+        self.widths = np.array([len(word) for word in self.spelled])
         self.bytes, self.tokens = np.zeros(len(SCRIPTS), dtype=np.int64), np.zeros(len(SCRIPTS), dtype=np.int64)
 
     def add(self, ids: np.ndarray) -> None:
@@ -244,7 +244,7 @@ class _Spelling:
 
     def scripts(self) -> dict[str, Script]:
         """Return the counts by script, the scripts with most bytes first."""
-        found = {
+        counts = {
             name: Script(int(self.bytes[n]), int(self.tokens[n])) for n, name in enumerate(SCRIPTS) if self.tokens[n]
         }
-        return dict(sorted(found.items(), key=lambda item: -item[1].bytes))
+        return dict(sorted(counts.items(), key=lambda item: -item[1].bytes))

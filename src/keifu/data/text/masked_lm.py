@@ -41,12 +41,12 @@ class RowPlanner:
             raise UserError("Sentence pairs need two documents or more: half of them come from another one.")
 
     def rows(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds [row, 4], and for each row whether its second segment comes from elsewhere; documents in order."""
+        """Return the bounds [row, 4], and whether each row's second segment is of another document."""
         chance = Random(int(random.integers(2**63)))
         make = self._pairs if self.pairs else self._runs
-        found = [row for document in range(len(self.documents) - 1) for row in make(document, chance)]
-        bounds = np.array([row for row, _ in found], np.int64)
-        return _truncate(bounds, self.room, random), np.array([elsewhere for _, elsewhere in found], np.int64)
+        pairs = [row for document in range(len(self.documents) - 1) for row in make(document, chance)]
+        bounds = np.array([row for row, _ in pairs], np.int64)
+        return _truncate(bounds, self.room, random), np.array([elsewhere for _, elsewhere in pairs], np.int64)
 
     def _pairs(self, document: int, chance: Random) -> list[tuple[Bounds, bool]]:
         """Yield the document from its first sentence to its last. A sentence that a false partner displaced comes in
@@ -69,7 +69,7 @@ class RowPlanner:
         return rows
 
     def _elsewhere(self, document: int, wanted: int, chance: Random) -> tuple[int, int]:
-        """Sentences of another document, about as many tokens as are wanted."""
+        """Return the sentences of another document, about as many tokens as are wanted."""
         other = chance.randrange(len(self.documents) - 2)
         other += other >= document
         first, last = self.documents[other], self.documents[other + 1]
@@ -272,7 +272,7 @@ class MaskedText:
     def _hide(
         self, tokens: np.ndarray, words: np.ndarray, total: np.ndarray, random: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Hides some of the words in `tokens`, and gives their places and what stood there."""
+        """Hide some of the words in `tokens`, and return their positions and what was there."""
         masking, v = self.masking, self.vocabulary
         wanted = np.clip(np.rint(masking.share * total), 1, masking.most).astype(np.int64)
         if masking.whole_words:
@@ -288,7 +288,7 @@ class MaskedText:
 
 
 def _sizes(bounds: np.ndarray) -> np.ndarray:
-    """How many tokens each row has, without the special ones."""
+    """Return how many tokens each row has, without the special ones."""
     return (bounds[:, 1::2] - bounds[:, ::2]).sum(1)
 
 

@@ -187,7 +187,7 @@ def texts(mixture: Mixture, characters: int) -> Iterator[str]:
 
 
 def content_hash(mixture: Mixture) -> str:
-    """Return a text that changes whenever a source's text or weight does."""
+    """Return a hash of the texts and weights of all sources."""
     parts = []
     for source in mixture.sources:
         with _parts_of(source, mixture.held_out) as (made, content):
@@ -306,7 +306,7 @@ class MixedText:
         return self.batch(self.growth.largest)
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """How often each source's windows come in so many steps; a whole number of times and a part."""
+        """Return how often each source's windows come in so many steps; a whole number of times and a part."""
         whose = np.ceil(self.growth.before(steps) * self.weights)
         return {
             source.name: float(count) / packed.windows_per_epoch

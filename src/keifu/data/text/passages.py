@@ -41,8 +41,8 @@ def document_files(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: name one with {', '.join((*TEXTS, *PAGES))} files.")
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (*TEXTS, *PAGES) and path.is_file()]
-    documents = [path for path in found if not hidden(path.relative_to(folder))]
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (*TEXTS, *PAGES) and path.is_file()]
+    documents = [path for path in paths if not hidden(path.relative_to(folder))]
     if not documents:
         raise UserError(f"The folder {folder} holds no document: {', '.join((*TEXTS, *PAGES))} files are searched.")
     return documents
@@ -60,15 +60,15 @@ def read_documents(names: Mapping[Path, str], leave_out: Callable[[Exception], o
 
     names: the name of each file in its passages. leave_out: gets the error of a document that cannot be read.
     """
-    found = list[Passage]()
+    passages = list[Passage]()
     for path, name in names.items():
         try:
-            found += read_passages(path, name)
+            passages += read_passages(path, name)
         except (UserError, OSError) as error:
             leave_out(error)
-    if not found:
+    if not passages:
         raise UserError(f"The documents hold no text to search: {len(names)} were read.")
-    return found
+    return passages
 
 
 def _text_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:

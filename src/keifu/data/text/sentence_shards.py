@@ -84,12 +84,12 @@ def prepare_sentences(
 
 
 def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: TextFileFormat) -> Sentences:
-    """All sentences that have tokens, of all documents that have sentences."""
+    """Return all sentences that have tokens, of all documents that have sentences."""
     tokens, sizes, counts, size, done = [], [], [], 0, 0
     with counting(f"Tokenising {source}, sentence by sentence", None, "characters") as advance:
         for pieces in chunks(sources.read_chunks(source, form), CHUNK):
             texts = [
-                [each for line in piece.text.splitlines() if line.strip() for each in split(line)] for piece in pieces
+                [part for line in piece.text.splitlines() if line.strip() for part in split(line)] for piece in pieces
             ]
             encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(texts))))
             for piece, lines in zip(pieces, texts, strict=True):
@@ -152,5 +152,5 @@ def _open(folder: Path, index: dict[str, Any]) -> SentenceShards:
     from safetensors.torch import load_file
 
     loaded = [load_file(folder / f"{part}.safetensors") for part in PARTS]
-    training, validation = (Sentences(**{name: tensor.numpy() for name, tensor in each.items()}) for each in loaded)
+    training, validation = (Sentences(**{name: tensor.numpy() for name, tensor in part.items()}) for part in loaded)
     return SentenceShards(training, validation, index)

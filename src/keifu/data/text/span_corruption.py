@@ -48,7 +48,7 @@ class SpanCorruption:
             )
 
     def counts(self, length: int) -> tuple[int, int]:
-        """How many of `length` tokens are hidden, and in how many spans: always the same, as in T5."""
+        """Return how many of `length` tokens are hidden, and in how many spans: always the same, as in T5."""
         hidden = min(max(round(length * self.rate), 1), length - 1)
         spans = max(1, round(hidden / self.span)) if self.span else 0
         return hidden, min(spans, hidden, length - hidden)
@@ -111,7 +111,7 @@ def random_spans(rows: int, length: int, hidden: int, spans: int, random: np.ran
 
 
 def _segments(rows: int, items: int, segments: int, random: np.random.Generator) -> np.ndarray:
-    """Lengths [row, segment] of at least one, of sum `items`, all divisions equally likely."""
+    """Return the lengths [row, segment] of at least one, of sum `items`, all divisions equally likely."""
     cuts = np.argsort(random.random((rows, items - 1)), axis=1)[:, : segments - 1] + 1
     bounds = np.empty((rows, segments + 1), np.int64)
     bounds[:, 0], bounds[:, -1] = 0, items
@@ -184,7 +184,7 @@ class SpanCorruptionBatches:
         self.name = f"DecoderRows of {self.row_length} places: {self.denoisers}"  # the same in the runs that are there
 
     def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
-        """Rows of one denoiser are computed together."""
+        """Compute the rows of each denoiser together."""
         chosen = source_of_row(self.shares, numbers)
         places = [np.flatnonzero(chosen == n) for n in range(len(self.denoisers))]
         made = [self._corrupted(n, windows[rows], random) for n, rows in enumerate(places) if len(rows)]
@@ -192,7 +192,7 @@ class SpanCorruptionBatches:
         return {name: np.concatenate([part[name] for part in made])[order] for name in made[0]}
 
     def join(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool = True) -> Rows:
-        """Rows of equally many inputs and equally many targets."""
+        """Return the rows of equally many inputs and equally many targets."""
         prefix = 1 + inputs.shape[1]
         tokens = np.full((len(inputs), self.row_length), self.markers.pad, np.int64)
         tokens[:, 0], tokens[:, 1:prefix] = mode, inputs

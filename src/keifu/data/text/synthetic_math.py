@@ -47,9 +47,9 @@ def documents(count: int, held_out: float, seed: int = 0) -> tuple[list[str], li
     """Documents of eight of the first `count` problems, for training and held out; no question is in both."""
     both: tuple[dict[str, Problem], dict[str, Problem]] = {}, {}
     for number in range(count):
-        found = problem(number, seed)
-        both[crc32(found.question.encode()) < held_out * 2**32][found.question] = found
-    texts = ([each.text() for each in part.values()] for part in both)
+        example = problem(number, seed)
+        both[crc32(example.question.encode()) < held_out * 2**32][example.question] = example
+    texts = ([example.text() for example in part.values()] for part in both)
     learned, kept = (["\n\n".join(part[at : at + PROBLEMS]) for at in range(0, len(part), PROBLEMS)] for part in texts)
     return learned, kept
 
@@ -109,10 +109,10 @@ def _shopping(chance: random.Random) -> Problem:
 
 def _giving(chance: random.Random) -> Problem:
     (giver, friend), thing = chance.sample(NAMES, 2), chance.choice(THINGS)
-    have, given, found = chance.randrange(30, 90), chance.randrange(2, 30), chance.randrange(2, 30)
+    have, given, gained = chance.randrange(30, 90), chance.randrange(2, 30), chance.randrange(2, 30)
     left = _step(have, "-", given)
-    question = f"{giver} has {have} {thing}, gives {friend} {given} of them and finds {found} more. How many are left?"
-    return _solve(question, left, _step(left[1], "+", found))
+    question = f"{giver} has {have} {thing}, gives {friend} {given} of them and finds {gained} more. How many are left?"
+    return _solve(question, left, _step(left[1], "+", gained))
 
 
 def chain_sums(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -137,8 +137,8 @@ def chain_sums(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -
 def arithmetic(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Yield `count` problems of `problem` as prompts with their answers: {"prompt": "47 + 38 = ?", "answer": "85"}."""
     for number in range(count):
-        found = problem(number, seed)
-        yield {"prompt": found.question, "answer": str(found.answer)}
+        example = problem(number, seed)
+        yield {"prompt": example.question, "answer": str(example.answer)}
 
 
 def countdowns(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -> Iterator[dict[str, Any]]:

@@ -160,10 +160,10 @@ def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )  # fmt: skip
     backend.train_from_iterator(texts, trainer)
     merges = json.loads(backend.to_str())["model"]["merges"]
-    found = dict.fromkeys(
+    merged = dict.fromkeys(
         (left, end)
         for left, right in merges
         for end in ([right, right.removesuffix(WORD_END)] if (left + right)[0] > "\x7f" else [right])
     )  # a character may end a word or not
-    pairs = list(found)[: vocab_size - fixed]
+    pairs = list(merged)[: vocab_size - fixed]
     return Tokenizer(*clip_backend(vocabulary_of(pairs), pairs))

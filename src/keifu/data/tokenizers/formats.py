@@ -35,7 +35,7 @@ def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> Read:
     if not isinstance(model, dict) or "vocab" not in model:
         raise UserError(f"{path} has no model with a vocabulary, so it is not a tokenizer.json.")
     vocabulary = model["vocab"]
-    _check_ids(vocabulary if isinstance(vocabulary, dict) else {each[0]: n for n, each in enumerate(vocabulary)}, path)
+    _check_ids(vocabulary if isinstance(vocabulary, dict) else {row[0]: n for n, row in enumerate(vocabulary)}, path)
     described |= {"truncation": None, "padding": None}  # of texts, which keifu neither cuts nor fills up
     _check_parts(described, path)
     try:
@@ -45,7 +45,7 @@ def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> Read:
 
 
 def _check_parts(described: Any, path: Path) -> None:
-    """Refuses a table of replacements, or a regular expression, on which the tokenizers library would die or hang."""
+    """Refuse a table of replacements, or a regular expression, on which the tokenizers library would die or hang."""
     for part in described.values() if isinstance(described, dict) else described:
         if not isinstance(part, dict | list):
             continue
@@ -66,7 +66,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def _check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
-    """Refuses a vocabulary in which two tokens have the same id: they would silently become one."""
+    """Refuse a vocabulary in which two tokens have the same id: they would silently become one."""
     owner: dict[int, str] = {}
     for token, number in vocabulary.items():
         valid = type(number) is int and 0 <= number <= LARGEST
@@ -77,7 +77,7 @@ def _check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
 
 
 def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
-    """GPT-1's and GPT-2's two files: vocab.json (or encoder.json) and beside it merges.txt (or vocab.bpe)."""
+    """Read the two files of GPT-1 and GPT-2: vocab.json (or encoder.json) and merges.txt (or vocab.bpe)."""
     vocabulary = read_vocabulary(path)
     beside = [path.with_name(name) for name in ("merges.txt", "vocab.bpe")]
     merges_path = next((other for other in beside if other.exists()), None)
@@ -186,12 +186,12 @@ def reader(path: Path) -> Callable[[Path, Mapping[str, Any]], Read]:
 
 def settings_beside(directory: Path) -> dict[str, Any]:
     """Read tokenizer_config.json; missing roles come from special_tokens_map.json."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).exists():
             content = read_json_object(directory / name)
-            found |= {key: value for key, value in content.items() if value is not None}
-    return found
+            settings |= {key: value for key, value in content.items() if value is not None}
+    return settings
 
 
 def finish_backend(read: Read, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
@@ -226,16 +226,16 @@ def _content(token: Any, role: str) -> str:
 def generation_config(directory: Path) -> dict[str, Any]:
     """Read generation_config.json; empty if there is no such file."""
     path = directory / GENERATION_CONFIG
-    found = read_json_object(path) if path.exists() else {}
-    return {key: value for key, value in found.items() if value is not None and not key.startswith("_")}
+    settings = read_json_object(path) if path.exists() else {}
+    return {key: value for key, value in settings.items() if value is not None and not key.startswith("_")}
 
 
 def stop_ids(generation: Mapping[str, Any]) -> set[int]:
     """Return the ids that end an answer, from a generation_config's eos_token_id; empty if there are none."""
-    found = generation.get("eos_token_id")
-    ids = [] if found is None else found if isinstance(found, list) else [found]
+    value = generation.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(number) is int and 0 <= number <= LARGEST for number in ids):
-        raise UserError(f"{GENERATION_CONFIG} gives {found!r} for eos_token_id, which must be ids of tokens.")
+        raise UserError(f"{GENERATION_CONFIG} gives {value!r} for eos_token_id, which must be ids of tokens.")
     return set(ids)
 
 

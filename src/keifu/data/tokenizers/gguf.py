@@ -70,10 +70,10 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
 def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """GGUF's general.sampling.*, in the words of generation_config.json; a temperature of 0 is greedy choice."""
     there = {ours: fields.get(f"general.sampling.{theirs}") for ours, (theirs, _) in SAMPLING_KEYS.items()}
-    found: dict[str, Any] = {ours: round(value, 6) for ours, value in there.items() if value is not None}
-    if found.get("temperature") == 0:
-        return {"do_sample": False, **{key: value for key, value in found.items() if key != "temperature"}}
-    return {"do_sample": True, **found} if found else {}
+    settings: dict[str, Any] = {ours: round(value, 6) for ours, value in there.items() if value is not None}
+    if settings.get("temperature") == 0:
+        return {"do_sample": False, **{key: value for key, value in settings.items() if key != "temperature"}}
+    return {"do_sample": True, **settings} if settings else {}
 
 
 def _sampling_fields(generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,13 +112,13 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence
 
 
 def _roles(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
-    found = {}
+    roles = {}
     for role, key in ROLE_KEYS.items():
         if (number := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             if int(number) >= len(tokens):
                 raise UserError(f"The GGUF's {key} token has the id {number}, but there are only {len(tokens)} tokens.")
-            found[role] = tokens[int(number)]
-    return found
+            roles[role] = tokens[int(number)]
+    return roles
 
 
 def _ends_of_turn(fields: Mapping[str, Any], tokens: list[str], template: str | None) -> set[int]:
@@ -179,8 +179,8 @@ def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[
     same merges."""
     merges = [(left, right) for left, right in described["model"]["merges"]]
     made = {token: -float(rank) for rank, token in reversed(list(enumerate("".join(pair) for pair in merges)))}
-    own = described["pre_tokenizer"] or {}
-    whole = _own_tokens(own, tokens)
+    pieces = described["pre_tokenizer"] or {}
+    whole = _own_tokens(pieces, tokens)
     kinds = [
         sp.UNKNOWN if token == described["model"]["unk_token"] else sp.BYTE if byte_value(token) is not None
         else sp.USER_DEFINED if token in whole else sp.NORMAL

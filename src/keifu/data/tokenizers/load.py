@@ -33,11 +33,11 @@ def learned_tokenizer(name: str, learn: Callable[[], Tokenizer], out: Path | Non
     """
     folders = [*([out / KEPT / name] if out else []), cache() / "tokenizers" / name]
 
-    def found() -> Path | None:
+    def saved() -> Path | None:
         return next((place for place in folders if (place / "tokenizer_config.json").exists()), None)  # its last file
 
-    build_once(folders[-1], lambda: found() is not None, lambda new: learn().save(new))  # by one process of several
-    LEARNED[name] = load_tokenizer(found() or folders[-1])
+    build_once(folders[-1], lambda: saved() is not None, lambda new: learn().save(new))  # by one process of several
+    LEARNED[name] = load_tokenizer(saved() or folders[-1])
     return LEARNED[name]
 
 

@@ -127,7 +127,7 @@ def parse(data: bytes, name: str) -> SentencePieceModel:
 
 
 def check_character_map(table: bytes, name: str) -> None:
-    """Refuses a table of replacements on which the tokenizers library would end the process.
+    """Refuse a table of replacements on which the tokenizers library would end the process.
 
     A tree (a double array of 32 bits a unit, the highest bit for leaves) leads to places in the text after it.
     """
@@ -209,17 +209,17 @@ def backend_from_pieces(pieces: Sequence[SentencePiece], settings: SentencePiece
     texts = numbered((piece.text for piece in pieces), "The vocabulary")
     if settings.unknown_id >= len(pieces):
         raise UserError(f"The unknown piece has the id {settings.unknown_id}, and there are {len(pieces)} pieces.")
-    own = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
+    defined = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     if settings.model == BPE:
         model = models.BPE(
             texts, merges_by_score(pieces), unk_token=pieces[settings.unknown_id].text, fuse_unk=True,
-            byte_fallback=settings.byte_fallback, ignore_merges=bool(own),
+            byte_fallback=settings.byte_fallback, ignore_merges=bool(defined),
         )  # fmt: skip
     else:
         model = models.Unigram([(p.text, p.score) for p in pieces], settings.unknown_id, settings.byte_fallback)
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.Sequence(_normalizers(settings))
-    cuts = [_whole(own)] if own else []
+    cuts = [_whole(defined)] if defined else []
     if settings.model == UNIGRAM and settings.byte_fallback:
         cuts.append(no_byte_names())
     if cuts:
@@ -231,14 +231,14 @@ def backend_from_pieces(pieces: Sequence[SentencePiece], settings: SentencePiece
     return backend
 
 
-def _whole(own: Sequence[str]) -> pre_tokenizers.PreTokenizer:
-    """Cuts the user-defined pieces out of the text, the longest first, as SentencePiece does before anything else."""
-    pattern = "|".join(map(re.escape, sorted(own, key=len, reverse=True)))
+def _whole(pieces: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+    """Cut the user-defined pieces out of the text, the longest first, as SentencePiece does before anything else."""
+    pattern = "|".join(map(re.escape, sorted(pieces, key=len, reverse=True)))
     return pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
 
 
 def no_byte_names() -> pre_tokenizers.PreTokenizer:
-    """Cuts text such as "<0x41>" after its "<", since a Unigram model would take it for the byte token."""
+    """Cut text such as "<0x41>" after its "<", since a Unigram model would take it for the byte token."""
     return pre_tokenizers.Split(tokenizers.Regex(r"<(?=0x[0-9A-F]{2}>)"), "merged_with_previous")
 
 

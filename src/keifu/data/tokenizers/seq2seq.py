@@ -125,7 +125,7 @@ class MarianSide(Tokenizer):
     def _cut(self, texts: Sequence[str]) -> list[list[str]]:
         """Split each text into pieces; a language's code at its start is one piece."""
         codes = [LANGUAGE.match(text) for text in texts]
-        for code in (found[0] for found in codes if found and self.language_codes):  # where there are none, it is text
+        for code in (match[0] for match in codes if match and self.language_codes):  # where there are none, it is text
             if " " not in code and code not in self.vocabulary:
                 raise unknown("language code", code, self.language_codes)
         rest = [text[code.end() :] if code else text for text, code in zip(texts, codes, strict=True)]
@@ -177,7 +177,7 @@ def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:
     special = ROLES | {role: token for role, token in roles.items() if role in ROLES}
     source, target = (Pieces(plain_file(directory / name).read_bytes(), name) for name in (SOURCE, TARGET))
     shown = [source, target] if separate else [source]  # as transformers decodes, too
-    backends = [_backend(directory / name, special, each) for name, each in zip(needed[2:], shown, strict=True)]
+    backends = [_backend(directory / name, special, tokens) for name, tokens in zip(needed[2:], shown, strict=True)]
     ends = formats.stop_ids(formats.generation_config(directory))
     sides = zip((source, target), (backends[0], backends[-1]), strict=True)
     return MarianTokenizer(*(MarianSide(*side, special, ends, max_length=length) for side in sides))

@@ -41,7 +41,7 @@ def byte_value(token: str) -> int | None:
 
 
 def _each_byte(error: UnicodeError) -> tuple[str, int]:
-    """One replacement character for each byte that belongs to no character, as SentencePiece decodes them."""
+    """Return one replacement character for each byte that belongs to no character, as SentencePiece decodes them."""
     assert isinstance(error, UnicodeDecodeError)
     return REPLACEMENT * (error.end - error.start), error.end
 
@@ -109,7 +109,7 @@ def _sequence(steps: list[dict[str, Any]]) -> DecodingRule:
 def decoding_rule(decoder: dict[str, Any] | None, word_end: str = "") -> DecodingRule:
     """Read the `decoder` entry of a tokenizer.json. An unknown type of entry is a `UserError`.
 
-    word_end: the mark of a word's last piece, where a byte-level vocabulary has one (CLIP).
+    word_end: mark of a word's last piece in a byte-level vocabulary (CLIP); empty if it has none.
     """
     match decoder:
         case None:
@@ -157,7 +157,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", True)
 
     def whole(self, token_ids: Iterable[int]) -> str:
-        """All the text of these tokens at once; for a new decoder only."""
+        """Return all the text of these tokens at once; for a new decoder only."""
         return b"".join(map(self._bytes, token_ids)).decode("utf-8", self._how.errors)
 
     def _bytes(self, token_id: int) -> bytes:

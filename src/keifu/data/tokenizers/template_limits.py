@@ -60,7 +60,7 @@ def _check_text(value: Any) -> Any:
 
 
 def _check_call(name: str, values: tuple[Any, ...]) -> None:
-    """Refuses a call that could make a value of any size: by a number, a width, or by filling text into text."""
+    """Refuse a call that could make a value of any size: by a number, a width, or by filling text into text."""
     sizes = [_size(value) for value in values]
     texts = [value for value in values if isinstance(value, str)]
     wide = name in ("format", "format_map", "%") and any(map(WIDE.search, texts))

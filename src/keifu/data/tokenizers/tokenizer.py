@@ -44,7 +44,7 @@ class ControlTokenGuard:
     def mark(self, value: Any, marks: str) -> Any:
         """Put `marks` (two characters) around every special token's text in the strings of messages or variables."""
         if isinstance(value, str):
-            return self._special.sub(lambda found: marks[0] + found[0] + marks[1], value)
+            return self._special.sub(lambda match: marks[0] + match[0] + marks[1], value)
         if isinstance(value, dict):
             return {key: self.mark(item, marks) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -61,9 +61,9 @@ class ControlTokenGuard:
         start, end = map(re.escape, marks)
         pattern = re.compile(f"{start}({every}){end}|({every})|[{start}{end}]")
 
-        def replacement(found: re.Match[str]) -> str:
-            token = found[2] or ""
-            return found[1] or self.names.get(token, token)
+        def replacement(match: re.Match[str]) -> str:
+            token = match[2] or ""
+            return match[1] or self.names.get(token, token)
 
         return pattern.sub(replacement, rendered)
 
@@ -170,7 +170,7 @@ class Tokenizer:
         self.generation_config = dict(generation_config or {})
         self.vocab_size = _checked_size(backend.get_vocab(with_added_tokens=True))
         tokens = (self.special.get(f"{role}_token") for role in ("bos", "eos", "pad"))
-        self.bos_id, self.eos_id, self.pad_id = (None if each is None else self.token_id(each) for each in tokens)
+        self.bos_id, self.eos_id, self.pad_id = (None if token is None else self.token_id(token) for token in tokens)
         ends = [] if self.eos_id is None else [self.eos_id]
         self.stop_ids = frozenset([*ends, *stop_ids])
 
@@ -233,10 +233,10 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """Return the id of a token of the vocabulary; an unknown one is a `UserError` with the nearest."""
-        found = self.backend.token_to_id(token)
-        if found is None:
+        number = self.backend.token_to_id(token)
+        if number is None:
             raise unknown("token", token, self.backend.get_vocab())
-        return found
+        return number
 
     def chat_text(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -341,7 +341,7 @@ class Tokenizer:
         return json.loads(self.backend.to_str())
 
     def _spelled(self, value: Any) -> bool:
-        """Whether a text somewhere in `value` may spell a special token, so that the guard is needed."""
+        """Return whether a text somewhere in `value` may spell a special token, so that the guard is needed."""
         return self._names is None or any(self._names.search(text) for text in _texts(value))
 
     @cached_property
@@ -374,7 +374,7 @@ class Tokenizer:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every string in messages or variables."""
+    """Yield every string in messages or variables."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

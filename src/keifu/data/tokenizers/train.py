@@ -133,9 +133,9 @@ def _alphabet(backend: tokenizers.Tokenizer, wanted: _Training, limit: int) -> t
     The library numbers the latter as it meets them, in no fixed order, and merges pairs of equal counts by number.
     """
     wanted.learn(backend, trainers.WordPieceTrainer(vocab_size=1, show_progress=False, special_tokens=[]))
-    found = backend.get_vocab()
-    first = sorted((each for each in found if len(each) == 1), key=lambda each: (-wanted.characters[each], each))
-    return first[:limit], [f"##{each}" for each in sorted(first[:limit]) if f"##{each}" in found]
+    vocabulary = backend.get_vocab()
+    first = sorted((one for one in vocabulary if len(one) == 1), key=lambda one: (-wanted.characters[one], one))
+    return first[:limit], [f"##{one}" for one in sorted(first[:limit]) if f"##{one}" in vocabulary]
 
 
 def _unigram(wanted: _Training) -> Made:

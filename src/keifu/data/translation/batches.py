@@ -106,12 +106,12 @@ class EncodedPairs:
     @property
     def fingerprint(self) -> str:
         """A hash of all ids."""
-        arrays = (side for each in (self.source, self.target) for side in (each.ids, each.starts))
+        arrays = (side for language in (self.source, self.target) for side in (language.ids, language.starts))
         return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
 
 
 def by_tokens(sizes: np.ndarray, tokens: int) -> Batching:
-    """Batches of at most `tokens` source and target tokens, padding counted, of rows of nearly equal length.
+    """Return the batches of at most `tokens` source and target tokens, padding counted, of rows of nearly equal length.
 
     Rows are sorted by their target's length, then by their source's (Vaswani et al., 2017, section 5.1, batch by
     approximate length), those of equal lengths in an order of the epoch's own. So the lengths at each place never

@@ -66,25 +66,25 @@ class Pairs:
 def read_pairs(
     source: str | Path, reverse: bool = False, fields: Fields = (None, None), encoding: str | None = None
 ) -> Pairs:
-    """All pairs of a source; `reverse` swaps the sides of each.
+    """Return all pairs of a source; `reverse` swaps the sides of each.
 
     fields: of records, those of the source and of the target; where they are not named, source and target (or another
     of `NAMES`), or the only two, in their order. encoding: see `text_files.lines`. Pairs with an empty side are left
     out and counted. Files of unequal length, a line that is not two columns, bytes that are not in the encoding and an
     unknown name are `UserError`s with the line's number or the nearest name.
     """
-    found = _from_catalogue(str(source)) or _from_files(str(source), fields, encoding)
-    rows = [pair for pair in found.rows if all(pair)]
-    empty = len(found) - len(rows)
+    pairs = _from_catalogue(str(source)) or _from_files(str(source), fields, encoding)
+    rows = [pair for pair in pairs.rows if all(pair)]
+    empty = len(pairs) - len(rows)
     if not rows:
-        raise UserError(f"{source} holds no pair whose two sides both have text; {len(found):,} pairs were read.")
-    left_out = f"{empty:,} of {len(found):,} pairs of {source} have an empty side and are left out." if empty else ""
-    found = replace(found, rows=rows, left_out=left_out)
-    return found.reversed() if reverse else found
+        raise UserError(f"{source} holds no pair whose two sides both have text; {len(pairs):,} pairs were read.")
+    left_out = f"{empty:,} of {len(pairs):,} pairs of {source} have an empty side and are left out." if empty else ""
+    pairs = replace(pairs, rows=rows, left_out=left_out)
+    return pairs.reversed() if reverse else pairs
 
 
 def pair_names() -> dict[str, tuple[str, bool]]:
-    """Every catalogue name of pairs, in both directions: the entry, and whether it is turned round."""
+    """Return every catalogue name of pairs, in both directions: the entry, and whether it is turned round."""
     forward = catalogue.names("pairs")
     parts = {name: name.rsplit("-", 2) for name in forward}  # tatoeba-ja-en is tatoeba-en-ja turned round
     turned = {f"{stem}-{second}-{first}": (name, True) for name, (stem, first, second) in parts.items()}
@@ -96,8 +96,8 @@ def _from_catalogue(source: str) -> Pairs | None:
         return None
     name, turned = pair_names()[source]
     first, second = name.rsplit("-", 2)[1:]
-    found = Pairs(source, [(a.strip(), b.strip()) for a, b in catalogue.pairs(name)], (first, second))
-    return found.reversed() if turned else found
+    result = Pairs(source, [(a.strip(), b.strip()) for a, b in catalogue.pairs(name)], (first, second))
+    return result.reversed() if turned else result
 
 
 def _from_files(source: str, fields: Fields, encoding: str | None) -> Pairs:
@@ -140,14 +140,14 @@ def _of_records(source: str, path: Path, fields: Fields, encoding: str | None) -
 
 
 def _has_header(path: Path, encoding: str | None) -> bool:
-    """Whether the first line of a table of two columns or more names them."""
+    """Return whether the first line of a table of two columns or more names them."""
     _, cells = next(read_cells(path, encoding=encoding, delimiter="\t"), ("", []))
     return any(_find(cells, names) for names in NAMES)
 
 
 def _sides(where: str, record: Mapping[str, Any], fields: Fields, suffix: str) -> tuple[str, str]:
     """Which fields are the source and the target: those that were named, a usual pair of names, or the only two."""
-    known = next((found for names in NAMES if (found := _find(record, names))), None)
+    known = next((sides for names in NAMES if (sides := _find(record, names))), None)
     named = [name for name in record if re.fullmatch(CODE, name) or name.lower() in LANGUAGES]
     two = [*record] if suffix not in TABLES else named
     first, second = known or ((two[0], two[1]) if len(record) == len(two) == 2 else (None, None))
@@ -255,12 +255,12 @@ def split(
                 f"{len(rows):,} distinct pairs cannot be split into training, validation and test without a sentence "
                 "in two of them: give more pairs."
             )
-    kept_out = [part if own is None else own.rows for own, part in zip((validation, test), drawn, strict=True)]
+    kept_out = [part if given is None else given.rows for given, part in zip((validation, test), drawn, strict=True)]
     hidden = {normalize(side) for part in kept_out for pair in part for side in pair}
     train = [pair for pair, both in zip(rows, sides, strict=True) if hidden.isdisjoint(both)]
     if not train:
         raise UserError(f"Every pair of {pairs.name} shares a sentence with one held out: nothing is left to train on.")
-    kept = len(train) + sum(len(part) for own, part in zip((validation, test), drawn, strict=True) if own is None)
+    kept = len(train) + sum(len(part) for given, part in zip((validation, test), drawn, strict=True) if given is None)
     return PairSplit(train, *kept_out, dropped=len(pairs) - kept)
 
 

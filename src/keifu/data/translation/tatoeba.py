@@ -52,8 +52,8 @@ def split_sentences(every: Sequence[Row], held_out: float) -> tuple[list[Row], l
     """Split any rows into training and held-out rows."""
     keys = [{(code, normalize(text)) for code, text in sentences_of(row).items()} for row in every]
     chosen = [_hash(row["ja"]) < held_out for row in every]
-    taken = {key for own, kept in zip(keys, chosen, strict=True) if kept for key in own}
-    learned = [row for row, own in zip(every, keys, strict=True) if taken.isdisjoint(own)]
+    taken = {key for row_keys, kept in zip(keys, chosen, strict=True) if kept for key in row_keys}
+    learned = [row for row, row_keys in zip(every, keys, strict=True) if taken.isdisjoint(row_keys)]
     return learned, [row for row, kept in zip(every, chosen, strict=True) if kept]
 
 
@@ -62,15 +62,15 @@ def sentences_of(row: Row) -> Row:
     return {code: row[code].strip() for code in LANGUAGES if row.get(code, "-").strip() not in ("", "-")}
 
 
-def sentences(found: Sequence[Row], codes: Sequence[str]) -> list[str]:
+def sentences(rows: Sequence[Row], codes: Sequence[str]) -> list[str]:
     """Return the distinct sentences of a language, in an order given by a hash, as documents of eight lines."""
-    distinct = {row[codes[0]]: None for row in map(sentences_of, found) if codes[0] in row}
+    distinct = {row[codes[0]]: None for row in map(sentences_of, rows) if codes[0] in row}
     return ["\n".join(lines) for lines in _eights(sorted(distinct, key=_hash))]
 
 
-def translation_prompt(found: Sequence[Row], codes: Sequence[str]) -> list[str]:
+def translation_prompt(rows: Sequence[Row], codes: Sequence[str]) -> list[str]:
     """Return the distinct pairs of two languages as documents (see `translations`)."""
-    pairs = {(row[codes[0]], row[codes[1]]) for row in map(sentences_of, found) if {*codes} <= row.keys()}
+    pairs = {(row[codes[0]], row[codes[1]]) for row in map(sentences_of, rows) if {*codes} <= row.keys()}
     return translations(sorted(pairs, key=lambda pair: _hash("\n".join(pair))), codes)
 
 

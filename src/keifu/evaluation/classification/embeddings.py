@@ -100,7 +100,7 @@ def embed(
     """Return the embedding of each text, float32, computed in the type of the model's weights.
 
     Texts of similar length go through the model together; neither that nor their order changes an embedding beyond
-    rounding. batch_size: the most in a pass. A model that is no encoder, an empty text, and a text longer than the
+    rounding. batch_size: most texts in a pass. A model that is no encoder, an empty text, and a text longer than the
     model takes are `UserError`s, the last one with both lengths; `cut=True` keeps the beginning of such a text.
     """
     limit = encoder(model).config.context_length
@@ -133,12 +133,12 @@ def nearest(
     others = len(among) - themselves
     if not 1 <= count <= others:
         raise UserError(f"{count} nearest texts were requested, and there are {others} to choose from.")
-    found = []
+    best = []
     rows = max(1, SEARCHED // len(among))
     for start in range(0, len(queries), rows):
         similarity = queries[start : start + rows] @ among.T
         if themselves:
-            own = torch.arange(len(similarity), device=similarity.device)
-            similarity[own, start + own] = -torch.inf
-        found.append(similarity.topk(count))
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+            diagonal = torch.arange(len(similarity), device=similarity.device)
+            similarity[diagonal, start + diagonal] = -torch.inf
+        best.append(similarity.topk(count))
+    return torch.cat([part.values for part in best]), torch.cat([part.indices for part in best])

@@ -105,7 +105,7 @@ class Confusion:
     def by_label(self) -> tuple[list[str], list[list[str]]]:
         """Return precision, recall and F1 of each label as a table: its columns and its rows."""
         each = zip(self.labels, self.figures, self.counts.sum(1).tolist(), strict=True)
-        rows = [[label, *(f"{value:.3f}" for value in own.values()), f"{count:,}"] for label, own, count in each]
+        rows = [[label, *(f"{value:.3f}" for value in row.values()), f"{count:,}"] for label, row, count in each]
         return ["label", "precision", "recall", "F1", "texts"], rows
 
     def page(self) -> str:

@@ -53,11 +53,11 @@ def evaluate(model: nn.Module, tokenizer: None, request: EvalRequest) -> EvalRes
     assert isinstance(model, RowClassifier)
     data = toy_dataset(request.on)
     inputs, targets = data.held.inputs[: request.limit], data.held.targets[: request.limit]
-    own, given = (model.config.dim, len(model.classes)), (inputs.shape[1], len(data.classes))
-    if own != given:
+    has, given = (model.config.dim, len(model.classes)), (inputs.shape[1], len(data.classes))
+    if has != given:
         raise UserError(
-            f"{request.on} has rows of {given[0]} numbers in {given[1]} classes, and the network is for {own[0]} in "
-            f"{own[1]}: evaluate it on what it was trained for."
+            f"{request.on} has rows of {given[0]} numbers in {given[1]} classes, and the network is for {has[0]} in "
+            f"{has[1]}: evaluate it on what it was trained for."
         )
     confusion = Confusion.of(targets, model.predict_proba(inputs).argmax(-1), data.classes)
     figures = {"accuracy": round(confusion.accuracy, 4), "rows": len(targets)}

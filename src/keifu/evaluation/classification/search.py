@@ -38,8 +38,8 @@ class SearchIndex:
 def index_path(source: Path, model: str, encoder: nn.Module) -> Path:
     """Return the file of the index of a folder by a model, in its type; model: a name that changes with its weights."""
     dtype = next(encoder.parameters()).dtype
-    own = "" if dtype == torch.float32 else f"\n{dtype}"
-    key = hashlib.sha256(f"{source.resolve()}\n{model}{own}".encode()).hexdigest()[:32]
+    suffix = "" if dtype == torch.float32 else f"\n{dtype}"
+    key = hashlib.sha256(f"{source.resolve()}\n{model}{suffix}".encode()).hexdigest()[:32]
     return cache() / FOLDER / f"{key}.safetensors"
 
 
@@ -56,7 +56,7 @@ def build_index(
     new = {digest: passage for digest, passage in zip(digests, passages, strict=True) if digest not in kept}
     if new:
         model, tokenizer = encoder
-        rows = encode_texts(tokenizer, [each.whole for each in new.values()], model.config.context_length, True).rows
+        rows = encode_texts(tokenizer, [part.whole for part in new.values()], model.config.context_length, True).rows
         made = embed_rows(model, rows, tokenizer.pad_id or 0, batch_size, advance).cpu()
         kept |= dict(zip(new, made, strict=True))
     embeddings = torch.stack([kept[digest] for digest in digests])

@@ -91,17 +91,19 @@ def kernel_distance(real: Real, drawn: Drawn, subsets: int = SUBSETS, size: int 
     if size < 2:
         raise UserError(f"The kernel distance needs 4 pictures on each side, not {len(real)} and {len(drawn)}.")
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    estimates = []
     for _ in range(subsets):
         chosen = [rows[torch.randperm(len(rows), generator=generator)[:size]] for rows in (real, drawn)]
-        found.append(discrepancy(*chosen))
-    values = torch.tensor(found, dtype=torch.float64)
+        estimates.append(discrepancy(*chosen))
+    values = torch.tensor(estimates, dtype=torch.float64)
     return Kernel(float(values.mean()), float(values.std()) if subsets > 1 else 0.0, size)
 
 
 def manifold(real: Real, drawn: Drawn, neighbours: int = 3) -> Manifold:
-    """Return improved precision and recall (Kynkäänniemi et al., 2019): who lies in a ball around a picture of the
-    other set that reaches to its k-th nearest neighbour there."""
+    """Return improved precision and recall (Kynkäänniemi et al., 2019).
+
+    Each is the share of one set inside the other's manifold: inside a ball around a picture of the other set whose
+    radius is the distance to its k-th nearest neighbour there."""
     if min(len(real), len(drawn)) <= neighbours:
         raise UserError(f"Precision and recall need more than {neighbours} pictures on each side.")
     return Manifold(_coverage(real, drawn, neighbours), _coverage(drawn, real, neighbours))

@@ -123,13 +123,13 @@ class Extractor:
         self, pictures: UInt8[Tensor, "picture channels height width"], batch_size: int = 64
     ) -> Float[Tensor, "picture dim"]:
         """Return the features of each picture, float32; grey pictures are converted to colour."""
-        found = []
+        features = []
         with counting("Looking at pictures", len(pictures), "pictures") as advance:
             for first in range(0, len(pictures), batch_size):
                 part = pictures[first : first + batch_size]
-                found.append(self.network(to_signed(part.expand(-1, 3, -1, -1))))
+                features.append(self.network(to_signed(part.expand(-1, 3, -1, -1))))
                 advance(first + len(part))
-        return torch.cat(found)
+        return torch.cat(features)
 
 
 class RandomFeatures(nn.Module):

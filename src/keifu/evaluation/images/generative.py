@@ -116,9 +116,9 @@ def reconstruct(
                 seeds = draw_noise(seed, HELD_OUT, len(given), first)
                 pairs.append(_reconstruct(model, chosen, Schedule(tuple(way)), given, label, seeds))
                 advance(index * len(pictures) + first + len(given))
-            noisy, found = (torch.cat(each) for each in zip(*pairs, strict=True))
-            alike = _mean(ssim(clean, found), 4) if min(clean.shape[2:]) >= WINDOW else None
-            before, after = _mean(psnr(clean, noisy)), _mean(psnr(clean, found))
+            noisy, restored = (torch.cat(part) for part in zip(*pairs, strict=True))
+            alike = _mean(ssim(clean, restored), 4) if min(clean.shape[2:]) >= WINDOW else None
+            before, after = _mean(psnr(clean, noisy)), _mean(psnr(clean, restored))
             rows.append((round(level.alpha**2, 3), int(level.timestep), before, after, alike))
     figures = dict(zip(COLUMNS[2:], rows[1][2:], strict=True))
     return {name: value for name, value in figures.items() if value is not None}, ResultTable(COLUMNS, rows)
@@ -142,19 +142,19 @@ def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) 
     prior: the end of the noising. steps (the paper's rate, with the prior): the way back to timestep 0. decoder (its
     distortion): what the grey values then still need.
     """
-    found, all_steps = [], model.noise.steps * -(-len(pictures) // batch_size)
+    bounds, all_steps = [], model.noise.steps * -(-len(pictures) // batch_size)
     with counting("Counting bits", all_steps, "steps") as advance:
         reached = iter(range(1, 1 + all_steps))
         for first, given, label in _batches(model, pictures, batch_size):
             seeds = draw_noise(seed, HELD_OUT, len(given), first).to(given.device)
             network = label_denoiser(model, label)
-            found.append(bound(network, model.noise, to_signed(given), seeds, lambda: advance(next(reached))))
-    total = torch.cat([each.total for each in found])
+            bounds.append(bound(network, model.noise, to_signed(given), seeds, lambda: advance(next(reached))))
+    total = torch.cat([bound.total for bound in bounds])
     parts = {
         "": total,
-        "prior": torch.cat([each.prior for each in found]),
-        "steps": torch.cat([each.steps[:, 1:].sum(1) for each in found]),
-        "decoder": torch.cat([each.steps[:, 0] for each in found]),
+        "prior": torch.cat([bound.prior for bound in bounds]),
+        "steps": torch.cat([bound.steps[:, 1:].sum(1) for bound in bounds]),
+        "decoder": torch.cat([bound.steps[:, 0] for bound in bounds]),
     }
     error = {"standard error": float(total.std() / math.sqrt(len(total)))} if len(total) > 1 else {}
     means = {name: float(value.mean()) for name, value in parts.items()} | error
@@ -258,8 +258,8 @@ def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
     pipeline = pixel_diffusion.PixelPipeline(drawer)
     wanted = pipeline.resolved(ImageRequest(request.sampler or "ddim", request.steps, request.seed, 0, guidance))
     drawn = _generated(pipeline, wanted, count, request.batch_size or BATCH, range(len(classes)))
-    found = judge.predict_proba(drawn.flatten(1) / 255).argmax(-1).tolist()
-    seen = torch.tensor([classes.index(judge.classes[each]) for each in found])
+    predicted = judge.predict_proba(drawn.flatten(1) / 255).argmax(-1).tolist()
+    seen = torch.tensor([classes.index(judge.classes[index]) for index in predicted])
     confusion = Confusion.of(torch.arange(count) % len(classes), seen, classes)
     how = f"{wanted.sampler} in {wanted.steps} steps, guidance {guidance:g}, seeds {request.seed} and on"
     return EvalResult(

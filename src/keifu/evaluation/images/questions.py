@@ -41,41 +41,41 @@ def accepts(on: str) -> bool:
 
 def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
     """Return the accuracy on the test part, or as much of it as `limit` says, spread over all."""
-    found = read_questions(request.on)
-    tested = list(found.tested)
+    questions = read_questions(request.on)
+    tested = list(questions.tested)
     if not tested:
         raise UserError(f'{request.on} has no questions to test on: give some of them "part": "test".')
     if request.limit is not None and request.limit < len(tested):
         tested = [tested[number * len(tested) // request.limit] for number in range(request.limit)]
 
     def answers(seeing: bool) -> list[str]:
-        def prompt(each: Question) -> Any:
-            images = [found.picture(each.image)] if seeing else []
-            return render(tokenizer, [{"role": "user", "content": each.question, "images": images}], model.config)
+        def prompt(asked: Question) -> Any:
+            images = [questions.picture(asked.image)] if seeing else []
+            return render(tokenizer, [{"role": "user", "content": asked.question, "images": images}], model.config)
 
         said: list[str] = []
         for first in range(0, len(tested), 256):  # their pictures are in memory
-            prompts = [prompt(each) for each in tested[first : first + 256]]
+            prompts = [prompt(asked) for asked in tested[first : first + 256]]
             done = generate_batch(model, tokenizer, prompts, GREEDY, request.batch_size or 32)
-            said += [each.text.strip() for each in done]
+            said += [answer.text.strip() for answer in done]
         return said
 
     def right(said: Sequence[str], some: Sequence[int]) -> float:
         return round(sum(said[number] == tested[number].answer for number in some) / max(1, len(some)), 4)
 
-    (most, by_question), seen, blind = found.commonest(), answers(True), answers(False)
+    (most, by_question), seen, blind = questions.commonest(), answers(True), answers(False)
     every, left_out = range(len(tested)), {*(request.held_out.get("left_out") or ())}
-    low, high = wilson(sum(said == each.answer for said, each in zip(seen, tested, strict=True)), len(tested))
+    low, high = wilson(sum(said == asked.answer for said, asked in zip(seen, tested, strict=True)), len(tested))
     figures: dict[str, float | int | str] = {
         "accuracy": right(seen, every),
         "accuracy, 95% interval": f"{low:.4f} to {high:.4f}",
         "without the picture": right(blind, every),
         f"always {most!r}": right([most] * len(tested), every),
-        "commonest answer to each question": right([by_question.get(each.question, most) for each in tested], every),
+        "commonest answer to each question": right([by_question.get(row.question, most) for row in tested], every),
     }
     if left_out:
-        new = [number for number, each in enumerate(tested) if left_out <= found.words[each.image]]
+        new = [number for number, row in enumerate(tested) if left_out <= questions.words[row.image]]
         figures[f"accuracy on pictures of {' '.join(sorted(left_out))}, left out of training"] = right(seen, new)
-    rows = [(*each, *given) for each, *given in zip(tested, seen, blind, strict=True)]
+    rows = [(*row, *given) for row, *given in zip(tested, seen, blind, strict=True)]
     items = ResultTable((*Question._fields, "given", "given without the picture"), rows)
     return EvalResult(figures | {"questions": len(tested)}, items=items)

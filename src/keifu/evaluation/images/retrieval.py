@@ -55,7 +55,7 @@ def embed_texts(
 
 def padding(tokenizer: Tokenizer) -> int:
     """Return the id that pads a text after its end: no token attends to it, so any id up to the end's will do."""
-    return next(each for each in (tokenizer.pad_id, tokenizer.eos_id, 0) if each is not None)
+    return next(token for token in (tokenizer.pad_id, tokenizer.eos_id, 0) if token is not None)
 
 
 def embed_pictures(
@@ -133,13 +133,13 @@ def ranks(
 
     Ties count as nearer than the answer, so that a model with constant embeddings gains nothing.
     """
-    found, rows = [], max(1, AT_ONCE // len(among))
+    parts, rows = [], max(1, AT_ONCE // len(among))
     for start in range(0, len(queries), rows):
         similarity, part = queries[start : start + rows] @ among.T, right[start : start + rows, None]
         wanted = part == answers
         best = similarity.masked_fill(~wanted, -torch.inf).amax(1, keepdim=True)
-        found.append(((similarity >= best) & ~wanted).sum(1) + 1)
-    return torch.cat(found)
+        parts.append(((similarity >= best) & ~wanted).sum(1) + 1)
+    return torch.cat(parts)
 
 
 def recall(positions: Int[Tensor, " queries"]) -> Recall:
@@ -279,8 +279,8 @@ def _nearest(
 ) -> list[tuple[Any, ...]]:
     similarity, nearest = (points @ texts.T).max(1)
     captions: Sequence[str] = pictures.captions[language]
-    found = [captions[index] for index in nearest.tolist()]
+    nearest_captions = [captions[index] for index in nearest.tolist()]
     shown = [f"{value:.3f}" for value in similarity.tolist()]
     same = [language] * len(pictures)
-    cells = pictures.names, pictures.families.tolist(), same, captions, found, shown, *columns.values()
+    cells = pictures.names, pictures.families.tolist(), same, captions, nearest_captions, shown, *columns.values()
     return list(zip(*cells, strict=True))

@@ -37,19 +37,19 @@ def cosines(
     return embed_pictures(towers, map(to_image, pictures)) @ embed_texts(towers, tokenizer, texts, cut=True).T
 
 
-def clip_scores(found: Float[Tensor, "picture texts"]) -> tuple[Float[Tensor, " picture"], Float[Tensor, " picture"]]:
+def clip_scores(cosines: Float[Tensor, "picture texts"]) -> tuple[Float[Tensor, " picture"], Float[Tensor, " picture"]]:
     """Return CLIPScore without its factor of 2.5, in hundredths (Hessel et al., 2021, section 3): 100 · max(cosine, 0)
     of each picture with its own text, and the mean of the same with all other texts, which is what shuffled captions
     have."""
-    scores, count = 100 * found.clamp(min=0), len(found)
-    own = scores.diagonal()
-    return own, (scores.sum(1) - own) / max(1, count - 1)
+    scores, count = 100 * cosines.clamp(min=0), len(cosines)
+    matching = scores.diagonal()
+    return matching, (scores.sum(1) - matching) / max(1, count - 1)
 
 
-def best(found: Float[Tensor, "picture texts"], count: int) -> list[int]:
+def best(cosines: Float[Tensor, "picture texts"], count: int) -> list[int]:
     """Choose the pictures that fit the first text best, the best one first (DALL-E's reranking; Ramesh et al.,
     2021)."""
-    return found[:, 0].argsort(descending=True, stable=True)[:count].tolist()
+    return cosines[:, 0].argsort(descending=True, stable=True)[:count].tolist()
 
 
 ABOUT = "drawing from text: a model that reads a caption, on pictures with captions"
@@ -97,8 +97,8 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
             rows += lines
     if request.metric == "clip-score":
         return EvalResult(figures, (note,), {}, ResultTable(ITEMS, rows), _save_grid(drawn))
-    found = drawn_pictures.write_neighbours(drawn[""].pictures, train, test, request, wanted)
-    return replace(found, figures=figures | found.figures, notes=(note, *found.notes))
+    result = drawn_pictures.write_neighbours(drawn[""].pictures, train, test, request, wanted)
+    return replace(result, figures=figures | result.figures, notes=(note, *result.notes))
 
 
 def _requested(drawer: TextToImagePipeline, request: EvalRequest) -> tuple[ImageSplit, ImageRequest]:
@@ -135,15 +135,15 @@ def _score(
     figures, columns = dict[str, float | int | str](), list[list[Any]]()
     for whose, pictures in (("", drawn.pictures), (" of real pictures", drawn.real.take(slice(None)))):
         similarity = cosines(towers, tokenizer, pictures, drawn.captions)
-        own, others = clip_scores(similarity)
+        matching, others = clip_scores(similarity)
         first = similarity.argmax(1).cpu() == torch.arange(len(similarity))
         low, high = wilson(int(first.sum()), len(first))
-        figures[f"CLIP score{whose}{where}"] = round(float(own.mean()), 3)
+        figures[f"CLIP score{whose}{where}"] = round(float(matching.mean()), 3)
         figures[f"CLIP score{whose}{where}, captions shuffled"] = round(float(others.mean()), 3)
         name = f"own caption first of {len(first)}{whose}{where}"
         figures[name] = round(float(first.float().mean()), 4)
         figures[f"{name}, 95% interval"] = f"{low:.4f} to {high:.4f}"
-        columns += [[f"{score:.3f}" for score in own.tolist()], first.int().tolist()]
+        columns += [[f"{score:.3f}" for score in matching.tolist()], first.int().tolist()]
     part = [where.removeprefix(" of ") or "in training"] * len(drawn.captions)
     return figures, list(zip(part, drawn.captions, *columns, strict=True))
 

@@ -180,8 +180,8 @@ def names(results: Sequence[Result]) -> tuple[list[str], list[str]]:
 def table(results: Sequence[Result]) -> str:
     """Return held-out accuracy of every pair, one row an activation, one column a loss."""
     activations, losses = names(results)
-    found = {(r.activation, r.loss): f"{r.accuracy:.1%}" for r in results}
-    return aligned([["held-out accuracy", *losses], *([a, *(found[a, loss] for loss in losses)] for a in activations)])
+    share = {(r.activation, r.loss): f"{r.accuracy:.1%}" for r in results}
+    return aligned([["held-out accuracy", *losses], *([a, *(share[a, loss] for loss in losses)] for a in activations)])
 
 
 def curves(results: Sequence[Result]) -> bytes:

@@ -122,15 +122,15 @@ class _Prompting:
         delimiter = self.drawn.task.delimiter
         texts = [(p, delimiter + a) for p, answer in zip(self.prompts, answers, strict=True) for a in answer]
         rest = iter(join_tokens(self.tokenizer, texts))
-        found = [[next(rest) for _ in answer] for answer in answers]
-        longest = max(len(pair.prompt) + len(pair.answer) - 1 for each in found for pair in each)
+        scored_pairs = [[next(rest) for _ in answer] for answer in answers]
+        longest = max(len(pair.prompt) + len(pair.answer) - 1 for each in scored_pairs for pair in each)
         if longest > (context := text_model(self.model).config.context_length):
             fewer = "ask for fewer shots" if self.shots else "shorten the items"
             raise UserError(
                 f"With {self.shots} shots the longest prompt and its answer have {longest:,} tokens, but this model's "
                 f"context is {context:,}: {fewer}."
             )
-        return found
+        return scored_pairs
 
     def rows(self, scored: ScoredItem, headline: str) -> list[tuple[Any, ...]]:
         """Return prompt, answer and score of each item, one row an item."""
@@ -150,9 +150,9 @@ def _by_choice(asking: _Prompting) -> ScoredItem:
     pairs = asking.pairs([item.choices for item in items])
     alone = list(dict.fromkeys(choice for item in items for choice in item.choices))
     free = join_tokens(asking.tokenizer, [(task.unconditional, task.delimiter + choice) for choice in alone])
-    found = asking.likelihoods([*free, *(pair for each in pairs for pair in each)])
-    unconditional = {choice: each.total for choice, each in zip(alone, found, strict=False)}
-    rest = iter(found[len(free) :])
+    scored = asking.likelihoods([*free, *(pair for each in pairs for pair in each)])
+    unconditional = {choice: each.total for choice, each in zip(alone, scored, strict=False)}
+    rest = iter(scored[len(free) :])
     right: dict[str, list[bool]] = {name: [] for name in SCORES}
     given, details = [], []
     for item in items:
@@ -211,14 +211,14 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
 
 def _by_cloze(asking: _Prompting) -> ScoredItem:
     """Return whether greedy decoding would generate the answer, and how likely the answer is."""
-    found = asking.likelihoods([each for [each] in asking.pairs([[item.answer] for item in asking.drawn.items])])
-    losses = [-each.total for each in found]
+    scored = asking.likelihoods([each for [each] in asking.pairs([[item.answer] for item in asking.drawn.items])])
+    losses = [-each.total for each in scored]
     perplexities = [math.exp(min(value, 700.0)) for value in (sum(losses) / len(losses), *bootstrap(losses))]
     names = ("perplexity of an answer", "perplexity, 95% from (bootstrap)", "perplexity, 95% to (bootstrap)")
     figures: dict[str, Any] = {name: round(value, 2) for name, value in zip(names, perplexities, strict=True)}
-    given = [item.answer if each.greedy else "" for item, each in zip(asking.drawn.items, found, strict=True)]
-    details = [f"{each.total:.4f}" for each in found]
-    return ScoredItem({"greedy answer": [each.greedy for each in found]}, given, details, figures)
+    given = [item.answer if each.greedy else "" for item, each in zip(asking.drawn.items, scored, strict=True)]
+    details = [f"{each.total:.4f}" for each in scored]
+    return ScoredItem({"greedy answer": [each.greedy for each in scored]}, given, details, figures)
 
 
 SCORERS: dict[str, Callable[[_Prompting], ScoredItem]] = {"choice": _by_choice, "exact": _by_exact, "cloze": _by_cloze}

@@ -106,15 +106,15 @@ def inspect_text(model: nn.Module, ids: Sequence[int], top: int = 5) -> Inspecti
 
 
 def _likeliest(logits: Tensor, top: int) -> list[Likely]:
-    found = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
-    rows = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    best = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [list(zip(*pair, strict=True)) for pair in rows]
 
 
 def _whole(maps: dict[str, list[Tensor]], rows: int, columns: int) -> dict[str, Tensor]:
     """Return the maps over all rows and columns; a layer that computes its window in pieces has none."""
-    found = {name: passes[0] for name, passes in maps.items()}
-    return {name: each[0].cpu() for name, each in found.items() if each.ndim == 4 and each.shape[2:] == (rows, columns)}
+    first = {name: passes[0] for name, passes in maps.items()}
+    return {name: each[0].cpu() for name, each in first.items() if each.ndim == 4 and each.shape[2:] == (rows, columns)}
 
 
 @torch.inference_mode()
@@ -127,14 +127,14 @@ def inspect_translation(model: nn.Module, source: Sequence[int]) -> Inspection:
     given = torch.tensor([[config.start_id, *target]], device=device)[:, : len(target) or 1]
     read = torch.tensor([list(source)], device=device)
     with evaluation_mode(model), record_attention(model) as maps:
-        found = {"alignment": model.alignment(read, given)[0][None].cpu()} if isinstance(model, Aligner) else {}
-        if not found:
+        attention = {"alignment": model.alignment(read, given)[0][None].cpu()} if isinstance(model, Aligner) else {}
+        if not attention:
             model(read, given)
             crossed = {name: each for name, each in maps.items() if name.endswith("cross_attention")}
-            found = _whole(crossed, given.shape[1], len(source))
-    if not found:
+            attention = _whole(crossed, given.shape[1], len(source))
+    if not attention:
         raise UserError(f"A {type(model).__name__} has no attention over its source, so there is nothing to look at.")
-    return Inspection(target or [config.end_id], list(source), found, [])
+    return Inspection(target or [config.end_id], list(source), attention, [])
 
 
 def draw_maps(

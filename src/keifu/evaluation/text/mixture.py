@@ -46,9 +46,9 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     rows, bits = [], 0.0
     with counting("Evaluating", len(every), "sources") as progress:
         for number, (source, shards) in enumerate(zip(mixture.sources, every, strict=True), 1):
-            found = losses(model, shards, tasks, context, request.limit or WINDOWS, request.batch_size or BATCH_SIZE)
-            bits += source.weight * shards.bits_per_byte(found["loss"].loss)
-            rows.append(_row(source.name, source.weight, shards, found))
+            by_task = losses(model, shards, tasks, context, request.limit or WINDOWS, request.batch_size or BATCH_SIZE)
+            bits += source.weight * shards.bits_per_byte(by_task["loss"].loss)
+            rows.append(_row(source.name, source.weight, shards, by_task))
             progress(number)
     columns = "source", "weight", "bits per byte", "perplexity", "loss", "tokens", *list(tasks)[1:]
     figures: dict[str, float | int | str] = {
@@ -87,7 +87,7 @@ def losses(
 ) -> dict[str, MixtureLosses]:
     """Return the loss of each task on at most that many held-out windows of `context` tokens."""
     windows = held_out(shards, context, rows)
-    device, found = device_of(model), {}
+    device, by_task = device_of(model), {}
     for name, task in tasks.items():
         total, count = 0.0, 0
         for batch in batches(task, windows[:, : task.width], batch_size):
@@ -97,12 +97,12 @@ def losses(
             count += int(output.weight)
         if not count:
             raise UserError(f"{shards.index['source']} has no held-out token to predict: give more text.")
-        found[name] = MixtureLosses(total / count, count)
-    return found
+        by_task[name] = MixtureLosses(total / count, count)
+    return by_task
 
 
-def _row(name: str, weight: float, shards: Shards, found: dict[str, MixtureLosses]) -> tuple:
-    left = found["loss"]
+def _row(name: str, weight: float, shards: Shards, by_task: dict[str, MixtureLosses]) -> tuple:
+    left = by_task["loss"]
     figures = round(shards.bits_per_byte(left.loss), 4), round(math.exp(min(left.loss, 700)), 2), round(left.loss, 4)
-    hidden = [round(each.loss, 4) for key, each in found.items() if key != "loss"]
+    hidden = [round(losses.loss, 4) for key, losses in by_task.items() if key != "loss"]
     return (name, round(weight, 4), *figures, left.tokens, *hidden)

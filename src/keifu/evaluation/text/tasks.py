@@ -170,8 +170,8 @@ def last_word() -> FewShotTask:
     """Make items of the last word of a passage of 40 words or more that names it before, as in LAMBADA (Paperno et al.,
     2016), from the presidents' speeches."""
     passages = dict.fromkeys(passage for speech in catalogue.documents("sotu") for passage in _passages(speech))
-    found = (TaskItem(before, word) for before, word in passages)
-    items = tuple(sorted(found, key=lambda item: hashlib.sha256(item.prompt.encode()).digest()))
+    unordered = (TaskItem(before, word) for before, word in passages)
+    items = tuple(sorted(unordered, key=lambda item: hashlib.sha256(item.prompt.encode()).digest()))
     note = "The passages are of the catalogue's sotu: a model that was trained on it has read them."
     return FewShotTask("last-word", items[:HELD_OUT_ARTICLES], items[HELD_OUT_ARTICLES:], metric="cloze", note=note)
 
@@ -299,14 +299,14 @@ class _Description:
 
     def place(self, name: str) -> str:
         """Return the file, and the line in which the field is."""
-        found = _field(str(name), self.text)
-        return f"{self.path}, line {self.text.count(chr(10), 0, found.start()) + 1 if found else 1}"
+        match = _field(str(name), self.text)
+        return f"{self.path}, line {self.text.count(chr(10), 0, match.start()) + 1 if match else 1}"
 
     def texts(self, name: str) -> list[str]:
         """Read a field that is one text or several."""
         value = self.given[name]
         values = [value] if isinstance(value, str) else value
-        if not values or not all(isinstance(each, str) and each for each in values):
+        if not values or not all(isinstance(text, str) and text for text in values):
             raise UserError(f"{self.place(name)}: {name!r} must be texts of a character or more, not {value!r}.")
         return values
 
@@ -314,7 +314,7 @@ class _Description:
         """Find the table that a field names, from the folder of the description."""
         path = self.path.parent / self.given[name]
         if not path.is_file():
-            near = [str(each.relative_to(self.path.parent)) for each in self.path.parent.glob("*")]
+            near = [str(file.relative_to(self.path.parent)) for file in self.path.parent.glob("*")]
             raise unknown(f"file for {name!r} (in {self.place(name)})", self.given[name], near)
         if path.suffix.lower() not in TABLES:
             raise UserError(f"{self.place(name)}: the name of {path} must end in {', '.join(TABLES)}.")
@@ -338,12 +338,12 @@ def _items(fields: _Description, name: str) -> Iterator[TaskItem]:
 def _fill_template(template: str, row: Row, used: str) -> str:
     """Fill the template with the row's fields; {{ and }} are braces."""
 
-    def slot(found: re.Match[str]) -> str:
-        if found[1] is None:
-            return found[0][0]
-        value = _value(row, found[1], used)
+    def slot(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0][0]
+        value = _value(row, match[1], used)
         if isinstance(value, dict | list) or value is None:
-            raise UserError(f"{row[0]}: the field {found[1]!r} is {_kind(value)}, and the prompt needs text.")
+            raise UserError(f"{row[0]}: the field {match[1]!r} is {_kind(value)}, and the prompt needs text.")
         return str(value)
 
     return SLOT.sub(slot, template)
@@ -362,9 +362,9 @@ def _texts(row: Row, name: str, used: str) -> list[str]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _quietly(json.loads, value)
     values = value if isinstance(value, list) else [value]
-    if not values or any(isinstance(each, dict | list) or str(each or "") == "" and each != 0 for each in values):
+    if not values or any(isinstance(item, dict | list) or str(item or "") == "" and item != 0 for item in values):
         raise UserError(f"{row[0]}: the field {name!r} is {value!r}, and {used} needs text, or a list of texts.")
-    return [str(each) for each in values]
+    return [str(item) for item in values]
 
 
 def _right(row: Row, name: str, choices: list[str], used: str) -> str:

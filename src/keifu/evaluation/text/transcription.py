@@ -53,14 +53,14 @@ def word_errors(written: Sequence[str], said: Sequence[str]) -> int:
 def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
     """Return the word error rate on the test part, or on the first `limit` of it."""
     tested = read_recordings(request.on)[1][: request.limit]
-    if not any(words(each.text) for each in tested):
+    if not any(words(recording.text) for recording in tested):
         raise UserError(f'{request.on} has no recordings of words to test on: give some of them "part": "test".')
     settings = TranscriptionParams(language=request.language, beams=request.beam or 1, fallback=False)
-    written = [transcribe(model, tokenizer, each.samples(), settings).text for each in tested]
-    lengths = [len(words(each.text)) for each in tested]
-    wrong = [word_errors(words(text), words(each.text)) for text, each in zip(written, tested, strict=True)]
+    written = [transcribe(model, tokenizer, recording.samples(), settings).text for recording in tested]
+    lengths = [len(words(recording.text)) for recording in tested]
+    wrong = [word_errors(words(text), words(recording.text)) for text, recording in zip(written, tested, strict=True)]
     each_rate = np.divide(wrong, np.maximum(lengths, 1))
-    rates, recordings = (np.repeat(each, lengths) for each in (each_rate, np.arange(len(tested))))
+    rates, recordings = (np.repeat(values, lengths) for values in (each_rate, np.arange(len(tested))))
     low, high = bootstrap(rates, clusters=recordings)
     figures: dict[str, float | int | str] = {
         "word error rate": round(sum(wrong) / sum(lengths), 4),

@@ -61,7 +61,7 @@ class Scorer:
     def intervals(self, translations: Sequence[str], references: Sequence[str]) -> tuple[str, str]:
         """Return the 95% percentile intervals of BLEU and chrF by the bootstrap over sentences (Koehn, 2004)."""
         metrics = _metrics()
-        found = []
+        ranges = []
         for metric in (metrics.BLEU(tokenize=self.tokenizer), metrics.CHRF()):
             # counts of each sentence, whose sums give a score; sacrebleu's own bootstrap fails for few sentences
             counts = np.array(metric._extract_corpus_statistics(list(translations), [list(references)]))
@@ -69,8 +69,8 @@ class Scorer:
             chosen = (counts[generator.integers(0, len(counts), len(counts))] for _ in range(RESAMPLES))
             scores = [metric._compute_score_from_stats(part.sum(0).tolist()).score for part in chosen]
             low, high = np.percentile(scores, [2.5, 97.5])
-            found.append(f"{low:.2f} to {high:.2f}")
-        return found[0], found[1]
+            ranges.append(f"{low:.2f} to {high:.2f}")
+        return ranges[0], ranges[1]
 
     def by_length(
         self, sources: Sequence[str], translations: Sequence[str], references: Sequence[str], spaced: bool
@@ -144,9 +144,9 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     sources, references = map(list, zip(*pairs.rows, strict=True))
     scorer = Scorer(request.language or pairs.languages[1] or language_of(references))
     start = time.perf_counter()
-    found = _translate(model, tokenizer, sources, request)
+    done = _translate(model, tokenizer, sources, request)
     seconds = time.perf_counter() - start
-    texts = [each.text for each in found]
+    texts = [translation.text for translation in done]
     scores = scorer(texts, references)
     intervals = scorer.intervals(texts, references)
     figures = {
@@ -171,7 +171,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         near = near_training(pairs.rows, training_pairs(request.on, pairs.languages))
         tables["near copies in the training part"] = by_nearness(scorer, texts, references, near)
     items = ResultTable(("source", "reference", "translation"), list(zip(sources, references, texts, strict=True)))
-    return EvalResult(figures, (*notes, *remarks(found), *filter(None, [scorer.note])), tables, items)
+    return EvalResult(figures, (*notes, *remarks(done), *filter(None, [scorer.note])), tables, items)
 
 
 def training_pairs(on: str, languages: tuple[str, str]) -> list[Pair]:
@@ -205,8 +205,8 @@ def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
         pairs = pairs.reversed()
         notes.append(f"The model translates from {trained[0]} into {trained[1]}: {request.on} is swapped.")
     elif known and pairs.languages != trained:
-        own, given = (" into ".join(each) for each in (trained, pairs.languages))
-        notes.append(f"The model was trained to translate from {own}, and these pairs are from {given}.")
+        learned, given = (" into ".join(pair) for pair in (trained, pairs.languages))
+        notes.append(f"The model was trained to translate from {learned}, and these pairs are from {given}.")
     rows = split(pairs).test if request.on in pair_names() else pairs.rows
     languages = pairs.languages if any(pairs.languages) or request.reverse else trained
     return Pairs(pairs.name, rows[: request.limit], languages), notes
@@ -217,17 +217,17 @@ def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], reque
     given = {field.name: vars(request).get(field.name) for field in fields(TranslationParams)}
     settings = TranslationParams(**{name: value for name, value in given.items() if value is not None})
     with counting("Translating", len(sources), "sentences") as progress:
-        found = translate_texts(model, tokenizer, sources, settings, lambda text: [text], progress)
-    return [each for [each] in found]
+        done = translate_texts(model, tokenizer, sources, settings, lambda text: [text], progress)
+    return [translation for [translation] in done]
 
 
-def remarks(found: list[Translation]) -> list[str]:
+def remarks(done: list[Translation]) -> list[str]:
     """Return notes on what the figures alone would hide."""
-    cut, unknown = sum(not each.complete for each in found), sum(each.unknown for each in found)
+    cut, unknown = sum(not part.complete for part in done), sum(part.unknown for part in done)
     notes = []
     if cut:
-        notes.append(f"{cut:,} of {len(found):,} translations reached their limit of tokens and were not finished.")
+        notes.append(f"{cut:,} of {len(done):,} translations reached their limit of tokens and were not finished.")
     if unknown:
-        share = unknown / sum(each.source_tokens for each in found)
+        share = unknown / sum(part.source_tokens for part in done)
         notes.append(f"{unknown:,} tokens of the sources ({share:.2%}) are unknown to the model's vocabulary.")
     return notes

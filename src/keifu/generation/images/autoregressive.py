@@ -37,10 +37,10 @@ def sample_image_tokens(
     """
     height, width = model.config.grid.height, model.config.grid.width
     codes = torch.zeros(len(tokens), height * width, dtype=torch.long, device=tokens.device)
-    own = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=tokens.device)  # of 64 bits
+    signed = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=tokens.device)  # of 64 bits
     logits, state = model.begin(tokens, real)
     for position in range(height * width):
-        codes[:, position] = sample(logits.float(), uniform(own, torch.full_like(own, position)))
+        codes[:, position] = sample(logits.float(), uniform(signed, torch.full_like(signed, position)))
         watch(codes.unflatten(1, (height, width)))
         if position + 1 < height * width:
             logits = model.go_on(codes[:, position], position, state)
@@ -65,9 +65,9 @@ class AutoregressivePipeline(TextToImagePipeline):
                 "nothing to it: leave them out."
             )
         grid, size = self.model.config.grid, self.model.config.size
-        for name, own in (("steps", grid.places), ("size", size)):
-            if vars(wanted)[name] not in (None, own):
-                raise UserError(f"{name} is {vars(wanted)[name]}, and this model's is always {own}: leave it out.")
+        for name, fixed in (("steps", grid.places), ("size", size)):
+            if vars(wanted)[name] not in (None, fixed):
+                raise UserError(f"{name} is {vars(wanted)[name]}, and this model's is always {fixed}: leave it out.")
         self.tokens([wanted.text], wanted.truncate)
         seed = secrets.randbits(32) if wanted.seed is None else wanted.seed
         return replace(wanted, sampler=BY_TOKEN, steps=grid.places, size=size, seed=seed)

@@ -112,7 +112,7 @@ class InputImage:
         return height, width
 
     def pixels(self, size: tuple[int, int], channels: int) -> Float[Tensor, "channels height width"]:
-        """Numbers from -1 to 1, scaled and centre-cropped to this size."""
+        """Return the numbers from -1 to 1, scaled and centre-cropped to this size."""
         fitted = fit_image(self.image(), size, channels)
         return to_signed(torch.from_numpy(fitted.copy()).permute(2, 0, 1))
 

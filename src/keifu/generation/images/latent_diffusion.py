@@ -78,7 +78,7 @@ def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncat
                 "shorten it, or leave out its end (--truncate)."
             )
         rows[index] = row if len(row) <= length else [*row[: length - 1], row[-1]]
-    padding = next((each for each in (tokenizer.pad_id, tokenizer.eos_id) if each is not None), 0)
+    padding = next((token for token in (tokenizer.pad_id, tokenizer.eos_id) if token is not None), 0)
     return torch.tensor([row + [padding] * (length - len(row)) for row in rows], device="cpu")
 
 
@@ -104,7 +104,7 @@ class TextToImagePipeline(Pipeline):
         return text_tokens(self.tokenizer, texts, self.model.config.context_length, truncate)
 
     def check_conditions(self, wanted: ImageRequest) -> None:
-        """Refuses a class, and a negative prompt without guidance."""
+        """Refuse a class, and a negative prompt without guidance."""
         if wanted.label is not None:
             self.label(str(wanted.label))
         if wanted.negative and wanted.guidance == 1:

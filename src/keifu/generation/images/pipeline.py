@@ -18,7 +18,7 @@ PIPELINES = {"latents": LatentDiffusionPipeline, "embeddings": UnclipPipeline, "
 
 
 def is_text_to_image(model: nn.Module) -> bool:
-    """Whether the model generates images from text alone."""
+    """Return whether the model generates images from text alone."""
     if not isinstance(model, ImageModel) or model.draws == "pixels":
         return False
     if model.draws == "embeddings":
@@ -28,10 +28,10 @@ def is_text_to_image(model: nn.Module) -> bool:
 
 def text_to_image_pipeline(model: nn.Module, tokenizer: Tokenizer | None) -> TextToImagePipeline:
     """Return the text-to-image pipeline of a model; any other model is a `UserError`."""
-    found = image_pipeline(model, lambda: tokenizer)
-    if not isinstance(found, TextToImagePipeline):
+    pipeline = image_pipeline(model, lambda: tokenizer)
+    if not isinstance(pipeline, TextToImagePipeline):
         raise UserError(f"A {type(model).__name__} draws from no text: choose a model that reads.")
-    return found
+    return pipeline
 
 
 def image_pipeline(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) -> ImagePipeline:
@@ -39,7 +39,7 @@ def image_pipeline(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) 
     `UserError`."""
     if not isinstance(model, ImageModel) or model.draws == "pixels":
         return PixelPipeline(model)
-    found = tokenizer()
-    if found is None:
+    loaded = tokenizer()
+    if loaded is None:
         raise UserError(f"A {type(model).__name__} draws from a text, and it has no tokenizer.")
-    return PIPELINES[model.draws](model, found)
+    return PIPELINES[model.draws](model, loaded)

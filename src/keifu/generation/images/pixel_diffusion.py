@@ -46,7 +46,7 @@ class SeededNoise:
 
     def __call__(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         """Noise for each row of x, in its type and on its device."""
-        rows = [torch.randn(x.shape[1:], generator=each, dtype=x.dtype, device="cpu") for each in self.generators]
+        rows = [torch.randn(x.shape[1:], generator=random, dtype=x.dtype, device="cpu") for random in self.generators]
         return torch.stack(rows).to(x.device)
 
 
@@ -137,7 +137,7 @@ class ImageRequest:
         return whole if noise.flows else replace(whole, spacing=self.spacing or noise.spacing)
 
     def check_no_embedding(self) -> None:
-        """Refuses what only unCLIP has."""
+        """Refuse what only unCLIP has."""
         if given := [name for name in OF_EMBEDDINGS if vars(self)[name] not in (None, 1)]:
             option = f"--{given[0].replace('_', '-')}"
             raise UserError(f"{option} is for a model that draws by way of an embedding (unCLIP): leave it out.")
@@ -173,7 +173,7 @@ class ImageRequest:
         return torch.where(self.mask.white(size), drawn, to_bytes(self.init.pixels(size, drawn.shape[1])))
 
     def _check_mask(self, size: tuple[int, int]) -> None:
-        """Refuses a mask that has not the picture's size, or no white."""
+        """Refuse a mask that has not the picture's size, or no white."""
         if self.init is None or self.mask is None:
             return
         (height, width), (high, wide) = self.init.size(), self.mask.size()
@@ -202,7 +202,7 @@ def trained_size(model: ImageModel) -> tuple[int, int]:
 
 
 def check_label(model: ImageModel, label: int | None, guidance: float) -> None:
-    """Refuses a label or guidance that the model cannot have."""
+    """Refuse a label or guidance that the model cannot have."""
     classes, none = model.config.n_classes, model.config.null_class
     if label is not None and not classes:
         raise UserError("This model draws no classes, and it was given a label: leave it out.")
@@ -317,7 +317,7 @@ class PixelPipeline(Pipeline):
 
 
 def to_pixels(x: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
-    """Numbers from -1 to 1 as bytes, unless one is no number."""
+    """Return the numbers from -1 to 1 as bytes, unless one is no number."""
     if not bool(x.isfinite().all()):
         raise UserError(
             "The picture has numbers that are not finite: the weights are damaged, or their type is too narrow for "

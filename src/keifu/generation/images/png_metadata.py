@@ -66,8 +66,8 @@ class ImageRecord:
                 "changed."
             )
         first = self.drawing.seed or 0
-        each = [first + number for number in range(self.count)]
-        batches = [each[start : start + self.batch_size] for start in range(0, self.count, self.batch_size)]
+        numbers = [first + number for number in range(self.count)]
+        batches = [numbers[start : start + self.batch_size] for start in range(0, self.count, self.batch_size)]
         return batches if self.number is None else [batches[self.number // self.batch_size]]
 
     def texts(self) -> dict[str, str]:
@@ -124,8 +124,8 @@ def _record(json: dict[str, Any]) -> ImageRecord:
         facts = wanted.get(name)
         wanted[name] = InputImage(**facts) if isinstance(facts, dict) else facts
     json = {"kept": (), "loras": (), **json}  # older pictures do not say it
-    missing = {each.name for each in fields(ImageRecord)} - json.keys()
+    missing = {field.name for field in fields(ImageRecord)} - json.keys()
     if missing:
         raise KeyError(", ".join(sorted(missing)))
     facts = {"drawing": ImageRequest(**wanted), "kept": tuple(json["kept"])}
-    return ImageRecord(**{**json, **facts, "loras": tuple(LoraRecord(**each) for each in json["loras"])})
+    return ImageRecord(**{**json, **facts, "loras": tuple(LoraRecord(**lora) for lora in json["loras"])})

@@ -42,7 +42,7 @@ class ImagePrompt(NamedTuple):
 
 
 def sees(config: Any) -> bool:
-    """Whether models of this Config read pictures; None is that of a model of text."""
+    """Return whether models of this Config read pictures; None is that of a model of text."""
     return config is not None and isinstance(vars(config).get("image_token"), int)
 
 
@@ -56,7 +56,7 @@ def render(tokenizer: Tokenizer, messages: Messages, config: Any, **variables: A
         if images:
             raise UserError("This model reads text alone, and sees no pictures: choose one that sees, such as a LLaVA.")
         return tokenizer.render_chat(messages, **variables)
-    tokens = tokenizer.render_chat([in_parts(each) for each in messages], **variables)
+    tokens = tokenizer.render_chat([in_parts(message) for message in messages], **variables)
     ready = preprocessing(config)
     if isinstance(ready, TiledPreprocessing):
         rest = iter(images[:MOST_IMAGES])

@@ -264,7 +264,7 @@ def _unipc_update(
     growth = math.expm1(-h)
     earlier = known[-order:-1][::-1]
     ratios = [(other.log_snr - level.log_snr) / h for _, other in earlier]
-    differences = [(each - newest) / ratio for (each, _), ratio in zip(earlier, ratios, strict=True)]
+    differences = [(older - newest) / ratio for (older, _), ratio in zip(earlier, ratios, strict=True)]
     if picture is not None:
         differences.append(picture - newest)
         ratios.append(1.0)
@@ -357,7 +357,7 @@ def configure_sampler(
     """Return a sampler with its settings; a setting that it does not take is a `UserError`."""
     chosen = sampler(name)
     if noise.flows and not chosen.flow:
-        able = ", ".join(each for each, known in SAMPLERS.items() if known.flow)
+        able = ", ".join(sampler for sampler, known in SAMPLERS.items() if known.flow)
         raise UserError(f"The sampler {name} divides by alpha, which is 0 where a flow begins: take one of {able}.")
     if karras and not chosen.karras:
         raise UserError(f"The sampler {name} visits the timesteps of the training; Karras levels are for others.")

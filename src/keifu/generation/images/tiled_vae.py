@@ -33,12 +33,12 @@ def decode_tiled(
     canvas = total = None
     for top, left in product(rows, columns):
         area = slice(top, top + side), slice(left, left + side)
-        piece = work(x[(..., *(grow_tile(each, cell) for each in area))], area)
+        piece = work(x[(..., *(grow_tile(axis, cell) for axis in area))], area)
         weight = blend_weights(piece.shape[2])[:, None] * blend_weights(piece.shape[3])
         if canvas is None or total is None:
             size = [length // cell * made for length in x.shape[2:]]
             canvas, total = piece.new_zeros(*piece.shape[:2], *size), weight.new_zeros(size)
-        there = (..., *(grow_tile(each, made) for each in area))
+        there = (..., *(grow_tile(axis, made) for axis in area))
         canvas[there] += piece * weight.to(piece)
         total[there] += weight
     assert canvas is not None and total is not None
@@ -60,7 +60,7 @@ def grow_tile(cells: slice, size: int) -> slice:
 
 
 def blend_weights(length: int) -> Float[Tensor, " length"]:
-    """How far each number is from the nearer end: 1, 2, ..., 2, 1."""
+    """Return how far each number is from the nearer end: 1, 2, ..., 2, 1."""
     ramp = torch.arange(1.0, length + 1, dtype=torch.float32, device="cpu")
     return torch.minimum(ramp, ramp.flip(0))
 
@@ -83,11 +83,11 @@ class LatentCodec:
     def pictures(self, latents: Latents) -> Pictures:
         """Return the pictures of latents, about from -1 to 1; one after the other, since a large one takes much
         memory."""
-        return torch.cat([self._sure(lambda x=each: self._picture(x)) for each in latents.split(1)])
+        return torch.cat([self._sure(lambda x=latent: self._picture(x)) for latent in latents.split(1)])
 
     @torch.inference_mode()
     def latents(self, picture: Float[Tensor, "1 colours rows columns"], noise: Latents) -> Latents:
-        """Latents of one picture that each row of standard normal noise picks."""
+        """Return the latents of one picture that each row of standard normal noise picks."""
 
         def coded() -> Tensor:
             if not self._tiles(noise):
@@ -112,12 +112,12 @@ class LatentCodec:
     def _sure(self, work: Callable[[], Tensor]) -> Tensor:
         """Return the result; where it is not finite in half precision, the one in float32, in which the autoencoder is
         left: the released Stable Diffusion's has numbers beyond float16's."""
-        found, inner = work(), self.model.autoencoder
-        if inner is None or bool(found.isfinite().all()):
-            return found
+        result, inner = work(), self.model.autoencoder
+        if inner is None or bool(result.isfinite().all()):
+            return result
         dtype = next(inner.parameters()).dtype
         if dtype.itemsize > 2:
-            return found
+            return result
         name = str(dtype).removeprefix("torch.")
         print(f"The autoencoder has numbers that are not finite in {name}: it goes on in float32.", file=sys.stderr)
         inner.float()

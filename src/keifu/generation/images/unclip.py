@@ -68,7 +68,7 @@ class UnclipPipeline(TextToImagePipeline):
         return replace(done, init=wanted.init, **steps)
 
     def _check(self, wanted: ImageRequest) -> None:
-        """Refuses what this model cannot draw."""
+        """Refuse what this model cannot draw."""
         self.check_conditions(wanted)
         if wanted.text is None and wanted.init is None:
             raise UserError("There is neither a text nor a picture: say what to draw, or give a picture (--init).")
@@ -136,14 +136,14 @@ class UnclipPipeline(TextToImagePipeline):
             guidance = 1.0 if wanted.prior_guidance is None else wanted.prior_guidance
             network = guided_denoiser(network, noise, guidance)
         empty = caption.embedding.new_empty(count, self.model.config.embedding_dim, dtype=torch.float32)
-        found = []
+        embeddings = []
         for _ in range(wanted.candidates):
             x = random(empty) * chosen.schedule.initial_sigma
             x = last_x(chosen.run(chosen.denoiser(network), x, chosen.schedule, random))
-            found.append(self.model.prior.restored(x))
+            embeddings.append(self.model.prior.restored(x))
         said = F.normalize(caption.embedding[:count].float(), dim=-1)
-        near = torch.stack([(F.normalize(each.float(), dim=-1) * said).sum(-1) for each in found])
-        return torch.stack(found)[near.argmax(0), torch.arange(count, device=empty.device)]
+        near = torch.stack([(F.normalize(candidate.float(), dim=-1) * said).sum(-1) for candidate in embeddings])
+        return torch.stack(embeddings)[near.argmax(0), torch.arange(count, device=empty.device)]
 
     @torch.no_grad()
     def encode_image(self, picture: InputImage, count: int) -> Embedding:

@@ -158,10 +158,10 @@ def transcribe(
             longest = hearer.config.context_length - len(prompt)
             made = partial(SpeechBeamModel, hearer, memory, prompt, longest, tokens, before)
             best, no_speech, temperature = write_window(made, tokenizer, longest, settings, place)
-            found, done = cut(best.tokens, min(window, last - place), tokens)
-            for *times, written in () if silent(best, no_speech) else found:
+            parts, done = cut(best.tokens, min(window, last - place), tokens)
+            for *times, written in () if silent(best, no_speech) else parts:
                 start, end = (min(place / FRAMES_PER_SECOND + time, seconds) for time in times)
-                words = [each for each in written if each < tokens.end]
+                words = [token for token in written if token < tokens.end]
                 text = tokenizer.decode(words)
                 segments.append(Segment(start, end, text, written, best.score, no_speech, temperature))
                 past.extend(words) if settings.previous and temperature <= WARM else past.clear()
@@ -169,9 +169,9 @@ def transcribe(
     return Transcript("".join(segment.text for segment in segments).strip(), language, seconds, segments)
 
 
-def silent(found: Hypothesis, no_speech: float) -> bool:
-    """Whether nobody speaks in a window, by this transcript of it."""
-    return no_speech > SILENT and found.score < UNLIKELY
+def silent(hypothesis: Hypothesis, no_speech: float) -> bool:
+    """Return whether nobody speaks in a window, by this transcript of it."""
+    return no_speech > SILENT and hypothesis.score < UNLIKELY
 
 
 def compression_ratio(text: str) -> float:
@@ -184,7 +184,7 @@ def write_window(
 ) -> tuple[Hypothesis, float, float]:
     """Return the transcript of a window, P(nobody speaks), and the temperature of its tokens.
 
-    begin: returns a new decoder of the window. After the last temperature the transcript is taken as it is.
+    begin: function that returns a new decoder of the window. The transcript of the last temperature is always accepted.
     """
     decoder = begin()
     search = Search((decoder.tokens.end,), settings.beams, penalty=lambda lengths: lengths)
@@ -198,7 +198,7 @@ def write_window(
 
 
 def draw(decoder: SpeechBeamModel, longest: int, temperature: float, seed: int) -> Hypothesis:
-    """Return the likeliest of several transcripts whose tokens are drawn at a temperature."""
+    """Sample several transcripts at a temperature; return the likeliest."""
     logits, end = decoder.first().expand(DRAWN, -1), decoder.tokens.end
     decoder.select(torch.zeros(DRAWN, dtype=torch.long))
     random = torch.Generator(logits.device).manual_seed(seed)

@@ -187,8 +187,8 @@ class _Beams:
     def best(self) -> list[list[Hypothesis]]:
         """Return the best texts of each source, as many as are wanted, or all if there are fewer."""
         rows = zip(self._best.tolist(), self._best_tokens.tolist(), strict=True)
-        texts = [[each for each in zip(*row, strict=True) if each[0] > -torch.inf] for row in rows]
-        return [[_hypothesis(*each, self.search.ends) for each in row[: self.search.wanted]] for row in texts]
+        texts = [[candidate for candidate in zip(*row, strict=True) if candidate[0] > -torch.inf] for row in rows]
+        return [[_hypothesis(*candidate, self.search.ends) for candidate in row[: self.search.wanted]] for row in texts]
 
     def _keep(self, scores: Scores, texts: Int[Tensor, "sources beams longest"]) -> None:
         """Keep these ended texts as far as they are among the best; a score of -inf is no text."""
@@ -207,14 +207,14 @@ class _Beams:
         values, tokens = top_candidates(logits, min(count + len(self._never), logits.shape[1]))
         values = values - log_total_(logits, values[:, :1])
         values = values.masked_fill(torch.isin(tokens, self._never), -torch.inf) + self.scores.reshape(-1, 1)
-        each = tokens.shape[1]
-        values, tokens = values.view(sources, width * each), tokens.view(sources, width * each)
-        scores, indices = values.topk(min(count, width * each))
+        vocab = tokens.shape[1]
+        values, tokens = values.view(sources, width * vocab), tokens.view(sources, width * vocab)
+        scores, indices = values.topk(min(count, width * vocab))
         lacking = count - scores.shape[1]  # a vocabulary smaller than the beams
         if lacking:
             scores = torch.nn.functional.pad(scores, (0, lacking), value=-torch.inf)
             indices = torch.nn.functional.pad(indices, (0, lacking))
-        return scores, indices // each, tokens.gather(1, indices)
+        return scores, indices // vocab, tokens.gather(1, indices)
 
     def _leave(
         self, rows: Int[Tensor, "sources beams"], tokens: Int[Tensor, "sources beams"],
@@ -259,7 +259,7 @@ def log_total_(logits: Float[Tensor, "rows vocab"], largest: Float[Tensor, "rows
 def top_candidates(
     logits: Float[Tensor, "rows vocab"], count: int
 ) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"]]:
-    """Each row's `count` largest values and their places, as `topk`, but on a CPU in one pass over long rows.
+    """Return each row's `count` largest values and their places, as `topk`, but on a CPU in one pass over long rows.
 
     The largest n numbers stand in the n chunks whose own largest are the largest: only these are looked into.
     """
@@ -273,5 +273,5 @@ def top_candidates(
     indices = (best * CHUNK + within).flatten(1)
     tail = torch.arange(chunks * CHUNK, logits.shape[1], device="cpu").expand(len(logits), -1)
     values = torch.cat([body.take_along_dim(best, 1).flatten(1), rest], 1)
-    found, at = values.topk(count)
-    return found, torch.cat([indices, tail], 1).gather(1, at)
+    largest, at = values.topk(count)
+    return largest, torch.cat([indices, tail], 1).gather(1, at)

@@ -123,7 +123,7 @@ class BlockManager:
         return Start(known + self.allocate(needed, after, room), [], len(known))
 
     def can_follow(self, blocks: Sequence[int]) -> bool:
-        """Whether these blocks are consecutive and the block behind them is free."""
+        """Return whether these blocks are consecutive and the block behind them is free."""
         first, behind = blocks[0], blocks[0] + len(blocks)
         return blocks == list(range(first, behind)) and (behind in self._gaps.stops or behind in self._unused)
 
@@ -157,7 +157,7 @@ class BlockManager:
         return blocks
 
     def _empty(self, block: int) -> bool:
-        """Whether a run of empty blocks begins here; a block that is only known is emptied."""
+        """Return whether a run of empty blocks begins here; a block that is only known is emptied."""
         if block in self._unused:
             del self._unused[block]
             self._forget(block)

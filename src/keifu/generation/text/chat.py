@@ -45,7 +45,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything but the system prompt."""
+        """Forget everything but the system prompt."""
         self.messages: list[dict[str, Any]] = []
         self.instruct(self.system)
         self.finish_reason: str | None = None
@@ -64,7 +64,7 @@ class Conversation:
                 raise UserError(f"The images of a message are {str(images)[:40]!r}, no pictures: remove that field.")
         render(self.tokenizer, messages, self.config, **self.options)
         self.messages = [dict(message) for message in messages]
-        self.system = next((each["content"] for each in self.messages if each["role"] == "system"), None)
+        self.system = next((message["content"] for message in self.messages if message["role"] == "system"), None)
         self.finish_reason = None
 
     def reply(

@@ -193,10 +193,10 @@ class Engine:
     def _draft(self, drafter: Drafter, written: list[int], most: int) -> None:
         """Guess by the draft what comes next in the sequences that were written and go on."""
         going = [self._sequences[number] for number in written if number in self._sequences]
-        wanted = {each.number: (each.tokens, min(most, each.room)) for each in going}
-        found = drafter.guess({number: each for number, each in wanted.items() if each[1] > 0})
+        wanted = {sequence.number: (sequence.tokens, min(most, sequence.room)) for sequence in going}
+        guesses = drafter.guess({number: room for number, room in wanted.items() if room[1] > 0})
         for sequence in going:
-            sequence.guesses = found.get(sequence.number, [])
+            sequence.guesses = guesses.get(sequence.number, [])
 
     def _count(self, request: Request, guessed: int, accepted: int) -> None:
         """Count guesses, and those that were right."""
@@ -207,5 +207,5 @@ class Engine:
 
 
 def _guessed(sequence: Sequence, piece: Piece, depth: int) -> bool:
-    """Whether the token was the guess at this depth, so that the logits after it are known."""
+    """Return whether the token was the guess at this depth, so that the logits after it are known."""
     return piece.finish_reason is None and sequence.guesses[depth : depth + 1] == [piece.token]

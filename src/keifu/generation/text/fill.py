@@ -82,9 +82,9 @@ def infill(model: nn.Module, tokenizer: Tokenizer, text: str) -> str:
     if len(parts) == 1:
         raise UserError(f"There is no gap in {text!r}: write {GAP} where something is wanted.")
     markers = Markers.of(tokenizer, len(parts) - 1)
-    [found] = generate_batch(model, tokenizer, [prompt(tokenizer, markers, parts)], GREEDY)
-    ends = [index for index, token in enumerate(found.tokens) if token in tokenizer.stop_ids]
-    spans = split_spans(found.tokens[: ends[0] if ends else None], markers.sentinels)
+    [written] = generate_batch(model, tokenizer, [prompt(tokenizer, markers, parts)], GREEDY)
+    ends = [index for index, token in enumerate(written.tokens) if token in tokenizer.stop_ids]
+    spans = split_spans(written.tokens[: ends[0] if ends else None], markers.sentinels)
     words = [*map(tokenizer.decode, spans), ""]
     return "".join(part + word for part, word in zip(_close_span(parts), words, strict=True))
 

@@ -73,10 +73,10 @@ def stream(
 def _add(engine: Engine, prompts: Prompts, samplings: SamplingParams | Sequence[SamplingParams]) -> list[Request]:
     """Has the engine write after each prompt."""
     n = len(prompts)
-    each = [samplings] * n if isinstance(samplings, SamplingParams) else list(samplings)
-    if len(each) != n:
-        raise UserError(f"There are {n} prompts and {len(each)} samplings: give one for all, or one for each.")
-    requests = [engine.request(*pair) for pair in zip(prompts, each, strict=True)]
+    for_prompts = [samplings] * n if isinstance(samplings, SamplingParams) else list(samplings)
+    if len(for_prompts) != n:
+        raise UserError(f"There are {n} prompts and {len(for_prompts)} samplings: give one for all, or one for each.")
+    requests = [engine.request(*pair) for pair in zip(prompts, for_prompts, strict=True)]
     for request in requests:
         engine.add(request)
     return requests
@@ -106,7 +106,7 @@ def generate_batch(
         pieces[piece.index].append(piece)
         if piece.finish_reason and advance:
             advance(done := done + 1)
-    return [completion(*each) for each in zip(requests, pieces, strict=True)]
+    return [completion(*pair) for pair in zip(requests, pieces, strict=True)]
 
 
 def completion(request: Request, pieces: Sequence[Piece]) -> Completion:
@@ -165,7 +165,7 @@ def generate(
     images = [read_image(Path(file)).image for file in sampling.pop("images", ())]
     config, settings = text_model(model).config, sampling_for(tokenizer, sampling)
     several: Iterable[str] = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Iterable) else prompt
-    prompts = [as_prompt(tokenizer, each, raw, config, images) for each in several]
+    prompts = [as_prompt(tokenizer, one, raw, config, images) for one in several]
     texts = [done.text for done in generate_batch(model, tokenizer, prompts, settings)]
     return texts[0] if isinstance(prompt, str) else texts
 

@@ -33,11 +33,11 @@ def score(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Float[Tensor
     This is what `log_probability` reports while a text is written. A text longer than the context is a `UserError`.
     """
     left = tokens[:, 1:].flatten()
-    found = [left.new_zeros(0, dtype=torch.float32)]
+    parts = [left.new_zeros(0, dtype=torch.float32)]
     for logits in _predictions(model, tokens):
-        found.append(log_probability(logits, left[: len(logits)]))
+        parts.append(log_probability(logits, left[: len(logits)]))
         left = left[len(logits) :]
-    return torch.cat(found).view(tokens[:, 1:].shape)
+    return torch.cat(parts).view(tokens[:, 1:].shape)
 
 
 class LikeliestTokens(NamedTuple):
@@ -129,7 +129,7 @@ def join_tokens(
     front = first_context(tokenizer, [*prompts, *(answer for _, answer in split)])
     ids = dict(zip(prompts, tokenizer.encode_batch(prompts, allow_special=allow_special), strict=True))
     begun = {prompt: tuple(open_prefixes(front, each) or common_beginning(tokenizer)) for prompt, each in ids.items()}
-    found = []
+    pairs = []
     for start in range(0, len(split), ENCODED):  # of whole texts only their ends are kept
         some = split[start : start + ENCODED]
         wholes = tokenizer.encode_batch([prompt + answer for prompt, answer in some], allow_special=allow_special)
@@ -138,8 +138,8 @@ def join_tokens(
             if not tail:
                 raise UserError(f"The answer {answer!r} has no tokens, so it has no likelihood: give it text.")
             twice = not ids[prompt] and len(tail) > 1 and tail[0] == begun[prompt][-1]
-            found.append(ScoredPair(begun[prompt], tuple(tail[1:] if twice else tail)))
-    return found
+            pairs.append(ScoredPair(begun[prompt], tuple(tail[1:] if twice else tail)))
+    return pairs
 
 
 def open_prefixes(front: list[int], ids: list[int]) -> list[int]:
@@ -172,11 +172,11 @@ def _texts(pairs: Sequence[ScoredPair]) -> list[_Text]:
     answers: dict[Tokens, dict[Tokens, list[Tokens]]] = defaultdict(dict)
     for prompt, answer in dict.fromkeys(pairs):
         answers[prompt].setdefault(answer[:-1], []).append(answer)
-    prompts, found = sorted(answers), list[_Text]()
+    prompts, ordered = sorted(answers), list[_Text]()
     for start in range(0, len(prompts), AHEAD):
         some = [[_Text(prompt, *item) for item in answers[prompt].items()] for prompt in prompts[start : start + AHEAD]]
-        found += [texts[0] for texts in some] + [text for texts in some for text in texts[1:]]
-    return found
+        ordered += [texts[0] for texts in some] + [text for texts in some for text in texts[1:]]
+    return ordered
 
 
 @torch.inference_mode()
@@ -190,19 +190,19 @@ def likelihoods(
     A pair whose tokens but the last do not fit the context is a `UserError` with both lengths.
     """
     _check(text_model(model).config, pairs)
-    texts, found = _texts(pairs), dict[ScoredPair, Likelihood]()
+    texts, by_pair = _texts(pairs), dict[ScoredPair, Likelihood]()
     left = Counter(text.prompt for text in texts)
     done = 0
     with evaluation_mode(model):
         read = reader_of(model, batch_size).read(((*text.prompt, *text.body), len(text.body) + 1) for text in texts)
         for text in texts:
-            found |= _judge(text, read)
+            by_pair |= _judge(text, read)
             left[text.prompt] -= 1
             if not left[text.prompt]:
                 done += 1
                 if advance:
                     advance(done)
-    return [found[pair] for pair in pairs]
+    return [by_pair[pair] for pair in pairs]
 
 
 def _judge(text: _Text, read: Iterator[Float[Tensor, "part vocab"]]) -> dict[ScoredPair, Likelihood]:
@@ -284,8 +284,8 @@ class LikelihoodReader:
         batch, self._batch = self._batch, []
         spans = sorted((span for span, _ in batch), key=lambda span: len(span.tokens))  # equal lengths attend together
         logits = self.runner.run(spans).split([span.wanted for span in spans]) if spans else ()
-        found = dict(zip((span.sequence for span in spans), logits, strict=True))
-        yield from (found[span.sequence] for span, _ in batch if span.wanted)
+        by_sequence = dict(zip((span.sequence for span in spans), logits, strict=True))
+        yield from (by_sequence[span.sequence] for span, _ in batch if span.wanted)
         for span, hashes in batch:
             self.blocks.release(span.sources)
             for block, digest in zip(span.blocks, hashes, strict=False):

@@ -44,7 +44,7 @@ def logit_bias(logits: Logits, tokens: Int[Tensor, "#rows biased"], bias: Float[
 
 
 def temperature(logits: Logits, t: Parameter) -> Logits:
-    """Logits / t: below 1 likely tokens become likelier still."""
+    """Return the logits / t: below 1 likely tokens become likelier still."""
     return logits / t[:, None]
 
 
@@ -106,7 +106,7 @@ def log_probability(logits: Logits, tokens: Int[Tensor, " rows"]) -> Float[Tenso
 
 
 def _descending(logits: Logits) -> Logits:
-    """Each row's values, largest first."""
+    """Return each row's values, largest first."""
     # torch's sort carries indices along; on a CPU NumPy's, which does not, takes a twentieth of the time.
     if logits.device.type == "cpu":
         return torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1)).flip(-1)

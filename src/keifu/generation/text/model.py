@@ -123,12 +123,12 @@ def text_model(model: nn.Module) -> Model | NativeLM:
 
 
 def is_writer(model: nn.Module) -> bool:
-    """Whether it is a causal language model, in PyTorch or packed for native code."""
+    """Return whether it is a causal language model, in PyTorch or packed for native code."""
     return isinstance(model, Model | NativeLM)
 
 
 def has_fixed_states(model: nn.Module) -> bool:
-    """Whether layers keep a state of fixed size, which cannot go back to fewer tokens."""
+    """Return whether layers keep a state of fixed size, which cannot go back to fewer tokens."""
     return isinstance(model, Model) and bool(model.new_state(0, 1).row_bytes)
 
 

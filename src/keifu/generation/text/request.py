@@ -43,7 +43,7 @@ class StopText:
         return text
 
     def _beginning(self, text: str) -> int:
-        """How many characters at the end of the text are the beginning of a stop string."""
+        """Return how many characters at the end of the text are the beginning of a stop string."""
         longest = min(len(text), max(map(len, self.stops), default=1) - 1)
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.stops)), 0)
 
@@ -141,10 +141,10 @@ class Request:
             text += self._text.flush()
         if not self.sampling.log_probabilities:
             return Piece(self.index, text, self.tokens[-1], finish_reason=reason)
-        own, sampled, *likeliest = log_probabilities
+        chosen, sampled, *likeliest = log_probabilities
         pairs = zip(map(int, likeliest[::2]), likeliest[1::2], strict=True)
         top = tuple(pairs)[: self.sampling.top_log_probabilities]
-        return Piece(self.index, text, self.tokens[-1], own, sampled, top, reason)
+        return Piece(self.index, text, self.tokens[-1], chosen, sampled, top, reason)
 
 
 def prompt_tokens(tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> list[int]:
@@ -164,7 +164,7 @@ def prompt_tokens(tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> l
 
 
 def check_tokens(prompts: Iterable[Sequence[int]], vocab_size: int) -> None:
-    """Refuses tokens that the model has no embedding for."""
+    """Refuse tokens that the model has no embedding for."""
     for token in (t for prompt in prompts if prompt for t in (min(prompt), max(prompt))):
         if not 0 <= token < vocab_size:
             raise UserError(

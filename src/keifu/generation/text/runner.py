@@ -51,7 +51,7 @@ class Runner(Protocol):
     by_length: bool
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
-        """Logits in float32 after each wanted token: span by span, within a span in the order of its tokens.
+        """Return the logits in float32 after each wanted token: span by span, within a span in the order of its tokens.
 
         Writes the keys and values of the new tokens into the blocks. A shared block that one span of the batch writes
         is not read by another: the scheduler shares a block only from the step after the one that filled it. A step
@@ -120,7 +120,7 @@ class TorchRunner:
         self.copied_bytes = 0 if self.contiguous else 5 * self.token_bytes // (4 * max(1, len(empty.keys)))
         kept = zip(empty.keys, empty.values, [layer.scoring for layer in layers], strict=False)
         every = len(layers) == len(empty.keys) and not empty.row_bytes
-        self.packs = has_kernel(self.device) and every and all(fits(*each) for each in kept)
+        self.packs = has_kernel(self.device) and every and all(fits(*cache) for cache in kept)
         self._pool = Pool(empty, n_blocks * block_size, self.packs)
         self.state_bytes = self._pool.states.row_bytes
         self._form, whole = decoding_form(model) if self.packs else (model, False)
@@ -161,9 +161,9 @@ class TorchRunner:
         places, embeddings, first = list[int](), list[Tensor](), 0
         for span in spans:
             if span.images is not None:
-                own, rows = span.images.between(self.model, span.start, span.start + len(span.tokens))
-                places += [first + place for place in own]
-                embeddings += [rows] if own else []
+                inserted, rows = span.images.between(self.model, span.start, span.start + len(span.tokens))
+                places += [first + place for place in inserted]
+                embeddings += [rows] if inserted else []
             first += len(span.tokens)
         return Inserted(on_device([places], self.device)[0], torch.cat(embeddings)) if places else None
 

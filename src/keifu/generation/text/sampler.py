@@ -63,18 +63,18 @@ class RowSettings:
         self.presence = self._column("presence_penalty")
         self.frequency = self._column("frequency_penalty")
         self.counts = self.presence is not None or self.frequency is not None
-        self.filters = {name: each for name in FILTERS if (each := self._column(name)) is not None}
+        self.filters = {name: tensor for name in FILTERS if (tensor := self._column(name)) is not None}
         self.bias = self._biases([s.logit_bias for s in samplings])
 
     def _column(self, name: str) -> Tensor | None:
-        """One value a row; None where all are neutral, so that the step is skipped."""
+        """Return one value a row; None where all are neutral, so that the step is skipped."""
         neutral = NEUTRAL[name]
         values = [vars(each)[name] or neutral for each in self.samplings]  # 0 is, also of a temperature: greedy choice
         kind = torch.float32 if isinstance(neutral, float) else torch.int64
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=kind, device=self.device)
 
     def _biases(self, pairs: Sequence[tuple[tuple[int, float], ...]]) -> tuple[Tensor, Tensor] | None:
-        """Each row's biased tokens and their biases, filled up to equal length; None where there are none."""
+        """Return each row's biased tokens and their biases, filled up to equal length; None where there are none."""
         longest = max(map(len, pairs), default=0)
         rows = [[*row, *[(0, 0.0)] * (longest - len(row))] for row in pairs]
         full = torch.tensor(rows, dtype=torch.float64, device="cpu")
@@ -97,7 +97,7 @@ class RowSettings:
     def choose(
         self, logits: logits_processors.Logits, history: "History", u: Float[Tensor, " rows"]
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-        """Each row's token for its number u in [0, 1), and ln of the probability that it is sampled with."""
+        """Return each row's token for its number u in [0, 1), and ln of the probability that it is sampled with."""
         logits = self.apply_penalties(logits, history)
         if not self.any_greedy:
             return self._sample(logits, u)
@@ -145,18 +145,18 @@ class History:
 
         def count(*texts: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocab"]:
             cells = [row * vocab + token for rows in texts for row, text in enumerate(rows) for token in text]
-            found = torch.zeros(len(written) * vocab, dtype=torch.float32, device=settings.device)
+            counts = torch.zeros(len(written) * vocab, dtype=torch.float32, device=settings.device)
             index = torch.tensor(cells, dtype=torch.long, device=settings.device)
-            return found.index_put_((index,), found.new_ones(()), accumulate=True).view(-1, vocab)
+            return counts.index_put_((index,), counts.new_ones(()), accumulate=True).view(-1, vocab)
 
         seen = None if settings.repetition is None else count(prompts, written) > 0
         return cls(seen, count(written) if settings.counts else None)
 
     def take(self, rows: Sequence[int], other: "History", positions: Sequence[int]) -> None:
         """Copy these rows from another history, which has all that they need."""
-        for own, theirs in ((self.seen, other.seen), (self.counts, other.counts)):
-            if own is not None and theirs is not None:
-                own[rows] = theirs[positions]
+        for mine, theirs in ((self.seen, other.seen), (self.counts, other.counts)):
+            if mine is not None and theirs is not None:
+                mine[rows] = theirs[positions]
 
     def add(self, tokens: Int[Tensor, " rows"]) -> None:
         """Count one new token of each row."""
@@ -184,14 +184,14 @@ class Sampler:
         if before is not None:
             kept = [row for row, request in enumerate(requests) if request in known]
             self.history.take(kept, before.history, [known[requests[row]] for row in kept])
-        seeds, positions = (torch.tensor(each, device=device) for each in ([s.seed for s in samplings], lengths))
+        seeds, positions = (torch.tensor(row, device=device) for row in ([s.seed for s in samplings], lengths))
         self.streams = UniformStreams(seeds, positions)  # from the position of the next token in its own text
         self.certain = torch.zeros(len(requests), dtype=torch.float32, device=device)
         self.reports = any(s.log_probabilities for s in samplings)
         self.top = max((s.top_log_probabilities for s in samplings if s.log_probabilities), default=0)
 
     def choose(self, logits: logits_processors.Logits) -> Float[Tensor, "rows columns"]:
-        """One token for each row, of those that its request allows; the next call is for the tokens after these.
+        """Return one token for each row, of those that its request allows; the next call is for the tokens after these.
 
         Given as a table to be read by the host in one copy: token, largest logit and, if any row asks for them, its
         log-probability under the model and under the distribution sampled from, then the likeliest tokens under the
@@ -213,5 +213,5 @@ class Sampler:
         if all(request.constraint is None for request in self.requests):
             return logits
         free = torch.ones(logits.shape[1], dtype=torch.bool, device="cpu")
-        rows = [free if each.constraint is None else each.constraint.allowed() for each in self.requests]
+        rows = [free if request.constraint is None else request.constraint.allowed() for request in self.requests]
         return logits.masked_fill(~torch.stack(rows).to(logits.device), -torch.inf)

@@ -59,7 +59,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check(self)
-        if not all(isinstance(each, str) and each for each in self.stop):
+        if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop is {self.stop!r}, which must be strings of at least one character.")
         if not all(isinstance(token, int) and token >= 0 and math.isfinite(bias) for token, bias in self.logit_bias):
             raise UserError(f"logit_bias is {self.logit_bias!r}, which must be pairs of a token's id and a number.")
@@ -112,26 +112,26 @@ class Defaults(NamedTuple):
 
 
 def defaults(tokenizer: "Tokenizer", max_tokens: int | None = 256) -> Defaults:
-    """How the tokenizer's model generates text when nothing is said.
+    """Return how the tokenizer's model generates text when nothing is said.
 
     `max_tokens` holds where the model's own settings name no number. What generation_config.json says of sampling is
     read as transformers reads it: fields that it leaves out have transformers' values, and do_sample false is greedy
     choice; but one that names a temperature or a filter without do_sample is taken at its word, as vLLM does.
     """
-    own = tokenizer.generation_config
+    config = tokenizer.generation_config
     chat = tokenizer.chat_template is not None
     source = f"keifu's settings for a {'chat' if chat else 'base'} model"
-    found: dict[str, Any] = {**vars(CHAT if chat else BASE), "max_tokens": max_tokens}
-    if own.get("do_sample") is False:
-        found["temperature"] = 0
-    elif own.get("do_sample") or any(own.get(name) is not None for name in CHOOSING):
-        found |= {name: own.get(name, UNSET[name]) for name in CHOOSING}
-    found |= {ours: own[theirs] for theirs, ours in OTHERS.items() if theirs in own}
-    found["stop"] = own.get("stop_strings") or ()
-    if {"do_sample", *CHOOSING, *OTHERS, "stop_strings"} & own.keys():
+    options: dict[str, Any] = {**vars(CHAT if chat else BASE), "max_tokens": max_tokens}
+    if config.get("do_sample") is False:
+        options["temperature"] = 0
+    elif config.get("do_sample") or any(config.get(name) is not None for name in CHOOSING):
+        options |= {name: config.get(name, UNSET[name]) for name in CHOOSING}
+    options |= {ours: config[theirs] for theirs, ours in OTHERS.items() if theirs in config}
+    options["stop"] = config.get("stop_strings") or ()
+    if {"do_sample", *CHOOSING, *OTHERS, "stop_strings"} & config.keys():
         source = "the model's own settings"
     try:
-        return Defaults(sampling_params_from(found), source)
+        return Defaults(sampling_params_from(options), source)
     except UserError as error:
         raise UserError(f"In the model's generation_config.json, {error}") from error
 
@@ -142,7 +142,7 @@ def sampling_for(tokenizer: "Tokenizer", options: Mapping[str, Any], max_tokens:
 
 
 def in_words(sampling: SamplingParams) -> str:
-    """How tokens are chosen: "greedy", or "temperature 0.8, top-k 40, seed 3", without what changes nothing."""
+    """Return how tokens are chosen: "greedy", or "temperature 0.8, top-k 40, seed 3", without what changes nothing."""
     values = vars(sampling)
     penalties = [name for name in values if name.endswith("_penalty")]
     names = ["temperature", *CHOOSING[1:], *penalties, "seed"] if sampling.temperature else penalties

@@ -60,7 +60,7 @@ class Sequence:
         return Span(self.number, tokens, self.computed, self.blocks, wanted, self.sources, self.request.images, prompt)
 
     def take(self, figures: Iterable[float]) -> Piece:
-        """One more token, as the sampler gives it."""
+        """Append the token that the sampler chose, and return its piece of text."""
         piece = self.request.take(*figures)
         self.tokens.append(piece.token)
         return piece

@@ -49,12 +49,12 @@ def sentences(text: str) -> list[str]:
     """
     if mark := LANGUAGE.match(text):
         return [f"{mark[1]} {sentence}" for sentence in sentences(text[mark.end() :])]
-    found, start = [], 0
+    parts, start = [], 0
     for end in _ends(text):
         if text[start:end].strip():
-            found.append(text[start:end].strip())
+            parts.append(text[start:end].strip())
             start = end
-    return found + ([text[start:].strip()] if text[start:].strip() else [])
+    return parts + ([text[start:].strip()] if text[start:].strip() else [])
 
 
 def join_sentences(parts: Iterable[str]) -> str:
@@ -85,7 +85,7 @@ def _ends(text: str) -> list[int]:
 
 
 def _starts_sentence(text: str, position: int) -> bool:
-    """Whether the half-width mark before `position` ends a sentence: a space follows, then no small letter."""
+    """Return whether the half-width mark before `position` ends a sentence: a space follows, then no small letter."""
     before, rest = text[max(0, position - WORD) : position].split()[-1], text[position : position + WORD].lstrip()
     if not rest or not text[position].isspace() or rest.lstrip(OPENING + QUOTES)[:1].islower():
         return False
@@ -154,7 +154,7 @@ class Translation:
 
 
 def is_translator(model: nn.Module) -> bool:
-    """Whether the model is an encoder-decoder."""
+    """Return whether the model is an encoder-decoder."""
     return isinstance(model, Translator)
 
 
@@ -192,8 +192,8 @@ def translate(
     Returns:
         A translation for each text, in their order.
     """
-    found = translate_texts(model, tokenizer, texts, TranslationParams(beam, alpha))
-    return [join_sentences(part.text for part in parts) for parts in found]
+    translations = translate_texts(model, tokenizer, texts, TranslationParams(beam, alpha))
+    return [join_sentences(part.text for part in parts) for parts in translations]
 
 
 def translate_texts(
@@ -210,22 +210,22 @@ def translate_texts(
     A sentence longer than the model takes is a `UserError` with both lengths.
     """
     parts = [[part for part in split(text) if part.strip()] for text in texts]
-    labels = [f"Sentence {k} of text {n}" for n, each in enumerate(parts, 1) for k in range(1, len(each) + 1)]
-    flat = [part for each in parts for part in each]
+    labels = [f"Sentence {k} of text {n}" for n, sentences in enumerate(parts, 1) for k in range(1, len(sentences) + 1)]
+    flat = [part for sentences in parts for part in sentences]
     ids = source_ids(translator(model), tokenizer, flat, labels)
-    found = zip(flat, ids, search(translator(model), ids, settings, progress), strict=True)
-    done = (_translation(tokenizer, *each) for each in found)
-    return [[next(done) for _ in each] for each in parts]
+    searched = zip(flat, ids, search(translator(model), ids, settings, progress), strict=True)
+    done = (_translation(tokenizer, *pair) for pair in searched)
+    return [[next(done) for _ in sentences] for sentences in parts]
 
 
 def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
     """Return the tokens of sentences, each with the end token; one that is too long is a `UserError` that names it."""
     room = model.config.context_length
-    ids = [[*each, model.config.end_id] for each in tokenizer.encode_batch(texts)]
-    for label, each in zip(labels, ids, strict=True):
-        if len(each) > room:
+    ids = [[*tokens, model.config.end_id] for tokens in tokenizer.encode_batch(texts)]
+    for label, tokens in zip(labels, ids, strict=True):
+        if len(tokens) > room:
             raise UserError(
-                f"{label} has {len(each)} tokens, but this model takes {room} at most: part it with full stops or "
+                f"{label} has {len(tokens)} tokens, but this model takes {room} at most: part it with full stops or "
                 "shorten it."
             )
     return ids
@@ -239,16 +239,18 @@ def search(
     idle = {config.pad_id, config.start_id} - {config.end_id}
     penalty = partial(paper_penalty, alpha=settings.alpha)
     how = Search((config.end_id,), settings.beam, penalty=penalty, never=tuple(sorted(idle)))
-    found: dict[int, Hypothesis] = {}
+    by_index: dict[int, Hypothesis] = {}
     assert isinstance(model, nn.Module)
     with evaluation_mode(model), torch.inference_mode():
         for indices in length_buckets([len(source) for source in sources], PASS_TOKENS, settings.batch_size):
-            limits = [_limit(len(sources[index]), config.context_length, settings.max_tokens) for index in indices]
+            # most tokens of a target with its end: the paper's, or as many as are wanted, but no more than fit
+            most = [settings.max_tokens or len(sources[index]) + MARGIN for index in indices]
+            limits = [min(config.context_length, tokens) for tokens in most]
             best = beam_search(_targets(model, [sources[index] for index in indices], max(limits), how), how, limits)
-            found |= {index: texts[0] for index, texts in zip(indices, best, strict=True)}
+            by_index |= {index: texts[0] for index, texts in zip(indices, best, strict=True)}
             if progress:
-                progress(len(found))
-    return [found[index] for index in range(len(sources))]
+                progress(len(by_index))
+    return [by_index[index] for index in range(len(sources))]
 
 
 def _targets(model: Translator, sources: Sequence[Sequence[int]], longest: int, how: Search) -> BeamModel:
@@ -259,11 +261,6 @@ def _targets(model: Translator, sources: Sequence[Sequence[int]], longest: int, 
         return EncoderDecoderBeamModel(model, sources, longest, device_of(model))
     lengths = [len(source) for source in sources]
     return NativeTargets(packed, *pad(sources, model.config.pad_id), lengths, longest, how.beams * len(sources))
-
-
-def _limit(source_tokens: int, room: int, wanted: int | None) -> int:
-    """Most tokens of a target with its end token: the paper's, or as many as are wanted, but no more than fit."""
-    return min(room, source_tokens + MARGIN if wanted is None else wanted)
 
 
 def _translation(tokenizer: Tokenizer, source: str, ids: Sequence[int], best: Hypothesis) -> Translation:

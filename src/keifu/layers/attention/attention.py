@@ -144,10 +144,10 @@ class Cache(Protocol):
 
 class Attention(nn.Module):
     """Self-attention (Vaswani et al., 2017, section 3.2): multi-head; grouped-query (Ainslie et al., 2023) with fewer
-    `n_kv_heads` than `n_heads`; multi-query (Shazeer, 2019) with one. What may be seen is the mask's business.
+    `n_kv_heads` than `n_heads`; multi-query (Shazeer, 2019) with one. The mask says which keys each query sees.
 
     `window` limits each query to the last `window` tokens, itself included (Mistral, Jiang et al., 2023); the cost then
-    grows with the window. `scale` is what the products are multiplied with, 1 / √head_dim where it is None. `rotary`
+    grows with the window. `scale` multiplies queries times keys; None: 1 / √head_dim. `rotary`
     turns queries and keys by their positions. `qk_norm` are the norms of queries and of keys [..., heads, head_dim],
     applied before the rotation (Henry et al., 2020): of each head (Qwen3, Gemma 3) or of all heads together (OLMo 2).
     """

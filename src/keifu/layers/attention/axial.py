@@ -39,20 +39,20 @@ class Grid:
         return self.height * self.width
 
     def offsets(self, pattern: Pattern) -> tuple[int, ...]:
-        """How far back in raster order the places lie that one sees; 0 is itself.
+        """Return how far back in raster order the places lie that one sees; 0 is itself.
 
         row: as many as a row has, and one, so that the last lies above. column: those above. convolution: the earlier
         half of a square window; both it and row go on behind the edge, in the row before (figure 11).
         """
         half = self.kernel // 2
         window = {down * self.width + across for down in range(half + 1) for across in range(-half, half + 1)}
-        found = {
+        patterns = {
             "row": range(self.width + 1),
             "column": range(0, self.places, self.width),
             "convolution": sorted(offset for offset in window if offset >= 0),
             "full": range(self.places),
         }
-        return tuple(offset for offset in found[pattern] if offset < self.places)
+        return tuple(offset for offset in patterns[pattern] if offset < self.places)
 
     def visible(self, pattern: Pattern) -> Bool[Tensor, "length length"]:
         """Mask of an axial attention: text sees what comes before, a position the whole text and its `offsets`."""
@@ -79,11 +79,11 @@ class Grid:
         return torch.cat([torch.arange(self.prefix), torch.tensor(earlier)])
 
     def rows_seen(self, pattern: Pattern) -> int:
-        """Rows of the grid that a row must look at, itself among them."""
+        """Return the rows of the grid that a row must look at, itself among them."""
         return min(self.height, 1 - (-max(self.offsets(pattern)) // self.width))
 
     def pays(self, pattern: Pattern) -> bool:
-        """Whether looking at few places is less work than at all of them and leaving most out."""
+        """Return whether looking at few places is less work than at all of them and leaving most out."""
         return pattern == "column" or 2 * self.rows_seen(pattern) <= self.height
 
 
@@ -98,7 +98,7 @@ class GridAttention(Attention):
     def forward(
         self, x: Float[Tensor, "batch length dim"], cache: LayerCache | None = None
     ) -> Float[Tensor, "batch length dim"]:
-        """All tokens at once; with a cache the text and the places that came, or one new place behind them."""
+        """Return all tokens at once; with a cache the text and the places that came, or one new place behind them."""
         heads = self.qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
         q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))
         if cache is None:
@@ -126,19 +126,19 @@ def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> F
     before = k[:, :, : grid.prefix], v[:, :, : grid.prefix]
     text = attend(q[:, :, : grid.prefix], *before, "causal")
     q, k, v = (x[:, :, grid.prefix :] for x in (q, k, v))
-    found = (_columns if pattern == "column" else _rows)(q, k, v, before, grid, pattern)
-    return torch.cat([text, found.transpose(1, 2).flatten(2)], 1)
+    attended = (_columns if pattern == "column" else _rows)(q, k, v, before, grid, pattern)
+    return torch.cat([text, attended.transpose(1, 2).flatten(2)], 1)
 
 
 def _columns(q: Places, k: Places, v: Places, before: Text, grid: Grid, pattern: Pattern) -> Places:
-    """Rows and columns of the grid change places, so that a column lies together (figure 11, c)."""
+    """Transpose the grid, so that a column is contiguous (figure 11, c)."""
     q, k, v = (x.unflatten(2, (grid.height, grid.width)).transpose(2, 3) for x in (q, k, v))
     causal = torch.ones(grid.height, grid.height, dtype=torch.bool, device=q.device).tril()
     return _assemble(q, k, v, before, causal).transpose(2, 3).flatten(2, 3)
 
 
 def _rows(q: Places, k: Places, v: Places, before: Text, grid: Grid, pattern: Pattern) -> Places:
-    """Each row of the grid looks at itself and the few rows above that its offsets reach."""
+    """Attend from each row of the grid to itself and to the few rows above that its offsets reach."""
     above = (grid.rows_seen(pattern) - 1) * grid.width
     q = q.unflatten(2, (grid.height, grid.width))
     k, v = (F.pad(x, (0, 0, above, 0)).unfold(2, above + grid.width, grid.width).mT for x in (k, v))

@@ -121,7 +121,7 @@ class Pass:
             self.positions = torch.arange(self.first, self.last, device=device)
             self.mask = CausalMask(self.first, length, None, device)
             return
-        first, before = (torch.tensor(each, device=device)[:, None] for each in (starts, pads))
+        first, before = (torch.tensor(values, device=device)[:, None] for values in (starts, pads))
         self.positions = first + (torch.arange(length, device=device) - before).clamp(min=0)
         self.mask = RaggedMask(self.positions, self.last)
 

@@ -43,7 +43,7 @@ def segments_of(mask: "CausalMask | DocumentMask | None", length: int) -> Int[Te
 
 
 def positions_in(documents: Tokens) -> Tokens:
-    """How far each token is from the beginning of its document."""
+    """Return how far each token is from the beginning of its document."""
     positions = torch.arange(documents.shape[1], device=documents.device)
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -85,7 +85,7 @@ class Band:
         return queries, keys, values, mask
 
     def _pairs(self, x: Keys) -> Float[Tensor, "folded kv_heads both head_dim"]:
-        """Each block's keys after those of the block before."""
+        """Join each block's keys to those of the block before."""
         blocks = x.unflatten(2, (-1, self.mask.shape[2])).transpose(1, 2)
         return torch.cat([blocks[:, :-1], blocks[:, 1:]], 3).flatten(0, 1)
 
@@ -98,7 +98,7 @@ def band(
     start: int, length: int, seen: int, window: int, padding: Int[Tensor, " batch"] | None = None,
     device: torch.device | None = None,
 ) -> Band:  # fmt: skip
-    """Each token sees itself and the `window` - 1 before it, but no left padding.
+    """Let each token see itself and the `window` - 1 before it, but no left padding.
 
     `start` tokens came in earlier passes, `length` are in this one; the last `seen` of all are there as keys.
     """

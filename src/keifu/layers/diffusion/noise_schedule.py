@@ -265,7 +265,7 @@ def shares(draws: Float[Tensor, " batch"], sampling: Sampling) -> Float[Tensor, 
 
 
 def loss_weights(noise: Noise, weighting: Weighting = "simple", gamma: float | None = None) -> Float[Tensor, " steps"]:
-    """How much the squared error of the target counts at each timestep, float64.
+    """Return how much the squared error of the target counts at each timestep, float64.
 
     simple: 1 (Ho et al., 2020, equation 14). min_snr: what makes the weight of the picture's error min(SNR, γ), γ 5
     (Hang et al., 2023). p2: what makes that of the noise's error 1 / (1 + SNR)^γ, γ 1 (Choi et al., 2022).

@@ -50,7 +50,7 @@ class RecurrentTape(NamedTuple):
         torch.lerp(new, self.states[step], update, out=self.states[step + 1])
 
     def slopes(self) -> tuple[Float[Tensor, "length ... 3 dim"], Float[Tensor, "length ... 3 dim"]]:
-        """How a state answers to what its gates were given: to the input's product, and to the recurrent one."""
+        """Return how a state answers to what its gates were given: to the input's product, and to the recurrent one."""
         reset, update = self.gates.chunk(2, -1)
         new = (1 - update) * (1 - self.new.square())
         update = (self.states[:-1] - self.new) * update * (1 - update)
@@ -149,8 +149,8 @@ class ForwardEncoder(nn.Module):
         start = products.new_zeros(len(ways), len(x), self.forwards.dim)
         states = recur(products, [gru.recurrent for gru, _ in ways], start)
         onwards, *back = states.permute(1, 2, 0, 3)
-        ends = [_at(each, lengths - 1) for each in (onwards, *back)]
-        joined = torch.cat([onwards, *(_reverse(each, lengths) for each in back)], -1)
+        ends = [_at(states, lengths - 1) for states in (onwards, *back)]
+        joined = torch.cat([onwards, *(_reverse(states, lengths) for states in back)], -1)
         return EncoderOutput(joined, torch.cat(ends, -1), mask)
 
     def ways(self, x: Float[Tensor, "batch length in_dim"], lengths: Int[Tensor, " batch"]) -> list[tuple[GRU, Tensor]]:
@@ -194,7 +194,7 @@ def _at(states: Float[Tensor, "batch length dim"], positions: Int[Tensor, " batc
 
 
 def _reverse(x: Float[Tensor, "batch length dim"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch length dim"]:
-    """Each row's first `lengths` places in reverse, the padding where it was; the inverse of itself."""
+    """Return each row's first `lengths` places in reverse, the padding where it was; the inverse of itself."""
     positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
     turned = torch.where(positions < lengths[:, None], lengths[:, None] - 1 - positions, positions)
     return x.gather(1, turned[..., None].expand_as(x))

@@ -133,7 +133,7 @@ FOURFOLD_FROM = 256  # pixels of a picture
 
 
 def doubling_pays(x: Pixels, size: Sequence[int] | None) -> bool:
-    """Whether the four kernels can make this size (None: twice that of x), and are faster."""
+    """Return whether the four kernels can make this size (None: twice that of x), and are faster."""
     return _doubles(x, size) and x.shape[2] * x.shape[3] >= FOURFOLD_FROM
 
 

@@ -59,13 +59,13 @@ class JointAttention(nn.Module):
         self.out = Linear(channels, channels)
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> tuple[Tensor, Tensor]:
-        """Keys and values of a context, [batch, heads, seen, head_dim] each."""
+        """Return the keys and values of a context, [batch, heads, seen, head_dim] each."""
         k, v = self._heads(self.kv(context), 2)
         return k, v
 
     def forward(self, x: Pixels, memories: Memories, memory_mask: Mask) -> Pixels:
-        q, *own = self._heads(self.qkv(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)), 3)
-        k, v = (torch.cat(both, 2) for both in zip(memories[self], own, strict=True))
+        q, *keys_values = self._heads(self.qkv(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)), 3)
+        k, v = (torch.cat(both, 2) for both in zip(memories[self], keys_values, strict=True))
         visible = memory_mask.visible(k.shape[2] - q.shape[2], None)
         if isinstance(visible, Tensor):
             visible = F.pad(visible, (0, q.shape[2]), value=True)
@@ -78,7 +78,7 @@ class JointAttention(nn.Module):
 
 
 def memories(network: nn.Module, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
-    """Keys and values of a context for every attention of a network that looks at one."""
+    """Return the keys and values of a context for every attention of a network that looks at one."""
     return {module: module.project(context) for module in network.modules() if isinstance(module, CROSS)}
 
 

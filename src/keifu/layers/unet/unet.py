@@ -111,7 +111,7 @@ class UNet(nn.Module):
 
 
 def check_sides(height: int, width: int, factor: int) -> None:
-    """Refuses images whose sides are not multiples of `factor`, with the nearest size that fits, in a `UserError`."""
+    """Refuse images whose sides are not multiples of `factor`, with the nearest size that fits, in a `UserError`."""
     near = [max(1, round(side / factor)) * factor for side in (height, width)]
     if near != [height, width]:
         raise UserError(

@@ -91,13 +91,13 @@ class Clip(nn.Module):
         tokens: Tokens,
         mask: Bool[Tensor, "texts length"] | None = None,
     ) -> Float[Tensor, "images texts"]:
-        """Logits of every image and caption: the cosine of their embeddings times exp(logit_scale)."""
+        """Return the logits of every image and caption: the cosine of their embeddings times exp(logit_scale)."""
         return self.logits(self.encode_image(pixels), self.encode_text(tokens, mask))
 
     def logits(
         self, images: Float[Tensor, "images embedding"], texts: Float[Tensor, "texts embedding"]
     ) -> Float[Tensor, "images texts"]:
-        """Logits of embeddings, which need not be normalised."""
+        """Return the logits of embeddings, which need not be normalised."""
         return self.logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
 
 

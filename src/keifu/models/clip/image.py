@@ -49,7 +49,7 @@ class PatchEmbedding(nn.Module):
 
 
 def check_size(pixels: Tensor, image_size: int) -> None:
-    """Refuses images of another size than the one that learned positions allow, with that size: a ValueError."""
+    """Refuse images of another size than the one that learned positions allow, with that size: a ValueError."""
     rows, columns = pixels.shape[-2:]
     if (rows, columns) != (image_size, image_size):
         raise UserError(f"Pictures of {columns} x {rows} pixels: this network takes {image_size} x {image_size}.")
@@ -154,8 +154,8 @@ class VisionTransformer(nn.Module):
         """Yield the normalised embeddings, then the hidden states after each block."""
         x, everything = self.first_norm(self.embedding(pixels)), PaddingMask()
         yield x
-        for each in self.blocks:
-            x = each(x, mask=everything)
+        for layer in self.blocks:
+            x = layer(x, mask=everything)
             yield x
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:

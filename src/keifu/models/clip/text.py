@@ -89,8 +89,8 @@ class TextTower(nn.Module):
             raise UserError(f"A caption of {length} tokens does not fit {room}; shorten it.")
         x = self.embedding(tokens) + self.positions.weight[:length]
         visible = CausalMask(0, length) if mask is None else CausalPaddingMask(mask)
-        for each in self.blocks:
-            x = each(x, mask=visible)
+        for block in self.blocks:
+            x = block(x, mask=visible)
         return self.norm(x)
 
     def pool(self, hidden: Hidden, tokens: Tokens) -> Float[Tensor, "batch dim"]:

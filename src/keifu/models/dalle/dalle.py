@@ -113,7 +113,7 @@ class Dalle(ImageModel):
     def forward(
         self, tokens: Int[Tensor, "batch text"], real: RealTokens, codes: Int[Tensor, "batch rows columns"]
     ) -> Logits:
-        """Logits of every token; `real` is True on text tokens that are not padding."""
+        """Return the logits of every token; `real` is True at text tokens that are not padding."""
         x = torch.cat([self.embed_text(tokens, real), self.embed_codes(codes.flatten(1))], 1)
         for block in self.blocks:
             x = block(x)
@@ -121,30 +121,30 @@ class Dalle(ImageModel):
         return Logits(self.text_head(x[:, :length]), self.picture_head(x[:, length + 1 : -1]))
 
     def embed_text(self, tokens: Int[Tensor, "batch text"], real: RealTokens) -> Float[Tensor, "batch prefix dim"]:
-        """Embeddings of a text between the two start tokens."""
+        """Return the embeddings of a text between the two start tokens."""
         length = self.config.context_length
         if tokens.shape[1] != length:
             raise UserError(f"Texts have {tokens.shape[1]} tokens, and the model reads {length}: pad them.")
         words = torch.where(real[..., None], self.embedding(tokens), self.padding.weight)
-        before, behind = (each.expand(len(tokens), 1, -1) for each in self.starts.weight)
+        before, behind = (start.expand(len(tokens), 1, -1) for start in self.starts.weight)
         return torch.cat([before, words + self.positions.weight, behind], 1)
 
     def embed_codes(self, codes: Int[Tensor, "batch some"], first: int = 0) -> Float[Tensor, "batch some dim"]:
-        """Embeddings of image tokens at the places from `first` on, in raster order."""
+        """Return the embeddings of image tokens at the places from `first` on, in raster order."""
         positions, width = torch.arange(first, first + codes.shape[1], device=codes.device), self.config.grid.width
         return self.entries(codes) + self.rows(positions // width) + self.columns(positions % width)
 
     def begin(
         self, tokens: Int[Tensor, "batch text"], real: RealTokens
     ) -> tuple[Float[Tensor, "batch codebook"], KVState]:
-        """Logits of the first image token, and the key-value cache of the text with room for the image."""
+        """Return the logits of the first image token, and the key-value cache of the text with room for the image."""
         x, config = self.embed_text(tokens, real), self.config
         layers = [(config.n_heads, config.dim // config.n_heads)] * config.n_layers
         state = KVState(layers, len(tokens), config.grid.prefix + config.grid.places, x)
         return self._after(x, state), state
 
     def go_on(self, codes: Int[Tensor, " batch"], position: int, state: KVState) -> Float[Tensor, "batch codebook"]:
-        """Logits of the image token after the one at this place."""
+        """Return the logits of the image token after the one at this place."""
         return self._after(self.embed_codes(codes[:, None], position), state)
 
     def _after(self, x: Float[Tensor, "batch some dim"], state: KVState) -> Float[Tensor, "batch codebook"]:

@@ -174,7 +174,7 @@ class DiscreteVAE(nn.Module):
         return (pictures + 1) / 2 * (1 - 2 * edge) + edge
 
     def logits(self, pictures: Pixels) -> Logits:
-        """Logits of the codes at each place of images from -1 to 1, in their dtype.
+        """Return the logits of the codes at each place of images from -1 to 1, in their dtype.
 
         Sides that cannot be halved so often are a `UserError` with the nearest that can.
         """
@@ -202,7 +202,7 @@ class DiscreteVAE(nn.Module):
         return self.decode(self.encode(pictures))
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuses sides that are no multiples of the factor, with the nearest that are."""
+        """Refuse sides that are no multiples of the factor, with the nearest that are."""
         check_sides(height, width, self.config.factor)
 
 

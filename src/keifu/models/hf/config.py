@@ -164,8 +164,8 @@ def published_activation(name: str) -> str:
 def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0, partial: bool = False) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of the Config, of `rope_parameters` (transformers 5) or `rope_scaling` with
     `rope_theta`. partial: whether the model may turn a part of each head. Two that differ are a `UserError`."""
-    both = [each for name in ("rope_parameters", "rope_scaling") if (each := json.get(name))]
-    if len({(each.get("rope_type", each.get("type")), each.get("factor")) for each in both}) > 1:
+    both = [scaling for name in ("rope_parameters", "rope_scaling") if (scaling := json.get(name))]
+    if len({(rope.get("rope_type", rope.get("type")), rope.get("factor")) for rope in both}) > 1:
         raise UserError("rope_parameters and rope_scaling in config.json name two scalings: leave out one of them.")
     rope = both[0] if both else {}
     theta = float(rope.get("rope_theta", json.get("rope_theta", default_theta)))

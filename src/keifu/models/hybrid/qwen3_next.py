@@ -140,10 +140,10 @@ def from_published(json: dict[str, Any]) -> Config:
 def read_hybrid(json: dict[str, Any], fields: hf.Fields) -> dict[str, Any]:
     """Read the fields of a hybrid, its rotary positions and its layers with attention."""
     read = hf.read_fields(json, fields)
-    part, found = hf.read_part(json, 0.25), hf.read_rope(json, partial=True)
+    part, rope = hf.read_part(json, 0.25), hf.read_rope(json, partial=True)
     every = json.get("full_attention_interval", 4)
     layers = hf.read_global_layers({**json, "sliding_window_pattern": every}, 4)
-    return {**read, **found, "rope_dim": int(read["head_dim"] * part), "global_layers": layers}
+    return {**read, **rope, "rope_dim": int(read["head_dim"] * part), "global_layers": layers}
 
 
 def write_hybrid(config: Any) -> dict[str, Any]:

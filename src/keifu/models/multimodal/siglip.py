@@ -50,7 +50,7 @@ def build(config: Config) -> nn.Module:
     return model
 
 
-FIELDS: hf.Fields = {ours: each for ours, each in clip_image.FIELDS.items() if ours != "embedding_dim"} | {
+FIELDS: hf.Fields = {ours: theirs for ours, theirs in clip_image.FIELDS.items() if ours != "embedding_dim"} | {
     "patch_size": hf.Field("patch_size", 16, lambda size: clip_image.square(size, "patch_size")),
     "norm_eps": hf.Field("layer_norm_eps", 1e-6, float),
     "activation": hf.Field(

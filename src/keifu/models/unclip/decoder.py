@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         self.config, self.label, self.network = config, label, network
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
-        """Keys and values of a context for every attention: computed once an image, used at every step."""
+        """Return the keys and values of a context for every attention: computed once an image, used at every step."""
         return self.network.project(context)
 
     def predict(

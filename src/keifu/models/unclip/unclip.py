@@ -60,11 +60,11 @@ class Config(clip_text.WithText):
     decoder_noise: Noise = DECODER
 
     def __post_init__(self) -> None:
-        wanted, own = self.conditions.embedding_dim, (self.text.dim, self.text.embedding_dim)
+        wanted, texts = self.conditions.embedding_dim, (self.text.dim, self.text.embedding_dim)
         images = [] if self.image is None else [self.image.embedding_dim]
         priors = [] if self.prior is None else [self.prior.embedding_dim, self.prior.predicted_dim or wanted]
-        if {*own, *images, *priors} != {wanted}:
-            raise UserError(f"Embeddings have {wanted} numbers, and its parts {(*own, *images, *priors)}.")
+        if {*texts, *images, *priors} != {wanted}:
+            raise UserError(f"Embeddings have {wanted} numbers, and its parts {(*texts, *images, *priors)}.")
         if not all(encoder.projected for encoder in (self.text, self.image) if encoder is not None):
             raise UserError("An encoder has no projection into the space of CLIP's embeddings, which unCLIP needs.")
         widths = self.conditions.time_dim, self.conditions.context_dim
@@ -148,7 +148,7 @@ class Unclip(ImageModel):
     last_upsampler: ddpm.DDPM
 
     def encode_text(self, tokens: Int[Tensor, "batch length"], real: Bool[Tensor, "batch length"]) -> Caption:
-        """Captions encoded for prior and decoder; padding follows the end of each."""
+        """Return the captions encoded for prior and decoder; padding follows the end of each."""
         hidden = self.text.encode(tokens)
         return Caption(self.text.projection(self.text.pool(hidden, tokens)), hidden, real)
 
@@ -188,7 +188,7 @@ class Unclip(ImageModel):
         return (self.last_upsampler if last else self.upsampler)(torch.cat([x, small], 1), timestep)
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuses sizes that the decoder cannot generate, with the nearest size that it can."""
+        """Refuse sizes that the decoder cannot generate, with the nearest size that it can."""
         self.decoder.network.check_size(self.config.colours, height, width)
 
 
@@ -221,8 +221,8 @@ def from_published(json: dict[str, Any]) -> Config:
         for folder, (ours, module) in PARTS.items()
     }
     seen = parts["image"]
-    found: dict[str, Any] = {"prior_noise": json.get("prior_scheduler"), "decoder_noise": json["decoder_scheduler"]}
-    noises: dict[str, Any] = {ours: read_scheduler(file) for ours, file in found.items() if file}
+    files: dict[str, Any] = {"prior_noise": json.get("prior_scheduler"), "decoder_noise": json["decoder_scheduler"]}
+    noises: dict[str, Any] = {ours: read_scheduler(file) for ours, file in files.items() if file}
     pixels = None if seen is None else read_pixels(json.get("feature_extractor"), seen.image_size)
     return Config(**parts, pixels=pixels, **noises)
 

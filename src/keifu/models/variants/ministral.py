@@ -94,18 +94,18 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def _read_ministral3(json: dict[str, Any]) -> Config:
     rope = json.get("rope_parameters") or json.get("rope_scaling") or _ROPE
-    found = hf.read_rope({**json, "rope_parameters": rope})
-    if (growth := rope.get("llama_4_scaling_beta")) is None or found["rope_scaling"] is None:
+    rope_fields = hf.read_rope({**json, "rope_parameters": rope})
+    if (growth := rope.get("llama_4_scaling_beta")) is None or rope_fields["rope_scaling"] is None:
         raise UserError("its rope_parameters need llama_4_scaling_beta and a rope_type such as yarn.")
-    return Config(**hf.read_fields(json, FIELDS3), **found, query_growth=float(growth))
+    return Config(**hf.read_fields(json, FIELDS3), **rope_fields, query_growth=float(growth))
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
     if config.query_growth is not None:
         rope = hf.write_rope(config.rope_theta, config.rope_scaling)
-        for each in (rope["rope_scaling"], rope["rope_parameters"]):
-            each["llama_4_scaling_beta"] = config.query_growth
+        for fields in (rope["rope_scaling"], rope["rope_parameters"]):
+            fields["llama_4_scaling_beta"] = config.query_growth
         kind = "ministral3"
         return {"sliding_window": None, **hf.write(config, {kind: MODEL_TYPES[kind]}, FIELDS3), **rope}
     everything = config.global_layers if config.sliding_window else range(config.n_layers)

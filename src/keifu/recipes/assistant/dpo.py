@@ -104,8 +104,8 @@ def prepare(recipe: Recipe) -> PreferenceTask:
         references = torch.zeros(len(learned), 2), torch.zeros(len(tested), 2)
     else:
         references = with_reference(model, learned, rows, pad), with_reference(model, tested, rows, pad)
-    found = learned, tested, rows, recipe.seed, pad, references
-    data = MarkedAnswers(model, (good[0], good[1]), *found) if good else PreferencePairs(*found)
+    prepared = learned, tested, rows, recipe.seed, pad, references
+    data = MarkedAnswers(model, (good[0], good[1]), *prepared) if good else PreferencePairs(*prepared)
     return PreferenceTask(model, tokenizer, data, dropped)
 
 
@@ -113,13 +113,13 @@ def examples(recipe: Recipe, tokenizer: Tokenizer, length: int) -> tuple[list[li
     """Return training and held-out pairs, for KTO the marks of their first answers, and how many were too long."""
     if recipe.loss != "kto":
         learned, tested, dropped = finetuning.ranked_examples(
-            recipe, lambda each: pairs(tokenizer, each), tuple, length, ("pairs are", "has ")
+            recipe, lambda ranked: pairs(tokenizer, ranked), tuple, length, ("pairs are", "has ")
         )
         return [learned, tested], [], dropped
     *parts, dropped = finetuning.ranked_examples(
-        recipe, lambda each: marked(tokenizer, each), lambda one: [one.turns], length, ("answers are", "has "), True
+        recipe, lambda ranked: marked(tokenizer, ranked), lambda one: [one.turns], length, ("answers are", "has "), True
     )
-    good = [torch.tensor([each.good for each in part]) for part in parts]
+    good = [torch.tensor([answer.good for answer in part]) for part in parts]
     return [with_others(part, length) for part in parts], good, dropped
 
 
@@ -141,29 +141,29 @@ def marked(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Marked]:
     return [Marked(sample_answer(tokenizer, ranked, i), float(good)) for i, good in enumerate(ranked.marks())]
 
 
-def with_others(found: Sequence[Marked], length: int) -> list[Pair]:
+def with_others(marked: Sequence[Marked], length: int) -> list[Pair]:
     """Pair each answer with the next answer to another prompt, put after its own prompt and cut to the length."""
-    prompts = [each.turns.ids[: each.turns.last_answer] for each in found]
+    prompts = [answer.turns.ids[: answer.turns.last_answer] for answer in marked]
     made = []
-    for i, (each, prompt) in enumerate(zip(found, prompts, strict=True)):
-        following = (index % len(found) for index in range(i + 1, i + len(found)))
-        other = found[next((index for index in following if prompts[index] != prompt), i)].turns
+    for i, (answer, prompt) in enumerate(zip(marked, prompts, strict=True)):
+        following = (index % len(marked) for index in range(i + 1, i + len(marked)))
+        other = marked[next((index for index in following if prompts[index] != prompt), i)].turns
         ids = [*prompt, *other.ids[other.last_answer :]]
         learned = [False] * len(prompt) + other.learned[other.last_answer :]
-        made.append(Pair(each.turns, TurnMasks(ids[:length], learned[:length])))
+        made.append(Pair(answer.turns, TurnMasks(ids[:length], learned[:length])))
     return made
 
 
-def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad_id: int) -> Tensor:
+def with_reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int, pad_id: int) -> Tensor:
     """Return the log-probabilities of both answers of each pair, [pairs, 2], under the untrained model; similar lengths
     are computed together. If processes share the model, each computes its part."""
     module = current().split(ObjectiveModule(model))
-    order = sorted(range(len(found)), key=lambda index: max(len(each.ids) for each in found[index]))
-    values = torch.zeros(len(found), 2)
-    with counting("Reading the answers", len(found), "pairs") as progress, unadapted(model):
+    order = sorted(range(len(pairs)), key=lambda index: max(len(turns.ids) for turns in pairs[index]))
+    values = torch.zeros(len(pairs), 2)
+    with counting("Reading the answers", len(pairs), "pairs") as progress, unadapted(model):
         for at in range(0, len(order), batch_size):
             indices = order[at : at + batch_size]
-            batch = on_device(stack_rows([found[index] for index in indices], pad_id), next(model.parameters()).device)
+            batch = on_device(stack_rows([pairs[index] for index in indices], pad_id), next(model.parameters()).device)
             values[indices] = module(reference, batch).cpu()
             progress(min(at + batch_size, len(order)))
     current().discard_gradients(module)  # FSDP holds the whole of some weights after a forward pass

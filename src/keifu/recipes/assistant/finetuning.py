@@ -242,8 +242,8 @@ def prompt_parts(
 ) -> tuple[list[RankedResponses], list[RankedResponses]]:
     """Split the preferences into training and held-out ones; the same question is never on both sides. single: answers
     with a mark are preferences too."""
-    found = list(read_preferences(source, single))
-    return held_out(found, [each.prompt[-1]["content"] for each in found], share)
+    preferences = list(read_preferences(source, single))
+    return held_out(preferences, [ranked.prompt[-1]["content"] for ranked in preferences], share)
 
 
 def ranked_examples(
@@ -258,15 +258,15 @@ def ranked_examples(
     too long, which is an error unless they may be. `message` is the error's text before and after the length."""
     fitting, dropped = list[list[T]](), 0
     for side in prompt_parts(recipe.data, recipe.held_out, single):
-        found = [example for ranked in side for example in make(ranked)]
-        longest = [max(len(answer.ids) for answer in answers(one)) for one in found]
+        examples = [example for ranked in side for example in make(ranked)]
+        longest = [max(len(answer.ids) for answer in answers(one)) for one in examples]
         over = [size for size in longest if size > length]
         if over and not recipe.drop_long:
             raise UserError(
-                f"{len(over):,} of {len(found):,} {message[0]} longer than {length} tokens, the longest {message[1]}"
+                f"{len(over):,} of {len(examples):,} {message[0]} longer than {length} tokens, the longest {message[1]}"
                 f"{max(over)}: leave them out with --drop-long, or choose a longer --context-length."
             )
-        fitting.append([one for one, size in zip(found, longest, strict=True) if size <= length])
+        fitting.append([one for one, size in zip(examples, longest, strict=True) if size <= length])
         dropped += len(over)
     learned, tested = fitting
     return learned, tested, dropped
@@ -325,8 +325,8 @@ class RolloutOptions(AssistantOptions):
 
     def parts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Return prompts to learn from, and held out."""
-        found = prompts(self.data, self.sums, self.seed)
-        return held_out(found, [each.text for each in found], self.held_out)
+        drawn = prompts(self.data, self.sums, self.seed)
+        return held_out(drawn, [prompt.text for prompt in drawn], self.held_out)
 
 
 def prompts(source: str, sums: SumPrompts, seed: int) -> Sequence[Prompt]:
@@ -405,9 +405,9 @@ def measured(names: Sequence[str]) -> dict[str, RewardOptions]:
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"--measured names {twice} twice: leave one out.")
     split = (re.split(r"[/\\:]", name.replace(".py:", ":")) for name in names)
-    parts = [[part for part in each if part not in ("", ".")] for each in split]
+    parts = [[part for part in words if part not in ("", ".")] for words in split]
     for depth in range(1, max(map(len, parts), default=1) + 1):
-        short = ["_".join(each[-depth:]) for each in parts]
+        short = ["_".join(words[-depth:]) for words in parts]
         if len(set(short)) == len(short):
             return {f"measured_{label}": make_rewards(name) for label, name in zip(short, names, strict=True)}
     raise UserError(f"--measured {' '.join(names)}: these are the same names, so their figures would be one.")

@@ -131,7 +131,7 @@ def check(phase: Phase, done: dict[str, dict[str, Any]]) -> None:
     if phase.name not in done:
         return
     if changed := compare(done[phase.name], flat(asdict(phase.recipe))):
-        names = ", ".join(f"--{phase.name}.{each}" for each in changed)
+        names = ", ".join(f"--{phase.name}.{option}" for option in changed)
         raise UserError(
             f"The step {phase.name} is done, and these options of it differ: {names}; put them back, or choose another "
             "folder with --out."

@@ -125,8 +125,8 @@ class PPOTask(RolloutTask):
 
 def prepare(recipe: Recipe) -> PPOTask:
     """Load policy and reward, read the prompts and the text, and keep the reference model."""
-    own = {each.name: vars(recipe)[each.name] for each in fields(PPOSettings) if each.name in vars(recipe)}
-    rule = PPOSettings(**own, text_weight=recipe.text.weight)
+    options = {field.name: vars(recipe)[field.name] for field in fields(PPOSettings) if field.name in vars(recipe)}
+    rule = PPOSettings(**options, text_weight=recipe.text.weight)
     by = finetuning.make_rewards(recipe.reward)
     parts = recipe.parts()
     check_fields(recipe.reward, [*parts[0], *parts[1]])
@@ -135,7 +135,7 @@ def prepare(recipe: Recipe) -> PPOTask:
     value = value_model(recipe, by, policy, tokenizer)
     model = ActorCritic(to_train(policy, recipe.lora, recipe.seed), value)
     mix = pretraining_mix(recipe, policy, tokenizer)
-    scorers = {name: each.scorer for name, each in finetuning.measured(recipe.measured).items()}
+    scorers = {name: reward.scorer for name, reward in finetuning.measured(recipe.measured).items()}
     data = PPOBatches(model.policy, reference, tokenizer, *parts, by.scorer, recipe.plan(1), scorers,
                       value=value, rule=rule, pretraining=mix)  # fmt: skip
     return PPOTask(model, tokenizer, data, by, rule)
@@ -154,7 +154,7 @@ def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Token
             "model: choose --value policy, or a reward model that was trained from the same model."
         )
     value = copy.deepcopy(chosen.model.model)
-    room, needed = (each.config.context_length for each in (value, policy))
+    room, needed = (model.config.context_length for model in (value, policy))
     if room < needed:
         raise UserError(f"The value model's context of {room} is shorter than the policy's {needed}: --value policy.")
     to_train(value.decoder, recipe.lora, recipe.seed + 1)

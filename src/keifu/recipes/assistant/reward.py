@@ -69,9 +69,9 @@ def prepare(recipe: Recipe) -> RewardTask:
     length = finetuning.row_length(model, recipe.context_length)
     answers, reason = attrgetter("answers"), ("prompts have an answer", "")
     learned, tested, dropped = finetuning.ranked_examples(
-        recipe, lambda each: [ranking_of(tokenizer, each)], answers, length, reason
+        recipe, lambda ranked: [ranking_of(tokenizer, ranked)], answers, length, reason
     )
-    shown = demonstrations(recipe.demonstrations, tokenizer, length) or [each.answers[0].ids for each in learned]
+    shown = demonstrations(recipe.demonstrations, tokenizer, length) or [ranking.answers[0].ids for ranking in learned]
     tokenizer = finetuning.padding(tokenizer, shown)
     data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
     model = with_score_head(model, recipe.lora, recipe.seed)
@@ -102,9 +102,9 @@ def ranking_of(tokenizer: Tokenizer, ranked: RankedResponses) -> Ranking:
 
 def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> list[list[int]]:
     """Return conversations that fit, as ids; none where there is no file of them."""
-    found = [tokenizer.render_turns(each)[0] for each in conversations.read(source)] if source else []
-    short = [ids for ids in found if len(ids) <= length]
-    if found and not short:
+    rendered = [tokenizer.render_turns(chat)[0] for chat in conversations.read(source)] if source else []
+    short = [ids for ids in rendered if len(ids) <= length]
+    if rendered and not short:
         raise UserError(f"No demonstration in {source} fits a row of {length} tokens.")
     return short
 

@@ -29,6 +29,7 @@ from keifu.training.loop import Summary
 from keifu.training.protocols import Objective
 
 SAMPLES = 3
+SAMPLE_TOKENS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,28 +79,28 @@ def prepare(recipe: Recipe) -> SFTTask:
     objective, distill = recipe.distill.objective(tokenizer, length, model), recipe.distill
     training, unseen = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
     learned, tested = (
-        fit_conversations([TurnMasks(*tokenizer.render_turns(each)) for each in part], length, recipe.too_long)
+        fit_conversations([TurnMasks(*tokenizer.render_turns(chat)) for chat in part], length, recipe.too_long)
         for part in (training, unseen)
     )
     rows, pad = (learned.kept, tested.kept), tokenizer.pad_id or 0
     model = finetuning.to_train(model, recipe.lora, recipe.seed)
-    own = model, tokenizer, distill.own_share, distill.max_tokens
-    data = partial(StudentAnswers, *own) if distill.own_share else PackedConversations
+    needed = model, tokenizer, distill.own_share, distill.max_tokens
+    data = partial(StudentAnswers, *needed) if distill.own_share else PackedConversations
     data = data(*rows, length, recipe.batch_size, recipe.seed, pad, recipe.packed)
     return SFTTask(model, tokenizer, data, learned, tested, unseen[:SAMPLES], objective)
 
 
-def select_conversations(found: list[Conversation], limit: int | None) -> list[Conversation]:
+def select_conversations(chats: list[Conversation], limit: int | None) -> list[Conversation]:
     """Choose at most `most` of them, at even distances."""
     if limit is not None and limit < 2:
         raise UserError(f"limit is {limit}, and at least 2 conversations are needed.")
-    return found if limit is None or limit >= len(found) else [found[i * len(found) // limit] for i in range(limit)]
+    return chats if limit is None or limit >= len(chats) else [chats[i * len(chats) // limit] for i in range(limit)]
 
 
-def split(found: Sequence[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
+def split(chats: Sequence[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
     """Split the conversations by their beginnings into training and held-out ones, so that the same question is never
     on both sides."""
-    return held_out(found, [each[0]["content"] for each in found], share)
+    return held_out(chats, [chat[0]["content"] for chat in chats], share)
 
 
 def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False) -> Summary:
@@ -122,7 +123,7 @@ def answers(task: SFTTask) -> str:
     for conversation in task.shown:
         asked = next(message["content"] for message in conversation if message["role"] == "user")
         talk = Talk(task.model, task.tokenizer)
-        said = "".join(talk.reply(asked, max_tokens=80, seed=0))
+        said = "".join(talk.reply(asked, max_tokens=SAMPLE_TOKENS, seed=0))
         lines.append(f"{asked}\n> {said}" + ("" if talk.finish_reason == "stop" else " ..."))
     return "\n\n".join(lines)
 

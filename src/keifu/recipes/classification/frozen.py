@@ -34,14 +34,14 @@ def learn(recipe: TableOptions, training: Examples, unseen: Examples, out: Path)
     labels = training.classes
     numbers = {label: number for number, label in enumerate(labels)}
     targets = torch.tensor([numbers[label] for label in training.labels])
-    found = fit_best(inputs, targets, len(labels))
-    classifier = with_regression(model, config, labels, found)
+    regression = fit_best(inputs, targets, len(labels))
+    classifier = with_regression(model, config, labels, regression)
     checkpoints.save(classifier, tokenizer, out)
     tested = confusion(classifier, tokenizer, unseen, recipe) if len(unseen) else None
-    text = sentence(len(training), found, tested)
+    text = sentence(len(training), regression, tested)
     facts = {
         "encoder": recipe.model, "data": recipe.data, "rows": len(training), "held out": len(unseen), "cut": shortened,
-        "strength C": found.strength, "cross-validated accuracy": found.accuracy,
+        "strength C": regression.strength, "cross-validated accuracy": regression.accuracy,
     }  # fmt: skip
     pictures = {} if tested is None else {"confusion": tested.picture()}
     title = f"Logistic regression on frozen embeddings learns “{Path(recipe.data).stem}”"
@@ -50,15 +50,15 @@ def learn(recipe: TableOptions, training: Examples, unseen: Examples, out: Path)
     return tested
 
 
-def with_regression(model: Any, config: bert.Config, labels: tuple[str, ...], found: Regression) -> bert.Bert:
+def with_regression(model: Any, config: bert.Config, labels: tuple[str, ...], regression: Regression) -> bert.Bert:
     """Return the encoder with the regression as its classification head."""
     without = replace(config, labels=(), sentence_head=False)
     heads: dict[str, Any] = {"labels": labels, "sentence_head": True, "words": False, "next_sentence": False}
     classifier = bert.with_heads(model, without, pooled=False, **heads)
     assert classifier.sentence_head is not None
     with torch.no_grad():
-        classifier.sentence_head.project.weight.copy_(found.weight)
-        classifier.sentence_head.project.bias.copy_(found.bias)
+        classifier.sentence_head.project.weight.copy_(regression.weight)
+        classifier.sentence_head.project.bias.copy_(regression.bias)
     return classifier
 
 
@@ -69,10 +69,10 @@ def confusion(model: bert.Bert, tokenizer: Any, validation: Examples, recipe: Ta
     return judge.confusion(validation, judge.predict_proba(rows))
 
 
-def sentence(rows: int, found: Regression, tested: Confusion | None) -> str:
+def sentence(rows: int, regression: Regression, tested: Confusion | None) -> str:
     """Return the figures in words: accuracy in cross-validation, and on held-out rows if there are any."""
     first = (
-        f"Cross-validation on the {rows:,} training rows: accuracy {found.accuracy:.1%} (strength C = "
-        f"{found.strength:g}, chosen there)."
+        f"Cross-validation on the {rows:,} training rows: accuracy {regression.accuracy:.1%} (strength C = "
+        f"{regression.strength:g}, chosen there)."
     )
     return first if tested is None else f"{first}\nOn held-out texts: {tested.verdict()}"

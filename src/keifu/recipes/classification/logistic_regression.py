@@ -59,9 +59,9 @@ def fit(
 def folds(targets: Int[Tensor, "rows"], count: int) -> Int[Tensor, "rows"]:
     """Return the fold of each row; the rows of each label are dealt out in turn, so that all folds are alike."""
     order = targets.argsort(stable=True)
-    found = torch.empty_like(targets)
-    found[order] = torch.arange(len(targets)) % count
-    return found
+    folds_of_rows = torch.empty_like(targets)
+    folds_of_rows[order] = torch.arange(len(targets)) % count
+    return folds_of_rows
 
 
 def cross_validate(
@@ -84,5 +84,5 @@ def cross_validate(
 def fit_best(inputs: Float[Tensor, "rows dim"], targets: Int[Tensor, "rows"], labels: int) -> Regression:
     """Return the regression on all rows, at the strength with the lowest cross-entropy in cross-validation."""
     figures = cross_validate(inputs, targets, labels)
-    strength = min(STRENGTHS, key=lambda each: figures[each])
+    strength = min(STRENGTHS, key=lambda value: figures[value])
     return Regression(*fit(inputs, targets, labels, strength), strength, figures[strength][1])

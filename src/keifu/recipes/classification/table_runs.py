@@ -102,9 +102,9 @@ def train_classifier(
     counts = {"learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
 
     def sample(step: int) -> str:
-        found = evaluate(task)
-        write_atomic(out / "confusion.png", found.picture())
-        return found.page()
+        confusion = evaluate(task)
+        write_atomic(out / "confusion.png", confusion.picture())
+        return confusion.page()
 
     summary = train_run(
         out, resume, task.model, objective, rows, settings, task.tokenizer, paper=paper, unit=unit,

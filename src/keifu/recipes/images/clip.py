@@ -194,9 +194,9 @@ def describe(task: ClipTask, languages: Sequence[str]) -> str:
     points = retrieval.embed_bytes(task.model, validation.batches(64))
     for code in languages:
         texts = retrieval.embed_texts(task.model, task.tokenizer, validation.texts(code), cut=True)
-        found = retrieval.recall_both_ways(points, texts)
-        for what, each in zip(("captions by picture", "pictures by caption"), found, strict=True):
-            shares = "  ".join(f"R@{first} {share:.1%}" for first, share in each.shares.items())
+        recalls = retrieval.recall_both_ways(points, texts)
+        for what, recall in zip(("captions by picture", "pictures by caption"), recalls, strict=True):
+            shares = "  ".join(f"R@{first} {share:.1%}" for first, share in recall.shares.items())
             lines.append(f"{code} {what}: {shares}  (of {len(validation):,})")
     return "\n".join(lines)
 

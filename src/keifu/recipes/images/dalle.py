@@ -96,7 +96,7 @@ class Recipe(image_runs.TextToImageOptions):
         )  # fmt: skip
 
     def ramps(self, steps: int) -> dict[str, Ramp]:
-        """Return the schedule of the loss: β rises in a tenth of the steps."""
+        """Return the schedules of the loss: β rises during a tenth of the steps."""
         return {
             losses.TEMPERATURE: Ramp(*TEMPERATURES, round(self.anneal * steps)),
             losses.KL_WEIGHT: Ramp(0.0, self.kl_weight, steps // 10),

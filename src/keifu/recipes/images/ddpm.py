@@ -249,7 +249,7 @@ def sampler(model: Any, seed: int) -> Callable[[int], bytes]:
 
     def sample(step: int) -> bytes:
         wanted = [ImageRequest(label=label) for label in classes] or [ImageRequest()]
-        drawn = torch.cat([PixelPipeline(model).draw(each, seeds) for each in wanted])
+        drawn = torch.cat([PixelPipeline(model).draw(request, seeds) for request in wanted])
         about = {"keifu": f"step {step}, sampler ddim, seeds {seeds[0]} to {seeds[-1]}"}
         return grid(drawn, columns=count if classes else None, about=about)
 

@@ -49,8 +49,8 @@ class Recipe(ddpm.PictureOptions):
         if self.autoencoder and (self.flip or self.dequantise):
             raise UserError("Latents are made once, of the pictures as they are: leave out --flip and --dequantise.")
         target = "flow" if self.schedule in (None, "flow") else "noise"
-        own = {"flip": False, "patch_size": 2} if self.autoencoder else {"patch_size": 4}
-        return self.filled(USUAL | {"target": target} | own)
+        shape = {"flip": False, "patch_size": 2} if self.autoencoder else {"patch_size": 4}
+        return self.filled(USUAL | {"target": target} | shape)
 
 
 def prepare(recipe: Recipe) -> ddpm.DiffusionTask:

@@ -240,11 +240,11 @@ def show(out: Path) -> None:
     charts = []
     for name, directory in ((name, out / folder) for folder, name in PARTS.items() if (out / folder).exists()):
         lines = metrics.last_metrics(metrics.read(directory))
-        found = {
+        points = {
             label: [[float(line["step"]), float(line[field])] for line in lines if field in line]
             for label, field in (("training", "loss"), ("validation", "validation_loss"))
         }
-        curves = [{"name": k, "points": v, "marked": k == "validation"} for k, v in found.items()]
+        curves = [{"name": k, "points": v, "marked": k == "validation"} for k, v in points.items()]
         charts.append({"title": f"{name}: loss", "y_label": "loss", "curves": curves})
         if pictures := sorted((directory / SAMPLES).glob("*.png")):
             write_atomic(out / f"{directory.name}.png", pictures[-1].read_bytes())

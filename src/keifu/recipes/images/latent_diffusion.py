@@ -214,7 +214,7 @@ def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -
     """Train the autoencoder into a folder of the run, with the scale that gives its latents a variance of 1."""
     loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
     budget = Budget(recipe.autoencoder_steps, recipe.autoencoder_minutes)
-    found = image_runs.train_part(
+    trained = image_runs.train_part(
         recipe, out / image_runs.AUTOENCODER, resume,
         partial(autoencoder_kl.build, recipe.autoencoder(parts.train.shape[0])), loss, parts, budget,
         title="An autoencoder learns to make pictures small",
@@ -222,25 +222,25 @@ def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -
         options={"loss": vars(loss), "flip": recipe.flip}, minutes=budget.limit, batch_size=recipe.autoencoder_batch,
         learning_rate=recipe.autoencoder_rate, final_ratio=0.0, weight_decay=0.0, betas=(0.9, 0.99),
     )  # fmt: skip
-    return set_scale(found, parts.train)
+    return set_scale(trained, parts.train)
 
 
-def set_scale(found: Any, pictures: ImageDataset) -> autoencoder_kl.AutoencoderKL:
+def set_scale(model: Any, pictures: ImageDataset) -> autoencoder_kl.AutoencoderKL:
     """Return the autoencoder with its `scale`: one over the standard deviation of the latents of these pictures, or of
     some spread over them (Rombach et al., 2022, appendix G)."""
-    one = replace(found.config, scale=1.0)
-    seen = encode_dataset(found, one.scale, pictures.chosen(range(0, len(pictures), 1 + len(pictures) // MEASURED)))
+    one = replace(model.config, scale=1.0)
+    seen = encode_dataset(model, one.scale, pictures.chosen(range(0, len(pictures), 1 + len(pictures) // MEASURED)))
     variance = seen.mean.var() + seen.deviation.square().mean()
-    found.config = replace(one, scale=round(float(variance.rsqrt()), 6))
-    return found
+    model.config = replace(one, scale=round(float(variance.rsqrt()), 6))
+    return model
 
 
 def encode_dataset(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: ImageDataset) -> EncodedImages:
     """Encode pictures as the latents of the diffusion, computed once."""
 
     def mean_and_deviation(pixels: Tensor) -> Tensor:
-        found = model.encode(to_signed(pixels))
-        return torch.stack([found.mean, torch.exp(0.5 * found.log_variance)], 1)
+        latents = model.encode(to_signed(pixels))
+        return torch.stack([latents.mean, torch.exp(0.5 * latents.log_variance)], 1)
 
     both = scale * image_runs.encode_pictures(model, mean_and_deviation, pictures)
     return EncodedImages(*(part.contiguous() for part in both.unbind(1)))

@@ -133,10 +133,10 @@ def prepare(recipe: Recipe) -> LoraImageTask:
 def open_pipeline(name: str) -> LatentDiffusionPipeline:
     """Return the model as a text-to-image diffusion model; any other is a `UserError`."""
     model, tokenizer = checkpoints.load(name, torch.float32)
-    found = image_pipeline(model.eval(), lambda: tokenizer)
-    if not isinstance(found, LatentDiffusionPipeline) or found.model.config.masked:
+    pipeline = image_pipeline(model.eval(), lambda: tokenizer)
+    if not isinstance(pipeline, LatentDiffusionPipeline) or pipeline.model.config.masked:
         raise UserError(f"{name} does not draw from a text alone by removing noise, and a LoRA here is for what does.")
-    return found
+    return pipeline
 
 
 def read(recipe: Recipe, painter: LatentDiffusionPipeline) -> ImageSplit:
@@ -165,7 +165,7 @@ def with_words(recipe: Recipe, parts: ImageSplit) -> ImageSplit:
                 raise UserError(f"The pictures of {recipe.data} have no captions: say what they show (--words).")
             return replace(part, captions={"und": (recipe.words,) * len(part)})
         languages = recipe.languages or tuple(part.captions)[:1]
-        texts = {each: tuple(f"{recipe.words} {text}".strip() for text in part.texts(each)) for each in languages}
+        texts = {code: tuple(f"{recipe.words} {text}".strip() for text in part.texts(code)) for code in languages}
         return replace(part, captions=texts)
 
     return ImageSplit(change(parts.train), change(parts.validation), change(parts.test))
@@ -173,14 +173,14 @@ def with_words(recipe: Recipe, parts: ImageSplit) -> ImageSplit:
 
 def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]:
     """Return the layers that get an adapter, and their names."""
-    found = dict[Target, LoraSettings]()
+    matched = dict[Target, LoraSettings]()
     sides = {"unet": (recipe.rank, recipe.targets), "text_encoder": (recipe.text_rank, recipe.text_targets)}
     for part, (rank, targets) in sides.items():
         known = {label: target for label, target in layers(model).items() if label.partition(".")[0] == part}
         if rank:
             way = LoraSettings(rank, float(rank) if recipe.alpha is None else recipe.alpha, dora=recipe.dora)
-            found |= dict.fromkeys(match_targets(known, targets), way)
-    return found
+            matched |= dict.fromkeys(match_targets(known, targets), way)
+    return matched
 
 
 def settings(recipe: Recipe) -> Settings:

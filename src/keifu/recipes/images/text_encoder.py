@@ -34,10 +34,10 @@ def two_towers_of(
     two_towers(model)
     if tokenizer is None:
         raise UserError(f"{directory} has no tokenizer, and captions must be read: give a CLIP that has one.")
-    found: Any = model
-    text_tokens(tokenizer, recipe.prompts, found.config.context_length, recipe.truncate)
-    tokens = caption_tokens(tokenizer, found.config.context_length, parts, recipe.languages, recipe.truncate)
-    return found, tokenizer, tokens
+    clip_model: Any = model
+    text_tokens(tokenizer, recipe.prompts, clip_model.config.context_length, recipe.truncate)
+    tokens = caption_tokens(tokenizer, clip_model.config.context_length, parts, recipe.languages, recipe.truncate)
+    return clip_model, tokenizer, tokens
 
 
 def _train(recipe: TextToImageOptions, directory: Path, resume: bool) -> None:

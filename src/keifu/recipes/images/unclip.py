@@ -175,8 +175,8 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     embed = partial(encode_pictures, towers, lambda pixels: towers.encode_image(ready.normalised(pixels)))
     tables = of_both(_visible_images(recipe, towers, parts), embed)
     with torch.no_grad():
-        for own, found in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
-            own.copy_(found)
+        for to, measured in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
+            to.copy_(measured)
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
     data = losses.add_embeddings(add_draws(batches, recipe.seed), _end(tokenizer), *tables)
     painter = UnclipPipeline(model, tokenizer)

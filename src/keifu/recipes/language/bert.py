@@ -110,9 +110,9 @@ def _begin(recipe: Recipe, out: Path) -> tuple[Any, Tokenizer]:
         sizes = replace(recipe.model, vocab_size=tokenizer.vocab_size, labels=())
         return bert.build(replace(sizes, words=True, next_sentence=pairs, pooled=pairs)).to(choose()), tokenizer
     loaded, tokenizer = checkpoints.load(recipe.start_from, torch.float32)
-    found = encoder(loaded).config
-    heads = {"words": True, "next_sentence": pairs or found.next_sentence, "pooled": pairs or found.pooled}
-    return bert.with_heads(loaded, found, **heads).to(choose()), tokenizer
+    config = encoder(loaded).config
+    heads = {"words": True, "next_sentence": pairs or config.next_sentence, "pooled": pairs or config.pooled}
+    return bert.with_heads(loaded, config, **heads).to(choose()), tokenizer
 
 
 def _facts(text: Text, shards: SentenceShards) -> dict[str, Any]:

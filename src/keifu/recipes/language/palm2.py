@@ -116,7 +116,7 @@ def prepare(mixture: Mixture, vocab_size: int, sentinels: int = SENTINELS, out: 
     pairs = zip(mixture.sources, prepare_mixture(mixture, tokenizer), strict=True)
     total = sum(source.weight for source in mixture.sources)
     return PreparedMixture(
-        mixture, tokenizer, [WeightedSource(source.name, source.weight / total, own) for source, own in pairs]
+        mixture, tokenizer, [WeightedSource(source.name, source.weight / total, shards) for source, shards in pairs]
     )
 
 
@@ -163,39 +163,35 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     return learn(recipe, prepare(mixture, recipe.vocab_size, recipe.sentinels, out), out, resume)
 
 
-def learn(recipe: Recipe, found: PreparedMixture, out: Path, resume: bool = False) -> Summary:
+def learn(recipe: Recipe, prepared: PreparedMixture, out: Path, resume: bool = False) -> Summary:
     """Return the same from a mixture that is ready."""
-    config = replace(recipe.model, vocab_size=found.tokenizer.vocab_size)
+    config = replace(recipe.model, vocab_size=prepared.tokenizer.vocab_size)
     torch.manual_seed(recipe.training.seed)
     model = palm.build(config).to(choose())
-    task, checks = task_of(recipe, found.tokenizer)
+    task, checks = task_of(recipe, prepared.tokenizer)
     training = recipe.training
-    data = MixedText(found.sources, task, config.context_length, training.growth, training.seed, checks)
+    data = MixedText(prepared.sources, task, config.context_length, training.growth, training.seed, checks)
     objective = partial(masked_share_loss, objective=span_corruption, names=data.figures)
-    saved = losses_by_mode(found.tokenizer) if recipe.objective == "ul2" else found.tokenizer
+    saved = losses_by_mode(prepared.tokenizer) if recipe.objective == "ul2" else prepared.tokenizer
     epochs = data.epochs(training.steps)
     if often := [f"{name} ({count:.1f})" for name, count in epochs.items() if count > OFTEN]:
         print(f"These sources are small for their weight and come more than {OFTEN} times: {', '.join(often)}.")
 
     def save(directory: Path) -> None:
         checkpoints.save(model, saved, directory)
-        sources = {s.name: _keep_best(asdict(s)) for s in found.mixture.sources}
-        content = {"held_out": found.mixture.held_out, "sources": sources}
+        fields = {source.name: asdict(source).items() for source in prepared.mixture.sources}
+        sources = {name: {key: v for key, v in items if v and key != "name"} for name, items in fields.items()}
+        content = {"held_out": prepared.mixture.held_out, "sources": sources}
         write_atomic(directory / "mixture.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-    mixture = {source.name: [source.data, source.weight] for source in found.mixture.sources}
+    mixture = {source.name: [source.data, source.weight] for source in prepared.mixture.sources}
     told = {"objective": recipe.objective, "shares": recipe.shares, "prefix": recipe.prefix}
-    facts = [_facts(*pair, epochs) for pair in zip(found.mixture.sources, found.sources, strict=True)]
+    facts = [_facts(*pair, epochs) for pair in zip(prepared.mixture.sources, prepared.sources, strict=True)]
     run = Run(
         out, resume, options={"model": asdict(config), "recipe": told, "mixture": mixture},
         about={"title": "palm2", "parameters": parameters(model), "data": facts},
     )  # fmt: skip
     return train(model, objective, data, training, run, _sampler(recipe, model, saved), save, data.largest())
-
-
-def _keep_best(source: dict[str, Any]) -> dict[str, Any]:
-    """Describe a source as in a mixture's file."""
-    return {key: value for key, value in source.items() if value and key != "name"}
 
 
 def _facts(source: Any, made: WeightedSource, epochs: dict[str, float]) -> dict[str, Any]:

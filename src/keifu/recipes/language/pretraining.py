@@ -36,6 +36,7 @@ from keifu.training.protocols import Objective
 from keifu.training.settings import Settings
 
 VALIDATION_TOKENS = 100_000
+SAMPLE_TOKENS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +115,8 @@ def tokenizer_of(text: Text, out: Path | None = None, **options: Any) -> Tokeniz
         return load_prepared_tokenizer(text.data)
     if text.tokenizer not in KINDS:
         known = in_catalogue(text.tokenizer)
-        found = load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))
-        return found.replace(chat_template=None, generation_config=None)
+        tokenizer = load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))
+        return tokenizer.replace(chat_template=None, generation_config=None)
     given = "".join(f"-{option}" for option, value in options.items() if value)
     given += "".join(f"-{option}={value}" for option, value in text.form.settings().items())
     name = f"{text.tokenizer}-{text.vocab_size}{given}-{content_hash(text.data, text.form)[:16]}"
@@ -161,7 +162,7 @@ def pretrain(
         objective = with_balancing(objective, balancing)
 
     def sample(step: int) -> str:
-        return prompt + generate(model, task.tokenizer, prompt or "\n", raw=True, max_tokens=100, seed=step)
+        return prompt + generate(model, task.tokenizer, prompt or "\n", raw=True, max_tokens=SAMPLE_TOKENS, seed=step)
 
     return train_run(
         out, resume, model, objective, data, settings, task.tokenizer, title=name, parameters=parameters(model),

@@ -58,7 +58,7 @@ class Recipe:
         start = mlp.Recipe(
             self.data, self.label, self.hidden, steps=self.steps, learning_rate=self.learning_rate, seed=self.seed
         )
-        return [replace(start, activation=each, loss=loss) for loss in self.losses for each in self.activations]
+        return [replace(start, activation=name, loss=loss) for loss in self.losses for name in self.activations]
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

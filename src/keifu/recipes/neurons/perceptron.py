@@ -76,11 +76,11 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """
     lesson = prepare(recipe)
     table, targets = lesson.table, lesson.table.targets.double()
-    found = perceptron.separate(lesson.seen, targets)
-    if found.separator is None:
-        refuse(recipe, table, found, out)
+    proof = perceptron.separate(lesson.seen, targets)
+    if proof.separator is None:
+        refuse(recipe, table, proof, out)
     print(
-        f"{recipe.data}: {len(targets)} rows; widest margin γ = {found.margin:.4g}, longest row R = {found.radius:.4g}."
+        f"{recipe.data}: {len(targets)} rows; widest margin γ = {proof.margin:.4g}, longest row R = {proof.radius:.4g}."
     )
     stages = list(learn(lesson, recipe))
     updates, plane = stages[-1]
@@ -88,25 +88,25 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     if wrong := int((neuron(table.inputs) != targets).sum()):
         raise UserError(
             f"After {updates} corrections {wrong} of {len(targets)} rows are still wrong, and the bound is (R/γ)² = "
-            f"{found.bound:,.0f}: allow more with --max-updates."
+            f"{proof.bound:,.0f}: allow more with --max-updates."
         )
     checkpoints.save(neuron, None, out)
     text = (
-        f"Learned after {updates} corrections; Novikoff's bound is (R/γ)² = {found.bound:,.1f}.\n"
+        f"Learned after {updates} corrections; Novikoff's bound is (R/γ)² = {proof.bound:,.1f}.\n"
         f"The output is {table.classes[1]} where {formula(plane, table.columns)}, else {table.classes[0]}."
     )
-    facts = {"corrections": updates, "bound": found.bound, "margin γ": found.margin, "longest row R": found.radius}
+    facts = {"corrections": updates, "bound": proof.bound, "margin γ": proof.margin, "longest row R": proof.radius}
     pictures = {"boundary": draw(lesson, stages)} if len(table.columns) == 2 else {}
     write_page(out, f"A perceptron learns “{Path(recipe.data).stem}”", text, facts | vars(recipe), pictures)
     print(f"{text}\nThe neuron is in {out}; report.html there shows how it learned.")
 
 
-def refuse(recipe: Recipe, table: Table, found: Separation, out: Path) -> NoReturn:
+def refuse(recipe: Recipe, table: Table, proof: Separation, out: Path) -> NoReturn:
     """Raise the error that says why no plane separates the classes; draw the reason if there are two columns."""
-    text = refusal(recipe, table, found)
-    if found.exact and len(table.columns) == 2:
+    text = refusal(recipe, table, proof)
+    if proof.exact and len(table.columns) == 2:
         title = f"{Path(recipe.data).stem}: no line parts the classes"
-        write_atomic(out / "proof.png", decision_boundary.crossing(table, found.mixture, title))
+        write_atomic(out / "proof.png", decision_boundary.crossing(table, proof.mixture, title))
         text += f" {out / 'proof.png'} shows it."
     raise UserError(text)
 
@@ -165,16 +165,16 @@ def formula(plane: Plane, columns: tuple[str, ...]) -> str:
     return f"{terms if len(weights) <= 6 else 'Σ w x'} ≥ {-bias + 0.0:.4g}".replace("+ -", "- ")
 
 
-def refusal(recipe: Recipe, table: Table, found: Separation) -> str:
+def refusal(recipe: Recipe, table: Table, proof: Separation) -> str:
     """Say that the data cannot be separated, why that is certain, and what to use instead."""
     advice = f"Use keifu train mlp --data {shell(recipe.data)}: a hidden layer can part them."
-    if not found.exact:
+    if not proof.exact:
         return (
             f"{recipe.data} is not linearly separable as far as float64 can tell: no plane leaves a margin above "
-            f"{found.margin:.1e} (the longest row is {found.radius:.3g}). {advice}"
+            f"{proof.margin:.1e} (the longest row is {proof.radius:.3g}). {advice}"
         )
-    sides = [describe(table, found.mixture, kind) for kind in (1, 0)]
-    shared = 2 * ((found.mixture * (table.targets == 1)) @ table.inputs)
+    sides = [describe(table, proof.mixture, kind) for kind in (1, 0)]
+    shared = 2 * ((proof.mixture * (table.targets == 1)) @ table.inputs)
     where = f" {numbers(shared.tolist())}" if len(shared) <= 6 else ""
     return (
         f"{recipe.data} is not linearly separable, so no single neuron can learn it: the point{where} is a mixture "

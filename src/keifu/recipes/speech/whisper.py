@@ -86,9 +86,9 @@ def counting_errors(tokenizer: Tokenizer, begin: int, tokens_per_word: float) ->
     """
 
     def loss(model: Any, batch: Batch) -> LossOutput:
-        found = transcription(model, batch)
+        output = transcription(model, batch)
         if model.training:
-            return found
+            return output
         longest = batch["target"].shape[1]
         state = model.listen(batch["features"], longest)
         tokens = written = batch["target"][:, :begin]
@@ -97,7 +97,7 @@ def counting_errors(tokenizer: Tokenizer, begin: int, tokens_per_word: float) ->
             written = torch.cat([written, tokens], 1)
         pairs = zip(*(map(said, rows.tolist()) for rows in (written, batch["target"])), strict=True)
         wrong = sum(word_errors(*pair) for pair in pairs) * tokens_per_word
-        return found._replace(figures={"word_error_rate": found.total.new_tensor(wrong)})
+        return output._replace(figures={"word_error_rate": output.total.new_tensor(wrong)})
 
     def said(row: list[int]) -> list[str]:
         """Return the words up to the end of a transcript."""
@@ -108,20 +108,20 @@ def counting_errors(tokenizer: Tokenizer, begin: int, tokens_per_word: float) ->
 
 def prepare(recipe: Recipe) -> tuple[nn.Module, Objective, OwnBatches, Tokenizer]:
     """Read the recordings, learn the tokenizer and build the model."""
-    found, _ = read_recordings(recipe.data)
-    learned, validation = held_out(range(len(found)), [each.speaker for each in found], recipe.held_out)
-    tokenizer = learn_tokenizer([" " + found[number].text for number in learned], recipe.vocab_size)
+    recordings, _ = read_recordings(recipe.data)
+    learned, validation = held_out(range(len(recordings)), [clip.speaker for clip in recordings], recipe.held_out)
+    tokenizer = learn_tokenizer([" " + recordings[number].text for number in learned], recipe.vocab_size)
     end, start = (tokenizer.token_id(token) for token in SPECIAL[:2])
     config = replace(recipe.model, vocab_size=tokenizer.vocab_size, start_id=start, end_id=end, pad_id=end)
     prompt = speech_tokens(config, tokenizer).prompt(None, "transcribe")
-    ids = [[*prompt, *tokenizer.encode(" " + each.text), end] for each in found]
+    ids = [[*prompt, *tokenizer.encode(" " + clip.text), end] for clip in recordings]
     if (most := max(map(len, ids)) - 1) > config.context_length:
         raise UserError(f"A transcript has {most} tokens: set --model.context-length to at least that.")
-    features = torch.stack([hear(each, config.n_mels, 2 * config.audio_length) for each in found])
+    features = torch.stack([hear(clip, config.n_mels, 2 * config.audio_length) for clip in recordings])
     target, mask = stack_rows(ids, end)
     source = {"features": features, "target": target, "target_mask": mask}
     data = OwnBatches(source, recipe.training.batch_size, recipe.training.seed, validation)
-    said = sum(len(words(found[number].text)) for number in validation)
+    said = sum(len(words(recordings[number].text)) for number in validation)
     per_word = sum(len(ids[number]) - 1 for number in validation) / max(1, said)
     torch.manual_seed(recipe.training.seed)
     return whisper.build(config).to(choose()), counting_errors(tokenizer, len(prompt), per_word), data, tokenizer

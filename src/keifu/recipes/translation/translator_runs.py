@@ -102,7 +102,7 @@ def prepare_pairs(options: TranslationOptions, out: Path | None = None) -> Trans
     `out`: the folder of the run, which keeps the tokenizer that it learned."""
     pairs = _read(options, options.data)
     validation, test = (
-        None if each is None else _read(options, each) for each in (options.validation_data, options.test_data)
+        None if path is None else _read(options, path) for path in (options.validation_data, options.test_data)
     )
     parts = split(pairs, validation=validation, test=test)
     tokenizer = _tokenizer(options, parts.train, out)
@@ -186,8 +186,8 @@ def start_model(name: str, build: Callable[[Any], nn.Module], config: Any) -> nn
     """Return a model with the sizes and the weights of another, and the dropout of this run."""
     started: Any = checkpoints.load_model(name, torch.float32)  # no copy: a process then reads its part alone
     check_start(name, started, type(config))
-    own = {field.name: vars(config)[field.name] for field in fields(config) if "dropout" in field.name}
-    model = build(replace(started.config, **own))
+    dropouts = {field.name: vars(config)[field.name] for field in fields(config) if "dropout" in field.name}
+    model = build(replace(started.config, **dropouts))
     model.load_state_dict(started.state_dict(), assign=True)  # of a file, the part that this process will hold
     return model
 
@@ -205,8 +205,8 @@ def _data(
     options: TranslationOptions, task: TranslationTask, context_length: int, batching: Callable[[np.ndarray], Batching]
 ) -> PairData:
     """Return both parts as ids; what is too long for the model is left out, and said."""
-    own, special = task.tokenizer.sides[0], special_ids(task.tokenizer)
-    source = special if own.eos_id is None else special_ids(own)
+    reader, special = task.tokenizer.sides[0], special_ids(task.tokenizer)
+    source = special if reader.eos_id is None else special_ids(reader)
     train, validation = (_fitting(task, part, context_length) for part in (task.parts.train, task.parts.validation))
     most = max(8000, options.tokens_per_batch)
     return PairData(train, validation, special, batching(train.sizes()), options.seed, most, source)
@@ -215,11 +215,11 @@ def _data(
 def _fitting(task: TranslationTask, rows: list[Pair], context_length: int) -> EncodedPairs:
     ways = task.tokenizer.encode_batch, task.tokenizer.encode_target_batch
     source, target = (encode(way, [pair[side] for pair in rows]) for side, way in enumerate(ways))
-    found = EncodedPairs(source, target).fitting(context_length)
-    if left_out := len(rows) - len(found):
+    fitting = EncodedPairs(source, target).fitting(context_length)
+    if left_out := len(rows) - len(fitting):
         limit = f"{context_length} tokens, which is all that the model takes"
         _print_sentence(f"{left_out:,} of {len(rows):,} pairs have a side longer than {limit}, and are left out.")
-    return found
+    return fitting
 
 
 def settings_of(options: TranslationOptions, steps: int, **chosen: Any) -> Settings:
@@ -249,8 +249,8 @@ def _sampler(task: TranslationTask, model: nn.Module) -> Callable[[int], str]:
 
     def sample(step: int) -> str:
         sources = [source for source, _ in shown[:SAMPLES]]
-        found = translate_texts(model, task.tokenizer, sources, TranslationParams(beam=1), lambda text: [text])
-        rows = zip(shown, found, strict=False)
+        translations = translate_texts(model, task.tokenizer, sources, TranslationParams(beam=1), lambda text: [text])
+        rows = zip(shown, translations, strict=False)
         return "\n".join(f"{source}\n  = {target}\n  > {made.text}" for (source, target), [made] in rows)
 
     return sample

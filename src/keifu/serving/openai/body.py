@@ -50,7 +50,7 @@ class Body(BaseModel):
             facts.ignored += [name] * changes
             if name in OF_STREAMS and value not in (None, 0, "0") and data.get("stream") in (None, False, "false"):
                 raise about("refused_field", name, f"{name} is for streams: give stream as true too, or leave it out.")
-            known = [field.alias or own for own, field in cls.model_fields.items()]
+            known = [field.alias or name for name, field in cls.model_fields.items()]
             if name not in absent and name not in known:
                 raise about("unknown_field", name, str(unknown("field", name, known)))
         return {name: value for name, value in data.items() if name not in absent}

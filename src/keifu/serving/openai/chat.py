@@ -132,8 +132,8 @@ def _tokens(answer: Answer, piece: Piece) -> list[dict[str, Any]]:
     def entry(token: int, value: float) -> dict[str, Any]:
         return {"token": token_text(tokenizer, token), "logprob": value, "bytes": [*token_bytes(tokenizer, token)]}
 
-    own = piece.token, piece.log_probability
+    chosen = piece.token, piece.log_probability
     top = list(piece.top_log_probabilities)
     if top and piece.token not in dict(top):
-        top.append(own)
-    return [{**entry(*own), "top_logprobs": [entry(*pair) for pair in top]}]
+        top.append(chosen)
+    return [{**entry(*chosen), "top_logprobs": [entry(*pair) for pair in top]}]

@@ -48,8 +48,8 @@ class CompletionChoice:
     def add(self, text: str, token: int, value: float | None, top: Any) -> None:
         """Add one more token, and the text that it completes."""
         if self.top is not None:
-            own = [(token, value)] if self.top and value is not None else []  # it may be none of the likeliest
-            both = dict(likeliest(self.tokenizer, [*top, *own])) if own else None
+            chosen = [(token, value)] if self.top and value is not None else []  # it may be none of the likeliest
+            both = dict(likeliest(self.tokenizer, [*top, *chosen])) if chosen else None
             self.tokens.append((token_text(self.tokenizer, token), value, both, self.length))
         self.text += text
         self.length += len(text)

@@ -53,8 +53,8 @@ class Grammar(NamedTuple):
 
 def schema_grammar(schema: Any) -> Grammar:
     """Return the grammar of the JSON that follows a schema; see `json_schema.checked` for what is refused."""
-    own = checked(schema, "response_format")
-    return Grammar(LLMatcher.grammar_from_json_schema(own, overrides=LAYOUT), "response_format")
+    grammar_schema = checked(schema, "response_format")
+    return Grammar(LLMatcher.grammar_from_json_schema(grammar_schema, overrides=LAYOUT), "response_format")
 
 
 def constraints(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int) -> Callable[[], GrammarConstraint]:

@@ -60,15 +60,15 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes, for these models."""
 
     async def compute(about: Description, inputs: Sequence[str] | Sequence[list[int]], cut: bool) -> tuple[Tensor, int]:
-        found, tokens = await models.worker(about.name).call(partial(embed_inputs, about=about, inputs=inputs, cut=cut))
+        rows, tokens = await models.worker(about.name).call(partial(embed_inputs, about=about, inputs=inputs, cut=cut))
         current().prompt_tokens = tokens
-        return found, tokens
+        return rows, tokens
 
     async def embed(body: EmbeddingRequest) -> dict[str, Any]:
         about = models.find(body.model, "embedding")
         embeddings, tokens = await compute(about, body.inputs, body.cut)
         encoded = _base64(embeddings) if body.encoding_format == "base64" else embeddings.tolist()
-        data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(encoded)]
+        data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(encoded)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": about.name, "usage": usage}
 

@@ -152,7 +152,7 @@ def _requests(
     shown = tool_format(tokenizer).special(tokenizer).values() if tools else ()
     seeds = [((sampling.seed or 0) + choice) % 2**63 for choice in range(body.n or 1)]
     given = [InsertedImages(prompt, config) if isinstance(prompt, ImagePrompt) else prompt for prompt in ids]
-    pairs = [(each.tokens, each) if isinstance(each, InsertedImages) else (each, None) for each in given]
+    pairs = [(prompt.tokens, prompt) if isinstance(prompt, InsertedImages) else (prompt, None) for prompt in given]
     limits, settings = (config.vocab_size, config.context_length), [replace(sampling, seed=seed) for seed in seeds]
     return [
         Request(tokens, setting, tokenizer, *limits, constraint(), shown, images)

@@ -94,7 +94,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         work = partial(_draw_all, body=body, files=files, fingerprints=fingerprints, show=show)
         data = await models.worker(body.model).call(work)
         if body.response_format == "url":
-            data = [{"url": f"data:image/png;base64,{each['b64_json']}", "seed": each["seed"]} for each in data]
+            data = [{"url": f"data:image/png;base64,{made['b64_json']}", "seed": made["seed"]} for made in data]
         return {"created": int(time.time()), "data": data}
 
     async def answer(body: ImageGenerationRequest, request: Request, files: Files, kind: str) -> Response:
@@ -152,9 +152,9 @@ async def _events(work: Callable[[Show], Any], kind: str) -> AsyncGenerator[dict
     try:
         while (event := await out.get()) is not None:
             yield event
-        found = await task
-        for number, each in enumerate(found["data"]):
-            yield {"type": f"{kind}.completed", "index": number, "created_at": found["created"], **each}
+        result = await task
+        for number, made in enumerate(result["data"]):
+            yield {"type": f"{kind}.completed", "index": number, "created_at": result["created"], **made}
     finally:
         task.cancel()
 

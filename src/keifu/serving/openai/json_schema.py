@@ -93,38 +93,38 @@ def narrowed(schema: Any, open_parts: bool) -> Any:
     """
     if not isinstance(schema, Mapping):
         return schema
-    found = dict(schema)
+    result = dict(schema)
     for key in BY_NAME:
-        if isinstance(found.get(key), Mapping):
-            found[key] = {name: narrowed(each, open_parts) for name, each in found[key].items()}
+        if isinstance(result.get(key), Mapping):
+            result[key] = {name: narrowed(part, open_parts) for name, part in result[key].items()}
     for key in ("items", "additionalProperties", "prefixItems", *COMBINED):
-        if isinstance(found.get(key), list):
-            found[key] = [narrowed(each, open_parts) for each in found[key]]
-        elif key in found:
-            found[key] = narrowed(found[key], open_parts)
-    known = found.get("properties")
-    if isinstance(known, Mapping) and not open_parts and not {"patternProperties", "additionalProperties"} & {*found}:
-        required = found.get("required")
+        if isinstance(result.get(key), list):
+            result[key] = [narrowed(part, open_parts) for part in result[key]]
+        elif key in result:
+            result[key] = narrowed(result[key], open_parts)
+    known = result.get("properties")
+    if isinstance(known, Mapping) and not open_parts and not {"patternProperties", "additionalProperties"} & {*result}:
+        required = result.get("required")
         if not isinstance(required, list) or all(name in known for name in required):
-            found["additionalProperties"] = False
-    return found if LIMITED & {*found} else found | _bounds(found)
+            result["additionalProperties"] = False
+    return result if LIMITED & {*result} else result | _bounds(result)
 
 
 def _bounds(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return further limits for the values of a schema."""
     types = schema.get("type")
     kinds = types if isinstance(types, list) else [types]
-    found: dict[str, Any] = {}
+    bounds: dict[str, Any] = {}
     if "string" in kinds and not {"maxLength", "pattern", "format"} & {*schema}:
-        found["maxLength"] = MOST_CHARACTERS
+        bounds["maxLength"] = MOST_CHARACTERS
         if isinstance(schema.get("minLength"), int):
-            found["maxLength"] = max(MOST_CHARACTERS, schema["minLength"])
+            bounds["maxLength"] = max(MOST_CHARACTERS, schema["minLength"])
     if {"integer", "number"} & {*filter(None, kinds)}:
         limits = [schema.get(key) for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")]
         given = [limit for limit in limits if isinstance(limit, int | float)]
         if all(abs(limit) <= MOST_INTEGER for limit in given):
-            found |= {} if {"minimum", "exclusiveMinimum"} & {*schema} else {"minimum": -MOST_INTEGER}
-            found |= {} if {"maximum", "exclusiveMaximum"} & {*schema} else {"maximum": MOST_INTEGER}
+            bounds |= {} if {"minimum", "exclusiveMinimum"} & {*schema} else {"minimum": -MOST_INTEGER}
+            bounds |= {} if {"maximum", "exclusiveMaximum"} & {*schema} else {"maximum": MOST_INTEGER}
         if "number" in kinds and "multipleOf" not in schema and all(limit == int(limit) for limit in given):
-            found["multipleOf"] = SMALLEST_STEP
-    return found
+            bounds["multipleOf"] = SMALLEST_STEP
+    return bounds

@@ -26,15 +26,15 @@ def open_images(messages: Sequence[Mapping[str, Any]], folder: Path | None) -> l
     count = sum(len(message.get("images", ())) for message in messages)
     if count > MOST_IMAGES:
         raise UserError(f"The messages have {count} pictures, and at most {MOST_IMAGES} are read: send fewer.")
-    left, number, found = PICTURE_BYTES, 0, []
+    left, number, opened = PICTURE_BYTES, 0, []
     for message in messages:
         images: list[Image.Image] = []
         for url in message.get("images", ()):
             number += 1
             images.append(read_image(_file(url, folder), f"Picture {number}", left).image)
             left -= 4 * images[-1].width * images[-1].height
-        found.append({**message, "images": images} if images else dict(message))
-    return found
+        opened.append({**message, "images": images} if images else dict(message))
+    return opened
 
 
 def _file(url: str, folder: Path | None) -> Path | bytes:

@@ -97,8 +97,8 @@ class Turn:
         async with aclosing(self._events()) as events:
             async for event in events:
                 if "response" in event:
-                    found = event["response"]
-        return found
+                    answer = event["response"]
+        return answer
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the response as events, numbered."""
@@ -123,11 +123,11 @@ class Turn:
         cut = self.reason == "length"
         for event in self._end("incomplete" if cut or self.reply.unfinished else "completed"):
             yield event
-        found = self._finish("incomplete" if cut else "completed")
-        yield {"type": f"response.{found['status']}", "response": found}
+        answer = self._finish("incomplete" if cut else "completed")
+        yield {"type": f"response.{answer['status']}", "response": answer}
 
     def _go_on(self, part: Delta) -> Iterator[dict[str, Any]]:
-        """Yield the events of one more part: a new item if it begins one."""
+        """Yield the events of the next delta, and those of a new item if it begins one."""
         kind = "reasoning" if part.call == THOUGHTS else "function_call" if part.call >= 0 else "message"
         if not self.output or part.name or self.output[-1]["type"] != kind:
             yield from self._end("completed")
@@ -173,7 +173,7 @@ class Turn:
 
     def _finish(self, status: str) -> dict[str, Any]:
         """Return the finished response, and store it if it is to be kept."""
-        found = self._object(status)
+        answer_object = self._object(status)
         if self.stored is not None:
             calls = {"tool_calls": self.reply.calls} if self.reply.calls and not self.reply.unfinished else {}
             thoughts = {"reasoning_content": self.reply.reasoning} if self.reply.reasoning else {}
@@ -182,8 +182,8 @@ class Turn:
             if not calls and len(earlier) > 1 and last["role"] == "assistant" and "tool_calls" not in last:
                 answer["content"] = last["content"] + answer["content"]  # the answer continues it
                 earlier = earlier[:-1]
-            self.stored.add(found, [*earlier, answer])
-        return found
+            self.stored.add(answer_object, [*earlier, answer])
+        return answer_object
 
     def _object(self, status: str) -> dict[str, Any]:
         answer, body, going = self.answer, self.body, status == "in_progress"
@@ -206,16 +206,12 @@ class Turn:
 
 def _message(index: int, name: str) -> dict[str, Any]:
     item = {"type": "message", "id": f"msg_{name}_{index}", "status": "in_progress", "role": "assistant"}
-    return {**item, "content": [_part("")]}
+    return {**item, "content": [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]}
 
 
 def _thoughts(index: int, name: str) -> dict[str, Any]:
     item = {"type": "reasoning", "id": f"rs_{name}_{index}", "status": "in_progress", "summary": []}
     return {**item, "content": [{"type": "reasoning_text", "text": ""}]}
-
-
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:

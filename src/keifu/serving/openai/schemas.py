@@ -77,10 +77,10 @@ class Sampling(Body):
     def options(self) -> SamplingOptions:
         """Return the fields of `SamplingParams` that were given."""
         names = SamplingOptions.__annotations__.keys() & type(self).model_fields.keys() - {"logit_bias"}
-        found: Any = {name: value for name in names if (value := getattr(self, name)) is not None}
+        options: Any = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.logit_bias:
-            found["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
-        return found
+            options["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        return options
 
     @property
     def includes_usage(self) -> bool:
@@ -90,10 +90,10 @@ class Sampling(Body):
 
 def _json_object(text: str) -> str:
     try:
-        found = json.loads(text or "{}")
+        value = json.loads(text or "{}")
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        value = None
+    if not isinstance(value, dict):
         raise ValueError("it must be a JSON object, as text")
     return text or "{}"
 
@@ -135,11 +135,11 @@ class Message(Body):
 
     def plain(self) -> dict[str, Any]:
         """Return the message as chat templates take it: parts are joined by line breaks."""
-        found = {"role": "system" if self.role == "developer" else self.role, **content_of(self.content)}
+        message = {"role": "system" if self.role == "developer" else self.role, **content_of(self.content)}
         calls = [call.model_dump(exclude={"index"}) for call in self.tool_calls or ()] or None
-        found |= {"name": self.name, "tool_calls": calls, "tool_call_id": self.tool_call_id}
-        found |= {"reasoning_content": self.reasoning_content}
-        return {name: value for name, value in found.items() if value is not None}
+        message |= {"name": self.name, "tool_calls": calls, "tool_call_id": self.tool_call_id}
+        message |= {"reasoning_content": self.reasoning_content}
+        return {name: value for name, value in message.items() if value is not None}
 
 
 class Function(Body):
@@ -275,7 +275,7 @@ class ChatRequest(Sampling):
     def tool_use(self) -> ToolUse | None:
         """Return the functions that may be called, or None."""
         name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-        functions = [each.function for each in self.tools or ()]
+        functions = [tool.function for tool in self.tools or ()]
         return tool_use(functions, self.tool_choice, name, self.parallel_tool_calls)
 
     def options(self) -> SamplingOptions:
@@ -392,25 +392,25 @@ class ResponseRequest(Sampling):
 
     def options(self) -> SamplingOptions:
         """Return the options of `Sampling` with this body's own."""
-        found = super().options()
-        return found if self.max_output_tokens is None else {**found, "max_tokens": self.max_output_tokens}
+        options = super().options()
+        return options if self.max_output_tokens is None else {**options, "max_tokens": self.max_output_tokens}
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """Input as messages; calls belong to the message of the assistant before them, thoughts to the one after."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
-        found: list[dict[str, Any]] = []
-        for each in (item.plain() for item in self.input):
-            last = found[-1] if found and found[-1]["role"] == "assistant" else {}
-            if "tool_calls" in each and last:
-                last["tool_calls"] = [*last.get("tool_calls", ()), *each["tool_calls"]]
-            elif each["role"] == "assistant" and "reasoning_content" in last and not last["content"]:
-                thoughts = last["reasoning_content"] + each.get("reasoning_content", "")
-                last |= {"content": each["content"], "reasoning_content": thoughts}
+        messages: list[dict[str, Any]] = []
+        for message in (item.plain() for item in self.input):
+            last = messages[-1] if messages and messages[-1]["role"] == "assistant" else {}
+            if "tool_calls" in message and last:
+                last["tool_calls"] = [*last.get("tool_calls", ()), *message["tool_calls"]]
+            elif message["role"] == "assistant" and "reasoning_content" in last and not last["content"]:
+                thoughts = last["reasoning_content"] + message.get("reasoning_content", "")
+                last |= {"content": message["content"], "reasoning_content": thoughts}
             else:
-                found.append(each)
-        return found
+                messages.append(message)
+        return messages
 
     @model_validator(mode="after")
     def _tools_agree(self) -> "ResponseRequest":

@@ -76,8 +76,8 @@ def routes(app: FastAPI, models: ServedModels, folder: Path | None) -> None:
             query, tokens = embed_inputs(model, tokenizer, go_on, about, [body.query], body.cut)
             return index(about.source, (model, tokenizer)).nearest(query, body.limit), tokens
 
-        found, tokens = await models.worker(about.name).call(nearest)
-        data = [{**asdict(passage), "score": score} for score, passage in found]
+        hits, tokens = await models.worker(about.name).call(nearest)
+        data = [{**asdict(passage), "score": score} for score, passage in hits]
         current().prompt_tokens = tokens
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": about.name, "usage": usage}

@@ -50,14 +50,14 @@ class ToolFormat:
 
     def trigger(self, tokenizer: Tokenizer) -> str:
         """Return the start of the opening, which tells calls from text: one token, or everything before the JSON."""
-        added = [each.content for each in tokenizer.backend.get_added_tokens_decoder().values()]
+        added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
         tokens = [token for token in added if self.opening.startswith(token)]
         return max(tokens, key=len, default="") or re.split(r"[{\[]", self.opening)[0].rstrip() or self.opening
 
     def special(self, tokenizer: Tokenizer) -> dict[str, int]:
         """Return the special tokens in it with their ids."""
         whole = "\n".join((self.opening, self.middle, self.between or "", self.closing))
-        return {each: token for token in tokenizer.special_ids if (each := _token(tokenizer, token)) in whole}
+        return {word: token for token in tokenizer.special_ids if (word := _token(tokenizer, token)) in whole}
 
 
 HERMES = ToolFormat(
@@ -74,8 +74,8 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat:
     """Return the form in which the tokenizer's template writes calls; Hermes' form if it writes none, or no JSON."""
     for count in (2, 1):
         with suppress(UserError):
-            if found := _probe(tokenizer, PROBES[:count]):
-                return found
+            if tool_format := _probe(tokenizer, PROBES[:count]):
+                return tool_format
     return HERMES
 
 
@@ -91,8 +91,8 @@ def _probe(tokenizer: Tokenizer, names: Sequence[str]) -> ToolFormat | None:
     if names[0] not in prompt or not whole.startswith(prompt):
         return None
     answer = whole[len(prompt) :]
-    found = [re.search(rf'{name}(.*?)\{{\s*"probe":\s*"{name}"\s*\}}', answer, re.DOTALL) for name in names]
-    first, last = found[0], found[-1]
+    matches = [re.search(rf'{name}(.*?)\{{\s*"probe":\s*"{name}"\s*\}}', answer, re.DOTALL) for name in names]
+    first, last = matches[0], matches[-1]
     if first is None or last is None or first[1] != last[1]:
         return None
     ends = [at for end in tokenizer.stop_ids if (at := answer.find(_token(tokenizer, end), last.end())) >= 0]
@@ -112,7 +112,7 @@ def with_objects(messages: Messages) -> list[dict[str, Any]]:
         return call | {"function": call["function"] | {"arguments": json.loads(call["function"]["arguments"])}}
 
     calls = [[with_object(call) for call in message.get("tool_calls") or ()] for message in messages]
-    return [{**message, "tool_calls": own or None} for message, own in zip(messages, calls, strict=True)]
+    return [{**message, "tool_calls": own_calls or None} for message, own_calls in zip(messages, calls, strict=True)]
 
 
 def render(
@@ -146,7 +146,7 @@ def _in_words(messages: Messages, functions: Sequence[Mapping[str, Any]]) -> lis
     The functions are in the system message, calls are words of the assistant, and results are words of the user.
     """
     described = TOLD.format(functions="\n".join(json.dumps(function, ensure_ascii=False) for function in functions))
-    found: list[dict[str, Any]] = [{"role": "system", "content": described}] if functions else []
+    turns: list[dict[str, Any]] = [{"role": "system", "content": described}] if functions else []
     for message in messages:
         role, text = message["role"], message.get("content") or ""
         if role == "tool":
@@ -154,11 +154,11 @@ def _in_words(messages: Messages, functions: Sequence[Mapping[str, Any]]) -> lis
         for call in message.get("tool_calls") or ():
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             text += ("\n" if text else "") + HERMES.opening + name + HERMES.middle + arguments + HERMES.closing
-        if found and role == found[-1]["role"]:
-            both = [found.pop()["content"], text]
+        if turns and role == turns[-1]["role"]:
+            both = [turns.pop()["content"], text]
             text = "\n\n".join(reversed(both) if role == "system" else both)
-        found.append({"role": role, "content": text})
-    return found
+        turns.append({"role": role, "content": text})
+    return turns
 
 
 @dataclass(frozen=True)
@@ -179,14 +179,14 @@ class ToolUse:
             return " ".join(f"<[{special[part]}]>" if part in special else json.dumps(part) for part in parts if part)
 
         able = [function for function in self.functions if self.choice in ("auto", "required", function["name"])]
-        calls = [f"{literal(each['name'] + form.middle)} a{index}" for index, each in enumerate(able)]
+        calls = [f"{literal(function['name'] + form.middle)} a{index}" for index, function in enumerate(able)]
         more = f"({literal(form.between)} call)*" if self.parallel and form.between else ""
         start = self._start(form, tokenizer, literal, schema)
         rules = [f"call: {' | '.join(calls)}", f"calls: call {more} {literal(form.closing)}"]
-        for index, each in enumerate(able):
-            given = each.get("parameters") or {}
-            own = given if {"$ref", *COMBINED} & given.keys() else {"type": "object", "properties": {}, **given}
-            rules.append(f"a{index}: %json {json.dumps(checked(own, 'tools') | {'x-guidance': LAYOUT})}")
+        for index, tool in enumerate(able):
+            given = tool.get("parameters") or {}
+            parameters = given if {"$ref", *COMBINED} & given.keys() else {"type": "object", "properties": {}, **given}
+            rules.append(f"a{index}: %json {json.dumps(checked(parameters, 'tools') | {'x-guidance': LAYOUT})}")
         return Grammar(LLMatcher.grammar_from_lark("\n".join([*start, *rules])), "tools")
 
     def _start(self, form: ToolFormat, tokenizer: Tokenizer, literal: Any, schema: Any) -> list[str]:
@@ -249,17 +249,17 @@ class Reply:
             return [Delta(text)] if text else []
         self._held += text
         steps = iter(partial(self._next, self.form, last), None)
-        found = [step for step in steps if any((step.content, step.name, step.arguments))]
-        self.text += "".join(each.content for each in found)
-        return found
+        deltas = [step for step in steps if any((step.content, step.name, step.arguments))]
+        self.text += "".join(delta.content for delta in deltas)
+        return deltas
 
     def parts(self, text: str, last: bool) -> list[Delta]:
         """`push`, with the thoughts first."""
-        found = self.push(text, last)
-        return [Delta(self.thought, THOUGHTS), *found] if self.thought else found
+        deltas = self.push(text, last)
+        return [Delta(self.thought, THOUGHTS), *deltas] if self.thought else deltas
 
     def _next(self, form: ToolFormat, last: bool) -> Delta | None:
-        """One step; None where more text is needed."""
+        """Return one step; None where more text is needed."""
         if self._state == "text":
             return self._plain(form, last)
         if self._state == "name":
@@ -282,9 +282,9 @@ class Reply:
         if start >= 0:
             if len(self._held) < start + len(form.opening):
                 return None if not start else self._cut(start, "text")
-            found = Delta(self._held[:start])
+            delta = Delta(self._held[:start])
             self._cut(start + len(form.opening), "name")
-            return found
+            return delta
         most = min(len(self._held), len(self.trigger) - 1)
         ends = (n for n in range(most, 0, -1) if self._held.endswith(self.trigger[:n]))
         kept = 0 if last else next(ends, 0)  # it may become the trigger
@@ -295,14 +295,14 @@ class Reply:
         if not self._held:
             return None
         length, state = len(self._held), "arguments"
-        for found in re.finditer(r'\\.|["{}\[\]]', self._held, re.DOTALL):
-            sign = found[0]
+        for match in re.finditer(r'\\.|["{}\[\]]', self._held, re.DOTALL):
+            sign = match[0]
             if sign == '"':
                 self._quoted = not self._quoted
             elif not self._quoted and len(sign) == 1:
                 self._depth += 1 if sign in "{[" else -1
                 if not self._depth:
-                    length, state = found.end(), "after"
+                    length, state = match.end(), "after"
                     break
         if state == "arguments" and len(self._held) - len(self._held.rstrip("\\")) & 1:
             length -= 1  # what it escapes has not come

@@ -47,12 +47,12 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         def work(model: nn.Module, tokenizer: Any, go_on: GoOn) -> Transcript:
             return transcribe(model, tokenizer, read_sound(data, SECONDS, name, go_on), wanted, go_on)
 
-        found = await while_connected(request.receive, worker.call(work))
-        if found is None:
+        done = await while_connected(request.receive, worker.call(work))
+        if done is None:
             return Response(status_code=LEFT)
         if body.response_format in FORMATS:
-            return PlainTextResponse(FORMATS[body.response_format](found))
-        return json_response({"text": found.text} | (_verbose(found, task) if body.response_format != "json" else {}))
+            return PlainTextResponse(FORMATS[body.response_format](done))
+        return json_response({"text": done.text} | (_verbose(done, task) if body.response_format != "json" else {}))
 
     more: Any = {"tags": ["sound"], "openapi_extra": _form()}
 
@@ -87,14 +87,14 @@ def _form() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-def _verbose(found: Transcript, task: Task) -> dict[str, Any]:
+def _verbose(done: Transcript, task: Task) -> dict[str, Any]:
     """Return the fields of verbose_json, whose segments have OpenAI's names."""
     segments = [
         {
-            "id": n, "seek": 0, "start": each.start, "end": each.end, "text": each.text, "tokens": each.tokens,
-            "temperature": each.temperature, "avg_logprob": each.mean_log_probability, "no_speech_prob": each.no_speech,
-            "compression_ratio": compression_ratio(each.text),
+            "id": n, "seek": 0, "start": part.start, "end": part.end, "text": part.text, "tokens": part.tokens,
+            "temperature": part.temperature, "avg_logprob": part.mean_log_probability, "no_speech_prob": part.no_speech,
+            "compression_ratio": compression_ratio(part.text),
         }
-        for n, each in enumerate(found.segments)
+        for n, part in enumerate(done.segments)
     ]  # fmt: skip
-    return {"task": task, "language": found.language or "en", "duration": found.duration, "segments": segments}
+    return {"task": task, "language": done.language or "en", "duration": done.duration, "segments": segments}

@@ -87,8 +87,8 @@ def _fields(body: MessagesRequest) -> dict[str, Any]:
     turns += [turn for message in body.messages for turn in _turns(message)]
     kept = {name: getattr(body, name) for name in ("model", "max_tokens", "temperature", "top_k", "top_p")}
     tools = [
-        {"name": each.get("name"), "description": each.get("description"), "parameters": each.get("input_schema")}
-        for each in body.tools or ()
+        {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool.get("input_schema")}
+        for tool in body.tools or ()
     ]
     given = body.tool_choice or {}
     choice: Any = CHOICES.get(given.get("type", ""), given.get("type"))
@@ -128,27 +128,27 @@ def _turns(turn: AnthropicMessage) -> Iterator[dict[str, Any]]:
         else:
             rest.append({name: value for name, value in block.items() if name != "cache_control"})
     if rest or calls or thoughts:
-        found = {"tool_calls": calls or None, "reasoning_content": thoughts or None}
-        yield {"role": turn.role, "content": rest or "", **{name: each for name, each in found.items() if each}}
+        fields = {"tool_calls": calls or None, "reasoning_content": thoughts or None}
+        yield {"role": turn.role, "content": rest or "", **{name: value for name, value in fields.items() if value}}
 
 
 async def _message(answer: Answer) -> dict[str, Any]:
     """Return the whole message."""
-    found: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     async with aclosing(_events(answer)) as events:
         async for event in events:
             if event["type"] == "message_start":
-                found = event["message"]
+                message = event["message"]
             elif event["type"] == "content_block_start":
-                found["content"].append(event["content_block"] | {"held": ""})
+                message["content"].append(event["content_block"] | {"held": ""})
             elif event["type"] == "content_block_delta":
-                found["content"][-1]["held"] += next(text for name, text in event["delta"].items() if name != "type")
+                message["content"][-1]["held"] += next(text for name, text in event["delta"].items() if name != "type")
             elif event["type"] == "message_delta":
-                found |= event["delta"] | {"usage": event["usage"]}
-    for block in found["content"]:
+                message |= event["delta"] | {"usage": event["usage"]}
+    for block in message["content"]:
         withheld = block.pop("held")
         block |= {"input": _object(withheld)} if block["type"] == "tool_use" else {block["type"]: withheld}
-    return found
+    return message
 
 
 def _object(arguments: str) -> dict[str, Any]:

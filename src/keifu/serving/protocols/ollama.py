@@ -62,7 +62,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     async def tags() -> Response:
         chatting = [description for description in models.descriptions.values() if "chat" in description.uses]
         began = datetime.fromtimestamp(models.began, UTC).isoformat()
-        entries = [{"name": each.name, "model": each.name, "size": each.size} for each in chatting]
+        entries = [{"name": model.name, "model": model.name, "size": model.size} for model in chatting]
         more = {"modified_at": began, "digest": "", "details": {"family": "keifu", "format": "safetensors"}}
         return json_response({"models": [entry | more for entry in entries]})
 
@@ -74,7 +74,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 def _fields(body: OllamaChat) -> dict[str, Any]:
     """Return the request in OpenAI's fields."""
     options = body.options or {}
-    kept = {own: options[name] for name, own in OPTIONS.items() if options.get(name) is not None}
+    kept = {ours: options[name] for name, ours in OPTIONS.items() if options.get(name) is not None}
     if isinstance(kept.get("max_tokens"), int) and kept["max_tokens"] < 0:  # to the end
         del kept["max_tokens"]
     form: Any = None
@@ -88,8 +88,8 @@ def _fields(body: OllamaChat) -> dict[str, Any]:
         for call in turn.tool_calls or ():
             function = call.get("function") or {}
             arguments = json.dumps(function.get("arguments"))
-            own = {"name": function.get("name"), "arguments": arguments}
-            calls.append({"id": f"call{len(turns)}x{len(calls)}", "type": "function", "function": own})
+            named = {"name": function.get("name"), "arguments": arguments}
+            calls.append({"id": f"call{len(turns)}x{len(calls)}", "type": "function", "function": named})
         more: dict[str, Any] = {"tool_calls": calls} if calls else {}
         if turn.role == "tool":
             more = {"tool_call_id": f"call{number}x0", "name": turn.tool_name}
@@ -120,7 +120,7 @@ async def _lines(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
                     yield line({"content": part.content})
             reason = finish_reason(piece, reply) or reason
     functions = [call["function"] for call in reply.calls[: len(reply.calls) - reply.unfinished]]
-    calls = [{"function": {**each, "arguments": json.loads(each["arguments"] or "{}")}} for each in functions]
+    calls = [{"function": {**call, "arguments": json.loads(call["arguments"] or "{}")}} for call in functions]
     if calls:
         yield line({"tool_calls": calls})
     end, usage = time.monotonic_ns(), answer.usage
@@ -134,12 +134,12 @@ async def _lines(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
 async def _all(answer: Answer) -> dict[str, Any]:
     """Return the whole answer."""
     message: dict[str, Any] = {"role": "assistant", "content": ""}
-    found: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
     async with aclosing(_lines(answer)) as lines:
         async for line in lines:
             message["content"] += line["message"]["content"]
             if thought := line["message"].get("thinking"):
                 message["thinking"] = message.get("thinking", "") + thought
             message |= {"tool_calls": calls} if (calls := line["message"].get("tool_calls")) else {}
-            found = line
-    return {**found, "message": message}
+            whole = line
+    return {**whole, "message": message}

@@ -70,7 +70,7 @@ class Cost:
 
 
 def activations(trainer: Trainer, batch: Batch) -> tuple[int, int]:
-    """Bytes kept for the backward pass, without parameters, and the bytes of the largest tensor among them.
+    """Return the bytes kept for the backward pass, without parameters, and the bytes of the largest tensor among them.
 
     On CUDA, the peak memory of both passes by its allocator, and 0: nothing has to be added to that.
     """
@@ -114,7 +114,7 @@ def backward(trainer: Trainer, batch: Batch) -> None:
 
 
 def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
-    """Measures a run on rows of its first batch; weights, buffers and the state of random generators are restored.
+    """Measure a run on rows of its first batch; weights, buffers and the state of random generators are restored.
 
     Without `micro_batch`, as many rows are computed at a time as fit into 80% of the free memory. Where not even one
     row fits, it raises a `UserError` with the amounts and advice.
@@ -172,7 +172,7 @@ def _linear(trainer: Trainer, batch: Batch, rows: int) -> tuple[int, int]:
 
 
 def _optimizer(trainer: Trainer) -> tuple[int, float]:
-    """Bytes of the optimizers' state and seconds of an update, by an update with rate 0, which is undone."""
+    """Return the bytes of the optimizers' state and seconds of an update, by an update with rate 0, which is undone."""
     trainer.optimizers.prime()
     kept = sum(tensor.nbytes for tensor in trainer.optimizers.state().values())
     seconds = peak.time_call(trainer.optimizers.prime, trainer.device)

@@ -44,14 +44,14 @@ def explain_out_of_memory() -> Iterator[None]:
 
 
 def _requested_bytes(message: str) -> str:
-    found = ASKED.search(message)
-    if not found:
+    match = ASKED.search(message)
+    if not match:
         return ""
-    return f": {format_bytes(float(found[1].rstrip('.')) * UNITS.get(found[2] or 'bytes', 1))} more were asked for"
+    return f": {format_bytes(float(match[1].rstrip('.')) * UNITS.get(match[2] or 'bytes', 1))} more were asked for"
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every number is finite; wait for the device."""
+    """Return whether every number is finite; wait for the device."""
     return bool(tensor.isfinite().all())
 
 
@@ -64,39 +64,39 @@ def first_not_finite(model: nn.Module, work: Callable[[], Tensor]) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not is_finite(tensor):
             return f"{name} itself holds {_bad(tensor)}"
-    found: list[str] = []
-    with _watch_modules(model, found):
+    complaints: list[str] = []
+    with _watch_modules(model, complaints):
         loss = work()
-        if not found and not is_finite(loss):
-            found.append("the loss is the first number that is not finite: the outputs of all modules are")
-        if not found:
+        if not complaints and not is_finite(loss):
+            complaints.append("the loss is the first number that is not finite: the outputs of all modules are")
+        if not complaints:
             loss.backward()
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None and not is_finite(parameter.grad):
-                    found.append(f"the gradient of {name} holds {_bad(parameter.grad)}")
-    return found[0] if found else NOT_AGAIN
+                    complaints.append(f"the gradient of {name} holds {_bad(parameter.grad)}")
+    return complaints[0] if complaints else NOT_AGAIN
 
 
 @contextmanager
-def _watch_modules(model: nn.Module, found: list[str]) -> Iterator[None]:
+def _watch_modules(model: nn.Module, complaints: list[str]) -> Iterator[None]:
     """Run a block in which every module whose output, or the gradient of it, is not finite is added to `found`."""
     with ExitStack() as hooks, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Full backward hook is firing")  # modules whose inputs have no gradient
         for name, module in model.named_modules():
             layer = f"{name or 'the model'} ({type(module).__name__})"
-            output = partial(_check, found, f"output of {layer}")
-            gradient = partial(_check, found, f"gradient that reaches {layer}")
+            output = partial(_check, complaints, f"output of {layer}")
+            gradient = partial(_check, complaints, f"gradient that reaches {layer}")
             hooks.callback(module.register_forward_hook(output).remove)
             hooks.callback(module.register_full_backward_pre_hook(gradient).remove)
         yield
 
 
-def _check(found: list[str], what: str, *call: object) -> None:
+def _check(complaints: list[str], what: str, *call: object) -> None:
     """Check the module's output, or the gradients of it, which is the last argument of a hook."""
     tensors = call[-1] if isinstance(call[-1], tuple | list) else call[-1:]
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_finite(tensor):
-            found.append(f"the {what} is the first that holds {_bad(tensor)}")
+            complaints.append(f"the {what} is the first that holds {_bad(tensor)}")
             return
 
 

@@ -103,14 +103,14 @@ class Architecture:
         return 12 * self.layers * self.width * self.context
 
     def can_split(self, tensor: int) -> bool:
-        """Return whether `keifu train` can split the model over so many processes along --mesh.tensor."""
+        """Return whether `keifu train` can split the model over this number of processes along --mesh.tensor."""
         kv_heads = self.kv_heads or self.heads
         heads = self.heads % tensor == 0 and (kv_heads % tensor == 0 or tensor % kv_heads == 0)
         return tensor == 1 or (self.splits and heads and (self.hidden or 0) % tensor == 0)
 
     @property
     def flops(self) -> int:
-        """FLOPs a token, forward and backward, with attention."""
+        """Return the FLOPs of a token, forward and backward, with attention."""
         return 6 * (self.active or self.parameters) + self.attention
 
 
@@ -248,25 +248,25 @@ def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int
         for layout in _layouts(model, devices, kind, batch)
         if (layout.tensor == 1 or not trained.rank) and (layout.tensor * layout.shard == 1 or trained.splits)
     ]
-    found = [_planned(model, layout, devices, kind, batch, trained) for layout in layouts]
-    fitting = [each for each in found if sum(each.memory.values()) <= USED * kind.memory]
+    plans = [_planned(model, layout, devices, kind, batch, trained) for layout in layouts]
+    fitting = [plan for plan in plans if sum(plan.memory.values()) <= USED * kind.memory]
     if not fitting:
-        least = min((sum(each.memory.values()) for each in found), default=math.inf)
+        least = min((sum(plan.memory.values()) for plan in plans), default=math.inf)
         raise UserError(
             f"The training does not fit: it takes at least {least / 1e9:,.0f} GB on each device, which has "
             f"{kind.memory / 1e9:.0f} GB; take more devices."
         )
-    return min(fitting, key=lambda each: (each.step, -each.layout.rows))
+    return min(fitting, key=lambda plan: (plan.step, -plan.layout.rows))
 
 
 def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Iterator[PodLayout]:
-    """Every layout of powers of two, or of what divides the devices, with at least a row for each group."""
+    """Yield every layout of powers of two, or of what divides the devices, with at least a row for each group."""
     for tensor, checkpointing in product((1, 2, 4, 8, 16), AGAIN):
         if tensor > kind.machine or devices % tensor or not model.can_split(tensor):
             continue
         groups = devices // tensor
         rows = max(1, round(batch / model.context / groups))
-        for shard in (each for each in range(1, groups + 1) if groups % each == 0):
+        for shard in (count for count in range(1, groups + 1) if groups % count == 0):
             for part in {1, 2, 4, 8, rows} if rows > 1 else {1}:
                 if part <= rows:
                     yield PodLayout(groups // shard, shard, tensor, part, checkpointing)
@@ -303,9 +303,9 @@ def _planned(
 
 
 def _memory(model: Architecture, layout: PodLayout, trained: Trained = WHOLE) -> dict[str, float]:
-    """Bytes on a device, by part. Adapters and their gradients are in 32 bits, other gradients in 16."""
+    """Return the bytes on a device, by part. Adapters and their gradients are in 32 bits, other gradients in 16."""
     split = layout.tensor * layout.shard
-    own = trained.parameters(model) / split
+    parameters = trained.parameters(model) / split
     tokens = layout.rows * model.context / layout.tensor
     bytes_of = WITH_ADAPTERS if trained.rank else ACTIVATIONS
     kept = bytes_of[layout.checkpointing] * model.layers
@@ -314,8 +314,8 @@ def _memory(model: Architecture, layout: PodLayout, trained: Trained = WHOLE) ->
     gathered = 2 * 2 * model.parameters / layout.tensor / model.layers if layout.shard > 1 else 0.0
     return {
         "weights": trained.weights(model) / split,
-        "gradients": (4 if trained.rank else 2) * own,
-        "optimizer": (4 + MOMENTS[trained.optimizer_state]) * own,
+        "gradients": (4 if trained.rank else 2) * parameters,
+        "optimizer": (4 + MOMENTS[trained.optimizer_state]) * parameters,
         "activations": tokens * model.dim * kept + layer + logits,
         "gathered layers": gathered,
     }

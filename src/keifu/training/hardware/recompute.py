@@ -113,7 +113,7 @@ class _Products(TorchDispatchMode):
     bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if func._schema.name.partition("::")[2] in PRODUCTS:
-            self.bytes += sum(x.nbytes for x in (found if isinstance(found, tuple) else [found]))
-        return found
+            self.bytes += sum(x.nbytes for x in (result if isinstance(result, tuple) else [result]))
+        return result

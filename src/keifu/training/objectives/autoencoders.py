@@ -43,12 +43,12 @@ class AutoencoderKLLoss:
         """Return the sum over pictures; figures: `absolute_error`, `edge_error`, `squared_error`, of numbers from -1 to
         1, and `kl`, in nats for each number of the latents."""
         picture = to_signed(batch["pictures"])
-        found = model.encode(picture)
-        again = model.decode(found.sample(normal(batch["draws"], found.mean.shape[1:])))
-        apart, kl, edges = (again - picture).flatten(1), found.kl(), edge_difference(again, picture)
+        coded = model.encode(picture)
+        again = model.decode(coded.sample(normal(batch["draws"], coded.mean.shape[1:])))
+        apart, kl, edges = (again - picture).flatten(1), coded.kl(), edge_difference(again, picture)
         absolute, squared = apart.abs().mean(1), apart.square().mean(1)
         total = absolute + squared + self.edges * edges + self.kl_weight * kl / picture[0].numel()
-        figures = {"absolute_error": absolute.sum(), "edge_error": edges.sum(), "kl": kl.sum() / found.mean[0].numel()}
+        figures = {"absolute_error": absolute.sum(), "edge_error": edges.sum(), "kl": kl.sum() / coded.mean[0].numel()}
         figures["squared_error"] = squared.sum()
         return LossOutput(total.sum(), len(picture), figures)
 

@@ -56,8 +56,8 @@ def _distances(x: Tensor, points: Tensor) -> Tensor:
 
 def _taught_loss(model: Any, rows: Rows) -> LossOutput:
     *embeddings, distances = rows
-    found = _loss(model, tuple(embeddings))
-    return found._replace(total=found.total + distances.sum())
+    output = _loss(model, tuple(embeddings))
+    return output._replace(total=output.total + distances.sum())
 
 
 def _rows(prepare: Callable[[Tensor], Tensor], model: Any, batch: Batch) -> Rows:
@@ -72,5 +72,5 @@ def _loss(model: Any, rows: Rows) -> LossOutput:
         logits = model.logits(images.float(), texts.float())
     right = torch.arange(len(logits), device=logits.device)
     total = (cross_entropy(logits, right) + cross_entropy(logits.T, right)) / 2
-    found = {"captions_found": logits.argmax(1) == right, "pictures_found": logits.argmax(0) == right}
-    return LossOutput(total, len(logits), {name: hits.sum() for name, hits in found.items()})
+    correct = {"captions_found": logits.argmax(1) == right, "pictures_found": logits.argmax(0) == right}
+    return LossOutput(total, len(logits), {name: hits.sum() for name, hits in correct.items()})

@@ -27,7 +27,7 @@ class MappedData:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the data, the key and the tables."""
+        """Return a hash of the data, the key and the tables."""
         text = self.data.fingerprint if self.key is None else f"{self.data.fingerprint}:{self.key}"
         digest = hashlib.sha256(text.encode())
         for table in self.tables:

@@ -59,7 +59,7 @@ class UnclipLoss:
         whole, embeddings, draws = to_signed(batch["pictures"]), batch["embeddings"], batch["draws"]
         with torch.no_grad():
             caption = model.encode_text(batch["tokens"], batch["real"])
-            null = model.encode_text(*(moved(each, draws.device) for each in self.empty))
+            null = model.encode_text(*(moved(tensor, draws.device) for tensor in self.empty))
         of_prior, of_decoder = (
             _drop_captions(caption, null, self._chance(draws, condition) < share)
             for condition, share in ((0, self.prior_dropout), (1, self.text_dropout))
@@ -70,16 +70,16 @@ class UnclipLoss:
         small = F.interpolate(whole, self.small, mode="bicubic", antialias=True).clamp(-1, 1)
         imagine: Network = lambda x, timestep: model.imagine(x, timestep, of_prior)  # noqa: E731
         draw: Network = lambda x, timestep: model(x, timestep, model.tell(image, of_decoder))  # noqa: E731
-        found = {
+        outputs = {
             "prior": self.prior.of(imagine, model.prior.normalised(embeddings), self._seed(draws, 3)),
             "decoder": self.decoder.of(draw, small, self._seed(draws, 4)),
         }
         if self.upsampler is not None:
             large, beside = self._cut(whole, small, draws)
             enlarge: Network = lambda x, timestep: model.enlarge(x, timestep, beside)  # noqa: E731
-            found["upsampler"] = self.upsampler.of(enlarge, large, self._seed(draws, 5))
-        total = torch.stack([outcome.total for outcome in found.values()]).sum()
-        return LossOutput(total, len(whole), {name: outcome.total.detach() for name, outcome in found.items()})
+            outputs["upsampler"] = self.upsampler.of(enlarge, large, self._seed(draws, 5))
+        total = torch.stack([outcome.total for outcome in outputs.values()]).sum()
+        return LossOutput(total, len(whole), {name: outcome.total.detach() for name, outcome in outputs.items()})
 
     def _seed(self, draws: Int[Tensor, " batch"], condition: int) -> Int[Tensor, " batch"]:
         return bits(draws, torch.full_like(draws, PLACES + condition))

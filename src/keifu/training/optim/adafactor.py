@@ -65,7 +65,7 @@ class Adafactor(torch.optim.Optimizer):
         return self.rows.get(p) or tuple(p.shape[:1]) or (1,)
 
     def _split(self, parameters: list[Tensor], tensors: list[Any]) -> list[Tensor]:
-        """Tensors in the shapes of the parameters, split into the matrices of each."""
+        """Return the tensors in the shapes of the parameters, split into the matrices of each."""
         pairs = zip(parameters, tensors, strict=True)
         return [part for p, tensor in pairs for part in (tensor.split(self._of(p)) if tensor.dim() else (tensor,))]
 

@@ -66,7 +66,7 @@ class SpikeState(Running):
         return {name: value for name, value in vars(self).items() if name != "rules"}
 
     def due(self, step: int) -> bool:
-        """Whether the state after so many steps is one to go back to."""
+        """Return whether the state after this step is kept to go back to."""
         return bool(self.rules.rise) and step % self.rules.every == 0
 
     def complete(self, loss: float) -> bool:

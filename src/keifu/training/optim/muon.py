@@ -24,7 +24,7 @@ def orthogonalize(
     eps: float,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "matrices rows columns"]:
-    """Newton-Schulz iteration on each matrix: singular values go to about 1 (Jordan et al., 2024: in bfloat16)."""
+    """Make the singular values of each matrix about 1 by Newton-Schulz iteration (Jordan et al., 2024: in bfloat16)."""
     a, b, c = coefficients
     tall = x.shape[1] > x.shape[2]
     x = (x.mT if tall else x).to(dtype).contiguous()
@@ -68,14 +68,14 @@ class StackedMuon(torch.optim.Muon):
                 self._update(stack, group)
 
     def _matrices(self, group: dict[str, Any]) -> list[MuonRows]:
-        found: list[MuonRows] = []
+        parts: list[MuonRows] = []
         for p in group["params"]:
             if p.grad is not None:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 rows = self.rows.get(p, len(p))
-                found += map(MuonRows, p.split(rows), p.grad.split(rows), self.state[p]["momentum_buffer"].split(rows))
-        return found
+                parts += map(MuonRows, p.split(rows), p.grad.split(rows), self.state[p]["momentum_buffer"].split(rows))
+        return parts
 
     def _update(self, stack: list[MuonRows], group: dict[str, Any]) -> None:
         weights, gradients, means = map(list, zip(*stack, strict=True))
@@ -90,7 +90,7 @@ class StackedMuon(torch.optim.Muon):
 
 
 def _stacks(matrices: Iterable[MuonRows]) -> Iterator[list[MuonRows]]:
-    """Matrices of one shape, as many as `STACK` allows."""
+    """Yield the matrices of one shape, as many as `STACK` allows."""
     by_shape = attrgetter("weight.shape")
     for shape, same in groupby(sorted(matrices, key=by_shape), key=by_shape):
         alike, size = list(same), max(1, STACK // shape.numel())

@@ -117,7 +117,7 @@ class Optimizers:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the optimizers keep, by optimizer, parameter and name, and the moving average."""
+        """Return every tensor that the optimizers keep, by optimizer, parameter and name, and the moving average."""
         return (self.average.state() if self.average else {}) | {
             f"{kind}.{name}.{key}": tensor
             for kind, optimizer in self.all.items()
@@ -126,7 +126,7 @@ class Optimizers:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore the result of `state`."""
+        """Load what `state` returned."""
         state = self.average.take_up(state) if self.average else state
         for (kind, name, field), tensor in self._joined(state).items():
             parameter = self.parameters[name]
@@ -137,13 +137,13 @@ class Optimizers:
     def _joined(self, state: dict[str, Tensor]) -> dict[tuple[str, str, str], Tensor]:
         """Return a state by optimizer, parameter and name; one of an earlier version too, where each matrix of a
         parameter had tensors of its own (`muon.qkv.0.momentum_buffer`)."""
-        found: dict[tuple[str, str, str], list[Tensor]] = {}
+        parts_of: dict[tuple[str, str, str], list[Tensor]] = {}
         for key, tensor in state.items():
             kind, _, rest = key.partition(".")
             name, _, field = rest.rpartition(".")
             whole = name if name in self.parameters else name.rpartition(".")[0]
-            found.setdefault((kind, whole, field), []).append(tensor)
-        return {key: torch.cat(parts) if parts[0].dim() else parts[0] for key, parts in found.items()}
+            parts_of.setdefault((kind, whole, field), []).append(tensor)
+        return {key: torch.cat(parts) if parts[0].dim() else parts[0] for key, parts in parts_of.items()}
 
     def prime(self) -> None:
         """Make all state, to be filled: an update by nothing."""

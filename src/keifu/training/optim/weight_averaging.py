@@ -39,12 +39,12 @@ def averaged_weights(model: nn.Module, directory: Path, last: int) -> Iterator[N
     if last < 2 or not state.steps(directory):
         yield
         return
-    own = {name: tensor.detach().clone() for name, tensor in state.model_tensors(model).items()}
+    before = {name: tensor.detach().clone() for name, tensor in state.model_tensors(model).items()}
     state.load_into_model(model, average_checkpoints(directory, last))
     try:
         yield
     finally:
-        state.load_into_model(model, own)
+        state.load_into_model(model, before)
 
 
 def _of_model(directory: Path, step: int) -> dict[str, Tensor]:
@@ -81,12 +81,12 @@ class MovingAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Return the parameters their averages in this block, and their own values back after it."""
-        own = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
+        before = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
         self._put(self.means)
         try:
             yield
         finally:
-            self._put(own)
+            self._put(before)
 
     def state(self) -> dict[str, Tensor]:
         """Return the argument of `take_up`."""
@@ -95,7 +95,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def take_up(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Go on from what `state` gave, and give back what was not its own."""
+        """Load the entries that `state` wrote, and return the others."""
         self.updates = int(state[self.PREFIX])
         for name, mean in self.means.items():
             mean.copy_(state[f"{self.PREFIX}{name}"])

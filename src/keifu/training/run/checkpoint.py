@@ -111,8 +111,8 @@ def remove_halves(directory: Path) -> None:
 def steps(directory: Path) -> list[int]:
     """Return the steps of all complete states, in order."""
     there = (path for path in (directory / FOLDER).glob("step-*.json") if path.is_file())
-    found = (path.stem.removeprefix("step-") for path in there)
-    return sorted(int(step) for step in found if step.isdigit())
+    names = (path.stem.removeprefix("step-") for path in there)
+    return sorted(int(step) for step in names if step.isdigit())
 
 
 def remove(directory: Path, step: int) -> None:
@@ -200,7 +200,7 @@ def _read_parts(directory: Path, step: int, facts: dict[str, Any]) -> SavedState
     joined: dict[str, list[Tensor]] = {}
     for name in parts:
         joined.setdefault(name.rpartition("#")[0], []).append(tensors.pop(name))
-    return SavedState(step, facts, tensors | {name: torch.cat(each) for name, each in joined.items()}, directory)
+    return SavedState(step, facts, tensors | {name: torch.cat(parts) for name, parts in joined.items()}, directory)
 
 
 def read_sharded(directory: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -129,7 +129,7 @@ def restore(directory: Path, record: Mapping[str, Any]) -> None:
 
 
 def how_to_resume(run: Run) -> str:
-    """How to resume a run: the command for its directory, or for the run that it is a part of."""
+    """Return how to resume a run: the command for its directory, or for the run that it is a part of."""
     for directory in (run.directory, run.directory.parent):
         if recorded(directory):
             return command(directory)
@@ -188,7 +188,7 @@ def replaced(directory: Path) -> Iterator[None]:
 
 
 def _put_back(directory: Path) -> None:
-    """Restores a replaced run; begun again after a crash, it goes on."""
+    """Restore a replaced run; begun again after a crash, it goes on."""
     if (directory / BEFORE).exists():
         (directory / BEFORE).rename(directory / MOVING)
     _move(directory / MOVING, directory)

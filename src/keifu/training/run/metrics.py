@@ -78,8 +78,8 @@ def read_lines(directory: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Return the lines of metrics.jsonl, and the numbers of damaged ones, counted from 1."""
     path = directory / FILE
     texts = plain_file(path).read_bytes().splitlines(keepends=True) if path.exists() else []
-    found = [_line(text) for text in texts if text.endswith(b"\n")]
-    return [line for line in found if line], [number for number, line in enumerate(found, 1) if not line]
+    lines = [_line(text) for text in texts if text.endswith(b"\n")]
+    return [line for line in lines if line], [number for number, line in enumerate(lines, 1) if not line]
 
 
 def _line(text: bytes) -> dict[str, Any] | None:
@@ -104,7 +104,7 @@ def last_metrics(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]) -> list[Sink]:
     """Return the destinations of metrics beside the file, by the settings; a missing package is a `UserError`."""
-    found = list[Sink]()
+    opened = list[Sink]()
     if tensorboard and current().is_main:  # events in the folder `tensorboard` of the run
         _package("tensorboard")
         writer = import_module("torch.utils.tensorboard").SummaryWriter(str(directory / "tensorboard"))
@@ -113,11 +113,11 @@ def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, 
             for name, value in figures.items():
                 writer.add_scalar(name, value, step)
 
-        found.append(Sink(write, writer.close))
+        opened.append(Sink(write, writer.close))
     if wandb and current().is_main:  # the package's own environment variables choose the account, or offline use
         run = _package("wandb").init(project="keifu", name=directory.name, dir=str(directory), config=described)
-        found.append(Sink(lambda step, figures: run.log(figures, step=step), run.finish))
-    return found
+        opened.append(Sink(lambda step, figures: run.log(figures, step=step), run.finish))
+    return opened
 
 
 def _package(name: str) -> Any:

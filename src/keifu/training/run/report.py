@@ -162,7 +162,7 @@ def _head(recipe: Mapping[str, Any]) -> str:
     texts = [recipe[name] for name in ("paper", "expected") if recipe.get(name)]
     extra = [f"{name.replace('_', ' ')}: {_words(value)}" for name, value in recipe.items() if name not in SECTIONED]
     changed = "after {at:,} steps the length of the run was set to {steps:,}"
-    extra += [changed.format(**each) for each in recipe.get("length", ())]
+    extra += [changed.format(**line) for line in recipe.get("length", ())]
     command = f"<p><code>{escape(recipe['command'])}</code></p>" if recipe.get("command") else ""
     paragraphs = "".join(f'<p class="soft">{escape(str(text))}</p>' for text in [*texts, *extra])
     return f"<h1>{escape(recipe['title'])}{state}</h1>{paragraphs}{command}"
@@ -216,15 +216,15 @@ def _own(directory: Path) -> str:
         return ""
     try:
         charts = read_json(path)
-        if not all(isinstance(each[name], str) for each in charts for name in ("title", "y_label")):
+        if not all(isinstance(plot[name], str) for plot in charts for name in ("title", "y_label")):
             raise TypeError("a title or a y_label is no string")
-        return "".join(chart(**{**each, "curves": [Curve(**curve) for curve in each["curves"]]}) for each in charts)
+        return "".join(chart(**{**plot, "curves": [Curve(**curve) for curve in plot["curves"]]}) for plot in charts)
     except (UserError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         return f'<p class="soft">{CURVES} is not a list of charts, and is left out: {escape(str(error))}.</p>'
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a figure is of the whole validation set; those of a part of it are called `part/figure`."""
+    """Return whether a figure is of the whole validation set; those of a part of it are called `part/figure`."""
     return name.startswith("validation_") and "/" not in name
 
 
@@ -237,7 +237,7 @@ def _by_source(figures: Mapping[str, float | int]) -> str:
 
 
 def _samples(directory: Path) -> Iterable[str]:
-    """Texts by step, the last one open, and pictures: those sampled and those beside the report."""
+    """Return the texts by step, the last one open, and pictures: those sampled and those beside the report."""
     texts = sorted((directory / SAMPLES).glob("*.txt"))
     if texts:
         yield _section("Samples", "".join(_text(path, path == texts[-1]) for path in texts))
