@@ -1,6 +1,7 @@
 """A diffusion Transformer gives diffusers' predictions and pictures from diffusers' folders, and back."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from keifu import checkpoints
 from keifu.cli import main
 from keifu.errors import UserError
-from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline, SeededNoise
 from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.layers.diffusion.sampling_schedule import flow_schedule
 from keifu.models.diffusion import autoencoder_kl, ddpm, dit
+from keifu.models.hf.schedulers import read_scheduler
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -212,9 +215,58 @@ def test_a_noise_that_no_scheduler_has_is_kept_in_keifus_own_form(noise, tmp_pat
     assert not (tmp_path / "model_index.json").exists() and checkpoints.load_model(tmp_path).config == config
 
 
+DYNAMIC = {
+    "usual": {},
+    "falling": {"base_shift": 2.5, "max_shift": 0.3, "base_image_seq_len": 9, "max_image_seq_len": 70, "shift": 3.0},
+    "linear": {"time_shift_type": "linear", "base_shift": 1.5, "max_shift": 4.0, "num_train_timesteps": 37},
+}
+
+
+@pytest.mark.parametrize("case", DYNAMIC)
+def test_a_dynamic_shift_is_that_of_diffusers(case, tmp_path) -> None:
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **DYNAMIC[case])
+    said: Any = flow.config
+    noise = read_scheduler({**said, "_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert noise.dynamic is not None
+    for length, steps in ((1, 3), (16, 1), (256, 28), (300, 7), (5000, 11)):
+        ends = said.base_image_seq_len, said.max_image_seq_len, said.base_shift, said.max_shift
+        if case == "falling" and length > 100:
+            continue  # far beyond its ends
+        flow.set_timesteps(steps, mu=calculate_shift(length, *ends))
+        found = flow_schedule(replace(noise, dynamic=replace(noise.dynamic, length=length)), steps).steps
+        levels = torch.tensor([[each.level.timestep, each.level.sigma] for each in found])
+        torch.testing.assert_close(levels, torch.stack([flow.timesteps, flow.sigmas[:-1]], 1), rtol=1e-6, atol=1e-7)
+    with pytest.raises(UserError, match="depends on a picture's patches, and this model has none"):
+        flow_schedule(noise, 3)
+
+    model = dit.build(small(noise=noise)).eval()
+    for parameter in model.parameters():  # a new model has no flow
+        torch.nn.init.normal_(parameter, std=0.3)
+    checkpoints.save(model, None, tmp_path)
+    again = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert all(again.config[name] == value for name, value in said.items() if not name.startswith("_"))
+    loaded: Any = checkpoints.load_model(tmp_path)
+    assert loaded.config == model.config and loaded.noise_of((8, 12)).dynamic.length == 24
+    painter = PixelPipeline(loaded)
+    for size in ((8, 8), (16, 8)):
+        request = painter.resolved(ImageRequest(sampler="euler", steps=2, size=size))
+        *_, last = painter.drawing(request, [3])
+        mu = calculate_shift(size[0] * size[1] // 4, *ends)
+        flow.set_timesteps(2, mu=mu)
+        x = noisy = SeededNoise([3])(torch.empty(1, 1, *size))
+        with torch.inference_mode():
+            for t in flow.timesteps:
+                x = flow.step(loaded(x, t[None]), t, x).prev_sample
+        torch.testing.assert_close(last.x, x, rtol=1e-4, atol=1e-4)
+        assert (x - noisy).abs().mean() > 0.1
+
+
 REFUSED = {
     "norm_type": ("transformer/config.json", {"norm_type": "ada_norm"}),
-    "use_dynamic_shifting": ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}),
+    "time_shift_type": ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True, "time_shift_type": "cosine"}),
+    "both are 256": ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True, "max_image_seq_len": 256}),
     "shift_terminal": ("scheduler/scheduler_config.json", {"shift_terminal": 0.1}),
     "invert_sigmas": ("scheduler/scheduler_config.json", {"invert_sigmas": True}),
     "stochastic_sampling": ("scheduler/scheduler_config.json", {"stochastic_sampling": True}),

@@ -282,7 +282,7 @@ class PixelPipeline(Pipeline):
         check_label(self.model, wanted.label, wanted.guidance)
         self.model.check_size(self.model.colours, *size)
         wanted.check_no_embedding()
-        return wanted.completed(self.noise, size)
+        return wanted.completed(self.model.noise_of(size), size)
 
     @torch.inference_mode()
     def drawing(self, wanted: ImageRequest, seeds: Sequence[int]) -> Iterator[SamplerStep]:
@@ -290,8 +290,9 @@ class PixelPipeline(Pipeline):
 
         The convolutions' weights are prepacked once, which takes about as long as a step.
         """
-        model, device, chosen = self.model, self.device, wanted.configure_sampler(self.noise)
-        size, factor = wanted.size or trained_size(model), model.factor
+        model, device, factor = self.model, self.device, self.model.factor
+        size = wanted.size or trained_size(model)
+        chosen = wanted.configure_sampler(model.noise_of(size))
         shape = len(seeds), model.config.channels, *(side // factor for side in size)
         label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
         network = label_denoiser(prepack(model), label, wanted.guidance, wanted.guidance_rescale)

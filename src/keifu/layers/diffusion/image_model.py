@@ -34,6 +34,10 @@ class ImageModel(nn.Module):
     noise: Noise
     check_size: Callable[..., None]
 
+    def noise_of(self, size: tuple[int, int]) -> Noise:
+        """Return the noise of pictures of this height and width in pixels."""
+        return self.noise
+
     @property
     def coder(self) -> Any:
         """The autoencoder of a model that draws latents of pixels; None if x is the picture."""

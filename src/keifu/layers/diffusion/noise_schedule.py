@@ -36,6 +36,37 @@ _NAMES = {"schedule": Schedule, "target": Target, "variance": Variance, "spacing
 
 
 @dataclass(frozen=True)
+class DynamicShift:
+    """Shift of a flow that grows with the patches of a picture (diffusers' `use_dynamic_shifting`).
+
+    mu is base_shift at base_length patches and max_shift at max_length, on a straight line; the shift is e^mu, or mu
+    itself. length: the patches of the picture that is drawn; None where that is not known yet.
+    """
+
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_length: int = 256
+    max_length: int = 4096
+    exponential: bool = True
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.base_length == self.max_length:
+            raise UserError(f"A shift that grows needs two numbers of patches, and both are {self.base_length}.")
+
+    @property
+    def shift(self) -> float:
+        """The shift of this picture; a `UserError` where its patches are not known."""
+        if self.length is None:
+            raise UserError("The shift of this flow depends on a picture's patches, and this model has none.")
+        share = (self.length - self.base_length) / (self.max_length - self.base_length)
+        mu = self.base_shift + share * (self.max_shift - self.base_shift)
+        if not self.exponential and mu <= 0:
+            raise UserError(f"The shift of a picture of {self.length} patches is {mu:g}, which must be above 0.")
+        return math.exp(mu) if self.exponential else mu
+
+
+@dataclass(frozen=True)
 class Noise:
     """The noise that a network was trained to remove. The defaults are DDPM's (Ho et al., 2020, section 4).
 
@@ -59,6 +90,7 @@ class Noise:
             does, at the noise of timestep 0 (diffusers' `set_alpha_to_one`).
         shift: of a flow's sampling: sigma becomes shift · sigma / (1 + (shift - 1) · sigma), so that more steps than
             half have much noise (Esser et al., 2024, section 5.3.2; Stable Diffusion 3 has 3).
+        dynamic: the shift by the size of the picture, instead of that one.
 
     A value that cannot be is a ValueError.
     """
@@ -78,6 +110,7 @@ class Noise:
     steps_offset: int = 0
     last_alpha_one: bool = True
     shift: float = 1.0
+    dynamic: DynamicShift | None = None
 
     def __post_init__(self) -> None:
         for kind, known in _NAMES.items():

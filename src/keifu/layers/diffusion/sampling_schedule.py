@@ -145,7 +145,8 @@ def dpm_solver_schedule(noise: Noise, steps: int, spacing: Spacing | None = None
 def flow_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, karras: bool = False) -> Schedule:
     """Return a flow's schedule: sigma evenly from 1 to 1 / T, shifted, then the clean image; t = sigma · T.
 
-    As diffusers' `FlowMatchEulerDiscreteScheduler`, which shifts the two ends twice, in float32 at first. With `karras`
+    As diffusers' `FlowMatchEulerDiscreteScheduler`, which shifts the two ends twice, in float32 at first, if the shift
+    is the same for all sizes, and once if it is dynamic. With `karras`
     the levels between the ends are those of Karras et al. (2022, equation 5), of sigma.
     """
     if spacing is not None:
@@ -153,9 +154,9 @@ def flow_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, karr
     if not 1 <= steps <= noise.steps:
         raise UserError(f"The model knows {noise.steps} noise levels: it takes 1 to {noise.steps} steps, not {steps}.")
     count = torch.tensor([noise.steps, 1], dtype=torch.float32, device="cpu")
-    first, last = _shifted(count / noise.steps, noise.shift).tolist()
+    first, last = _shifted(count / noise.steps, 1.0 if noise.dynamic else noise.shift).tolist()
     even = torch.linspace(first * noise.steps, last * noise.steps, steps, dtype=torch.float64, device="cpu")
-    sigmas = _shifted(even / noise.steps, noise.shift)
+    sigmas = _shifted(even / noise.steps, noise.dynamic.shift if noise.dynamic else noise.shift)
     sigmas = (karras_sigmas(sigmas[0], sigmas[-1], steps) if karras else sigmas).float()
     levels = torch.stack([sigmas * noise.steps, 1 - sigmas, sigmas], 1).double()
     return _through([*(Level(*row) for row in levels.tolist()), CLEAN])

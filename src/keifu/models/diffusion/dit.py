@@ -234,6 +234,12 @@ class DiT(ImageModel):
         """Return the noise that the network was trained to remove."""
         return self.config.noise
 
+    def noise_of(self, size: tuple[int, int]) -> Noise:
+        """Return the noise of pictures of this height and width in pixels, whose patches set a dynamic shift."""
+        rows, columns = (side // (self.factor * self.config.transformer.patch_size) for side in size)
+        dynamic = self.noise.dynamic and replace(self.noise.dynamic, length=rows * columns)
+        return replace(self.noise, dynamic=dynamic)
+
     @property
     def coder(self) -> autoencoder_kl.AutoencoderKL | None:
         """Return the autoencoder."""

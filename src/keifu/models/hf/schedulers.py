@@ -7,7 +7,7 @@ of the model.
 from typing import Any
 
 from keifu.errors import UserError, require_known
-from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.layers.diffusion.noise_schedule import DynamicShift, Noise
 from keifu.models.hf.config import Field, Fields, choice, read_field, read_fields, write_fields
 
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
@@ -34,7 +34,14 @@ FLOW_FIELDS: Fields = {
     "shift": Field("shift", 1.0, float),
     "clip": Field("_clip_sample_range", None),  # keifu's own: diffusers ignores such names
 }
-_OFF = ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas")
+DYNAMIC_FIELDS: Fields = {
+    "base_shift": Field("base_shift", 0.5, float),
+    "max_shift": Field("max_shift", 1.15, float),
+    "base_length": Field("base_image_seq_len", 256),
+    "max_length": Field("max_image_seq_len", 4096),
+    "exponential": choice("time_shift_type", {"exponential": True, "linear": False}),
+}
+_OFF = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas")
 FLOW_UNSUPPORTED = dict.fromkeys((*_OFF, "use_beta_sigmas"), False) | {"shift_terminal": None}
 SILENT = {UNCLIP: "squaredcos_cap_v2"}  # the default schedule of a class
 SOLVERS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete",
@@ -56,7 +63,8 @@ def read_scheduler(json: dict[str, Any]) -> Noise:
     if kind == FLOW:
         if wrong := [name for name, fine in FLOW_UNSUPPORTED.items() if (json.get(name) or fine) != fine]:
             raise UserError(f"its {wrong[0]} is {json[wrong[0]]!r}, which is not implemented for a flow.")
-        return Noise("flow", target="flow", **read_fields(json, FLOW_FIELDS))
+        dynamic = DynamicShift(**read_fields(json, DYNAMIC_FIELDS)) if json.get("use_dynamic_shifting") else None
+        return Noise("flow", target="flow", dynamic=dynamic, **read_fields(json, FLOW_FIELDS))
     clips, spacing, last_alpha_one = CLASSES[kind]
     silent = {"beta_schedule": SILENT.get(kind, "linear"), "timestep_spacing": spacing}
     json = silent | {"set_alpha_to_one": last_alpha_one, "clip_sample": clips} | json
@@ -73,7 +81,8 @@ def write_scheduler(noise: Noise) -> dict[str, Any]:
     """Return the scheduler_config.json of diffusers' DDPMScheduler, of its DDIMScheduler, which alone of the two can
     end at the noise of timestep 0, or of its scheduler of flows."""
     if noise.flows:
-        return {"_class_name": FLOW, **write_fields(noise, FLOW_FIELDS)}
+        more = {"use_dynamic_shifting": True, **write_fields(noise.dynamic, DYNAMIC_FIELDS)} if noise.dynamic else {}
+        return {"_class_name": FLOW, **write_fields(noise, FLOW_FIELDS), **more}
     ours = {"DDPMScheduler": {"variance_type": noise.variance}, "DDIMScheduler": {"set_alpha_to_one": False}}
     kind = "DDPMScheduler" if noise.last_alpha_one else "DDIMScheduler"
     return ours[kind] | {
