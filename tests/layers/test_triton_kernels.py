@@ -65,8 +65,8 @@ for rows, vocab in ((5, 37), (3, 9001)):
             torch.testing.assert_close(one, other[:, 0] * counts, rtol=1e-5, atol=1e-5)
 
 hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(41, 8, requires_grad=True)
-targets = torch.tensor([3, -100, 40, 0, -100, 7])
-for cap in (None, 5.0):
+ignored, rows = torch.tensor([3, -100, 40, 0, -100, 7]), torch.randint(41, (6, 2))
+for cap, targets in ((None, ignored), (5.0, ignored), (None, rows[:, 1:])):  # the last: of rows of one token
     head = weight if cap is None else losses.SoftCappedHead(weight, cap)
     results = []
     for used in (None, kernels):
@@ -75,6 +75,8 @@ for cap in (None, 5.0):
         results.append([total, nats, *torch.autograd.grad(total, (hidden, weight))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+found, _ = kernels.cross_entropy_(torch.randn(2, 9), torch.tensor([9, 8]), torch.ones(2), 0.0, 0.0)
+assert found.isnan().tolist() == [True, False]  # a target that is no class stops the run
 
 
 class Whole:

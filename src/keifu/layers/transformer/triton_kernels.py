@@ -142,7 +142,7 @@ def _cross_entropy(logits, targets, counts, loss, nats, vocab, smoothing, z_loss
         masses += tl.exp(x - peak)
         totals += tl.where(inside, x, 0.0)
         picked += tl.where(start + column == right, x, 0.0)
-    log_z, chosen = peak + tl.log(tl.sum(masses, 0)), tl.sum(picked, 0)
+    log_z, chosen = peak + tl.log(tl.sum(masses, 0)), tl.where(right < vocab, tl.sum(picked, 0), float("nan"))
     own = log_z - chosen
     whole = own + z_loss * log_z * log_z
     if smoothing > 0.0:
@@ -206,6 +206,6 @@ def cross_entropy_(
     """Return the loss of each row and -log p of its target, times its count; each logit becomes the gradient by it."""
     loss, nats = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
     launch: Any = cast(Any, _cross_entropy)[(len(logits),)]
-    width = min(CLASSES, triton.next_power_of_2(logits.shape[1]))
-    launch(logits, targets, counts, loss, nats, logits.shape[1], label_smoothing, z_loss, width=width)
+    given = logits, targets.contiguous(), counts.contiguous(), loss, nats, logits.shape[1], label_smoothing, z_loss
+    launch(*given, width=min(CLASSES, triton.next_power_of_2(logits.shape[1])))
     return loss, nats
