@@ -127,8 +127,10 @@ def test_a_run_of_an_older_version_is_refused_in_one_sentence(tmp_path: Path, mo
     with monkeypatch.context() as older:
         older.setattr(see.finetuning, "finetune", without_tower)
         see.run(recipe, out, False)
-    with pytest.raises(UserError, match="begun by an older version, whose recipe did not know tower and trained"):
+    with pytest.raises(UserError, match="begun without tower, or by an older version that did not know it"):
         see.run(recipe, out, True)
+    with pytest.raises(UserError, match=r"these differ: .*tower \(unset\)"):
+        see.run(see.Recipe(base, data=folder, image=TOWER, steps=2, batch_size=4, learning_rate=1.0), out, True)
 
 
 def test_questions_about_a_picture_come_together_and_names_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def _weight_bytes(model: Any, streams: int) -> tuple[int, float]:
     )
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     rows = sum(embedding.nbytes for embedding in embeddings if embedding is not model.head_weight)
-    return sum(parameter.nbytes for parameter in model.parameters()) - rows, float(idle)
+    return sum(x.nbytes for x in (*model.parameters(), *model.buffers())) - rows, float(idle)
 
 
 def _told(figures: dict[str, Any]) -> str:

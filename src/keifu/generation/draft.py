@@ -31,7 +31,7 @@ class Draft:
         """Return the bytes of its weights, which it has twice (for PyTorch and native code) unless they are packed."""
         if isinstance(self.model, NativeLM):
             return self.model.nbytes
-        return 2 * sum(parameter.nbytes for parameter in self.model.parameters())
+        return 2 * sum(x.nbytes for x in (*self.model.parameters(), *self.model.buffers()))
 
     def check(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         """Refuse a draft with another vocabulary than the model's, or with states of fixed size (`UserError`)."""

@@ -201,10 +201,10 @@ def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         | {name: value for name, value in flat(options).items() if name.split(".")[-1] != "data"}  # a place, as told
         for chosen, options in ((before, then["options"]), (now["settings"], now["options"]))
     ]
-    if new := sorted(split[1].keys() - split[0].keys()):
+    if (new := sorted(split[1].keys() - split[0].keys())) and len(new) == len(compare(*split)):
         raise UserError(
-            f"The run was begun by an older version, whose recipe did not know {', '.join(new)} and trained otherwise: "
-            "go on with that version, or start a new run."
+            f"The run was begun without {', '.join(new)}, or by an older version that did not know it, and trained "
+            "otherwise: go on as it began, or start a new run."
         )
     if changed := compare(*split):
         raise UserError(

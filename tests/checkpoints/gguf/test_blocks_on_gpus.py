@@ -20,8 +20,10 @@ from keifu.checkpoints.gguf.config import read_config  # noqa: E402
 from keifu.checkpoints.packing import fill_in_blocks  # noqa: E402
 from keifu.checkpoints.plan import Source, StoredTensor  # noqa: E402
 from keifu.checkpoints.registry import describe  # noqa: E402
+from keifu.commands.bench import _weight_bytes  # noqa: E402
 from keifu.devices import Choice, choosing  # noqa: E402
 from keifu.errors import UserError  # noqa: E402
+from keifu.generation.draft import Draft  # noqa: E402
 from keifu.generation.text.generate import generate_batch  # noqa: E402
 from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
 from keifu.layers.quantized import FORMATS, QuantizedLinear  # noqa: E402
@@ -87,6 +89,7 @@ def test_logits_are_those_of_the_unpacked_model_bit_for_bit(name: str, tmp_path:
     stored = sum(tensor.n_bytes for tensor in reader.tensors if len(tensor.shape) > 1)
     embedding = next(tensor.n_bytes for tensor in reader.tensors if tensor.name == "token_embd.weight")
     assert sum(buffer.nbytes for layer in layers for buffer in layer.buffers()) == stored - embedding
+    assert _weight_bytes(packed, 1)[0] >= stored - embedding <= Draft(packed).nbytes / 2  # what bench and serve count
 
 
 def test_an_engine_writes_the_same_from_blocks(tmp_path: Path, flash: None) -> None:  # noqa: F811
