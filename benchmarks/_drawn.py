@@ -24,7 +24,8 @@ class Beside(NamedTuple):
 
 
 def beside(run: Path, data: str, distinct: bool) -> Beside:
-    """The model of a run beside the pictures of its data, split as it had them."""
+    """Return a run's model, the features of its training pictures, and the distance of the held-out pictures to
+    them."""
     model = require_diffusion_model(load_model(run))
     size = model.config.size
     pictures = read_images(data, size if isinstance(size, int) else None, 1 if model.config.channels == 1 else 3)

@@ -22,8 +22,8 @@ llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
 
 
 def quantised(model: nn.Module, kind: str, folder: Path) -> Path:
-    """The model as a GGUF file that llama.cpp quantised: as it does by default, which gives the head of q4_0 and q4_k
-    6 bits, or ("q4_0_pure") with all matrices in the same type."""
+    """Return the path of the model as a GGUF file that llama.cpp quantised. By default the head of q4_0 and q4_k has 6
+    bits. With "q4_0_pure" all matrices have the same type."""
     whole, path = folder / "f32.gguf", folder / f"{kind}.gguf"
     if not whole.exists():
         checkpoints.save_gguf(model, None, whole, "f32")
@@ -52,7 +52,8 @@ class LlamaCpp:
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), -1, length, -1)
 
     def run(self, texts: list[list[int]], start: int, wanted: int) -> np.ndarray:
-        """The next tokens of each stream, from position `start` on; logits after the last `wanted` tokens of each."""
+        """Decode the next tokens of each stream from position `start` on. Return the logits after the last `wanted`
+        tokens of each."""
         rows = [(t, start + p, s, p >= len(x) - wanted) for s, x in enumerate(texts) for p, t in enumerate(x)]
         self.batch.n_tokens = len(rows)
         for i, (token, position, stream, want) in enumerate(rows):

@@ -20,7 +20,7 @@ def write_table(
     rows: Sequence[Sequence[str]],
     values: dict | str = SUMMARY,
 ) -> None:
-    """Puts a table into a data file, in place of the first one of that section and command's benchmark, or at its end.
+    """Write a table to a data file. It replaces the first table of the same section and benchmark, or is appended.
 
     Cells are as the page has them; the machine is this one. values: the raw values by seed, round or item.
     """

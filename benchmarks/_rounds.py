@@ -13,7 +13,7 @@ PAUSE = 0.3  # seconds
 
 
 def machine() -> str:
-    """The line that stands above every table."""
+    """Return the line about the machine that is printed above each table."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"{processor_name()}, {torch.get_num_threads()} threads, {versions}"
 

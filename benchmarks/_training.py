@@ -23,7 +23,7 @@ def ours(
     compile: bool,
     losses: list[float],
 ) -> Callable[[], None]:
-    """A step of keifu's loop, without what happens between steps."""
+    """Return a step of keifu's training loop, without the work between steps."""
     rows = len(next(iter(batch(0).values())))
     settings = Settings(steps=100_000, batch_size=rows, learning_rate=RATE, betas=BETAS, clip=CLIP, compile=compile)
     trainer = Trainer(model, objective, settings, dtype=dtype)
@@ -45,7 +45,7 @@ def peer(
     fused: bool,
     losses: list[float],
 ) -> Callable[[], None]:
-    """The same step written as anyone would for another model."""
+    """Return the same step as a plain PyTorch loop, for another library's model."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

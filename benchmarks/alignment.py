@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 
 def prepared(folder: Path, options: argparse.Namespace) -> None:
-    """The model, conversations, prompts and a reward, as files that both sides read."""
+    """Write the model, conversations, prompts and a reward function to files that both sides read."""
     chance = random.Random(0)
 
     def said(least: int, most: int) -> str:
@@ -99,12 +99,12 @@ def ours_ppo(folder: Path, options: argparse.Namespace) -> float:
 
 
 def rate(run: Path, name: str) -> float:
-    """The median over the steps that count."""
+    """Return the median of a metric over the steps after the warm-up."""
     return statistics.median([line[name] for line in metrics.read(run) if name in line and line["step"] > WARM])
 
 
 def theirs(kind: str, folder: Path, options: argparse.Namespace) -> float:
-    """What TRL's trainer does a second: learned tokens, or answers."""
+    """Return how many units TRL's trainer processes per second: learned tokens, or answers."""
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -168,7 +168,7 @@ UNITS = {"sft": "learned tokens", "lora": "learned tokens", "grpo": "answers", "
 
 
 def one(kind: str, name: str, source: Path, options: argparse.Namespace) -> None:
-    """A contender in this process: its rate and the memory that it took, as a line of JSON."""
+    """Run one contender in this process. Print its rate and its peak memory as a line of JSON."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -180,7 +180,7 @@ def one(kind: str, name: str, source: Path, options: argparse.Namespace) -> None
 
 
 def elsewhere(kind: str, name: str, folder: Path) -> dict[str, float]:
-    """The same in a process of its own."""
+    """Run one contender in a separate process and return its rate and its peak memory."""
     command = [sys.executable, __file__, *sys.argv[1:], "--one", kind, name, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

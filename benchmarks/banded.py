@@ -31,7 +31,7 @@ STEPS = 32  # tokens that are decoded in a round
 
 
 def layer(kind: str, options: argparse.Namespace) -> Attention:
-    """The same weights for each kind."""
+    """Return an attention layer, with the same weights for each kind."""
     torch.manual_seed(0)
     return Attention(options.dim, options.heads, window=options.band if kind == "banded" else None).eval()
 
@@ -45,7 +45,7 @@ def written_out(attention: Attention, x: Tensor) -> Tensor:
 
 
 def prefill(kind: str, length: int, options: argparse.Namespace) -> Callable[[], Tensor]:
-    """A whole text through the layer."""
+    """Return a function that passes a whole sequence through the layer."""
     attention, x = layer(kind, options), torch.randn(1, length, options.dim)
     if kind == "dense, written out":
         return lambda: written_out(attention, x)
@@ -83,7 +83,7 @@ def peak(kind: str, length: int, options: argparse.Namespace) -> float:
 
 
 def child(options: argparse.Namespace) -> None:
-    """Prints the MB that one pass adds at its peak."""
+    """Print the MB that one pass adds to the memory at its peak."""
     work = prefill(options.child, options.lengths[0], options)
     prefill(options.child, 2 * options.band, options)()  # what is loaded at a first call
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

@@ -105,7 +105,7 @@ def ctranslate(
 
 
 def save_random(options: argparse.Namespace, directory: Path) -> Path:
-    """A Marian model that ends no text."""
+    """Save a random Marian model that never ends a sequence, and return its directory."""
     last = options.vocab - 1
     config = hf.MarianConfig(
         vocab_size=options.vocab,
@@ -135,7 +135,7 @@ def random_sources(options: argparse.Namespace) -> Sources:
 
 
 def trained_sources(options: argparse.Namespace, folder: Path) -> Sources:
-    """The first held-out test sentences as the model's tokenizer has them."""
+    """Return the first held-out test sentences as token ids of the model's tokenizer."""
     model, tokenizer = checkpoints.load(folder)
     config: Any = model.config
     rows = split(read_pairs(options.data)).test[: options.sentences]
@@ -143,7 +143,7 @@ def trained_sources(options: argparse.Namespace, folder: Path) -> Sources:
 
 
 def generate(model: Any, sources: Sequence[list[int]], options: argparse.Namespace) -> list[list[int]]:
-    """transformers' best texts, by its own rule of when to stop, with the limit that keifu has."""
+    """Return the best sequences of transformers, by its own stopping rule, with keifu's limit of length."""
     config, found = model.config, []
     for start in range(0, len(sources), options.batch_size):
         batch = sources[start : start + options.batch_size]

@@ -82,7 +82,7 @@ def made(options: argparse.Namespace) -> tuple[list[Problem], str]:
 
 
 def worked(problem: Problem) -> str:
-    """The sums on the way from left to right, the answer last: "7 5 14" for 4 + 3 - 2 + 9."""
+    """Return the partial sums from left to right, the answer last: "7 5 14" for 4 + 3 - 2 + 9."""
     signs = re.findall(r"([+-]?)\s*(\d+)", problem["prompt"])
     sums = [*accumulate(int(sign + number) for sign, number in signs)]
     assert str(sums[-1]) == problem["answer"]
@@ -90,7 +90,7 @@ def worked(problem: Problem) -> str:
 
 
 def written(shown: Sequence[Problem], options: argparse.Namespace) -> Iterator[tuple[Problem, str]]:
-    """The problems that are shown, with what is said to each."""
+    """Yield each shown problem with the answer to learn."""
     chance = random.Random(options.seed)
     for each in shown:
         whole = each["answer"] if options.plain else worked(each)
@@ -98,7 +98,7 @@ def written(shown: Sequence[Problem], options: argparse.Namespace) -> Iterator[t
 
 
 def begun(folder: Path, texts: Sequence[Problem], options: argparse.Namespace) -> None:
-    """A model that knows nothing, and a tokenizer for such texts, as a directory."""
+    """Save an untrained model, and a tokenizer for such problems, as a directory."""
     said = [f"User: {each['prompt']}\nAssistant: {worked(each)}\n" for each in texts]
     tokenizer = train_tokenizer("bpe", said, 400)
     torch.manual_seed(options.seed)
@@ -110,7 +110,7 @@ def begun(folder: Path, texts: Sequence[Problem], options: argparse.Namespace) -
 
 
 def accuracy(run: Path, held: Sequence[Problem]) -> float:
-    """The share of problems whose likeliest answer is right."""
+    """Return the share of problems that the model answers correctly by greedy decoding."""
     model, tokenizer = checkpoints.load(run)
     prompts = [tokenizer.render_chat([{"role": "user", "content": each["prompt"]}]) for each in held]
     way = SamplingParams(temperature=0, max_tokens=LONGEST)

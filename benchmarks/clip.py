@@ -27,7 +27,7 @@ Contenders = dict[str, Callable[[], Tensor]]
 
 
 def models(dtype: torch.dtype) -> tuple[clip.Clip, CLIPModel, CLIP]:
-    """The three, with the same weights."""
+    """Return the three models, with the same weights."""
     torch.manual_seed(0)
     config = clip.SIZES["clip-vit-b32"]
     ours = clip.build(config)

@@ -59,7 +59,7 @@ def vectors(model: torch.nn.Module, pictures: ImageDataset) -> Tensor:
 
 
 def counted(train: ImageDataset, searched: ImageDataset, language: str) -> tuple[Recall, Recall]:
-    """The baseline of colours and words."""
+    """Return the recall of the baseline: names by words, pictures by colours."""
     by_words, by_colours = counted_points(train, searched, language)
     return recall_both_ways(*by_words)[0], recall_both_ways(*by_colours)[1]
 
@@ -70,7 +70,7 @@ def line(name: str, language: str, both: tuple[Recall, Recall], count: int) -> s
 
 
 def retrieval(task: recipe.ClipTask, sets: dict[str, ImageDataset]) -> None:
-    """The table of recall, with the baseline under each row."""
+    """Print the table of recall, with the baseline under each row."""
     heads = " | ".join(f"{what} R@{n}" for what in ("name by picture", "picture by name") for n in (1, 5, 10))
     print(f"| | | among | {heads} |\n|---|---|---:|{'---:|' * 6}")
     for name, pictures in sets.items():
@@ -116,7 +116,7 @@ def draw(task: recipe.ClipTask, pictures: ImageDataset, path: Path, count: int =
 
 
 def ready(options: argparse.Namespace) -> recipe.ClipTask:
-    """The trained model with the parts of its data; trained here where no run is given."""
+    """Return the trained model with the splits of its data. Train it first if no run is given."""
     wanted = recipe.Recipe()
     wanted = replace(wanted, training=replace(wanted.training, steps=options.steps or wanted.training.steps))
     if options.run is None:

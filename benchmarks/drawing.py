@@ -28,8 +28,8 @@ SHOWN = 8  # pictures of a row
 
 @torch.no_grad()
 def states(run: Path, model: nn.Module, at_most: int | None = None) -> Iterator[tuple[int, float]]:
-    """The step and the minutes of training of every state that the run kept, with the model as it was then; or of so
-    many, evenly spread, the last among them."""
+    """Yield the step and the minutes of training of each saved state, after loading the state into the model. With
+    `at_most`, yield only that many states, evenly spaced, the last one included."""
     kept = checkpoint.steps(run)
     spread = min(at_most or len(kept), len(kept))
     for step in (kept[(number + 1) * len(kept) // spread - 1] for number in range(spread)):
@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace) -> tuple[list[tuple[int, float, float]]
 
 
 def show(found: list[tuple[int, float, float]], floor: float, features: str, options: argparse.Namespace) -> None:
-    """The table in Markdown, and the plot."""
+    """Print the table in Markdown, and save the plot if a path is given."""
     print(f"\n{machine()}\n\n| step | minutes | 1000 · kernel distance ({features}) |\n|---:|---:|---:|")
     for step, minutes, distance in found:
         print(f"| {step:,} | {minutes:.1f} | {1e3 * distance:.2f} |")

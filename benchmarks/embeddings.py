@@ -29,7 +29,7 @@ BASE = "sentence-transformers"
 
 
 def contenders(texts: list[str], dtype: torch.dtype) -> Contenders:
-    """What each does with the same texts, in the same type."""
+    """Return the functions that embed the same sentences in the same type, one for each contender."""
     path = str(catalogue.fetch("minilm"))
     transformer = Transformer(path, max_seq_length=512, model_kwargs={"dtype": dtype})
     packaged = SentenceTransformer(

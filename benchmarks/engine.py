@@ -41,7 +41,7 @@ class Native:
         self.tables = [list(range(each * n, each * (n + 1))) for n in range(streams)]
 
     def run(self, texts: list[list[int]], start: int) -> list[int]:
-        """The likeliest next token of each, after these."""
+        """Return the likeliest next token of each sequence, after it has read these tokens."""
         pairs = enumerate(zip(texts, self.tables, strict=True))
         logits = self.runner.run([Span(n, text, start, blocks) for n, (text, blocks) in pairs])
         return logits.numpy().argmax(-1).tolist()  # as of llama.cpp's: torch's threads would spin where its own work
@@ -54,7 +54,7 @@ class Peer:
         self.engine = LlamaCpp(path, streams, length, torch.get_num_threads())
 
     def run(self, texts: list[list[int]], start: int) -> list[int]:
-        """The likeliest next token of each, after these."""
+        """Return the likeliest next token of each sequence, after it has read these tokens."""
         self.engine.rollback(start)
         return self.engine.run(texts, start, 1).argmax(-1).tolist()
 
@@ -70,7 +70,7 @@ class Transformers:
 
     @torch.inference_mode()
     def run(self, texts: list[list[int]], start: int) -> list[int]:
-        """The likeliest next token of each, after these."""
+        """Return the likeliest next token of each sequence, after it has read these tokens."""
         past = self.past if start else None
         if past is not None and past.get_seq_length() > start:
             past.crop(start - past.get_seq_length())
@@ -80,7 +80,7 @@ class Transformers:
 
 
 def decoding(contender: Native | Peer | Transformers, prompts: list[list[int]], count: int) -> Callable[[], None]:
-    """Writes `count` tokens after each prompt, which is read once, before."""
+    """Prefill the prompts once, and return a function that decodes `count` tokens after each prompt."""
     first = contender.run(prompts, 0)
 
     def work() -> None:

@@ -31,7 +31,7 @@ BASE = "lm-evaluation-harness, transformers"
 
 
 def requests(name: str, shots: int, items: int) -> list[Any]:
-    """What the harness hands to a model: contexts and continuations."""
+    """Return the requests that the harness gives to a model: pairs of context and continuation."""
     drawn = TASKS[name]().sample(shots, limit=items)
     pairs = [(p, f" {c}") for p, i in zip(drawn.prompts(shots), drawn.items, strict=True) for c in i.choices]
     return [SimpleNamespace(args=pair, task_name=name) for pair in pairs]

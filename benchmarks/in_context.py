@@ -40,7 +40,7 @@ def mapped(chance: random.Random, count: int) -> Examples:
 
 
 def knowable(count: int, questions: int = 20_000) -> float:
-    """The share of right answers of one who remembers the examples and guesses among what is left."""
+    """Return the accuracy of a guesser who remembers the examples and otherwise guesses among the remaining letters."""
     chance, right = random.Random(1), 0.0
     for _ in range(questions):
         *examples, (letter, _) = mapped(chance, count + 1)
@@ -64,7 +64,7 @@ class Mappings:
 
 
 def trained(layers: int, options: argparse.Namespace) -> Any:
-    """A model that has read mappings."""
+    """Train a model on mappings and return it."""
     torch.manual_seed(options.seed)
     config = llama.Config(
         vocab_size=len(FROM + TO), context_length=2 * MOST + 2, dim=options.dim, hidden_dim=3 * options.dim,
@@ -103,7 +103,7 @@ def right_of_published(name: str, counts: list[int], questions: int) -> dict[int
 
 
 def _text(examples: Examples) -> str:
-    """The prompt: all pairs as lines, but the last one's second letter."""
+    """Return the prompt: all pairs as lines, without the second letter of the last one."""
     *shown, (letter, _) = examples
     return "".join(f"{a} -> {b}\n" for a, b in shown) + f"{letter} ->"
 

@@ -66,7 +66,7 @@ class Row:
 
 
 def line(rows: Sequence[Row]) -> str:
-    """A line of the table, of one model's rows by seed."""
+    """Return a row of the table, from one model's rows of all seeds."""
     wins, decided = sum(row.wins for row in rows), sum(row.decided for row in rows)
     low, high = wilson(wins, decided)
     won = f"{wins / decided:.1%} ({low:.1%} to {high:.1%})" if decided else ""
@@ -83,7 +83,7 @@ def quietly(work: Callable[[], object]) -> float:
 
 
 def answers(run: Path, questions: Sequence[str], seed: int) -> list[str]:
-    """What a model says, drawn; a question that comes several times is answered anew each time."""
+    """Return one sampled answer to each question. A question that occurs several times gets a new answer each time."""
     model, tokenizer = checkpoints.load(run)
     prompts = [tokenizer.render_chat([{"role": "user", "content": each}]) for each in questions]
     drawn = [SamplingParams(max_tokens=LONGEST, seed=seed + number) for number in range(len(prompts))]
@@ -105,7 +105,7 @@ def ranked(run: Path, questions: Sequence[str], options: argparse.Namespace) -> 
 
 @torch.inference_mode()
 def nats(run: Path, windows: int = 60) -> float:
-    """The loss a token on pretraining text that was held out."""
+    """Return the loss per token on held-out pretraining text, in nats."""
     model, tokenizer = checkpoints.load(run)
     model = model.float().eval()
     data = PackedText(prepare(TEXT, tokenizer), CONTEXT - 1, 20, validation_tokens=windows * CONTEXT)
@@ -114,7 +114,7 @@ def nats(run: Path, windows: int = 60) -> float:
 
 
 def measured(name: str, run: Path, questions: Sequence[str], beside: Sequence[str], seconds: float, seed: int) -> Row:
-    """A model's row; `beside` are the fine-tuned model's answers."""
+    """Return a model's row. `beside` holds the answers of the fine-tuned model."""
     said = answers(run, questions, seed)
     scores = [gold(question, each, {}) for question, each in zip(questions, said, strict=True)]
     others = [gold(question, each, {}) for question, each in zip(questions, beside, strict=True)]
@@ -130,7 +130,7 @@ def curve(run: Path, bins: int = 8) -> list[tuple[float, float, float]]:
 
 
 def prepared(options: argparse.Namespace, folder: Path) -> list[str]:
-    """A language model, the fine-tuned one, the rankings and the prompts; gives the questions to test with."""
+    """Train the language model and the fine-tuned one, write rankings and prompts, and return the test questions."""
     recipe = gpt.Recipe(options.depth, TEXT, context_length=CONTEXT, steps=options.pretraining_steps, seed=options.seed)
     print(f"pretrained in {quietly(lambda: gpt.run(recipe, folder / 'base', False)):.0f} s", flush=True)
     found = list(conversations.read("summary-instructions"))
@@ -157,7 +157,7 @@ def write(folder: Path, files: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def learned(options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """The reward model, PPO with and without pretraining text, and DPO: seconds of each."""
+    """Train the reward model, PPO with and without pretraining text, and DPO. Return the seconds of each."""
     tuned, preferences = str(folder / "sft"), str(folder / "preferences.jsonl")
     judging = reward.Recipe(
         tuned, preferences, context_length=CONTEXT, drop_long=True, steps=options.reward_steps, held_out=0.2,

@@ -52,7 +52,7 @@ class Model:
     rotary: Callable[[], Rotary] | None = None
 
     def build(self, vocab_size: int) -> DecoderLM:
-        """The model, with GPT-2's initialisation."""
+        """Build the model, with GPT-2's initialisation."""
         rotary = self.rotary() if self.rotary else None
         attentions = [Attention(DIM, HEADS, rotary=rotary) for _ in range(LAYERS)]
         blocks = [PreNorm(each, self.feedforward(), (self.norm(), self.norm())) for each in attentions]
@@ -83,7 +83,7 @@ def flops(model: DecoderLM) -> float:
 
 @torch.no_grad()
 def by_place(model: DecoderLM, rows: Tensor) -> Tensor:
-    """The mean held-out loss of a token at each place of a window, [LONGEST], in nats."""
+    """Return the mean held-out loss of a token at each position of a window, [LONGEST], in nats."""
     total = torch.zeros(LONGEST)
     for part in rows.split(16):
         logits = model(part[:, :-1])

@@ -57,7 +57,8 @@ class CausalRows(SpanCorruptionBatches):
     hidden tokens of `InfillingExamples`, of which it knows only what stands before them."""
 
     def join(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool = True) -> Rows:
-        """The text again: what is kept of each run, and then what was hidden after it."""
+        """Return the original text: the visible tokens and the hidden spans, merged in their order. The mask marks
+        hidden tokens."""
         marks = [np.isin(side, self.markers.sentinels) for side in (inputs, targets)]
         runs = [2 * np.cumsum(marks[0], axis=1), 2 * np.cumsum(marks[1], axis=1) - 1]
         kept, hidden = (side[~mark].reshape(len(side), -1) for side, mark in zip((inputs, targets), marks, strict=True))
@@ -100,7 +101,7 @@ def recipe_of(options: argparse.Namespace, objective: Literal["ul2", "causal"], 
 
 
 def steps_for(options: argparse.Namespace, found: PreparedMixture) -> int:
-    """The steps that were asked for, or that the plain model makes in the time."""
+    """Return the requested number of steps, or the number that the plain model completes in the given minutes."""
     if options.steps:
         return options.steps
     recipe = recipe_of(options, "causal", 1000)
@@ -112,7 +113,7 @@ def steps_for(options: argparse.Namespace, found: PreparedMixture) -> int:
 
 
 def tasks(objective: str, markers: Markers, context: int) -> dict[str, CorruptionTask]:
-    """The same tokens to predict for both models, each in the form that it knows."""
+    """Return the tasks with the same tokens to predict for both models, each in the form that its model knows."""
     if objective == "causal":
         hidden = {name: CausalRows([each], markers, context) for name, each in HIDDEN.items()}
         return {"left to right": CausalBatches(context - 1), **hidden}
@@ -175,7 +176,7 @@ def measure(models: dict[str, torch.nn.Module], found: PreparedMixture, options:
 
 
 def curve(runs: dict[str, Path], found: PreparedMixture, options: argparse.Namespace) -> dict[int, list[Measured]]:
-    """The same at each state that both runs kept, by its step."""
+    """Return the same measurements at each step for which both runs have a saved state."""
     points: dict[int, list[Measured]] = {}
     models = {objective: checkpoints.load(str(run))[0] for objective, run in runs.items()}
     for step in sorted(set.intersection(*(set(checkpoint.steps(run)) for run in runs.values()))):
@@ -188,12 +189,12 @@ def curve(runs: dict[str, Path], found: PreparedMixture, options: argparse.Names
 
 
 def by_weight(found: Sequence[Measured], name: str, objective: str) -> float:
-    """A loss of all sources together."""
+    """Return the mean loss over all sources, weighted by the mixture."""
     return sum(each.source.weight * each.figures[objective][name] for each in found)
 
 
 def points_table(points: dict[int, list[Measured]], positions: int) -> str:
-    """A row a state, as Markdown; positions: tokens read in a step."""
+    """Return a Markdown table with a row per saved state. positions: tokens read in a step."""
     pairs = [(name, objective) for name in ("left to right", *HIDDEN) for objective in MODELS]
     heads = " | ".join(f"{title(name)}: {MODELS[objective]}" for name, objective in pairs)
     lines = [f"| tokens read, M | {heads} |", "|---:|" + "---:|" * len(pairs)]
@@ -204,7 +205,7 @@ def points_table(points: dict[int, list[Measured]], positions: int) -> str:
 
 
 def draw_curve(points: dict[int, list[Measured]], positions: int, path: Path) -> None:
-    """A panel for each task: the loss of both models over the tokens read."""
+    """Draw a panel for each task: the loss of both models over the tokens read."""
     figure, panels = plt.subplots(1, 1 + len(HIDDEN), figsize=(11, 3.6), layout="constrained")
     for axes, name in zip(panels, ("left to right", *HIDDEN), strict=True):
         for objective, word in MODELS.items():
@@ -222,7 +223,7 @@ def title(name: str) -> str:
 
 
 def table(found: Sequence[Measured]) -> str:
-    """A row a source, and the means by the weights, as Markdown."""
+    """Return a Markdown table with a row per source, and the weighted means."""
     names = ["left to right", *HIDDEN]
     heads = [f"{title(name)}: {MODELS[objective]}" for name in names for objective in MODELS]
     lines = ["| source | weight | " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(heads)]
@@ -235,7 +236,7 @@ def table(found: Sequence[Measured]) -> str:
 
 
 def draw(found: Sequence[Measured], path: Path) -> None:
-    """A panel for each task, a pair of bars for each source."""
+    """Draw a panel for each task, with a pair of bars for each source."""
     names = ["left to right", *HIDDEN]
     size = 11, 0.35 * len(found) + 1.5
     figure, panels = plt.subplots(1, len(names), figsize=size, sharey=True, layout="constrained")

@@ -47,7 +47,7 @@ Share = tuple[float, float, float]
 
 
 def mixtures() -> dict[str, Mixture]:
-    """The whole mixture, and what of it is English, by the same weights among each other."""
+    """Return the whole mixture, and its English part with the same relative weights."""
     whole = read_mixture("multilingual")
     foreign = {name for name, codes in tatoeba.names().items() if codes != ("en",)}
     english = [source for source in whole.sources if source.data not in foreign]
@@ -57,7 +57,7 @@ def mixtures() -> dict[str, Mixture]:
 
 
 def trained(name: str, found: PreparedMixture, options: argparse.Namespace, out: Path) -> tuple[nn.Module, Tokenizer]:
-    """The model of a mixture; one that stands in the folder goes on."""
+    """Train the model of a mixture and return it. A run that is already in the folder is resumed."""
     model = palm.Config(
         context_length=CONTEXT, dim=options.dim, hidden_dim=4 * options.dim, n_layers=options.layers,
         n_heads=options.dim // 64, head_dim=64,
@@ -112,7 +112,7 @@ def items(code: str, options: argparse.Namespace) -> list[tuple[list[Pair], str,
 def asked(
     model: nn.Module, tokenizer: Tokenizer, code: str, shots: int, options: argparse.Namespace
 ) -> dict[str, Share]:
-    """The share of questions that are answered rightly, with its interval, by each measure."""
+    """Return the share of questions answered correctly, with its interval, for each measure."""
     foreign = tatoeba.LANGUAGES[code]
     rows = items(code, options)
     scored, alone = [], tuple(tokenizer.encode("English:"))
@@ -128,7 +128,7 @@ def asked(
 
 
 def draw(found: dict[str, dict[str, dict[int, dict[str, Share]]]], shots: Sequence[int], path: Path) -> None:
-    """A panel for each language: right answers over the number of examples, each likelihood divided."""
+    """Draw a panel for each language: the share of right answers over the number of examples, by divided likelihood."""
     figure, panels = plt.subplots(1, len(LANGUAGES), figsize=(11, 3.4), sharey=True, layout="constrained")
     for axes, code in zip(panels, LANGUAGES, strict=True):
         for name, languages in found.items():

@@ -42,7 +42,7 @@ START, LONGEST = "In short: ", 80
 
 
 def changed(conversation: Dialogue) -> Dialogue | None:
-    """The same question with a short answer; None where the first sentence is very short or long."""
+    """Return the same question with a short answer, or None if the first sentence is very short or very long."""
     question, answer = conversation
     first = sentences(answer["content"])[0].strip()
     if not 40 <= len(first) <= 220:
@@ -57,7 +57,7 @@ def follows(answer: Any) -> bool:
 
 
 def answers(model: Any, tokenizer: Any, questions: Sequence[Dialogue]) -> list[Any]:
-    """The likeliest answer to each."""
+    """Return the greedy answer to each question."""
     prompts = [tokenizer.render_chat(each[:1]) for each in questions]
     return generate_batch(model, tokenizer, prompts, SamplingParams(temperature=0, seed=0, max_tokens=LONGEST), 20)
 

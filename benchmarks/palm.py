@@ -89,7 +89,7 @@ def config_of(options: argparse.Namespace, dim: int, layers: int, vocab_size: in
 
 
 def steps_timed(options: argparse.Namespace) -> str:
-    """The table of a training step, in the type that the machine is quickest with."""
+    """Return the table of training steps, in the type that is fastest on this machine."""
     config = config_of(options, options.wide, options.deep, 8192)
     rows = torch.randint(8192, (options.rows, options.context + 1))
     dtype, contenders = resolve_dtype("auto", CPU), {}
@@ -113,7 +113,7 @@ class Decoding:
 
 
 def stepping(model: DecoderLM, length: int, batch: int) -> tuple[Callable[[], None], float]:
-    """Some tokens, one after the other, behind `length` others; and the megabytes of the cache."""
+    """Return a function that decodes some tokens after `length` others, and the megabytes of the cache."""
     state = model.new_state(batch, length + TOKENS)
     for held in (*state.keys, *state.values):
         held.normal_()

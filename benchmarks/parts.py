@@ -64,7 +64,7 @@ def attention() -> None:
 
 
 def positions() -> None:
-    """The sinusoids as a table, and how a rotary product falls off with distance."""
+    """Draw the sinusoids as an image, and the rotary dot product over distance."""
     table, product = panels(2)
     table.imshow(sinusoids(torch.arange(64), 64), aspect="auto", cmap="coolwarm")
     table.set(title="sinusoids", xlabel="dimension", ylabel="position")
@@ -94,7 +94,7 @@ def tokenizers() -> None:
 
 
 def sampling() -> None:
-    """What each filter leaves of one distribution."""
+    """Draw the distribution that each filter leaves of the same logits."""
     logits = torch.tensor([[3.0, 2.4, 2.0, 1.2, 0.6, 0.0, -1.0, -2.0]])
     one = torch.ones(1)
     kept = {
@@ -132,7 +132,7 @@ def optimizers() -> None:
 
 
 def exact_network(noise: Noise, deviation: float = 0.6) -> Callable[[Tensor, Tensor], Tensor]:
-    """The noise in x where pictures are ±1 with a deviation, each as often: what a perfect network would say.
+    """Return an exact predictor of the noise, for pictures that are ±1, equally often, with a given deviation.
 
     Between whole timesteps, where some samplers ask, ln(σ / α) is interpolated.
     """
@@ -175,7 +175,7 @@ def diffusion_samplers() -> None:
 
 
 def quantisation() -> None:
-    """The error of rounding normal numbers to 8, 6, 5 and 4 bits, by the size of the group that shares a scale."""
+    """Draw the error of rounding normal numbers to 8, 6, 5 and 4 bits, by the size of the group that shares a scale."""
     axes = next(panels(1))
     torch.manual_seed(0)
     weights = torch.randn(256, 4096)

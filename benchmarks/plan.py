@@ -46,7 +46,7 @@ TORCHTITAN = {  # tokens/s a GPU of its published runs on H100 (benchmarks/llama
 
 
 def planned(name: str, devices: str, batch: float) -> plan.Plan:
-    """The plan of a published size."""
+    """Return the plan of a published size."""
     return plan.plan(architecture(SIZES[name]), *plan.parse_devices(devices), batch)
 
 
@@ -75,7 +75,7 @@ STEPS, WARM = 5, 2
 
 
 def expected(name: str) -> tuple[plan.Plan, int]:
-    """The plan of a model on this machine, and its number of parameters."""
+    """Return the plan of a model on this machine, and its number of parameters."""
     module, config, rows = MODELS[name]
     with on_meta():
         count = sum(parameter.numel() for parameter in module.build(config).parameters())
@@ -85,7 +85,7 @@ def expected(name: str) -> tuple[plan.Plan, int]:
 
 
 def train(name: str, micro_batch: int) -> None:
-    """Prints the seconds of a step of this model, and the bytes that it has taken."""
+    """Print the seconds of a training step of this model, and the bytes of memory that it has taken."""
     module, config, rows = MODELS[name]
     torch.ones(256, 256) @ torch.ones(256, 256)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -103,7 +103,7 @@ def train(name: str, micro_batch: int) -> None:
 
 
 def here(to: Path | None) -> None:
-    """Prints the table of this machine, and writes it."""
+    """Print the table of this machine, and write it to a file if a path is given."""
     table = {}
     print(f"{'':18} {'s a step':>9} {'measured':>9} {'ratio':>6} {'GB':>7} {'measured':>9} {'ratio':>6}")
     for name in MODELS:
@@ -121,7 +121,7 @@ def here(to: Path | None) -> None:
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--here", action="store_true", help="Beside this machine, in place of what was published.")
     parser.add_argument("--json", type=Path)

@@ -67,14 +67,14 @@ WAYS = {
 
 
 def texts(names: list[str], held: Examples) -> Iterator[str]:
-    """The catalogue's documents but for the held-out summaries, whatever their case and signs."""
+    """Yield the catalogue's documents without the held-out summaries. The comparison ignores case and punctuation."""
     hidden = {key(row.texts[0]) for row in held.rows}
     for name in names:
         yield from (text for text in catalogue.documents(name) if key(text) not in hidden)
 
 
 def prepared(options: argparse.Namespace, held: Examples) -> TextTask:
-    """The text to pretrain on, its tokenizer, and its ids."""
+    """Return the pretraining text, its tokenizer and its token ids."""
     parts = {part for name in options.texts for part in (catalogue.entry(name).parts or (name,))}
     names = sorted(parts)
     print(f"Learning a tokenizer from {', '.join(names)} ...", flush=True)
@@ -108,7 +108,7 @@ def pretrained(options: argparse.Namespace, task: TextTask, out: Path) -> None:
 
 
 def with_dropout(folder: Path, out: Path, tokenizer: Tokenizer | None = None) -> str:
-    """The model of a folder, or a new one of the same shape where a tokenizer is given, with fine-tuning's dropout."""
+    """Save a folder's model, or a new one of the same shape if a tokenizer is given, with fine-tuning's dropout."""
     if tokenizer is None:
         weights, words = checkpoints.load(folder)
         model = gpt1.build(replace(weights.config, dropout=DROPOUT))
@@ -121,7 +121,8 @@ def with_dropout(folder: Path, out: Path, tokenizer: Tokenizer | None = None) ->
 
 
 def tuned(way: Way, base: str, training: Examples, held: Examples, seed: int, options: argparse.Namespace) -> Confusion:
-    """A run of the recipe; fewer labels are seen more often, for otherwise there would be few steps."""
+    """Fine-tune by the recipe and evaluate. With fewer labels the run has more epochs, or it would have too few
+    steps."""
     epochs = max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
     recipe = telling.Recipe(
         model=base, cut=options.tokens, epochs=epochs, seed=seed, lm_weight=way.lm_weight, warmup=WARMUP,
@@ -182,7 +183,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, bases: dict[bool, str], training: Examples, held: Examples) -> None:
-    """Prints the table, and draws it."""
+    """Print the table, and draw it if a path is given."""
     print("| | labels | accuracy | macro F1 | seconds |\n|---|---:|---:|---:|---:|", flush=True)
     accuracies: dict[str, dict[int, float]] = {name: {} for name in options.only}
     share = 0.0

@@ -85,7 +85,7 @@ MODELS = {
 
 
 def build(name: str, seed: int) -> DecoderLM:
-    """A model of two layers."""
+    """Build a model of two layers."""
     torch.manual_seed(seed)
     norm = partial(RMSNorm, DIM)
     mixers: list[Any] = [mixer(DIM, HEADS, SeparateInputs) for mixer in MODELS[name]]
@@ -133,7 +133,7 @@ def train(model: DecoderLM, seed: int, options: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def accuracy(model: DecoderLM, pairs: int, rewritten: bool) -> float:
-    """The share of right values, of the same 1,024 or more queries for every model."""
+    """Return the share of correct values, over the same queries, 1,024 or more, for each model."""
     tokens, wanted = draw(max(64, 4096 // pairs), pairs, torch.Generator().manual_seed(pairs), rewritten)
     logits = model.logits(model.hidden(tokens)[:, -pairs:])
     return round((logits.argmax(-1) == wanted).float().mean().item(), 4)

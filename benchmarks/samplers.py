@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace, model, extract: Extractor, real: Tensor
 
 
 def show(found: dict[str, dict[int, tuple]], evaluations: list[int], floor: float, features: str) -> None:
-    """The table in Markdown: 1000 times the kernel distance, and in brackets its deviation over subsets."""
+    """Print the table in Markdown: 1000 times the kernel distance, with its deviation over subsets in brackets."""
     print(f"{machine()}\n\n1000 · kernel distance ({features}) by evaluations of the network\n")
     print(f"| | {' | '.join(map(str, evaluations))} |\n|---|{'---:|' * len(evaluations)}")
     for name, row in found.items():
@@ -94,7 +94,7 @@ def plot(found: dict[str, dict[int, tuple]], floor: float, features: str, path: 
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", required=True)

@@ -50,7 +50,7 @@ class RandomTokens:
 
 
 def learn(folder: Path, steps: int) -> None:
-    """A run, as this process's part of it."""
+    """Train a run, as one of its processes."""
     torch.manual_seed(0)
     settings = Settings(steps=steps, batch_size=ROWS, micro_batch=ROWS, precision="bfloat16", log_every=1, keep=10,
                         evaluate_every=0, save_every=EVERY, warmup=1)  # fmt: skip
@@ -84,7 +84,7 @@ def measure(folder: Path, world: int, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Makes the runs and prints the table; or, as one of their processes, trains."""
+    """Time the runs and print the table, or train as one of their processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--json", type=Path)

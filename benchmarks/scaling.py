@@ -66,7 +66,7 @@ class Law:
 
 
 def fitted(sizes: np.ndarray, tokens: np.ndarray, logs: np.ndarray, starts: list) -> Law:
-    """The law with the least sum of Huber's losses of the logarithms of losses."""
+    """Fit the law that minimises the sum of Huber losses of the logarithms of the losses."""
 
     def cost(values: np.ndarray) -> float:
         error = np.abs(Law(*values).log_loss(sizes, tokens) - logs)

@@ -40,7 +40,7 @@ def sent() -> int:
 
 
 def train(name: str, folder: Path, steps: int) -> tuple[list[dict[str, Any]], int]:
-    """The lines of metrics of a run, and the bytes that went over the loopback network."""
+    """Train a run. Return its lines of metrics, and the bytes sent over the loopback network."""
     threads, words = RUNS[name]
     before, out, world = sent(), folder / f"{name}-{steps}", 1 if name.startswith("one process") else 2
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT / "src")}
@@ -93,7 +93,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Runs all, prints the table and draws the picture."""
+    """Train all runs, print the table and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--picture", type=Path)

@@ -60,7 +60,7 @@ class Outcome:
     seconds: float = 0.0
 
     def tell(self, name: str) -> float:
-        """Prints it; tokens a second."""
+        """Print the figures of an outcome, and return its tokens per second."""
         rate, late = self.tokens / self.seconds, statistics.quantiles(self.first, n=20)[-1]
         print(f"{name}: {len(self.texts)} answers, {rate:.1f} tokens/s, time to first token "
               f"{statistics.median(self.first):.2f} s at the median and {late:.2f} s at the 95th percentile, "
@@ -69,20 +69,20 @@ class Outcome:
 
 
 def request(number: int, model: str) -> dict[str, Any]:
-    """The request of this number, always the same: greedy, from 5 to 300 words, from 8 to 96 tokens."""
+    """Return the request of this number, always the same: greedy, 5 to 300 words, 8 to 96 tokens."""
     own = random.Random(number)
     text = " ".join(own.choices(WORDS, k=own.choice((5, 20, 60, 300))))
     return chat(model, [f"{number}: {text}"], own.choice((8, 32, 96)))
 
 
 def chat(model: str, turns: list[str], max_tokens: int) -> dict[str, Any]:
-    """The body of a conversation whose turns begin with the user's."""
+    """Return the request body of a conversation whose first turn is the user's."""
     messages = [{"role": ("user", "assistant")[place % 2], "content": each} for place, each in enumerate(turns)]
     return {"model": model, "messages": messages, "max_tokens": max_tokens, "seed": 1, "stream": True, **SAMPLING}
 
 
 async def pieces(url: str, body: dict[str, Any]) -> AsyncGenerator[str, None]:
-    """The texts of the events of one answer. Sockets and lines, since a client on the same cores must cost little."""
+    """Yield the text of each event of one answer. It reads a plain socket, because a client must cost little."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=2**20)
     try:
@@ -107,7 +107,7 @@ async def pieces(url: str, body: dict[str, Any]) -> AsyncGenerator[str, None]:
 
 
 async def answer(url: str, body: dict[str, Any], found: Outcome, number: int = 0, manner: str = "") -> str:
-    """The text of one answer; `manner`: whether the client leaves early or reads slowly."""
+    """Return the text of one answer. `manner`: whether the client leaves early or reads slowly."""
     began, first, text, count = time.monotonic(), 0.0, "", 0
     async with aclosing(pieces(url, body)) as parts:
         async for part in parts:
@@ -142,7 +142,7 @@ class Load:
     whole: bool = True  # whether answers that are being written at the end are waited for
 
     async def run(self, found: Outcome | None = None) -> Outcome:
-        """What they saw, added to what was found before."""
+        """Run the clients, and add their measurements to those in `found`."""
         found = found or Outcome()
         began, self._numbers, self._end = time.monotonic(), iter(range(10**9)), time.monotonic() + self.seconds
         host, port = self.url.removeprefix("http://").split(":")
@@ -177,8 +177,8 @@ class Load:
 
 
 async def arrive(url: str, model: str, rate: float, seconds: float, seed: int) -> Outcome:
-    """Requests that come by themselves for so many seconds, `rate` in each on average, all of them new; what they saw
-    at the end."""
+    """Send new requests at random times for some seconds, on average `rate` per second, and return their
+    measurements."""
     found, chance, asked = Outcome(), random.Random(seed), []
     began, at, number = time.monotonic(), 0.0, 10_000 * seed + round(1_000_000 * rate)
     while (at := at + chance.expovariate(rate)) < seconds:
@@ -192,12 +192,12 @@ async def arrive(url: str, model: str, rate: float, seconds: float, seed: int) -
 
 
 def percentiles(values: list[float]) -> str:
-    """The median and the 95th percentile."""
+    """Return the median and the 95th percentile."""
     return f"{statistics.median(values):.3f} | {statistics.quantiles(values, n=20)[-1]:.3f}"
 
 
 def start(command: list[str], url: str, path: str, seconds: float = 120) -> tuple[subprocess.Popen, float]:
-    """A server that answers, and how long it took."""
+    """Start a server, wait until it answers, and return the process and the seconds that it took."""
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while time.monotonic() - began < seconds:
@@ -211,33 +211,33 @@ def start(command: list[str], url: str, path: str, seconds: float = 120) -> tupl
 
 
 def free_url() -> str:
-    """A URL at which nothing listens."""
+    """Return a URL at which nothing listens."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{found.getsockname()[1]}"
 
 
 def keifu(options: argparse.Namespace, url: str, model: str) -> list[str]:
-    """The command of keifu's server."""
+    """Return the command of keifu's server."""
     command = [sys.executable, "-m", "keifu", "serve", model, "--port", url.rpartition(":")[2], "--no-access-log"]
     command += ["--slots", str(options.slots), "--cache", options.cache]
     return command + (["--weights", options.weights] if options.weights else [])
 
 
 def llama(options: argparse.Namespace, url: str) -> list[str]:
-    """The command of llama.cpp's server, with as many slots, and a thread for each client."""
+    """Return the command of llama.cpp's server, with as many slots, and a thread for each client."""
     command = [options.llama_server, "-m", str(options.gguf), "--port", url.rpartition(":")[2], "-np"]
     command += [str(options.slots), "-c", str(options.slots * 2048), "-t", str(len(os.sched_getaffinity(0)))]
     return [*command, "--threads-http", str(options.clients + 2 * SILENT)]
 
 
 async def alone(url: str, model: str, count: int) -> list[str]:
-    """The text of each request, asked when there is no other."""
+    """Return the answer to each request when the server has no other request."""
     return [await answer(url, request(number, model), Outcome()) for number in range(count)]
 
 
 def second_turn(url: str, model: str) -> float:
-    """Prints the time to first token of two turns of a long chat; how many times as long the first takes."""
+    """Print the time to first token of two turns of a long chat. Return the ratio of the first to the second."""
 
     async def ask(turns: list[str]) -> tuple[str, float]:
         found = Outcome()
@@ -256,8 +256,8 @@ def second_turn(url: str, model: str) -> float:
 
 
 def manners(url: str, model: str, clients: int, seconds: float) -> float:
-    """Prints how fast half of the clients get their answers beside others like them, and beside as many that leave or
-    read slowly and 32 that say nothing; the ratio."""
+    """Print the token rate of half of the clients next to polite clients, and next to rude and silent ones. Return the
+    ratio. Rude clients leave early or read slowly. 32 silent clients only connect."""
     rates: dict[float, list[float]] = {0.0: [], 1.0: []}
 
     async def beside(rude: float) -> list[float]:
@@ -292,7 +292,7 @@ def stop_under_load(process: subprocess.Popen, url: str, model: str) -> bool:
 
 
 def endure(options: argparse.Namespace) -> Iterable[str]:
-    """The long load; what is not as it must be."""
+    """Run the long load, and return the checks that fail."""
     url, name = free_url(), options.model
     command = keifu(options, url, name)
     process, _ = start(command, url, "/ready")
@@ -321,7 +321,7 @@ def endure(options: argparse.Namespace) -> Iterable[str]:
 
 
 def start_again(command: list[str], url: str, model: str) -> float:
-    """Prints and gives the seconds from a start after SIGKILL until the server is ready."""
+    """Print and return the seconds from a start after SIGKILL until the server is ready."""
     process, _ = start(command, url, "/ready")
     process.kill()
     process.wait()
@@ -369,7 +369,7 @@ def compare(options: argparse.Namespace) -> Iterable[str]:
 
 
 def arrivals(rate: float, urls: dict[str, str], model: str, options: argparse.Namespace) -> Iterable[str]:
-    """Prints a row for each server at this rate of requests, from all rounds; what went wrong."""
+    """Print a row for each server at this rate of requests, over all rounds. Return the errors."""
     print(f"\n{rate:g} requests a second, {options.rounds} rounds of {options.seconds:g} s\n")
     print("| | tokens/s | first token, s: median | 95% | further ones: median | 95% | whole answer: median | 95% |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")

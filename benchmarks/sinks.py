@@ -139,7 +139,7 @@ def measure(model: DecoderLM, rows: Tensor) -> dict[str, float]:
 
 
 def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """The cost of a window, and the shares of attention."""
+    """Draw the cost of a window, and the shares of attention."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     costs = [read for read in READ if read != "all"]
     panels = (

@@ -83,7 +83,7 @@ def run(name: str, task: TextTask, options: argparse.Namespace, out: Path) -> li
 
 
 def row(name: str, lines: list[dict[str, float]], at: int) -> str:
-    """A line of the table."""
+    """Return a row of the table."""
     steps = [line for line in lines if "loss" in line]
     standing = [line for line in metrics.last_metrics(lines) if "loss" in line]
     before = sum(line["loss"] for line in standing[at - 20 : at]) / 20
@@ -96,7 +96,7 @@ def row(name: str, lines: list[dict[str, float]], at: int) -> str:
 
 
 def draw(runs: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
-    """The loss of each step; what the rule has undone is dotted."""
+    """Draw the loss of each step. Steps that the rule has undone are dotted."""
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     axes.axvspan(options.at, options.at + options.bad, color="grey", alpha=0.3, label="random batches")
     for number, (name, lines) in enumerate(runs.items()):

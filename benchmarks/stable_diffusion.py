@@ -92,12 +92,12 @@ def _plain(json: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokens(config: latent_diffusion.Config) -> Tokenizer:
-    """A small tokenizer: what it costs to read a text does not depend on the words."""
+    """Return a small tokenizer. The cost of reading a prompt does not depend on its words."""
     return learn([TEXT] * 3, 520).with_max_length(config.context_length)
 
 
 def step(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Namespace) -> Callable[[], Tensor]:
-    """A guided step."""
+    """Return a function that makes one guided step."""
     unet = own.config.unet
     x, context = torch.randn(2, unet.channels, options.side, options.side), torch.randn(2, 77, unet.context_dim)
     kind, timestep = next(own.parameters()).dtype, torch.tensor([500, 500])
@@ -113,7 +113,7 @@ def step(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Name
 
 
 def decode(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Namespace) -> Callable[[], Tensor]:
-    """The decoding of one picture's latents."""
+    """Return a function that decodes the latents of one picture."""
     x, scale = torch.randn(1, own.config.channels, options.side, options.side), own.config.scale
     x = x.to(next(own.parameters()).dtype)
     if row == OWN:
@@ -149,7 +149,7 @@ def _last(x: Tensor) -> Tensor:
 
 
 def rows(what: str, options: argparse.Namespace) -> list[str]:
-    """What is timed, by name."""
+    """Return the names of the timed contenders."""
     few = [f"{OWN}, plms, {options.steps} steps", f"{OWN}, dpm++-2m, {options.few} steps"]
     return [BASE, *few] if what == "picture" else [BASE, LAST, OWN]
 
@@ -158,7 +158,7 @@ KINDS = {"step": step, "decode": decode, "picture": picture}
 
 
 def flops_of(own: latent_diffusion.LatentDiffusion, what: str, options: argparse.Namespace) -> int:
-    """The operations of one step or decoding; 0 of a picture, whose rows do not do the same."""
+    """Return the operations of one step or decoding. It is 0 for a picture, whose contenders do different work."""
     if what == "decode":
         return count_flops(decode(own, OWN, options))
     unet = own.config.unet
@@ -185,7 +185,7 @@ def measure(options: argparse.Namespace, what: str, name: str) -> None:
 
 
 def memory_of(options: argparse.Namespace, what: str, dtype: str, row: str) -> float:
-    """The most memory, in GB, while a process of its own does this once."""
+    """Return the peak memory, in GB, of a separate process that does this work once."""
     words = [sys.executable, __file__, "--alone", row, "--what", what, "--dtype", dtype, "--side", str(options.side)]
     words += ["--model", options.model, "--steps", str(options.steps), "--few", str(options.few)]
     told = subprocess.run([*words, *["--tiny"] * options.tiny], check=True, capture_output=True, text=True)
@@ -194,8 +194,8 @@ def memory_of(options: argparse.Namespace, what: str, dtype: str, row: str) -> f
 
 @torch.inference_mode()
 def alone(options: argparse.Namespace) -> float:
-    """What this process holds at most while it does one row's work, in GB; what making the weights took is given back
-    before."""
+    """Return the peak memory of this process during one contender's work, in GB. Memory that only building the weights
+    needed is returned to the system first."""
     own = built(config_of(options), DTYPES[options.dtype[0]])
     work = KINDS[options.what[0]](own, options.alone, options)
     del own
@@ -217,7 +217,7 @@ def alone(options: argparse.Namespace) -> float:
 
 
 def config_of(options: argparse.Namespace) -> latent_diffusion.Config:
-    """The model's."""
+    """Return the model's configuration."""
     return TINY if options.tiny else latent_diffusion.SIZES[options.model]
 
 

@@ -83,7 +83,7 @@ class Contestant:
         return self.drawer.usual_guidance != 1
 
     def draw(self, texts: Sequence[str], options: argparse.Namespace, guidance: float) -> Tensor:
-        """A picture of each text, whose seeds follow each other."""
+        """Draw a picture of each text, with consecutive seeds."""
         chosen = {"sampler": options.sampler, "steps": options.steps} if self.guided else {}
         towards = guidance if self.guided else 1.0
         wanted = self.drawer.resolved(ImageRequest(seed=0, text="a", truncate=True, guidance=towards, **chosen))
@@ -141,7 +141,7 @@ def ground(data: str, size: int, count: int, eyes: Eyes, language: str | None) -
 
 
 def row(each: Contestant, on: Ground, towers: Any, eyes: Eyes, options: argparse.Namespace) -> str:
-    """A line of the table."""
+    """Return a row of the table."""
     each.draw(on.captions[:2], options, options.guidance)
     start = time.perf_counter()
     drawn = each.draw(on.captions, options, options.guidance)

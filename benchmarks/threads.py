@@ -43,7 +43,7 @@ Work = tuple[Callable[[], object], int]  # what is done once, and how many units
 
 
 def language_model(config: gpt2.Config, rows: int, length: int) -> Work:
-    """A training step of a GPT on random tokens."""
+    """Return a training step of a GPT on random tokens, and its number of tokens."""
     batch = {"tokens": torch.randint(config.vocab_size, (rows, length + 1))}
     return ours(
         gpt2.build(config).train(), causal_language_modeling, lambda step: batch, torch.float32, False, []
@@ -60,7 +60,7 @@ def gpt2_124m() -> Work:
 
 
 def translator() -> Work:
-    """A training step of a Transformer on 32 pairs of 16 and 16 tokens."""
+    """Return a training step of a Transformer on 32 pairs of 16 and 16 tokens, and its number of target tokens."""
     config = transformer.Config(vocab_size=4096, dim=128, hidden_dim=512, n_layers=2, n_heads=4)
     mask = torch.ones(32, 17, dtype=torch.bool)
     source, target = torch.randint(4, 4096, (32, 16)), torch.randint(4, 4096, (32, 17))
@@ -80,7 +80,7 @@ def decoding() -> Work:
 
 
 def unet() -> Work:
-    """A training step of a small U-Net on 4 pictures of 16 pixels."""
+    """Return a training step of a small U-Net on 4 pictures of 16 x 16 pixels, and the number of pictures."""
     config = ddpm.Config(size=16, dim=32, multipliers=(1, 2), n_residual_blocks=1, dropout=0.0)
     batch = {"pictures": torch.randn(4, 3, 16, 16).clamp(-1, 1), "draws": draw_noise(0, 0, 4)}
     model = ddpm.build(config).train()
@@ -97,7 +97,7 @@ WORKLOADS: dict[str, tuple[Callable[[], Work], str]] = {
 
 
 def serve(names: list[str], follow: bool) -> None:
-    """The process of a setting: for each line, a workload and seconds, answers with the rate."""
+    """Serve one setting: read a workload and seconds from each line, and print the rate."""
     if follow:
         follow_load()
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def spent(process: subprocess.Popen[str]) -> float:
 
 
 def started(setting: str, names: list[str]) -> subprocess.Popen[str]:
-    """The process of a setting, without variables that the caller has set."""
+    """Start the process of a setting, without thread variables of the caller."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))}
     command = [sys.executable, __file__, "--serve", setting, "--workloads", *names]
     return subprocess.Popen(
@@ -143,7 +143,7 @@ def started(setting: str, names: list[str]) -> subprocess.Popen[str]:
 
 
 def ask(process: subprocess.Popen[str], line: str) -> str:
-    """An answer of a setting's process, in one line."""
+    """Send a line to a setting's process, and return the line that it answers."""
     assert process.stdin and process.stdout
     process.stdin.write(f"{line}\n")
     process.stdin.flush()

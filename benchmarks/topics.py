@@ -50,7 +50,7 @@ Way = Callable[[Examples, Examples, argparse.Namespace], Confusion]
 
 
 def judged(right: Sequence[str], given: Sequence[str]) -> Confusion:
-    """The figures of given labels."""
+    """Return the confusion figures of the given labels."""
     labels = sorted({*right, *given})
     numbers = {label: number for number, label in enumerate(labels)}
     return Confusion.of(*(torch.tensor([numbers[label] for label in each]) for each in (right, given)), labels)
@@ -84,7 +84,7 @@ def passes(training: Examples, options: argparse.Namespace) -> int:
 def trained(
     training: Examples, held: Examples, options: argparse.Namespace, times: int = 1, **choice: Any
 ) -> Confusion:
-    """A run of the recipe."""
+    """Train by the recipe, and return the figures on the held-out texts."""
     recipe = Recipe(cut=options.tokens, epochs=times * passes(training, options), seed=options.seed, **choice)
     task = classifier.ready(recipe, training, held.chosen(()))
     with tempfile.TemporaryDirectory() as directory:
@@ -107,7 +107,7 @@ def small(training: Examples, held: Examples, options: argparse.Namespace) -> Co
 
 
 def left_to_right(training: Examples, held: Examples, options: argparse.Namespace) -> Confusion:
-    """A run of GPT-1's fine-tuning, on as many tokens and as often as `small`."""
+    """Fine-tune GPT-1 by its recipe, with as many tokens and epochs as `small`, and return the figures."""
     recipe = gpt1_finetune.Recipe(
         model=str(options.left), cut=options.tokens, epochs=options.times * passes(training, options),
         seed=options.seed, lm_weight=options.lm_weight, warmup=0.1, learning_rate=options.left_rate,

@@ -32,12 +32,12 @@ BATCH, LENGTH = 4, 256
 
 
 def tokens(step: int) -> torch.Tensor:
-    """The rows of a step: the same for every contender."""
+    """Return the token rows of a step, the same for every contender."""
     return torch.randint(0, 50_257, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
 
 
 def theirs_model() -> transformers.GPT2LMHeadModel:
-    """The weights that all contenders begin with."""
+    """Return transformers' GPT-2, with the initial weights of all contenders."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     return transformers.GPT2LMHeadModel(config).train()
@@ -77,7 +77,7 @@ def nanogpt(folder: str, dtype: torch.dtype, compile: bool, fused: bool, losses:
 
 
 def work(connection: Connection, keep: bool, make: Callable[..., Callable[[], None]], arguments: tuple) -> None:
-    """A contender's process: makes a step whenever it is asked to, and tells its loss."""
+    """Run a contender's process: train a step at each request, and send its loss."""
     losses: list[float] = []
     with suppress(EOFError), keep_freed(CPU) if keep else nullcontext():
         step = make(*arguments, losses)

@@ -30,7 +30,7 @@ ROWS, VOCABULARY, START, END, PAD = 128, 8000, 1, 2, 0
 
 
 def batch(step: int) -> Batch:
-    """The sentences of a step: the same for every contender."""
+    """Return the sentences of a step, the same for every contender."""
     random = torch.Generator().manual_seed(step)
 
     def side(begins: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def loss_of(logits: Tensor, rows: Batch) -> Tensor:
 
 
 def marian_model(dim: int, layers: int) -> transformers.MarianMTModel:
-    """The weights that Marian and keifu begin with."""
+    """Return transformers' Marian model, with the initial weights of Marian and keifu."""
     torch.manual_seed(0)
     heads, hidden = dim // 64, 4 * dim
     config = transformers.MarianConfig(

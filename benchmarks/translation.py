@@ -31,7 +31,7 @@ Runs = list[tuple[str, Path]]
 
 
 def by_length(runs: Runs, on: str, reverse: bool, limit: int | None, picture: Path) -> None:
-    """Prints BLEU and chrF of each run, all and by the length of the source, and draws the latter."""
+    """Print BLEU and chrF of each run, overall and by the length of the source, and draw those by length."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for name, path in runs:
         found = evaluate(*keifu.load(path), EvalRequest(on, limit, reverse, by_length=True))

@@ -52,7 +52,7 @@ def pictures(batch: int, seed: int = 0) -> Tensor:
 
 @torch.inference_mode()
 def forward(dtype: torch.dtype, batch: int, rounds: int) -> None:
-    """The table of forward passes."""
+    """Print the table of forward passes."""
     own, plain, last = (model.to(dtype).eval() for model in models())
     fast = prepack(own)
     x, timestep = pictures(batch).to(dtype), torch.arange(batch) * 1000 // batch
@@ -70,7 +70,7 @@ def forward(dtype: torch.dtype, batch: int, rounds: int) -> None:
 
 
 def training(dtype: torch.dtype, batch: int, rounds: int) -> None:
-    """The table of training steps."""
+    """Print the table of training steps."""
     own, plain, last = (model.train() for model in models())
     objective, losses = DiffusionLoss(CONFIG.noise), {name: [] for name in (BASE, LAST, "keifu")}
 
@@ -78,7 +78,7 @@ def training(dtype: torch.dtype, batch: int, rounds: int) -> None:
         return {"pictures": pictures(batch, step), "draws": draw_noise(0, step, batch)}
 
     def loss(model: UNet2DModel, rows: Batch) -> Tensor:
-        """The same loss, written out with torch's own noise: what it costs must not be keifu's."""
+        """Return the same loss with torch's own noise, so that it does not include the cost of keifu's."""
         timestep, added = torch.randint(0, 1000, (batch,)), torch.randn_like(rows["pictures"])
         noisy = add_noise(rows["pictures"], added, CONFIG.noise.alpha_bar, timestep)
         return torch.nn.functional.mse_loss(model(noisy, timestep).sample.float(), added)

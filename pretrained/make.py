@@ -282,12 +282,12 @@ MODELS = {
 
 
 def keifu(*words: str) -> str:
-    """Runs a keifu command and returns what it prints."""
+    """Run a keifu command and return its standard output."""
     return subprocess.run([*KEIFU, *words], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def pack(run: Path, folder: Path, dtype: str) -> None:
-    """The run's model, its tokenizer, without spaces in it, and the record of how it was trained."""
+    """Write the model of a run, its tokenizer in compact JSON and its training record to a folder."""
     shutil.rmtree(folder, ignore_errors=True)
     keifu("convert", str(run), str(folder), "--to", "hf", *(["--dtype", dtype] if dtype in DTYPES else []))
     for file in folder.rglob("tokenizer.json"):
@@ -311,7 +311,7 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def head(name: str, model: Model, figures: Mapping[str, Any]) -> str:
-    """The metadata of a card, as YAML with the fields of the Hugging Face hub."""
+    """Return the metadata of a card, as YAML with the fields of the Hugging Face hub."""
     data, _, made_by = model.data.partition(": ")
     kinds = {key: METRICS.get(key, key.lower().replace(" ", "_")) for key in figures}
     measured = {key: value for key, value in figures.items() if not isinstance(value, str) and key not in COUNTS}
@@ -330,7 +330,7 @@ def head(name: str, model: Model, figures: Mapping[str, Any]) -> str:
 
 
 def renew_head(name: str, model: Model, folder: Path) -> None:
-    """Writes the metadata of a card again, without an evaluation."""
+    """Rewrite the metadata of a card from its stored figures, without an evaluation."""
     figures = json.loads((folder / "card.json").read_text("utf-8"))["figures"]
     _, _, text = (folder / "README.md").read_text("utf-8").split("---\n", 2)
     (folder / "README.md").write_text(f"---\n{head(name, model, figures)}---\n{text}", "utf-8")
@@ -385,7 +385,7 @@ def parameters(folder: Path) -> int:
 
 
 def took(record: dict) -> str:
-    """Steps, time and machine, as the run's record has them."""
+    """Return the steps and the processor of a run, as its record gives them."""
     if "settings" not in record:
         return "a moment"
     steps = record.get("steps", record["settings"]["steps"])
@@ -393,7 +393,7 @@ def took(record: dict) -> str:
 
 
 def trained(name: str, model: Model) -> Path:
-    """The folder of the last of its trainings."""
+    """Train a model with its commands, one after the other, and return the run of the last one."""
     run = Path()
     for number, command in enumerate(model.command.split(" && "), 1):
         last, run = run, Path("runs") / f"pretrained-{name}-{number}"
@@ -406,7 +406,7 @@ def trained(name: str, model: Model) -> Path:
 
 
 def prune(run: Path, folder: Path, data: str, encoder: int, decoder: int) -> None:
-    """A translator with so many neurons left in each feed-forward network of its encoder and its decoder.
+    """Write a translator that keeps a given number of neurons in each feed-forward network of encoder and decoder.
 
     One after the other that neuron goes whose loss the others can make good best, in what the layer adds for 1,000
     pairs, and the others take over its part (optimal brain surgeon; Hassibi and Stork, 1993).
