@@ -165,16 +165,17 @@ class _Trace(TorchDispatchMode):
         self.operations: list[_Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs, draws = kwargs or {}, torch.Tag.nondeterministic_seeded in func.tags
+        kwargs, state = kwargs or {}, torch.get_rng_state() if torch.Tag.nondeterministic_seeded in func.tags else None
         alias = func._schema.arguments[0].alias_info if args and isinstance(args[0], Tensor) else None
         writes = bool(alias and alias.is_write) and args[0].device.type == "meta"
         result = args[0] if writes else func(*args, **kwargs)  # PyTorch would import its compiler to fill nothing
-        if not alias and isinstance(result, tuple):
+        if (not alias and isinstance(result, tuple)) or kwargs.get("generator"):
             raise UserError(f"This model cannot be drawn in parts, since its initialisation uses {func}.")
         if not isinstance(result, Tensor) or result.device.type != "meta" or (alias and not writes):
             return result
-        self.operations.append(_Operation(func, args, kwargs, result, torch.get_rng_state() if draws else None))
-        if draws:
+        # detached, so that no later `.data =` changes the memory that is meant
+        self.operations.append(_Operation(*tree_map_only(Tensor, Tensor.detach, (func, args, kwargs, result, state))))
+        if state is not None:
             self.operations[-1].run({})
         return result
 
