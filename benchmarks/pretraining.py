@@ -121,8 +121,7 @@ def with_dropout(folder: Path, out: Path, tokenizer: Tokenizer | None = None) ->
 
 
 def tuned(way: Way, base: str, training: Examples, held: Examples, seed: int, options: argparse.Namespace) -> Confusion:
-    """Fine-tune by the recipe and evaluate. With fewer labels the run has more epochs, or it would have too few
-    steps."""
+    """Fine-tune by the recipe and evaluate. A run with fewer labels has more epochs, so that it has enough steps."""
     epochs = max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
     recipe = telling.Recipe(
         model=base, cut=options.tokens, epochs=epochs, seed=seed, lm_weight=way.lm_weight, warmup=WARMUP,

@@ -177,8 +177,7 @@ class Load:
 
 
 async def arrive(url: str, model: str, rate: float, seconds: float, seed: int) -> Outcome:
-    """Send new requests at random times for some seconds, on average `rate` per second, and return their
-    measurements."""
+    """Send new requests for some seconds, `rate` per second on average at random times. Return the measurements."""
     found, chance, asked = Outcome(), random.Random(seed), []
     began, at, number = time.monotonic(), 0.0, 10_000 * seed + round(1_000_000 * rate)
     while (at := at + chance.expovariate(rate)) < seconds:

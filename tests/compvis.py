@@ -26,7 +26,7 @@ def weights(module: nn.Module, start: str, names: dict[str, str] | None = None) 
 
 
 def unet_as_compvis(unet: Any) -> Named:
-    """A walk through the network in the order in which CompVis numbers its blocks."""
+    """Yield the weights of the network in the order in which CompVis numbers its blocks."""
     start, number = "model.diffusion_model.", 1
     yield from weights(unet.time_embedding, f"{start}time_embed.", {"linear_1": "0", "linear_2": "2"})
     yield from weights(nn.ModuleDict({"0": unet.conv_in}), f"{start}input_blocks.0.")
@@ -90,7 +90,7 @@ def file_of(pipeline: Any) -> dict[str, torch.Tensor]:
 
 
 def single_file(folder: Path) -> tuple[Any, Path]:
-    """A small pipeline with Stable Diffusion 1's numbers of heads, and its file with the tokenizer beside it."""
+    """Write a small pipeline with Stable Diffusion 1's numbers of heads. Return it, and the path of its single file."""
     import diffusers
     import transformers
 

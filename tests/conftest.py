@@ -189,14 +189,14 @@ def _no_wait_for_disks() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _native_step() -> None:
-    """Opens the native step before a test can name an empty cache, into which it would be compiled anew."""
+    """Open the native step before a test sets an empty cache, because a new cache would compile it again."""
     with suppress(Unavailable):
         library.open_library()
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> library.Library:
-    """The library of native code; a test is skipped where this machine cannot build it."""
+    """Return the library of native code. Skip the test if this machine cannot build it."""
     monkeypatch.delenv(library.VARIABLE, raising=False)
     try:
         return library.open_library()
@@ -205,7 +205,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> library.Library:
 
 
 def binomial_bounds(trials: int, share: float, risk: float = 1e-7) -> tuple[int, int]:
-    """The least and the largest count of independent trials of this share, each side left with less than `risk`."""
+    """Return the least and the largest likely count of trials with this share. Each tail is less likely than `risk`."""
     logs = [
         math.lgamma(trials + 1) - math.lgamma(n + 1) - math.lgamma(trials - n + 1)
         + n * math.log(share) + (trials - n) * math.log1p(-share)
@@ -237,7 +237,7 @@ def likely() -> Callable[[int, int, float], bool]:
 
 @pytest.fixture(autouse=True)
 def _nothing_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Standard input is an empty pipe, unless a test puts something there."""
+    """Make standard input an empty pipe, unless a test replaces it."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
 
 
@@ -271,7 +271,7 @@ SECONDS: Counter[str] = Counter()  # how long each file has taken so far
 
 
 def file_of(test: pytest.Item | pytest.TestReport) -> str:
-    """The file of a test."""
+    """Return the file of a test."""
     return test.nodeid.partition("::")[0]
 
 
@@ -294,7 +294,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Counts the seconds of a file."""
+    """Add the seconds of a test to those of its file."""
     SECONDS[file_of(report)] += report.duration
 
 
@@ -302,12 +302,12 @@ SLOW: list[int] = []  # how many slow tests were left out; of several processes,
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    """Counts the slow tests that are left out."""
+    """Count the deselected slow tests."""
     SLOW.append(sum(1 for item in items if item.get_closest_marker("slow")))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A process of pytest-xdist hands its count to the one that sums up, which keeps how long each file took."""
+    """Send the count of a worker of pytest-xdist to the controller. The controller stores the seconds of each file."""
     config = session.config
     if "workeroutput" in vars(config):
         vars(config)["workeroutput"]["slow"] = sum(SLOW)
@@ -317,7 +317,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
-    """Takes the count of a process that has ended."""
+    """Read the count of a worker that has ended."""
     SLOW[:] = [vars(node).get("workeroutput", {}).get("slow", 0)]
 
 

@@ -57,17 +57,17 @@ READERS: dict[type, Callable[[Any], Hashable]] = {
 
 @functools.cache
 def _reader(kind: type) -> Callable[[Any], Hashable]:
-    """What reads a type's values; of most, no annotation sees more than the type."""
+    """Return the reader of a type's values. For most types an annotation sees only the type."""
     return next((read for base, read in READERS.items() if issubclass(kind, base)), type)
 
 
 def _signature(value: Any) -> Hashable:
-    """What an annotation can see of a value: its type, a tensor's shape and dtype, the same of what it contains."""
+    """Return everything that an annotation can see of a value: type, shape and dtype, and the same of its contents."""
     return _reader(type(value))(value)
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """An annotation and all that it contains."""
+    """Yield an annotation and all that it contains."""
     yield annotation
     for each in get_args(annotation):
         yield from _parts(each)
@@ -91,7 +91,7 @@ class Checks:
         self._check: Callable[[], Any] = functools.cache(lambda: check(functools.wraps(function)(same)))
 
     def run(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Calls the function, or what gives its result, with arguments and result checked."""
+        """Call the function, or the source of its result, with arguments and result checked."""
         waiting = self._here.__dict__.setdefault("waiting", [])
         below = len(waiting)
         waiting.append(function)
@@ -126,7 +126,7 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
 
 
 def _check_shapes(function: Any, checks: Checks) -> Any:
-    """The types and shapes of each call that is unlike those before it."""
+    """Return the function with checks of types and shapes, for each call unlike those before it."""
     seen, test, calls = checks.seen, -1, -1
 
     @functools.wraps(function)
@@ -154,7 +154,7 @@ def _check_shapes(function: Any, checks: Checks) -> Any:
 
 
 def _check_types(function: Any) -> Any:
-    """The types of each call, by a check that is made at the first one."""
+    """Return the function with a check of types, which is compiled at the first call."""
     checked: list[Any] = []
     test = calls = -1
 
@@ -173,7 +173,7 @@ def _check_types(function: Any) -> Any:
 
 
 def _check_copies(function: Any, checks: Checks) -> Any:
-    """The types of each call, by the check that all copies of the function share."""
+    """Return the function with the check of types that all its copies share."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

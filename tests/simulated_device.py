@@ -82,7 +82,7 @@ class Held(Tensor):
 
 
 def compute(func, args, kwargs):
-    """The operation on the CPU, its results where a GPU would have them."""
+    """Run the operation on the CPU, and put its results on the device that a GPU would use."""
     if func is torch.ops.torch_attn._varlen_attn.default:
         LAUNCHED["_varlen_attention"] += 1
         inside = [x.held if isinstance(x, Held) else x for x in args]
@@ -192,7 +192,7 @@ def _writes(func) -> bool:
 
 
 def _written(func, args, kwargs) -> Tensor:
-    """The argument that an operation writes into, which is also what it gives."""
+    """Return the argument that an operation writes into, which is also its result."""
     for place, each in enumerate(func._schema.arguments):
         if each.alias_info and each.alias_info.is_write:
             return args[place] if place < len(args) else kwargs[each.name]
@@ -339,7 +339,7 @@ def _leave(self: torch.inference_mode, *error: object) -> None:
 
 @functools.cache
 def device() -> torch.device:
-    """The simulated device; torch knows it from the first call on."""
+    """Return the simulated device. The first call registers it with torch."""
     _setup_privateuseone_for_python_backend("sim", _Module())
     for name in ("empty.memory_format", "empty_strided"):  # for threads, in which no mode is on
         LIBRARY.impl(name, functools.partial(_empty, getattr(aten, name.partition(".")[0])), "PrivateUse1")
@@ -363,7 +363,7 @@ AUTOCAST = {  # of CUDA's lists, which have more than the CPU's, the operations 
 
 
 def _autocast(kind: str, args: Any, kwargs: Any) -> Any:
-    """The arguments as autocast casts them."""
+    """Return the arguments as autocast casts them."""
     if not torch.is_autocast_enabled("sim"):
         return args, kwargs
     to = torch.float32 if kind == FLOAT32 else torch.get_autocast_dtype("sim")
@@ -402,7 +402,7 @@ def _copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor
 
 @contextmanager
 def simulated() -> Iterator[Counter]:
-    """A block in which the device exists and is chosen; gives the count of what the host reads from it."""
+    """Make the device exist and choose it inside a block. Yield the count of the host's reads from it."""
     where, before = device(), torch.get_num_threads()
     for counter in (READ, SENT, LAUNCHED, MEMORIES):
         counter.clear()

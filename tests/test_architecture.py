@@ -95,7 +95,7 @@ def may_import(part: str) -> set[str]:
 
 
 def wrong_directions(files: list[File]) -> list[str]:
-    """Imports of a part that is not below, lazy ones included, and anything but torch, errors and ranges in layers."""
+    """Return the imports of parts that are not below, lazy ones included, and forbidden imports of layers."""
     wrong = []
     for file in files:
         allowed = may_import(file.part) | ({"floor"} if file.part != "layers" else set())
@@ -143,7 +143,7 @@ def median_function(files: list[File]) -> float:
 
 
 def repeated_lines(files: list[File], window: int = 6) -> tuple[float, list[str]]:
-    """The fraction of lines inside a run of `window` that stands elsewhere too, and where; blank ones,
+    """Return the fraction and the positions of lines in a run of `window` that also occurs elsewhere. Blank lines,
     comments and imports do not count."""
     seen: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
     total = 0
@@ -159,7 +159,7 @@ def repeated_lines(files: list[File], window: int = 6) -> tuple[float, list[str]
 
 
 def model_kinds(files: list[File]) -> tuple[set[str], set[str]]:
-    """What code could ask for a model's kind by: the classes of model files, and the names of families."""
+    """Return the names by which code could ask for a model's kind: classes of model files, and names of families."""
     own = [file for file in files if re.fullmatch(r"keifu\.models\.(?!hf|sizes)[a-z][\w.]*", file.module)]
     nodes = [node for file in own for node in file.nodes]
     classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
@@ -170,7 +170,7 @@ def model_kinds(files: list[File]) -> tuple[set[str], set[str]]:
 
 
 def names_in(node: ast.AST) -> set[str]:
-    """Identifiers and attributes inside an expression."""
+    """Return the identifiers and attributes inside an expression."""
     inside = list(ast.walk(node))
     return {n.id for n in inside if isinstance(n, ast.Name)} | {n.attr for n in inside if isinstance(n, ast.Attribute)}
 
@@ -213,7 +213,7 @@ def branches_on_kind(files: list[File]) -> list[str]:
 
 
 def unpickling(files: list[File]) -> list[str]:
-    """Uses of pickle, of what unpickles for others, and of torch.save and torch.load."""
+    """Return the uses of pickle, of libraries that unpickle for others, and of torch.save and torch.load."""
     wrong = []
     for file in files:
         modules = {name.split(".")[0] for name in imports(iter(file.nodes))}

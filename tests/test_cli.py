@@ -265,7 +265,7 @@ def test_an_empty_path_is_told_by_its_option(capsys: pytest.CaptureFixture) -> N
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch):
-    """A verb `fail` whose work raises what the test says."""
+    """Return a function that installs a command `fail`, whose work raises a given error."""
 
     def install(error: BaseException, note: str = "") -> None:
         def run() -> None:

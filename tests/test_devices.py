@@ -21,7 +21,7 @@ EXIST = ["cuda", "cuda:0", "cuda:1", "mps", "cpu"]
 
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with two GPUs of one maker and one of another."""
+    """Simulate a machine with two GPUs of one maker and one of another."""
     monkeypatch.setattr(devices, "available", lambda: EXIST)
     monkeypatch.delenv(devices.VARIABLE, raising=False)
 

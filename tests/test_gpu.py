@@ -129,7 +129,7 @@ def test_the_peak_is_known_or_measured() -> None:
 
 @pytest.fixture
 def steps() -> tuple[TorchRunner, list[Span]]:
-    """A runner on the GPU that has read three prompts, and the step after them."""
+    """Return a runner on the GPU that has read three prompts, and the step after them."""
     if not GPU.startswith("cuda"):
         pytest.skip("only CUDA has graphs")
     torch.manual_seed(0)

@@ -53,7 +53,7 @@ def gpt(layers: int, **more: Any) -> nn.Module:
 
 
 def scores(model: Any, batch: dict) -> LossOutput:
-    """The log-probabilities that PPO, GRPO and DPO learn by."""
+    """Return the log-probabilities that PPO, GRPO and DPO learn by."""
     hidden, targets = model.hidden(batch["tokens"][:, :-1]), batch["tokens"][:, 1:].flatten()
     found, _ = token_log_probabilities(hidden.flatten(0, 1), model.head_weight, targets)
     return LossOutput(-found.sum(), len(targets), {})
@@ -171,7 +171,7 @@ def engine(
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device has the kernel for sequences of different lengths, as an NVIDIA GPU."""
+    """Give the device the kernel for sequences of different lengths, as an NVIDIA GPU has it."""
     monkeypatch.setattr(runner, "has_kernel", lambda device: device.type == "sim")
     monkeypatch.setattr(graphs, "capture", Graph.capture)
     monkeypatch.setattr(graphs, "new_memory", object)

@@ -267,7 +267,7 @@ def test_clip_learns_pairs_by_heart(name):
 
 
 def learned(model, objective, settings, batch) -> list[float]:
-    """The loss of each step; `batch` is told the step."""
+    """Train, and return the loss of each step. `batch` gets the step."""
     trainer, losses = Trainer(model, objective, settings, dtype=torch.float32), []
     for step in range(settings.steps):
         gradient = trainer.gradient(step, batch(step))
@@ -277,7 +277,7 @@ def learned(model, objective, settings, batch) -> list[float]:
 
 
 def halves() -> torch.Tensor:
-    """A picture that is white on the left and one that is white above, as bytes."""
+    """Return a picture that is white on the left and one that is white at the top, as bytes."""
     made = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     made[0, 0, :, :4] = made[1, 0, :4] = 255
     return made

@@ -187,7 +187,7 @@ def pictures(*shape: int) -> Tensor:
 
 
 def answers() -> dict[str, Tensor]:
-    """What methods with rollouts learn from."""
+    """Return a batch that methods with rollouts learn from."""
     mask = torch.arange(9) >= torch.tensor([[3], [5], [4]])
     each = {name: torch.randn(3, 9) for name in ("old", "reference", "values", "returns")}
     return {"tokens": words(3, 9), "mask": mask, "share": torch.full((3,), 0.2), "reward": torch.rand(3)} | each
@@ -452,7 +452,7 @@ def test_pictures_drawn_there_are_those_of_the_cpu(sampler: str) -> None:
 
 
 def results(writer: nn.Module, translator: nn.Module, drawer: nn.Module) -> list[Any]:
-    """What is written by PyTorch and, where there is a native step, by that; what is translated, and a picture."""
+    """Return generated tokens by PyTorch and by the native step if there is one, translations, and a picture."""
     found: list[Any] = []
     sampling = SamplingParams(5, frequency_penalty=0.5, seed=1, logit_bias=((3, 1.0),), log_probabilities=True)
     for dtype in (torch.float32, torch.bfloat16):

@@ -31,7 +31,7 @@ WRITTEN_OF = {"commands/shared/flags.py", "commands/train.py"}  # they speak of 
 
 
 def names(kind: type, prefix: str = "") -> set[str]:
-    """The options that a dataclass gives, with dashes before them."""
+    """Return the options that a dataclass gives, with dashes before them."""
     found = set[str]()
     for field, hint in get_type_hints(kind, include_extras=True).items():
         if field in {each.name for each in fields(kind)}:
@@ -45,13 +45,13 @@ OF_TRAINING |= names(Mesh, "mesh")
 
 @cache
 def of_recipe(name: str) -> frozenset[str]:
-    """The options of a recipe."""
+    """Return the options of a recipe."""
     return frozenset(names(recipe_module(name).Recipe) | OF_TRAINING)
 
 
 @cache
 def of_verbs() -> frozenset[str]:
-    """The options of every verb but train."""
+    """Return the options of every command except train."""
     found = set(OF_TRAINING)
     for verb in VERBS.keys() - {"train", "demo"}:
         own = vars(import_module(module_of(verb))).values()
@@ -70,13 +70,13 @@ def words(path: Path) -> list[tuple[int, str]]:
 
 @cache
 def any_option() -> frozenset[str]:
-    """What any recipe or verb has."""
+    """Return the options of all recipes and commands."""
     return of_verbs().union(*map(of_recipe, recipes()))
 
 
 @cache
 def of_benchmarks() -> frozenset[str]:
-    """The options that the benchmarks speak of."""
+    """Return the options that the benchmarks name."""
     return frozenset(word for file in ROOT.glob("benchmarks/*.py") for _, word in words(file))
 
 

@@ -35,7 +35,7 @@ DATA = {"x": X, "y": X**2}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model of a few weights."""
+    """Save a language model of a few weights, and return its folder."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer("bpe", ["one two three four"] * 9, 270)
     path = tmp_path_factory.mktemp("tiny")

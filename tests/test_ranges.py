@@ -21,7 +21,7 @@ from keifu.training.settings import Settings
 
 
 def kinds() -> Iterator[tuple[str, type]]:
-    """The dataclass of every recipe's and verb's options."""
+    """Yield the dataclass of every recipe's and command's options."""
     for name in recipes():
         yield name, recipe_module(name).Recipe
     for verb in VERBS:
@@ -41,7 +41,7 @@ def is_numeric(hint: Any) -> bool:
 
 
 def numeric_options(kind: type) -> Iterator[tuple[tuple[str, ...], Range | None]]:
-    """The paths of all numeric options, with their ranges."""
+    """Yield the paths of all numeric options, with their ranges."""
     hints, whole = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for name, inner in ((each.name, dataclass_of(hints[each.name])) for each in fields(kind)):
         if inner:
@@ -55,7 +55,7 @@ def dataclass_of(hint: Any) -> type | None:
 
 
 def usual(kind: type, made: Any = None) -> dict[str, Any]:
-    """The value of each option in `made`, or its usual one; None for what must be given."""
+    """Return the value of each option in `made`, or its default. It is None for required options."""
     found: dict[str, Any] = {}
     for each in fields(kind):
         value = None if each.default is MISSING else each.default

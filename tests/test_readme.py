@@ -32,15 +32,14 @@ def commands(page: str) -> list[str]:
 
 
 def words_of(command: str) -> list[str]:
-    """What is given to `keifu` in a line that may have pipes."""
+    """Return the words after `keifu` in a line that may have pipes."""
     words = shlex.split(command, comments=True)
     given = words[words.index("keifu") + 1 :]
     return given[: given.index("|")] if "|" in given else given
 
 
 def check(command: str) -> None:
-    """Parses one command, with a recipe in place of RECIPE. `--help` leaves through SystemExit(0); a verb alone is
-    only spoken of."""
+    """Parse one command, with a recipe instead of RECIPE. Parse `--help` if the command has no arguments."""
     words = [PLACEHOLDERS.get(word, word) for word in words_of(command)]
     try:
         parse(words if len(words) > 1 else [*words, "--help"])
@@ -76,7 +75,7 @@ OUTPUTS = ("--out", "-o", "--output")
 
 
 def named_files(command: str) -> list[str]:
-    """The files and folders that a command reads; A,B are two, and :SCALE or :FUNCTION is no part of a name."""
+    """Return the files and folders that a command reads. A,B are two, and :SCALE or :FUNCTION is not part of a name."""
     words = shlex.split(command, comments=True)
     given = [word for before, word in zip(["", *words], words, strict=False) if before not in OUTPUTS]
     pieces = [re.sub(r"(?<=.):[\w.]+$", "", piece) for word in given for piece in word.split(",")]
@@ -84,7 +83,7 @@ def named_files(command: str) -> list[str]:
 
 
 def made_files(command: str) -> set[str]:
-    """The files and folders that a command makes: those it names as its output, else its recipe's runs/NAME."""
+    """Return the files and folders that a command makes: its named outputs, or its recipe's runs/NAME."""
     words = words_of(command)
     made = {word for before, word in zip(words, words[1:], strict=False) if before in OUTPUTS}
     if words[0] == "convert":
@@ -94,7 +93,7 @@ def made_files(command: str) -> set[str]:
 
 
 def not_yet_there(page: str) -> list[str]:
-    """The files that commands of a page name before an earlier one has made them, in a checkout as it is published."""
+    """Return the files that commands of a page read before an earlier one has made them, in a published checkout."""
     made: set[str] = set()
     missing: list[str] = []
     for command in commands(page):
@@ -112,7 +111,7 @@ def test_each_file_that_a_command_names_is_there_or_was_made_by_an_earlier_one(p
 
 
 def trained_twice(page: str) -> list[str]:
-    """The folders that more than one training of a page's code would write into, which the second one refuses."""
+    """Return the folders into which two or more trainings of a page would write. The second one would refuse."""
     lines = [line.strip() for block in FENCE.findall(page) for line in block.replace("\\\n", " ").splitlines()]
     words = [words_of(line) for line in lines if RUN.match(line)]
     trains = [each for each in words if each[0] == "train" and len(each) > 1 and not each[1].startswith("-")]

@@ -21,12 +21,12 @@ TINY = llama.Config(vocab_size=11, context_length=8, dim=8, hidden_dim=8, n_laye
 
 
 def imported(code: str) -> set[str]:
-    """The modules that a new process has imported once it has run the code."""
+    """Return the modules that a new process has imported after it has run the code."""
     return imported_and_said(code)[0]
 
 
 def imported_and_said(code: str) -> tuple[set[str], list[str]]:
-    """The same, and the lines that the code printed."""
+    """Return the same, and the lines that the code printed."""
     listing = f"{code}\nimport sys\nprint()\nprint(*sys.modules)"
     keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, env=keep, timeout=300)
@@ -36,7 +36,7 @@ def imported_and_said(code: str) -> tuple[set[str], list[str]]:
 
 
 def models_of(modules: set[str]) -> set[str]:
-    """The files of models among these modules."""
+    """Return the files of models among these modules."""
     return {name.removeprefix("keifu.models.") for name in modules} & MODELS.keys()
 
 
@@ -59,7 +59,7 @@ LARGEST = (  # thousands of modules each, or more
 
 @pytest.fixture(scope="module")
 def counted() -> tuple[set[str], list[str]]:
-    """The modules of a process that has built published sizes without memory, and the sizes that it counted."""
+    """Return the imported modules of a process that counts published sizes without memory, and the counted sizes."""
     code = f"""
 from keifu.checkpoints.registry import MODELS
 from keifu.models.sizes import count_sizes

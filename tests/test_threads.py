@@ -157,7 +157,7 @@ def test_quota_is_the_strictest_of_the_groups_above(tmp_path: Path, files: dict[
 
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The threads that `follow_load` begins, which do not run; no variable of the environment is set."""
+    """Record the names of the threads that `follow_load` starts, and do not run them. Unset its variables."""
     names: list[str] = []
     monkeypatch.setattr(threads, "_started", threading.Lock())
     monkeypatch.setattr(threads, "quota", lambda: 1.5)

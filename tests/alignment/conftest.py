@@ -16,7 +16,7 @@ CONFIG: dict[str, Any] = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows nothing."""
+    """Return the folder of an untrained model."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = train_tokenizer("bpe", ["User: Assistant: one two three four five good bad"] * 9, 280)
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ def _one_thread(_repeatable: None) -> None:
 
 
 def two_models() -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A student, and a teacher of another width whose head has 3 rows more."""
+    """Return a student, and a teacher of another width whose head has 3 rows more."""
     torch.manual_seed(1)
     teacher = llama.build(llama.Config(**SIZES | {"dim": 64, "vocab_size": 34}))
     return llama.build(llama.Config(**SIZES)), teacher.requires_grad_(False).eval()
@@ -79,7 +79,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(base: Path, talks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows the answers."""
+    """Train a teacher until it knows the answers, and return its run."""
     out = tmp_path_factory.mktemp("teacher") / "run"
     return go(base, talks, out, "--steps", "80", "--learning-rate", "0.01")
 

@@ -34,7 +34,7 @@ def _one_thread(_repeatable: None) -> None:
 
 
 def written_out(batch: dict[str, np.ndarray], logits: np.ndarray, clip: float, beta: float) -> tuple[float, float]:
-    """The sums of loss and k3 over answers, token by token, in NumPy alone."""
+    """Return the sums of loss and k3 over answers, token by token, in NumPy alone."""
     total = kl = 0.0
     for row, tokens in enumerate(batch["tokens"]):
         places = [at for at in range(1, len(tokens)) if batch["mask"][row, at]]
@@ -50,7 +50,7 @@ def written_out(batch: dict[str, np.ndarray], logits: np.ndarray, clip: float, b
 
 
 def made_up(rows: int, length: int) -> dict[str, torch.Tensor]:
-    """A batch whose old and reference log-probabilities lie around those of a model that knows nothing."""
+    """Return a batch with old and reference log-probabilities close to those of an untrained model."""
     places, ends = torch.arange(length), torch.randint(5, length + 1, (rows, 1))
     each = {name: torch.rand(rows) for name in ("reward", "varied", "finished")}
     old, reference = (torch.randn(rows, length) * 0.3 - np.log(29) for _ in range(2))

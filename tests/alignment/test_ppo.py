@@ -63,7 +63,7 @@ def test_rewards_and_advantages_are_those_of_numpy(discount: float, gae_lambda: 
 
 
 def made_up(rows: int, length: int) -> dict[str, torch.Tensor]:
-    """A batch of answers to a policy that knows nothing."""
+    """Return a batch of answers for an untrained policy."""
     mask = answers(rows, length)
     places = {name: torch.randn(rows, length) * 0.3 for name in ("values", "advantage", "returns")}
     each = {name: torch.rand(rows) for name in ("reward", "finished", "kl", "reward_spread", "explained_variance")}
@@ -76,7 +76,7 @@ def made_up(rows: int, length: int) -> dict[str, torch.Tensor]:
 def written_out(
     batch: dict[str, np.ndarray], logits: np.ndarray, values: np.ndarray, rule: PPOSettings
 ) -> tuple[float, ...]:
-    """The means of the policy's and the value's loss and the share that is clipped, token by token, in NumPy alone."""
+    """Return the mean policy loss, the mean value loss and the clipped share, token by token, in NumPy alone."""
     sums = np.zeros(3)
     for row, at in np.argwhere(batch["mask"]):
         line, token = logits[row, at - 1].astype(np.float64), batch["tokens"][row, at]
@@ -131,7 +131,7 @@ def test_where_clipping_holds_there_is_no_gradient() -> None:
 
 @pytest.fixture(scope="module")
 def judge(base: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reward model, hardly trained."""
+    """Train a reward model for a few steps, and return its folder."""
     out = tmp_path_factory.mktemp("judge")
     size = ["--steps", "3", "--batch-size", "4", "--learning-rate", "0.005"]
     parse(["reward", "--model", str(base), "--data", str(task / "pairs.jsonl"), *size, "--out", str(out)])()

@@ -25,7 +25,7 @@ PLAN = RolloutPlan(prompts=6, group=1, max_tokens=5, temperature=0.7, seed=3, mi
 
 
 def price(text: str) -> float:
-    """What an answer to this prompt is worth, whatever it is."""
+    """Return the reward of any answer to this prompt."""
     return (sum(map(ord, text)) % 17) / 9
 
 
@@ -49,7 +49,7 @@ class Parts:
 
     @staticmethod
     def shaken(model: Any) -> Any:
-        """A copy with other weights."""
+        """Return a copy with other weights."""
         found = copy.deepcopy(model)
         for parameter in found.parameters():
             parameter.data = parameter + 0.1 * torch.randn_like(parameter)
@@ -83,7 +83,7 @@ def logs_of(model: Any, tokens: torch.Tensor, temperature: float) -> np.ndarray:
 
 
 def expected_of(parts: Parts, row: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What an answer must be worth: from its tokens alone, by the equations."""
+    """Return the expected figures of an answer, from its tokens alone, by the equations."""
     places = np.flatnonzero(row["mask"])
     tokens = torch.from_numpy(row["tokens"][None, : places[-1] + 1])
     old, reference = (logs_of(model, tokens, 0.7)[0] for model in (parts.policy, parts.reference))

@@ -21,7 +21,7 @@ trl = pytest.importorskip("trl")
 
 
 def trainer(**attributes: Any) -> Any:
-    """What TRL's methods read of a trainer; what they only report goes nowhere."""
+    """Return a stand-in with the attributes that TRL's methods read of a trainer. It discards what they report."""
     model = SimpleNamespace(training=False)
     same = {name: lambda tensor: tensor for name in ("gather", "gather_for_metrics")}
     accelerator = SimpleNamespace(device=torch.device("cpu"), **same)

@@ -17,7 +17,7 @@ from keifu.errors import UserError
 
 @pytest.fixture(scope="session")
 def published() -> Callable[[Any], Any]:
-    """Makes transformers' model of a config: float32, every weight random, biases and norms too."""
+    """Return a maker of transformers' model of a config: in float32, every weight random, biases and norms too."""
     import transformers
 
     def make(config: Any) -> Any:
@@ -33,7 +33,7 @@ def published() -> Callable[[Any], Any]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """A byte-level BPE of at most 300 tokens."""
+    """Train a byte-level BPE of at most 300 tokens."""
     texts = ["The capital of France is Paris, and that of Japan is 東京.\n" * 3, "def f(x):\n    return x + 1\n" * 3]
     return train_tokenizer("bpe", texts, 300)
 
@@ -69,7 +69,7 @@ def check_saved(tmp_path: Path) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def weights() -> Callable[[Path], dict[str, torch.Tensor]]:
-    """Reads all tensors of a directory's safetensors files."""
+    """Return a reader of all tensors in a directory's safetensors files."""
 
     def read(directory: Path) -> dict[str, torch.Tensor]:
         return {k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()}
@@ -79,7 +79,7 @@ def weights() -> Callable[[Path], dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """A tiny random StableDiffusionPipeline of diffusers, and its directory."""
+    """Return a tiny random StableDiffusionPipeline of diffusers, and its directory."""
     diffusers, transformers = (pytest.importorskip(name) for name in ("diffusers", "transformers"))
     folder = tmp_path_factory.mktemp("pipeline")
     tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(77)
@@ -110,7 +110,7 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unclip_pipeline(tmp_path_factory):
-    """A tiny random UnCLIPPipeline of diffusers, and its directory."""
+    """Return a tiny random UnCLIPPipeline of diffusers, and its directory."""
     diffusers, transformers = (pytest.importorskip(name) for name in ("diffusers", "transformers"))
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 

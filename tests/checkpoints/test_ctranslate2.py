@@ -62,7 +62,7 @@ def file_of(found: dict[str, np.ndarray], version: int = 6, spec: str = "Whisper
 
 @pytest.fixture
 def weights(tmp_path):
-    """A Whisper's variables, and the model that they are of."""
+    """Return the variables of a Whisper, and the model that has these weights."""
     torch.manual_seed(0)
     model = whisper.build(CONFIG)
     for parameter in model.parameters():

@@ -16,7 +16,7 @@ from keifu.errors import UserError
 
 @pytest.fixture(scope="module")
 def sound(published, tmp_path_factory):
-    """A directory that loads."""
+    """Return a directory that loads."""
     path = tmp_path_factory.mktemp("sound")
     config = transformers.LlamaConfig(
         vocab_size=97, hidden_size=24, intermediate_size=42, num_hidden_layers=12, num_attention_heads=4,
@@ -29,7 +29,7 @@ def sound(published, tmp_path_factory):
 
 @pytest.fixture
 def folder(sound, tmp_path):
-    """A copy of it to be spoiled."""
+    """Return a copy of that directory, for the test to damage."""
     return shutil.copytree(sound, tmp_path / "model")
 
 

@@ -68,7 +68,7 @@ def random_blocks(rows: int, columns: int, kind: gguf.GGMLQuantizationType) -> n
 
 
 def write_blocks(path: Path, kind: str, experts: int = 0) -> None:
-    """A LLaMA (with experts: a Mixtral) of 256 · n columns whose matrices are such blocks, its embedding in Q8_0."""
+    """Write a LLaMA (with experts: a Mixtral) with random blocks of one kind. The embedding is in Q8_0."""
     writer = gguf.GGUFWriter(path, "llama")
     for add, value in {
         writer.add_block_count: 2, writer.add_context_length: 80, writer.add_embedding_length: 256,

@@ -32,7 +32,7 @@ FEW = ("--max-tokens", "6")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny model that writes bytes, and has a chat template."""
+    """Return a folder with a tiny model that writes bytes, and has a chat template."""
     torch.manual_seed(0)
     turns = ["<|im_start|>", "<|im_end|>"]
     learned = train_tokenizer("bpe", ["ab"], 260, special_tokens=turns)
@@ -152,7 +152,7 @@ class Echo:
 
 @pytest.fixture
 def typing(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A conversation in which a person types these lines; an exception among them is raised in its place."""
+    """Return a function that runs a chat with these typed lines. A line that is an exception is raised."""
 
     def go(*lines: str | type[BaseException]) -> Echo:
         rest = iter(lines)
@@ -328,7 +328,7 @@ class Terminal:
         self.seen = ""
 
     def see(self, text: str, seconds: float = 300) -> str:
-        """Waits until that is seen after what was seen before; gives what came with it."""
+        """Wait until this text appears after the earlier output, and return the new output."""
         until, new = time.monotonic() + seconds, ""
         while text not in new:
             if not select.select([self.end], [], [], max(0, until - time.monotonic()))[0]:

@@ -26,7 +26,7 @@ LETTERS = "Once upon a time there was a small model."
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny model that writes single characters."""
+    """Return a folder with a tiny model that writes single characters."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer("characters", [LETTERS + "\n"], 64)
     config = llama.Config(
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def pipe(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """Puts a text on standard input."""
+    """Give a text to standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
 

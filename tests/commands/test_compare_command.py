@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def go(folder: Path, out: Path, keys: str, monkeypatch: pytest.MonkeyPatch, *more: str, b: str = "second") -> None:
-    """The command as somebody answers who types these keys, one a line, and then leaves."""
+    """Run the command with these keys as typed answers, one per line, followed by the end of input."""
     typed = iter(keys)
 
     def line(prompt: str = "") -> str:

@@ -27,7 +27,7 @@ SMALL = ddpm.Config(
 
 
 def build(folder: Path, config: ddpm.Config = SMALL, seed: int = 0) -> str:
-    """A folder with a tiny model whose last layer is not zero, as it would be in a fresh one."""
+    """Save a tiny model with random weights and return its folder. The last layer of a new model would be zero."""
     torch.manual_seed(seed)
     model = ddpm.build(config)
     for parameter in model.parameters():

@@ -48,7 +48,7 @@ def out(capsys: pytest.CaptureFixture, *words: str) -> str:
 
 
 def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
-    """What stands on stderr, which is one line."""
+    """Return the error on stderr, after checking that it is one line."""
     with pytest.raises(SystemExit):
         cli.main(words)
     error = capsys.readouterr().err

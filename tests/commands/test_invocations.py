@@ -98,7 +98,7 @@ OTHER = [  # exit status, words
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A model, and files that are none."""
+    """Return the paths of a model, and of files that are not models."""
     folder = tmp_path_factory.mktemp("places")
     torch.manual_seed(0)
     tokenizer = train_tokenizer("bpe", ["one two three four"] * 9, 270)

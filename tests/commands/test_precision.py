@@ -37,7 +37,7 @@ SIZES: dict[str, Any] = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny models, a text, and a recording of half a second."""
+    """Return a folder with tiny models, a text file, and a recording of half a second."""
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("models")
     letters = Tokenizer(
@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def types(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The types of the models that are loaded: of all parameters that are multiplied."""
+    """Return a list that collects the types of all parameters of the models that are loaded."""
     found: list[torch.dtype] = []
     real = plan.LoadPlan.fill
 

@@ -35,7 +35,7 @@ def test_a_trained_model_is_named_as_a_shell_reads_it(
 
 
 def plain_names(path: Path) -> list[str]:
-    """The f-strings of a file that print a command with a name or path which no function quotes."""
+    """Return the f-strings of a file that print a command with an unquoted name or path."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.JoinedStr):

@@ -46,7 +46,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """A file that any execution of `evil.py` makes; that file is in the folder of the run."""
+    """Write a script to the run's folder, and return the path of the marker that any execution of it writes."""
     (tmp_path / "evil").mkdir()
     marker = tmp_path / "marker"
     (tmp_path / "evil" / "notes.py").write_text(MARK.format(marker=str(marker)) + RECIPE + SCORE)
@@ -54,7 +54,7 @@ def marker(tmp_path: Path) -> Path:
 
 
 def folder(name: str, options: dict[str, Any], **more: Any) -> Path:
-    """A run's folder from somebody else."""
+    """Return a run's folder as another person would give it."""
     record = {"name": name, "options": options, **more}
     Path("evil").mkdir(exist_ok=True)
     Path("evil/recipe.json").write_text(json.dumps({"recipe": record}))
@@ -148,7 +148,7 @@ def test_the_command_that_goes_on_names_the_code(monkeypatch: pytest.MonkeyPatch
 
 
 def strangers_table(tmp_path: Path) -> Path:
-    """A run of somebody else that reads a file outside of its folder."""
+    """Return another person's run that reads a file outside of its folder."""
     rows = "".join(f"{n},{-n},{n % 3},{n % 2}\n" for n in range(20))  # three columns: no picture is drawn
     (tmp_path / "mine.csv").write_text(f"x,y,z,kind\n{rows}")
     options = to_json(mlp.Recipe()) | {"steps": 4, "hidden": [3]}

@@ -17,7 +17,7 @@ MODULES = ("random", "torch", "pip", "json", "numpy", "tyro", "site", "logging",
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
-    """A folder with files named as modules, which write a marker when they are imported."""
+    """Return a folder with files named as modules, which write a marker when they are imported."""
     marker = str(tmp_path / "marker.txt")
     for name in MODULES:
         (tmp_path / f"{name}.py").write_text(MARK.format(marker=marker))
@@ -39,7 +39,7 @@ def test_python_m_keifu_imports_nothing_of_the_current_folder(hostile: Path) -> 
 
 @pytest.fixture
 def hostile_keifu(hostile: Path) -> Path:
-    """The same folder, with a keifu of its own."""
+    """Return the same folder, with a module named keifu in it."""
     (hostile / "keifu").mkdir()
     (hostile / "keifu" / "__init__.py").write_text((hostile / "random.py").read_text())
     return hostile
@@ -47,7 +47,7 @@ def hostile_keifu(hostile: Path) -> Path:
 
 @pytest.fixture
 def logs() -> Iterator[None]:
-    """Starting processes stops the log of the one that starts them, which is a test here."""
+    """Enable the log again after a test that starts processes, because that disables the log of this process."""
     yield
     logging.disable(logging.NOTSET)
 

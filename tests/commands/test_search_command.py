@@ -39,7 +39,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "seven", "dogs", "ran", "far", "
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An encoder of a few thousand weights."""
+    """Return the folder of an encoder of a few thousand weights."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer("wordpiece", [" ".join(WORDS)] * 2, 200)
     small = bert.Config(
@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of documents, and an empty cache."""
+    """Return a folder of documents, and set an empty cache."""
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "notes"

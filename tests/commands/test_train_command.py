@@ -26,14 +26,14 @@ def go(*words: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table of three columns, which are too many to draw a picture of, where the commands are run."""
+    """Write a table of three columns, too many to draw, in the folder in which the commands run."""
     (tmp_path / "rows.csv").write_text(TABLE)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A run of 6 steps."""
+    """Train a run of 6 steps and return its folder."""
     go(*WORDS, "--steps", "6", "--out", str(tmp_path / "run"))
     return tmp_path / "run"
 

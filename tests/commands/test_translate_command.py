@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny translator of letters."""
+    """Return a folder with a tiny translator of letters."""
     torch.manual_seed(0)
     letters = tokenizer()
     ids = {"start_id": letters.pad_id, "end_id": letters.eos_id, "pad_id": letters.pad_id}
@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny language model."""
+    """Return a folder with a tiny language model."""
     letters = tokenizer()
     config = llama.Config(letters.vocab_size, context_length=24, dim=16, hidden_dim=24, n_layers=1, n_heads=2)
     folder = tmp_path_factory.mktemp("writer")
@@ -64,7 +64,7 @@ def out(capsys: pytest.CaptureFixture, *words: str) -> str:
 
 
 def said(capsys: pytest.CaptureFixture, *words: str) -> str:
-    """The one sentence of a mistake."""
+    """Return the one line of error of a command."""
     with pytest.raises(SystemExit):
         cli.main(words)
     error = capsys.readouterr().err

@@ -35,14 +35,14 @@ CHATTER = (WRITER[0], SimpleNamespace(generation_config={}, chat_template="x"))
 
 
 def sampling(target: str, path: str) -> dict[str, Row]:
-    """The rows of the sampling options; path: of the settings."""
+    """Return the rows of the sampling options. path: the path of the settings."""
     rows = {name: Row(f"--{name} {value}", target, f"{path}.{name.replace('-', '_')}", value)
             for name, value in SAMPLING.items()}  # fmt: skip
     return rows | {"stop": Row("--stop a --stop b", target, f"{path}.stop", ("a", "b"))}
 
 
 def on_device() -> dict[str, Row]:
-    """The rows of the options of all commands that run a model."""
+    """Return the rows of the options that all commands that run a model have."""
     target = "keifu.commands.shared.flags:choosing"
     rows = {"device": Row("--device cpu", target, "choice.device", "cpu"),
             "precision": Row("--precision bfloat16", target, "choice.weights", "bfloat16")}  # fmt: skip
@@ -214,7 +214,7 @@ EVALUATED = {
 
 
 def evaluated() -> dict[str, Row]:
-    """The rows of the options of all evaluations."""
+    """Return the rows of the options that all evaluations have."""
     rows = {}
     for name, value in EVALUATED.items():
         typed = " ".join(map(str, value)) if isinstance(value, tuple) else "" if value is True else str(value)
@@ -386,7 +386,7 @@ class Recorded:
 
 
 def drawn() -> dict[str, Row]:
-    """The rows of the options that are settings of a drawing."""
+    """Return the rows of the options that are settings of a drawing."""
     words = {name: f"--{name}" if value is True else f"--{name} {value}" for name, value in DRAWN.items()}
     return {name: Row(words[name], DRAWING, f"value.{name.replace('-', '_')}", value) for name, value in DRAWN.items()}
 
@@ -455,7 +455,7 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def names(command: str) -> set[str]:
-    """The options of a command as they are typed, without the dashes; of positional arguments, what stands for them."""
+    """Return the options of a command without dashes, and the spelling of its positional arguments."""
     kind = import_module(module_of(command)).Options
     found = set[str]()
     for argument in arguments_of(kind):

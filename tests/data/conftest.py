@@ -30,7 +30,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
-    """A little English, Japanese and code to learn from: about 20,000 characters, no two paragraphs alike."""
+    """Return about 20,000 characters of English, Japanese and code, without two equal paragraphs."""
     import inspect
     import random
 
@@ -44,7 +44,7 @@ def corpus() -> list[str]:
 
 @pytest.fixture(scope="session")
 def smollm2_fields() -> dict[str, Any]:
-    """The tokenizer's fields of SmolLM2's GGUF file; reading them takes the gguf package two seconds."""
+    """Return the tokenizer's fields of SmolLM2's GGUF file. The gguf package needs two seconds to read them."""
     from keifu.data.catalogue.catalogue import fetch
     from keifu.data.tokenizers.gguf import read_gguf_fields
 

@@ -12,14 +12,14 @@ COLOURS = "red", "green", "blue", "yellow", "black", "white", "orange", "purple"
 
 
 def picture(colour: str, size: tuple[int, int] = (6, 6)) -> bytes:
-    """A PNG file's bytes."""
+    """Return the bytes of a PNG file."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, "PNG")
     return file.getvalue()
 
 
 def folder(root: Path, content: Mapping[str, bytes | str]) -> Path:
-    """A folder with these files."""
+    """Write these files to a folder and return it."""
     for name, data in content.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def imagefolder(root: Path, rows: Sequence[Mapping[str, object]]) -> Path:
 
 
 def shard(path: Path, members: Mapping[str, bytes | str]) -> Path:
-    """A tar archive with these members in this order."""
+    """Write a tar archive with these members in this order, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, data in members.items():

@@ -96,7 +96,7 @@ def _counting(step: int, rows: int, length: int) -> torch.Tensor:
 
 
 def scores(model: Any, batch: Batch) -> LossOutput:
-    """The log-probabilities that alignment learns by, whose function takes the whole matrix of a head."""
+    """Return the log-probabilities of alignment, whose function reads the whole weight matrix of a head."""
     hidden, targets = model.hidden(batch["tokens"][:, :-1]), batch["tokens"][:, 1:].flatten()
     found, entropy = token_log_probabilities(hidden.flatten(0, 1), model.head_weight, targets)
     logits = model.logits(hidden.detach()).mean()
@@ -104,7 +104,7 @@ def scores(model: Any, batch: Batch) -> LossOutput:
 
 
 def adapted(name: str, dropout: float) -> nn.Module:
-    """A model of which adapters alone are trained, on every linear layer; they do something from the first step on."""
+    """Return a model with adapters on every linear layer. Only they are trained, and none of them starts at zero."""
     module: Any = {"gpt2": gpt2, "llama": llama, "palm": palm}[name]
     more = {"llama": {"n_kv_heads": 2}, "palm": {"n_heads": 6, "head_dim": 6}, "gpt2": {}}[name]
     model = to_train(module.build(module.Config(**WORDS | more)), Lora(3, dropout=dropout), 0)
@@ -153,7 +153,7 @@ class ToyData:
 def learn(
     kind: str, folder: Path, steps: int = 50, rows: int = 6, stop: int = 0, shard_bytes: int = 0, **changed: Any
 ) -> dict[str, Any]:
-    """The losses of a run in a folder, goes on with one that stands there; and the hash of the weights at its end.
+    """Train a run, or resume the one in the folder. Return its losses and figures, and the hash of its final weights.
 
     stop: the step after which the run is cut off and resumed. shard_bytes: of the files that the model is written in.
     """
@@ -183,7 +183,7 @@ def learn(
 
 
 def _whole(model: nn.Module) -> list[Any]:
-    """The parameters; of a split model, this process's part of each."""
+    """Return the parameters, or this process's part of each if the model is split."""
     return [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
 
 
@@ -266,7 +266,7 @@ class HighWater:
 
 
 def status(name: str) -> int:
-    """A number of bytes of this process, by the name that the kernel gives it."""
+    """Return a size of this process in bytes, by the kernel's name for it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
@@ -294,7 +294,7 @@ class PeakMemory:
 
 
 def peak(folder: Path) -> dict[str, Any]:
-    """The gradient of a model whose activations are larger than its weights: its loss and norm, and the memory."""
+    """Return loss, gradient norm and memory of a step of a model whose activations are larger than its weights."""
     torch.manual_seed(0)
     model = llama.build(llama.Config(64, 128, 128, 512, 8, 4)).train()
     trainer = Trainer(model, causal_language_modeling, Settings(batch_size=16, micro_batch=8, precision="float32"))
@@ -326,7 +326,7 @@ PAIRS = [Pair(*ANSWERS[place : place + 2]) for place in range(5)]
 
 
 def _begin(model: str, recipe: str) -> Any:
-    """A model that a recipe goes on from."""
+    """Return the model with which a recipe begins its training."""
     if recipe == "bert":
         return bert_recipe._begin(bert_recipe.Recipe(start_from=model), None)[0]
     if recipe == "gpt":
@@ -339,9 +339,8 @@ def _begin(model: str, recipe: str) -> Any:
 
 
 def published(model: str, folder: Path, lora: int = 0, recipe: str = "") -> dict[str, Any]:
-    """Reads a published model, as the recipes of assistants do or as another one does, and splits it: the largest
-    number of bytes that a process has read and has needed, beside the model's own, and whether each has its part of
-    the weights."""
+    """Load a published model as a recipe does, and split it. Return the largest number of bytes that a process read and
+    needed, as a share of the model's bytes, and whether each process has the right weights."""
     hf_read.open_weights, opened = (lambda path: CountedFile(opened(path))), hf_read.open_weights
     CountedFile.read = 0
     with PeakMemory() as memory:
@@ -365,8 +364,8 @@ def published(model: str, folder: Path, lora: int = 0, recipe: str = "") -> dict
 
 
 def drawn(folder: Path) -> dict[str, Any]:
-    """Builds a model from nothing, split: the most memory that a process has needed, beside the model's own bytes, and
-    whether each has its part of the weights that one process would draw."""
+    """Build a model from nothing, split. Return the most memory that a process needed, as a share of the model's bytes,
+    and whether each process has its part of the weights that one process would draw."""
     build = partial(llama.build, llama.Config(2000, 64, 512, 1024, 6, 8, n_kv_heads=4))  # 79 MB
     torch.manual_seed(0)
     with PeakMemory() as memory:
@@ -382,7 +381,7 @@ def drawn(folder: Path) -> dict[str, Any]:
 
 
 def start(folder: Path, cases: list[dict[str, Any]], world: int) -> dict[str, Any]:
-    """What each case gives on so many processes, by its name, as the first process sees it."""
+    """Run the cases on this number of processes, and return the results of the first process by name."""
     keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
     with socket.socket() as free:
         free.bind(("localhost", 0))

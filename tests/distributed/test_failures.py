@@ -39,7 +39,7 @@ def command(out: Path, *words: str) -> subprocess.Popen:
 
 
 def finished(out: Path, *words: str) -> tuple[int, str]:
-    """The exit status and what was said."""
+    """Run a command to its end, and return its exit status and its output."""
     process = command(out, *words)
     _, said = process.communicate(timeout=900)
     return process.returncode, said

@@ -36,7 +36,7 @@ def cases(meshes: list[dict[str, Any]], kinds: list[str], **more: Any) -> list[d
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found]]:
-    """What two processes found, and the folder of their runs."""
+    """Return the folder of the runs of two processes, and their results."""
     folder = tmp_path_factory.mktemp("two")
     wanted = cases([{}], ["gpt2"], steps=8)
     wanted += cases([{}, {"shard": 2}], ["clip"], steps=8, evaluate_every=3, evaluate_share=1.0)

@@ -30,7 +30,7 @@ RECIPES = [*((name, "shard") for name in ("gpt", "transformer", "bert", "classif
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes found."""
+    """Return the results of two processes."""
     folder = tmp_path_factory.mktemp("published")
     tokenizer = train_tokenizer("wordpiece", ["a cat sat on a mat"] * 9, 30)
     for name, config in MODELS.items():

@@ -62,7 +62,7 @@ class FaultyData(ToyData):
 
 
 def commit(directory: Path, step: int, *rest: Any, write: Any = checkpoint.commit, **more: Any) -> None:
-    """What ends a state, for which the disk has no room at step 4."""
+    """Commit a state, or fail at step 4 as if the disk was full."""
     if step == 4:
         raise OSError(28, "No space left on device")
     write(directory, step, *rest, **more)

@@ -24,13 +24,13 @@ YOU = re.compile(r"\b(you|your|yours|yourself)\b", re.IGNORECASE)
 
 
 def prose(page: str) -> str:
-    """The sentences of a page: no code, no tables, no headings; a link is its text and code is one word."""
+    """Return the sentences of a page without code, tables and headings. A link becomes its text, and code one word."""
     text = NOT_PROSE.sub("", HIDDEN.sub("", page))
     return CODE.sub("Code", LINK.sub(r"\1", text)).replace("**", "")
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of prose; a list item and a paragraph each end one."""
+    """Return the sentences of prose. The end of a list item or of a paragraph ends a sentence."""
     parts = re.split(r"\n\s*\n|\n\s*(?:-|\d+\.)\s", text)
     return [s for part in parts for s in re.split(r"(?<=[.?!])\s+(?=[A-Z(\"*])", part.replace("\n", " ")) if s.strip()]
 

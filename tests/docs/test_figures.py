@@ -21,13 +21,13 @@ PAGES = ["README.md", "README.ja.md", "docs/index.md", "docs/index.ja.md"]
 
 
 def numbers(text: str) -> list[str]:
-    """The numbers of two digits or more, or with a point, outside of code, links and names."""
+    """Return the numbers with two or more digits or with a point, outside of code, links and names."""
     found = NUMBER.findall(NAMES.sub(" ", FENCE.sub("", text)))
     return [number for number in found if len(number) > 1]
 
 
 def cell(source: list[str]) -> str:
-    """The cell of a data file's table that a source names: file, section, the row's start, the column's start."""
+    """Return the cell that a source names by file, section, start of the row and name of the column."""
     file, section, row, column = source
     for table in json.loads((DATA / file).read_text(encoding="utf-8")):
         places = [i for i, name in enumerate(table["columns"]) if name == column]

@@ -40,29 +40,29 @@ PAGE = (ROOT / "docs/reference/formats.md").read_text(encoding="utf-8")
 
 
 def section(title: str) -> str:
-    """The text below a heading."""
+    """Return the text below a heading."""
     return PAGE.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
 def rows(title: str) -> list[list[str]]:
-    """The cells of the rows of a section's table, without its head."""
+    """Return the cells of the rows of a section's table, without its head."""
     lines = [line for line in section(title).splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
 def row(title: str, start: str) -> str:
-    """The second cell of the row whose first cell begins so."""
+    """Return the second cell of the row whose first cell has this start."""
     (found,) = [cells[1] for cells in rows(title) if cells[0].startswith(start)]
     return found
 
 
 def names(text: str) -> set[str]:
-    """What stands in backquotes."""
+    """Return the texts in backquotes."""
     return set(re.findall(r"`([^`]*)`", text))
 
 
 def endings(text: str) -> set[str]:
-    """Endings of files, such as .csv, outside of backquotes."""
+    """Return the endings of files, such as .csv, that are outside of backquotes."""
     return set(re.findall(r"(?<![\w.])\.[a-z]+\b", re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)))
 
 
@@ -214,7 +214,7 @@ def test_a_text_of_every_ending_is_read(ending: str, tmp_path: Path) -> None:
 
 
 def write(path: Path, found: list[dict[str, str]]) -> None:
-    """The records in the form that the file's ending says; as plain text, the first field of each."""
+    """Write the records in the format of the file's ending. A plain text file gets the first field of each."""
     names = [*found[0]]
     between = {".csv": ",", ".tsv": "\t"}.get(path.suffix)
     if path.suffix == ".parquet":

@@ -98,7 +98,7 @@ def parts(page: str) -> list[tuple[str, str]]:
 
 
 def smaller(command: str) -> str:
-    """The command with small numbers, and without its remark."""
+    """Return the command with small numbers, and without its comment."""
     command = shlex.join(shlex.split(command, comments=True))
     for pattern, replacement in SMALLER:
         command = re.sub(pattern, replacement, command)
@@ -116,7 +116,7 @@ def is_exact(command: str) -> bool:
 
 
 def run(page: Path, capsys: pytest.CaptureFixture) -> int:
-    """Runs a page in the current folder; how many parts it had."""
+    """Run a page in the current folder, and return the number of parts that it ran."""
     names: dict = {"__name__": "guide"}
     found = parts(page.read_text(encoding="utf-8"))
     before: list[str] = []
@@ -179,7 +179,7 @@ def run_commands(page: Path) -> int:
 
 
 def not_in_the_demonstration() -> list[str]:
-    """Packages that `make demo` does not install: those of the development tools and of the other extras."""
+    """Return packages that `make demo` does not install: those of the development tools and of the other extras."""
     return [
         "transformers", "diffusers", "peft", "sklearn", "openai", "trl", "open_clip", "lm_eval", "llama_cpp", "pyarrow",
         "reasoning_gym", "tensorboard", "wandb", "MeCab", "ipadic", "mkdocs", "playwright", "torchvision",
@@ -188,7 +188,7 @@ def not_in_the_demonstration() -> list[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the guides read, into which they may write."""
+    """Return a folder with the files that the guides read, into which they may write."""
     for name in ("examples", "benchmarks", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "picture.png").symlink_to(ROOT / "examples/data/pictures/red-circle.png")

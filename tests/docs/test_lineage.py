@@ -143,7 +143,7 @@ def test_the_index_has_all_in_order(ending: str) -> None:
 
 
 def section(title: str) -> str:
-    """The text of a section of the results, on whichever page it stands; empty where there is none."""
+    """Return the text of a section of the results, from any page, or an empty string if no page has it."""
     for path in (DOCS / "results").glob("*.md"):
         found = re.search(
             rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", path.read_text("utf-8"), re.DOTALL | re.MULTILINE
@@ -154,7 +154,7 @@ def section(title: str) -> str:
 
 
 def figures(text: str) -> set[str]:
-    """The numbers of a text that have a point or two digits and more."""
+    """Return the numbers of a text that have a point or at least two digits."""
     found = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)
     return {number.replace(",", "") for number in found if len(number) > 1}
 
@@ -202,7 +202,7 @@ Segment = tuple[tuple[int, int], tuple[int, int]]
 
 
 def segments(arrows: list[list[tuple[int, int]]]) -> list[tuple[int, Segment]]:
-    """The straight parts of all arrows that have a length, each with the number of its arrow."""
+    """Return the straight parts of all arrows, without parts of no length, each with the number of its arrow."""
     parts = [(number, part) for number, arrow in enumerate(arrows) for part in pairwise(arrow)]
     return [(number, (min(part), max(part))) for number, part in parts if part[0] != part[1]]
 

@@ -11,7 +11,7 @@ PROJECTS = Path(__file__).parents[2] / "examples/projects"
 
 
 def project(name: str) -> ModuleType:
-    """A project's file, imported and not run."""
+    """Import a project's file without running it."""
     spec = importlib.util.spec_from_file_location(name, PROJECTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

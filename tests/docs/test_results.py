@@ -41,7 +41,7 @@ def test_recipes_name_sections_that_there_are() -> None:
 
 
 def option_parser(file: Path) -> argparse.ArgumentParser:
-    """A benchmark's parser of options, read from its source and not run: it imports what it compares with."""
+    """Return a benchmark's option parser, read from its source. A run would import the compared libraries."""
     parser = argparse.ArgumentParser(exit_on_error=False, conflict_handler="resolve")
     nodes = [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     keys = {key.value for node in nodes if isinstance(node, ast.Dict) for key in node.keys if is_text(key)}
@@ -62,13 +62,13 @@ def is_text(node: ast.expr | None) -> bool:
 
 
 def literal_keywords(call: ast.Call) -> dict:
-    """What decides whether words are taken, where it is written out."""
+    """Return the literal keywords of an option that decide which words it accepts."""
     given = {each.arg: each.value for each in call.keywords if each.arg in KEPT}
     return {name: ast.literal_eval(node) for name, node in given.items() if isinstance(node, ast.Constant | ast.Tuple)}
 
 
 def commands(page: str) -> list[str]:
-    """The lines of a page that run a benchmark, in blocks and in backquotes, which may go over a line's end."""
+    """Return the commands of a page that run a benchmark, in blocks and in backquotes, also over the end of a line."""
     blocks = [line for block in FENCE.findall(page) for line in block.replace("\\\n", " ").splitlines()]
     inline = [re.sub(r"\s+", " ", text) for text in re.findall(r"`([^`]*)`", FENCE.sub("", page))]
     shown = [text.removeprefix("$ ") for text in [*blocks, *inline]]
@@ -103,7 +103,7 @@ TABLES = [page for page in RESULTS if page.name != "peers.md" and "\n|---" in pa
 
 
 def tables(page: str) -> list[tuple[str, list[list[str]]]]:
-    """The tables of a page: the section that each stands in, and the cells of its lines without the rule."""
+    """Return the tables of a page: the section of each, and the cells of its lines without the rule."""
     found, section, lines = list[tuple[str, list[list[str]]]](), "", list[list[str]]()
     for line in [*FENCE.sub("", page).splitlines(), ""]:
         section = line.removeprefix("## ") if line.startswith("## ") else section
@@ -120,7 +120,7 @@ def of_data(page: Path) -> list[dict[str, Any]]:
 
 
 def figures(cells: list[str]) -> list[list[str]]:
-    """The numbers in each cell, whatever their order; not in the first one, where it is a label in words."""
+    """Return the sorted numbers in each cell, except in a first cell that is a label in words."""
     given = cells if re.fullmatch(r"[\d,.-]*", cells[0]) else cells[1:]
     return [sorted(number.replace(",", "") for number in NUMBER.findall(text)) for text in given]
 

@@ -94,7 +94,7 @@ def needed(name: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def torch_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of links to torch and to what it requires, as an environment with torch alone has them."""
+    """Return a folder of links to torch and to its requirements, like an environment with torch alone."""
     folder = tmp_path_factory.mktemp("torch_alone")
     for name in needed("torch"):
         for file in metadata.files(name) or []:

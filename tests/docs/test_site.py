@@ -30,7 +30,7 @@ class Links(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Takes what a tag refers to."""
+        """Collect the anchors, links and loaded files of a tag."""
         given = {name: value or "" for name, value in attrs}
         self.anchors |= {given[name] for name in ("id", "name") if name in given}
         for name in ("href", "src"):
@@ -57,14 +57,14 @@ def dead_links(site: Path) -> Iterator[str]:
 
 
 def fetched(site: Path) -> list[str]:
-    """What pages would load from elsewhere."""
+    """Return the links of other sites that pages would load."""
     pages = [Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")]
     return [link for page in pages for link in page.loaded if outside(link) and not link.startswith("data:")]
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as `make docs` builds it."""
+    """Build the site as `make docs` does, and return its folder."""
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "NO_MKDOCS_2_WARNING": "1"}

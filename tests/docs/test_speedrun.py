@@ -25,7 +25,7 @@ RESULTS = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(table
 
 
 def result(seconds: float, track: str = "characters", entry: str = "keifu", **changed) -> dict:
-    """A result as `run.py` writes it."""
+    """Return a result in the form that `run.py` writes."""
     return {
         "track": track, "entry": entry, "target": 1.9, "quantity": "nats", "reached": True, "steps": 1100,
         "seconds": seconds, "value": 1.8912, "curve": [[1100, seconds, 1.8912]], "seed": 0, "command": "python x.py",
@@ -36,7 +36,7 @@ def result(seconds: float, track: str = "characters", entry: str = "keifu", **ch
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that moves only when a test moves it."""
+    """Return a clock that moves only when a test moves it."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(run.time, "perf_counter", lambda: clock.now)
     return clock

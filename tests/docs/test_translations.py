@@ -15,18 +15,18 @@ PAIRS = [
 
 
 def headings(page: str) -> list[int]:
-    """The levels of the headings, in order."""
+    """Return the levels of the headings, in order."""
     return [len(marks) for marks in re.findall(r"(?m)^(#+) ", FENCE.sub("", page))]
 
 
 def blocks(page: str) -> list[list[str]]:
-    """The lines of each block of code, without what is said in words: comments, and blocks that are plain text."""
+    """Return the lines of each block of code, without comments and without blocks of plain text."""
     found = [text for language, text in FENCE.findall(page) if language != "text"]
     return [[line for each in text.splitlines() if (line := COMMENT.sub("", each).rstrip())] for text in found]
 
 
 def pictures(page: str) -> list[str]:
-    """The pictures, in order."""
+    """Return the names of the pictures, in order."""
     return [Path(name).name.replace(".ja.svg", ".svg") for name in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", page)]
 
 

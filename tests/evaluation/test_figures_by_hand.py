@@ -98,7 +98,7 @@ def test_a_clip_is_evaluated_on_the_part_for_testing() -> None:
 
 
 def drawn_axes(monkeypatch: pytest.MonkeyPatch, confusion: Confusion) -> Any:
-    """The axes of the confusion matrix's picture."""
+    """Return the axes of the confusion matrix's picture."""
     seen: list[Any] = []
     monkeypatch.setattr("keifu.evaluation.classification.metrics.png", lambda figure: seen.append(figure) or b"")
     confusion.picture()

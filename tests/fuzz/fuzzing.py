@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 def damage(file: Path, style: str, seed: int) -> None:
-    """Changes a file in one way of a style."""
+    """Change a file in one way of a style."""
     if style == "bytes":
         file.write_bytes(mutant(file, seed))
     elif style == "structure":
@@ -54,7 +54,7 @@ def damage(file: Path, style: str, seed: int) -> None:
 
 
 def restore(file: Path, content: bytes) -> None:
-    """The file as it was, whatever stands in its place."""
+    """Restore a file to its content, whatever has replaced it."""
     if file.is_dir() and not file.is_symlink():
         shutil.rmtree(file)
     file.unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def restore(file: Path, content: bytes) -> None:
 
 
 def worker(tasks: Any, answers: Any, folder: str) -> None:
-    """Reads one mutant after the other."""
+    """Read one mutant after the other, and send the outcome of each."""
     import torch
     from targets import TARGETS
 
@@ -89,7 +89,7 @@ def worker(tasks: Any, answers: Any, folder: str) -> None:
 
 
 def memory(of: str = "VmRSS") -> float:
-    """The MB of this process: those that it has now, and VmHWM then counts from these, or the most since then."""
+    """Return the MB of this process. "VmRSS" gives those of now, and restarts the peak, which is "VmHWM"."""
     if of == "VmRSS":
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -145,7 +145,7 @@ class Fuzzer:
         return Case(kind, file, style, seed, outcome)
 
     def seconds(self) -> float:
-        """The processor's time that the process has had."""
+        """Return the processor time of the process, in seconds."""
         try:
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -158,7 +158,7 @@ class Fuzzer:
 
 
 def tell(case: Case) -> Case:
-    """Prints a case that is not as it must be."""
+    """Print a case that has a wrong outcome."""
     if case.outcome not in FINE:
         print(*case[:4], case.outcome, case.text[:300].replace("\n", " "), sep=" | ", flush=True)
     return case
@@ -176,7 +176,7 @@ def fuzz(count: int, seed: int = 0, kinds: tuple[str, ...] = (), style: str = "b
 
 
 def _fuzz(folder: str, count: int, seed: int, kinds: tuple[str, ...], style: str) -> list[Case]:
-    """The same, in a folder."""
+    """Fuzz in a folder, as `fuzz` does."""
     from targets import TARGETS
 
     chosen = {kind: TARGETS[kind] for kind in kinds or TARGETS}

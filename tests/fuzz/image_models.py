@@ -29,7 +29,7 @@ UPSAMPLER = ddpm.Config(
 
 
 def load_model(*inputs: torch.Tensor) -> Callable[[Path], None]:
-    """A model, which computes on these inputs, and its tokenizer, which is used."""
+    """Return a reader that loads a model, runs it on these inputs and uses its tokenizer."""
 
     def read(folder: Path) -> None:
         model, tokenizer = checkpoints.load(folder)
@@ -46,7 +46,7 @@ def _captions() -> Any:
 
 
 def clip_towers(kind: str | None = None) -> Callable[[Path], None]:
-    """A CLIP, of that kind of file."""
+    """Return a maker of a CLIP, in that kind of file."""
 
     def make(folder: Path) -> None:
         tokenizer = _captions()
@@ -97,7 +97,7 @@ def unclip_parts(folder: Path) -> None:
 
 
 def image_tokens(folder: Path) -> None:
-    """A DALL-E."""
+    """Save a DALL-E."""
     tokenizer = _captions().with_max_length(5)
     vae = discrete_vae.Config(12, 3, 9, (8, 12), 1, 5)
     config = dalle.Config(tokenizer.vocab_size, 5, 24, 40, 2, 3, kernel=3, vae=vae)
@@ -105,7 +105,7 @@ def image_tokens(folder: Path) -> None:
 
 
 def autoencoder(folder: Path) -> None:
-    """A DALL-E's autoencoder alone."""
+    """Save a DALL-E's autoencoder alone."""
     checkpoints.save(discrete_vae.build(discrete_vae.Config(12, 3, 9, (8, 12), 1, 5)), None, folder)
 
 

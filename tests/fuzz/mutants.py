@@ -15,7 +15,7 @@ STRANGE: list[Any] = [
 
 
 def changed_bytes(data: bytes, choice: random.Random) -> bytes:
-    """Some bytes are other ones, are gone, stand there twice, or all from one place on are missing."""
+    """Replace, remove or repeat some bytes, or remove all after a position."""
     content = bytearray(data)
     for _ in range(choice.choice((1, 1, 2, 5))):
         place, length = choice.randrange(len(content) or 1), choice.choice((1, 1, 2, 4, 8, 64))
@@ -45,7 +45,7 @@ def places_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def _inside(holder: Any, key: Any) -> Any:
-    """What stands there, if an earlier change has not taken it away."""
+    """Return the inner value, or None if an earlier change has removed it."""
     try:
         return holder[key]
     except (KeyError, IndexError, TypeError):
@@ -53,7 +53,7 @@ def _inside(holder: Any, key: Any) -> Any:
 
 
 def changed_json(data: bytes, choice: random.Random) -> bytes:
-    """Some values are of another type or size, are gone, have another name, or stand deep inside lists."""
+    """Change the type, size, name or depth of some values, or remove some."""
     content = json.loads(data)
     for _ in range(choice.choice((1, 1, 1, 2, 4))):
         *path, last = choice.choice(places_of(content)[1:] or [("",)])
@@ -79,7 +79,7 @@ def changed_json(data: bytes, choice: random.Random) -> bytes:
 
 
 def changed_header(data: bytes, choice: random.Random) -> bytes:
-    """A safetensors file whose header says something else."""
+    """Change the header of a safetensors file."""
     length = int.from_bytes(data[:8], "little")
     header = changed_json(data[8 : 8 + length], choice)
     return struct.pack("<Q", len(header)) + header + data[8 + length :]

@@ -31,7 +31,7 @@ def number_of_values(data: Content) -> int:
 
 
 def with_value(data: Content, number: int) -> Content:
-    """A JSON file with one value in one place: of all places and values, the one of this number."""
+    """Put one value in one position of a JSON file: of all positions and values, the one of this number."""
     content = json.loads(data)
     place, value = divmod(number, len(VALUES))
     return _set(content, places_of(content)[1:][place], VALUES[value])
@@ -47,7 +47,7 @@ def _set(content: Any, place: tuple[Any, ...], value: Any) -> Content:
 
 
 def json_fields(data: Content, choice: random.Random) -> Content:
-    """A field with another value, two fields exchanged, a key twice, or a form that not every parser takes."""
+    """Change a field, exchange two, repeat a key, or use a form that not every parser accepts."""
     content = json.loads(data)
     places = places_of(content)[1:] or [()]
     text = json.dumps(content)
@@ -84,7 +84,7 @@ def _get(content: Any, place: tuple[Any, ...]) -> Any:
 
 
 def json_lines(data: Content, choice: random.Random) -> Content:
-    """The same on one line of several."""
+    """Change one of several lines as `json_fields` does."""
     rows = data.splitlines()
     number = choice.randrange(len(rows))
     rows[number] = json_fields(rows[number], choice).replace(b"\n", b" ")
@@ -138,7 +138,7 @@ def tensors(data: Content, choice: random.Random) -> Content:
 
 
 def gguf_fields(data: Content, choice: random.Random) -> Content:
-    """A field of another type or value, a text of another length, or a tensor of other axes."""
+    """Change the type or value of a field, the length of a string, or the axes of a tensor."""
     content = bytearray(data)
     found = [*re.finditer(rb"[\x01-\x40]\0{7}([a-z_0-9]+(?:\.[a-z_0-9]+)+)", data)]
     name = choice.choice(found)
@@ -161,7 +161,7 @@ def gguf_fields(data: Content, choice: random.Random) -> Content:
 
 
 def chunks(data: Content, choice: random.Random) -> Content:
-    """A PNG whose chunks are right by their sums and say something else."""
+    """Change the content of a PNG's chunks, with correct checksums."""
     parts, place = [], 8
     while place < len(data):
         (length,) = struct.unpack(">I", data[place : place + 4])
@@ -191,7 +191,7 @@ def chunks(data: Content, choice: random.Random) -> Content:
 
 
 def members(data: Content, choice: random.Random) -> Content:
-    """A tar archive with a member of another name, kind, size or content."""
+    """Change the name, kind, size or content of a member of a tar archive."""
     made = io.BytesIO()
     with tarfile.open(fileobj=io.BytesIO(data)) as old, tarfile.open(fileobj=made, mode="w") as new:
         every = old.getmembers()
@@ -270,7 +270,7 @@ WAYS: dict[str, list[Callable[[Content, random.Random], Content]]] = {
 
 
 def be_another(file: Path, choice: random.Random) -> None:
-    """What is there is no file any more, or one that nobody may read or that does not end."""
+    """Replace a file by something that is not a readable file or that has no end."""
     file.unlink()
     match choice.randrange(8):
         case 0:

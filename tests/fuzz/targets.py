@@ -53,7 +53,7 @@ class Target:
 
 
 def load(folder: Path) -> None:
-    """A model and its tokenizer, which is used."""
+    """Load a model and its tokenizer, and use both."""
     model, tokenizer = checkpoints.load(folder)
     if tokenizer is not None:
         ids = tokenizer.encode("one two three")
@@ -85,7 +85,7 @@ def translator(module: Any, **sizes: Any) -> Callable[[Path], None]:
 
 
 def classifier(module: Any, form: str) -> Callable[[Path], None]:
-    """A decoder with a head for a task."""
+    """Return a maker of a decoder with a head for a task."""
 
     def make(folder: Path) -> None:
         tokenizer = train_tokenizer("bpe", TEXTS, 280, special_tokens=["<s>", "</s>", "<pad>"])

@@ -28,7 +28,7 @@ from keifu.training.run.directory import read_recipe
 
 @pytest.fixture
 def made(tmp_path: Path) -> Callable[[str], Path]:
-    """The folder of a kind that is fuzzed."""
+    """Return a function that makes the files of a kind, and returns their folder."""
 
     def make(kind: str) -> Path:
         TARGETS[kind].make(tmp_path)

@@ -98,7 +98,7 @@ def two_sided(folder: Path) -> None:
 
 
 def encode(name: str = "", text: str = "one two ①ｱｶﾞＡ㍿ﬁé½한") -> Callable[[Path], None]:
-    """What is read from there is used: both ways, and on a conversation."""
+    """Return a reader that loads a tokenizer and uses it both ways, and on a conversation."""
 
     def read(folder: Path) -> None:
         tokenizer = load_tokenizer(folder / name)
@@ -110,7 +110,7 @@ def encode(name: str = "", text: str = "one two ①ｱｶﾞＡ㍿ﬁé½한") -
 
 
 def generate(folder: Path) -> None:
-    """A model writes as its generation_config.json says."""
+    """Generate from a model as its generation_config.json says."""
     from keifu import generate
 
     model, tokenizer = checkpoints.load(folder)

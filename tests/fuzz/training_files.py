@@ -102,7 +102,7 @@ def read_learned(folder: Path) -> None:
 
 
 def descriptions(folder: Path) -> None:
-    """A mixture, and tasks of both kinds."""
+    """Write a mixture, and tasks of both kinds."""
     (folder / "mixture.yaml").write_text("sources:\n  prose: {data: a.txt, weight: 0.5}\n  b: {data: c, weight: 0.5}\n")
     lines(folder / "a.jsonl", *({"q": f"{n}", "a": "b", "choices": ["b", "c"], "gold": 0} for n in range(9)))
     (folder / "task.yaml").write_text("items: a.jsonl\nprompt: 'Q {q}'\nanswer: a\n")
@@ -245,7 +245,7 @@ class Stopped(StopRequest):
 
 
 def stopped_run(folder: Path) -> None:
-    """A run that was stopped before its end."""
+    """Train a run that is stopped before its end."""
     (folder / "text.txt").write_text("".join(f"The cat {n % 7} sees {n % 3} dogs in {n} houses.\n" for n in range(300)))
     sizes = "--vocab-size 270 --depth 1 --context-length 16 --batch-size 3 --steps 6"
     words = ["train", "gpt", "--data", str(folder / "text.txt"), *sizes.split(), "--out", str(folder / "run")]
@@ -261,7 +261,7 @@ def _copy(original: str, copy: str) -> None:
 
 
 def resume(folder: Path) -> None:
-    """The run goes on to its end, in a copy."""
+    """Resume a copy of the run until its end."""
     copy = folder / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder / "run", copy, symlinks=True, copy_function=_copy)

@@ -29,7 +29,7 @@ def step(model: Model, tokens: Tokens, state: KVState, padding: Padding = None) 
 
 
 def prefill(model: Model, tokens: Tokens, state: KVState, padding: Padding) -> Float[Tensor, "batch vocab"]:
-    """Reads the prompts into the state, in chunks so that memory stays bounded; the logits after the last token."""
+    """Prefill the prompts into the state, in chunks to limit the memory. Return the logits after the last token."""
     width, before = max(1, PREFILL_TOKENS // len(tokens)), padding
     *earlier, last = tokens.split(width, 1)
     for chunk in earlier:
@@ -39,7 +39,7 @@ def prefill(model: Model, tokens: Tokens, state: KVState, padding: Padding) -> F
 
 
 def pad_left(texts: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Tokens, Padding]:
-    """The texts as one tensor, with zeros before the shorter ones, and how many; None if all are equally long."""
+    """Return the sequences as one tensor, and the number of zeros before each (None if the lengths are equal)."""
     longest = max(map(len, texts))
     tokens = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts], device=device)
     counts = [longest - len(text) for text in texts]
@@ -70,7 +70,7 @@ class CausalBeamModel:
 def continuations(
     model: nn.Module, prompts: Sequence[Sequence[int]], search: Search, max_tokens: int
 ) -> list[list[Hypothesis]]:
-    """The best continuations of each prompt by a causal model, best first; the prompts need not be equally long.
+    """Return the best continuations of each prompt by a causal model, best first. Prompts may have different lengths.
 
     A prompt that is empty or leaves no room in the context is a `UserError`.
     """

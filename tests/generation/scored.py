@@ -13,7 +13,7 @@ from keifu.generation.text.sampling_params import SamplingParams
 
 
 def before_each(history: History, tokens: Int[Tensor, " length"], vocab: int) -> History:
-    """The history of the one row before each of the tokens that follow, a row for each; this one then holds all."""
+    """Return the history before each of the next tokens, a row for each. Add all of them to the given history."""
     if history.seen is None and history.counts is None:
         return history
     new = torch.zeros(len(tokens), vocab, device=tokens.device).scatter_(1, tokens[:, None], 1.0)

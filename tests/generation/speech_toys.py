@@ -15,7 +15,7 @@ TIMES = 51
 
 
 def tokenizer(several: bool = True) -> Tokenizer:
-    """A byte-level BPE with Whisper's special tokens after its text."""
+    """Train a byte-level BPE with Whisper's special tokens after its text tokens."""
     learned = learn_tokenizer(["one two three four five six"] * 3, 265, SPECIAL)
     ids = {token: learned.token_id(token) for token in SPECIAL}
     settings: dict[str, Any] = {
@@ -30,7 +30,7 @@ def tokenizer(several: bool = True) -> Tokenizer:
 
 
 def published(words: Tokenizer, seed: int) -> Any:
-    """transformers' model for this tokenizer, with random weights."""
+    """Return transformers' model for this tokenizer, with random weights."""
     import transformers
 
     torch.manual_seed(seed)

@@ -20,7 +20,7 @@ WRITERS = ("attention.out.weight", "feedforward.down.weight")
 
 
 def check_deviation(weight: torch.Tensor, wanted: float) -> None:
-    """The deviation of so many numbers of a normal distribution lies within six of its own deviations."""
+    """Check that the deviation of these normal numbers is within six of its own deviations."""
     count = weight.numel()
     assert float(weight.mean()) == pytest.approx(0, abs=6 * wanted / math.sqrt(count))
     assert float(weight.std()) == pytest.approx(wanted, rel=6 / math.sqrt(2 * count))

@@ -196,7 +196,7 @@ def test_only_gradients_that_are_wanted_are_made(case):
 
 
 def jensen_shannon(student, teacher, beta):
-    """The generalised divergence of each row by its definition: sums of p ln(p / m)."""
+    """Return the generalised divergence of each row by its definition: sums of p ln(p / m)."""
     p, q = teacher.softmax(-1), student.softmax(-1)
     mixture = beta * p + (1 - beta) * q
     if beta in (0, 1):

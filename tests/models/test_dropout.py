@@ -122,7 +122,7 @@ EXPECTED: dict[str, tuple[set[str], int]] = {
 
 
 def places(model: nn.Module) -> dict[str, Dropout]:
-    """The layers of dropout that have a rate, by name."""
+    """Return the layers of dropout that have a rate, by name."""
     named = model.named_modules()
     return {name: module for name, module in named if isinstance(module, Dropout) and module.p}
 
@@ -141,7 +141,7 @@ def counted(model: nn.Module) -> Iterator[Counter[str]]:
 
 
 def made(name: str) -> Made:
-    """A model none of whose weights is zero."""
+    """Return a model in which no weight is zero."""
     torch.manual_seed(1)
     model, call = MODELS[name]()
     with torch.no_grad():

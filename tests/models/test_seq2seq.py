@@ -27,7 +27,7 @@ KINDS = list(itertools.product(seq2seq.ENCODERS, seq2seq.CONTEXTS, seq2seq.OUTPU
 
 
 def built(*kind: str, **changes) -> seq2seq.Seq2Seq:
-    """A model with weights that matter, in float64."""
+    """Return a model with weights large enough to affect its logits, in float64."""
     names = dict(zip(("encoder", "context", "output"), kind, strict=False))
     torch.manual_seed(3)
     model = seq2seq.build(replace(SMALL, **names, **changes)).double().eval()
@@ -38,7 +38,7 @@ def built(*kind: str, **changes) -> seq2seq.Seq2Seq:
 
 
 def written_plainly(model) -> torch.Tensor:
-    """The same logits from torch's own GRU, packed, and GRUCell, one step at a time."""
+    """Return the same logits from torch's GRU, packed, and GRUCell, one step at a time."""
     c, decoder = model.config, model.decoder
     both = c.encoder == "bidirectional"
     encoder = nn.GRU(c.embedding_dim, c.dim, batch_first=True, bidirectional=both).double()
@@ -195,7 +195,7 @@ def words() -> list[str]:
 
 
 def spoken(weights, words: list[str]) -> list[list[int]]:
-    """The archive's phonemes of words by numpy alone, greedily and at most 20, under its own numbers."""
+    """Return the archive's phonemes of words by numpy alone, greedily and at most 20, with the archive's ids."""
     rows = [[*(3 + ord(letter) - ord("a") if letter.isalpha() else 1 for letter in word), 2] for word in words]
     state, lengths = np.zeros((len(rows), 256), np.float32), np.array([len(row) for row in rows])[:, None]
     for place in range(lengths.max()):
@@ -209,7 +209,7 @@ def spoken(weights, words: list[str]) -> list[list[int]]:
 
 
 def turned(weights, side: str, x, state):
-    """A gated recurrent unit as its formulas stand, for a row of x and state each."""
+    """Return the next state of a gated recurrent unit by its formulas, for batches of x and state."""
     a = x @ weights[f"{side}_w_ih"].T + weights[f"{side}_b_ih"]
     b = state @ weights[f"{side}_w_hh"].T + weights[f"{side}_b_hh"]
     reset, update = np.split(1 / (1 + np.exp(-a[:, :512] - b[:, :512])), 2, -1)
@@ -217,7 +217,7 @@ def turned(weights, side: str, x, state):
 
 
 def phonemes(model, tokenizer, texts) -> list[list[int]]:
-    """The same by the model, all words in one batch."""
+    """Return the same by the model, all words in one batch."""
     ids = tokenizer.encode_batch(texts, special=True)
     lengths = torch.tensor([len(row) for row in ids])
     source = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)

@@ -98,7 +98,7 @@ def decide(router: nn.Module, embedding: torch.Tensor) -> None:
 
 
 def unpacked(model: nn.Module, packed: NativeLM) -> nn.Module:
-    """The model in float32 with the numbers that the packed weights stand for."""
+    """Return the model in float32 with the numbers that the packed weights represent."""
     model = deepcopy(model).float()
     state = model.state_dict()
     for (name, first), matrix in packed.packer.matrices.items():

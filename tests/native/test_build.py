@@ -16,7 +16,7 @@ SMALL = 'extern "C" int answer() { return 42; }'
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small source of its own, an empty cache and the machine's compiler."""
+    """Set a small source, an empty cache and the machine's compiler."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "small.cpp").write_text(SMALL)
@@ -115,7 +115,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The library of a wheel, and no compiler."""
+    """Return the library of a wheel, and hide the compiler."""
     folder = tmp_path / "prebuilt"
     folder.mkdir()
     library = folder / f"{compiler.source_key()}.so"

@@ -47,7 +47,7 @@ def load(name: str) -> ModuleType:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with this build hook and this compiler, whose source is one line."""
+    """Return a project with this build hook and this compiler, whose source is one line."""
     for path in ("packaging/wheel.py", "src/keifu/native/compiler.py"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
@@ -128,7 +128,7 @@ def test_links_of_the_long_description() -> None:
 
 @pytest.fixture(scope="module")
 def pure(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
-    """The wheel of this tree for any platform."""
+    """Build the wheel of this tree for any platform."""
     folder = tmp_path_factory.mktemp("pure")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("KEIFU_WHEEL", "pure")
@@ -179,7 +179,7 @@ def test_the_source_distribution_builds_the_same_wheel(pure: ZipFile, tmp_path: 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the two wheels; their dependencies are those of this one."""
+    """Return a virtual environment with the two wheels, which uses the dependencies of this one."""
     folder = tmp_path_factory.mktemp("installed")
     for root in (ROOT, ROOT / "pretrained"):
         done = build(root, folder / "dist")

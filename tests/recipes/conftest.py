@@ -41,7 +41,7 @@ def _short_samples() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPatch]:
-    """What is made of pictures goes into a folder of the tests; gives what patches for as long as a file's tests."""
+    """Set a cache in a folder of the tests for a file's tests, and yield the patch that lasts as long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KEIFU_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         yield patch
@@ -61,7 +61,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def towers(own_cache: pytest.MonkeyPatch, drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained CLIP of these captions."""
+    """Train a CLIP on these captions and return its run."""
     out = tmp_path_factory.mktemp("clip")
     settings = replace(toy_captions.small_clip(drawings).training, steps=4, warmup=0)
     clip.run(toy_captions.small_clip(drawings, training=settings), out, False)

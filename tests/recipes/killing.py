@@ -36,7 +36,7 @@ class Fault:
     count: int = 0
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Counts what Python is about to do with files."""
+        """Count Python's file operations before they happen."""
         if event in EVENTS or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING):
             self.operation(arguments[0])
 
@@ -61,7 +61,7 @@ def hold_clocks() -> None:
 
 
 def work(words: list[str], folder: str, at: int | None, output: Path) -> None:
-    """Runs `keifu` in this process; writes the number of its file operations."""
+    """Run `keifu` in this process, and write the number of its file operations."""
     sys.stdout = sys.stderr = output.open("a")  # open to the end: an error of this function is written there too
     torch.set_num_threads(1)
     hold_clocks()
@@ -80,7 +80,7 @@ def work(words: list[str], folder: str, at: int | None, output: Path) -> None:
 
 
 def run(words: list[str], folder: Path, at: int | None = None, seconds: float | None = None) -> int | None:
-    """The exit code of `keifu` with these words, killed before operation number `at`, or after so many seconds."""
+    """Return the exit code of `keifu` with these words, killed before operation number `at`, or after `seconds`."""
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the process that forks, which does not get it otherwise
     process = PROCESSES.Process(target=work, args=(words, str(folder), at, folder.parent / "output"))
     process.start()
@@ -92,12 +92,12 @@ def run(words: list[str], folder: Path, at: int | None = None, seconds: float | 
 
 
 def operations(folder: Path) -> int:
-    """The number of file operations of the last process that came to its end."""
+    """Return the number of file operations of the last process that ended by itself."""
     return int((folder.parent / "output.count").read_text())
 
 
 def files(folder: Path) -> dict[str, str]:
-    """The hash of every file."""
+    """Return the hash of every file."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in found}
 
@@ -110,7 +110,7 @@ def to_the_end(words: list[str], folder: Path) -> None:
 
 
 def timed(words: list[str], folder: Path) -> float:
-    """The seconds of a run from its beginning to its end."""
+    """Return the seconds of a complete run."""
     shutil.rmtree(folder, ignore_errors=True)
     start = time.monotonic()
     code = run(words, folder)

@@ -16,7 +16,7 @@ Weights = dict[str, Any]
 def stopped_and_whole(
     recipe: Any, wanted: Any, stopped: str, steps: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Weights, Weights]:
-    """The weights of a run that was stopped and resumed, and those of one that was not.
+    """Return the weights of a run that was stopped and resumed, and those of a run that was not.
 
     It stops after so many steps of the training whose folder has the name `stopped`. The rate is constant, since a
     schedule would follow the fewer steps.

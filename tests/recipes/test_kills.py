@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture
 def words(files: dict[str, Path], models: dict[str, Path], drawings: Path, request: pytest.FixtureRequest) -> list[str]:
-    """The command of a recipe without its folder."""
+    """Return the command of a recipe without its folder."""
     name = request.node.callspec.params["name"]
     options = TABLE[name][0]
     given = {**files, **models, "drawings": drawings, "clip": CLIP, "prompt": "'a red disc'"}
@@ -65,7 +65,7 @@ def kill(words: list[str], whole: Path, operations: int, seconds: float, number:
 
 
 def outcomes(words: list[str], folder: Path, kills: int, first: int = 0) -> tuple[int, Counter[str]]:
-    """The kills, at least so many, and of how many runs what came."""
+    """Kill runs, at least `kills` of them, and return the number of kills and how often each outcome came."""
     whole = folder / "whole" / "run"
     whole.parent.mkdir()
     for _ in range(2):  # the first process waits for the imports of the one that it is forked from

@@ -109,7 +109,7 @@ CLIP = (
 
 @pytest.fixture(scope="module")
 def wide(own_cache: pytest.MonkeyPatch, drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP whose text tower is as wide as its space."""
+    """Train a CLIP whose text tower is as wide as its embeddings, and return its run."""
     made, out = small_clip(drawings), tmp_path_factory.mktemp("wide")
     text, image = clip_text.Config(600, 16, 16, 32, 1, 2, embedding_dim=16), replace(made.image, embedding_dim=16)
     clip.run(replace(made, text=text, image=image, training=replace(made.training, steps=3)), out, False)
@@ -118,7 +118,7 @@ def wide(own_cache: pytest.MonkeyPatch, drawings: Path, tmp_path_factory: pytest
 
 @pytest.fixture(scope="module")
 def pipeline(own_cache: pytest.MonkeyPatch, drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A latent diffusion of 16 x 16 pixels."""
+    """Return a latent diffusion of 16 x 16 pixels."""
     return small_pipeline(drawings, tmp_path_factory.mktemp("pipeline"))
 
 

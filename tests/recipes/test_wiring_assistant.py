@@ -118,7 +118,7 @@ def quantized(record: Any) -> bool:
 
 
 def labels(record: Any) -> set[str]:
-    """The layers that have adapters."""
+    """Return the layers that have adapters."""
     return {adapter.target.label.rpartition(".")[2] for adapter in adapters(record.model)}
 
 
@@ -148,7 +148,7 @@ def shared_rows(toys: Toys) -> dict[str, Reach]:
 
 
 def decoder_dim(record: Any) -> int:
-    """The width of the language model that is trained."""
+    """Return the width of the language model that is trained."""
     model = getattr(record.model, "policy", record.model)
     return getattr(model, "decoder", model).config.dim
 
@@ -165,7 +165,7 @@ def ranked_rows(toys: Toys) -> dict[str, Reach]:
 
 
 def ranked_groups(toys: Toys) -> list[Group]:
-    """What is long, and passes over the data."""
+    """Return groups for long conversations, and for passes over the data."""
     longer = 14
     return [
         Group({"epochs": Reach(3.0, lambda r: round(r.settings.steps / r.data.steps_per_epoch))}),
@@ -250,7 +250,7 @@ def rollout_rows(toys: Toys) -> dict[str, Reach]:
 
 
 def scored(record: Any) -> float:
-    """What the reward says of an answer."""
+    """Return the reward of an answer."""
     prompts = record.data.parts[0][:1]
     return round(float(record.data.scorers["reward"](prompts, ["nine"])[0]), 6)
 
@@ -266,7 +266,7 @@ def sums_group(given: dict[str, Any]) -> Group:
 
 
 def numbers(record: Any) -> list[list[str]]:
-    """The numbers of each problem."""
+    """Return the numbers of each problem."""
     return [re.findall(r"\d+", each.text) for each in record.data.parts[0]]
 
 
@@ -337,7 +337,7 @@ STEPS = Group({"steps": Reach(9, "settings.steps")})
 
 
 def encoded(toys: Toys) -> Group:
-    """A table as Excel in Japan writes it."""
+    """Return a group for a table as Excel in Japan writes it."""
     return Group({"encoding": Reach("cp932", counts)}, {"data": toys["cp932.csv"]}, refused=True)
 
 

@@ -82,7 +82,7 @@ def languages(record: Any) -> int:
 
 
 def _pictures(record: Any) -> Any:
-    """The batches of pictures under whatever is added to them."""
+    """Return the innermost data of pictures, without its wrappers."""
     data = record.data
     while hasattr(data, "data"):
         data = data.data
@@ -388,7 +388,7 @@ def of_lora_image(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 def targets(record: Any, part: str) -> set[str]:
-    """The last words of the names of the layers of a part that have adapters."""
+    """Return the last words of the names of the layers of a part that have adapters."""
     labels = (a.target.label for a in adapters(record.model) if a.target.label.startswith(part))
     return {label.removesuffix(".0").rpartition(".")[2] for label in labels}
 

@@ -73,7 +73,7 @@ def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 
 
 def weights(record: Any) -> list[float]:
-    """Some of the first weights of the model."""
+    """Return some of the first weights of the model."""
     return next(p for p in record.model.parameters() if p.dim() > 1).flatten()[:9].tolist()
 
 
@@ -82,7 +82,7 @@ def source(record: Any) -> str:
 
 
 def kind(record: Any) -> str:
-    """What kind of tokenizer the run has."""
+    """Return the kind of the run's tokenizer."""
     return type(wiring.look(record, "sample.task.tokenizer.backend").model).__name__
 
 
@@ -97,7 +97,7 @@ def text_rows(toys: Toys, prefix: str) -> dict[str, Reach]:
 
 
 def of_text(name: str) -> Any:
-    """A setting of the text that a run learns from."""
+    """Return a reader of a setting of the text that a run learns from."""
     return lambda record: record.data.shards.index["settings"].get(name)
 
 
@@ -110,7 +110,7 @@ def format_rows(prefix: str) -> dict[str, Reach]:
 
 
 def validated(toys: Toys, base: Any) -> list[Group]:
-    """A validation text of one's own, for recipes that learn from a text."""
+    """Return a group for a separate validation text, for recipes that learn from a text."""
     name = "text.validation_data" if hasattr(base, "text") else "validation_data"
     if not hasattr(base, "text") and not hasattr(base, "text_field"):
         return []
@@ -137,12 +137,12 @@ def own_rows() -> dict[str, Reach]:
 
 
 def seeded(given: dict[str, Any] | None = None) -> Group:
-    """The seed also decides the weights."""
+    """Return a group that checks that the seed also decides the weights."""
     return Group({"seed": Reach(5, weights, DIFFERENT)}, given or {})
 
 
 def whole(toys: Toys, config: Any) -> list[Group]:
-    """Groups of recipes that take a config and `Settings` whole."""
+    """Return groups of recipes that accept a whole config and whole `Settings`."""
     rows = {"model": Reach(config, "model.config", but=("vocab_size",)), "training": Reach(OTHER, "settings")}
     more = {"prompt": Reach("one", "sample.prompt")}
     of_data = {"training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.batch_size", weights), DIFFERENT)}
@@ -170,7 +170,7 @@ def of_gpt(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 def begun_gpt(toys: Toys) -> str:
-    """A language model that was made before."""
+    """Return the folder of an existing language model."""
     folder = Path(toys.text).with_name("begun-gpt")
     tokenizer = train_tokenizer("bpe", ["ab cd"] * 5, 270)
     config = llama.Config(**TINY | {"n_layers": 3, "vocab_size": tokenizer.vocab_size, "context_length": 128})
@@ -219,7 +219,7 @@ def of_characters(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 def kind_of_model(record: Any) -> str:
-    """The module that a model's Config stands in."""
+    """Return the name of the module that defines a model's Config."""
     return type(record.model.config).__module__.rpartition(".")[2]
 
 
@@ -270,7 +270,7 @@ def of_palm2(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 def shares(record: Any) -> tuple[float, ...]:
-    """The rows' shares of the three kinds of denoisers."""
+    """Return the shares of the three kinds of denoisers in the rows."""
     found = dict[str, float]()
     for denoiser in record.data.task.denoisers:
         found[denoiser.mode] = found.get(denoiser.mode, 0.0) + denoiser.share
@@ -297,7 +297,7 @@ def pair_rows(toys: Toys) -> dict[str, Reach]:
 
 
 def more_of_translation(toys: Toys) -> list[Group]:
-    """Groups of both, each for itself."""
+    """Return groups of both recipes, each independent of the others."""
     reverse = {"reverse": Reach(True, lambda r: len(r.data.train.source.ids) > len(r.data.train.target.ids), True)}
     average = {"average": Reach(6, ("save.average", "settings.keep"))}
     minutes = {"minutes": Reach(0.5, "settings.steps", wiring.MINUTES // 2)}

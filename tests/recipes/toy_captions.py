@@ -40,7 +40,7 @@ def drawings(folder: Path) -> Path:
 
 
 def small_clip(data: Path, **changes: object) -> clip.Recipe:
-    """The recipe for CLIP at a size that learns in a second."""
+    """Return the recipe for CLIP at a size that learns in a second."""
     image = clip_image.Config(24, 6, 3, 24, 48, 1, 2, embedding_dim=16)
     text = clip_text.Config(600, 16, 24, 48, 1, 2, embedding_dim=16)
     settings = Settings(

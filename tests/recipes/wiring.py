@@ -69,7 +69,7 @@ class Recorder:
                     patch.setattr(module, name, lambda minutes, *rest, **more: round(MINUTES * minutes))
 
     def train(self, model, objective, data, settings, run, sample=None, save=None, largest=None) -> loop.Summary:
-        """Records, and says that all went well."""
+        """Record the call, and report success."""
         call = dict(model=model, objective=objective, data=data, settings=settings, run=run, sample=sample, save=save)
         self.calls[run.directory.name] = self.calls["last"] = SimpleNamespace(**call, largest=largest, parts=self.calls)
         if save and (self.saved or run.directory != self.out):
@@ -92,7 +92,7 @@ def inside(thing: Any, name: str) -> Any:
 
 
 def look(record: SimpleNamespace, path: Any) -> Any:
-    """What stands at the end of a path."""
+    """Return the value at the end of a path."""
     if callable(path):
         return path(record)
     part, _, names = path.rpartition(":")
@@ -103,7 +103,7 @@ def look(record: SimpleNamespace, path: Any) -> Any:
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[str]:
-    """The names of all options of a recipe, nested ones with dots."""
+    """Yield the names of all options of a recipe, nested ones with dots."""
     for each in fields(value):
         inner = getattr(value, each.name)
         if is_dataclass(inner):
@@ -113,7 +113,7 @@ def leaves(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def assign(recipe: Any, changes: Mapping[str, Any]) -> Any:
-    """The recipe with these options."""
+    """Return the recipe with these options."""
     for name, value in changes.items():
         first, _, rest = name.partition(".")
         recipe = replace(recipe, **{first: assign(getattr(recipe, first), {rest: value}) if rest else value})
@@ -121,7 +121,7 @@ def assign(recipe: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def logged(recipe: Any, groups: list[Group]) -> list[Group]:
-    """The groups, the first of them with rows for what every recipe has in common."""
+    """Return the groups, the first of them with rows for the options that every recipe has."""
     if not isinstance(recipe, Logging):
         return groups
     rows = {name: Reach(True, f"settings.{name}") for name in ("tensorboard", "wandb")}
@@ -148,7 +148,7 @@ def uncovered(recipe: Any, groups: list[Group], free: Mapping[str, str]) -> list
 
 
 def check(group: Group, records: Callable[[Mapping[str, Any]], SimpleNamespace]) -> None:
-    """That each option of a group reaches what its row names, and that this was something else before."""
+    """Check that each option of a group reaches the value that its row names, and that it changed this value."""
     changes = {name: reach.value for name, reach in group.rows.items()}
     changed = records({**group.given, **changes})
     if group.refused:
@@ -172,7 +172,7 @@ def _comparable(value: Any, but: tuple[str, ...]) -> Any:
 
 
 def run(name: str, recipe: Any, out: Path, saved: bool = False) -> SimpleNamespace:
-    """The record of a recipe's last call of the training loop."""
+    """Run a recipe, and return the record of its last call of the training loop."""
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch, out, saved)
         import_module(f"{recipes.__name__}.{recipes.RECIPES[name.replace('_', '-')]}").run(recipe, out, False)

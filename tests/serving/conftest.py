@@ -34,8 +34,9 @@ ALL = ("chat", "base", "encoder", "masked", "translator", "ddpm", "clip")
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toys as checkpoints: `chat`, a LLaMA with a chat template, `base`, a GPT-2 without, `encoder` and
-    `masked`, BERTs, the latter with its head, `translator`, a Transformer, `ddpm`, which draws, and `clip`."""
+    """Save the toys as checkpoints and return their folder. `chat` is a LLaMA with a chat template and `base` a GPT-2
+    without one. `encoder` and `masked` are BERTs, the latter with its head. `translator` is a Transformer, `ddpm`
+    draws, and `clip` is a CLIP."""
     place = tmp_path_factory.mktemp("models")
     torch.manual_seed(5)
     tokenizer = byte_tokenizer()
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _save_others(place: Path) -> None:
-    """The toys that write no text."""
+    """Save the toys that generate no text."""
     words = train_tokenizer("wordpiece", ["the cat sat on a mat while seven dogs ran far away"] * 2, 200)
     small: dict[str, Any] = {"dim": 24, "hidden_dim": 40, "n_layers": 1}
     encoder = bert.Config(
@@ -73,7 +74,7 @@ def _save_others(place: Path) -> None:
 
 @pytest.fixture(scope="session")
 def served(folder: Path) -> Iterator[Served]:
-    """A server over all toys, in their folder's names."""
+    """Yield a server over all toys, with the names of their folders."""
     with running([str(folder / name) for name in ALL], Limits(), Access()) as found:
         yield found
 

@@ -40,7 +40,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def sharp(model: nn.Module) -> nn.Module:
-    """The same model with weights so large that what it writes depends on what it read."""
+    """Return the model with weights so large that its output depends on its input."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8) if parameter.ndim > 1 else None
@@ -65,7 +65,7 @@ class Served:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=WAIT)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
-        """A request as it is written."""
+        """Send a request without changes."""
         return httpx.post(f"{self.url}{path}", json=body, **{"timeout": WAIT, **options})
 
 
@@ -78,7 +78,7 @@ def running(
     weights: str | None = None,
     folder: Path | None = None,
 ) -> Iterator[Served]:
-    """A server in a thread."""
+    """Yield a server in a thread."""
     models = ServedModels(public_names(names, {}), limits, Metrics(), memory, weights, folder)
     listening = Address(port=0).open()
     listening.listen()
@@ -93,7 +93,7 @@ def running(
 
 
 def until(holds: Callable[[], bool], seconds: float = WAIT) -> None:
-    """Waits until something holds."""
+    """Wait until something holds."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it does not come"

@@ -44,7 +44,7 @@ def test_addresses_of_this_machine(host: str, local: bool) -> None:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Access]:
-    """The `Access` of each server that the command starts."""
+    """Return a list of the `Access` of each server that the command starts."""
     found: list[Access] = []
     monkeypatch.setattr("keifu.serving.app.application", lambda _, access: found.append(access))
     monkeypatch.setattr("keifu.serving.server.serve", lambda *_: None)

@@ -21,7 +21,7 @@ from keifu.serving.worker import Limits
 
 @pytest.fixture(scope="module")
 def place(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `keeper`, an adapter of the toy that chats, a damaged model, and a link to a model elsewhere."""
+    """Return a folder with `keeper`, an adapter of the `chat` toy, a damaged model, and a link to a model elsewhere."""
     place = tmp_path_factory.mktemp("permitted")
     model, _ = keifu.load(folder / "chat")
     adapt(model, ["q_proj", "up_proj"], LoraSettings(rank=2, alpha=4.0))

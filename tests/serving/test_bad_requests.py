@@ -122,7 +122,7 @@ def test_another_name_of_the_host_is_refused_where_names_are_given(folder: Path)
 
 @pytest.fixture(scope="module")
 def small(folder: Path) -> Iterator[Any]:
-    """A server with keys, little room and small bodies."""
+    """Yield a server with keys, few slots, a short queue and small request bodies."""
     limits, access = Limits(slots=1, queue=1), Access(keys=("first", "second"), body=2000)
     with running([str(folder / "chat")], limits, access) as found:
         yield found
@@ -156,7 +156,7 @@ def test_a_large_body_is_refused_by_its_length_and_by_what_comes(small: Any) -> 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The engine writes two tokens, and the next one when this is set."""
+    """Let the engine write two tokens, and stop it until this event is set."""
     opened, steps, step = threading.Event(), count(), Engine.step
 
     def gated(engine: Engine) -> list[Piece]:

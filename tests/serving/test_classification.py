@@ -22,7 +22,7 @@ TEXTS = ["the cat sat", "seven dogs ran far away"]
 
 @pytest.fixture(scope="module")
 def judging(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Any]:
-    """A server over a classifier and an encoder."""
+    """Yield a server over a classifier and an encoder."""
     torch.manual_seed(2)
     words = train_tokenizer("wordpiece", ["the cat sat on a mat while seven dogs ran far away"] * 2, 200)
     config = bert.Config(

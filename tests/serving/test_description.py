@@ -50,8 +50,8 @@ def test_whatever_is_sent_is_answered_as_described(served: Any, folder: Path, wr
 
 
 def statuses(strategy: Any, name: str | None, checks: Any) -> set[int]:
-    """The statuses of what a strategy sends, three in four times with this model and little to compute; each answer is
-    checked."""
+    """Return the statuses of a strategy's requests, after checking each answer. Three of four requests name this model
+    and need little computation."""
     wanted = [
         checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
         checks.response_schema_conformance,

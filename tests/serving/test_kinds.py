@@ -32,7 +32,7 @@ PROMPTS = ("a", "The sea is wide, and a small boat sails to an old town of stars
 
 @pytest.fixture(scope="module", params=[None, "int8"])
 def kinds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server over each kind as a directory and as a GGUF file of 8 bits, with plain or packed weights."""
+    """Yield a server over each kind as a directory and as a GGUF file of 8 bits, with plain or packed weights."""
     place = tmp_path_factory.mktemp("kinds")
     trained = train_tokenizer("bpe", [PROMPTS[1]] * 2, 272, special_tokens=["<|im_start|>", "<|im_end|>"])
     ends: Any = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}

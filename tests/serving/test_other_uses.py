@@ -327,7 +327,7 @@ def test_packed_weights_write_text_and_the_whole_ones_are_looked_into(folder: Pa
 
 
 def cut(form: str, share: float) -> bytes:
-    """An animation or a file of two pages that ends early."""
+    """Return an animation or a file of two pages that ends early."""
     file = io.BytesIO()
     frames = [Image.effect_noise((40, 40), 90), Image.effect_noise((40, 40), 90)]
     frames[0].save(file, form, save_all=True, append_images=frames[1:])
@@ -335,7 +335,7 @@ def cut(form: str, share: float) -> bytes:
 
 
 def bomb() -> bytes:
-    """A JPEG of some hundred bytes whose header says 13,000 x 13,000 pixels."""
+    """Return a JPEG of some hundred bytes whose header says 13,000 x 13,000 pixels."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "JPEG")
     content = bytearray(file.getvalue())

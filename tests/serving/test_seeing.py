@@ -41,7 +41,7 @@ def url(data: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def seer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy that sees."""
+    """Save a toy that reads pictures, and return its folder."""
     torch.manual_seed(4)
     trained = train_tokenizer("bpe", ["ab"], 260, special_tokens=["<|im_start|>", "<|im_end|>", "<image>"])
     tokenizer = Tokenizer(trained.backend, {"eos_token": "<|im_end|>"}, chat_template=PICTURES + CHATML)
@@ -112,14 +112,14 @@ def test_a_picture_is_cut_into_tiles(seeing: Served, seer: Path, tmp_path: Path)
 
 
 def bomb() -> bytes:
-    """A file of few bytes whose header promises 400 million pixels."""
+    """Return a file of few bytes whose header promises 400 million pixels."""
     file = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(file, "PNG")
     return file.getvalue()
 
 
 def thread() -> bytes:
-    """A file of few bytes whose shorter side, enlarged, makes the longer one fill the memory."""
+    """Return a file of few bytes whose shorter side, enlarged, makes the longer one fill the memory."""
     file = io.BytesIO()
     Image.new("RGB", (1, 60_000)).save(file, "PNG")
     return file.getvalue()

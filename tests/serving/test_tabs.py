@@ -26,7 +26,7 @@ def png(colour: str) -> dict[str, Any]:
 
 
 def send(page: Any, tab: str) -> str:
-    """Sends a tab's form and waits for the answer; what is told below."""
+    """Send a tab's form, wait for the answer, and return the message below it."""
     page.click(f"#{tab} form button:not([type])")
     page.wait_for_selector(f"#{tab} form button:not([type]):enabled")
     assert "error" not in page.get_attribute(f"#{tab} .told", "class"), page.inner_text(f"#{tab} .told")
@@ -34,7 +34,7 @@ def send(page: Any, tab: str) -> str:
 
 
 def labels(page: Any, tab: str) -> list[list[str]]:
-    """The labels of a matrix, of its rows and of its columns, and that it has cells and a scale."""
+    """Return the labels of a matrix, by rows and by columns, after checking that it has cells and a scale."""
     svg = f"#{tab} .map"
     assert page.locator(f"{svg} .cell").count() and "100 %" in page.inner_text(f"#{tab} .scale")
     assert page.locator(f"{svg} .axis").count() == 2

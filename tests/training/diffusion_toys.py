@@ -48,7 +48,7 @@ class Batches:
         self.rows, self.labels = rows, labels
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The pictures, with their labels where there are some."""
+        """Return the pictures, with their labels if there are some."""
         found = {"pictures": greys(self.rows)}
         return found | ({"labels": torch.arange(self.rows) % 3} if self.labels else {})
 

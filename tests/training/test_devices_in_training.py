@@ -107,7 +107,7 @@ def test_a_batch_that_was_made_in_vain_is_dropped() -> None:
 
 
 def scarce(rows: int, after: int):
-    """The objective, for which memory does not suffice for more than so many rows after so many calls."""
+    """Return the objective with too little memory for more than `rows` rows after `after` calls."""
     calls = 0
 
     def limited(model, batch):

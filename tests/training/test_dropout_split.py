@@ -50,7 +50,7 @@ def tokens(*shape: int) -> Tensor:
 
 
 def real(*shape: int, least: int = 2) -> Tensor:
-    """A mask that is True on the first tokens of each row, on another number of them in each."""
+    """Return a mask that is True on the first tokens of each row, with a random number of them."""
     lengths = torch.randint(least, shape[-1] + 1, (ROWS, *shape[:-1], 1))
     return torch.arange(shape[-1]) < lengths
 

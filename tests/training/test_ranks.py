@@ -56,7 +56,7 @@ class Threads:
             place.copy_(other)
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
-        """What the work gives on every rank."""
+        """Run the work on every rank and return the results."""
         results: list[Any] = [None] * self.world
 
         def on(rank: int) -> None:
@@ -79,7 +79,7 @@ class Threads:
 
 
 def weighted(model: nn.Module, batch: Batch) -> LossOutput:
-    """A loss whose rows have different weights: of row i, the first `lengths` tokens count."""
+    """Return a loss whose rows have different weights: in each row the first `lengths` tokens count."""
     tokens = batch["tokens"]
     counts = torch.arange(5) < batch["lengths"][:, None]
     targets = tokens[:, 1:].masked_fill(~counts, -100)
@@ -132,7 +132,7 @@ def made(name: str, rows: int) -> tuple[nn.Module, Any, Batch]:
 
 
 def trained(trainer: Trainer, batch: Batch, steps: int = 3) -> list[float]:
-    """The loss and the norm of the gradient of each step, and the validation loss."""
+    """Train some steps. Return the loss and the gradient norm of each, and the validation loss."""
     found: list[float] = []
     for step in range(steps):
         gradient = trainer.gradient(step, batch)

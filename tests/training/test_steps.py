@@ -32,7 +32,7 @@ def trainer(model: nn.Module, rows: int, clip: float = 0.0, aim=objective, **cha
 
 
 def masked(model: nn.Module, batch: dict) -> LossOutput:
-    """A loss whose rows have different weights: of row i, the first i tokens count."""
+    """Return a loss whose rows have different weights: in row i the first `lengths[i]` tokens count."""
     tokens = batch["tokens"]
     counts = torch.arange(5) < batch["lengths"][:, None]
     targets = tokens[:, 1:].masked_fill(~counts, -100)

@@ -118,8 +118,8 @@ class Slow(Sequences):
 
 
 def train_slowly(directory: Path, optimizer: str, said: Path) -> None:
-    """A run of 40 steps for a process of its own, resumed where a state is there; `said` takes its standard error. It
-    does not end while there is a file of the folder's name with `.waits`."""
+    """Train a run of 40 steps for a separate process, resumed if there is a state. Write its standard error to `said`.
+    The run waits while there is a file of the folder's name with `.waits`."""
     torch.set_num_threads(1)
     with said.open("a") as sys.stderr:
         out = run(directory, resume=bool(checkpoint.steps(directory)))

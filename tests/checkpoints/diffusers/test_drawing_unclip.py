@@ -40,7 +40,7 @@ def painter(unclip_pipeline) -> UnclipPipeline:
 
 @pytest.fixture(scope="module")
 def seeing(unclip_pipeline, tmp_path_factory) -> tuple[Any, Path]:
-    """A model that sees pictures too and enlarges none, and its directory."""
+    """Return a model that also reads pictures and has no upsampler, and its directory."""
     model, tokenizer = checkpoints.load(unclip_pipeline[1])
     config = replace(model.config, upsampler=None, last_upsampler=None, image=SEES, pixels=Pixels(16, 16))
     torch.manual_seed(2)

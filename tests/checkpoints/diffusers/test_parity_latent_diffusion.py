@@ -51,7 +51,7 @@ AUTOENCODERS = {
 
 
 def shaken(model):
-    """The same with every weight random, biases and norms too."""
+    """Return the model with every weight random, biases and norms too."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

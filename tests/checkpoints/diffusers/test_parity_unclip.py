@@ -57,7 +57,7 @@ UPSAMPLERS = {
 
 
 def shaken(make, *, seed: int = 1):
-    """A model with every weight random, biases, norms and embeddings too."""
+    """Return a model with every weight random, biases, norms and embeddings too."""
     torch.manual_seed(seed)
     model = make()
     with torch.no_grad():

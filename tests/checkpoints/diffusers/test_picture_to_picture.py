@@ -43,7 +43,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A picture of 40 x 24 random pixels and a mask with an odd edge."""
+    """Return the paths of a picture of 40 x 24 random pixels and of a mask with an odd edge."""
     folder = tmp_path_factory.mktemp("originals")
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 256, (*SIZE, 3), dtype=np.uint8)).save(folder / "init.png")
@@ -60,7 +60,7 @@ def painter(pipeline) -> LatentDiffusionPipeline:
 
 @pytest.fixture(scope="module")
 def filler(pipeline, tmp_path_factory) -> tuple[Any, LatentDiffusionPipeline]:
-    """A pipeline whose U-Net reads a mask too: what makes diffusers', and keifu's."""
+    """Return a maker of diffusers' pipeline whose U-Net also reads a mask, and keifu's pipeline of the same weights."""
     torch.manual_seed(5)
     parts = dict(pipeline[0].components)
     unet = diffusers.UNet2DConditionModel.from_config(parts["unet"].config, in_channels=9)
@@ -100,7 +100,7 @@ def reference(pipeline: Any, sampler: str, init: Path, strength: float, **settin
 
 
 def _whole_first_step(scheduler: Any, num_inference_steps: int, strength: float, device: Any) -> Any:
-    """The timesteps of PLMS with the second of those that are left twice."""
+    """Return the timesteps of PLMS, with the second of the remaining ones twice."""
     taken = int(num_inference_steps * strength)
     left = torch.cat([scheduler.timesteps[:1], scheduler.timesteps[2:]])[-taken:]
     return torch.cat([left[:2], left[1:]]), taken

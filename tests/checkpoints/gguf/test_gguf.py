@@ -233,7 +233,7 @@ def test_damaged_headers_never_end_in_anything_but_a_sentence(whole, seed, tmp_p
 
 
 def rewrite(path, changes=None, tensors=None) -> None:
-    """Copies a GGUF file with other fields and tensors (None drops one)."""
+    """Rewrite a GGUF file with other fields and tensors (None drops one)."""
     reader = gguf.GGUFReader(path)
     fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")} | (changes or {})
     writer = gguf.GGUFWriter(path.with_suffix(".new"), fields.pop("general.architecture"))

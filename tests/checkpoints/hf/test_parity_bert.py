@@ -31,7 +31,7 @@ CASES = {
 
 
 def made(case: str) -> Any:
-    """Transformers' model of a case, every weight random, biases and norms too."""
+    """Return transformers' model of a case, every weight random, biases and norms too."""
     torch.manual_seed(1)
     name, changes = CASES[case]
     config = transformers.BertConfig(**SIZES | changes, attn_implementation="eager")
@@ -76,7 +76,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, real: torch.Tensor) -> bool:
 
 
 def compared(model: bert.Bert, reference: Any, given: dict[str, torch.Tensor]) -> set[str]:
-    """The names of what was compared and found equal."""
+    """Return the names of the outputs that both models have, after checking that they are equal."""
     ours, expected = outputs(model, given), reference(**given)
     if model.config.next_sentence and not model.config.words:
         ours["logits"] = ours["next_logits"]
@@ -124,7 +124,7 @@ def rewritten(directory: Path, change: Any) -> None:
 
 
 def configured(directory: Path, **changes: Any) -> None:
-    """Changes fields of a config.json; None takes one away."""
+    """Change fields of a config.json. None removes a field."""
     path = directory / "config.json"
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))

@@ -36,7 +36,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def shaken(model: Any) -> Any:
-    """The model with every weight random, biases, norms and statistics too."""
+    """Return the model with every weight random, biases, norms and statistics too."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():

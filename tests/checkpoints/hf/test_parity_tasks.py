@@ -36,7 +36,7 @@ LABELS = {0: "art", 1: "food", 2: "war"}
 
 
 def random(architecture: str, config: Any) -> Any:
-    """Transformers' model, every weight random."""
+    """Return transformers' model, every weight random."""
     torch.manual_seed(1)
     config._attn_implementation = "eager"
     model = getattr(transformers, architecture)(config).eval()

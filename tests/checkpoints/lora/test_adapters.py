@@ -36,7 +36,7 @@ CASES = {  # a base, the targets, and what else PEFT is told
 
 @pytest.fixture(scope="module", params=CASES)
 def theirs(request: Any, published: Any, tmp_path_factory: Any) -> tuple[Path, Path, Any]:
-    """A base and an adapter as PEFT wrote them, and PEFT's model."""
+    """Return the paths of a base and an adapter as PEFT wrote them, and PEFT's model."""
     config, targets, options = CASES[request.param]
     wanted = peft.LoraConfig(lora_alpha=6, task_type="CAUSAL_LM", target_modules=targets, **options)
     folder = tmp_path_factory.mktemp("peft")

@@ -49,7 +49,7 @@ def usual(label: str) -> bool:
 
 @torch.no_grad()
 def seen(model: Any) -> tuple[Tensor, Tensor]:
-    """What keifu's encoder and U-Net say of fixed inputs."""
+    """Return the outputs of keifu's encoder and U-Net for fixed inputs."""
     ids, latents = inputs()
     context = model.encode_text(ids)
     return context, model(latents, torch.tensor([30]), model.project(context))
@@ -68,7 +68,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def fresh(pipeline: Any) -> Any:
-    """The pipeline with models that nothing was loaded into."""
+    """Return the pipeline with copies of its models, into which nothing was loaded."""
     parts = {name: copy.deepcopy(part) for name, part in pipeline.components.items()}
     return diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
 

@@ -81,7 +81,7 @@ def test_weights_hold_no_text() -> None:
 
 @pytest.fixture
 def _fetched(monkeypatch, tmp_path: Path) -> None:
-    """A cache in which tiny files stand in the places of the real ones."""
+    """Fill a cache with tiny files instead of the real ones."""
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path))
     talk = [[said("Hi", 1), said("there", 1)], [said("Hello", 2)]] * 2
     chats = {"a": {"messages": talk}, "too short": {"messages": talk[:3]}}

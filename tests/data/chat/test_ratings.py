@@ -19,7 +19,7 @@ from keifu.recipes.runs import attribution_of
 
 
 def talk(question: str, said: str, *marks: int) -> dict:
-    """A record as chitchat has it, of three turns."""
+    """Return a record in the form of chitchat, of three turns."""
     turns = [[{"text": text, "sender": who}] for who, text in (("x", "Hi"), ("y", said), ("x", "Bye"))]
     rated = dict(zip(("witty", "upbeat", "interesting"), marks, strict=False)) or None
     return {"prompt": question, "ratings": rated, "messages": turns}

@@ -119,7 +119,7 @@ def test_an_animation_that_is_cut_anywhere_is_read_or_a_sentence(kind: str) -> N
 
 
 def jpeg_header(width: int, height: int) -> bytes:
-    """A small JPEG file whose header says that it is large."""
+    """Return a small JPEG file whose header gives a large size."""
     data = bytearray(saved(Image.new("RGB", (8, 8)), "JPEG"))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = height.to_bytes(2) + width.to_bytes(2)

@@ -31,7 +31,7 @@ SEED = st.integers(0, 10**6)
 
 
 def t5_counts(length: int, rate: float, span: float) -> tuple[int, int]:
-    """The numbers of T5's `random_spans_noise_mask`, as its documentation states them."""
+    """Return the numbers of T5's `random_spans_noise_mask`, as its documentation gives them."""
     hidden = min(max(int(np.round(length * rate)), 1), length - 1)
     return hidden, max(int(np.round(hidden / span)), 1)
 
@@ -43,7 +43,7 @@ def runs(places: np.ndarray) -> list[tuple[int, int]]:
 
 
 def restored(inputs: list[int], targets: list[int]) -> list[int]:
-    """The text again: each sentinel of the inputs replaced with what follows it in the targets."""
+    """Return the original tokens: each sentinel of the inputs is replaced by its span in the targets."""
     spans: dict[int, list[int]] = {}
     for token in targets:
         if token >= 1000:

@@ -55,7 +55,7 @@ def made(shards: SentenceShards) -> Made:
 
 
 def restored(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The tokens with what was hidden put back."""
+    """Return the tokens, with the hidden ones restored."""
     there = batch["targets"] != -100
     rows = torch.arange(len(there))[:, None].expand_as(there)
     tokens = batch["tokens"].clone()

@@ -44,7 +44,7 @@ EQUATION = re.compile(r"(-?\d+) ([-+*]) (-?\d+) = (-?\d+)")
 
 
 def wrong_steps(text: str) -> list[str]:
-    """The equations of a text that do not hold, and the answers that the equation before them does not give."""
+    """Return the equations that do not hold, and the answers that differ from the result of the equation before."""
     wrong, last = [], None
     for line in text.splitlines():
         if found := EQUATION.fullmatch(line):

@@ -201,7 +201,7 @@ TALKS = [
 
 
 def learned(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[str]:
-    """What of a conversation is learned, a text for each turn, special tokens shown."""
+    """Return the learned parts of a conversation, one string per turn, with special tokens."""
     ids, mask = tokenizer.render_turns(messages)
     runs = [[id for id, _ in run] for own, run in groupby(zip(ids, mask, strict=True), lambda pair: pair[1]) if own]
     return [tokenizer.decode(run, skip_special=False) for run in runs]

@@ -35,7 +35,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def original(smollm2) -> tokenizers.Tokenizer:
-    """The rules of SmolLM2's own tokenizer.json, which a GGUF only names: single digits, then GPT-2's words."""
+    """Return the rules of SmolLM2's tokenizer.json, which GGUF only names: single digits, then GPT-2's words."""
     rules = tokenizers.Tokenizer.from_str(smollm2.backend.to_str())
     digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     rules.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
@@ -45,7 +45,7 @@ def original(smollm2) -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="module")
 def spelled(smollm2) -> set[int]:
-    """The bytes that SmolLM2's vocabulary has; it lacks a few, and drops them like the library."""
+    """Return the bytes in SmolLM2's vocabulary. It lacks a few, and drops them like the library."""
     vocabulary = smollm2.backend.get_vocab()
     return {byte for letter, byte in byte_alphabet().items() if letter in vocabulary}
 
@@ -76,7 +76,7 @@ def test_smollm2_follows_its_original_rules_on_any_text(smollm2, original, spell
 
 
 def write(fields: dict[str, Any], path: Path) -> Path:
-    """A GGUF file of nothing but these fields."""
+    """Write a GGUF file that has only these fields, and return its path."""
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in fields.items():
         match value:

@@ -42,7 +42,7 @@ def model_of(texts: list[str], kind: str, **settings) -> bytes:
 
 
 def numbered(models: list[bytes], more: list[str]) -> dict[str, int]:
-    """The pieces of the models in an order of their own; some are left out, as in published vocabularies."""
+    """Return the pieces of the models with new numbers. Some are missing, as in published vocabularies."""
     pieces = {piece for data in models for piece in _pieces(data)}
     kept = [piece for n, piece in enumerate(sorted(pieces)) if n % 7]
     return {piece: number for number, piece in enumerate(["</s>", "<unk>", "<pad>", *kept, *more])}

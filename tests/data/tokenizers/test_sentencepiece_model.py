@@ -27,7 +27,7 @@ def mistral() -> tuple[Tokenizer, sentencepiece.SentencePieceProcessor]:
 
 
 def learn(corpus: list[str], **options) -> bytes:
-    """A small model trained by sentencepiece itself."""
+    """Train a small model with sentencepiece and return its bytes."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in corpus for line in text.splitlines() if line.strip()),

@@ -22,7 +22,7 @@ TEXT = st.text(st.sampled_from("thenlowrsénaïv東京'., !\n12ΩT") | st.charac
 
 
 def merges(word: str) -> Iterator[tuple[str, str]]:
-    """Merges that build a word from its left; its last piece carries the mark."""
+    """Yield the merges that build a word from its left. The last piece has the end-of-word mark."""
     pieces = [*word[:-1], word[-1] + "</w>"]
     for n in range(1, len(pieces)):
         yield "".join(pieces[:n]), pieces[n]

@@ -25,7 +25,7 @@ SMALL = bert.Config(
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Any, Tokenizer]:
-    """An encoder of two layers that has one token for each word."""
+    """Return an encoder of two layers, and a tokenizer with one token for each word."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer("wordpiece", [" ".join(WORDS)] * 2, 200)
     return bert.build(replace(SMALL, vocab_size=tokenizer.vocab_size)), tokenizer
@@ -41,7 +41,7 @@ def minilm() -> tuple[Any, Any]:
 
 
 def alone(model: Any, tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    """The definition: the mean of the hidden states of one text, made as long as 1."""
+    """Return an embedding by its definition: the mean of one text's hidden states, normalised to length 1."""
     ids = torch.tensor([tokenizer.encode(text, special=True)])
     with torch.no_grad():
         return F.normalize(model.eval().encode(ids).mean(1), dim=-1)[0]

@@ -14,7 +14,7 @@ from keifu.models import mlp, perceptron
 
 
 def brightness(dim: int) -> mlp.MLP:
-    """A network that says "dark" where more than half of the inputs' sum is missing, else "bright"."""
+    """Return a network that says "dark" if the inputs' sum is less than half of its maximum, else "bright"."""
     model = mlp.build(mlp.Config(dim=dim, hidden_dims=(), n_outputs=2, classes=("dark", "bright"))).eval()
     with torch.no_grad():
         model.layers[0].weight.copy_(torch.stack([torch.zeros(dim), torch.ones(dim)]))

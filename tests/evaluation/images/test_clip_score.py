@@ -27,7 +27,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def towers(tokenizer, tmp_path_factory) -> Path:
-    """A small CLIP with random weights, saved."""
+    """Save a small CLIP with random weights and return its folder."""
     text = clip_text.Config(560, 40, 24, 40, 2, 3, end_id=tokenizer.eos_id, embedding_dim=14)
     image = clip_image.Config(21, 7, 3, 20, 36, 2, 2, embedding_dim=14)
     torch.manual_seed(3)
@@ -79,7 +79,7 @@ def test_as_many_texts_as_pictures(towers) -> None:
 
 @pytest.fixture(scope="module")
 def painter(tokenizer, tmp_path_factory) -> Path:
-    """A small latent diffusion with random weights, saved."""
+    """Save a small latent diffusion with random weights and return its folder."""
     text = clip_text.Config(560, 20, 16, 24, 1, 2, end_id=tokenizer.eos_id, projected=False)
     unet = conditioned_unet.Config(4, 2, 2, (8,), 1, (0,), (0,), 2, context_dim=16, norm_groups=4)
     autoencoder = autoencoder_kl.Config(8, 3, 2, (4, 8), 1, 4, scale=1.0)

@@ -42,7 +42,7 @@ COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is made of pictures goes into a folder of the tests."""
+    """Set a cache in a folder of the tests, for data computed from pictures."""
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 

@@ -52,7 +52,7 @@ def model(tokenizer: Tokenizer) -> nn.Module:
 
 @pytest.fixture
 def capitals(tmp_path: Path) -> Path:
-    """The example of docs/tasks.md, as files."""
+    """Write the example of docs/tasks.md to files and return the path of its YAML."""
     yaml, table = re.findall(
         r"^```(?:yaml|json)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )

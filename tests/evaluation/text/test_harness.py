@@ -63,7 +63,7 @@ def _one_thread(_repeatable: None) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A GPT-2 of a few thousand weights with sharp answers, and a tokenizer."""
+    """Return the folder of a GPT-2 of a few thousand weights with sharp answers, and of its tokenizer."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer("bpe", [TEXT] * 3, 300)
     config = gpt2.Config(

@@ -47,13 +47,13 @@ def _one_thread() -> None:
 
 
 def network(x: Tensor, timestep: Tensor, kernel: Tensor = KERNEL) -> Tensor:
-    """A fixed random function of x and the timestep, smooth and of the size of noise."""
+    """Return a fixed random function of x and the timestep, smooth and of the size of noise."""
     phase = timestep.to(x.dtype).reshape(-1, 1, 1, 1) / 300
     return torch.tanh(torch.nn.functional.conv2d(x, kernel.to(x.dtype), padding=1) + torch.cos(phase)) * 1.5
 
 
 def kwargs(noise: Noise) -> dict:
-    """The schedule in diffusers' words."""
+    """Return the schedule as diffusers' arguments."""
     words = {"num_train_timesteps": noise.steps, "beta_start": noise.beta_start, "beta_end": noise.beta_end}
     words |= {"beta_schedule": SCHEDULES[noise.schedule], "prediction_type": TARGETS[noise.target]}
     return words | {"timestep_spacing": noise.spacing, "steps_offset": noise.steps_offset}
@@ -137,7 +137,7 @@ def compare(name: str, noise: Noise, steps: int, karras: bool = False, eta: floa
 
 
 def admissible(name: str, target: str, schedule: str, spacing: str) -> bool:
-    """What diffusers has, and what is not named above as different."""
+    """Return whether diffusers has this combination, and no difference from it is named above."""
     refused = {("plms", "picture"), ("euler-ancestral", "picture")}
     if schedule == "sigmoid" and name != "ddpm":
         return False

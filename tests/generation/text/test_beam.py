@@ -44,7 +44,7 @@ def sharpened(model: nn.Module, factor: float) -> nn.Module:
 
 
 def marian(vocab: int, draw: random.Random) -> hf.PreTrainedModel:
-    """A model of odd sizes that ends many texts before their limit."""
+    """Return a model of odd sizes that ends many sequences before their limit."""
     config = hf.MarianConfig(
         vocab_size=vocab,
         decoder_vocab_size=vocab,
@@ -173,7 +173,7 @@ class Table:
 
 
 def listed(table: Table, source: int, limit: int, end: int, alpha: float) -> tuple[list[int], float]:
-    """The best of all texts, found by looking at each."""
+    """Return the best of all sequences, by scoring each."""
     log_p, vocab = table.logits[source].log_softmax(-1), table.logits.shape[-1]
     best: tuple[list[int], float] = [], -torch.inf
     for length in range(1, limit + 1):

@@ -18,7 +18,7 @@ from keifu.models import llama
 
 @pytest.fixture
 def chatter(tokenizer: Tokenizer) -> Tokenizer:
-    """Ends its turns with <|im_end|>."""
+    """Return a tokenizer whose turns end with <|im_end|>."""
     special = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     return Tokenizer(tokenizer.backend, special, chat_template=CHATML)
 

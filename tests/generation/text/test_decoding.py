@@ -58,7 +58,7 @@ def close(ours: list[float] | None, theirs: torch.Tensor | list[float] | None, a
 
 
 def skip_angles_by_length(model: nn.Module) -> None:
-    """A generated text keeps the angles of its prompt; scored at once it has those of its whole length."""
+    """Skip a model whose angles depend on length. Generation keeps the angles of the prompt, but scoring does not."""
     if TorchRunner(causal(model), 1, 1).by_length:
         pytest.skip("the angles depend on the length of what is read at once")
 

@@ -10,7 +10,7 @@ N = 40_000
 
 
 def splitmix(state: int) -> int:
-    """The finaliser of SplitMix64 in whole numbers of any size (Steele, Lea and Flood, 2014, figure 14)."""
+    """Return SplitMix64's finaliser of a state, in integers of any size (Steele, Lea and Flood, 2014, figure 14)."""
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
     return state ^ (state >> 31)

@@ -161,7 +161,7 @@ def test_what_a_preempted_prompt_finds_again_is_not_counted_as_cached(model: nn.
 
 
 def shaken(model: Any, noise: float) -> Any:
-    """The model with noise on its weights: a draft that is often right."""
+    """Return the model with noise on its weights: a draft that is often right."""
     torch.manual_seed(9)
     draft = copy.deepcopy(model)
     with torch.no_grad():

@@ -22,7 +22,7 @@ ASK = [97]  # any one token
 def say(
     script: Any, tokenizer: Tokenizer, text: str, sampling: SamplingParams = GREEDY, end: bool = True
 ) -> list[Piece]:
-    """The pieces in which a model says the text, byte by byte, and then ends it."""
+    """Return the pieces in which a model writes the text, byte by byte, and then ends it."""
     tokens = tokenizer.encode(text) + ([tokenizer.eos_id] if end else [])
     return list(stream(script(tokens), tokenizer, [ASK], sampling))
 

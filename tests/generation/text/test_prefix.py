@@ -108,7 +108,7 @@ def test_what_is_shared_is_computed_once(tokenizer: Tokenizer, script: Any) -> N
 
 @pytest.fixture(scope="module")
 def words() -> Tokenizer:
-    """A byte-level BPE whose tokens begin with spaces, as those of GPT-2 do."""
+    """Train a byte-level BPE whose tokens begin with spaces, as those of GPT-2 do."""
     return train_tokenizer("bpe", ["the cat sat on the mat, the cats sat on the mats"] * 9, 300)
 
 

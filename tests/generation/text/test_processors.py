@@ -25,7 +25,7 @@ def rows(*values: float) -> Tensor:
 
 
 def each_row(kind: Any, values: list[float], tokens: Tensor | None = None) -> Tensor:
-    """transformers' processor with another parameter for every row."""
+    """Return the result of transformers' processor with another parameter for every row."""
     ids = torch.zeros(ROWS, 1, dtype=torch.long) if tokens is None else tokens
     pairs = enumerate(values)
     return torch.cat([kind(value)(ids[i : i + 1], logits()[i : i + 1].clone()) for i, value in pairs])
@@ -180,8 +180,8 @@ LIMITS = [(0, 1.0), (0, 0.3), (0, 0.98), (1, 1.0), (7, 0.6), (40, 1.0), (300, 0.
 
 
 def wide_logits(kind: str) -> Tensor:
-    """A row for each of the limits, of a vocabulary that a shortlist does not hold: peaked, flat, of many equals, or of
-    few tokens that are allowed."""
+    """Return logits with a row for each limit, over a vocabulary larger than a shortlist: peaked, flat, with many equal
+    values, or with few allowed tokens."""
     random = torch.Generator().manual_seed(11)
     x = torch.randn(len(LIMITS), 1301, generator=random)
     scaled = {"peaked": x * 6, "flat": x / 9, "equals": (x * 2).round(), "few": x * 3}[kind]

@@ -38,7 +38,7 @@ def reader() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def seer(reader: Tokenizer) -> llava.Llava:
-    """A toy whose answers depend on the picture."""
+    """Return a toy whose answers depend on the picture."""
     torch.manual_seed(4)
     text = llama.Config(reader.vocab_size, 400, 24, 40, 2, 4, 2)
     image = clip_image.Config(16, 4, 3, 16, 32, 2, 2, projected=False)
@@ -56,7 +56,7 @@ def sharp(model: llava.Llava) -> llava.Llava:
 
 @pytest.fixture(scope="module")
 def tiler(reader: Tokenizer) -> smolvlm.SmolVLM:
-    """A toy that sees a picture as several tiles."""
+    """Return a toy that reads a picture as several tiles."""
     torch.manual_seed(5)
     text = llama.Config(reader.vocab_size, 800, 24, 40, 2, 4, 2)
     config = smolvlm.Config(text, siglip.Config(16, 4, 3, 16, 32, 2, 2), Tiles(32, 16), reader.token_id("<image>"), 2)

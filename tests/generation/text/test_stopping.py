@@ -8,7 +8,7 @@ from keifu.generation.text.request import StopText
 
 
 def run(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
-    """What each piece lets through, the flush last, and whether a stop string came."""
+    """Return the output of each piece and of the final flush, and whether a stop string came."""
     text, out = StopText(stops), []
     for piece in pieces:
         out.append(text.push(piece))

@@ -60,7 +60,7 @@ class Echo(nn.Module):
 
 @pytest.fixture(scope="module")
 def letters() -> Tokenizer:
-    """A token for each letter, one for all others, one for the end and one for padding."""
+    """Return a tokenizer with a token for each letter, one for all others, one for the end and one for padding."""
     rules = json.loads(train_tokenizer("characters", [LETTERS], 64, ["<pad>", "</s>", "<unk>"]).backend.to_str())
     rules["model"]["unk_token"] = "<unk>"
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -17,7 +17,7 @@ def make(rows: int = ROWS, capacity: int = LENGTH) -> KVState:
 
 
 def put(state: KVState, new: Tensor, padding: Tensor | None = None, window: int | None = None) -> Tensor:
-    """Appends tokens to both layers; the keys that the first shows."""
+    """Append tokens to both layers, and return the keys that the first one shows."""
     state.positions(new.shape[2], padding)
     keys, values = state.layer(0).append(new, -new, window)
     assert torch.equal(values, -keys)

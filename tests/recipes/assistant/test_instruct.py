@@ -25,7 +25,7 @@ def _one_thread(_repeatable: None) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows nothing, and the data of the three steps."""
+    """Return a folder with an untrained model and the data of the three steps."""
     folder = tmp_path_factory.mktemp("instruct")
     tokenizer = train_tokenizer("bpe", ["User: Assistant: one two three four good bad"] * 9, 280)
     torch.manual_seed(0)

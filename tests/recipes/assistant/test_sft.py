@@ -36,7 +36,7 @@ def _one_thread(_repeatable: None) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows nothing, with a tokenizer without a chat template."""
+    """Return an untrained model, with a tokenizer without a chat template."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = train_tokenizer("bpe", [*TALKS, *TALKS.values(), "User: Assistant: System:"] * 3, 290)
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def go(base: Path, talks: Path, out: Path, *arguments: str) -> Path:
 
 @pytest.fixture(scope="module")
 def taught(base: Path, talks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a whole model that learned the answers."""
+    """Train a whole model until it knows the answers, and return its run."""
     torch.set_num_threads(1)
     return go(base, talks, tmp_path_factory.mktemp("runs") / "taught", "--steps", "120", "--learning-rate", "0.01")
 

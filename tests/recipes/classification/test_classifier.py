@@ -47,7 +47,7 @@ def table(folder: Path, rows: list[tuple[str, str]]) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a pretrained encoder that has the head for masked words."""
+    """Return a folder with a pretrained encoder that has the head for masked words."""
     torch.manual_seed(1)
     tokenizer = train_tokenizer("wordpiece", [text for text, _ in ROWS] * 2, 120)
     model = bert.build(replace(SMALL, vocab_size=tokenizer.vocab_size, pooled=False, next_sentence=False))
@@ -62,7 +62,7 @@ def train(*words: object) -> None:
 
 @pytest.fixture(scope="module")
 def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The table, and a run that has learned it."""
+    """Return the table, and a run that has learned it."""
     folder = tmp_path_factory.mktemp("trained")
     rows = table(folder, ROWS)
     train("--data", rows, "--model", base, *FLAGS, "--out", folder / "run")
@@ -133,7 +133,7 @@ def test_a_new_model_learns_with_a_tokenizer_of_its_own(tmp_path: Path, capsys: 
 
 
 def final(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, torch.Tensor]:
-    """The last state of a run."""
+    """Train a run and return its last state."""
     classifier.learn(recipe, classifier.prepare(recipe), out, resume)
     return checkpoint.latest(out)[0].tensors
 

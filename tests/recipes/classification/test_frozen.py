@@ -25,7 +25,7 @@ ROWS = [(f"{a} and {b} number {n}", label) for label, w in WORDS.items() for n i
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoder with random weights, which knows the words."""
+    """Return the folder of an encoder with random weights, whose tokenizer knows the words."""
     torch.manual_seed(1)
     tokenizer = train_tokenizer("wordpiece", [text for text, _ in ROWS], 120)
     small = bert.Config(tokenizer.vocab_size, 16, 16, 32, 1, 2, pooled=False, words=False, next_sentence=False)

@@ -41,7 +41,7 @@ def _one_thread(_repeatable: None) -> None:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder with each decoder; its tokenizer has no end-of-text token, as GPT-1's."""
+    """Return a folder for each decoder. Its tokenizer has no end-of-text token, as GPT-1's."""
     from dataclasses import replace
 
     torch.manual_seed(1)
@@ -72,7 +72,7 @@ def batch(rows: list[list[list[int]]], targets: list[int]) -> dict[str, torch.Te
 
 
 def by_hand(made: task_head.ModelWithHead, row: list[list[int]], target: int, lm_weight: float) -> torch.Tensor:
-    """The loss of one example, a sequence at a time and from all logits."""
+    """Return the loss of one example, one sequence at a time and from all logits."""
     states, words = [], []
     for sequence in row:
         ids = torch.tensor([sequence])

@@ -75,7 +75,7 @@ def test_an_unknown_language(drawings) -> None:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoder of English texts whose weights are random."""
+    """Return the folder of an encoder of English texts with random weights."""
     folder = tmp_path_factory.mktemp("teacher")
     tokenizer = train_tokenizer("wordpiece", ["a small red green blue disc bar large medium"], 60)
     sizes = bert.Config(tokenizer.vocab_size, 16, 12, 24, 1, 2, pooled=False, next_sentence=False)

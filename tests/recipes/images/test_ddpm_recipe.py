@@ -75,7 +75,7 @@ def test_a_run_starts_from_a_trained_model_at_a_tenth_of_the_rate(folders, tmp_p
 
 
 def blue(out, folders):
-    """A folder with one of the two classes alone."""
+    """Return a folder with only one of the two classes."""
     shutil.copytree(folders / "blue", out / "one" / "blue")
     return out / "one"
 

@@ -36,7 +36,7 @@ def _few_steps(own_cache: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def trained(drawings, towers, tmp_path_factory) -> Path:
-    """A whole run with a given CLIP."""
+    """Train a whole run with a given CLIP and return it."""
     out = tmp_path_factory.mktemp("runs") / "latent"
     recipe.run(recipe.Recipe(str(drawings), clip=str(towers), **TINY), out, False)
     return out

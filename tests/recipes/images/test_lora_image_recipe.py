@@ -35,7 +35,7 @@ def _few_steps(own_cache: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model(own_cache, drawings, tmp_path_factory) -> Path:
-    """A pipeline of 16 x 16 pixels with random weights, none zero, and a tokenizer of these captions."""
+    """Return a pipeline of 16 x 16 pixels with random weights, none zero, and a tokenizer of these captions."""
     noise = Noise("cosine", target="velocity", clip=None, spacing="trailing", steps_offset=1)
     return toy_captions.small_pipeline(drawings, tmp_path_factory.mktemp("pipeline"), noise, spread=0.05)
 

@@ -26,7 +26,7 @@ def _few_steps(own_cache: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def towers(own_cache, drawings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP whose text tower is as wide as its space."""
+    """Train a CLIP whose text tower is as wide as its embeddings, and return its run."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("clip")
     made = toy_captions.small_clip(drawings)

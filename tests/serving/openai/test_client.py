@@ -18,7 +18,7 @@ HELLO = [{"role": "user", "content": "Hello, 世界"}]
 
 
 def expected(name: str, messages: list[dict[str, str]], **sampling: Any) -> Any:
-    """What the library writes alone, with the model's own settings where none are given."""
+    """Return the result of the library without the server, with the model's settings if none are given."""
     model, tokenizer = keifu.load(name)
     return generate_batch(model, tokenizer, [tokenizer.render_chat(messages)], sampling_for(tokenizer, sampling))[0]
 

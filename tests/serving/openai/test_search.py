@@ -35,14 +35,14 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def searching(folder: Path, notes: Path) -> Iterator[Any]:
-    """A server over an encoder and a model that writes, with these documents."""
+    """Yield a server over an encoder and a model that generates, with these documents."""
     access = Access(keys=("k",), hosts=("127.0.0.1",), body=2000, documents=notes)
     with running([str(folder / "encoder"), str(folder / "base")], Limits(), access) as found:
         yield found
 
 
 def search(server: Any, query: str, key: str = "k", headers: dict[str, str] | None = None, **more: Any) -> Any:
-    """The status of an answer, and its JSON."""
+    """Return the status of an answer, and its JSON."""
     found = server.post(
         "/v1/search", {"query": query, **more}, headers={"authorization": f"Bearer {key}", **(headers or {})}
     )

@@ -26,7 +26,7 @@ OFF = {"chat_template_kwargs": {"enable_thinking": False}}
 
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server over a model with random weights whose template opens thoughts, which it never ends."""
+    """Yield a server over a model with random weights. Its template opens thoughts, which it never ends."""
     folder: Path = tmp_path_factory.mktemp("thinker") / "thinker"
     torch.manual_seed(2)
     model = sharp(llama.build(llama.Config(**SIZE, n_heads=4, head_dim=6, n_kv_heads=2)))

@@ -67,7 +67,7 @@ def tokenizer_of(form: str | None) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server over a model of each form and of one that knows no tools, by its name."""
+    """Yield a server over a model of each form, and over one without tools, by name."""
     place = tmp_path_factory.mktemp("tooled")
     torch.manual_seed(2)
     size = SIZE | {"vocab_size": 263, "context_length": 2048}
@@ -132,7 +132,7 @@ def test_an_answer_that_may_call_is_text_or_calls(tooled: Any, form: str | None)
 
 
 def written(text: str, form: str | None, step: int) -> tuple[str, list[tuple[str, str]]]:
-    """What the parser makes of an answer that comes `step` characters at a time."""
+    """Return the content and calls that the parser reads from an answer that comes `step` characters at a time."""
     found = tool_format(tokenizer_of(form))
     reply = Reply(found, found.trigger(tokenizer_of(form)))
     parts = [delta for at in range(0, len(text), step) for delta in reply.push(text[at : at + step])]

@@ -26,7 +26,7 @@ soundfile = pytest.importorskip("soundfile")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A Whisper with random weights."""
+    """Return the folder of a Whisper with random weights."""
     path, words = tmp_path_factory.mktemp("speech") / "whisper", tokenizer()
     published(words, 0).save_pretrained(path)
     checkpoints.save(checkpoints.load_model(path), words, path)

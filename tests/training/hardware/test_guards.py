@@ -165,7 +165,7 @@ def test_what_cannot_fit_is_said_before_the_start(tmp_path: Path, monkeypatch) -
 
 
 def full(monkeypatch, until: list[bool]) -> None:
-    """A disk that is full while `until` is empty: nothing can be synced."""
+    """Simulate a full disk while `until` is empty: nothing can be synced."""
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -311,7 +311,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # pytest makes a folder by os.getuid
-    """What Windows lacks is not there; what it has in its place says that 8 GiB of 16 are available."""
+    """Remove the functions that Windows lacks. Simulate its own call, which reports 8 GiB of 16 as available."""
 
     def status(pointer) -> int:
         pointer._obj.total, pointer._obj.available = 2**34, 2**33

@@ -89,7 +89,7 @@ def batch(rows: int = ROWS, step: int = 0) -> dict[str, Tensor]:
 
 
 def dropped_of(read: Read, given: dict[str, Tensor]) -> Tensor:
-    """The rows that were told no text; all others were told their own, both parts of it."""
+    """Return which rows got no text, after checking that all others got both parts of theirs."""
     gone = (read.tokens == 77).all(1)
     assert torch.equal(read.tokens[~gone], given["tokens"][~gone].float())
     assert torch.equal(read.real[~gone], given["real"][~gone]) and read.real[gone].all()

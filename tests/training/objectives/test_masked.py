@@ -32,7 +32,7 @@ def batch(rows: int = 6, pairs: bool = True) -> Batch:
 
 
 def written_out(model: bert.Bert, given: Batch) -> dict[str, float]:
-    """The two means and shares, without a shortcut."""
+    """Return the two means and shares, without a shortcut."""
     hidden = model.encode(given["tokens"], given.get("segments"), given["mask"])
     logits = model.words(hidden).gather(1, given["places"][..., None].expand(-1, -1, 23)).flatten(0, 1)
     targets = given["targets"].flatten()

@@ -61,7 +61,7 @@ def test_without_momentum_it_is_torchs_on_tensors_of_one_axis() -> None:
 
 
 def by_the_formulas(x: np.ndarray, moves: list[np.ndarray], rate: float, decay: float) -> np.ndarray:
-    """The docstring's lines in float64."""
+    """Return the weights after these gradients, by the docstring's formulas in float64."""
     squares, mean = np.zeros_like(x), np.zeros_like(x)
     for k, gradient in enumerate(moves, 1):
         beta2 = 1 - k**-0.8

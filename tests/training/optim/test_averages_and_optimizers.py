@@ -15,7 +15,7 @@ from keifu.training.run import checkpoint, metrics
 
 
 def loss_with(weights: dict[str, torch.Tensor]) -> float:
-    """The validation loss of these weights."""
+    """Return the validation loss of these weights."""
     model = toy().eval()
     model.load_state_dict(model.state_dict() | weights)
     [batch] = Sequences().validation()

@@ -57,7 +57,7 @@ def same(a: Path, b: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run with a spike, never stopped."""
+    """Train a run with a spike, never stopped, and return its folder."""
     torch.set_num_threads(1)  # as each test has it, which this comes before
     directory = tmp_path_factory.mktemp("whole")
     data = Spoiled()

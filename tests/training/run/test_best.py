@@ -21,7 +21,7 @@ class Worsening(Sequences):
 
 
 def trained(directory: Path, **changed) -> tuple[torch.nn.Module, dict]:
-    """A model that learned to count, then learns to count backwards; and the figures of that second run."""
+    """Train a model to count, then to count backwards. Return it with the figures of the second run."""
     model = toy(dropout=0.0)
     train(model, objective, Sequences(), settings(steps=60), run(directory / "first"))
     chosen = settings(**{"steps": 12, "keep_best": True, **changed})

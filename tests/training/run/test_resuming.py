@@ -29,7 +29,7 @@ PROCESSES.set_forkserver_preload(["training_toys"])
 
 
 def child(directory: Path, optimizer: str) -> BaseProcess:
-    """A slow run of 40 steps in a process of its own, resumed where a state is there."""
+    """Start a slow run of 40 steps in a separate process. It resumes if there is a state."""
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the process that forks, which does not get it otherwise
     process = PROCESSES.Process(target=train_slowly, args=(directory, optimizer, directory.with_suffix(".said")))
     process.start()

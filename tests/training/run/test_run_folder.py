@@ -41,7 +41,7 @@ def sample(step: int) -> str | bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, drawn_curves) -> Path:
-    """A finished run with texts, pictures, data and a title that HTML must escape."""
+    """Return a finished run with texts, pictures, data and a title that HTML must escape."""
     directory = tmp_path_factory.mktemp("run")
     about = {"title": "Counting <fast>", "paper": "Nobody (2026)", "command": "keifu train toy"}
     about |= {"data": [{"name": "counting", "licence": "CC0", "attribution": "J. Doe & co"}]}
@@ -108,7 +108,7 @@ def test_the_report_shows_all_and_needs_nothing_from_outside(folder: Path) -> No
 
 
 def line_of(svg: str) -> list[tuple[float, float]]:
-    """The points of the first curve, in pixels."""
+    """Return the points of the first curve, in pixels."""
     path = re.findall(r'<path d="([^"]*)"\s+style="fill: none; stroke: var\(--c0\)', svg)[0]
     return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)]
 
