@@ -1,7 +1,7 @@
 """How well a small model sees: right answers on easy-VQA, next to the same model without the picture and to counting.
 
-python benchmarks/seeing.py [--steps 1600] [--questions 2000] [--seeds 0] [--tower emoji-clip] [--folder FOLDER]
-    [--write docs/results/data/text_and_pictures.json]
+python benchmarks/seeing.py [--steps 1600] [--learning-rate 1e-3] [--questions 2000] [--seeds 0] [--tower emoji-clip]
+    [--folder FOLDER] [--write docs/results/data/text_and_pictures.json]
 
 A decoder of 0.5 M parameters from nothing, with a tokenizer learned from the questions, and the tower of the packaged
 emoji-clip (1 M) read the questions of easy-VQA's training part. --tower "" makes a new tower instead. Pictures that may
@@ -70,6 +70,7 @@ def main() -> None:
     """Train for each seed, ask, print and write the shares of right answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="AdamW's highest rate")
     parser.add_argument("--questions", type=int, default=None, help="most questions of the test part, spread over all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tower", default="emoji-clip", help="the CLIP whose tower is taken; empty: a new tower")
@@ -79,7 +80,9 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp())
     found: dict[int, dict[str, Any]] = {}
     for seed in options.seeds:
-        run = train(folder / str(seed), options.steps, seed, tower=options.tower or None)
+        run = train(
+            folder / str(seed), options.steps, seed, learning_rate=options.learning_rate, tower=options.tower or None
+        )
         found[seed] = measure(run, options.questions)
         print(machine(), f"seed {seed}", *(f"{name}: {value}" for name, value in found[seed].items()), sep="\n")
     if options.write:
@@ -87,6 +90,7 @@ def main() -> None:
         rows = [[name, *(cell(found[seed], name) for seed in options.seeds)] for name in names]
         seeds = " ".join(map(str, options.seeds))
         command = f"python benchmarks/seeing.py --steps {options.steps} --seeds {seeds}"
+        command += f" --learning-rate {options.learning_rate}" * (options.learning_rate != 1e-3)
         command += f" --tower {options.tower!r}" * (options.tower != "emoji-clip")
         command += f" --questions {options.questions}" * bool(options.questions)
         columns = ["right answers", *(f"seed {seed}" for seed in options.seeds)]

@@ -182,6 +182,7 @@ transcribe = Table("transcribe M a.wav", {
     "previous": Row("--previous", HEARD, "settings.previous", True),
     "prompt": Row("--prompt Names", HEARD, "settings.prompt", "Names"),
     "fallback": Row("--no-fallback", HEARD, "settings.fallback", False),
+    "weights": Row("--weights int8", "keifu.checkpoints:load", "weights", "int8"),
 }, {"keifu.checkpoints:load": (None, None), SOUND: torch.zeros(9), HEARD: TRANSCRIPT,
     "keifu.generation.speech.transcription:speech_model": None})  # fmt: skip
 

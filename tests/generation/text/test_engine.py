@@ -540,11 +540,12 @@ def test_a_step_and_its_graph_are_on_the_gpu_of_the_model(monkeypatch: pytest.Mo
         events.append(name)
 
     def step(_: Any) -> torch.Tensor:
-        graphs.capture(lambda: torch.zeros(1, 1))
+        graphs.capture(lambda: torch.zeros(1, 1), graphs.new_memory())
         return torch.zeros(1, 1)
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: within("device", device))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **_: within("graph", stream))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream, **_: within(pool, stream))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "graph")
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream of the current GPU")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(runner, "device", second)
