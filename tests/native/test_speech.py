@@ -1,6 +1,8 @@
 """Whisper by the native step: PyTorch's keys, values, logits and transcripts from the same weights."""
 
+import gc
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,23 @@ def test_a_whisper_is_loaded_and_packed_too(tmp_path: Path) -> None:
     assert native_form(checkpoints.load_model(tmp_path), pack_speech) is None
     for place in range(1, 4):
         assert len(transcript(model, words, {"language": "en", "fallback": False})[place]) > 0
+
+
+@pytest.mark.parametrize("weights", ["f32", "int8"])
+def test_the_memory_of_both_forms_ends_with_the_model(weights: str, tmp_path: Path) -> None:
+    """Without a search for cycles, which `keifu serve` does not wait for when it unloads a model."""
+    published(tokenizer(), 0).save_pretrained(tmp_path)
+    model = checkpoints.load_model(tmp_path, weights=weights)
+    with torch.no_grad():
+        model.get_parameter("norm.bias").add_(1)
+    before = native_form(model, pack_speech)
+    packed = [weakref.ref(each) for each in (model, vars(model)["native"].packed)]
+    gc.disable()
+    try:
+        del model, before
+        assert [each() for each in packed] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_is_refused() -> None:

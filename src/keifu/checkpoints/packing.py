@@ -89,11 +89,8 @@ def _stays_packed(load_plan: LoadPlan, link: Link) -> bool:
 
 def _stored(load_plan: LoadPlan, link: Link, number: int, device: torch.device) -> tuple[str, Tensor]:
     """Return the type and the blocks of one of the tensors that make a matrix."""
-    name = link.theirs[number]
-    kind, blocks = (
-        load_plan.source.stored[name].kind,
-        load_plan.source.blocks(name) if load_plan.source.blocks else None,
-    )
+    source, name = load_plan.source, link.theirs[number]
+    kind, blocks = source.stored[name].kind, source.blocks(name) if source.blocks else None
     assert blocks is not None
     return kind, link.part(number, blocks.data).reshape(-1, FORMATS[kind].bytes).to(device)
 

@@ -9,7 +9,7 @@ them go on from it. Axes: sources, positions = of a source, rows = targets, leng
 
 import ctypes
 from collections.abc import Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any, TypeVar
 from weakref import finalize
 
@@ -91,7 +91,8 @@ class NativeSpeech(NativeLM):
 
     def __init__(self, model: SpeechRecognizer, weights: str):
         super().__init__(describe(model), Weights(model), weights, model.config)
-        self.read: Any = _in_float32(model)
+        self.read: Any = _in_float32(copy(model))  # not itself, since it will hold this: both would stay in memory
+        vars(self.read).pop("native", None)
         self.listener: NativeLM | None = None
         if weights != "f32":
             self.listener = NativeLM(describe_listener(model), MemoryWeights(model), weights, model.config)
