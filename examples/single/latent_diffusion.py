@@ -2,7 +2,7 @@
 
 Run `python latent_diffusion.py`. It learns to compress drawn shapes of 24 x 24 pixels to 6 x 6 latents, then to draw
 latents from captions such as "large red ring", by cross-attention to the words. It writes latent_diffusion.png: above,
-pictures and their reconstructions; below, pictures drawn from captions. It needs torch alone, and 90 seconds.
+pictures and their reconstructions; below, pictures drawn from captions. Torch alone, 90 seconds on two cores.
 """
 
 import math
