@@ -32,7 +32,8 @@ def test_outputs_and_gradients_are_those_of_the_unpacked_matrix(dtype: torch.dty
     inputs = [torch.randn(2, 5, 64, dtype=dtype).requires_grad_() for _ in range(1)] * 2
     outputs = [each(x) for each, x in zip((plain, layer), inputs, strict=True)]
     torch.testing.assert_close(outputs[1], outputs[0])
-    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y, x in zip(outputs, inputs, strict=True)]
+    wanted = [[x, plain.bias] if bias else [x] for x in inputs]
+    gradients = [torch.autograd.grad(y.square().sum(), each) for y, each in zip(outputs, wanted, strict=True)]
     torch.testing.assert_close(gradients[1], gradients[0])
 
 

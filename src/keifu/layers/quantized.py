@@ -175,4 +175,5 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return product(upstream[0], ctx.layer.unpacked(upstream[0].dtype)), None, None
+        bias = upstream[0].reshape(-1, ctx.layer.shape[0]).sum(0) if ctx.needs_input_grad[2] else None
+        return product(upstream[0], ctx.layer.unpacked(upstream[0].dtype)), None, bias
