@@ -20,7 +20,7 @@ from keifu.checkpoints.plan import LoadPlan, read_finite
 from keifu.devices import chosen
 from keifu.files import reading
 from keifu.layers.linear import JoinedLinear, Linear
-from keifu.layers.quantized import FORMATS, QuantizedLinear
+from keifu.layers.quantized import FORMATS, QuantizedLinear, unpack
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.layers.transformer.speech import SpeechRecognizer
@@ -72,10 +72,7 @@ def fill_in_blocks(load_plan: LoadPlan, device: torch.device) -> nn.Module:
         for link in links:
             name = link.ours.removesuffix(".weight")
             blocks = [_stored(load_plan, link, number, device) for number in range(len(link.theirs))]
-            layer = QuantizedLinear(cast(nn.Linear, model.get_submodule(name)), blocks)
-            if not chosen().allow_nonfinite:
-                read_finite(lambda _, layer=layer: layer.weight, load_plan.source.path, link.theirs[0])
-            model.set_submodule(name, layer)
+            model.set_submodule(name, QuantizedLinear(cast(nn.Linear, model.get_submodule(name)), blocks))
     return model
 
 
@@ -92,7 +89,10 @@ def _stored(load_plan: LoadPlan, link: Link, number: int, device: torch.device) 
     source, name = load_plan.source, link.theirs[number]
     kind, blocks = source.stored[name].kind, source.blocks(name) if source.blocks else None
     assert blocks is not None
-    return kind, link.part(number, blocks.data).reshape(-1, FORMATS[kind].bytes).to(device)
+    part = link.part(number, blocks.data).reshape(-1, FORMATS[kind].bytes).to(device)
+    if not chosen().allow_nonfinite:
+        read_finite(lambda _: unpack(part, kind, load_plan.dtype_of(link)), source.path, name)
+    return kind, part
 
 
 def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:

@@ -116,13 +116,14 @@ def test_a_file_in_half_precision_stays_so_on_a_gpu(tmp_path: Path, monkeypatch:
         assert checkpoints.load_model(path, device="cpu").embedding.weight.dtype == torch.float32
 
 
-def test_infinite_scales_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "blk.0.attn_v.weight"])
+def test_infinite_scales_are_refused(name: str, tmp_path: Path) -> None:
     path = file_of(*CASES["Q4_0"], tmp_path / "model.gguf")
-    place = next(each for each in gguf.GGUFReader(path).tensors if each.name == "blk.1.ffn_down.weight")
+    place = next(each for each in gguf.GGUFReader(path).tensors if each.name == name)
     data = bytearray(path.read_bytes())
     data[place.data_offset : place.data_offset + 2] = np.float16(np.inf).tobytes()
     path.write_bytes(data)
-    with simulated(), pytest.raises(UserError, match=r"32 numbers in blk.1.ffn_down.weight that are not finite"):
+    with simulated(), pytest.raises(UserError, match=f"32 numbers in {name} that are not finite"):
         checkpoints.load_model(path, weights="own")
 
 
