@@ -84,6 +84,8 @@ def test_logits_are_those_of_the_unpacked_model_bit_for_bit(name: str, tmp_path:
     here = fill_in_blocks(loading.planned(path, torch.float32), torch.device("cpu"))  # the same layers on a CPU
     with torch.no_grad():
         assert torch.equal(here(tokens), checkpoints.load_model(path, device="cpu")(tokens))
+    with pytest.raises(UserError, match="weights='own' may be packed: load it without, and save that"):
+        checkpoints.save(here, None, tmp_path / "saved")
     layers = [each for each in packed.modules() if isinstance(each, QuantizedLinear)]
     reader = gguf.GGUFReader(path)
     stored = sum(tensor.n_bytes for tensor in reader.tensors if len(tensor.shape) > 1)
