@@ -156,7 +156,7 @@ def read_safetensors(path):
     return tensors
 
 
-def main(steps=300, batch_size=16):
+def main(steps=650, batch_size=16):
     """Train on the help texts of the installed Python, and continue one."""
     torch.manual_seed(0)
     data = torch.tensor(list("\n\n".join(topics.values()).encode()))
