@@ -127,7 +127,7 @@ class NativeSpeech(NativeLM):
 
 
 def pack_speech(model: nn.Module, weights: str) -> NativeSpeech:
-    """As `pack`, of a model that hears."""
+    """Pack a model that hears, as `pack` does others."""
     if not isinstance(model, SpeechRecognizer):
         raise Unavailable(f"the model is a {type(model).__name__}, which native code does not have")
     return NativeSpeech(model, weights)

@@ -48,8 +48,35 @@ FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {  # by diffusers' names
 }
 
 
+class PatchSizes:
+    """Sizes of a transformer of patches that follow from its Config, and those that no Config may have."""
+
+    size: int
+    patch_size: int
+    channels: int
+    out_channels: int | None
+    n_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.dim % 4:
+            raise UserError(f"{self.dim} numbers a patch, which must be a multiple of 4 for sinusoids of both axes.")
+        if self.patch_size > self.size:
+            raise UserError(f"A patch of {self.patch_size} does not fit a side of {self.size}: choose another size.")
+
+    @property
+    def dim(self) -> int:
+        """The numbers of a patch."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def predicted_channels(self) -> int:
+        """Channels of the output."""
+        return self.out_channels or self.channels
+
+
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(PatchSizes):
     """The defaults are DiT-XL/2's for 256 x 256 pixels, but for the variance, which that predicts too.
 
     Attributes:
@@ -77,20 +104,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         require_known("feed-forward network", self.feedforward, FEEDFORWARDS)
-        if self.dim % 4:
-            raise UserError(f"{self.dim} numbers a patch, which must be a multiple of 4 for sinusoids of both axes.")
-        if self.patch_size > self.size:
-            raise UserError(f"A patch of {self.patch_size} does not fit a side of {self.size}: choose another size.")
-
-    @property
-    def dim(self) -> int:
-        """The numbers of a patch."""
-        return self.n_heads * self.head_dim
-
-    @property
-    def predicted_channels(self) -> int:
-        """Channels of the output."""
-        return self.out_channels or self.channels
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

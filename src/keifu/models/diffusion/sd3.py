@@ -22,7 +22,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import modulate
 from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
-from keifu.models.diffusion.dit import EPS, FREQUENCIES, check_channels, from_patches, patch_positions
+from keifu.models.diffusion.dit import EPS, FREQUENCIES, PatchSizes, check_channels, from_patches, patch_positions
 from keifu.models.hf import config as hf
 from keifu.models.hf.unet import nested
 from keifu.ranges import Count, Natural
@@ -33,7 +33,7 @@ Condition = Float[Tensor, "batch dim"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PatchSizes):
     """The defaults are those of diffusers.
 
     Attributes:
@@ -57,22 +57,6 @@ class Config:
     positions: Count = 96
     dual_layers: tuple[Natural, ...] = ()
     qk_norm: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dim % 4:
-            raise UserError(f"{self.dim} numbers a patch, which must be a multiple of 4 for sinusoids of both axes.")
-        if self.patch_size > self.size:
-            raise UserError(f"A patch of {self.patch_size} does not fit a side of {self.size}: choose another size.")
-
-    @property
-    def dim(self) -> int:
-        """The numbers of a patch."""
-        return self.n_heads * self.head_dim
-
-    @property
-    def predicted_channels(self) -> int:
-        """Channels of the output."""
-        return self.out_channels or self.channels
 
 
 SIZES = {
