@@ -124,7 +124,7 @@ def _write(engine: "Engine", prompts: list[list[int]], tokens: int) -> None:
 
 
 def _memory(engine: "Engine", model: Any, options: Options, decode: float) -> dict[str, Any]:
-    """Return the bytes of weights and of keys and values, and the bandwidth of decoding beside the peak."""
+    """Return the bytes of weights and of keys and values, and the bandwidth of decoding next to the peak."""
     from keifu.generation.text.model import device_of
     from keifu.memory import read_bandwidth
 
