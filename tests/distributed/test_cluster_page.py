@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from keifu.commands.shared import flags
-from keifu.commands.train import with_folder
+from keifu.commands.shared.recipe_options import with_folder
 from keifu.recipes.language.llama import Recipe
 
 ROOT = Path(__file__).parents[2]

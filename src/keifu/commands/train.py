@@ -2,36 +2,15 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-import tyro
-
-from keifu.commands.shared import flags, launch, tables
+from keifu.commands.shared import flags, launch, recipe_options, tables
 from keifu.commands.shared.errors import explain
-from keifu.commands.shared.recipe_files import path_of, recipe_module, recipe_options, recipes
+from keifu.commands.shared.recipe_files import docstring, is_own, path_of, recipe_module, recipes
 from keifu.devices import Choice
 from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
-from keifu.ranges import Count, Natural
-
-
-def _option(kind: Any, text: str) -> Any:
-    return Annotated[kind, tyro.conf.arg(help=text)]
-
-
-COMPUTING = {  # options of any recipe that has no such option itself
-    "precision": _option(Literal["auto", "float32", "bfloat16", "float16"] | None, "Precision of matrix "
-        "multiplications; weights stay in float32. auto: bfloat16 if supported, else float16. Unset: the recipe's."),
-    "compile": _option(bool, "Compile the objective and the model with torch.compile."),
-    "activation_checkpointing": _option(Literal["none", "blocks", "selective"] | None, "Activations that are computed "
-        "again in the backward pass. blocks: all but their inputs. selective: all but results of multiplied matrices."),
-    "optimizer_state": _option(Literal["float32", "int8"] | None, "Averages of AdamW. int8: 2 bytes a weight, not 8."),
-    "deterministic": _option(bool, "Whether a GPU uses only kernels that give the same bits each time (slower)."),
-}  # fmt: skip
-UNSET: dict[str, Any] = dict.fromkeys(COMPUTING) | {"compile": False, "deterministic": False}
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
@@ -78,14 +57,15 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     run is always started over.
     """
     if flags.asks_for_help(arguments):
-        kind, about = recipe_options(name)
-        flags.parse(with_folder(kind, name), arguments, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", about))
+        known = recipe_options.arguments(name)
+        flags.show_help(known, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", docstring(path_of(name))))
     from keifu.commands.shared import resuming, trust
     from keifu.training.run.directory import last_step
 
     module = recipe_module(name)
     words = list(arguments)
-    kind, name = with_folder(module.Recipe, name), str(Path(name).resolve()) if name.endswith(".py") else name
+    kind = recipe_options.with_folder(module.Recipe, name)
+    name = str(Path(name).resolve()) if is_own(name) else name
     stored_run, out = None, Path(_value_of("--out", words) or Path("runs") / Path(name).stem)
     if launch.is_restart() and last_step(out) is not None:
         words = [*(word for word in words if word != "--replace"), "--resume"]
@@ -101,7 +81,7 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     if (processes > 1 or options.mesh != Mesh()) and not launch.is_started():
         options.mesh.fit(processes)
         return lambda: launch.start(processes, options.restarts, ["train", name, *words])
-    choice = Choice(options.device, **{part: vars(options).get(part) or None for part in COMPUTING})
+    choice = Choice(options.device, **{part: vars(options).get(part) or None for part in recipe_options.COMPUTING})
     if options.resume:
         work = partial(resuming.go_on, stored_run, module, options.recipe, options.out)
     else:
@@ -114,35 +94,6 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
     pieces = [piece for word in words for piece in word.split("=", 1)]
     position = max((number for number, piece in enumerate(pieces) if piece == option), default=len(pieces))
     return pieces[position + 1] if position + 1 < len(pieces) else None
-
-
-def with_folder(kind: type, name: str) -> Any:
-    """Return a recipe's options and those of every run."""
-    folder = field(default=Path("runs") / Path(name).stem)
-    options = [
-        ("recipe", Annotated[kind, tyro.conf.arg(name="")]),
-        ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")], folder),
-        ("resume", Annotated[bool, tyro.conf.arg(help="Go on with the run in that folder, with its options.")], False),
-        ("replace", Annotated[bool, tyro.conf.arg(help="Start over although a run stands in that folder.")], False),
-        ("device", flags.Device, field(default=None)),
-        ("mesh", Mesh, Mesh()),
-        ("processes", Annotated[Count | None, tyro.conf.arg(help="Processes on this machine that share the training.")],
-         None),
-        ("restarts", Annotated[Natural, tyro.conf.arg(help="Times that the processes are started again, from the last "
-         "state, where one dies.")], 0),
-        *((name, COMPUTING[name], UNSET[name]) for name in COMPUTING if not _has(kind, name)),
-    ]  # fmt: skip
-    return make_dataclass("Train", options, frozen=True)
-
-
-def _has(recipe: type, name: str) -> bool:
-    """Return whether a recipe's options, or those inside them, have an option of that name."""
-    inside = [type(_default(field)) for field in fields(recipe) if is_dataclass(_default(field))]
-    return any(field.name == name for field in fields(recipe)) or any(_has(kind, name) for kind in inside)
-
-
-def _default(field: Field) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _list() -> None:

@@ -9,7 +9,8 @@ import tyro
 
 from keifu.commands.shared import flags
 from keifu.commands.shared.help_text import Argument, arguments_of
-from keifu.commands.shared.recipe_files import recipe_names, recipe_options
+from keifu.commands.shared.recipe_files import recipe_names
+from keifu.commands.shared.recipe_options import stored
 from keifu.commands.shared.verbs import VERBS, module_of
 
 BASH = """\
@@ -42,11 +43,9 @@ class Options:
 
 def words_of_verbs(verbs: Sequence[str]) -> dict[str, list[Argument]]:
     """Return the words that may follow each command, and `train RECIPE` for each recipe."""
-    from keifu.commands.train import with_folder
-
     kinds = {v: import_module(module_of(v)).Options for v in verbs if v not in ("train", "demo")}
-    kinds |= {f"train {name}": with_folder(recipe_options(name)[0], name) for name in recipe_names()}
-    return {key: arguments_of(kind) for key, kind in kinds.items()}
+    of_recipes = {f"train {name}": arguments for name, arguments in stored().items()}
+    return {key: arguments_of(kind) for key, kind in kinds.items()} | of_recipes
 
 
 def script(shell: str, verbs: dict[str, str]) -> str:

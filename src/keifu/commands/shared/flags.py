@@ -1,5 +1,6 @@
 """A dataclass's fields as a verb's options; errors in them as one sentence."""
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -145,7 +146,6 @@ def parse(
     kind: type[Options],
     arguments: Sequence[str],
     program: str,
-    description: str | None = None,
     usual: Options | None = None,
 ) -> Options:
     """Return the options of dataclass `kind` from words; wrong words are a `UserError`, and `--help` prints and exits.
@@ -153,8 +153,7 @@ def parse(
     `usual` has the values of options that are not given, in place of those of `kind`.
     """
     if asks_for_help(arguments):
-        print(help_text(kind, program, description))
-        raise SystemExit(0)
+        show_help(arguments_of(kind), program, inspect.cleandoc(kind.__doc__ or ""))
     default = tyro.MISSING_NONPROP if usual is None else usual
     with on_parse_error(partial(_refuse, kind, arguments, program)):
         options, extra = tyro.cli(kind, default=default, prog=program, args=list(arguments), return_unknown_args=True)
@@ -163,6 +162,12 @@ def parse(
     check_ranges(kind, to_json(options))
     _check_paths(options, arguments)
     return options
+
+
+def show_help(arguments: Sequence[Argument], program: str, about: str) -> NoReturn:
+    """Print the help text and exit."""
+    print(help_text(arguments, program, about))
+    raise SystemExit(0)
 
 
 def _check_paths(options: Any, words: Sequence[str]) -> None:

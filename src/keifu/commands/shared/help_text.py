@@ -1,6 +1,5 @@
 """The text of `--help`: usage, what a verb does, and a line for each argument and option."""
 
-import inspect
 import re
 import shutil
 import textwrap
@@ -25,7 +24,6 @@ class Argument:
     value: str
     help: str
     group: str
-    choices: tuple[str, ...] = ()
 
     @property
     def spelled(self) -> str:
@@ -69,7 +67,7 @@ def _argument(title: str, action: Any) -> Argument:
         text = f"{text} (default: yes)"
     elif match and match[1] == "repeatable":
         text = f"{text} May be given several times."
-    return Argument(names, value, text.strip(), title, choices)
+    return Argument(names, value, text.strip(), title)
 
 
 def _sentence(text: str) -> str:
@@ -89,13 +87,11 @@ def _value(metavar: str, choices: Sequence[str]) -> tuple[str, str]:
     return re.sub(r"\[(\w+(?: \w+)*) \[\1 \.\.\.\]\]", r"\1 ...", shown), ""
 
 
-def help_text(kind: type, program: str, description: str | None = None, width: int | None = None) -> str:
+def help_text(arguments: Sequence[Argument], program: str, about: str, width: int | None = None) -> str:
     """Return the whole text, in lines of at most `width` columns; None: as wide as the terminal, up to `WIDEST`."""
     width = width or min(WIDEST, shutil.get_terminal_size().columns)
-    arguments = arguments_of(kind)
     positional = [argument.value for argument in arguments if not argument.names]
     usage = f"Usage: {' '.join([program, '[OPTIONS]', *positional])}"
-    about = description if description is not None else inspect.cleandoc(kind.__doc__ or "")
     left = min(LEFT, max(len(argument.spelled) for argument in arguments) + 2)
     lines = [usage, "", *_paragraphs(about, width)]
     for group in dict.fromkeys(argument.group for argument in arguments):
