@@ -8,11 +8,15 @@ import torch
 
 from keifu.commands.reference.plan import architecture, parse
 from keifu.errors import UserError
+from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models import llama
+from keifu.models.diffusion import dit
 from keifu.models.sizes import published_sizes
 from keifu.recipes.assistant.finetuning import Lora, to_train
 from keifu.training.hardware import cost, plan
+from keifu.training.hardware.flops import count_flops
 from keifu.training.hardware.plan import DEVICES, Plan, Trained, parse_amount, parse_devices
+from keifu.training.objectives.diffusion import DiffusionLoss
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer
@@ -123,7 +127,7 @@ def test_a_mixture_computes_with_its_active_parameters_and_is_not_split() -> Non
     """Mixtral 8x7B uses 12.9 B of 46.7 B parameters for a token (Jiang et al., 2024, section 2.1)."""
     mixture = architecture(SIZES["mixtral-8x7b"])
     assert mixture.active == pytest.approx(12.9e9, rel=0.002) and mixture.parameters == pytest.approx(46.7e9, rel=0.001)
-    assert mixture.flops - mixture.attention == 6 * mixture.active
+    assert mixture.active and mixture.flops - mixture.attention == 6 * mixture.active
     assert planned("mixtral-8x7b", "64xH100-80G").layout.tensor == 1
 
 
@@ -162,6 +166,50 @@ def test_logits_are_made_in_parts() -> None:
     assert more - many == 64 * each and many == 64 * each + 2 * 2**26
 
 
+@pytest.mark.parametrize(
+    ("name", "billions"), [("dit-s-2", 6.06), ("dit-b-2", 23.01), ("dit-l-2", 80.71), ("dit-xl-2", 118.64)]
+)
+def test_a_diffusion_transformer_computes_what_was_published(name: str, billions: float) -> None:
+    """Multiplications of a picture (Peebles and Xie, 2022, table 4); its tokens are patches."""
+    model = architecture(SIZES[name])
+    assert model.flops * model.context / 6 == pytest.approx(billions * 1e9, rel=0.002)
+    made = planned(name, "8xA100-80G", 65_536)
+    assert made.tokens == 65_536 and made.layout.tensor == 1 and made.memory["weights"] < 2 * model.parameters
+
+
+def small_dit(monkeypatch: pytest.MonkeyPatch, layers: int) -> tuple[plan.Architecture, Trainer]:
+    """Return a plan of a small diffusion Transformer of 256 patches, and its training."""
+    transformer = dit.TransformerConfig(32, 2, 4, 8, 4, 32, layers, 10)
+    config = dit.Config(transformer, autoencoder=None, noise=Noise(variance="learned_range", clip=None))
+    monkeypatch.setitem(dit.SIZES, "dit-xl-2", config)
+    model = dit.build(config).bfloat16()
+    return architecture(SIZES["dit-xl-2"]), Trainer(model, DiffusionLoss(config.noise), Settings(precision="bfloat16"))
+
+
+PICTURES = {"pictures": torch.zeros(2, 4, 32, 32).bfloat16(), "draws": torch.arange(2), "labels": torch.arange(2)}
+
+
+def test_operations_of_a_diffusion_transformer_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of the pictures themselves, which are not computed, are in the plan."""
+    model, trainer = small_dit(monkeypatch, 4)
+    assert model.parameters == sum(parameter.numel() for parameter in trainer.model.parameters())
+    counted = count_flops(lambda: cost.backward(trainer, PICTURES))
+    assert 2 * 256 * model.flops == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "blocks"])
+def test_activations_of_a_diffusion_transformer_are_planned(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for layers in (2, 4):
+        model, trainer = small_dit(monkeypatch, layers)
+        trainer = Trainer(
+            trainer.model, trainer.objective, Settings(precision="bfloat16", activation_checkpointing=how)
+        )
+        found.append(cost.activations(trainer, PICTURES)[0])
+    measured = (found[1] - found[0]) / 2 / (2 * 256) / 128
+    assert measured == pytest.approx(model.activations[how], rel=0.03)
+
+
 @pytest.mark.parametrize(("text", "amount"), [("300B", 3e11), ("1.4T", 1.4e12), ("5000", 5e3), ("2k", 2e3)])
 def test_amounts_have_letters(text: str, amount: float) -> None:
     assert parse_amount(text, "--tokens") == amount
@@ -177,7 +225,10 @@ def test_amounts_have_letters(text: str, amount: float) -> None:
         (["llama-7b", "--batch", "many"], "--batch is a number such as 300B"),
         (["gpt2", "--devices", "2xthis-CPU"], "no device 'this-CPU'. Did you mean '1xthis-CPU'"),
         (["lama-7b"], "Did you mean .*'llama-7b'"),
-        (["stable-diffusion-1"], "is no Transformer of tokens alone"),
+        (["stable-diffusion-1"], "is no Transformer of tokens alone, and plans are of such models and of DiT alone"),
+        (["dit-xl-2", "--inference"], "draws pictures: a plan is of its whole training"),
+        (["dit-xl-2", "--lora.rank", "16"], "draws pictures: a plan is of its whole training"),
+        (["dit-xl-2", "--context-length", "64"], "follow from its size: leave out --context-length"),
         (["llama3.1-405b", "--inference", "--devices", "8xA100-80G"], "do not fit into"),
         (["llama-7b", "--inference", "--lora.rank", "16"], "--inference trains nothing: leave out --lora"),
     ],
@@ -192,3 +243,6 @@ def test_the_command_prints_the_mesh_that_train_takes(capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert "--mesh.pods 1 --mesh.shard 256 --mesh.tensor 8 --mesh.sync-each" in text
     assert "days" in text and "MWh" in text
+    parse(["dit-xl-2"])()
+    text = capsys.readouterr().out
+    assert "65,536 patches in" in text and "2.62e+10 patches: " in text

@@ -12,7 +12,12 @@ from keifu.models.sizes import Size, published_sizes
 from keifu.ranges import Count, Natural
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from keifu.models.diffusion.dit import TransformerConfig
     from keifu.training.hardware.plan import Architecture, Plan
+
+DIT_PICTURES, DIT_STEPS = 256, 400_000  # a step, and steps of most of the paper's runs (Peebles and Xie, section 4)
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,9 @@ class Options:
     devices: str = "8xH100-80G"
     """How many of which kind, such as 2048xA100-80G; 1xthis-CPU: this computer's processor, which is measured."""
     amount: Annotated[str | None, tyro.conf.arg(name="tokens", metavar="300B")] = None
-    """Tokens to train on; unset: 20 a parameter (Hoffmann et al., 2022)."""
-    step: Annotated[str, tyro.conf.arg(name="batch", metavar="4M")] = "4M"
-    """Tokens in a step."""
+    """Tokens, or patches of pictures, to train on; unset: 20 a parameter (Hoffmann et al., 2022), of DiT 26.2B."""
+    step: Annotated[str | None, tyro.conf.arg(name="batch", metavar="4M")] = None
+    """Tokens, or patches of pictures, in a step; unset: 4M, of DiT the patches of 256 pictures."""
     context_length: Count | None = None
     """Tokens in a row; unset: the model's, at most 8,192."""
     optimizer_state: Literal["float32", "int8"] = "float32"
@@ -56,6 +61,8 @@ def run(options: Options) -> None:
         raise unknown("published size", options.model, sizes)
     size = sizes[name]
     model = architecture(size, options.context_length)
+    if (pictures := not model.vocab) and (options.inference or options.lora != Adapters()):
+        raise UserError(f"{size.name} draws pictures: a plan is of its whole training, without --inference and --lora.")
     devices, kind = plan.parse_devices(options.devices)
     if options.inference:
         if options.lora != Adapters() or options.optimizer_state != "float32":
@@ -69,18 +76,25 @@ def run(options: Options) -> None:
         ]
         tables.show((f"{size.name} writing on {options.devices}", ""), rows)
         return
-    tokens = plan.parse_amount(options.amount, "--tokens") if options.amount else 20 * size.parameters
+    usual = DIT_STEPS * DIT_PICTURES * model.context if pictures else 20 * size.parameters
+    tokens = plan.parse_amount(options.amount, "--tokens") if options.amount else usual
+    step = (
+        plan.parse_amount(options.step, "--batch")
+        if options.step
+        else DIT_PICTURES * model.context
+        if pictures
+        else 4e6
+    )
     if options.lora.base != "float" and not options.lora.rank:
         raise UserError("--lora.base is of adapters: set --lora.rank too, such as 16.")
     trained = plan.Trained(options.lora.rank, options.lora.base, options.optimizer_state)
-    made = plan.plan(model, devices, kind, plan.parse_amount(options.step, "--batch"), trained)
-    rows = _training(made, tokens)
-    if trained.rank:
-        rows.insert(0, ("trained", f"{trained.parameters(model):,} parameters of adapters"))
+    made = plan.plan(model, devices, kind, plan.parse_amount(options.step or str(step), "--batch"), trained)
+    rows = [("trained", f"{trained.parameters(model):,} parameters of adapters")] if trained.rank else []
+    rows += _training(made, tokens, "patches" if pictures else "tokens")
     tables.show((f"{size.name} on {options.devices}", ""), rows)
 
 
-def _training(made: "Plan", tokens: float | int) -> list[tuple[str, str]]:
+def _training(made: "Plan", tokens: float | int, unit: str) -> list[tuple[str, str]]:
     layout, days = made.layout, made.hours(tokens) / 24 / made.devices
     mesh = f"--mesh.pods {layout.pods} --mesh.shard {layout.shard} --mesh.tensor {layout.tensor}"
     mesh += " --mesh.sync-each" * (layout.shard > 1)
@@ -93,11 +107,11 @@ def _training(made: "Plan", tokens: float | int) -> list[tuple[str, str]]:
     return [
         ("mesh", mesh),
         ("a device's memory", f"{sum(made.memory.values()) / 1e9:,.1f} GB of {made.kind.memory / 1e9:,.0f} ({memory})"),
-        ("a step", f"{made.tokens:,.0f} tokens in {made.step:,.2f} s ({seconds})"),
-        ("speed", f"{made.rate:,.0f} tokens/s on each device, {made.utilisation:.1%} of its peak (MFU)"),
+        ("a step", f"{made.tokens:,.0f} {unit} in {made.step:,.2f} s ({seconds})"),
+        ("speed", f"{made.rate:,.0f} {unit}/s on each device, {made.utilisation:.1%} of its peak (MFU)"),
         (
             "all",
-            f"{tokens:.3g} tokens: {days:,.1f} days, {made.hours(tokens):,.0f} device hours"
+            f"{tokens:.3g} {unit}: {days:,.1f} days, {made.hours(tokens):,.0f} device hours"
             + f", {energy:,.3g} MWh" * (energy > 0),
         ),
         ("computation", f"{tokens * made.flops / 8.64e19:,.4g} PF-days"),
@@ -105,19 +119,51 @@ def _training(made: "Plan", tokens: float | int) -> list[tuple[str, str]]:
 
 
 def architecture(size: Size, context_length: int | None = None) -> "Architecture":
-    """Return the sizes that a plan needs of a published size; a model that is no decoder of tokens is a `UserError`."""
+    """Return the sizes that a plan needs of a published size; a model that is no Transformer of tokens or patches is a
+    `UserError`."""
     from keifu.training.hardware.plan import Architecture
 
-    config = vars(import_module(f"keifu.models.{size.model}").SIZES[size.name])
+    published = import_module(f"keifu.models.{size.model}").SIZES[size.name]
+    if size.model == "diffusion.dit":
+        return _of_patches(published.transformer, context_length)
+    config = vars(published)
     needed = ("vocab_size", "context_length", "dim", "n_layers", "n_heads")
     if any(not isinstance(config.get(name), int) for name in needed):
-        raise UserError(f"{size.name} is no Transformer of tokens alone, so no plan can be made: choose another.")
+        raise UserError(
+            f"{size.name} is no Transformer of tokens alone, and plans are of such models and of DiT alone."
+        )
     head_dim = config.get("head_dim") or config["dim"] // config["n_heads"]
     heads, kv_heads = config["n_heads"], config.get("n_kv_heads") or config["n_heads"]
     context = context_length or min(config["context_length"], 8192)
     sizes = config["n_layers"], config["dim"], head_dim * heads, head_dim * kv_heads, heads, config["vocab_size"]
     splits = size.active is None, kv_heads, config.get("hidden_dim")
     return Architecture(size.parameters, *sizes, context, size.active, *splits)
+
+
+def _of_patches(config: "TransformerConfig", context_length: int | None) -> "Architecture":
+    """Return the sizes of a diffusion Transformer, whose tokens are patches, without its autoencoder: latents are made
+    once, before the training. Matrices of the condition compute once a picture."""
+    from keifu.layers.meta import on_meta
+    from keifu.models.diffusion.dit import DiffusionTransformer
+    from keifu.training.hardware.plan import ADAPTIVE, Architecture
+
+    if context_length:
+        raise UserError("The patches of a diffusion Transformer follow from its size: leave out --context-length.")
+    with on_meta():
+        model = DiffusionTransformer(config)
+    patches = (config.size // config.patch_size) ** 2
+    conditions = _count(*model.conditions)
+    labels = _count(*(condition.get_submodule("label") for condition in model.conditions))  # no matrices
+    blocks = [block.get_submodule("modulation") for block in model.blocks]
+    once = conditions - labels + _count(model.modulation, *blocks)
+    active = _count(model) - labels - once + once // patches
+    heads, width = config.n_heads, config.n_heads * config.head_dim
+    sizes = config.n_layers, config.dim, width, width, heads, 0, patches
+    return Architecture(_count(model), *sizes, active, False, activations=ADAPTIVE)
+
+
+def _count(*parts: "nn.Module") -> int:
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 
 parse = flags.parser(Options, run, "keifu plan")

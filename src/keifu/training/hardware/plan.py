@@ -8,8 +8,8 @@ machine.
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -69,6 +69,7 @@ HERE = "this-CPU"
 # bytes a token, layer and unit of width that the backward pass needs (Korthikanti et al., 2022), by what is computed
 # again: of selective the results of matrix multiplications and the block's input
 ACTIVATIONS = {"none": 34, "selective": 22, "blocks": 2}
+ADAPTIVE = {"none": 56, "selective": 38, "blocks": 2}  # of blocks with adaptive norms, as measured on DiT's
 WITH_ADAPTERS = {"none": 57, "selective": 48, "blocks": 2}  # on all linear layers, as measured
 # how often matrix multiplications and elementwise work are computed, by --activation-checkpointing
 AGAIN = {"none": (1.0, 1.0), "selective": (1.0, 4 / 3), "blocks": (4 / 3, 4 / 3)}
@@ -96,6 +97,7 @@ class Architecture:
     splits: bool = True  # over --mesh.tensor
     kv_heads: int | None = None  # as heads
     hidden: int | None = None  # units of a feed-forward network
+    activations: Mapping[str, int] = field(default_factory=ACTIVATIONS.copy)
 
     @property
     def attention(self) -> int:
@@ -307,7 +309,7 @@ def _memory(model: Architecture, layout: PodLayout, trained: Trained = WHOLE) ->
     split = layout.tensor * layout.shard
     parameters = trained.parameters(model) / split
     tokens = layout.rows * model.context / layout.tensor
-    bytes_of = WITH_ADAPTERS if trained.rank else ACTIVATIONS
+    bytes_of = WITH_ADAPTERS if trained.rank else model.activations
     kept = bytes_of[layout.checkpointing] * model.layers
     layer = tokens * model.dim * bytes_of["none"] * (layout.checkpointing != "none")
     logits = min(tokens * model.vocab, LOGITS[0]) * LOGITS[1]
