@@ -1,15 +1,20 @@
 """How well a small model sees: right answers on easy-VQA, next to the same model without the picture and to counting.
 
-python benchmarks/seeing.py [--steps 1600] [--learning-rate 1e-3] [--questions 2000] [--seeds 0] [--tower emoji-clip]
-    [--folder FOLDER] [--write docs/results/data/text_and_pictures.json]
+python benchmarks/seeing.py [--model gpt-en] [--rank 0] [--tower emoji-clip] [--steps 3200] [--batch 64]
+    [--learning-rate 1e-3] [--questions 2000] [--seeds 0] [--folder FOLDER] [--title TITLE] [--write FILE]
 
-A decoder of 0.5 M parameters from nothing, with a tokenizer learned from the questions, and the tower of the packaged
-emoji-clip (1 M) read the questions of easy-VQA's training part. --tower "" makes a new tower instead. Pictures that may
-show a teal triangle are left out. Then the questions of the test part are asked, with the picture and without it.
+A decoder reads the questions of easy-VQA's training part: one of 0.5 M parameters from nothing, with a tokenizer
+learned from the questions, or --model, whole or with adapters of a rank. Its tower is that of --tower, a CLIP or a
+model that sees; or, as in LLaVA, that of a CLIP (0.8 M parameters, patches of 8 pixels) which learns in 600 steps from
+the same pictures with captions such as "blue circle", made of the answers. Pictures that may show a teal triangle are
+left out of both. Then the questions of the test part are asked, with the picture and without it.
 """
 
 import argparse
+import json
+import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +23,44 @@ from _results import write_table
 from _rounds import machine
 
 from keifu import checkpoints
-from keifu.data.images.questions import read_questions
+from keifu.data.images.augmentation import Augmentation
+from keifu.data.images.questions import CLOSED, read_questions
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.evaluation.images.questions import evaluate
 from keifu.evaluation.registry import EvalRequest
 from keifu.models import llama
 from keifu.recipes.assistant import see
+from keifu.recipes.images import clip
 
 DATA, PAIR = "easy-vqa", ("teal", "triangle")
+
+
+def captioned(folder: Path, data: str = DATA) -> Path:
+    """Write the pictures to learn from with captions such as "a blue circle", made of the open questions' answers."""
+    questions, captions = read_questions(data), dict[str, list[str]]()
+    for row in questions.without(PAIR):
+        if row.answer not in CLOSED:
+            named = re.findall(r"the (\w+)(?= shape\b)|color is the (\w+)", row.question)
+            words = {row.answer, *(word for pair in named for word in pair if word)} - {"shape"}
+            captions.setdefault(row.image, []).extend(words)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    with (folder / "pictures" / "metadata.jsonl").open("w") as lines:
+        for image, words in captions.items():
+            name = image.replace("/", "-")
+            questions.picture(image).save(folder / "pictures" / name)
+            lines.write(json.dumps({"file_name": name, "text": " ".join(sorted({*words}))}) + "\n")
+    return folder / "pictures"
+
+
+def train_tower(folder: Path, steps: int, seed: int) -> str:
+    """Train a CLIP on the captioned pictures, and return its run."""
+    image = replace(see.Recipe.image, projected=True, embedding_dim=128)
+    settings = replace(clip.LEARNING, steps=steps, batch_size=128, seed=seed, weight_decay=0.05)
+    recipe = clip.Recipe(
+        str(captioned(folder)), ("und",), image=image, augmentation=Augmentation(shift=4), training=settings
+    )
+    clip.run(recipe, folder / "clip", False)
+    return str(folder / "clip")
 
 
 def small_decoder(folder: Path, seed: int, data: str = DATA) -> str:
@@ -40,10 +75,10 @@ def small_decoder(folder: Path, seed: int, data: str = DATA) -> str:
     return str(folder / "decoder")
 
 
-def train(folder: Path, steps: int, seed: int, **changes: Any) -> Path:
+def train(folder: Path, steps: int, seed: int, decoder: str | None = None, **changes: Any) -> Path:
     """Train a model and return its run."""
     recipe = see.Recipe(
-        small_decoder(folder, seed, changes.get("data", DATA)), left_out=PAIR, steps=steps, batch_size=64,
+        decoder or small_decoder(folder, seed, changes.get("data", DATA)), left_out=PAIR, steps=steps, batch_size=64,
         learning_rate=1e-3, seed=seed,
     )  # fmt: skip
     see.run(type(recipe)(**{**vars(recipe), **changes}), folder / "run", False)
@@ -66,35 +101,56 @@ def cell(figures: dict[str, Any], name: str) -> str:
     return f"{figures[name]:.1%} ({low:.1f} to {high:.1f})"
 
 
-def main() -> None:
-    """Train for each seed, ask, print and write the shares of right answers."""
+def read_options() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--model", help="the decoder; unset: a small one from nothing")
+    parser.add_argument("--rank", type=int, default=0, help="rank of the decoder's adapters; 0 trains it whole")
+    parser.add_argument("--tower", help="the CLIP or model that sees whose tower is taken; unset: a CLIP is trained")
+    parser.add_argument("--tower-rate", type=float, default=0.1, help="the tower's share of the learning rate")
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--batch", type=int, default=64, help="questions in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="AdamW's highest rate")
     parser.add_argument("--questions", type=int, default=None, help="most questions of the test part, spread over all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--tower", default="emoji-clip", help="the CLIP whose tower is taken; empty: a new tower")
     parser.add_argument("--folder", type=Path, help="the folder of the runs")
+    parser.add_argument("--title", default="A model that sees", help="the title of the table")
     parser.add_argument("--write", type=Path, help="the data file that gets the table")
     options = parser.parse_args()
+    options.defaults = vars(parser.parse_args([]))
+    return options
+
+
+def command(options: argparse.Namespace) -> str:
+    """Return the command with the options that decide the figures and differ from the defaults."""
+    values = {name: getattr(options, name) for name in options.defaults if name not in ("folder", "write", "title")}
+    given = {name: value for name, value in values.items() if value != options.defaults[name] or name == "seeds"}
+    words = {
+        name.replace("_", "-"): " ".join(map(str, value)) if name == "seeds" else value for name, value in given.items()
+    }
+    return " ".join(["python benchmarks/seeing.py", *(f"--{name} {value}" for name, value in words.items())])
+
+
+def main() -> None:
+    """Train for each seed, ask, print and write the shares of right answers."""
+    options = read_options()
     folder = options.folder or Path(tempfile.mkdtemp())
-    found: dict[int, dict[str, Any]] = {}
+    measured: dict[int, dict[str, Any]] = {}
     for seed in options.seeds:
+        tower = options.tower or train_tower(folder / str(seed), 600, seed)
         run = train(
-            folder / str(seed), options.steps, seed, learning_rate=options.learning_rate, tower=options.tower or None
-        )
-        found[seed] = measure(run, options.questions)
-        print(machine(), f"seed {seed}", *(f"{name}: {value}" for name, value in found[seed].items()), sep="\n")
+            folder / str(seed), options.steps, seed, options.model, batch_size=options.batch, tower=tower,
+            learning_rate=options.learning_rate, tower_rate=options.tower_rate,
+            lora=see.finetuning.Lora(rank=options.rank),
+        )  # fmt: skip
+        measured[seed] = measure(run, options.questions)
+        print(machine(), f"seed {seed}", *(f"{name}: {value}" for name, value in measured[seed].items()), sep="\n")
     if options.write:
-        names = [name for name in found[options.seeds[0]] if "interval" not in name and name != "questions"]
-        rows = [[name, *(cell(found[seed], name) for seed in options.seeds)] for name in names]
-        seeds = " ".join(map(str, options.seeds))
-        command = f"python benchmarks/seeing.py --steps {options.steps} --seeds {seeds}"
-        command += f" --learning-rate {options.learning_rate}" * (options.learning_rate != 1e-3)
-        command += f" --tower {options.tower!r}" * (options.tower != "emoji-clip")
-        command += f" --questions {options.questions}" * bool(options.questions)
+        names = [name for name in measured[options.seeds[0]] if "interval" not in name and name != "questions"]
+        rows = [[name, *(cell(measured[seed], name) for seed in options.seeds)] for name in names]
         columns = ["right answers", *(f"seed {seed}" for seed in options.seeds)]
-        write_table(options.write, "A model that sees", command, columns, rows, {str(s): found[s] for s in found})
+        values = {str(seed): measured[seed] for seed in measured}
+        write_table(options.write, options.title, command(options), columns, rows, values)
 
 
 if __name__ == "__main__":

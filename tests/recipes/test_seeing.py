@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +39,9 @@ def test_it_learns_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     seeing = import_module("seeing")
     folder = coloured_shapes(tmp_path / "shapes", 12)
     monkeypatch.setattr(seeing, "PAIR", ())
+    lines = (seeing.captioned(tmp_path, str(folder)) / "metadata.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    assert texts == ["red round", "blue round", "red square", "blue square"] * 2
     run = seeing.train(tmp_path, 60, 0, data=str(folder), image=TOWER, batch_size=16, held_out=0.0, learning_rate=3e-3)
     figures = seeing.measure(run, None, str(folder))
     assert figures["accuracy"] == 1.0 and figures["questions"] == 8
@@ -104,9 +108,24 @@ def test_the_tower_of_a_clip_is_taken(tmp_path: Path) -> None:
     assert model.config.pixels == tower.config.pixels
     new: Any = see.prepare(see.Recipe(base, data=folder, image=TOWER)).model
     assert new.config.pixels.mean != tower.config.pixels.mean
-    with pytest.raises(UserError, match="is no CLIP with a vision transformer"):
+    with pytest.raises(UserError, match="has no vision transformer of CLIP or LLaVA"):
         see.prepare(see.Recipe(base, data=folder, tower=base))
     checkpoints.save(model, checkpoints.load(base)[1], tmp_path / "seer")
+    config = replace(model.config, feature_layers=(0, 1), full=False)
+    seen: Any = llava.attach(config, llama.build(config.text))
+    checkpoints.save(seen, checkpoints.load(base)[1], tmp_path / "eyes")
+    again: Any = see.prepare(see.Recipe(base, data=folder, tower=str(tmp_path / "eyes"))).model
+    assert (again.config.feature_layers, again.config.full) == ((0, 1), False)
+    for name, weight in again.tower.state_dict().items():
+        assert torch.equal(weight, seen.tower.state_dict()[name])
+    kept = see.Recipe(base, data=folder, tower=str(tmp_path / "eyes"), tower_rate=0.0, steps=2, batch_size=4)
+    see.run(kept, tmp_path / "kept", False)
+    stored: Any = checkpoints.load_model(str(tmp_path / "kept"))
+    for name, weight in stored.tower.state_dict().items():
+        assert torch.equal(weight, seen.tower.state_dict()[name])
+    assert not torch.equal(stored.embedding.weight, again.embedding.weight)
+    with pytest.raises(UserError, match="--tower-rate 0 keeps a new tower random"):
+        see.prepare(see.Recipe(base, data=folder, image=TOWER, tower_rate=0.0))
     with pytest.raises(UserError, match="sees already: leave out --tower"):
         see.prepare(see.Recipe(str(tmp_path / "seer"), data=folder, tower=str(tmp_path / "clip")))
     with pytest.raises(UserError, match=r"sees already, by a tower of its own shape: leave out --image\.\*"):

@@ -48,11 +48,13 @@ class Recipe(AssistantOptions):
     left_out: tuple[str, ...] = ()
     """Answers, such as teal triangle: no picture that may show all of them is learned from."""
     image: clip_image.Config = clip_image.Config(
-        image_size=64, patch_size=16, dim=128, hidden_dim=512, n_layers=5, n_heads=4, activation="gelu", projected=False
+        image_size=64, patch_size=8, dim=128, hidden_dim=512, n_layers=4, n_heads=4, activation="gelu", projected=False
     )
     """The new tower; refused with --tower, or for a model that sees already."""
     tower: str | None = None
-    """CLIP whose image encoder becomes the tower, such as emoji-clip: a run, directory or name; unset: a new one."""
+    """CLIP or LLaVA whose tower is taken, such as emoji-clip: a run, a directory or a name; unset: a new tower."""
+    tower_rate: NotNegative = 1.0
+    """The tower's share of the learning rate; 0 keeps the tower as it is, as LLaVA does."""
     held_out: BelowOne = 0.02
     """Share of the pictures that is kept for validation, chosen by a hash of the name."""
     epochs: Positive = 3.0
@@ -83,7 +85,11 @@ def prepare(recipe: Recipe) -> FinetuneTask:
             raise UserError(f"{recipe.model} sees already, by a tower of its own shape: leave out --image.*.")
         model: Any = finetuning.to_train(decoder, recipe.lora, recipe.seed)
     else:
+        if not recipe.tower_rate and not recipe.tower:
+            raise UserError("--tower-rate 0 keeps a new tower random: give --tower, or a share above 0.")
         model, tokenizer = start(recipe, decoder, tokenizer, replace(found, learned=learned))
+    if not recipe.tower_rate:
+        model.tower.requires_grad_(False)
     sides = finetuning.held_out(learned, [each.image for each in learned], recipe.held_out)
     turns = {pair: encode(tokenizer, *pair, model.config) for pair in {each[1:] for each in learned}}
     rows = [[(*turns[each[1:]], each.image) for each in side] for side in sides]
@@ -103,11 +109,8 @@ def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, found: Questions) 
     mark = marked.token_id(IMAGE)
     torch.manual_seed(recipe.seed)
     task_head.grow_vocabulary(decoder, marked.vocab_size, [mark] if mark >= tokenizer.vocab_size else [])
-    if recipe.tower is None:
-        taken, image, pixels = {}, recipe.image, measured(found, recipe.image.image_size)
-    else:
-        taken, image, pixels = take_tower(recipe.tower)
-    config = llava.Config(decoder.config, image, pixels, mark, feature_layers=(-1,), full=True)
+    taken, eyes = new_eyes(recipe, found) if recipe.tower is None else take_tower(recipe.tower)
+    config = replace(eyes, text=decoder.config, image_token=mark)
     trained: Any = finetuning.to_train(decoder, recipe.lora, recipe.seed)
     model = llava.attach(config, trained)
     if taken:
@@ -125,15 +128,24 @@ def measured(found: Questions, side: int) -> Pixels:
     return Pixels(side, side, squash=True, mean=tuple(mean), std=tuple(max(channel, 0.01) for channel in std))
 
 
-def take_tower(name: str) -> tuple[dict[str, torch.Tensor], clip_image.Config, Pixels]:
-    """Return the weights, the Config and the preprocessing of a CLIP's image encoder."""
+def new_eyes(recipe: Recipe, found: Questions) -> tuple[dict[str, torch.Tensor], llava.Config]:
+    """Return no weights, and a Config with the shape of the recipe's new tower."""
+    pixels = measured(found, recipe.image.image_size)
+    return {}, llava.Config(image=recipe.image, pixels=pixels, feature_layers=(-1,), full=True)
+
+
+def take_tower(name: str) -> tuple[dict[str, torch.Tensor], llava.Config]:
+    """Return the weights of the tower of a CLIP or of a model that sees, and a Config with its shape and pictures."""
     model: Any = checkpoints.load_model(name)
+    if isinstance(model, llava.Llava):
+        return {key: value.float() for key, value in model.tower.state_dict().items()}, model.config
     image = vars(model.config).get("image")
     if image is None or vars(image).keys() != vars(clip_image.Config()).keys() or sees(model.config):
-        raise UserError(f"{name} is no CLIP with a vision transformer: choose another --tower.")
-    weights = {name: value.float() for name, value in model.image.state_dict().items()}
-    weights = {name: value for name, value in weights.items() if not name.startswith("projection")}
-    return weights, replace(image, projected=False), model.config.pixels
+        raise UserError(f"{name} has no vision transformer of CLIP or LLaVA: choose another --tower.")
+    weights = {key: value.float() for key, value in model.image.state_dict().items()}
+    weights = {key: value for key, value in weights.items() if not key.startswith("projection")}
+    image = replace(image, projected=False)
+    return weights, llava.Config(image=image, pixels=model.config.pixels, feature_layers=(-1,), full=True)
 
 
 def encode(tokenizer: Tokenizer, question: str, answer: str, config: Any) -> tuple[list[int], list[bool]]:
@@ -153,7 +165,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         checkpoints.save(merge(copy.deepcopy(task.model)), task.tokenizer, directory)
 
     ready = Preprocessing(**vars(task.model.config.pixels))
-    settings = finetuning.epoch_settings(recipe, task.data, (5e-4, 1e-3), weight_decay=0.01)
+    shares = (("tower.", recipe.tower_rate),) if recipe.tower_rate not in (0, 1) else ()
+    settings = finetuning.epoch_settings(recipe, task.data, (5e-4, 1e-3), weight_decay=0.01, rate_shares=shares)
     finetuning.finetune(
         recipe, task, answers_about_pictures(ready.normalised), settings, out, resume, save=save,
         title=f"{recipe.model} learns to see", paper="Liu et al., LLaVA (2023)", unit="tokens",
