@@ -1,7 +1,7 @@
 """How well a small model sees: right answers on easy-VQA, next to the same model without the picture and to counting.
 
-python benchmarks/seeing.py [--model gpt-en] [--rank 0] [--tower emoji-clip] [--steps 3200] [--batch 64]
-    [--learning-rate 1e-3] [--questions 2000] [--seeds 0] [--folder FOLDER] [--title TITLE] [--write FILE]
+python benchmarks/seeing.py [--model gpt-en] [--rank 0] [--tower emoji-clip] [--tower-rate 0] [--steps 3000]
+    [--batch 64] [--learning-rate 1e-3] [--questions 2000] [--seeds 0] [--folder FOLDER] [--title TITLE] [--write FILE]
 
 A decoder reads the questions of easy-VQA's training part: one of 0.5 M parameters from nothing, with a tokenizer
 learned from the questions, or --model, whole or with adapters of a rank. Its tower is that of --tower, a CLIP or a
@@ -107,8 +107,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--model", help="the decoder; unset: a small one from nothing")
     parser.add_argument("--rank", type=int, default=0, help="rank of the decoder's adapters; 0 trains it whole")
     parser.add_argument("--tower", help="the CLIP or model that sees whose tower is taken; unset: a CLIP is trained")
-    parser.add_argument("--tower-rate", type=float, default=0.1, help="the tower's share of the learning rate")
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--tower-rate", type=float, default=0.0, help="the tower's share of the learning rate")
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64, help="questions in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="AdamW's highest rate")
     parser.add_argument("--questions", type=int, default=None, help="most questions of the test part, spread over all")

@@ -128,16 +128,16 @@ def measured(found: Questions, side: int) -> Pixels:
     return Pixels(side, side, squash=True, mean=tuple(mean), std=tuple(max(channel, 0.01) for channel in std))
 
 
-def new_eyes(recipe: Recipe, found: Questions) -> tuple[dict[str, torch.Tensor], llava.Config]:
+def new_eyes(recipe: Recipe, questions: Questions) -> tuple[dict[str, torch.Tensor], llava.Config]:
     """Return no weights, and a Config with the shape of the recipe's new tower."""
-    pixels = measured(found, recipe.image.image_size)
+    pixels = measured(questions, recipe.image.image_size)
     return {}, llava.Config(image=recipe.image, pixels=pixels, feature_layers=(-1,), full=True)
 
 
 def take_tower(name: str) -> tuple[dict[str, torch.Tensor], llava.Config]:
     """Return the weights of the tower of a CLIP or of a model that sees, and a Config with its shape and pictures."""
     model: Any = checkpoints.load_model(name)
-    if isinstance(model, llava.Llava):
+    if vars(model.config).keys() == vars(llava.Config()).keys():
         return {key: value.float() for key, value in model.tower.state_dict().items()}, model.config
     image = vars(model.config).get("image")
     if image is None or vars(image).keys() != vars(clip_image.Config()).keys() or sees(model.config):
