@@ -388,7 +388,7 @@ def start(folder: Path, cases: list[dict[str, Any]], world: int) -> dict[str, An
         keep |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "KEIFU_DEVICE": "cpu"}
     words = [sys.executable, __file__, str(folder), json.dumps(cases)]
     ranks = [subprocess.Popen(words, env=keep | {"RANK": str(rank)}) for rank in range(world)]
-    assert [rank.wait(timeout=600) for rank in ranks] == [0] * world
+    assert [rank.wait(timeout=1800) for rank in ranks] == [0] * world
     return json.loads((folder / "found.json").read_text())
 
 

@@ -236,6 +236,7 @@ MESHES = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # many groups of processes
 @pytest.mark.parametrize("world", MESHES)
 def test_any_mesh_has_the_losses_of_one_process(world: int, tmp_path: Path) -> None:
     """Fifty steps; rows that are no multiple of the processes."""
@@ -251,6 +252,7 @@ def test_any_mesh_has_the_losses_of_one_process(world: int, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # many groups of processes, each of which compiles
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "ddpm", "dit"])
 def test_blocks_that_are_compiled_learn_the_same(kind: str, tmp_path: Path) -> None:
     meshes = [{}, {"shard": 2}, {"shard": 2, "activation_checkpointing": True}]
