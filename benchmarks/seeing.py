@@ -1,13 +1,13 @@
 """How well a small model sees: right answers on easy-VQA, next to the same model without the picture and to counting.
 
-python benchmarks/seeing.py [--model gpt-en] [--rank 0] [--tower emoji-clip] [--tower-rate 0] [--steps 3000]
+python benchmarks/seeing.py [--model gpt-en] [--rank 0] [--tower emoji-clip] [--patch 8] [--tower-rate 0] [--steps 3000]
     [--batch 64] [--learning-rate 1e-3] [--questions 2000] [--seeds 0] [--folder FOLDER] [--title TITLE] [--write FILE]
 
 A decoder reads the questions of easy-VQA's training part: one of 0.5 M parameters from nothing, with a tokenizer
 learned from the questions, or --model, whole or with adapters of a rank. Its tower is that of --tower, a CLIP or a
-model that sees; or, as in LLaVA, that of a CLIP (0.8 M parameters, patches of 8 pixels) which learns in 600 steps from
-the same pictures with captions such as "blue circle", made of the answers. Pictures that may show a teal triangle are
-left out of both. Then the questions of the test part are asked, with the picture and without it.
+model that sees; or, as in LLaVA, that of a CLIP (0.8 M parameters, patches of 8 or 16 pixels) which learns in 600 or
+1,500 steps from the same pictures with captions such as "blue circle", made of the answers. Pictures that may show a
+teal triangle are left out of both. Then the questions of the test part are asked, with the picture and without it.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from keifu.recipes.assistant import see
 from keifu.recipes.images import clip
 
 DATA, PAIR = "easy-vqa", ("teal", "triangle")
+TOWERS: dict[int, dict[str, Any]] = {8: {"steps": 600}, 16: {"steps": 1500, "optimizer": "muon"}}  # by patch size
 
 
 def captioned(folder: Path, data: str = DATA) -> Path:
@@ -52,13 +53,14 @@ def captioned(folder: Path, data: str = DATA) -> Path:
     return folder / "pictures"
 
 
-def train_tower(folder: Path, steps: int, seed: int) -> str:
-    """Train a CLIP on the captioned pictures, and return its run."""
-    image = replace(see.Recipe.image, projected=True, embedding_dim=128)
-    settings = replace(clip.LEARNING, steps=steps, batch_size=128, seed=seed, weight_decay=0.05)
-    recipe = clip.Recipe(
-        str(captioned(folder)), ("und",), image=image, augmentation=Augmentation(shift=4), training=settings
-    )
+def train_tower(folder: Path, patch: int, seed: int) -> str:
+    """Train a CLIP on the captioned pictures, unless the folder has one, and return its run."""
+    if (folder / "clip" / "config.json").exists():
+        return str(folder / "clip")
+    image = replace(see.Recipe.image, projected=True, embedding_dim=128, patch_size=patch)
+    settings = replace(clip.LEARNING, batch_size=128, seed=seed, weight_decay=0.05, **TOWERS[patch])
+    pictures = str(captioned(folder))
+    recipe = clip.Recipe(pictures, ("und",), image=image, augmentation=Augmentation(shift=4), training=settings)
     clip.run(recipe, folder / "clip", False)
     return str(folder / "clip")
 
@@ -107,6 +109,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--model", help="the decoder; unset: a small one from nothing")
     parser.add_argument("--rank", type=int, default=0, help="rank of the decoder's adapters; 0 trains it whole")
     parser.add_argument("--tower", help="the CLIP or model that sees whose tower is taken; unset: a CLIP is trained")
+    parser.add_argument("--patch", type=int, choices=TOWERS, default=8, help="pixels of the trained CLIP's patches")
     parser.add_argument("--tower-rate", type=float, default=0.0, help="the tower's share of the learning rate")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64, help="questions in a step")
@@ -137,7 +140,7 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp())
     measured: dict[int, dict[str, Any]] = {}
     for seed in options.seeds:
-        tower = options.tower or train_tower(folder / str(seed), 600, seed)
+        tower = options.tower or train_tower(folder / str(seed), options.patch, seed)
         run = train(
             folder / str(seed), options.steps, seed, options.model, batch_size=options.batch, tower=tower,
             learning_rate=options.learning_rate, tower_rate=options.tower_rate,

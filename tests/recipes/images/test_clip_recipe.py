@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_captions
+from PIL import Image
 
 from keifu import checkpoints
 from keifu.data.images.augmentation import Augmentation
@@ -37,6 +38,19 @@ def test_it_learns_and_what_is_saved_loads(drawings, tmp_path) -> None:
     model, tokenizer = checkpoints.load(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "clip"
     assert model.config.text.end_id == tokenizer.eos_id and model.config.pixels.crop == 24
+
+
+def test_an_equal_caption_of_another_picture_counts_as_found(tmp_path) -> None:
+    """With one caption for all pictures every search is right."""
+    rows = []
+    for number in range(40):
+        Image.new("RGB", (24, 24), (6 * number, 100, 200 - 4 * number)).save(tmp_path / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "text": "a square"})
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = recipe.prepare(small(tmp_path, languages=("und",)))
+    assert len(task.parts.validation) > 1
+    for line in recipe.describe(task, ["und"]).splitlines():
+        assert "R@1 100.0%" in line
 
 
 def test_a_resnet_learns_by_parts_of_its_batch(drawings, tmp_path) -> None:

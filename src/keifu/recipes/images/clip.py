@@ -194,7 +194,8 @@ def describe(task: ClipTask, languages: Sequence[str]) -> str:
     points = retrieval.embed_bytes(task.model, validation.batches(64))
     for code in languages:
         texts = retrieval.embed_texts(task.model, task.tokenizer, validation.texts(code), cut=True)
-        recalls = retrieval.recall_both_ways(points, texts)
+        alike = retrieval.equal(validation.texts(code)).to(points.device)
+        recalls = retrieval.recall_both_ways(points, texts, alike=alike)
         for what, recall in zip(("captions by picture", "pictures by caption"), recalls, strict=True):
             shares = "  ".join(f"R@{first} {share:.1%}" for first, share in recall.shares.items())
             lines.append(f"{code} {what}: {shares}  (of {len(validation):,})")
