@@ -10,6 +10,7 @@ from keifu.generation.images.autoregressive import sample_image_tokens
 from keifu.generation.images.latent_diffusion import text_denoiser
 from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline, SeededNoise
 from keifu.generation.images.samplers import configure_sampler
+from keifu.generation.unmasking import Unmasking, unmask
 from keifu.layers.attention.masks import real_tokens
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.losses import LOSSES
@@ -32,7 +33,7 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
-from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion, llada
 from keifu.models.hybrid import qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.speech import whisper
@@ -45,6 +46,7 @@ from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, TextDiffusionLoss, draw_noise
 from keifu.training.objectives.language_modeling import (
     causal_language_modeling,
+    masked_diffusion,
     masked_language_modeling,
     transcription,
     translation,
@@ -179,6 +181,21 @@ def test_whisper_learns_sounds_by_heart():
     batch = {"features": torch.randn(8, 6, 20), "target": torch.randint(3, 31, (8, 9)), "target_mask": mask}
     losses = learned(model, transcription, settings, lambda step: batch)
     assert losses[0] > 3.0 and losses[-1] < 0.3
+
+
+@pytest.mark.slow
+def test_llada_learns_rows_by_heart_and_writes_them():
+    """Each row begins with its number, and is written from masks alone behind it."""
+    torch.manual_seed(0)
+    model = llada.build(llada.Config(**SMALL, mask_token=30)).train()
+    settings = Settings(steps=600, batch_size=32, learning_rate=5e-3, weight_decay=0.0)
+    tokens = torch.randint(8, 30, (4, 13))
+    tokens[:, 0] = torch.arange(4)
+    batch = {"tokens": tokens.repeat(8, 1), "rates": (torch.randperm(32) + 1) / 32}
+    losses = learned(model, masked_diffusion, settings, lambda step: batch | {"draws": draw_noise(0, step, 32)})
+    assert losses[0] > 3.0 and sum(losses[-20:]) < 20 * 0.7
+    for row in tokens.tolist():
+        assert unmask(model, [row[0], *[30] * 12], Unmasking(steps=6)) == row
 
 
 def test_bert_learns_masked_words_and_neighbours_by_heart():

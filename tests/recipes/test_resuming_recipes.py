@@ -61,6 +61,7 @@ TABLE: dict[str, tuple[str, int]] = {
         "--autoencoder-steps 3 --steps 3 --autoencoder-batch 4", 4,
     ),
     "llama": (f"{TEXT} --tokenizer bpe {MODEL} {STEPS} --warmup 2 --batch-size 3 --optimizer muon", 5),
+    "llada": (f"{TEXT} {MODEL} {STEPS} --warmup 2 --batch-size 3", 5),
     "lora-image": ("--model {pipeline} --data {drawings} --limit 7 --rank 3 --steps 4 --batch-size 3", 4),
     "mlp": ("--data {rows} --steps 5 --hidden 5 --dropout 0.2 --activation tanh", 6),
     "mlp-compare": ("--data {rows} --steps 5 --activations relu tanh --losses cross_entropy --hidden 4", 6),

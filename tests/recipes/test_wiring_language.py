@@ -13,17 +13,20 @@ from wiring import DIFFERENT, Group, Reach
 from keifu import checkpoints
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import bert, gpt1, gpt2, gpt3, llama, olmo2, palm, seq2seq, transformer
+from keifu.models.diffusion import llada
 from keifu.recipes.language import bert as bert_recipe
 from keifu.recipes.language import characters, gpt, palm2
 from keifu.recipes.language import gpt1 as gpt1_recipe
 from keifu.recipes.language import gpt2 as gpt2_recipe
 from keifu.recipes.language import gpt3 as gpt3_recipe
+from keifu.recipes.language import llada as llada_recipe
 from keifu.recipes.language import llama as llama_recipe
 from keifu.recipes.language import olmo2 as olmo2_recipe
 from keifu.recipes.language import palm as palm_recipe
 from keifu.recipes.language.pretraining import Text
 from keifu.recipes.translation import seq2seq as seq2seq_recipe
 from keifu.recipes.translation import transformer as transformer_recipe
+from keifu.training.objectives.mapped_data import MappedData
 from keifu.training.settings import Settings
 
 TINY: dict[str, Any] = {"context_length": 16, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
@@ -92,13 +95,21 @@ def text_rows(toys: Toys, prefix: str) -> dict[str, Reach]:
         f"{prefix}data": Reach(toys.other, source),
         f"{prefix}tokenizer": Reach("unigram", kind, "Unigram"),
         f"{prefix}vocab_size": Reach(291, ("model.config.vocab_size", "sample.task.tokenizer.vocab_size")),
-        f"{prefix}held_out": Reach(0.2, lambda r: round(len(r.data.shards.validation) / len(r.data.shards.tokens), 1)),
+        f"{prefix}held_out": Reach(0.2, lambda r: round(len(shards(r).validation) / len(shards(r).tokens), 1)),
     } | format_rows(prefix)
 
 
 def of_text(name: str) -> Any:
     """Return a reader of a setting of the text that a run learns from."""
-    return lambda record: record.data.shards.index["settings"].get(name)
+    return lambda record: shards(record).index["settings"].get(name)
+
+
+def shards(record: Any) -> Any:
+    """Return the tokens of a run, whose batches may be changed on their way."""
+    data = record.data
+    while isinstance(data, MappedData):
+        data = data.data
+    return data.shards
 
 
 def format_rows(prefix: str) -> dict[str, Reach]:
@@ -358,6 +369,19 @@ def of_llama(toys: Toys) -> tuple[Any, list[Group]]:
     return llama_recipe.Recipe(small_text(toys), SMALL, model=config), groups
 
 
+def of_llada(toys: Toys) -> tuple[Any, list[Group]]:
+    config = llada.Config(**TINY, mask_token=0)
+    rows = whole(toys, replace(config, dim=24, norm_eps=1e-4))[0].rows
+    own = {
+        "model": Reach(rows["model"].value, "model.config", but=("vocab_size", "mask_token")),
+        "text.vocab_size": Reach(291, ("model.config.vocab_size", "model.config.mask_token"), DIFFERENT),
+    }
+    of_data = {
+        "training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.data.data.batch_size", weights), DIFFERENT)
+    }
+    return llada_recipe.Recipe(small_text(toys), SMALL, model=config), [Group(rows | own), Group(of_data)]
+
+
 def of_olmo2(toys: Toys) -> tuple[Any, list[Group]]:
     config = olmo2.Config(**TINY)
     groups = whole(toys, replace(config, dim=24, norm_eps=1e-4))
@@ -366,9 +390,9 @@ def of_olmo2(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 TABLE = {
-    "gpt": of_gpt, "gpt1": of_gpt1, "gpt2": of_gpt2, "gpt3": of_gpt3, "llama": of_llama, "olmo2": of_olmo2,
-    "palm": of_palm, "palm2": of_palm2, "characters": of_characters, "bert": of_bert, "transformer": of_transformer,
-    "seq2seq": of_seq2seq,
+    "gpt": of_gpt, "gpt1": of_gpt1, "gpt2": of_gpt2, "gpt3": of_gpt3, "llama": of_llama, "llada": of_llada,
+    "olmo2": of_olmo2, "palm": of_palm, "palm2": of_palm2, "characters": of_characters, "bert": of_bert,
+    "transformer": of_transformer, "seq2seq": of_seq2seq,
 }  # fmt: skip
 
 

@@ -124,6 +124,7 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
     "diffusion.autoencoder_kl": ("AutoencoderKL", "keifu_autoencoder_kl"),
     "diffusion.conditioned_unet": ("UNet2DConditionModel", "keifu_conditioned_unet"),
     "diffusion.dit": ("DiTPipeline", "keifu_dit"),
+    "diffusion.llada": ("llada", "keifu_llada"),
     "diffusion.sd3": ("SD3Transformer2DModel", "keifu_sd3"),
     "unclip.prior": ("PriorTransformer", "keifu_unclip_prior"),
     "unclip.decoder": ("UNet2DConditionModel/simple", "keifu_unclip_decoder"),

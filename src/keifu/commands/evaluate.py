@@ -19,6 +19,7 @@ from keifu.files import read_json_object
 TASKS = (
     "images.questions", "text.transcription", "text.translation", "images.retrieval", "images.generative",
     "images.text_to_image", "text.few_shot", "text.mixture", "text.perplexity", "text.masked_words",
+    "text.diffusion_bound",
     "classification.neurons", "classification.labelled_texts",
 )  # fmt: skip
 
@@ -36,8 +37,9 @@ class Options(flags.Packed, EvalOptions):
     language model: perplexity and bits per byte on a text (a catalogue name, a file, a folder), or on each text of a
     mixture (multilingual, or a .yaml or .json file of one); or accuracy on a task given by examples in the prompt
     (topics, titles, last-word, 2-digit-addition, ..., or a .yaml or .json file of one, as in docs/tasks.md). Of
-    a catalogue name and of a mixture the part counts that keifu keeps from training. A model that hears: the word error
-    rate on recordings (spoken-digits, or a folder with sound files and metadata.jsonl).
+    a catalogue name and of a mixture the part counts that keifu keeps from training. A model of masked diffusion: a
+    bound on its bits per byte. A model that hears: the word error rate on recordings (spoken-digits, or a folder with
+    sound files and metadata.jsonl).
     """
 
     model: flags.Model

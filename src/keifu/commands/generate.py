@@ -47,6 +47,12 @@ class Options(flags.Packed):
     guesses: flags.Guesses = None
     draft: flags.Drafting = None
     thinking: flags.Thinking = None
+    steps: Count | None = None
+    """Passes of a model of masked diffusion (LLaDA); unset: one for each token."""
+    block: Count | None = None
+    """Masks that such a model fills before those behind them; unset: 32."""
+    gap: Count | None = None
+    """Tokens that such a model puts in place of each ___ in the text, instead of continuing it."""
     vote: Count | None = None
     """Number of texts that are drawn; the first of the most frequent ones is printed (self-consistency)."""
     best_of: Count | None = None
@@ -60,9 +66,14 @@ def run(options: Options) -> None:
     """Print what the model writes, without the prompt."""
     rewards = check_drawing(options)
     text = join_texts(options.prompt, options.file) or (ask("Prompt: ", EXAMPLE) if at_terminal() else "")
-    model, tokenizer = load_writer(options.model, options.weights)
     from keifu.generation.text.generate import as_prompt
+    from keifu.generation.text.model import MaskPredictor, continues_text
 
+    model, tokenizer = load_writer(options.model, options.weights, continues_text)
+    if isinstance(model, MaskPredictor):
+        return print_unmasked(options, model, tokenizer, text)
+    if options.steps or options.block or options.gap:
+        raise UserError("--steps, --block and --gap are of masked diffusion, and this model writes from left to right.")
     sampling, line = choose_sampling(tokenizer, options.sampling, max_tokens=256)
     variables = flags.template_variables(options.thinking)
     prompt = as_prompt(tokenizer, text, options.raw, model.config, read_pictures(options.image), **variables)
@@ -95,6 +106,25 @@ def check_temperature(temperature: float | None) -> None:
     """Refuse temperature 0, at which several texts are one."""
     if temperature == 0:
         raise UserError("At temperature 0 all texts are the same: give --temperature, such as --temperature 0.8.")
+
+
+CAUSAL = ("image", "json", "stream", "guesses", "draft", "thinking", "vote", "best_of")  # options
+
+
+def print_unmasked(options: Options, model: Any, tokenizer: Any, text: str) -> None:
+    """Print what a model of masked diffusion writes behind a text, or the text with its gaps filled."""
+    from keifu.generation import unmasking
+    from keifu.generation.text.generate import as_prompt
+
+    if idle := [f"--{name.replace('_', '-')}" for name in CAUSAL if vars(options)[name] not in (None, False, ())]:
+        raise UserError(f"{', '.join(idle)} is of models that write from left to right, and this is masked diffusion.")
+    given = {name: vars(options)[name] for name in ("steps", "block") if vars(options)[name]}
+    how = unmasking.Unmasking.of({**options.sampling.given(), **given})
+    if options.gap:
+        print(unmasking.fill_gaps(model, tokenizer, text, options.gap, how))
+    else:
+        prompt: Any = as_prompt(tokenizer, text, options.raw)
+        print(unmasking.write(model, tokenizer, prompt, how))
 
 
 def print_chosen(

@@ -28,7 +28,7 @@ def bits(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*#shape"]) -> Int
     return _mix(_mix(seeds + STEP) + (positions + 1) * STEP)
 
 
-def uniform(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+def uniform(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Draw a number in [0, 1) for each seed and position, float64 where the device has it."""
     return narrow(_unit(bits(wide(seeds), wide(positions))), seeds.device)
 

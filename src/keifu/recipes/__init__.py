@@ -1,7 +1,7 @@
 """Recipes: one file for each run that `keifu train` knows, with its paper, command, cost, figure and options."""
 
 FOLDERS = {
-    "language": ("gpt", "gpt1", "gpt2", "gpt3", "llama", "olmo2", "palm", "palm2", "characters", "bert"),
+    "language": ("gpt", "gpt1", "gpt2", "gpt3", "llama", "llada", "olmo2", "palm", "palm2", "characters", "bert"),
     "translation": ("seq2seq", "transformer"),
     "speech": ("whisper",),
     "assistant": ("sft", "see", "reward", "dpo", "ppo", "grpo", "instruct"),

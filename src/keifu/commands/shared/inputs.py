@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,11 @@ ENGLISH = ("minilm",)  # encoders that read English alone
 OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uff9d]")
 
 
-def load_writer(name: str, weights: str | None = None) -> tuple[Any, Any]:
+def load_writer(
+    name: str, weights: str | None = None, takes: Callable[[Any], bool] | None = None
+) -> tuple[Any, Any]:  # fmt: skip
     """Load a model that writes text, its weights packed as `weights` says or as they are, and its tokenizer; for any
-    other kind of model a `UserError`.
+    other kind of model a `UserError`. takes: whether it is of the wanted kind; unset: causal.
 
     A person at a terminal is told that it is being loaded.
     """
@@ -25,7 +27,7 @@ def load_writer(name: str, weights: str | None = None) -> tuple[Any, Any]:
     from keifu.generation.text.model import explain_not_causal, is_writer
 
     model, tokenizer = load(name, weights=weights or "own")
-    if tokenizer is None or not is_writer(model):
+    if tokenizer is None or not (takes or is_writer)(model):
         raise UserError(f"{name} writes no text: {explain_not_causal(model)}")
     return model, tokenizer
 

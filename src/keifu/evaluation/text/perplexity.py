@@ -35,7 +35,7 @@ def accepts(on: str) -> bool:
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
     """Return the loss over windows as long as the context, each scored independently."""
-    ids, bytes_per_token = _held_out(request.on, tokenizer) if request.on in names() else _whole(request, tokenizer)
+    ids, bytes_per_token = tokens_of(request, tokenizer)
     if (context := text_model(model).config.context_length) < 2:
         raise UserError(f"The model's context is {context} token, which leaves none in a window to predict from it.")
     begin = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), None)
@@ -58,6 +58,11 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         "tokens/s": round(count / (time.perf_counter() - start), 1),
     }
     return EvalResult(figures, (f"Each window of {context} tokens begins without what stands before it.",))
+
+
+def tokens_of(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
+    """Return the tokens of the data, and their bytes each: of a catalogue name the held-out part, of a file all."""
+    return _held_out(request.on, tokenizer) if request.on in names() else _whole(request, tokenizer)
 
 
 def _held_out(name: str, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:

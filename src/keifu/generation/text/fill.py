@@ -16,6 +16,7 @@ from keifu.errors import UserError
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.model import Encoder, evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
+from keifu.generation.unmasking import close_gaps, split_gaps
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ def _mark_blanks(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]
     return [*ids, sep], positions
 
 
-GAP = "___"
 GREEDY = SamplingParams(max_tokens=64, temperature=0, seed=0)
 
 
@@ -78,24 +78,20 @@ def infill(model: nn.Module, tokenizer: Tokenizer, text: str) -> str:
 
     A text without a gap, and a tokenizer without modes and sentinels, are `UserError`s.
     """
-    parts = text.split(GAP)
-    if len(parts) == 1:
-        raise UserError(f"There is no gap in {text!r}: write {GAP} where something is wanted.")
+    parts = split_gaps(text)
     markers = Markers.of(tokenizer, len(parts) - 1)
     [written] = generate_batch(model, tokenizer, [prompt(tokenizer, markers, parts)], GREEDY)
     ends = [index for index, token in enumerate(written.tokens) if token in tokenizer.stop_ids]
     spans = split_spans(written.tokens[: ends[0] if ends else None], markers.sentinels)
     words = [*map(tokenizer.decode, spans), ""]
-    return "".join(part + word for part, word in zip(_close_span(parts), words, strict=True))
+    return "".join(part + word for part, word in zip(close_gaps(parts), words, strict=True))
 
 
 def prompt(tokenizer: Tokenizer, markers: Markers, parts: Sequence[str]) -> list[int]:
     """Return the mode, the parts with a sentinel between each two, and the first sentinel again, after which the model
     writes.
-
-    A space before a gap belongs to what fills it, as tokens begin with their space.
     """
-    encoded = tokenizer.encode_batch(_close_span(parts))
+    encoded = tokenizer.encode_batch(close_gaps(parts))
     ids = [markers.modes[REGULAR], *encoded[0]]
     for sentinel, part in zip(markers.sentinels.tolist(), encoded[1:], strict=True):
         ids += [sentinel, *part]
@@ -120,8 +116,3 @@ def continuation(model: nn.Module, tokenizer: Tokenizer, text: str, sampling: Sa
     vocabulary = tokenizer.backend.get_vocab()
     mode = [vocabulary[SEQUENTIAL]] if SEQUENTIAL in vocabulary else []
     return generate_batch(model, tokenizer, [[*mode, *tokenizer.encode(text)]], sampling)[0].text
-
-
-def _close_span(parts: Sequence[str]) -> list[str]:
-    """Parts without the space before a gap."""
-    return [part.removesuffix(" ") for part in parts[:-1]] + [parts[-1]]

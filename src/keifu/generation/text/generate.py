@@ -18,9 +18,10 @@ from keifu.errors import UserError
 from keifu.generation.draft import Draft
 from keifu.generation.images.prompts import ImagePrompt, render
 from keifu.generation.text.engine import Engine
-from keifu.generation.text.model import PREFILL_TOKENS, text_model
+from keifu.generation.text.model import PREFILL_TOKENS, MaskPredictor, text_model
 from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.sampling_params import SamplingOptions, SamplingParams, sampling_for
+from keifu.generation.unmasking import Unmasking, write
 from keifu.threads import follow_load
 
 Prompts = Sequence[str | Sequence[int] | ImagePrompt]
@@ -30,6 +31,8 @@ class GenerateOptions(SamplingOptions, total=False):
     """Options of `generate`."""
 
     images: Sequence[str | Path]
+    steps: int
+    block: int
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def generate(
             frequency_penalty, stop and seed, as in `SamplingParams`; images: files of pictures, for a model that sees.
             A missing one has the value of generation_config.json. Without that file it is temperature=0 (greedy) for
             chat models, temperature=0.8, top_k=40, top_p=0.95 and min_p=0.05 for base models, and max_tokens=256.
+            A model of masked diffusion takes those of `keifu.generation.unmasking.Unmasking` instead.
 
     Returns:
         The text, or a list of texts for a list of prompts.
@@ -163,10 +167,13 @@ def generate(
     """
     follow_load()
     images = [read_image(Path(file)).image for file in sampling.pop("images", ())]
-    config, settings = text_model(model).config, sampling_for(tokenizer, sampling)
     several: Iterable[str] = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Iterable) else prompt
-    prompts = [as_prompt(tokenizer, one, raw, config, images) for one in several]
-    texts = [done.text for done in generate_batch(model, tokenizer, prompts, settings)]
+    config = None if (masked := isinstance(model, MaskPredictor)) else text_model(model).config
+    prompts: list[Any] = [as_prompt(tokenizer, one, raw, config, images) for one in several]
+    if masked:
+        texts = [write(model, tokenizer, one, Unmasking.of(sampling)) for one in prompts]
+    else:
+        texts = [done.text for done in generate_batch(model, tokenizer, prompts, sampling_for(tokenizer, sampling))]
     return texts[0] if isinstance(prompt, str) else texts
 
 

@@ -52,6 +52,15 @@ class Encoder(Protocol):
 
 
 @runtime_checkable
+class MaskPredictor(Protocol):
+    """Interface of a model of masked diffusion, such as LLaDA; its `config` has `context_length` and `mask_token`."""
+
+    config: Any
+
+    def predict_masked(self, tokens: Tokens) -> Float[Tensor, "batch length vocab"]: ...
+
+
+@runtime_checkable
 class TwoTowers(Protocol):
     """Interface of a model with an image tower and a text tower, such as CLIP. Its `config` has `pixels`, what an image
     becomes before its tower sees it, and `context_length`; similarities are multiplied by exp(logit_scale)."""
@@ -103,6 +112,8 @@ def explain_not_causal(model: nn.Module) -> str:
             f"a {name} reads both sides of a text and cannot go on with one; it can embed texts (keifu embed), "
             "classify them (keifu classify) or fill in [MASK] (keifu.generation.text.fill.fill); smollm2 can write."
         )
+    if isinstance(model, MaskPredictor):
+        return "it writes by masked diffusion, in any order and without a cache: use keifu generate, or keifu.generate."
     if isinstance(model, Translator):
         return "as an encoder-decoder, it turns one text into another and does not go on with it: use keifu translate."
     if isinstance(model, TaskHeadModel):
@@ -125,6 +136,11 @@ def text_model(model: nn.Module) -> Model | NativeLM:
 def is_writer(model: nn.Module) -> bool:
     """Return whether it is a causal language model, in PyTorch or packed for native code."""
     return isinstance(model, Model | NativeLM)
+
+
+def continues_text(model: nn.Module) -> bool:
+    """Return whether it goes on with a text, token by token or by masked diffusion."""
+    return is_writer(model) or isinstance(model, MaskPredictor)
 
 
 def has_fixed_states(model: nn.Module) -> bool:

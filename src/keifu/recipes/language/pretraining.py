@@ -30,12 +30,13 @@ from keifu.ranges import BelowOne, Count, NotNegative, Seed
 from keifu.recipes.options import Logging
 from keifu.recipes.runs import TrainingOptions, parameters, train_run
 from keifu.training.loop import Summary
-from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.objectives.language_modeling import causal_language_modeling, masked_diffusion
 from keifu.training.objectives.layer_losses import with_balancing
-from keifu.training.protocols import Objective
+from keifu.training.protocols import Data, Objective
 from keifu.training.settings import Settings
 
 VALIDATION_TOKENS = 100_000
+PER_TOKEN = (causal_language_modeling, masked_diffusion)  # whose losses are nats a token of the text
 SAMPLE_TOKENS = 100
 
 
@@ -143,19 +144,22 @@ def pretrain(
     name: str, task: TextTask, build: Callable[[Any], DecoderLM], config: Any, settings: Settings, out: Path,
     resume: bool, prompt: str = "", about: dict[str, Any] | None = None, start_over: bool = False, z_loss: float = 0.0,
     row: int | None = None, objective: Objective = causal_language_modeling, options: Mapping[str, Any] = {},
+    change: Callable[[Data, int], Data] = lambda data, seed: data,
 ) -> Summary:  # fmt: skip
     """Train a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says.
 
     `start_over` removes an earlier run in that folder, which is refused otherwise. row: tokens of a row, where those
     are fewer than the model takes. objective: of the tokens, or of a teacher; options: what else decides the result.
+    change: of the data, with the seed.
     """
     torch.manual_seed(settings.seed)
     config, split = replace(config, vocab_size=task.tokenizer.vocab_size), not current().is_replicated
     model: Any = build_lazily(partial(build, config), choose()) if split else build(config).to(choose())
     config = model.config
-    data = PackedText(task.shards, row or config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
+    text = PackedText(task.shards, row or config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
+    data = change(text, settings.seed)
     deciding = {"model": asdict(config), "text": asdict(task.text), **options} | ({"z_loss": z_loss} if z_loss else {})
-    bytes_per_token = task.shards.bytes_per_token if objective is causal_language_modeling else None
+    bytes_per_token = task.shards.bytes_per_token if objective in PER_TOKEN else None
     if z_loss:
         objective = partial(causal_language_modeling, z_loss=z_loss)
     if (balancing := vars(config).get("balancing")) and mixtures(model):
@@ -166,8 +170,9 @@ def pretrain(
 
     return train_run(
         out, resume, model, objective, data, settings, task.tokenizer, title=name, parameters=parameters(model),
-        facts=task.facts(), options=deciding, sample=sample, largest=data.largest(), replace=start_over,
-        bytes_per_unit=bytes_per_token, watch=lambda figures: collapsed_routers(model), **(about or {}),
+        facts=task.facts(), options=deciding, sample=sample, largest=data.batch(text.growth.largest),
+        replace=start_over, bytes_per_unit=bytes_per_token, watch=lambda figures: collapsed_routers(model),
+        **(about or {}),
     )  # fmt: skip
 
 

@@ -58,6 +58,27 @@ def add_draws(data: Data, seed: int) -> MappedData:
     return MappedData(data, change, seed)
 
 
+RATES = 2**41  # the position of a step's first masking rate, likewise
+LEAST = 1e-3  # masking rate, so that its inverse is bounded
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def add_masking_rates(data: Data, seed: int) -> MappedData:
+    """Return data as of `add_draws` whose batches also have "rates" [batch]: the probability with which the tokens of a
+    row are masked.
+
+    They are spread evenly over the rows of a step, whatever their number (an additive recurrence), from a random begin:
+    each is uniform, and together they vary less than independent ones (Kingma et al., 2021, appendix I.1).
+    """
+
+    def change(batch: Batch, step: int, first: int) -> Batch:
+        begin = uniform(draw_noise(seed, step, 1), torch.tensor([RATES]))
+        shares = (begin + GOLDEN * torch.arange(first, first + rows_of(batch))) % 1
+        return {**batch, "rates": (LEAST + (1 - LEAST) * shares).float()}
+
+    return MappedData(add_draws(data, seed), change)
+
+
 def draw_noise(seed: int, step: int, rows: int, first: int = 0) -> Int[Tensor, " rows"]:
     """Return a random seed for each row of a step, whose first row has number `first`."""
     of_step = bits(torch.tensor([seed]), torch.tensor([step]))

@@ -1,5 +1,5 @@
 """Objectives on text: causal and masked language modeling, translation, classification, fine-tuning with an auxiliary
-language-modeling loss (GPT-1), and span corruption (UL2).
+language-modeling loss (GPT-1), span corruption (UL2), and masked diffusion (LLaDA).
 
 Each is a function of a model and a batch that gives sums over the elements that count.
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keifu.layers.counter_rng import uniform
 from keifu.layers.losses import IGNORED, Head, cross_entropy, linear_cross_entropy
 from keifu.training.protocols import Batch, LossOutput, Objective
 
@@ -166,6 +167,24 @@ def span_corruption(model: Any, batch: Batch) -> LossOutput:
     else:
         targets = targets.masked_fill(~wanted, IGNORED)
     return LossOutput(linear_cross_entropy(hidden, model.head_weight, None, targets)[0], wanted.sum())
+
+
+def masked_diffusion(model: Any, batch: Batch) -> LossOutput:
+    """Return an upper bound of -log p of each token of batch["tokens"] [batch, length] (Nie et al., 2025, equation 3):
+    the loss of masked tokens, divided by the probability batch["rates"] [batch] with which the row's were masked.
+
+    batch["draws"] [batch] are seeds of which tokens those are. The model offers `hidden(tokens)`, `head_weight` and
+    `config.mask_token`.
+    """
+    targets, rates = batch["tokens"], batch["rates"][:, None]
+    positions = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
+    masked = uniform(batch["draws"][:, None].expand_as(targets), positions) < rates
+    hidden, shares = model.hidden(targets.masked_fill(masked, model.config.mask_token)), masked / rates
+    chosen = hidden, targets, shares
+    if targets.device.type == "cpu":  # a GPU would be waited for
+        chosen = hidden[masked], targets[masked], shares[masked]
+    total, _ = linear_cross_entropy(chosen[0], model.head_weight, None, chosen[1], shares=chosen[2])
+    return LossOutput(total, targets.numel())
 
 
 def masked_share_loss(model: nn.Module, batch: Batch, objective: Objective, names: list[str]) -> LossOutput:

@@ -1,0 +1,121 @@
+"""Text by the reverse process of masked diffusion (LLaDA, Nie et al., 2025, section 2.4): masks become tokens over some
+steps, the likeliest first (low-confidence remasking), block after block (semi-autoregressive).
+
+It continues a text, and fills gaps between given words from both sides. There is no cache: each step is a pass over
+the whole text.
+"""
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError, require_known
+from keifu.generation.text.model import MaskPredictor, device_of, evaluation_mode
+from keifu.layers.counter_rng import bits, gumbel
+from keifu.ranges import Count, Seed, Temperature, check
+
+GAP = "___"
+
+
+@dataclass(frozen=True)
+class Unmasking:
+    """Settings of the reverse process; a value out of its range is a `UserError`.
+
+    max_tokens: masks behind a prompt; None fills the context. steps: passes of the model; None: one for each token.
+    block: masks that are filled before those behind them. temperature: divides the logits of the tokens that are drawn;
+    0 takes the likeliest.
+    """
+
+    max_tokens: Count | None = 64
+    steps: Count | None = None
+    block: Count = 32
+    temperature: Temperature | int = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Unmasking":
+        """Return the settings of these names, with a fresh seed if there is none; an unknown name is a `UserError`."""
+        for name in options:
+            require_known("option of masked diffusion", name, [field.name for field in fields(cls)])
+        return cls(**{"seed": secrets.randbits(53), **options})
+
+
+@torch.inference_mode()
+def unmask(model: nn.Module, tokens: Sequence[int], how: Unmasking) -> list[int]:
+    """Return the tokens with every mask among them replaced; a text that is too long is a `UserError`."""
+    predictor = _predictor(model)
+    room, mask = predictor.config.context_length, predictor.config.mask_token
+    if len(tokens) > room:
+        raise UserError(f"The text has {len(tokens)} tokens with its masks, and the model reads {room}: shorten it.")
+    x = torch.tensor([tokens], device=device_of(model))
+    masks, number = (x[0] == mask).nonzero()[:, 0], 0
+    with evaluation_mode(model):
+        for block in masks.split(how.block) if len(masks) else ():
+            for count in _counts(len(block), len(masks), how.steps):
+                left = block[x[0, block] == mask]
+                logits, number = predictor.predict_masked(x)[0, left], number + 1
+                noisy = logits
+                if how.temperature:
+                    seed = bits(torch.tensor([how.seed]), torch.tensor([number])).to(x.device)
+                    noisy = logits / how.temperature + gumbel(seed, logits.shape)[0]
+                chosen = noisy.argmax(-1)
+                sure = logits.softmax(-1).gather(-1, chosen[:, None])[:, 0].topk(count).indices
+                x[0, left[sure]] = chosen[sure]
+    return x[0].tolist()
+
+
+def _counts(size: int, total: int, steps: int | None) -> Iterator[int]:
+    """Yield how many masks of a block each of its steps fills: the block has its share of all steps, and at least
+    one."""
+    passes = size if steps is None else min(size, max(1, round(steps * size / total)))
+    for step in range(passes):
+        yield size * (step + 1) // passes - size * step // passes
+
+
+def write(model: nn.Module, tokenizer: Tokenizer, prompt: str | Sequence[int], how: Unmasking) -> str:
+    """Return what the model writes behind a prompt, up to its first end token; the prompt's length is refused if it
+    leaves no room."""
+    config = _predictor(model).config
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [*prompt]
+    if (room := config.context_length - len(ids)) < 1:
+        raise UserError(f"The prompt has {len(ids)} tokens, and the model reads {config.context_length}: shorten it.")
+    masks = [config.mask_token] * min(how.max_tokens or room, room)
+    done = unmask(model, [*ids, *masks], how)[len(ids) :]
+    ends = [index for index, token in enumerate(done) if token in tokenizer.stop_ids]
+    return tokenizer.decode(done[: ends[0] if ends else None])
+
+
+def fill_gaps(model: nn.Module, tokenizer: Tokenizer, text: str, tokens: int, how: Unmasking) -> str:
+    """Return the text with that many tokens instead of each `___`; a text without a gap is a `UserError`."""
+    parts = split_gaps(text)
+    mask, encoded = _predictor(model).config.mask_token, tokenizer.encode_batch(close_gaps(parts))
+    ids = [*encoded[0], *(token for part in encoded[1:] for token in [*[mask] * tokens, *part])]
+    return tokenizer.decode(unmask(model, ids, how))
+
+
+def split_gaps(text: str) -> list[str]:
+    """Return the parts of a text between its gaps; a text without a gap is a `UserError`."""
+    parts = text.split(GAP)
+    if len(parts) == 1:
+        raise UserError(f"There is no gap in {text!r}: write {GAP} where something is wanted.")
+    return parts
+
+
+def close_gaps(parts: Sequence[str]) -> list[str]:
+    """Return the parts without the space before a gap: it belongs to what fills it, as tokens begin with their
+    space."""
+    return [part.removesuffix(" ") for part in parts[:-1]] + [parts[-1]]
+
+
+def _predictor(model: nn.Module) -> MaskPredictor:
+    if not isinstance(model, MaskPredictor):
+        raise UserError(f"A {type(model).__name__} fills no masks: load a model of masked diffusion, such as LLaDA.")
+    return model

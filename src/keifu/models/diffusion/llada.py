@@ -1,0 +1,129 @@
+"""LLaDA (Nie et al., 2025, "Large Language Diffusion Models"): text by masked diffusion. LLaMA's blocks without the
+causal mask predict all masked tokens at once. New is that this scales as a language model: any share of the tokens is
+masked in training (as in MDLM, Sahoo et al., 2024), so that a text forms from masks alone, in any order.
+
+Axes: batch, length = tokens, dim, vocab.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.attention.positions import Positions
+from keifu.layers.dropout import Dropout
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import llama
+from keifu.models.hf import config as hf
+from keifu.ranges import Count, Natural, NotNegative, Positive
+
+Tokens = Int[Tensor, "batch length"]
+
+
+@dataclass(frozen=True)
+class Config(llama.DecoderConfig):
+    """The defaults are LLaDA-8B. mask_token: the id that hides a token."""
+
+    vocab_size: Count = 126_464
+    context_length: Count = 4096
+    dim: Count = 4096
+    hidden_dim: Count = 12_288
+    n_layers: Count = 32
+    n_heads: Count = 32
+    n_kv_heads: Count | None = None  # as many as n_heads
+    norm_eps: NotNegative = 1e-5
+    rope_theta: Positive = 500_000.0
+    mask_token: Natural = 126_336
+
+    def __post_init__(self) -> None:
+        if self.mask_token >= self.vocab_size:
+            raise UserError(f"mask_token is {self.mask_token}, which must be below vocab_size ({self.vocab_size}).")
+
+
+SIZES = {"llada-8b": Config()}
+PAPER_PARAMETERS = {"llada-8b": 8.02e9}
+
+
+class MaskedDiffusionLM(nn.Module):
+    """Embedding, blocks that see both sides, norm and head; `config` has the mask token."""
+
+    def __init__(self, decoder: DecoderLM):
+        super().__init__()
+        self.config, self.embedding, self.dropout = decoder.config, decoder.embedding, Dropout(decoder.config.dropout)
+        self.blocks, self.norm, self.head = decoder.blocks, decoder.norm, decoder.head
+
+    def hidden(self, tokens: Tokens) -> Float[Tensor, "batch length dim"]:
+        """Return the last hidden states, after the last norm; each token sees all others."""
+        x = self.dropout(self.embedding(tokens))
+        positions = Positions(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
+            x = block(x, mask=None, positions=positions, cache=None)
+        return self.norm(x)
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "batch length vocab"]:
+        """Return the logits of the token at each place, that of the mask among them."""
+        return nn.functional.linear(self.hidden(tokens), self.head_weight)
+
+    def predict_masked(self, tokens: Tokens) -> Float[Tensor, "batch length vocab"]:
+        """Return the logits of what a mask hides, in float32: never the mask itself."""
+        return self(tokens).float().index_fill_(-1, tokens.new_tensor([self.config.mask_token]), -torch.inf)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+        """Return the matrix of the head, for losses that do not want all logits at once."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+
+def build(config: Config) -> MaskedDiffusionLM:
+    """Build a model initialised as keifu's LLaMA."""
+    return MaskedDiffusionLM(llama.assemble(config, lambda layer: llama.attention(config)))
+
+
+_BLOCK = "model.transformer.blocks.*"
+WEIGHT_NAMES = {
+    "embedding": "model.transformer.wte",
+    "blocks.*.attention_norm": f"{_BLOCK}.attn_norm",
+    "blocks.*.attention.qkv": f"{_BLOCK}.[q,k,v]_proj",
+    "blocks.*.attention.out": f"{_BLOCK}.attn_out",
+    "blocks.*.feedforward_norm": f"{_BLOCK}.ff_norm",
+    "blocks.*.feedforward.gate_up": f"{_BLOCK}.[ff,up]_proj",
+    "blocks.*.feedforward.down": f"{_BLOCK}.ff_out",
+    "norm": "model.transformer.ln_f",
+    "head": "model.transformer.ff_out",
+}
+PREFIX = "model."
+MODEL_TYPES = {"llada": "LLaDAModelLM"}
+UNSUPPORTED = {
+    "block_type": "llama", "block_group_size": 1, "layer_norm_type": "rms", "layer_norm_with_affine": True,
+    "rope": True, "alibi": False, "attention_layer_norm": False, "include_bias": False, "include_qkv_bias": False,
+    "bias_for_layer_norm": False, "input_emb_norm": False, "scale_logits": False, "multi_query_attention": False,
+}  # fmt: skip
+FIELDS: hf.Fields = {
+    "vocab_size": hf.Field("embedding_size", lambda json: json["vocab_size"], also=("vocab_size",)),
+    "context_length": "max_sequence_length",
+    "dim": "d_model",
+    "hidden_dim": hf.Field("mlp_hidden_size", lambda json: json["mlp_ratio"] * json["d_model"]),
+    "n_layers": "n_layers",
+    "n_heads": "n_heads",
+    "n_kv_heads": hf.Field("n_kv_heads", None),
+    "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
+    "rope_theta": hf.Field("rope_theta", 10_000.0, float),
+    "activation": hf.activation_field("activation_type", "silu"),
+    "tied": hf.Field("weight_tying", False),
+    "dropout": hf.Field("attention_dropout", 0.0, hf.rate, also=("residual_dropout", "embedding_dropout")),
+    "mask_token": "mask_token_id",
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """Read the Config of a Hugging Face config.json of model_type llada."""
+    return Config(**hf.read_fields(json, FIELDS))
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """Return the config.json of LLaDA's released code."""
+    heads = {"n_kv_heads": config.n_heads, "rope_full_precision": True, "use_cache": False}
+    return {**UNSUPPORTED, **heads, **hf.write(config, MODEL_TYPES, FIELDS)}

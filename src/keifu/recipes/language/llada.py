@@ -1,0 +1,44 @@
+"""LLaDA (Nie et al., 2025) from scratch: text by masked diffusion, on LLaMA's blocks without the causal mask.
+
+Paper: "Large Language Diffusion Models", section 2.2 and appendix B: AdamW, weight decay 0.1, a warm-up of 2,000 steps
+to 4e-4, which is then held, and lowered twice near the end; batches of 1,280 rows of 4,096 tokens, of which 1% are
+shorter, 2.3 T tokens. Here all rows are equally long, and a cosine ends at a tenth of the rate.
+Command: keifu train llada --model.dim 256 --model.hidden-dim 704 --model.n-layers 4 --model.n-heads 4
+--model.context-length 128 --training.batch-size 32 --training.steps 3000 --training.warmup 100 --data english
+Cost: the default is the published size, for a cluster; the command above is for a laptop.
+Expected: the loss is an upper bound of the nats a token; docs/results.md, "Masked diffusion", has it next to LLaMA's.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from keifu.models.diffusion import llada
+from keifu.recipes.language import pretraining
+from keifu.training.objectives.diffusion import add_masking_rates
+from keifu.training.objectives.language_modeling import masked_diffusion
+
+
+@dataclass(frozen=True)
+class Recipe(pretraining.PublishedOptions):
+    """Options of the run."""
+
+    model: llada.Config = llada.Config()
+    """Sizes of the model. The vocabulary is the tokenizer's and the mask, whatever is given here."""
+    training: pretraining.TrainingOptions = pretraining.published(steps=440_000, batch_size=1280, learning_rate=4e-4)
+    """Settings of the training."""
+
+
+def build(config: llada.Config) -> llada.MaskedDiffusionLM:
+    """Build a model whose mask comes after the tokens of a tokenizer."""
+    return llada.build(replace(config, vocab_size=config.vocab_size + 1, mask_token=config.vocab_size))
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Train into `out`, which keifu.load and keifu generate read afterwards."""
+    task = pretraining.prepare_text(recipe.text, out)
+    made: Any = build
+    pretraining.pretrain(
+        "llada", task, made, replace(recipe.model, mask_token=0), recipe.training, out, resume, recipe.prompt,
+        row=recipe.model.context_length - 1, objective=masked_diffusion, change=add_masking_rates,
+    )  # fmt: skip
