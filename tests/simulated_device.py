@@ -2,8 +2,9 @@
 lie on two devices is refused, as a GPU would. So code runs whole, values included, and what it computes is comparable.
 
 `simulated()` is a block in which the device exists and is chosen. `READ` counts what the host reads from the device,
-`SENT` copies from the host: a GPU would be waited for in both. `LAUNCHED` counts kernels. Scalars (tensors without an
-axis) may lie anywhere.
+`SENT` copies from the host: a GPU would be waited for in both. `STAGED` counts copies to pinned memory of the host that
+nobody waits for: they are made when somebody waits for a later event. `LAUNCHED` counts kernels. Scalars (tensors
+without an axis) may lie anywhere.
 """
 
 import functools
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from keifu import devices
 
@@ -103,6 +105,8 @@ def compute(func, args, kwargs):
     if held and (func in READS or (func in COPIES and not there and where is not None)):
         READ[str(func)] += 1
     if func is aten.copy_.default and isinstance(args[1], Held) and not isinstance(args[0], Held):
+        if args[0] in PINNED and (*args, False)[2]:
+            return _copy_later(*args[:2])
         READ[str(func)] += 1
     if func in COPIES and not held and there:
         SENT[str(func)] += 1
@@ -110,10 +114,12 @@ def compute(func, args, kwargs):
         SENT[str(func)] += 1
     if there or (held and func not in COPIES):
         _count_kernel(func, tensors)
-    if kwargs.get("pin_memory"):
+    if pinned := bool(kwargs.get("pin_memory")):
         kwargs = {**kwargs, "pin_memory": False}
     inside = tree_map(lambda x: x.held if isinstance(x, Held) else x, (args, kwargs))
     found = func(*inside[0], **inside[1])
+    if pinned:
+        PINNED[found] = True
     if there or held:
         Graph.record(func, *inside, found)
     if func is aten.copy_.default:
@@ -124,6 +130,33 @@ def compute(func, args, kwargs):
     if not held or func is aten._to_copy.default:
         return wrapped
     return _written(func, args, kwargs) if _writes(func) else wrapped
+
+
+def _copy_later(to: Tensor, source: Held) -> Tensor:
+    """Copy the numbers of now when somebody waits for it; until then the memory has others."""
+    LATER.append(functools.partial(to.copy_, source.held.clone()))
+    STAGED["copy_"] += 1
+    return to.fill_(torch.nan if to.is_floating_point() else 1)
+
+
+class _Event:
+    """The end of the copies that were asked for before it."""
+
+    def __init__(self):
+        self.copies = LATER.copy()
+
+    def synchronize(self) -> None:
+        for copy in self.copies:
+            if copy in LATER:
+                LATER.remove(copy)
+                copy()
+
+
+class _Stream:
+    """The order in which the device works."""
+
+    def record_event(self) -> _Event:
+        return _Event()
 
 
 class Graph:
@@ -201,6 +234,9 @@ def _written(func, args, kwargs) -> Tensor:
 
 READ: Counter = Counter()
 MEMORIES: list[Any] = []  # of each graph
+STAGED: Counter = Counter()
+LATER: list[Any] = []
+PINNED = WeakTensorKeyDictionary()
 SENT: Counter = Counter()  # copies from the host's pageable memory, for which the host waits
 LAUNCHED: Counter = Counter()
 RECORD: deque = deque(maxlen=10_000)  # operations with the shapes of their tensors, and their numbers
@@ -311,6 +347,9 @@ class _Module:
     def current_device(self) -> int:
         return 0
 
+    def current_stream(self, device=None) -> _Stream:
+        return _Stream()
+
     def _is_in_bad_fork(self) -> bool:
         return False
 
@@ -404,7 +443,7 @@ def _copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor
 def simulated() -> Iterator[Counter]:
     """Make the device exist and choose it inside a block. Yield the count of the host's reads from it."""
     where, before = device(), torch.get_num_threads()
-    for counter in (READ, SENT, LAUNCHED, MEMORIES):
+    for counter in (READ, SENT, STAGED, LATER, PINNED, LAUNCHED, MEMORIES):
         counter.clear()
     names = mock.patch.object(devices, "available", lambda: ["sim:0", "cpu"])
     one_thread = torch.autograd.set_multithreading_enabled(False)  # the engine has no thread for this device

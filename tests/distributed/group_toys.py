@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from language_models import every_model  # noqa: F401 (a case names it)
+from state_toys import states  # noqa: F401 (the same)
 from torch import nn
 from torch.distributed import PrefixStore
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,27 +1,35 @@
 """States of a split model, by torch's distributed checkpoints: each process writes and reads its parts as safetensors.
 
-A state is written by a thread while training goes on, beside its name; its JSON file comes last. The matrices of a
-joined parameter are stored as `name#0`, `name#1`, ..., so that any mesh can read them, and one process too.
+A state is written by a thread while training goes on, beside its name. Each process hashes its file as it writes it;
+the JSON file with the hashes comes last. The matrices of a joined parameter are stored as `name#0`, `name#1`, ..., so
+that any mesh can read them, and one process too.
 """
 
+import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, futures
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 
 from keifu.distributed.pod import Pod
 from keifu.errors import UserError
-from keifu.files import sha256
+from keifu.files import sync
 from keifu.processes import local as local_part
 from keifu.training.run import checkpoint
 
@@ -44,9 +52,6 @@ class Chunks(Tensor):
         """Return the size of the whole, which a state's tensors are compared with."""
         return self.whole
 
-    def to(self, *target: Any, **how: Any) -> "Chunks":  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Chunks.of({offset: chunk.to(*target, **how) for offset, chunk in self.chunks.items()}, self.whole)
-
     def __create_write_items__(self, name: str, tensor: "Chunks") -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(next(iter(self.chunks.values())))
         data = [TensorWriteData(chunk, properties, self.whole) for chunk in self.__create_chunk_list__()]
@@ -59,6 +64,77 @@ class Chunks(Tensor):
         return self.chunks[torch.Size(index.offset or ())]
 
 
+class Staging:
+    """Memory of the host for the copies of a state that are written, of GPUs' tensors pinned and the same for all
+    states."""
+
+    def __init__(self):
+        self.buffers: dict[Any, Tensor] = {}
+
+    def copy(self, name: Any, tensor: Tensor) -> Tensor:
+        """Return a copy on the host, which of a GPU's tensor is there when the GPU comes to it (see `mark`)."""
+        if isinstance(tensor, Chunks):
+            chunks = tensor.chunks.items()
+            return Chunks.of({offset: self.copy((name, offset), chunk) for offset, chunk in chunks}, tensor.whole)
+        if tensor.device.type == "cpu":
+            return tensor.clone()
+        buffer = self.buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return buffer.copy_(tensor, non_blocking=True)
+
+    @staticmethod
+    def mark(tensors: Iterable[Tensor]) -> list[Any]:
+        """Return events that are waited for until the tensors' GPUs have made all copies that were asked for so far."""
+        gpus = {tensor.device for tensor in tensors} - {torch.device("cpu")}
+        return [torch.get_device_module(gpu).current_stream(gpu).record_event() for gpu in gpus]
+
+
+class HashedFile(BufferedWriter):
+    """A new file that is hashed as it is written."""
+
+    def __init__(self, path: Path):
+        super().__init__(FileIO(path, "wb"))
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return super().write(data)
+
+
+class HashedFiles(FileSystem):
+    """Files of one process, with their hashes by their names."""
+
+    def __init__(self):
+        self.hashes: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with HashedFile(path) as file:
+            yield file
+        self.hashes[Path(path).name] = file.digest.hexdigest()
+
+
+class Writer(HuggingFaceStorageWriter):
+    """Writer of this process's file. On the first process `hashes` are those of all files after the end."""
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder), save_distributed=True)
+        self.fs = HashedFiles()
+        self.per_thread_copy_ahead = 0  # the copies are on the host: the thread uses no GPU, which would be the first
+        self.hashes: dict[str, str] = {}
+
+    def write_data(self, plan: Any, planner: Any) -> futures.Future[list[WriteResult]]:
+        """Write the file; its hash alone goes to the first process, not the place of every tensor."""
+        super().write_data(plan, planner).wait()
+        written = futures.Future[list[WriteResult]]()
+        written.set_result([WriteResult(MetadataIndex(name), 0, digest) for name, digest in self.fs.hashes.items()])
+        return written
+
+    def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
+        self.hashes = {result.index.fqn: result.storage_data for part in results for result in part}
+
+
 class States:
     """Writer of the states of a run whose model is split over a pod; `main`: whether this process is the first."""
 
@@ -67,6 +143,8 @@ class States:
         self.group: Any = distributed.new_group(backend="gloo")  # the thread's own, beside those of training
         self.thread = ThreadPoolExecutor(1)
         self.written: Future[None] | None = None
+        self.staging = Staging()
+        self.plans = uuid4().hex  # under which torch keeps the plan of the state before, which most states have too
 
     def save(
         self, pod: Pod, directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any],
@@ -77,30 +155,40 @@ class States:
         if self.main:
             shutil.rmtree(_beside(checkpoint.folder(directory, step)), ignore_errors=True)
         distributed.barrier(self.group)
-        copies = {name: tensor.to("cpu", copy=True) for name, tensor in chunked(pod, tensors, apart=True).items()}
+        parts = chunked(pod, tensors, apart=True)
+        copies = {name: self.staging.copy(name, tensor) for name, tensor in parts.items()}
+        copied = self.staging.mark(tensors.values())
         commit = partial(checkpoint.commit, directory, step, prune=prune)
-        self.written = self.thread.submit(self._write, checkpoint.folder(directory, step), copies, dict(facts), commit)
+        folder = checkpoint.folder(directory, step)
+        self.written = self.thread.submit(self._write, folder, copies, copied, dict(facts), commit)
 
     def flush(self) -> None:
         """Wait until the last state is on disk; a `UserError` where it is not."""
         error, self.written = self.written and self.written.exception(), None
+        self.plans = uuid4().hex if error else self.plans  # which not all processes may have
         if isinstance(error, dcp.api.CheckpointException):
             number, (reason, _) = next(iter(error.failures.items()))
             raise UserError(f"Process {number} could not write its part of the state: {reason}.") from error
         if error:
             raise UserError(f"The state could not be written: {error}.") from error
 
-    def _write(self, folder: Path, copies: dict[str, Any], facts: dict[str, Any], commit: Callable[..., None]) -> None:
+    def _write(
+        self, folder: Path, copies: dict[str, Any], copied: list[Any], facts: dict[str, Any],
+        commit: Callable[..., None],
+    ) -> None:  # fmt: skip
+        for event in copied:
+            event.synchronize()
         part = _beside(folder)
-        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-        dcp.save(copies, storage_writer=writer, process_group=self.group)  # pyright: ignore
+        writer, planner = Writer(part), DefaultSavePlanner(enable_plan_caching=True)
+        planner._cached_plans_key = self.plans
+        dcp.save(copies, storage_writer=writer, planner=planner, process_group=self.group)  # pyright: ignore
         failed: list[Exception | None] = [None]
         if self.main:
             try:
                 shutil.rmtree(folder, ignore_errors=True)
+                sync(part)
                 part.rename(folder)
-                files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-                commit({"files": files, **facts})
+                commit({"files": dict(sorted(writer.hashes.items())), **facts})
             except (OSError, UserError) as error:
                 failed = [error]
         distributed.broadcast_object_list(failed, group=self.group)  # so that all leave the next state out, or none

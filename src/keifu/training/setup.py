@@ -129,8 +129,7 @@ def _check_growth(settings: Settings, data: Data) -> None:
 
 
 def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.SavedState:
-    """Return the newest state that the first process finds whole: it alone looks for damage in the parts of a split
-    model."""
+    """Return the newest whole state, on each process the one of the first process."""
     saved, complaints = checkpoint.latest(run.directory)
     for text in complaints:
         tell(text)

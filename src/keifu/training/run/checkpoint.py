@@ -83,7 +83,7 @@ def latest(directory: Path) -> tuple[SavedState, list[str]]:
     """Return the newest complete state of a run, and a sentence for each newer one that is damaged; a `UserError` if
     none."""
     faults = []
-    for step in reversed(steps(directory)):
+    for step in reversed(current().broadcast(steps(directory))):
         try:
             return read(directory, step), [f"{fault} Going on from the one before, of step {step}." for fault in faults]
         except UserError as error:
@@ -155,21 +155,44 @@ def _files(directory: Path, step: int) -> tuple[Path, Path]:
 
 
 def read(directory: Path, step: int) -> SavedState:
-    """Return the state of a step; a damaged or incomplete one is a `UserError` that names the file. Where the model is
-    split, each process reads its parts when it loads the state."""
+    """Return the state of a step; a damaged or incomplete one is a `UserError` that names the file.
+
+    If the model is split, all processes call this, and each reads its parts when it loads the state. Each of them
+    hashes its share of the files; damage that one finds is an error on all.
+    """
+    if current().is_replicated:
+        return _read(directory, step)
+    fault, state = "", SavedState(step, {}, {})
+    try:
+        state = _read(directory, step)
+    except UserError as error:
+        fault = str(error)
+    if fault := current().broadcast(next(filter(None, current().gather(fault)), "")):
+        raise UserError(fault)
+    return state
+
+
+def _read(directory: Path, step: int) -> SavedState:
+    """Return a state whose files this process has checked, all or its share; of a split model's, without tensors."""
     tensor_file, facts_file = _files(directory, step)
     facts = _facts(facts_file, step)
-    if "files" in facts:
-        return _read_parts(folder(directory, step), step, facts)
-    if not tensor_file.exists():
-        raise UserError(f"{tensor_file} is missing.")
-    if sha256(plain_file(tensor_file)) != facts["sha256"]:
-        raise UserError(f"{tensor_file} is damaged: its hash is not the one stored.")
+    there = folder(directory, step) if "files" in facts else tensor_file
+    files = {there / name: digest for name, digest in facts.get("files", {"": facts.get("sha256")}).items()}
+    if strangers := {*there.glob("*.safetensors")} - {*files}:
+        raise UserError(f"{min(strangers)} is not of this state, whose files are listed in {facts_file}.")
+    processes = current()
+    share = slice(0, None, 1) if processes.is_replicated else slice(processes.rank, None, processes.world_size)
+    for path, digest in [*files.items()][share]:
+        if not path.exists():
+            raise UserError(f"{path} is missing.")
+        if sha256(plain_file(path)) != digest:
+            raise UserError(f"{path} is damaged: its hash is not the one stored.")
+    if not processes.is_replicated:
+        return SavedState(step, facts, {}, there)
     try:
-        tensors = load_file(tensor_file) if current().is_replicated else {}
-        return SavedState(step, facts, tensors, tensor_file)
+        return SavedState(step, facts, _whole(there) if "files" in facts else load_file(there), there)
     except SafetensorError as error:
-        raise UserError(f"{tensor_file} is damaged: {error}.") from None
+        raise UserError(f"{there} is damaged: {error}.") from None
 
 
 def _facts(path: Path, step: int) -> dict[str, Any]:
@@ -186,21 +209,14 @@ def _facts(path: Path, step: int) -> dict[str, Any]:
     return facts
 
 
-def _read_parts(directory: Path, step: int, facts: dict[str, Any]) -> SavedState:
-    """Return a state that several processes have written, for one that holds the whole model."""
-    for name, digest in facts["files"].items():
-        if not (directory / name).exists():
-            raise UserError(f"{directory / name} is missing.")
-        if current().is_main and sha256(directory / name) != digest:
-            raise UserError(f"{directory / name} is damaged: its hash is not the one stored.")
-    if not current().is_replicated:
-        return SavedState(step, facts, {}, directory)
+def _whole(directory: Path) -> dict[str, Tensor]:
+    """Return the tensors of a state that several processes have written."""
     tensors = read_sharded(directory, {})
     parts = sorted((name for name in tensors if "#" in name), key=lambda name: int(name.rpartition("#")[2]))
     joined: dict[str, list[Tensor]] = {}
     for name in parts:
         joined.setdefault(name.rpartition("#")[0], []).append(tensors.pop(name))
-    return SavedState(step, facts, tensors | {name: torch.cat(parts) for name, parts in joined.items()}, directory)
+    return tensors | {name: torch.cat(parts) for name, parts in joined.items()}
 
 
 def read_sharded(directory: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
