@@ -63,14 +63,17 @@ def states(folder: Path) -> dict[str, Any]:
     from group_toys import learn  # which imports this file
 
     found, run = dict[str, Any](), folder / "run"
-    found["calm"] = learn("llama", folder / "calm", 30)["weights"]
+    with Counts() as planning:
+        found["calm"] = learn("llama", folder / "calm", 30)["weights"]
+    found["plans"] = [plans for _, _, plans in planning.of_all()]
     with Counts() as saving:
         learn("llama", run, 20)
     found["saving"] = saving.of_all()
     found["sizes"] = {f"{path.parent.name}/{path.name}": path.stat().st_size for path in _files(run)}
     found["refused"] = {name: _refusal(run, name) for name in DAMAGES}
     found["cut"] = current().gather(_cut_off(lambda: learn("llama", run, 30)))
-    found["left"] = checkpoint.steps(run), [path.name for path in (run / "state").glob(".step-00000030.part/*")]
+    parts = (run / "state").glob(".step-00000030.part/*")
+    found["left"] = checkpoint.steps(run), [path.name for path in parts if path.stat().st_size]
     with Counts() as reading:
         found["resumed"] = learn("llama", run, 30)["weights"]
     found["reading"] = reading.of_all()

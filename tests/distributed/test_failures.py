@@ -235,6 +235,20 @@ def test_a_damaged_part_takes_all_processes_to_the_state_before(tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_a_state_of_which_a_process_was_killed_is_none(tmp_path: Path) -> None:
+    """While it writes its part, when that of the other process is whole. The run goes on to the bits of a calm one."""
+    two = "--processes", "2", "--mesh.shard", "2"
+    status, said = finished(tmp_path / "run", *two, "--fault", "cut off")
+    assert status == 1 and "Process 1" in said
+    assert [path.name for path in (tmp_path / "run/state").glob("*6*")] == [".step-00000006.part"]
+    status, said = finished(tmp_path / "run", *two, "--resume")
+    assert status == 0 and "Going on from step 4" in said, said
+    assert finished(tmp_path / "calm", *two)[0] == 0
+    ends = [sorted((tmp_path / name / "state/step-00000012").iterdir()) for name in ("run", "calm")]
+    assert len(ends[0]) == 2 and [path.read_bytes() for path in ends[0]] == [path.read_bytes() for path in ends[1]]
+
+
+@pytest.mark.slow
 def test_a_state_that_the_first_process_could_not_end_is_left_out_by_all(tmp_path: Path) -> None:
     words = "--processes", "2", "--mesh.shard", "2", "--mesh.time-limit", "60"
     status, said = finished(tmp_path, *words, "--fault", "no room")

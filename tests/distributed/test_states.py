@@ -44,8 +44,8 @@ def test_a_process_hashes_its_share_of_the_files_of_a_state_that_it_resumes(foun
 
 
 def test_a_plan_is_sent_once_for_all_states(found: Found) -> None:
-    (first, *others), later = found["saving"][0][2], found["saving"][1][2]
-    assert first > 20 and others == [0] and later == []
+    (first, *others), second = found["plans"]
+    assert first > 20 and others == [0, 0] and second == []
 
 
 @pytest.mark.parametrize(

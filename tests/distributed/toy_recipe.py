@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from group_toys import KINDS, ToyData
 
+from keifu.distributed.checkpoint import HashedFile
 from keifu.processes import current
 from keifu.training import setup
 from keifu.training.loop import train
@@ -25,7 +26,8 @@ from keifu.training.settings import Settings
 @dataclass(frozen=True)
 class Recipe:
     """Options of the run; fault: what is wrong with process 1 of a new run, or happens to it at step 7, or to process 0
-    as it ends a state ("no room"). until: a file that the last step waits for."""
+    as it ends a state ("no room"); "cut off": process 1 dies in the state of step 6. until: a file that the last step
+    waits for."""
 
     kind: str = "gpt2"
     steps: int = 12
@@ -68,6 +70,16 @@ def commit(directory: Path, step: int, *rest: Any, write: Any = checkpoint.commi
     write(directory, step, *rest, **more)
 
 
+def cut_off(file: Any, data: Any, write: Any = HashedFile.write) -> int:
+    """Write a part of a state, or die in the state of step 6 behind the other process."""
+    folder = Path(file.name).parent
+    while "00000006" in folder.name:
+        if [path for path in folder.glob("shard-00001-*") if path.stat().st_size]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+    return write(file, data)
+
+
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`."""
     torch.manual_seed(0)
@@ -80,6 +92,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         setup.__version__ = "0.0.1"
     if data.fault == "no room":
         checkpoint.commit = commit
+    if data.apart == "cut off":
+        HashedFile.write = cut_off
     if data.apart == "full disk":  # no file may have more than a byte
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
