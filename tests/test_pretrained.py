@@ -162,6 +162,12 @@ def test_it_was_trained_on_a_part_that_shares_nothing_with_the_test_pairs(name: 
     assert trained.isdisjoint(tested)
 
 
-def test_a_package_that_is_not_installed_is_named() -> None:
-    with pytest.raises(UserError, match="keifu-pretrained-2 has it, and is not installed: pip install"):
+@pytest.mark.parametrize(("clone", "package"), [(True, r"\./pretrained"), (False, "keifu-pretrained")])
+def test_a_package_that_is_not_installed_is_named(
+    clone: bool, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the way to install it: from the clone that keifu runs in, or from the index."""
+    if not clone:
+        monkeypatch.setattr(catalogue, "CLONE", tmp_path)
+    with pytest.raises(UserError, match=rf"keifu-pretrained-2 has it, and is not installed: pip install {package}\.$"):
         catalogue._folder("keifu_pretrained_2")

@@ -5,6 +5,7 @@ them from both sides, and it tells whether one sentence follows another. It then
 and takes under two minutes on two cores.
 """
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -177,7 +178,6 @@ def main(steps=2500):
         optimizer.step()
         if step % 500 == 0:
             print(f"step {step}  loss {loss.item():.3f}")
-
     model.eval()
     with torch.no_grad():
         for name, sums in (("shown", shown), ("held-out", held_out)):
@@ -197,4 +197,4 @@ def main(steps=2500):
 
 
 if __name__ == "__main__":
-    main()
+    print(__doc__.strip()) if "--help" in sys.argv else main()

@@ -6,6 +6,7 @@ two minutes on two cores.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -191,10 +192,9 @@ def main(steps=2500, batch_size=36):
         truth = torch.tensor(group).repeat_interleave(20)
         pictures = torch.stack([draw(CAPTIONS[i]) for i in truth])
         with torch.no_grad():
-            named = model(pictures, tokens).argmax(-1)
-        share = (named == truth).float().mean().item()
-        print(f"{name} captions: {share:.1%} of {len(truth)} pictures get their name, of 40 names")
+            right = model(pictures, tokens).argmax(-1) == truth
+        print(f"{name} captions: {right.float().mean():.1%} of {len(truth)} pictures get their name, of 40 names")
 
 
 if __name__ == "__main__":
-    main()
+    print(__doc__.strip()) if "--help" in sys.argv else main()

@@ -6,6 +6,7 @@ It needs torch alone and takes about 80 seconds on two cores. Guidance is from H
 
 import math
 import struct
+import sys
 import zlib
 from dataclasses import dataclass
 
@@ -196,4 +197,4 @@ def main(steps=1250, batch_size=32):
 
 
 if __name__ == "__main__":
-    main()
+    print(__doc__.strip()) if "--help" in sys.argv else main()

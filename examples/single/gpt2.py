@@ -7,6 +7,7 @@ writes a continuation. It needs torch alone and takes under two minutes on two c
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -191,4 +192,4 @@ def main(steps=650, batch_size=16):
 
 
 if __name__ == "__main__":
-    main()
+    print(__doc__.strip()) if "--help" in sys.argv else main()

@@ -7,6 +7,7 @@ model learns these preferences, and PPO raises its reward. It needs torch alone 
 
 import copy
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -193,4 +194,4 @@ def main(fine_tuning=700, comparisons=400, rounds=60):
 
 
 if __name__ == "__main__":
-    main()
+    print(__doc__.strip()) if "--help" in sys.argv else main()

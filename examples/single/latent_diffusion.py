@@ -7,6 +7,7 @@ pictures and their reconstructions; below, pictures drawn from captions. Torch a
 
 import math
 import struct
+import sys
 import zlib
 from functools import partial
 from pathlib import Path
@@ -184,8 +185,7 @@ def main(autoencoder_steps=300, steps=800):
     scale = 1 / autoencoder.encoder(draw(64)[0])[:, :4].detach().std()  # latents of variance 1
     train([*denoiser.parameters(), *table.parameters()], noise_error, steps)
     with torch.no_grad():
-        pictures, words = draw(8)
-        x, visited = torch.randn(8, 4, 6, 6), torch.linspace(999, 0, 50).long()
+        (pictures, words), x, visited = draw(8), torch.randn(8, 4, 6, 6), torch.linspace(999, 0, 50).long()
         for t, after in zip(visited, [*alpha_bar[visited[1:]], torch.tensor(1.0)]):
             both = [denoiser(x, t.expand(8), table(w)) for w in (words, torch.zeros_like(words))]
             noise, left = both[1] + 2 * (both[0] - both[1]), alpha_bar[t]
@@ -197,4 +197,4 @@ def main(autoencoder_steps=300, steps=800):
 
 
 if __name__ == "__main__":
-    main()
+    print(__doc__.strip()) if "--help" in sys.argv else main()

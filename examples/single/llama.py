@@ -194,7 +194,7 @@ def main(steps=300, batch_size=16, length=128):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 1 and "--help" not in sys.argv:
         print(generate(load(sys.argv[1]), torch.tensor([[int(token) for token in sys.argv[2:]]]), 20)[0].tolist())
     else:
-        main()
+        print(__doc__.strip()) if "--help" in sys.argv else main()

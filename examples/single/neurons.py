@@ -5,6 +5,7 @@ drawn digits. It needs torch alone and takes a few seconds.
 """
 
 import math
+import sys
 
 import torch
 from torch import nn
@@ -143,4 +144,4 @@ def main(steps=3000):
 
 
 if __name__ == "__main__":
-    main()
+    print(__doc__.strip()) if "--help" in sys.argv else main()

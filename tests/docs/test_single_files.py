@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from functools import cache
@@ -19,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from keifu.alignment import ppo
 from keifu.commands.reference import eject
+from keifu.errors import UserError
 from keifu.models import bert, gpt2, llama, mlp, seq2seq, transformer
 from keifu.models.clip import clip, image, text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm
@@ -68,6 +70,16 @@ def copied(ours: nn.Module, library: nn.Module, without: tuple[str, ...] = ()) -
 
 def tokens(high: int, *shape: int, low: int = 0) -> Tensor:
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_help_is_the_docstring_and_starts_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    monkeypatch.setattr(torch, "manual_seed", pytest.fail)  # with which each of them begins
+    found = runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out == found["__doc__"].strip() + "\n"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -327,3 +339,11 @@ def test_eject_prints_the_file_that_the_page_of_a_landmark_links(capsys: pytest.
     for name, file in names.items():
         eject.run(eject.Options(name))
         assert capsys.readouterr().out == (FOLDER / f"{file}.py").read_text(encoding="utf-8"), name
+
+
+@pytest.mark.parametrize(("name", "near"), [("gpt", "gpt2"), ("GPT2", "gpt2"), ("vae", None), ("x", None)])
+def test_eject_suggests_a_name_that_is_near_or_none(name: str, near: str | None) -> None:
+    with pytest.raises(UserError) as error:
+        eject.run(eject.Options(name))
+    guess = f" Did you mean {near!r}?" if near else ""
+    assert f"edition {name!r}.{guess} Known: " in str(error.value)

@@ -43,6 +43,14 @@ def test_linear_cross_entropy_equals_the_loss_of_the_logits(case, label_smoothin
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_no_rows_have_a_gradient_of_zero():
+    hidden, weight, bias = (torch.ones(shape, requires_grad=True) for shape in ((2, 0, 7), (29, 7), (29,)))
+    total, _ = losses.linear_cross_entropy(hidden, weight, bias, torch.zeros(2, 0, dtype=torch.long))
+    total.backward()
+    for tensor in (hidden, weight, bias):
+        torch.testing.assert_close(tensor.grad, torch.zeros_like(tensor))
+
+
 def test_a_mask_is_the_same_as_ignored_targets(case):
     hidden, weight, targets = case
     mask = torch.rand(2, 11) < 0.5

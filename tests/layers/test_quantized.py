@@ -49,6 +49,13 @@ def adapted() -> nn.Sequential:
     return quantize_bases(made)  # pyright: ignore[reportReturnType]
 
 
+def test_a_matrix_in_blocks_takes_no_adapter() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), QuantizedLinear(nn.Linear(64, 64)))
+    with pytest.raises(UserError, match="^The matrix of 1 is packed in blocks: load the model without "):
+        attach(model, {Target(name, 0, 64, name): LoraSettings() for name in ("0", "1")})
+    assert all(p.requires_grad for p in model[0].parameters()) and type(model[0]) is nn.Linear
+
+
 def test_a_step_trains_adapters_alone_and_keeps_no_matrix() -> None:
     model, x = adapted(), torch.randn(3, 64)
     saved = []

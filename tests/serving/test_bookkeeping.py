@@ -1,6 +1,7 @@
 """Counts of the service: room for requests, guesses, limits of other clients, and runs that began again."""
 
 import asyncio
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,10 @@ from unittest.mock import create_autospec
 import httpx
 import pytest
 from serving_toys import WAIT, running, until
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from simulated_device import simulated
 
 import keifu
 from keifu.generation.text.engine import Engine
@@ -61,6 +66,12 @@ def test_a_model_that_writes_is_counted_twice(folder: Path, kind: str, times: in
     """For PyTorch, and packed for native code."""
     parameters = keifu.load(str(folder / kind))[0].parameters()
     assert describe(str(folder / kind)).size == times * 4 * sum(each.numel() for each in parameters)
+
+
+def test_a_model_that_writes_is_counted_once_on_a_gpu(folder: Path) -> None:
+    with simulated():
+        about, parameters = describe(str(folder / "base")), keifu.load(str(folder / "base"))[0].parameters()
+        assert about.size == about.whole == sum(each.nbytes for each in parameters)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(-2, None), (-1, None), (0, 0), (5, 5), (None, None)])

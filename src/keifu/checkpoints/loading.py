@@ -184,17 +184,19 @@ def _adapted(path: Path, base: Any) -> Any:
     return adapted.replace(generation_config=base.generation_config, stop_ids=adapted.stop_ids | base.stop_ids)
 
 
-def planned(name: str | Path, dtype: torch.dtype | None = None) -> LoadPlan:
-    """Return the plan that `load` would fill: a model on the meta device, with its file opened, for whoever looks at it
-    first."""
+def planned(
+    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> LoadPlan:  # fmt: skip
+    """Return the plan that `load` would fill on a device: a model on the meta device, with its file opened, for whoever
+    looks at it first."""
     path = locate(name)
     with reading(path):
         if is_adapter(path):
-            base = planned(base_of(path), dtype)
+            base = planned(base_of(path), dtype, device)
             source = replace(base.source, tokenizer=lambda: _adapted(path, base.source.tokenizer()))
             notes = [*base.notes, f"The adapters of {path} are added to these tensors."]
             return replace(base, source=source, notes=notes)
-        return plan(open_source(path), dtype)
+        return plan(open_source(path), dtype, device)
 
 
 def open_source(path: Path) -> Source:

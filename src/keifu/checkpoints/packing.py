@@ -5,9 +5,11 @@ memory than the packed weights. Axes: rows, columns = of one of our matrices; by
 """
 
 import ctypes
+import math
 import mmap
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,6 +76,18 @@ def fill_in_blocks(load_plan: LoadPlan, device: torch.device) -> nn.Module:
             blocks = [_stored(load_plan, link, number, device) for number in range(len(link.theirs))]
             model.set_submodule(name, QuantizedLinear(cast(nn.Linear, model.get_submodule(name)), blocks))
     return model
+
+
+def bytes_in_blocks(load_plan: LoadPlan) -> int:
+    """Return the bytes of the weights of the model that `fill_in_blocks` returns."""
+    size = load_plan.dtype.itemsize
+    total = load_plan.parameters * size
+    for link in filter(partial(_stays_packed, load_plan), load_plan.links):
+        for name, rows in zip(link.theirs, link.rows, strict=True):
+            form = FORMATS[load_plan.source.stored[name].kind]
+            numbers = rows * math.prod(link.shape[1:])
+            total += numbers // form.numbers * form.bytes - numbers * size
+    return total
 
 
 def _stays_packed(load_plan: LoadPlan, link: Link) -> bool:

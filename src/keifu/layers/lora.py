@@ -178,10 +178,12 @@ def attach(model: nn.Module, targets: Mapping[Target, LoraSettings]) -> nn.Modul
         raise UserError("This model has adapters already: merge them first, or load it without them.")
     if not targets:
         raise UserError("No layer was chosen for an adapter: name at least one.")
-    model.requires_grad_(False)
     targets_of: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
         targets_of[target.module].append(target)
+    if packed := [name for name in targets_of if isinstance(model.get_submodule(name), QuantizedLinear)]:
+        raise UserError(f"The matrix of {packed[0]} is packed in blocks: load the model without `weights` first.")
+    model.requires_grad_(False)
     for name, parts in targets_of.items():
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear | nn.Conv2d)

@@ -42,7 +42,7 @@ def show() -> dict[str, bytes]:
         if name not in missing:
             pictures |= landmark(name)
     if missing:
-        print(f"   Left out: {', '.join(missing)} (pip install ./pretrained brings them).")
+        print(f"   Left out: {', '.join(missing)} ({catalogue.how_to_install()} brings them).")
     return pictures
 
 

