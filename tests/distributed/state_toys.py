@@ -70,10 +70,12 @@ def states(folder: Path) -> dict[str, Any]:
         learn("llama", run, 20)
     found["saving"] = saving.of_all()
     found["sizes"] = {f"{path.parent.name}/{path.name}": path.stat().st_size for path in _files(run)}
+    current().barrier()
     found["refused"] = {name: _refusal(run, name) for name in DAMAGES}
     found["cut"] = current().gather(_cut_off(lambda: learn("llama", run, 30)))
     parts = (run / "state").glob(".step-00000030.part/*")
     found["left"] = checkpoint.steps(run), [path.name for path in parts if path.stat().st_size]
+    current().barrier()
     with Counts() as reading:
         found["resumed"] = learn("llama", run, 30)["weights"]
     found["reading"] = reading.of_all()
@@ -139,4 +141,5 @@ def _refusal(run: Path, name: str) -> list[str]:
     if current().is_main:
         shutil.rmtree(there)
         kept.rename(there)
+    current().barrier()
     return sentences

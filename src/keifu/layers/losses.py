@@ -141,11 +141,10 @@ def _gradients_by_rows(
     gradient is the sum of several.
     """
     low, matrix, added = hidden.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
-    empty = not len(low)  # then no part writes a gradient
     d_hidden = torch.empty_like(low) if wanted[0] else low.new_empty(0)
-    d_weight = torch.zeros_like(matrix) if empty and wanted[1] else low.new_empty(0)
-    shapes = (), (), len(weight) if empty and wanted[2] else 0
-    total, plain, d_bias = (low.new_zeros(shape, dtype=torch.float32) for shape in shapes)
+    d_weight = low.new_empty(0) if len(low) or not wanted[1] else torch.zeros_like(matrix)  # no part writes it
+    classes = 0 if len(low) or not wanted[2] else len(weight)
+    total, plain, d_bias = (low.new_zeros(shape, dtype=torch.float32) for shape in ((), (), classes))
     for part in _slices(len(low), max(1, _LOGITS_AT_A_TIME // len(weight))):
         logits = linear(low[part], matrix, added)
         loss, nats = to_gradient(logits, part)
