@@ -56,6 +56,10 @@ def test_objective_is_the_divergence_of_the_marked_tokens() -> None:
     assert weight == mask.sum() and not figures
     nats = Distillation(teacher)(student.eval(), batch).figures["nats"]
     torch.testing.assert_close(nats, F.cross_entropy(mine, batch["tokens"][:, 1:][mask], reduction="sum"))
+    mixed = Distillation(teacher, 0.3, 2.0, hard=0.25)
+    torch.testing.assert_close(mixed(student.train(), batch).total, 0.75 * expected + 0.25 * nats)
+    own = {**batch, "own": torch.ones(2, dtype=torch.bool)}
+    torch.testing.assert_close(mixed(student.train(), own).total, expected, rtol=1e-6, atol=1e-6)
     total.backward()
     assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in student.parameters())
     assert all(each.grad is None for each in teacher.parameters())
@@ -94,7 +98,7 @@ def go(model: Path, data: Path, out: Path, *arguments: str) -> Path:
 def test_a_student_comes_near_its_teacher(
     own: str, steps: str, part: float, base: Path, talks: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    options = ["--distill.teacher", str(teacher), "--distill.own-share", own, "--distill.max-tokens", "8"]
+    options = ["--distill.teacher", str(teacher), "--distill.on-policy", own, "--distill.max-tokens", "8"]
     out = go(base, talks, tmp_path / "run", *options, "--steps", steps, "--learning-rate", "0.01", "--no-packed")
     losses = [line["loss"] for line in metrics.read(out) if "loss" in line]
     assert losses[-1] < losses[0] * part
@@ -102,7 +106,7 @@ def test_a_student_comes_near_its_teacher(
 
 
 def test_own_answers_follow_the_questions_of_the_data(base: Path, talks: Path) -> None:
-    distill = DistillAnswers(teacher=str(base), own_share=0.5, max_tokens=5)
+    distill = DistillAnswers(teacher=str(base), on_policy=0.5, max_tokens=5)
     task = sft.prepare(sft.Recipe(model=str(base), data=str(talks), held_out=0.0, batch_size=2, distill=distill))
     prompts = {tuple(turns.ids[: turns.last_answer]) for turns in task.training.kept}
     own = 0
@@ -130,11 +134,19 @@ def test_a_language_model_learns_from_a_teacher(teacher: Path, tmp_path: Path) -
     assert validated and losses[-1] < losses[0]
 
 
+def test_divergences_by_name() -> None:
+    options: list[dict] = [{}, {"divergence": "reverse"}, {"divergence": "jsd"}, {"beta": 0.2}]
+    assert [Distill(teacher="a", **given).strength for given in options] == [0, 1, 0.5, 0.2]
+    assert Distill(teacher="a", divergence="jsd", beta=0.9).strength == 0.9
+
+
 def test_options_that_cannot_be_followed_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"distill.beta needs a teacher"):
         Distill(beta=0.5)
-    with pytest.raises(UserError, match=r"distill.own_share needs a teacher"):
-        DistillAnswers(own_share=0.5)
+    with pytest.raises(UserError, match="forward has no beta"):
+        Distill(teacher="a", divergence="forward", beta=0.5)
+    with pytest.raises(UserError, match=r"distill.on_policy needs a teacher"):
+        DistillAnswers(on_policy=0.5)
     _, tokenizer = checkpoints.load(base)
     with pytest.raises(UserError, match="reads 48 tokens, and a row has 64"):
         Distill(teacher=str(base)).objective(tokenizer, 64)

@@ -60,6 +60,10 @@ TABLE: dict[str, tuple[str, int]] = {
         f"{DRAWN} --size 24 --autoencoder-widths 4 8 --latent-channels 3 --widths 8 16 --attention 1 --heads 2 "
         "--autoencoder-steps 3 --steps 3 --autoencoder-batch 4", 4,
     ),
+    "distill": (
+        f"--model {{base}} --teacher {{base}} --data {{chats}} {FINE} --steps 3 --batch-size 2 "
+        "--student-vocabulary 9 --on-policy 0.5 --max-tokens 3", 4,
+    ),
     "llama": (f"{TEXT} --tokenizer bpe {MODEL} {STEPS} --warmup 2 --batch-size 3 --optimizer muon", 5),
     "llada": (f"{TEXT} {MODEL} {STEPS} --warmup 2 --batch-size 3", 5),
     "lora-image": ("--model {pipeline} --data {drawings} --limit 7 --rank 3 --steps 4 --batch-size 3", 4),

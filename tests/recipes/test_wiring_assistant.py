@@ -25,9 +25,10 @@ from keifu.models import bert, llama, task_head
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
-from keifu.recipes.assistant import dpo, grpo, instruct, ppo, reward, see, sft
+from keifu.recipes.assistant import distill, dpo, grpo, instruct, ppo, reward, see, sft
 from keifu.recipes.assistant.finetuning import Lora
 from keifu.recipes.classification import classifier, gpt1_finetune
+from keifu.recipes.distilling import DistillAnswers
 
 TOWER: dict[str, Any] = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2}
 TINY: dict[str, Any] = {"context_length": 64, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
@@ -53,8 +54,9 @@ def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
     """Models, conversations, preferences, prompts, rewards, a text and tables."""
     folder = tmp_path_factory.mktemp("toys")
     learned = train_tokenizer("bpe", [f"User: Assistant: System: {WORDS}"] * 9, 300, ["<|im_start|>", "<|im_end|>"])
-    for name, dim in (("base", 32), ("wide", 64)):
-        model = llama.build(llama.Config(vocab_size=learned.vocab_size, **TINY | {"dim": dim}))
+    for name, dim, layers in (("base", 32, 1), ("wide", 64, 1), ("deep", 32, 3)):
+        sizes = TINY | {"dim": dim, "n_layers": layers}
+        model = llama.build(llama.Config(vocab_size=learned.vocab_size, **sizes))
         checkpoints.save(model, learned, folder / name)
         judge = task_head.add_head(model, task_head.Config(model.config, "score", ("reward",), classifier_dropout=0.0))
         checkpoints.save(judge, learned.with_chat_template(PLAIN), folder / f"judge-{name}")
@@ -175,7 +177,7 @@ def ranked_groups(toys: Toys) -> list[Group]:
     ]
 
 
-def of_sft(toys: Toys) -> tuple[Any, list[Group]]:
+def of_sft(toys: Toys, teacher: str = "base") -> tuple[Any, list[Group]]:
     base = sft.Recipe(toys["base"], toys["talks.jsonl"])
     rows = ranked_rows(toys) | {
         "data": Reach(toys["talks-other.jsonl"], lambda r: sum(counts(r)), 12),
@@ -185,12 +187,25 @@ def of_sft(toys: Toys) -> tuple[Any, list[Group]]:
     }
     packed = {"packed": Reach(False, lambda r: len(r.data.rows) == len(r.data.training), True)}
     answers = {
-        "distill.own_share": Reach(0.5, lambda r: getattr(r.data, "share", 0.0)),
+        "distill.on_policy": Reach(0.5, lambda r: getattr(r.data, "share", 0.0)),
         "distill.max_tokens": Reach(9, "run.options.distill.max_tokens"),
     }
     groups = [Group(rows), Group(packed), ranked_groups(toys)[0], *lora_groups()]
-    groups += wiring.distill_groups(toys["base"], {}, answers)
+    groups += wiring.distill_groups(toys[teacher], {}, answers)
     return base, [*groups, Group({"too_long": Reach("drop", counts)}, {"context_length": 20}, refused=True)]
+
+
+def of_distill(toys: Toys) -> tuple[Any, list[Group]]:
+    """Those of sft, and how the student is cut."""
+    plain, groups = of_sft(toys, "wide")
+    base = distill.Recipe(plain.model, plain.data, distill=DistillAnswers(teacher=toys["deep"]))
+    cut = {
+        "student_layers": Reach(2, "model.config.n_layers"),
+        "student_vocabulary": Reach(9, lambda r: r.model.config.vocab_size, DIFFERENT),
+    }
+    teacher = {"distill.teacher": Reach(toys["wide"], "objective.teacher.config.dim", 64)}
+    groups = [group for group in groups if "distill.teacher" not in group.rows]
+    return base, [*groups, Group(teacher), Group(cut, {"model": toys["deep"], "distill.teacher": toys["base"]})]
 
 
 def of_see(toys: Toys) -> tuple[Any, list[Group]]:
@@ -393,8 +408,8 @@ def of_gpt1_finetune(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 TABLE = {
-    "sft": of_sft, "see": of_see, "dpo": of_dpo, "reward": of_reward, "grpo": of_grpo, "ppo": of_ppo,
-    "classifier": of_classifier, "gpt1_finetune": of_gpt1_finetune,
+    "sft": of_sft, "distill": of_distill, "see": of_see, "dpo": of_dpo, "reward": of_reward, "grpo": of_grpo,
+    "ppo": of_ppo, "classifier": of_classifier, "gpt1_finetune": of_gpt1_finetune,
 }  # fmt: skip
 
 

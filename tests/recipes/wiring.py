@@ -134,11 +134,13 @@ def distill_groups(teacher: str, given: Mapping[str, Any], more: Mapping[str, Re
     rows = {
         "distill.beta": Reach(0.3, "objective.beta"),
         "distill.temperature": Reach(2.0, "objective.temperature"),
+        "distill.hard": Reach(0.25, "objective.hard"),
         "distill.weights": Reach("f32", "run.options.distill.weights"),
     }
     learned = Reach(teacher, lambda r: type(r.objective).__name__, "Distillation")
     taught = {**given, "distill.teacher": teacher}
-    return [Group({"distill.teacher": learned}, given), Group(rows | dict(more or {}), taught)]
+    named = Group({"distill.divergence": Reach("reverse", "objective.beta", 1.0)}, taught)
+    return [Group({"distill.teacher": learned}, given), Group(rows | dict(more or {}), taught), named]
 
 
 def uncovered(recipe: Any, groups: list[Group], free: Mapping[str, str]) -> list[str]:

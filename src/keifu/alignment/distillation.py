@@ -37,13 +37,15 @@ class Distillation:
     batch["tokens"] [batch, length + 1] after the first, or for those that batch["mask"] marks.
 
     beta: 0 is the forward KL divergence, 1 the reverse one, between them the generalised Jensen-Shannon divergence (see
-    `keifu.layers.losses.linear_divergence`). temperature: divides the logits of both. The teacher may be packed for
-    native code. In evaluation mode the figure `nats` is the student's -log p of the tokens.
+    `keifu.layers.losses.linear_divergence`). temperature: divides the logits of both. hard: share of the student's
+    -log p of the tokens in the loss, except for answers that it wrote itself (batch["own"]). The teacher may be packed
+    for native code. In evaluation mode the figure `nats` is the student's -log p of the tokens.
     """
 
     teacher: Any
     beta: float = 0.0
     temperature: float = 1.0
+    hard: float = 0.0
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
         """Return the sums over the tokens that are learned."""
@@ -58,11 +60,15 @@ class Distillation:
         head = head if len(head) <= teacher else head[:teacher]  # beyond are rows without a token
         states, matrix = teacher_states(self.teacher, inputs, documents, len(head))
         total = linear_divergence(hidden, head, take(states, at), matrix, self.beta, self.temperature)
-        figures = {} if model.training else {"nats": linear_cross_entropy(hidden, head, None, take(targets, at))[1]}
-        return LossOutput(total, mask.sum(), figures)
+        hard = 0.0 if "own" in batch else self.hard
+        if model.training and not hard:
+            return LossOutput(total, mask.sum())
+        loss, nats = linear_cross_entropy(hidden, head, None, take(targets, at))
+        total = (1 - hard) * total + hard * loss if hard else total
+        return LossOutput(total, mask.sum(), {} if model.training else {"nats": nats})
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def teacher_states(
     teacher: Any, tokens: Tokens, documents: Tokens | None, vocab: int
 ) -> tuple[Float[Tensor, "batch length states"], Tensor | None]:
@@ -114,4 +120,5 @@ class StudentAnswers(PackedConversations, StatelessBatches):
         answers = generate_batch(self.student, self.tokenizer, prompts[part], how[part], len(talks))
         rows = stack_responses(prompts[part], answers, self.pad_id)
         del rows["old"]
+        rows["own"] = torch.ones(len(answers), dtype=torch.bool)
         return current().gather_batch(rows, {"tokens": self.pad_id})

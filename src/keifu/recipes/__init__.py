@@ -4,7 +4,7 @@ FOLDERS = {
     "language": ("gpt", "gpt1", "gpt2", "gpt3", "llama", "llada", "olmo2", "palm", "palm2", "characters", "bert"),
     "translation": ("seq2seq", "transformer"),
     "speech": ("whisper",),
-    "assistant": ("sft", "see", "reward", "dpo", "ppo", "grpo", "instruct"),
+    "assistant": ("sft", "distill", "see", "reward", "dpo", "ppo", "grpo", "instruct"),
     "classification": ("classifier", "gpt1-finetune"),
     "images": ("ddpm", "dit", "latent-diffusion", "dalle", "unclip", "clip", "lora-image"),
     "neurons": ("perceptron", "mlp", "mlp-compare"),

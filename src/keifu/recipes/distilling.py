@@ -1,19 +1,23 @@
 """Options of the recipes that can learn from a teacher's probabilities instead of given tokens, and the teacher."""
 
 from dataclasses import dataclass, fields
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 from keifu import checkpoints
 from keifu.alignment.distillation import CAPPED, Distillation
+from keifu.checkpoints.loading import planned
+from keifu.data.tokenizers.bpe import ids_of_cut
 from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.devices import choose, chosen
 from keifu.errors import UserError
 from keifu.generation.text.model import text_model
 from keifu.layers.lora import merge
 from keifu.layers.transformer.decoder import SoftCappedLM
+from keifu.native.model import pack
 from keifu.processes import current
 from keifu.ranges import Count, Positive, Share
+from keifu.recipes.pruning import keep_rows
+from keifu.training.hardware.precision import resolve_dtype
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.protocols import Objective
 
@@ -26,16 +30,29 @@ class Distill:
     """Model with the same tokenizer, whose probabilities are learned; unset: the tokens of the data are learned."""
     weights: str | None = None
     """Format of the teacher's weights for native computation on the CPU: f32, bf16, int8 or int4; unset: float32."""
-    beta: Share = 0.0
-    """Divergence: 0 is forward KL, 1 is reverse KL, and between them the generalised Jensen-Shannon divergence."""
+    divergence: Literal["forward", "reverse", "jsd"] | None = None
+    """Divergence from the teacher: forward KL, reverse KL, or jsd, the generalised Jensen-Shannon divergence; unset:
+    jsd if beta is given, else forward."""
+    beta: Share | None = None
+    """Teacher's share in the mixture that jsd compares with; 0 is forward KL and 1 reverse KL; unset: 0.5."""
     temperature: Positive = 1.0
     """Number that divides the logits of teacher and student."""
+    hard: Share = 0.0
+    """Share of the cross-entropy on the given text in the loss."""
 
     def __post_init__(self) -> None:
         if self.teacher is None:
             given = [field.name for field in fields(self) if vars(self)[field.name] != field.default]
             if given:
                 raise UserError(f"distill.{given[0]} needs a teacher: give --distill.teacher, or leave it out.")
+        if self.beta is not None and self.divergence in ("forward", "reverse"):
+            raise UserError(f"The divergence {self.divergence} has no beta: leave it out, or choose jsd.")
+
+    @property
+    def strength(self) -> float:
+        """Return β of the generalised Jensen-Shannon divergence, given or that of the divergence."""
+        usual = {"reverse": 1.0, "jsd": 0.5}
+        return usual.get(self.divergence or "forward", 0.0) if self.beta is None else self.beta
 
     def options(self) -> dict[str, Any]:
         """Return the values that decide the result of a run; none without a teacher."""
@@ -51,28 +68,41 @@ class Distill:
             return causal_language_modeling
         if not current().is_replicated:
             raise UserError("A student is trained whole on each process: leave out --mesh.shard and --mesh.tensor.")
-        loaded, its = checkpoints.load(self.teacher, None if self.weights else torch.float32, weights=self.weights)
-        teacher: Any = text_model(merge(loaded).requires_grad_(False))
+        teacher = self._load(tokenizer)
         if isinstance(student, SoftCappedLM) or isinstance(teacher, SoftCappedLM):
             raise UserError(CAPPED)
-        if its is None or its.backend.get_vocab() != tokenizer.backend.get_vocab():
-            raise UserError(
-                f"The teacher {self.teacher} has another tokenizer than the student, so their probabilities are of "
-                "other tokens: start the student with the teacher's tokenizer."
-            )
         if teacher.config.context_length < length:
             raise UserError(
                 f"The teacher {self.teacher} reads {teacher.config.context_length} tokens, and a row has {length}: "
                 "choose a smaller --context-length."
             )
-        return Distillation(teacher, self.beta, self.temperature)
+        return Distillation(teacher, self.strength, self.temperature, self.hard)
+
+    def _load(self, tokenizer: Tokenizer) -> Any:
+        """Return the teacher, in bfloat16 where the device has it. It is cut to the student's tokens, if their
+        tokenizer was cut from its own (`keifu.recipes.pruning`)."""
+        name = str(self.teacher)
+        its = planned(name).source.tokenizer()
+        same = its is not None and its.backend.get_vocab() == tokenizer.backend.get_vocab()
+        ids = None if same or its is None else ids_of_cut(its, tokenizer)
+        if not same and ids is None:
+            raise UserError(
+                f"The teacher {name} has another tokenizer than the student, so their probabilities are of other "
+                "tokens: start the student with the teacher's tokenizer."
+            )
+        dtype = None if self.weights else resolve_dtype(chosen().precision or "auto", choose())
+        loaded: Any = merge(checkpoints.load(name, dtype, weights=self.weights if same else None)[0])
+        if ids is not None:
+            keep_rows(loaded, ids)
+            loaded = pack(loaded, self.weights) if self.weights else loaded
+        return text_model(loaded.requires_grad_(False))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillAnswers(Distill):
     """Learning from a larger model (Hinton et al., 2015), also on one's own answers (GKD, Agarwal et al., 2023)."""
 
-    own_share: Share = 0.0
+    on_policy: Share = 0.0
     """Share of the steps in which the student writes the answers itself, to the questions of the data."""
     max_tokens: Count = 128
     """Most tokens of an answer that the student writes."""

@@ -11,7 +11,7 @@ which changes no clean caption.
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,72 @@ def byte_level_backend(
     backend.pre_tokenizer = pre_tokenizer(cut)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def first_merges(tokenizer: Tokenizer, count: int) -> set[str]:
+    """Return the tokens of a smaller byte-level BPE: the bytes, the results of the first `count` merges, all added
+    tokens, and those that the chat template writes, with the tokens that these are merged from."""
+    model = _byte_level(tokenizer)
+    if count > len(model["merges"]):
+        raise UserError(f"This tokenizer has {len(model['merges']):,} merges, not {count:,}: choose a smaller number.")
+    parts = {"".join(pair): pair for pair in reversed(model["merges"])}
+    ids = [*tokenizer.backend.get_added_tokens_decoder(), *tokenizer.stop_ids]
+    if tokenizer.chat_template is not None:
+        ids += tokenizer.render_chat([{"role": role, "content": ""} for role in ("user", "assistant")])
+    wanted = ["".join(pair) for pair in model["merges"][:count]]
+    wanted += [*(model["vocab"].keys() - parts.keys()), *map(tokenizer.backend.id_to_token, ids)]
+    kept = set[str]()
+    while wanted:
+        if (token := wanted.pop()) not in kept:
+            kept.add(token)
+            wanted += parts.get(token, [])
+    return kept
+
+
+def keep_tokens(tokenizer: Tokenizer, kept: Collection[str]) -> tuple[Tokenizer, list[int]]:
+    """Return a byte-level BPE with these tokens alone, and their ids before: they are numbered in the same order. It
+    merges as before, except where a token is not there, so it encodes what the tokenizer can encode."""
+    _byte_level(tokenizer)
+    description, kept = tokenizer.description(), {*kept}
+    vocabulary = tokenizer.backend.get_vocab()
+    ids = sorted(vocabulary[token] for token in kept)
+    number = {before: new for new, before in enumerate(ids)}
+    model, around = description["model"], description["post_processor"] or {}
+    model["vocab"] = {token: number[before] for token, before in model["vocab"].items() if token in kept}
+    model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= kept]
+    for step in (around, *around.get("processors", [])):
+        if {"sep", "cls"} & step.keys():
+            raise UserError(f"A tokenizer with {step['type']} around a text cannot be cut: choose another model.")
+        for token in step.get("special_tokens", {}).values():
+            token["ids"] = [number[before] for before in token["ids"]]
+    for token in description["added_tokens"]:
+        token["id"] = number[token["id"]]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(description))
+    ends = [number[before] for before in tokenizer.stop_ids]
+    how = {key: value for key, value in tokenizer.generation_config.items() if not key.endswith(("_id", "_ids"))}
+    return tokenizer.replace(backend=backend, stop_ids=ends, generation_config=how), ids
+
+
+def ids_of_cut(tokenizer: Tokenizer, cut: Tokenizer) -> list[int] | None:
+    """Return the ids that the tokens of `cut` have here, in its order; None if `keep_tokens` does not make it of this
+    tokenizer."""
+    kept = cut.backend.get_vocab()
+    if not isinstance(tokenizer.backend.model, models.BPE) or not kept.keys() < tokenizer.backend.get_vocab().keys():
+        return None
+    again, ids = keep_tokens(tokenizer, kept)
+    same = again.backend.get_vocab() == kept and again.description()["model"] == cut.description()["model"]
+    return ids if same else None
+
+
+def _byte_level(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the description of a tokenizer's merging; one that is no byte-level BPE is a `UserError`."""
+    backend = tokenizer.backend
+    model = backend.model
+    if not (isinstance(model, models.BPE) and isinstance(backend.decoder, decoders.ByteLevel)) or (
+        model.end_of_word_suffix
+    ):
+        raise UserError("Only a byte-level BPE can be cut to its first merges, and this tokenizer is none.")
+    return tokenizer.description()["model"]
 
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"

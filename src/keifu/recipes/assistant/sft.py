@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from keifu.alignment.distillation import StudentAnswers
 from keifu.data.chat import conversations
 from keifu.data.chat.conversations import Conversation
 from keifu.data.chat.packing import FittedConversations, PackedConversations, TooLong, TurnMasks, fit_conversations
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, shell
 from keifu.generation.text.chat import Conversation as Talk
 from keifu.ranges import BelowOne, Count, NotNegative
@@ -74,7 +76,11 @@ class SFTTask(FinetuneTask):
 
 def prepare(recipe: Recipe) -> SFTTask:
     """Load the model, read the conversations and render them."""
-    model, tokenizer = open_model(recipe.model, recipe.template)
+    return make_task(recipe, *open_model(recipe.model, recipe.template))
+
+
+def make_task(recipe: Recipe, model: Any, tokenizer: Tokenizer) -> SFTTask:
+    """Read the conversations and render them for this model."""
     length = finetuning.row_length(model, recipe.context_length)
     objective, distill = recipe.distill.objective(tokenizer, length, model), recipe.distill
     training, unseen = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
@@ -84,8 +90,8 @@ def prepare(recipe: Recipe) -> SFTTask:
     )
     rows, pad = (learned.kept, tested.kept), tokenizer.pad_id or 0
     model = finetuning.to_train(model, recipe.lora, recipe.seed)
-    needed = model, tokenizer, distill.own_share, distill.max_tokens
-    data = partial(StudentAnswers, *needed) if distill.own_share else PackedConversations
+    needed = model, tokenizer, distill.on_policy, distill.max_tokens
+    data = partial(StudentAnswers, *needed) if distill.on_policy else PackedConversations
     data = data(*rows, length, recipe.batch_size, recipe.seed, pad, recipe.packed)
     return SFTTask(model, tokenizer, data, learned, tested, unseen[:SAMPLES], objective)
 
@@ -103,17 +109,21 @@ def split(chats: Sequence[Conversation], share: float) -> tuple[list[Conversatio
     return held_out(chats, [chat[0]["content"] for chat in chats], share)
 
 
-def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False) -> Summary:
-    """Train the task's model into a run folder: a whole model, or adapters with the name of their base."""
+def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False, **about: Any) -> Summary:
+    """Train the task's model into a run folder: a whole model, or adapters with the name of their base. about: title
+    and paper of the report, where they differ."""
     often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
     chosen = finetuning.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)
     kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
     gone = {"too long, left out": task.training.dropped, "too long, cut": task.training.shortened}
+    usual: dict[str, Any] = {
+        "title": f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
+        "paper": "Ouyang et al., InstructGPT (2022), section 3.5",
+    }
     return finetuning.finetune(
-        recipe, task, task.objective, chosen, out, resume, lambda step: answers(task),
-        title=f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
-        paper="Ouyang et al., InstructGPT (2022), section 3.5", unit="tokens",
+        recipe, task, task.objective, chosen, out, resume, lambda step: answers(task), unit="tokens",
         options={"template": task.tokenizer.chat_template, **recipe.distill.options()}, data=kept | gone,
+        **usual | about,
     )  # fmt: skip
 
 
@@ -130,9 +140,13 @@ def answers(task: SFTTask) -> str:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Fine-tune into `out`, which keifu chat reads afterwards."""
-    task = prepare(recipe)
+    finish(recipe, prepare(recipe), out, resume)
+
+
+def finish(recipe: Recipe, task: SFTTask, out: Path, resume: bool, **about: Any) -> None:
+    """Print what was too long, and train the task's model (see `learn`)."""
     for part in (task.training, task.held):
         if said := part.sentence(task.data.context_length):
             print(said)
-    learn(recipe, task, out, resume)
+    learn(recipe, task, out, resume, **about)
     print(f"The model is in {out}: keifu chat {shell(out)}")

@@ -1,0 +1,68 @@
+"""Distillation: a student learns all probabilities of a teacher (Hinton et al., 2015; GKD, Agarwal et al., 2023).
+
+Paper: "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes": the divergence is forward or
+reverse KL or the generalised Jensen-Shannon divergence, on given answers, on the student's own, or on both. The student
+is --model. `--student-layers` and `--student-vocabulary` cut it first: layers at even distances and the first merges of
+the tokenizer stay. A teacher of more tokens is cut to the student's, so that both share ids.
+Command: keifu train distill --data summary-instructions --student-layers 7 --student-vocabulary 8000
+Cost: printed before it starts, measured on the machine.
+Expected: see docs/guides/finetuning.md, "Learn from a larger model".
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from keifu.errors import UserError
+from keifu.ranges import Count, NotNegative
+from keifu.recipes.assistant import sft
+from keifu.recipes.assistant.finetuning import open_model
+from keifu.recipes.distilling import DistillAnswers
+from keifu.recipes.pruning import prune
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(sft.Recipe):
+    """Options of the run."""
+
+    model: str = field(default="smollm2", kw_only=False)
+    """The student: a run, a directory, a .gguf file, a catalogue name or a hub id; it may be the teacher, to be cut."""
+    student_layers: Count | None = None
+    """Layers of the student that stay, at even distances, the first and the last always; unset: all."""
+    student_vocabulary: Count | None = None
+    """Merges of the student's byte-level BPE that stay, the first ones, with all bytes, special tokens and tokens that
+    the chat template writes; unset: all."""
+    learning_rate: NotNegative | None = None
+    """AdamW's highest learning rate; unset: 3e-4, and 2e-4 for adapters."""
+    distill: Annotated[DistillAnswers, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: DistillAnswers(teacher="smollm2")
+    )
+    """Teacher that the student learns from."""
+
+    def rate(self, full: float, adapters: float) -> float:
+        """Return the given learning rate, or else one for all weights or one for adapters."""
+        return super().rate(3e-4, adapters)
+
+    def origin(self) -> dict[str, Any]:
+        """Return the values with which a resumed run must begin too."""
+        return super().origin() | {"layers": self.student_layers, "vocabulary": self.student_vocabulary}
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Train the student into `out`, which keifu chat reads afterwards."""
+    layers, merges = recipe.student_layers, recipe.student_vocabulary
+    if layers is merges is None and recipe.model == recipe.distill.teacher:
+        raise UserError(
+            f"The student {recipe.model} is its own teacher: give another --model, or cut it with --student-layers or "
+            "--student-vocabulary."
+        )
+    if (layers or merges) and recipe.lora.rank:
+        raise UserError("Adapters need a saved model: leave out --lora.rank, or --student-layers and -vocabulary.")
+    model, tokenizer = prune(*open_model(recipe.model, recipe.template), layers, merges)
+    task = sft.make_task(recipe, model, tokenizer)
+    count = sum(parameter.numel() for parameter in task.model.parameters())
+    print(f"The student has {count / 1e6:.1f} M parameters and {tokenizer.vocab_size:,} tokens.")
+    title = f"{recipe.model} learns from {recipe.distill.teacher}"
+    sft.finish(recipe, task, out, resume, title=title, paper="Agarwal et al., GKD (2023)")
