@@ -1,0 +1,195 @@
+"""Texts of a teacher, to distil it: stories, answers, questions and conversations that a chat model writes itself.
+
+python benchmarks/teacher_texts.py --out FILE.jsonl [--count 1000] [--model smollm2] [--weights int8] [--streams 32]
+    [--seed 0] [--temperature 0.6] [--kinds story answer question conversation]
+
+Each item begins with a prompt that is drawn from the lists below by the seed and the item's number. `story` and
+`answer`: the model answers it. `question` and `conversation`: the prompt is only the opening of a question, which the
+model completes in the user's turn before it answers (Magpie, Xu et al., 2024); a conversation has a second question.
+
+A line of FILE is a conversation as `keifu train sft` reads it, marked as synthetic. Answers that were cut by
+--max-tokens, or repeat a line, are left out. Run the same command again to go on where FILE ends. All text is the
+model's: nobody has checked it.
+"""
+# ruff: noqa: SIM905
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from _rounds import machine
+
+from keifu import checkpoints
+from keifu.generation.text.generate import Completion, generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
+
+BEINGS = (
+    "a dog;a cat;a fox;an owl;a mouse;a bear;a rabbit;a bird;a girl;a boy;a farmer;a baker;a teacher;a sailor;"
+    "a painter;an old woman;a king;a robot;a fisherman;twin sisters;a gardener;a doctor;a young musician;a shepherd"
+).split(";")
+EVENTS = (
+    "finds a key;loses a hat;gets lost in the fog;makes a new friend;is afraid of the dark;learns to swim;"
+    "plants a tree;breaks a promise;shares the last piece of bread;hears a strange sound at night;builds a boat;"
+    "wants to fly;forgets a birthday;helps a stranger;finds a letter in a bottle;tells a lie;waits for the rain;"
+    "repairs an old clock;wins a race;misses the train;keeps a secret;cooks soup for the whole village"
+).split(";")
+PLACES = (
+    "in a small village;by the sea;in the mountains;in a big city;on a farm;in a deep forest;at school;on an island;"
+    "in a library;in winter;on a hot summer day;in a castle;on a train;at the market;by the river;in a garden"
+).split(";")
+TOPICS = (
+    "rain;the moon;bread;a volcano;photosynthesis;gravity;a bicycle;bees;salt;electricity;the heart;a library;money;"
+    "music;sleep;fire;glass;paper;earthquakes;the seasons;a democracy;vaccines;rivers;the internet;whales;dreams;"
+    "magnets;coffee;friendship;a computer;maps;the alphabet;soil;clouds;trees;the sun;cheese;history;numbers;chess"
+).split(";")
+TASKS = (
+    "save water at home;learn a new language;sleep better;write a letter;cook rice;plan a trip;grow tomatoes;"
+    "make a new friend;clean a kitchen;prepare for an exam;speak in front of a class;save money;stay healthy;"
+    "train a dog;take better photos;read more books;paint a wall;stop being late;bake a cake;ride a bicycle"
+).split(";")
+STORIES = (
+    "Write a short story about {being} who {event} {place}.",
+    "Tell me a story for a small child, in simple words, about {being} who {event}.",
+    "Write a short story {place}. It begins: \"One morning, {being}\"",
+    "Write a story of one paragraph about {being} who {event} {place}.",
+)  # fmt: skip
+REQUESTS = (
+    "What do you know about {topic}?", "Explain {topic} in two sentences.", "Why are people interested in {topic}?",
+    "How do I {task}?", "Tell me three facts about {topic}.", "Give me three tips to {task}.", "Is it hard to {task}?",
+    "Tell me about {topic}.", "Explain {topic} to a child.", "Write a short poem about {topic}.",
+)  # fmt: skip
+OPENINGS = (
+    "How do I;How can I;What is;What are;Why do;Why is;Can you tell me;Can you explain;I feel;I want to;Is it;Who was;"
+    "Where is;When did;Give me;Tell me;Write a;What should I;Do you think;My friend;Please help me;Which"
+).split(";")
+FOLLOWING = "Thank you. And;Why;Can you;How;What if;But;Could you give me an example;And what".split(";")
+KINDS = ("story", "answer", "question", "conversation")
+
+
+def first_words(item: int, seed: int, kinds: list[str]) -> tuple[str, str, str]:
+    """Return the kind of an item, its prompt or the opening of one, and the opening of a second question."""
+    drawn = random.Random(f"{seed} {item}")
+    kind = kinds[item % len(kinds)]
+    words = {"being": BEINGS, "event": EVENTS, "place": PLACES, "topic": TOPICS, "task": TASKS}
+    chosen = {name: drawn.choice(values) for name, values in words.items()}
+    texts = {"story": STORIES, "answer": REQUESTS}.get(kind, OPENINGS)
+    return kind, drawn.choice(texts).format(**chosen), drawn.choice(FOLLOWING)
+
+
+class Writer:
+    """A chat model that writes turns of several conversations at a time, and counts its tokens."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.model, self.tokenizer = checkpoints.load(options.model, weights=options.weights)
+        self.options, self.tokens, self.seconds = options, 0, 0.0
+
+    def write(self, prompts: list[list[int]], items: list[int], turn: int, most: int) -> list[Completion]:
+        """Return what the model writes after each prompt; its seed is that of the item and the turn."""
+        seeds = [random.Random(f"{self.options.seed} {item} {turn}").getrandbits(31) for item in items]
+        drawn: dict[str, Any] = {"temperature": self.options.temperature, "top_p": 0.95, "max_tokens": most}
+        how = [SamplingParams(seed=seed, **drawn) for seed in seeds]
+        start = time.perf_counter()
+        written = generate_batch(self.model, self.tokenizer, prompts, how, self.options.streams)
+        self.seconds += time.perf_counter() - start
+        self.tokens += sum(len(each.tokens) for each in written)
+        return written
+
+    def opened(self, talk: list[dict[str, str]], opening: str) -> list[int]:
+        """Return the ids of a conversation up to the opening of the user's next turn."""
+        ids = self.tokenizer.render_chat([*talk, {"role": "user", "content": opening}], add_generation_prompt=False)
+        ends = [place for place, token in enumerate(ids) if token in self.tokenizer.stop_ids]
+        return ids[: ends[-1]]
+
+    def ask(self, talks: dict[int, list[dict[str, str]]], openings: dict[int, str], turn: int) -> None:
+        """Add the user's turn to each conversation of these items; one without an end is removed."""
+        items = [item for item in openings if item in talks]
+        prompts = [self.opened(talks[item], openings[item]) for item in items]
+        for item, said in zip(items, self.write(prompts, items, turn, 48), strict=True):
+            talks[item].append({"role": "user", "content": (openings[item] + said.text).strip()})
+            if said.finish_reason != "stop" or "\n" in said.text.strip():
+                del talks[item]
+
+    def answer(self, talks: dict[int, list[dict[str, str]]], items: list[int], turn: int) -> None:
+        """Add the assistant's turn to each conversation of these items; a bad one is removed."""
+        items = [item for item in items if item in talks]
+        prompts = [self.tokenizer.render_chat(talks[item]) for item in items]
+        for item, said in zip(items, self.write(prompts, items, turn, self.options.max_tokens), strict=True):
+            talks[item].append({"role": "assistant", "content": said.text.strip()})
+            if said.finish_reason != "stop" or not said.text.strip() or repeats(said.text):
+                del talks[item]
+
+
+def repeats(text: str) -> bool:
+    """Whether a sentence or line of some length is there three times."""
+    parts = [part.strip() for line in text.split("\n") for part in line.split(". ")]
+    return any(count > 2 for part, count in Counter(parts).items() if len(part) > 20)
+
+
+def write_items(writer: Writer, items: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the lines of these items; some are left out."""
+    words = {item: first_words(item, options.seed, options.kinds) for item in items}
+    talks: dict[int, list[dict[str, str]]] = {item: [] for item in items}
+    for item, (kind, text, _) in words.items():
+        if kind in ("story", "answer"):
+            talks[item].append({"role": "user", "content": text})
+    writer.ask(talks, {item: text for item, (kind, text, _) in words.items() if not talks[item]}, 0)
+    writer.answer(talks, items, 1)
+    further = {item: more for item, (kind, _, more) in words.items() if kind == "conversation"}
+    writer.ask(talks, further, 2)
+    writer.answer(talks, [*further], 3)
+    source = f"synthetic, written by {options.model} ({options.weights})"
+    return [
+        {"messages": talk, "source": source, "kind": words[item][0], "seed": options.seed, "item": item}
+        for item, talk in talks.items()
+    ]
+
+
+def begun(path: Path, seed: int) -> list[int]:
+    """Return the items of the lines that the file has; a half line at its end is removed. Lines of another seed are an
+    error."""
+    if not path.exists():
+        return []
+    whole, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    path.write_text(whole + newline, encoding="utf-8")
+    lines = [json.loads(line) for line in whole.splitlines()]
+    if any(line["seed"] != seed for line in lines):
+        raise SystemExit(f"{path} has lines of another seed than {seed}: give another --seed or --out.")
+    return [line["item"] for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="a chat model")
+    parser.add_argument("--weights", default="int8", help="format of the weights on the CPU")
+    parser.add_argument("--count", type=int, default=1000, help="items, some of which are left out")
+    parser.add_argument("--streams", type=int, default=32, help="sequences that are written at a time")
+    parser.add_argument("--wave", type=int, default=128, help="items between two times that the file grows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--max-tokens", type=int, default=448, help="of an answer")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(machine(), flush=True)
+    made = begun(options.out, options.seed)
+    writer, kept = Writer(options), len(made)
+    for first in range(max(made, default=-1) + 1, options.count, options.wave):
+        items = [*range(first, min(first + options.wave, options.count))]
+        lines = write_items(writer, items, options)
+        with options.out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        kept += len(lines)
+        speed = writer.tokens / writer.seconds
+        print(f"{items[-1] + 1:,} of {options.count:,} items, {kept:,} kept, {speed:,.0f} tokens/s", flush=True)
+    print(f"{options.out} has {kept:,} conversations: keifu train distill --data {options.out}")
+
+
+if __name__ == "__main__":
+    main()
