@@ -9,8 +9,8 @@ WORDS = 20  # that an answer should have
 
 
 def gold(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """How many words of the question's subject the answer names, how few it repeats, whether it ends, and how far its
-    length is from 20 words: from about 3.5 down. Nothing at all is -3."""
+    """Score an answer from about 3.5 down: how many words of the question's subject it names, how few it repeats,
+    whether it ends, and how far its length is from 20 words. An empty answer has -3."""
     words = re.findall(r"[a-z0-9']+", answer.lower())
     if not words:
         return -3.0

@@ -48,7 +48,7 @@ class LlamaCpp:
         self.batch = llama_cpp.llama_batch_init(settings.n_batch, 0, 1)
 
     def rollback(self, length: int) -> None:
-        """Forgets all tokens of each text but the first `length`."""
+        """Forget all tokens of each text but the first `length`."""
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), -1, length, -1)
 
     def run(self, texts: list[list[int]], start: int, wanted: int) -> np.ndarray:
@@ -68,6 +68,6 @@ class LlamaCpp:
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, index), (self.vocab_size,))
 
     def close(self) -> None:
-        """Frees its memory."""
+        """Free the memory."""
         llama_cpp.llama_free(self.context)
         llama_cpp.llama_model_free(self.model)

@@ -63,7 +63,7 @@ def renewed(page: str, tables: Sequence[dict]) -> str:
 
 
 def as_text(tables: Sequence[dict]) -> str:
-    """JSON with a line for each row."""
+    """Return JSON with a line for each row."""
     return "[\n" + ",\n".join(map(_one, tables)) + "\n]\n"
 
 

@@ -19,7 +19,7 @@ def machine() -> str:
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Their mean, and of several in brackets the lowest and the highest."""
+    """Return the mean; of several values the lowest and the highest in brackets."""
     around = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{around}"
 
@@ -27,7 +27,7 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
 def interleaved(
     contenders: Mapping[str, Callable[[], object]], rounds: int, warm: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, after one round that is not counted; warm: each works twice in a round,
+    """Return seconds of each contender in each round after an uncounted one; warm: each works twice in a round,
     of which the second time counts, since caches and memory went to others while it waited.
 
     Before each there is a pause: the threads of the one before may wait for more work in a loop, on the same cores.
@@ -46,7 +46,7 @@ def interleaved(
 
 
 def table(seconds: Mapping[str, list[float]], amount: float, unit: str, base: str, notes: Mapping[str, str]) -> str:
-    """Medians, and ratios to `base` taken round by round, as Markdown."""
+    """Return medians, and ratios to `base` taken round by round, as Markdown."""
     lines = [f"| | {unit}/s | ratio to {base} (min to max) | |", "|---|---:|---:|---|"]
     for name, own in seconds.items():
         ratios = [b / a for a, b in zip(own, seconds[base], strict=True)]

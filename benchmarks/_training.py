@@ -71,7 +71,7 @@ def learned(
     between: Callable[[int], None] = lambda step: None,
     objective: Objective = causal_language_modeling,
 ) -> float:
-    """Trains a causal model as keifu's loop does, without what happens between steps, and gives the seconds it took.
+    """Train a causal model as keifu's loop does, without the work between steps, and return the seconds.
 
     `between` is called with the number of steps done, and its time is not counted.
     """
@@ -91,7 +91,7 @@ def learned(
 
 @torch.no_grad()
 def validation(model: torch.nn.Module, data: Data) -> float:
-    """Nats a token of a causal model on the data's held-out part, in float32."""
+    """Return nats a token of a causal model on the data's held-out part, in float32."""
     total = weight = 0.0
     for batch in data.validation():
         outcome = causal_language_modeling(model.eval(), batch)

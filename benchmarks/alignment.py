@@ -69,7 +69,7 @@ def prepared(folder: Path, options: argparse.Namespace) -> None:
 
 
 def ours_sft(folder: Path, options: argparse.Namespace, rank: int, packed: bool) -> float:
-    """Learned tokens a second of keifu's recipe."""
+    """Return learned tokens a second of keifu's recipe."""
     recipe = sft.Recipe(
         str(folder / "model"), str(folder / "talks.jsonl"), context_length=256, packed=packed, held_out=0.0,
         steps=options.steps + WARM, batch_size=options.batch, lora=Lora(rank=rank),
@@ -79,7 +79,7 @@ def ours_sft(folder: Path, options: argparse.Namespace, rank: int, packed: bool)
 
 
 def ours_grpo(folder: Path, options: argparse.Namespace) -> float:
-    """Answers a second of keifu's recipe."""
+    """Return answers a second of keifu's recipe."""
     recipe = grpo.Recipe(
         str(folder / "model"), str(folder / "prompts.jsonl"), reward=f"{folder / 'rewards.py'}:length", held_out=0.0,
         prompts=options.batch, group=GROUP, max_tokens=ANSWER, steps=options.steps + WARM,
@@ -89,7 +89,7 @@ def ours_grpo(folder: Path, options: argparse.Namespace) -> float:
 
 
 def ours_ppo(folder: Path, options: argparse.Namespace) -> float:
-    """Answers a second, the value model of the policy's size among it."""
+    """Return answers a second, the value model of the policy's size among it."""
     recipe = ppo.Recipe(
         str(folder / "model"), str(folder / "prompts.jsonl"), reward=f"{folder / 'rewards.py'}:length", held_out=0.0,
         prompts=options.batch * GROUP, minibatches=1, max_tokens=ANSWER, rollouts=options.steps + WARM,

@@ -37,7 +37,7 @@ def layer(kind: str, options: argparse.Namespace) -> Attention:
 
 
 def written_out(attention: Attention, x: Tensor) -> Tensor:
-    """Dense attention with its square of scores."""
+    """Compute dense attention with its square of scores."""
     q, k, v = attention.qkv(x).unflatten(-1, (3, attention.n_heads, -1)).permute(2, 0, 3, 1, 4)
     future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(future, -torch.inf)
@@ -53,7 +53,7 @@ def prefill(kind: str, length: int, options: argparse.Namespace) -> Callable[[],
 
 
 def decoding(kind: str, length: int, options: argparse.Namespace) -> tuple[Callable[[], None], int]:
-    """Tokens one at a time behind `length` others, and the bytes of the cache that holds them."""
+    """Decode one token at a time behind `length` others; return the steps and the bytes of the cache."""
     attention = layer(kind, options)
     heads = attention.n_kv_heads, attention.head_dim
     state = KVState([heads], 1, length + STEPS, torch.empty(0))
@@ -74,7 +74,7 @@ def decoding(kind: str, length: int, options: argparse.Namespace) -> tuple[Calla
 
 
 def peak(kind: str, length: int, options: argparse.Namespace) -> float:
-    """MB that a pass takes at its peak, in a process of its own."""
+    """Return MB that a pass takes at its peak, in a process of its own."""
     own = [sys.executable, __file__, "--child", kind, "--lengths", str(length)]
     sizes = [f"--{name}={vars(options)[name]}" for name in ("band", "dim", "heads")]
     given_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed leaves the process at once
@@ -93,13 +93,13 @@ def child(options: argparse.Namespace) -> None:
 
 
 def held(name: str) -> float:
-    """MB that the process holds now (VmRSS) or held at its peak (VmHWM)."""
+    """Return MB that the process holds now (VmRSS) or held at its peak (VmHWM)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def measured(length: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Milliseconds and MB of each kind."""
+    """Return milliseconds and MB of each kind."""
     passes = {kind: prefill(kind, length, options) for kind in KINDS if kind != KINDS[0] or length <= options.square}
     seconds = interleaved(passes, options.rounds)
     found = {kind: {"ms": 1000 * statistics.median(each)} for kind, each in seconds.items()}
@@ -113,7 +113,7 @@ def measured(length: int, options: argparse.Namespace) -> dict[str, dict[str, fl
 
 
 def draw(found: dict[int, dict[str, dict[str, float]]], options: argparse.Namespace) -> None:
-    """Four pictures, each kind a line over the length."""
+    """Draw four pictures, each kind a line over the length."""
     import matplotlib.pyplot as plt
 
     titles = {"ms": "prefill, ms", "MB": "prefill, MB at the peak", "token ms": "a token, ms", "cache MB": "cache, MB"}

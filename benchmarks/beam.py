@@ -76,7 +76,7 @@ def main() -> None:
 def ctranslate(
     model: Any, folder: Path, widths: Sequence[str]
 ) -> dict[str, Callable[[Sources, argparse.Namespace], Sources]]:
-    """CTranslate2's search with these weights, by ids, for each width; none where it is not installed."""
+    """Return CTranslate2's search with these weights, by ids, for each width; none if it is not installed."""
     if find_spec("ctranslate2") is None:
         return {}
     import ctranslate2

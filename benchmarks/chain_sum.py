@@ -65,7 +65,7 @@ class Row:
 
 
 def made(options: argparse.Namespace) -> tuple[list[Problem], str]:
-    """Different problems with their answers, in an order that the seed decides; and whose they are."""
+    """Return different problems with their answers, in an order that the seed decides; and whose they are."""
     least, most = options.terms
     settings = f"min_terms={least},max_terms={most},min_digits=1,max_digits={options.digits}"
     found, whose = None, "sums made here"
@@ -119,7 +119,7 @@ def accuracy(run: Path, held: Sequence[Problem]) -> float:
 
 
 def passed(run: Path, held: Sequence[Problem], drawn: int) -> dict[int, float]:
-    """pass@k for k = 1, 2, 4 ... up to so many answers that are drawn for each problem, estimated without bias."""
+    """Return pass@k for k = 1, 2, 4 ... up to the answers drawn for each problem, estimated without bias."""
     model, tokenizer = checkpoints.load(run)
     prompts = [tokenizer.render_chat([{"role": "user", "content": e["prompt"]}]) for e in held for _ in range(drawn)]
     ways = [SamplingParams(temperature=1.0, seed=number, max_tokens=LONGEST) for number in range(len(prompts))]
@@ -135,7 +135,7 @@ def powers(most: int) -> list[int]:
 
 
 def draw(found: dict[str, list[Row]], picture: Path) -> None:
-    """pass@k over k, a line for each model and seed."""
+    """Draw pass@k over k, a line for each model and seed."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for colour, (name, rows) in zip(("tab:blue", "tab:orange", "tab:green"), found.items(), strict=False):
         for number, row in enumerate(rows):
@@ -148,7 +148,7 @@ def draw(found: dict[str, list[Row]], picture: Path) -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds of some work whose words nobody needs."""
+    """Return the seconds of some work, whose printed words are hidden."""
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         work()
@@ -156,7 +156,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def tuned(options: argparse.Namespace, folder: Path, model: Path, name: str, steps: int) -> float:
-    """Fine-tunes on the problems that are shown; the seconds that it took."""
+    """Fine-tune on the problems that are shown, and return the seconds."""
     recipe = sft.Recipe(
         str(model), str(folder / "shown.jsonl"), template="plain", context_length=64, packed=False, held_out=0.02,
         steps=steps, batch_size=64, learning_rate=1e-3, weight_decay=0.1, seed=options.seed,
@@ -165,7 +165,7 @@ def tuned(options: argparse.Namespace, folder: Path, model: Path, name: str, ste
 
 
 def rewarded(options: argparse.Namespace, folder: Path) -> float:
-    """Learns from the reward on prompts alone; the seconds that it took."""
+    """Learn from the reward on prompts alone, and return the seconds."""
     recipe = grpo.Recipe(
         str(folder / "sft"), str(folder / "prompts.jsonl"), reward="last-number", held_out=0.02,
         prompts=options.prompts, group=options.group, max_tokens=LONGEST, beta=options.beta, steps=options.grpo_steps,
@@ -181,7 +181,7 @@ def rewarded(options: argparse.Namespace, folder: Path) -> float:
 
 
 def of_seed(options: argparse.Namespace, folder: Path) -> dict[str, Row]:
-    """Everything with one seed: each model on the held-out problems."""
+    """Run everything with one seed: each model on the held-out problems."""
     folder.mkdir(parents=True, exist_ok=True)
     found, whose = made(options)
     shown, others = found[HELD_OUT : HELD_OUT + options.shown], found[HELD_OUT + options.shown :]

@@ -45,7 +45,7 @@ class Way:
 
 
 def ladder() -> list[Way]:
-    """From nanoGPT's settings to ours, one change a line."""
+    """List the ways from nanoGPT's settings to ours, one change a line."""
     _, nano, nano_settings = WAYS["nanogpt"]
     build, ours, settings = WAYS["keifu"]
     adamw = replace(nano_settings, batch_size=settings.batch_size, learning_rate=3e-3, warmup=20)
@@ -64,7 +64,7 @@ Curve = list[tuple[float, float]]  # seconds, loss
 
 
 def measure(way: Way, source: str, target: float) -> tuple[str, Curve]:
-    """Trains one way and gives its line (steps and seconds to the target, and where it ends) and its curve."""
+    """Train one way and return its line (steps and seconds to the target, and where it ends) and its curve."""
     task = prepare_text(Text(source, "characters", 65_536, held_out=0.1))
     config = replace(way.config, vocab_size=task.tokenizer.vocab_size)
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def measure(way: Way, source: str, target: float) -> tuple[str, Curve]:
 
 
 def draw(curves: dict[str, Curve], target: float, path: Path) -> None:
-    """Loss over seconds, a line for each way."""
+    """Draw loss over seconds, a line for each way."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, curve in curves.items():
         axes.plot(*zip(*curve, strict=True), label=name)
@@ -106,7 +106,7 @@ def draw(curves: dict[str, Curve], target: float, path: Path) -> None:
 
 
 def nanogpt(folder: Path, source: Path) -> str:
-    """nanoGPT's own train.py with the settings of its README for a laptop; its time includes its few evaluations."""
+    """Run nanoGPT's own train.py with the settings of its README for a laptop; its time includes evaluations."""
     data = folder / "data" / "shakespeare_char"
     shutil.copy(source, data / "input.txt")
     subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True, capture_output=True)

@@ -41,7 +41,7 @@ def models(dtype: torch.dtype) -> tuple[clip.Clip, CLIPModel, CLIP]:
 
 
 def captions(count: int) -> Tensor:
-    """Token ids [count, 77], padded with the end."""
+    """Return token ids [count, 77], padded with the end."""
     lengths = torch.randint(8, 25, (count, 1))
     tokens = torch.randint(1, 49_000, (count, 77))
     tokens[:, 0] = 49_406
@@ -49,7 +49,7 @@ def captions(count: int) -> Tensor:
 
 
 def cut(tokens: Tensor) -> Tensor:
-    """Without the columns that hold the end alone, but for one."""
+    """Remove the columns that have only the end token, except one."""
     return tokens[:, : int((tokens != END).sum(1).max()) + 1]
 
 
@@ -75,7 +75,7 @@ def read(three: tuple[clip.Clip, CLIPModel, CLIP], tokens: Tensor, whole: bool) 
 
 @torch.inference_mode()
 def compared(title: str, running: Contenders, rounds: int, amount: int, unit: str) -> None:
-    """How far the results lie apart, and the table."""
+    """Return the difference of the results, and the table."""
     found = {name: work().float() for name, work in running.items()}
     apart = max(float((found[name] - found[BASE]).abs().max() / found[BASE].abs().max()) for name in found)
     print(f"\n{title}; results within {apart:.1e} of the largest\n")

@@ -83,7 +83,7 @@ def retrieval(task: recipe.ClipTask, sets: dict[str, ImageDataset]) -> None:
 
 
 def groups(task: recipe.ClipTask, name: str, pictures: ImageDataset) -> None:
-    """Zero-shot accuracy over the groups that have words here."""
+    """Return zero-shot accuracy over the groups that have words here."""
     known = [place for place, label in enumerate(pictures.labels) if pictures.classes[label] in GROUPS]
     pictures, labels = pictures.chosen(known), [*GROUPS]
     points = torch.stack([label_points(task.model, task.tokenizer, words, ["{}"]).mean(0) for words in GROUPS.values()])
@@ -94,7 +94,7 @@ def groups(task: recipe.ClipTask, name: str, pictures: ImageDataset) -> None:
 
 
 def draw(task: recipe.ClipTask, pictures: ImageDataset, path: Path, count: int = 12) -> None:
-    """Cosines of some held-out pictures and their names, in English and in Japanese."""
+    """Draw cosines of some held-out pictures and their names, in English and in Japanese."""
     font_manager.fontManager.addfont(str(catalogue.fetch("japanese-font")))
     plt.rcParams["font.family"] = ["DejaVu Sans", "IPAexGothic"]
     some = pictures.distinct()

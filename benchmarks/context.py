@@ -68,7 +68,7 @@ class Allocating(TorchRunner):
 
 
 def measure(model: torch.nn.Module, length: int, timed: int) -> tuple[int, list[float]]:
-    """Bytes that the engine keeps of a sequence of `length` tokens, and seconds of the next `timed` ones."""
+    """Measure bytes that the engine keeps of a sequence of `length` tokens, and seconds of the next `timed` ones."""
     runner = Allocating(model, n_blocks=-(-(length + TIMED + 1) // 16))
     engine = Engine(model, None, runner)
     engine.add(engine.request([1] * length, SamplingParams(max_tokens=TIMED + 1, temperature=0)))

@@ -81,7 +81,7 @@ def show(found: list[tuple[int, float, float]], floor: float, features: str, opt
 
 
 def main() -> None:
-    """Draws, measures, prints and plots."""
+    """Draw, measure, print and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", required=True)

@@ -58,7 +58,7 @@ def contenders(texts: list[str], dtype: torch.dtype) -> Contenders:
 
 
 def spread(name: str, count: int) -> list[str]:
-    """So many texts of a catalogue entry, evenly spaced."""
+    """Return this many texts of a catalogue entry, evenly spaced."""
     documents = list(catalogue.documents(name))
     return [documents[place * len(documents) // count] for place in range(count)]
 

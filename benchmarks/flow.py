@@ -67,14 +67,14 @@ def learn(task: ddpm.DiffusionTask, seconds: float) -> tuple[nn.Module, int]:
 
 
 def drawn(model: nn.Module, steps: int, count: int) -> Tensor:
-    """Pictures of the first seeds, in batches."""
+    """Draw pictures of the first seeds, in batches."""
     painter, request = PixelPipeline(model), ImageRequest("ddim", steps)
     parts = [range(first, min(first + 100, count)) for first in range(0, count, 100)]
     return torch.cat([painter.draw(request, part) for part in parts])
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, dict[str, list[float]]], dict[str, int], list[Tensor]]:
-    """Distances by way and number of steps, a number for each seed; parameters; rows of pictures of the first seed."""
+    """Measure distances by way and steps, a number for each seed; parameters; pictures of the first seed."""
     distances: dict[str, dict[str, list[float]]] = {}
     sizes, rows, extract = dict[str, int](), list[Tensor](), extractor()
     real: Tensor | None = None
@@ -111,7 +111,7 @@ def sheet(rows: list[Tensor], ways: Sequence[str], steps: Sequence[int], path: P
 
 
 def main() -> None:
-    """Trains, draws, measures, prints and writes."""
+    """Train, draw, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="mnist")
     parser.add_argument("--size", type=int, help="side of the pictures; unset: as the recipe")

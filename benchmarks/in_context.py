@@ -34,7 +34,7 @@ Examples = list[tuple[str, str]]
 
 
 def mapped(chance: random.Random, count: int) -> Examples:
-    """So many letters, drawn with replacement, and what one made-up mapping makes of them."""
+    """Return letters drawn with replacement, and their images under one made-up mapping."""
     mapping = dict(zip(FROM, chance.sample(TO, len(TO)), strict=True))
     return [(letter, mapping[letter]) for letter in chance.choices(FROM, k=count)]
 
@@ -80,14 +80,14 @@ def trained(layers: int, options: argparse.Namespace) -> Any:
 
 @torch.inference_mode()
 def right_of_trained(model: Any, counts: list[int], questions: int) -> dict[int, int]:
-    """Right answers by the number of examples, all from one reading of each row."""
+    """Return right answers by the number of examples, all from one reading of each row."""
     tokens = Mappings(questions, -1).batch(0)["tokens"]
     likeliest = model(tokens)[:, :, len(FROM) :].argmax(-1) + len(FROM)
     return {n: int((likeliest[:, 2 * n] == tokens[:, 2 * n + 1]).sum()) for n in counts}
 
 
 def right_of_published(name: str, counts: list[int], questions: int) -> dict[int, int]:
-    """Right answers by the number of examples, each question a prompt of its own."""
+    """Return right answers by the number of examples, each question a prompt of its own."""
     model, tokenizer = checkpoints.load(name)
     choices = [tuple(tokenizer.encode(f" {letter}")) for letter in TO]
     found = {}
@@ -109,7 +109,7 @@ def _text(examples: Examples) -> str:
 
 
 def draw(found: dict[str, dict[int, tuple[float, float, float]]], counts: list[int], path: Path) -> None:
-    """Accuracy over the number of examples, with intervals, and the most that can be known."""
+    """Draw accuracy over the number of examples, with intervals, and the most that can be known."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.plot(range(len(counts)), [knowable(n) for n in counts], color="grey", linestyle=":", label="what can be known")
     for name, points in found.items():

@@ -75,7 +75,7 @@ def line(rows: Sequence[Row]) -> str:
 
 
 def quietly(work: Callable[[], object]) -> float:
-    """Seconds of some work whose words nobody needs."""
+    """Return the seconds of some work, whose printed words are hidden."""
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         work()
@@ -91,7 +91,7 @@ def answers(run: Path, questions: Sequence[str], seed: int) -> list[str]:
 
 
 def ranked(run: Path, questions: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Answers of a model, and scores by gold with noise, as a file of preferences has them."""
+    """Return answers of a model, and scores by gold with noise, as a file of preferences has them."""
     chance, count = random.Random(options.seed), options.answers
     said = answers(run, [each for each in questions for _ in range(count)], options.seed + 1)
     made = []
@@ -124,7 +124,7 @@ def measured(name: str, run: Path, questions: Sequence[str], beside: Sequence[st
 
 
 def curve(run: Path, bins: int = 8) -> list[tuple[float, float, float]]:
-    """Mean KL, learned and gold reward of a PPO run's rollouts, in bins along the run."""
+    """Return mean KL, learned and gold reward of a PPO run's rollouts, in bins along the run."""
     lines = [(x["kl"], x["reward"], x["measured_gold"]) for x in metrics.read(run) if "measured_gold" in x]
     return [tuple(np.mean(part, 0).tolist()) for part in np.array_split(np.array(lines), min(bins, len(lines)))]
 
@@ -194,7 +194,7 @@ Curve = list[tuple[float, float, float]]
 
 
 def draw(curves: dict[str, list[Curve]], picture: Path) -> None:
-    """Gold and learned reward over KL, a pair of lines for each seed."""
+    """Draw gold and learned reward over KL, a pair of lines for each seed."""
     figure, axes = plt.subplots(1, len(curves), figsize=(9, 3.5), sharey=True, squeeze=False)
     for place, (name, seeds) in zip(axes[0], curves.items(), strict=True):
         for number, points in enumerate(seeds):
@@ -210,7 +210,7 @@ def draw(curves: dict[str, list[Curve]], picture: Path) -> None:
 
 
 def of_seed(options: argparse.Namespace, folder: Path) -> tuple[list[Row], dict[str, Curve]]:
-    """Everything with one seed: a row for each model, and the curves of PPO."""
+    """Run everything with one seed: a row for each model, and the curves of PPO."""
     test = prepared(options, folder)
     seconds = learned(options, folder)
     last = [each for each in metrics.read(folder / "reward") if "validation_accuracy" in each][-1]

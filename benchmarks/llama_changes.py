@@ -76,7 +76,7 @@ MODELS = {
 
 
 def flops(model: DecoderLM) -> float:
-    """Floating-point operations of a forward pass over the trained length, for each token."""
+    """Return floating-point operations of a forward pass over the trained length, for each token."""
     with torch.no_grad():
         return count_flops(lambda: model(torch.zeros(1, TRAINED, dtype=torch.int64))) / TRAINED
 
@@ -92,7 +92,7 @@ def by_place(model: DecoderLM, rows: Tensor) -> Tensor:
 
 
 def run(name: str, seed: int, task: TextTask, options: argparse.Namespace) -> tuple[Tensor, float]:
-    """Trains a model, and gives its loss by place and the seconds of training."""
+    """Train a model, and return its loss by position and the seconds of training."""
     settings = Settings(
         steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,
         final_ratio=0.0, weight_decay=0.1, seed=seed,
@@ -105,7 +105,7 @@ def run(name: str, seed: int, task: TextTask, options: argparse.Namespace) -> tu
 
 
 def draw(losses: dict[str, list[Tensor]], path: Path) -> None:
-    """Loss by place, smoothed over 16 places; the shade is the spread of the seeds."""
+    """Draw the loss by position, smoothed over 16 positions; the shade is the spread of the seeds."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, seeds in losses.items():
         curves = torch.stack(seeds).unflatten(1, (-1, 16)).mean(2)

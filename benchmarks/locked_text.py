@@ -37,7 +37,7 @@ WAYS = {
 
 
 def gradients(pictures: Tensor, cell: int) -> Tensor:
-    """Histograms of the directions of grey gradients, weighted by their size, in cells of so many pixels."""
+    """Return histograms of the directions of grey gradients, weighted by their size, in cells of so many pixels."""
     grey = F.pad(pictures.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
     down = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
@@ -53,7 +53,7 @@ def features(pictures: ImageDataset) -> Tensor:
 
 
 def regress(known: Tensor, searched: Tensor, values: Tensor) -> Tensor:
-    """Kernel ridge regression with a Gaussian as wide as the median distance."""
+    """Fit kernel ridge regression with a Gaussian as wide as the median distance."""
     distances = torch.cdist(known, known).square()
     width = distances.median()
     weights = torch.linalg.solve((-distances / width).exp() + RIDGE * torch.eye(len(known)), values)
@@ -61,7 +61,7 @@ def regress(known: Tensor, searched: Tensor, values: Tensor) -> Tensor:
 
 
 def right(train: ImageDataset, searched: ImageDataset) -> dict[str, dict[str, list[int]]]:
-    """Whether each picture finds its name first, and each name its picture, by way."""
+    """Return whether each picture finds its name first, and each name its picture, by way."""
     names, asked = (list(part.texts("en")) for part in (train, searched))
     counter, (encoder, tokenizer) = WordCounter(names, "en"), checkpoints.load("minilm", torch.float32)
     embedded = embed(encoder, tokenizer, [*names, *asked])

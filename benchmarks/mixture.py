@@ -143,7 +143,7 @@ class OtherInputs:
 
 
 def controls(model: torch.nn.Module, found: PreparedMixture, options: argparse.Namespace) -> str:
-    """UL2's losses on the hidden tokens, by the weights, after inputs that are not theirs."""
+    """Return UL2's losses on the hidden tokens, by the weights, after inputs that are not theirs."""
     lines = ["| UL2 after | " + " | ".join(map(title, HIDDEN)) + " |", "|---|" + "---:|" * len(HIDDEN)]
     for which in ("its own text", "its sentinels in reverse order", "another text"):
         own = tasks("ul2", Markers.of(found.tokenizer), options.context)
@@ -158,7 +158,7 @@ def controls(model: torch.nn.Module, found: PreparedMixture, options: argparse.N
 
 
 def measure(models: dict[str, torch.nn.Module], found: PreparedMixture, options: argparse.Namespace) -> list[Measured]:
-    """Every source by both models on all tasks."""
+    """Measure every source by both models on all tasks."""
     markers = Markers.of(found.tokenizer)
     one = partial(losses, context=options.context, rows=options.windows, batch_size=options.batch)
     measured = []

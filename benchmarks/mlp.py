@@ -30,7 +30,7 @@ SECTION, COLUMNS = (
 
 
 def ours(learned: ToyDataset, hidden: tuple[int, ...], seed: int) -> tuple[float, float]:
-    """Held-out accuracy and seconds of one run."""
+    """Return held-out accuracy and seconds of one run."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)

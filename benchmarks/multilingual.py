@@ -78,7 +78,7 @@ def trained(name: str, found: PreparedMixture, options: argparse.Namespace, out:
 
 
 def english(model: nn.Module, found: PreparedMixture, names: Sequence[str], options: argparse.Namespace) -> float:
-    """Bits a byte of what is held out of the English sources, by their weights."""
+    """Return bits a byte of what is held out of the English sources, by their weights."""
     task = CausalBatches(CONTEXT - 1)
     own = [source for source in found.sources if source.name in names]
     total, sum_of = sum(source.weight for source in own), 0.0
@@ -91,7 +91,7 @@ def english(model: nn.Module, found: PreparedMixture, names: Sequence[str], opti
 
 
 def items(code: str, options: argparse.Namespace) -> list[tuple[list[Pair], str, list[str]]]:
-    """Examples, a sentence, and eight English ones of which the first is its translation; of held-out rows alone."""
+    """Return held-out examples: a sentence, and eight English ones of which the first is its translation."""
     held = [row for row in map(tatoeba.sentences_of, tatoeba.rows(0.02)[1]) if {code, "en"} <= row.keys()]
     unlike = {
         row["en"]: (row[code], row["en"]) for row in held if len(row["en"]) <= 40 and len(row[code].encode()) <= BYTES

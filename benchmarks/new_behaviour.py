@@ -51,7 +51,7 @@ def changed(conversation: Dialogue) -> Dialogue | None:
 
 
 def follows(answer: Any) -> bool:
-    """Whether an answer has the new form."""
+    """Return whether an answer has the new form."""
     text = answer.text.strip()
     return text.startswith(START.strip()) and len(sentences(text)) == 1 and answer.finish_reason == "stop"
 
@@ -68,7 +68,7 @@ def logits(model: Any, rows: Tensor) -> Tensor:
 
 
 def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Dialogue]]) -> None:
-    """Both models beside each other."""
+    """Return a table of both models."""
     print("| | " + " | ".join(f"follows, {name}" for name in asked) + f" | perplexity on {options.text} |")
     print(f"|---|{'---:|' * (len(asked) + 1)}", flush=True)
     perplexities = []
@@ -87,7 +87,7 @@ def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Dial
 
 
 def compared(options: argparse.Namespace, folder: Path, asked: Sequence[Dialogue]) -> None:
-    """Adapters beside the model, worked into it, and as PEFT has them."""
+    """Compare adapters apart from the model, merged into it, and as PEFT has them."""
     model, tokenizer = checkpoints.load(folder / "run", torch.float32)
     rows = torch.tensor([tokenizer.render_chat(asked[0])])
     beside = logits(model, rows)

@@ -28,7 +28,7 @@ CONTEXT, DIM, HEADS = 64, 64, 2
 
 
 def run(name: str, depth: int, seed: int, task: TextTask, options: argparse.Namespace) -> float:
-    """Trains a model and gives its held-out loss."""
+    """Train a model and return its held-out loss."""
     settings = Settings(
         steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,
         final_ratio=0.0, weight_decay=0.1, seed=seed,
@@ -42,7 +42,7 @@ def run(name: str, depth: int, seed: int, task: TextTask, options: argparse.Name
 
 
 def draw(losses: dict[str, dict[int, list[float]]], path: Path) -> None:
-    """Held-out loss over depth, a line for each place of the norms; bars from the lowest seed to the highest."""
+    """Draw held-out loss over depth, a line for each position of the norms; bars span the seeds."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, by_depth in losses.items():
         means = [mean(seeds) for seeds in by_depth.values()]

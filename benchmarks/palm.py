@@ -75,7 +75,7 @@ BLOCKS: dict[str, Callable[[Parallel], nn.Module]] = {
 
 
 def built(config: palm.Config, kind: str = "parallel", seed: int = 0) -> DecoderLM:
-    """PaLM, or the same with other blocks, from the same weights."""
+    """Build PaLM, or the same with other blocks, from the same weights."""
     torch.manual_seed(seed)
     model = palm.build(config)
     model.blocks = nn.ModuleList(BLOCKS[kind](block) for block in model.blocks)
@@ -130,7 +130,7 @@ def stepping(model: DecoderLM, length: int, batch: int) -> tuple[Callable[[], No
 
 @torch.inference_mode()
 def decoded(length: int, batch: int, options: argparse.Namespace) -> Decoding:
-    """All kinds of attention behind so many tokens."""
+    """Measure all kinds of attention behind this many tokens."""
     heads, dtype = options.wide // 64, resolve_dtype("auto", CPU)
     kinds = {f"{heads} heads": heads, f"{max(1, heads // 4)} heads": max(1, heads // 4), "1 head": 1}
     work, megabytes = {}, {}
@@ -160,7 +160,7 @@ def speed(options: argparse.Namespace, picture: Path | None) -> None:
 
 
 def draw_speed(found: dict[int, dict[int, Decoding]], path: Path) -> None:
-    """Milliseconds a step by the tokens before it, a panel for each number of rows, and the caches of the last."""
+    """Draw milliseconds a step by the tokens before it, a panel for each number of rows, and the caches of the last."""
     figure, panels = plt.subplots(1, len(found) + 1, figsize=(4.2 * len(found) + 4.2, 4), layout="constrained")
     last = list(found.values())[-1]
     for axes, (rows, lengths) in zip(panels, found.items(), strict=False):
@@ -190,7 +190,7 @@ class Way:
 
 
 def layers(options: argparse.Namespace, usual: Settings) -> list[Way]:
-    """PaLM's layer and its two changes undone, one at a time and both."""
+    """Compare PaLM's layer with its two changes undone, one at a time and both."""
     config = partial(config_of, options, options.dim, options.layers)
     heads = options.dim // 64
     wider = 4 * options.dim + round(2 * (heads - 1) * 64 / 3)  # three matrices for the two that became small
@@ -206,7 +206,7 @@ def layers(options: argparse.Namespace, usual: Settings) -> list[Way]:
 
 
 def optimizers(options: argparse.Namespace, usual: Settings) -> list[Way]:
-    """PaLM's optimizer and AdamW on PaLM's layer."""
+    """Compare PaLM's optimizer and AdamW on PaLM's layer."""
     config = partial(config_of, options, options.dim, options.layers)
     held = max(1, round(10_000 / 255_000 * options.steps))
     palms = replace(usual, optimizer="adafactor", schedule="inverse_sqrt", hold=held, warmup=0, weight_decay=1.0)
@@ -216,7 +216,7 @@ def optimizers(options: argparse.Namespace, usual: Settings) -> list[Way]:
 
 
 def learn(way: Way, task: TextTask, options: argparse.Namespace) -> tuple[str, dict[int, float]]:
-    """Trains, and gives the line of the table and the held-out loss by steps."""
+    """Train, and return the line of the table and the held-out loss by steps."""
     model = way.build(task.tokenizer.vocab_size)
     data = PackedText(task.shards, options.context, options.rows, options.seed, options.held_out)
     losses: dict[int, float] = {}
@@ -252,7 +252,7 @@ def learning(options: argparse.Namespace, picture: Path | None) -> None:
 
 
 def draw_learning(found: list[dict[str, dict[int, float]]], tokens: int, path: Path) -> None:
-    """Held-out loss by tokens, a panel for each table."""
+    """Draw held-out loss by tokens, a panel for each table."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
     for axes, losses, title in zip(panels, found, ("the layer", "the optimizer"), strict=True):
         for name, points in losses.items():

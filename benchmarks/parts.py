@@ -27,13 +27,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def panels(count: int, height: float = 3.2) -> Iterator[Axes]:
-    """So many axes side by side in a new figure."""
+    """Return this many axes side by side in a new figure."""
     _, found = plt.subplots(1, count, figsize=(4 * count, height), layout="constrained", squeeze=False)
     return iter(found[0])
 
 
 def activations() -> None:
-    """Six activations, and their derivatives."""
+    """Draw six activations, and their derivatives."""
     values, slopes = panels(2)
     for name in ("sigmoid", "tanh", "relu", "gelu", "silu", "quick_gelu"):
         x = torch.linspace(-4, 4, 401, requires_grad=True)
@@ -48,7 +48,7 @@ def activations() -> None:
 
 
 def attention() -> None:
-    """Four masks of sixteen tokens: white is seen."""
+    """Draw four masks of sixteen tokens: white is seen."""
     documents = torch.tensor([[0] * 6 + [1] * 10])
     place = torch.arange(16)
     causal = place[:, None] >= place
@@ -78,7 +78,7 @@ def positions() -> None:
 
 
 def tokenizers() -> None:
-    """Bytes a token over the size of the vocabulary, of the pages of the lineage, by two kinds in two languages."""
+    """Draw bytes a token of the lineage's pages over the vocabulary's size, by two kinds in two languages."""
     axes = next(panels(1))
     pages = sorted((ROOT / "docs/lineage").glob("*.md"))
     for language, japanese in (("English", False), ("Japanese", True)):
@@ -110,7 +110,7 @@ def sampling() -> None:
 
 
 def optimizers() -> None:
-    """Learning rate schedules, and what Muon's five steps do to singular values."""
+    """Draw learning rate schedules, and the effect of Muon's five steps on singular values."""
     rates, values = panels(2)
     for name, settings in {
         "cosine to a tenth": ("cosine", 0.1, 0),
@@ -152,7 +152,7 @@ def exact_network(noise: Noise, deviation: float = 0.6) -> Callable[[Tensor, Ten
 
 
 def diffusion_samplers() -> None:
-    """How far each sampler's end is from that of 400 steps of Heun, over its evaluations, with a perfect network."""
+    """Draw the distance of each sampler's end from that of 400 steps of Heun, over its evaluations."""
     axes = next(panels(1, 3.6))
     noise = Noise(clip=None)
     torch.manual_seed(0)

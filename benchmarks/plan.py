@@ -51,8 +51,8 @@ def planned(name: str, devices: str, batch: float) -> plan.Plan:
 
 
 def diffusion_hours(unet: str, pictures: dict[int, int], encodes: bool) -> float:
-    """A100 hours of a U-Net and so many pictures of each side: its forward pass is counted, its backward pass takes
-    twice as much. encodes: the autoencoder's encoder too, which has no backward pass."""
+    """Return A100 hours of a U-Net and this many pictures of each side: its forward pass is counted, its backward pass
+    takes twice as much. encodes: the autoencoder's encoder too, which has no backward pass."""
     with on_meta():
         model = conditioned_unet.build(config := conditioned_unet.SIZES[unet])
         vae = autoencoder_kl.build(autoencoder_kl.SIZES["stable-diffusion-autoencoder"])

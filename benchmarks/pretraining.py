@@ -91,7 +91,7 @@ def prepared(options: argparse.Namespace, held: Examples) -> TextTask:
 
 
 def pretrained(options: argparse.Namespace, task: TextTask, out: Path) -> None:
-    """Trains for so many minutes, and leaves the model in a folder."""
+    """Train for this many minutes, and save the model in a folder."""
     recipe = writing.Recipe(model=MODEL, batch_size=32, seed=options.seeds[0])
     config = replace(MODEL, vocab_size=task.tokenizer.vocab_size)
     data = PackedText(task.shards, config.context_length, 32, options.seeds[0], VALIDATION_TOKENS)
@@ -134,7 +134,7 @@ def tuned(way: Way, base: str, training: Examples, held: Examples, seed: int, op
 
 
 def draw(accuracies: dict[str, dict[int, float]], majority: float, path: Path) -> None:
-    """Held-out accuracy by the number of labels, a line for each way."""
+    """Draw held-out accuracy by the number of labels, a line for each way."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, points in accuracies.items():
         style = "-" if WAYS[name].lm_weight else "--"

@@ -26,7 +26,7 @@ Line = tuple[int, str, float, float, float]  # shots, scored by, accuracy and it
 
 
 def draw(found: dict[str, tuple[list[Line], dict[str, Any]]], path: Path) -> None:
-    """Accuracy by the number of examples, a picture for topics by score and one for what is written."""
+    """Draw accuracy by the number of examples, a picture for topics by score and one for what is written."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained")
     for name, (lines, figures) in found.items():
         for way in dict.fromkeys(line[1] for line in lines):

@@ -24,7 +24,7 @@ PEERS = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k"), "int4_p
 
 
 def windows(name: str, tokenizer, count: int, length: int) -> torch.Tensor:
-    """Windows of the part of a text that is held out of training, each begun with the token that begins texts."""
+    """Return windows of the held-out part of a text, each after the token that begins texts."""
     held_out = np.asarray(prepare(name, tokenizer).validation, dtype=np.int64)
     begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     rows = held_out[: count * (length - 1)].reshape(-1, length - 1)
@@ -32,7 +32,7 @@ def windows(name: str, tokenizer, count: int, length: int) -> torch.Tensor:
 
 
 def losses(logits: torch.Tensor, window: torch.Tensor) -> float:
-    """Nats of the window's tokens after its first, summed."""
+    """Return nats of the window's tokens after its first, summed."""
     return float(torch.nn.functional.cross_entropy(logits[:-1].double(), window[1:], reduction="sum"))
 
 

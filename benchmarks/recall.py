@@ -102,8 +102,9 @@ def build(name: str, seed: int) -> DecoderLM:
 
 
 def draw(rows: int, pairs: int, random: torch.Generator, rewritten: bool = False) -> tuple[Tensor, Tensor]:
-    """Sequences of pairs and queries, [rows, 3 · pairs], and the values of the queries, [rows, pairs]. rewritten: the
-    keys come with other values before, which the model must forget: [rows, 5 · pairs]."""
+    """Draw sequences of pairs and queries, [rows, 3 · pairs], and the values of the queries, [rows, pairs].
+
+    rewritten: the keys come with other values before, which the model must forget: [rows, 5 · pairs]."""
     keys = torch.rand(rows, KEYS, generator=random).argsort(1)[:, :pairs]
     values = torch.randint(KEYS, 2 * KEYS, (rows, pairs), generator=random)
     order = torch.rand(rows, pairs, generator=random).argsort(1)
@@ -140,7 +141,7 @@ def accuracy(model: DecoderLM, pairs: int, rewritten: bool) -> float:
 
 
 def chart(found: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Mean accuracy over the number of pairs; the shade is the spread of the seeds."""
+    """Draw mean accuracy over the number of pairs; the shade is the spread of the seeds."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, by_pairs in found.items():
         shares = 100 * torch.tensor([*by_pairs.values()])

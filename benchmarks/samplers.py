@@ -29,12 +29,12 @@ ETAS = {"ddim, η = 1": ("ddim", 1.0)}  # rows beside the samplers' own
 
 
 def steps_for(sampler: str, evaluations: int) -> int:
-    """How many steps of a sampler so many evaluations pay for."""
+    """Return the steps of a sampler for this many evaluations."""
     return {"heun": (evaluations + 1) // 2, "plms": max(1, evaluations - 1)}.get(sampler, evaluations)
 
 
 def drawn(model, sampler: str, eta: float, steps: int, count: int, batch_size: int) -> Tensor:
-    """Pictures of the seeds from 0 on; classes take turns."""
+    """Draw pictures of the seeds from 0 on; classes take turns."""
     classes = model.config.n_classes
     parts = []
     with counting(f"{sampler}, {steps} steps", count, "pictures") as advance:
@@ -48,7 +48,7 @@ def drawn(model, sampler: str, eta: float, steps: int, count: int, batch_size: i
 
 
 def measure(options: argparse.Namespace, model, extract: Extractor, real: Tensor) -> dict[str, dict[int, tuple]]:
-    """Kernel distance, its deviation and seconds a picture, by row and number of evaluations."""
+    """Measure kernel distance, its deviation and seconds a picture, by row and number of evaluations."""
     rows = {name: (name, 0.0) for name in options.samplers} | (ETAS if "ddim" in options.samplers else {})
     found: dict[str, dict[int, tuple]] = {name: {} for name in rows}
     for evaluations in options.evaluations:
@@ -77,7 +77,7 @@ def show(found: dict[str, dict[int, tuple]], evaluations: list[int], floor: floa
 
 
 def plot(found: dict[str, dict[int, tuple]], floor: float, features: str, path: Path) -> None:
-    """Quality over work, both on logarithmic axes; a distance of the held-out pictures at or below 0 is only told."""
+    """Draw quality over work on logarithmic axes; a distance of the held-out pictures at or below 0 is only printed."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, row in found.items():
         axes.plot(list(row), [1e3 * values[0] for values in row.values()], marker="o", markersize=3, label=name)
@@ -108,7 +108,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Draws, measures, prints and plots."""
+    """Draw, measure, print and plot."""
     options = arguments()
     model, extract, real, floor = beside(options.run, options.data, options.distinct)
     found = measure(options, model, extract, real)

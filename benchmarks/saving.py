@@ -59,8 +59,8 @@ def learn(folder: Path, steps: int) -> None:
 
 
 def measure(folder: Path, world: int, steps: int) -> dict[str, float]:
-    """Medians over the saves of a run, in seconds: a step, how long a save held it up, and how much longer the steps
-    beside it took; and the bytes of a state."""
+    """Measure medians over the saves of a run, in seconds: a step, its delay by a save, and how much longer the steps
+    next to a save took; and the bytes of a state."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

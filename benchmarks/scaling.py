@@ -77,7 +77,7 @@ def fitted(sizes: np.ndarray, tokens: np.ndarray, logs: np.ndarray, starts: list
 
 
 def predictions(law: Law, sizes: np.ndarray, tokens: np.ndarray, logs: np.ndarray, asked: list[Point]) -> np.ndarray:
-    """Losses of the asked points by laws that the same residuals, in another order, would have given [draw, point]."""
+    """Return losses of the points by laws that the same residuals in another order give [draw, point]."""
     chance = np.random.default_rng(0)
     middle, places = law.log_loss(sizes, tokens), _columns(asked)[:2]
     spread = (logs - middle) * np.sqrt(len(logs) / max(1, len(logs) - 5))  # the law has five parameters
@@ -90,7 +90,7 @@ def predictions(law: Law, sizes: np.ndarray, tokens: np.ndarray, logs: np.ndarra
 
 
 def measured(task: TextTask, size: str, tokens: float, options: argparse.Namespace) -> Point:
-    """Trains one model."""
+    """Train one model and return its losses."""
     width, layers = map(int, size.split("x"))
     config = llama.Config(
         vocab_size=task.tokenizer.vocab_size, context_length=CONTEXT, dim=width, hidden_dim=-(-8 * width // 48) * 16,
@@ -107,7 +107,7 @@ def measured(task: TextTask, size: str, tokens: float, options: argparse.Namespa
 
 
 def points(options: argparse.Namespace) -> list[Point]:
-    """All of them, each printed as it is measured."""
+    """Measure all points, and print each at once."""
     kept = options.points.read_text().splitlines() if options.points and options.points.exists() else []
     known = {(each.size, each.tokens): each for each in (Point(**json.loads(line)) for line in kept)}
     task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
@@ -130,14 +130,14 @@ def points(options: argparse.Namespace) -> list[Point]:
 
 
 def _columns(found: list[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Parameters, tokens and losses."""
+    """Return parameters, tokens and losses."""
     rows = [(each.parameters, each.tokens, each.loss) for each in found]
     sizes, tokens, losses = np.array(rows, dtype=float).T
     return sizes, tokens, losses
 
 
 def draw(law: Law, used: list[Point], asked: list[Point], ranges: np.ndarray, path: Path) -> None:
-    """Losses over sizes, a line for each number of tokens; those left out as rings, with the interval predicted."""
+    """Draw losses over sizes, a line for each number of tokens; those left out as rings, with their interval."""
     figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
     line = np.geomspace(min(p.parameters for p in used) / 1.2, max(p.parameters for p in asked) * 1.2, 200)
     for number, seen in enumerate(sorted({p.tokens for p in used})):

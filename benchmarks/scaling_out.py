@@ -34,7 +34,7 @@ PODS, ALONE = "two pods", "one process, one thread, two micro-batches"
 
 
 def sent() -> int:
-    """Bytes that the loopback network has carried so far."""
+    """Return bytes that the loopback network has carried so far."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 
@@ -59,7 +59,7 @@ def train(name: str, folder: Path, steps: int) -> tuple[list[dict[str, Any]], in
 
 
 def formulas(tensors: dict[str, Any]) -> dict[str, float]:
-    """Megabytes that a step exchanges on each mesh of two processes, from the model's tensors.
+    """Return megabytes that a step exchanges on each mesh of two processes, from the model's tensors.
 
     Each process sends the other one half of what is gathered, or all of what is summed, for which gloo does as much
     where each needs a part alone (reduce-scatter). Pods sum the gradients. FSDP gathers the weights of the blocks for
@@ -81,7 +81,7 @@ def formulas(tensors: dict[str, Any]) -> dict[str, float]:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Two pods' losses over those of one process."""
+    """Draw two pods' losses over those of one process."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

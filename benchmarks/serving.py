@@ -274,7 +274,7 @@ def manners(url: str, model: str, clients: int, seconds: float) -> float:
 
 
 def stop_under_load(process: subprocess.Popen, url: str, model: str) -> bool:
-    """SIGTERM while answers are written: whether each came to its end."""
+    """Send SIGTERM while answers are written; return whether each came to its end."""
 
     async def several() -> list[str | BaseException]:
         found = Outcome()
@@ -334,7 +334,7 @@ def start_again(command: list[str], url: str, model: str) -> float:
 
 
 def compare(options: argparse.Namespace) -> Iterable[str]:
-    """keifu's and llama.cpp's server over the same file, by turns."""
+    """Compare keifu's and llama.cpp's server over the same file, by turns."""
     urls = {"keifu": free_url(), "llama-server": free_url()}
     model = str(options.gguf)
     running = [

@@ -57,7 +57,7 @@ class Spoiled:
 
 
 def run(name: str, task: TextTask, options: argparse.Namespace, out: Path) -> list[dict[str, float]]:
-    """Trains, and gives all lines of metrics.jsonl: one for each step."""
+    """Train, and return all lines of metrics.jsonl: one for each step."""
     size, dim = task.tokenizer.vocab_size, options.dim
     config = palm.Config(
         vocab_size=size, context_length=options.context, dim=dim, hidden_dim=4 * dim, n_layers=options.layers,

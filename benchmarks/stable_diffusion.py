@@ -52,7 +52,7 @@ TINY = latent_diffusion.Config(
 
 
 def built(config: latent_diffusion.Config, dtype: torch.dtype) -> latent_diffusion.LatentDiffusion:
-    """keifu's model; what is zero in a fresh network is not, as in a trained one."""
+    """Build keifu's model without the zeros of a fresh network, as if it were trained."""
     torch.manual_seed(0)
     model = latent_diffusion.build(config)
     for parameter in model.parameters():
@@ -63,7 +63,7 @@ def built(config: latent_diffusion.Config, dtype: torch.dtype) -> latent_diffusi
 
 
 def peers(own: latent_diffusion.LatentDiffusion) -> dict[str, Any]:
-    """diffusers' and transformers' models with the same weights, shared but for joined matrices."""
+    """Build diffusers' and transformers' models with the same weights, shared but for joined matrices."""
     told = latent_diffusion.to_published(own.config)
     weights = dict(published_tensors(own, links(own, latent_diffusion.WEIGHT_NAMES)))
     with torch.device("meta"):
@@ -125,7 +125,7 @@ def decode(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Na
 
 
 def picture(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Namespace) -> Callable[[], object]:
-    """Text to finished picture."""
+    """Draw one picture from a text."""
     config, tokenizer = own.config, tokens(own.config)
     side = options.side * config.factor
     if row != BASE:
@@ -169,7 +169,7 @@ def flops_of(own: latent_diffusion.LatentDiffusion, what: str, options: argparse
 
 @torch.inference_mode()
 def measure(options: argparse.Namespace, what: str, name: str) -> None:
-    """One table."""
+    """Measure one table."""
     dtype = DTYPES[name]
     own = built(config_of(options), dtype)
     seconds = interleaved({row: KINDS[what](own, row, options) for row in rows(what, options)}, options.rounds)
@@ -222,7 +222,7 @@ def config_of(options: argparse.Namespace) -> latent_diffusion.Config:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--what", choices=["step", "decode", "picture"], nargs="+", default=["step", "decode", "picture"]

@@ -115,7 +115,7 @@ def contestant(given: str, dtype: torch.dtype) -> Contestant:
 
 
 def clip_features(towers: Any) -> Callable[[Tensor], Tensor]:
-    """CLIP's points, as long as the kernel distance has them: numbers with a variance of about 1."""
+    """Return CLIP's points, as long as the kernel distance has them: numbers with a variance of about 1."""
 
     def see(pictures: Tensor) -> Tensor:
         points = embed_pictures(towers[0], map(to_image, pictures))
@@ -154,7 +154,7 @@ def row(each: Contestant, on: Ground, towers: Any, eyes: Eyes, options: argparse
 
 
 def recognised(drawn: Tensor, towers: Any) -> str:
-    """How many pictures of the prompts find theirs among all, in either language, each time that all were drawn."""
+    """Return how many pictures find their prompt among all, in either language, each time that all were drawn."""
     own = np.arange(len(PROMPTS)) % NAMES
     nearest = cosines(*towers, drawn, PROMPTS * TIMES).argmax(1).reshape(TIMES, -1) % NAMES
     right, emoji = nearest == own, own < EMOJI
@@ -163,7 +163,7 @@ def recognised(drawn: Tensor, towers: Any) -> str:
 
 
 def side_by_side(contestants: Sequence[Contestant], towers: Any, options: argparse.Namespace) -> bytes:
-    """All prompts, each by every run, enlarged to the largest size."""
+    """Return the pictures of all prompts by every run, enlarged to the largest size."""
     size = max(each.size for each in contestants)
     pictures = []
     for each in contestants:
@@ -176,7 +176,7 @@ def side_by_side(contestants: Sequence[Contestant], towers: Any, options: argpar
 
 
 def variations(contestants: Sequence[Contestant], options: argparse.Namespace) -> bytes:
-    """Held-out pictures, a row for each, and what unCLIP draws of their embeddings."""
+    """Return held-out pictures, a row for each, and what unCLIP draws of their embeddings."""
     rows, captions = [], []
     for each in (one for one in contestants if isinstance(one.model, Unclip)):
         held = split(read_images(options.data, each.size, 3)).test.spread(VARIED)
@@ -200,7 +200,7 @@ def guidance_plot(
     see: Callable[[Tensor], Tensor],
     options: argparse.Namespace,
 ) -> None:
-    """Precision against recall, and CLIP score against recall, a point for each guidance."""
+    """Plot precision against recall, and CLIP score against recall, a point for each guidance."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     print("\n| run | guidance | precision | recall | CLIP score | kernel distance x 1000 |")
     print(f"|---|{'---:|' * 5}")
@@ -233,7 +233,7 @@ def over_time(
     see: Callable[[Tensor], Tensor],
     options: argparse.Namespace,
 ) -> None:
-    """Kernel distance and CLIP score of every state that a run kept; models are left with the last one's weights."""
+    """Measure kernel distance and CLIP score of every kept state of a run; models keep the last one's weights."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     print("\n| run | minutes | kernel distance x 1000 | CLIP score |\n|---|---:|---:|---:|")
     for each in contestants:

@@ -70,7 +70,7 @@ def translator() -> Work:
 
 
 def decoding() -> Work:
-    """16 greedy tokens of a small LLaMA, one at a time."""
+    """Decode 16 greedy tokens of a small LLaMA, one at a time."""
     config = llama.Config(
         vocab_size=8192, context_length=64, dim=256, hidden_dim=704, n_layers=6, n_heads=4, n_kv_heads=4
     )
@@ -112,7 +112,7 @@ def serve(names: list[str], follow: bool) -> None:
 
 
 def rate(work: Work, seconds: float) -> float:
-    """Units a second, over at least so long and at least once."""
+    """Return units a second, over at least so long and at least once."""
     run, units = work
     start, done = time.perf_counter(), 0
     while not done or time.perf_counter() - start < seconds:
@@ -122,13 +122,13 @@ def rate(work: Work, seconds: float) -> float:
 
 
 def used() -> float:
-    """Seconds of all cores that the machine has spent on anything so far."""
+    """Return seconds of all cores that the machine has spent on anything so far."""
     fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def spent(process: subprocess.Popen[str]) -> float:
-    """Seconds of cores that a process has used so far."""
+    """Return seconds of cores that a process has used so far."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -156,7 +156,7 @@ Rates = dict[tuple[str, str], list[float]]  # by workload and setting, one a rou
 def measured(
     processes: dict[str, subprocess.Popen[str]], names: list[str], busy: int, options: argparse.Namespace
 ) -> tuple[Rates, float]:
-    """All rates beside so many busy programs, and the cores that were taken by others than those and the measured."""
+    """Measure all rates next to this many busy programs, and the cores that other programs took."""
     beside = [subprocess.Popen([sys.executable, "-c", BUSY], text=True) for _ in range(busy)]
     rates: Rates = {(name, setting): [] for name in names for setting in processes}
     start, others = time.perf_counter(), used() - sum(map(spent, [*processes.values(), *beside]))
@@ -173,7 +173,7 @@ def measured(
 
 
 def table(rates: Rates, names: list[str]) -> str:
-    """Medians as Markdown, a row a setting; below the last one its share of the default and of the best fixed one."""
+    """Return medians as Markdown, a row a setting; last, the shares of the default and of the best fixed one."""
     medians = {key: statistics.median(values) for key, values in rates.items()}
     units = [f"{name}, {WORKLOADS[name][1]}/s" for name in names]
     lines = ["| | " + " | ".join(units) + " |", "|---|" + "---:|" * len(names)]

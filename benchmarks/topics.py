@@ -57,7 +57,7 @@ def judged(right: Sequence[str], given: Sequence[str]) -> Confusion:
 
 
 def regression(steps: list[Any], inputs: Any, labels: Sequence[str]) -> Any:
-    """Logistic regression behind these steps, its strength chosen by three-fold cross-validation."""
+    """Return logistic regression behind these steps, its strength chosen by three-fold cross-validation."""
     folds = StratifiedKFold(3, shuffle=True, random_state=0)
     search = GridSearchCV(make_pipeline(*steps, LogisticRegression(max_iter=2000)), STRENGTHS, cv=folds)
     return search.fit(inputs, labels)
@@ -77,7 +77,7 @@ def frozen(training: Examples, held: Examples, options: argparse.Namespace) -> C
 
 
 def passes(training: Examples, options: argparse.Namespace) -> int:
-    """Fewer labels are seen more often, for otherwise there would be few steps."""
+    """Return the passes over the labels: more for fewer labels, which would give few steps."""
     return max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
 
 
@@ -129,7 +129,7 @@ WAYS: dict[str, tuple[str, Way]] = {
 
 
 def draw(accuracies: dict[str, dict[int, float]], majority: float, path: Path) -> None:
-    """Held-out accuracy by the number of labels, a line for each way."""
+    """Draw held-out accuracy by the number of labels, a line for each way."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, points in accuracies.items():
         axes.plot([*points], [*points.values()], marker="o", label=WAYS[name][0])

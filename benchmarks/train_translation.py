@@ -45,12 +45,12 @@ def batch(step: int) -> Batch:
 
 
 def counted(rows: Batch) -> int:
-    """Tokens that are read and tokens that are predicted."""
+    """Return tokens that are read and tokens that are predicted."""
     return int(rows["source_mask"].sum() + rows["target_mask"][:, 1:].sum())
 
 
 def loss_of(logits: Tensor, rows: Batch) -> Tensor:
-    """Cross-entropy as PyTorch has it."""
+    """Compute the cross-entropy by PyTorch."""
     targets = rows["target"][:, 1:].masked_fill(~rows["target_mask"][:, 1:], -100)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
 

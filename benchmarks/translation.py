@@ -50,7 +50,7 @@ def by_length(runs: Runs, on: str, reverse: bool, limit: int | None, picture: Pa
 
 
 def over_time(runs: Runs, on: str, reverse: bool, n: int, most: int, picture: Path) -> None:
-    """Draws chrF of greedy translations and the validation loss over minutes of training."""
+    """Draw chrF of greedy translations and the validation loss over minutes of training."""
     pairs = read_pairs(on, reverse)
     sources, references = map(list, zip(*split(pairs).validation[:n], strict=True))
     scorer = Scorer(pairs.languages[1] or language_of(references))
@@ -75,14 +75,14 @@ def over_time(runs: Runs, on: str, reverse: bool, n: int, most: int, picture: Pa
 
 
 def states(run: Path, most: int) -> Iterable[tuple[float, dict[str, Any]]]:
-    """Minutes of training and the weights of states that the run kept: `most`, evenly spread, the last among them."""
+    """Return minutes of training and weights of `most` kept states, evenly spread, with the last one."""
     kept = sorted((run / "state").glob("step-*.json"))
     for facts in kept if len(kept) <= most else [kept[round(i * len(kept) / most) - 1] for i in range(1, most + 1)]:
         yield json.loads(facts.read_text())["seconds"] / 60, load_file(facts.with_suffix(".safetensors"))
 
 
 def losses(run: Path) -> list[tuple[float, float]]:
-    """Minutes of training and validation losses from metrics.jsonl."""
+    """Return minutes of training and validation losses from metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds, found = 0.0, []
     for line in lines:
@@ -93,7 +93,7 @@ def losses(run: Path) -> list[tuple[float, float]]:
 
 
 def heads(path: Path, sentence: str, picture: Path) -> None:
-    """Draws every head that reads the source while a greedy translation of the sentence is written."""
+    """Draw every head that reads the source while a greedy translation of the sentence is written."""
     model, tokenizer = keifu.load(path)
     seen = inspect_translation(model, [*tokenizer.encode(sentence), model.config.end_id])
     cross = {name.replace("decoder.", "layer ").replace(".cross_attention", ""): each

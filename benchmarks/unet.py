@@ -31,7 +31,7 @@ CONFIG = ddpm.Config(dropout=0.0)  # no dropout, which would hide a difference; 
 
 
 def models() -> tuple[ddpm.DDPM, UNet2DModel, UNet2DModel]:
-    """keifu's and two of diffusers', the second channels-last, with the same weights."""
+    """Build keifu's and two of diffusers', the second channels-last, with the same weights."""
     torch.manual_seed(0)
     own = ddpm.build(CONFIG)
     for parameter in own.parameters():  # the last layers are zero in a fresh network
@@ -46,7 +46,7 @@ def models() -> tuple[ddpm.DDPM, UNet2DModel, UNet2DModel]:
 
 
 def pictures(batch: int, seed: int = 0) -> Tensor:
-    """Numbers at random, [batch, 3, 32, 32]."""
+    """Draw random numbers [batch, 3, 32, 32]."""
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
 
 
@@ -95,7 +95,7 @@ def training(dtype: torch.dtype, batch: int, rounds: int) -> None:
 
 
 def show(seconds: dict[str, list[float]], batch: int, dtype: torch.dtype, flops: float, notes: dict[str, str]) -> None:
-    """Pictures a second, ratios to diffusers, and the share of the matmul peak."""
+    """Print pictures a second, ratios to diffusers, and the share of the matmul peak."""
     peak = matmul_peak(CPU, dtype)
     shares = {name: f"{flops / sorted(own)[len(own) // 2] / peak:.0%} of the peak" for name, own in seconds.items()}
     told = {name: ", ".join(filter(None, [share, notes.get(name)])) for name, share in shares.items()}
@@ -104,7 +104,7 @@ def show(seconds: dict[str, list[float]], batch: int, dtype: torch.dtype, flops:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=[*DTYPES])
     parser.add_argument("--rounds", type=int, default=5)

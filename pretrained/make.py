@@ -93,9 +93,12 @@ NEAR_COPIES = (
 def translator(
     source: str, target: str, minutes: int, neurons: int, *longer: str, pruned_first: bool = False, caveat: str = ""
 ) -> Model:
-    """longer: the options of further trainings, each of which goes on from the one before. neurons: those that are left
-    in each feed-forward network of its encoder, which does not miss the others; they go after all trainings, or after
-    the first."""
+    """Describe a translator.
+
+    longer: the options of further trainings, each of which goes on from the one before.
+    neurons: those that are left in each feed-forward network of its encoder, which does not miss the others; they go
+        after all trainings, or after the first.
+    """
     pair = {"Japanese": "ja", "English": "en"}
     data = f"tatoeba-{pair[source]}-{pair[target]}"
     train = f"keifu train transformer --data {data}"
@@ -323,7 +326,7 @@ def pack(run: Path, folder: Path, dtype: str) -> None:
 
 
 def without_folders(values: dict) -> dict:
-    """Of what lies in a folder of the machine that trained it, the name alone."""
+    """Return the record with names instead of paths of the machine that trained it."""
     return {key: Path(value).name if str(value).startswith("/") else value for key, value in values.items()}
 
 
@@ -360,7 +363,7 @@ def renew_head(name: str, model: Model, folder: Path) -> None:
 
 
 def write_card(name: str, model: Model, folder: Path) -> None:
-    """README.md for people and card.json for programs, from the run's record and an evaluation of the folder."""
+    """Write README.md for people and card.json for programs, from the run's record and an evaluation of the folder."""
     record = json.loads((folder / "recipe.json").read_text("utf-8")) if (folder / "recipe.json").is_file() else {}
     words = shlex.split(model.evaluation)[3:]
     found = json.loads(keifu("evaluate", str(folder), *words))
@@ -395,7 +398,7 @@ def details(rows: list[dict[str, object]]) -> str:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """Its files of weights, wherever a form of directory has them."""
+    """Return the files of weights of a directory in any form."""
     return sorted(folder.rglob("*.safetensors"))
 
 
@@ -454,7 +457,7 @@ def prune(run: Path, folder: Path, data: str, encoder: int, decoder: int) -> Non
 
 
 def neuron_products(folder: Path, data: str, count: int = 1000) -> dict[str, torch.Tensor]:
-    """For each feed-forward network the sum over tokens of training pairs of h h^T, h being its neurons [neurons]."""
+    """Return for each feed-forward network the sum over tokens of h h^T, h being its neurons [neurons]."""
     model, tokenizer = keifu_load(folder)
     products: dict[str, torch.Tensor] = {}
 
@@ -475,7 +478,7 @@ def neuron_products(folder: Path, data: str, count: int = 1000) -> dict[str, tor
 
 
 def without_neurons(down: torch.Tensor, product: torch.Tensor, left: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which neurons stay [neurons], and the weights [dim, left] from them."""
+    """Return which neurons stay [neurons], and the weights [dim, left] from them."""
     ridge = 1e-4 * product.diagonal().mean() * torch.eye(len(product), dtype=product.dtype)
     inverse, weights = torch.linalg.inv(product + ridge), down.double()
     alive = torch.ones(len(product), dtype=torch.bool)
@@ -490,7 +493,7 @@ def without_neurons(down: torch.Tensor, product: torch.Tensor, left: int) -> tup
 
 
 def main() -> None:
-    """Trains unless a run is given, then packs, evaluates and describes."""
+    """Train unless a run is given, then pack, evaluate and describe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=MODELS)
     parser.add_argument("--run", type=Path, help="a finished run of the recipe; unset: it is trained now")

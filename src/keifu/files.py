@@ -106,8 +106,8 @@ def plain_file(path: Path, what: str = "file") -> Path:
     if not path.exists() and not path.is_symlink():
         raise UserError(f"There is no {what} {path}.")
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "a link that leads nowhere"
-        raise UserError(f"{path} is {kind}, and a file is needed there.")
+        other = "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "a link that leads nowhere"
+        raise UserError(f"{path} is {other}, and a file is needed there.")
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
         raise UserError(f"{path} cannot be read: you have no permission to read it.")
     return path

@@ -119,17 +119,17 @@ def _train_by_name(
     from keifu.recipes.options import to_json
 
     module = recipe_module(name)
-    kind = module.Recipe
+    recipe_class = module.Recipe
     for option in options:
-        require_known(f"option of the recipe {name}", option, [field.name for field in fields(kind)])
+        require_known(f"option of the recipe {name}", option, [field.name for field in fields(recipe_class)])
     directory = Path(out or Path("runs") / Path(name).stem)
     if resume:
         stored_run = resuming.stored(name, module, directory)
         words = [f"--{option.replace('_', '-')}" for option in options]
-        usual = stored_run.usual(words) if stored_run else kind()
+        usual = stored_run.usual(words) if stored_run else recipe_class()
         resuming.go_on(stored_run, module, type(usual)(**{**vars(usual), **options}), directory)
         return directory
-    recipe = kind(**options)
-    flags.check_ranges(kind, to_json(recipe))
+    recipe = recipe_class(**options)
+    flags.check_ranges(recipe_class, to_json(recipe))
     resuming.begin(name, module, recipe, directory, replace)
     return directory

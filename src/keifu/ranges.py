@@ -30,18 +30,18 @@ class Range:
 
     def holds(self, value: Any) -> bool:
         """Return whether a value is such a number."""
-        kind: Any = Integral if self.whole else Real
-        if isinstance(value, bool) or not isinstance(value, kind):
+        number_type: Any = Integral if self.whole else Real
+        if isinstance(value, bool) or not isinstance(value, number_type):
             return False
         inside = self.least <= value <= self.most
         excluded = (self.above and value == self.least) or (self.below and value == self.most)
         return inside and not excluded or (self.or_zero and value == 0)
 
     def __str__(self) -> str:
-        kind = "0 or " * self.or_zero + ("a whole number" if self.whole else "a number")
+        numbers = "0 or " * self.or_zero + ("a whole number" if self.whole else "a number")
         low = f"above {self.least:,}" if self.above else f"from {self.least:,}"
         high = f"below {self.most:,}" if self.below else f"{'and at most' if self.above else 'to'} {self.most:,}"
-        return f"{kind} {low} {'and ' if self.below else ''}{high}{self.note}"
+        return f"{numbers} {low} {'and ' if self.below else ''}{high}{self.note}"
 
 
 COUNT = Range(1, LARGEST, whole=True)
@@ -84,8 +84,8 @@ def range_of(hint: Any) -> Range | None:
 
 
 @cache
-def _ranges(kind: type) -> dict[str, Range]:
-    hints = get_type_hints(kind, include_extras=True)
+def _ranges(settings_class: type) -> dict[str, Range]:
+    hints = get_type_hints(settings_class, include_extras=True)
     return {name: limits for name, hint in hints.items() if (limits := range_of(hint))}
 
 

@@ -75,8 +75,8 @@ class Placement:
     since: float = math.inf  # when readings began to ask for a change
 
     def read(self, now: float, busy: Mapping[int, float], used: float) -> bool:
-        """Whether the cores change: `now` in seconds, `busy` the share of time that each core was used by anyone, and
-        `own` the cores that this process used."""
+        """Return whether the cores change: `now` in seconds, `busy` the share of time that each core was used by
+        anyone, and `own` the cores that this process used."""
         if self.held and used < UNUSED:  # it holds nothing while it waits for work
             self.held, self.since = None, math.inf
             return True
@@ -123,7 +123,7 @@ class IdleTeam(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """More threads than cores, each of which asks once for its number."""
+        """Run more threads than cores, each of which asks once for its number."""
         work = ctypes.cast(self.openmp.omp_get_thread_num, ctypes.c_void_p)
         self.openmp.GOMP_parallel(work, None, ctypes.c_uint(self.openmp.omp_get_num_procs() + 1), ctypes.c_uint(0))
         self.ready.set()
@@ -186,7 +186,7 @@ def _openmp() -> Any:
 
 
 def _limit(share: float) -> None:
-    """No more threads than the cores that a container may use; PyTorch by itself makes one for each of the machine."""
+    """Limit the threads to the cores that a container may use; PyTorch would start one for each of the machine."""
     torch: Any = sys.modules.get("torch")
     if torch is None and share < (os.cpu_count() or 1):
         os.environ[COUNT[0]] = str(math.ceil(share))

@@ -210,8 +210,8 @@ class Rollouts:
         return self._generate(0, rows, [replace(how, seed=int(seed)) for seed in seeds], plan.group)
 
     def _generate(self, part: int, rows: Sequence[int], sampling: Sequence[SamplingParams], group: int) -> Batch:
-        """Answers to these prompts of a part (0: training, 1: held out), with everything that a batch holds. Each of
-        several processes writes some of them."""
+        """Generate answers to these prompts of a part (0: training, 1: held out), with everything that a batch holds.
+        Each of several processes writes some of them."""
         ranks = current() if len(rows) >= current().data_size else Processes()
         local = slice(*ranks.bounds(len(rows)))
         answers = self._answers(part, rows[local], sampling[local])
@@ -219,7 +219,7 @@ class Rollouts:
         return rollout | self._targets(rollout, group)
 
     def _answers(self, part: int, rows: Sequence[int], sampling: Sequence[SamplingParams]) -> Batch:
-        """Answers with their rewards and log-probabilities."""
+        """Return answers with their rewards and log-probabilities."""
         ids = [self.ids[part][row] for row in rows]
         answers = generate_batch(self.policy, self.tokenizer, ids, sampling, self.at_a_time)
         rollout = stack_responses(ids, answers, self.tokenizer.pad_id or 0)
@@ -240,7 +240,7 @@ class Rollouts:
         raise NotImplementedError
 
     def _zero_targets(self, rows: int) -> Batch:
-        """Zeros in the shapes of `_targets`, for the longest prompt and answer."""
+        """Return zeros in the shapes of `_targets`, for the longest prompt and answer."""
         raise NotImplementedError
 
     def _log_probabilities(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -68,8 +68,8 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
             for _ in range(_integer(file, 4)):
                 name, rank = _text(file), _integer(file, 1)
                 shape = tuple(_integer(file, 4) for _ in range(rank))
-                kind, length, begin = TYPES[_integer(file, 1)], _integer(file, 4), file.tell()
-                arrays[name] = np.memmap(file, kind, "c", begin, shape)
+                dtype, length, begin = TYPES[_integer(file, 1)], _integer(file, 4), file.tell()
+                arrays[name] = np.memmap(file, dtype, "c", begin, shape)
                 if arrays[name].nbytes != length:
                     raise ValueError
                 file.seek(begin + length)

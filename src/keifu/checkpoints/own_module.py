@@ -26,9 +26,9 @@ def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
     from safetensors.torch import save_model
 
     config = vars(model).get("config", {})
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    class_name = f"{type(model).__module__}.{type(model).__qualname__}"
     settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
-    about = {"model_type": MODEL_TYPE, "class": kind, "config": settings}
+    about = {"model_type": MODEL_TYPE, "class": class_name, "config": settings}
     text = json.dumps(about, indent=2, ensure_ascii=False, default=str) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / WEIGHTS) as temporary:

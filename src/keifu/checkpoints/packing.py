@@ -91,22 +91,22 @@ def bytes_in_blocks(load_plan: LoadPlan) -> int:
 
 
 def _stays_packed(load_plan: LoadPlan, link: Link) -> bool:
-    """Whether a parameter is the matrix of a linear layer whose blocks are of known types."""
+    """Return whether a parameter is the matrix of a linear layer whose blocks are of known types."""
     name, _, leaf = link.ours.rpartition(".")
     plain = link.transposed or link.offset or leaf != "weight" or load_plan.source.blocks is None
-    known = {load_plan.source.stored[theirs].kind for theirs in link.theirs} <= FORMATS.keys()
+    known = {load_plan.source.stored[theirs].format for theirs in link.theirs} <= FORMATS.keys()
     return not plain and known and type(load_plan.model.get_submodule(name)) in (Linear, JoinedLinear)
 
 
 def _stored(load_plan: LoadPlan, link: Link, number: int, device: torch.device) -> tuple[str, Tensor]:
     """Return the type and the blocks of one of the tensors that make a matrix."""
     source, name = load_plan.source, link.theirs[number]
-    kind, blocks = source.stored[name].kind, source.blocks(name) if source.blocks else None
+    format, blocks = source.stored[name].format, source.blocks(name) if source.blocks else None
     assert blocks is not None
-    part = link.part(number, blocks.data).reshape(-1, FORMATS[kind].bytes).to(device)
+    part = link.part(number, blocks.data).reshape(-1, FORMATS[format].bytes).to(device)
     if not chosen().allow_nonfinite:
-        read_finite(lambda _: unpack(part, kind, load_plan.dtype_of(link)), source.path, name)
-    return kind, part
+        read_finite(lambda _: unpack(part, format, load_plan.dtype_of(link)), source.path, name)
+    return format, part
 
 
 def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:
@@ -145,10 +145,10 @@ class FileWeights(Weights):
         return Blocks(stored.kind, self._piece(link, *pieces[0], lambda _: stored.data, stored.kind))
 
     def _piece(
-        self, link: Link, number: int, rows: slice, read: Callable[[str], Tensor], kind: int | None = None
+        self, link: Link, number: int, rows: slice, read: Callable[[str], Tensor], ggml_type: int | None = None
     ) -> Tensor:
-        """Return the rows that one of theirs makes; kind: of its blocks, where it is read as such."""
-        key = link.theirs[number], kind
+        """Return the rows that one of theirs makes; ggml_type: of its blocks, if it is read as such."""
+        key = link.theirs[number], ggml_type
         if self._part[0] != key:
             stored = read(key[0])
             self._part = key, link.part(number, stored)
@@ -180,7 +180,7 @@ class FileWeights(Weights):
 
 
 def _mapped_files() -> list[tuple[int, int]]:
-    """From where to where files are mapped into this process's memory."""
+    """Return from where to where files are mapped into this process's memory."""
     lines = [line.split() for line in MAPS.read_text().splitlines()]
     ranges = [words[0].split("-") for words in lines if words[4] != "0"]
     return [(int(low, 16), int(high, 16)) for low, high in ranges]

@@ -37,7 +37,7 @@ class StoredTensor(NamedTuple):
     """A tensor in a file: its shape, the file's name for its type, and its dtype when read; None if unreadable."""
 
     shape: tuple[int, ...]
-    kind: str
+    format: str
     dtype: torch.dtype | None
 
 
@@ -286,8 +286,8 @@ def _check(source: Source, links: Sequence[Link], extra: set[str]) -> None:
     expected = {name: shape for link in links for name, shape in zip(link.theirs, link.stored_shapes(), strict=True)}
     stored = {name: tensor.shape for name, tensor in source.stored.items()}
     if wrong := misfits(expected, stored, extra, "the model", "the config asks for"):
-        kind = source.family.model_type
-        raise UserError(f"The tensors of {source.path} are not those of its {kind!r} config: {wrong}.")
+        model_type = source.family.model_type
+        raise UserError(f"The tensors of {source.path} are not those of its {model_type!r} config: {wrong}.")
 
 
 def misfits(
@@ -314,11 +314,11 @@ def _list_names(names: Sequence[str]) -> str:
 
 def _exact_dtype(stored: Mapping[str, StoredTensor], path: Path) -> torch.dtype:
     """Return the narrowest dtype that holds all these tensors exactly."""
-    unread = [f"{name} as {tensor.kind}" for name, tensor in stored.items() if tensor.dtype is None]
+    unread = [f"{name} as {tensor.format}" for name, tensor in stored.items() if tensor.dtype is None]
     if unread:
         raise UserError(f"{path} stores {_list_names(unread)}, which keifu does not read; convert it to BF16 or F32.")
     kinds = {tensor.dtype for tensor in stored.values() if tensor.dtype is not None}
-    return reduce(torch.promote_types, {kind for kind in kinds if kind.is_floating_point})
+    return reduce(torch.promote_types, {dtype for dtype in kinds if dtype.is_floating_point})
 
 
 def _cast(exact: torch.dtype, kept: torch.dtype) -> list[str]:
@@ -390,10 +390,10 @@ def report(plan: LoadPlan) -> Report:
 
 def _row(link: Link, plan: LoadPlan) -> Row:
     stored = plan.source.stored
-    kinds = ", ".join(dict.fromkeys(stored[one].kind for one in link.theirs))
+    kinds = ", ".join(dict.fromkeys(stored[one].format for one in link.theirs))
     dtype = torch.int64 if kinds == "I64" else plan.dtype_of(link)
     steps = {
-        "dequantised": any(stored[one].kind not in (*PLAIN, "I64") for one in link.theirs),
+        "dequantised": any(stored[one].format not in (*PLAIN, "I64") for one in link.theirs),
         "joined": len(link.theirs) > 1,
         "transposed": link.transposed,
         f"{link.offset:g} subtracted": bool(link.offset),

@@ -157,8 +157,8 @@ def families_of(name: str) -> dict[str, Family]:
     }
     files = offered.get("FILES", _FILES.get(name, Family.files))
     families = {
-        kind: Family(model_type=kind, read=module.from_published, write=module.to_published, files=files, **shared)
-        for kind in offered.get("MODEL_TYPES", ())
+        name: Family(model_type=name, read=module.from_published, write=module.to_published, files=files, **shared)
+        for name in offered.get("MODEL_TYPES", ())
     }
     read, write = partial(from_json, module.Config), partial(write_own, generic)
     families.setdefault(generic, Family(model_type=generic, read=read, write=write, **shared))
@@ -179,11 +179,11 @@ def _with_open_clip(clip: Family, keifu_clip: Family) -> dict[str, Family]:
 class _Families(UserDict[str, Any]):
     """Every family by its model_type, which stands for its model's file; to ask which there are imports none."""
 
-    def __getitem__(self, kind: str) -> Family:
-        return families_of(self.data[kind])[kind]
+    def __getitem__(self, model_type: str) -> Family:
+        return families_of(self.data[model_type])[model_type]
 
 
-FAMILIES: Mapping[str, Family] = _Families({kind: name for name, kinds in MODELS.items() for kind in kinds})
+FAMILIES: Mapping[str, Family] = _Families({model_type: name for name, kinds in MODELS.items() for model_type in kinds})
 
 
 class _Published(dict[str, Any]):
@@ -202,20 +202,20 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
 
     An unknown model_type, a setting that is not implemented, a field that is missing or has a wrong value: `UserError`.
     """
-    kind = json.get("model_type")
-    if not isinstance(kind, str):
+    model_type = json.get("model_type")
+    if not isinstance(model_type, str):
         raise UserError(f"{where} has no model_type, so nothing says which model it is.")
-    if kind not in FAMILIES:  # no guess: the nearest name is that of another architecture
-        published = ", ".join(sorted(name for name in FAMILIES if not name.startswith("keifu_")))
-        raise UserError(f"{where} has the model_type {kind!r}, which keifu does not implement. It has: {published}.")
-    family = FAMILIES[kind]
+    if model_type not in FAMILIES:  # no guess: the nearest name is that of another architecture
+        known = ", ".join(sorted(name for name in FAMILIES if not name.startswith("keifu_")))
+        raise UserError(f"{where} has the model_type {model_type!r}, which keifu does not implement. It has: {known}.")
+    family = FAMILIES[model_type]
     check_settings(json, {**UNSUPPORTED, **family.unsupported}, where)
     try:
         config = family.read(_Published(json, where))
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         if isinstance(error, UserError) and str(error).startswith(where):
             raise
-        raise UserError(f"{where} cannot be read as a {kind!r} model: {error}") from error
+        raise UserError(f"{where} cannot be read as a {model_type!r} model: {error}") from error
     check_types(config, where)
     return family, config
 
@@ -236,8 +236,8 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
     families = families_of(name).values() if name in MODELS else ()
     able = [family for family in families if isinstance(config, family.module.Config)]
     if not able:
-        kind = f"{type(config).__module__}.{type(config).__name__}"
-        raise UserError(f"{kind} is the Config of no model that can be saved.")
+        class_name = f"{type(config).__module__}.{type(config).__name__}"
+        raise UserError(f"{class_name} is the Config of no model that can be saved.")
     for family in able:
         json = family.write(config)
         published = FAMILIES[json["model_type"]]
@@ -247,15 +247,15 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
     return family, family.write(config)
 
 
-def describe_as(config: Any, kind: str) -> tuple[Family, dict[str, Any]]:
+def describe_as(config: Any, model_type: str) -> tuple[Family, dict[str, Any]]:
     """Return the family of that model_type and its config for a built model's; one that cannot say it all is a
     `UserError`."""
-    family = FAMILIES[kind]
+    family = FAMILIES[model_type]
     if not isinstance(config, family.module.Config):
-        raise UserError(f"The format {kind} has no {_place(config)}: use hf.")
+        raise UserError(f"The format {model_type} has no {_place(config)}: use hf.")
     json = family.write(config)
     if not _same(config, family.read(json)):
-        raise UserError(f"The format {kind} has no words for something in this model's config: use hf.")
+        raise UserError(f"The format {model_type} has no words for something in this model's config: use hf.")
     return family, json
 
 
@@ -265,8 +265,8 @@ def _place(config: Any) -> str:
 
 
 def _same(config: Any, back: Any) -> bool:
-    """Whether `back` says the same; None stands for a default that a published config spells out, and a field that the
-    other kind of Config has not for its default. So it is for the Configs of a model's parts."""
+    """Return whether `back` is the same; None stands for a default that a published config spells out, and a field that
+    the other kind of Config has not for its default. So it is for the Configs of a model's parts."""
     said = {name: vars(back).get(name, getattr(type(config), name, None)) for name in vars(config)}
     return all(
         value is None or value == said[name] or (is_dataclass(value) and _same(value, said[name]))

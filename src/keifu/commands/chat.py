@@ -51,7 +51,7 @@ class Options(flags.Packed):
 
 
 def run(options: Options) -> None:
-    """Answers a question, or one after another."""
+    """Answer a question, or one after another."""
     question = join_texts(options.question, options.file)
     if not question and (options.json or options.image or not at_terminal()):
         no_text(EXAMPLE)
@@ -231,7 +231,7 @@ class Chat:
         print(self.conversation.system or "(The model is told what its chat template says, if anything.)")
 
     def _save(self, name: str) -> None:
-        """One conversation as a line of JSON; a file that holds something else is not replaced."""
+        """Save one conversation as a line of JSON; a file with other content is not replaced."""
         from keifu.files import write_atomic
 
         path = Path(name).expanduser().resolve()

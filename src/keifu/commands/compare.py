@@ -52,7 +52,7 @@ class Options(flags.OnDevice):
 
 
 def run(options: Options) -> None:
-    """Answers, shows, asks and counts."""
+    """Answer, show, ask and count."""
     from keifu.data.chat.prompts import read_prompts
     from keifu.evaluation.pairwise import Judgement, Judgements
 

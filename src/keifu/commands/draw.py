@@ -111,7 +111,7 @@ class Options(flags.OnDevice):
 
 
 def run(options: Options) -> None:
-    """Draws, writes the files and names them."""
+    """Draw, write the files and print their names."""
     from keifu.generation.images.samplers import SAMPLERS
 
     check_png(options.out, options.strip)
@@ -271,7 +271,7 @@ def _same_model(name: str, record: "ImageRecord", path: Path) -> "ImagePipeline"
 
 
 def _difference(before: Path, after: Path) -> str:
-    """In how many numbers two pictures differ and how far; empty where they are the same."""
+    """Describe how many numbers of two pictures differ, and how far; empty if they are the same."""
     import numpy as np
     from PIL import Image
 

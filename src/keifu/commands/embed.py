@@ -51,7 +51,7 @@ class Options(flags.OnDevice):
 
 
 def run(options: Options) -> None:
-    """Embeds, writes the vectors, prints the neighbours."""
+    """Embed, write the embeddings and print the neighbours."""
     _check(options)
     texts = texts_from(options.texts, options.file, EXAMPLE)
     among = (pictures_among(options.among) or texts_from((), options.among, EXAMPLE)) if options.among else None

@@ -112,15 +112,15 @@ def select_task(model: Any, on: str) -> Any:
     """Return the task for such a model on such data; a model or data that no task is for is a `UserError`."""
     every = tasks()
     able = [task for task in every if task.takes(model)]
-    kind = type(model).__name__
+    name = type(model).__name__
     if not able:
-        raise UserError(f"A {kind} cannot be evaluated yet; these can: {'; '.join(task.ABOUT for task in every)}.")
+        raise UserError(f"A {name} cannot be evaluated yet; these can: {'; '.join(task.ABOUT for task in every)}.")
     for task in able:
         if task.accepts(on):
             return task
     for task in every:
         if on in task.names():
-            raise UserError(f"{on} evaluates {task.ABOUT.partition(':')[0]}, and this is a {kind}: choose other data.")
+            raise UserError(f"{on} evaluates {task.ABOUT.partition(':')[0]}, and this is a {name}: choose other data.")
     raise unknown("task", on, [name for task in able for name in task.names()])
 
 

@@ -64,15 +64,15 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
 
     module = recipe_module(name)
     words = list(arguments)
-    kind = recipe_options.with_folder(module.Recipe, name)
+    options_class = recipe_options.with_folder(module.Recipe, name)
     name = str(Path(name).resolve()) if is_own(name) else name
     stored_run, out = None, Path(_value_of("--out", words) or Path("runs") / Path(name).stem)
     if launch.is_restart() and last_step(out) is not None:
         words = [*(word for word in words if word != "--replace"), "--resume"]
     if "--resume" in words:
         stored_run = resuming.stored(name, module, out)
-    usual = kind(recipe=stored_run.usual(words)) if stored_run else None
-    options = flags.parse(kind, words, program, usual=usual)
+    usual = options_class(recipe=stored_run.usual(words)) if stored_run else None
+    options = flags.parse(options_class, words, program, usual=usual)
     if options.resume and options.replace:
         raise UserError("--resume goes on with a run and --replace starts over: give one of them.")
     if stored_run:

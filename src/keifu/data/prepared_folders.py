@@ -46,17 +46,17 @@ def build_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path]
 
 
 def prepared_folder(
-    kind: str, source: str | Path, settings: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]],
+    parent: str, source: str | Path, settings: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]],
     usual: str = "text",
 ) -> tuple[Path, dict[str, Any]]:  # fmt: skip
-    """Return the folder, under `kind` in the cache, of a source that was prepared with these settings; and its index.
+    """Return the folder, inside `parent` of the cache, of a source prepared with these settings; and its index.
 
     make: writes files into a new folder, and returns facts. The index has these, the source, the settings and their
     fingerprint. usual: name of a source that has none. A folder whose files are cut, changed or missing is made anew.
     """
     fingerprint = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     name = Path(source).stem.replace("*", "") or usual
-    folder = files.cache() / kind / f"{name}-{fingerprint[:16]}"
+    folder = files.cache() / parent / f"{name}-{fingerprint[:16]}"
 
     def make_with_index(new: Path) -> None:
         new.mkdir()

@@ -29,7 +29,7 @@ class ProgressBar:
         self.live.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, error_type: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with suppress(OSError):
             self.live.stop()
 
@@ -68,7 +68,7 @@ def counting(label: str, total: int | None, unit: str = "B") -> Iterator[Advance
 
 
 def _amount(reached: int, total: int | None, unit: str) -> str:
-    """Both numbers with one prefix, `1.2 of 4.5 MB`; what is counted and not measured is whole, `8 of 63 windows`."""
+    """Format both numbers with one prefix, `1.2 of 4.5 MB`; counted things are whole, `8 of 63 windows`."""
     largest = max(reached, total or 0)
     if unit != "B":
         return f"{reached:,}{f' of {total:,}' if total else ''} {unit}"

@@ -102,7 +102,8 @@ class Drafter:
         return Span(number, tokens, start, self._tables[number], int(start + len(tokens) == len(text)))
 
     def _fits(self, number: int, tokens: Sequence[int], most: int) -> bool:
-        """Whether a sequence with its guesses fits the draft's vocabulary, context and memory, which is then taken."""
+        """Return whether a sequence with its guesses fits the draft's vocabulary, context and memory, which is then
+        taken."""
         total, table = len(tokens) + most, self._tables.get(number, [])
         lacking = -(-total // self.runner.block_size) - len(table)
         # equal tokenizers may have unequal numbers of embeddings

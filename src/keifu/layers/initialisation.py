@@ -8,7 +8,7 @@ from keifu.layers.linear import JoinedLinear
 
 
 def normal_(model: nn.Module, std: float = 0.02) -> None:
-    """All matrices and embeddings from N(0, std²), all biases 0; norms stay 1 and 0 (GPT-1, section 4.1)."""
+    """Draw all matrices and embeddings from N(0, std²), set biases to 0; norms stay 1 and 0 (GPT-1, section 4.1)."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)

@@ -55,7 +55,7 @@ class LazyTensor(Tensor):
         return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
 
     def value(self, own: bool = False) -> Tensor:
-        """Its numbers; own: they may be changed, which changes the whole tensor."""
+        """Return the numbers; own: they may be changed, which changes the whole tensor."""
         if not self.numel():
             return self.blank.clone()
         if self.index and not own and self.reader.tensor is None:

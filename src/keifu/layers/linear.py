@@ -18,7 +18,7 @@ SMALL = 2**13  # numbers of a matrix with which the choice of a product costs mo
 
 
 def _is_amd_with_avx512() -> bool:
-    """Whether MKL, by which PyTorch multiplies float32, uses half of the processor's width, as it does on AMD's."""
+    """Return whether MKL, with which PyTorch multiplies float32, uses half of the processor's width, as on AMD's."""
     is_wide, source = torch.backends.cpu.get_cpu_capability() == "AVX512", Path("/proc/cpuinfo")
     return is_wide and "AuthenticAMD" in (source.read_text("utf-8") if source.exists() else platform.processor())
 

@@ -86,7 +86,7 @@ class Adapter(nn.Module):
         return self.b @ self.a * self.low.scale
 
     def changed(self, weight: Float[Tensor, "out channels *kernel"]) -> Float[Tensor, "out channels *kernel"]:
-        """Its rows of the layer's weight, adapted; computed in float32."""
+        """Return the adapted rows of the layer's weight, computed in float32."""
         matrix = weight.flatten(1).float()
         stretch, changed = self.stretch(matrix), matrix + self.change()
         return (changed if stretch is None else changed * stretch[:, None]).view_as(weight).to(weight.dtype)
@@ -211,7 +211,7 @@ def adapters(model: nn.Module) -> Iterator[Adapter]:
 
 @contextmanager
 def unadapted(model: nn.Module) -> Iterator[None]:
-    """As long as the block lasts, the model is what it was before it had adapters; one that has none stays as it is."""
+    """Disable all adapters inside the block; a model without adapters stays as it is."""
     parts = [module for module in model.modules() if isinstance(module, AdaptedLinear | ReweightedLinear)]
     for part in parts:
         part.idle = True

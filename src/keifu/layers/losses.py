@@ -88,23 +88,23 @@ def linear_cross_entropy(
     if mask is not None:
         targets = targets.masked_fill(~mask.flatten(), IGNORED)
     device = hidden.device.type
-    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     counts = targets != IGNORED if shares is None else shares.flatten() * (targets != IGNORED)
     rates = label_smoothing, z_loss
     inputs = hidden.flatten(0, -2), weight, bias
     wanted = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in inputs]
     with torch.no_grad():
         if torch.compiler.is_compiling() and vocabulary is None:
-            total, plain, *gradients = _operator(*inputs, targets, counts, *rates, kind, wanted, soft_cap)
+            total, plain, *gradients = _operator(*inputs, targets, counts, *rates, dtype, wanted, soft_cap)
         else:
-            given = targets, counts, *rates, kind, wanted, soft_cap, vocabulary
+            given = targets, counts, *rates, dtype, wanted, soft_cap, vocabulary
             total, plain, *gradients = _gradients(*inputs, *given)
     return _WithGradients.apply(total, tuple(gradients), *inputs), plain
 
 
 def _gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor, label_smoothing: float,
-    z_loss: float, kind: torch.dtype, wanted: Sequence[bool], soft_cap: float, vocabulary: Vocabulary | None = None,
+    z_loss: float, dtype: torch.dtype, wanted: Sequence[bool], soft_cap: float, vocabulary: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss, the sum of -log p, and the loss's gradients by hidden, weight and bias, each empty where not
     wanted."""
@@ -116,7 +116,7 @@ def _gradients(
             logits.mul_(slopes)
         return sums
 
-    return _gradients_by_rows(hidden, weight, bias, kind, wanted, to_gradient)
+    return _gradients_by_rows(hidden, weight, bias, dtype, wanted, to_gradient)
 
 
 def cap_(logits: Tensor, soft_cap: float) -> Tensor | None:
@@ -130,7 +130,7 @@ def cap_(logits: Tensor, soft_cap: float) -> Tensor | None:
 
 
 def _gradients_by_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, kind: torch.dtype, wanted: Sequence[bool],
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, wanted: Sequence[bool],
     to_gradient: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return two sums of `to_gradient`, and the first one's gradients by hidden, weight and bias, each empty where not
@@ -140,7 +140,7 @@ def _gradients_by_rows(
     gradient of the logits in their place. The type is that of the matrix multiplications, but the weight's own where a
     gradient is the sum of several.
     """
-    low, matrix, added = hidden.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
+    low, matrix, added = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     d_hidden = torch.empty_like(low) if wanted[0] else low.new_empty(0)
     d_weight = low.new_empty(0) if len(low) or not wanted[1] else torch.zeros_like(matrix)  # no part writes it
     classes = 0 if len(low) or not wanted[2] else len(weight)
@@ -165,19 +165,19 @@ def _gradients_by_rows(
 _operator = torch.library.custom_op(  # torch.compile calls it as it is: its own form would keep all in float32
     "keifu::linear_cross_entropy", _gradients, mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor counts, float label_smoothing, "
-    "float z_loss, ScalarType kind, bool[] wanted, float soft_cap) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float z_loss, ScalarType dtype, bool[] wanted, float soft_cap) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 
 
 @_operator.register_fake
 def _shapes(hidden: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the shapes and types of `_gradients`, without numbers."""
-    *_, kind, wanted, _soft_cap = given
+    *_, dtype, wanted, _soft_cap = given
     several = wanted[1] and len(hidden) > max(1, _LOGITS_AT_A_TIME // len(weight))
     total = hidden.new_empty((), dtype=torch.float32)
     full = hidden.shape, weight.shape, weight.shape[:1]
     shapes = [shape if used else (0,) for shape, used in zip(full, wanted, strict=True)]
-    types = kind, weight.dtype if several else kind, torch.float32
+    types = dtype, weight.dtype if several else dtype, torch.float32
     made = [hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
     return total, torch.empty_like(total), made[0], made[1], made[2]
 
@@ -265,9 +265,9 @@ def linear_divergence(
     al., 2023, equation 1). beta 0 is KL(p | q), forward; 1 is KL(q | p), reverse. The teacher has no gradient.
     """
     device = hidden.device.type
-    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    matrix = None if teacher_weight is None else teacher_weight.detach().to(kind)
-    theirs = teacher.detach() if matrix is None else teacher.detach().to(kind)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    matrix = None if teacher_weight is None else teacher_weight.detach().to(dtype)
+    theirs = teacher.detach() if matrix is None else teacher.detach().to(dtype)
 
     def to_gradient(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         given = theirs[part] if matrix is None else linear(theirs[part], matrix)
@@ -275,7 +275,7 @@ def linear_divergence(
 
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (hidden, weight)]
     with torch.no_grad():
-        total, _, *gradients = _gradients_by_rows(hidden, weight, None, kind, [*wanted, False], to_gradient)
+        total, _, *gradients = _gradients_by_rows(hidden, weight, None, dtype, [*wanted, False], to_gradient)
     return _WithGradients.apply(total, tuple(gradients[:2]), hidden, weight)
 
 
@@ -355,17 +355,18 @@ def token_log_probabilities(
     if has_torch_function_unary(weight):
         return handle_torch_function(token_log_probabilities, (weight,), hidden, weight, tokens, temperature)
     device = hidden.device.type
-    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _TokenLogProbabilities.apply(hidden, weight, tokens, temperature, kind, soft_cap)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return _TokenLogProbabilities.apply(hidden, weight, tokens, temperature, dtype, soft_cap)
 
 
 class _TokenLogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, kind: torch.dtype, soft_cap: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, dtype: torch.dtype,
+        soft_cap: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.save_for_backward(hidden, weight, tokens)
-        ctx.settings = temperature, kind, soft_cap
+        ctx.settings = temperature, dtype, soft_cap
         parts = [hidden.new_zeros(0, dtype=torch.float32)], [hidden.new_zeros(0, dtype=torch.float32)]
         for part in _slices(len(hidden), _rows_at_a_time(weight)):
             logs, _ = _log_softmax(hidden[part], weight, *ctx.settings)
@@ -378,7 +379,7 @@ class _TokenLogProbabilities(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens = ctx.saved_tensors
-        temperature, kind, _ = ctx.settings
+        temperature, dtype, _ = ctx.settings
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for part in _slices(len(hidden), _rows_at_a_time(weight)):
@@ -386,10 +387,10 @@ class _TokenLogProbabilities(torch.autograd.Function):
             d_logits = logs.exp_().neg_()
             d_logits.scatter_add_(-1, tokens[part, None], torch.ones_like(d_logits[:, :1]))
             d_logits = d_logits.mul_(upstream[0][part, None] / temperature)
-            d_logits = (d_logits if slopes is None else d_logits * slopes).to(kind)
-            d_hidden[part] = product(d_logits, weight.to(kind))
+            d_logits = (d_logits if slopes is None else d_logits * slopes).to(dtype)
+            d_hidden[part] = product(d_logits, weight.to(dtype))
             if d_weight is not None:
-                d_weight += product(d_logits.T, hidden[part].to(kind))
+                d_weight += product(d_logits.T, hidden[part].to(dtype))
         return d_hidden, d_weight, None, None, None, None
 
 
@@ -405,9 +406,9 @@ def _slices(length: int, size: int) -> list[slice]:
 
 
 def _log_softmax(
-    hidden: Tensor, weight: Tensor, temperature: float, kind: torch.dtype, soft_cap: float
+    hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype, soft_cap: float
 ) -> tuple[Tensor, Tensor | None]:
     """Return the log-probabilities, and the slopes of a soft cap."""
-    logits = linear(hidden.to(kind), weight.to(kind)).float()
+    logits = linear(hidden.to(dtype), weight.to(dtype)).float()
     slopes = cap_(logits, soft_cap)
     return F.log_softmax(logits if temperature == 1 else logits / temperature, -1), slopes

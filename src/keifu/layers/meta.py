@@ -34,7 +34,7 @@ class _NothingDrawn(TorchFunctionMode):
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Within it, tensors have a shape and a type but no numbers, as within `torch.device("meta")`, and initialisation
-    costs nothing."""
+    """Make a context in which tensors have a shape and a type but no numbers, as within `torch.device("meta")`, and
+    initialisation costs nothing."""
     with torch.device("meta"), _NothingDrawn():
         yield

@@ -94,12 +94,12 @@ def pack(weight: Float[Tensor, "out in"]) -> Stored:
     return torch.cat([scale.half().view(torch.uint8), steps[:, :16] | steps[:, 16:] << 4], 1)
 
 
-def unpack(stored: Stored, kind: str, dtype: torch.dtype = torch.float32) -> Numbers:
+def unpack(stored: Stored, format: str, dtype: torch.dtype = torch.float32) -> Numbers:
     """Return the numbers of blocks of a type of `FORMATS`, computed in float32 and rounded once."""
     kernels = triton_kernels(stored.device)
-    if kernels is not None and kind in kernels.KINDS:
-        return kernels.unpack(stored, kernels.KINDS[kind], dtype)
-    size, _, read = FORMATS[kind]
+    if kernels is not None and format in kernels.KINDS:
+        return kernels.unpack(stored, kernels.KINDS[format], dtype)
+    size, _, read = FORMATS[format]
     numbers = stored.new_empty(len(stored), size, dtype=dtype)
     step = (IN_CACHE if stored.device.type == "cpu" else AT_A_TIME) // size
     for start in range(0, len(stored), step):
@@ -124,8 +124,8 @@ class QuantizedLinear(nn.Module):
         if parts is None and layer.in_features % SIZE:
             raise UserError(f"{layer.in_features} inputs are no whole blocks of {SIZE}: leave --lora.base at float.")
         whole = groupby(parts or [("Q4_0", pack(layer.weight))], key=lambda part: part[0])
-        joined = [(kind, [blocks for _, blocks in group]) for kind, group in whole]
-        self.shape, self.kinds = layer.weight.shape, [kind for kind, _ in joined]
+        joined = [(format, [blocks for _, blocks in group]) for format, group in whole]
+        self.shape, self.kinds = layer.weight.shape, [format for format, _ in joined]
         for number, (_, blocks) in enumerate(joined):
             self.register_buffer(f"blocks{number}", torch.cat(blocks), persistent=False)
         self.layer = layer  # its bias and type, and what it is when adapters are merged
@@ -133,8 +133,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         device = x.device.type
-        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return _Product.apply(x.to(kind), self, None if self.bias is None else self.bias.to(kind))
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return _Product.apply(x.to(dtype), self, None if self.bias is None else self.bias.to(dtype))
 
     @property
     def bias(self) -> Tensor | None:
@@ -149,11 +149,11 @@ class QuantizedLinear(nn.Module):
     @property
     def stored(self) -> list[tuple[str, Stored]]:
         """Return the blocks, with their types."""
-        return [(kind, self.get_buffer(f"blocks{number}")) for number, kind in enumerate(self.kinds)]
+        return [(format, self.get_buffer(f"blocks{number}")) for number, format in enumerate(self.kinds)]
 
     def unpacked(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """Return the matrix in a type."""
-        parts = [unpack(blocks, kind, dtype).view(-1, self.shape[1]) for kind, blocks in self.stored]
+        parts = [unpack(blocks, format, dtype).view(-1, self.shape[1]) for format, blocks in self.stored]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def product(self, x: Float[Tensor, "*batch in"], bias: Tensor | None) -> Float[Tensor, "*batch out"]:
@@ -162,7 +162,7 @@ class QuantizedLinear(nn.Module):
         if kernels is None or x.numel() > kernels.FEW * x.shape[-1] or not {*self.kinds} <= kernels.KINDS.keys():
             return linear(x, self.unpacked(x.dtype), bias)
         rows = x.reshape(-1, x.shape[-1])
-        parts = [kernels.product(rows, blocks, kernels.KINDS[kind]) for kind, blocks in self.stored]
+        parts = [kernels.product(rows, blocks, kernels.KINDS[format]) for format, blocks in self.stored]
         y = torch.cat(parts, -1).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 

@@ -107,7 +107,7 @@ def from_published(json: dict[str, Any]) -> Config:
 def _read_band(json: dict[str, Any]) -> int | None:
     """Return the width of the band, from [[["global", "local"], 6]]: kinds of layers, and how often they repeat."""
     written, n_layers = json["attention_types"], hf.check_layers(json, "num_layers")
-    layers = [kind for kinds, times in written for kind in kinds * min(times, n_layers + 1)]  # one too many is enough
+    layers = [layer for kinds, times in written for layer in kinds * min(times, n_layers + 1)]  # one too many is enough
     if layers == ["global"] * n_layers:
         return None
     if layers != (["global", "local"] * n_layers)[:n_layers]:

@@ -194,17 +194,17 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
-    kind = "llama"
+    model_type = "llama"
     more: dict[str, Any] = {"attention_bias": config.out_bias, "mlp_bias": config.feedforward_bias}
     if config.sliding_window:
-        kind = "mistral"
+        model_type = "mistral"
         more = {"sliding_window": config.sliding_window}
     if config.qkv_bias and not config.out_bias:
-        kind = "qwen2"
+        model_type = "qwen2"
         more = hf.write_window(config.sliding_window, config.first_window_layer)
     return {
-        "model_type": kind,
-        "architectures": [MODEL_TYPES[kind]],
+        "model_type": model_type,
+        "architectures": [MODEL_TYPES[model_type]],
         "num_key_value_heads": config.n_heads,  # where the Config leaves it to the default
         **hf.write_fields(config, FIELDS),
         **hf.write_rope(config.rope_theta, config.rope_scaling),

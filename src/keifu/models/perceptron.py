@@ -143,7 +143,7 @@ def signed_rows(x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"]) ->
 
 
 def nearest_mixture(points: Float[Tensor, "rows dim1"]) -> Float[Tensor, "rows"]:
-    """Weights of the convex mixture of points that lies nearest to zero (Wolfe, 1976: finite, with no step size).
+    """Return weights of the convex mixture of points nearest to zero (Wolfe, 1976: finite, with no step size).
 
     It keeps a few affinely independent points; each turn takes in the point furthest towards zero as seen from the
     present mixture, until none is nearer than rounding can tell.

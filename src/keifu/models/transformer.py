@@ -147,7 +147,7 @@ UNSUPPORTED: dict[str, Any] = {
 
 
 def aliases(config: Config) -> dict[str, tuple[str, ...]]:
-    """Other names under which a file may hold a matrix that serves in several places, the likeliest first."""
+    """Return other names under which a file may store a shared matrix, the likeliest first."""
     heads = ("lm_head",) if config.tied else ()
     if config.shared:
         return {"embedding": ("model.encoder.embed_tokens", "model.decoder.embed_tokens", *heads)}

@@ -139,7 +139,7 @@ class Library:
         return None if found < 0 else found
 
     def destroy(self, model: int) -> None:
-        """Frees a model's caches."""
+        """Free a model's caches."""
         self._functions["destroy"](model)
 
 
@@ -178,7 +178,7 @@ def use_threads(count: int) -> None:
 
 
 def switched_off() -> bool:
-    """Whether KEIFU_NATIVE asks for PyTorch."""
+    """Return whether KEIFU_NATIVE asks for PyTorch."""
     return os.environ.get(VARIABLE) == "off"
 
 
@@ -200,5 +200,5 @@ def _loaded() -> Library | Unavailable:
 
 @once
 def say_why(reason: str) -> None:
-    """One sentence, once, of why PyTorch generates where the native step could have."""
+    """Print once why PyTorch generates although the native step could."""
     print(f"PyTorch generates, not the native step: {reason}.", file=sys.stderr, flush=True)

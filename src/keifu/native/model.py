@@ -60,7 +60,7 @@ class NativeLM(nn.Module):
     """
 
     def __init__(self, part: ModelPart, source: Weights, weights: str, config: Any):
-        """Packs the weights. What cannot be packed is a `UserError` that names the tensor; raises `Unavailable` where
+        """Pack the weights. What cannot be packed is a `UserError` that names the tensor; raises `Unavailable` where
         there is no native step on this machine."""
         super().__init__()
         self.config, self.weights = config, weights
@@ -155,7 +155,7 @@ class NativeRunner:
         self.model.library.call("forward", self._handle, ctypes.byref(batch))
 
     def forget(self, sequence: int) -> None:
-        """Nothing is kept of a sequence but its blocks."""
+        """Keep nothing of a sequence except its blocks."""
 
 
 def widest(windows: Sequence[int | None]) -> int | None:

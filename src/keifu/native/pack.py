@@ -119,7 +119,7 @@ class Packer:
         self._experts: list[ctypes.Array[native.Expert]] = []
 
     def address(self, numbers: str | Tensor | None, offset: float = 0.0) -> int | None:
-        """Where a parameter plus the offset, or given numbers, stay in float32; the same ones have the same address."""
+        """Return the address of a parameter plus the offset, or of given numbers, in float32; equal ones share it."""
         if isinstance(numbers, Tensor):
             return self._kept.setdefault(numbers.numpy().tobytes(), numbers.contiguous()).data_ptr()
         if numbers is None:

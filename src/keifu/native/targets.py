@@ -55,7 +55,7 @@ class NativeTranslator(NativeLM):
 
 
 def pack_translator(model: nn.Module, weights: str) -> NativeTranslator:
-    """As `pack`, of an encoder-decoder, whose other weights stay as they are."""
+    """Pack an encoder-decoder as `pack` does; its other weights stay as they are."""
     if not isinstance(model, EncoderDecoder):
         raise Unavailable(f"the model is a {type(model).__name__}, which native code does not have")
     return NativeTranslator(model, weights)

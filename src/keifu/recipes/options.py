@@ -57,8 +57,8 @@ def from_json(usual: Any, json: Mapping[str, Any]) -> Any:
 def _value(hint: Any, value: Any, usual: Any) -> Any:
     """Return JSON has no tuples, paths and dataclasses: the field's type says where one stood."""
     if isinstance(value, dict):
-        kind = _dataclass(hint)
-        inner = usual if is_dataclass(usual) else kind() if kind else None
+        nested = _dataclass(hint)
+        inner = usual if is_dataclass(usual) else nested() if nested else None
         return from_json(inner, value) if inner else value
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return Path(value) if isinstance(value, str) and Path in kinds and str not in kinds else _tupled(value)
@@ -68,20 +68,20 @@ def _tupled(value: Any) -> Any:
     return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
-def by_option(kind: type, values: Mapping[str, Any], hints: bool = False) -> dict[str, Any]:
+def by_option(options_class: type, values: Mapping[str, Any], hints: bool = False) -> dict[str, Any]:
     """Return the values of `to_json` by option, such as model.n-layers; with the types of the options if `hints`."""
-    return {name: (value, hint) if hints else value for name, _, value, hint in _walk(kind, values, "", ())}
+    return {name: (value, hint) if hints else value for name, _, value, hint in _walk(options_class, values, "", ())}
 
 
-def paths(kind: type, values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def paths(options_class: type, values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Return the path of each option in what `to_json` gives."""
-    return {name: path for name, path, *_ in _walk(kind, values, "", ())}
+    return {name: path for name, path, *_ in _walk(options_class, values, "", ())}
 
 
 def _walk(
-    kind: type, values: Mapping[str, Any], prefix: str, above: tuple[str, ...]
+    options_class: type, values: Mapping[str, Any], prefix: str, above: tuple[str, ...]
 ) -> Iterator[tuple[str, tuple[str, ...], Any, Any]]:
-    hints = get_type_hints(kind, include_extras=True)
+    hints = get_type_hints(options_class, include_extras=True)
     for field, value in values.items():
         name, inner, path = _option(field, hints.get(field), prefix), _dataclass(hints.get(field)), (*above, field)
         if isinstance(value, Mapping) and inner:
@@ -101,7 +101,7 @@ def _option(field: str, hint: Any, prefix: str) -> str:
 def _dataclass(hint: Any) -> type | None:
     bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     kinds = get_args(bare) if get_origin(bare) in (Union, UnionType) else (bare,)
-    return next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
+    return next((member for member in kinds if isinstance(member, type) and is_dataclass(member)), None)
 
 
 def put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

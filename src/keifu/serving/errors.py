@@ -44,9 +44,9 @@ class ApiError(Exception):
         """Return the JSON of the answer, and note the reason for the access log."""
         facts = current()
         facts.reason = self.reason
-        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        error_type = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         about = {"param": self.param, "code": self.code, "request_id": facts.id}
-        return {"error": {"message": str(self), "type": kind, **about}}
+        return {"error": {"message": str(self), "type": error_type, **about}}
 
     def response(self) -> Response:
         """Return the whole answer. Half a surrogate pair is escaped, so that it can be sent."""
@@ -84,16 +84,16 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """
     first = max(errors, key=lambda e: (e["type"].startswith("too_"), len(e["loc"]), e["type"] == "literal_error"))
     path = ".".join(str(part) for part in first["loc"] if not re.fullmatch(UNION, str(part)))
-    kind, message = first["type"], str(first["msg"]).removeprefix("Value error, ").rstrip(".")
-    if kind == "json_invalid":
+    error_type, message = first["type"], str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+    if error_type == "json_invalid":
         position = f" at character {first['loc'][-1]}" if len(first["loc"]) > 1 else ""
         reason = first.get("ctx", {}).get("error", message)
         return ApiError(400, f"The body is not JSON{position}: {reason}.", code="invalid_json")
-    if kind == "missing":
+    if error_type == "missing":
         return ApiError(400, f"The field {path or 'body'} is missing.", path or None, "missing_field")
-    if kind in ("unknown_field", "refused_field"):
+    if error_type in ("unknown_field", "refused_field"):
         name = first["ctx"]["name"]
-        return ApiError(400, str(first["msg"]), f"{path}.{name}" if path else name, kind)
+        return ApiError(400, str(first["msg"]), f"{path}.{name}" if path else name, error_type)
     if isinstance(first.get("input"), bytes):  # it was not read as JSON
         return ApiError(400, "The body is not declared as JSON: send the header Content-Type: application/json.")
     seen = json.dumps(first.get("input"), default=str)
@@ -121,5 +121,5 @@ def install(app: FastAPI) -> None:
             return of_validation(error.errors()).response()
         return (_of_http(request, error) if isinstance(error, HTTPException) else of_exception(error)).response()
 
-    for kind in (RequestValidationError, HTTPException, ApiError, UserError, Exception):
-        app.add_exception_handler(kind, answer)
+    for error_class in (RequestValidationError, HTTPException, ApiError, UserError, Exception):
+        app.add_exception_handler(error_class, answer)

@@ -38,7 +38,7 @@ class StopRequest:
                     self.previous[number] = signal.signal(number, self._first)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, error_type: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
         if isinstance(error, Interrupted):
             error.number = self.number

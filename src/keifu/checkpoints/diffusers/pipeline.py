@@ -50,8 +50,8 @@ _UNCLIP = PipelineFiles(
 )  # fmt: skip
 _DIT = PipelineFiles({"transformer": TRANSFORMER, "vae": "AutoencoderKL"}, (SCHEDULER,), ("vae",))
 _NETWORK = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-KINDS = {kind: LATENT for kind in (LATENT, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")}
-KINDS |= {kind: UNCLIP for kind in (UNCLIP, "UnCLIPImageVariationPipeline")}
+KINDS = {name: LATENT for name in (LATENT, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")}
+KINDS |= {name: UNCLIP for name in (UNCLIP, "UnCLIPImageVariationPipeline")}
 KINDS |= {DIT: DIT}
 PIPELINES = {LATENT: _LATENT, UNCLIP: _UNCLIP, DIT: _DIT}
 OF_TRANSFORMERS = ("text_encoder", "image_encoder")
@@ -75,69 +75,70 @@ def open_diffusers(path: Path) -> Source:
     """
     if not (path / PIPELINE).exists():
         alone = "There is no scheduler next to this network: DDPM's noise is assumed."
-        if _kind(read_json_object(path / CONFIG)) == TRANSFORMER:
+        if _model_type(read_json_object(path / CONFIG)) == TRANSFORMER:
             return _component_prefixes(path, DIT, {"transformer": path / CONFIG}, {}, (alone,))
         return _network(path, path, {}, (alone,))
     index = read_json_object(path / PIPELINE)
-    kind = str(index.get("_class_name"))
-    require_known("diffusers pipeline", kind, [*KINDS, *_NETWORK])
-    if kind in _NETWORK:
-        files = _files(path, kind, ("unet", SCHEDULER))
+    class_name = str(index.get("_class_name"))
+    require_known("diffusers pipeline", class_name, [*KINDS, *_NETWORK])
+    if class_name in _NETWORK:
+        files = _files(path, class_name, ("unet", SCHEDULER))
         return _network(path, path / "unet", {SCHEDULER: read_json_object(files[SCHEDULER])}, ())
-    pipeline = PIPELINES[KINDS[kind]]
+    pipeline = PIPELINES[KINDS[class_name]]
     wanted = (*pipeline.models, *pipeline.beside)
     there = [part for part in wanted if part not in pipeline.optional or any(index.get(part) or ())]
-    files = _files(path, kind, there if KINDS[kind] == DIT else (*there, TOKENIZER))
+    files = _files(path, class_name, there if KINDS[class_name] == DIT else (*there, TOKENIZER))
     left_out = [part for part in LEFT_OUT if any(index.get(part) or ()) and part not in wanted]
     notes = (f"Left out, since they do not draw: {', '.join(left_out)}.",) if left_out else ()
     labels = {LABELS: index[LABELS]} if LABELS in index else {}
-    return _component_prefixes(path, KINDS[kind], {part: files[part] for part in there}, labels, notes)
+    return _component_prefixes(path, KINDS[class_name], {part: files[part] for part in there}, labels, notes)
 
 
-def _files(path: Path, kind: str, parts: Sequence[str]) -> dict[str, Path]:
+def _files(path: Path, class_name: str, parts: Sequence[str]) -> dict[str, Path]:
     """Return the file of each part that says what it is; a missing one is a `UserError` that names it."""
     files = {part: path / part / FILES.get(part, CONFIG) for part in parts}
     missing = [f"{part} ({file.relative_to(path)})" for part, file in files.items() if not file.exists()]
     if missing:
-        raise UserError(f"{path} is a {kind} and lacks its {' and its '.join(missing)}.")
+        raise UserError(f"{path} is a {class_name} and lacks its {' and its '.join(missing)}.")
     return files
 
 
 def _network(path: Path, folder: Path, extra: Mapping[str, Any], notes: tuple[str, ...]) -> Source:
     """Open a network in its folder; `extra`: settings of its config from the files of other parts."""
     json = read_json_object(folder / CONFIG)
-    kind = _kind(json)
-    if kind not in FAMILIES or not _is_network(kind):
-        raise unknown("model of diffusers", kind, [name for name in FAMILIES if _is_network(name) and name != SIMPLE])
-    family, config = read_config({**json, **extra, "model_type": kind}, str(folder / CONFIG))
+    model_type = _model_type(json)
+    if model_type not in FAMILIES or not _is_network(model_type):
+        known = [name for name in FAMILIES if _is_network(name) and name != SIMPLE]
+        raise unknown("model of diffusers", model_type, known)
+    family, config = read_config({**json, **extra, "model_type": model_type}, str(folder / CONFIG))
     notes = notes if "/" in family.files[0] else ()  # of what lies in a folder of a pipeline
     return source_of(path, "diffusers", family, config, dict.fromkeys(weight_files(folder, WEIGHTS), ""), notes)
 
 
-def _is_network(kind: str) -> bool:
-    return kind not in PIPELINES and diffusers_files(FAMILIES[kind])
+def _is_network(model_type: str) -> bool:
+    return model_type not in PIPELINES and diffusers_files(FAMILIES[model_type])
 
 
-def _kind(json: Mapping[str, Any]) -> str:
+def _model_type(json: Mapping[str, Any]) -> str:
     """Return the kind of a model: its class, of which one is two networks with different blocks."""
-    kind = str(json.get("_class_name", json.get("model_type")))
+    model_type = str(json.get("_class_name", json.get("model_type")))
     blocks = [str(json.get("mid_block_type")), *(json.get("down_block_types") or ())]
-    simple = kind == "UNet2DConditionModel" and any("Simple" in name for name in blocks)
-    if kind == "Transformer2DModel" and json.get("norm_type") == "ada_norm_zero" and json.get("patch_size"):
+    simple = model_type == "UNet2DConditionModel" and any("Simple" in name for name in blocks)
+    if model_type == "Transformer2DModel" and json.get("norm_type") == "ada_norm_zero" and json.get("patch_size"):
         return TRANSFORMER  # as DiT's files were first published
-    return SIMPLE if simple and not any("CrossAttn" in name and "Simple" not in name for name in blocks) else kind
+    return SIMPLE if simple and not any("CrossAttn" in name and "Simple" not in name for name in blocks) else model_type
 
 
 def _component_prefixes(
-    path: Path, kind: str, files: Mapping[str, Path], extra: Mapping[str, Any], notes: tuple[str, ...]
+    path: Path, model_type: str, files: Mapping[str, Path], extra: Mapping[str, Any], notes: tuple[str, ...]
 ) -> Source:
     """Return a pipeline of several models: their tensors, each under the name of its part. `extra`: settings of the
     pipeline itself."""
-    whole, models = dict[str, Any]({"model_type": kind, **extra}), PIPELINES[kind].models
+    whole, models = dict[str, Any]({"model_type": model_type, **extra}), PIPELINES[model_type].models
     for part, file in files.items():
         whole[part] = read_json_object(file)
         if part in models:
-            if (named := _kind(whole[part])) != models[part]:
+            if (named := _model_type(whole[part])) != models[part]:
                 raise UserError(f"{file} describes a {named}, and what is implemented as {part} is {models[part]}.")
             if named != TRANSFORMER:
                 read_config({**whole[part], "model_type": named}, str(file))
@@ -178,37 +179,37 @@ def weight_places(family: Family, links: Sequence[Link]) -> dict[str, list[Link]
 
 
 def json_files(config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
-    """Every JSON file of a network, or of a pipeline, by its place; `dtype` is what transformers' models are in."""
-    kind = config["model_type"]
-    if kind in PIPELINES:
-        return _of_pipeline(kind, config, dtype)
+    """Return every JSON file of a network or a pipeline by its path; `dtype` is that of transformers' models."""
+    model_type = config["model_type"]
+    if model_type in PIPELINES:
+        return _of_pipeline(model_type, config, dtype)
     if SCHEDULER not in config:
         return {CONFIG: _describe(config, dtype)}
     scheduler = config[SCHEDULER]
-    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", kind]}
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", model_type]}
     index[SCHEDULER] = ["diffusers", scheduler["_class_name"]]
     files = {f"unet/{CONFIG}": _describe(config, dtype), f"{SCHEDULER}/{FILES[SCHEDULER]}": _with_version(scheduler)}
     return files | {PIPELINE: _with_version(index)}
 
 
-def _of_pipeline(kind: str, config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
+def _of_pipeline(model_type: str, config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
     """Return the files of a pipeline of several models; a part that is None stands in the index alone."""
-    files, index = dict[str, Any](), dict[str, Any]({"_class_name": kind})
-    for part in PIPELINES[kind].models:
+    files, index = dict[str, Any](), dict[str, Any]({"_class_name": model_type})
+    for part in PIPELINES[model_type].models:
         if file := config[part]:
             files[f"{part}/{CONFIG}"] = made = _describe(file, dtype)
             library = "transformers" if part in OF_TRANSFORMERS else LIBRARIES.get(part, "diffusers")
             index[part] = [library, (made.get("architectures") or [made.get("_class_name")])[0]]
-    for part in PIPELINES[kind].beside:
+    for part in PIPELINES[model_type].beside:
         if file := config[part]:
             files[f"{part}/{FILES[part]}"] = file if part == PIXELS else _with_version(file)
             known = ["transformers", file["image_processor_type"]] if part == PIXELS else None
             index[part] = known or ["diffusers", file["_class_name"]]
-    if kind == DIT:
+    if model_type == DIT:
         index |= {"vae": index.get("vae", [None, None])} | ({LABELS: config[LABELS]} if LABELS in config else {})
         return files | {PIPELINE: _with_version(index)}
     index[TOKENIZER] = ["transformers", "PreTrainedTokenizerFast"]
-    if kind == LATENT:
+    if model_type == LATENT:
         index |= dict.fromkeys(LEFT_OUT, [None, None]) | {"requires_safety_checker": False}
     return files | {PIPELINE: _with_version(index)}
 

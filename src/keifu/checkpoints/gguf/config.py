@@ -33,17 +33,17 @@ def read_scaling(
 ) -> RopeScaling | None:
     """Return the scaling that these metadata (without the architecture's name) and divisors mean."""
     factor = float(own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0)) or 1.0)
-    kind = own.get("rope.scaling.type", "linear")  # llama.cpp's own default, which a factor of 1 makes nothing of
-    if kind not in ("none", "linear", "yarn"):
-        raise UserError(f"{where} has rope.scaling.type {kind!r}, not linear or yarn, which keifu implements.")
+    scaling = own.get("rope.scaling.type", "linear")  # llama.cpp's own default, which a factor of 1 makes nothing of
+    if scaling not in ("none", "linear", "yarn"):
+        raise UserError(f"{where} has rope.scaling.type {scaling!r}, not linear or yarn, which keifu implements.")
     if freqs is not None:
-        if kind != "none" and factor != 1.0:
-            raise UserError(f"{where} has both {FREQS} and a {kind} scaling, which keifu does not implement.")
+        if scaling != "none" and factor != 1.0:
+            raise UserError(f"{where} has both {FREQS} and a {scaling} scaling, which keifu does not implement.")
         return _llama3(freqs, theta, context, where)
-    if kind == "none" or factor == 1.0:
+    if scaling == "none" or factor == 1.0:
         return None
     original = int(own.get("rope.scaling.original_context_length", context))
-    if kind == "linear":
+    if scaling == "linear":
         return RopeScaling("linear", factor, context)
     size = float(own.get("rope.scaling.attn_factor", 1.0))
     attention_factor = None if size == 1.0 else size * (1 + 0.1 * math.log(factor))
@@ -286,11 +286,11 @@ def read_config(
     values |= dict(architecture.fixed) | {switch: tensor in tensors for switch, tensor in architecture.optional.items()}
     values |= {"vocab_size": tensors["token_embd.weight"][0], "tied": "output.weight" not in tensors}
     values |= architecture.derive(values)
-    kind = architecture.config
     if architecture.rotary:
         values |= _read_rotary(own, values, freqs, where)
-        values |= _head_size(values, vars(kind), where)
-    return architecture, kind(**{key: value for key, value in values.items() if key in kind.__dataclass_fields__})
+        values |= _head_size(values, vars(architecture.config), where)
+    known = architecture.config.__dataclass_fields__
+    return architecture, architecture.config(**{key: value for key, value in values.items() if key in known})
 
 
 def _head_size(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -10,15 +10,15 @@ import torch
 from keifu.layers.quantized import FORMATS, IN_CACHE, Numbers, Stored, unpack
 
 
-def read_blocks(stored: Stored, kind: str, size: int) -> Numbers:
+def read_blocks(stored: Stored, format: str, size: int) -> Numbers:
     """Return the numbers of blocks of this type, `size` of them in each, as float32."""
-    if kind in FORMATS:
-        return unpack(stored, kind)
+    if format in FORMATS:
+        return unpack(stored, format)
     from gguf import GGMLQuantizationType, dequantize
 
     numbers = torch.empty(len(stored), size, dtype=torch.float32, device="cpu")
     step = max(1, IN_CACHE // size)
     for start in range(0, len(stored), step):
-        some = dequantize(stored[start : start + step].numpy(), GGMLQuantizationType[kind])
+        some = dequantize(stored[start : start + step].numpy(), GGMLQuantizationType[format])
         numbers[start : start + step] = torch.from_numpy(some)
     return numbers

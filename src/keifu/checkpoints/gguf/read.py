@@ -36,10 +36,10 @@ LARGEST_ALIGNMENT = 2**20
 
 
 class Place(NamedTuple):
-    """Position of a tensor in a file. `shape` has the rows first, as in PyTorch; `kind` is GGUF's name of the type."""
+    """Position of a tensor in a file. `shape` has the rows first, as in PyTorch; `format` is GGUF's name."""
 
     shape: tuple[int, ...]
-    kind: str
+    format: str
     start: int
     size: int
 
@@ -54,19 +54,19 @@ class GGUFFile:
     places: Mapping[str, Place]
 
     def stored(self) -> dict[str, StoredTensor]:
-        """Every tensor's shape and type; quantised ones are read as float32, those of no known meaning not at all."""
-        arrays = {kind: _read_array(kind) for kind in {entry.kind for entry in self.places.values()}}
-        return {name: StoredTensor(entry.shape, entry.kind, arrays[entry.kind]) for name, entry in self.places.items()}
+        """Return every tensor's shape and type; quantised ones are read as float32, unknown ones not at all."""
+        types = {format: _read_array(format) for format in {entry.format for entry in self.places.values()}}
+        return {name: StoredTensor(at.shape, at.format, types[at.format]) for name, at in self.places.items()}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor's numbers: as they are, without a copy, where the type is one of PyTorch's; else as
         float32."""
         entry = self.places[name]
         raw = self.bytes[entry.start : entry.start + entry.size]
-        if entry.kind in PLAIN:
-            return torch.from_numpy(raw).view(PLAIN[entry.kind]).view(entry.shape)
-        block, size = _block(entry.kind)
-        return read_blocks(torch.from_numpy(raw).view(-1, size), entry.kind, block).view(entry.shape)
+        if entry.format in PLAIN:
+            return torch.from_numpy(raw).view(PLAIN[entry.format]).view(entry.shape)
+        block, size = _block(entry.format)
+        return read_blocks(torch.from_numpy(raw).view(-1, size), entry.format, block).view(entry.shape)
 
     def blocks(self, name: str) -> Blocks | None:
         """Return a quantised tensor as it is stored, a row after the other; None for a plain one."""
@@ -74,27 +74,27 @@ class GGUFFile:
 
         entry = self.places[name]
         raw = torch.from_numpy(self.bytes[entry.start : entry.start + entry.size])
-        kind = GGMLQuantizationType[entry.kind].value
-        return None if entry.kind in PLAIN else Blocks(kind, raw.view(entry.shape[0], -1))
+        format = GGMLQuantizationType[entry.format].value
+        return None if entry.format in PLAIN else Blocks(format, raw.view(entry.shape[0], -1))
 
 
-def _block(kind: str) -> tuple[int, int]:
-    """How many numbers a block of this type holds, and how many bytes it has."""
+def _block(format: str) -> tuple[int, int]:
+    """Return how many numbers a block of this type holds, and how many bytes it has."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    return GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return GGML_QUANT_SIZES[GGMLQuantizationType[format]]
 
 
-def _read_array(kind: str) -> torch.dtype | None:
+def _read_array(format: str) -> torch.dtype | None:
     """Return the type in which this type of GGUF's is read; None where the gguf package cannot read it."""
-    if kind in PLAIN:
-        return PLAIN[kind]
-    if kind in FORMATS:
+    if format in PLAIN:
+        return PLAIN[format]
+    if format in FORMATS:
         return torch.float32
     from gguf import GGMLQuantizationType, dequantize
 
     try:
-        dequantize(np.zeros((1, _block(kind)[1]), np.uint8), GGMLQuantizationType[kind])
+        dequantize(np.zeros((1, _block(format)[1]), np.uint8), GGMLQuantizationType[format])
     except NotImplementedError:
         return None
     return torch.float32
@@ -130,11 +130,11 @@ class _Cursor:
         self.at = at
         return found
 
-    def value(self, kind: int) -> Any:
-        if kind == STRING:
+    def value(self, code: int) -> Any:
+        if code == STRING:
             return self.string()
-        if kind != ARRAY:
-            return self.number(self.letter(kind))
+        if code != ARRAY:
+            return self.number(self.letter(code))
         inner, count = self.number("I"), self.number("Q")
         if inner == STRING:
             return self.strings(self.counted(count))
@@ -142,10 +142,10 @@ class _Cursor:
             raise UserError(f"{self.path} has lists of lists among its fields, which no model needs.")
         return list(self.numbers(self.letter(inner), count))
 
-    def letter(self, kind: int) -> str:
-        if kind not in SCALARS:
-            raise UserError(f"{self.path} is corrupt: it gives a value the type {kind}, which GGUF does not have.")
-        return SCALARS[kind]
+    def letter(self, code: int) -> str:
+        if code not in SCALARS:
+            raise UserError(f"{self.path} is corrupt: it gives a value the type {code}, which GGUF does not have.")
+        return SCALARS[code]
 
     def counted(self, count: int) -> int:
         """Read a count of items of at least eight bytes; a count that the file cannot hold is an error."""
@@ -161,7 +161,7 @@ class _Cursor:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do, whatever its name."""
+    """Return whether a file begins as GGUF files do, whatever its name."""
     with plain_file(path).open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
@@ -190,7 +190,7 @@ def open_file(path: Path) -> GGUFFile:
     if type(alignment) is not int or not 0 < alignment <= LARGEST_ALIGNMENT:
         raise UserError(f"{path} is corrupt: its general.alignment is {alignment!r}, and it must be a number of bytes.")
     start = -(-cursor.at // alignment) * alignment
-    entries = {name: _place(path, name, shape, kind, start + offset) for name, shape, kind, offset in infos}
+    entries = {name: _place(path, name, shape, code, start + offset) for name, shape, code, offset in infos}
     if len(entries) < n_tensors or len(fields) < n_fields:
         raise UserError(f"{path} is corrupt: a name stands there twice.")
     _check_places(path, entries, start, size, alignment)
@@ -198,7 +198,7 @@ def open_file(path: Path) -> GGUFFile:
 
 
 def _check_places(path: Path, entries: Mapping[str, Place], start: int, size: int, alignment: int) -> None:
-    """Refuses tensors that do not stand one right behind the other up to the file's end: bytes are missing then, or
+    """Refuse tensors that do not follow one another up to the file's end: bytes are missing then, or
     there are some too many, and the numbers of every later tensor would be shifted."""
     end = max((one.start + one.size for one in entries.values()), default=start)
     if end > size:
@@ -218,13 +218,13 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, cursor.number("I"), cursor.number("Q")
 
 
-def _place(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int) -> Place:
+def _place(path: Path, name: str, shape: tuple[int, ...], code: int, start: int) -> Place:
     from gguf import GGMLQuantizationType
 
     try:
-        known = GGMLQuantizationType(kind).name
+        known = GGMLQuantizationType(code).name
     except ValueError:
-        unknown_format = f"the number format {kind}, which the gguf package does not know"
+        unknown_format = f"the number format {code}, which the gguf package does not know"
         raise UserError(f"{path} stores {name} in {unknown_format}.") from None
     block, size = _block(known)
     if not shape or shape[-1] % block:
@@ -264,7 +264,7 @@ def _unstack(places: Mapping[str, Place]) -> Iterator[tuple[str, Place]]:
         experts, *shape = place.shape
         size = place.size // max(1, experts)
         for number in range(experts):
-            yield f"{stack}.{number}.{leaf}", Place((*shape,), place.kind, place.start + number * size, size)
+            yield f"{stack}.{number}.{leaf}", Place((*shape,), place.format, place.start + number * size, size)
 
 
 def _read_tokenizer(fields: Mapping[str, Any]) -> Any:

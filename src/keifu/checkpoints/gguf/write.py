@@ -37,19 +37,20 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = 
     name, architecture = architecture_for(config)
     settings, extra = write_config(name, architecture, config)
     found = permute_rotary(links(model, architecture.names), rotary_head_dim(architecture, config))
-    kind = _kind(dtype, next(model.parameters()).dtype)
+    format = _format(dtype, next(model.parameters()).dtype)
     fields = {
         "general.type": "model",
         "general.name": path.stem,
-        "general.file_type": FILE_TYPES[kind],
+        "general.file_type": FILE_TYPES[format],
         "general.quantization_version": 2,
         **settings,
         **_vocabulary(tokenizer, config.vocab_size),
     }
     shapes = _stacked_shapes(found) | {name: tuple(tensor.shape) for name, tensor in extra.items()}
+    tensors = chain(_stack(published_tensors(model, found)), extra.items())
     with replacing(path) as temporary:
         try:
-            _write(temporary, name, fields, shapes, chain(_stack(published_tensors(model, found)), extra.items()), kind)
+            _write(temporary, name, fields, shapes, tensors, format)
         except OSError as error:
             if error.errno is None:  # numpy's words for a disk that took only part of an array
                 raise OSError(errno.ENOSPC, str(error), str(path)) from error
@@ -84,12 +85,12 @@ def _stack(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
             yield name, tensor
 
 
-def _kind(dtype: str | None, own: torch.dtype) -> str:
+def _format(dtype: str | None, own: torch.dtype) -> str:
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    kind = names.get(own, "F32") if dtype is None else dtype.upper()
-    if kind not in FILE_TYPES:
+    format = names.get(own, "F32") if dtype is None else dtype.upper()
+    if format not in FILE_TYPES:
         raise unknown("GGUF number format to write called", str(dtype), [name.lower() for name in FILE_TYPES])
-    return kind
+    return format
 
 
 def _vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _write(
     fields: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, Tensor]],
-    kind: str,
+    format: str,
 ) -> None:
     """Header first, then one tensor after the other, so that no second copy of the model is made."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
@@ -123,33 +124,33 @@ def _write(
     for key, value in fields.items():
         _adder(writer, value)(key, value)
     for name, shape in shapes.items():
-        stored = GGMLQuantizationType[tensor_kind(name, shape, kind)]
+        stored = GGMLQuantizationType[tensor_format(name, shape, format)]
         block, size = GGML_QUANT_SIZES[stored]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, stored)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in tensors:
-        writer.write_tensor_data(encode_tensor(tensor, tensor_kind(name, tuple(tensor.shape), kind)))
+        writer.write_tensor_data(encode_tensor(tensor, tensor_format(name, tuple(tensor.shape), format)))
     writer.close()
 
 
-def tensor_kind(name: str, shape: tuple[int, ...], kind: str) -> str:
+def tensor_format(name: str, shape: tuple[int, ...], format: str) -> str:
     """Return the number format of one tensor in a file whose matrices are of this kind."""
     if len(shape) == 1 or ALWAYS_EXACT.match(name):
         return "F32"
-    return "F32" if kind == "Q8_0" and shape[-1] % BLOCK else kind
+    return "F32" if format == "Q8_0" and shape[-1] % BLOCK else format
 
 
-def encode_tensor(tensor: Tensor, kind: str) -> np.ndarray:
+def encode_tensor(tensor: Tensor, format: str) -> np.ndarray:
     """Return the numbers as the file holds them: float32, float16, or bytes."""
-    if kind in ("F32", "F16"):
-        return tensor.to({"F32": torch.float32, "F16": torch.float16}[kind]).numpy()
-    if kind == "BF16":
+    if format in ("F32", "F16"):
+        return tensor.to({"F32": torch.float32, "F16": torch.float16}[format]).numpy()
+    if format == "BF16":
         return tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
     from gguf import GGMLQuantizationType, quantize
 
-    return quantize(tensor.float().numpy(), GGMLQuantizationType[kind])
+    return quantize(tensor.float().numpy(), GGMLQuantizationType[format])
 
 
 def _adder(writer: Any, value: Any) -> Callable[[str, Any], None]:

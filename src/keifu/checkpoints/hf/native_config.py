@@ -14,20 +14,20 @@ from keifu.ranges import LARGEST
 ZERO_ALLOWED = ("first_window_layer", "n_dense_layers", "start_id", "end_id", "pad_id", "steps_offset", "n_classes")
 
 
-def from_json(kind: type, json: dict[str, Any]) -> Any:
-    """Read the Config of class `kind`. Every field must be there; what else the file says is not the model's."""
-    hints = get_type_hints(kind)
-    return kind(**{field.name: _value(hints[field.name], json[field.name]) for field in fields(kind)})
+def from_json(config_class: type, json: dict[str, Any]) -> Any:
+    """Read a Config of this class. Every field must be there; anything else in the file is not the model's."""
+    hints = get_type_hints(config_class)
+    return config_class(**{field.name: _value(hints[field.name], json[field.name]) for field in fields(config_class)})
 
 
 def _value(hint: Any, value: Any) -> Any:
     """JSON has no tuples and no dataclasses: the field's type says where one stood."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if isinstance(value, dict):
-        inner = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
-        fitting = [kind for kind in inner if {field.name for field in fields(kind)} == value.keys()] or inner
+        inner = [member for member in kinds if isinstance(member, type) and is_dataclass(member)]
+        fitting = [member for member in inner if {field.name for field in fields(member)} == value.keys()] or inner
         return from_json(fitting[0], value) if inner else value
-    return tuple(value) if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds) else value
+    return tuple(value) if isinstance(value, list) and any(get_origin(member) is tuple for member in kinds) else value
 
 
 def check_types(config: Any, where: str) -> None:
@@ -51,14 +51,14 @@ def check_kinds(options: Any, where: str) -> None:
             check_kinds(value, where)
         elif not _fits(value, hint):
             kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            names = " or ".join(str(kind) if get_args(kind) else kind.__name__ for kind in kinds)
+            names = " or ".join(str(member) if get_args(member) else member.__name__ for member in kinds)
             names = names.replace("NoneType", "null").replace("typing.", "")
             raise UserError(f"{where} gives {value!r:.200} for {name}, which must be {names}.")
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _fits(value: Any, hint: Any) -> bool:
     """Return whether a value is of the kind that a hint says; hints of other sorts say nothing."""
-    origin, inner = get_origin(kind), get_args(kind)
+    origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, hint) for hint in inner)
     if origin is Literal:
@@ -66,6 +66,6 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is tuple:
         types = inner[:1] * len(value) if isinstance(value, tuple) and inner[1:] == (...,) else inner
         return isinstance(value, tuple) and len(value) == len(types) and all(map(_fits, value, types))
-    if kind in (int, bool, str, float, type(None)):
-        return type(value) in ((float, int) if kind is float else (kind,))
-    return not isinstance(kind, type) or isinstance(value, kind)
+    if hint in (int, bool, str, float, type(None)):
+        return type(value) in ((float, int) if hint is float else (hint,))
+    return not isinstance(hint, type) or isinstance(value, hint)

@@ -40,17 +40,17 @@ def open_directory(path: Path) -> Source:
         run = ", which a run writes when it ends or is stopped" if (path / "recipe.json").exists() else ""
         raise UserError(f"{path} is no model: it holds no config.json{run or _nearest('config.json', path)}.")
     json = _with_preprocessor(where)
-    if (kind := TEXT_PARTS.get(json.get("model_type", ""))) and isinstance(json.get("text_config"), dict):
-        return _text_part(path, json, kind)
+    if (model_type := TEXT_PARTS.get(json.get("model_type", ""))) and isinstance(json.get("text_config"), dict):
+        return _text_part(path, json, model_type)
     family, config = read_config(json, str(where))
     files = dict.fromkeys(weight_files(path, family.files[1]), "")
     return source_of(path, "Hugging Face", family, config, files)
 
 
-def _text_part(path: Path, json: dict[str, Any], kind: str) -> Source:
+def _text_part(path: Path, json: dict[str, Any], model_type: str) -> Source:
     """Open the text model of a model that sees; the other parts are not read."""
     shared = {name: json[name] for name in ("quantization_config", "tie_word_embeddings") if json.get(name)}
-    text = {**json["text_config"], **shared, "model_type": kind}
+    text = {**json["text_config"], **shared, "model_type": model_type}
     family, config = read_config(text, f"{path / 'config.json'}, text_config,")
     family = replace(family, not_weights=(*family.not_weights, *OTHER_PARTS))
     note = f"The text model of a {json['model_type']} model is read without its other parts."
@@ -97,8 +97,8 @@ def source_of(
 
 def _with_preprocessor(where: Path) -> dict[str, Any]:
     """Return a config, with the settings for pictures from the file next to it."""
-    kind, json = CONFIGS[where.name], read_json_object(where)
-    json |= {"model_type": kind} if kind else {}
+    model_type, json = CONFIGS[where.name], read_json_object(where)
+    json |= {"model_type": model_type} if model_type else {}
     separate, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name(f"{PROCESSOR}.json")
     if separate.exists():
         return json | {PREPROCESSOR: read_json_object(separate)}
@@ -158,7 +158,7 @@ def open_weights(path: Path) -> Any:
 
 
 def _sizes(path: Path) -> str:
-    """How many bytes a safetensors file has and how many its header promises; empty where the header tells nothing."""
+    """Return the bytes of a safetensors file and those that its header promises; empty if it promises none."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
@@ -175,8 +175,8 @@ def _sizes(path: Path) -> str:
 
 def stored_of(piece: Any) -> StoredTensor:
     """Describe a tensor of such a file without reading it."""
-    kind = piece.get_dtype()
-    return StoredTensor(tuple(piece.get_shape()), kind, DTYPES.get(kind))
+    format = piece.get_dtype()
+    return StoredTensor(tuple(piece.get_shape()), format, DTYPES.get(format))
 
 
 def _read_tokenizer(path: Path, family: Family) -> Any:

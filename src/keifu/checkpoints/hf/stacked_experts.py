@@ -71,15 +71,15 @@ def unstack(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, S
             slices |= {} if packed else {name: tensor}
             continue
         experts, *sizes = tensor.shape
-        kind, dtype, leaf = tensor.kind, tensor.dtype, "bias" if match[3] == "_bias" else "weight"
+        format, dtype, leaf = tensor.format, tensor.dtype, "bias" if match[3] == "_bias" else "weight"
         if match[3] == "_blocks":
-            kind, dtype, sizes = "MXFP4", torch.bfloat16, [2 * sizes[1] * sizes[2], sizes[0]]
+            format, dtype, sizes = "MXFP4", torch.bfloat16, [2 * sizes[1] * sizes[2], sizes[0]]
         *inputs, outputs = sizes
         parts = ("down",) if match[2] == "down" else ("gate", "up")
         shape = (outputs // len(parts), *inputs)
         for number in range(experts):
             for part in parts:
-                slices[f"{match[1]}.{number}.{part}_slice.{leaf}"] = StoredTensor(shape, kind, dtype)
+                slices[f"{match[1]}.{number}.{part}_slice.{leaf}"] = StoredTensor(shape, format, dtype)
 
     def read_slice(name: str, index: Index = ()) -> Tensor:
         if not (match := SLICE.fullmatch(name)):

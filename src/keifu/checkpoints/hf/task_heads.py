@@ -42,16 +42,16 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
         inner = _object(json, "decoder", where)
         base, decoder = read_plain(inner, f"{where}, decoder,")
         return _family(base, None), _config(json, decoder, {}, where)
-    kind = _published(json, where)
+    head = _published(json, where)
     base, config = read_plain(json, where)
-    if not kind:
+    if not head:
         return base, config
-    labels = _labels(json) if kind == LABELS else ()
+    labels = _labels(json) if head == LABELS else ()
     alone = len(labels) == 1  # a score
-    check_settings(json, {"problem_type": "regression"} if alone else UNSUPPORTED[kind], where)
-    facts = {"form": "score" if alone else "classification", "labels": labels} if kind == LABELS else {"form": "choice"}
+    check_settings(json, {"problem_type": "regression"} if alone else UNSUPPORTED[head], where)
+    facts = {"form": "score" if alone else "classification", "labels": labels} if head == LABELS else {"form": "choice"}
     facts |= {"classifier_dropout": json.get("summary_first_dropout", 0.0 if alone else 0.1)}
-    return _family(base, kind), _config(json, config, facts, where)
+    return _family(base, head), _config(json, config, facts, where)
 
 
 def describe(config: Any) -> tuple[Family, dict[str, Any]]:
@@ -60,15 +60,15 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
         return describe_plain(config)
     base, json = describe_plain(config.decoder)
     task = {name: vars(config)[name] for name in FIELDS if name != "bias" or config.bias}
-    kind = OF_FORM.get(config.form, "")
+    head = OF_FORM.get(config.form, "")
     stem = json["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-    if stem not in CLASSES.get(kind, ()):
+    if stem not in CLASSES.get(head, ()):
         head = {"model_type": OWN, "architectures": ["keifu"], "decoder": json}
         return _family(base, None), head | {TASK: task | {"labels": list(config.labels)}}
     numbers = {label: number for number, label in enumerate(config.labels)}
     names = {"id2label": {str(number): label for label, number in numbers.items()}, "label2id": numbers}
-    facts = names if kind == LABELS else {"summary_first_dropout": config.classifier_dropout}
-    return _family(base, kind), json | {"architectures": [stem + kind], TASK: task} | facts
+    facts = names if head == LABELS else {"summary_first_dropout": config.classifier_dropout}
+    return _family(base, head), json | {"architectures": [stem + head], TASK: task} | facts
 
 
 def _published(json: Mapping[str, Any], where: str) -> str:
@@ -77,16 +77,16 @@ def _published(json: Mapping[str, Any], where: str) -> str:
     if not isinstance(names, list):
         raise UserError(f"{where} has {names!r} as architectures: it must be a list of class names.")
     named = names[0]
-    return next((kind for kind, stems in CLASSES.items() if named in {stem + kind for stem in stems}), "")
+    return next((head for head, stems in CLASSES.items() if named in {stem + head for stem in stems}), "")
 
 
-def _family(base: Family, kind: str | None) -> Family:
+def _family(base: Family, head: str | None) -> Family:
     """Return the decoder's family, with a head of that kind; of no kind: keifu's own form, in keifu's own names."""
     module = SimpleNamespace(build=task_head.builder(base.module.build), Config=task_head.Config, SIZES={})
     changes: dict[str, Any] = {"module": module, "inside": INSIDE, "tie": _tie, "writes_text": True}
-    if kind is None or base.names is None:
+    if head is None or base.names is None:
         return replace(base, **changes, model_type=OWN, names=None)
-    names = {f"{INSIDE}{ours}": theirs for ours, theirs in base.names.items()} | {"task_head.project": HEAD[kind]}
+    names = {f"{INSIDE}{ours}": theirs for ours, theirs in base.names.items()} | {"task_head.project": HEAD[head]}
     return replace(base, **changes, names=names)
 
 

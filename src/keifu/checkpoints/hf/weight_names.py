@@ -49,7 +49,7 @@ class Link:
         return tensor.float() - self.offset if self.offset else tensor
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Ours, made of theirs. It is theirs itself, without a copy, where nothing has to be done."""
+        """Make our tensor from published ones: the same tensor without a copy if nothing has to be done."""
         parts = [self.part(index, tensor) for index, tensor in enumerate(tensors)]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
@@ -77,7 +77,7 @@ class Link:
         return [(number, cut) for number, cut in enumerate(cuts) if cut.start < cut.stop]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """Theirs, taken out of ours."""
+        """Take the published tensors out of ours."""
         tensor = tensor.float() + self.offset if self.offset else tensor
         parts = tensor.split(list(self.rows)) if len(self.rows) > 1 else [tensor]
         turned = [pairs(part, size) for part, size in zip(parts, self._heads(), strict=True)]
@@ -91,7 +91,7 @@ class Link:
 
 
 def halves(rows: Tensor, head_dim: int) -> Tensor:
-    """From rows whose rotary pairs are neighbours to rows that pair (0, half), (1, half + 1), ... in each head."""
+    """Convert rows whose rotary pairs are neighbours to rows that pair (0, half), (1, half + 1), ... in each head."""
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2) if head_dim else rows
 
 
@@ -121,7 +121,7 @@ def _link(ours: str, shape: tuple[int, ...], modules: Mapping[str, nn.Module], t
 
 
 def _their_pattern(ours: str, table: Mapping[str, str]) -> str:
-    """Their name of one of our tensors, with the numbers of layers filled in and alternatives and marks still there."""
+    """Return the published name of a tensor, with layer numbers filled in, and alternatives and marks kept."""
     numbers = re.findall(r"(?<![^.])\d+(?![^.])", ours)
     general = re.sub(r"(?<![^.])\d+(?![^.])", "*", ours)
     module, _, leaf = general.rpartition(".")

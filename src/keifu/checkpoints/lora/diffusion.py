@@ -38,7 +38,7 @@ WRITTEN: Mapping[str, tuple[str, str]] = {
 
 
 def apply_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Module:
-    """Works a LoRA into the weights of a model, in place, `scale` times as strongly as it was trained.
+    """Merge a LoRA into the weights of a model, in place, `scale` times as strongly as it was trained.
 
     Keys or shapes that do not fit are one `UserError`.
     """
@@ -88,8 +88,8 @@ def _weight_name(name: str) -> str:
 
 
 def _unknown_weight(name: str) -> str:
-    kind = next((what for part, what in OTHERS.items() if f".{part}" in name), None)
-    return "belongs to no layer of this model" if kind is None else f"is of {kind}, which keifu does not implement"
+    method = next((what for part, what in OTHERS.items() if f".{part}" in name), None)
+    return "belongs to no layer of this model" if method is None else f"is of {method}, which keifu does not implement"
 
 
 def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:

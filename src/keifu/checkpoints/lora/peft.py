@@ -37,7 +37,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin 
 
 
 def linears(model: nn.Module) -> dict[str, Target]:
-    """Every linear layer inside the model's numbered layers, the parts of a joined one apart, by its published name."""
+    """Return all linear layers inside numbered layers, parts of joined ones apart, by published name."""
     every = layers(model, (nn.Linear,))
     return {label: target for label, target in every.items() if any(p.isdigit() for p in target.module.split("."))}
 

@@ -45,7 +45,7 @@ def words_of_verbs(verbs: Sequence[str]) -> dict[str, list[Argument]]:
     """Return the words that may follow each command, and `train RECIPE` for each recipe."""
     kinds = {v: import_module(module_of(v)).Options for v in verbs if v not in ("train", "demo")}
     of_recipes = {f"train {name}": arguments for name, arguments in stored().items()}
-    return {key: arguments_of(kind) for key, kind in kinds.items()} | of_recipes
+    return {key: arguments_of(cls) for key, cls in kinds.items()} | of_recipes
 
 
 def script(shell: str, verbs: dict[str, str]) -> str:

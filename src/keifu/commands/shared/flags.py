@@ -102,11 +102,11 @@ class Continuation(SamplingParams):
 HAD_DTYPE = ("keifu draw", "keifu embed")
 
 
-def parser(kind: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:
+def parser(cls: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:
     """Return a verb's `parse`: from its words to the work they ask for, not yet begun."""
 
     def parsed(arguments: Sequence[str]) -> Callable[[], None]:
-        options = parse(kind, without_dtype(arguments) if program in HAD_DTYPE else arguments, program)
+        options = parse(cls, without_dtype(arguments) if program in HAD_DTYPE else arguments, program)
         if not isinstance(options, OnDevice):
             return lambda: run(options)
         if options.precision and vars(options).get("weights"):
@@ -143,23 +143,23 @@ def placed(choice: Choice, work: Callable[[], None]) -> Callable[[], None]:
 
 
 def parse(
-    kind: type[Options],
+    cls: type[Options],
     arguments: Sequence[str],
     program: str,
     usual: Options | None = None,
 ) -> Options:
-    """Return the options of dataclass `kind` from words; wrong words are a `UserError`, and `--help` prints and exits.
+    """Return the options of the dataclass from words; wrong words are a `UserError`, and `--help` prints and exits.
 
-    `usual` has the values of options that are not given, in place of those of `kind`.
+    `usual` has the values of options that are not given, in place of those of `cls`.
     """
     if asks_for_help(arguments):
-        show_help(arguments_of(kind), program, inspect.cleandoc(kind.__doc__ or ""))
+        show_help(arguments_of(cls), program, inspect.cleandoc(cls.__doc__ or ""))
     default = tyro.MISSING_NONPROP if usual is None else usual
-    with on_parse_error(partial(_refuse, kind, arguments, program)):
-        options, extra = tyro.cli(kind, default=default, prog=program, args=list(arguments), return_unknown_args=True)
+    with on_parse_error(partial(_refuse, cls, arguments, program)):
+        options, extra = tyro.cli(cls, default=default, prog=program, args=list(arguments), return_unknown_args=True)
     if extra:
-        raise _unrecognised(kind, extra, program)
-    check_ranges(kind, to_json(options))
+        raise _unrecognised(cls, extra, program)
+    check_ranges(cls, to_json(options))
     _check_paths(options, arguments)
     return options
 
@@ -184,9 +184,9 @@ def _check_paths(options: Any, words: Sequence[str]) -> None:
             check_output(value, f"--{option.name}", folder)
 
 
-def check_ranges(kind: type, values: Mapping[str, Any]) -> None:
+def check_ranges(cls: type, values: Mapping[str, Any]) -> None:
     """Raise a `UserError` for the first number outside its range, by the name of its option; values: of `to_json`."""
-    for option, (value, hint) in by_option(kind, values, hints=True).items():
+    for option, (value, hint) in by_option(cls, values, hints=True).items():
         allowed = range_of(hint)
         number = isinstance(value, (int, float, list)) and not isinstance(value, bool)
         if allowed and number and (option.rpartition(".")[2], value) != ("max-tokens", 0):  # 0: the whole context
@@ -199,9 +199,9 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
     return "-h" in options or "--help" in options
 
 
-def flags(kind: type) -> list[str]:
+def flags(cls: type) -> list[str]:
     """Return every `--flag` that the dataclass gives."""
-    return sorted(names_of(arguments_of(kind)))
+    return sorted(names_of(arguments_of(cls)))
 
 
 def names_of(arguments: Sequence[Argument]) -> list[str]:
@@ -210,21 +210,21 @@ def names_of(arguments: Sequence[Argument]) -> list[str]:
     return [name.replace("[no-]", word) for name in given for word in (("", "no-") if "[no-]" in name else ("",))]
 
 
-def _unrecognised(kind: type, words: Sequence[str], program: str) -> UserError:
+def _unrecognised(cls: type, words: Sequence[str], program: str) -> UserError:
     word = words[0].partition("=")[0]
     if word.startswith("-"):
-        return unknown("option", word, set(flags(kind)) - {"--help"})
+        return unknown("option", word, set(flags(cls)) - {"--help"})
     return UserError(
         f"{program} has no use for {word!r}: put a text that has spaces in quotation marks, or see {program} --help."
     )
 
 
-def _refuse(kind: type, arguments: Sequence[str], program: str, event: ParseErrorEvent) -> NoReturn:
+def _refuse(cls: type, arguments: Sequence[str], program: str, event: ParseErrorEvent) -> NoReturn:
     """Raise what tyro found wrong as a `UserError`; an option that does not exist comes first."""
-    known = {flag.replace("_", "-") for flag in flags(kind)}
+    known = {flag.replace("_", "-") for flag in flags(cls)}
     given = [word.partition("=")[0] for word in arguments if re.match(r"--[a-zA-Z]", word)]
     if strange := [word for word in given if word.replace("_", "-") not in known]:
-        raise _unrecognised(kind, strange, program)
+        raise _unrecognised(cls, strange, program)
     match event:
         case MissingArgs(missing_arguments=missing):
             needed = " and ".join(_name(error.arg) for error in missing)

@@ -31,11 +31,11 @@ class Argument:
         return f"{', '.join(self.names)} {self.value}".strip() if self.names else self.value
 
 
-def arguments_of(kind: type) -> list[Argument]:
-    """Return the arguments of the dataclass `kind`, positional arguments first, in the order of their groups."""
+def arguments_of(cls: type) -> list[Argument]:
+    """Return the arguments of the dataclass `cls`, positional arguments first, in the order of their groups."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # tyro 1 keeps it, and there is no other way to ask
-        parser: Any = tyro.extras.get_parser(kind, prog="keifu", console_outputs=False)
+        parser: Any = tyro.extras.get_parser(cls, prog="keifu", console_outputs=False)
     grouped = [(str(group.title), action) for group in parser._action_groups for action in group._group_actions]
     return [_argument(title, action) for title, action in grouped]
 

@@ -73,8 +73,8 @@ def _blaming(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
 
 
-def _check(kind: Any, path: Path) -> None:
-    if not (isinstance(kind, type) and is_dataclass(kind)):
+def _check(recipe_class: Any, path: Path) -> None:
+    if not (isinstance(recipe_class, type) and is_dataclass(recipe_class)):
         raise UserError(f"{path} is no recipe: its Recipe is no dataclass (docs/python.md shows one).")
 
 

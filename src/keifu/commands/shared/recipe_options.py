@@ -20,8 +20,8 @@ from keifu.ranges import Count, Natural
 TABLE = Path(__file__).with_name("recipe_options.json")
 
 
-def _option(kind: Any, text: str) -> Any:
-    return Annotated[kind, tyro.conf.arg(help=text)]
+def _option(hint: Any, text: str) -> Any:
+    return Annotated[hint, tyro.conf.arg(help=text)]
 
 
 COMPUTING = {  # options of any recipe that has no such option itself
@@ -36,11 +36,11 @@ COMPUTING = {  # options of any recipe that has no such option itself
 UNSET: dict[str, Any] = dict.fromkeys(COMPUTING) | {"compile": False, "deterministic": False}
 
 
-def with_folder(kind: type, name: str) -> Any:
+def with_folder(recipe_class: type, name: str) -> Any:
     """Return a recipe's options and those of every run."""
     folder = field(default=Path("runs") / Path(name).stem)
     options = [
-        ("recipe", Annotated[kind, tyro.conf.arg(name="")]),
+        ("recipe", Annotated[recipe_class, tyro.conf.arg(name="")]),
         ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")], folder),
         ("resume", Annotated[bool, tyro.conf.arg(help="Go on with the run in that folder, with its options.")], False),
         ("replace", Annotated[bool, tyro.conf.arg(help="Start over although a run stands in that folder.")], False),
@@ -50,7 +50,7 @@ def with_folder(kind: type, name: str) -> Any:
          None),
         ("restarts", Annotated[Natural, tyro.conf.arg(help="Times that the processes are started again, from the last "
          "state, where one dies.")], 0),
-        *((name, COMPUTING[name], UNSET[name]) for name in COMPUTING if not _has(kind, name)),
+        *((name, COMPUTING[name], UNSET[name]) for name in COMPUTING if not _has(recipe_class, name)),
     ]  # fmt: skip
     return make_dataclass("Train", options, frozen=True)
 
@@ -58,7 +58,7 @@ def with_folder(kind: type, name: str) -> Any:
 def _has(recipe: type, name: str) -> bool:
     """Return whether a recipe's options, or those inside them, have an option of that name."""
     inside = [type(_default(field)) for field in fields(recipe) if is_dataclass(_default(field))]
-    return any(field.name == name for field in fields(recipe)) or any(_has(kind, name) for kind in inside)
+    return any(field.name == name for field in fields(recipe)) or any(_has(nested, name) for nested in inside)
 
 
 def _default(field: Field) -> Any:

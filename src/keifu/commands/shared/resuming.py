@@ -158,9 +158,9 @@ def _go_on(run: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None:
 
 def _moved(run: StoredRun, wanted: Any) -> Any:
     """Return the recipe, in which files of data that have another place now are named from the root."""
-    kind, values = type(wanted), to_json(wanted)
-    then, now = by_option(kind, to_json(run.then)), by_option(kind, values)
-    for option, path in paths(kind, values).items():
+    recipe_class, values = type(wanted), to_json(wanted)
+    then, now = by_option(recipe_class, to_json(run.then)), by_option(recipe_class, values)
+    for option, path in paths(recipe_class, values).items():
         if _last(option) == "data" and now[option] and now[option] != then[option]:
             files = now[option].split(",")  # --data may name two files
             put(values, path, ",".join(str(Path(file).absolute()) if Path(file).exists() else file for file in files))
@@ -170,8 +170,8 @@ def _moved(run: StoredRun, wanted: Any) -> Any:
 def _check(run: StoredRun, wanted: Any) -> dict[str, tuple[Any, Any]]:
     """Return the options of a run's length that differ, with both values; any other that may not change is a
     `UserError`."""
-    kind = type(wanted)
-    then, now = (by_option(kind, to_json(recipe)) for recipe in (run.usual(()), wanted))
+    recipe_class = type(wanted)
+    then, now = (by_option(recipe_class, to_json(recipe)) for recipe in (run.usual(()), wanted))
     changed = {name for name in then.keys() & now.keys() if then[name] != now[name]}
     free = {name for name in now if _may_change(run.name, name)}
     lengths = {name for name in LENGTHS if name in now and not (name == "epochs" and run.name in OF_A_ROLLOUT)}
@@ -208,9 +208,9 @@ def _lengthened(
     those are others. Before the last part of a run has begun, its length is simply another."""
     if not (facts := checkpoint.latest_facts(out)):
         return wanted, run.steps if not lengths else None
-    kind, values = type(wanted), to_json(wanted)
-    then = by_option(kind, to_json(run.then))
-    for name, path in paths(kind, values).items():
+    recipe_class, values = type(wanted), to_json(wanted)
+    then = by_option(recipe_class, to_json(run.then))
+    for name, path in paths(recipe_class, values).items():
         if name == "steps" and "steps" in lengths:
             put(values, path, then[name] or facts["described"]["settings"]["steps"])  # in place of minutes
         elif name in LENGTHS and not (name in ("steps", "minutes") and {"steps", "minutes"} & lengths.keys()):

@@ -92,7 +92,7 @@ def entry(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Entry:
 
 
 def names(gives: str = "text") -> list[str]:
-    """Of the entries that give documents, pairs or conversations; text: any of these."""
+    """Return the names of entries that give documents, pairs or conversations; text: any of these."""
     return [name for name, entry in CATALOGUE.items() if entry.gives and gives in ("text", entry.gives)]
 
 

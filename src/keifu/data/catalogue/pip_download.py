@@ -26,10 +26,10 @@ def download(package: str, version: str, file: str, size: int, sha256: str, fold
     requirements = folder / "requirements.txt"
     work.mkdir()
     requirements.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
-    kind = "--only-binary" if file.endswith(".whl") else "--no-binary"
+    form = "--only-binary" if file.endswith(".whl") else "--no-binary"
     command = [sys.executable, "-P", str(SCRIPT), file, str(copy)]
     command += ["download", "--no-deps", "--no-input", "--disable-pip-version-check", "--ignore-requires-python"]
-    command += ["--progress-bar=off", "--retries=2", "--timeout=20", f"--dest={target}", kind, package]
+    command += ["--progress-bar=off", "--retries=2", "--timeout=20", f"--dest={target}", form, package]
     command += [*platform_options(file), "--require-hashes", f"--requirement={requirements}"]
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
     with (folder / "log").open("w") as log, counting(f"{package} {version}", size) as advance:

@@ -59,7 +59,8 @@ class FittedConversations(NamedTuple):
 def fit_conversations(
     conversations: Sequence[TurnMasks], context_length: int, too_long: TooLong
 ) -> FittedConversations:
-    """Those of at most context_length tokens; longer ones are a `UserError`, left out, or cut at their end.
+    """Keep conversations of at most context_length tokens; longer ones are a `UserError`, left out, or cut at their
+    end.
 
     A conversation without a token to train on is left out too.
     """

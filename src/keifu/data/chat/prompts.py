@@ -100,9 +100,9 @@ def _setting(given: str) -> tuple[str, Any]:
     name, equals, value = given.partition("=")
     if not equals:
         raise UserError(f"A setting of reasoning-gym is name=value, and this is {given!r}.")
-    for kind in (int, float):
+    for number in (int, float):
         try:
-            return name, kind(value)
+            return name, number(value)
         except ValueError:
             continue
     return name, {"true": True, "false": False}.get(value.lower(), value)

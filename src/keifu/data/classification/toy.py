@@ -26,7 +26,7 @@ def logic(name: str) -> tuple[Float[Tensor, "4 2"], Int[Tensor, "4"]]:
 
 
 def moons(rows: int, noise: float = 0.15, seed: int = 0) -> tuple[Float[Tensor, "rows 2"], Int[Tensor, "rows"]]:
-    """Two half circles of radius 1, each with an end in the other's mouth, plus normal noise."""
+    """Draw two half circles of radius 1, each with an end in the other's mouth, plus normal noise."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(rows) % 2
     angle = math.pi * torch.rand(rows, generator=generator)

@@ -62,7 +62,7 @@ class Augmentation:
         return values.round().clamp(0, 255).to(torch.uint8)
 
     def _move(self, values: Values, chance: Float[Tensor, "10 picture"]) -> Values:
-        """One resampling for all moves: an affine map from the place of an output pixel to its place in the input."""
+        """Resample once for all moves: an affine map from an output pixel's position to one in the input."""
         height, width = values.shape[2:]
         sign = torch.where(chance[0] < 0.5, -1.0, 1.0) if self.flip else torch.ones(len(values))
         scale = 1 - self.crop * chance[1]

@@ -246,10 +246,10 @@ class ImageDataset:
     def sentence(self) -> str:
         """Describe the set in a sentence."""
         channels, height, width = self.shape
-        kind = "grey" if channels == 1 else "colour"
+        colours = "grey" if channels == 1 else "colour"
         captions = f", captions in {', '.join(self.captions)}" if self.captions else ""
         classes = f", {len(self.classes)} classes" if self.classes else ""
-        return f"{self.source}: {len(self):,} {kind} pictures of {width} x {height}{captions}{classes}."
+        return f"{self.source}: {len(self):,} {colours} pictures of {width} x {height}{captions}{classes}."
 
 
 CAPTIONED = "metadata.jsonl with file_name and text", "000.txt beside 000.png in a .tar shard"

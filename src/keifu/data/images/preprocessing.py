@@ -81,7 +81,7 @@ class Preprocessing(Normalisation):
         return self.cut(image)[None]
 
     def __call__(self, images: Sequence[Image.Image]) -> Float32[Tensor, "picture channels crop crop"]:
-        """Several pictures, read in parallel."""
+        """Read several pictures in parallel."""
         if not images:
             raise UserError("There is no picture: give at least one.")
         with ThreadPoolExecutor(torch.get_num_threads()) as workers:

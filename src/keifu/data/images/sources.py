@@ -168,13 +168,13 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _sample(name: str, where: str, contents: dict[str, bytes], part: str, problem: Problem) -> ImageItem | None:
     """Return the picture among the files of a sample, with the caption and label of the other files."""
-    pictures = [data for kind, data in contents.items() if kind.endswith(SUFFIXES)]
+    pictures = [data for suffix, data in contents.items() if suffix.endswith(SUFFIXES)]
     if len(pictures) != 1:
         problem(f"{where} has {len(pictures)} pictures among {', '.join(contents)}, and one is needed.")
         return None
     try:
         cells = parse_json(contents.get(".json", b"{}"), "its .json")
-        words = {kind: contents[kind].decode().strip() for kind in (".txt", ".cls") if kind in contents}
+        words = {suffix: contents[suffix].decode().strip() for suffix in (".txt", ".cls") if suffix in contents}
     except ValueError as error:
         problem(f"{where}: its .json, .txt or .cls cannot be read: {error}.")
         return None

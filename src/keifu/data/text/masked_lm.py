@@ -78,7 +78,7 @@ class RowPlanner:
         return self.starts[position], self.starts[end]
 
     def _runs(self, document: int, chance: Random) -> list[tuple[Bounds, bool]]:
-        """As many whole sentences as fit, row after row; the second segment is empty."""
+        """Fill rows with as many whole sentences as fit; the second segment is empty."""
         starts, rows = self.starts, []
         position, last = self.documents[document], self.documents[document + 1]
         while position < last:
@@ -93,7 +93,7 @@ class RowPlanner:
 
 
 def _no_longer_than(room: int, sentences: Sentences) -> tuple[list[int], list[int]]:
-    """Where sentences start and which are the first of documents, with sentences of more than `room` tokens cut."""
+    """Return where sentences and documents start, with sentences of more than `room` tokens cut."""
     sizes = np.diff(sentences.starts)
     pieces = -(-sizes // room)
     before = offsets(pieces)
@@ -103,7 +103,7 @@ def _no_longer_than(room: int, sentences: Sentences) -> tuple[list[int], list[in
 
 
 def _truncate(bounds: np.ndarray, room: int, random: np.random.Generator) -> np.ndarray:
-    """Pairs that have no more than `room` tokens: the longer one loses tokens, at its front or at its end by chance."""
+    """Cut pairs to `room` tokens: the longer one loses tokens, at its front or at its end by chance."""
     sizes = bounds[:, 1::2] - bounds[:, ::2]
     excess = np.maximum(sizes.sum(1) - room, 0)
     levelled = np.minimum(excess, np.abs(sizes[:, 0] - sizes[:, 1]))  # until both are equally long

@@ -81,7 +81,7 @@ class PackedText:
             yield _tensors(self.held_out[first : first + self.batch_size])
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Where each window of an epoch begins, in the epoch's order."""
+        """Return where each window of an epoch begins, in the epoch's order."""
         random = np.random.default_rng([self.seed, epoch])
         offset = random.integers(self._slack + 1)
         return offset + self.context_length * random.permutation(self.windows_per_epoch)
@@ -108,7 +108,7 @@ def _check_lengths(shards: Shards, context_length: int) -> None:
 
 
 def _spread(windows: np.ndarray, context_length: int, tokens: int | None) -> np.ndarray:
-    """At most `tokens` tokens' worth of the windows, at least one, at even distances."""
+    """Choose windows of at most `tokens` tokens, at least one, at even distances."""
     count = len(windows) if tokens is None else min(len(windows), max(1, tokens // context_length))
     return windows if count == len(windows) else windows[np.arange(count) * len(windows) // count]
 

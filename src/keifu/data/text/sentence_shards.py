@@ -113,12 +113,12 @@ def _parts(count: int) -> list[int]:
     return np.diff(count * np.arange(number + 1) // number).tolist()
 
 
-def _join(parts: list[np.ndarray], kind: Any) -> np.ndarray:
-    return np.concatenate([np.empty(0, kind), *parts])
+def _join(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *parts])
 
 
 def _held(count: int, share: float) -> np.ndarray:
-    """Which documents are held out: of every 1 / share in a row, one."""
+    """Return which documents are held out: of every 1 / share in a row, one."""
     random, firsts = np.random.default_rng([SEED]), range(math.floor(count * share))
     blocks = [(math.ceil(block / share), math.ceil((block + 1) / share)) for block in firsts]
     return np.array([random.integers(first, after) for first, after in blocks], np.int64)

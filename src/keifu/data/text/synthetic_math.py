@@ -33,7 +33,7 @@ class Problem(NamedTuple):
     answer: int
 
     def text(self) -> str:
-        """As a model reads it."""
+        """Return the text that a model reads."""
         return "\n".join((f"Question: {self.question}", *self.steps, f"Answer: {self.answer}"))
 
 
@@ -65,7 +65,7 @@ def _solve(question: str, *steps: tuple[str, int]) -> Problem:
 
 
 def _sum(chance: random.Random) -> Problem:
-    """Ones, tens and hundreds apart, then together."""
+    """Add ones, tens and hundreds apart, then together."""
     digits = chance.choice((1, 2, 2, 3))
     a, b = chance.randrange(10**digits), chance.randrange(10**digits)
     parts = [_step(a // p % 10 * p, "+", b // p % 10 * p) for p in (10**n for n in range(digits))]
@@ -92,7 +92,7 @@ def _product(chance: random.Random) -> Problem:
 
 
 def _chain(chance: random.Random) -> Problem:
-    """Three numbers, from left to right."""
+    """Add three numbers, from left to right."""
     a, b, c = (chance.randrange(1, 50) for _ in range(3))
     one, two = chance.choice("+-"), chance.choice("+-")
     first = _step(a, one, b)

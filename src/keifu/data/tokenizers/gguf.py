@@ -47,16 +47,16 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     fields: at least "tokenizer.ggml.model" and "tokenizer.ggml.tokens"; arrays are sequences of plain values.
     A kind of vocabulary or a pre-tokenizer that keifu does not know is a `UserError` that lists the known ones.
     """
-    kind = _needed(fields, "model")
+    vocabulary = _needed(fields, "model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in builders:
+    if vocabulary not in builders:
         known = " and ".join(map(repr, builders))
-        raise UserError(f"The GGUF's tokenizer.ggml.model is {kind!r}; keifu reads {known}.")
+        raise UserError(f"The GGUF's tokenizer.ggml.model is {vocabulary!r}; keifu reads {known}.")
     tokens = [str(token) for token in _needed(fields, "tokens")]
     kinds = list(fields.get("tokenizer.ggml.token_type") or [sp.NORMAL] * len(tokens))
     if len(kinds) != len(tokens):
         raise UserError(f"The GGUF has {len(tokens)} tokens but {len(kinds)} entries in tokenizer.ggml.token_type.")
-    backend, adds_bos = builders[kind](fields, tokens, kinds)
+    backend, adds_bos = builders[vocabulary](fields, tokens, kinds)
     special = _roles(fields, tokens)
     begins, ends = (fields.get(f"tokenizer.ggml.add_{role}_token") for role in ("bos", "eos"))
     put_around_text(backend, special, bool(adds_bos if begins is None else begins), bool(ends))
@@ -95,7 +95,7 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[in
     merges = [(left, right) for left, _, right in (str(m).partition(" ") for m in _needed(fields, "merges"))]
     backend = byte_level_backend(vocabulary, merges, cut)
     added = (pair for pair in zip(tokens, kinds, strict=True) if pair[1] in (sp.CONTROL, sp.USER_DEFINED))
-    backend.add_tokens([AddedToken(token, normalized=False, special=kind == sp.CONTROL) for token, kind in added])
+    backend.add_tokens([AddedToken(token, normalized=False, special=role == sp.CONTROL) for token, role in added])
     return backend, CUTS[cut][0] in WHOLE_WORDS
 
 
@@ -175,8 +175,8 @@ def _byte_level_fields(tokenizer: Tokenizer, described: dict[str, Any]) -> dict[
 
 
 def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """Scores from the merges: the earlier a merge, the higher the score of its token; and whether scores alone give the
-    same merges."""
+    """Make scores from the merges: the earlier a merge, the higher the score of its token; and whether scores alone
+    give the same merges."""
     merges = [(left, right) for left, right in described["model"]["merges"]]
     made = {token: -float(rank) for rank, token in reversed(list(enumerate("".join(pair) for pair in merges)))}
     pieces = described["pre_tokenizer"] or {}
@@ -213,7 +213,7 @@ def _own_tokens(pre_tokenizer: Mapping[str, Any], tokens: Sequence[str]) -> set[
 
 
 def _space_prefix(described: Mapping[str, Any]) -> bool | None:
-    """Whether a space is put before each text; None if text is normalised otherwise than by SentencePiece's BPE."""
+    """Return whether a space is put before each text; None if normalised otherwise than SentencePiece's BPE."""
     normalizer, cutter = described["normalizer"], described["pre_tokenizer"]
     if normalizer is None and cutter is not None and cutter["type"] == "Metaspace" and not cutter.get("split", True):
         return cutter.get("prepend_scheme", "always") != "never"

@@ -73,10 +73,10 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
-        if (kind := key & 7) not in (0, 1, 2, 5):  # a whole number, 8 bytes, a length and so many bytes, 4 bytes
-            raise ValueError(f"wire type {kind}")
-        size, position = (8, position) if kind == 1 else (4, position) if kind == 5 else _varint(data, position)
-        value, position = (size, position) if kind == 0 else (data[position : position + size], position + size)
+        if (wire := key & 7) not in (0, 1, 2, 5):  # a whole number, 8 bytes, a length and so many bytes, 4 bytes
+            raise ValueError(f"wire type {wire}")
+        size, position = (8, position) if wire == 1 else (4, position) if wire == 5 else _varint(data, position)
+        value, position = (size, position) if wire == 0 else (data[position : position + size], position + size)
         if position > len(data):
             raise IndexError("the message ends early")
         yield key >> 3, value
@@ -106,14 +106,14 @@ def parse(data: bytes, name: str) -> SentencePieceModel:
     trainer, normalizer = messages.get(2, {}), messages.get(3, {})
     if not pieces:
         raise UserError(f"{name} is not a SentencePiece model: it holds no pieces.{_hint(data)}")
-    kind = int(trainer.get(3, UNIGRAM))
-    if kind not in (UNIGRAM, BPE) or trainer.get(24):
-        what = {3: "a word model", 4: "a character model"}.get(kind, "one that puts spaces at the ends of words")
+    algorithm = int(trainer.get(3, UNIGRAM))
+    if algorithm not in (UNIGRAM, BPE) or trainer.get(24):
+        what = {3: "a word model", 4: "a character model"}.get(algorithm, "one that puts spaces at the ends of words")
         raise UserError(f"{name} is {what}; keifu reads SentencePiece's BPE and Unigram models.")
     roles = _roles(trainer)
     check_character_map(bytes(normalizer.get(2, b"")), name)
     settings = SentencePieceSettings(
-        model=kind,
+        model=algorithm,
         unknown_id=roles.get("unk_token", 0),
         byte_fallback=bool(trainer.get(35, False)),
         dummy_prefix=bool(normalizer.get(3, True)),

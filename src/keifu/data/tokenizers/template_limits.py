@@ -73,7 +73,7 @@ def _check_call(name: str, values: tuple[Any, ...]) -> None:
 def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a filter so that it checks its arguments first. It takes the context, so it is never called while
     compiling."""
-    kind = _PassArg.from_obj(function)
+    passes = _PassArg.from_obj(function)
 
     @pass_context
     @wraps(function)
@@ -82,7 +82,7 @@ def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         if name not in WHOLE:
             _check_text(given)
         first = {_PassArg.context: context, _PassArg.eval_context: context.eval_ctx, None: None}
-        before = () if kind is None else (first.get(kind, context.environment),)
+        before = () if passes is None else (first.get(passes, context.environment),)
         return function(*before, *given, **named)
 
     vars(limited)["jinja_pass_arg"] = _PassArg.context  # `wraps` has taken over that of the function

@@ -287,9 +287,9 @@ class Tokenizer:
         return self.replace(max_length=length)
 
     def __repr__(self) -> str:
-        kind = type(self.backend.model).__name__
+        model = type(self.backend.model).__name__
         roles = "".join(f", {role.removesuffix('_token')} {token!r}" for role, token in self.special.items())
-        return f"Tokenizer({kind}, {self.vocab_size:,} tokens{roles}{', chat template' if self.chat_template else ''})"
+        return f"Tokenizer({model}, {self.vocab_size:,} tokens{roles}{', chat template' if self.chat_template else ''})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(self._parts.values())

@@ -82,7 +82,7 @@ class EncodedPairs:
         return len(self.source.lengths)
 
     def fitting(self, context_length: int) -> "EncodedPairs":
-        """Without the pairs of which a side has more than `context_length` tokens, its start and end counted."""
+        """Remove the pairs of which a side has more than `context_length` tokens, its start and end counted."""
         sizes = np.maximum(self.source.lengths + 1, self.target.lengths + 1)
         rows = np.flatnonzero(sizes <= context_length)
         if not len(rows):
@@ -126,7 +126,7 @@ def by_tokens(sizes: np.ndarray, tokens: int) -> Batching:
 
 
 def _cuts(sizes: list[list[int]], tokens: int) -> list[int]:
-    """Where to cut rows in a fixed order so that no batch has more than `tokens` tokens when padded."""
+    """Cut rows in a fixed order so that no batch has more than `tokens` tokens when padded."""
     bounds, source, target = [0], 0, 0
     for row, (s, t) in enumerate(sizes):
         source, target = max(source, s), max(target, t)

@@ -146,7 +146,7 @@ def _has_header(path: Path, encoding: str | None) -> bool:
 
 
 def _sides(where: str, record: Mapping[str, Any], fields: Fields, suffix: str) -> tuple[str, str]:
-    """Which fields are the source and the target: those that were named, a usual pair of names, or the only two."""
+    """Return the fields of source and target: those that were named, a usual pair of names, or the only two."""
     known = next((sides for names in NAMES if (sides := _find(record, names))), None)
     named = [name for name in record if re.fullmatch(CODE, name) or name.lower() in LANGUAGES]
     two = [*record] if suffix not in TABLES else named

@@ -58,15 +58,15 @@ class Inception:
     """
 
     def __init__(self, weights: dict[str, Tensor]):
-        steps = [block + step for block, kind in BLOCKS.items() for step in " ".join(ROUNDS[kind]).split()]
+        steps = [block + step for block, block_type in BLOCKS.items() for step in " ".join(ROUNDS[block_type]).split()]
         names = {step.partition("/")[0] for step in steps if step.rpartition(".")[2] not in POOLS}
         self.folded = {name: _fold_batch_norm(weights, name) for name in names}
 
     def __call__(self, x: Float[Tensor, "picture 3 height width"]) -> Float[Tensor, "picture 2048"]:
         """Return the features of pictures with values from -1 to 1, resized to 299 x 299 first."""
         x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False)
-        for block, kind in BLOCKS.items():
-            x = torch.cat([self._chain(x, branch, block) for branch in ROUNDS[kind]], 1)
+        for block, block_type in BLOCKS.items():
+            x = torch.cat([self._chain(x, branch, block) for branch in ROUNDS[block_type]], 1)
         return x.mean((2, 3))
 
     def _chain(self, x: Tensor, chain: str, prefix: str) -> Tensor:

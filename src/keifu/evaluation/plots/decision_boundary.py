@@ -56,13 +56,13 @@ def paint(axes: "Axes", points: Table, plane: Float[Tensor, "size size classes"]
     from matplotlib.colors import to_rgb
 
     left, right, bottom, top = extent = limits(points)
-    colours = torch.tensor([to_rgb(COLOURS[kind % 8]) for kind in range(plane.shape[-1])])
+    colours = torch.tensor([to_rgb(COLOURS[index % 8]) for index in range(plane.shape[-1])])
     picture = (1 - 0.5 * (plane @ (1 - colours))).clamp(0, 1)
     axes.imshow(picture.numpy(), extent=extent, origin="lower", aspect="auto", interpolation="bilinear")
     x, y = (torch.linspace(a, b, len(plane)).numpy() for a, b in ((left, right), (bottom, top)))
-    for kind in range(plane.shape[-1] - (plane.shape[-1] == 2)):
-        others = torch.cat([plane[..., :kind], plane[..., kind + 1 :]], -1).amax(-1)
-        lead = plane[..., kind] - others
+    for index in range(plane.shape[-1] - (plane.shape[-1] == 2)):
+        others = torch.cat([plane[..., :index], plane[..., index + 1 :]], -1).amax(-1)
+        lead = plane[..., index] - others
         if bool((lead > 0).any()) and bool((lead < 0).any()):
             axes.contour(x, y, lead.numpy(), levels=[0.0], colors="#222222", linewidths=1.2)
     scatter(axes, points)
@@ -74,10 +74,10 @@ def paint(axes: "Axes", points: Table, plane: Float[Tensor, "size size classes"]
 def scatter(axes: "Axes", points: Table) -> None:
     """Draw the points, each class in its colour and with its marker."""
     size = 70 if len(points.inputs) <= 12 else 12
-    for kind, name in enumerate(points.classes):
-        x, y = points.inputs[points.targets == kind].T.numpy()
-        style = {"marker": MARKERS[kind % 8], "edgecolors": "white", "linewidths": 0.5, "zorder": 3}
-        axes.scatter(x, y, s=size, c=COLOURS[kind % 8], label=name, **style)
+    for index, name in enumerate(points.classes):
+        x, y = points.inputs[points.targets == index].T.numpy()
+        style = {"marker": MARKERS[index % 8], "edgecolors": "white", "linewidths": 0.5, "zorder": 3}
+        axes.scatter(x, y, s=size, c=COLOURS[index % 8], label=name, **style)
     axes.tick_params(labelsize=7)
 
 
@@ -98,10 +98,10 @@ def crossing(points: Table, mixture: Float[Tensor, "rows"], title: str) -> bytes
     """
     figure, (axes,) = canvas(1, 1, 3.2)
     scatter(axes, points)
-    for kind in range(2):
-        chosen = points.inputs[(points.targets == kind) & (mixture > 0)]
+    for index in range(2):
+        chosen = points.inputs[(points.targets == index) & (mixture > 0)]
         ring = torch.cat([chosen, chosen[:1]])
-        axes.plot(*ring.T.numpy(), color=COLOURS[kind], linewidth=1.5, zorder=2)
+        axes.plot(*ring.T.numpy(), color=COLOURS[index], linewidth=1.5, zorder=2)
     shared = 2 * ((mixture * (points.targets == 1)) @ points.inputs)
     axes.plot(
         *shared[:, None].numpy(), marker="*", markersize=14, color="#222222", linestyle="none", label="shared", zorder=4

@@ -83,8 +83,8 @@ class FewShotTask:
     note: str = ""
 
     def __post_init__(self) -> None:
-        for kind, value, known in (("metric", self.metric, METRICS), ("score", self.score, SCORES)):
-            require_known(f"{kind} of a task", value, known)
+        for field_name, value, known in (("metric", self.metric, METRICS), ("score", self.score, SCORES)):
+            require_known(f"{field_name} of a task", value, known)
         if self.metric == "choice" and not all(item.choices for item in self.items):
             raise UserError(f"{self.name} has no choices to choose from: evaluate it with the metric exact or cloze.")
 

@@ -58,8 +58,8 @@ class Denoiser:
 
     def output(self, x: Sample, level: Level) -> Tensor:
         """Compute the network's raw output; whole timesteps are passed as int64, others as float32."""
-        kind = torch.int64 if level.timestep.is_integer() else torch.float32
-        timestep = torch.full((len(x),), level.timestep, dtype=kind, device=x.device)
+        dtype = torch.int64 if level.timestep.is_integer() else torch.float32
+        timestep = torch.full((len(x),), level.timestep, dtype=dtype, device=x.device)
         return self.network(x, timestep).to(x.dtype)
 
     def read(self, output: Tensor, x: Sample, level: Level) -> DenoiserOutput:

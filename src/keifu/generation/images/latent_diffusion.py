@@ -96,7 +96,7 @@ class TextToImagePipeline(Pipeline):
         return super().fingerprint(self.tokenizer.fingerprint + beside)
 
     def label(self, name: str) -> int:
-        """There is none: a `UserError`."""
+        """Refuse a label with a `UserError`: there is none."""
         raise UserError(f"This model draws from a text and knows no classes: say {name!r} in the text.")
 
     def tokens(self, texts: Sequence[str], truncate: bool = False) -> Tokens:

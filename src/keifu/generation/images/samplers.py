@@ -200,7 +200,7 @@ def plms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> It
 
 
 def _plms_step(x: Sample, output: DenoiserOutput, level: Level, next_level: Level) -> Tensor:
-    """DDIM's step without fresh noise; by the predicted image alone where x has nothing of one (zero terminal SNR)."""
+    """Compute DDIM's step without fresh noise; from the predicted image alone if x has none (zero terminal SNR)."""
     if level.alpha:
         return integrate_to(x, output.noise, level, next_level)
     return next_level.alpha * output.picture + next_level.sigma * output.noise
@@ -341,9 +341,9 @@ class ConfiguredSampler:
     sampler: ImageSampler
     noise: Noise
 
-    def denoiser(self, network: Network, kind: Callable[..., Denoiser] = Denoiser) -> Denoiser:
+    def denoiser(self, network: Network, denoiser_class: Callable[..., Denoiser] = Denoiser) -> Denoiser:
         """Return a denoiser of this class with the sampler's bounds on predicted images."""
-        return kind(network, self.noise, self.sampler.clip, self.sampler.threshold)
+        return denoiser_class(network, self.noise, self.sampler.clip, self.sampler.threshold)
 
 
 def configure_sampler(

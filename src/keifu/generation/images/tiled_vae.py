@@ -46,8 +46,8 @@ def decode_tiled(
 
 
 def tile_starts(length: int, side: int, overlap: int) -> list[int]:
-    """Where pieces of this side begin that cover a length and overlap by so much at least; one where they are not
-    needed."""
+    """Return where pieces of this side begin that cover a length and overlap by so much at least; one where they are
+    not needed."""
     if length <= side:
         return [0]
     count = math.ceil((length - overlap) / (side - overlap))

@@ -202,7 +202,7 @@ def draw(decoder: SpeechBeamModel, longest: int, temperature: float, seed: int) 
     logits, end = decoder.first().expand(DRAWN, -1), decoder.tokens.end
     decoder.select(torch.zeros(DRAWN, dtype=torch.long))
     random = torch.Generator(logits.device).manual_seed(seed)
-    done, lengths = (torch.zeros(DRAWN, dtype=kind, device=logits.device) for kind in (torch.bool, torch.long))
+    done, lengths = (torch.zeros(DRAWN, dtype=dtype, device=logits.device) for dtype in (torch.bool, torch.long))
     total, written = torch.zeros(DRAWN, device=logits.device), list[Tensor]()
     while len(written) < longest and not done.all():
         logits = decoder.next(written[-1]) if written else logits

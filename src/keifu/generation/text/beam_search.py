@@ -169,7 +169,8 @@ class _Beams:
         self._never = torch.tensor(search.never, dtype=torch.long, device=device)
 
     def advance(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
-        """One more token of every text: which row each open text continues (in the host's memory), and its token."""
+        """Add a token to every text; return which row each open text continues (in the host's memory), and its
+        token."""
         beams, width = self.search.beams, self.scores.shape[1]
         scores, origins, written = self._candidates(logits)
         damaged = scores[:, 0].isnan()

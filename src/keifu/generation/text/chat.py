@@ -70,7 +70,7 @@ class Conversation:
     def reply(
         self, text: str, images: Sequence[Image.Image] = (), **sampling: Unpack[SamplingOptions]
     ) -> Iterator[str]:
-        """Answers a message, in pieces of text; both then belong to the history.
+        """Answer a message, in pieces of text; both then belong to the history.
 
         sampling: as for `generate`, but max_tokens is 1024 where the model names no number. An answer that is
         interrupted stays as far as it came; if nothing came, the message is forgotten too. A conversation that no

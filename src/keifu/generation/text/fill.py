@@ -30,7 +30,7 @@ class Guess:
 
 @torch.inference_mode()
 def fill(model: nn.Module, tokenizer: Tokenizer, text: str, count: int = 5) -> list[list[Guess]]:
-    """For each [MASK] in the text the `count` likeliest tokens, the likeliest first; each gap by itself.
+    """Return for each [MASK] in the text the `count` likeliest tokens, the likeliest first; each gap by itself.
 
     The mark is whatever the tokenizer calls its mask token. A text without one, a text that is too long, and a model
     that fills in nothing are `UserError`s.

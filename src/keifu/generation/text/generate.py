@@ -74,7 +74,7 @@ def stream(
 
 
 def _add(engine: Engine, prompts: Prompts, samplings: SamplingParams | Sequence[SamplingParams]) -> list[Request]:
-    """Has the engine write after each prompt."""
+    """Let the engine write after each prompt."""
     n = len(prompts)
     for_prompts = [samplings] * n if isinstance(samplings, SamplingParams) else list(samplings)
     if len(for_prompts) != n:
@@ -86,7 +86,7 @@ def _add(engine: Engine, prompts: Prompts, samplings: SamplingParams | Sequence[
 
 
 def _pieces(engine: Engine) -> Iterator[Piece]:
-    """Everything that the engine's requests write, to their ends."""
+    """Yield everything that the engine's requests write, to their ends."""
     while engine.work:
         yield from engine.step()
 

@@ -49,7 +49,7 @@ class LikeliestTokens(NamedTuple):
 
 @torch.inference_mode()
 def score_likeliest(model: nn.Module, tokens: Int[Tensor, " length"], count: int) -> LikeliestTokens:
-    """As `score` for one text, with the `count` likeliest tokens at each place."""
+    """Score as `score` does for one text, with the `count` likeliest tokens at each place."""
     values, top = list[float](), list[list[tuple[int, float]]]()
     for logits in _predictions(model, tokens[None]):
         values += log_probability(logits, tokens[len(values) + 1 :][: len(logits)]).tolist()

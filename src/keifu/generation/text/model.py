@@ -105,7 +105,7 @@ class TaskHeadModel(Protocol):
 
 
 def explain_not_causal(model: nn.Module) -> str:
-    """Why a model cannot generate text, and what it can do instead, as the end of an error message."""
+    """Return why a model cannot generate text, and what it can do instead, as the end of an error message."""
     name = type(model).__name__
     if isinstance(model, Encoder):
         return (

@@ -70,8 +70,8 @@ class RowSettings:
         """Return one value a row; None where all are neutral, so that the step is skipped."""
         neutral = NEUTRAL[name]
         values = [vars(each)[name] or neutral for each in self.samplings]  # 0 is, also of a temperature: greedy choice
-        kind = torch.float32 if isinstance(neutral, float) else torch.int64
-        return None if all(v == neutral for v in values) else torch.tensor(values, dtype=kind, device=self.device)
+        dtype = torch.float32 if isinstance(neutral, float) else torch.int64
+        return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=self.device)
 
     def _biases(self, pairs: Sequence[tuple[tuple[int, float], ...]]) -> tuple[Tensor, Tensor] | None:
         """Return each row's biased tokens and their biases, filled up to equal length; None where there are none."""
@@ -108,7 +108,7 @@ class RowSettings:
         return torch.where(self.greedy, likeliest, tokens), torch.where(self.greedy, certain, logs)
 
     def _sample(self, logits: logits_processors.Logits, u: Tensor) -> tuple[Tensor, Tensor]:
-        """From the shortlist where it holds all that a row's own settings leave; else from the whole distribution."""
+        """Sample from the shortlist if it has all tokens that a row's settings leave, else from all."""
         k, p = self.filters.get("top_k"), self.filters.get("top_p")
         if (k is None and p is None) or logits.shape[1] < LARGE:
             return sample_scored(self._filter(logits), u)

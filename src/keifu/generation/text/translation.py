@@ -96,7 +96,7 @@ def _starts_sentence(text: str, position: int) -> bool:
 
 
 def _is_enclosed(text: str) -> list[bool]:
-    """For each character, and the end, whether it stands within brackets or quotation marks that match."""
+    """Return for each character, and the end, whether it is inside brackets or quotation marks that match."""
     inside, opened = [False] * (len(text) + 1), []
     for index, character in enumerate(text):
         if character in OPENING:
@@ -159,7 +159,7 @@ def is_translator(model: nn.Module) -> bool:
 
 
 def explain_not_translator(model: nn.Module) -> str:
-    """Why a model cannot translate, and what it can do instead, as the end of an error message."""
+    """Return why a model cannot translate, and what it can do instead, as the end of an error message."""
     name = type(model).__name__
     if isinstance(model, Translator):
         return f"this {name} has no tokenizer, so it cannot read a text."
@@ -204,7 +204,7 @@ def translate_texts(
     split: Callable[[str], list[str]] = sentences,
     progress: Progress | None = None,
 ) -> list[list[Translation]]:
-    """For each text the translations of its sentences, in order; an empty text has none.
+    """Return for each text the translations of its sentences, in order; an empty text has none.
 
     split: cuts a text into sentences. progress: called with the number of sentences done.
     A sentence longer than the model takes is a `UserError` with both lengths.

@@ -78,8 +78,9 @@ def _with_sink(
 
 
 def _short(q: Tensor, k: Tensor) -> bool:
-    """Whether torch's fused attention loses to three plain products: its backward pass does, measured on 2 cores with
-    AMX, four times at 64 tokens and 1.7 times at 256, in bfloat16 on a CPU; in float32, or from 512 tokens on, it wins.
+    """Return whether torch's fused attention loses to three plain products: its backward pass does, measured on 2 cores
+    with AMX, four times at 64 tokens and 1.7 times at 256, in bfloat16 on a CPU; in float32, or from 512 tokens on, it
+    wins.
     """
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and max(q.shape[2], k.shape[2]) <= 256
 
@@ -174,7 +175,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Hidden, mask: Mask | None = None, positions: Positions | None = None, cache: Cache | None = None
     ) -> Hidden:
-        """With a cache `x` are new tokens, which see those before; otherwise `mask` says what is seen (None: all)."""
+        """Attend. With a cache `x` are new tokens, which see those before; otherwise `mask` says what is seen (None:
+        all)."""
         return self.out(self._mix(self.qkv(x).unflatten(-1, (-1, self.head_dim)), mask, positions, cache))
 
     def _mix(

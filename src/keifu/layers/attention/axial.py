@@ -63,8 +63,8 @@ class Grid:
         return mask
 
     def window(self, pattern: Pattern) -> Bool[Tensor, "rows columns window"]:
-        """For each row of the grid which of its places sees which of its window: itself and the rows above that it must
-        look at. Before the first row there is nothing."""
+        """Return for each row of the grid which position sees which of its window: itself and the rows above that it
+        must look at. Before the first row there is nothing."""
         above = (self.rows_seen(pattern) - 1) * self.width
         queries = torch.arange(self.places).view(self.height, self.width, 1)
         keys = torch.arange(self.height)[:, None, None] * self.width + torch.arange(-above, self.width)

@@ -143,7 +143,7 @@ class LayerCache:
         self.keys, self.values, self._pass, self._fixed, self._index = keys, values, now, fixed, index
 
     def append(self, keys: New, values: New | None, window: int | None = None) -> tuple[Seen, Seen]:
-        """All keys and values, the given ones behind those held; with a window only those that a given token sees.
+        """Append keys and values and return all; with a window only those that a given token sees.
 
         Without values the keys are the values too.
         """

@@ -54,7 +54,8 @@ class LatentAttention(nn.Module):
     def forward(
         self, x: Hidden, mask: Mask | None = None, positions: Positions | None = None, cache: Cache | None = None
     ) -> Hidden:
-        """With a cache `x` are new tokens, which see those before; otherwise `mask` says what is seen (None: all)."""
+        """Attend. With a cache `x` are new tokens, which see those before; otherwise `mask` says what is seen (None:
+        all)."""
         turned = self.rotary.head_dim
         q, q_turned = self.q(x).unflatten(-1, (self.n_heads, -1)).split([self.plain, turned], -1)
         latent, k_turned = self.latent(x)[:, :, None].split([self.rank, turned], -1)

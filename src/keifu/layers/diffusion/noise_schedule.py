@@ -113,8 +113,8 @@ class Noise:
     dynamic: DynamicShift | None = None
 
     def __post_init__(self) -> None:
-        for kind, known in _NAMES.items():
-            require_known(kind, vars(self)[kind], get_args(known))
+        for name, known in _NAMES.items():
+            require_known(name, vars(self)[name], get_args(known))
         if self.steps < 1 + self.zero_terminal_snr:
             raise UserError(f"The noise schedule has {self.steps} steps, which is too few.")
         if self.steps_offset < 0:
@@ -231,8 +231,8 @@ def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " st
 def at(table: Float[Tensor, " steps"], timestep: Timesteps, x: Tensor) -> Tensor:
     """Return the table's numbers at each row's timestep, shaped to be multiplied with x [batch, *shape]; at least
     float32."""
-    kind = torch.promote_types(x.dtype, torch.float32)
-    picked = moved(table, x.device, kind)[timestep]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    picked = moved(table, x.device, dtype)[timestep]
     return picked.reshape(-1, *[1] * (x.ndim - 1))
 
 

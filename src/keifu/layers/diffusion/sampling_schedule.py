@@ -70,11 +70,11 @@ def timesteps(
     total = noise.steps
     if not 1 <= steps <= total:
         raise UserError(f"The model knows {total} noise levels, so it takes 1 to {total} steps, not {steps}.")
-    kind = spacing or noise.spacing
+    spacing = spacing or noise.spacing
     count = torch.arange(steps, dtype=torch.float64, device="cpu")
-    if kind == "trailing":
+    if spacing == "trailing":
         return (total - count * (total / steps)).round() - 1
-    if kind == "leading":
+    if spacing == "leading":
         visited = count * (total // steps) + noise.steps_offset
         if visited[-1] >= total:
             raise UserError(
@@ -83,20 +83,20 @@ def timesteps(
             )
         return visited.flip(0)
     share = count / (steps - 1) if steps > 1 else count + 1
-    if kind == "quadratic":
+    if spacing == "quadratic":
         return (share * math.sqrt(0.8 * total)).square().floor().flip(0)
     even = (count * ((total - 1) / (steps - 1)) if steps > 1 else count + total - 1).flip(0)
     return even.round() if rounded else even
 
 
 def ddpm_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, last_alpha_one: bool = True) -> Schedule:
-    """DDPM's schedule: from each timestep to the next, at last to the clean image or to the noise of timestep 0."""
+    """Return DDPM's schedule: from each timestep to the next, last to the clean image or the noise of timestep 0."""
     visited = [_level_at(noise, int(t)) for t in timesteps(noise, steps, spacing)]
     return _through([*visited, CLEAN if last_alpha_one else _level_at(noise, 0)])
 
 
 def ddim_schedule(noise: Noise, steps: int, spacing: Spacing | None = None) -> Schedule:
-    """DDIM's and PLMS's schedule as in diffusers: from each timestep down by T // steps, whatever the next one is.
+    """Return DDIM's and PLMS's schedule as in diffusers: down by T // steps from each timestep.
 
     With leading spacing, and with trailing where `steps` divides T, that is the next timestep; with linspace it is not.
     The last step goes to the clean image or to timestep 0, by `noise.last_alpha_one`.
@@ -131,13 +131,13 @@ def dpm_solver_schedule(noise: Noise, steps: int, spacing: Spacing | None = None
 
     With `karras` the levels are those of Karras et al. (2022) between the noisiest and the least noisy of the schedule.
     """
-    ratios, kind = _ratios(noise), spacing or noise.spacing
+    ratios, spacing = _ratios(noise), spacing or noise.spacing
     if karras:
         chosen = karras_sigmas(ratios[-1], ratios[0], steps)
         return _schedule_of(timesteps_of(chosen, ratios).round(), chosen)
-    lowest = kind != "trailing"
+    lowest = spacing != "trailing"
     if lowest and steps == noise.steps:
-        raise UserError(f"With {kind} spacing this sampler takes at most {noise.steps - 1} steps, not {steps}.")
+        raise UserError(f"With {spacing} spacing this sampler takes at most {noise.steps - 1} steps, not {steps}.")
     visited = timesteps(noise, steps + lowest, spacing)[:steps]
     return _schedule_of(visited, ratios[visited.long()])
 

@@ -40,14 +40,14 @@ class _AttentiveRecurrence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, keys: Tensor, products: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, v: Tensor,
-        state: Tensor, kind: torch.dtype
+        state: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         (length, batch, _), (seen, width) = x.shape, keys.shape[1:]
-        low, low_bias, tape = weight.to(kind).mT, bias.to(kind), RecurrentTape.empty(length, state)
+        low, low_bias, tape = weight.to(dtype).mT, bias.to(dtype), RecurrentTape.empty(length, state)
         features, weights = keys.new_empty(length, batch, seen, width), keys.new_empty(length, batch, seen)
         with torch.autocast(x.device.type, enabled=False):
             for step in range(length):
-                joined = torch.addmm(low_bias, tape.states[step].to(kind), low)
+                joined = torch.addmm(low_bias, tape.states[step].to(dtype), low)
                 torch.add(keys, joined[:, None, :width], out=features[step]).tanh_()
                 scores = torch.addmv(hidden.flatten(), features[step].flatten(0, 1), v).view(batch, seen)
                 torch.softmax(scores, -1, out=weights[step])

@@ -201,7 +201,8 @@ class GatedDeltaNet(nn.Module):
         self, x: Hidden, mask: CausalMask | DocumentMask | None = None, positions: object = None,
         cache: Cache | None = None,
     ) -> Hidden:  # fmt: skip
-        """With a cache `x` are new tokens, which follow those before; otherwise `mask` says where documents begin."""
+        """Mix. With a cache `x` are new tokens, which follow those before; otherwise `mask` says where documents
+        begin."""
         mixed, gate, strength, decay = self.inputs.signals(x)
         joined = torch.cat([mixed, strength, decay], -1)
         if cache is not None:

@@ -60,19 +60,19 @@ class RecurrentTape(NamedTuple):
 
 def product_type(like: Tensor) -> torch.dtype:
     """Return the type of matrix products: autocast's where that is on, else that of the weights."""
-    kind = like.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+    device_type = like.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else like.dtype
 
 
 class _Recurrence(torch.autograd.Function):
     """A step's gradient waits for the next one's, but those of the weights do not: they are one product at the end."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, kind: torch.dtype) -> Tensor:
-        low, low_bias, tape = weight.to(kind), bias.to(kind)[:, None], RecurrentTape.empty(len(x), state)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, dtype: torch.dtype) -> Tensor:
+        low, low_bias, tape = weight.to(dtype), bias.to(dtype)[:, None], RecurrentTape.empty(len(x), state)
         with torch.autocast(x.device.type, enabled=False):
             for step in range(len(x)):
-                before = tape.states[step].to(kind)
+                before = tape.states[step].to(dtype)
                 tape.advance(step, x[step], torch.baddbmm(low_bias, before, low.mT))
         ctx.save_for_backward(low, *tape)
         return tape.states[1:]

@@ -87,8 +87,8 @@ def _fits(block: nn.Module) -> bool:
 
 def decoding_form(model: Any) -> tuple[Any, bool]:
     """Return the model with `DecodingBlock`s if that is possible, and whether nothing in it reads the device."""
-    kind = type(model)
-    usual = kind.hidden is DecoderLM.hidden and kind._hidden is DecoderLM._hidden
+    model_class = type(model)
+    usual = model_class.hidden is DecoderLM.hidden and model_class._hidden is DecoderLM._hidden
     if not usual or not all(map(_fits, model.blocks)):
         return model, False
     form = copy.copy(model)

@@ -59,21 +59,21 @@ def _whole(at, inside):  # noqa: ANN001
 
 
 @triton.jit
-def _numbers(blocks, block, inside, kind: tl.constexpr):  # noqa: ANN001
+def _numbers(blocks, block, inside, code: tl.constexpr):  # noqa: ANN001
     """Return the first and the last 16 numbers of each group of 32; block: the number of the group."""
     column, mask = tl.arange(0, 16), tl.expand_dims(inside, -1)
-    if kind == 8:
+    if code == 8:
         first = blocks + block.to(tl.int64) * 34
         at = (tl.expand_dims(first, -1) + 2 + column).to(tl.pointer_type(tl.int8))
         low, high = _whole(at, mask).to(tl.float32), _whole(at + 16, mask).to(tl.float32)
         scale = tl.expand_dims(_half(first, inside), -1)
         return low * scale, high * scale
-    if kind == 2:
+    if code == 2:
         first = blocks + block.to(tl.int64) * 18
         both, scale = _whole(tl.expand_dims(first, -1) + 2 + column, mask), tl.expand_dims(_half(first, inside), -1)
         return ((both & 15) - 8).to(tl.float32) * scale, ((both >> 4) - 8).to(tl.float32) * scale
     group = block % 8
-    if kind == 12:
+    if code == 12:
         first = blocks + (block // 8).to(tl.int64) * 144
         scales = first + 4 + group % 4
         a, b, c = _whole(scales, inside), _whole(scales + 4, inside), _whole(scales + 8, inside)
@@ -95,18 +95,18 @@ def _numbers(blocks, block, inside, kind: tl.constexpr):  # noqa: ANN001
 
 
 @triton.jit
-def _unpack(blocks, result, count, kind: tl.constexpr, width: tl.constexpr):  # noqa: ANN001
+def _unpack(blocks, result, count, code: tl.constexpr, width: tl.constexpr):  # noqa: ANN001
     """Write the numbers of some groups of 32."""
     block = tl.program_id(0) * width + tl.arange(0, width)
     inside = block < count
-    low, high = _numbers(blocks, block, inside, kind)
+    low, high = _numbers(blocks, block, inside, code)
     at, mask = result + tl.expand_dims(block.to(tl.int64) * 32, -1) + tl.arange(0, 16), tl.expand_dims(inside, -1)
     tl.store(at, low.to(result.dtype.element_ty), mask=mask)
     tl.store(at + 16, high.to(result.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _product(x, blocks, result, rows, length, kind: tl.constexpr, height: tl.constexpr, width: tl.constexpr):  # noqa: ANN001
+def _product(x, blocks, result, rows, length, code: tl.constexpr, height: tl.constexpr, width: tl.constexpr):  # noqa: ANN001
     """Multiply some rows of a matrix, of `length` groups of 32 each, with one token."""
     token, row = tl.program_id(1), tl.program_id(0) * height + tl.arange(0, height)
     total = tl.zeros((height,), tl.float32)
@@ -114,7 +114,7 @@ def _product(x, blocks, result, rows, length, kind: tl.constexpr, height: tl.con
         column = start + tl.arange(0, width)
         inside = tl.expand_dims(row < rows, -1) & tl.expand_dims(column < length, 0)
         block = tl.expand_dims(row * length, -1) + tl.expand_dims(column, 0)
-        low, high = _numbers(blocks, block, inside, kind)
+        low, high = _numbers(blocks, block, inside, code)
         at = x + token * length * 32 + tl.expand_dims(column * 32, -1) + tl.arange(0, 16)
         mask = tl.expand_dims(column < length, -1)
         a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -178,24 +178,24 @@ def gate(gate_up: Float[Tensor, "tokens both"]) -> Float[Tensor, "tokens hidden"
     return result
 
 
-def unpack(blocks: UInt8[Tensor, "blocks bytes"], kind: int, dtype: torch.dtype) -> Float[Tensor, "blocks numbers"]:
+def unpack(blocks: UInt8[Tensor, "blocks bytes"], code: int, dtype: torch.dtype) -> Float[Tensor, "blocks numbers"]:
     """Return the numbers of blocks."""
-    result = torch.empty(len(blocks), GROUPS[kind] * 32, dtype=dtype, device=blocks.device)
-    count = len(blocks) * GROUPS[kind]
+    result = torch.empty(len(blocks), GROUPS[code] * 32, dtype=dtype, device=blocks.device)
+    count = len(blocks) * GROUPS[code]
     launch: Any = cast(Any, _unpack)[(triton.cdiv(count, COUNT),)]
-    launch(blocks, result, count, kind=kind, width=COUNT, enable_fp_fusion=False)  # which would round once, not twice
+    launch(blocks, result, count, code=code, width=COUNT, enable_fp_fusion=False)  # which would round once, not twice
     return result
 
 
 def product(
-    x: Float[Tensor, "tokens in"], blocks: UInt8[Tensor, "blocks bytes"], kind: int
+    x: Float[Tensor, "tokens in"], blocks: UInt8[Tensor, "blocks bytes"], code: int
 ) -> Float[Tensor, "tokens out"]:
     """Multiply tokens with a matrix of blocks, row after row, which is read once for each token."""
     tokens, length = len(x), x.shape[1] // 32
-    rows = len(blocks) * GROUPS[kind] // length
+    rows = len(blocks) * GROUPS[code] // length
     result = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     launch: Any = cast(Any, _product)[(triton.cdiv(rows, ROWS), tokens)]
-    launch(x.contiguous(), blocks, result, rows, length, kind=kind, height=ROWS, width=COLUMNS)
+    launch(x.contiguous(), blocks, result, rows, length, code=code, height=ROWS, width=COLUMNS)
     return result
 
 

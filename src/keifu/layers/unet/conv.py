@@ -142,8 +142,8 @@ def _doubles(x: Pixels, size: Sequence[int] | None) -> bool:
 
 
 def grow_kernel(x: Pixels, size: Sequence[int] | None = None) -> Resampled:
-    """Each pixel four times, channels last; whatever the layout of x, unlike `F.interpolate`, this only copies. Where
-    the size is another than twice that of x, each takes what lies nearest."""
+    """Repeat each pixel four times, channels last; whatever the layout of x, unlike `F.interpolate`, this only copies.
+    Where the size is another than twice that of x, each takes what lies nearest."""
     if size is not None and not _doubles(x, size):
         return F.interpolate(x, size=[*size])
     batch, channels, height, width = x.shape

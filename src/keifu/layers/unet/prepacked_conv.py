@@ -79,7 +79,7 @@ def prepack(model: T) -> T:
 
 
 def _packable(conv: nn.Conv2d) -> bool:
-    """Whether oneDNN computes this convolution in its type; a subclass that does something else is not packed."""
+    """Return whether oneDNN computes this convolution in its type; a subclass with other work is not packed."""
     plain = type(conv) in (nn.Conv2d, DoublingConv2d) and conv.padding_mode == "zeros"
     if not plain or conv.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False

@@ -123,10 +123,10 @@ def build(config: Config) -> TextTower:
     residual = dim**-0.5 * (2 * config.n_layers) ** -0.5
     deviations = {"qkv": dim**-0.5, "out": residual, "up": (2 * dim) ** -0.5, "down": residual}
     for name, module in model.blocks.named_modules():
-        kind = name.rpartition(".")[2]
-        if kind in deviations and isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=deviations[kind])
-            if kind in ("qkv", "out"):
+        leaf = name.rpartition(".")[2]
+        if leaf in deviations and isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=deviations[leaf])
+            if leaf in ("qkv", "out"):
                 nn.init.zeros_(module.bias)
     if isinstance(model.projection, Linear):
         nn.init.normal_(model.projection.weight, std=dim**-0.5)
@@ -187,7 +187,8 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def with_projection(json: dict[str, Any], plain: str) -> bool:
-    """Whether an encoder has a projection, by its own config's architecture; one inside a CLIP's config always has."""
+    """Return whether an encoder has a projection, by its own config's architecture; one inside a CLIP's config always
+    has."""
     names = {plain: False, f"{plain}WithProjection": True}
     architecture = (json.get("architectures") or [plain])[0]
     if architecture not in names:

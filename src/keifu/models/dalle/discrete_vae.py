@@ -145,7 +145,7 @@ class CodeDecoder(nn.Module):
         return self.pictured(vectors if bias is None else vectors + bias[:, None, None])
 
     def pictured(self, x: Float[Tensor, "batch code_dim rows columns"]) -> Float[Tensor, "batch twice height width"]:
-        """Everything after the first layer."""
+        """Compute everything after the first layer."""
         x = x.contiguous(memory_format=torch.channels_last)
         for number, level in enumerate(self.levels):
             x = level(grow_kernel(x) if number else x)

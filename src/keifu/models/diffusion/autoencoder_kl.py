@@ -126,7 +126,7 @@ class AutoencoderKL(nn.Module):
         return self.decode(self.encode(pictures).mean)
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuses sides that are no multiples of the factor, with the nearest that are."""
+        """Refuse sides that are no multiples of the factor, with the nearest that are."""
         check_sides(height, width, self.config.factor)
 
 
@@ -194,9 +194,9 @@ def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of diffusers' config.json of an AutoencoderKL."""
     fields = hf.read_fields(json, FIELDS)
     levels, channels = len(fields["widths"]), fields["channels"]
-    for field, kind in _BLOCKS.items():
-        if json.get(field, [kind]) != [kind] * levels:
-            raise ValueError(f"its {field} are {json.get(field)}, and what is implemented is {levels} {kind}.")
+    for field, block in _BLOCKS.items():
+        if json.get(field, [block]) != [block] * levels:
+            raise ValueError(f"its {field} are {json.get(field)}, and what is implemented is {levels} {block}.")
     if json.get("out_channels", 3) != channels:
         raise ValueError(f"it reads {channels} channels and gives {json.get('out_channels', 3)}.")
     return Config(**fields)
@@ -207,5 +207,5 @@ def to_published(config: Config) -> dict[str, Any]:
     return {
         "model_type": "AutoencoderKL",
         **hf.write_fields(config, FIELDS),
-        **{field: [kind] * len(config.widths) for field, kind in _BLOCKS.items()},
+        **{field: [block] * len(config.widths) for field, block in _BLOCKS.items()},
     }

@@ -139,7 +139,7 @@ class ConditionedUNet(nn.Module):
         return self.predict(x, timestep, self.project(context), PaddingMask(mask))
 
     def check_size(self, channels: int, height: int, width: int) -> None:
-        """Refuses samples that do not fit the network, with the nearest size that does."""
+        """Refuse samples that do not fit the network, with the nearest size that does."""
         if channels != self.config.channels:
             raise UserError(f"The network reads {self.config.channels} channels, and was given {channels}.")
         check_sides(height, width, self.factor)

@@ -182,7 +182,7 @@ class DDPM(ImageModel):
         return self.unet(given, self.activation(time)).to(x.dtype)
 
     def check_size(self, channels: int, height: int, width: int) -> None:
-        """Refuses images that do not fit the network, with the nearest size that does."""
+        """Refuse images that do not fit the network, with the nearest size that does."""
         if channels != self.config.channels:
             raise UserError(f"The network reads {self.config.channels} channels, and these pictures have {channels}.")
         check_sides(height, width, self.unet.factor)

@@ -294,7 +294,7 @@ class DiT(ImageModel):
         return latents if self.autoencoder is None else self.autoencoder.decode(latents / self.autoencoder.config.scale)
 
     def check_size(self, channels: int, height: int, width: int) -> None:
-        """Refuses images, in pixels, that do not fit the network, with the nearest size that does; and a network whose
+        """Refuse images, in pixels, that do not fit the network, with the nearest size that does; and a network whose
         output has other channels than its noise asks for."""
         check_channels(self.colours, channels)
         check_sides(height, width, self.config.factor * self.config.transformer.patch_size)

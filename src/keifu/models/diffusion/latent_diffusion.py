@@ -154,7 +154,7 @@ class LatentDiffusion(ImageModel):
         return latents if self.autoencoder is None else self.autoencoder.decode(latents / self.config.scale)
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuses sizes of images, in pixels, that do not fit the network, with the nearest size that does."""
+        """Refuse sizes of images, in pixels, that do not fit the network, with the nearest size that does."""
         check_sides(height, width, self.config.factor * self.unet.factor)
 
 
@@ -171,7 +171,7 @@ PARTS: Parts = {
 
 
 def build_parts(config: Any, parts: Parts) -> dict[str, Any]:
-    """Every part of a pipeline, initialised as it is alone; those that the Config leaves out are None."""
+    """Build every part of a pipeline, initialised as it is alone; those that the Config leaves out are None."""
     return {ours: (part := vars(config)[ours]) and module.build(part) for ours, module in parts.values()}
 
 

@@ -77,6 +77,6 @@ def group_norm(config: Any, groups: int) -> Callable[[int], nn.Module]:
 
 
 def _residual(config: Any, **changed: Any) -> Callable[[int, int], ResidualBlock]:
-    kind = AdaptiveResidualBlock if config.scale_shift else ResidualBlock
+    block = AdaptiveResidualBlock if config.scale_shift else ResidualBlock
     shared = {"time_dim": config.time_width, "activation": activation(config.activation), "dropout": config.dropout}
-    return partial(kind, norm=group_norm(config, config.norm_groups), **shared, **changed)
+    return partial(block, norm=group_norm(config, config.norm_groups), **shared, **changed)

@@ -70,13 +70,13 @@ def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
 
 def write(config: Any, model_types: Mapping[str, str], fields: Fields) -> dict[str, Any]:
     """Return the config.json of a Config, under the first of these model_types with its architecture."""
-    kind, architecture = next(iter(model_types.items()))
-    return {"model_type": kind, "architectures": [architecture], **write_fields(config, fields)}
+    model_type, architecture = next(iter(model_types.items()))
+    return {"model_type": model_type, "architectures": [architecture], **write_fields(config, fields)}
 
 
-def write_own(kind: str, config: Any) -> dict[str, Any]:
+def write_own(model_type: str, config: Any) -> dict[str, Any]:
     """keifu's own config.json, for what no published format can say: every field of the Config under its own name."""
-    return {"model_type": kind, "architectures": ["keifu"], **asdict(config)}
+    return {"model_type": model_type, "architectures": ["keifu"], **asdict(config)}
 
 
 def activation_field(name: str, default: str) -> Field:
@@ -149,7 +149,7 @@ _WRITTEN = {  # of the kinds that have any
 
 
 def activation_name(published: str) -> str:
-    """Our name of the activation that transformers calls `published`; an unknown one is a `ValueError`."""
+    """Return our name of the activation that transformers calls `published`; an unknown one is a `ValueError`."""
     name = _ACTIVATIONS.get(published, published)
     if name not in ACTIVATIONS:
         raise UserError(f"The activation {published!r} is not supported. Known: {', '.join(sorted(ACTIVATIONS))}.")
@@ -169,21 +169,21 @@ def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0, partial:
         raise UserError("rope_parameters and rope_scaling in config.json name two scalings: leave out one of them.")
     rope = both[0] if both else {}
     theta = float(rope.get("rope_theta", json.get("rope_theta", default_theta)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     if (part := read_part(json)) != 1.0 and not partial:
         raise UserError(f"partial_rotary_factor {part} is not supported: a whole head turns.")
-    if kind in ("su", "yarn") and "short_factor" in rope:  # Phi-3's first names of longrope
-        kind = "longrope"
-    if kind == "default":
+    if rope_type in ("su", "yarn") and "short_factor" in rope:  # Phi-3's first names of longrope
+        rope_type = "longrope"
+    if rope_type == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     context = json["max_position_embeddings"]
     given = {ours: _number(ours, rope[theirs]) for ours, theirs in _FIELDS.items() if rope.get(theirs) is not None}
     original = json.get("original_max_position_embeddings", context)
     given = {"original_context_length": original} | given
-    if kind == "dynamic":  # published code stretches from the configured length, whatever else is written
+    if rope_type == "dynamic":  # published code stretches from the configured length, whatever else is written
         given["original_context_length"] = context
     factor = rope["factor"] if rope.get("factor") is not None else context / given["original_context_length"]
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(kind, float(factor), **given)}
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(rope_type, float(factor), **given)}
 
 
 def read_part(json: Mapping[str, Any], default: float = 1.0) -> float:
@@ -206,7 +206,7 @@ def _number(name: str, value: Any) -> Any:
 
 
 def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """Both spellings, so that transformers 4 and 5, vLLM and llama.cpp's converter read the same."""
+    """Write both spellings, so that transformers 4 and 5, vLLM and llama.cpp's converter read the same."""
     if scaling is None:
         new = {"rope_type": "default"}
     else:

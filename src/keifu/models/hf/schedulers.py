@@ -58,15 +58,15 @@ CLASSES = {
 
 def read_scheduler(json: dict[str, Any]) -> Noise:
     """Return the noise that a scheduler_config.json describes; a value that is not implemented is a ValueError."""
-    kind = json.get("_class_name", "DDPMScheduler")
-    require_known("scheduler", kind, CLASSES)
-    if kind == FLOW:
+    class_name = json.get("_class_name", "DDPMScheduler")
+    require_known("scheduler", class_name, CLASSES)
+    if class_name == FLOW:
         if wrong := [name for name, fine in FLOW_UNSUPPORTED.items() if (json.get(name) or fine) != fine]:
             raise UserError(f"its {wrong[0]} is {json[wrong[0]]!r}, which is not implemented for a flow.")
         dynamic = DynamicShift(**read_fields(json, DYNAMIC_FIELDS)) if json.get("use_dynamic_shifting") else None
         return Noise("flow", target="flow", dynamic=dynamic, **read_fields(json, FLOW_FIELDS))
-    clips, spacing, last_alpha_one = CLASSES[kind]
-    silent = {"beta_schedule": SILENT.get(kind, "linear"), "timestep_spacing": spacing}
+    clips, spacing, last_alpha_one = CLASSES[class_name]
+    silent = {"beta_schedule": SILENT.get(class_name, "linear"), "timestep_spacing": spacing}
     json = silent | {"set_alpha_to_one": last_alpha_one, "clip_sample": clips} | json
     return Noise(
         **read_fields(json, FIELDS),
@@ -84,9 +84,9 @@ def write_scheduler(noise: Noise) -> dict[str, Any]:
         more = {"use_dynamic_shifting": True, **write_fields(noise.dynamic, DYNAMIC_FIELDS)} if noise.dynamic else {}
         return {"_class_name": FLOW, **write_fields(noise, FLOW_FIELDS), **more}
     ours = {"DDPMScheduler": {"variance_type": noise.variance}, "DDIMScheduler": {"set_alpha_to_one": False}}
-    kind = "DDPMScheduler" if noise.last_alpha_one else "DDIMScheduler"
-    return ours[kind] | {
-        "_class_name": kind,
+    class_name = "DDPMScheduler" if noise.last_alpha_one else "DDIMScheduler"
+    return ours[class_name] | {
+        "_class_name": class_name,
         **write_fields(noise, FIELDS),
         "clip_sample": noise.clip is not None,
         "clip_sample_range": 1.0 if noise.clip is None else noise.clip,

@@ -80,9 +80,9 @@ def unet_names(attention: Mapping[str, str]) -> dict[str, str]:
 
 
 OLD_ATTENTION = {  # diffusers before 0.15 called the parts of attention so
-    f"{new}.{kind}": f"{old}.{kind}"
+    f"{new}.{leaf}": f"{old}.{leaf}"
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items()
-    for kind in ("weight", "bias")
+    for leaf in ("weight", "bias")
 }
 
 

@@ -67,5 +67,5 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers and vLLM read."""
-    kind = "qwen3_5_moe_text" if config.n_experts else "qwen3_5_text"
-    return hf.write(config, {kind: MODEL_TYPES[kind]}, FIELDS[kind]) | qwen3_next.write_hybrid(config)
+    model_type = "qwen3_5_moe_text" if config.n_experts else "qwen3_5_text"
+    return hf.write(config, {model_type: MODEL_TYPES[model_type]}, FIELDS[model_type]) | qwen3_next.write_hybrid(config)

@@ -172,17 +172,17 @@ FIELDS: hf.Fields = {
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of a config.json of model_type llava, with preprocessor_config.json if it is there."""
     text, vision = json["text_config"], json["vision_config"]
-    if (kind := text.get("model_type", "llama")) not in llama.MODEL_TYPES:
-        raise UserError(f"its text_config is of model_type {kind!r}, and read are {', '.join(llama.MODEL_TYPES)}.")
+    if (name := text.get("model_type", "llama")) not in llama.MODEL_TYPES:
+        raise UserError(f"its text_config is of model_type {name!r}, and read are {', '.join(llama.MODEL_TYPES)}.")
     readers = {"clip_vision_model": _read_clip, "siglip_vision_model": siglip.from_published}
-    if (kind := vision.get("model_type", "clip_vision_model")) not in readers:
-        raise UserError(f"its vision_config is of model_type {kind!r}, and read are {', '.join(readers)}.")
+    if (name := vision.get("model_type", "clip_vision_model")) not in readers:
+        raise UserError(f"its vision_config is of model_type {name!r}, and read are {', '.join(readers)}.")
     if (json.get("preprocessor_config") or {}).get("do_pad"):
         raise UserError("its preprocessor_config pads pictures to squares (do_pad), and only crops are implemented.")
     decoder = llama.from_published({**TEXT_DEFAULTS, **text})
     if "tie_word_embeddings" not in text:
         decoder = replace(decoder, tied=bool(json.get("tie_word_embeddings", False)))
-    image = readers[kind](vision)
+    image = readers[name](vision)
     pixels = read_pixels(json.get("preprocessor_config"), image.image_size)
     return Config(decoder, image, pixels, **hf.read_fields(json, FIELDS))
 

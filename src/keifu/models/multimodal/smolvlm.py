@@ -129,8 +129,8 @@ def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of a config.json of model_type idefics3 or smolvlm, with preprocessor_config.json if it is
     there."""
     text = {**TEXT_DEFAULTS, **json["text_config"], "tie_word_embeddings": json.get("tie_word_embeddings", False)}
-    if (kind := text["model_type"]) not in llama.MODEL_TYPES:
-        raise UserError(f"its text_config is of model_type {kind!r}, and read are {', '.join(llama.MODEL_TYPES)}.")
+    if (name := text["model_type"]) not in llama.MODEL_TYPES:
+        raise UserError(f"its text_config is of model_type {name!r}, and read are {', '.join(llama.MODEL_TYPES)}.")
     image = siglip.from_published({**VISION_DEFAULTS, **json["vision_config"], "vision_use_head": False})
     if not _plain(side := image.image_size // image.patch_size):
         raise UserError(f"its tiles have {side} x {side} patches, whose positions transformers rounds to others.")
@@ -139,7 +139,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def _plain(side: int) -> bool:
-    """Whether each patch of a row has its own position in float32. It is so for the published 26, 27 and 32 patches,
+    """Return whether each patch of a row has its own position in float32, as with the published 26, 27 and 32 patches,
     and not for 19 or 25."""
     edges, parts = torch.arange(1 / side, 1.0, 1 / side), torch.arange(side) * (1.0 / torch.tensor(side))
     return torch.bucketize(parts.clamp(max=1 - 1e-6), edges, right=True).tolist() == [*range(side)]

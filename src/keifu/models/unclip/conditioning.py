@@ -55,7 +55,7 @@ class Conditions(nn.Module):
 
 
 def build(config: Config) -> Conditions:
-    """With PyTorch's default initialisation, and zeros for the null image embedding."""
+    """Build with PyTorch's default initialisation, and zeros for the null image embedding."""
     return Conditions(config)
 
 

@@ -136,8 +136,8 @@ def build(config: Config) -> Decoder:
 def _label(config: Config) -> nn.Module:
     if config.label_dim is None:
         return nn.Identity()
-    kind = Linear if config.label == "projected" else nn.Embedding
-    return kind(config.label_dim, config.time_width)
+    layer = Linear if config.label == "projected" else nn.Embedding
+    return layer(config.label_dim, config.time_width)
 
 
 _ATTENTION = {"norm": "group_norm", "qkv": "to_[q,k,v]", "kv": "add_[k,v]_proj", "out": "to_out.0"}

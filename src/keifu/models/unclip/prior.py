@@ -107,7 +107,7 @@ class Prior(nn.Module):
         """
         if tokens.shape[1] != self.config.context_length:
             raise UserError(f"The prior reads captions of {self.config.context_length} tokens, not {tokens.shape[1]}.")
-        kind, held_dtype = x.dtype, self.positions.dtype
+        dtype, held_dtype = x.dtype, self.positions.dtype
         time = self.time(timestep.reshape(-1).expand(len(x)))
         beside = [self.caption(self.caption_norm(caption)), time.to(held_dtype), self.noisy(x.to(held_dtype))]
         parts = [self.tokens(tokens), torch.stack(beside, 1)]
@@ -117,7 +117,7 @@ class Prior(nn.Module):
         visible = PaddingMask() if mask is None else CausalPaddingMask(F.pad(mask, extra, value=True))
         for block in self.blocks:
             hidden = block(hidden, mask=visible)
-        return self.out(self.norm(hidden[:, -1])).to(kind)
+        return self.out(self.norm(hidden[:, -1])).to(dtype)
 
     def normalised(self, embedding: Embedding) -> Embedding:
         """CLIP's embeddings, normalised for diffusion."""

@@ -65,8 +65,8 @@ def build(config: Config) -> DecoderLM:
 def _attention(config: Config, layer: int) -> Attention:
     window = None if layer in llama.global_layers(config, 2) else config.sliding_window
     cap = config.attention_cap
-    kind = partial(CappedAttention, soft_cap=cap) if cap else Attention
-    return llama.attention(config, config.attention_bias, kind, window=window, scale=config.attention_scale)
+    attention = partial(CappedAttention, soft_cap=cap) if cap else Attention
+    return llama.attention(config, config.attention_bias, attention, window=window, scale=config.attention_scale)
 
 
 WEIGHT_NAMES = {name: theirs for name, theirs in gemma3.WEIGHT_NAMES.items() if not name.endswith(("q_norm", "k_norm"))}

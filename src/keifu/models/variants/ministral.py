@@ -106,8 +106,8 @@ def to_published(config: Config) -> dict[str, Any]:
         rope = hf.write_rope(config.rope_theta, config.rope_scaling)
         for fields in (rope["rope_scaling"], rope["rope_parameters"]):
             fields["llama_4_scaling_beta"] = config.query_growth
-        kind = "ministral3"
-        return {"sliding_window": None, **hf.write(config, {kind: MODEL_TYPES[kind]}, FIELDS3), **rope}
+        model_type = "ministral3"
+        return {"sliding_window": None, **hf.write(config, {model_type: MODEL_TYPES[model_type]}, FIELDS3), **rope}
     everything = config.global_layers if config.sliding_window else range(config.n_layers)
     return {
         "sliding_window": None,

@@ -216,7 +216,7 @@ def reference_model(model: nn.Module, lora: Lora) -> nn.Module:
 
 
 def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> tuple[list[T], list[T]]:
-    """To learn from, and held out, by a hash of each item's text: those with the same text stay on one side."""
+    """Split into training and held-out items by a hash of the text: items with the same text stay on one side."""
     check_value("held_out", share, BELOW_ONE)
     keys = [hashlib.sha256(text.strip().lower().encode()).digest() for text in texts]
     chosen = {*sorted({*keys})[: round(share * len({*keys}))]}

@@ -181,12 +181,12 @@ def prepare(recipe: Recipe) -> DiffusionTask:
 
 
 def prepare_task(
-    recipe: PictureOptions, kind: type, build: Callable[[int, tuple[str, ...]], Any], weighting: Weighting = "simple",
-    gamma: float | None = None,
+    recipe: PictureOptions, config_class: type, build: Callable[[int, tuple[str, ...]], Any],
+    weighting: Weighting = "simple", gamma: float | None = None,
 ) -> DiffusionTask:  # fmt: skip
     """Read the pictures, hold some out, and build the network of pictures with that many channels and these classes;
-    `kind` is the class of its Config. With an autoencoder, pictures are encoded here, once."""
-    started = load_start(recipe.start_from, kind)[0] if recipe.start_from else None
+    `config_class` is the class of its Config. With an autoencoder, pictures are encoded here, once."""
+    started = load_start(recipe.start_from, config_class)[0] if recipe.start_from else None
     size, channels = (started.config.size, started.colours) if started else (recipe.size, recipe.channels)
     pictures = read_images(recipe.data, size, channels, recipe.fit)
     if recipe.classes and not pictures.classes:

@@ -103,10 +103,10 @@ def _begin(recipe: Recipe, out: Path) -> tuple[Any, Tokenizer]:
     pairs = recipe.masking.sentence_pairs
     torch.manual_seed(recipe.training.seed)
     if recipe.start_from is None:
-        kind = recipe.text.tokenizer
-        if kind in KINDS and kind != "wordpiece":
-            raise UserError(f"BERT needs [CLS], [SEP] and [MASK], which {kind} does not have: learn wordpiece.")
-        tokenizer = tokenizer_of(recipe.text, out, lowercase=recipe.lowercase and kind == "wordpiece")
+        algorithm = recipe.text.tokenizer
+        if algorithm in KINDS and algorithm != "wordpiece":
+            raise UserError(f"BERT needs [CLS], [SEP] and [MASK], which {algorithm} does not have: learn wordpiece.")
+        tokenizer = tokenizer_of(recipe.text, out, lowercase=recipe.lowercase and algorithm == "wordpiece")
         sizes = replace(recipe.model, vocab_size=tokenizer.vocab_size, labels=())
         return bert.build(replace(sizes, words=True, next_sentence=pairs, pooled=pairs)).to(choose()), tokenizer
     loaded, tokenizer = checkpoints.load(recipe.start_from, torch.float32)

@@ -141,8 +141,8 @@ def settings(recipe: Recipe) -> Settings:
 
 def check_learnable(recipe: Recipe) -> ToyDataset:
     """Return the data that the recipe names, after a check of all its options."""
-    for kind, name, known in (("activation", recipe.activation, ACTIVATIONS), ("loss", recipe.loss, LOSSES)):
-        require_known(kind, name, known)
+    for option, name, known in (("activation", recipe.activation, ACTIVATIONS), ("loss", recipe.loss, LOSSES)):
+        require_known(option, name, known)
     if recipe.activation == "step" and recipe.resolved().hidden:
         raise UserError(STEP_HAS_NO_GRADIENT)
     if recipe.augment and recipe.data != "mnist":

@@ -173,7 +173,7 @@ def refusal(recipe: Recipe, table: Table, proof: Separation) -> str:
             f"{recipe.data} is not linearly separable as far as float64 can tell: no plane leaves a margin above "
             f"{proof.margin:.1e} (the longest row is {proof.radius:.3g}). {advice}"
         )
-    sides = [describe(table, proof.mixture, kind) for kind in (1, 0)]
+    sides = [describe(table, proof.mixture, label) for label in (1, 0)]
     shared = 2 * ((proof.mixture * (table.targets == 1)) @ table.inputs)
     where = f" {numbers(shared.tolist())}" if len(shared) <= 6 else ""
     return (
@@ -182,12 +182,12 @@ def refusal(recipe: Recipe, table: Table, proof: Separation) -> str:
     )
 
 
-def describe(table: Table, mixture: Float[Tensor, "rows"], kind: int) -> str:
+def describe(table: Table, mixture: Float[Tensor, "rows"], label: int) -> str:
     """Return the rows of a class that meet in the shared point."""
-    rows = table.inputs[(table.targets == kind) & (mixture > 0)].tolist()
+    rows = table.inputs[(table.targets == label) & (mixture > 0)].tolist()
     if len(rows) > 4 or len(table.columns) > 6:
-        return f"{len(rows)} rows of class {table.classes[kind]}"
-    return f"{', '.join(map(numbers, rows))} of class {table.classes[kind]}"
+        return f"{len(rows)} rows of class {table.classes[label]}"
+    return f"{', '.join(map(numbers, rows))} of class {table.classes[label]}"
 
 
 def numbers(row: list[float]) -> str:

@@ -125,21 +125,21 @@ def _print_sentence(sentence: str) -> None:
 
 
 def _tokenizer(options: TranslationOptions, train: list[Pair], out: Path | None) -> Tokenizer:
-    kind = options.tokenizer
+    algorithm = options.tokenizer
     if options.start_from is not None:
         return load_tokenizer(locate(options.start_from))
-    if kind not in LEARNED:
-        return load_tokenizer(catalogue.fetch(kind) if in_catalogue(kind) else Path(kind))
+    if algorithm not in LEARNED:
+        return load_tokenizer(catalogue.fetch(algorithm) if in_catalogue(algorithm) else Path(algorithm))
     texts = sorted(side for pair in train for side in pair)  # one tokenizer for both directions
     content = hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
     def learn() -> Tokenizer:
-        _print_sentence(f"Learning a {kind} tokenizer of {options.vocab_size} tokens from {options.data} ...")
-        learned = train_tokenizer(kind, texts, options.vocab_size, [PAD])
+        _print_sentence(f"Learning a {algorithm} tokenizer of {options.vocab_size} tokens from {options.data} ...")
+        learned = train_tokenizer(algorithm, texts, options.vocab_size, [PAD])
         put_around_text(learned.backend, learned.special, bos=False, eos=True)  # sources end so, as Marian's do
         return Tokenizer(learned.backend, learned.special | {"pad_token": PAD})
 
-    return learned_tokenizer(f"pairs-{kind}-{options.vocab_size}-{content[:16]}", learn, out)
+    return learned_tokenizer(f"pairs-{algorithm}-{options.vocab_size}-{content[:16]}", learn, out)
 
 
 def learn(

@@ -18,8 +18,8 @@ INSTEAD = {"lora": "choose an adapter by its name as model (keifu serve --lora N
 Neutral = dict[str, tuple[Any, ...]]  # fields, with the values that change nothing
 
 
-def about(kind: Literal["unknown_field", "refused_field"], name: str, sentence: str) -> PydanticCustomError:
-    return PydanticCustomError(kind, "{sentence}", {"name": name, "sentence": sentence})
+def about(error_type: Literal["unknown_field", "refused_field"], name: str, sentence: str) -> PydanticCustomError:
+    return PydanticCustomError(error_type, "{sentence}", {"name": name, "sentence": sentence})
 
 
 class Body(BaseModel):

@@ -84,10 +84,10 @@ class Answer:
         details |= {"reasoning_tokens": sum(reply.reasoning_tokens for reply in self.replies)}
         return {**counts, "prompt_tokens_details": cached, "completion_tokens_details": details}
 
-    def head(self, kind: str) -> dict[str, Any]:
+    def head(self, object_name: str) -> dict[str, Any]:
         """Return the first fields of every object of this answer."""
         name = self.description.name
-        return {"id": self.id, "object": kind, "created": self.created, "model": name, "seed": self.seed}
+        return {"id": self.id, "object": object_name, "created": self.created, "model": name, "seed": self.seed}
 
     def reply(self) -> Reply:
         """Return the splitter of the next choice into thoughts, text and calls."""

@@ -97,12 +97,12 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             data = [{"url": f"data:image/png;base64,{made['b64_json']}", "seed": made["seed"]} for made in data]
         return {"created": int(time.time()), "data": data}
 
-    async def answer(body: ImageGenerationRequest, request: Request, files: Files, kind: str) -> Response:
+    async def answer(body: ImageGenerationRequest, request: Request, files: Files, event_name: str) -> Response:
         body.model = models.find(body.model, "image").name
         if body.sampler is not None and body.sampler not in SAMPLERS:
             raise ApiError(400, str(unknown("sampler", body.sampler, SAMPLERS)), "sampler")
         if body.stream:
-            return EventStream(_events(partial(drawn, body, files), kind), models.limits.timeout, named=True)
+            return EventStream(_events(partial(drawn, body, files), event_name), models.limits.timeout, named=True)
         return await whole(request, drawn(body, files))
 
     @app.post("/v1/images/generations", summary="Draw pictures", tags=["pictures"], responses=STREAM)
@@ -139,13 +139,13 @@ def _form() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-async def _events(work: Callable[[Show], Any], kind: str) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(work: Callable[[Show], Any], event_name: str) -> AsyncGenerator[dict[str, Any], None]:
     """Yield the states of a picture as they come, then the pictures."""
     loop, out = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
     def show(number: int, index: int, picture: Tensor) -> None:
         event = {"index": number, "partial_image_index": index, "b64_json": _encoded(picture, {})}
-        loop.call_soon_threadsafe(out.put_nowait, {"type": f"{kind}.partial_image", **event})
+        loop.call_soon_threadsafe(out.put_nowait, {"type": f"{event_name}.partial_image", **event})
 
     task = asyncio.ensure_future(work(show))
     task.add_done_callback(lambda _: out.put_nowait(None))
@@ -154,7 +154,7 @@ async def _events(work: Callable[[Show], Any], kind: str) -> AsyncGenerator[dict
             yield event
         result = await task
         for number, made in enumerate(result["data"]):
-            yield {"type": f"{kind}.completed", "index": number, "created_at": result["created"], **made}
+            yield {"type": f"{event_name}.completed", "index": number, "created_at": result["created"], **made}
     finally:
         task.cancel()
 

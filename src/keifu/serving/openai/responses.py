@@ -128,11 +128,11 @@ class Turn:
 
     def _go_on(self, part: Delta) -> Iterator[dict[str, Any]]:
         """Yield the events of the next delta, and those of a new item if it begins one."""
-        kind = "reasoning" if part.call == THOUGHTS else "function_call" if part.call >= 0 else "message"
-        if not self.output or part.name or self.output[-1]["type"] != kind:
+        item_type = "reasoning" if part.call == THOUGHTS else "function_call" if part.call >= 0 else "message"
+        if not self.output or part.name or self.output[-1]["type"] != item_type:
             yield from self._end("completed")
             index = len(self.output)
-            made = _thoughts if kind == "reasoning" else _message
+            made = _thoughts if item_type == "reasoning" else _message
             self.output.append(self._call(index, part) if part.name else made(index, self.answer.id))
             item = {**self.output[-1], "content": []} if not part.name else self.output[-1]
             yield {"type": "response.output_item.added", "output_index": index, "item": dict(item)}
@@ -142,7 +142,7 @@ class Turn:
         item = self.output[-1]
         if part.content:
             item["content"][0]["text"] += part.content
-            more = {"content_index": 0, "delta": part.content} | ({} if kind == "reasoning" else {"logprobs": []})
+            more = {"content_index": 0, "delta": part.content} | ({} if item_type == "reasoning" else {"logprobs": []})
             yield {"type": f"response.{item['content'][0]['type']}.delta", **self._place(), **more}
         if part.arguments:
             item["arguments"] += part.arguments

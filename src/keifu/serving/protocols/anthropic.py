@@ -164,14 +164,14 @@ async def _events(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
     head = {"id": answer.id, "type": "message", "role": "assistant", "model": answer.description.name, "content": []}
     start = {**head, "stop_reason": None, "stop_sequence": None, "usage": _usage(answer)}
     yield {"type": "message_start", "message": start}
-    kind: Any = None
+    open_call: Any = None
     async with aclosing(answer.pieces()) as pieces:
         async for _, piece in pieces:
             for part in reply.parts(piece.text, piece.finish_reason is not None):
-                if part.call != kind or open_block < 0:
+                if part.call != open_call or open_block < 0:
                     if open_block >= 0:
                         yield {"type": "content_block_stop", "index": open_block}
-                    open_block, kind = open_block + 1, part.call
+                    open_block, open_call = open_block + 1, part.call
                     block = _block(part, reply.calls)
                     yield {"type": "content_block_start", "index": open_block, "content_block": block}
                 if part.content or part.arguments:

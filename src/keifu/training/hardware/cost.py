@@ -193,9 +193,9 @@ def _timed(trainer: Trainer, batch: Batch, rows: int) -> tuple[float, float, int
 def preserve_state(trainer: Trainer) -> Iterator[None]:
     """Run a block after which buffers, gradients and the state of random generators are restored."""
     buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
-    kind = trainer.device.type
-    devices: list[Any] = [] if kind == "cpu" else [trainer.device]
-    with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
+    device_type = trainer.device.type
+    devices: list[Any] = [] if device_type == "cpu" else [trainer.device]
+    with torch.random.fork_rng(devices, device_type=device_type if devices else "cuda"):
         yield
     for buffer, before in buffers:
         buffer.copy_(before)

@@ -106,7 +106,7 @@ class LossScale:
         self.steps = steps
 
     def lower(self) -> bool:
-        """Halves the scale; False where it is fixed, or already 1."""
+        """Halve the scale; False where it is fixed, or already 1."""
         if not self.moves or self.value <= 1:
             return False
         self.value /= 2

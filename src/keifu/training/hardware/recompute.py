@@ -19,7 +19,7 @@ from keifu.training.settings import Recompute
 
 PRODUCTS = frozenset(  # operations whose results `selective` keeps: matrix multiplications, convolutions, attention
     ["mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_linear_pointwise", "_flash_attention_forward"]
-    + [f"_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention")]
+    + [f"_scaled_dot_product_{kernel}" for kernel in ("flash_attention", "efficient_attention", "cudnn_attention")]
     + ["_scaled_dot_product_flash_attention_for_cpu", "_varlen_attn"]
 )
 

@@ -58,14 +58,14 @@ class Optimizers:
         matrices = [(name, p) for name, p in self.parameters.items() if name in hidden]
         others = [(name, p) for name, p in self.parameters.items() if name not in hidden]
         usual = "adamw" if settings.optimizer == "muon" else settings.optimizer
-        named = {kind: some for kind, some in ((usual, others), ("muon", matrices)) if some}
-        self.all = {kind: KINDS[kind](some, settings, joined_rows(model)) for kind, some in named.items()}
+        named = {rule: some for rule, some in ((usual, others), ("muon", matrices)) if some}
+        self.all = {rule: KINDS[rule](some, settings, joined_rows(model)) for rule, some in named.items()}
         self.average = MovingAverage(self.parameters, settings.ema) if settings.ema else None
 
     def rates(self, step: int, length: Length | None = None) -> dict[str, float]:
         """Return the learning rates of update number `step` (from 0), by their names in the settings."""
         share = (length or Length(self.settings.steps)).rate_share(self.settings, step)
-        names = ("matrix_rate" if kind == "muon" else "learning_rate" for kind in self.all)
+        names = ("matrix_rate" if rule == "muon" else "learning_rate" for rule in self.all)
         return {name: share * vars(self.settings)[name] for name in names}
 
     def step(self, step: int, length: Length | None = None) -> None:
@@ -74,11 +74,11 @@ class Optimizers:
 
     def update(self, rates: dict[str, float]) -> None:
         """Make an update with these rates; with the rate 0 no weight changes."""
-        for (kind, optimizer), rate in zip(self.all.items(), rates.values(), strict=True):
+        for (rule, optimizer), rate in zip(self.all.items(), rates.values(), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("share", 1.0)
-            if kind in OF_WHOLE_MATRICES and not current().is_replicated:
-                self._update_whole(kind, optimizer)
+            if rule in OF_WHOLE_MATRICES and not current().is_replicated:
+                self._update_whole(rule, optimizer)
             else:
                 optimizer.step()
         if self.average:
@@ -86,7 +86,7 @@ class Optimizers:
         self.drop_gradients()
 
     @torch.no_grad()
-    def _update_whole(self, kind: str, optimizer: Optimizer) -> None:
+    def _update_whole(self, rule: str, optimizer: Optimizer) -> None:
         """Update the parameters of a split model, each as a whole: its processes join it, and keep their parts."""
         processes = current()
         pod = processes.pod
@@ -97,7 +97,7 @@ class Optimizers:
                     continue
                 whole = nn.Parameter(processes.full_tensor(name, p.detach()).clone())
                 whole.grad = processes.full_tensor(name, p.grad)
-                alone = KINDS[kind]([(name, whole)], self.settings, {whole: processes.layout(name).parts})
+                alone = KINDS[rule]([(name, whole)], self.settings, {whole: processes.layout(name).parts})
                 alone.param_groups[0].update(options)
                 state = optimizer.state[p].items()
                 alone.state[whole] = {key: processes.full_tensor(name, part) for key, part in state}
@@ -119,8 +119,8 @@ class Optimizers:
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that the optimizers keep, by optimizer, parameter and name, and the moving average."""
         return (self.average.state() if self.average else {}) | {
-            f"{kind}.{name}.{key}": tensor
-            for kind, optimizer in self.all.items()
+            f"{rule}.{name}.{key}": tensor
+            for rule, optimizer in self.all.items()
             for name, parameter in self.parameters.items()
             for key, tensor in optimizer.state.get(parameter, {}).items()
         }
@@ -128,21 +128,21 @@ class Optimizers:
     def load(self, state: dict[str, Tensor]) -> None:
         """Load what `state` returned."""
         state = self.average.take_up(state) if self.average else state
-        for (kind, name, field), tensor in self._joined(state).items():
+        for (rule, name, field), tensor in self._joined(state).items():
             parameter = self.parameters[name]
-            counter = field == "step" and (parameter.device.type == "cpu" or not isinstance(self.all[kind], AdamW))
+            counter = field == "step" and (parameter.device.type == "cpu" or not isinstance(self.all[rule], AdamW))
             device = "cpu" if counter else parameter.device
-            self.all[kind].state[parameter][field] = tensor.to(device, copy=True)
+            self.all[rule].state[parameter][field] = tensor.to(device, copy=True)
 
     def _joined(self, state: dict[str, Tensor]) -> dict[tuple[str, str, str], Tensor]:
         """Return a state by optimizer, parameter and name; one of an earlier version too, where each matrix of a
         parameter had tensors of its own (`muon.qkv.0.momentum_buffer`)."""
         parts_of: dict[tuple[str, str, str], list[Tensor]] = {}
         for key, tensor in state.items():
-            kind, _, rest = key.partition(".")
+            rule, _, rest = key.partition(".")
             name, _, field = rest.rpartition(".")
             whole = name if name in self.parameters else name.rpartition(".")[0]
-            parts_of.setdefault((kind, whole, field), []).append(tensor)
+            parts_of.setdefault((rule, whole, field), []).append(tensor)
         return {key: torch.cat(parts) if parts[0].dim() else parts[0] for key, parts in parts_of.items()}
 
     def prime(self) -> None:
@@ -188,7 +188,7 @@ def _adamw(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW | AdamW
 
 
 def _adadelta(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> Adadelta:
-    """Its weight decay is added to the gradient."""
+    """Build Adadelta, whose weight decay is added to the gradient."""
     return Adadelta(_groups(named, s.weight_decay), lr=s.learning_rate, rho=0.95, eps=1e-6)
 
 

@@ -103,7 +103,7 @@ def read_recipe(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}). Start the run again with --replace.") from None
     kinds = {"name": str, "options": dict, "steps": int | None, "place": str | None, "named": dict | None}
     record = content.get(RECORD)
-    fine = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+    fine = isinstance(record, dict) and all(isinstance(record.get(name), expected) for name, expected in kinds.items())
     if RECORD in content and not fine:
         raise UserError(f"{path} is damaged (its {RECORD} lacks a name, or options). Start again with --replace.")
     return content

@@ -63,14 +63,14 @@ class RunMetrics:
     def __enter__(self) -> "RunMetrics":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, error_type: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.file.close()
         for sink in self.sinks:
             sink.close()
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl; damaged ones, and an incomplete last one, as after a crash, are left out."""
+    """Return the lines of a run's metrics.jsonl, without damaged ones and an incomplete last one after a crash."""
     return read_lines(directory)[0]
 
 

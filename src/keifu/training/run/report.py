@@ -261,8 +261,8 @@ def _picture(path: Path) -> str:
 
 def _when(path: Path) -> str:
     """`step-00000100` as step 100; another name as it is."""
-    kind, _, number = path.stem.partition("-")
-    return f"step {int(number):,}" if kind == "step" and number.isdigit() else escape(path.stem.replace("_", " "))
+    prefix, _, number = path.stem.partition("-")
+    return f"step {int(number):,}" if prefix == "step" and number.isdigit() else escape(path.stem.replace("_", " "))
 
 
 def _data(recipe: Mapping[str, Any]) -> str:

@@ -107,6 +107,6 @@ class FixedStates:
 
 
 def _lazy_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zeros in memory of their own, which the system gives page by page when they are written."""
+    """Return zeros in separate memory, which the system gives page by page when they are written."""
     size = math.prod(shape) * like.element_size()
     return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size].view(like.dtype).view(shape)

@@ -276,5 +276,5 @@ class PackedCache:
         return group.attend_joined(q, self.pool, window, scoring)[None]
 
     def recur(self, rule: Rule, x: Float[Tensor, "1 length channels"]) -> Float[Tensor, "1 length out"]:
-        """Never run: a pool with states of fixed size is not joined."""
+        """Raise an error: a pool with states of fixed size is not joined."""
         raise NotImplementedError
