@@ -23,7 +23,7 @@ from keifu.commands.shared.recipe_files import recipe_module, recipe_names
 from keifu.commands.shared.recipe_options import computed, stored
 from keifu.errors import UserError
 
-HELPED = [*cli.VERBS]
+HELPED = [*cli.COMMANDS]
 LIGHT = """
 import sys
 from keifu.cli import main
@@ -52,7 +52,7 @@ def said(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture) -> None:
     cli.main(["--help"])
-    assert cli.VERBS.keys() <= set(capsys.readouterr().out.split())
+    assert cli.COMMANDS.keys() <= set(capsys.readouterr().out.split())
     for words in ([], ["help"], ["help", "help"], ["help", "--help"]):
         cli.main(words)
         assert capsys.readouterr().out == cli.help_text() + "\n"
@@ -158,15 +158,15 @@ def test_quiet_leaves_results_and_errors_alone(failing, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_knows_verbs_recipes_and_options(shell: str) -> None:
-    text = completion.script(shell, cli.VERBS)
-    assert all(word in text for word in [*cli.VERBS, "gpt1-finetune", "max-tokens"])
+    text = completion.script(shell, cli.COMMANDS)
+    assert all(word in text for word in [*cli.COMMANDS, "gpt1-finetune", "max-tokens"])
 
 
 def test_bash_completes() -> None:
     ask = 'COMP_WORDS=(keifu {}); COMP_CWORD={}; _keifu; echo "${{COMPREPLY[@]}}"'
     typed = [("ge", 1), ("train gpt", 2), ("train gpt --dep", 3), ("chat --te", 2)]
     asked = [ask.format(*words) for words in typed]
-    text = completion.script("bash", cli.VERBS) + "\n" + "\n".join(asked)
+    text = completion.script("bash", cli.COMMANDS) + "\n" + "\n".join(asked)
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
     assert done.stdout.splitlines() == ["generate", "gpt gpt1 gpt1-finetune gpt2 gpt3", "--depth", "--temperature"]
 
@@ -273,7 +273,7 @@ def failing(monkeypatch: pytest.MonkeyPatch):
             print(note, end="\n" if note else "", file=sys.stderr)
             raise error
 
-        monkeypatch.setitem(cli.VERBS, "fail", "fails")
+        monkeypatch.setitem(cli.COMMANDS, "fail", "fails")
         monkeypatch.setitem(sys.modules, "keifu.commands.fail", SimpleNamespace(parse=lambda arguments: run))
 
     return install

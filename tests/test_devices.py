@@ -9,7 +9,7 @@ import torch
 
 from keifu import cli, devices
 from keifu.commands.shared import flags
-from keifu.commands.shared.verbs import module_of
+from keifu.commands.shared.command_names import module_of
 from keifu.commands.train import _has
 from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError

@@ -10,9 +10,9 @@ from typing import get_type_hints
 
 import pytest
 
-from keifu.cli import VERBS
+from keifu.cli import COMMANDS
+from keifu.commands.shared.command_names import module_of
 from keifu.commands.shared.recipe_files import path_of, recipe_module, recipes
-from keifu.commands.shared.verbs import module_of
 from keifu.distributed.mesh import Mesh
 from keifu.recipes.options import _dataclass, _option
 
@@ -53,7 +53,7 @@ def of_recipe(name: str) -> frozenset[str]:
 def of_verbs() -> frozenset[str]:
     """Return the options of every command except train."""
     found = set(OF_TRAINING)
-    for verb in VERBS.keys() - {"train", "demo"}:
+    for verb in COMMANDS.keys() - {"train", "demo"}:
         own = vars(import_module(module_of(verb))).values()
         kinds = [each for each in own if isinstance(each, type) and is_dataclass(each)]
         found = found.union(*(names(kind) for kind in kinds if kind.__module__.startswith("keifu.commands")))

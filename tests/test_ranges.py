@@ -12,8 +12,8 @@ import pytest
 
 from keifu import cli
 from keifu.commands.shared import flags
+from keifu.commands.shared.command_names import COMMANDS, module_of
 from keifu.commands.shared.recipe_files import recipe_module, recipes
-from keifu.commands.shared.verbs import VERBS, module_of
 from keifu.errors import UserError
 from keifu.ranges import AT_LEAST_ZERO, COUNT, Count, Range, check, check_value, range_of
 from keifu.recipes.options import given, paths, put
@@ -24,7 +24,7 @@ def kinds() -> Iterator[tuple[str, type]]:
     """Yield the dataclass of every recipe's and command's options."""
     for name in recipes():
         yield name, recipe_module(name).Recipe
-    for verb in VERBS:
+    for verb in COMMANDS:
         module = import_module(module_of(verb))
         yield from ((verb, kind) for kind in vars(module).values() if is_own(kind, module))
 

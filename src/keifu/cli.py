@@ -1,4 +1,4 @@
-"""The command line: finds the verb and turns every error into one sentence; knows no verb's options or work."""
+"""The command line: finds the command and turns every error into one sentence; knows no command's options or work."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from keifu import __version__
-from keifu.commands.shared.verbs import VERBS, module_of
+from keifu.commands.shared.command_names import COMMANDS, module_of
 from keifu.errors import require_known
 from keifu.files import WINDOWS
 from keifu.threads import follow_load
@@ -27,21 +27,21 @@ keifu help COMMAND [RECIPE] prints its options. For all commands:
 
 def help_text() -> str:
     """Return the text of `keifu --help`."""
-    width = max(map(len, VERBS))
-    return "\n".join([USAGE, "", *(f"  {verb:{width}}  {line}" for verb, line in VERBS.items()), "", MORE])
+    width = max(map(len, COMMANDS))
+    return "\n".join([USAGE, "", *(f"  {command:{width}}  {line}" for command, line in COMMANDS.items()), "", MORE])
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
-    """Return the work that the arguments ask for, not yet begun; an unknown verb or option is a `UserError`."""
+    """Return the work that the arguments ask for, not yet begun; an unknown command or option is a `UserError`."""
     if all(word in ("-h", "--help", "help") for word in arguments):
         return lambda: print(help_text())
-    verb, *rest = arguments
-    if verb == "help":
+    command, *rest = arguments
+    if command == "help":
         return parse([*rest, "--help"])
-    if verb in ("-V", "--version", "version"):
+    if command in ("-V", "--version", "version"):
         return lambda: print(f"keifu {__version__}")
-    require_known("command", verb, VERBS)
-    return import_module(module_of(verb)).parse(rest)
+    require_known("command", command, COMMANDS)
+    return import_module(module_of(command)).parse(rest)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from keifu import checkpoints, cli
+from keifu.commands.shared.command_names import COMMANDS
 from keifu.commands.shared.recipe_files import recipe_names
-from keifu.commands.shared.verbs import VERBS
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import llama
 
@@ -132,9 +132,9 @@ def numbers(every: bool) -> Iterator[tuple[set[int], str]]:
 def rows(every: bool = True) -> list[tuple[set[int], str]]:
     """Every invocation, or one of each sort, and the exit statuses that it may have."""
     missing = [({1}, f"{verb} '{model}' {more}") for verb, more in WITH_MODELS.items() for model in NO_MODELS]
-    unknown = [({2}, f"{verb} --no-such-option") for verb in VERBS]
+    unknown = [({2}, f"{verb} --no-such-option") for verb in COMMANDS]
     unknown += [({2}, f"train {name} --nosuch") for name in recipe_names()]
-    helped = [({0}, f"help {verb}") for verb in VERBS] + [({0}, f"help train {name}") for name in recipe_names()]
+    helped = [({0}, f"help {verb}") for verb in COMMANDS] + [({0}, f"help train {name}") for name in recipe_names()]
     return [*missing, *numbers(every), *unknown, *helped, *(({status}, words) for status, words in OTHER)]
 
 

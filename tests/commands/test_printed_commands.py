@@ -47,7 +47,7 @@ def plain_names(path: Path) -> list[str]:
             elif "keifu " in before and isinstance(part, ast.FormattedValue):
                 command = before.rpartition("keifu ")[2]
                 text = ast.unparse(part.value)
-                if command.split(" ")[0] in cli.VERBS and text.split(".")[-1] in (
+                if command.split(" ")[0] in cli.COMMANDS and text.split(".")[-1] in (
                     "out",
                     "model",
                     "folder",

@@ -18,9 +18,9 @@ from command_wiring import STDOUT, Row, Table, reached
 from PIL import Image
 
 import keifu.serving.app  # noqa: F401 (its types are looked at before any is replaced)
+from keifu.commands.shared.command_names import COMMANDS, module_of
 from keifu.commands.shared.flags import OnDevice
 from keifu.commands.shared.help_text import arguments_of
-from keifu.commands.shared.verbs import VERBS, module_of
 from keifu.data.text.passages import Passage
 from keifu.evaluation.registry import EvalOptions
 from keifu.generation.speech.transcription import Segment, Transcript
@@ -473,7 +473,7 @@ def test_every_option_of_a_command_has_a_row(command: str) -> None:
 
 
 def test_every_command_has_a_table() -> None:
-    assert tables().keys() == VERBS.keys() - {*WITHOUT}
+    assert tables().keys() == COMMANDS.keys() - {*WITHOUT}
 
 
 @pytest.mark.parametrize("option", on_device())

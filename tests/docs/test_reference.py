@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from keifu.cli import main
+from keifu.commands.shared.command_names import COMMANDS
 from keifu.commands.shared.recipe_files import recipes
-from keifu.commands.shared.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs/reference"
@@ -54,7 +54,7 @@ def test_the_page_for_those_who_come_from_elsewhere_names_options_that_there_are
     named |= {
         option for command in re.findall(r"`keifu ([^`]*)`", page) for option in re.findall(r"--[a-z.-]+", command)
     }
-    for words in [[verb] for verb in VERBS] + [["train", name] for name in recipes()]:
+    for words in [[verb] for verb in COMMANDS] + [["train", name] for name in recipes()]:
         with suppress(SystemExit):
             main([*words, "--help"])
     told = capsys.readouterr().out

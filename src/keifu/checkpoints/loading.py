@@ -74,8 +74,8 @@ def _load(
         tokenizer, model = _adapted(path, tokenizer), _adapted_model(model, path, weights)
     else:
         load_plan = plan(open_source(path), dtype, device)
-        with ThreadPoolExecutor(1) as beside:  # the weights are read meanwhile
-            reading = beside.submit(load_plan.source.tokenizer)
+        with ThreadPoolExecutor(1) as pool:  # the weights are read meanwhile
+            reading = pool.submit(load_plan.source.tokenizer)
             model = _fill(load_plan, device, weights)
             tokenizer = _recommended(name, reading.result())
     if tokenizer is not None:

@@ -1,1 +1,1 @@
-"""The verbs of the command line, one file each with `parse(arguments)`."""
+"""The commands of the command line, one file each with `parse(arguments)`."""

@@ -73,7 +73,7 @@ def lines_from(text: str | None, file: Path | None) -> list[str]:
 
 
 def load_translator(name: str, weights: str | None = None) -> tuple[Any, Any]:
-    """Load a model that translates, and its tokenizer; for any other kind a `UserError` that names the verb for it."""
+    """Load a model that translates, and its tokenizer; for any other model a `UserError` names its command."""
     from keifu.checkpoints import load
     from keifu.generation.text.translation import explain_not_translator, is_translator
 

@@ -15,7 +15,7 @@ SMALL = {
     "model.dim": 32, "model.hidden-dim": 48, "model.n-layers": 2, "model.n-heads": 2, "model.context-length": 32,
     "masking.length": 32, "vocab-size": 150, "batch-size": 8, "warmup": 1, "precision": "float32",
 }  # fmt: skip
-NOUNS, VERBS = ("cat", "dog", "bird", "fish", "horse"), ("sees", "hears", "likes", "leaves")
+NOUNS, COMMANDS = ("cat", "dog", "bird", "fish", "horse"), ("sees", "hears", "likes", "leaves")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 short documents, each about one animal."""
     folder = tmp_path_factory.mktemp("text")
     documents = [
-        " ".join(f"The {NOUNS[n % 5]} {VERBS[(n + i) % 4]} the {NOUNS[(n * i) % 5]}." for i in range(6))
+        " ".join(f"The {NOUNS[n % 5]} {COMMANDS[(n + i) % 4]} the {NOUNS[(n * i) % 5]}." for i in range(6))
         for n in range(120)
     ]
     (folder / "animals.jsonl").write_text("\n".join(json.dumps({"text": each}) for each in documents))

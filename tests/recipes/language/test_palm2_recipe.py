@@ -20,14 +20,14 @@ SMALL = {
     "model.dim": 32, "model.hidden-dim": 48, "model.n-layers": 2, "model.n-heads": 2, "model.head-dim": 16,
     "model.context-length": 32, "vocab-size": 460, "batch-size": 8, "warmup": 1, "precision": "float32",
 }  # fmt: skip
-NOUNS, VERBS = ("cat", "dog", "bird", "fish", "horse"), ("sees", "hears", "likes", "leaves")
+NOUNS, COMMANDS = ("cat", "dog", "bird", "fish", "horse"), ("sees", "hears", "likes", "leaves")
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three small texts, one of them pairs, and the file that mixes them."""
     folder = tmp_path_factory.mktemp("mixture")
-    prose = "".join(f"The {NOUNS[n % 5]} {VERBS[n % 4]} the {NOUNS[n * 7 % 5]} in {n} houses. " for n in range(500))
+    prose = "".join(f"The {NOUNS[n % 5]} {COMMANDS[n % 4]} the {NOUNS[n * 7 % 5]} in {n} houses. " for n in range(500))
     (folder / "prose.txt").write_text(prose)
     (folder / "sums.txt").write_text("".join(f"{n} + {n + 1} = {2 * n + 1}\n" for n in range(700)))
     (folder / "pairs.tsv").write_text("".join(f"{n} 匹の猫\t{n} cats\n" for n in range(1, 900)))

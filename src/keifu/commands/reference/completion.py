@@ -1,4 +1,4 @@
-"""`keifu completion`: a shell script that completes verbs, recipes and options."""
+"""`keifu completion`: a shell script that completes commands, recipes and options."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from typing import Annotated, Literal
 import tyro
 
 from keifu.commands.shared import flags
+from keifu.commands.shared.command_names import COMMANDS, module_of
 from keifu.commands.shared.help_text import Argument, arguments_of
 from keifu.commands.shared.recipe_files import recipe_names
 from keifu.commands.shared.recipe_options import stored
-from keifu.commands.shared.verbs import VERBS, module_of
 
 BASH = """\
 _keifu() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" words="" key="${{COMP_WORDS[1]}}"
     [ "$key" = train ] && [ "$COMP_CWORD" -gt 2 ] && key="train ${{COMP_WORDS[2]}}"
     if [ "$COMP_CWORD" -eq 1 ]; then
-        words="{verbs}"
+        words="{commands}"
     else
         case "$key" in
 {cases}
@@ -32,7 +32,7 @@ ZSH = "autoload -U +X compinit && compinit -u\nautoload -U +X bashcompinit && ba
 
 @dataclass(frozen=True)
 class Options:
-    """What makes a shell complete keifu's verbs, recipes and options with the Tab key.
+    """What makes a shell complete keifu's commands, recipes and options with the Tab key.
 
     bash: add `eval "$(keifu completion bash)"` to ~/.bashrc, or zsh with zsh to ~/.zshrc; for fish:
     keifu completion fish > ~/.config/fish/completions/keifu.fish
@@ -41,32 +41,32 @@ class Options:
     shell: Annotated[tyro.conf.Positional[Literal["bash", "zsh", "fish"]], tyro.conf.arg(help="The shell.")]
 
 
-def words_of_verbs(verbs: Sequence[str]) -> dict[str, list[Argument]]:
+def words_of_commands(commands: Sequence[str]) -> dict[str, list[Argument]]:
     """Return the words that may follow each command, and `train RECIPE` for each recipe."""
-    kinds = {v: import_module(module_of(v)).Options for v in verbs if v not in ("train", "demo")}
+    kinds = {v: import_module(module_of(v)).Options for v in commands if v not in ("train", "demo")}
     of_recipes = {f"train {name}": arguments for name, arguments in stored().items()}
     return {key: arguments_of(cls) for key, cls in kinds.items()} | of_recipes
 
 
-def script(shell: str, verbs: dict[str, str]) -> str:
+def script(shell: str, commands: dict[str, str]) -> str:
     """Return the script for a shell."""
-    given = words_of_verbs([*verbs])
+    given = words_of_commands([*commands])
     if shell == "fish":
-        return "\n".join(_fish(given, verbs))
+        return "\n".join(_fish(given, commands))
     cases = {key: flags.names_of(arguments) for key, arguments in given.items()} | {"train": recipe_names()}
     lines = [f'            "{key}") words="{" ".join(words)}";;' for key, words in cases.items()]
-    text = BASH.format(verbs=" ".join([*verbs, "help", "version"]), cases="\n".join(lines))
+    text = BASH.format(commands=" ".join([*commands, "help", "version"]), cases="\n".join(lines))
     return f"{ZSH}{text}" if shell == "zsh" else text
 
 
-def _fish(given: dict[str, list[Argument]], verbs: dict[str, str]) -> list[str]:
+def _fish(given: dict[str, list[Argument]], commands: dict[str, str]) -> list[str]:
     begin = "complete -c keifu -n"
-    lines = [f"{begin} __fish_use_subcommand -a {verb} -d {_quoted(line)}" for verb, line in verbs.items()]
+    lines = [f"{begin} __fish_use_subcommand -a {command} -d {_quoted(line)}" for command, line in commands.items()]
     second = "__fish_seen_subcommand_from train; and test (count (commandline -opc)) -eq 2"
     lines.append(f"{begin} {_quoted(second)} -a {_quoted(' '.join(recipe_names()))}")
     for key, arguments in given.items():
-        verb, _, recipe = key.partition(" ")
-        seen = f"__fish_seen_subcommand_from {verb}"
+        command, _, recipe = key.partition(" ")
+        seen = f"__fish_seen_subcommand_from {command}"
         seen += f"; and contains -- {recipe} (commandline -opc)" if recipe else ""
         for argument in arguments:
             for name in flags.names_of([argument]):
@@ -80,7 +80,7 @@ def _quoted(text: str) -> str:
 
 def run(options: Options) -> None:
     """Print the script."""
-    print(script(options.shell, VERBS))
+    print(script(options.shell, COMMANDS))
 
 
 parse = flags.parser(Options, run, "keifu completion")

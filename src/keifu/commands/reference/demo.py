@@ -1,4 +1,4 @@
-"""`keifu demo`: the recipe of that name as a verb."""
+"""`keifu demo`: the recipe of that name as a command."""
 
 from collections.abc import Callable, Sequence
 

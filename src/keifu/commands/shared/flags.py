@@ -1,4 +1,4 @@
-"""A dataclass's fields as a verb's options; errors in them as one sentence."""
+"""A dataclass's fields as a command's options; errors in them as one sentence."""
 
 import inspect
 import re
@@ -41,7 +41,7 @@ Weights = Annotated[str | None, tyro.conf.arg(metavar="f32|bf16|int8|int4|int4_p
     "Format of weights for native computation on the CPU (docs/native.md). Unset: as they are stored."
 ))]  # fmt: skip
 RESULTS = ("out", "output", "strip", "picture")  # options that name what is written; a folder where one is usual
-FOLDERS = ("prepare",)  # actions of verbs that write a folder where others write a file
+FOLDERS = ("prepare",)  # actions of commands that write a folder where others write a file
 NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 
 
@@ -91,7 +91,7 @@ class Packed(OnDevice):
 
 @dataclass(frozen=True)
 class Continuation(SamplingParams):
-    """How a model continues a text. `--stop` may be given several times; log-probabilities are for each verb to ask."""
+    """How a model continues a text. `--stop` may be given several times; commands set log-probabilities."""
 
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     log_probabilities: tyro.conf.Suppress[bool] = False
@@ -103,7 +103,7 @@ HAD_DTYPE = ("keifu draw", "keifu embed")
 
 
 def parser(cls: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:
-    """Return a verb's `parse`: from its words to the work they ask for, not yet begun."""
+    """Return a command's `parse`: from its words to the work they ask for, not yet begun."""
 
     def parsed(arguments: Sequence[str]) -> Callable[[], None]:
         options = parse(cls, without_dtype(arguments) if program in HAD_DTYPE else arguments, program)
@@ -150,7 +150,7 @@ def parse(
 ) -> Options:
     """Return the options of the dataclass from words; wrong words are a `UserError`, and `--help` prints and exits.
 
-    `usual` has the values of options that are not given, in place of those of `cls`.
+    `usual` has the values of options that are not given, instead of those of `cls`.
     """
     if asks_for_help(arguments):
         show_help(arguments_of(cls), program, inspect.cleandoc(cls.__doc__ or ""))

@@ -1,4 +1,4 @@
-"""The text of `--help`: usage, what a verb does, and a line for each argument and option."""
+"""The text of `--help`: usage, what a command does, and a line for each argument and option."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""Inputs of verbs: models with their tokenizers, texts from arguments, files and pipes, and image files among them."""
+"""Inputs of commands: models with their tokenizers, texts from arguments, files and pipes, and image files."""
 
 import re
 import sys

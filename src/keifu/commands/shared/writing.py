@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OWN = tyro.conf.arg(help_behavior_hint="(unset: the model's own)")
 FILTERS = ("top_k", "top_p", "min_p")
-REPORTED = ("seed", "log_probabilities", "top_log_probabilities", "logit_bias")  # elsewhere, or no option of a verb
+REPORTED = ("seed", "log_probabilities", "top_log_probabilities", "logit_bias")  # elsewhere, or no option of a command
 
 
 @dataclass(frozen=True)

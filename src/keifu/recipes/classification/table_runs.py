@@ -62,15 +62,14 @@ def check_cut(cut: int | None, least: int, limit: int) -> None:
 
 
 def encode(
-    recipe: TableOptions, model: Any, tokenizer: Tokenizer, training: Examples, held: Examples,
-    batch_class: type[EncodedTexts],
-) -> TableTask:  # fmt: skip
-    """Make the task of these examples; all labels must be among the model's own; `batch_class` makes its batches."""
+    recipe: TableOptions, model: Any, tokenizer: Tokenizer, training: Examples, held: Examples, make: type[EncodedTexts]
+) -> TableTask:
+    """Make the task of these examples; all labels must be among the model's own; `make` makes its batches."""
     judge = text_classifier(model, tokenizer)
 
     def as_ids(part: Examples) -> tuple[EncodedTexts, int]:
         rows, cut = judge.read(part, recipe.cut or judge.limit, recipe.cut is not None)
-        return batch_class(rows, judge.targets(part)), cut
+        return make(rows, judge.targets(part)), cut
 
     (learned, cut), (asked, also_cut) = as_ids(training), as_ids(held)
     return TableTask(model, tokenizer, learned, asked, held, cut + also_cut)

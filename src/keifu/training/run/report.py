@@ -114,7 +114,7 @@ def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -
 def write_page(
     directory: Path, title: str, text: str, facts: Mapping[str, Any], pictures: Mapping[str, bytes], table: str = ""
 ) -> None:
-    """Write report.html of what did not use the training loop, and each picture as PNG beside it under its name."""
+    """Write report.html of what did not use the training loop, and each picture as PNG next to it under its name."""
     for name, picture in pictures.items():
         write_atomic(directory / f"{name}.png", picture)
     short = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in facts.items()}
@@ -237,7 +237,7 @@ def _by_source(figures: Mapping[str, float | int]) -> str:
 
 
 def _samples(directory: Path) -> Iterable[str]:
-    """Return the texts by step, the last one open, and pictures: those sampled and those beside the report."""
+    """Return the texts by step, the last one open, and pictures: those sampled and those next to the report."""
     texts = sorted((directory / SAMPLES).glob("*.txt"))
     if texts:
         yield _section("Samples", "".join(_text(path, path == texts[-1]) for path in texts))

@@ -1,6 +1,6 @@
-"""The verbs of the command line, and what each does in a few words."""
+"""The commands of the command line, and what each does in a few words."""
 
-VERBS = {  # each is a file of that name in keifu/commands, or in its folder reference
+COMMANDS = {  # each is a file of that name in keifu/commands, or in its folder reference
     "train": "train a model by a recipe; without a recipe, list them",
     "generate": "continue a text with a model",
     "chat": "talk with a model in the terminal",
@@ -27,6 +27,6 @@ VERBS = {  # each is a file of that name in keifu/commands, or in its folder ref
 REFERENCE = ("inspect", "models", "lineage", "plan", "completion", "demo", "eject")
 
 
-def module_of(verb: str) -> str:
+def module_of(command: str) -> str:
     """Return the name of a command's module."""
-    return f"keifu.commands.{'reference.' * (verb in REFERENCE)}{verb}"
+    return f"keifu.commands.{'reference.' * (command in REFERENCE)}{command}"
