@@ -69,7 +69,7 @@ class Options(flags.OnDevice):
     size: str | None = None
     """Pixels of a side, or WIDTHxHEIGHT; unset, those that the model was trained with."""
     init: Annotated[Path | None, tyro.conf.arg(metavar="PICTURE")] = None
-    """A picture to begin with, in place of noise alone; its size is the drawing's unless --size says another. A model
+    """A picture to begin with, instead of noise alone; its size is the drawing's unless --size says another. A model
     that draws by way of an embedding (unCLIP) varies it: what it shows is kept, its pixels are not."""
     strength: PositiveShare | None = None
     """Share of the steps that --init is drawn anew with, up to 1. Unset: 0.8, with a mask 1."""

@@ -52,7 +52,7 @@ class Options(flags.Packed):
     block: Count | None = None
     """Masks that such a model fills before those behind them; unset: 32."""
     gap: Count | None = None
-    """Tokens that such a model puts in place of each ___ in the text, instead of continuing it."""
+    """Tokens that such a model writes for each ___ in the text, instead of continuing it."""
     vote: Count | None = None
     """Number of texts that are drawn; the first of the most frequent ones is printed (self-consistency)."""
     best_of: Count | None = None

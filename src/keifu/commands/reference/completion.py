@@ -32,7 +32,7 @@ ZSH = "autoload -U +X compinit && compinit -u\nautoload -U +X bashcompinit && ba
 
 @dataclass(frozen=True)
 class Options:
-    """What makes a shell complete keifu's commands, recipes and options with the Tab key.
+    """Shell completion of keifu's commands, recipes and options with the Tab key.
 
     bash: add `eval "$(keifu completion bash)"` to ~/.bashrc, or zsh with zsh to ~/.zshrc; for fish:
     keifu completion fish > ~/.config/fish/completions/keifu.fish
