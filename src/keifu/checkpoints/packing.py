@@ -84,7 +84,7 @@ def bytes_in_blocks(load_plan: LoadPlan) -> int:
     total = load_plan.parameters * size
     for link in filter(partial(_stays_packed, load_plan), load_plan.links):
         for name, rows in zip(link.theirs, link.rows, strict=True):
-            form = FORMATS[load_plan.source.stored[name].kind]
+            form = FORMATS[load_plan.source.stored[name].format]
             numbers = rows * math.prod(link.shape[1:])
             total += numbers // form.numbers * form.bytes - numbers * size
     return total
