@@ -8,7 +8,7 @@ starts and connects processes, and splits a model over them.
 Axes: row = of a batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from math import ceil
@@ -45,7 +45,8 @@ class Processes:
     rank: the number of this process, from 0. data_rank, data_size: the number of this process among those that share
     each batch, and how many they are; data_group: these processes, None: all. is_replicated: whether each process has
     the whole model. pod: the shards of this process (`keifu.distributed.pod.Pod`) if the model is split. pods: the
-    number of processes with the same shards, `pods_group`.
+    number of processes with the same shards, `pods_group`. overlaps: whether gradients are summed over the processes
+    during the last backward pass of a step. filled: identities of parameters whose gradient that pass has set to zeros.
     """
 
     rank = 0
@@ -55,6 +56,8 @@ class Processes:
     pod: Any = None
     pods = 1
     pods_group: Any = None
+    overlaps = False
+    filled: Collection[int] = ()
 
     def __init__(self, data_rank: int = 0, data_size: int = 1):
         self.data_rank, self.data_size = data_rank, data_size
@@ -82,11 +85,13 @@ class Processes:
         """Split a module over the processes from outside. dtype: of its weights during a pass; None: as they are."""
         return module
 
-    def set_last_backward(self, module: Any, last: bool) -> None:
-        """Set whether the next backward pass of a split module is the last of its step.
+    @contextmanager
+    def backward(self, module: Any, last: bool) -> Iterator[None]:
+        """Run the backward pass of a module in this block; last: whether it is the last one of its step.
 
         Gradients of earlier passes stay on their process.
         """
+        yield
 
     def discard_gradients(self, module: Any) -> None:
         """Free the gradients of a step that is given up."""
@@ -158,23 +163,25 @@ class Processes:
         all.
 
         A parameter that no rank has a gradient of has none afterwards; where only some ranks have one, the others add
-        zeros. FSDP has already added up those that it has sharded (DTensors) over the processes of a pod.
+        zeros. FSDP has already added up those that it has sharded (DTensors) over the processes of a pod; those of
+        processes that `overlap` are added up over all ranks.
         """
         from torch.distributed.tensor import DTensor  # takes a second to import
 
-        used = torch.tensor([p.grad is not None for p in parameters.values()], dtype=torch.int32)
+        own = [p.grad is not None and id(p) not in self.filled for p in parameters.values()]
+        used = torch.tensor(own, dtype=torch.int32)
         if self.data_size > 1:
             used = used.to(next(iter(parameters.values())).device)
             distributed.all_reduce(used, distributed.ReduceOp.MAX, group=self.data_group)
-        chosen = {n: p for (n, p), wanted in zip(parameters.items(), used.tolist(), strict=True) if wanted}
-        for p in chosen.values():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        sharded = {name: p.grad.to_local() for name, p in chosen.items() if isinstance(p.grad, DTensor)}
-        whole = {name: p.grad for name, p in chosen.items() if p.grad is not None and name not in sharded}
+        for p, wanted in zip(parameters.values(), used.tolist(), strict=True):
+            p.grad = None if not wanted else torch.zeros_like(p) if p.grad is None else p.grad
+        sharded = {name: p.grad.to_local() for name, p in parameters.items() if isinstance(p.grad, DTensor)}
+        whole = {name: p.grad for name, p in parameters.items() if p.grad is not None and name not in sharded}
         if self.pod:
             self.pod.complete(whole | sharded)
-        sum_in_order([*whole.values()], self.data_size, self.data_group)
-        sum_in_order([*sharded.values()], self.pods, self.pods_group)
+        if not self.overlaps:
+            sum_in_order([*whole.values()], self.data_size, self.data_group)
+            sum_in_order([*sharded.values()], self.pods, self.pods_group)
         gradients = whole | sharded
         norm = self.pod.norm(gradients) if self.pod else get_total_norm([*gradients.values()])
         return [*gradients.values()], norm
@@ -251,7 +258,7 @@ def sum_in_order(tensors: Sequence[Tensor], world: int, group: Any = None) -> No
     """
     if world == 1:
         return
-    for bucket in _buckets(tensors):
+    for bucket in buckets(tensors, BUCKET):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         padded = F.pad(flat, (0, -len(flat) % world))
         received = torch.empty_like(padded)
@@ -262,14 +269,14 @@ def sum_in_order(tensors: Sequence[Tensor], world: int, group: Any = None) -> No
             tensor.copy_(part.view_as(tensor))
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the tensors of one type, together about `BUCKET` elements."""
+def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Yield the tensors of one type, together about `size` elements."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         bucket, filled = [], 0
         for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
             bucket.append(tensor)
             filled += tensor.numel()
-            if filled >= BUCKET:
+            if filled >= size:
                 yield bucket
                 bucket, filled = [], 0
         if bucket:

@@ -217,9 +217,9 @@ def exchanges(kind: str, folder: Path, rows: int = 8, micro_batch: int = 8) -> d
         found[name] |= {key: count for key, count in exchanged.counts.items() if count}
         trainer.drop_gradients()
         if name == "counted" and micro_batch < rows:
-            trainer.processes.set_last_backward(trainer.module, False)
             parts = trainer._micro_batches(make(1, rows))
-            next(trainer._losses(parts, trainer.processes, 0)).total.backward()
+            with trainer.processes.backward(trainer.module, last=False):
+                next(trainer._losses(parts, trainer.processes, 0)).total.backward()
             trainer.drop_gradients()
     return found
 

@@ -6,20 +6,22 @@ They exchange tensors through torch.distributed, and short texts through its sto
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from itertools import chain
 from typing import Any
 from uuid import uuid4
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 
-from keifu.devices import choose
+from keifu.devices import choose, chosen
 from keifu.distributed import checkpoint
 from keifu.distributed.failures import exchange_failed
 from keifu.distributed.mesh import Mesh
@@ -27,9 +29,52 @@ from keifu.distributed.pod import Pod, parallelize
 from keifu.distributed.tensor import tensor_parallel
 from keifu.errors import UserError
 from keifu.layers.lazy import settle
-from keifu.processes import Processes, use
+from keifu.processes import Processes, buckets, use
 
 KEPT = 100  # values that stay in the store
+BUCKET = 2**22  # elements of gradients that are exchanged at a time during a backward pass
+
+
+class OverlappedSum:
+    """Sum of gradients over the processes of a group, in buckets, while a backward pass in this block computes others.
+
+    All processes exchange the buckets in one order, the last parameters first. A parameter without a gradient gets
+    zeros; the block has the set of the identities of these.
+    """
+
+    def __init__(self, parameters: Sequence[Any], group: Any):
+        self.buckets = [*buckets(parameters[::-1], BUCKET)]
+        self.missing = [*map(len, self.buckets)]
+        self.group: Any = group or distributed.group.WORLD
+        self.works, self.hooks, self.filled = list[Any](), list[Any](), set[int]()
+
+    def __enter__(self) -> set[int]:
+        for number, bucket in enumerate(self.buckets):
+            self.hooks += [p.register_post_accumulate_grad_hook(partial(self._count, number)) for p in bucket]
+        return self.filled
+
+    def _count(self, number: int, _: Tensor) -> None:
+        self.missing[number] -= 1
+        while len(self.works) < len(self.buckets) and not self.missing[len(self.works)]:
+            self._start()
+
+    def _start(self) -> None:
+        gradients = [p.grad for p in self.buckets[len(self.works)]]
+        self.works.append(self.group.allreduce_coalesced(gradients))
+
+    def __exit__(self, error: object, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        if error:
+            return
+        for p in chain(*self.buckets):
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+                self.filled.add(id(p))
+        while len(self.works) < len(self.buckets):
+            self._start()
+        for work in self.works:
+            work.wait()
 
 
 class Group(Processes):
@@ -48,6 +93,8 @@ class Group(Processes):
         self.devices = init_device_mesh(device.type, (pods, shard, tensor), mesh_dim_names=self.shape._fields)
         self.data_group = None if tensor == 1 else self.devices["pods", "shard"]._flatten("data").get_group()
         self.pods, self.pods_group = pods, None if self.is_replicated else self.devices.get_group("pods")
+        sums = mesh.gradient_sum or ("ordered" if device.type != "cuda" or chosen().deterministic else "overlapped")
+        self.overlaps = pods > 1 and sums == "overlapped"
         self.pod_group = None if pods == 1 else self.devices["shard", "tensor"]._flatten("pod").get_group()
         self.states = checkpoint.States(self.is_main)
         self.values = 0
@@ -80,16 +127,22 @@ class Group(Processes):
             layouts, partial = {}, set()
             if self.shape.tensor > 1:
                 layouts, partial = tensor_parallel(module.model, self.devices["tensor"])
-            self.modules[id(module.model)] = parallelize(module, self.mesh, self.devices, dtype)
+            axes = self.devices["pods", "shard"] if self.overlaps else self.devices["shard"]
+            self.modules[id(module.model)] = parallelize(module, self.mesh, axes, dtype)
             settle(module)
             if not self.is_replicated:
                 self.pod = Pod(module.model, self.devices, self.pod_group, layouts, partial)
         return self.modules[id(module.model)]
 
-    def set_last_backward(self, module: Any, last: bool) -> None:
+    @contextmanager
+    def backward(self, module: Any, last: bool) -> Iterator[None]:
+        whole = [p for p in module.parameters() if p.requires_grad and not (self.shape.shard > 1 and p.dim())]
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last or self.mesh.sync_each)
+            module.set_requires_all_reduce(last)
             module.set_is_last_backward(last)
+        with OverlappedSum(whole if last and self.overlaps else [], self.data_group) as self.filled:
+            yield
 
     def discard_gradients(self, module: Any) -> None:
         for part in module.modules():

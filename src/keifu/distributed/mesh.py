@@ -1,7 +1,7 @@
 """The mesh: how many processes share a model, and how. Options of `keifu train`, and how they fit the processes."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from keifu.errors import UserError
 from keifu.ranges import Count
@@ -37,6 +37,9 @@ class Mesh:
     sync_each: bool = False
     """Exchange gradients within a pod after each micro-batch (with shard): no process keeps those of all weights, but
     there are more exchanges."""
+    gradient_sum: Literal["ordered", "overlapped"] | None = None
+    """Sum of gradients over pods. ordered: after the backward pass, with the same bits each time. overlapped: in parts
+    during the last backward pass of a step (HSDP). Unset: overlapped on GPUs without --deterministic, else ordered."""
     compile_blocks: bool = False
     """Compile each block with torch.compile."""
     time_limit: Count = 600

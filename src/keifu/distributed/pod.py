@@ -88,8 +88,9 @@ class Pod:
 def parallelize(module: nn.Module, mesh: Mesh, devices: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """Split a module over the axis `shard` of a device mesh as `mesh` says.
 
-    The units are the blocks that the model lists. Gradients are summed over that axis, in float32. With a `dtype` of
-    16 bits the weights are gathered in it, so that autocast keeps no copies of them.
+    The units are the blocks that the model lists. Gradients are summed over all axes of `devices`, in float32: with the
+    axis `pods` before `shard` it is HSDP. With a `dtype` of 16 bits the weights are gathered in it, so that autocast
+    keeps no copies of them.
     """
     blocks = blocks_of(module)
     if not blocks and mesh.compile_blocks:
@@ -112,9 +113,7 @@ def parallelize(module: nn.Module, mesh: Mesh, devices: Any, dtype: torch.dtype 
     total = torch.float32 if half else None
     for part in (*units, module):  # the inner ones first
         policy = MixedPrecisionPolicy(half, total, cast_forward_inputs=part is not module)  # a batch stays as it is
-        made = fully_shard(
-            part, mesh=devices["shard"], ignored_params=scalars, offload_policy=offload, mp_policy=policy
-        )
+        made = fully_shard(part, mesh=devices, ignored_params=scalars, offload_policy=offload, mp_policy=policy)
         made.set_gradient_divide_factor(1.0)
         made.set_force_sum_reduction_for_comms(True)
     return module

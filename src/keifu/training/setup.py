@@ -47,6 +47,8 @@ def set_up(
     check_alike(described)
     if isinstance(data, OnPolicy) and not current().is_replicated:
         raise UserError("Rollouts need the whole model on each process: leave out --mesh.shard and --mesh.tensor.")
+    if settings.deterministic and current().overlaps:
+        raise UserError("--deterministic needs gradients summed in order: give --mesh.gradient-sum ordered.")
     if saved:
         _tell_changes(saved, length, settings, described, tell)
     resolved = _as_resolved(saved, device, tell) if saved else {}

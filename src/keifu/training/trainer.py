@@ -98,10 +98,10 @@ class Trainer:
                 if stop():
                     self.drop_gradients()
                     return None
-                self.processes.set_last_backward(self.module, number == len(parts))
                 if not scale.is_set:
                     scale.begin(self.processes.broadcast(float(outcome.weight)))
-                (outcome.total * scale.factor if scale.moves else outcome.total).backward()
+                with self.processes.backward(self.module, number == len(parts)):
+                    (outcome.total * scale.factor if scale.moves else outcome.total).backward()
                 sums += Sums.of(outcome)
         finally:
             self.dropout.clear()
@@ -165,11 +165,11 @@ class Trainer:
     def halve(self, batch: Batch) -> bool:
         """Halve the number of rows of such a batch that are computed at a time, from now on.
 
-        Return False if it is 1 already, or if processes exchange tensors in each pass: then all need the same passes.
+        Return False if it is 1 already, or if processes exchange tensors in a pass: then all need the same passes.
         """
         rows = min(self._rows(batch), rows_of(batch))
         whole_batch = self.processes.data_size > 1 and isinstance(self.objective, WholeBatchObjective)
-        if rows < 2 or whole_batch or not self.processes.is_replicated:
+        if rows < 2 or whole_batch or self.processes.overlaps or not self.processes.is_replicated:
             return False
         self.micro_batch = rows // 2
         self.row_elements = None if self.row_elements is None else row_elements(batch)
