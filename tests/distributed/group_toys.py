@@ -30,6 +30,7 @@ from keifu.checkpoints.loading import load_model
 from keifu.checkpoints.lora.peft import save_adapter
 from keifu.data.chat.packing import TurnMasks
 from keifu.data.chat.preferences import Pair
+from keifu.distributed import group as groups
 from keifu.distributed.group import Group, join
 from keifu.distributed.mesh import Mesh
 from keifu.layers.diffusion.noise_schedule import Noise
@@ -395,7 +396,7 @@ def start(folder: Path, cases: list[dict[str, Any]], world: int) -> dict[str, An
 
 def work(folder: Path, cases: list[dict[str, Any]]) -> None:
     """Trains every case as one of several processes."""
-    found = {}
+    found, groups.BUCKET = {}, 2**12  # several buckets of a small model
     with join(Mesh()) as first:
         for case in cases:
             name, mesh = case.pop("name"), Mesh(**case.pop("mesh", {}))

@@ -4,6 +4,7 @@ The table of models is the one of `tests/test_learning.py`, so that a new model 
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ def build(name: str, dropout: float = 0.1) -> nn.Module:
     return module.build(type(config)(**{**vars(config), "dropout": dropout})).train()
 
 
-def trained(name: str) -> dict[str, Tensor]:
+def trained(name: str, micro_batch: int = 2) -> dict[str, Tensor]:
     """Return the weights after some steps on the processes of the current mesh, gathered."""
     torch.set_num_threads(1)
     model = build(name)
     settings = Settings(
-        steps=STEPS, warmup=1, batch_size=ROWS, micro_batch=2, learning_rate=1e-2, weight_decay=0.0,
+        steps=STEPS, warmup=1, batch_size=ROWS, micro_batch=micro_batch, learning_rate=1e-2, weight_decay=0.0,
         epsilon=1e-3, precision="float32", schedule="constant",
     )  # fmt: skip
     trainer = Trainer(model, causal_language_modeling, settings)
@@ -49,13 +50,13 @@ def trained(name: str) -> dict[str, Tensor]:
     return {name: current().full_tensor(name, p.detach()).clone() for name, p in names.items()}
 
 
-def every_model(folder: Path) -> dict[str, Any]:
+def every_model(folder: Path, names: Iterable[str] = LANGUAGE_MODELS, micro_batch: int = 2) -> dict[str, Any]:
     """Write the weights of each model that trained on the current mesh. Returns the refusals of the others."""
     folder.mkdir(exist_ok=True)
     refused = {}
-    for name in LANGUAGE_MODELS:
+    for name in names:
         try:
-            weights = trained(name)
+            weights = trained(name, micro_batch)
         except UserError as error:
             refused[name] = str(error)
             continue

@@ -21,6 +21,7 @@ from keifu.recipes.assistant.finetuning import Lora, to_train
 
 Found = dict[str, Any]
 ADAPTED = ["gpt2-lora", "llama-lora", "palm-lora"]
+OVERLAPPED: dict[str, Any] = {"gradient_sum": "overlapped"}
 
 
 def close(found: Found, expected: Found, tolerance: float = 1e-6) -> None:
@@ -30,7 +31,7 @@ def close(found: Found, expected: Found, tolerance: float = 1e-6) -> None:
 
 
 def cases(meshes: list[dict[str, Any]], kinds: list[str], **more: Any) -> list[dict[str, Any]]:
-    return [{"name": f"{kind}{place}", "kind": kind, "mesh": mesh, **more}
+    return [{"name": f"{kind}{place}", "kind": kind.removesuffix("-overlapped"), "mesh": mesh, **more}
             for kind in kinds for place, mesh in enumerate(meshes)]  # fmt: skip
 
 
@@ -54,8 +55,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found
     wanted += [{"name": f"peak{again}", "work": "peak", "mesh": {"shard": 2, "activation_checkpointing": again}}
                for again in (False, True)]  # fmt: skip
     wanted += [{"name": f"every-{axis}", "work": "every_model", "mesh": {axis: 2}} for axis in ("shard", "tensor")]
+    wanted.append({"name": "every-pods", "work": "every_model", "mesh": OVERLAPPED})
+    wanted += cases([OVERLAPPED], ["ddpm-overlapped", "clip-overlapped"], steps=8)
     wanted.append({"name": "saved", "work": "saved", "mesh": {"shard": 2}})
-    wanted += counted([{}, {"shard": 2}, {"shard": 2, "sync_each": True}])
+    wanted += counted([{}, {"shard": 2}, {"shard": 2, "sync_each": True}, OVERLAPPED])
     return folder, group_toys.start(folder, wanted, 2)
 
 
@@ -116,12 +119,14 @@ def test_what_is_one_matrix_in_the_file_is_written_as_one(axis: str, two: Any, t
     torch.testing.assert_close(found, load_file(tmp_path / "model.safetensors"), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("place", "adds"), [(0, 1), (1, 1), (2, 4)], ids=["whole", "shard", "sync each"])
+@pytest.mark.parametrize(
+    ("place", "adds"), [(0, 1), (1, 1), (2, 4), (3, 1)], ids=["whole", "shard", "sync each", "overlapped"]
+)
 def test_gradients_are_exchanged_once_a_step(place: int, adds: int, two: Any) -> None:
     """However many micro-batches; unless the mesh asks for more. Weights are gathered for each pass; the numbers are
     those of one micro-batch, after a step that was given up too."""
     one, four = (two[1][f"counted{place}-{parts}"] for parts in (1, 4))
-    for name in ("alltoall_base_", "_reduce_scatter_base_", "allreduce_", "allgather_"):
+    for name in ("alltoall_base_", "_reduce_scatter_base_", "allreduce_", "allgather_", "allreduce_coalesced_"):
         assert four["counted"].get(name, 0) == one["counted"].get(name, 0) * (adds if "scatter" in name else 1), name
     assert four["counted"].get("_allgather_base_", 0) == 4 * one["counted"].get("_allgather_base_", 0)
     for name in ("loss", "norm"):
@@ -141,14 +146,19 @@ UNSPLIT = ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "gpt-oss", "gemma2", 
 REFUSED = {(name, "tensor"): "which tensor parallelism cannot split" for name in UNSPLIT}
 
 
-@pytest.mark.parametrize("axis", ["shard", "tensor"])
+@pytest.mark.parametrize("axis", ["shard", "tensor", "pods"])
 @pytest.mark.parametrize("name", language_models.LANGUAGE_MODELS)
 def test_a_language_model_on_two_processes_learns_the_weights_of_one(name: str, axis: str, two: Any) -> None:
     """Weights, not losses: a gradient that is summed over half of the processes hardly changes a loss."""
     if (name, axis) in REFUSED:
         assert REFUSED[name, axis] in two[1][f"every-{axis}"][name]
         return
-    found, alone = load_file(two[0] / f"every-{axis}" / f"{name}.safetensors"), language_models.trained(name)
+    same_weights(two[0] / f"every-{axis}", name)
+
+
+def same_weights(folder: Path, name: str) -> None:
+    """Compare the weights that several processes have written with those of one."""
+    found, alone = load_file(folder / f"{name}.safetensors"), language_models.trained(name)
     begun = dict(language_models.build(name).named_parameters())
     assert found.keys() == alone.keys()
     for key, weight in alone.items():
@@ -177,6 +187,32 @@ def test_two_sharded_pods_exchange_gradients_once_a_step(tmp_path: Path) -> None
     for name in ("alltoall_base_", "_reduce_scatter_base_", "allreduce_", "allgather_"):
         assert four[name] == one[name] > 0, name
     assert four["norm"] == pytest.approx(one["norm"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "clip"])
+def test_gradients_that_are_summed_in_the_backward_pass_have_the_losses_of_one_process(
+    kind: str, two: Any, tmp_path: Path
+) -> None:
+    close(two[1][f"{kind}-overlapped0"], learn(kind, tmp_path, 8))
+
+
+@pytest.mark.slow
+def test_pods_that_sum_in_the_backward_pass_learn_the_weights_of_one_process(tmp_path: Path) -> None:
+    """Four processes as HSDP, also with a sum of each micro-batch within a pod, and with tensor parallelism."""
+    meshes = {"hsdp": {"pods": 2, "shard": 2}, "each": {"pods": 2, "shard": 2, "sync_each": True},
+              "tensor": {"pods": 2, "tensor": 2}, "whole": {}}  # fmt: skip
+    names = ["gpt2", "llama", "mistral", "mixtral"]
+    wanted = [{"name": name, "work": "every_model", "mesh": {**mesh, **OVERLAPPED}, "names": names, "micro_batch": 1}
+              for name, mesh in meshes.items()]  # fmt: skip
+    wanted.append({"name": "clip", "kind": "clip", "mesh": {"pods": 2, "shard": 2, **OVERLAPPED}, "steps": 8})
+    found = group_toys.start(tmp_path, wanted, 4)
+    close(found["clip"], learn("clip", tmp_path / "alone", 8))
+    for mesh in meshes:
+        for name in names:
+            if name in found[mesh]:
+                assert (mesh, name) == ("tensor", "mixtral")  # which it cannot split
+            else:
+                same_weights(tmp_path / mesh, name)
 
 
 @pytest.mark.parametrize("kind", ["scores", "translation"])

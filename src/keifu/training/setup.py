@@ -39,6 +39,8 @@ def set_up(
     `tell` shows a message. A missing or damaged state, changed data or settings, or a model that does not fit into
     memory is a `UserError`.
     """
+    if settings.deterministic and current().overlaps:
+        raise UserError("--deterministic needs gradients summed in order: give --mesh.gradient-sum ordered.")
     device = next(model.parameters()).device
     saved = _resumed(run, tell) if run.resume else None
     length = _length(saved, settings, run.directory) if saved else Length(settings.steps)
@@ -47,8 +49,6 @@ def set_up(
     check_alike(described)
     if isinstance(data, OnPolicy) and not current().is_replicated:
         raise UserError("Rollouts need the whole model on each process: leave out --mesh.shard and --mesh.tensor.")
-    if settings.deterministic and current().overlaps:
-        raise UserError("--deterministic needs gradients summed in order: give --mesh.gradient-sum ordered.")
     if saved:
         _tell_changes(saved, length, settings, described, tell)
     resolved = _as_resolved(saved, device, tell) if saved else {}

@@ -246,3 +246,9 @@ def test_the_command_prints_the_mesh_that_train_takes(capsys: pytest.CaptureFixt
     parse(["dit-xl-2"])()
     text = capsys.readouterr().out
     assert "65,536 patches in" in text and "2.62e+10 patches: " in text
+
+
+def test_the_mesh_of_several_pods_sums_gradients_as_the_plan_assumes(capsys: pytest.CaptureFixture[str]) -> None:
+    parse(["llama-7b", "--devices", "64xA100-80G"])()
+    text = capsys.readouterr().out
+    assert "--mesh.pods 8 --mesh.shard 8 --mesh.tensor 1 --mesh.sync-each --mesh.gradient-sum overlapped" in text

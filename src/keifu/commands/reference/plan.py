@@ -97,7 +97,7 @@ def run(options: Options) -> None:
 def _training(made: "Plan", tokens: float | int, unit: str) -> list[tuple[str, str]]:
     layout, days = made.layout, made.hours(tokens) / 24 / made.devices
     mesh = f"--mesh.pods {layout.pods} --mesh.shard {layout.shard} --mesh.tensor {layout.tensor}"
-    mesh += " --mesh.sync-each" * (layout.shard > 1)
+    mesh += " --mesh.sync-each" * (layout.shard > 1) + " --mesh.gradient-sum overlapped" * (layout.pods > 1)
     mesh += f" --activation-checkpointing {layout.checkpointing}" * (layout.checkpointing != "none")
     memory = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in made.memory.items())
     seconds = ", ".join(f"{name} {value:,.2f}" for name, value in made.seconds.items() if value >= 0.005)
