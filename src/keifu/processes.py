@@ -168,8 +168,8 @@ class Processes:
         """
         from torch.distributed.tensor import DTensor  # takes a second to import
 
-        own = [p.grad is not None and id(p) not in self.filled for p in parameters.values()]
-        used = torch.tensor(own, dtype=torch.int32)
+        computed = [p.grad is not None and id(p) not in self.filled for p in parameters.values()]
+        used = torch.tensor(computed, dtype=torch.int32)
         if self.data_size > 1:
             used = used.to(next(iter(parameters.values())).device)
             distributed.all_reduce(used, distributed.ReduceOp.MAX, group=self.data_group)
