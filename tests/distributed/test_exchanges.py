@@ -12,7 +12,6 @@ import jaxtyping
 import pytest
 import torch
 from torch import distributed
-from torch.distributed.distributed_c10d import HashStore
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,9 +119,10 @@ class Trace(TorchDispatchMode):
 @contextmanager
 def joined(world: int, mesh: Mesh, device: str = "cpu") -> Iterator[Group]:
     """Make this process the first one of so many, of which the others do nothing."""
+    store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        group = Group(mesh, HashStore(), 0, world, torch.device(device))
+        group = Group(mesh, store, 0, world, torch.device(device))
         with use(group):
             yield group
     finally:
