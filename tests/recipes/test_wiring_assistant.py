@@ -203,9 +203,16 @@ def of_distill(toys: Toys) -> tuple[Any, list[Group]]:
         "student_layers": Reach(2, "model.config.n_layers"),
         "student_vocabulary": Reach(9, lambda r: r.model.config.vocab_size, DIFFERENT),
     }
+    used = {"student_merges": Reach("used", lambda r: sorted(tokenizer_of(r).backend.get_vocab()), DIFFERENT)}
+    vocabulary = {"student_vocabulary": 9}
     teacher = {"distill.teacher": Reach(toys["wide"], "objective.teacher.config.dim", 64)}
     groups = [group for group in groups if "distill.teacher" not in group.rows]
-    return base, [*groups, Group(teacher), Group(cut, {"model": toys["deep"], "distill.teacher": toys["base"]})]
+    return base, [
+        *groups,
+        Group(used, vocabulary),
+        Group(teacher),
+        Group(cut, {"model": toys["deep"], "distill.teacher": toys["base"]}),
+    ]
 
 
 def of_see(toys: Toys) -> tuple[Any, list[Group]]:

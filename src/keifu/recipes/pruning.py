@@ -4,7 +4,7 @@ DistilBERT (Sanh et al., 2019) keeps every other layer; "shrink and fine-tune" (
 even distances.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,12 +48,14 @@ def keep_rows(model: Any, ids: Sequence[int]) -> None:
     model.config = replace(model.config, vocab_size=len(ids))
 
 
-def prune(model: Any, tokenizer: Tokenizer, layers: int | None, merges: int | None) -> tuple[Any, Tokenizer]:
-    """Cut a model, in place, to a number of layers, and to the first merges of its byte-level BPE (see `first_merges`);
-    None keeps all. Return it with its tokenizer."""
+def prune(
+    model: Any, tokenizer: Tokenizer, layers: int | None, merges: int | None, uses: Mapping[int, int] | None = None
+) -> tuple[Any, Tokenizer]:
+    """Cut a model, in place, to a number of layers, and to the first merges of its byte-level BPE, or those that a text
+    uses most (see `first_merges`); None keeps all. Return it with its tokenizer."""
     if layers is not None:
         keep_layers(model, evenly(len(model.blocks), layers))
     if merges is not None:
-        tokenizer, ids = keep_tokens(tokenizer, first_merges(tokenizer, merges))
+        tokenizer, ids = keep_tokens(tokenizer, first_merges(tokenizer, merges, uses))
         keep_rows(model, ids)
     return model, tokenizer

@@ -1,6 +1,7 @@
 """A byte-level BPE that is cut to its first merges: what it encodes, its files, and what cannot be cut."""
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_what_the_chat_template_writes_is_encoded_as_before(whole: Tokenizer) ->
     assert {ids[token] for token in cut.stop_ids} == whole.stop_ids
     plain, _ = keep_tokens(whole, first_merges(whole.with_chat_template(None), 20))
     assert len(plain.encode("assistant")) > len(cut.encode("assistant"))
+
+
+def test_merges_that_a_text_uses_most_stay(whole: Tokenizer) -> None:
+    uses = Counter(whole.encode("the brown river near the brown river"))
+    for count in (12, 20):
+        kept = first_merges(whole, count, uses)
+        cut, ids = keep_tokens(whole, kept)
+        last = max(uses, key=lambda token: (uses[token], -token))
+        assert whole.backend.id_to_token(last) in kept
+    assert [ids[token] for token in cut.encode("the brown river")] == whole.encode("the brown river")
+    first, _ = keep_tokens(whole, first_merges(whole, 20))
+    assert len(first.encode("the brown river")) > len(cut.encode("the brown river"))
 
 
 def test_saved_files_give_transformers_the_same_ids(whole: Tokenizer, tmp_path: Path) -> None:

@@ -95,24 +95,39 @@ def byte_level_backend(
     return backend
 
 
-def first_merges(tokenizer: Tokenizer, count: int) -> set[str]:
+def first_merges(tokenizer: Tokenizer, count: int, uses: Mapping[int, int] | None = None) -> set[str]:
     """Return the tokens of a smaller byte-level BPE: the bytes, the results of the first `count` merges, all added
-    tokens, and those that the chat template writes, with the tokens that these are merged from."""
-    model = _byte_level(tokenizer)
+    tokens, and those that the chat template writes, with the tokens that these are merged from.
+
+    uses: how often a text has each token, by id; then the merges of the tokens that it has most often come first.
+    """
+    model, vocabulary, uses = _byte_level(tokenizer), tokenizer.backend.get_vocab(), uses or {}
     if count > len(model["merges"]):
         raise UserError(f"This tokenizer has {len(model['merges']):,} merges, not {count:,}: choose a smaller number.")
     parts = {"".join(pair): pair for pair in reversed(model["merges"])}
     ids = [*tokenizer.backend.get_added_tokens_decoder(), *tokenizer.stop_ids]
     if tokenizer.chat_template is not None:
         ids += tokenizer.render_chat([{"role": role, "content": ""} for role in ("user", "assistant")])
-    wanted = ["".join(pair) for pair in model["merges"][:count]]
-    wanted += [*(model["vocab"].keys() - parts.keys()), *map(tokenizer.backend.id_to_token, ids)]
-    kept = set[str]()
+    results = sorted(map("".join, model["merges"]), key=lambda token: -uses.get(vocabulary[token], 0))
+    kept, made = set[str](), 0
+    for token in results:
+        if made >= count:
+            break
+        made += _add(token, parts, kept)
+    for token in (*(model["vocab"].keys() - parts.keys()), *filter(None, map(tokenizer.backend.id_to_token, ids))):
+        _add(token, parts, kept)
+    return kept
+
+
+def _add(token: str, parts: Mapping[str, Sequence[str]], kept: set[str]) -> int:
+    """Keep a token, and those that it is merged from; return the number of merges that this adds."""
+    wanted, made = [token], 0
     while wanted:
         if (token := wanted.pop()) not in kept:
             kept.add(token)
+            made += token in parts
             wanted += parts.get(token, [])
-    return kept
+    return made
 
 
 def keep_tokens(tokenizer: Tokenizer, kept: Collection[str]) -> tuple[Tokenizer, list[int]]:

@@ -9,12 +9,14 @@ Cost: printed before it starts, measured on the machine.
 Expected: see docs/guides/finetuning.md, "Learn from a larger model".
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from keifu.data.chat import conversations
 from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
 from keifu.recipes.assistant import sft
@@ -32,8 +34,11 @@ class Recipe(sft.Recipe):
     student_layers: Count | None = None
     """Layers of the student that stay, at even distances, the first and the last always; unset: all."""
     student_vocabulary: Count | None = None
-    """Merges of the student's byte-level BPE that stay, the first ones, with all bytes, special tokens and tokens that
-    the chat template writes; unset: all."""
+    """Merges of the student's byte-level BPE that stay, with all bytes, special tokens and tokens that the chat
+    template writes; unset: all."""
+    student_merges: Literal["first", "used"] = "first"
+    """Order of the merges. first: that of the tokenizer. used: those first whose tokens the data have most often, which
+    changes fewer of the teacher's tokens; the data must be what the student is made for."""
     learning_rate: NotNegative | None = None
     """AdamW's highest learning rate; unset: 3e-4, and 2e-4 for adapters."""
     distill: Annotated[DistillAnswers, tyro.conf.arg(name="")] = field(
@@ -47,7 +52,9 @@ class Recipe(sft.Recipe):
 
     def origin(self) -> dict[str, Any]:
         """Return the values with which a resumed run must begin too."""
-        return super().origin() | {"layers": self.student_layers, "vocabulary": self.student_vocabulary}
+        return super().origin() | {
+            "layers": self.student_layers, "vocabulary": self.student_vocabulary, "merges": self.student_merges,
+        }  # fmt: skip
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -60,7 +67,12 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         )
     if (layers or merges) and recipe.lora.rank:
         raise UserError("Adapters need a saved model: leave out --lora.rank, or --student-layers and -vocabulary.")
-    model, tokenizer = prune(*open_model(recipe.model, recipe.template), layers, merges)
+    model, tokenizer = open_model(recipe.model, recipe.template)
+    uses = Counter[int]()
+    if merges and recipe.student_merges == "used":
+        for chat in conversations.read(recipe.data):
+            uses.update(tokenizer.render_turns(chat)[0])
+    model, tokenizer = prune(model, tokenizer, layers, merges, uses)
     task = sft.make_task(recipe, model, tokenizer)
     count = sum(parameter.numel() for parameter in task.model.parameters())
     print(f"The student has {count / 1e6:.1f} M parameters and {tokenizer.vocab_size:,} tokens.")
