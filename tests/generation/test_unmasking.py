@@ -108,7 +108,7 @@ def test_models_from_left_to_right_refuse_the_options_of_masked_diffusion(
 ) -> None:
     with pytest.raises(UserError, match="fills no masks: load a model of masked diffusion"):
         unmask(nn.Linear(1, 1), [1], Unmasking())
-    with pytest.raises(UserError, match="it writes by masked diffusion, in any order and without a cache"):
+    with pytest.raises(UserError, match="none from left to right, only by masked diffusion and without a cache"):
         chat.parse([folder, "abc"])()
     generate.parse([folder, "abc", "--weights", "int8"])()
     assert "which native code does not have" in capsys.readouterr().err

@@ -263,6 +263,24 @@ def long_context(drawing: Drawing) -> None:
     drawing.note(MIDDLE, 338, ("then a short training on long sequences", "その後、長い系列で短く学習"))
 
 
+def llada(drawing: Drawing) -> None:
+    rows = (
+        (12, ("masks alone", "マスクだけ"), "######"),
+        (62, ("the surest stay", "確かなものを残す"), "#o##o#"),
+        (112, ("the next step", "次のステップ"), "oo#oo#"),
+        (162, ("a text", "テキスト"), "oooooo"),
+    )
+    for y, label, cells in rows:
+        drawing.grid(30, y, [cells], 18)
+        drawing.note(92, y + 34, label)
+    block = drawing.box(262, 12, ("LLaMA's blocks", "LLaMA のブロック"), ("no causal mask", "因果マスクなし"), "attention", 170)
+    guess = drawing.box(262, 84, ("a token for each mask", "各マスクのトークン"), ("all at once", "一度に予測"), "layer", 170)
+    keep = drawing.box(262, 156, ("keep the surest", "最も確かなものを残す"), ("the others: masks again", "ほかは再びマスク"), "goal", 170)
+    drawing.line(block.bottom, guess.top)
+    drawing.line(guess.bottom, keep.top)
+    drawing.note(MIDDLE, 224, ("training: any share t is masked, loss / t", "学習：任意の割合 t を隠し、損失を t で割る"))
+
+
 def whisper(drawing: Drawing) -> None:
     left = [
         Part(("log-mel frames", "対数メルのフレーム"), "3,000 × 80", "data"), Part(("2 convolutions", "畳み込み 2 層"), ("halves the frames", "フレームを半分に")), Begin("× 4"), Fork(), NORM,

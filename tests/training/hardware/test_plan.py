@@ -227,6 +227,7 @@ def test_amounts_have_letters(text: str, amount: float) -> None:
         (["lama-7b"], "Did you mean .*'llama-7b'"),
         (["stable-diffusion-1"], "is no Transformer of tokens alone, and plans are of such models and of DiT alone"),
         (["dit-xl-2", "--inference"], "draws pictures: a plan is of its whole training"),
+        (["llada-8b", "--inference"], "writes by passes over the whole text, without a cache"),
         (["dit-xl-2", "--lora.rank", "16"], "draws pictures: a plan is of its whole training"),
         (["dit-xl-2", "--context-length", "64"], "follow from its size: leave out --context-length"),
         (["llama3.1-405b", "--inference", "--devices", "8xA100-80G"], "do not fit into"),

@@ -61,8 +61,7 @@ def run(options: Options) -> None:
         raise unknown("published size", options.model, sizes)
     size = sizes[name]
     model = architecture(size, options.context_length)
-    if (pictures := not model.vocab) and (options.inference or options.lora != Adapters()):
-        raise UserError(f"{size.name} draws pictures: a plan is of its whole training, without --inference and --lora.")
+    _check(size, pictures := not model.vocab, options)
     devices, kind = plan.parse_devices(options.devices)
     if options.inference:
         if options.lora != Adapters() or options.optimizer_state != "float32":
@@ -92,6 +91,13 @@ def run(options: Options) -> None:
     rows = [("trained", f"{trained.parameters(model):,} parameters of adapters")] if trained.rank else []
     rows += _training(made, tokens, "patches" if pictures else "tokens")
     tables.show((f"{size.name} on {options.devices}", ""), rows)
+
+
+def _check(size: Size, pictures: bool, options: Options) -> None:
+    if pictures and (options.inference or options.lora != Adapters()):
+        raise UserError(f"{size.name} draws pictures: a plan is of its whole training, without --inference and --lora.")
+    if options.inference and size.model == "diffusion.llada":
+        raise UserError(f"{size.name} writes by passes over the whole text, without a cache: leave out --inference.")
 
 
 def _training(made: "Plan", tokens: float | int, unit: str) -> list[tuple[str, str]]:

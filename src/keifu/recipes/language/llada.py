@@ -4,9 +4,9 @@ Paper: "Large Language Diffusion Models", section 2.2 and appendix B: AdamW, wei
 to 4e-4, which is then held, and lowered twice near the end; batches of 1,280 rows of 4,096 tokens, of which 1% are
 shorter, 2.3 T tokens. Here all rows are equally long, and a cosine ends at a tenth of the rate.
 Command: keifu train llada --model.dim 256 --model.hidden-dim 704 --model.n-layers 4 --model.n-heads 4
---model.context-length 128 --training.batch-size 32 --training.steps 3000 --training.warmup 100 --data english
+--model.context-length 128 --batch-size 32 --steps 3000 --warmup 100 --data english
 Cost: the default is the published size, for a cluster; the command above is for a laptop.
-Expected: the loss is an upper bound of the nats a token; docs/results.md, "Masked diffusion", has it next to LLaMA's.
+Expected: the loss is an upper bound of the nats a token; benchmarks/masked_diffusion.py has it next to LLaMA's.
 """
 
 from dataclasses import dataclass, replace
