@@ -35,7 +35,7 @@ LANDMARKS = {  # code lines that each added, at most 450 (600 for a model that s
     "GPU kernels and graphs": 339,
     "blocks of GGUF on GPUs, graphs' memory, own rows of a batch": 257,
     "models that are drawn in parts": 84,
-    "LLaDA": 303,
+    "LLaDA": 304,
     "plans of diffusion transformers": 38,
     "states of split models: hashes by their writers, pinned copies, cached plans": 70,
     "memory of GGUF files in the service, losses of no rows, how to install trained models": 30,
