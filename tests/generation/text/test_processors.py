@@ -83,7 +83,7 @@ class OnlyEleven:
 def test_only_allowed_tokens_are_chosen_and_the_likeliest_are_reported_of_all() -> None:
     settings = [SamplingParams(seed=n, log_probabilities=n != 1, top_log_probabilities=n) for n in range(ROWS)]
     sampler = Sampler([Request([0], each, None, VOCAB, 9, OnlyEleven()) for each in settings], VOCAB, CPU)
-    rows_found = sampler.choose(logits())
+    rows_found = torch.tensor(sampler.choose(logits()).tolist())
     logs = logits().log_softmax(-1)
     assert rows_found[:, 0].tolist() == [11] * ROWS
     torch.testing.assert_close(rows_found[:, 2].float(), logs[:, 11])
@@ -213,9 +213,9 @@ def test_rows_of_a_large_vocabulary_draw_what_they_draw_alone(kind: str, monkeyp
     whole = settings(x, nothing)
     alone = [RowSettings([each], CPU) for each in samplings]
     for draw in u.T:
-        tokens, logs = settings.choose(x, nothing, draw)
+        tokens, logs, _ = settings.choose(x, nothing, draw)
         for row, each in enumerate(alone):
-            token, log = each.choose(x[row : row + 1], nothing, draw[row : row + 1])
+            token, log, _ = each.choose(x[row : row + 1], nothing, draw[row : row + 1])
             assert (token.item(), log.item()) == (tokens[row].item(), logs[row].item())
         torch.testing.assert_close(logs.float(), logits_processors.log_probability(whole, tokens))
         assert torch.equal(tokens, sample(whole, draw))
@@ -270,7 +270,7 @@ def test_a_step_computes_nothing_that_its_rows_do_not_need(monkeypatch: pytest.M
     monkeypatch.setattr(sampler.UniformStreams, "next", lambda *_: pytest.fail("random numbers"))
     greedy = Request([1, 2], SamplingParams(temperature=0, repetition_penalty=1.3), None, VOCAB, 99)
     before = Sampler([greedy], VOCAB, CPU)
-    greedy.take(*before.choose(logits()[:1])[0].tolist())
+    greedy.take(*before.choose(logits()[:1]).tolist()[0])
     monkeypatch.setattr(logits_processors, "shortlist", lambda *_: pytest.fail("a shortlist"))
     RowSettings([SamplingParams(top_k=5)], CPU).choose(torch.randn(1, 8000), History(None, None), torch.rand(1))
     counted = []

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Tokens
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate, count
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from keifu.generation.images.prompts import ImagePrompt, insert_images
 from keifu.generation.text.model import evaluation_mode
 from keifu.generation.text.request import Piece, Request, prompt_tokens
 from keifu.generation.text.runner import Runner, Span, TorchRunner, blocks_of, runner_of
-from keifu.generation.text.sampler import Sampler
+from keifu.generation.text.sampler import Chosen, Sampler
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.generation.text.scheduler import Scheduler, Sequence
 from keifu.memory import reuse_freed
@@ -61,6 +61,17 @@ class Guessing:
         self._seconds[key] = spent if key not in self._seconds else 0.8 * self._seconds[key] + 0.2 * spent
 
 
+class Step(NamedTuple):
+    """A step that was launched: its logits, the places in them after which the sequences want a token, and the tokens
+    that were chosen, which the host has not read yet."""
+
+    spans: list[Span]
+    began: float
+    logits: Tensor
+    rows: list[tuple[int, Sequence]]
+    chosen: Chosen | None
+
+
 class Engine:
     """Writer of the texts of many requests at a time: `add` them at any time, and call `step` while there is `work`.
 
@@ -94,6 +105,8 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}
         self._numbers = count()
         self._sampler: Sampler | None = None
+        self._steps: list[Step] = []  # that were launched: one, or with `_ahead` two
+        self._ahead = runner if isinstance(runner, TorchRunner) and runner.overlaps and not most else None
 
     @property
     def work(self) -> bool:
@@ -141,41 +154,94 @@ class Engine:
             self.runner.forget(number)
             if self.drafter is not None:
                 self.drafter.forget(number)
+            living = self._sequences.keys()
+            self._steps = [step for step in self._steps if any(span.sequence in living for span in step.spans)]
 
     def step(self) -> list[Piece]:
-        """Compute a step and return the tokens that it wrote; none while only prompts were read."""
+        """Compute a step and return the tokens that it wrote; none while only prompts were read.
+
+        Where the device computes while the host goes on, the next step is launched before these tokens are read, if it
+        does not need them. A text that ended in them has a token too many there, which is dropped.
+        """
         with torch.inference_mode(), evaluation_mode(self.model, self._modules), self._threads():
-            spans = self.scheduler.schedule()
-            for sequence in self.scheduler.preempted:
-                self.runner.forget(sequence.number)
-            if not spans:
-                return []
-            began = time.perf_counter()
-            pieces = self._write(spans, self.runner.run(spans))
-            if all(span.wanted == len(span.tokens) for span in spans):  # no prompt was read
-                guessed = any(span.wanted > 1 for span in spans)
-                self.guessing.record(len(spans), guessed, time.perf_counter() - began, len(pieces))
+            if not self._steps:
+                spans = self.scheduler.schedule()
+                for sequence in self.scheduler.preempted:
+                    self.runner.forget(sequence.number)
+                if not spans:
+                    return []
+                self._launch(spans, None)
+            step = self._steps[0]
+            if self._ahead is not None and len(self._steps) == 1:
+                self._launch_following(step)
+            figures = self._read(step)
+            self._steps = self._steps[1:]
+            try:
+                pieces = self._write(step, figures)
+            except BaseException:  # what was not taken is computed and chosen again
+                self._steps, self._sampler = [], None
+                raise
+            if all(span.wanted == len(span.tokens) for span in step.spans):  # no prompt was read
+                guessed = any(span.wanted > 1 for span in step.spans)
+                self.guessing.record(len(step.spans), guessed, time.perf_counter() - step.began, len(pieces))
             return pieces
 
-    def _write(self, spans: list[Span], logits: Tensor) -> list[Piece]:
-        """Sample a token after each span that wants one, and further tokens as long as the guesses are right."""
+    def _launch(self, spans: list[Span], last: Tensor | None) -> None:
+        """Launch a step and the choice of a token after each span that wants one. last: as for `TorchRunner.run`."""
+        began = time.perf_counter()
+        logits = self.runner.run(spans) if self._ahead is None else self._ahead.run(spans, last)
         ends = accumulate(span.wanted for span in spans)
         rows = [(end - s.wanted, self._sequences[s.sequence]) for end, s in zip(ends, spans, strict=True) if s.wanted]
+        self._steps.append(Step(spans, began, logits, rows, self._choose(logits, rows)))
+
+    def _launch_following(self, step: Step) -> None:
+        """Launch the step after one whose tokens are not read yet, if neither its spans nor its sampler need them."""
+        if step.chosen is None or self._sampler is None or self._sampler.asks:
+            return
+        if spans := self.scheduler.following(step.spans):
+            self._launch(spans, step.chosen.tokens)
+
+    def _choose(self, logits: Tensor, rows: list[tuple[int, Sequence]]) -> Chosen | None:
+        """Choose a token after each of these places in the logits."""
+        if not rows:
+            return None
+        some = logits if len(rows) == len(logits) else logits[[place for place, _ in rows]]
+        requests = [sequence.request for _, sequence in rows]
+        if self._sampler is None or requests != self._sampler.requests:
+            defers = self._ahead is not None
+            self._sampler = Sampler(requests, logits.shape[1], logits.device, self._sampler, defers)
+        return self._sampler.choose(some)
+
+    def _read(self, step: Step) -> list[list[float]]:
+        """Return the figures of the tokens that a step chose.
+
+        Where one has to be chosen again from all tokens, the step after it has read a wrong one, and is computed again.
+        """
+        figures = [] if step.chosen is None else step.chosen.tolist()
+        if again := [row for row, (token, *_) in enumerate(figures) if token < 0]:
+            places, writing = zip(*(step.rows[row] for row in again), strict=True)
+            sampler = Sampler([s.request for s in writing], step.logits.shape[1], step.logits.device)
+            for row, figure in zip(again, sampler.choose(step.logits[list(places)]).tolist(), strict=True):
+                figures[row] = figure
+            self._steps, self._sampler = [step], None
+        return figures
+
+    def _write(self, step: Step, figures: list[list[float]]) -> list[Piece]:
+        """Take the token after each span that wants one, and further tokens as long as the guesses are right."""
         pieces: list[Piece] = []
+        pairs = zip(step.rows, figures, strict=True)
+        chosen = [(row, figure) for row, figure in pairs if row[1].number in self._sequences]  # others were given up
         depth = 0
-        while rows:
-            places, writing = zip(*rows, strict=True)
-            some = logits if len(rows) == len(logits) else logits[list(places)]
-            requests = [sequence.request for sequence in writing]
-            if self._sampler is None or requests != self._sampler.requests:
-                self._sampler = Sampler(requests, logits.shape[1], logits.device, self._sampler)
-            figures = self._sampler.choose(some).tolist()
-            new = [sequence.take(figure) for sequence, figure in zip(writing, figures, strict=True)]
-            pieces += new
-            rows = [(place + 1, s) for (place, s), piece in zip(rows, new, strict=True) if _guessed(s, piece, depth)]
+        while chosen:
+            new = [(place, sequence, sequence.take(figure)) for (place, sequence), figure in chosen]
+            pieces += [piece for *_, piece in new]
+            rows = [(place + 1, s) for place, s, piece in new if _guessed(s, piece, depth)]
+            further = self._choose(step.logits, rows)
+            chosen = [] if further is None else list(zip(rows, further.tolist(), strict=True))
             depth += 1
         taken = Counter(piece.index for piece in pieces)
         most = self.guessing.allowed(len(self.scheduler.running))
+        spans = [span for span in step.spans if span.sequence in self._sequences]
         for span in spans:
             sequence = self._sequences[span.sequence]
             self.scheduler.done(sequence, len(span.tokens) - span.wanted + taken[span.sequence])

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.generation.text.blocks import BlockManager
@@ -102,6 +102,9 @@ class TorchRunner:
     On a GPU with a kernel for sequences of any lengths (`packs`), blocks of a Transformer run in a form with fewer
     kernels, and steps of decoding are CUDA graphs if all blocks have this form.
 
+    overlaps: whether the device computes a step while the host goes on, so that the next one can be launched before the
+    host has read the tokens of this one.
+
     copied_bytes: what a step needs for a token of the pool besides its keys and values: elsewhere than on a CPU, those
     of one layer are gathered at a time, with up to a quarter of padding, and all graphs share that memory.
     """
@@ -116,7 +119,7 @@ class TorchRunner:
         self.by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
         empty = model.new_state(0, 1)
         self.device, self.token_bytes = empty.device, empty.token_bytes
-        self.contiguous = self.device.type == "cpu"
+        self.contiguous, self.overlaps = self.device.type == "cpu", self.device.type == "cuda"
         self.copied_bytes = 0 if self.contiguous else 5 * self.token_bytes // (4 * max(1, len(empty.keys)))
         kept = zip(empty.keys, empty.values, [layer.scoring for layer in layers], strict=False)
         every = len(layers) == len(empty.keys) and not empty.row_bytes
@@ -126,12 +129,13 @@ class TorchRunner:
         self._form, whole = decoding_form(model) if self.packs else (model, False)
         self.graphs = StepGraphs(self._pool, self._logits) if whole and not self.by_length else None
 
-    def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
+    def run(self, batch: Sequence[Span], last: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "wanted vocab"]:
+        """Do what `Runner.run` does. last: tokens on the device, which the spans name by their places among them."""
         # graphs and Triton's kernels are for the GPU that is current, which is the first one unless it is said
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            return self._run(batch)
+            return self._run(batch, last)
 
-    def _run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
+    def _run(self, batch: Sequence[Span], last: Tensor | None) -> Float[Tensor, "wanted vocab"]:
         size = self.block_size
         self._pool.reserve(size * (1 + max(max(span.blocks) for span in batch)))
         for span in batch:
@@ -139,11 +143,12 @@ class TorchRunner:
                 self._pool.copy(span.sources, span.blocks[: len(span.sources)], size)
         one_each = all(len(span.tokens) == span.wanted == 1 for span in batch)
         if self.graphs is not None and one_each and self._inserted(batch) is None:
-            return self.graphs.run(batch, size)
+            return self.graphs.run(batch, size, last)
         groups = self._groups(batch)
         spans = [span for group in groups for span in group]
         step = PagedState(self._pool, size, groups, _wanted(spans, batch), self.packs)
-        step.begin(on_device(step.lists, self.device))
+        tokens, *others = on_device(step.lists, self.device)
+        step.begin([tokens if last is None else last.index_select(0, tokens), *others])
         return self._logits(step, self._inserted(spans))
 
     def _logits(self, step: PagedState, inserted: Inserted | None = None) -> Float[Tensor, "wanted vocab"]:

@@ -51,11 +51,15 @@ FILTERS = {  # in their order
 class RowSettings:
     """The settings of several rows as tensors; a call turns logits into those of the distribution to sample from.
 
-    One row's settings serve any number of distributions, as when a finished text is scored.
+    One row's settings serve any number of distributions, as when a finished text is scored. defers: whether `choose`
+    reports rows that need more than a shortlist instead of waiting for the device; only where a top-k bounds each row,
+    so that this takes many equally likely tokens.
     """
 
-    def __init__(self, samplings: Sequence[SamplingParams], device: torch.device):
+    def __init__(self, samplings: Sequence[SamplingParams], device: torch.device, defers: bool = False):
         self.samplings, self.device = samplings, device
+        bounded = (s.temperature == 0 or 0 < s.top_k < logits_processors.SHORTLIST for s in samplings)
+        self.defers = defers and all(bounded)
         greedy = [s.temperature == 0 for s in samplings]
         self.any_greedy, self.all_greedy = any(greedy), all(greedy)
         self.greedy = torch.tensor(greedy, device=device)
@@ -94,34 +98,43 @@ class RowSettings:
         logits = self.apply_penalties(logits, history)
         return torch.where(self.greedy[:, None], logits_processors.likeliest(logits), self._filter(logits))
 
+    def asks(self, vocab: int) -> bool:
+        """Return whether `choose` reads the device, to see if a shortlist was enough."""
+        cut = not self.all_greedy and bool(self.filters.keys() & {"top_k", "top_p"})
+        return cut and vocab >= LARGE and not self.defers
+
     def choose(
         self, logits: logits_processors.Logits, history: "History", u: Float[Tensor, " rows"]
-    ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-        """Return each row's token for its number u in [0, 1), and ln of the probability that it is sampled with."""
+    ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"], Bool[Tensor, " rows"] | None]:
+        """Return each row's token for its number u in [0, 1), ln of the probability that it is sampled with, and, where
+        some may have to be chosen again from the whole distribution, which are final."""
         logits = self.apply_penalties(logits, history)
         if not self.any_greedy:
             return self._sample(logits, u)
         likeliest, certain = logits.argmax(-1), torch.zeros_like(u)
         if self.all_greedy:
-            return likeliest, certain
-        tokens, logs = self._sample(logits, u)
-        return torch.where(self.greedy, likeliest, tokens), torch.where(self.greedy, certain, logs)
+            return likeliest, certain, None
+        tokens, logs, final = self._sample(logits, u)
+        final = None if final is None else final | self.greedy
+        return torch.where(self.greedy, likeliest, tokens), torch.where(self.greedy, certain, logs), final
 
-    def _sample(self, logits: logits_processors.Logits, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample(self, logits: logits_processors.Logits, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sample from the shortlist if it has all tokens that a row's settings leave, else from all."""
         k, p = self.filters.get("top_k"), self.filters.get("top_p")
         if (k is None and p is None) or logits.shape[1] < LARGE:
-            return sample_scored(self._filter(logits), u)
+            return *sample_scored(self._filter(logits), u), None
         k = torch.zeros(1, dtype=torch.int64, device=self.device) if k is None else k
         p = torch.ones(1, device=self.device) if p is None else p
         scaled, every = self._filter(logits, ["temperature"]), all(sampling.top_k for sampling in self.samplings)
         few, names, whole = logits_processors.shortlist(scaled, k, p, every)
         indices, logs = sample_scored(self._filter(few, ["min_p"]), u)
         tokens = names.gather(1, indices[:, None])[:, 0]
+        if self.defers:
+            return tokens, logs, whole
         if rest := [row for row, all_of_it in enumerate(whole.tolist()) if not all_of_it]:
             others = RowSettings([self.samplings[row] for row in rest], self.device)
             tokens[rest], logs[rest] = sample_scored(others._filter(logits[rest]), u[rest])
-        return tokens, logs
+        return tokens, logs, None
 
     def _filter(self, logits: logits_processors.Logits, names: Iterable[str] = FILTERS) -> logits_processors.Logits:
         for name in names:
@@ -167,16 +180,43 @@ class History:
             self.counts[rows, tokens] += 1
 
 
+class Chosen:
+    """Tokens that were chosen, and the table of `Sampler.choose`, which a GPU copies to the host when it gets there.
+
+    tokens: on the device, where the next step can take them.
+    """
+
+    def __init__(self, tokens: Int[Tensor, " rows"], table: Float[Tensor, "rows columns"]):
+        self.tokens, self._table, self._copied = tokens, table, None
+        if table.device.type == "cuda":
+            self._table = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
+            self._table.copy_(table, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(table.device))
+
+    def tolist(self) -> list[list[float]]:
+        """Return the rows of the table, as soon as they are there: later steps of the device are not waited for."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._table.tolist()
+
+
 class Sampler:
     """Chooser of the tokens of some requests, a row each, as long as the same are written together.
 
     before: the one that chose every request's last token; the texts of those that it has are not counted again.
+    defers: whether a row may be left to be chosen again, by a new sampler (see `RowSettings`). asks: whether a choice
+    needs the host, for a constraint or a longer list.
     """
 
-    def __init__(self, requests: Sequence[Request], vocab: int, device: torch.device, before: "Sampler | None" = None):
+    def __init__(
+        self, requests: Sequence[Request], vocab: int, device: torch.device, before: "Sampler | None" = None,
+        defers: bool = False,
+    ):  # fmt: skip
         self.requests, samplings = requests, [request.sampling for request in requests]
         lengths = [len(request.prompt) + len(request.tokens) for request in requests]
-        self.settings = RowSettings(samplings, device)
+        self.settings = RowSettings(samplings, device, defers)
+        self.asks = self.settings.asks(vocab) or any(request.constraint is not None for request in requests)
         known = {} if before is None else {request: row for row, request in enumerate(before.requests)}
         texts = [([], []) if request in known else (request.prompt, request.tokens) for request in requests]
         prompts, written = zip(*texts, strict=True)
@@ -190,23 +230,23 @@ class Sampler:
         self.reports = any(s.log_probabilities for s in samplings)
         self.top = max((s.top_log_probabilities for s in samplings if s.log_probabilities), default=0)
 
-    def choose(self, logits: logits_processors.Logits) -> Float[Tensor, "rows columns"]:
+    def choose(self, logits: logits_processors.Logits) -> Chosen:
         """Return one token for each row, of those that its request allows; the next call is for the tokens after these.
 
-        Given as a table to be read by the host in one copy: token, largest logit and, if any row asks for them, its
-        log-probability under the model and under the distribution sampled from, then the likeliest tokens under the
-        model, as many as any row wants, each with its log-probability.
+        The table is read by the host in one copy: token (-1 if it has to be chosen again), largest logit and, if any
+        row asks for them, its log-probability under the model and under the distribution sampled from, then the
+        likeliest tokens under the model, as many as any row wants, each with its log-probability.
         """
         u = self.certain if self.settings.all_greedy else self.streams.next()
-        tokens, sampled = self.settings.choose(self._allowed(logits), self.history, u)
+        tokens, sampled, final = self.settings.choose(self._allowed(logits), self.history, u)
         self.history.add(tokens)
-        columns = [tokens, logits.amax(-1)]
+        columns = [tokens if final is None else tokens.where(final, -1), logits.amax(-1)]
         if self.reports:
             columns += [logits_processors.log_probability(logits, tokens), sampled]
             values, likeliest = logits.topk(min(self.top, logits.shape[1]))
             logs = values - logits.logsumexp(-1, keepdim=True)
             columns += [column for pair in zip(likeliest.T, logs.T, strict=True) for column in pair]
-        return torch.stack([wide(column).double() for column in columns], -1)
+        return Chosen(tokens, torch.stack([wide(column).double() for column in columns], -1))
 
     def _allowed(self, logits: logits_processors.Logits) -> logits_processors.Logits:
         """-inf for the tokens that a request's constraint excludes."""

@@ -9,7 +9,7 @@ sliding window, a sequence gives up the blocks that no later token sees.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.request import Piece, Request
@@ -120,6 +120,32 @@ class Scheduler:
         if self.waiting and not self.preempted:
             spans += self._admit(budget)
         return spans
+
+    def following(self, spans: list[Span]) -> list[Span]:
+        """Return the spans of the step after one that runs, whose tokens are not known yet; none if it needs them.
+
+        It does not if the same sequences go on: all that run write in both steps, nobody who waits could be admitted,
+        and there are blocks for all. Instead of its token, a span has the place of the token among those of the step
+        that runs. `done` is called for each of both steps, in their order.
+        """
+        places = list(zip(self.running, spans, strict=False))
+        same = len(spans) == len(self.running) and all(s.number == span.sequence for s, span in places)
+        writes = all(span.wanted == 1 and sequence.room > 0 for sequence, span in places)
+        admits = self.waiting and len(self.running) < self.max_running
+        if not (same and writes) or admits:
+            return []
+        starts = [span.start + len(span.tokens) for span in spans]
+        lacking = [self._blocks_for(start + 1) - len(s.blocks) for start, s in zip(starts, self.running, strict=True)]
+        if sum(count for count in lacking if count > 0) > self.blocks.free:
+            return []
+        for sequence, count in zip(self.running, lacking, strict=True):
+            if count > 0:
+                more = self.blocks.allocate(count, sequence.blocks[-1], self._room(sequence))
+                sequence.blocks = sequence.blocks + more
+        return [
+            replace(span, tokens=[place], start=start, blocks=sequence.blocks, sources=())
+            for place, (start, (sequence, span)) in enumerate(zip(starts, places, strict=True))
+        ]
 
     def done(self, sequence: Sequence, count: int) -> None:
         """Note that more of a sequence's tokens were computed: its full blocks may be shared from now on."""

@@ -63,8 +63,10 @@ class StepGraphs:
         self._memory: Memory | None = None
         self._capacity = 0
 
-    def run(self, spans: Sequence[Span], size: int) -> Float[Tensor, "count vocab"]:
-        """Return the logits after each span; size: tokens of a block."""
+    def run(
+        self, spans: Sequence[Span], size: int, last: Int[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "count vocab"]:
+        """Return the logits after each span; size: tokens of a block; last: as for `TorchRunner.run`."""
         if self._capacity != self.pool.capacity or len(self.recorded) >= MOST:  # the pool has moved in memory
             self.recorded.clear()
             self._met.clear()
@@ -74,7 +76,7 @@ class StepGraphs:
         if self.pool.device.type == "cuda":
             numbers = numbers.pin_memory()
         if step.bucket not in self.recorded:
-            there = numbers.to(self.pool.device, non_blocking=True)
+            there = _with_tokens(numbers.to(self.pool.device, non_blocking=True), last, len(spans))
 
             def compute() -> Tensor:
                 step.begin(there.split([*map(len, step.lists)]))  # a part of the graph: it computes with the numbers
@@ -89,6 +91,13 @@ class StepGraphs:
             self._memory = self._memory or new_memory()
             self.recorded[step.bucket] = Recorded(capture(lambda: kept.copy_(compute()), self._memory), there, kept)
         recorded = self.recorded[step.bucket]
-        recorded.numbers.copy_(numbers, non_blocking=True)
+        _with_tokens(recorded.numbers.copy_(numbers, non_blocking=True), last, len(spans))
         recorded.replay()
         return recorded.logits[: len(spans)].clone()
+
+
+def _with_tokens(numbers: Int[Tensor, " total"], last: Tensor | None, count: int) -> Int[Tensor, " total"]:
+    """Write tokens where the numbers of a step, on the device, begin with the places of their tokens in `last`."""
+    if last is not None:
+        numbers[:count] = last.index_select(0, numbers[:count])
+    return numbers
