@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from simulated_device import LAUNCHED, MEMORIES, READ, RECORD, SENT, Graph, _one_kernel, device, simulated  # noqa: E402
 from test_on_another_device import CASES, TRANSLATORS  # noqa: E402
 
-from keifu.generation.text import runner  # noqa: E402
+from keifu.generation.text import runner, sampler  # noqa: E402
 from keifu.generation.text.engine import Engine  # noqa: E402
 from keifu.generation.text.paged import graphs  # noqa: E402
 from keifu.generation.text.sampler import History, RowSettings  # noqa: E402
@@ -137,7 +137,10 @@ def test_the_loss_keeps_its_budget_for_each_part_of_the_logits(monkeypatch: pyte
 
 
 class Step(NamedTuple):
-    """Budget of a step of the engine: kernels of a layer, of all else, copies to the device and from it."""
+    """Budget of a step of the engine: kernels of a layer, of all else, copies to the device and from it.
+
+    ahead: whether it is launched before the tokens of the last one are read.
+    """
 
     lengths: tuple[int, ...]
     step: int
@@ -145,27 +148,33 @@ class Step(NamedTuple):
     rest: int
     sent: int = 1
     read: int = 1
+    ahead: bool = False
 
 
 STEPS = {  # the first step of the engine reads a prompt, the second one the others, and later ones decode
     "one sequence": Step((20,), 2, 14, 54),
     "16 sequences of different lengths": Step(tuple(range(20, 100, 5)), 3, 14, 54),
+    "16 sequences, launched ahead": Step(tuple(range(20, 100, 5)), 3, 14, 55, ahead=True),
     "64 prompts": Step(tuple(range(40, 72)) * 2, 1, 16, 54),  # with the memory that grows for them
 }
 
 
 def engine(
-    lengths: tuple[int, ...], layers: int, most: Callable[[int], int] = lambda number: 9, blocks: int = 2000
-) -> Engine:
+    lengths: tuple[int, ...], layers: int, most: Callable[[int], int] = lambda number: 9, blocks: int = 2000,
+    ahead: bool = False, **sampling: Any,
+) -> Engine:  # fmt: skip
     """Return an engine on the device with a prompt of each length, whose numbers SmolLM2-135M would have."""
     torch.manual_seed(0)
     config = llama.Config(vocab_size=261, context_length=2048, dim=24, hidden_dim=32, n_layers=layers, n_heads=3,
                           n_kv_heads=1)  # fmt: skip
     model = llama.build(config).bfloat16().eval().to(device())
-    made = Engine(model, None, runner.TorchRunner(model, blocks), max_running=64, step_tokens=8192)
+    steps = runner.TorchRunner(model, blocks)
+    steps.overlaps = ahead
+    made = Engine(model, None, steps, max_running=64, step_tokens=8192)
     for number, length in enumerate(lengths):
         prompt = [(number + 3 * place + number * place) % 260 for place in range(length)]
-        made.add(made.request(prompt, SamplingParams(max_tokens=most(number), temperature=0.8, seed=number)))
+        settings = SamplingParams(max_tokens=most(number), temperature=0.8, seed=number, **sampling)
+        made.add(made.request(prompt, settings))
     return made
 
 
@@ -180,7 +189,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
 def counted(row: Step, layers: int) -> tuple[int, int, int]:
     """Return the kernels of a step and its copies to the device and from it."""
     with simulated():
-        made = engine(row.lengths, layers)
+        made = engine(row.lengths, layers, ahead=row.ahead)
         cast(Any, made.runner).graphs = None
         for _ in range(row.step + 1):
             for counter in (LAUNCHED, READ, SENT):
@@ -198,6 +207,61 @@ def test_a_step_of_the_engine_keeps_its_budget(name: str, flash: None) -> None:
     budget = {"kernels of a layer": row.layer, "other kernels": row.rest, "to it": row.sent, "from it": row.read}
     assert all(found[key] <= budget[key] for key in budget), f"{name}: {found}, and the budget is {budget}"
     assert 30 * layer + found["other kernels"] <= 1_200
+
+
+class Event:
+    """An event of CUDA's: the device has come to it when the host waits."""
+
+    waits: ClassVar[list[tuple[int, int]]] = []  # which event was waited for, and how many had been recorded by then
+    made = 0
+
+    def record(self, stream: object) -> None:
+        Event.made += 1
+        self.number = Event.made
+
+    def synchronize(self) -> None:
+        Event.waits.append((self.number, Event.made))
+
+
+@pytest.mark.parametrize("kind", ["plain", "graphs", "pinned", "shortlist"])
+def test_a_step_is_launched_before_the_tokens_of_the_last_one_are_read(
+    kind: str, flash: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all tokens and figures stay the same. The first token is the prompt's; texts end after 6, 9 and 12."""
+    written, launches = [], []
+    settings: dict[str, Any] = {"log_probabilities": True}
+    if kind == "shortlist":
+        settings |= {"top_k": 5, "top_p": 0.9}
+        monkeypatch.setattr(sampler, "LARGE", 261)
+    if kind == "pinned":
+        monkeypatch.setattr(sampler, "copies_later", lambda device: True)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+        monkeypatch.setattr(Event, "waits", [])
+        monkeypatch.setattr(Event, "made", 0)
+    with simulated():
+        for ahead in (False, True):
+            made = engine((20, 27, 40), 2, lambda number: 6 + 3 * number, ahead=ahead, **settings)
+            steps: Any = made.runner
+            steps.graphs = steps.graphs if kind == "graphs" else None
+            READ.clear()
+            reads, run = list[int](), steps.run
+            steps.run = lambda *given, run=run, reads=reads: reads.append(READ.total()) or run(*given)
+            pieces = []
+            while made.work:
+                pieces += made.step()
+            launches.append(reads)
+            written.append(pieces)
+    assert written[0] == written[1] and len(written[0]) == 6 + 9 + 12
+    if kind == "pinned":
+        plain, later = Event.waits[:12], Event.waits[12:]
+        assert plain == [(n, n) for n in range(1, 13)] and len(later) == 12
+        assert [recorded - number for number, recorded in later] == [1] * 5 + [0] + [1, 1, 0] * 2
+    elif kind != "shortlist":
+        assert launches[0] == [*range(12)]
+        assert launches[1] == [0, 0, 1, 2, 3, 4, 6, 6, 7, 9, 9, 10]  # the first after an end waits for it
+    else:
+        assert launches[1] == [0, 0, 1, 2, 3, 4, 6, 6, 7, 9, 9, 10] and launches[0] == [*range(0, 24, 2)]
 
 
 def test_two_steps_of_decoding_could_be_one_cuda_graph(flash: None) -> None:

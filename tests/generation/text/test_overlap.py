@@ -1,20 +1,30 @@
 """Steps that are launched before the tokens of the last one are read: every request gets what it gets without."""
 
 import random
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from generation_toys import LLAMA, TOYS
 from torch import Tensor, nn
 
-from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.generation.text import logits_processors, sampler
-from keifu.generation.text.engine import Engine
-from keifu.generation.text.model import causal
-from keifu.generation.text.request import Piece, Request
-from keifu.generation.text.runner import TorchRunner
-from keifu.generation.text.sampling_params import SamplingParams
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from simulated_device import Graph, device, simulated  # noqa: E402
+
+from keifu.data.tokenizers.tokenizer import Tokenizer  # noqa: E402
+from keifu.generation.text import logits_processors, runner, sampler  # noqa: E402
+from keifu.generation.text.engine import Engine  # noqa: E402
+from keifu.generation.text.model import causal  # noqa: E402
+from keifu.generation.text.paged import graphs  # noqa: E402
+from keifu.generation.text.request import Piece, Request  # noqa: E402
+from keifu.generation.text.runner import TorchRunner  # noqa: E402
+from keifu.generation.text.sampler import Sampler  # noqa: E402
+from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
+from keifu.models import llama  # noqa: E402
 
 QUICK = ("gpt2", "grouped", "window", "states of fixed size", "angles by length")
 
@@ -131,20 +141,80 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("model", QUICK, indirect=True)
-def test_debug(model: nn.Module, tokenizer: Tokenizer) -> None:
-    total = [0] * 6
-    for seed in range(4):
-        mix = Mix.draw(seed, KINDS)
-        plain, ahead = TokenByToken(model, mix.pool, False), TokenByToken(model, mix.pool, True)
-        expected, p1 = mix.write(plain, tokenizer)
-        found, p2 = mix.write(ahead, tokenizer)
-        for one, other in zip(found, expected, strict=True):
-            assert one[:4] == other[:4], seed
-            total[0] += one[4] != other[4]
-            total[5] += bool(one[4])
-        total[1] += ahead.ahead
-        total[2] += ahead.steps
-        total[3] += plain.steps
-        total[4] += p2
-    print(total, flush=True)
+@dataclass
+class Count:
+    """Counts of all mixes together: steps without and with overlap, those that were launched early, preemptions."""
+
+    plain: int = 0
+    steps: int = 0
+    ahead: int = 0
+    preempted: int = 0
+
+
+def compare(model: nn.Module, tokenizer: Tokenizer, mixes: list[Mix], grain: float = 0.0) -> Count:
+    """Write each mix in both ways; everything is equal to the last bit."""
+    count = Count()
+    for mix in mixes:
+        plain, ahead = (TokenByToken(model, mix.pool, overlaps, grain) for overlaps in (False, True))
+        expected, _ = mix.write(plain, tokenizer)
+        found, preempted = mix.write(ahead, tokenizer)
+        assert found == expected
+        assert not plain.ahead
+        count.plain, count.steps = count.plain + plain.steps, count.steps + ahead.steps
+        count.ahead, count.preempted = count.ahead + ahead.ahead, count.preempted + preempted
+    return count
+
+
+@pytest.mark.parametrize(
+    ("model", "seeds"),
+    [(name, range(4)) for name in QUICK] + [pytest.param(name, range(30), marks=pytest.mark.slow) for name in TOYS],
+    indirect=["model"],
+)
+def test_every_request_gets_what_it_gets_without(model: nn.Module, tokenizer: Tokenizer, seeds: range) -> None:
+    """Tokens, texts, figures, reasons and usage, with stops, constraints, ends that users give, and preemption."""
+    count = compare(model, tokenizer, [Mix.draw(seed, KINDS) for seed in seeds])
+    assert count.ahead > count.steps / 2 and count.steps > count.plain and count.preempted
+
+
+LIMITED = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1.5, top_k=5),
+    SamplingParams(top_k=7, top_p=0.9, min_p=0.01, frequency_penalty=0.4),
+]
+
+
+@pytest.mark.parametrize("model", ["grouped", "states of fixed size"], indirect=True)
+def test_a_token_that_the_shortlist_lacks_is_chosen_again(
+    model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many tokens are equally likely: the step after them was launched with a wrong token, and is computed again."""
+    monkeypatch.setattr(sampler, "LARGE", 261)
+    monkeypatch.setattr(logits_processors, "SHORTLIST", 8)
+    again, asked = list[int](), Sampler.__init__
+
+    def watched(self: Sampler, requests: Any, *given: Any, **more: Any) -> None:
+        again.append(len(given) == 2)
+        asked(self, requests, *given, **more)
+
+    monkeypatch.setattr(Sampler, "__init__", watched)
+    count = compare(model, tokenizer, [Mix.draw(seed, LIMITED) for seed in range(3)], grain=6.0)
+    assert count.ahead > 20 and sum(again) > 10
+    again.clear()
+    count = compare(model, tokenizer, [Mix.draw(3, [replace(LIMITED[1], top_k=0, top_p=0.9)])])
+    assert not count.ahead and not sum(again)  # the host has to see whether the list was enough
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_simulated_device_writes_the_same_in_both_ways(
+    replays: bool, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where steps are replayed as graphs, which read the last tokens from memory of their own."""
+    if replays:
+        monkeypatch.setattr(runner, "has_kernel", lambda device: device.type == "sim")
+        monkeypatch.setattr(graphs, "capture", Graph.capture)
+        monkeypatch.setattr(graphs, "new_memory", object)
+    torch.manual_seed(1)
+    model = llama.build(llama.Config(**LLAMA | {"n_layers": 1, "head_dim": 8}, n_kv_heads=2)).bfloat16().eval()
+    with simulated():
+        count = compare(model.to(device()), tokenizer, [Mix.draw(seed, KINDS) for seed in (1, 2)])
+    assert count.ahead > count.steps / 2 and count.steps > count.plain

@@ -180,6 +180,11 @@ class History:
             self.counts[rows, tokens] += 1
 
 
+def copies_later(device: torch.device) -> bool:
+    """Return whether a device copies to pinned memory while the host goes on, with an event when it is done."""
+    return device.type == "cuda"
+
+
 class Chosen:
     """Tokens that were chosen, and the table of `Sampler.choose`, which a GPU copies to the host when it gets there.
 
@@ -188,7 +193,7 @@ class Chosen:
 
     def __init__(self, tokens: Int[Tensor, " rows"], table: Float[Tensor, "rows columns"]):
         self.tokens, self._table, self._copied = tokens, table, None
-        if table.device.type == "cuda":
+        if copies_later(table.device):
             self._table = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
             self._table.copy_(table, non_blocking=True)
             self._copied = torch.cuda.Event()
