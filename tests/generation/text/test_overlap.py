@@ -38,10 +38,11 @@ class TokenByToken(TorchRunner):
 
     def __init__(self, model: nn.Module, blocks: int, overlaps: bool, grain: float = 0.0):
         super().__init__(causal(model), blocks, 4)
-        self.overlaps, self.grain, self.ahead, self.steps = overlaps, grain, 0, 0
+        self.overlaps, self.grain, self.ahead, self.steps, self.tokens = overlaps, grain, 0, 0, 0
 
     def _run(self, batch: Any, last: Tensor | None) -> Tensor:
         self.steps, self.ahead = self.steps + 1, self.ahead + (last is not None)
+        self.tokens += sum(len(span.tokens) for span in batch)
         rows = []
         for span in batch:
             for place, token in enumerate(span.tokens):
@@ -93,17 +94,17 @@ class Mix:
 
         def asked(number: int) -> Asked:
             prompt = rng.choice(roots)[: rng.randrange(4)] + [rng.randrange(261) for _ in range(rng.randrange(1, 9))]
-            stops = tuple(chr(rng.randrange(32, 127)) for _ in range(rng.choice((0, 0, 9))))
+            stops = tuple(chr(rng.randrange(32, 127)) for _ in range(rng.choice((0, 0, 0, 3))))
             sampling = replace(
                 rng.choice(kinds), seed=number + 100 * seed, max_tokens=rng.choice((1, 2, 5, 14, 30, None)), stop=stops,
                 log_probabilities=rng.random() < 0.7, top_log_probabilities=rng.randrange(3),
-                logit_bias=((256, rng.choice((0.0, 9.0))),),  # the token that ends a text
+                logit_bias=((0, rng.choice((0.0, 0.0, 6.0))),),  # the token that ends a text
             )  # fmt: skip
             comes = 0 if together else rng.randrange(30)
             return Asked(prompt, sampling, rng.random() < 0.06, comes, 99 if patient else rng.choice((99, 0, 1, 4)))
 
-        count = rng.randrange(2, 14)
-        pool = rng.choice((24, 30, 500))
+        count = rng.randrange(2, 19)
+        pool = rng.choice((18, 22, 500))
         return cls([asked(number) for number in range(count)], pool, rng.choice((2, 4, 16)), rng.choice((16, 64)))
 
     def write(self, runner: TokenByToken, tokenizer: Tokenizer) -> tuple[list[tuple[Any, ...]], int]:
@@ -143,11 +144,11 @@ KINDS = [
 
 @dataclass
 class Count:
-    """Counts of all mixes together: steps without and with overlap, those that were launched early, preemptions."""
+    """Counts of all mixes together: steps, those that were launched early, tokens that were dropped, preemptions."""
 
-    plain: int = 0
     steps: int = 0
     ahead: int = 0
+    dropped: int = 0
     preempted: int = 0
 
 
@@ -160,20 +161,25 @@ def compare(model: nn.Module, tokenizer: Tokenizer, mixes: list[Mix], grain: flo
         found, preempted = mix.write(ahead, tokenizer)
         assert found == expected
         assert not plain.ahead
-        count.plain, count.steps = count.plain + plain.steps, count.steps + ahead.steps
-        count.ahead, count.preempted = count.ahead + ahead.ahead, count.preempted + preempted
+        count.steps, count.ahead = count.steps + ahead.steps, count.ahead + ahead.ahead
+        count.dropped, count.preempted = count.dropped + ahead.tokens - plain.tokens, count.preempted + preempted
     return count
+
+
+def small_window(model: nn.Module) -> bool:
+    return TorchRunner(causal(model), 1).window is not None
 
 
 @pytest.mark.parametrize(
     ("model", "seeds"),
-    [(name, range(4)) for name in QUICK] + [pytest.param(name, range(30), marks=pytest.mark.slow) for name in TOYS],
+    [(name, range(8)) for name in QUICK] + [pytest.param(name, range(8, 30), marks=pytest.mark.slow) for name in TOYS],
     indirect=["model"],
 )
 def test_every_request_gets_what_it_gets_without(model: nn.Module, tokenizer: Tokenizer, seeds: range) -> None:
     """Tokens, texts, figures, reasons and usage, with stops, constraints, ends that users give, and preemption."""
     count = compare(model, tokenizer, [Mix.draw(seed, KINDS) for seed in seeds])
-    assert count.ahead > count.steps / 2 and count.steps > count.plain and count.preempted
+    assert count.ahead > count.steps / 3 and count.dropped > 5
+    assert count.preempted or small_window(model)  # which leaves blocks free
 
 
 LIMITED = [
@@ -216,5 +222,5 @@ def test_a_simulated_device_writes_the_same_in_both_ways(
     torch.manual_seed(1)
     model = llama.build(llama.Config(**LLAMA | {"n_layers": 1, "head_dim": 8}, n_kv_heads=2)).bfloat16().eval()
     with simulated():
-        count = compare(model.to(device()), tokenizer, [Mix.draw(seed, KINDS) for seed in (1, 2)])
-    assert count.ahead > count.steps / 2 and count.steps > count.plain
+        count = compare(model.to(device()), tokenizer, [Mix.draw(3, KINDS)])
+    assert count.ahead > count.steps / 2 and count.dropped > 0, count
