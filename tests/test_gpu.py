@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from keifu.generation.images.pixel_diffusion import (
     ImageRequest,
     PixelPipeline,  # noqa: E402
 )
+from keifu.generation.text.engine import Engine  # noqa: E402
 from keifu.generation.text.generate import generate_batch  # noqa: E402
+from keifu.generation.text.request import Piece  # noqa: E402
 from keifu.generation.text.runner import Span, TorchRunner  # noqa: E402
 from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
 from keifu.layers.counter_rng import (
@@ -164,6 +167,27 @@ def test_a_replayed_step_waits_for_nothing(steps: tuple[TorchRunner, list[Span]]
             runner.run(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_is_launched_while_the_last_one_runs(steps: tuple[TorchRunner, list[Span]]) -> None:
+    """With the tokens and figures of the other order, and without a wait for more than the tokens that are read."""
+    model, written = steps[0].model, list[list[Piece]]()
+    for overlaps in (False, True):
+        runner = TorchRunner(model, 40)
+        runner.overlaps = overlaps
+        engine, pieces = Engine(cast(Any, model), None, runner), list[Piece]()
+        for number in range(3):
+            asked = SamplingParams(max_tokens=12, temperature=0.8, seed=number, log_probabilities=True)
+            engine.add(engine.request([3 + number, 9], asked))
+        while engine.work:
+            settled = overlaps and 9 < len(pieces) < 27  # the graph is there, and no text ends
+            torch.cuda.set_sync_debug_mode("error" if settled else "default")
+            try:
+                pieces += engine.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        written.append(pieces)
+    assert written[0] == written[1] and len(written[0]) == 36
 
 
 def test_a_step_of_decoding_has_at_most_14_kernels_in_a_layer(steps: tuple[TorchRunner, list[Span]]) -> None:

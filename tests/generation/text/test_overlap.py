@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from simulated_device import Graph, device, simulated  # noqa: E402
 
 from keifu.data.tokenizers.tokenizer import Tokenizer  # noqa: E402
+from keifu.errors import UserError  # noqa: E402
 from keifu.generation.text import logits_processors, runner, sampler  # noqa: E402
 from keifu.generation.text.engine import Engine  # noqa: E402
 from keifu.generation.text.model import causal  # noqa: E402
@@ -208,6 +209,36 @@ def test_a_token_that_the_shortlist_lacks_is_chosen_again(
     again.clear()
     count = compare(model, tokenizer, [Mix.draw(3, [replace(LIMITED[1], top_k=0, top_p=0.9)])])
     assert not count.ahead and not sum(again)  # the host has to see whether the list was enough
+
+
+class Damaged(TokenByToken):
+    """Gives no logits after 6 tokens of the second request."""
+
+    def _run(self, batch: Any, last: Tensor | None) -> Tensor:
+        logits = super()._run(batch, last)
+        for row, span in enumerate(batch):
+            if span.sequence == 1 and span.start == 5:
+                logits[row] = torch.nan
+        return logits
+
+
+@pytest.mark.parametrize("model", ["grouped"], indirect=True)
+def test_an_error_of_one_request_changes_no_other(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """The step that was launched after the error is dropped, and what was not taken is chosen again."""
+    found = []
+    for runs in (TokenByToken, Damaged):
+        for overlaps in (False, True):
+            engine = Engine(model, tokenizer, runs(model, 100, overlaps))
+            asked = [engine.request([3, 4, n], SamplingParams(max_tokens=20, seed=n)) for n in range(3)]
+            for request in asked:
+                engine.add(request)
+            while engine.work:
+                try:
+                    engine.step()
+                except UserError:
+                    engine.abort(1)
+            found.append([asked[0].tokens, asked[2].tokens])
+    assert len(asked[1].tokens) == 3 and found == found[:1] * 4
 
 
 @pytest.mark.parametrize("replays", [False, True])

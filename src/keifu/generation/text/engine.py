@@ -61,9 +61,9 @@ class Guessing:
         self._seconds[key] = spent if key not in self._seconds else 0.8 * self._seconds[key] + 0.2 * spent
 
 
-class Step(NamedTuple):
-    """A step that was launched: its logits, the places in them after which the sequences want a token, and the tokens
-    that were chosen, which the host has not read yet."""
+class LaunchedStep(NamedTuple):
+    """A step that was launched: its logits, those that are wanted first of each sequence, by their rows, and the tokens
+    that were chosen after them, which the host has not read yet."""
 
     spans: list[Span]
     began: float
@@ -105,7 +105,7 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}
         self._numbers = count()
         self._sampler: Sampler | None = None
-        self._steps: list[Step] = []  # that were launched: one, or with `_ahead` two
+        self._steps: list[LaunchedStep] = []  # that were launched: one, or with `_ahead` two
         self._ahead = runner if isinstance(runner, TorchRunner) and runner.overlaps and not most else None
 
     @property
@@ -192,9 +192,9 @@ class Engine:
         logits = self.runner.run(spans) if self._ahead is None else self._ahead.run(spans, last)
         ends = accumulate(span.wanted for span in spans)
         rows = [(end - s.wanted, self._sequences[s.sequence]) for end, s in zip(ends, spans, strict=True) if s.wanted]
-        self._steps.append(Step(spans, began, logits, rows, self._choose(logits, rows)))
+        self._steps.append(LaunchedStep(spans, began, logits, rows, self._choose(logits, rows)))
 
-    def _launch_following(self, step: Step) -> None:
+    def _launch_following(self, step: LaunchedStep) -> None:
         """Launch the step after one whose tokens are not read yet, if neither its spans nor its sampler need them."""
         if step.chosen is None or self._sampler is None or self._sampler.asks:
             return
@@ -205,37 +205,37 @@ class Engine:
         """Choose a token after each of these places in the logits."""
         if not rows:
             return None
-        some = logits if len(rows) == len(logits) else logits[[place for place, _ in rows]]
+        some = logits if len(rows) == len(logits) else logits[[row for row, _ in rows]]
         requests = [sequence.request for _, sequence in rows]
         if self._sampler is None or requests != self._sampler.requests:
             defers = self._ahead is not None
             self._sampler = Sampler(requests, logits.shape[1], logits.device, self._sampler, defers)
         return self._sampler.choose(some)
 
-    def _read(self, step: Step) -> list[list[float]]:
+    def _read(self, step: LaunchedStep) -> list[list[float]]:
         """Return the figures of the tokens that a step chose.
 
         Where one has to be chosen again from all tokens, the step after it has read a wrong one, and is computed again.
         """
         figures = [] if step.chosen is None else step.chosen.tolist()
         if again := [row for row, (token, *_) in enumerate(figures) if token < 0]:
-            places, writing = zip(*(step.rows[row] for row in again), strict=True)
+            positions, writing = zip(*(step.rows[row] for row in again), strict=True)
             sampler = Sampler([s.request for s in writing], step.logits.shape[1], step.logits.device)
-            for row, figure in zip(again, sampler.choose(step.logits[list(places)]).tolist(), strict=True):
+            for row, figure in zip(again, sampler.choose(step.logits[list(positions)]).tolist(), strict=True):
                 figures[row] = figure
             self._steps, self._sampler = [step], None
         return figures
 
-    def _write(self, step: Step, figures: list[list[float]]) -> list[Piece]:
+    def _write(self, step: LaunchedStep, figures: list[list[float]]) -> list[Piece]:
         """Take the token after each span that wants one, and further tokens as long as the guesses are right."""
         pieces: list[Piece] = []
         pairs = zip(step.rows, figures, strict=True)
         chosen = [(row, figure) for row, figure in pairs if row[1].number in self._sequences]  # others were given up
         depth = 0
         while chosen:
-            new = [(place, sequence, sequence.take(figure)) for (place, sequence), figure in chosen]
+            new = [(row, sequence, sequence.take(figure)) for (row, sequence), figure in chosen]
             pieces += [piece for *_, piece in new]
-            rows = [(place + 1, s) for place, s, piece in new if _guessed(s, piece, depth)]
+            rows = [(row + 1, s) for row, s, piece in new if _guessed(s, piece, depth)]
             further = self._choose(step.logits, rows)
             chosen = [] if further is None else list(zip(rows, further.tolist(), strict=True))
             depth += 1

@@ -130,7 +130,7 @@ class TorchRunner:
         self.graphs = StepGraphs(self._pool, self._logits) if whole and not self.by_length else None
 
     def run(self, batch: Sequence[Span], last: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "wanted vocab"]:
-        """Do what `Runner.run` does. last: tokens on the device, which the spans name by their places among them."""
+        """Do what `Runner.run` does. last: tokens on the device, which the spans name by their rows."""
         # graphs and Triton's kernels are for the GPU that is current, which is the first one unless it is said
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             return self._run(batch, last)

@@ -125,27 +125,23 @@ class Scheduler:
         """Return the spans of the step after one that runs, whose tokens are not known yet; none if it needs them.
 
         It does not if the same sequences go on: all that run write in both steps, nobody who waits could be admitted,
-        and there are blocks for all. Instead of its token, a span has the place of the token among those of the step
+        and there are blocks for all. Instead of its token, a span has the row of the token among those of the step
         that runs. `done` is called for each of both steps, in their order.
         """
-        places = list(zip(self.running, spans, strict=False))
-        same = len(spans) == len(self.running) and all(s.number == span.sequence for s, span in places)
-        writes = all(span.wanted == 1 and sequence.room > 0 for sequence, span in places)
+        pairs = list(zip(self.running, spans, strict=False))
+        same = len(spans) == len(self.running) and all(s.number == span.sequence for s, span in pairs)
+        writes = all(span.wanted == 1 and sequence.room > 0 for sequence, span in pairs)
         admits = self.waiting and len(self.running) < self.max_running
-        if not (same and writes) or admits:
-            return []
-        starts = [span.start + len(span.tokens) for span in spans]
-        lacking = [self._blocks_for(start + 1) - len(s.blocks) for start, s in zip(starts, self.running, strict=True)]
-        if sum(count for count in lacking if count > 0) > self.blocks.free:
+        ends = [span.start + len(span.tokens) for span in spans]
+        lacking = [self._blocks_for(end + 1) - len(s.blocks) for end, (s, _) in zip(ends, pairs, strict=False)]
+        if not (same and writes) or admits or sum(max(0, count) for count in lacking) > self.blocks.free:
             return []
         for sequence, count in zip(self.running, lacking, strict=True):
             if count > 0:
                 more = self.blocks.allocate(count, sequence.blocks[-1], self._room(sequence))
                 sequence.blocks = sequence.blocks + more
-        return [
-            replace(span, tokens=[place], start=start, blocks=sequence.blocks, sources=())
-            for place, (start, (sequence, span)) in enumerate(zip(starts, places, strict=True))
-        ]
+        new = enumerate(zip(ends, pairs, strict=True))
+        return [replace(x, tokens=[row], start=end, blocks=s.blocks, sources=()) for row, (end, (s, x)) in new]
 
     def done(self, sequence: Sequence, count: int) -> None:
         """Note that more of a sequence's tokens were computed: its full blocks may be shared from now on."""

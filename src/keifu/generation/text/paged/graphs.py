@@ -97,7 +97,7 @@ class StepGraphs:
 
 
 def _with_tokens(numbers: Int[Tensor, " total"], last: Tensor | None, count: int) -> Int[Tensor, " total"]:
-    """Write tokens where the numbers of a step, on the device, begin with the places of their tokens in `last`."""
+    """Write tokens where the numbers of a step, on the device, begin with the rows of their tokens in `last`."""
     if last is not None:
         numbers[:count] = last.index_select(0, numbers[:count])
     return numbers
