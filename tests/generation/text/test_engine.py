@@ -539,7 +539,7 @@ def test_a_step_and_its_graph_are_on_the_gpu_of_the_model(monkeypatch: pytest.Mo
         yield
         events.append(name)
 
-    def step(_: Any) -> torch.Tensor:
+    def step(_: Any, last: None) -> torch.Tensor:
         graphs.capture(lambda: torch.zeros(1, 1), graphs.new_memory())
         return torch.zeros(1, 1)
 

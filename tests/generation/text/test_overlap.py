@@ -251,7 +251,8 @@ def test_a_simulated_device_writes_the_same_in_both_ways(
         monkeypatch.setattr(graphs, "capture", Graph.capture)
         monkeypatch.setattr(graphs, "new_memory", object)
     torch.manual_seed(1)
-    model = llama.build(llama.Config(**LLAMA | {"n_layers": 1, "head_dim": 8}, n_kv_heads=2)).bfloat16().eval()
+    sizes: dict[str, Any] = {**LLAMA, "n_layers": 1, "head_dim": 8, "n_kv_heads": 2}
+    model: Any = llama.build(llama.Config(**sizes)).bfloat16().eval()
     with simulated():
         count = compare(model.to(device()), tokenizer, [Mix.draw(3, KINDS)])
     assert count.ahead > count.steps / 2 and count.dropped > 0, count
