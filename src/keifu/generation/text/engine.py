@@ -196,20 +196,19 @@ class Engine:
 
     def _launch_following(self, step: LaunchedStep) -> None:
         """Launch the step after one whose tokens are not read yet, if neither its spans nor its sampler need them."""
-        if step.chosen is None or self._sampler is None or self._sampler.asks:
-            return
-        if spans := self.scheduler.following(step.spans):
+        asks = self._sampler is None or self._sampler.asks
+        if step.chosen is not None and not asks and (spans := self.scheduler.following(step.spans)):
             self._launch(spans, step.chosen.tokens)
 
     def _choose(self, logits: Tensor, rows: list[tuple[int, Sequence]]) -> Chosen | None:
-        """Choose a token after each of these places in the logits."""
+        """Choose a token after each of these rows of the logits."""
         if not rows:
             return None
         some = logits if len(rows) == len(logits) else logits[[row for row, _ in rows]]
         requests = [sequence.request for _, sequence in rows]
         if self._sampler is None or requests != self._sampler.requests:
-            defers = self._ahead is not None
-            self._sampler = Sampler(requests, logits.shape[1], logits.device, self._sampler, defers)
+            vocab, defers = logits.shape[1], self._ahead is not None
+            self._sampler = Sampler(requests, vocab, logits.device, self._sampler, defers)
         return self._sampler.choose(some)
 
     def _read(self, step: LaunchedStep) -> list[list[float]]:

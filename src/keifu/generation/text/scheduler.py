@@ -136,10 +136,9 @@ class Scheduler:
         lacking = [self._blocks_for(end + 1) - len(s.blocks) for end, (s, _) in zip(ends, pairs, strict=False)]
         if not (same and writes) or admits or sum(max(0, count) for count in lacking) > self.blocks.free:
             return []
-        for sequence, count in zip(self.running, lacking, strict=True):
+        for s, count in zip(self.running, lacking, strict=True):
             if count > 0:
-                more = self.blocks.allocate(count, sequence.blocks[-1], self._room(sequence))
-                sequence.blocks = sequence.blocks + more
+                s.blocks = s.blocks + self.blocks.allocate(count, s.blocks[-1], self._room(s))
         new = enumerate(zip(ends, pairs, strict=True))
         return [replace(x, tokens=[row], start=end, blocks=s.blocks, sources=()) for row, (end, (s, x)) in new]
 
