@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from simulated_device import LAUNCHED, MEMORIES, READ, RECORD, SENT, Graph, _one_kernel, device, simulated  # noqa: E402
+from simulated_device import LAUNCHED, MEMORIES, READ, RECORD, SENT, Graph, _one_kernel, _Stream, device, simulated  # noqa: E402
 from test_on_another_device import CASES, TRANSLATORS  # noqa: E402
 
 from keifu.generation.text import runner, sampler  # noqa: E402
@@ -210,17 +210,18 @@ def test_a_step_of_the_engine_keeps_its_budget(name: str, flash: None) -> None:
 
 
 class Event:
-    """An event of CUDA's: the device has come to it when the host waits."""
+    """An event of CUDA's: the copies before it are there when the host has waited."""
 
     waits: ClassVar[list[tuple[int, int]]] = []  # which event was waited for, and how many had been recorded by then
     made = 0
 
-    def record(self, stream: object) -> None:
+    def record(self, stream: Any) -> None:
         Event.made += 1
-        self.number = Event.made
+        self.number, self.end = Event.made, stream.record_event()
 
     def synchronize(self) -> None:
         Event.waits.append((self.number, Event.made))
+        self.end.synchronize()
 
 
 @pytest.mark.parametrize("kind", ["plain", "graphs", "pinned", "shortlist"])
@@ -236,7 +237,7 @@ def test_a_step_is_launched_before_the_tokens_of_the_last_one_are_read(
     if kind == "pinned":
         monkeypatch.setattr(sampler, "copies_later", lambda device: True)
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream())
         monkeypatch.setattr(Event, "waits", [])
         monkeypatch.setattr(Event, "made", 0)
     with simulated():
