@@ -78,7 +78,9 @@ def small_decoder(folder: Path, seed: int, data: str = DATA) -> str:
 
 
 def train(folder: Path, steps: int, seed: int, decoder: str | None = None, **changes: Any) -> Path:
-    """Train a model and return its run."""
+    """Train a model, unless the folder has it, and return its run."""
+    if (folder / "run" / "config.json").exists():
+        return folder / "run"
     recipe = see.Recipe(
         decoder or small_decoder(folder, seed, changes.get("data", DATA)), left_out=PAIR, steps=steps, batch_size=64,
         learning_rate=1e-3, seed=seed,

@@ -321,7 +321,7 @@ def pack(run: Path, folder: Path, dtype: str) -> None:
         file.write_text(json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":")), "utf-8")
     if (run / "recipe.json").is_file():
         record = json.loads((run / "recipe.json").read_text("utf-8"), object_hook=without_folders)
-        record["recipe"].pop("place", None)  # a folder of the machine that trained it
+        record.get("recipe", {}).pop("place", None)  # a folder of the machine that trained it
         (folder / "recipe.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), "utf-8")
 
 

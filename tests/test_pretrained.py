@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image, ImageDraw
 
 import keifu
 from keifu import cli
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "pretrained"))
 
 import make  # noqa: E402 # pyright: ignore[reportMissingImports] (its folder is no package)
 
-MOST_BYTES = 64_000_000
+MOST_BYTES = 95_000_000
 ROOT = Path(__file__).parent.parent / "pretrained" / "src" / "keifu_pretrained"
 NAMES = sorted(folder.parent.name for folder in ROOT.glob("*/card.json"))
 SENTENCES = {"ja-en": ("これはペンです。", "This is a pen."), "en-ja": ("I like cats.", "猫が好きです。")}
@@ -102,6 +103,16 @@ def test_it_translates_a_simple_sentence(name: str) -> None:
     model, tokenizer = keifu.load(name)
     [[found]] = translate_texts(model, tokenizer, [source], TranslationParams())
     assert found.text == target
+
+
+def test_it_sees_a_shape_that_is_drawn_here(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    image = Image.new("RGB", (64, 64), (240, 240, 250))
+    ImageDraw.Draw(image).ellipse((20, 24, 44, 48), fill=(255, 0, 0))
+    image.save(tmp_path / "circle.png")
+    asked = {"what color is the shape?": "red", "what shape is in the image?": "circle", "is there a triangle?": "no"}
+    for question, answer in asked.items():
+        cli.main(["chat", "see", question, "--image", str(tmp_path / "circle.png")])
+        assert capsys.readouterr().out.strip() == answer
 
 
 def test_a_clip_is_asked_the_languages_that_it_learned() -> None:
