@@ -55,6 +55,8 @@ class Recipe(AssistantOptions):
     """CLIP or LLaVA whose tower is taken, such as emoji-clip: a run, a directory or a name; unset: a new tower."""
     tower_rate: NotNegative = 1.0
     """The tower's share of the learning rate; 0 keeps the tower as it is, as LLaVA does."""
+    names_first: bool = True
+    """Whether the first epoch begins with the questions whose answer is a name, which teach a new tower sooner."""
     held_out: BelowOne = 0.02
     """Share of the pictures that is kept for validation, chosen by a hash of the name."""
     epochs: Positive = 3.0
@@ -94,7 +96,7 @@ def prepare(recipe: Recipe) -> FinetuneTask:
     turns = {pair: encode(tokenizer, *pair, model.config) for pair in {each[1:] for each in learned}}
     rows = [[(*turns[each[1:]], each.image) for each in side] for side in sides]
     ready = Preprocessing(**vars(model.config.pixels))
-    named = [question.answer not in CLOSED for question in sides[0]]
+    named = [recipe.names_first and question.answer not in CLOSED for question in sides[0]]
     data = QuestionBatches(rows, found, ready, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0, named)
     return FinetuneTask(model.to(choose()), tokenizer, data)
 
