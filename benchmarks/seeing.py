@@ -1,8 +1,8 @@
 """How well a small model sees: right answers on easy-VQA, next to the same model without the picture and to counting.
 
-python benchmarks/seeing.py [--model gpt-en] [--rank 0] [--tower emoji-clip] [--patch 8] [--tower-rate 0] [--mixed]
-    [--steps 3000] [--batch 64] [--learning-rate 1e-3] [--questions 2000] [--seeds 0] [--folder FOLDER] [--title TITLE]
-    [--write FILE]
+python benchmarks/seeing.py [--model gpt-en] [--rank 0] [--template plain] [--tower emoji-clip] [--patch 8]
+    [--tower-rate 0] [--mixed] [--steps 3000] [--batch 64] [--learning-rate 1e-3] [--questions 2000] [--seeds 0]
+    [--folder FOLDER] [--title TITLE] [--write FILE]
 
 A decoder reads the questions of easy-VQA's training part: one of 0.5 M parameters from nothing, with a tokenizer
 learned from the questions, or --model, whole or with adapters of a rank. Its tower is that of --tower, a CLIP or a
@@ -115,6 +115,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--patch", type=int, choices=TOWERS, default=8, help="pixels of the trained CLIP's patches")
     parser.add_argument("--tower-rate", type=float, default=0.0, help="the tower's share of the learning rate")
     parser.add_argument("--mixed", action="store_true", help="begin with all questions, not with those about names")
+    parser.add_argument("--template", choices=("own", "plain"), default="own", help="the form of conversations")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64, help="questions in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="AdamW's highest rate")
@@ -150,7 +151,7 @@ def main() -> None:
         run = train(
             folder / str(seed), options.steps, seed, options.model, batch_size=options.batch, tower=tower,
             learning_rate=options.learning_rate, tower_rate=options.tower_rate, names_first=not options.mixed,
-            lora=see.finetuning.Lora(rank=options.rank),
+            template=options.template, lora=see.finetuning.Lora(rank=options.rank),
         )  # fmt: skip
         measured[seed] = measure(run, options.questions)
         print(machine(), f"seed {seed}", *(f"{name}: {value}" for name, value in measured[seed].items()), sep="\n")
