@@ -234,6 +234,15 @@ def test_long_contexts_are_those_of_the_seeds() -> None:
         assert cells == [*(spread(each, ".3f") for each in losses), *(spread(each, ".1f") for each in shares)]
 
 
+def test_bounds_of_masked_diffusion_are_those_of_the_windows() -> None:
+    (table,) = [each for each in of_data(LANGUAGE) if each["section"] == "Masked diffusion"]
+    minutes = re.findall(r"--minutes ([\d.]+)", table["command"])
+    for name, *cells in table["rows"]:
+        bits = mean(table["values"][name]) / np.log(2) / table["values"]["bytes per token"]
+        low, high = map(float, cells[4].split(" to "))
+        assert cells[0] in minutes and abs(bits - float(cells[3])) < 0.001 and low < bits < high
+
+
 def test_shares_of_new_names_are_those_of_the_emoji() -> None:
     tables = of_data(ROOT / "docs/results/text_and_pictures.md")
     (table,) = [table for table in tables if "locked_text.py" in table["command"]]
