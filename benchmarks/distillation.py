@@ -1,8 +1,8 @@
 """Soft against hard labels: the same student, cut from its teacher, on the same conversations, for equal minutes.
 
 python benchmarks/distillation.py --data FILE.jsonl [--minutes 20] [--seeds 0 1 2] [--ways hard soft] [--out DIR]
-    [--teacher smollm2] [--weights int8] [--layers 7] [--vocabulary 8000] [--batch-size 8] [--context-length 512]
-    [--learning-rate 3e-4] [--write JSON]
+    [--teacher smollm2] [--weights int8] [--layers 7] [--vocabulary 8000]
+    [--merges first|used] [--batch-size 8] [--context-length 512] [--learning-rate 3e-4] [--write JSON]
 
 --data: as `keifu train sft` reads it, such as the lines of `benchmarks/teacher_texts.py`. The student keeps some layers
 and the first merges of the teacher. hard: it learns the tokens. soft: all of the teacher's probabilities (forward KL).
@@ -17,6 +17,7 @@ student's tokens, and its probabilities with it. A run that is in DIR is not mad
 import argparse
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from _rounds import machine, spread
 from _training import validation
 
 from keifu import checkpoints
+from keifu.data.chat import conversations
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.recipes.assistant import sft
 from keifu.recipes.distilling import DistillAnswers
 from keifu.recipes.pruning import prune
@@ -81,6 +84,12 @@ def learn(options: argparse.Namespace, student: Path, way: str, seed: int) -> Fi
     return measure(options, str(out), max(line["step"] for line in metrics.read(out)))
 
 
+def uses(options: argparse.Namespace, tokenizer: Tokenizer) -> Counter[int]:
+    """Return how often the data have each token, if the merges are chosen by that."""
+    chats = conversations.read(options.data) if options.merges == "used" else []
+    return Counter(id for chat in chats for id in tokenizer.render_turns(chat)[0])
+
+
 def cells(figures: Sequence[Figures]) -> list[str]:
     """Return the mean of each figure, and of several seeds the lowest and the highest."""
     columns = [*zip(*figures, strict=True)]
@@ -97,6 +106,7 @@ def main() -> None:
     parser.add_argument("--weights", default="int8", help="format of the teacher's packed weights; none: PyTorch")
     parser.add_argument("--layers", type=int, default=7, help="of the student")
     parser.add_argument("--vocabulary", type=int, default=8000, help="merges of the student's tokenizer")
+    parser.add_argument("--merges", choices=["first", "used"], default="first", help="see --student-merges")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--context-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
@@ -112,7 +122,8 @@ def main() -> None:
     figures = {"teacher": {0: measure(options, options.teacher, 0)}}
     for name, layers in (("cut-teacher", None), ("student", options.layers)):
         if not (options.out / name).exists():
-            pruned = prune(*checkpoints.load(options.teacher), layers, options.vocabulary)
+            model, tokenizer = checkpoints.load(options.teacher)
+            pruned = prune(model, tokenizer, layers, options.vocabulary, uses(options, tokenizer))
             checkpoints.save(*pruned, options.out / name)
         figures[name] = {0: measure(options, str(options.out / name), 0)}
         print(f"{name}: {figures[name][0]}", flush=True)
