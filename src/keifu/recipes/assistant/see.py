@@ -2,8 +2,8 @@
 
 Paper: "Visual Instruction Tuning": CLIP's tower and Vicuna, a projector learned from 595,000 captions, then the
 projector and the decoder from 158,000 conversations; loss on the answers alone, AdamW without weight decay, a cosine
-after a warm-up of 3%. Here: all of it is learned together, from a small CLIP's tower (--tower) or a new one.
-Command: keifu train see --model gpt-en --data easy-vqa --tower emoji-clip --left-out teal triangle
+after a warm-up of 3%. Here: projector and decoder in one training, and the tower too unless --tower-rate is 0.
+Command: keifu train see --model gpt-en --data easy-vqa --tower see --tower-rate 0 --left-out teal triangle
 Cost: printed before it starts, measured on the machine.
 Expected: see docs/lineage/llava.md; keifu evaluate prints the accuracy next to the blind baselines.
 """
