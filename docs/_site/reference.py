@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 
 from keifu.cli import parse
 from keifu.commands.shared.recipe_files import recipes
-from keifu.commands.shared.verbs import VERBS
+from keifu.commands.shared.command_names import COMMANDS
 
 WIDTH = 100  # columns
 
@@ -56,7 +56,7 @@ def fill(page: str) -> str:
     if "<!-- catalogue -->" in page:
         return page.replace("<!-- catalogue -->", catalogue())
     if "<!-- verbs -->" in page:
-        return page.replace("<!-- verbs -->", sections([verb] for verb in VERBS))
+        return page.replace("<!-- verbs -->", sections([verb] for verb in COMMANDS))
     if "<!-- recipes -->" in page:
         return page.replace("<!-- recipes -->", sections(["train", name] for name in recipes()))
     return page
