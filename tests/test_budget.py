@@ -33,7 +33,7 @@ LANDMARKS = {  # code lines that each added, at most 450 (600 for a model that s
     "GPU memory and budgets": 300,
     "search in the service": 70,
     "GPU kernels and graphs": 339,
-    "blocks of GGUF on GPUs, graphs' memory, own rows of a batch": 257,
+    "blocks of GGUF on GPUs, graphs' memory, own rows of a batch": 262,
     "models that are drawn in parts": 84,
     "LLaDA": 304,
     "plans of diffusion transformers": 38,

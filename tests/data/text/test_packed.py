@@ -60,6 +60,26 @@ def test_going_on_at_a_late_step_reads_nothing_of_the_steps_before(monkeypatch) 
     assert len(drawn) == 1
 
 
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_a_process_reads_only_its_rows_of_a_batch(world: int, monkeypatch) -> None:
+    data = PackedText(shards(300), 7, batch_size_stages([(3, 2)], 7), seed=4)
+    read = list[int]()
+    windows = data.windows
+    monkeypatch.setattr(data, "windows", lambda numbers: (read.append(len(numbers)), windows(numbers))[1])
+    for step in (0, 3, 9):
+        whole, parts = data.batch(step)["tokens"], list[torch.Tensor]()
+        rows = len(whole)
+        if rows < world:
+            continue
+        for rank in range(world):
+            read.clear()
+            own = rows * rank // world, rows * (rank + 1) // world
+            batch, first, total = data.part(step, lambda _, own=own: own)
+            assert (first, total, read) == (own[0], rows, [len(batch["tokens"])])
+            parts.append(batch["tokens"])
+        assert torch.equal(torch.cat(parts), whole)
+
+
 def test_a_batch_may_span_epochs() -> None:
     data = PackedText(shards(40), 16, 5)  # fewer windows than rows
     rows = data.batch(0)["tokens"]

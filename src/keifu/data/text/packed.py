@@ -4,7 +4,7 @@ Axes: row (of a batch), position.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,16 @@ class PackedText:
 
     def batch(self, step: int) -> dict[str, Int64[Tensor, "row position"]]:
         """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
-        return _tensors(self.windows(self.growth.numbers(step)))
+        return self.part(step, lambda rows: (0, rows))[0]
+
+    def part(self, step: int, bounds: Callable[[int], tuple[int, int]]) -> tuple[dict[str, Tensor], int, int]:
+        """Return some rows of that batch, the number of the first one, and the number of rows in all.
+
+        bounds: the first row and the row after the last one, of a batch of so many rows.
+        """
+        numbers = self.growth.numbers(step)
+        first, end = bounds(len(numbers))
+        return _tensors(self.windows(numbers[first:end])), first, len(numbers)
 
     def largest(self) -> dict[str, Int64[Tensor, "row position"]]:
         """Return the batch that needs the most memory."""
