@@ -52,6 +52,19 @@ def on_device() -> dict[str, Row]:
 REWARDS = "keifu.recipes.assistant.finetuning:make_rewards"
 GENERATE = "keifu.commands.generate:print_text"
 CHOSEN, LOAD = "keifu.commands.generate:print_chosen", "keifu.commands.generate:load_writer"
+UNMASKING = "keifu.generation.unmasking"
+
+
+class Masker(torch.nn.Module):
+    """A model of masked diffusion."""
+
+    config = SimpleNamespace(mask_token=1, context_length=8)
+
+    def predict_masked(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens
+
+
+MASKED: dict[str, Any] = {LOAD: (Masker(), None)}
 generate = Table("generate M Hi", {
     "MODEL": Row("", LOAD, "name", "other", base="generate other Hi"),
     "PROMPT": Row("", GENERATE, "prompt", "Ho", base="generate M Ho"),
@@ -63,6 +76,9 @@ generate = Table("generate M Hi", {
     "guesses": Row("--guesses 7", GENERATE, "guesses", 7),
     "draft": Row("--draft D", "keifu.commands.generate:proposer", "draft", "D"),
     "thinking": Row("--thinking off", "keifu.generation.text.generate:as_prompt", "enable_thinking", False),
+    "steps": Row("--steps 7", f"{UNMASKING}:write", "how.steps", 7, returns=MASKED),
+    "block": Row("--block 7", f"{UNMASKING}:write", "how.block", 7, returns=MASKED),
+    "gap": Row("--gap 7", f"{UNMASKING}:fill_gaps", "tokens", 7, returns=MASKED),
     "vote": Row("--vote 3", CHOSEN, "options.vote", 3),
     "best-of": Row("--best-of 3 --reward r", CHOSEN, "options.best_of", 3),
     "reward": Row("--best-of 3 --reward r", REWARDS, "name", "r"),
