@@ -40,7 +40,7 @@ LANDMARKS = {  # code lines that each added, at most 450 (600 for a model that s
     "states of split models: hashes by their writers, pinned copies, cached plans": 70,
     "memory of GGUF files in the service, losses of no rows, how to install trained models": 30,
     "gradients of pods, summed in the backward pass": 47,
-    "steps of a GPU that overlap": 92,
+    "steps of a GPU that overlap": 99,
 }  # fmt: skip
 MOST_LINES = BASE_LINES + sum(LANDMARKS.values())
 MOST_FILES = 15  # in a folder, beside __init__.py

@@ -222,7 +222,7 @@ class Damaged(TokenByToken):
         return logits
 
 
-@pytest.mark.parametrize("model", ["grouped"], indirect=True)
+@pytest.mark.parametrize("model", ["grouped", "states of fixed size"], indirect=True)
 def test_an_error_of_one_request_changes_no_other(model: nn.Module, tokenizer: Tokenizer) -> None:
     """The step that was launched after the error is dropped, and what was not taken is chosen again."""
     found = []

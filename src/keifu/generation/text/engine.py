@@ -179,6 +179,9 @@ class Engine:
             try:
                 pieces = self._write(step, figures)
             except BaseException:  # what was not taken is computed and chosen again
+                # the step that was launched has replaced the states of fixed size before this one
+                for sequence in self.scheduler.restart() if self._steps and self.runner.state_bytes else ():
+                    self.runner.forget(sequence.number)
                 self._steps, self._sampler = [], None
                 raise
             if all(span.wanted == len(span.tokens) for span in step.spans):  # no prompt was read

@@ -142,6 +142,13 @@ class Scheduler:
         new = enumerate(zip(ends, pairs, strict=True))
         return [replace(x, tokens=[row], start=end, blocks=s.blocks, sources=()) for row, (end, (s, x)) in new]
 
+    def restart(self) -> list[Sequence]:
+        """Preempt all running sequences, and return them: they are computed again from their first tokens."""
+        running = [*self.running]
+        for sequence in reversed(running):
+            self._preempt(sequence)
+        return running
+
     def done(self, sequence: Sequence, count: int) -> None:
         """Note that more of a sequence's tokens were computed: its full blocks may be shared from now on."""
         self.blocks.release(sequence.sources)
