@@ -13,7 +13,7 @@ LANDMARKS = {  # code lines that each added, at most 450 (600 for a model that s
     "Gemma 2, Granite, Ministral, nanochat, Phi's long context": 450,
     "files of mixtures: stacked experts, wide routers, text parts": 72,
     "distillation and preferences": 291,
-    "students that are cut from their teacher, a recipe of distillation": 184,
+    "students that are cut from their teacher, a recipe of distillation": 188,
     "native step and GGUF of mixtures": 118,
     "reasoning": 367,
     "speculative decoding by a draft": 117,

@@ -99,6 +99,8 @@ def test_students_that_cannot_be_made_are_refused(large: Path, tmp_path: Path) -
     of: dict[str, Any] = {"model": str(large), "distill": DistillAnswers(teacher=str(large))}
     with pytest.raises(UserError, match="is its own teacher"):
         distill.run(distill.Recipe(**of), tmp_path, False)
+    with pytest.raises(UserError, match="give --student-vocabulary, or leave it out"):
+        distill.run(distill.Recipe(**of, student_layers=2, student_merges="used"), tmp_path, False)
     with pytest.raises(UserError, match="Adapters need a saved model"):
         distill.run(distill.Recipe(**of, student_layers=2, lora=Lora(rank=2)), tmp_path, False)
     other = gpt2.build(gpt2.Config(vocab_size=40, context_length=8, dim=16, n_layers=2, n_heads=2))

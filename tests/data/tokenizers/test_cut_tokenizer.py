@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import transformers
-from tokenizers import processors
+from tokenizers import models, processors
 
 from keifu.data.tokenizers.bpe import first_merges, ids_of_cut, keep_tokens
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -81,6 +81,16 @@ def test_a_cut_is_recognised_by_its_merges(whole: Tokenizer) -> None:
     assert ids_of_cut(cut, whole) is None
     other = train_tokenizer("bpe", ["red green blue"] * 9, 270, ["<|im_start|>", "<|im_end|>"])
     assert ids_of_cut(whole, other) is None
+    backend = tokenizers.Tokenizer.from_str(whole.backend.to_str())
+    backend.add_special_tokens(["<|image|>"])
+    more = whole.replace(backend=backend)  # as many a tokenizer of chat models has, next to that of its base
+    assert ids_of_cut(more, whole) is None
+    with pytest.raises(UserError, match=r"without its '<\|image\|>'"):
+        keep_tokens(more, kept)
+    plain, fewer = (
+        Tokenizer(tokenizers.Tokenizer(models.BPE(vocabulary, []))) for vocabulary in ({"a": 0, "b": 1}, {"a": 0})
+    )
+    assert ids_of_cut(plain, fewer) is None
 
 
 def test_what_cannot_be_cut_is_refused(whole: Tokenizer) -> None:

@@ -138,6 +138,9 @@ def keep_tokens(tokenizer: Tokenizer, kept: Collection[str]) -> tuple[Tokenizer,
     vocabulary = tokenizer.backend.get_vocab()
     ids = sorted(vocabulary[token] for token in kept)
     number = {before: new for new, before in enumerate(ids)}
+    needed = map(tokenizer.backend.id_to_token, (*tokenizer.backend.get_added_tokens_decoder(), *tokenizer.stop_ids))
+    if lacking := {*filter(None, needed)} - kept:
+        raise UserError(f"A tokenizer cannot be cut to tokens without its {min(lacking)!r}: keep it.")
     model, around = description["model"], description["post_processor"] or {}
     model["vocab"] = {token: number[before] for token, before in model["vocab"].items() if token in kept}
     model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= kept]
@@ -160,7 +163,10 @@ def ids_of_cut(tokenizer: Tokenizer, cut: Tokenizer) -> list[int] | None:
     kept = cut.backend.get_vocab()
     if not isinstance(tokenizer.backend.model, models.BPE) or not kept.keys() < tokenizer.backend.get_vocab().keys():
         return None
-    again, ids = keep_tokens(tokenizer, kept)
+    try:
+        again, ids = keep_tokens(tokenizer, kept)
+    except UserError:  # it cannot be cut, or not to these
+        return None
     same = again.backend.get_vocab() == kept and again.description()["model"] == cut.description()["model"]
     return ids if same else None
 

@@ -65,6 +65,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
             f"The student {recipe.model} is its own teacher: give another --model, or cut it with --student-layers or "
             "--student-vocabulary."
         )
+    if merges is None and recipe.student_merges != "first":
+        raise UserError("--student-merges orders the merges that stay: give --student-vocabulary, or leave it out.")
     if (layers or merges) and recipe.lora.rank:
         raise UserError("Adapters need a saved model: leave out --lora.rank, or --student-layers and -vocabulary.")
     model, tokenizer = open_model(recipe.model, recipe.template)
