@@ -83,7 +83,7 @@ def test_a_cut_is_recognised_by_its_merges(whole: Tokenizer) -> None:
     assert ids_of_cut(whole, other) is None
     backend = tokenizers.Tokenizer.from_str(whole.backend.to_str())
     backend.add_special_tokens(["<|image|>"])
-    more = whole.replace(backend=backend)  # as many a tokenizer of chat models has, next to that of its base
+    more = whole.replace(backend=backend)  # as chat models have more than their base
     assert ids_of_cut(more, whole) is None
     with pytest.raises(UserError, match=r"without its '<\|image\|>'"):
         keep_tokens(more, kept)
