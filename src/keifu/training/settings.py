@@ -128,7 +128,7 @@ class Settings:
         if self.optimizer_state == "int8" and self.optimizer not in ("adamw", "muon"):
             raise UserError(f"optimizer_state int8 is of AdamW, and the optimizer is {self.optimizer}: leave it out.")
         if self.warmup > self.steps:
-            raise UserError(f"A warm-up of {self.warmup} steps does not fit a run of {self.steps}; make it shorter.")
+            raise UserError(f"A warm-up of {self.warmup} steps does not fit a run of {self.steps}: lower warmup.")
         _ = self.growth  # raises its errors at once
 
     @cached_property
