@@ -24,8 +24,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Return the error for a name that does not exist: it gives the nearest known one, and all of them when they are
     few."""
     names = sorted(known)
-    near = get_close_matches(name, names, n=1, cutoff=0.5) or get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
+    folded = {known.casefold(): known for known in names}
+    near = get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    guess = f" Did you mean {folded[near[0]]!r}?" if near else ""
     listing = f" Known: {', '.join(names)}." if len(names) <= 30 else f" There are {len(names)} known ones."
     return UserError(f"There is no {kind} {name!r}.{guess}{listing if names else ''}")
 

@@ -220,6 +220,7 @@ def test_amounts_have_letters(text: str, amount: float) -> None:
     [
         (["llama-65b", "--devices", "2xA100-80G"], "does not fit: it takes at least .* GB on each device"),
         (["llama-7b", "--devices", "2048xA100-80"], "no device 'A100-80'. Did you mean 'A100-80G'"),
+        (["llama-7b", "--devices", "8xh100"], "no device 'h100'. Did you mean 'H100-80G'"),
         (["llama-7b", "--devices", "lots"], "is a number up to 999,999, x and a kind"),
         (["llama-7b", "--tokens", "many"], "--tokens is a number such as 300B"),
         (["llama-7b", "--batch", "many"], "--batch is a number such as 300B"),
