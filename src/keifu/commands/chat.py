@@ -41,7 +41,7 @@ class Options(flags.Packed):
     file: Path | None = None
     """The file that has the question, or what the question is about."""
     image: flags.Images = ()
-    """File of a picture that the question is about, for a model that sees; may be given several times."""
+    """File of a picture that the question is about, for a model that sees."""
     json: bool = False
     """Print the answer, tokens, log-probabilities, seed, sampling and the reason for the end as JSON."""
     guesses: flags.Guesses = None

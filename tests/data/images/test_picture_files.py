@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keifu.commands.shared.inputs import read_pictures
 from keifu.data.images.io import composite_on_white, fit_image, read_image
 from keifu.errors import UserError
 
@@ -154,6 +155,8 @@ def test_no_picture_is_a_sentence(content: bytes) -> None:
         read_image(content, "word.png")
     with pytest.raises(UserError, match="There is no picture /nowhere.png"):
         read_image(Path("/nowhere.png"))
+    with pytest.raises(UserError, match="--image takes a file, and word.png is on the network: download it first"):
+        read_pictures([Path("https://example.com/word.png")])
 
 
 def test_sizes() -> None:

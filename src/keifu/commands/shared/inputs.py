@@ -109,6 +109,8 @@ def read_pictures(files: Sequence[Path]) -> list[Any]:
     """Read the pictures that a question is about."""
     from keifu.data.images.io import read_image
 
+    if remote := [file for file in files if str(file).startswith(("http:/", "https:/"))]:
+        raise UserError(f"--image takes a file, and {remote[0].name} is on the network: download it first.")
     return [read_image(file).image for file in files]
 
 
