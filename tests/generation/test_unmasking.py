@@ -94,6 +94,7 @@ def test_a_seed_gives_the_same_text(folder: str) -> None:
         (["abc", "--json"], "--json is of models that write from left to right, and this is masked diffusion"),
         (["abc", "--guesses", "2", "--stream"], "--stream, --guesses is of models"),
         (["abcdefabcdefabcdefabcdef"], "The prompt has 24 tokens, and the model reads 24: shorten it"),
+        (["abc ___", "--gap", "2", "--max-tokens", "9"], "--gap says how many tokens a gap gets: leave out --max-tok"),
         (["abc", "--gap", "2"], "There is no gap in 'abc': write ___"),
         (["abc ___", "--gap", "30"], "The text has 33 tokens with its masks, and the model reads 24"),
     ],
@@ -108,7 +109,7 @@ def test_models_from_left_to_right_refuse_the_options_of_masked_diffusion(
 ) -> None:
     with pytest.raises(UserError, match="fills no masks: load a model of masked diffusion"):
         unmask(nn.Linear(1, 1), [1], Unmasking())
-    with pytest.raises(UserError, match="none from left to right, only by masked diffusion and without a cache"):
+    with pytest.raises(UserError, match="fills masks in any order, not from left to right, and has no cache: use"):
         chat.parse([folder, "abc"])()
     generate.parse([folder, "abc", "--weights", "int8"])()
     assert "which native code does not have" in capsys.readouterr().err

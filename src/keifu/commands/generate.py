@@ -37,7 +37,7 @@ class Options(flags.Packed):
     file: Path | None = None
     """The file that has the text."""
     image: flags.Images = ()
-    """File of a picture that the text is about, for a model that sees; may be given several times."""
+    """File of a picture that the text is about, for a model that sees."""
     raw: bool = False
     """Give a chat model the text as it is, to be continued, and not as a message in its chat template."""
     json: bool = False
@@ -118,13 +118,14 @@ def print_unmasked(options: Options, model: Any, tokenizer: Any, text: str) -> N
 
     if idle := [f"--{name.replace('_', '-')}" for name in CAUSAL if vars(options)[name] not in (None, False, ())]:
         raise UserError(f"{', '.join(idle)} is of models that write from left to right, and this is masked diffusion.")
+    if options.gap and options.sampling.max_tokens is not None:
+        raise UserError("--gap says how many tokens a gap gets: leave out --max-tokens.")
     given = {name: vars(options)[name] for name in ("steps", "block") if vars(options)[name]}
     how = unmasking.Unmasking.of({**options.sampling.given(), **given})
     if options.gap:
-        print(unmasking.fill_gaps(model, tokenizer, text, options.gap, how))
-    else:
-        prompt: Any = as_prompt(tokenizer, text, options.raw)
-        print(unmasking.write(model, tokenizer, prompt, how))
+        return print(unmasking.fill_gaps(model, tokenizer, text, options.gap, how))
+    prompt: Any = as_prompt(tokenizer, text, options.raw)
+    print(unmasking.write(model, tokenizer, prompt, how))
 
 
 def print_chosen(

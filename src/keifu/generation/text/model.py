@@ -113,7 +113,7 @@ def explain_not_causal(model: nn.Module) -> str:
             "classify them (keifu classify) or fill in [MASK] (keifu.generation.text.fill.fill); smollm2 can write."
         )
     if isinstance(model, MaskPredictor):
-        return "none from left to right, only by masked diffusion and without a cache: use keifu generate."
+        return f"a {name} fills masks in any order, not from left to right, and has no cache: use keifu generate."
     if isinstance(model, Translator):
         return "as an encoder-decoder, it turns one text into another and does not go on with it: use keifu translate."
     if isinstance(model, TaskHeadModel):
