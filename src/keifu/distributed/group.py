@@ -139,7 +139,6 @@ class Group(Processes):
         whole = [p for p in module.parameters() if p.requires_grad and not (self.shape.shard > 1 and p.dim())]
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last or self.mesh.sync_each)
-            module.set_requires_all_reduce(last)
             module.set_is_last_backward(last)
         with OverlappedSum(whole if last and self.overlaps else [], self.data_group) as self.filled:
             yield

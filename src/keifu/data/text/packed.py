@@ -67,9 +67,9 @@ class PackedText:
         return self.part(step, lambda rows: (0, rows))[0]
 
     def part(self, step: int, bounds: Callable[[int], tuple[int, int]]) -> tuple[dict[str, Tensor], int, int]:
-        """Return some rows of that batch, the number of the first one, and the number of rows in all.
+        """Return some rows of that batch, the index of the first one, and the size of the whole batch.
 
-        bounds: the first row and the row after the last one, of a batch of so many rows.
+        bounds: returns the first row and the row after the last one, from the size of the batch.
         """
         numbers = self.growth.numbers(step)
         first, end = bounds(len(numbers))
