@@ -271,7 +271,7 @@ MODELS = {
             "accuracy on pictures of teal triangle, left out of training",
             "questions",
         ),
-        limits="One rectangle, circle or triangle in one of eight colours, drawn as easy-VQA draws it, on 64 x 64 "
+        limits="One rectangle, circle or triangle in one of eight colours, in easy-VQA's shades, on 64 x 64 "
         "pixels, and questions in easy-VQA's words. A photograph or any other question gets an answer that means "
         "nothing.",
         languages=("en",),

@@ -26,7 +26,7 @@ LANDMARKS = {  # code lines that each added, at most 450 (600 for a model that s
     "training of whisper": 217,
     "whisper on the native step": 131,
     "refusals of keifu train see, stops before a token": 16,
-    "towers of models that see, kept as they are": 12,
+    "towers of models that see, kept as they are": 15,
     "llava": 600,
     "smolvlm, its tiles and prompts": 210,
     "questions about pictures": 131,

@@ -73,8 +73,8 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
         f"always {most!r}": right([most] * len(tested), every),
         "commonest answer to each question": right([by_question.get(row.question, most) for row in tested], every),
     }
-    if left_out:
-        new = [number for number, row in enumerate(tested) if left_out <= questions.words[row.image]]
+    new = [number for number, row in enumerate(tested) if left_out <= questions.words[row.image]]
+    if left_out and new:
         figures[f"accuracy on pictures of {' '.join(sorted(left_out))}, left out of training"] = right(seen, new)
     rows = [(*row, *given) for row, *given in zip(tested, seen, blind, strict=True)]
     items = ResultTable((*Question._fields, "given", "given without the picture"), rows)
