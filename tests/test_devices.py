@@ -10,7 +10,7 @@ import torch
 from keifu import cli, devices
 from keifu.commands.shared import flags
 from keifu.commands.shared.command_names import module_of
-from keifu.commands.train import _has
+from keifu.commands.shared.recipe_options import has_option
 from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError
 from keifu.recipes import RECIPES
@@ -77,7 +77,11 @@ def test_an_unknown_device_is_said_before_anything_is_done(words: list[str], cap
 def test_every_recipe_has_one_precision_and_one_compile() -> None:
     """Its own, or the command line's."""
     own = {name: import_module(f"keifu.recipes.{place}").Recipe for name, place in RECIPES.items()}
-    assert not _has(own["dpo"], "precision") and _has(own["gpt2"], "precision") and _has(own["clip"], "compile")
+    assert (
+        not has_option(own["dpo"], "precision")
+        and has_option(own["gpt2"], "precision")
+        and has_option(own["clip"], "compile")
+    )
     assert all(dataclasses.is_dataclass(kind) for kind in own.values())
 
 

@@ -228,6 +228,8 @@ def of_see(toys: Toys) -> tuple[Any, list[Group]]:
         "warmup": Reach(0.5, lambda r: round(r.settings.warmup / r.settings.steps, 1)),
         "seed": Reach(5, ("settings.seed", "data.seed")),
         "image": Reach(replace(image, patch_size=6), "model.config.image.patch_size", 6),
+        "tower_rate": Reach(0.5, "settings.rate_shares", (("tower.", 0.5),)),
+        "names_first": Reach(False, lambda r: bool(r.data._named.any())),
     }
     tower = Group({"tower": Reach(toys["clip"], "model.config.image.patch_size", 3)}, {"image": see.Recipe.image})
     left_out = {"left_out": Reach(("red", "round"), lambda r: sum(sides(r)), DIFFERENT)}

@@ -50,15 +50,15 @@ def with_folder(recipe_class: type, name: str) -> Any:
          None),
         ("restarts", Annotated[Natural, tyro.conf.arg(help="Times that the processes are started again, from the last "
          "state, where one dies.")], 0),
-        *((name, COMPUTING[name], UNSET[name]) for name in COMPUTING if not _has(recipe_class, name)),
+        *((name, COMPUTING[name], UNSET[name]) for name in COMPUTING if not has_option(recipe_class, name)),
     ]  # fmt: skip
     return make_dataclass("Train", options, frozen=True)
 
 
-def _has(recipe: type, name: str) -> bool:
+def has_option(recipe: type, name: str) -> bool:
     """Return whether a recipe's options, or those inside them, have an option of that name."""
     inside = [type(_default(field)) for field in fields(recipe) if is_dataclass(_default(field))]
-    return any(field.name == name for field in fields(recipe)) or any(_has(nested, name) for nested in inside)
+    return any(field.name == name for field in fields(recipe)) or any(has_option(nested, name) for nested in inside)
 
 
 def _default(field: Field) -> Any:
