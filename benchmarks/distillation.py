@@ -47,7 +47,7 @@ NAMES = {
 
 
 class Figures(NamedTuple):
-    """Of the held-out conversations."""
+    """Losses of the held-out conversations, and the steps of the training."""
 
     nats: float
     bits_per_byte: float

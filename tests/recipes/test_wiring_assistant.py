@@ -196,7 +196,7 @@ def of_sft(toys: Toys, teacher: str = "base") -> tuple[Any, list[Group]]:
 
 
 def of_distill(toys: Toys) -> tuple[Any, list[Group]]:
-    """Those of sft, and how the student is cut."""
+    """Return the groups of sft, and those of how the student is cut."""
     plain, groups = of_sft(toys, "wide")
     base = distill.Recipe(plain.model, plain.data, distill=DistillAnswers(teacher=toys["deep"]))
     cut = {

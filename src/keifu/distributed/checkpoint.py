@@ -1,6 +1,6 @@
 """States of a split model, by torch's distributed checkpoints: each process writes and reads its parts as safetensors.
 
-A state is written by a thread while training goes on, beside its name. Each process hashes its file as it writes it;
+A state is written by a thread while training goes on, next to its name. Each process hashes its file as it writes it;
 the JSON file with the hashes comes last. The matrices of a joined parameter are stored as `name#0`, `name#1`, ..., so
 that any mesh can read them, and one process too.
 """

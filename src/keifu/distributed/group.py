@@ -136,11 +136,12 @@ class Group(Processes):
 
     @contextmanager
     def backward(self, module: Any, last: bool) -> Iterator[None]:
-        whole = [p for p in module.parameters() if p.requires_grad and not (self.shape.shard > 1 and p.dim())]
+        summed = module.parameters() if last and self.overlaps else ()
+        whole = [p for p in summed if p.requires_grad and not (self.shape.shard > 1 and p.dim())]
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last or self.mesh.sync_each)
             module.set_is_last_backward(last)
-        with OverlappedSum(whole if last and self.overlaps else [], self.data_group) as self.filled:
+        with OverlappedSum(whole, self.data_group) as self.filled:
             yield
 
     def discard_gradients(self, module: Any) -> None:

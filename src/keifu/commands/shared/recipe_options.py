@@ -43,7 +43,7 @@ def with_folder(recipe_class: type, name: str) -> Any:
         ("recipe", Annotated[recipe_class, tyro.conf.arg(name="")]),
         ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")], folder),
         ("resume", Annotated[bool, tyro.conf.arg(help="Go on with the run in that folder, with its options.")], False),
-        ("replace", Annotated[bool, tyro.conf.arg(help="Start over although a run stands in that folder.")], False),
+        ("replace", Annotated[bool, tyro.conf.arg(help="Start over although a run is in that folder.")], False),
         ("device", Device, field(default=None)),
         ("mesh", Mesh, Mesh()),
         ("processes", Annotated[Count | None, tyro.conf.arg(help="Processes on this machine that share the training.")],

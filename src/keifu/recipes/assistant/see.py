@@ -10,8 +10,9 @@ Expected: see docs/lineage/llava.md; keifu evaluate prints the accuracy next to 
 
 import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 import torch
@@ -35,6 +36,7 @@ from keifu.recipes.assistant.finetuning import AssistantOptions, FinetuneTask
 from keifu.training.objectives.language_modeling import answers_about_pictures
 
 IMAGE = "<image>"
+LAST_STATES = partial(llava.Config, feature_layers=(-1,), full=True)  # all tokens of the tower's last layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +115,7 @@ def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, found: Questions) 
     task_head.grow_vocabulary(decoder, marked.vocab_size, [mark] if mark >= tokenizer.vocab_size else [])
     taken, eyes = new_eyes(recipe, found) if recipe.tower is None else take_tower(recipe.tower)
     config = replace(eyes, text=decoder.config, image_token=mark)
-    trained: Any = finetuning.to_train(decoder, recipe.lora, recipe.seed)
-    model = llava.attach(config, trained)
+    model = llava.attach(config, cast(Any, finetuning.to_train(decoder, recipe.lora, recipe.seed)))
     if taken:
         model.tower.load_state_dict(taken)
     return model, marked
@@ -132,8 +133,7 @@ def measured(found: Questions, side: int) -> Pixels:
 
 def new_eyes(recipe: Recipe, questions: Questions) -> tuple[dict[str, torch.Tensor], llava.Config]:
     """Return no weights, and a Config with the shape of the recipe's new tower."""
-    pixels = measured(questions, recipe.image.image_size)
-    return {}, llava.Config(image=recipe.image, pixels=pixels, feature_layers=(-1,), full=True)
+    return {}, LAST_STATES(image=recipe.image, pixels=measured(questions, recipe.image.image_size))
 
 
 def take_tower(name: str) -> tuple[dict[str, torch.Tensor], llava.Config]:
@@ -144,10 +144,9 @@ def take_tower(name: str) -> tuple[dict[str, torch.Tensor], llava.Config]:
     image = vars(model.config).get("image")
     if image is None or vars(image).keys() != vars(clip_image.Config()).keys() or sees(model.config):
         raise UserError(f"{name} has no vision transformer of CLIP or LLaVA: choose another --tower.")
-    weights = {key: value.float() for key, value in model.image.state_dict().items()}
-    weights = {key: value for key, value in weights.items() if not key.startswith("projection")}
-    image = replace(image, projected=False)
-    return weights, llava.Config(image=image, pixels=model.config.pixels, feature_layers=(-1,), full=True)
+    tower = model.image.state_dict()
+    weights = {key: value.float() for key, value in tower.items() if not key.startswith("projection")}
+    return weights, LAST_STATES(image=replace(image, projected=False), pixels=model.config.pixels)
 
 
 def encode(tokenizer: Tokenizer, question: str, answer: str, config: Any) -> tuple[list[int], list[bool]]:
