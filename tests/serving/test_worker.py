@@ -13,7 +13,7 @@ pytest.importorskip("fastapi")
 from serving_toys import WAIT, running, until
 
 from keifu.checkpoints.loading import load_model
-from keifu.generation.text.request import Request
+from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.runner import TorchRunner
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.native import library
@@ -79,3 +79,28 @@ def test_a_model_writes_while_another_is_loaded(folder: Path) -> None:
 
     found, late = asyncio.run(both())
     assert len(found) == len(late) == 3
+
+
+def test_a_client_that_leaves_as_a_piece_comes_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Python 3.11, `asyncio.wait_for` returned the piece and forgot that the client had left."""
+    jobs: list[Any] = []
+    monkeypatch.setattr(Worker, "_add", lambda self, job: jobs.append(job))
+
+    async def leave() -> int:
+        busy = Worker("busy", lambda: (nn.Identity(), None), Limits(), Metrics())
+        asked = busy.generate([Request([1], SamplingParams(max_tokens=2), None, 9, 9)])
+
+        async def read() -> None:
+            async for _ in asked:
+                pass
+
+        reading = asyncio.ensure_future(read())
+        while not jobs:
+            await asyncio.sleep(0.01)
+        jobs[0].out.put_nowait([(0, Piece(0, "a", 2))])
+        reading.cancel()
+        await asyncio.wait([reading], timeout=1)
+        await busy.close()
+        return busy.pending
+
+    assert asyncio.run(leave()) == 0

@@ -67,7 +67,8 @@ class BodyReader:
             return await self._receive()
         try:
             left = self.start + BODY_SECONDS + self.facts.size / BODY_RATE - time.monotonic()
-            message = await asyncio.wait_for(self._receive(), max(left, 0))
+            async with asyncio.timeout(max(left, 0)):
+                message = await self._receive()
         except TimeoutError:
             self.error = ApiError(408, "The body of the request did not come in time: send it faster.", close=True)
             raise Refused from None

@@ -158,7 +158,8 @@ class Worker:
             self._commands.put(lambda: self._add(job))
             while going:
                 left = job.began + self.limits.timeout - time.monotonic()
-                item = await asyncio.wait_for(job.out.get(), left)
+                async with asyncio.timeout(left):  # `wait_for` of Python 3.11 loses a cancellation as an item comes
+                    item = await job.out.get()
                 if isinstance(item, Exception):
                     raise item
                 for index, piece in item:
