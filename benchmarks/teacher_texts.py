@@ -1,21 +1,23 @@
 """Texts of a teacher, to distil it: stories, answers, questions and conversations that a chat model writes itself.
 
 python benchmarks/teacher_texts.py --out FILE.jsonl [--count 1000] [--model smollm2] [--weights int8] [--streams 32]
-    [--seed 0] [--temperature 0.6] [--kinds story answer question conversation]
+    [--seed 0] [--temperature 0.6] [--kinds story answer greeting ...]
 
 Each item begins with a prompt that is drawn from the lists below by the seed and the item's number. `story` and
 `answer`: the model answers it. `question` and `conversation`: the prompt is only the opening of a question, which the
 model completes in the user's turn before it answers (Magpie, Xu et al., 2024); a conversation has a second question.
+`greeting`: a greeting or a short remark, and a second turn whose opening is drawn too.
 
-A line of FILE is a conversation as `keifu train sft` reads it, marked as synthetic. Answers that were cut by
---max-tokens, or repeat a line, are left out. Run the same command again to go on where FILE ends. All text is the
-model's: nobody has checked it.
+A line of FILE is a conversation as `keifu train sft` reads it, marked as synthetic. An answer that --max-tokens cut
+ends with its last whole sentence; one that repeats itself is left out. Run the same command again to go on where FILE
+ends. All text is the model's: nobody has checked it.
 """
 # ruff: noqa: SIM905
 
 import argparse
 import json
 import random
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -68,7 +70,19 @@ OPENINGS = (
     "Where is;When did;Give me;Tell me;Write a;What should I;Do you think;My friend;Please help me;Which"
 ).split(";")
 FOLLOWING = "Thank you. And;Why;Can you;How;What if;But;Could you give me an example;And what".split(";")
-KINDS = ("story", "answer", "question", "conversation")
+GREETINGS = (
+    "Hi!;Hello!;Hello, how are you?;Good morning!;Good evening.;Hey there!;Nice to meet you.;Hi, can you help me?;"
+    "What is your name?;Who are you?;What can you do?;Tell me about yourself.;Are you a robot?;Do you have friends?;"
+    "I am sad today.;I am happy today!;I am bored.;I am tired.;I am hungry.;I had a bad day.;I had a great day!;"
+    "Tell me a story.;Tell me a joke.;Let's talk.;What should we talk about?;What do you like?;Do you like music?;"
+    "Do you like animals?;What is your favorite color?;What is your favorite food?;What is your favorite book?;"
+    "Where do you live?;How old are you?;What are you doing?;I like dogs.;I like cats.;It is raining today.;"
+    "I have a question.;I need some advice.;Thank you!;Can we be friends?;Can you tell me something interesting?"
+).split(";")
+FRIENDLY = (
+    "What do;Do you;Can you tell me;I like;I am;That is;Thank you;Tell me;How about;Why;What is;I think;I want to"
+).split(";")
+KINDS = ("story", "answer", "question", "conversation", "greeting")
 
 
 def first_words(item: int, seed: int, kinds: list[str]) -> tuple[str, str, str]:
@@ -77,8 +91,8 @@ def first_words(item: int, seed: int, kinds: list[str]) -> tuple[str, str, str]:
     kind = kinds[item % len(kinds)]
     words = {"being": BEINGS, "event": EVENTS, "place": PLACES, "topic": TOPICS, "task": TASKS}
     chosen = {name: drawn.choice(values) for name, values in words.items()}
-    texts = {"story": STORIES, "answer": REQUESTS}.get(kind, OPENINGS)
-    return kind, drawn.choice(texts).format(**chosen), drawn.choice(FOLLOWING)
+    texts = {"story": STORIES, "answer": REQUESTS, "greeting": GREETINGS}.get(kind, OPENINGS)
+    return kind, drawn.choice(texts).format(**chosen), drawn.choice(FRIENDLY if kind == "greeting" else FOLLOWING)
 
 
 class Writer:
@@ -119,15 +133,25 @@ class Writer:
         items = [item for item in items if item in talks]
         prompts = [self.tokenizer.render_chat(talks[item]) for item in items]
         for item, said in zip(items, self.write(prompts, items, turn, self.options.max_tokens), strict=True):
-            talks[item].append({"role": "assistant", "content": said.text.strip()})
-            if said.finish_reason != "stop" or not said.text.strip() or repeats(said.text):
+            text = said.text.strip() if said.finish_reason == "stop" else whole_sentences(said.text)
+            talks[item].append({"role": "assistant", "content": text})
+            if not text or repeats(text):
                 del talks[item]
 
 
+def whole_sentences(text: str) -> str:
+    """Return a text that was cut up to the end of its last whole sentence."""
+    ends = [*re.finditer(r"[^\W\d][.!?]['\"”]?(?=\s)", text)]
+    return text[: ends[-1].end()].strip() if ends else ""
+
+
 def repeats(text: str) -> bool:
-    """Whether a sentence or line of some length is there three times."""
+    """Whether a sentence is there three times, or a third of the runs of three words were there before."""
     parts = [part.strip() for line in text.split("\n") for part in line.split(". ")]
-    return any(count > 2 for part, count in Counter(parts).items() if len(part) > 20)
+    words = text.lower().split()
+    runs = [*zip(words, words[1:], words[2:], strict=False)]
+    often = any(count > 2 for part, count in Counter(parts).items() if len(part) > 20)
+    return often or len(set(runs)) < 2 * len(runs) / 3
 
 
 def write_items(writer: Writer, items: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -135,11 +159,11 @@ def write_items(writer: Writer, items: list[int], options: argparse.Namespace) -
     words = {item: first_words(item, options.seed, options.kinds) for item in items}
     talks: dict[int, list[dict[str, str]]] = {item: [] for item in items}
     for item, (kind, text, _) in words.items():
-        if kind in ("story", "answer"):
+        if kind in ("story", "answer", "greeting"):
             talks[item].append({"role": "user", "content": text})
     writer.ask(talks, {item: text for item, (kind, text, _) in words.items() if not talks[item]}, 0)
     writer.answer(talks, items, 1)
-    further = {item: more for item, (kind, _, more) in words.items() if kind == "conversation"}
+    further = {item: more for item, (kind, _, more) in words.items() if kind in ("conversation", "greeting")}
     writer.ask(talks, further, 2)
     writer.answer(talks, [*further], 3)
     source = f"synthetic, written by {options.model} ({options.weights})"
