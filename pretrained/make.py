@@ -1,4 +1,4 @@
-"""Makes a model of the package: trains it by its recipe, packs it in bfloat16, evaluates that, writes its card.
+"""Makes a model of the package: trains it by its recipe, packs it, evaluates that, writes its card.
 
 Command: python pretrained/make.py NAME [--run FOLDER | --card | --head]
 """
@@ -6,6 +6,7 @@ Command: python pretrained/make.py NAME [--run FOLDER | --card | --head]
 import argparse
 import hashlib
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -22,15 +23,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from keifu import load as keifu_load
+from keifu.checkpoints.gguf.read import open_file
 from keifu.data.classification.batches import TensorBatches
 from keifu.data.classification.toy import toy_dataset
 from keifu.data.translation.pairs import read_pairs, split
 
 PACKAGE = Path(__file__).parent / "src" / "keifu_pretrained"
-DTYPES = ("bf16", "f32")
+DTYPES = ("bf16", "f32", "q8_0")
 KEIFU = (sys.executable, "-m", "keifu")
 SHAPE = "--model.dim 288 --model.hidden-dim 1152 --model.n-layers 4 --model.n-decoder-layers 3 --model.n-heads 6"
-COUNTS = ("pairs", "pictures", "tokens", "masked words", "rows")  # figures that say how much was evaluated
+COUNTS = ("pairs", "pictures", "tokens", "masked words", "rows", "conversations")  # what was evaluated, how much
 METRICS = {"BLEU": "bleu", "chrF": "chrf", "perplexity of masked words": "perplexity"}  # the hub's names of figures
 CARD = """---
 {head}---
@@ -65,8 +67,10 @@ class Model:
     """What a model of the package is made by, and what its card says that its run does not.
 
     command: trains it; where it goes on from another training, "&& " and that command follow, with the folder of the
-    one before as {last}; "prune {last} DATA ENCODER DECODER" is `prune`; "python" is a benchmark that trains.
-    figures: the names of those that count, in the evaluation's JSON; `details` is the name of a table there, if any.
+    one before as {last}; "prune {last} DATA ENCODER DECODER" is `prune`; "python" is a benchmark that trains, or with
+    --out one that writes data.
+    evaluation: a keifu command, or a benchmark that prints JSON. figures: the names of those that count in its JSON;
+    `details` is the name of a table there, if any. dtype: q8_0 is packed as GGUF, other types as safetensors.
     """
 
     about: str
@@ -312,10 +316,19 @@ def keifu(*words: str) -> str:
     return subprocess.run([*KEIFU, *words], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def evaluated(model: Model, folder: Path) -> dict[str, Any]:
+    """Return the figures of an evaluation: of the folder by a keifu command, or of the package by a benchmark."""
+    program, *words = shlex.split(model.evaluation)
+    if program == "keifu":
+        return json.loads(keifu("evaluate", str(folder), *words[2:]))
+    return json.loads(subprocess.check_output([sys.executable, *words], text=True))
+
+
 def pack(run: Path, folder: Path, dtype: str) -> None:
     """Write the model of a run, its tokenizer in compact JSON and its training record to a folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    keifu("convert", str(run), str(folder), "--to", "hf", *(["--dtype", dtype] if dtype in DTYPES else []))
+    out, form = (folder / f"{folder.name}.gguf", "gguf") if dtype == "q8_0" else (folder, "hf")
+    keifu("convert", str(run), str(out), "--to", form, *(["--dtype", dtype] if dtype in DTYPES else []))
     for file in folder.rglob("tokenizer.json"):
         vocabulary = json.loads(file.read_text("utf-8"))
         file.write_text(json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":")), "utf-8")
@@ -365,8 +378,7 @@ def renew_head(name: str, model: Model, folder: Path) -> None:
 def write_card(name: str, model: Model, folder: Path) -> None:
     """Write README.md for people and card.json for programs, from the run's record and an evaluation of the folder."""
     record = json.loads((folder / "recipe.json").read_text("utf-8")) if (folder / "recipe.json").is_file() else {}
-    words = shlex.split(model.evaluation)[3:]
-    found = json.loads(keifu("evaluate", str(folder), *words))
+    found = evaluated(model, folder)
     figures = {key: found[key] for key in model.figures}
     weights = hashlib.sha256(b"".join(file.read_bytes() for file in weights_of(folder))).hexdigest()
     card = {
@@ -399,15 +411,19 @@ def details(rows: list[dict[str, object]]) -> str:
 
 def weights_of(folder: Path) -> list[Path]:
     """Return the files of weights of a directory in any form."""
-    return sorted(folder.rglob("*.safetensors"))
+    return sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.gguf")])
 
 
 def parameters(folder: Path) -> int:
-    count = 0
-    for path in weights_of(folder):
-        with safe_open(path, "pt") as file:
-            count += sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    return count
+    return sum(math.prod(shape) for path in weights_of(folder) for shape in shapes(path))
+
+
+def shapes(path: Path) -> list[Sequence[int]]:
+    """Return the shapes of a file's tensors."""
+    if path.suffix == ".gguf":
+        return [tensor.shape for tensor in open_file(path).places.values()]
+    with safe_open(path, "pt") as file:
+        return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
 
 
 def took(record: dict) -> str:
@@ -426,6 +442,8 @@ def trained(name: str, model: Model) -> Path:
         program, *words = shlex.split(command.format(last=last))
         if program == "prune":
             prune(Path(words[0]), run, words[1], *map(int, words[2:]))
+        elif program == "python" and "--out" in words:
+            subprocess.run([sys.executable, *words], check=True)
         elif program == "python":
             subprocess.run([sys.executable, *words, "--folder", str(run)], check=True)
             run = run / "0" / "run"

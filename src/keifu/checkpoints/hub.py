@@ -43,7 +43,7 @@ def locate(name: str | Path) -> Path:
 def weights_identity(name: str) -> str:
     """Return the path of a model's files with their sizes and times: another string once the weights change."""
     path = locate(name)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")]) if path.is_dir() else [path]
     return f"{path} " + " ".join(f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
 
 

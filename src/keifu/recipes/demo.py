@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keifu import checkpoints
-from keifu.data.catalogue import catalogue
 from keifu.errors import shell
 from keifu.evaluation.text.perplexity import bigram_loss
 from keifu.files import write_atomic
@@ -67,7 +66,6 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def _ask() -> None:
-    catalogue.fetch("smollm2")
     model, tokenizer = checkpoints.load("smollm2")
     for question in QUESTIONS:
         print(f"   > {question}\n   ", end="", flush=True)

@@ -1,0 +1,239 @@
+"""Blind comparison of chat models: a sheet of answers that hides their writers, and the count of a judge's choices.
+
+python benchmarks/blind_comparison.py FOLDER --models FIRST OTHER [OTHER ...] [--seed 0] [--temperature 0.6]
+    [--max-tokens 200] [--weights own]
+python benchmarks/blind_comparison.py FOLDER --choices FILE --judge WORDS [--write JSON]
+
+The first command asks 40 prompts: 20 conversations, 8 of them with a second question, 10 stories and 10 questions with
+a known answer. None of them is in the lists of `teacher_texts.py`. FIRST is compared with each OTHER, and answers anew
+for each, so that no answer is on the sheet twice. A base model reads "A: ...", line break, "B:", as keifu's texts of
+conversations are, and stops where the next turn begins. FOLDER/sheet.md shows the items in random order with random
+sides; FOLDER/key.json has the writers. The judge reads only the sheet, and writes FILE: a line for each item, such as
+`12 A`, `13 B` or `14 tie`.
+
+The second command counts. A share is of all items, so that a tie is no success; its interval is Wilson's. --write puts
+the table into a data file of docs/results/data, and all answers and choices next to it, into blind-comparison.json.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _results import write_table
+from _rounds import machine
+
+from keifu import checkpoints
+from keifu.evaluation.intervals import wilson
+from keifu.evaluation.pairwise import a_is_left, seed_of
+from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
+
+SECTION, ANSWERS = "Blind comparison", "blind-comparison.json"
+COLUMNS = ("compared with", "prompts", "items", "better", "worse", "equal", "better of all, 95% interval")
+NEXT_TURN = "\nA:"
+BASE = """{{ bos_token }}{% for message in messages %}
+{{ 'A' if message['role'] == 'user' else 'B' }}: {{ message['content'] }}
+{% endfor %}B:"""  # the chat template of a base model
+PROMPTS = {  # turns of the user
+    "conversation": [
+        ["Hey, how is your day going?"],
+        ["I just moved to a new town and I don't know anybody."],
+        ["My grandmother is visiting us this weekend!"],
+        ["I can't find my glasses anywhere."],
+        ["I passed my driving test!"],
+        ["I had a fight with my sister."],
+        ["Could you cheer me up a little?"],
+        ["What should I eat for breakfast?"],
+        ["I'm nervous about my first day at work."],
+        ["Do you ever get lonely?"],
+        ["Can you recommend a game for a family evening?"],
+        ["My neighbor is very loud at night."],
+        ["Hi, I'm Anna.", "What is my name?"],
+        ["I want to get a pet.", "I live in a small flat. Which one fits?"],
+        ["Let's play a word game.", "You start."],
+        ["Do you prefer tea or juice?", "Why do you prefer it?"],
+        ["I'm planning a picnic.", "What should I bring?"],
+        ["I started to learn the guitar.", "How often should I practice?"],
+        ["My phone is broken.", "I cannot afford a new one."],
+        ["Good night!", "Will you be here tomorrow?"],
+    ],
+    "story": [
+        ["Write a short story about a turtle who collects shells."],
+        ["Tell me a story about a lighthouse keeper and a lost seal."],
+        ["Write a bedtime story about a little dragon who cannot sneeze."],
+        ["Tell me a story about two brothers who share one umbrella."],
+        ["Write a story about a snowman in the spring."],
+        ["Write a short story about a postman on his last day of work."],
+        ["Tell me a story about an elephant who paints."],
+        ["Write a very short story about a lost balloon."],
+        ["Tell me a story about a squirrel who forgets where the nuts are."],
+        ['Write a short story that ends with the words "and they laughed."'],
+    ],
+    "question": [
+        ["How many days does a week have?"],
+        ["Which color do you get when you mix blue and yellow?"],
+        ["Which animal says moo?"],
+        ["What is the opposite of hot?"],
+        ["Which is bigger, an ant or a horse?"],
+        ["What do people use an umbrella for?"],
+        ["What is the capital of Italy?"],
+        ["Where do fish live?"],
+        ["Which day comes after Tuesday?"],
+        ["Why do people wear shoes?"],
+    ],
+}
+
+
+def asked(turns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the user's messages."""
+    return [{"role": "user", "content": text} for text in turns]
+
+
+def answers(name: str, against: str, options: argparse.Namespace) -> list[list[str]]:
+    """Return a model's answers to the turns of each prompt; "[...]" marks those that --max-tokens cut."""
+    model, tokenizer = checkpoints.load(name, weights=options.weights)
+    stop = () if tokenizer.chat_template else (NEXT_TURN,)
+    tokenizer = tokenizer.with_chat_template(tokenizer.chat_template or BASE)
+    prompts = [turns for several in PROMPTS.values() for turns in several]
+    talks: list[list[dict[str, str]]] = [[] for _ in prompts]
+    for turn in range(max(map(len, prompts))):
+        open_talks = [(turns, talk) for turns, talk in zip(prompts, talks, strict=True) if turn < len(turns)]
+        for turns, talk in open_talks:
+            talk += asked(turns[turn : turn + 1])
+        drawn: dict[str, Any] = {"temperature": options.temperature, "top_p": 0.95, "max_tokens": options.max_tokens}
+        seeds = [seed_of(options.seed, asked(turns), f"{name} {against} {turn}") for turns, _ in open_talks]
+        how = [SamplingParams(seed=seed, stop=stop, **drawn) for seed in seeds]
+        done = generate_batch(model, tokenizer, [tokenizer.render_chat(talk) for _, talk in open_talks], how)
+        for (_, talk), answer in zip(open_talks, done, strict=True):
+            cut = " [...]" if answer.finish_reason == "length" else ""
+            talk.append({"role": "assistant", "content": answer.text.strip() + cut})
+    return [[message["content"] for message in talk[1::2]] for talk in talks]
+
+
+def pair_up(other: str, ours: list[list[str]], theirs: list[list[str]], options: argparse.Namespace) -> list[dict]:
+    """Return an item for each prompt: its kind and turns, the writers of A and B, and their answers."""
+    kinds = [(kind, turns) for kind, several in PROMPTS.items() for turns in several]
+    items = []
+    for (kind, turns), mine, its in zip(kinds, ours, theirs, strict=True):
+        sides = [(options.models[0], mine), (other, its)]
+        if not a_is_left(options.seed, [*asked(turns), {"role": "other", "content": other}]):
+            sides.reverse()
+        (a, first), (b, second) = sides
+        items.append({"kind": kind, "turns": turns, "A": a, "B": b, "answers": {"A": first, "B": second}})
+    return items
+
+
+def sheet(items: Iterable[Mapping[str, Any]]) -> str:
+    """Return the items as Markdown, without their writers."""
+    lines = ["# Which answer is better: A, B or tie?"]
+    for item in items:
+        lines.append(f"## {item['item']}")
+        for side in "AB":
+            lines.append(f"### {item['item']} {side}")
+            for turn, answer in zip(item["turns"], item["answers"][side], strict=True):
+                lines += [f"**User:** {turn}", "\n".join(f"> {line}" for line in (answer or "(nothing)").split("\n"))]
+    return "\n\n".join(lines) + "\n"
+
+
+def write_sheet(options: argparse.Namespace) -> None:
+    """Let all models answer, and write the sheet and its key."""
+    first, *others = options.models
+    items: list[dict] = []
+    for other in others:
+        items += pair_up(other, answers(first, other, options), answers(other, first, options), options)
+        print(f"{first} and {other} have answered {len(items)} prompts.", flush=True)
+    random.Random(options.seed).shuffle(items)
+    items = [{"item": number, **item} for number, item in enumerate(items, 1)]
+    given = {name: vars(options)[name] for name in ("models", "seed", "temperature", "max_tokens", "weights")}
+    options.folder.mkdir(parents=True, exist_ok=True)
+    (options.folder / "sheet.md").write_text(sheet(items), encoding="utf-8")
+    write_json(options.folder / "key.json", {**given, "items": items})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with a line for each of the `items`."""
+    head = json.dumps({name: value for name, value in content.items() if name != "items"}, ensure_ascii=False)
+    lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in content["items"])
+    path.write_text(f'{head[:-1]}, "items": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def read_choices(path: Path, count: int) -> dict[int, str]:
+    """Return the choice of each item; a line that is none, and an item without one or with two, are errors."""
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    wrong = [" ".join(words) for words in lines if len(words) != 2 or words[1] not in ("A", "B", "tie")]
+    if wrong:
+        raise SystemExit(f"{path} has lines that are no choice, such as {wrong[0]!r}: write 12 A, 12 B or 12 tie.")
+    choices = {int(number): choice for number, choice in lines}
+    if len(lines) != count or choices.keys() != {*range(1, count + 1)}:
+        raise SystemExit(f"{path} has {len(lines)} choices of {len(choices)} items, and the sheet has {count} items.")
+    return choices
+
+
+def decided(key: Mapping[str, Any], choices: Mapping[int, str]) -> list[dict]:
+    """Return the items, each with the model that was better, or tie."""
+    return [{**item, "better": item.get(choices[item["item"]], "tie")} for item in key["items"]]
+
+
+def rows(first: str, items: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a row for each other model and kind of prompt, and one for all kinds."""
+    found = []
+    others = dict.fromkeys(item[side] for item in items for side in "AB" if item[side] != first)
+    for other in sorted(others):
+        for kind in ("all", *PROMPTS):
+            better = [
+                each["better"] for each in items if other in (each["A"], each["B"]) and kind in ("all", each["kind"])
+            ]
+            won, lost = better.count(first), better.count(other)
+            low, high = wilson(won, len(better))
+            share = f"{won / len(better):.1%} ({100 * low:.1f} to {100 * high:.1f})"
+            found.append([other, kind, *map(str, (len(better), won, lost, len(better) - won - lost)), share])
+    return found
+
+
+def count(options: argparse.Namespace) -> None:
+    """Count the choices, and print and write the table."""
+    key = json.loads((options.folder / "key.json").read_text(encoding="utf-8"))
+    items = decided(key, read_choices(options.choices, len(key["items"])))
+    table = rows(key["models"][0], items)
+    for row in (COLUMNS, *table):
+        print("| " + " | ".join(row) + " |")
+    if options.write:
+        write_json(options.write.with_name(ANSWERS), {**key, "judge": options.judge, "items": items})
+        command = (
+            f"python benchmarks/blind_comparison.py FOLDER --models {' '.join(key['models'])} --seed {key['seed']} "
+            f"--temperature {key['temperature']:g} --max-tokens {key['max_tokens']}"
+        )
+        write_table(options.write, SECTION, command, COLUMNS, table, {"file": ANSWERS})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the sheet and its key")
+    parser.add_argument("--models", nargs="+", default=["chat-en", "gpt-en", "smollm2"], help="the first and others")
+    parser.add_argument("--seed", type=int, default=0, help="of the answers, the sides and the order")
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--max-tokens", type=int, default=200, help="of an answer")
+    parser.add_argument("--weights", default="own", help="format of the packed weights")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--choices", type=Path, help="the judge's choices, which are counted")
+    parser.add_argument("--judge", help="who chose, in words")
+    parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
+    options = parser.parse_args()
+    if options.choices is None:
+        if len({*options.models}) < max(2, len(options.models)):
+            raise SystemExit("Give at least two models, each once.")
+        torch.set_num_threads(options.threads)
+        print(machine(), flush=True)
+        write_sheet(options)
+    elif options.judge is None:
+        raise SystemExit("Say who chose: --judge WORDS.")
+    else:
+        count(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The benchmarks of chat models: a blind sheet and its count, and bits a byte of held-out conversations."""
+
+import json
+import math
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from keifu import checkpoints
+from keifu.data.tokenizers.chat_template import PLAIN
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.evaluation.intervals import wilson
+from keifu.models import llama
+
+ROOT = Path(__file__).parents[3]
+TEXT = "User:\nHow are you today?\nAssistant:\nI am well, and you?\n"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[str]:
+    """Return the folders of a chat model and of a base model."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer("bpe", [TEXT], 270)
+    for name, template in (("taught", PLAIN), ("base", None)):
+        config = llama.Config(
+            vocab_size=tokenizer.vocab_size, context_length=256, dim=16, hidden_dim=32, n_layers=1, n_heads=2, tied=True
+        )
+        checkpoints.save(llama.build(config), tokenizer.with_chat_template(template), tmp_path / name)
+    return [str(tmp_path / "taught"), str(tmp_path / "base")]
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return import_module(name)
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+    module.main()
+
+
+def test_choices_are_counted_for_the_models_that_the_sheet_hides(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    blind = benchmark("blind_comparison", monkeypatch)
+    folder, choices, data = tmp_path / "blind", tmp_path / "choices.txt", tmp_path / "page.json"
+    run(blind, monkeypatch, folder, "--models", *models, "--max-tokens", 3)
+    shown, key = (folder / "sheet.md").read_text(), json.loads((folder / "key.json").read_text())
+    assert not any(name in shown for name in models) and len(key["items"]) == 40
+    assert {item["A"] for item in key["items"]} == {*models}, "each model is on either side"
+    assert shown.count("**User:** Will you be here tomorrow?") == 2
+    better = [models[0]] * 30 + [models[1]] * 6 + ["tie"] * 4
+    sides = [{item["A"]: "A", item["B"]: "B"} for item in key["items"]]
+    lines = [
+        f"{number} {side.get(name, name)}" for number, (side, name) in enumerate(zip(sides, better, strict=True), 1)
+    ]
+    choices.write_text("\n".join(lines[:-1]))
+    with pytest.raises(SystemExit, match="39 choices of 39 items, and the sheet has 40"):
+        run(blind, monkeypatch, folder, "--choices", choices, "--judge", "a test")
+    choices.write_text("\n".join(lines))
+    run(blind, monkeypatch, folder, "--choices", choices, "--judge", "a test", "--write", data)
+    (table,) = json.loads(data.read_text())
+    low, high = wilson(30, 40)
+    share = f"75.0% ({100 * low:.1f} to {100 * high:.1f})"
+    assert table["rows"][0] == [models[1], "all", "40", "30", "6", "4", share]
+    assert [int(row[2]) for row in table["rows"][1:]] == [20, 10, 10]
+    told = json.loads((tmp_path / table["values"]["file"]).read_text())
+    assert told["judge"] == "a test" and [item["better"] for item in told["items"]] == better
+    assert "75.0%" in capsys.readouterr().out
+
+
+def test_no_prompt_is_in_the_lists_of_the_training_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists, blind = benchmark("teacher_texts", monkeypatch), benchmark("blind_comparison", monkeypatch)
+    prompts = [turn for several in blind.PROMPTS.values() for turns in several for turn in turns]
+    whole = {text for name, texts in vars(lists).items() if name.isupper() for text in texts}
+    assert "a dog" in whole and not whole & {*prompts}
+    subjects = (*lists.BEINGS, *lists.EVENTS, *lists.PLACES, *lists.TOPICS, *lists.TASKS)
+    words = [f" {prompt.lower().rstrip('?.!')} " for prompt in prompts]
+    assert [(text, word) for text in subjects for word in words if f" {text.lower()} " in word] == []
+
+
+def test_bits_are_those_of_the_answers(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    held = benchmark("held_out_chats", monkeypatch)
+    chats = [[("user", f"How are you, {n}?"), ("assistant", "I am well." * (1 + 60 * (n == 7)))] for n in range(40)]
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) for chat in chats]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    data = tmp_path / "held.jsonl"
+    run(held, monkeypatch, "--split", tmp_path / "all.jsonl", "--held-out", 0.5, "--data", data)
+    kept = data.read_text().splitlines()
+    assert 5 < len(kept) < 35 and {*kept} < {*lines}
+    capsys.readouterr()
+    data.write_text("\n".join(lines[:10]))
+    run(held, monkeypatch, *models, "--data", data, "--json", "--write", tmp_path / "bits.json")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["conversations"], found["bytes"]) == (9, 90), "the long one is left out"
+    model, tokenizer = checkpoints.load(models[0])
+    ids, learned = tokenizer.render_turns(json.loads(lines[0])["messages"])
+    logits = model(torch.tensor([ids]))[0, :-1].detach().log_softmax(-1)
+    nats = -sum(float(logits[at - 1, ids[at]]) for at in range(1, len(ids)) if learned[at])
+    told = json.loads((tmp_path / "bits.json").read_text())
+    assert told["bits"][models[0]][0] == pytest.approx(nats / math.log(2), abs=0.02)
+    assert found["bits per byte"] == pytest.approx(sum(told["bits"][models[0]]) / 90, abs=1e-3)
+    low, high = map(float, found["bits per byte, 95% interval"].split(" to "))
+    assert low <= found["bits per byte"] <= high
+    assert f"bits per byte of {models[1]}" in found
