@@ -1,4 +1,4 @@
-"""Makes a model of the package: trains it by its recipe, packs it, evaluates that, writes its card.
+"""Makes a model of the package: trains it by its recipe, packs it in bfloat16, evaluates that, writes its card.
 
 Command: python pretrained/make.py NAME [--run FOLDER | --card | --head]
 """
@@ -6,7 +6,6 @@ Command: python pretrained/make.py NAME [--run FOLDER | --card | --head]
 import argparse
 import hashlib
 import json
-import math
 import shlex
 import shutil
 import subprocess
@@ -23,13 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from keifu import load as keifu_load
-from keifu.checkpoints.gguf.read import open_file
 from keifu.data.classification.batches import TensorBatches
 from keifu.data.classification.toy import toy_dataset
 from keifu.data.translation.pairs import read_pairs, split
 
 PACKAGE = Path(__file__).parent / "src" / "keifu_pretrained"
-DTYPES = ("bf16", "f32", "q8_0")
+DTYPES = ("bf16", "f32")
 KEIFU = (sys.executable, "-m", "keifu")
 SHAPE = "--model.dim 288 --model.hidden-dim 1152 --model.n-layers 4 --model.n-decoder-layers 3 --model.n-heads 6"
 COUNTS = ("pairs", "pictures", "tokens", "masked words", "rows", "conversations")  # what was evaluated, how much
@@ -68,9 +66,9 @@ class Model:
 
     command: trains it; where it goes on from another training, "&& " and that command follow, with the folder of the
     one before as {last}; "prune {last} DATA ENCODER DECODER" is `prune`; "python" is a benchmark that trains, or with
-    --out one that writes data.
+    --out one that writes this file or folder; "join OUT FILE ..." writes files one after the other.
     evaluation: a keifu command, or a benchmark that prints JSON. figures: the names of those that count in its JSON;
-    `details` is the name of a table there, if any. dtype: q8_0 is packed as GGUF, other types as safetensors.
+    `details` is the name of a table there, if any.
     """
 
     about: str
@@ -327,8 +325,7 @@ def evaluated(model: Model, folder: Path) -> dict[str, Any]:
 def pack(run: Path, folder: Path, dtype: str) -> None:
     """Write the model of a run, its tokenizer in compact JSON and its training record to a folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    out, form = (folder / f"{folder.name}.gguf", "gguf") if dtype == "q8_0" else (folder, "hf")
-    keifu("convert", str(run), str(out), "--to", form, *(["--dtype", dtype] if dtype in DTYPES else []))
+    keifu("convert", str(run), str(folder), "--to", "hf", *(["--dtype", dtype] if dtype in DTYPES else []))
     for file in folder.rglob("tokenizer.json"):
         vocabulary = json.loads(file.read_text("utf-8"))
         file.write_text(json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":")), "utf-8")
@@ -411,19 +408,15 @@ def details(rows: list[dict[str, object]]) -> str:
 
 def weights_of(folder: Path) -> list[Path]:
     """Return the files of weights of a directory in any form."""
-    return sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.gguf")])
+    return sorted(folder.rglob("*.safetensors"))
 
 
 def parameters(folder: Path) -> int:
-    return sum(math.prod(shape) for path in weights_of(folder) for shape in shapes(path))
-
-
-def shapes(path: Path) -> list[Sequence[int]]:
-    """Return the shapes of a file's tensors."""
-    if path.suffix == ".gguf":
-        return [tensor.shape for tensor in open_file(path).places.values()]
-    with safe_open(path, "pt") as file:
-        return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    count = 0
+    for path in weights_of(folder):
+        with safe_open(path, "pt") as file:
+            count += sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def took(record: dict) -> str:
@@ -442,8 +435,12 @@ def trained(name: str, model: Model) -> Path:
         program, *words = shlex.split(command.format(last=last))
         if program == "prune":
             prune(Path(words[0]), run, words[1], *map(int, words[2:]))
+        elif program == "join":
+            run = Path(words[0])
+            run.write_bytes(b"".join(Path(file).read_bytes() for file in words[1:]))
         elif program == "python" and "--out" in words:
             subprocess.run([sys.executable, *words], check=True)
+            run = Path(words[words.index("--out") + 1])
         elif program == "python":
             subprocess.run([sys.executable, *words, "--folder", str(run)], check=True)
             run = run / "0" / "run"

@@ -1,5 +1,6 @@
 """The package of small models trained here: their cards, their size, what they answer, what they did not see."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -56,9 +57,8 @@ def test_the_package_is_small() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_card_is_about_these_weights(name: str) -> None:
-    files = make.weights_of(ROOT / name)
+    files = sorted((ROOT / name).rglob("*.safetensors"))
     weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    assert files
     text = (ROOT / name / "README.md").read_text(encoding="utf-8")
     assert card(name)["weights_sha256"] == weights
     for key in ("data_sha256", "command", "evaluation"):
@@ -185,32 +185,12 @@ def test_a_package_that_is_not_installed_is_named(
         catalogue._folder("keifu_pretrained_2")
 
 
-def test_a_model_is_packed_as_gguf(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """With its chat template and its training record: it chats, is inspected and learns on from the folder."""
-    from keifu.data.tokenizers.chat_template import PLAIN
-    from keifu.data.tokenizers.train import train_tokenizer
-    from keifu.models import llama
-
-    tokenizer = train_tokenizer("bpe", ["How are you today? I am well, and you?"], 270).with_chat_template(PLAIN)
-    config = llama.Config(
-        vocab_size=tokenizer.vocab_size, context_length=128, dim=64, hidden_dim=64, n_layers=1, n_heads=2, tied=True
-    )
-    model, run, folder = llama.build(config), tmp_path / "run", tmp_path / "tiny-chat"
-    keifu.save(model, tokenizer, run)
-    (run / "recipe.json").write_text(json.dumps({"recipe": {"name": "distill", "place": str(tmp_path)}}))
-    make.pack(run, folder, "q8_0")
-    assert [file.name for file in make.weights_of(folder)] == ["tiny-chat.gguf"]
-    assert make.parameters(folder) == sum(parameter.numel() for parameter in model.parameters())
-    assert json.loads((folder / "recipe.json").read_text())["recipe"] == {"name": "distill"}
-    packed, its = keifu.load(folder)
-    tokens = torch.tensor([its.encode("How are you?")])
-    assert its.chat_template == PLAIN
-    assert torch.allclose(packed(tokens), model.eval()(tokens), atol=0.05)
-    for words in (["chat", "--max-tokens", "2", str(folder), "Hi"], ["inspect", str(folder)]):
-        cli.main(words)
-        assert capsys.readouterr().out
-    chats = tmp_path / "chats.jsonl"
-    chats.write_text("".join(json.dumps({"prompt": f"Are you {n}?", "response": "Yes."}) + "\n" for n in range(40)))
-    words = ["--data", str(chats), "--steps", "1", "--context-length", "64", "--batch-size", "1", "--held-out", "0.2"]
-    cli.main(["train", "sft", "--model", str(folder), *words, "--out", str(tmp_path / "more")])
-    assert keifu.load(tmp_path / "more")[1].chat_template == PLAIN
+def test_a_model_is_made_and_measured_by_benchmarks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One writes data by name, files are joined, and figures are what a program prints."""
+    monkeypatch.chdir(tmp_path)
+    Path("write.py").write_text("import sys; open(sys.argv[2], 'w').write(sys.argv[3])")
+    Path("measure.py").write_text("""print('{"bits per byte": 1.5}')""")
+    command = "python write.py --out a old && python write.py --out b new && join c a {last}"
+    model = dataclasses.replace(make.MODELS["gpt-en"], command=command, evaluation="python measure.py chat-en")
+    assert make.trained("chat", model) == Path("c") and Path("c").read_text() == "oldnew"
+    assert make.evaluated(model, tmp_path) == {"bits per byte": 1.5}
