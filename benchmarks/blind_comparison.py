@@ -33,7 +33,7 @@ from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.sampling_params import SamplingParams
 
 SECTION, ANSWERS = "Blind comparison", "blind-comparison.json"
-COLUMNS = ("compared with", "prompts", "items", "better", "worse", "equal", "better of all, 95% interval")
+COLUMNS = ("compared with", "items", "better", "worse", "equal", "better of all, 95% interval")
 NEXT_TURN = "\nA:"
 BASE = """{{ bos_token }}{% for message in messages %}
 {{ 'A' if message['role'] == 'user' else 'B' }}: {{ message['content'] }}
@@ -181,16 +181,15 @@ def decided(key: Mapping[str, Any], choices: Mapping[int, str]) -> list[dict]:
 def rows(first: str, items: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return a row for each other model and kind of prompt, and one for all kinds."""
     found = []
-    others = dict.fromkeys(item[side] for item in items for side in "AB" if item[side] != first)
+    others = {item[side] for item in items for side in "AB"} - {first}
     for other in sorted(others):
-        for kind in ("all", *PROMPTS):
-            better = [
-                each["better"] for each in items if other in (each["A"], each["B"]) and kind in ("all", each["kind"])
-            ]
+        of_pair = [item for item in items if other in (item["A"], item["B"])]
+        for kind in ("all prompts", *PROMPTS):
+            better = [item["better"] for item in of_pair if kind in ("all prompts", item["kind"])]
             won, lost = better.count(first), better.count(other)
             low, high = wilson(won, len(better))
             share = f"{won / len(better):.1%} ({100 * low:.1f} to {100 * high:.1f})"
-            found.append([other, kind, *map(str, (len(better), won, lost, len(better) - won - lost)), share])
+            found.append([f"{other}, {kind}", *map(str, (len(better), won, lost, len(better) - won - lost)), share])
     return found
 
 

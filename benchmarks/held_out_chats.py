@@ -6,7 +6,7 @@ python benchmarks/held_out_chats.py --split TRAINING.jsonl --data FILE.jsonl [--
 Each model reads each conversation in its own chat template, a base model in keifu's plain one, in float32. A figure is
 the information of the assistant's tokens, the ends of its turns included, per byte of its text in UTF-8. Conversations
 that one of the models cannot read whole are left out for all. Intervals resample conversations. --write puts the
-bits of each conversation into a file.
+table, and the bits of each conversation, into a data file of docs/results/data.
 
 --split writes the conversations that `keifu train distill --data TRAINING.jsonl` holds out: their first questions are
 not in training. Most, if there are more, are spread over all.
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _results import write_table
 from _rounds import machine
 
 from keifu import checkpoints
@@ -29,6 +30,9 @@ from keifu.data.chat.conversations import Conversation
 from keifu.generation.text.likelihood import score
 from keifu.recipes.assistant.finetuning import with_template
 from keifu.recipes.assistant.sft import select_conversations, split
+
+SECTION = "Held-out conversations"
+COLUMNS = ("model", "bits a byte of answers", "95% interval")
 
 
 def bits(name: str, chats: Sequence[Conversation]) -> dict[int, float]:
@@ -94,7 +98,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=300, help="conversations that are written")
     parser.add_argument("--json", action="store_true", help="print only the figures, as JSON")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", type=Path, help="a file of the bits and bytes of each conversation")
+    parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.split:
@@ -102,9 +106,14 @@ def main() -> None:
     measured, sizes = measure(options.models, str(options.data))
     found = figures(measured, sizes)
     if options.write:
+        labels = ["bits per byte", *(f"bits per byte of {name}" for name in options.models[1:])]
+        rows = [
+            [name, f"{found[label]:.4f}", found[f"{label}, 95% interval"]]
+            for name, label in zip(measured, labels, strict=True)
+        ]
         rounded = {name: [round(value, 2) for value in values] for name, values in measured.items()}
-        told = {"figures": found, "bytes": sizes, "bits": rounded}
-        options.write.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+        command = f"python benchmarks/held_out_chats.py {' '.join(options.models)} --data {options.data}"
+        write_table(options.write, SECTION, command, COLUMNS, rows, {"bytes": sizes, **rounded})
     if options.json:
         print(json.dumps(found))
     else:

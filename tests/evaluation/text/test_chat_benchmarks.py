@@ -67,8 +67,8 @@ def test_choices_are_counted_for_the_models_that_the_sheet_hides(
     (table,) = json.loads(data.read_text())
     low, high = wilson(30, 40)
     share = f"75.0% ({100 * low:.1f} to {100 * high:.1f})"
-    assert table["rows"][0] == [models[1], "all", "40", "30", "6", "4", share]
-    assert [int(row[2]) for row in table["rows"][1:]] == [20, 10, 10]
+    assert table["rows"][0] == [f"{models[1]}, all prompts", "40", "30", "6", "4", share]
+    assert [int(row[1]) for row in table["rows"][1:]] == [20, 10, 10]
     told = json.loads((tmp_path / table["values"]["file"]).read_text())
     assert told["judge"] == "a test" and [item["better"] for item in told["items"]] == better
     assert "75.0%" in capsys.readouterr().out
@@ -97,16 +97,18 @@ def test_bits_are_those_of_the_answers(
     assert 5 < len(kept) < 35 and {*kept} < {*lines}
     capsys.readouterr()
     data.write_text("\n".join(lines[:10]))
-    run(held, monkeypatch, *models, "--data", data, "--json", "--write", tmp_path / "bits.json")
+    run(held, monkeypatch, *models, "--data", data, "--json", "--write", tmp_path / "page.json")
     found = json.loads(capsys.readouterr().out)
     assert (found["conversations"], found["bytes"]) == (9, 90), "the long one is left out"
     model, tokenizer = checkpoints.load(models[0])
     ids, learned = tokenizer.render_turns(json.loads(lines[0])["messages"])
     logits = model(torch.tensor([ids]))[0, :-1].detach().log_softmax(-1)
     nats = -sum(float(logits[at - 1, ids[at]]) for at in range(1, len(ids)) if learned[at])
-    told = json.loads((tmp_path / "bits.json").read_text())
-    assert told["bits"][models[0]][0] == pytest.approx(nats / math.log(2), abs=0.02)
-    assert found["bits per byte"] == pytest.approx(sum(told["bits"][models[0]]) / 90, abs=1e-3)
+    (table,) = json.loads((tmp_path / "page.json").read_text())
+    bits = table["values"][models[0]]
+    assert bits[0] == pytest.approx(nats / math.log(2), abs=0.02)
+    assert found["bits per byte"] == pytest.approx(sum(bits) / 90, abs=1e-3)
     low, high = map(float, found["bits per byte, 95% interval"].split(" to "))
     assert low <= found["bits per byte"] <= high
-    assert f"bits per byte of {models[1]}" in found
+    other = f"bits per byte of {models[1]}"
+    assert table["rows"][1] == [models[1], f"{found[other]:.4f}", found[f"{other}, 95% interval"]]
