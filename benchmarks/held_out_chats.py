@@ -9,7 +9,7 @@ that one of the models cannot read whole are left out for all. Intervals resampl
 table, and the bits of each conversation, into a data file of docs/results/data.
 
 --split writes the conversations that `keifu train distill --data TRAINING.jsonl` holds out: their first questions are
-not in training. Most, if there are more, are spread over all.
+not in training, and each is written once. Most, if there are more, are spread over all.
 """
 
 import argparse
@@ -36,7 +36,7 @@ COLUMNS = ("model", "bits a byte of answers", "95% interval")
 
 
 def bits(name: str, chats: Sequence[Conversation]) -> dict[int, float]:
-    """Return the bits of the assistant's turns of each conversation, by its number; none for those too long."""
+    """Return the bits of the assistant's turns of each conversation, by its number, but of those too long."""
     model: Any
     model, tokenizer = checkpoints.load(name, torch.float32)
     tokenizer, found = with_template(tokenizer, "own"), dict[int, float]()
@@ -44,7 +44,7 @@ def bits(name: str, chats: Sequence[Conversation]) -> dict[int, float]:
         ids, learned = tokenizer.render_turns(chat)
         if len(ids) <= model.config.context_length:
             values = score(model, torch.tensor([ids]))[0].double()
-            found[number] = -float(values[torch.tensor(learned[1:])].sum()) / math.log(2)
+            found[number] = round(-float(values[torch.tensor(learned[1:])].sum()) / math.log(2), 2)
     return found
 
 
@@ -72,6 +72,12 @@ def figures(measured: Mapping[str, Sequence[float]], sizes: Sequence[int]) -> di
     return found | {"conversations": len(sizes), "bytes": sum(sizes)}
 
 
+def rows(measured: Mapping[str, Sequence[float]], sizes: Sequence[int]) -> list[list[str]]:
+    """Return a row of the table for each model."""
+    found = [(name, figures({name: values}, sizes)) for name, values in measured.items()]
+    return [[name, f"{each['bits per byte']:.4f}", each["bits per byte, 95% interval"]] for name, each in found]
+
+
 def measure(models: Sequence[str], data: str) -> tuple[dict[str, list[float]], list[int]]:
     """Return the bits of each conversation by each model, and its bytes."""
     chats = list(conversations.read(data))
@@ -82,8 +88,9 @@ def measure(models: Sequence[str], data: str) -> tuple[dict[str, list[float]], l
 
 
 def write_held_out(source: str, share: float, most: int, path: Path) -> None:
-    """Write the conversations that training on a file holds out."""
-    chats = select_conversations(split(list(conversations.read(source)), share)[1], most)
+    """Write the conversations that training on a file holds out, one for each first question."""
+    unseen = {chat[0]["content"]: chat for chat in split(list(conversations.read(source)), share)[1]}
+    chats = select_conversations([*unseen.values()], most)
     lines = (json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats)
     path.write_text("".join(lines), encoding="utf-8")
     print(f"{path} has {len(chats):,} conversations.")
@@ -106,14 +113,8 @@ def main() -> None:
     measured, sizes = measure(options.models, str(options.data))
     found = figures(measured, sizes)
     if options.write:
-        labels = ["bits per byte", *(f"bits per byte of {name}" for name in options.models[1:])]
-        rows = [
-            [name, f"{found[label]:.4f}", found[f"{label}, 95% interval"]]
-            for name, label in zip(measured, labels, strict=True)
-        ]
-        rounded = {name: [round(value, 2) for value in values] for name, values in measured.items()}
         command = f"python benchmarks/held_out_chats.py {' '.join(options.models)} --data {options.data}"
-        write_table(options.write, SECTION, command, COLUMNS, rows, {"bytes": sizes, **rounded})
+        write_table(options.write, SECTION, command, COLUMNS, rows(measured, sizes), {"bytes": sizes, **measured})
     if options.json:
         print(json.dumps(found))
     else:
