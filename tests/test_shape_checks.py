@@ -1,6 +1,6 @@
 """The checks of shapes that every test runs under: a wrong call is caught, the first time and after right ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -67,6 +67,39 @@ def joined(pair: "Pair", more: Matrix) -> Float[Tensor, "all dim"]:
 @dataclass(frozen=True)
 class Pair:
     left: Matrix
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> Float[Tensor, "rows"]:
+        return self.left if self.names else self.left.sum(1)
+
+    @staticmethod
+    def of(x: Matrix) -> "Pair":
+        return Pair(x)
+
+    @classmethod
+    def twice(cls, x: Matrix) -> "Pair":
+        return cls(2 * x)
+
+
+def test_fields_properties_and_methods_are_checked_the_first_time_and_after_right_calls() -> None:
+    class Checked(Pair):
+        rows = check_once(vars(Pair)["rows"], typechecker=beartype)
+        of = check_once(vars(Pair)["of"], typechecker=beartype)
+        twice = check_once(vars(Pair)["twice"], typechecker=beartype)
+
+    checked = check_once(dataclass(frozen=True)(Checked), typechecker=beartype)
+    right, wrong = torch.ones(2, 4), torch.ones(2)
+    for _ in range(2):
+        for make in (checked, checked.of, checked.twice):
+            assert make(right).left.shape == (2, 4)
+            with pytest.raises(TypeCheckError, match="parameters"):
+                make(wrong)
+        with pytest.raises(TypeCheckError, match="parameters"):
+            checked(right, "names")
+        assert checked(right).rows.shape == (2,)
+        with pytest.raises(TypeCheckError, match="return value"):
+            _ = checked(right, ["a"]).rows
 
 
 def test_a_long_loop_is_looked_at_now_and_then_and_the_next_test_again() -> None:
