@@ -59,10 +59,16 @@ def folder(path: Path) -> str:
 FOLDERS = sorted({folder(path) for path in SOURCE.rglob("*.py")})
 
 
+@cache
+def files() -> dict[Path, str]:
+    """Return the text of each file of the source."""
+    return {path: path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py")}
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_has_no_more_odd_sentences_than_are_listed(name: str) -> None:
-    paths = [path for path in SOURCE.rglob("*.py") if folder(path) == name]
-    found = [f"{path.name}: {odd[:90]}" for path in paths for odd in violations(path.read_text(encoding="utf-8"))]
+    texts = {path: text for path, text in files().items() if folder(path) == name}
+    found = [f"{path.name}: {odd[:90]}" for path, text in texts.items() for odd in violations(text)]
     assert len(found) <= LEFT.get(name, 0), "\n".join(["rewrite some of these:", *found])
 
 
@@ -83,6 +89,12 @@ def first_words(text: str) -> Iterator[str]:
             yield docstring.split()[0].rstrip(",.:;")
 
 
+@cache
+def openings() -> dict[Path, list[str]]:
+    """Return the first words of the docstrings of each file of the source."""
+    return {path: [*first_words(text)] for path, text in files().items()}
+
+
 def is_imperative(word: str, words: set[str]) -> bool:
     """Return whether a first word is none of the listed ones, nor the third person of one of `words`: "Trains"."""
     return not NO_VERBS.fullmatch(word) and not (word.endswith("s") and {word[:-1], word[:-2]} & words)
@@ -90,11 +102,10 @@ def is_imperative(word: str, words: set[str]) -> bool:
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_docstrings_of_functions_begin_with_an_imperative(name: str) -> None:
-    openings = {path: [*first_words(path.read_text(encoding="utf-8"))] for path in SOURCE.rglob("*.py")}
-    words = {word for found in openings.values() for word in found}
+    words = {word for found in openings().values() for word in found}
     odd = [
         f"{path.name}: {word}"
-        for path, found in openings.items()
+        for path, found in openings().items()
         for word in found
         if folder(path) == name and not is_imperative(word, words)
     ]
@@ -130,8 +141,8 @@ def test_a_vague_name_is_bound_no_more_often_than_is_listed(word: str) -> None:
 def names_in_source() -> dict[str, Counter[str]]:
     """Return for each vague name how often each file binds it."""
     counts = {word: Counter[str]() for word in VAGUE_NAMES}
-    for path in SOURCE.rglob("*.py"):
-        for name in names_bound(path.read_text(encoding="utf-8")):
+    for path, text in files().items():
+        for name in names_bound(text):
             if name in counts:
                 counts[name][path.relative_to(SOURCE).as_posix()] += 1
     return counts
