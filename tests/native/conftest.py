@@ -1,6 +1,5 @@
 """Lets the tests of the native step import what they share, and sets the instructions that a test asks for."""
 
-import platform
 import sys
 from pathlib import Path
 
@@ -11,9 +10,7 @@ from keifu.native.build import Unavailable
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-
-ARM = platform.machine() in ("aarch64", "arm64")
-OF_THIS_MACHINE = [name for name in library.INSTRUCTIONS if name == "portable" or name.startswith("neon") == ARM]
+from native_toys import OF_THIS_MACHINE  # noqa: E402 (the path must be set before)
 
 
 @pytest.fixture(params=OF_THIS_MACHINE)

@@ -1,5 +1,6 @@
 """A toy of every kind of model that native code knows, with odd shapes, and what its packed weights stand for."""
 
+import platform
 from copy import deepcopy
 
 import torch
@@ -10,8 +11,11 @@ from keifu.layers.mixture import mixtures
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
 from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import ministral, phi3, smollm3
+from keifu.native.library import INSTRUCTIONS
 from keifu.native.model import NativeLM
 
+ARM = platform.machine() in ("aarch64", "arm64")
+OF_THIS_MACHINE = [name for name in INSTRUCTIONS if name == "portable" or name.startswith("neon") == ARM]
 SMALL = {"vocab_size": 101, "context_length": 80, "dim": 60, "hidden_dim": 88, "n_layers": 3}
 GROUPED = {**SMALL, "n_heads": 6, "n_kv_heads": 2}
 YARN = RopeScaling("yarn", 4.0, 20)
