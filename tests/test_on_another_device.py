@@ -376,9 +376,9 @@ def tokenizer() -> Tokenizer:
 
 
 ALL_AT_ONCE = [
-    SamplingParams(max_tokens=9, temperature=0, seed=1, log_probabilities=True),
-    SamplingParams(max_tokens=12, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=2),
-    SamplingParams(max_tokens=5, presence_penalty=0.4, frequency_penalty=0.3, seed=3, log_probabilities=True),
+    SamplingParams(max_tokens=4, temperature=0, seed=1, log_probabilities=True),
+    SamplingParams(max_tokens=5, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=2),
+    SamplingParams(max_tokens=3, presence_penalty=0.4, frequency_penalty=0.3, seed=3, log_probabilities=True),
 ]
 
 

@@ -17,7 +17,7 @@ from keifu.layers.attention.kv_cache import KVState
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generation_toys import TOYS  # noqa: E402 (the path must be set before)
+from generation_toys import OF_ONE_CACHE, TOYS  # noqa: E402 (the path must be set before)
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _one_thread(_repeatable: None) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=TOYS)
+@pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.slow] if n in OF_ONE_CACHE else []) for n in TOYS])
 def model(request: pytest.FixtureRequest) -> nn.Module:
     """Each toy in turn, with weights large enough that the next token depends on those before it."""
     torch.manual_seed(3)

@@ -82,3 +82,7 @@ TOYS: dict[str, Callable[[], nn.Module]] = {
         llama.Config(**LLAMA, n_kv_heads=1, sliding_window=4, first_window_layer=1, qkv_bias=True, tied=True)
     ),
 }
+OF_ONE_CACHE = {  # toys whose keys and values are cached as another toy's are: in most tests they are slow
+    "gpt1", "palm", "norms of queries and keys", "norms after sublayers and of all heads", "mixture of experts",
+    "window",
+}  # fmt: skip
