@@ -33,7 +33,10 @@ PARTS = {  # each part, and those it may import; a part may also import what tho
     "__main__": {"cli"},
     "floor": set(),
 }
-FLOOR = {"devices", "errors", "files", "lineage", "locks", "memory", "processes", "ranges", "threads", "__version__"}
+FLOOR = {
+    "devices", "errors", "files", "folders", "lineage", "locks", "memory", "processes", "ranges", "threads", 
+    "untrusted", "__version__",
+}  # fmt: skip
 
 
 @dataclass(eq=False)

@@ -26,8 +26,9 @@ from keifu.generation.text.paged import graphs  # noqa: E402
 from keifu.generation.text.sampler import History, RowSettings  # noqa: E402
 from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
 from keifu.generation.text.translation import TranslationParams, search  # noqa: E402
-from keifu.layers import losses  # noqa: E402
-from keifu.layers.losses import token_log_probabilities  # noqa: E402
+from keifu.layers.losses import cross_entropy as ce  # noqa: E402
+from keifu.layers.losses import head  # noqa: E402
+from keifu.layers.losses.log_probabilities import token_log_probabilities  # noqa: E402
 from keifu.models import gpt2, llama  # noqa: E402
 from keifu.models.mixture import mixtral  # noqa: E402
 from keifu.training.objectives.language_modeling import causal_language_modeling  # noqa: E402
@@ -109,7 +110,7 @@ class OneKernel:
         logits: Tensor, targets: Tensor, counts: Tensor, smoothing: float, z_loss: float
     ) -> tuple[Tensor, Tensor]:
         def cross_entropy() -> tuple[Tensor, Tensor]:
-            loss, nats, gradient = losses._loss_and_gradient(logits, targets, smoothing, z_loss, None)
+            loss, nats, gradient = ce._loss_and_gradient(logits, targets, smoothing, z_loss, None)
             logits.copy_(gradient * counts[:, None])
             return loss[:, 0] * counts, nats[:, 0] * counts
 
@@ -120,15 +121,15 @@ def test_the_loss_keeps_its_budget_for_each_part_of_the_logits(monkeypatch: pyte
     """By kernels of PyTorch and with Triton's, which also needs no probabilities in float32."""
     totals, per_part = list[float](), list[int]()
     for kernels in (None, OneKernel):
-        monkeypatch.setattr(losses, "triton_kernels", lambda where, kernels=kernels: kernels)
+        monkeypatch.setattr(ce, "triton_kernels", lambda where, kernels=kernels: kernels)
         launched = []
         for rows in (3, 1):  # at a time
-            monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", rows * 41)
+            monkeypatch.setattr(head, "LOGITS_AT_A_TIME", rows * 41)
             with simulated():
                 torch.manual_seed(0)
                 hidden, weight = (torch.randn(count, 8).to(device()).requires_grad_() for count in (3, 41))
                 LAUNCHED.clear()
-                total, _ = losses.linear_cross_entropy(hidden, weight, None, torch.tensor([7, -100, 40]).to(device()))
+                total, _ = ce.linear_cross_entropy(hidden, weight, None, torch.tensor([7, -100, 40]).to(device()))
                 total.backward()
                 launched.append(LAUNCHED.total())
                 totals.append(float(total.detach().cpu()))

@@ -13,7 +13,6 @@ from keifu.generation.images.samplers import configure_sampler
 from keifu.generation.unmasking import Unmasking, unmask
 from keifu.layers.attention.masks import real_tokens
 from keifu.layers.diffusion.noise_schedule import Noise
-from keifu.layers.losses import LOSSES
 from keifu.models import (
     bert,
     gemma3,
@@ -41,6 +40,7 @@ from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
 from keifu.models.variants import gemma2, granite, ministral, nanochat, phi3, smollm3
+from keifu.recipes.neurons.mlp import LOSSES
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, discrete_vae_loss
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, TextDiffusionLoss, draw_noise

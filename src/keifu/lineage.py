@@ -11,7 +11,8 @@ from importlib import resources
 from typing import Any
 
 from keifu.errors import require_known
-from keifu.files import packaged, read_json
+from keifu.folders import packaged
+from keifu.untrusted import read_json
 
 LANGUAGES = ("en", "ja")
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from keifu.errors import UserError
-from keifu.files import WINDOWS, cache
+from keifu.files import WINDOWS
+from keifu.folders import cache
 
 LOCK = ".lock"  # of a directory that a process holds
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of some network file systems, which have no flock

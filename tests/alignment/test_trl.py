@@ -15,7 +15,7 @@ from keifu.alignment.grpo import Variant, sequence_ratios, terms, token_shares
 from keifu.alignment.reward_model import ranking_losses
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.layers.losses import linear_divergence
+from keifu.layers.losses.divergence import linear_divergence
 
 trl = pytest.importorskip("trl")
 

@@ -36,7 +36,7 @@ from keifu.distributed.mesh import Mesh
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.lazy import build_lazily
 from keifu.layers.lora import adapters
-from keifu.layers.losses import token_log_probabilities
+from keifu.layers.losses.log_probabilities import token_log_probabilities
 from keifu.models import gpt2, llama, palm, transformer
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image

@@ -30,10 +30,10 @@ from keifu.data.tokenizers import formats, seq2seq
 from keifu.data.translation.pairs import read_pairs
 from keifu.errors import UserError
 from keifu.evaluation.text import tasks
-from keifu.files import read_json_object
 from keifu.generation.images.png_metadata import CHUNK
 from keifu.models.hf import open_clip
 from keifu.native.library import Library
+from keifu.untrusted import read_json_object
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/reference/formats.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from PIL import ImageFont
 from keifu import cli, lineage
 from keifu.cli import parse
 from keifu.errors import UserError
-from keifu.files import packaged
+from keifu.folders import packaged
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -34,7 +34,7 @@ from keifu.data.tokenizers.train import train_tokenizer
 from keifu.data.translation.pairs import read_pairs
 from keifu.errors import UserError
 from keifu.evaluation.text.tasks import read_task
-from keifu.files import cache
+from keifu.folders import cache
 from keifu.training import loop
 from keifu.training.run import checkpoint, metrics
 from keifu.training.run.directory import read_recipe

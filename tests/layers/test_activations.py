@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from keifu.layers.activations import ACTIVATIONS, activation
-from keifu.layers.losses import LOSSES
+from keifu.recipes.neurons.mlp import LOSSES
 
 X = torch.cat([torch.linspace(-12, 12, 97), torch.tensor([0.0, -0.0, 1e-4, -1e-4, 60.0, -60.0])])
 MODULES = {

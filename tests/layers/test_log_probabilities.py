@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from keifu.layers import losses
-from keifu.layers.losses import token_log_probabilities
+from keifu.layers.losses import head
+from keifu.layers.losses.log_probabilities import token_log_probabilities
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("at_a_time", [2**25, 23 * 4])
 def test_numbers_entropy_and_gradients(temperature: float, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(head, "LOGITS_AT_A_TIME", at_a_time)
     torch.manual_seed(2)
     hidden, weight = torch.randn(11, 6, requires_grad=True), torch.randn(23, 6, requires_grad=True)
     tokens, upstream = torch.randint(0, 23, (11,)), torch.randn(11)

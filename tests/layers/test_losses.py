@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from keifu.layers import losses
+from keifu.layers.losses import cross_entropy as ce
+from keifu.layers.losses import head
+from keifu.layers.losses.cross_entropy import Vocabulary
+from keifu.layers.losses.divergence import linear_divergence
+from keifu.layers.losses.head import SoftCappedHead
+from keifu.layers.losses.log_probabilities import token_log_probabilities
 
 
 def reference(logits, targets, label_smoothing, z_loss):
@@ -17,7 +22,7 @@ def reference(logits, targets, label_smoothing, z_loss):
 
 
 def linear_cross_entropy(hidden, weight, targets, mask=None, **more):
-    return losses.linear_cross_entropy(hidden, weight, None, targets, mask, **more)[0]
+    return ce.linear_cross_entropy(hidden, weight, None, targets, mask, **more)[0]
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def case():
 @pytest.mark.parametrize("at_a_time", [29 * 4, 2**26])
 def test_linear_cross_entropy_equals_the_loss_of_the_logits(case, label_smoothing, z_loss, at_a_time, monkeypatch):
     hidden, weight, targets = case
-    monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(head, "LOGITS_AT_A_TIME", at_a_time)
     ours = linear_cross_entropy(hidden, weight, targets, label_smoothing=label_smoothing, z_loss=z_loss)
     theirs = reference((hidden @ weight.T).flatten(0, 1), targets.flatten(), label_smoothing, z_loss)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
@@ -45,7 +50,7 @@ def test_linear_cross_entropy_equals_the_loss_of_the_logits(case, label_smoothin
 
 def test_no_rows_have_a_gradient_of_zero():
     hidden, weight, bias = (torch.ones(shape, requires_grad=True) for shape in ((2, 0, 7), (29, 7), (29,)))
-    total, _ = losses.linear_cross_entropy(hidden, weight, bias, torch.zeros(2, 0, dtype=torch.long))
+    total, _ = ce.linear_cross_entropy(hidden, weight, bias, torch.zeros(2, 0, dtype=torch.long))
     total.backward()
     for tensor in (hidden, weight, bias):
         torch.testing.assert_close(tensor.grad, torch.zeros_like(tensor))
@@ -55,8 +60,8 @@ def test_a_mask_is_the_same_as_ignored_targets(case):
     hidden, weight, targets = case
     mask = torch.rand(2, 11) < 0.5
     masked = linear_cross_entropy(hidden, weight, targets, mask)
-    ignored = losses.cross_entropy(hidden @ weight.T, targets.masked_fill(~mask, -100))
-    by_mask = losses.cross_entropy(hidden @ weight.T, targets, mask)
+    ignored = ce.cross_entropy(hidden @ weight.T, targets.masked_fill(~mask, -100))
+    by_mask = ce.cross_entropy(hidden @ weight.T, targets, mask)
     torch.testing.assert_close(masked, ignored)
     torch.testing.assert_close(by_mask, ignored)
 
@@ -76,15 +81,15 @@ def test_shares_are_what_each_position_counts(case):
 def test_a_soft_cap_is_in_the_losses_and_in_their_gradients(case):
     """Next-token losses with z-loss, and log-probabilities, of a head with its cap."""
     hidden, weight, targets = case
-    head = losses.SoftCappedHead(weight, 1.5)
+    head = SoftCappedHead(weight, 1.5)
     logits = 1.5 * torch.tanh(hidden @ weight.T / 1.5)
-    ours, nats = losses.linear_cross_entropy(hidden, head, None, targets, label_smoothing=0.1, z_loss=0.03)
+    ours, nats = ce.linear_cross_entropy(hidden, head, None, targets, label_smoothing=0.1, z_loss=0.03)
     theirs = reference(logits.flatten(0, 1), targets.flatten(), 0.1, 0.03)
     torch.testing.assert_close((ours, nats), (theirs, reference(logits.flatten(0, 1), targets.flatten(), 0.0, 0.0)))
     got = torch.autograd.grad(ours, (hidden, weight))
     torch.testing.assert_close(got, torch.autograd.grad(theirs, (hidden, weight)), rtol=1e-4, atol=1e-5)
     rows, tokens = hidden.flatten(0, 1), targets.flatten().clamp(min=0)
-    logs, _ = losses.token_log_probabilities(rows, head, tokens, 0.7)
+    logs, _ = token_log_probabilities(rows, head, tokens, 0.7)
     logits = 1.5 * torch.tanh(rows @ weight.T / 1.5) / 0.7
     theirs = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logs, theirs)
@@ -93,7 +98,7 @@ def test_a_soft_cap_is_in_the_losses_and_in_their_gradients(case):
     torch.testing.assert_close(got, theirs, rtol=1e-4, atol=1e-4)
 
 
-def classes(first: int, barrier: threading.Barrier, found: dict[int, torch.Tensor]) -> losses.Vocabulary:
+def classes(first: int, barrier: threading.Barrier, found: dict[int, torch.Tensor]) -> Vocabulary:
     """Those of two threads."""
 
     def gather(rows: torch.Tensor) -> torch.Tensor:
@@ -103,7 +108,7 @@ def classes(first: int, barrier: threading.Barrier, found: dict[int, torch.Tenso
         barrier.wait()
         return both
 
-    return losses.Vocabulary(first, 29, gather)
+    return Vocabulary(first, 29, gather)
 
 
 @pytest.mark.parametrize("at_a_time", [13 * 4, 2**26])
@@ -111,13 +116,13 @@ def classes(first: int, barrier: threading.Barrier, found: dict[int, torch.Tenso
 def test_two_processes_with_some_classes_each_have_the_loss_of_all(case, at_a_time, dtype, monkeypatch):
     """Where the rows of each come in as many parts; with a bias, label smoothing, shares and the z-loss."""
     hidden, weight, targets = (each.detach().to(dtype) if each.is_floating_point() else each for each in case)
-    monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(head, "LOGITS_AT_A_TIME", at_a_time)
     bias, shares, barrier = torch.randn(29).to(dtype), torch.rand(2, 11), threading.Barrier(2)
     both: dict[int, torch.Tensor] = {}
 
     def found(first, end, *more):
         own = [hidden.clone().requires_grad_(), *(x[first:end].clone().requires_grad_() for x in (weight, bias))]
-        total, plain = losses.linear_cross_entropy(*own, targets, None, 0.1, 0.03, shares, *more)
+        total, plain = ce.linear_cross_entropy(*own, targets, None, 0.1, 0.03, shares, *more)
         return total, plain, *torch.autograd.grad(total, own)
 
     with ThreadPoolExecutor(2) as threads:
@@ -134,7 +139,7 @@ def test_two_processes_with_some_classes_each_have_the_loss_of_all(case, at_a_ti
 def test_cross_entropy_terms(case):
     hidden, weight, targets = case
     logits = hidden @ weight.T
-    ours = losses.cross_entropy(logits, targets, label_smoothing=0.2, z_loss=0.03)
+    ours = ce.cross_entropy(logits, targets, label_smoothing=0.2, z_loss=0.03)
     torch.testing.assert_close(ours, reference(logits.flatten(0, 1), targets.flatten(), 0.2, 0.03))
 
 
@@ -167,7 +172,7 @@ def test_autocast_keeps_the_probabilities_in_float32():
 def test_the_loss_is_one_operator_for_the_compiler_with_the_same_bits(case, some, rows, monkeypatch):
     """Whether the gradient is a sum over several parts of the rows or not."""
     hidden, weight, targets = case
-    monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", 29 * rows)
+    monkeypatch.setattr(head, "LOGITS_AT_A_TIME", 29 * rows)
 
     def loss(hidden, weight):
         return linear_cross_entropy(hidden, weight, targets, **some)
@@ -188,7 +193,7 @@ def test_the_operator_says_the_shapes_and_types_that_it_gives(case):
     hidden, weight, targets = (each.detach() for each in case)
     for kind, wanted in (torch.float32, (1, 1, 1)), (torch.bfloat16, (1, 1, 1)), (torch.bfloat16, (0, 1, 0)):
         given = hidden.flatten(0, 1), weight, torch.zeros(29), targets.flatten(), targets.flatten() >= 0, 0.1, 0.0
-        torch.library.opcheck(losses._operator, (*given, kind, [bool(each) for each in wanted], float("inf")))
+        torch.library.opcheck(ce._operator, (*given, kind, [bool(each) for each in wanted], float("inf")))
 
 
 def test_only_gradients_that_are_wanted_are_made(case):
@@ -217,13 +222,13 @@ def jensen_shannon(student, teacher, beta):
 @pytest.mark.parametrize(("temperature", "at_a_time"), [(1.0, 2**26), (2.5, 29 * 4)])
 @pytest.mark.parametrize("by_logits", [False, True])
 def test_divergence_and_its_gradient_are_those_of_the_definition(beta, temperature, at_a_time, by_logits, monkeypatch):
-    monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", at_a_time)
-    monkeypatch.setattr(losses, "_LOGITS_IN_CACHE", 29 * 3)
+    monkeypatch.setattr(head, "LOGITS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(head, "LOGITS_IN_CACHE", 29 * 3)
     torch.manual_seed(4)
     hidden, weight = torch.randn(11, 7, requires_grad=True), torch.randn(29, 7, requires_grad=True)
     theirs, matrix = torch.randn(11, 5), torch.randn(29, 5)
     given = (theirs @ matrix.T, None) if by_logits else (theirs, matrix)
-    ours = losses.linear_divergence(hidden, weight, *given, beta, temperature)
+    ours = linear_divergence(hidden, weight, *given, beta, temperature)
     scaled = (hidden @ weight.T / temperature).double(), (theirs @ matrix.T / temperature).double()
     expected = jensen_shannon(*scaled, beta).sum()
     torch.testing.assert_close(ours.double() / 11, expected / 11, rtol=0, atol=1e-6)
@@ -234,6 +239,6 @@ def test_divergence_and_its_gradient_are_those_of_the_definition(beta, temperatu
 def test_divergence_of_equal_models_is_zero():
     hidden, weight = torch.randn(3, 7, requires_grad=True), torch.randn(29, 7)
     for beta in (0.0, 0.5, 1.0):
-        total = losses.linear_divergence(hidden, weight, hidden, weight, beta)
+        total = linear_divergence(hidden, weight, hidden, weight, beta)
         assert total.item() == pytest.approx(0, abs=1e-6)
         assert torch.autograd.grad(total, hidden)[0].abs().max() < 1e-6

@@ -12,10 +12,12 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="could not i
 NUMBERS = """
 import torch
 from keifu.layers.attention.attention import attend
-from keifu.layers import losses
+from keifu.layers.losses import cross_entropy as ce
+from keifu.layers.losses.head import SoftCappedHead
+from keifu.layers.losses.cross_entropy import linear_cross_entropy
 from keifu.layers.attention.masks import CausalMask
 from keifu.layers.attention.positions import Positions, Rotary
-from keifu.layers.losses import _loss_and_gradient
+from keifu.layers.losses.cross_entropy import _loss_and_gradient
 from keifu.layers.quantized import FORMATS, unpack
 from keifu.layers.transformer import triton_kernels as kernels
 from keifu.layers.transformer.decoding import DecodingBlock
@@ -67,11 +69,11 @@ for rows, vocab in ((5, 37), (3, 9001)):
 hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(41, 8, requires_grad=True)
 ignored, rows = torch.tensor([3, -100, 40, 0, -100, 7]), torch.randint(41, (6, 2))
 for cap, targets in ((None, ignored), (5.0, ignored), (None, rows[:, 1:])):  # the last: of rows of one token
-    head = weight if cap is None else losses.SoftCappedHead(weight, cap)
+    head = weight if cap is None else SoftCappedHead(weight, cap)
     results = []
     for used in (None, kernels):
-        losses.triton_kernels = lambda device, used=used: used
-        total, nats = losses.linear_cross_entropy(hidden, head, None, targets, label_smoothing=0.1)
+        ce.triton_kernels = lambda device, used=used: used
+        total, nats = linear_cross_entropy(hidden, head, None, targets, label_smoothing=0.1)
         results.append([total, nats, *torch.autograd.grad(total, (hidden, weight))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

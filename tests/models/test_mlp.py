@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from keifu.layers.activations import ACTIVATIONS
-from keifu.layers.losses import LOSSES
 from keifu.models.mlp import SIZES, Config, build, forward_gain, from_published, to_published
+from keifu.recipes.neurons.mlp import LOSSES
 
 TABLE = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
 

@@ -20,7 +20,9 @@ from keifu.errors import UserError
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.model import evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
-from keifu.layers.losses import SoftCappedHead, linear_cross_entropy, linear_divergence
+from keifu.layers.losses.cross_entropy import linear_cross_entropy
+from keifu.layers.losses.divergence import linear_divergence
+from keifu.layers.losses.head import SoftCappedHead
 from keifu.layers.transformer.decoder import SoftCappedLM
 from keifu.native.model import BLOCK_SIZE, NativeLM, Span
 from keifu.processes import current
@@ -37,7 +39,7 @@ class Distillation:
     batch["tokens"] [batch, length + 1] after the first, or for those that batch["mask"] marks.
 
     beta: 0 is the forward KL divergence, 1 the reverse one, between them the generalised Jensen-Shannon divergence (see
-    `keifu.layers.losses.linear_divergence`). temperature: divides the logits of both. hard: share of the student's
+    `layers.losses.divergence.linear_divergence`). temperature: divides the logits of both. hard: share of the student's
     -log p of the tokens in the loss, except for answers that it wrote itself (batch["own"]). The teacher may be packed
     for native code. In evaluation mode the figure `nats` is the student's -log p of the tokens.
     """

@@ -30,7 +30,7 @@ from keifu.generation.text.generate import Completion, generate_batch
 from keifu.generation.text.model import causal, evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.lora import unadapted
-from keifu.layers.losses import token_log_probabilities
+from keifu.layers.losses.log_probabilities import token_log_probabilities
 from keifu.processes import Processes, current
 from keifu.training.protocols import Batch
 

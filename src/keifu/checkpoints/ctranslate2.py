@@ -17,8 +17,8 @@ from keifu.checkpoints.registry import describe
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.files import plain_file, read_json_object
 from keifu.models.speech import whisper
+from keifu.untrusted import plain_file, read_json_object
 
 FILE, VERSION, SPEC = "model.bin", 6, "WhisperSpec"
 TYPES = ("float32", "int8", "int16", "int32", "float16")  # by their numbers in a file

@@ -4,8 +4,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+from keifu.data.catalogue.catalogue import CATALOGUE, HUB, MODELS, fetch
 from keifu.errors import UserError, unknown
-from keifu.files import HUB
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?")
 WANTED = (
@@ -26,8 +26,6 @@ def locate(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    from keifu.data.catalogue.catalogue import CATALOGUE, MODELS, fetch
-
     text = str(name)
     if text in MODELS:
         return fetch(text, MODELS)
@@ -56,8 +54,8 @@ def may_be_model(path: Path) -> bool:
 @cache
 def download(name: str) -> Path:
     """Return the folder of a model on the hub, downloaded unless it is in the hub's own cache; "owner/name@revision"
-    pins a commit, tag or branch. The hub is asked once by a process, and the commit is kept in `files.HUB`, for a run
-    to record."""
+    pins a commit, tag or branch. The hub is asked once by a process, and the commit is kept in `catalogue.HUB`, for a
+    run to record."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 

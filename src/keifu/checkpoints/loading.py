@@ -19,11 +19,11 @@ from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError, require_known, unknown
-from keifu.files import reading
 from keifu.layers.lora import merge
 from keifu.native.pack import OWN, formats
 from keifu.processes import current
 from keifu.threads import follow_load
+from keifu.untrusted import reading
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

@@ -21,8 +21,8 @@ from keifu.checkpoints.registry import describe
 from keifu.data.tokenizers.seq2seq import TwoSidedTokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.errors import UserError
-from keifu.files import plain_file
 from keifu.models import seq2seq
+from keifu.untrusted import plain_file
 
 NAMES = {
     "source_embedding.weight": "enc_emb",

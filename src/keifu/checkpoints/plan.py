@@ -19,10 +19,10 @@ from keifu.checkpoints.hf.weight_names import Link, Table, links, matches
 from keifu.checkpoints.registry import Family, build
 from keifu.devices import chosen, has_bfloat16
 from keifu.errors import UserError
-from keifu.files import reading
 from keifu.layers.lazy import Index, LazyTensor, TensorReader
 from keifu.native.pack import Blocks
 from keifu.processes import current
+from keifu.untrusted import reading
 
 NAMED = 10  # how many tensors of a kind an error names
 # Types of numbers that a file has unpacked; I64 is one too.

@@ -154,7 +154,7 @@ def _list() -> None:
 
 def _cache() -> None:
     from keifu.data.catalogue.catalogue import cached
-    from keifu.files import cache
+    from keifu.folders import cache
 
     entries = cached()
     rows = [(", ".join(entry.names), _megabytes(entry.size), entry.about) for entry in entries]

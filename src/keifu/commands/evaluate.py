@@ -13,7 +13,7 @@ from keifu.commands.shared import flags, tables
 from keifu.commands.shared.drawing import select_lora
 from keifu.errors import UserError, unknown
 from keifu.evaluation.registry import EvalOptions, EvalRequest, ResultTable
-from keifu.files import read_json_object
+from keifu.untrusted import read_json_object
 
 # Each is a file in keifu/evaluation (see its task.py).
 TASKS = (

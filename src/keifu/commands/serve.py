@@ -13,8 +13,8 @@ import tyro
 
 from keifu.commands.shared import flags
 from keifu.errors import UserError
-from keifu.files import read_text
 from keifu.ranges import Count, Port, Positive
+from keifu.untrusted import read_text
 
 KEYS = "KEIFU_API_KEY"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -12,8 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from keifu import files, locks
+from keifu import files, folders, locks
 from keifu.errors import UserError
+from keifu.untrusted import plain_file, read_json_object
 
 INDEX = "index.json"  # facts about what a prepared folder holds
 MANIFEST = "files.json"  # sizes of all files of a prepared folder, and hashes of those that are soon read
@@ -56,7 +57,7 @@ def prepared_folder(
     """
     fingerprint = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     name = Path(source).stem.replace("*", "") or usual
-    folder = files.cache() / parent / f"{name}-{fingerprint[:16]}"
+    folder = folders.cache() / parent / f"{name}-{fingerprint[:16]}"
 
     def make_with_index(new: Path) -> None:
         new.mkdir()
@@ -72,7 +73,7 @@ def prepared_folder(
 def is_undamaged(folder: Path) -> bool:
     """Return whether a prepared folder has all files that were written there, as they were written."""
     try:
-        manifest = files.read_json_object(folder / MANIFEST)
+        manifest = read_json_object(folder / MANIFEST)
         return bool(manifest) and all(_facts(folder / name) == facts for name, facts in manifest.items())
     except (OSError, UserError):
         return False
@@ -80,5 +81,5 @@ def is_undamaged(folder: Path) -> bool:
 
 def _facts(path: Path) -> list[Any]:
     """Return a file's size, and its SHA-256 unless reading the file takes long."""
-    size = files.plain_file(path).stat().st_size
+    size = plain_file(path).stat().st_size
     return [size, files.sha256(path) if size <= SOON_READ else ""]

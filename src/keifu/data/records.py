@@ -14,7 +14,7 @@ from typing import Any
 
 from keifu.data.text.text_files import Problem, lines, refuse
 from keifu.errors import UserError, unknown
-from keifu.files import parse_json, plain_file
+from keifu.untrusted import parse_json, plain_file
 
 Row = tuple[str, dict[str, Any]]  # its place, and its values by field
 LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072

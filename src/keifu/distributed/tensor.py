@@ -18,13 +18,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from keifu.distributed.layout import Layout
 from keifu.errors import UserError
-from keifu.layers import losses
 from keifu.layers.attention.attention import Attention, CrossAttention
 from keifu.layers.attention.axial import GridAttention
 from keifu.layers.dropout import Dropout, dropout_mask
 from keifu.layers.feedforward import GEGLU, FeedForward, GatedFeedForward
 from keifu.layers.linear import Linear, linear
 from keifu.layers.lora import Adapter, adapters
+from keifu.layers.losses import cross_entropy
 from keifu.layers.normalisation import (
     AllHeadsRMSNorm,
     FullPrecisionRMSNorm,
@@ -140,7 +140,7 @@ class Head(Tensor):
             match func, args:
                 case F.embedding, (tokens, Head() as head, *_):
                     return head.look_up(tokens)
-                case losses.linear_cross_entropy, (hidden, Head() as head, bias, *rest):
+                case cross_entropy.linear_cross_entropy, (hidden, Head() as head, bias, *rest):
                     return head.loss(hidden, bias, rest)
             return func(*(arg.whole() if isinstance(arg, Head) else arg for arg in args), **(kwargs or {}))
 
@@ -160,10 +160,10 @@ class Head(Tensor):
 
     def loss(self, hidden: Tensor, bias: Tensor | None, rest: list[Any]) -> Any:
         """Return the loss over all classes."""
-        classes = losses.Vocabulary(self.own.start, self.classes.shape[0], self.tokens.stack)
+        classes = cross_entropy.Vocabulary(self.own.start, self.classes.shape[0], self.tokens.stack)
         bias = None if bias is None else self.tokens.shared(bias)[self.own.start : self.own.stop]
         local = self.tokens.shared(hidden), self.as_subclass(Tensor), bias
-        return losses.linear_cross_entropy(*local, *rest, vocabulary=classes)
+        return cross_entropy.linear_cross_entropy(*local, *rest, vocabulary=classes)
 
 
 class SplitRows:

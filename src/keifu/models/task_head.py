@@ -18,7 +18,7 @@ from keifu.errors import UserError
 from keifu.layers.dropout import Dropout
 from keifu.layers.initialisation import normal_
 from keifu.layers.linear import Linear
-from keifu.layers.losses import Head
+from keifu.layers.losses.head import Head
 from keifu.layers.transformer.decoder import DecoderLM
 
 Tokens = Int[Tensor, "batch sequences length"]

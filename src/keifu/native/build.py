@@ -8,7 +8,7 @@ builds anew. A hash of its bytes is in a file next to it: a damaged library is n
 import sys
 from pathlib import Path
 
-from keifu import files, locks
+from keifu import files, folders, locks
 from keifu.native import compiler
 from keifu.native.compiler import Unavailable
 
@@ -30,7 +30,7 @@ def build() -> Path:
     fails, and if the cache cannot be written.
     """
     command = compiler.find_compiler()
-    library = files.cache() / "native" / f"{compiler.source_key(compiler.version_of(command))}.so"
+    library = folders.cache() / "native" / f"{compiler.source_key(compiler.version_of(command))}.so"
     try:
         with locks.locked(library):
             if not _is_whole(library):

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 from keifu.data.batch_sizes import BatchSizeSchedule, batch_size_stages, linear_batch_size
 from keifu.devices import chosen
 from keifu.errors import UserError, require_known
-from keifu.files import listed
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, check
 from keifu.training.optim.loss_spikes import SpikeSettings
 
@@ -175,7 +174,12 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping):
         inside = (flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in value.items())
         return {name: inner for part in inside for name, inner in part.items()}
-    return {prefix: listed(value)}
+    return {prefix: _listed(value)}
+
+
+def _listed(value: Any) -> Any:
+    """Return tuples as the lists that JSON makes of them."""
+    return [_listed(inner) for inner in value] if isinstance(value, tuple) else value
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

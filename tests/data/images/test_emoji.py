@@ -59,7 +59,7 @@ def _archives(monkeypatch, tmp_path: Path) -> None:
 
 
 def place(name: str) -> Path:
-    from keifu.files import cache
+    from keifu.folders import cache
 
     entry = CATALOGUE[name]
     return cache() / entry.archive.folder / entry.member

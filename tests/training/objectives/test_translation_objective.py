@@ -10,7 +10,7 @@ from torch import nn
 from training_toys import Sequences, objective, run, settings, toy, weights
 
 from keifu.errors import UserError
-from keifu.layers import losses
+from keifu.layers.losses.cross_entropy import linear_cross_entropy
 from keifu.models import transformer
 from keifu.processes import Processes, use
 from keifu.training import setup
@@ -64,7 +64,7 @@ def test_what_padding_holds_changes_nothing() -> None:
 def test_a_head_with_a_bias_has_its_gradient() -> None:
     hidden, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((9, 4), (11, 4), (11,)))
     targets = torch.randint(11, (9,))
-    ours, plain = losses.linear_cross_entropy(hidden, weight, bias, targets, label_smoothing=0.2)
+    ours, plain = linear_cross_entropy(hidden, weight, bias, targets, label_smoothing=0.2)
     theirs = nn.functional.cross_entropy(hidden @ weight.T + bias, targets, reduction="sum", label_smoothing=0.2)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(plain, nn.functional.cross_entropy(hidden @ weight.T + bias, targets, reduction="sum"))

@@ -15,7 +15,7 @@ from keifu.checkpoints.hf.weight_names import Link
 from keifu.checkpoints.plan import Source
 from keifu.checkpoints.registry import FAMILIES, Family, read_config
 from keifu.errors import UserError, require_known, unknown
-from keifu.files import read_json_object
+from keifu.untrusted import read_json_object
 
 PIPELINE, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model.safetensors"
 SCHEDULER, TOKENIZER, PIXELS = "scheduler", "tokenizer", "feature_extractor"

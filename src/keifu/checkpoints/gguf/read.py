@@ -24,9 +24,9 @@ from keifu.checkpoints.hf.native_config import check_types
 from keifu.checkpoints.plan import PLAIN, Source, StoredTensor, is_stack
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError
-from keifu.files import plain_file, reading
 from keifu.layers.quantized import FORMATS
 from keifu.native.pack import Blocks
+from keifu.untrusted import plain_file, reading
 
 # GGUF's numbers for the types of values, and struct's letters for them
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -18,8 +18,8 @@ from keifu.checkpoints.hf.task_heads import read_config
 from keifu.checkpoints.plan import PLAIN, Source, StoredTensor
 from keifu.checkpoints.registry import Family
 from keifu.errors import UserError
-from keifu.files import parse_json, plain_file, read_json_object
 from keifu.layers.lazy import Index
+from keifu.untrusted import parse_json, plain_file, read_json_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # and the model_type that is meant where it is so

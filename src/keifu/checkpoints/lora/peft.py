@@ -20,9 +20,10 @@ from keifu.checkpoints.plan import read_finite
 from keifu.checkpoints.registry import describe
 from keifu.devices import chosen
 from keifu.errors import UserError, unknown
-from keifu.files import check_pattern, read_json_object, write_atomic
+from keifu.files import write_atomic
 from keifu.layers.lora import Adapter, LoraSettings, Target, adapters, attach
 from keifu.processes import current
+from keifu.untrusted import check_pattern, read_json_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

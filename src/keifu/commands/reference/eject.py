@@ -7,7 +7,7 @@ import tyro
 
 from keifu.commands.shared import flags, tables
 from keifu.errors import unknown
-from keifu.files import packaged
+from keifu.folders import packaged
 
 OTHER_NAMES = {"mlp": "neurons", "perceptron": "neurons", "seq2seq": "attention"}  # of landmarks, and their files
 

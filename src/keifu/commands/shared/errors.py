@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 
 from keifu.errors import UserError, printable
-from keifu.files import cache
+from keifu.folders import cache
 
 # Packages of `keifu serve`, and the command that installs all of them.
 HINTS: dict[str, str] = dict.fromkeys(("starlette", "fastapi", "uvicorn", "llguidance"), ": pip install 'keifu[serve]'")

@@ -12,7 +12,8 @@ from typing import Any
 
 from keifu.alignment.rewards import code_file
 from keifu.errors import UserError
-from keifu.files import config, sha256
+from keifu.files import sha256
+from keifu.folders import config
 from keifu.recipes.options import by_option, to_json
 from keifu.training.run.signature import KEY, is_signed
 

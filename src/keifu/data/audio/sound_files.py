@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keifu.data.audio.log_mel import RATE
 from keifu.errors import UserError
-from keifu.files import plain_file
+from keifu.untrusted import plain_file
 
 LONGEST = 12 * 3600  # seconds
 CHANNELS = 16

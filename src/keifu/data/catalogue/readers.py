@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from keifu.data.classification.examples import Example, Examples
-from keifu.files import parse_yaml, read_text
+from keifu.untrusted import parse_yaml, read_text
 
 Dialogue = list[dict[str, str]]
 HELD_OUT_ARTICLES = 1000  # Wikipedia summaries on which topics are tested

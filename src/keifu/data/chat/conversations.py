@@ -20,7 +20,7 @@ from keifu.data.records import Row, listed, read_records
 from keifu.data.text.documents import in_catalogue
 from keifu.data.text.synthetic_math import chain_sums
 from keifu.errors import UserError, unknown
-from keifu.files import neighbours
+from keifu.folders import neighbours
 
 
 def question_and_answer(question: str, answer: str) -> Dialogue:

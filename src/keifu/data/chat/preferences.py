@@ -41,7 +41,7 @@ from keifu.data.chat.packing import TurnMasks, hash_turns
 from keifu.data.epochs import EpochBatches
 from keifu.data.padding import stack_sequences
 from keifu.errors import UserError, unknown
-from keifu.files import neighbours
+from keifu.folders import neighbours
 
 UNTOUCHED = 5  # the sliders' initial value: a conversation with this for all three was perhaps not rated
 APART = 3.0  # the least difference of a pair's mean ratings

@@ -14,7 +14,7 @@ from keifu.data.catalogue import catalogue
 from keifu.data.images.emoji import openmoji, twemoji
 from keifu.data.images.io import DecodedImage, ImageItem, read_image
 from keifu.errors import UserError
-from keifu.files import plain_file, reading
+from keifu.untrusted import plain_file, reading
 
 CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
 LARGEST_IDX = 2**30  # bytes of a file of MNIST's format, unpacked

@@ -29,7 +29,7 @@ from keifu.data.images.io import Fit, ImageItem, fit_image
 from keifu.data.prepared_folders import prepared_folder
 from keifu.data.progress import counting
 from keifu.errors import UserError, require_known
-from keifu.files import plain_file
+from keifu.untrusted import plain_file
 
 PIXELS = "pixels.bin"
 CHUNK = 256  # pictures that are read at a time, in parallel

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from keifu.errors import UserError
-from keifu.files import plain_file
+from keifu.untrusted import plain_file
 
 Fit = Literal["crop", "pad", "stretch"]
 WHITE = (255, 255, 255)

@@ -25,7 +25,8 @@ from keifu.data.images.io import UNSTATED, ImageItem, read_image
 from keifu.data.records import read_records
 from keifu.data.text.text_files import Problem
 from keifu.errors import UserError, unknown
-from keifu.files import hidden, parse_json, plain_file, reading
+from keifu.folders import hidden
+from keifu.untrusted import parse_json, plain_file, reading
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"
 LARGEST_MEMBER = 2**28  # bytes of one file in an archive

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keifu import files
+from keifu import files, folders
 from keifu.data import records
 from keifu.data.catalogue import catalogue
 from keifu.data.text.html_text import html_text
@@ -113,12 +113,12 @@ def paths(source: str | Path, form: TextFileFormat = PLAIN) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        inside = [file for file in path.rglob("*") if file.is_file() and not files.hidden(file.relative_to(path))]
+        inside = [file for file in path.rglob("*") if file.is_file() and not folders.hidden(file.relative_to(path))]
         kinds = SUFFIXES if form.field is None else (*SUFFIXES, *records.SUFFIXES)
         return sorted(file for file in inside if file.suffix.lower() in kinds) or _nothing(path, inside)
     if matches := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()):
         return matches
-    raise unknown("file, folder or catalogue entry", str(source), [*catalogue.names(), *files.neighbours(path)])
+    raise unknown("file, folder or catalogue entry", str(source), [*catalogue.names(), *folders.neighbours(path)])
 
 
 def _all(source: str | Path, form: TextFileFormat, problem: Problem) -> Iterator[TextChunk]:

@@ -47,7 +47,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer, nothing_around_text
 from keifu.data.translation import tatoeba
 from keifu.data.translation.pairs import pair_names, read_pairs, split
 from keifu.errors import UserError, require_known, unknown
-from keifu.files import parse_yaml, read_text
+from keifu.untrusted import parse_yaml, read_text
 
 SUFFIXES = ".yaml", ".yml", ".json"
 FIELDS = "sources", "normalise", "held_out"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from keifu.data.text.html_text import LEFT_OUT, HtmlPart, html_parts
 from keifu.errors import UserError
-from keifu.files import hidden, read_text
+from keifu.folders import hidden
+from keifu.untrusted import read_text
 
 TEXTS = (".md", ".markdown", ".txt", ".rst")
 PAGES = (".html", ".htm")

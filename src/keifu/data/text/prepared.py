@@ -21,7 +21,8 @@ from keifu.data.text.documents import TextFileFormat
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.files import read_json_object, replacing, sha256, write_atomic
+from keifu.files import replacing, sha256, write_atomic
+from keifu.untrusted import read_json_object
 
 TOKENIZER = "tokenizer"
 COUNTS = "tokens", "bytes", "documents"

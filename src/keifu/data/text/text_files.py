@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from keifu.errors import UserError, unknown
-from keifu.files import plain_file
+from keifu.untrusted import plain_file
 
 Problem = Callable[[str], None]
 UTF8 = "utf-8"

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from keifu.data.tokenizers.streaming import byte_alphabet
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
-from keifu.files import plain_file
+from keifu.untrusted import plain_file
 
 # GPT-2: English contractions, letters, digits or signs with a space before them, white space (Radford et al., 2019).
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -18,8 +18,8 @@ from keifu.data.tokenizers.bpe import byte_level_backend
 from keifu.data.tokenizers.sentencepiece import backend_from_pieces, check_character_map, parse
 from keifu.data.tokenizers.tokenizer import ROLES, Tokenizer, put_around_text
 from keifu.errors import UserError
-from keifu.files import check_pattern, plain_file, read_json, read_json_object, read_text
 from keifu.ranges import LARGEST
+from keifu.untrusted import check_pattern, plain_file, read_json, read_json_object, read_text
 
 Read = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role that the file itself names
 GENERATION_CONFIG = "generation_config.json"

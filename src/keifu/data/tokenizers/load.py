@@ -9,7 +9,11 @@ from keifu.data.tokenizers.gguf import gguf_tokenizer, read_gguf_fields
 from keifu.data.tokenizers.seq2seq import SOURCE, TARGET_TOKENIZER, read_marian, read_two_sided
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.files import KEPT, LEARNED, cache, reading
+from keifu.folders import cache
+from keifu.untrusted import reading
+
+KEPT = "state/tokenizer"  # the folder of a run that has the tokenizers it learned
+LEARNED: dict[str, Tokenizer] = {}  # by name, those that were asked for; the run that begins next keeps them
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

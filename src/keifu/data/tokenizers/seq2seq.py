@@ -22,7 +22,8 @@ from keifu.data.tokenizers import formats
 from keifu.data.tokenizers.sentencepiece import Pieces, decoder
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
-from keifu.files import plain_file, write_atomic
+from keifu.files import write_atomic
+from keifu.untrusted import plain_file
 
 SOURCE_TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "target_tokenizer.json"
 SOURCE, TARGET, VOCABULARY, TARGET_VOCABULARY = "source.spm", "target.spm", "vocab.json", "target_vocab.json"

@@ -23,7 +23,7 @@ from keifu.data.records import SUFFIXES, content, listed, read_cells, read_recor
 from keifu.data.text.normalization import normalize
 from keifu.data.text.text_files import lines
 from keifu.errors import UserError, unknown
-from keifu.files import neighbours
+from keifu.folders import neighbours
 
 Pair = tuple[str, str]
 Fields = tuple[str | None, str | None]  # of the source and of the target; None where they go by their names

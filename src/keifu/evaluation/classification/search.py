@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from keifu.data.text.passages import Passage
 from keifu.evaluation.classification.embeddings import embed_rows, encode_texts, nearest
-from keifu.files import cache, write_atomic
+from keifu.files import write_atomic
+from keifu.folders import cache
 
 Advance = Callable[[int], object]
 FOLDER = "search"  # in the cache

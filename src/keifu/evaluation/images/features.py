@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from keifu.data.images.io import to_signed
 from keifu.data.progress import counting
 from keifu.errors import UserError
-from keifu.files import cache
+from keifu.folders import cache
 
 FILE = "inception-2015.safetensors"
 SIDE, EPSILON = 299, 1e-3

@@ -27,7 +27,7 @@ from keifu.data.classification.tables import read
 from keifu.data.records import SUFFIXES as TABLES
 from keifu.data.records import Row, listed, read_records
 from keifu.errors import UserError, require_known, unknown
-from keifu.files import parse_json, parse_yaml, read_text, reading
+from keifu.untrusted import parse_json, parse_yaml, read_text, reading
 
 METRICS = {
     "choice": "the likeliest of several answers, by four measures of likelihood",

@@ -13,9 +13,9 @@ from PIL import Image, UnidentifiedImageError
 from keifu import __version__
 from keifu.data.images.io import check_size
 from keifu.errors import UserError
-from keifu.files import parse_json, plain_file
 from keifu.generation.images.image_to_image import InputImage
 from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.untrusted import parse_json, plain_file
 
 CHUNK = "keifu"
 MOST_PICTURES, MOST_THREADS = 10_000, 1024  # of a record that is drawn again

@@ -17,7 +17,7 @@ from keifu.layers.attention.masks import CausalMask, DocumentMask, Mask, positio
 from keifu.layers.attention.positions import LearnedPositions, Lengths, Positions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import Linear, linear
-from keifu.layers.losses import Head, SoftCappedHead
+from keifu.layers.losses.head import Head, SoftCappedHead
 from keifu.layers.normalisation import PlainRMSNorm
 
 Tokens = Int[Tensor, "batch length"]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from keifu.data.chat import conversations
 from keifu.data.text.documents import documents
 from keifu.errors import UserError, shell
-from keifu.files import read_json_object, write_atomic
+from keifu.files import write_atomic
 from keifu.recipes.assistant import ppo as third
 from keifu.recipes.assistant import reward as second
 from keifu.recipes.assistant import sft as first
@@ -28,6 +28,7 @@ from keifu.training.run.directory import RECIPE, command, read_recipe, record, r
 from keifu.training.run.report import write_joined
 from keifu.training.settings import compare, flat
 from keifu.training.signals import Interrupted
+from keifu.untrusted import read_json_object
 
 PHASES = "phases.json"  # options of each finished step
 

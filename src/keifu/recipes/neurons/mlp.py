@@ -28,7 +28,6 @@ from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
 from keifu.generation.text.model import evaluation_mode
 from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
-from keifu.layers.losses import LOSSES
 from keifu.models import mlp
 from keifu.models.mlp import MLP, Config
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
@@ -46,6 +45,14 @@ DIGITS: dict[str, Any] = {
     "hidden": (512, 256), "steps": 800, "batch_size": 128, "learning_rate": 2e-3, "dropout": 0.3, "weight_decay": 0.1,
 }  # fmt: skip
 AUGMENTED = DIGITS | {"steps": 2400, "dropout": 0.1}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # sums over rows; of all but the first, of means over outputs
+    "cross_entropy": lambda logits, targets: F.cross_entropy(logits, targets, reduction="sum"),
+    "binary_cross_entropy": lambda logits, targets: (
+        F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1).sum()
+    ),
+    "mean_squared_error": lambda outputs, targets: (outputs - targets).square().mean(-1).sum(),
+    "mean_absolute_error": lambda outputs, targets: (outputs - targets).abs().mean(-1).sum(),
+}
 
 
 @dataclass(frozen=True)

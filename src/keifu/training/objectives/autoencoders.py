@@ -16,7 +16,7 @@ from torch import Tensor
 
 from keifu.data.images.io import to_signed
 from keifu.layers.counter_rng import gumbel, normal
-from keifu.layers.losses import cross_entropy
+from keifu.layers.losses.cross_entropy import cross_entropy
 from keifu.processes import rows_of
 from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from keifu.layers.losses import cross_entropy
+from keifu.layers.losses.cross_entropy import cross_entropy
 from keifu.training.grad_cache import Rows, WholeBatchObjective
 from keifu.training.protocols import Batch, LossOutput
 

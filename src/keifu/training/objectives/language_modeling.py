@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from keifu.layers.counter_rng import uniform
-from keifu.layers.losses import IGNORED, Head, cross_entropy, linear_cross_entropy
+from keifu.layers.losses.cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
+from keifu.layers.losses.head import Head
 from keifu.training.protocols import Batch, LossOutput, Objective
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from keifu.errors import UserError
-from keifu.files import read_json_object, replacing, sha256, write_atomic, write_tensors
+from keifu.files import replacing, sha256, write_atomic, write_tensors
 from keifu.training.run.checkpoint import FOLDER, load_into_model, model_tensors
+from keifu.untrusted import read_json_object
 
 LOSS = "validation_loss"
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from keifu import __version__
 from keifu.errors import UserError
-from keifu.files import plain_file, read_json_object, replacing, sha256, write_atomic, write_tensors
+from keifu.files import replacing, sha256, write_atomic, write_tensors
 from keifu.processes import current
+from keifu.untrusted import plain_file, read_json_object
 
 FOLDER = "state"
 FORMAT = 2  # of the JSON file; the files of versions before 0.2 have none

@@ -14,14 +14,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from keifu.data.catalogue.catalogue import HUB
+from keifu.data.tokenizers.load import KEPT, LEARNED
 from keifu.devices import processor_name
 from keifu.errors import UserError
-from keifu.files import HUB, KEPT, LEARNED, read_json_object, remove_left, sha256, write_atomic
+from keifu.files import remove_left, sha256, write_atomic
 from keifu.locks import hold
 from keifu.processes import current
 from keifu.training.protocols import Run
 from keifu.training.run import checkpoint, metrics
 from keifu.training.run.signature import sign
+from keifu.untrusted import read_json_object
 
 RECIPE = "recipe.json"
 RECORD = "recipe"  # in recipe.json: name and options of the recipe, and the steps where they were changed later

@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from keifu.errors import UserError
-from keifu.files import FULL, plain_file, write_atomic
+from keifu.files import FULL, write_atomic
 from keifu.processes import current
+from keifu.untrusted import plain_file
 
 FILE = "metrics.jsonl"
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from keifu.errors import UserError
-from keifu.files import read_json, read_json_object, write_atomic
+from keifu.files import write_atomic
 from keifu.training.run import metrics
 from keifu.training.run.directory import RECIPE, SAMPLES
 from keifu.training.run.progress import format_bytes, format_count, format_seconds
 from keifu.training.settings import flat
+from keifu.untrusted import read_json, read_json_object
 
 WIDTH, HEIGHT = 480, 260
 COLOURS = {"#2f6fb4": "var(--c0)", "#c8501e": "var(--c1)", "#2b8a4b": "var(--c2)"}  # matplotlib's and the page's names

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from keifu.files import cache, config
+from keifu.folders import cache, config
 
 KEY = "signing-key"  # in the folder of settings; in the cache of earlier versions
 BYTES = 32

@@ -1,0 +1,182 @@
+"""Cross-entropy as a sum over positions: of logits, and of a head's inputs without all logits in memory.
+
+Axes: `...` any leading axes, n = positions, dim, vocab = classes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from keifu.layers.linear import triton_kernels
+from keifu.layers.losses import head
+from keifu.layers.losses.head import Head, SoftCappedHead, WithGradients, cap_, gradients_by_rows, slices
+
+IGNORED = -100  # the target of a position that does not count
+
+
+class Vocabulary(NamedTuple):
+    """The classes of a head of which each of several processes has some.
+
+    first: the number of this process's first one. total: of all processes. gather: gives the same tensor of every
+    process, one behind the other along a new first axis.
+    """
+
+    first: int
+    total: int
+    gather: Callable[[Tensor], Tensor]
+
+
+def cross_entropy(
+    logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None,
+    label_smoothing: float = 0.0, z_loss: float = 0.0,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Sum over positions of -log p(target), in nats, computed in float32.
+
+    `mask` is True where a position counts; targets equal to -100 never count. `label_smoothing` mixes the target with
+    the uniform distribution (Szegedy et al., 2016, section 7). `z_loss` adds z_loss · log²Z per position, Z being the
+    softmax's normaliser (PaLM, section 5).
+    """
+    logits, targets = logits.flatten(0, -2).float(), targets.flatten()
+    if mask is not None:
+        targets = targets.masked_fill(~mask.flatten(), IGNORED)
+    total = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED, label_smoothing=label_smoothing)
+    if z_loss:
+        log_z = logits.logsumexp(-1)
+        total = total + z_loss * (log_z.square() * (targets != IGNORED)).sum()
+    return total
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "*batch dim"], weight: Head, bias: Float[Tensor, " vocab"] | None,
+    targets: Int[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None, label_smoothing: float = 0.0,
+    z_loss: float = 0.0, shares: Float[Tensor, "*batch"] | None = None, vocabulary: Vocabulary | None = None,
+    soft_cap: float = math.inf,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
+    """`cross_entropy(hidden @ weight.T + bias, ...)` with its gradient made on the way, so that few logits exist at a
+    time, and the sum of -log p(target).
+
+    The second has no gradient and costs nothing: runs with different smoothing are compared by it. Where autocast is
+    on, the products are in its type; probabilities are in float32 either way. `shares` are what each position's loss is
+    multiplied with, 1 where None. vocabulary: where weight and bias are those of some classes alone; the gradient of
+    `hidden` is then this process's part of a sum.
+    """
+    if isinstance(weight, SoftCappedHead):
+        weight, soft_cap = weight
+    if has_torch_function_unary(weight):  # a tensor that says itself how, as torch's own functions ask
+        given = hidden, weight, bias, targets, mask, label_smoothing, z_loss, shares
+        return handle_torch_function(linear_cross_entropy, (weight,), *given)
+    targets = targets.flatten()
+    if mask is not None:
+        targets = targets.masked_fill(~mask.flatten(), IGNORED)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    counts = targets != IGNORED if shares is None else shares.flatten() * (targets != IGNORED)
+    rates = label_smoothing, z_loss
+    inputs = hidden.flatten(0, -2), weight, bias
+    wanted = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in inputs]
+    with torch.no_grad():
+        if torch.compiler.is_compiling() and vocabulary is None:
+            total, plain, *gradients = _operator(*inputs, targets, counts, *rates, dtype, wanted, soft_cap)
+        else:
+            given = targets, counts, *rates, dtype, wanted, soft_cap, vocabulary
+            total, plain, *gradients = _gradients(*inputs, *given)
+    return WithGradients.apply(total, tuple(gradients), *inputs), plain
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor, label_smoothing: float,
+    z_loss: float, dtype: torch.dtype, wanted: Sequence[bool], soft_cap: float, vocabulary: Vocabulary | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the loss, the sum of -log p, and the loss's gradients by hidden, weight and bias, each empty where not
+    wanted."""
+
+    def to_gradient(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        slopes = cap_(logits, soft_cap)
+        sums = _to_gradient(logits, targets[part], counts[part], label_smoothing, z_loss, vocabulary)
+        if slopes is not None:
+            logits.mul_(slopes)
+        return sums
+
+    return gradients_by_rows(hidden, weight, bias, dtype, wanted, to_gradient)
+
+
+_operator = torch.library.custom_op(  # torch.compile calls it as it is: its own form would keep all in float32
+    "keifu::linear_cross_entropy", _gradients, mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor counts, float label_smoothing, "
+    "float z_loss, ScalarType dtype, bool[] wanted, float soft_cap) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+
+
+@_operator.register_fake
+def _shapes(hidden: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the shapes and types of `_gradients`, without numbers."""
+    *_, dtype, wanted, _soft_cap = given
+    several = wanted[1] and len(hidden) > max(1, head.LOGITS_AT_A_TIME // len(weight))
+    total = hidden.new_empty((), dtype=torch.float32)
+    full = hidden.shape, weight.shape, weight.shape[:1]
+    shapes = [shape if used else (0,) for shape, used in zip(full, wanted, strict=True)]
+    types = dtype, weight.dtype if several else dtype, torch.float32
+    made = [hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
+    return total, torch.empty_like(total), made[0], made[1], made[2]
+
+
+def _to_gradient(
+    logits: Tensor, targets: Tensor, counts: Tensor, label_smoothing: float, z_loss: float, classes: Vocabulary | None
+) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of these rows and that of -log p alone; each logit becomes the loss's gradient by it.
+
+    `counts` is how much each row counts: yes and no, or a number. A CPU computes a few rows at a time, whose
+    probabilities its cache holds. Other devices compute all at once, without a wait, and so do processes that exchange
+    their parts; with Triton in one kernel.
+    """
+    kernels = triton_kernels(logits.device)
+    if kernels is not None and classes is None and logits.is_contiguous():
+        loss, nats = kernels.cross_entropy_(logits, targets, counts, label_smoothing, z_loss)
+        return loss.sum(), nats.sum()
+    on_cpu = logits.device.type == "cpu"
+    every = on_cpu and not torch.compiler.is_compiling() and counts.dtype == torch.bool and bool(counts.all())
+    in_cache = on_cpu and classes is None
+    parts = []
+    for part in slices(len(logits), max(1, head.LOGITS_IN_CACHE // logits.shape[1])) if in_cache else [slice(None)]:
+        rows = logits[part]
+        loss, nats, gradient = _loss_and_gradient(rows, targets[part], label_smoothing, z_loss, classes)
+        rows.copy_(gradient if every else gradient.mul_(counts[part, None]))
+        parts.append((loss, nats))
+    loss, nats = (torch.cat(values) * counts[:, None] for values in zip(*parts, strict=True))
+    return loss.sum(), nats.sum()
+
+
+def _loss_and_gradient(
+    logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, classes: Vocabulary | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of each row, -log p alone, and the loss's gradient by the logits, all in float32."""
+    right = targets.clamp(min=0)[:, None]
+    gradient = torch.softmax(logits, -1, dtype=torch.float32)
+    log_z = logits.amax(-1, keepdim=True).float() - gradient.amax(-1, keepdim=True).log()  # the highest one is never 0
+    total, step = logits.shape[-1], torch.full_like(log_z, label_smoothing - 1)
+    if classes is None:
+        chosen = logits.gather(-1, right).float()
+        mean = logits.mean(-1, keepdim=True, dtype=torch.float32) if label_smoothing else chosen
+    else:
+        local_z, total = log_z, classes.total
+        inside = (right >= classes.first) & (right < classes.first + logits.shape[-1])
+        right, step = (right - classes.first).where(inside, 0), step * inside
+        mine = logits.gather(-1, right) * inside, logits.sum(-1, keepdim=True, dtype=torch.float32)
+        gathered = classes.gather(torch.stack([local_z, *mine]))
+        log_z, chosen, mean = gathered[:, 0].logsumexp(0), gathered[:, 1].sum(0), gathered[:, 2].sum(0) / total
+        gradient *= (local_z - log_z).exp()
+    nats = loss = log_z - chosen
+    if z_loss:
+        loss = loss + z_loss * log_z.square()
+        gradient *= 1 + 2 * z_loss * log_z
+    if label_smoothing:
+        loss = loss + label_smoothing * (log_z - mean - nats)
+        gradient -= label_smoothing / total
+    gradient.scatter_add_(-1, right, step)
+    return loss, nats, gradient

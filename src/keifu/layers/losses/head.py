@@ -1,0 +1,91 @@
+"""A head's matrix, and the gradients of a loss, made while the logits of some rows are in memory.
+
+Axes: n = positions, dim, vocab = classes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keifu.layers.linear import linear, product
+
+LOGITS_AT_A_TIME = 2**26  # 256 MiB in float32
+_CLASSES_AT_A_TIME = 2**14  # oneDNN multiplies 50,257 columns at once by a fifth slower
+LOGITS_IN_CACHE = 2**20  # 4 MiB of float32 probabilities
+
+
+class SoftCappedHead(NamedTuple):
+    """A head's matrix whose logits are soft_cap · tanh(logits / soft_cap) (Gemma 2, 2024)."""
+
+    weight: Float[Tensor, "vocab dim"]
+    soft_cap: float
+
+
+Head = Float[Tensor, "vocab dim"] | SoftCappedHead
+
+
+def cap_(logits: Tensor, soft_cap: float) -> Tensor | None:
+    """Put soft_cap · tanh(logits / soft_cap) in the logits' place; return the slopes, or None without a cap."""
+    if soft_cap == math.inf:
+        return None
+    shares = logits.div_(soft_cap).tanh_()
+    slopes = 1 - shares.square()
+    shares.mul_(soft_cap)
+    return slopes
+
+
+def slices(length: int, size: int) -> list[slice]:
+    """Return the parts of `length` rows, of at most `size` rows."""
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def gradients_by_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, wanted: Sequence[bool],
+    to_gradient: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return two sums of `to_gradient`, and the first one's gradients by hidden, weight and bias, each empty where not
+    wanted.
+
+    They are made while the logits of some rows are at hand, so that these are never all kept: `to_gradient` makes the
+    gradient of the logits in their place. The type is that of the matrix multiplications, but the weight's own where a
+    gradient is the sum of several.
+    """
+    low, matrix, added = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    d_hidden = torch.empty_like(low) if wanted[0] else low.new_empty(0)
+    d_weight = low.new_empty(0) if len(low) or not wanted[1] else torch.zeros_like(matrix)  # no part writes it
+    classes = 0 if len(low) or not wanted[2] else len(weight)
+    total, plain, d_bias = (low.new_zeros(shape, dtype=torch.float32) for shape in ((), (), classes))
+    for part in slices(len(low), max(1, LOGITS_AT_A_TIME // len(weight))):
+        logits = linear(low[part], matrix, added)
+        loss, nats = to_gradient(logits, part)
+        total, plain = total + loss, plain + nats
+        if wanted[0]:
+            d_hidden[part] = product(logits, matrix)
+        if wanted[1]:
+            change = torch.empty_like(matrix)
+            for some in slices(len(matrix), _CLASSES_AT_A_TIME):
+                change[some] = product(logits[:, some].T, low[part])
+            d_weight = d_weight.to(weight.dtype).add_(change) if part.start else change
+        if wanted[2]:
+            sums = logits.sum(0, dtype=torch.float32)
+            d_bias = d_bias.add_(sums) if part.start else sums
+    return total, plain, d_hidden, d_weight, d_bias
+
+
+class WithGradients(torch.autograd.Function):
+    """The loss, of which the gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.types = [None if tensor is None else tensor.dtype for tensor in inputs]
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.saved_tensors, ctx.types, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(gradient.to(dtype) * upstream[0] if needed else None for gradient, dtype, needed in pairs)
