@@ -34,21 +34,21 @@ Hidden = Float[Tensor, "batch length dim"]
 class Config:
     """The defaults are BERT-base as it is pretrained. The last five fields are the heads on top of the encoder."""
 
-    vocab_size: Count = 30_522
-    context_length: Count = 512
-    dim: Count = 768
-    hidden_dim: Count = 3072
-    n_layers: Count = 12
-    n_heads: Count = 12
-    norm_eps: NotNegative = 1e-12
-    activation: str = "gelu"  # exact, as in Hugging Face's copy; the original code has gelu_tanh
-    dropout: BelowOne = 0.1
-    type_vocab_size: Count = 2  # segments: sentence A and sentence B
-    pooled: bool = True
-    words: bool = True  # the head of masked language modelling
-    next_sentence: bool = True
-    labels: tuple[str, ...] = ()  # of the classification head; empty: no such head
-    sentence_head: bool = False  # the classification head reads the sentence embedding instead of the pooled state
+    vocab_size: Count = 30_522  # tokens in the vocabulary
+    context_length: Count = 512  # longest sequence in tokens
+    dim: Count = 768  # width of the hidden states
+    hidden_dim: Count = 3072  # width inside the feed-forward layers
+    n_layers: Count = 12  # Transformer blocks
+    n_heads: Count = 12  # attention heads
+    norm_eps: NotNegative = 1e-12  # number ε in the normalisation
+    activation: str = "gelu"  # exact GELU, as in Hugging Face's copy; the original code has gelu_tanh
+    dropout: BelowOne = 0.1  # share of dropped activations
+    type_vocab_size: Count = 2  # kinds of segment: sentence A and sentence B
+    pooled: bool = True  # whether there is a pooled state of the first token
+    words: bool = True  # whether there is the head of masked language modelling
+    next_sentence: bool = True  # whether there is a head for the next sentence
+    labels: tuple[str, ...] = ()  # labels of the classification head; empty: no such head
+    sentence_head: bool = False  # whether the classification head reads the sentence embedding, not the pooled state
 
 
 # Printed are 110 M and 340 M, which leave out the heads of pretraining.

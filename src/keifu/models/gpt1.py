@@ -25,16 +25,16 @@ from keifu.ranges import BelowOne, Count, NotNegative
 class Config:
     """The defaults are the published model (section 4.1); its vocabulary is that of the released files."""
 
-    vocab_size: Count = 40_478
-    context_length: Count = 512
-    dim: Count = 768
-    hidden_dim: Count = 3072
-    n_layers: Count = 12
-    n_heads: Count = 12
-    norm_eps: NotNegative = 1e-5
-    activation: str = "gelu_tanh"  # of the released code; the paper says GELU
-    dropout: BelowOne = 0.1
-    tied: bool = True
+    vocab_size: Count = 40_478  # tokens in the vocabulary
+    context_length: Count = 512  # longest sequence in tokens
+    dim: Count = 768  # width of the hidden states
+    hidden_dim: Count = 3072  # width inside the feed-forward layers
+    n_layers: Count = 12  # Transformer blocks
+    n_heads: Count = 12  # attention heads
+    norm_eps: NotNegative = 1e-5  # number ε in the normalisation
+    activation: str = "gelu_tanh"  # activation of the released code; the paper says GELU
+    dropout: BelowOne = 0.1  # share of dropped activations
+    tied: bool = True  # whether the head is the token embedding
 
 
 SIZES = {"gpt1": Config()}

@@ -26,17 +26,17 @@ from keifu.ranges import BelowOne, Count, NotNegative
 class Config:
     """The defaults are the smallest published size. `dropout` 0.1 is the released configuration's."""
 
-    vocab_size: Count = 50_257
-    context_length: Count = 1024
-    dim: Count = 768
-    hidden_dim: Count = 3072
-    n_layers: Count = 12
-    n_heads: Count = 12
-    norm_eps: NotNegative = 1e-5
-    activation: str = "gelu_tanh"
-    dropout: BelowOne = 0.1
-    bias: bool = True  # without biases is nanoGPT's variant; no published weights have it
-    tied: bool = True
+    vocab_size: Count = 50_257  # tokens in the vocabulary
+    context_length: Count = 1024  # longest sequence in tokens
+    dim: Count = 768  # width of the hidden states
+    hidden_dim: Count = 3072  # width inside the feed-forward layers
+    n_layers: Count = 12  # Transformer blocks
+    n_heads: Count = 12  # attention heads
+    norm_eps: NotNegative = 1e-5  # number ε in the normalisation
+    activation: str = "gelu_tanh"  # activation of the feed-forward layers
+    dropout: BelowOne = 0.1  # share of dropped activations
+    bias: bool = True  # whether layers have biases; without is nanoGPT's variant; no published weights have it
+    tied: bool = True  # whether the head is the token embedding
 
 
 # The paper's table 2 prints 117, 345, 762 and 1542 million; the released weights count 124, 355, 774 and 1558.

@@ -25,19 +25,19 @@ from keifu.ranges import BelowOne, Count, NotNegative
 class Config:
     """The defaults are GPT-3 Small. `band` None makes every layer dense, which is GPT-2."""
 
-    vocab_size: Count = 50_257
-    context_length: Count = 2048
-    dim: Count = 768
-    hidden_dim: Count = 3072
-    n_layers: Count = 12
-    n_heads: Count = 12
-    norm_eps: NotNegative = 1e-5
-    activation: str = "gelu_tanh"
-    dropout: BelowOne = 0.0
+    vocab_size: Count = 50_257  # tokens in the vocabulary
+    context_length: Count = 2048  # longest sequence in tokens
+    dim: Count = 768  # width of the hidden states
+    hidden_dim: Count = 3072  # width inside the feed-forward layers
+    n_layers: Count = 12  # Transformer blocks
+    n_heads: Count = 12  # attention heads
+    norm_eps: NotNegative = 1e-5  # number ε in the normalisation
+    activation: str = "gelu_tanh"  # activation of the feed-forward layers
+    dropout: BelowOne = 0.0  # share of dropped activations
     band: Count | None = 256  # width of the attention in layers 1, 3, 5, ..., the token itself included
-    qkv_bias: bool = True
-    scaled_attention: bool = True  # by 1 / √(dim / n_heads); GPT-Neo does not scale
-    tied: bool = True
+    qkv_bias: bool = True  # whether queries, keys and values have a bias
+    scaled_attention: bool = True  # whether scores are divided by √(dim / n_heads); not in GPT-Neo
+    tied: bool = True  # whether the head is the token embedding
 
 
 def _size(n_layers: int, dim: int, n_heads: int, **changes: Any) -> Config:

@@ -26,30 +26,30 @@ class DecoderConfig:
     """Settings that LLaMA and later models share."""
 
     rope_scaling: RopeScaling | None = None
-    activation: str = "silu"
-    tied: bool = False
-    dropout: BelowOne = 0.0
+    activation: str = "silu"  # activation of the feed-forward layers
+    tied: bool = False  # whether the head is the token embedding
+    dropout: BelowOne = 0.0  # share of dropped activations
 
 
 @dataclass(frozen=True)
 class Config(DecoderConfig):
     """The defaults are LLaMA-7B. `hidden_dim` is printed in no paper: 256 · ceil(8/3 · dim / 256) in LLaMA 1."""
 
-    vocab_size: Count = 32_000
-    context_length: Count = 2048
-    dim: Count = 4096
-    hidden_dim: Count = 11_008
-    n_layers: Count = 32
-    n_heads: Count = 32
-    n_kv_heads: Count | None = None  # as many as n_heads
-    head_dim: Count | None = None  # dim / n_heads
-    norm_eps: NotNegative = 1e-6
-    rope_theta: Positive = 10_000.0
-    sliding_window: Count | None = None  # Mistral: a token attends to this many, itself included
-    first_window_layer: Natural = 0  # Qwen2: layers below it have full attention
-    qkv_bias: bool = False
-    out_bias: bool = False
-    feedforward_bias: bool = False
+    vocab_size: Count = 32_000  # tokens in the vocabulary
+    context_length: Count = 2048  # longest sequence in tokens
+    dim: Count = 4096  # width of the hidden states
+    hidden_dim: Count = 11_008  # width inside the feed-forward layers
+    n_layers: Count = 32  # Transformer blocks
+    n_heads: Count = 32  # attention heads
+    n_kv_heads: Count | None = None  # key and value heads; None: as many as n_heads
+    head_dim: Count | None = None  # width of a head; None: dim / n_heads
+    norm_eps: NotNegative = 1e-6  # number ε in the normalisation
+    rope_theta: Positive = 10_000.0  # base of the rotary frequencies
+    sliding_window: Count | None = None  # tokens that a token attends to, itself included (Mistral); None: all
+    first_window_layer: Natural = 0  # first layer with a window; those below it have full attention (Qwen2)
+    qkv_bias: bool = False  # whether queries, keys and values have a bias
+    out_bias: bool = False  # whether the attention's output has a bias
+    feedforward_bias: bool = False  # whether the feed-forward layers have a bias
 
 
 _llama2 = partial(Config, context_length=4096, norm_eps=1e-5)

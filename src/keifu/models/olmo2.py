@@ -21,16 +21,16 @@ from keifu.ranges import Count, NotNegative, Positive
 class Config(llama.DecoderConfig):
     """Sizes and settings of a model; the defaults are OLMo 2 7B."""
 
-    vocab_size: Count = 100_352
-    context_length: Count = 4096
-    dim: Count = 4096
-    hidden_dim: Count = 11_008
-    n_layers: Count = 32
-    n_heads: Count = 32
-    n_kv_heads: Count | None = None  # as many as n_heads
-    norm_eps: NotNegative = 1e-6
-    rope_theta: Positive = 500_000.0
-    attention_bias: bool = False
+    vocab_size: Count = 100_352  # tokens in the vocabulary
+    context_length: Count = 4096  # longest sequence in tokens
+    dim: Count = 4096  # width of the hidden states
+    hidden_dim: Count = 11_008  # width inside the feed-forward layers
+    n_layers: Count = 32  # Transformer blocks
+    n_heads: Count = 32  # attention heads
+    n_kv_heads: Count | None = None  # key and value heads; None: as many as n_heads
+    norm_eps: NotNegative = 1e-6  # number ε in the normalisation
+    rope_theta: Positive = 500_000.0  # base of the rotary frequencies
+    attention_bias: bool = False  # whether the attention has biases
 
 
 SIZES = {

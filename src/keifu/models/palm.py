@@ -27,21 +27,21 @@ from keifu.ranges import BelowOne, Count, NotNegative, Positive
 class Config:
     """The defaults are PaLM 8B (table 1). The attention is n_heads · head_dim wide, which need not be `dim`."""
 
-    vocab_size: Count = 256_000
-    context_length: Count = 2048
-    dim: Count = 4096
-    hidden_dim: Count = 16_384
-    n_layers: Count = 32
-    n_heads: Count = 16
-    n_kv_heads: Count = 1
-    head_dim: Count | None = 256  # None: dim / n_heads
-    norm_eps: NotNegative = 1e-5
-    rope_theta: Positive = 10_000.0
+    vocab_size: Count = 256_000  # tokens in the vocabulary
+    context_length: Count = 2048  # longest sequence in tokens
+    dim: Count = 4096  # width of the hidden states
+    hidden_dim: Count = 16_384  # width inside the feed-forward layers
+    n_layers: Count = 32  # Transformer blocks
+    n_heads: Count = 16  # attention heads
+    n_kv_heads: Count = 1  # key and value heads
+    head_dim: Count | None = 256  # width of a head; None: dim / n_heads
+    norm_eps: NotNegative = 1e-5  # number ε in the normalisation
+    rope_theta: Positive = 10_000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling | None = None
-    activation: str = "silu"
-    logit_scale: Positive | None = None  # 1 / √dim
-    dropout: BelowOne = 0.0
-    tied: bool = True
+    activation: str = "silu"  # activation of the feed-forward layers
+    logit_scale: Positive | None = None  # factor of the logits; None: 1 / √dim
+    dropout: BelowOne = 0.0  # share of dropped activations
+    tied: bool = True  # whether the head is the token embedding
 
 
 SIZES = {

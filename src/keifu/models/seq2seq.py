@@ -51,21 +51,21 @@ class Config:
     begin a target, end either side and pad a row; `context_length` is that of the training.
     """
 
-    vocab_size: Count = 30_000
-    context_length: Count = 50
-    dim: Count = 1000
-    embedding_dim: Count = 620
-    attention_dim: Count = 1000
-    maxout_dim: Count = 500
-    encoder: str = "bidirectional"
-    context: str = "attention"
-    output: str = "maxout"
-    head_bias: bool = False
-    dropout: BelowOne = 0.0
-    target_vocab_size: Count | None = None  # as vocab_size
-    start_id: Natural = 0
-    end_id: Natural = 1
-    pad_id: Natural = 2
+    vocab_size: Count = 30_000  # tokens in the vocabulary
+    context_length: Count = 50  # longest training sequence in tokens
+    dim: Count = 1000  # width n of the recurrent states
+    embedding_dim: Count = 620  # width m of the token embeddings
+    attention_dim: Count = 1000  # width n' of the attention
+    maxout_dim: Count = 500  # width l of the maxout output
+    encoder: str = "bidirectional"  # bidirectional or forward
+    context: str = "attention"  # attention, fixed or none: what the decoder reads of the source
+    output: str = "maxout"  # maxout or state
+    head_bias: bool = False  # whether the head has a bias
+    dropout: BelowOne = 0.0  # share of dropped activations
+    target_vocab_size: Count | None = None  # tokens in the target's vocabulary; None: as vocab_size
+    start_id: Natural = 0  # token that begins a target
+    end_id: Natural = 1  # token that ends either side
+    pad_id: Natural = 2  # token that pads shorter sequences
 
     def __post_init__(self) -> None:
         for field, known in (("encoder", ENCODERS), ("context", CONTEXTS), ("output", OUTPUTS)):

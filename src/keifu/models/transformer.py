@@ -34,28 +34,28 @@ class Config:
     matrix embeds both languages; `tied`: the target's is also the head; `scaled`: embeddings are multiplied by √dim.
     """
 
-    vocab_size: Count = 37_000
-    target_vocab_size: Count | None = None  # of the target, where it is not that of the source
-    context_length: Count = 512  # of either side; the paper sets no limit, Marian's models have this one
-    dim: Count = 512
-    hidden_dim: Count = 2048
-    decoder_hidden_dim: Count | None = None
-    n_layers: Count = 6
-    n_decoder_layers: Count | None = None
-    n_heads: Count = 8
-    n_decoder_heads: Count | None = None
-    norm_eps: NotNegative = 1e-5
-    activation: str = "relu"
-    dropout: BelowOne = 0.1
-    attention_dropout: BelowOne = 0.0  # tensor2tensor and Marian can have these two; the paper does not
-    activation_dropout: BelowOne = 0.0
-    shared: bool = True
-    tied: bool = True
-    scaled: bool = True
-    interleaved: bool = False  # True: sines and cosines alternate, as the paper writes; then only keifu loads it
-    start_id: Natural = 1
-    end_id: Natural = 2
-    pad_id: Natural = 3
+    vocab_size: Count = 37_000  # tokens in the vocabulary
+    target_vocab_size: Count | None = None  # tokens in the target's vocabulary; None: as vocab_size
+    context_length: Count = 512  # longest sequence in tokens; the paper sets no limit, Marian's models have this one
+    dim: Count = 512  # width of the hidden states
+    hidden_dim: Count = 2048  # width inside the feed-forward layers
+    decoder_hidden_dim: Count | None = None  # width inside the decoder's feed-forward layers; None: as hidden_dim
+    n_layers: Count = 6  # encoder blocks
+    n_decoder_layers: Count | None = None  # decoder blocks; None: as many as n_layers
+    n_heads: Count = 8  # attention heads
+    n_decoder_heads: Count | None = None  # attention heads of the decoder; None: as many as n_heads
+    norm_eps: NotNegative = 1e-5  # number ε in the normalisation
+    activation: str = "relu"  # activation of the feed-forward layers
+    dropout: BelowOne = 0.1  # share of dropped activations
+    attention_dropout: BelowOne = 0.0  # share of dropped attention weights (tensor2tensor, Marian)
+    activation_dropout: BelowOne = 0.0  # share of activations dropped inside the feed-forward layers (the same)
+    shared: bool = True  # whether one matrix embeds both languages
+    tied: bool = True  # whether the head is the target's embedding
+    scaled: bool = True  # whether embeddings are multiplied by √dim
+    interleaved: bool = False  # whether sines and cosines alternate, as the paper writes; then only keifu loads it
+    start_id: Natural = 1  # token that begins a target
+    end_id: Natural = 2  # token that ends either side
+    pad_id: Natural = 3  # token that pads shorter sequences
 
 
 SIZES = {

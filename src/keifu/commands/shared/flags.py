@@ -42,6 +42,7 @@ Weights = Annotated[str | None, tyro.conf.arg(metavar="f32|bf16|int8|int4|int4_p
 ))]  # fmt: skip
 RESULTS = ("out", "output", "strip", "picture")  # options that name what is written; a folder where one is usual
 FOLDERS = ("prepare",)  # actions of commands that write a folder where others write a file
+ORDER = (tyro.conf.CascadeSubcommandArgs,)  # options of a part may come before others
 NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 
 
@@ -154,14 +155,23 @@ def parse(
     """
     if asks_for_help(arguments):
         show_help(arguments_of(cls), program, inspect.cleandoc(cls.__doc__ or ""))
-    default = tyro.MISSING_NONPROP if usual is None else usual
+    default, words = tyro.MISSING_NONPROP if usual is None else usual, [*_parts(cls, arguments), *arguments]
     with on_parse_error(partial(_refuse, cls, arguments, program)):
-        options, extra = tyro.cli(cls, default=default, prog=program, args=list(arguments), return_unknown_args=True)
+        options, extra = tyro.cli(
+            cls, default=default, prog=program, args=words, return_unknown_args=True, config=ORDER
+        )
     if extra:
         raise _unrecognised(cls, extra, program)
     check_ranges(cls, to_json(options))
     _check_paths(options, arguments)
     return options
+
+
+def _parts(cls: type, words: Sequence[str]) -> set[str]:
+    """Return the words with which tyro takes options of parts that are unset by default, unless they are given."""
+    given = {word.partition("=")[0] for word in words if word.count(".") > 1}
+    used = {argument.group for argument in arguments_of(cls) if given & {*argument.names}} if given else set[str]()
+    return {group for group in used if ":" in group and group not in words}
 
 
 def show_help(arguments: Sequence[Argument], program: str, about: str) -> NoReturn:

@@ -12,6 +12,7 @@ import tyro
 
 WIDEST = 100  # columns of text that are read with ease
 LEFT = 30  # columns for an option and its value; a longer one has a line of its own
+PARTS = "optional subcommands"  # tyro's group of parts that are unset by default
 VALUES = {"STR": "TEXT", "FLOAT|INT": "FLOAT", "INT|FLOAT": "FLOAT"}
 SAYS_NOTHING = ("None", "''", "", "False", "()", "True")  # defaults that the text has words for, or that a flag shows
 
@@ -32,11 +33,20 @@ class Argument:
 
 
 def arguments_of(cls: type) -> list[Argument]:
-    """Return the arguments of the dataclass `cls`, positional arguments first, in the order of their groups."""
+    """Return the arguments of the dataclass `cls`, positional arguments first, in the order of their groups.
+
+    Options of a part that is unset by default come under the word with which tyro takes them, such as
+    model.rope-scaling:rope-scaling.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # tyro 1 keeps it, and there is no other way to ask
         parser: Any = tyro.extras.get_parser(cls, prog="keifu", console_outputs=False)
     grouped = [(str(group.title), action) for group in parser._action_groups for action in group._group_actions]
+    parts = [part for title, action in grouped if title == PARTS for part in action.choices.items()]
+    grouped = [pair for pair in grouped if pair[0] != PARTS]
+    grouped += [
+        (word, action) for word, part in parts for action in part._actions if "--help" not in action.option_strings
+    ]
     return [_argument(title, action) for title, action in grouped]
 
 
@@ -71,7 +81,9 @@ def _argument(title: str, action: Any) -> Argument:
 
 
 def _sentence(text: str) -> str:
-    """Capitalise the first letter, unless the text begins with a name: `bpe, unigram or ...`, `ddim's ...`."""
+    """End the text with a full stop; capitalise its first letter, unless it begins with a name, as in `bpe, unigram or
+    ...` and `ddim's ...`."""
+    text = f"{text}." if re.search(r"[^.?!]$", text) else text
     return text if re.match(r"\S*[:,'._-]", text) else f"{text[:1].upper()}{text[1:]}"
 
 
@@ -103,7 +115,7 @@ def help_text(arguments: Sequence[Argument], program: str, about: str, width: in
 
 
 def _heading(group: str) -> str:
-    title = {"positional arguments": "Arguments", "options": "Options"}.get(group, group)
+    title = {"positional arguments": "Arguments", "options": "Options"}.get(group, re.sub(":.*", " options", group))
     return f"{title[:1].upper()}{title[1:]}"
 
 

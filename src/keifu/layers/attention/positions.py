@@ -69,19 +69,19 @@ class RopeScaling:
     sequences up to the trained length and of longer ones (Ding et al., 2024).
     """
 
-    kind: str
-    factor: Positive
-    original_context_length: Count
-    low_freq_factor: Positive = 1.0  # llama3
-    high_freq_factor: Positive = 4.0
-    beta_fast: Positive = 32.0  # yarn: rotations over the original length above which a frequency is kept
-    beta_slow: Positive = 1.0  # and below which it is divided by the factor
-    attention_factor: Positive | None = None
-    mscale: Positive | None = None
-    mscale_all_dim: Positive | None = None
-    truncate: bool = True
-    short_divisors: tuple[Positive, ...] | None = None  # longrope
-    long_divisors: tuple[Positive, ...] | None = None
+    kind: str  # linear, dynamic, llama3, yarn or longrope
+    factor: Positive  # new length / trained length
+    original_context_length: Count  # trained length in tokens
+    low_freq_factor: Positive = 1.0  # rotations over the trained length below which a frequency is divided (llama3)
+    high_freq_factor: Positive = 4.0  # rotations above which a frequency is kept (llama3)
+    beta_fast: Positive = 32.0  # rotations over the trained length above which a frequency is kept (yarn)
+    beta_slow: Positive = 1.0  # rotations below which a frequency is divided by the factor (yarn)
+    attention_factor: Positive | None = None  # factor of cosines and sines; None: from the other numbers
+    mscale: Positive | None = None  # growth of that factor with the length (yarn)
+    mscale_all_dim: Positive | None = None  # growth of the factor of queries and keys (DeepSeek-V2)
+    truncate: bool = True  # whether kept and divided pairs part at whole numbers (yarn)
+    short_divisors: tuple[Positive, ...] | None = None  # divisors up to the trained length (longrope)
+    long_divisors: tuple[Positive, ...] | None = None  # divisors of longer sequences (longrope)
 
     def __post_init__(self) -> None:
         known = ("dynamic", "linear", "llama3", "longrope", "yarn")

@@ -103,18 +103,18 @@ class Config:
     """The defaults are the vision transformer of ViT-B/32. `projected` False leaves out the last matrix, into the
     shared space."""
 
-    image_size: Count = 224
-    patch_size: Count = 32
-    channels: Count = 3
-    dim: Count = 768
-    hidden_dim: Count = 3072
-    n_layers: Count = 12
-    n_heads: Count = 12
-    norm_eps: NotNegative = 1e-5
-    activation: str = "quick_gelu"
-    attention_dropout: BelowOne = 0.0
-    embedding_dim: Count = 512
-    projected: bool = True
+    image_size: Count = 224  # side of the image in pixels
+    patch_size: Count = 32  # side of a patch in pixels
+    channels: Count = 3  # channels of the image
+    dim: Count = 768  # width of the hidden states
+    hidden_dim: Count = 3072  # width inside the feed-forward layers
+    n_layers: Count = 12  # Transformer blocks
+    n_heads: Count = 12  # attention heads
+    norm_eps: NotNegative = 1e-5  # number ε in the normalisation
+    activation: str = "quick_gelu"  # activation of the feed-forward layers
+    attention_dropout: BelowOne = 0.0  # share of dropped attention weights
+    embedding_dim: Count = 512  # width of the shared space
+    projected: bool = True  # whether there is a matrix into the shared space
     class_tokens: ClassVar[int] = 1
 
 
@@ -123,11 +123,11 @@ class ResNetConfig:
     """The defaults are RN50. `width` is that of the first stage, which its blocks widen four times; `layers` are the
     blocks of the four stages, `n_heads` those of the pooling, whose dim is 32 times the width."""
 
-    image_size: Count = 224
-    width: Count = 64
-    layers: tuple[Count, ...] = (3, 4, 6, 3)
-    n_heads: Count = 32
-    embedding_dim: Count = 1024
+    image_size: Count = 224  # side of the image in pixels
+    width: Count = 64  # width of the first stage
+    layers: tuple[Count, ...] = (3, 4, 6, 3)  # blocks of the four stages
+    n_heads: Count = 32  # attention heads of the pooling
+    embedding_dim: Count = 1024  # width of the shared space
 
 
 SIZES: dict[str, Config] = {}  # they come with their text encoders, in clip.py

@@ -32,18 +32,18 @@ class Config:
     """The defaults are the text encoder of ViT-B/32. A caption ends at the first `end_id`; None: at its highest id,
     which in OpenAI's vocabulary is the end. `projected` False leaves out the last matrix, into the shared space."""
 
-    vocab_size: Count = 49_408
-    context_length: Count = 77
-    dim: Count = 512
-    hidden_dim: Count = 2048
-    n_layers: Count = 12
-    n_heads: Count = 8
-    norm_eps: NotNegative = 1e-5
-    activation: str = "quick_gelu"
-    attention_dropout: BelowOne = 0.0
-    end_id: Natural | None = None
-    embedding_dim: Count = 512
-    projected: bool = True
+    vocab_size: Count = 49_408  # tokens in the vocabulary
+    context_length: Count = 77  # longest caption in tokens
+    dim: Count = 512  # width of the hidden states
+    hidden_dim: Count = 2048  # width inside the feed-forward layers
+    n_layers: Count = 12  # Transformer blocks
+    n_heads: Count = 8  # attention heads
+    norm_eps: NotNegative = 1e-5  # number ε in the normalisation
+    activation: str = "quick_gelu"  # activation of the feed-forward layers
+    attention_dropout: BelowOne = 0.0  # share of dropped attention weights
+    end_id: Natural | None = None  # token that ends a caption; None: the highest id
+    embedding_dim: Count = 512  # width of the shared space
+    projected: bool = True  # whether there is a matrix into the shared space
 
 
 class WithText:

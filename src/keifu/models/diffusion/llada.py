@@ -27,16 +27,16 @@ Tokens = Int[Tensor, "batch length"]
 class Config(llama.DecoderConfig):
     """The defaults are LLaDA-8B. mask_token: the id that hides a token."""
 
-    vocab_size: Count = 126_464
-    context_length: Count = 4096
-    dim: Count = 4096
-    hidden_dim: Count = 12_288
-    n_layers: Count = 32
-    n_heads: Count = 32
-    n_kv_heads: Count | None = None  # as many as n_heads
-    norm_eps: NotNegative = 1e-5
-    rope_theta: Positive = 500_000.0
-    mask_token: Natural = 126_336
+    vocab_size: Count = 126_464  # tokens in the vocabulary
+    context_length: Count = 4096  # longest sequence in tokens
+    dim: Count = 4096  # width of the hidden states
+    hidden_dim: Count = 12_288  # width inside the feed-forward layers
+    n_layers: Count = 32  # Transformer blocks
+    n_heads: Count = 32  # attention heads
+    n_kv_heads: Count | None = None  # key and value heads; None: as many as n_heads
+    norm_eps: NotNegative = 1e-5  # number ε in the normalisation
+    rope_theta: Positive = 500_000.0  # base of the rotary frequencies
+    mask_token: Natural = 126_336  # id of the token that hides another
 
     def __post_init__(self) -> None:
         if self.mask_token >= self.vocab_size:

@@ -30,20 +30,20 @@ class Config:
     tokens of a transcript, with those that begin it.
     """
 
-    vocab_size: Count = 51_865
-    context_length: Count = 448
-    audio_length: Count = 1500
-    n_mels: Count = 80
-    dim: Count = 384
-    hidden_dim: Count = 1536
-    n_layers: Count = 4
-    n_decoder_layers: Count | None = None
-    n_heads: Count = 6
-    activation: str = "gelu"
-    dropout: BelowOne = 0.0
-    start_id: Natural = 50_258
-    end_id: Natural = 50_257
-    pad_id: Natural = 50_257
+    vocab_size: Count = 51_865  # tokens in the vocabulary
+    context_length: Count = 448  # longest transcript in tokens, with those that begin it
+    audio_length: Count = 1500  # frames of a window after the convolutions, 50 a second
+    n_mels: Count = 80  # frequency bands
+    dim: Count = 384  # width of the hidden states
+    hidden_dim: Count = 1536  # width inside the feed-forward layers
+    n_layers: Count = 4  # encoder blocks
+    n_decoder_layers: Count | None = None  # decoder blocks; None: as many as n_layers
+    n_heads: Count = 6  # attention heads
+    activation: str = "gelu"  # activation of the feed-forward layers
+    dropout: BelowOne = 0.0  # share of dropped activations
+    start_id: Natural = 50_258  # token that begins a target
+    end_id: Natural = 50_257  # token that ends a target
+    pad_id: Natural = 50_257  # token that pads shorter targets
 
 
 def _size(dim: int, layers: int, **changes: Any) -> Config:
