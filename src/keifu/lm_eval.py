@@ -131,9 +131,7 @@ class KeifuLM(LM):
         """Return the end of a prompt, cut so that the continuation fits into the context."""
         room = self.context - (sampling.max_tokens or 0)
         if room < 1:
-            raise UserError(
-                f"{sampling.max_tokens} tokens to be written leave no room in the context of {self.context}."
-            )
+            raise UserError(f"{sampling.max_tokens} tokens to write leave no room in the context of {self.context}.")
         if len(prompt) > room:
             log.warning("A prompt of %d tokens leaves no room for its answer: its beginning is cut.", len(prompt))
         return prompt[-room:] or likelihood.common_beginning(self.tokenizer)
@@ -144,9 +142,7 @@ def _sampling(given: dict[str, Any], seed: int) -> SamplingParams:
     until = given.get("until") or ()
     stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
     if given.get("num_beams", 1) != 1:
-        raise UserError(
-            f"num_beams is {given['num_beams']}, and keifu decodes greedily or by sampling here: leave it out."
-        )
+        raise UserError(f"num_beams is {given['num_beams']}, and keifu samples or decodes greedily: leave it out.")
     most = next((given[name] for name in MOST if given.get(name) is not None), WRITTEN)
     settings = SamplingParams(max_tokens=int(most), temperature=0, stop=stop, seed=seed)
     if not given.get("do_sample", bool(given.get("temperature"))):

@@ -19,8 +19,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # parameters of glibc's m
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes of free memory: of the GPU, or of the machine within the limits of the container, in equal parts for the
-    processes that torchrun has started there."""
+    """Return bytes of free memory: of the GPU, or of the machine within the limits of the container, in equal parts for
+    the processes that torchrun has started there."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -56,7 +56,8 @@ def _windows() -> int:
 
 
 def container(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> list[int]:
-    """Bytes left by each control group (version 2, version 1) that has a limit; droppable caches count as free."""
+    """Return bytes left by each control group (version 2, version 1) that has a limit; droppable caches count as
+    free."""
     limits = [(group, "memory.max", "memory.current", "inactive_file") for group in control_groups(groups, own_group)]
     limits.append((groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
     return [left for limit in limits if (left := _left(*limit)) is not None]

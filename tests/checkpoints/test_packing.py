@@ -210,7 +210,7 @@ def test_refusals(tmp_path: Path) -> None:
     checkpoints.save(toy("llama"), None, tmp_path)
     with pytest.raises(UserError, match="There is no format of weights 'int3'. Did you mean 'int"):
         checkpoints.load(tmp_path, weights="int3")
-    with pytest.raises(UserError, match="Weights are packed for the CPU, not for meta"):
+    with pytest.raises(UserError, match="Weights are packed for the CPU, not meta"):
         checkpoints.load(tmp_path, weights="int8", device=torch.device("meta"))
 
 

@@ -283,7 +283,7 @@ def test_bench_counts_the_tokens_of_all_streams(
         assert figures["bandwidth"] == pytest.approx((figures["memory"] - streams * 2 * token) * 2 / 1e9)
     with pytest.raises(SystemExit):
         cli.main(["bench", model, "--prompt", "44", "--tokens", "4"])
-    assert "44 tokens of a prompt and 5 more do not fit this model's context of 48" in capsys.readouterr().err
+    assert "44 + 5 tokens exceed the context of 48" in capsys.readouterr().err
 
 
 def test_bench_compares_the_tokenizers_of_a_model_and_its_draft(

@@ -98,7 +98,7 @@ def test_what_may_change_is_kept_unless_the_run_cannot_go_on_so(out: Path, monke
 
 def test_there_must_be_a_run(tmp_path: Path) -> None:
     for words in (["--resume", str(tmp_path)], ["mlp", "--resume", str(tmp_path)]):
-        with pytest.raises(UserError, match="There is no run in .* to go on with"):
+        with pytest.raises(UserError, match="There is no run in .*: it has no recipe.json"):
             go(*words)
     with pytest.raises(UserError, match="--resume goes on with a run and --replace starts over"):
         go("mlp", "--out", str(tmp_path), "--resume", "--replace")

@@ -62,7 +62,7 @@ def test_what_is_not_supported_is_refused_by_name(kind: str, name: str) -> None:
         architecture_for(model.config)
     for size in published_sizes():
         if size.model == f"multimodal.{name.lower()}":
-            with pytest.raises(UserError, match="is no Transformer of tokens alone, and plans are of such models"):
+            with pytest.raises(UserError, match="is no Transformer of tokens alone: plans are of such models"):
                 architecture(size)
 
 

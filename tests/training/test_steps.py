@@ -202,7 +202,7 @@ def test_what_a_growing_run_costs_counts_its_smaller_batches() -> None:
 
 
 def test_data_whose_batches_do_not_grow_are_not_said_to(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="begin with 2 rows, and these data with 6"):
+    with pytest.raises(UserError, match="Batches of these data have 6 rows always"):
         train(toy(), objective, Sequences(), settings(batch_stages=((2, 5),)), run(tmp_path))
 
 
@@ -333,7 +333,7 @@ def test_the_toy_is_learned(tmp_path: Path, optimizer: str) -> None:
         ("betas", (0.9, 1.0), r"betas must be .* below 1, and it is \(0.9, 1.0\)"),
         ("hold", -1, "hold must be a whole number from 0"),
         ("decay_steps", 0, "decay_steps must be a whole number from 1"),
-        ("batch_stages", ((8, 5), (16, 4)), r"must ascend from above 0, and they are \(5, 4\)"),
+        ("batch_stages", ((8, 5), (16, 4)), r"must ascend from above 0, but are \(5, 4\)"),
         ("batch_ramp", (33, 100), "starts with 1 to 32, and here with 33"),
         ("warmup", 2000, "A warm-up of 2000 steps does not fit a run of 1000"),
     ],

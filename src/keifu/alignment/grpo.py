@@ -56,7 +56,7 @@ def sequence_ratios(log_ratios: Tokens, rows: Int[Tensor, " n"], lengths: Float[
 def terms(
     logs: Tokens, log_ratio: Tokens, reference: Tokens, advantage: Tokens, clip: tuple[float, float], beta: float
 ) -> GRPOTerms:
-    """-min(ratio A, clip(ratio) A) + β KL of each token (equation 3), with the logarithm of ratio = p / p_old.
+    """Return -min(ratio A, clip(ratio) A) + β KL of each token (equation 3), with the logarithm of ratio = p / p_old.
 
     clip: the ratio is cut to 1 - the first to 1 + the second. KL is Schulman's estimator k3 = p_ref/p - ln(p_ref/p) - 1
     (equation 4): never negative, unbiased.

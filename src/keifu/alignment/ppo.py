@@ -77,8 +77,8 @@ def kl_penalized_rewards(
 
 
 def advantages(rewards: Places, values: Places, mask: Mask, discount: float = 1.0, gae_lambda: float = 0.95) -> Places:
-    """Generalised advantage estimation, GAE (Schulman et al., 2015, equation 16), of the tokens that the mask marks,
-    which are consecutive.
+    """Return generalised advantage estimation, GAE (Schulman et al., 2015, equation 16), of the tokens that the mask
+    marks, which are consecutive.
 
     values: the value model's prediction before each token. The value after the last token is 0, also of an answer that
     reached the limit of tokens.
@@ -102,7 +102,7 @@ def whiten(values: Places, mask: Mask) -> Float[Tensor, "batch length"]:
 
 
 def explained_variance(values: Places, returns: Places, mask: Mask) -> float:
-    """1 - Var(return - value) / Var(return): 1 for a perfect value model, 0 for a constant one."""
+    """Return 1 - Var(return - value) / Var(return): 1 for a perfect value model, 0 for a constant one."""
     predicted = values[mask].double()
     observed = returns[mask].double()
     variance = float(observed.var(correction=0))
@@ -254,7 +254,7 @@ class PPOBatches(Rollouts):
         return batch | ({"pretraining": self.pretraining.batch(step, len(batch["mask"]))} if self.pretraining else {})
 
     def validation(self) -> Iterator[Batch]:
-        """Greedy answers to the held-out prompts, with held-out text."""
+        """Yield greedy answers to the held-out prompts, with held-out text."""
         start = 0
         for batch in super().validation():
             rows = len(batch["mask"])

@@ -23,7 +23,7 @@ Scores = Float[Tensor, "batch K"]
 
 
 def ranking_losses(scores: Scores, levels: Scores) -> Float[Tensor, " batch"]:
-    """-1/C(K, 2) Σ ln σ(r_better - r_worse) of each prompt (equation 1), over all pairs of its answers.
+    """Return -1/C(K, 2) Σ ln σ(r_better - r_worse) of each prompt (equation 1), over all pairs of its answers.
 
     levels: the ratings of the answers, higher is better, NaN where there is no answer; pairs with equal or missing
     ratings do not count. K = 2 is the Bradley-Terry model.
@@ -33,8 +33,8 @@ def ranking_losses(scores: Scores, levels: Scores) -> Float[Tensor, " batch"]:
 
 
 def pairs(levels: Scores) -> tuple[Float[Tensor, "batch K K"], Float[Tensor, "batch 1 1"]]:
-    """1 where the first answer of a pair is better than the second, and the weight of each pair of a prompt: 1 over
-    their number."""
+    """Return 1 where the first answer of a pair is better than the second, and the weight of each pair of a prompt: 1
+    over their number."""
     better = (levels[:, :, None] > levels[:, None, :]).float()
     return better, 1 / better.sum((1, 2), keepdim=True).clamp(min=1)
 
@@ -55,7 +55,7 @@ def ranking_loss(model: Any, batch: Batch) -> LossOutput:
 
 @torch.no_grad()
 def margins(model: Any, batches: Iterable[Batch]) -> Float[Tensor, " pairs"]:
-    """r_better - r_worse of every pair of the batches."""
+    """Return r_better - r_worse of every pair of the batches."""
     gaps, device = [torch.zeros(0)], next(model.parameters()).device
     with evaluation_mode(model):
         for batch in batches:

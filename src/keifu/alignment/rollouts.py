@@ -63,7 +63,7 @@ def take(x: Num[Tensor, "batch length *axes"], positions: Int[Tensor, " n"]) -> 
 
 
 def answer_log_probabilities(model: Any, batch: Batch, temperature: float = 1.0) -> PolicyOutput:
-    """Log-probabilities of the tokens of batch["tokens"] [batch, length] that batch["mask"] marks, row by row.
+    """Return log-probabilities of the tokens of batch["tokens"] [batch, length] that batch["mask"] marks, row by row.
 
     The model offers `hidden(tokens)` and `head_weight`.
     """
@@ -75,7 +75,8 @@ def answer_log_probabilities(model: Any, batch: Batch, temperature: float = 1.0)
 
 
 def response_statistics(batch: Batch) -> Batch:
-    """Sum over the answers of every per-answer figure of a batch (rewards, ...), and of the answers' lengths."""
+    """Return the sum over the answers of every per-answer figure of a batch (rewards, ...), and of the answers'
+    lengths."""
     sums = {name: values.sum() for name, values in batch.items() if values.dim() == 1 and name not in TARGETS}
     return sums | {"length": batch["mask"].sum().float()}
 
@@ -99,10 +100,7 @@ class RolloutPlan:
 
     def __post_init__(self) -> None:
         if min(self.prompts, self.group, self.max_tokens, self.minibatches, self.epochs) < 1 or self.temperature <= 0:
-            raise UserError(
-                "A rollout has at least 1 prompt, an answer 1 token, minibatches and epochs are 1 or more, and the "
-                "temperature is more than 0."
-            )
+            raise UserError("Prompts, answers, minibatches and epochs must be at least 1, and the temperature above 0.")
         if self.answers % self.minibatches:
             raise UserError(f"{self.answers} answers cannot be split into {self.minibatches} minibatches of one size.")
 
@@ -185,7 +183,7 @@ class Rollouts:
         self._rollout = dict(state)
 
     def validation(self) -> Iterator[Batch]:
-        """Greedy answers to the held-out prompts."""
+        """Yield greedy answers to the held-out prompts."""
         greedy = SamplingParams(max_tokens=self.plan.max_tokens, temperature=0, seed=0, log_probabilities=True)
         rows = range(len(self.parts[1]))
         for start in rows[:: self.at_a_time]:
@@ -270,8 +268,8 @@ def slice_rollouts(batch: Batch, rows: np.ndarray) -> Batch:
 
 
 def stack_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Completion], pad_id: int) -> Batch:
-    """Prompts and their answers as padded tensors [row, position]: "tokens", "mask" (True on the answers) and "old"
-    (the log-probability of each token when it was sampled)."""
+    """Return prompts and their answers as padded tensors [row, position]: "tokens", "mask" (True on the answers) and
+    "old" (the log-probability of each token when it was sampled)."""
     pairs = [*zip(prompts, answers, strict=True)]
     tokens = [torch.tensor([*prompt, *answer.tokens]) for prompt, answer in pairs]
     mask = [torch.tensor([False] * len(prompt) + [True] * len(answer.tokens)) for prompt, answer in pairs]

@@ -91,9 +91,7 @@ def _device_for(weights: str | None, device: torch.device | str | None) -> torch
     formats(weights)
     chosen = choose(device or "cpu")
     if chosen.type != "cpu":
-        raise UserError(
-            f"Weights are packed for the CPU, not for {chosen}: leave out weights={weights}, or the device."
-        )
+        raise UserError(f"Weights are packed for the CPU, not {chosen}: leave out weights={weights}, or the device.")
     return chosen
 
 

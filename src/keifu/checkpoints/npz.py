@@ -82,9 +82,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise UserError(f"{path} is no NumPy archive of plain numbers, or is torn: {error}") from error
     other = [f"{name} as {array.dtype}" for name, array in arrays.items() if str(array.dtype) not in DTYPES]
     if other:
-        raise UserError(
-            f"{path} stores {', '.join(other[:5])}, which keifu does not read there, only float32 and float64."
-        )
+        raise UserError(f"{path} stores {', '.join(other[:5])}, and keifu reads only float32 and float64 there.")
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
@@ -97,7 +95,8 @@ def _exchanged(name: str, tensor: Tensor) -> Tensor:
 
 
 def letters_to_phonemes() -> TwoSidedTokenizer:
-    """Letters in, phonemes out. Capitals and accents are taken off a word; what else is no letter is unknown.
+    """Build the tokenizers of letters and phonemes. Capitals and accents are taken off a word; what else is no letter
+    is unknown.
 
     Both sides give padding, unknown and end the ids 0, 1, 2; the token that begins a row of phonemes has 3.
     """

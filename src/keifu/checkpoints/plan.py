@@ -64,7 +64,8 @@ class Source:
     part: Callable[[str, Index], Tensor] | None = None
 
     def read_part(self, name: str, index: Index) -> Tensor:
-        """Rows and columns of a tensor of the file; where it has no means to read them alone, of the whole one."""
+        """Return rows and columns of a tensor of the file; where it has no means to read them alone, of the whole
+        one."""
         return self.part(name, index) if self.part and index else self.read(name)[index]
 
     @cached_property
@@ -330,7 +331,7 @@ def _cast(exact: torch.dtype, kept: torch.dtype) -> list[str]:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """PyTorch's name of a dtype, as configs write it."""
+    """Return PyTorch's name of a dtype, as configs write it."""
     return str(dtype).removeprefix("torch.")
 
 

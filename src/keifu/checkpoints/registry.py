@@ -166,7 +166,7 @@ def families_of(name: str) -> dict[str, Family]:
 
 
 def _with_open_clip(clip: Family, keifu_clip: Family) -> dict[str, Family]:
-    """CLIP's families and open_clip's, whose names are for a ResNet too."""
+    """Return CLIP's families and open_clip's, whose names are for a ResNet too."""
     from keifu.models.hf import open_clip
 
     published = replace(

@@ -61,10 +61,7 @@ def run(options: Options) -> None:
         model, tokenizer = load_writer(options.model, options.weights)
     context, longest = text_model(model).config.context_length, options.prompt + options.tokens + 1
     if longest > context:
-        raise UserError(
-            f"{options.prompt} tokens of a prompt and {options.tokens + 1} more do not fit this model's context of "
-            f"{context}: ask for fewer."
-        )
+        raise UserError(f"{options.prompt} + {options.tokens + 1} tokens exceed the context of {context}: use fewer.")
     step_tokens = max(512, 33 * options.streams)
     guesses = proposer(options.draft, options.guesses or (0 if options.draft is None else None), options.weights)
     engine = Engine(model, tokenizer, max_running=options.streams, step_tokens=step_tokens, guesses=guesses)

@@ -231,9 +231,7 @@ def _load(name: str) -> "TextClassifier":
 
     model, tokenizer = checkpoints.load(name)
     if isinstance(model, TwoTowers):
-        raise UserError(
-            f'{name} tells pictures apart: keifu classify {shell(name)} picture.png --labels "a dog,a cat".'
-        )
+        raise UserError(f'{name} tells images apart: keifu classify {shell(name)} image.png --labels "a dog,a cat".')
     return text_classifier(model, tokenizer, name)
 
 

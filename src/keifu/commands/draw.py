@@ -174,7 +174,7 @@ def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]"
 
 
 def _size(given: str | None) -> tuple[int, int] | None:
-    """Height and width of `64` or `64x48`, whose first number is the width."""
+    """Return height and width of `64` or `64x48`, whose first number is the width."""
     if given is None:
         return None
     sides = given.lower().split("x")

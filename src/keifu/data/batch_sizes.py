@@ -21,9 +21,7 @@ class BatchSizeSchedule:
 
     def __post_init__(self) -> None:
         if not all(a < b for a, b in pairwise(self.starts)):
-            raise UserError(
-                f"The steps at which a batch grows must ascend from above 0, and they are {self.starts[1:]}."
-            )
+            raise UserError(f"The steps at which a batch grows must ascend from above 0, but are {self.starts[1:]}.")
         if min(self.rows) < 1:
             raise UserError(f"batch_size is {min(self.rows)}, but it must be at least 1.")
 
@@ -59,13 +57,15 @@ class BatchSizeSchedule:
 
 
 def batch_size_stages(smaller: Iterable[tuple[int, int]], last: int) -> BatchSizeSchedule:
-    """Batches of so many rows up to such a step, pair after pair, and of `last` rows afterwards (PaLM, section 5)."""
+    """Return batches of so many rows up to such a step, pair after pair, and of `last` rows afterwards (PaLM, section
+    5)."""
     pairs = list(smaller)
     return BatchSizeSchedule((0, *(until for _, until in pairs)), (*(rows for rows, _ in pairs), last))
 
 
 def linear_batch_size(first: int, over: int, last: int) -> BatchSizeSchedule:
-    """Batch-size warm-up from `first` to `last` rows, linear in the rows seen, over so many rows (GPT-3, appendix B).
+    """Return batch-size warm-up from `first` to `last` rows, linear in the rows seen, over so many rows (GPT-3,
+    appendix B).
 
     A step has first + ⌊(last − first) · seen / over⌋ rows.
     """

@@ -90,7 +90,7 @@ class EpochBatches(ABC):
 
 
 def sort_pools(rows: np.ndarray, keys: np.ndarray, pool: int) -> np.ndarray:
-    """Rows in this order, but each `pool` of them sorted by their keys; those of equal keys stay in order."""
+    """Return rows in this order, but each `pool` of them sorted by their keys; those of equal keys stay in order."""
     return rows[np.lexsort([keys[rows], np.arange(len(rows)) // pool])]
 
 
@@ -116,7 +116,7 @@ class Batching:
         return np.split(self.order(random), self.bounds[1:-1])
 
     def epochs(self, seed: int, last: int = 0) -> Epochs:
-        """Epochs of whole batches, which come in a random order but for the `last` ones of each."""
+        """Return epochs of whole batches, which come in a random order but for the `last` ones of each."""
         n = len(self.bounds) - 1
 
         def order(epoch: int) -> list[np.ndarray]:

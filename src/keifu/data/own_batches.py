@@ -79,7 +79,7 @@ def _count(source: Mapping[str, Tensor] | IndexedExamples) -> int:
 
 
 def _fingerprint(source: Mapping[str, Tensor] | IndexedExamples, count: int, held_out: float | Sequence[int]) -> str:
-    """SHA-256 of the tensors; of a data set, its length and examples spread evenly over it."""
+    """Return SHA-256 of the tensors; of a data set, its length and examples spread evenly over it."""
     digest = hashlib.sha256(json.dumps([count, held_out]).encode())
     if isinstance(source, Mapping):
         rows: list[Any] = [source]

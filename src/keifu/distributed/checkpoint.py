@@ -42,7 +42,7 @@ class Chunks(Tensor):
 
     @classmethod
     def of(cls, chunks: Mapping[tuple[int, ...], Tensor], whole: tuple[int, ...]) -> "Chunks":
-        """Chunks by their offsets."""
+        """Index chunks by their offsets."""
         made = torch.Tensor._make_subclass(cls, torch.empty(0))
         made.chunks = {torch.Size(offset): chunk for offset, chunk in chunks.items()}
         made.whole = torch.Size(whole)
@@ -205,7 +205,8 @@ def load(pod: Pod, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, Tensor]:
-    """Tensors of a run by the names of a state, as parts of the whole ones; apart: joined matrices as one name each."""
+    """Return tensors of a run by the names of a state, as parts of the whole ones; apart: joined matrices as one name
+    each."""
     joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         owner = next((part for part in (_inner(name), _inner(name).rpartition(".")[0]) if part in pod.layouts), "")
@@ -233,5 +234,5 @@ def _inner(name: str) -> str:
 
 
 def _beside(folder: Path) -> Path:
-    """Where a state is written before it is whole."""
+    """Return the folder that a state is written to before it is whole."""
     return folder.with_name(f".{folder.name}.part")

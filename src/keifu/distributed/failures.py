@@ -79,7 +79,7 @@ class Signs:
             self.store.wait([SHOWN], timedelta(seconds=2 * GRACE))
 
     def reason(self) -> str:
-        """Why the exchange with other processes failed."""
+        """Say why the exchange with other processes failed."""
         before, end = self._counts(), time.monotonic() + GRACE
         while time.monotonic() < end:
             if self.store.check([FAILED]):

@@ -40,7 +40,8 @@ class Layout:
 
     @classmethod
     def whole(cls, tensor: Tensor, processes: int, parts: Sequence[int] = ()) -> "Layout":
-        """Of a tensor that is not split along the axis `tensor` of the mesh; parts: the rows of its matrices."""
+        """Return the layout of a tensor that is not split along the axis `tensor` of the mesh; parts: the rows of its
+        matrices."""
         shape = tuple(tensor.shape)
         ends = [*accumulate(parts or (shape[:1] or (1,)))]
         return cls(shape, [[range(end - size, end) for end, size in zip(ends, parts or ends, strict=True)]] * processes)

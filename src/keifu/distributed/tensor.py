@@ -61,7 +61,8 @@ class Tokens:
         return self.move(padded, Partial() if adds else Replicate(), Shard(1))
 
     def whole(self, x: Tensor, adds: bool) -> Tensor:
-        """All tokens; adds: whether each process computes another part of the gradient, or all compute the same."""
+        """Return all tokens; adds: whether each process computes another part of the gradient, or all compute the
+        same."""
         return self.move(x, Shard(1), Replicate(), Partial() if adds else Replicate())[:, : self.length]
 
     def shared(self, x: Tensor) -> Tensor:

@@ -79,10 +79,7 @@ class Judgements:
             then = {name: first.get(name) for name in about}
             differs = [f"{name} {then[name]} → {value}" for name, value in about.items() if then[name] != value]
             if differs:
-                raise UserError(
-                    f"{directory} holds another comparison ({', '.join(differs)}): put that back, or choose another "
-                    "folder with --out."
-                )
+                raise UserError(f"{directory} holds another comparison ({', '.join(differs)}): choose another --out.")
             self.made = [_read(line) for line in rest]
         write_atomic(
             self.path, _lines([self.about, *map(Judgement._asdict, self.made)])

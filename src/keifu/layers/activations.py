@@ -33,7 +33,7 @@ class HardStep(torch.autograd.Function):
 
 
 def step(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """1 where x ≥ 0, else 0: the threshold unit of McCulloch and Pitts (1943) and Rosenblatt (1958).
+    """Return 1 where x ≥ 0, else 0: the threshold unit of McCulloch and Pitts (1943) and Rosenblatt (1958).
 
     Raises ValueError, saying why, when a gradient is asked for.
     """
@@ -41,12 +41,12 @@ def step(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def identity(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """x itself: a linear unit."""
+    """Return x itself: a linear unit."""
     return x
 
 
 def gelu_tanh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """GELU by a tanh, √(2/π) in it (Hendrycks and Gimpel, 2016): GPT-1, GPT-2. (1 + tanh u) / 2 is σ(2u), which
+    """Return GELU by a tanh, √(2/π) in it (Hendrycks and Gimpel, 2016): GPT-1, GPT-2. (1 + tanh u) / 2 is σ(2u), which
     torch.compile's code computes three times as fast."""
     if torch.compiler.is_compiling():
         wide = x.float()
@@ -55,14 +55,15 @@ def gelu_tanh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """x · σ(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with (Hendrycks and Gimpel, 2016)."""
+    """Return x · σ(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with (Hendrycks and Gimpel,
+    2016)."""
     if torch.is_grad_enabled():
         return x * torch.sigmoid(1.702 * x)
     return x.mul(1.702).sigmoid_().mul_(x)  # the same bits without three copies of what is widest in a network
 
 
 def relu2(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """max(x, 0)² (Primer: So et al., 2021); nanochat."""
+    """Return max(x, 0)² (Primer: So et al., 2021); nanochat."""
     return F.relu(x).square()
 
 

@@ -23,8 +23,8 @@ BITS = 48  # of a uniform number: enough for any vocabulary, and its product wit
 
 
 def bits(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*#shape"]) -> Int[Tensor, "*shape"]:
-    """64 random bits for each seed and position: SplitMix64 (Steele, Lea and Flood, 2014), keyed by a hash of the seed,
-    and counted by the position."""
+    """Return 64 random bits for each seed and position: SplitMix64 (Steele, Lea and Flood, 2014), keyed by a hash of
+    the seed, and counted by the position."""
     return _mix(_mix(seeds + STEP) + (positions + 1) * STEP)
 
 
@@ -48,7 +48,7 @@ class UniformStreams:
 
 
 def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]:
-    """16 random bits for each of `count` places of each seed, as numbers from -2^15 to 2^15 - 1: for masks.
+    """Return 16 random bits for each of `count` places of each seed, as numbers from -2^15 to 2^15 - 1: for masks.
 
     Four places share one product of 64 bits, which is mixed less than in `bits` and has no bit that is not used:
     in place and without the masks of unsigned shifts, since a training step asks for billions.
@@ -77,7 +77,7 @@ def normal(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
 
 
 def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "rows ..."]:
-    """Numbers of the standard Gumbel distribution of this shape for each seed, float32: the positions from 0 on.
+    """Return numbers of the standard Gumbel distribution of this shape for each seed, float32: the positions from 0 on.
 
     The largest of some logarithms of probabilities with such a number added to each is a draw from them (Gumbel, 1954).
     """
@@ -88,7 +88,7 @@ def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
 
 
 def _half(drawn: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:
-    """32 of the bits as a number between 0 and 1, neither of them, float64."""
+    """Return 32 of the bits as a number between 0 and 1, neither of them, float64."""
     return ((drawn >> shift) & (2**32 - 1)).double().add_(0.5).mul_(2.0**-32)
 
 
@@ -103,5 +103,5 @@ def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 
 def _shift(x: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]:
-    """x >> bits with zeros coming in, as for unsigned numbers; torch's shift repeats the sign."""
+    """Return x >> bits with zeros coming in, as for unsigned numbers; torch's shift repeats the sign."""
     return (x >> bits) & (2 ** (64 - bits) - 1)

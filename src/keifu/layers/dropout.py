@@ -55,10 +55,7 @@ def dropout_mask(keys: Int[Tensor, " rows"], total: int, dropped: int) -> Bool[T
     """Draw booleans that are true with the probability `dropped` / 2^16 for each of `total` elements, as many for each
     row."""
     if total % len(keys):
-        raise ValueError(
-            f"Dropout was given {total} elements for {len(keys)} rows of the batch: the first axis of a layer's input "
-            "must be that of the rows."
-        )
+        raise ValueError(f"The first axis of dropout's input must be the {len(keys)} rows: it has {total} elements.")
     return bits16(keys, total // len(keys)) < dropped - LEVELS // 2
 
 
@@ -79,7 +76,7 @@ class DropoutKeys:
         self.drops = any(module.p > 0 for _, module in named)
 
     def set(self, step: int, first: int, rows: int) -> None:
-        """Keys for `rows` rows of a step's batch, from `first` on."""
+        """Set the keys for `rows` rows of a step's batch, from `first` on."""
         if self.drops:
             of_step = int(bits(torch.tensor([self.seed]), torch.tensor([step])))
             rows_of_batch = torch.arange(first, first + rows, device=self.device)
@@ -92,5 +89,5 @@ class DropoutKeys:
 
 
 def _hash(name: str) -> int:
-    """63 bits of a name."""
+    """Return 63 bits of a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

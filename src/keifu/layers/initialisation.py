@@ -26,7 +26,8 @@ def scale_residual_(weights: Iterable[Tensor], n_layers: int) -> None:
 
 
 def xavier_(model: nn.Module, embedding_std: float) -> None:
-    """Matrices and kernels uniform with variance 2 / (inputs + outputs), each part of a joined one by itself; biases 0.
+    """Initialise matrices and kernels as uniform with variance 2 / (inputs + outputs), each part of a joined one by
+    itself; biases 0.
 
     (Glorot and Bengio, 2010.) Embeddings are drawn from N(0, embedding_std²).
     """
@@ -50,7 +51,8 @@ def zero_(model: nn.Module, *endings: str) -> None:
 
 
 def fan_in_(model: nn.Module) -> None:
-    """Matrices from N(0, 1 / inputs), so that they keep the size of what they read, and embeddings from N(0, 1)."""
+    """Initialise matrices from N(0, 1 / inputs), so that they keep the size of what they read, and embeddings from N(0,
+    1)."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
@@ -68,8 +70,8 @@ def truncated_normal_(model: nn.Module, std: float = 0.02) -> None:
 
 
 def multihead_(model: nn.Module) -> None:
-    """Attention as torch.nn.MultiheadAttention begins it: q, k and v as one Glorot matrix, the other one as any Linear
-    layer, biases 0. What else there is stays as torch's layers are."""
+    """Initialise attention as torch.nn.MultiheadAttention does: q, k and v as one Glorot matrix, the other one as any
+    Linear layer, biases 0. What else there is stays as torch's layers are."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.endswith((".attention.qkv", ".attention.out")):
             if isinstance(module, JoinedLinear):

@@ -31,7 +31,7 @@ def linear(
     weight: Float[Tensor, "out_features in_features"],
     bias: Float[Tensor, " out_features"] | None = None,
 ) -> Float[Tensor, "*batch out_features"]:
-    """x @ weight.T + bias. A single row, which is what decoding has, goes to the product of matrix and vector.
+    """Return x @ weight.T + bias. A single row, which is what decoding has, goes to the product of matrix and vector.
 
     On a CPU that reads a bfloat16 matrix up to 1.7 times as fast as the general product does, float32 no slower.
     """
@@ -50,8 +50,8 @@ def product(a: Float[Tensor, "*batch inner"], b: Float[Tensor, "inner columns"])
 
 
 def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Plain float32 on a CPU, outside autocast, compiled or traced code and torch.func's transforms. It must not depend
-    on the number of rows, so that a row has the same bits in any batch."""
+    """Return whether this is plain float32 on a CPU, outside autocast, compiled or traced code and torch.func's
+    transforms. It must not depend on the number of rows, so that a row has the same bits in any batch."""
     return (
         weight.numel() >= SMALL
         and x.dtype == weight.dtype == torch.float32

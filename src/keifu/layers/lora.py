@@ -82,7 +82,7 @@ class Adapter(nn.Module):
         return F.linear(self.dropout(x.to(self.a.dtype)), self.a)
 
     def change(self) -> Float[Tensor, "out in"]:
-        """B A · scale."""
+        """Return B A · scale."""
         return self.b @ self.a * self.low.scale
 
     def changed(self, weight: Float[Tensor, "out channels *kernel"]) -> Float[Tensor, "out channels *kernel"]:

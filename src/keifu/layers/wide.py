@@ -7,7 +7,7 @@ WITHOUT = {"mps"}  # device types that lack float64
 
 
 def wide(x: Tensor) -> Tensor:
-    """x where float64 is: itself, or a copy in the CPU's memory of what lies on a device without it."""
+    """Return x where float64 is: itself, or a copy in the CPU's memory of what lies on a device without it."""
     return x.cpu() if x.device.type in WITHOUT else x
 
 

@@ -97,7 +97,8 @@ class Bert(nn.Module):
     def encode(
         self, tokens: Tokens, segments: Tokens | None = None, mask: Bool[Tensor, "batch length"] | None = None
     ) -> Hidden:
-        """Hidden states. `segments` are 0 for the first sentence, 1 for the second; `mask` is True on real tokens."""
+        """Return hidden states. `segments` are 0 for the first sentence, 1 for the second; `mask` is True on real
+        tokens."""
         length = tokens.shape[1]
         if length > self.config.context_length:
             room = f"the {self.config.context_length} positions that this model has learned"

@@ -56,7 +56,7 @@ def build(config: Config) -> DecoderLM:
 
 
 def assemble(config: Any, attention: Callable[[int], Attention], bias: bool = True) -> DecoderLM:
-    """GPT-2 with this attention in each layer, counted from 0."""
+    """Build GPT-2 with this attention in each layer, counted from 0."""
     norm = partial(nn.LayerNorm, config.dim, config.norm_eps, bias=bias)
     blocks = [
         PreNorm(

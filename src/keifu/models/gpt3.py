@@ -111,10 +111,7 @@ def _read_band(json: dict[str, Any]) -> int | None:
     if layers == ["global"] * n_layers:
         return None
     if layers != (["global", "local"] * n_layers)[:n_layers]:
-        raise UserError(
-            f"attention_types {written} is an order that is not supported: global layers alone are, or global and "
-            f"local ones in turn, {n_layers} in all."
-        )
+        raise UserError(f"attention_types {written} is not supported: layers are global, or global and local in turn.")
     return json.get("window_size", 256)
 
 

@@ -114,7 +114,7 @@ def build(config: Config) -> MLP:
 
 
 def forward_gain(function: Activation) -> float:
-    """1/√E[f(z)²] for a standard normal z: weights with this gain give the next layer sums of variance 1 again.
+    """Return 1/√E[f(z)²] for a standard normal z: weights with this gain give the next layer sums of variance 1 again.
 
     It is He et al.'s √2 (2015) for the ramp, and their argument for any other activation.
     """

@@ -56,7 +56,7 @@ class Perceptron(nn.Module):
         return "0", "1"
 
     def predict_proba(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
-        """1 for the class of each row, 0 for the other: a step is never in doubt."""
+        """Return 1 for the class of each row, 0 for the other: a step is never in doubt."""
         fires = self(x.to(self.weight)).to(x)
         return torch.stack([1 - fires, fires], -1)
 
@@ -137,7 +137,7 @@ def separate(x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"]) -> Se
 
 
 def signed_rows(x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"]) -> Float[Tensor, "rows dim1"]:
-    """(x, 1) where the target is 1, -(x, 1) where it is 0, in float64."""
+    """Return (x, 1) where the target is 1, -(x, 1) where it is 0, in float64."""
     lifted = torch.cat([x.double(), x.new_ones(len(x), 1, dtype=torch.float64)], 1)
     return lifted * (2 * targets.double() - 1)[:, None]
 

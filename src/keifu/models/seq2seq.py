@@ -141,7 +141,8 @@ class Seq2Seq(nn.Module):
     def forward(
         self, source: Source, target: Tokens, source_mask: SourceMask | None = None
     ) -> Float[Tensor, "batch length vocab"]:
-        """Logits of the token after each of the target. `source_mask` is True on real tokens; padding is at the end."""
+        """Return logits of the token after each of the target. `source_mask` is True on real tokens; padding is at the
+        end."""
         return self.logits(self.hidden(target, self.start(source, source_mask)))
 
     def start(self, source: Source, source_mask: SourceMask | None = None, capacity: int | None = None) -> DecoderState:
@@ -155,14 +156,14 @@ class Seq2Seq(nn.Module):
         return DecoderState(memory, hidden, capacity)
 
     def hidden(self, target: Tokens, state: DecoderState) -> Float[Tensor, "batch length hidden"]:
-        """Hidden states that predict the next token. With a capacity, `target` holds the new tokens alone."""
+        """Return hidden states that predict the next token. With a capacity, `target` holds the new tokens alone."""
         embedded = self.target_dropout(self.target_embedding(target))
         return self.output_dropout(self.output(self._steps(embedded, state), embedded))
 
     def alignment(
         self, source: Source, target: Tokens, source_mask: SourceMask | None = None
     ) -> Float[Tensor, "batch length source_length"]:
-        """Attention weights of the source tokens for each prediction of a next target token (figure 3).
+        """Return attention weights of the source tokens for each prediction of a next target token (figure 3).
 
         A model without attention has none: a ValueError.
         """

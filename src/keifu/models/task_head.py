@@ -109,13 +109,14 @@ class ModelWithHead(nn.Module):
         self.dropout = Dropout(config.classifier_dropout)
 
     def classify(self, tokens: Tokens, mask: Mask) -> Float[Tensor, "batch answers"]:
-        """Logits of the labels, or of an example's own answers; `mask` is True on real tokens, which come first."""
+        """Return logits of the labels, or of an example's own answers; `mask` is True on real tokens, which come
+        first."""
         return self.judge(self.hidden(tokens), mask)
 
     forward = classify
 
     def hidden(self, tokens: Tokens) -> Float[Tensor, "batch sequences length dim"]:
-        """Hidden states; padding on the right changes no real token's, since attention is causal."""
+        """Return hidden states; padding on the right changes no real token's, since attention is causal."""
         return self.decoder.hidden(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
     def judge(self, hidden: Float[Tensor, "batch sequences length dim"], mask: Mask) -> Float[Tensor, "batch answers"]:

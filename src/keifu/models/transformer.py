@@ -66,7 +66,8 @@ PAPER_PARAMETERS = {"transformer-base": 65e6, "transformer-big": 213e6}  # table
 
 
 def build(config: Config) -> EncoderDecoder:
-    """Xavier's initialisation, as in tensor2tensor: the paper prints none; embeddings have variance 1 once scaled."""
+    """Build the model with Xavier's initialisation, as in tensor2tensor: the paper prints none; embeddings have
+    variance 1 once scaled."""
     sizes = config.vocab_size, config.target_vocab_size or config.vocab_size
     if config.shared and sizes[0] != sizes[1]:
         raise UserError(f"A shared embedding needs one vocabulary, and there are {sizes[0]} and {sizes[1]} tokens.")

@@ -93,7 +93,7 @@ class NativeLM(nn.Module):
         return torch.float32 if self.description.embedding.format == native.F32 else torch.bfloat16
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
-        """Refused: packed weights are not those of any published format."""
+        """Refuse: packed weights are not those of any published format."""
         raise UserError(f"Weights packed as {self.weights} cannot be saved: load it without weights, and save that.")
 
     __reduce_ex__ = state_dict  # what pickle and deepcopy call
@@ -104,7 +104,7 @@ class NativeLM(nn.Module):
 
     @torch.inference_mode()
     def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length vocab"]:
-        """Logits of the token after each."""
+        """Return logits of the token after each."""
         batch, length = tokens.shape
         each = -(-length // BLOCK_SIZE)
         runner = self.runner(each)
@@ -129,7 +129,7 @@ class NativeRunner:
         finalize(self, model.library.destroy, self._handle).atexit = False  # a thread may be in it then
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
-        """Logits in float32 after each wanted token, span by span."""
+        """Return logits in float32 after each wanted token, span by span."""
         tokens, positions, rows, wanted = [], [], [], []
         tables = np.zeros((len(batch), max(len(span.blocks) for span in batch)), np.int32)
         for row, span in enumerate(batch):

@@ -158,7 +158,7 @@ class Targets:
         self._logits = torch.empty(rows, model.description.vocab_size, dtype=torch.float32, device="cpu")
 
     def write(self, tokens: Int[Tensor, "rows length"], wanted: Sequence[int]) -> Float[Tensor, "rows wanted vocab"]:
-        """Logits after the wanted ones of these tokens, in memory that the next step may write over."""
+        """Return logits after the wanted ones of these tokens, in memory that the next step may write over."""
         ids = np.ascontiguousarray(tokens.numpy(), np.int32)
         rows, length = ids.shape
         first, end = -(-self.length // BLOCK_SIZE), -(-(self.length + length) // BLOCK_SIZE)
@@ -175,7 +175,7 @@ class Targets:
         return logits
 
     def next(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
-        """Logits of the token after these, in memory that the next step writes over."""
+        """Return logits of the token after these, in memory that the next step writes over."""
         return self.write(tokens[:, None], [0])[:, 0]
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
@@ -230,7 +230,7 @@ class NativeTargets(Targets):
         super().__init__(model, memory, lengths, longest, rows)
 
     def first(self) -> Float[Tensor, "sources vocab"]:
-        """Logits of the first token of each source's target."""
+        """Return logits of the first token of each source's target."""
         return self.next(torch.full((len(self.sources),), self.model.config.start_id, device="cpu"))
 
 
@@ -247,5 +247,5 @@ class NativeHearer:
     def write(
         self, tokens: Int[Tensor, "rows length"], state: Targets, wanted: Sequence[int]
     ) -> Float[Tensor, "rows wanted vocab"]:
-        """Logits after the wanted ones of new tokens."""
+        """Return logits after the wanted ones of new tokens."""
         return state.write(tokens, wanted)

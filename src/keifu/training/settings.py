@@ -170,7 +170,8 @@ def check_choice(setting: str, value: str) -> None:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested options as one level, `model.n_layers` for example, with tuples as the lists that JSON makes of them."""
+    """Return nested options as one level, `model.n_layers` for example, with tuples as the lists that JSON makes of
+    them."""
     if isinstance(value, Mapping):
         inside = (flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in value.items())
         return {name: inner for part in inside for name, inner in part.items()}

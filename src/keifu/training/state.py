@@ -38,7 +38,7 @@ class Sums(dict[str, Tensor]):
         return Sums({name: value + other[name] for name, value in self.items()}) if self else other
 
     def zeros(self) -> "Sums":
-        """Sum of the same names that add nothing."""
+        """Return sums of the same names that add nothing."""
         return Sums({name: value * 0 for name, value in self.items()})
 
     def means(self) -> dict[str, float]:

@@ -128,7 +128,7 @@ def test_pictures_of_odd_sizes(size, tmp_path) -> None:
 def test_a_wrong_number_of_pictures_is_refused(tmp_path) -> None:
     made("clip").save_pretrained(tmp_path)
     model = checkpoints.load_model(tmp_path)
-    with pytest.raises(UserError, match="2 pictures have 18 tokens, but the prompt has 9"):
+    with pytest.raises(UserError, match="2 images: 18 tokens; the prompt: 9"):
         model(prompt(9, 1), pixels=torch.randn(2, 3, 26, 26))
 
 

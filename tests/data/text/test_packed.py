@@ -136,8 +136,8 @@ def test_palms_batch_grows_where_its_paper_says() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: batch_size_stages([(2, 5), (3, 5)], 7), r"must ascend from above 0, and they are \(5, 5\)"),
-        (lambda: batch_size_stages([(2, 0)], 7), r"must ascend from above 0, and they are \(0,\)"),
+        (lambda: batch_size_stages([(2, 5), (3, 5)], 7), r"must ascend from above 0, but are \(5, 5\)"),
+        (lambda: batch_size_stages([(2, 0)], 7), r"must ascend from above 0, but are \(0,\)"),
         (lambda: batch_size_stages([(0, 5)], 7), "batch_size is 0"),
         (lambda: linear_batch_size(8, 100, 7), "starts with 1 to 7, and here with 8"),
         (lambda: linear_batch_size(0, 100, 7), "starts with 1 to 7, and here with 0"),

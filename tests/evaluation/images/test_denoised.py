@@ -196,9 +196,9 @@ def test_too_few_pictures_to_hold_any_out(network: str, tmp_path: Path, capsys: 
     few = str(folder(tmp_path / "few", {f"{n}.png": picture((n, 0, 9 * n), (12, 12)) for n in range(6)}))
     with pytest.raises(SystemExit):
         cli.main(["evaluate", network, "--on", few, "--metric", "bits"])
-    assert "Too few pictures" in capsys.readouterr().err
+    assert "too few pictures" in capsys.readouterr().err
     cli.main(["evaluate", network, "--on", few, "--steps", "1", "--limit", "5"])
-    assert "Too few pictures" in capsys.readouterr().out
+    assert "too few pictures" in capsys.readouterr().out
 
 
 def test_the_standard_error_of_bits_is_that_of_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ WRONG = [
     (["classify", "RUN", "PICTURES/small-red.png", "--labels", "red"], "give two at least"),
     (["classify", "RUN", "a text", "--labels", "a,b"], "'a text' is no picture's file"),
     (["classify", "RUN", "--on", "PICTURES", "--labels", "a,b"], "2 labels were given for the classes"),
-    (["classify", "RUN", "a text"], "tells pictures apart"),
+    (["classify", "RUN", "a text"], "tells images apart"),
     (["embed", "RUN", "word " * 40], "tokens; the model takes 12"),
     (["evaluate", "RUN", "--on", "PICTURES", "--language", "fr"], "no language of the captions"),
     (["evaluate", "RUN", "--on", "mnist.csv"], "There is no task 'mnist.csv'"),

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused(reader, seer) -> None:
     wrong = asked(reader, seer, "What?", 1)._replace(images=[])
     with pytest.raises(UserError, match="places for 1 pictures, and 0 were given"):
         engine.request(wrong, GREEDY)
-    with pytest.raises(UserError, match="17 pictures were given, and a prompt takes at most 16"):
+    with pytest.raises(UserError, match="17 pictures were given, but a prompt takes at most 16"):
         engine.request(asked(reader, seer, "What?", *range(17)), GREEDY)
     with pytest.raises(UserError, match="The prompt has .* tokens, but this model's context is 400"):
         engine.request(asked(reader, seer, "x" * 400, 1), GREEDY)

@@ -81,7 +81,7 @@ def test_three_steps_and_one_report_gone_on_with_to_the_bit(
 def test_what_the_step_before_decides_cannot_be_chosen(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--ppo.reward cannot be chosen here"):
         go(folder, tmp_path / "out", "--ppo.reward=last-number")
-    with pytest.raises(UserError, match="There is no run in .* to go on with"):
+    with pytest.raises(UserError, match="There is no run in .*: it has no recipe.json"):
         go(folder, tmp_path / "out", "--resume")
 
 

@@ -226,7 +226,7 @@ def test_amounts_have_letters(text: str, amount: float) -> None:
         (["llama-7b", "--batch", "many"], "--batch is a number such as 300B"),
         (["gpt2", "--devices", "2xthis-CPU"], "no device 'this-CPU'. Did you mean '1xthis-CPU'"),
         (["lama-7b"], "Did you mean .*'llama-7b'"),
-        (["stable-diffusion-1"], "is no Transformer of tokens alone, and plans are of such models and of DiT alone"),
+        (["stable-diffusion-1"], "is no Transformer of tokens alone: plans are of such models and of DiT"),
         (["dit-xl-2", "--inference"], "draws pictures: a plan is of its whole training"),
         (["llada-8b", "--inference"], "writes by passes over the whole text, without a cache"),
         (["dit-xl-2", "--lora.rank", "16"], "draws pictures: a plan is of its whole training"),

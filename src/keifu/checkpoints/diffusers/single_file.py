@@ -180,7 +180,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 
 def rename_weights(name: str, config: latent_diffusion.Config) -> str:
-    """diffusers' name of one tensor, after the part of the pipeline that it belongs to."""
+    """Return diffusers' name of one tensor, after the part of the pipeline that it belongs to."""
     if name.startswith(TEXT):
         return f"text_encoder.{name.removeprefix(TEXT)}"
     if name.startswith(CODER):

@@ -109,7 +109,7 @@ def _candidates(freqs: Divisors, theta: float, context: int) -> Iterator[RopeSca
 
 
 def _line(frequencies: list[float], kept: list[float]) -> tuple[float, float]:
-    """Slope and offset of a line through all shares between 0 and 1 that is beyond 0 and 1 at the others."""
+    """Return slope and offset of a line through all shares between 0 and 1 that is beyond 0 and 1 at the others."""
     between = [n for n, share in enumerate(kept) if 0 < share < 1]
     last = max(n for n, share in enumerate(kept) if share > 0)
     if len(between) > 1:
@@ -211,12 +211,14 @@ _GEMMA3 = {ours: f"{theirs}+1" for ours, theirs in (_BLOCKS | _QK_NORM).items() 
 
 
 def _gemma3_scale(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """llama.cpp knows the 27B model by its 62 layers; in it alone the scale is not that of the heads."""
+    """Return the scale of attention: llama.cpp knows the 27B model by its 62 layers; in it alone the scale is not that
+    of the heads."""
     return {"attention_scale": (sizes["dim"] / sizes["n_heads"]) ** -0.5 if sizes["n_layers"] == 62 else None}
 
 
 def _all_keys(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """llama.cpp normalises the keys of an OLMoE as it does the queries: there are as many heads of both."""
+    """Count the heads of keys: llama.cpp normalises the keys of an OLMoE as it does the queries: there are as many
+    heads of both."""
     return {} if sizes.get("n_kv_heads") is None else {"n_kv_heads": sizes["n_heads"]}
 
 

@@ -116,7 +116,7 @@ class _Cursor:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        """Strings one after the other; a vocabulary is tens of thousands of them."""
+        """Return strings one after the other; a vocabulary is tens of thousands of them."""
         found, at, data, size = list[str](), self.at, self.data, len(self.data)
         for _ in range(count):
             start = at + 8

@@ -117,7 +117,7 @@ def _write(
     tensors: Iterable[tuple[str, Tensor]],
     format: str,
 ) -> None:
-    """Header first, then one tensor after the other, so that no second copy of the model is made."""
+    """Write the header first, then one tensor after the other, so that no second copy of the model is made."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(None, architecture)

@@ -37,7 +37,7 @@ FIELDS = ("form", "start_id", "delimiter_id", "extract_id", "classifier_dropout"
 
 
 def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
-    """`keifu.checkpoints.registry.read_config`, for decoders with a task's head too."""
+    """Do as `keifu.checkpoints.registry.read_config`, for decoders with a task's head too."""
     if json.get("model_type") == OWN:
         inner = _object(json, "decoder", where)
         base, decoder = read_plain(inner, f"{where}, decoder,")
@@ -55,7 +55,7 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
 
 
 def describe(config: Any) -> tuple[Family, dict[str, Any]]:
-    """`keifu.checkpoints.registry.describe`, for decoders with a task's head too."""
+    """Do as `keifu.checkpoints.registry.describe`, for decoders with a task's head too."""
     if not isinstance(config, task_head.Config):
         return describe_plain(config)
     base, json = describe_plain(config.decoder)

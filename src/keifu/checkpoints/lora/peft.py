@@ -117,7 +117,7 @@ def _name_layers(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _config(model: nn.Module, made: Sequence[Adapter], base: str) -> dict[str, Any]:
-    """PEFT's config; ranks and alphas that differ from the first adapter's go by name."""
+    """Return PEFT's config; ranks and alphas that differ from the first adapter's go by name."""
     family, config = describe(model.config)
     transposed = any(name.endswith(".T") for name in (family.table(config) or {}).values())
     low, ends = made[0].low, sorted({adapter.target.label.rpartition(".")[2] for adapter in made})

@@ -135,9 +135,7 @@ def architecture(size: Size, context_length: int | None = None) -> "Architecture
     config = vars(published)
     needed = ("vocab_size", "context_length", "dim", "n_layers", "n_heads")
     if any(not isinstance(config.get(name), int) for name in needed):
-        raise UserError(
-            f"{size.name} is no Transformer of tokens alone, and plans are of such models and of DiT alone."
-        )
+        raise UserError(f"{size.name} is no Transformer of tokens alone: plans are of such models and of DiT.")
     head_dim = config.get("head_dim") or config["dim"] // config["n_heads"]
     heads, kv_heads = config["n_heads"], config.get("n_kv_heads") or config["n_heads"]
     context = context_length or min(config["context_length"], 8192)

@@ -55,7 +55,7 @@ def _system(error: OSError) -> str:
 
 
 def _memory(error: Exception) -> str | None:
-    """Out of memory, from Python, from PyTorch on a CPU or from PyTorch on an accelerator; None for anything else."""
+    """Describe an error of memory, from Python or from PyTorch on a CPU or an accelerator; None for anything else."""
     known = re.search("out of memory|can't allocate memory|not enough memory", str(error))
     if not known and not isinstance(error, MemoryError):
         return None

@@ -260,7 +260,7 @@ def _sentence(message: str, name: str | None) -> str:
 
 
 def _readable(problem: str) -> str:
-    """Python's complaint about a value in words for everyone; any other problem as it is."""
+    """Rewrite Python's complaint about a value in words for everyone; return any other problem as it is."""
     forms = {
         r"invalid literal for int\(\) with base 10: (?P<value>.*)": "INT",
         r"could not convert string to float: (?P<value>.*)": "FLOAT",

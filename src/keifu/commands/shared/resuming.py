@@ -92,7 +92,7 @@ def _was_moved(name: str, record: Mapping[str, Any]) -> bool:
 def name_of(out: Path) -> str:
     """Return the name of the recipe whose run stands in a folder."""
     if not (content := run_directory.read_recipe(out)):
-        raise UserError(f"There is no run in {out} to go on with: it has no {run_directory.RECIPE}.")
+        raise UserError(f"There is no run in {out}: it has no {run_directory.RECIPE}.")
     if run_directory.RECORD not in content:
         raise UserError(_TOO_OLD.format(path=out / run_directory.RECIPE))
     record = content[run_directory.RECORD]
@@ -125,9 +125,7 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
 def go_on(run: StoredRun | None, module: ModuleType, wanted: Any, out: Path) -> None:
     """Go on with a run, with the options that may change as they are wanted now."""
     if run is None:
-        raise UserError(
-            f"There is no run in {out} to go on with: it has no {run_directory.RECIPE}. Start without --resume."
-        )
+        raise UserError(f"There is no run in {out}: it has no {run_directory.RECIPE}. Start without --resume.")
     with run_directory.owned(out):
         _go_on(run, module, wanted, out)
 

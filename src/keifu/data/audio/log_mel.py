@@ -16,7 +16,8 @@ LINEAR_TO, BANDS_BELOW, STEP = 1000.0, 15.0, math.log(6.4) / 27  # Slaney's scal
 
 
 def mel_filters(n_mels: int) -> Float[Tensor, "mels frequencies"]:
-    """Triangles of equal area over the frequencies, whose peaks are equally far apart on Slaney's mel scale (1998)."""
+    """Return triangles of equal area over the frequencies, whose peaks are equally far apart on Slaney's mel scale
+    (1998)."""
     highest = BANDS_BELOW + math.log(HIGHEST / LINEAR_TO) / STEP
     mels = torch.linspace(0, highest, n_mels + 2, dtype=torch.float64)
     above = LINEAR_TO * ((mels - BANDS_BELOW) * STEP).exp()

@@ -95,7 +95,7 @@ def dictionary(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_chats(file: Path, turns: int = 4) -> Iterator[Dialogue]:
-    """Conversations between two people of at least `turns` turns.
+    """Yield conversations between two people of at least `turns` turns.
 
     Consecutive messages of one person are one turn, each on its own line; the first to speak has the role `user`.
     """

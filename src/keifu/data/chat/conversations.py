@@ -37,7 +37,7 @@ def titled(entry: str, question: str) -> Iterator[Dialogue]:
 
 
 def translations() -> Iterator[Dialogue]:
-    """ "Translate into Japanese" with Tatoeba's translation; each sentence once."""
+    """Yield "Translate into Japanese" with Tatoeba's translation; each sentence once."""
     seen = set()
     for japanese, english in catalogue.pairs("tatoeba-ja-en"):
         if english not in seen:

@@ -34,7 +34,7 @@ class TurnMasks(NamedTuple):
 
 
 def hash_turns(facts: str, conversations: Iterable[TurnMasks]) -> str:
-    """SHA-256 of all ids and masks, and of what else batches depend on."""
+    """Return SHA-256 of all ids and masks, and of what else batches depend on."""
     digest = hashlib.sha256(facts.encode())
     for turns in conversations:
         digest.update(np.array([len(turns.ids), *turns.ids, *turns.learned], dtype=np.int64).tobytes())
@@ -82,7 +82,7 @@ def fit_conversations(
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit-decreasing bin packing into rows of at most `capacity` tokens: the indices in each row."""
+    """Pack by best fit, the longest first, into rows of at most `capacity` tokens: the indices in each row."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # of each row that has any, sorted
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):

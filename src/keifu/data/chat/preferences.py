@@ -48,8 +48,8 @@ APART = 3.0  # the least difference of a pair's mean ratings
 
 
 def chitchat_preferences() -> Iterator[dict[str, Any]]:
-    """Preferences between two conversations on one question: the best rated against the worst, the second best against
-    the second worst, and so on, each conversation once."""
+    """Yield preferences between two conversations on one question: the best rated against the worst, the second best
+    against the second worst, and so on, each conversation once."""
     content = json.loads(catalogue.fetch("chitchat").read_text(encoding="utf-8"))
     rated: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for talk in content.values():

@@ -75,7 +75,8 @@ def reasoning_gym() -> Any:
 
 
 def gym_problems(source: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """`count` problems: {"prompt", "answer", "entry": the item as the library has it}, the same for the same seed."""
+    """Yield `count` problems: {"prompt", "answer", "entry": the item as the library has it}, the same for the same
+    seed."""
     name, *given = source.removeprefix(PREFIX).split(",")
     known = import_module(f"{reasoning_gym().__name__}.factory").DATASETS
     require_known("generator of reasoning-gym", name, known)

@@ -47,7 +47,8 @@ class Examples:
         return Examples(self.source, tuple(self.rows[index] for index in indices))
 
     def split(self, held_out: int) -> tuple["Examples", "Examples"]:
-        """Training rows, in the order of their keys, and at most `held_out` test rows: those with the smallest keys.
+        """Return training rows, in the order of their keys, and at most `held_out` test rows: those with the smallest
+        keys.
 
         A row's key is that of its first text. Rows with the same key stay together, so that none is on both sides
         (premises come with several hypotheses, contexts with several questions), and a label that would only be held

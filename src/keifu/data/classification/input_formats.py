@@ -148,7 +148,7 @@ def read_examples(
 
 
 def examples_of(texts: Sequence[str], form: Form) -> Examples:
-    """Examples without labels from texts, whose parts have a tab between them where the form has several."""
+    """Return examples without labels from texts, whose parts have a tab between them where the form has several."""
     several, rows = len(form.columns) > 1, []
     for number, text in enumerate(texts, 1):
         where = f"Text {number} of {len(texts)}"

@@ -45,7 +45,7 @@ def table_rows(source: str | Path, encoding: str | None = None) -> list[Row]:
 
 
 def _topics() -> Iterator[Row]:
-    """Title and summary of every Wikipedia article in the catalogue, with its topic."""
+    """Yield title and summary of every Wikipedia article in the catalogue, with its topic."""
     articles = json.loads(catalogue.fetch("wiki-summaries").read_text(encoding="utf-8"))
     for title, article in articles.items():
         yield f"wiki-summaries, {title!r}", {"text": f"{title}\n\n{article['extract']}", "label": article["topic"]}

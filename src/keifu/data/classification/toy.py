@@ -38,7 +38,7 @@ def moons(rows: int, noise: float = 0.15, seed: int = 0) -> tuple[Float[Tensor, 
 def spirals(
     rows: int, arms: int = 2, turns: float = 1.25, noise: float = 0.04, seed: int = 0
 ) -> tuple[Float[Tensor, "rows 2"], Int[Tensor, "rows"]]:
-    """Arms that wind about the origin to radius 1, each a class, plus normal noise."""
+    """Return arms that wind about the origin to radius 1, each a class, plus normal noise."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(rows) % arms
     radius = 0.1 + 0.9 * torch.rand(rows, generator=generator).sqrt()

@@ -90,7 +90,8 @@ class Augmentation:
 
 
 def uniform(seed: int, step: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """Numbers in [0, 1), float64 [index, count]: SplitMix64 (Steele, Lea and Flood, 2014), keyed by what is given."""
+    """Return numbers in [0, 1), float64 [index, count]: SplitMix64 (Steele, Lea and Flood, 2014), keyed by what is
+    given."""
     key = _mix(np.array([seed % 2**64], np.uint64) + STEP)
     key = _mix(key + np.array([(step + 1) % 2**64], np.uint64) * STEP)
     keys = _mix(key + (np.asarray(indices).astype(np.uint64) + np.uint64(1)) * STEP)
@@ -126,7 +127,7 @@ class Distortion:
         return F.grid_sample(pictures[:, None], grid + field, align_corners=False)[:, 0]
 
     def _affine(self, rows: int, width: int, generator: Generator) -> Float[Tensor, "rows 2 3"]:
-        """Rotation, zoom, shear and shift in one matrix a picture, in units of half its width."""
+        """Return rotation, zoom, shear and shift in one matrix a picture, in units of half its width."""
         turn, zoom, shear, *shift = 2 * torch.rand(5, rows, generator=generator) - 1
         angle, size = turn * self.turn * math.pi / 180, (zoom * math.log1p(self.zoom)).exp()
         cos, sin, lean = size * angle.cos(), size * angle.sin(), shear * self.shear

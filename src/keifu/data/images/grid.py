@@ -106,7 +106,7 @@ def _font(text: str) -> ImageFont.FreeTypeFont:
 
 @cache
 def _open_font(far_east: bool) -> ImageFont.FreeTypeFont:
-    """IPAex Gothic for Japanese and Chinese signs, fetched when it is first needed, DejaVu Sans for all else."""
+    """Open IPAex Gothic for Japanese and Chinese signs, fetched when it is first needed, DejaVu Sans for all else."""
     if far_east:
         return ImageFont.truetype(catalogue.fetch("japanese-font"), LETTERS)
     import matplotlib

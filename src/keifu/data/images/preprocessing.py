@@ -88,7 +88,7 @@ class Preprocessing(Normalisation):
             return self.normalised(torch.stack(list(workers.map(self.cut, images))))
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after resizing; the longer side is rounded down."""
+        """Return width and height after resizing; the longer side is rounded down."""
         short, long = min(width, height), max(width, height)
         longer = self.size if self.squash else int(self.size * long / short)
         return (self.size, longer) if width <= height else (longer, self.size)

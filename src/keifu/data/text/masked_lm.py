@@ -141,9 +141,7 @@ class MaskingScheme:
 
     def __post_init__(self) -> None:
         if self.length < 8 or self.most < 1 or not 0 < self.share < 1 or not 0 <= self.short <= 1:
-            raise UserError(
-                f"Masking needs length >= 8, most >= 1, share between 0 and 1 and short from 0 to 1; it has {self}."
-            )
+            raise UserError("Masking needs length >= 8, most >= 1, share between 0 and 1 and short from 0 to 1.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +217,7 @@ class MaskedText:
         return _loss_weights([self._make_batch(self.shards.training, bounds[longest], elsewhere[longest], random)])[0]
 
     def validation(self) -> Iterable[dict[str, Tensor]]:
-        """Held-out rows, spread evenly, with masks that are always the same; every row counts alike."""
+        """Return held-out rows, spread evenly, with masks that are always the same; every row counts alike."""
         return self._validation
 
     @cached_property

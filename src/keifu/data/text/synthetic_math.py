@@ -44,7 +44,7 @@ def problem(number: int, seed: int = 0) -> Problem:
 
 
 def documents(count: int, held_out: float, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Documents of eight of the first `count` problems, for training and held out; no question is in both."""
+    """Return documents of eight of the first `count` problems, for training and held out; no question is in both."""
     both: tuple[dict[str, Problem], dict[str, Problem]] = {}, {}
     for number in range(count):
         example = problem(number, seed)
@@ -85,7 +85,7 @@ def _difference(chance: random.Random) -> Problem:
 
 
 def _product(chance: random.Random) -> Problem:
-    """Tens times a digit, ones times a digit, and both together."""
+    """Return tens times a digit, ones times a digit, and both together."""
     a, b = chance.randrange(10, 100), chance.randrange(2, 10)
     tens, ones = _step(a // 10 * 10, "*", b), _step(a % 10, "*", b)
     return _solve(f"{a} * {b} = ?", tens, ones, _step(tens[1], "+", ones[1]))
@@ -116,7 +116,7 @@ def _giving(chance: random.Random) -> Problem:
 
 
 def chain_sums(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """`count` different problems, or all that there are: {"prompt": "What is 4 + 3 - 9?", "answer": "-2"}.
+    """Yield `count` different problems, or all that there are: {"prompt": "What is 4 + 3 - 9?", "answer": "-2"}.
 
     terms: the fewest and the most numbers of a problem. digits: the most that a number has.
     """

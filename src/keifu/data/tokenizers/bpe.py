@@ -192,7 +192,7 @@ Made = tuple[tokenizers.Tokenizer, dict[str, str]]
 
 
 def clip_backend(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> Made:
-    """CLIP's rules around a vocabulary, spelled in the byte alphabet, and its merges, in order."""
+    """Build CLIP's rules around a vocabulary, spelled in the byte alphabet, and its merges, in order."""
     merging = models.BPE(dict(vocabulary), list(merges), unk_token=END, end_of_word_suffix=WORD_END)
     backend = tokenizers.Tokenizer(merging)
     space = normalizers.Replace(Regex(r"\s+"), " ")

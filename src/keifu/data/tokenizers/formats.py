@@ -120,7 +120,7 @@ def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str
 
 
 def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> Read:
-    """BERT's vocab.txt: one token a line, its id the line's number from 0."""
+    """Read BERT's vocab.txt: one token a line, its id the line's number from 0."""
     lines = read_text(path).removesuffix("\n").split("\n")
     vocabulary: dict[str, int] = {}
     for number, line in enumerate(lines):
@@ -138,7 +138,8 @@ def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> Read:
 def wordpiece_backend(
     vocabulary: Mapping[str, int], lowercase: bool, strip_accents: bool | None, split_ideographs: bool = True
 ) -> Read:
-    """BERT's rules: words between spaces and punctuation, then each word's longest pieces (Devlin et al., 2018)."""
+    """Build BERT's rules: words between spaces and punctuation, then each word's longest pieces (Devlin et al.,
+    2018)."""
     backend = tokenizers.Tokenizer(models.WordPiece(dict(vocabulary), unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(
         lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=split_ideographs

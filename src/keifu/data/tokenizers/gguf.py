@@ -68,7 +68,7 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """GGUF's general.sampling.*, in the words of generation_config.json; a temperature of 0 is greedy choice."""
+    """Convert GGUF's general.sampling.* to the words of generation_config.json; a temperature of 0 is greedy choice."""
     there = {ours: fields.get(f"general.sampling.{theirs}") for ours, (theirs, _) in SAMPLING_KEYS.items()}
     settings: dict[str, Any] = {ours: round(value, 6) for ours, value in there.items() if value is not None}
     if settings.get("temperature") == 0:

@@ -243,7 +243,8 @@ def no_byte_names() -> pre_tokenizers.PreTokenizer:
 
 
 def _normalizers(settings: SentencePieceSettings) -> list[normalizers.Normalizer]:
-    """SentencePiece's own order: the table, spaces at the ends and runs of them, the first space, its escape."""
+    """List the steps in SentencePiece's own order: the table, spaces at the ends and runs of them, the first space, its
+    escape."""
     steps: list[normalizers.Normalizer] = []
     if settings.character_map:
         steps.append(normalizers.Precompiled(settings.character_map))
@@ -259,7 +260,8 @@ def _normalizers(settings: SentencePieceSettings) -> list[normalizers.Normalizer
 
 
 def decoder(byte_fallback: bool, dummy_prefix: bool) -> decoders.Decoder:
-    """Pieces to text: spaces for U+2581, bytes for byte pieces, and no space at the start if encoding put one there."""
+    """Build the decoder of pieces to text: spaces for U+2581, bytes for byte pieces, and no space at the start if
+    encoding put one there."""
     steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
     if byte_fallback:
         steps.append(decoders.ByteFallback())

@@ -83,7 +83,7 @@ def _wordpiece(prefix: str, cleanup: bool) -> DecodingRule:
 
 
 def _sequence(steps: list[dict[str, Any]]) -> DecodingRule:
-    """SentencePiece's decoders: replacements in each token, bytes for byte tokens, and no space at the start."""
+    """Return SentencePiece's decoders: replacements in each token, bytes for byte tokens, and no space at the start."""
     kinds = [step["type"] for step in steps]
     if len(steps) == 1:
         return decoding_rule(steps[0])

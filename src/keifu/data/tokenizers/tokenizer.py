@@ -100,7 +100,7 @@ def nothing_around_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def unused_characters(value: Any, count: int = 2) -> str:
-    """Private-use characters that no string of `value` contains."""
+    """Return private-use characters that no string of `value` contains."""
     seen = set(json.dumps(value, ensure_ascii=False, default=str))
     free = (character for character in map(chr, range(0x100000, 0x10FFFD)) if character not in seen)
     return "".join(islice(free, count))
@@ -206,7 +206,7 @@ class Tokenizer:
 
     @contextmanager
     def _explaining(self, texts: Sequence[str]) -> Iterator[None]:
-        """Context in which texts are encoded: a failure is a `UserError` that names the character."""
+        """Explain a failure to encode texts: it is a `UserError` that names the character."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit, MemoryError):

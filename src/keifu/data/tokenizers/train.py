@@ -164,7 +164,7 @@ def _unigram(wanted: _Training) -> Made:
 
 
 def _prepare_unigram(backend: tokenizers.Tokenizer) -> None:
-    """NFKC, a space before each text, and pieces that never go over the start of a word; no word segmenter."""
+    """Set NFKC, a space before each text, and pieces that never go over the start of a word; no word segmenter."""
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend(sp.SPACE)])
     words = pre_tokenizers.Metaspace(sp.SPACE, prepend_scheme="never", split=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, sp.no_byte_names()])

@@ -98,7 +98,7 @@ class EncodedPairs:
         return np.stack([self.source.lengths + 1, self.target.lengths + 2], axis=1)
 
     def batch(self, rows: np.ndarray, special: SpecialIds, source_special: SpecialIds) -> Batch:
-        """{"source", "source_mask", "target", "target_mask"} of some rows; the target has start and end."""
+        """Return {"source", "source_mask", "target", "target_mask"} of some rows; the target has start and end."""
         source, source_mask = self.source.padded(rows, source_special, begins=False)
         target, target_mask = self.target.padded(rows, special, begins=True)
         return {"source": source, "source_mask": source_mask, "target": target, "target_mask": target_mask}

@@ -44,7 +44,7 @@ def parts(name: str, held_out: float) -> Parts:
 
 @lru_cache(maxsize=1)
 def rows(held_out: float) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows, the latter about that share of all; rows that share a sentence are dropped."""
+    """Return training and held-out rows, the latter about that share of all; rows that share a sentence are dropped."""
     return split_sentences([*readers.tatoeba(catalogue.fetch(ENTRY))], held_out)
 
 
@@ -75,7 +75,8 @@ def translation_prompt(rows: Sequence[Row], codes: Sequence[str]) -> list[str]:
 
 
 def translations(pairs: Sequence[Pair], languages: Sequence[str]) -> list[str]:
-    """Documents of eight pairs, first from the first language to the second, then all of them the other way round.
+    """Return documents of eight pairs, first from the first language to the second, then all of them the other way
+    round.
 
     Each document has one of `FORMATS` throughout. `languages`: codes, or names as they are to stand there.
     """

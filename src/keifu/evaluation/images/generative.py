@@ -246,9 +246,7 @@ def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
     """Return how often a classifier of rows of grey values sees the class in an image that it was drawn of."""
     judge, classes = request.judge, drawer.config.classes or ()
     if not isinstance(judge, RowClassifier) or not classes:
-        raise UserError(
-            "The metric classes takes a model conditioned on named classes, and --judge a network of digits."
-        )
+        raise UserError("The metric classes needs a model conditioned on named classes, and --judge one of digits.")
     size = drawer.colours * math.prod(pixel_diffusion.trained_size(drawer))
     if sorted(judge.classes) != sorted(classes) or judge.config.dim != size:
         raise UserError(
@@ -309,9 +307,7 @@ def _held_out(drawer: ImageModel, pictures: ImageDataset, request: EvalRequest) 
     requested by name."""
     try:
         if not len(pictures):
-            raise UserError(
-                f"Too few pictures are in {request.on} to hold one out, so none can be found again in noise."
-            )
+            raise UserError(f"{request.on} has too few pictures to hold one out, so none can be found again in noise.")
         if drawer.coder is not None:
             raise UserError("This model sees latents and no pixels, so pictures are not found again in their noise.")
         condition_labels(drawer, pictures)

@@ -84,15 +84,15 @@ class Denoiser:
 
 
 def dynamic_threshold(picture: Sample, share: float, most: float) -> Sample:
-    """Dynamic thresholding (Saharia et al., 2022, section 2.3): each image is clipped at the quantile `share` of its
-    absolute numbers, which is held between 1 and `most`, and divided by it."""
+    """Apply dynamic thresholding (Saharia et al., 2022, section 2.3): each image is clipped at the quantile `share` of
+    its absolute numbers, which is held between 1 and `most`, and divided by it."""
     flat = picture.flatten(1)
     bound = flat.abs().quantile(share, dim=1, keepdim=True).clamp(1, most)
     return (flat.clamp(-bound, bound) / bound).view_as(picture)
 
 
 def guide(conditional: Sample, unconditional: Sample, guidance: float, rescale: float = 0.0) -> Sample:
-    """Classifier-free guidance: extrapolates from the unconditional through the conditional prediction.
+    """Guide without a classifier: extrapolate from the unconditional through the conditional prediction.
 
     `guidance` is the s of unconditional + s · (conditional - unconditional): 1 is the conditional prediction itself,
     and Ho and Salimans (2022) write s = 1 + w. `rescale` moves the result that far towards the standard

@@ -34,7 +34,7 @@ class KeptRegion(NamedTuple):
     anew: Bool[Tensor, "..."]
 
     def put_back(self, x: Sample, level: Level) -> Sample:
-        """x, and in the kept region the image with its noise at this level."""
+        """Return x, and in the kept region the image with its noise at this level."""
         return torch.where(self.anew, x, level.alpha * self.picture + level.sigma * self.noise)
 
 
@@ -59,10 +59,7 @@ def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
     steps = len(schedule.steps)
     taken = int(steps * strength)
     if not taken:
-        raise UserError(
-            f"A strength of {strength:g} leaves none of {steps} steps: take more steps, or a strength of at least "
-            f"{1 / steps:.2g}."
-        )
+        raise UserError(f"A strength of {strength:g} leaves none of {steps} steps: take {1 / steps:.2g} or more.")
     return schedule._replace(steps=schedule.steps[steps - taken :])
 
 
@@ -107,7 +104,7 @@ class InputImage:
         return read_image(Path(self.place)).image
 
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Return height and width in pixels."""
         width, height = self.image().size
         return height, width
 

@@ -143,10 +143,7 @@ class LatentDiffusionPipeline(TextToImagePipeline):
             raise UserError("This model draws from a text, and there is none: say what to draw.")
         self.check_conditions(wanted)
         if self.model.config.masked and wanted.mask is None:
-            raise UserError(
-                "This model fills in what a mask hides of a picture, and draws nothing from a text alone: give both "
-                "(--init, --mask)."
-            )
+            raise UserError("This model fills in a masked part of a picture: give both (--init, --mask).")
         self.tokens([wanted.text, wanted.negative], wanted.truncate)
         size = wanted.sides() or trained_size(self.model)
         self.model.check_size(*size)
@@ -155,17 +152,14 @@ class LatentDiffusionPipeline(TextToImagePipeline):
         whole = replace(wanted.completed(self.noise, size), tile=tile_of(wanted.tile, size, factor))
         anew = whole.anew()
         if anew is not None and not bool(downscale_mask(anew, factor).any()):
-            raise UserError(
-                f"The mask's white parts are smaller than the {factor} x {factor} pixels that one number of the "
-                "latents stands for: make them larger."
-            )
+            raise UserError(f"The mask's white parts are smaller than the {factor} x {factor} pixels of a latent.")
         return whole
 
     @torch.inference_mode()
     def drawing(
         self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str] | None = None
     ) -> Iterator[SamplerStep]:
-        """x and the predicted latents after each step, for a picture of each seed, on the model's device.
+        """Yield x and the predicted latents after each step, for a picture of each seed, on the model's device.
 
         wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None. Convolutions are
         packed for it once, which takes about as long as a step and their memory a second time.

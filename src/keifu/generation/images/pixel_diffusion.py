@@ -143,7 +143,7 @@ class ImageRequest:
             raise UserError(f"{option} is for a model that draws by way of an embedding (unCLIP): leave it out.")
 
     def sides(self) -> tuple[int, int] | None:
-        """Height and width that were asked for, or those of the input image."""
+        """Return height and width that were asked for, or those of the input image."""
         return self.size or (self.init.size() if self.init else None)
 
     def schedule(self, whole: Schedule) -> Schedule:
@@ -194,7 +194,7 @@ def require_diffusion_model(model: nn.Module) -> ImageModel:
 
 
 def trained_size(model: ImageModel) -> tuple[int, int]:
-    """Height and width of the pictures that a model was trained with."""
+    """Return height and width of the pictures that a model was trained with."""
     size = model.config.size
     if size is None:
         raise UserError("The model does not say how large its pictures are: give their size.")
@@ -286,7 +286,7 @@ class PixelPipeline(Pipeline):
 
     @torch.inference_mode()
     def drawing(self, wanted: ImageRequest, seeds: Sequence[int]) -> Iterator[SamplerStep]:
-        """x and the predicted images after each step, for an image of each seed, on the model's device.
+        """Yield x and the predicted images after each step, for an image of each seed, on the model's device.
 
         The convolutions' weights are prepacked once, which takes about as long as a step.
         """
@@ -320,10 +320,7 @@ class PixelPipeline(Pipeline):
 def to_pixels(x: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
     """Return the numbers from -1 to 1 as bytes, unless one is no number."""
     if not bool(x.isfinite().all()):
-        raise UserError(
-            "The picture has numbers that are not finite: the weights are damaged, or their type is too narrow for "
-            "them; try float32."
-        )
+        raise UserError("The picture has numbers that are not finite: its weights are damaged, or need float32.")
     return to_bytes(x).cpu()
 
 

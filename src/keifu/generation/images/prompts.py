@@ -94,14 +94,10 @@ class InsertedImages:
     def __init__(self, prompt: ImagePrompt, config: Any):
         marks = sum(token == config.image_token for token in prompt.tokens)
         if len(prompt.images) > MOST_IMAGES:
-            raise UserError(
-                f"{len(prompt.images)} pictures were given, and a prompt takes at most {MOST_IMAGES}: give fewer."
-            )
+            raise UserError(f"{len(prompt.images)} pictures were given, but a prompt takes at most {MOST_IMAGES}.")
         length = len(prompt.tokens) + marks * (config.image_tokens - 1)
         if length > config.context_length:  # before the pictures take memory
-            raise UserError(
-                f"The prompt has {length} tokens, but this model's context is {config.context_length}: give less."
-            )
+            raise UserError(f"The prompt has {length} tokens, but the context is {config.context_length}: shorten it.")
         self._preprocessing = preprocessing(config)
         self._pixels = [tile for image in prompt.images for tile in self._preprocessing.tiles(image)]
         if marks != len(self._pixels):

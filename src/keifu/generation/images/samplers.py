@@ -43,7 +43,7 @@ class SamplerStep(NamedTuple):
 
 
 def last_x(steps: Iterator[SamplerStep], watch: Callable[[SamplerStep], object] = lambda state: None) -> Tensor:
-    """x after all steps; `watch` is called with the state after each one."""
+    """Return x after all steps; `watch` is called with the state after each one."""
     x = torch.empty(0)
     for state in steps:
         watch(state)
@@ -55,7 +55,8 @@ SamplingFunction: TypeAlias = Callable[[Denoiser, Tensor, Schedule, Random], Ite
 
 
 def ddpm(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """DDPM (Ho et al., 2020, algorithm 2): samples the posterior given the predicted image (equation 7) at each step.
+    """Sample by DDPM (Ho et al., 2020, algorithm 2): draw the posterior given the predicted image (equation 7) at each
+    step.
 
     Its variance is that of the denoiser's `Noise`. A step that ends at the clean picture adds no noise; diffusers adds
     it there unless the step begins at timestep 0.
@@ -84,7 +85,8 @@ def _ddpm_standard_deviation(output: DenoiserOutput, variance: str, level: Level
 
 
 def ddim(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random, eta: float = 0.0) -> Iterator[SamplerStep]:
-    """DDIM (Song et al., 2021, equation 12); `eta` scales the fresh noise: 0 none, 1 that of DDPM (equation 16)."""
+    """Sample by DDIM (Song et al., 2021, equation 12); `eta` scales the fresh noise: 0 none, 1 that of DDPM (equation
+    16)."""
     for level, next_level in schedule.steps:
         output = denoise(x, level)
         noise_std = eta * standard_deviation(level, next_level)
@@ -94,7 +96,8 @@ def ddim(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random, eta: 
 
 
 def euler(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """Euler's method on the probability flow ODE (Karras et al., 2022, algorithm 1 at first order, without churn).
+    """Follow Euler's method on the probability flow ODE (Karras et al., 2022, algorithm 1 at first order, without
+    churn).
 
     By a constant noise in x / alpha, and in a flow by a constant velocity, a step has the same end.
     """
@@ -105,7 +108,7 @@ def euler(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> I
 
 
 def euler_ancestral(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """Euler's method to a lower level, then fresh noise up to the next level: k-diffusion's (Crowson, 2022).
+    """Follow Euler's method to a lower level, then fresh noise up to the next level: k-diffusion's (Crowson, 2022).
 
     In exact arithmetic this is DDIM with η = 1 on the continuous schedule.
     """
@@ -119,7 +122,8 @@ def euler_ancestral(denoise: Denoiser, x: Sample, schedule: Schedule, random: Ra
 
 
 def heun(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """Heun's method (Karras et al., 2022, algorithm 1 without churn): the mean of the slopes at both ends of a step.
+    """Follow Heun's method (Karras et al., 2022, algorithm 1 without churn): the mean of the slopes at both ends of a
+    step.
 
     It takes two evaluations a step, one in the last."""
     for level, next_level in schedule.steps:
@@ -134,12 +138,12 @@ def heun(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> It
 
 
 def derivative(x: Sample, picture: Sample, level: Level) -> Tensor:
-    """d(x / alpha) / dσ of the probability flow ODE, which is the noise in x given this predicted image."""
+    """Return d(x / alpha) / dσ of the probability flow ODE, which is the noise in x given this predicted image."""
     return (x - level.alpha * picture) / level.sigma
 
 
 def integrate_to(x: Sample, noise: Tensor, level: Level, next_level: Level) -> Tensor:
-    """x at another level, by a constant slope; with the network's noise, this is DDIM's deterministic step."""
+    """Return x at another level, by a constant slope; with the network's noise, this is DDIM's deterministic step."""
     scale = next_level.alpha / level.alpha
     return scale * x + (next_level.sigma - scale * level.sigma) * noise
 
@@ -154,7 +158,8 @@ ADAMS_BASHFORTH = (
 
 
 def lms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """LMS: linear multistep in σ with up to four slopes (k-diffusion's; Adams-Bashforth on unevenly spaced levels)."""
+    """Sample by LMS: linear multistep in σ with up to four slopes (k-diffusion's; Adams-Bashforth on unevenly spaced
+    levels)."""
     slopes: deque[Tensor] = deque(maxlen=4)
     ratios = [step.level.ratio for step in schedule.steps]
     for number, (level, next_level) in enumerate(schedule.steps):
@@ -181,8 +186,8 @@ def lms_weights(known: Sequence[float], start: float, end: float) -> list[float]
 
 
 def plms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """PLMS: pseudo linear multistep (Liu et al., 2022, equation 12) without Runge-Kutta steps: the first step is
-    taken twice, with the mean of the outputs at both ends, as in the released Stable Diffusion.
+    """Sample by PLMS: pseudo linear multistep (Liu et al., 2022, equation 12) without Runge-Kutta steps: the first step
+    is taken twice, with the mean of the outputs at both ends, as in the released Stable Diffusion.
 
     The network's raw outputs are combined, before they are converted to an image and noise.
     """
@@ -209,7 +214,8 @@ def _plms_step(x: Sample, output: DenoiserOutput, level: Level, next_level: Leve
 def dpm_2m(
     denoise: Denoiser, x: Sample, schedule: Schedule, random: Random, stochastic: bool = False
 ) -> Iterator[SamplerStep]:
-    """DPM-Solver++(2M) (Lu et al., 2022, algorithm 2): extrapolates the last two predicted images linearly in λ.
+    """Sample by DPM-Solver++(2M) (Lu et al., 2022, algorithm 2): extrapolate the last two predicted images linearly in
+    λ.
 
     The first step is of first order, and so may be the last (see `FEW`). `stochastic` is SDE-DPM-Solver++(2M) of the
     same paper (equation 18), with DDPM's fresh noise.
@@ -236,7 +242,7 @@ def dpm_2m(
 
 
 def unipc(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """UniPC of order 2 (Zhao et al., 2023, algorithms 5 to 8) with image prediction and B₂(h) = e^h - 1.
+    """Sample by UniPC of order 2 (Zhao et al., 2023, algorithms 5 to 8) with image prediction and B₂(h) = e^h - 1.
 
     Each predicted image first corrects the x that it was predicted from, then predicts the next x: the corrector needs
     no evaluation of its own.
@@ -258,7 +264,8 @@ def unipc(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> I
 def _unipc_update(
     x: Tensor, known: Sequence[tuple[Tensor, Level]], end: Level, order: int, picture: Tensor | None = None
 ) -> Tensor:
-    """x, from the newest known level to another one: the predictor UniP, or with the image predicted there, UniC."""
+    """Return x, from the newest known level to another one: the predictor UniP, or with the image predicted there,
+    UniC."""
     newest, level = known[-1]
     h = end.log_snr - level.log_snr
     growth = math.expm1(-h)

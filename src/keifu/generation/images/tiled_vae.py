@@ -135,8 +135,5 @@ def tile_of(wanted: int | None, size: tuple[int, int], factor: int) -> int:
         return TILE // factor * factor if size[0] * size[1] > WHOLE else 0
     if wanted and (wanted % factor or wanted < 4 * factor):
         near = max(4, round(wanted / factor)) * factor
-        raise UserError(
-            f"Tiles have sides of at least {4 * factor} pixels and whole multiples of {factor}, not {wanted}: the "
-            f"nearest is {near}; 0 is for no tiles."
-        )
+        raise UserError(f"Tiles need sides of {factor} x 4, 5, ... pixels, not {wanted}: take {near}, or 0 for none.")
     return wanted

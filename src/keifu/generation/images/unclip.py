@@ -31,7 +31,7 @@ OF_PIXELS = ("strength", "mask", "tile")  # without meaning where an image is ge
 
 
 def slerp(a: Embedding, b: Embedding, share: Float[Tensor, " batch"]) -> Embedding:
-    """Spherical interpolation from a to b; lengths are interpolated linearly (Ramesh et al., 2022, section 3.2)."""
+    """Interpolate on a sphere from a to b; lengths are interpolated linearly (Ramesh et al., 2022, section 3.2)."""
     share = share[:, None].to(a.dtype)
     one, other = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     angle = (one * other).sum(-1, keepdim=True).clamp(-1, 1).acos()
@@ -77,9 +77,7 @@ class UnclipPipeline(TextToImagePipeline):
         if wanted.init is not None and self.model.config.pixels is None:
             raise UserError("This model has no image_encoder, so it cannot see a picture: give a text alone.")
         if given := [name for name in OF_PIXELS if vars(wanted)[name] is not None]:
-            raise UserError(
-                f"This model draws a picture from its embedding, not from its pixels: leave --{given[0]} out."
-            )
+            raise UserError(f"This model draws a picture from its embedding, not from pixels: leave --{given[0]} out.")
         if wanted.towards is not None and isinstance(wanted.towards, str) != (wanted.init is None):
             raise UserError("The way goes from a text to a text, or from a picture to a picture: give two of a kind.")
         if wanted.towards is not None and wanted.count < 2:
@@ -90,7 +88,7 @@ class UnclipPipeline(TextToImagePipeline):
         self._caption(said, wanted.truncate)
 
     def _small(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width before super-resolution to this size."""
+        """Return height and width before super-resolution to this size."""
         whole, small = self.model.config.size, self.model.config.small_size
         if self.pixels or whole is None or small is None:
             return size
@@ -176,7 +174,7 @@ class UnclipPipeline(TextToImagePipeline):
         texts: Sequence[str] | None = None,
         random: Random | None = None,
     ) -> Iterator[SamplerStep]:
-        """x and the predicted images after each step of the decoder, on the model's device.
+        """Yield x and the predicted images after each step of the decoder, on the model's device.
 
         wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None. All images of an
         interpolation have the first one's noise, and no text besides their embeddings.
@@ -206,7 +204,7 @@ class UnclipPipeline(TextToImagePipeline):
     def upsample(
         self, small: Float[Tensor, "batch channels height width"], wanted: ImageRequest, random: Random
     ) -> Float[Tensor, "batch channels rows columns"]:
-        """Super-resolution of small images to the requested size."""
+        """Enlarge small images to the requested size."""
         if self.pixels or wanted.size is None:
             return small
         chosen = self._upsampling_sampler(wanted)

@@ -81,7 +81,8 @@ CHUNK = 64  # logits whose largest is looked at first
 
 
 def paper_penalty(lengths: Lengths, alpha: float = 0.6) -> Lengths:
-    """((5 + |Y|) / 6)^alpha, which divides ln P(Y) (Wu et al., 2016, equation 14; the Transformer has alpha 0.6).
+    """Return ((5 + |Y|) / 6)^alpha, which divides ln P(Y) (Wu et al., 2016, equation 14; the Transformer has alpha
+    0.6).
 
     |Y| counts every token written, the end token too.
     """
@@ -230,10 +231,7 @@ class _Beams:
         going = self.search.goes_on(self._best[self.sources], best_open, now, last) & (best_open > -torch.inf)
         *columns, stays, wrong = torch.cat([rows, torch.stack([going, damaged], 1).long()], 1).cpu().unbind(1)
         if bool(wrong.any()):
-            raise UserError(
-                f"The model's logits after {self.length - 1} tokens are not finite: its weights are damaged, or its "
-                "type is too narrow; load it in float32 or bfloat16."
-            )
+            raise UserError(f"The logits after {self.length - 1} tokens are not finite: try float32 or bfloat16.")
         rows = torch.stack(columns, 1)
         if not bool(stays.all()):
             left = stays.nonzero()[:, 0]
@@ -253,7 +251,7 @@ def _hypothesis(score: float, padded: list[int], ends: Collection[int]) -> Hypot
 
 
 def log_total_(logits: Float[Tensor, "rows vocab"], largest: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
-    """ln Σ exp of each row, as `logsumexp`, in the memory of the logits, which are lost."""
+    """Return ln Σ exp of each row, as `logsumexp`, in the memory of the logits, which are lost."""
     return logits.sub_(largest).exp_().sum(-1, keepdim=True).log_() + largest
 
 

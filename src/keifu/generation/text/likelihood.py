@@ -28,7 +28,7 @@ CHUNK = 256  # tokens whose logits exist at the same time
 
 @torch.inference_mode()
 def score(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch predicted"]:
-    """ln P(token | those before it) of every token but the first, [batch, length - 1] in float32.
+    """Return ln P(token | those before it) of every token but the first, [batch, length - 1] in float32.
 
     This is what `log_probability` reports while a text is written. A text longer than the context is a `UserError`.
     """

@@ -23,7 +23,7 @@ Parameter = Float[Tensor, " #rows"]
 
 
 def repetition_penalty(logits: Logits, seen: Bool[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
-    """Positive logits of tokens that were seen / penalty, negative ones · penalty (CTRL, section 4.1)."""
+    """Return positive logits of tokens that were seen / penalty, negative ones · penalty (CTRL, section 4.1)."""
     factor = torch.where(logits < 0, penalty[:, None], 1 / penalty[:, None])
     return torch.where(seen, logits * factor, logits)
 
@@ -49,7 +49,7 @@ def temperature(logits: Logits, t: Parameter) -> Logits:
 
 
 def top_k(logits: Logits, k: Int[Tensor, " #rows"]) -> Logits:
-    """-inf for all but the k likeliest tokens and their equals (Fan et al., 2018); k = 0 keeps all."""
+    """Return -inf for all but the k likeliest tokens and their equals (Fan et al., 2018); k = 0 keeps all."""
     vocab = logits.shape[1]
     last = torch.where(k > 0, k.clamp(max=vocab), vocab) - 1
     smallest = _descending(logits).gather(1, last.expand(len(logits))[:, None])
@@ -57,7 +57,7 @@ def top_k(logits: Logits, k: Int[Tensor, " #rows"]) -> Logits:
 
 
 def top_p(logits: Logits, p: Parameter) -> Logits:
-    """-inf for all but the smallest set of likeliest tokens whose mass is at least p (Holtzman et al., 2020)."""
+    """Return -inf for all but the smallest set of likeliest tokens whose mass is at least p (Holtzman et al., 2020)."""
     values = _descending(logits)
     mass = wide(values.softmax(-1)).cumsum(-1, dtype=torch.float64)
     last = (mass < wide(p)[:, None]).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1).to(logits.device)
@@ -65,7 +65,7 @@ def top_p(logits: Logits, p: Parameter) -> Logits:
 
 
 def min_p(logits: Logits, fraction: Parameter) -> Logits:
-    """-inf for tokens less than `fraction` times as likely as the likeliest (Nguyen et al., 2024)."""
+    """Return -inf for tokens less than `fraction` times as likely as the likeliest (Nguyen et al., 2024)."""
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + fraction[:, None].log(), -torch.inf)
 
 
@@ -95,13 +95,13 @@ def shortlist(
 
 
 def likeliest(logits: Logits) -> Logits:
-    """-inf for all but one likeliest token: what greedy choice samples from."""
+    """Return -inf for all but one likeliest token: what greedy choice samples from."""
     best = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.argmax(-1, keepdim=True), True)
     return logits.masked_fill(~best, -torch.inf)
 
 
 def log_probability(logits: Logits, tokens: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """ln of the probability that softmax(logits) gives each row's token."""
+    """Return ln of the probability that softmax(logits) gives each row's token."""
     return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 

@@ -200,7 +200,8 @@ class TorchRunner:
 
 
 def _equally_spaced(spans: Sequence[Span], last: int) -> list[list[Span]]:
-    """Spans in the order of their first blocks, cut into groups at equal distances; those behind `last` are alone."""
+    """Return spans in the order of their first blocks, cut into groups at equal distances; those behind `last` are
+    alone."""
     groups: list[list[Span]] = []
     step = 0
     for span in spans:

@@ -19,7 +19,7 @@ from keifu.layers.wide import wide
 
 
 def sample(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """Inverse transform sampling: the first token at which the cumulative probability passes u.
+    """Sample by the inverse transform: return the first token at which the cumulative probability passes u.
 
     One number a row suffices, where the Gumbel trick needs one for each token of the vocabulary. The sum is float64, so
     that rare tokens keep their probability; tokens of probability 0 are never sampled.
@@ -254,7 +254,7 @@ class Sampler:
         return Chosen(tokens, torch.stack([wide(column).double() for column in columns], -1))
 
     def _allowed(self, logits: logits_processors.Logits) -> logits_processors.Logits:
-        """-inf for the tokens that a request's constraint excludes."""
+        """Return -inf for the tokens that a request's constraint excludes."""
         if all(request.constraint is None for request in self.requests):
             return logits
         free = torch.ones(logits.shape[1], dtype=torch.bool, device="cpu")

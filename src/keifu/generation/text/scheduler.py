@@ -53,7 +53,7 @@ class Sequence:
         return self.request.limit - len(self.request.tokens) - 1
 
     def span(self, count: int) -> Span:
-        """Its next `count` tokens for the runner, with logits wanted after the last one and after each guess."""
+        """Return its next `count` tokens for the runner, with logits wanted after the last one and after each guess."""
         tokens = self.tokens[self.computed : self.computed + count] + self.guesses
         wanted = 1 + len(self.guesses) if count == self.left else 0
         prompt = len(self.request.prompt)
@@ -214,8 +214,8 @@ class Scheduler:
             sequence.blocks = sequence.blocks + self.blocks.allocate(lacking, sequence.blocks[-1], room)
 
     def _room(self, sequence: Sequence) -> int:
-        """Blocks that a sequence will probably have, a power of two and often the same: then sequences are at equal
-        distances, and the runner attends to them together. 0 where their places do not matter."""
+        """Return blocks that a sequence will probably have, a power of two and often the same: then sequences are at
+        equal distances, and the runner attends to them together. 0 where their places do not matter."""
         if not self.contiguous:
             return 0
         left = sequence.request.limit - len(sequence.request.tokens)

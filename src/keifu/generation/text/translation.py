@@ -224,10 +224,7 @@ def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], la
     ids = [[*tokens, model.config.end_id] for tokens in tokenizer.encode_batch(texts)]
     for label, tokens in zip(labels, ids, strict=True):
         if len(tokens) > room:
-            raise UserError(
-                f"{label} has {len(tokens)} tokens, but this model takes {room} at most: part it with full stops or "
-                "shorten it."
-            )
+            raise UserError(f"{label} has {len(tokens)} tokens, but this model takes {room}: split it by full stops.")
     return ids
 
 
@@ -254,7 +251,7 @@ def search(
 
 
 def _targets(model: Translator, sources: Sequence[Sequence[int]], longest: int, how: Search) -> BeamModel:
-    """Targets of these sources, by the native step where the model has one."""
+    """Return targets of these sources, by the native step where the model has one."""
     assert isinstance(model, nn.Module)
     packed = native_form(model, pack_translator)
     if packed is None:

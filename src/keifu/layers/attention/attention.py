@@ -320,7 +320,7 @@ class CrossAttention(nn.Module):
         self.out = Linear(dim, dim, bias if out_bias is None else out_bias)
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> tuple[Tensor, Tensor]:
-        """Keys and values of a context, [batch, heads, seen, head_dim] each: made once, used at every step."""
+        """Return keys and values of a context, [batch, heads, seen, head_dim] each: made once, used at every step."""
         k, v = (x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for x in self.kv(context).chunk(2, -1))
         return k, v
 

@@ -24,7 +24,8 @@ class LearnedPositions(nn.Embedding):
 
 
 def sinusoids(positions: Num[Tensor, "*batch"], dim: int, interleaved: bool = True) -> Float[Tensor, "*batch dim"]:
-    """sin and cos of position / 10000^(2i/dim) (Vaswani et al., 2017, section 3.5), computed in float64, as float32.
+    """Return sin and cos of position / 10000^(2i/dim) (Vaswani et al., 2017, section 3.5), computed in float64, as
+    float32.
 
     The paper interleaves sin and cos; tensor2tensor and Marian put all sines first (`interleaved=False`).
     """
@@ -230,8 +231,8 @@ class Rotary(nn.Module):
         return Rotation(angles.cos() * size, angles.sin() * size, self.interleaved)
 
     def frequencies(self, positions: Tensor, lengths: Lengths = None) -> Float[Tensor, "..."]:
-        """Radians a position, of each pair. Some scalings look at the length of the sequence of each token; by default
-        the last position says it."""
+        """Return radians a position, of each pair. Some scalings look at the length of the sequence of each token; by
+        default the last position says it."""
         exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
         if self.scaling and self.scaling.by_length:
             lengths = positions.amax(-1, keepdim=True) + 1 if lengths is None else lengths

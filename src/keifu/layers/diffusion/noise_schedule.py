@@ -135,9 +135,7 @@ class Noise:
 
     def _check_flow(self) -> None:
         if self.target == "noise":
-            raise UserError(
-                "A flow begins at the noise alone, from which a predicted noise gives no picture: take the target flow."
-            )
+            raise UserError("A flow begins at noise, where a predicted noise gives no picture: use the target flow.")
         if self.variance == "learned_range" or self.betas or self.zero_terminal_snr:
             raise UserError("A flow has no β: leave out learned_range, betas and zero_terminal_snr.")
 
@@ -189,25 +187,25 @@ class Noise:
 
 
 def _linear(noise: Noise) -> Tensor:
-    """Ho et al. (2020), section 4."""
+    """Return β linear in time (Ho et al., 2020, section 4)."""
     return torch.linspace(noise.beta_start, noise.beta_end, noise.steps, dtype=torch.float32, device="cpu")
 
 
 def _scaled_linear(noise: Noise) -> Tensor:
-    """Linear in √β: Rombach et al. (2022), as released."""
+    """Return β whose root is linear in time (Rombach et al., 2022, as released)."""
     ends = noise.beta_start**0.5, noise.beta_end**0.5
     return torch.linspace(*ends, noise.steps, dtype=torch.float32, device="cpu").square()
 
 
 def _cosine(noise: Noise) -> Tensor:
-    """ᾱ a squared cosine of time, β at most 0.999: Nichol and Dhariwal (2021), equation 17."""
+    """Return β, at most 0.999, whose ᾱ is a squared cosine of time (Nichol and Dhariwal, 2021, equation 17)."""
     times = torch.arange(noise.steps + 1, dtype=torch.float64, device="cpu") / noise.steps
     left = torch.cos((times + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - left[1:] / left[:-1]).clamp(max=0.999)
 
 
 def _sigmoid(noise: Noise) -> Tensor:
-    """β a logistic curve from -6 to 6: GeoDiff (Xu et al., 2022), as released."""
+    """Return β as a logistic curve from -6 to 6 (GeoDiff, Xu et al., 2022, as released)."""
     curve = torch.linspace(-6, 6, noise.steps, dtype=torch.float32, device="cpu").sigmoid()
     return curve * (noise.beta_end - noise.beta_start) + noise.beta_start
 
@@ -221,7 +219,7 @@ SCHEDULES: dict[str, Callable[[Noise], Tensor]] = {
 
 
 def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " steps"]:
-    """β of the schedule whose √ᾱ is shifted to end at 0 and scaled to begin where it did (Lin et al., 2023,
+    """Return β of the schedule whose √ᾱ is shifted to end at 0 and scaled to begin where it did (Lin et al., 2023,
     algorithm 1)."""
     root = (1 - betas).cumprod(0).sqrt()
     left = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
@@ -331,7 +329,7 @@ class Posterior(NamedTuple):
     log_large: Tensor
 
     def log_variance(self, noise: Noise, timestep: Timesteps, share: Tensor | None, x: Tensor) -> Tensor:
-        """ln of the variance that the model has at these timesteps, shaped as x or to be broadcast to it.
+        """Return ln of the variance that the model has at these timesteps, shaped as x or to be broadcast to it.
 
         share: what the network says, -1 for β̃ and 1 for β (Nichol and Dhariwal, 2021, equation 15). A fixed large
         variance has β̃ of timestep 1 at timestep 0, which makes a better decoder.
@@ -360,14 +358,14 @@ def posterior(noise: Noise) -> Posterior:
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL divergence of N(mean1, variance1) from N(mean2, variance2), for each number, in nats."""
+    """Return KL divergence of N(mean1, variance1) from N(mean2, variance2), for each number, in nats."""
     ratio = torch.exp(log_variance1 - log_variance2)
     return 0.5 * (log_variance2 - log_variance1 - 1 + ratio + (mean1 - mean2).square() * torch.exp(-log_variance2))
 
 
 def discretised_log_likelihood(picture: Sample, mean: Tensor, log_variance: Tensor) -> Sample:
-    """ln of the probability that N(mean, variance) gives to each number's grey value, one of 256 from -1 to 1: the
-    integral over a bin of width 2/255, the first and last without end (Ho et al., 2020, equation 13)."""
+    """Return ln of the probability that N(mean, variance) gives to each number's grey value, one of 256 from -1 to 1:
+    the integral over a bin of width 2/255, the first and last without end (Ho et al., 2020, equation 13)."""
     scale, gap = torch.exp(-0.5 * log_variance), picture - mean
     # In the lower tail, where float32 has digits for what is left; by symmetry it is the upper one's too.
     near, far = (_normal_cdf(scale * (side / 255 - gap.abs())) for side in (1, -1))

@@ -110,7 +110,7 @@ def ddim_schedule(noise: Noise, steps: int, spacing: Spacing | None = None) -> S
 
 
 def continuous_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, karras: bool = False) -> Schedule:
-    """k-diffusion's schedule: σ = sigma / alpha is interpolated between timesteps, down to the clean image.
+    """Return k-diffusion's schedule: σ = sigma / alpha is interpolated between timesteps, down to the clean image.
 
     With `karras` the levels between the first and the last are those of Karras et al. (2022, equation 5), and the
     network is conditioned on the timesteps that have such σ, which are then fractions.
@@ -127,7 +127,7 @@ def continuous_schedule(noise: Noise, steps: int, spacing: Spacing | None = None
 
 
 def dpm_solver_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, karras: bool = False) -> Schedule:
-    """DPM-Solver's schedule: of steps + 1 whole timesteps all but the lowest, down to the clean image.
+    """Return DPM-Solver's schedule: of steps + 1 whole timesteps all but the lowest, down to the clean image.
 
     With `karras` the levels are those of Karras et al. (2022) between the noisiest and the least noisy of the schedule.
     """
@@ -167,7 +167,7 @@ def _shifted(sigmas: Tensor, shift: float) -> Tensor:
 
 
 def karras_sigmas(highest: Tensor, lowest: Tensor, steps: int) -> Float[Tensor, " steps"]:
-    """σ from the highest to the lowest, evenly spaced in σ^(1/7) (Karras et al., 2022, equation 5)."""
+    """Return σ from the highest to the lowest, evenly spaced in σ^(1/7) (Karras et al., 2022, equation 5)."""
     ramp = torch.arange(steps, dtype=torch.float64, device="cpu") / max(1, steps - 1)
     return torch.lerp(highest ** (1 / RHO), lowest ** (1 / RHO), ramp) ** RHO
 
@@ -180,7 +180,7 @@ def timesteps_of(chosen: Float[Tensor, " n"], ratios: Float[Tensor, " steps"]) -
 
 
 def _ratios(noise: Noise) -> Float[Tensor, " steps"]:
-    """sigma / alpha of every timestep, finite also where nothing of the image is left."""
+    """Return sigma / alpha of every timestep, finite also where nothing of the image is left."""
     left = noise.rounded_alpha_bar
     left = left.clamp(min=LEAST_ALPHA_BAR) if noise.zero_terminal_snr else left
     return ((1 - left) / left).sqrt()

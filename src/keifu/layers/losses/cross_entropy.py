@@ -36,7 +36,7 @@ def cross_entropy(
     logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None,
     label_smoothing: float = 0.0, z_loss: float = 0.0,
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """Sum over positions of -log p(target), in nats, computed in float32.
+    """Return the sum over positions of -log p(target), in nats, computed in float32.
 
     `mask` is True where a position counts; targets equal to -100 never count. `label_smoothing` mixes the target with
     the uniform distribution (Szegedy et al., 2016, section 7). `z_loss` adds z_loss · log²Z per position, Z being the
@@ -58,8 +58,8 @@ def linear_cross_entropy(
     z_loss: float = 0.0, shares: Float[Tensor, "*batch"] | None = None, vocabulary: Vocabulary | None = None,
     soft_cap: float = math.inf,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
-    """`cross_entropy(hidden @ weight.T + bias, ...)` with its gradient made on the way, so that few logits exist at a
-    time, and the sum of -log p(target).
+    """Return `cross_entropy(hidden @ weight.T + bias, ...)` with its gradient made on the way, so that few logits exist
+    at a time, and the sum of -log p(target).
 
     The second has no gradient and costs nothing: runs with different smoothing are compared by it. Where autocast is
     on, the products are in its type; probabilities are in float32 either way. `shares` are what each position's loss is

@@ -19,8 +19,8 @@ def linear_divergence(
     hidden: Float[Tensor, "n dim"], weight: Float[Tensor, "vocab dim"], teacher: Float[Tensor, "n teacher_dim"],
     teacher_weight: Float[Tensor, "vocab teacher_dim"] | None, beta: float, temperature: float = 1.0,
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """Sum over positions of the divergence of the student's softmax(hidden @ weight.T / temperature) from the teacher's
-    softmax(teacher @ teacher_weight.T / temperature), in nats, with its gradient made on the way.
+    """Return the sum over positions of the divergence of the student's softmax(hidden @ weight.T / temperature) from
+    the teacher's softmax(teacher @ teacher_weight.T / temperature), in nats, with its gradient made on the way.
 
     Without `teacher_weight` the teacher's logits are given. With p of the teacher, q of the student and M = beta p +
     (1 - beta) q, it is beta KL(p | M) + (1 - beta) KL(q | M), the generalised Jensen-Shannon divergence (Agarwal et

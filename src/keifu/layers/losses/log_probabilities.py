@@ -23,7 +23,7 @@ def token_log_probabilities(
     hidden: Float[Tensor, "n dim"], weight: Head, tokens: Int[Tensor, " n"],
     temperature: float = 1.0, soft_cap: float = math.inf,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:  # fmt: skip
-    """ln softmax(hidden @ weight.T / temperature)[token] of each position, and the entropy there, in nats.
+    """Return ln softmax(hidden @ weight.T / temperature)[token] of each position, and the entropy there, in nats.
 
     The entropy has no gradient. Logits are made twice, some positions at a time: in the backward pass once more. Where
     autocast is on, products are in its type; probabilities are in float32 either way.

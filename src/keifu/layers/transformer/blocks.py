@@ -105,7 +105,8 @@ class CrossPreNorm(_WithSource, PreNorm):
     Whisper: Radford et al., 2022)."""
 
     def forward(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any, **context: Any) -> Stream:
-        """`memory`: keys and values of the source, made by `cross_attention.project`."""
+        """Return the stream after the block. `memory`: keys and values of the source, made by
+        `cross_attention.project`."""
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), **context))
         x = x + self._look(self.cross_attention_norm(x), memory, memory_mask)
         return x + self.feedforward_dropout(self.feedforward(self.feedforward_norm(x)))
@@ -141,7 +142,8 @@ class CrossPostNorm(_WithSource, PostNorm):
     """`PostNorm` with a look at a source between its two sublayers: the decoder's block of the Transformer of 2017."""
 
     def forward(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any, **context: Any) -> Stream:
-        """`memory`: keys and values of the sources, made by `cross_attention.project`."""
+        """Return the stream after the block. `memory`: keys and values of the sources, made by
+        `cross_attention.project`."""
         x = self.attention_norm(x + self.attention_dropout(self.attention(x, **context)))
         x = self.cross_attention_norm(x + self._look(x, memory, memory_mask))
         return self.feedforward_norm(x + self.feedforward_dropout(self.feedforward(x)))

@@ -113,7 +113,8 @@ class DecoderLM(nn.Module):
     def forward(
         self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch length vocab"]:
-        """Logits of the token after each. `state` holds earlier tokens; `padding` counts each row's left padding."""
+        """Return logits of the token after each. `state` holds earlier tokens; `padding` counts each row's left
+        padding."""
         return self.logits(self.hidden(tokens, state, padding))
 
     def hidden(
@@ -169,9 +170,7 @@ class DecoderLM(nn.Module):
     def _within(self, positions: Tensor, longest: int) -> Tensor:
         room = self.positions.num_embeddings if self.positions else longest
         if longest > room and (longest := int(positions.max()) + 1) > room:
-            raise UserError(
-                f"{longest} tokens do not fit the {room} positions that this model has learned; shorten them."
-            )
+            raise UserError(f"{longest} tokens do not fit the {room} positions that this model learned; shorten them.")
         return positions
 
 

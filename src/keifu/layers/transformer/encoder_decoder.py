@@ -68,7 +68,7 @@ class EncoderDecoderState:
 def read_source(
     x: Hidden, source_mask: SourceMask | None, encoder: Iterable[nn.Module], cross_attention: Iterable[Any]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of embedded sources, a pair for each block of the decoder."""
+    """Return keys and values of embedded sources, a pair for each block of the decoder."""
     mask = PaddingMask(source_mask)
     for block in encoder:
         x = block(x, mask=mask)
@@ -123,7 +123,8 @@ class EncoderDecoder(nn.Module):
     def forward(
         self, source: Source, target: Int[Tensor, "batch length"], source_mask: SourceMask | None = None
     ) -> Float[Tensor, "batch length vocab"]:
-        """Logits of the token after each of the target. `source_mask` is True on real tokens; padding is at the end."""
+        """Return logits of the token after each of the target. `source_mask` is True on real tokens; padding is at the
+        end."""
         return self.logits(self.hidden(target, self.start(source, source_mask)))
 
     def start(
@@ -140,7 +141,8 @@ class EncoderDecoder(nn.Module):
         return EncoderDecoderState(memory, source_mask, targets)
 
     def hidden(self, target: Int[Tensor, "batch length"], state: EncoderDecoderState) -> Hidden:
-        """Hidden states that predict the token after each. With a capacity, `target` are the new tokens alone."""
+        """Return hidden states that predict the token after each. With a capacity, `target` are the new tokens
+        alone."""
         if len(target) != state.rows:
             raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")
         x = self.target_dropout(self._embedded(self._of(self.target_embedding), target, state.length))

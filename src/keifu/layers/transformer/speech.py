@@ -82,7 +82,7 @@ class SpeechRecognizer(nn.Module):
         return [*self.encoder, *self.decoder]
 
     def forward(self, features: Features, target: Tokens) -> Float[Tensor, "batch length vocab"]:
-        """Logits of the token after each of the target."""
+        """Return logits of the token after each of the target."""
         return self.logits(self.hidden(target, self.listen(features)))
 
     def listen(self, features: Features, capacity: int | None = None) -> EncoderDecoderState:
@@ -106,7 +106,8 @@ class SpeechRecognizer(nn.Module):
         return EncoderDecoderState(memory, None, targets)
 
     def hidden(self, target: Tokens, state: EncoderDecoderState) -> Hidden:
-        """Hidden states that predict the token after each. With a capacity, `target` are the new tokens alone."""
+        """Return hidden states that predict the token after each. With a capacity, `target` are the new tokens
+        alone."""
         start, stop = state.length, state.length + target.shape[1]
         if stop > self.positions.num_embeddings:
             raise UserError(f"{stop} tokens do not fit the {self.positions.num_embeddings} that this model writes.")
@@ -116,7 +117,7 @@ class SpeechRecognizer(nn.Module):
     def write(
         self, target: Tokens, state: EncoderDecoderState, wanted: Sequence[int]
     ) -> Float[Tensor, "batch wanted vocab"]:
-        """Logits after the wanted ones of new tokens."""
+        """Return logits after the wanted ones of new tokens."""
         return self.logits(self.hidden(target, state)[:, list(wanted)])
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:

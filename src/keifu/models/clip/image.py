@@ -146,7 +146,7 @@ class VisionTransformer(nn.Module):
         self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else nn.Identity()
 
     def encode(self, pixels: Pixels) -> Float[Tensor, "batch length dim"]:
-        """Hidden states of the class token and of each patch, before the last norm. Pixels are normalised as in
+        """Return hidden states of the class token and of each patch, before the last norm. Pixels are normalised as in
         training."""
         return deque(self.states(pixels), maxlen=1).pop()
 

@@ -81,7 +81,7 @@ class TextTower(nn.Module):
         self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else nn.Identity()
 
     def encode(self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None) -> Hidden:
-        """Hidden states after the last norm. `mask` is True on real tokens; padding at the end needs none, since
+        """Return hidden states after the last norm. `mask` is True on real tokens; padding at the end needs none, since
         attention is causal."""
         length = tokens.shape[1]
         if length > self.config.context_length:

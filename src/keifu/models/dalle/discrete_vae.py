@@ -169,7 +169,7 @@ class DiscreteVAE(nn.Module):
         self.config, self.encoder, self.decoder = config, encoder, decoder
 
     def values(self, pictures: Pixels) -> Pixels:
-        """Images from -1 to 1 as values from ε to 1 - ε, the encoder's input and the decoder's target."""
+        """Return images from -1 to 1 as values from ε to 1 - ε, the encoder's input and the decoder's target."""
         edge = self.config.edge
         return (pictures + 1) / 2 * (1 - 2 * edge) + edge
 

@@ -109,7 +109,7 @@ class ConditionedUNet(nn.Module):
         return 1 if self.unet.flexible else self.unet.factor
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
-        """Keys and values of a context for every transformer: computed once an image, used at every step."""
+        """Return keys and values of a context for every transformer: computed once an image, used at every step."""
         return memories(self.unet, context.to(next(self.parameters()).dtype))
 
     def predict(
@@ -134,7 +134,7 @@ class ConditionedUNet(nn.Module):
         context: Float[Tensor, "batch seen context_dim"],
         mask: Bool[Tensor, "batch seen"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """`predict` of a context. `mask` is True on its real tokens; None attends to all, padding too, as Stable
+        """Return `predict` of a context. `mask` is True on its real tokens; None attends to all, padding too, as Stable
         Diffusion does. A size that the network cannot take is a `UserError` with the nearest that it can."""
         return self.predict(x, timestep, self.project(context), PaddingMask(mask))
 

@@ -140,8 +140,8 @@ class LatentDiffusion(ImageModel):
     def to_latents(
         self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None
     ) -> Float[Tensor, "sampled channels height width"]:
-        """Scaled latents of images from -1 to 1: samples by standard normal `noise` (as many of one image as `noise`
-        has rows), or, without it, the means."""
+        """Return scaled latents of images from -1 to 1: samples by standard normal `noise` (as many of one image as
+        `noise` has rows), or, without it, the means."""
         if self.autoencoder is None:
             return pictures if noise is None else pictures.expand_as(noise)
         found = self.autoencoder.encode(pictures)

@@ -75,7 +75,8 @@ def write(config: Any, model_types: Mapping[str, str], fields: Fields) -> dict[s
 
 
 def write_own(model_type: str, config: Any) -> dict[str, Any]:
-    """keifu's own config.json, for what no published format can say: every field of the Config under its own name."""
+    """Write keifu's own config.json, for what no published format can say: every field of the Config under its own
+    name."""
     return {"model_type": model_type, "architectures": ["keifu"], **asdict(config)}
 
 
@@ -162,7 +163,7 @@ def published_activation(name: str) -> str:
 
 
 def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0, partial: bool = False) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of the Config, of `rope_parameters` (transformers 5) or `rope_scaling` with
+    """Read `rope_theta` and `rope_scaling` of the Config, of `rope_parameters` (transformers 5) or `rope_scaling` with
     `rope_theta`. partial: whether the model may turn a part of each head. Two that differ are a `UserError`."""
     both = [scaling for name in ("rope_parameters", "rope_scaling") if (scaling := json.get(name))]
     if len({(rope.get("rope_type", rope.get("type")), rope.get("factor")) for rope in both}) > 1:
@@ -224,8 +225,8 @@ _NO_WINDOW = {"sliding_window": None, "first_window_layer": 0}
 
 
 def read_window(json: Mapping[str, Any]) -> dict[str, Any]:
-    """`sliding_window` and `first_window_layer` of the Config. Qwen2 and Qwen3 write them in several ways; in Mistral
-    every layer has the window."""
+    """Read `sliding_window` and `first_window_layer` of the Config. Qwen2 and Qwen3 write them in several ways; in
+    Mistral every layer has the window."""
     mistral = json["model_type"] == "mistral"
     if not json.get("use_sliding_window", mistral):
         return _NO_WINDOW
@@ -234,9 +235,7 @@ def read_window(json: Mapping[str, Any]) -> dict[str, Any]:
     if kinds:
         first = kinds.index("sliding_attention") if "sliding_attention" in kinds else len(kinds)
         if kinds != ["full_attention"] * first + ["sliding_attention"] * (len(kinds) - first):
-            raise ValueError(
-                f"layer_types {kinds} mixes windows in an order that is not supported: full ones come first."
-            )
+            raise ValueError(f"layer_types {kinds} mixes windows in an unsupported order: full layers come first.")
     window = json.get("sliding_window", 4096)
     if not window or first >= json["num_hidden_layers"]:
         return _NO_WINDOW

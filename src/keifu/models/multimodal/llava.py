@@ -109,16 +109,14 @@ class Llava(DecoderLM):
         """Return where the embeddings of pictures go: in order, to the tokens that mark a picture."""
         positions = (tokens.flatten() == self.config.image_token).nonzero()[:, 0]
         if len(positions) != images.shape[:2].numel():
-            raise UserError(
-                f"{len(images)} pictures have {images.shape[:2].numel()} tokens, but the prompt has {len(positions)}."
-            )
+            raise UserError(f"{len(images)} images: {images.shape[:2].numel()} tokens; the prompt: {len(positions)}.")
         return Inserted(positions, images.flatten(0, 1))
 
     def forward(
         self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None,
         pixels: Images | None = None,
     ) -> Float[Tensor, "batch length vocab"]:  # fmt: skip
-        """Logits of the token after each; see `DecoderLM`. `pixels`: the pictures of these tokens, in order."""
+        """Return logits of the token after each; see `DecoderLM`. `pixels`: the pictures of these tokens, in order."""
         inserted = None if pixels is None else self.insertion(tokens, self.encode_images(pixels))
         return self.logits(self.hidden(tokens, state, padding, inserted=inserted))
 

@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         context: Float[Tensor, "batch seen context_dim"],
         mask: Bool[Tensor, "batch seen"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """`predict` of a context, `mask` being True on its real tokens; None attends to all."""
+        """Return `predict` of a context, `mask` being True on its real tokens; None attends to all."""
         return self.predict(x, timestep, label, self.project(context), PaddingMask(mask))
 
 

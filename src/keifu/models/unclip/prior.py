@@ -120,11 +120,11 @@ class Prior(nn.Module):
         return self.out(self.norm(hidden[:, -1])).to(dtype)
 
     def normalised(self, embedding: Embedding) -> Embedding:
-        """CLIP's embeddings, normalised for diffusion."""
+        """Return CLIP's embeddings, normalised for diffusion."""
         return (embedding - self.mean) / self.std
 
     def restored(self, x: Embedding) -> Embedding:
-        """CLIP's embeddings from normalised ones."""
+        """Return CLIP's embeddings from normalised ones."""
         return x * self.std + self.mean
 
 

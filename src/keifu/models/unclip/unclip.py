@@ -153,7 +153,7 @@ class Unclip(ImageModel):
         return Caption(self.text.projection(self.text.pool(hidden, tokens)), hidden, real)
 
     def encode_image(self, pixels: Float[Tensor, "batch channels rows columns"]) -> Embedding:
-        """CLIP's embeddings of images, preprocessed by the config's `pixels`."""
+        """Return CLIP's embeddings of images, preprocessed by the config's `pixels`."""
         if self.config.image is None:
             raise UserError("This unCLIP has no image_encoder, so it cannot see a picture: give a text.")
         return self.image(pixels)

@@ -354,9 +354,7 @@ def make_rewards(name: str) -> RewardOptions:
     model: Any
     model, tokenizer = checkpoints.load(name)
     if getattr(model.config, "form", "") != "score" or tokenizer is None:
-        raise UserError(
-            f"{name} gives no score: as a reward, choose a model of keifu train reward, or file.py:function."
-        )
+        raise UserError(f"{name} gives no score: take a model of keifu train reward, or file.py:function.")
     files = sorted(locate(name).glob("*.safetensors"))  # of a hub id, in the hub's cache
     by = ModelReward(model.float().requires_grad_(False), tokenizer)
     return RewardOptions(by, by, "+".join(map(sha256, files)))

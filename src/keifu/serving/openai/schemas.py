@@ -203,9 +203,7 @@ def tool_use(functions: Sequence[Function], choice: Any, name: str | None, paral
     if len(set(known)) < len(known):
         raise ValueError("tools has two functions of one name")
     if name is not None and name not in known:
-        raise ValueError(
-            f"tool_choice names a function that is not among the tools. {unknown('function', name, known)}"
-        )
+        raise ValueError(f"tool_choice names a function that is none of the tools. {unknown('function', name, known)}")
     if choice == "required" and not known:
         raise ValueError("tool_choice is required, and there are no tools")
     if not known or choice == "none":

@@ -254,7 +254,7 @@ class Reply:
         return deltas
 
     def parts(self, text: str, last: bool) -> list[Delta]:
-        """`push`, with the thoughts first."""
+        """Return `push`, with the thoughts first."""
         deltas = self.push(text, last)
         return [Delta(self.thought, THOUGHTS), *deltas] if self.thought else deltas
 

@@ -181,7 +181,7 @@ def _optimizer(trainer: Trainer) -> tuple[int, float]:
 
 
 def _timed(trainer: Trainer, batch: Batch, rows: int) -> tuple[float, float, int]:
-    """Seconds, elements and FLOPs of a forward and a backward pass over some rows."""
+    """Return seconds, elements and FLOPs of a forward and a backward pass over some rows."""
     part = first_rows(batch, rows)
     flops = peak.count_flops(lambda: backward(trainer, part))  # also warms up
     with torch.no_grad():

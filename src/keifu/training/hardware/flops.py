@@ -94,7 +94,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """FLOPs of the matrix products, convolutions and attention in a function, forward and backward, counted by torch.
+    """Return FLOPs of the matrix products, convolutions and attention in a function, forward and backward, counted by
+    torch.
 
     For a language model this is PaLM's 6N + 12·L·H·Q·T per token (appendix B): causal attention counts in full.
     """

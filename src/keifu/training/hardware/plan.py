@@ -195,19 +195,17 @@ class Plan:
         return self.rate * self.flops / self.kind.flops
 
     def hours(self, tokens: float | int) -> float:
-        """Device hours for so many tokens."""
+        """Return device hours for so many tokens."""
         return tokens / self.rate / 3600
 
 
 def parse_devices(text: str) -> tuple[int, DeviceKind]:
-    """`2048xA100-80G` as a number and a kind; anything else is a `UserError`."""
+    """Parse `2048xA100-80G` as a number and a kind; anything else is a `UserError`."""
     number, _, name = text.partition("x")
     if text == f"1x{HERE}":
         return 1, this_machine()
     if not re.fullmatch(r"0*[1-9][0-9]{0,5}", number):
-        raise UserError(
-            f"--devices is a number up to 999,999, x and a kind, such as 2048xA100-80G, and not {text[:60]!r}."
-        )
+        raise UserError(f"--devices is a number up to 999,999, x and a kind (2048xA100-80G), not {text[:60]!r}.")
     if name not in DEVICES:
         raise unknown("device", name, [*DEVICES, f"1x{HERE}"])
     return int(number), DEVICES[name]
@@ -236,7 +234,7 @@ def this_machine() -> DeviceKind:
 
 
 def parse_amount(text: str, option: str) -> float:
-    """`1.4T` as a number; anything else is a `UserError` that names the option."""
+    """Parse `1.4T` as a number; anything else is a `UserError` that names the option."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBT]?)", text)
     if not match or not float(match[1]):
         raise UserError(f"{option} is a number such as 300B or 1.4T, and not {text!r}.")

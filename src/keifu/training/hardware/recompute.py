@@ -71,9 +71,7 @@ def recompute_blocks(model: nn.Module, how: Recompute, option: str = "--activati
     """
     blocks = blocks_of(model)
     if not blocks:
-        raise UserError(
-            f"{option} acts on blocks, and this model lists none: leave it out, or give the model `blocks`."
-        )
+        raise UserError(f"{option} acts on blocks, and this model lists none: leave it out, or add `blocks`.")
     for block in blocks:
         if name := next(_other_dropouts(block), None):
             raise UserError(f"{option} needs the same dropout twice: use keifu.layers.dropout.Dropout for {name}.")

@@ -174,7 +174,7 @@ def bits_of_step(
     timestep: Int[Tensor, " batch"],
     share: Tensor | None,
 ) -> Float[Tensor, " batch"]:
-    """L_{t-1} of the variational bound (Ho et al., 2020, equation 5), in bits per number of each picture.
+    """Return L_{t-1} of the variational bound (Ho et al., 2020, equation 5), in bits per number of each picture.
 
     The KL divergence of the model's reverse step from the exact posterior; at timestep 0, the negative log-likelihood
     of the pixel values.

@@ -19,7 +19,7 @@ from keifu.training.protocols import Batch, LossOutput, Objective
 
 
 def causal_language_modeling(model: Any, batch: Batch, z_loss: float = 0.0) -> LossOutput:
-    """Next-token prediction: -log p of each token of batch["tokens"] [batch, length + 1] given those before it.
+    """Predict the next token: return -log p of each token of batch["tokens"] [batch, length + 1] given those before it.
 
     The model offers `hidden(tokens)` and `head_weight`, so that the whole matrix of logits is never in memory. With
     batch["mask"] [batch, length + 1], only tokens where it is True are predicted; with batch["documents"], attention
@@ -54,7 +54,7 @@ def answers_about_pictures(normalised: Callable[[Tensor], Tensor]) -> Objective:
 
 
 def classification(model: Any, batch: Batch) -> LossOutput:
-    """-log p of the label batch["targets"] [batch] of each row of batch["tokens"] [batch, length].
+    """Return -log p of the label batch["targets"] [batch] of each row of batch["tokens"] [batch, length].
 
     batch["mask"] [batch, length] is True on real tokens. The model offers `classify(tokens, segments, mask)`.
     """
@@ -63,7 +63,7 @@ def classification(model: Any, batch: Batch) -> LossOutput:
 
 
 def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
-    """Prediction of each token of batch["target"] [batch, length + 1] after its first, given those before it and
+    """Predict each token of batch["target"] [batch, length + 1] after its first, given those before it and
     batch["source"]; masks are True on real tokens.
 
     The model offers `start`, `hidden`, `head_weight` and `head_bias`, so that the whole matrix of logits is never in
@@ -77,7 +77,7 @@ def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossO
 
 
 def transcription(model: Any, batch: Batch) -> LossOutput:
-    """Prediction of each token of batch["target"] [batch, length + 1] after its first, given those before it and
+    """Predict each token of batch["target"] [batch, length + 1] after its first, given those before it and
     batch["features"] [batch, mels, frames]; batch["target_mask"] is True on real tokens (Whisper, section 2.4).
 
     The model offers `listen`, `hidden`, `head_weight` and `head_bias`.
@@ -95,7 +95,8 @@ def _target_loss(model: Any, batch: Batch, state: Any, label_smoothing: float) -
 
 
 def masked_language_modeling(model: Any, batch: Batch) -> LossOutput:
-    """BERT's loss (Devlin et al., 2018, appendix A.2): the mean over masked tokens plus that over sentence pairs.
+    """Return BERT's loss (Devlin et al., 2018, appendix A.2): the mean over masked tokens plus that over sentence
+    pairs.
 
     A batch is one of `keifu.data.text.masked_lm.MaskedText`; without "random_next" there are no sentence pairs. The two
     means have two denominators, and the loop divides by one, the number of tokens: "word_weight" and "pair_weight" are
@@ -124,8 +125,8 @@ LM_WEIGHT = 0.5  # of the paper (section 4.1)
 
 
 def finetuning_loss(model: Any, batch: Batch, lm_weight: float = LM_WEIGHT) -> LossOutput:
-    """GPT-1's fine-tuning loss: -log p of the label or answer batch["targets"] [batch], plus `lm_weight` times the
-    language-modeling loss.
+    """Return GPT-1's fine-tuning loss: -log p of the label or answer batch["targets"] [batch], plus `lm_weight` times
+    the language-modeling loss.
 
     (Radford et al., 2018, equations 4 and 5.) The language-modeling loss is that of each next token, special ones
     included, averaged over a sequence's tokens and then over an example's sequences, as in the released code.
@@ -152,7 +153,7 @@ def _words(head_weight: Head, hidden: Tensor, tokens: Tensor, mask: Tensor) -> T
 
 
 def span_corruption(model: Any, batch: Batch) -> LossOutput:
-    """Prediction of the tokens of batch["tokens"] [batch, length + 1] for which batch["mask"] is True, or of all.
+    """Predict the tokens of batch["tokens"] [batch, length + 1] for which batch["mask"] is True, or of all.
 
     A batch is one of `keifu.data.text.span_corruption`. Attention is causal over the prefix too, so that the model is
     an ordinary decoder; an encoder-decoder, with bidirectional attention over its inputs, is trained on the same tasks

@@ -90,7 +90,7 @@ class UnclipLoss:
     def _cut(
         self, whole: Pixels, small: Float[Tensor, "batch channels rows columns"], draws: Int[Tensor, " batch"]
     ) -> tuple[Tensor, Tensor]:
-        """Random crops of the large pictures, and the same of the small ones, blurred and enlarged."""
+        """Return random crops of the large pictures, and the same of the small ones, blurred and enlarged."""
         beside = F.interpolate(blur_images(small, BLUR * self._chance(draws, 8)), whole.shape[2:], mode="bicubic",
                                antialias=True)  # fmt: skip
         top, left = (
@@ -107,7 +107,8 @@ def _drop_captions(caption: Any, null: Any, dropped: Bool[Tensor, " batch"]) -> 
 
 
 def blur_images(x: Pixels, deviation: Float[Tensor, " batch"]) -> Pixels:
-    """Pictures after a 3 x 3 Gaussian blur, each with its own standard deviation in pixels; 0 changes nothing."""
+    """Return pictures after a 3 x 3 Gaussian blur, each with its own standard deviation in pixels; 0 changes
+    nothing."""
     side = torch.exp(-0.5 / deviation.clamp(min=0.05).square()).to(x.dtype)[:, None, None, None]
     for axis in (2, 3):
         rim = (0, 0, 1, 1) if axis == 2 else (1, 1, 0, 0)
@@ -140,6 +141,6 @@ def add_embeddings(data: Data, end: int, training: Tensor, validation: Tensor | 
 
 
 def embedding_moments(embeddings: Float[Tensor, "picture embedding"]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each number, by which the prior normalises embeddings."""
+    """Return mean and standard deviation of each number, by which the prior normalises embeddings."""
     deviation = embeddings.std(0, keepdim=True) if len(embeddings) > 1 else torch.ones_like(embeddings[:1])
     return embeddings.mean(0, keepdim=True), deviation.clamp(min=math.ulp(1.0) ** 0.5)

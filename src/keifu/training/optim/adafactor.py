@@ -76,7 +76,7 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def _directions(squares: list[Tensor], gradients: list[Tensor], new: list[float]) -> list[Tensor]:
-    """U before its clip, after V has taken the gradients in; new: 1 − β₂ of each."""
+    """Return U before its clip, after V has taken the gradients in; new: 1 − β₂ of each."""
     torch._foreach_mul_(squares, [1 - share for share in new])  # pyright: ignore
     torch._foreach_addcmul_(squares, gradients, gradients, new)  # pyright: ignore
     torch._foreach_add_(squares, [share * SQUARE_EPSILON for share in new])  # pyright: ignore
@@ -86,7 +86,7 @@ def _directions(squares: list[Tensor], gradients: list[Tensor], new: list[float]
 
 
 def _scales(weights: list[Tensor], directions: list[Tensor], rate: float) -> tuple[Tensor, ...]:
-    """rate · max(ε₂, RMS(X)) / max(1, RMS(U)) of each tensor, where the tensors are."""
+    """Return rate · max(ε₂, RMS(X)) / max(1, RMS(U)) of each tensor, where the tensors are."""
     size, change = _root_mean_squares(weights), _root_mean_squares(directions)
     return (rate * size.clamp(min=SCALE_EPSILON) / (change / CLIP_THRESHOLD).clamp(min=1)).unbind()
 

@@ -14,7 +14,7 @@ def linear(progress: float, final_ratio: float) -> float:
 
 
 def cosine(progress: float, final_ratio: float) -> float:
-    """Half a cosine from 1 to `final_ratio` (Loshchilov and Hutter, 2017, equation 5, without restarts)."""
+    """Return half a cosine from 1 to `final_ratio` (Loshchilov and Hutter, 2017, equation 5, without restarts)."""
     return final_ratio + (1.0 - final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

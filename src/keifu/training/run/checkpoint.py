@@ -75,7 +75,7 @@ def remove_old(directory: Path, step: int, keep: int, reach: int, due: Callable[
 
 
 def _hash(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of what a state's JSON file says."""
+    """Return SHA-256 of what a state's JSON file says."""
     plain = json.loads(json.dumps(facts))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -124,7 +124,8 @@ def remove(directory: Path, step: int) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters and buffers, named `model.…`; shared ones are stored once, frozen parameters not at all."""
+    """Return trainable parameters and buffers, named `model.…`; shared ones are stored once, frozen parameters not at
+    all."""
     first: dict[Tensor, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
@@ -146,7 +147,8 @@ def load_into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def folder(directory: Path, step: int) -> Path:
-    """Where a state of a split model lies, with a file for each process; another one's file has this name too."""
+    """Return the folder of a state of a split model, with a file for each process; another one's file has this name
+    too."""
     return directory / FOLDER / f"step-{step:08d}"
 
 

@@ -236,13 +236,14 @@ def write_sample(directory: Path, step: int, sample: str | bytes) -> None:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    """SHA-256 of every weight file and saved state of a run, by its relative path."""
+    """Return SHA-256 of every weight file and saved state of a run, by its relative path."""
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("*/*.safetensors")])
     return {path.relative_to(directory).as_posix(): sha256(path) for path in files}
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, the main packages and the system, the processor, and the revisions of models from the hub."""
+    """Return versions of Python, the main packages and the system, the processor, and the revisions of models from the
+    hub."""
     programs = dict[str, str]()
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):  # not installed, but used from its source

@@ -261,7 +261,7 @@ def _picture(path: Path) -> str:
 
 
 def _when(path: Path) -> str:
-    """`step-00000100` as step 100; another name as it is."""
+    """Return `step-00000100` as step 100, and another name as it is."""
     prefix, _, number = path.stem.partition("-")
     return f"step {int(number):,}" if prefix == "step" and number.isdigit() else escape(path.stem.replace("_", " "))
 

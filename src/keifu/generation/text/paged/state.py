@@ -187,7 +187,7 @@ def _rounded(number: int) -> int:
 
 
 def _padded(tables: Sequence[list[int]]) -> list[list[int]]:
-    """Tables of equal length: what is missing is the first block of each, which the mask hides there."""
+    """Return tables of equal length: what is missing is the first block of each, which the mask hides there."""
     longest = max(map(len, tables))
     return [table + table[:1] * (longest - len(table)) for table in tables]
 
