@@ -66,7 +66,7 @@ hypothesis.settings.load_profile("keifu")
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Fails a test that leaves other settings of keifu: those after it would download, learn and compile anew."""
+    """Fail a test that leaves other settings of keifu: those after it would download, learn and compile anew."""
     before = {name: value for name, value in os.environ.items() if name.startswith("KEIFU_")}
     yield
     assert before == {name: value for name, value in os.environ.items() if name.startswith("KEIFU_")}
@@ -81,7 +81,7 @@ def _repeatable() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes() -> None:
-    """Compiles the native step before the processes of the tests begin: none of them waits for a compiler."""
+    """Compile the native step before the processes of the tests begin: none of them waits for a compiler."""
     with suppress(Unavailable):
         library.prebuilt() or library.build()
 
@@ -127,8 +127,8 @@ def drawn_boundaries(_draw_boundaries: Callable[..., bytes], monkeypatch: pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def timed_passes() -> Iterator[Callable[..., tuple[float, float, int]]]:
-    """Neither time a backward pass nor count its FLOPs before a run, which takes as long as the steps of a small one;
-    tests of training put back what this fixture gives."""
+    """Neither time a backward pass nor count its FLOPs before a run, which takes as long as the steps of a small
+    one; tests of training put back what this fixture gives."""
     original = cost._timed
 
     def forward_only(trainer: Trainer, batch: Batch, rows: int) -> tuple[float, float, int]:
@@ -181,7 +181,8 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_wait_for_disks() -> Iterator[None]:
-    """No file of a test must outlive a power failure; a small run waits for the disk thirty times."""
+    """Skip the wait for disks: no file of a test must outlive a power failure; a small run waits for the disk thirty
+    times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)
         yield
@@ -226,7 +227,7 @@ def binomial_bounds(trials: int, share: float, risk: float = 1e-7) -> tuple[int,
 
 @pytest.fixture(scope="session")
 def likely() -> Callable[[int, int, float], bool]:
-    """Whether a count is one that so many trials of a share give, but for one chance in five million."""
+    """Return whether a count is one that so many trials of a share give, but for one chance in five million."""
 
     def inside(count: int, trials: int, share: float) -> bool:
         least, largest = binomial_bounds(trials, share)
@@ -246,7 +247,7 @@ MOST = 60.0  # seconds of computing of a test that is not marked slow, on a busy
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Fails a test, not marked slow, that computed for long, in this process and in those that it waited for."""
+    """Fail a test, not marked slow, that computed for long, in this process and in those that it waited for."""
     before = sum(os.times()[:4])
     yield
     taken = sum(os.times()[:4]) - before
@@ -276,7 +277,7 @@ def file_of(test: pytest.Item | pytest.TestReport) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of several processes, each takes the files that took longest first, so that none is left alone with one in the
+    """Let each of several processes take the files that took longest first, so that none is left alone with one in the
     end; a file that was never run counts by its tests."""
     if "PYTEST_XDIST_WORKER" in os.environ and config.pluginmanager.has_plugin("cacheprovider"):
         counts = Counter(map(file_of, items))
@@ -286,8 +287,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """From here on garbage is looked for, among what tests make and not among a million objects of modules, and seldom:
-    what is found is little."""
+    """Look for garbage from here on, among what tests make and not among a million objects of modules, and seldom: what
+    is found is little."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
     gc.enable()
@@ -322,7 +323,7 @@ def pytest_testnodedown(node) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says in one line what was not checked, with the reason and how many tests that are."""
+    """Say in one line what was not checked, with the reason and how many tests that are."""
     reasons: dict[str, int] = {}
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

@@ -26,7 +26,7 @@ _test = 0  # the number of the test that runs
 
 
 def begin_test() -> None:
-    """From here on, the first calls of every function are looked at again."""
+    """Look at the first calls of every function from here on."""
     global _test
     _test += 1
 
@@ -107,7 +107,7 @@ COPIES: Counter[CodeType] = Counter()
 
 
 def check_once(function: Any = None, *, typechecker: Any) -> Any:
-    """Stands for `jaxtyping.jaxtyped` in the import hook."""
+    """Stand for `jaxtyping.jaxtyped` in the import hook."""
     if function is None:
         return functools.partial(check_once, typechecker=typechecker)
     again = functools.partial(check_once, typechecker=typechecker)
@@ -194,6 +194,6 @@ def _check_copies(function: Any, checks: Checks) -> Any:
 
 
 def install() -> None:
-    """Has every module of keifu that is imported from now on checked."""
+    """Have every module of keifu that is imported from now on checked."""
     jaxtyping.jaxtyped = check_once
     jaxtyping.install_import_hook("keifu", "beartype.beartype")

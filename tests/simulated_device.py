@@ -175,7 +175,8 @@ class Graph:
 
     @classmethod
     def capture(cls, compute, memory):
-        """`keifu.generation.text.paged.graphs.capture` on this device: the host must not read or send anything."""
+        """Return `keifu.generation.text.paged.graphs.capture` on this device: the host must not read or send
+        anything."""
         MEMORIES.append(memory)
         graph, before = cls(), (READ.total(), SENT.total())
         cls.recording = graph
@@ -200,7 +201,7 @@ class Graph:
 
 
 def _is_new(x: Tensor, call) -> bool:
-    """Whether a result of a call has memory of its own."""
+    """Return whether a result of a call has memory of its own."""
     given = [y for y in tree_flatten(call[1:3])[0] if isinstance(y, Tensor)]
     return all(x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() for y in given)
 
@@ -309,7 +310,7 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
 
 
 def _varlen_attention(q, k, v, queries, seen, most_q, most_k, causal, scale, window, enable_gqa=False, *rest):
-    """Attention of each sequence, whose last query is at its last key."""
+    """Return attention of each sequence, whose last query is at its last key."""
     assert q.dtype in (torch.float16, torch.bfloat16) and queries.dtype == seen.dtype == torch.int32
     assert window[1] == 0 and not any(x is not None for x in rest)
     bounds, parts = [x.tolist() for x in (queries, seen)], []
@@ -367,7 +368,8 @@ class _Module:
 
 
 def _enter(self: torch.inference_mode) -> None:
-    """Inference mode as the plain one without gradients: its tensors allow no views of tensors of a class of ours."""
+    """Enter inference mode as the plain one without gradients: its tensors allow no views of tensors of a class of
+    ours."""
     self.without = torch.no_grad()
     self.without.__enter__()
 

@@ -78,7 +78,7 @@ def source() -> list[File]:
 
 
 def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
-    """Every module that these nodes import; of `from a import b` both a and a.b, since b may be a module."""
+    """Yield every module that these nodes import; of `from a import b` both a and a.b, since b may be a module."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -113,7 +113,7 @@ def wrong_directions(files: list[File]) -> list[str]:
 
 
 def cycles(files: list[File]) -> list[str]:
-    """Files that, by imports at the head of modules, come back to themselves."""
+    """Return files that, by imports at the head of modules, come back to themselves."""
     modules = {file.module for file in files}
     edges = {file.module: set(imports(iter(file.tree.body))) & modules - {file.module} for file in files}
     reached = {module: set(targets) for module, targets in edges.items()}
@@ -126,7 +126,7 @@ def cycles(files: list[File]) -> list[str]:
 
 
 def functions(files: list[File]) -> dict[str, int]:
-    """Lines of every function from its `def` to its end, by module and name."""
+    """Return lines of every function from its `def` to its end, by module and name."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     found = [(file, node) for file in files for node in file.nodes if isinstance(node, kinds)]
     return {f"{f.module}.{n.name}:{n.lineno}": (n.end_lineno or n.lineno) - n.lineno + 1 for f, n in found}
@@ -183,7 +183,8 @@ def texts_in(node: ast.AST) -> set[str]:
 
 
 def asks_for_kind(node: ast.AST, classes: set[str], kinds: set[str]) -> bool:
-    """Whether an expression compares or tests the kind of a model: its class, its `model_type`, its family's name."""
+    """Return whether an expression compares or tests the kind of a model: its class, its `model_type`, its family's
+    name."""
     fields = {"model_type", "architectures", "family"}
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
         return bool(names_in(node.args[1]) & classes)
@@ -198,7 +199,7 @@ def asks_for_kind(node: ast.AST, classes: set[str], kinds: set[str]) -> bool:
 
 
 def branches_on_kind(files: list[File]) -> list[str]:
-    """Places outside checkpoints/ that ask which model they have.
+    """Return places outside checkpoints/ that ask which model they have.
 
     A model's file may read and write the dialects of its own published config: there, `to_published` and functions that
     take a `json` are free. In data, which can know no model, the names of families are those of their tokenizers.
@@ -247,7 +248,7 @@ SHARED_NAMES = {"Config": "keifu.models.", "Recipe": "keifu.recipes.", "Options"
 
 
 def class_names_used_twice(files: list[File]) -> list[str]:
-    """Public classes of one name in several files; `SHARED_NAMES` are one form in every file of a folder."""
+    """Return public classes of one name in several files; `SHARED_NAMES` are one form in every file of a folder."""
     modules: dict[str, list[str]] = defaultdict(list)
     for file in files:
         names = {node.name for node in file.tree.body if isinstance(node, ast.ClassDef)}

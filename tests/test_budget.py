@@ -81,7 +81,7 @@ GIVEN_UP = {  # names of earlier versions, and what the field calls the same
 
 @cache
 def code_lines(file: File) -> int:
-    """Lines with code on them: neither blank, nor comment, nor docstring."""
+    """Return lines with code on them: neither blank, nor comment, nor docstring."""
     documentation, strings = set[int](), set[int]()
     for node in file.nodes:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -99,13 +99,13 @@ def too_much_code(files: list[File], most: int = MOST_LINES) -> list[str]:
 
 
 def crowded_folders(files: list[File]) -> list[str]:
-    """Folders with too many files; of verbs, which are looked up by their names, there may be a few more."""
+    """Return folders with too many files; of verbs, which are looked up by their names, there may be a few more."""
     counts = Counter(file.module.rpartition(".")[0] for file in files if not file.package)
     return [f"{folder}: {n} files" for folder, n in counts.items() if n > MOST_FILES]
 
 
 def lonely_small_files(files: list[File]) -> list[str]:
-    """Small files that few others import: what they hold belongs into one of those."""
+    """Return small files that few others import: what they hold belongs into one of those."""
     importers: dict[str, set[str]] = defaultdict(set)
     for file in files:
         for name in imports(iter(file.nodes)):
@@ -121,7 +121,7 @@ def lonely_small_files(files: list[File]) -> list[str]:
 
 
 def given_up_words(files: list[File]) -> list[str]:
-    """Functions and classes under a name that was given up, and texts that still speak of such a class."""
+    """Return functions and classes under a name that was given up, and texts that still speak of such a class."""
     wrong = []
     for file in files:
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

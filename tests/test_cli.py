@@ -42,7 +42,7 @@ def in_new_process(code: str) -> subprocess.CompletedProcess:
 
 
 def said(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
-    """Exit status and what stands on stderr, which is one line and no traceback."""
+    """Return exit status and what stands on stderr, which is one line and no traceback."""
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     error = capsys.readouterr().err

@@ -329,7 +329,7 @@ CASES = {
 
 
 def gradients(model: nn.Module, objective, batch: dict[str, Tensor], place: torch.device) -> tuple[dict, dict]:
-    """Means and gradients of a step, computed in two parts, and of a validation."""
+    """Return means and gradients of a step, computed in two parts, and of a validation."""
     trainer = Trainer(model, objective, Settings(steps=1, batch_size=3, micro_batch=2, precision="float32"))
     batch = {name: tensor.to(place) for name, tensor in batch.items()}
     found = trainer.gradient(0, batch)

@@ -62,7 +62,7 @@ def of_verbs() -> frozenset[str]:
 
 @cache
 def words(path: Path) -> list[tuple[int, str]]:
-    """Every option-like word of a file's texts, docstrings and messages, with its line."""
+    """Return every option-like word of a file's texts, docstrings and messages, with its line."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return [(node.lineno, word) for node in texts for word in OPTION.findall(str(node.value))]

@@ -34,7 +34,7 @@ def is_own(kind: Any, module: Any) -> bool:
 
 
 def is_numeric(hint: Any) -> bool:
-    """Whether a field may hold a number or several."""
+    """Return whether a field may hold a number or several."""
     if get_origin(hint) in (Annotated, Union, UnionType, tuple):
         return any(is_numeric(each) for each in get_args(hint))
     return hint in (int, float)

@@ -24,7 +24,8 @@ FENCE = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def commands(page: str) -> list[str]:
-    """Every line of the page's code blocks that runs `keifu`, and every `keifu COMMAND ...` in backquotes in text."""
+    """Return every line of the page's code blocks that runs `keifu`, and every `keifu COMMAND ...` in backquotes in
+    text."""
     blocks = [line for block in FENCE.findall(page) for line in block.replace("\\\n", " ").splitlines()]
     shown = [line.removeprefix("$ ").strip() for line in blocks]
     inline = re.findall(r"`(keifu [a-z][^`]*)`", FENCE.sub("", page))

@@ -17,7 +17,8 @@ from keifu.errors import UserError
 
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Folders cannot be opened, what is only read cannot be synced, open files cannot be removed, fcntl is missing."""
+    """Act as Windows: folders cannot be opened, files that are only read cannot be synced, open ones cannot be
+    removed."""
     real_open, real_sync, real_unlink = os.open, os.fsync, Path.unlink
 
     def open_file(path, flags: int, *more, **options) -> int:

@@ -26,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts, functions that reward answers to them, preferences of the same kind, and a text."""
+    """Return prompts, functions that reward answers to them, preferences of the same kind, and a text."""
     folder = tmp_path_factory.mktemp("task")
     rows = [{"prompt": f"{a} {b}", "letter": "o"} for a in ("one", "two", "four") for b in ("good", "bad", "five")]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -25,7 +25,7 @@ TALKS = {"one two": "good three", "two five": "bad four", "five one": "good good
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Models this small are faster without a second one."""
+    """Use one thread: models this small are faster without a second one."""
     torch.set_num_threads(1)
 
 
@@ -37,7 +37,7 @@ def two_models() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def packed_rows() -> dict[str, torch.Tensor]:
-    """Two rows of two conversations each, some tokens of which are learned."""
+    """Return two rows of two conversations each, some tokens of which are learned."""
     tokens = torch.randint(0, 31, (2, 40))
     documents = (torch.arange(40) >= torch.tensor([[13], [33]])).long()
     return {"tokens": tokens, "mask": torch.rand(2, 40) < 0.6, "documents": documents}

@@ -23,7 +23,7 @@ CONFIG = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_h
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Models this small are faster without a second one."""
+    """Use one thread: models this small are faster without a second one."""
     torch.set_num_threads(1)
 
 
@@ -65,7 +65,7 @@ def test_kto_written_out() -> None:
 
 
 def batch(lengths: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Pairs with a prompt of three tokens, padded on the right."""
+    """Return pairs with a prompt of three tokens, padded on the right."""
     longest = max(map(max, lengths))
     tokens = torch.randint(0, 29, (len(lengths), 2, longest), generator=torch.Generator().manual_seed(3))
     places = torch.arange(longest)
@@ -98,7 +98,7 @@ def test_log_probabilities_and_gradient_are_those_of_all_logits() -> None:
 
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ "good" is preferred, whatever is asked."""
+    """Return "good" is preferred, whatever is asked."""
     file = tmp_path_factory.mktemp("preferences") / "preferences.jsonl"
     words = ["one", "two", "three", "four", "five"]
     rows = [{"prompt": f"{a} {b}", "chosen": f"good {b}", "rejected": f"bad {b}"} for a in words for b in words]

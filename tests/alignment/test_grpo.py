@@ -29,7 +29,7 @@ CONFIG = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_h
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Models this small are faster without a second one."""
+    """Use one thread: models this small are faster without a second one."""
     torch.set_num_threads(1)
 
 

@@ -24,12 +24,12 @@ CONFIG: dict[str, Any] = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Models this small are faster without a second one."""
+    """Use one thread: models this small are faster without a second one."""
     torch.set_num_threads(1)
 
 
 def answers(rows: int, length: int) -> torch.Tensor:
-    """Masks of answers that begin and end anywhere."""
+    """Return masks of answers that begin and end anywhere."""
     starts = torch.randint(1, 5, (rows, 1))
     ends = starts + torch.randint(1, length - 5, (rows, 1))
     places = torch.arange(length)

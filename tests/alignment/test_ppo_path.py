@@ -56,14 +56,14 @@ class Parts:
         return found.requires_grad_(False)
 
     def rollouts(self, kind: Any, plan: RolloutPlan = PLAN, **more: Any) -> Any:
-        """Rollouts of these parts."""
+        """Return rollouts of these parts."""
         return kind(
             self.policy, self.reference, self.tokenizer, *self.prompts,
             reward=lambda prompts, answers: [price(p.text) for p in prompts], plan=plan, **more,
         )  # fmt: skip
 
     def ppo(self, mix: PretrainingMix | None = None) -> PPOBatches:
-        """Rollouts for PPO."""
+        """Return rollouts for PPO."""
         return self.rollouts(PPOBatches, value=self.value, rule=RULE, pretraining=mix)
 
 
@@ -73,7 +73,7 @@ def parts(base: Path) -> Parts:
 
 
 def logs_of(model: Any, tokens: torch.Tensor, temperature: float) -> np.ndarray:
-    """ln p of each token after the first, the first one's as 0, by another way than the library's."""
+    """Return ln p of each token after the first, the first one's as 0, by another way than the library's."""
     with torch.no_grad():
         logits = model(tokens[:, :-1]).double().numpy() / temperature
     logits = logits - logits.max(-1, keepdims=True)

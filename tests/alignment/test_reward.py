@@ -26,7 +26,7 @@ NAN = float("nan")
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Models this small are faster without a second one."""
+    """Use one thread: models this small are faster without a second one."""
     torch.set_num_threads(1)
 
 
@@ -80,7 +80,7 @@ KINDS: dict[str, Any] = {"gpt2": (gpt2, {}), "llama": (llama, {"n_kv_heads": 2})
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models that know nothing."""
+    """Return models that know nothing."""
     tokenizer = train_tokenizer("bpe", ["User: Assistant: one two three four five good bad fair"] * 9, 280)
     found = {}
     for kind, (module, more) in KINDS.items():
@@ -93,7 +93,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def rankings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Answers that begin with good beat fair, and those bad, whatever is asked; some prompts have two answers alone."""
+    """Return answers that begin with good beat fair, and those bad, whatever is asked; some prompts have two answers
+    alone."""
     file = tmp_path_factory.mktemp("rankings") / "rankings.jsonl"
     rows: list[dict[str, Any]] = []
     for a in WORDS:

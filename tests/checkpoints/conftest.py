@@ -40,7 +40,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct's GGUF from the catalogue; the test is left out where there is no network for it."""
+    """Return SmolLM2-135M-Instruct's GGUF from the catalogue; the test is left out where there is no network for it."""
     from keifu.data.catalogue.catalogue import fetch
 
     try:

@@ -56,7 +56,7 @@ BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K"]
 
 
 def random_blocks(rows: int, columns: int, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """Rows of blocks of random bytes, with scales that are numbers of a usual size."""
+    """Return rows of blocks of random bytes, with scales that are numbers of a usual size."""
     chance = np.random.default_rng(rows * columns)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = chance.integers(0, 256, (rows * columns // block, size), np.uint8)

@@ -20,7 +20,7 @@ SIZES = {"context_length": 32, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_he
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models that know nothing, and prompts."""
+    """Make two models that know nothing, and prompts."""
     folder = tmp_path_factory.mktemp("compare")
     tokenizer = train_tokenizer("bpe", ["User: Assistant: one two three four five good bad"] * 9, 280)
     for seed, name in enumerate(("first", "second")):

@@ -24,7 +24,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders with an encoder, one that has labels, and a model that writes."""
+    """Return folders with an encoder, one that has labels, and a model that writes."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer("wordpiece", [" ".join(WORDS)] * 2, 200)
     config = replace(SMALL, vocab_size=tokenizer.vocab_size)

@@ -115,7 +115,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def numbers(every: bool) -> Iterator[tuple[set[int], str]]:
-    """Each option with every wrong number, or by turns with a fourth of them."""
+    """Yield each option with every wrong number, or by turns with a fourth of them."""
     turns = count()
 
     def some(words: str, option: str, values: list[str]) -> Iterator[tuple[set[int], str]]:
@@ -130,7 +130,7 @@ def numbers(every: bool) -> Iterator[tuple[set[int], str]]:
 
 
 def rows(every: bool = True) -> list[tuple[set[int], str]]:
-    """Every invocation, or one of each sort, and the exit statuses that it may have."""
+    """Return every invocation, or one of each sort, and the exit statuses that it may have."""
     missing = [({1}, f"{verb} '{model}' {more}") for verb, more in WITH_MODELS.items() for model in NO_MODELS]
     unknown = [({2}, f"{verb} --no-such-option") for verb in COMMANDS]
     unknown += [({2}, f"train {name} --nosuch") for name in recipe_names()]
@@ -173,7 +173,7 @@ def test_a_wrong_invocation_is_one_sentence_with_the_right_status(
 
 
 def run(arguments: list[str], closing: str = "", folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`keifu` in a shell that closes or redirects a stream."""
+    """Run `keifu` in a shell that closes or redirects a stream."""
     command = f'"$0" -m keifu "$@" {closing}'
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     words = ["bash", "-c", command, sys.executable, *arguments]

@@ -25,7 +25,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz ABCI.,?!"
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Threads that wait for each other cost tiny models more than they give, and very much on a busy machine."""
+    """Use one thread: threads that wait for each other cost tiny models more than they give, and very much on a busy
+    machine."""
     torch.set_num_threads(1)
 
 

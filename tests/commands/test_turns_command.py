@@ -12,7 +12,7 @@ from keifu.models import llama
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Conversations, and a model without a chat template."""
+    """Return conversations, and a model without a chat template."""
     folder = tmp_path_factory.mktemp("turns")
     talks = folder / "talks.jsonl"
     talks.write_text("".join(json.dumps({"prompt": f"Hi {n}?", "response": f"Yes {n}."}) + "\n" for n in range(3)))

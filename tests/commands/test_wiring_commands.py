@@ -458,7 +458,7 @@ completion = Table("completion bash", {
 
 
 def tables() -> dict[str, Table]:
-    """All tables, by their commands."""
+    """Return all tables, by their commands."""
     return {name: table for name, table in globals().items() if isinstance(table, Table)}
 
 

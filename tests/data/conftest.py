@@ -24,7 +24,7 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Sentences, code, emoji, odd white space, many scripts, and nothing at all."""
+    """Return sentences, code, emoji, odd white space, many scripts, and nothing at all."""
     return TEXTS
 
 
@@ -53,7 +53,7 @@ def smollm2_fields() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_fields):
-    """SmolLM2's tokenizer, from its GGUF file."""
+    """Return SmolLM2's tokenizer, from its GGUF file."""
     from keifu.data.tokenizers.gguf import gguf_tokenizer
 
     return gguf_tokenizer(smollm2_fields)

@@ -28,7 +28,7 @@ def folder(root: Path, content: Mapping[str, bytes | str]) -> Path:
 
 
 def imagefolder(root: Path, rows: Sequence[Mapping[str, object]]) -> Path:
-    """Hugging Face's: metadata.jsonl with these rows, and a picture for each in the colour of its place."""
+    """Write Hugging Face's: metadata.jsonl with these rows, and a picture for each in the colour of its place."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     named = {str(row["file_name"]): picture(colour) for row, colour in zip(rows, COLOURS, strict=False)}
     return folder(root, {"metadata.jsonl": lines, **named})

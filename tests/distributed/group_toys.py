@@ -91,7 +91,7 @@ def sentences(step: int, rows: int) -> Batch:
 
 
 def _counting(step: int, rows: int, length: int) -> torch.Tensor:
-    """Numbers that count up by 1 to 3 from a random start, below 30."""
+    """Return numbers that count up by 1 to 3 from a random start, below 30."""
     generator = torch.Generator().manual_seed(step)
     start, stride = (torch.randint(n, (rows, 1), generator=generator) for n in (30, 3))
     return (start + (1 + stride) * torch.arange(length)) % 30
@@ -202,8 +202,8 @@ class Exchanges(TorchDispatchMode):
 
 
 def exchanges(kind: str, folder: Path, rows: int = 8, micro_batch: int = 8) -> dict[str, Any]:
-    """How many exchanges of each kind the gradient of a batch takes; its norm and loss; the same after a gradient that
-    was given up behind its first micro-batch."""
+    """Count how many exchanges of each kind the gradient of a batch takes; its norm and loss; the same after a gradient
+    that was given up behind its first micro-batch."""
     torch.manual_seed(0)
     build, objective, make = KINDS[kind]
     trainer = Trainer(
@@ -395,7 +395,7 @@ def start(folder: Path, cases: list[dict[str, Any]], world: int) -> dict[str, An
 
 
 def work(folder: Path, cases: list[dict[str, Any]]) -> None:
-    """Trains every case as one of several processes."""
+    """Train every case as one of several processes."""
     found, groups.BUCKET = {}, 2**12  # several buckets of a small model
     with join(Mesh()) as first:
         for case in cases:

@@ -89,7 +89,7 @@ def clock(store: distributed.TCPStore, monkeypatch: pytest.MonkeyPatch) -> Clock
 
 @pytest.fixture
 def signs(store: distributed.TCPStore) -> list[failures.Signs]:
-    """Signs of three processes, whose threads have not begun."""
+    """Return signs of three processes, whose threads have not begun."""
     return [failures.Signs(number, 3, store.clone()) for number in range(3)]
 
 

@@ -63,7 +63,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found
 
 
 def counted(meshes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Gradients of 8 rows, in 1 and 4 micro-batches a process."""
+    """Return gradients of 8 rows, in 1 and 4 micro-batches a process."""
     world = max(mesh.get("pods", 1) * mesh.get("shard", 1) for mesh in meshes)
     return [{"name": f"counted{place}-{parts}", "work": "exchanges", "kind": "gpt2", "mesh": mesh, "rows": 4 * world,
              "micro_batch": 4 // parts} for place, mesh in enumerate(meshes) for parts in (1, 4)]  # fmt: skip

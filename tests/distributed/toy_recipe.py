@@ -81,7 +81,7 @@ def cut_off(file: Any, data: Any, write: Any = HashedFile.write) -> int:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`."""
+    """Train into `out`."""
     torch.manual_seed(0)
     build, objective, _ = KINDS[recipe.kind]
     end = {"last": recipe.steps - 1, "until": recipe.until}

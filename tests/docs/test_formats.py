@@ -67,7 +67,7 @@ def endings(text: str) -> set[str]:
 
 
 def types(cell: str) -> set[str]:
-    """GGUF's types among the words of a cell."""
+    """Return GGUF's types among the words of a cell."""
     return set(re.findall(r"\b[A-Z][A-Z0-9_]*\d(?:_[A-Z0-9]+)*\b", cell))
 
 

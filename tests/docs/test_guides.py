@@ -110,7 +110,8 @@ def smaller(command: str) -> str:
 
 
 def is_exact(command: str) -> bool:
-    """Whether a command prints here what the page shows: it has its own numbers, and no run of this page is in it."""
+    """Return whether a command prints here what the page shows: it has its own numbers, and no run of this page is in
+    it."""
     words = shlex.join(shlex.split(command, comments=True))
     return smaller(command) == words and not command.startswith("keifu train") and "runs/" not in command
 

@@ -17,7 +17,7 @@ CELL = re.compile(r"(?m)^# %%( \[markdown\])?$")
 
 
 def cells(text: str) -> list[tuple[bool, str]]:
-    """Whether each cell is text, and its content."""
+    """Return whether each cell is text, and its content."""
     parts = CELL.split(text)
     return [(mark is not None, content) for mark, content in zip(parts[1::2], parts[2::2], strict=True)]
 

@@ -164,7 +164,7 @@ def test_another_figure_in_a_table_would_be_seen() -> None:
 
 
 def is_quotient(ratio: str, ours: str, theirs: str) -> bool:
-    """Whether a ratio is that of the two speeds, as it is rounded."""
+    """Return whether a ratio is that of the two speeds, as it is rounded."""
     first, second = (float(NUMBER.findall(each)[-1].replace(",", "")) for each in (ours, theirs))
     return f"{first / second:.{len(ratio.partition('.')[2])}f}" == ratio
 

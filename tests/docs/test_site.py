@@ -44,7 +44,7 @@ def outside(link: str) -> bool:
 
 
 def dead_links(site: Path) -> Iterator[str]:
-    """Links between files of a folder whose file or anchor is not there."""
+    """Yield links between files of a folder whose file or anchor is not there."""
     pages = {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
     for path, page in pages.items():
         for link in page.links:
@@ -159,7 +159,7 @@ CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 
 
 def files_missing(pages: Iterable[Path]) -> Iterator[str]:
-    """Links of pages, before the site is built, whose file is not there."""
+    """Yield links of pages, before the site is built, whose file is not there."""
     for page in pages:
         for link in re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", page.read_text(encoding="utf-8"))):
             if not outside(link) and not (page.parent / unquote(urldefrag(link).url)).exists():

@@ -31,13 +31,13 @@ def pictures(page: str) -> list[str]:
 
 
 def links(page: str) -> list[str]:
-    """Where the page's links lead, sorted; to pages in Japanese as to those in English."""
+    """List where the page's links lead, sorted; to pages in Japanese as to those in English."""
     found = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#\s]+)", FENCE.sub("", page))
     return sorted({link.replace(".ja.md", ".md") for link in found})
 
 
 def numbers(page: str) -> set[str]:
-    """Numbers of two digits or more, or with a point, outside of code and links."""
+    """Return numbers of two digits or more, or with a point, outside of code and links."""
     text = re.sub(r"\]\([^)]*\)", "]", FENCE.sub("", page))
     found = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)
     return {number.replace(",", "") for number in found if len(number) > 1}

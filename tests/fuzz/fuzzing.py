@@ -165,7 +165,7 @@ def tell(case: Case) -> Case:
 
 
 def fuzz(count: int, seed: int = 0, kinds: tuple[str, ...] = (), style: str = "bytes") -> list[Case]:
-    """So many mutants of a style over all kinds, or over these, in turns; of the style "values" every one."""
+    """Make so many mutants of a style over all kinds, or over these, in turns; of the style "values" every one."""
     folder = tempfile.mkdtemp(prefix="keifu-fuzz-")
     variables = {"PYTHONPATH": os.pathsep.join([str(PLACE), *sys.path]), "KEIFU_CACHE": f"{folder}/cache"}
     try:
@@ -195,14 +195,14 @@ def _fuzz(folder: str, count: int, seed: int, kinds: tuple[str, ...], style: str
 
 
 def _in_turns(chosen: dict[str, Any], count: int, seed: int) -> list[tuple[str, str, int]]:
-    """Every kind as often as another, and of a kind every file."""
+    """Return every kind as often as another, and of a kind every file."""
     kinds = [*chosen]
     turns = [(kinds[number % len(kinds)], number // len(kinds), seed + number) for number in range(count)]
     return [(kind, chosen[kind].files[turn % len(chosen[kind].files)], number) for kind, turn, number in turns]
 
 
 def _every_value(folder: Path, chosen: dict[str, Any]) -> list[tuple[str, str, int]]:
-    """Of every JSON file every place, with every value."""
+    """List every place of every JSON file, with every value."""
     files = [(kind, file) for kind, target in chosen.items() for file in target.files if file.endswith(".json")]
     counts = [structure.number_of_values((folder / kind / file).read_bytes()) for kind, file in files]
     return [(*each, number) for each, count in zip(files, counts, strict=True) for number in range(count)]

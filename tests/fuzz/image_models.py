@@ -80,7 +80,7 @@ def single_file(folder: Path) -> None:
 
 
 def unclip_parts(folder: Path) -> None:
-    """Every part that an unCLIP may have."""
+    """Make every part that an unCLIP may have."""
     tokenizer = _captions().with_max_length(12)
     text = clip_text.Config(tokenizer.vocab_size, 12, 14, 20, 1, 2, end_id=tokenizer.eos_id, embedding_dim=14)
     decoder = unclip_decoder.Config(
@@ -110,7 +110,7 @@ def autoencoder(folder: Path) -> None:
 
 
 def loras(folder: Path) -> None:
-    """One LoRA in each of the three spellings."""
+    """Make one LoRA in each of the three spellings."""
     latents(folder / "base")
     model, _ = checkpoints.load(folder / "base")
     known = [target for label, target in layers(model).items() if "attn" in label][:4]

@@ -37,7 +37,8 @@ def changed_bytes(data: bytes, choice: random.Random) -> bytes:
 
 
 def places_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place inside a JSON value; of long lists and objects the first entries, of deep ones the upper ones."""
+    """Return every place inside a JSON value; of long lists and objects the first entries, of deep ones the upper
+    ones."""
     if len(path) > 50:
         return [path]
     entries = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
@@ -86,7 +87,7 @@ def changed_header(data: bytes, choice: random.Random) -> bytes:
 
 
 def mutant(file: Path, seed: int) -> bytes:
-    """One mutant of a file; the same seed gives the same."""
+    """Return one mutant of a file; the same seed gives the same."""
     choice, data = random.Random(f"{file.name} {seed}"), file.read_bytes()
     ways: list[Callable[[bytes, random.Random], bytes]] = [changed_bytes]
     if file.suffix == ".json":

@@ -26,7 +26,7 @@ VALUES: list[Any] = [  # what a field may say that is of the wrong kind, or of t
 
 
 def number_of_values(data: Content) -> int:
-    """How many files `with_value` makes of a JSON file."""
+    """Count the files that `with_value` makes of a JSON file."""
     return len(places_of(json.loads(data))[1:]) * len(VALUES)
 
 
@@ -92,7 +92,7 @@ def json_lines(data: Content, choice: random.Random) -> Content:
 
 
 def tensors(data: Content, choice: random.Random) -> Content:
-    """Tensors of other shapes, types, names or places, as a header may truly say it."""
+    """Return tensors of other shapes, types, names or places, as a header may truly say it."""
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     names = [name for name in header if name != "__metadata__"]
@@ -222,7 +222,7 @@ def members(data: Content, choice: random.Random) -> Content:
 
 
 def lines(data: Content, choice: random.Random) -> Content:
-    """Lines that end otherwise, stand twice, are exchanged, empty, very long, or in another encoding."""
+    """Return lines that end otherwise, stand twice, are exchanged, empty, very long, or in another encoding."""
     rows = data.split(b"\n")
     one, other = choice.randrange(len(rows)), choice.randrange(len(rows))
     match choice.randrange(9):
@@ -292,7 +292,7 @@ def be_another(file: Path, choice: random.Random) -> None:
 
 
 def damage(file: Path, seed: int) -> None:
-    """Damages a file in one of these ways; the same seed does the same."""
+    """Damage a file in one of these ways; the same seed does the same."""
     choice, data = random.Random(f"structure {file.name} {seed}"), file.read_bytes()
     if choice.random() < 0.15:
         be_another(file, choice)

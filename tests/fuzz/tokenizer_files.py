@@ -29,7 +29,7 @@ UNIGRAM = {
 
 
 def vocabularies(folder: Path) -> None:
-    """Vocabularies with merges beside them, and lists of words."""
+    """Write vocabularies with merges beside them, and lists of words."""
     tokenizer = json.loads(train_tokenizer("bpe", TEXTS, 280).backend.to_str())["model"]
     (folder / "gpt2").mkdir()
     (folder / "gpt2/vocab.json").write_text(json.dumps(tokenizer["vocab"]))
@@ -48,7 +48,7 @@ def vocabularies(folder: Path) -> None:
 
 
 def formats(folder: Path) -> None:
-    """tokenizer.json of each kind."""
+    """Write a tokenizer.json of each kind."""
     (folder / "unigram").mkdir()
     (folder / "unigram/tokenizer.json").write_text(json.dumps(UNIGRAM))
     for kind in ("characters", "wordpiece"):
@@ -79,7 +79,7 @@ def sentencepiece_model(folder: Path) -> None:
 
 
 def marian(folder: Path) -> None:
-    """Two SentencePiece models and a vocabulary of the pieces of both."""
+    """Write two SentencePiece models and a vocabulary of the pieces of both."""
     import sentencepiece
 
     model = sentencepiece_bytes(pad_id=3)

@@ -64,7 +64,7 @@ def tables(folder: Path) -> None:
 
 
 def read_tables(folder: Path) -> None:
-    """As records, as documents, and as texts with labels."""
+    """Read as records, as documents, and as texts with labels."""
     for suffix in SUFFIXES:
         path = folder / f"a.{suffix}"
         list(read_records(path))
@@ -73,7 +73,7 @@ def read_tables(folder: Path) -> None:
 
 
 def learned(folder: Path) -> None:
-    """Conversations, preferences and prompts in every form; pairs, numbers and forms of classification."""
+    """Read conversations, preferences and prompts in every form; pairs, numbers and forms of classification."""
     talk = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     lines(
@@ -181,7 +181,7 @@ def refuse(problem: str) -> None:
 
 
 def captions(folder: Path) -> None:
-    """Pictures with captions: in a table of either kind, and in a shard."""
+    """Read pictures with captions: in a table of either kind, and in a shard."""
     image = Image.new("RGB", (6, 6), "red")
     for place in ("json", "csv", "shard"):
         (folder / place).mkdir()

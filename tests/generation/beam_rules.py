@@ -13,18 +13,18 @@ from keifu.layers.attention.kv_cache import KVState
 
 
 def power_penalty(lengths: Lengths, exponent: float = 1.0) -> Lengths:
-    """|Y|^exponent, as transformers divides by; 1 is the mean of the tokens' log-probabilities, 0 their sum."""
+    """Return |Y|^exponent, as transformers divides by; 1 is the mean of the tokens' log-probabilities, 0 their sum."""
     return lengths**exponent
 
 
 def until_unlikely(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
-    """Goes on while the best open text, were it to end now, would come among the kept ones. A longer one might yet have
+    """Go on while the best open text, were it to end now, would come among the kept ones. A longer one might yet have
     done so: not exact, but soon over. transformers: early_stopping=False."""
     return best_open / now > scores[:, -1]
 
 
 def step(model: Model, tokens: Tokens, state: KVState, padding: Padding = None) -> Float[Tensor, "batch vocab"]:
-    """Logits, in float32, of the token after the last one."""
+    """Return logits, in float32, of the token after the last one."""
     return model.logits(model.hidden(tokens, state, padding)[:, -1]).float()
 
 

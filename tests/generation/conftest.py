@@ -22,13 +22,14 @@ from generation_toys import OF_ONE_CACHE, TOYS  # noqa: E402 (the path must be s
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Threads that wait for each other cost tiny models more than they give, and very much on a busy machine."""
+    """Use one thread: threads that wait for each other cost tiny models more than they give, and very much on a busy
+    machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.slow] if n in OF_ONE_CACHE else []) for n in TOYS])
 def model(request: pytest.FixtureRequest) -> nn.Module:
-    """Each toy in turn, with weights large enough that the next token depends on those before it."""
+    """Return each toy in turn, with weights large enough that the next token depends on those before it."""
     torch.manual_seed(3)
     toy = TOYS[request.param]()
     with torch.no_grad():
@@ -39,7 +40,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """Bytes and little more: 256 of them, four control tokens, and no template."""
+    """Return bytes and little more: 256 of them, four control tokens, and no template."""
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
     trained = train_tokenizer("bpe", ["ab"], 260, special_tokens=control[1:])
     return Tokenizer(trained.backend, {"bos_token": control[0], "eos_token": control[0]})

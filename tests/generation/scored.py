@@ -30,7 +30,8 @@ def before_each(history: History, tokens: Int[Tensor, " length"], vocab: int) ->
 def score_sampled(
     model: nn.Module, tokens: Int[Tensor, " length"], prompt_length: int, sampling: SamplingParams
 ) -> Float[Tensor, " written"]:
-    """ln of the probability with which these settings draw each token after the first `prompt_length`, in float32.
+    """Return ln of the probability with which these settings draw each token after the first `prompt_length`, in
+    float32.
 
     This is what `sampled_log_probability` reports while a text is written: -inf for a token that the settings exclude.
     """

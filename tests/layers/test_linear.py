@@ -14,7 +14,7 @@ from keifu.training.hardware.flops import count_flops
 
 @pytest.fixture
 def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on AMD's processors with AVX-512, whatever this one is."""
+    """Act as on AMD's processors with AVX-512, whatever this one is."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(linears, "USES_ONEDNN", True)

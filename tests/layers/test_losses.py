@@ -99,7 +99,7 @@ def test_a_soft_cap_is_in_the_losses_and_in_their_gradients(case):
 
 
 def classes(first: int, barrier: threading.Barrier, found: dict[int, torch.Tensor]) -> Vocabulary:
-    """Those of two threads."""
+    """Return those of two threads."""
 
     def gather(rows: torch.Tensor) -> torch.Tensor:
         found[first] = rows

@@ -129,7 +129,7 @@ def places(model: nn.Module) -> dict[str, Dropout]:
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[Counter[str]]:
-    """How often each place is gone through."""
+    """Count how often each place is gone through."""
     counts: Counter[str] = Counter()
     hooks = [
         module.register_forward_hook(lambda *_, name=name: counts.update([name]))

@@ -83,7 +83,7 @@ def toy(name: str) -> DecoderLM:
 
 
 def is_language_model(name: str) -> bool:
-    """Whether the published sizes of a model are decoders of tokens."""
+    """Return whether the published sizes of a model are decoders of tokens."""
     module = families_of(name)[MODELS[name][-1]].module
     return module.build.__annotations__.get("return") is DecoderLM
 

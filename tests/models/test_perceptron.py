@@ -17,7 +17,7 @@ def targets_of(name):
 
 
 def clouds(seed, rows, dim, gap):
-    """Two clouds on the two sides of a random plane, at least `gap` from it."""
+    """Return two clouds on the two sides of a random plane, at least `gap` from it."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
     normal = torch.nn.functional.normalize(torch.randn(dim, generator=generator, dtype=torch.float64), dim=0)

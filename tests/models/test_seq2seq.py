@@ -169,7 +169,7 @@ def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
 
 @pytest.fixture(scope="module")
 def archive():
-    """g2p-en's archive; the tests are left out where there is no network for it."""
+    """Return g2p-en's archive; the tests are left out where there is no network for it."""
     from keifu.data.catalogue.catalogue import fetch
 
     try:
@@ -180,7 +180,7 @@ def archive():
 
 @pytest.fixture(scope="module")
 def words() -> list[str]:
-    """1,000 different words: of the 20,000 most common ones in the catalogue's English, every twentieth."""
+    """Return 1,000 different words: of the 20,000 most common ones in the catalogue's English, every twentieth."""
     from collections import Counter
 
     from keifu.data.catalogue.catalogue import documents

@@ -15,7 +15,7 @@ from native_toys import OF_THIS_MACHINE  # noqa: E402 (the path must be set befo
 
 @pytest.fixture(params=OF_THIS_MACHINE)
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that this CPU has, in use."""
+    """Return each instruction set that this CPU has, in use."""
     monkeypatch.setenv(library.VARIABLE, request.param)
     try:
         library.open_library()

@@ -26,7 +26,7 @@ KINDS = (
 
 
 def requests(count: int) -> list[Asked]:
-    """Prompts of 1 to 49 tokens, of which some begin alike."""
+    """Return prompts of 1 to 49 tokens, of which some begin alike."""
     rng = random.Random(count)
     roots = [[rng.randrange(101) for _ in range(40)] for _ in range(3)]
 
@@ -42,7 +42,7 @@ def alone(packed: NativeLM, asked: list[Asked]) -> list[Written]:
 
 
 def write(engine: Engine, asked: list[Asked], arrivals: random.Random | None) -> list[Written]:
-    """Tokens and log-probabilities of each; with `arrivals` a few requests come between two steps."""
+    """Return tokens and log-probabilities of each; with `arrivals` a few requests come between two steps."""
     waiting, found, added = list(reversed(asked)), [[] for _ in asked], 0
     while engine.work or waiting:
         for _ in range(min(len(waiting), arrivals.randrange(5) if arrivals else 1)):
@@ -99,7 +99,8 @@ def test_a_packed_draft_changes_no_bit(weights: str, drafted: str) -> None:
 
 
 def check(kind: str, weights: str, count: int) -> None:
-    """Arriving at random, up to 32 at a time, in steps of few tokens, in a pool so small that texts are preempted."""
+    """Check requests that arrive at random, up to 32 at a time, in steps of few tokens, in a pool so small that texts
+    are preempted."""
     packed, asked = pack(toy(kind, 0.3), weights), requests(count)
     engine = Engine(packed, None, packed.runner(9), max_running=32, step_tokens=50)
     preempted, plain = [], engine.scheduler._preempt

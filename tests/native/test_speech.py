@@ -38,7 +38,7 @@ LENGTH = 40
 
 
 def hearing(config: whisper.Config, seed: int = 1) -> SpeechRecognizer:
-    """With weights so large that each layer counts."""
+    """Return one with weights so large that each layer counts."""
     torch.manual_seed(seed)
     model = whisper.build(config).eval()
     with torch.no_grad():
@@ -48,7 +48,7 @@ def hearing(config: whisper.Config, seed: int = 1) -> SpeechRecognizer:
 
 
 def heard(config: whisper.Config, windows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sound, and tokens that are written about it."""
+    """Return sound, and tokens that are written about it."""
     sound = torch.randn(windows, config.n_mels, 2 * config.audio_length)
     return sound, torch.randint(0, config.vocab_size, (windows, LENGTH))
 
@@ -58,7 +58,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def written(packed: NativeSpeech, memory: Any, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Logits after each token; the first come together, as a prompt."""
+    """Return logits after each token; the first come together, as a prompt."""
     length = memory[0][0].shape[1]
     targets = Targets(packed, memory, [length] * len(tokens), LENGTH, len(tokens))
     first = targets.write(tokens[:, :prompt], range(prompt)).clone()

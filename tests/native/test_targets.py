@@ -36,7 +36,7 @@ SOURCES = [
 
 
 def translator(config: transformer.Config = SHAPE) -> EncoderDecoder:
-    """With weights, and numbers added to the logits, large enough that all of them count."""
+    """Return one with weights, and numbers added to the logits, large enough that all of them count."""
     torch.manual_seed(1)
     model = transformer.build(config).eval()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def begun(packed: NativeTranslator, sources: Sequence[list[int]], rows: int) -> 
 
 
 def written(targets: NativeTargets, tokens: Tensor) -> Tensor:
-    """Logits [rows, length + 1, vocab] around these tokens of each row."""
+    """Return logits [rows, length + 1, vocab] around these tokens of each row."""
     return torch.stack([targets.first().clone(), *(targets.next(each).clone() for each in tokens.T)], 1)
 
 

@@ -49,13 +49,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.Monke
 
 @pytest.fixture
 def one_thread(_repeatable: None) -> None:
-    """Products this small wait for a second thread longer than they take."""
+    """Use one thread: products this small wait for a second thread longer than they take."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of coloured shapes with captions in two languages."""
+    """Return pictures of coloured shapes with captions in two languages."""
     return toy_captions.drawings(tmp_path_factory.mktemp("drawings"))
 
 
@@ -75,7 +75,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Texts, tables and conversations."""
+    """Return texts, tables and conversations."""
     folder, words = tmp_path_factory.mktemp("files"), ["one", "two", "three", "four", "five", "six"]
     text, mixture = folder / "text.txt", folder / "mixture.yaml"
     text.write_text("".join(f"The {words[n % 6]} sees the {words[n * 7 % 6]} in {n} houses.\n" for n in range(600)))
@@ -102,7 +102,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models that know nothing, for recipes that begin with one."""
+    """Return models that know nothing, for recipes that begin with one."""
     folder, sizes = tmp_path_factory.mktemp("models"), {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
     texts = ["User: Assistant: one two three four five six good bad 0123456789 + = ?"] * 9
     kinds: dict[str, tuple[Any, Any, str]] = {

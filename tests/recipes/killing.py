@@ -48,7 +48,7 @@ class Fault:
 
 
 def hold_clocks() -> None:
-    """Whatever is written of seconds and of free memory is the same in every run."""
+    """Hold what is written of seconds and of free memory the same in every run."""
     pace.Clock.lap = lambda self: 1.0
     pace.Clock.paused = lambda self, name=None: nullcontext()  # pyright: ignore
     pace.time = type("Clock", (), {"perf_counter": staticmethod(float)})  # pyright: ignore
@@ -103,7 +103,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def to_the_end(words: list[str], folder: Path) -> None:
-    """Goes on with a run that was killed, or begins it again where nothing of it was written."""
+    """Go on with a run that was killed, or begins it again where nothing of it was written."""
     resumed = ["train", "--resume", str(folder)] if (folder / "recipe.json").exists() else words
     code = run(resumed, folder)
     assert code == 0, (folder.parent / "output").read_text()[-2000:]

@@ -34,7 +34,7 @@ def words(files: dict[str, Path], models: dict[str, Path], drawings: Path, reque
 
 
 def kill(words: list[str], whole: Path, operations: int, seconds: float, number: int, folder: Path) -> tuple[int, str]:
-    """Kills a run twice, by turns at a file operation and at a moment; how often it died, and what came of it."""
+    """Kill a run twice, by turns at a file operation and at a moment; how often it died, and what came of it."""
     choice = random.Random(number)
     out = folder / str(number) / "run"
     out.parent.mkdir()

@@ -156,7 +156,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the models and of the last states in a run's folder and those of its parts."""
+    """Return every tensor of the models and of the last states in a run's folder and those of its parts."""
     last = {place.parent: max(checkpoint.steps(place.parent)) for place in out.rglob("state")}
     found = [path for path in out.rglob("*.safetensors") if path.parent.name != "state"]
     found += [place / f"state/step-{step:08d}.safetensors" for place, step in last.items()]
@@ -169,7 +169,7 @@ def go(*words: str) -> None:
 
 
 def in_pieces(begin: Callable[[], None], out: Path, stops: Stops, every: int) -> int:
-    """Begins, and goes on by the line that each stop prints, until the end; the number of stops."""
+    """Return begins, and goes on by the line that each stop prints, until the end; the number of stops."""
     count, work = 0, begin
     while True:
         stops.left = every

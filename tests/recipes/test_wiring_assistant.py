@@ -51,7 +51,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Toys:
-    """Models, conversations, preferences, prompts, rewards, a text and tables."""
+    """Return models, conversations, preferences, prompts, rewards, a text and tables."""
     folder = tmp_path_factory.mktemp("toys")
     learned = train_tokenizer("bpe", [f"User: Assistant: System: {WORDS}"] * 9, 300, ["<|im_start|>", "<|im_end|>"])
     for name, dim, layers in (("base", 32, 1), ("wide", 64, 1), ("deep", 32, 3)):
@@ -103,19 +103,19 @@ def template(record: Any) -> str | None:
 
 
 def counts(record: Any) -> tuple[int, int]:
-    """Rows to learn from, and held out."""
+    """Count the rows to learn from, and held out."""
     data = record.data
     parts = data.parts if hasattr(data, "parts") else (data.training, data.held)
     return len(parts[0]), len(parts[1])
 
 
 def adapted(what: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Something of the first adapter of what is trained; None where there is none."""
+    """Return something of the first adapter of what is trained; None where there is none."""
     return lambda record: next((what(adapter) for adapter in adapters(record.model)), None)
 
 
 def quantized(record: Any) -> bool:
-    """Whether a frozen matrix is in blocks of 4 bits."""
+    """Return whether a frozen matrix is in blocks of 4 bits."""
     return any(isinstance(part, QuantizedLinear) for part in record.model.modules())
 
 
@@ -125,7 +125,7 @@ def labels(record: Any) -> set[str]:
 
 
 def lora_groups() -> list[Group]:
-    """Of `Lora`, which all of these have."""
+    """Return the group of `Lora`, which all of these have."""
     rows = {
         "lora.rank": Reach(3, adapted(lambda a: a.low.rank)),
         "lora.alpha": Reach(5.0, adapted(lambda a: a.low.alpha)),
@@ -138,7 +138,7 @@ def lora_groups() -> list[Group]:
 
 
 def shared_rows(toys: Toys) -> dict[str, Reach]:
-    """Of all that begin with a language model."""
+    """Return the rows of all that begin with a language model."""
     return {
         "model": Reach(toys["wide"], decoder_dim, 64),
         "template": Reach("chatml", template, DIFFERENT),
@@ -156,7 +156,7 @@ def decoder_dim(record: Any) -> int:
 
 
 def ranked_rows(toys: Toys) -> dict[str, Reach]:
-    """Of recipes that learn from rankings."""
+    """Return the rows of recipes that learn from rankings."""
     return shared_rows(toys) | {
         "data": Reach(toys["ranked-other.jsonl"], lambda r: sum(counts(r)), 16),
         "steps": Reach(41, "settings.steps"),
@@ -260,7 +260,7 @@ def of_reward(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 def rollout_rows(toys: Toys) -> dict[str, Reach]:
-    """Of recipes that learn from answers of their own."""
+    """Return the rows of recipes that learn from answers of their own."""
     return shared_rows(toys) | {
         "data": Reach(toys["prompts-other.jsonl"], lambda r: sum(counts(r)), 16),
         "reward": Reach(f"{toys['rewards.py']}:other", scored, 1.0),
@@ -280,7 +280,7 @@ def scored(record: Any) -> float:
 
 
 def sums_group(given: dict[str, Any]) -> Group:
-    """Of the built-in task."""
+    """Return the group of the built-in task."""
     rows = {
         "sums.count": Reach(30, lambda r: sum(counts(r))),
         "sums.terms": Reach((4, 5), lambda r: {len(found) for found in numbers(r)}, {4, 5}),
@@ -366,7 +366,7 @@ def encoded(toys: Toys) -> Group:
 
 
 def table_rows() -> dict[str, Reach]:
-    """Of both recipes that read a table."""
+    """Return the rows of both recipes that read a table."""
     return {
         "batch_size": Reach(5, ("settings.batch_size", "data.batch_size")),
         "micro_batch": Reach(2, "settings.micro_batch"),

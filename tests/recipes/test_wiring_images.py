@@ -42,7 +42,8 @@ class Toys:
 
 @pytest.fixture(scope="module")
 def toys(own_cache: pytest.MonkeyPatch, drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Toys:
-    """Two sets of drawings, two CLIPs whose text towers are as wide as their space, and two latent diffusions."""
+    """Return two sets of drawings, two CLIPs whose text towers are as wide as their space, and two latent
+    diffusions."""
     folder = tmp_path_factory.mktemp("toys")
     torch.set_num_threads(1)
     for name in ("others", "long"):
@@ -77,7 +78,7 @@ def source(record: Any) -> str:
 
 
 def languages(record: Any) -> int:
-    """In how many languages there are captions."""
+    """Count the languages that have captions."""
     return len(_pictures(record).training_tokens)
 
 
@@ -94,7 +95,7 @@ def caption_length(record: Any) -> int:
 
 
 def loop_rows(steps: str = "steps") -> dict[str, Reach]:
-    """Of recipes whose last part has these options."""
+    """Return the rows of recipes whose last part has these options."""
     return {
         steps: Reach(41, "settings.steps"),
         "batch_size": Reach(6, ("settings.batch_size", lambda r: _pictures(r).batch_size)),
@@ -105,17 +106,17 @@ def loop_rows(steps: str = "steps") -> dict[str, Reach]:
 
 
 def kept_rows() -> dict[str, Reach]:
-    """Of recipes that keep a moving average."""
+    """Return the rows of recipes that keep a moving average."""
     return loop_rows() | {"ema": Reach(0.81, "settings.ema"), "keep": Reach(5, "settings.keep")}
 
 
 def clip_rows() -> dict[str, Reach]:
-    """Of the CLIP that is trained as a part of a run."""
+    """Return the rows of the CLIP that is trained as a part of a run."""
     return {"clip_steps": Reach(11, "clip:settings.steps"), "clip_batch": Reach(3, "clip:settings.batch_size")}
 
 
 def clip_groups() -> list[Group]:
-    """Where a CLIP is trained first, and what it is given."""
+    """Return the groups where a CLIP is trained first, and what it is given."""
     own = {"clip": None, "clip_steps": 2, "clip_batch": 4}
     more = {"seed": Reach(5, "clip:settings.seed"), "precision": Reach("bfloat16", "clip:settings.precision")}
     more |= {"languages": Reach(("en",), lambda r: languages(r.parts["clip"]), 1)}
@@ -124,7 +125,7 @@ def clip_groups() -> list[Group]:
 
 
 def sampled() -> dict[str, Reach]:
-    """Of the samples."""
+    """Return the rows of the samples."""
     return {"prompts": Reach(("a bar",), "sample.recipe.prompts")}
 
 
@@ -274,7 +275,7 @@ def of_dalle(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 def truncated(toys: Toys) -> Group:
-    """Captions that are too long for the CLIP that is trained first: its context is 32 tokens."""
+    """Return the group of captions that are too long for the CLIP that is trained first: its context is 32 tokens."""
     own = {"clip": None, "clip_steps": 2, "clip_batch": 4, "data": toys.long, "languages": ("en",)}
     return Group({"truncate": Reach(True, lambda r: caption_length(r) == caption_length(r.parts["clip"]))}, own, True)
 
@@ -408,7 +409,7 @@ SMALL_CLIP = replace(SMALL_CLIP, text=replace(SMALL_CLIP.text, dim=16))
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
-    """Less is drawn than by default, and the CLIP that is trained first is small."""
+    """Draw less than by default, and train a small CLIP first."""
     patch.setattr(lora_image, "STEPS", 2)
     patch.setattr(clip, "Recipe", lambda *given, **more: replace(SMALL_CLIP, **named(given), **more))
 

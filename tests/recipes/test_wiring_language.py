@@ -55,7 +55,7 @@ class Toys:
 
 @pytest.fixture(scope="module")
 def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Toys:
-    """Two texts, two tables of pairs, a BERT and two mixtures."""
+    """Return two texts, two tables of pairs, a BERT and two mixtures."""
     folder = tmp_path_factory.mktemp("toys")
     chance = random.Random(0)
     words = ["red", "Blue", "green", "one", "two", "three", "cat", "dog", "bird", "sees", "likes", "eats"]
@@ -90,7 +90,7 @@ def kind(record: Any) -> str:
 
 
 def text_rows(toys: Toys, prefix: str) -> dict[str, Reach]:
-    """Of `Text`."""
+    """Return the rows of `Text`."""
     return {
         f"{prefix}data": Reach(toys.other, source),
         f"{prefix}tokenizer": Reach("unigram", kind, "Unigram"),
@@ -113,7 +113,7 @@ def shards(record: Any) -> Any:
 
 
 def format_rows(prefix: str) -> dict[str, Reach]:
-    """How a text lies in its files."""
+    """Return the rows of how a text lies in its files."""
     return {
         f"{prefix}text_field": Reach("body", of_text("field")),
         f"{prefix}encoding": Reach("cp932", of_text("encoding")),
@@ -129,7 +129,7 @@ def validated(toys: Toys, base: Any) -> list[Group]:
 
 
 def budget_rows() -> dict[str, Reach]:
-    """Of recipes that have the loop's settings one by one."""
+    """Return the rows of recipes that have the loop's settings one by one."""
     return {
         "steps": Reach(41, "settings.steps"),
         "batch_size": Reach(6, ("settings.batch_size", "data.batch_size")),
@@ -140,7 +140,7 @@ def budget_rows() -> dict[str, Reach]:
 
 
 def own_rows() -> dict[str, Reach]:
-    """Of recipes that also know Muon."""
+    """Return the rows of recipes that also know Muon."""
     return budget_rows() | {
         "matrix_rate": Reach(0.031, "settings.matrix_rate"),
         "prompt": Reach("one", "sample.prompt"),
@@ -293,7 +293,7 @@ def prefix_of(record: Any) -> float:
 
 
 def pair_rows(toys: Toys) -> dict[str, Reach]:
-    """Of both recipes for translation."""
+    """Return the rows of both recipes for translation."""
     return {
         "data": Reach(toys.other_pairs, source),
         "vocab_size": Reach(291, "model.config.vocab_size"),
@@ -325,7 +325,7 @@ def more_of_translation(toys: Toys) -> list[Group]:
 
 
 def started(toys: Toys, module: Any, config: Any) -> Group:
-    """From a translator that was made before, whose vocabulary and width it takes."""
+    """Return the group of a start from a translator that was made before, whose vocabulary and width it takes."""
     folder = Path(toys.pairs).with_name(module.__name__)
     tokenizer = train_tokenizer("bpe", [toys.pairs] * 5, 270, ["<pad>"])
     checkpoints.save(module.build(replace(config, dim=24, vocab_size=tokenizer.vocab_size)), tokenizer, folder)

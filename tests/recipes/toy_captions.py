@@ -21,7 +21,7 @@ SIZES = {"small": ("小", 4), "large": ("大", 11), "medium": ("中", 7)}
 
 
 def drawings(folder: Path) -> Path:
-    """18 pictures of 24 x 24 pixels with English and Japanese captions."""
+    """Return 18 pictures of 24 x 24 pixels with English and Japanese captions."""
     rows = []
     for colour, (colour_ja, rgb) in COLOURS.items():
         for shape, shape_ja in SHAPES.items():

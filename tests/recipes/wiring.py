@@ -50,7 +50,7 @@ class Group:
 
 @cache
 def modules() -> list[Any]:
-    """All of the recipes'."""
+    """Return all modules of the recipes'."""
     return [import_module(found.name) for found in walk_packages(recipes.__path__, f"{recipes.__name__}.")]
 
 
@@ -79,7 +79,7 @@ class Recorder:
 
 
 def inside(thing: Any, name: str) -> Any:
-    """One step of a path."""
+    """Return one step of a path."""
     if isinstance(thing, Mapping):
         return thing[name]
     if isinstance(thing, list | tuple) and name.lstrip("-").isdigit():
@@ -144,7 +144,7 @@ def distill_groups(teacher: str, given: Mapping[str, Any], more: Mapping[str, Re
 
 
 def uncovered(recipe: Any, groups: list[Group], free: Mapping[str, str]) -> list[str]:
-    """Options that have no row, neither their own nor one of a whole group such as `model`."""
+    """Return options that have no row, neither their own nor one of a whole group such as `model`."""
     rows = {name for group in groups for name in group.rows} | {*free}
     return [name for name in leaves(recipe) if not any(name == row or name.startswith(f"{row}.") for row in rows)]
 

@@ -97,7 +97,8 @@ class PatientBrowser:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium for the tests of one file. Its event loop runs in this thread: until it ends, `asyncio.run` refuses."""
+    """Yield Chromium for the tests of one file. Its event loop runs in this thread: until it ends, `asyncio.run`
+    refuses."""
     sync_api = pytest.importorskip("playwright.sync_api")
     if BROWSER is None:
         pytest.skip("no Chromium")

@@ -33,7 +33,7 @@ for _part in ("connect", "read", "write", "pool"):  # of a request that names no
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Bytes and the tokens of turns."""
+    """Return bytes and the tokens of turns."""
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
     trained = train_tokenizer("bpe", ["ab"], 260, special_tokens=control[1:])
     return Tokenizer(trained.backend, {"bos_token": control[0], "eos_token": control[0]})

@@ -104,7 +104,7 @@ def connect(served: Any) -> socket.socket:
 
 
 def ends(connection: socket.socket) -> bytes:
-    """Everything until the server closes the connection."""
+    """Read everything until the server closes the connection."""
     came = b""
     while part := connection.recv(4096):
         came += part

@@ -70,7 +70,7 @@ def test_it_begins_with_an_aligned_head_and_not_with_one_that_rests(served: Any,
 
 
 def separable(points: list[dict[str, float]]) -> bool:
-    """Whether a line through two of the points, turned a little, parts the signs: by trying many directions."""
+    """Return whether a line through two of the points, turned a little, parts the signs: by trying many directions."""
     from scipy.optimize import linprog
 
     rows = [[-p["sign"] * p["x"], -p["sign"] * p["y"], -p["sign"]] for p in points]

@@ -45,7 +45,7 @@ def labels(page: Any, tab: str) -> list[list[str]]:
 
 
 def apart(page: Any, tab: str) -> None:
-    """No bar of a tab runs under its number, and all are inside the page."""
+    """Assert that no bar of a tab runs under its number, and all are inside the page."""
     rows = page.locator(f"#{tab} .share:has(meter)").evaluate_all(
         """rows => rows.map((row) => [...row.children].map((part) => {
           const { left, right } = part.getBoundingClientRect();

@@ -22,5 +22,5 @@ def _timed_passes(timed_passes: Callable[..., tuple[float, float, int]]) -> Iter
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Models this small are faster without a second one."""
+    """Use one thread: models this small are faster without a second one."""
     torch.set_num_threads(1)

@@ -30,11 +30,11 @@ class Toy(ImageModel):
         return torch.tanh(self.mix(x) + phase + told)
 
     def check_size(self, channels: int, height: int, width: int) -> None:
-        """Any size is well."""
+        """Accept any size."""
 
 
 def greys(count: int, channels: int = 2, size: int = 6, seed: int = 0) -> Tensor:
-    """Bytes [count, channels, size, size]."""
+    """Return bytes [count, channels, size, size]."""
     shape = (count, channels, size, size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
@@ -53,5 +53,5 @@ class Batches:
         return found | ({"labels": torch.arange(self.rows) % 3} if self.labels else {})
 
     def validation(self):
-        """Two batches."""
+        """Yield two batches."""
         yield from (self.batch(0), self.batch(1))

@@ -62,7 +62,7 @@ def same(one: Path, other: Path) -> bool:
 
 @pytest.fixture
 def ahead(monkeypatch) -> None:
-    """Batches are made ahead on a CPU too."""
+    """Make batches ahead on a CPU too."""
     monkeypatch.setattr("keifu.training.loop.prefetches", lambda device: True)
 
 

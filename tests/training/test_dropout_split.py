@@ -103,7 +103,7 @@ def of_points(model: nn.Module, batch: Batch) -> LossOutput:
 
 
 def begun(model: nn.Module) -> nn.Module:
-    """Matrices of zeros, with which dropout would change nothing, as they may be after some steps."""
+    """Return matrices of zeros, with which dropout would change nothing, as they may be after some steps."""
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.1)

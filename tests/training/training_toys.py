@@ -58,7 +58,7 @@ class Sequences:
 
 
 def objective(model: nn.Module, batch: Batch) -> LossOutput:
-    """Next-token cross-entropy, and how many were right."""
+    """Return next-token cross-entropy, and how many were right."""
     tokens = batch["tokens"]
     logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
     total = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
@@ -99,7 +99,7 @@ def finished(directory: Path) -> Path:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Its parameters; buffers count calls that a test need not repeat."""
+    """Return its parameters; buffers count calls that a test need not repeat."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 

@@ -67,7 +67,7 @@ CASES = {
 
 
 def theirs(**changed):
-    """diffusers' network, every weight random, biases and norms too."""
+    """Return diffusers' network, every weight random, biases and norms too."""
     torch.manual_seed(1)
     model = diffusers.UNet2DModel(**PLAIN | changed).eval()
     with torch.no_grad():
@@ -77,7 +77,7 @@ def theirs(**changed):
 
 
 def inputs(model, sides=(16, 24)):
-    """Noisy pictures, timesteps, and a label as the network asks for one."""
+    """Return noisy pictures, timesteps, and a label as the network asks for one."""
     config = model.config
     labels = {"timestep": torch.tensor([3.0, 250.0]), "identity": torch.randn(2, 4 * config.block_out_channels[0])}
     label = labels.get(config.class_embed_type)

@@ -56,7 +56,7 @@ CASES = {
 
 
 def theirs(**changed):
-    """diffusers' network, every weight random, biases and norms too."""
+    """Return diffusers' network, every weight random, biases and norms too."""
     torch.manual_seed(1)
     model = diffusers.DiTTransformer2DModel(**PLAIN | changed).eval()
     with torch.no_grad():

@@ -33,7 +33,7 @@ CASES = {
 
 
 def theirs(seed: int = 1, **changed):
-    """diffusers' network, every weight random, norms too."""
+    """Return diffusers' network, every weight random, norms too."""
     torch.manual_seed(seed)
     model = diffusers.SD3Transformer2DModel(**PLAIN | changed).eval()
     with torch.no_grad():

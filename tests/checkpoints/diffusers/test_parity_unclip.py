@@ -77,7 +77,7 @@ def same_files(weights, ours, theirs) -> bool:
 
 
 def both_ways(reference, kind, weights, folder) -> Any:
-    """Our model of diffusers' folder, after it was saved, and diffusers has loaded that."""
+    """Return our model of diffusers' folder, after it was saved, and diffusers has loaded that."""
     reference.save_pretrained(folder / "theirs")
     model = checkpoints.load_model(folder / "theirs")
     checkpoints.save(model, None, folder / "ours")

@@ -71,7 +71,7 @@ def filler(pipeline, tmp_path_factory) -> tuple[Any, LatentDiffusionPipeline]:
 
 
 def reference(pipeline: Any, sampler: str, init: Path, strength: float, **settings: Any) -> list[torch.Tensor]:
-    """diffusers' latents after each step, for two seeds and the same picture."""
+    """Return diffusers' latents after each step, for two seeds and the same picture."""
     kind, changed = SCHEDULERS[sampler]
     pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **changed)
     pipeline.set_progress_bar_config(disable=True)

@@ -26,8 +26,9 @@ SEES = clip_image.Config(16, 8, 3, 12, 20, 1, 2, embedding_dim=14)
 
 
 def theirs(folder):
-    """diffusers' parts of a directory, each read by its own class: from 0.34 on, no directory of a UnCLIPPipeline is
-    read whole, not even one of its own, since the class of text_proj is no longer found by its name."""
+    """Return diffusers' parts of a directory, each read by its own class: from 0.34 on, no directory of a
+    UnCLIPPipeline is read whole, not even one of its own, since the class of text_proj is no longer found by its
+    name."""
     index, found = json.loads((folder / "model_index.json").read_text()), {}
     for part, (library, name) in ((part, value) for part, value in index.items() if part[0] != "_"):
         kind = getattr({"transformers": transformers, "unclip": text_proj}.get(library, diffusers), name)

@@ -39,7 +39,7 @@ def painter(pipeline) -> LatentDiffusionPipeline:
 
 @pytest.fixture
 def reference(pipeline, monkeypatch: pytest.MonkeyPatch):
-    """Draws with diffusers: the latents after every step, and the pictures from 0 to 1."""
+    """Draw with diffusers: the latents after every step, and the pictures from 0 to 1."""
     theirs = pipeline[0]
     theirs.set_progress_bar_config(disable=True)
 

@@ -66,7 +66,7 @@ def greedy(model, tokens: list[int], count: int) -> list[int]:
 
 
 def run(path, tokens: list[int], count: int):
-    """llama.cpp's logits [tokens, vocab] for a prompt, and the prompt continued greedily."""
+    """Return llama.cpp's logits [tokens, vocab] for a prompt, and the prompt continued greedily."""
     engine = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False, n_threads=2)
     engine.eval(tokens)
     logits = torch.from_numpy(engine.scores[: len(tokens)].copy())

@@ -21,7 +21,7 @@ def llama(**changes):
 
 
 def neo(**changes):
-    """Layers global and local in turn; the window is much shorter than the test's 61 tokens."""
+    """Return a model with layers global and local in turn; the window is much shorter than the test's 61 tokens."""
     sizes = {"vocab_size": 97, "max_position_embeddings": 64, "hidden_size": 20, "num_layers": 3, "num_heads": 5}
     kinds = [[["global", "local"], 1], [["global"], 1]]
     return transformers.GPTNeoConfig(**sizes | {"attention_types": kinds, "window_size": 7} | changes)
@@ -32,7 +32,7 @@ def cohere(**changes):
 
 
 def deepseek(**changes):
-    """Six experts in two groups; every size of the attention differs from the others."""
+    """Return six experts in two groups; every size of the attention differs from the others."""
     sizes = {
         "num_key_value_heads": 4, "kv_lora_rank": 10, "q_lora_rank": 14, "qk_rope_head_dim": 6, "qk_nope_head_dim": 5,
         "v_head_dim": 7, "n_group": 2, "topk_group": 1, "n_routed_experts": 6, "num_experts_per_tok": 2,
@@ -42,7 +42,7 @@ def deepseek(**changes):
 
 
 def hybrid(make=transformers.Qwen3NextConfig, **changes):
-    """Five layers, of which the fourth has attention; every size of a Gated DeltaNet differs from the others.
+    """Return five layers, of which the fourth has attention; every size of a Gated DeltaNet differs from the others.
 
     Its outputs may be almost 0 with random weights: with a small ε, transformers' float32 is itself 6e-5 off.
     """
@@ -57,13 +57,13 @@ def hybrid(make=transformers.Qwen3NextConfig, **changes):
 
 
 def rope(kind: str, **settings):
-    """LLaMA with 32 places and a rotary scaling; the test's 61 tokens go beyond."""
+    """Return LLaMA with 32 places and a rotary scaling; the test's 61 tokens go beyond."""
     parameters = {"rope_type": kind, "rope_theta": 10_000.0, **settings}
     return llama(head_dim=16, max_position_embeddings=32, rope_parameters=parameters)
 
 
 def longrope(pairs: int, **settings):
-    """Rotary parameters of Phi-3 with a long context."""
+    """Return rotary parameters of Phi-3 with a long context."""
     short, long = [1.0 + 0.1 * pair for pair in range(pairs)], [2.0 + 0.7 * pair for pair in range(pairs)]
     return {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long, **settings}
 
@@ -335,7 +335,7 @@ def weights_of(file) -> dict[str, torch.Tensor]:
 
 
 def rewrite(directory, change) -> None:
-    """Rewrites a directory's weights by a function of the dictionary of tensors."""
+    """Rewrite a directory's weights by a function of the dictionary of tensors."""
     path = directory / "model.safetensors"
     save_file(change(weights_of(path)), path, metadata={"format": "pt"})
 

@@ -44,7 +44,7 @@ def made(case: str) -> Any:
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Rows of unequal length with three kinds of segments."""
+    """Return rows of unequal length with three kinds of segments."""
     real = torch.arange(31) < torch.tensor([31, 17, 1])[:, None]
     return {
         "input_ids": torch.randint(0, 97, (3, 31)),
@@ -54,7 +54,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def outputs(model: bert.Bert, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Everything that a model of ours gives, under transformers' names."""
+    """Return everything that a model of ours gives, under transformers' names."""
     row = given["input_ids"], given["token_type_ids"], given["attention_mask"].bool()
     found = {"last_hidden_state": model.encode(*row)}
     hidden, config = found["last_hidden_state"], model.config

@@ -54,7 +54,7 @@ def made(case: str) -> Any:
 
 
 def captions(end: int = 96, rows: int = 4, length: int = 13) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions of unequal length that end with `end`, padded with it, and their mask."""
+    """Return captions of unequal length that end with `end`, padded with it, and their mask."""
     tokens, lengths = torch.randint(3, end, (rows, length)), torch.tensor([length, 7, 2, 5])[:rows]
     real = torch.arange(length) < lengths[:, None]
     return tokens.where(torch.arange(length) < lengths[:, None] - 1, torch.tensor(end)), real
@@ -65,7 +65,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def same_files(ours: Path, theirs: Path, name: str = "model.safetensors") -> bool:
-    """Whether both hold the same tensors, bit for bit."""
+    """Return whether both hold the same tensors, bit for bit."""
     saved, original = load_file(ours / name), load_file(theirs / name)
     return saved.keys() == original.keys() and all(torch.equal(saved[n], original[n]) for n in original)
 

@@ -61,7 +61,7 @@ def made(case: str) -> Any:
 
 
 def prompt(count: int, *pictures: int) -> torch.Tensor:
-    """Rows of words and pictures of `count` tokens each."""
+    """Return rows of words and pictures of `count` tokens each."""
     rows = [torch.randint(0, 59, (9 + 4 * count,)) for _ in pictures]
     for row, number in zip(rows, pictures, strict=True):
         for picture in range(number):

@@ -161,7 +161,7 @@ def test_the_published_config_is_read() -> None:
 
 @pytest.fixture(scope="module")
 def joint() -> Tokenizer:
-    """One tokenizer for both languages, which ends a text with </s>."""
+    """Return one tokenizer for both languages, which ends a text with </s>."""
     texts = ["The cat sat on the mat and the dog sat on the cat.", "猫はマットの上に座った。犬は猫の上に座った。"] * 4
     made = train_tokenizer("unigram", texts, 340, special_tokens=["<pad>"])
     put_around_text(made.backend, made.special, bos=False, eos=True)

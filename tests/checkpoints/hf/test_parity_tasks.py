@@ -47,7 +47,7 @@ def random(architecture: str, config: Any) -> Any:
 
 
 def rows(shape: tuple[int, ...], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random ids on whose right some are padding, and the mask."""
+    """Return random ids on whose right some are padding, and the mask."""
     mask = torch.arange(shape[-1]) < torch.randint(2, shape[-1] + 1, (*shape[:-1], 1))
     return torch.randint(1, 53, shape).masked_fill(~mask, pad), mask
 

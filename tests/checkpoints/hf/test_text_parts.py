@@ -22,7 +22,7 @@ PIXTRAL |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4, "head_d
 
 
 def hybrid(make):
-    """Five layers, of which the fourth has attention."""
+    """Return five layers, of which the fourth has attention."""
     return make(
         **SIZES | {"num_hidden_layers": 5}, rms_norm_eps=0.01, head_dim=12, linear_num_key_heads=2, num_experts=6,
         linear_num_value_heads=6, linear_key_head_dim=5, linear_value_head_dim=7, moe_intermediate_size=20,
@@ -31,7 +31,7 @@ def hybrid(make):
 
 
 def deepseek():
-    """One dense layer, and two with four experts."""
+    """Return one dense layer, and two with four experts."""
     return transformers.DeepseekV3Config(
         **SIZES | {"num_key_value_heads": 4}, kv_lora_rank=10, q_lora_rank=14, qk_rope_head_dim=6, qk_nope_head_dim=5,
         v_head_dim=7, n_group=1, topk_group=1, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=12,
@@ -44,7 +44,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def qwen(kind: str, text):
-    """Qwen3.5 with a small tower for pictures; the mixture's file has the experts of a layer in one tensor."""
+    """Return Qwen3.5 with a small tower for pictures; the mixture's file has the experts of a layer in one tensor."""
     config = getattr(transformers, f"{kind}Config")(
         text_config=text.to_dict(), vision_config=SEES, image_token_id=94, video_token_id=95,
         vision_start_token_id=96, vision_end_token_id=93,

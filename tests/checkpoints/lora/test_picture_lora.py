@@ -29,7 +29,7 @@ def _one_thread() -> None:
 
 
 def adapted(folder: Path, low: Callable[[str], LoraSettings], wanted: Callable[[str], bool]) -> Any:
-    """keifu's model with adapters that change something."""
+    """Return keifu's model with adapters that change something."""
     model = checkpoints.load_model(folder)
     torch.manual_seed(7)
     known = layers(model)

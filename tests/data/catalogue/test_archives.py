@@ -180,7 +180,8 @@ def test_without_members_the_file_is_kept_whole(tmp_path: Path) -> None:
 
 
 def debian_package(folder: Path, compression: str = "xz") -> Archive:
-    """As dpkg-deb writes one: an ar archive of a version, control files (here of an odd size) and the content."""
+    """Return an archive as dpkg-deb writes one: an ar archive of a version, control files (here of an odd size) and the
+    content."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode=f"w:{compression}") as archive:
         member = tarfile.TarInfo("./usr/share/words/a.txt")

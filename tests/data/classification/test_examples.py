@@ -49,7 +49,7 @@ def test_the_fingerprint_changes_with_any_number_and_with_what_is_held_out():
 
 
 def moments(pictures):
-    """Each picture's mass and centre in pixels."""
+    """Return each picture's mass and centre in pixels."""
     grid = torch.arange(28.0)
     mass = pictures.sum((1, 2))
     return mass, torch.stack([(pictures.sum(1) * grid).sum(1), (pictures.sum(2) * grid).sum(1)], 1) / mass[:, None]

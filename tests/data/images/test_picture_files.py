@@ -22,7 +22,7 @@ def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def two_pixels(mode: str = "RGBA") -> Image.Image:
-    """Opaque red on the left, transparent blue on the right."""
+    """Return opaque red on the left, transparent blue on the right."""
     image = Image.new("RGBA", (2, 1), CLEAR)
     image.putpixel((0, 0), RED)
     return image if mode == "RGBA" else image.convert(mode)

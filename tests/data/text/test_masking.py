@@ -32,7 +32,7 @@ Made = Callable[..., MaskedText]
 
 
 def numbered(documents: list[list[int]]) -> Sentences:
-    """Documents of sentences of the given lengths, whose tokens count from 5 on and begin again after 394."""
+    """Return documents of sentences of the given lengths, whose tokens count from 5 on and begin again after 394."""
     sizes = np.array([size for sentences in documents for size in sentences])
     starts = np.concatenate([[0], np.cumsum(sizes)])
     firsts = np.concatenate([[0], np.cumsum([len(sentences) for sentences in documents])])

@@ -57,7 +57,7 @@ def wrong_steps(text: str) -> list[str]:
 
 
 def shards(name: str, first: int, training: int, validation: int = 90) -> Shards:
-    """Ids that tell their source and place."""
+    """Return ids that tell their source and place."""
     index = {"fingerprint": name, "source": name, "validation": {"tokens": validation, "bytes": 3 * validation}}
     parts = np.arange(first, first + training), np.arange(first + training, first + training + validation)
     return Shards(parts[0].astype("<u4"), parts[1].astype("<u4"), index)

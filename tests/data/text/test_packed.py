@@ -13,7 +13,7 @@ from keifu.errors import UserError
 
 
 def shards(training: int, validation: int = 50) -> Shards:
-    """Ids that tell their own place."""
+    """Return ids that tell their own place."""
     index = {"fingerprint": "f", "source": "numbers", "validation": {"tokens": validation, "bytes": 4 * validation}}
     return Shards(np.arange(training, dtype="<u2"), np.arange(validation, dtype="<u2"), index)
 

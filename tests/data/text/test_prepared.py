@@ -21,7 +21,7 @@ WORDS = "the small cat saw another small cat on the mat and went home again"
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Five files of several documents."""
+    """Return five files of several documents."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(5):

@@ -52,7 +52,7 @@ MISTRAL = """\
 
 @pytest.fixture(scope="session")
 def chats(smollm2, corpus, tmp_path_factory) -> dict[str, tuple[Tokenizer, object]]:
-    """Each kind of template on a tokenizer of its kind, and the same as transformers reads it from disk."""
+    """Return each kind of template on a tokenizer of its kind, and the same as transformers reads it from disk."""
     sentencepiece = load_tokenizer("sentencepiece-32k")
     headers = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     bpe = train_tokenizer("bpe", corpus, 600, special_tokens=headers).backend

@@ -21,7 +21,7 @@ RANGES = [(32, 0x250), (0x300, 0x370), (0x2000, 0x2100), (0x3000, 0x3400), (0xAC
 
 
 def strange_texts(count: int) -> list[str]:
-    """Texts of accents, marks, spaces, half-width and compatibility characters in any order."""
+    """Return texts of accents, marks, spaces, half-width and compatibility characters in any order."""
     chance = random.Random(1)
     return ["".join(chr(chance.randrange(*chance.choice(RANGES))) for _ in range(12)) for _ in range(count)]
 

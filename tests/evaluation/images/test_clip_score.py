@@ -39,7 +39,7 @@ def towers(tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """40 pictures of 8 pixels with captions in two languages."""
+    """Return 40 pictures of 8 pixels with captions in two languages."""
     root, rows, random = tmp_path_factory.mktemp("pictures"), [], np.random.default_rng(0)
     for number in range(40):
         Image.fromarray(random.integers(0, 255, (8, 8, 3), np.uint8)).save(root / f"{number}.png")

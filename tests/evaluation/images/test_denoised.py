@@ -62,7 +62,7 @@ class Knowing(ImageModel):
         return self.greys[torch.zeros(len(x), dtype=int) if label is None else label][:, None, None, None].expand_as(x)
 
     def check_size(self, channels: int, height: int, width: int) -> None:
-        """Any size is well."""
+        """Accept any size."""
 
 
 def test_psnr_is_its_definition_and_ssim_that_of_a_loop_over_windows() -> None:

@@ -48,7 +48,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures of odd sizes with captions, and the same in a folder for each class."""
+    """Return six pictures of odd sizes with captions, and the same in a folder for each class."""
     folder, rows = tmp_path_factory.mktemp("pictures"), []
     for number, (name, colour) in enumerate(COLOURS.items()):
         for size in ("small", "large"):

@@ -26,7 +26,8 @@ ENGLISH = ["This is a pen.", "I live in Tokyo.", "She reads books every day.", "
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Threads that wait for each other cost tiny models more than they give, and very much on a busy machine."""
+    """Use one thread: threads that wait for each other cost tiny models more than they give, and very much on a busy
+    machine."""
     torch.set_num_threads(1)
 
 

@@ -75,7 +75,7 @@ def terminal(noise: Noise) -> dict:
 
 
 def published(name: str, noise: Noise, karras: bool = False):
-    """diffusers' scheduler of a sampler."""
+    """Return diffusers' scheduler of a sampler."""
     d, common = diffusers, kwargs(noise)
     ends = {"set_alpha_to_one": noise.last_alpha_one}
     bounds, levels = clipping(noise) | thresholding(noise), {"use_karras_sigmas": karras}
@@ -95,7 +95,7 @@ def published(name: str, noise: Noise, karras: bool = False):
 
 
 def theirs(name: str, noise: Noise, steps: int, karras: bool, eta: float, start: Tensor, seeds: list[int], predict):
-    """x after each of the scheduler's steps, as the network sees it."""
+    """Return x after each of the scheduler's steps, as the network sees it."""
     scheduler = published(name, noise, karras)
     scheduler.set_timesteps(steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -118,7 +118,7 @@ def theirs(name: str, noise: Noise, steps: int, karras: bool, eta: float, start:
 
 
 def compare(name: str, noise: Noise, steps: int, karras: bool = False, eta: float = 0.0, predict=network, kind=None):
-    """Both trajectories; the difference at each step is measured by the largest number in x there.
+    """Compare both trajectories; the difference at each step is measured by the largest number in x there.
 
     At σ = 20,000, where the cosine schedule begins, a float32 x / alpha has few digits left for what is added to it.
     """
@@ -212,7 +212,7 @@ def test_a_learned_variance_of_a_step_that_goes_nowhere() -> None:
 
 
 def drawn(name: str, noise: Noise, steps: int, predict=network) -> list[Tensor]:
-    """x after each step."""
+    """Return x after each step."""
     chosen = configure_sampler(noise, name, steps)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * chosen.schedule.initial_sigma
     return [x for x, _ in chosen.run(chosen.denoiser(predict), x, chosen.schedule, SeededNoise(range(SHAPE[0])))]

@@ -35,7 +35,7 @@ def hearing(tmp_path):
 
 
 def without_the_boundary(tokens: list[int]) -> list[int]:
-    """Tokens without the second of two times at the end, which transformers keeps."""
+    """Return tokens without the second of two times at the end, which transformers keeps."""
     return tokens[:-1] if min(tokens[-2:]) > SPECIAL_END else tokens
 
 

@@ -37,7 +37,7 @@ SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
 
 
 def sharpened(model: nn.Module, factor: float) -> nn.Module:
-    """Larger weights, so that the next token depends on those before it; Marian's sinusoids stay as they are."""
+    """Return larger weights, so that the next token depends on those before it; Marian's sinusoids stay as they are."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "positions" not in name:
@@ -81,7 +81,7 @@ def lm(kind: str, vocab: int) -> hf.PreTrainedModel:
 
 
 def theirs(model: Any, ids: Tensor, mask: Tensor, beams: int, begin: int, ends: list[int], **wanted: Any) -> list[list]:
-    """For each row transformers' texts, best first, each with its score; greedy choice has no scores."""
+    """Return for each row transformers' texts, best first, each with its score; greedy choice has no scores."""
     if beams > 1:
         wanted |= {"num_beams": beams, "num_return_sequences": beams, "output_scores": True}
     else:
@@ -106,7 +106,7 @@ def check_equal(ours: Sequence[Sequence[Hypothesis]], expected: list[list]) -> N
 
 
 def setting(draw: random.Random, stopping: bool | str) -> tuple[dict[str, Any], Any]:
-    """One draw of length penalty and limit: for transformers, and the penalty for us."""
+    """Return one draw of length penalty and limit: for transformers, and the penalty for us."""
     exponent = draw.choice([-0.7, 0.0, 0.5, 1.0, 2.0])
     wanted = {"length_penalty": exponent, "early_stopping": stopping, "max_new_tokens": draw.choice([1, 5, 20])}
     return wanted, partial(power_penalty, exponent=exponent)

@@ -40,14 +40,14 @@ TEXTS = [
 
 @cache
 def logs() -> torch.Tensor:
-    """ln P of every text by each table, [tables, texts]."""
+    """Return ln P of every text by each table, [tables, texts]."""
     shares = tables().double().log_softmax(-1)
     paths = [(range(len(text)), (0, *text[:-1]), text) for text in TEXTS]
     return torch.stack([shares[:, list(places), list(before), list(text)].sum(1) for places, before, text in paths], 1)
 
 
 def best_of_all(penalty: Callable[[float], float]) -> list[tuple[list[int], float]]:
-    """By each table the text whose ln P over the penalty of its length, its end counted, is the largest."""
+    """List by each table the text whose ln P over the penalty of its length, its end counted, is the largest."""
     scores, places = (logs() / torch.tensor([penalty(len(text)) for text in TEXTS])).max(1)
     texts = ([token for token in TEXTS[place] if token != END] for place in places.tolist())
     return list(zip(texts, scores.tolist(), strict=True))

@@ -72,7 +72,7 @@ def skip_angles_by_length(model: nn.Module) -> None:
 
 
 def same(a: Completion, b: Completion) -> None:
-    """Everything equal, log-probabilities to 1e-5."""
+    """Assert that everything is equal, log-probabilities to 1e-5."""
     assert replace(a, log_probabilities=None, sampled_log_probabilities=None) == replace(
         b, log_probabilities=None, sampled_log_probabilities=None
     )

@@ -22,7 +22,7 @@ def told(tokenizer: Tokenizer, **generation_config: Any) -> Tokenizer:
 
 @pytest.fixture
 def chatter(tokenizer: Tokenizer) -> Tokenizer:
-    """With a chat template."""
+    """Return one with a chat template."""
     return tokenizer.with_chat_template(CHATML)
 
 

@@ -37,7 +37,7 @@ def small(model: nn.Module, blocks: int, size: int = 4) -> TorchRunner:
 
 
 def requests(count: int, seed: int = 1) -> list[Asked]:
-    """Prompts of 1 to 50 tokens, of which some begin alike, with settings of every kind."""
+    """Return prompts of 1 to 50 tokens, of which some begin alike, with settings of every kind."""
     rng = random.Random(seed)
     roots = [[rng.randrange(261) for _ in range(30)] for _ in range(3)]
     kinds = [
@@ -57,7 +57,7 @@ def requests(count: int, seed: int = 1) -> list[Asked]:
 
 
 def run(engine: Engine, asked: list[Asked], arrivals: random.Random | None = None) -> list[list[Piece]]:
-    """All pieces of each request; with `arrivals` they come a few at a time, between steps."""
+    """Return all pieces of each request; with `arrivals` they come a few at a time, between steps."""
     waiting, found = iter(asked), [[] for _ in asked]
     for prompt, sampling in waiting if arrivals is None else ():
         engine.add(engine.request(prompt, sampling))
@@ -80,7 +80,7 @@ def same(found: list[list[Piece]], expected: list[list[Piece]]) -> None:
 
 
 def alone(model: nn.Module, tokenizer: Tokenizer, asked: list[Asked]) -> list[list[Piece]]:
-    """Each in an engine of its own, its prompt read at once."""
+    """Run each in an engine of its own, its prompt read at once."""
     found = []
     for prompt, sampling in asked:
         [pieces] = run(Engine(model, tokenizer, small(model, 64)), [(prompt, sampling)])

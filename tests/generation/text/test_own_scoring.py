@@ -66,7 +66,7 @@ def test_score_has_the_bits_of_the_logits(packed: NativeLM) -> None:
 
 
 def pairs() -> list[ScoredPair]:
-    """Prompts that begin alike, some far, some whole; answers of one token, of several, and that begin alike."""
+    """Return prompts that begin alike, some far, some whole; answers of one token, of several, and that begin alike."""
     head = tokens(40, 4)
     prompts = [tuple(head + tokens(length, seed)) for seed, length in enumerate([3, 30, 3, 0])] + [tuple(tokens(5, 9))]
     answers = [(7,), (8,), (8, 9), (8, 10), (3, 4, 5)]

@@ -30,7 +30,7 @@ def some(rng: random.Random, n: int) -> list[int]:
 
 
 def prompts(count: int, seed: int = 1) -> list[list[int]]:
-    """Prompts of which most share 30 tokens, and some fewer."""
+    """Return prompts of which most share 30 tokens, and some fewer."""
     rng = random.Random(seed)
     base = some(rng, 30)
     return [base[: rng.choice((30, 30, 20, 5))] + some(rng, rng.randrange(1, 25)) for _ in range(count)]

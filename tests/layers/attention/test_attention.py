@@ -9,7 +9,7 @@ from keifu.layers.attention.masks import CausalMask, PaddingMask
 
 
 def formula(q, k, v, allowed, scale=None, cap=None, sinks=None):
-    """softmax(q kᵀ / √d) v for each head, in a loop; a cap on the scores, and sinks in the denominator."""
+    """Return softmax(q kᵀ / √d) v for each head, in a loop; a cap on the scores, and sinks in the denominator."""
     heads = []
     for h in range(q.shape[1]):
         kv = h * k.shape[1] // q.shape[1]

@@ -13,7 +13,7 @@ from keifu.layers.attention.masks import Band, CausalMask
 
 
 def masked(start: int, length: int, window: int, padding: torch.Tensor | None = None) -> torch.Tensor:
-    """Which of all keys each query may see, [batch, 1, length, start + length], written down at once."""
+    """Return which of all keys each query may see, [batch, 1, length, start + length], written down at once."""
     queries, keys = torch.arange(start, start + length)[:, None], torch.arange(start + length)
     allowed = ((keys <= queries) & (keys > queries - window))[None, None]
     if padding is not None:

@@ -35,7 +35,7 @@ def fill(state: KVState, cuts: list[int], tokens: Tensor = TOKENS) -> Tensor:
 
 
 def holds(state: KVState, texts: list[Tensor]) -> None:
-    """Each row holds this text."""
+    """Assert that each row holds this text."""
     assert state.lengths == [text.shape[1] for text in texts]
     for row, text in enumerate(texts):
         assert torch.equal(state.keys[0][row, :, : text.shape[1]], text)

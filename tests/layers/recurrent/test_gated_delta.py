@@ -26,7 +26,8 @@ def signals(length: int, batch: int = 2, heads: int = 3, key_dim: int = 5, value
 
 
 def by_the_paper(given: Signals, state: Tensor) -> tuple[Tensor, Tensor]:
-    """S ← α S (I - β k kᵀ) + β v kᵀ with the matrices transposed, token by token (Yang et al., 2024, equation 10)."""
+    """Return S ← α S (I - β k kᵀ) + β v kᵀ with the matrices transposed, token by token (Yang et al., 2024, equation
+    10)."""
     outputs = []
     for t in range(given.q.shape[2]):
         q, k, v = (x[:, :, t] for x in given[:3])

@@ -13,7 +13,7 @@ MASK = torch.arange(7) < LENGTHS[:, None]
 
 
 def torchs(ours: list[GRU]) -> nn.GRU:
-    """torch's layer with our weights."""
+    """Return torch's layer with our weights."""
     theirs = nn.GRU(3, 6, batch_first=True, bidirectional=len(ours) == 2).double()
     names = [("input", "ih"), ("recurrent", "hh")]
     for gru, end in zip(ours, ("", "_reverse"), strict=False):
@@ -65,7 +65,7 @@ def test_a_source_without_a_token_is_refused(kind):
 
 
 def plainly(x, memory, states, context_weight, attention, recurrent, state):
-    """Section A.1.2 step by step, by autograd, the context itself made and multiplied in each step."""
+    """Compute section A.1.2 step by step, by autograd, the context itself made and multiplied in each step."""
     made, shares = [state], []
     for given in x:
         scores = (attention.query(state)[:, None] + attention.key(states)).tanh() @ attention.v

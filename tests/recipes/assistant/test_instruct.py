@@ -19,7 +19,7 @@ WORDS = ["one", "two", "three", "four"]
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Models this small are faster without a second one."""
+    """Use one thread: models this small are faster without a second one."""
     torch.set_num_threads(1)
 
 

@@ -30,7 +30,7 @@ def test_options_of_adapters_without_adapters_are_refused(flags: list[str]) -> N
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Models this small are faster without a second one."""
+    """Use one thread: models this small are faster without a second one."""
     torch.set_num_threads(1)
 
 
@@ -46,7 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Questions with answers, and one conversation of two turns."""
+    """Return questions with answers, and one conversation of two turns."""
     file = tmp_path_factory.mktemp("talks") / "talks.jsonl"
     rows = [{"prompt": question, "response": answer} for question, answer in TALKS.items()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -128,7 +128,7 @@ def test_similarity_does_not_know_which_text_is_the_first() -> None:
 
 
 def tables(folder: Path, form: str, count: int = 40) -> Path:
-    """Tasks that a look at one or two words solves."""
+    """Return tasks that a look at one or two words solves."""
     rows = []
     for n in range(count):
         first, second = WORDS[n % 8], WORDS[(3 * n + n // 8) % 8]

@@ -20,7 +20,7 @@ TINY = {"size": 8, "dim": 8, "multipliers": (1, 2), "attention": (1,), "batch_si
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two classes of 12 pictures each, red or blue in different strengths."""
+    """Return two classes of 12 pictures each, red or blue in different strengths."""
     root = tmp_path_factory.mktemp("pictures")
     for place, name in enumerate(("red", "blue")):
         (root / name).mkdir()

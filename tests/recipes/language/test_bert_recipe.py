@@ -20,7 +20,7 @@ NOUNS, COMMANDS = ("cat", "dog", "bird", "fish", "horse"), ("sees", "hears", "li
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 short documents, each about one animal."""
+    """Return 120 short documents, each about one animal."""
     folder = tmp_path_factory.mktemp("text")
     documents = [
         " ".join(f"The {NOUNS[n % 5]} {COMMANDS[(n + i) % 4]} the {NOUNS[(n * i) % 5]}." for i in range(6))
@@ -32,7 +32,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Models this small are faster without a second one."""
+    """Use one thread: models this small are faster without a second one."""
     torch.set_num_threads(1)
 
 

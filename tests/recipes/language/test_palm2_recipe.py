@@ -25,7 +25,7 @@ NOUNS, COMMANDS = ("cat", "dog", "bird", "fish", "horse"), ("sees", "hears", "li
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three small texts, one of them pairs, and the file that mixes them."""
+    """Return three small texts, one of them pairs, and the file that mixes them."""
     folder = tmp_path_factory.mktemp("mixture")
     prose = "".join(f"The {NOUNS[n % 5]} {COMMANDS[n % 4]} the {NOUNS[n * 7 % 5]} in {n} houses. " for n in range(500))
     (folder / "prose.txt").write_text(prose)
@@ -40,7 +40,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Models this small are faster without a second one."""
+    """Use one thread: models this small are faster without a second one."""
     torch.set_num_threads(1)
 
 

@@ -29,13 +29,13 @@ FAST = ["--learning-rate", "0.02"]
 
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable: None) -> None:
-    """Models this small are faster without a second one."""
+    """Use one thread: models this small are faster without a second one."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch) -> Path:
-    """Rows of words and the same backwards."""
+    """Return rows of words and the same backwards."""
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
     chance = random.Random(0)
     rows = {tuple(chance.choice(WORDS) for _ in range(chance.randint(2, 6))) for _ in range(300)}

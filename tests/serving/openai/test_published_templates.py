@@ -61,7 +61,7 @@ CONTROL = ("[TOOL_CALLS]", "[ARGS]", *sorted({each.end for each in TEMPLATES.val
 
 
 def tokenizer_of(name: str) -> Tokenizer:
-    """Bytes, the tokens that end answers, and the published template."""
+    """Return bytes, the tokens that end answers, and the published template."""
     trained = train_tokenizer("bpe", ["ab"], 257 + len(CONTROL), special_tokens=list(CONTROL))
     found = Tokenizer(trained.backend, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
     template = (Path(FOLDER or "") / f"{name}.jinja").read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ DOGS = {"file": "more/dogs.html", "line": 2, "heading": "Dogs", "text": "seven d
 
 @pytest.fixture
 def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Documents, one of them a link to a file outside, and an empty cache."""
+    """Return documents, one of them a link to a file outside, and an empty cache."""
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
     notes = tmp_path / "notes"
     (notes / "more").mkdir(parents=True)

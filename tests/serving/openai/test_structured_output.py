@@ -99,7 +99,7 @@ def test_a_form_without_its_schema_is_refused(served: Any, chat: str) -> None:
 
 
 def accepts(schema: Any, text: str) -> bool:
-    """Whether an answer that follows the schema may be this text."""
+    """Return whether an answer that follows the schema may be this text."""
     matcher = LLMatcher(LLTokenizer("byte"), schema_grammar(schema).source)
     return matcher.try_consume_tokens([*text.encode()]) == len(text.encode()) and matcher.is_accepting()
 

@@ -57,7 +57,7 @@ ASK: Any = {"messages": [{"role": "user", "content": "The weather?"}], "tools": 
 
 
 def tokenizer_of(form: str | None) -> Tokenizer:
-    """Bytes, the tokens of turns and of calls, and a template of this form; None: one that knows no tools."""
+    """Return bytes, the tokens of turns and of calls, and a template of this form; None: one that knows no tools."""
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "[CALLS]", "[ARGS]"]
     trained = train_tokenizer("bpe", ["ab"], 262, special_tokens=control[1:])
     found = Tokenizer(trained.backend, {"bos_token": control[0], "eos_token": control[0]})

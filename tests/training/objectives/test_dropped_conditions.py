@@ -77,7 +77,8 @@ def loss(**shares: float) -> UnclipLoss:
 
 
 def batch(rows: int = ROWS, step: int = 0) -> dict[str, Tensor]:
-    """Pictures whose first two channels are a place's row and column, and captions and embeddings of their own."""
+    """Return pictures whose first two channels are a place's row and column, and captions and embeddings of their
+    own."""
     place = torch.arange(SIDE, dtype=torch.uint8) * 20
     picture = torch.stack([place[:, None].expand(SIDE, SIDE), place.expand(SIDE, SIDE), torch.zeros(SIDE, SIDE)])
     number = torch.arange(rows)

@@ -18,7 +18,7 @@ CONFIG = bert.Config(23, 12, 16, 24, 2, 4, dropout=0.0)
 
 
 def batch(rows: int = 6, pairs: bool = True) -> Batch:
-    """Rows with 0 to 5 hidden words each."""
+    """Return rows with 0 to 5 hidden words each."""
     mask = torch.arange(12) < torch.randint(6, 13, (rows, 1))
     targets = torch.randint(0, 23, (rows, 5)).masked_fill(torch.arange(5) >= torch.arange(rows)[:, None], -100)
     tokens, words = int(mask.sum()), int((targets != -100).sum())

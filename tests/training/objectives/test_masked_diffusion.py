@@ -26,7 +26,7 @@ class Rows:
         return {"tokens": self.tokens}
 
     def validation(self):
-        """Two batches."""
+        """Yield two batches."""
         yield from (self.batch(0), self.batch(1))
 
 

@@ -27,7 +27,7 @@ SMALL = transformer.Config(
 
 
 def batch() -> Batch:
-    """Three pairs of unequal lengths."""
+    """Return three pairs of unequal lengths."""
     source, target = torch.randint(4, 13, (3, 5)), torch.randint(4, 13, (3, 6))
     masks = [torch.arange(n) < torch.tensor(lengths)[:, None] for n, lengths in ((5, [5, 3, 2]), (6, [4, 6, 3]))]
     target[:, 0] = 1

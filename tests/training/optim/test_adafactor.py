@@ -19,7 +19,7 @@ Moves = list[list[Tensor]]
 
 
 def case(seed: int, shapes: list[tuple[int, ...]]) -> tuple[list[Tensor], Moves]:
-    """Tensors of very different sizes, one nearly 0, and gradients of many sizes, a third of their numbers 0."""
+    """Return tensors of very different sizes, one nearly 0, and gradients of many sizes, a third of their numbers 0."""
     torch.manual_seed(seed)
     start = [torch.randn(shape) * 10 ** (i - 2) for i, shape in enumerate(shapes)]
     start[0] *= 1e-4

@@ -41,7 +41,7 @@ def said(directory: Path) -> str:
 
 
 def wait_for_step(process: BaseProcess, directory: Path, step: int) -> None:
-    """Until a state of that step or a later one is there."""
+    """Wait until a state of that step or a later one is there."""
     while process.is_alive() and not any(done >= step for done in checkpoint.steps(directory)):
         time.sleep(0.005)
 
@@ -56,7 +56,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def lines(directory: Path) -> list[dict]:
-    """Metrics without what depends on the clock."""
+    """Return metrics without what depends on the clock."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(directory)]
 
 
