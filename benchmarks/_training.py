@@ -64,6 +64,25 @@ def peer(
     return step
 
 
+def plain_steps(
+    model: torch.nn.Module,
+    loss: Callable[[int], torch.Tensor],
+    steps: int,
+    rate: float,
+    warmup: int,
+    weight_decay: float = 0.1,
+) -> None:
+    """Train by AdamW on the loss of each step; the rate rises linearly, and falls to 0 in the last third."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay, betas=(0.9, 0.95))
+    for step in range(steps):
+        loss(step).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / warmup, (steps - step) / (steps / 3))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def learned(
     model: torch.nn.Module,
     data: Data,

@@ -31,6 +31,7 @@ import matplotlib.pyplot as plt
 import torch
 from _results import write_table
 from _rounds import machine, spread
+from _training import plain_steps
 from torch import Tensor, nn
 
 from keifu.data.text.packed import PackedText
@@ -103,18 +104,15 @@ def train(model: DecoderLM, task: TextTask, length: int, steps: int, tokens: int
     rows = tokens // length
     data = PackedText(task.shards, length - 1, rows, seed)
     random = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.95))
-    for step in range(steps):
+
+    def loss_of(step: int) -> Tensor:
         text = data.batch(step)["tokens"].long()
         asked, places = with_passkeys(text[::2], random, at_end=False)
         batch = torch.cat([asked, text[1::2]])
         losses = nn.functional.cross_entropy(model(batch[:, :-1]).mT, batch[:, 1:], reduction="none")
-        (losses.mean() + losses[: len(asked)].gather(1, places - 1).mean()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / max(20, steps // 20), (steps - step) / (steps / 3))
-        optimizer.step()
-        optimizer.zero_grad()
+        return losses.mean() + losses[: len(asked)].gather(1, places - 1).mean()
+
+    plain_steps(model, loss_of, steps, rate, warmup=max(20, steps // 20))
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import torch
 from _results import write_table
 from _rounds import machine, spread
+from _training import plain_steps
 from torch import Tensor, nn
 
 from keifu.layers.attention.attention import Scoring, attend
@@ -118,18 +119,15 @@ def draw(rows: int, pairs: int, random: torch.Generator, rewritten: bool = False
 def train(model: DecoderLM, seed: int, options: argparse.Namespace) -> None:
     """Train on sequences of 8, 16 and 32 pairs in turn."""
     random = torch.Generator().manual_seed(1000 + seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.0, betas=(0.9, 0.95))
-    for step in range(options.steps):
+
+    def loss_of(step: int) -> Tensor:
         pairs = TRAINED[step % len(TRAINED)]
         length = (5 if options.rewritten else 3) * pairs
         tokens, wanted = draw(options.tokens // length, pairs, random, options.rewritten)
         logits = model.logits(model.hidden(tokens)[:, -pairs:])
-        nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = options.rate * min(1, (step + 1) / 20, (options.steps - step) / (options.steps / 3))
-        optimizer.step()
-        optimizer.zero_grad()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+
+    plain_steps(model, loss_of, options.steps, options.rate, warmup=20, weight_decay=0.0)
 
 
 @torch.no_grad()

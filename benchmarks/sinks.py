@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import torch
 from _results import write_table
 from _rounds import machine, spread
+from _training import plain_steps
 from torch import Tensor, nn
 
 from keifu.data.text.packed import PackedText
@@ -72,15 +73,12 @@ def windows(text: Tensor) -> Tensor:
 
 def train(model: DecoderLM, task: TextTask, seed: int, options: argparse.Namespace) -> None:
     data = PackedText(task.shards, LENGTH - 1, options.tokens // LENGTH, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.1, betas=(0.9, 0.95))
-    for step in range(options.steps):
+
+    def loss_of(step: int) -> Tensor:
         batch = windows(data.batch(step)["tokens"].long())
-        nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = options.rate * min(1, (step + 1) / 50, (options.steps - step) / (options.steps / 3))
-        optimizer.step()
-        optimizer.zero_grad()
+        return nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    plain_steps(model, loss_of, options.steps, options.rate, warmup=50)
 
 
 @torch.no_grad()
