@@ -54,6 +54,7 @@ SMALL_ON_PURPOSE = {
     "keifu.evaluation.intervals": "statistics, which know no model",
     "keifu.data.audio.log_mel": "features, which know no file",
     "keifu.data.audio.sound_files": "formats, which know no features",
+    "keifu.evaluation.text.prompt_runner": "what few-shot tasks and lm-evaluation-harness share",
     "keifu.evaluation.plots.fonts": "fonts, which know no chart",
     "keifu.generation.speech.subtitles": "formats, which know no model",
     "keifu.generation.text.logits_processors": "the field's word for them",

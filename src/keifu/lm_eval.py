@@ -7,19 +7,16 @@ a warning, as there; so the scores of a checkpoint are the same. Shared prefixes
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from keifu.checkpoints import load
-from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.evaluation.text.prompt_runner import PromptRunner
 from keifu.generation.text import likelihood
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.model import text_model
 from keifu.generation.text.sampling_params import SamplingParams
 
 try:
@@ -29,6 +26,7 @@ try:
 except ModuleNotFoundError as missing:
     raise UserError(f"lm-evaluation-harness is needed ({missing}): pip install 'keifu[evaluation]'.") from missing
 
+SCORING = "lm-eval, scoring"
 WRITTEN = 256  # tokens at most where a task does not say, as in the harness
 MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # of a task's settings, those that are used
@@ -52,14 +50,15 @@ class KeifuLM(LM):
             raise UserError("This model has no tokenizer, so it cannot read a text: give one with it.")
         self.model = loaded if device is None else loaded.to(device)
         self.tokenizer, self.name = tokenizer, model if isinstance(model, str) else type(model).__name__
-        self.context: int = text_model(self.model).config.context_length
         self.batch_size = max_batch_size if batch_size in (None, "auto") else int(batch_size)
+        self.runner = PromptRunner(self.model, self.tokenizer, self.batch_size)
+        self.context = self.runner.context
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return ln P of each continuation after its context, and whether greedy decoding would generate it."""
         texts = [request.args for request in requests]
         pairs = [self._cut(pair) for pair in likelihood.join_tokens(self.tokenizer, texts, allow_special=True)]
-        answers = [(score.total, score.greedy) for score in self._likelihoods(pairs)]
+        answers = [(score.total, score.greedy) for score in self.runner.likelihoods(pairs, SCORING)]
         for text, answer in zip(texts, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", text, answer)
         return answers
@@ -73,7 +72,7 @@ class KeifuLM(LM):
         for ids in self.tokenizer.encode_batch(texts, allow_special=True):
             parts = get_rolling_token_windows(likelihood.open_prefixes(front, ids), begin, self.context, 1)
             windows.append([likelihood.ScoredPair(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, parts)])
-        scores = iter(self._likelihoods([pair for window in windows for pair in window]))
+        scores = iter(self.runner.likelihoods([pair for window in windows for pair in window], SCORING))
         totals = [sum(next(scores).total for _ in window) for window in windows]
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
@@ -89,8 +88,7 @@ class KeifuLM(LM):
         prompts = [
             self._room(likelihood.open_prefixes(front, own), each) for own, each in zip(ids, settings, strict=True)
         ]
-        with counting("lm-eval, writing", len(prompts), "prompts") as progress:
-            done = generate_batch(self.model, self.tokenizer, prompts, settings, self.batch_size or 32, progress)
+        done = self.runner.write(prompts, settings, "lm-eval, writing")
         for args, answer in zip(asked, done, strict=True):
             self.cache_hook.add_partial("generate_until", args, answer.text)
         return [answer.text for answer in done]
@@ -113,13 +111,9 @@ class KeifuLM(LM):
         weights = [*self.model.parameters()]
         return {"model": self.name, "model_num_parameters": sum(weight.numel() for weight in weights)}
 
-    def _likelihoods(self, pairs: Sequence[likelihood.ScoredPair]) -> list[likelihood.Likelihood]:
-        with counting("lm-eval, scoring", len({pair.prompt for pair in pairs}), "prompts") as progress:
-            return likelihood.likelihoods(self.model, pairs, self.batch_size, progress)
-
     def _cut(self, pair: likelihood.ScoredPair) -> likelihood.ScoredPair:
         """Cut the beginning of a pair that exceeds the context."""
-        extra = len(pair.prompt) + len(pair.answer) - 1 - self.context
+        extra = self.runner.excess(pair)
         if extra <= 0:
             return pair
         if extra >= len(pair.prompt):

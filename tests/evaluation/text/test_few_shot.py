@@ -15,7 +15,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest
-from keifu.evaluation.text import few_shot, perplexity, tasks
+from keifu.evaluation.text import few_shot, perplexity, prompt_runner, tasks
 from keifu.evaluation.text.few_shot import baselines, majority, normalize_answer
 from keifu.evaluation.text.tasks import FewShotTask, TaskItem, is_task, read_task
 from keifu.generation.text.generate import Completion, generate
@@ -208,7 +208,7 @@ def test_the_majority_of_samples_counts(
     assert majority(["b", "A.", "<think>b</think>a", "b</think>a", "b"]) == 1 and majority(["x", "y"]) == 0
     texts = iter(["no", "Yes.", "yes", "no", "no", "yes"] * 2)
     written = lambda *given: [Completion(next(texts), [], "stop", 0, 0) for _ in given[2]]  # noqa: E731
-    monkeypatch.setattr(few_shot, "generate_batch", written)
+    monkeypatch.setattr(prompt_runner, "generate_batch", written)
     items = TaskItem("one", "yes"), TaskItem("two", "yes")
     monkeypatch.setitem(few_shot.TASKS, "t", lambda: FewShotTask("t", items, metric="exact"))
     found = few_shot.evaluate(model, tokenizer, EvalRequest("t", samples=3))

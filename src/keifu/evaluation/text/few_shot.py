@@ -12,21 +12,21 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from keifu.data.chat.thoughts import answer_of, with_opening
-from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.intervals import bootstrap, wilson
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.evaluation.text.prompt_runner import PromptRunner
 from keifu.evaluation.text.tasks import SCORES, TASKS, SampledItem, TaskItem, is_task, read_task
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.likelihood import Likelihood, ScoredPair, join_tokens, likelihoods
-from keifu.generation.text.model import is_writer, text_model
+from keifu.generation.text.likelihood import Likelihood, ScoredPair, join_tokens
+from keifu.generation.text.model import is_writer
 from keifu.generation.text.sampling_params import SamplingParams
 
 ABOUT = "a language model on a task given by examples in the prompt: accuracy with its 95% interval"
@@ -67,8 +67,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     items: list[tuple[Any, ...]] = []
     figures, start = {}, time.perf_counter()
     for shots in numbers:
-        of = drawn, drawn.prompts(shots), shots, request.batch_size, request.samples or 1, request.seed
-        asking = _Prompting(model, tokenizer, *of)
+        runner = PromptRunner(model, tokenizer, request.batch_size)
+        asking = _Prompting(runner, drawn, drawn.prompts(shots), shots, request.samples or 1, request.seed)
         scored = SCORERS[task.metric](asking)
         headline = task.score if task.score in scored.right else next(iter(scored.right))
         lines += [(shots, name, *_share(right)) for name, right in scored.right.items()]
@@ -105,14 +105,12 @@ def normalize_answer(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Prompting:
-    """Prompts of some items with their shots, and the model that is evaluated on them."""
+    """Prompts of some items with their shots, and the runner of the model that is evaluated on them."""
 
-    model: nn.Module
-    tokenizer: Tokenizer
+    runner: PromptRunner
     drawn: SampledItem
     prompts: Sequence[str]
     shots: int
-    batch_size: int | None
     samples: int = 1
     seed: int = 0
 
@@ -121,14 +119,14 @@ class _Prompting:
         lengths."""
         delimiter = self.drawn.task.delimiter
         texts = [(p, delimiter + a) for p, answer in zip(self.prompts, answers, strict=True) for a in answer]
-        rest = iter(join_tokens(self.tokenizer, texts))
+        rest = iter(join_tokens(self.runner.tokenizer, texts))
         scored_pairs = [[next(rest) for _ in answer] for answer in answers]
-        longest = max(len(pair.prompt) + len(pair.answer) - 1 for each in scored_pairs for pair in each)
-        if longest > (context := text_model(self.model).config.context_length):
+        excess, context = max(self.runner.excess(p) for each in scored_pairs for p in each), self.runner.context
+        if excess > 0:
             fewer = "ask for fewer shots" if self.shots else "shorten the items"
             raise UserError(
-                f"With {self.shots} shots the longest prompt and its answer have {longest:,} tokens, but this model's "
-                f"context is {context:,}: {fewer}."
+                f"With {self.shots} shots the longest prompt and its answer have {context + excess:,} tokens, but this "
+                f"model's context is {context:,}: {fewer}."
             )
         return scored_pairs
 
@@ -138,10 +136,10 @@ class _Prompting:
         columns = self.prompts, answers, scored.given, scored.right[headline], scored.details
         return [(self.shots, *row) for row in zip(*columns, strict=True)]
 
-    def likelihoods(self, pairs: Sequence[ScoredPair]) -> list[Likelihood]:
-        """Return the likelihood of each pair, with a progress bar over the prompts."""
-        with counting(f"Asking with {self.shots} shots", len({p.prompt for p in pairs}), "prompts") as progress:
-            return likelihoods(self.model, pairs, self.batch_size, progress)
+    @property
+    def label(self) -> str:
+        """Return the label of the progress bar."""
+        return f"Asking with {self.shots} shots"
 
 
 def _by_choice(asking: _Prompting) -> ScoredItem:
@@ -149,8 +147,8 @@ def _by_choice(asking: _Prompting) -> ScoredItem:
     task, items = asking.drawn.task, asking.drawn.items
     pairs = asking.pairs([item.choices for item in items])
     alone = list(dict.fromkeys(choice for item in items for choice in item.choices))
-    free = join_tokens(asking.tokenizer, [(task.unconditional, task.delimiter + choice) for choice in alone])
-    scored = asking.likelihoods([*free, *(pair for each in pairs for pair in each)])
+    free = join_tokens(asking.runner.tokenizer, [(task.unconditional, task.delimiter + choice) for choice in alone])
+    scored = asking.runner.likelihoods([*free, *(pair for each in pairs for pair in each)], asking.label)
     unconditional = {choice: each.total for choice, each in zip(alone, scored, strict=False)}
     rest = iter(scored[len(free) :])
     right: dict[str, list[bool]] = {name: [] for name in SCORES}
@@ -191,11 +189,10 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
     task, items, count = asking.drawn.task, asking.drawn.items, asking.samples
     prompts = [each.prompt for [each] in asking.pairs([[item.answer] for item in items]) for _ in range(count)]
     sampling = SamplingParams(max_tokens=task.max_tokens, temperature=float(count > 1), stop=task.until, seed=0)
-    with counting(f"Asking with {asking.shots} shots", len(prompts), "prompts") as progress:
-        each = [replace(sampling, seed=asking.seed * len(prompts) + number) for number in range(len(prompts))]
-        written = generate_batch(asking.model, asking.tokenizer, prompts, each, asking.batch_size or 32, progress)
-    texts = [with_opening(asking.tokenizer, prompt, done.text) for prompt, done in zip(prompts, written, strict=True)]
-    written = [replace(done, text=text) for done, text in zip(written, texts, strict=True)]
+    each = [replace(sampling, seed=asking.seed * len(prompts) + number) for number in range(len(prompts))]
+    written = asking.runner.write(prompts, each, asking.label)
+    opened = partial(with_opening, asking.runner.tokenizer)
+    written = [replace(done, text=opened(p, done.text)) for p, done in zip(prompts, written, strict=True)]
     groups = [written[first : first + count] for first in range(0, len(written), count)]
     accepted = [{normalize_answer(text) for text in (item.answer, *item.accepted)} for item in items]
     forms = [[normalize_answer(answer_of(done.text)) for done in group] for group in groups]
@@ -211,7 +208,8 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
 
 def _by_cloze(asking: _Prompting) -> ScoredItem:
     """Return whether greedy decoding would generate the answer, and how likely the answer is."""
-    scored = asking.likelihoods([each for [each] in asking.pairs([[item.answer] for item in asking.drawn.items])])
+    pairs = [pair for [pair] in asking.pairs([[item.answer] for item in asking.drawn.items])]
+    scored = asking.runner.likelihoods(pairs, asking.label)
     losses = [-each.total for each in scored]
     perplexities = [math.exp(min(value, 700.0)) for value in (sum(losses) / len(losses), *bootstrap(losses))]
     names = ("perplexity of an answer", "perplexity, 95% from (bootstrap)", "perplexity, 95% to (bootstrap)")
