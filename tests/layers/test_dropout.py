@@ -99,7 +99,7 @@ def test_evaluation_drops_nothing_and_without_keys_torchs_generator_draws() -> N
 
 
 def test_an_input_that_is_not_made_of_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="15 elements for 4 rows"):
+    with pytest.raises(ValueError, match="must be the 4 rows: it has 15 elements"):
         keyed(Dropout(0.5), 4)(torch.ones(5, 3))
 
 

@@ -107,7 +107,7 @@ def test_a_picture_is_cut_into_tiles(seeing: Served, seer: Path, tmp_path: Path)
     (tmp_path / "x.png").write_bytes(png(1))
     asked: Any = {"images": [tmp_path / "x.png"], "temperature": 0.0, "max_tokens": 8}
     assert answer(client, url(png(1)), model="tiler") == keifu.generate(model, tokenizer, "What?", **asked)
-    with pytest.raises(openai.BadRequestError, match="but this model's context is 800: give less"):
+    with pytest.raises(openai.BadRequestError, match="but the context is 800: shorten it"):
         answer(client, *[url(png(1))] * 9, model="tiler")
 
 

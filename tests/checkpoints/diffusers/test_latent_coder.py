@@ -87,7 +87,7 @@ def test_sides_of_tiles() -> None:
         tile_of(256, (64, 64), 1)
     assert tile_of(0, (4096, 4096), 8) == 0 and tile_of(256, (64, 64), 8) == 256
     for wrong, near in ((100, 96), (16, 32), (-8, 32)):
-        with pytest.raises(UserError, match=f"not {wrong}: the nearest is {near}"):
+        with pytest.raises(UserError, match=f"not {wrong}: take {near}"):
             tile_of(wrong, (64, 64), 8)
 
 

@@ -234,5 +234,5 @@ def test_pictures_that_do_not_fit_are_refused(pipeline, files, tmp_path, monkeyp
 
 def test_a_network_that_reads_masks_needs_one(filler, files) -> None:
     for given in ({}, {"init": read_input_image(files[0])}):
-        with pytest.raises(UserError, match=r"what a mask hides .*--init, --mask"):
+        with pytest.raises(UserError, match=r"fills in a masked part .*--init, --mask"):
             filler[1].resolved(ImageRequest(text=TEXT, **given))

@@ -280,7 +280,7 @@ def test_layers_that_no_model_has_take_no_memory(layers: int) -> None:
         read_config({**PUBLISHED["gemma3-1b"], "num_hidden_layers": layers}, "config.json")
     with pytest.raises(UserError, match=f"num_layers is {layers:,}, and at most 10,000"):
         read_config({**PUBLISHED["gpt-neo-1.3b"], "num_layers": layers}, "config.json")
-    with pytest.raises(UserError, match=rf"attention_types \[\[\['global'\], {layers}\]\] is an order"):
+    with pytest.raises(UserError, match=rf"attention_types \[\[\['global'\], {layers}\]\] is not supported"):
         read_config({**PUBLISHED["gpt-neo-1.3b"], "attention_types": [[["global"], layers]]}, "config.json")
 
 

@@ -125,7 +125,7 @@ def test_tiles_are_written_into_the_prompt(reader, tiler) -> None:
     expected = [whole(tiler, prompt) for prompt in prompts]
     assert expected[0] != expected[1]
     assert tokens_of(tiler, prompts, step_tokens=50, max_running=2) == expected
-    with pytest.raises(UserError, match=r"The prompt has .* tokens, but this model's context is 800: give less"):
+    with pytest.raises(UserError, match=r"The prompt has .* tokens, but the context is 800: shorten it"):
         asked_for = asked(reader, tiler, "What?", *range(9))
         InsertedImages(asked_for, tiler.config)
 
@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_refused(reader, seer) -> None:
         engine.request(wrong, GREEDY)
     with pytest.raises(UserError, match="17 pictures were given, but a prompt takes at most 16"):
         engine.request(asked(reader, seer, "What?", *range(17)), GREEDY)
-    with pytest.raises(UserError, match="The prompt has .* tokens, but this model's context is 400"):
+    with pytest.raises(UserError, match="The prompt has .* tokens, but the context is 400"):
         engine.request(asked(reader, seer, "x" * 400, 1), GREEDY)
     blind = llama.build(replace(seer.config.text)).eval()
     with pytest.raises(UserError, match="sees no pictures"):
