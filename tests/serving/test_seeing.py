@@ -101,6 +101,22 @@ def test_openai_s_client_sends_pictures(seeing: Served, seer: Path, tmp_path: Pa
     assert again.usage is not None and again.usage.input_tokens > first.usage.input_tokens
 
 
+def test_anthropic_s_and_ollama_s_forms_send_pictures(seeing: Served) -> None:
+    client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="none", max_retries=0, timeout=120)
+    data = base64.b64encode(png(1)).decode()
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    for form in (source, {"type": "url", "url": url(png(1))}):
+        turn = {"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image", "source": form}]}
+        asked: dict[str, Any] = {"model": "seer", "temperature": 0, "max_tokens": 8, "messages": [turn]}
+        assert seeing.post("/v1/messages", asked).json()["content"][0]["text"] == answer(client, url(png(1)))
+    turn = {"role": "user", "content": "What?", "images": [data]}
+    asked = {"model": "seer", "messages": [turn], "stream": False, "options": {"temperature": 0, "num_predict": 8}}
+    assert seeing.post("/api/chat", asked).json()["message"]["content"] == answer(client, url(png(1)))
+    turn["images"] = ["?"]
+    refused = seeing.post("/api/chat", asked)
+    assert refused.status_code == 400 and "data URL that cannot be read" in refused.text
+
+
 def test_a_picture_is_cut_into_tiles(seeing: Served, seer: Path, tmp_path: Path) -> None:
     client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="none", max_retries=0, timeout=120)
     model, tokenizer = keifu.load(seer.parent / "tiler")

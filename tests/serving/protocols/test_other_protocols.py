@@ -67,7 +67,10 @@ def test_anthropic_calls_and_their_results(served: Any) -> None:
     ("fields", "words"),
     [
         ({}, "The field max_tokens is missing"),
-        ({"max_tokens": 4, "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "type"),
+        (
+            {"max_tokens": 4, "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+            "base64, with",
+        ),
         ({"max_tokens": 4, "messages": [{"role": "wizard", "content": "x"}]}, "wizard"),
         ({"max_tokens": 4, "tools": [{"nme": "x"}]}, "name"),
         ({"max_tokens": 4, "thinking": {"type": "enabled", "budget_tokens": 9}}, "this model has no thoughts"),
@@ -113,7 +116,7 @@ def test_ollama_formats_calls_and_lists(served: Any) -> None:
     assert [each["name"] for each in tags] == ["chat"] and tags[0]["size"] > 0
     assert httpx.get(f"{served.url}/api/version").json()["version"] == keifu.__version__
     wrong = served.post("/api/chat", {"model": "chat", "messages": [{"role": "user", "content": "x", "images": ["y"]}]})
-    assert wrong.status_code == 400 and "images is not supported" in wrong.text
+    assert wrong.status_code == 400 and "data URL that cannot be read" in wrong.text
 
 
 def loaded(served: Any) -> dict[str, bool]:

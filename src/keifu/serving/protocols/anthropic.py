@@ -25,7 +25,7 @@ Blocks = str | list[dict[str, Any]]
 
 
 class AnthropicMessage(Body):
-    """Message of the user or of the assistant; a block is text, thinking, tool_use or tool_result."""
+    """Message of the user or of the assistant; a block is text, image, thinking, tool_use or tool_result."""
 
     role: str
     content: Blocks
@@ -125,11 +125,24 @@ def _turns(turn: AnthropicMessage) -> Iterator[dict[str, Any]]:
         elif block.get("type") == "tool_use":
             function = {"name": block.get("name"), "arguments": json.dumps(block.get("input"))}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
+        elif block.get("type") == "image":
+            rest.append({"type": "image_url", "image_url": {"url": _url(block.get("source"))}})
         else:
             rest.append({name: value for name, value in block.items() if name != "cache_control"})
     if rest or calls or thoughts:
         fields = {"tool_calls": calls or None, "reasoning_content": thoughts or None}
         yield {"role": turn.role, "content": rest or "", **{name: value for name, value in fields.items() if value}}
+
+
+def _url(source: Any) -> str:
+    """Return the URL of a picture, or its bytes as a data URL."""
+    match source:
+        case {"type": "base64", "media_type": form, "data": data}:
+            return f"data:{form};base64,{data}"
+        case {"type": "url", "url": str(url)}:
+            return url
+        case _:
+            raise ApiError(400, "A picture's source has the type base64, with media_type and data, or url.", "messages")
 
 
 async def _message(answer: Answer) -> dict[str, Any]:

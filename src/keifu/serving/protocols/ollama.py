@@ -32,8 +32,8 @@ class OllamaMessage(Body):
     content: str = ""
     tool_calls: list[dict[str, Any]] | None = None
     tool_name: str | None = None
+    images: list[str] | None = None  # in base64
     ignored: ClassVar[Neutral] = {"thinking": ("",)}
-    refused: ClassVar[Neutral] = {"images": ([],)}
 
 
 class OllamaChat(Body):
@@ -94,7 +94,10 @@ def _fields(body: OllamaChat) -> dict[str, Any]:
         if turn.role == "tool":
             more = {"tool_call_id": f"call{number}x0", "name": turn.tool_name}
         number = len(turns) if calls else number
-        turns.append({"role": turn.role, "content": turn.content, **more})
+        urls = [f"data:image/*;base64,{image}" for image in turn.images or ()]
+        shown: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content = [{"type": "text", "text": turn.content}, *shown] if shown else turn.content
+        turns.append({"role": turn.role, "content": content, **more})
     # ollama's clients add ":latest" to a name without a tag
     model = body.model.removesuffix(":latest")
     return {"model": model, "messages": turns, "tools": body.tools or None, "response_format": form, **kept}
