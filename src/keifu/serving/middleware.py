@@ -66,8 +66,7 @@ class BodyReader:
         if self.complete:
             return await self._receive()
         try:
-            left = self.start + BODY_SECONDS + self.facts.size / BODY_RATE - time.monotonic()
-            async with asyncio.timeout(max(left, 0)):
+            async with asyncio.timeout(self.start + BODY_SECONDS + self.facts.size / BODY_RATE - time.monotonic()):
                 message = await self._receive()
         except TimeoutError:
             self.error = ApiError(408, "The body of the request did not come in time: send it faster.", close=True)

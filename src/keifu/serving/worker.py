@@ -157,8 +157,8 @@ class Worker:
         try:
             self._commands.put(lambda: self._add(job))
             while going:
-                left = job.began + self.limits.timeout - time.monotonic()
-                async with asyncio.timeout(left):  # `wait_for` of Python 3.11 loses a cancellation as an item comes
+                # `wait_for` of Python 3.11 loses a cancellation as an item comes
+                async with asyncio.timeout(job.began + self.limits.timeout - time.monotonic()):
                     item = await job.out.get()
                 if isinstance(item, Exception):
                     raise item

@@ -141,8 +141,7 @@ def _url(source: Any) -> str:
             return f"data:{form};base64,{data}"
         case {"type": "url", "url": str(url)}:
             return url
-        case _:
-            raise ApiError(400, "A picture's source has the type base64, with media_type and data, or url.", "messages")
+    raise ApiError(400, "A picture's source has the type base64, with media_type and data, or url.", "messages")
 
 
 async def _message(answer: Answer) -> dict[str, Any]:

@@ -77,10 +77,8 @@ def _fields(body: OllamaChat) -> dict[str, Any]:
     kept = {ours: options[name] for name, ours in OPTIONS.items() if options.get(name) is not None}
     if isinstance(kept.get("max_tokens"), int) and kept["max_tokens"] < 0:  # to the end
         del kept["max_tokens"]
-    form: Any = None
-    if body.format == "json":
-        form = {"type": "json_object"}
-    elif isinstance(body.format, dict):
+    form: Any = {"type": "json_object"} if body.format == "json" else None
+    if isinstance(body.format, dict):
         form = {"type": "json_schema", "json_schema": {"name": "format", "schema": body.format}}
     turns, number = [], 0
     for turn in body.messages:
@@ -94,10 +92,9 @@ def _fields(body: OllamaChat) -> dict[str, Any]:
         if turn.role == "tool":
             more = {"tool_call_id": f"call{number}x0", "name": turn.tool_name}
         number = len(turns) if calls else number
-        urls = [f"data:image/*;base64,{image}" for image in turn.images or ()]
-        shown: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        content = [{"type": "text", "text": turn.content}, *shown] if shown else turn.content
-        turns.append({"role": turn.role, "content": content, **more})
+        parts: list[Any] = [{"type": "text", "text": turn.content}]
+        parts += [{"type": "image_url", "image_url": {"url": f"data:;base64,{image}"}} for image in turn.images or ()]
+        turns.append({"role": turn.role, "content": parts if turn.images else turn.content, **more})
     # ollama's clients add ":latest" to a name without a tag
     model = body.model.removesuffix(":latest")
     return {"model": model, "messages": turns, "tools": body.tools or None, "response_format": form, **kept}
