@@ -1,7 +1,7 @@
 """Soft against hard labels: the same student, cut from its teacher, on the same conversations, for equal minutes.
 
 python benchmarks/distillation.py --data FILE.jsonl [--minutes 20] [--seeds 0 1 2] [--ways hard soft] [--out DIR]
-    [--teacher smollm2] [--weights int8] [--layers 7] [--vocabulary 8000]
+    [--teacher smollm2] [--weights int8] [--student MODEL | --layers 7] [--vocabulary 8000]
     [--merges first|used] [--batch-size 8] [--context-length 512] [--learning-rate 3e-4] [--write JSON]
 
 --data: as `keifu train sft` reads it, such as the lines of `benchmarks/teacher_texts.py`. The student keeps some layers
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["hard", "soft"], choices=[*WAYS])
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--weights", default="int8", help="format of the teacher's packed weights; none: PyTorch")
+    parser.add_argument("--student", help="model with the teacher's tokens (see student.py); unset: the teacher is cut")
     parser.add_argument("--layers", type=int, default=7, help="of the student")
     parser.add_argument("--vocabulary", type=int, default=8000, help="merges of the student's tokenizer")
     parser.add_argument("--merges", choices=["first", "used"], default="first", help="see --student-merges")
@@ -121,7 +122,9 @@ def main() -> None:
     print(machine(), flush=True)
     figures = {"teacher": {0: measure(options, options.teacher, 0)}}
     for name, layers in (("cut-teacher", None), ("student", options.layers)):
-        if not (options.out / name).exists():
+        if name == "student" and options.student:
+            checkpoints.save(*checkpoints.load(options.student), options.out / name)
+        elif not (options.out / name).exists():
             model, tokenizer = checkpoints.load(options.teacher)
             pruned = prune(model, tokenizer, layers, options.vocabulary, uses(options, tokenizer))
             checkpoints.save(*pruned, options.out / name)

@@ -112,3 +112,17 @@ def test_bits_are_those_of_the_answers(
     assert low <= found["bits per byte"] <= high
     other = f"bits per byte of {models[1]}"
     assert table["rows"][1] == [models[1], f"{found[other]:.4f}", found[f"{other}, 95% interval"]]
+
+
+def test_a_student_has_the_layers_of_its_body_and_its_teacher_s_tokens(
+    models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, tokenizer = checkpoints.load(models[1])
+    rows, blocks = body.embedding.weight.detach().clone(), [weights.clone() for weights in body.blocks.parameters()]
+    tokens = train_tokenizer("bpe", ["How well are you today, and you? "], 290, special_tokens=["<|im_end|>"])
+    student = benchmark("student", monkeypatch).with_tokens(body, tokenizer, tokens)
+    assert student(torch.arange(9)[None]).shape[-1] == tokens.vocab_size == student.config.vocab_size
+    assert all(torch.equal(*pair) for pair in zip(blocks, student.blocks.parameters(), strict=True))
+    (word,) = tokens.encode(" today")[-1:]
+    expected = rows[tokenizer.encode(tokens.decode([word]))].mean(0)
+    torch.testing.assert_close(student.embedding.weight[word], expected)
