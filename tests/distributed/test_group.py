@@ -1,6 +1,8 @@
 """Several processes learn what one learns: by data parallelism to the bits of one that adds up micro-batches, split by
 any mesh to rounding; a state of one is resumed by any other."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,6 +22,7 @@ from keifu.models import llama
 from keifu.recipes.assistant.finetuning import Lora, to_train
 
 Found = dict[str, Any]
+Weights = dict[str, torch.Tensor]
 ADAPTED = ["gpt2-lora", "llama-lora", "palm-lora"]
 OVERLAPPED: dict[str, Any] = {"gradient_sum": "overlapped"}
 
@@ -54,12 +57,28 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found
     wanted += cases([{"tensor": 2}], ADAPTED, steps=8, stop=5)
     wanted += [{"name": f"peak{again}", "work": "peak", "mesh": {"shard": 2, "activation_checkpointing": again}}
                for again in (False, True)]  # fmt: skip
-    wanted += [{"name": f"every-{axis}", "work": "every_model", "mesh": {axis: 2}} for axis in ("shard", "tensor")]
+    wanted += [{"name": f"every-{axis}", "work": "every_model", "mesh": {axis: 2}, "micro_batch": size}
+               for axis, size in (("shard", 2), ("tensor", 4))]  # fmt: skip
     wanted.append({"name": "every-pods", "work": "every_model", "mesh": OVERLAPPED})
     wanted += cases([OVERLAPPED], ["ddpm-overlapped", "clip-overlapped"], steps=8)
     wanted.append({"name": "saved", "work": "saved", "mesh": {"shard": 2}})
     wanted += counted([{}, {"shard": 2}, {"shard": 2, "sync_each": True}, OVERLAPPED])
     return folder, group_toys.start(folder, wanted, 2)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Found]]:
+    """Return the folder and the results of a run of one process, which is done once."""
+
+    @cache
+    def run(kind: str, steps: int, **options: Any) -> tuple[Path, Found]:
+        folder = tmp_path_factory.mktemp("alone")
+        return folder, learn(kind, folder, steps, **options)
+
+    return run
+
+
+MUON = {"optimizer": "muon", "ema": 0.9, "shard_bytes": 10**9}
 
 
 def counted(meshes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,9 +96,9 @@ def test_two_pods_have_the_bits_of_one_process_with_two_micro_batches(kind: str,
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["whole", "shard"])
-def test_contrastive_losses_are_those_of_the_large_batch(place: int, two: Any, tmp_path: Path) -> None:
+def test_contrastive_losses_are_those_of_the_large_batch(place: int, two: Any, alone: Any) -> None:
     """Also in the steps behind a validation, which gathers weights and has no backward pass."""
-    close(two[1][f"clip{place}"], learn("clip", tmp_path, 8, evaluate_every=3, evaluate_share=1.0))
+    close(two[1][f"clip{place}"], alone("clip", 8, evaluate_every=3, evaluate_share=1.0)[1])
 
 
 def test_a_diffusion_transformer_is_split_by_its_blocks(two: Any, tmp_path: Path) -> None:
@@ -92,9 +111,9 @@ def test_two_pods_resume_to_the_bits_of_one_process(two: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])
-def test_a_split_model_has_the_losses_of_the_whole(place: int, two: Any, tmp_path: Path) -> None:
+def test_a_split_model_has_the_losses_of_the_whole(place: int, two: Any, alone: Any) -> None:
     """Grouped heads and dropout; Muon, whose update depends on whole matrices; a moving average for validation."""
-    close(two[1][f"llama{place}"], learn("llama", tmp_path, 12, optimizer="muon", ema=0.9), 1e-5)
+    close(two[1][f"llama{place}"], alone("llama", 12, **MUON)[1], 1e-5)
 
 
 def test_one_head_of_keys_is_on_both_processes(two: Any, tmp_path: Path) -> None:
@@ -102,21 +121,21 @@ def test_one_head_of_keys_is_on_both_processes(two: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])
-def test_a_split_model_is_written_in_parts_of_which_none_is_the_whole(place: int, two: Any, tmp_path: Path) -> None:
+def test_a_split_model_is_written_in_parts_of_which_none_is_the_whole(place: int, two: Any, alone: Any) -> None:
     """As Hugging Face's shards, whose numbers are those of one process's model."""
-    learn("llama", tmp_path, 12, optimizer="muon", ema=0.9, shard_bytes=10**9)
+    whole = load_file(alone("llama", 12, **MUON)[0] / "model.safetensors")
     files = sorted((two[0] / f"llama{place}").glob("model-*.safetensors"))
     assert len(files) > 3 and max(file.stat().st_size for file in files) < 22_000
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    torch.testing.assert_close(found, load_file(tmp_path / "model.safetensors"), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("axis", ["shard", "tensor"])
-def test_what_is_one_matrix_in_the_file_is_written_as_one(axis: str, two: Any, tmp_path: Path) -> None:
+def test_what_is_one_matrix_in_the_file_is_written_as_one(axis: str, two: Any, alone: Any) -> None:
     """GPT-2's queries, keys and values, which are three here and split one by one."""
-    learn("gpt2", tmp_path, 6, shard_bytes=10**9)
-    found = load_file(two[0] / f"joined-{axis}" / "model.safetensors")
-    torch.testing.assert_close(found, load_file(tmp_path / "model.safetensors"), rtol=1e-3, atol=1e-5)
+    folders = two[0] / f"joined-{axis}", alone("gpt2", 6, shard_bytes=10**9)[0]
+    found, whole = (load_file(folder / "model.safetensors") for folder in folders)
+    torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +175,16 @@ def test_a_language_model_on_two_processes_learns_the_weights_of_one(name: str, 
     same_weights(two[0] / f"every-{axis}", name)
 
 
+@cache
+def learned_alone(name: str) -> tuple[Weights, Weights]:
+    """Return the weights with which one process begins, and those that it learns."""
+    begun = {key: weight.detach() for key, weight in language_models.build(name).named_parameters()}
+    return begun, language_models.trained(name)
+
+
 def same_weights(folder: Path, name: str) -> None:
     """Compare the weights that several processes have written with those of one."""
-    found, alone = load_file(folder / f"{name}.safetensors"), language_models.trained(name)
-    begun = dict(language_models.build(name).named_parameters())
+    found, (begun, alone) = load_file(folder / f"{name}.safetensors"), learned_alone(name)
     assert found.keys() == alone.keys()
     for key, weight in alone.items():
         moved = float((weight - begun[key]).abs().max())
@@ -259,10 +284,9 @@ def test_what_tensor_parallelism_cannot_split_of_an_adapter_is_refused(lora: Lor
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])
-def test_one_process_goes_on_with_a_split_model(place: int, two: Any, tmp_path: Path) -> None:
+def test_one_process_goes_on_with_a_split_model(place: int, two: Any, alone: Any) -> None:
     found = learn("llama", two[0] / f"llama{place}", 16, optimizer="muon", ema=0.9)
-    expected = learn("llama", tmp_path, 16, optimizer="muon", ema=0.9)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert found["losses"] == pytest.approx(alone("llama", 16, **MUON)[1]["losses"], rel=1e-5)
 
 
 MESHES = {
