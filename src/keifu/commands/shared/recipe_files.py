@@ -35,7 +35,7 @@ def path_of(name: str) -> Path:
     """Return a recipe's file; a name that is none is a `UserError` with the nearest one."""
     if is_own(name):
         if not Path(name).is_file():
-            raise UserError(f"There is no recipe file {name!r}: give a file with a class Recipe and a function run.")
+            raise UserError(f"There is no file {name!r}: give a file with a class Recipe and a function run.")
         return Path(name)
     require_known("recipe", name, recipe_names())
     return SOURCE / "recipes" / f"{RECIPES[name].replace('.', '/')}.py"
