@@ -96,6 +96,11 @@ def cells(figures: Sequence[Figures]) -> list[str]:
     return [spread(columns[0]), spread(columns[1]), spread(columns[2], ",.0f") if any(columns[2]) else ""]
 
 
+def shown(value: Any) -> str:
+    """Return an option's value as it is typed, without the folders of a path."""
+    return " ".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="conversations, as keifu train sft reads them")
@@ -141,10 +146,10 @@ def main() -> None:
     for row in (columns, *rows):
         print("| " + " | ".join(row) + " |")
     if options.write:
-        command = (
-            f"python benchmarks/distillation.py --data {Path(options.data).name} --minutes {options.minutes:g} "
-            f"--seeds {' '.join(map(str, options.seeds))} --ways {' '.join(options.ways)}"
-        )
+        told = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
+        told = {name: value for name, value in told.items() if name not in ("out", "write", "threads")}
+        words = [f"--{name.replace('_', '-')} {shown(value)}" for name, value in told.items()]
+        command = " ".join(["python benchmarks/distillation.py", *words])
         values = {
             names[way]: {f"seed {seed}": each._asdict() for seed, each in by.items()} for way, by in figures.items()
         }
