@@ -56,8 +56,9 @@ def _windows() -> int:
 
 
 def container(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> list[int]:
-    """Return bytes left by each control group (version 2, version 1) that has a limit; droppable caches count as
-    free."""
+    """Return the free bytes of each control group (version 2, version 1) that has a limit. Droppable caches count as
+    free.
+    """
     limits = [(group, "memory.max", "memory.current", "inactive_file") for group in control_groups(groups, own_group)]
     limits.append((groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
     return [left for limit in limits if (left := _left(*limit)) is not None]

@@ -224,7 +224,7 @@ _processes = Processes()
 
 
 def current() -> Processes:
-    """Return the processes that this one belongs to."""
+    """Return the processes of the current run."""
     return _processes
 
 

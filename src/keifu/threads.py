@@ -177,7 +177,7 @@ def move(last: frozenset[int], cores: frozenset[int], tasks: Path = TASKS) -> No
 
 
 def _openmp() -> Any:
-    """Return the OpenMP that PyTorch computes with, where it is GNU's; None also before PyTorch is imported."""
+    """Return the OpenMP library of PyTorch if it is GNU's. Return None for others, and before PyTorch is imported."""
     torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "get_num_threads"):
         return None
@@ -202,8 +202,7 @@ def control_groups(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> list[P
 
 
 def quota(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> float:
-    """Return the cores that control groups let this process use: the strictest of its own and those above; ∞ without
-    one."""
+    """Return the smallest number of cores that a control group of this process permits; ∞ without a limit."""
     limits = [control_group / "cpu.max" for control_group in control_groups(groups, own_group)]
     quotas = [limit.read_text().split() for limit in limits if limit.exists()]  # version 2: "200000 100000", or "max …"
     first = groups / "cpu/cpu.cfs_quota_us"  # version 1, with -1 for no limit

@@ -108,7 +108,7 @@ def _kto(beta: float, model: Any, batch: Batch) -> LossOutput:
 
 @torch.no_grad()
 def reference(model: Any, batch: Batch) -> Scores:
-    """Return a batch's log-probabilities under the current model, for "reference" (see `dpo`)."""
+    """Return the log-probabilities of a batch under the current model. `dpo` reads them as "reference"."""
     with evaluation_mode(model):
         return sequence_log_probabilities(model, batch)
 

@@ -43,7 +43,9 @@ LEAVES = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
 
 
 def open_ctranslate2(path: Path) -> Source:
-    """Return the Whisper in a file with its folder's tokenizer.json and config.json. Others are a `UserError`."""
+    """Return the Whisper model in a file, with the tokenizer.json and config.json of its folder. Other models are a
+    `UserError`.
+    """
     arrays = _read(path)
     weights = {ours: part for name, array in arrays.items() if array.ndim for ours, part in _parts(name, array)}
     if other := next((f"{n} as {part.dtype}" for n, part in weights.items() if str(part.dtype) not in READ), None):

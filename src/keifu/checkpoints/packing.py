@@ -137,7 +137,7 @@ class FileWeights(Weights):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
-        """Return the same rows as blocks of a GGUF file; None where the file has plain numbers."""
+        """Return the same rows as blocks of a GGUF file; None if the file stores them as plain numbers."""
         link, pieces = self._links[name], self._links[name].pieces(first, first + rows)
         stored = self._source.blocks(link.theirs[pieces[0][0]]) if self._source.blocks and len(pieces) == 1 else None
         if stored is None or link.transposed:
@@ -180,7 +180,7 @@ class FileWeights(Weights):
 
 
 def _mapped_files() -> list[tuple[int, int]]:
-    """Return from where to where files are mapped into this process's memory."""
+    """Return the first and the last address of each file mapped into the memory of this process."""
     lines = [line.split() for line in MAPS.read_text().splitlines()]
     ranges = [words[0].split("-") for words in lines if words[4] != "0"]
     return [(int(low, 16), int(high, 16)) for low, high in ranges]

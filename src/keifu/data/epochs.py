@@ -80,7 +80,7 @@ class EpochBatches(ABC):
         return self.make_batch(False, self.items(step))
 
     def items(self, step: int) -> np.ndarray:
-        """Return the numbers of the training examples in the batch of a step."""
+        """Return the indices of the training examples in the batch of a step."""
         return self._epochs.batch(step)
 
     def validation(self) -> Iterator[dict[str, Tensor]]:

@@ -15,7 +15,7 @@ Advance = Callable[[int], None]
 
 
 class ProgressBar:
-    """Bar of a piece of work, as a context manager. Notes are printed above the bar and stay."""
+    """Progress bar, as a context manager. Notes are printed above the bar and remain on the screen."""
 
     def __init__(self, label: str, total: int | None, *columns: Any):
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)

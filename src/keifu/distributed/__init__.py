@@ -1,1 +1,3 @@
-"""More than one process: the mesh, how a built model is split over it, its checkpoints, what is said when one dies."""
+"""Several processes: the mesh, the split of a built model over it, sharded checkpoints, and the report of a dead
+process.
+"""

@@ -57,7 +57,7 @@ class Layout:
         return self.columns is not None or len({*map(str, self.rows)}) > 1
 
     def pieces(self, shard: int, tensor: int) -> list[ShardPiece]:
-        """Return the slices that rank (shard, tensor) of the mesh has."""
+        """Return the slices of a tensor that the rank (shard, tensor) of the mesh stores."""
         total = sum(map(len, self.rows[tensor]))
         size = ceil(total / self.shards)  # as FSDP splits
         shard %= self.shards  # of what is not shared, each process has all

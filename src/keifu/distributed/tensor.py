@@ -258,7 +258,7 @@ def stacks_of(model: nn.Module, names: Mapping[nn.Module, str]) -> list[list[nn.
 
 
 def _check_whole(block: nn.Module, names: Mapping[nn.Module, str]) -> None:
-    """Refuse a block of an unknown class with a layer inside that would be split in a known one."""
+    """Raise a `UserError` if a block of an unknown class contains a layer that would be split in a known block."""
     if any(LAYERS.get(type(layer)) not in (None, _split_dropout) for layer in block.modules()):
         raise _unknown(block, names)
 
@@ -376,7 +376,7 @@ def _of_columns(parameter: Tensor, columns: list[range]) -> Layout:
 
 
 def _take(layer: nn.Module, name: str, layout: Layout, tokens: Tokens) -> Layout:
-    """Leave a layer this process's part of a parameter."""
+    """Replace a parameter of a layer by the part that this process keeps; return the layout."""
     whole = getattr(layer, name)
     part = layout.take(whole.detach(), 0, tokens.index).clone()
     setattr(layer, name, nn.Parameter(part, whole.requires_grad))

@@ -89,5 +89,5 @@ class DropoutKeys:
 
 
 def _hash(name: str) -> int:
-    """Return 63 bits of a name."""
+    """Return a hash of 63 bits of a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

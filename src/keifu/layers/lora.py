@@ -154,8 +154,11 @@ class AdaptedLinear(nn.Module):
 
 
 class ReweightedLinear(nn.Module):
-    """The weight of a convolution, or of another layer of pixels, as an adapter changes it: the layer computes with
-    that at each call (torch's `parametrize`), which costs less than a second convolution. It has no dropout."""
+    """Weight of a convolution, or of another layer of images, with the change of an adapter.
+
+    The layer computes this weight at each call (torch's `parametrize`), which costs less than a second convolution. It
+    has no dropout.
+    """
 
     idle = False
 

@@ -112,11 +112,11 @@ def unpack(stored: Stored, format: str, dtype: torch.dtype = torch.float32) -> N
 
 
 class QuantizedLinear(nn.Module):
-    """Frozen linear layer whose matrix is unpacked when it is needed, forward and backward, and not kept between.
+    """Frozen linear layer that unpacks its matrix for each forward and backward pass, and does not keep it.
 
-    Its rows must be whole blocks. The blocks are no part of a state: they are made again from the model's file.
+    Each row must be whole blocks. The blocks are not in the state dict: they are made again from the model's file.
 
-    parts: blocks of the rows, from the first row on, with the type of each; None packs the matrix of `layer` in Q4_0.
+    parts: blocks of the rows, from the first row on, with their type; None packs the matrix of `layer` in Q4_0.
     """
 
     def __init__(self, layer: nn.Linear, parts: Sequence[tuple[str, Stored]] | None = None):

@@ -44,6 +44,6 @@ def build() -> Path:
 
 
 def _is_whole(library: Path) -> bool:
-    """Return whether the library is there, with the bytes that it was built with."""
+    """Return whether the library exists and its bytes have the hash that was stored when it was built."""
     beside = library.with_suffix(".sha256")
     return library.exists() and beside.exists() and beside.read_text() == files.sha256(library)

@@ -132,7 +132,7 @@ class Packer:
         return self._floats[numbers, offset].data_ptr()
 
     def norm(self, part: NormPart) -> native.Norm:
-        """Describe a norm, whose numbers stay where they are."""
+        """Describe a norm by the addresses of its weights, which are not copied."""
         weight = self.address(part.weight, part.offset)
         return native.Norm(part.kind, part.eps, weight, self.address(part.bias))
 

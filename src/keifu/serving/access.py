@@ -62,7 +62,9 @@ class Origins(Gate):
         self.origins, self.hosts = origins, {host.lower() for host in hosts} - {*LOCAL}
 
     def refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
-        """Return an error that names the option, for a request that changes something and comes from another origin."""
+        """Return an error for a request from another origin that changes something; the error names the option. Else
+        return None.
+        """
         origin = headers.get("origin")
         if origin is None or scope["method"] in READING or {"*", origin} & {*self.origins}:
             return None

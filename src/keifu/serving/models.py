@@ -263,7 +263,7 @@ class ServedModels:
         return self.workers[key]
 
     def unload(self, name: str) -> bool:
-        """Unload a model that nothing asks; return whether it was loaded and is not at work."""
+        """Unload a model without pending requests. Return False if it is not loaded or has pending requests."""
         if name not in self.workers or self.workers[name].pending:
             return False
         self.workers.pop(name).end()

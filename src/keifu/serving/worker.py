@@ -65,7 +65,7 @@ class Job:
     started: bool = False
 
     def put(self, item: Pieces | Exception) -> None:
-        """Hand pieces to the loop that reads them; a closed loop reads no more."""
+        """Pass pieces to the event loop that reads them. Do nothing if the loop is closed."""
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.out.put_nowait, item)
 

@@ -103,7 +103,7 @@ class _Loop:
         self.loader = Loader(partial(own_rows, data), device, prefetches(device) and not self.on_policy)
 
     def make_steps(self) -> None:
-        """Make all remaining steps."""
+        """Train until the last step."""
         state = self.state
         self.trainer.model.train()
         if state.spikes.due(state.step):
@@ -173,7 +173,7 @@ class _Loop:
         return self.loader.get(index, index + 1 if more else None)
 
     def _fitting_gradient(self, batch: Batch) -> Gradient | None:
-        """Return the gradient; if it does not fit into memory, with half as many rows at a time, down to one."""
+        """Return the gradient. While it does not fit into memory, halve the micro-batch, down to one row."""
         trainer, step = self.trainer, self.state.step
         current().begin_step(step)
         alone, stopped = current().world_size == 1, self.stop()

@@ -85,7 +85,9 @@ class Clock:
         return planned if abs(fitting - planned) <= TOLERANCE * planned else fitting
 
     def fitting(self, step: int, planned: int, pace: float) -> int:
-        """Return the number of steps of the whole run that fit into the limit at a pace, at least one more."""
+        """Return the number of steps of the whole run that fit into the time limit at a pace. At least one more step
+        fits.
+        """
         between = sum(t / (self.interval(name, planned) or math.inf) for name, t in self.lasted.items())
         limit = self.limit or math.inf
         left = limit - self.passed - sum(t for name, t in self.lasted.items() if not self.skips(name))

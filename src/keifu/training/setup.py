@@ -109,8 +109,9 @@ def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell
 
 
 def _as_resolved(saved: checkpoint.SavedState, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Return the automatic settings of the resumed run; none on a device of another kind, where they are decided
-    anew."""
+    """Return the automatic settings of the resumed run; none on another kind of device, for which they are chosen
+    again.
+    """
     resolved, now = saved.facts["resolved"], device_name(device)
     before = resolved.get("device", now)
     same = same_kind(before, now)

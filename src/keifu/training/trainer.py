@@ -163,9 +163,10 @@ class Trainer:
         return self._call(self.plain, batch)
 
     def halve(self, batch: Batch) -> bool:
-        """Halve the number of rows of such a batch that are computed at a time, from now on.
+        """Halve the micro-batch for such a batch from now on.
 
-        Return False if it is 1 already, or if processes exchange tensors in a pass: then all need the same passes.
+        Return False if the micro-batch is one row already, or if processes exchange tensors in a pass: all of them
+        need the same number of passes.
         """
         rows = min(self._rows(batch), rows_of(batch))
         whole_batch = self.processes.data_size > 1 and isinstance(self.objective, WholeBatchObjective)
@@ -207,7 +208,7 @@ class Trainer:
                 yield self._call(self.objective, part)
 
     def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """Return a function of the model, in its number format."""
+        """Call a function of the model under autocast to the trainer's number format."""
         with autocast(self.device, self.dtype):
             return self.module(function, *inputs)
 

@@ -15,7 +15,7 @@ ZERO_ALLOWED = ("first_window_layer", "n_dense_layers", "start_id", "end_id", "p
 
 
 def from_json(config_class: type, json: dict[str, Any]) -> Any:
-    """Read a Config of this class. Every field must be there; anything else in the file is not the model's."""
+    """Read a Config of this class. Every field must be in the file. Other fields of the file are ignored."""
     hints = get_type_hints(config_class)
     return config_class(**{field.name: _value(hints[field.name], json[field.name]) for field in fields(config_class)})
 

@@ -147,8 +147,7 @@ def _nearest(name: str, path: Path) -> str:
 
 
 def open_weights(path: Path) -> Any:
-    """Return a safetensors file, memory-mapped; a torn one is a `UserError` with its bytes and those that it
-    promises."""
+    """Open a safetensors file, memory-mapped. A truncated file is a `UserError` with its actual and expected bytes."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -81,7 +81,9 @@ def _published(json: Mapping[str, Any], where: str) -> str:
 
 
 def _family(base: Family, head: str | None) -> Family:
-    """Return the decoder's family, with a head of that kind; of no kind: keifu's own form, in keifu's own names."""
+    """Return the family of the decoder with a head of that kind. Without a published kind, the family has keifu's own
+    format and names.
+    """
     module = SimpleNamespace(build=task_head.builder(base.module.build), Config=task_head.Config, SIZES={})
     changes: dict[str, Any] = {"module": module, "inside": INSIDE, "tie": _tie, "writes_text": True}
     if head is None or base.names is None:

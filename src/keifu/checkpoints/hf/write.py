@@ -195,8 +195,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _move(stage: Path, directory: Path) -> None:
-    """Sync every new file, then rename them: weights first, what says which model it is last; then what is stale
-    goes."""
+    """Sync the new files, rename them into the directory, and delete stale files.
+
+    The weights are renamed first. The files that identify the model are renamed last.
+    """
     named = {file.relative_to(stage): file for file in stage.rglob("*") if file.is_file()}
     last = (*CONFIGS, PIPELINE)
     new = sorted(named, key=lambda name: (name.name in last, ".safetensors" not in name.name, name.name))

@@ -56,7 +56,7 @@ def attach_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Mo
 
 
 def _low(scale: float, label: str, parts: dict[str, Tensor]) -> LoraSettings:
-    """Return the settings of one layer's adapter; its kernels become matrices."""
+    """Return the settings of one layer's adapter, and flatten its kernels to matrices."""
     alpha = parts.pop("alpha", None)
     if alpha is not None and alpha.numel() != 1:
         raise UserError(f"The alpha of {label} has the shape {tuple(alpha.shape)}, and it is one number.")

@@ -78,7 +78,9 @@ def _of_file(file: Path) -> str:
 
 
 def decode_utf8(data: bytes, source: str, first_line: int = 1) -> str:
-    """Decode UTF-8 bytes without a last line break; anything else is a `UserError` that names the line."""
+    """Decode UTF-8 bytes and remove the last line break. Bytes that are not UTF-8 are a `UserError` that names the
+    line.
+    """
     try:
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ def is_started() -> bool:
 
 
 def is_restart() -> bool:
-    """Return whether this process takes the place of one that died."""
+    """Return whether this process replaces one that died."""
     return int(os.environ.get(RESTARTS, 0)) > 0
 
 

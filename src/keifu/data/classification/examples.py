@@ -19,7 +19,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with a label each, and where they come from."""
+    """Labelled texts, and their source."""
 
     source: str
     rows: tuple[Example, ...]

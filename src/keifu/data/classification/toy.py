@@ -21,7 +21,7 @@ LOGIC = {"and": (0, 0, 0, 1), "or": (0, 1, 1, 1), "xor": (0, 1, 1, 0)}  # the ou
 
 
 def logic(name: str) -> tuple[Float[Tensor, "4 2"], Int[Tensor, "4"]]:
-    """Return the four rows of a table in LOGIC."""
+    """Return the four inputs of a logic function in `LOGIC`, and its outputs."""
     return torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]]), torch.tensor(LOGIC[name])
 
 

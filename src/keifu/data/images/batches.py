@@ -69,7 +69,7 @@ class ImageBatches(EpochBatches):
         return digest.hexdigest()
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
+        """Return the batch of a step. Steps count from 0. Every process gets the same batch, whatever came before."""
         return self.part(step, lambda rows: (0, rows))[0]
 
     def part(self, step: int, bounds: Callable[[int], tuple[int, int]]) -> tuple[dict[str, Tensor], int, int]:

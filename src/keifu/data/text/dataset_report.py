@@ -39,7 +39,7 @@ class TokenizerCoverage:
         return 1 - self.missing / max(1, self.characters)
 
     def sentence(self, name: str) -> str:
-        """Describe the coverage of a text in a sentence."""
+        """Return a sentence that states how much of a text the vocabulary covers."""
         if not self.missing:
             return f"Every character of {name} stands in the tokenizer's vocabulary."
         rest = "are spelled in bytes, so nothing is unknown"

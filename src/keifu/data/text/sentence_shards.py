@@ -30,8 +30,9 @@ Splitter = Callable[[str], list[str]]
 
 @dataclass(frozen=True, eq=False)
 class Sentences:
-    """`tokens` of all sentences; sentence s is tokens[starts[s]:starts[s + 1]], document d has the sentences from
-    documents[d] to documents[d + 1]."""
+    """Tokens of all sentences. Sentence s is tokens[starts[s]:starts[s + 1]]. Document d has the sentences from
+    documents[d] to documents[d + 1].
+    """
 
     tokens: np.ndarray
     starts: np.ndarray
@@ -65,11 +66,12 @@ def prepare_sentences(
     source: str | Path, tokenizer: Tokenizer, split: Splitter, held_out: float = 0.05, form: TextFileFormat = PLAIN,
     validation: str | Path | None = None,
 ) -> SentenceShards:  # fmt: skip
-    """Tokenize the sentences of a source (see `keifu.data.text.documents`); they are kept in the cache while it is
-    unchanged.
+    """Tokenize the sentences of a source (see `keifu.data.text.documents`) and keep them in the cache until the source
+    changes.
 
-    `split` cuts a line into sentences; a line's end always ends one. Of every 1 / held_out documents in a row one is
-    held out, always the same. Where a source has fewer than 100 documents, each counts as several of 32 sentences.
+    `split` cuts a line into sentences. The end of a line always ends a sentence. The held-out part is one of every 1 /
+    held_out consecutive documents, always the same ones. If a source has fewer than 100 documents, blocks of 32
+    sentences count as documents.
     """
     more = {"format": FORMAT, "seed": SEED, "split": split.__qualname__}
     settings = split_settings(source, tokenizer, held_out, form, validation, **more)

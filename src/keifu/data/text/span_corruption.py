@@ -48,7 +48,9 @@ class SpanCorruption:
             )
 
     def counts(self, length: int) -> tuple[int, int]:
-        """Return how many of `length` tokens are hidden, and in how many spans: always the same, as in T5."""
+        """Return the number of hidden tokens among `length` tokens, and their number of spans. Both are fixed, as in
+        T5.
+        """
         hidden = min(max(round(length * self.rate), 1), length - 1)
         spans = max(1, round(hidden / self.span)) if self.span else 0
         return hidden, min(spans, hidden, length - hidden)

@@ -272,7 +272,7 @@ def decoder(byte_fallback: bool, dummy_prefix: bool) -> decoders.Decoder:
 
 
 class Pieces:
-    """A SentencePiece model that gives pieces. data: its file; name: the file's name, for errors."""
+    """SentencePiece model that gives pieces. data: its file; name: the file's name, for errors."""
 
     def __init__(self, data: bytes, name: str):
         from sentencepiece import SentencePieceProcessor

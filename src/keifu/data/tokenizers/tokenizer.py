@@ -232,7 +232,7 @@ class Tokenizer:
         return self._decoding.piece(token, False)
 
     def token_id(self, token: str) -> int:
-        """Return the id of a token of the vocabulary; an unknown one is a `UserError` with the nearest."""
+        """Return the id of a token. An unknown token is a `UserError` that names the nearest one."""
         number = self.backend.token_to_id(token)
         if number is None:
             raise unknown("token", token, self.backend.get_vocab())

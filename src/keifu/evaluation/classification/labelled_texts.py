@@ -23,7 +23,7 @@ TABLES = {".csv", ".tsv", ".jsonl"}
 
 
 def takes(model: nn.Module) -> bool:
-    """Return whether the model gives texts labels of its own."""
+    """Return whether the model has its own labels for texts."""
     return isinstance(model, Encoder | TaskHeadModel) and bool(cast(Any, model).config.labels)
 
 

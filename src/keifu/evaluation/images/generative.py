@@ -162,10 +162,10 @@ def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) 
 
 
 def condition_labels(model: ImageModel, pictures: ImageDataset) -> Tensor | None:
-    """Return each image's class as the model numbers it; None for an unconditional model.
+    """Return the class of each image as the model numbers it; None for an unconditional model.
 
-    A model without names for its classes has the data set's own order. Images without a class are a `UserError` where
-    the model is conditioned on classes.
+    If the model has no class names, its classes are in the order of the data set. An image without a class is a
+    `UserError` if the model requires one.
     """
     if not model.config.n_classes:
         return None

@@ -61,7 +61,10 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 
 
 def tokens_of(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
-    """Return the tokens of the data, and their bytes each: of a catalogue name the held-out part, of a file all."""
+    """Return the tokens of the data and the mean number of bytes per token.
+
+    The data are the held-out part of a catalogue entry, or a whole file.
+    """
     return _held_out(request.on, tokenizer) if request.on in names() else _whole(request, tokenizer)
 
 

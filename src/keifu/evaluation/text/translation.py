@@ -75,10 +75,11 @@ class Scorer:
     def by_length(
         self, sources: Sequence[str], translations: Sequence[str], references: Sequence[str], spaced: bool
     ) -> list[tuple[str, int, Scores]]:
-        """Score sentences of similar length: the range, their number, their scores.
+        """Score groups of sentences of similar length: return the range, the number of sentences and the scores of
+        each.
 
-        Lengths are words of the source in steps of 5 where it is `spaced`, else characters in steps of 10; the last
-        step is open above (Bahdanau et al., 2014, figure 2).
+        The length is that of the source, in words (groups of 5) if it is `spaced`, else in characters (groups of 10).
+        The last group has no upper bound (Bahdanau et al., 2014, figure 2).
         """
         step = 5 if spaced else 10
         groups: dict[int, list[int]] = defaultdict(list)
@@ -222,7 +223,7 @@ def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], reque
 
 
 def remarks(done: list[Translation]) -> list[str]:
-    """Return notes on what the figures alone would hide."""
+    """Return warnings about unfinished translations and unknown tokens, which the scores do not show."""
     cut, unknown = sum(not part.complete for part in done), sum(part.unknown for part in done)
     notes = []
     if cut:

@@ -137,7 +137,7 @@ class ImageRequest:
         return whole if noise.flows else replace(whole, spacing=self.spacing or noise.spacing)
 
     def check_no_embedding(self) -> None:
-        """Refuse what only unCLIP has."""
+        """Raise a `UserError` if an option is set that only unCLIP has."""
         if given := [name for name in OF_EMBEDDINGS if vars(self)[name] not in (None, 1)]:
             option = f"--{given[0].replace('_', '-')}"
             raise UserError(f"{option} is for a model that draws by way of an embedding (unCLIP): leave it out.")

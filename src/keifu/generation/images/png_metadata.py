@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class LoraRecord:
-    """A LoRA's file, the SHA-256 of its bytes, and how strongly it acts: 1 as it was trained."""
+    """Record of a LoRA: its file, the SHA-256 of its bytes, and its weight, which is 1 as trained."""
 
     place: str
     digest: str

@@ -119,8 +119,10 @@ class InsertedImages:
         return [*self._identity, *answer] if (answer := tokens[len(self._identity) :]) else self._identity
 
     def between(self, model: Any, start: int, stop: int) -> tuple[list[int], Float[Tensor, "count dim"] | None]:
-        """Return which of the tokens from `start` to `stop`, counted from `start`, are a picture's; and their
-        embeddings, which are computed when they are first asked for."""
+        """Return the positions of a picture's tokens between `start` and `stop`, and the embeddings of these tokens.
+
+        The positions count from `start`. The embeddings are computed at the first call.
+        """
         rows = [row for row, position in enumerate(self._places) if start <= position < stop]
         if not rows:
             return [], None

@@ -349,7 +349,7 @@ class ConfiguredSampler:
     noise: Noise
 
     def denoiser(self, network: Network, denoiser_class: Callable[..., Denoiser] = Denoiser) -> Denoiser:
-        """Return a denoiser of this class with the sampler's bounds on predicted images."""
+        """Return a denoiser of this class. It limits predicted images as the sampler asks."""
         return denoiser_class(network, self.noise, self.sampler.clip, self.sampler.threshold)
 
 

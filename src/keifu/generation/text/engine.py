@@ -229,7 +229,7 @@ class Engine:
         return figures
 
     def _write(self, step: LaunchedStep, figures: list[list[float]]) -> list[Piece]:
-        """Take the token after each span that wants one, and further tokens as long as the guesses are right."""
+        """Append the sampled token of each span that needs one, and further tokens while the guesses are right."""
         pieces: list[Piece] = []
         pairs = zip(step.rows, figures, strict=True)
         chosen = [(row, figure) for row, figure in pairs if row[1].number in self._sequences]  # others were given up

@@ -107,8 +107,9 @@ class Likelihood:
 
 
 def first_context(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
-    """Return the tokens that the tokenizer puts before a text: a BOS or nothing, tested with the first non-empty
-    text."""
+    """Return the tokens that the tokenizer puts before a sequence: BOS or nothing. They are read from the first
+    non-empty text.
+    """
     text = next(filter(None, texts), "")
     plain, whole = (tokenizer.encode(text, special=special) for special in (False, True))
     return whole[: next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)]

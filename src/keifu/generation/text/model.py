@@ -134,7 +134,7 @@ def text_model(model: nn.Module) -> Model | NativeLM:
 
 
 def is_writer(model: nn.Module) -> bool:
-    """Return whether it is a causal language model, in PyTorch or packed for native code."""
+    """Return whether the model is a causal language model, in PyTorch or packed for native code."""
     return isinstance(model, Model | NativeLM)
 
 

@@ -73,7 +73,7 @@ class Piece:
 
 @runtime_checkable
 class Constraint(Protocol):
-    """Interface of what decides at each place of one text which tokens may come next."""
+    """Interface of a constraint on one sequence: it decides at each position which tokens may come next."""
 
     def allowed(self) -> Bool[Tensor, " vocab"]:
         """Return the tokens that may be chosen now, on the CPU; at least one, such as the one that ends the text."""

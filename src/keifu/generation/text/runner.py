@@ -216,7 +216,7 @@ def _equally_spaced(spans: Sequence[Span], last: int) -> list[list[Span]]:
 
 
 def _wanted(spans: Sequence[Span], batch: Sequence[Span]) -> list[int]:
-    """Return the tokens whose logits are wanted, by their places in the step, in the order of the batch."""
+    """Return the positions, in the tokens of the step, whose logits are needed. They are in the order of the batch."""
     places = accumulate(len(span.tokens) for span in spans)
     ends = dict(zip((span.sequence for span in spans), places, strict=True))
     return [place for span in batch for place in range(ends[span.sequence] - span.wanted, ends[span.sequence])]

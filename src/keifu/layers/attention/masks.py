@@ -90,7 +90,7 @@ class Band:
         return torch.cat([blocks[:, :-1], blocks[:, 1:]], 3).flatten(0, 1)
 
     def join(self, y: Float[Tensor, "folded window dim"], length: int) -> Float[Tensor, "batch length dim"]:
-        """Return the blocks as whole texts again."""
+        """Join the blocks into whole sequences again."""
         return y.unflatten(0, (-1, self.mask.shape[1])).flatten(1, 2)[:, :length]
 
 

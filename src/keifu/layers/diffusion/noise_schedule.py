@@ -227,8 +227,10 @@ def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " st
 
 
 def at(table: Float[Tensor, " steps"], timestep: Timesteps, x: Tensor) -> Tensor:
-    """Return the table's numbers at each row's timestep, shaped to be multiplied with x [batch, *shape]; at least
-    float32."""
+    """Return the table's value at the timestep of each row, in at least float32.
+
+    The shape of the result broadcasts with x [batch, *shape].
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     picked = moved(table, x.device, dtype)[timestep]
     return picked.reshape(-1, *[1] * (x.ndim - 1))

@@ -33,7 +33,7 @@ class RecurrentTape(NamedTuple):
 
     @classmethod
     def empty(cls, length: int, state: Float[Tensor, "... dim"]) -> "RecurrentTape":
-        """Return room for `length` steps that begin at `state`."""
+        """Allocate a tape for `length` steps that begin at `state`."""
         *batch, dim = state.shape
         sizes = (length + 1, dim), (length, 2 * dim), (length, dim), (length, dim)
         tape = cls(*(state.new_empty(steps, *batch, width) for steps, width in sizes))

@@ -141,8 +141,9 @@ class EncoderDecoder(nn.Module):
         return EncoderDecoderState(memory, source_mask, targets)
 
     def hidden(self, target: Int[Tensor, "batch length"], state: EncoderDecoderState) -> Hidden:
-        """Return hidden states that predict the token after each. With a capacity, `target` are the new tokens
-        alone."""
+        """Return the hidden states that predict the next token at each position. With a capacity, `target` has only
+        the new tokens.
+        """
         if len(target) != state.rows:
             raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")
         x = self.target_dropout(self._embedded(self._of(self.target_embedding), target, state.length))

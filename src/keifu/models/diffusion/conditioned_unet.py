@@ -120,8 +120,11 @@ class ConditionedUNet(nn.Module):
         mask: PaddingMask,
         condition: Float[Tensor, "batch time_dim"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy samples, one timestep for all or one each, in the type that they came in;
-        `condition` is added to the embedding of the timestep."""
+        """Return the prediction for noisy samples, in their data type. The timestep is one for all samples or one for
+        each.
+
+        `condition` is added to the embedding of the timestep.
+        """
         self.check_size(*x.shape[1:])
         time = self.time(timestep.reshape(-1).expand(len(x)))
         time = time if condition is None else time + condition
@@ -146,8 +149,9 @@ class ConditionedUNet(nn.Module):
 
 
 def build(config: Config) -> ConditionedUNet:
-    """Build a network with PyTorch's default initialisation, but zero for the last layer of each block, of each
-    transformer and of the network, as in the released code."""
+    """Build a network with PyTorch's default initialisation. The last layer of each block, of each transformer and of
+    the network is zero, as in the released code.
+    """
     time = time_embedding(config, config.widths[0])
     middle = _transformer(config, len(config.widths) - 1, config.widths[-1]) if config.middle else None
     model = ConditionedUNet(config, time, assemble_unet(config, partial(_transformer, config), middle))

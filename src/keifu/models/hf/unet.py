@@ -70,8 +70,9 @@ def stage_names(ours: str, theirs: str, attention: Mapping[str, str]) -> dict[st
 
 
 def unet_names(attention: Mapping[str, str]) -> dict[str, str]:
-    """Return the names of the weights of a U-Net and its timestep embedding; its attentions have parts of these
-    names."""
+    """Return the weight names of a U-Net and its timestep embedding; `attention` names the parts of its attention
+    layers.
+    """
     names = TIME | {f"unet.{ours}": theirs for ours, theirs in ENDS.items()}
     for way in ("down", "up"):
         names |= stage_names(f"unet.{way}.*", f"{way}_blocks.*", attention)

@@ -51,7 +51,7 @@ PAPER_PARAMETERS = {"qwen3-30b-a3b": 30.5e9, "qwen3-235b-a22b": 235e9}
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as Qwen3 is here."""
+    """Build a model with the initialisation of keifu's Qwen3."""
     return llama.assemble(config, partial(qwen3.attention, config, config.sliding_window), partial(feedforward, config))
 
 

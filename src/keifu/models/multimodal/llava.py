@@ -65,7 +65,7 @@ class Config(WithText):
 
 
 def tie(config: Config, tied: bool) -> Config:
-    """Return the Config with its head tied to the embedding, or not."""
+    """Return the config with its head tied to the embedding, or untied."""
     return replace(config, text=replace(config.text, tied=tied))
 
 

@@ -110,7 +110,7 @@ def prepare(recipe: Recipe) -> PreferenceTask:
 
 
 def examples(recipe: Recipe, tokenizer: Tokenizer, length: int) -> tuple[list[list[Pair]], list[Tensor], int]:
-    """Return training and held-out pairs, for KTO the marks of their first answers, and how many were too long."""
+    """Return training and held-out pairs, the labels of KTO's answers, and the number of examples that are too long."""
     if recipe.loss != "kto":
         learned, tested, dropped = finetuning.ranked_examples(
             recipe, lambda ranked: pairs(tokenizer, ranked), tuple, length, ("pairs are", "has ")

@@ -273,7 +273,7 @@ def ranked_examples(
 
 
 def sample_answer(tokenizer: Tokenizer, ranked: RankedResponses, index: int) -> TurnMasks:
-    """Render a prompt with one of its answers; only that is learned, not the assistant's earlier turns."""
+    """Render a prompt with one of its answers. Only this answer is learned, not the assistant's earlier turns."""
     said = {"role": "assistant", "content": ranked.answers[index]}
     turns = TurnMasks(*tokenizer.render_turns([*ranked.prompt, said]))
     return TurnMasks(turns.ids, [mine and i >= turns.last_answer for i, mine in enumerate(turns.learned)])
@@ -318,7 +318,7 @@ class RolloutOptions(AssistantOptions):
     """Updates in which the learning rate rises from 0."""
 
     def plan(self, group: int) -> RolloutPlan:
-        """Return the plan of a rollout with `group` responses to each prompt."""
+        """Return the plan of a rollout that samples `group` responses to each prompt."""
         return RolloutPlan(
             self.prompts, group, self.max_tokens, self.temperature, self.seed, self.minibatches, self.epochs
         )

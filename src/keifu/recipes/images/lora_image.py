@@ -106,7 +106,7 @@ class Recipe(Logging):
 
 @dataclass(frozen=True, eq=False)
 class LoraImageTask(TextToImageTask):
-    """Everything made ready: the model has its adapters; prompts: what the samples show."""
+    """Task that is ready to train: the model has its adapters, and `prompts` are those of the samples."""
 
     prompts: tuple[str, ...]
 

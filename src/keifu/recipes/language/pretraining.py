@@ -131,7 +131,7 @@ def tokenizer_of(text: Text, out: Path | None = None, **options: Any) -> Tokeniz
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Documents in pieces, so that one long document is counted on all cores."""
+    """Documents in pieces of limited length, so that all cores share the counting of one long document."""
 
     text: Text
 
@@ -232,7 +232,7 @@ class PretrainingOptions(Logging):
 
 
 def muon_settings(recipe: Any, steps: int) -> dict[str, Any]:
-    """Return keifu's settings for that many steps: Muon, and rates that fall to 0 in a line."""
+    """Return keifu's settings for a number of steps: Muon, with a linear decay of the rates to 0."""
     return {
         "warmup": min(100, -(-steps // 10)), "optimizer": "muon", "schedule": "linear", "learning_rate": 2e-3,
         "matrix_rate": recipe.matrix_rate, "final_ratio": 0.0, "weight_decay": 0.01,

@@ -1,1 +1,1 @@
-"""OpenAI's API: the bodies that it takes, and its routes."""
+"""Routes of OpenAI's API, and their request bodies."""

@@ -33,7 +33,7 @@ LARGE_POOL = ThreadPoolExecutor(2, "keifu-prepare-large")
 
 @dataclass
 class Answer:
-    """Answer of a model as it is written: `requests` are the choices of the first prompt, then those of the next."""
+    """Answer of a model to one HTTP request. `requests` has the choices of the first prompt, then those of the next."""
 
     models: ServedModels
     description: Description

@@ -134,7 +134,7 @@ class Message(Body):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """Return the message as chat templates take it: parts are joined by line breaks."""
+        """Return the message in the form of chat templates: its parts are joined by line breaks."""
         message = {"role": "system" if self.role == "developer" else self.role, **content_of(self.content)}
         calls = [call.model_dump(exclude={"index"}) for call in self.tool_calls or ()] or None
         message |= {"name": self.name, "tool_calls": calls, "tool_call_id": self.tool_call_id}

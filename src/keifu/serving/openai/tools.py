@@ -206,7 +206,7 @@ THOUGHTS = -2  # as the number of a call
 
 
 class Delta(NamedTuple):
-    """What an answer goes on with: text, or of call number `call` the name, and then the arguments as they come."""
+    """Next part of a streamed answer: text, or the name of call number `call`, or the next part of its arguments."""
 
     content: str = ""
     call: int = -1

@@ -39,7 +39,7 @@ class MappedData:
         return self.change(self.data.batch(step), step, 0)
 
     def part(self, step: int, bounds: Bounds) -> tuple[Batch, int, int]:
-        """Return rows of the batch of a step; see `DividedData`."""
+        """Return a part of the rows of a step's batch; see `DividedData`."""
         batch, first, total = part_of(self.data, step, bounds if self.by_row else lambda rows: (0, rows))
         batch = self.change(batch, step, first)
         start, end = (0, total) if self.by_row else bounds(total)

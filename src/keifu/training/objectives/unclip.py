@@ -90,7 +90,9 @@ class UnclipLoss:
     def _cut(
         self, whole: Pixels, small: Float[Tensor, "batch channels rows columns"], draws: Int[Tensor, " batch"]
     ) -> tuple[Tensor, Tensor]:
-        """Return random crops of the large pictures, and the same of the small ones, blurred and enlarged."""
+        """Return random crops of the large pictures, and the same crops of the small pictures after blur and
+        enlargement.
+        """
         beside = F.interpolate(blur_images(small, BLUR * self._chance(draws, 8)), whole.shape[2:], mode="bicubic",
                                antialias=True)  # fmt: skip
         top, left = (

@@ -16,10 +16,11 @@ MOST = 3  # rewinds in a row to the same state, before the run stops
 
 @dataclass(frozen=True)
 class SpikeSettings:
-    """Settings of the recovery from loss spikes: PaLM's numbers, and off by default.
+    """Settings of the recovery from loss spikes: PaLM's numbers. The recovery is off by default.
 
-    A spike is `steps` steps in a row with a loss above the running mean of the steps before by the share `rise`, and by
-    six deviations. The batch of a step is then number step + all that were skipped, also for a batch that grows.
+    A step belongs to a spike if its loss is above the running mean by the share `rise` and by six standard deviations.
+    A spike is `steps` such steps in a row. After a spike, the batch of a step has the number step + all skipped steps,
+    also if the batch size grows.
     """
 
     rise: NotNegative = 0.0

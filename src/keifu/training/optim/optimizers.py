@@ -69,7 +69,7 @@ class Optimizers:
         return {name: share * vars(self.settings)[name] for name in names}
 
     def step(self, step: int, length: Length | None = None) -> None:
-        """Make update number `step` from the gradients, and free them."""
+        """Update the weights with the gradients of step number `step`, and free the gradients."""
         self.update(self.rates(step, length))
 
     def update(self, rates: dict[str, float]) -> None:

@@ -191,7 +191,7 @@ def replaced(directory: Path) -> Iterator[None]:
 
 
 def _put_back(directory: Path) -> None:
-    """Restore a replaced run; begun again after a crash, it goes on."""
+    """Restore the run that a new run replaced. The function can be repeated after a crash."""
     if (directory / BEFORE).exists():
         (directory / BEFORE).rename(directory / MOVING)
     _move(directory / MOVING, directory)

@@ -274,7 +274,7 @@ def _data(recipe: Mapping[str, Any]) -> str:
 
 
 def _table(columns: Iterable[str], rows: Sequence[Iterable[str]]) -> str:
-    """Return a table of texts; empty where it would have no row."""
+    """Return an HTML table of texts; an empty text if it has no rows."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>" if rows else ""
