@@ -45,8 +45,9 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `keifu`: it exits with 0, 1 after an error, 2 where the command line is wrong, 70 after a fault of keifu's
-    own, 130 after Ctrl-C (128 and the number of another signal)."""
+    """Run `keifu`: it exits with 0, 1 after an error, 2 if the command line is wrong, 70 after a fault of keifu's own,
+    130 after Ctrl-C (128 and the number of another signal).
+    """
     _open_standard_streams()
     follow_load()  # before torch is imported, which reads how many threads there are
     words, quiet, verbose = without_volume(sys.argv[1:] if arguments is None else arguments)

@@ -136,6 +136,6 @@ def has_bfloat16(device: "torch.device") -> bool:
 
 
 def require_compiler(device: "torch.device") -> None:
-    """Raise a `UserError` where torch.compile would find no C++ compiler for a CPU."""
+    """Raise a `UserError` if torch.compile would find no C++ compiler for a CPU."""
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         raise UserError("Compiling needs a C++ compiler, and none was found; install g++ or clang++, or leave it out.")

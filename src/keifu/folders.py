@@ -7,7 +7,7 @@ from keifu.errors import UserError
 
 
 def packaged(folder: str) -> Path:
-    """Return a folder that a wheel has in the package and a checkout at its root; a `UserError` where neither is."""
+    """Return a folder that a wheel has in the package and a checkout at its root; a `UserError` if neither is."""
     here = Path(__file__).parent
     for path in (here / folder, here.parents[1] / folder):
         if path.is_dir():

@@ -116,7 +116,7 @@ def reuse_freed() -> None:
 
 
 def _glibc() -> Any:
-    """Return the C library where it is GNU's; None elsewhere."""
+    """Return the C library if it is GNU's; None elsewhere."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     return library if hasattr(library, "gnu_get_libc_version") else None
 

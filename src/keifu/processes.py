@@ -24,7 +24,7 @@ Batch = dict[str, Tensor]
 
 
 class OwnRows(Batch):
-    """Rows of a batch that this process computes: from number `first` on, of `total` in all."""
+    """Rows of a batch that this process computes: they begin at number `first` of `total`."""
 
     def __init__(self, batch: Batch, first: int, total: int):
         super().__init__(batch)

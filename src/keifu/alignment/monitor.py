@@ -1,4 +1,4 @@
-"""Monitoring of training figures (reward, KL, entropy, ...): a warning where one leaves its normal range."""
+"""Monitoring of training figures (reward, KL, entropy, ...): a warning if one leaves its normal range."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

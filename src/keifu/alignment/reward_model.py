@@ -33,8 +33,9 @@ def ranking_losses(scores: Scores, levels: Scores) -> Float[Tensor, " batch"]:
 
 
 def pairs(levels: Scores) -> tuple[Float[Tensor, "batch K K"], Float[Tensor, "batch 1 1"]]:
-    """Return 1 where the first answer of a pair is better than the second, and the weight of each pair of a prompt: 1
-    over their number."""
+    """Return 1 if the first answer of a pair is better than the second, and the weight of each pair of a prompt: 1
+    over their number.
+    """
     better = (levels[:, :, None] > levels[:, None, :]).float()
     return better, 1 / better.sum((1, 2), keepdim=True).clamp(min=1)
 

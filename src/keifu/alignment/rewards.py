@@ -26,26 +26,27 @@ TERM = re.compile(r"[0-9 ()+*/-]{1,200}")  # Python would also read 1_2 as a num
 
 
 def last_number(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """Return 1 where the last number of the answer is the example's "answer", otherwise 0."""
+    """Return 1 if the last number of the answer is the example's "answer", otherwise 0."""
     right = str(_field(example, "answer")).replace(",", "").strip()
     return float(NUMBER.findall(answer_of(answer).replace(",", ""))[-1:] == [right])
 
 
 def exact(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """Return 1 where the answer is the example's "answer", otherwise 0."""
+    """Return 1 if the answer is the example's "answer", otherwise 0."""
     return float(answer_of(answer).strip() == str(_field(example, "answer")).strip())
 
 
 def worked_steps(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """Return 1 where the last number is right and all equations of two numbers, at least one, are true, otherwise 0."""
+    """Return 1 if the last number is right and all equations of two numbers, at least one, are true, otherwise 0."""
     steps = EQUATION.findall(answer)
     true = all(OPERATIONS[sign](int(left), int(right)) == int(result) for left, sign, right, result in steps)
     return float(bool(steps) and true) * last_number(prompt, answer, example)
 
 
 def countdown(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """Return 1 where the last line is a term whose value is the example's "target" and which uses each of its "numbers"
-    once, otherwise 0. What follows "=" does not count."""
+    """Return 1 if the last line is a term whose value is the example's "target" and which uses each of its "numbers"
+    once, otherwise 0. What follows "=" does not count.
+    """
     numbers, target = _field(example, "numbers"), _field(example, "target")
     lines = answer_of(answer).strip().splitlines() or [""]
     term = lines[-1].rpartition(":")[2].partition("=")[0].strip()

@@ -25,7 +25,7 @@ EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
 @dataclass(frozen=True)
 class Options(flags.Packed):
     """Talk with a model: without a question in the terminal, where /help lists the commands, and with one for one
-    answer. A file and a pipe are one question too; where there are several of these, an empty line joins them.
+    answer. A file and a pipe are one question too; if there are several of these, an empty line joins them.
 
     Sampling options that are not given have the model's own values (of its generation_config.json, or of the
     catalogue). Where there are none: chat models are greedy, and base models have temperature 0.8, top-k 40, top-p 0.95
@@ -157,7 +157,7 @@ class Chat:
         }
 
     def talk(self) -> None:
-        """Go on until the person leaves: by /bye, by the end of input, or by Ctrl-C twice at the prompt."""
+        """Chat until the person leaves: by /bye, by the end of input, or by Ctrl-C twice at the prompt."""
         edit_lines()
         print(HINT)
         stopped = False  # by Ctrl-C, just now
@@ -194,7 +194,7 @@ class Chat:
             print("Stopped.", file=sys.stderr)
 
     def _whole(self, line: str) -> str:
-        """Return the message that begins with this line; empty where Ctrl-C takes it back."""
+        """Return the message that begins with this line; empty if Ctrl-C takes it back."""
         try:
             return read_rest(line)
         except KeyboardInterrupt:

@@ -233,7 +233,7 @@ def again(path: Path, options: Options) -> None:
 
 
 def _input_images(drawing: "ImageRequest", paths: Mapping[str, Path | None], path: Path) -> "ImageRequest":
-    """Return the settings with the pictures that the drawing read where they are now, if they are still the same."""
+    """Return the settings with the present paths of the input pictures, if the files are unchanged."""
     from keifu.generation.images.image_to_image import InputImage, read_input_image
 
     for name, picture in paths.items():

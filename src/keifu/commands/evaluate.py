@@ -125,7 +125,7 @@ def select_task(model: Any, on: str) -> Any:
 
 
 def check_options(options: Options, task: Any) -> None:
-    """Refuse an option that the task would not heed."""
+    """Raise a `UserError` for an option that the task would ignore."""
     everyones = {"model", "on", "limit", "json", *(field.name for field in fields(flags.Packed))}
     for field in fields(options):
         if field.name not in everyones | task.OPTIONS and vars(options)[field.name] != field.default:

@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def _folder_of_resume(arguments: Sequence[str]) -> list[str]:
-    """Rewrite `--resume FOLDER` as `--out FOLDER --resume`, first where there is no recipe before it."""
+    """Rewrite `--resume FOLDER` as `--out FOLDER --resume`, first if there is no recipe before it."""
     words = [piece for word in arguments for piece in (word.split("=", 1) if word.startswith("--resume=") else [word])]
     position = words.index("--resume") + 1 if "--resume" in words else len(words)
     if position < len(words) and not words[position].startswith("-"):

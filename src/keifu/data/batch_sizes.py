@@ -57,15 +57,13 @@ class BatchSizeSchedule:
 
 
 def batch_size_stages(smaller: Iterable[tuple[int, int]], last: int) -> BatchSizeSchedule:
-    """Return batches of so many rows up to such a step, pair after pair, and of `last` rows afterwards (PaLM, section
-    5)."""
+    """Return batch sizes in stages: pairs of a number of rows and its last step, then `last` rows (PaLM, section 5)."""
     pairs = list(smaller)
     return BatchSizeSchedule((0, *(until for _, until in pairs)), (*(rows for rows, _ in pairs), last))
 
 
 def linear_batch_size(first: int, over: int, last: int) -> BatchSizeSchedule:
-    """Return batch-size warm-up from `first` to `last` rows, linear in the rows seen, over so many rows (GPT-3,
-    appendix B).
+    """Return batch-size warm-up from `first` to `last` rows, linear over `over` rows (GPT-3, appendix B).
 
     A step has first + ⌊(last − first) · seen / over⌋ rows.
     """

@@ -19,7 +19,7 @@ def check_step(step: int) -> None:
 
 
 class Epochs:
-    """An endless stream of epochs over `n` items, each epoch in an order of its own, with random access by step.
+    """An endless stream of epochs over `n` items, each epoch in its own order, with random access by step.
 
     The batch of step s holds the items from s · batch_size on, so it may reach from one epoch into the next. An epoch's
     order is a random permutation of 0 to n - 1 that depends only on the seed and the epoch's number, or the n items
@@ -108,7 +108,7 @@ class Batching:
     bounds: list[int]
 
     def order(self, random: np.random.Generator) -> np.ndarray:
-        """Return all rows, in an order of the epoch's own."""
+        """Return all rows in the epoch's own order."""
         return sort_pools(random.permutation(len(self.keys)), self.keys, self.pool)
 
     def batches(self, random: np.random.Generator) -> list[np.ndarray]:

@@ -163,7 +163,7 @@ class States:
         self.written = self.thread.submit(self._write, folder, copies, copied, dict(facts), commit)
 
     def flush(self) -> None:
-        """Wait until the last state is on disk; a `UserError` where it is not."""
+        """Wait until the last state is on disk; a `UserError` if it is not."""
         error, self.written = self.written and self.written.exception(), None
         self.plans = uuid4().hex if error else self.plans  # which not all processes may have
         if isinstance(error, dcp.api.CheckpointException):

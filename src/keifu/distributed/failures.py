@@ -71,7 +71,7 @@ class Signs:
         self.thread = threading.Thread(target=self._beat, name="keifu-signs", daemon=True)
 
     def leave(self, error: Exception, explain: Callable[[Exception], str | None]) -> None:
-        """Leave the sentence of this process, and wait until the first process has shown it."""
+        """Store the error sentence of this process, and wait until the first process has shown it."""
         if not exchange_failed(error):
             text = explain(error) or "".join(traceback.format_exception(error))
             self.store.set(FAILED, json.dumps([self.number, text]))

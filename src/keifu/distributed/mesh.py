@@ -51,8 +51,9 @@ class Mesh:
         return (self.pods or 1) * (self.shard or 1) * self.tensor
 
     def fit(self, count: int, fewer: bool = False) -> Shape:
-        """Return the shape on so many processes; a `UserError` where they do not fit. fewer: after a restart, which may
-        have fewer pods."""
+        """Return the shape on a number of processes; a `UserError` if they do not fit. fewer: after a restart, which
+        may have fewer pods.
+        """
         shard = self.shard or (max(1, count // (self.pods * self.tensor)) if self.pods else 1)
         pods = self.pods or count // (shard * self.tensor)
         if shard == 1 and (self.offload or self.sync_each):

@@ -53,7 +53,7 @@ class Pod:
         return self.layouts[name].join(local, self.places, self.group) if known else local
 
     def take(self, name: str, whole: Tensor) -> Tensor:
-        """Return this process's part of such a tensor."""
+        """Return this process's part of the whole tensor of this name."""
         return self.layouts[name].take(whole, *self.place)
 
     def complete(self, gradients: Mapping[str, Tensor]) -> None:

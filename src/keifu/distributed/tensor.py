@@ -187,7 +187,8 @@ class SplitRows:
 
 def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
     """Split the matrix of a language model's head by its classes, and the embedding where that is the same one; none
-    where it is no language model."""
+    if it is no language model.
+    """
     models: list[Any] = [part for part in model.modules() if "head_weight" in dir(type(part))]
     matrices = {id(part.head_weight) for part in models}
     users: list[Any] = [(name, part) for name, part in model.named_modules()
@@ -338,9 +339,10 @@ def _split_feedforward(part: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]
 def _split_pair(
     part: Any, first: str, last: str, parts: list[list[range]], tokens: Tokens
 ) -> Iterator[tuple[str, Layout]]:
-    """Split a layer by the rows of its outputs, of each of its `parts` so many for each process, and the one that
-    follows by its inputs. Of their adapters B and A are split likewise; of the gradient of the others, and of B of keys
-    that all have, each process computes a part."""
+    """Split a layer by its outputs, evenly within each of its `parts`, and the layer that follows by its inputs. Of
+    their adapters B and A are split likewise; of the gradient of the others, and of B of keys that all have, each
+    process computes a part.
+    """
     outer, inner = getattr(part, first), getattr(part, last)
     rows, columns = [*zip(*parts, strict=True)], parts[0]
     outer.register_forward_pre_hook(lambda _, inputs: (tokens.whole(inputs[0], adds=True), *inputs[1:]))
@@ -361,7 +363,7 @@ def _split_pair(
 
 
 def _split_adapter(adapter: Adapter, rows: Sequence[Sequence[range]], tokens: Tokens) -> Layout:
-    """Leave an adapter the outputs that this process has of those that it acts on."""
+    """Cut an adapter to the outputs of its layer that this process computes."""
     first, end = adapter.target.start, adapter.target.start + adapter.target.rows
     ranges = [[range(max(span.start, first) - first, min(span.stop, end) - first) for span in one
               if span.start < end and first < span.stop] for one in rows]  # fmt: skip
@@ -384,8 +386,9 @@ def _take(layer: nn.Module, name: str, layout: Layout, tokens: Tokens) -> Layout
 
 
 def _shares(total: int, size: int, units: int | None = None, start: int = 0) -> list[range]:
-    """Return a range of rows, of `total` from `start` on, for each process; where there are fewer units (heads) than
-    processes, several have the same."""
+    """Return a range of rows, of `total` from `start` on, for each process; if there are fewer units (heads) than
+    processes, several have the same.
+    """
     parts = min(size, units or size)
     starts = [index * parts // size for index in range(size)]
     return [range(start + total * first // parts, start + total * (first + 1) // parts) for first in starts]

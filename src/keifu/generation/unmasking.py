@@ -81,8 +81,9 @@ def _counts(size: int, total: int, steps: int | None) -> Iterator[int]:
 
 
 def write(model: nn.Module, tokenizer: Tokenizer, prompt: str | Sequence[int], how: Unmasking) -> str:
-    """Return what the model writes behind a prompt, up to its first end token; the prompt's length is refused if it
-    leaves no room."""
+    """Return the model's continuation of a prompt, up to its first end token. A prompt that leaves no room is a
+    `UserError`.
+    """
     config = _predictor(model).config
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [*prompt]
     if (room := config.context_length - len(ids)) < 1:

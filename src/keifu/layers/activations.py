@@ -33,7 +33,7 @@ class HardStep(torch.autograd.Function):
 
 
 def step(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return 1 where x ≥ 0, else 0: the threshold unit of McCulloch and Pitts (1943) and Rosenblatt (1958).
+    """Return 1 if x ≥ 0, else 0: the threshold unit of McCulloch and Pitts (1943) and Rosenblatt (1958).
 
     Raises ValueError, saying why, when a gradient is asked for.
     """

@@ -29,7 +29,7 @@ def bits(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*#shape"]) -> Int
 
 
 def uniform(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Draw a number in [0, 1) for each seed and position, float64 where the device has it."""
+    """Draw a number in [0, 1) for each seed and position, float64 if the device has it."""
     return narrow(_unit(bits(wide(seeds), wide(positions))), seeds.device)
 
 

@@ -26,7 +26,7 @@ class FeedForward(nn.Module):
         return self.down(self.inner(x))
 
     def inner(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch hidden"]:
-        """Return what `down` is given."""
+        """Return the input of `down`."""
         return self.dropout(self.activation(self.up(x)))
 
     @property
@@ -48,7 +48,7 @@ class GatedFeedForward(nn.Module):
         return self.down(self.inner(x))
 
     def inner(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch hidden"]:
-        """Return what `down` is given."""
+        """Return the input of `down`."""
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.activation(gate) * up
 
@@ -66,7 +66,7 @@ class ClampedFeedForward(GatedFeedForward):
         self.slope, self.limit = slope, limit
 
     def inner(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch hidden"]:
-        """Return what `down` is given."""
+        """Return the input of `down`."""
         gate, up = self.gate_up(x).chunk(2, -1)
         gate = gate.clamp(max=self.limit)
         return (up.clamp(-self.limit, self.limit) + 1) * gate * (self.slope * gate).sigmoid()

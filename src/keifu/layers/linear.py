@@ -88,7 +88,7 @@ class _OneDnn(torch.autograd.Function):
 
 @cache
 def triton_kernels(device: torch.device) -> Any:
-    """Return the module of the kernels in Triton for an NVIDIA GPU; None where there is no Triton or another device."""
+    """Return the module of the kernels in Triton for an NVIDIA GPU; None if there is no Triton or another device."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     return import_module("keifu.layers.transformer.triton_kernels")

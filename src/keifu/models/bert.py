@@ -113,7 +113,7 @@ class Bert(nn.Module):
     forward = encode
 
     def pool(self, hidden: Hidden) -> Float[Tensor, "batch dim"]:
-        """Return one vector a row: the hidden state of its first token, [CLS], through a layer with tanh."""
+        """Return one vector per sequence: the hidden state of its first token, [CLS], after a layer with tanh."""
         return torch.tanh(_there(self.pooler, "pooled state")(hidden[:, 0]))
 
     def words(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:

@@ -61,7 +61,7 @@ class Perceptron(nn.Module):
         return torch.stack([1 - fires, fires], -1)
 
     def correct(self, x: Float[Tensor, "dim"], target: float, rate: float = 1.0) -> None:
-        """Apply the perceptron rule to one row; it changes nothing where the output is right already."""
+        """Apply the perceptron rule to one row; it changes nothing if the output is right already."""
         error = rate * (target - self(x))
         self.weight += error * x
         self.bias += error

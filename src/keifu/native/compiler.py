@@ -41,7 +41,7 @@ def find_compiler() -> list[str]:
 
 
 def version_of(compiler: list[str]) -> str:
-    """Return what a compiler says about its version."""
+    """Return the version text of a compiler."""
     return _run(*compiler, "--version").stdout
 
 

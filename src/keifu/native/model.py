@@ -1,4 +1,4 @@
-"""Models computed natively: packed once, then run for any number of engines, each with caches of its own.
+"""Models computed natively: packed once, then run for any number of engines, each with its own caches.
 
 Axes: batch, length, vocab; wanted = tokens whose logits are asked for.
 """
@@ -60,8 +60,9 @@ class NativeLM(nn.Module):
     """
 
     def __init__(self, part: ModelPart, source: Weights, weights: str, config: Any):
-        """Pack the weights. What cannot be packed is a `UserError` that names the tensor; raises `Unavailable` where
-        there is no native step on this machine."""
+        """Pack the weights. What cannot be packed is a `UserError` that names the tensor; raises `Unavailable` if
+        there is no native step on this machine.
+        """
         super().__init__()
         self.config, self.weights = config, weights
         self.library = open_library()
@@ -79,7 +80,9 @@ class NativeLM(nn.Module):
         return self.packer.arena.size
 
     def idle_bytes(self, tokens: int) -> float:
-        """Return the bytes of experts that a step of so many tokens does not read, if all are chosen as often."""
+        """Return the bytes of experts that a step of some tokens does not read, if the router chooses all equally
+        often.
+        """
         idle = 0.0
         for layer in self._layers:
             matrices = [m for e in layer.experts[: layer.n_experts] for m in (e.gate, e.up, e.down) if m.data]
@@ -93,7 +96,7 @@ class NativeLM(nn.Module):
         return torch.float32 if self.description.embedding.format == native.F32 else torch.bfloat16
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
-        """Refuse: packed weights are not those of any published format."""
+        """Raise an error: packed weights have no published format."""
         raise UserError(f"Weights packed as {self.weights} cannot be saved: load it without weights, and save that.")
 
     __reduce_ex__ = state_dict  # what pickle and deepcopy call
@@ -193,7 +196,7 @@ class NativeForm:
     packed: NativeLM
 
     def __reduce__(self) -> Any:
-        """Leave the form out of copies of the model and of pickles: the weights there are others."""
+        """Omit the packed form from copies and pickles of the model, whose weights may change."""
         return type(None), ()
 
 

@@ -84,7 +84,7 @@ class Weights:
 
 
 class Arena:
-    """Memory for packed weights, in huge pages where the system has them; it is given back with the arena."""
+    """Memory for packed weights, in huge pages if the system has them; it is given back with the arena."""
 
     def __init__(self) -> None:
         self._maps: list[mmap.mmap] = []

@@ -179,7 +179,7 @@ class Targets:
         return self.write(tokens[:, None], [0])[:, 0]
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Go on with these rows. The first that continues a row takes its last block, and each other one a copy."""
+        """Continue with these rows. The first that continues a row takes its last block, and each other one a copy."""
         kept = rows.numpy()
         self.sources, tables = self.sources[kept], self.tables[kept]
         column, offset = divmod(self.length, BLOCK_SIZE)

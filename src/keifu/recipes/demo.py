@@ -35,7 +35,7 @@ class Recipe:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Return all parts, each with what it takes and what comes of it."""
+    """Return all parts of the demonstration, with their needs and their results."""
     began = time.monotonic()
     print("\n1. Landmarks, in small models that these recipes trained before.", flush=True)
     for name, picture in landmarks.show().items():

@@ -79,8 +79,9 @@ class Distill:
         return Distillation(teacher, self.strength, self.temperature, self.hard)
 
     def _load(self, tokenizer: Tokenizer) -> Any:
-        """Return the teacher, in bfloat16 where the device has it. It is cut to the student's tokens, if their
-        tokenizer was cut from its own (`keifu.recipes.pruning`)."""
+        """Return the teacher, in bfloat16 if the device has it. It is cut to the student's tokens, if their tokenizer
+        was cut from its own (`keifu.recipes.pruning`).
+        """
         name = str(self.teacher)
         its = planned(name).source.tokenizer()
         same = its is not None and its.backend.get_vocab() == tokenizer.backend.get_vocab()

@@ -55,7 +55,7 @@ def from_json(usual: Any, json: Mapping[str, Any]) -> Any:
 
 
 def _value(hint: Any, value: Any, usual: Any) -> Any:
-    """Return JSON has no tuples, paths and dataclasses: the field's type says where one stood."""
+    """Return a value read from JSON as its field's type: a tuple, a path or a dataclass."""
     if isinstance(value, dict):
         nested = _dataclass(hint)
         inner = usual if is_dataclass(usual) else nested() if nested else None

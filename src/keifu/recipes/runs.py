@@ -47,7 +47,7 @@ class Budget(NamedTuple):
 
     @property
     def limit(self) -> float | None:
-        """Return the minutes, for the training loop; None where the budget is in steps."""
+        """Return the minutes, for the training loop; None if the budget is in steps."""
         return None if self.steps else self.minutes
 
     def fit(

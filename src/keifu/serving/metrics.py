@@ -26,5 +26,5 @@ class Metrics:
         self.loaded_bytes = Gauge("keifu_loaded_bytes", "Weights in memory", **of_model)
 
     def text(self) -> bytes:
-        """Return all figures as Prometheus reads them."""
+        """Return the figures as Prometheus reads them."""
         return generate_latest(self.registry)

@@ -98,7 +98,7 @@ class Clock:
         return name == "sample" and self.limit is not None and self.lasted.get(name, 0.0) > SHARE * self.limit
 
     def interval(self, name: str, steps: int) -> int:
-        """Return the number of steps between two validations, samples or checkpoints of a run of so many steps.
+        """Return the number of steps between two validations, samples or checkpoints in a run of a number of steps.
 
         Under a time limit it grows until all of them take no more than their share of it. 0: none.
         """

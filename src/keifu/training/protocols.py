@@ -77,7 +77,7 @@ class OnPolicy(Protocol):
 
 
 class StatelessBatches:
-    """Data of which each batch is made by the current weights and serves one update, so that there is no state."""
+    """Data without a state: the current weights make each batch, which serves one update."""
 
     on_policy: Literal[True] = True
 

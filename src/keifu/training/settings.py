@@ -152,7 +152,7 @@ COMPUTING = "precision", "compile", "activation_checkpointing", "optimizer_state
 
 
 def as_chosen(settings: Settings) -> Settings:
-    """Return the settings with how to compute of the command line, where it says so."""
+    """Return the settings with the command line's options of how to compute, if it sets them."""
     options = {name: vars(chosen())[name] for name in COMPUTING}
     return replace(settings, **{name: value for name, value in options.items() if value is not None})
 

@@ -85,7 +85,7 @@ def check_alike(described: dict[str, Any]) -> None:
 
 
 def _evaluate_every(settings: Settings, data: Data, batch: Batch, tell: Callable[[str], None]) -> int:
-    """Return steps between validations, so many that these take no more than their share of the computation.
+    """Return the number of steps between validations at which these stay within their share of the computation.
 
     An element of a validation counts as a third of one in a step: the backward pass takes twice the forward pass
     (Kaplan et al., 2020, section 2.1). Rollouts, which are generated for each validation, are not counted.
@@ -170,7 +170,8 @@ def _tell_changes(
 def steps_within(
     minutes: float, model: nn.Module, objective: Objective, data: Data, settings: Settings, largest: Batch
 ) -> int:
-    """Return the number of steps that fit into so many minutes of training, as `cost.estimate` measures a step.
+    """Return the number of steps that fit into a training time, from the duration of a step that `cost.estimate`
+    measures.
 
     Validation, samples and checkpoints are not included. The measurement takes a few passes over some rows, however
     many minutes there are, and does not change the model.

@@ -114,7 +114,7 @@ def _check(path: Path, names: Sequence[str]) -> None:
 
 
 def config_of(shapes: Shapes, extra: Mapping[str, Tensor]) -> latent_diffusion.Config:
-    """Return the Config by the tensors' shapes. `extra`: the file's betas and scale_factor, where it has them."""
+    """Return the Config by the tensors' shapes. `extra`: the file's betas and scale_factor, if it has them."""
     noise = latent_diffusion.NOISE
     if "betas" in extra and not torch.allclose(extra["betas"].float(), noise.beta, rtol=1e-4, atol=0):
         noise = replace(noise, betas=tuple(extra["betas"].tolist()), steps=len(extra["betas"]))

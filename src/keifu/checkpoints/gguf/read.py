@@ -86,7 +86,7 @@ def _block(format: str) -> tuple[int, int]:
 
 
 def _read_array(format: str) -> torch.dtype | None:
-    """Return the type in which this type of GGUF's is read; None where the gguf package cannot read it."""
+    """Return the type in which this type of GGUF's is read; None if the gguf package cannot read it."""
     if format in PLAIN:
         return PLAIN[format]
     if format in FORMATS:

@@ -21,7 +21,7 @@ def from_json(config_class: type, json: dict[str, Any]) -> Any:
 
 
 def _value(hint: Any, value: Any) -> Any:
-    """Return a tuple or dataclass from JSON, which has neither: the field's type says where one was."""
+    """Return a value read from JSON as its field's type: a tuple or a dataclass."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if isinstance(value, dict):
         inner = [member for member in kinds if isinstance(member, type) and is_dataclass(member)]

@@ -25,7 +25,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Print the table, or what is said of one landmark, and write the page where it is asked for."""
+    """Print the table or the entry of one landmark, and write the page if it is asked for."""
     known = {landmark.name: landmark for landmark in lineage.landmarks()}
     if options.output is not None:
         write_atomic(options.output, lineage.page())

@@ -108,7 +108,7 @@ def select_lora(words: str) -> "LoraRecord":
 
 
 def output_paths(loras: "Sequence[LoraRecord]", paths: Sequence[str]) -> "tuple[LoraRecord, ...]":
-    """Return LoRAs where they are now, if they are still the same; `paths` are files that may have moved."""
+    """Return the LoRAs with their present paths, if the files are unchanged; `paths` are files that may have moved."""
     here = {lora.digest: lora.place for lora in map(select_lora, paths)}
     if strange := here.keys() - {lora.digest for lora in loras}:
         raise UserError(f"The picture was drawn without the LoRA {here[strange.pop()]}: leave it out.")

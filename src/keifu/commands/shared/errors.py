@@ -13,7 +13,7 @@ HINTS: dict[str, str] = dict.fromkeys(("starlette", "fastapi", "uvicorn", "llgui
 
 
 def explain(error: Exception) -> str | None:
-    """Return one sentence without line breaks; None where the error is keifu's own fault (see `fault`)."""
+    """Return one sentence without line breaks; None if the error is keifu's own fault (see `fault`)."""
     text = None
     match error:
         case UserError():

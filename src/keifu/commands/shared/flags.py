@@ -254,7 +254,7 @@ def _name(argument: Any) -> str:
 
 
 def _sentence(message: str, name: str | None) -> str:
-    """Return what a value's type says against it, with the option's name where the value stands alone."""
+    """Return the reason why a value does not fit its type, with the option's name if the value is alone."""
     problem = _readable(re.sub(r"\s+", " ", message).strip().rstrip("."))
     return f"{name}: {problem}." if name else f"{problem[:1].upper()}{problem[1:]}."
 

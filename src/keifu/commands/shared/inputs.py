@@ -33,7 +33,7 @@ def load_writer(
 
 
 def proposer(draft: str | None, guesses: int | None, weights: str | None) -> Any:
-    """Return what an engine takes as its guesses: the draft of that name, or without one their number."""
+    """Return the source of an engine's guesses: the draft of that name, or without one the number of guesses."""
     if draft is None:
         return guesses
     if guesses == 0:
@@ -55,8 +55,7 @@ def at_terminal() -> bool:
 
 
 def text_from(file: Path | None, example: str) -> str:
-    """Read the text of the file, or of standard input where there is none; at a terminal a `UserError` with an
-    example."""
+    """Read the text of the file, or of standard input if there is none; at a terminal a `UserError` with an example."""
     if file is None and at_terminal():
         no_text(example)
     return _of_file(file) if file else read_pipe()
@@ -69,7 +68,7 @@ def join_texts(argument: str | None, file: Path | None) -> str:
 
 
 def read_pipe() -> str:
-    """Return all of standard input; empty where there is none."""
+    """Return all of standard input; empty if there is none."""
     return "" if sys.stdin is None else decode_utf8(sys.stdin.buffer.read(), "standard input")
 
 

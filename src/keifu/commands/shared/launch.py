@@ -46,8 +46,9 @@ def together(mesh: Mesh, work: Callable[[], None], explain: Callable[[Exception]
 
 
 def start(processes: int, restarts: int, words: Sequence[str]) -> None:
-    """Run `keifu` with these words on so many processes of this machine, again at most `restarts` times where one
-    dies; exits as they do."""
+    """Run `keifu` with these words in `processes` processes; restart them at most `restarts` times if one dies. Exit
+    as they do.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -123,7 +123,7 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
 
 
 def go_on(run: StoredRun | None, module: ModuleType, wanted: Any, out: Path) -> None:
-    """Go on with a run, with the options that may change as they are wanted now."""
+    """Continue a run, with the options that may change as they are wanted now."""
     if run is None:
         raise UserError(f"There is no run in {out}: it has no {run_directory.RECIPE}. Start without --resume.")
     with run_directory.owned(out):

@@ -25,7 +25,7 @@ def ask(prompt: str, example: str) -> str:
 
 
 def no_text(example: str) -> NoReturn:
-    """Refuse to go on without a text."""
+    """Raise a `UserError`: no text was given."""
     raise UserError(f"There is no text: write it behind the model ({example}), pipe it in, or name its --file.")
 
 

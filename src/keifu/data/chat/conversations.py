@@ -52,7 +52,7 @@ def arithmetic() -> Iterator[Dialogue]:
 
 
 class SyntheticSource(NamedTuple):
-    """The catalogue entry from which a synthetic set is made ("" where there is none), how, and its conversations."""
+    """The catalogue entry from which a synthetic set is made ("" if there is none), how, and its conversations."""
 
     entry: str
     how: str

@@ -54,7 +54,7 @@ class ThoughtSplitter:
         return ThoughtSplit(thoughts, text)
 
     def end(self) -> ThoughtSplit:
-        """Return what still waited, which was no mark."""
+        """Return the text that was withheld as a possible mark."""
         rest, self.waiting = self.waiting, ""
         return ThoughtSplit(rest.rstrip(), "") if self.part == "thoughts" else ThoughtSplit("", rest)
 

@@ -161,7 +161,7 @@ class LabelledTensors:
 
 
 class TensorBatches(EpochBatches):
-    """The training loop's data: every epoch shows every training row once, in an order of its own.
+    """The training loop's data: every epoch shows every training row once, in its own order.
 
     A batch may reach from one epoch into the next. `augment(inputs, generator)` changes a batch's inputs by random
     numbers that the seed and the step fix.

@@ -71,7 +71,8 @@ class Form:
 
 
 def kept_lengths(parts: Sequence[Ids], room: int) -> list[int]:
-    """Return how many tokens each part keeps of so many in all: as many of the longer ones as of the others, or all.
+    """Return the number of tokens that each part keeps, within a limit on their sum: longer parts are cut to equal
+    lengths.
 
     What is left over when that does not come out even is not used, so that both orders of a pair are cut alike.
     """

@@ -124,7 +124,7 @@ class QuestionBatches(EpochBatches):
         super().__init__(len(rows[0]), len(rows[1]), batch_size, seed, self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return all rows in an order of the epoch's own."""
+        """Return all rows in the epoch's own order."""
         random = np.random.default_rng([self.seed, epoch])
         rows = random.permutation(len(self._shown))
         first = self._named[rows] & (epoch == 0)

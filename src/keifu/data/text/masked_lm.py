@@ -93,7 +93,7 @@ class RowPlanner:
 
 
 def _no_longer_than(room: int, sentences: Sentences) -> tuple[list[int], list[int]]:
-    """Return where sentences and documents start, with sentences of more than `room` tokens cut."""
+    """Return the starts of sentences and documents. Sentences of more than `room` tokens are cut."""
     sizes = np.diff(sentences.starts)
     pieces = -(-sizes // room)
     before = offsets(pieces)

@@ -306,7 +306,7 @@ class MixedText:
         return self.batch(self.growth.largest)
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """Return how often each source's windows come in so many steps; a whole number of times and a part."""
+        """Return the number of epochs of each source in a number of steps, with its fraction."""
         whose = np.ceil(self.growth.before(steps) * self.weights)
         return {
             source.name: float(count) / packed.windows_per_epoch

@@ -90,7 +90,7 @@ class PackedText:
             yield _tensors(self.held_out[first : first + self.batch_size])
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return where each window of an epoch begins, in the epoch's order."""
+        """Return the start of each window of an epoch, in the epoch's order."""
         random = np.random.default_rng([self.seed, epoch])
         offset = random.integers(self._slack + 1)
         return offset + self.context_length * random.permutation(self.windows_per_epoch)

@@ -80,7 +80,7 @@ class Confusion:
 
     @cached_property
     def f1(self) -> Float[Tensor, "labels"]:
-        """Return the harmonic mean of precision and recall; 0 where both are."""
+        """Return the harmonic mean of precision and recall; 0 if both are."""
         return 2 * self.precision * self.recall / (self.precision + self.recall).clamp_min(1e-12)
 
     @property
@@ -137,7 +137,7 @@ class Confusion:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return all figures, as JSON takes them."""
+        """Return the figures, as JSON takes them."""
         majority, share = self.majority
         by_label = dict(zip(self.labels, self.figures, strict=True))
         return {

@@ -243,7 +243,7 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
 
 
 def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
-    """Return how often a classifier of rows of grey values sees the class in an image that it was drawn of."""
+    """Return how often a classifier of grey values recognises the class for which an image was drawn."""
     judge, classes = request.judge, drawer.config.classes or ()
     if not isinstance(judge, RowClassifier) or not classes:
         raise UserError("The metric classes needs a model conditioned on named classes, and --judge one of digits.")

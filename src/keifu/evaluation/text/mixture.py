@@ -1,4 +1,4 @@
-"""Evaluation of a language model on each text of a mixture: perplexity, and infilling where it was trained on it."""
+"""Evaluation of a language model on each text of a mixture: perplexity, and infilling if it was trained on that."""
 
 import math
 from dataclasses import dataclass
@@ -61,8 +61,9 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 
 
 def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, span_corruption.CorruptionTask]:
-    """Return from left to right, "loss", after the token that begins a text; and, where the tokenizer has modes and
-    sentinels for it, "infilling": hidden tokens given both sides, of UL2's first R-denoiser."""
+    """Return the tasks of a model: from left to right, "loss", after the token that begins a text; and, where the
+    tokenizer has modes and sentinels for it, "infilling": hidden tokens given both sides, of UL2's first R-denoiser.
+    """
     vocabulary = tokenizer.backend.get_vocab()
     begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if not vocabulary.keys() >= {*span_corruption.MODES} or begin != vocabulary[span_corruption.SEQUENTIAL]:

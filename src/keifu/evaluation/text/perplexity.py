@@ -74,7 +74,7 @@ def _held_out(name: str, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
 
 
 def _whole(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
-    """Return all documents of a file or folder, an end-of-text token behind each where there is one."""
+    """Return all documents of a file or folder, an end-of-text token behind each if there is one."""
     texts = list(documents(request.on, TextFileFormat(request.text_field, request.encoding)))
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ids = np.array([i for ids in tokenizer.encode_batch(texts) for i in [*ids, *end]], dtype=np.int64)

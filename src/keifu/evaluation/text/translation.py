@@ -41,7 +41,7 @@ class Scores:
 
 
 class Scorer:
-    """The scores of translations into one language; `language` is a code such as ja, "" where it is not known.
+    """The scores of translations into one language; `language` is a code such as ja, "" if it is not known.
 
     `note` says what a reader of the figures must know, "" where there is nothing.
     """
@@ -197,7 +197,7 @@ def by_nearness(
 
 
 def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
-    """Return the test pairs, in the model's direction where that is known, and notes about them."""
+    """Return the test pairs, in the model's direction if that is known, and notes about them."""
     pairs = read_pairs(request.on, request.reverse, (request.source_field, request.target_field), request.encoding)
     notes = [pairs.left_out] if pairs.left_out else []
     trained = request.languages[0], request.languages[1]

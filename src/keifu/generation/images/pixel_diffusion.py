@@ -157,7 +157,7 @@ class ImageRequest:
 
     @property
     def from_noise(self) -> bool:
-        """Whether nothing is seen of a picture where it is drawn anew."""
+        """Whether the picture, or its masked part, is drawn from pure noise."""
         return self.init is None or (self.mask is not None and self.strength == 1)
 
     def anew(self) -> Bool[Tensor, "1 height width"] | None:

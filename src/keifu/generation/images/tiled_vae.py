@@ -1,4 +1,4 @@
-"""Tiled autoencoder (VAE): images to latents and back, in tiles where they are large, in float32 where half fails.
+"""Tiled autoencoder (VAE): images to latents and back, in tiles if they are large, in float32 if half precision fails.
 
 A whole image needs the memory of its largest layer; in tiles, that of one tile and of the image itself. All tiles are
 as large as asked for, evenly spaced and overlapping; in an overlap each tile is weighted by the distance to its own
@@ -46,8 +46,9 @@ def decode_tiled(
 
 
 def tile_starts(length: int, side: int, overlap: int) -> list[int]:
-    """Return where pieces of this side begin that cover a length and overlap by so much at least; one where they are
-    not needed."""
+    """Return the starts of tiles that cover a length and overlap by at least `overlap`; one start if one tile is
+    enough.
+    """
     if length <= side:
         return [0]
     count = math.ceil((length - overlap) / (side - overlap))

@@ -94,7 +94,7 @@ Hearer = SpeechRecognizer | NativeHearer
 
 
 def hearer_of(model: nn.Module, rows: int) -> Hearer:
-    """Return the model, or its packed form if it has one, for so many transcripts at a time."""
+    """Return the model, or its packed form if it has one, for a number of transcripts at a time."""
     hearer, packed = speech_model(model), native_form(model, pack_speech)
     return hearer if packed is None else NativeHearer(packed, rows)
 

@@ -45,7 +45,7 @@ class BeamModel(Protocol):
     def next(self, tokens: Int[Tensor, " rows"]) -> Logits: ...
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Go on with these rows, whose numbers are in the host's memory; a row may be named several times."""
+        """Continue with these rows, whose numbers are in the host's memory; a row may be named several times."""
         ...
 
 

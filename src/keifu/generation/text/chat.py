@@ -58,7 +58,7 @@ class Conversation:
         self.messages = said if system is None else [{"role": "system", "content": system}, *said]
 
     def restore(self, messages: Messages) -> None:
-        """Go on with a conversation that was had before; one that the template refuses is a `UserError`."""
+        """Continue an earlier conversation; one that the template refuses is a `UserError`."""
         for images in (message["images"] for message in messages if "images" in message):
             if not isinstance(images, (list, tuple)) or not all(isinstance(image, Image.Image) for image in images):
                 raise UserError(f"The images of a message are {str(images)[:40]!r}, no pictures: remove that field.")

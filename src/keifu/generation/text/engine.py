@@ -73,7 +73,7 @@ class LaunchedStep(NamedTuple):
 
 
 class Engine:
-    """Writer of the texts of many requests at a time: `add` them at any time, and call `step` while there is `work`.
+    """Generation engine for many requests at a time: `add` them at any time, and call `step` while there is `work`.
 
     tokenizer: None gives tokens without text. runner: what computes a step; None is the model's own. max_running: the
     most texts that are written at a time. step_tokens: the most tokens of a step; more of them read prompts faster, and

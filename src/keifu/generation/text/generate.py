@@ -113,7 +113,7 @@ def generate_batch(
 
 
 def completion(request: Request, pieces: Sequence[Piece]) -> Completion:
-    """Return all pieces of one text, put together."""
+    """Join the pieces of one text."""
     return Completion(
         "".join(piece.text for piece in pieces),
         request.tokens,
@@ -181,7 +181,7 @@ def as_prompt(
     tokenizer: Tokenizer, text: str, raw: bool = False, config: Any = None, images: Sequence[Image.Image] = (),
     **options: Any,
 ) -> str | list[int] | ImagePrompt:  # fmt: skip
-    """Return the prompt made from a text: a message in the chat template where the tokenizer has one; otherwise, or if
+    """Return the prompt made from a text: a message in the chat template if the tokenizer has one; otherwise, or if
     `raw`, the text itself.
 
     config: the model's, which says whether it sees. images: pictures of the message. options: of the chat template.

@@ -71,14 +71,14 @@ class RowSettings:
         self.bias = self._biases([s.logit_bias for s in samplings])
 
     def _column(self, name: str) -> Tensor | None:
-        """Return one value a row; None where all are neutral, so that the step is skipped."""
+        """Return one value a row; None if all are neutral, so that the step is skipped."""
         neutral = NEUTRAL[name]
         values = [vars(each)[name] or neutral for each in self.samplings]  # 0 is, also of a temperature: greedy choice
         dtype = torch.float32 if isinstance(neutral, float) else torch.int64
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=self.device)
 
     def _biases(self, pairs: Sequence[tuple[tuple[int, float], ...]]) -> tuple[Tensor, Tensor] | None:
-        """Return each row's biased tokens and their biases, filled up to equal length; None where there are none."""
+        """Return each row's biased tokens and their biases, filled up to equal length; None if there are none."""
         longest = max(map(len, pairs), default=0)
         rows = [[*row, *[(0, 0.0)] * (longest - len(row))] for row in pairs]
         full = torch.tensor(rows, dtype=torch.float64, device="cpu")
@@ -145,7 +145,7 @@ class RowSettings:
 
 @dataclass
 class History:
-    """The tokens so far, as the penalties need them; None where no row has such a penalty."""
+    """The tokens so far, as the penalties need them; None if no row has such a penalty."""
 
     seen: Bool[Tensor, "rows vocab"] | None  # in the prompt or the output
     counts: Float[Tensor, "rows vocab"] | None  # how often in the output
@@ -207,7 +207,7 @@ class Chosen:
 
 
 class Sampler:
-    """Chooser of the tokens of some requests, a row each, as long as the same are written together.
+    """Sampler of the next tokens of a fixed set of requests, one row for each request.
 
     before: the one that chose every request's last token; the texts of those that it has are not counted again.
     defers: whether a row may be left to be chosen again, by a new sampler (see `RowSettings`). asks: whether a choice

@@ -251,7 +251,7 @@ def search(
 
 
 def _targets(model: Translator, sources: Sequence[Sequence[int]], longest: int, how: Search) -> BeamModel:
-    """Return targets of these sources, by the native step where the model has one."""
+    """Return targets of these sources, by the native step if the model has one."""
     assert isinstance(model, nn.Module)
     packed = native_form(model, pack_translator)
     if packed is None:

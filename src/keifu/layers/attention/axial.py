@@ -88,7 +88,7 @@ class Grid:
 
 
 class GridAttention(Attention):
-    """`Attention` whose places of the grid see what a pattern says, computed for these alone where that pays."""
+    """`Attention` whose places of the grid see what a pattern says, computed for these alone if that is faster."""
 
     def __init__(self, dim: int, n_heads: int, grid: Grid, pattern: Pattern, head_dim: int | None = None):
         super().__init__(dim, n_heads, head_dim=head_dim)

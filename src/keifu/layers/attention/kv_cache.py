@@ -164,7 +164,8 @@ class LayerCache:
         return attend(q, seen, read, self._pass.mask.visible(seen.shape[2], window), scoring)
 
     def recur(self, rule: Rule, x: Float[Tensor, "rows length channels"]) -> Float[Tensor, "rows length out"]:
-        """Return what `rule` makes of the new tokens and the state; the new state is kept when the pass ends.
+        """Apply `rule` to the new tokens and the state, and return its output; the new state is kept when the pass
+        ends.
 
         Rows with padding are computed one by one, without it.
         """

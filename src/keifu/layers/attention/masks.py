@@ -34,7 +34,7 @@ class DocumentMask:
 
 
 def segments_of(mask: "CausalMask | DocumentMask | None", length: int) -> Int[Tensor, "batch length"] | None:
-    """Return the numbers of the documents of each row, left padding being one; None where a row is one sequence."""
+    """Return the numbers of the documents of each row, left padding being one; None if a row is one sequence."""
     if isinstance(mask, DocumentMask):
         return mask.documents
     if mask is None or mask.padding is None:
@@ -67,7 +67,7 @@ Cut = tuple[
 
 @dataclass(frozen=True)
 class Band:
-    """Return what the queries of each block may see; rows of padding make it differ from text to text."""
+    """Mask of the keys that the queries of each block may see. With padding it differs between sequences."""
 
     mask: Bool[Tensor, "#batch blocks window both"]
 

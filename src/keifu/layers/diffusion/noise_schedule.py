@@ -56,7 +56,7 @@ class DynamicShift:
 
     @property
     def shift(self) -> float:
-        """The shift of this picture; a `UserError` where its patches are not known."""
+        """The shift of this picture; a `UserError` if its patches are not known."""
         if self.length is None:
             raise UserError("The shift of this flow depends on a picture's patches, and this model has none.")
         share = (self.length - self.base_length) / (self.max_length - self.base_length)

@@ -115,7 +115,7 @@ class AdditiveAttention(nn.Module):
 
 
 class DecoderSteps(NamedTuple):
-    """Result of some steps: the state before each and after each, and what of the source each had.
+    """Result of some steps: the state before and after each step, and its context from the source.
 
     `context` is empty or one tensor [batch, length, width]; `weights` are the shares of the source's tokens in it.
     """
@@ -144,7 +144,7 @@ class DecoderState:
         self._owners = torch.arange(len(hidden), device="cpu")  # of each row, its source's place
 
     def advance(self, hidden: Vector, length: int) -> None:
-        """Go on to the state after `length` more tokens, where there is a capacity."""
+        """Advance to the state after `length` more tokens, if there is a capacity."""
         if self.capacity is None:
             return
         if self.length + length > self.capacity:

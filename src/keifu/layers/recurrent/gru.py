@@ -59,7 +59,7 @@ class RecurrentTape(NamedTuple):
 
 
 def product_type(like: Tensor) -> torch.dtype:
-    """Return the type of matrix products: autocast's where that is on, else that of the weights."""
+    """Return the type of matrix products: autocast's if that is on, else that of the weights."""
     device_type = like.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else like.dtype
 

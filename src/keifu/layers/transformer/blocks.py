@@ -16,7 +16,7 @@ Stream = Float[Tensor, "batch length dim"]
 
 
 class _TwoSublayers(nn.Module):
-    """Attention, then feed-forward, each with a norm of its own; where the norms stand is the subclass's."""
+    """Attention, then feed-forward, each with its own norm; where the norms stand is the subclass's."""
 
     def __init__(
         self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float = 0.0
@@ -83,7 +83,7 @@ class ReorderedNorm(_TwoSublayers):
 
 
 class _WithSource(_TwoSublayers):
-    """A look at a source between the two, with a norm of its own."""
+    """Block with cross-attention to a source between its two sublayers, with its own norm."""
 
     def __init__(
         self, attention: nn.Module, cross_attention: nn.Module, feedforward: nn.Module,

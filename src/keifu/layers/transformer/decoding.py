@@ -61,7 +61,7 @@ class DecodingBlock(nn.Module):
             self.kernels.turn(heads[0], count, rotation.cos[0], rotation.sin[0], rotation.interleaved)
 
     def _inner(self, x: Stream) -> Float[Tensor, "1 length hidden"]:
-        """Return what the last layer of the feed-forward network is given."""
+        """Return the input of the last layer of the feed-forward network."""
         feedforward: Any = self.block.feedforward
         if self.kernels is None or type(feedforward) is not GatedFeedForward or feedforward.activation is not F.silu:
             return feedforward.inner(x)

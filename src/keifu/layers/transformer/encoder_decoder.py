@@ -45,7 +45,7 @@ class EncoderDecoderState:
 
     @property
     def length(self) -> int:
-        """How many tokens of the target it has taken; 0 where the target is given at once."""
+        """How many tokens of the target it has taken; 0 if the target is given at once."""
         return 0 if self.targets is None else self.targets.longest
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:

@@ -115,7 +115,7 @@ class Upsample(nn.Module):
 
 
 class DoublingConv2d(nn.Conv2d):
-    """A 3×3 convolution over each pixel four times, by fewer products where that is faster.
+    """A 3×3 convolution over each pixel four times, by fewer products if that is faster.
 
     A 3×3 window over pixels that come in fours sees 2×2 different ones, so four 2×2 kernels, one for each of a pixel's
     four successors, do the same with 16 products instead of 36. On a CPU that pays from 256 pixels a picture on:

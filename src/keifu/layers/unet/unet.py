@@ -21,8 +21,9 @@ Time = Float[Tensor, "batch time_dim"]
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution, an attention after each where there are any, and the way to the next
-    resolution, if one follows."""
+    """Residual blocks at one resolution, an attention after each if there are any, and the way to the next resolution,
+    if one follows.
+    """
 
     def __init__(
         self, residuals: Sequence[nn.Module], attentions: Sequence[nn.Module] = (), resample: nn.Module | None = None

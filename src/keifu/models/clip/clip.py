@@ -116,8 +116,8 @@ MODEL_TYPES = {"clip": "CLIPModel"}
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type clip, with preprocessor_config.json where that is
-    there.
+    """Read the Config of a Hugging Face config.json of model_type clip, with preprocessor_config.json if that file
+    exists.
 
     Where old files have text_config_dict or vision_config_dict, those count, as in transformers.
     """

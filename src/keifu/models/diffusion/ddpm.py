@@ -119,7 +119,7 @@ class Config:
 
     @property
     def predicted_channels(self) -> int:
-        """Channels of the output: twice `channels` where the variance is predicted too."""
+        """Channels of the output: twice `channels` if the variance is predicted too."""
         return self.out_channels or self.channels * (1 + (self.noise.variance == "learned_range"))
 
 
@@ -166,8 +166,8 @@ class DDPM(ImageModel):
         timestep: Num[Tensor, "*batch"],
         label: Num[Tensor, "batch *vector"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy images [batch, channels, height, width], in their dtype; one timestep for all
-        or one each.
+        """Return the prediction for noisy images [batch, channels, height, width], in their dtype; `timestep` is one
+        for all or one for each.
 
         label: a class [batch], or a number [batch] or vector [batch, time_dim] where the Config says so; None is the
         null class where there is one. Another size or number of channels than the network takes is a `UserError`.

@@ -272,7 +272,8 @@ class DiT(ImageModel):
     def forward(
         self, x: Sample, timestep: Num[Tensor, "*batch"], label: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch out_channels new_height new_width"]:
-        """Return the prediction for noisy latents or pixels, in their dtype; one timestep for all or one each.
+        """Return the prediction for noisy latents or pixels, in their dtype; `timestep` is one for all or one for
+        each.
 
         label: a class [batch]; None for the null class. Numbers at the right and below that fill no patch are cut off,
         as in diffusers; `check_size` refuses such sides. Another number of channels is a `UserError`.
@@ -361,7 +362,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return what `from_published` reads: the files of a pipeline's parts."""
+    """Return the files of a pipeline's parts as `from_published` reads them."""
     noise, names = config.noise, {str(number): name for number, name in enumerate(config.classes)}
     scheduler = write_scheduler(noise)
     if noise.variance == "learned_range":  # diffusers' pipeline takes the variance away before the scheduler

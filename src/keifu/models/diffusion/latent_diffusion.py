@@ -55,7 +55,7 @@ class Config(clip_text.WithText):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of the training images, in pixels; None where they are not known."""
+        """Height and width of the training images, in pixels; None if they are not known."""
         size, factor = self.unet.size, self.factor
         sides = (size, size) if isinstance(size, int) else size
         return None if sides is None else (sides[0] * factor, sides[1] * factor)
@@ -134,7 +134,7 @@ class LatentDiffusion(ImageModel):
     def forward(
         self, x: Float[Tensor, "batch channels height width"], timestep: Num[Tensor, "*batch"], projected: Memories
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy latents, one timestep for all or one each."""
+        """Return the prediction for noisy latents; `timestep` is one for all or one for each."""
         return self.unet.predict(x, timestep, projected, PaddingMask())
 
     def to_latents(
@@ -206,8 +206,9 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return what `from_published` reads: the files of a pipeline's parts. Without an autoencoder no pipeline of
-    diffusers has this shape, and the config is keifu's own."""
+    """Return the files of a pipeline's parts as `from_published` reads them. Without an autoencoder no pipeline of
+    diffusers has this shape, and the config is keifu's own.
+    """
     if config.autoencoder is None:
         return write_own("keifu_latent_diffusion", config)
     return {

@@ -145,7 +145,7 @@ class JointTransformer(nn.Module):
         self, x: Float[Tensor, "batch channels height width"], timestep: Num[Tensor, "*batch"],
         text: Float[Tensor, "batch seen text_dim"], pooled: Float[Tensor, "batch pooled_dim"],
     ) -> Float[Tensor, "batch out_channels new_height new_width"]:  # fmt: skip
-        """Return the flow of noisy latents, in their dtype; one timestep (1,000 · t) for all or one each.
+        """Return the flow of noisy latents, in their dtype; `timestep` (1,000 · t) is one for all or one for each.
 
         text: the tokens of the text encoders. pooled: the embedding of the whole text. Numbers at the right and below
         that fill no patch are cut off. Too many patches, or another number of channels, is a `UserError`.

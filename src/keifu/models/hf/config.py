@@ -195,7 +195,7 @@ def read_part(json: Mapping[str, Any], default: float = 1.0) -> float:
 
 
 def write_part(rope: dict[str, Any], part: float) -> dict[str, Any]:
-    """Return what `write_rope` gives, with the part of each head that turns."""
+    """Return the fields of `write_rope`, and the fraction of each head that is rotated."""
     written = {"partial_rotary_factor": part}
     return {**rope, **written, "rope_parameters": rope["rope_parameters"] | written}
 

@@ -106,7 +106,7 @@ class Llava(DecoderLM):
         return self.projector(torch.cat([states[layer] for layer in layers], -1)[:, 0 if self.config.full else 1 :])
 
     def insertion(self, tokens: Tokens, images: Float[Tensor, "images patches dim"]) -> Inserted:
-        """Return where the embeddings of pictures go: in order, to the tokens that mark a picture."""
+        """Return the positions of the tokens that mark a picture, with the embeddings for them in order."""
         positions = (tokens.flatten() == self.config.image_token).nonzero()[:, 0]
         if len(positions) != images.shape[:2].numel():
             raise UserError(f"{len(images)} images: {images.shape[:2].numel()} tokens; the prompt: {len(positions)}.")

@@ -105,7 +105,7 @@ class Decoder(nn.Module):
     def predict(
         self, x: Sample, timestep: Num[Tensor, "*batch"], label: Tensor, projected: Memories, mask: PaddingMask
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy samples, one timestep for all or one each, in the type that they came in."""
+        """Return the prediction for noisy samples, in their dtype; `timestep` is one for all or one for each."""
         return self.network.predict(x, timestep, projected, mask, self.label(label))
 
     def forward(

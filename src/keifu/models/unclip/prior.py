@@ -100,7 +100,8 @@ class Prior(nn.Module):
         tokens: Float[Tensor, "batch length embedding"],
         mask: Bool[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch predicted"]:
-        """Return the prediction of the normalised embedding from noisy ones, one timestep for all or one each.
+        """Return the prediction of the normalised embedding from noisy ones; `timestep` is one for all or one for
+        each.
 
         caption, tokens: CLIP's embedding of each caption, and its hidden states. `mask` is True on real tokens, and
         each token then sees those before it; None: all see all, as diffusers has it.

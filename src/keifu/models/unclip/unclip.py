@@ -86,7 +86,7 @@ class Config(clip_text.WithText):
 
     @property
     def small_size(self) -> tuple[int, int] | None:
-        """Height and width of the decoder's training images; None where they are not known."""
+        """Height and width of the decoder's training images; None if they are not known."""
         return _sides(self.decoder.size)
 
     @property
@@ -177,7 +177,7 @@ class Unclip(ImageModel):
     def forward(
         self, x: Sample, timestep: Num[Tensor, "*batch"], told: UnclipConditioning
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the decoder's prediction for noisy images, one timestep for all or one each."""
+        """Return the decoder's prediction for noisy images; `timestep` is one for all or one for each."""
         return self.decoder.predict(x, timestep, *told)
 
     def enlarge(
@@ -228,7 +228,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return what `from_published` reads: the files of a pipeline's parts; those that are not there are None."""
+    """Return the files of a pipeline's parts as `from_published` reads them; a missing part is None."""
     parts = {folder: file and file | ({"scheduler": None} if "scheduler" in file else {})
              for folder, file in write_parts(config, PARTS).items()}  # fmt: skip
     noises = {

@@ -101,7 +101,7 @@ def ranking_of(tokenizer: Tokenizer, ranked: RankedResponses) -> Ranking:
 
 
 def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """Return conversations that fit, as ids; none where there is no file of them."""
+    """Return the conversations that fit into the context, as ids; none if there is no file of them."""
     rendered = [tokenizer.render_turns(chat)[0] for chat in conversations.read(source)] if source else []
     short = [ids for ids in rendered if len(ids) <= length]
     if rendered and not short:

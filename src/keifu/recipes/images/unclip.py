@@ -184,7 +184,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
 
 
 def _check_sizes(recipe: Recipe, model: unclip.Unclip) -> None:
-    """Refuse networks that do not fit the pictures."""
+    """Raise a `UserError` if the networks do not fit the pictures."""
     if model.config.last_upsampler is not None:
         model.upsampler.check_size(6, recipe.crop, recipe.crop)
     model.check_size(recipe.small, recipe.small)

@@ -203,7 +203,7 @@ def _facts(source: Any, made: WeightedSource, epochs: dict[str, float]) -> dict[
 
 
 def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Tokenizer) -> Callable[[int], str]:
-    """Return texts with their gaps filled, where that is learned, and prompts that are gone on with."""
+    """Return a function that continues the prompts and, if the model learns infilling, fills the gaps of texts."""
     gaps = recipe.gaps if recipe.objective == "ul2" else ()
 
     def sample(step: int) -> str:

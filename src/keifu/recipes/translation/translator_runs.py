@@ -204,7 +204,7 @@ def _two_vocabularies(task: TranslationTask, config: Any) -> dict[str, Any]:
 def _data(
     options: TranslationOptions, task: TranslationTask, context_length: int, batching: Callable[[np.ndarray], Batching]
 ) -> PairData:
-    """Return both parts as ids; what is too long for the model is left out, and said."""
+    """Return both parts as ids. Print and leave out the number of pairs that are too long for the model."""
     reader, special = task.tokenizer.sides[0], special_ids(task.tokenizer)
     source = special if reader.eos_id is None else special_ids(reader)
     train, validation = (_fitting(task, part, context_length) for part in (task.parts.train, task.parts.validation))

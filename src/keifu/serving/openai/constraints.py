@@ -32,7 +32,7 @@ class GrammarConstraint:
         return torch.nn.functional.pad(mask, (0, self.vocab_size - len(mask)))
 
     def accept(self, token: int) -> None:
-        """Go on after this token."""
+        """Advance the state by this token."""
         self.matcher.consume_token(token)
 
 

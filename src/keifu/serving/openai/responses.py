@@ -30,7 +30,7 @@ class StoredResponses:
         self.bytes = 0
 
     def add(self, response: dict[str, Any], messages: Messages) -> None:
-        """Keep one."""
+        """Store a response."""
         entry = json.dumps([response, messages]).encode()  # as objects they would take more memory than their bytes say
         self.entries[response["id"]] = entry
         self.bytes += len(entry)

@@ -259,7 +259,7 @@ class Reply:
         return [Delta(self.thought, THOUGHTS), *deltas] if self.thought else deltas
 
     def _next(self, form: ToolFormat, last: bool) -> Delta | None:
-        """Return one step; None where more text is needed."""
+        """Return one step; None if more text is needed."""
         if self._state == "text":
             return self._plain(form, last)
         if self._state == "name":

@@ -159,7 +159,7 @@ def _even(rows: int, fitting: int) -> int:
 
 
 def _linear(trainer: Trainer, batch: Batch, rows: int) -> tuple[int, int]:
-    """Return the activations' fixed bytes and bytes per row, from passes over one and two rows, or two and three where
+    """Return the activations' fixed bytes and bytes per row, from passes over one and two rows, or two and three if
     there is batch normalization, which one row may have no variance for.
 
     Twice the largest tensor is added for the temporary memory of a backward pass: a gradient and its input.

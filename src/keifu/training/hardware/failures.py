@@ -138,7 +138,7 @@ class Divergence(Running):
     warned = False
 
     def watch(self, loss: float) -> str | None:
-        """Return a warning, where there is one."""
+        """Return a warning, if there is one."""
         before = self.warned
         self.warned = not self.take(loss, 0.5)
         text = f"The loss is {loss:.4g}, far above its running mean of {self.mean:.4g}: the run may be diverging; "

@@ -195,7 +195,7 @@ class Plan:
         return self.rate * self.flops / self.kind.flops
 
     def hours(self, tokens: float | int) -> float:
-        """Return device hours for so many tokens."""
+        """Return the device hours of a number of tokens."""
         return tokens / self.rate / 3600
 
 
@@ -242,7 +242,9 @@ def parse_amount(text: str, option: str) -> float:
 
 
 def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int, trained: Trained = WHOLE) -> Plan:
-    """Return the fastest layout that fits into memory, for steps of about so many tokens; none is a `UserError`."""
+    """Return the fastest layout that fits into memory, for steps of about that number of tokens. If no layout fits,
+    raise a `UserError`.
+    """
     layouts = [
         layout
         for layout in _layouts(model, devices, kind, batch)

@@ -11,8 +11,9 @@ from keifu.devices import has_bfloat16
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the number format of a precision setting on this device: `auto` is bfloat16 where the device has it,
-    otherwise float16 on a GPU and float32 on a CPU."""
+    """Return the number format of a precision setting on this device: `auto` is bfloat16 if the device has it,
+    otherwise float16 on a GPU and float32 on a CPU.
+    """
     if precision == "auto":
         half = torch.float32 if device.type == "cpu" else torch.float16
         return torch.bfloat16 if has_bfloat16(device) else half
@@ -106,7 +107,7 @@ class LossScale:
         self.steps = steps
 
     def lower(self) -> bool:
-        """Halve the scale; False where it is fixed, or already 1."""
+        """Halve the scale; False if it is fixed, or already 1."""
         if not self.moves or self.value <= 1:
             return False
         self.value /= 2

@@ -1,4 +1,4 @@
-"""Losses from inside layers, added to an objective with a weight and a line of metrics of their own."""
+"""Losses from inside layers, added to an objective with a weight and their own line of metrics."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

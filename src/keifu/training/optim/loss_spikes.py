@@ -71,7 +71,7 @@ class SpikeState(Running):
         return bool(self.rules.rise) and step % self.rules.every == 0
 
     def complete(self, loss: float) -> bool:
-        """Take the loss of the next step in; whether a spike is now complete."""
+        """Record the loss of the next step; return whether a spike is now complete."""
         self.streak = 0 if self.take(loss, self.rules.rise) else self.streak + 1
         return self.streak == self.rules.steps
 

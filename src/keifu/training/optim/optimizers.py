@@ -108,7 +108,7 @@ class Optimizers:
                 }
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Run a block in which the model has the moving average of its weights, where one is kept."""
+        """Run a block in which the model has the moving average of its weights, if one is kept."""
         return self.average.applied() if self.average else nullcontext()
 
     def drop_gradients(self) -> None:
@@ -146,7 +146,7 @@ class Optimizers:
         return {key: torch.cat(parts) if parts[0].dim() else parts[0] for key, parts in parts_of.items()}
 
     def prime(self) -> None:
-        """Make all state, to be filled: an update by nothing."""
+        """Allocate the optimizer's state by an update that changes nothing."""
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         self.update(dict.fromkeys(self.all, 0.0))

@@ -94,7 +94,7 @@ def latest(directory: Path) -> tuple[SavedState, list[str]]:
 
 
 def latest_facts(directory: Path) -> dict[str, Any]:
-    """Return the content of the newest JSON file that can be read, without tensors; empty where there is none."""
+    """Return the content of the newest JSON file that can be read, without tensors; empty if there is none."""
     for step in reversed(steps(directory)):
         with suppress(UserError):
             return _facts(_files(directory, step)[1], step)

@@ -98,7 +98,7 @@ def write(directory: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_recipe(directory: Path) -> dict[str, Any]:
-    """Return the content of recipe.json, empty where there is none; invalid JSON is a `UserError`."""
+    """Return the content of recipe.json, empty if there is none; invalid JSON is a `UserError`."""
     path = directory / RECIPE
     try:
         content = read_json_object(path) if path.is_file() else {}
@@ -149,7 +149,7 @@ def command(directory: Path) -> str:
 
 
 def last_step(directory: Path) -> int | None:
-    """Return the step of the newest saved state of a run or its parts; None where none was saved."""
+    """Return the step of the newest saved state of a run or its parts; None if none was saved."""
     return max((step for folder in _places(directory) for step in checkpoint.steps(folder)), default=None)
 
 

@@ -84,7 +84,7 @@ def read_lines(directory: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _line(text: bytes) -> dict[str, Any] | None:
-    """Return a line's figures; None where it is no JSON, has no step, or a figure that is no number."""
+    """Return a line's figures; None if it is no JSON, has no step, or a figure that is no number."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):

@@ -105,7 +105,7 @@ def write_report(directory: Path) -> None:
 
 
 def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -> Path:
-    """Write one report.html of several runs, one after the other, under a title and a text of its own."""
+    """Write one report.html of several runs, one after the other, under a common title and text."""
     bodies = [_body(run)[1] for run in runs]
     head = f'<h1>{escape(title)}</h1><pre class="soft">{escape(text)}</pre>'
     write_atomic(directory / REPORT, page(title, "\n".join([head, *bodies])))

@@ -240,7 +240,9 @@ class PagedCache:
         return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
 
     def recur(self, rule: Rule, x: Float[Tensor, "1 length channels"]) -> Float[Tensor, "1 length out"]:
-        """Return what `rule` makes of the new tokens and the states of their sequences, and write the new states."""
+        """Apply `rule` to the new tokens and the states of their sequences; return its output, and write the new
+        states.
+        """
         outputs = []
         for group, part in zip(self.step.groups, self.step.split(x[0], 0), strict=True):
             before, after = group.states
