@@ -85,20 +85,20 @@ def test_every_numeric_option_is_refused_by_name_outside_its_range(kind: type) -
         for wrong in (low, math.nan, math.inf, -math.inf, allowed.most * 2 + 1):
             spoiled = deepcopy(values)
             put(spoiled, path, wrong)
-            with pytest.raises(UserError, match=f"^--{names[path]} must be .*, and it is "):
+            with pytest.raises(UserError, match=f"^--{names[path]} must be .*, not "):
                 flags.check_ranges(kind, spoiled)
 
 
 @pytest.mark.parametrize("wrong", [True, "1", (0.5, math.nan), (1, None)])
 def test_what_is_no_number_is_refused(wrong: Any) -> None:
-    with pytest.raises(UserError, match="^name must be .*, and it is "):
+    with pytest.raises(UserError, match="^name must be .*, not "):
         check_value("name", wrong if isinstance(wrong, tuple) else [wrong, None], AT_LEAST_ZERO)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("train gpt --steps 0", "--steps must be a whole number from 1 to 2,147,483,647, and it is 0."),
+        ("train gpt --steps 0", "--steps must be a whole number from 1 to 2,147,483,647, not 0."),
         ("train gpt --batch-size 0", "--batch-size must be a whole number from 1"),
         ("train gpt --depth 99999999999999999999", "--depth must be a whole number from 1 to 1,000"),
         ("train transformer --minutes -1", "--minutes must be a number above 0"),
@@ -112,7 +112,7 @@ def test_what_is_no_number_is_refused(wrong: Any) -> None:
         ("train clip --betas 0.9 1.0", "betas must be a number from 0 and below 1"),
         ("generate smollm2 x --temperature 1e-320", "--temperature must be 0 or a number from 1e-06 to 1,000,000 (0"),
         (f"generate smollm2 x --top-k {10**25}", "--top-k must be a whole number from 0"),
-        ("generate smollm2 x --top-p nan", "--top-p must be a number above 0 and at most 1 (1: all tokens), and it"),
+        ("generate smollm2 x --top-p nan", "--top-p must be a number above 0 and at most 1 (1: all tokens), not nan"),
         ("draw x --count 1000000000000", "--count must be a whole number from 1 to 1,000,000"),
         ("embed x y --batch-size 0", "--batch-size must be"),
         ("evaluate x --on y --limit 0", "--limit must be"),

@@ -98,7 +98,7 @@ def check(settings: Any, label: Callable[[str], str] = str) -> None:
 def check_value(name: str, value: Any, allowed: Range) -> None:
     """Raise a `UserError` for a value outside a range. None is allowed; of a tuple, each number is checked."""
     if value is not None and not all(map(allowed.holds, _numbers(value))):
-        raise UserError(f"{name} must be {allowed}, and it is {value!r}.")
+        raise UserError(f"{name} must be {allowed}, not {value!r}.")
 
 
 def _numbers(value: Any) -> Iterator[Any]:

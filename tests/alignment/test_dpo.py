@@ -221,9 +221,9 @@ def test_forms(form: str, tmp_path: Path) -> None:
     ("record", "said"),
     [
         ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "line 1: two answers are equal"),
-        ({"prompt": "Hi", "chosen": "", "rejected": "a"}, "line 1, chosen: an answer is a text"),
+        ({"prompt": "Hi", "chosen": "", "rejected": "a"}, "line 1, chosen: an answer must be a text"),
         ({"prompt": "Hi", "answers": ["a"]}, "at least two"),
-        ({"prompt": "Hi", "answers": ["a", "b"], "scores": [1]}, "2 answers, so as many scores"),
+        ({"prompt": "Hi", "answers": ["a", "b"], "scores": [1]}, "2 answers need 2 scores"),
         ({"prompt": "Hi", "answers": ["a", "b"], "scores": [1, 1]}, "no answer is better"),
         ({"chosen": TALK, "rejected": [{"role": "user", "content": "x"}, TALK[1]]}, "differ before their last"),
         ({"prompt": "Hi", "completion": "a", "label": 1}, "label is true or false"),

@@ -273,7 +273,7 @@ def test_a_reward_model_of_other_tokens_is_refused(base: Path, task: Path, judge
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--clip", "1.5"], "clip, discount and gae_lambda lie between 0 and 1"),
+        (["--clip", "1.5"], "clip, discount and gae_lambda must be between 0 and 1"),
         (["--kl-coef", "-1"], "--kl-coef must be a number from 0"),
         (["--minibatches", "3"], "16 answers cannot be split into 3 minibatches"),
         (["--value", "last-number"], "--value last-number is no model"),

@@ -110,7 +110,7 @@ def test_a_base_model_is_refused_in_the_words_of_the_command_line(
 
 def test_no_question_is_refused_in_a_pipe(model: str, capsys: pytest.CaptureFixture) -> None:
     assert refused(capsys, model) == refused(capsys, model, "--json")
-    assert refused(capsys, model).startswith("There is no text: write it behind the model (keifu chat MODEL")
+    assert refused(capsys, model).startswith("There is no text: write it after the model (keifu chat MODEL")
 
 
 class Echo:

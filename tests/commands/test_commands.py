@@ -108,7 +108,7 @@ def test_nothing_to_go_on_is_asked_for(
     monkeypatch.setattr("builtins.input", lambda prompt: "")
     with pytest.raises(SystemExit):
         cli.main(["generate", model])
-    assert capsys.readouterr().err.startswith("There is no text: write it behind the model")
+    assert capsys.readouterr().err.startswith("There is no text: write it after the model")
 
 
 def test_json_has_all_that_is_known(model: str, capsys: pytest.CaptureFixture) -> None:

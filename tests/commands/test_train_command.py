@@ -77,7 +77,7 @@ def test_a_run_is_made_longer_and_shorter_and_stays_so(out: Path, capsys: pytest
     assert "from 6 to 12 steps" in capsys.readouterr().err
     go("--resume", str(out))
     assert checkpoint.steps(out)[-1] == 12 and run_directory.recorded(out)["options"]["steps"] == 6
-    with pytest.raises(UserError, match="12 steps are done, so the run cannot be made as short as 11"):
+    with pytest.raises(UserError, match="12 steps are done, so the run cannot end at step 11"):
         go("--resume", str(out), "--steps", "11")
     assert run_directory.recorded(out)["steps"] == 12  # a refusal changes nothing
 

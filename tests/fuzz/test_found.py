@@ -125,7 +125,7 @@ def test_an_alpha_is_one_number_and_no_matrix_is_there_twice(made: Callable[[str
     folder = made("picture loras")
     kohya, peft, diffusers = (load_file(folder / f"{each}.safetensors") for each in ("kohya", "peft", "diffusers"))
     alphas = {name: torch.ones(2) for name in kohya if name.endswith(".alpha")}
-    told = {"has the shape \\(2,\\), and it is one number": kohya | alphas, "in another spelling": peft | diffusers}
+    told = {"has the shape \\(2,\\) instead of one number": kohya | alphas, "in another spelling": peft | diffusers}
     for sentence, tensors in told.items():
         save_file(tensors, folder / "changed.safetensors")
         model, _ = checkpoints.load(folder / "base")

@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused():
         model.start(torch.ones(1, 17, dtype=torch.long))
     with pytest.raises(ValueError, match="for 3 targets and was given tokens of 2"):
         model.hidden(TARGET[:2], model.start(SOURCE))
-    with pytest.raises(ValueError, match="one vocabulary, and there are 37 and 29"):
+    with pytest.raises(ValueError, match="one vocabulary, not 37 and 29"):
         built(target_vocab_size=29)
 
 

@@ -92,9 +92,9 @@ def test_speakers_are_never_on_both_sides(spoken: Path) -> None:
 
 WRONG = {
     "file_name, text must be texts": {"file_name": "a.wav", "text": " "},
-    r"file_name, text must be texts, and they are \['a": {"file_name": "a\0.wav", "text": "one"},
+    r"file_name, text must be texts, not \['a": {"file_name": "a\0.wav", "text": "one"},
     "the sound file ../a.wav is outside of the folder": {"file_name": "../a.wav", "text": "one"},
-    'part must be "train" or "test", and it is \'tests\'': {"file_name": "a.wav", "text": "one", "part": "tests"},
+    'part must be "train" or "test", not \'tests\'': {"file_name": "a.wav", "text": "one", "part": "tests"},
 }
 
 

@@ -132,7 +132,7 @@ def test_the_tower_of_a_clip_is_taken(tmp_path: Path) -> None:
         see.prepare(see.Recipe(str(tmp_path / "seer"), data=folder, tower=str(tmp_path / "clip")))
     with pytest.raises(UserError, match=r"sees already, by a tower of its own shape: leave out --image\.\*"):
         see.prepare(see.Recipe(str(tmp_path / "seer"), data=folder, image=TOWER))
-    with pytest.raises(UserError, match=r"--image\.\* is the shape of a new tower, and .*clip has its own"):
+    with pytest.raises(UserError, match=r"--image\.\* describes a new tower, but .*clip has its own"):
         see.prepare(see.Recipe(base, data=folder, image=TOWER, tower=str(tmp_path / "clip")))
 
 

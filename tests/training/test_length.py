@@ -48,7 +48,7 @@ def test_a_run_made_shorter_falls_to_the_end_within_what_is_left() -> None:
     shorter = Length(100).changed(60, 66, COSINE.warmup)
     assert shorter.changes[0].over == 3 and shorter.rate_share(COSINE, 65) == pytest.approx(0.1)
     assert shorter.rate_share(COSINE, 60) == pytest.approx(Length(100).rate_share(COSINE, 60))
-    with pytest.raises(UserError, match="60 steps are done, so the run cannot be made as short as 59"):
+    with pytest.raises(UserError, match="60 steps are done, so the run cannot end at step 59"):
         Length(100).changed(60, 59, 10)
 
 

@@ -325,16 +325,16 @@ def test_the_toy_is_learned(tmp_path: Path, optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("steps", 0, "steps must be a whole number from 1 .*, and it is 0"),
+        ("steps", 0, "steps must be a whole number from 1 .*, not 0"),
         ("micro_batch", 0, "micro_batch must be a whole number from 1"),
-        ("learning_rate", float("nan"), "learning_rate must be a number from 0 .*, and it is nan"),
+        ("learning_rate", float("nan"), "learning_rate must be a number from 0 .*, not nan"),
         ("clip", -1.0, "clip must be a number from 0"),
-        ("final_ratio", 2.0, "final_ratio must be a number from 0 to 1, and it is 2.0"),
-        ("betas", (0.9, 1.0), r"betas must be .* below 1, and it is \(0.9, 1.0\)"),
+        ("final_ratio", 2.0, "final_ratio must be a number from 0 to 1, not 2.0"),
+        ("betas", (0.9, 1.0), r"betas must be .* below 1, not \(0.9, 1.0\)"),
         ("hold", -1, "hold must be a whole number from 0"),
         ("decay_steps", 0, "decay_steps must be a whole number from 1"),
         ("batch_stages", ((8, 5), (16, 4)), r"must ascend from above 0, but are \(5, 4\)"),
-        ("batch_ramp", (33, 100), "starts with 1 to 32, and here with 33"),
+        ("batch_ramp", (33, 100), "must start with 1 to 32 rows, not 33"),
         ("warmup", 2000, "A warm-up of 2000 steps does not fit a run of 1000"),
     ],
 )

@@ -52,10 +52,10 @@ class PPOSettings:
 
     def __post_init__(self) -> None:
         if min(self.kl_coef, self.value_clip, self.value_weight, self.text_weight, self.missing_eos_penalty) < 0:
-            raise UserError(f"The weights of PPO are 0 or more, and they are {self}.")
+            raise UserError(f"The weights of PPO must be 0 or more: {self}.")
         if not (0 < self.clip < 1 and 0 <= self.discount <= 1 and 0 <= self.gae_lambda <= 1):
             given = f"clip {self.clip}, discount {self.discount} and gae_lambda {self.gae_lambda}"
-            raise UserError(f"clip, discount and gae_lambda lie between 0 and 1, and they are {given}.")
+            raise UserError(f"clip, discount and gae_lambda must be between 0 and 1, not {given}.")
 
 
 class ActorCritic(nn.Module):

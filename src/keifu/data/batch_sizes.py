@@ -68,7 +68,7 @@ def linear_batch_size(first: int, over: int, last: int) -> BatchSizeSchedule:
     A step has first + ⌊(last − first) · seen / over⌋ rows.
     """
     if not 1 <= first <= last:
-        raise UserError(f"A batch that grows to {last} rows starts with 1 to {last}, and here with {first}.")
+        raise UserError(f"A batch that grows to {last} rows must start with 1 to {last} rows, not {first}.")
     starts, rows, seen = [0], [first], 0
     while rows[-1] < last:
         next_at = -(-(rows[-1] + 1 - first) * over // (last - first))  # the rows after which a step has one more

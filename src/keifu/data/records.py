@@ -97,11 +97,11 @@ def read_parts(
     for where, record in read_records(folder / file):
         texts, part = [record.get(field) for field in fields], record.get("part", "train")
         if not all(isinstance(text, str) and text.strip() and "\0" not in text for text in texts):
-            raise UserError(f"{where}: {', '.join(fields)} must be texts, and they are {texts}.")
+            raise UserError(f"{where}: {', '.join(fields)} must be texts, not {texts}.")
         if not (folder / str(texts[0])).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{where}: the {thing} {texts[0]} is outside of the folder.")
         if part not in ("train", "test"):
-            raise UserError(f'{where}: part must be "train" or "test", and it is {part!r}.')
+            raise UserError(f'{where}: part must be "train" or "test", not {part!r}.')
         parts[part == "test"].append(record)
     return parts
 

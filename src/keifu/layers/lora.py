@@ -36,9 +36,9 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise UserError(f"The rank of an adapter must be at least 1, and it is {self.rank}.")
+            raise UserError(f"The rank of an adapter must be at least 1, not {self.rank}.")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"The dropout of an adapter lies from 0 up to below 1, and it is {self.dropout}.")
+            raise UserError(f"The dropout of an adapter must be at least 0 and below 1, not {self.dropout}.")
 
     @property
     def scale(self) -> float:

@@ -47,7 +47,7 @@ class Config:
     pooled: bool = True  # whether there is a pooled state of the first token
     words: bool = True  # whether there is the head of masked language modelling
     next_sentence: bool = True  # whether there is a head for the next sentence
-    labels: tuple[str, ...] = ()  # labels of the classification head; empty: no such head
+    labels: tuple[str, ...] = ()  # labels of the classification head; empty: no head
     sentence_head: bool = False  # whether the classification head reads the sentence embedding, not the pooled state
 
 

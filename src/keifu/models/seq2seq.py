@@ -59,7 +59,7 @@ class Config:
     maxout_dim: Count = 500  # width l of the maxout output
     encoder: str = "bidirectional"  # bidirectional or forward
     context: str = "attention"  # attention, fixed or none: what the decoder reads of the source
-    output: str = "maxout"  # maxout or state
+    output: str = "maxout"  # output layer: maxout or state
     head_bias: bool = False  # whether the head has a bias
     dropout: BelowOne = 0.0  # share of dropped activations
     target_vocab_size: Count | None = None  # tokens in the target's vocabulary; None: as vocab_size

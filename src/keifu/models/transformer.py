@@ -70,7 +70,7 @@ def build(config: Config) -> EncoderDecoder:
     variance 1 once scaled."""
     sizes = config.vocab_size, config.target_vocab_size or config.vocab_size
     if config.shared and sizes[0] != sizes[1]:
-        raise UserError(f"A shared embedding needs one vocabulary, and there are {sizes[0]} and {sizes[1]} tokens.")
+        raise UserError(f"A shared embedding needs one vocabulary, not {sizes[0]} and {sizes[1]} tokens.")
     embeddings = [nn.Embedding(size, config.dim) for size in (sizes[:1] if config.shared else sizes)]
     model = EncoderDecoder(
         embeddings,

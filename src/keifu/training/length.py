@@ -59,7 +59,7 @@ class Length:
         """Return the length after a change to `steps` at step `at`; fewer steps than are already done is a
         `UserError`."""
         if steps < at:
-            raise UserError(f"{at:,} steps are done, so the run cannot be made as short as {steps:,}: choose more.")
+            raise UserError(f"{at:,} steps are done, so the run cannot end at step {steps:,}: choose more.")
         return Length(self.begun, (*self.changes, Change(at, steps, max(1, min(warmup, (steps - at) // 2)))))
 
     def fitted(self, step: int, steps: int) -> "Length":

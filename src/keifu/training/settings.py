@@ -65,11 +65,11 @@ class Settings:
     rate_shares: tuple[tuple[str, NotNegative], ...] = ()
     """AdamW's rate for some weights, as pairs: the beginning of their names, and the share of the learning rate."""
     rate_by: RateBy = "steps"
-    """What the schedule counts. rows: a step with a smaller batch counts as its share of batch_size, so that the rate
-    follows the number of tokens seen during batch-size warm-up."""
+    """Unit that the schedule counts. rows: a step with a smaller batch counts as its share of batch_size, so that the
+    rate follows the number of tokens seen during batch-size warm-up."""
     weight_decay: NotNegative = 0.1
-    """Weight decay of matrices and embeddings, times the learning rate, or for adafactor its square (1 in PaLM); never
-    of biases and gains."""
+    """Weight decay of matrices and embeddings, multiplied by the learning rate, or for adafactor by its square (1 in
+    PaLM). Biases and gains have none."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """AdamW's β₁ and β₂, the decays of the mean and of the mean square of the gradient; β₁ is Adafactor's too."""
     epsilon: NotNegative = 1e-8
@@ -85,14 +85,15 @@ class Settings:
     """Recovery from loss spikes."""
     precision: Precision = "auto"
     """Number format of matrix products; auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on
-    a CPU. Weights stay in float32. float32 excludes NVIDIA's TF32, which the others allow for the products left."""
+    a CPU. Weights stay in float32. float32 excludes NVIDIA's TF32, which the others allow for
+    products that stay in float32."""
     compile: bool = False
     """Compile the objective and the model with torch.compile."""
     activation_checkpointing: Recompute = "none"
     """Activations that are computed again in the backward pass, which changes no bit on a CPU. blocks: all but the
     inputs of blocks, a third more computation. selective: all but the results of matrix multiplications."""
     optimizer_state: OptimizerState = "float32"
-    """Averages of AdamW. int8: 8 bits with a scale for 256 of them, in processes that hold whole models."""
+    """Format of AdamW's two averages. int8: 8 bits, with a scale for 256 numbers; not if --mesh splits the model."""
     deterministic: bool = False
     """Whether a GPU uses only kernels that give the same bits each time, which may be slower. A CPU always does."""
     seed: Seed = 0

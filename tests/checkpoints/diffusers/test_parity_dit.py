@@ -299,7 +299,7 @@ def test_sizes_that_the_network_cannot_take() -> None:
     model = dit.build(small())
     with pytest.raises(UserError, match="multiples of 2: the nearest size that does is 8 x 8"):
         model.check_size(1, 9, 8)
-    with pytest.raises(UserError, match="reads 1 channels, and was given 3"):
+    with pytest.raises(UserError, match="reads 1 channels, not 3"):
         model(torch.randn(1, 3, 8, 8), torch.tensor([0]))
     with pytest.raises(UserError, match="latents have 4"):
         small(autoencoder=autoencoder_kl.Config())

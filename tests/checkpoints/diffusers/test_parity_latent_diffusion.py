@@ -215,5 +215,5 @@ def test_sizes_that_the_networks_cannot_take() -> None:
     context = torch.randn(1, 2, 768)
     with pytest.raises(UserError, match="7 x 4 does not fit .* nearest size that does is 8 x 4"):
         network(torch.randn(1, 4, 7, 4), torch.tensor([0]), context)
-    with pytest.raises(UserError, match="reads 4 channels, and was given 9"):
+    with pytest.raises(UserError, match="reads 4 channels, not 9"):
         network(torch.randn(1, 9, 8, 4), torch.tensor([0]), context)

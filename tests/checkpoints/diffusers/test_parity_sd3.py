@@ -128,7 +128,7 @@ def test_what_is_not_implemented_is_refused(tmp_path) -> None:
     given = inputs(reference, 8, 20, 3)
     with pytest.raises(UserError, match="4 x 10 patches do not fit the 9 x 9 positions"):
         model(*given)
-    with pytest.raises(UserError, match="reads 4 channels, and was given 3"):
+    with pytest.raises(UserError, match="reads 4 channels, not 3"):
         model(given[0][:, :3], *given[1:])
     config = json.loads((tmp_path / "config.json").read_text())
     changes = {"qk_norm": "layer_norm", "caption_projection_dim": 25, "pos_embed_max_size": None}

@@ -225,7 +225,7 @@ def test_pictures_that_do_not_fit_are_refused(pipeline, files, tmp_path, monkeyp
         "--init odd.png": "nearest size that does is 24 x 18 (height x width)",
         "--mask mask.png": "A mask is for a picture to begin with",
         "--strength 0.5": "A strength is for a picture",
-        "--init init.png --strength 1.5": "above 0 and at most 1, and it is 1.5",
+        "--init init.png --strength 1.5": "above 0 and at most 1, not 1.5",
         "--init init.png --steps 4 --strength 0.2": "leaves none of 4 steps",
     }
     for words, said in cases.items():

@@ -105,7 +105,7 @@ def test_a_missing_or_foreign_part_is_named(unclip_pipeline, tmp_path) -> None:
 def test_configs_whose_parts_do_not_fit() -> None:
     config = unclip.Config()
     assert unclip.from_published(unclip.to_published(config)) == config  # Karlo's, in the published words
-    with pytest.raises(ValueError, match="one upsampler without the other"):
+    with pytest.raises(ValueError, match="needs one upsampler for the last step"):
         replace(config, last_upsampler=None)
     with pytest.raises(ValueError, match="upsampler reads 3 channels"):
         replace(config, upsampler=ddpm.Config(), last_upsampler=ddpm.Config())

@@ -74,7 +74,7 @@ def test_reasoning_gym() -> None:
         assert score(reward("reasoning-gym"), each.text, "x", each.record) < 1
     for wrong, said in {
         "gym:chain_summ": "Did you mean 'chain_sum'", "gym:chain_sum,terms=2": "refuses gym:chain_sum,terms=2",
-        "gym:chain_sum,min_terms": "A setting of reasoning-gym is name=value", "gym:chain_sum,min_terms=0": "refuses",
+        "gym:chain_sum,min_terms": "of reasoning-gym must be name=value", "gym:chain_sum,min_terms=0": "refuses",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=said):
             prompts_of(wrong, sums, 0)

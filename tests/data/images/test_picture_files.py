@@ -60,7 +60,7 @@ def test_sixteen_bits_are_scaled_to_eight(kind: str, value: int, expected: int) 
 
 
 def test_numbers_that_are_no_colours_are_refused() -> None:
-    with pytest.raises(UserError, match="^here holds numbers from -3 to -3, which are no colours: scale them to"):
+    with pytest.raises(UserError, match="^here holds numbers from -3 to -3, which are not colours: scale them to"):
         read_image(saved(Image.fromarray(np.full((2, 2), -3, np.float32)), "TIFF"), "here")
     assert read_image(saved(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF")).image.getpixel((0, 0)) == 128
 

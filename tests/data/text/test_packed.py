@@ -139,8 +139,8 @@ def test_palms_batch_grows_where_its_paper_says() -> None:
         (lambda: batch_size_stages([(2, 5), (3, 5)], 7), r"must ascend from above 0, but are \(5, 5\)"),
         (lambda: batch_size_stages([(2, 0)], 7), r"must ascend from above 0, but are \(0,\)"),
         (lambda: batch_size_stages([(0, 5)], 7), "batch_size is 0"),
-        (lambda: linear_batch_size(8, 100, 7), "starts with 1 to 7, and here with 8"),
-        (lambda: linear_batch_size(0, 100, 7), "starts with 1 to 7, and here with 0"),
+        (lambda: linear_batch_size(8, 100, 7), "must start with 1 to 7 rows, not 8"),
+        (lambda: linear_batch_size(0, 100, 7), "must start with 1 to 7 rows, not 0"),
     ],
 )
 def test_a_growth_that_cannot_be_is_refused(make, sentence: str) -> None:

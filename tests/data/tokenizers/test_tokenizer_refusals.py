@@ -63,7 +63,7 @@ def test_fields_of_a_gguf_are_checked(tokenizer: Tokenizer, field: str, value: A
 def test_an_unknown_piece_outside_the_vocabulary_is_refused() -> None:
     pieces = [SentencePiece("a", 0.0), SentencePiece("b", 0.0)]
     assert backend_from_pieces(pieces, SentencePieceSettings(unknown_id=1))
-    with pytest.raises(UserError, match="The unknown piece has the id 2, and there are 2 pieces"):
+    with pytest.raises(UserError, match="The unknown piece has the id 2, but there are 2 pieces"):
         backend_from_pieces(pieces, SentencePieceSettings(unknown_id=2))
 
 

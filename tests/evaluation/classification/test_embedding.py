@@ -148,5 +148,5 @@ def test_the_nearest_are_those_of_all_comparisons() -> None:
     torch.testing.assert_close(similarity, expected.values[:, :4])
     _, others = nearest(points, points, 3, themselves=True)
     assert torch.equal(others[:7], expected.indices[:, 1:4])
-    with pytest.raises(UserError, match="30 nearest texts were requested, and there are 29"):
+    with pytest.raises(UserError, match="30 nearest texts were requested, but there are only 29"):
         nearest(points, points, 30, themselves=True)

@@ -151,9 +151,9 @@ def test_no_item_is_its_own_example_and_the_draw_is_the_seeds() -> None:
     assert shuffled.sample(4, 3).examples == task.sample(4, 3).examples != task.sample(4, 5).examples
     own = FewShotTask("t", ITEMS[:4], demonstrations=ITEMS)
     assert set(own.sample(5).examples) == set(ITEMS[4:]) and own.sample(5).items == ITEMS[:4]
-    with pytest.raises(UserError, match="6 shots were wanted, but t has 5 items to draw them from"):
+    with pytest.raises(UserError, match="6 shots were requested, but t has 5 items to draw from"):
         own.sample(6)
-    with pytest.raises(UserError, match="9 shots were wanted, but t has 9 items .* at least one must be left"):
+    with pytest.raises(UserError, match="9 shots were requested, but t has 9 items .* at least one must be left"):
         task.sample(9)
 
 
@@ -307,7 +307,7 @@ def test_the_verb_asks_a_task_file(
     for words, sentence in (
         (["--metric", "choise"], "There is no metric of a task 'choise'. Did you mean 'choice'?"),
         (["--beam", "3"], "--beam has no meaning here"),
-        (["--shots", "4"], "4 shots were wanted, but capitals has 4 items to draw them from"),
+        (["--shots", "4"], "4 shots were requested, but capitals has 4 items to draw from"),
     ):
         with pytest.raises(SystemExit):
             cli.main([*asked, *words])

@@ -281,7 +281,7 @@ def test_penalties() -> None:
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(UserError, match="number of beams is 0"):
         Search((1,), beams=0)
-    with pytest.raises(UserError, match="5 texts are wanted of 4 beams"):
+    with pytest.raises(UserError, match="4 beams cannot give 5 texts"):
         Search((1,), beams=4, wanted=5)
     table = Table(1, 9)
     table.logits[0, 9, 9, 3] = torch.nan

@@ -143,7 +143,7 @@ def final(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, torch.Te
     [
         (ROWS, ("--label", "lable"), "Did you mean 'label'?"),
         ([(text, "one") for text, _ in ROWS], (), "There is nothing to tell apart in"),
-        (ROWS, ("--cut", "200"), "cut keeps from 3 to 16 tokens"),
+        (ROWS, ("--cut", "200"), "cut must be from 3 to 16 tokens"),
         (ROWS, ("--held-out", "1"), "--held-out must be a number from 0 and below 1"),
         (ROWS, ("--size.dim", "64"), "--size and --tokenizer are for a new model"),
         ([("cat " * 40, "animal"), *ROWS], (), "has 42 tokens; the model takes 16"),

@@ -231,7 +231,7 @@ def final(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, torch.Te
         ("entailment", (), "its columns are those of the form entailment"),
         ("classification", ("--form", "entailment"), "its columns are those of the form classification"),
         ("classification", ("--label", "lable"), "Did you mean 'label'?"),
-        ("classification", ("--cut", "4"), "cut keeps from 8 to 24 tokens"),
+        ("classification", ("--cut", "4"), "cut must be from 8 to 24 tokens"),
         ("classification", ("--held-out", "1"), "held_out must be a number from 0 and below 1"),
         ("classification", ("--lm-weight", "-1"), "lm_weight must be a number from 0 to"),
         ("classification", ("--form", "poem"), "There is no --form called 'poem'"),

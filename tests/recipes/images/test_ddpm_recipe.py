@@ -99,7 +99,7 @@ def test_what_is_refused(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
     for changed, told in (
         ({"size": 9}, "nearest size that does is 8 x 8"),
-        ({"attention": (2,)}, "attention names level 2, and there are levels 0 to 1"),
+        ({"attention": (2,)}, "attention names level 2, but the levels are 0 to 1"),
     ):
         with pytest.raises(ValueError, match=told):
             ddpm.prepare(ddpm.Recipe(str(folders), **TINY | changed).resolved())

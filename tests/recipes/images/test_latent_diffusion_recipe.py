@@ -140,11 +140,11 @@ def test_a_prompt_that_is_too_long_is_cut_where_captions_are(drawings, towers, t
     ("changed", "told"),
     [
         ({"size": 23}, "nearest size that does is 24 x 24|nearest size that does is 22"),
-        ({"attention": (2,)}, "attention names level 2, and there are levels 0 to 1"),
+        ({"attention": (2,)}, "attention names level 2, but the levels are 0 to 1"),
         ({"heads": 3}, "16 channels do not part into 3 heads"),
         ({"languages": ("en", "fr")}, "'fr'.*Known: en, ja"),
         ({"clip": "no-such-run"}, "no model 'no-such-run'"),
-        ({"caption_dropout": 1.0}, "caption_dropout must be a number from 0 and below 1, and it is 1.0"),
+        ({"caption_dropout": 1.0}, "caption_dropout must be a number from 0 and below 1, not 1.0"),
         ({"prompts": ()}, "no prompt for the samples"),
     ],
 )

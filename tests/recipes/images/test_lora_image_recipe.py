@@ -145,11 +145,11 @@ def test_alpha_scales_what_every_adapter_says(drawings, model) -> None:
         ({"text_rank": 2, "text_targets": ("q_prjo",)}, "no layer 'q_prjo'.*q_proj"),
         ({"size": 15}, "nearest size that does is 16 x 16"),
         ({"languages": ("fr",)}, "'fr'.*Known: en, ja"),
-        ({"words": "word " * 20}, "tokens with those around it, and the model reads 16"),
+        ({"words": "word " * 20}, "tokens with its special tokens, but the model reads 16"),
         ({"dora": True, "style": "diffusers"}, "no word for DoRA's lengths"),
         ({"rank": 0}, "rank is 0, and the least is 1"),
         ({"limit": 0}, "limit must be a whole number from 1 to"),
-        ({"caption_dropout": 1.0}, "caption_dropout must be a number from 0 and below 1, and it is 1.0"),
+        ({"caption_dropout": 1.0}, "caption_dropout must be a number from 0 and below 1, not 1.0"),
     ],
 )
 def test_what_is_refused(changed, told, drawings, model, tmp_path) -> None:

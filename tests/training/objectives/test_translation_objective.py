@@ -99,7 +99,7 @@ def test_adadelta_resumes_bitwise(tmp_path: Path) -> None:
 
 def test_epsilon_is_adams() -> None:
     assert Optimizers(toy(), settings(epsilon=1e-3)).all["adamw"].defaults["eps"] == 1e-3
-    with pytest.raises(UserError, match="epsilon must be a number from 0 .*, and it is -1.0"):
+    with pytest.raises(UserError, match="epsilon must be a number from 0 .*, not -1.0"):
         settings(epsilon=-1.0)
 
 

@@ -85,7 +85,7 @@ def test_a_model_that_is_split_and_another_optimizer_are_refused() -> None:
     class Split(Processes):
         is_replicated = False
 
-    with use(Split()), pytest.raises(UserError, match="--optimizer-state int8 is of whole tensors: leave it out"):
+    with use(Split()), pytest.raises(UserError, match="--optimizer-state int8 needs whole tensors: leave it or"):
         Optimizers(toy(), settings(optimizer_state="int8"))
     with pytest.raises(UserError, match="optimizer_state int8 is of AdamW, and the optimizer is adafactor"):
         settings(optimizer="adafactor", optimizer_state="int8")

@@ -192,7 +192,7 @@ def test_the_deviation_counts_too() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (dict(rise=-0.1), "spikes.rise must be a number from 0 .*, and it is -0.1"),
+        (dict(rise=-0.1), "spikes.rise must be a number from 0 .*, not -0.1"),
         (dict(rise=float("nan")), "spikes.rise must be a number from 0"),
         (dict(steps=0), "spikes.steps must be a whole number from 1"),
         (dict(rewind=0), "spikes.rewind must be a whole number from 1"),

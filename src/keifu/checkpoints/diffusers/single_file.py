@@ -105,7 +105,7 @@ def open_single_file(path: Path) -> Source:
 def _check(path: Path, names: Sequence[str]) -> None:
     for start, what in OTHERS.items():
         if any(name.startswith(start) for name in names):
-            raise UserError(f"{path} is {what}; of single files keifu reads Stable Diffusion 1 alone.")
+            raise UserError(f"{path} is {what}; keifu reads single files of Stable Diffusion 1 only.")
     missing = [what for what, start in PARTS.items() if not any(name.startswith(start) for name in names)]
     if len(missing) == len(PARTS):
         raise UserError(f"{path} holds no Stable Diffusion; of another model, give the folder with its config.json.")

@@ -84,7 +84,7 @@ def _llama3(freqs: Divisors, theta: float, context: int, where: str) -> RopeScal
     for scaling in _candidates(freqs, theta, context):
         if torch.allclose(divisors(scaling, theta, 2 * len(freqs)), freqs, rtol=1e-5, atol=0):
             return scaling
-    raise UserError(f"{where} has divisors in {FREQS} that no formula known to keifu gives, so it cannot use them.")
+    raise UserError(f"{where} has divisors in {FREQS} that fit no formula which keifu knows.")
 
 
 def _candidates(freqs: Divisors, theta: float, context: int) -> Iterator[RopeScaling]:

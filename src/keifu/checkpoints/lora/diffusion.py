@@ -59,7 +59,7 @@ def _low(scale: float, label: str, parts: dict[str, Tensor]) -> LoraSettings:
     """Return the settings of one layer's adapter, and flatten its kernels to matrices."""
     alpha = parts.pop("alpha", None)
     if alpha is not None and alpha.numel() != 1:
-        raise UserError(f"The alpha of {label} has the shape {tuple(alpha.shape)}, and it is one number.")
+        raise UserError(f"The alpha of {label} has the shape {tuple(alpha.shape)} instead of one number.")
     rank = len(parts["a"]) if "a" in parts and parts["a"].ndim > 1 else 1
     parts |= {part: t.flatten(1 if part != "length" and t.ndim > 1 else 0) for part, t in parts.items()}
     return LoraSettings(rank, scale * (rank if alpha is None else float(alpha)), dora="length" in parts)

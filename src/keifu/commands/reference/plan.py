@@ -45,7 +45,7 @@ class Options:
     context_length: Count | None = None
     """Tokens in a row; unset: the model's, at most 8,192."""
     optimizer_state: Literal["float32", "int8"] = "float32"
-    """Averages of AdamW, as in keifu train."""
+    """Format of AdamW's averages, as in keifu train."""
     lora: Adapters = Adapters()
     """Low-rank adapters that are trained instead of the whole model, as in keifu train."""
     inference: bool = False
@@ -85,7 +85,7 @@ def run(options: Options) -> None:
         else 4e6
     )
     if options.lora.base != "float" and not options.lora.rank:
-        raise UserError("--lora.base is of adapters: set --lora.rank too, such as 16.")
+        raise UserError("--lora.base needs adapters: set --lora.rank too, such as 16.")
     trained = plan.Trained(options.lora.rank, options.lora.base, options.optimizer_state)
     made = plan.plan(model, devices, kind, plan.parse_amount(options.step or str(step), "--batch"), trained)
     rows = [("trained", f"{trained.parameters(model):,} parameters of adapters")] if trained.rank else []

@@ -30,7 +30,7 @@ COMPUTING = {  # options of any recipe that has no such option itself
     "compile": _option(bool, "Compile the objective and the model with torch.compile."),
     "activation_checkpointing": _option(Literal["none", "blocks", "selective"] | None, "Activations that are computed "
         "again in the backward pass. blocks: all but their inputs. selective: all but results of multiplied matrices."),
-    "optimizer_state": _option(Literal["float32", "int8"] | None, "Averages of AdamW. int8: 2 bytes a weight, not 8."),
+    "optimizer_state": _option(Literal["float32", "int8"] | None, "AdamW's averages. int8: 2 bytes a weight, not 8."),
     "deterministic": _option(bool, "Whether a GPU uses only kernels that give the same bits each time (slower)."),
 }  # fmt: skip
 UNSET: dict[str, Any] = dict.fromkeys(COMPUTING) | {"compile": False, "deterministic": False}
@@ -49,7 +49,7 @@ def with_folder(recipe_class: type, name: str) -> Any:
         ("processes", Annotated[Count | None, tyro.conf.arg(help="Processes on this machine that share the training.")],
          None),
         ("restarts", Annotated[Natural, tyro.conf.arg(help="Times that the processes are started again, from the last "
-         "state, where one dies.")], 0),
+         "state, if one dies.")], 0),
         *((name, COMPUTING[name], UNSET[name]) for name in COMPUTING if not has_option(recipe_class, name)),
     ]  # fmt: skip
     return make_dataclass("Train", options, frozen=True)

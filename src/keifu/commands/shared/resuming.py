@@ -215,7 +215,7 @@ def _lengthened(
             put(values, path, then[name])
     steps = _steps(lengths, facts)
     if steps is not None and steps < facts["step"]:
-        raise UserError(f"{facts['step']:,} steps are done, so the run cannot be made as short as {steps:,}.")
+        raise UserError(f"{facts['step']:,} steps are done, so the run cannot end at step {steps:,}.")
     return from_json(wanted, values), run.steps if steps is None else steps
 
 

@@ -26,7 +26,7 @@ def ask(prompt: str, example: str) -> str:
 
 def no_text(example: str) -> NoReturn:
     """Raise a `UserError`: no text was given."""
-    raise UserError(f"There is no text: write it behind the model ({example}), pipe it in, or name its --file.")
+    raise UserError(f"There is no text: write it after the model ({example}), pipe it in, or name a file with --file.")
 
 
 def read_rest(line: str) -> str:

@@ -65,7 +65,7 @@ def check_resumed(out: Path, record: Mapping[str, Any], recipe: Any, words: Sequ
         if not is_mine and value != usual.get(option) and (path := _path(value)):
             raise UserError(
                 f"The run in {out} was not begun by you on this machine (or your key {config() / KEY} is gone), "
-                f"and its options name {path}. If it shall read that, name it: {resume} --{option} {_quoted(value)}."
+                f"and its options name {path}. If you trust that path, name it: {resume} --{option} {_quoted(value)}."
             )
 
 

@@ -188,7 +188,7 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
 def validate_messages(messages: Any, where: str) -> Conversation:
     """Return the messages if they are a conversation that ends with the assistant; otherwise raise a `UserError`."""
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: a conversation is a list of messages, and this is {str(messages)[:40]!r}.")
+        raise UserError(f"{where}: a conversation must be a list of messages, not {str(messages)[:40]!r}.")
     before = None
     for number, message in enumerate(messages, 1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)

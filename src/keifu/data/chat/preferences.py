@@ -126,11 +126,11 @@ def _two_conversations(record: Mapping[str, Any], where: str) -> RankedResponses
 def _list(record: Mapping[str, Any], where: str) -> RankedResponses:
     given = record["answers"]
     if not isinstance(given, list) or len(given) < 2:
-        raise UserError(f"{where}: answers is a list of at least two, and this is {str(given)[:40]!r}.")
+        raise UserError(f"{where}: answers must be a list of at least two, not {str(given)[:40]!r}.")
     answers = [_answer(answer, f"{where}, answer {number}") for number, answer in enumerate(given, 1)]
     scores = record.get("scores", [-number for number in range(len(answers))])
     if not isinstance(scores, list) or len(scores) != len(answers):
-        raise UserError(f"{where}: there are {len(answers)} answers, so as many scores are needed.")
+        raise UserError(f"{where}: {len(answers)} answers need {len(answers)} scores.")
     if not all(isinstance(score, int | float) for score in scores):
         raise UserError(f"{where}: scores are numbers, and these are {scores}.")
     order = sorted(range(len(answers)), key=lambda number: -scores[number])
@@ -140,7 +140,7 @@ def _list(record: Mapping[str, Any], where: str) -> RankedResponses:
 
 def _mark(record: Mapping[str, Any], where: str) -> RankedResponses:
     if not isinstance(label := record["label"], bool):
-        raise UserError(f"{where}: label is true or false, and this is {str(label)[:40]!r}.")
+        raise UserError(f"{where}: label must be true or false, not {str(label)[:40]!r}.")
     answer = _answer(record["completion"], f"{where}, completion")
     return RankedResponses(prompt_of(record["prompt"], f"{where}, prompt"), (answer,), (float(label),))
 
@@ -158,7 +158,7 @@ def _answer(given: Any, where: str) -> str:
     alone = isinstance(given, list) and len(given) == 1 and isinstance(given[0], dict)
     text = given[0].get("content") if alone else given
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: an answer is a text, and this is {str(given)[:40]!r}.")
+        raise UserError(f"{where}: an answer must be a text, not {str(given)[:40]!r}.")
     return text
 
 

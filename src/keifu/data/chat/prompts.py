@@ -100,7 +100,7 @@ def gym_score(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
 def _setting(given: str) -> tuple[str, Any]:
     name, equals, value = given.partition("=")
     if not equals:
-        raise UserError(f"A setting of reasoning-gym is name=value, and this is {given!r}.")
+        raise UserError(f"A setting of reasoning-gym must be name=value, not {given!r}.")
     for number in (int, float):
         try:
             return name, number(value)

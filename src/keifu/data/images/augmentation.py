@@ -32,7 +32,7 @@ class Augmentation:
     crop: NotNegative = 0.0
     """Cut away at most this share of each side, and enlarge what is left."""
     rotation: NotNegative = 0.0
-    """Turn by at most so many degrees to either side."""
+    """Largest rotation in degrees, to either side."""
     brightness: NotNegative = 0.0
     """Add or take away at most this share of white."""
     contrast: NotNegative = 0.0

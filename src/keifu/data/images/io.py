@@ -145,7 +145,7 @@ def _shallow(image: Image.Image, where: str) -> Image.Image:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):  # not a number is refused too
         numbers = f"numbers from {low:g} to {high:g}"
-        raise UserError(f"{where} holds {numbers}, which are no colours: scale them to 0 to {top:g}.")
+        raise UserError(f"{where} holds {numbers}, which are not colours: scale them to 0 to {top:g}.")
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 

@@ -121,7 +121,7 @@ def chain_sums(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -
     terms: the fewest and the most numbers of a problem. digits: the most that a number has.
     """
     if not 2 <= terms[0] <= terms[1] or digits < 1:
-        raise UserError(f"A chain has 2 terms or more, of 1 digit or more, and not {terms} terms of {digits}.")
+        raise UserError(f"A chain must have at least 2 terms of at least 1 digit, not {terms} terms of {digits}.")
     seen: set[str] = set()
     for number in range(20 * count):  # few problems are found again and again
         chance = random.Random(f"{VERSION}:{seed}:{number}")

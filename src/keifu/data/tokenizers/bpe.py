@@ -146,7 +146,7 @@ def keep_tokens(tokenizer: Tokenizer, kept: Collection[str]) -> tuple[Tokenizer,
     model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= kept]
     for step in (around, *around.get("processors", [])):
         if {"sep", "cls"} & step.keys():
-            raise UserError(f"A tokenizer with {step['type']} around a text cannot be cut: choose another model.")
+            raise UserError(f"A tokenizer that adds {step['type']} around a text cannot be cut: choose another model.")
         for token in step.get("special_tokens", {}).values():
             token["ids"] = [number[before] for before in token["ids"]]
     for token in description["added_tokens"]:

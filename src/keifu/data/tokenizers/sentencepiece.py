@@ -208,7 +208,7 @@ def backend_from_pieces(pieces: Sequence[SentencePiece], settings: SentencePiece
     """Build a `tokenizers` object that encodes and decodes as SentencePiece does with these pieces."""
     texts = numbered((piece.text for piece in pieces), "The vocabulary")
     if settings.unknown_id >= len(pieces):
-        raise UserError(f"The unknown piece has the id {settings.unknown_id}, and there are {len(pieces)} pieces.")
+        raise UserError(f"The unknown piece has the id {settings.unknown_id}, but there are {len(pieces)} pieces.")
     defined = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     if settings.model == BPE:
         model = models.BPE(

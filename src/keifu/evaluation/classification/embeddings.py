@@ -132,7 +132,7 @@ def nearest(
     """
     others = len(among) - themselves
     if not 1 <= count <= others:
-        raise UserError(f"{count} nearest texts were requested, and there are {others} to choose from.")
+        raise UserError(f"{count} nearest texts were requested, but there are only {others} to choose from.")
     best = []
     rows = max(1, SEARCHED // len(among))
     for start in range(0, len(queries), rows):

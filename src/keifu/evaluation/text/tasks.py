@@ -102,7 +102,7 @@ class FewShotTask:
         able = [item for item in pool if item.prompt not in known]
         if most > len(able) or (pool is self.items and most and most >= len(able)):
             left = "" if pool is not self.items else ", and at least one must be left to evaluate"
-            raise UserError(f"{most} shots were wanted, but {self.name} has {len(able)} items to draw them from{left}.")
+            raise UserError(f"{most} shots were requested, but {self.name} has {len(able)} items to draw from{left}.")
         examples = sorted(able, key=lambda item: _key(seed, item))[:most]
         if pool is self.items:
             asked = tuple(item for item in self.items if item not in examples)[:limit]

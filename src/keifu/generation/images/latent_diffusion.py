@@ -74,7 +74,7 @@ def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncat
     for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
         if len(row) > length and not truncate:
             raise UserError(
-                f"{text[:40]!r}… has {len(row)} tokens with those around it, and the model reads {length}: "
+                f"{text[:40]!r}… has {len(row)} tokens with its special tokens, but the model reads {length}: "
                 "shorten it, or leave out its end (--truncate)."
             )
         rows[index] = row if len(row) <= length else [*row[: length - 1], row[-1]]

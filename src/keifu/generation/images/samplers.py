@@ -367,7 +367,7 @@ def configure_sampler(
         able = ", ".join(sampler for sampler, known in SAMPLERS.items() if known.flow)
         raise UserError(f"The sampler {name} divides by alpha, which is 0 where a flow begins: take one of {able}.")
     if karras and not chosen.karras:
-        raise UserError(f"The sampler {name} visits the timesteps of the training; Karras levels are for others.")
+        raise UserError(f"The sampler {name} uses the training timesteps: choose another one for Karras levels.")
     if eta and not chosen.eta:
         raise UserError(f"eta is ddim's share of fresh noise; the sampler {name} has none.")
     if not 0 <= eta <= 1:

@@ -125,7 +125,7 @@ class Search:
         if self.beams < 1:
             raise UserError(f"The number of beams is {self.beams}, which must be at least 1.")
         if not 1 <= self.wanted <= self.beams:
-            raise UserError(f"{self.wanted} texts are wanted of {self.beams} beams: ask for 1 to {self.beams}.")
+            raise UserError(f"{self.beams} beams cannot give {self.wanted} texts: ask for 1 to {self.beams}.")
 
         if self.beams == 1:
             object.__setattr__(self, "goes_on", until_full)

@@ -144,7 +144,7 @@ class ConditionedUNet(nn.Module):
     def check_size(self, channels: int, height: int, width: int) -> None:
         """Refuse samples that do not fit the network, with the nearest size that does."""
         if channels != self.config.channels:
-            raise UserError(f"The network reads {self.config.channels} channels, and was given {channels}.")
+            raise UserError(f"The network reads {self.config.channels} channels, not {channels}.")
         check_sides(height, width, self.factor)
 
 

@@ -97,7 +97,7 @@ class Config:
         for name in ("attention", "up_attention", "residual_down", "residual_up"):
             wrong = [level for level in vars(self)[name] or () if not 0 <= level < levels]
             if wrong:
-                raise UserError(f"{name} names level {wrong[0]}, and there are levels 0 to {levels - 1}.")
+                raise UserError(f"{name} names level {wrong[0]}, but the levels are 0 to {levels - 1}.")
         if self.classes and len(self.classes) != self.n_classes:
             raise UserError(f"There are {self.n_classes} classes and {len(self.classes)} names for them.")
         if self.label == "number" and self.learned_times:

@@ -307,7 +307,7 @@ class DiT(ImageModel):
 def check_channels(wanted: int, given: int) -> None:
     """Raise a `UserError` for another number of channels."""
     if given != wanted:
-        raise UserError(f"The network reads {wanted} channels, and was given {given}.")
+        raise UserError(f"The network reads {wanted} channels, not {given}.")
 
 
 def build(config: Config) -> DiT:

@@ -31,7 +31,7 @@ class Config:
     """
 
     vocab_size: Count = 51_865  # tokens in the vocabulary
-    context_length: Count = 448  # longest transcript in tokens, with those that begin it
+    context_length: Count = 448  # longest transcript in tokens, with its start tokens
     audio_length: Count = 1500  # frames of a window after the convolutions, 50 a second
     n_mels: Count = 80  # frequency bands
     dim: Count = 384  # width of the hidden states

@@ -77,7 +77,7 @@ class Config(clip_text.WithText):
             if one is not None and one.channels != 2 * self.decoder.channels:
                 raise UserError(f"An upsampler reads {one.channels} channels, and must read noise and a picture.")
         if (self.upsampler is None) != (self.last_upsampler is None):
-            raise UserError("There is one upsampler without the other: of all steps but the last, and of that one.")
+            raise UserError("unCLIP needs one upsampler for the last step, and one for the steps before it.")
 
     @property
     def colours(self) -> int:

@@ -52,7 +52,7 @@ class Recipe(RankedOptions):
     """Strength β of the KL constraint: a larger one keeps the policy closer to the reference model. Of simpo the factor
     of the margin, of orpo the weight of the odds. Unset: 0.1, for simpo 2."""
     margin: NotNegative | None = None
-    """Margin γ of simpo, by which the better answer has to be ahead; unset: 1."""
+    """Margin γ by which simpo wants the better answer to lead; unset: 1."""
     label_smoothing: BelowOne = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round, for dpo, robust, normalised and simpo."""
     batch_size: Count = 16
@@ -64,9 +64,9 @@ class Recipe(RankedOptions):
 
     def __post_init__(self) -> None:
         if self.strength <= 0:
-            raise UserError(f"beta must be more than 0, and it is {self.beta}.")
+            raise UserError(f"beta must be more than 0, not {self.beta}.")
         if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"label_smoothing lies from 0 up to below 0.5, and it is {self.label_smoothing}.")
+            raise UserError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}.")
         if self.label_smoothing and self.loss in ("ipo", "orpo", "kto"):
             raise UserError(f"The loss {self.loss} has no label_smoothing: leave it out, or choose --loss robust.")
         if self.margin is not None and self.loss != "simpo":

@@ -61,9 +61,9 @@ class Lora:
     rank: Natural = 0
     """Rank of each adapter; 0 trains the whole model."""
     alpha: Finite = 16.0
-    """The adapter's product is multiplied with alpha / rank."""
+    """Scale of the adapter: its output is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Ends of the names of layers as the model's files call them, such as q_proj v_proj; all-linear: every one."""
+    """Ends of layer names in the model's files, such as q_proj v_proj; all-linear: every linear layer."""
     dropout: BelowOne = 0.0
     """Dropout of the adapters' inputs."""
     base: Literal["float", "int4"] = "float"
@@ -73,7 +73,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         if not self.rank and (self.dora or self.base != "float"):
-            raise UserError("--lora.dora and --lora.base are of adapters: set --lora.rank too, such as 16.")
+            raise UserError("--lora.dora and --lora.base need adapters: set --lora.rank too, such as 16.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class AssistantOptions(FinetuneOptions):
     """Options of every recipe that trains a language model on conversations."""
 
     template: Template = "own"
-    """The chat template; own: the tokenizer's, or plain where it has none, which needs no token but the end of text."""
+    """The chat template; own: the tokenizer's, or plain if it has none, which needs no token but the end of text."""
     lora: Lora = field(default_factory=Lora)
     """Low-rank adapters."""
 
@@ -148,7 +148,7 @@ class RankedOptions(AssistantOptions):
     """Options of the recipes that learn from ranked responses."""
 
     context_length: Count | None = None
-    """Tokens of a prompt with its response; unset: 1024, or all that the model takes where that is less."""
+    """Tokens of a prompt with its response; unset: 1024, or the context length of the model if that is less."""
     drop_long: bool = False
     """Leave out what is longer; without it that is an error."""
     batch_size: int = 8
@@ -296,9 +296,9 @@ class RolloutOptions(AssistantOptions):
     """Options of the recipes that learn from responses which the model samples itself (reinforcement learning)."""
 
     data: str = field(default=CHAIN_SUM, kw_only=False)
-    """Prompts: a .jsonl or .json file of them, with whatever the reward needs; or conversations by name, as keifu train
-    sft takes them; or gym:NAME, problems of reasoning-gym (gym:chain_sum,max_terms=3); or a built-in task: chain-sum,
-    countdown (numbers that make a target), or arithmetic (to be worked out in steps)."""
+    """Prompts: a .jsonl or .json file of them, with the fields that the reward reads; or conversations by name, as
+    keifu train sft takes them; or gym:NAME, problems of reasoning-gym (gym:chain_sum,max_terms=3); or a built-in task:
+    chain-sum, countdown (numbers that make a target), or arithmetic (to be worked out in steps)."""
     sums: SumPrompts = field(default_factory=SumPrompts)
     """Options of the built-in tasks."""
     prompts: Count = 8

@@ -58,7 +58,7 @@ class Recipe(RolloutOptions):
     def __post_init__(self) -> None:
         (low, high), beta = self.clips, self.penalty
         if beta < 0 or not 0 < low < 1 or high <= 0:
-            raise UserError(f"beta is 0 or more and clip from 0 to 1, and they are {beta} and {low}, {high}.")
+            raise UserError(f"beta must be 0 or more and clip from 0 to 1, not {beta} and {low}, {high}.")
         if self.group < 2:
             raise UserError(f"A group has 2 answers or more, which are compared, and not {self.group}.")
 

@@ -65,7 +65,7 @@ class Recipe(RolloutOptions):
     (a dict); or last-number or exact, which compare with the example's field answer; or reasoning-gym, its scorers."""
     value: str | None = None
     """Start of the value model: a reward model, or policy, which is the policy with a new head; unset: the reward
-    model, or the policy where the reward is a function."""
+    model, or the policy if the reward is a function."""
     measured: tuple[str, ...] = ()
     """Further rewards that are computed and reported under their names, but not learned from."""
     text: RolloutText = field(default_factory=RolloutText)

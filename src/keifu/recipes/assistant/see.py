@@ -75,7 +75,7 @@ def prepare(recipe: Recipe) -> FinetuneTask:
     """Read the questions, and build the model of the decoder and a new tower."""
     shaped = recipe.image != Recipe.image
     if shaped and recipe.tower:
-        raise UserError(f"--image.* is the shape of a new tower, and {recipe.tower} has its own: leave out one.")
+        raise UserError(f"--image.* describes a new tower, but {recipe.tower} has its own shape: leave out one.")
     found = read_questions(recipe.data)
     if not (learned := found.without(recipe.left_out)):
         raise UserError(f"{recipe.data} has no question to learn from, without those that are left out.")

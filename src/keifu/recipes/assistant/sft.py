@@ -45,7 +45,7 @@ class Recipe(AssistantOptions):
     limit: Count | None = None
     """Most conversations, spread over all."""
     context_length: Count | None = None
-    """Tokens of a row; unset: 1024, or all that the model takes where that is less."""
+    """Tokens of a row; unset: 1024, or the context length of the model if that is less."""
     too_long: TooLong = "error"
     """Treatment of a conversation longer than a row: an error, drop it, or truncate it at its end."""
     packed: bool = True

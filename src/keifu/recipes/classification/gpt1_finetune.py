@@ -62,7 +62,7 @@ class Recipe(TableOptions):
     def __post_init__(self) -> None:
         check(self)
         if self.warmup >= 1:
-            raise UserError(f"warmup is a share from 0 up to below 1, and it is {self.warmup}.")
+            raise UserError(f"warmup must be at least 0 and below 1, not {self.warmup}.")
 
 
 def prepare(recipe: Recipe) -> TableTask:

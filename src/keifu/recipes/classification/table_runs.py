@@ -58,7 +58,7 @@ class TableTask:
 def check_cut(cut: int | None, least: int, limit: int) -> None:
     """Raise a `UserError` if `cut` keeps fewer tokens than a sequence needs, or more than the model takes."""
     if cut is not None and not least <= cut <= limit:
-        raise UserError(f"cut keeps from {least} to {limit} tokens, as many as the model takes, and it is {cut}.")
+        raise UserError(f"cut must be from {least} to {limit} tokens, which is all that the model takes, not {cut}.")
 
 
 def encode(

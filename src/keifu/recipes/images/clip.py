@@ -63,7 +63,7 @@ class Recipe:
     tokenizer: str = LEARNED
     """learned: CLIP's rules, merges learned from the captions; or a catalogue name (clip-bpe), a file, a folder."""
     vocab_size: Count = 2500
-    """Tokens of a learned tokenizer, at most."""
+    """Largest vocabulary size of a learned tokenizer."""
     hard_negatives: bool = False
     """Near copies, such as an emoji in all skin tones, come in one batch, which then asks what tells them apart."""
     evenly: bool = False

@@ -86,7 +86,7 @@ class Recipe(image_runs.TextToImageOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.text_weight > 1:
-            raise UserError(f"text_weight is a share from 0 to 1, and it is {self.text_weight}.")
+            raise UserError(f"text_weight must be from 0 to 1, not {self.text_weight}.")
 
     def vae(self, channels: int) -> discrete_vae.Config:
         """Return the autoencoder's Config for pictures of that many channels."""

@@ -85,7 +85,7 @@ class PictureOptions(Logging):
     dropout: BelowOne | None = None
     """Dropout probability."""
     schedule: Schedule | None = None
-    """How noise grows; flow: along a straight line (flow matching)."""
+    """Noise schedule; flow: along a straight line (flow matching)."""
     noise_steps: Count = 1000
     """Noise levels, the paper's T."""
     target: Target | None = None
@@ -133,7 +133,7 @@ class Recipe(PictureOptions):
     """Options of the run. Unset ones are those of --recipe-of."""
 
     recipe_of: Literal["keifu", "paper"] = "keifu"
-    """Whose settings the others are; see above."""
+    """Set of default values for the other options; see above."""
     dim: Count | None = None
     """Channels of the finest level; the other levels have multiples."""
     multipliers: tuple[Count, ...] | None = None

@@ -183,7 +183,7 @@ def model_config(
     full: dict[str, Any] = vars(recipe)
     widths, attention = full["widths"], full["attention"]
     if wrong := [level for level in attention if not 0 <= level < len(widths)]:
-        raise UserError(f"attention names level {wrong[0]}, and there are levels 0 to {len(widths) - 1}.")
+        raise UserError(f"attention names level {wrong[0]}, but the levels are 0 to {len(widths) - 1}.")
     if wrong := [widths[level] for level in attention if widths[level] % recipe.heads]:
         raise UserError(f"{wrong[0]} channels do not part into {recipe.heads} heads: change widths or heads.")
     inner = channels if autoencoder is None else autoencoder.latent_channels

@@ -68,7 +68,7 @@ class Recipe(Logging):
     alpha: Finite | None = None
     """The adapters' product is multiplied with alpha / rank; unset: as much as the rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Ends of the names of the U-Net's layers as diffusers calls them, such as proj_in, ff.net.2 or conv1."""
+    """Ends of the names of the U-Net's layers in diffusers, such as proj_in, ff.net.2 or conv1."""
     text_rank: Natural = 0
     """Rank of the adapters of the text encoder; 0: none."""
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")

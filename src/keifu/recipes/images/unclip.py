@@ -64,7 +64,7 @@ def model_config(recipe: Any, towers: clip.Config) -> unclip.Config:
             "needs one with a vision transformer whose text tower is as wide as its space."
         )
     if wrong := [level for level in recipe.attention if not 0 <= level < len(widths)]:
-        raise UserError(f"attention names level {wrong[0]}, and there are levels 0 to {len(widths) - 1}.")
+        raise UserError(f"attention names level {wrong[0]}, but the levels are 0 to {len(widths) - 1}.")
     decoder = unclip_decoder.Config(
         size=recipe.small, widths=widths, n_residual_blocks=recipe.residual_blocks, attention=recipe.attention,
         up_attention=recipe.attention, head_dim=math.gcd(32, *widths), context_dim=recipe.context_dim,

@@ -50,7 +50,7 @@ class Recipe(TextOptions, Logging):
     data: str = "sotu"
     """A text file; nanoGPT's example uses tiny Shakespeare, 1.1 million characters."""
     recipe_of: Literal["keifu", "nanogpt"] = "keifu"
-    """Whose model and settings."""
+    """Source of the model and settings."""
     steps: Count | None = None
     """Updates of the weights; unset: 400 for keifu, 2,000 for nanogpt."""
     seed: Seed = 0

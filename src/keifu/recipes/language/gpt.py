@@ -42,14 +42,14 @@ class Recipe(TextOptions, Logging):
     tokenizer: str = "bpe"
     """bpe, unigram, wordpiece or characters to learn one from the data; or a catalogue name, a file or a directory."""
     vocab_size: Count | None = None
-    """Tokens of a learned tokenizer."""
+    """Vocabulary size of a learned tokenizer."""
     family: Literal["llama", "qwen3.5"] = "llama"
     """Layers of the model: LLaMA's, or Qwen3.5's, three Gated DeltaNets for each layer of attention."""
     start_from: str | None = None
-    """A language model to go on from, with its tokenizer and sizes, to train it longer or on a text of one's own: a
+    """A language model to continue, with its tokenizer and sizes, to train it longer or on a text of one's own: a
     run, a folder, a .gguf file, a catalogue name (gpt-en, smollm2) or a hub id. The depth then sets the batch alone."""
     context_length: Count | None = None
-    """Tokens that the model sees; of a model that is gone on from, those of a row."""
+    """Context length of a new model. If you continue a model, the tokens of a row."""
     steps: Count | None = None
     """Updates of the weights."""
     batch_size: Count | None = None
@@ -71,7 +71,7 @@ class Recipe(TextOptions, Logging):
 
     def __post_init__(self) -> None:
         if self.depth < 1:
-            raise UserError(f"depth must be at least 1, and it is {self.depth}.")
+            raise UserError(f"depth must be at least 1, not {self.depth}.")
         if self.compile and self.distill.teacher:
             raise UserError("A run with a teacher cannot be compiled: leave --compile out.")
         if self.start_from is not None and (self.vocab_size is not None or self.tokenizer != Recipe.tokenizer):

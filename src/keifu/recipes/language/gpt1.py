@@ -35,7 +35,7 @@ class Recipe(Logging):
     text: TextArgument = Text()
     """Text to learn from."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
-    """Whose training settings: keifu's or the paper's; the model is the same."""
+    """Source of the training settings: keifu or the paper. The model is the same."""
     model: gpt1.Config = SMALL
     """The vocabulary is the tokenizer's, whatever is given here. The paper has dropout 0.1, for 100 passes."""
     epochs: Positive | None = None
@@ -57,7 +57,7 @@ class Recipe(Logging):
 
     def __post_init__(self) -> None:
         if self.epochs is not None and not self.epochs > 0:
-            raise UserError(f"epochs must be above 0, and it is {self.epochs}.")
+            raise UserError(f"epochs must be above 0, not {self.epochs}.")
 
 
 def settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:

@@ -25,7 +25,7 @@ class Recipe(pretraining.PublishedOptions):
     training: pretraining.TrainingOptions = pretraining.published(steps=928_646, batch_size=1024, learning_rate=3e-4)
     """Settings of the training."""
     z_loss: NotNegative = 1e-5
-    """Factor of the z-loss, which keeps the logits near a sum of exponentials of 1."""
+    """Factor of the z-loss, which keeps the sum of exponentials of the logits near 1."""
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

@@ -79,7 +79,7 @@ class Text(TextOptions):
     tokenizer: str = "bpe"
     """bpe, unigram, wordpiece or characters to learn one from the data; or a catalogue name, a file or a directory."""
     vocab_size: Count = 8192
-    """Tokens of a learned tokenizer."""
+    """Vocabulary size of a learned tokenizer."""
 
 
 TextArgument = Annotated[Text, tyro.conf.arg(name="")]  # options without a prefix
@@ -201,7 +201,7 @@ class PretrainingOptions(Logging):
     text: TextArgument = Text()
     """Text to learn from."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
-    """Whose training settings: keifu's or the paper's; the model is the same."""
+    """Source of the training settings: keifu or the paper. The model is the same."""
     steps: Count = 2000
     """Updates of the weights; the paper's numbers of steps shrink with them."""
     batch_size: Count = 32

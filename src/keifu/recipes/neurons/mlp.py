@@ -62,7 +62,7 @@ class Recipe(Logging):
     data: str = "xor"
     """mnist, and, or, xor, moons, spirals, or a CSV file: columns of numbers, and one of labels."""
     label: str | None = None
-    """The CSV file's column of labels; the last one where it is not given."""
+    """The CSV file's column of labels; unset: the last one."""
     hidden: tuple[Count, ...] | None = None
     """The width of each hidden layer."""
     activation: str = "relu"

@@ -39,7 +39,7 @@ class Recipe:
     data: str = "spirals"
     """moons, spirals, xor, mnist, or a CSV file: columns of numbers, and one of labels."""
     label: str | None = None
-    """The CSV file's column of labels; the last one where it is not given."""
+    """The CSV file's column of labels; unset: the last one."""
     activations: tuple[str, ...] = ("sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "gelu", "silu", "mish")
     """Activations of the hidden layers."""
     losses: tuple[str, ...] = ("cross_entropy", "binary_cross_entropy", "mean_squared_error", "mean_absolute_error")

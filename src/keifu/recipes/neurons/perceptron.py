@@ -39,9 +39,9 @@ class Recipe:
     data: str = "and"
     """and, or, xor, moons, spirals, or a CSV file: columns of numbers, and one of labels with two values."""
     label: str | None = None
-    """The CSV file's column of labels; the last one where it is not given."""
+    """The CSV file's column of labels; unset: the last one."""
     rate: Positive = 1.0
-    """The learning rate η; from zero weights it sizes the weights, and changes no decision."""
+    """Learning rate η. It scales the weights, which start at zero, and changes no decision."""
     max_updates: Count = 100_000
     """Most corrections; more are an error."""
 
@@ -114,7 +114,7 @@ def refuse(recipe: Recipe, table: Table, proof: Separation, out: Path) -> NoRetu
 def prepare(recipe: Recipe) -> Lesson:
     """Read the table that the recipe names, which must have two classes."""
     if not recipe.rate > 0:
-        raise UserError(f"The learning rate must be above 0, and it is {recipe.rate}.")
+        raise UserError(f"The learning rate must be above 0, not {recipe.rate}.")
     table = toy.toy_table(recipe.data, recipe.label)
     if len(table.classes) != 2:
         raise UserError(

@@ -33,7 +33,7 @@ class Recipe(TranslationOptions):
     attention: Literal["additive", "none"] = "additive"
     """additive, or none: the decoder has one vector for the whole source, whatever --model.context says."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
-    """Whose training settings: keifu's or the paper's; the model is the same."""
+    """Source of the training settings: keifu or the paper. The model is the same."""
     model: seq2seq.Config = seq2seq.Config(
         context_length=128, dim=512, embedding_dim=256, attention_dim=256, maxout_dim=256, dropout=0.0
     )

@@ -29,7 +29,7 @@ class Recipe(TranslationOptions):
     """Options of the run."""
 
     recipe_of: Literal["keifu", "paper"] = "keifu"
-    """Whose training settings: keifu's or the paper's; the model is the same."""
+    """Source of the training settings: keifu or the paper. The model is the same."""
     model: transformer.Config = transformer.Config(
         context_length=128, dim=256, hidden_dim=1024, n_layers=3, n_heads=4, dropout=0.0
     )

@@ -64,10 +64,10 @@ class TranslationOptions(Logging):
     tokenizer: str = "bpe"
     """bpe or unigram to learn one for both languages from the training pairs; or a catalogue name, file or folder."""
     vocab_size: Count = 8000
-    """Tokens of a learned tokenizer, both languages together."""
+    """Vocabulary size of a learned tokenizer, both languages together."""
     start_from: str | None = None
     """A translator of the same kind (a run, a folder, a catalogue name such as ja-en) whose weights and tokenizer the
-    run starts from: to adapt it to pairs of one's own, or to train it longer. Its sizes are the model's."""
+    run starts from: to adapt it to your own pairs, or to train it longer. Its sizes are the model's."""
     steps: Count | None = None
     """Updates of the weights."""
     tokens_per_batch: Count = 4000

@@ -52,7 +52,7 @@ def _file(url: str, folder: Path | None) -> Path | bytes:
             path = Path(unquote(urlsplit(url).path)).resolve()
             if path.is_relative_to(folder.resolve()) and path.is_file():
                 return path
-        raise UserError(f"image_url is {url[:SHOWN]!r}, which is no file of the folder that this server permits.")
+        raise UserError(f"image_url is {url[:SHOWN]!r}, which is not a file in the folder that this server permits.")
     raise UserError(
         f"image_url is {url[:SHOWN]!r}, and this server reads data URLs (data:image/png;base64,...) alone: it fetches "
         "nothing from the network, and reads files only from the folder of --pictures."

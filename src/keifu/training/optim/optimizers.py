@@ -183,7 +183,7 @@ def _adamw(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW | AdamW
     if s.optimizer_state == "float32":
         return AdamW(groups, **options, fused=named[0][1].device.type in FUSED)
     if not current().is_replicated:
-        raise UserError("--optimizer-state int8 is of whole tensors: leave it out, or --mesh.shard and --mesh.tensor.")
+        raise UserError("--optimizer-state int8 needs whole tensors: leave it or the mesh out.")
     return AdamW8bit(groups, options)
 
 
