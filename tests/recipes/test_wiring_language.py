@@ -3,15 +3,20 @@ in the recipes."""
 
 import random
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wiring
 from wiring import DIFFERENT, Group, Reach
 
-from keifu import checkpoints
+from keifu import checkpoints, recipes
+from keifu.commands.shared import flags
 from keifu.data.tokenizers.train import train_tokenizer
+from keifu.errors import UserError
+from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.models import bert, gpt1, gpt2, gpt3, llama, olmo2, palm, seq2seq, transformer
 from keifu.models.diffusion import llada
 from keifu.recipes.language import bert as bert_recipe
@@ -24,6 +29,7 @@ from keifu.recipes.language import llama as llama_recipe
 from keifu.recipes.language import olmo2 as olmo2_recipe
 from keifu.recipes.language import palm as palm_recipe
 from keifu.recipes.language.pretraining import Text
+from keifu.recipes.options import from_json, to_json
 from keifu.recipes.translation import seq2seq as seq2seq_recipe
 from keifu.recipes.translation import transformer as transformer_recipe
 from keifu.training.objectives.mapped_data import MappedData
@@ -152,6 +158,18 @@ def seeded(given: dict[str, Any] | None = None) -> Group:
     return Group({"seed": Reach(5, weights, DIFFERENT)}, given or {})
 
 
+def scaled() -> Group:
+    """Return a group that checks that options of rotary scaling reach the model, and change what it computes."""
+    yarn = RopeScaling("yarn", 4.0, 8, beta_fast=3.0, beta_slow=0.5, truncate=False)
+    return Group({"model.rope_scaling": Reach(yarn, ("model.config.rope_scaling", angles), DIFFERENT)})
+
+
+def angles(record: Any) -> list[float]:
+    """Return the cosines of some positions in the first rotary encoding of the model."""
+    rotary = next(part for part in record.model.modules() if isinstance(part, Rotary))
+    return rotary(torch.arange(16)).cos.flatten().tolist()
+
+
 def whole(toys: Toys, config: Any) -> list[Group]:
     """Return groups of recipes that accept a whole config and whole `Settings`."""
     rows = {"model": Reach(config, "model.config", but=("vocab_size",)), "training": Reach(OTHER, "settings")}
@@ -218,7 +236,7 @@ def of_palm(toys: Toys) -> tuple[Any, list[Group]]:
     of_paper = Group({"recipe_of": Reach("paper", "settings.optimizer", "adafactor")}, {"z_loss": 0.1})
     paper = Group(spikes | {"learning_rate": Reach(0.0072, "settings.learning_rate")}, {"recipe_of": "paper"})
     first = Group(text_rows(toys, "text.") | own_rows() | rows, {"z_loss": 0.3})
-    return base, [first, Group(spikes), of_paper, paper, seeded()]
+    return base, [first, Group(spikes), of_paper, paper, scaled(), seeded()]
 
 
 def of_characters(toys: Toys) -> tuple[Any, list[Group]]:
@@ -277,7 +295,7 @@ def of_palm2(toys: Toys) -> tuple[Any, list[Group]]:
     }
     causal = {"objective": Reach("causal", lambda r: type(r.data.task).__name__, "CausalBatches")}
     drawn = {"training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.growth", "data.seed", weights), DIFFERENT)}
-    return base, [Group(rows), Group(causal), Group(drawn)]
+    return base, [Group(rows), Group(causal), Group(drawn), scaled()]
 
 
 def shares(record: Any) -> tuple[float, ...]:
@@ -365,7 +383,7 @@ def of_gpt2(toys: Toys) -> tuple[Any, list[Group]]:
 
 def of_llama(toys: Toys) -> tuple[Any, list[Group]]:
     config = llama.Config(**TINY)
-    groups = whole(toys, replace(config, dim=24, norm_eps=1e-4))
+    groups = [*whole(toys, replace(config, dim=24, norm_eps=1e-4)), scaled()]
     return llama_recipe.Recipe(small_text(toys), SMALL, model=config), groups
 
 
@@ -379,14 +397,14 @@ def of_llada(toys: Toys) -> tuple[Any, list[Group]]:
     of_data = {
         "training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.data.data.batch_size", weights), DIFFERENT)
     }
-    return llada_recipe.Recipe(small_text(toys), SMALL, model=config), [Group(rows | own), Group(of_data)]
+    return llada_recipe.Recipe(small_text(toys), SMALL, model=config), [Group(rows | own), Group(of_data), scaled()]
 
 
 def of_olmo2(toys: Toys) -> tuple[Any, list[Group]]:
     config = olmo2.Config(**TINY)
     groups = whole(toys, replace(config, dim=24, norm_eps=1e-4))
     z_loss = {"z_loss": Reach(0.02, ("objective.z_loss", "run.options.z_loss"))}
-    return olmo2_recipe.Recipe(small_text(toys), SMALL, model=config), [*groups, Group(z_loss)]
+    return olmo2_recipe.Recipe(small_text(toys), SMALL, model=config), [*groups, Group(z_loss), scaled()]
 
 
 TABLE = {
@@ -405,6 +423,29 @@ def test_every_option_reaches_what_it_names(name: str, toys: Toys) -> None:
     assert not wiring.uncovered(base, groups, {}), "an option without a row in the table above"
     for group in groups:
         wiring.check(group, lambda given: wiring.run(name, wiring.assign(base, given), toys.out / name))
+
+
+SCALED = {"kind": "yarn", "factor": "4", "original-context-length": "8", "beta-fast": "3", "attention-factor": "1.5"}
+PART = "model.rope-scaling:rope-scaling"  # the word that tyro asks for, which commands of earlier versions have
+
+
+@pytest.mark.parametrize("name", ["llama", "llada", "olmo2", "palm", "palm2"])
+def test_options_of_rotary_scaling_are_read_with_and_without_their_part_and_from_a_record(name: str) -> None:
+    recipe = import_module(f"{recipes.__name__}.{recipes.RECIPES[name]}").Recipe
+    words = [word for option, value in SCALED.items() for word in (f"--model.rope-scaling.{option}", value)]
+    expected = RopeScaling("yarn", 4.0, 8, beta_fast=3.0, attention_factor=1.5)
+    for given in (words, [PART, *words], ["--model.dim", "64", *words, "--model.n-heads", "2"]):
+        read = flags.parse(recipe, given, "keifu train")
+        assert read.model.rope_scaling == expected
+        assert from_json(recipe(), to_json(read)) == read, "a resumed run has the options that it began with"
+        assert flags.parse(recipe, ["--model.rope-scaling.factor", "4.0"], "", read).model.rope_scaling == expected
+    assert flags.parse(recipe, ["--model.dim", "64"], "keifu train").model.rope_scaling is None
+    wrong = {"factor": ("-1", "factor must be a number above 0"), "kind": ("yarm", "no rotary scaling 'yarm'")}
+    for option, (value, message) in wrong.items():
+        with pytest.raises(UserError, match=message):
+            flags.parse(recipe, [*words, f"--model.rope-scaling.{option}={value}"], "keifu train")
+    with pytest.raises(UserError, match="needs --model.rope-scaling.original-context-length: see"):
+        flags.parse(recipe, words[:4], "keifu train")
 
 
 PAPERS: dict[tuple[str, str | None], dict[str, Any]] = {

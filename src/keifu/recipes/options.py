@@ -48,18 +48,18 @@ def to_json(recipe: Any) -> dict[str, Any]:
 
 
 def from_json(usual: Any, json: Mapping[str, Any]) -> Any:
-    """Return the recipe `usual` with the options that `to_json` wrote; other options keep their values."""
-    hints = get_type_hints(type(usual))
-    known = {field.name for field in fields(usual)} & json.keys()
-    return replace(usual, **{name: _value(hints[name], json[name], vars(usual)[name]) for name in known})
+    """Return the recipe `usual`, or one of that class, with the options that `to_json` wrote; others keep their
+    values."""
+    made: Any = usual if isinstance(usual, type) else type(usual)
+    hints, known = get_type_hints(made), {field.name for field in fields(usual)} & json.keys()
+    values = {name: _value(hints[name], json[name], getattr(usual, name, None)) for name in known}
+    return made(**values) if made is usual else replace(usual, **values)
 
 
 def _value(hint: Any, value: Any, usual: Any) -> Any:
     """Return a value read from JSON as its field's type: a tuple, a path or a dataclass."""
-    if isinstance(value, dict):
-        nested = _dataclass(hint)
-        inner = usual if is_dataclass(usual) else nested() if nested else None
-        return from_json(inner, value) if inner else value
+    if isinstance(value, dict) and (nested := usual if is_dataclass(usual) else _dataclass(hint)):
+        return from_json(nested, value)
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return Path(value) if isinstance(value, str) and Path in kinds and str not in kinds else _tupled(value)
 

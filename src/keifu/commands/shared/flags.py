@@ -155,11 +155,9 @@ def parse(
     """
     if asks_for_help(arguments):
         show_help(arguments_of(cls), program, inspect.cleandoc(cls.__doc__ or ""))
-    default, words = tyro.MISSING_NONPROP if usual is None else usual, [*_parts(cls, arguments), *arguments]
+    default, args = tyro.MISSING_NONPROP if usual is None else usual, [*_parts(cls, arguments), *arguments]
     with on_parse_error(partial(_refuse, cls, arguments, program)):
-        options, extra = tyro.cli(
-            cls, default=default, prog=program, args=words, return_unknown_args=True, config=ORDER
-        )
+        options, extra = tyro.cli(cls, default=default, prog=program, args=args, return_unknown_args=True, config=ORDER)
     if extra:
         raise _unrecognised(cls, extra, program)
     check_ranges(cls, to_json(options))
