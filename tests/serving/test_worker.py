@@ -104,3 +104,26 @@ def test_a_client_that_leaves_as_a_piece_comes_makes_room(monkeypatch: pytest.Mo
         return busy.pending
 
     assert asyncio.run(leave()) == 0
+
+
+def test_the_time_of_a_request_ends_though_its_pieces_wait_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Any] = []
+    monkeypatch.setattr(Worker, "_add", lambda self, job: jobs.append(job))
+
+    async def read() -> int:
+        slow, count = Worker("slow", lambda: (nn.Identity(), None), Limits(timeout=0.5), Metrics()), 0
+        asked = slow.generate([Request([1], SamplingParams(max_tokens=2), None, 9, 9)])
+        reading = asyncio.ensure_future(anext(asked))
+        while not jobs:
+            await asyncio.sleep(0.01)
+        for _ in range(20):
+            jobs[0].out.put_nowait([(0, Piece(0, "a", 2))])
+        await reading
+        with pytest.raises(TimeoutError):
+            async for _ in asked:
+                count += 1
+                await asyncio.sleep(0.2)
+        await slow.close()
+        return count
+
+    assert asyncio.run(read()) < 5

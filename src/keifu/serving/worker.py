@@ -159,6 +159,7 @@ class Worker:
             while going:
                 # `wait_for` of Python 3.11 loses a cancellation as an item comes
                 async with asyncio.timeout(job.began + self.limits.timeout - time.monotonic()):
+                    await asyncio.sleep(0)  # or `timeout` never ends a job whose pieces wait
                     item = await job.out.get()
                 if isinstance(item, Exception):
                     raise item

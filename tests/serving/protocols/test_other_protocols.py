@@ -63,6 +63,9 @@ def test_anthropic_calls_and_their_results(served: Any) -> None:
     assert again.json()["usage"]["output_tokens"] <= 4
 
 
+SHOWN = {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image", "source": {}}]}
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -71,6 +74,7 @@ def test_anthropic_calls_and_their_results(served: Any) -> None:
             {"max_tokens": 4, "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
             "base64, with",
         ),
+        ({"max_tokens": 4, "messages": [{"role": "user", "content": [SHOWN]}]}, "of no tool_result"),
         ({"max_tokens": 4, "messages": [{"role": "wizard", "content": "x"}]}, "wizard"),
         ({"max_tokens": 4, "tools": [{"nme": "x"}]}, "name"),
         ({"max_tokens": 4, "thinking": {"type": "enabled", "budget_tokens": 9}}, "this model has no thoughts"),

@@ -104,10 +104,13 @@ def _fields(body: MessagesRequest) -> dict[str, Any]:
 
 
 def _text(blocks: Any) -> str:
-    """Return text, or the text of blocks; OpenAI's check refuses blocks of another kind."""
+    """Return text, or the text of blocks; a picture is refused there."""
     if not isinstance(blocks, list):
         return blocks
-    return "\n".join(str(block.get("text", "")) for block in blocks if isinstance(block, dict))
+    parts = [block for block in blocks if isinstance(block, dict)]
+    if any(block.get("type") == "image" for block in parts):
+        raise ApiError(400, "A picture is a block of the user's message, and of no tool_result or system.", "messages")
+    return "\n".join(str(block.get("text", "")) for block in parts)
 
 
 def _turns(turn: AnthropicMessage) -> Iterator[dict[str, Any]]:
