@@ -202,7 +202,7 @@ def test_what_a_growing_run_costs_counts_its_smaller_batches() -> None:
 
 
 def test_data_whose_batches_do_not_grow_are_not_said_to(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Batches of these data have 6 rows always"):
+    with pytest.raises(UserError, match="Batches have 6 rows here, not"):
         train(toy(), objective, Sequences(), settings(batch_stages=((2, 5),)), run(tmp_path))
 
 

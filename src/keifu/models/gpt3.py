@@ -111,7 +111,7 @@ def _read_band(json: dict[str, Any]) -> int | None:
     if layers == ["global"] * n_layers:
         return None
     if layers != (["global", "local"] * n_layers)[:n_layers]:
-        raise UserError(f"attention_types {written} is not supported: layers are global, or global and local in turn.")
+        raise UserError(f"attention_types {written} is not supported: {n_layers} layers, all global or every other.")
     return json.get("window_size", 256)
 
 

@@ -125,7 +125,7 @@ def _check_growth(settings: Settings, data: Data) -> None:
     """Raise a `UserError` if the settings have batch-size warm-up and the data do not."""
     growth = settings.growth
     if len(growth.rows) > 1 and (rows := rows_of(data.batch(0))) != growth.at(0):
-        raise UserError(f"Batches of these data have {rows} rows always: leave out batch_stages and batch_ramp.")
+        raise UserError(f"Batches have {rows} rows here, not {growth.at(0)}: leave out batch_stages and batch_ramp.")
 
 
 def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.SavedState:

@@ -226,7 +226,7 @@ def test_pictures_that_do_not_fit_are_refused(pipeline, files, tmp_path, monkeyp
         "--mask mask.png": "A mask is for a picture to begin with",
         "--strength 0.5": "A strength is for a picture",
         "--init init.png --strength 1.5": "above 0 and at most 1, not 1.5",
-        "--init init.png --steps 4 --strength 0.2": "leaves none of 4 steps",
+        "--init init.png --steps 4 --strength 0.2": "leaves none of 4 steps: take 0.25",
     }
     for words, said in cases.items():
         assert said in refused(capsys, str(pipeline[1]), TEXT, *words.split()), words

@@ -141,7 +141,7 @@ class MaskingScheme:
 
     def __post_init__(self) -> None:
         if self.length < 8 or self.most < 1 or not 0 < self.share < 1 or not 0 <= self.short <= 1:
-            raise UserError("Masking needs length >= 8, most >= 1, share between 0 and 1 and short from 0 to 1.")
+            raise UserError(f"Masking needs length >= 8, most >= 1, 0 < share < 1, short from 0 to 1; it has {self}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,7 @@ def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
     steps = len(schedule.steps)
     taken = int(steps * strength)
     if not taken:
-        raise UserError(f"A strength of {strength:g} leaves none of {steps} steps: take {1 / steps:.2g} or more.")
+        raise UserError(f"Strength {strength:g} leaves none of {steps} steps: take {-(-1e3 // steps) / 1e3:g} or more.")
     return schedule._replace(steps=schedule.steps[steps - taken :])
 
 

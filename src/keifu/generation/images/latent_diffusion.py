@@ -152,7 +152,7 @@ class LatentDiffusionPipeline(TextToImagePipeline):
         whole = replace(wanted.completed(self.noise, size), tile=tile_of(wanted.tile, size, factor))
         anew = whole.anew()
         if anew is not None and not bool(downscale_mask(anew, factor).any()):
-            raise UserError(f"The mask's white parts are smaller than the {factor} x {factor} pixels of a latent.")
+            raise UserError(f"The mask's white is smaller than the {factor} x {factor} pixels of a latent: enlarge it.")
         return whole
 
     @torch.inference_mode()

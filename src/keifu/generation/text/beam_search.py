@@ -231,7 +231,7 @@ class _Beams:
         going = self.search.goes_on(self._best[self.sources], best_open, now, last) & (best_open > -torch.inf)
         *columns, stays, wrong = torch.cat([rows, torch.stack([going, damaged], 1).long()], 1).cpu().unbind(1)
         if bool(wrong.any()):
-            raise UserError(f"The logits after {self.length - 1} tokens are not finite: try float32 or bfloat16.")
+            raise UserError(f"Logits after {self.length - 1} tokens are not finite: try bfloat16, or sound weights.")
         rows = torch.stack(columns, 1)
         if not bool(stays.all()):
             left = stays.nonzero()[:, 0]

@@ -153,7 +153,7 @@ def check_learnable(recipe: Recipe) -> ToyDataset:
     if recipe.activation == "step" and recipe.resolved().hidden:
         raise UserError(STEP_HAS_NO_GRADIENT)
     if recipe.augment and recipe.data != "mnist":
-        raise UserError(f"--augment distorts pictures, and {recipe.data!r} has none: leave it out, or use mnist.")
+        raise UserError(f"--augment distorts pictures, and {recipe.data!r} has none: leave it out, or --data mnist.")
     return toy_dataset(recipe.data, recipe.label)
 
 
