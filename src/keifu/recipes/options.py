@@ -50,10 +50,10 @@ def to_json(recipe: Any) -> dict[str, Any]:
 def from_json(usual: Any, json: Mapping[str, Any]) -> Any:
     """Return the recipe `usual`, or one of that class, with the options that `to_json` wrote; others keep their
     values."""
-    made: Any = usual if isinstance(usual, type) else type(usual)
-    hints, known = get_type_hints(made), {field.name for field in fields(usual)} & json.keys()
+    hints = get_type_hints(usual if isinstance(usual, type) else type(usual))
+    known = {field.name for field in fields(usual)} & json.keys()
     values = {name: _value(hints[name], json[name], getattr(usual, name, None)) for name in known}
-    return made(**values) if made is usual else replace(usual, **values)
+    return usual(**values) if isinstance(usual, type) else replace(usual, **values)
 
 
 def _value(hint: Any, value: Any, usual: Any) -> Any:
