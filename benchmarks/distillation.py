@@ -1,17 +1,19 @@
-"""Soft against hard labels: the same student, cut from its teacher, on the same conversations, for equal minutes.
+"""Soft against hard labels: the same student on the same conversations, for equal minutes.
 
 python benchmarks/distillation.py --data FILE.jsonl [--minutes 20] [--seeds 0 1 2] [--ways hard soft] [--out DIR]
     [--teacher smollm2] [--weights int8] [--student MODEL | --layers 7] [--vocabulary 8000]
     [--merges first|used] [--batch-size 8] [--context-length 512] [--learning-rate 3e-4] [--write JSON]
 
---data: as `keifu train sft` reads it, such as the lines of `benchmarks/teacher_texts.py`. The student keeps some layers
-and the first merges of the teacher. hard: it learns the tokens. soft: all of the teacher's probabilities (forward KL).
-mixed: half of each. reverse and jsd: other divergences. own: soft, and half of the steps on its own answers. All ways
-have the same minutes of training, in which validations and the teacher's work count, and take turns for each seed.
+--data: as `keifu train sft` reads it, such as the lines of `benchmarks/teacher_texts.py`. Without --student the student
+is cut from the teacher: it keeps some layers and merges. hard: it learns the tokens. soft: all of the teacher's
+probabilities (forward KL). mixed: half of each. reverse and jsd: other divergences. own: soft, and half of the steps on
+its own answers. All ways have the same minutes of training, in which validations and the teacher's work count, and take
+turns for each seed.
 
-A figure is of the same held-out conversations, in float32: nats a learned token, and bits a byte of the answers'
-UTF-8, which models of different tokenizers share. So it also shows what the teacher loses when it is cut to the
-student's tokens, and its probabilities with it. A run that is in DIR is not made again.
+A figure is of the held-out conversations that fit into the context, in float32: nats a learned token, and bits a byte
+of the answers' UTF-8. Only bits a byte compare models of different tokens, and a model with fewer tokens may leave out
+more long conversations. The teacher is also measured when it is cut to the student's tokens. A run that is in DIR is
+not made again.
 """
 
 import argparse
@@ -64,7 +66,7 @@ def recipe(options: argparse.Namespace, model: str, **different: Any) -> sft.Rec
 
 
 def measure(options: argparse.Namespace, model: str, steps: int) -> Figures:
-    """Return the figures of a model on the held-out conversations that fit for the student."""
+    """Return the figures of a model on the held-out conversations that fit by its own tokens."""
     task = sft.prepare(recipe(options, model))
     nats = validation(task.model, task.data)
     learned = [[id for id, mine in zip(turns.ids, turns.learned, strict=True) if mine] for turns in task.held.kept]
@@ -140,7 +142,7 @@ def main() -> None:
             figures.setdefault(way, {})[seed] = learn(options, options.out / "student", way, seed)
             print(f"{NAMES[way]}, seed {seed}: {figures[way][seed]}", flush=True)
     first = {"teacher": "the teacher", "cut-teacher": "the teacher, cut to the student's tokens"}
-    names = {**first, "student": "the student as it is cut", **NAMES}
+    names = {**first, "student": "the student before training", **NAMES}
     columns = ["", "nats a token", "bits a byte", "steps"]
     rows = [[names[way], *cells([*by_seed.values()])] for way, by_seed in figures.items()]
     for row in (columns, *rows):
