@@ -18,6 +18,7 @@ the table into a data file of docs/results/data, and all answers and choices nex
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,11 +164,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_choices(path: Path, count: int) -> dict[int, str]:
     """Return the choice of each item; a line that is none, and an item without one or with two, are errors."""
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    wrong = [" ".join(words) for words in lines if len(words) != 2 or words[1] not in ("A", "B", "tie")]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    wrong = [line for line in lines if not re.fullmatch(r"\s*\d+\s+(A|B|tie)\s*", line)]
     if wrong:
         raise SystemExit(f"{path} has lines that are no choice, such as {wrong[0]!r}: write 12 A, 12 B or 12 tie.")
-    choices = {int(number): choice for number, choice in lines}
+    choices = {int(number): choice for number, choice in map(str.split, lines)}
     if len(lines) != count or choices.keys() != {*range(1, count + 1)}:
         raise SystemExit(f"{path} has {len(lines)} choices of {len(choices)} items, and the sheet has {count} items.")
     return choices
@@ -204,7 +205,7 @@ def count(options: argparse.Namespace) -> None:
         write_json(options.write.with_name(ANSWERS), {**key, "judge": options.judge, "items": items})
         command = (
             f"python benchmarks/blind_comparison.py FOLDER --models {' '.join(key['models'])} --seed {key['seed']} "
-            f"--temperature {key['temperature']:g} --max-tokens {key['max_tokens']}"
+            f"--temperature {key['temperature']:g} --max-tokens {key['max_tokens']} --weights {key['weights']}"
         )
         write_table(options.write, SECTION, command, COLUMNS, table, {"file": ANSWERS})
 

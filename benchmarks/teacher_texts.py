@@ -180,7 +180,7 @@ def begun(path: Path, seed: int) -> list[int]:
         return []
     whole, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")
     path.write_text(whole + newline, encoding="utf-8")
-    lines = [json.loads(line) for line in whole.splitlines()]
+    lines = [json.loads(line) for line in whole.split("\n") if line]  # a text may have other line breaks
     if any(line["seed"] != seed for line in lines):
         raise SystemExit(f"{path} has lines of another seed than {seed}: give another --seed or --out.")
     return [line["item"] for line in lines]

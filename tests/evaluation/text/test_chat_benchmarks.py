@@ -62,6 +62,9 @@ def test_choices_are_counted_for_the_models_that_the_sheet_hides(
     choices.write_text("\n".join(lines[:-1]))
     with pytest.raises(SystemExit, match="39 choices of 39 items, and the sheet has 40"):
         run(blind, monkeypatch, folder, "--choices", choices, "--judge", "a test")
+    choices.write_text("\n".join(["x A", *lines[1:]]))
+    with pytest.raises(SystemExit, match="no choice, such as 'x A'"):
+        run(blind, monkeypatch, folder, "--choices", choices, "--judge", "a test")
     choices.write_text("\n".join(lines))
     run(blind, monkeypatch, folder, "--choices", choices, "--judge", "a test", "--write", data)
     (table,) = json.loads(data.read_text())
@@ -126,3 +129,12 @@ def test_a_student_has_the_layers_of_its_body_and_its_teacher_s_tokens(
     (word,) = tokens.encode(" today")[-1:]
     expected = rows[tokenizer.encode(tokens.decode([word]))].mean(0)
     torch.testing.assert_close(student.embedding.weight[word], expected)
+
+
+def test_a_file_of_texts_with_odd_line_breaks_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, path = benchmark("teacher_texts", monkeypatch), tmp_path / "texts.jsonl"
+    lines = [json.dumps({"seed": 0, "item": item, "text": "a\u2028b\x85c"}, ensure_ascii=False) for item in (0, 2)]
+    path.write_text("\n".join([*lines, '{"seed": 0, "it']), encoding="utf-8")
+    assert texts.begun(path, 0) == [0, 2] and path.read_text(encoding="utf-8") == "\n".join([*lines, ""])
+    with pytest.raises(SystemExit, match="lines of another seed than 1"):
+        texts.begun(path, 1)
