@@ -76,7 +76,7 @@ def _open_standard_streams() -> None:
 
 
 def _give_up_output() -> None:
-    """Discard what is still to be printed, so that Python does not try it once more at its end."""
+    """Discard what is still to be printed, so that Python does not try it again at its end."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

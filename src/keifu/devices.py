@@ -53,8 +53,9 @@ def chosen() -> Choice:
 
 @contextmanager
 def choosing(choice: Choice) -> Iterator[None]:
-    """Make a choice for what runs in this block; what it leaves open stays as it was. A device that this machine has
-    not is a `UserError`."""
+    """Choose the device settings of a block; unset ones stay as they are. A device that this machine lacks is a
+    `UserError`.
+    """
     global _choice
     if choice.device is not None:
         choose(choice.device)

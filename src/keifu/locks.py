@@ -23,7 +23,7 @@ _HELD: set[Path] = set()  # directories that this process holds
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold what is made at `path` for one process at a time; another one that waits says so."""
+    """Lock the making of `path` for one process at a time; a process that waits prints a message."""
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Healthy(NamedTuple):
-    """The normal range of a figure, and what a value outside of it may mean, with what to do.
+    """Normal range of a figure, with the possible meaning of a value outside it and the remedy.
 
     relative: `least` and `largest` are multiples of the figure's first value.
     """

@@ -117,7 +117,7 @@ class RolloutPlan:
 
 @dataclass(eq=False)
 class Rollouts:
-    """The data of the training loop: minibatches of a rollout, which is generated anew when its updates are made.
+    """The data of the training loop: minibatches of a rollout, which is generated again when its updates are made.
 
     policy: the model that is trained and writes the answers. reference: the model that the KL penalty is measured
     against, or the policy itself, whose adapters are then left out; None: no penalty. prompts, held_out: for training

@@ -198,7 +198,7 @@ def planned(
 
 
 def open_source(path: Path) -> Source:
-    """Open a model's file or folder; what is neither is a `UserError`."""
+    """Open a model's file or folder; anything else is a `UserError`."""
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not any((path / name).exists() for name in CONFIGS):

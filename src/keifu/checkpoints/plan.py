@@ -121,7 +121,9 @@ class LoadPlan:
         return self.model.eval()
 
     def dtype_of(self, link: Link) -> torch.dtype:
-        """Return the dtype of a tensor in memory; what the family wants in full precision keeps the file's."""
+        """Return the dtype of a tensor in memory; tensors that the family needs in full precision keep the file's
+        dtype.
+        """
         stored = self.source.stored[link.theirs[0]].dtype
         keeps = stored is not None and matches(link.ours, self.source.family.full_precision)
         return torch.promote_types(stored, self.dtype) if stored is not None and keeps else self.dtype
@@ -346,7 +348,7 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of the model: its name, shape and type here, those of the file that make it, and what is done."""
+    """One tensor of the model: its name, shape and type, the tensors of the file that make it, and the conversion."""
 
     ours: str
     shape: tuple[int, ...]

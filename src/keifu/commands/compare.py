@@ -83,7 +83,7 @@ def generate_answers(options: Options, prompts: "Sequence[Prompt]") -> "Iterator
 
 
 def answers_table(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", options: Options, side: str) -> list[str]:
-    """Return a model's answers; what is drawn is of the seed and the prompt, whatever other prompts there are."""
+    """Return a model's answers. Sampling depends only on the seed and the prompt, not on other prompts."""
     from keifu.evaluation.pairwise import seed_of
     from keifu.generation.text.generate import generate_batch
 

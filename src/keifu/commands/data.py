@@ -123,7 +123,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Do what is asked."""
+    """Run the subcommand."""
     if options.action == "list":
         _list()
     elif options.action == "cache":

@@ -203,8 +203,9 @@ def _strip(model: "ImagePipeline", picture: "Tensor", states: "Sequence[SamplerS
 
 
 def again(path: Path, options: Options) -> None:
-    """Draw a picture once more by its own record; say if it differs, and the likely reason. The options say
-    where the model, the pictures that it read (init, mask, towards) and its LoRAs are, if elsewhere now."""
+    """Repeat a drawing from its record; say if it differs, and the likely reason. The options say where the model, the
+    pictures that it read (init, mask, towards) and its LoRAs are, if elsewhere now.
+    """
     from keifu.checkpoints.hf.native_config import check_kinds
     from keifu.generation.images.png_metadata import check_limits, read_record
 

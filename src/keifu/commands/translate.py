@@ -84,7 +84,7 @@ def load_translator(name: str, weights: str | None = None) -> tuple[Any, Any]:
 
 
 def _warn(translations: Sequence[Sequence[Any]]) -> None:
-    """Say on stderr what the translations alone would hide."""
+    """Warn on stderr about problems that the translations do not show."""
     cut = sorted({n for n, parts in enumerate(translations, 1) for part in parts if not part.complete})
     if cut:
         shown = ", ".join(map(str, cut[:10])) + (", ..." if len(cut) > 10 else "")

@@ -85,7 +85,7 @@ class Staging:
 
     @staticmethod
     def mark(tensors: Iterable[Tensor]) -> list[Any]:
-        """Return events that are waited for until the tensors' GPUs have made all copies that were asked for so far."""
+        """Return CUDA events that are done when the tensors' GPUs have made all copies requested so far."""
         gpus = {tensor.device for tensor in tensors} - {torch.device("cpu")}
         return [torch.get_device_module(gpu).current_stream(gpu).record_event() for gpu in gpus]
 

@@ -16,7 +16,7 @@ from keifu.processes import of_all
 
 
 class ShardPiece(NamedTuple):
-    """Rows of what a process holds, the number of the matrix they are of, and where they lie in the whole tensor."""
+    """Rows of a process's shard, the number of their matrix, and their position in the whole tensor."""
 
     start: int
     stop: int
@@ -78,8 +78,9 @@ class Layout:
         return torch.cat(parts) if parts else whole[:0]
 
     def join(self, local: Tensor, ranks: Sequence[tuple[int, int]], group: Any) -> Tensor:
-        """Return the whole tensor on every process of a pod, whose places in the mesh are given, from what each
-        holds."""
+        """Gather the whole tensor on every process of a pod from the processes' parts; their places in the mesh are
+        given.
+        """
         if self.shards == 1 and not self.is_split:
             return local
         sizes = [[sum(p.stop - p.start for p in self.pieces(*rank)), *self._width(rank[1])] for rank in ranks]

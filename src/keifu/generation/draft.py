@@ -89,7 +89,7 @@ class Drafter:
         return {number: text[len(wanted[number][0]) :] for number, text in texts.items()}
 
     def _go_back(self, number: int, text: list[int]) -> None:
-        """Forget what was read from the first wrong guess on."""
+        """Remove the state from the first wrong guess on."""
         read, sure = self._read.setdefault(number, []), self._sure.get(number, 0)
         guesses = enumerate(zip(read[sure:], text[sure:], strict=False), sure)
         del read[next((at for at, (old, new) in guesses if old != new), len(text)) :]

@@ -180,7 +180,7 @@ class _Trace(TorchDispatchMode):
         return result
 
     def value(self, wanted: Tensor) -> Tensor:
-        """Return the numbers of a tensor, computed from what it depends on alone."""
+        """Compute a tensor from only those tensors on which it depends."""
         needed, chosen, memory, state = {_key(wanted)}, list[_Operation](), dict[int, Tensor](), torch.get_rng_state()
         for operation in reversed(self.operations):
             if _key(operation.result) in needed:

@@ -34,8 +34,9 @@ PROMPTS = (*LEARNED, *UNSEEN)
 
 
 def show() -> dict[str, bytes]:
-    """Return landmarks in order of years, each by a model of the package; what is not installed is named. Returns
-    pictures (PNG), by name."""
+    """Return landmarks in order of years, each by a model of the package; name the models that are missing. Return
+    pictures (PNG), by name.
+    """
     missing = [name for name in SHOWN if not catalogue.is_cached(name, catalogue.MODELS)]
     pictures: dict[str, bytes] = {}
     for name, landmark in SHOWN.items():

@@ -1,5 +1,5 @@
-"""Shared code of all recipes: the budget of a run, options of those that fine-tune, and the training of a run,
-with what it says of itself.
+"""Shared code of all recipes: the budget of a run, options of those that fine-tune, and the training of a run with its
+report.
 """
 
 from collections.abc import Callable, Iterable, Mapping

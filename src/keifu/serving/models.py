@@ -1,4 +1,4 @@
-"""The models of a service: what each can do, loaded when first asked for.
+"""The models of a service and their abilities; a model is loaded at its first request.
 
 If memory is bounded, the model that was not used longest is unloaded first.
 """

@@ -239,7 +239,7 @@ class _Loop:
         self._make(due)
 
     def _make(self, due: list[str]) -> None:
-        """Make what is due, and measure how long it takes; it does not count as training time."""
+        """Make the due validations, samples and checkpoints, and measure their time, which is not training time."""
         work = {"validation": self._evaluate, "sample": self._sample, "state": self.recorder.try_to_save_state}
         for name in due:
             with self.state.clock.paused(name):

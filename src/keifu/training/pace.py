@@ -94,7 +94,7 @@ class Clock:
         return step + max(1, int(min(left / max(pace + between, 1e-9), 1e12)))
 
     def skips(self, name: str) -> bool:
-        """Return whether a sample takes too much of a time limit to be made once more at the end."""
+        """Return whether a sample takes too much of a time limit to be repeated at the end."""
         return name == "sample" and self.limit is not None and self.lasted.get(name, 0.0) > SHARE * self.limit
 
     def interval(self, name: str, steps: int) -> int:

@@ -1,4 +1,4 @@
-"""The state of a training run: what a state file holds, from which a run is resumed to the same bits."""
+"""The state of a training run: the content of a state file, from which a run resumes with the same bits."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -97,7 +97,7 @@ def _tie(config: task_head.Config, tied: bool) -> task_head.Config:
 
 
 def _config(json: Mapping[str, Any], decoder: Any, facts: Mapping[str, Any], where: str) -> task_head.Config:
-    """Read the Config of what the file's class says, and beyond it of the field `TASK`, if there is one."""
+    """Read the Config from the file's class and, if there is one, its field `TASK`."""
     task = _object(json, TASK, where) if TASK in json or not facts else {}
     given = {name: value for name, value in {**facts, **task}.items() if name in FIELDS}
     try:

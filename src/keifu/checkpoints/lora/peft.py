@@ -89,7 +89,7 @@ def _ends(label: str, wanted: str) -> bool:
 
 
 def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
-    """Write a model's adapters, and they alone, as PEFT does. `base`: where the model itself is to be had."""
+    """Write only a model's adapters, as PEFT does. `base`: the place of the model itself."""
     from safetensors.torch import save
 
     made = whole_tensors(model)

@@ -213,7 +213,7 @@ def flags(cls: type) -> list[str]:
 
 
 def names_of(arguments: Sequence[Argument]) -> list[str]:
-    """Return every `--name` of these options, both of those that are written `--[no-]name`."""
+    """Return every `--name` of these options, and both names of `--[no-]name`."""
     given = [name for argument in arguments for name in argument.names if name.startswith("--")]
     return [name.replace("[no-]", word) for name in given for word in (("", "no-") if "[no-]" in name else ("",))]
 

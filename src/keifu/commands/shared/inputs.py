@@ -156,7 +156,7 @@ def is_picture(text: str) -> bool:
 
 
 def pictures_among(path: Path) -> list[str] | None:
-    """Return the pictures in a folder and in those below it, in order; None for what is no folder."""
+    """Return the pictures in a folder and in those below it, in order; None if the path is not a folder."""
     if not path.is_dir():
         return None
     files = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and is_picture(str(file))]

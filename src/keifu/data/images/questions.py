@@ -74,7 +74,7 @@ class Questions:
         return [row for row in self.learned if not words or any(self.words[row.image] & some for some in others)]
 
     def commonest(self) -> tuple[str, dict[str, str]]:
-        """Return the most frequent answer, and that to each question, of what is learned from."""
+        """Return the most frequent answer of the training data, and the most frequent one to each question."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for asked in self.learned:
             counts[asked.question][asked.answer] += 1
@@ -83,7 +83,7 @@ class Questions:
 
 
 def read_questions(source: str) -> Questions:
-    """Read the questions of the catalogue or of a folder; what is neither is a `UserError`."""
+    """Read the questions of the catalogue or of a folder; anything else is a `UserError`."""
     if source in NAMES:
         return _easy_vqa(next(catalogue.fetch(source).glob("*.whl")))
     folder = Path(source)

@@ -25,7 +25,7 @@ Bounds = tuple[int, int, int, int]
 
 
 class RowPlanner:
-    """Planner of rows from all documents, anew for each epoch (Devlin et al., 2018, appendix A.2).
+    """Planner of rows from all documents, new for each epoch (Devlin et al., 2018, appendix A.2).
 
     room: tokens of a row without the special ones. short: how often a row is meant to be shorter, of any length, so
     that a model which is fine-tuned on short texts has seen some. pairs: two segments, the second of which in half of
@@ -270,7 +270,7 @@ class MaskedText:
     def _hide(
         self, tokens: np.ndarray, words: np.ndarray, total: np.ndarray, random: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Hide some of the words in `tokens`, and return their positions and what was there."""
+        """Hide some of the words in `tokens`, and return their positions and their tokens."""
         masking, v = self.masking, self.vocabulary
         wanted = np.clip(np.rint(masking.share * total), 1, masking.most).astype(np.int64)
         if masking.whole_words:

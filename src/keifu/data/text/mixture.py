@@ -85,7 +85,9 @@ class MixtureSource:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources whose weights sum to 1; `name` is what it was asked for by; a share of each source is held out."""
+    """Sources whose weights sum to 1; `name` is the name or path that was requested; a share of each source is held
+    out.
+    """
 
     name: str
     sources: tuple[MixtureSource, ...]

@@ -131,8 +131,9 @@ def _add(token: str, parts: Mapping[str, Sequence[str]], kept: set[str]) -> int:
 
 
 def keep_tokens(tokenizer: Tokenizer, kept: Collection[str]) -> tuple[Tokenizer, list[int]]:
-    """Return a byte-level BPE with these tokens alone, and their ids before: they are numbered in the same order. It
-    merges as before, except where a token is not there, so it encodes what the tokenizer can encode."""
+    """Return a byte-level BPE with only these tokens, and their former ids. The order of the tokens stays the same. It
+    encodes every text that the tokenizer can encode: merges into missing tokens are left out.
+    """
     _byte_level(tokenizer)
     description, kept = tokenizer.description(), {*kept}
     vocabulary = tokenizer.backend.get_vocab()

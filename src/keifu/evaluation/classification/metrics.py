@@ -114,8 +114,9 @@ class Confusion:
         return f"{self.verdict()}\n\n{aligned([columns, *rows])}"
 
     def result(self, what: str) -> ResultTable:
-        """Return precision, recall and F1 of each label as a table of an evaluation; what: the name of what was
-        judged."""
+        """Return precision, recall and F1 of each label as a table of an evaluation; what: the name of the judged
+        data.
+        """
         columns, rows = self.by_label()
         return ResultTable(tuple(name.replace("texts", what) for name in columns), [tuple(row) for row in rows])
 

@@ -77,7 +77,7 @@ def _digest(passage: Passage) -> str:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Read the embeddings of an index by the digests of their passages; a damaged index is made anew."""
+    """Read the embeddings of an index by the digests of their passages; a damaged index is built again."""
     if not path.is_file():
         return {}
     try:

@@ -27,7 +27,7 @@ from keifu.layers.diffusion.sampling_schedule import CLEAN, Level, Schedule
 
 
 class KeptRegion(NamedTuple):
-    """An image, the initial noise, and the mask of the part that is generated anew: the rest is kept."""
+    """An image, the initial noise, and the mask of the part to generate; the rest is kept."""
 
     picture: Sample
     noise: Sample

@@ -114,7 +114,9 @@ class TextToImagePipeline(Pipeline):
             )
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """Return the same request with every default filled in; what the model cannot generate is a `UserError`."""
+        """Return the same request with every default filled in; a request that the model cannot fulfil is a
+        `UserError`.
+        """
         raise NotImplementedError
 
     def draw(

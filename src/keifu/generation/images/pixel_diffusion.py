@@ -161,7 +161,7 @@ class ImageRequest:
         return self.init is None or (self.mask is not None and self.strength == 1)
 
     def anew(self) -> Bool[Tensor, "1 height width"] | None:
-        """Return the mask of pixels to draw anew, once the size is known; None without a mask."""
+        """Return the mask of the pixels to generate, once the size is known; None without a mask."""
         assert self.size is not None
         return None if self.mask is None else self.mask.white(self.size)
 

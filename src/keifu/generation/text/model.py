@@ -139,7 +139,7 @@ def is_writer(model: nn.Module) -> bool:
 
 
 def continues_text(model: nn.Module) -> bool:
-    """Return whether it goes on with a text, token by token or by masked diffusion."""
+    """Return whether the model can continue a text, token by token or by masked diffusion."""
     return is_writer(model) or isinstance(model, MaskPredictor)
 
 

@@ -154,7 +154,7 @@ class History:
     def of_texts(
         cls, settings: RowSettings, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], vocab: int
     ) -> "History":
-        """Return the history after prompts and what was written after each."""
+        """Return the history of prompts and their continuations."""
 
         def count(*texts: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocab"]:
             cells = [row * vocab + token for rows in texts for row, text in enumerate(rows) for token in text]

@@ -126,7 +126,7 @@ Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # from new tokens and 
 
 @runtime_checkable
 class Cache(Protocol):
-    """Interface of what a layer keeps of earlier tokens: keys and values, or a state of fixed size.
+    """Interface of a layer's cache of earlier tokens: keys and values, or a state of fixed size.
 
     `attend` adds the keys and values of new tokens and attends to all; without values the keys are the values too.
     `recur` gives new tokens and the state to `rule`, returns its output, and keeps the state that it returns.
@@ -209,7 +209,7 @@ class Attention(nn.Module):
 
     @property
     def cache_shape(self) -> CacheShape:
-        """Return the shape of what is kept of each token."""
+        """Return the shape of the cached values of a token."""
         return CacheShape(self.n_kv_heads, self.head_dim)
 
     @property

@@ -90,7 +90,7 @@ class LatentAttention(nn.Module):
 
     @property
     def cache_shape(self) -> CacheShape:
-        """Return the shape of what is kept of each token: its latent and the part with positions, once."""
+        """Return the shape of the cached values of a token: its latent and the part with positions, once."""
         return CacheShape(1, self.rank + self.rotary.head_dim, 0)
 
     @property

@@ -194,7 +194,7 @@ class GatedDeltaNet(nn.Module):
 
     @property
     def cache_shape(self) -> CacheShape:
-        """Return the shape of what is kept of a sequence: nothing for a token, and a state of fixed size."""
+        """Return the shape of the cache: nothing for a token, and a state of fixed size for a sequence."""
         return CacheShape(fixed=sum(self.sizes))
 
     def forward(

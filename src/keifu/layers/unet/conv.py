@@ -64,7 +64,7 @@ class ResidualBlock(nn.Module):
         return x if self.scale == 1 else x / self.scale
 
     def conditioned(self, hidden: Pixels, time: Tensor | None) -> Pixels:
-        """Return the second norm, of what the noise level is added to."""
+        """Return the second norm of the sum with the noise level's embedding."""
         return self.norm2(hidden if time is None else hidden + time)
 
     def _time(self, time: Tensor | None) -> Float[Tensor, "batch time_channels 1 1"] | None:

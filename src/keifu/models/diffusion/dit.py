@@ -126,7 +126,7 @@ class Config:
 
     @property
     def factor(self) -> int:
-        """Pixels of a side to one number of what the network sees."""
+        """Pixels of a side for one number of the network's input."""
         return 1 if self.autoencoder is None else self.autoencoder.factor
 
     @property
@@ -136,7 +136,7 @@ class Config:
 
     @property
     def channels(self) -> int:
-        """Channels of what the network sees."""
+        """Channels of the network's input."""
         return self.transformer.channels
 
     @property

@@ -68,7 +68,7 @@ class MaskedDiffusionLM(nn.Module):
         return nn.functional.linear(self.hidden(tokens), self.head_weight)
 
     def predict_masked(self, tokens: Tokens) -> Float[Tensor, "batch length vocab"]:
-        """Return the logits of what a mask hides, in float32: never the mask itself."""
+        """Return the logits of the masked tokens, in float32. The mask itself has the logit -inf."""
         return self(tokens).float().index_fill_(-1, tokens.new_tensor([self.config.mask_token]), -torch.inf)
 
     @property

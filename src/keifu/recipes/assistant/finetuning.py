@@ -97,7 +97,7 @@ class AssistantOptions(FinetuneOptions):
 
 @dataclass(frozen=True, eq=False)
 class FinetuneTask:
-    """Everything made ready: a model to train, its tokenizer, and the data."""
+    """Task that is ready to train: a model to train, its tokenizer, and the data."""
 
     model: Any
     tokenizer: Tokenizer

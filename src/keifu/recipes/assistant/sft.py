@@ -146,7 +146,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def finish(recipe: Recipe, task: SFTTask, out: Path, resume: bool, **about: Any) -> None:
-    """Print what was too long, and train the task's model (see `learn`)."""
+    """Print the number of conversations that were too long, and train the task's model (see `learn`)."""
     for part in (task.training, task.held):
         if said := part.sentence(task.data.context_length):
             print(said)

@@ -45,7 +45,9 @@ class TableOptions(FinetuneOptions):
 
 @dataclass(frozen=True, eq=False)
 class TableTask:
-    """Everything made ready: a model with a head, its tokenizer, the examples as ids, and those that are held out."""
+    """Task that is ready to train: a model with a head, its tokenizer, the examples as ids, and those that are held
+    out.
+    """
 
     model: Any
     tokenizer: Tokenizer

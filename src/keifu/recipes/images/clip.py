@@ -104,7 +104,7 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class ClipTask:
-    """Everything made ready: the model, its tokenizer, and the pictures in three parts."""
+    """Task that is ready to train: the model, its tokenizer, and the pictures in three parts."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -203,7 +203,7 @@ def describe(task: ClipTask, languages: Sequence[str]) -> str:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train into `out`, and tells how much of what is held out is found."""
+    """Train into `out`, and print the retrieval figures of the held-out pairs."""
     task = prepare(recipe)
     return learn(replace(recipe, training=task.settings), task, out, resume)
 

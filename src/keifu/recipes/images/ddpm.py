@@ -163,7 +163,7 @@ class Recipe(PictureOptions):
 
 @dataclass(frozen=True, eq=False)
 class DiffusionTask:
-    """Everything made ready: the network, the pictures in three parts, their batches and the loss."""
+    """Task that is ready to train: the network, the pictures in three parts, their batches and the loss."""
 
     model: Any
     parts: ImageSplit

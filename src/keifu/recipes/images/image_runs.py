@@ -100,7 +100,7 @@ class TextToImageOptions(Logging):
 
 @dataclass(frozen=True, eq=False)
 class TextToImageTask:
-    """Everything made ready: the whole model, what draws with it, the pictures, their batches and the loss."""
+    """Task that is ready to train: the whole model, what draws with it, the pictures, their batches and the loss."""
 
     model: Any
     painter: TextToImagePipeline

@@ -60,7 +60,7 @@ class Recipe(TextOptions, Logging):
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`. All of what is held out is evaluated."""
+    """Train into `out`. The whole held-out part is evaluated."""
     require_known("recipe", recipe.recipe_of, WAYS)
     build, config, settings = WAYS[recipe.recipe_of]
     warmup = min(settings.warmup, recipe.steps or settings.steps)

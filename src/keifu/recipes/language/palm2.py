@@ -103,7 +103,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class PreparedMixture:
-    """A mixture made ready: its sources as ids, and the tokenizer that made them."""
+    """Mixture that is ready to train on: its sources as ids, and the tokenizer that made them."""
 
     mixture: Mixture
     tokenizer: Tokenizer

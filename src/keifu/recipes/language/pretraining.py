@@ -87,7 +87,7 @@ TextArgument = Annotated[Text, tyro.conf.arg(name="")]  # options without a pref
 
 @dataclass(frozen=True)
 class TextTask:
-    """A text made ready: its tokens on disk, and the tokenizer that made them."""
+    """Text that is ready to train on: its tokens on disk, and the tokenizer that made them."""
 
     text: Text
     tokenizer: Tokenizer

@@ -82,7 +82,7 @@ class TranslationOptions(Logging):
 
 @dataclass(frozen=True)
 class TranslationTask:
-    """Pairs made ready: what they are, their three parts, and a tokenizer for both sides."""
+    """Pairs that are ready to train on: their source, their three parts, and a tokenizer for both sides."""
 
     pairs: Pairs
     parts: PairSplit

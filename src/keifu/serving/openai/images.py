@@ -198,7 +198,7 @@ def _check_sides(trained: Any, sides: tuple[int, int] | None) -> None:
 
 
 def _written(path: Path, name: str, data: bytes) -> InputImage:
-    """Check and write a file of the request; the transparent part of a mask is drawn anew, as OpenAI has it."""
+    """Check and write a file of the request; the transparent part of a mask is generated, as in OpenAI's API."""
     read_image(data, name, PICTURE_BYTES)
     path.write_bytes(data)
     if path.name == "mask":

@@ -125,7 +125,7 @@ class DiffusionLoss:
         return self.of(partial(self.output, model, batch), batch["pictures"], batch["draws"])
 
     def of(self, network: Network, given: Tensor, draws: Int[Tensor, " batch"]) -> LossOutput:
-        """Return the same of a network whose condition is settled."""
+        """Return the loss of a network with a fixed condition."""
         picture = to_signed(given) if given.dtype == torch.uint8 else given
         timestep = self.noise.time(shares(uniform(draws, torch.full_like(draws, TIMESTEP)), self.sampling))
         added = normal(draws, picture.shape[1:]).to(picture.dtype)

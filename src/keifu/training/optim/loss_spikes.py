@@ -90,7 +90,7 @@ class SpikeState(Running):
         )
 
     def after(self, target: int, then: "SpikeState") -> "SpikeState":
-        """Return the watch as it was at the state to go back to, with what is to be skipped from there."""
+        """Return the watch at the state to which the run goes back, with the batches to skip from there."""
         times = self.times + 1 if self.times and target == self.back else 1
         if times > MOST:
             raise UserError(

@@ -75,7 +75,7 @@ def remove_old(directory: Path, step: int, keep: int, reach: int, due: Callable[
 
 
 def _hash(facts: Mapping[str, Any]) -> str:
-    """Return SHA-256 of what a state's JSON file says."""
+    """Return the SHA-256 of the content of a state's JSON file."""
     plain = json.loads(json.dumps(facts))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 

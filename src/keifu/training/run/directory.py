@@ -36,7 +36,7 @@ PACKAGES = ("keifu", "torch", "numpy", "tokenizers", "safetensors")
 
 @contextmanager
 def owned(directory: Path) -> Iterator[None]:
-    """Hold a run directory for this process alone (see `locks.hold`), and put right what a dead one left there.
+    """Lock a run directory for this process (see `locks.hold`), and repair what a dead process left.
 
     Of several processes that share a run (torchrun), the first holds it for all.
     """
@@ -74,7 +74,7 @@ def claim_directory(run: Run) -> None:
 
 
 def keep_tokenizers(run: Run) -> None:
-    """Write the tokenizers that a new run has learned into its folder, from which it goes on with them."""
+    """Write the tokenizers that a new run has learned into its folder, from which a resumed run reads them."""
     if not run.resume and current().is_main:
         for name, tokenizer in LEARNED.items():
             tokenizer.save(run.directory / KEPT / name)

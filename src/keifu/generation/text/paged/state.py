@@ -115,7 +115,7 @@ class SpanGroup:
         self._gathered: dict[int, Tensor] = {}
 
     def begin(self, positions: Int[Tensor, " tokens"], states: tuple[Tensor, Tensor], numbers: list[Tensor]) -> None:
-        """Take what is on the device."""
+        """Store the tensors of the step that are on the device."""
         self.states = states
         self._tables = numbers[0].view(self.count, -1) if numbers else None
         self._mask: CausalMask | RaggedMask = RaggedMask(positions.view(self.count, -1), self.last)
