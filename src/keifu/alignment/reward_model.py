@@ -33,8 +33,8 @@ def ranking_losses(scores: Scores, levels: Scores) -> Float[Tensor, " batch"]:
 
 
 def pairs(levels: Scores) -> tuple[Float[Tensor, "batch K K"], Float[Tensor, "batch 1 1"]]:
-    """Return 1 if the first answer of a pair is better than the second, and the weight of each pair of a prompt: 1
-    over their number.
+    """Return whether the first answer of each pair is better than the second (1 or 0), and the weight of each pair: 1
+    over the number of the prompt's pairs.
     """
     better = (levels[:, :, None] > levels[:, None, :]).float()
     return better, 1 / better.sum((1, 2), keepdim=True).clamp(min=1)

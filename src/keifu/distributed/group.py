@@ -165,7 +165,7 @@ class Group(Processes):
 
 
 def _of_this_start(store: Any, number: int, count: int, seconds: float) -> Any:
-    """Return the store without what processes have left there that died: torchrun keeps it when it starts others.
+    """Return a store without the entries of processes that died, which torchrun keeps when it restarts processes.
 
     Each process leaves a number that it draws. The first one tells those of all others its own number, which begins the
     names of all that they exchange; numbers of the dead are told too, and nobody listens.

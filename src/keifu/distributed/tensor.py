@@ -61,8 +61,7 @@ class Tokens:
         return self.move(padded, Partial() if adds else Replicate(), Shard(1))
 
     def whole(self, x: Tensor, adds: bool) -> Tensor:
-        """Return all tokens; adds: whether each process computes another part of the gradient, or all compute the
-        same."""
+        """Return all tokens. adds: whether the processes' gradients are parts of a sum, or all the same."""
         return self.move(x, Shard(1), Replicate(), Partial() if adds else Replicate())[:, : self.length]
 
     def shared(self, x: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class AdaptedLinear(nn.Module):
         return [adapter for adapter in self.adapters if isinstance(adapter, Adapter)]
 
     def _piece(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
-        """Return an adapter's rows of the output, adapted."""
+        """Return an adapter's rows of the output, with the adapter added."""
         low, part = adapter.low, y[..., adapter.rows]
         change = F.linear(adapter(x), adapter.b * low.scale)
         stretch = None if adapter.length is None else adapter.stretch(self.base.weight[adapter.rows].float())

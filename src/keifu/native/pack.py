@@ -137,7 +137,7 @@ class Packer:
         return native.Norm(part.kind, part.eps, weight, self.address(part.bias))
 
     def matrix(self, part: MatrixPart) -> native.Matrix:
-        """Pack a matrix; one that is used twice is packed once."""
+        """Pack a matrix; a matrix that is used twice is packed once."""
         key = part.weight, part.first
         if key not in self.matrices:
             self.matrices[key] = self._pack(part, self.own.get(part.weight, self.chosen.layers))

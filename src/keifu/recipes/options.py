@@ -48,8 +48,9 @@ def to_json(recipe: Any) -> dict[str, Any]:
 
 
 def from_json(usual: Any, json: Mapping[str, Any]) -> Any:
-    """Return the recipe `usual`, or one of that class, with the options that `to_json` wrote; others keep their
-    values."""
+    """Return a recipe with the options that `to_json` wrote. The other options are those of `usual`, or the class's
+    defaults.
+    """
     hints = get_type_hints(usual if isinstance(usual, type) else type(usual))
     known = {field.name for field in fields(usual)} & json.keys()
     values = {name: _value(hints[name], json[name], getattr(usual, name, None)) for name in known}

@@ -172,7 +172,7 @@ def truncated_error(path: Path, needed: int, size: int) -> UserError:
 
 
 def open_file(path: Path) -> GGUFFile:
-    """Return a GGUF file's header. What is no GGUF, of an unknown version, or torn, is a `UserError`."""
+    """Return a GGUF file's header. Another kind of file, an unknown version or a truncated file is a `UserError`."""
     size = plain_file(path).stat().st_size
     if not is_gguf(path):
         raise UserError(f"{path} is no GGUF file: it does not begin with the letters GGUF.")

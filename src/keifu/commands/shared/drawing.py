@@ -122,7 +122,7 @@ def output_paths(loras: "Sequence[LoraRecord]", paths: Sequence[str]) -> "tuple[
 
 
 def check(count: int, best_of: int | None, clip: str | None, text: str | None) -> None:
-    """Refuse options that do not fit each other, and what is no CLIP, before anything is drawn."""
+    """Refuse options that do not fit each other, and a model that is not CLIP, before anything is drawn."""
     if best_of is None:
         if clip:
             raise UserError("--clip ranks pictures for --best-of, which was not given: add it, or leave --clip out.")

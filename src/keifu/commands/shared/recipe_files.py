@@ -32,7 +32,7 @@ def is_own(name: str) -> bool:
 
 
 def path_of(name: str) -> Path:
-    """Return a recipe's file; a name that is none is a `UserError` with the nearest one."""
+    """Return a recipe's file; an unknown name is a `UserError` with the nearest one."""
     if is_own(name):
         if not Path(name).is_file():
             raise UserError(f"There is no file {name!r}: give a file with a class Recipe and a function run.")

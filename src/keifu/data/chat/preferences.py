@@ -71,8 +71,9 @@ PREFERENCES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"chitchat-pref
 
 @dataclass(frozen=True)
 class RankedResponses:
-    """A prompt and at least two responses to it, the best first. `levels`: answers with the same number are as good. A
-    single response has the level 1, good, or 0, bad."""
+    """A prompt and at least two responses to it, the best first. `levels`: answers with the same number are equally
+    good. A single response has the level 1, good, or 0, bad.
+    """
 
     prompt: Conversation
     answers: tuple[str, ...]

@@ -67,7 +67,7 @@ def _digits() -> Iterator[ImageItem]:
 
 
 def _clothes() -> Iterator[ImageItem]:
-    """Yield Fashion-MNIST: 60,000 to train on, then 10,000 to test on, as its authors split them."""
+    """Yield Fashion-MNIST: 60,000 training pictures, then 10,000 test pictures, as its authors split them."""
     folder = catalogue.fetch("fashion-mnist")
     for prefix, part in (("train", ""), ("t10k", "test")):
         pictures, labels = (read_idx(folder / f"{prefix}-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))

@@ -54,7 +54,7 @@ def embed_texts(
 
 
 def padding(tokenizer: Tokenizer) -> int:
-    """Return the id that pads a text after its end: no token attends to it, so any id up to the end's will do."""
+    """Return the id that pads a text after its end: no token attends to it, so any id up to the end's is valid."""
     return next(token for token in (tokenizer.pad_id, tokenizer.eos_id, 0) if token is not None)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a model that hears on recordings with transcripts: the word error rate."""
+"""Evaluation of a speech model on recordings with transcripts: the word error rate."""
 
 import re
 from collections.abc import Sequence

@@ -157,7 +157,7 @@ class BlockManager:
         return blocks
 
     def _empty(self, block: int) -> bool:
-        """Return whether a run of empty blocks begins here; a block that is only known is emptied."""
+        """Return whether a run of empty blocks begins here. Cached blocks that no sequence uses are emptied."""
         if block in self._unused:
             del self._unused[block]
             self._forget(block)

@@ -119,8 +119,9 @@ class Engine:
         return len(self.scheduler.waiting), len(self.scheduler.running)
 
     def request(self, prompt: str | Tokens[int] | ImagePrompt, sampling: SamplingParams) -> Request:
-        """Make a request for this model, of a text, of token ids, or of those with pictures; one that is invalid is a
-        `UserError`."""
+        """Make a request for this model, of a text, of token ids, or of those with pictures; an invalid request is a
+        `UserError`.
+        """
         images = insert_images(prompt, self.model) if isinstance(prompt, ImagePrompt) else None
         tokens = prompt_tokens(self.tokenizer, cast(Any, prompt)) if images is None else images.tokens
         limits = self.runner.vocab_size, self.runner.context_length

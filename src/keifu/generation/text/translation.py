@@ -219,7 +219,9 @@ def translate_texts(
 
 
 def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of sentences, each with the end token; one that is too long is a `UserError` that names it."""
+    """Return the tokens of sentences, each with the end token; a sequence that is too long is a `UserError` that names
+    it.
+    """
     room = model.config.context_length
     ids = [[*tokens, model.config.end_id] for tokens in tokenizer.encode_batch(texts)]
     for label, tokens in zip(labels, ids, strict=True):

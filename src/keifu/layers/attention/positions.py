@@ -107,7 +107,7 @@ class RopeScaling:
         return self._mscale(1.0)
 
     def all_dim_magnitude(self) -> float:
-        """Return the factor on queries and on keys, positions or not, that `mscale_all_dim` asks for (DeepSeek-V2)."""
+        """Return the factor of all dimensions of queries and keys that `mscale_all_dim` sets (DeepSeek-V2)."""
         return self._mscale(self.mscale_all_dim) if self.mscale_all_dim else 1.0
 
     def _mscale(self, scale: float) -> float:

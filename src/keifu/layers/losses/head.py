@@ -1,4 +1,4 @@
-"""A head's matrix, and the gradients of a loss, made while the logits of some rows are in memory.
+"""Products with a head's matrix, and the gradients of a loss, with the logits of only some rows in memory at a time.
 
 Axes: n = positions, dim, vocab = classes.
 """

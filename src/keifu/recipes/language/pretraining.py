@@ -220,7 +220,7 @@ class PretrainingOptions(Logging):
     """Beginning of the samples."""
 
     def share(self, part: float) -> int:
-        """Return the number of steps of this part of the run."""
+        """Return the number of steps in this fraction of the run."""
         return round(part * self.steps)
 
     def settings(self, **chosen: Any) -> Settings:

@@ -38,7 +38,7 @@ class StoredResponses:
             self.remove(next(iter(self.entries)))
 
     def find(self, name: str) -> tuple[dict[str, Any], Messages]:
-        """Return one by its id; raise an `ApiError` for an unknown id."""
+        """Return a response by its id; raise an `ApiError` for an unknown id."""
         if name not in self.entries:
             text = f"There is no response {name!r}: it was not stored, or has been forgotten."
             raise ApiError(404, text, "previous_response_id", "response_not_found")

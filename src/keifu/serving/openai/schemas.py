@@ -191,7 +191,7 @@ class FlatNamedTool(FunctionName):
 
 
 def tool_use(functions: Sequence[Function], choice: Any, name: str | None, parallel: bool | None) -> ToolUse | None:
-    """Return the functions that may be called, or None for none.
+    """Return the functions that the model may call, or None.
 
     Args:
         functions: all functions of the request.
