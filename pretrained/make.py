@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,11 @@ from keifu.data.translation.pairs import read_pairs, split
 PACKAGE = Path(__file__).parent / "src" / "keifu_pretrained"
 DTYPES = ("bf16", "f32")
 KEIFU = (sys.executable, "-m", "keifu")
+WRITE = (
+    "python benchmarks/teacher_texts.py --streams 96 --wave 384 --max-tokens 200 "
+    "--kinds story greeting story answer greeting conversation"
+)
+TAUGHT = "keifu train sft --context-length 512 --too-long drop --batch-size 8"
 SHAPE = "--model.dim 288 --model.hidden-dim 1152 --model.n-layers 4 --model.n-decoder-layers 3 --model.n-heads 6"
 COUNTS = ("pairs", "pictures", "tokens", "masked words", "rows", "conversations")  # what was evaluated, how much
 METRICS = {"BLEU": "bleu", "chrF": "chrf", "perplexity of masked words": "perplexity"}  # the hub's names of figures
@@ -68,7 +73,7 @@ class Model:
     one before as {last}; "prune {last} DATA ENCODER DECODER" is `prune`; "python" is a benchmark that trains, or with
     --out one that writes this file or folder; "join OUT FILE ..." writes files one after the other.
     evaluation: a keifu command, or a benchmark that prints JSON. figures: the names of those that count in its JSON;
-    `details` is the name of a table there, if any.
+    `details` is the name of a table there, if any. sampling: settings of generation_config.json, instead of the run's.
     """
 
     about: str
@@ -84,6 +89,7 @@ class Model:
     details: str = ""
     dtype: str = "bf16"
     languages: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 NEAR_COPIES = (
@@ -228,6 +234,46 @@ MODELS = {
         "It knows few facts, answers no questions, and says what is false as easily as what is true.",
         languages=("en",),
     ),
+    "chat-en": Model(
+        about="a small model that chats in English and tells short stories, taught by SmolLM2",
+        task="text-generation",
+        licence="cc-by-sa-4.0",
+        terms="its layers began as gpt-en, which read CC BY-SA 4.0 (Wikipedia, Wikibooks) and CC BY 2.0 FR (Tatoeba): "
+        "name them and their contributors where you pass this on, under the same licence; its teacher and the author "
+        "of its data, SmolLM2-135M-Instruct, is Apache-2.0 (Hugging Face TB)",
+        data="smollm2-chats: 4,020 conversations that SmolLM2-135M-Instruct wrote, from the prompts of "
+        "benchmarks/teacher_texts.py, and the first sentences of their answers; all are synthetic, and nobody has "
+        "checked them",
+        command=f"{WRITE} --seed 0 --count 2688 --out runs/chats-0.jsonl && "
+        f"{WRITE} --seed 1 --count 1152 --out runs/chats-1.jsonl && "
+        "join runs/first-chats.jsonl runs/chats-0.jsonl runs/chats-1.jsonl && "
+        "python benchmarks/student.py --data runs/first-chats.jsonl --vocabulary 12000 --out runs/chat-student && "
+        f"{WRITE} --seed 1 --count 2304 --out runs/chats-1.jsonl && "
+        "join runs/chats.jsonl runs/chats-0.jsonl runs/chats-1.jsonl && "
+        f"{TAUGHT} --data runs/chats.jsonl --model runs/chat-student --steps 100000 --minutes 36 "
+        "--learning-rate 1.5e-3 && "
+        f"{TAUGHT} --data runs/chats.jsonl --model {{last}} --steps 100000 --minutes 8 --learning-rate 5e-4 --seed 1 "
+        "--distill.teacher smollm2 --distill.weights int8 --distill.hard 0.5 && "
+        "python benchmarks/shortened.py --data runs/chats.jsonl --out runs/short-chats.jsonl && "
+        f"{TAUGHT} --data runs/short-chats.jsonl --model runs/pretrained-chat-en-8 --learning-rate 3e-4 --seed 2 "
+        "--steps 80",
+        evaluation="python benchmarks/held_out_chats.py chat-en smollm2 gpt-en --data "
+        "docs/results/data/held-out-chats.jsonl --json",
+        held_out="conversations of its teacher whose first questions it did not learn from",
+        figures=(
+            "bits per byte",
+            "bits per byte, 95% interval",
+            "bits per byte of smollm2",
+            "bits per byte of gpt-en",
+            "conversations",
+        ),
+        limits="It writes a sentence or two to greetings and requests, and a story of about five sentences. It often "
+        "offers help and does not take up what you said, loses the thread, knows few facts, and says what is false as "
+        "easily as what is true. Its template calls it SmolLM. The held-out questions come from the same lists "
+        "of words as those it learned from; keifu's page docs/results/packaged.md compares answers to other ones.",
+        languages=("en",),
+        sampling={"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.1},
+    ),
     "bert-en": Model(
         about="a small BERT that fills in English words, and reads texts for other tasks",
         task="fill-mask",
@@ -333,6 +379,12 @@ def pack(run: Path, folder: Path, dtype: str) -> None:
         record = json.loads((run / "recipe.json").read_text("utf-8"), object_hook=without_folders)
         record.get("recipe", {}).pop("place", None)  # a folder of the machine that trained it
         (folder / "recipe.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), "utf-8")
+
+
+def recommend(folder: Path, sampling: Mapping[str, Any]) -> None:
+    """Write these settings of text generation over those of a folder."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | sampling, indent=2), "utf-8")
 
 
 def without_folders(values: dict) -> dict:
@@ -521,6 +573,8 @@ def main() -> None:
     if not options.card:
         run = options.run or trained(options.name, model)
         pack(run, PACKAGE / options.name, model.dtype)
+        if model.sampling:
+            recommend(PACKAGE / options.name, model.sampling)
     write_card(options.name, model, PACKAGE / options.name)
 
 

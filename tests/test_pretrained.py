@@ -106,6 +106,13 @@ def test_it_translates_a_simple_sentence(name: str) -> None:
     assert found.text == target
 
 
+def test_it_chats(capsys: pytest.CaptureFixture) -> None:
+    for weights in ([], ["--weights", "int8"]):
+        cli.main(["chat", "chat-en", "Hello, how are you today?", "--max-tokens", "60", "--seed", "0", *weights])
+        said = capsys.readouterr().out.strip()
+        assert re.search(r"\b(I|you|help)\b", said) and "<|" not in said
+
+
 def test_it_sees_a_shape_that_is_drawn_here(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     image = Image.new("RGB", (64, 64), (240, 240, 250))
     ImageDraw.Draw(image).ellipse((20, 24, 44, 48), fill=(255, 0, 0))

@@ -12,7 +12,7 @@ from keifu.commands.evaluate import training_facts
 from keifu.data.catalogue import catalogue
 from keifu.data.images.dataset import read_images
 from keifu.data.images.splits import split_of_run
-from keifu.recipes import landmarks
+from keifu.recipes import demo, landmarks
 
 
 @pytest.mark.usefixtures("drawn_boundaries")
@@ -47,6 +47,13 @@ def test_without_the_package_it_goes_on(capsys: pytest.CaptureFixture, monkeypat
     assert told[2:] == [
         "   Left out: network, ja-en, en-ja, bert-en, digits, emoji (pip install ./pretrained brings them)."
     ]
+
+
+def test_the_packaged_chat_model_answers(capsys: pytest.CaptureFixture) -> None:
+    demo._ask("chat-en", "My umbrella is broken. What should I do?")
+    asked, *answer = capsys.readouterr().out.splitlines()
+    assert asked == "   > My umbrella is broken. What should I do?"
+    assert len(re.findall(r"[a-z]+", " ".join(answer))) > 5
 
 
 def test_a_character_is_two_pixels() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keifu import checkpoints
+from keifu.data.catalogue import catalogue
 from keifu.errors import shell
 from keifu.evaluation.text.perplexity import bigram_loss
 from keifu.files import write_atomic
@@ -20,8 +21,6 @@ from keifu.ranges import Count
 from keifu.recipes import landmarks
 from keifu.recipes.language import gpt
 from keifu.recipes.language.pretraining import VALIDATION_TOKENS, pretrain
-
-QUESTIONS = ("What is the capital of France?", "What is the capital of Japan?")
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     task, config, settings = gpt.prepare(dial)
     settings = replace(settings, evaluate_every=130, sample_every=130, save_every=0)
     baseline = bigram_loss(task.shards.tokens, task.shards.validation[:VALIDATION_TOKENS], task.tokenizer.vocab_size)
-    print(
-        f"\n2. A LLaMA-type model of {gpt.parameters(config) / 1e6:.1f} M parameters learns {recipe.data}.", flush=True
-    )
+    print(f"\n2. A LLaMA-type model of {gpt.parameters(config) / 1e6:.1f} M parameters learns {recipe.data}.")
     about = {"bigram baseline (nats a token)": round(baseline, 3)}
     summary = pretrain(
         "demo", task, llama.build, config, settings, out, resume, "The President", about, start_over=not resume
@@ -56,7 +53,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(f"   bigram baseline {baseline:.3f} nats a token ({bits(baseline):.3f} bits a byte)")
     print(f"   Report: {out / 'report.html'}")
     print("\n3. SmolLM2-135M-Instruct, read from its published GGUF file, answers.", flush=True)
-    _ask()
+    _ask("smollm2", "What is the capital of France?", "What is the capital of Japan?")
+    if catalogue.is_cached("chat-en", catalogue.MODELS):
+        print("   A packaged model, chat-en, learned from SmolLM2, but not from this question:", flush=True)
+        _ask("chat-en", "My umbrella is broken. What should I do?")
     print(f"\nDone in {time.monotonic() - began:.0f} s. Next:")
     print(f'   keifu generate {shell(out)} "The President of the United States"')
     print('   keifu chat smollm2 "What is the capital of Italy?"')
@@ -65,10 +65,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print("   keifu lineage    # the landmarks in order of years, what each brought, and how to repeat it")
 
 
-def _ask() -> None:
-    model, tokenizer = checkpoints.load("smollm2")
-    for question in QUESTIONS:
+def _ask(name: str, *questions: str) -> None:
+    model, tokenizer = checkpoints.load(name)
+    for question in questions:
         print(f"   > {question}\n   ", end="", flush=True)
-        for piece in Conversation(model, tokenizer).reply(question, temperature=0.0, max_tokens=60):
+        for piece in Conversation(model, tokenizer).reply(question, seed=0, max_tokens=60):
             print(piece.replace("\n", "\n   "), end="", flush=True)
         print()

@@ -39,9 +39,8 @@ def show() -> dict[str, bytes]:
     """
     missing = [name for name in SHOWN if not catalogue.is_cached(name, catalogue.MODELS)]
     pictures: dict[str, bytes] = {}
-    for name, landmark in SHOWN.items():
-        if name not in missing:
-            pictures |= landmark(name)
+    for name in [name for name in SHOWN if name not in missing]:
+        pictures |= SHOWN[name](name)
     if missing:
         print(f"   Left out: {', '.join(missing)} ({catalogue.how_to_install()} brings them).")
     return pictures

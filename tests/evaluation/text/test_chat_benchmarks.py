@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from keifu.evaluation.intervals import wilson
 from keifu.models import llama
 
 ROOT = Path(__file__).parents[3]
+DATA = ROOT / "docs/results/data"
 TEXT = "User:\nHow are you today?\nAssistant:\nI am well, and you?\n"
 
 
@@ -120,7 +122,8 @@ def test_bits_are_those_of_the_answers(
 def test_a_student_has_the_layers_of_its_body_and_its_teacher_s_tokens(
     models: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body, tokenizer = checkpoints.load(models[1])
+    loaded: Any = checkpoints.load(models[1])
+    body, tokenizer = loaded
     rows, blocks = body.embedding.weight.detach().clone(), [weights.clone() for weights in body.blocks.parameters()]
     tokens = train_tokenizer("bpe", ["How well are you today, and you? "], 290, special_tokens=["<|im_end|>"])
     student = benchmark("student", monkeypatch).with_tokens(body, tokenizer, tokens)
@@ -138,3 +141,32 @@ def test_a_file_of_texts_with_odd_line_breaks_is_continued(tmp_path: Path, monke
     assert texts.begun(path, 0) == [0, 2] and path.read_text(encoding="utf-8") == "\n".join([*lines, ""])
     with pytest.raises(SystemExit, match="lines of another seed than 1"):
         texts.begun(path, 1)
+
+
+def test_figures_of_the_page_are_of_their_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, blind = benchmark("held_out_chats", monkeypatch), benchmark("blind_comparison", monkeypatch)
+    page = {table["section"]: table for table in json.loads((DATA / "packaged.json").read_text(encoding="utf-8"))}
+    measured = dict(page[held.SECTION]["values"])
+    sizes = measured.pop("bytes")
+    assert held.rows(measured, sizes) == page[held.SECTION]["rows"]
+    chats = (DATA / "held-out-chats.jsonl").read_text(encoding="utf-8").splitlines()
+    read = iter([held.size(json.loads(line)["messages"]) for line in chats])
+    assert all(size in read for size in sizes), "in their order, without those that are too long"
+    told = json.loads((DATA / blind.ANSWERS).read_text(encoding="utf-8"))
+    assert blind.rows("chat-en", told["items"]) == page[blind.SECTION]["rows"]
+    prompts = sorted(turns for several in blind.PROMPTS.values() for turns in several)
+    assert sorted(item["turns"] for item in told["items"]) == sorted(2 * prompts)
+    card = json.loads((ROOT / "pretrained/src/keifu_pretrained/chat-en/card.json").read_text(encoding="utf-8"))
+    assert card["figures"].items() <= held.figures(measured, sizes).items()
+
+
+def test_answers_are_shortened_to_whole_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten = benchmark("shortened", monkeypatch).shorten
+    texts = ["Hi.", "Hello. How are you? I am well.", "Tell me a story!", "One. Two.\n\nThree. Four"]
+    talk = [{"role": ["user", "assistant"][number % 2], "content": text} for number, text in enumerate(texts)]
+    assert [turn["content"] for turn in shorten(talk, 2, 3)] == [
+        "Hi.", "Hello. How are you?", "Tell me a story!", "One. Two.\n\nThree.",
+    ]  # fmt: skip
+    endless = [talk[0], {"role": "assistant", "content": "a" * 701 + "."}]
+    assert shorten(talk[:2] + endless, 1, 1) == shorten(talk[:2], 1, 1) == [talk[0], {**talk[1], "content": "Hello."}]
+    assert shorten([talk[0], {"role": "assistant", "content": "1. no end"}], 2, 2) == []
