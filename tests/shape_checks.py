@@ -5,7 +5,6 @@ the types, shapes and dtypes of a call before it would get the same answer, so i
 first `CALLS` calls of a function are looked at, and of the later ones every `CALLS`-th: a loop repeats itself.
 """
 
-import dataclasses
 import functools
 import inspect
 import threading
@@ -115,11 +114,6 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
         return property(*(part and again(part) for part in (function.fget, function.fset, function.fdel)))
     if isinstance(function, classmethod | staticmethod):
         return type(function)(again(function.__func__))
-    if dataclasses.is_dataclass(function):
-        made = vars(function).get("__init__")
-        if made and not hasattr(made, "__wrapped__"):  # one that is written out is a function of its own
-            function.__init__ = again(made)
-        return function
     if not inspect.isfunction(function):
         return _check_every_call(function, typechecker=typechecker)
     parts = [part for annotation in function.__annotations__.values() for part in _parts(annotation)]

@@ -1,5 +1,6 @@
 """Every model learns: each is trained on a toy set until it knows it by heart, in seconds."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -283,7 +284,7 @@ def test_clip_learns_pairs_by_heart(name):
     assert losses[-1] < 0.1
 
 
-def learned(model, objective, settings, batch, until: float = 0.0) -> list[float]:
+def learned(model, objective, settings, batch, until: float = -math.inf) -> list[float]:
     """Train until a loss is below `until`, and return the loss of each step. `batch` gets the step."""
     trainer, losses = Trainer(model, objective, settings, dtype=torch.float32), []
     for step in range(settings.steps):

@@ -226,7 +226,7 @@ def test_forms(form: str, tmp_path: Path) -> None:
         ({"prompt": "Hi", "answers": ["a", "b"], "scores": [1]}, "2 answers need 2 scores"),
         ({"prompt": "Hi", "answers": ["a", "b"], "scores": [1, 1]}, "no answer is better"),
         ({"chosen": TALK, "rejected": [{"role": "user", "content": "x"}, TALK[1]]}, "differ before their last"),
-        ({"prompt": "Hi", "completion": "a", "label": 1}, "label is true or false"),
+        ({"prompt": "Hi", "completion": "a", "label": 1}, "label must be true or false"),
         ({"question": "x"}, "prompt and chosen and rejected"),
     ],
 )

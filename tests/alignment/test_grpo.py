@@ -378,7 +378,7 @@ def test_the_built_in_task_is_labelled(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--beta", "-1"], "beta is 0 or more"),
+        (["--beta", "-1"], "beta must be 0 or more"),
         (["--group", "1"], "2 answers or more"),
         (["--minibatches", "3"], "16 answers cannot be split into 3 minibatches"),
         (["--max-tokens", "48"], "this model's context is 48"),

@@ -46,7 +46,7 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"logit_bias": {"9999": 1}}, "logit_bias names the token 9999, but the model knows only 0 to 260", "logit_bias"),
     ({"stop": ["a"] * 17}, "list should have at most 16 items", "stop"),
     ({"stop": ["a", ""]}, "strings of at least one character", "stop"),
-    ({"seed": -1}, "and it is -1", "seed"),
+    ({"seed": -1}, "not -1", "seed"),
     ({"audio": {"voice": "x"}}, "audio is not supported by this server: leave it out.", "audio"),
     ({"functions": [{"name": "f"}]}, "functions is not supported", "functions"),
     ({"lora": [{"id": 0, "scale": 0.5}]}, "lora is not supported by this server: choose an adapter", "lora"),

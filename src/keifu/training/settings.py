@@ -93,7 +93,7 @@ class Settings:
     """Activations that are computed again in the backward pass, which changes no bit on a CPU. blocks: all but the
     inputs of blocks, a third more computation. selective: all but the results of matrix multiplications."""
     optimizer_state: OptimizerState = "float32"
-    """Format of AdamW's two averages. int8: 8 bits, with a scale for 256 numbers; not if --mesh splits the model."""
+    """Format of AdamW's two averages. int8: 8 bits, with a scale for 256 numbers; not if a mesh splits the model."""
     deterministic: bool = False
     """Whether a GPU uses only kernels that give the same bits each time, which may be slower. A CPU always does."""
     seed: Seed = 0

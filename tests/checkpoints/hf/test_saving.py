@@ -77,7 +77,7 @@ def test_how_to_generate_text_is_kept(tokenizer, tmp_path) -> None:
 def test_the_catalogue_says_it_where_the_files_do_not(tokenizer, tmp_path, monkeypatch) -> None:
     model, entry = MODELS["llama"](), replace(catalogue.entry("smollm2"), generation_config={"do_sample": False})
     monkeypatch.setitem(catalogue.MODELS, "toy", entry)
-    monkeypatch.setattr(catalogue, "fetch", lambda name, table: tmp_path / "plain")
+    monkeypatch.setattr("keifu.checkpoints.hub.fetch", lambda name, table: tmp_path / "plain")
     checkpoints.save(model, tokenizer, tmp_path / "plain")
     assert checkpoints.load("toy")[1].generation_config["do_sample"] is False
     assert "do_sample" not in checkpoints.load(tmp_path / "plain")[1].generation_config  # by its path, it has no entry

@@ -249,7 +249,7 @@ def test_the_tokenizers_own_vocabulary(wordpiece: Tokenizer) -> None:
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path, shards: SentenceShards, wordpiece: Tokenizer) -> None:
-    with pytest.raises(UserError, match="share between 0 and 1"):
+    with pytest.raises(UserError, match="0 < share < 1.*share=1.5"):
         MaskingScheme(share=1.5)
     with pytest.raises(UserError, match="has no cls_token, sep_token, pad_token, mask_token"):
         MaskingVocabulary.of(train_tokenizer("characters", ["abc"], 10))

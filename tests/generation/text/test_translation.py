@@ -128,7 +128,7 @@ def test_no_more_tokens_than_the_source_and_fifty_nor_than_the_model_takes(lette
 
 def test_a_sentence_too_long_is_said_with_both_lengths_and_not_cut(echo: Echo, letters: Tokenizer) -> None:
     assert translate(echo, letters, ["a" * 39]) == ["a" * 39]
-    with pytest.raises(UserError, match=r"^Sentence 2 of text 3 has 41 tokens, but this model takes 40 at most: "):
+    with pytest.raises(UserError, match=r"^Sentence 2 of text 3 has 41 tokens, but this model takes 40: "):
         translate(echo, letters, ["a", "", "an. " + "B" * 40])
     assert echo.batches == [1]
 
@@ -140,9 +140,9 @@ def test_unknown_characters_are_counted(echo: Echo, letters: Tokenizer) -> None:
 
 def test_settings_out_of_range(echo: Echo, letters: Tokenizer) -> None:
     for name in ("beam", "max_tokens", "batch_size"):
-        with pytest.raises(UserError, match=f"{name} must be a whole number from 1 .* it is 0"):
+        with pytest.raises(UserError, match=f"{name} must be a whole number from 1 .* not 0"):
             TranslationParams(**{name: 0})
-    with pytest.raises(UserError, match="alpha must be a number .* it is nan"):
+    with pytest.raises(UserError, match="alpha must be a number .* not nan"):
         TranslationParams(alpha=float("nan"))
 
 

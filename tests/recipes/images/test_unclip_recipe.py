@@ -78,7 +78,7 @@ def test_nothing_is_enlarged_where_the_sizes_are_the_same(drawings, towers, tmp_
         ({"attention": (3,)}, "attention names level 3"),
         ({"small": 9}, "9 x 9 does not fit this network"),
         ({"crop": 7}, "A size of 7 x 7 does not fit"),
-        ({"prompts": ("a red disc " * 40,)}, "and the model reads 32"),
+        ({"prompts": ("a red disc " * 40,)}, "but the model reads 32"),
     ],
 )
 def test_what_is_refused_before_its_clip_is_trained(changed, told, drawings, towers, tmp_path) -> None:
