@@ -163,7 +163,7 @@ def test_a_picture_that_was_changed_is_said_to_differ(model: str, capsys: pytest
     told = json.loads(Image.open("a.png").text["keifu"])
     for change, expected in (
         ({"count": "3"}, "cannot be"),
-        ({"number": 5}, "cannot be: picture 5 of 1, 1 at a time"),
+        ({"number": 5}, "is wrong: picture 5 of 1, 1 at a time"),
         ({"batch_size": 0}, "0 at a time"),
         ({"threads": "a"}, "cannot be"),
         ({"threads": 0}, "the threads as 0, which must be from 1 to 1,024"),

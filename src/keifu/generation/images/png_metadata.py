@@ -61,7 +61,7 @@ class ImageRecord:
     def seeds(self) -> list[list[int]]:
         """Return the seeds of each batch that this picture, or sheet, needs."""
         if self.batch_size < 1 or not 0 <= (self.number or 0) < self.count:
-            raise UserError(f"The record cannot be: picture {self.number} of {self.count}, {self.batch_size} at a time.")
+            raise UserError(f"The record is wrong: picture {self.number} of {self.count}, {self.batch_size} at a time.")
         first = self.drawing.seed or 0
         numbers = [first + number for number in range(self.count)]
         batches = [numbers[start : start + self.batch_size] for start in range(0, self.count, self.batch_size)]
