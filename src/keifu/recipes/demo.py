@@ -55,7 +55,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print("\n3. SmolLM2-135M-Instruct, read from its published GGUF file, answers.", flush=True)
     _ask("smollm2", "What is the capital of France?", "What is the capital of Japan?")
     if catalogue.is_cached("chat-en", catalogue.MODELS):
-        print("   A packaged model, chat-en, learned from SmolLM2, but not from this question:", flush=True)
+        print("   chat-en learned from SmolLM2, not from this question, and often misses the point:", flush=True)
         _ask("chat-en", "My umbrella is broken. What should I do?")
     print(f"\nDone in {time.monotonic() - began:.0f} s. Next:")
     print(f'   keifu generate {shell(out)} "The President of the United States"')
