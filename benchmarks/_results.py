@@ -3,8 +3,9 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from keifu.devices import processor_name
 
@@ -40,6 +41,16 @@ def write_table(
     for page in (path.parent.parent / f"{path.stem}{ending}.md" for ending in ("", ".ja")):
         if page.exists():
             page.write_text(renewed(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def typed(script: str, options: Mapping[str, Any], defaults: Mapping[str, Any], always: Collection[str] = ()) -> str:
+    """Return the command with the options among `defaults` that differ from them, or are in `always`."""
+    words = [f"python benchmarks/{script}"]
+    for name, usual in defaults.items():
+        if (value := options[name]) != usual or name in always:
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {text}"))
+    return " ".join(words)
 
 
 def renewed(page: str, tables: Sequence[dict]) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _results import write_table
+from _results import typed, write_table
 from _rounds import machine, spread
 from _training import validation
 
@@ -98,11 +98,6 @@ def cells(figures: Sequence[Figures]) -> list[str]:
     return [spread(columns[0]), spread(columns[1]), spread(columns[2], ",.0f") if any(columns[2]) else ""]
 
 
-def shown(value: Any) -> str:
-    """Return an option's value as it is typed, without the folders of a path."""
-    return " ".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="conversations, as keifu train sft reads them")
@@ -148,10 +143,11 @@ def main() -> None:
     for row in (columns, *rows):
         print("| " + " | ".join(row) + " |")
     if options.write:
-        told = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
-        told = {name: value for name, value in told.items() if name not in ("out", "write", "threads")}
-        words = [f"--{name.replace('_', '-')} {shown(value)}" for name, value in told.items()]
-        command = " ".join(["python benchmarks/distillation.py", *words])
+        defaults = vars(parser.parse_args(["--data", ""]))
+        usual = {name: value for name, value in defaults.items() if name not in ("out", "write", "threads")}
+        files = {name: Path(path).name for name in ("data", "student") if (path := vars(options)[name])}
+        given = vars(options) | files | {"weights": options.weights or "none"}
+        command = typed("distillation.py", given, usual)
         values = {
             names[way]: {f"seed {seed}": each._asdict() for seed, each in by.items()} for way, by in figures.items()
         }

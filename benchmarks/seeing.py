@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _results import write_table
+from _results import typed, write_table
 from _rounds import machine
 
 from keifu import checkpoints
@@ -131,14 +131,8 @@ def read_options() -> argparse.Namespace:
 
 def command(options: argparse.Namespace) -> str:
     """Return the command with the options that decide the figures and differ from the defaults."""
-    values = {name: getattr(options, name) for name in options.defaults if name not in ("folder", "write", "title")}
-    given = {name: value for name, value in values.items() if value != options.defaults[name] or name == "seeds"}
-    words = {
-        name.replace("_", "-"): " ".join(map(str, value)) if name == "seeds" else value for name, value in given.items()
-    }
-    return " ".join(
-        ["python benchmarks/seeing.py", *(f"--{name} {value}".removesuffix(" True") for name, value in words.items())]
-    )
+    defaults = {name: usual for name, usual in options.defaults.items() if name not in ("folder", "write", "title")}
+    return typed("seeing.py", vars(options), defaults, ("seeds",))
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ def shorten(messages: list[dict[str, str]], sentences: int, story_sentences: int
     """Return the turns with short answers, up to one that has none."""
     short: list[dict[str, str]] = []
     for asked, answered in zip(messages[::2], messages[1::2], strict=False):
-        told = re.search(r"\b(story|poem)\b", asked["content"].lower())
-        text = answered["content"] if told else answered["content"].partition("\n")[0]
-        text = first_sentences(text, story_sentences if told else sentences)
+        story = re.search(r"\b(story|poem)\b", asked["content"].lower())
+        text = answered["content"] if story else answered["content"].partition("\n")[0]
+        text = first_sentences(text, story_sentences if story else sentences)
         if not text or len(text) > LONGEST:
             break
         short += [asked, {**answered, "content": text}]

@@ -42,7 +42,7 @@ def in_new_process(code: str) -> subprocess.CompletedProcess:
 
 
 def said(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
-    """Return exit status and what stands on stderr, which is one line and no traceback."""
+    """Return the exit status and stderr, which is one line without a traceback."""
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     error = capsys.readouterr().err

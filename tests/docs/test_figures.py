@@ -50,7 +50,7 @@ def difference(source: list[str]) -> str:
 
 
 def is_of(value: str, source: list[str] | str) -> bool:
-    """Return whether a value stands in the cell, is the mean of the cell's values, or is in the text of a results
+    """Return whether a value is in the cell, is the mean of the cell's values, or is in the text of a results
     page."""
     if isinstance(source, str):
         return value in NUMBER.findall((ROOT / source).read_text(encoding="utf-8"))

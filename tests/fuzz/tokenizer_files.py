@@ -29,7 +29,7 @@ UNIGRAM = {
 
 
 def vocabularies(folder: Path) -> None:
-    """Write vocabularies with merges beside them, and lists of words."""
+    """Write vocabularies with their merges, and lists of words."""
     tokenizer = json.loads(train_tokenizer("bpe", TEXTS, 280).backend.to_str())["model"]
     (folder / "gpt2").mkdir()
     (folder / "gpt2/vocab.json").write_text(json.dumps(tokenizer["vocab"]))

@@ -124,8 +124,8 @@ def run_alone(packed: NativeLM, text: list[int]) -> Tensor:
 
 
 def run_together(runner: NativeRunner, texts: list[list[int]], chance: random.Random) -> dict[int, Tensor]:
-    """Return logits of all texts, which go through the runner in pieces of random lengths beside each other, in blocks
-    that were given out at random."""
+    """Return logits of all texts. They go through the runner together, in pieces of random lengths and in random
+    blocks."""
     free = chance.sample(range(40), 40)
     tables: list[list[int]] = [[] for _ in texts]
     done = [0] * len(texts)

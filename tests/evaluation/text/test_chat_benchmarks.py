@@ -170,3 +170,16 @@ def test_answers_are_shortened_to_whole_sentences(monkeypatch: pytest.MonkeyPatc
     endless = [talk[0], {"role": "assistant", "content": "a" * 701 + "."}]
     assert shorten(talk[:2] + endless, 1, 1) == shorten(talk[:2], 1, 1) == [talk[0], {**talk[1], "content": "Hello."}]
     assert shorten([talk[0], {"role": "assistant", "content": "1. no end"}], 2, 2) == []
+
+
+def test_recorded_commands_have_the_options_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed, usual = benchmark("_results", monkeypatch).typed, {"seeds": [0], "rate": 0.1, "mixed": False, "tower": None}
+    given = usual | {"rate": 0.2, "mixed": True, "folder": "x"}
+    assert typed("a.py", given, usual) == "python benchmarks/a.py --rate 0.2 --mixed"
+    assert typed("a.py", usual, usual, ("seeds",)) == "python benchmarks/a.py --seeds 0"
+    arguments = "--tower emoji-clip --tower-rate 1 --steps 6400 --seeds 0"  # as a page prints them
+    monkeypatch.setattr(sys, "argv", ["seeing.py", *arguments.split(), "--folder", "x"])
+    seeing = benchmark("seeing", monkeypatch)
+    tables = json.loads((DATA / "text_and_pictures.json").read_text(encoding="utf-8"))
+    printed = [table["command"] for table in tables if table["section"] == "A tower that learns with the rest"]
+    assert [seeing.command(seeing.read_options()).replace("1.0", "1")] == printed
