@@ -74,6 +74,15 @@ def test_samples_ask_what_was_held_out_and_nothing_that_is_learned(base: Path, t
         assert shown and all(talk in held and talk not in learned for talk in shown)
 
 
+def test_conversations_of_one_system_prompt_are_split_by_their_questions() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    asked = [f"What is {number}?" for number in (*range(50), *range(50))]  # each question twice
+    answered = [{"role": "assistant", "content": "A number."}]
+    learned, held = sft.split([[system, {"role": "user", "content": text}, *answered] for text in asked], 0.3)
+    questions = [{chat[1]["content"] for chat in part} for part in (learned, held)]
+    assert all(questions) and questions[0].isdisjoint(questions[1])
+
+
 def answered(folder: Path) -> dict[str, tuple[str, str | None]]:
     model, tokenizer = keifu.load(folder)
     found = {}

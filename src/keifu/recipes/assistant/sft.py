@@ -104,9 +104,9 @@ def select_conversations(chats: list[Conversation], limit: int | None) -> list[C
 
 
 def split(chats: Sequence[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
-    """Split the conversations by their beginnings into training and held-out ones, so that the same question is never
-    on both sides."""
-    return held_out(chats, [chat[0]["content"] for chat in chats], share)
+    """Split the conversations into training and held-out ones by the user's first message, so that no question is on
+    both sides."""
+    return held_out(chats, [next(turn["content"] for turn in chat if turn["role"] == "user") for chat in chats], share)
 
 
 def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False, **about: Any) -> Summary:

@@ -204,7 +204,7 @@ def parse_devices(text: str) -> tuple[int, DeviceKind]:
     number, _, name = text.partition("x")
     if text == f"1x{HERE}":
         return 1, this_machine()
-    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", number):
+    if not name or not re.fullmatch(r"0*[1-9][0-9]{0,5}", number):
         raise UserError(f"--devices is a number up to 999,999, x and a kind (2048xA100-80G), not {text[:60]!r}.")
     if name not in DEVICES:
         raise unknown("device", name, [*DEVICES, f"1x{HERE}"])
