@@ -1,12 +1,12 @@
 """Texts of a teacher, to distil it: stories, answers, questions and conversations that a chat model writes itself.
 
 python benchmarks/teacher_texts.py --out FILE.jsonl [--count 1000] [--model smollm2] [--weights int8] [--streams 32]
-    [--seed 0] [--temperature 0.6] [--kinds story answer greeting ...]
+    [--seed 0] [--temperature 0.6] [--question-temperature 0.9] [--kinds story answer greeting ...]
 
 Each item begins with a prompt that is drawn from the lists below by the seed and the item's number. `story` and
 `answer`: the model answers it. `question` and `conversation`: the prompt is only the opening of a question, which the
 model completes in the user's turn before it answers (Magpie, Xu et al., 2024); a conversation has a second question.
-`greeting`: a greeting or a short remark, and a second turn whose opening is drawn too.
+`greeting` and `remark`: a greeting or a remark about a topic, and a second turn whose opening is drawn too.
 
 A line of FILE is a conversation as `keifu train sft` reads it, marked as synthetic. An answer that --max-tokens cut
 ends with its last whole sentence; one that repeats itself is left out. Run the same command again to go on where FILE
@@ -79,10 +79,18 @@ GREETINGS = (
     "Where do you live?;How old are you?;What are you doing?;I like dogs.;I like cats.;It is raining today.;"
     "I have a question.;I need some advice.;Thank you!;Can we be friends?;Can you tell me something interesting?"
 ).split(";")
+REMARKS = (
+    "I like {topic}.;Do you like {topic}?;I want to {task}.;I am learning about {topic}.;Can you help me to {task}?;"
+    "Let's talk about {topic}.;I saw {being} today.;I dreamed of {being}.;Yesterday I tried to {task}.;"
+    "I do not like {topic}.;What do you think about {topic}?;My friend wants to {task}.;I read a book about {topic}.;"
+    "Today I will {task}.;I am worried because I have to {task}.;My brother likes {topic}.;I am thinking of {topic}.;"
+    "I met {being} {place}.;My favorite thing is {topic}.;I finally managed to {task}!;I never learned to {task}."
+).split(";")
 FRIENDLY = (
     "What do;Do you;Can you tell me;I like;I am;That is;Thank you;Tell me;How about;Why;What is;I think;I want to"
 ).split(";")
-KINDS = ("story", "answer", "question", "conversation", "greeting")
+KINDS = ("story", "answer", "question", "conversation", "greeting", "remark")
+WITH_PROMPT = {"story": STORIES, "answer": REQUESTS, "greeting": GREETINGS, "remark": REMARKS}  # else only an opening
 
 
 def first_words(item: int, seed: int, kinds: list[str]) -> tuple[str, str, str]:
@@ -91,8 +99,8 @@ def first_words(item: int, seed: int, kinds: list[str]) -> tuple[str, str, str]:
     kind = kinds[item % len(kinds)]
     words = {"being": BEINGS, "event": EVENTS, "place": PLACES, "topic": TOPICS, "task": TASKS}
     chosen = {name: drawn.choice(values) for name, values in words.items()}
-    texts = {"story": STORIES, "answer": REQUESTS, "greeting": GREETINGS}.get(kind, OPENINGS)
-    return kind, drawn.choice(texts).format(**chosen), drawn.choice(FRIENDLY if kind == "greeting" else FOLLOWING)
+    text, friendly = drawn.choice(WITH_PROMPT.get(kind, OPENINGS)), kind in ("greeting", "remark")
+    return kind, text.format(**chosen), drawn.choice(FRIENDLY if friendly else FOLLOWING)
 
 
 class Writer:
@@ -102,10 +110,12 @@ class Writer:
         self.model, self.tokenizer = checkpoints.load(options.model, weights=options.weights)
         self.options, self.tokens, self.seconds = options, 0, 0.0
 
-    def write(self, prompts: list[list[int]], items: list[int], turn: int, most: int) -> list[Completion]:
+    def write(
+        self, prompts: list[list[int]], items: list[int], turn: int, most: int, temperature: float
+    ) -> list[Completion]:
         """Return what the model writes after each prompt; its seed is that of the item and the turn."""
         seeds = [random.Random(f"{self.options.seed} {item} {turn}").getrandbits(31) for item in items]
-        drawn: dict[str, Any] = {"temperature": self.options.temperature, "top_p": 0.95, "max_tokens": most}
+        drawn: dict[str, Any] = {"temperature": temperature, "top_p": 0.95, "max_tokens": most}
         how = [SamplingParams(seed=seed, **drawn) for seed in seeds]
         start = time.perf_counter()
         written = generate_batch(self.model, self.tokenizer, prompts, how, self.options.streams)
@@ -123,7 +133,8 @@ class Writer:
         """Add the user's turn to each conversation of these items; one without an end is removed."""
         items = [item for item in openings if item in talks]
         prompts = [self.opened(talks[item], openings[item]) for item in items]
-        for item, said in zip(items, self.write(prompts, items, turn, 48), strict=True):
+        warm = self.options.question_temperature or self.options.temperature
+        for item, said in zip(items, self.write(prompts, items, turn, 48, warm), strict=True):
             talks[item].append({"role": "user", "content": (openings[item] + said.text).strip()})
             if said.finish_reason != "stop" or "\n" in said.text.strip():
                 del talks[item]
@@ -132,7 +143,8 @@ class Writer:
         """Add the assistant's turn to each conversation of these items; a bad one is removed."""
         items = [item for item in items if item in talks]
         prompts = [self.tokenizer.render_chat(talks[item]) for item in items]
-        for item, said in zip(items, self.write(prompts, items, turn, self.options.max_tokens), strict=True):
+        most, temperature = self.options.max_tokens, self.options.temperature
+        for item, said in zip(items, self.write(prompts, items, turn, most, temperature), strict=True):
             text = said.text.strip() if said.finish_reason == "stop" else whole_sentences(said.text)
             talks[item].append({"role": "assistant", "content": text})
             if not text or repeats(text):
@@ -159,11 +171,12 @@ def write_items(writer: Writer, items: list[int], options: argparse.Namespace) -
     words = {item: first_words(item, options.seed, options.kinds) for item in items}
     talks: dict[int, list[dict[str, str]]] = {item: [] for item in items}
     for item, (kind, text, _) in words.items():
-        if kind in ("story", "answer", "greeting"):
+        if kind in WITH_PROMPT:
             talks[item].append({"role": "user", "content": text})
     writer.ask(talks, {item: text for item, (kind, text, _) in words.items() if not talks[item]}, 0)
     writer.answer(talks, items, 1)
-    further = {item: more for item, (kind, _, more) in words.items() if kind in ("conversation", "greeting")}
+    twice = ("conversation", "greeting", "remark")
+    further = {item: more for item, (kind, _, more) in words.items() if kind in twice}
     writer.ask(talks, further, 2)
     writer.answer(talks, [*further], 3)
     source = f"synthetic, written by {options.model} ({options.weights})"
@@ -195,6 +208,7 @@ def main() -> None:
     parser.add_argument("--wave", type=int, default=128, help="items between two times that the file grows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--question-temperature", type=float, help="of the user's turns; unset: as the answers")
     parser.add_argument("--max-tokens", type=int, default=448, help="of an answer")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--threads", type=int, default=1)

@@ -27,6 +27,7 @@ from keifu.data.classification.toy import toy_dataset
 from keifu.data.translation.pairs import read_pairs, split
 
 PACKAGE = Path(__file__).parent / "src" / "keifu_pretrained"
+HELD_CHATS = Path(__file__).parents[1] / "docs/results/data/held-out-chats.jsonl"  # never learned
 DTYPES = ("bf16", "f32")
 KEIFU = (sys.executable, "-m", "keifu")
 WRITE = (
@@ -71,7 +72,7 @@ class Model:
 
     command: trains it; where it goes on from another training, "&& " and that command follow, with the folder of the
     one before as {last}; "prune {last} DATA ENCODER DECODER" is `prune`; "python" is a benchmark that trains, or with
-    --out one that writes this file or folder; "join OUT FILE ..." writes files one after the other.
+    --out one that writes this file or folder; "deepen {last} LAYERS" is `deepen`; "join OUT FILE ..." is `join`.
     evaluation: a keifu command, or a benchmark that prints JSON. figures: the names of those that count in its JSON;
     `details` is the name of a table there, if any. sampling: settings of generation_config.json, instead of the run's.
     """
@@ -487,9 +488,11 @@ def trained(name: str, model: Model) -> Path:
         program, *words = shlex.split(command.format(last=last))
         if program == "prune":
             prune(Path(words[0]), run, words[1], *map(int, words[2:]))
+        elif program == "deepen":
+            deepen(Path(words[0]), run, int(words[1]))
         elif program == "join":
             run = Path(words[0])
-            run.write_bytes(b"".join(Path(file).read_bytes() for file in words[1:]))
+            join(run, [Path(file) for file in words[1:]])
         elif program == "python" and "--out" in words:
             subprocess.run([sys.executable, *words], check=True)
             run = Path(words[words.index("--out") + 1])
@@ -499,6 +502,21 @@ def trained(name: str, model: Model) -> Path:
         else:
             subprocess.run([*KEIFU, *words, "--out", str(run)], check=True)
     return run
+
+
+def join(file: Path, parts: Iterable[Path]) -> None:
+    """Write the conversations of several files to one, without those whose first question is held out to evaluate."""
+    held_out = {first_question(line) for line in lines_of(HELD_CHATS)}
+    lines = [line for part in parts for line in lines_of(part) if first_question(line) not in held_out]
+    file.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def lines_of(file: Path) -> list[str]:
+    return [line for line in file.read_text("utf-8").split("\n") if line]
+
+
+def first_question(line: str) -> str:
+    return json.loads(line)["messages"][0]["content"].strip().lower()
 
 
 def prune(run: Path, folder: Path, data: str, encoder: int, decoder: int) -> None:
@@ -520,6 +538,28 @@ def prune(run: Path, folder: Path, data: str, encoder: int, decoder: int) -> Non
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config |= {f"{side}_ffn_dim": width for side, width in widths.items()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+
+
+def deepen(run: Path, folder: Path, layers: int) -> None:
+    """Write a model of LLaMA's type with several layers in place of each, which computes the same at first.
+
+    Each new layer is a copy of the one before it whose two last products are zero, so that it adds nothing until it is
+    trained (the block expansion of LLaMA Pro; Wu et al., 2024).
+    """
+    keifu("convert", str(run), str(folder), "--to", "hf")
+    shutil.copy(run / "recipe.json", folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    times, last = layers // config["num_hidden_layers"], ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+    weights: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        before, is_layer, after = name.partition(".layers.")
+        number, _, part = after.partition(".")
+        for copy in range(times if is_layer else 1):
+            new = f"{before}{is_layer}{int(number) * times + copy}.{part}" if is_layer else name
+            weights[new] = torch.zeros_like(weight) if copy and part in last else weight.clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config |= {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
 
 

@@ -195,9 +195,33 @@ def test_a_package_that_is_not_installed_is_named(
 def test_a_model_is_made_and_measured_by_benchmarks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One writes data by name, files are joined, and figures are what a program prints."""
     monkeypatch.chdir(tmp_path)
-    Path("write.py").write_text("import sys; open(sys.argv[2], 'w').write(sys.argv[3])")
+    line = """{"messages": [{"content": "%s"}]}"""
+    Path("write.py").write_text(f"import sys; open(sys.argv[2], 'w').write('{line}' % sys.argv[3])")
     Path("measure.py").write_text("""print('{"bits per byte": 1.5}')""")
     command = "python write.py --out a old && python write.py --out b new && join c a {last}"
     model = dataclasses.replace(make.MODELS["gpt-en"], command=command, evaluation="python measure.py chat-en")
-    assert make.trained("chat", model) == Path("c") and Path("c").read_text() == "oldnew"
+    assert make.trained("chat", model) == Path("c") and make.lines_of(Path("c")) == [line % "old", line % "new"]
     assert make.evaluated(model, tmp_path) == {"bits per byte": 1.5}
+
+
+def test_a_deeper_model_computes_the_same_and_learns(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model, tokenizer = keifu.load("gpt-en")
+    keifu.checkpoints.save(model, tokenizer, run)
+    (run / "recipe.json").write_text("{}")
+    make.deepen(run, tmp_path / "deep", 12)
+    deep, _ = keifu.load(tmp_path / "deep")
+    assert deep.config == dataclasses.replace(model.config, n_layers=12)
+    tokens = torch.tensor([tokenizer.encode("The river was so cold that")])
+    torch.testing.assert_close(deep(tokens), model(tokens))
+    deep(tokens).logsumexp(-1).sum().backward()
+    assert all(block.attention.out.weight.grad.any() for block in deep.blocks)
+
+
+def test_conversations_are_joined_without_those_that_are_held_out(tmp_path: Path) -> None:
+    held = make.lines_of(make.HELD_CHATS)[:2]
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"A line\u2028{n}"}]}) for n in range(3)]
+    (tmp_path / "a").write_text("\n".join([lines[0], held[0], lines[1]]) + "\n", encoding="utf-8")
+    (tmp_path / "b").write_text("\n".join([held[1].replace("?", "? "), lines[2]]), encoding="utf-8")
+    make.join(tmp_path / "c", [tmp_path / "a", tmp_path / "b"])
+    assert make.lines_of(tmp_path / "c") == lines
