@@ -178,7 +178,7 @@ class Processes:
         sharded = {name: p.grad.to_local() for name, p in parameters.items() if isinstance(p.grad, DTensor)}
         whole = {name: p.grad for name, p in parameters.items() if p.grad is not None and name not in sharded}
         if self.pod:
-            self.pod.complete(whole | sharded)
+            self.pod.sum_partial(whole | sharded)
         if not self.overlaps:
             sum_in_order([*whole.values()], self.data_size, self.data_group)
             sum_in_order([*sharded.values()], self.pods, self.pods_group)

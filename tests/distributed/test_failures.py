@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 from keifu import cli
 from keifu.distributed import failures, group
 from keifu.distributed.checkpoint import States
-from keifu.distributed.group import _of_this_start
+from keifu.distributed.group import _fresh_store
 from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
 from keifu.processes import Processes
@@ -143,7 +143,7 @@ def test_processes_that_start_anew_find_nothing_of_those_before() -> None:
     first = distributed.TCPStore("localhost", 0, 1, is_master=True)
 
     def start(number: int, seconds: float = 300.0) -> distributed.Store:
-        return _of_this_start(first.clone(), number, 3, seconds)
+        return _fresh_store(first.clone(), number, 3, seconds)
 
     for _ in range(3):
         with ThreadPoolExecutor(3) as processes:

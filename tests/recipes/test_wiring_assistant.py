@@ -330,7 +330,7 @@ def of_ppo(toys: Toys) -> tuple[Any, list[Group]]:
     text = {
         "text.data": Reach(toys["text-other.txt"], "data.pretraining.text.shards.index.source"),
         "text.weight": Reach(3.1, "objective.rule.text_weight"),
-        "text.each": Reach(3, "data.pretraining.each"),
+        "text.each": Reach(3, "data.pretraining.per_answer"),
         "text.length": Reach(11, "data.pretraining.text.context_length"),
         "text.held_out": Reach(0.3, lambda r: len(r.data.pretraining.text.held_out), DIFFERENT),
         "text.text_field": Reach("body", lambda r: of_text(r)["field"]),

@@ -1,7 +1,7 @@
 """Knowledge distillation (Hinton et al., 2015): a student learns all probabilities of a teacher, on given sequences or
-on its own answers (GKD, Agarwal et al., 2023).
+on the student's own answers (GKD, Agarwal et al., 2023).
 
-Axes: batch = rows, length = tokens of a row, n = tokens that are learned, vocab.
+Axes: batch = rows, length = tokens of a row, n = learned tokens, vocab.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from keifu.alignment.rollouts import places_of, stack_responses, take
+from keifu.alignment.rollouts import positions_of, stack_responses, take
 from keifu.data.chat.packing import PackedConversations
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -35,13 +35,13 @@ CAPPED = "A model with a soft cap on its logits (Gemma 2, nanochat) cannot be te
 
 @dataclass(frozen=True, eq=False)
 class Distillation:
-    """Objective of the training loop: the divergence of a student's probabilities from a teacher's, for each token of
-    batch["tokens"] [batch, length + 1] after the first, or for those that batch["mask"] marks.
+    """Objective: the divergence of a student's probabilities from a teacher's, for each token of batch["tokens"]
+    (batch, length + 1) after the first; with batch["mask"], only where it is True.
 
     beta: 0 is the forward KL divergence, 1 the reverse one, between them the generalised Jensen-Shannon divergence (see
-    `layers.losses.divergence.linear_divergence`). temperature: divides the logits of both. hard: share of the student's
-    -log p of the tokens in the loss, except for answers that it wrote itself (batch["own"]). The teacher may be packed
-    for native code. In evaluation mode the figure `nats` is the student's -log p of the tokens.
+    `layers.losses.divergence.linear_divergence`). temperature: divides the logits of both. hard: weight of the
+    student's -log p of the tokens in the loss; 0 for answers that the student wrote (batch["own"]). The teacher may be
+    packed for native code. In evaluation mode the figure `nats` is the student's -log p of the tokens.
     """
 
     teacher: Any
@@ -50,16 +50,16 @@ class Distillation:
     hard: float = 0.0
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """Return the sums over the tokens that are learned."""
+        """Return the sums over the learned tokens."""
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         mask = batch["mask"][:, 1:] if "mask" in batch else torch.ones_like(targets, dtype=torch.bool)
         documents = batch["documents"][:, :-1] if "documents" in batch else None
-        at = places_of(mask)
+        at = positions_of(mask)
         hidden = take(model.hidden(inputs, documents=documents), at)
         head, teacher = model.head_weight, self.teacher.config.vocab_size
         if isinstance(head, SoftCappedHead) or isinstance(self.teacher, SoftCappedLM):
             raise UserError(CAPPED)
-        head = head if len(head) <= teacher else head[:teacher]  # beyond are rows without a token
+        head = head if len(head) <= teacher else head[:teacher]  # further rows of the head belong to no token
         states, matrix = teacher_states(self.teacher, inputs, documents, len(head))
         total = linear_divergence(hidden, head, take(states, at), matrix, self.beta, self.temperature)
         hard = 0.0 if "own" in batch else self.hard
@@ -74,8 +74,8 @@ class Distillation:
 def teacher_states(
     teacher: Any, tokens: Tokens, documents: Tokens | None, vocab: int
 ) -> tuple[Float[Tensor, "batch length states"], Tensor | None]:
-    """Return the teacher's hidden states and the first `vocab` rows of its head; of packed weights, its logits and no
-    head."""
+    """Return the teacher's hidden states and the first `vocab` rows of its head. For packed weights: its logits and
+    None."""
     with evaluation_mode(teacher):
         if isinstance(teacher, NativeLM):
             return native_logits(teacher, tokens, documents)[..., :vocab], None
@@ -83,7 +83,7 @@ def teacher_states(
 
 
 def native_logits(model: NativeLM, tokens: Tokens, documents: Tokens | None) -> Float[Tensor, "batch length vocab"]:
-    """Return the logits of packed weights, in which no token sees another document."""
+    """Return the logits of packed weights. No token attends to another document."""
     rows = []
     for row, ids in enumerate(tokens.tolist()):
         numbers = [0] * len(ids) if documents is None else documents[row].tolist()
@@ -97,9 +97,9 @@ def native_logits(model: NativeLM, tokens: Tokens, documents: Tokens | None) -> 
 
 
 class StudentAnswers(PackedConversations, StatelessBatches):
-    """Data of the training loop, in which the student writes some of the batches itself (GKD, algorithm 1).
+    """Training data in which the student writes some of the batches itself (GKD, algorithm 1).
 
-    share: of the batches, chosen by the seed and the step. Each row is then the prompt of one of the row's
+    share: of these batches, which the seed and the step choose. Each row is then the prompt of one of the row's
     conversations, with an answer of at most `max_tokens` tokens, which is learned. Validation uses the given answers.
     """
 
@@ -109,7 +109,7 @@ class StudentAnswers(PackedConversations, StatelessBatches):
         self.fingerprint += f"-{share}-{max_tokens}"
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of a step: the student's answers, as it is now, or the given ones."""
+        """Return the batch of a step: answers by the current student, or the given ones."""
         random = np.random.default_rng([self.seed, step])
         if random.random() >= self.share:
             return super().batch(step)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keifu.alignment.rollouts import places_of, take
+from keifu.alignment.rollouts import positions_of, take
 from keifu.data.chat.preferences import PreferencePairs
 from keifu.generation.text.model import device_of, evaluation_mode
 from keifu.layers.losses.log_probabilities import token_log_probabilities
@@ -27,13 +27,13 @@ Scores = Float[Tensor, "batch answers"]
 
 
 def sequence_log_probabilities(model: Any, batch: Batch) -> Scores:
-    """Return the log-probability of each answer: the sum over the tokens of batch["tokens"] [batch, answers, length]
-    that batch["mask"] marks.
+    """Return the log-probability of each answer: the sum over the tokens of batch["tokens"] (batch, answers, length)
+    where batch["mask"] is True.
 
-    The model offers `hidden(tokens)` and `head_weight`.
+    The model has `hidden(tokens)` and `head_weight`.
     """
     tokens, mask = batch["tokens"].flatten(0, 1), batch["mask"].flatten(0, 1)[:, 1:]
-    positions = places_of(mask)
+    positions = positions_of(mask)
     hidden = take(model.hidden(tokens[:, :-1]), positions)
     logs, _ = token_log_probabilities(hidden, model.head_weight, take(tokens[:, 1:], positions))
     rows = positions // mask.shape[1]
@@ -45,12 +45,17 @@ def losses(
 ) -> Float[Tensor, " batch"]:
     """Return the loss of each pair, from ln p(answer) - ln p_reference(answer) and the answers' lengths in tokens.
 
-    Δ is the difference of the two ratios, the better answer's minus the worse one's. dpo: -ln σ(β Δ) (equation 7);
-    `label_smoothing` is the assumed share of pairs with swapped labels (conservative DPO, Mitchell, 2023). robust: the
-    same, unbiased (Chowdhury et al., 2024). ipo: (Δ / length - 1 / 2β)² (Azar et al., 2023, equation 17, averaged over
-    tokens, as its authors do). normalised: dpo of Δ / length. simpo: -ln σ(β Δ / length - margin) (Meng et al., 2024,
-    equation 6), and orpo: -ln p(better) / length - β ln σ(the difference of the log-odds of ln p / length) (Hong et
-    al., 2024, equation 6); both are of ln p(answer) alone.
+    Δ is the difference of the two ratios, better minus worse.
+    - dpo: -ln σ(β Δ) (equation 7). `label_smoothing` is the assumed share of pairs with swapped labels (conservative
+      DPO, Mitchell, 2023).
+    - robust: the same, unbiased (Chowdhury et al., 2024).
+    - ipo: (Δ / length - 1 / 2β)² (Azar et al., 2023, equation 17, averaged over tokens, as its authors do).
+    - normalised: dpo of Δ / length.
+    - simpo: -ln σ(β Δ / length - margin) (Meng et al., 2024, equation 6).
+    - orpo: -ln p(better) / length - β ln σ(the difference of the log-odds of ln p / length) (Hong et al., 2024,
+      equation 6).
+
+    simpo and orpo use ln p(answer) without a reference.
     """
     better, worse = (ratios if loss in ("dpo", "robust") else ratios / lengths).unbind(1)
     gap = better - worse
@@ -66,8 +71,8 @@ def losses(
 
 
 def dpo(loss: Loss, beta: float, label_smoothing: float = 0.0, margin: float = 0.0) -> Objective:
-    """Return the objective for the training loop; its batches also hold "reference" [batch, 2], the log-probabilities
-    under the reference model.
+    """Return the objective for the training loop. Its batches also have "reference" (batch, 2), the log-probabilities
+    of the reference model.
 
     Figures: `accuracy`, how often the better answer has the higher reward β ln(p / p_reference), and both rewards.
     """
@@ -86,15 +91,16 @@ def _loss(loss: Loss, beta: float, label_smoothing: float, margin: float, model:
 def kto_losses(
     ratios: Float[Tensor, " batch"], good: Float[Tensor, " batch"], kl: Float[Tensor, " batch"], beta: float
 ) -> Float[Tensor, " batch"]:
-    """Return 1 - σ(β (r - kl)) of each good answer (1) and 1 - σ(β (kl - r)) of each bad one (0), with the log-ratio r
-    of policy and reference: Kahneman-Tversky optimisation (Ethayarajh et al., 2024, equations 7 and 8)."""
+    """Return 1 - σ(β (r - kl)) of each good answer (1) and 1 - σ(β (kl - r)) of each bad one (0), where r is the
+    log-ratio of policy and reference: Kahneman-Tversky optimisation (Ethayarajh et al., 2024, equations 7 and 8)."""
     return torch.sigmoid(-beta * (2 * good - 1) * (ratios - kl))
 
 
 def kto(beta: float) -> Objective:
     """Return the objective for the training loop; its batches are those of `MarkedAnswers`.
 
-    Figures: `accuracy`, how often a good answer is above the reference point and a bad one below, and that `kl`.
+    Figures: `accuracy`, how often a good answer's log-ratio is above the reference point and a bad one's below; and
+    `kl`, this reference point.
     """
     return partial(_kto, beta)
 
@@ -114,12 +120,11 @@ def reference(model: Any, batch: Batch) -> Scores:
 
 
 class MarkedAnswers(PreferencePairs, StatelessBatches):
-    """Data of the training loop for KTO: {"tokens", "mask" [row, 1, position], "reference" [row, 1], "good" [row]: 1 or
-    0, "kl" [row]}.
+    """Training data for KTO: "tokens" and "mask" (row, 1, position), "reference" (row, 1), "good" (row), 1 or 0, and
+    "kl" (row).
 
-    It is given pairs of an answer and the answer to another prompt, put after this one's prompt. kl is the mean
-    log-ratio of the latter, of the policy as it is now and the reference, and at least 0 (section 4.1): a mean over the
-    batch, however that is split.
+    `pairs` consist of an answer and of the answer to another prompt, appended to this one's prompt. kl is the mean over
+    the batch of the log-ratio of the current policy and the reference for the latter, at least 0 (section 4.1).
     """
 
     def __init__(self, policy: nn.Module, good: tuple[Tensor, Tensor], *pairs: Any):

@@ -20,7 +20,7 @@ from keifu.generation.text.model import evaluation_mode
 from keifu.training.protocols import Batch, LossOutput, Objective
 
 Variant = Literal["grpo", "dr-grpo", "dapo", "gspo"]
-EPSILON = 1e-4  # added to a group's standard deviation; where all rewards are equal, every advantage is 0
+EPSILON = 1e-4  # added to a group's standard deviation: if all rewards are equal, every advantage is 0
 
 
 class GRPOTerms(NamedTuple):
@@ -32,16 +32,18 @@ class GRPOTerms(NamedTuple):
 
 
 def advantages(rewards: Float[Tensor, "prompts group"], scaled: bool = True) -> Float[Tensor, "prompts group"]:
-    """Return (r - mean) / (standard deviation + 1e-4) within each group; the deviation divides by n - 1, as in TRL. Not
-    scaled (Dr. GRPO): r - mean."""
+    """Return (r - mean) / (standard deviation + 1e-4) within each group; the deviation divides by n - 1, as in TRL. If
+    not `scaled` (Dr. GRPO): r - mean."""
     rewards = rewards.double()
     deviation = rewards.std(1, keepdim=True) + EPSILON if scaled else 1.0
     return ((rewards - rewards.mean(1, keepdim=True)) / deviation).float()
 
 
 def token_shares(mask: Bool[Tensor, "batch length"], variant: Variant, max_tokens: int) -> Float[Tensor, " batch"]:
-    """Return the weight of each token of an answer, so that the loss is a mean over answers: 1 / its length; for Dr.
-    GRPO 1 / the most tokens (a long answer counts more); for DAPO the same for all tokens of the batch."""
+    """Return the weight of each token of an answer. grpo, gspo: 1 / the answer's length, so that the loss is a mean
+    over answers. dr-grpo: 1 / `max_tokens`, so that a long answer counts more. dapo: the same weight for all tokens of
+    the batch.
+    """
     lengths = mask.sum(-1).float()
     if variant == "dr-grpo":
         return torch.full_like(lengths, 1 / max_tokens)
@@ -56,10 +58,10 @@ def sequence_ratios(log_ratios: Tokens, rows: Int[Tensor, " n"], lengths: Float[
 def terms(
     logs: Tokens, log_ratio: Tokens, reference: Tokens, advantage: Tokens, clip: tuple[float, float], beta: float
 ) -> GRPOTerms:
-    """Return -min(ratio A, clip(ratio) A) + β KL of each token (equation 3), with the logarithm of ratio = p / p_old.
+    """Return -min(ratio A, clip(ratio) A) + β KL of each token (equation 3); log_ratio = ln p - ln p_old.
 
-    clip: the ratio is cut to 1 - the first to 1 + the second. KL is Schulman's estimator k3 = p_ref/p - ln(p_ref/p) - 1
-    (equation 4): never negative, unbiased.
+    clip: the ratio is limited to 1 - clip[0] and 1 + clip[1]. KL is Schulman's estimator k3 = p_ref/p - ln(p_ref/p) - 1
+    (equation 4), which is unbiased and never negative.
     """
     ratio = log_ratio.exp()
     log_ratio = reference - logs
@@ -72,10 +74,10 @@ def terms(
 def grpo(clip: tuple[float, float], beta: float, temperature: float = 1.0, variant: Variant = "grpo") -> Objective:
     """Return the objective for the training loop: the mean over answers of the weighted sum over an answer's tokens.
 
-    Its batches hold "tokens", "mask" (True on the answers), "old" and "reference" (log-probabilities under the sampling
-    policy and the reference; without the latter kl is 0) [batch, length], and for each answer "advantage", "share" (see
-    `token_shares`) and figures to report [batch]. Figures: those, kl, entropy, clip_fraction and length. Dropout is
-    off, so that ratios compare the same function. gspo: the ratio is that of the whole answer.
+    Its batches have "tokens", "mask" (True on the answers), "old" and "reference" (log-probabilities under the sampling
+    policy and the reference; without "reference" kl is 0), all (batch, length); and for each answer "advantage",
+    "share" (see `token_shares`) and figures to report (batch). Figures: these, kl, entropy, clip_fraction and length.
+    Dropout is off, so that ratios compare the same function. For gspo the ratio is that of the whole answer.
     """
     return partial(_loss, clip, beta, temperature, variant)
 
@@ -99,12 +101,12 @@ def _loss(
 
 @dataclass(eq=False)
 class GRPOBatches(Rollouts):
-    """The data of the training loop, with "advantage", "share" and "varied" for each answer: whether its group has
-    different rewards, without which nothing is learned from it.
+    """Training data: rollouts with "advantage", "share" and "varied" for each answer. "varied" is 1 if the answer's
+    group has different rewards; otherwise nothing is learned from it.
 
-    "length_of_right" and "length_of_wrong" are the mean lengths of the rollout's answers with
-    more than 0.5, and of the others; 0 if there are none. rounds: most rollouts that are sampled to replace groups
-    whose rewards are all equal (DAPO's dynamic sampling).
+    "length_of_right" and "length_of_wrong" are the mean lengths of the rollout's answers with a reward above 0.5, and
+    of the others; 0 if there are none. rounds: the most rollouts sampled to replace groups whose rewards are all equal
+    (DAPO's dynamic sampling).
     """
 
     variant: Variant = "grpo"
@@ -144,7 +146,7 @@ class GRPOBatches(Rollouts):
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
-    """Join the rows of tensors, which are padded on the right to the same length."""
+    """Join tensors along their rows, padded on the right to the same length."""
     if tensors[0].dim() == 1:
         return torch.cat(tensors)
     return pad_sequence([row for tensor in tensors for row in tensor], batch_first=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Healthy(NamedTuple):
-    """Normal range of a figure, with the possible meaning of a value outside it and the remedy.
+    """Normal range of a figure, with the possible meaning of a value outside it and a remedy.
 
     relative: `least` and `largest` are multiples of the figure's first value.
     """
@@ -17,15 +17,15 @@ class Healthy(NamedTuple):
     relative: bool = False
 
     def bounds(self, first: float) -> tuple[float, float]:
-        """Return the least and the largest value of a figure with this first value."""
+        """Return the least and the largest normal value of a figure with this first value."""
         return (self.least * first, self.largest * first) if self.relative else (self.least, self.largest)
 
 
 @dataclass
 class DivergenceMonitor:
-    """Monitor that warns once each time that a figure leaves its normal range, until it has come back.
+    """Monitor that warns when a figure leaves its normal range, and not again until the figure has come back.
 
-    first: the first values of figures; for those that are missing, the first value that is seen is taken.
+    first: first values of figures; a missing one is set to the first value that is seen.
     """
 
     normal: Mapping[str, Healthy]
@@ -33,7 +33,7 @@ class DivergenceMonitor:
     outside: set[str] = field(default_factory=set)
 
     def __call__(self, figures: Mapping[str, float]) -> Iterator[str]:
-        """Return the warnings for the figures of a step."""
+        """Yield the warnings for the figures of a step."""
         for name, value in figures.items():
             if name not in self.normal:
                 continue
@@ -58,6 +58,6 @@ class DivergenceMonitor:
 
 
 def describe(normal: Mapping[str, Healthy]) -> str:
-    """Return the ranges, for a report."""
+    """Return the ranges as text, for a report."""
     spans = {name: (r.least, r.largest, " times the first" if r.relative else "") for name, r in normal.items()}
     return "; ".join(f"{n.replace('_', ' ')} {low:.3g} to {high:.3g}{more}" for n, (low, high, more) in spans.items())

@@ -1,7 +1,8 @@
 """Proximal policy optimisation (PPO) as in InstructGPT, with a policy, a value model and a frozen reference model.
 
-(Schulman et al., 2017; Ouyang et al., 2022, section 3.5 and appendix C.4.) Here are the loss, and the batches: rewards
-with a KL penalty, advantages and returns for each token, and pretraining text beside the answers (PPO-ptx).
+(Schulman et al., 2017; Ouyang et al., 2022, section 3.5 and appendix C.4.) This file has the loss and the batches:
+rewards with a KL penalty, advantages and returns for each token, and pretraining text in addition to the answers
+(PPO-ptx).
 
 Axes: batch or row = answers, length or position = tokens of a prompt and its answer, n = tokens of all answers, k =
 windows of pretraining text for each answer.
@@ -32,12 +33,13 @@ Mask = Bool[Tensor, "batch length"]
 
 @dataclass(frozen=True)
 class PPOSettings:
-    """Coefficients of PPO; the defaults are InstructGPT's where it gives them.
+    """Coefficients of PPO. The defaults are InstructGPT's, if its paper gives them.
 
-    kl_coef: weight β of the KL penalty on each token. clip: range of the probability ratio. value_clip: how far a value
-    may move from the one of the rollout. discount, gae_lambda: γ and λ of the advantages. value_weight: of the value
-    loss beside the policy's. text_weight: of the loss on pretraining text (PPO-ptx's γ). missing_eos_penalty:
-    subtracted from the reward of a response without an end-of-text token. temperature: of sampling.
+    kl_coef: weight β of the KL penalty on each token. clip: range of the probability ratio. value_clip: largest change
+    of a value from the rollout's. discount, gae_lambda: γ and λ of the advantages. value_weight: weight of the value
+    loss relative to the policy's. text_weight: weight of the loss on pretraining text (PPO-ptx's γ).
+    missing_eos_penalty: subtracted from the reward of a response without an end-of-text token. temperature: of
+    sampling.
     """
 
     kl_coef: float = 0.02
@@ -59,7 +61,7 @@ class PPOSettings:
 
 
 class ActorCritic(nn.Module):
-    """The module that is trained: a policy, which writes answers, and a value model, which predicts their return."""
+    """The trained module: a policy, which writes answers, and a value model, which predicts their return."""
 
     def __init__(self, policy: nn.Module, value: nn.Module):
         super().__init__()
@@ -77,23 +79,23 @@ def kl_penalized_rewards(
 
 
 def advantages(rewards: Places, values: Places, mask: Mask, discount: float = 1.0, gae_lambda: float = 0.95) -> Places:
-    """Return generalised advantage estimation, GAE (Schulman et al., 2015, equation 16), of the tokens that the mask
-    marks, which are consecutive.
+    """Return the generalised advantage estimation, GAE (Schulman et al., 2015, equation 16), of each token in the mask;
+    these tokens are consecutive.
 
-    values: the value model's prediction before each token. The value after the last token is 0, also of an answer that
-    reached the limit of tokens.
+    values: the value model's prediction before each token. The value after the last token is 0, also if an answer was
+    cut off at the token limit.
     """
     values = torch.where(mask, values.double(), 0.0)
     following = torch.cat([values[:, 1:], values.new_zeros(len(mask), 1)], 1)
     errors = torch.where(mask, rewards.double() + discount * following - values, 0.0)
     positions = torch.arange(mask.shape[1], device=mask.device)
-    ahead = positions[:, None] - positions  # [position of the error, position whose advantage it adds to]
+    ahead = positions[:, None] - positions  # axes: position of the error, position whose advantage it adds to
     decay = torch.where(ahead >= 0, (discount * gae_lambda) ** ahead.clamp(min=0).double(), 0.0)
     return torch.where(mask, errors @ decay, 0.0).float()
 
 
 def whiten(values: Places, mask: Mask) -> Float[Tensor, "batch length"]:
-    """Return the values with mean 0 and variance 1 over the mask, and 0 elsewhere; a single value is left as it is."""
+    """Return the values with mean 0 and variance 1 over the mask, and 0 elsewhere. A single value is not changed."""
     chosen = values[mask].double()
     if len(chosen) < 2:
         return torch.where(mask, values, 0.0)
@@ -120,8 +122,8 @@ class TokenTargets(NamedTuple):
 def token_targets(
     scores: Float[Tensor, " batch"], old: Places, reference: Places, values: Places, mask: Mask, rule: PPOSettings
 ) -> TokenTargets:
-    """Return the targets of a rollout from the scores of its answers: rewards with the KL penalty, GAE, and returns;
-    the advantages are whitened over the whole rollout, after the returns are computed."""
+    """Return the targets of a rollout from its answers' scores: rewards with the KL penalty, then GAE and returns, then
+    whitening of the advantages over the whole rollout."""
     rewards = kl_penalized_rewards(scores, old, reference, mask, rule.kl_coef)
     gae = advantages(rewards, values, mask, rule.discount, rule.gae_lambda)
     return TokenTargets(values, whiten(gae, mask), gae + values)
@@ -140,9 +142,10 @@ class PPOTerms(NamedTuple):
 def terms(
     logs: Tokens, old: Tokens, advantage: Tokens, values: Tokens, old_values: Tokens, returns: Tokens, rule: PPOSettings
 ) -> PPOTerms:
-    """Return the clipped surrogate loss max(-A ratio, -A clip(ratio)), ratio = p / p_old (Schulman et al., 2017,
-    equation 7), and the clipped value loss: half the larger of (V - R)² and (clip(V) - R)², V clipped around its old
-    value."""
+    """Return the clipped surrogate loss max(-A ratio, -A clip(ratio)), where ratio = p / p_old (Schulman et al., 2017,
+    equation 7), and the clipped value loss: half the larger of (V - R)² and (clip(V) - R)², where clip limits V to its
+    old value ± value_clip.
+    """
     ratio = (logs - old).exp()
     clipped_ratio = ratio.clamp(1 - rule.clip, 1 + rule.clip)
     clipped_values = old_values + (values - old_values).clamp(-rule.value_clip, rule.value_clip)
@@ -156,10 +159,9 @@ def ppo(rule: PPOSettings) -> Objective:
     """Return the objective of an `ActorCritic` for the training loop: the mean over all tokens of a minibatch's
     answers.
 
-    Its batches hold "tokens", "mask" (True on the answers), "old", "values", "advantage" and "returns", all of the
-    rollout [batch, length]; for each answer "share" (the answers per token of the minibatch) and figures to report
-    [batch]; and where text is learned too, "pretraining" [batch, k, text length]. Dropout is off, so that ratios
-    compare the same function.
+    Its batches have "tokens", "mask" (True on the answers), "old", "values", "advantage" and "returns" of the rollout,
+    all (batch, length); for each answer "share" (the answers per token of the minibatch) and figures to report (batch);
+    and optionally "pretraining" (batch, k, text length). Dropout is off, so that ratios compare the same function.
     """
     return partial(_loss, rule)
 
@@ -209,33 +211,32 @@ NORMAL = {
 
 @dataclass(frozen=True, eq=False)
 class PretrainingMix:
-    """Pretraining text (PPO-ptx): `each` windows of it for every answer of an update."""
+    """Pretraining text (PPO-ptx): `per_answer` windows for every answer of an update."""
 
     text: PackedText
-    each: int
+    per_answer: int
 
     def batch(self, step: int, rows: int) -> Tensor:
-        """Return the windows of an update [row, k, text length]."""
-        count = rows * self.each
+        """Return the windows of an update (row, k, text length)."""
+        count = rows * self.per_answer
         return self._reshape(self.text.windows(step * count + np.arange(count)), rows)
 
     def held_out(self, start: int, rows: int) -> Tensor:
-        """Return the held-out windows of the answers from number `start` on; after the last window, the first one
-        again."""
-        windows = self.text.held_out
-        return self._reshape(windows[(start * self.each + np.arange(rows * self.each)) % len(windows)], rows)
+        """Return the held-out windows of the answers from number `start` on, repeated after the last window."""
+        windows, k = self.text.held_out, self.per_answer
+        return self._reshape(windows[(start * k + np.arange(rows * k)) % len(windows)], rows)
 
     def _reshape(self, windows: np.ndarray, rows: int) -> Tensor:
-        return torch.from_numpy(windows.astype(np.int64)).view(rows, self.each, -1)
+        return torch.from_numpy(windows.astype(np.int64)).view(rows, self.per_answer, -1)
 
 
 @dataclass(eq=False, kw_only=True)
 class PPOBatches(Rollouts):
-    """The data of the training loop; `ppo` says what a batch holds.
+    """Training data for `ppo`, which lists the content of a batch.
 
-    For each answer a batch also has kl, ln(p / p_reference) of the whole answer; and, the same for all answers of a
-    rollout, reward_spread, the standard deviation of the rewards, and explained_variance. value: the value model.
-    pretraining: text that is learned beside the answers.
+    For each answer a batch also has kl, ln(p / p_reference) of the whole answer, and two figures that are the same for
+    all answers of a rollout: reward_spread, the standard deviation of the rewards, and explained_variance. value: the
+    value model. pretraining: text that is learned in addition to the answers.
     """
 
     value: Any
@@ -245,7 +246,7 @@ class PPOBatches(Rollouts):
     @property
     def fingerprint(self) -> str:
         """A hash of the prompts, of the settings of the rollouts, and of the pretraining text."""
-        text = f" {self.pretraining.text.fingerprint} {self.pretraining.each}" if self.pretraining else ""
+        text = f" {self.pretraining.text.fingerprint} {self.pretraining.per_answer}" if self.pretraining else ""
         return hashlib.sha256(f"{super().fingerprint}{text}".encode()).hexdigest()
 
     def batch(self, step: int) -> Batch:
@@ -280,7 +281,7 @@ class PPOBatches(Rollouts):
         return tokens | figures | ({"pretraining": self.pretraining.batch(0, rows)} if self.pretraining else {})
 
     def _predict_values(self, rollout: Batch) -> Tensor:
-        """Return the value model's prediction before each token of the answers [row, position]; 0 elsewhere."""
+        """Return the value model's prediction before each token of the answers (row, position); 0 elsewhere."""
 
         def values(part: Batch) -> Tensor:
             return self.value.scores_along(part["tokens"][:, None, :-1])[:, 0][part["mask"][:, 1:]]
@@ -289,7 +290,7 @@ class PPOBatches(Rollouts):
 
 
 def _with_share(batch: Batch) -> Batch:
-    """Return the batch with "share", its answers per token: a sum over answers is then a mean over tokens, however the
-    batch is split."""
+    """Return the batch with "share", its answers per token. It makes a sum over answers a mean over tokens, for any
+    split of the batch."""
     rows = len(batch["mask"])
     return batch | {"share": torch.full((rows,), rows / float(batch["mask"].sum()))}

@@ -1,6 +1,6 @@
 """Reward models (Ouyang et al., 2022, section 3.5): a score for an answer to a prompt, learned from rankings.
 
-Axes: batch = prompts, K = ranked answers of each, length = tokens.
+Axes: batch = prompts, K = ranked answers of each prompt, length = tokens.
 """
 
 import math
@@ -25,26 +25,26 @@ Scores = Float[Tensor, "batch K"]
 def ranking_losses(scores: Scores, levels: Scores) -> Float[Tensor, " batch"]:
     """Return -1/C(K, 2) Σ ln σ(r_better - r_worse) of each prompt (equation 1), over all pairs of its answers.
 
-    levels: the ratings of the answers, higher is better, NaN where there is no answer; pairs with equal or missing
-    ratings do not count. K = 2 is the Bradley-Terry model.
+    levels: the ratings of the answers, higher is better, NaN for a missing answer. Pairs with equal or missing ratings
+    do not count. K = 2 is the Bradley-Terry model.
     """
     better, share = pairs(levels)
     return -(F.logsigmoid(scores[:, :, None] - scores[:, None, :]) * better * share).sum((1, 2))
 
 
 def pairs(levels: Scores) -> tuple[Float[Tensor, "batch K K"], Float[Tensor, "batch 1 1"]]:
-    """Return whether the first answer of each pair is better than the second (1 or 0), and the weight of each pair: 1
-    over the number of the prompt's pairs.
-    """
+    """Return whether the first answer of each pair is better than the second (1 or 0), and each pair's weight: 1 / the
+    number of the prompt's pairs."""
     better = (levels[:, :, None] > levels[:, None, :]).float()
     return better, 1 / better.sum((1, 2), keepdim=True).clamp(min=1)
 
 
 def ranking_loss(model: Any, batch: Batch) -> LossOutput:
-    """Return the objective: batch["tokens"] and batch["mask"] [batch, K, length], batch["levels"] [batch, K].
+    """Return the ranking loss of batch["tokens"] and batch["mask"] (batch, K, length) with the ratings batch["levels"]
+    (batch, K): an objective.
 
-    The model offers `classify(tokens, mask)`, one score per answer. Figures: `accuracy`, the share of a prompt's pairs
-    in which the better answer has the higher score, and `margin`, the mean difference of their scores.
+    The model has `classify(tokens, mask)`, which returns one score per answer. Figures: `accuracy`, the share of a
+    prompt's pairs in which the better answer has the higher score, and `margin`, the mean difference of their scores.
     """
     scores = model.classify(batch["tokens"], batch["mask"]).float()
     total = ranking_losses(scores, batch["levels"]).sum()
@@ -68,10 +68,10 @@ def margins(model: Any, batches: Iterable[Batch]) -> Float[Tensor, " pairs"]:
 
 
 class Calibration(NamedTuple):
-    """Calibration of a reward model: confidence and accuracy in each bin that holds a pair.
+    """Calibration of a reward model: confidence and accuracy in each bin that has a pair.
 
-    sure: the mean of max(p, 1 - p), p = σ(r_better - r_worse). right: the share of pairs with p > 1/2. count: pairs.
-    error: the expected calibration error, the mean over pairs of |sure - right| of their bin.
+    sure: mean of max(p, 1 - p), where p = σ(r_better - r_worse). right: share of pairs with p > 1/2. count: number of
+    pairs. error: the expected calibration error, the mean over pairs of |sure - right| of their bin.
     """
 
     sure: list[float]
@@ -85,15 +85,15 @@ def calibration(margins: Float[Tensor, " pairs"], bins: int = 10) -> Calibration
     sure, right = torch.sigmoid(margins.double().abs()), (margins > 0).double()
     bin_index = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     count = torch.bincount(bin_index, minlength=bins)
-    there = count > 0
-    means = [torch.bincount(bin_index, values, minlength=bins)[there] / count[there] for values in (sure, right)]
-    error = ((means[0] - means[1]).abs() * count[there]).sum() / max(1, len(margins))
-    return Calibration(means[0].tolist(), means[1].tolist(), count[there].tolist(), float(error))
+    used = count > 0
+    means = [torch.bincount(bin_index, values, minlength=bins)[used] / count[used] for values in (sure, right)]
+    error = ((means[0] - means[1]).abs() * count[used]).sum() / max(1, len(margins))
+    return Calibration(means[0].tolist(), means[1].tolist(), count[used].tolist(), float(error))
 
 
 @torch.no_grad()
 def scores_of(model: Any, texts: Sequence[Sequence[int]], pad_id: int, batch_size: int = 32) -> Float[Tensor, " texts"]:
-    """Return the score of each text, given as token ids; texts of similar length share a batch."""
+    """Return the score of each text, given as token ids. Texts of similar length share a batch."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     scores, device = torch.zeros(len(texts)), next(model.parameters()).device
     with evaluation_mode(model):
@@ -109,13 +109,14 @@ def scores_of(model: Any, texts: Sequence[Sequence[int]], pad_id: int, batch_siz
 
 @dataclass(frozen=True, eq=False)
 class ModelReward:
-    """A reward model as a `Scorer`, with its own tokenizer and chat template."""
+    """A reward model as a `Scorer`, with its tokenizer and chat template."""
 
     model: Any
     tokenizer: Tokenizer
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """Return the scores; one that is not finite, or a text longer than the context, is a `UserError`."""
+        """Return the score of each answer. Raises UserError for a score that is not finite, or a text longer than the
+        context."""
         talks = [[*p.messages, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True)]
         texts = [self.tokenizer.render_chat(talk, add_generation_prompt=False) for talk in talks]
         if (longest := max(map(len, texts), default=0)) > (room := self.model.config.context_length):

@@ -17,12 +17,13 @@ from keifu.data.chat.thoughts import answer_of
 from keifu.data.text.synthetic_math import OPERATIONS
 from keifu.errors import UserError, require_known
 
-Reward = Callable[[str, str, Mapping[str, Any]], float]  # of the prompt, the answer and the example that it is from
-Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]  # of an answer to each of these prompts
+# arguments: the prompt, the answer, and the example that has the prompt
+Reward = Callable[[str, str, Mapping[str, Any]], float]
+Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]  # arguments: prompts, and an answer to each
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 EQUATION = re.compile(r"(-?\d{1,12}) ([-+*]) (-?\d{1,12}) = (-?\d{1,24})")
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
-TERM = re.compile(r"[0-9 ()+*/-]{1,200}")  # Python would also read 1_2 as a number, and True as 1
+TERM = re.compile(r"[0-9 ()+*/-]{1,200}")  # stricter than Python, which also reads 1_2 and True as numbers
 
 
 def last_number(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
@@ -44,9 +45,8 @@ def worked_steps(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
 
 
 def countdown(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """Return 1 if the last line is a term whose value is the example's "target" and which uses each of its "numbers"
-    once, otherwise 0. What follows "=" does not count.
-    """
+    """Return 1 if the last line is a term with the value of the example's "target" that uses each of its "numbers"
+    once, otherwise 0. Text after "=" is ignored."""
     numbers, target = _field(example, "numbers"), _field(example, "target")
     lines = answer_of(answer).strip().splitlines() or [""]
     term = lines[-1].rpartition(":")[2].partition("=")[0].strip()
@@ -59,7 +59,7 @@ def countdown(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
 
 
 def _value(node: ast.expr) -> Fraction:
-    """Compute a term of whole numbers, + - * / and parentheses; anything else is a `ValueError`."""
+    """Compute a term of whole numbers, + - * / and parentheses. Raises ValueError for anything else."""
     match node:
         case ast.Constant(value=int() as number):
             return Fraction(number)
@@ -71,21 +71,21 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def _field(example: Mapping[str, Any], name: str) -> Any:
-    """Return a field of the example; a `UserError` if it is missing."""
+    """Return a field of the example. Raises UserError if it is missing."""
     if name not in example:
         raise UserError(f"the example has no field {name}: give it one, or choose another reward")
     return example[name]
 
 
-OWN: dict[str, Reward] = {
+BUILT_IN: dict[str, Reward] = {
     "last-number": last_number, "exact": exact, "worked-steps": worked_steps, "countdown": countdown,
     gym.SCORER: gym.gym_score,
 }  # fmt: skip
-FIELDS = dict.fromkeys(OWN, ["answer"]) | {"countdown": ["numbers", "target"], gym.SCORER: ["entry"]}
+FIELDS = dict.fromkeys(BUILT_IN, ["answer"]) | {"countdown": ["numbers", "target"], gym.SCORER: ["entry"]}
 
 
 def check_fields(name: str, prompts: Sequence[Prompt]) -> None:
-    """Refuse prompts that lack a field which this built-in reward reads, before anything is generated."""
+    """Raise UserError for prompts that lack a field of this built-in reward, before anything is generated."""
     for prompt in prompts:
         for field in FIELDS.get(name, ()):
             if field not in prompt.record:
@@ -94,14 +94,14 @@ def check_fields(name: str, prompts: Sequence[Prompt]) -> None:
 
 
 def reward(name: str) -> Reward:
-    """Return the built-in reward of that name, or the one of `file.py:function`, whose code is then run; an unknown
-    name, a missing file or function is a `UserError`."""
+    """Return the built-in reward of that name, or the function of `file.py:function`; the file is then executed. Raises
+    UserError for an unknown name, or a missing file or function."""
     path, function = code_file(name), name.rpartition(":")[2]
     if path is None:
-        require_known("reward (or file.py:function)", name, OWN)
-        return OWN[name]
+        require_known("reward (or file.py:function)", name, BUILT_IN)
+        return BUILT_IN[name]
     if not path.is_file():
-        raise UserError(f"There is no file {path}: --reward is file.py:function, or one of {', '.join(OWN)}.")
+        raise UserError(f"There is no file {path}: --reward is file.py:function, or one of {', '.join(BUILT_IN)}.")
     function_in_file: Reward | None = getattr(_module(path), function, None)
     if not callable(function_in_file):
         raise UserError(f"{path} has no function {function!r}, to be called with a prompt, an answer and an example.")
@@ -109,22 +109,22 @@ def reward(name: str) -> Reward:
 
 
 def code_file(name: str) -> Path | None:
-    """Return the Python file whose code a reward's name executes; None if the name executes none."""
+    """Return the Python file that a reward's name executes; None for a built-in reward."""
     path, colon, _ = name.rpartition(":")
     return Path(path) if colon and path.endswith(".py") else None
 
 
 def text_hash(name: str) -> str:
-    """Return a hash of the file of a reward, so that a resumed run notices a change; empty for built-in rewards."""
+    """Return a hash of a reward's file, so that a resumed run notices a change; "" for built-in rewards."""
     path = code_file(name)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 
 def _module(path: Path) -> Any:
-    spec = spec_from_file_location(f"reward {path.resolve()}", path)  # which no import can mean
+    spec = spec_from_file_location(f"reward {path.resolve()}", path)  # no import statement has this name
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file.")
-    module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses look their module up
+    module = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -133,15 +133,15 @@ def _module(path: Path) -> Any:
 
 
 def score_responses(function: Reward) -> Scorer:
-    """Return the scorer that calls a reward function on each answer."""
+    """Return a scorer that calls a reward function on each answer."""
     return lambda prompts, answers: [
         score(function, prompt.text, answer, prompt.record) for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
 def score(function: Reward, prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """Return the reward of an answer. A function that raises, or return no finite number, is a `UserError` with the
-    answer."""
+    """Return the reward of an answer. Raises UserError with the answer if the function raises, or returns no finite
+    number."""
     of = f"for the answer {answer[:80]!r} to {prompt[:80]!r}"
     try:
         value = function(prompt, answer, example)

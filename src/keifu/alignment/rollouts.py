@@ -1,8 +1,8 @@
 """Rollouts: answers that the policy samples during training, with their rewards and log-probabilities.
 
-A rollout is a function of the weights, the seed and its number. It serves one update, or several: its answers are then
-split into minibatches, over one epoch or more. What a method computes from the rewards (advantages, returns) is added
-by a subclass.
+A rollout depends on the weights, the seed and its number. It serves one or more updates: its answers are split into
+minibatches, over one or more epochs. A subclass adds the quantities that its method computes from the rewards
+(advantages, returns).
 
 Axes: batch or row = answers, those to one prompt together; length or position = tokens of a prompt and its answer,
 padded on the right; n = tokens of all answers, row by row.
@@ -35,47 +35,49 @@ from keifu.processes import Processes, current
 from keifu.training.protocols import Batch
 
 Tokens = Float[Tensor, " n"]
-TARGETS = ("advantage", "share")  # per-answer tensors of a batch that the loss uses and no report shows
-MAX_BATCH_TOKENS = 16_384  # tokens of prompts and answers that are generated or scored at a time
+TARGETS = ("advantage", "share")  # per-answer tensors of a batch that the loss uses and that are not reported
+MAX_BATCH_TOKENS = 16_384  # prompt and answer tokens that are generated or scored at a time
 MAX_BATCH_ANSWERS = 256  # answers that are generated or scored at a time
 
 
 class PolicyOutput(NamedTuple):
-    """For each token of all answers: its log-probability, the entropy in nats there, and the row of its answer.
+    """For each token of all answers: its log-probability, the entropy before it in nats, and the row of its answer.
 
-    places: of the tokens among all positions but the first, row by row.
+    positions: of the tokens in the flattened (batch, length - 1) array of positions after the first.
     """
 
     logs: Tokens
     entropy: Tokens
     rows: Int[Tensor, " n"]
-    places: Int[Tensor, " n"]
+    positions: Int[Tensor, " n"]
 
 
-def places_of(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " n"]:
-    """Return the places that a mask marks, row by row: a GPU is waited for here, and not at each use of them."""
+def positions_of(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " n"]:
+    """Return the flat positions where a mask is True, row by row. Only this call waits for a GPU; later uses of the
+    positions do not."""
     return mask.flatten().nonzero()[:, 0]
 
 
 def take(x: Num[Tensor, "batch length *axes"], positions: Int[Tensor, " n"]) -> Num[Tensor, "n *axes"]:
-    """Return the values at these places."""
+    """Return the values at these flat positions."""
     return x.flatten(0, 1).index_select(0, positions)
 
 
 def answer_log_probabilities(model: Any, batch: Batch, temperature: float = 1.0) -> PolicyOutput:
-    """Return log-probabilities of the tokens of batch["tokens"] [batch, length] that batch["mask"] marks, row by row.
+    """Return log-probabilities of the tokens of batch["tokens"] (batch, length) where batch["mask"] is True, row by
+    row.
 
-    The model offers `hidden(tokens)` and `head_weight`.
+    The model has `hidden(tokens)` and `head_weight`.
     """
     tokens = batch["tokens"]
-    positions = places_of(batch["mask"][:, 1:])
+    positions = positions_of(batch["mask"][:, 1:])
     hidden = take(model.hidden(tokens[:, :-1]), positions)
     logs, entropy = token_log_probabilities(hidden, model.head_weight, take(tokens[:, 1:], positions), temperature)
     return PolicyOutput(logs, entropy, positions // (tokens.shape[1] - 1), positions)
 
 
 def response_statistics(batch: Batch) -> Batch:
-    """Return the sum over the answers of every per-answer figure of a batch (rewards, ...), and of the answers'
+    """Return the sum over the answers of each per-answer figure of a batch (rewards, ...), and of the answers'
     lengths."""
     sums = {name: values.sum() for name, values in batch.items() if values.dim() == 1 and name not in TARGETS}
     return sums | {"length": batch["mask"].sum().float()}
@@ -85,9 +87,9 @@ def response_statistics(batch: Batch) -> Batch:
 class RolloutPlan:
     """Settings of a rollout.
 
-    prompts: of a rollout. group: answers to each prompt. max_tokens: of an answer. minibatches: equal parts of a
-    rollout, each of which makes one update. epochs: passes over the answers of a rollout. Settings that are not
-    positive, or answers that cannot be split evenly, are a `UserError`.
+    prompts: number per rollout. group: answers to each prompt. max_tokens: per answer. minibatches: equal parts of a
+    rollout; each makes one update. epochs: passes over the answers of a rollout. Raises UserError for settings that are
+    not positive, or answers that cannot be split evenly.
     """
 
     prompts: int = 8
@@ -117,16 +119,16 @@ class RolloutPlan:
 
 @dataclass(eq=False)
 class Rollouts:
-    """The data of the training loop: minibatches of a rollout, which is generated again when its updates are made.
+    """Training data: minibatches of a rollout. After the rollout's updates, the next one is generated.
 
-    policy: the model that is trained and writes the answers. reference: the model that the KL penalty is measured
-    against, or the policy itself, whose adapters are then left out; None: no penalty. prompts, held_out: for training
-    and for validation. reward: the scorer that is learned from. metrics: further scorers, which are only reported.
+    policy: the trained model, which writes the answers. reference: the model of the KL penalty, or the policy itself,
+    whose adapters are then disabled; None: no penalty. prompts, held_out: for training and for validation. reward: the
+    scorer to learn from. metrics: further scorers, which are only reported.
 
-    A batch holds "tokens", "mask" (True on the answers), "old" (log-probability of each token when it was sampled) and,
-    where there is a reference, "reference" (its log-probabilities), all [row, position]; "reward", "finished" (1 where
-    the answer ended by itself) and the further metrics [row]; and the targets of the method (see `_targets`).
-    Without prompts, or with prompts too long for the model's context, it raises a `UserError`.
+    A batch has "tokens", "mask" (True on the answers), "old" (log-probability of each token when it was sampled) and,
+    with a reference, "reference" (its log-probabilities), all (row, position); "reward", "finished" (1 if the answer
+    ended by itself) and the further metrics (row); and the targets of the method (see `_targets`). Raises UserError
+    without prompts, or if a prompt is too long for the model's context.
     """
 
     policy: nn.Module
@@ -162,8 +164,8 @@ class Rollouts:
         return hashlib.sha256(f"{self.plan} {prompts}".encode()).hexdigest()
 
     def batch(self, step: int) -> Batch:
-        """Return the minibatch of a step (from 0); where a new rollout begins, it is generated by the model as it is
-        now."""
+        """Return the minibatch of a step (from 0). The first minibatch of a rollout generates the rollout with the
+        current model."""
         number, update = divmod(step, self.plan.updates)
         if not update:
             self._rollout = self._generate_rollout(number)
@@ -175,11 +177,11 @@ class Rollouts:
         return slice_rollouts(self._rollout, np.split(order, self.plan.minibatches)[part])
 
     def state(self) -> Batch:
-        """Return the current rollout, where later updates need it; otherwise nothing."""
+        """Return the current rollout if later updates need it; otherwise {}."""
         return self._rollout if self.plan.updates > 1 else {}
 
     def load_state(self, state: Batch) -> None:
-        """Restore what `state` gave."""
+        """Restore a result of `state`."""
         self._rollout = dict(state)
 
     def validation(self) -> Iterator[Batch]:
@@ -191,7 +193,7 @@ class Rollouts:
             yield self._generate(1, chosen, [greedy] * len(chosen), 1)
 
     def largest(self) -> Batch:
-        """Return a batch of the largest possible size, filled with zeros, to measure memory with before a run."""
+        """Return a batch of the largest possible size, filled with zeros, to measure memory before a run."""
         rows = self.plan.answers // self.plan.minibatches
         tokens = torch.zeros(rows, self.longest, dtype=torch.long)
         zeros = torch.zeros(rows, self.longest)
@@ -208,8 +210,8 @@ class Rollouts:
         return self._generate(0, rows, [replace(how, seed=int(seed)) for seed in seeds], plan.group)
 
     def _generate(self, part: int, rows: Sequence[int], sampling: Sequence[SamplingParams], group: int) -> Batch:
-        """Generate answers to these prompts of a part (0: training, 1: held out), with everything that a batch holds.
-        Each of several processes writes some of them."""
+        """Generate answers to the prompts `rows` of a part (0: training, 1: held out), and return a complete batch.
+        Each rank writes some of the answers."""
         ranks = current() if len(rows) >= current().data_size else Processes()
         local = slice(*ranks.bounds(len(rows)))
         answers = self._answers(part, rows[local], sampling[local])
@@ -217,7 +219,7 @@ class Rollouts:
         return rollout | self._targets(rollout, group)
 
     def _answers(self, part: int, rows: Sequence[int], sampling: Sequence[SamplingParams]) -> Batch:
-        """Return answers with their rewards and log-probabilities."""
+        """Return this rank's answers with their rewards and log-probabilities."""
         ids = [self.ids[part][row] for row in rows]
         answers = generate_batch(self.policy, self.tokenizer, ids, sampling, self.at_a_time)
         rollout = stack_responses(ids, answers, self.tokenizer.pad_id or 0)
@@ -233,8 +235,8 @@ class Rollouts:
         return rollout
 
     def _targets(self, rollout: Batch, group: int) -> Batch:
-        """Return the tensors that the method learns from, computed from a rollout with `group` answers to each prompt:
-        named tensors [row] or [row, position]."""
+        """Return the method's tensors, computed from a rollout with `group` answers to each prompt: (row) or (row,
+        position)."""
         raise NotImplementedError
 
     def _zero_targets(self, rows: int) -> Batch:
@@ -242,14 +244,14 @@ class Rollouts:
         raise NotImplementedError
 
     def _log_probabilities(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the log-probability of each token of the answers under a model [row, position]; 0 elsewhere."""
+        """Return the log-probability of each token of the answers under a model (row, position); 0 elsewhere."""
         work = partial(answer_log_probabilities, model, temperature=self.plan.temperature)
         return self._of_answers(model, batch, lambda part: work(part).logs)
 
     @torch.no_grad()
     def _of_answers(self, model: nn.Module, batch: Batch, work: Callable[[Batch], Tensor]) -> Tensor:
-        """Return the result of the work for each token of the answers [row, position], some answers at a time; 0
-        elsewhere."""
+        """Return `work`'s result for each token of the answers (row, position); 0 elsewhere. work: gets a few answers,
+        on the model's device."""
         result = torch.zeros_like(batch["old"])
         device = next(model.parameters()).device
         with evaluation_mode(model):
@@ -268,7 +270,7 @@ def slice_rollouts(batch: Batch, rows: np.ndarray) -> Batch:
 
 
 def stack_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Completion], pad_id: int) -> Batch:
-    """Return prompts and their answers as padded tensors [row, position]: "tokens", "mask" (True on the answers) and
+    """Return prompts and their answers as padded tensors (row, position): "tokens", "mask" (True on the answers) and
     "old" (the log-probability of each token when it was sampled)."""
     pairs = [*zip(prompts, answers, strict=True)]
     tokens = [torch.tensor([*prompt, *answer.tokens]) for prompt, answer in pairs]

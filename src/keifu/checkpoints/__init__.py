@@ -1,6 +1,6 @@
 """Loading and saving of models: Hugging Face and diffusers directories, GGUF files, LoRA adapters.
 
-Each public function is imported at first use, so that listing the models does not import torch.
+Public functions are imported at first use, so that listing the models does not import torch.
 """
 
 from importlib import import_module

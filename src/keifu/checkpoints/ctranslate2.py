@@ -1,7 +1,7 @@
-"""CTranslate2's model files as models: Whisper alone, the form in which faster-whisper publishes it.
+"""Whisper models in CTranslate2's file format, in which faster-whisper publishes them.
 
-A file has the name, shape, type and bytes of each variable. Queries, keys and values are joined, and so are the biases,
-in which the keys' are zeros. All integers are little-endian.
+A file has the name, shape, type and bytes of each variable. Queries, keys and values are joined, and so are their
+biases; the keys' biases are zeros. All integers are little-endian.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,10 +21,10 @@ from keifu.models.speech import whisper
 from keifu.untrusted import plain_file, read_json_object
 
 FILE, VERSION, SPEC = "model.bin", 6, "WhisperSpec"
-TYPES = ("float32", "int8", "int16", "int32", "float16")  # by their numbers in a file
+TYPES = ("float32", "int8", "int16", "int32", "float16")  # indexed by the type's number in a file
 READ = {"float32": torch.float32, "float16": torch.float16}
-MULTILINGUAL = 51_865  # tokens of the smallest vocabulary with several languages
-PARTS = {  # theirs, in a layer or outside: Hugging Face's
+MULTILINGUAL = 51_865  # size of the smallest vocabulary with several languages
+PARTS = {  # CTranslate2's name, inside or outside of a layer → Hugging Face's names
     "self_attention/layer_norm": ("self_attn_layer_norm",),
     "self_attention/linear_0": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attention/linear_1": ("self_attn.out_proj",),
@@ -43,9 +43,8 @@ LEAVES = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
 
 
 def open_ctranslate2(path: Path) -> Source:
-    """Return the Whisper model in a file, with the tokenizer.json and config.json of its folder. Other models are a
-    `UserError`.
-    """
+    """Open the Whisper model in a file, with the tokenizer.json and config.json of its folder. Raises UserError for
+    other models."""
     arrays = _read(path)
     weights = {ours: part for name, array in arrays.items() if array.ndim for ours, part in _parts(name, array)}
     if other := next((f"{n} as {part.dtype}" for n, part in weights.items() if str(part.dtype) not in READ), None):
@@ -60,7 +59,7 @@ def open_ctranslate2(path: Path) -> Source:
 
 
 def _read(path: Path) -> Mapping[str, np.ndarray]:
-    """Return the arrays of a file, memory-mapped; a torn file, or one of another model, is a `UserError`."""
+    """Return the arrays of a file, memory-mapped. Raises UserError for a truncated file, or one of another model."""
     arrays, name = dict[str, np.ndarray](), ""
     with plain_file(path).open("rb") as file:
         try:
@@ -93,7 +92,7 @@ def _text(file: BinaryIO) -> str:
 
 
 def _parts(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors in a variable with Hugging Face's names; the zeros that stand for a bias of keys are none."""
+    """Yield the tensors of a variable with Hugging Face's names, without the keys' biases, which are zeros."""
     side, *middle, leaf = name.split("/")
     layer = [f"layers.{middle.pop(0)[6:]}"] if middle and middle[0].startswith("layer_") and len(middle) > 1 else []
     parts, leaf = PARTS.get("/".join(middle), ("/".join(middle),)), LEAVES.get(leaf, leaf)
@@ -103,7 +102,7 @@ def _parts(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _config(arrays: Mapping[str, np.ndarray], path: Path) -> whisper.Config:
-    """Return the Config of these shapes."""
+    """Return the Config inferred from the arrays' shapes."""
     try:
         vocab_size, dim = arrays["decoder/embeddings/weight"].shape
         context, heard = (len(arrays[f"{side}/position_encodings/encodings"]) for side in ("decoder", "encoder"))
@@ -120,7 +119,8 @@ def _config(arrays: Mapping[str, np.ndarray], path: Path) -> whisper.Config:
 
 
 def _tokenizer(folder: Path, several: bool) -> Tokenizer:
-    """Return the tokenizer with the settings of generation, as generation_config.json has them for transformers."""
+    """Return the tokenizer with the generation settings that transformers would read from generation_config.json.
+    several: whether it has several languages."""
     given, tokenizer = read_json_object(folder / "config.json"), load_tokenizer(folder / "tokenizer.json")
     settings: dict[str, Any] = {
         "is_multilingual": several, "no_timestamps_token_id": tokenizer.token_id("<|notimestamps|>"),

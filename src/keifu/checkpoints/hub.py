@@ -16,10 +16,10 @@ WANTED = (
 
 
 def locate(name: str | Path) -> Path:
-    """Return the file or folder of a model: a path that exists, a catalogue name, or a hub id "owner/name" (downloaded
+    """Return the file or folder of a model: an existing path, a catalogue name, or a hub id "owner/name" (downloaded
     once).
 
-    A name that is none of these is a `UserError` with the nearest known one.
+    Raises UserError, with the nearest known name, for any other name.
     """
     if not str(name).strip() or "\0" in str(name):
         raise UserError(f"{str(name)!r} is no name of a model: give a path, a catalogue name or a hub id.")
@@ -33,29 +33,31 @@ def locate(name: str | Path) -> Path:
         raise UserError(f"{text!r} is {CATALOGUE[text].kind} in the catalogue, not a model.")
     if HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix != ".gguf":
         return download(text)
-    beside = [str(path.parent / one.name) for one in path.parent.glob("*") if may_be_model(one)]
-    known = beside if path.parent != Path() else [*MODELS, *beside]
+    nearby = [str(path.parent / other.name) for other in path.parent.glob("*") if may_be_model(other)]
+    known = nearby if path.parent != Path() else [*MODELS, *nearby]
     raise unknown("model", text, known) if known else UserError(f"There is no file or folder {text!r}.")
 
 
 def weights_identity(name: str) -> str:
-    """Return the path of a model's files with their sizes and times: another string once the weights change."""
+    """Return a string with the path, sizes and times of a model's files. It changes when the weights change."""
     path = locate(name)
     files = sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")]) if path.is_dir() else [path]
     return f"{path} " + " ".join(f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files)
 
 
 def may_be_model(path: Path) -> bool:
-    """Return whether a file or folder looks like a model, by names alone."""
+    """Return whether a file or folder looks like a model, judged by names only."""
     names = ("config.json", "open_clip_config.json", "model_index.json")
     return path.suffix == ".gguf" or any((path / name).exists() for name in names)
 
 
 @cache
 def download(name: str) -> Path:
-    """Return the folder of a model on the hub, downloaded unless it is in the hub's own cache; "owner/name@revision"
-    pins a commit, tag or branch. The hub is asked once by a process, and the commit is kept in `catalogue.HUB`, for a
-    run to record."""
+    """Return the folder of a model on the hub, downloaded unless it is in the hub's cache. "owner/name@revision" pins a
+    commit, tag or branch.
+
+    A process asks the hub only once. The commit is stored in `catalogue.HUB`, for a run's record.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Loading, inspecting and converting models: opens a file or folder in whichever format it has."""
+"""Loading, inspecting and converting models in any supported format."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -34,18 +34,18 @@ def load(
 ) -> tuple[nn.Module, Any]:  # fmt: skip
     """Load a model with its weights, ready for evaluation, and its tokenizer.
 
-    On a CPU, weights that need no change stay memory-mapped.
+    On a CPU, weights that need no conversion stay memory-mapped.
 
     Args:
-        name: A run of keifu or another Hugging Face directory, a folder of PEFT's adapters (which are attached to their
+        name: A keifu run or another Hugging Face directory, a folder of PEFT adapters (which are attached to their
             base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name".
         dtype: Type of the weights. None keeps the stored type, but a CPU computes float16 weights in float32.
         device: "cpu", "cuda", "cuda:1" or "mps". None chooses a GPU if there is one (`devices.choose`).
         weights: "f32", "bf16", "int8", "int4" or "int4_pure" packs a language model for native code on a CPU
-            (`keifu.native`): it gives logits and computes the steps of an engine, but cannot be trained. "own" does so
-            in the format that keeps the file's numbers, if native code has it; on a GPU the linear layers of a GGUF
-            file stay in its blocks, and are unpacked when they compute.
-        allow_nonfinite: Whether weights with infinities are loaded.
+            (`keifu.native`): it returns logits and computes the steps of an engine, but cannot be trained. "own" packs
+            it in the format that keeps the file's numbers, if native code has this format; on a GPU the linear layers
+            of a GGUF file stay quantised, and are dequantised when they compute.
+        allow_nonfinite: Whether to load weights with infinities.
 
     Returns:
         The model, and its tokenizer; the tokenizer is None for a model that writes no text.
@@ -74,7 +74,7 @@ def _load(
         tokenizer, model = _adapted(path, tokenizer), _adapted_model(model, path, weights)
     else:
         load_plan = plan(open_source(path), dtype, device)
-        with ThreadPoolExecutor(1) as pool:  # the weights are read meanwhile
+        with ThreadPoolExecutor(1) as pool:  # another thread reads the tokenizer at the same time
             reading = pool.submit(load_plan.source.tokenizer)
             model = _fill(load_plan, device, weights)
             tokenizer = _recommended(name, reading.result())
@@ -114,23 +114,23 @@ def _fill(load_plan: LoadPlan, device: torch.device, weights: str | None) -> nn.
 
 
 def _adapted_model(base: nn.Module, path: Path, weights: str | None) -> nn.Module:
-    """Return the base with the adapters on its layers. Packed weights have them merged."""
+    """Return the base with the adapters on its layers. For packed weights, merge the adapters first."""
     model = load_adapter(merge(base), path)
     return model if weights in (None, OWN) else pack_or_keep(merge(model), weights)
 
 
 def inspect(name: str | Path, dtype: torch.dtype | None = None) -> Report:
-    """Report what `load` would do: every tensor, what makes it, and the settings in use; no weight is read for it."""
+    """Report what `load` would do: every tensor, its source tensors, and the settings. No weights are read."""
     return report(planned(name, dtype))
 
 
 def convert(
     name: str | Path, out: str | Path, to: Literal["hf", "gguf", "open_clip"], dtype: str | None = None
 ) -> None:
-    """Write a model in another format: "hf", a Hugging Face directory, "gguf", one file for llama.cpp, or for a CLIP
-    "open_clip", the directory that open_clip loads.
+    """Write a model in another format: "hf" (a Hugging Face directory), "gguf" (one file for llama.cpp), or for a CLIP
+    model "open_clip" (a directory that open_clip loads).
 
-    dtype: f32, f16, bf16 or, for gguf, q8_0; None keeps the type that holds the stored numbers exactly.
+    dtype: f32, f16, bf16 or, for gguf, q8_0. None keeps the smallest type that represents the stored numbers exactly.
     """
     require_known("format", to, ["hf", "gguf", "open_clip"])
     if dtype is not None and dtype not in (*DTYPES, "q8_0"):
@@ -149,8 +149,8 @@ def convert(
 
 
 def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
-    """Return the model as it is to be written, in the type that holds every stored number where none is given; adapters
-    are worked into it."""
+    """Load the model to convert, with adapters merged. dtype None: the type that represents every stored number
+    exactly."""
     if is_adapter(locate(name)):
         model, tokenizer = load(name, dtype, "cpu")
         return merge(model), tokenizer
@@ -159,8 +159,7 @@ def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module,
 
 
 def _recommended(name: str | Path, tokenizer: Any) -> Any:
-    """Return the tokenizer with the catalogue's settings of text generation for this model, where its own files have
-    none."""
+    """Return the tokenizer with the catalogue's generation settings for this model, unless its files have their own."""
     if tokenizer is None or Path(name).expanduser().exists():
         return tokenizer
     from keifu.data.catalogue.catalogue import MODELS
@@ -172,8 +171,8 @@ def _recommended(name: str | Path, tokenizer: Any) -> Any:
 
 
 def _adapted(path: Path, base: Any) -> Any:
-    """Return the tokenizer in the folder of adapters, if it has one. Its settings of generation are the base's, unless
-    that folder has some."""
+    """Return the tokenizer in the folder of adapters, or the base's if there is none. Its generation settings are the
+    base's unless that folder has some."""
     if not (path / "tokenizer_config.json").exists():
         return base
     adapted = load_tokenizer(path)
@@ -185,8 +184,8 @@ def _adapted(path: Path, base: Any) -> Any:
 def planned(
     name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> LoadPlan:  # fmt: skip
-    """Return the plan that `load` would fill on a device: a model on the meta device, with its file opened, for whoever
-    looks at it first."""
+    """Return the plan that `load` would carry out on a device: a model on the meta device, and its opened file. Use it
+    to inspect a model first."""
     path = locate(name)
     with reading(path):
         if is_adapter(path):
@@ -198,7 +197,7 @@ def planned(
 
 
 def open_source(path: Path) -> Source:
-    """Open a model's file or folder; anything else is a `UserError`."""
+    """Open a model's file or folder. Raises UserError for anything else."""
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not any((path / name).exists() for name in CONFIGS):

@@ -1,9 +1,9 @@
 """NumPy archives (.npz) as models: g2p-en's weights, which are published in no other form.
 
-The archive holds arrays alone; that they are a recurrent encoder-decoder without attention, and what each row stands
-for, is written here. Nothing is ever unpickled. The phonemes that it writes are ARPAbet's as the CMU Pronouncing
-Dictionary has them: vowels carry their stress, 0, 1 or 2. Their order is alphabetical, as in g2p-en's weights (Park and
-Kim, 2019); one vowel also exists without stress.
+The archive has only arrays. This file adds that they are a recurrent encoder-decoder without attention, and the meaning
+of each row. Nothing is ever unpickled. The phonemes are ARPAbet's, as in the CMU Pronouncing Dictionary: vowels have a
+stress, 0, 1 or 2. Their order is alphabetical, as in g2p-en's weights (Park and Kim, 2019); one vowel also exists
+without stress.
 """
 
 import zipfile
@@ -38,12 +38,12 @@ NAMES = {
     "head.weight": "fc_w",
     "head.bias": "fc_b",
 }
-# The archive numbers the tokens of a target <pad>, <unk>, <s>, </s>, those of a source <pad>, <unk>, </s>. In keifu one
-# id ends both sides, so the two rows of a target change places.
-EXCHANGED = ("dec_emb", "fc_w", "fc_b")
+# In the archive, a target's first tokens are <pad>, <unk>, <s>, </s>, and a source's are <pad>, <unk>, </s>. In keifu
+# one id ends both sides, so the rows of <s> and </s> of the target are swapped.
+SWAPPED = ("dec_emb", "fc_w", "fc_b")
 START_ROW, END_ROW = 2, 3
-LARGEST = 2**28  # bytes of an archive, unpacked
-NOTE = f"The rows of <s> and </s> in {', '.join(EXCHANGED)} have changed places, so that 2 is the end of both sides."
+LARGEST = 2**28  # the most bytes of an unpacked archive
+NOTE = f"The rows of <s> and </s> in {', '.join(SWAPPED)} were swapped, so that 2 is the end of both sides."
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 VOWELS = ["AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"]
 CONSONANTS = ["CH", "DH", "HH", "JH", "NG", "SH", "TH", "ZH", *"BDFGKLMNPRSTVWYZ"]
@@ -52,7 +52,7 @@ PAD, UNKNOWN, END, START = "<pad>", "<unk>", "</s>", "<s>"
 
 
 def open_npz(path: Path) -> Source:
-    """Return the model in an archive. What is no archive, or holds other arrays than g2p-en's, is a `UserError`."""
+    """Open the model in an archive. Raises UserError for another kind of file, or other arrays than g2p-en's."""
     arrays, config = _read(path), seq2seq.SIZES["g2p-en"]
     missing = [name for name in NAMES.values() if name not in arrays]
     if missing:
@@ -63,7 +63,7 @@ def open_npz(path: Path) -> Source:
     family, _ = describe(config)
     kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in arrays.items()}
     stored = {name: StoredTensor(tuple(t.shape), kinds[name], t.dtype) for name, t in arrays.items()}
-    return Source(path, "NumPy", family, config, stored, lambda name: _exchanged(name, arrays[name]),
+    return Source(path, "NumPy", family, config, stored, lambda name: _swapped(name, arrays[name]),
                   letters_to_phonemes, NAMES, notes=(NOTE,))  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             if (size := sum(member.file_size for member in members.infolist())) > LARGEST:
                 raise UserError(f"{path} would have {size:,} bytes unpacked, and at most {LARGEST:,} are read.")
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: np.asarray(archive[name]) for name in archive.files}  # what is no array comes as bytes
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}  # anything but an array comes as bytes
     except (ValueError, EOFError, OSError, AttributeError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
             raise
@@ -86,8 +86,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _exchanged(name: str, tensor: Tensor) -> Tensor:
-    if name not in EXCHANGED:
+def _swapped(name: str, tensor: Tensor) -> Tensor:
+    if name not in SWAPPED:
         return tensor
     rows = torch.arange(len(tensor))
     rows[[START_ROW, END_ROW]] = rows[[END_ROW, START_ROW]]
@@ -95,10 +95,10 @@ def _exchanged(name: str, tensor: Tensor) -> Tensor:
 
 
 def letters_to_phonemes() -> TwoSidedTokenizer:
-    """Build the tokenizers of letters and phonemes. Capitals and accents are taken off a word; what else is no letter
-    is unknown.
+    """Build the tokenizers of letters and phonemes. A word is lowercased and loses its accents; any other character is
+    unknown.
 
-    Both sides give padding, unknown and end the ids 0, 1, 2; the token that begins a row of phonemes has 3.
+    On both sides padding, unknown and end have the ids 0, 1, 2; the token that begins a sequence of phonemes has 3.
     """
     letters = _words([PAD, UNKNOWN, END, *ascii_lowercase], {})
     letters.backend.normalizer = normalizers.Sequence(

@@ -1,4 +1,4 @@
-"""A user's own `nn.Module` as a folder: its settings as config.json, its weights as model.safetensors.
+"""A user's `nn.Module` as a folder: its settings as config.json, its weights as model.safetensors.
 
 `load_weights` fills a module that is built the same way.
 """
@@ -21,8 +21,8 @@ MODEL_TYPE = "own"
 
 
 def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
-    """Write the module's weights, each shared one once, and what `model.config` says, a dataclass or a dict, if it has
-    one; and the tokenizer's files."""
+    """Write a module's weights, with shared tensors once, its `config` (a dataclass or a dict) if it has one, and the
+    tokenizer's files."""
     from safetensors.torch import save_model
 
     config = vars(model).get("config", {})
@@ -42,7 +42,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
     """Fill a module with the weights of `keifu.save` or of a run of `keifu.train`.
 
     Args:
-        model: The module, built as the saved one was.
+        model: The module, built like the saved one.
         directory: The folder with the weights.
 
     Returns:
@@ -64,13 +64,13 @@ def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
     state = model.state_dict(keep_vars=True)
     file = open_weights(path)
     stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    for name, kept in (file.metadata() or {}).items():  # a tensor that was left out, and the one that holds its numbers
-        if name in state and kept in stored:
-            stored.setdefault(name, stored[kept])
+    for name, same in (file.metadata() or {}).items():  # an omitted name → the stored name with the same numbers
+        if name in state and same in stored:
+            stored.setdefault(name, stored[same])
     shapes = [{name: tensors[name].shape for name in sorted(tensors)} for tensors in (state, stored)]
     if wrong := misfits(shapes[0], shapes[1], {*stored} - {*state}, "the module", "the module has"):
         raise UserError(f"The tensors of {path} are not those of this module: {wrong}.")
-    last = {id(tensor): name for name, tensor in state.items()}  # of the names that share a tensor
+    last = {id(tensor): name for name, tensor in state.items()}  # one name of each shared tensor
     pairs = [(name, last[id(tensor)]) for name, tensor in state.items() if stored[name] is not stored[last[id(tensor)]]]
     if apart := [f"{one} and {other}" for one, other in pairs if not torch.equal(stored[one], stored[other])]:
         raise UserError(f"{path} holds different numbers for what this module shares: {', '.join(apart)}.")

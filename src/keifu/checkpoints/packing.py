@@ -1,7 +1,7 @@
-"""Weights read from a file straight into the formats of the native step, one matrix after the other.
+"""Weights read from a file directly into the formats of the native code, one matrix after the other.
 
-What was read of a memory-mapped file is given back to the system as it was packed, so that loading needs little more
-memory than the packed weights. Axes: rows, columns = of one of our matrices; bytes = of a row of GGUF's blocks.
+After a matrix is packed, the memory of the mapped file is released, so that loading needs little more memory than the
+packed weights. Axes: rows, columns of one of our matrices; bytes = of a row of GGUF blocks.
 """
 
 import ctypes
@@ -34,20 +34,23 @@ from keifu.native.targets import pack_speech, pack_translator
 from keifu.untrusted import reading
 
 MAPS = Path("/proc/self/maps")
-ENOUGH = 16 << 20  # bytes that were read before they are given back
+ENOUGH = 16 << 20  # bytes that are read before memory is released
 DONTNEED = 4  # Linux's MADV_DONTNEED
 
 
 def load_packed(load_plan: LoadPlan, weights: str) -> nn.Module:
-    """Return the planned model with its weights packed in a format; where native code cannot have it, one sentence says
-    why, and the model is filled as without `weights`. "own" is the format that keeps the file's numbers: its blocks, or
-    float32. A translator or a model that hears stays as it is, and is packed too."""
+    """Return the planned model with its weights packed in a format. If the native code cannot compute it, print the
+    reason and return the model without packing.
+
+    weights: "own" is the format that keeps the file's numbers: its blocks, or float32. A translator or a speech model
+    is not replaced: its packed form is attached to it.
+    """
     with_source = isinstance(load_plan.model, EncoderDecoder | SpeechRecognizer)
     if weights == OWN and (switched_off() or not (with_source or isinstance(load_plan.model, DecoderLM))):
         return load_plan.fill("cpu")
     try:
         described, source = describe(load_plan.model), FileWeights(load_plan)
-        computed = chosen().weights not in (None, "auto")  # the file's blocks are in no such type
+        computed = chosen().weights not in (None, "auto")  # the user chose a type, which blocks do not have
         if weights == OWN and (computed or not (load_plan.source.blocks and _has_native_blocks(described, source))):
             if load_plan.dtype != torch.float32 or chosen().allow_nonfinite:
                 return load_plan.fill("cpu")
@@ -67,7 +70,7 @@ def _has_native_blocks(model: ModelPart, source: "FileWeights") -> bool:
 
 
 def fill_in_blocks(load_plan: LoadPlan, device: torch.device) -> nn.Module:
-    """Return the planned model on a device, with the linear layers that a GGUF file has in blocks still in them."""
+    """Return the planned model on a device, with those linear layers still quantised that are blocks in a GGUF file."""
     links = [link for link in load_plan.links if _stays_packed(load_plan, link)]
     model = load_plan.fill(device, {link.ours for link in links})
     with reading(load_plan.source.path):
@@ -91,7 +94,7 @@ def bytes_in_blocks(load_plan: LoadPlan) -> int:
 
 
 def _stays_packed(load_plan: LoadPlan, link: Link) -> bool:
-    """Return whether a parameter is the matrix of a linear layer whose blocks are of known types."""
+    """Return whether a parameter is the matrix of a linear layer whose blocks have known types."""
     name, _, leaf = link.ours.rpartition(".")
     plain = link.transposed or link.offset or leaf != "weight" or load_plan.source.blocks is None
     known = {load_plan.source.stored[theirs].format for theirs in link.theirs} <= FORMATS.keys()
@@ -99,7 +102,7 @@ def _stays_packed(load_plan: LoadPlan, link: Link) -> bool:
 
 
 def _stored(load_plan: LoadPlan, link: Link, number: int, device: torch.device) -> tuple[str, Tensor]:
-    """Return the type and the blocks of one of the tensors that make a matrix."""
+    """Return the type and the blocks of their tensor `number` of a link."""
     source, name = load_plan.source, link.theirs[number]
     format, blocks = source.stored[name].format, source.blocks(name) if source.blocks else None
     assert blocks is not None
@@ -110,7 +113,8 @@ def _stored(load_plan: LoadPlan, link: Link, number: int, device: torch.device) 
 
 
 def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:
-    """Pack a model that is built already."""
+    """Pack a model that is already built. If the native code cannot compute it, print the reason and return the
+    model."""
     try:
         if isinstance(model, EncoderDecoder | SpeechRecognizer):
             attach_native(model, weights, pack_translator if isinstance(model, EncoderDecoder) else pack_speech)
@@ -127,17 +131,18 @@ class FileWeights(Weights):
     def __init__(self, load_plan: LoadPlan):
         self._source = load_plan.source
         self._links = {link.ours: link for link in load_plan.links}
-        self._part: tuple[Any, Tensor] = None, torch.empty(0)  # what one of theirs made, while its rows are asked for
-        self._read: list[tuple[int, int]] = []  # addresses and sizes of what was read and is still in memory
+        # the last converted tensor of the file, while its rows are requested
+        self._part: tuple[Any, Tensor] = None, torch.empty(0)
+        self._read: list[tuple[int, int]] = []  # addresses and sizes of memory that was read and not released
 
     def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
-        """Read some rows of a matrix, in the type that the file has."""
+        """Read some rows of a matrix, in the file's type."""
         link = self._links[name]
         parts = [self._piece(link, *piece, self._source.read) for piece in link.pieces(first, first + rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
-        """Return the same rows as blocks of a GGUF file; None if the file stores them as plain numbers."""
+        """Return the same rows as blocks of a GGUF file; None if the file stores plain numbers."""
         link, pieces = self._links[name], self._links[name].pieces(first, first + rows)
         stored = self._source.blocks(link.theirs[pieces[0][0]]) if self._source.blocks and len(pieces) == 1 else None
         if stored is None or link.transposed:
@@ -147,7 +152,8 @@ class FileWeights(Weights):
     def _piece(
         self, link: Link, number: int, rows: slice, read: Callable[[str], Tensor], ggml_type: int | None = None
     ) -> Tensor:
-        """Return the rows that one of theirs makes; ggml_type: of its blocks, if it is read as such."""
+        """Return rows of our tensor that their tensor `number` makes. ggml_type: of its blocks, if it is read as
+        blocks."""
         key = link.theirs[number], ggml_type
         if self._part[0] != key:
             stored = read(key[0])
@@ -164,7 +170,7 @@ class FileWeights(Weights):
         return link.join([link.subtract_offset(self._source.read(theirs)) for theirs in link.theirs])
 
     def release(self) -> None:
-        """Free memory that holds nothing but what can be read from the file again."""
+        """Release memory that can be read from the file again."""
         if sys.platform != "linux" or sum(size for _, size in self._read) < ENOUGH:
             return
         mapped = _mapped_files()

@@ -1,7 +1,7 @@
-"""The load plan: which tensors of a file make which parameters of a model, for every format; and the load report.
+"""The load plan: which tensors of a file make up each parameter of a model, for every format; and the load report.
 
-A plan is made from names, shapes and types alone, so a load report reads no weights; `LoadPlan.fill` reads them.
-Axes: those of the stored tensors.
+A plan is made only from names, shapes and types, so a load report reads no weights; `LoadPlan.fill` reads them. "Ours"
+are the model's tensors, "theirs" the file's. Axes: those of the stored tensors.
 """
 
 import math
@@ -24,17 +24,21 @@ from keifu.native.pack import Blocks
 from keifu.processes import current
 from keifu.untrusted import reading
 
-NAMED = 10  # how many tensors of a kind an error names
-# Types of numbers that a file has unpacked; I64 is one too.
+NAMED = 10  # the most tensors of a group that an error lists
+# Unquantised number types of floating point in a file.
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-COUNTS = ("n_layers", "n_decoder_layers", "n_residual_blocks", "layers")  # of a Config: layers, alone or by level
-LEAST = 8  # numbers of an expert's matrix in a stack: smaller ones would take more memory as names than in the file
-USUAL_EXPERTS = 1024  # as many a config may name without a tensor for each: none of its layers may have any
+# fields of a Config that count layers, in all or for each level
+COUNTS = ("n_layers", "n_decoder_layers", "n_residual_blocks", "layers")
+# the least numbers of an expert's matrix in a stack: smaller ones need more memory for their names than in the file
+LEAST = 8
+# number of experts that a config may have even if the file has fewer tensors: perhaps no layer has experts
+USUAL_EXPERTS = 1024
 FIRST = ("activation", "norm_eps", "rope_theta", "rope_scaling", "context_length", "sliding_window", "tied")
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: its shape, the file's name for its type, and its dtype when read; None if unreadable."""
+    """A tensor in a file: its shape, the file's name of its type, and its dtype when read; None if it cannot be
+    read."""
 
     shape: tuple[int, ...]
     format: str
@@ -43,11 +47,11 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """An opened model file or folder. `read` gives one tensor by its name in the file; `tokenizer` loads the tokenizer.
+    """An open model file or folder.
 
-    `names` is the file's table of weight names, `head_dim` the size of a rotary head where the rows of q and k are
-    stored with interleaved pairs. `part` reads some rows and columns of a tensor. `blocks` gives a tensor as it is
-    stored where that is in blocks (GGUF).
+    read: returns one tensor by its name in the file. tokenizer: loads the tokenizer. names: the file's table of weight
+    names. head_dim: the size of a rotary head if the rows of q and k are stored with interleaved pairs. part: reads
+    some rows and columns of a tensor. blocks: returns the stored blocks of a quantised tensor (GGUF).
     """
 
     path: Path
@@ -64,17 +68,17 @@ class Source:
     part: Callable[[str, Index], Tensor] | None = None
 
     def read_part(self, name: str, index: Index) -> Tensor:
-        """Return rows and columns of a tensor of the file; where it has no means to read them alone, of the whole
-        one."""
+        """Return some rows and columns of a tensor of the file. If the file has no function for parts, read the whole
+        tensor first."""
         return self.part(name, index) if self.part and index else self.read(name)[index]
 
     @cached_property
     def has_prefix(self) -> bool:
-        """Whether the file's names have the family's prefix: some files omit it from all of them."""
+        """Whether the file's names have the family's prefix: some files omit it from all names."""
         return any(name.startswith(self.family.prefix) for name in self.stored)
 
     def stored_name(self, name: str) -> str:
-        """Return the name of a tensor as this file spells it: without the family's prefix, or as older files do."""
+        """Return the name of a tensor in this file, which may lack the family's prefix or have an older form."""
         name = name if self.has_prefix else name.removeprefix(self.family.prefix)
         endings, beginnings = self.family.old_endings.items(), self.family.old_beginnings.items()
         older = [name.removesuffix(new) + old for new, old in endings if name.endswith(new)]
@@ -86,8 +90,8 @@ class Source:
 class LoadPlan:
     """Plan of a load: the model on the meta device, its links, its dtype in memory, and notes for the report.
 
-    `exact` is the narrowest type that holds every stored number, `dtype` the one that will be used. `skipped` are
-    tensors of the file that are not weights of the model, or duplicates.
+    exact: the narrowest dtype that represents every stored number. dtype: the dtype to use. skipped: tensors of the
+    file that are not weights of the model, or duplicates.
     """
 
     source: Source
@@ -100,15 +104,16 @@ class LoadPlan:
 
     @property
     def parameters(self) -> int:
-        """The model's number of parameters."""
+        """The number of the model's parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def fill(self, device: torch.device | str = "cpu", without: Container[str] = ()) -> nn.Module:
-        """Return the model with its weights on a device, for evaluation; each tensor goes straight there.
+        """Return the model with its weights on a device, in evaluation mode. Each tensor is read directly to the
+        device.
 
-        On a CPU, weights that need no change stay in the file's own memory map. Of a model that will be split over
-        processes, weights are read when they are used, so that each process reads its part alone. Parameters named in
-        `without` have their shape and type alone.
+        On a CPU, weights that need no conversion stay memory-mapped. If the model will be split over processes, weights
+        are read when they are used, so that each process reads only its part. Parameters named in `without` get a shape
+        and dtype but no numbers.
         """
         target = torch.device(device)
         if target.type == "mps" and self.dtype == torch.float64:  # Apple's GPU has no float64
@@ -121,9 +126,8 @@ class LoadPlan:
         return self.model.eval()
 
     def dtype_of(self, link: Link) -> torch.dtype:
-        """Return the dtype of a tensor in memory; tensors that the family needs in full precision keep the file's
-        dtype.
-        """
+        """Return the dtype of a tensor in memory. Tensors that the family needs in full precision keep the file's
+        dtype."""
         stored = self.source.stored[link.theirs[0]].dtype
         keeps = stored is not None and matches(link.ours, self.source.family.full_precision)
         return torch.promote_types(stored, self.dtype) if stored is not None and keeps else self.dtype
@@ -145,10 +149,11 @@ class LoadPlan:
 
 
 def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoadPlan:
-    """Match the file's tensors with the model's. What is missing, extra or misshapen is one `UserError` naming all.
+    """Match the file's tensors with the model's. Raises one UserError for all tensors that are missing, extra or
+    misshapen.
 
-    `dtype` None: the type of the command line (`Choice.weights`); else the one that holds every stored number exactly,
-    but on a CPU float32 for float16, whose products are very slow there.
+    dtype: None uses the type of the command line (`Choice.weights`), or the one that represents every stored number
+    exactly, except float32 for float16 on a CPU, whose matrix multiplications in float16 are very slow.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype is {dtype!r}: give a floating-point type of torch, such as torch.bfloat16.")
@@ -161,7 +166,7 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     parts = [settings(source.config), *(vars(part) for part in vars(source.config).values() if is_dataclass(part))]
     counts = [part.get(key) or 0 for part in parts for key in COUNTS]
     layers = max(layer for count in counts for layer in (count if isinstance(count, tuple) else (count,)))
-    if layers > len(source.stored):  # building that many could take forever
+    if layers > len(source.stored):  # building a huge number of layers could take forever
         raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {layers} layers.")
     experts = max(part.get("n_experts") or 0 for part in parts)
     if experts > max(len(source.stored), USUAL_EXPERTS):
@@ -181,21 +186,22 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     _check(source, all_links, set(source.stored) - used - set(skipped))
     usual = {name for link in all_links if not matches(link.ours, source.family.full_precision) for name in link.theirs}
     exact = _exact_dtype({name: source.stored[name] for name in usual}, source.path)
-    held_dtype = dtype or _usual_dtype(source, usual, exact, torch.device(device))
-    return LoadPlan(source, model, all_links, exact, held_dtype, skipped, [*source.notes, *notes])
+    target_dtype = dtype or _usual_dtype(source, usual, exact, torch.device(device))
+    return LoadPlan(source, model, all_links, exact, target_dtype, skipped, [*source.notes, *notes])
 
 
 def is_stack(shape: Sequence[int]) -> bool:
-    """Return whether a tensor [experts, ...] is worth one name for each expert; some damaged files have 10^15."""
+    """Return whether a tensor (experts, ...) is large enough to name each expert: some damaged files have 10^15
+    experts."""
     return math.prod(shape) >= LEAST * shape[0] > 0
 
 
 def _usual_dtype(source: Source, usual: set[str], exact: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the type that was chosen for models that are run, else the usual one for a stored type. usual: names of
-    the tensors in the file whose types count."""
+    """Return the dtype that was chosen for running models, or the usual one for the stored dtype. usual: names of the
+    tensors in the file whose dtypes count."""
     wanted, matrices = chosen().weights, {x: source.stored[x] for x in usual if len(source.stored[x].shape) > 1}
     if device.type != "cpu" and source.format == "GGUF" and matrices:
-        exact = _exact_dtype(matrices, source.path)  # vectors are in F32 in every file
+        exact = _exact_dtype(matrices, source.path)  # in every GGUF file vectors are in F32
     if wanted not in (None, "auto"):
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
     if device.type == "cpu":
@@ -204,7 +210,8 @@ def _usual_dtype(source: Source, usual: set[str], exact: torch.dtype, device: to
 
 
 def read_finite(read: Callable[..., Tensor], path: Path, name: str, *index: Index) -> Tensor:
-    """Return a tensor of the file whose numbers are finite; others are a `UserError`. Their sum says it in one pass."""
+    """Return a tensor of the file. Raises UserError if it has numbers that are not finite; usually its sum shows this
+    in one pass."""
     tensor = read(name, *index)
     suspect = tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite()
     if suspect and (wrong := int(tensor.numel() - tensor.isfinite().sum())):
@@ -216,17 +223,18 @@ def read_finite(read: Callable[..., Tensor], path: Path, name: str, *index: Inde
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """Return the fields of a Config; those of a decoder's Config inside it take the place of that field."""
+    """Return the fields of a Config. A nested Config `decoder` is replaced by its fields."""
     fields = dict(vars(config))
     inner = fields.pop("decoder", None)
     return fields | (vars(inner) if inner else {})
 
 
 def _resolve_tied_head(source: Source) -> tuple[Source, Sequence[str], list[str]]:
-    """Resolve weight tying: the source with `tied` as the file has it, duplicate names, and notes for the report."""
+    """Resolve weight tying. Return the source with `tied` corrected to what the file has, duplicate names, and notes
+    for the report."""
     family = source.family
     ours = [f"{family.inside}{part}" for part in ("head", "embedding")]
-    if source.names is None or ours[0] not in source.names:  # a Config with a head that may be tied has `tied`
+    if source.names is None or ours[0] not in source.names:  # a Config with a head that can be tied has `tied`
         return source, (), []
     head, embedding = (source.stored_name(f"{source.names[part]}.weight") for part in ours)
     if not source.config.tied:
@@ -246,9 +254,10 @@ def _resolve_tied_head(source: Source) -> tuple[Source, Sequence[str], list[str]
 
 
 def _resolve_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
-    """Find each shared matrix under any of its names in the file.
+    """Resolve matrices that are shared and may have several names. Return the source, duplicate names, and notes for
+    the report.
 
-    Returns also duplicate names, and notes for the report. A head that differs from what it is tied to is untied.
+    A head that differs from the embedding it is tied to is untied.
     """
     assert source.names is not None and source.family.aliases is not None
     names, twice, notes, tied = dict(source.names), list[str](), list[str](), source.config.tied
@@ -268,8 +277,8 @@ def _resolve_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
 
 
 def _resolve_dialect(source: Source) -> tuple[Source, list[str]]:
-    """Return the source with the Config's switches on for parts that the file has, and the tensors that repeat
-    another."""
+    """Set fields of the Config for optional parts that the file has. Return the source, and the names of duplicate
+    tensors."""
     family, stored = source.family, source.stored
     has = {field: True for field, name in family.in_file.items() if source.stored_name(name) in stored}
     copies = {copy: source.stored_name(name) for copy, name in family.copies.items() if copy in stored}
@@ -278,7 +287,7 @@ def _resolve_dialect(source: Source) -> tuple[Source, list[str]]:
 
 
 def permute_rotary(links: Iterable[Link], head_dim: int | None) -> list[Link]:
-    """Mark the queries and keys of attention as stored with interleaved rotary pairs, if `head_dim` is given."""
+    """Mark the queries and keys of attention as stored with interleaved rotary pairs, if `head_dim` is not None."""
     if head_dim is None:
         return list(links)
     joined = (".attention.qkv.weight", ".attention.qkv.bias")
@@ -296,9 +305,9 @@ def _check(source: Source, links: Sequence[Link], extra: set[str]) -> None:
 def misfits(
     expected: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]], extra: set[str], whole: str, asks: str
 ) -> str:
-    """Describe shape mismatches of the tensors of a file; empty if there are none.
+    """Describe mismatches between a file's tensors and the expected ones; "" if there are none.
 
-    extra: those that belong to nothing of the `whole`. asks: whose words the expected shapes are.
+    extra: tensors of the file that are not part of `whole`. asks: the phrase before an expected shape.
     """
     shapes = [
         f"{name} is {list(stored[name])} where {asks} {list(shape)}"
@@ -311,12 +320,12 @@ def misfits(
 
 
 def _list_names(names: Sequence[str]) -> str:
-    rest = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _exact_dtype(stored: Mapping[str, StoredTensor], path: Path) -> torch.dtype:
-    """Return the narrowest dtype that holds all these tensors exactly."""
+    """Return the narrowest dtype that represents all these tensors exactly."""
     unread = [f"{name} as {tensor.format}" for name, tensor in stored.items() if tensor.dtype is None]
     if unread:
         raise UserError(f"{path} stores {_list_names(unread)}, which keifu does not read; convert it to BF16 or F32.")
@@ -338,7 +347,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Refuse a tokenizer with more ids than the model has embeddings (`UserError`)."""
+    """Raise UserError for a tokenizer with more ids than the model has embeddings."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens and the model embeds {vocab_size:,}: they do not "
@@ -348,7 +357,8 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of the model: its name, shape and type, the tensors of the file that make it, and the conversion."""
+    """One tensor of the model: its name, shape and dtype, the file's tensors for it, their type, and the conversion
+    (`done`)."""
 
     ours: str
     shape: tuple[int, ...]
@@ -360,7 +370,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All that loading would do. `str()` is a table for people, `as_dict()` plain values for programs."""
+    """Everything that loading would do. `str()` returns a table for people, `as_dict()` plain values for programs."""
 
     path: str
     format: str
@@ -372,7 +382,7 @@ class Report:
     notes: Sequence[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the same as plain values."""
+        """Return the report as plain values."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""Registry of model families: how each model_type's config.json is read and written, and how its weights are named.
+"""Registry of model families: the form of each model_type's config.json and the names of its weights.
 
-A model's file is imported when one of its model_types is asked for, and no other. A new model needs a line in `MODELS`,
-and one in `_FILES` or `_WITHOUT_TEXT` if its files differ from most.
+A model's file is imported only when one of its model_types is requested. A new model needs a line in `MODELS`, and one
+in `_FILES` or `_WITHOUT_TEXT` if its files differ from most.
 """
 
 from collections import UserDict
@@ -19,7 +19,7 @@ from keifu.errors import UserError
 from keifu.layers.meta import on_meta
 from keifu.models.hf.config import write_own
 
-# Settings of any published config that are not implemented, with the value that changes nothing.
+# Settings of any published config that are not implemented, with their neutral value.
 UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
 
 Aliases = Callable[[Any], Mapping[str, tuple[str, ...]]]
@@ -31,18 +31,22 @@ def _tie(config: Any, tied: bool) -> Any:
 
 @dataclass(frozen=True)
 class Family:
-    """One model_type: how its config is read and written, and how its weights are called.
+    """One model_type: its form of config.json and its weight names.
 
-    `module` is the model's file; `prefix` may be missing from all names of a file, and is from the files of the
-    architectures `without_prefix`; `not_weights` are tensors that are no weights, with fields of the Config in braces,
-    `copies` tensors that repeat another one of the file, `old_endings` today's ending of a name and that of old files,
-    and `old_beginnings` the same of its beginning. `full_precision` are tensors of the model that keep the file's type
-    if it is wider than the others'. `in_file`:
-    switches of the Config that are on where the file has a tensor, whatever its config says. `unsupported` are settings
-    and the value of each that is implemented. `aliases` gives, for a Config, the other names that a file may have for a
-    matrix which serves in several places. `inside` is where the model has the decoder that `tied` speaks of, and `tie`
-    the Config with its head tied to the embedding, or not. `files` are the names of the config and of the weights in a
-    directory.
+    module: the model's file.
+    read, write: convert a config.json to a Config and back.
+    names: the table of weight names. prefix: of their names; files may omit it from all names, and files of the
+    architectures `without_prefix` do. old_endings, old_beginnings: today's ending (beginning) of a name → that of old
+    files.
+    not_weights: patterns of tensors that are not weights, with fields of the Config in braces. copies: a tensor → the
+    tensor of the file that it repeats. full_precision: patterns of tensors that keep the file's dtype if it is wider
+    than the others'.
+    in_file: fields of the Config that are True if the file has a tensor, whatever its config says.
+    unsupported: settings, each with the only value that is implemented.
+    aliases: returns, for a Config, the other names in files of a matrix that is used in several places.
+    inside: prefix of the decoder that `tied` refers to. tie: returns a Config with its head tied to the embedding, or
+    not.
+    files: names of the config and of the weights in a directory.
     """
 
     module: Any
@@ -66,13 +70,13 @@ class Family:
     tie: Callable[[Any, bool], Any] = _tie
 
     def table(self, json: Mapping[str, Any]) -> Table:
-        """Return the names of weights as files of this config.json have them."""
+        """Return the table of weight names for files with this config.json."""
         if self.names is None or not {*json.get("architectures", ())} & {*self.without_prefix}:
             return self.names
         return {ours: theirs.removeprefix(self.prefix) for ours, theirs in self.names.items()}
 
 
-# Networks with a folder of their own in a pipeline of diffusers, and such pipelines: what their published files are.
+# Networks with a folder in a diffusers pipeline, and such pipelines: the names of their files.
 _NETWORKS: tuple[str, ...] = (
     "diffusion.autoencoder_kl", "diffusion.conditioned_unet", "diffusion.sd3", "unclip.prior", "unclip.decoder",
     "unclip.conditioning",
@@ -85,13 +89,13 @@ _FILES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_NETWORKS, ("config.json", "diffusion_pytorch_model.safetensors")),
     **dict.fromkeys(_PIPELINES, ("model_index.json", "diffusion_pytorch_model.safetensors")),
 }
-# Fields of `Family` that a model's file may have.
+# Names that a model's file may define; each sets a field of `Family`.
 OFFERED = (
     "PREFIX", "NOT_WEIGHTS", "UNSUPPORTED", "IN_FILE", "COPIES", "OLD_ENDINGS", "OLD_BEGINNINGS", "WITHOUT_PREFIX",
     "FULL_PRECISION", "aliases", "tie",
 )  # fmt: skip
 
-MODELS = {  # each model's file under keifu.models, and the model_types of its configs, keifu's own last
+MODELS = {  # file under keifu.models → the model_types of its configs, keifu's last
     "bert": ("bert", "keifu_bert"),
     "gpt1": ("openai-gpt", "keifu_gpt1"),
     "gpt2": ("gpt2", "keifu_gpt2"),
@@ -142,10 +146,10 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
 
 @cache
 def families_of(name: str) -> dict[str, Family]:
-    """Return the families of a model's file by their model_types; the file is imported for it.
+    """Import a model's file, and return its families by their model_types.
 
-    There is one for each form that others know too, and one for what only keifu can build, in keifu's own terms: every
-    field of the Config under its own name.
+    There is one family for each published form, and one for keifu's form, in which every field of the Config keeps its
+    name.
     """
     module: Any = import_module(f"keifu.models.{name}")
     offered, generic = vars(module), MODELS[name][-1]
@@ -166,7 +170,7 @@ def families_of(name: str) -> dict[str, Family]:
 
 
 def _with_open_clip(clip: Family, keifu_clip: Family) -> dict[str, Family]:
-    """Return CLIP's families and open_clip's, whose names are for a ResNet too."""
+    """Return CLIP's families, including open_clip's, whose names cover a ResNet too."""
     from keifu.models.hf import open_clip
 
     published = replace(
@@ -177,7 +181,7 @@ def _with_open_clip(clip: Family, keifu_clip: Family) -> dict[str, Family]:
 
 
 class _Families(UserDict[str, Any]):
-    """Every family by its model_type, which stands for its model's file; to ask which there are imports none."""
+    """Every family by its model_type. Listing the keys imports no model; a lookup imports the model's file."""
 
     def __getitem__(self, model_type: str) -> Family:
         return families_of(self.data[model_type])[model_type]
@@ -187,7 +191,7 @@ FAMILIES: Mapping[str, Family] = _Families({model_type: name for name, kinds in 
 
 
 class _Published(dict[str, Any]):
-    """A config.json: a field that is asked for and not there is an error that names it."""
+    """A config.json that raises UserError with the name of a missing field."""
 
     def __init__(self, content: Mapping[str, Any], where: str):
         super().__init__(content)
@@ -198,14 +202,15 @@ class _Published(dict[str, Any]):
 
 
 def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
-    """Return the family and the Config that a config.json describes; `where` names the file in errors.
+    """Return the family and the Config that a config.json describes. where: name of the file, for errors.
 
-    An unknown model_type, a setting that is not implemented, a field that is missing or has a wrong value: `UserError`.
+    Raises UserError for an unknown model_type, a setting that is not implemented, and a field that is missing or
+    invalid.
     """
     model_type = json.get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"{where} has no model_type, so nothing says which model it is.")
-    if model_type not in FAMILIES:  # no guess: the nearest name is that of another architecture
+    if model_type not in FAMILIES:  # no suggestion: the nearest name would be another architecture
         known = ", ".join(sorted(name for name in FAMILIES if not name.startswith("keifu_")))
         raise UserError(f"{where} has the model_type {model_type!r}, which keifu does not implement. It has: {known}.")
     family = FAMILIES[model_type]
@@ -221,18 +226,18 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
 
 
 def check_settings(json: Mapping[str, Any], implemented: Mapping[str, Any], where: str) -> None:
-    """Refuse a setting whose value is not the one that is implemented; an absent one is fine."""
-    for name, fine in implemented.items():
-        if json.get(name) is not None and json[name] != fine:
-            raise UserError(f"{where} sets {name} to {json[name]!r}, which keifu does not implement; only {fine!r} is.")
+    """Raise UserError for a setting whose value is not the implemented one. A missing setting is accepted."""
+    for name, only in implemented.items():
+        if json.get(name) is not None and json[name] != only:
+            raise UserError(f"{where} sets {name} to {json[name]!r}, which keifu does not implement; only {only!r} is.")
 
 
 def describe(config: Any) -> tuple[Family, dict[str, Any]]:
     """Return the family of a built model's Config and its config.json.
 
-    That is a published model_type where one says all that the Config says, else keifu's own.
+    The model_type is a published one if it can represent the whole Config, otherwise keifu's.
     """
-    name = _place(config)
+    name = _model_name(config)
     families = families_of(name).values() if name in MODELS else ()
     able = [family for family in families if isinstance(config, family.module.Config)]
     if not able:
@@ -248,36 +253,37 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
 
 
 def describe_as(config: Any, model_type: str) -> tuple[Family, dict[str, Any]]:
-    """Return the family of that model_type and its config for a built model's; one that cannot say it all is a
-    `UserError`."""
+    """Return the family `model_type` and its config.json for a built model's Config. Raises UserError if this form
+    cannot represent it."""
     family = FAMILIES[model_type]
     if not isinstance(config, family.module.Config):
-        raise UserError(f"The format {model_type} has no {_place(config)}: use hf.")
+        raise UserError(f"The format {model_type} has no {_model_name(config)}: use hf.")
     json = family.write(config)
     if not _same(config, family.read(json)):
         raise UserError(f"The format {model_type} has no words for something in this model's config: use hf.")
     return family, json
 
 
-def _place(config: Any) -> str:
+def _model_name(config: Any) -> str:
     """Return the name of a Config's model in `MODELS`."""
     return type(config).__module__.removeprefix("keifu.models.")
 
 
 def _same(config: Any, back: Any) -> bool:
-    """Return whether `back` is the same; None stands for a default that a published config spells out, and a field that
-    the other kind of Config has not for its default. So it is for the Configs of a model's parts."""
-    said = {name: vars(back).get(name, getattr(type(config), name, None)) for name in vars(config)}
+    """Return whether two Configs are equal, including nested ones. None in `config` equals any value in `back`. A field
+    that `back` lacks has its default."""
+    values = {name: vars(back).get(name, getattr(type(config), name, None)) for name in vars(config)}
     return all(
-        value is None or value == said[name] or (is_dataclass(value) and _same(value, said[name]))
+        value is None or value == values[name] or (is_dataclass(value) and _same(value, values[name]))
         for name, value in vars(config).items()
     )
 
 
 def build(family: Family, config: Any, where: str) -> nn.Module:
-    """Return the model on the meta device, without memory; sizes that do not fit each other are a `UserError`."""
+    """Build the model on the meta device, without memory. Raises UserError for sizes that do not fit together."""
     try:
         with on_meta():
             return family.module.build(config)
-    except (ValueError, RuntimeError, LookupError, ArithmeticError) as error:  # torch's own: a size beyond 64 bits
+    # torch's errors, e.g. for a size beyond 64 bits
+    except (ValueError, RuntimeError, LookupError, ArithmeticError) as error:
         raise UserError(f"{where} describes a model that cannot be built: {error}") from error

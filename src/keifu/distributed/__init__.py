@@ -1,3 +1,3 @@
-"""Several processes: the mesh, the split of a built model over it, sharded checkpoints, and the report of a dead
-process.
+"""Training by several processes: the mesh, splitting a built model over the mesh, sharded checkpoints, and the report
+of a dead process.
 """

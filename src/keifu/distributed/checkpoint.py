@@ -1,8 +1,9 @@
-"""States of a split model, by torch's distributed checkpoints: each process writes and reads its parts as safetensors.
+"""Checkpoints of a split model, with torch.distributed.checkpoint: each rank writes and reads its shards as
+safetensors.
 
-A state is written by a thread while training goes on, next to its name. Each process hashes its file as it writes it;
-the JSON file with the hashes comes last. The matrices of a joined parameter are stored as `name#0`, `name#1`, ..., so
-that any mesh can read them, and one process too.
+A thread writes a checkpoint into a temporary folder while training goes on. Each rank hashes its file while it writes
+it. The JSON file with the hashes is written last. The matrices of a joined parameter (such as q, k and v) are stored
+separately as `name#0`, `name#1`, ..., so that any mesh, or one process, can read them.
 """
 
 import hashlib
@@ -35,21 +36,21 @@ from keifu.training.run import checkpoint
 
 
 class Chunks(Tensor):
-    """A part of a larger tensor as torch's checkpoints know it: chunks, by their offsets in the whole."""
+    """Shards of one larger tensor, in the form that torch.distributed.checkpoint reads and writes: offset → chunk."""
 
     chunks: dict[torch.Size, Tensor]
     whole: torch.Size
 
     @classmethod
     def of(cls, chunks: Mapping[tuple[int, ...], Tensor], whole: tuple[int, ...]) -> "Chunks":
-        """Index chunks by their offsets."""
-        made = torch.Tensor._make_subclass(cls, torch.empty(0))
-        made.chunks = {torch.Size(offset): chunk for offset, chunk in chunks.items()}
-        made.whole = torch.Size(whole)
-        return made
+        """Create a `Chunks` from chunks by their offsets in the whole tensor, and the shape of the whole tensor."""
+        self = torch.Tensor._make_subclass(cls, torch.empty(0))
+        self.chunks = {torch.Size(offset): chunk for offset, chunk in chunks.items()}
+        self.whole = torch.Size(whole)
+        return self
 
     def size(self) -> torch.Size:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the size of the whole, which a state's tensors are compared with."""
+        """Return the size of the whole tensor: the reader compares it with the stored size."""
         return self.whole
 
     def __create_write_items__(self, name: str, tensor: "Chunks") -> list[WriteItem]:
@@ -65,14 +66,15 @@ class Chunks(Tensor):
 
 
 class Staging:
-    """Memory of the host for the copies of a state that are written, of GPUs' tensors pinned and the same for all
-    states."""
+    """Host memory for the copies of a checkpoint's tensors. Copies of GPU tensors are in pinned memory, which all
+    checkpoints reuse.
+    """
 
     def __init__(self):
         self.buffers: dict[Any, Tensor] = {}
 
     def copy(self, name: Any, tensor: Tensor) -> Tensor:
-        """Return a copy on the host, which of a GPU's tensor is there when the GPU comes to it (see `mark`)."""
+        """Copy a tensor to the host and return the copy. The copy of a GPU tensor is asynchronous (see `mark`)."""
         if isinstance(tensor, Chunks):
             chunks = tensor.chunks.items()
             return Chunks.of({offset: self.copy((name, offset), chunk) for offset, chunk in chunks}, tensor.whole)
@@ -85,13 +87,13 @@ class Staging:
 
     @staticmethod
     def mark(tensors: Iterable[Tensor]) -> list[Any]:
-        """Return CUDA events that are done when the tensors' GPUs have made all copies requested so far."""
+        """Return CUDA events, one per GPU: wait for them before you read copies of these tensors."""
         gpus = {tensor.device for tensor in tensors} - {torch.device("cpu")}
         return [torch.get_device_module(gpu).current_stream(gpu).record_event() for gpu in gpus]
 
 
 class HashedFile(BufferedWriter):
-    """A new file that is hashed as it is written."""
+    """A new file that computes its SHA-256 while it is written."""
 
     def __init__(self, path: Path):
         super().__init__(FileIO(path, "wb"))
@@ -103,7 +105,7 @@ class HashedFile(BufferedWriter):
 
 
 class HashedFiles(FileSystem):
-    """Files of one process, with their hashes by their names."""
+    """File system of torch's checkpoint writer that records the hash of each file it writes, by file name."""
 
     def __init__(self):
         self.hashes: dict[str, str] = {}
@@ -116,16 +118,17 @@ class HashedFiles(FileSystem):
 
 
 class Writer(HuggingFaceStorageWriter):
-    """Writer of this process's file. On the first process `hashes` are those of all files after the end."""
+    """Writer of this rank's file. On rank 0, `hashes` contains the hashes of all ranks' files after `finish`."""
 
     def __init__(self, folder: Path):
         super().__init__(str(folder), save_distributed=True)
         self.fs = HashedFiles()
-        self.per_thread_copy_ahead = 0  # the copies are on the host: the thread uses no GPU, which would be the first
+        # the copies are already on the host; otherwise the thread would use the first GPU
+        self.per_thread_copy_ahead = 0
         self.hashes: dict[str, str] = {}
 
     def write_data(self, plan: Any, planner: Any) -> futures.Future[list[WriteResult]]:
-        """Write the file; its hash alone goes to the first process, not the place of every tensor."""
+        """Write the file. Send only its hash to rank 0, not the position of every tensor."""
         super().write_data(plan, planner).wait()
         written = futures.Future[list[WriteResult]]()
         written.set_result([WriteResult(MetadataIndex(name), 0, digest) for name, digest in self.fs.hashes.items()])
@@ -136,24 +139,28 @@ class Writer(HuggingFaceStorageWriter):
 
 
 class States:
-    """Writer of the states of a run whose model is split over a pod; `main`: whether this process is the first."""
+    """Asynchronous writer of the checkpoints of a split model. main: whether this process is rank 0."""
 
     def __init__(self, main: bool):
         self.main = main
-        self.group: Any = distributed.new_group(backend="gloo")  # the thread's own, beside those of training
+        # a group for the thread, separate from the groups of training
+        self.group: Any = distributed.new_group(backend="gloo")
         self.thread = ThreadPoolExecutor(1)
         self.written: Future[None] | None = None
         self.staging = Staging()
-        self.plans = uuid4().hex  # under which torch keeps the plan of the state before, which most states have too
+        # the key of torch's cached plan: most checkpoints have the same plan as the one before
+        self.plans = uuid4().hex
 
     def save(
         self, pod: Pod, directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any],
         prune: Callable[[int], None],
     ) -> None:  # fmt: skip
-        """Copy the tensors, and let a thread write them; where the state before could not be written, an error."""
+        """Copy the tensors to the host, then write them in a thread. Raises UserError if the last checkpoint was not
+        written.
+        """
         self.flush()
         if self.main:
-            shutil.rmtree(_beside(checkpoint.folder(directory, step)), ignore_errors=True)
+            shutil.rmtree(_temporary(checkpoint.folder(directory, step)), ignore_errors=True)
         distributed.barrier(self.group)
         parts = chunked(pod, tensors, apart=True)
         copies = {name: self.staging.copy(name, tensor) for name, tensor in parts.items()}
@@ -163,9 +170,9 @@ class States:
         self.written = self.thread.submit(self._write, folder, copies, copied, dict(facts), commit)
 
     def flush(self) -> None:
-        """Wait until the last state is on disk; a `UserError` if it is not."""
+        """Wait until the last checkpoint is on disk. Raises UserError if it was not written."""
         error, self.written = self.written and self.written.exception(), None
-        self.plans = uuid4().hex if error else self.plans  # which not all processes may have
+        self.plans = uuid4().hex if error else self.plans  # some ranks may not have cached the plan
         if isinstance(error, dcp.api.CheckpointException):
             number, (reason, _) = next(iter(error.failures.items()))
             raise UserError(f"Process {number} could not write its part of the state: {reason}.") from error
@@ -178,7 +185,7 @@ class States:
     ) -> None:  # fmt: skip
         for event in copied:
             event.synchronize()
-        part = _beside(folder)
+        part = _temporary(folder)
         writer, planner = Writer(part), DefaultSavePlanner(enable_plan_caching=True)
         planner._cached_plans_key = self.plans
         dcp.save(copies, storage_writer=writer, planner=planner, process_group=self.group)  # pyright: ignore
@@ -191,22 +198,25 @@ class States:
                 commit({"files": dict(sorted(writer.hashes.items())), **facts})
             except (OSError, UserError) as error:
                 failed = [error]
-        distributed.broadcast_object_list(failed, group=self.group)  # so that all leave the next state out, or none
+        distributed.broadcast_object_list(failed, group=self.group)  # all ranks must agree whether it failed
         if failed[0]:
             raise failed[0]
 
 
 def load(pod: Pod, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fill tensors with this process's parts of a state, a folder or a file; return the state's other ones, whole."""
+    """Fill `tensors` with this rank's shards from a checkpoint (a folder, or the file of one process). Return the
+    checkpoint's other tensors, unsharded.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        if path.is_file():  # a state of one process
+        if path.is_file():  # written by one process
             Path(folder, path.name).symlink_to(path.resolve())
         return checkpoint.read_sharded(Path(folder) if path.is_file() else path, chunked(pod, tensors, path.is_dir()))
 
 
 def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, Tensor]:
-    """Return tensors of a run by the names of a state, as parts of the whole ones; apart: joined matrices as one name
-    each."""
+    """Convert a run's tensors to `Chunks` of the whole tensors, by their names in the checkpoint. apart: give each
+    joined matrix a name (`name#0`, ...).
+    """
     joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         owner = next((part for part in (_inner(name), _inner(name).rpartition(".")[0]) if part in pod.layouts), "")
@@ -228,11 +238,11 @@ def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, T
 
 
 def _inner(name: str) -> str:
-    """Return the name of the parameter in `model.NAME`, `optimisers.average.NAME` and `optimisers.KIND.NAME`."""
+    """Remove the prefix of a parameter's name: `model.`, `optimisers.average.` or `optimisers.KIND.`."""
     first, _, rest = name.partition(".")
     return rest if first == "model" else rest.partition(".")[2]
 
 
-def _beside(folder: Path) -> Path:
-    """Return the folder that a state is written to before it is whole."""
+def _temporary(folder: Path) -> Path:
+    """Return the temporary folder of a checkpoint that is not complete yet."""
     return folder.with_name(f".{folder.name}.part")

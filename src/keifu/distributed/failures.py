@@ -1,7 +1,7 @@
-"""What is said when one of several processes fails, hangs or dies: one sentence, by the first process.
+"""Report of a process that fails, hangs or dies: rank 0 prints one sentence for all ranks.
 
-Each process gives a sign of life twice a second. One that fails leaves its sentence in the store. One that only sees
-that another has gone waits for that one's sentence, or finds out which gives no more signs.
+Each rank writes a heartbeat to the store twice a second. A rank that fails stores its error sentence. If a rank only
+notices that another rank is gone, it waits for that rank's sentence, or finds the ranks without heartbeats.
 """
 
 import json
@@ -20,18 +20,18 @@ from torch import distributed
 from keifu.errors import UserError
 from keifu.processes import Processes
 
-BEAT = 0.5  # seconds between signs of life
-GRACE = 5.0  # seconds that another process has to say why it failed
-ENDED = "ended"  # the last sign of life of a process that has done its work
-DEAD = 60.0  # seconds without a sign of life after which a process counts as dead
+BEAT = 0.5  # seconds between heartbeats
+GRACE = 5.0  # seconds to wait for the error sentence of another rank
+ENDED = "ended"  # the last heartbeat of a rank that has finished
+DEAD = 60.0  # seconds without a heartbeat after which a rank counts as dead
 FAILED, SHOWN = "failed", "shown"
 
 
 @contextmanager
 def explained(group: Processes, store: Any, explain: Callable[[Exception], str | None]) -> Iterator[None]:
-    """Run a block that all processes run: where one fails, the first one says which and why, and all end.
+    """Run a block that all ranks run. If one fails, rank 0 reports the rank and the reason, and all end.
 
-    explain: an exception as a sentence; None where it is no error of the user's.
+    explain: converts an exception to a sentence; returns None if the user did not cause the exception.
     """
     signs = Signs(group.rank, group.world_size, store.clone())
     signs.thread.start()
@@ -62,8 +62,9 @@ def exchange_failed(error: BaseException | None) -> bool:
 
 
 class Signs:
-    """The signs of life of the processes, in a thread with its own connection to the store, until `ended`. The first
-    process's also looks whether another one has failed."""
+    """Heartbeats of the ranks, sent by a thread with its own store connection until `ended` is set. On rank 0 the
+    thread also looks for failed ranks.
+    """
 
     def __init__(self, number: int, count: int, store: Any):
         self.number, self.count, self.store = number, count, store
@@ -71,7 +72,7 @@ class Signs:
         self.thread = threading.Thread(target=self._beat, name="keifu-signs", daemon=True)
 
     def leave(self, error: Exception, explain: Callable[[Exception], str | None]) -> None:
-        """Store the error sentence of this process, and wait until the first process has shown it."""
+        """Store this rank's error sentence, and wait until rank 0 has printed it."""
         if not exchange_failed(error):
             text = explain(error) or "".join(traceback.format_exception(error))
             self.store.set(FAILED, json.dumps([self.number, text]))
@@ -79,7 +80,7 @@ class Signs:
             self.store.wait([SHOWN], timedelta(seconds=2 * GRACE))
 
     def reason(self) -> str:
-        """Say why the exchange with other processes failed."""
+        """Return a sentence that says why the communication with other ranks failed."""
         before, end = self._counts(), time.monotonic() + GRACE
         while time.monotonic() < end:
             if self.store.check([FAILED]):
@@ -93,9 +94,9 @@ class Signs:
         return self._gone(late, what)
 
     def dead(self, since: dict[int, tuple[str, float]], now: float) -> list[int]:
-        """Return the other processes without a sign of life for `DEAD` seconds.
+        """Return the other ranks without a heartbeat for `DEAD` seconds.
 
-        since: the last sign of each process and when it came, which this updates.
+        since: the last heartbeat of each rank and its time. This method updates it.
         """
         for rank, sign in enumerate(self._counts()):
             if since.get(rank, ("", 0.0))[0] != sign:
@@ -106,16 +107,16 @@ class Signs:
     def _beat(self) -> None:
         beats = 0
         since: dict[int, tuple[str, float]] = {}
-        with suppress(distributed.DistError):  # the store goes with the process that holds it
+        with suppress(distributed.DistError):  # the store disappears with the process that hosts it
             while not self.ended.wait(BEAT):
                 beats += 1
                 self.store.set(f"alive/{self.number}", str(beats))
                 if self.number == 0 and self.store.check([FAILED]) and not self.ended.wait(GRACE):
                     print(self._sentence(), file=sys.stderr, flush=True)
                     self.store.set(SHOWN, "")
-                    os._exit(1)  # the main thread waits for a process that will not come
+                    os._exit(1)  # the main thread waits for a rank that is dead
                 if self.number == 0 and (gone := self.dead(since, time.monotonic())):
-                    # NCCL raises no exception for it: its watchdog would abort this process without a sentence
+                    # NCCL raises no exception for a dead rank: its watchdog would abort this process without a message
                     print(self._gone(gone, "has died"), file=sys.stderr, flush=True)
                     self.store.set(SHOWN, "")
                     os._exit(1)

@@ -1,6 +1,6 @@
-"""This process as one of several that train a model: its place in the mesh, and what the processes agree on.
+"""One rank of several that train a model: its position in the mesh, and its communication with the other ranks.
 
-They exchange tensors through torch.distributed, and short texts through its store.
+Tensors are exchanged through torch.distributed, and short strings through its store.
 """
 
 import json
@@ -31,15 +31,15 @@ from keifu.errors import UserError
 from keifu.layers.lazy import settle
 from keifu.processes import Processes, buckets, use
 
-KEPT = 100  # values that stay in the store
-BUCKET = 2**22  # elements of gradients that are exchanged at a time during a backward pass
+KEPT = 100  # the most values that stay in the store
+BUCKET = 2**22  # gradient elements per exchange during a backward pass
 
 
 class OverlappedSum:
-    """Sum of gradients over the processes of a group, in buckets, while a backward pass in this block computes others.
+    """Context manager that sums gradients over a group in buckets, overlapped with the backward pass in its block.
 
-    All processes exchange the buckets in one order, the last parameters first. A parameter without a gradient gets
-    zeros; the block has the set of the identities of these.
+    All ranks exchange the buckets in the same order, the last parameters first. A parameter without a gradient gets
+    zeros; the block's value is the set of `id`s of these parameters.
     """
 
     def __init__(self, parameters: Sequence[Any], group: Any):
@@ -78,7 +78,7 @@ class OverlappedSum:
 
 
 class Group(Processes):
-    """One of `world_size` processes, with its mesh; fewer: whether there may be fewer pods than the mesh says."""
+    """One rank of `world_size` ranks on a mesh. fewer: whether the number of pods may be smaller than `mesh.pods`."""
 
     def __init__(self, mesh: Mesh, store: Any, rank: int, world_size: int, device: torch.device, fewer: bool = False):
         pods, shard, tensor = shape = mesh.fit(world_size, fewer)
@@ -147,7 +147,7 @@ class Group(Processes):
     def discard_gradients(self, module: Any) -> None:
         for part in module.modules():
             if isinstance(part, FSDPModule):
-                part.unshard()  # the parameters that hold them
+                part.unshard()  # unsharded parameters hold the gradients
                 for parameter in part.parameters():  # pyright: ignore[reportAttributeAccessIssue]
                     parameter.grad = None
                 part.reshard()
@@ -164,11 +164,11 @@ class Group(Processes):
         return checkpoint.load(self.pod, path, tensors)
 
 
-def _of_this_start(store: Any, number: int, count: int, seconds: float) -> Any:
-    """Return a store without the entries of processes that died, which torchrun keeps when it restarts processes.
+def _fresh_store(store: Any, number: int, count: int, seconds: float) -> Any:
+    """Return a store without the entries of dead processes, which torchrun's store keeps when it restarts processes.
 
-    Each process leaves a number that it draws. The first one tells those of all others its own number, which begins the
-    names of all that they exchange; numbers of the dead are told too, and nobody listens.
+    Each process draws a random number and stores it. Rank 0 answers each number it reads with its own number, which
+    becomes the prefix of all keys of this start. It also answers dead processes' numbers; nobody reads those answers.
     """
     drawn, end = uuid4().hex, time.monotonic() + seconds
     store.set(f"drawn/{number}", drawn)
@@ -187,7 +187,8 @@ def _of_this_start(store: Any, number: int, count: int, seconds: float) -> Any:
 
 @contextmanager
 def join(mesh: Mesh, fewer: bool = False) -> Iterator[Group]:
-    """Make this process one of those that torchrun has started, in this block; fewer: of which pods may have died."""
+    """Join the processes that torchrun has started, for this block. fewer: whether pods may be missing after a
+    restart."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = choose()
     if device.type == "cuda":
@@ -197,7 +198,7 @@ def join(mesh: Mesh, fewer: bool = False) -> Iterator[Group]:
     limit = timedelta(seconds=mesh.time_limit)
     store, rank, world_size = next(rendezvous("env://", timeout=limit))
     store.set_timeout(limit)
-    store = _of_this_start(store, rank, world_size, mesh.time_limit)
+    store = _fresh_store(store, rank, world_size, mesh.time_limit)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
@@ -209,4 +210,4 @@ def join(mesh: Mesh, fewer: bool = False) -> Iterator[Group]:
     with use(group):
         yield group
         group.barrier()
-    distributed.destroy_process_group()  # after an error the others may not answer
+    distributed.destroy_process_group()  # not after an error: other ranks may not answer

@@ -1,4 +1,5 @@
-"""The part of a whole tensor that each process holds: rows or columns by tensor parallelism, some of those by FSDP.
+"""The shard of a tensor that each rank stores: rows or columns by tensor parallelism, and a range of these rows by
+FSDP.
 
 Axes: rows = the first axis of a tensor, columns = the second one.
 """
@@ -16,7 +17,9 @@ from keifu.processes import of_all
 
 
 class ShardPiece(NamedTuple):
-    """Rows of a process's shard, the number of their matrix, and their position in the whole tensor."""
+    """A range of a rank's local rows, the index of their matrix (`part`), and the offset of the range in the whole
+    tensor.
+    """
 
     start: int
     stop: int
@@ -27,10 +30,10 @@ class ShardPiece(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor lies on the processes of a pod, of which `shards` share it by FSDP.
+    """Distribution of one tensor over the ranks of a pod. `shards`: the number of ranks that share it by FSDP.
 
-    rows: for each process along the axis `tensor` of the mesh, the ranges of whole rows that it holds, one below the
-    other. columns: the range of columns of each; None: all.
+    rows: for each rank along the mesh axis `tensor`, its ranges of rows of the whole tensor, in the order of its local
+    rows. columns: the column range of each of these ranks; None: all columns.
     """
 
     shape: tuple[int, ...]
@@ -40,27 +43,28 @@ class Layout:
 
     @classmethod
     def whole(cls, tensor: Tensor, processes: int, parts: Sequence[int] = ()) -> "Layout":
-        """Return the layout of a tensor that is not split along the axis `tensor` of the mesh; parts: the rows of its
-        matrices."""
+        """Return the layout of a tensor that is not split along the mesh axis `tensor`. parts: row counts of its joined
+        matrices.
+        """
         shape = tuple(tensor.shape)
         ends = [*accumulate(parts or (shape[:1] or (1,)))]
         return cls(shape, [[range(end - size, end) for end, size in zip(ends, parts or ends, strict=True)]] * processes)
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """The rows of each of its matrices."""
+        """The row count of each joined matrix."""
         return tuple(max(r.stop for r in same) - min(r.start for r in same) for same in zip(*self.rows, strict=True))
 
     @property
     def is_split(self) -> bool:
-        """Whether processes along the axis `tensor` hold different parts."""
+        """Whether ranks along the mesh axis `tensor` have different shards."""
         return self.columns is not None or len({*map(str, self.rows)}) > 1
 
     def pieces(self, shard: int, tensor: int) -> list[ShardPiece]:
         """Return the slices of a tensor that the rank (shard, tensor) of the mesh stores."""
         total = sum(map(len, self.rows[tensor]))
         size = ceil(total / self.shards)  # as FSDP splits
-        shard %= self.shards  # of what is not shared, each process has all
+        shard %= self.shards  # an unsharded tensor: each rank has all rows
         first, end = min(shard * size, total), min((shard + 1) * size, total)
         column, shards, below = self.columns[tensor].start if self.columns else 0, [], 0
         for number, part in enumerate(self.rows[tensor]):
@@ -71,16 +75,14 @@ class Layout:
         return shards
 
     def take(self, whole: Tensor, shard: int, tensor: int) -> Tensor:
-        """Return the part of a whole tensor that a process has."""
+        """Return the shard of a whole tensor that belongs to the rank (shard, tensor)."""
         if not self.shape:
             return whole
         parts = [self._part(whole, piece, tensor) for piece in self.pieces(shard, tensor)]
         return torch.cat(parts) if parts else whole[:0]
 
     def join(self, local: Tensor, ranks: Sequence[tuple[int, int]], group: Any) -> Tensor:
-        """Gather the whole tensor on every process of a pod from the processes' parts; their places in the mesh are
-        given.
-        """
+        """Gather the whole tensor on every rank of a pod. ranks: the mesh coordinates (shard, tensor) of each rank."""
         if self.shards == 1 and not self.is_split:
             return local
         sizes = [[sum(p.stop - p.start for p in self.pieces(*rank)), *self._width(rank[1])] for rank in ranks]

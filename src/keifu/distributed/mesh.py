@@ -1,4 +1,5 @@
-"""The mesh: how many processes share a model, and how. Options of `keifu train`, and how they fit the processes."""
+"""The mesh: the number of processes along each axis. Options of `keifu train`, and their check against the
+world size."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -8,7 +9,7 @@ from keifu.ranges import Count
 
 
 class Shape(NamedTuple):
-    """Processes along each axis of the mesh. Neighbours in number are neighbours along `tensor`."""
+    """Number of processes along each axis of the mesh. Consecutive ranks are neighbours along `tensor`."""
 
     pods: int
     shard: int
@@ -20,8 +21,9 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Mesh:
-    """How several processes share the training of a model. Where nothing is given, each holds the whole model and
-    computes a part of each batch."""
+    """Options for training one model with several processes. By default each process has the whole model and computes a
+    part of each batch.
+    """
 
     pods: Count | None = None
     """Copies of the model: pods exchange gradients once a step. Unset: as many as the processes allow."""
@@ -47,12 +49,12 @@ class Mesh:
 
     @property
     def asks(self) -> int:
-        """The number of processes that it takes, as far as it says."""
+        """The smallest number of processes that fits these options."""
         return (self.pods or 1) * (self.shard or 1) * self.tensor
 
     def fit(self, count: int, fewer: bool = False) -> Shape:
-        """Return the shape on a number of processes; a `UserError` if they do not fit. fewer: after a restart, which
-        may have fewer pods.
+        """Return the shape for `count` processes. Raises UserError if they do not fit. fewer: allow fewer pods, as
+        after a restart.
         """
         shard = self.shard or (max(1, count // (self.pods * self.tensor)) if self.pods else 1)
         pods = self.pods or count // (shard * self.tensor)

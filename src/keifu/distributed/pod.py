@@ -1,7 +1,7 @@
-"""The processes of a pod, which a model is split over: their parts of every parameter, and what they add up.
+"""The ranks of a pod, over which a model is split: their shards of each parameter, and sums over the pod.
 
-FSDP2, activation checkpointing and compilation act on the blocks that the model lists. Each block is gathered when it
-is computed; the other parameters are gathered as long as the whole model is computed.
+FSDP2, activation checkpointing and compilation act on the blocks that the model lists. FSDP gathers a block while it is
+computed, and the other parameters while the model is computed.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,11 @@ from keifu.training.optim.optimizers import joined_rows
 
 
 class Pod:
-    """A model that is split over the axes `shard` and `tensor` of a device mesh, whose processes are `group`.
+    """A model that is split over the axes `shard` and `tensor` of a device mesh. `group`: the process group of these
+    ranks.
 
-    layouts: of the parameters that are split along `tensor`. partial: the names of those whose gradients each process
-    there has computed a part of.
+    layouts: layout of each parameter that is split along `tensor`. partial: names of parameters whose gradient is a
+    partial sum on each rank of `tensor`, and has to be summed over this axis.
     """
 
     def __init__(self, model: nn.Module, devices: Any, group: Any, layouts: Mapping[str, Layout], partial: set[str]):
@@ -47,18 +48,21 @@ class Pod:
         }
 
     def full_tensor(self, name: str, tensor: Tensor) -> Tensor:
-        """Gather a tensor that belongs to a parameter. Other tensors, and scalars, are returned as they are."""
+        """Gather a parameter, or a tensor of its shape. Return scalars and other tensors unchanged."""
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         known = name in self.layouts and tensor.dim()
         return self.layouts[name].join(local, self.places, self.group) if known else local
 
     def take(self, name: str, whole: Tensor) -> Tensor:
-        """Return this process's part of the whole tensor of this name."""
+        """Return this rank's shard of the whole tensor `name`."""
         return self.layouts[name].take(whole, *self.place)
 
-    def complete(self, gradients: Mapping[str, Tensor]) -> None:
-        """Sum over the axis `tensor` what its processes have computed parts of: gradients of what is in the blocks and
-        not split, and of heads of keys and values that several processes have."""
+    def sum_partial(self, gradients: Mapping[str, Tensor]) -> None:
+        """Sum gradients over the mesh axis `tensor`, in place.
+
+        Two cases need it: parameters in `partial`, and rows that several ranks store (heads of keys and values, if
+        there are fewer heads than ranks).
+        """
         sum_in_order([gradient for name, gradient in gradients.items() if name in self.partial],
                      self.size, self.tensor_group)  # fmt: skip
         for name, gradient in gradients.items():
@@ -72,8 +76,8 @@ class Pod:
                     gradient[piece.start : piece.stop] = sum(parts[1:], start=parts[0])
 
     def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Return the norm of the whole gradient."""
-        parts, copies = list[Tensor](), list[int]()  # of how many processes of the pod have the same
+        """Return the L2 norm of the whole gradient, a scalar."""
+        parts, copies = list[Tensor](), list[int]()  # copies: number of ranks with the same piece
         for name, gradient in gradients.items():
             everywhere = [piece for rank in self.places for piece in self.layouts[name].pieces(*rank)]
             for piece in self.layouts[name].pieces(*self.place):
@@ -86,11 +90,12 @@ class Pod:
 
 
 def parallelize(module: nn.Module, mesh: Mesh, devices: Any, dtype: torch.dtype | None = None) -> nn.Module:
-    """Split a module over the axis `shard` of a device mesh as `mesh` says.
+    """Split a module over the mesh axis `shard` by FSDP2, and apply the mesh's compilation and activation
+    checkpointing.
 
-    The units are the blocks that the model lists. Gradients are summed over all axes of `devices`, in float32: with the
-    axis `pods` before `shard` it is HSDP. With a `dtype` of 16 bits the weights are gathered in it, so that autocast
-    keeps no copies of them.
+    The FSDP units are the blocks that the model lists. Gradients are summed in float32 over all axes of `devices`: the
+    axes `pods` and `shard` give HSDP. A 16-bit `dtype` makes FSDP gather weights in it, so that autocast stores no
+    copies.
     """
     blocks = blocks_of(module)
     if not blocks and mesh.compile_blocks:
@@ -98,22 +103,23 @@ def parallelize(module: nn.Module, mesh: Mesh, devices: Any, dtype: torch.dtype 
     for block in blocks:
         if mesh.compile_blocks:
             require_compiler(next(module.parameters()).device)
-            # inductor cannot order the axes of pictures whose sizes are symbols
+            # inductor cannot order the axes of images with symbolic sizes
             dynamic = False if any(isinstance(part, nn.Conv2d) for part in block.modules()) else None
             block.forward = torch.compile(block.forward, dynamic=dynamic)
     if mesh.activation_checkpointing:
         recompute_blocks(module, "blocks", "--mesh.activation-checkpointing")
     if devices["shard"].size() == 1:
         return module
-    scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP shards none of them
+    scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP cannot shard scalars
     offload = CPUOffloadPolicy() if mesh.offload else OffloadPolicy()
     apart = [part.kv for part in module.modules() if isinstance(part, CROSS)]
     units = [part for part in (*apart, *blocks) if any(p.dim() for p in part.parameters())]
     half = None if dtype in (None, torch.float32) else dtype
     total = torch.float32 if half else None
-    for part in (*units, module):  # the inner ones first
-        policy = MixedPrecisionPolicy(half, total, cast_forward_inputs=part is not module)  # a batch stays as it is
-        made = fully_shard(part, mesh=devices, ignored_params=scalars, offload_policy=offload, mp_policy=policy)
-        made.set_gradient_divide_factor(1.0)
-        made.set_force_sum_reduction_for_comms(True)
+    for part in (*units, module):  # inner modules first
+        # FSDP must not cast the batch
+        policy = MixedPrecisionPolicy(half, total, cast_forward_inputs=part is not module)
+        unit = fully_shard(part, mesh=devices, ignored_params=scalars, offload_policy=offload, mp_policy=policy)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
     return module

@@ -1,8 +1,9 @@
-"""Tensor parallelism (Shoeybi et al., 2019) with sequence parallelism (Korthikanti et al., 2022), put into a built
-model from outside, and with loss parallelism.
+"""Tensor parallelism (Shoeybi et al., 2019) with sequence parallelism (Korthikanti et al., 2022) and loss parallelism,
+for a model that is already built.
 
-Each process has some heads of every attention and some units of every feed-forward network. Between them, where norms
-and dropout act on each token separately, it has some of the tokens. Axes: batch, length = tokens, dim.
+Each rank has some heads of every attention and some hidden units of every feed-forward network. Between these layers,
+norms and dropout act on each token separately: there each rank has some of the tokens. Axes: batch, length = tokens,
+dim.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,54 +49,63 @@ from keifu.training.hardware.recompute import HasBlocks
 
 
 class Tokens:
-    """The tokens of a list of blocks, split over the processes along an axis of the mesh; `length`: of the rows that
-    are computed."""
+    """Sequence parallelism of a list of blocks: the tokens are split over the ranks of `axis`. `length`: tokens of the
+    current batch's sequences, without padding.
+    """
 
     def __init__(self, axis: DeviceMesh):
         self.axis, self.index, self.size, self.length = axis, axis.get_local_rank(), axis.size(), 0
 
-    def part(self, x: Tensor, adds: bool) -> Tensor:
-        """Return this process's tokens of what all have, or where it `adds`, of the sum of what each has; with padding
-        where the length is no multiple of the processes."""
+    def scatter(self, x: Tensor, reduce: bool) -> Tensor:
+        """Return this rank's tokens: (batch, length, dim) → (batch, ceil(length / size), dim), padded with zeros at the
+        end.
+
+        reduce: x is a partial sum on each rank, so sum it over the ranks (reduce-scatter). Otherwise x is replicated.
+        """
         padded = F.pad(x, (0, 0, 0, -x.shape[1] % self.size))
-        return self.move(padded, Partial() if adds else Replicate(), Shard(1))
+        return self.move(padded, Partial() if reduce else Replicate(), Shard(1))
 
-    def whole(self, x: Tensor, adds: bool) -> Tensor:
-        """Return all tokens. adds: whether the processes' gradients are parts of a sum, or all the same."""
-        return self.move(x, Shard(1), Replicate(), Partial() if adds else Replicate())[:, : self.length]
+    def gather(self, x: Tensor, reduce: bool) -> Tensor:
+        """Gather all tokens: (batch, ceil(length / size), dim) → (batch, length, dim). reduce: sum the ranks'
+        gradients; otherwise they are equal.
+        """
+        return self.move(x, Shard(1), Replicate(), Partial() if reduce else Replicate())[:, : self.length]
 
-    def shared(self, x: Tensor) -> Tensor:
-        """Mark a replicated tensor whose gradient is summed over the processes."""
+    def sum_gradient(self, x: Tensor) -> Tensor:
+        """Return x, which is equal on all ranks, unchanged; its gradient is summed over the ranks."""
         return self.move(x, Replicate(), Replicate(), Partial())
 
     def stack(self, x: Tensor) -> Tensor:
-        """Return the same tensor of every process, one behind the other along a new first axis."""
+        """Stack the ranks' tensors of one shape along a new first axis: (...) → (size, ...)."""
         return self.move(x[None], Shard(0), Replicate())
 
     def move(self, x: Tensor, before: Placement, after: Placement, gradient: Placement | None = None) -> Tensor:
-        """Redistribute x from the placement `before` to `after`. `gradient` is the placement of its gradient; None:
-        `after`."""
+        """Redistribute x from the placement `before` to `after`. gradient: the placement of the gradient of the result;
+        None: `after`.
+        """
         whole = DTensor.from_local(x, self.axis, [before], run_check=False).redistribute(placements=[after])
         return whole.to_local(grad_placements=[gradient or after])
 
     def enter(self, module: nn.Module, inputs: tuple) -> tuple:
-        """Give each process its own tokens, as a hook before the first block."""
+        """Scatter the tokens of a block's input. This is a forward pre-hook of the first block."""
         self.length = inputs[0].shape[1]
-        return (self.part(inputs[0], adds=False), *inputs[1:])
+        return (self.scatter(inputs[0], reduce=False), *inputs[1:])
 
 
 class RowParallel(Linear):
-    """A linear layer of some inputs, summed over the processes; the output has this process's tokens."""
+    """Linear layer that is split by its inputs. It sums over the ranks and returns this rank's tokens."""
 
     tokens: Tokens
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        y = self.tokens.part(linear(input, self.weight), adds=True)
+        y = self.tokens.scatter(linear(input, self.weight), reduce=True)
         return y if self.bias is None else y + self.bias
 
 
 class SplitDropout(Dropout):
-    """Dropout with the mask of the whole tensor, of which the input is a part: some tokens, or a part of an axis."""
+    """Dropout that drops the same elements as one process would. The input is this rank's part of the whole tensor
+    along `axis`; None: its tokens (axis 1).
+    """
 
     def __init__(self, p: float, tokens: Tokens, axis: int | None = None):
         super().__init__(p)
@@ -106,11 +116,11 @@ class SplitDropout(Dropout):
         size = shape[axis]
         shape[axis] = tokens.length if self.axis is None else size * tokens.size
         mask = dropout_mask(keys, prod(shape), dropped).view(shape)
-        return tokens.part(mask, adds=False) if self.axis is None else mask.narrow(axis, tokens.index * size, size)
+        return tokens.scatter(mask, reduce=False) if self.axis is None else mask.narrow(axis, tokens.index * size, size)
 
 
 class SplitHeadsNorm(AllHeadsRMSNorm):
-    """Norm over the heads of all processes, of which the input has this process's."""
+    """RMSNorm over all heads, where the input has only this rank's heads: (batch, length, heads, head_dim)."""
 
     tokens: Tokens
 
@@ -118,20 +128,24 @@ class SplitHeadsNorm(AllHeadsRMSNorm):
         flat = x.float().flatten(-2)
         squares = self.tokens.move(flat.square().sum(-1, keepdim=True), Partial(), Replicate())
         count = len(self.weight) * self.tokens.size
-        scale = (self.tokens.shared(squares) / count + self.eps).rsqrt()  # copies are in the sum and in the count
+        # of the sum over ranks the gradient is summed too
+        scale = (self.tokens.sum_gradient(squares) / count + self.eps).rsqrt()
         return (flat * scale * self.weight.float()).to(x.dtype).unflatten(-1, x.shape[-2:])
 
 
 class Head(Tensor):
-    """This process's rows of a head's matrix, in place of the whole: it computes the loss's part of their classes (loss
-    parallelism), and looks up their tokens. Any other function is given the whole matrix."""
+    """This rank's rows of an output head's matrix (classes, dim), used like the whole matrix (loss parallelism).
+
+    The loss computes these classes on this rank, and an embedding looks up these tokens. Any other function gets the
+    gathered matrix.
+    """
 
     tokens: Tokens
     classes: Layout
 
     @property
-    def own(self) -> range:
-        """Return the indices of this process's classes."""
+    def indices(self) -> range:
+        """Return the indices of this rank's classes."""
         return self.classes.rows[self.tokens.index][0]
 
     @classmethod
@@ -140,34 +154,36 @@ class Head(Tensor):
             match func, args:
                 case F.embedding, (tokens, Head() as head, *_):
                     return head.look_up(tokens)
-                case cross_entropy.linear_cross_entropy, (hidden, Head() as head, bias, *rest):
-                    return head.loss(hidden, bias, rest)
+                case cross_entropy.linear_cross_entropy, (hidden, Head() as head, bias, *options):
+                    return head.loss(hidden, bias, options)
             return func(*(arg.whole() if isinstance(arg, Head) else arg for arg in args), **(kwargs or {}))
 
     def whole(self) -> Tensor:
-        """Return the matrix of all processes, of whose gradient each computes all."""
+        """Gather the matrix of all classes: (classes, dim). Each rank computes its whole gradient."""
         sizes = [len(rows[0]) for rows in self.classes.rows]
-        padded = F.pad(self.as_subclass(Tensor), (0, 0, 0, max(sizes) - len(self.own)))
+        padded = F.pad(self.as_subclass(Tensor), (0, 0, 0, max(sizes) - len(self.indices)))
         parts = self.tokens.move(padded, Shard(0), Replicate()).split(max(sizes))
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def look_up(self, tokens: Tensor) -> Tensor:
-        """Return the rows of tokens, from whichever process has them."""
-        own_rows = tokens - self.own.start
-        there = (own_rows >= 0) & (own_rows < len(self.own))
-        rows = F.embedding(own_rows.where(there, 0), self.as_subclass(Tensor))
+        """Return the embeddings of tokens; each comes from the rank that stores its row."""
+        local = tokens - self.indices.start
+        there = (local >= 0) & (local < len(self.indices))
+        rows = F.embedding(local.where(there, 0), self.as_subclass(Tensor))
         return self.tokens.move(rows * there[..., None], Partial(), Replicate())
 
-    def loss(self, hidden: Tensor, bias: Tensor | None, rest: list[Any]) -> Any:
-        """Return the loss over all classes."""
-        classes = cross_entropy.Vocabulary(self.own.start, self.classes.shape[0], self.tokens.stack)
-        bias = None if bias is None else self.tokens.shared(bias)[self.own.start : self.own.stop]
-        local = self.tokens.shared(hidden), self.as_subclass(Tensor), bias
-        return cross_entropy.linear_cross_entropy(*local, *rest, vocabulary=classes)
+    def loss(self, hidden: Tensor, bias: Tensor | None, options: list[Any]) -> Any:
+        """Return the loss over all classes of all ranks. options: the other positional arguments of
+        `linear_cross_entropy`.
+        """
+        classes = cross_entropy.Vocabulary(self.indices.start, self.classes.shape[0], self.tokens.stack)
+        bias = None if bias is None else self.tokens.sum_gradient(bias)[self.indices.start : self.indices.stop]
+        local = self.tokens.sum_gradient(hidden), self.as_subclass(Tensor), bias
+        return cross_entropy.linear_cross_entropy(*local, *options, vocabulary=classes)
 
 
 class SplitRows:
-    """Mixin for an output head whose `weight` has only this process's rows of the matrix."""
+    """Mixin for an output head whose `weight` is this rank's rows of the matrix."""
 
     tokens: Tokens
     classes: Layout
@@ -175,7 +191,7 @@ class SplitRows:
 
     @property
     def weight(self) -> Tensor:
-        """Its rows, which know that there are more; as FSDP keeps them between uses, the parameter itself."""
+        """This rank's rows, as a `Head`. While FSDP has the parameter sharded: the DTensor itself."""
         rows = self._parameters["weight"]
         if isinstance(rows, DTensor):
             return rows
@@ -185,8 +201,8 @@ class SplitRows:
 
 
 def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
-    """Split the matrix of a language model's head by its classes, and the embedding where that is the same one; none
-    if it is no language model.
+    """Split the matrix of a language model's output head by classes, and the embedding if it is tied to the head.
+    Return its layout by name; {} if the model has no head that can be split.
     """
     models: list[Any] = [part for part in model.modules() if "head_weight" in dir(type(part))]
     matrices = {id(part.head_weight) for part in models}
@@ -195,8 +211,8 @@ def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
     if len(users) != 1 or users[0][1].weight.shape[0] < tokens.size:
         return {}
     name, user = users[0]
-    total, *rest = user.weight.shape
-    user.classes = Layout((total, *rest), [[share] for share in _shares(total, tokens.size)])
+    total, dim = user.weight.shape
+    user.classes = Layout((total, dim), [[share] for share in _shares(total, tokens.size)])
     user.tokens = tokens
     _take(user, "weight", user.classes, tokens)
     user.__class__ = type(type(user).__name__, (SplitRows, type(user)), {})
@@ -206,8 +222,8 @@ def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
 def tensor_parallel(model: nn.Module, axis: DeviceMesh) -> tuple[dict[str, Layout], set[str]]:
     """Split the blocks of a model over an axis of the mesh.
 
-    Returns the layout of each parameter that is split, and the names of the other parameters of the blocks, whose
-    gradients have to be summed over the axis. Raises a `UserError` for a layer that is not in the tables below.
+    Return the layout of each split parameter, and the names of the blocks' other parameters, whose gradients have to be
+    summed over the axis. Raises UserError for a layer that is not in the tables below.
     """
     if any(adapter.low.dora for adapter in adapters(model)):
         raise UserError("DoRA cannot be split over --mesh.tensor: use --mesh.shard, or leave --lora.dora out.")
@@ -226,14 +242,14 @@ def tensor_parallel(model: nn.Module, axis: DeviceMesh) -> tuple[dict[str, Layou
             layouts |= {f"{names[block]}.{key}": layout for key, layout in split.items()}
             summed |= {f"{names[block]}.{key}" for key, _ in block.named_parameters() if key not in split}
         blocks[0].register_forward_pre_hook(tokens.enter)
-        blocks[-1].register_forward_hook(lambda _, inputs, output, tokens=tokens: tokens.whole(output, adds=False))
+        blocks[-1].register_forward_hook(lambda _, inputs, output, tokens=tokens: tokens.gather(output, reduce=False))
     return layouts | _split_head(model, Tokens(axis)), summed
 
 
 def stacks_of(model: nn.Module, names: Mapping[nn.Module, str]) -> list[list[nn.Module]]:
-    """Return the lists of Transformer blocks of a model, each of which has its tokens split.
+    """Return the model's lists of Transformer blocks. The tokens are split within each list.
 
-    Raises a `UserError` for a layer that is not in the tables below. What is outside of the blocks stays whole.
+    Modules outside the blocks are not split. Raises UserError for a layer that is not in the tables below.
     """
     if not isinstance(model, HasBlocks):
         return [stack for child in model.children() for stack in stacks_of(child, names)]
@@ -258,13 +274,13 @@ def stacks_of(model: nn.Module, names: Mapping[nn.Module, str]) -> list[list[nn.
 
 
 def _check_whole(block: nn.Module, names: Mapping[nn.Module, str]) -> None:
-    """Raise a `UserError` if a block of an unknown class contains a layer that would be split in a known block."""
+    """Raise UserError if a block of an unknown class contains a layer that would be split in a known block."""
     if any(LAYERS.get(type(layer)) not in (None, _split_dropout) for layer in block.modules()):
         raise _unknown(block, names)
 
 
 def _check_head_norms(attention: Attention, names: Mapping[nn.Module, str]) -> None:
-    """Refuse an unknown norm of queries or keys that is computed over all heads: each process has some of them."""
+    """Raise UserError for an unknown norm of queries or keys over all heads: each rank has only some heads."""
     for norm in (attention.q_norm, attention.k_norm):
         if norm is None or type(norm) is AllHeadsRMSNorm:
             continue
@@ -289,15 +305,15 @@ def _split_block(block: nn.Module, tokens: Tokens) -> Iterator[tuple[str, Layout
 
 
 def _split_dropout(layer: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
-    """Let dropout drop the same elements of this process's tokens as of the whole sequence."""
+    """Make dropout drop the same elements of this rank's tokens as of the whole sequence."""
     layer.__class__ = SplitDropout
     vars(layer).update(tokens=tokens, axis=None)
     yield from ()
 
 
 def _split_cross_attention(layer: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
-    """Sum the gradient of the source, which each process reads for its own tokens."""
-    layer.kv.register_forward_pre_hook(lambda _, inputs: tokens.shared(inputs[0]))
+    """Sum the gradient of the source over the ranks: each rank attends to it from its own tokens."""
+    layer.kv.register_forward_pre_hook(lambda _, inputs: tokens.sum_gradient(inputs[0]))
     yield from ()
 
 
@@ -336,15 +352,17 @@ def _split_feedforward(part: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]
 
 
 def _split_pair(
-    part: Any, first: str, last: str, parts: list[list[range]], tokens: Tokens
+    layer: Any, first: str, last: str, parts: list[list[range]], tokens: Tokens
 ) -> Iterator[tuple[str, Layout]]:
-    """Split a layer by its outputs, evenly within each of its `parts`, and the layer that follows by its inputs. Of
-    their adapters B and A are split likewise; of the gradient of the others, and of B of keys that all have, each
-    process computes a part.
+    """Split the linear layer `first` by outputs and the next one, `last`, by inputs (column-parallel, then
+    row-parallel).
+
+    parts: for each matrix that is joined in `first`, one range of rows per rank. LoRA adapters are split too: B of
+    `first` by outputs and A of `last` by inputs.
     """
-    outer, inner = getattr(part, first), getattr(part, last)
+    outer, inner = getattr(layer, first), getattr(layer, last)
     rows, columns = [*zip(*parts, strict=True)], parts[0]
-    outer.register_forward_pre_hook(lambda _, inputs: (tokens.whole(inputs[0], adds=True), *inputs[1:]))
+    outer.register_forward_pre_hook(lambda _, inputs: (tokens.gather(inputs[0], reduce=True), *inputs[1:]))
     for name, layer in outer.named_modules(prefix=first):
         if isinstance(layer, Linear):
             for key, parameter in [*layer.named_parameters()]:
@@ -357,12 +375,12 @@ def _split_pair(
             yield f"{name}.weight", _take(layer, "weight", _of_columns(layer.weight, columns), tokens)
         elif isinstance(layer, Adapter):
             layer.dropout = SplitDropout(layer.dropout.p, tokens, -1)
-            layer.register_forward_hook(lambda *call: tokens.part(call[-1], adds=True))
+            layer.register_forward_hook(lambda *call: tokens.scatter(call[-1], reduce=True))
             yield f"{name}.a", _take(layer, "a", _of_columns(layer.a, columns), tokens)
 
 
 def _split_adapter(adapter: Adapter, rows: Sequence[Sequence[range]], tokens: Tokens) -> Layout:
-    """Cut an adapter to the outputs of its layer that this process computes."""
+    """Split B of an adapter by the outputs of its layer that each rank computes."""
     first, end = adapter.target.start, adapter.target.start + adapter.target.rows
     ranges = [[range(max(span.start, first) - first, min(span.stop, end) - first) for span in one
               if span.start < end and first < span.stop] for one in rows]  # fmt: skip
@@ -377,7 +395,7 @@ def _of_columns(parameter: Tensor, columns: list[range]) -> Layout:
 
 
 def _take(layer: nn.Module, name: str, layout: Layout, tokens: Tokens) -> Layout:
-    """Replace a parameter of a layer by the part that this process keeps; return the layout."""
+    """Replace a layer's parameter by this rank's shard, and return the layout."""
     whole = getattr(layer, name)
     part = layout.take(whole.detach(), 0, tokens.index).clone()
     setattr(layer, name, nn.Parameter(part, whole.requires_grad))
@@ -385,8 +403,9 @@ def _take(layer: nn.Module, name: str, layout: Layout, tokens: Tokens) -> Layout
 
 
 def _shares(total: int, size: int, units: int | None = None, start: int = 0) -> list[range]:
-    """Return a range of rows, of `total` from `start` on, for each process; if there are fewer units (heads) than
-    processes, several have the same.
+    """Divide the rows start, ..., start + total - 1 into one range per rank.
+
+    units: the number of heads. If there are fewer heads than ranks, several ranks get the same range.
     """
     parts = min(size, units or size)
     starts = [index * parts // size for index in range(size)]
@@ -396,7 +415,7 @@ def _shares(total: int, size: int, units: int | None = None, start: int = 0) -> 
 Rule = Callable[[Any, Tokens], Iterator[tuple[str, Layout]]]
 
 BLOCKS = {PreNorm, PostNorm, ReorderedNorm, SandwichNorm, Parallel, CrossPreNorm, CrossPostNorm}
-LAYERS: dict[type, Rule | None] = {  # of a block; None: it acts on each token separately
+LAYERS: dict[type, Rule | None] = {  # layers of a block; None: the layer acts on each token separately
     Attention: _split_attention,
     GridAttention: _split_attention,
     CrossAttention: _split_cross_attention,
@@ -410,4 +429,4 @@ LAYERS: dict[type, Rule | None] = {  # of a block; None: it acts on each token s
     UnitOffsetRMSNorm: None,
     ScaledLayerNorm: None,
 }
-WHOLE = {SpatialAttention}  # blocks that each process computes whole, though there are such layers inside
+WHOLE = {SpatialAttention}  # blocks that are not split, although they contain layers of the table

@@ -1,4 +1,4 @@
-"""Activation functions by name; each acts elementwise."""
+"""Activation functions by name. Each acts elementwise."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ STEP_HAS_NO_GRADIENT = (
 
 
 class HardStep(torch.autograd.Function):
-    """1 where x ≥ 0, else 0; a backward pass through it is an error, not a silent zero."""
+    """1 if x ≥ 0, else 0. A backward pass through it is an error, not a silent zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class HardStep(torch.autograd.Function):
 def step(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return 1 if x ≥ 0, else 0: the threshold unit of McCulloch and Pitts (1943) and Rosenblatt (1958).
 
-    Raises ValueError, saying why, when a gradient is asked for.
+    Raises UserError, with the reason, if a gradient is computed.
     """
     return HardStep.apply(x)
 
@@ -46,8 +46,8 @@ def identity(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def gelu_tanh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return GELU by a tanh, √(2/π) in it (Hendrycks and Gimpel, 2016): GPT-1, GPT-2. (1 + tanh u) / 2 is σ(2u), which
-    torch.compile's code computes three times as fast."""
+    """Return GELU approximated by tanh (Hendrycks and Gimpel, 2016): GPT-1, GPT-2. If compiled, σ(2u) replaces the
+    equal (1 + tanh u) / 2: torch.compile's code computes it three times as fast."""
     if torch.compiler.is_compiling():
         wide = x.float()
         return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
@@ -59,7 +59,7 @@ def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     2016)."""
     if torch.is_grad_enabled():
         return x * torch.sigmoid(1.702 * x)
-    return x.mul(1.702).sigmoid_().mul_(x)  # the same bits without three copies of what is widest in a network
+    return x.mul(1.702).sigmoid_().mul_(x)  # the same bits without three copies of a network's widest tensor
 
 
 def relu2(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -78,16 +78,16 @@ ACTIVATIONS: dict[str, Activation] = {
     "leaky_relu": F.leaky_relu,  # slope 0.01 below zero: Maas et al. (2013)
     "elu": F.elu,  # Clevert et al. (2015)
     "softplus": F.softplus,  # Dugas et al. (2000)
-    "gelu": F.gelu,  # x · Φ(x) with the normal distribution's own Φ: Hendrycks and Gimpel (2016); BERT
+    "gelu": F.gelu,  # x · Φ(x) with the exact normal distribution: Hendrycks and Gimpel (2016); BERT
     "gelu_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
     "silu": F.silu,  # Elfwing et al. (2017); LLaMA
-    "swish": F.silu,  # the same under Ramachandran et al.'s name (2017)
+    "swish": F.silu,  # Ramachandran et al.'s name of the same function (2017)
     "mish": F.mish,  # Misra (2019)
 }
 
 
 def activation(name: str) -> Activation:
-    """Return the activation function of that name; an unknown name is a ValueError with the nearest known one."""
+    """Return the activation function of that name. Raises UserError with the nearest name for an unknown one."""
     require_known("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]

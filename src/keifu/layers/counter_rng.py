@@ -1,8 +1,8 @@
-"""Counter-based random numbers (SplitMix64): a function of a seed and a position alone, without a generator's state.
+"""Counter-based random numbers (SplitMix64): they depend only on a seed and a position; there is no generator state.
 
-A row's numbers are the same whatever the other rows are and however many there are, on any device.
+The numbers of a row do not depend on the other rows, their number, or the device.
 
-Axes: rows = independent streams; the `...` after it are positions in a stream.
+Axes: rows = independent streams; `...` after it = positions in a stream.
 """
 
 import math
@@ -14,27 +14,28 @@ from torch import Tensor
 
 from keifu.layers.wide import narrow, wide
 
-# SplitMix64's constants, as the signed numbers of an int64; products wrap round all the same. The counter's step is
-# a tensor: an index times a plain number would be signed arithmetic of C++ in what torch.compile writes, where
-# overflowing is undefined, and the loop around it ran past its end.
+# SplitMix64's constants, as signed int64 numbers; multiplication wraps around all the same. STEP is a tensor:
+# torch.compile would multiply an index with a plain number in signed C++ arithmetic, whose overflow is undefined, and a
+# loop ran past its end.
 STEP = torch.tensor(0x9E3779B97F4A7C15 - 2**64, device="cpu")
 FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
-BITS = 48  # of a uniform number: enough for any vocabulary, and its product with a total stays below the total
+BITS = 48  # bits of a uniform number: enough for any vocabulary, and the number times a total stays below the total
 
 
 def bits(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*#shape"]) -> Int[Tensor, "*shape"]:
-    """Return 64 random bits for each seed and position: SplitMix64 (Steele, Lea and Flood, 2014), keyed by a hash of
-    the seed, and counted by the position."""
+    """Return 64 random bits for each seed and position: SplitMix64 (Steele, Lea and Flood, 2014) with a hash of the
+    seed as key and the position as counter."""
     return _mix(_mix(seeds + STEP) + (positions + 1) * STEP)
 
 
 def uniform(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Draw a number in [0, 1) for each seed and position, float64 if the device has it."""
+    """Draw a number in [0, 1) for each seed and position, float64 if the device supports it."""
     return narrow(_unit(bits(wide(seeds), wide(positions))), seeds.device)
 
 
 class UniformStreams:
-    """Numbers of `uniform` for some seeds, from these positions on; a seed is hashed once and not at each position."""
+    """The numbers of `uniform` for some seeds, at consecutive positions. A seed is hashed once, not at each
+    position."""
 
     def __init__(self, seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]):
         self._device, self._keys = seeds.device, _mix(wide(seeds) + STEP)
@@ -48,10 +49,10 @@ class UniformStreams:
 
 
 def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]:
-    """Return 16 random bits for each of `count` places of each seed, as numbers from -2^15 to 2^15 - 1: for masks.
+    """Return 16 random bits for each of `count` positions of each seed, as numbers from -2^15 to 2^15 - 1: for masks.
 
-    Four places share one product of 64 bits, which is mixed less than in `bits` and has no bit that is not used:
-    in place and without the masks of unsigned shifts, since a training step asks for billions.
+    Four positions share 64 bits, which are mixed less than in `bits`, in place and without unsigned shifts: speed
+    matters, since a training step needs billions.
     """
     counters = torch.arange((count + 3) // 4, device=seeds.device) * STEP
     mixed = seeds[:, None] + counters
@@ -63,9 +64,10 @@ def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]
 
 
 def normal(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "rows ..."]:
-    """Draw standard normal numbers of this shape for each seed, float32: the positions from 0 on, two numbers each.
+    """Draw standard normal float32 numbers of this shape for each seed. Each position from 0 on gives two numbers.
 
-    Box and Muller (1958) on two halves of 32 bits; so nothing lies beyond 6.7 standard deviations.
+    It uses the method of Box and Muller (1958) with two halves of 32 bits, so that no number exceeds 6.7 standard
+    deviations.
     """
     count, device, seeds = math.prod(shape), seeds.device, wide(seeds)
     counters = torch.arange((count + 1) // 2, device=seeds.device)
@@ -77,9 +79,10 @@ def normal(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
 
 
 def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "rows ..."]:
-    """Return numbers of the standard Gumbel distribution of this shape for each seed, float32: the positions from 0 on.
+    """Draw float32 numbers from the standard Gumbel distribution, of this shape for each seed, at the positions from 0
+    on.
 
-    The largest of some logarithms of probabilities with such a number added to each is a draw from them (Gumbel, 1954).
+    The index of the largest sum of such a number and a log-probability is a sample of the distribution (Gumbel, 1954).
     """
     device, seeds = seeds.device, wide(seeds)
     counters = torch.arange(math.prod(shape), device=seeds.device)
@@ -88,7 +91,7 @@ def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
 
 
 def _half(drawn: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:
-    """Return 32 of the bits as a number between 0 and 1, neither of them, float64."""
+    """Return 32 of the bits as a float64 number between 0 and 1, both excluded."""
     return ((drawn >> shift) & (2**32 - 1)).double().add_(0.5).mul_(2.0**-32)
 
 
@@ -103,5 +106,5 @@ def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 
 def _shift(x: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]:
-    """Return x >> bits with zeros coming in, as for unsigned numbers; torch's shift repeats the sign."""
+    """Return x >> bits with zeros shifted in, as for unsigned numbers; torch's shift repeats the sign."""
     return (x >> bits) & (2 ** (64 - bits) - 1)

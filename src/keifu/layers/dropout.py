@@ -1,10 +1,10 @@
-"""Dropout (Srivastava et al., 2014) whose masks in a training step depend on seed, step, layer and row alone.
+"""Dropout (Srivastava et al., 2014) whose masks in a training step depend only on the seed, step, layer and row.
 
-So a batch may be split into micro-batches of any size, on any device or number of processes, and a layer may be
-recomputed in the backward pass: the masks are the same bits. Outside a training step dropout uses torch's global
+So a batch can be split into micro-batches of any size, on any device or number of processes, and a layer can be
+recomputed in the backward pass: the masks have the same bits. Outside a training step, dropout uses torch's global
 generator.
 
-Axes: rows = of the batch that is computed, layers = the dropout layers of a model.
+Axes: rows = of the computed batch, layers = the dropout layers of a model.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from keifu.layers.counter_rng import bits, bits16
 
-LEVELS = 2**16  # a rate is rounded to this fraction; 16 random bits for each element
+LEVELS = 2**16  # a rate is rounded to a multiple of 1 / LEVELS: 16 random bits for each element
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` that draws its mask from its layer's `DropoutKeys`, where these hold keys.
+    """`nn.Dropout` that draws its mask with the keys of its `DropoutKeys`, if these are set.
 
-    A layer that is called twice in one pass has the same mask twice: each place in a model has a layer of its own.
-    The first axis of the input is that of the batch's rows, or several of it for each row, side by side.
+    A layer that is called twice in one pass has the same mask twice, so do not reuse a layer at two places. The first
+    axis of the input is the batch's rows, or a multiple of them with the entries of each row next to each other.
     """
 
     def __init__(self, p: float = 0.0):
@@ -33,7 +33,7 @@ class Dropout(nn.Dropout):
 
     @property
     def active(self) -> bool:
-        """Whether anything is dropped: not in evaluation mode, and not where the rate is 0."""
+        """Whether anything is dropped: not in evaluation mode, and not at rate 0."""
         return self.training and self.p > 0
 
     def forward(self, input: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -44,7 +44,8 @@ class Dropout(nn.Dropout):
             return F.dropout(input, self.p)
         dropped = round(self.p * LEVELS)
         mask = self.mask(input, table[self.index], dropped)
-        return input * (~mask).view(torch.uint8) * (LEVELS / (LEVELS - dropped))  # a CPU fills masks ten times slower
+        # masked_fill is ten times slower on a CPU
+        return input * (~mask).view(torch.uint8) * (LEVELS / (LEVELS - dropped))
 
     def mask(self, input: Tensor, keys: Int[Tensor, " rows"], dropped: int) -> Bool[Tensor, "*shape"]:
         """Return the mask of dropped elements, with the probability `dropped` / 2^16."""
@@ -52,17 +53,17 @@ class Dropout(nn.Dropout):
 
 
 def dropout_mask(keys: Int[Tensor, " rows"], total: int, dropped: int) -> Bool[Tensor, "rows elements"]:
-    """Draw booleans that are true with the probability `dropped` / 2^16 for each of `total` elements, as many for each
-    row."""
+    """Draw a mask with `total` elements, equally many for each row. An element is True with the probability `dropped` /
+    2^16."""
     if total % len(keys):
         raise ValueError(f"The first axis of dropout's input must be the {len(keys)} rows: it has {total} elements.")
     return bits16(keys, total // len(keys)) < dropped - LEVELS // 2
 
 
 class DropoutKeys:
-    """The random keys of a model's dropout layers, one for each layer and row; there are none outside a step.
+    """The random keys of a model's dropout layers, one for each layer and row. They are set during a training step.
 
-    The name of a layer in the model distinguishes it. A tensor holds the keys, so that `torch.compile` need not compile
+    A layer's key depends on its name in the model. The keys are in a tensor, so that `torch.compile` does not compile
     again at each step.
     """
 
@@ -76,7 +77,7 @@ class DropoutKeys:
         self.drops = any(module.p > 0 for _, module in named)
 
     def set(self, step: int, first: int, rows: int) -> None:
-        """Set the keys for `rows` rows of a step's batch, from `first` on."""
+        """Set the keys for `rows` rows of a step's batch, from row `first` on."""
         if self.drops:
             of_step = int(bits(torch.tensor([self.seed]), torch.tensor([step])))
             rows_of_batch = torch.arange(first, first + rows, device=self.device)

@@ -15,7 +15,7 @@ from keifu.layers.linear import JoinedLinear, Linear
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))) (Vaswani et al., 2017, section 3.3); `dropout` acts between the two."""
+    """Network down(activation(up(x))) (Vaswani et al., 2017, section 3.3). Dropout acts on the hidden units."""
 
     def __init__(self, dim: int, hidden_dim: int, activation: Activation, bias: bool = True, dropout: float = 0.0):
         super().__init__()
@@ -36,7 +36,7 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """down(activation(gate(x)) · up(x)) (Shazeer, 2020: GLU variants); gate and up are one product."""
+    """Network down(activation(gate(x)) · up(x)) (Shazeer, 2020: GLU variants). One matrix joins gate and up."""
 
     def __init__(self, dim: int, hidden_dim: int, activation: Activation, bias: bool = False):
         super().__init__()
@@ -59,7 +59,7 @@ class GatedFeedForward(nn.Module):
 
 
 class ClampedFeedForward(GatedFeedForward):
-    """down((up + 1) · gate · sigmoid(slope · gate)), with gate and up limited (gpt-oss, 2025)."""
+    """Network down((up + 1) · gate · sigmoid(slope · gate)), with gate and up clamped (gpt-oss, 2025)."""
 
     def __init__(self, dim: int, hidden_dim: int, slope: float, limit: float):
         super().__init__(dim, hidden_dim, F.silu, bias=True)
@@ -76,8 +76,8 @@ SwiGLU = partial(GatedFeedForward, activation=F.silu)
 
 
 class GEGLU(nn.Module):
-    """down(up(x) · gelu(gate(x))) (Shazeer, 2020), where the rows of up lie above those of gate, as Stable Diffusion's
-    files have them; `dropout` acts between. With silu as its activation it is SwiGLU."""
+    """Network down(up(x) · gelu(gate(x))) (Shazeer, 2020). The rows of up are before those of gate, as in Stable
+    Diffusion's files. Dropout acts on the hidden units. With silu as activation it is SwiGLU."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0, activation: Activation = F.gelu):
         super().__init__()

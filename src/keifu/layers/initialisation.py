@@ -8,7 +8,8 @@ from keifu.layers.linear import JoinedLinear
 
 
 def normal_(model: nn.Module, std: float = 0.02) -> None:
-    """Draw all matrices and embeddings from N(0, std²), set biases to 0; norms stay 1 and 0 (GPT-1, section 4.1)."""
+    """Draw all matrices and embeddings from N(0, std²), and set biases to 0. Norms are not changed (GPT-1, section
+    4.1)."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
@@ -19,15 +20,15 @@ def normal_(model: nn.Module, std: float = 0.02) -> None:
 def scale_residual_(weights: Iterable[Tensor], n_layers: int) -> None:
     """Divide the weights of the residual projections by √(2 · n_layers) (GPT-2, section 2.3).
 
-    weights: as `keifu.layers.transformer.blocks.residual_weights` returns them.
+    weights: the result of `keifu.layers.transformer.blocks.residual_weights`.
     """
     for weight in weights:
         weight.data.div_((2 * n_layers) ** 0.5)
 
 
 def xavier_(model: nn.Module, embedding_std: float) -> None:
-    """Initialise matrices and kernels as uniform with variance 2 / (inputs + outputs), each part of a joined one by
-    itself; biases 0.
+    """Draw matrices and kernels from a uniform distribution with variance 2 / (inputs + outputs), each matrix of a
+    joined layer separately; set biases to 0.
 
     (Glorot and Bengio, 2010.) Embeddings are drawn from N(0, embedding_std²).
     """
@@ -43,7 +44,8 @@ def xavier_(model: nn.Module, embedding_std: float) -> None:
 
 
 def zero_(model: nn.Module, *endings: str) -> None:
-    """Zero for every weight and bias of the modules whose names end so: a block that ends in one begins as nothing."""
+    """Set every weight and bias to 0 in modules whose names end so. A residual block that ends in such a module starts
+    as the identity."""
     for name, module in model.named_modules():
         if name.endswith(endings):
             for parameter in module.parameters():
@@ -51,8 +53,7 @@ def zero_(model: nn.Module, *endings: str) -> None:
 
 
 def fan_in_(model: nn.Module) -> None:
-    """Initialise matrices from N(0, 1 / inputs), so that they keep the size of what they read, and embeddings from N(0,
-    1)."""
+    """Draw matrices from N(0, 1 / inputs), which keeps the variance of their inputs, and embeddings from N(0, 1)."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
@@ -61,8 +62,8 @@ def fan_in_(model: nn.Module) -> None:
 
 
 def truncated_normal_(model: nn.Module, std: float = 0.02) -> None:
-    """Initialise as `normal_`, but with no number beyond two deviations (the code released with BERT, Devlin et al.,
-    2018)."""
+    """Initialise like `normal_`, but without numbers beyond two standard deviations (as in BERT's released code, Devlin
+    et al., 2018)."""
     normal_(model, std)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -70,8 +71,8 @@ def truncated_normal_(model: nn.Module, std: float = 0.02) -> None:
 
 
 def multihead_(model: nn.Module) -> None:
-    """Initialise attention as torch.nn.MultiheadAttention does: q, k and v as one Glorot matrix, the other one as any
-    Linear layer, biases 0. What else there is stays as torch's layers are."""
+    """Initialise attention like torch.nn.MultiheadAttention: q, k and v as one Glorot matrix, biases 0. Everything else
+    keeps torch's initialisation."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.endswith((".attention.qkv", ".attention.out")):
             if isinstance(module, JoinedLinear):

@@ -1,7 +1,7 @@
-"""Tensors that are read, or drawn, when they are used: of a slice, its rows and columns alone.
+"""Tensors that are read, or drawn, when they are used; of a slice, only its rows and columns.
 
-So a process that keeps a part of every matrix never holds the whole model. Axes: rows = the first one, columns = the
-second one.
+So a process that needs a part of every matrix never has the whole model in memory. Axes: rows = the first axis, columns
+= the second one.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,15 @@ Index = tuple[slice, ...]  # rows and columns; () for all
 
 
 class TensorReader:
-    """Reader of a tensor from its file; once it was used as a whole, the tensor. own: whether it may be changed."""
+    """Reader of a tensor from its file; after its first use as a whole, the tensor itself. own: whether the tensor is a
+    private copy that may be modified."""
 
     def __init__(self, read: Callable[[Index], Tensor]):
         self.read, self.own = read, False
         self.tensor: Tensor | None = None
 
     def whole(self, like: Tensor, own: bool) -> Tensor:
-        """Return the whole tensor, of the type and on the device of another one, which is kept from now on."""
+        """Return the whole tensor, with the dtype and device of `like`, and keep it from now on."""
         tensor = self.read(()) if self.tensor is None else self.tensor
         tensor = tensor.to(like.device, like.dtype)
         self.tensor, self.own = tensor.clone() if own and not self.own else tensor, own or self.own
@@ -35,7 +36,7 @@ class TensorReader:
 
 
 class LazyTensor(Tensor):
-    """A tensor, or rows and columns of one, that has a shape, a type and a device, and numbers once they are needed."""
+    """A tensor, or rows and columns of one, with shape, dtype and device. Its numbers are read when they are needed."""
 
     reader: TensorReader
     index: Index
@@ -43,7 +44,8 @@ class LazyTensor(Tensor):
 
     @staticmethod
     def of(reader: TensorReader, like: Tensor, index: Index = ()) -> "LazyTensor":
-        """Return the rows and columns of a reader's tensor; like: has their shape, type and device."""
+        """Return a lazy tensor for the rows and columns `index` of a reader's tensor. like: has their shape, dtype and
+        device."""
         make: Any = Tensor._make_wrapper_subclass  # pyright: ignore
         lazy = make(LazyTensor, like.shape, dtype=like.dtype, device=like.device)
         lazy.reader, lazy.index = reader, index
@@ -51,11 +53,11 @@ class LazyTensor(Tensor):
 
     @property
     def blank(self) -> Tensor:
-        """A tensor of this shape, type and device without numbers."""
+        """A tensor of this shape, dtype and device without memory."""
         return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
 
     def value(self, own: bool = False) -> Tensor:
-        """Return the numbers; own: they may be changed, which changes the whole tensor."""
+        """Return the numbers. own: the caller may modify them, which modifies the whole tensor."""
         if not self.numel():
             return self.blank.clone()
         if self.index and not own and self.reader.tensor is None:
@@ -63,7 +65,7 @@ class LazyTensor(Tensor):
         return self.reader.whole(self.blank, own)[self.index]
 
     def part(self, axis: int, start: int, stop: int) -> "LazyTensor":
-        """Select some of its rows (axis 0) or columns (1)."""
+        """Return a lazy slice of rows (axis 0) or columns (axis 1)."""
         index = [*self.index, *(slice(0, size) for size in self.shape[len(self.index) : 2])]
         first = index[axis].start
         index[axis] = slice(first + start, first + stop)
@@ -86,32 +88,33 @@ class LazyTensor(Tensor):
                 for arg, own in zip(args, written, strict=False)]  # fmt: skip
         return func(*read, **tree_map_only(LazyTensor, lambda x: x.value(True), kwargs))
 
-    def _lazily(self, func: Any, rest: tuple, kwargs: dict[str, Any]) -> Any:
-        """Compute what needs no numbers: a slice, the parts of a split, a copy that nobody has changed; else None."""
-        axis, *_ = (*(rest[1:] if func == aten.split.Tensor else rest), 0)
+    def _lazily(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Compute an operation that needs no numbers: a slice, the parts of a split, a copy of an unmodified tensor.
+        Return None for any other operation."""
+        axis, *_ = (*(args[1:] if func == aten.split.Tensor else args), 0)
         if func in (aten.detach.default, aten.alias.default):
             return LazyTensor.of(self.reader, self.blank, self.index)
         if func in (aten.clone.default, aten._to_copy.default) and not self.index and not self.reader.own:
             like = self.blank.to(kwargs.get("device") or self.device, kwargs.get("dtype") or self.dtype)
             return LazyTensor.of(TensorReader(self.reader.read), like)
-        if func == aten.slice.Tensor and axis in (0, 1) and rest[3:] in ((), (1,)):
-            start, stop, _ = slice(*(*rest[1:3], None)[:2]).indices(self.shape[axis])
+        if func == aten.slice.Tensor and axis in (0, 1) and args[3:] in ((), (1,)):
+            start, stop, _ = slice(*(*args[1:3], None)[:2]).indices(self.shape[axis])
             return self.part(axis, start, max(start, stop))
         if func == aten.split.Tensor and axis in (0, 1):
-            total, size = self.shape[axis], rest[0]
+            total, size = self.shape[axis], args[0]
             return [self.part(axis, at, min(at + size, total)) for at in range(0, total, size)]
         return None
 
 
 def settle(module: nn.Module) -> None:
-    """Read the parameters of a module that are not read yet; each is whole here."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    """Read all parameters of a module that are not read yet. Each is read whole."""
+    settled: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if isinstance(parameter, LazyTensor):
-                if parameter not in made:
-                    made[parameter] = nn.Parameter(parameter.value().clone(), parameter.requires_grad)
-                part._parameters[name] = made[parameter]
+                if parameter not in settled:
+                    settled[parameter] = nn.Parameter(parameter.value().clone(), parameter.requires_grad)
+                part._parameters[name] = settled[parameter]
 
 
 class _Operation(NamedTuple):
@@ -125,24 +128,24 @@ class _Operation(NamedTuple):
 
     @property
     def inputs(self) -> list[Tensor]:
-        """Return the tensors that it reads or writes."""
+        """Return the meta tensors that the operation reads or writes."""
         return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor) and x.device.type == "meta"]
 
     @property
     def replaces(self) -> bool:
-        """Whether it writes every number of its memory and reads none of it."""
+        """Whether the operation writes every number of its memory and reads none of it."""
         x = self.result
         return self.func in REPLACING and x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
 
     def run(self, memory: dict[int, Tensor]) -> None:
-        """Compute it on a CPU. memory: the numbers that there are, by the storage on the meta device."""
+        """Compute the operation on a CPU. memory: the numbers computed so far, by the storage on the meta device."""
         if self.state is not None:
             torch.set_rng_state(self.state)
         for x in self.inputs:
             memory.setdefault(_key(x), torch.empty(x.untyped_storage().nbytes() // x.itemsize, dtype=x.dtype))
         args, kwargs = tree_map_only(Tensor, lambda x: _view(memory, x), (self.args, self.kwargs))
-        made = self.func(*args, **(kwargs | ({"device": torch.device("cpu")} if "device" in kwargs else {})))
-        memory.setdefault(_key(self.result), made.new_empty(0).set_(made.untyped_storage()))
+        result = self.func(*args, **(kwargs | ({"device": torch.device("cpu")} if "device" in kwargs else {})))
+        memory.setdefault(_key(self.result), result.new_empty(0).set_(result.untyped_storage()))
 
 
 REPLACING = {aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar}
@@ -153,12 +156,12 @@ def _key(x: Tensor) -> int:
 
 
 def _view(memory: dict[int, Tensor], x: Tensor) -> Tensor:
-    """Return the numbers of a tensor on the meta device; any other tensor is itself."""
+    """Return the numbers of a meta tensor; return any other tensor unchanged."""
     return memory[_key(x)].as_strided(x.shape, x.stride(), x.storage_offset()) if x.device.type == "meta" else x
 
 
 class _Trace(TorchDispatchMode):
-    """Record of the operations on the meta device in this block; each draws as many random numbers as on a CPU."""
+    """Mode that records operations on the meta device. Each draws as many random numbers as on a CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,19 +171,19 @@ class _Trace(TorchDispatchMode):
         kwargs, state = kwargs or {}, torch.get_rng_state() if torch.Tag.nondeterministic_seeded in func.tags else None
         alias = func._schema.arguments[0].alias_info if args and isinstance(args[0], Tensor) else None
         writes = bool(alias and alias.is_write) and args[0].device.type == "meta"
-        result = args[0] if writes else func(*args, **kwargs)  # PyTorch would import its compiler to fill nothing
+        result = args[0] if writes else func(*args, **kwargs)  # PyTorch would import its compiler to fill a meta tensor
         if (not alias and isinstance(result, tuple)) or kwargs.get("generator"):
             raise UserError(f"This model cannot be drawn in parts, since its initialisation uses {func}.")
         if not isinstance(result, Tensor) or result.device.type != "meta" or (alias and not writes):
             return result
-        # detached, so that no later `.data =` changes the memory that is meant
+        # detached, so that a later `.data =` does not change its storage
         self.operations.append(_Operation(*tree_map_only(Tensor, Tensor.detach, (func, args, kwargs, result, state))))
         if state is not None:
             self.operations[-1].run({})
         return result
 
     def value(self, wanted: Tensor) -> Tensor:
-        """Compute a tensor from only those tensors on which it depends."""
+        """Compute a tensor, from only those operations on which it depends."""
         needed, chosen, memory, state = {_key(wanted)}, list[_Operation](), dict[int, Tensor](), torch.get_rng_state()
         for operation in reversed(self.operations):
             if _key(operation.result) in needed:
@@ -193,8 +196,9 @@ class _Trace(TorchDispatchMode):
         return _view(memory, wanted)
 
 
-class _AskedIfMeta(TorchFunctionMode):
-    """Refusal of `nn.init.trunc_normal_`, `orthogonal_` and all that leaves tensors on the meta device as they are."""
+class _NoMetaChecks(TorchFunctionMode):
+    """Mode that raises UserError if an initialisation checks for meta tensors, which some then leave unchanged
+    (`nn.init.trunc_normal_`, `orthogonal_`)."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func == cast(Any, Tensor.is_meta).__get__:
@@ -203,18 +207,18 @@ class _AskedIfMeta(TorchFunctionMode):
 
 
 def build_lazily(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
-    """Build a model whose parameters are drawn when they are used, one at a time, with the numbers that `build` gives
-    them; buffers are computed at once. An initialisation that depends on drawn numbers is a `UserError`."""
-    trace, made = _Trace(), dict[Tensor, Tensor]()
-    with torch.device("meta"), trace, _AskedIfMeta():
+    """Build a model whose parameters are drawn when they are used, one at a time, with the same numbers as in
+    `build()`. Buffers are computed at once. Raises UserError for an initialisation that depends on drawn numbers."""
+    trace, built = _Trace(), dict[Tensor, Tensor]()
+    with torch.device("meta"), trace, _NoMetaChecks():
         model = build()
     for part in model.modules():
         for tensors in (part._parameters, part._buffers):
             for name, x in tensors.items():
-                if x is not None and x not in made:
-                    made[x] = _deferred(trace, x, device) if isinstance(x, nn.Parameter) else trace.value(x).to(device)
+                if x is not None and x not in built:
+                    built[x] = _deferred(trace, x, device) if isinstance(x, nn.Parameter) else trace.value(x).to(device)
                 if x is not None:
-                    tensors[name] = cast(Any, made[x])
+                    tensors[name] = cast(Any, built[x])
     return model
 
 

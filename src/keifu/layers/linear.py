@@ -1,5 +1,5 @@
-"""Linear layers and their products: the fastest that PyTorch has for a row, for a matrix, and on this processor; and
-joined matrices with one product for several (q, k, v)."""
+"""Linear layers with the fastest matrix multiplication that PyTorch has for one row, for many rows, and for this CPU;
+and joined matrices (q, k, v), which are multiplied at once."""
 
 import platform
 from collections.abc import Sequence
@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-SMALL = 2**13  # numbers of a matrix with which the choice of a product costs more than it brings
+SMALL = 2**13  # numbers of a matrix; for smaller ones the choice costs more time than it saves
 
 
 def _is_amd_with_avx512() -> bool:
-    """Return whether MKL, with which PyTorch multiplies float32, uses half of the processor's width, as on AMD's."""
+    """Return whether MKL, which PyTorch uses for float32, uses only half of the CPU's vector width, as on AMD with
+    AVX-512."""
     is_wide, source = torch.backends.cpu.get_cpu_capability() == "AVX512", Path("/proc/cpuinfo")
     return is_wide and "AuthenticAMD" in (source.read_text("utf-8") if source.exists() else platform.processor())
 
@@ -31,11 +32,12 @@ def linear(
     weight: Float[Tensor, "out_features in_features"],
     bias: Float[Tensor, " out_features"] | None = None,
 ) -> Float[Tensor, "*batch out_features"]:
-    """Return x @ weight.T + bias. A single row, which is what decoding has, goes to the product of matrix and vector.
+    """Return x @ weight.T + bias. A single row, as in decoding, uses a matrix-vector multiplication.
 
-    On a CPU that reads a bfloat16 matrix up to 1.7 times as fast as the general product does, float32 no slower.
+    On a CPU, that reads a bfloat16 matrix up to 1.7 times as fast as the general multiplication, and float32 no slower.
     """
-    if x.numel() != x.shape[-1] or x.dtype != weight.dtype:  # the latter under autocast, which knows no addmv
+    # dtypes differ under autocast, which does not support addmv
+    if x.numel() != x.shape[-1] or x.dtype != weight.dtype:
         if USES_ONEDNN and _fits_onednn(x, weight):
             return _OneDnn.apply(x, weight, bias)
         return F.linear(x, weight, bias)
@@ -45,13 +47,16 @@ def linear(
 
 
 def product(a: Float[Tensor, "*batch inner"], b: Float[Tensor, "inner columns"]) -> Float[Tensor, "*batch columns"]:
-    """Multiply a @ b, by the same choice as `linear`."""
+    """Return a @ b, with the same choice of the implementation as in `linear`."""
     return _OneDnn.apply(a, b.mT, None) if USES_ONEDNN and _fits_onednn(a, b) else a @ b
 
 
 def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Return whether this is plain float32 on a CPU, outside autocast, compiled or traced code and torch.func's
-    transforms. It must not depend on the number of rows, so that a row has the same bits in any batch."""
+    """Return whether the tensors are plain float32 on a CPU, outside autocast, compiled or traced code and torch.func's
+    transforms.
+
+    The result must not depend on the number of rows, so that a row has the same bits in any batch.
+    """
     return (
         weight.numel() >= SMALL
         and x.dtype == weight.dtype == torch.float32
@@ -67,7 +72,7 @@ def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 class _OneDnn(torch.autograd.Function):
-    """x @ weight.T + bias by oneDNN, which knows the whole width of AMD's processors; its gradients likewise."""
+    """x @ weight.T + bias by oneDNN, which uses the whole vector width of AMD's CPUs; the same for its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,24 +93,24 @@ class _OneDnn(torch.autograd.Function):
 
 @cache
 def triton_kernels(device: torch.device) -> Any:
-    """Return the module of the kernels in Triton for an NVIDIA GPU; None if there is no Triton or another device."""
+    """Return the module of Triton kernels for an NVIDIA GPU; None if there is no Triton, or for another device."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     return import_module("keifu.layers.transformer.triton_kernels")
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` through `linear`; what else may stand in its place keeps `weight`, `bias` and the shapes."""
+    """`nn.Linear` that calls `linear`. A replacement must keep `weight`, `bias` and the shapes."""
 
     def forward(self, input: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:  # noqa: A002
         return linear(input, self.weight, self.bias)
 
 
 class JoinedLinear(Linear):
-    """A `Linear` whose rows are several matrices one above the other: queries, keys and values, or gate and up.
+    """A `Linear` whose weight joins several matrices by rows: queries, keys and values, or gate and up.
 
-    `parts` are their numbers of rows: who uses the output splits it by them, and weights are loaded, saved, adapted
-    and orthogonalised part by part.
+    parts: their row counts. The user of the output splits it by them. Weights are loaded, saved, adapted and
+    orthogonalised part by part.
     """
 
     def __init__(self, in_features: int, parts: Sequence[int], bias: bool = True):

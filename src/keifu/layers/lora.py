@@ -1,8 +1,8 @@
 """Low-rank adapters on the linear layers and convolutions of a built model (LoRA, Hu et al., 2021; DoRA, Liu et al.,
 2024).
 
-A layer's matrix W stays fixed; the product B A · scale, of low rank, is added to it, and only that is trained. Where a
-joined matrix has parts (queries, keys and values), each has an adapter of its own or none. Axes: in, out, rank.
+A layer's matrix W is frozen. The low-rank matrix B A · scale is added to it, and only A and B are trained. Each part of
+a joined matrix (queries, keys, values) may have an adapter. Axes: in, out, rank.
 """
 
 import math
@@ -25,8 +25,8 @@ from keifu.layers.unet.spatial_transformer import PixelLinear
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """How an adapter is made. The product B A is multiplied with alpha / rank, or alpha / √rank where `root` is set
-    (rsLoRA, Kalajdzievski, 2023). `dora`: each row's length is learned apart from its direction."""
+    """Settings of an adapter. B A is multiplied by alpha / rank, or by alpha / √rank if `root` is set (rsLoRA,
+    Kalajdzievski, 2023). dora: whether the length of each row is learned separately from its direction."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -42,13 +42,14 @@ class LoraSettings:
 
     @property
     def scale(self) -> float:
-        """Return the factor of the product B A."""
+        """The factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
 
 
 @dataclass(frozen=True)
 class Target:
-    """Rows start to start + rows of the linear layer that the model calls `module`; `label` is their published name."""
+    """Rows start, ..., start + rows - 1 of the linear layer named `module` in the model. label: their published
+    name."""
 
     module: str
     start: int
@@ -57,28 +58,29 @@ class Target:
 
 
 class Adapter(nn.Module):
-    """A [rank, in], B [out, rank] and, of DoRA, the length of each row. It changes nothing before it is trained.
+    """A (rank, in), B (out, rank) and, for DoRA, the length of each row. An untrained adapter changes nothing.
 
-    A convolution's matrix is its weight with the kernel flattened into the inputs.
+    The matrix of a convolution is its weight with the kernel flattened into the inputs.
     """
 
     def __init__(self, weight: Float[Tensor, "out channels *kernel"], target: Target, low: LoraSettings):
         super().__init__()
         self.target, self.low, self.kernel = target, low, tuple(weight.shape[2:])
-        begun = torch.empty(low.rank, math.prod(weight.shape[1:]))
-        nn.init.kaiming_uniform_(begun, a=math.sqrt(5))  # the same numbers wherever the layer is
-        self.a = nn.Parameter(begun.to(weight.device))
+        initial = torch.empty(low.rank, math.prod(weight.shape[1:]))
+        # drawn on the CPU: the same numbers for any device of the layer
+        nn.init.kaiming_uniform_(initial, a=math.sqrt(5))
+        self.a = nn.Parameter(initial.to(weight.device))
         self.b = nn.Parameter(torch.zeros(target.rows, low.rank, device=weight.device))
         self.dropout = Dropout(low.dropout)
         self.length = nn.Parameter(_lengths(weight.detach().flatten(1).float())) if low.dora else None
 
     @property
     def rows(self) -> slice:
-        """Return the rows of the layer's matrix that it acts on."""
+        """Return the rows of the layer's matrix that the adapter changes."""
         return slice(self.target.start, self.target.start + self.target.rows)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch rank"]:
-        """Multiply A x, with dropout on x."""
+        """Return A x, with dropout on x."""
         return F.linear(self.dropout(x.to(self.a.dtype)), self.a)
 
     def change(self) -> Float[Tensor, "out in"]:
@@ -92,7 +94,8 @@ class Adapter(nn.Module):
         return (changed if stretch is None else changed * stretch[:, None]).view_as(weight).to(weight.dtype)
 
     def stretch(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"] | None:
-        """Return the factor of DoRA for each row of W + B A · scale; its norm passes no gradient (section 4.3)."""
+        """Return DoRA's factor of each row of W + B A · scale, None without DoRA. No gradient passes through the norm
+        (section 4.3)."""
         return None if self.length is None else self.length / _lengths((weight + self.change()).detach())
 
 
@@ -101,7 +104,7 @@ def _lengths(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
 
 
 class AdaptedLinear(nn.Module):
-    """Linear layer with adapters, which replaces the layer; dropout acts on the adapters' inputs alone."""
+    """Linear layer with adapters, which replaces the layer. Dropout acts only on the adapters' inputs."""
 
     idle = False  # see `unadapted`
 
@@ -124,7 +127,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The layer's own, whose type and place others ask for."""
+        """The layer's weight without adapters; other code reads its dtype and device."""
         return self.base.weight
 
     @property
@@ -144,7 +147,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """Return the layer alone, its matrix changed as the adapters say."""
+        """Return the plain layer, with the adapters merged into its matrix."""
         weight = self.base.weight.detach().clone()
         for adapter in self.parts:
             weight[adapter.rows] = adapter.changed(weight[adapter.rows])
@@ -154,10 +157,10 @@ class AdaptedLinear(nn.Module):
 
 
 class ReweightedLinear(nn.Module):
-    """Weight of a convolution, or of another layer of images, with the change of an adapter.
+    """Parametrization that adds an adapter to the weight of a convolution, or of another layer of images.
 
-    The layer computes this weight at each call (torch's `parametrize`), which costs less than a second convolution. It
-    has no dropout.
+    torch's `parametrize` computes this weight at each call, which costs less than a second convolution. There is no
+    dropout.
     """
 
     idle = False
@@ -173,9 +176,9 @@ class ReweightedLinear(nn.Module):
 
 
 def attach(model: nn.Module, targets: Mapping[Target, LoraSettings]) -> nn.Module:
-    """Attach adapters to these layers, in place, and freezes everything else; gives the model back.
+    """Attach adapters to these layers, in place, freeze everything else, and return the model.
 
-    A model that has adapters already is a `ValueError`: merge them first.
+    Raises UserError if the model has adapters already: merge them first.
     """
     if next(adapters(model), None) is not None:
         raise UserError("This model has adapters already: merge them first, or load it without them.")
@@ -200,7 +203,7 @@ def attach(model: nn.Module, targets: Mapping[Target, LoraSettings]) -> nn.Modul
 
 
 def quantize_bases(model: nn.Module) -> nn.Module:
-    """Put the matrices that have adapters into blocks of 4 bits, in place."""
+    """Quantise the matrices that have adapters to blocks of 4 bits, in place."""
     for module in model.modules():
         if isinstance(module, AdaptedLinear) and isinstance(module.base, nn.Linear):
             module.base = QuantizedLinear(module.base)
@@ -208,13 +211,13 @@ def quantize_bases(model: nn.Module) -> nn.Module:
 
 
 def adapters(model: nn.Module) -> Iterator[Adapter]:
-    """Return every adapter of a model, in the model's order."""
+    """Return an iterator over the adapters of a model, in the model's order."""
     return (module for module in model.modules() if isinstance(module, Adapter))
 
 
 @contextmanager
 def unadapted(model: nn.Module) -> Iterator[None]:
-    """Disable all adapters inside the block; a model without adapters stays as it is."""
+    """Disable all adapters inside the block. A model without adapters stays as it is."""
     parts = [module for module in model.modules() if isinstance(module, AdaptedLinear | ReweightedLinear)]
     for part in parts:
         part.idle = True

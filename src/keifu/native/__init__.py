@@ -1,1 +1,2 @@
-"""Generation in C++ on a CPU: the source, its build at first use, and the binding to models and the engine."""
+"""Text generation in C++ on a CPU: the source, its compilation at first use, and the binding to models and the
+engine."""

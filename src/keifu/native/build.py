@@ -1,8 +1,8 @@
-"""The library of the native step: from the wheel, or compiled at first use into the cache.
+"""The library of the native code: taken from the wheel, or compiled at first use and cached.
 
-One library serves all instruction sets and chooses among them when it runs. Its name is a hash of the source, the
-flags, the system and the kind of machine, in the cache also of the compiler's version, so that a change of any of them
-builds anew. A hash of its bytes is in a file next to it: a damaged library is noticed, and built again.
+One library has code for all instruction sets and chooses among them at run time. Its file name is a hash of the source,
+the flags, the system and the machine type (in the cache also of the compiler's version), so a change of any of them
+causes a new build. A file next to it has the hash of its bytes: a damaged library is detected and built again.
 """
 
 import sys
@@ -12,22 +12,22 @@ from keifu import files, folders, locks
 from keifu.native import compiler
 from keifu.native.compiler import Unavailable
 
-PREBUILT = Path(__file__).parent / "prebuilt"  # of a wheel; packaging/wheel.py makes it
+PREBUILT = Path(__file__).parent / "prebuilt"  # only in a wheel; packaging/wheel.py creates it
 
 __all__ = ["PREBUILT", "Unavailable", "build", "prebuilt"]
 
 
 def prebuilt() -> Path | None:
-    """Return the wheel's library if there is one, whole and of this source."""
+    """Return the wheel's library if it exists, is undamaged and matches this source; otherwise None."""
     library = PREBUILT / f"{compiler.source_key()}.so"
     return library if _is_whole(library) else None
 
 
 def build() -> Path:
-    """Return the library of the cache, compiled now if the cache has no complete one.
+    """Return the cached library. Compile it if the cache has no undamaged one.
 
-    One process compiles, others that ask at the same time wait for it. Raises `Unavailable` without a compiler, if it
-    fails, and if the cache cannot be written.
+    One process compiles; others wait for it. Raises `Unavailable` if there is no compiler, if compilation fails, or if
+    the cache cannot be written.
     """
     command = compiler.find_compiler()
     library = folders.cache() / "native" / f"{compiler.source_key(compiler.version_of(command))}.so"
@@ -45,5 +45,5 @@ def build() -> Path:
 
 def _is_whole(library: Path) -> bool:
     """Return whether the library exists and its bytes have the hash that was stored when it was built."""
-    beside = library.with_suffix(".sha256")
-    return library.exists() and beside.exists() and beside.read_text() == files.sha256(library)
+    digest = library.with_suffix(".sha256")
+    return library.exists() and digest.exists() and digest.read_text() == files.sha256(library)

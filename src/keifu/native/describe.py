@@ -1,7 +1,7 @@
-"""A causal Transformer, or an encoder-decoder's stack, as data: which layers it is made of, and their parameters.
+"""A causal Transformer, or a stack of an encoder-decoder, as data: its layers and the names of their parameters.
 
-A model is described by its layers, whatever its name is. One that has a layer which the native step does not know is
-`Unavailable`, with the layer's name. Axes: rows and columns = of a matrix.
+The description depends on the layers, not on the model's class. A layer that the native code does not have raises
+`Unavailable` with the layer's name. Axes: rows and columns of a matrix.
 """
 
 from collections.abc import Mapping
@@ -51,8 +51,9 @@ from keifu.native.build import Unavailable
 
 @dataclass(frozen=True)
 class MatrixPart:
-    """Rows `first`, `first` + 1, ... of a parameter; `bias` is the name of the parameter that is added, if any, from
-    its number `bias_first` on."""
+    """Rows `first`, ..., `first` + `rows` - 1 of the parameter `weight`. bias: name of the bias parameter, or None; its
+    elements from `bias_first` on belong to these rows.
+    """
 
     weight: str
     first: int
@@ -64,7 +65,7 @@ class MatrixPart:
 
 @dataclass(frozen=True)
 class NormPart:
-    """A norm: the names of its parameters, if it has them; `offset` is added to the weight."""
+    """A norm: the names of its parameters (None if it has none). `offset` is added to the weight."""
 
     kind: int
     eps: float
@@ -75,14 +76,16 @@ class NormPart:
 
 @dataclass(frozen=True)
 class LayerPart:
-    """A block: its matrices, norms and numbers by the names of native code, and of rotary positions the radians that
-    each pair turns by from one position to the next. A mixture has a router, which stays float32, and the matrices of
-    each expert. `sinks`: the name of their parameter."""
+    """A block: its matrices, norms and numbers, by the names of the native code.
+
+    frequencies: radians per position of each rotary pair. router and experts: the router's matrix, which stays float32,
+    and the matrices of each expert of a mixture. sinks: the name of the attention sinks' parameter.
+    """
 
     matrices: Mapping[str, MatrixPart]
     norms: Mapping[str, NormPart]
     numbers: Mapping[str, int | float]
-    heads: tuple[int, int, int]  # of queries, of keys and values, and their dimension
+    heads: tuple[int, int, int]  # number of query heads, number of key and value heads, head_dim
     frequencies: Tensor | None
     sinks: str | None = None
     router: MatrixPart | None = None
@@ -91,8 +94,11 @@ class LayerPart:
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A model: embedding, positions (the name of their parameter if learned, or their numbers), blocks, the last norm
-    and the head. source_length: the most positions of a source; 0 if no block looks at one."""
+    """A model: embedding, positions, blocks, the final norm and the head.
+
+    positions: the parameter's name if they are learned, or the tensor of fixed ones. source_length: the largest number
+    of source positions; 0 without cross-attention.
+    """
 
     embedding: MatrixPart
     embedding_scale: float
@@ -114,22 +120,23 @@ class ModelPart:
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
 CLAMPED = 4  # the kind of activation of a ClampedFeedForward
 ACTIVATION_KINDS: dict[Activation, int] = {F.silu: 0, ACTIVATIONS["gelu_tanh"]: 1, F.gelu: 2, F.relu: 3}
-LIKE = torch.zeros(1, dtype=torch.float32, device="cpu")  # the type and place of numbers that are computed
-NORMS = {  # native code's names of the norms that a block calls otherwise
+LIKE = torch.zeros(1, dtype=torch.float32, device="cpu")  # dtype and device of computed numbers
+NORMS = {  # module names in a block → names in the native code
     "norm": "attention_norm",
     "cross_attention_norm": "cross_norm",
     "attention.q_norm": "query_norm",
     "attention.k_norm": "key_norm",
 }
-ALL_HEADS = {"attention.q_norm": "all_queries_norm", "attention.k_norm": "all_keys_norm"}  # of an AllHeadsRMSNorm
-REORDERED = {part: f"post_{part}" for part in ("attention_norm", "feedforward_norm")}  # the norms of a ReorderedNorm
+ALL_HEADS = {"attention.q_norm": "all_queries_norm", "attention.k_norm": "all_keys_norm"}  # for an AllHeadsRMSNorm
+REORDERED = {part: f"post_{part}" for part in ("attention_norm", "feedforward_norm")}  # for a ReorderedNorm
 RMS_NORMS = RMSNorm, FullPrecisionRMSNorm, UnitOffsetRMSNorm
 
 
 def describe(model: nn.Module) -> ModelPart:
-    """Describe the model as data, or the decoder of an encoder-decoder; it may be on the meta device.
+    """Describe a decoder-only model, or the decoder of an encoder-decoder, as data. The model may be on the meta
+    device.
 
-    A layer that the native step does not know raises `Unavailable`.
+    Raises `Unavailable` for a layer that the native code does not have.
     """
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
@@ -139,7 +146,7 @@ def describe(model: nn.Module) -> ModelPart:
     if isinstance(model, EncoderDecoder):
         return _describe_decoder(_known(model, "", EncoderDecoder))
     if isinstance(model, SpeechRecognizer):
-        return _describe_writer(_known(model, "", SpeechRecognizer))
+        return _describe_speech_decoder(_known(model, "", SpeechRecognizer))
     decoder = _known(model, "", DecoderLM)
     table, positions = _matrix(model, "embedding", nn.Embedding, ScaledEmbedding), decoder.positions
     return ModelPart(
@@ -169,7 +176,7 @@ def _describe_decoder(model: EncoderDecoder) -> ModelPart:
     )
 
 
-def _describe_writer(model: SpeechRecognizer) -> ModelPart:
+def _describe_speech_decoder(model: SpeechRecognizer) -> ModelPart:
     table = _matrix(model, "embedding", nn.Embedding)
     layers = tuple(_layer(model, f"decoder.{number}") for number in range(len(model.decoder)))
     return ModelPart(
@@ -178,18 +185,18 @@ def _describe_writer(model: SpeechRecognizer) -> ModelPart:
     )  # fmt: skip
 
 
-MEMORY = "memory.weight", "memory.bias"  # keys and values of all blocks of a decoder, joined in one matrix
+MEMORY = "memory.weight", "memory.bias"  # keys and values of all decoder blocks, joined in one matrix
 
 
-def describe_listener(model: SpeechRecognizer) -> ModelPart:
-    """Describe the encoder of a model that hears; its head gives the keys and values for all blocks of the decoder.
+def describe_speech_encoder(model: SpeechRecognizer) -> ModelPart:
+    """Describe the encoder of a speech model. Its head computes the keys and values for all decoder blocks.
 
-    It is given embedded sound instead of tokens, and so has no embedding of its own.
+    Its input is embedded sound, not tokens, so it has no embedding.
     """
     layers = [_layer(model, f"encoder.{number}") for number in range(len(model.encoder))]
     length, dim = model.source_positions.shape
     head = MatrixPart(MEMORY[0], 0, 2 * dim * len(model.decoder), dim, MEMORY[1])
-    layers = tuple(replace(each, numbers={**each.numbers, "bidirectional": True}) for each in layers)
+    layers = tuple(replace(layer, numbers={**layer.numbers, "bidirectional": True}) for layer in layers)
     norm = _norm(model, "encoder_norm")
     return ModelPart(head, 1.0, "source_positions", length, layers, norm, head, source_length=length)
 
@@ -198,7 +205,9 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def _known(model: nn.Module, name: str, *kinds: type[Kind]) -> Kind:
-    """Return the layer of a name if it has one of these classes; subclasses are refused: they may differ."""
+    """Return the layer of this name if its class is one of `kinds`. Raises `Unavailable` otherwise, also for
+    subclasses, which may differ.
+    """
     module = model.get_submodule(name)
     if type(module) not in kinds:
         raise Unavailable(f"{name or 'the model'} is a {type(module).__name__}, which native code does not have")
@@ -206,7 +215,7 @@ def _known(model: nn.Module, name: str, *kinds: type[Kind]) -> Kind:
 
 
 def _matrix(model: nn.Module, name: str, *kinds: type[nn.Linear | nn.Embedding]) -> MatrixPart:
-    """Return the whole matrix of a layer; of a linear one if no classes are given."""
+    """Describe the whole matrix of a layer, whose class is one of `kinds`; default: a linear layer."""
     module = _known(model, name, *(kinds or (Linear, JoinedLinear, nn.Linear)))
     rows, columns = module.weight.shape
     bias = module.bias if isinstance(module, nn.Linear) else None
@@ -214,22 +223,22 @@ def _matrix(model: nn.Module, name: str, *kinds: type[nn.Linear | nn.Embedding])
 
 
 def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
-    """Return the matrices that are joined in one, by these names."""
+    """Describe each matrix that is joined in one layer, under the names `parts`."""
     module = _known(model, name, JoinedLinear, JoinedUnbiasedKeys)
     if isinstance(module, JoinedUnbiasedKeys):
         biases = {part: f"{name}.biases.{part[0]}" for part in parts if part[0] in module.biases}
         whole = _split(model, f"{name}.matrix", *parts)
         return {part: replace(matrix, bias=biases.get(part), bias_first=0) for part, matrix in whole.items()}
     rows, whole = module.parts, _matrix(model, name)
-    each = zip(parts, accumulate(rows, initial=0), rows, strict=False)
-    return {part: replace(whole, first=first, rows=own, bias_first=first) for part, first, own in each}
+    matrices = zip(parts, accumulate(rows, initial=0), rows, strict=False)
+    return {part: replace(whole, first=first, rows=count, bias_first=first) for part, first, count in matrices}
 
 
 def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm] | type[RMSNorm]) -> NormPart:
     norm = _known(model, name, *RMS_NORMS, nn.LayerNorm, nn.Identity, *more)
     if isinstance(norm, nn.Identity):
         return NormPart(NO_NORM, 0.0, None)
-    weight, bias = (f"{name}.{each}" if each in dict(norm.named_parameters()) else None for each in ("weight", "bias"))
+    weight, bias = (f"{name}.{key}" if key in dict(norm.named_parameters()) else None for key in ("weight", "bias"))
     kind = LAYER_NORM if isinstance(norm, nn.LayerNorm) else RMS_NORM
     return NormPart(kind, norm.eps, weight, bias, 1.0 if isinstance(norm, UnitOffsetRMSNorm) else 0.0)
 
@@ -240,8 +249,8 @@ def _layer(model: nn.Module, name: str) -> LayerPart:
     attention = _known(model, f"{name}.attention", Attention, SinkAttention, KeysUnbiased)
     norms = [part for part, _ in block.named_modules(remove_duplicate=False) if part.endswith("norm")]
     mixed = isinstance(model.get_submodule(f"{name}.feedforward"), MixtureOfExperts)
-    own, router, experts, numbers = (_mixture if mixed else _network)(model, f"{name}.feedforward")
-    matrices = _split(model, f"{name}.attention.qkv", "query", "key", "value") | own
+    network, router, experts, numbers = (_mixture if mixed else _network)(model, f"{name}.feedforward")
+    matrices = _split(model, f"{name}.attention.qkv", "query", "key", "value") | network
     matrices["out"] = _matrix(model, f"{name}.attention.out")
     if isinstance(block, CrossPreNorm | CrossPostNorm):
         matrices |= _cross(model, f"{name}.cross_attention", attention)
@@ -269,7 +278,7 @@ Network = tuple[Matrices, MatrixPart | None, tuple[Matrices, ...], dict[str, int
 
 
 def _network(model: nn.Module, name: str) -> Network:
-    """Return the matrices and the numbers of a feed-forward network, which has no router and no experts."""
+    """Return the matrices and numbers of a feed-forward network, with no router and no experts."""
     network = _known(model, name, FeedForward, GatedFeedForward, ClampedFeedForward)
     clamped = isinstance(network, ClampedFeedForward)
     if not clamped and network.activation not in ACTIVATION_KINDS:
@@ -283,7 +292,7 @@ def _network(model: nn.Module, name: str) -> Network:
 
 
 def _mixture(model: nn.Module, name: str) -> Network:
-    """Return the router, the experts' matrices and the numbers of a mixture, which has no matrices of its own."""
+    """Return the router, the experts' matrices and the numbers of a mixture of experts. It has no other matrices."""
     mixture, router = _known(model, name, MixtureOfExperts), _known(model, f"{name}.router", SoftmaxRouter)
     if mixture.shared is not None:
         raise Unavailable(f"{name} has an expert that every token uses, which native code does not have")
@@ -296,7 +305,7 @@ def _mixture(model: nn.Module, name: str) -> Network:
 
 
 def _layer_norm(model: nn.Module, name: str, part: str) -> tuple[str, NormPart]:
-    """Return native code's name of a norm of a block, and the norm."""
+    """Return the native code's name of a block's norm, and the norm."""
     norm = model.get_submodule(f"{name}.{part}")
     if part in ALL_HEADS and isinstance(norm, AllHeadsRMSNorm):
         return ALL_HEADS[part], _norm(model, f"{name}.{part}", AllHeadsRMSNorm)
@@ -304,10 +313,12 @@ def _layer_norm(model: nn.Module, name: str, part: str) -> tuple[str, NormPart]:
     return names.get(part, part), _norm(model, f"{name}.{part}")
 
 
-def _cross(model: nn.Module, name: str, own: Attention) -> dict[str, MatrixPart]:
-    """Describe queries and output of a cross-attention; its keys and values are made when the source is read."""
+def _cross(model: nn.Module, name: str, attention: Attention) -> dict[str, MatrixPart]:
+    """Describe the queries and the output of a cross-attention. Its keys and values are computed when the source is
+    read.
+    """
     cross = _known(model, name, CrossAttention, KeysUnbiasedCross)
-    if (cross.n_heads, own.scale, own.window) != (own.n_kv_heads, None, None):
+    if (cross.n_heads, attention.scale, attention.window) != (attention.n_kv_heads, None, None):
         raise Unavailable(f"{name} has other heads, or another scale, than the self-attention before it")
     return {"cross_query": _matrix(model, f"{name}.q"), "cross_out": _matrix(model, f"{name}.out")}
 

@@ -1,4 +1,4 @@
-"""The binding of the native step: the structs and functions of source/keifu_native.h, by ctypes."""
+"""ctypes binding of the native code: the structs and functions of source/keifu_native.h."""
 
 import ctypes
 import os
@@ -25,13 +25,13 @@ class Matrix(Structure):
 
 
 class Norm(Structure):
-    """A normalisation; of kind 0, none."""
+    """A normalisation. Kind 0 means no norm."""
 
     _fields_ = [("kind", c_int32), ("eps", c_float), ("weight", c_void_p), ("bias", c_void_p)]
 
 
 class Expert(Structure):
-    """A network of a mixture."""
+    """The feed-forward network of one expert."""
 
     _fields_ = [(name, Matrix) for name in ("gate", "up", "down")]
 
@@ -78,7 +78,7 @@ class ModelDescription(Structure):
 
 
 class Batch(Structure):
-    """The new tokens of some sequences, and where their logits go."""
+    """The new tokens of some sequences, and the buffers for their logits."""
 
     _fields_ = [
         ("n_tokens", c_int32),
@@ -116,7 +116,7 @@ _ARGUMENTS = {
 
 
 class Library:
-    """The functions of the header without their prefix: `library.call("pack", ...)`."""
+    """The functions of the C header without their prefix: `library.call("pack", ...)`."""
 
     def __init__(self, path: str):
         self._functions: dict[str, Any] = {}
@@ -127,16 +127,16 @@ class Library:
             self._functions[name] = function
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a function and return its result; a failure is a `UserError` with the library's message."""
+        """Call a function and return its result. Raises UserError with the library's message if the call fails."""
         result = self._functions[name](*arguments)
         if result == -1 or result is None:
             raise UserError(self._functions["last_error"]().decode())
         return result
 
     def gguf_format(self, ggml_type: int) -> int | None:
-        """Return the format that blocks of this type are repacked to without loss; None if there is none."""
-        found = self._functions["gguf_format"](ggml_type)
-        return None if found < 0 else found
+        """Return the native format that stores blocks of this GGML type without loss; None if there is none."""
+        format = self._functions["gguf_format"](ggml_type)
+        return None if format < 0 else format
 
     def destroy(self, model: int) -> None:
         """Free a model's caches."""
@@ -144,10 +144,10 @@ class Library:
 
 
 def open_library() -> Library:
-    """Return the library, built if necessary, that uses KEIFU_NATIVE's instructions or the best of this CPU.
+    """Load the library, compiled if necessary, and select the instructions that KEIFU_NATIVE names, or this CPU's best.
 
-    Raises `Unavailable` where KEIFU_NATIVE is off or asks for what the CPU lacks, and where there is no library. A word
-    that is none of its words is a `UserError`.
+    Raises `Unavailable` if KEIFU_NATIVE is "off" or names instructions that the CPU lacks, or if there is no library.
+    Raises UserError for an unknown value of KEIFU_NATIVE.
     """
     wanted = os.environ.get(VARIABLE, "")
     if switched_off():
@@ -166,29 +166,31 @@ def open_library() -> Library:
 
 
 def is_open() -> bool:
-    """Return whether `open_library` answers at once: the library is loaded, or is known to be missing."""
+    """Return whether `open_library` answers at once: the library is loaded or known to be unavailable, so nothing has
+    to be compiled.
+    """
     return switched_off() or _loaded.cache_info().currsize > 0
 
 
 def use_threads(count: int) -> None:
-    """Set the number of threads of native code, if there is native code."""
+    """Set the number of threads of the native code, if it is available."""
     library = None if switched_off() else _loaded()
     if isinstance(library, Library):
         library.call("use_threads", count)
 
 
 def switched_off() -> bool:
-    """Return whether KEIFU_NATIVE asks for PyTorch."""
+    """Return whether KEIFU_NATIVE is "off"."""
     return os.environ.get(VARIABLE) == "off"
 
 
 @once
 def _loaded() -> Library | Unavailable:
-    """Return the library or the reason why there is none; later calls return the same."""
+    """Return the library, or the reason why there is none; later calls return the same."""
     if sys.byteorder != "little":
         return Unavailable("it is written for CPUs that put the lower byte first")
     if ready := prebuilt():
-        with suppress(OSError):  # made for a newer system: compiling may still work
+        with suppress(OSError):  # built for a newer system: compilation may still work
             return Library(str(ready))
     try:
         return Library(str(build()))
@@ -200,5 +202,5 @@ def _loaded() -> Library | Unavailable:
 
 @once
 def say_why(reason: str) -> None:
-    """Print once why PyTorch generates although the native step could."""
+    """Print once why PyTorch generates instead of the native code."""
     print(f"PyTorch generates, not the native step: {reason}.", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""Models computed natively: packed once, then run for any number of engines, each with its own caches.
+"""Language models computed natively. A model is packed once and serves any number of engines, each with its own caches.
 
-Axes: batch, length, vocab; wanted = tokens whose logits are asked for.
+Axes: batch, length, vocab; wanted = tokens whose logits are requested.
 """
 
 import ctypes
@@ -23,24 +23,24 @@ from keifu.native.library import open_library, say_why, switched_off
 from keifu.native.pack import Packer, Weights, formats
 
 BLOCK_SIZE = 32
-MOST_TOKENS = 512  # of one forward pass
+MOST_TOKENS = 512  # per forward pass
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """The new tokens of one sequence in a step: one that was just sampled, or a chunk of a prompt.
 
-    sequence: the sequence's number, the same in all its steps. No two spans of a step have the same.
+    sequence: the sequence's number, the same in all its steps. Two spans of one step have different numbers.
     tokens: at least one, at positions `start`, `start` + 1, ...
-    start: how many tokens of the sequence came before; their keys and values are in its blocks.
-    blocks: the block table, long enough for the last of the new tokens. A block before the one that holds `start` may
-        be shared with other sequences; those from there on are this sequence's alone.
-    wanted: for how many of the last tokens logits are wanted: 0 for a prompt that goes on, 1 to sample the next token,
-        more to verify guesses or to score a text.
-    sources: blocks that are copied into the first of `blocks` before anything else; they hold tokens before `start`.
-        Only for a runner that is `contiguous`.
+    start: number of earlier tokens of the sequence; their keys and values are in its blocks.
+    blocks: the block table, long enough for the last new token. Blocks before the one that contains `start` may be
+    shared with other sequences; the others belong to this sequence alone.
+    wanted: number of last tokens whose logits are returned: 0 for a prompt that continues, 1 to sample the next token,
+    more to verify guesses or to score a text.
+    sources: blocks to copy into the first of `blocks` before the step; they contain tokens before `start`. Only for a
+    runner that is `contiguous`.
     images: pictures of the sequence (`InsertedImages`); only for PyTorch's runner.
-    prompt: tokens of its prompt, which some rotary positions depend on; only for PyTorch's runner.
+    prompt: number of prompt tokens, which some rotary positions depend on; only for PyTorch's runner.
     """
 
     sequence: int
@@ -54,70 +54,70 @@ class Span:
 
 
 class NativeLM(nn.Module):
-    """A causal language model whose weights are packed for the CPU. It has no parameters that could be trained.
+    """A causal language model whose weights are packed for the CPU. It has no trainable parameters.
 
-    weights: their format (see `pack`). config: the model's.
+    weights: their format (see `pack`). config: the model's configuration.
     """
 
     def __init__(self, part: ModelPart, source: Weights, weights: str, config: Any):
-        """Pack the weights. What cannot be packed is a `UserError` that names the tensor; raises `Unavailable` if
-        there is no native step on this machine.
+        """Pack the weights. Raises UserError with the name of a tensor that cannot be packed, and `Unavailable` if this
+        machine cannot use the native code.
         """
         super().__init__()
         self.config, self.weights = config, weights
         self.library = open_library()
         chosen = formats(weights)
-        own = dict.fromkeys((part.embedding.weight, part.head.weight), chosen.embedding)
-        own |= {layer.router.weight: native.F32 for layer in part.layers if layer.router}
-        self.packer = Packer(self.library, source, chosen, own)
-        self._layers = (native.Layer * len(part.layers))(*(_layer(each, self.packer) for each in part.layers))
+        special = dict.fromkeys((part.embedding.weight, part.head.weight), chosen.embedding)
+        special |= {layer.router.weight: native.F32 for layer in part.layers if layer.router}
+        self.packer = Packer(self.library, source, chosen, special)
+        self._layers = (native.Layer * len(part.layers))(*(_layer(layer, self.packer) for layer in part.layers))
         self.description = _description(part, self._layers, self.packer)
-        del self.packer.weights  # with it a built model, or the last matrix of a file, would stay in memory
+        del self.packer.weights  # otherwise the source model, or the last matrix read from a file, would stay in memory
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the packed matrices."""
+        """Size of the packed matrices in bytes."""
         return self.packer.arena.size
 
     def idle_bytes(self, tokens: int) -> float:
-        """Return the bytes of experts that a step of some tokens does not read, if the router chooses all equally
-        often.
+        """Return the expected bytes of experts that a step of `tokens` tokens does not read, if the router chooses all
+        experts equally often.
         """
         idle = 0.0
         for layer in self._layers:
             matrices = [m for e in layer.experts[: layer.n_experts] for m in (e.gate, e.up, e.down) if m.data]
-            held = sum(self.library.call("packed_size", m.format, m.rows, m.columns) for m in matrices)
-            idle += held * (1 - layer.n_chosen / max(1, layer.n_experts)) ** tokens
+            size = sum(self.library.call("packed_size", m.format, m.rows, m.columns) for m in matrices)
+            idle += size * (1 - layer.n_chosen / max(1, layer.n_experts)) ** tokens
         return idle
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """The type of keys and values."""
+        """The dtype of keys and values."""
         return torch.float32 if self.description.embedding.format == native.F32 else torch.bfloat16
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
-        """Raise an error: packed weights have no published format."""
+        """Raise UserError: packed weights have no published format."""
         raise UserError(f"Weights packed as {self.weights} cannot be saved: load it without weights, and save that.")
 
-    __reduce_ex__ = state_dict  # what pickle and deepcopy call
+    __reduce_ex__ = state_dict  # pickle and deepcopy call it
 
     def runner(self, n_blocks: int, block_size: int = BLOCK_SIZE) -> "NativeRunner":
-        """Return the runner of an engine, with caches of `n_blocks` blocks of `block_size` tokens."""
+        """Return a runner for an engine, with caches of `n_blocks` blocks of `block_size` tokens."""
         return NativeRunner(self, n_blocks, block_size)
 
     @torch.inference_mode()
     def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length vocab"]:
-        """Return logits of the token after each."""
+        """Return the logits after each token."""
         batch, length = tokens.shape
-        each = -(-length // BLOCK_SIZE)
-        runner = self.runner(each)
-        blocks = list(range(each))
+        n_blocks = -(-length // BLOCK_SIZE)
+        runner = self.runner(n_blocks)
+        blocks = list(range(n_blocks))
         rows = [runner.run([Span(0, row, 0, blocks, length)]) for row in tokens.tolist()]
         return torch.stack(rows) if rows else torch.empty(0, length, runner.vocab_size)
 
 
 class NativeRunner:
-    """Native `Runner` of an engine's steps (see keifu.generation.text.runner), for one packed model."""
+    """Native `Runner` of an engine's steps (see keifu.generation.text.runner) for one packed model."""
 
     def __init__(self, model: NativeLM, n_blocks: int, block_size: int = BLOCK_SIZE):
         self.model, self.n_blocks, self.block_size = model, n_blocks, block_size
@@ -125,14 +125,14 @@ class NativeRunner:
         self.vocab_size: int = model.description.vocab_size
         self.context_length: int = model.description.context_length
         self.state_bytes = 0
-        self.window = widest([each.window for each in model._layers])
+        self.window = widest([layer.window for layer in model._layers])
         described = ctypes.byref(model.description)
         self.token_bytes = model.library.call("cache_bytes", described, 1, block_size) // block_size
         self._handle = model.library.call("create", described, n_blocks, block_size, MOST_TOKENS)
-        finalize(self, model.library.destroy, self._handle).atexit = False  # a thread may be in it then
+        finalize(self, model.library.destroy, self._handle).atexit = False  # at exit a thread may still use the model
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
-        """Return logits in float32 after each wanted token, span by span."""
+        """Return float32 logits after each wanted token, span after span."""
         tokens, positions, rows, wanted = [], [], [], []
         tables = np.zeros((len(batch), max(len(span.blocks) for span in batch)), np.int32)
         for row, span in enumerate(batch):
@@ -145,12 +145,12 @@ class NativeRunner:
         for first in range(0, len(tokens), MOST_TOKENS):
             piece = slice(first, first + MOST_TOKENS)
             asked = slice(bisect_left(wanted, first), bisect_left(wanted, first + MOST_TOKENS))
-            here = [place - first for place in wanted[asked]]
-            self._forward([tokens[piece], positions[piece], rows[piece], here], tables, logits[asked])
+            local = [index - first for index in wanted[asked]]
+            self._forward([tokens[piece], positions[piece], rows[piece], local], tables, logits[asked])
         return logits
 
     def _forward(self, lists: list[list[int]], tables: np.ndarray, logits: Tensor) -> None:
-        tokens, positions, rows, wanted = (np.array(each, np.int32) for each in lists)
+        tokens, positions, rows, wanted = (np.array(numbers, np.int32) for numbers in lists)
         batch = native.Batch(
             len(tokens), at(tokens), at(positions), at(rows), *tables.shape, at(tables),
             n_wanted=len(wanted), wanted=at(wanted), logits=logits.data_ptr(),
@@ -158,16 +158,16 @@ class NativeRunner:
         self.model.library.call("forward", self._handle, ctypes.byref(batch))
 
     def forget(self, sequence: int) -> None:
-        """Keep nothing of a sequence except its blocks."""
+        """Forget a sequence: nothing to do, since only the sequence's blocks contain its state."""
 
 
 def widest(windows: Sequence[int | None]) -> int | None:
-    """Return the widest of the layers' windows; None if a layer has no window and sees all tokens."""
+    """Return the widest window of the layers; None if a layer has no window and sees all tokens."""
     return max(filter(None, windows)) if windows and all(windows) else None
 
 
 def at(numbers: np.ndarray) -> int:
-    """Return the address of contiguous numbers."""
+    """Return the memory address of a contiguous array."""
     return numbers.ctypes.data
 
 
@@ -175,20 +175,20 @@ Packed = TypeVar("Packed", bound=NativeLM)
 
 
 def pack(model: nn.Module, weights: str) -> NativeLM:
-    """Pack the weights of a model as f32, bf16, int8, int4 or int4_pure; the model itself stays as it is.
+    """Pack the weights of a model as f32, bf16, int8, int4 or int4_pure. The model itself does not change.
 
-    A weight that is not finite, and an unknown word for the format, are `UserError`s. Raises `Unavailable` where the
-    native step does not know one of the model's layers, and where this machine has no native step.
+    Raises UserError for a weight that is not finite and for an unknown format, and `Unavailable` if the native code
+    lacks one of the model's layers or cannot be used on this machine.
     """
     return NativeLM(describe(model), Weights(model), weights, model.config)
 
 
 @dataclass(frozen=True)
 class NativeForm:
-    """Packed form of a model, which generates instead of it. The model holds it, as its attribute `native`.
+    """The packed form of a model, which generates instead of the model. It is stored in the model's attribute `native`.
 
-    weights: the format that was asked for; None for bfloat16 weights, which are packed unasked. state: of the weights
-    when they were packed.
+    weights: the format that was requested; None for bfloat16 weights, which are packed automatically. state: version of
+    the weights when they were packed (see `_state`).
     """
 
     weights: str | None
@@ -196,25 +196,25 @@ class NativeForm:
     packed: NativeLM
 
     def __reduce__(self) -> Any:
-        """Omit the packed form from copies and pickles of the model, whose weights may change."""
+        """Replace the packed form by None in copies and pickles of the model, whose weights may change."""
         return type(None), ()
 
 
 def native_form(model: nn.Module, make: Callable[[nn.Module, str], Packed] = pack) -> Packed | None:
-    """Return the packed model that generates instead of a model, or None if PyTorch generates.
+    """Return the packed model that generates instead of `model`, or None if PyTorch generates.
 
-    That is the model itself if its weights are packed. It is the same weights packed if all of them are bfloat16 in the
-    CPU's memory, or if `attach_native` packed them; they are packed again when they have changed. If native code does
-    not know a model of bfloat16 weights, or is missing on this machine, one sentence says so. make: packs the model.
+    A `NativeLM` is returned as it is. Another model is packed with `make` if all its weights are bfloat16 on the CPU,
+    or if `attach_native` packed it; it is packed again after its weights have changed. If the native code cannot
+    compute a bfloat16 model, one sentence gives the reason.
     """
     if isinstance(model, NativeLM):
         return cast(Packed, model)
     weights = list(model.parameters())
     form: NativeForm | None = vars(model).get("native")
     chosen = form and form.weights
-    if not weights or (chosen is None and any(each.dtype != torch.bfloat16 for each in weights)):
+    if not weights or (chosen is None and any(weight.dtype != torch.bfloat16 for weight in weights)):
         return None
-    if switched_off() or any(each.device.type != "cpu" for each in weights):
+    if switched_off() or any(weight.device.type != "cpu" for weight in weights):
         return None
     if form and form.state == _state(model):
         return cast(Packed, form.packed)
@@ -226,9 +226,10 @@ def native_form(model: nn.Module, make: Callable[[nn.Module, str], Packed] = pac
 
 
 def attach_native(model: nn.Module, weights: str | None, make: Callable[[nn.Module, str], Packed]) -> Packed:
-    """Pack a model (see `pack`) and let the packed form generate from now on; the model itself is still needed.
+    """Pack a model (see `pack`) and let the packed form generate from now on; return it. The model itself is still
+    needed.
 
-    With None for the weights this holds as long as the model has bfloat16 weights.
+    weights: the format; None packs as bf16, as long as all weights stay bfloat16.
     """
     packed = make(model, weights or "bf16")
     vars(model)["native"] = NativeForm(weights, _state(model), packed)
@@ -236,14 +237,14 @@ def attach_native(model: nn.Module, weights: str | None, make: Callable[[nn.Modu
 
 
 def _state(model: nn.Module) -> list[tuple[int, int]]:
-    """Return numbers that change with a model's weights."""
-    return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in model.parameters()]
+    """Return the address and the version of each parameter; one of these numbers changes when the weights change."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
 
 
 def _layer(part: LayerPart, packer: Packer) -> native.Layer:
     return native.Layer(
-        **{name: packer.matrix(each) for name, each in part.matrices.items()},
-        **{name: packer.norm(each) for name, each in part.norms.items()},
+        **{name: packer.matrix(matrix) for name, matrix in part.matrices.items()},
+        **{name: packer.norm(norm) for name, norm in part.norms.items()},
         **part.numbers,
         rotary_frequencies=packer.address(part.frequencies),
         sinks=packer.address(part.sinks),
@@ -252,7 +253,7 @@ def _layer(part: LayerPart, packer: Packer) -> native.Layer:
 
 
 def _description(part: ModelPart, layers: Any, packer: Packer) -> native.ModelDescription:
-    heads = {each.heads for each in part.layers}
+    heads = {layer.heads for layer in part.layers}
     if len(heads) != 1:
         raise UserError(f"Its layers have different numbers of heads, {sorted(heads)}: leave out weights.")
     n_heads, n_kv_heads, head_dim = heads.pop()

@@ -1,6 +1,6 @@
-"""Weights packed for the native step: formats, the memory they lie in, and where they come from.
+"""Weights packed for the native code: their formats, their memory, and their source.
 
-Axes: rows, columns = of a matrix; bytes = of a row of GGUF's blocks.
+Axes: rows, columns of a matrix; bytes = of a row of GGUF blocks.
 """
 
 import ctypes
@@ -18,18 +18,18 @@ from keifu.native import library as native
 from keifu.native.describe import LayerPart, MatrixPart, NormPart
 from keifu.native.library import Library
 
-CHUNK = 64 << 20  # bytes of memory that are asked for at a time
+CHUNK = 64 << 20  # bytes per allocation
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TILE = 16  # rows that are packed together
-PIECE = 8 << 20  # bytes, as float32, that are read and packed at a time
+PIECE = 8 << 20  # bytes, in float32, that are read and packed at a time
 HUGE_PAGES = 14  # Linux's MADV_HUGEPAGE
 
 
 @dataclass(frozen=True)
 class Formats:
-    """The formats of a model's matrices, and of its embedding and head, whose errors reach every logit directly.
+    """Formats of a model's matrices. The embedding and the head have their own format: their errors reach every logit.
 
-    exact: whether blocks of a GGUF file stay what they are, where the native step has their numbers.
+    exact: whether GGUF blocks keep their numbers, if the native code has a format for them.
     """
 
     layers: int
@@ -44,55 +44,55 @@ FORMATS = {
     "int4": Formats(native.INT4_64, native.INT8_64),
     "int4_pure": Formats(native.INT4_64, native.INT4_64),
 }
-OWN = "own"  # what keeps a file's numbers: a GGUF file's blocks, if native code has all of them, or float32
+OWN = "own"  # keep a file's numbers: GGUF blocks if the native code has all their types, otherwise float32
 
 
 def formats(weights: str) -> Formats:
-    """Return the formats of f32, bf16, int8, int4 or int4_pure; another name is a `UserError` with the nearest."""
+    """Return the formats named f32, bf16, int8, int4, int4_pure or own. Raises UserError for another name."""
     require_known("format of weights", weights, [*FORMATS, OWN])
     return FORMATS["int8" if weights == OWN else weights]
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows of a matrix as blocks of a GGUF file: GGML's number of their type, and their bytes."""
+    """Rows of a matrix as blocks of a GGUF file. kind: GGML's number of the block type. data: the bytes of each row."""
 
     kind: int
     data: UInt8[Tensor, "rows bytes"]
 
 
 class Weights:
-    """Where a model's parameters come from, by their names: a built model; a subclass reads them from a file."""
+    """Source of a model's parameters, by name: a built model. A subclass reads them from a file."""
 
     def __init__(self, model: nn.Module):
-        own = (*model.named_parameters(), *model.named_buffers())
-        self._parameters: Mapping[str, Tensor] = {name: each.detach() for name, each in own}
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        self._parameters: Mapping[str, Tensor] = {name: tensor.detach() for name, tensor in tensors}
 
     def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
-        """Return some rows of a matrix, by the name of the parameter."""
+        """Return `rows` rows of the matrix `name`, from row `first` on."""
         return self._parameters[name][first : first + rows]
 
     def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
-        """Return the same rows as blocks of a file, if it has blocks; a built model has plain numbers."""
+        """Return the same rows as GGUF blocks; None if the source has none, as in a built model."""
 
     def numbers(self, name: str) -> Tensor:
         """Return a whole parameter."""
         return self._parameters[name]
 
     def release(self) -> None:
-        """Allow the source to free the matrices that were read; a built model keeps them."""
+        """Allow the source to free the matrices that were read. A built model keeps them."""
 
 
 class Arena:
-    """Memory for packed weights, in huge pages if the system has them; it is given back with the arena."""
+    """Memory for packed weights, in huge pages if the system has them. It is freed with this object."""
 
     def __init__(self) -> None:
         self._maps: list[mmap.mmap] = []
         self._next = self._end = 0
-        self.size = 0  # bytes that are used
+        self.size = 0  # bytes in use
 
     def take(self, size: int) -> int:
-        """Return the address of `size` new bytes, 64-byte aligned."""
+        """Allocate `size` bytes, aligned to 64 bytes, and return their address."""
         size = (size + 63) // 64 * 64
         if self._next + size > self._end:
             mapped = mmap.mmap(-1, max(size, CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -107,8 +107,10 @@ class Arena:
 
 
 class Packer:
-    """Packer of the parts of one model; it keeps all that native code points at. own: the formats of some matrices, by
-    their names: the embedding, the head and routers."""
+    """Packer of one model's parameters. It keeps all memory that the native code points to alive.
+
+    own: formats of single matrices by parameter name, which override `chosen`: the embedding, the head and routers.
+    """
 
     def __init__(self, library: Library, weights: Weights, chosen: Formats, own: Mapping[str, int]):
         self.library, self.weights, self.chosen, self.own = library, weights, chosen, own
@@ -119,31 +121,33 @@ class Packer:
         self._experts: list[ctypes.Array[native.Expert]] = []
 
     def address(self, numbers: str | Tensor | None, offset: float = 0.0) -> int | None:
-        """Return the address of a parameter plus the offset, or of given numbers, in float32; equal ones share it."""
+        """Return the address of a parameter plus `offset`, or of given numbers, in float32. Equal numbers share one
+        address.
+        """
         if isinstance(numbers, Tensor):
             return self._kept.setdefault(numbers.numpy().tobytes(), numbers.contiguous()).data_ptr()
         if numbers is None:
             return None
         if (numbers, offset) not in self._floats:
-            found = self.weights.numbers(numbers).to("cpu", torch.float32) + offset  # a copy, whatever it was
-            if not bool(found.isfinite().all()):
+            values = self.weights.numbers(numbers).to("cpu", torch.float32) + offset  # adding makes a copy
+            if not bool(values.isfinite().all()):
                 raise UserError(f"{numbers} holds a number that is not finite: such weights cannot be used.")
-            self._floats[numbers, offset] = found.contiguous()
+            self._floats[numbers, offset] = values.contiguous()
         return self._floats[numbers, offset].data_ptr()
 
     def norm(self, part: NormPart) -> native.Norm:
-        """Describe a norm by the addresses of its weights, which are not copied."""
+        """Describe a norm by the addresses of its float32 weights."""
         weight = self.address(part.weight, part.offset)
         return native.Norm(part.kind, part.eps, weight, self.address(part.bias))
 
     def matrix(self, part: MatrixPart) -> native.Matrix:
-        """Pack a matrix; a matrix that is used twice is packed once."""
+        """Pack a matrix. A matrix that is used twice is packed once."""
         key = part.weight, part.first
         if key not in self.matrices:
             self.matrices[key] = self._pack(part, self.own.get(part.weight, self.chosen.layers))
-        found, bias = self.matrices[key], self.address(part.bias)
+        packed, bias = self.matrices[key], self.address(part.bias)
         address = None if bias is None else bias + 4 * part.bias_first
-        return native.Matrix(found.format, found.rows, found.columns, found.data, address)
+        return native.Matrix(packed.format, packed.rows, packed.columns, packed.data, address)
 
     def experts(self, part: LayerPart) -> ctypes.Array[native.Expert]:
         """Pack the experts of a mixture."""
@@ -171,13 +175,13 @@ class Packer:
             self.weights.release()
         return native.Matrix(format_, part.rows, part.columns, address)
 
-    def _pack_numbers(self, format_: int, found: Float[Tensor, "rows columns"], to: int) -> None:
-        numbers = found.cpu() if found.dtype in SOURCES else found.cpu().float()
+    def _pack_numbers(self, format_: int, values: Float[Tensor, "rows columns"], to: int) -> None:
+        numbers = values.cpu() if values.dtype in SOURCES else values.cpu().float()
         numbers = numbers if numbers.stride(1) == 1 else numbers.contiguous()
         source = SOURCES[numbers.dtype], numbers.data_ptr()
         self.library.call("pack", format_, *source, *numbers.shape, numbers.stride(0), to)
 
-    def _pack_blocks(self, found: Blocks | None, columns: int, to: int) -> None:
-        assert found is not None
-        data = found.data.contiguous()
-        self.library.call("repack_gguf", found.kind, data.data_ptr(), len(data), columns, to)
+    def _pack_blocks(self, blocks: Blocks | None, columns: int, to: int) -> None:
+        assert blocks is not None
+        data = blocks.data.contiguous()
+        self.library.call("repack_gguf", blocks.kind, data.data_ptr(), len(data), columns, to)

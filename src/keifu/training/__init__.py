@@ -1,1 +1,1 @@
-"""How any model learns: the loop, its settings, objectives, optimizers, and the run's directory."""
+"""Training of any model: the loop, its settings, objectives, optimizers, and the run's directory."""

@@ -1,9 +1,10 @@
-"""Gradient caching (GradCache): contrastive losses, which compare the rows of a batch, under micro-batching.
+"""Gradient caching (GradCache): micro-batching for contrastive losses, which compare all rows of a batch.
 
-(Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup".) First the outputs of all
-rows are computed without keeping activations; then the loss of all outputs and its gradient with respect to them; then
-each micro-batch again, with a backward pass from its part of that gradient. The gradient is that of the whole batch, up
-to rounding; the cost is a second forward pass. Batch normalisation uses the statistics of each micro-batch.
+(Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup".) First compute the outputs
+of all rows without storing activations. Then compute the loss and its gradient with respect to these outputs. Then run
+each micro-batch again, with a backward pass from its part of that gradient. The result is the gradient of the whole
+batch, up to rounding, at the cost of a second forward pass. Batch normalisation uses the statistics of each
+micro-batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from keifu.processes import Processes
 from keifu.training.protocols import Batch, LossOutput
 
-Rows = tuple[Tensor, ...]  # the outputs of a batch: tensors with one row for each of its rows
+Rows = tuple[Tensor, ...]  # outputs of a batch: the first axis of each tensor is the batch
 
 
 @dataclass(frozen=True)
 class WholeBatchObjective:
-    """An objective in two steps: `rows` computes outputs of any part of a batch, `loss` needs those of all its rows."""
+    """An objective in two steps: `rows` computes the outputs of any part of a batch; `loss` needs the outputs of all
+    rows.
+    """
 
     rows: Callable[[Any, Batch], Rows]
     loss: Callable[[Any, Rows], LossOutput]
@@ -35,11 +38,11 @@ def whole_batch_outputs(
     objective: WholeBatchObjective, model: nn.Module, call: Callable[..., Any], passes: Callable[[], Iterator[Batch]],
     sizes: Sequence[int], scale: float, ranks: Processes,
 ) -> Iterator[LossOutput]:  # fmt: skip
-    """Return outputs whose sums and gradients, over all ranks, add up to those of the whole batch.
+    """Yield one output per micro-batch. Their sums and gradients, over all ranks, add up to those of the whole batch.
 
-    `call`: computes a function of the model. `passes`: goes through this rank's micro-batches, of `sizes` rows, with
-    the same random numbers each time. `scale`: the factor by which the caller multiplies each total before its backward
-    pass. Where gradients are disabled, there is one output.
+    call: runs a function of the model (compiled, if the run is). passes: yields this rank's micro-batches, of `sizes`
+    rows, with the same random numbers each time. scale: the factor by which the caller multiplies each total before the
+    backward pass. If gradients are disabled, one output is yielded.
     """
     if len(sizes) == ranks.data_size == 1:
         yield from (call(objective, part) for part in passes())
@@ -48,11 +51,11 @@ def whole_batch_outputs(
     keeps = torch.is_grad_enabled()
     outputs = tuple(ranks.gather_rows(rows).requires_grad_(keeps) for rows in local)
     whole = call(objective.loss, outputs)
-    counted = 0.0 if ranks.data_rank else 1.0  # every rank computes the whole loss, and the first counts it
+    counted = 0.0 if ranks.data_rank else 1.0  # every rank computes the whole loss, and data rank 0 counts it
     if not keeps:
         yield _share_of(whole, counted)
         return
-    part_of_scale = scale / ranks.data_size  # of the loss's own parameters, an equal part a rank
+    part_of_scale = scale / ranks.data_size  # the gradient of the loss's parameters is divided equally among the ranks
     (whole.total * part_of_scale).backward()
     first = sum(ranks.counts(local[0])[: ranks.data_rank])
     mine = (output.grad[first : first + len(local[0])].split(list(sizes)) for output in outputs)  # pyright: ignore
@@ -60,7 +63,7 @@ def whole_batch_outputs(
         rows = call(objective.rows, part)
         sums = [(row.float() * gradient.float()).sum() for row, gradient in zip(rows, gradients, strict=True)]
         carrier = torch.stack(sums).sum() / part_of_scale
-        share = _share_of(whole, 0.0 if number else counted)  # the first part has all sums, the others none
+        share = _share_of(whole, 0.0 if number else counted)  # the first micro-batch carries all sums, the others none
         yield share._replace(total=carrier - carrier.detach() + share.total)
 
 
@@ -73,7 +76,8 @@ def _share_of(whole: LossOutput, share: float) -> LossOutput:
 def _cache_outputs(
     objective: WholeBatchObjective, model: nn.Module, call: Callable[..., Any], passes: Callable[[], Iterator[Batch]]
 ) -> Rows:
-    """Return the outputs of this rank's rows without activations; buffers (running statistics) are restored."""
+    """Return the outputs of all this rank's rows, without activations. Restore buffers (running statistics)
+    afterwards."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.no_grad():
         outputs = [call(objective.rows, part) for part in passes()]

@@ -1,9 +1,9 @@
-"""The number of steps of a run, and its learning rate when that number is changed on resuming or by a time budget.
+"""The number of steps of a run, and the learning rate after this number is changed by resuming or by a time budget.
 
-A run that is made longer or shorter keeps its warm-up and everything else that was derived from its first number of
-steps (batch-size warm-up, checkpoint interval). From then on its learning rate is that of a run of the new length: the
-decay is stretched to the new end. So that the rate does not jump, the difference between the old and the new curve at
-that step fades linearly, over as many updates as the warm-up has, but at most over half of the remaining ones.
+A run that is made longer or shorter keeps its warm-up and everything else derived from its first number of steps
+(batch-size warm-up, checkpoint interval). After the change, its learning rate is that of a run of the new length: the
+decay ends at the new end. To avoid a jump, the difference between the old and the new curve at that step fades
+linearly, over as many updates as the warm-up, but over at most half of the remaining ones.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,14 @@ from keifu.errors import UserError
 from keifu.training.optim.lr_schedules import ratio
 from keifu.training.settings import Settings
 
-USEFUL = 0.02  # the least mean learning rate of an extension, as a share of the highest rate
+USEFUL = 0.02  # the least mean learning rate of a useful extension, as a share of the highest rate
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the length: `at`: steps done then; `steps`: the new number of steps of the whole run; `over`: the
-    updates over which the rate moves to its new curve."""
+    """A change of a run's length. at: steps already done. steps: the new number of steps of the whole run. over: number
+    of updates over which the rate moves to its new curve.
+    """
 
     at: int
     steps: int
@@ -30,12 +31,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Length:
-    """The number of steps of a run: those that it started with, every change of them since, and, in a run with a time
-    budget, the number that fits.
+    """The number of steps of a run: the first number (`begun`), every change since, and the number that fits a time
+    budget (`fitting`).
 
-    The learning rate is a function of the position in the schedule of `scheduled` steps. Where `fitting` steps fit into
-    the time, the position from step `since` on, where it is `position`, advances evenly, so that the schedule ends at
-    that step. `first`: the number that fitted when it was first measured.
+    The learning rate is a function of the position in a schedule of `scheduled` steps. With a time budget, the position
+    advances evenly from `position` at step `since` to the schedule's end at step `fitting`. first: the first
+    measurement of `fitting`.
     """
 
     begun: int
@@ -47,7 +48,7 @@ class Length:
 
     @cached_property
     def scheduled(self) -> int:
-        """The number of steps that the run was last asked for."""
+        """The number of steps that the user last requested."""
         return self.changes[-1].steps if self.changes else self.begun
 
     @cached_property
@@ -56,14 +57,13 @@ class Length:
         return self.scheduled if self.fitting is None else self.fitting
 
     def changed(self, at: int, steps: int, warmup: int) -> "Length":
-        """Return the length after a change to `steps` at step `at`; fewer steps than are already done is a
-        `UserError`."""
+        """Return the length after a change to `steps` at step `at`. Raises UserError if more steps are already done."""
         if steps < at:
             raise UserError(f"{at:,} steps are done, so the run cannot end at step {steps:,}: choose more.")
         return Length(self.begun, (*self.changes, Change(at, steps, max(1, min(warmup, (steps - at) // 2)))))
 
     def fitted(self, step: int, steps: int) -> "Length":
-        """Return the length where only `steps` steps fit into the time, as measured at step `step`."""
+        """Return the length if only `steps` steps fit into the time, as measured at step `step`."""
         return replace(self, fitting=steps, first=self.first or steps, since=step, position=step + self._ahead(step))
 
     def rate_share(self, settings: Settings, step: int) -> float:
@@ -77,12 +77,14 @@ class Length:
         return max(0.0, share) if past else share
 
     def _ahead(self, step: int) -> float:
-        """Return the position of a step in the schedule minus its number: 0 where all steps fit."""
+        """Return the position of a step in the schedule minus its number; 0 without a time budget."""
         stride = (self.scheduled - self.position) / max(1, self.steps - self.since)
         return self.position + (step - self.since) * stride - step if self.fitting is not None else 0.0
 
     def _curve(self, s: Settings, steps: int, step: int, ahead: float = 0.0) -> float:
-        """Return the same for a run that has had `steps` steps from its start, with the warm-up of this one."""
+        """Return the rate, as a share of the highest one, of a run with `steps` steps from its start and this run's
+        warm-up.
+        """
         end = s.counted(steps) if s.decay_steps is None else s.decay_steps * steps / self.begun
         return ratio(s.schedule, s.counted(step + 1) - 1 + ahead, end, s.warmup, s.final_ratio, s.hold)
 
@@ -92,7 +94,7 @@ class Length:
         return sum(shares) / max(1, len(shares))
 
     def useful_steps(self, settings: Settings, at: int) -> int:
-        """Return the least number of steps to which the run can be extended at step `at` and still learn."""
+        """Return the smallest number of steps for an extension at step `at` whose mean rate is at least `USEFUL`."""
         steps = at
         while steps < 100 * max(1, at):
             steps += max(1, (steps - at) // 8)
@@ -114,21 +116,22 @@ class Length:
         )
 
     def facts(self) -> dict[str, Any]:
-        """Return the changes, and where a number of steps fits into the time the plan, as JSON, for a checkpoint."""
+        """Return the changes and the time budget's plan as JSON, for a checkpoint."""
         plan = {name: vars(self)[name] for name in ("first", "since", "position")}
         plan |= {"steps": self.steps, "scheduled": self.scheduled}
         return {"length": [asdict(change) for change in self.changes], "plan": plan}
 
 
 def length_of(state: Mapping[str, Any]) -> Length:
-    """Return the length of a saved run without its plan, from the facts of its state (no changes in earlier
-    versions)."""
+    """Return the length of a saved run from its state, without a time budget's plan. Earlier versions recorded no
+    changes.
+    """
     changes = (Change(**change) for change in state.get("length", ()))
     return Length(state["described"]["settings"]["steps"], tuple(changes))
 
 
 def with_plan(length: Length, state: Mapping[str, Any]) -> Length:
-    """Return the length with the plan of a state, if that was made for the same number of steps."""
+    """Return the length with the time budget's plan of a state, if the plan was for the same number of steps."""
     plan = state.get("plan", {})
     if plan.get("scheduled") != length.scheduled:
         return length

@@ -1,6 +1,6 @@
-"""Prefetching of batches: a thread makes the next batch and copies it to the GPU while the current one is computed.
+"""Prefetching of batches: a thread makes the next batch and copies it to the GPU during the current step.
 
-For training on a CPU, a batch is made when it is needed: a thread would only take time from the computation.
+On a CPU a batch is made when it is needed: a thread would only slow down the computation.
 """
 
 from collections.abc import Callable
@@ -14,19 +14,19 @@ from keifu.training.protocols import Batch, Bounds, Data, DividedData
 
 
 def prefetches(device: torch.device) -> bool:
-    """Return whether batches for this device are made ahead: not for a CPU."""
+    """Return whether batches for this device are prefetched: not for a CPU."""
     return device.type != "cpu"
 
 
 def own_rows(data: Data, step: int) -> Batch:
-    """Return the rows that this process computes of the batch of a step; data that can makes only those."""
+    """Return this process's rows of the batch of a step. `DividedData` makes only those."""
     if current().data_size == 1:
         return data.batch(step)
     return OwnRows(*part_of(data, step, current().own_bounds))
 
 
 def part_of(data: Data, step: int, bounds: Bounds) -> tuple[Batch, int, int]:
-    """Return rows of the batch of a step as `DividedData` gives them, of any data."""
+    """Return the rows of a step's batch within `bounds`, their first index and the batch's total rows, for any data."""
     if isinstance(data, DividedData):
         return data.part(step, bounds)
     batch = data.batch(step)
@@ -35,10 +35,10 @@ def part_of(data: Data, step: int, bounds: Bounds) -> tuple[Batch, int, int]:
 
 
 class Loader:
-    """Source of batches by their number; with `ahead`, a thread makes the next one.
+    """Source of batches by their number. ahead: whether a thread makes the next one.
 
-    On CUDA the copy starts in pinned memory and has its own stream, so that neither the host nor the computation waits
-    for it. A batch depends on its number alone, so prefetching does not change it.
+    On CUDA the copy uses pinned memory and a separate stream, so that neither the host nor the computation waits for
+    it. A batch depends only on its number, so prefetching does not change it.
     """
 
     def __init__(self, make: Callable[[int], Batch], device: torch.device, ahead: bool):
@@ -49,21 +49,22 @@ class Loader:
         self.next: Future[Batch] | None = None
 
     def get(self, number: int, following: int | None = None) -> Batch:
-        """Return the batch of this number; then starts to make the one of number `following`, if there is one."""
+        """Return the batch `number`, and start to prefetch the batch `following` unless it is None."""
         self.wait()
         batch = self.next.result() if self.next and self.number == number else self._load(number)
         if self.stream:
             current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self.stream)  # for this copy: the next one has not been asked for
+            # the batch's copy is the stream's only work: the next copy is requested below
+            current.wait_stream(self.stream)
             for tensor in batch.values():
-                tensor.record_stream(current)  # its memory is not reused before the computation has read it
+                tensor.record_stream(current)  # do not reuse its memory before the computation has read it
         self.number = self.next = None
         if self.worker and following is not None:
             self.number, self.next = following, self.worker.submit(self._load, following)
         return batch
 
     def wait(self) -> None:
-        """Wait until the thread is idle, so that the data may be used for something else."""
+        """Wait until the thread is idle, so that the data can be used for something else."""
         if self.next:
             self.next.exception()
 
@@ -79,11 +80,11 @@ class Loader:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch copied to a device; to CUDA without waiting for the copy."""
-    made = {
+    """Copy a batch to a device; to CUDA without waiting for the copy."""
+    copied = {
         name: (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
         if device.type == "cuda"
         else tensor.to(device)
         for name, tensor in batch.items()
     }
-    return OwnRows(made, batch.first, batch.total) if isinstance(batch, OwnRows) else made
+    return OwnRows(copied, batch.first, batch.total) if isinstance(batch, OwnRows) else copied

@@ -1,7 +1,7 @@
-"""The training loop: steps, and between them metrics, validation, samples and checkpoints; for every model.
+"""The training loop of every model: steps, and between them metrics, validations, samples and checkpoints.
 
-The data make the batches, the objective computes the loss. All randomness in a step is a function of the seed and the
-step, so a run that was stopped and resumed ends with the same bits as one that was not.
+The data make the batches and the objective computes the loss. All random numbers of a step depend only on the seed and
+the step, so a run that is stopped and resumed ends with the same bits as an uninterrupted one.
 """
 
 import math
@@ -33,12 +33,12 @@ from keifu.training.setup import set_up
 from keifu.training.signals import Interrupted, StopRequest
 from keifu.training.trainer import Gradient
 
-LEAST = 10  # steps of a run with a time limit, below which it has learned nothing
+LEAST = 10  # a run that a time limit stops before this many steps has learned nothing
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a finished run: its steps, its seconds of training, and the last figures (see metrics.jsonl)."""
+    """Result of a finished run: its steps, its seconds of training, and the last figures (see metrics.jsonl)."""
 
     directory: Path
     steps: int
@@ -50,13 +50,14 @@ def train(
     model: nn.Module, objective: Objective, data: Data, settings: Settings, run: Run, sample: Sample | None = None,
     save: Save | None = None, largest: Batch | None = None,
 ) -> Summary:  # fmt: skip
-    """Train a model, on the device where its parameters are, and write a run directory.
+    """Train a model on the device of its parameters, and write a run directory.
 
-    `sample`: called with the number of steps done, gives a text or a PNG picture. `save`: writes the model into the
-    directory. `largest`: the batch to measure memory on; unset: the first one. Data that are `OnPolicy` need it, since
-    memory is measured before the weights of a resumed run are loaded. Ctrl-C raises `Interrupted` after the state is
-    saved. A number that is not finite, or too little memory, is a `UserError`, raised before the step is made and
-    after the state before it is saved.
+    sample: called with the number of steps done; returns a text or a PNG picture. save: writes the model into the
+    directory. largest: the batch to measure memory with; unset: the first one. `OnPolicy` data require it, since memory
+    is measured before a resumed run's weights are loaded.
+
+    Ctrl-C saves the state and raises `Interrupted`. Raises UserError for a number that is not finite, or too little
+    memory; the failed step is not applied, and the state before it is saved.
     """
     follow_load()
     settings = as_chosen(settings)
@@ -86,7 +87,7 @@ def train(
 
 
 class _Loop:
-    """Loop over the steps of a run, with what comes between them, and what follows when a step fails."""
+    """Loop over the steps of a run, the work between steps, and the reaction to a failed step."""
 
     def __init__(self, recorder: Recorder, data: Data, sample: Sample | None, stop: Callable[[], bool]):
         self.recorder, self.data, self.sample, self.stop = recorder, data, sample, stop
@@ -97,7 +98,7 @@ class _Loop:
         self.limit = None if s.minutes is None else 60 * s.minutes
         self.state.clock.start(self.state.step, self.chosen, self.limit, s.whole_steps)
         self._set_intervals()
-        self.short = False  # whether the display has shown that few steps fit into the minutes
+        self.short = False  # whether a note has said that few steps fit into the time limit
         self.validated, self.gradient_norm = recorder.lines.validated, math.nan
         self.on_policy = isinstance(data, OnPolicy)
         self.loader = Loader(partial(own_rows, data), device, prefetches(device) and not self.on_policy)
@@ -108,7 +109,7 @@ class _Loop:
         self.trainer.model.train()
         if state.spikes.due(state.step):
             self.recorder.save_state()
-        if not state.step:  # the model as it begins; it also shows how long both take
+        if not state.step:  # evaluate the untrained model, which also measures the time of both
             self._make(["validation", "sample"] if self.validated is None else ["sample"])
             if self.limit and not self.on_policy:
                 fitting = state.clock.fitting(0, state.length.steps, self.recorder.cost.step_seconds)
@@ -128,7 +129,7 @@ class _Loop:
                 self._between()
 
     def finish(self) -> Summary:
-        """Make the last validation, sample and checkpoint, and write the model and the report."""
+        """Run the last validation, sample and checkpoint, and write the model and the report."""
         state = self.state
         if self.validated != state.step:
             self._evaluate()
@@ -152,8 +153,8 @@ class _Loop:
     def _gradient(self) -> Gradient | None:
         """Return the gradient of the next step, checked to be finite; None if a stop was requested.
 
-        The check is the only point in a step where the host waits for the device. An overflow in float16 is computed
-        again with a lower loss scale.
+        The check is the only point of a step where the host waits for the device. After an overflow in float16 the
+        gradient is computed again with a lower loss scale.
         """
         with self._saving_on_failure():
             batch = self._batch()
@@ -167,13 +168,15 @@ class _Loop:
         return gradient
 
     def _batch(self) -> Batch:
-        """Return the batch of the next step; the one after it is prefetched, unless it depends on the weights."""
+        """Return the batch of the next step, and prefetch the one after it, unless that depends on the new weights."""
         index = self.state.step + self.state.spikes.skipped
         more = self.state.step + 1 < self.state.length.steps and not self.on_policy
         return self.loader.get(index, index + 1 if more else None)
 
     def _fitting_gradient(self, batch: Batch) -> Gradient | None:
-        """Return the gradient. While it does not fit into memory, halve the micro-batch, down to one row."""
+        """Return the gradient; None if a stop was requested. While it does not fit into memory, halve the micro-batch,
+        down to one row.
+        """
         trainer, step = self.trainer, self.state.step
         current().begin_step(step)
         alone, stopped = current().world_size == 1, self.stop()
@@ -194,25 +197,25 @@ class _Loop:
 
     @contextmanager
     def _saving_on_failure(self) -> Iterator[None]:
-        """Run a block that does not change the weights; if it fails, save the state first."""
+        """Run a block that does not change the weights. If it fails, save the state first."""
         try:
             with failures.explain_out_of_memory():
                 yield
         except failures.OutOfMemory as error:
             raise failures.OutOfMemory(self._refuse(str(error))) from error
         except Exception as error:
-            if current().world_size == 1 and self.stop():  # Ctrl-C also ends a compiler that the step was waiting for
+            if current().world_size == 1 and self.stop():  # Ctrl-C also kills a compiler that the step waits for
                 self._stopped()
             error.add_note(self._refuse("See above."))
             raise
 
     def _rewind(self, gradient: Gradient) -> None:
-        """Go back to a checkpoint before a loss spike and skip batches; the step is not made."""
+        """Go back to a checkpoint before a loss spike and skip batches. The current step is not applied."""
         state, recorder = self.state, self.recorder
         spiked, loss = state.step, gradient.sums.means()["loss"]
         with state.clock.paused():
             try:
-                current().flush()  # the state to go back to may be the one that is being written
+                current().flush()  # that checkpoint may still be being written
                 current().barrier()
                 state.rewind(checkpoint.read(self.run.directory, state.spikes.target(spiked)))
             except UserError as error:
@@ -224,12 +227,12 @@ class _Loop:
         self.note(f"Step {spiked:,}: {state.spikes.sentence(state.step, loss)}")
 
     def _between(self) -> None:
-        """Write metrics, and make the validations, samples and checkpoints that are due after a step."""
+        """Write metrics, and run the validations, samples and checkpoints that are due after a step."""
         step, steps = self.state.step, self.state.length.steps
         if step == steps or step % self.settings.log_every == 0:
             self.recorder.log(float(self.gradient_norm))
         if step == steps:
-            return  # the rest is made by `finish`
+            return  # `finish` does the rest
         if self.limit:
             self._fit(current().broadcast(self.state.clock.steps(step, steps)))
         intervals = {name: self.state.clock.interval(name, steps) for name in self.chosen}
@@ -239,28 +242,30 @@ class _Loop:
         self._make(due)
 
     def _make(self, due: list[str]) -> None:
-        """Make the due validations, samples and checkpoints, and measure their time, which is not training time."""
+        """Run the due validations, samples and checkpoints. Their time is measured and does not count as
+        training time."""
         work = {"validation": self._evaluate, "sample": self._sample, "state": self.recorder.try_to_save_state}
         for name in due:
             with self.state.clock.paused(name):
                 work[name]()
 
     def _set_intervals(self) -> None:
-        """Set the steps between validations, samples and states; they grow and shrink with a run's time limit."""
+        """Set the steps between validations, samples and checkpoints, in proportion to the steps that fit a
+        time limit."""
         length = self.state.length
         ratio = (length.first or length.scheduled) / length.scheduled
         times = {name: max(1, round(every * ratio)) if every else 0 for name, every in self.chosen.items()}
         self.state.clock.every = times
 
     def _estimate(self) -> None:
-        """Show an estimate of the rest of the run, with the validations and samples in it."""
+        """Show an estimate of the remaining time, with validations and samples."""
         step, whole = self.state.step, self.settings.whole_steps
         steps = max(step, self.state.length.steps)
         cost, extra = self.recorder.cost, self.state.clock.left(step, steps)
         self.note(cost.sentence(steps - step, self.run.unit, whole(steps) - whole(step), extra, self.on_policy))
 
     def _fit(self, steps: int) -> None:
-        """Change the number of steps to what fits into the time; recorded in the metrics and in checkpoints."""
+        """Change the number of steps to the number that fits the time limit, and record it in the metrics."""
         length = self.state.length
         if steps == length.steps:
             return
@@ -299,15 +304,15 @@ class _Loop:
     def _not_finite(self, batch: Batch) -> NoReturn:
         with self.state.clock.paused():
             reason = self.trainer.explain(self.state.step, batch)
-        if current().is_replicated:  # another process may know more; exchanges of a split model would hang
+        if current().is_replicated:  # another process may know more; a split model's communication would hang
             reason = next((text for text in current().gather(reason) if text != failures.NOT_AGAIN), reason)
         advice = "A lower learning rate, a longer warm-up, a smaller clip or float32 helps."
         raise failures.NotFinite(self._refuse(f"In the next step {reason}. {advice}"))
 
     def _refuse(self, text: str) -> str:
-        """Save the state of the last complete step; return the text of the error with how to resume."""
+        """Save the state of the last complete step. Return the error's text followed by how to resume."""
         self.state.optimizers.drop_gradients()
-        if current().is_replicated:  # other processes may not come to save theirs
+        if current().is_replicated:  # a split model's state needs all processes, which may not come
             self.recorder.save_state()
         how = run_directory.how_to_resume(self.run)
         kept = "saved" if self.recorder.saved == self.state.step else "not saved"

@@ -1,4 +1,4 @@
-"""The clock of a run: its training time, the time left, and how many steps fit into a time limit."""
+"""The clock of a run: its training time, the time left, and the number of steps that fit into a time limit."""
 
 import math
 import os
@@ -9,22 +9,22 @@ from contextlib import contextmanager
 from typing import Any
 
 CHECK = 0.02  # the share of a time limit between two checks of the pace
-SHARE = 0.1  # of a time limit that all samples may take, all validations, and all checkpoints
-TOLERANCE = 0.02  # the relative change of the number of steps below which the plan stays
+SHARE = 0.1  # the share of a time limit that all samples, all validations, and all checkpoints may each take
+TOLERANCE = 0.02  # the plan is kept if its number of steps changes relatively by less
 
 
 def busy() -> str:
-    """Return a phrase about the load of the machine if there is more work than processors; else an empty string."""
+    """Return a phrase about the load of the machine if it has more work than CPUs; otherwise ""."""
     count = os.cpu_count() or 1
     load = os.getloadavg()[0] if sys.platform != "win32" else 0.0
     return f" (the machine is busy: a load of {load:.1f} on {count} processors)" if load > 1.5 * count else ""
 
 
 class Clock:
-    """Clock of a run, which counts training apart from validations, samples and checkpoints.
+    """Clock of a run, which measures training separately from validations, samples and checkpoints.
 
-    `seconds`: training time up to the last lap, in all parts of a resumed run. `passed`: time of the whole run.
-    `lasted`: seconds of the last validation, sample and checkpoint, by name.
+    seconds: training time up to the last lap, in all parts of a resumed run. passed: time of the whole run. lasted:
+    seconds of the last validation, sample and checkpoint, by name.
     """
 
     def __init__(self, seconds: float = 0.0, passed: float = 0.0, lasted: Mapping[str, float] | None = None):
@@ -35,10 +35,10 @@ class Clock:
     def start(
         self, step: int, every: Mapping[str, int], limit: float | None = None, count: Callable[[int], float] = float
     ) -> None:
-        """Begin to measure at a step.
+        """Start the measurement at a step.
 
-        every: steps between validations, samples and checkpoints. limit: seconds of the whole run. count: the number of
-        steps before a step, where smaller batches count as parts of a step.
+        every: steps between validations, samples and checkpoints. limit: seconds of the whole run. count: returns the
+        number of steps before a step, with a smaller batch counted as a fraction.
         """
         self.since = time.perf_counter()
         self.begun = self.since - self.before
@@ -49,7 +49,7 @@ class Clock:
 
     @property
     def passed(self) -> float:
-        """Seconds of the whole run so far, with everything that is not training."""
+        """Seconds of the whole run so far, including everything that is not training."""
         return time.perf_counter() - self.begun
 
     def facts(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Clock:
 
     @contextmanager
     def paused(self, name: str | None = None) -> Iterator[None]:
-        """Run a block whose time does not count as training; store its seconds in `lasted` under the name."""
+        """Run a block whose time does not count as training. Store its seconds in `lasted` under `name`."""
         self._read()
         start = self.since
         yield
@@ -76,7 +76,7 @@ class Clock:
     def steps(self, step: int, planned: int) -> int:
         """Return the number of steps of the whole run that fit into the limit at the current pace, at least one more.
 
-        It is the planned number where that still fits, and until some time has passed since the last check.
+        Return `planned` if it still fits, and until some time has passed since the last check.
         """
         if self.limit is None or self.passed - self.looked < CHECK * self.limit:
             return planned
@@ -85,8 +85,8 @@ class Clock:
         return planned if abs(fitting - planned) <= TOLERANCE * planned else fitting
 
     def fitting(self, step: int, planned: int, pace: float) -> int:
-        """Return the number of steps of the whole run that fit into the time limit at a pace. At least one more step
-        fits.
+        """Return the number of steps of the whole run that fit into the time limit if a step takes `pace` seconds. At
+        least one more step fits.
         """
         between = sum(t / (self.interval(name, planned) or math.inf) for name, t in self.lasted.items())
         limit = self.limit or math.inf
@@ -98,9 +98,10 @@ class Clock:
         return name == "sample" and self.limit is not None and self.lasted.get(name, 0.0) > SHARE * self.limit
 
     def interval(self, name: str, steps: int) -> int:
-        """Return the number of steps between two validations, samples or checkpoints in a run of a number of steps.
+        """Return the number of steps between two validations, samples or checkpoints (`name`) in a run of `steps`
+        steps; 0: none.
 
-        Under a time limit it grows until all of them take no more than their share of it. 0: none.
+        With a time limit it grows until all of them together take at most their share of it.
         """
         every, lasted = self.every[name], self.lasted.get(name, 0.0)
         if self.limit is None or not every:
@@ -108,9 +109,10 @@ class Clock:
         return every * max(1, math.ceil(lasted * steps / every / (SHARE * self.limit)))
 
     def left(self, step: int, steps: int) -> float:
-        """Return the seconds that the rest takes at the current pace; before the first step, without the steps.
+        """Return the seconds that the remaining steps take at the current pace (0 before the first step), with
+        validations, samples and checkpoints.
 
-        Validations, samples and checkpoints are included once each has been measured. Each comes once more at the end.
+        Each of these is included after it has been measured once. Each comes once more at the end.
         """
         intervals = {name: self.interval(name, steps) for name in self.every}
         times = {name: (steps - 1) // every - step // every if every else 0 for name, every in intervals.items()}
@@ -118,7 +120,7 @@ class Clock:
         return (self.count(steps) - self.count(step)) * self._pace(step) + between
 
     def _pace(self, step: int) -> float:
-        """Return the seconds per step, the mean of the recent and the earlier ones; 0 before the first step."""
+        """Return the seconds per step, the mean of recent and earlier ones; 0 before the first step."""
         self._read()
         if step > self.step:
             trained = self.seconds + self.lap_seconds

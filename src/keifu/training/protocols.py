@@ -1,7 +1,7 @@
 """The interfaces between the training loop, its data and its objectives.
 
 A batch is a dict of tensors whose first axis is rows. An objective computes sums over elements (tokens, pictures, rows
-of a table) from a model and a batch, so that a batch may be split anywhere without changing the loss.
+of a table) from a model and a batch, so that a batch can be split anywhere without changing the loss.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,15 +30,15 @@ Save: TypeAlias = Callable[[Path], None]  # writes the model into the run's dire
 
 @runtime_checkable
 class Data(Protocol):
-    """Training data: batches as a function of the seed and the step alone, and a fixed validation set."""
+    """Training data: batches that depend only on the seed and the step, and a fixed validation set."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the data; a run cannot be resumed with data of another fingerprint."""
+        """A hash of the data. A run cannot be resumed with data of another fingerprint."""
         ...
 
     def batch(self, step: int) -> Batch:
-        """Return the whole batch of a step (from 0); the loop splits it by rows."""
+        """Return the whole batch of a step (from 0). The loop splits it by rows."""
         ...
 
     def validation(self) -> Iterable[Batch]:
@@ -48,60 +48,60 @@ class Data(Protocol):
 
 @runtime_checkable
 class DividedData(Protocol):
-    """Data that can make some rows of a batch alone, so that a process reads and makes only those that it computes."""
+    """Data that can make some rows of a batch, so that a process reads and makes only the rows it needs."""
 
     def part(self, step: int, bounds: Bounds) -> tuple[Batch, int, int]:
-        """Return rows of the batch of a step, the number of their first row, and the number of rows in all.
+        """Return some rows of the batch of a step, the index of the first one, and the number of rows of the whole
+        batch.
 
-        bounds: the first row and the row after the last one, of a batch of so many rows.
+        bounds: number of rows of a batch → the index of the first wanted row and of the one after the last.
         """
         ...
 
 
 @runtime_checkable
 class OnPolicy(Protocol):
-    """Data whose batches also depend on the current weights, as rollouts do: a batch is made only after the update
-    before it. Where several updates share one rollout, a checkpoint holds it too.
+    """Data whose batches also depend on the current weights, such as rollouts: a batch is made only after the previous
+    update. If several updates share a rollout, a checkpoint stores it too.
     """
 
     on_policy: Literal[True]
 
     def state(self) -> Batch:
-        """Return the state that later batches need and later weights could not make again, such as the current
-        rollout."""
+        """Return what later batches need and later weights could not make again, such as the current rollout."""
         ...
 
     def load_state(self, state: Batch) -> None:
-        """Restore what `state` gave."""
+        """Restore a result of `state`."""
         ...
 
 
 class StatelessBatches:
-    """Data without a state: the current weights make each batch, which serves one update."""
+    """Base class of on-policy data without a state: the current weights make each batch, which serves one update."""
 
     on_policy: Literal[True] = True
 
     def state(self) -> Batch:
-        """Return nothing."""
+        """Return {}: there is no state."""
         return {}
 
     def load_state(self, state: Batch) -> None:
-        """Restore what `state` gave."""
+        """Do nothing: there is no state."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its directory, and its description.
+    """A run: its directory and its description.
 
-    `options`: what decides the result beside the settings (the model's config, the data's options); compared when the
-    run is resumed. `about`: shown in the report: title, paper, command, data (a list of dicts), and anything else.
-    `unit`: the name of the elements that the objective counts. `bytes_per_unit`: turns the loss into bits per byte.
-    `watch`: called with the figures of each line of metrics, gives warnings.
+    options: further values that determine the result besides the settings (the model's config, the data's options);
+    compared when the run is resumed. about: entries of the report: title, paper, command, data (a list of dicts), and
+    others. unit: name of the elements that the objective counts. bytes_per_unit: converts the loss to bits per byte.
+    watch: called with the figures of each line of metrics; returns warnings.
     """
 
     directory: Path
     resume: bool = False
-    replace: bool = False  # start over in a directory that holds a run: its state, metrics and samples are removed
+    replace: bool = False  # start over in a directory with a run: its state, metrics and samples are removed
     options: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     unit: str = "tokens"

@@ -1,6 +1,6 @@
 """The record of a run in its directory: metrics, samples, checkpoints, the best weights, recipe.json and the report.
 
-The loop decides when each of them is written.
+The loop decides when to write each of them.
 """
 
 import math
@@ -24,7 +24,7 @@ from keifu.training.trainer import Trainer
 
 
 class Recorder:
-    """Writer of the files of a run. Rank 0 writes; a split model is written by all its processes.
+    """Writer of the files of a run. Rank 0 writes; of a split model, all ranks write the checkpoints.
 
     figures: the latest value of every figure. saved: the step of the last checkpoint.
     """
@@ -36,16 +36,16 @@ class Recorder:
         self.display, self.lines = display, lines
         self.settings, self.state, self.figures = trainer.settings, trainer.state, lines.latest
         self.peak = peak(trainer.device, trainer.dtype)
-        self.peak_trials = 3  # how often it may be measured again
+        self.peak_trials = 3  # how often the peak may be measured again
         self.saved = self.state.step if run.resume else -1
-        if run.resume and current().is_main:  # a kill may have come before these were removed
+        if run.resume and current().is_main:  # a killed run may not have removed them
             self._remove_old_states(self.state.step)
         self.keeps_best = self.settings.keep_best and current().is_replicated  # a split model keeps its last weights
         self.best = best.read(run.directory) if self.keeps_best else None
         self.recorded = run_directory.recorded(run.directory)
         if lines.damaged:
-            where = ", ".join(map(str, lines.damaged))
-            display.note(f"{lines.path} is damaged in line {where}, which is left out.")
+            numbers = ", ".join(map(str, lines.damaged))
+            display.note(f"{lines.path} is damaged in line {numbers}, which is left out.")
         self._write_recipe({})
         run_directory.keep_tokenizers(run)
 
@@ -60,7 +60,7 @@ class Recorder:
         self.lines.write(self.state.step, line)
 
     def log(self, gradient_norm: float) -> None:
-        """Write a line of metrics from the sums since the last one; reading them waits for the device."""
+        """Write a line of metrics from the sums since the last line. This waits for the device."""
         state = self.state
         units, means = float(state.sums["weight"]), state.sums.means()
         rate = units / state.clock.lap()
@@ -81,9 +81,9 @@ class Recorder:
             self.display.note(f"Step {state.step:,}: {warning}")
 
     def _share_of_peak(self, rate: float) -> float | None:
-        """Return the share of the device's peak that is used. A peak that is exceeded is measured again.
+        """Return the used share of the device's peak FLOP/s. If it exceeds 1, measure the peak again.
 
-        None if it is exceeded after that too: other work was slowing the machine down.
+        Return None if the new peak is exceeded too: other work slowed the machine down during the measurement.
         """
         used = rate * self.cost.flops_per_unit
         if used > self.peak and self.peak_trials:
@@ -93,7 +93,7 @@ class Recorder:
         return used / self.peak if used <= self.peak else None
 
     def validated(self, means: Mapping[str, float]) -> None:
-        """Write validation figures, and keep the weights if they are the best ones so far."""
+        """Write validation figures, and store the weights if they are the best ones so far."""
         figures = {f"validation_{name}": value for name, value in means.items()}
         if self.run.bytes_per_unit:
             figures["bits_per_byte"] = means["loss"] / math.log(2) / self.run.bytes_per_unit
@@ -106,7 +106,7 @@ class Recorder:
         self.display.note(f"step {self.state.step:,}  {'  '.join(words)}")
 
     def _restore_best(self) -> None:
-        """Load the weights with the lowest validation loss, with their figures, if the last ones are worse."""
+        """Load the weights and figures with the lowest validation loss, if the last ones are worse."""
         if self.best is None:
             return
         losses = (line[best.LOSS] for line in metrics.read(self.run.directory) if best.LOSS in line)
@@ -117,8 +117,8 @@ class Recorder:
         self.figures |= self.best.figures if worse else {}
         before = "" if first is None else f"{first:.4g} before and "
         note = f"Validation loss: {before}{last:.4g} after the training."
-        kept = f" The model kept is that of step {self.best.step:,}, with {self.best.loss:.4g}."
-        self.display.note(note + kept * worse)
+        best_step = f" The model kept is that of step {self.best.step:,}, with {self.best.loss:.4g}."
+        self.display.note(note + best_step * worse)
 
     def write_sample(self, sample: str | bytes) -> None:
         """Write a sample, and show it if it is text."""
@@ -128,7 +128,7 @@ class Recorder:
             self.display.note(textwrap.indent(sample, "  | "))
 
     def save_state(self) -> None:
-        """Save a checkpoint of the current step, if there is none yet."""
+        """Save a checkpoint of the current step, unless it exists."""
         state, is_replicated = self.state, current().is_replicated
         if self.saved != state.step:
             facts = {"resolved": self.trainer.resolved(), **state.facts()}
@@ -138,23 +138,23 @@ class Recorder:
             self.saved = state.step
 
     def try_to_save_state(self) -> None:
-        """Save a checkpoint; a failed write does not stop the run."""
+        """Save a checkpoint. A failed write does not stop the run."""
         with self.tolerating("state"):
             self.save_state()
 
     def _remove_old_states(self, step: int) -> None:
-        """Remove the states that are not kept together with that of a step."""
+        """Remove old checkpoints after the one of `step` is saved."""
         reach = self.settings.spikes.reach if self.settings.spikes.rise else 0
         checkpoint.remove_old(self.run.directory, step, self.settings.keep, reach, self._has_state)
 
     def _has_state(self, step: int) -> bool:
-        """Return whether the state of a step is saved, however often the run is stopped."""
+        """Return whether a run saves a checkpoint at this step even if it is never interrupted."""
         every = self.settings.save_every
         return step == self.state.length.steps or bool(every and step % every == 0) or self.state.spikes.due(step)
 
     @contextmanager
     def tolerating(self, name: str) -> Iterator[None]:
-        """Run a block in which a failed write does not stop the run: it is shown, and tried again when next due."""
+        """Run a block in which a failed write does not stop the run: it is reported, and tried again when next due."""
         try:
             yield
         except (OSError, UserError) as error:

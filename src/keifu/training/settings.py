@@ -1,4 +1,4 @@
-"""The settings of a training run: checked before anything starts, and compared when a run is resumed."""
+"""The settings of a training run: checked before it starts, and compared when it is resumed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,8 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Recompute = Literal["none", "blocks", "selective"]
 OptimizerState = Literal["float32", "int8"]
 
-# What may change when a run is resumed: its length, intervals, and how a batch is split; never what a step computes.
+# These may change when a run is resumed: its length, intervals, and the splitting of a batch, but not the computation
+# of a step.
 ADJUSTABLE = frozenset(
     ["steps", "minutes", "micro_batch", "compile", "log_every", "evaluate_every", "evaluate_share", "sample_every"]
     + ["save_every", "keep", "keep_best", "tensorboard", "wandb", "activation_checkpointing"]
@@ -27,24 +28,24 @@ ADJUSTABLE = frozenset(
 
 @dataclass(frozen=True)
 class Settings:
-    """How any model is trained."""
+    """Settings of the training of any model."""
 
     steps: Count = 1000
     """Updates of the weights."""
     minutes: Positive | None = None
-    """The time limit of the run, including validation, samples and saving: `steps` is then a first estimate, which is
-    adjusted to the speed of the machine, and the learning rate schedule with it."""
+    """Time limit of the run, including validation, samples and saving. `steps` is then a first estimate: the number of
+    steps and the learning rate schedule are adjusted to the speed of the machine."""
     batch_size: Count = 32
     """Rows per step."""
     batch_stages: tuple[tuple[Count, Count], ...] = ()
-    """Batch-size warm-up in stages, as pairs: rows per step, and the step up to which that holds (PaLM: 512 50000 1024
+    """Batch-size warm-up in stages, as pairs: rows per step, and the last step of this stage (PaLM: 512 50000 1024
     115000)."""
     batch_ramp: tuple[Count, Count] | None = None
     """Linear batch-size warm-up (GPT-3): the rows of the first step, and the number of rows after which the batch has
     its full size."""
     micro_batch: Count | None = None
-    """Rows computed at a time; fewer need less memory and do not change the loss, nor dropout. Unset: as many as fit in
-    memory. Where rows differ in length, more of the shorter ones are computed together."""
+    """Rows computed at a time. Fewer rows need less memory and change neither the loss nor dropout. Unset: as many as
+    fit in memory. If rows differ in length, more of the shorter ones are computed together."""
     optimizer: Optimizer = "adamw"
     """muon: Muon for hidden matrices, AdamW for everything else. adadelta: Zeiler's (2012), ρ 0.95, ε 1e-6.
     adafactor: PaLM's (2022), without factoring, updates scaled by the size of each matrix."""
@@ -61,9 +62,9 @@ class Settings:
     final_ratio: Share = 0.1
     """The last learning rate as a share of the highest one (linear and cosine)."""
     decay_steps: Count | None = None
-    """Steps after which the decay ends, linear or cosine, and the rate stays constant; unset: all steps."""
+    """Step at which a linear or cosine decay ends; the rate is constant after it. Unset: the last step."""
     rate_shares: tuple[tuple[str, NotNegative], ...] = ()
-    """AdamW's rate for some weights, as pairs: the beginning of their names, and the share of the learning rate."""
+    """AdamW's rate for some weights, as pairs: a prefix of their names, and a share of the learning rate."""
     rate_by: RateBy = "steps"
     """Unit that the schedule counts. rows: a step with a smaller batch counts as its share of batch_size, so that the
     rate follows the number of tokens seen during batch-size warm-up."""
@@ -79,23 +80,24 @@ class Settings:
     clip: NotNegative = 1.0
     """Gradient clipping: the largest norm of the whole gradient; 0 does not clip."""
     ema: BelowOne = 0.0
-    """Decay of an exponential moving average of the weights (DDPM: 0.9999), lower in the first steps, which is used for
-    validation, samples and the saved model; 0 keeps none."""
+    """Decay of an exponential moving average of the weights (DDPM: 0.9999), lower in the first steps. The average is
+    used for validation, samples and the saved model; 0 keeps none."""
     spikes: SpikeSettings = SpikeSettings()
     """Recovery from loss spikes."""
     precision: Precision = "auto"
-    """Number format of matrix products; auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on
-    a CPU. Weights stay in float32. float32 excludes NVIDIA's TF32, which the others allow for
-    products that stay in float32."""
+    """Number format of matrix multiplications. auto: bfloat16 if the hardware supports it, else float16 on a GPU and
+    float32 on a CPU. Weights stay in float32. float32 forbids NVIDIA's TF32, which the others allow for multiplications
+    in float32.
+    """
     compile: bool = False
     """Compile the objective and the model with torch.compile."""
     activation_checkpointing: Recompute = "none"
-    """Activations that are computed again in the backward pass, which changes no bit on a CPU. blocks: all but the
-    inputs of blocks, a third more computation. selective: all but the results of matrix multiplications."""
+    """Activations that the backward pass computes again, which changes no bit on a CPU. blocks: all but the inputs of
+    blocks, a third more computation. selective: all but the results of matrix multiplications."""
     optimizer_state: OptimizerState = "float32"
     """Format of AdamW's two averages. int8: 8 bits, with a scale for 256 numbers; not if a mesh splits the model."""
     deterministic: bool = False
-    """Whether a GPU uses only kernels that give the same bits each time, which may be slower. A CPU always does."""
+    """Whether a GPU uses only deterministic kernels, which may be slower. A CPU always does."""
     seed: Seed = 0
     """Seed of dropout; recipes use it for the initial weights and the order of the data too."""
     log_every: Count = 10
@@ -103,8 +105,8 @@ class Settings:
     evaluate_every: Natural = 250
     """Steps between validations; 0: only at the start and at the end."""
     evaluate_share: PositiveShare = 0.1
-    """The share of all computation that validations may take: where they would take more, they come more seldom than
-    `evaluate_every`; 1: as often as that, whatever they take."""
+    """Largest share of all computation for validations: they come less often than `evaluate_every` if necessary. 1: no
+    limit."""
     sample_every: Natural = 0
     """Steps between samples; 0: only at the start and at the end."""
     save_every: Natural = 500
@@ -129,7 +131,7 @@ class Settings:
             raise UserError(f"optimizer_state int8 is of AdamW, and the optimizer is {self.optimizer}: leave it out.")
         if self.warmup > self.steps:
             raise UserError(f"A warm-up of {self.warmup} steps does not fit a run of {self.steps}: lower warmup.")
-        _ = self.growth  # raises its errors at once
+        _ = self.growth  # raises errors about the batch size now
 
     @cached_property
     def growth(self) -> BatchSizeSchedule:
@@ -153,7 +155,7 @@ COMPUTING = "precision", "compile", "activation_checkpointing", "optimizer_state
 
 
 def as_chosen(settings: Settings) -> Settings:
-    """Return the settings with the command line's options of how to compute, if it sets them."""
+    """Return the settings with the command line's general computing options, such as --precision, if these are set."""
     options = {name: vars(chosen())[name] for name in COMPUTING}
     return replace(settings, **{name: value for name, value in options.items() if value is not None})
 
@@ -166,13 +168,12 @@ CHOICES = {
 
 
 def check_choice(setting: str, value: str) -> None:
-    """Return a `UserError` with the nearest known value, where a setting has a few values and this is none of them."""
+    """Raise UserError, with the nearest known value, if `value` is unknown for a setting that has a few values."""
     require_known(setting, value, CHOICES[setting])
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested options as one level, `model.n_layers` for example, with tuples as the lists that JSON makes of
-    them."""
+    """Return nested options as one level (`model.n_layers`), with tuples as lists, as in JSON."""
     if isinstance(value, Mapping):
         inside = (flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in value.items())
         return {name: inner for part in inside for name, inner in part.items()}
@@ -180,7 +181,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    """Return tuples as the lists that JSON makes of them."""
+    """Convert tuples to lists, as JSON does."""
     return [_listed(inner) for inner in value] if isinstance(value, tuple) else value
 
 
@@ -192,19 +193,21 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the changes of a resumed run that are allowed; a `UserError` names all others.
+    """Return the allowed changes of a resumed run. Raises UserError with all changes that are not allowed.
 
-    Both are what `describe_settings` gives: `then` when the state was saved.
+    then, now: results of `describe_settings`, when the state was saved and now.
     """
     if then["data"] != now["data"]:
         raise UserError(
             f"The data are not those of the run that is resumed (fingerprint {then['data']} → {now['data']}); "
             "resume with the same data, or start a new run."
         )
-    before = flat(asdict(Settings())) | then["settings"]  # what a run does not name, older than that setting, was off
+    # a run of an older version did not use a setting that it lacks
+    before = flat(asdict(Settings())) | then["settings"]
     split = [
         {name: value for name, value in chosen.items() if name not in ADJUSTABLE}
-        | {name: value for name, value in flat(options).items() if name.split(".")[-1] != "data"}  # a place, as told
+        # the data's path does not matter
+        | {name: value for name, value in flat(options).items() if name.split(".")[-1] != "data"}
         for chosen, options in ((before, then["options"]), (now["settings"], now["options"]))
     ]
     if (new := sorted(split[1].keys() - split[0].keys())) and len(new) == len(compare(*split)):
@@ -221,5 +224,5 @@ def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def describe_settings(settings: Settings, options: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
-    """Return the settings, options and data that decide a run's result, as JSON can hold them."""
+    """Return the settings, options and data that determine a run's result, as JSON."""
     return {"settings": flat(asdict(settings)), "options": flat(options), "data": fingerprint}

@@ -1,7 +1,7 @@
 """Setup of a run before its first step: the trainer, the state of a resumed run, and the estimate of its cost.
 
-Also the number of steps that fit into a given time, measured before a run starts. That is a first estimate: the loop
-adjusts it to the pace (`pace.Clock`), and states hold the current number.
+It also estimates the number of steps that fit into a given time. The loop adjusts this number to the actual speed
+(`pace.Clock`), and states store it.
 """
 
 import json
@@ -36,8 +36,8 @@ def set_up(
 ) -> tuple[Trainer, cost.Cost]:  # fmt: skip
     """Return the trainer, with the state of a resumed run, and the cost, measured on the largest batch.
 
-    `tell` shows a message. A missing or damaged state, changed data or settings, or a model that does not fit into
-    memory is a `UserError`.
+    tell: shows a message. Raises UserError for a missing or damaged state, changed data or settings, or a model that
+    does not fit into memory.
     """
     if settings.deterministic and current().overlaps:
         raise UserError("--deterministic needs gradients summed in order: give --mesh.gradient-sum ordered.")
@@ -50,7 +50,7 @@ def set_up(
     if isinstance(data, OnPolicy) and not current().is_replicated:
         raise UserError("Rollouts need the whole model on each process: leave out --mesh.shard and --mesh.tensor.")
     if saved:
-        _tell_changes(saved, length, settings, described, tell)
+        _report_changes(saved, length, settings, described, tell)
     resolved = _as_resolved(saved, device, tell) if saved else {}
     dtype = _format(settings.precision, resolved, device, tell)
     trainer = Trainer(model, objective, settings, length=length, data=data, dtype=dtype)
@@ -72,7 +72,7 @@ def set_up(
 
 
 def check_alike(described: dict[str, Any]) -> None:
-    """Raise a `UserError` if another process has other data, settings or versions than the first one."""
+    """Raise UserError if a rank has other data, settings or versions than rank 0."""
     versions = {"keifu": __version__, "torch": torch.__version__}
     here = flat({"version": versions, **described}) | {"data": described["data"]}
     first, *others = map(json.loads, current().gather(json.dumps(here, default=str)))
@@ -85,51 +85,50 @@ def check_alike(described: dict[str, Any]) -> None:
 
 
 def _evaluate_every(settings: Settings, data: Data, batch: Batch, tell: Callable[[str], None]) -> int:
-    """Return the number of steps between validations at which these stay within their share of the computation.
+    """Return the number of steps between validations that keeps validations within their share of the computation.
 
-    An element of a validation counts as a third of one in a step: the backward pass takes twice the forward pass
+    An element of a validation costs a third of one in a step: the backward pass takes twice as long as the forward pass
     (Kaplan et al., 2020, section 2.1). Rollouts, which are generated for each validation, are not counted.
     """
-    asked, share = settings.evaluate_every, settings.evaluate_share
-    if not asked or isinstance(data, OnPolicy):
-        return asked
+    wanted, share = settings.evaluate_every, settings.evaluate_share
+    if not wanted or isinstance(data, OnPolicy):
+        return wanted
     elements = sum(rows_of(part) * row_elements(part) for part in data.validation())
     steps = elements / (3 * rows_of(batch) * row_elements(batch))
-    every = max(asked, math.ceil(steps * (1 / share - 1)))
-    if every > asked:
-        tell(f"A validation takes about as long as {steps:.1f} steps, so one comes every {every} steps, not {asked}.")
+    every = max(wanted, math.ceil(steps * (1 / share - 1)))
+    if every > wanted:
+        tell(f"A validation takes about as long as {steps:.1f} steps, so one comes every {every} steps, not {wanted}.")
     return every
 
 
 def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell: Callable[[str], None]) -> torch.dtype:
-    """Return the number format of matrix products, which is shown with the device."""
+    """Return the number format of matrix multiplications, and show it with the device's name."""
     dtype = resolve_dtype(resolved.get("precision", precision) if precision == "auto" else precision, device)
     tell(f"On {device_name(device)}, matrix products in {str(dtype).removeprefix('torch.')}.")
     return dtype
 
 
 def _as_resolved(saved: checkpoint.SavedState, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Return the automatic settings of the resumed run; none on another kind of device, for which they are chosen
-    again.
-    """
+    """Return the automatic settings of the resumed run; {} on another kind of device, for which they are chosen
+    again."""
     resolved, now = saved.facts["resolved"], device_name(device)
     before = resolved.get("device", now)
     same = same_kind(before, now)
-    if not same or (device.type == "cpu" and before != now):  # threads decide how sums are split
+    if not same or (device.type == "cpu" and before != now):  # the number of threads affects the order of sums
         sentence = f"The run was on {before} and goes on on {now}"
         tell(f"{sentence}, which rounds otherwise: it may not end with the same bits.")
     return resolved if same else {}
 
 
 def _check_growth(settings: Settings, data: Data) -> None:
-    """Raise a `UserError` if the settings have batch-size warm-up and the data do not."""
+    """Raise UserError if the settings have batch-size warm-up and the data do not."""
     growth = settings.growth
     if len(growth.rows) > 1 and (rows := rows_of(data.batch(0))) != growth.at(0):
         raise UserError(f"Batches have {rows} rows here, not {growth.at(0)}: leave out batch_stages and batch_ramp.")
 
 
 def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.SavedState:
-    """Return the newest whole state, on each process the one of the first process."""
+    """Return the newest undamaged state: on each rank the one that rank 0 has chosen."""
     saved, complaints = checkpoint.latest(run.directory)
     for text in complaints:
         tell(text)
@@ -138,8 +137,8 @@ def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.SavedState:
 
 
 def _length(saved: checkpoint.SavedState, settings: Settings, directory: Path) -> Length:
-    """Return the length of a resumed run. It changes where the settings have other steps than the run started with, or
-    where its recipe.json asks for others."""
+    """Return the length of a resumed run. It is a new one if the settings have other steps than the run started with,
+    or if its recipe.json requests others. Raises UserError for an extension that would learn next to nothing."""
     length = length_of(saved.facts)
     asked = run_directory.recorded(directory).get("steps") or length.scheduled
     steps = asked if settings.steps == length.begun else settings.steps
@@ -155,10 +154,10 @@ def _length(saved: checkpoint.SavedState, settings: Settings, directory: Path) -
     return changed
 
 
-def _tell_changes(
+def _report_changes(
     saved: checkpoint.SavedState, length: Length, settings: Settings, now: dict[str, Any], tell: Callable[[str], None]
 ) -> None:
-    """Check that the run may be resumed with these settings, and show what has changed."""
+    """Check that the run can be resumed with these settings, and show the changes."""
     before = length_of(saved.facts).scheduled
     changes = compare({"steps": before}, {"steps": length.scheduled})
     changes += check_resumed(saved.facts["described"], now)
@@ -173,8 +172,8 @@ def steps_within(
     """Return the number of steps that fit into a training time, from the duration of a step that `cost.estimate`
     measures.
 
-    Validation, samples and checkpoints are not included. The measurement takes a few passes over some rows, however
-    many minutes there are, and does not change the model.
+    Validation, samples and checkpoints are not included. The measurement takes a few passes over some rows and does not
+    change the model.
     """
     settings, device = as_chosen(settings), next(model.parameters()).device
     trainer = Trainer(model, objective, replace(settings, compile=False))

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has two of them
+# Windows has only two of them
+SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped on request and its state is saved; the message names the command to resume it, `number` is the
-    signal's."""
+    """Exception: a run was stopped on request and its state is saved. The message gives the command to resume it.
+    number: of the signal."""
 
     def __init__(self, text: str, number: int = signal.SIGINT):
         super().__init__(text)
@@ -19,10 +20,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """A context in which the first Ctrl-C (SIGTERM, SIGHUP) sets `wanted`, and the second one stops at once, as usual.
+    """Context manager in which the first Ctrl-C (SIGTERM, SIGHUP) sets `wanted`, and the second one stops at once, as
+    usual.
 
-    SIGHUP stays ignored where it was, as under nohup. Outside the main thread, where Python allows no signal handlers,
-    it does nothing. `notify` shows a message.
+    SIGHUP stays ignored if it was ignored, as under nohup. Outside the main thread, where Python allows no signal
+    handlers, this does nothing. notify: shows a message.
     """
 
     def __init__(self, notify: Callable[[str], None]):

@@ -1,4 +1,4 @@
-"""The state of a training run: the content of a state file, from which a run resumes with the same bits."""
+"""The state of a training run: the content of a checkpoint, from which a run resumes with the same bits."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +16,12 @@ from keifu.training.pace import Clock
 from keifu.training.protocols import LossOutput, OnPolicy
 from keifu.training.run import checkpoint
 
-OTHERS = ("data.", "sums.")  # tensors of a state that are neither the model's nor the optimizers'
+OTHERS = ("data.", "sums.")  # prefixes of tensors that belong neither to the model nor to the optimizers
 
 
 class Sums(dict[str, Tensor]):
-    """Running sums by their names in a state: `total`, of the loss, `weight`, the number of elements, and
-    `figures.NAME`. They stay on the device until they are read; empty ones are sums of nothing."""
+    """Running sums by their names in a checkpoint: `total` (the loss), `weight` (the number of elements), and
+    `figures.NAME`. They stay on the device until they are read. Empty sums count as 0."""
 
     @classmethod
     def of(cls, outcome: LossOutput) -> "Sums":
@@ -29,7 +29,7 @@ class Sums(dict[str, Tensor]):
         if isinstance(outcome.weight, Tensor):
             weight = outcome.weight.to(outcome.total.device, torch.float32)
         else:
-            weight = outcome.total.new_full((), outcome.weight, dtype=torch.float32)  # no copy from the host
+            weight = outcome.total.new_full((), outcome.weight, dtype=torch.float32)  # avoids a copy from the host
         figures = {f"figures.{name}": torch.as_tensor(value) for name, value in outcome.figures.items()}
         sums = {"total": outcome.total, "weight": weight, **figures}
         return cls({name: value.detach() for name, value in sums.items()})
@@ -38,23 +38,23 @@ class Sums(dict[str, Tensor]):
         return Sums({name: value + other[name] for name, value in self.items()}) if self else other
 
     def zeros(self) -> "Sums":
-        """Return sums of the same names that add nothing."""
+        """Return sums with the same names, all 0."""
         return Sums({name: value * 0 for name, value in self.items()})
 
     def means(self) -> dict[str, float]:
-        """Return the mean loss and figures per element; wait for the device."""
+        """Return the mean loss and figures per element. This waits for the device."""
         weight = float(self["weight"]) or 1.0
-        names = sorted(self.keys() - {"total", "weight"})  # in the order in which a state gives them back
+        names = sorted(self.keys() - {"total", "weight"})  # the order in which a checkpoint returns them
         means = {name.removeprefix("figures."): float(self[name]) / weight for name in names}
         return {"loss": float(self["total"]) / weight, **means}
 
 
 @dataclass
 class TrainState:
-    """State of a run: the weights, and all that changes from step to step. It alone has the number of steps.
+    """State of a run: the weights, and everything else that changes from step to step.
 
-    length: the steps that the run makes. on_policy: data that keep a state. described: the settings, options and data
-    that decide the result. step: steps done. sums: since the last line of metrics.
+    length: the number of steps of the run. on_policy: data with a state. described: the settings, options and data that
+    determine the result. step: number of steps done. sums: since the last line of metrics.
     """
 
     model: nn.Module
@@ -75,11 +75,12 @@ class TrainState:
             **checkpoint.model_tensors(self.model),
             **{f"optimisers.{name}": tensor for name, tensor in self.optimizers.state().items()},
             **{f"data.{name}": tensor for name, tensor in (self.on_policy.state() if self.on_policy else {}).items()},
-            **{f"sums.{name}": tensor.clone() for name, tensor in self.sums.items()},  # a figure may be the total
+            # a copy: a figure may be the same tensor as the total
+            **{f"sums.{name}": tensor.clone() for name, tensor in self.sums.items()},
         }
 
     def facts(self) -> dict[str, Any]:
-        """Return everything else, as JSON."""
+        """Return everything that is not a tensor, as JSON."""
         return {
             "described": self.described,
             **self.clock.facts(),
@@ -100,7 +101,7 @@ class TrainState:
 
     @torch.no_grad()
     def rewind(self, saved: checkpoint.SavedState) -> None:
-        """Go back to an earlier state of this run, after which other batches follow; its time goes on."""
+        """Go back to an earlier state of this run and continue with other batches. The clock is not reset."""
         self.spikes = self.spikes.after(saved.step, SpikeState(self.spikes.rules, **saved.facts["spikes"]))
         self.optimizers.drop_gradients()
         self.optimizers.forget()

@@ -1,6 +1,6 @@
-"""The trainer: the gradient of a batch in micro-batches, the update of the weights by it, and the validation loss.
+"""The trainer: computes the gradient of a batch in micro-batches, the update of the weights, and the validation loss.
 
-It knows neither files nor time (see `loop`). All randomness of a step is a function of the seed, the step and the row.
+It uses neither files nor time (see `loop`). All random numbers of a step depend only on the seed, the step and the row.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,17 +29,17 @@ from keifu.training.state import Sums, TrainState
 
 
 class Gradient(NamedTuple):
-    """The result of a batch: its sums, and the norm of its mean gradient before clipping."""
+    """Result of a batch: its sums, and the norm of its mean gradient before clipping."""
 
     sums: Sums
     norm: Tensor
 
 
 class ObjectiveModule(nn.Module):
-    """A model as the one module whose forward pass computes whatever an objective needs of it.
+    """A module whose forward pass calls any function of the model.
 
-    FSDP and activation checkpointing act in a module's forward pass, and objectives call more than that of the model
-    (`hidden`, `encode_image`, `head_weight`): through this module they do so inside one.
+    FSDP and activation checkpointing act in a module's forward pass, but objectives call more methods of the model than
+    this one (`hidden`, `encode_image`, `head_weight`). Through this module all of them run inside one forward pass.
     """
 
     def __init__(self, model: nn.Module):
@@ -47,18 +47,18 @@ class ObjectiveModule(nn.Module):
         self.model = model
 
     def forward(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """Return the result of the function for the model and the inputs."""
+        """Return `function(model, *inputs)`."""
         return function(self.model, *inputs)
 
 
 class Trainer:
-    """Trainer of a model by the gradient of its mean loss over each batch, however that is split.
+    """Trainer of a model by the gradient of its mean loss over each batch, independently of how batches are split.
 
-    length, data: of a run that is resumed or whose data depend on the weights. dtype: of matrix multiplications; None:
-    from the settings. processes: which rows of each batch this process computes; None: the current ones.
+    length: of a resumed run. data: used if they depend on the weights (`OnPolicy`). dtype: of matrix multiplications;
+    None: from the settings. processes: choose the rows of this process; None: the current ones.
 
-    micro_batch: rows that are computed at a time, for rows of `row_elements` elements. Of shorter rows, more are
-    computed at a time, with about the same number of elements. row_elements None: always `micro_batch` rows.
+    micro_batch: rows computed at a time, if a row has `row_elements` elements. If rows are shorter, more rows with
+    about the same number of elements. row_elements None: always `micro_batch` rows.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class Trainer:
     def gradient(self, step: int, batch: Batch, stop: Callable[[], bool] = lambda: False) -> Gradient | None:
         """Compute the clipped gradient of a batch into the parameters' `grad`.
 
-        Return None if `stop()` is true between two micro-batches. A batch without rows, or with fewer rows than there
-        are processes, is a `UserError`. Dropout is a function of the seed, the step and the row. torch's global
-        generator is seeded for each micro-batch, for modules that are not keifu's.
+        Return None if `stop()` is true between two micro-batches. Raises UserError for a batch with fewer rows than
+        ranks, or with none. Dropout depends on the seed, the step and the row. torch's global generator is seeded for
+        each micro-batch, for modules that are not keifu's.
         """
         self.check_rows(step, batch)
         parts = self._micro_batches(batch)
@@ -109,19 +109,19 @@ class Trainer:
         return Gradient(sums, self._average(sums["weight"]))
 
     def check_rows(self, step: int, batch: Batch) -> None:
-        """Raise a `UserError` if a batch has no rows, or fewer than there are processes."""
+        """Raise UserError if a batch has no rows, or fewer rows than ranks."""
         rows, world = rows_of(batch), self.processes.data_size
         if rows < world:
-            said = f"{rows:,} rows for {world} processes" if rows else "no rows"
-            raise UserError(f"The batch of step {step} has {said}; look at the data.")
+            count = f"{rows:,} rows for {world} processes" if rows else "no rows"
+            raise UserError(f"The batch of step {step} has {count}; look at the data.")
 
     def drop_gradients(self) -> None:
-        """Free the gradients of a step that is given up."""
+        """Free the gradients of a step that is not applied."""
         self.optimizers.drop_gradients()
         self.processes.discard_gradients(self.module)
 
     def update(self, gradient: Gradient) -> None:
-        """Update the weights by their gradients, and count the step."""
+        """Update the weights with their gradients, and count the step."""
         state = self.state
         self.optimizers.step(state.step, state.length)
         end_step(self.model, self.processes.sum_counts)
@@ -131,22 +131,22 @@ class Trainer:
 
     @torch.no_grad()
     def validation(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the mean loss and figures over all elements of the batches, in evaluation mode; empty without any."""
+        """Return the mean loss and figures over all elements of the batches, in evaluation mode; {} without batches."""
         self.model.eval()
         sums = Sums()
         for batch in filter(rows_of, batches):
-            # a smaller batch is whole on all processes, and the first one counts it
+            # a batch with fewer rows than ranks is computed by all, and counted by the first
             shared = rows_of(batch) >= self.processes.data_size
             parts = self._micro_batches(on_device(batch, self.device))
             for outcome in self._losses(parts, self.processes if shared else Processes()):
                 new = Sums.of(outcome)
                 sums += new if shared or not self.processes.data_rank else new.zeros()
         self.model.train()
-        self.drop_gradients()  # there are none, but FSDP would keep weights that it gathered for no backward pass
+        self.drop_gradients()  # there are none, but FSDP keeps weights that it gathered until a backward pass
         return Sums(self.processes.sum(sums)).means() if sums else {}
 
     def explain(self, step: int, batch: Batch) -> str:
-        """Return a sentence that names the layer with the first number that is not finite; compute the step again."""
+        """Compute the step again, and return a phrase that names the first layer with a number that is not finite."""
         self.optimizers.drop_gradients()
         reason = failures.NOT_AGAIN
         for part in self._micro_batches(batch):
@@ -159,14 +159,14 @@ class Trainer:
         return reason
 
     def forward(self, batch: Batch) -> LossOutput:
-        """Return the objective of rows that are computed at once, not compiled."""
+        """Return the objective of one micro-batch, not compiled."""
         return self._call(self.plain, batch)
 
     def halve(self, batch: Batch) -> bool:
-        """Halve the micro-batch for such a batch from now on.
+        """Halve the micro-batch for batches with rows of this length, from now on.
 
-        Return False if the micro-batch is one row already, or if processes exchange tensors in a pass: all of them
-        need the same number of passes.
+        Return False if it is already one row, or if ranks exchange tensors during a pass: they need the same number of
+        passes.
         """
         rows = min(self._rows(batch), rows_of(batch))
         whole_batch = self.processes.data_size > 1 and isinstance(self.objective, WholeBatchObjective)
@@ -185,9 +185,9 @@ class Trainer:
     def _losses(
         self, parts: list[MicroBatch], processes: Processes, step: int | None = None
     ) -> Iterator[LossOutput]:  # fmt: skip
-        """Return the outputs of micro-batches, which add up to the whole batch over the processes.
+        """Yield the outputs of micro-batches, which add up to the whole batch over the ranks.
 
-        `step` is None in evaluation. The dropout keys stay until the next micro-batch, since activation checkpointing
+        step: None in evaluation. The dropout keys stay set until the next micro-batch, since activation checkpointing
         computes layers again in the backward pass.
         """
 
@@ -215,23 +215,22 @@ class Trainer:
     def _begin(self, step: int, part: MicroBatch) -> None:
         """Set all random state for a pass over a micro-batch."""
         seed = (self.settings.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part.first) % 2**63
-        (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)  # torch's takes 1 ms more
+        # torch.manual_seed takes 1 ms longer
+        (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
         self.dropout.set(step, part.first, part.rows)
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
         return self.processes.micro_batches(batch, self._rows(batch))
 
     def _rows(self, batch: Batch) -> int:
-        """Return the number of rows of such a batch that are computed at a time."""
+        """Return the number of rows to compute at a time, for rows of this batch's length."""
         if self.row_elements is None:
             return self.micro_batch
         return max(1, self.micro_batch * self.row_elements // max(1, row_elements(batch)))
 
     def _average(self, weight: Tensor) -> Tensor:
-        """Divide the gradient of the sum by the number of elements and clip it, in one pass.
-
-        Return the norm before clipping.
-        """
+        """Divide the gradients by the number of elements and clip them, in one pass. Return the norm before
+        clipping."""
         weight = torch.where(weight > 0, weight, 1.0) * self.state.scale.factor
         if self.processes.data_size > 1 or not self.processes.is_replicated:
             gradients, total = self.processes.sum_gradients(self.optimizers.parameters)
@@ -240,13 +239,13 @@ class Trainer:
             total = torch.nn.utils.get_total_norm(gradients)
         norm = total / weight
         share = (self.settings.clip / (norm + 1e-6)).clamp(max=1.0) if self.settings.clip else 1.0
-        where = gradients[0].device  # the host, where weights are offloaded
-        torch._foreach_mul_(gradients, (share / weight).to(where))  # pyright: ignore[reportPrivateImportUsage]
+        device = gradients[0].device  # the host, if weights are offloaded
+        torch._foreach_mul_(gradients, (share / weight).to(device))  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
 
 def compile_objective(objective: Objective, device: torch.device) -> Objective:
-    """Return the objective and the model's forward pass in it through torch.compile."""
+    """Return an objective that runs through torch.compile, together with the model's forward pass."""
     require_compiler(device)
     if isinstance(objective, WholeBatchObjective):
         return replace(objective, rows=torch.compile(objective.rows))

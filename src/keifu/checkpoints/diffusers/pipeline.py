@@ -1,7 +1,7 @@
-"""diffusers' directory layout: a model in its own folder, and a pipeline with a folder for each component.
+"""diffusers' directory layout: a model in its folder, or a pipeline with a folder for each component.
 
-A model's config.json gives its class, a pipeline's model_index.json the classes of its components. A scheduler is not a
-model: its file is read into the config of the network that it belongs to.
+A model's config.json names its class; a pipeline's model_index.json names the classes of its components. A scheduler is
+not a model: its file becomes part of the config of its network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,18 +19,18 @@ from keifu.untrusted import read_json_object
 
 PIPELINE, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model.safetensors"
 SCHEDULER, TOKENIZER, PIXELS = "scheduler", "tokenizer", "feature_extractor"
-# part -> the file that says what it is, where that is not config.json
+# part → its description file, if that is not config.json
 FILES = {TOKENIZER: "tokenizer_config.json", PIXELS: "preprocessor_config.json"} | dict.fromkeys(
     (SCHEDULER, "prior_scheduler", "decoder_scheduler", "super_res_scheduler"), "scheduler_config.json"
 )
 
 
 class PipelineFiles(NamedTuple):
-    """A pipeline of several models: the kind of each part that has weights, the other files that count, and what
-    of both may be missing."""
+    """Files of a pipeline of several models: the model type of each part with weights, other parts (`others`), and the
+    parts that may be missing."""
 
     models: Mapping[str, str]
-    beside: tuple[str, ...]
+    others: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
 
@@ -55,9 +55,10 @@ KINDS |= {name: UNCLIP for name in (UNCLIP, "UnCLIPImageVariationPipeline")}
 KINDS |= {DIT: DIT}
 PIPELINES = {LATENT: _LATENT, UNCLIP: _UNCLIP, DIT: _DIT}
 OF_TRANSFORMERS = ("text_encoder", "image_encoder")
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a latent diffusion that do not draw
-LIBRARIES = {"text_proj": "unclip"}  # where diffusers looked for its class while it kept this pipeline (to 0.33)
-VERSION = "0.30.0"  # of diffusers, whose layout this is
+# parts of a latent diffusion model that do not draw
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+LIBRARIES = {"text_proj": "unclip"}  # the library that diffusers (to 0.33) names for this class
+VERSION = "0.30.0"  # version of diffusers with this layout
 
 
 def is_diffusers(path: Path) -> bool:
@@ -68,15 +69,15 @@ def is_diffusers(path: Path) -> bool:
 
 
 def open_diffusers(path: Path) -> Source:
-    """Return the model in a folder: a pipeline of a network and its scheduler, one of several models, or a network
+    """Open the model in a folder: a pipeline of a network and its scheduler, a pipeline of several models, or a network
     alone.
 
-    A pipeline that lacks a part, and a pipeline or model that keifu has none of, is a `UserError` that names it.
+    Raises UserError if a pipeline lacks a part, or if keifu does not support the pipeline or model.
     """
     if not (path / PIPELINE).exists():
         alone = "There is no scheduler next to this network: DDPM's noise is assumed."
         if _model_type(read_json_object(path / CONFIG)) == TRANSFORMER:
-            return _component_prefixes(path, DIT, {"transformer": path / CONFIG}, {}, (alone,))
+            return _pipeline(path, DIT, {"transformer": path / CONFIG}, {}, (alone,))
         return _network(path, path, {}, (alone,))
     index = read_json_object(path / PIPELINE)
     class_name = str(index.get("_class_name"))
@@ -85,17 +86,17 @@ def open_diffusers(path: Path) -> Source:
         files = _files(path, class_name, ("unet", SCHEDULER))
         return _network(path, path / "unet", {SCHEDULER: read_json_object(files[SCHEDULER])}, ())
     pipeline = PIPELINES[KINDS[class_name]]
-    wanted = (*pipeline.models, *pipeline.beside)
+    wanted = (*pipeline.models, *pipeline.others)
     there = [part for part in wanted if part not in pipeline.optional or any(index.get(part) or ())]
     files = _files(path, class_name, there if KINDS[class_name] == DIT else (*there, TOKENIZER))
     left_out = [part for part in LEFT_OUT if any(index.get(part) or ()) and part not in wanted]
     notes = (f"Left out, since they do not draw: {', '.join(left_out)}.",) if left_out else ()
     labels = {LABELS: index[LABELS]} if LABELS in index else {}
-    return _component_prefixes(path, KINDS[class_name], {part: files[part] for part in there}, labels, notes)
+    return _pipeline(path, KINDS[class_name], {part: files[part] for part in there}, labels, notes)
 
 
 def _files(path: Path, class_name: str, parts: Sequence[str]) -> dict[str, Path]:
-    """Return the file of each part that says what it is; a missing one is a `UserError` that names it."""
+    """Return the description file of each part. Raises UserError that names the missing ones."""
     files = {part: path / part / FILES.get(part, CONFIG) for part in parts}
     missing = [f"{part} ({file.relative_to(path)})" for part, file in files.items() if not file.exists()]
     if missing:
@@ -104,14 +105,14 @@ def _files(path: Path, class_name: str, parts: Sequence[str]) -> dict[str, Path]
 
 
 def _network(path: Path, folder: Path, extra: Mapping[str, Any], notes: tuple[str, ...]) -> Source:
-    """Open a network in its folder; `extra`: settings of its config from the files of other parts."""
+    """Open a network in its folder. extra: settings of its config from the files of other parts."""
     json = read_json_object(folder / CONFIG)
     model_type = _model_type(json)
     if model_type not in FAMILIES or not _is_network(model_type):
         known = [name for name in FAMILIES if _is_network(name) and name != SIMPLE]
         raise unknown("model of diffusers", model_type, known)
     family, config = read_config({**json, **extra, "model_type": model_type}, str(folder / CONFIG))
-    notes = notes if "/" in family.files[0] else ()  # of what lies in a folder of a pipeline
+    notes = notes if "/" in family.files[0] else ()  # the notes are about a network outside a pipeline
     return source_of(path, "diffusers", family, config, dict.fromkeys(weight_files(folder, WEIGHTS), ""), notes)
 
 
@@ -120,20 +121,21 @@ def _is_network(model_type: str) -> bool:
 
 
 def _model_type(json: Mapping[str, Any]) -> str:
-    """Return the kind of a model: its class, of which one is two networks with different blocks."""
+    """Return the type of a model: its class name. UNet2DConditionModel is two networks with different blocks, with two
+    names."""
     model_type = str(json.get("_class_name", json.get("model_type")))
     blocks = [str(json.get("mid_block_type")), *(json.get("down_block_types") or ())]
     simple = model_type == "UNet2DConditionModel" and any("Simple" in name for name in blocks)
     if model_type == "Transformer2DModel" and json.get("norm_type") == "ada_norm_zero" and json.get("patch_size"):
-        return TRANSFORMER  # as DiT's files were first published
+        return TRANSFORMER  # the name in DiT's first published files
     return SIMPLE if simple and not any("CrossAttn" in name and "Simple" not in name for name in blocks) else model_type
 
 
-def _component_prefixes(
+def _pipeline(
     path: Path, model_type: str, files: Mapping[str, Path], extra: Mapping[str, Any], notes: tuple[str, ...]
 ) -> Source:
-    """Return a pipeline of several models: their tensors, each under the name of its part. `extra`: settings of the
-    pipeline itself."""
+    """Open a pipeline of several models: their tensors, each with the name of its part as prefix. extra: settings of
+    the pipeline itself."""
     whole, models = dict[str, Any]({"model_type": model_type, **extra}), PIPELINES[model_type].models
     for part, file in files.items():
         whole[part] = read_json_object(file)
@@ -152,7 +154,7 @@ def _component_prefixes(
 
 
 def tower_names(family: Family, stored: Mapping[str, Any]) -> dict[str, str]:
-    """Return the family's names, and those of CLIP's towers without their prefix where the file has them so."""
+    """Return the family's weight names, adjusted to files in which the tensors of CLIP's towers lack a prefix."""
     table = dict(family.names or {})
     for part, prefix in (("text_encoder.", "text_model."), ("image_encoder.", "vision_model.")):
         if not any(name.startswith(part + prefix) for name in stored):
@@ -166,7 +168,7 @@ def diffusers_files(family: Family) -> bool:
 
 
 def weight_places(family: Family, links: Sequence[Link]) -> dict[str, list[Link]]:
-    """Return the file of each group of tensors, and the tensors by their names there."""
+    """Return the links of tensors for each file, with the tensors' names in that file."""
     if family.model_type not in PIPELINES:
         return {family.files[1]: [*links]}
     links_of: dict[str, list[Link]] = {}
@@ -179,7 +181,7 @@ def weight_places(family: Family, links: Sequence[Link]) -> dict[str, list[Link]
 
 
 def json_files(config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
-    """Return every JSON file of a network or a pipeline by its path; `dtype` is that of transformers' models."""
+    """Return every JSON file of a network or a pipeline by its path. dtype: of transformers' models."""
     model_type = config["model_type"]
     if model_type in PIPELINES:
         return _of_pipeline(model_type, config, dtype)
@@ -193,14 +195,14 @@ def json_files(config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any
 
 
 def _of_pipeline(model_type: str, config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
-    """Return the files of a pipeline of several models; a part that is None stands in the index alone."""
+    """Return the JSON files of a pipeline of several models. A part that is None appears only in the index."""
     files, index = dict[str, Any](), dict[str, Any]({"_class_name": model_type})
     for part in PIPELINES[model_type].models:
         if file := config[part]:
-            files[f"{part}/{CONFIG}"] = made = _describe(file, dtype)
+            files[f"{part}/{CONFIG}"] = content = _describe(file, dtype)
             library = "transformers" if part in OF_TRANSFORMERS else LIBRARIES.get(part, "diffusers")
-            index[part] = [library, (made.get("architectures") or [made.get("_class_name")])[0]]
-    for part in PIPELINES[model_type].beside:
+            index[part] = [library, (content.get("architectures") or [content.get("_class_name")])[0]]
+    for part in PIPELINES[model_type].others:
         if file := config[part]:
             files[f"{part}/{FILES[part]}"] = file if part == PIXELS else _with_version(file)
             known = ["transformers", file["image_processor_type"]] if part == PIXELS else None

@@ -1,8 +1,8 @@
 """Single-file checkpoints of Stable Diffusion 1 (CompVis's tensor names, .safetensors), read as a diffusers pipeline.
 
-The tensors get diffusers' names, and the Config is inferred from their shapes, for the file holds nothing else. What
-shapes do not show is the same in every Stable Diffusion 1: 8 heads in the U-Net, a head dimension of 64 in the text
-encoder, and the autoencoder's scale.
+The tensors get diffusers' names, and the Config is inferred from their shapes, since the file has no config. Values
+that shapes do not show are the same in every Stable Diffusion 1: 8 heads in the U-Net, a head dimension of 64 in the
+text encoder, and the autoencoder's scale.
 """
 
 import re
@@ -26,7 +26,7 @@ from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diff
 Shapes = Mapping[str, tuple[int, ...]]
 UNET, CODER, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 PARTS = {"U-Net": UNET, "autoencoder": CODER, "text encoder": TEXT}
-OTHERS = {  # how the tensors of what is not Stable Diffusion 1 begin
+OTHERS = {  # prefixes of tensors in files of other models
     "conditioner.": "a Stable Diffusion XL",
     "cond_stage_model.model.": "a Stable Diffusion 2, whose pipeline folder keifu reads",
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3",
@@ -36,9 +36,9 @@ OTHERS = {  # how the tensors of what is not Stable Diffusion 1 begin
     "unet.": "a LoRA, or part of a pipeline: give it with --lora, or the pipeline's folder",
     "down_blocks.": "a part of a diffusers pipeline: give the pipeline's folder",
 }
-LEFT_OUT = ("model_ema.", "first_stage_model.loss.")  # a copy that training kept, and what it was judged by
-COUNTS = 8, 64  # the U-Net's heads, and the numbers in a head of the text's encoder
-UNET_NAMES = {  # parts of a name, in full, and what diffusers calls them
+LEFT_OUT = ("model_ema.", "first_stage_model.loss.")  # the moving average of the training, and the loss's network
+COUNTS = 8, 64  # number of heads of the U-Net; head dimension of the text encoder
+UNET_NAMES = {  # a part of a name between dots → diffusers' name
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
@@ -54,7 +54,7 @@ UNET_NAMES = {  # parts of a name, in full, and what diffusers calls them
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-CODER_NAMES = {  # patterns in the names of either side of the autoencoder
+CODER_NAMES = {  # regular expressions for names of the encoder and the decoder
     r"mid\.block_1\.": "mid_block.resnets.0.",
     r"mid\.block_2\.": "mid_block.resnets.1.",
     r"mid\.attn_1\.norm": "mid_block.attentions.0.group_norm",
@@ -69,9 +69,9 @@ CODER_NAMES = {  # patterns in the names of either side of the autoencoder
 
 
 def open_single_file(path: Path) -> Source:
-    """Return the model in a file of Stable Diffusion 1, its weights memory-mapped and not yet read.
+    """Open a file of Stable Diffusion 1. Its weights are memory-mapped and not yet read.
 
-    A file of another kind, or one that lacks a part, is a `UserError` that says which.
+    Raises UserError that says which, for a file of another kind or one that lacks a part.
     """
     if path.suffix == ".ckpt":
         raise UserError(
@@ -114,7 +114,7 @@ def _check(path: Path, names: Sequence[str]) -> None:
 
 
 def config_of(shapes: Shapes, extra: Mapping[str, Tensor]) -> latent_diffusion.Config:
-    """Return the Config by the tensors' shapes. `extra`: the file's betas and scale_factor, if it has them."""
+    """Infer the Config from the tensors' shapes. extra: the file's betas and scale_factor, if it has them."""
     noise = latent_diffusion.NOISE
     if "betas" in extra and not torch.allclose(extra["betas"].float(), noise.beta, rtol=1e-4, atol=0):
         noise = replace(noise, betas=tuple(extra["betas"].tolist()), steps=len(extra["betas"]))
@@ -142,7 +142,7 @@ def _text(shapes: Shapes) -> clip_text.Config:
 def _unet(shapes: Shapes) -> conditioned_unet.Config:
     inner = {name.removeprefix(UNET): shape for name, shape in shapes.items() if name.startswith(UNET)}
     changes = [int(match[1]) for name in inner if (match := re.match(r"input_blocks\.(\d+)\.0\.op\.", name))]
-    blocks = min(changes) - 1  # of each level: what stands before the first change of resolution
+    blocks = min(changes) - 1  # per level: the blocks before the first change of resolution
     ends = range(0, _count(inner, r"input_blocks\.(\d+)\."), blocks + 1)
     widths = tuple(inner[f"input_blocks.{end + 1}.0.in_layers.2.weight"][0] for end in ends)
     levels = range(len(widths))
@@ -180,7 +180,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 
 def rename_weights(name: str, config: latent_diffusion.Config) -> str:
-    """Return diffusers' name of one tensor, after the part of the pipeline that it belongs to."""
+    """Return diffusers' name of one tensor, with the prefix of its part of the pipeline."""
     if name.startswith(TEXT):
         return f"text_encoder.{name.removeprefix(TEXT)}"
     if name.startswith(CODER):
@@ -211,15 +211,14 @@ def _autoencoder_name(name: str, levels: int) -> str:
 
 
 def _flat(name: str, stored: StoredTensor) -> StoredTensor:
-    """Reshape the matrices of the autoencoder's attention, which are 1×1 convolutions here, as matrices."""
+    """Return the shape of an attention weight of the autoencoder as a matrix; here it is a 1×1 convolution."""
     is_attention = name.startswith("vae.") and ".attentions." in name
     return stored._replace(shape=stored.shape[:2]) if is_attention and len(stored.shape) == 4 else stored
 
 
 def _read_tokenizer(path: Path, config: latent_diffusion.Config) -> Any:
-    """Return the tokenizer in the file's folder, or CLIP's from the catalogue if there is none.
-
-    The file itself has no tokenizer; every Stable Diffusion 1 uses CLIP's."""
+    """Return the tokenizer in the file's folder, or CLIP's from the catalogue if there is none: every Stable Diffusion
+    1 uses CLIP's."""
     from keifu.data.catalogue.catalogue import fetch
     from keifu.data.tokenizers.formats import READERS
     from keifu.data.tokenizers.load import load_tokenizer

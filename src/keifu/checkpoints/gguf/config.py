@@ -1,10 +1,10 @@
-"""Conversion between GGUF metadata and model Configs, rotary scaling included.
+"""Conversion between GGUF metadata and model Configs, including rotary scaling.
 
-An architecture is GGUF's name for the code that runs the model in llama.cpp. What that code fixes (an activation, for
-example) is no field of the file: it is listed here, and a Config that differs cannot be written.
+GGUF's "architecture" names the code in llama.cpp that runs a model. Properties that are fixed in this code (an
+activation, for example) are not in the file: they are listed here, and a Config with other values cannot be written.
 
-Of the rotary scalings, linear and yarn are metadata. llama3 is a tensor of divisors, one for each pair, whose formula
-must be inferred: only a formula that gives the same divisors is accepted. dynamic has no form in GGUF.
+Rotary scaling: linear and yarn are metadata. llama3 is a tensor of divisors, one for each pair, and its formula has to
+be inferred: a formula is accepted only if it gives the same divisors. GGUF cannot represent dynamic scaling.
 
 Axes: pairs = half of a rotary head.
 """
@@ -29,11 +29,12 @@ Divisors = Float[Tensor, " pairs"]
 
 
 def read_scaling(
-    own: Mapping[str, Any], theta: float, context: int, freqs: Divisors | None, where: str
+    metadata: Mapping[str, Any], theta: float, context: int, freqs: Divisors | None, where: str
 ) -> RopeScaling | None:
-    """Return the scaling that these metadata (without the architecture's name) and divisors mean."""
-    factor = float(own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0)) or 1.0)
-    scaling = own.get("rope.scaling.type", "linear")  # llama.cpp's own default, which a factor of 1 makes nothing of
+    """Return the rotary scaling of a file. metadata: its fields without the architecture's prefix. freqs: the tensor of
+    divisors, if the file has one. where: the file, for errors."""
+    factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0)) or 1.0)
+    scaling = metadata.get("rope.scaling.type", "linear")  # llama.cpp's default; a factor of 1 has no effect
     if scaling not in ("none", "linear", "yarn"):
         raise UserError(f"{where} has rope.scaling.type {scaling!r}, not linear or yarn, which keifu implements.")
     if freqs is not None:
@@ -42,34 +43,35 @@ def read_scaling(
         return _llama3(freqs, theta, context, where)
     if scaling == "none" or factor == 1.0:
         return None
-    original = int(own.get("rope.scaling.original_context_length", context))
+    original = int(metadata.get("rope.scaling.original_context_length", context))
     if scaling == "linear":
         return RopeScaling("linear", factor, context)
-    size = float(own.get("rope.scaling.attn_factor", 1.0))
+    size = float(metadata.get("rope.scaling.attn_factor", 1.0))
     attention_factor = None if size == 1.0 else size * (1 + 0.1 * math.log(factor))
-    fast, slow = (float(own.get(f"rope.scaling.yarn_{key}", usual)) for key, usual in YARN.items())
+    fast, slow = (float(metadata.get(f"rope.scaling.yarn_{key}", usual)) for key, usual in YARN.items())
     return RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow, attention_factor=attention_factor)
 
 
-YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp has these built in for LLaMA and Qwen2
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp's constants for LLaMA and Qwen2
 
 
 def write_scaling(scaling: RopeScaling | None, theta: float, head_dim: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the metadata (without the architecture's name) and the tensors; what GGUF cannot say is a `UserError`."""
+    """Return the metadata, without the architecture's prefix, and the tensors of a scaling. Raises UserError if GGUF
+    cannot represent it."""
     if scaling is None:
         return {}, {}
     if scaling.kind == "llama3":
         return {}, {FREQS: divisors(scaling, theta, head_dim)}
     if scaling.kind not in ("linear", "yarn"):
         raise UserError(f"GGUF has no form for the rotary scaling {scaling.kind!r}; write a directory (hf) instead.")
-    found: dict[str, Any] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
+    fields: dict[str, Any] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
     if scaling.kind == "linear":
-        return found, {}
+        return fields, {}
     if not scaling.truncate or {key: vars(scaling)[key] for key in YARN} != YARN:
         raise UserError(f"llama.cpp has yarn with {YARN} and truncate=True alone; write a directory (hf) instead.")
     size = scaling.magnitude() / (1 + 0.1 * math.log(scaling.factor))
-    found |= {"rope.scaling.original_context_length": scaling.original_context_length}
-    return found | ({} if math.isclose(size, 1.0) else {"rope.scaling.attn_factor": size}), {}
+    fields |= {"rope.scaling.original_context_length": scaling.original_context_length}
+    return fields | ({} if math.isclose(size, 1.0) else {"rope.scaling.attn_factor": size}), {}
 
 
 def divisors(scaling: RopeScaling, theta: float, head_dim: int) -> Divisors:
@@ -88,10 +90,10 @@ def _llama3(freqs: Divisors, theta: float, context: int, where: str) -> RopeScal
 
 
 def _candidates(freqs: Divisors, theta: float, context: int) -> Iterator[RopeScaling]:
-    """Yield the published settings first, then those that the divisors themselves determine.
+    """Yield possible llama3 settings: the published ones first, then those computed from the divisors.
 
-    The share of a frequency f that is kept is a line, (length · f / 2π - low) / (high - low), cut at 0 and 1. A line
-    fixes the three settings but for a common factor: low is taken as 1, as published, if that makes the others round.
+    The kept share of a frequency f is a line, (length · f / 2π - low) / (high - low), limited to 0 and 1. A line
+    determines length, low and high up to a common factor. The first candidate has low = 1, as in published models.
     """
     factor = float(freqs.max())
     make = partial(RopeScaling, "llama3", factor)
@@ -109,7 +111,8 @@ def _candidates(freqs: Divisors, theta: float, context: int) -> Iterator[RopeSca
 
 
 def _line(frequencies: list[float], kept: list[float]) -> tuple[float, float]:
-    """Return slope and offset of a line through all shares between 0 and 1 that is beyond 0 and 1 at the others."""
+    """Return slope and offset of a line that passes through all shares between 0 and 1 and is beyond 0 and 1 at the
+    others."""
     between = [n for n, share in enumerate(kept) if 0 < share < 1]
     last = max(n for n, share in enumerate(kept) if share > 0)
     if len(between) > 1:
@@ -121,7 +124,7 @@ def _line(frequencies: list[float], kept: list[float]) -> tuple[float, float]:
     return slope, kept[last] - slope * frequencies[last]
 
 
-SIZES = {  # GGUF's words, after the architecture's name, and ours
+SIZES = {  # GGUF's field, without the architecture's prefix → the Config's field
     "context_length": "context_length",
     "embedding_length": "dim",
     "feed_forward_length": "hidden_dim",
@@ -136,12 +139,12 @@ REFUSED = (
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """`fields` are GGUF's words and ours beyond `SIZES`; `fixed` is what llama.cpp takes for granted.
+    """An architecture of llama.cpp: how its GGUF fields and tensors correspond to a Config.
 
-    `optional` are switches of the Config, each with a tensor that is there exactly when it is on. `interleaved`: q and
-    k are stored with neighbouring rotary pairs. `windows`: it has sliding windows,
-    which llama.cpp's other programs ignore. `derive`: what it takes for granted that depends on the sizes. `needed`:
-    those of the `fields` that a file must have.
+    fields: GGUF's field → the Config's field, in addition to `SIZES`. fixed: values of the Config that llama.cpp's code
+    requires. optional: boolean field of the Config → a tensor that exists only if it is True. interleaved: the rows of
+    q and k are stored with rotary pairs next to each other. windows: llama.cpp applies sliding windows (otherwise it
+    ignores them). derive: computes required values from the sizes. needed: GGUF fields that a file must have.
     """
 
     model_type: str
@@ -156,12 +159,12 @@ class GgufArchitecture:
 
     @property
     def config(self) -> Any:
-        """The Config of the models that it runs."""
+        """The Config class of this architecture's models."""
         return FAMILIES[self.model_type].module.Config
 
     @property
     def rotary(self) -> bool:
-        """Whether it has rotary positions."""
+        """Whether the architecture has rotary positions."""
         return "rope.freq_base" in self.fields
 
 
@@ -211,19 +214,18 @@ _GEMMA3 = {ours: f"{theirs}+1" for ours, theirs in (_BLOCKS | _QK_NORM).items() 
 
 
 def _gemma3_scale(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scale of attention: llama.cpp knows the 27B model by its 62 layers; in it alone the scale is not that
-    of the heads."""
+    """Return the scale of attention. llama.cpp recognises the 27B model by its 62 layers; only this model has a scale
+    other than head_dim^-0.5."""
     return {"attention_scale": (sizes["dim"] / sizes["n_heads"]) ** -0.5 if sizes["n_layers"] == 62 else None}
 
 
 def _all_keys(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Count the heads of keys: llama.cpp normalises the keys of an OLMoE as it does the queries: there are as many
-    heads of both."""
+    """Require as many heads of keys as of queries: llama.cpp normalises the keys of an OLMoE like the queries."""
     return {} if sizes.get("n_kv_heads") is None else {"n_kv_heads": sizes["n_heads"]}
 
 
 _PLAIN = {"activation": "silu", "first_window_layer": 0, "dropout": 0.0}
-ARCHITECTURES = {  # in the order in which one is sought for a Config
+ARCHITECTURES = {  # `architecture_for` tries them in this order
     "gpt2": GgufArchitecture(
         "gpt2", _BLOCKS | _GPT2, {"attention.layer_norm_epsilon": "norm_eps"},
         {"activation": "gelu_tanh", "bias": True, "dropout": 0.0},
@@ -256,7 +258,7 @@ ARCHITECTURES = {  # in the order in which one is sought for a Config
         derive=_all_keys, needed=(*_COUNTS,),
     ),
 }  # fmt: skip
-WITH_EXPERTS = {  # what a name in the files means where there are experts
+WITH_EXPERTS = {  # architectures of files with experts, by the same names
     "llama": GgufArchitecture(
         "mixtral", _BLOCKS | _LLAMA | _EXPERTS, _ROTARY | _COUNTS, {"activation": "silu", "dropout": 0.0},
         interleaved=True, needed=(*_COUNTS,),
@@ -269,34 +271,36 @@ def read_config(
 ) -> tuple[GgufArchitecture, Any]:
     """Return the architecture and the Config of a file's metadata.
 
-    tensors: names of all tensors, and the shape of each. freqs: the tensor rope_freqs.weight, where there is one.
+    tensors: the shape of each tensor by name. freqs: the tensor rope_freqs.weight, if there is one. where: the file,
+    for errors.
     """
     name = fields.get("general.architecture")
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"{where} has the architecture {name!r}, which keifu does not read. It reads: {known}.")
-    own = {key.removeprefix(f"{name}."): _same_everywhere(key, value, where) for key, value in fields.items()}
-    architecture = (WITH_EXPERTS if own.get("expert_count") and name in WITH_EXPERTS else ARCHITECTURES)[name]
-    refused = [f"{name}.{key}" for key in REFUSED if own.get(key) and key not in architecture.fields]
+    metadata = {key.removeprefix(f"{name}."): _same_everywhere(key, value, where) for key, value in fields.items()}
+    architecture = (WITH_EXPERTS if metadata.get("expert_count") and name in WITH_EXPERTS else ARCHITECTURES)[name]
+    refused = [f"{name}.{key}" for key in REFUSED if metadata.get(key) and key not in architecture.fields]
     if refused:
         raise UserError(f"{where} sets {', '.join(refused)}, which keifu does not implement.")
-    missing = [f"{name}.{key}" for key in (*SIZES, *architecture.needed) if key not in own]
+    missing = [f"{name}.{key}" for key in (*SIZES, *architecture.needed) if key not in metadata]
     if missing or "token_embd.weight" not in tensors:
         lacking = missing or ["the tensor token_embd.weight"]
         raise UserError(f"{where} lacks {', '.join(lacking)}, so the model's size is not known.")
-    values = {ours: own[key] for key, ours in (SIZES | architecture.fields).items() if key in own}
+    values = {ours: metadata[key] for key, ours in (SIZES | architecture.fields).items() if key in metadata}
     values |= dict(architecture.fixed) | {switch: tensor in tensors for switch, tensor in architecture.optional.items()}
     values |= {"vocab_size": tensors["token_embd.weight"][0], "tied": "output.weight" not in tensors}
     values |= architecture.derive(values)
     if architecture.rotary:
-        values |= _read_rotary(own, values, freqs, where)
+        values |= _rotary(metadata, values, freqs, where)
         values |= _head_size(values, vars(architecture.config), where)
     known = architecture.config.__dataclass_fields__
     return architecture, architecture.config(**{key: value for key, value in values.items() if key in known})
 
 
 def _head_size(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the `head_dim` of a Config, of which some always name it and some have none: theirs is dim / n_heads."""
+    """Return the `head_dim` of a Config, or nothing for a Config without this field, whose heads have dim / n_heads
+    numbers."""
     usual = values["dim"] // values["n_heads"]
     if "head_dim" not in defaults and values["head_dim"] is not None:
         raise UserError(f"{where} has heads of {values['head_dim']}; keifu implements {usual} (dim / n_heads).")
@@ -306,7 +310,8 @@ def _head_size(values: Mapping[str, Any], defaults: Mapping[str, Any], where: st
 
 
 def _same_everywhere(key: str, value: Any, where: str) -> Any:
-    """Return the one value of a setting, which may be given layer by layer, without the noise of float32."""
+    """Return the value of a setting, rounded to float32's digits. A list with a value for each layer must have equal
+    values."""
     if isinstance(value, list) and value and key.partition(".")[0] in ARCHITECTURES:
         if len(set(value)) > 1:
             raise UserError(f"{where} has another {key} in each layer ({value[:4]}), which keifu does not implement.")
@@ -314,29 +319,29 @@ def _same_everywhere(key: str, value: Any, where: str) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _read_rotary(own: Mapping[str, Any], values: Mapping[str, Any], freqs: Tensor | None, where: str) -> dict[str, Any]:
+def _rotary(metadata: Mapping[str, Any], values: Mapping[str, Any], freqs: Tensor | None, where: str) -> dict[str, Any]:
     usual = values["dim"] // values["n_heads"]
-    size = own.get("attention.key_length", usual)
+    size = metadata.get("attention.key_length", usual)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if own.get(key, size) != size:
-            raise UserError(f"{where} has {key} {own[key]} with heads of {size}; keifu turns whole heads.")
+        if metadata.get(key, size) != size:
+            raise UserError(f"{where} has {key} {metadata[key]} with heads of {size}; keifu turns whole heads.")
     theta = float(values.get("rope_theta", 10_000.0))
-    scaling = read_scaling(own, theta, values["context_length"], freqs, where)
+    scaling = read_scaling(metadata, theta, values["context_length"], freqs, where)
     return {"head_dim": None if size == usual else size, "rope_theta": theta, "rope_scaling": scaling}
 
 
 def architecture_for(config: Any) -> tuple[str, GgufArchitecture]:
-    """Return the architecture of llama.cpp that runs a model of this Config; none is a `UserError` that names the
-    settings."""
+    """Return the llama.cpp architecture that runs a model of this Config, and its name. Raises UserError that names the
+    unsupported settings."""
     values, reasons = vars(config), []
     for name, architecture in (*ARCHITECTURES.items(), *WITH_EXPERTS.items()):
         if not isinstance(config, architecture.config):
             continue
-        needed = {**architecture.fixed, **architecture.derive(values)}
-        wrong = [key for key, fine in needed.items() if key != "dropout" and values[key] != fine]
+        required = {**architecture.fixed, **architecture.derive(values)}
+        wrong = [key for key, value in required.items() if key != "dropout" and values[key] != value]
         if not wrong:
             return name, architecture
-        reasons.append(f"{name} needs " + ", ".join(f"{key}={needed[key]!r}" for key in wrong))
+        reasons.append(f"{name} needs " + ", ".join(f"{key}={required[key]!r}" for key in wrong))
     if not reasons:
         raise UserError(f"keifu writes no GGUF of {type(config).__module__}; it can be written as a directory (hf).")
     raise UserError(f"llama.cpp runs no such model: {'; '.join(reasons)}. Write it as a directory (hf) instead.")
@@ -345,21 +350,21 @@ def architecture_for(config: Any) -> tuple[str, GgufArchitecture]:
 def write_config(name: str, architecture: GgufArchitecture, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the metadata without the tokenizer, and the tensors that are settings.
 
-    A model with a sliding window that llama.cpp's program ignores is given the window as its context: within it the two
+    If llama.cpp ignores the model's sliding window, the context length is reduced to the window: within it the results
     agree.
     """
     values, tensors = vars(config), {}
-    found = {key: values[ours] for key, ours in (SIZES | architecture.fields).items() if values[ours] is not None}
-    found |= {"vocab_size": config.vocab_size}
+    fields = {key: values[ours] for key, ours in (SIZES | architecture.fields).items() if values[ours] is not None}
+    fields |= {"vocab_size": config.vocab_size}
     if architecture.rotary:
         size = head_dim(config)
-        found |= {"attention.head_count_kv": config.n_kv_heads or config.n_heads, "rope.dimension_count": size}
-        found |= {"attention.key_length": size, "attention.value_length": size}
+        fields |= {"attention.head_count_kv": config.n_kv_heads or config.n_heads, "rope.dimension_count": size}
+        fields |= {"attention.key_length": size, "attention.value_length": size}
         if not architecture.windows:
-            found["context_length"] = min(config.context_length, values.get("sliding_window") or config.context_length)
+            fields["context_length"] = min(config.context_length, values.get("sliding_window") or config.context_length)
         more, tensors = write_scaling(config.rope_scaling, config.rope_theta, size)
-        found |= more
-    return {f"{name}.{key}": value for key, value in found.items()}, tensors
+        fields |= more
+    return {f"{name}.{key}": value for key, value in fields.items()}, tensors
 
 
 def head_dim(config: Any) -> int:
@@ -368,5 +373,5 @@ def head_dim(config: Any) -> int:
 
 
 def rotary_head_dim(architecture: GgufArchitecture, config: Any) -> int | None:
-    """Return the size of the heads whose rows GGUF stores in another order than we; None if it does not."""
+    """Return the size of a head if GGUF stores rotary rows in another order than keifu; otherwise None."""
     return head_dim(config) if architecture.interleaved else None

@@ -1,8 +1,8 @@
 """Dequantisation of GGUF tensors: the commonest types by PyTorch on several threads (`layers/quantized.py`), all others
 by the gguf package.
 
-Both give the gguf package's numbers bit for bit. Axes: blocks = groups of numbers that share a scale, bytes = of one
-block as it is stored, then its numbers.
+Both give the gguf package's numbers bit for bit. Axes: blocks = groups of numbers that share a scale; bytes of a stored
+block, or the numbers in it.
 """
 
 import torch
@@ -11,7 +11,7 @@ from keifu.layers.quantized import FORMATS, IN_CACHE, Numbers, Stored, unpack
 
 
 def read_blocks(stored: Stored, format: str, size: int) -> Numbers:
-    """Return the numbers of blocks of this type, `size` of them in each, as float32."""
+    """Return the numbers of blocks of this type as float32: (blocks, size)."""
     if format in FORMATS:
         return unpack(stored, format)
     from gguf import GGMLQuantizationType, dequantize

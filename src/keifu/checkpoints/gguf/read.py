@@ -1,8 +1,7 @@
 """Reading GGUF files: metadata and tensors from a memory map, and the model that they describe.
 
-The gguf package's own reader makes two arrays for each string of the vocabulary, which takes seconds; this one reads
-the same header in a tenth of a second and reports the wrong byte count of a truncated file. Dequantisation is in
-`numbers`.
+The gguf package's reader makes two arrays for each string of the vocabulary, which takes seconds. This one reads the
+same header in a tenth of a second, and reports the wrong size of a truncated file. Dequantisation is in `numbers`.
 """
 
 import math
@@ -28,15 +27,15 @@ from keifu.layers.quantized import FORMATS
 from keifu.native.pack import Blocks
 from keifu.untrusted import plain_file, reading
 
-# GGUF's numbers for the types of values, and struct's letters for them
+# GGUF's numbers of value types → format letters of Python's struct
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MAGIC = b"GGUF"
 LARGEST_ALIGNMENT = 2**20
 
 
-class Place(NamedTuple):
-    """Position of a tensor in a file. `shape` has the rows first, as in PyTorch; `format` is GGUF's name."""
+class TensorEntry(NamedTuple):
+    """Position of a tensor in a file. shape: rows first, as in PyTorch. format: GGUF's name of the number type."""
 
     shape: tuple[int, ...]
     format: str
@@ -46,22 +45,22 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """An opened file: `fields` are its metadata as plain values, `places` its tensors."""
+    """An open file: `fields` is its metadata as plain values; `entries` has its tensors' positions."""
 
     path: Path
     bytes: np.memmap
     fields: Mapping[str, Any]
-    places: Mapping[str, Place]
+    entries: Mapping[str, TensorEntry]
 
     def stored(self) -> dict[str, StoredTensor]:
-        """Return every tensor's shape and type; quantised ones are read as float32, unknown ones not at all."""
-        types = {format: _read_array(format) for format in {entry.format for entry in self.places.values()}}
-        return {name: StoredTensor(at.shape, at.format, types[at.format]) for name, at in self.places.items()}
+        """Describe every tensor. Quantised types are read as float32; a type that cannot be read has dtype None."""
+        types = {format: _read_array(format) for format in {entry.format for entry in self.entries.values()}}
+        return {name: StoredTensor(at.shape, at.format, types[at.format]) for name, at in self.entries.items()}
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor's numbers: as they are, without a copy, where the type is one of PyTorch's; else as
+        """Return a tensor's numbers: memory-mapped if the type is one of PyTorch's, otherwise dequantised to
         float32."""
-        entry = self.places[name]
+        entry = self.entries[name]
         raw = self.bytes[entry.start : entry.start + entry.size]
         if entry.format in PLAIN:
             return torch.from_numpy(raw).view(PLAIN[entry.format]).view(entry.shape)
@@ -69,24 +68,24 @@ class GGUFFile:
         return read_blocks(torch.from_numpy(raw).view(-1, size), entry.format, block).view(entry.shape)
 
     def blocks(self, name: str) -> Blocks | None:
-        """Return a quantised tensor as it is stored, a row after the other; None for a plain one."""
+        """Return the stored bytes of a quantised tensor, (rows, bytes); None for a plain one."""
         from gguf import GGMLQuantizationType
 
-        entry = self.places[name]
+        entry = self.entries[name]
         raw = torch.from_numpy(self.bytes[entry.start : entry.start + entry.size])
         format = GGMLQuantizationType[entry.format].value
         return None if entry.format in PLAIN else Blocks(format, raw.view(entry.shape[0], -1))
 
 
 def _block(format: str) -> tuple[int, int]:
-    """Return how many numbers a block of this type holds, and how many bytes it has."""
+    """Return how many numbers, and how many bytes, a block of this type has."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     return GGML_QUANT_SIZES[GGMLQuantizationType[format]]
 
 
 def _read_array(format: str) -> torch.dtype | None:
-    """Return the type in which this type of GGUF's is read; None if the gguf package cannot read it."""
+    """Return the dtype in which a GGUF type is read; None if the gguf package cannot read it."""
     if format in PLAIN:
         return PLAIN[format]
     if format in FORMATS:
@@ -101,7 +100,7 @@ def _read_array(format: str) -> torch.dtype | None:
 
 
 class _Cursor:
-    """Reader of one value after the other; running over the end is a `UserError` with the file's size."""
+    """Reader of consecutive values. Raises UserError with the file's size at the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.at = path, data, 0
@@ -116,19 +115,19 @@ class _Cursor:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        """Return strings one after the other; a vocabulary is tens of thousands of them."""
-        found, at, data, size = list[str](), self.at, self.data, len(self.data)
+        """Return `count` strings. It is written for speed: a vocabulary has tens of thousands of them."""
+        strings, at, data, size = list[str](), self.at, self.data, len(self.data)
         for _ in range(count):
             start = at + 8
             at = start + int.from_bytes(data[start - 8 : start], "little")
             if start > size or at > size:
                 raise truncated_error(self.path, max(start, at), size)
             try:
-                found.append(data[start:at].decode())
+                strings.append(data[start:at].decode())
             except UnicodeDecodeError as error:
                 raise UserError(f"{self.path} is corrupt: the string at byte {start:,} is not UTF-8.") from error
         self.at = at
-        return found
+        return strings
 
     def value(self, code: int) -> Any:
         if code == STRING:
@@ -148,7 +147,7 @@ class _Cursor:
         return SCALARS[code]
 
     def counted(self, count: int) -> int:
-        """Read a count of items of at least eight bytes; a count that the file cannot hold is an error."""
+        """Return a count of items of at least eight bytes each. Raises UserError if they do not fit into the file."""
         if self.at + 8 * count > len(self.data):
             self.advance(8 * count)
         return count
@@ -161,18 +160,18 @@ class _Cursor:
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether a file begins as GGUF files do, whatever its name."""
+    """Return whether a file begins like a GGUF file, whatever its name."""
     with plain_file(path).open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
 def truncated_error(path: Path, needed: int, size: int) -> UserError:
-    """Return the error for a file that ends too soon."""
+    """Return the error for a file that is too short."""
     return UserError(f"{path} is truncated or corrupt: it has {size:,} bytes and would need at least {needed:,}.")
 
 
 def open_file(path: Path) -> GGUFFile:
-    """Return a GGUF file's header. Another kind of file, an unknown version or a truncated file is a `UserError`."""
+    """Read a GGUF file's header. Raises UserError for another kind of file, an unknown version or a truncated file."""
     size = plain_file(path).stat().st_size
     if not is_gguf(path):
         raise UserError(f"{path} is no GGUF file: it does not begin with the letters GGUF.")
@@ -190,23 +189,23 @@ def open_file(path: Path) -> GGUFFile:
     if type(alignment) is not int or not 0 < alignment <= LARGEST_ALIGNMENT:
         raise UserError(f"{path} is corrupt: its general.alignment is {alignment!r}, and it must be a number of bytes.")
     start = -(-cursor.at // alignment) * alignment
-    entries = {name: _place(path, name, shape, code, start + offset) for name, shape, code, offset in infos}
+    entries = {name: _entry(path, name, shape, code, start + offset) for name, shape, code, offset in infos}
     if len(entries) < n_tensors or len(fields) < n_fields:
-        raise UserError(f"{path} is corrupt: a name stands there twice.")
-    _check_places(path, entries, start, size, alignment)
+        raise UserError(f"{path} is corrupt: a name occurs twice.")
+    _check_entries(path, entries, start, size, alignment)
     return GGUFFile(path, np.memmap(path, mode="c"), fields, entries)
 
 
-def _check_places(path: Path, entries: Mapping[str, Place], start: int, size: int, alignment: int) -> None:
-    """Refuse tensors that do not follow one another up to the file's end: bytes are missing then, or
-    there are some too many, and the numbers of every later tensor would be shifted."""
+def _check_entries(path: Path, entries: Mapping[str, TensorEntry], start: int, size: int, alignment: int) -> None:
+    """Raise UserError unless the tensors fill the file without gaps: otherwise bytes are missing or extra, and later
+    tensors would be shifted."""
     end = max((one.start + one.size for one in entries.values()), default=start)
     if end > size:
         raise truncated_error(path, end, size)
     expected = start
     for name, one in sorted(entries.items(), key=lambda entry: entry[1].start):
         if one.start != expected:
-            raise UserError(f"{path} is corrupt: {name} begins at byte {one.start:,}, and should at {expected:,}.")
+            raise UserError(f"{path} is corrupt: {name} begins at byte {one.start:,} instead of {expected:,}.")
         expected = -(-(one.start + one.size) // alignment) * alignment
     if size != expected:
         raise UserError(f"{path} is corrupt: it has {size:,} bytes, and its tensors end, filled up, at {expected:,}.")
@@ -218,7 +217,7 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, cursor.number("I"), cursor.number("Q")
 
 
-def _place(path: Path, name: str, shape: tuple[int, ...], code: int, start: int) -> Place:
+def _entry(path: Path, name: str, shape: tuple[int, ...], code: int, start: int) -> TensorEntry:
     from gguf import GGMLQuantizationType
 
     try:
@@ -229,17 +228,17 @@ def _place(path: Path, name: str, shape: tuple[int, ...], code: int, start: int)
     block, size = _block(known)
     if not shape or shape[-1] % block:
         raise UserError(f"{path} stores {name} {list(shape)} as {known}, whose rows come in blocks of {block}.")
-    return Place(shape, known, start, math.prod(shape) * size // block)
+    return TensorEntry(shape, known, start, math.prod(shape) * size // block)
 
 
 def open_gguf(path: Path) -> Source:
-    """Return the model in a GGUF file, its weights memory-mapped and not yet read."""
+    """Open the model in a GGUF file. Its weights are memory-mapped and not yet read."""
     file = open_file(path)
     parts = file.fields.get("split.count", 1)
     if type(parts) is not int or parts > 1:
         raise UserError(f"{path} is one of {parts!r} parts; join them first with llama.cpp's llama-gguf-split --merge.")
-    file = replace(file, places=dict(_unstack(file.places)))
-    shapes = {name: entry.shape for name, entry in file.places.items()}
+    file = replace(file, entries=dict(_unstack(file.entries)))
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
     freqs = file.read(FREQS) if FREQS in shapes else None
     architecture, config = read_config(file.fields, shapes, freqs, str(path))
     check_types(config, str(path))
@@ -247,24 +246,24 @@ def open_gguf(path: Path) -> Source:
     stored = {key: tensor for key, tensor in file.stored().items() if key != FREQS}
     named = file.fields.get("general.name")
     notes = (f"The file calls itself {named!r}.",) if named else ()
-    notes += (f"{FREQS} gives the rotary scaling.",) if FREQS in file.places else ()
+    notes += (f"{FREQS} gives the rotary scaling.",) if FREQS in file.entries else ()
     return Source(
         path, "GGUF", family, config, stored, file.read, partial(_read_tokenizer, file.fields), architecture.names,
         rotary_head_dim(architecture, config), notes, file.blocks,
     )  # fmt: skip
 
 
-def _unstack(places: Mapping[str, Place]) -> Iterator[tuple[str, Place]]:
-    """Yield the tensors of a file with the experts one by one: blk.0.ffn_up_exps.3.weight."""
-    for name, place in places.items():
+def _unstack(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, TensorEntry]]:
+    """Yield the tensors of a file, with stacked experts split into single ones: blk.0.ffn_up_exps.3.weight."""
+    for name, entry in entries.items():
         stack, _, leaf = name.rpartition(".")
-        if not stack.endswith("_exps") or len(place.shape) != 3 or not is_stack(place.shape):
-            yield name, place
+        if not stack.endswith("_exps") or len(entry.shape) != 3 or not is_stack(entry.shape):
+            yield name, entry
             continue
-        experts, *shape = place.shape
-        size = place.size // max(1, experts)
+        experts, *shape = entry.shape
+        size = entry.size // max(1, experts)
         for number in range(experts):
-            yield f"{stack}.{number}.{leaf}", Place((*shape,), place.format, place.start + number * size, size)
+            yield f"{stack}.{number}.{leaf}", TensorEntry((*shape,), entry.format, entry.start + number * size, size)
 
 
 def _read_tokenizer(fields: Mapping[str, Any]) -> Any:

@@ -19,10 +19,10 @@ from keifu.checkpoints.plan import check_tokenizer, permute_rotary
 from keifu.errors import unknown
 from keifu.files import replacing
 
-# llama.cpp's number for a file whose matrices are mostly of a type
+# llama.cpp's number for the type of most matrices of a file
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
-BLOCK = 32  # numbers in a block of Q8_0
-UNUSED = 5  # the type of a token that no text has
+BLOCK = 32  # numbers per block of Q8_0
+UNUSED = 5  # the type of a token that never occurs
 ALWAYS_EXACT = re.compile(r"position_embd|.*\.ffn_gate_inp\.")
 EXPERT = re.compile(r"(.*_exps)\.\d+(\.weight)")
 
@@ -30,13 +30,13 @@ EXPERT = re.compile(r"(.*_exps)\.\d+(\.weight)")
 def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = None) -> None:
     """Write a model and its tokenizer as one GGUF file.
 
-    dtype: f32, f16, bf16 or q8_0 for the matrices, the model's own where None is given; vectors, positions and routers
-    stay float32, as llama.cpp wants them. Rows that do not come in blocks of 32 are float32 where q8_0 is asked for.
+    dtype: f32, f16, bf16 or q8_0 for the matrices; None: the model's dtype. Vectors, positions and routers stay
+    float32, as llama.cpp requires. With q8_0, matrices whose rows are not a multiple of 32 are float32.
     """
     config: Any = model.config
     name, architecture = architecture_for(config)
     settings, extra = write_config(name, architecture, config)
-    found = permute_rotary(links(model, architecture.names), rotary_head_dim(architecture, config))
+    tensor_links = permute_rotary(links(model, architecture.names), rotary_head_dim(architecture, config))
     format = _format(dtype, next(model.parameters()).dtype)
     fields = {
         "general.type": "model",
@@ -46,26 +46,26 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = 
         **settings,
         **_vocabulary(tokenizer, config.vocab_size),
     }
-    shapes = _stacked_shapes(found) | {name: tuple(tensor.shape) for name, tensor in extra.items()}
-    tensors = chain(_stack(published_tensors(model, found)), extra.items())
+    shapes = _stacked_shapes(tensor_links) | {name: tuple(tensor.shape) for name, tensor in extra.items()}
+    tensors = chain(_stack(published_tensors(model, tensor_links)), extra.items())
     with replacing(path) as temporary:
         try:
             _write(temporary, name, fields, shapes, tensors, format)
         except OSError as error:
-            if error.errno is None:  # numpy's words for a disk that took only part of an array
+            if error.errno is None:  # numpy raises it if the disk took only part of an array
                 raise OSError(errno.ENOSPC, str(error), str(path)) from error
             raise
 
 
 def stack_of(name: str) -> str:
-    """Return the name of the tensor that has an expert's matrix; other names stay."""
+    """Return the name of the tensor that stacks an expert's matrix with others; return other names unchanged."""
     return EXPERT.sub(r"\1\2", name)
 
 
-def _stacked_shapes(found: Iterable[Link]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a file's tensors in their order, with the experts of a layer in one."""
+def _stacked_shapes(tensor_links: Iterable[Link]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a file's tensors in their order, with the experts of a layer stacked."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in (pair for link in found for pair in zip(link.theirs, link.stored_shapes(), strict=True)):
+    for name, shape in (pair for link in tensor_links for pair in zip(link.theirs, link.stored_shapes(), strict=True)):
         stack = stack_of(name)
         count = shapes[stack][0] if stack in shapes else 0
         shapes[stack] = shape if stack == name else (count + 1, *shape)
@@ -73,7 +73,7 @@ def _stacked_shapes(found: Iterable[Link]) -> dict[str, tuple[int, ...]]:
 
 
 def _stack(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file, with the experts of a layer in one."""
+    """Yield the tensors of a file, with the experts of a layer stacked."""
     waiting: dict[str, list[Tensor]] = {}
     for name, tensor in chain(tensors, [("", torch.empty(0))]):
         if (stack := stack_of(name)) != name:
@@ -85,16 +85,16 @@ def _stack(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
             yield name, tensor
 
 
-def _format(dtype: str | None, own: torch.dtype) -> str:
+def _format(dtype: str | None, default: torch.dtype) -> str:
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    format = names.get(own, "F32") if dtype is None else dtype.upper()
+    format = names.get(default, "F32") if dtype is None else dtype.upper()
     if format not in FILE_TYPES:
         raise unknown("GGUF number format to write called", str(dtype), [name.lower() for name in FILE_TYPES])
     return format
 
 
 def _vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
-    """Return the tokenizer's fields, filled up with unused tokens to the size of the embedding, as llama.cpp asks."""
+    """Return the tokenizer's fields, padded with unused tokens to the size of the embedding, as llama.cpp requires."""
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
     from keifu.data.tokenizers.gguf import to_gguf_fields
@@ -117,7 +117,7 @@ def _write(
     tensors: Iterable[tuple[str, Tensor]],
     format: str,
 ) -> None:
-    """Write the header first, then one tensor after the other, so that no second copy of the model is made."""
+    """Write the header, then one tensor after the other, so that no second copy of the model is in memory."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(None, architecture)
@@ -136,14 +136,14 @@ def _write(
 
 
 def tensor_format(name: str, shape: tuple[int, ...], format: str) -> str:
-    """Return the number format of one tensor in a file whose matrices are of this kind."""
+    """Return the number type of one tensor in a file whose matrices have the type `format`."""
     if len(shape) == 1 or ALWAYS_EXACT.match(name):
         return "F32"
     return "F32" if format == "Q8_0" and shape[-1] % BLOCK else format
 
 
 def encode_tensor(tensor: Tensor, format: str) -> np.ndarray:
-    """Return the numbers as the file holds them: float32, float16, or bytes."""
+    """Return the numbers in the file's form: float32, float16, or bytes."""
     if format in ("F32", "F16"):
         return tensor.to({"F32": torch.float32, "F16": torch.float16}[format]).numpy()
     if format == "BF16":

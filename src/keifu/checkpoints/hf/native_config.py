@@ -1,7 +1,7 @@
-"""keifu's own config.json: a Config as plain JSON, field by field, for models without a published format.
+"""keifu's config.json: a Config as plain JSON, field by field, for models without a published format.
 
-The model_type is then keifu_ and the name of the model; every field has the Config's own name. `check_types` validates
-the values of any Config.
+Its model_type is keifu_ and the model's name; the fields have the Config's names. `check_types` validates the values of
+any Config.
 """
 
 from dataclasses import fields, is_dataclass
@@ -15,13 +15,13 @@ ZERO_ALLOWED = ("first_window_layer", "n_dense_layers", "start_id", "end_id", "p
 
 
 def from_json(config_class: type, json: dict[str, Any]) -> Any:
-    """Read a Config of this class. Every field must be in the file. Other fields of the file are ignored."""
+    """Build a Config of this class from JSON. Every field must be present. Other entries are ignored."""
     hints = get_type_hints(config_class)
     return config_class(**{field.name: _value(hints[field.name], json[field.name]) for field in fields(config_class)})
 
 
 def _value(hint: Any, value: Any) -> Any:
-    """Return a value read from JSON as its field's type: a tuple or a dataclass."""
+    """Convert a value from JSON to its field's type: a tuple or a dataclass."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if isinstance(value, dict):
         inner = [member for member in kinds if isinstance(member, type) and is_dataclass(member)]
@@ -31,21 +31,21 @@ def _value(hint: Any, value: Any) -> Any:
 
 
 def check_types(config: Any, where: str) -> None:
-    """Refuse a Config with a value of another kind than its field says, or whose sizes are below one."""
+    """Raise UserError if a value of a Config does not have its field's type, or is a size below one."""
     check_kinds(config, where)
     for name, value in vars(config).items():
         if is_dataclass(value):
             check_types(value, where)
         elif type(value) is int and value < (0 if name in ZERO_ALLOWED else 1):
             raise UserError(f"{where} gives {value} for {name}, which must be at least 1.")
-        elif isinstance(value, int | float) and not abs(value) <= LARGEST:  # nor is "not a number" below anything
+        elif isinstance(value, int | float) and not abs(value) <= LARGEST:  # also true for NaN
             raise UserError(f"{where} gives {value} for {name}, which must be a number of at most {LARGEST:,}.")
 
 
 def check_kinds(options: Any, where: str) -> None:
-    """Refuse a dataclass with a value of another kind than its field says, at any depth."""
+    """Raise UserError if a value of a dataclass, at any depth, does not have its field's type."""
     for name, hint in get_type_hints(type(options)).items():
-        if name not in vars(options):  # of the class, not of each
+        if name not in vars(options):  # a class attribute, not a field
             continue
         if is_dataclass(value := vars(options)[name]):
             check_kinds(value, where)
@@ -57,7 +57,7 @@ def check_kinds(options: Any, where: str) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value is of the kind that a hint says; hints of other sorts say nothing."""
+    """Return whether a value has the type of a hint. Other kinds of hints accept everything."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, hint) for hint in inner)

@@ -1,6 +1,6 @@
 """Reading Hugging Face directories: config.json, and safetensors files in one piece or in shards.
 
-Nothing is ever unpickled: a directory that has only PyTorch's own .bin files is refused with an explanation.
+Nothing is ever unpickled. A directory that has only PyTorch's .bin files is refused with an explanation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,19 +22,19 @@ from keifu.layers.lazy import Index
 from keifu.untrusted import parse_json, plain_file, read_json_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # and the model_type that is meant where it is so
-TEXT_PARTS = {  # models that see, and the model_type of their text model
+CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # file → model_type, if the file itself has none
+TEXT_PARTS = {  # multimodal model → the model_type of its text model
     "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "mistral3": "ministral3", "gemma3": "gemma3_text",
 }  # fmt: skip
 OTHER_PARTS = ("**visual.**", "**vision_tower.**", "**multi_modal_projector.**")
-PREPROCESSOR = "preprocessor_config"  # of pictures: its file, and the field in which it comes with the config
-PROCESSOR = "processor_config"  # of prompts with pictures
+PREPROCESSOR = "preprocessor_config"  # image settings: name of their file, and of their field in the config
+PROCESSOR = "processor_config"  # settings for prompts with pictures
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = PLAIN | {"I64": torch.int64}  # counters, such as a batch norm's
+DTYPES = PLAIN | {"I64": torch.int64}  # int64: counters, such as batch normalisation's
 
 
 def open_directory(path: Path) -> Source:
-    """Return the model in a directory, its weights memory-mapped and not yet read."""
+    """Open the model in a directory. Its weights are memory-mapped and not yet read."""
     where = next((path / name for name in CONFIGS if (path / name).exists()), None)
     if where is None:
         run = ", which a run writes when it ends or is stopped" if (path / "recipe.json").exists() else ""
@@ -48,7 +48,7 @@ def open_directory(path: Path) -> Source:
 
 
 def _text_part(path: Path, json: dict[str, Any], model_type: str) -> Source:
-    """Open the text model of a model that sees; the other parts are not read."""
+    """Open the text model of a multimodal model; the other parts are not read."""
     shared = {name: json[name] for name in ("quantization_config", "tie_word_embeddings") if json.get(name)}
     text = {**json["text_config"], **shared, "model_type": model_type}
     family, config = read_config(text, f"{path / 'config.json'}, text_config,")
@@ -65,7 +65,7 @@ def _text_part(path: Path, json: dict[str, Any], model_type: str) -> Source:
 
 
 def _text_name(name: str) -> str:
-    """Return the name of a tensor in a file of the text model alone."""
+    """Return the name that a tensor has in a file of the text model alone."""
     for prefix in ("model.language_model.", "language_model.model."):
         if name.startswith(prefix):
             return "model." + name.removeprefix(prefix)
@@ -76,10 +76,10 @@ def source_of(
     path: Path, layout: str, family: Family, config: Any, files: Mapping[Path, str], notes: tuple[str, ...] = (),
     texts: Path | None = None,
 ) -> Source:  # fmt: skip
-    """Open a model of this config whose weights lie in these safetensors files.
+    """Open a model with this config and these safetensors files.
 
-    files: each with the prefix of its names, if several parts have files. texts: the tokenizer's folder, if it is not
-    `path`.
+    files: each with a prefix for its tensors' names, if each part of the model has its files. texts: the tokenizer's
+    folder, if it is not `path`.
     """
     opened = [(open_weights(file), prefix) for file, prefix in files.items()]
     owner = {prefix + name: (file, name) for file, prefix in opened for name in file.keys()}  # noqa: SIM118 (no dict)
@@ -96,7 +96,7 @@ def source_of(
 
 
 def _with_preprocessor(where: Path) -> dict[str, Any]:
-    """Return a config, with the settings for pictures from the file next to it."""
+    """Return a config, with the image settings of the file next to it."""
     model_type, json = CONFIGS[where.name], read_json_object(where)
     json |= {"model_type": model_type} if model_type else {}
     separate, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name(f"{PROCESSOR}.json")
@@ -106,8 +106,8 @@ def _with_preprocessor(where: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
-    """Return the safetensors files of a directory; a missing one, or weights of another kind alone, is a
-    `UserError`."""
+    """Return the safetensors files of a directory. Raises UserError if one is missing, or if there are only weights of
+    another kind."""
     if (path / weights).exists():
         return [path / weights]
     listing = path / f"{weights}.index.json"
@@ -129,7 +129,7 @@ def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
 
 
 def pickled_only(path: Path, names: Sequence[str]) -> UserError:
-    """Return the error for weights that only unpickling would read: that runs whatever program is inside."""
+    """Return the error for weights that could only be unpickled, which could run any program."""
     where = path / "config.json"
     json = read_json_object(where) if where.exists() else {}
     named, library = json.get("architectures"), "diffusers" if "_class_name" in json else "transformers"
@@ -147,7 +147,7 @@ def _nearest(name: str, path: Path) -> str:
 
 
 def open_weights(path: Path) -> Any:
-    """Open a safetensors file, memory-mapped. A truncated file is a `UserError` with its actual and expected bytes."""
+    """Open a safetensors file, memory-mapped. Raises UserError with the actual and expected size if it is truncated."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -157,7 +157,8 @@ def open_weights(path: Path) -> Any:
 
 
 def _sizes(path: Path) -> str:
-    """Return the bytes of a safetensors file and those that its header promises; empty if it promises none."""
+    """Return a sentence that compares the size of a safetensors file with its header; "" if they agree or the header is
+    invalid."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
@@ -173,7 +174,7 @@ def _sizes(path: Path) -> str:
 
 
 def stored_of(piece: Any) -> StoredTensor:
-    """Describe a tensor of such a file without reading it."""
+    """Describe a tensor of a safetensors file without reading it."""
     format = piece.get_dtype()
     return StoredTensor(tuple(piece.get_shape()), format, DTYPES.get(format))
 

@@ -1,8 +1,8 @@
-"""Experts that a file has in one tensor, as gpt-oss and Qwen3.5 have them, and their unpacking from MXFP4.
+"""Experts that a file stacks in one tensor, as in gpt-oss and Qwen3.5, and their unpacking from MXFP4.
 
-The table of names gives an expert's matrices as slices: `experts.3.gate_slice.weight` is made of every second column of
-`experts.gate_up_proj[3]` (gpt-oss), `experts.3.gate_proj.weight` of the first half of its rows (Qwen3.5).
-Axes: experts, in, out; blocks of 32 numbers of four bits in 16 bytes.
+The table of names refers to an expert's matrices as slices: `experts.3.gate_slice.weight` is every second column of
+`experts.gate_up_proj[3]` (gpt-oss); `experts.3.gate_proj.weight` is the first half of its rows (Qwen3.5). Axes:
+experts, in, out; blocks of 32 numbers of four bits in 16 bytes.
 """
 
 import re
@@ -20,22 +20,23 @@ from keifu.layers.lazy import Index
 SLICE = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_slice\.(weight|bias)")
 STACK = re.compile(r"(.*\.experts)\.(gate_up|down)_proj(_bias|_blocks|)")
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-ROWS = {"gate": slice(0, None, 2), "up": slice(1, None, 2), "down": slice(None)}  # of the stacked matrix of one expert
+ROWS = {"gate": slice(0, None, 2), "up": slice(1, None, 2), "down": slice(None)}  # rows of an expert's matrix
 
 Read = Callable[..., Tensor]
 
 
 def stack_of(name: str) -> str:
-    """Return the name of the tensor that a slice is in; other names stay."""
+    """Return the name of the tensor that contains a slice; return other names unchanged."""
     if not (match := SLICE.fullmatch(name)):
         return name
     return f"{match[1]}.{'down' if match[3] == 'down' else 'gate_up'}_proj{'_bias' if match[4] == 'bias' else ''}"
 
 
 def unstack_rows(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, StoredTensor], Read]:
-    """Return the tensors of a file with the experts one by one; gate and up are the halves of a matrix [out, in]."""
+    """Split stacked experts into matrices: return the tensors, and a function that reads them. Gate and up are the
+    halves of a matrix (out, in)."""
     slices: dict[str, StoredTensor] = {}
-    places: dict[str, tuple[str, int, slice]] = {}
+    slice_of: dict[str, tuple[str, int, slice]] = {}
     for name, tensor in stored.items():
         match = STACK.fullmatch(name)
         if not match or match[3] or len(tensor.shape) != 3 or not is_stack(tensor.shape):
@@ -50,12 +51,12 @@ def unstack_rows(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[s
             for index, part in enumerate(parts):
                 target = f"{match[1]}.{number}.{part}_proj.weight"
                 slices[target] = tensor._replace(shape=(rows, columns))
-                places[target] = name, number, slice(index * rows, (index + 1) * rows)
+                slice_of[target] = name, number, slice(index * rows, (index + 1) * rows)
 
     def read_slice(name: str, index: Index = ()) -> Tensor:
-        if name not in places:
+        if name not in slice_of:
             return read(name, index)
-        whole, number, rows = places[name]
+        whole, number, rows = slice_of[name]
         matrix = read(whole, (slice(number, number + 1), rows))[0]
         return (matrix[index] if index else matrix).contiguous()
 
@@ -63,7 +64,7 @@ def unstack_rows(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[s
 
 
 def unstack(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, StoredTensor], Read]:
-    """Return the tensors of a file with slices instead of stacked experts, and what reads them."""
+    """Split stacked experts into slices: return the tensors, and a function that reads them."""
     slices: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         if not (match := STACK.fullmatch(name)) or not tensor.shape or not is_stack(tensor.shape):
@@ -99,13 +100,13 @@ def unstack(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, S
 def unpack_mxfp4(
     blocks: UInt8[Tensor, "out blocks bytes"], scales: UInt8[Tensor, "out blocks"]
 ) -> Float[Tensor, "out in"]:
-    """Return the numbers in bfloat16, which holds each exactly: a number of four bits times 2^(scale - 127)."""
+    """Return the numbers in bfloat16, which is exact: a number of four bits times 2^(scale - 127)."""
     codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2).int()
     return torch.ldexp(torch.tensor(FP4)[codes], scales[..., None].int() - 127).bfloat16().flatten(-2)
 
 
 def stack(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file, with the slices of the experts of a layer in one."""
+    """Yield the tensors of a file, with the slices of a layer's experts stacked."""
     waiting: dict[str, list[Tensor]] = {}
     layer: Any = None
     for name, tensor in tensors:
@@ -124,6 +125,6 @@ def stack(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
 def _stacked(slices: Mapping[str, list[Tensor]]) -> Iterator[tuple[str, Tensor]]:
     for name, parts in slices.items():
         whole = torch.stack(parts)
-        if ".gate_up_proj" in name:  # gate and up of one expert after the other
+        if ".gate_up_proj" in name:  # alternate the columns of gate and up
             whole = whole.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
         yield name, (whole if name.endswith("_bias") else whole.mT).contiguous()

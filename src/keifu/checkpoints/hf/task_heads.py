@@ -1,10 +1,10 @@
-"""Decoders with a task head as files: transformers' class where it computes the same, else keifu's own form.
+"""Files of decoders with a task head: transformers' class if it computes the same, otherwise keifu's format.
 
-`ForSequenceClassification` applies a matrix without bias to the last token of one sequence: classification and
-entailment are stored so, and so is a score, with one label (a reward model). `DoubleHeadsModel` gives each answer a
-number: choice, for the two models that have that class. No class adds up two orders of the texts, and Cohere's has no
-head for labels: those are written as `keifu_finetuned`. After the fields of the class, config.json holds the form and
-the special tokens.
+`ForSequenceClassification` applies a matrix without bias to the last token of one sequence. It is used for
+classification, entailment and a score (one label: a reward model). `DoubleHeadsModel` gives each answer a number. It is
+used for choice, for the two models that have this class. No class adds the results of both orders of two texts, and
+Cohere's has no head for labels: these are written as `keifu_finetuned`. In addition to the class's fields, config.json
+has the form and the special tokens.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from keifu.checkpoints.registry import read_config as read_plain
 from keifu.errors import UserError
 from keifu.models import task_head
 
-OWN = "keifu_finetuned"
+NATIVE = "keifu_finetuned"
 TASK = "keifu_task"  # the field of config.json with the form and the ids
 INSIDE = "decoder."
 LABELS, ANSWERS = "ForSequenceClassification", "DoubleHeadsModel"
@@ -37,8 +37,9 @@ FIELDS = ("form", "start_id", "delimiter_id", "extract_id", "classifier_dropout"
 
 
 def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
-    """Do as `keifu.checkpoints.registry.read_config`, for decoders with a task's head too."""
-    if json.get("model_type") == OWN:
+    """Read the config.json of any model, including decoders with a task head (see
+    `keifu.checkpoints.registry.read_config`)."""
+    if json.get("model_type") == NATIVE:
         inner = _object(json, "decoder", where)
         base, decoder = read_plain(inner, f"{where}, decoder,")
         return _family(base, None), _config(json, decoder, {}, where)
@@ -47,7 +48,7 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
     if not head:
         return base, config
     labels = _labels(json) if head == LABELS else ()
-    alone = len(labels) == 1  # a score
+    alone = len(labels) == 1  # one label: a score
     check_settings(json, {"problem_type": "regression"} if alone else UNSUPPORTED[head], where)
     facts = {"form": "score" if alone else "classification", "labels": labels} if head == LABELS else {"form": "choice"}
     facts |= {"classifier_dropout": json.get("summary_first_dropout", 0.0 if alone else 0.1)}
@@ -55,7 +56,8 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
 
 
 def describe(config: Any) -> tuple[Family, dict[str, Any]]:
-    """Do as `keifu.checkpoints.registry.describe`, for decoders with a task's head too."""
+    """Describe the Config of any model, including decoders with a task head (see
+    `keifu.checkpoints.registry.describe`)."""
     if not isinstance(config, task_head.Config):
         return describe_plain(config)
     base, json = describe_plain(config.decoder)
@@ -63,7 +65,7 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
     head = OF_FORM.get(config.form, "")
     stem = json["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     if stem not in CLASSES.get(head, ()):
-        head = {"model_type": OWN, "architectures": ["keifu"], "decoder": json}
+        head = {"model_type": NATIVE, "architectures": ["keifu"], "decoder": json}
         return _family(base, None), head | {TASK: task | {"labels": list(config.labels)}}
     numbers = {label: number for number, label in enumerate(config.labels)}
     names = {"id2label": {str(number): label for label, number in numbers.items()}, "label2id": numbers}
@@ -72,7 +74,7 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
 
 
 def _published(json: Mapping[str, Any], where: str) -> str:
-    """Return the kind of class that a config.json names, if it is one of those above."""
+    """Return the kind of transformers class that a config.json names, if it is one of `CLASSES`; otherwise ""."""
     names = json.get("architectures") or [""]
     if not isinstance(names, list):
         raise UserError(f"{where} has {names!r} as architectures: it must be a list of class names.")
@@ -81,13 +83,11 @@ def _published(json: Mapping[str, Any], where: str) -> str:
 
 
 def _family(base: Family, head: str | None) -> Family:
-    """Return the family of the decoder with a head of that kind. Without a published kind, the family has keifu's own
-    format and names.
-    """
+    """Return the family of a decoder with a head of this kind. None: keifu's format, with keifu's names."""
     module = SimpleNamespace(build=task_head.builder(base.module.build), Config=task_head.Config, SIZES={})
     changes: dict[str, Any] = {"module": module, "inside": INSIDE, "tie": _tie, "writes_text": True}
     if head is None or base.names is None:
-        return replace(base, **changes, model_type=OWN, names=None)
+        return replace(base, **changes, model_type=NATIVE, names=None)
     names = {f"{INSIDE}{ours}": theirs for ours, theirs in base.names.items()} | {"task_head.project": HEAD[head]}
     return replace(base, **changes, names=names)
 
@@ -97,7 +97,7 @@ def _tie(config: task_head.Config, tied: bool) -> task_head.Config:
 
 
 def _config(json: Mapping[str, Any], decoder: Any, facts: Mapping[str, Any], where: str) -> task_head.Config:
-    """Read the Config from the file's class and, if there is one, its field `TASK`."""
+    """Read the Config from the fields of the file's class (`facts`) and from its field `TASK`, if it has one."""
     task = _object(json, TASK, where) if TASK in json or not facts else {}
     given = {name: value for name, value in {**facts, **task}.items() if name in FIELDS}
     try:

@@ -1,11 +1,11 @@
-"""Weight-name tables (WEIGHT_NAMES): which tensors of a published file make up which parameter of a model.
+"""Weight-name tables (WEIGHT_NAMES): which tensors of a published file make up each parameter of a model.
 
-A table maps our names to theirs. Either side is the name of a module, whose `.weight` and `.bias` carry over, or of one
-tensor. `*` is a layer's number; `[a,b,c]` are several of theirs, stacked by rows in one of ours; `.T` at the end means
-that matrices are stored transposed, `+1` that the file's numbers are larger by one. None instead of a table means that
-both sides have the same names.
+A table maps our names (keifu's) to theirs (the file's). Each name is a module, with its `.weight` and `.bias`, or one
+tensor. `*` is a layer's number. `[a,b,c]` are several of theirs, joined by rows in one of ours. `.T` at the end:
+matrices are stored transposed. `+1`: the file's numbers are larger by one. None instead of a table: both sides have the
+same names.
 
-Axes: rows = a matrix's outputs, columns = its inputs; a bias has rows alone.
+Axes: rows = a matrix's outputs, columns = its inputs; a bias has only rows.
 """
 
 import re
@@ -25,10 +25,10 @@ Table = Mapping[str, str] | None
 
 @dataclass(frozen=True)
 class Link:
-    """One tensor of the model and those of the file that make it.
+    """One of our tensors, and the file's tensors that make it up.
 
-    `shape` is ours, `rows` how many of them each of theirs gives. `turned` is for each of theirs the size of a rotary
-    head whose two halves are stored interleaved (GGUF's LLaMA), or 0. `offset` is what theirs have more than ours.
+    shape: of ours. rows: how many rows of ours each of theirs gives. turned: for each of theirs the size of a rotary
+    head whose two halves are stored interleaved (GGUF's LLaMA), or 0. offset: theirs minus ours.
     """
 
     ours: str
@@ -40,25 +40,26 @@ class Link:
     offset: float = 0.0
 
     def stored_shapes(self) -> list[tuple[int, ...]]:
-        """Return the shape of each of theirs as it stands in the file."""
+        """Return the shape of each of theirs in the file."""
         shapes = [(rows, *self.shape[1:]) if self.shape else () for rows in self.rows]
         return [shape[::-1] for shape in shapes] if self.transposed else shapes
 
     def subtract_offset(self, tensor: Tensor) -> Tensor:
-        """Return one of theirs without the offset; taken off in float32, before it is rounded to any other type."""
+        """Subtract the offset from one of theirs, in float32, before it is rounded to another type."""
         return tensor.float() - self.offset if self.offset else tensor
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Make our tensor from published ones: the same tensor without a copy if nothing has to be done."""
+        """Make our tensor from theirs. If nothing has to be done, return the same tensor without a copy."""
         parts = [self.part(index, tensor) for index, tensor in enumerate(tensors)]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
     def part(self, index: int, tensor: Tensor) -> Tensor:
-        """Return the rows of ours that the tensor makes, which is one of theirs, by its number."""
+        """Convert their tensor number `index` to the rows of ours that it makes."""
         return halves(self._turn(tensor), self._heads()[index])
 
     def read(self, read: Callable[[str, Index], Tensor], index: Index) -> Tensor:
-        """Return the rows and columns of ours (all: ()), which `read` reads of theirs."""
+        """Return a part of our tensor: `index` is slices of its rows and columns; (): all. `read` reads a part of
+        theirs by name."""
         first, *columns = index or (slice(0, sum(self.rows)),)
         parts = []
         for number, part in self.pieces(first.start, first.stop):
@@ -66,18 +67,18 @@ class Link:
             if self._heads()[number]:
                 parts.append(self.part(number, self.subtract_offset(read(name, ())))[(part, *columns)])
             else:
-                place = (part, *(columns or (slice(None),)))[::-1] if self.transposed else (part, *columns)
-                parts.append(self._turn(self.subtract_offset(read(name, place))))
+                region = (part, *(columns or (slice(None),)))[::-1] if self.transposed else (part, *columns)
+                parts.append(self._turn(self.subtract_offset(read(name, region))))
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
     def pieces(self, first: int, stop: int) -> list[tuple[int, slice]]:
-        """Return the numbers of theirs that make these rows of ours, with the rows within each."""
+        """Return, for our rows first, ..., stop - 1, the numbers of their tensors and the slice of each one's rows."""
         starts = accumulate(self.rows, initial=0)
         cuts = [slice(max(first - at, 0), min(stop - at, rows)) for at, rows in zip(starts, self.rows, strict=False)]
         return [(number, cut) for number, cut in enumerate(cuts) if cut.start < cut.stop]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """Take the published tensors out of ours."""
+        """Split our tensor into the published ones."""
         tensor = tensor.float() + self.offset if self.offset else tensor
         parts = tensor.split(list(self.rows)) if len(self.rows) > 1 else [tensor]
         turned = [pairs(part, size) for part, size in zip(parts, self._heads(), strict=True)]
@@ -101,8 +102,8 @@ def pairs(rows: Tensor, head_dim: int) -> Tensor:
 
 
 def links(model: nn.Module, table: Table) -> list[Link]:
-    """Return a link for every tensor of the model, in the model's order. One that the table does not name is an
-    error."""
+    """Return a link for every tensor of the model, in the model's order. Raises UserError for a tensor that the table
+    lacks."""
     modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
     return [_link(name, tuple(tensor.shape), modules, table) for name, tensor in state.items()]
 
@@ -121,7 +122,8 @@ def _link(ours: str, shape: tuple[int, ...], modules: Mapping[str, nn.Module], t
 
 
 def _their_pattern(ours: str, table: Mapping[str, str]) -> str:
-    """Return the published name of a tensor, with layer numbers filled in, and alternatives and marks kept."""
+    """Return the published name of a tensor, with layer numbers filled in. Alternatives `[a,b]` and marks (.T, +1)
+    stay."""
     numbers = re.findall(r"(?<![^.])\d+(?![^.])", ours)
     general = re.sub(r"(?<![^.])\d+(?![^.])", "*", ours)
     module, _, leaf = general.rpartition(".")
@@ -152,6 +154,6 @@ def _alternatives(pattern: str) -> tuple[str, ...]:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether a name is one of the patterns, in which `*` is a layer's number and `**` anything."""
+    """Return whether a name matches one of the patterns, in which `*` is a layer's number and `**` anything."""
     escaped = [re.escape(pattern).replace(r"\*\*", ".*").replace(r"\*", r"\d+") for pattern in patterns]
     return any(re.fullmatch(pattern, name) for pattern in escaped)

@@ -1,7 +1,7 @@
 """Writing Hugging Face directories that transformers, vLLM or diffusers load directly.
 
-Everything is first written next to the old files and renamed at the end, so that a crash or a full disk leaves the old
-checkpoint whole.
+All files are written to a temporary folder and renamed at the end, so that a crash or a full disk leaves the old
+checkpoint undamaged.
 """
 
 import json
@@ -41,7 +41,8 @@ from keifu.processes import current
 
 STAGE = ".saving-"
 ROLES = ("bos", "eos", "pad")
-GENERATION = ("decoder_start_token_id", "forced_eos_token_id", "pad_token_id", "bad_words_ids")  # of a config with them
+# fields of a config that also belong there
+GENERATION = ("decoder_start_token_id", "forced_eos_token_id", "pad_token_id", "bad_words_ids")
 TOKENIZER_FILES = (
     "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
     "merges.txt", "vocab.txt", "source.spm", "target.spm", "target_vocab.json", "tokenizer.json",
@@ -56,14 +57,14 @@ def save(
 
     The directory has config.json, generation_config.json, the tokenizer's files, and model.safetensors or shards with
     an index. A tensor that two parts of the model share is written once. Other files in the directory stay. A Config
-    without a published model_type is written under keifu's own, which only keifu loads. A network that draws is
-    written as diffusers' pipeline. A module that is not keifu's is written with its own names; `load_weights` reads it.
+    without a published model_type is written in keifu's format, which only keifu loads. An image model is written as a
+    diffusers pipeline. A module that is not keifu's is written with its own names; `load_weights` reads it.
 
     Args:
         model: The model to write.
         tokenizer: Its tokenizer; None for a model that writes no text.
         directory: The folder to write into.
-        max_shard_bytes: The most bytes of a file of weights.
+        max_shard_bytes: The largest size of a weight file.
         kind: The model_type to write, if the model has several ("open_clip").
 
     Examples:
@@ -86,8 +87,8 @@ def _save_known(
     family, config = describe(settings) if kind is None else describe_as(settings, kind)
     if tokenizer is not None:
         check_tokenizer(tokenizer, settings.vocab_size)
-    links_of = weight_places(family, [_of_whole(link) for link in links(model, family.table(config))])
-    if not current().is_main:  # it gives its parts of a split model, and does not write
+    links_of = weight_places(family, [_unsharded(link) for link in links(model, family.table(config))])
+    if not current().is_main:  # another rank sends its shards of a split model, and does not write
         for file_links in links_of.values() if not current().is_replicated else ():
             deque(published_tensors(model, file_links), maxlen=0)
         return
@@ -114,8 +115,8 @@ def published_tensors(model: nn.Module, links: Sequence[Link]) -> Iterator[tuple
 
 
 def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
-    """Return the tensors in order, in as few groups of at most `limit` bytes as that order allows; one too large is
-    alone."""
+    """Divide the tensors, in order, into as few groups of at most `limit` bytes as possible. A tensor that is larger
+    has its own group."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -128,7 +129,7 @@ def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
 
 
 def _write_weights(model: nn.Module, links: Sequence[Link], file: Path, limit: int | float) -> None:
-    """Write the weights as this file, or as shards of its name with their index."""
+    """Write the weights as this file, or as shards with this name and an index."""
     state = model.state_dict()
     sizes = Counter[str]()
     for link in links:
@@ -148,8 +149,8 @@ def _write_weights(model: nn.Module, links: Sequence[Link], file: Path, limit: i
         _write_json(file.with_name(f"{file.name}.index.json"), index)
 
 
-def _of_whole(link: Link) -> Link:
-    """Write the weights of a split model, whose tensor is a part of that link's."""
+def _unsharded(link: Link) -> Link:
+    """Return the link of a whole tensor for a tensor of a split model."""
     if not (layout := current().layout(link.ours)):
         return link
     rows = layout.parts if len(link.rows) > 1 else (sum(layout.parts),)
@@ -179,8 +180,8 @@ def generation_config(tokenizer: Any) -> dict[str, Any]:
 
 
 def _write_diffusers(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path) -> None:
-    """Return the JSON files of a network or a pipeline, and the tokenizer, which says how long a text is padded to
-    be."""
+    """Write the JSON files of a network or a pipeline, and the tokenizer, which records the length that texts are
+    padded to."""
     for name, content in json_files(config, dtype).items():
         _write_json(stage / name, content)
     if tokenizer is not None:
@@ -213,7 +214,7 @@ def _move(stage: Path, directory: Path) -> None:
     folders = {part for pipeline in PIPELINES.values() for part in pipeline.models} - {*OF_TRANSFORMERS}
     stale += [old for part in (".", *folders) for old in directory.glob(f"{part}/diffusion_pytorch_model*")]
     stale += [directory / name for name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS)]
-    if Path("tokenizer_config.json") in new:  # files of an older tokenizer would be read too
+    if Path("tokenizer_config.json") in new:  # otherwise files of an older tokenizer would be read too
         stale += [directory / name for name in TOKENIZER_FILES]
     for old in stale:
         if old.relative_to(directory) not in new:

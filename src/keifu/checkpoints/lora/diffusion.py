@@ -1,9 +1,9 @@
 """LoRAs of text-to-image models: one .safetensors file in any of the published naming schemes, read and written.
 
-peft: `unet.….to_q.lora_A.weight` (diffusers today). diffusers: `unet.….to_q.lora.down.weight`, and its older
-`….processor.to_q_lora.down.weight`. kohya: `lora_unet_…_to_q.lora_down.weight` and `.alpha`, the text encoder as
-`lora_te_…`. All are read; names are compared with their dots as underscores, as kohya writes them. Which layers there
-are, and their published names, is given by the family's table of weight names.
+peft: `unet.….to_q.lora_A.weight` (diffusers today). diffusers: `unet.….to_q.lora.down.weight`, and the older
+`….processor.to_q_lora.down.weight`. kohya: `lora_unet_…_to_q.lora_down.weight` and `.alpha`, and `lora_te_…` for the
+text encoder. All are read; names are compared with underscores for dots, as kohya writes them. The family's table of
+weight names lists the layers and their published names.
 """
 
 from collections.abc import Mapping
@@ -13,21 +13,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from keifu.checkpoints.lora.peft import Place, attach_tensors, layers, read_tensors, whole_tensors
+from keifu.checkpoints.lora.peft import ParsedName, attach_tensors, layers, read_tensors, whole_tensors
 from keifu.errors import UserError, require_known
 from keifu.files import write_atomic
 from keifu.layers.lora import Adapter, LoraSettings, merge
 from keifu.processes import current
 
-ENDS = {  # of a name, and what it is: the lower matrix, the upper one, what scales their product, DoRA's lengths
+ENDS = {  # end of a tensor's name → its role: the lower matrix, the upper one, their scale, DoRA's lengths
     ".lora_A.weight": "a", ".lora_linear_layer.down.weight": "a", ".lora.down.weight": "a", "_lora.down.weight": "a",
     ".lora_down.weight": "a", ".lora_B.weight": "b", ".lora_linear_layer.up.weight": "b", ".lora.up.weight": "b",
     "_lora.up.weight": "b", ".lora_up.weight": "b", ".alpha": "alpha", ".lora_magnitude_vector": "length",
     ".dora_scale": "length",
 }  # fmt: skip
 STARTS = {"lora_unet_": "unet_", "lora_te_": "text_encoder_", "lora_te1_": "text_encoder_"}
-OF_TEXT = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"  # where diffusers wrote .lora for the U-Net
-FILE = "pytorch_lora_weights.safetensors"  # in a folder, as diffusers calls it
+# diffusers' ends for the text encoder; the U-Net's were .lora.…
+OF_TEXT = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"
+FILE = "pytorch_lora_weights.safetensors"  # diffusers' file name in a folder
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 OTHERS = {"hada_": "a LoHa", "lokr_": "a LoKr", "lora_mid": "a LoRA in three parts"}
 WRITTEN: Mapping[str, tuple[str, str]] = {
@@ -40,23 +41,23 @@ WRITTEN: Mapping[str, tuple[str, str]] = {
 def apply_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Module:
     """Merge a LoRA into the weights of a model, in place, `scale` times as strongly as it was trained.
 
-    Keys or shapes that do not fit are one `UserError`.
+    Raises one UserError for all keys or shapes that do not fit.
     """
     return merge(attach_lora(model, path, scale))
 
 
 def attach_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Module:
-    """Attach a file's adapters to the layers of a model, in place, the rest frozen."""
+    """Attach a file's adapters to the layers of a model, in place, and freeze the other weights."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is no .safetensors file, and keifu reads LoRAs from no other.")
     known = layers(model)
-    place = partial(_place, {_weight_name(label): label for label in known})
-    return attach_tensors(model, path, known, read_tensors(path), place, partial(_low, scale), _unknown_weight)
+    parse = partial(_parse, {_weight_name(label): label for label in known})
+    return attach_tensors(model, path, known, read_tensors(path), parse, partial(_low, scale), _unknown_weight)
 
 
 def _low(scale: float, label: str, parts: dict[str, Tensor]) -> LoraSettings:
-    """Return the settings of one layer's adapter, and flatten its kernels to matrices."""
+    """Return the settings of one layer's adapter. Flatten its convolution kernels to matrices in `parts`."""
     alpha = parts.pop("alpha", None)
     if alpha is not None and alpha.numel() != 1:
         raise UserError(f"The alpha of {label} has the shape {tuple(alpha.shape)} instead of one number.")
@@ -65,15 +66,16 @@ def _low(scale: float, label: str, parts: dict[str, Tensor]) -> LoraSettings:
     return LoraSettings(rank, scale * (rank if alpha is None else float(alpha)), dora="length" in parts)
 
 
-def _place(spelled: Mapping[str, str], name: str) -> Place:
-    """Return the target of a tensor; `spelled` has the layers' published names by the one spelling for all."""
+def _parse(spelled: Mapping[str, str], name: str) -> ParsedName:
+    """Parse the name of a tensor. spelled: normalised name of a layer (see `_weight_name`) → its published name."""
     end = next((end for end in ENDS if name.endswith(end)), "")
     layer = _weight_name(name.removesuffix(end))
-    return spelled.get(layer) or spelled.get(f"{layer}_0", ""), ENDS.get(end, ""), name  # to_out, which is to_out.0
+    # older files have to_out for to_out.0
+    return spelled.get(layer) or spelled.get(f"{layer}_0", ""), ENDS.get(end, ""), name
 
 
 def _weight_name(name: str) -> str:
-    """Return one spelling of a name: the pipeline's part first, underscores for dots, no optional prefix."""
+    """Return the normalised form of a name: the pipeline's part first, underscores for dots, no optional prefix."""
     name = name.removeprefix("base_model.model.").replace(".processor.", ".").replace(".", "_")
     start = next((start for start in STARTS if name.startswith(start)), None)
     if start is not None:
@@ -93,9 +95,9 @@ def _unknown_weight(name: str) -> str:
 
 
 def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
-    """Write a model's adapters as one file that diffusers (peft, diffusers) or kohya's tools load.
+    """Write a model's adapters as one file, for diffusers (style "peft" or "diffusers") or kohya's tools ("kohya").
 
-    The first two have no word for alpha: where it is not the rank, the upper matrix is written scaled.
+    The first two styles do not store alpha: if alpha differs from the rank, the upper matrix is written scaled.
     """
     from safetensors.torch import save
 
@@ -113,7 +115,7 @@ def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
 
 
 def _format_weights(adapter: Adapter, weights: Mapping[str, Tensor], style: str) -> dict[str, Tensor]:
-    """Return the tensors of one adapter by their names, convolutions' as kernels."""
+    """Return the tensors of one adapter by name; those of convolutions have kernel shape."""
     label, (down, up) = adapter.target.label, WRITTEN[style]
     if style == "diffusers" and label.startswith("text_encoder."):
         down, up = OF_TEXT

@@ -1,6 +1,6 @@
 """PEFT adapter directories (LoRA), read and written: adapter_config.json and adapter_model.safetensors.
 
-Which layers there are, and their published names, is given by the family's table of weight names.
+The family's table of weight names lists the layers and their published names.
 """
 
 import json
@@ -29,22 +29,23 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ALL = "all-linear"
 ENDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "length"}
-# Settings that are not implemented, with the value that changes nothing. An absent or empty one is fine too.
+# Settings that are not implemented, with their neutral value. A missing or empty setting is accepted too.
 UNSUPPORTED: Mapping[str, Any] = {
     "bias": "none", "modules_to_save": None, "trainable_token_indices": None, "lora_bias": False, "use_qalora": False,
     "layer_replication": None, "target_parameters": None, "alora_invocation_tokens": None,
 }  # fmt: skip
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that change the base's own weights
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base's weights
 
 
 def linears(model: nn.Module) -> dict[str, Target]:
-    """Return all linear layers inside numbered layers, parts of joined ones apart, by published name."""
+    """Return all linear layers inside numbered layers, by published name; each matrix of a joined layer separately."""
     every = layers(model, (nn.Linear,))
     return {label: target for label, target in every.items() if any(p.isdigit() for p in target.module.split("."))}
 
 
 def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)) -> dict[str, Target]:
-    """Return every linear layer and convolution of a model, the parts of a joined one apart, by its published name."""
+    """Return every linear layer and convolution of a model, by published name; each matrix of a joined layer
+    separately."""
     family, config = describe(model.config)
     modules, targets = dict(model.named_modules()), dict[str, Target]()
     for link in links(model, family.table(config)):
@@ -58,8 +59,8 @@ def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn
 
 
 def adapt(model: nn.Module, targets: Sequence[str], low: LoraSettings) -> nn.Module:
-    """Attach new adapters, in place, to the linear layers of these names (see `match_targets`), or with all-linear to
-    every one."""
+    """Attach new adapters, in place, to the linear layers of these names (see `match_targets`), or to all for
+    "all-linear"."""
     known = linears(model)
     return attach(
         model, dict.fromkeys(known.values() if [*targets] == [ALL] else match_targets(known, targets, ALL), low)
@@ -67,9 +68,9 @@ def adapt(model: nn.Module, targets: Sequence[str], low: LoraSettings) -> nn.Mod
 
 
 def match_targets(known: Mapping[str, Target], names: Sequence[str], *more: str) -> list[Target]:
-    """Return the layers whose published names end in one of these.
+    """Return the layers whose published names end in one of `names`.
 
-    One that no layer has, such as q_prjo, is a `UserError` that says the nearest, of `more` words too.
+    Raises UserError for a name that matches no layer, such as q_prjo, with the nearest known name or word of `more`.
     """
     for wanted in names:
         if not any(_ends(label, wanted) for label in known):
@@ -78,7 +79,7 @@ def match_targets(known: Mapping[str, Target], names: Sequence[str], *more: str)
 
 
 def _last(label: str) -> str:
-    """Return the end of a layer's name that says its role: its last part that is no number, with the number behind
+    """Return the end of a layer's name that describes its role: its last part that is not a number, and a number after
     it."""
     parts = label.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
@@ -89,23 +90,23 @@ def _ends(label: str, wanted: str) -> bool:
 
 
 def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
-    """Write only a model's adapters, as PEFT does. `base`: the place of the model itself."""
+    """Write only a model's adapters, as PEFT does. base: path or hub id of the model itself."""
     from safetensors.torch import save
 
-    made = whole_tensors(model)
-    if not made:
+    whole = whole_tensors(model)
+    if not whole:
         raise UserError("This model has no adapters to save: save it whole.")
     if not current().is_main:
         return
-    tensors = {name: tensor for item in made.items() for name, tensor in _name_layers(*item).items()}
+    tensors = {name: tensor for item in whole.items() for name, tensor in _name_layers(*item).items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_atomic(directory / CONFIG, json.dumps(_config(model, [*made], base), indent=2) + "\n")
+    write_atomic(directory / CONFIG, json.dumps(_config(model, [*whole], base), indent=2) + "\n")
 
 
 def whole_tensors(model: nn.Module) -> dict[Adapter, dict[str, Tensor]]:
-    """Return the tensors of every adapter, on the CPU; of a split model, its processes join them."""
+    """Return the unsharded tensors of every adapter, on the CPU."""
     join = current().full_tensor
     return {part: {end: join(f"{name}.{end}", p.detach()).cpu().contiguous() for end, p in part.named_parameters()}
             for name, part in model.named_modules() if isinstance(part, Adapter)}  # fmt: skip
@@ -116,18 +117,18 @@ def _name_layers(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, T
     return {f"{name}.{end}": tensors[ours] for end, ours in ENDS.items() if ours in tensors}
 
 
-def _config(model: nn.Module, made: Sequence[Adapter], base: str) -> dict[str, Any]:
-    """Return PEFT's config; ranks and alphas that differ from the first adapter's go by name."""
+def _config(model: nn.Module, whole: Sequence[Adapter], base: str) -> dict[str, Any]:
+    """Return PEFT's config. Ranks and alphas that differ from the first adapter's are listed by layer."""
     family, config = describe(model.config)
     transposed = any(name.endswith(".T") for name in (family.table(config) or {}).values())
-    low, ends = made[0].low, sorted({adapter.target.label.rpartition(".")[2] for adapter in made})
+    low, ends = whole[0].low, sorted({adapter.target.label.rpartition(".")[2] for adapter in whole})
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": low.rank, "lora_alpha": low.alpha, "lora_dropout": low.dropout, "use_dora": low.dora,
         "use_rslora": low.root, "bias": "none", "target_modules": ends, "modules_to_save": None,
         "fan_in_fan_out": transposed, "init_lora_weights": True,
-        "rank_pattern": {a.target.label: a.low.rank for a in made if a.low.rank != low.rank},
-        "alpha_pattern": {a.target.label: a.low.alpha for a in made if a.low.alpha != low.alpha},
+        "rank_pattern": {a.target.label: a.low.rank for a in whole if a.low.rank != low.rank},
+        "alpha_pattern": {a.target.label: a.low.alpha for a in whole if a.low.alpha != low.alpha},
     }  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def base_of(path: Path) -> str:
-    """Return the name of the model that the adapters belong to."""
+    """Return the path or hub id of the adapters' base model."""
     base = read_json_object(path / CONFIG).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise UserError(f"{path / CONFIG} does not say what model its adapters belong to (base_model_name_or_path).")
@@ -147,31 +148,33 @@ def base_of(path: Path) -> str:
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
-    """Attach the adapters of a folder to a model, in place. Keys or shapes that do not fit are one `UserError`."""
+    """Attach the adapters of a folder to a model, in place. Raises one UserError for all keys or shapes that do not
+    fit."""
     path = Path(path)
-    config, tensors = _check_pair(path), read_tensors(path / WEIGHTS)
-    return attach_tensors(model, path, linears(model), tensors, _place, partial(_low, config))
+    config, tensors = _checked_config(path), read_tensors(path / WEIGHTS)
+    return attach_tensors(model, path, linears(model), tensors, _parse, partial(_low, config))
 
 
-Place = tuple[str, str, str]  # of a tensor: its layer's published name, what of the adapter it is, its name in errors
+# the layer's published name, the tensor's role in the adapter (a, b, ...), and its name in errors
+ParsedName = tuple[str, str, str]
 
 
 def attach_tensors(
     model: nn.Module, path: Path, known: Mapping[str, Target], tensors: Mapping[str, Tensor],
-    place: Callable[[str], Place], settings: Callable[[str, dict[str, Tensor]], LoraSettings],
+    parse: Callable[[str], ParsedName], settings: Callable[[str, dict[str, Tensor]], LoraSettings],
     strange: Callable[[str], str] = lambda name: "belongs to no layer of this model",
 ) -> nn.Module:  # fmt: skip
-    """Attach adapters of these tensors to a model, in place; tensors that belong to none, are missing or misshapen
-    are one `UserError`.
+    """Attach adapters with these tensors to a model, in place. Raises one UserError for all tensors that are unknown,
+    missing or misshapen.
 
-    settings: of a layer's adapter, from its tensors, which it may change. strange: what is wrong with a tensor whose
-    layer is not `known`.
+    parse: splits a tensor's name. settings: returns the settings of a layer's adapter from its tensors, which it may
+    change. strange: says what is wrong with a tensor whose layer is not `known`.
     """
     parts_of = defaultdict[str, dict[str, Tensor]](dict)
     names = defaultdict[str, dict[str, str]](dict)
     wrong = list[str]()
     for name, tensor in tensors.items():
-        label, part, shown = place(name)
+        label, part, shown = parse(name)
         if label not in known or not part:
             wrong.append(f"{name} {strange(name)}")
         elif part in parts_of[label]:
@@ -194,8 +197,8 @@ def attach_tensors(
     return model.eval()
 
 
-def _check_pair(path: Path) -> dict[str, Any]:
-    """Return the config, once it is sure that nothing in it changes the numbers unseen."""
+def _checked_config(path: Path) -> dict[str, Any]:
+    """Return the config. Raises UserError if it has settings that keifu would ignore."""
     config = read_json_object(path / CONFIG)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path / CONFIG} is of the kind {config.get('peft_type')!r}, and keifu reads LORA alone.")
@@ -212,7 +215,8 @@ def _check_pair(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return every tensor of a safetensors file; one that is torn, not there or not finite is a `UserError`."""
+    """Return every tensor of a safetensors file. Raises UserError if the file is missing or truncated, or a tensor is
+    not finite."""
     if not path.exists():
         raise UserError(f"{path.parent} holds no {path.name}: keifu reads adapters as safetensors alone.")
     file = open_weights(path)
@@ -220,14 +224,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: read(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
-def _place(name: str) -> Place:
-    """Return the target of a tensor with this name, as PEFT writes it."""
+def _parse(name: str) -> ParsedName:
+    """Parse the name of a tensor, as PEFT writes it."""
     match = re.fullmatch(r"(?:base_model\.model\.)?((.+?)\.(lora_\w+(?:\.weight)?))", name)
     return (match[2], ENDS.get(match[3], ""), match[1]) if match else (name, "", name)
 
 
 def _low(config: Mapping[str, Any], label: str, parts: Mapping[str, Tensor]) -> LoraSettings:
-    """Return the settings of one layer's adapter; a pattern is an end of a name, or a regular expression for one."""
+    """Return the settings of one layer's adapter. A pattern is the end of a name, or a regular expression for it."""
 
     def chosen(patterns: Mapping[str, Any] | None, default: Any) -> Any:
         for pattern in patterns or {}:
@@ -246,7 +250,7 @@ def _low(config: Mapping[str, Any], label: str, parts: Mapping[str, Tensor]) -> 
 
 
 def _number(name: str, value: Any, types: type | tuple[type, ...]) -> Any:
-    """Return a number of an adapter's config; anything else is a `UserError` that names the field."""
+    """Return a number of an adapter's config. Raises UserError with the field's name for anything else."""
     if not isinstance(value, types) or isinstance(value, bool):
         raise UserError(f"{CONFIG} has {value!r} as {name}: it must be a number.")
     return value

@@ -1,6 +1,6 @@
 """Multi-head attention: scaled dot products, grouped-query heads, self-attention with a cache, cross-attention.
 
-Axes: batch, length = queries, seen = keys, heads, head_dim, dim = heads · head_dim where they are joined.
+Axes: batch, length = queries, seen = keys, heads, head_dim, dim = heads · head_dim after heads are joined.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ Hidden = Float[Tensor, "batch length dim"]
 class Scoring(NamedTuple):
     """Settings that turn scores q kᵀ into the weights of values.
 
-    dropout: acts on the softmax. scale: factor of the scores; None is 1 / √head_dim. soft_cap: scores are
-    soft_cap · tanh(score / soft_cap) (Gemma 2, 2024). sinks: scores of each head that take weight and give no value
-    (Xiao et al., 2023; gpt-oss, 2025); not with a soft cap.
+    dropout: acts on the softmax. scale: factor of the scores; None is 1 / √head_dim. soft_cap: scores become soft_cap ·
+    tanh(score / soft_cap) (Gemma 2, 2024). sinks: for each head the score of an extra key whose value is 0 (Xiao et
+    al., 2023; gpt-oss, 2025); not together with soft_cap.
     """
 
     dropout: Dropout | None = None
@@ -38,9 +38,11 @@ def attend(
     q: Float[Tensor, "batch heads length head_dim"], k: Float[Tensor, "batch kv_heads seen head_dim"],
     v: Float[Tensor, "batch kv_heads seen value_dim"], visible: Visible = None, scoring: Scoring | None = None,
 ) -> Hidden:  # fmt: skip
-    """Compute softmax(q kᵀ · scale) v with the heads joined. Each head of keys serves heads / kv_heads queries.
+    """Compute softmax(q kᵀ · scale) v with the heads joined: (batch, length, heads · value_dim). Each head of keys
+    serves heads / kv_heads query heads.
 
-    Dropout and a soft cap are not in torch's fused attention, so they cost memory that grows with length · seen.
+    torch's fused attention has neither dropout masks of ours nor a soft cap: these need memory that grows with length ·
+    seen.
     """
     batch, heads, length, _ = q.shape
     scoring = scoring or Scoring()
@@ -53,7 +55,8 @@ def attend(
     dropout, scale, soft_cap, _ = scoring
     if (dropout is not None and dropout.active) or soft_cap or (q.requires_grad and _short(q, k)):
         return _explicit(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), visible, scoring)
-    if group > 1 and length == 1:  # one new token: the group's queries become the rows of one small product
+    # one new token: the queries of a group become the rows of one small matrix multiplication
+    if group > 1 and length == 1:
         q = q.reshape(batch, k.shape[1], group, -1)
         group = 1
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=visible == "causal", scale=scale, enable_gqa=group > 1)
@@ -63,9 +66,9 @@ def attend(
 def _with_sink(
     q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring, sinks: Float[Tensor, " heads"]
 ) -> tuple[Tensor, Tensor, Tensor, Bool[Tensor, "#batch 1 #length more"] | None, Scoring]:
-    """Put the sinks into queries and keys: a first key that every query sees, with the value 0.
+    """Add the sinks to queries and keys, as a first key that every query sees, with the value 0.
 
-    Its score is the head's sink: queries get one more number, which only this key multiplies.
+    Its score must be the head's sink: queries get one more number, which only this key multiplies.
     """
     scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
     scores = (sinks / scale).to(q.dtype)[:, None, None].expand(len(q), -1, q.shape[2], 1)
@@ -78,9 +81,10 @@ def _with_sink(
 
 
 def _short(q: Tensor, k: Tensor) -> bool:
-    """Return whether torch's fused attention loses to three plain products: its backward pass does, measured on 2 cores
-    with AMX, four times at 64 tokens and 1.7 times at 256, in bfloat16 on a CPU; in float32, or from 512 tokens on, it
-    wins.
+    """Return whether torch's fused attention is slower than three matrix multiplications.
+
+    Its backward pass is, measured on 2 cores with AMX in bfloat16: by a factor of 4 at 64 tokens and 1.7 at 256. In
+    float32, or from 512 tokens on, it is faster.
     """
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and max(q.shape[2], k.shape[2]) <= 256
 
@@ -88,7 +92,7 @@ def _short(q: Tensor, k: Tensor) -> bool:
 def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scoring) -> Hidden:
     """Compute `attend` step by step, with keys for each head. One operation multiplies, scales and masks the scores."""
     batch, heads, length, head_dim = q.shape
-    hidden = torch.zeros((), dtype=q.dtype, device=q.device)  # what is added to the scores: -inf where nothing is seen
+    hidden = torch.zeros((), dtype=q.dtype, device=q.device)  # added to the scores: -inf for keys that are not visible
     if visible == "causal":
         hidden = torch.full((length, k.shape[2]), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     elif isinstance(visible, Tensor):
@@ -104,10 +108,10 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scorin
 
 
 class CacheShape(NamedTuple):
-    """Numbers that a layer keeps of the tokens so far.
+    """Shape of the cache of a layer.
 
-    heads, head_dim: of the keys of a token. value_dim: of its values; None is head_dim, and 0 means that the keys are
-    the values too. fixed: numbers of a sequence in float32, however many tokens it has.
+    heads, head_dim: of the keys of a token. value_dim: of its values; None is head_dim; 0 means that the keys are used
+    as values too. fixed: float32 numbers per sequence, independent of its length.
     """
 
     heads: int = 0
@@ -121,18 +125,18 @@ class CacheShape(NamedTuple):
         return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
 
 
-Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # from new tokens and a state to an output and the new state
+Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new tokens and a state → an output and the new state
 
 
 @runtime_checkable
 class Cache(Protocol):
     """Interface of a layer's cache of earlier tokens: keys and values, or a state of fixed size.
 
-    `attend` adds the keys and values of new tokens and attends to all; without values the keys are the values too.
-    `recur` gives new tokens and the state to `rule`, returns its output, and keeps the state that it returns.
+    `attend` adds the keys and values of new tokens and attends to all; without values the keys are used as values too.
+    `recur` calls `rule` with the new tokens and the state, returns its output, and stores its new state.
 
-    `LayerCache` (kv_cache.py) has a row for each sequence: beam search, image tokens, and a model that is called with
-    its own state. `PagedCache` (generation/text/paged) has blocks of a pool: everything that the engine runs.
+    `LayerCache` (kv_cache.py) has a row for each sequence; it serves beam search, image tokens, and models called with
+    a `KVState`. `PagedCache` (generation/text/paged) has blocks of a pool; it serves the engine.
     """
 
     def attend(
@@ -145,12 +149,12 @@ class Cache(Protocol):
 
 class Attention(nn.Module):
     """Self-attention (Vaswani et al., 2017, section 3.2): multi-head; grouped-query (Ainslie et al., 2023) with fewer
-    `n_kv_heads` than `n_heads`; multi-query (Shazeer, 2019) with one. The mask says which keys each query sees.
+    `n_kv_heads` than `n_heads`; multi-query (Shazeer, 2019) with one. The mask determines which keys each query sees.
 
-    `window` limits each query to the last `window` tokens, itself included (Mistral, Jiang et al., 2023); the cost then
-    grows with the window. `scale` multiplies queries times keys; None: 1 / √head_dim. `rotary`
-    turns queries and keys by their positions. `qk_norm` are the norms of queries and of keys [..., heads, head_dim],
-    applied before the rotation (Henry et al., 2020): of each head (Qwen3, Gemma 3) or of all heads together (OLMo 2).
+    window: limits each query to the last `window` tokens, including itself (Mistral, Jiang et al., 2023); the cost then
+    grows with the window. scale: factor of the scores; None: 1 / √head_dim. rotary: rotates queries and keys by their
+    positions. qk_norm: norms of queries and of keys (..., heads, head_dim), applied before the rotation (Henry et al.,
+    2020): of each head (Qwen3, Gemma 3) or of all heads together (OLMo 2).
     """
 
     def __init__(
@@ -175,36 +179,36 @@ class Attention(nn.Module):
     def forward(
         self, x: Hidden, mask: Mask | None = None, positions: Positions | None = None, cache: Cache | None = None
     ) -> Hidden:
-        """Attend. With a cache `x` are new tokens, which see those before; otherwise `mask` says what is seen (None:
-        all)."""
+        """Attend. With a cache, `x` are new tokens, which also see the earlier ones. Otherwise `mask` determines what
+        is visible (None: all)."""
         return self.out(self._mix(self.qkv(x).unflatten(-1, (-1, self.head_dim)), mask, positions, cache))
 
     def _mix(
         self, heads: Float[Tensor, "batch length all_heads head_dim"], mask: Mask | None, positions: Positions | None,
         cache: Cache | None,
     ) -> Float[Tensor, "batch length inner"]:  # fmt: skip
-        """Return the output of the heads, of their queries, keys and values in this order."""
+        """Return the joined outputs of the heads. heads: of queries, keys and values, in this order."""
         qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split([self.n_heads, self.n_kv_heads], 2)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], 2)
         if self.rotary is not None and positions is not None:
-            qk = self._turn(qk, positions.rotation(self.rotary), positions)
+            qk = self._rotate(qk, positions.rotation(self.rotary), positions)
         q, k, v = qk[:, :, : self.n_heads].transpose(1, 2), qk[:, :, self.n_heads :].transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             return cache.attend(q, k, v, self.window, self.scoring)
         visible = None if mask is None else mask.visible(k.shape[2], self.window)
         return attend(q, k, v, visible, self.scoring)
 
-    def _turn(
+    def _rotate(
         self, qk: Float[Tensor, "batch length heads head_dim"], rotation: Rotation, positions: Positions
     ) -> Float[Tensor, "batch length heads head_dim"]:
-        """Turn queries and keys by their positions."""
+        """Rotate queries and keys by their positions."""
         return rotation.apply(qk)
 
     @property
     def scoring(self) -> Scoring:
-        """Return how scores become weights."""
+        """Return the settings of the scores."""
         return Scoring(self.dropout, self.scale)
 
     @property
@@ -227,19 +231,19 @@ class SinkAttention(Attention):
 
     @property
     def scoring(self) -> Scoring:
-        """Return how scores become weights, with the sinks."""
+        """Return the settings of the scores, with the sinks."""
         return Scoring(self.dropout, self.scale, sinks=self.sinks)
 
 
 class TemperedAttention(Attention):
-    """Attention whose queries grow with their position, by 1 + growth · ln(1 + ⌊position / trained⌋), so that attention
-    to many tokens stays sharp (Llama 4, 2025; Ministral 3)."""
+    """Attention whose queries are multiplied by 1 + growth · ln(1 + ⌊position / trained⌋), so that attention to many
+    tokens stays sharp (Llama 4, 2025; Ministral 3)."""
 
     def __init__(self, *sizes: Any, growth: float, trained: int, **settings: Any):
         super().__init__(*sizes, **settings)
         self.growth, self.trained = growth, trained
 
-    def _turn(
+    def _rotate(
         self, qk: Float[Tensor, "batch length heads head_dim"], rotation: Rotation, positions: Positions
     ) -> Float[Tensor, "batch length heads head_dim"]:
         q, k = rotation.apply(qk).split([self.n_heads, self.n_kv_heads], 2)
@@ -248,9 +252,10 @@ class TemperedAttention(Attention):
 
 
 class GatedAttention(Attention):
-    """Attention whose heads are each multiplied by the sigmoid of a gate, made of the token (Qwen3-Next, 2025).
+    """Attention that multiplies the output of each head by the sigmoid of a gate, computed from the token (Qwen3-Next,
+    2025).
 
-    The rows of a head's gate follow those of its queries.
+    In the matrix, the rows of a head's gate follow those of its queries.
     """
 
     def __init__(self, dim: int, *sizes: Any, **settings: Any):
@@ -262,9 +267,9 @@ class GatedAttention(Attention):
         self, x: Hidden, mask: Mask | None = None, positions: Positions | None = None, cache: Cache | None = None
     ) -> Hidden:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        queries, rest = heads.tensor_split([2 * self.n_heads], 2)
+        queries, keys_values = heads.tensor_split([2 * self.n_heads], 2)
         q, gate = queries.unflatten(2, (-1, 2)).unbind(3)
-        return self.out(self._mix(torch.cat([q, rest], 2), mask, positions, cache) * gate.flatten(2).sigmoid())
+        return self.out(self._mix(torch.cat([q, keys_values], 2), mask, positions, cache) * gate.flatten(2).sigmoid())
 
 
 class CappedAttention(Attention):
@@ -276,7 +281,7 @@ class CappedAttention(Attention):
 
     @property
     def scoring(self) -> Scoring:
-        """Return how scores become weights, with the soft cap."""
+        """Return the settings of the scores, with the soft cap."""
         return Scoring(self.dropout, self.scale, self.soft_cap)
 
 
@@ -297,7 +302,7 @@ class JoinedUnbiasedKeys(nn.Module):
 
 
 class KeysUnbiased(Attention):
-    """Attention with a bias for queries, values and outputs, and none for keys (Whisper, 2022)."""
+    """Attention with a bias for queries, values and outputs, but not for keys (Whisper, 2022)."""
 
     def __init__(self, dim: int, n_heads: int, dropout: float = 0.0):
         super().__init__(dim, n_heads, dropout=dropout)
@@ -305,7 +310,8 @@ class KeysUnbiased(Attention):
 
 
 class CrossAttention(nn.Module):
-    """Queries from one sequence, keys and values from another (Vaswani et al., 2017, section 3.2.3)."""
+    """Attention with queries from one sequence, and keys and values from another (Vaswani et al., 2017, section
+    3.2.3)."""
 
     def __init__(
         self, dim: int, n_heads: int, context_dim: int | None = None, bias: bool = True, dropout: float = 0.0,
@@ -320,7 +326,7 @@ class CrossAttention(nn.Module):
         self.out = Linear(dim, dim, bias if out_bias is None else out_bias)
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a context, [batch, heads, seen, head_dim] each: made once, used at every step."""
+        """Return the keys and values of a context, (batch, heads, seen, head_dim) each, for use at every step."""
         k, v = (x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for x in self.kv(context).chunk(2, -1))
         return k, v
 
@@ -331,7 +337,7 @@ class CrossAttention(nn.Module):
 
 
 class KeysUnbiasedCross(CrossAttention):
-    """Cross-attention with a bias for queries, values and outputs, and none for keys (Whisper, 2022)."""
+    """Cross-attention with a bias for queries, values and outputs, but not for keys (Whisper, 2022)."""
 
     def __init__(self, dim: int, n_heads: int, dropout: float = 0.0):
         super().__init__(dim, n_heads, dropout=dropout)

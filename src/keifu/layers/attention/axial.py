@@ -1,8 +1,8 @@
 """Axial sparse attention for a text followed by a grid of image tokens (DALL-E).
 
-A place of the grid attends to the text and to few earlier places: its row, its column or its neighbourhood (Ramesh et
+A grid position attends to the text and to few earlier positions: its row, its column or its neighbourhood (Ramesh et
 al., 2021, appendix B.1 and figure 11). Axes: batch, heads, length = prefix + places, head_dim; prefix = tokens before
-the grid; places in raster order, row by row; window = places that a row of the grid may attend to.
+the grid; places = grid positions in raster order, row by row; window = positions that a row of the grid may attend to.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Text = tuple[Float[Tensor, "batch heads prefix head_dim"], Float[Tensor, "batch 
 
 @dataclass(frozen=True)
 class Grid:
-    """Tokens before a grid, its height and width, and the side of the window of the pattern "convolution"."""
+    """A grid after `prefix` tokens: its height and width, and the side of the window of the pattern "convolution"."""
 
     prefix: int
     height: int
@@ -39,10 +39,10 @@ class Grid:
         return self.height * self.width
 
     def offsets(self, pattern: Pattern) -> tuple[int, ...]:
-        """Return how far back in raster order the places lie that one sees; 0 is itself.
+        """Return the distances in raster order of the positions that one position attends to; 0 is itself.
 
-        row: as many as a row has, and one, so that the last lies above. column: those above. convolution: the earlier
-        half of a square window; both it and row go on behind the edge, in the row before (figure 11).
+        row: as many as a row has, plus one, so that the last is directly above. column: those above. convolution: the
+        earlier half of a square window. At the left edge, row and convolution continue in the previous row (figure 11).
         """
         half = self.kernel // 2
         window = {down * self.width + across for down in range(half + 1) for across in range(-half, half + 1)}
@@ -55,7 +55,8 @@ class Grid:
         return tuple(offset for offset in patterns[pattern] if offset < self.places)
 
     def visible(self, pattern: Pattern) -> Bool[Tensor, "length length"]:
-        """Mask of an axial attention: text sees what comes before, a position the whole text and its `offsets`."""
+        """Return the mask of an axial attention: text sees earlier tokens; a grid position sees the whole text and its
+        `offsets`."""
         length = self.prefix + self.places
         mask = torch.ones(length, length, dtype=torch.bool).tril()
         positions = torch.arange(self.places)
@@ -63,8 +64,8 @@ class Grid:
         return mask
 
     def window(self, pattern: Pattern) -> Bool[Tensor, "rows columns window"]:
-        """Return for each row of the grid which position sees which of its window: itself and the rows above that it
-        must look at. Before the first row there is nothing."""
+        """Return for each row of the grid which of its window each position sees. The window is the row itself and the
+        rows above that it attends to. Positions before the first row are masked."""
         above = (self.rows_seen(pattern) - 1) * self.width
         queries = torch.arange(self.places).view(self.height, self.width, 1)
         keys = torch.arange(self.height)[:, None, None] * self.width + torch.arange(-above, self.width)
@@ -74,21 +75,22 @@ class Grid:
         return torch.isin(queries - keys, torch.tensor(self.offsets(pattern)))
 
     def seen_from(self, pattern: Pattern, position: int) -> Int[Tensor, " seen"]:
-        """Return the tokens that one position of the grid sees, itself the last."""
+        """Return the indices of the tokens that one grid position sees; the last is itself."""
         earlier = [self.prefix + position - offset for offset in reversed(self.offsets(pattern)) if offset <= position]
         return torch.cat([torch.arange(self.prefix), torch.tensor(earlier)])
 
     def rows_seen(self, pattern: Pattern) -> int:
-        """Return the rows of the grid that a row must look at, itself among them."""
+        """Return the number of rows that a row of the grid attends to, including itself."""
         return min(self.height, 1 - (-max(self.offsets(pattern)) // self.width))
 
     def pays(self, pattern: Pattern) -> bool:
-        """Return whether looking at few places is less work than at all of them and leaving most out."""
+        """Return whether attention to the few visible positions is less work than masked attention to all."""
         return pattern == "column" or 2 * self.rows_seen(pattern) <= self.height
 
 
 class GridAttention(Attention):
-    """`Attention` whose places of the grid see what a pattern says, computed for these alone if that is faster."""
+    """`Attention` whose grid positions see what a pattern allows. Only visible positions are computed if that is
+    faster."""
 
     def __init__(self, dim: int, n_heads: int, grid: Grid, pattern: Pattern, head_dim: int | None = None):
         super().__init__(dim, n_heads, head_dim=head_dim)
@@ -98,7 +100,8 @@ class GridAttention(Attention):
     def forward(
         self, x: Float[Tensor, "batch length dim"], cache: LayerCache | None = None
     ) -> Float[Tensor, "batch length dim"]:
-        """Return all tokens at once; with a cache the text and the places that came, or one new place behind them."""
+        """Attend from all tokens. With a cache: from the text and the grid's first positions, or from one new
+        position."""
         heads = self.qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
         q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))
         if cache is None:
@@ -106,13 +109,13 @@ class GridAttention(Attention):
         k, v = cache.append(k, v)
         if x.shape[1] > 1:
             return self.out(attend(q, k, v, "causal"))
-        seen = _kept(Grid.seen_from, x.device, self.grid, self.pattern, k.shape[2] - 1 - self.grid.prefix)
+        seen = _table(Grid.seen_from, x.device, self.grid, self.pattern, k.shape[2] - 1 - self.grid.prefix)
         return self.out(attend(q, k[:, :, seen], v[:, :, seen]))
 
 
 @lru_cache(maxsize=8192)
-def _kept(make: Callable[..., Tensor], device: torch.device, *given: Any) -> Tensor:
-    """Return a table of a grid, made once; while generating too, it must serve training."""
+def _table(make: Callable[..., Tensor], device: torch.device, *given: Any) -> Tensor:
+    """Return a table of a grid, computed once. It is not an inference tensor, since training may use it too."""
     with torch.inference_mode(False):
         return make(*given).to(device)
 
@@ -122,7 +125,7 @@ def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> F
     if pattern == "full":
         return attend(q, k, v, "causal")
     if not grid.pays(pattern):
-        return attend(q, k, v, _kept(Grid.visible, q.device, grid, pattern)[None, None])
+        return attend(q, k, v, _table(Grid.visible, q.device, grid, pattern)[None, None])
     before = k[:, :, : grid.prefix], v[:, :, : grid.prefix]
     text = attend(q[:, :, : grid.prefix], *before, "causal")
     q, k, v = (x[:, :, grid.prefix :] for x in (q, k, v))
@@ -131,7 +134,7 @@ def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> F
 
 
 def _columns(q: Places, k: Places, v: Places, before: Text, grid: Grid, pattern: Pattern) -> Places:
-    """Transpose the grid, so that a column is contiguous (figure 11, c)."""
+    """Attend within columns. The grid is transposed, so that a column is contiguous (figure 11, c)."""
     q, k, v = (x.unflatten(2, (grid.height, grid.width)).transpose(2, 3) for x in (q, k, v))
     causal = torch.ones(grid.height, grid.height, dtype=torch.bool, device=q.device).tril()
     return _assemble(q, k, v, before, causal).transpose(2, 3).flatten(2, 3)
@@ -142,7 +145,7 @@ def _rows(q: Places, k: Places, v: Places, before: Text, grid: Grid, pattern: Pa
     above = (grid.rows_seen(pattern) - 1) * grid.width
     q = q.unflatten(2, (grid.height, grid.width))
     k, v = (F.pad(x, (0, 0, above, 0)).unfold(2, above + grid.width, grid.width).mT for x in (k, v))
-    return _assemble(q, k, v, before, _kept(Grid.window, q.device, grid, pattern)).flatten(2, 3)
+    return _assemble(q, k, v, before, _table(Grid.window, q.device, grid, pattern)).flatten(2, 3)
 
 
 def _assemble(
@@ -152,9 +155,10 @@ def _assemble(
     before: Text,
     mask: Bool[Tensor, "... length window"],
 ) -> Float[Tensor, "batch heads groups length head_dim"]:
-    """Let groups of positions attend to the whole text and, as the mask says, at a window of their own, in one softmax.
+    """Attend from groups of positions to the whole text and, if the mask allows, to a window for each group, in one
+    softmax.
 
-    The text's keys stay as they are: they are not repeated for each group.
+    The text's keys are not repeated for each group.
     """
     scale = q.shape[-1] ** -0.5
     groups, length = q.shape[2:4]

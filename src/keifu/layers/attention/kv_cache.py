@@ -1,8 +1,8 @@
-"""Key-value cache: the keys and values of the tokens so far, of all layers of a model, in memory allocated once.
+"""Key-value cache: the keys and values of all earlier tokens for all layers of a model, in memory allocated once.
 
-Every row of a batch has a length of its own: rows of different lengths lie side by side without padding. A layer may
-keep a state of fixed size for each row instead. Axes: rows, heads = heads of keys and values, length = new tokens of a
-pass, seen = tokens that a pass attends to, head_dim, numbers = of a state of fixed size.
+Each row of a batch has its own length; rows of different lengths need no padding. A layer may store a state of fixed
+size for each row instead. Axes: rows, heads = heads of keys and values, length = new tokens of a pass, seen = tokens
+that a pass attends to, head_dim, numbers = of a state of fixed size.
 """
 
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ Seen = Float[Tensor, "rows heads seen head_dim"]
 
 
 class KVState:
-    """Room for `capacity` tokens in each of `rows` rows; `lengths` are the numbers of tokens that they hold.
+    """Cache of `rows` rows with space for `capacity` tokens each. `lengths`: the number of tokens in each row.
 
-    layers: what each layer keeps, a `CacheShape` or its first two fields. A pass begins with `positions`, which says
-    where its tokens stand; then each layer takes its part (`layer`); `advance` ends it. A pass that is interrupted
-    before leaves the state as it was.
+    layers: the `CacheShape` of each layer, or its first two fields. A pass begins with `positions`, which returns the
+    positions of its tokens; then each layer uses its part (`layer`); `advance` ends the pass. A pass that is
+    interrupted earlier does not change the state.
     """
 
-    sequence_lengths = None  # the positions say them
+    sequence_lengths = None  # the positions determine them
 
     def __init__(self, layers: Sequence[CacheShape | tuple[int, int]], rows: int, capacity: int, like: Tensor):
         shapes = [layer if isinstance(layer, CacheShape) else CacheShape(*layer) for layer in layers]
-        self.keys, self.values = (  # nobody sees what is not written; NaN would spread
+        self.keys, self.values = (  # zeros, not empty: masked positions are read too, and NaN would spread
             [like.new_zeros(rows, shape.heads, capacity, shape.widths[part]) for shape in shapes] for part in (0, 1)
         )
         self.fixed = [like.new_zeros(rows, shape.fixed, dtype=torch.float32) for shape in shapes]
@@ -40,12 +40,12 @@ class KVState:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row has room for."""
+        """The number of tokens that a row has space for."""
         return self.keys[0].shape[2]
 
     @property
     def longest(self) -> int:
-        """The most tokens that a row holds."""
+        """The largest number of tokens in a row."""
         return max(self.lengths, default=0)
 
     @property
@@ -60,14 +60,14 @@ class KVState:
 
     @property
     def row_bytes(self) -> int:
-        """Return the bytes that a row takes however many tokens it has."""
+        """Return the bytes of a row that do not depend on its number of tokens."""
         return sum(4 * x.shape[1] for x in self.fixed)
 
     def positions(self, length: int, padding: Int[Tensor, " rows"] | None = None) -> Int[Tensor, "*rows length"]:
-        """Begin a pass of `length` tokens a row; return their positions, [length] where all rows have the same.
+        """Begin a pass of `length` tokens per row. Return their positions, (length,) if all rows have the same.
 
-        padding: how many tokens at the beginning of each row are padding; these are not kept.
-        More tokens than there is room for is a `ValueError`.
+        padding: number of padding tokens at the beginning of each row; these are not stored. Raises ValueError if the
+        capacity is exceeded.
         """
         pads = [0] * len(self.lengths) if padding is None else padding.tolist()
         self._pass = Pass(self.lengths, length, pads, self.device)
@@ -76,21 +76,21 @@ class KVState:
         return self._pass.positions
 
     def layer(self, index: int) -> "LayerCache":
-        """Return the part of one layer in the pass that was begun."""
+        """Return the cache of one layer in the current pass."""
         assert self._pass is not None, "`positions` begins a pass"
         return LayerCache(self.keys[index], self.values[index], self._pass, self.fixed[index], index)
 
     def advance(self) -> None:
-        """End the pass; its tokens stay in the cache."""
+        """End the pass. Its tokens stay in the cache."""
         assert self._pass is not None, "`positions` begins a pass"
         self.fixed = [self._pass.fixed.get(index, before) for index, before in enumerate(self.fixed)]
         self.lengths, self._pass = self._pass.ends, None
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keep these rows, in this order; a row may be named several times.
+        """Keep these rows, in this order. A row may be repeated.
 
-        As many rows or fewer stay in the memory that they have, and those that keep their place are not touched. Rows
-        in the host's memory spare a GPU the wait for their numbers.
+        If the number of rows does not grow, the memory is reused, and rows that keep their index are not copied. Pass
+        `rows` on the CPU, so that the host need not wait for a GPU.
         """
         longest, count = self.longest, len(rows)
         same = len(set(self.lengths)) == 1
@@ -109,11 +109,11 @@ class KVState:
 
 
 class Pass:
-    """Positions of the new tokens of each row, and what they may see; one object serves all layers of a pass."""
+    """Positions of the new tokens of each row, and their mask. One object serves all layers of a pass."""
 
     def __init__(self, starts: Sequence[int], length: int, pads: Sequence[int], device: torch.device):
         self.starts, self.pads = starts, pads
-        self.fixed: dict[int, Tensor] = {}  # the states of fixed size after this pass, by layer
+        self.fixed: dict[int, Tensor] = {}  # fixed-size states after this pass, by layer
         self.ends = [start + length - pad for start, pad in zip(starts, pads, strict=True)]
         self.even = len(set(starts)) <= 1 and not any(pads)
         self.first, self.last = min(starts, default=0), max(self.ends, default=0)
@@ -137,34 +137,34 @@ class Pass:
 
 
 class LayerCache:
-    """The keys and values of one layer, in a pass, and its state of fixed size."""
+    """The keys and values of one layer, and its fixed-size state, during a pass."""
 
     def __init__(self, keys: Tensor, values: Tensor, now: Pass, fixed: Tensor, index: int):
         self.keys, self.values, self._pass, self._fixed, self._index = keys, values, now, fixed, index
 
     def append(self, keys: New, values: New | None, window: int | None = None) -> tuple[Seen, Seen]:
-        """Append keys and values and return all; with a window only those that a given token sees.
+        """Append keys and values and return all, or with a window only those that some new token sees.
 
-        Without values the keys are the values too.
+        Without values the keys are used as values too.
         """
         now = self._pass
         now.write(self.keys, keys)
         if values is not None:
             now.write(self.values, values)
         first = 0 if window is None else max(0, now.first - window + 1)
-        kept = self.keys if values is None else self.values
-        return self.keys[:, :, first : now.last], kept[:, :, first : now.last]
+        stored = self.keys if values is None else self.values
+        return self.keys[:, :, first : now.last], stored[:, :, first : now.last]
 
     def attend(
         self, q: Float[Tensor, "rows q_heads length head_dim"], keys: New, values: New | None, window: int | None,
         scoring: Scoring,
     ) -> Float[Tensor, "rows length dim"]:  # fmt: skip
-        """Attend from the new tokens to those before them and themselves; see `attend`."""
+        """Attend from the new tokens to the earlier ones and themselves; see `attend`."""
         seen, read = self.append(keys, values, window)
         return attend(q, seen, read, self._pass.mask.visible(seen.shape[2], window), scoring)
 
     def recur(self, rule: Rule, x: Float[Tensor, "rows length channels"]) -> Float[Tensor, "rows length out"]:
-        """Apply `rule` to the new tokens and the state, and return its output; the new state is kept when the pass
+        """Apply `rule` to the new tokens and the state, and return its output. The new state is stored when the pass
         ends.
 
         Rows with padding are computed one by one, without it.

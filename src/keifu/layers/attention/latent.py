@@ -1,4 +1,5 @@
-"""Multi-head latent attention (DeepSeek-V2, 2024, section 2.1): keys and values of all heads are made of one latent.
+"""Multi-head latent attention (DeepSeek-V2, 2024, section 2.1): one latent per token yields the keys and values of all
+heads.
 
 Axes: batch, length, dim, heads; rank = size of the latent, plain = numbers of a head without positions, turned = those
 with rotary positions, value_dim = size of a head of values.
@@ -17,7 +18,7 @@ from keifu.layers.normalisation import RMSNorm
 
 
 class LowRankLinear(nn.Module):
-    """up(norm(down(x))), through `rank` numbers."""
+    """Linear map through a bottleneck of `rank` numbers: up(norm(down(x)))."""
 
     def __init__(self, dim: int, rank: int, out_dim: int, bias: bool = False):
         super().__init__()
@@ -28,12 +29,12 @@ class LowRankLinear(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Attention whose cache has one latent for each token instead of keys and values of each head.
+    """Attention that caches one latent for each token instead of keys and values of each head.
 
-    Without a cache, keys and values are computed from the latents. With one, the matrices that make them are applied
-    to queries and results instead ("absorbed"), so that the latents are the keys and the values of a single head.
+    Without a cache, keys and values are computed from the latents. With a cache, queries and results are multiplied
+    with the matrices instead ("absorbed"), so that the latents serve as keys and values of a single head.
 
-    q: makes the queries of all heads [heads · (plain + turned)]. scale: factor of the scores.
+    q: computes the queries of all heads, heads · (plain + turned) numbers. scale: factor of the scores.
     """
 
     window = None
@@ -54,8 +55,8 @@ class LatentAttention(nn.Module):
     def forward(
         self, x: Hidden, mask: Mask | None = None, positions: Positions | None = None, cache: Cache | None = None
     ) -> Hidden:
-        """Attend. With a cache `x` are new tokens, which see those before; otherwise `mask` says what is seen (None:
-        all)."""
+        """Attend. With a cache, `x` are new tokens, which also see the earlier ones. Otherwise `mask` determines what
+        is visible (None: all)."""
         turned = self.rotary.head_dim
         q, q_turned = self.q(x).unflatten(-1, (self.n_heads, -1)).split([self.plain, turned], -1)
         latent, k_turned = self.latent(x)[:, :, None].split([self.rank, turned], -1)
@@ -77,9 +78,10 @@ class LatentAttention(nn.Module):
         return self.out(attend(queries, k, v.transpose(1, 2), visible, scoring))
 
     def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the matrices from latents to keys [heads, plain, rank] and to values [heads, value_dim, rank].
+        """Return the matrices from latents to keys (heads, plain, rank) and to values (heads, value_dim, rank).
 
-        A layer that replaces `kv`, such as one with adapters, gives its matrix as the output for the identity.
+        If `kv` was replaced, for example by a layer with adapters, its matrix is computed as the output for the
+        identity.
         """
         if type(self.kv) is Linear:
             weight = self.kv.weight

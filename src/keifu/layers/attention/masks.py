@@ -1,11 +1,11 @@
 """Attention masks: causal, padding, block-diagonal for several documents in a row, and banded for sliding windows.
 
-A sliding window is cut into blocks, so that its cost grows with length · window and not with the square of the length.
-A block is as many queries as the window is wide; all keys that they may see are in its own block and the one before, so
-that a block is a small attention of its own, and a long text becomes a batch of them.
+For a sliding window, the sequence is cut into blocks, so that the cost grows with length · window and not with the
+square of the length. A block has as many queries as the window is wide. All keys that they may see are in this block
+and the one before, so that each block is a small attention, and a long sequence becomes a batch of blocks.
 
 Axes: batch, length = queries, seen = keys, heads, window = queries of a block, both = keys of two blocks, folded =
-batch · blocks. `documents` [batch, length] numbers the document of each token; equal neighbours belong together.
+batch · blocks. `documents` (batch, length) numbers the document of each token; equal neighbours belong together.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Tokens = Int[Tensor, "batch length"]
 
 
 class DocumentMask:
-    """Each token sees itself and those before it in its own document; one object serves all layers of a pass."""
+    """Each token sees itself and earlier tokens of its document. One object serves all layers of a pass."""
 
     def __init__(self, documents: Tokens):
         self.documents = documents
@@ -34,7 +34,7 @@ class DocumentMask:
 
 
 def segments_of(mask: "CausalMask | DocumentMask | None", length: int) -> Int[Tensor, "batch length"] | None:
-    """Return the numbers of the documents of each row, left padding being one; None if a row is one sequence."""
+    """Return the document number of each token, with left padding as one document; None if a row is one sequence."""
     if isinstance(mask, DocumentMask):
         return mask.documents
     if mask is None or mask.padding is None:
@@ -43,7 +43,7 @@ def segments_of(mask: "CausalMask | DocumentMask | None", length: int) -> Int[Te
 
 
 def positions_in(documents: Tokens) -> Tokens:
-    """Return how far each token is from the beginning of its document."""
+    """Return each token's position within its document, from 0."""
     positions = torch.arange(documents.shape[1], device=documents.device)
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -74,8 +74,8 @@ class Band:
     def cut(self, q: Float[Tensor, "batch heads length head_dim"], k: Keys, v: Keys) -> Cut:
         """Cut queries, keys, values and mask into blocks, which become sequences of the batch.
 
-        Keys begin a window before the queries: what is missing there, and what the last block lacks, is zeros that
-        nobody sees; what lies before is left out.
+        Keys begin a window before the queries. Missing keys there, and at the end of the last block, are zeros that are
+        masked; earlier keys are left out.
         """
         batch, (blocks, window) = len(q), self.mask.shape[1:3]
         front, rest = window - (k.shape[2] - q.shape[2]), blocks * window - q.shape[2]
@@ -98,9 +98,9 @@ def band(
     start: int, length: int, seen: int, window: int, padding: Int[Tensor, " batch"] | None = None,
     device: torch.device | None = None,
 ) -> Band:  # fmt: skip
-    """Let each token see itself and the `window` - 1 before it, but no left padding.
+    """Return the mask in which each token sees itself and the `window` - 1 tokens before it, but no left padding.
 
-    `start` tokens came in earlier passes, `length` are in this one; the last `seen` of all are there as keys.
+    start: tokens of earlier passes. length: tokens of this pass. seen: number of keys, the last ones of all tokens.
     """
     first = torch.arange(-(-length // window), device=device)[:, None, None] * window + start
     queries = first + torch.arange(window, device=device)[:, None]
@@ -116,20 +116,20 @@ Visible = Bool[Tensor, "#batch 1 #length seen"] | Band | Literal["causal"] | Non
 
 @runtime_checkable
 class Mask(Protocol):
-    """Interface of a mask, which says what keys each query may attend to.
+    """Interface of a mask: which keys each query may attend to.
 
-    `visible(seen, window)` is None for all of them, "causal" for the plain triangle, and a `Band` where there are more
-    queries than the window is wide.
+    `visible(seen, window)` returns None for all keys, "causal" for the lower triangle, a `Band` if there are more
+    queries than the window is wide, and otherwise a boolean tensor.
     """
 
     def visible(self, seen: int, window: int | None) -> Visible: ...
 
 
 class CausalMask:
-    """Each token sees itself and those before it, but no left padding; one object serves all layers of a pass.
+    """Each token sees itself and earlier tokens, but no left padding. One object serves all layers of a pass.
 
-    `start` tokens came in earlier passes, `length` are in this one; `padding` [batch] counts each row's padding.
-    The mask is made on `device`, or where the padding is.
+    start: tokens of earlier passes. length: tokens of this pass. padding (batch,): number of padding tokens of each
+    row. The mask is on `device`, or on the device of `padding`.
     """
 
     def __init__(
@@ -162,9 +162,9 @@ class CausalMask:
 
 
 class RaggedMask:
-    """Each token sees those up to its own position, where rows stand at different positions; see `KVState`.
+    """Each token sees tokens up to its position, if rows have different lengths; see `KVState`.
 
-    positions: of the queries; keys are the last ones before position `end`.
+    positions: of the queries. The keys are the last ones before position `end`.
     """
 
     def __init__(self, positions: Tokens, end: int):
@@ -180,7 +180,7 @@ class RaggedMask:
 
 
 class PaddingMask:
-    """Every query sees every real token, in both directions; `real` is True there."""
+    """Every query sees every real token, in both directions. `real` is True on real tokens."""
 
     def __init__(self, real: Bool[Tensor, "batch seen"] | None = None):
         self.mask = None if real is None else real[:, None, None, :]
@@ -190,7 +190,7 @@ class PaddingMask:
 
 
 class CausalPaddingMask:
-    """Each token sees itself and those before it that are real; `real` is True there."""
+    """Each token sees itself and earlier real tokens. `real` is True on real tokens."""
 
     def __init__(self, real: Bool[Tensor, "batch length"]):
         causal = torch.ones(2 * real.shape[1:], dtype=torch.bool, device=real.device).tril()

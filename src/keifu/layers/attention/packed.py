@@ -1,4 +1,4 @@
-"""Attention of sequences of different lengths, one after the other without padding, in one kernel of an NVIDIA GPU.
+"""Attention of sequences of different lengths, concatenated without padding, in one kernel of an NVIDIA GPU.
 
 Axes: queries = new tokens of all sequences, seen = tokens that they attend to, heads, head_dim.
 """
@@ -21,7 +21,7 @@ COMPLETE = varlen_attn is not None and {"enable_gqa", "num_splits"} <= {*inspect
 
 
 class Bounds(NamedTuple):
-    """Bounds of sequences: cumulative numbers of tokens, from 0 on, and the most tokens of a sequence."""
+    """Boundaries of sequences: cumulative token counts from 0, and the largest count of a sequence."""
 
     queries: Int[Tensor, " sequences+1"]
     seen: Int[Tensor, " sequences+1"]
@@ -37,7 +37,7 @@ def has_kernel(device: torch.device) -> bool:
 
 
 def fits(keys: Tensor, values: Tensor, scoring: Scoring) -> bool:
-    """Return whether the kernel takes keys and values [..., head_dim]: of 16 bits, with softmax alone."""
+    """Return whether the kernel supports keys and values (..., head_dim): 16 bits, and a plain softmax."""
     width, half = keys.shape[-1], keys.dtype in (torch.float16, torch.bfloat16)
     plain = not scoring.soft_cap and scoring.sinks is None
     return half and plain and width == values.shape[-1] <= 256 and width % 8 == 0
@@ -47,10 +47,10 @@ def attend_packed(
     q: Float[Tensor, "queries heads head_dim"], k: Float[Tensor, "seen kv_heads head_dim"],
     v: Float[Tensor, "seen kv_heads head_dim"], bounds: Bounds, window: int | None, scoring: Scoring,
 ) -> Float[Tensor, "queries heads head_dim"]:  # fmt: skip
-    """Let each query see the tokens of its own sequence up to itself, the last `window` of these if there is one.
+    """Attend from each query to the tokens of its sequence up to itself, or to the last `window` of these.
 
-    The last query of a sequence is at its last token that is seen. In deterministic mode the result of a sequence does
-    not depend on the others: its keys are then not split between blocks of threads.
+    The last query of a sequence is its last token. In deterministic mode the result of a sequence does not depend on
+    the others: its keys are then not split between thread blocks.
     """
     options = {"window_size": (-1 if window is None else window - 1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
     splits = 1 if torch.are_deterministic_algorithms_enabled() else None

@@ -19,13 +19,13 @@ Lengths = Int[Tensor, "*batch length"] | None
 
 
 class LearnedPositions(nn.Embedding):
-    """One learned vector a place, added to the token's (Gehring et al., 2017; GPT and BERT use it): a table of
-    as many places as the context has."""
+    """One learned vector per position, added to the token's embedding (Gehring et al., 2017; GPT, BERT): a table with
+    as many positions as the context."""
 
 
 def sinusoids(positions: Num[Tensor, "*batch"], dim: int, interleaved: bool = True) -> Float[Tensor, "*batch dim"]:
-    """Return sin and cos of position / 10000^(2i/dim) (Vaswani et al., 2017, section 3.5), computed in float64, as
-    float32.
+    """Return sin and cos of position / 10000^(2i/dim) (Vaswani et al., 2017, section 3.5): float32, computed in
+    float64.
 
     The paper interleaves sin and cos; tensor2tensor and Marian put all sines first (`interleaved=False`).
     """
@@ -37,9 +37,9 @@ def sinusoids(positions: Num[Tensor, "*batch"], dim: int, interleaved: bool = Tr
 
 
 class SinusoidalPositions(nn.Module):
-    """`sinusoids` of the places of a text of at most `context_length` tokens; nothing is learned and nothing saved.
+    """`sinusoids` of the positions of a text of at most `context_length` tokens. They are neither learned nor saved.
 
-    They are computed when they are first needed, so that a model built without memory has them too.
+    They are computed at first use, so that a model built without memory has them too.
     """
 
     def __init__(self, context_length: int, dim: int, interleaved: bool = True):
@@ -48,13 +48,13 @@ class SinusoidalPositions(nn.Module):
         self._table: Tensor | None = None
 
     def forward(self, start: int, length: int, like: Tensor) -> Float[Tensor, "length dim"]:
-        """Return the sinusoids of `length` positions from `start` on, of the type and on the device of `like`."""
+        """Return the sinusoids of `length` positions from `start` on, with the dtype and device of `like`."""
         end = start + length
         if end > self.context_length:
             raise UserError(f"{end} tokens do not fit the {self.context_length} that this model takes; shorten them.")
         table = self._table
         if table is None or (table.dtype, table.device) != (like.dtype, like.device):
-            with torch.inference_mode(False):  # made while generating, it must serve training too
+            with torch.inference_mode(False):  # it may be computed during generation, but training needs it too
                 positions = torch.arange(self.context_length, device=like.device)
                 table = self._table = sinusoids(positions, self.dim, self.interleaved).to(like.dtype)
         return table[start:end]
@@ -62,25 +62,25 @@ class SinusoidalPositions(nn.Module):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained length, by `kind`.
+    """Scaling of rotary frequencies for sequences beyond the trained length, by `kind`.
 
     linear: all frequencies / factor (Chen et al., 2023). dynamic: the base grows with the sequence ("NTK-aware").
-    llama3: long waves / factor, short ones kept, smooth between (Llama 3.1). yarn: the same idea counted in
-    rotations, plus a temperature on the attention (Peng et al., 2023). longrope: a searched divisor for each pair, of
-    sequences up to the trained length and of longer ones (Ding et al., 2024).
+    llama3: long waves / factor, short ones unchanged, smooth between (Llama 3.1). yarn: the same idea with limits in
+    rotations, plus a temperature on the attention (Peng et al., 2023). longrope: an optimised divisor for each pair,
+    for sequences up to the trained length and for longer ones (Ding et al., 2024).
     """
 
     kind: str  # linear, dynamic, llama3, yarn or longrope
     factor: Positive  # new length / trained length
     original_context_length: Count  # trained length in tokens
-    low_freq_factor: Positive = 1.0  # rotations over the trained length below which a frequency is divided (llama3)
-    high_freq_factor: Positive = 4.0  # rotations above which a frequency is kept (llama3)
-    beta_fast: Positive = 32.0  # rotations over the trained length above which a frequency is kept (yarn)
-    beta_slow: Positive = 1.0  # rotations below which a frequency is divided by the factor (yarn)
-    attention_factor: Positive | None = None  # factor of cosines and sines; None: from the other numbers
+    low_freq_factor: Positive = 1.0  # rotations over the trained length; a frequency with fewer is divided (llama3)
+    high_freq_factor: Positive = 4.0  # rotations; a frequency with more is unchanged (llama3)
+    beta_fast: Positive = 32.0  # rotations over the trained length; a frequency with more is unchanged (yarn)
+    beta_slow: Positive = 1.0  # rotations; a frequency with fewer is divided by the factor (yarn)
+    attention_factor: Positive | None = None  # factor of cosines and sines; None: computed from the other fields
     mscale: Positive | None = None  # growth of that factor with the length (yarn)
     mscale_all_dim: Positive | None = None  # growth of the factor of queries and keys (DeepSeek-V2)
-    truncate: bool = True  # whether kept and divided pairs part at whole numbers (yarn)
+    truncate: bool = True  # whether the limits between unchanged and divided pairs are rounded to whole pairs (yarn)
     short_divisors: tuple[Positive, ...] | None = None  # divisors up to the trained length (longrope)
     long_divisors: tuple[Positive, ...] | None = None  # divisors of longer sequences (longrope)
 
@@ -95,7 +95,7 @@ class RopeScaling:
         return self.kind in ("dynamic", "longrope")
 
     def magnitude(self) -> float:
-        """Return the factor on cos and sin (yarn, section 3.4; longrope); 1 for the others."""
+        """Return the factor on cos and sin (yarn, section 3.4; longrope); 1 for the other kinds."""
         if self.kind not in ("yarn", "longrope"):
             return 1.0
         if self.attention_factor is not None:
@@ -114,7 +114,7 @@ class RopeScaling:
         return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0
 
     def apply(self, frequencies: Float[Tensor, " pairs"], theta: float) -> Float[Tensor, " pairs"]:
-        """Stretch the frequencies, unless they depend on the length of the sequence."""
+        """Scale the frequencies. Kinds that depend on the sequence's length are left unchanged (see `of_lengths`)."""
         if self.kind == "linear":
             return frequencies / self.factor
         if self.kind == "llama3":
@@ -124,7 +124,7 @@ class RopeScaling:
     def of_lengths(
         self, lengths: Int[Tensor, "*batch 1"], theta: float, exponents: Float[Tensor, " pairs"]
     ) -> Float[Tensor, "*batch pairs"]:
-        """Return the frequencies in sequences of these lengths."""
+        """Return the frequencies in sequences of these lengths, for the kinds dynamic and longrope."""
         trained = self.original_context_length
         if self.kind == "longrope":
             short, long = (torch.tensor(x).to(exponents) for x in (self.short_divisors, self.long_divisors))
@@ -155,7 +155,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Rotation:
-    """The cosines and sines of some positions, to be applied to any heads at these positions."""
+    """Cosines and sines of some positions; `apply` rotates any heads at these positions."""
 
     cos: Float[Tensor, "... length pairs"]
     sin: Float[Tensor, "... length pairs"]
@@ -163,9 +163,10 @@ class Rotation:
     _cast: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     def apply(self, x: Float[Tensor, "batch length heads head_dim"]) -> Float[Tensor, "batch length heads head_dim"]:
-        """Turn every pair of numbers by its angle; pairs are (0, 1), (2, 3), ... or (0, half), (1, half + 1), ...
+        """Rotate every pair of numbers by its angle. Pairs are (0, 1), (2, 3), ... if interleaved, or (0, half), (1,
+        half + 1), ...
 
-        Numbers behind the last pair stay (partial rotary positions: GPT-J, 2021).
+        Numbers after the last pair are unchanged (partial rotary positions: GPT-J, 2021).
         """
         if (turning := 2 * self.cos.shape[-1]) < x.shape[-1]:
             return torch.cat([self.apply(x[..., :turning]), x[..., turning:]], -1)
@@ -179,7 +180,7 @@ class Rotation:
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     def turn(self, x: Float[Tensor, "batch length heads head_dim"]) -> None:
-        """Turn every pair in place, without gradients."""
+        """Rotate every pair in place, without gradients."""
         if self.interleaved or 2 * self.cos.shape[-1] < x.shape[-1] or x.device.type == "cpu":
             x.copy_(self.apply(x))
             return
@@ -190,7 +191,7 @@ class Rotation:
     def _of_type(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosines and sines for all heads, cast once for all layers.
 
-        On a GPU, where pairs are (0, half), they are as wide as a head, and the sines of the first half are negated.
+        On a GPU, if pairs are (0, half), they are as wide as a head, and the sines of the first half are negated.
         """
         if dtype not in self._cast:
             cos, sin = self.cos.unsqueeze(-2).to(dtype), self.sin.unsqueeze(-2).to(dtype)
@@ -201,10 +202,10 @@ class Rotation:
 
 
 class Rotary(nn.Module):
-    """Rotary positions (RoFormer, Su et al., 2021): pair i of a head turns by position · theta^(-2i/head_dim).
+    """Rotary positions (RoFormer, Su et al., 2021): pair i of a head is rotated by position · theta^(-2i/head_dim).
 
-    `interleaved` pairs neighbours (the paper, Meta's files, GGUF, Cohere); the default pairs the two halves (Hugging
-    Face's LLaMA). Frequencies are made in float32 whatever the model's type is.
+    interleaved: pairs are neighbours (the paper, Meta's files, GGUF, Cohere). By default they are from the two halves
+    (Hugging Face's LLaMA). Frequencies are computed in float32 for any dtype of the model.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class Rotary(nn.Module):
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """Return the settings that decide the rotation of a position."""
+        """Return the settings that determine the rotation of a position."""
         return self.head_dim, self.theta, self.scaling, self.interleaved
 
     def forward(self, positions: Int[Tensor, "*batch length"], lengths: Lengths = None) -> Rotation:
@@ -231,8 +232,8 @@ class Rotary(nn.Module):
         return Rotation(angles.cos() * size, angles.sin() * size, self.interleaved)
 
     def frequencies(self, positions: Tensor, lengths: Lengths = None) -> Float[Tensor, "..."]:
-        """Return radians a position, of each pair. Some scalings look at the length of the sequence of each token; by
-        default the last position says it."""
+        """Return the radians per position of each pair. lengths: length of each token's sequence, which some scalings
+        need; None: the last position + 1."""
         exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
         if self.scaling and self.scaling.by_length:
             lengths = positions.amax(-1, keepdim=True) + 1 if lengths is None else lengths
@@ -242,11 +243,11 @@ class Rotary(nn.Module):
 
 
 class ReversedRotary(Rotary):
-    """Rotary positions that turn the other way, by -position · theta^(-2i/head_dim) (nanochat, 2025)."""
+    """Rotary positions in the opposite direction, by -position · theta^(-2i/head_dim) (nanochat, 2025)."""
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """Return the settings that decide the rotation of a position."""
+        """Return the settings that determine the rotation of a position."""
         return (*super().settings, "reversed")
 
     def forward(self, positions: Int[Tensor, "*batch length"], lengths: Lengths = None) -> Rotation:
@@ -255,10 +256,10 @@ class ReversedRotary(Rotary):
 
 
 class Positions:
-    """Positions of the tokens of a pass; one object serves all its layers, and each rotary's angles are made once.
+    """Positions of the tokens of a pass. One object serves all layers; the angles of each rotary are computed once.
 
-    ids: [batch, length], or [length] where all rows have the same. lengths: of the sequence of each token, if the
-    last position of a row does not say it.
+    ids: (batch, length), or (length,) if all rows have the same. lengths: of each token's sequence, if it is not the
+    last position of the row + 1.
     """
 
     def __init__(self, ids: Int[Tensor, "*batch length"], lengths: Lengths = None):
@@ -266,7 +267,7 @@ class Positions:
         self._rotations: dict[Any, Rotation] = {}
 
     def rotation(self, rotary: Rotary) -> Rotation:
-        """Return the rotation of these positions; layers whose rotaries have the same settings share it."""
+        """Return the rotation of these positions. Layers whose rotaries have the same settings share it."""
         if rotary.settings not in self._rotations:
             self._rotations[rotary.settings] = rotary(self.ids, self.lengths)
         return self._rotations[rotary.settings]

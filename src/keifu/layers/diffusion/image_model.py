@@ -1,4 +1,4 @@
-"""The base class of models that generate images, by which their pipeline is found."""
+"""The base class of models that generate images."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -9,24 +9,27 @@ from keifu.layers.diffusion.noise_schedule import Noise
 
 
 class ImageModel(nn.Module):
-    """A model that generates images. `config` holds its sizes, `check_size` refuses others in a `UserError`.
+    """Base class of models that generate images. `config` has the sizes; `check_size` raises UserError for other image
+    sizes.
 
-    draws: what the model predicts, which decides its pipeline and what the pipeline asks of it:
+    draws: the kind of prediction. It determines the generation pipeline, and the methods and config fields that the
+    pipeline uses:
 
-    pixels: `model(x, timestep [batch], label [batch] | None)` is the target of `noise` for each row, twice the channels
-        with a learned variance. config: size (height and width, or one number for both; None if unknown), channels,
-        n_classes (0 without classes), null_class (whether the label n_classes means no condition), classes (names).
-        With an autoencoder, `coder`, x are latents: `to_latents(pictures)` and `to_pictures(x)` compute with it.
-    latents: `model(x, timestep, projected)` is the target of `noise`. `project(encode_text(tokens))` is computed once
-        for all steps; `to_latents(pictures, noise)` and `to_pictures(latents)` compute with `autoencoder`,
-        if there is one. config: size, channels (of latents), factor (pixels of a side for each number of the latents),
-        colours, masked (whether a mask and the masked image are further input channels), context_length.
-    embeddings: `imagine(x, timestep, caption)` is the prior, `prior.restored` undoes its normalisation, `encode_image`
-        embeds pictures, `model(x, timestep, tell(image, caption))` is the decoder, `enlarge` super-resolution. config:
-        size, small_size (before super-resolution), pixels (preprocessing; None without an image encoder), prior_noise,
-        decoder_noise, upsampling_noise (None without), colours, embedding_dim, context_length, prior (None without).
-    tokens: `begin(tokens, real)` is the logits of a picture's first token and the state, `go_on(codes, place, state)`
-        those behind a place, `to_pictures(codes)` the pictures. config: grid, size, colours, context_length.
+    pixels: `model(x, timestep [batch], label [batch] | None)` returns the target of `noise` for each row, with twice
+    the channels for a learned variance. config: size (height and width, or one number for both; None if unknown),
+    channels, n_classes (0 without classes), null_class (whether the label n_classes means no condition), classes
+    (names). With an autoencoder, `coder`, x are latents: `to_latents(pictures)` and `to_pictures(x)` convert.
+    latents: `model(x, timestep, projected)` returns the target of `noise`. `project(encode_text(tokens))` is computed
+    once for all steps; `to_latents(pictures, noise)` and `to_pictures(latents)` use `autoencoder`, if there is one.
+    config: size, channels (of latents), factor (pixels per latent, along a side), colours, masked (whether a mask and
+    the masked image are additional input channels), context_length.
+    embeddings: `imagine(x, timestep, caption)` is the prior, `prior.restored` reverses its normalisation,
+    `encode_image` embeds pictures, `model(x, timestep, tell(image, caption))` is the decoder, `enlarge`
+    super-resolution. config: size, small_size (before super-resolution), pixels (preprocessing; None without an image
+    encoder), prior_noise, decoder_noise, upsampling_noise (None without), colours, embedding_dim, context_length, prior
+    (None without).
+    tokens: `begin(tokens, real)` returns the logits of a picture's first token and the state, `go_on(codes, place,
+    state)` those after a grid position, `to_pictures(codes)` the pictures. config: grid, size, colours, context_length.
     """
 
     draws: ClassVar[Literal["pixels", "latents", "embeddings", "tokens"]]
@@ -35,7 +38,7 @@ class ImageModel(nn.Module):
     check_size: Callable[..., None]
 
     def noise_of(self, size: tuple[int, int]) -> Noise:
-        """Return the noise of pictures of this height and width in pixels."""
+        """Return the noise schedule for pictures of this height and width in pixels."""
         return self.noise
 
     @property
@@ -45,7 +48,7 @@ class ImageModel(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Pixels of a side for each number of x."""
+        """Pixels per number of x, along a side."""
         return 1
 
     @property
@@ -54,9 +57,9 @@ class ImageModel(nn.Module):
         return self.config.channels
 
     def to_latents(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return x of a picture without noise: the picture itself if there is no autoencoder."""
+        """Convert a picture to x without noise. Without an autoencoder, x is the picture itself."""
         return pictures
 
     def to_pictures(self, latents: Tensor) -> Tensor:
-        """Return the pictures of x."""
+        """Convert x to pictures."""
         return latents

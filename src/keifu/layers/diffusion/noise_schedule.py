@@ -1,12 +1,12 @@
 """Noise schedules of diffusion (ᾱ of every timestep), prediction targets, loss weights, and the exact posterior.
 
 x_t = alpha · picture + sigma · noise. Diffusion has alpha = √ᾱ_t and sigma = √(1 - ᾱ_t) (Ho et al., 2020, equation 4),
-SNR = ᾱ / (1 - ᾱ). A flow has alpha = 1 - sigma, the straight line from the picture to the noise (Liu et al., 2022,
-rectified flow; Lipman et al., 2022, example II). Tables are float64 on the CPU: differences of neighbouring ᾱ, which
-every sampler takes, lose half their digits in float32.
+and SNR = ᾱ / (1 - ᾱ). A flow has alpha = 1 - sigma, the straight line from the picture to the noise (Liu et al., 2022,
+rectified flow; Lipman et al., 2022, example II). Tables are float64 on the CPU: samplers use differences of
+neighbouring ᾱ, which would lose half their digits in float32.
 
-Axes: batch, `*shape` = an image's own, steps = T of the schedule; timesteps go from 0 (least noise) to T - 1; a
-flow has fractions too, t = sigma · T.
+Axes: batch, `*shape` = shape of an image, steps = T of the schedule. Timesteps are 0 (least noise) to T - 1; for a flow
+also fractions, t = sigma · T.
 """
 
 import math
@@ -37,10 +37,10 @@ _NAMES = {"schedule": Schedule, "target": Target, "variance": Variance, "spacing
 
 @dataclass(frozen=True)
 class DynamicShift:
-    """Shift of a flow that grows with the patches of a picture (diffusers' `use_dynamic_shifting`).
+    """Shift of a flow that grows with the number of patches of a picture (diffusers' `use_dynamic_shifting`).
 
-    mu is base_shift at base_length patches and max_shift at max_length, on a straight line; the shift is e^mu, or mu
-    itself. length: the patches of the picture that is drawn; None where that is not known yet.
+    mu is base_shift at base_length patches and max_shift at max_length, and linear between; the shift is e^mu, or mu if
+    not `exponential`. length: number of patches of the picture that is drawn; None if not known yet.
     """
 
     base_shift: float = 0.5
@@ -56,7 +56,7 @@ class DynamicShift:
 
     @property
     def shift(self) -> float:
-        """The shift of this picture; a `UserError` if its patches are not known."""
+        """The shift for this picture. Raises UserError if its number of patches is not known."""
         if self.length is None:
             raise UserError("The shift of this flow depends on a picture's patches, and this model has none.")
         share = (self.length - self.base_length) / (self.max_length - self.base_length)
@@ -71,28 +71,26 @@ class Noise:
     """The noise that a network was trained to remove. The defaults are DDPM's (Ho et al., 2020, section 4).
 
     Attributes:
-        schedule: how β grows, a name in `SCHEDULES`; or flow, which has no β.
+        schedule: growth of β, a name in `SCHEDULES`; or flow, which has no β.
         steps: T, the number of noise levels.
-        beta_start, beta_end: the first and last β, where the schedule takes them; the cosine one does not.
+        beta_start, beta_end: the first and last β. The cosine schedule does not use them.
         betas: β of every step, instead of the schedule; empty for the schedule's.
-        zero_terminal_snr: √ᾱ shifted and scaled so that nothing of the picture is left at T - 1 (Lin et al., 2023,
-            algorithm 1).
-        target: what the network predicts: the noise, the picture, the velocity alpha·noise - sigma·picture (Salimans
-            and Ho, 2022), or the flow, noise - picture, along which a straight path leads.
-        variance: of DDPM's steps: β̃ (fixed_small), β (fixed_large), or a share of the way between their logarithms
-            that the network predicts too, with twice the channels (learned_range; Nichol and Dhariwal,
-            2021, equation 15).
-        clip: the largest number in a picture, to which predictions of it are clipped; None for no bound (latents).
-        threshold, threshold_max: clip each picture instead at this quantile of its own absolute numbers,
-            held between 1 and the maximum, and divide by it (dynamic thresholding, Saharia et al., 2022, section 2.3).
-        spacing, steps_offset: which timesteps a sampler visits, if nobody asks for others; see `noise_levels.py`.
-        last_alpha_one: whether the last step ends at the clean picture (ᾱ = 1) or, as the released Stable Diffusion
-            does, at the noise of timestep 0 (diffusers' `set_alpha_to_one`).
-        shift: of a flow's sampling: sigma becomes shift · sigma / (1 + (shift - 1) · sigma), so that more steps than
-            half have much noise (Esser et al., 2024, section 5.3.2; Stable Diffusion 3 has 3).
-        dynamic: the shift by the size of the picture, instead of that one.
+        zero_terminal_snr: whether √ᾱ is shifted and scaled to be 0 at T - 1 (Lin et al., 2023, algorithm 1).
+        target: the network's prediction: the noise, the picture, the velocity alpha·noise - sigma·picture (Salimans and
+            Ho, 2022), or the flow, noise - picture, the direction of a straight path.
+        variance: of DDPM's steps: β̃ (fixed_small), β (fixed_large), or an interpolation of their logarithms that the
+            network predicts too, with twice the channels (learned_range; Nichol and Dhariwal, 2021, equation 15).
+        clip: the largest magnitude of a picture's numbers; predictions are clipped to it. None for no bound (latents).
+        threshold, threshold_max: instead of `clip`, clip each picture at this quantile of its absolute numbers, limited
+        to between 1 and the maximum, and divide by it (dynamic thresholding, Saharia et al., 2022, section 2.3).
+        spacing, steps_offset: the timesteps that a sampler visits by default; see `sampling_schedule.timesteps`.
+        last_alpha_one: whether the last step ends at the clean picture (ᾱ = 1) or, as in the released Stable Diffusion,
+            at the noise of timestep 0 (diffusers' `set_alpha_to_one`).
+        shift: of a flow's sampling: sigma becomes shift · sigma / (1 + (shift - 1) · sigma), so that more than half of
+            the steps have much noise (Esser et al., 2024, section 5.3.2; Stable Diffusion 3 has 3).
+        dynamic: a shift that depends on the picture's size, instead of `shift`.
 
-    A value that cannot be is a ValueError.
+    Raises UserError for impossible values.
     """
 
     schedule: Schedule = "linear"
@@ -145,11 +143,11 @@ class Noise:
         return self.schedule == "flow"
 
     def time(self, share: Float[Tensor, " batch"]) -> Times:
-        """Return the timesteps at these shares of the way from the picture to the noise, below 1."""
+        """Return the timesteps at these shares, below 1, of the way from the picture to the noise."""
         return (share * self.steps).float() if self.flows else (share * self.steps).long()
 
     def levels(self, timestep: Times, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha and sigma at each row's timestep, shaped to be multiplied with x [batch, *shape]."""
+        """Return alpha and sigma at each row's timestep, in a shape that broadcasts with x (batch, *shape)."""
         if self.flows:
             sigma = timestep.reshape(-1, *[1] * (x.ndim - 1)) / self.steps
             return 1 - sigma, sigma
@@ -161,8 +159,8 @@ class Noise:
 
     @cached_property
     def beta(self) -> Float[Tensor, " steps"]:
-        """β of each timestep, float32 as published models' code has it: where β is 0.999, that rounding moves 1 - β by
-        more than two implementations may differ."""
+        """β of each timestep, float32 as in the code of published models: near β = 0.999, this rounding changes 1 - β
+        by more than implementations may differ."""
         if self.flows:
             raise UserError("A flow has no β and no ᾱ, which this computation is made of: take a model of diffusion.")
         given = torch.tensor(self.betas, dtype=torch.float32, device="cpu")
@@ -171,7 +169,7 @@ class Noise:
 
     @cached_property
     def alpha_bar(self) -> Float[Tensor, " steps"]:
-        """ᾱ: the share of the picture's variance that is left at each timestep, float64."""
+        """ᾱ: the remaining share of the picture's variance at each timestep, float64."""
         if not self.zero_terminal_snr:
             return (1 - self.beta.double()).cumprod(0)
         plain = replace(self, zero_terminal_snr=False).beta.double()
@@ -179,9 +177,9 @@ class Noise:
 
     @cached_property
     def rounded_alpha_bar(self) -> Float[Tensor, " steps"]:
-        """ᾱ with the rounding of diffusers' float32 tables, float64: the levels that its samplers visit.
+        """ᾱ with the rounding of diffusers' float32 tables, as float64: the levels that its samplers visit.
 
-        Of the little noise of the first timesteps, 1 - ᾱ, it has but four digits; paths agree only with the same four.
+        For the first timesteps, 1 - ᾱ has only four digits there. Sampling paths agree only with the same four.
         """
         return (1 - self.beta).cumprod(0).double()
 
@@ -219,7 +217,7 @@ SCHEDULES: dict[str, Callable[[Noise], Tensor]] = {
 
 
 def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " steps"]:
-    """Return β of the schedule whose √ᾱ is shifted to end at 0 and scaled to begin where it did (Lin et al., 2023,
+    """Return β of the schedule whose √ᾱ is shifted to end at 0 and scaled to keep its first value (Lin et al., 2023,
     algorithm 1)."""
     root = (1 - betas).cumprod(0).sqrt()
     left = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
@@ -227,20 +225,18 @@ def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " st
 
 
 def at(table: Float[Tensor, " steps"], timestep: Timesteps, x: Tensor) -> Tensor:
-    """Return the table's value at the timestep of each row, in at least float32.
-
-    The shape of the result broadcasts with x [batch, *shape].
-    """
+    """Return the table's value at the timestep of each row, in at least float32, in a shape that broadcasts with x
+    (batch, *shape)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     picked = moved(table, x.device, dtype)[timestep]
     return picked.reshape(-1, *[1] * (x.ndim - 1))
 
 
-_COPIES: Any = WeakIdKeyDictionary()  # of tables, by device and type
+_COPIES: Any = WeakIdKeyDictionary()  # copies of tables, by device and dtype
 
 
 def moved(table: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the table on a device; a GPU gets a copy once and not at each step, for which the host would wait."""
+    """Return the table on a device. A GPU gets a copy once, not at each step: the host would wait for each copy."""
     dtype = dtype or table.dtype
     if device.type == table.device.type:
         return table.to(device, dtype)
@@ -252,7 +248,7 @@ def moved(table: Tensor, device: torch.device, dtype: torch.dtype | None = None)
 
 
 def add_noise(picture: Sample, noise: Sample, alpha_bar: Float[Tensor, " steps"], timestep: Timesteps) -> Sample:
-    """Return x_t, the picture after t steps of noise at once (Ho et al., 2020, equation 4)."""
+    """Return x_t, the picture with the noise of t steps (Ho et al., 2020, equation 4)."""
     return at(alpha_bar.sqrt(), timestep, picture) * picture + at((1 - alpha_bar).sqrt(), timestep, picture) * noise
 
 
@@ -272,7 +268,7 @@ Number = TypeVar("Number", float, Tensor)
 
 
 def picture_of(target: Target, output: Sample, x: Sample, alpha: Number, sigma: Number) -> Sample:
-    """Return the picture that a network's output means in x = alpha · picture + sigma · noise; never clipped."""
+    """Return the picture, not clipped, that a network's output for x = alpha · picture + sigma · noise implies."""
     if target == "picture":
         return output
     if target == "noise":
@@ -290,18 +286,18 @@ def predicted_x0(noise: Noise, output: Sample, x: Sample, timestep: Times) -> Sa
 def shares(draws: Float[Tensor, " batch"], sampling: Sampling) -> Float[Tensor, " batch"]:
     """Return shares of the way to the noise from uniform numbers in [0, 1).
 
-    uniform: the numbers themselves. logit_normal: the logistic function of standard normal numbers, so that most lie
-    in the middle, where the prediction is hardest (Esser et al., 2024, section 3.1).
+    uniform: the numbers themselves. logit_normal: the logistic function of standard normal numbers, which are mostly in
+    the middle, where the prediction is hardest (Esser et al., 2024, section 3.1).
     """
     require_known("sampling of times", sampling, get_args(Sampling))
     return draws if sampling == "uniform" else torch.special.ndtri(draws).sigmoid()
 
 
 def loss_weights(noise: Noise, weighting: Weighting = "simple", gamma: float | None = None) -> Float[Tensor, " steps"]:
-    """Return how much the squared error of the target counts at each timestep, float64.
+    """Return the weight of the target's squared error at each timestep, float64.
 
-    simple: 1 (Ho et al., 2020, equation 14). min_snr: what makes the weight of the picture's error min(SNR, γ), γ 5
-    (Hang et al., 2023). p2: what makes that of the noise's error 1 / (1 + SNR)^γ, γ 1 (Choi et al., 2022).
+    simple: 1 (Ho et al., 2020, equation 14). min_snr: makes the weight of the picture's error min(SNR, γ), default γ 5
+    (Hang et al., 2023). p2: makes the weight of the noise's error 1 / (1 + SNR)^γ, default γ 1 (Choi et al., 2022).
     """
     require_known("weighting", weighting, get_args(Weighting))
     if weighting == "simple":
@@ -314,15 +310,15 @@ def loss_weights(noise: Noise, weighting: Weighting = "simple", gamma: float | N
         return unit * {"noise": torch.ones_like(left), "picture": left / (1 - left), "velocity": left}[noise.target]
     most = 5.0 if gamma is None else gamma
     of_picture = torch.minimum(left / (1 - left), torch.full_like(left, most))
-    share = torch.minimum(torch.ones_like(left), most * (1 - left) / left)  # min(SNR, γ) / SNR, also where SNR is 0
+    share = torch.minimum(torch.ones_like(left), most * (1 - left) / left)  # min(SNR, γ) / SNR, defined for SNR 0 too
     return {"noise": share, "picture": of_picture, "velocity": share * left}[noise.target]
 
 
 class Posterior(NamedTuple):
     """q(x_{t-1} | x_t, picture) of every timestep (Ho et al., 2020, equations 6 and 7), float64.
 
-    Its mean is of_picture · picture + of_x · x_t, its variance β̃. `log_small` is ln β̃, at timestep 0, where β̃ is 0,
-    that of timestep 1, as DDPM's code has it; `log_large` is ln β.
+    Its mean is of_picture · picture + of_x · x_t; its variance is β̃. log_small: ln β̃, but at timestep 0, where β̃ is
+    0, that of timestep 1, as in DDPM's code. log_large: ln β.
     """
 
     of_picture: Tensor
@@ -331,10 +327,10 @@ class Posterior(NamedTuple):
     log_large: Tensor
 
     def log_variance(self, noise: Noise, timestep: Timesteps, share: Tensor | None, x: Tensor) -> Tensor:
-        """Return ln of the variance that the model has at these timesteps, shaped as x or to be broadcast to it.
+        """Return the logarithm of the model's variance at these timesteps, in a shape that broadcasts with x.
 
-        share: what the network says, -1 for β̃ and 1 for β (Nichol and Dhariwal, 2021, equation 15). A fixed large
-        variance has β̃ of timestep 1 at timestep 0, which makes a better decoder.
+        share: the network's output, -1 for β̃ and 1 for β (Nichol and Dhariwal, 2021, equation 15). With fixed_large,
+        timestep 0 has β̃ of timestep 1, which makes a better decoder.
         """
         if noise.variance == "learned_range":
             assert share is not None
@@ -345,7 +341,7 @@ class Posterior(NamedTuple):
 
 
 def posterior(noise: Noise) -> Posterior:
-    """Return the exact step back, given the picture, at every timestep of a schedule."""
+    """Return the exact reverse step, given the picture, at every timestep of a schedule."""
     left = noise.alpha_bar
     before = torch.cat([torch.ones_like(left[:1]), left[:-1]])
     beta = 1 - left / before
@@ -360,16 +356,16 @@ def posterior(noise: Noise) -> Posterior:
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """Return KL divergence of N(mean1, variance1) from N(mean2, variance2), for each number, in nats."""
+    """Return the KL divergence of N(mean1, variance1) from N(mean2, variance2), for each number, in nats."""
     ratio = torch.exp(log_variance1 - log_variance2)
     return 0.5 * (log_variance2 - log_variance1 - 1 + ratio + (mean1 - mean2).square() * torch.exp(-log_variance2))
 
 
 def discretised_log_likelihood(picture: Sample, mean: Tensor, log_variance: Tensor) -> Sample:
-    """Return ln of the probability that N(mean, variance) gives to each number's grey value, one of 256 from -1 to 1:
-    the integral over a bin of width 2/255, the first and last without end (Ho et al., 2020, equation 13)."""
+    """Return the log-probability of N(mean, variance) for each number's grey value, one of 256 from -1 to 1: the
+    integral over a bin of width 2/255; the first and last bins are unbounded (Ho et al., 2020, equation 13)."""
     scale, gap = torch.exp(-0.5 * log_variance), picture - mean
-    # In the lower tail, where float32 has digits for what is left; by symmetry it is the upper one's too.
+    # Computed in the lower tail, where float32 is precise. By symmetry this covers the upper tail.
     near, far = (_normal_cdf(scale * (side / 255 - gap.abs())) for side in (1, -1))
     inside = torch.log((near - far).clamp(min=1e-12))
     darkest, lightest = (torch.log(_normal_cdf(scale * (1 / 255 + side * gap)).clamp(min=1e-12)) for side in (1, -1))

@@ -1,11 +1,11 @@
-"""Sampling schedules: which noise levels a diffusion sampler visits, and the level that each step goes to.
+"""Sampling schedules: the noise levels that a diffusion sampler visits, and the level that each step goes to.
 
-A level is x = alpha · image + sigma · noise, and the timestep that the network is conditioned on. alpha² + sigma² is 1
-for diffusion; alpha + sigma is 1 for a flow. Samplers that are published in terms of x / alpha and the ratio sigma /
-alpha (Karras et al., 2022) are written in these terms too: there is one notation, and x is what the network sees.
+A level is x = alpha · image + sigma · noise, and the timestep that the network is conditioned on. For diffusion, alpha²
++ sigma² is 1; for a flow, alpha + sigma is 1. Samplers that are published in terms of x / alpha and sigma / alpha
+(Karras et al., 2022) use this notation here too: x is always the network's input.
 
-Three families of timesteps are in use: whole ones (DDPM, DDIM, PLMS), a continuous scale (Euler, Heun, LMS), and whole
-ones without the lowest (DPM-Solver++, UniPC). A flow has one schedule of its own for all samplers that can follow it.
+Three kinds of timesteps are used: whole ones (DDPM, DDIM, PLMS), a continuous scale (Euler, Heun, LMS), and whole ones
+without the lowest (DPM-Solver++, UniPC). A flow has one schedule for all its samplers.
 """
 
 import math
@@ -19,8 +19,8 @@ from torch import Tensor
 from keifu.errors import UserError
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing
 
-RHO = 7.0  # how strongly Karras levels are concentrated at low noise (Karras et al., 2022, table 1)
-LEAST_ALPHA_BAR = 2.0**-24  # instead of 0 where a sampler divides by it: the smallest number of half precision
+RHO = 7.0  # concentration of Karras levels at low noise (Karras et al., 2022, table 1)
+LEAST_ALPHA_BAR = 2.0**-24  # replaces 0 if a sampler divides by it: the smallest number of half precision
 
 
 class Level(NamedTuple):
@@ -32,7 +32,7 @@ class Level(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """sigma / alpha: the σ of Karras et al. (2022); ∞ where nothing of the image is left."""
+        """sigma / alpha: the σ of Karras et al. (2022); ∞ if nothing of the image is left."""
         return self.sigma / self.alpha if self.alpha else math.inf
 
     @property
@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """All steps of a sampler, and the standard deviation of the noise that it begins with."""
+    """All steps of a sampler, and the standard deviation of its initial noise."""
 
     steps: tuple[Step, ...]
     initial_sigma: float = 1.0
@@ -63,9 +63,9 @@ def timesteps(
 ) -> Float[Tensor, " steps"]:
     """Choose `steps` of the noise's timesteps, the noisiest first, in float64 (Lin et al., 2023, table 2).
 
-    leading: 0, T // steps, ..., raised by `steps_offset`; trailing: T - 1 downwards by T / steps; linspace: both ends
-    and whatever lies evenly between, whole where `rounded`; quadratic: (√(0.8 T) · i / (steps - 1))², whole (Song et
-    al., 2021, D.2). A number of steps out of range is a `UserError`.
+    leading: 0, T // steps, ..., raised by `steps_offset`. trailing: T - 1 downwards by T / steps. linspace: both ends
+    and evenly between them, whole if `rounded`. quadratic: (√(0.8 T) · i / (steps - 1))², whole (Song et al., 2021,
+    D.2). Raises UserError for a number of steps out of range.
     """
     total = noise.steps
     if not 1 <= steps <= total:
@@ -90,16 +90,17 @@ def timesteps(
 
 
 def ddpm_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, last_alpha_one: bool = True) -> Schedule:
-    """Return DDPM's schedule: from each timestep to the next, last to the clean image or the noise of timestep 0."""
+    """Return DDPM's schedule: from each timestep to the next, and last to the clean image or the noise of
+    timestep 0."""
     visited = [_level_at(noise, int(t)) for t in timesteps(noise, steps, spacing)]
     return _through([*visited, CLEAN if last_alpha_one else _level_at(noise, 0)])
 
 
 def ddim_schedule(noise: Noise, steps: int, spacing: Spacing | None = None) -> Schedule:
-    """Return DDIM's and PLMS's schedule as in diffusers: down by T // steps from each timestep.
+    """Return DDIM's and PLMS's schedule as in diffusers: each step goes down by T // steps.
 
-    With leading spacing, and with trailing where `steps` divides T, that is the next timestep; with linspace it is not.
-    The last step goes to the clean image or to timestep 0, by `noise.last_alpha_one`.
+    With leading spacing, and with trailing if `steps` divides T, this is the next visited timestep; with linspace it is
+    not. The last step goes to the clean image or to timestep 0, depending on `noise.last_alpha_one`.
     """
     if (spacing or noise.spacing) == "quadratic":
         return ddpm_schedule(noise, steps, spacing, noise.last_alpha_one)
@@ -110,10 +111,10 @@ def ddim_schedule(noise: Noise, steps: int, spacing: Spacing | None = None) -> S
 
 
 def continuous_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, karras: bool = False) -> Schedule:
-    """Return k-diffusion's schedule: σ = sigma / alpha is interpolated between timesteps, down to the clean image.
+    """Return k-diffusion's schedule: σ = sigma / alpha, interpolated between timesteps, down to the clean image.
 
-    With `karras` the levels between the first and the last are those of Karras et al. (2022, equation 5), and the
-    network is conditioned on the timesteps that have such σ, which are then fractions.
+    karras: the levels between the first and the last are those of Karras et al. (2022, equation 5), and the network is
+    conditioned on the (fractional) timesteps with these σ.
     """
     ratios, visited = _ratios(noise), timesteps(noise, steps, spacing, rounded=False)
     low = visited.floor().clamp(max=noise.steps - 2).long()
@@ -127,9 +128,9 @@ def continuous_schedule(noise: Noise, steps: int, spacing: Spacing | None = None
 
 
 def dpm_solver_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, karras: bool = False) -> Schedule:
-    """Return DPM-Solver's schedule: of steps + 1 whole timesteps all but the lowest, down to the clean image.
+    """Return DPM-Solver's schedule: steps + 1 whole timesteps without the lowest, down to the clean image.
 
-    With `karras` the levels are those of Karras et al. (2022) between the noisiest and the least noisy of the schedule.
+    karras: the levels are those of Karras et al. (2022) between the noisiest and the least noisy of the schedule.
     """
     ratios, spacing = _ratios(noise), spacing or noise.spacing
     if karras:
@@ -145,9 +146,9 @@ def dpm_solver_schedule(noise: Noise, steps: int, spacing: Spacing | None = None
 def flow_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, karras: bool = False) -> Schedule:
     """Return a flow's schedule: sigma evenly from 1 to 1 / T, shifted, then the clean image; t = sigma · T.
 
-    As diffusers' `FlowMatchEulerDiscreteScheduler`, which shifts the two ends twice, in float32 at first, if the shift
-    is the same for all sizes, and once if it is dynamic. With `karras`
-    the levels between the ends are those of Karras et al. (2022, equation 5), of sigma.
+    As in diffusers' `FlowMatchEulerDiscreteScheduler`, a constant shift is applied twice to the two ends (first in
+    float32), and a dynamic one once. karras: the levels between the ends are those of Karras et al. (2022, equation 5),
+    of sigma.
     """
     if spacing is not None:
         raise UserError(f"A flow has times and no timesteps to choose from: leave out the spacing {spacing}.")
@@ -173,14 +174,14 @@ def karras_sigmas(highest: Tensor, lowest: Tensor, steps: int) -> Float[Tensor, 
 
 
 def timesteps_of(chosen: Float[Tensor, " n"], ratios: Float[Tensor, " steps"]) -> Float[Tensor, " n"]:
-    """Return the timesteps that have these σ, interpolated linearly in ln σ between whole timesteps."""
+    """Return the timesteps with these σ, interpolated linearly in ln σ between whole timesteps."""
     logs, wanted = ratios.log(), chosen.clamp(min=1e-10).log()
     low = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, len(logs) - 2)
     return low + ((wanted - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
 
 
 def _ratios(noise: Noise) -> Float[Tensor, " steps"]:
-    """Return sigma / alpha of every timestep, finite also where nothing of the image is left."""
+    """Return sigma / alpha of every timestep, finite even if nothing of the image is left."""
     left = noise.rounded_alpha_bar
     left = left.clamp(min=LEAST_ALPHA_BAR) if noise.zero_terminal_snr else left
     return ((1 - left) / left).sqrt()

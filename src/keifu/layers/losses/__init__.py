@@ -1,1 +1,2 @@
-"""Losses, and log-probabilities of given tokens, as sums over elements; a large head never has all its logits."""
+"""Losses, and log-probabilities of given tokens, as sums over elements. The whole logits of a large vocabulary are
+never in memory."""

@@ -17,7 +17,7 @@ from torch import nn
 from keifu import checkpoints
 from keifu.alignment.monitor import DivergenceMonitor, Healthy, describe
 from keifu.alignment.reward_model import ModelReward
-from keifu.alignment.rewards import OWN, Scorer, reward, score_responses, text_hash
+from keifu.alignment.rewards import BUILT_IN, Scorer, reward, score_responses, text_hash
 from keifu.alignment.rollouts import RolloutPlan
 from keifu.checkpoints.hf.write import generation_config
 from keifu.checkpoints.hub import locate
@@ -349,7 +349,7 @@ class RewardOptions:
 
 def make_rewards(name: str) -> RewardOptions:
     """Score by a function (see `keifu.alignment.rewards.reward`), or by a reward model: a directory or a hub id."""
-    if name in OWN or ".py:" in name or not (Path(name).is_dir() or "/" in name):
+    if name in BUILT_IN or ".py:" in name or not (Path(name).is_dir() or "/" in name):
         return RewardOptions(score_responses(reward(name)), None, text_hash(name))
     model: Any
     model, tokenizer = checkpoints.load(name)

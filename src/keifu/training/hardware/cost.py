@@ -1,7 +1,7 @@
-"""Estimates of memory, time and FLOPs of a run, measured on a few rows before it starts.
+"""Estimates of the memory, time and FLOPs of a run, measured on a few rows before it starts.
 
-Memory of a step = parameters + gradients + optimizer state + activations. One part of the activations is fixed, the
-other grows with the rows computed at a time.
+Memory of a step = parameters + gradients + optimizer state + activations. Activations have a fixed part and a part
+proportional to the micro-batch.
 """
 
 from collections.abc import Iterator
@@ -24,12 +24,14 @@ from keifu.training.protocols import Batch, LossOutput
 from keifu.training.run.progress import format_bytes, format_count, format_seconds, number
 from keifu.training.trainer import Trainer
 
-SAFETY = 0.8  # the share of the free memory that a run may use
+SAFETY = 0.8  # the share of free memory that a run may use
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes, seconds and FLOPs of a run. Activations take `fixed_bytes`, and `row_bytes` per row of a micro-batch."""
+    """Bytes, seconds and FLOPs of a run. Activations take `fixed_bytes`, plus `row_bytes` for each row of a
+    micro-batch.
+    """
 
     parameters: int
     parameter_bytes: int
@@ -44,18 +46,19 @@ class Cost:
 
     @property
     def total_bytes(self) -> int:
-        """The peak memory of a step; the gradients are as large as the parameters."""
+        """The peak memory of a step. Gradients are as large as the parameters."""
         return 2 * self.parameter_bytes + self.optimizer_bytes + self.activation_bytes
 
     @property
     def activation_bytes(self) -> int:
-        """Activations that are kept for the backward pass, and temporary memory of a pass."""
+        """Bytes of activations stored for the backward pass, and of temporary memory."""
         return self.fixed_bytes + self.row_bytes * self.micro_batch
 
     def sentence(self, steps: int, unit: str, whole_steps: float, extra: float, on_policy: bool = False) -> str:
-        """Return the sentence before a run starts; steps with smaller batches count as fractions of whole steps.
+        """Return the sentence printed before a run starts.
 
-        `extra`: seconds of validations and samples. `on_policy`: batches are rollouts, whose time is not measured.
+        whole_steps: `steps` with each smaller batch counted as a fraction. extra: seconds of validations and samples.
+        on_policy: batches are rollouts, whose time is not measured.
         """
         up_to = "up to " if whole_steps < steps else ""
         parts = f"{format_bytes(2 * self.parameter_bytes)} parameters and gradients, "
@@ -70,12 +73,12 @@ class Cost:
 
 
 def activations(trainer: Trainer, batch: Batch) -> tuple[int, int]:
-    """Return the bytes kept for the backward pass, without parameters, and the bytes of the largest tensor among them.
+    """Return the bytes stored for the backward pass, without parameters, and the bytes of the largest stored tensor.
 
-    On CUDA, the peak memory of both passes by its allocator, and 0: nothing has to be added to that.
+    On CUDA, return the allocator's peak memory of both passes, and 0: nothing has to be added.
     """
     if trainer.device.type == "cuda":
-        backward(trainer, batch)  # allocates the gradients, and what libraries allocate once
+        backward(trainer, batch)  # allocates gradients and the libraries' workspaces
         before = torch.cuda.memory_allocated(trainer.device)
         torch.cuda.reset_peak_memory_stats(trainer.device)
         backward(trainer, batch)
@@ -86,7 +89,7 @@ def activations(trainer: Trainer, batch: Batch) -> tuple[int, int]:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # a reference, so that no address is used twice
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the reference prevents the reuse of the address
         return tensor
 
     blocks = Recomputed.measured = []
@@ -96,7 +99,7 @@ def activations(trainer: Trainer, batch: Batch) -> tuple[int, int]:
     finally:
         Recomputed.measured = None
     sizes = [n for n, _ in kept.values()]
-    again = max((every for every, _ in blocks), default=0)  # of one block at a time
+    again = max((every for every, _ in blocks), default=0)  # one block is recomputed at a time
     if trainer.settings.activation_checkpointing == "selective":
         again += sum(products for _, products in blocks)
     return sum(sizes) + again, max(sizes, default=0)
@@ -109,15 +112,15 @@ def forward(trainer: Trainer, batch: Batch) -> LossOutput:
 
 
 def backward(trainer: Trainer, batch: Batch) -> None:
-    """Return a forward and a backward pass."""
+    """Run a forward and a backward pass."""
     forward(trainer, batch).total.backward()
 
 
 def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
-    """Measure a run on rows of its first batch; weights, buffers and the state of random generators are restored.
+    """Measure a run on rows of its first batch. Restore weights, buffers and random generators afterwards.
 
-    Without `micro_batch`, as many rows are computed at a time as fit into 80% of the free memory. Where not even one
-    row fits, it raises a `UserError` with the amounts and advice.
+    micro_batch: None chooses as many rows as fit into 80% of the free memory. Raises UserError with the amounts and
+    advice if not even one row fits.
     """
     rows = rows_of(batch)
     with preserve_state(trainer):
@@ -126,7 +129,7 @@ def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
         optimizer_bytes, update_seconds = _optimizer(trainer)
         release(trainer.device)
         available = available_memory(trainer.device)
-        base = parameter_bytes + optimizer_bytes + fixed  # gradients; the weights themselves are not in what is free
+        base = parameter_bytes + optimizer_bytes + fixed  # gradients, not weights: these are already allocated
         fitting = int((SAFETY * available - base) / max(1, per_row))
         if fitting < 1:
             needed = f"one row at a time needs about {format_bytes(base + per_row)} of memory"
@@ -153,14 +156,14 @@ def first_rows(batch: Batch, rows: int) -> Batch:
 
 
 def _even(rows: int, fitting: int) -> int:
-    """Return the micro-batch size that splits a batch into as few equal parts as fit."""
+    """Return the micro-batch size that splits a batch into the smallest number of nearly equal parts that fit."""
     parts = -(-rows // min(rows, fitting))
     return -(-rows // parts)
 
 
 def _linear(trainer: Trainer, batch: Batch, rows: int) -> tuple[int, int]:
-    """Return the activations' fixed bytes and bytes per row, from passes over one and two rows, or two and three if
-    there is batch normalization, which one row may have no variance for.
+    """Return the activations' fixed bytes and bytes per row, from passes over one and two rows. With batch
+    normalisation: two and three rows, since one row may have no variance.
 
     Twice the largest tensor is added for the temporary memory of a backward pass: a gradient and its input.
     """
@@ -172,16 +175,17 @@ def _linear(trainer: Trainer, batch: Batch, rows: int) -> tuple[int, int]:
 
 
 def _optimizer(trainer: Trainer) -> tuple[int, float]:
-    """Return the bytes of the optimizers' state and seconds of an update, by an update with rate 0, which is undone."""
+    """Return the bytes of the optimizer states and the seconds of an update, by an update with rate 0 that is
+    undone."""
     trainer.optimizers.prime()
-    kept = sum(tensor.nbytes for tensor in trainer.optimizers.state().values())
+    state_bytes = sum(tensor.nbytes for tensor in trainer.optimizers.state().values())
     seconds = peak.time_call(trainer.optimizers.prime, trainer.device)
     trainer.optimizers.forget()
-    return kept, seconds
+    return state_bytes, seconds
 
 
 def _timed(trainer: Trainer, batch: Batch, rows: int) -> tuple[float, float, int]:
-    """Return seconds, elements and FLOPs of a forward and a backward pass over some rows."""
+    """Return the seconds, elements and FLOPs of a forward and a backward pass over `rows` rows."""
     part = first_rows(batch, rows)
     flops = peak.count_flops(lambda: backward(trainer, part))  # also warms up
     with torch.no_grad():
@@ -191,7 +195,7 @@ def _timed(trainer: Trainer, batch: Batch, rows: int) -> tuple[float, float, int
 
 @contextmanager
 def preserve_state(trainer: Trainer) -> Iterator[None]:
-    """Run a block after which buffers, gradients and the state of random generators are restored."""
+    """Run a block, then restore buffers and random generators and drop the gradients."""
     buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
     device_type = trainer.device.type
     devices: list[Any] = [] if device_type == "cpu" else [trainer.device]

@@ -16,7 +16,7 @@ from keifu.training.run.progress import format_bytes
 
 ALLOCATION = re.compile(
     r"out of memory|can't allocate memory|not enough memory|DefaultCPUAllocator|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|"
-    "(?i:unable to find an engine)"  # cuDNN, when no engine's workspace fits
+    "(?i:unable to find an engine)"  # cuDNN raises it if no engine's workspace fits
 )
 ASKED = re.compile(r"(?:allocate:?|allocating) *([\d.]+) *(bytes|[KMGT]i?B)?")
 ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
@@ -25,16 +25,16 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 class NotFinite(UserError):
-    """The loss or a gradient of a step is not finite; the step was not made."""
+    """Error: the loss or a gradient of a step is not finite. The step was not applied."""
 
 
 class OutOfMemory(UserError):
-    """A step did not fit into memory; the step was not made."""
+    """Error: a step did not fit into memory. The step was not applied."""
 
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Turn every kind of out-of-memory error into an `OutOfMemory` with the amount requested and advice."""
+    """Turn every kind of out-of-memory error in a block into an `OutOfMemory` with the requested amount and advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -51,15 +51,15 @@ def _requested_bytes(message: str) -> str:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether every number is finite; wait for the device."""
+    """Return whether every number is finite. This waits for the device."""
     return bool(tensor.isfinite().all())
 
 
 def first_not_finite(model: nn.Module, work: Callable[[], Tensor]) -> str:
     """Return a phrase that names the first tensor of a step that is not finite.
 
-    `work` runs the forward pass and gives the loss. Checked are, in this order, the weights, the modules' outputs as
-    they are computed, the loss, and the gradients as they are computed.
+    work: runs the forward pass and returns the loss. The order of the checks: weights, outputs of modules as they are
+    computed, the loss, gradients as they are computed.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not is_finite(tensor):
@@ -79,7 +79,9 @@ def first_not_finite(model: nn.Module, work: Callable[[], Tensor]) -> str:
 
 @contextmanager
 def _watch_modules(model: nn.Module, complaints: list[str]) -> Iterator[None]:
-    """Run a block in which every module whose output, or the gradient of it, is not finite is added to `found`."""
+    """Run a block with hooks that add a phrase to `complaints` for each module whose output, or the gradient of its
+    output, is not finite.
+    """
     with ExitStack() as hooks, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Full backward hook is firing")  # modules whose inputs have no gradient
         for name, module in model.named_modules():
@@ -91,12 +93,14 @@ def _watch_modules(model: nn.Module, complaints: list[str]) -> Iterator[None]:
         yield
 
 
-def _check(complaints: list[str], what: str, *call: object) -> None:
-    """Check the module's output, or the gradients of it, which is the last argument of a hook."""
+def _check(complaints: list[str], tensor_name: str, *call: object) -> None:
+    """Add a phrase to `complaints` if a tensor in a hook's last argument (the output, or the gradients of outputs) is
+    not finite.
+    """
     tensors = call[-1] if isinstance(call[-1], tuple | list) else call[-1:]
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_finite(tensor):
-            complaints.append(f"the {what} is the first that holds {_bad(tensor)}")
+            complaints.append(f"the {tensor_name} is the first that holds {_bad(tensor)}")
             return
 
 
@@ -108,15 +112,16 @@ def _bad(tensor: Tensor) -> str:
 
 @dataclass(kw_only=True)
 class Running:
-    """The running mean and variance of a series, an exponential moving average with decay 0.9."""
+    """Running mean and variance of a series: an exponential moving average with decay 0.9."""
 
     mean: float = 0.0
     variance: float = 0.0
     readings: int = 0
 
     def take(self, loss: float, rise: float) -> bool:
-        """Update the mean and the variance by a loss; False for one that is left out, as it is above the mean by six
-        standard deviations, and by `rise` times the mean."""
+        """Update the mean and the variance with a loss, and return True. Return False and ignore the loss if it exceeds
+        the mean by six standard deviations and by `rise` times the mean.
+        """
         if self.readings >= 5 and loss > self.mean + max(6 * self.variance**0.5, rise * abs(self.mean)):
             return False
         share = max(0.1, 1 / (self.readings + 1))
@@ -132,13 +137,14 @@ class Running:
 
 
 class Divergence(Running):
-    """Detector of divergence: `watch` gives a warning when the loss is far above its running mean, by half at least.
-    It warns once, until the loss has come back."""
+    """Detector of divergence: `watch` warns if the loss is far above its running mean (by at least half of it). It does
+    not warn again until the loss has come back.
+    """
 
     warned = False
 
     def watch(self, loss: float) -> str | None:
-        """Return a warning, if there is one."""
+        """Return a warning, or None."""
         before = self.warned
         self.warned = not self.take(loss, 0.5)
         text = f"The loss is {loss:.4g}, far above its running mean of {self.mean:.4g}: the run may be diverging; "

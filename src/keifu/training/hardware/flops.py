@@ -1,4 +1,4 @@
-"""FLOPs: the peak FLOPs per second of a device, and the FLOPs of a forward and backward pass.
+"""The peak FLOPs per second of a device, and the FLOPs of a forward and backward pass.
 
 A multiplication and an addition count as two operations.
 """
@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from keifu.layers.linear import product
 
 SECONDS = 0.2
-# Published peaks of dense matrix products with sums in float32, in TFLOP/s: in bfloat16, in float16, in float32 (TF32
-# on tensor cores where there are any): units x clock x operations in a clock, which the tests compute again. Those of
-# B200 and H100 NVL stand in NVIDIA's data sheets alone: no published clock gives them. The first pattern that matches a
-# GPU's name counts; of AMD's cards with two dies, each die is a device.
+# Published peaks of dense matrix multiplications accumulated in float32, in TFLOP/s: in bfloat16, float16 and float32
+# (TF32 if the device has tensor cores). The tests compute them again as units x clock x operations per clock, except
+# B200 and H100 NVL, whose clocks are not published: these figures are from NVIDIA's data sheets. The first pattern that
+# matches a GPU's name counts. Each die of AMD's cards with two dies is a device.
 TFLOPS = {
     r"\bB200\b": (2250, 2250, 1125),
     r"\bH100 PCIe\b": (756, 756, 378),
@@ -48,7 +48,7 @@ FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the peak FLOPs per second of matrix products on a device: published for common GPUs, otherwise
+    """Return a device's peak FLOPs per second of matrix multiplications: published for common GPUs, otherwise
     measured."""
     published = named_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
     return published or matmul_peak(device, dtype)
@@ -62,12 +62,12 @@ def named_peak(name: str, dtype: torch.dtype) -> float | None:
 
 @functools.cache
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
-    """Return the result of the first `measure_peak` of this process."""
+    """Return the result of the first call of `measure_peak` in this process."""
     return measure_peak(device, dtype, seconds)
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
-    """Measure the FLOPs per second of a large square matrix multiplication, the best of all repetitions."""
+    """Measure the FLOPs per second of a large square matrix multiplication; return the best of all repetitions."""
     size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), perf_counter() + seconds
@@ -86,7 +86,7 @@ def time_call(work: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished its queued work; does nothing on a CPU."""
+    """Wait until a GPU has finished its queued work. Do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -94,10 +94,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """Return FLOPs of the matrix products, convolutions and attention in a function, forward and backward, counted by
-    torch.
+    """Return the FLOPs of the matrix multiplications, convolutions and attention in `work`, counted by torch.
 
-    For a language model this is PaLM's 6N + 12·L·H·Q·T per token (appendix B): causal attention counts in full.
+    For a language model this is PaLM's 6N + 12·L·H·Q·T per token (appendix B): causal attention counts as full
+    attention.
     """
     aten = torch.ops.aten
     mapping = {

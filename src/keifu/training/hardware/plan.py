@@ -1,9 +1,9 @@
-"""What a run would take on given devices, on paper: the mesh, memory by part, the time of a step, days and energy.
+"""Estimate of a run on given devices, without running it: the mesh, memory by part, seconds per step, days and energy.
 
-Time of a step = matrix products at a share of the peak + elementwise work at the memory's bandwidth + exchanges within
-a machine + what of the exchanges between machines is longer than the computation that hides it. One set of constants
-serves all models and GPUs, another one processors; `benchmarks/plan.py` holds them against published runs and this
-machine.
+Seconds per step = matrix multiplications at a share of the peak + elementwise operations at the memory's bandwidth +
+communication within a machine + the communication between machines that computation does not hide. One set of constants
+is used for all GPUs, and another one for CPUs. `benchmarks/plan.py` compares the estimates with published runs and with
+this machine.
 """
 
 import math
@@ -20,12 +20,12 @@ from keifu.training.hardware.flops import TFLOPS
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """A kind of device: FLOP/s in 16 bits, bytes of memory, bytes/s of memory, within a machine and between machines,
-    watts, and devices of a machine that are connected by the fast links.
+    """A kind of device: FLOP/s in 16 bits, bytes of memory, bytes/s of its memory (bandwidth), within a machine (link)
+    and between machines (network), watts, and devices per machine (connected by the fast links).
 
-    products: the share of the FLOP/s that large matrix products reach. attention: how many times longer than theirs an
-    operation of attention takes. elementwise, logits, update: bytes that are moved for each token, layer and unit of
-    width; for each token and word of the vocabulary; for each parameter in a step.
+    products: the share of `flops` that large matrix multiplications reach. attention: extra time of an attention
+    operation, relative to one of a matrix multiplication. Bytes moved: elementwise: per token, layer and unit of width;
+    logits: per token and vocabulary entry; update: per parameter and step.
     """
 
     flops: float | int
@@ -49,10 +49,10 @@ def _kind(
     return DeviceKind(tflops * 1e12, gigabytes * 1e9, terabytes_a_second * 1e12, link * 1e9, network * 1e9, watts)
 
 
-# Data sheets: memory, its bandwidth, NVLink's (or its like) one way, power; the network of a usual machine of 8, a
-# device's share of it. An H100 reaches a smaller share of its peak than the others, since its power is limited. Of
-# TPUs: Jouppi et al., 2023 (v4) and Google's documentation (v5p).
-HOPPER = 0.41  # chosen by torchtitan's runs of Llama 3.1
+# From data sheets: memory, its bandwidth, bandwidth of NVLink (or similar) in one direction, a device's share of the
+# network of a usual machine with 8 devices, and power. An H100 reaches a smaller share of its peak than others, since
+# its power is limited. TPUs: Jouppi et al., 2023 (v4) and Google's documentation (v5p).
+HOPPER = 0.41  # fitted to torchtitan's runs of Llama 3.1
 DEVICES = {
     "A100-40G": _kind("A100", 40, 1.555, 300, 25, 400),
     "A100-80G": _kind("A100", 80, 2.039, 300, 25, 400),
@@ -60,30 +60,30 @@ DEVICES = {
     "H200-141G": replace(_kind("H200", 141, 4.8, 450, 50, 700), products=HOPPER),
     "B200-180G": _kind("B200", 180, 8.0, 900, 50, 1000),
     "V100-32G": _kind("V100", 32, 0.9, 150, 12.5, 300),
-    "RTX4090-24G": _kind("RTX 4090", 24, 1.008, 32, 3, 450),  # PCIe 4 within a machine
+    "RTX4090-24G": _kind("RTX 4090", 24, 1.008, 32, 3, 450),  # the link is PCIe 4
     "MI300X-192G": _kind("MI300X", 192, 5.3, 448, 50, 750),
     "TPU-v4": DeviceKind(275e12, 32e9, 1.2e12, 270e9, 100e9, 192, 64),
     "TPU-v5p": DeviceKind(459e12, 95e9, 2.765e12, 540e9, 150e9, 350, 64),
 }
 HERE = "this-CPU"
-# bytes a token, layer and unit of width that the backward pass needs (Korthikanti et al., 2022), by what is computed
-# again: of selective the results of matrix multiplications and the block's input
+# Bytes per token, layer and unit of width stored for the backward pass (Korthikanti et al., 2022), by
+# --activation-checkpointing. `selective` stores the results of matrix multiplications and the block's input.
 ACTIVATIONS = {"none": 34, "selective": 22, "blocks": 2}
-ADAPTIVE = {"none": 56, "selective": 38, "blocks": 2}  # of blocks with adaptive norms, as measured on DiT's
-WITH_ADAPTERS = {"none": 57, "selective": 48, "blocks": 2}  # on all linear layers, as measured
-# how often matrix multiplications and elementwise work are computed, by --activation-checkpointing
+ADAPTIVE = {"none": 56, "selective": 38, "blocks": 2}  # blocks with adaptive norms, as measured on DiT
+WITH_ADAPTERS = {"none": 57, "selective": 48, "blocks": 2}  # adapters on all linear layers, as measured
+# computations of matrix multiplications and of elementwise operations, relative to a run without checkpointing
 AGAIN = {"none": (1.0, 1.0), "selective": (1.0, 4 / 3), "blocks": (4 / 3, 4 / 3)}
-LOGITS = 2**26, 2  # that the loss makes at a time, and the bytes of each, in whose place its gradient comes
-LINKS = 0.7  # the share of a link's bandwidth that exchanges reach
-USED = 0.92  # the share of the memory that a run may use; the rest is the library's and what fragments
-MOMENTS = {"float32": 8, "int8": 2}  # bytes a parameter of AdamW's two averages, by --optimizer-state
-BITS_OF_INT4 = 4.5  # of a number of a frozen matrix, with its share of the block's scale
-POWER = 1.1  # a data centre's power beside that of its devices
+LOGITS = 2**26, 2  # the most logits that the loss computes at a time, and bytes of each; gradients reuse their memory
+LINKS = 0.7  # the share of a link's bandwidth that communication reaches
+USED = 0.92  # the share of memory that a run may use; libraries and fragmentation take the rest
+MOMENTS = {"float32": 8, "int8": 2}  # bytes per parameter of AdamW's two averages, by --optimizer-state
+BITS_OF_INT4 = 4.5  # bits per number of a frozen matrix, with its share of the block's scale
+POWER = 1.1  # power of a data centre relative to its devices'
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A Transformer by its sizes; width: of all heads together; kv_width: of the heads of keys and values."""
+    """Sizes of a Transformer. width: all query heads together. kv_width: all heads of keys (or of values) together."""
 
     parameters: int
     layers: int
@@ -93,34 +93,34 @@ class Architecture:
     heads: int
     vocab: int
     context: int
-    active: int | None = None  # parameters that one token uses; None: all
-    splits: bool = True  # over --mesh.tensor
-    kv_heads: int | None = None  # as heads
+    active: int | None = None  # parameters used per token; None: all
+    splits: bool = True  # whether --mesh.tensor can split it
+    kv_heads: int | None = None  # None: as many as heads
     hidden: int | None = None  # units of a feed-forward network
     activations: Mapping[str, int] = field(default_factory=ACTIVATIONS.copy)
 
     @property
     def attention(self) -> int:
-        """FLOPs of attention a token, forward and backward (PaLM's appendix B)."""
+        """FLOPs of attention per token, forward and backward (PaLM's appendix B)."""
         return 12 * self.layers * self.width * self.context
 
     def can_split(self, tensor: int) -> bool:
-        """Return whether `keifu train` can split the model over this number of processes along --mesh.tensor."""
+        """Return whether `keifu train` can split the model over `tensor` processes along --mesh.tensor."""
         kv_heads = self.kv_heads or self.heads
         heads = self.heads % tensor == 0 and (kv_heads % tensor == 0 or tensor % kv_heads == 0)
         return tensor == 1 or (self.splits and heads and (self.hidden or 0) % tensor == 0)
 
     @property
     def flops(self) -> int:
-        """Return the FLOPs of a token, forward and backward, with attention."""
+        """FLOPs per token, forward and backward, with attention."""
         return 6 * (self.active or self.parameters) + self.attention
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Trained parameters, by options of `keifu train`: all parameters, or adapters of a rank on all linear layers.
+    """The trained parameters, by options of `keifu train`: all (rank 0), or LoRA adapters on all linear layers.
 
-    base: the type of the frozen matrices. optimizer_state: the type of AdamW's averages.
+    base: number format of the frozen matrices. optimizer_state: number format of AdamW's averages.
     """
 
     rank: int = 0
@@ -129,11 +129,11 @@ class Trained:
 
     @property
     def splits(self) -> bool:
-        """Whether `keifu train` can split the states over processes."""
+        """Whether `keifu train` can shard the optimizer state."""
         return self.optimizer_state == "float32"
 
     def parameters(self, model: Architecture) -> int:
-        """Return the number of parameters that are trained."""
+        """Return the number of trained parameters."""
         if not self.rank:
             return model.parameters
         attention = 3 * model.dim + 2 * model.width + 2 * model.kv_width + model.dim
@@ -141,11 +141,11 @@ class Trained:
         return self.rank * model.layers * (attention + feedforward)
 
     def flops(self, model: Architecture) -> int:
-        """Return FLOPs a token: frozen matrices have no gradients."""
+        """Return FLOPs per token, forward and backward. Frozen matrices need no weight gradients."""
         return model.flops - 2 * bool(self.rank) * (model.active or model.parameters)
 
     def weights(self, model: Architecture) -> float:
-        """Return bytes of the weights that products read."""
+        """Return the bytes of the weights in the forward pass."""
         if self.base == "float":
             return 2.0 * model.parameters
         embeddings = min(2 * model.vocab * model.dim, model.parameters)
@@ -157,8 +157,9 @@ WHOLE = Trained()
 
 @dataclass(frozen=True)
 class PodLayout:
-    """How devices share a model; checkpointing: which activations are computed again; rows: at a time, on a copy's
-    group."""
+    """Distribution of a model over devices. checkpointing: which activations are recomputed. rows: micro-batch of each
+    group of `tensor` devices.
+    """
 
     pods: int
     shard: int
@@ -169,7 +170,7 @@ class PodLayout:
 
 @dataclass(frozen=True)
 class Plan:
-    """The layout, bytes a device by part, and seconds a step by part."""
+    """A layout with its bytes per device and its seconds per step, both by part."""
 
     layout: PodLayout
     memory: dict[str, float]
@@ -181,12 +182,12 @@ class Plan:
 
     @property
     def step(self) -> float:
-        """Seconds a step."""
+        """Seconds per step."""
         return sum(self.seconds.values())
 
     @property
     def rate(self) -> float:
-        """Tokens a second on each device."""
+        """Tokens per second and device."""
         return self.tokens / self.step / self.devices
 
     @property
@@ -200,7 +201,7 @@ class Plan:
 
 
 def parse_devices(text: str) -> tuple[int, DeviceKind]:
-    """Parse `2048xA100-80G` as a number and a kind; anything else is a `UserError`."""
+    """Parse `2048xA100-80G` as a number and a kind of device. Raises UserError for anything else."""
     number, _, name = text.partition("x")
     if text == f"1x{HERE}":
         return 1, this_machine()
@@ -213,11 +214,10 @@ def parse_devices(text: str) -> tuple[int, DeviceKind]:
 
 @cache
 def this_machine() -> DeviceKind:
-    """Return this computer's processor as a device: FLOP/s of products as `keifu train` makes them, and bytes/s,
-    measured.
+    """Return this computer's CPU as a device. FLOP/s (in `keifu train`'s number format) and bytes/s are measured.
 
-    The other figures were chosen so that three models fit on an AMD EPYC (Zen 5) and on an Intel Xeon with AMX. They
-    are larger than a GPU's, since PyTorch's elementwise operations are not joined there, and work in 32 bits.
+    The other figures were fitted to three models on an AMD EPYC (Zen 5) and on an Intel Xeon with AMX. They are larger
+    than a GPU's, since PyTorch on a CPU does not fuse elementwise operations and computes them in 32 bits.
     """
     import torch
 
@@ -228,13 +228,14 @@ def this_machine() -> DeviceKind:
     cpu, numbers = torch.device("cpu"), torch.ones(2**26)
     copy = torch.empty_like(numbers)
     bandwidth = 2 * numbers.nbytes / min(flops.time_call(lambda: copy.copy_(numbers), cpu) for _ in range(100))
-    peak = flops.matmul_peak(cpu, resolve_dtype("auto", cpu), seconds=2.0)  # so that a burst of other work is outlived
+    # long enough to outlast a burst of other work
+    peak = flops.matmul_peak(cpu, resolve_dtype("auto", cpu), seconds=2.0)
     return DeviceKind(peak, available_memory(cpu), bandwidth, bandwidth, bandwidth, 0, 1,
                       products=0.82, attention=2, elementwise=1000, logits=134, update=62)  # fmt: skip
 
 
 def parse_amount(text: str, option: str) -> float:
-    """Parse `1.4T` as a number; anything else is a `UserError` that names the option."""
+    """Parse a number such as `1.4T`. Raises UserError, with the option's name, for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBT]?)", text)
     if not match or not float(match[1]):
         raise UserError(f"{option} is a number such as 300B or 1.4T, and not {text!r}.")
@@ -242,8 +243,8 @@ def parse_amount(text: str, option: str) -> float:
 
 
 def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int, trained: Trained = WHOLE) -> Plan:
-    """Return the fastest layout that fits into memory, for steps of about that number of tokens. If no layout fits,
-    raise a `UserError`.
+    """Return the fastest layout that fits into memory, for steps of about `batch` tokens. Raises UserError if none
+    fits.
     """
     layouts = [
         layout
@@ -262,7 +263,8 @@ def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int
 
 
 def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Iterator[PodLayout]:
-    """Yield every layout of powers of two, or of what divides the devices, with at least a row for each group."""
+    """Yield every layout whose axes divide the number of devices, with at least one row per group of `tensor`
+    devices."""
     for tensor, checkpointing in product((1, 2, 4, 8, 16), AGAIN):
         if tensor > kind.machine or devices % tensor or not model.can_split(tensor):
             continue
@@ -277,13 +279,14 @@ def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float |
 def _planned(
     model: Architecture, layout: PodLayout, devices: int, kind: DeviceKind, batch: float | int, trained: Trained = WHOLE
 ) -> Plan:
-    """Return the memory and time of a layout, by part; each exchange is at the bandwidth of the links that it goes
-    over."""
+    """Return the plan of one layout: memory and seconds by part. Each communication uses the bandwidth of its own
+    links.
+    """
     rows = max(1, round(batch / model.context / (devices // layout.tensor)))  # of a group in a step
-    tokens = rows * model.context / layout.tensor  # on a device
+    tokens = rows * model.context / layout.tensor  # per device
     again, around = AGAIN[layout.checkpointing]
     width = model.layers * model.dim
-    weights = 2 * model.parameters / layout.tensor  # bytes of a device's part before sharding
+    weights = 2 * model.parameters / layout.tensor  # bytes per device before sharding
     flops = trained.flops(model) + (again - 1) * model.flops + again * kind.attention * model.attention
     seconds = {
         "products": tokens * flops / (kind.flops * kind.products),
@@ -324,8 +327,9 @@ def _memory(model: Architecture, layout: PodLayout, trained: Trained = WHOLE) ->
 
 
 def inference(model: Architecture, devices: int, kind: DeviceKind, context: int) -> dict[str, Any]:
-    """Return decoding in 16 bits on devices that share each product: sequences that fit, bytes of cache for each,
-    tokens/s."""
+    """Return figures of 16-bit decoding with each matrix split over all devices: sequences that fit, cache bytes per
+    sequence, tokens per second and device (`rate`), and tokens per second of one sequence (`alone`).
+    """
     cache = 2 * 2 * model.layers * model.kv_width * context
     free = USED * devices * kind.memory - 2 * model.parameters
     batch = int(free // cache)
@@ -334,7 +338,8 @@ def inference(model: Architecture, devices: int, kind: DeviceKind, context: int)
             f"{2 * model.parameters / 1e9:,.0f} GB of weights and a cache of {cache / 1e9:.2f} GB do not fit into "
             f"{devices} x {kind.memory / 1e9:.0f} GB; take more devices."
         )
-    read = (2 * model.parameters + batch * cache / 2) / (devices * kind.bandwidth * 0.8)  # caches are half full
+    # caches are half full on average
+    read = (2 * model.parameters + batch * cache / 2) / (devices * kind.bandwidth * 0.8)
     products = 2 * (model.active or model.parameters) * batch / (devices * kind.flops * kind.products)
     exchange = 2 * 2 * model.layers * batch * model.dim * 2 / (kind.link * LINKS) if devices > 1 else 0.0
     step = max(read, products) + exchange

@@ -1,4 +1,4 @@
-"""Mixed precision: the number format of matrix products, autocast, TF32, and loss scaling for float16."""
+"""Mixed precision: the number format of matrix multiplications, autocast, TF32, and loss scaling for float16."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from keifu.devices import has_bfloat16
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the number format of a precision setting on this device: `auto` is bfloat16 if the device has it,
+    """Return the number format of a precision setting on this device. `auto` is bfloat16 if the device supports it,
     otherwise float16 on a GPU and float32 on a CPU.
     """
     if precision == "auto":
@@ -21,16 +21,16 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return the autocast context of a forward pass; it does nothing for float32."""
+    """Return the autocast context of a forward pass. It does nothing for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @contextmanager
 def tensor_float32(device: torch.device, precision: str) -> Iterator[None]:
-    """Let an NVIDIA GPU multiply float32 matrices as TF32 (10 bits of mantissa), unless `precision` is float32.
+    """Let an NVIDIA GPU multiply float32 matrices in TF32 (10 bits of mantissa), unless `precision` is float32.
 
-    One API sets the flags, so that inductor and other libraries can read them. (Setting `fp32_precision` of a backend
-    makes the older flags raise an error when they are read.)
+    Only the older API sets the flags, so that inductor and other libraries can read them. (After `fp32_precision` of a
+    backend is set, reading the older flags raises an error.)
     """
     if device.type != "cuda":
         yield
@@ -49,14 +49,14 @@ def tensor_float32(device: torch.device, precision: str) -> Iterator[None]:
 
 @contextmanager
 def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Let a GPU use only kernels that give the same bits each time, if `wanted`. A CPU always does.
+    """Let a GPU use only deterministic kernels, if `wanted`. A CPU always does.
 
-    An operation without such a kernel raises torch's error, which names it.
+    An operation without such a kernel raises torch's error, which names the operation.
     """
     if device.type != "cuda" or not wanted:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
     torch.use_deterministic_algorithms(True)
@@ -71,13 +71,13 @@ def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
 
 
 class LossScale:
-    """Dynamic loss scaling: the factor of the loss before the backward pass, so that small gradients do not underflow
-    in float16 (Micikevicius et al., 2018, section 3.2); 1 for every other format.
+    """Dynamic loss scaling: a factor of the loss before the backward pass, so that small gradients do not underflow in
+    float16 (Micikevicius et al., 2018, section 3.2). It is 1 for every other format.
 
-    Like torch.amp.GradScaler, it starts at 65,536, is halved when a gradient is not finite, and doubled after 2,000
-    finite steps. Unlike there, a step whose gradient was not finite is computed again with the lower scale, not
-    skipped. `value` is the scale of the mean loss. Objectives return sums, so `factor` divides it by the number of
-    elements of the first micro-batch, rounded up to a power of two.
+    As in torch.amp.GradScaler, it starts at 65,536, is halved after a gradient that is not finite, and doubled after
+    2,000 finite steps. Unlike there, a step with such a gradient is computed again with the lower scale, not skipped.
+    `value` is the scale of the mean loss. Objectives return sums, so `factor` divides it by the number of elements of
+    the first micro-batch, rounded up to a power of two.
     """
 
     FIRST, INTERVAL = 65_536.0, 2_000
@@ -88,26 +88,26 @@ class LossScale:
 
     @property
     def factor(self) -> float:
-        """Return the factor of a sum over elements."""
+        """The factor of a loss that is a sum over elements."""
         return self.value / self.elements
 
     @property
     def is_set(self) -> bool:
-        """Return whether the number of elements is known, or not needed."""
+        """Whether the number of elements is known, or not needed."""
         return not self.moves or self.elements > 0
 
     def begin(self, elements: float) -> None:
-        """Take the number of elements of a micro-batch from the first one."""
+        """Set the number of elements, from the first micro-batch."""
         self.elements = 2.0 ** ceil(log2(max(1.0, elements)))
 
     def load(self, value: float | None = None, steps: int = 0, elements: float = 1.0) -> None:
-        """Restore the result of `facts`. The states of keifu 0.2.0 have no elements: their scale is that of the sum."""
+        """Restore the result of `facts`. States of keifu 0.2.0 have no elements: their scale is that of the sum."""
         self.value = (value or self.FIRST) if self.moves else 1.0
         self.elements = elements if self.moves else 1.0
         self.steps = steps
 
     def lower(self) -> bool:
-        """Halve the scale; False if it is fixed, or already 1."""
+        """Halve the scale and return True; return False if it is fixed or already 1."""
         if not self.moves or self.value <= 1:
             return False
         self.value /= 2
@@ -115,12 +115,12 @@ class LossScale:
         return True
 
     def count(self) -> None:
-        """Count a step that was made, and double the scale when it is time."""
+        """Count a successful step, and double the scale after `INTERVAL` steps."""
         self.steps += self.moves
         if self.steps == self.INTERVAL:
             self.value *= 2
             self.steps = 0
 
     def facts(self) -> dict[str, float]:
-        """Return the scale, the steps since it was changed and the elements, for a checkpoint."""
+        """Return the scale, the steps since its last change, and the elements, for a checkpoint."""
         return {"value": self.value, "steps": self.steps, "elements": self.elements}

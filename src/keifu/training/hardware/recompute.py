@@ -1,6 +1,6 @@
-"""Activation checkpointing (Chen et al., 2016): the activations of blocks are computed again in the backward pass.
+"""Activation checkpointing (Chen et al., 2016): the backward pass computes the activations of blocks again.
 
-Blocks are also the units that FSDP gathers and that are compiled.
+Blocks are also the units of FSDP and of compilation.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ from keifu.errors import UserError
 from keifu.layers.dropout import Dropout
 from keifu.training.settings import Recompute
 
-PRODUCTS = frozenset(  # operations whose results `selective` keeps: matrix multiplications, convolutions, attention
+PRODUCTS = frozenset(  # `selective` stores the results of these: matrix multiplications, convolutions, attention
     ["mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_linear_pointwise", "_flash_attention_forward"]
     + [f"_scaled_dot_product_{kernel}" for kernel in ("flash_attention", "efficient_attention", "cudnn_attention")]
     + ["_scaled_dot_product_flash_attention_for_cpu", "_varlen_attn"]
@@ -30,22 +30,22 @@ class HasBlocks(Protocol):
 
     @property
     def blocks(self) -> Iterable[nn.Module]:
-        """Return the blocks, of which none is inside another one."""
+        """The blocks; none of them is inside another one."""
         ...
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that a model lists, or those of the models inside it if it lists none itself."""
+    """Return the blocks that a model lists, or the blocks of its submodules if it lists none itself."""
     if isinstance(model, HasBlocks):
         return [*model.blocks]
     return [block for child in model.children() for block in blocks_of(child)]
 
 
 class Recomputed:
-    """Forward pass of a block whose activations are computed again, all or without `PRODUCTS`.
+    """Forward pass of a block whose activations are recomputed: all of them, or all but the results of `PRODUCTS`.
 
-    Losses and gradients have the same bits as without. measured: where it is a list, it gets the bytes of each call:
-    all that its backward pass needs, and those that `selective` keeps.
+    Losses and gradients have the same bits as without recomputation. measured: if it is a list, each call appends the
+    bytes that its backward pass needs, and the bytes that `selective` stores.
     """
 
     measured: list[tuple[int, int]] | None = None
@@ -65,9 +65,9 @@ class Recomputed:
 
 
 def recompute_blocks(model: nn.Module, how: Recompute, option: str = "--activation-checkpointing") -> None:
-    """Make the blocks of a model compute their activations again.
+    """Make the blocks of a model recompute their activations.
 
-    A model without blocks, or with dropout whose mask cannot be drawn again, is a `UserError`.
+    Raises UserError for a model without blocks, or with dropout whose mask cannot be drawn again.
     """
     blocks = blocks_of(model)
     if not blocks:
@@ -80,7 +80,7 @@ def recompute_blocks(model: nn.Module, how: Recompute, option: str = "--activati
 
 
 def _other_dropouts(block: nn.Module) -> Iterator[str]:
-    """Return the names of dropouts of torch's, which draw from its global generator."""
+    """Yield the names of a block's torch dropouts, which draw from the global random generator."""
     kinds = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout
     return (n for n, part in block.named_modules() if isinstance(part, kinds) and not isinstance(part, Dropout))
 
@@ -91,9 +91,9 @@ def _policy(context: Any, operation: Any, *inputs: Any, **named: Any) -> Checkpo
 
 
 def _bytes_of(work: Callable[[], Any]) -> tuple[int, int]:
-    """Return the bytes that a backward pass would need of some work, and those of the results of `PRODUCTS`."""
+    """Return the bytes that a backward pass of `work` would need, and the bytes of the results of `PRODUCTS`."""
     sizes: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
+    alive: list[Tensor] = []  # a reference prevents the reuse of an address
 
     def pack(tensor: Tensor) -> None:
         if not isinstance(tensor, nn.Parameter):
@@ -106,7 +106,7 @@ def _bytes_of(work: Callable[[], Any]) -> tuple[int, int]:
 
 
 class _Products(TorchDispatchMode):
-    """Bytes of the results of `PRODUCTS`."""
+    """Dispatch mode that counts the bytes of the results of `PRODUCTS`."""
 
     bytes = 0
 

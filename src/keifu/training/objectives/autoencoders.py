@@ -1,8 +1,8 @@
-"""Objectives of image autoencoders and of models on their codes: the KL autoencoder of latent diffusion, DALL-E's
-discrete VAE, and DALL-E's decoder over text and image tokens, with its batches.
+"""Objectives of image autoencoders and of models of their codes: the KL autoencoder of latent diffusion, DALL-E's
+discrete VAE, and DALL-E's decoder over text and image tokens.
 
 Axes: batch, channels, height, width; picture = of a data set; codebook; rows, columns = of the grid of image tokens;
-text = tokens of every text.
+text = tokens of a text.
 """
 
 import math
@@ -26,22 +26,23 @@ Values = Float[Tensor, "batch channels height width"]
 
 @dataclass(frozen=True)
 class AutoencoderKLLoss:
-    """The loss of latent diffusion's autoencoder (Rombach et al., 2022, section 3.1): an objective.
+    """Objective of latent diffusion's autoencoder (Rombach et al., 2022, section 3.1).
 
-    The loss of a picture is the mean absolute error of its reconstruction, plus the mean squared error, which learns
-    colours sooner, plus `edges` times the gradient difference (see `edge_difference`), which keeps lines sharp (the
-    released code has a perceptual and an adversarial loss for that), plus `kl_weight` times the KL divergence of its
-    latents from the standard normal distribution, in nats for each number of the picture.
+    The loss of a picture is a sum of four terms: the mean absolute error of its reconstruction; the mean squared error,
+    which learns colours sooner; `edges` times the gradient difference (see `edge_difference`), which keeps lines sharp
+    (instead of the released code's perceptual and adversarial losses); and `kl_weight` times the KL divergence of its
+    latents from the standard normal distribution, in nats per number of the picture.
 
-    A batch has "pictures", bytes, and "draws", the seed of each row's latents (see `diffusion.add_draws`).
+    A batch has "pictures" (bytes) and "draws", the seed of each row's latents (see `diffusion.add_draws`).
     """
 
     kl_weight: float = 1e-3
     edges: float = 1.0
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """Return the sum over pictures; figures: `absolute_error`, `edge_error`, `squared_error`, of numbers from -1 to
-        1, and `kl`, in nats for each number of the latents."""
+        """Return the loss, summed over pictures. Figures: `absolute_error`, `edge_error` and `squared_error`, of
+        numbers from -1 to 1, and `kl`, in nats per number of the latents.
+        """
         picture = to_signed(batch["pictures"])
         coded = model.encode(picture)
         again = model.decode(coded.sample(normal(batch["draws"], coded.mean.shape[1:])))
@@ -54,9 +55,10 @@ class AutoencoderKLLoss:
 
 
 def edge_difference(x: Values, y: Values) -> Float[Tensor, " batch"]:
-    """Return the gradient difference loss: the mean of ||Δx| - |Δy||, Δ being the difference of neighbouring pixels,
-    down and across (Mathieu, Couprie and LeCun, 2016, "Deep multi-scale video prediction beyond mean square error",
-    section 3.2)."""
+    """Return the gradient difference loss, (batch,): the mean of | |Δx| - |Δy| |, where Δ is the difference of
+    neighbouring pixels, down and across (Mathieu, Couprie and LeCun, 2016, "Deep multi-scale video prediction beyond
+    mean square error", section 3.2).
+    """
     parts = [(torch.diff(x, dim=way).abs() - torch.diff(y, dim=way).abs()).abs().flatten(1).mean(1) for way in (2, 3)]
     return parts[0] + parts[1]
 
@@ -66,7 +68,7 @@ TEMPERATURE, KL_WEIGHT = "temperature", "kl_weight"
 
 @dataclass(frozen=True)
 class Ramp:
-    """A schedule: half a cosine from `start` to `end` over the first `steps` steps, and `end` after them."""
+    """A schedule: half a cosine from `start` to `end` over the first `steps` steps, then `end`."""
 
     start: float
     end: float
@@ -79,8 +81,9 @@ class Ramp:
 
 
 def add_ramps(data: Data, ramps: Mapping[str, Ramp]) -> MappedData:
-    """Return data whose batches also have scheduled values by name, the same for each row [batch]. Held-out batches
-    have the last values."""
+    """Add scheduled values to the batches of `data`: for each name of `ramps` a tensor (batch,) of one repeated value.
+    Held-out batches have the last value.
+    """
 
     def change(batch: Batch, step: int, first: int) -> Batch:
         values = {name: ramp.end if step == HELD_OUT else ramp.at(step) for name, ramp in ramps.items()}
@@ -90,15 +93,17 @@ def add_ramps(data: Data, ramps: Mapping[str, Ramp]) -> MappedData:
 
 
 def discrete_vae_loss(model: Any, batch: Batch) -> LossOutput:
-    """Return the evidence lower bound of DALL-E's discrete VAE (Ramesh et al., 2021, section 2.1 and appendix A): an
-    objective.
+    """Return the negative evidence lower bound of DALL-E's discrete VAE (Ramesh et al., 2021, section 2.1 and appendix
+    A): an objective.
 
-    Codebook entries are sampled by Gumbel-softmax with "temperature". The loss is the negative logit-Laplace
-    log-likelihood for each number of the picture, plus "kl_weight" times the KL divergence of the entries' distribution
-    from the uniform one, summed over the grid, for each number too (the paper's β/192). A batch has "pictures", bytes,
-    "draws", the seeds of the noise (see `diffusion.add_draws`), and both scheduled values. Figures: `squared_error`
-    of the reconstruction from the likeliest entries, of numbers from -1 to 1; `kl`, in nats for each place of the grid;
-    and `used`, the exponential of the entropy of the batch's mean distribution: how many entries are in use.
+    Codebook entries are sampled by Gumbel-softmax with the batch's "temperature". The loss is the negative
+    logit-Laplace log-likelihood per number of the picture, plus "kl_weight" times the KL divergence of the entries'
+    distribution from the uniform one, summed over the grid and divided by the numbers of the picture (the paper's
+    β/192). A batch also has "pictures" (bytes) and "draws", the seeds of the noise (see `diffusion.add_draws`).
+
+    Figures: `squared_error` of the reconstruction from the likeliest entries, of numbers from -1 to 1; `kl`, in nats
+    per grid cell; `used`, the exponential of the entropy of the batch's mean distribution: the number of entries in
+    use.
     """
     picture = to_signed(batch["pictures"])
     logits = model.logits(picture)
@@ -116,23 +121,23 @@ def discrete_vae_loss(model: Any, batch: Batch) -> LossOutput:
     return LossOutput(total.sum(), len(picture), figures)
 
 
-TEXT_WEIGHT = 1 / 8  # share of the loss of the text, as in the paper
+TEXT_WEIGHT = 1 / 8  # weight of the text's loss, as in the paper
 
 
 @dataclass(frozen=True)
 class TextImageLoss:
-    """The loss of a decoder over the tokens of a text and an image: an objective (Ramesh et al., 2021, section 2.2).
+    """Objective of a decoder over the tokens of a text and an image (Ramesh et al., 2021, section 2.2).
 
-    The cross-entropy of the text and that of the picture, each a mean over its tokens in the batch, count 1/8 and 7/8.
-    A batch has "tokens" and "real" [batch, text], "codes" [batch, rows, columns] and "text_share" [batch]: its rows
-    over its real tokens, the same for each, so that it may be split anywhere. Figures: `text_loss` and `picture_loss`,
-    in nats a token.
+    The mean cross-entropies of the text's tokens and of the image's tokens in the batch have the weights 1/8 and 7/8. A
+    batch has "tokens" and "real" (batch, text), "codes" (batch, rows, columns) and "text_share" (batch): rows of the
+    whole batch / its real tokens, repeated, so that any part of the batch knows it. Figures: `text_loss` and
+    `picture_loss`, in nats per token.
     """
 
     text_weight: float = TEXT_WEIGHT
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """Return the sum over rows."""
+        """Return the loss, summed over rows."""
         tokens, real, codes = batch["tokens"], batch["real"], batch["codes"].flatten(1)
         logits = model(tokens, real, batch["codes"])
         words = cross_entropy(logits.text, tokens, real) * batch["text_share"][0]
@@ -145,10 +150,11 @@ Codes = Int[Tensor, "picture rows columns"]
 
 
 def use_image_tokens(data: Data, training: Codes, held: Tensor | None, real: Callable[[Tensor], Tensor]) -> MappedData:
-    """Return data with "indices" and "tokens", whose pictures are replaced by their precomputed image tokens, "codes".
+    """Replace the pictures of `data` by their precomputed image tokens, "codes"; the batches of `data` have "indices"
+    and "tokens".
 
-    real: gives True for the tokens of texts that are not padding. "text_share" is a batch's rows over its real tokens,
-    the same for each row.
+    training, held: codes of the training and of the held-out pictures. real: returns True for tokens that are not
+    padding. "text_share" is the batch's rows over its real tokens, repeated.
     """
 
     def change(batch: Batch, step: int, first: int) -> Batch:

@@ -1,8 +1,8 @@
 """Diffusion objectives: the loss of a denoising network (DDPM and its variants, conditioned on labels or texts), and
-its batches: random seeds for each row, precomputed latents, dequantised pixels.
+changes of its batches: random seeds for each row, precomputed latents, dequantised pixels.
 
-The timestep and the noise of a picture are functions of the seed, the step and its row, so a batch may be split
-anywhere and a run resumed at any step.
+The timestep and the noise of a picture depend only on the seed, the step and the row, so a batch can be split anywhere
+and a run can be resumed at any step.
 
 Axes: batch, channels, height, width; length = tokens of a text.
 """
@@ -38,18 +38,18 @@ from keifu.processes import rows_of
 from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
 
-Network = Callable[[Tensor, Tensor], Tensor]  # from noisy pictures and their timesteps to the output
+Network = Callable[[Tensor, Tensor], Tensor]  # noisy pictures and their timesteps → output
 
-# Positions in the random stream of a row, far behind those of its noise: for the timestep, and for label dropout.
+# Positions in the random stream of a row, far after those of its noise: for the timestep, and for label dropout.
 TIMESTEP = 2**40
 DROPPED = 2**40 + 1
 
 
 def add_draws(data: Data, seed: int) -> MappedData:
-    """Return data whose batches also have "draws" [batch], int64: the random seed of each row, for its timestep, noise
-    and label dropout.
+    """Add "draws" (batch,), int64, to the batches of `data`: the random seed of each row, for its timestep, noise and
+    label dropout.
 
-    Held-out rows have the same seeds each time, so that their losses can be compared.
+    Held-out rows have the same seeds at each validation, so that losses can be compared.
     """
 
     def change(batch: Batch, step: int, first: int) -> Batch:
@@ -58,17 +58,17 @@ def add_draws(data: Data, seed: int) -> MappedData:
     return MappedData(data, change, seed)
 
 
-RATES = 2**41  # the position of a step's first masking rate, likewise
-LEAST = 1e-3  # masking rate, so that its inverse is bounded
+RATES = 2**41  # position of a step's first masking rate in the random stream
+LEAST = 1e-3  # smallest masking rate: bounds its inverse
 GOLDEN = (5**0.5 - 1) / 2
 
 
 def add_masking_rates(data: Data, seed: int) -> MappedData:
-    """Return data as of `add_draws` whose batches also have "rates" [batch]: the probability with which the tokens of a
-    row are masked.
+    """Add "draws" (see `add_draws`) and "rates" (batch,) to the batches of `data`: the probability of masking each
+    token of a row.
 
-    They are spread evenly over the rows of a step, whatever their number (an additive recurrence), from a random begin:
-    each is uniform, and together they vary less than independent ones (Kingma et al., 2021, appendix I.1).
+    The rates of a step are spread evenly over its rows, from a random start, by an additive recurrence. Each is
+    uniform, and together they vary less than independent ones (Kingma et al., 2021, appendix I.1).
     """
 
     def change(batch: Batch, step: int, first: int) -> Batch:
@@ -80,26 +80,26 @@ def add_masking_rates(data: Data, seed: int) -> MappedData:
 
 
 def draw_noise(seed: int, step: int, rows: int, first: int = 0) -> Int[Tensor, " rows"]:
-    """Return a random seed for each row of a step, whose first row has number `first`."""
+    """Return a random seed for each of `rows` rows of a step, from row number `first` on."""
     of_step = bits(torch.tensor([seed]), torch.tensor([step]))
     return bits(of_step.expand(rows), torch.arange(first, first + rows))
 
 
 @dataclass(frozen=True)
 class DiffusionLoss:
-    """The loss of a network that predicts the target of its `Noise` from noisy pictures and timesteps: an objective.
+    """Objective of a network that predicts the target of its `Noise` from noisy pictures and timesteps.
 
-    A batch has "pictures" [batch, channels, height, width], bytes or numbers from -1 to 1, "draws" (see
-    `add_draws`), and optionally "labels" [batch], -1 for none. The loss of a picture is the mean squared error over
-    its numbers, times the weight of its timestep.
+    A batch has "pictures" (batch, channels, height, width), bytes or numbers from -1 to 1, "draws" (see `add_draws`),
+    and optionally "labels" (batch,), -1 for none. The loss of a picture is the mean squared error over its numbers,
+    times the weight of its timestep.
 
     weighting, gamma: see `loss_weights`. label_dropout: the share of labels replaced by the null class, for
     classifier-free guidance. bound_weight: with a learned variance, the weight of the variational bound in bits per
-    number, summed over all timesteps; its gradient trains the variance alone (Nichol and Dhariwal, 2021, section 3.1).
-    sampling: how the times of the pictures are drawn, see `shares`.
+    number, summed over all timesteps; its gradient trains only the variance (Nichol and Dhariwal, 2021, section 3.1).
+    sampling: distribution of the timesteps, see `shares`.
 
     With the schedule and target "flow" it is conditional flow matching (Lipman et al., 2022, equation 23): the squared
-    error of noise - picture at a random point of the line between the two.
+    error of noise - picture at a random point between the two.
     """
 
     noise: Noise
@@ -120,12 +120,15 @@ class DiffusionLoss:
         return posterior(self.noise)
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """Return the sum over pictures; figures: `squared_error`, without weights, and with a learned variance `bits`,
-        the variational bound."""
+        """Return the loss, summed over pictures. Figures: `squared_error`, without weights, and with a learned variance
+        `bits`, the variational bound.
+        """
         return self.of(partial(self.output, model, batch), batch["pictures"], batch["draws"])
 
     def of(self, network: Network, given: Tensor, draws: Int[Tensor, " batch"]) -> LossOutput:
-        """Return the loss of a network with a fixed condition."""
+        """Return the loss of `network`, a function of noisy pictures and timesteps. given: pictures, bytes or numbers
+        from -1 to 1. draws: their random seeds.
+        """
         picture = to_signed(given) if given.dtype == torch.uint8 else given
         timestep = self.noise.time(shares(uniform(draws, torch.full_like(draws, TIMESTEP)), self.sampling))
         added = normal(draws, picture.shape[1:]).to(picture.dtype)
@@ -150,12 +153,12 @@ class DiffusionLoss:
         return model(x, timestep, self._labels(model, batch))
 
     def dropped(self, batch: Batch) -> Bool[Tensor, " batch"]:
-        """Return the rows whose condition is dropped."""
+        """Return a mask of the rows whose condition is dropped."""
         draws = batch["draws"]
         return uniform(draws, torch.full_like(draws, DROPPED)) < self.label_dropout
 
     def _labels(self, model: Any, batch: Batch) -> Tensor | None:
-        """Return the labels, with the null class where a label is missing or dropped."""
+        """Return the labels, with the null class for missing and dropped ones; None for a model without classes."""
         none = model.config.n_classes
         if not none or "labels" not in batch:
             return None
@@ -176,8 +179,8 @@ def bits_of_step(
 ) -> Float[Tensor, " batch"]:
     """Return L_{t-1} of the variational bound (Ho et al., 2020, equation 5), in bits per number of each picture.
 
-    The KL divergence of the model's reverse step from the exact posterior; at timestep 0, the negative log-likelihood
-    of the pixel values.
+    It is the KL divergence of the model's reverse step from the exact posterior; at timestep 0, the negative
+    log-likelihood of the pixel values.
     """
     of_picture, of_x = at(exact.of_picture, timestep, x), at(exact.of_x, timestep, x)
     mean = of_picture * predicted + of_x * x
@@ -189,16 +192,16 @@ def bits_of_step(
     return torch.where(last, nats, divergence).flatten(1).mean(1) / math.log(2)
 
 
-LATENT = 2**40 + 2  # the position in a row's random stream that seeds the sampling of its latents
+LATENT = 2**40 + 2  # position in a row's random stream of the seed for sampling its latents
 
 
 @dataclass(frozen=True, eq=False)
 class TextDiffusionLoss(DiffusionLoss):
-    """`DiffusionLoss` of a network conditioned on texts ("tokens" [batch, length] in a batch).
+    """`DiffusionLoss` of a network conditioned on texts: "tokens" (batch, length) in a batch.
 
-    The model offers `encode_text`, which is trained unless its weights are frozen, and `project`. `empty`: the tokens
-    of the empty text, which replaces a share of `label_dropout` of the texts, for classifier-free guidance (Ho and
-    Salimans, 2022).
+    The model has `encode_text`, which is trained unless its weights are frozen, and `project`. empty: tokens of the
+    empty text, which replaces a share `label_dropout` of the texts, for classifier-free guidance (Ho and Salimans,
+    2022).
     """
 
     empty: Int[Tensor, " length"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
@@ -212,20 +215,24 @@ class TextDiffusionLoss(DiffusionLoss):
 
 @dataclass(frozen=True, eq=False)
 class EncodedImages:
-    """Precomputed latents of a set of pictures, each a normal distribution, scaled as for diffusion."""
+    """Precomputed latents of a set of pictures: mean and deviation of each number's normal distribution, scaled for
+    diffusion.
+    """
 
     mean: Float[Tensor, "picture channels height width"]
     deviation: Float[Tensor, "picture channels height width"]
 
     def batch(self, batch: Batch) -> Batch:
-        """Return the batch with "pictures" replaced by the latents of its "indices", sampled by its "draws"."""
+        """Replace "pictures" of a batch by the latents of its "indices", sampled with its "draws"."""
         indices, draws = batch["indices"], batch["draws"]
         noise = normal(bits(draws, torch.full_like(draws, LATENT)), self.mean.shape[1:])
         return {**batch, "pictures": self.mean[indices] + self.deviation[indices] * noise}
 
 
 def use_latents(data: Data, training: EncodedImages, validation: EncodedImages | None) -> MappedData:
-    """Return data with "indices" and "draws" (see `add_draws`), whose pictures are replaced by precomputed latents."""
+    """Replace the pictures of `data` by precomputed latents; the batches of `data` have "indices" and "draws" (see
+    `add_draws`).
+    """
 
     def change(batch: Batch, step: int, first: int) -> Batch:
         part = validation if step == HELD_OUT else training
@@ -236,17 +243,18 @@ def use_latents(data: Data, training: EncodedImages, validation: EncodedImages |
     return MappedData(data, change, tables=[table for part in parts for table in (part.mean, part.deviation)])
 
 
-PLACES = 2**41  # the first position in a row's random stream for dequantisation
+PLACES = 2**41  # first position of dequantisation in a row's random stream
 
 
 def dequantise_data(data: Data) -> MappedData:
-    """Return data with uniform dequantisation: pictures are (byte + u) / 128 - 1 with u uniform in [0, 1), sampled by
-    "draws" (Theis et al., 2016, section 3.1). The density of such numbers bounds the probability of the bytes."""
+    """Apply uniform dequantisation to the pictures of `data`: (byte + u) / 128 - 1 with u uniform in [0, 1), sampled
+    with "draws" (Theis et al., 2016, section 3.1). The density of such numbers bounds the probability of the bytes.
+    """
     return MappedData(data, lambda batch, step, first: dequantize(batch), "dequantised")
 
 
 def dequantize(batch: Batch) -> Batch:
-    """Return a batch with dequantised "pictures", numbers from -1 to below 1, sampled by its "draws"."""
+    """Dequantise the "pictures" of a batch, bytes, to numbers from -1 to below 1, with its "draws"."""
     pictures, draws = batch["pictures"], batch["draws"]
     numbers = pictures[0].numel()
     counters = torch.arange(PLACES, PLACES + numbers, device=draws.device).repeat(len(draws))

@@ -1,7 +1,7 @@
 """Objectives on text: causal and masked language modeling, translation, classification, fine-tuning with an auxiliary
 language-modeling loss (GPT-1), span corruption (UL2), and masked diffusion (LLaDA).
 
-Each is a function of a model and a batch that gives sums over the elements that count.
+Each takes a model and a batch, and returns sums over the predicted elements.
 
 Axes: batch = rows or examples, length = tokens, sequences = of one example.
 """
@@ -19,12 +19,13 @@ from keifu.training.protocols import Batch, LossOutput, Objective
 
 
 def causal_language_modeling(model: Any, batch: Batch, z_loss: float = 0.0) -> LossOutput:
-    """Predict the next token: return -log p of each token of batch["tokens"] [batch, length + 1] given those before it.
+    """Predict the next token: return -log p of each token of batch["tokens"] (batch, length + 1) given the earlier
+    ones.
 
-    The model offers `hidden(tokens)` and `head_weight`, so that the whole matrix of logits is never in memory. With
-    batch["mask"] [batch, length + 1], only tokens where it is True are predicted; with batch["documents"], attention
-    stays within a document. `z_loss` · log²Z is added for each token in training mode, Z being the softmax's normaliser
-    (PaLM, section 5); the figure `nats` is then the loss without it.
+    The model has `hidden(tokens)` and `head_weight`, so that the whole matrix of logits is never in memory.
+    batch["mask"] (batch, length + 1) is optional and selects the tokens to predict. With batch["documents"], attention
+    stays within a document. In training mode `z_loss` · log²Z is added for each token, where Z is the softmax's
+    normaliser (PaLM, section 5); the figure `nats` is then the loss without it.
     """
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     if "mask" in batch:
@@ -38,8 +39,11 @@ def causal_language_modeling(model: Any, batch: Batch, z_loss: float = 0.0) -> L
 
 
 def answers_about_pictures(normalised: Callable[[Tensor], Tensor]) -> Objective:
-    """Return the loss of answers about batch["pictures"], one a row, as bytes: -log p of each token of batch["tokens"]
-    where batch["mask"] is True. The model offers `encode_images` and `insertion`."""
+    """Return the objective of answers about batch["pictures"] (bytes, one picture per row): -log p of each token of
+    batch["tokens"] where batch["mask"] is True.
+
+    normalised: converts bytes to the model's input. The model has `encode_images` and `insertion`.
+    """
 
     def loss(model: Any, batch: Batch) -> LossOutput:
         inputs = batch["tokens"][:, :-1]
@@ -54,39 +58,39 @@ def answers_about_pictures(normalised: Callable[[Tensor], Tensor]) -> Objective:
 
 
 def classification(model: Any, batch: Batch) -> LossOutput:
-    """Return -log p of the label batch["targets"] [batch] of each row of batch["tokens"] [batch, length].
+    """Return -log p of the label batch["targets"] (batch,) of each row of batch["tokens"] (batch, length).
 
-    batch["mask"] [batch, length] is True on real tokens. The model offers `classify(tokens, segments, mask)`.
+    batch["mask"] (batch, length) is True on real tokens. The model has `classify(tokens, segments, mask)`.
     """
     logits, targets = model.classify(batch["tokens"], None, batch["mask"]), batch["targets"]
     return LossOutput(cross_entropy(logits, targets), len(targets), {"accuracy": (logits.argmax(-1) == targets).sum()})
 
 
 def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
-    """Predict each token of batch["target"] [batch, length + 1] after its first, given those before it and
-    batch["source"]; masks are True on real tokens.
+    """Predict each token of batch["target"] (batch, length + 1) after its first, given the earlier ones and
+    batch["source"]. Masks are True on real tokens.
 
-    The model offers `start`, `hidden`, `head_weight` and `head_bias`, so that the whole matrix of logits is never in
+    The model has `start`, `hidden`, `head_weight` and `head_bias`, so that the whole matrix of logits is never in
     memory. Label smoothing (Szegedy et al., 2016) is applied in training mode only; the figure `nats` is then the loss
     without it.
     """
     mask = batch["source_mask"]
-    # a GPU would be waited for, and a compiler cannot look
+    # reading the mask would stop a GPU's queue, and a compiler cannot read values
     whole = mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
     return _target_loss(model, batch, model.start(batch["source"], None if whole else mask), label_smoothing)
 
 
 def transcription(model: Any, batch: Batch) -> LossOutput:
-    """Predict each token of batch["target"] [batch, length + 1] after its first, given those before it and
-    batch["features"] [batch, mels, frames]; batch["target_mask"] is True on real tokens (Whisper, section 2.4).
+    """Predict each token of batch["target"] (batch, length + 1) after its first, given the earlier ones and
+    batch["features"] (batch, mels, frames). batch["target_mask"] is True on real tokens (Whisper, section 2.4).
 
-    The model offers `listen`, `hidden`, `head_weight` and `head_bias`.
+    The model has `listen`, `hidden`, `head_weight` and `head_bias`.
     """
     return _target_loss(model, batch, model.listen(batch["features"]), 0.0)
 
 
 def _target_loss(model: Any, batch: Batch, state: Any, label_smoothing: float) -> LossOutput:
-    """Return the loss of the tokens of a target after its first, given the state of its source."""
+    """Return the loss of a target's tokens after its first, given the decoder's `state` for the source."""
     hidden = model.hidden(batch["target"][:, :-1], state)
     targets = batch["target"][:, 1:].masked_fill(~batch["target_mask"][:, 1:], IGNORED)
     smoothing = label_smoothing if model.training else 0.0
@@ -95,14 +99,14 @@ def _target_loss(model: Any, batch: Batch, state: Any, label_smoothing: float) -
 
 
 def masked_language_modeling(model: Any, batch: Batch) -> LossOutput:
-    """Return BERT's loss (Devlin et al., 2018, appendix A.2): the mean over masked tokens plus that over sentence
+    """Return BERT's loss (Devlin et al., 2018, appendix A.2): the mean over masked tokens plus the mean over sentence
     pairs.
 
     A batch is one of `keifu.data.text.masked_lm.MaskedText`; without "random_next" there are no sentence pairs. The two
-    means have two denominators, and the loop divides by one, the number of tokens: "word_weight" and "pair_weight" are
-    that number divided by each of the two, for the whole batch. The model offers `encode`, `pool`, `next_sentence`,
-    `word_states`, `head_weight` and `head_bias`; only masked tokens get logits. The accuracy on them is computed in
-    evaluation mode only, since it needs their logits again.
+    means have different denominators, but the loop divides by the number of tokens. So "word_weight" and "pair_weight"
+    are the number of tokens of the whole batch divided by each denominator. The model has `encode`, `pool`,
+    `next_sentence`, `word_states`, `head_weight` and `head_bias`; only masked tokens get logits. Their accuracy is
+    computed in evaluation mode only, since it needs the logits again.
     """
     hidden = model.encode(batch["tokens"], batch.get("segments"), batch["mask"])
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]
@@ -125,12 +129,12 @@ LM_WEIGHT = 0.5  # of the paper (section 4.1)
 
 
 def finetuning_loss(model: Any, batch: Batch, lm_weight: float = LM_WEIGHT) -> LossOutput:
-    """Return GPT-1's fine-tuning loss: -log p of the label or answer batch["targets"] [batch], plus `lm_weight` times
+    """Return GPT-1's fine-tuning loss: -log p of the label or answer batch["targets"] (batch,), plus `lm_weight` times
     the language-modeling loss.
 
     (Radford et al., 2018, equations 4 and 5.) The language-modeling loss is that of each next token, special ones
     included, averaged over a sequence's tokens and then over an example's sequences, as in the released code.
-    batch["tokens"] and batch["mask"], True on real tokens, are [batch, sequences, length]. The model offers
+    batch["tokens"] and batch["mask"], True on real tokens, are (batch, sequences, length). The model has
     `hidden(tokens)`, `judge(hidden, mask)` and `head_weight`.
     """
     tokens, mask, targets = batch["tokens"], batch["mask"], batch["targets"]
@@ -145,7 +149,7 @@ def finetuning_loss(model: Any, batch: Batch, lm_weight: float = LM_WEIGHT) -> L
 
 
 def _words(head_weight: Head, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return the sum over examples of their mean language-modeling loss."""
+    """Return the language-modeling loss: the mean of each example, summed over examples."""
     predicted = mask[..., 1:]
     counted = predicted.sum(-1, keepdim=True).clamp(min=1) * mask.any(-1).sum(-1)[:, None, None].clamp(min=1)
     shares = torch.where(predicted, 1.0 / counted, 0.0)
@@ -153,18 +157,18 @@ def _words(head_weight: Head, hidden: Tensor, tokens: Tensor, mask: Tensor) -> T
 
 
 def span_corruption(model: Any, batch: Batch) -> LossOutput:
-    """Predict the tokens of batch["tokens"] [batch, length + 1] for which batch["mask"] is True, or of all.
+    """Predict the tokens of batch["tokens"] (batch, length + 1) where batch["mask"] is True, or all without a mask.
 
-    A batch is one of `keifu.data.text.span_corruption`. Attention is causal over the prefix too, so that the model is
-    an ordinary decoder; an encoder-decoder, with bidirectional attention over its inputs, is trained on the same tasks
-    by `translation`. Only targets get logits: with UL2's mixture of denoisers they are less than half of the tokens.
-    The model offers `hidden` and `head_weight`.
+    A batch is one of `keifu.data.text.span_corruption`. Attention is causal over the prefix too, so the model is an
+    ordinary decoder. (For an encoder-decoder, with bidirectional attention over its inputs, use `translation`.) Only
+    targets get logits: with UL2's mixture of denoisers they are less than half of the tokens. The model has `hidden`
+    and `head_weight`.
     """
     hidden, targets = model.hidden(batch["tokens"][:, :-1]), batch["tokens"][:, 1:]
     if "mask" not in batch:
         return LossOutput(linear_cross_entropy(hidden, model.head_weight, None, targets)[0], targets.numel())
     wanted = batch["mask"][:, 1:]
-    if wanted.device.type == "cpu":  # a GPU would be waited for
+    if wanted.device.type == "cpu":  # selecting rows would stop a GPU's queue
         hidden, targets = hidden[wanted], targets[wanted]
     else:
         targets = targets.masked_fill(~wanted, IGNORED)
@@ -172,28 +176,28 @@ def span_corruption(model: Any, batch: Batch) -> LossOutput:
 
 
 def masked_diffusion(model: Any, batch: Batch) -> LossOutput:
-    """Return an upper bound of -log p of each token of batch["tokens"] [batch, length] (Nie et al., 2025, equation 3):
-    the loss of masked tokens, divided by the probability batch["rates"] [batch] with which the row's were masked.
+    """Return an upper bound of -log p of the tokens batch["tokens"] (batch, length), summed (Nie et al., 2025, equation
+    3): the loss of masked tokens, divided by the masking probability batch["rates"] (batch,) of their row.
 
-    batch["draws"] [batch] are seeds of which tokens those are. The model offers `hidden(tokens)`, `head_weight` and
-    `config.mask_token`.
+    batch["draws"] (batch,): random seeds that choose the masked tokens. The model has `hidden(tokens)`, `head_weight`
+    and `config.mask_token`.
     """
     targets, rates = batch["tokens"], batch["rates"][:, None]
     positions = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
     masked = uniform(batch["draws"][:, None].expand_as(targets), positions) < rates
     hidden, shares = model.hidden(targets.masked_fill(masked, model.config.mask_token)), masked / rates
     chosen = hidden, targets, shares
-    if targets.device.type == "cpu":  # a GPU would be waited for
+    if targets.device.type == "cpu":  # selecting rows would stop a GPU's queue
         chosen = hidden[masked], targets[masked], shares[masked]
     total, _ = linear_cross_entropy(chosen[0], model.head_weight, None, chosen[1], shares=chosen[2])
     return LossOutput(total, targets.numel())
 
 
 def masked_share_loss(model: nn.Module, batch: Batch, objective: Objective, names: list[str]) -> LossOutput:
-    """Return the objective, with separate validation figures `names` in evaluation mode.
+    """Return the objective; in evaluation mode with the separate validation figures `names`.
 
-    batch["figure"] [batch] is the number, from 1, of the figure that a batch is for, 0 for none; such a batch counts
-    for nothing else. It adds its loss times batch["factor"] [batch] to the figure (see
+    batch["figure"] (batch,) is the number, from 1, of the figure that a batch belongs to, or 0. A batch with a figure
+    adds its loss times batch["factor"] (batch,) to this figure and to nothing else (see
     `keifu.data.text.mixture.MixedText`).
     """
     outcome = objective(model, batch)

@@ -1,4 +1,4 @@
-"""Losses from inside layers, added to an objective with a weight and their own line of metrics."""
+"""Losses computed inside layers, added to an objective with a weight and reported as a metric."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,12 +15,13 @@ from keifu.training.protocols import Batch, LossOutput, Objective
 
 @dataclass(frozen=True)
 class WithLayerLoss:
-    """Objective plus `weight` times the mean over layers of a loss that they record in a forward pass.
+    """Objective plus `weight` times a loss that layers record in a forward pass, averaged over the layers.
 
-    name: of the line of metrics. record: a context manager that collects a record of each layer. loss: of one record.
+    name: the metric's name. record: context manager that collects one record per layer. loss: computes the loss of a
+    record.
 
-    The loss is a mean over the rows computed at a time, and counts once for each element of the objective. Unlike other
-    losses it depends on the micro-batch.
+    The loss is a mean over the micro-batch, and is counted once per element of the objective. Unlike other losses it
+    depends on the micro-batch size.
     """
 
     objective: Objective
@@ -30,14 +31,15 @@ class WithLayerLoss:
     loss: Callable[[Any], Tensor]
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossOutput:
-        """Return the objective's sums with the layers' loss in them."""
+        """Return the objective's sums, with the layers' loss added to the total in training mode."""
         with self.record(model) as records:
             outcome = self.objective(model, batch)
         if not records:
             raise UserError(f"No layer of this model has a loss {self.name}: train it without one.")
         added = torch.stack([self.loss(record) for record in records]).mean() * outcome.weight
         figures = {**outcome.figures, self.name: added.detach()}
-        total = outcome.total + self.weight * added if model.training else outcome.total  # validation: language alone
+        # validation: without the layers' loss
+        total = outcome.total + self.weight * added if model.training else outcome.total
         return LossOutput(total, outcome.weight, figures)
 
 

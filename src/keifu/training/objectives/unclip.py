@@ -1,7 +1,8 @@
-"""The objective of unCLIP: the sum of the diffusion losses of its prior, decoder and upsampler; and its batches.
+"""The objective of unCLIP: the sum of the diffusion losses of its prior, decoder and upsampler; and changes of its
+batches.
 
 The prior predicts CLIP's image embedding from a text, the decoder draws a picture from the embedding and the text, and
-the upsampler enlarges that.
+the upsampler enlarges the picture.
 
 Axes: batch, channels, height, width; length = tokens of a text, embedding = numbers of an embedding.
 """
@@ -23,25 +24,25 @@ from keifu.training.objectives.diffusion import DiffusionLoss, Network
 from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
 
-PLACES = 2**40 + 16  # the first position in a row's random stream for what is not noise
-PRIOR_DROPOUT, TEXT_DROPOUT, IMAGE_DROPOUT = 0.1, 0.5, 0.1  # the paper's shares
-BLUR = 0.6  # the largest standard deviation, in pixels, of the blur of the upsampler's small pictures
+PLACES = 2**40 + 16  # first position in a row's random stream of draws other than noise
+PRIOR_DROPOUT, TEXT_DROPOUT, IMAGE_DROPOUT = 0.1, 0.5, 0.1  # shares of the paper
+BLUR = 0.6  # largest standard deviation, in pixels, of the blur of the upsampler's small pictures
 
 Pixels = Float[Tensor, "batch channels height width"]
 
 
 @dataclass(frozen=True, eq=False)
 class UnclipLoss:
-    """The sum of the losses of prior, decoder and upsampler, which share no weights: an objective.
+    """Objective: the sum of the losses of prior, decoder and upsampler, which share no weights.
 
-    A batch has "pictures", bytes [batch, channels, height, width] of the finished size, their "embeddings" [batch,
-    embedding], the captions' "tokens" and "real" [batch, length], True where a token is not padding, and "draws" (see
-    `diffusion.add_draws`). The model is a `models.unclip.unclip.Unclip`; its text encoder is frozen.
+    A batch has "pictures" (batch, channels, height, width), bytes of the final size; their "embeddings" (batch,
+    embedding); the captions' "tokens" and "real" (batch, length), where "real" is True on tokens that are not padding;
+    and "draws" (see `diffusion.add_draws`). The model is a `models.unclip.unclip.Unclip` with a frozen text encoder.
 
-    small: the decoder's height and width. empty: tokens and "real" of the empty text. For classifier-free guidance, the
-    text of the prior is dropped in a share `prior_dropout` of the rows, that of the decoder in `text_dropout`, and the
-    embedding in `image_dropout`. The upsampler is trained on random crops of `crop`
-    pixels, conditioned on the small picture with a random blur (Ramesh et al., 2022, section 2.1 and appendix C).
+    small: the decoder's height and width. empty: "tokens" and "real" of the empty text. Conditions are dropped at
+    random, for classifier-free guidance: the prior's text in a share `prior_dropout` of the rows, the decoder's text in
+    `text_dropout`, and the embedding in `image_dropout`. The upsampler is trained on random crops of `crop` pixels,
+    conditioned on the small picture with a random blur (Ramesh et al., 2022, section 2.1 and appendix C).
     """
 
     prior: DiffusionLoss  # of normalised image embeddings
@@ -55,7 +56,7 @@ class UnclipLoss:
     image_dropout: float = IMAGE_DROPOUT
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """Return the sum over pictures; figures: `prior`, `decoder` and `upsampler`, the loss of each."""
+        """Return the loss, summed over pictures. Figures: the losses `prior`, `decoder` and `upsampler`."""
         whole, embeddings, draws = to_signed(batch["pictures"]), batch["embeddings"], batch["draws"]
         with torch.no_grad():
             caption = model.encode_text(batch["tokens"], batch["real"])
@@ -75,8 +76,8 @@ class UnclipLoss:
             "decoder": self.decoder.of(draw, small, self._seed(draws, 4)),
         }
         if self.upsampler is not None:
-            large, beside = self._cut(whole, small, draws)
-            enlarge: Network = lambda x, timestep: model.enlarge(x, timestep, beside)  # noqa: E731
+            large, enlarged = self._cut(whole, small, draws)
+            enlarge: Network = lambda x, timestep: model.enlarge(x, timestep, enlarged)  # noqa: E731
             outputs["upsampler"] = self.upsampler.of(enlarge, large, self._seed(draws, 5))
         total = torch.stack([outcome.total for outcome in outputs.values()]).sum()
         return LossOutput(total, len(whole), {name: outcome.total.detach() for name, outcome in outputs.items()})
@@ -93,24 +94,25 @@ class UnclipLoss:
         """Return random crops of the large pictures, and the same crops of the small pictures after blur and
         enlargement.
         """
-        beside = F.interpolate(blur_images(small, BLUR * self._chance(draws, 8)), whole.shape[2:], mode="bicubic",
-                               antialias=True)  # fmt: skip
+        enlarged = F.interpolate(blur_images(small, BLUR * self._chance(draws, 8)), whole.shape[2:], mode="bicubic",
+                                 antialias=True)  # fmt: skip
         top, left = (
             ((side - self.crop + 1) * self._chance(draws, number)).long()
             for side, number in zip(whole.shape[2:], (6, 7), strict=True)
         )
-        return random_crops(whole, top, left, self.crop), random_crops(beside, top, left, self.crop)
+        return random_crops(whole, top, left, self.crop), random_crops(enlarged, top, left, self.crop)
 
 
 def _drop_captions(caption: Any, null: Any, dropped: Bool[Tensor, " batch"]) -> Any:
-    """Return encoded captions, those of some rows replaced by the null caption."""
+    """Return encoded captions, with the rows in `dropped` replaced by the null caption."""
     rows = [torch.where(dropped.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(caption, null, strict=True)]
     return type(caption)(*rows)
 
 
 def blur_images(x: Pixels, deviation: Float[Tensor, " batch"]) -> Pixels:
-    """Return pictures after a 3 x 3 Gaussian blur, each with its own standard deviation in pixels; 0 changes
-    nothing."""
+    """Apply a 3 x 3 Gaussian blur to each picture, with its own standard deviation in pixels. Deviation 0 changes
+    nothing.
+    """
     side = torch.exp(-0.5 / deviation.clamp(min=0.05).square()).to(x.dtype)[:, None, None, None]
     for axis in (2, 3):
         rim = (0, 0, 1, 1) if axis == 2 else (1, 1, 0, 0)
@@ -123,7 +125,7 @@ def blur_images(x: Pixels, deviation: Float[Tensor, " batch"]) -> Pixels:
 def random_crops(
     x: Pixels, top: Int[Tensor, " batch"], left: Int[Tensor, " batch"], side: int
 ) -> Float[Tensor, "batch channels side side"]:
-    """Return a square of `side` pixels from each picture."""
+    """Cut a square of `side` pixels from each picture, at its own `top` and `left`."""
     steps = torch.arange(side, device=x.device)
     rows, columns = (top[:, None] + steps)[:, :, None], (left[:, None] + steps)[:, None, :]
     picked = x.permute(0, 2, 3, 1)[torch.arange(len(x), device=x.device)[:, None, None], rows, columns]
@@ -131,8 +133,9 @@ def random_crops(
 
 
 def add_embeddings(data: Data, end: int, training: Tensor, validation: Tensor | None) -> MappedData:
-    """Return data with "indices", whose batches also have the precomputed "embeddings" of these pictures, and "real",
-    True up to the first end-of-text token (`end`) in "tokens"."""
+    """Add "embeddings" and "real" to the batches of `data`, which have "indices": the precomputed embeddings of these
+    pictures, and True up to the first end-of-text token (`end`) of "tokens".
+    """
 
     def change(batch: Batch, step: int, first: int) -> Batch:
         table = validation if step == HELD_OUT else training
@@ -143,6 +146,8 @@ def add_embeddings(data: Data, end: int, training: Tensor, validation: Tensor | 
 
 
 def embedding_moments(embeddings: Float[Tensor, "picture embedding"]) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each number, by which the prior normalises embeddings."""
+    """Return the mean and standard deviation of each embedding dimension, (1, embedding) each, for the prior's
+    normalisation.
+    """
     deviation = embeddings.std(0, keepdim=True) if len(embeddings) > 1 else torch.ones_like(embeddings[:1])
     return embeddings.mean(0, keepdim=True), deviation.clamp(min=math.ulp(1.0) ** 0.5)

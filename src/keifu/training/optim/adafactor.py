@@ -1,8 +1,8 @@
 """Adafactor without factoring (Shazeer and Stern, 2018), the optimizer of PaLM (Chowdhery et al., 2022, section 5).
 
-PaLM's paper calls it Adam with parameter scaling. It follows T5X, with which PaLM was trained: the momentum is that of
-the finished update, without bias correction, and the weight decay is decoupled. PaLM's paper does not say whether
-updates were clipped; here they are, with Shazeer and Stern's threshold d = 1.
+PaLM's paper calls it Adam with parameter scaling. This code follows T5X, which trained PaLM: the momentum averages the
+scaled update, without bias correction, and the weight decay is decoupled. PaLM's paper does not say whether updates
+were clipped; here they are, with Shazeer and Stern's threshold d = 1.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,15 +16,15 @@ CLIP_THRESHOLD = 1.0  # d of section 6: the largest root mean square of an updat
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Update k (from 1) of a tensor X with the gradient G, RMS being the root of the mean square of all numbers:
+    """Update k (from 1) of a tensor X with the gradient G, where RMS is the root mean square of a tensor:
 
     V ← β₂ V + (1 − β₂)(G² + ε₁), with β₂ = 1 − k^−0.8;  U = G / √V;  U ← U / max(1, RMS(U));
     M ← β₁ M + (1 − β₁) · lr · max(ε₂, RMS(X)) · U;  X ← (1 − weight_decay · lr²) X − M.
 
-    rows: the numbers of rows of the matrices that a joined parameter consists of, each of which is such an X. `lr` is
-    relative: 0.01 changes a tensor by 1% of its size. Weight decay is times lr², as PaLM's; transformers' class has
-    lr · max(ε₂, RMS(X)) there, torch's, which has no momentum, lr, and both factor matrices. All tensors are updated
-    together, without a copy to the host.
+    rows: row counts of the matrices of each joined parameter; each matrix is a separate X. `lr` is relative: 0.01
+    changes a tensor by 1% of its size. Weight decay is multiplied by lr², as in PaLM; in transformers' class by lr ·
+    max(ε₂, RMS(X)), and in torch's, which has no momentum, by lr. Both of these factor matrices. All tensors are
+    updated together, without a copy to the host.
     """
 
     def __init__(
@@ -61,22 +61,22 @@ class Adafactor(torch.optim.Optimizer):
         torch._foreach_sub_(weights, means)  # pyright: ignore
 
     def _of(self, p: Tensor) -> tuple[int, ...]:
-        """Return the rows of each matrix of a parameter."""
+        """Return the row count of each matrix of a parameter."""
         return self.rows.get(p) or tuple(p.shape[:1]) or (1,)
 
     def _split(self, parameters: list[Tensor], tensors: list[Any]) -> list[Tensor]:
-        """Return the tensors in the shapes of the parameters, split into the matrices of each."""
+        """Split tensors that have the parameters' shapes into the matrices of each parameter."""
         pairs = zip(parameters, tensors, strict=True)
         return [part for p, tensor in pairs for part in (tensor.split(self._of(p)) if tensor.dim() else (tensor,))]
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
-        if not self.state[p]:  # the step stays on the host, where β₂ is made of it
+        if not self.state[p]:  # the step stays on the host, which computes β₂ from it
             self.state[p].update(step=torch.zeros(()), square=torch.zeros_like(p), mean=torch.zeros_like(p))
         return self.state[p]
 
 
 def _directions(squares: list[Tensor], gradients: list[Tensor], new: list[float]) -> list[Tensor]:
-    """Return U before its clip, after V has taken the gradients in; new: 1 − β₂ of each."""
+    """Update V in place, and return U before its clip. new: 1 − β₂ of each tensor."""
     torch._foreach_mul_(squares, [1 - share for share in new])  # pyright: ignore
     torch._foreach_addcmul_(squares, gradients, gradients, new)  # pyright: ignore
     torch._foreach_add_(squares, [share * SQUARE_EPSILON for share in new])  # pyright: ignore
@@ -86,7 +86,7 @@ def _directions(squares: list[Tensor], gradients: list[Tensor], new: list[float]
 
 
 def _scales(weights: list[Tensor], directions: list[Tensor], rate: float) -> tuple[Tensor, ...]:
-    """Return rate · max(ε₂, RMS(X)) / max(1, RMS(U)) of each tensor, where the tensors are."""
+    """Return rate · max(ε₂, RMS(X)) / max(1, RMS(U)) of each tensor, on the tensors' device."""
     size, change = _root_mean_squares(weights), _root_mean_squares(directions)
     return (rate * size.clamp(min=SCALE_EPSILON) / (change / CLIP_THRESHOLD).clamp(min=1)).unbind()
 

@@ -1,7 +1,7 @@
-"""Recovery from loss spikes: going back to a checkpoint and skipping batches (PaLM, section 5.1).
+"""Recovery from loss spikes: go back to a checkpoint and skip batches (PaLM, section 5.1).
 
-PaLM's authors restarted from a checkpoint about 100 steps before a spike and skipped 200 to 500 batches, by hand, some
-twenty times. Here that is a rule, so that a run with spikes is as repeatable as one without.
+PaLM's authors restarted by hand, about twenty times, from a checkpoint about 100 steps before a spike, and skipped 200
+to 500 batches. Here a rule does it, so that a run with spikes is as repeatable as one without.
 """
 
 from dataclasses import dataclass, replace
@@ -11,16 +11,16 @@ from keifu.errors import UserError
 from keifu.ranges import Count, Natural, NotNegative, check
 from keifu.training.hardware.failures import Running
 
-MOST = 3  # rewinds in a row to the same state, before the run stops
+MOST = 3  # rewinds in a row to the same checkpoint, before the run stops
 
 
 @dataclass(frozen=True)
 class SpikeSettings:
-    """Settings of the recovery from loss spikes: PaLM's numbers. The recovery is off by default.
+    """Settings of the recovery from loss spikes, with PaLM's numbers. The recovery is off by default.
 
-    A step belongs to a spike if its loss is above the running mean by the share `rise` and by six standard deviations.
-    A spike is `steps` such steps in a row. After a spike, the batch of a step has the number step + all skipped steps,
-    also if the batch size grows.
+    A step has a high loss if it exceeds the running mean by the share `rise` and by six standard deviations. A spike is
+    `steps` such steps in a row. After a spike, the batch of a step has the number step + all skipped steps, also if the
+    batch size grows.
     """
 
     rise: NotNegative = 0.0
@@ -42,19 +42,22 @@ class SpikeSettings:
 
     @property
     def every(self) -> int:
-        """Steps between the states that a run can go back to."""
+        """Steps between the checkpoints that a run can go back to."""
         return max(1, self.rewind // 2)
 
     @property
     def reach(self) -> int:
-        """The most steps from such a state to the end of a spike; states are kept for so long, where any are needed."""
+        """The most steps from such a checkpoint to the end of a spike. Checkpoints are kept for so many steps."""
         return self.rewind + self.every + self.steps
 
 
 @dataclass
 class SpikeState(Running):
-    """Detector of loss spikes in the loss of every step, and counter of skipped batches. The constructor takes the
-    rules and the values of `facts`."""
+    """Detector of loss spikes, and counter of skipped batches. The constructor takes the rules and the values of
+    `facts`.
+
+    streak: steps with a high loss in a row. back: step of the last rewind's checkpoint. times: rewinds in a row to it.
+    """
 
     rules: SpikeSettings
     skipped: int = 0
@@ -63,26 +66,27 @@ class SpikeState(Running):
     times: int = 0
 
     def facts(self) -> dict[str, Any]:
-        """Return the constructor's arguments, for a state."""
+        """Return the constructor's arguments except the rules, for a checkpoint."""
         return {name: value for name, value in vars(self).items() if name != "rules"}
 
     def due(self, step: int) -> bool:
-        """Return whether the state after this step is kept to go back to."""
+        """Return whether the checkpoint after this step has to be saved for later rewinds."""
         return bool(self.rules.rise) and step % self.rules.every == 0
 
     def complete(self, loss: float) -> bool:
-        """Record the loss of the next step; return whether a spike is now complete."""
+        """Record the loss of the next step. Return whether a spike is now complete."""
         self.streak = 0 if self.take(loss, self.rules.rise) else self.streak + 1
         return self.streak == self.rules.steps
 
     def target(self, step: int) -> int:
-        """Return the step to go back to when a spike is complete before update number `step`; never before the last
-        one."""
+        """Return the step to go back to, if a spike is complete before update number `step`. It is never before the
+        last rewind's checkpoint.
+        """
         first = step + 1 - self.rules.steps
         return max(self.back, (first - self.rules.rewind) // self.rules.every * self.rules.every, 0)
 
     def sentence(self, target: int, loss: float) -> str:
-        """Return the sentence about a rewind to that step."""
+        """Return the sentence about a rewind to the step `target`."""
         batches = f"{self.rules.skip:,} batches that came next are left out, {self.skipped:,} in all"
         return (
             f"the loss is {loss:.4g}, far above its running mean for {self.rules.steps} steps; going on from step "
@@ -90,7 +94,9 @@ class SpikeState(Running):
         )
 
     def after(self, target: int, then: "SpikeState") -> "SpikeState":
-        """Return the watch at the state to which the run goes back, with the batches to skip from there."""
+        """Return the state after a rewind to `target`, with the batches to skip from there. then: the state saved at
+        that step. Raises UserError after `MOST` rewinds to the same step.
+        """
         times = self.times + 1 if self.times and target == self.back else 1
         if times > MOST:
             raise UserError(

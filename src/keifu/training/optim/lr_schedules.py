@@ -4,7 +4,7 @@ import math
 
 
 def constant(progress: float, final_ratio: float) -> float:
-    """Return the highest rate, always."""
+    """Return 1: the highest rate, always."""
     return 1.0
 
 
@@ -24,12 +24,12 @@ DECAYS = {"constant": constant, "linear": linear, "cosine": cosine}
 def ratio(
     schedule: str, step: float | int, steps: float | int, warmup: int, final_ratio: float, hold: int = 0
 ) -> float:
-    """Return the share of the highest rate at which update number `step` (from 0) is made.
+    """Return the learning rate of update number `step` (from 0) as a share of the highest rate.
 
-    It rises linearly over the first `warmup` updates, the last of which has the highest rate, and stays there for
-    `hold` more. inverse_sqrt then falls as √((warmup + hold) / (step + 1)), whatever `steps` and `final_ratio` are:
-    without a hold that of Vaswani et al. (2017, section 5.3), without a warm-up PaLM's. The others have fallen when
-    `steps` are over. A step is a fraction where rows are counted and batches grow.
+    The rate rises linearly over the first `warmup` updates, reaches the highest rate in the last of them, and is
+    constant for `hold` more. "inverse_sqrt" then falls as √((warmup + hold) / (step + 1)), independently of `steps` and
+    `final_ratio`: without a hold as in Vaswani et al. (2017, section 5.3), without a warm-up as in PaLM. The other
+    schedules reach `final_ratio` at the end of `steps`. A step is a fraction if batches grow and rows are counted.
     """
     if warmup and step < warmup:
         return min(1.0, (step + 1) / warmup)

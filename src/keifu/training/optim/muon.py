@@ -1,8 +1,8 @@
 """Muon for many small matrices at once.
 
-Muon (Jordan et al., 2024) replaces the update of a matrix by the nearest orthogonal one. Torch's own class does so for
-one matrix after another, which for the many small ones of a small model costs as much as the rest of a step: stacked by
-shape, with the same operations, it takes a third of the time (2 cores, AMX, width 128: 23 ms → 6 ms; one core: 13 → 7).
+Muon (Jordan et al., 2024) replaces the update of a matrix by the nearest orthogonal one. Torch's class handles one
+matrix after another; for a small model with many small matrices this costs as much as the rest of a step. Stacked by
+shape, the same operations take a third of the time (2 cores, AMX, width 128: 23 ms → 6 ms; one core: 13 → 7).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-STACK = 2**20  # elements that are worked on at once, so that they stay in a core's cache; a larger matrix stands alone
+STACK = 2**20  # elements per stack, so that they fit a core's cache; a larger matrix is computed alone
 
 
 def orthogonalize(
@@ -44,10 +44,11 @@ class MuonRows(NamedTuple):
 
 
 class StackedMuon(torch.optim.Muon):
-    """`torch.optim.Muon`, its settings, state and arithmetic, with a `step` over stacks of matrices of one shape.
+    """`torch.optim.Muon` with the same settings, state and arithmetic, but a `step` over stacks of matrices of one
+    shape.
 
-    rows: the numbers of rows of the matrices that a joined parameter consists of; another one is a matrix as a whole.
-    dtype: of the products.
+    rows: row counts of the matrices of each joined parameter; any other parameter is one matrix. dtype: of the matrix
+    multiplications.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class StackedMuon(torch.optim.Muon):
 
 
 def _stacks(matrices: Iterable[MuonRows]) -> Iterator[list[MuonRows]]:
-    """Yield the matrices of one shape, as many as `STACK` allows."""
+    """Yield stacks of matrices of one shape, each as large as `STACK` allows."""
     by_shape = attrgetter("weight.shape")
     for shape, same in groupby(sorted(matrices, key=by_shape), key=by_shape):
         alike, size = list(same), max(1, STACK // shape.numel())

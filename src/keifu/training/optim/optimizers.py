@@ -1,10 +1,10 @@
-"""Optimizers of a run: which parameters are updated by AdamW, Adadelta, Adafactor or Muon, and at which rates.
+"""Optimizers of a run: the parameters that AdamW, Adadelta, Adafactor or Muon update, and their rates.
 
 AdamW (Loshchilov and Hutter, 2019), fused, and Adadelta (Zeiler, 2012) are torch's. Muon (Jordan et al., 2024) updates
-hidden matrices, and AdamW everything else. Muon and Adafactor (Shazeer and Stern, 2018), whose update depends on a
-whole matrix, update the query, key and value matrices of a joined parameter separately. With Muon, after 300 steps of a
-small LLaMA on source code, the validation loss is 2.00 with separate matrices and 2.23 without (three seeds each, which
-differ by 0.04 at most).
+hidden matrices, and AdamW everything else. The updates of Muon and Adafactor (Shazeer and Stern, 2018) depend on a
+whole matrix, so they update the query, key and value matrices of a joined parameter separately. With Muon, after 300
+steps of a small LLaMA on source code, the validation loss is 2.00 with separate matrices and 2.23 without (three seeds
+each, which differ by at most 0.04).
 """
 
 from collections.abc import Callable
@@ -30,24 +30,21 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def joined_rows(model: nn.Module) -> dict[Tensor, Rows]:
-    """Return the numbers of rows of the matrices in every parameter of a `JoinedLinear`."""
+    """Return the row counts of the matrices joined in each parameter of a `JoinedLinear`."""
     return {p: m.parts for m in model.modules() if isinstance(m, JoinedLinear) for p in m.parameters(False)}
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
     """Return the names of the weights of linear layers inside numbered layers (`blocks.3...`).
 
-    Embeddings, heads, biases and gains, which Muon does not update, are not among them.
+    Muon updates these; it does not update embeddings, heads, biases and gains.
     """
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return {name for name in linears if any(piece.isdigit() for piece in name.split("."))}
 
 
 class Optimizers:
-    """All optimizers of a run, with the learning rate schedule and the moving average.
-
-    The schedule is that of a run of `length` steps; None: of the steps in the settings.
-    """
+    """All optimizers of a run, with the learning rate schedule and the moving average of the weights."""
 
     def __init__(self, model: nn.Module, settings: Settings):
         self.settings = settings
@@ -63,7 +60,9 @@ class Optimizers:
         self.average = MovingAverage(self.parameters, settings.ema) if settings.ema else None
 
     def rates(self, step: int, length: Length | None = None) -> dict[str, float]:
-        """Return the learning rates of update number `step` (from 0), by their names in the settings."""
+        """Return the learning rates of update number `step` (from 0), by their names in the settings. length: the run's
+        length; None: the settings' steps.
+        """
         share = (length or Length(self.settings.steps)).rate_share(self.settings, step)
         names = ("matrix_rate" if rule == "muon" else "learning_rate" for rule in self.all)
         return {name: share * vars(self.settings)[name] for name in names}
@@ -73,7 +72,7 @@ class Optimizers:
         self.update(self.rates(step, length))
 
     def update(self, rates: dict[str, float]) -> None:
-        """Make an update with these rates; with the rate 0 no weight changes."""
+        """Update the weights with these rates, one for each optimizer. A rate of 0 changes no weight."""
         for (rule, optimizer), rate in zip(self.all.items(), rates.values(), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("share", 1.0)
@@ -87,7 +86,9 @@ class Optimizers:
 
     @torch.no_grad()
     def _update_whole(self, rule: str, optimizer: Optimizer) -> None:
-        """Update the parameters of a split model, each as a whole: its processes join it, and keep their parts."""
+        """Update each parameter of a split model as a whole tensor: all ranks gather it, update it and keep their
+        shards.
+        """
         processes = current()
         pod = processes.pod
         for group in optimizer.param_groups:
@@ -108,7 +109,7 @@ class Optimizers:
                 }
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Run a block in which the model has the moving average of its weights, if one is kept."""
+        """Run a block in which the model has the moving average of its weights, if there is one."""
         return self.average.applied() if self.average else nullcontext()
 
     def drop_gradients(self) -> None:
@@ -117,7 +118,7 @@ class Optimizers:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return every tensor that the optimizers keep, by optimizer, parameter and name, and the moving average."""
+        """Return every tensor of the optimizers, named `optimizer.parameter.key`, and the moving average."""
         return (self.average.state() if self.average else {}) | {
             f"{rule}.{name}.{key}": tensor
             for rule, optimizer in self.all.items()
@@ -126,8 +127,8 @@ class Optimizers:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Load what `state` returned."""
-        state = self.average.take_up(state) if self.average else state
+        """Load a result of `state`."""
+        state = self.average.load(state) if self.average else state
         for (rule, name, field), tensor in self._joined(state).items():
             parameter = self.parameters[name]
             counter = field == "step" and (parameter.device.type == "cpu" or not isinstance(self.all[rule], AdamW))
@@ -135,8 +136,9 @@ class Optimizers:
             self.all[rule].state[parameter][field] = tensor.to(device, copy=True)
 
     def _joined(self, state: dict[str, Tensor]) -> dict[tuple[str, str, str], Tensor]:
-        """Return a state by optimizer, parameter and name; one of an earlier version too, where each matrix of a
-        parameter had tensors of its own (`muon.qkv.0.momentum_buffer`)."""
+        """Return a state by (optimizer, parameter, key). In a state of an earlier version each matrix of a joined
+        parameter had its own tensors (`muon.qkv.0.momentum_buffer`): join them.
+        """
         parts_of: dict[tuple[str, str, str], list[Tensor]] = {}
         for key, tensor in state.items():
             rule, _, rest = key.partition(".")
@@ -160,8 +162,9 @@ class Optimizers:
 
 
 def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for tensors of two or more axes, embeddings among them, as GPT-2's and LLaMA's trainers have it;
-    none for biases and gains, which have one axis."""
+    """Return parameter groups: weight decay for tensors of two or more axes, including embeddings, as GPT-2's and
+    LLaMA's trainers have it; none for biases and gains, which have one axis.
+    """
     decayed = [(name, p) for name, p in named if p.dim() > 1]
     others = [(name, p) for name, p in named if p.dim() <= 1]
     groups = (decayed, weight_decay), (others, 0.0)
@@ -169,8 +172,9 @@ def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _adamw(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW | AdamW8bit:
-    """Return groups by the share of the rate that weights get: of several beginnings of a name, the first one
-    counts."""
+    """Build AdamW, with a parameter group for each share of the learning rate in `rate_shares`. If several prefixes
+    match a weight's name, the first one counts.
+    """
     for start in (start for start, _ in s.rate_shares if not any(name.startswith(start) for name, _ in named)):
         raise unknown("weight whose name begins with", start, {name.partition(".")[0] for name, _ in named})
     shares = {name: next((share for start, share in s.rate_shares if name.startswith(start)), 1.0) for name, _ in named}
@@ -204,5 +208,5 @@ def _muon(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> StackedMuon:
 KINDS: dict[str, Callable[[Named, Settings, dict[Tensor, Rows]], Optimizer]] = {
     "adamw": _adamw, "adadelta": _adadelta, "adafactor": _adafactor, "muon": _muon,
 }  # fmt: skip
-OF_WHOLE_MATRICES = ("muon", "adafactor")  # whose update of a number depends on the others of its matrix
-FUSED = ("cpu", "cuda", "mps")  # devices that AdamW is fused on
+OF_WHOLE_MATRICES = ("muon", "adafactor")  # their update of a number depends on its whole matrix
+FUSED = ("cpu", "cuda", "mps")  # devices with a fused AdamW

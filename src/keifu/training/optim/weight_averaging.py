@@ -14,10 +14,10 @@ from keifu.training.run import checkpoint as state
 
 
 def average_checkpoints(directory: Path, last: int) -> dict[str, Tensor]:
-    """Return the mean over the last saved states of a run, at most `last`, of every tensor of the model, by its name
-    there (Vaswani et al., 2017, section 6.1).
+    """Return the mean of every model tensor over the last checkpoints of a run, at most `last`, by its name there
+    (Vaswani et al., 2017, section 6.1).
 
-    Sums are in float64. Tensors that are not floating-point are those of the newest state.
+    Sums are in float64. Tensors that are not floating-point are those of the newest checkpoint.
     """
     *earlier, newest = state.steps(directory)[-last:]
     tensors = _of_model(directory, newest)
@@ -32,9 +32,9 @@ def average_checkpoints(directory: Path, last: int) -> dict[str, Tensor]:
 @contextmanager
 @torch.no_grad()
 def averaged_weights(model: nn.Module, directory: Path, last: int) -> Iterator[None]:
-    """Return the model the mean of its run's last states in this block, and its own weights back after it.
+    """Run a block in which the model has the mean of its run's last checkpoints; then restore its weights.
 
-    Without a saved state, or with `last` below 2, the weights are its own in the block too.
+    Without a checkpoint, or with `last` below 2, the weights do not change.
     """
     if last < 2 or not state.steps(directory):
         yield
@@ -53,9 +53,10 @@ def _of_model(directory: Path, step: int) -> dict[str, Tensor]:
 
 
 class MovingAverage:
-    """The exponential moving average of parameters (Polyak and Juditsky, 1992; DDPM's decay is 0.9999).
+    """Exponential moving average of parameters (Polyak and Juditsky, 1992; DDPM's decay is 0.9999).
 
-    Update n, from 1, has the decay min(decay, (1 + n) / (10 + n)), so that a short run's average is not its beginning.
+    Update n, from 1, has the decay min(decay, (1 + n) / (10 + n)), so that the average of a short run is not dominated
+    by its first weights.
     """
 
     PREFIX = "average."
@@ -66,13 +67,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Start from the parameters as they are."""
+        """Start again from the current parameters."""
         self.updates = 0
         self.means = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the averages; called after each update of the parameters."""
+        """Update the averages. Call this after each update of the parameters."""
         self.updates += 1
         share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         means, now = [*self.means.values()], [*self.parameters.values()]
@@ -80,7 +81,7 @@ class MovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Return the parameters their averages in this block, and their own values back after it."""
+        """Run a block in which the parameters have their averages; then restore their values."""
         before = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
         self._put(self.means)
         try:
@@ -89,12 +90,12 @@ class MovingAverage:
             self._put(before)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the argument of `take_up`."""
-        kept = {**self.means, "": torch.tensor(self.updates)}
-        return {f"{self.PREFIX}{name}": tensor for name, tensor in kept.items()}
+        """Return the averages and the number of updates, for a checkpoint."""
+        entries = {**self.means, "": torch.tensor(self.updates)}
+        return {f"{self.PREFIX}{name}": tensor for name, tensor in entries.items()}
 
     @torch.no_grad()
-    def take_up(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def load(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Load the entries that `state` wrote, and return the others."""
         self.updates = int(state[self.PREFIX])
         for name, mean in self.means.items():

@@ -1,8 +1,8 @@
-"""The best weights of a run: those with the lowest validation loss, kept so that further training cannot make a model
-worse.
+"""The best weights of a run: those with the lowest validation loss, stored so that further training cannot make the
+model worse.
 
-`state/best.safetensors` holds the tensors. `state/best.json` holds the step, the validation figures and the hash of the
-tensors, and is written last: a file without a matching hash counts as none. A resumed run measures it again.
+`state/best.safetensors` has the tensors. `state/best.json` has the step, the validation figures and the hash of the
+tensors. It is written last: tensors without a matching hash are ignored, and a resumed run evaluates again.
 """
 
 import json
@@ -30,7 +30,7 @@ class Best:
 
     @property
     def loss(self) -> float:
-        """Return the validation loss of that step."""
+        """The validation loss of that step."""
         return self.figures[LOSS]
 
 

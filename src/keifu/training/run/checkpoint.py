@@ -1,8 +1,8 @@
 """Checkpoints: the training state on disk, from which a run is resumed.
 
-A state is `state/step-N.safetensors` (the tensors) and `state/step-N.json` (everything else). The JSON file holds the
-version, the tensors' SHA-256 and its own, and is written last, so a state without it is incomplete. The state of random
-generators is not stored: each step has its own seed.
+A state is `state/step-N.safetensors` (the tensors) and `state/step-N.json` (everything else). The JSON file has the
+version, the tensors' SHA-256 and its own. It is written last, so a state without it is incomplete. Random generators
+are not stored: each step has its own seed.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from keifu.processes import current
 from keifu.untrusted import plain_file, read_json_object
 
 FOLDER = "state"
-FORMAT = 2  # of the JSON file; the files of versions before 0.2 have none
+FORMAT = 2  # format of the JSON file; versions before 0.2 wrote none
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state read from disk: the steps done, the content of its JSON file, its tensors, and where these are."""
+    """A state read from disk: the steps done, the content of its JSON file, its tensors, and their path."""
 
     step: int
     facts: dict[str, Any]
@@ -42,8 +42,9 @@ class SavedState:
 def save(
     directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], prune: Callable[[int], None]
 ) -> None:
-    """Write a state into a run directory. `prune` removes old ones (see `remove_old`) when this one is complete on
-    disk, so a full disk or a crash loses nothing."""
+    """Write a state into a run directory. `prune` removes old states (see `remove_old`) after this one is complete on
+    disk, so that a full disk or a crash loses nothing.
+    """
     tensor_file, _ = _files(directory, step)
     with replacing(tensor_file) as temporary:
         write_tensors(tensors, temporary)
@@ -52,7 +53,7 @@ def save(
 
 
 def commit(directory: Path, step: int, facts: Mapping[str, Any], prune: Callable[[int], None]) -> None:
-    """Write the JSON file of a state whose tensors are on disk, and remove old ones (see `save`)."""
+    """Write the JSON file of a state whose tensors are on disk, and remove old states (see `save`)."""
     content = {"step": step, "format": FORMAT, "version": __version__, **facts}
     content["facts_sha256"] = _hash(content)
     write_atomic(_files(directory, step)[1], json.dumps(content, indent=1, ensure_ascii=False))
@@ -60,12 +61,12 @@ def commit(directory: Path, step: int, facts: Mapping[str, Any], prune: Callable
 
 
 def remove_old(directory: Path, step: int, keep: int, reach: int, due: Callable[[int], bool]) -> None:
-    """Remove the states that are not kept beside that of a step, which is complete on disk.
+    """Remove old states after the one of `step` is complete on disk.
 
-    The last `keep` states are kept, and those at most `reach` steps older than these. States of later steps are removed
-    too: they are damaged ones that this run could not be resumed from. due: whether a step has a state in any case;
-    those of other steps, where a run was stopped, are removed by the next one, so that the same states are left as
-    without.
+    The last `keep` states are kept, and states at most `reach` steps older than the oldest of these. States of later
+    steps are removed too: they are damaged, since this run was not resumed from them. due: whether a run saves a state
+    at a step without interruption. States of other steps, saved when a run was stopped, are removed after the next
+    state that is due, so that an interrupted run leaves the same states as an uninterrupted one.
     """
     kept = [other for other in steps(directory) if other < step and due(other)]
     oldest = [*kept, step][-keep:][0] - reach if due(step) else 0
@@ -81,28 +82,31 @@ def _hash(facts: Mapping[str, Any]) -> str:
 
 
 def latest(directory: Path) -> tuple[SavedState, list[str]]:
-    """Return the newest complete state of a run, and a sentence for each newer one that is damaged; a `UserError` if
-    none."""
-    faults = []
+    """Return the newest undamaged state of a run, and a sentence for each newer one that is damaged. Raises UserError
+    if there is none.
+    """
+    problems = []
     for step in reversed(current().broadcast(steps(directory))):
         try:
-            return read(directory, step), [f"{fault} Going on from the one before, of step {step}." for fault in faults]
+            return read(directory, step), [f"{x} Going on from the one before, of step {step}." for x in problems]
         except UserError as error:
-            faults.append(str(error))
-    damaged = f" {' '.join(faults)}" if faults else ""
+            problems.append(str(error))
+    damaged = f" {' '.join(problems)}" if problems else ""
     raise UserError(f"There is no state to resume from in {directory / FOLDER}.{damaged} Start without resuming.")
 
 
 def latest_facts(directory: Path) -> dict[str, Any]:
-    """Return the content of the newest JSON file that can be read, without tensors; empty if there is none."""
+    """Return the content of the newest readable JSON file, without tensors; {} if there is none."""
     for step in reversed(steps(directory)):
         with suppress(UserError):
             return _facts(_files(directory, step)[1], step)
     return {}
 
 
-def remove_halves(directory: Path) -> None:
-    """Remove tensors whose JSON file a dead process has not come to write, also the parts of a split model's."""
+def remove_incomplete(directory: Path) -> None:
+    """Remove the tensors of incomplete states: a process died before it wrote their JSON file. This includes shards of
+    split models.
+    """
     there = directory / FOLDER
     for path in [*there.glob("step-*"), *there.glob(".step-*.part")]:
         if not path.with_suffix(".json").exists():
@@ -117,15 +121,16 @@ def steps(directory: Path) -> list[int]:
 
 
 def remove(directory: Path, step: int) -> None:
-    """Remove a state, the JSON file first, so that the rest is not taken for a complete state after a crash."""
+    """Remove a state. Its JSON file goes first, so that a crash does not leave a state that seems complete."""
     for path in reversed(_files(directory, step)):
         path.unlink(missing_ok=True)
     shutil.rmtree(folder(directory, step), ignore_errors=True)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return trainable parameters and buffers, named `model.…`; shared ones are stored once, frozen parameters not at
-    all."""
+    """Return trainable parameters and buffers, named `model.…`. Shared tensors are stored once, frozen parameters
+    never.
+    """
     first: dict[Tensor, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
@@ -134,7 +139,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a state's tensors into the model; every missing, extra or misshapen one is named in a `UserError`."""
+    """Copy a state's tensors into the model. Raises UserError that lists every missing, extra or misshapen tensor."""
     ours, theirs = model_tensors(model), {name: t for name, t in tensors.items() if name.startswith("model.")}
     saved, built = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (theirs, ours))
     pairs = {name.removeprefix("model."): (saved.get(name), built.get(name)) for name in {**ours, **theirs}}
@@ -147,8 +152,9 @@ def load_into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def folder(directory: Path, step: int) -> Path:
-    """Return the folder of a state of a split model, with a file for each process; another one's file has this name
-    too."""
+    """Return the folder of a split model's state, with one file for each rank. Other states' files have the same name
+    with a suffix.
+    """
     return directory / FOLDER / f"step-{step:08d}"
 
 
@@ -158,25 +164,25 @@ def _files(directory: Path, step: int) -> tuple[Path, Path]:
 
 
 def read(directory: Path, step: int) -> SavedState:
-    """Return the state of a step; a damaged or incomplete one is a `UserError` that names the file.
+    """Return the state of a step. Raises UserError with the file's name if it is damaged or incomplete.
 
-    If the model is split, all processes call this, and each reads its parts when it loads the state. Each of them
-    hashes its share of the files; damage that one finds is an error on all.
+    If the model is split, all ranks call this, and each reads its shards when it loads the state. Each rank hashes its
+    share of the files; damage that one rank detects is an error on all.
     """
     if current().is_replicated:
         return _read(directory, step)
-    fault, state = "", SavedState(step, {}, {})
+    problem, state = "", SavedState(step, {}, {})
     try:
         state = _read(directory, step)
     except UserError as error:
-        fault = str(error)
-    if fault := current().broadcast(next(filter(None, current().gather(fault)), "")):
-        raise UserError(fault)
+        problem = str(error)
+    if problem := current().broadcast(next(filter(None, current().gather(problem)), "")):
+        raise UserError(problem)
     return state
 
 
 def _read(directory: Path, step: int) -> SavedState:
-    """Return a state whose files this process has checked, all or its share; of a split model's, without tensors."""
+    """Return a state after this rank has checked its share of the files. A split model's state has no tensors here."""
     tensor_file, facts_file = _files(directory, step)
     facts = _facts(facts_file, step)
     there = folder(directory, step) if "files" in facts else tensor_file
@@ -199,7 +205,7 @@ def _read(directory: Path, step: int) -> SavedState:
 
 
 def _facts(path: Path, step: int) -> dict[str, Any]:
-    """Return the content of a state's JSON file; a damaged one, or one of a later version, is a `UserError`."""
+    """Return the content of a state's JSON file. Raises UserError if it is damaged or of another format."""
     try:
         facts = read_json_object(path)
     except UserError as error:
@@ -213,7 +219,7 @@ def _facts(path: Path, step: int) -> dict[str, Any]:
 
 
 def _whole(directory: Path) -> dict[str, Tensor]:
-    """Return the tensors of a state that several processes have written."""
+    """Return the whole tensors of a state that several ranks have written."""
     tensors = read_sharded(directory, {})
     parts = sorted((name for name in tensors if "#" in name), key=lambda name: int(name.rpartition("#")[2]))
     joined: dict[str, list[Tensor]] = {}
@@ -223,8 +229,9 @@ def _whole(directory: Path) -> dict[str, Tensor]:
 
 
 def read_sharded(directory: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fill tensors, or this process's chunks of them, from a folder of a state's safetensors files; return the state's
-    other tensors, whole. Those that it has not are a `UserError`."""
+    """Fill the tensors `wanted`, or this rank's chunks of them, from a folder of a state's safetensors files. Return
+    the state's other tensors, unsharded. Raises UserError if the state lacks a wanted tensor.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 

@@ -1,7 +1,7 @@
-"""The run directory: recipe.json and samples, checks that a new run overwrites no other, and hashes of its files.
+"""The run directory: recipe.json and samples, protection of an existing run, and hashes of its files.
 
-A command that trains first writes the recipe's name and options into recipe.json, under RECORD, so that the directory
-alone is enough to resume. A run of several parts has a subdirectory for each.
+A training command first writes the recipe's name and options into recipe.json, under RECORD, so that the directory
+alone is enough to resume. A run of several parts has a subdirectory for each part.
 """
 
 import json
@@ -27,18 +27,19 @@ from keifu.training.run.signature import sign
 from keifu.untrusted import read_json_object
 
 RECIPE = "recipe.json"
-RECORD = "recipe"  # in recipe.json: name and options of the recipe, and the steps where they were changed later
+# entry of recipe.json: name and options of the recipe, and its number of steps if that was changed later
+RECORD = "recipe"
 SAMPLES = "samples"
-BEFORE = ".replaced"  # holds an earlier run until the one that replaces it has saved a state
-MOVING = ".replacing"  # the same while files are moved there or back
+BEFORE = ".replaced"  # contains the earlier run until the run that replaces it has saved a state
+MOVING = ".replacing"  # the same, while files are moved to it or back
 PACKAGES = ("keifu", "torch", "numpy", "tokenizers", "safetensors")
 
 
 @contextmanager
 def owned(directory: Path) -> Iterator[None]:
-    """Lock a run directory for this process (see `locks.hold`), and repair what a dead process left.
+    """Lock a run directory for this process (see `locks.hold`), and clean up after a dead process.
 
-    Of several processes that share a run (torchrun), the first holds it for all.
+    If several processes share a run (torchrun), rank 0 locks it for all.
     """
     if not current().is_main:
         yield
@@ -47,15 +48,17 @@ def owned(directory: Path) -> Iterator[None]:
         if first:
             remove_left(directory)
             if (directory / MOVING).exists() or ((directory / BEFORE).exists() and last_step(directory) is None):
-                _put_back(directory)
+                _restore_replaced(directory)
             shutil.rmtree(directory / BEFORE, ignore_errors=True)
-            for folder in _places(directory):
-                checkpoint.remove_halves(folder)
+            for folder in _directories(directory):
+                checkpoint.remove_incomplete(folder)
         yield
 
 
 def claim_directory(run: Run) -> None:
-    """Make sure that a new run overwrites no other one (a `UserError`); `run.replace` removes the other one."""
+    """Prepare the directory for a new run. Raises UserError if it contains another run, unless `run.replace` is set:
+    then remove that run.
+    """
     if run.resume or not current().is_main:
         return
     if (steps := checkpoint.steps(run.directory)) and not run.replace:
@@ -64,7 +67,8 @@ def claim_directory(run: Run) -> None:
             f"({how_to_resume(run)}), or choose another folder."
         )
     content = read_recipe(run.directory)
-    if RECORD in content and not (run.replace and len(content) > 1):  # alone, or of a run killed early: of this one
+    # a record alone, or of a run killed early, belongs to this run
+    if RECORD in content and not (run.replace and len(content) > 1):
         write(run.directory, {RECORD: content[RECORD]})
     else:
         (run.directory / RECIPE).unlink(missing_ok=True)
@@ -74,7 +78,7 @@ def claim_directory(run: Run) -> None:
 
 
 def keep_tokenizers(run: Run) -> None:
-    """Write the tokenizers that a new run has learned into its folder, from which a resumed run reads them."""
+    """Write the tokenizers that a new run has learned into its folder. A resumed run reads them there."""
     if not run.resume and current().is_main:
         for name, tokenizer in LEARNED.items():
             tokenizer.save(run.directory / KEPT / name)
@@ -82,8 +86,9 @@ def keep_tokenizers(run: Run) -> None:
 
 
 def write_recipe(run: Run, facts: Mapping[str, Any], steps: int) -> None:
-    """Write recipe.json: the description of the run, its settings and results, the versions in use, and the recipe's
-    name and options that are already there; steps: of the whole run."""
+    """Write recipe.json: the run's description, settings, results and package versions. The recipe's name and options
+    that are already there stay. steps: of the whole run.
+    """
     record = recorded(run.directory)
     if "steps" in record:
         record["steps"] = steps
@@ -92,13 +97,13 @@ def write_recipe(run: Run, facts: Mapping[str, Any], steps: int) -> None:
 
 
 def write(directory: Path, content: Mapping[str, Any]) -> None:
-    """Write recipe.json, where this is the first process."""
+    """Write recipe.json, on rank 0 only."""
     if current().is_main:
         write_atomic(directory / RECIPE, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def read_recipe(directory: Path) -> dict[str, Any]:
-    """Return the content of recipe.json, empty if there is none; invalid JSON is a `UserError`."""
+    """Return the content of recipe.json, {} if there is none. Raises UserError for invalid JSON."""
     path = directory / RECIPE
     try:
         content = read_json_object(path) if path.is_file() else {}
@@ -113,19 +118,21 @@ def read_recipe(directory: Path) -> dict[str, Any]:
 
 
 def recorded(directory: Path) -> dict[str, Any]:
-    """Return the name of the recipe that a run follows, its options, and its steps where they were changed since."""
+    """Return the RECORD of recipe.json: the recipe's name and options, and its number of steps if that was changed; {}
+    if there is none.
+    """
     return read_recipe(directory).get(RECORD, {})
 
 
 def record(directory: Path, name: str, options: Mapping[str, Any], **more: Any) -> None:
-    """Write what `recorded` reads; the rest of recipe.json stays."""
+    """Write the name and options of a recipe as the RECORD of recipe.json; other entries stay."""
     content = {"name": name, "options": options, **more}
     content |= {"signature": sign(content)}
     write(directory, read_recipe(directory) | {RECORD: content})
 
 
 def restore(directory: Path, record: Mapping[str, Any]) -> None:
-    """Make a run directory again that was taken away, with the record that it had, if any."""
+    """Create a run directory again that was removed during the run, with its record if it had one."""
     directory.mkdir(parents=True, exist_ok=True)
     if record:
         write(directory, {RECORD: record})
@@ -140,7 +147,7 @@ def how_to_resume(run: Run) -> str:
 
 
 def command(directory: Path) -> str:
-    """Return the command that resumes the run in a directory, with the code that it must name."""
+    """Return the command that resumes the run in a directory, including options that name the user's code."""
     record = recorded(directory)
     words = [shlex.quote(record["name"])] if record.get("name", "").endswith(".py") else []
     words += ["--resume", shlex.quote(str(directory))]
@@ -150,17 +157,17 @@ def command(directory: Path) -> str:
 
 def last_step(directory: Path) -> int | None:
     """Return the step of the newest saved state of a run or its parts; None if none was saved."""
-    return max((step for folder in _places(directory) for step in checkpoint.steps(folder)), default=None)
+    return max((step for folder in _directories(directory) for step in checkpoint.steps(folder)), default=None)
 
 
-def _places(directory: Path) -> list[Path]:
+def _directories(directory: Path) -> list[Path]:
     """Return the directories of a run and of its parts."""
     parts = (path.parent for path in sorted(directory.glob(f"*/{RECIPE}")))
     return [directory, *(part for part in parts if part.name not in (BEFORE, MOVING))]
 
 
 def check_free(directory: Path) -> None:
-    """Raise a `UserError` if a run in this directory has saved a state or finished."""
+    """Raise UserError if a run in this directory has saved a state or is finished."""
     step, finished = last_step(directory), read_recipe(directory).get("finished")
     if step is not None or finished:
         where = "a finished run" if step is None else f"a run, saved at step {step:,}"
@@ -172,8 +179,9 @@ def check_free(directory: Path) -> None:
 
 @contextmanager
 def replaced(directory: Path) -> Iterator[None]:
-    """Run a block in which a new run replaces the one in the directory; the old one is restored if the new one fails
-    before it has saved a state."""
+    """Run a block in which a new run replaces the one in the directory. Restore the old run if the new one fails before
+    it has saved a state.
+    """
     if not current().is_main:
         yield
         return
@@ -184,14 +192,14 @@ def replaced(directory: Path) -> Iterator[None]:
         yield
     except BaseException:
         if last_step(directory) is None:
-            _put_back(directory)
+            _restore_replaced(directory)
         raise
     finally:
         shutil.rmtree(directory / BEFORE, ignore_errors=True)
 
 
-def _put_back(directory: Path) -> None:
-    """Restore the run that a new run replaced. The function can be repeated after a crash."""
+def _restore_replaced(directory: Path) -> None:
+    """Restore the run that a new run replaced. It is safe to call this again after a crash."""
     if (directory / BEFORE).exists():
         (directory / BEFORE).rename(directory / MOVING)
     _move(directory / MOVING, directory)
@@ -207,9 +215,9 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Return the files and directories that a run and its parts have written for resuming and for the report."""
+    """Return the files and folders that a run and its parts have written for resuming and for the report."""
     names = (RECIPE, metrics.FILE, checkpoint.FOLDER, SAMPLES)
-    return [folder / name for folder in _places(directory) for name in names if (folder / name).exists()]
+    return [folder / name for folder in _directories(directory) for name in names if (folder / name).exists()]
 
 
 def forget(directory: Path) -> None:
@@ -223,7 +231,7 @@ def forget(directory: Path) -> None:
 
 
 def close(directory: Path) -> None:
-    """Mark a run as finished that did not use the training loop."""
+    """Mark a run that did not use the training loop as finished."""
     content = read_recipe(directory)
     if content.keys() == {RECORD}:
         write(directory, content | {"finished": True})
@@ -236,17 +244,18 @@ def write_sample(directory: Path, step: int, sample: str | bytes) -> None:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    """Return SHA-256 of every weight file and saved state of a run, by its relative path."""
+    """Return the SHA-256 of every weight file and saved state of a run, by its relative path."""
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("*/*.safetensors")])
     return {path.relative_to(directory).as_posix(): sha256(path) for path in files}
 
 
 def versions() -> dict[str, str]:
-    """Return versions of Python, the main packages and the system, the processor, and the revisions of models from the
-    hub."""
+    """Return the versions of Python, the main packages and the system, the processor's name, and the revisions of
+    models from the hub.
+    """
     programs = dict[str, str]()
     for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):  # not installed, but used from its source
+        with suppress(metadata.PackageNotFoundError):  # not installed, but run from source
             programs[name] = metadata.version(name)
     machine = {"system": platform.platform(), "processor": processor_name()}
     hub = {f"hub {name}": revision for name, revision in HUB.items()}

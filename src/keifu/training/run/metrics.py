@@ -1,4 +1,4 @@
-"""Metrics of a run: lines of JSON in metrics.jsonl, and the same to TensorBoard and Weights & Biases."""
+"""Metrics of a run: JSON lines in metrics.jsonl, and optionally TensorBoard and Weights & Biases."""
 
 import json
 import os
@@ -17,18 +17,19 @@ FILE = "metrics.jsonl"
 
 
 class Sink(NamedTuple):
-    """A destination of metrics beside the file: what takes the figures of a step, and what ends it."""
+    """A destination of metrics other than the file: a function that writes the figures of a step, and one that closes
+    it.
+    """
 
     write: Callable[[int, dict[str, float | int]], Any]
     close: Callable[[], Any]
 
 
 class RunMetrics:
-    """Writer of metrics.jsonl and of the sinks; a reader always sees complete lines. A context manager.
+    """Context manager that writes metrics.jsonl and the sinks. A reader always sees complete lines.
 
-    On resuming, lines that are later than the loaded state (of `step` steps, with `skipped` batches skipped in rewinds)
-    are dropped. Only the first of several processes writes. When the disk is full, lines stay in memory until there is
-    space.
+    After resuming, lines later than the loaded state (of `step` steps, with `skipped` batches skipped in rewinds) are
+    removed. Only rank 0 writes. If the disk is full, lines stay in memory until there is space.
 
     damaged: the numbers of lines that cannot be read. latest: the latest value of every figure before the run was
     resumed. validated: the step of the last validation before that.
@@ -52,7 +53,7 @@ class RunMetrics:
             sink.write(step, figures)
         whole = self.file.tell()
         try:
-            if current().is_main and not self.path.exists():  # the folder was taken away: it is written anew
+            if current().is_main and not self.path.exists():  # the folder was removed: create it again
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.file, whole = self.path.open("ab", buffering=0), 0
             self.pending = self.pending[self.file.write(self.pending) or 0 :]
@@ -71,12 +72,12 @@ class RunMetrics:
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, without damaged ones and an incomplete last one after a crash."""
+    """Return the lines of a run's metrics.jsonl, without damaged lines and an incomplete last line after a crash."""
     return read_lines(directory)[0]
 
 
 def read_lines(directory: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return the lines of metrics.jsonl, and the numbers of damaged ones, counted from 1."""
+    """Return the readable lines of metrics.jsonl, and the numbers of damaged ones, counted from 1."""
     path = directory / FILE
     texts = plain_file(path).read_bytes().splitlines(keepends=True) if path.exists() else []
     lines = [_line(text) for text in texts if text.endswith(b"\n")]
@@ -84,7 +85,7 @@ def read_lines(directory: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _line(text: bytes) -> dict[str, Any] | None:
-    """Return a line's figures; None if it is no JSON, has no step, or a figure that is no number."""
+    """Return a line's figures; None if it is not JSON, has no step, or has a figure that is not a number."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -104,9 +105,9 @@ def last_metrics(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]) -> list[Sink]:
-    """Return the destinations of metrics beside the file, by the settings; a missing package is a `UserError`."""
+    """Open the destinations that the settings request. Raises UserError if a package is missing."""
     opened = list[Sink]()
-    if tensorboard and current().is_main:  # events in the folder `tensorboard` of the run
+    if tensorboard and current().is_main:  # events are in the run's folder `tensorboard`
         _package("tensorboard")
         writer = import_module("torch.utils.tensorboard").SummaryWriter(str(directory / "tensorboard"))
 
@@ -115,7 +116,7 @@ def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, 
                 writer.add_scalar(name, value, step)
 
         opened.append(Sink(write, writer.close))
-    if wandb and current().is_main:  # the package's own environment variables choose the account, or offline use
+    if wandb and current().is_main:  # the package's environment variables choose the account, or offline use
         run = _package("wandb").init(project="keifu", name=directory.name, dir=str(directory), config=described)
         opened.append(Sink(lambda step, figures: run.log(figures, step=step), run.finish))
     return opened

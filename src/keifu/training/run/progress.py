@@ -5,7 +5,7 @@ from typing import Any
 
 from keifu.data.progress import ProgressBar
 
-PLAIN_SECONDS = 10.0  # between plain lines
+PLAIN_SECONDS = 10.0  # seconds between plain lines
 
 
 class Display(ProgressBar):
@@ -26,7 +26,7 @@ class Display(ProgressBar):
         self.live.update(self.task, total=total)
 
     def show(self, figures: dict[str, Any]) -> None:
-        """Show the latest figures; without a terminal at most one line in ten seconds."""
+        """Show the latest figures; without a terminal, at most one line in ten seconds."""
         self.figures = format_figures(figures, self.unit)
         self.advance(self.done)
         if not self.is_shown and time.monotonic() - self.last_line >= PLAIN_SECONDS:
@@ -76,6 +76,6 @@ def number(amount: int, unit: str) -> str:
 def format_count(number: float | int) -> str:
     """Return a number with three digits: 950, 1.31 M, 7 B."""
     for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * scale:  # which three digits round up to it
+        if number >= 0.9995 * scale:  # three digits round up to the unit
             return f"{number / scale:.3g} {letter}"
     return f"{number:g}"

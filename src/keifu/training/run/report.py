@@ -1,4 +1,4 @@
-"""The report of a run: report.html, one offline page from the files of its directory, with charts as SVG."""
+"""The report of a run: report.html, one offline page with SVG charts, from the files of the run's directory."""
 
 import base64
 import math
@@ -21,21 +21,21 @@ from keifu.training.settings import flat
 from keifu.untrusted import read_json, read_json_object
 
 WIDTH, HEIGHT = 480, 260
-COLOURS = {"#2f6fb4": "var(--c0)", "#c8501e": "var(--c1)", "#2b8a4b": "var(--c2)"}  # matplotlib's and the page's names
+COLOURS = {"#2f6fb4": "var(--c0)", "#c8501e": "var(--c1)", "#2b8a4b": "var(--c2)"}  # matplotlib's colours → the page's
 INK, RULE = "#5b6675", "#dfe3e8"
-ON_THE_PAGE = {**COLOURS, INK: "var(--soft)", RULE: "var(--rule)"}  # so that they follow the colour scheme
+ON_THE_PAGE = {**COLOURS, INK: "var(--soft)", RULE: "var(--rule)"}  # CSS variables follow the colour scheme
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 13, "font.sans-serif": ["DejaVu Sans"], "axes.labelcolor": INK,
     "xtick.color": INK, "ytick.color": INK,
 }  # fmt: skip
-POINTS = 400  # more are averaged: a screen shows no more
+POINTS = 400  # the most points of a curve; longer ones are averaged
 
-Point = Sequence[float | int]  # two numbers: a list where it was read from JSON
+Point = Sequence[float | int]  # two numbers; a list if read from JSON
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line through points (x, y); `marked` draws each point, for few and important ones."""
+    """A named line through points (x, y). marked: draw each point."""
 
     name: str
     points: Sequence[Point]
@@ -43,7 +43,7 @@ class Curve:
 
 
 def chart(title: str, y_label: str, curves: Iterable[Curve], x_label: str = "step", from_zero: bool = False) -> str:
-    """Return an SVG figure of curves that share their axes; an empty string without a finite point."""
+    """Return an HTML figure with the curves on common axes; "" if no point is finite."""
     shown = [Curve(c.name, _averaged(_finite(c.points)), c.marked) for c in curves]
     shown = [curve for curve in shown if curve.points]
     if not shown:
@@ -55,7 +55,7 @@ def chart(title: str, y_label: str, curves: Iterable[Curve], x_label: str = "ste
 
 
 def draw_curves(curves: Sequence[Curve], y_label: str, x_label: str, from_zero: bool, salt: str) -> str:
-    """Draw curves by matplotlib; return its SVG from the first attribute on, without name spaces."""
+    """Draw curves with matplotlib. Return the SVG text after `<svg`, without XML namespaces and size."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -90,12 +90,12 @@ def _averaged(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 REPORT = "report.html"
-CURVES = "curves.json"  # charts of a run's own: a list of what `charts.chart` takes, in the run's folder
-SECTIONED = frozenset(  # the fields of recipe.json with a place of their own on the page
+CURVES = "curves.json"  # additional charts of a run, in its folder: a list of arguments of `chart`
+SECTIONED = frozenset(  # fields of recipe.json that the page shows in a section; others go to the head
     ["title", "paper", "command", "expected", "data", "options", "settings", "versions", "hashes", "figures", "cost"]
     + ["resolved", "unit", "finished", "steps", "data_fingerprint", "recipe", "length"]
 )
-NARROW = 240  # pixels: a column of pictures is so wide at least, and a smaller picture is enlarged to it
+NARROW = 240  # the least width of a column of pictures in pixels; smaller pictures are enlarged
 
 
 def write_report(directory: Path) -> None:
@@ -105,7 +105,7 @@ def write_report(directory: Path) -> None:
 
 
 def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -> Path:
-    """Write one report.html of several runs, one after the other, under a common title and text."""
+    """Write one report.html of several runs, one after the other, under a common title and text. Return its path."""
     bodies = [_body(run)[1] for run in runs]
     head = f'<h1>{escape(title)}</h1><pre class="soft">{escape(text)}</pre>'
     write_atomic(directory / REPORT, page(title, "\n".join([head, *bodies])))
@@ -115,7 +115,7 @@ def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -
 def write_page(
     directory: Path, title: str, text: str, facts: Mapping[str, Any], pictures: Mapping[str, bytes], table: str = ""
 ) -> None:
-    """Write report.html of what did not use the training loop, and each picture as PNG next to it under its name."""
+    """Write report.html of a run without the training loop. Write each picture as PNG next to it."""
     for name, picture in pictures.items():
         write_atomic(directory / f"{name}.png", picture)
     short = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in facts.items()}
@@ -130,13 +130,13 @@ def write_page(
 
 
 def _body(directory: Path) -> tuple[str, str]:
-    """Return a run's title and what its page shows."""
+    """Return a run's title and the HTML of its page."""
     recipe = read_json_object(directory / RECIPE)
     lines = metrics.read(directory)
     body = [
         _head(recipe),
         _key_figures(recipe),
-        _section("Curves", f'<div class="charts">{"".join(_charts(lines, recipe["unit"]))}{_own(directory)}</div>'),
+        _section("Curves", f'<div class="charts">{"".join(_charts(lines, recipe["unit"]))}{_extras(directory)}</div>'),
         _section("By source", _by_source(recipe.get("figures", {}))),
         *_samples(directory),
         _section("Settings", _pairs(recipe["settings"])),
@@ -149,7 +149,7 @@ def _body(directory: Path) -> tuple[str, str]:
 
 
 def page(title: str, body: str) -> str:
-    """Return a whole page of that title and content, with its style in it."""
+    """Return a complete HTML page with this title and body."""
     style = (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
@@ -188,11 +188,11 @@ def _key_figures(recipe: Mapping[str, Any]) -> str:
 
 
 def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
-    standing = metrics.last_metrics(lines)
-    kept = {id(line) for line in standing}
+    valid = metrics.last_metrics(lines)
+    kept = {id(line) for line in valid}
 
     def curve(field: str, name: str = "", marked: bool = False) -> Curve:
-        return Curve(name or field, [(line["step"], line[field]) for line in standing if field in line], marked)
+        return Curve(name or field, [(line["step"], line[field]) for line in valid if field in line], marked)
 
     def both(name: str) -> list[Curve]:
         return [curve(name, "training"), curve(f"validation_{name}", "validation", True)]
@@ -210,8 +210,8 @@ def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
     ]
 
 
-def _own(directory: Path) -> str:
-    """Return the charts that the run has written itself, in curves.json."""
+def _extras(directory: Path) -> str:
+    """Return the charts of a run's curves.json, or a note if this file is invalid."""
     path = directory / CURVES
     if not path.exists():
         return ""
@@ -225,12 +225,12 @@ def _own(directory: Path) -> str:
 
 
 def _is_plain(name: str) -> bool:
-    """Return whether a figure is of the whole validation set; those of a part of it are called `part/figure`."""
+    """Return whether a figure is about the whole validation set; figures of a part of it are named `part/figure`."""
     return name.startswith("validation_") and "/" not in name
 
 
 def _by_source(figures: Mapping[str, float | int]) -> str:
-    """Return a table of the figures called `validation_part/figure`, a row for each part."""
+    """Return a table of the figures named `validation_part/figure`, with a row for each part."""
     texts = {name.removeprefix("validation_"): f"{value:.4g}" for name, value in figures.items() if "/" in name}
     parts, columns = (list(dict.fromkeys(name.split("/")[level] for name in texts)) for level in (0, 1))
     rows = [[part, *(texts.get(f"{part}/{column}", "") for column in columns)] for part in parts]
@@ -238,7 +238,9 @@ def _by_source(figures: Mapping[str, float | int]) -> str:
 
 
 def _samples(directory: Path) -> Iterable[str]:
-    """Return the texts by step, the last one open, and pictures: those sampled and those next to the report."""
+    """Yield the section of sampled texts, with the last one open, and the section of pictures: samples, and PNG files
+    in the run's folder.
+    """
     texts = sorted((directory / SAMPLES).glob("*.txt"))
     if texts:
         yield _section("Samples", "".join(_text(path, path == texts[-1]) for path in texts))
@@ -261,7 +263,7 @@ def _picture(path: Path) -> str:
 
 
 def _when(path: Path) -> str:
-    """Return `step-00000100` as step 100, and another name as it is."""
+    """Return "step 100" for `step-00000100`; other names with spaces for underscores."""
     prefix, _, number = path.stem.partition("-")
     return f"step {int(number):,}" if prefix == "step" and number.isdigit() else escape(path.stem.replace("_", " "))
 
@@ -274,7 +276,7 @@ def _data(recipe: Mapping[str, Any]) -> str:
 
 
 def _table(columns: Iterable[str], rows: Sequence[Iterable[str]]) -> str:
-    """Return an HTML table of texts; an empty text if it has no rows."""
+    """Return an HTML table of texts; "" without rows."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>" if rows else ""

@@ -1,7 +1,8 @@
-"""Signature of a run's record: shows that this user began the run, so that the paths in it are the user's own words.
+"""Signature of a run's record. It proves that this user started the run, so that the paths in the record can be
+trusted.
 
-The key is a file in keifu's folder of settings. A run from another machine has no valid signature: its paths must be
-named again.
+The key is a file in keifu's settings folder. A run from another machine has no valid signature: the user must name its
+paths again.
 """
 
 import hashlib
@@ -15,13 +16,13 @@ from typing import Any
 
 from keifu.folders import cache, config
 
-KEY = "signing-key"  # in the folder of settings; in the cache of earlier versions
+KEY = "signing-key"  # file in the settings folder; earlier versions: in the cache
 BYTES = 32
-SIGNED = ("name", "options", "place")  # entries of the record
+SIGNED = ("name", "options", "place")  # signed entries of the record
 
 
 def sign(record: Mapping[str, Any]) -> str | None:
-    """Return the signature of a run's record; None if the key cannot be kept."""
+    """Return the signature of a run's record; None if the key cannot be stored."""
     with suppress(OSError):
         return _signature(record, _key())
     return None
@@ -44,7 +45,9 @@ def _signature(record: Mapping[str, Any], key: bytes) -> str:
 
 
 def _key() -> bytes:
-    """Read the key, or make it at first use; in the cache if the folder of settings cannot be written."""
+    """Read the key, or create it at first use: in the settings folder, or in the cache if that folder cannot be
+    written.
+    """
     earlier = cache() / KEY
     with suppress(OSError):
         return _read_or_make(config() / KEY, earlier.read_bytes() if earlier.is_file() else os.urandom(BYTES))
@@ -52,7 +55,7 @@ def _key() -> bytes:
 
 
 def _read_or_make(path: Path, new: bytes) -> bytes:
-    """Return the key in a file that only this user can read; if there is none, write `new`."""
+    """Return the key in the file `path`, which only this user can read. If there is none, write `new`."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(FileExistsError):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
