@@ -1,4 +1,5 @@
-"""Reading files of someone else: whatever is missing, damaged, too large or too deep is a `UserError` that names it."""
+"""Reading files that keifu did not write: a file that is missing, damaged, too large or nested too deeply raises a
+`UserError` that names it."""
 
 import errno
 import json
@@ -12,16 +13,16 @@ from typing import Any
 
 from keifu.errors import UserError
 
-LARGEST_TEXT = 2**28  # bytes of a JSON, YAML or vocabulary file
-SURROGATE = r"\\u[dD][89a-fA-F]"  # an escape of half a character in JSON
-DEEPEST = 100  # lists and objects inside each other
-LONGEST_PATTERN = 100_000  # characters of a regular expression: some list every word
-MOST_VALUES = 2 * 10**7  # in all of them
+LARGEST_TEXT = 2**28  # maximal size in bytes of a JSON, YAML or vocabulary file
+SURROGATE = r"\\u[dD][89a-fA-F]"  # JSON escape of half a character
+DEEPEST = 100  # maximal nesting of lists and objects
+LONGEST_PATTERN = 100_000  # maximal length of a regular expression: some list every word
+MOST_VALUES = 2 * 10**7  # maximal number of values in a JSON or YAML file
 
 
 def plain_file(path: Path, what: str = "file") -> Path:
-    """Return the path of a file that is there and can be read to an end. A folder, a pipe, a device, a link that leads
-    nowhere, and a file that this user may not read are `UserError`s too."""
+    """Return `path` if it is a regular file that this user may read. Else raise `UserError`, also for a folder, pipe,
+    device or dangling link."""
     if not path.exists() and not path.is_symlink():
         raise UserError(f"There is no {what} {path}.")
     if not path.is_file():
@@ -33,18 +34,19 @@ def plain_file(path: Path, what: str = "file") -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text; one that is not UTF-8, or larger than any text that keifu reads whole, is a `UserError`."""
+    """Return a file's text. Raises `UserError` if it is not UTF-8, or larger than `LARGEST_TEXT`."""
     if (size := plain_file(path).stat().st_size) > LARGEST_TEXT:
         raise UserError(f"{path} has {size:,} bytes, and at most {LARGEST_TEXT:,} are read of a file of this kind.")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise UserError(f"{path} is not UTF-8 text: at byte {error.start:,} stands 0x{byte:02x}.") from None
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start:,} is 0x{byte:02x}.") from None
 
 
 def parse_json(text: str | bytes, name: Any) -> Any:
-    """Parse JSON; `name` is the file's in errors. Text that is not JSON, or is nested too deeply, is a `UserError`."""
+    """Parse JSON. name: of the file, for errors. Raises `UserError` if the text is not JSON, or is nested too
+    deeply."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -55,12 +57,15 @@ def parse_json(text: str | bytes, name: Any) -> Any:
 
 
 def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
-    """Parse YAML, or by `loader` a part of it; a `UserError` for text that is not YAML, has a key twice, is nested too
-    deeply, or grows by its references to more than any file that keifu reads, is a `UserError`."""
+    """Parse YAML. loader: a class that reads only a part of it.
+
+    Raises `UserError` if the text is not YAML, has a key twice, is nested too deeply, or expands by its aliases beyond
+    `MOST_VALUES`.
+    """
     import yaml
 
     class UniqueKeys(yaml.SafeLoader):
-        """YAML's own keeps the last of equal keys and says nothing."""
+        """Loader that refuses equal keys. PyYAML's loader silently keeps the last one."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             for key, count in Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).items():
@@ -80,7 +85,7 @@ def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
 
 
 def _within_limits(content: Any, name: Any, text: str | bytes) -> Any:
-    """Return the content if it is neither too deep nor too large to walk through, and its strings are valid Unicode."""
+    """Return the content if its depth and number of values are within the limits and its strings are valid Unicode."""
     level, depth, count = [content], 0, 0
     while level := [value for value in level if isinstance(value, dict | list)]:
         depth, count = depth + 1, count + sum(map(len, level))
@@ -99,8 +104,8 @@ def _within_limits(content: Any, name: Any, text: str | bytes) -> Any:
 
 
 def check_pattern(pattern: str, name: str) -> None:
-    """Refuse a regular expression of someone else that could take forever: a repeated group that holds a repetition or
-    alternatives, and one that is longer than any in use."""
+    """Raise `UserError` for a regular expression that could take forever: a repeated group with a repetition or
+    alternatives inside. Also for one longer than `LONGEST_PATTERN`."""
     plain = re.sub(r"\[(?:\\.|[^\]\\])*\]", "x", re.sub(r"\\[pP]\{[^}]*\}|\\.", "x", pattern))
     groups = [False]
     for token in re.finditer(r"\(\?[!=:<a-z-]*|[(|+*]|\{\d+,\d*\}|\)(\{\d|[+*])?", plain):
@@ -116,21 +121,20 @@ def check_pattern(pattern: str, name: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's content (see `parse_json`)."""
+    """Return the content of a JSON file (see `parse_json`)."""
     return parse_json(read_text(path), path)
 
 
 @contextmanager
 def reading(path: Any) -> Iterator[None]:
-    """Turn errors of a block that reads a file of someone else into a `UserError`: whatever a reader, or a library
-    inside it, raises because the file is damaged becomes one `UserError` that names the file. The cause stays with it,
-    for --verbose."""
+    """Turn exceptions of a block that reads a file into one `UserError` that names the file. Readers and libraries
+    raise many types for a damaged file. The original exception stays as the cause, for --verbose."""
     try:
         yield
     except (UserError, ImportError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # panics of libraries in Rust are no Exceptions
-        system = isinstance(error, OSError) and error.errno not in (None, errno.ENAMETOOLONG)  # None: gzip's own
+    except BaseException as error:  # panics of Rust libraries are not subclasses of Exception
+        system = isinstance(error, OSError) and error.errno not in (None, errno.ENAMETOOLONG)  # None: an error of gzip
         if system or re.search("out of memory|can't allocate memory", str(error)):
             raise
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
@@ -138,7 +142,7 @@ def reading(path: Any) -> Iterator[None]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file; anything else is a `UserError`."""
+    """Return a JSON object from a file. Raises `UserError` for any other content."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__} where a JSON object is needed.")

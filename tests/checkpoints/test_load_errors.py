@@ -117,7 +117,7 @@ def test_config_that_is_no_json(folder) -> None:
     (folder / "config.json").write_text("[1]")
     refuses(folder, "holds a list")
     (folder / "config.json").write_bytes(b"\xff\xfe{}")
-    refuses(folder, "config.json is not UTF-8 text: at byte 0 stands 0xff")
+    refuses(folder, "config.json is not UTF-8 text: byte 0 is 0xff")
 
 
 @pytest.mark.parametrize(

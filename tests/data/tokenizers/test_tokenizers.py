@@ -184,7 +184,7 @@ def model_json(vocabulary: dict[str, int]) -> str:
     [
         ("weights.bin", "", "not a kind of tokenizer file that keifu knows"),
         ("tokenizer.json", "{", "is not JSON: Expecting"),
-        ("tokenizer.json", b"\xff\xfe", "is not UTF-8 text: at byte 0 stands 0xff"),
+        ("tokenizer.json", b"\xff\xfe", "is not UTF-8 text: byte 0 is 0xff"),
         ("tokenizer.json", "{}", "has no model with a vocabulary"),
         ("tokenizer.json", model_json({"a": 0, "b": 0}), "gives the id 0 to the token 'b', as to 'a'"),
         ("vocab.json", '{"a": [0], "b": 1}', "gives the id \\[0\\] to the token 'a': ids are whole"),
