@@ -1,4 +1,5 @@
-"""The command line: finds the command and turns every error into one sentence; knows no command's options or work."""
+"""Entry point of the command line: it finds the command and turns every exception into one sentence. It knows no
+command's options."""
 
 import os
 import signal
@@ -16,7 +17,7 @@ from keifu.errors import require_known
 from keifu.files import WINDOWS
 from keifu.threads import follow_load
 
-FAULT = 70  # as sysexits.h has it
+FAULT = 70  # exit status of sysexits.h for an internal error
 USAGE = "Usage: keifu COMMAND [OPTIONS]"
 MORE = """\
 keifu help COMMAND [RECIPE] prints its options. For all commands:
@@ -32,7 +33,8 @@ def help_text() -> str:
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
-    """Return the work that the arguments ask for, not yet begun; an unknown command or option is a `UserError`."""
+    """Parse the arguments and return the command as a function without arguments. It does not run yet. Raises
+    `UserError` for an unknown command or option."""
     if all(word in ("-h", "--help", "help") for word in arguments):
         return lambda: print(help_text())
     command, *rest = arguments
@@ -45,18 +47,17 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `keifu`: it exits with 0, 1 after an error, 2 if the command line is wrong, 70 after a fault of keifu's own,
-    130 after Ctrl-C (128 and the number of another signal).
-    """
+    """Run `keifu` and exit: status 0; 1 after an error; 2 if the command line is wrong; 70 after a bug of keifu; 128 +
+    n after signal n, so 130 after Ctrl-C."""
     _open_standard_streams()
-    follow_load()  # before torch is imported, which reads how many threads there are
+    follow_load()  # before the import of torch, which reads the number of threads
     words, quiet, verbose = without_volume(sys.argv[1:] if arguments is None else arguments)
     began = time.perf_counter()
     try:
         _work(words, quiet, verbose or os.environ.get("KEIFU_DEBUG") == "1")
         if verbose:
             print(f"{_versions()}: {time.perf_counter() - began:.2f} s", file=sys.stderr)
-    except BrokenPipeError:  # the reader of a pipe has gone, as in `keifu models | head`
+    except BrokenPipeError:  # the reader of the pipe closed it, as in `keifu models | head`
         _give_up_output()
         sys.exit(1)
     except KeyboardInterrupt as stop:
@@ -66,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open closed standard streams on nothing: else the next file that is opened would take their number."""
+    """Open standard streams that are closed, on the null device. Otherwise the next file that is opened would get their
+    descriptor."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if vars(sys)[name] is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the whole process)
@@ -76,14 +78,14 @@ def _open_standard_streams() -> None:
 
 
 def _give_up_output() -> None:
-    """Discard what is still to be printed, so that Python does not try it again at its end."""
+    """Discard buffered output, so that Python does not try to write it again at exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def without_volume(arguments: Sequence[str]) -> tuple[list[str], bool, bool]:
-    """Return the words without those for quiet and verbose, which every command takes anywhere, and whether each was
-    there."""
+    """Remove the options for quiet and verbose, which every command accepts at any position. Return the other words,
+    and whether quiet and verbose were given."""
     words = list(arguments)
     end = words.index("--") if "--" in words else len(words)
     quiet, verbose = ({*words[:end]} & {*names} for names in (("-q", "--quiet"), ("-v", "--verbose")))
@@ -100,7 +102,7 @@ def _versions() -> str:
 
 
 def _work(arguments: Sequence[str], quiet: bool, traceback: bool) -> None:
-    """Parse, then run; each of the two has its own exit status."""
+    """Parse the arguments, then run the command. Errors of the two have different exit statuses."""
     status = 2
     try:
         run = parse(arguments)
@@ -122,10 +124,10 @@ def _work(arguments: Sequence[str], quiet: bool, traceback: bool) -> None:
 
 
 def _fail(sentence: str, status: int) -> NoReturn:
-    with suppress(OSError, ValueError):  # nobody reads it
+    with suppress(OSError, ValueError):  # stderr is closed
         print(sentence, file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
-    except OSError:  # as on a full disk
+    except OSError:  # for example a full disk
         _give_up_output()
     sys.exit(status)

@@ -1,7 +1,7 @@
-"""The one place that chooses where models run: CUDA or ROCm if there is one, else Apple's MPS, else the CPU.
+"""Choice of the device, made only here: CUDA or ROCm if there is one, else Apple's MPS, else the CPU.
 
-A name comes from `--device` or `load(..., device=)`, else from the environment's KEIFU_DEVICE. `Choice` holds what a
-command line says about how to compute, for the whole process.
+The device's name comes from `--device` or `load(..., device=)`, else from the environment variable KEIFU_DEVICE.
+`Choice` holds the device options of the command line for the whole process.
 """
 
 import functools
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     import torch
 
 VARIABLE = "KEIFU_DEVICE"
-NATIVE = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")  # the flags of x86 and of Arm processors
-KIND = re.compile(r" \(cuda[^)]*\)$|, \d+ threads?$")  # what is no part of a kind's name
+NATIVE = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")  # flags of x86 and Arm processors in /proc/cpuinfo
+KIND = re.compile(r" \(cuda[^)]*\)$|, \d+ threads?$")  # the details of a device name that `same_kind` ignores
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How to compute, where a command line says so; None leaves it to the environment, the machine or the recipe.
+    """Device options of the command line. None leaves a setting to the environment, the machine or the recipe.
 
-    allow_nonfinite: load weights that are not finite. weights: type of the weights of a model that is run, not trained:
-    float32, bfloat16, float16, or auto: bfloat16 on a GPU for a file in float32, else as stored.
+    allow_nonfinite: load weights that are not finite. weights: dtype of a model that is run, not trained: float32,
+    bfloat16, float16, or auto: bfloat16 on a GPU for a file in float32, else the stored dtype.
     """
 
     device: str | None = None
@@ -47,15 +47,14 @@ _choice = Choice()
 
 
 def chosen() -> Choice:
-    """Return the choice of this process's command line."""
+    """Return the device options of this process."""
     return _choice
 
 
 @contextmanager
 def choosing(choice: Choice) -> Iterator[None]:
-    """Choose the device settings of a block; unset ones stay as they are. A device that this machine lacks is a
-    `UserError`.
-    """
+    """Set device options inside a block; unset ones keep their value. Raises `UserError` for a device that this machine
+    lacks."""
     global _choice
     if choice.device is not None:
         choose(choice.device)
@@ -68,7 +67,7 @@ def choosing(choice: Choice) -> Iterator[None]:
 
 
 def available() -> list[str]:
-    """Return the names of the devices of this machine, the one that is chosen where nothing is said first."""
+    """Return the names of this machine's devices. The default device is first."""
     import torch
 
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -76,10 +75,10 @@ def available() -> list[str]:
 
 
 def choose(name: "str | torch.device | None" = None) -> "torch.device":
-    """Return the device of that name; without one, of the command line's, the environment's, or else the machine's
-    best.
+    """Return the device of that name. Without a name, use the command line's, then the environment's, then the
+    machine's best.
 
-    A name that is none, or a device that this machine has not, is a `UserError` that names those that exist.
+    Raises `UserError`, which lists the available devices, if the name is unknown or this machine lacks the device.
     """
     import torch
 
@@ -95,7 +94,7 @@ def choose(name: "str | torch.device | None" = None) -> "torch.device":
 
 
 def device_name(device: "torch.device") -> str:
-    """Return the device as a person knows it."""
+    """Return a device's product name for people, such as the GPU's model."""
     import torch
 
     if device.type == "cuda":
@@ -107,7 +106,8 @@ def device_name(device: "torch.device") -> str:
 
 
 def same_kind(one: str, other: str) -> bool:
-    """Return whether two names of `device_name` are of devices of one kind, whose results are bitwise the same."""
+    """Return whether two results of `device_name` name the same kind of device. Devices of one kind give bitwise equal
+    results."""
     return re.sub(KIND, "", one) == re.sub(KIND, "", other)
 
 

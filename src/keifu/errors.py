@@ -1,4 +1,4 @@
-"""Errors that a person can put right; knows nothing of what went wrong elsewhere."""
+"""Errors that the user can correct."""
 
 import re
 import shlex
@@ -7,21 +7,21 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """One sentence with the value seen and what to do; the command line prints it and exits with status 1."""
+    """Error with one sentence: the value seen and what to do. The command line prints it and exits with status 1."""
 
 
 def printable(text: str) -> str:
-    """Return a text without characters that tell a terminal something: names in files may hold any."""
+    """Return the text without control characters. Names in files may contain some, and a terminal would obey them."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def shell(*words: object) -> str:
-    """Return words as they are typed in a shell, in quotation marks where needed."""
+    """Join words into a shell command, quoted where needed."""
     return shlex.join(map(str, words))
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """Return the error for a name that does not exist: it gives the nearest known one, and all of them when they are
+    """Return the error for a name that does not exist. It suggests the nearest known name, and lists all if they are
     few."""
     names = sorted(known)
     folded = {known.casefold(): known for known in names}
@@ -32,6 +32,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def require_known(kind: str, name: object, known: Collection[str]) -> None:
-    """Refuse a name that is not among the known ones, with the error `unknown`."""
+    """Raise the error `unknown` if `name` is not in `known`."""
     if name not in known:
         raise unknown(kind, str(name), known)

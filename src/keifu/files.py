@@ -1,4 +1,4 @@
-"""Writing files: atomic (a crash leaves the old file or the new one, never a part), synced, and hashed."""
+"""Writing files atomically: a crash leaves the old file or the new one, never a part. Also syncing and hashing."""
 
 import errno
 import hashlib
@@ -12,14 +12,15 @@ from typing import Any
 
 from keifu.errors import UserError
 
-FULL = {errno.ENOSPC: "disk", errno.EDQUOT: "quota"}  # what has no space left, by the system's error number
+FULL = {errno.ENOSPC: "disk", errno.EDQUOT: "quota"}  # system error numbers of a full disk or quota
 LEFT = re.compile(r"\..+\.\d+\.part|\.tmp\w{6}")  # temporary files of `replacing`, and of the package safetensors
-WINDOWS = os.name == "nt"  # it opens no folders, syncs only files that may be written, and keeps open files
+WINDOWS = os.name == "nt"  # cannot open folders, syncs only writable files, and locks open files
 
 
 @contextmanager
 def disk_space(what: str) -> Iterator[None]:
-    """Turn a full disk or quota in a block that writes into a `UserError` that says what became of the work."""
+    """Turn a full disk or quota inside the block into a `UserError`. `what` is the end of its sentence: the state of
+    the work."""
     try:
         yield
     except OSError as error:
@@ -30,16 +31,16 @@ def disk_space(what: str) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path next to `path`; after the block it is synced to disk and renamed over `path`.
+    """Yield a temporary path in the folder of `path`. After the block, sync that file to disk and rename it to `path`.
 
-    On any error the temporary file is removed and `path` keeps its old content. A full disk is a `UserError`.
+    After an error the temporary file is removed and `path` keeps its old content. A full disk raises `UserError`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with disk_space(f"{path} was not written and its old content is kept"):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.touch()
-            mode = temporary.stat().st_mode  # as the umask wants it; some libraries write files of mode 0600
+            mode = temporary.stat().st_mode  # mode by the umask; some libraries create files with mode 0600
             yield temporary
             temporary.chmod(mode)
             sync(temporary)
@@ -52,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on disk."""
     if WINDOWS and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
@@ -63,7 +64,8 @@ def sync(path: Path) -> None:
 
 
 def write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Write tensors as safetensors with the usual mode; the system's errors are `OSError`s, as for other files."""
+    """Write tensors as a safetensors file with the usual mode. Errors of the system are raised as `OSError`, as for
+    other files."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -71,7 +73,7 @@ def write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
     mode = path.stat().st_mode
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    except SafetensorError as error:  # its text carries the system's error number
+    except SafetensorError as error:  # its message contains the system's error number
         match = re.search(r"os error (\d+)", str(error))
         number = int(match[1]) if match else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
@@ -79,19 +81,19 @@ def write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file at once (see `replacing`)."""
+    """Write a whole file atomically (see `replacing`)."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sha256(path: Path) -> str:
-    """Return hexadecimal SHA-256 of a file's bytes, read in blocks."""
+    """Return the SHA-256 of a file in hexadecimal. It is read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_output(path: Path, option: str, folder: bool) -> None:
-    """Refuse a place where no file, or no folder, could be written: before the work, not after it."""
+    """Raise `UserError` if no file (or folder) could be written at `path`. Called before long work, not after it."""
     if path.exists() and path.is_dir() != folder:
         kinds = ("file", "folder") if folder else ("folder", "file")
         raise UserError(f"{option} {path} is a {kinds[0]}, and a {kinds[1]} is to be written: give another name.")
@@ -100,7 +102,7 @@ def check_output(path: Path, option: str, folder: bool) -> None:
         raise UserError(f"{option} {path} cannot be written: {there} is a file.")
     parent = there if there.is_dir() else there.parent
     try:
-        with tempfile.TemporaryFile(dir=parent):  # asks the file system too: permissions do not say all
+        with tempfile.TemporaryFile(dir=parent):  # permissions alone do not show whether the file system allows writing
             pass
     except OSError as error:
         reason = f"no file can be made in {parent} ({error.strerror})"
@@ -108,7 +110,8 @@ def check_output(path: Path, option: str, folder: bool) -> None:
 
 
 def remove_left(directory: Path) -> None:
-    """Remove the temporary files that a dead process left in a directory and below; nobody else may write there."""
+    """Remove temporary files that a dead process left in `directory` and its subfolders. No other process may write
+    there."""
     for path in [*directory.rglob(".*")]:
         if LEFT.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)

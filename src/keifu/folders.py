@@ -7,7 +7,8 @@ from keifu.errors import UserError
 
 
 def packaged(folder: str) -> Path:
-    """Return a folder that a wheel has in the package and a checkout at its root; a `UserError` if neither is."""
+    """Return a data folder: in the package if installed from a wheel, at the root in a checkout. Raises `UserError` if
+    it is missing."""
     here = Path(__file__).parent
     for path in (here / folder, here.parents[1] / folder):
         if path.is_dir():
@@ -16,21 +17,22 @@ def packaged(folder: str) -> Path:
 
 
 def cache() -> Path:
-    """Return the folder for everything that is fetched or derived: `KEIFU_CACHE`, or ~/.cache/keifu."""
+    """Return the folder for downloaded and derived files: `KEIFU_CACHE`, or ~/.cache/keifu."""
     return Path(os.environ.get("KEIFU_CACHE") or "~/.cache/keifu").expanduser()
 
 
 def config() -> Path:
-    """Return the folder for what must outlive the cache: `KEIFU_CONFIG`, or keifu in XDG_CONFIG_HOME or ~/.config."""
+    """Return the folder for files that must not be lost with the cache: `KEIFU_CONFIG`, or keifu in XDG_CONFIG_HOME or
+    ~/.config."""
     usual = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "keifu"
     return Path(os.environ.get("KEIFU_CONFIG") or usual).expanduser()
 
 
 def neighbours(path: Path, pattern: str = "*") -> list[str]:
-    """Return the files next to a path that is missing, to suggest the nearest name."""
+    """Return the names of files in the folder of a missing path. The error suggests the nearest of them."""
     return [str(file) for file in path.parent.glob(pattern)]
 
 
 def hidden(path: Path) -> bool:
-    """Return whether a file, or a folder on the way to it, has a name that begins with a dot."""
+    """Return whether the name of the file, or of one of its parent folders, begins with a dot."""
     return any(part.startswith(".") for part in path.parts)

@@ -1,4 +1,4 @@
-"""`keifu.generate` and `keifu.train`, which also take names: of a model, and of a recipe."""
+"""`keifu.generate` and `keifu.train`. They also accept the name of a model or of a recipe."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -113,7 +113,7 @@ def train(model: nn.Module | str, *arguments: Any, **more: Any) -> Summary | Pat
 def _train_by_name(
     name: str, *, out: str | Path | None = None, resume: bool = False, replace: bool = False, **options: Any
 ) -> Path:
-    """Run a recipe with these options, and return the folder of its run."""
+    """Run a recipe by name with these options. Return the folder of the run."""
     from keifu.commands.shared import flags, resuming
     from keifu.commands.shared.recipe_files import recipe_module
     from keifu.recipes.options import to_json

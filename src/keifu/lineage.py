@@ -1,7 +1,7 @@
-"""The lineage: the landmarks in order of years, where each came from, what was new and its result; as one page.
+"""Lineage of the landmarks: in order of years, with parents, new idea and result; also as one HTML page.
 
-What is said of them stands in docs/lineage/lineage.json, their pictures in docs/pictures: of a checkout, or as packed
-into a wheel. A test holds the figures equal to those of docs/results.
+The texts are in docs/lineage/lineage.json, the pictures in docs/pictures, in the checkout or in the wheel. A test
+compares the figures with docs/results.
 """
 
 import base64
@@ -16,9 +16,9 @@ from keifu.untrusted import read_json
 
 LANGUAGES = ("en", "ja")
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
-WIDTH, HEIGHT, ACROSS, DOWN = 252, 30, 300, 62  # of a box in the drawing, and from one box to the next
+WIDTH, HEIGHT, ACROSS, DOWN = 252, 30, 300, 62  # size of a box in the drawing, and distance between boxes
 MARGIN = 24  # around the drawing
-EXIT = 60  # from the middle of a box to the line that leaves it sideways
+EXIT = 60  # distance from a box's middle to the line that leaves it sideways
 WORDS = {
     "en": {
         "title": "the lineage", "drawing": "Who came from whom", "here": "here", "baseline": "compared with",
@@ -33,8 +33,9 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Landmark:
-    """A landmark. name: of its page and model. parents: names of those it came from. lane: its column in the drawing.
-    result: of keifu, from the section of docs/results. baseline: its comparison. published: the paper's figure."""
+    """Landmark of the lineage. name: of its page and model. parents: names of the landmarks it came from. lane: column
+    in the drawing. result: keifu's result, as in docs/results. baseline: the figure to compare with. published: the
+    paper's figure."""
 
     name: str
     year: int
@@ -52,7 +53,7 @@ class Landmark:
 
 
 def landmarks(language: str = "en") -> list[Landmark]:
-    """Return all landmarks in a language, the oldest first."""
+    """Return all landmarks in one language, the oldest first."""
     require_known("language", language, LANGUAGES)
     rows: list[dict[str, Any]] = read_json(packaged("docs") / "lineage/lineage.json")
     ending = f"_{language}"
@@ -64,7 +65,8 @@ def landmarks(language: str = "en") -> list[Landmark]:
 
 
 def page(language: str = "en") -> str:
-    """Return the offline page: a drawing of who came from whom, then a part for each landmark with its picture."""
+    """Return an HTML page that needs no network: a drawing of the lineage, then a section with a picture for each
+    landmark."""
     shown, words = landmarks(language), WORDS[language]
     parts = "\n".join(_part(entry, words) for entry in shown)
     body = f"<h1>keifu <span lang='ja'>系譜</span>: {words['title']}</h1>\n{drawing(shown, words['drawing'])}{parts}"
@@ -88,12 +90,12 @@ svg marker path { fill: currentColor; stroke: none; } section img { max-width: 1
 
 
 def style() -> str:
-    """Return the style sheet of the page: that of reports, and of the drawing."""
+    """Return the page's style sheet: that of the reports, then the drawing's rules."""
     return (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8") + STYLE
 
 
 def drawing(shown: list[Landmark], label: str) -> str:
-    """Return an SVG: a box for each landmark, a line down for each, and arrows from those it came from."""
+    """Return the lineage as SVG: one box in each row, and arrows from parents to children."""
     boxes = "".join(_box(entry, *corner(row, entry.lane)) for row, entry in enumerate(shown))
     paths = ("L".join(f"{x} {y}" for x, y in points) for points in routes(shown))
     arrows = "".join(f'<path d="M{path}" marker-end="url(#head)"/>' for path in paths)
@@ -106,7 +108,7 @@ def drawing(shown: list[Landmark], label: str) -> str:
 
 
 def corner(row: int, lane: int) -> tuple[int, int]:
-    """Return the left upper corner of a box."""
+    """Return x and y of a box's top left corner."""
     return MARGIN + lane * ACROSS, MARGIN + row * DOWN
 
 
@@ -117,13 +119,14 @@ def _box(entry: Landmark, x: int, y: int) -> str:
 
 
 def routes(shown: list[Landmark]) -> list[list[tuple[int, int]]]:
-    """Return the corners of each arrow, from a parent's foot to a child's head: through no box, and along no other.
+    """Return the corner points of each arrow, from the bottom of a parent's box to the top of a child's. No arrow
+    crosses a box or overlaps another arrow.
 
-    A row has one box, so that an arrow may go sideways between two rows. It goes down in the column of the child or of
-    the parent if no box is in its way there, else between two columns.
+    Each row has one box, so an arrow may run sideways between two rows. It runs down in the child's or the parent's
+    column if no box is in the way, else between two columns.
     """
     rows = {entry.name: row for row, entry in enumerate(shown)}
-    between = dict.fromkeys(range(-1, 1 + max(entry.lane for entry in shown)), 0)  # lines so far right of each column
+    between = dict.fromkeys(range(-1, 1 + max(entry.lane for entry in shown)), 0)  # lines so far right of a column
     arrows = []
     for row, child in enumerate(shown):
         for number, name in enumerate(sorted(child.parents, key=lambda name: shown[rows[name]].lane)):

@@ -1,9 +1,9 @@
-"""keifu's models in lm-evaluation-harness (lm-eval), under the name "keifu".
+"""Adapter that runs keifu's models in lm-evaluation-harness (lm-eval), under the name "keifu".
 
     lm_eval.simple_evaluate(model=KeifuLM("smollm2"), tasks=[...])
 
-Texts become tokens as in the harness's own transformers backend, and texts that are too long lose their beginning, with
-a warning, as there; so the scores of a checkpoint are the same. Shared prefixes of prompts are computed once.
+Scores of a checkpoint equal those of the harness's transformers backend: texts are tokenized in the same way, and texts
+that are too long lose their beginning, with a warning. Shared prefixes of prompts are computed once.
 """
 
 import logging
@@ -27,17 +27,18 @@ except ModuleNotFoundError as missing:
     raise UserError(f"lm-evaluation-harness is needed ({missing}): pip install 'keifu[evaluation]'.") from missing
 
 SCORING = "lm-eval, scoring"
-WRITTEN = 256  # tokens at most where a task does not say, as in the harness
+WRITTEN = 256  # default maximum of new tokens, as in the harness
 MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # of a task's settings, those that are used
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # the task settings that are used
 log = logging.getLogger(__name__)
 
 
 @register_model("keifu")
 class KeifuLM(LM):
-    """A causal model with its tokenizer, or what `keifu.load` takes for one.
+    """Causal model with its tokenizer, or the argument with which `keifu.load` loads one.
 
-    batch_size: most prompts in a pass; unset or "auto": chosen by their length. device: device of the model.
+    batch_size: maximum number of prompts in a pass; unset or "auto": chosen by their length. device: device of the
+    model.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class KeifuLM(LM):
         self.context = self.runner.context
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return ln P of each continuation after its context, and whether greedy decoding would generate it."""
+        """Return for each pair of context and continuation: ln P(continuation | context), and whether greedy decoding
+        generates it."""
         texts = [request.args for request in requests]
         pairs = [self._cut(pair) for pair in likelihood.join_tokens(self.tokenizer, texts, allow_special=True)]
         answers = [(score.total, score.greedy) for score in self.runner.likelihoods(pairs, SCORING)]
@@ -64,11 +66,11 @@ class KeifuLM(LM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return ln P of each whole text, in windows as long as the context that each begin with the last one's last
-        token."""
+        """Return ln P of each whole text. A long text is split into windows of the context length. Each window begins
+        with the previous window's last token."""
         texts = [request.args[0] for request in requests]
         front, [begin] = likelihood.first_context(self.tokenizer, texts), likelihood.common_beginning(self.tokenizer)
-        windows: list[list[likelihood.ScoredPair]] = []  # of each text
+        windows: list[list[likelihood.ScoredPair]] = []  # for each text
         for ids in self.tokenizer.encode_batch(texts, allow_special=True):
             parts = get_rolling_token_windows(likelihood.open_prefixes(front, ids), begin, self.context, 1)
             windows.append([likelihood.ScoredPair(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, parts)])
@@ -79,7 +81,7 @@ class KeifuLM(LM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generate the continuation of each context, up to one of the stop strings."""
+        """Generate a continuation of each context. It ends before one of the stop strings."""
         asked = [request.args for request in requests]
         settings = [_sampling(given, seed) for seed, (_, given) in enumerate(asked)]
         texts = [text for text, _ in asked]
@@ -94,25 +96,25 @@ class KeifuLM(LM):
         return [answer.text for answer in done]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render the conversation with the tokenizer's template."""
+        """Render a conversation with the tokenizer's chat template."""
         return self.tokenizer.chat_text(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the template itself, if it is requested."""
+        """Return the chat template if the harness requests it."""
         return self.tokenizer.chat_template if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:
-        """Return the name by which the harness distinguishes cached requests."""
+        """Name by which the harness distinguishes cached requests."""
         return self.tokenizer.fingerprint
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return the facts that the harness writes with its results."""
+        """Return facts about the model, which the harness writes next to its results."""
         weights = [*self.model.parameters()]
         return {"model": self.name, "model_num_parameters": sum(weight.numel() for weight in weights)}
 
     def _cut(self, pair: likelihood.ScoredPair) -> likelihood.ScoredPair:
-        """Cut the beginning of a pair that exceeds the context."""
+        """Remove the beginning of a pair that is longer than the context."""
         extra = self.runner.excess(pair)
         if extra <= 0:
             return pair
@@ -122,7 +124,7 @@ class KeifuLM(LM):
         return likelihood.ScoredPair(pair.prompt[extra:], pair.answer)
 
     def _room(self, prompt: list[int], sampling: SamplingParams) -> list[int]:
-        """Return the end of a prompt, cut so that the continuation fits into the context."""
+        """Return the end of a prompt, so short that the continuation fits into the context."""
         room = self.context - (sampling.max_tokens or 0)
         if room < 1:
             raise UserError(f"{sampling.max_tokens} tokens to write leave no room in the context of {self.context}.")
@@ -132,7 +134,8 @@ class KeifuLM(LM):
 
 
 def _sampling(given: dict[str, Any], seed: int) -> SamplingParams:
-    """Convert a task's settings; greedy, unless the task samples. Settings such as beams are refused if they matter."""
+    """Convert a task's settings to `SamplingParams`. Decoding is greedy unless the task samples. Raises `UserError` for
+    a setting that would change the result and is not supported, such as beams."""
     until = given.get("until") or ()
     stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
     if given.get("num_beams", 1) != 1:

@@ -1,4 +1,5 @@
-"""Locks: a file or folder that one process makes, a run that one process holds, and writers that take turns."""
+"""Locks between processes: for creating a file or folder, for a run's directory, and for writing checkpoints in
+turn."""
 
 import errno
 import hashlib
@@ -15,15 +16,15 @@ from keifu.errors import UserError
 from keifu.files import WINDOWS
 from keifu.folders import cache
 
-LOCK = ".lock"  # of a directory that a process holds
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of some network file systems, which have no flock
-FAR = 2**30  # byte of a lock file that Windows locks; it lets nobody read a locked byte
-_HELD: set[Path] = set()  # directories that this process holds
+LOCK = ".lock"  # lock file in a run's directory
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # errors of network file systems without flock
+FAR = 2**30  # Windows locks this byte of the lock file: a locked byte cannot be read, and the name at the start must be
+_HELD: set[Path] = set()  # run directories locked by this process
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lock the making of `path` for one process at a time; a process that waits prints a message."""
+    """Let one process at a time create `path`. A process that waits prints a message."""
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,8 +42,10 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def hold(directory: Path) -> Iterator[bool]:
-    """Hold a directory for this process alone; give whether it did not before. Where another process has it, a
-    `UserError` says which one. A dead process holds nothing, since the lock (flock) is the system's.
+    """Lock a run's directory for this process. Yield whether the process did not hold the lock already.
+
+    If another process holds it, a `UserError` names that process. The system releases the lock (flock) of a dead
+    process.
     """
     path = directory.resolve()
     if path in _HELD:
@@ -59,13 +62,14 @@ def hold(directory: Path) -> Iterator[bool]:
             file.close()
         with suppress(OSError):
             (path / LOCK).unlink()
-            path.rmdir()  # where nothing was written
+            path.rmdir()  # if nothing was written
         file.close()
 
 
 @contextmanager
 def writing_alone(directory: Path) -> Iterator[None]:
-    """Wait until no other process writes a checkpoint into the directory; leaves no file there."""
+    """Wait until no other process writes a checkpoint into the directory, and lock it for the block. No file
+    remains."""
     directory.mkdir(parents=True, exist_ok=True)
     if WINDOWS:
         name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
@@ -84,7 +88,7 @@ def writing_alone(directory: Path) -> Iterator[None]:
 
 
 def _locked_file(path: Path) -> Any:
-    """Return the lock file, open and locked, with the name of this process in it."""
+    """Return the lock file, open and locked. It contains the name of this process."""
     while True:
         file = path.open("a+")
         try:
@@ -96,7 +100,7 @@ def _locked_file(path: Path) -> Any:
             raise UserError(f"{path.parent} is in use by {holder}: wait for its end, or take another folder.") from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
-        file.close()  # the process that held it has just removed it
+        file.close()  # the process that had the lock has just removed the file
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
     file.flush()
@@ -104,7 +108,7 @@ def _locked_file(path: Path) -> Any:
 
 
 def _lock(file: Any) -> None:
-    """Lock a file at once, or raise `BlockingIOError`."""
+    """Lock a file without waiting. Raises `BlockingIOError` if it is locked."""
     if WINDOWS:
         import msvcrt
 

@@ -1,5 +1,5 @@
-"""Memory: what is free of a GPU's, or of the machine's within the limits of its container, what allocators keep of it,
-and how fast it is read."""
+"""Memory: free memory of a GPU, or of the machine within its container's limits; memory kept by allocators; read
+bandwidth."""
 
 import ctypes
 import os
@@ -19,8 +19,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # parameters of glibc's m
 
 
 def available_memory(device: torch.device) -> int:
-    """Return bytes of free memory: of the GPU, or of the machine within the limits of the container, in equal parts for
-    the processes that torchrun has started there."""
+    """Return the free bytes of the GPU, or of the machine within its container's limits. Processes that torchrun
+    started on the machine share it equally."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -30,7 +30,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def _machine() -> int:
-    """Available memory on Linux and Windows; elsewhere free memory, or all memory."""
+    """Return the machine's available bytes on Linux and Windows; on other systems the free bytes, or all if unknown."""
     if PROC.exists():
         fields = dict(line.split(":", 1) for line in PROC.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
@@ -41,7 +41,7 @@ def _machine() -> int:
 
 
 class _MemoryStatus(ctypes.Structure):
-    """MEMORYSTATUSEX of Windows."""
+    """Windows structure MEMORYSTATUSEX."""
 
     _fields_ = [*[(name, ctypes.c_uint32) for name in ("length", "load")],
                 *[(name, ctypes.c_uint64) for name in ("total", "available", *"abcde")]]  # fmt: skip
@@ -56,9 +56,8 @@ def _windows() -> int:
 
 
 def container(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> list[int]:
-    """Return the free bytes of each control group (version 2, version 1) that has a limit. Droppable caches count as
-    free.
-    """
+    """Return the free bytes within each control group (version 1 or 2) that has a limit. Caches that can be dropped
+    count as free."""
     limits = [(group, "memory.max", "memory.current", "inactive_file") for group in control_groups(groups, own_group)]
     limits.append((groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
     return [left for limit in limits if (left := _left(*limit)) is not None]
@@ -74,7 +73,7 @@ def _left(group: Path, most: str, used: str, droppable: str) -> int | None:
 
 
 def release(device: torch.device) -> None:
-    """Free memory that an allocator keeps back, as after a step that did not fit."""
+    """Return an allocator's unused memory to the system, for example after a step that ran out of memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -85,13 +84,14 @@ def release(device: torch.device) -> None:
 
 @contextmanager
 def keep_freed(device: torch.device) -> Iterator[None]:
-    """Keep memory that is freed in this block for later allocations (glibc, CPU); `release` returns it."""
+    """Make the CPU allocator (glibc) keep memory that is freed in this block for later allocations. `release` returns
+    it."""
     glibc = _glibc() if device.type == "cpu" else None
     if not glibc:
         yield
         return
-    # Else a large tensor is returned to the system when it is freed, and the next one begins as pages that are given
-    # one by one at their first use: 240,000 in a step of GPT-2 124M, a fifth of its time.
+    # By default a large tensor's memory goes back to the system when it is freed. The next tensor then causes a page
+    # fault for each page: 240,000 in a step of GPT-2 124M, a fifth of its time.
     glibc.mallopt(MMAP_MAX, 0)
     glibc.mallopt(TRIM_THRESHOLD, -1)
     _keeping.append(device)
@@ -104,30 +104,30 @@ def keep_freed(device: torch.device) -> Iterator[None]:
         release(device)
 
 
-_keeping: list[torch.device] = []  # one for each `keep_freed` that the process is in
+_keeping: list[torch.device] = []  # one entry for each `keep_freed` block that is active
 
 
 def reuse_freed() -> None:
-    """Let glibc keep what is freed in pieces of up to 32 MB, 64 MB in all, for what is allocated next: the most that
-    its thresholds come to by themselves. Else each token's logits of a batch begin as new pages."""
+    """Let glibc keep freed blocks of up to 32 MB, 64 MB in all, for later allocations. These are the largest values to
+    which its thresholds adapt by themselves. Otherwise each token's logits of a batch begin as new pages."""
     if not _keeping and (glibc := _glibc()):
         glibc.mallopt(MMAP_THRESHOLD, 2**25)
         glibc.mallopt(TRIM_THRESHOLD, 2**26)
 
 
 def _glibc() -> Any:
-    """Return the C library if it is GNU's; None elsewhere."""
+    """Return the C library if it is glibc, else None."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     return library if hasattr(library, "gnu_get_libc_version") else None
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Return the bytes a second at which a device reads memory: sums of numbers too many for any cache."""
+    """Return the bytes per second at which a device reads memory. It sums numbers too many for any cache."""
     parts = [torch.ones(1 << 25, device=device) for _ in range(8)]  # 1 GiB
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
         total = sum(part.sum() for part in parts)
-        assert float(total) == 1 << 28  # which waits for the device
+        assert float(total) == 1 << 28  # converting to float waits for the device
         best = min(best, time.perf_counter() - start)
     return sum(part.nbytes for part in parts) / best

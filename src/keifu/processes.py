@@ -1,11 +1,11 @@
-"""The processes that train one model together: how they split a batch, the values they share, and their sums.
+"""The processes that train one model together: how they split a batch, share values and add up gradients.
 
-A batch is the same on every process, since it is a function of the seed and the step. Each process computes some of its
-rows, in micro-batches. Loss and gradient are sums over rows, divided by the sum of the weights of all processes: the
-split changes neither, up to rounding. Rank 0 alone writes into the run's directory and prints. `keifu.distributed`
-starts and connects processes, and splits a model over them.
+Every process has the same batch, because the batch depends only on the seed and the step. Each process computes some of
+its rows, in micro-batches. Loss and gradient are sums over rows, divided by the sum of weights over all processes. So
+the number of processes changes neither, up to rounding. Only rank 0 writes into the run's directory and prints.
+`keifu.distributed` starts and connects processes, and splits a model over them.
 
-Axes: row = of a batch.
+Axes: row = row of a batch.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,7 +24,8 @@ Batch = dict[str, Tensor]
 
 
 class OwnRows(Batch):
-    """Rows of a batch that this process computes: they begin at number `first` of `total`."""
+    """Rows of a batch that this process computes. `first` is the index of the first one, among `total` rows of the
+    batch."""
 
     def __init__(self, batch: Batch, first: int, total: int):
         super().__init__(batch)
@@ -32,7 +33,7 @@ class OwnRows(Batch):
 
 
 class MicroBatch(NamedTuple):
-    """Consecutive rows of a batch; `first` is the number of their first row in it."""
+    """Consecutive rows of a batch; `first` is the index of their first row in the batch."""
 
     first: int
     rows: int
@@ -40,13 +41,13 @@ class MicroBatch(NamedTuple):
 
 
 class Processes:
-    """A process that trains alone. `keifu.distributed.group.Group` is the class for several.
+    """Single process that trains alone. The subclass `keifu.distributed.group.Group` is for several.
 
-    rank: the number of this process, from 0. data_rank, data_size: the number of this process among those that share
-    each batch, and how many they are; data_group: these processes, None: all. is_replicated: whether each process has
-    the whole model. pod: the shards of this process (`keifu.distributed.pod.Pod`) if the model is split. pods: the
-    number of processes with the same shards, `pods_group`. overlaps: whether gradients are summed over the processes
-    during the last backward pass of a step. filled: identities of parameters whose gradient that pass has set to zeros.
+    rank: index of this process, from 0. data_rank, data_size: index of this process among those that share each batch,
+    and their number. data_group: group of these processes; None: all. is_replicated: whether each process has the whole
+    model. pod: the shards of this process (`keifu.distributed.pod.Pod`) if the model is split. pods: number of
+    processes with the same shards, in `pods_group`. overlaps: whether gradients are summed over the processes during
+    the last backward pass of a step. filled: ids of parameters whose gradient that pass has set to zeros.
     """
 
     rank = 0
@@ -64,7 +65,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this process writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -75,22 +76,21 @@ class Processes:
         return value
 
     def gather(self, text: str) -> list[str]:
-        """Return the strings of all processes, in rank order, on rank 0; on other ranks only their own."""
+        """Return the strings of all processes in rank order on rank 0; on other ranks only the rank's string."""
         return [text]
 
     def begin_step(self, step: int) -> None:
         """Report to the other processes that this one begins a step."""
 
     def split(self, module: Any, dtype: Any = None) -> Any:
-        """Split a module over the processes from outside. dtype: of its weights during a pass; None: as they are."""
+        """Split a module over the processes without changing its code. dtype: of its weights during a pass; None:
+        unchanged."""
         return module
 
     @contextmanager
     def backward(self, module: Any, last: bool) -> Iterator[None]:
-        """Run the backward pass of a module in this block; last: whether it is the last one of its step.
-
-        Gradients of earlier passes stay on their process.
-        """
+        """Context of a module's backward pass. last: whether it is the last backward pass of the step. Gradients of
+        earlier passes are not exchanged."""
         yield
 
     def discard_gradients(self, module: Any) -> None:
@@ -104,32 +104,32 @@ class Processes:
         """Save the state of a split model (see `keifu.training.run.checkpoint.save`)."""
 
     def flush(self) -> None:
-        """Wait until the state that `save` writes is on disk."""
+        """Wait until the state written by `save` is on disk."""
 
     def load(self, path: Any, tensors: Any) -> dict[str, Any]:
-        """Fill the tensors of a split model from a state, and return the state's other tensors."""
+        """Fill the tensors of a split model from a saved state. Return the state's other tensors."""
         return {}
 
     def layout(self, name: str) -> Any:
-        """Return the `keifu.distributed.layout.Layout` of a parameter; None: each process has all of it."""
+        """Return the `keifu.distributed.layout.Layout` of a parameter; None if each process has all of it."""
         return None if self.pod is None else self.pod.layouts.get(name)
 
     def bounds(self, rows: int) -> tuple[int, int]:
-        """Return the first row of this rank's slice of `rows` rows, and the row after its last one.
-
-        The sizes of the slices differ by one row at most.
-        """
+        """Return start and end (exclusive) of this rank's slice of `rows` rows. Sizes of the slices differ by at most
+        one row."""
         return rows * self.data_rank // self.data_size, rows * (self.data_rank + 1) // self.data_size
 
     def own_bounds(self, rows: int) -> tuple[int, int]:
-        """Return the same; all rows of a batch that has fewer than there are ranks, since it is whole on every rank."""
+        """Return `bounds(rows)`, or all rows if the batch has fewer rows than ranks: then every rank computes the whole
+        batch."""
         return (0, rows) if rows < self.data_size else self.bounds(rows)
 
     def micro_batches(self, batch: Batch, rows: int) -> list[MicroBatch]:
-        """Return this rank's slice of a batch in parts of at most `rows` rows, as many parts on every rank.
+        """Split this rank's slice of a batch into micro-batches of at most `rows` rows. Every rank gets the same number
+        of them.
 
-        Where the slices differ by a row, a part may have one row more. A batch with fewer rows than there are ranks is
-        whole on every rank.
+        If slices differ by a row, a micro-batch may have one row more. A batch with fewer rows than ranks is whole on
+        every rank.
         """
         total, before = rows_of(batch), batch.first if isinstance(batch, OwnRows) else 0
         if 0 < total < self.data_size:
@@ -147,11 +147,12 @@ class Processes:
         ]
 
     def sum_counts(self, counts: Tensor) -> Tensor:
-        """Return the sum of whole numbers over all ranks, in the shape of `counts`."""
+        """Return the sum of integers over all ranks, in the shape of `counts`."""
         return counts if self.data_size == 1 else torch.stack(of_all(counts, self.data_size, self.data_group)).sum(0)
 
     def sum(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sums over all ranks of numbers without axes, each in its own type, in the order of the ranks."""
+        """Return the sum of each 0-dimensional tensor over all ranks, in its dtype. The order of addition is that of
+        the ranks."""
         if self.data_size == 1:
             return tensors
         numbers = torch.stack([tensor.double() for tensor in tensors.values()])
@@ -159,14 +160,14 @@ class Processes:
         return {name: reduce(add, column.to(tensor.dtype)) for (name, tensor), column in columns}
 
     def sum_gradients(self, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Sum the gradients of parameters over all ranks, in place; return this rank's part of each, and the norm of
-        all.
+        """Sum the gradients of parameters over all ranks, in place. Return this rank's part of each gradient, and the
+        norm of all.
 
-        A parameter that no rank has a gradient of has none afterwards; where only some ranks have one, the others add
-        zeros. FSDP has already added up those that it has sharded (DTensors) over the processes of a pod; those of
-        processes that `overlap` are added up over all ranks.
+        A parameter without a gradient on every rank stays without one. If only some ranks have one, the others add
+        zeros. FSDP has already summed the gradients of its parameters (DTensors) over the processes of a pod. Gradients
+        of overlapped processes (`overlaps`) are summed over all ranks.
         """
-        from torch.distributed.tensor import DTensor  # takes a second to import
+        from torch.distributed.tensor import DTensor  # importing it takes a second
 
         computed = [p.grad is not None and id(p) not in self.filled for p in parameters.values()]
         used = torch.tensor(computed, dtype=torch.int32)
@@ -187,13 +188,13 @@ class Processes:
         return [*gradients.values()], norm
 
     def counts(self, rows: Tensor) -> list[int]:
-        """Return the number of rows of such a tensor on every rank."""
+        """Return the number of rows of `rows` on every rank."""
         if self.data_size == 1:
             return [len(rows)]
         return [*map(int, of_all(torch.full((1,), len(rows), device=rows.device), self.data_size, self.data_group))]
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """Return the rows of all ranks, one rank's after the other's."""
+        """Concatenate the rows of all ranks, in rank order."""
         if self.data_size == 1:
             return rows
         counts = self.counts(rows)
@@ -203,10 +204,10 @@ class Processes:
         return torch.cat([part[:count] for part, count in parts])
 
     def gather_batch(self, batch: Batch, padding: Mapping[str, int]) -> Batch:
-        """Return the rows of all ranks of a batch.
+        """Concatenate the batches of all ranks along the rows.
 
-        Its tensors have one axis, or a second axis of positions. Ranks may differ in the number of positions: they are
-        padded on the right, with the number that `padding` has for the tensor, or 0.
+        Tensors have one axis (rows), or two (rows, positions). If ranks differ in the number of positions, tensors are
+        padded on the right with their value in `padding`, or 0.
         """
         if self.data_size == 1:
             return batch
@@ -241,20 +242,20 @@ def use(processes: Processes) -> Iterator[None]:
 
 
 def of_all(tensor: Tensor, world: int, group: Any = None) -> list[Tensor]:
-    """Return the same tensor of every rank of a group, in their order; all have one shape."""
+    """Return the ranks' versions of a tensor, in rank order. All have one shape."""
     gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world)]
     distributed.all_gather(gathered, tensor.contiguous(), group=group)
     return gathered
 
 
-BUCKET = 2**24  # elements that are exchanged at a time
+BUCKET = 2**24  # number of elements that are exchanged at once
 
 
 def sum_in_order(tensors: Sequence[Tensor], world: int, group: Any = None) -> None:
-    """Sum tensors over the ranks of a group, in place: ((rank 0 + rank 1) + rank 2) + ..., the same on every rank.
+    """Sum tensors over the ranks of a group, in place. The order is ((rank 0 + rank 1) + rank 2) + ... on every rank.
 
-    So one process that adds up as many micro-batches has these bits too. Each rank adds up its part of all elements,
-    and sends as many bytes as in an all-reduce: 2 (world - 1) / world of the tensors.
+    So the result has the same bits as one process that adds up as many micro-batches. Each rank adds up one slice of
+    all elements. It sends as many bytes as in an all-reduce: 2 (world - 1) / world of the tensors.
     """
     if world == 1:
         return
@@ -270,7 +271,7 @@ def sum_in_order(tensors: Sequence[Tensor], world: int, group: Any = None) -> No
 
 
 def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Yield the tensors of one type, together about `size` elements."""
+    """Group tensors of one dtype into lists of about `size` elements, and yield each list."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         bucket, filled = [], 0
         for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
@@ -284,7 +285,7 @@ def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 
 def local(tensor: Any) -> Tensor:
-    """Return this process's shard of a tensor, or all of it if FSDP has not sharded it."""
+    """Return this process's shard of a tensor, or the whole tensor if FSDP has not sharded it."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return tensor.detach()
     from torch.distributed.tensor import DTensor
@@ -298,5 +299,5 @@ def rows_of(batch: Batch) -> int:
 
 
 def row_elements(batch: Batch) -> int:
-    """Return the number of elements in a row of a batch, over all its tensors."""
+    """Return the number of elements in one row of a batch, over all its tensors."""
     return sum(tensor.numel() for tensor in batch.values()) // max(1, len(next(iter(batch.values()))))

@@ -1,6 +1,7 @@
-"""Ranges of numbers, as annotations of fields: options of the command line and of recipes, and settings from Python.
+"""Ranges of numbers, as annotations of dataclass fields: options of commands and recipes, and settings in Python.
 
-`Count` is the type of a whole number from 1 on. Limits that depend on other settings are checked with those settings.
+`Count` is the type of a whole number of at least 1. Limits that depend on other settings are checked with those
+settings.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,14 +12,14 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from keifu.errors import UserError
 
-LARGEST = 2**31 - 1  # of whole numbers that count something
-LIMIT = 10**6  # of numbers that scale logits, guidance or penalties: float32 has to hold their products
+LARGEST = 2**31 - 1  # maximum of whole numbers that count something
+LIMIT = 10**6  # maximum of factors of logits, guidance and penalties, so that products fit float32
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `least` to `most`: without `least` if `above`, without `most` if `below`, only whole numbers if
-    `whole`, and with 0 if `or_zero`."""
+    """Range from `least` to `most`. `above` excludes `least`, and `below` excludes `most`. `whole`: integers only.
+    `or_zero`: 0 is allowed too."""
 
     least: float | int
     most: float | int
@@ -29,7 +30,7 @@ class Range:
     note: str = ""
 
     def holds(self, value: Any) -> bool:
-        """Return whether a value is such a number."""
+        """Return whether the value is in the range."""
         number_type: Any = Integral if self.whole else Real
         if isinstance(value, bool) or not isinstance(value, number_type):
             return False
@@ -77,7 +78,7 @@ Penalty = Annotated[float, Range(-LIMIT, LIMIT, note=" (0 changes nothing)")]
 
 
 def range_of(hint: Any) -> Range | None:
-    """Return the range in a type such as `Count | None` or `tuple[Count, ...]`; None if it has none."""
+    """Return the range in a type hint such as `Count | None` or `tuple[Count, ...]`; None if it has none."""
     if isinstance(hint, Range):
         return hint
     return next((limits for inner in get_args(hint) if (limits := range_of(inner))), None)
@@ -90,19 +91,20 @@ def _ranges(settings_class: type) -> dict[str, Range]:
 
 
 def check(settings: Any, label: Callable[[str], str] = str) -> None:
-    """Check the fields of a dataclass against the ranges in their types; label: the name of a field in the error."""
+    """Check the fields of a dataclass against the ranges of their types. label: converts a field's name for the
+    error."""
     for name, allowed in _ranges(type(settings)).items():
         check_value(label(name), vars(settings)[name], allowed)
 
 
 def check_value(name: str, value: Any, allowed: Range) -> None:
-    """Raise a `UserError` for a value outside a range. None is allowed; of a tuple, each number is checked."""
+    """Raise `UserError` for a value outside a range. None is allowed. Each number of a tuple is checked."""
     if value is not None and not all(map(allowed.holds, _numbers(value))):
         raise UserError(f"{name} must be {allowed}, not {value!r}.")
 
 
 def _numbers(value: Any) -> Iterator[Any]:
-    """Yield the value itself; of a tuple or list, everything in it except strings."""
+    """Yield the value; for a tuple or list each nested value except strings."""
     if not isinstance(value, (tuple, list)):
         yield value
         return

@@ -1,13 +1,14 @@
-"""How threads that compute wait for each other, and where: both follow the machine's load; imports no torch.
+"""Control of compute threads by the machine's load: how they wait, and on which cores they run. It does not import
+torch.
 
-OpenMP's threads wait for their next work in a loop ("spin"), which is the fastest way on free cores. Where other
-programs use the cores, a thread that spins takes a core from one that works, and threads that wait for one that has no
-core stand still. So while others use cores, threads sleep where they wait, and all run on the cores that are left.
+OpenMP threads wait for work in a loop ("spin"), which is fastest on free cores. If other programs use the cores, a
+spinning thread takes a core from a working one, and all threads wait for a thread that has no core. So while others use
+cores, this module makes waiting threads sleep, and moves all threads to the remaining cores.
 
-GNU's OpenMP, which PyTorch's wheels for Linux have, reads its rule from the environment when it is loaded, but spins
-only for some microseconds while the process has more OpenMP threads than there are cores (libgomp's manual,
-GOMP_SPINCOUNT). So a team of threads that has nothing to do, and sleeps, switches spinning off, and its end switches it
-on again. As many threads compute as before, so results have the same bits.
+PyTorch's wheels for Linux contain GNU's OpenMP. It reads its waiting policy from the environment only when it is
+loaded. But it spins only for microseconds while the process has more OpenMP threads than cores (libgomp's manual,
+GOMP_SPINCOUNT). So a sleeping team of extra threads (`IdleTeam`) switches spinning off, and its end switches spinning
+on again. The number of computing threads does not change, so results keep their bits.
 """
 
 import ctypes
@@ -23,24 +24,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WAY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_THREAD_LIMIT")  # if one is set, how threads wait is left alone
-WHERE = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")  # and where they run
-COUNT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")  # and how many there are
+WAY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_THREAD_LIMIT")  # if one is set, the user decides how threads wait
+WHERE = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")  # or where they run
+COUNT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")  # or how many there are
 INTERVAL = 0.25  # seconds between readings
-TAKEN, FREE = 0.35, 0.15  # cores that others use: above the first they are in the way, below the second they are not
-FULL = 0.3  # idle cores below which all cores are in use
-IDLE = 0.5  # cores that this process uses, below which it has nothing to lose
-UNUSED = 0.05  # cores that it uses while it waits for work, at most
-GIVE, TAKE = 0.2, 2.0  # seconds that readings ask for it, before cores are given to others, and taken back
+TAKEN, FREE = 0.35, 0.15  # cores used by others: more than the first disturb us, fewer than the second do not
+FULL = 0.3  # with fewer idle cores than this, all cores are in use
+IDLE = 0.5  # with fewer used cores than this, this process needs none of its cores
+UNUSED = 0.05  # maximum of used cores while the process waits for work
+GIVE, TAKE = 0.2, 2.0  # seconds for which readings must ask before cores are given up, and taken back
 TASKS, GROUPS, OWN_GROUP = Path("/proc/self/task"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 STATISTICS = Path("/proc/stat")
-_started = threading.Lock()  # taken by the first call, and kept
+_started = threading.Lock()  # acquired by the first call and never released
 
 
 def follow_load() -> None:
-    """Let this process follow the load of the machine from now on: a thread looks at it four times a second.
+    """Start a background thread that reads the machine's load four times a second and moves this process's threads.
 
-    It may be called often. Where a variable of the environment says how threads wait, or how many there are, it stays.
+    Only the first call has an effect. Settings in environment variables for the number, waiting or cores of threads are
+    respected.
     """
     if not _started.acquire(blocking=False):
         return
@@ -52,7 +54,7 @@ def follow_load() -> None:
 
 @contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """Compute on `count` threads in a block."""
+    """Compute on `count` threads inside the block."""
     import torch
 
     before = torch.get_num_threads()
@@ -65,19 +67,19 @@ def on_threads(count: int) -> Iterator[None]:
 
 @dataclass
 class Placement:
-    """Choice of cores for the threads of this process: all, or while others use some, the rest (`held`).
+    """Choice of cores for this process's threads: all, or the cores `held` while other programs use the rest.
 
-    Several processes that do this find different cores: each moves to cores that it sees unused, at a random moment.
+    Several such processes find different cores, because each moves to cores that it sees unused, at a random moment.
     """
 
     cores: frozenset[int]
     held: frozenset[int] | None = None
-    since: float = math.inf  # when readings began to ask for a change
+    since: float = math.inf  # time at which readings began to ask for a change
 
     def read(self, now: float, busy: Mapping[int, float], used: float) -> bool:
-        """Return whether the cores change: `now` in seconds, `busy` the share of time that each core was used by
-        anyone, and `own` the cores that this process used."""
-        if self.held and used < UNUSED:  # it holds nothing while it waits for work
+        """Update the choice by one reading, and return whether it changed. now: time in seconds. busy: share of time
+        that each core was used by any process. used: number of cores that this process used."""
+        if self.held and used < UNUSED:  # a waiting process gives up its choice
             self.held, self.since = None, math.inf
             return True
         others = max(0.0, math.fsum(busy.values()) - used)
@@ -101,7 +103,7 @@ class Placement:
         return True
 
     def _asks(self, busy: Mapping[int, float], used: float, others: float, wanted: int) -> bool:
-        """Return whether a reading asks for other cores than those of now."""
+        """Return whether a reading asks for other cores than the present ones."""
         if self.held is None:
             full = math.fsum(busy.values()) > len(self.cores) - FULL
             return len(self.cores) > 1 and full and others > TAKEN and used > IDLE
@@ -111,19 +113,19 @@ class Placement:
 
 
 class IdleTeam(threading.Thread):
-    """A team of OpenMP's threads that do nothing: while there is one, no thread of this process spins."""
+    """Team of idle OpenMP threads. While it exists, no thread of this process spins."""
 
     def __init__(self, openmp: Any):
         super().__init__(name="keifu-idle-team", daemon=True)
         self.openmp, self.ready, self.end = openmp, threading.Event(), threading.Event()
 
     def stop(self) -> None:
-        """End the team: its threads end with the one that made them."""
+        """End the team. Its OpenMP threads end with the thread that created them."""
         self.end.set()
         self.join()
 
     def run(self) -> None:
-        """Run more threads than cores, each of which asks once for its number."""
+        """Start one thread more than there are cores. Each only asks for its number, then sleeps."""
         work = ctypes.cast(self.openmp.omp_get_thread_num, ctypes.c_void_p)
         self.openmp.GOMP_parallel(work, None, ctypes.c_uint(self.openmp.omp_get_num_procs() + 1), ctypes.c_uint(0))
         self.ready.set()
@@ -131,7 +133,7 @@ class IdleTeam(threading.Thread):
 
 
 def _watch() -> None:
-    """Read the load of the cores, about four times a second, until the process ends."""
+    """Read the load of the cores about four times a second, until the process ends."""
     placement, team = Placement(frozenset(os.sched_getaffinity(0))), None
     before = _clocks()
     while True:
@@ -154,30 +156,29 @@ def _watch() -> None:
 
 
 def _clocks() -> tuple[float, float, dict[int, float]]:
-    """Return the seconds that have passed, that this process computed, and that each core did."""
+    """Return seconds of wall-clock time, seconds of this process's CPU time, and the used seconds of each core."""
     return time.perf_counter(), time.process_time(), used()
 
 
 def used(statistics: Path = STATISTICS) -> dict[int, float]:
-    """Return the seconds so far that each core was used, by anyone of a priority that competes with this process."""
+    """Return the seconds for which each core was used so far, by processes whose priority competes with this one's."""
     fields = [line.split() for line in statistics.read_text().splitlines() if line[:3] == "cpu" and line[3].isdigit()]
-    lower = os.nice(0) > 0  # the second number is of lower priorities, which give way to others
+    lower = os.nice(0) > 0  # the second number counts lower priorities, which yield to others
     ticks = {int(row[0][3:]): [int(field) for field in row[1:8]] for row in fields}
     seconds = os.sysconf("SC_CLK_TCK")
     return {core: (n[0] + n[1] * lower + n[2] + n[5] + n[6]) / seconds for core, n in ticks.items()}
 
 
 def move(last: frozenset[int], cores: frozenset[int], tasks: Path = TASKS) -> None:
-    """Move all threads of this process from some cores to others; those that run elsewhere, as their maker wanted,
-    stay there."""
+    """Move threads of this process from cores `last` to `cores`. Threads that were placed on other cores stay there."""
     for task in tasks.iterdir():
-        with suppress(OSError):  # a thread that has just ended
+        with suppress(OSError):  # the thread has just ended
             if os.sched_getaffinity(int(task.name)) == last:
                 os.sched_setaffinity(int(task.name), cores)
 
 
 def _openmp() -> Any:
-    """Return the OpenMP library of PyTorch if it is GNU's. Return None for others, and before PyTorch is imported."""
+    """Return PyTorch's OpenMP library if it is GNU's. Return None for others, and before PyTorch is imported."""
     torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "get_num_threads"):
         return None
@@ -186,7 +187,8 @@ def _openmp() -> Any:
 
 
 def _limit(share: float) -> None:
-    """Limit the threads to the cores that a container may use; PyTorch would start one for each of the machine."""
+    """Limit the number of threads to `share`, the container's cores. By default PyTorch starts one for each core of the
+    machine."""
     torch: Any = sys.modules.get("torch")
     if torch is None and share < (os.cpu_count() or 1):
         os.environ[COUNT[0]] = str(math.ceil(share))
@@ -195,7 +197,8 @@ def _limit(share: float) -> None:
 
 
 def control_groups(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> list[Path]:
-    """Return the folders of this process's control group (version 2) and of those above it, which all limit it."""
+    """Return the folders of this process's control group (version 2) and of its ancestors. All of them limit the
+    process."""
     lines = own_group.read_text().splitlines() if own_group.exists() else []
     group = next((groups / line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")), groups)
     return [folder for folder in (group, *group.parents) if folder.is_relative_to(groups)]
@@ -205,7 +208,7 @@ def quota(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> float:
     """Return the smallest number of cores that a control group of this process permits; ∞ without a limit."""
     limits = [control_group / "cpu.max" for control_group in control_groups(groups, own_group)]
     quotas = [limit.read_text().split() for limit in limits if limit.exists()]  # version 2: "200000 100000", or "max …"
-    first = groups / "cpu/cpu.cfs_quota_us"  # version 1, with -1 for no limit
+    first = groups / "cpu/cpu.cfs_quota_us"  # version 1; -1: no limit
     if first.exists():
         quotas.append([first.read_text().strip(), first.with_name("cpu.cfs_period_us").read_text().strip()])
     return min((int(most) / int(period) for most, period in quotas if most not in ("max", "-1")), default=math.inf)
